@@ -1,0 +1,19 @@
+"""The one error that a person sees: a sentence that says what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake a person can mend. The command line prints it without a traceback and exits with code 2."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean X?`` for the nearest known name, or the list of all when nothing is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.55)
+    if near:
+        return f" Did you mean {near[0]}?"
+    return f" Known: {', '.join(names)}." if names else ""
