@@ -13,7 +13,12 @@ class UserError(Exception):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean X?`` for the nearest known name, or the list of all when nothing is near."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.55)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if not near:
+        # lerning_rate -> lr: people spell out what the field abbreviates.
+        parent, dot, leaf = name.rpartition(".")
+        initials = parent + dot + "".join(part[:1] for part in leaf.split("_"))
+        near = [initials] if initials in names else []
     if near:
         return f" Did you mean {near[0]}?"
     return f" Known: {', '.join(names)}." if names else ""

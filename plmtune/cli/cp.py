@@ -1,0 +1,41 @@
+"""``plmtune cp``: a shipped config or recipe as the start of your own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+from plmtune.errors import UserError, did_you_mean
+
+
+@click.command()
+@click.argument("name")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--overwrite", is_flag=True, help="Replace TARGET where it exists.")
+def cp(name: str, target: Path, overwrite: bool) -> None:
+    """Copy config NAME (pretrain, model/plm_tiny) or recipe (recipes/pretrain) to TARGET.
+
+    \b
+    plmtune cp plm_1.8b mine.yaml        then: plmtune run pretrain mine.yaml
+    plmtune cp recipes/pretrain mine.py  then: plmtune run mine.py
+    """
+    from plmtune.cli.ls import _conf
+
+    conf = _conf()
+    known = {str(path.relative_to(conf).with_suffix("")): path for path in conf.rglob("*.yaml")}
+    known |= {f"recipes/{path.stem}": path for path in (conf.parent / "recipes").glob("[a-z]*.py")}
+    source = known.get(name.removeprefix("conf/").removesuffix(".yaml"))
+    if source is None:
+        raise UserError(f"There is no config or recipe {name}.{did_you_mean(name, known)}")
+    if target.is_dir():
+        target = target / source.name
+    if target.suffix != source.suffix:
+        raise UserError(f"{target}: {name} is a {source.suffix} file. Give the copy the same ending.")
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists. Choose another name, or pass --overwrite.")
+    if not target.parent.is_dir():
+        raise UserError(f"{target}: the folder {target.parent} does not exist.")
+    shutil.copyfile(source, target)
+    click.echo(f"{source.name} -> {target}")

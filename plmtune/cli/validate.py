@@ -1,0 +1,25 @@
+"""``plmtune validate``: every mistake that can be found without memory or data."""
+
+from __future__ import annotations
+
+import click
+
+from plmtune.cli import import_option
+
+
+@click.command()
+@click.argument("name", metavar="FILE")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--show", is_flag=True, help="Print the resolved config.")
+@import_option
+def validate(name: str, overrides: tuple[str, ...], show: bool) -> None:
+    """Compose FILE (or a shipped config's name), check every key, and build the model on the meta device."""
+    import importlib
+
+    from plmtune import config
+
+    cfg = config.compose(name, (), overrides)
+    lines = importlib.import_module(f"plmtune.recipes.{cfg.recipe}").check(cfg)
+    if show:
+        click.echo(config.to_yaml(cfg), nl=False)
+    click.echo(f"{name}: valid. {lines}")

@@ -1,0 +1,445 @@
+"""Configs: composed by Hydra, typed by signatures, built through the registry.
+
+``compose`` gives a recipe's schema (`plmtune.schema`) in which each component stands as a `Component`: a registered
+name with its settings. Hydra only merges YAML and overrides here; nothing a config says is ever imported or called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra import main as hydra_main
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from plmtune.config_errors import explain, unknown_key
+from plmtune.errors import UserError, did_you_mean
+from plmtune.registry import Component, describe, find, load
+from plmtune.schema import SCHEMAS
+
+PRIMARY = "plmtune_primary"
+
+
+def folder(name: Literal["conf", "recipes"]) -> Path:
+    """Where the shipped configs or recipes are: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
+
+
+# --- signatures and dataclasses as OmegaConf schemas -------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One config key: its Python type and default."""
+
+    name: str
+    type: Any
+    default: Any
+
+
+@cache
+def keys_of(group: str, name: str) -> dict[str, Key]:
+    """Config keys of a component: the parameters of its signature that have a default."""
+    target = load(group, name)
+    function = target.__init__ if inspect.isclass(target) else target
+    hints = typing.get_type_hints(function, include_extras=True)
+    return {
+        parameter.name: Key(parameter.name, hints.get(parameter.name, Any), parameter.default)
+        for parameter in inspect.signature(target).parameters.values()
+        if parameter.default is not inspect.Parameter.empty
+    }
+
+
+def _is_component(annotation: Any) -> bool:
+    return annotation is Component or Component in typing.get_args(annotation)
+
+
+def _dict_group(annotation: Any) -> str | None:
+    """The group of ``Annotated[dict[str, Component], "group"]``."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        inner, group = typing.get_args(annotation)[:2]
+        if typing.get_args(inner)[1:] == (Component,):
+            return str(group)
+    return None
+
+
+def _plain(annotation: Any) -> Any:
+    """The nearest type that OmegaConf checks: Literal becomes the type of its values, a component Any."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if _is_component(annotation):
+        return Any
+    if origin is typing.Annotated:
+        return dict[str, Any] if _dict_group(annotation) else _plain(arguments[0])
+    if origin is Literal:
+        return type(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return typing.Union[tuple(_plain(a) for a in arguments)]  # noqa: UP007  (built from values)
+    if origin in (list, tuple, dict):
+        return origin[tuple(a if a is Ellipsis else _plain(a) for a in arguments)]
+    if dataclasses.is_dataclass(annotation):
+        return _plain_dataclass(annotation)
+    return annotation
+
+
+def _field(key: Key) -> tuple[str, Any, Any]:
+    default = None if isinstance(key.default, Component) else key.default
+    if isinstance(default, list | dict | tuple):
+        return key.name, _plain(key.type), dataclasses.field(default_factory=lambda: default)
+    return key.name, _plain(key.type), dataclasses.field(default=default)
+
+
+@cache
+def _plain_dataclass(cls: Any) -> Any:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields = []
+    for item in dataclasses.fields(cls):
+        kind = _plain(hints[item.name])
+        if dataclasses.is_dataclass(hints[item.name]):
+            fields.append((item.name, kind, dataclasses.field(default_factory=kind)))
+        elif item.default_factory is not dataclasses.MISSING:
+            fields.append((item.name, kind, dataclasses.field(default_factory=item.default_factory)))
+        else:
+            fields.append((item.name, kind, dataclasses.field(default=item.default)))
+    return dataclasses.make_dataclass(cls.__name__, fields)
+
+
+@cache
+def _component_dataclass(group: str, name: str, with_defaults: bool) -> Any:
+    keys = keys_of(group, name).values()
+    fields: list[tuple[str, Any, Any]] = [("component", str, dataclasses.field(default=name))]
+    if with_defaults:
+        # The component's own values first, then the nested components' schemas take their places.
+        choices: list[Any] = [{k.name: k.default.name} for k in keys if isinstance(k.default, Component)]
+        fields.append(("defaults", list[Any], dataclasses.field(default_factory=lambda: ["_self_", *choices])))
+    return dataclasses.make_dataclass(f"{group}__{name}", [*fields, *map(_field, keys)])
+
+
+def _store_components() -> None:
+    store = ConfigStore.instance()
+    table = describe()
+
+    def add(place: str, group: str) -> None:
+        for name in table.get(group, {}):
+            try:
+                node = _component_dataclass(group, name, True)
+            except TypeError as error:
+                raise UserError(f"component {group} {name}: its signature cannot be a schema ({error}).") from error
+            store.store(group=place, name=name, node=node)
+            for key in keys_of(group, name).values():
+                if isinstance(key.default, Component) and place.count("/") < 3:
+                    add(f"{place}/{key.name}", key.default.group)
+
+    for recipe, schema in SCHEMAS.items():
+        store.store(name=f"{recipe}_schema", node=_plain_dataclass(schema))
+        for item in dataclasses.fields(schema):
+            if "Component" in str(item.type):
+                add(item.name, item.name)
+
+
+# --- composing ---------------------------------------------------------------------------------------------------
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: is not YAML ({getattr(error, 'problem', error)}).") from error
+    if content is None:
+        raise UserError(f"{path}: is empty. A config holds at least one key, such as recipe: pretrain.")
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not keys and values.")
+    return content
+
+
+def find_config(name: str) -> Path:
+    """Path of a shipped config by name (``pretrain``) or of a file (``mine.yaml``, ``conf/plm_1.8b.yaml``).
+
+    Raises:
+        UserError: if there is none, with the nearest name.
+    """
+    shipped = folder("conf")
+    if name.endswith((".yaml", ".yml")):
+        # conf/NAME.yaml names the shipped file from any directory, as the documentation writes it.
+        for path in (Path(name), shipped / Path(name).relative_to("conf") if name.startswith("conf/") else None):
+            if path is not None and path.is_file():
+                return path
+        near = did_you_mean(name, [f"conf/{path.name}" for path in shipped.glob("*.yaml")])
+        raise UserError(f"{name}: no such file.{near}")
+    path = shipped / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"There is no config {name}.{did_you_mean(name, (p.stem for p in shipped.glob('*.yaml')))}")
+    return path
+
+
+def _is_base(content: dict[str, Any]) -> bool:
+    return any(isinstance(entry, str) and entry.endswith("_schema") for entry in content.get("defaults") or [])
+
+
+def _refuse_machinery(value: Any, path: Path, key: str = "") -> None:
+    """Hydra imports and calls what its own keys name; a config file has no business with them."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            here = f"{key}.{name}" if key else str(name)
+            if re.fullmatch(r"_[a-z]+_", str(name)):
+                raise UserError(f"{path}, key {here}: not allowed. Name a component with component: NAME instead.")
+            if here == "hydra" or (key.startswith("defaults[") and re.search(r"(^|[ /])hydra(/|$)", str(name))):
+                raise UserError(f"{path}, key {here}: Hydra's own settings are given on the command line only.")
+            _refuse_machinery(child, path, here)
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            if key == "defaults" and re.search(r"(^|[ /])hydra(/|$)", str(child).partition(":")[0]):
+                raise UserError(f"{path}, key defaults: Hydra's own settings are given on the command line only.")
+            _refuse_machinery(child, path, f"{key}[{index}]")
+
+
+def _store_primary(name: str, overlays: Sequence[str]) -> tuple[str, dict[str, Path]]:
+    """Put the primary config into Hydra's store; returns the base's name and {stored name: file}."""
+    files = [find_config(name), *map(find_config, overlays)]
+    contents = [_read_yaml(path) for path in files]
+    if not _is_base(contents[0]):
+        base = contents[0].get("recipe", "pretrain")
+        if base not in SCHEMAS and not (folder("conf") / f"{base}.yaml").is_file():
+            raise UserError(f"{files[0]}, key recipe: there is no {base}.{did_you_mean(str(base), SCHEMAS)}")
+    else:
+        base, files, contents = files[0].stem, files[1:], contents[1:]
+    store = ConfigStore.instance()
+    stored: dict[str, Path] = {}
+    for index, (path, content) in enumerate(zip(files, contents, strict=True)):
+        _refuse_machinery(content, path)
+        key = f"plmtune_overlay_{index}"
+        store.store(name=key, node=OmegaConf.create(content))
+        stored[key] = path
+    # An overlay may ask for other components, so it is merged after the base but its choices hold from the start.
+    store.store(name=PRIMARY, node={"defaults": [str(base), *stored, "_self_"]})
+    return str(base), stored
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for text in overrides:
+        if "=" not in text and not text.startswith("~"):
+            raise UserError(f"{text!r} is neither a YAML file nor an override of the form key=value.")
+        if re.match(r"[+~]*(hydra\b.*(_target_|callbacks|job_logging|hydra_logging)|.*_target_)", text):
+            raise UserError(f"override {text}: not allowed. Components are named, never imported.")
+
+
+def compose(name: str, overlays: Sequence[str] = (), overrides: Sequence[str] = ()) -> Any:
+    """Compose one run's config.
+
+    Args:
+        name: a shipped config (``pretrain``) or a YAML file; one without a base of its own builds on its `recipe`.
+        overlays: YAML files, later ones win.
+        overrides: Hydra overrides, values (``optimizer.lr=1e-4``) and groups (``model/ffn=swiglu``).
+
+    Returns:
+        the recipe's schema, for example `plmtune.schema.Pretrain`.
+
+    Raises:
+        UserError: naming the file or the override, the key, and the nearest right name.
+    """
+    _check_overrides(overrides)
+    _store_components()
+    base, stored = _store_primary(name, overlays)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(folder("conf")), version_base="1.3"):
+            composed = hydra_compose(PRIMARY, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error, overrides, stored, base, all_keys) from None
+    return typed(composed)
+
+
+def all_keys(base: str) -> list[str]:
+    """Every full key of a shipped config, for "did you mean"."""
+    with initialize_config_dir(str(folder("conf")), version_base="1.3"):
+        return list(_flat(OmegaConf.to_container(hydra_compose(base), resolve=False)))
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[str]:
+    for key, child in value.items():
+        yield f"{prefix}{key}"
+        if isinstance(child, dict):
+            yield from _flat(child, f"{prefix}{key}.")
+
+
+def multirun(name: str, overlays: Sequence[str], overrides: Sequence[str], task: Callable[[Any], Any]) -> None:
+    """Hydra's own multirun: its sweepers and launchers call `task` with each composed config."""
+    _check_overrides(overrides)
+    _store_components()
+    base, stored = _store_primary(name, overlays)
+
+    def job(composed: DictConfig) -> Any:
+        cfg = typed(composed)
+        if cfg.run_dir is None:
+            cfg.run_dir = HydraConfig.get().runtime.output_dir
+        return task(cfg)
+
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    settings = [
+        "hydra.output_subdir=null",
+        "hydra/job_logging=disabled",
+        "hydra/hydra_logging=disabled",
+        "hydra.job.chdir=false",
+        f"hydra.sweep.dir=runs/multirun/{now}",
+    ]
+    argv = ["plmtune", "--multirun", *settings, *overrides]
+    GlobalHydra.instance().clear()
+    try:
+        # Let Hydra raise what happened instead of printing it and leaving with code 1.
+        with mock.patch.dict(os.environ, HYDRA_FULL_ERROR="1"), mock.patch.object(sys, "argv", argv):
+            hydra_main(version_base="1.3", config_path=str(folder("conf")), config_name=PRIMARY)(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error, overrides, stored, base, all_keys) from None
+
+
+
+
+# --- from plain values to typed objects --------------------------------------------------------------------------
+
+
+def typed(source: DictConfig | dict[str, Any], where: str = "") -> Any:
+    """Check plain values against a recipe's schema and its components' signatures; give the typed config."""
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(source), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where or 'config'}: {str(error).splitlines()[0]}") from None
+    assert isinstance(plain, dict)
+    recipe = plain.get("recipe")
+    if recipe not in SCHEMAS:
+        raise UserError(f"{where or 'config'}, key recipe: there is no {recipe}.{did_you_mean(str(recipe), SCHEMAS)}")
+    schema = SCHEMAS[recipe]
+    checked = _merge(_plain_dataclass(schema), plain, "", where)
+    return _construct(schema, checked, "", where)
+
+
+def _merge(schema: Any, values: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), values)
+    except OmegaConfBaseException as error:
+        full = ".".join(part for part in (key, str(getattr(error, "full_key", "") or "")) if part)
+        place = f"{where}, " if where else ""
+        if "not in" in str(error):
+            known = [f.name for f in dataclasses.fields(schema) if f.name != "component"]
+            raise unknown_key(place, full, known) from None
+        raise UserError(f"{place}key {full}: {str(error).splitlines()[0]}.") from None
+    return typing.cast("dict[str, Any]", OmegaConf.to_container(merged))
+
+
+def _construct(annotation: Any, value: Any, key: str, where: str) -> Any:
+    """Turn a checked plain value into what its annotation says: dataclasses, Components, Literals, tuples."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    place = f"{where}, " if where else ""
+    if value is None:
+        return None
+    if _is_component(annotation):
+        return to_component(key.rpartition(".")[2], value, key, where)
+    if group := _dict_group(annotation):
+        return {name: to_component(group, child, f"{key}.{name}", where) for name, child in value.items()}
+    if origin is typing.Annotated:
+        return _construct(arguments[0], value, key, where)
+    if origin is Literal and value not in arguments:
+        raise UserError(f"{place}key {key}: {value!r} is none of {', '.join(map(str, arguments))}.")
+    if dataclasses.is_dataclass(annotation):
+        hints = typing.get_type_hints(annotation, include_extras=True)
+        dotted = f"{key}." if key else ""
+        return typing.cast(Any, annotation)(
+            **{name: _construct(hints[name], child, dotted + name, where) for name, child in value.items()}
+        )
+    if origin is list:
+        return [_construct(arguments[0], child, f"{key}[{i}]", where) for i, child in enumerate(value)]
+    if origin is tuple:
+        return tuple(value)
+    if origin in (typing.Union, types.UnionType):
+        literals = [a for a in arguments if typing.get_origin(a) is Literal]
+        return _construct(literals[0], value, key, where) if literals else value
+    return value
+
+
+def to_component(group: str, value: Any, key: str, where: str = "") -> Component:
+    """Check ``{component: name, setting: ...}`` against the registered signature.
+
+    Raises:
+        UserError: for an unknown component, an unknown setting or a wrong type.
+    """
+    place = f"{where}, " if where else ""
+    if not isinstance(value, dict) or not isinstance(value.get("component"), str):
+        raise UserError(f"{place}key {key}: needs component: NAME, one of {', '.join(describe()[group])}.")
+    name = value["component"]
+    try:
+        find(group, name)
+    except UserError as error:
+        raise UserError(f"{place}key {key}: {error}") from None
+    keys = keys_of(group, name)
+    checked = _merge(_component_dataclass(group, name, False), value, key, where)
+    del checked["component"]
+    settings = {}
+    for item, child in checked.items():
+        full = f"{key}.{item}"
+        default = keys[item].default
+        if isinstance(default, Component):
+            settings[item] = default if child is None else to_component(default.group, child, full, where)
+        else:
+            settings[item] = _construct(keys[item].type, child, full, where)
+    return Component(group, name, settings)
+
+
+def to_plain(value: Any) -> Any:
+    """The inverse of `typed`: nested dicts, lists and scalars, as written to YAML and JSON."""
+    if isinstance(value, Component):
+        return {"component": value.name, **{k: to_plain(v) for k, v in value.settings.items()}}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: to_plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(v) for v in value]
+    return value
+
+
+def to_yaml(cfg: Any) -> str:
+    return yaml.safe_dump(to_plain(cfg), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: Path) -> Any:
+    """Read a resolved ``config.yaml`` back, through the same checks; nothing is composed again."""
+    return typed(_read_yaml(path), where=str(path))
+
+
+def build(key: str, chosen: Component | None, **runtime: Any) -> Any:
+    """Call a component; impossible numbers come back with the key in front.
+
+    Raises:
+        UserError: if nothing is chosen for the key, or the component refuses its settings.
+    """
+    if chosen is None:
+        raise UserError(f"key {key}: no component chosen. See: plmtune ls {key}")
+    try:
+        return chosen(**runtime)
+    except ValueError as error:
+        raise UserError(f"key {key}: {error}") from error

@@ -1,0 +1,35 @@
+"""Numbers as people write them: ``5M`` tokens, ``1650B``, ``12 s``, ``3.4 GiB``."""
+
+from __future__ import annotations
+
+import re
+
+_SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def parse_count(value: int | str, key: str) -> int:
+    """Read a count such as ``5000000``, ``"5M"``, ``"1650B"`` or ``"2.5k tokens"``.
+
+    Raises:
+        ValueError: naming the key, if it is no positive number.
+    """
+    match = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*(?:[eE][0-9]+)?)\s*([KkMmBbTt]?)(?:\s*tokens?)?", str(value).strip())
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"{key}: {value!r} is no positive count. Write 5000000, 5M or 1650B.")
+    return round(float(match[1]) * _SCALE[match[2].upper()])
+
+
+def show_count(value: float) -> str:
+    """Write a count with three digits: 1,234 -> 1.23K, 1825458176 -> 1.83B."""
+    for letter in ("T", "B", "M", "K"):
+        if abs(value) >= _SCALE[letter]:
+            return f"{value / _SCALE[letter]:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def show_bytes(value: float) -> str:
+    """Write bytes in powers of 1024: 1.5 GiB."""
+    for exponent, letter in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if abs(value) >= 2**exponent:
+            return f"{value / 2**exponent:.2f} {letter}"
+    return f"{value:.0f} B"

@@ -1,0 +1,69 @@
+"""Imports point one way, and the commands that only read answer without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted([*(ROOT / "plmtune").rglob("*.py"), *(ROOT / "recipes").glob("*.py")])
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def importers(package: str) -> set[str]:
+    return {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if any(name == package or name.startswith(package + ".") for name in imports(path))
+    }
+
+
+class TestDirections:
+    def test_only_config_imports_hydra(self) -> None:
+        assert importers("hydra") == {"plmtune/config.py"}
+
+    def test_only_cli_imports_click(self) -> None:
+        assert all(path.startswith("plmtune/cli/") for path in importers("click"))
+
+    def test_components_know_no_config(self) -> None:
+        places = ("plmtune/modules/", "plmtune/losses/", "plmtune/optim/")
+        for package in ("plmtune.config", "plmtune.schema", "plmtune.cli", "plmtune.recipes", "plmtune.training"):
+            assert not [path for path in importers(package) if path.startswith(places)], package
+
+    def test_recipes_import_no_component_and_no_other_recipe(self) -> None:
+        for package in ("plmtune.modules", "plmtune.losses", "plmtune.optim", "plmtune.recipes", "plmtune.models.plm"):
+            assert not [path for path in importers(package) if path.startswith("recipes/")], package
+
+    def test_nothing_imports_the_cli_but_the_entry_point(self) -> None:
+        others = [p for p in importers("plmtune.cli") if not p.startswith("plmtune/cli/")]
+        assert others == ["plmtune/__main__.py"]
+
+    def test_no_pickle_is_read_or_written(self) -> None:
+        assert not importers("pickle")
+        for path in SOURCES:
+            for call in ("torch.load(", "torch.save(", "trust_remote_code=True", "allow_pickle=True", "instantiate("):
+                assert call not in path.read_text(encoding="utf-8"), f"{path}: {call}"
+
+
+class TestWithoutTorch:
+    @pytest.mark.parametrize("command", ["--help", "ls", "ls attention", "ls model", "cp pretrain {tmp}/mine.yaml"])
+    def test_commands_that_read_do_not_import_torch(self, command: str, tmp_path: Path) -> None:
+        code = (
+            "import sys\nfrom plmtune.cli import cli\n"
+            f"cli.main({command.format(tmp=tmp_path).split()!r}, standalone_mode=False)\n"
+            "assert 'torch' not in sys.modules and 'hydra' not in sys.modules"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
