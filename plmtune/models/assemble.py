@@ -1,0 +1,137 @@
+"""From components to a decoder, and from a decoder's saved description back to components."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from plmtune.errors import UserError, did_you_mean
+from plmtune.modules.decoder import Decoder
+from plmtune.registry import Component, load
+
+
+def assemble(
+    name: str,
+    *,
+    vocab_size: int,
+    attention: Component,
+    ffn: Component,
+    norm: Component,
+    embed_dim: int,
+    num_layers: int,
+    num_heads: int,
+    max_seq_len: int,
+    tie_embeddings: bool,
+    init_std: float,
+) -> Decoder:
+    """Build the decoder of the registered model `name`; its `config` describes it in full."""
+    decoder = Decoder(
+        vocab_size=vocab_size,
+        embed_dim=embed_dim,
+        num_layers=num_layers,
+        max_seq_len=max_seq_len,
+        attention=lambda: attention(
+            embed_dim=embed_dim, num_heads=num_heads, max_seq_len=max_seq_len, norm=lambda dim: norm(dim=dim)
+        ),
+        ffn=lambda: ffn(embed_dim=embed_dim),
+        norm=lambda dim: norm(dim=dim),
+        tie_embeddings=tie_embeddings,
+        init_std=init_std,
+    )
+    decoder.config = {
+        "component": name,
+        "vocab_size": vocab_size,
+        "attention": describe(attention),
+        "ffn": describe(ffn),
+        "norm": describe(norm),
+        "embed_dim": embed_dim,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "max_seq_len": max_seq_len,
+        "tie_embeddings": tie_embeddings,
+        "init_std": init_std,
+    }
+    return decoder
+
+
+def describe(part: Component) -> dict[str, Any]:
+    """Return a component as plain data, defaults written out: a later default must not change a saved model."""
+    settings = {
+        name: part.settings.get(name, p.default) for name, p in _settings(part.group, part.name).items()
+    }
+    return {"component": part.name} | {
+        key: describe(value) if isinstance(value, Component) else value for key, value in settings.items()
+    }
+
+
+def from_description(group: str, data: Any, where: str) -> Component:
+    """Return the component that `describe` described, checking names and types against its signature.
+
+    Only the registry is asked, so a description from a stranger can name nothing that is not registered.
+
+    Args:
+        where: file and key, for messages.
+
+    Raises:
+        UserError: for anything that is not such a description.
+    """
+    if not isinstance(data, dict) or not isinstance(data.get("component"), str):
+        raise UserError(f"{where}: must be a table whose key component names a {group}, not {data!r:.80}")
+    name = data["component"]
+    try:
+        parameters = _settings(group, name)
+        hints = typing.get_type_hints(_function(load(group, name)))
+    except UserError as error:
+        raise UserError(f"{where}: {error} If it is your own, give its module with --import.") from error
+    settings: dict[str, Any] = {}
+    for key, value in data.items():
+        if key == "component" or (group == "model" and key == "vocab_size"):
+            continue
+        if key not in parameters:
+            raise UserError(
+                f"{where}.{key}: {group} {name} has no such setting.{did_you_mean(key, parameters)}"
+            )
+        if isinstance(parameters[key].default, Component):
+            settings[key] = from_description(parameters[key].default.group, value, f"{where}.{key}")
+        elif not _fits(value, hints[key]):
+            raise UserError(f"{where}.{key}: {value!r:.80} is not of type {_type_name(hints[key])}")
+        else:
+            settings[key] = value
+    return Component(group, name, settings)
+
+
+def _function(target: Any) -> Callable[..., Any]:
+    return target.__init__ if inspect.isclass(target) else target
+
+
+def _settings(group: str, name: str) -> dict[str, inspect.Parameter]:
+    """The parameters with a default: those are settings, the others come at run time."""
+    parameters = inspect.signature(_function(load(group, name))).parameters
+    return {key: p for key, p in parameters.items() if p.default is not inspect.Parameter.empty}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _fits(value, arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin in (list, tuple):
+        return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, arguments[1]) for item in value.values())
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if inspect.isclass(hint) else str(hint)

@@ -1,0 +1,48 @@
+"""Llama-family models (arXiv 2302.13971), for comparison and to start from their weights."""
+
+from __future__ import annotations
+
+from plmtune.models.assemble import assemble
+from plmtune.modules.decoder import Decoder
+from plmtune.registry import Component, component, register
+
+
+@register("model", "llama")
+def llama(
+    vocab_size: int,
+    *,
+    attention: Component = component("attention", "gqa", num_kv_heads=3),
+    ffn: Component = component("ffn", "swiglu", hidden_dim=1536),
+    norm: Component = component("norm", "rms_norm", eps=1e-5),
+    embed_dim: int = 576,
+    num_layers: int = 30,
+    num_heads: int = 9,
+    max_seq_len: int = 8192,
+    tie_embeddings: bool = True,
+    init_std: float = 0.02,
+) -> Decoder:
+    """SmolLM2-135M by default (arXiv 2502.02737), with its vocabulary of 49,152.
+
+    Args:
+        vocab_size: rows of the embedding.
+        attention, ffn, norm: the components of each layer.
+        embed_dim: width of the residual stream.
+        num_layers: layers.
+        num_heads: query heads.
+        max_seq_len: longest sequence.
+        tie_embeddings: the embedding is also the vocabulary projection.
+        init_std: standard deviation of the initial matrices.
+    """
+    return assemble(
+        "llama",
+        vocab_size=vocab_size,
+        attention=attention,
+        ffn=ffn,
+        norm=norm,
+        embed_dim=embed_dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        max_seq_len=max_seq_len,
+        tie_embeddings=tie_embeddings,
+        init_std=init_std,
+    )

@@ -1,0 +1,313 @@
+"""Attention: multi-head latent attention (MLA), and grouped queries (GQA, MHA) for comparison and for Llama.
+
+Shape suffix legend: b batch, s new tokens, t all tokens (cached + new), h heads, g query heads a KV head,
+n qk_nope_head_dim, r qk_rope_head_dim, v v_head_dim, c kv_lora_rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from plmtune.modules.cache import LayerCache
+from plmtune.modules.rope import RotaryEmbedding
+from plmtune.registry import register
+
+Kernel = Literal["cudnn", "padded", "plain"]
+
+_CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def choose_kernel(device: torch.device, dtype: torch.dtype, qk_dim: int, v_dim: int) -> Kernel:
+    """Return how scaled_dot_product_attention is asked, for the benchmark to report.
+
+    cudnn: Hopper and newer; cuDNN takes queries and values of different width as they are.
+    padded: values padded with zeros to the queries' width, the only way into torch's flash kernels on CPU and CUDA.
+    plain: widths are equal; torch's own choice is right.
+    """
+    if qk_dim == v_dim:
+        return "plain"
+    # cuDNN's backward sums in no fixed order, so a run that asks for determinism goes through flash.
+    if torch.are_deterministic_algorithms_enabled():
+        return "padded"
+    return "cudnn" if _cudnn_takes_unequal_widths(device) and dtype != torch.float32 else "padded"
+
+
+# Compiled code takes the answer as a constant.
+@torch.compiler.assume_constant_result
+def _cudnn_takes_unequal_widths(device: torch.device) -> bool:
+    if device.type != "cuda" or not torch.backends.cudnn.is_available():
+        return False
+    # cuDNN 9.10 is the first that torch lets run heads wider than 128, forward and backward.
+    return torch.cuda.get_device_capability(device)[0] >= 9 and (torch.backends.cudnn.version() or 0) >= 91000
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(q k^T * scale) v through a fused kernel, causal where there is no mask.
+
+    Args:
+        q (Tensor): [b, h, s, n]. k (Tensor): [b, h / g, t, n]. v (Tensor): [b, h / g, t, v].
+        mask (Tensor | None): boolean [b, s, t], True where a query may attend; None: causal, aligned at the last
+            token.
+
+    Returns:
+        Tensor: [b, h, s, v]
+    """
+    s, t = q.shape[2], k.shape[2]
+    if mask is not None:
+        mask = mask[:, None]
+    elif 1 < s < t:
+        # is_causal aligns at the first token; new tokens after a cache need the diagonal at the last.
+        mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)
+    kernel = choose_kernel(q.device, q.dtype, q.shape[3], v.shape[3])
+    width = v.shape[3]
+    if kernel == "padded":
+        v = F.pad(v, (0, q.shape[3] - width))
+    context: AbstractContextManager[None] = (
+        sdpa_kernel(_CUDNN_FIRST, set_priority=True) if kernel == "cudnn" else nullcontext()
+    )
+    with context:
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None and s > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return out[..., :width]
+
+
+def _only_self(x: Tensor, y: Tensor | None) -> None:
+    if y is not None and y is not x:
+        raise ValueError("this is self-attention: y must be None or x itself")
+
+
+@register("attention", "mla")
+class MultiHeadLatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), as PLM has it (arXiv 2503.12167).
+
+    Keys and values are read from one latent of kv_lora_rank numbers a token; position goes through one rope key that
+    all heads share; queries are not compressed. Several new tokens are computed un-absorbed (keys and values
+    expanded), a single one absorbed over the latent itself.
+
+    Args:
+        embed_dim: width of the residual stream.
+        num_heads: heads.
+        max_seq_len: positions RoPE knows.
+        norm: makes the latent's norm from its width.
+        kv_lora_rank: width of the latent.
+        qk_nope_head_dim: width a head of queries and keys without position.
+        qk_rope_head_dim: width of the part that RoPE turns.
+        v_head_dim: width a head of values.
+        rope_theta: base of RoPE's frequencies.
+
+    Raises:
+        ValueError: for a width below 1, an odd rope width, or values wider than queries.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        max_seq_len: int,
+        norm: Callable[[int], nn.Module],
+        *,
+        kv_lora_rank: int = 512,
+        qk_nope_head_dim: int = 128,
+        qk_rope_head_dim: int = 64,
+        v_head_dim: int = 128,
+        rope_theta: float = 100000.0,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("kv_lora_rank", kv_lora_rank),
+            ("qk_nope_head_dim", qk_nope_head_dim),
+            ("v_head_dim", v_head_dim),
+            ("num_heads", num_heads),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        qk_head_dim = qk_nope_head_dim + qk_rope_head_dim
+        if v_head_dim > qk_head_dim:
+            raise ValueError(
+                f"v_head_dim ({v_head_dim}) exceeds the width of queries and keys ({qk_head_dim})"
+            )
+        self.kv_lora_rank = kv_lora_rank
+        self.qk_nope_head_dim = qk_nope_head_dim
+        self.qk_rope_head_dim = qk_rope_head_dim
+        self.v_head_dim = v_head_dim
+        self.scale = qk_head_dim**-0.5
+        self.q_proj = nn.Linear(embed_dim, num_heads * qk_head_dim, bias=False)
+        self.kv_a_proj = nn.Linear(embed_dim, kv_lora_rank + qk_rope_head_dim, bias=False)
+        self.kv_a_norm = norm(kv_lora_rank)
+        self.kv_b_proj = nn.Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
+        self.o_proj = nn.Linear(num_heads * v_head_dim, embed_dim, bias=False)
+        self.rope = RotaryEmbedding(qk_rope_head_dim, max_seq_len, theta=rope_theta, interleaved=True)
+
+    def cache_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(heads, width) of each buffer: the normed latent and the turned rope key, side by side."""
+        return ((1, self.kv_lora_rank + self.qk_rope_head_dim),)
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        input_pos: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Attend from x (Tensor), hidden states, [b, s, d], to all before; arguments as `Decoder.forward`'s."""
+        _only_self(x, y)
+        b, s, _ = x.shape
+        start = cache.start if cache else 0
+        # -1 rather than num_heads: under tensor parallelism each process has a share of the heads.
+        q = self.q_proj(x).view(b, s, -1, self.qk_nope_head_dim + self.qk_rope_head_dim)
+        q_nope, q_rope = q.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
+        q_rope = self.rope(q_rope, input_pos, start)  # [b, s, h, r]
+        latent, k_rope = self.kv_a_proj(x).split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
+        latent = self.kv_a_norm(latent)  # [b, s, c]
+        k_rope = self.rope(k_rope[:, :, None], input_pos, start)  # [b, s, 1, r]
+        if cache is not None:
+            entry = torch.cat((latent, k_rope[:, :, 0]), dim=-1)  # [b, s, c + r]
+            (kept,) = cache.append(entry[:, None])  # [b, 1, t, c + r]
+            if s == 1:
+                return self.o_proj(self._decode(q_nope[:, 0], q_rope[:, 0], kept[:, 0], mask))
+            latent, k_rope = kept[:, 0].split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
+            k_rope = k_rope[:, :, None]
+        t = latent.shape[1]
+        kv = self.kv_b_proj(latent).view(b, t, -1, self.qk_nope_head_dim + self.v_head_dim)
+        k_nope, v = kv.split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
+        k = torch.cat((k_nope, k_rope.expand(-1, -1, k_nope.shape[2], -1)), dim=-1)  # [b, t, h, n + r]
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.scale)
+        return self.o_proj(out.transpose(1, 2).reshape(b, s, -1))
+
+    def _decode(self, q_nope: Tensor, q_rope: Tensor, kept: Tensor, mask: Tensor | None) -> Tensor:
+        """One token's heads, [b, 1, h v], from q_nope [b, h, n], q_rope [b, h, r] and the cache [b, t, c + r]."""
+        # Absorbed: q (W_uk c) = (q W_uk) c, so fold W_uk into the query and attend over the latent itself as one KV
+        # head that all query heads share; apply W_uv after the sum. 8.9x fewer bytes than K and V for PLM-1.8B.
+        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim)).split(
+            (self.qk_nope_head_dim, self.v_head_dim), dim=1
+        )  # [h, n, c], [h, v, c]
+        q_latent = torch.matmul(q_nope.transpose(0, 1), w_uk).transpose(0, 1)  # [b, h, c]
+        scores = torch.matmul(torch.cat((q_latent, q_rope), dim=-1), kept.transpose(1, 2))  # [b, h, t]
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))  # [b, 1, t] for all heads
+        weights = torch.softmax(scores.float() * self.scale, dim=-1).to(scores.dtype)
+        summed = torch.matmul(weights, kept[..., : self.kv_lora_rank])  # [b, h, c]
+        heads = torch.matmul(summed.transpose(0, 1), w_uv.transpose(1, 2))  # [h, b, v]
+        return heads.transpose(0, 1).reshape(kept.shape[0], 1, -1)
+
+
+@register("attention", "gqa")
+class GroupedQueryAttention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) with a cache of keys and values.
+
+    Args:
+        embed_dim: width of the residual stream.
+        num_heads: query heads.
+        max_seq_len: positions RoPE knows.
+        norm: unused; given to every attention, which may norm inside.
+        num_kv_heads: heads of keys and values; each serves num_heads / num_kv_heads query heads.
+        head_dim: width a head; None: embed_dim / num_heads.
+        rope_theta: base of RoPE's frequencies.
+        rope_interleaved: RoPE's pairs are neighbours, not head_dim / 2 apart as in Hugging Face's Llama weights.
+        bias: queries, keys, values and output have biases.
+
+    Raises:
+        ValueError: if heads do not divide, or a width below 1 or odd.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        max_seq_len: int,
+        norm: Callable[[int], nn.Module],
+        *,
+        num_kv_heads: int = 4,
+        head_dim: int | None = None,
+        rope_theta: float = 100000.0,
+        rope_interleaved: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_heads ({num_heads}) is not a multiple of num_kv_heads ({num_kv_heads})")
+        if head_dim is None:
+            if embed_dim % num_heads:
+                raise ValueError(f"embed_dim ({embed_dim}) is not a multiple of num_heads ({num_heads})")
+            head_dim = embed_dim // num_heads
+        self.head_dim = head_dim
+        self.num_kv_heads = num_kv_heads
+        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
+        self.rope = RotaryEmbedding(head_dim, max_seq_len, theta=rope_theta, interleaved=rope_interleaved)
+
+    def cache_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(heads, width) of each buffer: keys (turned) and values."""
+        return ((self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.head_dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        input_pos: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Attend from x (Tensor), hidden states, [b, s, d], to all before; arguments as `Decoder.forward`'s."""
+        _only_self(x, y)
+        b, s, _ = x.shape
+        start = cache.start if cache else 0
+        q = self.rope(self.q_proj(x).view(b, s, -1, self.head_dim), input_pos, start).transpose(1, 2)
+        k = self.rope(self.k_proj(x).view(b, s, -1, self.head_dim), input_pos, start).transpose(1, 2)
+        v = self.v_proj(x).view(b, s, -1, self.head_dim).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(k, v)  # [b, h / g, t, head_dim]
+        out = attend(q, k, v, mask, self.head_dim**-0.5)
+        return self.o_proj(out.transpose(1, 2).reshape(b, s, -1))
+
+
+@register("attention", "mha")
+def mha(
+    embed_dim: int,
+    num_heads: int,
+    max_seq_len: int,
+    norm: Callable[[int], nn.Module],
+    *,
+    head_dim: int | None = None,
+    rope_theta: float = 100000.0,
+    rope_interleaved: bool = False,
+    bias: bool = False,
+) -> GroupedQueryAttention:
+    """Multi-head attention (arXiv 1706.03762): each query head has its own key and value head.
+
+    Args:
+        head_dim: width a head; None: embed_dim / num_heads.
+        rope_theta: base of RoPE's frequencies.
+        rope_interleaved: RoPE's pairs are neighbours, not head_dim / 2 apart.
+        bias: queries, keys, values and output have biases.
+    """
+    return GroupedQueryAttention(
+        embed_dim,
+        num_heads,
+        max_seq_len,
+        norm,
+        num_kv_heads=num_heads,
+        head_dim=head_dim,
+        rope_theta=rope_theta,
+        rope_interleaved=rope_interleaved,
+        bias=bias,
+    )

@@ -1,0 +1,199 @@
+"""The decoder: embedding, pre-norm layers, final norm, vocabulary projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from plmtune.modules.cache import Cache, LayerCache
+
+
+class DecoderLayer(nn.Module):
+    """h = x + attention(norm(x)); h + ffn(norm(h))."""
+
+    def __init__(self, attention: nn.Module, ffn: nn.Module, attention_norm: nn.Module, ffn_norm: nn.Module):
+        super().__init__()
+        self.attention = attention
+        self.ffn = ffn
+        self.attention_norm = attention_norm
+        self.ffn_norm = ffn_norm
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        input_pos: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), mask=mask, input_pos=input_pos, cache=cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Decoder(nn.Module):
+    """A language model: tokens [b, s] -> logits [b, s, v].
+
+    Built from factories, so that each layer gets its own modules; `plmtune.models` has the ones with names.
+
+    Args:
+        vocab_size: rows of the embedding.
+        embed_dim: width of the residual stream.
+        num_layers: layers.
+        max_seq_len: longest sequence, cached tokens included.
+        attention: makes one layer's attention.
+        ffn: makes one layer's feed-forward.
+        norm: makes a norm from its width.
+        tie_embeddings: the embedding is also the vocabulary projection.
+        init_std: standard deviation of the initial matrices.
+
+    Attributes:
+        activation_checkpointing: in training keep only each layer's input and compute the rest again.
+        config: the component and settings it was built from, as `plmtune.models` fills in; saved beside weights.
+
+    Raises:
+        ValueError: for a size below 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        embed_dim: int,
+        num_layers: int,
+        max_seq_len: int,
+        attention: Callable[[], nn.Module],
+        ffn: Callable[[], nn.Module],
+        norm: Callable[[int], nn.Module],
+        tie_embeddings: bool = True,
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "vocab_size": vocab_size,
+            "embed_dim": embed_dim,
+            "num_layers": num_layers,
+            "max_seq_len": max_seq_len,
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if init_std < 0:
+            raise ValueError(f"init_std must not be negative, but is {init_std}")
+        self.vocab_size = vocab_size
+        self.embed_dim = embed_dim
+        self.max_seq_len = max_seq_len
+        self.tied = tie_embeddings
+        self.init_std = init_std
+        self.activation_checkpointing = False
+        self.config: dict[str, Any] = {}
+        self.tok_embeddings = nn.Embedding(vocab_size, embed_dim)
+        self.layers = nn.ModuleList(
+            DecoderLayer(attention(), ffn(), norm(embed_dim), norm(embed_dim)) for _ in range(num_layers)
+        )
+        self.norm = norm(embed_dim)
+        if not tie_embeddings:
+            self.output = nn.Linear(embed_dim, vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw all matrices from N(0, init_std); set norms to 1 and biases to 0.
+
+        With a generator the numbers are the same for any number of processes: each draws whole matrices in order,
+        one at a time, and keeps its shard.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            elif generator is None and not isinstance(parameter, DTensor):
+                parameter.normal_(0.0, self.init_std)
+            else:
+                device = generator.device if generator is not None else parameter.device
+                whole = torch.empty(parameter.shape, dtype=torch.float32, device=device)
+                whole.normal_(0.0, self.init_std, generator=generator)
+                if isinstance(parameter, DTensor):
+                    mesh, placements = parameter.device_mesh, parameter.placements
+                    # Every process has drawn the same numbers, so nothing needs to be sent.
+                    whole = distribute_tensor(
+                        whole.to(parameter.device), mesh, placements, src_data_rank=None
+                    )
+                parameter.copy_(whole)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The vocabulary projection, [v, d], for a loss that never holds all logits."""
+        return self.tok_embeddings.weight if self.tied else self.output.weight
+
+    def new_cache(self, batch_size: int, max_seq_len: int) -> Cache:
+        """Allocate an empty cache for `max_seq_len` tokens, in the model's dtype and on its device.
+
+        Raises:
+            ValueError: if that is longer than the model's own.
+        """
+        if max_seq_len > self.max_seq_len:
+            raise ValueError(
+                f"a cache of {max_seq_len} tokens exceeds the model's max_seq_len ({self.max_seq_len})"
+            )
+        like = self.tok_embeddings.weight
+        return Cache(
+            [
+                tuple(
+                    torch.empty(batch_size, heads, max_seq_len, width, dtype=like.dtype, device=like.device)
+                    for heads, width in layer.attention.cache_shapes()
+                )
+                for layer in self.layers
+            ]
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        mask: Tensor | None = None,
+        input_pos: Tensor | None = None,
+        cache: Cache | None = None,
+        hidden: bool = False,
+    ) -> Tensor:
+        """Return logits, or the hidden states that give them.
+
+        Args:
+            tokens (Tensor): ids, [b, s].
+            mask (Tensor | None): boolean, [b, s, t], True where a token may attend, t = cached + s; None: causal.
+            input_pos (Tensor | None): positions for RoPE, [b, s]; None: 0, 1, ... after what the cache holds.
+            cache (Cache | None): from `new_cache`; this forward appends to it.
+            hidden: return the normed hidden states, [b, s, d], instead of logits.
+
+        Returns:
+            Tensor: fp32 logits, [b, s, v], or hidden states.
+
+        Raises:
+            ValueError: if cached and new tokens are more than max_seq_len or than the cache takes.
+        """
+        s = tokens.shape[1]
+        t = s + (cache.length if cache is not None else 0)
+        if t > self.max_seq_len:
+            raise ValueError(f"a sequence of {t} tokens exceeds the model's max_seq_len ({self.max_seq_len})")
+        if cache is not None and t > cache.max_seq_len:
+            raise ValueError(
+                f"a sequence of {t} tokens exceeds the cache's max_seq_len ({cache.max_seq_len})"
+            )
+        x = self.tok_embeddings(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            # Embedding is not on autocast's list: without this the whole residual stream would be fp32.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        for index, layer in enumerate(self.layers):
+            if self.activation_checkpointing and self.training and cache is None:
+                x = checkpoint(layer, x, mask=mask, input_pos=input_pos, use_reentrant=False)
+            else:
+                kept = cache.layer(index) if cache is not None else None
+                x = layer(x, mask=mask, input_pos=input_pos, cache=kept)
+        if cache is not None:
+            cache.advance(s)
+        x = self.norm(x)
+        return x if hidden else F.linear(x, self.head_weight).float()

@@ -1,0 +1,50 @@
+"""Norms: torch's own fused kernels, in the dtype of the activations."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plmtune.registry import register
+
+
+@register("norm", "rms_norm")
+class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * weight.
+
+    Args:
+        dim: width that is normalised.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Autocast would turn the input into fp32 and hand fp32 on; the kernel already sums in fp32 by itself.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+@register("norm", "layer_norm")
+class LayerNorm(nn.Module):
+    """Layer norm (arXiv 1607.06450) with weight and bias.
+
+    Args:
+        dim: width that is normalised.
+        eps: added to the variance.
+    """
+
+    def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x, self.weight.shape, weight, bias, self.eps)

@@ -1,0 +1,68 @@
+"""Rotary position embedding (arXiv 2104.09864), for interleaved and for half-split pairs."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+class RotaryEmbedding:
+    """Turn pairs of numbers by an angle that grows with the position.
+
+    Not a module: the tables follow from the settings, so they are neither saved nor moved. They are made once for
+    each device, shared by all layers, when first used (so a model built on the meta device needs no repair).
+
+    Args:
+        dim: numbers a head that are turned.
+        max_seq_len: positions.
+        theta: base of the geometric series of frequencies.
+        interleaved: pairs are neighbours (PLM, GGUF) rather than dim / 2 apart (Hugging Face's Llama).
+
+    Raises:
+        ValueError: if dim is odd.
+    """
+
+    def __init__(self, dim: int, max_seq_len: int, *, theta: float, interleaved: bool) -> None:
+        if dim < 2 or dim % 2:
+            raise ValueError(f"RoPE turns pairs, so its width must be even and at least 2, not {dim}")
+        if theta <= 0:
+            raise ValueError(f"rope_theta must be above 0, not {theta}")
+        self.settings = (dim, max_seq_len, float(theta), interleaved)
+        # Viewed as pairs, the partner of each number is its neighbour along one dimension.
+        self.pair_shape, self.pair_dim = ((-1, 2), -1) if interleaved else ((2, -1), -2)
+
+    def __call__(self, x: Tensor, input_pos: Tensor | None = None, start: int = 0) -> Tensor:
+        """Turn x (Tensor), [b, s, h, dim], at input_pos [b, s], or else at start, start + 1, ..."""
+        cos, sin = _tables(*self.settings, x.device)
+        if input_pos is None:
+            end = start + x.shape[1]
+            cos, sin = cos[start:end, None], sin[start:end, None]  # [s, 1, dim]
+        else:
+            cos, sin = cos[input_pos, None], sin[input_pos, None]  # [b, s, 1, dim], or one row for all
+        # (a, b) -> (a cos - b sin, b cos + a sin): the sign of each sin stands in the table.
+        swapped = x.unflatten(-1, self.pair_shape).flip(self.pair_dim).flatten(-2)
+        return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+
+
+# Compiled code takes the tables as constants instead of computing them anew in each layer.
+@torch.compiler.assume_constant_result
+def _tables(
+    dim: int, max_seq_len: int, theta: float, interleaved: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    return _cached_tables(dim, max_seq_len, theta, interleaved, device)
+
+
+@lru_cache(maxsize=16)
+def _cached_tables(
+    dim: int, max_seq_len: int, theta: float, interleaved: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and signed sin in fp32, both [max_seq_len, dim] in the order of x."""
+    # Tables made while generating must also serve training, which inference tensors cannot.
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        frequency = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
+        angle = torch.arange(max_seq_len, device=device, dtype=torch.float64)[:, None] * frequency
+        cos, sin = angle.cos().float(), angle.sin().float()  # [s, dim / 2]
+        order = -1 if interleaved else -2
+        return torch.stack((cos, cos), order).flatten(-2), torch.stack((-sin, sin), order).flatten(-2)
