@@ -71,6 +71,10 @@ def keys_of(group: str, name: str) -> dict[str, Key]:
     }
 
 
+# Type name -> its keys, to find the nearest right one for a wrong one.
+_fields: dict[str, list[str]] = {}
+
+
 def _is_component(annotation: Any) -> bool:
     return annotation is Component or Component in typing.get_args(annotation)
 
@@ -121,40 +125,57 @@ def _plain_dataclass(cls: Any) -> Any:
             fields.append((item.name, kind, dataclasses.field(default_factory=item.default_factory)))
         else:
             fields.append((item.name, kind, dataclasses.field(default=item.default)))
+    _fields[cls.__name__] = [name for name, _, _ in fields]
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 
 @cache
-def _component_dataclass(group: str, name: str, with_defaults: bool) -> Any:
-    keys = keys_of(group, name).values()
-    fields: list[tuple[str, Any, Any]] = [("component", str, dataclasses.field(default=name))]
-    if with_defaults:
-        # The component's own values first, then the nested components' schemas take their places.
-        choices: list[Any] = [{k.name: k.default.name} for k in keys if isinstance(k.default, Component)]
-        fields.append(("defaults", list[Any], dataclasses.field(default_factory=lambda: ["_self_", *choices])))
-    return dataclasses.make_dataclass(f"{group}__{name}", [*fields, *map(_field, keys)])
+def _component_dataclass(group: str, name: str) -> Any:
+    """The schema of a component: its name under ``component``, then its keys."""
+    fields = [("component", str, dataclasses.field(default=name)), *map(_field, keys_of(group, name).values())]
+    _fields[f"{group}__{name}"] = [key for key, _, _ in fields[1:]]
+    return dataclasses.make_dataclass(f"{group}__{name}", fields)
 
 
+def _option(chosen: Component) -> str:
+    """Name of a nested default in Hydra's store; one with settings of its own is an option of its own."""
+    return chosen.name + "".join(f"__{key}_{value}" for key, value in chosen.settings.items())
+
+
+def _store_group(place: str, group: str) -> None:
+    """Store every component of `group` as an option at `place`, and the groups nested in them below it."""
+    for name in describe().get(group, {}):
+        _store_option(place, Component(group, name))
+
+
+def _store_option(place: str, chosen: Component) -> None:
+    nested = {k: v.default for k, v in keys_of(chosen.group, chosen.name).items() if isinstance(v.default, Component)}
+    try:
+        OmegaConf.structured(_component_dataclass(chosen.group, chosen.name))
+    except (TypeError, OmegaConfBaseException) as error:
+        raise UserError(f"{chosen.group} {chosen.name}: its signature cannot be a schema ({error}).") from error
+    # The component's own values first, then the nested components' schemas take their places.
+    defaults: list[Any] = ["_self_", *({key: _option(default)} for key, default in nested.items())]
+    with_defaults = dataclasses.make_dataclass(
+        f"{chosen.group}__{chosen.name}",
+        [("defaults", list[Any], dataclasses.field(default_factory=lambda: defaults))],
+        bases=(_component_dataclass(chosen.group, chosen.name),),
+    )
+    ConfigStore.instance().store(group=place, name=_option(chosen), node=with_defaults(**chosen.settings))
+    for key, default in nested.items():
+        _store_group(f"{place}/{key}", default.group)
+        if default.settings:
+            _store_option(f"{place}/{key}", default)
+
+
+@cache
 def _store_components() -> None:
-    store = ConfigStore.instance()
-    table = describe()
-
-    def add(place: str, group: str) -> None:
-        for name in table.get(group, {}):
-            try:
-                node = _component_dataclass(group, name, True)
-            except TypeError as error:
-                raise UserError(f"component {group} {name}: its signature cannot be a schema ({error}).") from error
-            store.store(group=place, name=name, node=node)
-            for key in keys_of(group, name).values():
-                if isinstance(key.default, Component) and place.count("/") < 3:
-                    add(f"{place}/{key.name}", key.default.group)
-
+    """Fill Hydra's store once. A component registered later (--import) is imported before this runs."""
     for recipe, schema in SCHEMAS.items():
-        store.store(name=f"{recipe}_schema", node=_plain_dataclass(schema))
+        ConfigStore.instance().store(name=f"{recipe}_schema", node=_plain_dataclass(schema))
         for item in dataclasses.fields(schema):
             if "Component" in str(item.type):
-                add(item.name, item.name)
+                _store_group(item.name, item.name)
 
 
 # --- composing ---------------------------------------------------------------------------------------------------
@@ -211,6 +232,10 @@ def _refuse_machinery(value: Any, path: Path, key: str = "") -> None:
                 raise UserError(f"{path}, key {here}: not allowed. Name a component with component: NAME instead.")
             if here == "hydra" or (key.startswith("defaults[") and re.search(r"(^|[ /])hydra(/|$)", str(name))):
                 raise UserError(f"{path}, key {here}: Hydra's own settings are given on the command line only.")
+            if name == "component" and key.partition(".")[0] in describe() and "sources" not in key.split("."):
+                raise UserError(
+                    f"{path}, key {here}: choose it in the defaults list: - override /{key.replace('.', '/')}: {child}"
+                )
             _refuse_machinery(child, path, here)
     elif isinstance(value, list):
         for index, child in enumerate(value):
@@ -241,12 +266,34 @@ def _store_primary(name: str, overlays: Sequence[str]) -> tuple[str, dict[str, P
     return str(base), stored
 
 
-def _check_overrides(overrides: Sequence[str]) -> None:
+def _check_overrides(overrides: Sequence[str]) -> list[str]:
+    """Refuse what is no override; let keys be added to dictionaries, as ``data.sources={mine: ...}`` does."""
+    checked = []
     for text in overrides:
         if "=" not in text and not text.startswith("~"):
             raise UserError(f"{text!r} is neither a YAML file nor an override of the form key=value.")
         if re.match(r"[+~]*(hydra\b.*(_target_|callbacks|job_logging|hydra_logging)|.*_target_)", text):
             raise UserError(f"override {text}: not allowed. Components are named, never imported.")
+        key, _, value = text.partition("=")
+        in_dict = any(key == name or key.startswith(f"{name}.") for name in _dict_keys())
+        if key.endswith(".component") and not in_dict:
+            raise UserError(f"override {text}: choose it as {key.removesuffix('.component').replace('.', '/')}={value}.")
+        checked.append(f"++{text}" if in_dict else text)
+    return checked
+
+
+@cache
+def _dict_keys() -> set[str]:
+    """Full keys that hold a dictionary whose names the user chooses."""
+    return {
+        f"{item.name}.{key.name}"
+        for schema in SCHEMAS.values()
+        for item in dataclasses.fields(schema)
+        if "Component" in str(item.type)
+        for name in describe().get(item.name, {})
+        for key in keys_of(item.name, name).values()
+        if _plain(key.type) == dict[str, Any]
+    }
 
 
 def compose(name: str, overlays: Sequence[str] = (), overrides: Sequence[str] = ()) -> Any:
@@ -263,15 +310,15 @@ def compose(name: str, overlays: Sequence[str] = (), overrides: Sequence[str] = 
     Raises:
         UserError: naming the file or the override, the key, and the nearest right name.
     """
-    _check_overrides(overrides)
+    checked = _check_overrides(overrides)
     _store_components()
     base, stored = _store_primary(name, overlays)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(folder("conf")), version_base="1.3"):
-            composed = hydra_compose(PRIMARY, overrides=list(overrides))
+            composed = hydra_compose(PRIMARY, overrides=checked)
     except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error, overrides, stored, base, all_keys) from None
+        raise explain(error, overrides, stored, base, all_keys, _fields) from None
     return typed(composed)
 
 
@@ -290,7 +337,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[str]:
 
 def multirun(name: str, overlays: Sequence[str], overrides: Sequence[str], task: Callable[[Any], Any]) -> None:
     """Hydra's own multirun: its sweepers and launchers call `task` with each composed config."""
-    _check_overrides(overrides)
+    checked = _check_overrides(overrides)
     _store_components()
     base, stored = _store_primary(name, overlays)
 
@@ -308,14 +355,14 @@ def multirun(name: str, overlays: Sequence[str], overrides: Sequence[str], task:
         "hydra.job.chdir=false",
         f"hydra.sweep.dir=runs/multirun/{now}",
     ]
-    argv = ["plmtune", "--multirun", *settings, *overrides]
+    argv = ["plmtune", "--multirun", *settings, *checked]
     GlobalHydra.instance().clear()
     try:
         # Let Hydra raise what happened instead of printing it and leaving with code 1.
         with mock.patch.dict(os.environ, HYDRA_FULL_ERROR="1"), mock.patch.object(sys, "argv", argv):
             hydra_main(version_base="1.3", config_path=str(folder("conf")), config_name=PRIMARY)(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error, overrides, stored, base, all_keys) from None
+        raise explain(error, overrides, stored, base, all_keys, _fields) from None
 
 
 
@@ -396,7 +443,7 @@ def to_component(group: str, value: Any, key: str, where: str = "") -> Component
     except UserError as error:
         raise UserError(f"{place}key {key}: {error}") from None
     keys = keys_of(group, name)
-    checked = _merge(_component_dataclass(group, name, False), value, key, where)
+    checked = _merge(_component_dataclass(group, name), value, key, where)
     del checked["component"]
     settings = {}
     for item, child in checked.items():

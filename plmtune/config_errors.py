@@ -14,8 +14,9 @@ def unknown_key(place: str, full_key: str, siblings: Iterable[str], everywhere: 
     parent, _, leaf = full_key.rpartition(".")
     prefix = f"{parent}." if parent else ""
     beside = [prefix + name for name in siblings]
-    elsewhere = [key for key in everywhere if key.rpartition(".")[2] == leaf]
-    hint = f" Did you mean {elsewhere[0]}?" if elsewhere else did_you_mean(full_key, beside)
+    elsewhere = [key for key in everywhere if key.rpartition(".")[2] == leaf and key != full_key]
+    near = did_you_mean(full_key, beside)
+    hint = f" Did you mean {elsewhere[0]}?" if elsewhere and "Did you mean" not in near else near
     return UserError(f"{place}key {full_key}: unknown.{hint}")
 
 
@@ -25,6 +26,7 @@ def explain(
     files: dict[str, Path],
     base: str,
     all_keys: Callable[[str], list[str]],
+    fields: dict[str, list[str]],
 ) -> UserError:
     """Translate an error of Hydra's composition.
 
@@ -33,6 +35,7 @@ def explain(
         files: name in Hydra's store -> the file it came from.
         base: the shipped config that everything builds on.
         all_keys: gives every full key of a shipped config.
+        fields: type name -> its keys.
     """
     chain: list[str] = []
     cause: BaseException | None = error
@@ -63,13 +66,17 @@ def explain(
     if unmatched := re.search(r"Could not override '([^']+)'\. No match in the defaults list", text):
         return UserError(f"{place(unmatched[1])}there is no group {unmatched[1]}. See: plmtune ls")
     if re.search(r"Key '([^']*)' (is )?not in", text) and full_key:
-        return unknown_key(place(full_key), full_key, _siblings(full_key, base, all_keys), all_keys(base))
+        siblings = fields.get(_search(r"object_type=(\w+)", text) or "", [])
+        return unknown_key(place(full_key), full_key, siblings, all_keys(base))
     if "Ambiguous value" in text:
         key, _, value = str(_search(r"argument '([^']+)'", text)).partition("=")
         return UserError(f"override {key}={value}: several values. To run them all: plmtune run -m ...; "
                          f"as a list: {key}=[{value}]")  # fmt: skip
     if parse := re.search(r"Error parsing override '([^']*)'\n(.*)", text):
         return UserError(f"override {parse[1]}: cannot be understood ({parse[2]}). Quote special characters.")
+    if "is not a ListConfig" in text:
+        key, _, value = next((o for o in overrides if "=" in o and _search(r"override (\S+)", text) == o), "=").partition("=")
+        return UserError(f"{place(key)}key {key}: needs a list. Write {key}=[{value}].")
     if wrong := re.search(r"(Value .*|.*could not be converted.*|Cannot (?:convert|assign).*|Unsupported .*)", text):
         key = full_key or ""
         return UserError(f"{place(key)}key {key}: {wrong[1].strip()}.")
@@ -79,13 +86,6 @@ def explain(
 def _search(pattern: str, text: str) -> str | None:
     found = re.search(pattern, text)
     return found[1] if found else None
-
-
-def _siblings(full_key: str, base: str, all_keys: Callable[[str], list[str]]) -> list[str]:
-    parent = full_key.rpartition(".")[0]
-    prefix = f"{parent}." if parent else ""
-    keys = [key.removeprefix(prefix) for key in all_keys(base) if key.startswith(prefix)]
-    return [key for key in keys if "." not in key and key != "component"]
 
 
 def _place_of_choice(files: dict[str, Path], group: str, option: str) -> str | None:
