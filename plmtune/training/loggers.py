@@ -1,0 +1,136 @@
+"""Where metrics go besides metrics.jsonl. A logger has `log(step, values)` and `close()`."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from plmtune.errors import UserError
+from plmtune.registry import register
+
+
+class Logger(Protocol):
+    def log(self, step: int, values: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@register("logger", "jsonl")
+class JsonLines:
+    """Nothing besides metrics.jsonl, which every run writes."""
+
+    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+        pass
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@register("logger", "tensorboard")
+class TensorBoard:
+    """Event files for TensorBoard.
+
+    Args:
+        folder: inside the run directory.
+    """
+
+    def __init__(self, directory: Path, config: dict[str, Any], *, folder: str = "tensorboard") -> None:
+        self._directory = directory / folder
+        self._writer: Any = None
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            module = _need("torch.utils.tensorboard", "tensorboard", extra=None)
+            # A resumed run writes some steps again; TensorBoard then hides what an earlier attempt wrote of them.
+            self._writer = module.SummaryWriter(str(self._directory), purge_step=step)
+        for key, value in values.items():
+            if _is_number(value):
+                self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+@register("logger", "wandb")
+class WeightsAndBiases:
+    """Weights & Biases; a resumed run goes on in the same chart.
+
+    Args:
+        project: where the run appears.
+        name: of the run; None takes the run directory's.
+        mode: "online", "offline" (upload later with wandb sync) or "disabled".
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: dict[str, Any],
+        *,
+        project: str = "plmtune",
+        name: str | None = None,
+        mode: str = "online",
+    ) -> None:
+        module = _need("wandb", "wandb", extra="wandb")
+        identity = directory / "wandb_id"
+        if not identity.exists():
+            identity.write_text(module.util.generate_id(), encoding="utf-8")
+        self._run = module.init(
+            project=project,
+            name=name or directory.name,
+            id=identity.read_text(encoding="utf-8"),
+            resume="allow",
+            mode=mode,
+            dir=str(directory),
+            config=config,
+        )
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._run.log({k: v for k, v in values.items() if _is_number(v)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+@register("logger", "trackio")
+class Trackio:
+    """trackio: the same charts, kept on this machine.
+
+    Args:
+        project: where the run appears.
+        name: of the run; None takes the run directory's.
+    """
+
+    def __init__(
+        self, directory: Path, config: dict[str, Any], *, project: str = "plmtune", name: str | None = None
+    ) -> None:
+        self._module = _need("trackio", "trackio", extra="trackio")
+        self._module.init(project=project, name=name or directory.name, config=config, resume="allow")
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._module.log({k: v for k, v in values.items() if _is_number(v)}, step=step)
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _need(module: str, package: str, *, extra: str | None) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        install = f'pip install "plmtune[{extra}]"' if extra else f"pip install {package}"
+        raise UserError(
+            f"logger={package} needs the package {package}, which is not installed. Install it ({install}), "
+            f"or use logger=jsonl."
+        ) from error

@@ -1,0 +1,106 @@
+"""Files that are whole or not there: fsync, atomic replacement, and a manifest that finds any flipped bit."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from plmtune.errors import UserError
+
+NAME = "manifest.json"
+_CHUNK = 16 * 2**20
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest(path: Path) -> str:
+    """The xxh3-128 of a file, in hex."""
+    hasher = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def seal(directory: Path, step: int) -> None:
+    """Hash every file of `directory`, bring all to the disk, and write the manifest last."""
+    files = {}
+    for path in sorted(directory.iterdir()):
+        files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": digest(path)}
+        sync(path)
+    write_text(directory / NAME, _text({"format": 1, "step": step, "files": files}))
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Check every file of `directory` against its manifest and return the manifest.
+
+    Raises:
+        UserError: naming the first file that is missing, cut short, altered, or not a plain file.
+    """
+    path = directory / NAME
+    if not path.is_file() or path.is_symlink():
+        raise UserError(f"{directory} has no {NAME}: it is not a checkpoint, or was never finished.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        whole = _text({key: manifest[key] for key in ("format", "step", "files")}) == text
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged: it does not match its own checksum.")
+    if manifest["format"] != 1:
+        raise UserError(f"{path} has format {manifest['format']}; this version reads 1. Use a newer plmtune.")
+    for name, expected in manifest["files"].items():
+        # A manifest may come from anywhere; it must not lead out of its own directory.
+        if name != Path(name).name or name in (".", ".."):
+            raise UserError(f"{path} names {name!r}, which is not a plain file name.")
+        _verify_file(directory / name, expected["bytes"], expected["xxh3_128"])
+    return manifest
+
+
+def _verify_file(path: Path, size: int, expected: str) -> None:
+    if path.is_symlink() or not path.is_file():
+        raise UserError(f"{path} is missing or not a plain file.")
+    found = path.stat().st_size
+    if found != size:
+        raise UserError(f"{path} has {found} bytes, and its manifest says {size}.")
+    try:
+        actual = digest(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    if actual != expected:
+        raise UserError(f"{path} is damaged: xxh3 {actual}, expected {expected}.")
+
+
+def _text(manifest: dict[str, Any]) -> str:
+    """The one spelling of a manifest, with its own checksum: any other byte means damage."""
+    body = json.dumps(manifest, indent=1, sort_keys=True)
+    return json.dumps(
+        {**manifest, "xxh3_128": xxhash.xxh3_128_hexdigest(body.encode())}, indent=1, sort_keys=True
+    )

@@ -1,0 +1,82 @@
+"""metrics.jsonl: one JSON object a line, valid JSON always, and after a resume the lines of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from plmtune.training import manifest
+
+# What depends on the clock and the machine. All other keys are equal in two runs of one seed.
+TIMING = ("time", "tokens_per_second", "mfu", "memory_bytes")
+
+
+class MetricsFile:
+    """Appends lines to `path`; each is on its way to the disk before `append` returns.
+
+    Args:
+        path: made if missing.
+        start_step: lines beyond it are cut off: a resumed run writes them again. A line torn by a kill goes too.
+    """
+
+    def __init__(self, path: Path, *, start_step: int = 0) -> None:
+        self.path = path
+        if path.exists():
+            _cut(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, step: int, values: Mapping[str, Any]) -> None:
+        self._file.write(line(step, values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def line(step: int, values: Mapping[str, Any]) -> str:
+    """`values` as one line of JSON. JSON knows no NaN: it becomes null, and "not_finite" says what it was."""
+    entry: dict[str, Any] = {"step": step}
+    odd = {}
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            entry[key], odd[key] = None, str(value)
+        else:
+            entry[key] = value
+    if odd:
+        entry["not_finite"] = odd
+    return json.dumps(entry, allow_nan=False)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file. A last line that a kill tore is left out."""
+    entries = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
+    return entries
+
+
+def without_timing(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a line that depends on the run alone."""
+    return {key: value for key, value in entry.items() if key not in TIMING}
+
+
+def _cut(path: Path, start_step: int) -> None:
+    kept = [json.dumps(entry) for entry in read(path) if entry["step"] <= start_step]
+    manifest.write_text(path, "".join(text + "\n" for text in kept))

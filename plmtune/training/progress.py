@@ -1,0 +1,221 @@
+"""Watching a run: the progress line, metrics.jsonl and loggers, and the signals that ask it to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from plmtune.training import distributed
+from plmtune.training.loggers import Logger
+from plmtune.training.metrics import MetricsFile
+from plmtune.training.run_directory import RunDirectory
+from plmtune.training.runtime import peak_memory_bytes
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Watch:
+    """Shows and records what a run measures, and hears when it should stop.
+
+    Every rank makes one and calls `log` at the same steps: that is where ranks agree to stop. Rank 0 writes.
+
+    Keys of values: loss, lr, grad_norm and tokens (so far) of training; validation_loss, bits_per_byte and
+    sparsity/0, sparsity/1, ... of a validation. Lines with a loss also get time (seconds of training in
+    this process), tokens_per_second, mfu and memory_bytes, the keys of `metrics.TIMING`.
+
+    Args:
+        run: where metrics.jsonl is.
+        loggers: further places for the same numbers.
+        num_steps: of the whole run.
+        start_step: the step that was restored; lines of later steps are cut off.
+        device: whose memory is shown.
+        tokens_per_step: over all ranks, for the rate.
+        flops_per_token: forward and backward, for MFU.
+        peak_flops: of all devices together in the run's arithmetic, for MFU; None shows no MFU.
+        every_seconds: between lines where stderr is no terminal.
+
+    Attributes:
+        stop_requested: whether a rank was asked to stop before the last `log`; the same on every rank.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        loggers: Sequence[Logger],
+        num_steps: int,
+        start_step: int = 0,
+        *,
+        device: torch.device | None = None,
+        tokens_per_step: int | None = None,
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
+        every_seconds: float = 10.0,
+    ) -> None:
+        self.num_steps = num_steps
+        self.stop_requested = False
+        self._is_main = run.is_main
+        self._loggers = list(loggers) if run.is_main else []
+        self._file = MetricsFile(run.metrics, start_step=start_step) if run.is_main else None
+        self._device = device or torch.device("cpu")
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._every_seconds = every_seconds
+        self._start_step = start_step
+        self._signalled = False
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._previous = (start_step, 0.0)  # step and seconds of the last line with a loss
+        self._paused = 0.0
+        self._last_print = float("-inf")
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Watch:
+        with contextlib.suppress(ValueError):  # signals can be heard in the main thread only
+            for number in _SIGNALS:
+                self._handlers[number] = signal.signal(number, self._on_signal)
+        self._began = time.perf_counter()
+        console = Console(stderr=True)
+        if self._is_main and console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[text]}"),
+                console=console,
+            )
+            self._task = self._progress.add_task(
+                "", total=self.num_steps, completed=self._start_step, text=""
+            )
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._file is not None:
+            self._file.close()
+        for logger in self._loggers:
+            logger.close()
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Record the values of `step`, and look whether any rank was asked to stop."""
+        self.stop_requested = distributed.any_rank(self._signalled)
+        if not self._is_main:
+            return
+        assert self._file is not None
+        entry = dict(values)
+        if "loss" in entry:
+            entry |= self._timing(step)
+        self._file.append(step, entry)
+        for logger in self._loggers:
+            logger.log(step, entry)
+        self._show(step, entry)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around a validation or a save: its time does not count as training."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - began
+
+    def message(self, text: str) -> None:
+        """A line for the person who watches, above the progress line."""
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False, markup=False)
+        elif self._is_main:
+            print(text, file=sys.stderr, flush=True)
+
+    def _timing(self, step: int) -> dict[str, float | int]:
+        seconds = time.perf_counter() - self._began - self._paused
+        last_step, last_seconds = self._previous
+        self._previous = (step, seconds)
+        timing: dict[str, float | int] = {
+            "time": round(seconds, 3),
+            "memory_bytes": peak_memory_bytes(self._device),
+        }
+        if self._tokens_per_step and step > last_step and seconds > last_seconds:
+            rate = (step - last_step) * self._tokens_per_step / (seconds - last_seconds)
+            timing["tokens_per_second"] = round(rate, 1)
+            if self._flops_per_token and self._peak_flops:
+                timing["mfu"] = round(rate * self._flops_per_token / self._peak_flops, 4)
+        return timing
+
+    def _show(self, step: int, entry: Mapping[str, Any]) -> None:
+        if "loss" not in entry:
+            shown = [
+                f"{k} {entry[k]:.4f}"
+                for k in ("validation_loss", "bits_per_byte")
+                if entry.get(k) is not None
+            ]
+            if shown:
+                self.message(f"step {step}: {' · '.join(shown)}")
+            return
+        text = describe(entry, self._eta(step))
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, text=text)
+            return
+        now = time.perf_counter()
+        if now - self._last_print >= self._every_seconds or step == self.num_steps:
+            self._last_print = now
+            self.message(f"step {step}/{self.num_steps} · {text}")
+
+    def _eta(self, step: int) -> float | None:
+        done = step - self._start_step
+        # Pauses count here: the person waits for validations and saves too.
+        return (time.perf_counter() - self._began) / done * (self.num_steps - step) if done > 0 else None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signalled:
+            os._exit(128 + number)
+        self._signalled = True
+        if self._is_main:
+            # Not through rich: its lock may be held by the code that this handler interrupts.
+            os.write(
+                2,
+                f"\n{signal.Signals(number).name}: finishing the step and saving; once more ends at once.\n".encode(),
+            )
+
+
+def describe(entry: Mapping[str, Any], eta_seconds: float | None) -> str:
+    """One line of a run's state: loss, rate, speed, memory, time to go."""
+    parts = [f"loss {entry['loss']:.4f}"]
+    if "lr" in entry:
+        parts.append(f"lr {entry['lr']:.2e}")
+    if "tokens_per_second" in entry:
+        parts.append(f"{_short(entry['tokens_per_second'])} tok/s")
+    if "mfu" in entry:
+        parts.append(f"MFU {entry['mfu']:.1%}")
+    if "memory_bytes" in entry:
+        parts.append(f"{entry['memory_bytes'] / 2**30:.1f} GiB")
+    if eta_seconds is not None:
+        parts.append(f"ETA {_clock(eta_seconds)}")
+    return " · ".join(parts)
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"

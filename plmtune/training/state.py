@@ -1,0 +1,222 @@
+"""What training remembers besides weights, as named tensors and plain JSON: optimizer, schedule, random numbers.
+
+No pickle: tensors go to safetensors, everything else is numbers and strings. Names are the parameters' own, so
+that one process, DDP and FSDP2 write the same file and read each other's.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from plmtune.errors import UserError
+from plmtune.training import distributed
+
+# Quantized states are tensor subclasses; only those named here are ever rebuilt from a file.
+_SUBCLASSES = {"OptimState8bit": "torchao.optim.subclass_8bit"}
+
+
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of `optimizer`, whole and on the host. Every rank must call it.
+
+    Returns:
+        (tensors, rest): tensors named "parameter/key", quantized ones as "parameter/key/part"; and the rest,
+        JSON-able: settings of each group with its parameters' names, states that are no tensors, and what rebuilds
+        quantized tensors.
+    """
+    names = distributed.parameter_names(model)
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {"groups": [], "values": {}, "quantized": {}}
+    for group in optimizer.param_groups:
+        settings = {key: _plain(value) for key, value in group.items() if key != "params"}
+        rest["groups"].append({"params": [names[p] for p in group["params"]], "settings": settings})
+        for parameter in group["params"]:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                name = f"{names[parameter]}/{key}"
+                if not isinstance(value, Tensor):
+                    rest["values"][name] = _plain(value)
+                elif isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
+                    tensors[name] = distributed.full_tensor(_dequantized(value))
+                else:
+                    parts, attributes = value.__tensor_flatten__()
+                    tensors.update({f"{name}/{part}": getattr(value, part).detach().cpu() for part in parts})
+                    rest["quantized"][name] = {
+                        "class": type(value).__name__,
+                        "parts": list(parts),
+                        "attributes": [_plain(a) for a in attributes],
+                    }
+    return tensors, rest
+
+
+def load_optimizer_state(
+    model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
+) -> None:
+    """Put back what `optimizer_state` took, sharded as the model is. Every rank must call it.
+
+    Raises:
+        UserError: if the groups or parameters are not those of this optimizer.
+    """
+    names = distributed.parameter_names(model)
+    saved_groups = rest["groups"]
+    if len(saved_groups) != len(optimizer.param_groups):
+        raise UserError(
+            f"The checkpoint's optimizer has {len(saved_groups)} groups of parameters, this run's "
+            f"{len(optimizer.param_groups)}. Resume with the optimizer that wrote it."
+        )
+    entries: dict[str, dict[str, Any]] = {}
+    for name in (*tensors, *rest["values"], *rest["quantized"]):
+        parameter_name, key = name.split("/")[:2]
+        entries.setdefault(parameter_name, {})[key] = f"{parameter_name}/{key}"
+    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+        if [names[p] for p in group["params"]] != saved["params"]:
+            raise UserError(
+                "The checkpoint's optimizer groups parameters otherwise than this run's. "
+                "Resume with the model and the optimizer that wrote it."
+            )
+        if sorted(saved["settings"]) != sorted(key for key in group if key != "params"):
+            raise UserError(
+                f"The checkpoint's optimizer has the settings {sorted(saved['settings'])}, this run's "
+                f"{sorted(key for key in group if key != 'params')}. Resume with the optimizer that wrote it."
+            )
+        for key, value in saved["settings"].items():
+            group[key] = _as(value, group[key])
+        for parameter in group["params"]:
+            state = {}
+            for key, name in entries.get(names[parameter], {}).items():
+                if name in rest["values"]:
+                    state[key] = rest["values"][name]
+                elif name in rest["quantized"]:
+                    state[key] = _placed_quantized(
+                        _rebuilt(name, tensors, rest["quantized"][name]), parameter
+                    )
+                else:
+                    state[key] = _placed(key, tensors[name], parameter, group)
+            if state:
+                optimizer.state[parameter] = state
+            else:
+                optimizer.state.pop(parameter, None)
+
+
+def scheduler_state(scheduler: Any) -> dict[str, Any]:
+    """The JSON-able state of a learning-rate scheduler."""
+    return {key: _plain(value) for key, value in scheduler.state_dict().items()}
+
+
+def load_scheduler_state(scheduler: Any, state: Mapping[str, Any]) -> None:
+    """Put back what `scheduler_state` took; rates that are tensors in this run stay tensors."""
+    current = scheduler.state_dict()
+    scheduler.load_state_dict({key: _as(value, current.get(key)) for key, value in state.items()})
+
+
+def random_state() -> dict[str, Any]:
+    """The state of this process's random generators: torch, CUDA, numpy, python."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": _encode(torch.get_rng_state()),
+        "cuda": _encode(torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else None,
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def load_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what `random_state` took."""
+    torch.set_rng_state(_decode(state["torch"]))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_decode(state["cuda"]))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _encode(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _decode(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON carries it exactly: a tensor of one element as a number, a dtype as its name."""
+    if isinstance(value, Tensor):
+        return value.item()
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{type(value).__name__} {value!r} cannot be kept in a checkpoint's JSON")
+
+
+def _as(value: Any, example: Any) -> Any:
+    """`value` from JSON in the types of `example`, which this run holds in its place."""
+    if isinstance(example, Tensor):
+        return torch.tensor(value, dtype=example.dtype, device=example.device)
+    if isinstance(example, list | tuple) and isinstance(value, list) and len(value) == len(example):
+        return type(example)(_as(v, e) for v, e in zip(value, example, strict=True))
+    return value
+
+
+def _placed(key: str, value: Tensor, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+    if key == "step":
+        # Fused and capturable kernels read the counter on the device, all others on the host (torch's rule).
+        return value.to(parameter.device) if group.get("fused") or group.get("capturable") else value
+    return (
+        distributed.like(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
+    )
+
+
+def _dequantized(value: Tensor) -> Tensor:
+    """A sharded quantized tensor as a sharded fp32 one: its blocks do not align with another world's shards."""
+    if isinstance(value, DTensor) and is_traceable_wrapper_subclass(local := value.to_local()):
+        return DTensor.from_local(
+            local.dequantize(),
+            value.device_mesh,
+            value.placements,
+            run_check=False,
+            shape=value.shape,
+            stride=value.stride(),
+        )
+    return value
+
+
+def _rebuilt(name: str, tensors: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> Tensor:
+    if recipe["class"] not in _SUBCLASSES:
+        raise UserError(
+            f"The checkpoint's state {name} is a {recipe['class']}, which this version does not know."
+        )
+    subclass = getattr(importlib.import_module(_SUBCLASSES[recipe["class"]]), recipe["class"])
+    parts = {part: tensors[f"{name}/{part}"] for part in recipe["parts"]}
+    attributes = [
+        _dtype(a) if isinstance(a, str) and a.startswith("torch.") else a for a in recipe["attributes"]
+    ]
+    return subclass.__tensor_unflatten__(parts, attributes)
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise UserError(f"The checkpoint names a data type {name}, which does not exist.")
+    return found
+
+
+def _placed_quantized(value: Tensor, parameter: Tensor) -> Tensor:
+    if isinstance(parameter, DTensor):
+        return distributed.like(value.dequantize(), parameter)
+    return value.to(parameter.device)
