@@ -58,10 +58,9 @@ def assemble(
 
 
 def describe(part: Component) -> dict[str, Any]:
-    """Return a component as plain data, defaults written out: a later default must not change a saved model."""
-    settings = {
-        name: part.settings.get(name, p.default) for name, p in _settings(part.group, part.name).items()
-    }
+    """Return a component as plain data, defaults written out: a new default must not change a saved model."""
+    parameters = _settings(part.group, part.name)
+    settings = {key: part.settings.get(key, p.default) for key, p in parameters.items()}
     return {"component": part.name} | {
         key: describe(value) if isinstance(value, Component) else value for key, value in settings.items()
     }

@@ -11,9 +11,9 @@ from plmtune.registry import Component, component, register
 def llama(
     vocab_size: int,
     *,
-    attention: Component = component("attention", "gqa", num_kv_heads=3),
-    ffn: Component = component("ffn", "swiglu", hidden_dim=1536),
-    norm: Component = component("norm", "rms_norm", eps=1e-5),
+    attention: Component = component("attention", "gqa", num_kv_heads=3),  # noqa: B008
+    ffn: Component = component("ffn", "swiglu", hidden_dim=1536),  # noqa: B008
+    norm: Component = component("norm", "rms_norm", eps=1e-5),  # noqa: B008
     embed_dim: int = 576,
     num_layers: int = 30,
     num_heads: int = 9,

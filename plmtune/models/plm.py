@@ -11,9 +11,9 @@ from plmtune.registry import Component, component, register
 def plm(
     vocab_size: int,
     *,
-    attention: Component = component("attention", "mla"),
-    ffn: Component = component("ffn", "squared_relu"),
-    norm: Component = component("norm", "rms_norm"),
+    attention: Component = component("attention", "mla"),  # noqa: B008
+    ffn: Component = component("ffn", "squared_relu"),  # noqa: B008
+    norm: Component = component("norm", "rms_norm"),  # noqa: B008
     embed_dim: int = 2048,
     num_layers: int = 32,
     num_heads: int = 16,

@@ -33,7 +33,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, qk_dim: int, v_dim: 
     """Return how scaled_dot_product_attention is asked, for the benchmark to report.
 
     cudnn: Hopper and newer; cuDNN takes queries and values of different width as they are.
-    padded: values padded with zeros to the queries' width, the only way into torch's flash kernels on CPU and CUDA.
+    padded: values padded with zeros to the queries' width, the one way into torch's flash kernels.
     plain: widths are equal; torch's own choice is right.
     """
     if qk_dim == v_dim:
@@ -58,8 +58,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 
     Args:
         q (Tensor): [b, h, s, n]. k (Tensor): [b, h / g, t, n]. v (Tensor): [b, h / g, t, v].
-        mask (Tensor | None): boolean [b, s, t], True where a query may attend; None: causal, aligned at the last
-            token.
+        mask (Tensor | None): boolean [b, s, t], True where a query may attend; None: causal, the last
+            query sees all.
 
     Returns:
         Tensor: [b, h, s, v]
@@ -91,11 +91,11 @@ def _only_self(x: Tensor, y: Tensor | None) -> None:
 
 @register("attention", "mla")
 class MultiHeadLatentAttention(nn.Module):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), as PLM has it (arXiv 2503.12167).
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), as in PLM (arXiv 2503.12167).
 
-    Keys and values are read from one latent of kv_lora_rank numbers a token; position goes through one rope key that
-    all heads share; queries are not compressed. Several new tokens are computed un-absorbed (keys and values
-    expanded), a single one absorbed over the latent itself.
+    Keys and values are read from one latent of kv_lora_rank numbers a token; position goes through one rope
+    key that all heads share; queries are not compressed. Several new tokens are computed un-absorbed (keys
+    and values expanded), a single one absorbed over the latent itself.
 
     Args:
         embed_dim: width of the residual stream.
@@ -164,7 +164,7 @@ class MultiHeadLatentAttention(nn.Module):
         input_pos: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """Attend from x (Tensor), hidden states, [b, s, d], to all before; arguments as `Decoder.forward`'s."""
+        """Attend from x (Tensor), hidden states, [b, s, d]; the other arguments are `Decoder.forward`'s."""
         _only_self(x, y)
         b, s, _ = x.shape
         start = cache.start if cache else 0
@@ -191,9 +191,10 @@ class MultiHeadLatentAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(b, s, -1))
 
     def _decode(self, q_nope: Tensor, q_rope: Tensor, kept: Tensor, mask: Tensor | None) -> Tensor:
-        """One token's heads, [b, 1, h v], from q_nope [b, h, n], q_rope [b, h, r] and the cache [b, t, c + r]."""
-        # Absorbed: q (W_uk c) = (q W_uk) c, so fold W_uk into the query and attend over the latent itself as one KV
-        # head that all query heads share; apply W_uv after the sum. 8.9x fewer bytes than K and V for PLM-1.8B.
+        """One token's heads, [b, 1, h v], from q_nope [b, h, n], q_rope [b, h, r] and kept [b, t, c + r]."""
+        # Absorbed: q (W_uk c) = (q W_uk) c, so fold W_uk into the query and attend over the latent itself as
+        # one KV head that all query heads share; apply W_uv after the sum. For PLM-1.8B the cache is 8.9x
+        # smaller than K and V.
         w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim)).split(
             (self.qk_nope_head_dim, self.v_head_dim), dim=1
         )  # [h, n, c], [h, v, c]
@@ -219,7 +220,7 @@ class GroupedQueryAttention(nn.Module):
         num_kv_heads: heads of keys and values; each serves num_heads / num_kv_heads query heads.
         head_dim: width a head; None: embed_dim / num_heads.
         rope_theta: base of RoPE's frequencies.
-        rope_interleaved: RoPE's pairs are neighbours, not head_dim / 2 apart as in Hugging Face's Llama weights.
+        rope_interleaved: RoPE's pairs are neighbours, not head_dim / 2 apart as in Hugging Face's Llama.
         bias: queries, keys, values and output have biases.
 
     Raises:
@@ -267,7 +268,7 @@ class GroupedQueryAttention(nn.Module):
         input_pos: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """Attend from x (Tensor), hidden states, [b, s, d], to all before; arguments as `Decoder.forward`'s."""
+        """Attend from x (Tensor), hidden states, [b, s, d]; the other arguments are `Decoder.forward`'s."""
         _only_self(x, y)
         b, s, _ = x.shape
         start = cache.start if cache else 0

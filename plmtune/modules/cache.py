@@ -11,7 +11,7 @@ class LayerCache(NamedTuple):
     """One layer's share of a cache during one forward.
 
     Attributes:
-        buffers: each [b, heads, max_seq_len, width], allocated once; MLA has one with one head, GQA has K and V.
+        buffers: each [b, heads, max_seq_len, width], allocated once; MLA has one, GQA two (K, V).
         start: tokens already in them.
     """
 
@@ -64,5 +64,5 @@ class Cache:
         self.length = length
 
     def reorder(self, rows: Tensor) -> None:
-        """Let row i go on from what row rows[i] held; rows (Tensor): [b'], so a search may also widen the batch."""
+        """Let row i go on from what row rows[i] held; rows (Tensor): [b'], so b may change."""
         self.layers = [tuple(buffer.index_select(0, rows) for buffer in layer) for layer in self.layers]

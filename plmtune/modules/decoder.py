@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from plmtune.modules.cache import Cache, LayerCache
+from plmtune.modules.norm import autocast_active
 
 
 class DecoderLayer(nn.Module):
@@ -54,7 +55,7 @@ class Decoder(nn.Module):
 
     Attributes:
         activation_checkpointing: in training keep only each layer's input and compute the rest again.
-        config: the component and settings it was built from, as `plmtune.models` fills in; saved beside weights.
+        config: the component and settings it was built from, as `plmtune.models` fills in; saved with it.
 
     Raises:
         ValueError: for a size below 1.
@@ -105,8 +106,8 @@ class Decoder(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw all matrices from N(0, init_std); set norms to 1 and biases to 0.
 
-        With a generator the numbers are the same for any number of processes: each draws whole matrices in order,
-        one at a time, and keeps its shard.
+        With a generator the numbers are the same for any number of processes: each draws whole matrices, one
+        at a time, and keeps its shard.
         """
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
@@ -141,15 +142,16 @@ class Decoder(nn.Module):
                 f"a cache of {max_seq_len} tokens exceeds the model's max_seq_len ({self.max_seq_len})"
             )
         like = self.tok_embeddings.weight
-        return Cache(
-            [
+        layers = []
+        for layer in self.layers:
+            shapes = cast(Any, layer).attention.cache_shapes()
+            layers.append(
                 tuple(
                     torch.empty(batch_size, heads, max_seq_len, width, dtype=like.dtype, device=like.device)
-                    for heads, width in layer.attention.cache_shapes()
+                    for heads, width in shapes
                 )
-                for layer in self.layers
-            ]
-        )
+            )
+        return Cache(layers)
 
     def forward(
         self,
@@ -164,7 +166,7 @@ class Decoder(nn.Module):
 
         Args:
             tokens (Tensor): ids, [b, s].
-            mask (Tensor | None): boolean, [b, s, t], True where a token may attend, t = cached + s; None: causal.
+            mask (Tensor | None): boolean, [b, s, t], True where it may attend, t = cached + s; None: causal.
             input_pos (Tensor | None): positions for RoPE, [b, s]; None: 0, 1, ... after what the cache holds.
             cache (Cache | None): from `new_cache`; this forward appends to it.
             hidden: return the normed hidden states, [b, s, d], instead of logits.
@@ -184,7 +186,7 @@ class Decoder(nn.Module):
                 f"a sequence of {t} tokens exceeds the cache's max_seq_len ({cache.max_seq_len})"
             )
         x = self.tok_embeddings(tokens)
-        if torch.is_autocast_enabled(x.device.type):
+        if autocast_active(x.device):
             # Embedding is not on autocast's list: without this the whole residual stream would be fp32.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for index, layer in enumerate(self.layers):

@@ -12,8 +12,8 @@ from plmtune.registry import register
 class SquaredReLU(nn.Module):
     """PLM's FFN: down(relu(up(x))^2), no gate, no bias (Primer, arXiv 2109.08668; PLM, arXiv 2503.12167).
 
-    With `record_sparsity` set, `sparsity` holds the share of exact zeros of the last forward's activation, as a
-    tensor on the device: reading it is the only synchronisation.
+    With `record_sparsity` set, `sparsity` holds the share of exact zeros of the last forward's activation, as
+    a tensor on the device: reading it is the only synchronisation.
 
     Args:
         embed_dim: width of the residual stream.

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plmtune.registry import register
+
+
+def autocast_active(device: torch.device) -> bool:
+    """Whether autocast changes dtypes on `device`; some devices (meta) do not know it at all."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    # Autocast would turn the input into fp32 and hand fp32 on; the kernels already sum in fp32 by themselves.
+    return torch.autocast(device.type, enabled=False) if autocast_active(device) else nullcontext()
 
 
 @register("norm", "rms_norm")
@@ -24,8 +36,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Autocast would turn the input into fp32 and hand fp32 on; the kernel already sums in fp32 by itself.
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device):
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -45,6 +56,6 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return F.layer_norm(x, self.weight.shape, weight, bias, self.eps)

@@ -11,8 +11,8 @@ from torch import Tensor
 class RotaryEmbedding:
     """Turn pairs of numbers by an angle that grows with the position.
 
-    Not a module: the tables follow from the settings, so they are neither saved nor moved. They are made once for
-    each device, shared by all layers, when first used (so a model built on the meta device needs no repair).
+    Not a module: the tables follow from the settings, so they are neither saved nor moved. They are made once
+    for each device, shared by all layers, when first used (so a model built on meta needs no repair).
 
     Args:
         dim: numbers a head that are turned.
@@ -60,7 +60,7 @@ def _cached_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and signed sin in fp32, both [max_seq_len, dim] in the order of x."""
     # Tables made while generating must also serve training, which inference tensors cannot.
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+    with torch.inference_mode(False):
         frequency = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
         angle = torch.arange(max_seq_len, device=device, dtype=torch.float64)[:, None] * frequency
         cos, sin = angle.cos().float(), angle.sin().float()  # [s, dim / 2]
