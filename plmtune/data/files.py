@@ -1,0 +1,315 @@
+"""Text on disk: plain text, JSONL and Parquet, compressed or not, in files, folders and globs."""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import xxhash
+
+from plmtune.data.sources import BadRow, Source, text_of
+from plmtune.errors import UserError, did_you_mean
+from plmtune.registry import register
+
+_COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+_JSON_LINES = {".jsonl", ".ndjson", ".json"}
+_TEXT = {
+    ".txt", ".text", ".md", ".rst", ".tex", ".html", ".org", ".csv", ".log",
+    ".py", ".c", ".h", ".cpp", ".hpp", ".cc", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql",
+    ".toml", ".yaml",
+}  # fmt: skip
+_CHUNK = 1 << 20
+# Larger files are known by size, time and both ends: reading hundreds of gigabytes to find that nothing
+# changed would cost more than it saves.
+_HASHED_WHOLE = 256 << 20
+
+
+def read_bytes(path: Path) -> Iterator[bytes]:
+    """Read a file in chunks of at most 1 MiB, decompressing .gz and .zst.
+
+    Raises:
+        UserError: if it cannot be read, or is damaged as an archive.
+    """
+    compression = _COMPRESSION.get(path.suffix.lower())
+    try:
+        if compression is None:
+            with path.open("rb") as plain:
+                while chunk := plain.read(_CHUNK):
+                    yield chunk
+            return
+        import pyarrow
+
+        # pyarrow finds truncated streams, which the zstandard package's reader passes over in silence
+        with pyarrow.input_stream(str(path), compression=compression) as stream:
+            while chunk := stream.read(_CHUNK):
+                yield chunk
+    except OSError as error:
+        if compression is None or error.errno is not None:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise UserError(
+            f"{path} is damaged or not {compression}: {error}. Fetch or compress it again"
+        ) from error
+
+
+def read_text(path: Path, encoding: str) -> Iterator[str]:
+    """Decode a file piece by piece, without its byte order mark.
+
+    Raises:
+        UserError: at the first byte that is not in `encoding`, with its offset.
+    """
+    decoder = codecs.getincrementaldecoder(encoding)()
+    fed = 0
+    first = True
+    try:
+        for chunk in read_bytes(path):
+            fed += len(chunk)
+            piece = decoder.decode(chunk)
+            yield piece.removeprefix("\ufeff") if first else piece
+            first = False
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            _wrong_encoding(path, encoding, fed - len(error.object) + error.start, error)
+        ) from error
+
+
+def _wrong_encoding(path: Path, encoding: str, offset: int, error: UnicodeDecodeError) -> str:
+    packed = " of the unpacked text" if path.suffix.lower() in _COMPRESSION else ""
+    return (
+        f"{path} is not {encoding}: byte {offset}{packed} is 0x{error.object[error.start]:02x} "
+        f"({error.reason}). "
+        "If it has another encoding, name it: encoding=latin-1, utf-16, gb18030, ... (--encoding)"
+    )
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Read a file line by line, without the line ends."""
+    parts: list[bytes] = []  # of the line being read, joined once, so that a very long line stays linear
+    for chunk in read_bytes(path):
+        head, *others = chunk.split(b"\n")
+        parts.append(head)
+        if others:
+            yield b"".join(parts)
+            yield from others[:-1]
+            parts = [others[-1]]
+    if any(parts):
+        yield b"".join(parts)
+
+
+def kind_of(path: Path) -> str | None:
+    """Return text, jsonl or parquet by the file's suffix (before .gz or .zst); None: unknown."""
+    suffix = path.suffix.lower()
+    if suffix in _COMPRESSION:
+        suffix = Path(path.stem).suffix.lower()
+    if suffix in _JSON_LINES:
+        return "jsonl"
+    return "parquet" if suffix == ".parquet" else "text" if suffix in _TEXT else None
+
+
+def find_files(paths: tuple[str, ...]) -> tuple[list[Path], set[Path]]:
+    """Resolve files, folders and globs to (files in a stable order, those of them that were named singly).
+
+    Raises:
+        UserError: for a path that is not there, a glob or folder without a file.
+    """
+    found: dict[Path, None] = {}
+    singly: set[Path] = set()
+    for text in paths:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if kind_of(p) and p.is_file() and not _hidden(p, path))
+            if not inside:
+                raise UserError(f"The folder {text} holds no text, JSONL or Parquet file")
+        elif path.exists():
+            inside = [path]
+            singly.add(path)
+        else:
+            # Path.glob takes no absolute patterns
+            matches = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
+            inside = sorted(p for p in matches if p.is_file())
+            if not inside and any(c in text for c in "*?["):
+                raise UserError(f"The glob {text} matches no file (seen from {Path.cwd()})")
+            if not inside:
+                siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+                near = _nearest(path.name, siblings)
+                raise UserError(f"There is no file {text} (seen from {Path.cwd()}).{near}")
+        found.update(dict.fromkeys(inside))
+    return list(found), singly
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    hint = did_you_mean(name, known)
+    return hint if hint.endswith("?") else ""  # a folder's whole list of names would hide the message
+
+
+class Files(Source):
+    """See `files`."""
+
+    name = "files"
+
+    def __init__(
+        self,
+        paths: tuple[str, ...],
+        *,
+        format: Literal["auto", "text", "jsonl", "parquet"],
+        text_key: str,
+        separator: str | None,
+        encoding: str,
+    ) -> None:
+        self.paths, singly = find_files(paths)
+        self.format = format
+        self.text_key = text_key
+        self.separator = separator
+        self.encoding = encoding
+        for path in self.paths:
+            if path in singly and path.is_file() and path.stat().st_size == 0:
+                raise UserError(f"{path} is empty")
+
+    def documents(self, skip_bad: bool = False) -> Iterator[str]:
+        """Read every file in turn."""
+        for stream in self.streams(skip_bad):
+            yield from stream
+
+    def streams(self, skip_bad: bool = False) -> Iterator[Iterator[str]]:
+        """Read every file as a stream of its own; documents of white space alone are left out."""
+        self.skipped = 0
+        for path in self.paths:
+            yield (text for text in self._read(path, skip_bad) if text and not text.isspace())
+
+    def _read(self, path: Path, skip_bad: bool) -> Iterator[str]:
+        kind = (kind_of(path) or "text") if self.format == "auto" else self.format
+        if kind == "text":
+            yield from self._read_text(path)
+            return
+        rows = self._read_jsonl(path) if kind == "jsonl" else self._read_parquet(path)
+        for place, row in rows:
+            if isinstance(row, str):
+                yield row
+            elif skip_bad:
+                self.skipped += 1
+            else:
+                remedy = "Mend it, or leave such rows out with skip_bad (--skip-bad)"
+                raise UserError(f"{path}, {place} {row}. {remedy}") from row
+
+    def _read_text(self, path: Path) -> Iterator[str]:
+        pieces = read_text(path, self.encoding)
+        if self.separator is None:
+            yield "".join(pieces)
+            return
+        rest = ""
+        for piece in pieces:
+            *whole, rest = (rest + piece).split(self.separator)
+            yield from whole
+        yield rest
+
+    def _read_jsonl(self, path: Path) -> Iterator[tuple[str, str | BadRow]]:
+        for number, line in enumerate(read_lines(path), 1):
+            if not line.strip():
+                continue
+            place = f"line {number}"
+            try:
+                yield place, text_of(json.loads(line.decode(self.encoding)), self.text_key)
+            except BadRow as error:
+                yield place, error
+            except UnicodeDecodeError as error:
+                where = f"at byte {error.start} of the line"
+                yield place, BadRow(f"is not {self.encoding} {where} (see encoding, --encoding)")
+            except json.JSONDecodeError as error:
+                array = " (an array? One object a line is needed)" if line.strip() == b"[" else ""
+                yield place, BadRow(f"is not JSON: {error.msg} at column {error.colno}{array}")
+            except RecursionError:
+                yield place, BadRow("is JSON nested too deeply to read")
+
+    def _read_parquet(self, path: Path) -> Iterator[tuple[str, str | BadRow]]:
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            with parquet.ParquetFile(path) as file:
+                names = file.schema_arrow.names
+                if self.text_key not in names:
+                    raise UserError(
+                        f"{path} has no column {self.text_key}, only {', '.join(names)}."
+                        f"{_nearest(self.text_key, names)} Choose one with text_key (--text-key)"
+                    )
+                number = 0
+                for batch in file.iter_batches(batch_size=1024, columns=[self.text_key]):
+                    for value in batch.column(0).to_pylist():
+                        number += 1
+                        try:
+                            yield f"row {number}", text_of({self.text_key: value}, self.text_key)
+                        except BadRow as error:
+                            yield f"row {number}", error
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is damaged or not Parquet: {error}") from error
+
+    def fingerprint(self) -> str:
+        """Hash what is read and how; not where it lies, so that a moved corpus stays prepared."""
+        digest = xxhash.xxh3_128()
+        how = [self.format, self.text_key, self.separator, self.encoding]
+        digest.update(json.dumps(how).encode())
+        for path in self.paths:
+            status = path.stat()
+            digest.update(f"{path.name} {kind_of(path)} {status.st_size}\n".encode())
+            try:
+                with path.open("rb") as file:
+                    if status.st_size > _HASHED_WHOLE:
+                        digest.update(f"{status.st_mtime_ns}".encode())
+                        digest.update(file.read(_CHUNK))
+                        file.seek(-_CHUNK, 2)
+                    while chunk := file.read(_CHUNK):
+                        digest.update(chunk)
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        return digest.hexdigest()
+
+    def describe(self) -> str:
+        """Return one line for a person."""
+        size = sum(path.stat().st_size for path in self.paths) / 1e6
+        shown = ", ".join(path.name for path in self.paths[:3])
+        more = f" and {len(self.paths) - 3} more" if len(self.paths) > 3 else ""
+        return f"{shown}{more} ({size:.1f} MB)"
+
+
+@register("data", "files")
+def files(
+    paths: tuple[str, ...] = (),
+    format: Literal["auto", "text", "jsonl", "parquet"] = "auto",
+    text_key: str = "text",
+    separator: str | None = None,
+    encoding: str = "utf-8",
+) -> Source:
+    """Read text, JSONL (.jsonl, .json, .ndjson; one object a line) and Parquet, also as .gz and .zst.
+
+    Args:
+        paths: files, folders (read whole, in the order of names) or globs.
+        format: auto goes by the suffix; a file of unknown suffix, named singly, is text.
+        text_key: key or column that holds the text of a row.
+        separator: cuts a text file into documents; none: a file is one document.
+        encoding: of text and JSONL.
+
+    Raises:
+        UserError: for no path, a path that is not there, an empty file.
+        ValueError: for an unknown encoding or an empty separator.
+    """
+    if not paths:
+        raise UserError(
+            "data files: paths is empty. Name files, folders or globs, such as data.paths=[corpus/*.txt]"
+        )
+    try:
+        codecs.lookup(encoding)
+    except LookupError as error:
+        raise ValueError(
+            f"encoding {encoding!r} is unknown to Python; utf-8, latin-1, gb18030 are known"
+        ) from error
+    if separator == "":
+        raise ValueError("separator is the empty text; leave it out (null) to keep a file one document")
+    return Files(tuple(paths), format=format, text_key=text_key, separator=separator, encoding=encoding)

@@ -1,0 +1,124 @@
+"""Text from the Hugging Face hub, streamed through `datasets` where that is installed and the hub answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import xxhash
+
+from plmtune.data.sources import BadRow, Source, text_of
+from plmtune.errors import UserError
+from plmtune.registry import register
+
+
+class Hub(Source):
+    """See `hub`."""
+
+    name = "hub"
+
+    def __init__(
+        self,
+        dataset: str,
+        *,
+        subset: str | None,
+        split: str,
+        text_key: str,
+        revision: str | None,
+        limit: int | None,
+    ) -> None:
+        self.dataset = dataset
+        self.subset = subset
+        self.split = split
+        self.text_key = text_key
+        self.revision = revision
+        self.limit = limit
+
+    def documents(self, skip_bad: bool = False) -> Iterator[str]:
+        """Stream the rows."""
+        self.skipped = 0
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise UserError(
+                f"data hub: {self.dataset} needs the package datasets. Install it with "
+                "pip install 'plmtune[hub]', or fetch the files by other means and use data=files"
+            ) from error
+        try:
+            # data files alone are read: no code of the dataset's own is ever run
+            rows = load_dataset(
+                self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True
+            )
+            for number, row in enumerate(islice(rows, self.limit), 1):
+                try:
+                    text = text_of(row, self.text_key)
+                except BadRow as error:
+                    if not skip_bad:
+                        raise UserError(
+                            f"data hub: {self.dataset}, row {number} of {self.split} {error}. "
+                            "To leave such rows out set skip_bad (--skip-bad)"
+                        ) from error
+                    self.skipped += 1
+                    continue
+                if text and not text.isspace():
+                    yield text
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # datasets raises its own, requests', fsspec's and plain OSErrors alike
+            raise UserError(
+                f"data hub: {self.dataset} (subset {self.subset}, split {self.split}) cannot be read: "
+                f"{type(error).__name__}: {error}. Check the name and the connection, or use data=files"
+            ) from error
+
+    def fingerprint(self) -> str:
+        """Hash the dataset's commit, asked from the hub where the revision is not already one."""
+        commit = self.revision or "main"
+        if not (len(commit) == 40 and set(commit) <= set("0123456789abcdef")):
+            try:
+                from huggingface_hub import HfApi
+
+                commit = HfApi().dataset_info(self.dataset, revision=self.revision).sha or commit
+            except ImportError as error:
+                raise UserError("data hub: install pip install 'plmtune[hub]', or use data=files") from error
+            except Exception as error:  # no connection, no such dataset, no permission: one remedy
+                raise UserError(
+                    f"data hub: the hub does not tell the version of {self.dataset}: "
+                    f"{type(error).__name__}: {error}. "
+                    "Check the name and the connection, or pin revision to a commit"
+                ) from error
+        what = (self.dataset, self.subset, self.split, self.text_key, commit, self.limit)
+        return xxhash.xxh3_128_hexdigest(repr(what).encode())
+
+    def describe(self) -> str:
+        """Return one line for a person."""
+        parts = [self.dataset, self.subset, self.split, self.revision]
+        return "the hub's " + ", ".join(part for part in parts if part)
+
+
+@register("data", "hub")
+def hub(
+    name: str = "",
+    subset: str | None = None,
+    split: str = "train",
+    text_key: str = "text",
+    revision: str | None = None,
+    limit: int | None = None,
+) -> Source:
+    """Stream a dataset of the Hugging Face hub; its data files only, never code of its own.
+
+    Args:
+        name: the dataset, such as HuggingFaceFW/fineweb-edu.
+        subset: its configuration.
+        split: train, validation, ...
+        text_key: column that holds the text.
+        revision: branch, tag or commit; a commit makes the data exact.
+        limit: read so many rows and no more.
+
+    Raises:
+        ValueError: for no name, or a limit below 1.
+    """
+    if not name:
+        raise ValueError("hub needs the name of a dataset, such as data.name=HuggingFaceFW/fineweb-edu")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit ({limit}) must be at least 1 row")
+    return Hub(name, subset=subset, split=split, text_key=text_key, revision=revision, limit=limit)

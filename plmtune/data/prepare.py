@@ -1,0 +1,293 @@
+"""Text to token shards, once: the directory's name is a hash of everything that decides its content."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from plmtune.data.shards import FORMAT, SPLITS, Manifest, Shards, ShardWriter, SplitCounts, dtype_for
+from plmtune.data.sources import Prepared, Source
+from plmtune.errors import UserError
+
+if TYPE_CHECKING:
+    from plmtune.data.tokenizers import Tokenizer
+
+# A long document is encoded in pieces of about this many characters, so that one file keeps all cores busy.
+PIECE = 1 << 18
+GROUP = 1 << 22  # characters encoded at a time
+
+Part = tuple[str, str]  # split, document
+
+
+def prepare(
+    source: Source,
+    tokenizer: Tokenizer,
+    root: Path,
+    *,
+    holdout: float = 0.01,
+    holdout_by: Literal["documents", "tail"] = "documents",
+    skip_bad: bool = False,
+    shard_tokens: int = 1 << 26,
+    progress: bool | None = None,
+) -> Path:
+    """Encode a source into shards under `root`, or find that this was done before.
+
+    Args:
+        holdout: share kept for validation.
+        holdout_by: documents: each goes by the hash of its text, so equal documents never stand on both
+            sides; the only document of a corpus is cut at its tail. tail: the last share of the characters of
+            each file.
+        skip_bad: count rows that cannot be read instead of raising.
+        shard_tokens: tokens a shard file.
+        progress: show a bar on standard error; None: when that is a terminal.
+
+    Returns:
+        The directory, NAME-HASH.
+
+    Raises:
+        UserError: for text that cannot be read or is too little, and a `root` that cannot be written. Nothing
+            half-written stays behind.
+        ValueError: for a share outside [0, 1).
+    """
+    if not 0 <= holdout < 1:
+        raise ValueError(
+            f"holdout ({holdout}) must be at least 0 and below 1: it is the share kept for validation"
+        )
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens ({shard_tokens}) must be at least 1")
+    if isinstance(source, Prepared):
+        Shards.open(source.directory, tokenizer_fingerprint=tokenizer.fingerprint, verify=False)
+        return source.directory
+    settings = {
+        "holdout": holdout,
+        "holdout_by": holdout_by,
+        "skip_bad": skip_bad,
+        "shard_tokens": shard_tokens,
+        "piece": PIECE,
+    }
+    fingerprint = source.fingerprint()
+    key = json.dumps([FORMAT, fingerprint, tokenizer.fingerprint, tokenizer.vocab_size, settings])
+    root = Path(root)
+    target = root / f"{source.name}-{xxhash.xxh3_128_hexdigest(key.encode())[:12]}"
+    if (target / "manifest.json").is_file():
+        return target
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _lock(root / f".{target.name}.lock"):
+            if (target / "manifest.json").is_file():
+                return target  # another process made it while this one waited
+            for stale in [target, *root.glob(f".{target.name}.*.tmp")]:
+                shutil.rmtree(stale, ignore_errors=True)  # of a process that was killed: the lock is ours
+            temporary = root / f".{target.name}.{os.getpid()}.tmp"
+            temporary.mkdir()
+            try:
+                shown = sys.stderr.isatty() if progress is None else progress
+                parts = (
+                    by_tail(source, holdout, skip_bad)
+                    if holdout_by == "tail"
+                    else by_documents(source.documents(skip_bad), holdout)
+                )
+                with _bar(source.name) if shown else _no_bar() as advance:
+                    counts = _write(parts, tokenizer, temporary, shard_tokens, advance)
+                if counts["train"].tokens < 2:
+                    skipped = f" ({source.skipped} bad rows left out)" if source.skipped else ""
+                    raise UserError(f"{source.describe()}: there is no text to train on{skipped}")
+                Manifest(
+                    format=FORMAT,
+                    name=source.name,
+                    tokenizer=tokenizer.fingerprint,
+                    vocab_size=tokenizer.vocab_size,
+                    eos_id=tokenizer.eos_id,
+                    dtype=dtype_for(tokenizer.vocab_size).str,
+                    source=fingerprint,
+                    source_description=source.describe(),
+                    settings=settings,
+                    skipped=source.skipped,
+                    splits=counts,
+                ).save(temporary)
+                temporary.replace(target)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
+    except OSError as error:
+        raise UserError(f"{root} cannot be written: {error.strerror or error}") from error
+    return target
+
+
+def _write(
+    parts: Iterable[Part],
+    tokenizer: Tokenizer,
+    directory: Path,
+    shard_tokens: int,
+    advance: Callable[[int, int], None],
+) -> dict[str, SplitCounts]:
+    dtype = dtype_for(tokenizer.vocab_size)
+    writers = {split: ShardWriter(directory, split, dtype, shard_tokens) for split in SPLITS}
+    try:
+        for group in _groups(parts):
+            _encode(group, tokenizer, writers)
+            advance(sum(len(piece) for _, piece, _ in group), sum(w.counts.tokens for w in writers.values()))
+    finally:
+        for writer in writers.values():
+            writer.close()
+    return {split: writer.counts for split, writer in writers.items()}
+
+
+def by_documents(documents: Iterable[str], share: float) -> Iterator[Part]:
+    """Assign documents to splits by the hash of their text: those that fall below `share` are held out.
+
+    Where none does, the one with the lowest hash is: it waits until another falls below. A corpus of one
+    document (or of copies of one) is cut at its tail.
+    """
+    if share == 0:
+        yield from (("train", text) for text in documents)
+        return
+    lowest = 2.0
+    waiting: list[str] = []  # the lowest so far, with its copies; empty once a document fell below the share
+    below = trained = False
+    for text in documents:
+        value = xxhash.xxh3_64_intdigest(text.encode("utf-8"), seed=1) / 2**64
+        if value < share:
+            below = True
+            yield "validation", text
+        elif below or value > lowest:
+            trained = True
+            yield "train", text
+            continue
+        elif value == lowest:
+            waiting.append(text)
+            continue
+        # Whatever waited is no longer the lowest.
+        trained = trained or bool(waiting)
+        yield from (("train", held) for held in waiting)
+        waiting = [] if below else [text]
+        lowest = value
+    if waiting and trained:
+        yield from (("validation", held) for held in waiting)
+    elif waiting:
+        *copies, last = waiting
+        yield from (("train", held) for held in copies)
+        yield from _cut(last, int(len(last) * (1 - share)))
+
+
+def by_tail(source: Source, share: float, skip_bad: bool) -> Iterator[Part]:
+    """Hold out the last share of the characters of each file. Reads twice: once to know the lengths."""
+    lengths = [sum(map(len, stream)) for stream in source.streams(skip_bad)]
+    for length, stream in zip(lengths, source.streams(skip_bad), strict=True):
+        left = int(length * (1 - share))
+        for text in stream:
+            yield from _cut(text, min(left, len(text)))
+            left -= min(left, len(text))
+
+
+def _cut(text: str, at: int) -> Iterator[Part]:
+    if at > 0:
+        yield "train", text[:at]
+    if at < len(text):
+        yield "validation", text[at:]
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cut a long text after line ends that no white space follows, where BPE patterns cut as well."""
+    start = 0
+    while len(text) - start > PIECE:
+        at = start + PIECE
+        while (at := text.rfind("\n", start, at)) > start and text[at + 1].isspace():
+            pass
+        end = at + 1 if at > start else start + PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _groups(parts: Iterable[Part]) -> Iterator[list[tuple[str, str, bool]]]:
+    """Collect (split, piece, whether it ends its document) until there is enough work for all cores."""
+    group: list[tuple[str, str, bool]] = []
+    size = 0
+    for split, text in parts:
+        whole = list(pieces(text))
+        for index, piece in enumerate(whole, 1):
+            group.append((split, piece, index == len(whole)))
+            size += len(piece)
+            if size >= GROUP:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
+
+
+def _encode(
+    group: list[tuple[str, str, bool]], tokenizer: Tokenizer, writers: dict[str, ShardWriter]
+) -> None:
+    eos = np.array([tokenizer.eos_id], dtype=np.uint32)
+    rows: dict[str, list[NDArray[np.uint32]]] = {split: [] for split in writers}
+    encoded = tokenizer.encode_batch([piece for _, piece, _ in group])
+    for (split, piece, ends), ids in zip(group, encoded, strict=True):
+        counts = writers[split].counts
+        counts.bytes += len(piece) if piece.isascii() else len(piece.encode("utf-8"))
+        counts.documents += ends
+        rows[split] += [ids, eos] if ends else [ids]
+    for split, arrays in rows.items():
+        if not arrays:
+            continue
+        ids = np.concatenate(arrays)
+        if int(ids.max()) >= tokenizer.vocab_size:
+            raise ValueError(
+                f"the tokenizer gave id {ids.max()}, beyond its vocab_size ({tokenizer.vocab_size})"
+            )
+        writers[split].append(ids)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold the file against other processes; the system lets go when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: the rename at the end still keeps the result whole
+        yield
+        return
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.getLogger(__name__).warning(
+                "waiting for another process that prepares %s", path.name[1:-5]
+            )
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+@contextmanager
+def _no_bar() -> Iterator[Callable[[int, int], None]]:
+    yield lambda _characters, _tokens: None
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"{name}: reading")
+        characters = 0
+
+        def advance(more: int, tokens: int) -> None:
+            nonlocal characters
+            characters += more
+            done = f"{name}: {characters / 1e6:.1f} million characters, {tokens / 1e6:.1f} million tokens"
+            progress.update(task, description=done)
+
+        yield advance

@@ -1,0 +1,220 @@
+"""Where text comes from: a `Source` gives documents, a `Mix` names several, a `Prepared` holds tokens."""
+
+from __future__ import annotations
+
+import importlib
+import sysconfig
+import tokenize
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import xxhash
+
+from plmtune.errors import UserError, did_you_mean
+from plmtune.registry import Component, register
+
+
+class Source(ABC):
+    """Documents of text, in an order that never changes while the text does not."""
+
+    name: str
+    skipped: int = 0  # bad rows left out by the latest reading
+
+    @abstractmethod
+    def documents(self, skip_bad: bool = False) -> Iterator[str]:
+        """Read the documents from the first; a bad row raises, or with `skip_bad` is counted in `skipped`."""
+
+    def streams(self, skip_bad: bool = False) -> Iterator[Iterator[str]]:
+        """Read the same documents one file at a time, for a hold-out that cuts each file at its tail."""
+        yield self.documents(skip_bad)
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a hash that changes when the documents do."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return one line for a person."""
+
+
+class BadRow(ValueError):
+    """A row without usable text; the reader adds where it stands."""
+
+
+def text_of(row: Any, text_key: str) -> str:
+    """Return the text of one row.
+
+    Raises:
+        BadRow: if the row is not an object, lacks the key, or holds something else than text there.
+    """
+    if not isinstance(row, dict):
+        raise BadRow(f"is a {type(row).__name__}, not an object with the key {text_key}")
+    if text_key not in row:
+        raise BadRow(
+            f"has no key {text_key}.{did_you_mean(text_key, row)} Choose it with text_key (--text-key)"
+        )
+    text = row[text_key]
+    if not isinstance(text, str):
+        raise BadRow(f"holds {type(text).__name__} under {text_key}, not text")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRow(f"holds half a surrogate pair at character {error.start} of {text_key}") from error
+    return text
+
+
+# Not prose or readable code: tables, fixtures, other people's packages, this machine's build settings.
+_STDLIB_SKIP = {
+    "site-packages", "dist-packages", "encodings", "idlelib", "lib2to3", "lib-dynload", "ensurepip",
+    "pydoc_data", "turtledemo", "msilib", "__pycache__",
+}  # fmt: skip
+_STDLIB_SKIP_FILES = ("_sysconfigdata", "bad", "_bootstrap_python")
+
+
+class StandardLibrary(Source):
+    """See `stdlib`."""
+
+    name = "stdlib"
+
+    def __init__(self, folder: Path, topics: dict[str, str]) -> None:
+        self.folder = folder
+        self.topics = topics
+
+    def documents(self, skip_bad: bool = False) -> Iterator[str]:
+        """Read the reference topics, then the sources, each in the order of its name."""
+        yield from (text for _, text in sorted(self.topics.items()) if text.strip())
+        for path in self._files():
+            try:
+                with tokenize.open(path) as file:
+                    text = file.read()
+            except (SyntaxError, UnicodeDecodeError, OSError):
+                continue  # the library's own tests hold files in deliberately wrong encodings
+            if text.strip():
+                yield text
+
+    def _files(self) -> Iterator[Path]:
+        for path in sorted(self.folder.rglob("*.py")):
+            parts = path.relative_to(self.folder).parts
+            if not _STDLIB_SKIP.intersection(parts) and not parts[-1].startswith(_STDLIB_SKIP_FILES):
+                yield path
+
+    def fingerprint(self) -> str:
+        """Hash every document: it is a few tens of megabytes."""
+        digest = xxhash.xxh3_128()
+        for text in self.documents():
+            digest.update(text.encode("utf-8"))
+            digest.update(b"\0")
+        return digest.hexdigest()
+
+    def describe(self) -> str:
+        """Return one line for a person."""
+        return f"the standard library: {len(self.topics)} reference topics, sources in {self.folder}"
+
+
+@register("data", "stdlib")
+def stdlib() -> Source:
+    """Read the Python standard library that runs this program: English reference topics and Python sources.
+
+    Real text under a free licence (PSF-2.0) that every machine with Python already has.
+
+    Raises:
+        UserError: if this Python comes without its sources.
+    """
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        topics = {}  # some distributions put it into a package of its own
+    source = StandardLibrary(Path(sysconfig.get_paths()["stdlib"]), topics)
+    if next(source.documents(), None) is None:
+        raise UserError(
+            f"data stdlib: {source.folder} holds no Python sources (a Python without its library's text?). "
+            "Use data=files with paths of your own"
+        )
+    return source
+
+
+class Prepared(Source):
+    """A directory of token shards that `prepare` made before; see `shards`."""
+
+    name = "shards"
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def documents(self, skip_bad: bool = False) -> Iterator[str]:
+        """Refuse: tokens are not turned back into text.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{self.directory} holds tokens, not text: it needs no preparing")
+
+    def fingerprint(self) -> str:
+        """Hash the manifest, which holds the hash of every shard."""
+        return xxhash.xxh3_128_hexdigest((self.directory / "manifest.json").read_bytes())
+
+    def describe(self) -> str:
+        """Return one line for a person."""
+        return f"prepared tokens in {self.directory}"
+
+
+@register("data", "shards")
+def shards(path: str = "") -> Source:
+    """Use a directory that `plmtune data prepare` made.
+
+    Args:
+        path: the directory that holds manifest.json.
+
+    Raises:
+        UserError: if it is not such a directory.
+    """
+    directory = Path(path).expanduser()
+    if not path or not (directory / "manifest.json").is_file():
+        raise UserError(
+            f"data shards: path={path!r} is no directory of prepared tokens (it has no manifest.json). "
+            "Make one with plmtune data prepare"
+        )
+    return Prepared(directory)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Several sources by name; the weights stand in the phases."""
+
+    sources: dict[str, Source]
+
+    def describe(self) -> str:
+        """Return one line a source for a person."""
+        return "\n".join(f"{name}: {source.describe()}" for name, source in self.sources.items())
+
+
+@register("data", "mix")
+def mix(sources: Annotated[dict[str, Component], "data"] = {}) -> Mix:  # noqa: B006 (only read)
+    """Name several sources, for phases to weigh: ``sources: {mine: {component: files, paths: [a.txt]}}``.
+
+    Args:
+        sources: name -> a component of the group data, other than mix.
+
+    Raises:
+        ValueError: if there are none, or one is itself a mix.
+    """
+    if not sources:
+        raise ValueError(
+            "mix needs at least one source, as sources: {name: {component: files, paths: [...]}}"
+        )
+    built = {name: source() for name, source in sources.items()}
+    for name, source in built.items():
+        if isinstance(source, Mix):
+            raise ValueError(
+                f"source {name} of the mix is itself a mix: name its {len(source.sources)} sources here"
+            )
+    return Mix(built)
+
+
+def named_sources(data: Source | Mix) -> dict[str, Source]:
+    """Return the sources by name; a single source goes by the name of its component."""
+    return dict(data.sources) if isinstance(data, Mix) else {data.name: data}
