@@ -88,7 +88,7 @@ def wrap(model: nn.Module, strategy: Strategy, device: torch.device, dtype: torc
         return DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
+            forward_sync_buffers=False,
             gradient_as_bucket_view=True,
         )
     with torch.no_grad():

@@ -85,7 +85,7 @@ class Runtime:
             f"attention: {_attention_kernels(chosen_device)}",
             f"seed: {seed}" + (", deterministic algorithms only (slower)" if deterministic else ""),
         ]
-        if world_size > 1:
+        if world_size > 1 and not distributed.is_distributed():
             distributed.start_process_group(chosen_device, timeout_minutes)
         return cls(chosen_device, dtype, chosen_strategy, rank, local_rank, world_size, reasons)
 

@@ -1,0 +1,146 @@
+"""One picture of a run: training and validation loss, learning rate, and the sparsity of the FFN's activations."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from plmtune.errors import UserError
+from plmtune.training import metrics
+
+# Colours that colour-blind readers tell apart (Okabe and Ito).
+_TRAIN, _VALIDATION, _RATE = "#0072B2", "#D55E00", "#009E73"
+
+
+def draw_curves(source: Path, target: Path, *, title: str | None = None) -> None:
+    """Draw `source` (metrics.jsonl) into `target` (a PNG).
+
+    Args:
+        title: of the picture; None takes the run directory's name.
+
+    Raises:
+        UserError: if the file cannot be read or holds no training loss yet.
+    """
+    try:
+        entries = metrics.read(source)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{source} cannot be read: {error}.") from error
+    training = [e for e in entries if e.get("loss") is not None]
+    validations = [e for e in entries if e.get("validation_loss") is not None]
+    if not training:
+        raise UserError(f"{source} holds no training loss yet, so there is nothing to draw.")
+
+    # Agg by its own canvas, not by pyplot: no window system, no global state, safe in a thread.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    axis, unit = _x_axis(training)
+    layers = sparsity_layers(validations)
+    heights = [3.2, 1.0] + [1.0] * bool(layers)
+    figure = Figure(figsize=(9, 1.1 + 1.15 * sum(heights)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    figure.suptitle(title or source.resolve().parent.name, fontsize=12)
+
+    _draw_losses(panels[0], training, validations, axis)
+    rated = [e for e in training if e.get("lr") is not None]
+    panels[1].plot([axis(e) for e in rated], [e["lr"] for e in rated], color=_RATE, linewidth=1.4)
+    panels[1].set_ylabel("learning rate")
+    panels[1].set_ylim(bottom=0)
+    panels[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    if layers:
+        _draw_sparsity(figure, panels[2], [e for e in validations if layers[0] in e], layers, axis)
+    for panel in panels[:2]:
+        panel.grid(alpha=0.25, linewidth=0.6)
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlim(0, max(axis(e) for e in (*training, *validations)))
+    panels[-1].set_xlabel(unit)
+
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        figure.savefig(temporary, format="png")
+        temporary.replace(target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def smooth(values: Sequence[float], reach: int) -> list[float]:
+    """Mean over up to `reach` neighbours on each side. Centred, as a trailing mean lags where a loss falls."""
+    sums = [0.0, *itertools.accumulate(values)]
+    out = []
+    for i in range(len(values)):
+        left = min(reach, i)  # near the steep start no further to the right than to the left
+        first, last = i - left, min(i + left, len(values) - 1)
+        out.append((sums[last + 1] - sums[first]) / (last + 1 - first))
+    return out
+
+
+def sparsity_layers(validations: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys sparsity/0, sparsity/1, ... that were logged, in order of layer."""
+    keys = {key for e in validations for key in e if key.startswith("sparsity/")}
+    return sorted(keys, key=lambda key: int(key.partition("/")[2]))
+
+
+def _x_axis(training: Sequence[dict[str, Any]]) -> tuple[Any, str]:
+    """What to read from a line, and the label with its unit: tokens where every line has them, else steps."""
+    last = training[-1].get("tokens")
+    if not last or not all("tokens" in e for e in training):
+        return (lambda e: e["step"]), "step"
+    # Validations are logged without tokens of their own: they stand at their step.
+    per_step = last / max(training[-1]["step"], 1)
+    size, name = next((s, n) for s, n in ((1e9, "billion "), (1e6, "million "), (1, "")) if last >= s)
+    return (lambda e: e.get("tokens", e["step"] * per_step) / size), f"{name}tokens"
+
+
+def _draw_losses(panel: Any, training: Sequence[Any], validations: Sequence[Any], axis: Any) -> None:
+    x = [axis(e) for e in training]
+    losses = [e["loss"] for e in training]
+    many = len(losses) > 20
+    if many:
+        panel.plot(x, losses, color=_TRAIN, alpha=0.25, linewidth=0.8)
+    label = "training" + (" (smoothed; raw behind)" if many else "")
+    drawn = smooth(losses, len(losses) // 40) if many else losses
+    panel.plot(x, drawn, color=_TRAIN, linewidth=1.6, label=label)
+    if validations:
+        final = validations[-1]
+        bits = final.get("bits_per_byte")
+        label = f"validation, at the end {final['validation_loss']:.3f}"
+        if bits is not None:
+            label += f" = {bits:.3f} bits a byte"
+        panel.plot(
+            [axis(e) for e in validations],
+            [e["validation_loss"] for e in validations],
+            color=_VALIDATION,
+            marker="o",
+            markersize=4,
+            linewidth=1,
+            label=label,
+        )
+        if bits and final["validation_loss"]:
+            # Bits per byte is the same loss in another unit, so one curve reads on both scales.
+            ratio = bits / final["validation_loss"]
+            second = panel.secondary_yaxis("right", functions=(lambda y: y * ratio, lambda y: y / ratio))
+            second.set_ylabel("bits per byte")
+    panel.set_ylabel("loss (nats a token)")
+    panel.legend(frameon=False, fontsize=9)
+    # The first steps of a fresh model are far above all that follows; the curve of interest is below.
+    panel.set_ylim(top=min(max(losses), 1.05 * max(drawn)))
+
+
+def _draw_sparsity(figure: Any, panel: Any, entries: Sequence[Any], layers: Sequence[str], axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    x = [axis(e) for e in entries]
+    rows = [[e.get(layer, float("nan")) for e in entries] for layer in layers]
+    if len(x) == 1:
+        x, rows = [0.0, x[0]], [row * 2 for row in rows]
+    mesh = panel.pcolormesh(x, range(len(layers)), rows, shading="nearest", cmap="viridis", vmin=0, vmax=1)
+    panel.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    panel.set_ylabel("layer")
+    figure.colorbar(mesh, ax=panel, label="FFN zeros", pad=0.01, fraction=0.03, ticks=[0, 0.5, 1])

@@ -1,0 +1,351 @@
+"""Checkpoints are whole or not there, and training goes on from them byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
+from toy import Toy, read_model, train_step, write_model
+
+from plmtune.errors import UserError
+from plmtune.training import manifest
+from plmtune.training import state as training_state
+from plmtune.training.checkpoint import Checkpoints, steps
+from plmtune.training.manifest import verify
+from plmtune.training.runtime import Runtime
+
+OPTIMIZERS = {
+    "fused AdamW": lambda model: torch.optim.AdamW(
+        [{"params": [p for p in model.parameters() if p.ndim > 1]},
+         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}], lr=0.01, fused=True,
+    ),
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01),
+    "SGD with momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.05),
+}  # fmt: skip
+
+
+class Run:
+    """A toy in training, with its checkpoints."""
+
+    def __init__(
+        self, directory: Path, optimizer: str = "fused AdamW", *, keep: int = 2, width: int = 16
+    ) -> None:
+        self.runtime = Runtime.start(device="cpu", precision="fp32", seed=3)
+        self.model = Toy(width=width)
+        self.optimizer = OPTIMIZERS[optimizer](self.model)
+        self.scheduler = LambdaLR(self.optimizer, lambda step: 0.9**step)
+        self.checkpoints = Checkpoints(directory, keep=keep)
+
+    def train(self, first: int, last: int) -> list[float]:
+        losses = []
+        for step in range(first, last):
+            losses.append(train_step(self.runtime, self.model, self.model, self.optimizer, step)[0])
+            self.scheduler.step()
+        return losses
+
+    def save(self, step: int, **state: object) -> Path:
+        return self.checkpoints.save(
+            step,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            write_model=write_model,
+            state=state,
+        )
+
+    def restore(self) -> dict | None:
+        return self.checkpoints.restore(
+            model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, read_model=read_model
+        )
+
+    def bytes(self) -> list[bytes]:
+        tensors, rest = training_state.optimizer_state(self.model, self.optimizer)
+        everything = {**self.model.state_dict(), **tensors}
+        return [f"{rest}{training_state.scheduler_state(self.scheduler)}".encode()] + [
+            name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(everything.items())
+        ]
+
+
+class TestExactness:
+    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+    def test_training_goes_on_byte_for_byte(self, tmp_path, optimizer):
+        undisturbed = Run(tmp_path, optimizer)
+        undisturbed.train(0, 3)
+        undisturbed.save(3)
+        losses = undisturbed.train(3, 6)
+
+        resumed = Run(tmp_path, optimizer)
+        torch.nn.init.normal_(resumed.model.tok_embeddings.weight)  # nothing may stay of the fresh model
+        assert resumed.restore() == {"step": 3}
+        assert resumed.train(3, 6) == losses
+        assert resumed.bytes() == undisturbed.bytes()
+
+    def test_eight_bit_adamw_goes_on_byte_for_byte(self, tmp_path, monkeypatch):
+        optim = pytest.importorskip("torchao.optim")
+        # What it compiles is elementwise; eager gives the same protocol without a compiler's seconds.
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+        monkeypatch.setitem(OPTIMIZERS, "8-bit", lambda model: optim.AdamW8bit(model.parameters(), lr=0.01))
+        undisturbed = Run(tmp_path, "8-bit", width=64)
+        undisturbed.train(0, 2)
+        path = undisturbed.save(2)
+        undisturbed.train(2, 4)
+
+        resumed = Run(tmp_path, "8-bit", width=64)
+        resumed.restore()
+        state = resumed.optimizer.state[resumed.model.layers[0].up.weight]
+        assert type(state["exp_avg"]).__name__ == "OptimState8bit"
+        assert isinstance(resumed.optimizer.param_groups[0]["lr"], torch.Tensor)
+        resumed.train(2, 4)
+        assert resumed.bytes() == undisturbed.bytes()
+        stored = load_file(path / "optimizer.safetensors")
+        assert stored["layers.0.up.weight/exp_avg/codes"].dtype == torch.uint8
+
+    def test_random_generators_go_on(self, tmp_path):
+        run = Run(tmp_path)
+        run.save(1)
+        expected = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+        torch.rand(7), np.random.rand(7), random.random()
+        run.restore()
+        assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == expected
+
+    def test_the_caller_gets_back_what_it_gave(self, tmp_path):
+        run = Run(tmp_path)
+        run.save(1, phase="math", tokens=123, best=0.1 + 0.2)
+        assert run.restore() == {"step": 1, "phase": "math", "tokens": 123, "best": 0.1 + 0.2}
+
+    def test_without_a_checkpoint_there_is_nothing_to_restore(self, tmp_path):
+        assert Run(tmp_path / "none").restore() is None
+
+
+class TestDirectory:
+    def test_the_newest_are_kept(self, tmp_path):
+        run = Run(tmp_path, keep=2)
+        for step in (1, 2, 3):
+            run.save(step)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "latest",
+            "step-00000002",
+            "step-00000003",
+        ]
+        assert (tmp_path / "latest").read_text() == "step-00000003\n"
+
+    def test_keep_0_keeps_all(self, tmp_path):
+        run = Run(tmp_path, keep=0)
+        for step in (1, 2, 3):
+            run.save(step)
+        assert steps(tmp_path) == [1, 2, 3]
+
+    def test_a_negative_keep_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match=r"keep \(-1\)"):
+            Checkpoints(tmp_path, keep=-1)
+
+    def test_the_same_step_can_be_saved_again(self, tmp_path):
+        run = Run(tmp_path)
+        run.save(1, attempt=1)
+        run.save(1, attempt=2)
+        assert run.restore() == {"step": 1, "attempt": 2}
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+    def test_holds_no_pickle(self, tmp_path):
+        path = Run(tmp_path).save(1)
+        assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+        assert not any(b"\x80\x02" in file.read_bytes()[:2] for file in path.iterdir())
+
+    def test_what_a_dead_process_left_is_removed_and_what_a_live_one_writes_stays(self, tmp_path):
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        alive = tmp_path / f".tmp-step-00000001-{child.pid}"
+        alive.mkdir()
+        Checkpoints(tmp_path)
+        assert alive.exists()
+        child.communicate(b"\n")
+        Checkpoints(tmp_path)
+        assert not alive.exists()
+
+    def test_an_exchange_that_was_cut_short_is_undone(self, tmp_path):
+        run = Run(tmp_path)
+        path = run.save(1, phase="kept")
+        path.rename(tmp_path / f".old-step-00000001-{os.getpid()}")
+        resumed = Run(tmp_path)
+        assert resumed.restore() == {"step": 1, "phase": "kept"}
+
+
+class TestDamage:
+    @pytest.fixture
+    def run(self, tmp_path):
+        run = Run(tmp_path)
+        run.save(1, which="older")
+        run.save(2, which="newer")
+        return run
+
+    @pytest.mark.parametrize(
+        "name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+    )
+    def test_any_flipped_bit_is_found_named_and_passed_over(self, run, tmp_path, caplog, name):
+        file = tmp_path / "step-00000002" / name
+        whole = file.read_bytes()
+        generator = random.Random(name)
+        for _ in range(20):
+            data = bytearray(whole)
+            data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+            file.write_bytes(data)
+            with pytest.raises(UserError, match=name):
+                verify(file.parent)
+        assert run.restore() == {"step": 1, "which": "older"}
+        assert name in caplog.text
+        assert "Going on from" in caplog.text
+
+    @pytest.mark.parametrize(
+        "name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+    )
+    @pytest.mark.parametrize("share", [0, 0.5, 0.999])
+    def test_a_truncated_file_is_passed_over(self, run, tmp_path, caplog, name, share):
+        file = tmp_path / "step-00000002" / name
+        os.truncate(file, int(file.stat().st_size * share))
+        assert run.restore() == {"step": 1, "which": "older"}
+        assert name in caplog.text
+
+    def test_a_missing_file_is_passed_over(self, run, tmp_path):
+        (tmp_path / "step-00000002" / "optimizer.safetensors").unlink()
+        assert run.restore() == {"step": 1, "which": "older"}
+
+    def test_a_symlink_is_not_followed(self, run, tmp_path):
+        file = tmp_path / "step-00000002" / "state.json"
+        file.rename(tmp_path / "elsewhere.json")
+        file.symlink_to(tmp_path / "elsewhere.json")
+        assert run.restore() == {"step": 1, "which": "older"}
+
+    def test_when_none_is_whole_the_reasons_are_told(self, run, tmp_path):
+        for step in (1, 2):
+            os.truncate(tmp_path / f"step-0000000{step}" / "state.json", 3)
+        with pytest.raises(UserError, match=r"No checkpoint in .* is whole: .*step-00000002.*step-00000001"):
+            run.restore()
+
+    def test_a_damaged_one_can_be_replaced_at_its_step(self, run, tmp_path):
+        os.truncate(tmp_path / "step-00000002" / "state.json", 3)
+        run.restore()
+        run.save(2, which="again")
+        assert run.restore() == {"step": 2, "which": "again"}
+
+
+class TestMisfits:
+    def test_another_model_is_refused_by_tensor_and_shapes(self, tmp_path):
+        Run(tmp_path).save(1)
+        with pytest.raises(UserError, match=r"tok_embeddings.weight .*\[32, 16\].*\[32, 24\]"):
+            Run(tmp_path, width=24).restore()
+
+    def test_another_optimizer_is_refused(self, tmp_path):
+        Run(tmp_path, "AdamW").save(1)
+        with pytest.raises(UserError, match="optimizer"):
+            Run(tmp_path, "SGD").restore()
+
+    def test_another_grouping_is_refused(self, tmp_path):
+        Run(tmp_path, "fused AdamW").save(1)
+        with pytest.raises(UserError, match="2 groups of parameters, this run's 1"):
+            Run(tmp_path, "AdamW").restore()
+
+
+class TestDiskFull:
+    def test_the_previous_checkpoint_stays_whole_and_nothing_partial_is_left(self, tmp_path):
+        # In its own process: the limit on file sizes, which stands for a full disk, cannot be lifted again.
+        code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import resource, signal
+from pathlib import Path
+from test_checkpoint import Run, UserError
+run = Run(Path({str(tmp_path)!r}))
+run.save(1, which="whole")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
+try:
+    run.save(2)
+except UserError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert str(tmp_path / "step-00000002") in done.stdout
+        assert "File too large" in done.stdout
+        assert "bytes" in done.stdout
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+        assert Run(tmp_path).restore() == {"step": 1, "which": "whole"}
+
+    def test_too_little_room_is_told_before_anything_is_written(self, tmp_path, monkeypatch):
+        run = Run(tmp_path)
+        run.save(1)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+        with pytest.raises(
+            UserError, match=r"step-00000002: 1,000 bytes are free. It needs about [\d,]+ bytes"
+        ):
+            run.save(2)
+        assert steps(tmp_path) == [1]
+
+    def test_a_writer_that_fails_leaves_nothing(self, tmp_path):
+        run = Run(tmp_path)
+
+        def fail(directory: Path, weights: dict) -> None:
+            save_file({}, directory / "model.safetensors")
+            raise RuntimeError("a bug in the writer")
+
+        with pytest.raises(RuntimeError, match="a bug"):
+            run.checkpoints.save(
+                1, model=run.model, optimizer=run.optimizer, scheduler=run.scheduler, write_model=fail
+            )
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestKilled:
+    def test_a_kill_in_the_middle_of_saves_never_leaves_a_torn_checkpoint(self, tmp_path):
+        code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_checkpoint import Run
+run = Run(Path({str(tmp_path)!r}))
+state = run.restore()
+step = state["step"] if state else 0
+print("ready", flush=True)
+while True:
+    step += 1
+    run.save(step)
+    print(step, flush=True)
+"""
+        generator = random.Random(1)
+        reached = 0
+        for _ in range(2):
+            child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            for _ in range(generator.randrange(1, 5)):
+                saved = int(child.stdout.readline())
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            child.stdout.close()
+            assert saved > reached
+            reached = saved
+            state = Run(tmp_path).restore()
+            assert state is not None
+            assert state["step"] >= saved
+            verify(tmp_path / f"step-{state['step']:08d}")
+        assert not list(tmp_path.glob(".tmp-*"))
+
+
+class TestManifest:
+    def test_a_name_that_leads_out_is_refused(self, tmp_path):
+        path = Run(tmp_path).save(1)
+        content = json.loads((path / "manifest.json").read_text())
+        content.pop("xxh3_128")
+        content["files"]["../latest"] = content["files"].pop("state.json")
+        (path / "manifest.json").write_text(manifest._text(content))
+        with pytest.raises(UserError, match="not a plain file name"):
+            verify(path)

@@ -1,0 +1,190 @@
+"""Two processes compute what one does. All cases run in one pair of processes, as starting one takes seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from torch import multiprocessing
+from torch.distributed.tensor import DTensor
+from toy import Toy, read_model, train_step, write_model
+
+from plmtune.errors import UserError
+from plmtune.training import distributed
+from plmtune.training.checkpoint import Checkpoints
+from plmtune.training.runtime import Runtime
+
+CASES = ("ddp", "fsdp", "fsdp tied", "fsdp bf16")
+SPREAD = ("ddp", "fsdp")
+
+
+def run(runtime: Runtime, directory: Path | None, *, tied: bool = False, steps: int = 4) -> dict[str, object]:
+    """Train a toy; with a directory, save after two steps, restore into a fresh one, and go on."""
+    torch.manual_seed(5 + runtime.rank)  # rank 0 counts
+    model = Toy(tied=tied)
+    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = runtime.distribute(model)
+    same_start = all(torch.equal(initial[n], t) for n, t in distributed.full_state_dict(model).items())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    losses, norms = [], []
+    for step in range(steps):
+        loss, norm = train_step(runtime, model, trained, optimizer, step)
+        scheduler.step()
+        losses.append(loss)
+        norms.append(norm)
+        if directory is not None and step == 1:
+            Checkpoints(directory).save(
+                2, model=model, optimizer=optimizer, scheduler=scheduler, write_model=write_model
+            )
+    return {
+        "losses": losses,
+        "norms": norms,
+        "sharded": any(isinstance(p, DTensor) for p in model.parameters()),
+        "same_start": same_start,
+        "digest": digest(distributed.full_state_dict(model)),
+    }
+
+
+def go_on(runtime: Runtime, directory: Path) -> dict[str, object]:
+    """Restore step 2, which another strategy may have written, and train the two steps that are left."""
+    torch.manual_seed(99)
+    model = Toy()
+    trained = runtime.distribute(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    state = Checkpoints(directory).restore(
+        model=model, optimizer=optimizer, scheduler=scheduler, read_model=read_model
+    )
+    assert state is not None
+    restored = digest(distributed.full_state_dict(model))
+    losses = []
+    for step in range(state["step"], 4):
+        losses.append(train_step(runtime, model, trained, optimizer, step)[0])
+        scheduler.step()
+    return {"losses": losses, "restored": restored, "digest": digest(distributed.full_state_dict(model))}
+
+
+def digest(state: dict[str, torch.Tensor]) -> str:
+    return str([(n, t.double().sum().item(), t.double().square().sum().item()) for n, t in state.items()])
+
+
+def files(directory: Path) -> dict[str, str]:
+    manifest = json.loads((directory / "step-00000002" / "manifest.json").read_text())
+    return {name: entry["xxh3_128"] for name, entry in manifest["files"].items() if name != "state.json"}
+
+
+def start(strategy: str, precision: str = "fp32") -> Runtime:
+    return Runtime.start(device="cpu", strategy=strategy, precision=precision, timeout_minutes=0.5)  # type: ignore[arg-type]
+
+
+def worker(rank: int, port: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    results: dict[str, object] = {}
+    for case in CASES:
+        strategy, _, variant = case.partition(" ")
+        runtime = start(strategy, "bf16" if variant == "bf16" else "fp32")
+        saves = directory / strategy if not variant else None
+        results[case] = run(runtime, saves, tied=variant == "tied")
+    for writer in ("one", *SPREAD):
+        for reader in SPREAD:
+            results[f"{writer} to {reader}"] = go_on(start(reader), directory / writer)
+    with start("fsdp") as runtime:  # the end of the process group
+        results["texts"] = distributed.gather_texts("é" * (rank + 1))
+        results["told"] = distributed.broadcast_text(f"rank {rank}")
+        results["stop"] = [distributed.any_rank(rank == 1), distributed.any_rank(False)]
+        results["sum"] = runtime.sum(rank + 1, torch.tensor(0.5))
+        torch.manual_seed(rank)
+        model = runtime.distribute(Toy())
+        try:
+            Checkpoints(Path("/proc/nowhere")).save(
+                1,
+                model=model,
+                optimizer=(optimizer := torch.optim.SGD(model.parameters(), lr=0.1)),
+                scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer),
+                write_model=write_model,
+            )
+        except UserError as error:
+            results["unwritable"] = str(error)
+    (directory / f"rank{rank}.json").write_text(json.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    directory = tmp_path_factory.mktemp("two")
+    with Runtime.start(device="cpu", precision="fp32") as runtime:
+        one = {
+            "one": run(runtime, directory / "one"),
+            "one tied": run(runtime, None, tied=True),
+        }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(worker, (port, directory), nprocs=2)
+    with Runtime.start(device="cpu", precision="fp32") as runtime:
+        for writer in ("one", *SPREAD):
+            one[f"{writer} to one"] = go_on(runtime, directory / writer)
+    ranks = [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return {**one, **ranks[0], "rank 1": ranks[1], "directory": directory}
+
+
+class TestTwoProcesses:
+    @pytest.mark.parametrize("case", ["ddp", "fsdp", "fsdp tied"])
+    def test_losses_and_norms_equal_those_of_one_process(self, results, case):
+        one = results["one tied" if "tied" in case else "one"]
+        assert results[case]["losses"] == pytest.approx(one["losses"], rel=1e-6)
+        assert results[case]["norms"] == pytest.approx(one["norms"], rel=1e-5)
+
+    def test_bf16_under_fsdp_stays_near_fp32(self, results):
+        assert results["fsdp bf16"]["losses"] == pytest.approx(results["one"]["losses"], rel=0.02)
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_both_ranks_report_the_same(self, results, case):
+        assert results[case]["losses"] == results["rank 1"][case]["losses"]
+        assert results[case]["norms"] == results["rank 1"][case]["norms"]
+
+    def test_fsdp_shards_and_ddp_does_not(self, results):
+        assert results["fsdp"]["sharded"]
+        assert not results["ddp"]["sharded"]
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_weights_start_as_in_one_process(self, results, case):
+        assert results[case]["same_start"]
+
+    def test_texts_of_different_lengths_arrive_in_order(self, results):
+        assert results["texts"] == ["é", "éé"]
+        assert results["rank 1"]["told"] == "rank 0"
+
+    def test_one_rank_is_enough_to_stop_all(self, results):
+        assert results["stop"] == results["rank 1"]["stop"] == [True, False]
+
+    def test_sums_are_over_ranks(self, results):
+        assert results["sum"] == [3.0, 1.0]
+
+
+class TestCheckpointsAcrossStrategies:
+    @pytest.mark.parametrize("strategy", SPREAD)
+    def test_resuming_with_the_same_strategy_is_byte_exact(self, results, strategy):
+        assert results[f"{strategy} to {strategy}"]["digest"] == results[strategy]["digest"]
+        assert results[f"{strategy} to {strategy}"]["losses"] == results[strategy]["losses"][2:]
+
+    @pytest.mark.parametrize("writer", ["one", *SPREAD])
+    @pytest.mark.parametrize("reader", ["one", *SPREAD])
+    def test_each_reads_what_each_wrote(self, results, writer, reader):
+        resumed = results[f"{writer} to {reader}"]
+        assert resumed["restored"] == results[f"{writer} to one"]["restored"]
+        assert resumed["losses"] == pytest.approx(results["one"]["losses"][2:], rel=1e-6)
+
+    def test_ddp_and_fsdp_write_files_of_the_same_names(self, results):
+        assert files(results["directory"] / "ddp").keys() == files(results["directory"] / "fsdp").keys()
+
+    def test_every_rank_hears_that_rank_0_could_not_write(self, results):
+        assert "/proc/nowhere" in results["unwritable"]
+        assert results["unwritable"] == results["rank 1"]["unwritable"]

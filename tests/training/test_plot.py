@@ -1,0 +1,78 @@
+"""The picture of a run, and what is drawn in it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from plmtune.errors import UserError
+from plmtune.training.metrics import MetricsFile
+from plmtune.training.plot import draw_curves, smooth, sparsity_layers
+
+
+def write_metrics(path, *, num_steps: int = 200, layers: int = 6, every: int = 20) -> None:
+    with MetricsFile(path) as file:
+        for step in range(1, num_steps + 1):
+            loss = 2.5 + 6 * math.exp(-step / 30) + 0.15 * math.sin(step * 7.7)
+            rate = 1e-3 * min(step / 20, 1, (num_steps - step) / 60 + 0.1)
+            file.append(step, {"loss": loss, "lr": rate, "tokens": step * 16384})
+            if step % every == 0:
+                sparsity = {f"sparsity/{i}": 0.5 + 0.4 * step / num_steps * i / layers for i in range(layers)}
+                value = 2.6 + 6 * math.exp(-step / 30)
+                file.append(step, {"validation_loss": value, "bits_per_byte": value / 2.1, **sparsity})
+
+
+class TestDrawCurves:
+    @pytest.mark.parametrize("layers", [0, 6, 12])
+    @pytest.mark.parametrize("num_steps", [1, 5, 200])
+    def test_gives_a_png(self, tmp_path, layers, num_steps):
+        write_metrics(
+            tmp_path / "metrics.jsonl", layers=layers, num_steps=num_steps, every=max(num_steps // 10, 1)
+        )
+        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+        data = (tmp_path / "curves.png").read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
+
+    def test_a_lone_loss_is_enough_and_nan_is_left_out(self, tmp_path):
+        with MetricsFile(tmp_path / "metrics.jsonl") as file:
+            file.append(1, {"loss": 3.0})
+            file.append(2, {"loss": float("nan")})
+        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+        assert (tmp_path / "curves.png").stat().st_size > 1000
+
+    def test_a_run_without_a_loss_has_nothing_to_draw(self, tmp_path):
+        (tmp_path / "metrics.jsonl").touch()
+        with pytest.raises(UserError, match="no training loss"):
+            draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+
+    def test_a_missing_file_is_named(self, tmp_path):
+        with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
+            draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+
+    def test_an_unwritable_target_is_named(self, tmp_path):
+        write_metrics(tmp_path / "metrics.jsonl", num_steps=2)
+        with pytest.raises(UserError, match=r"nowhere/curves\.png cannot be written"):
+            draw_curves(tmp_path / "metrics.jsonl", tmp_path / "nowhere" / "curves.png")
+
+
+class TestSmooth:
+    def test_a_constant_stays_itself(self):
+        assert smooth([2.0, 2.0, 2.0], 5) == pytest.approx([2.0, 2.0, 2.0])
+
+    def test_a_straight_fall_does_not_lag(self):
+        fall = [10.0 - i for i in range(11)]
+        assert smooth(fall, 3)[:8] == pytest.approx(fall[:8])
+
+    def test_noise_shrinks(self):
+        noisy = [(-1.0) ** i for i in range(41)]
+        assert max(abs(v) for v in smooth(noisy, 10)[10:31]) < 0.1
+
+
+def test_layers_are_in_order_of_number():
+    assert sparsity_layers([{f"sparsity/{i}": 0.5 for i in (10, 2, 0)}]) == [
+        "sparsity/0",
+        "sparsity/2",
+        "sparsity/10",
+    ]
