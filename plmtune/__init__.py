@@ -1,1 +1,40 @@
 """plmtune: small language models for edge devices, from raw text to a file that a device runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from plmtune.data.tokenizers import Tokenizer
+    from plmtune.modules.decoder import Decoder
+
+__version__ = "0.1.0"
+
+
+def load(
+    path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[Decoder, Tokenizer]:
+    """Return (model, tokenizer) of a checkpoint, of a model directory, or of a run's newest checkpoint.
+
+    Args:
+        path: a directory in Hugging Face's form, or a run directory.
+        device: None: cuda where there is one, else cpu.
+        dtype: None keeps the file's.
+
+    Raises:
+        UserError: if there is no whole checkpoint.
+    """
+    import torch
+
+    from plmtune.data.tokenizers import load_tokenizer
+    from plmtune.models.files import checkpoint_directory
+    from plmtune.models.hf import load_model
+
+    directory = checkpoint_directory(path)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(directory)
+    return load_model(directory, device, dtype).eval(), tokenizer

@@ -1,0 +1,88 @@
+"""``plmtune generate``: write text with a checkpoint."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import click
+
+from plmtune.cli import import_option
+from plmtune.errors import UserError
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("--prompt", required=True, help="Text to go on from; - reads it from stdin.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.8,
+    show_default=True,
+    help="0 takes the likeliest token each time.",
+)
+@click.option("--top-k", type=click.IntRange(1), help="Draw from the k likeliest tokens.")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Draw from the likeliest tokens that reach this probability together.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one.")
+@import_option
+def generate(
+    checkpoint: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    device: str | None,
+) -> None:
+    """Write text with a checkpoint, a model directory, or a run's newest checkpoint.
+
+    The text goes to stdout as it comes, the speed to stderr.
+    """
+    import torch
+
+    import plmtune
+    from plmtune.generation import complete
+
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"The prompt on stdin is not UTF-8: {error}.") from error
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"--device {device}: not on this machine ({str(error).splitlines()[0]}).") from error
+    model, tokenizer = plmtune.load(checkpoint, where)
+    pieces = complete(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    count, first = 0, 0.0
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            count += 1
+            # Counted from the second token on: the first carries the prompt and the start of the kernels.
+            first = first or time.perf_counter()
+    except ValueError as error:
+        raise UserError(f"{error}. Shorten the prompt.") from error
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    seconds = time.perf_counter() - first
+    rate = f", {(count - 2) / seconds:.1f} tokens/s after the first" if count > 2 and seconds > 0 else ""
+    print(f"{max(count - 1, 0)} tokens{rate}", file=sys.stderr)

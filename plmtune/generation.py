@@ -1,0 +1,170 @@
+"""Sampling text: a prompt in, a token at a time out, over a cache."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from plmtune.data.tokenizers import Tokenizer
+    from plmtune.modules.decoder import Decoder
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Return (tokens [b, s], prompt_mask [b, s], True at real tokens) of prompts of different length."""
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        mask[row, longest - len(prompt) :] = True
+    return tokens, mask
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one id a row from logits (Tensor), [b, v]; the likeliest where temperature is 0.
+
+    Args:
+        top_k: keep the k likeliest.
+        top_p: of those keep the likeliest that together reach this probability (arXiv 1904.09751).
+
+    Returns:
+        Tensor: [b]
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    # Sorted once, both cuts are a prefix; without a cut there is nothing to sort.
+    if top_k is not None or top_p is not None:
+        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
+        if top_p is not None:
+            probability = logits.softmax(-1)
+            # What stands before a token decides, so the likeliest always stays.
+            before = probability.cumsum(-1) - probability
+            logits = logits.masked_fill(before >= top_p, float("-inf"))
+        drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        return ids.gather(-1, drawn)[:, 0]
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder,
+    tokens: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int | None = None,
+    generator: torch.Generator | None = None,
+    num_tokens: int | None = None,
+    prompt_mask: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Yield a column of new tokens, [b], at a time; end early once every row has ended.
+
+    Args:
+        tokens (Tensor): prompts, [b, s].
+        temperature: 0 takes the likeliest token.
+        eos_id: ends a row; it is yielded, and again for as long as other rows go on.
+        num_tokens: ids from here up have no text and are never drawn.
+        prompt_mask (Tensor | None): [b, s], True at real tokens, False at padding on the left (`left_pad`).
+
+    Raises:
+        ValueError: for an empty prompt, a sum longer than the model's max_seq_len, or impossible settings.
+    """
+    b, s = tokens.shape
+    if s == 0:
+        raise ValueError("the prompt is empty: at least one token is needed to start from")
+    if max_new_tokens < 0 or s + max_new_tokens > model.max_seq_len:
+        raise ValueError(
+            f"{s} prompt tokens and {max_new_tokens} new ones exceed the model's max_seq_len ({model.max_seq_len})"
+        )
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative, but is {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    device = model.head_weight.device
+    tokens = tokens.to(device)
+    cache = model.new_cache(b, s + max_new_tokens)
+    mask = input_pos = keys = None
+    if prompt_mask is not None and not bool(prompt_mask.all()):
+        keys = torch.ones(b, s + max_new_tokens, dtype=torch.bool, device=device)
+        keys[:, :s] = prompt_mask
+        input_pos = (keys[:, :s].cumsum(1) - 1).clamp_min(0)
+        # Padding sees itself only: a row that may see nothing has no softmax.
+        causal = torch.ones(s, s, dtype=torch.bool, device=device).tril()
+        mask = causal & keys[:, None, :s] | torch.eye(s, dtype=torch.bool, device=device)
+    ended = torch.zeros(b, dtype=torch.bool, device=device)
+    for _ in range(max_new_tokens):
+        states = model(tokens, mask=mask, input_pos=input_pos, cache=cache, hidden=True)
+        # Only the last position is sampled; the logits of a whole prompt would fill memory for nothing.
+        logits = torch.nn.functional.linear(states[:, -1], model.head_weight).float()
+        column = sample(
+            logits[:, :num_tokens], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+        )
+        if eos_id is not None:
+            column = column.masked_fill(ended, eos_id)
+            ended = ended | (column == eos_id)
+        yield column
+        if eos_id is not None and bool(ended.all()):
+            return
+        tokens = column[:, None]
+        if keys is not None and input_pos is not None:
+            mask = keys[:, None, : cache.length + 1]
+            input_pos = input_pos[:, -1:] + 1
+
+
+def complete(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Yield the text that follows `prompt`, a piece for each token, until eos, max_new_tokens or the model's end.
+
+    A piece may be empty: a character is not given out before all of its bytes are there.
+
+    Raises:
+        ValueError: if the prompt leaves no room.
+    """
+    device = model.head_weight.device
+    ids = tokenizer.encode(prompt, specials=True) or [tokenizer.eos_id]
+    if len(ids) >= model.max_seq_len:
+        raise ValueError(f"the prompt has {len(ids)} tokens, the model's max_seq_len is {model.max_seq_len}")
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    columns = generate(
+        model,
+        torch.tensor([ids], device=device),
+        max_new_tokens=min(max_new_tokens, model.max_seq_len - len(ids)),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos_id=tokenizer.eos_id,
+        generator=torch.Generator(device).manual_seed(seed),
+        num_tokens=tokenizer.num_tokens,
+    )
+    for column in columns:
+        token = int(column)
+        if token == tokenizer.eos_id:
+            break
+        yield decoder.decode(tokenizer.decode_bytes([token]))
+    yield decoder.decode(b"", final=True)

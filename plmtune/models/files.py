@@ -1,0 +1,147 @@
+"""The files of a model directory: found, opened and replaced without trusting what they say.
+
+Only JSON and safetensors are ever opened, and only inside the directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from plmtune.errors import UserError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+# Far above any real file of this kind, far below what would hurt.
+_MAX_JSON_BYTES = 64 * 2**20
+
+
+def locate(directory: Path) -> dict[str, Path]:
+    """Return which file holds each tensor, reading headers only.
+
+    Raises:
+        UserError: if this is no checkpoint, or its index points elsewhere.
+    """
+    if not directory.is_dir():
+        raise UserError(
+            f"{directory} is not a directory. A checkpoint is a directory with {CONFIG} and {WEIGHTS}."
+        )
+    if _exists(directory / WEIGHTS):
+        path = _inside(directory, WEIGHTS)
+        with opened_weights(path) as opened:
+            return dict.fromkeys(opened.keys(), path)
+    if not _exists(directory / INDEX):
+        pickles = sorted(path.name for path in directory.glob("*.bin"))
+        if pickles:
+            raise UserError(
+                f"{directory} holds {pickles[0]}, a pickle, which can run code when read. "
+                f"Convert it to {WEIGHTS} where you trust it."
+            )
+        raise UserError(f"{directory} holds neither {WEIGHTS} nor {INDEX}: it is not a checkpoint.")
+    weight_map = read_json(directory, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{directory / INDEX}: key weight_map must map tensors to files.")
+    locations: dict[str, Path] = {}
+    for name in sorted(set(weight_map.values())):
+        if not name.endswith(".safetensors"):
+            raise UserError(f"{directory / INDEX} names {name!r:.80}, which is not a safetensors file.")
+        path = _inside(directory, name)
+        with opened_weights(path) as opened:
+            held = set(opened.keys())
+        for tensor, file in weight_map.items():
+            if file == name and tensor not in held:
+                raise UserError(f"{path} misses the tensor {tensor} that {INDEX} says it holds.")
+        locations |= {tensor: path for tensor, file in weight_map.items() if file == name}
+    return locations
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """Return the path of a plain file of `directory`, refusing whatever leads out of it."""
+    path = directory / name
+    if Path(name).name != name or path.resolve().parent != directory.resolve():
+        raise UserError(
+            f"{directory} refers to {name!r:.80}, which lies outside of it. Copy the file into it."
+        )
+    if not path.is_file():
+        raise UserError(f"{path} is missing.")
+    return path
+
+
+def read_json(directory: Path, name: str) -> dict[str, Any]:
+    if not _exists(directory / name):
+        raise UserError(f"{directory} has no {name}: it is not a checkpoint.")
+    path = _inside(directory, name)
+    size = path.stat().st_size
+    if size > _MAX_JSON_BYTES:
+        raise UserError(f"{path} has {size:,} bytes; a real one has far fewer than {_MAX_JSON_BYTES:,}.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold a JSON object.")
+    return data
+
+
+@contextmanager
+def opened_weights(path: Path) -> Iterator[Any]:
+    """Map a safetensors file: only its header is read, and one that is absurd or overlaps is refused."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or not a safetensors file ({error}).") from error
+
+
+def checkpoint_directory(path: str | Path) -> Path:
+    """Return `path` itself, or of a run directory (or its `checkpoints`) the newest checkpoint.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is not a directory. Give a checkpoint, a model directory or a run directory."
+        )
+    if _exists(path / CONFIG):
+        return path
+    checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    latest = checkpoints / "latest"
+    name = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
+    # A name only, of a directory that is there: `latest` is written after its checkpoint and may be lost or old.
+    if name.startswith("step-") and Path(name).name == name and (checkpoints / name).is_dir():
+        return checkpoints / name
+    steps = {
+        int(p.name.removeprefix("step-")): p for p in checkpoints.glob("step-*") if p.name[5:].isdecimal()
+    }
+    if not steps:
+        raise UserError(f"{path} holds neither {CONFIG} nor checkpoints (step-00000500, ...).")
+    return steps[max(steps)]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,390 @@
+"""Hugging Face's names and files: safetensors and config.json, written so that others can read them.
+
+A directory has `model.safetensors`, or shards and `model.safetensors.index.json`, and `config.json`. The
+latter's key `plmtune` describes the model by registered components, so that any combination comes back; a
+directory without it is read as the PLM or Llama checkpoint that its other keys tell of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from plmtune.errors import UserError
+from plmtune.models.assemble import from_description
+from plmtune.models.files import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    locate,
+    opened_weights,
+    read_json,
+    replacing,
+    write_json,
+)
+from plmtune.modules.decoder import Decoder
+
+_NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attention.kv_a_proj": "self_attn.kv_a_proj_with_mqa",
+    "attention.kv_a_norm": "self_attn.kv_a_layernorm",
+    "attention": "self_attn",
+    "ffn": "mlp",
+}
+_HF_NAMES = {theirs: ours for ours, theirs in _NAMES.items()}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+# Far above any real model's, far below what would hurt.
+_MAX_POSITIONS = 2**24
+
+
+def hf_name(name: str) -> str:
+    """`layers.0.ffn.up_proj.weight` -> `model.layers.0.mlp.up_proj.weight`."""
+    return _rename(name, "layers.", "model.layers.", _NAMES)
+
+
+def our_name(name: str) -> str:
+    """The inverse of `hf_name`."""
+    return _rename(name, "model.layers.", "layers.", _HF_NAMES)
+
+
+def _rename(name: str, prefix: str, new_prefix: str, names: Mapping[str, str]) -> str:
+    head, rest = "", name
+    if name.startswith(prefix):
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        head = f"{new_prefix}{number}."
+    parts = rest.split(".")
+    for length in range(len(parts), 0, -1):  # the longest part of the name that is known
+        known = names.get(".".join(parts[:length]))
+        if known is not None:
+            return head + ".".join((known, *parts[length:]))
+    return head + rest
+
+
+def to_hf(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return (tensors under Hugging Face's names, config.json) of a model.
+
+    Sharded parameters are gathered, so every process must call it.
+    """
+    state = {hf_name(name): _whole(tensor) for name, tensor in model.state_dict().items()}
+    return state, hf_config(model.config, next(iter(state.values())).dtype)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def hf_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return config.json for a model's `config`: Hugging Face's keys where it has such a model, and ours."""
+    attention, ffn, norm = config["attention"], config["ffn"], config["norm"]
+    parts = (attention["component"], ffn["component"], norm["component"])
+    heads = config["num_heads"]
+    keys: dict[str, Any] = {
+        "architectures": ["PlmtuneForCausalLM"],
+        "model_type": "plmtune",
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["embed_dim"],
+        "num_hidden_layers": config["num_layers"],
+        "num_attention_heads": heads,
+        "max_position_embeddings": config["max_seq_len"],
+        "tie_word_embeddings": config["tie_embeddings"],
+        "initializer_range": config["init_std"],
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+    }
+    common = {
+        "intermediate_size": ffn.get("hidden_dim"),
+        "rms_norm_eps": norm.get("eps"),
+        "rope_theta": attention.get("rope_theta"),
+        "rope_scaling": None,
+        "attention_dropout": 0.0,
+    }
+    if parts == ("mla", "squared_relu", "rms_norm"):
+        keys |= common | {
+            "architectures": ["PLMForCausalLM"],
+            "model_type": "plm",
+            "num_key_value_heads": heads,
+            "hidden_act": "relu2",
+            "q_lora_rank": None,
+            "kv_lora_rank": attention["kv_lora_rank"],
+            "qk_nope_head_dim": attention["qk_nope_head_dim"],
+            "qk_rope_head_dim": attention["qk_rope_head_dim"],
+            "v_head_dim": attention["v_head_dim"],
+            "attention_bias": False,
+        }
+    elif (
+        parts[0] in ("gqa", "mha")
+        and parts[1:] == ("swiglu", "rms_norm")
+        and not attention["rope_interleaved"]
+    ):
+        keys |= common | {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "num_key_value_heads": attention.get("num_kv_heads", heads),
+            "head_dim": attention["head_dim"] or config["embed_dim"] // heads,
+            "hidden_act": "silu",
+            "attention_bias": attention["bias"],
+            "mlp_bias": False,
+        }
+    return keys | {"plmtune": dict(config)}
+
+
+def save_model(
+    model_or_state: Decoder | Mapping[str, Tensor],
+    config: Mapping[str, Any] | None,
+    directory: str | Path,
+    *,
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Write weights and config.json into `directory`, each file whole or not at all.
+
+    Args:
+        model_or_state: a model, or its tensors under our names or Hugging Face's.
+        config: a model's `config` or what `to_hf` returned; None for a model's own.
+        max_shard_bytes: larger weights are split, with an index.
+
+    Raises:
+        ValueError: if a state comes without a config, or max_shard_bytes is not above 0.
+    """
+    if max_shard_bytes <= 0:
+        raise ValueError(f"max_shard_bytes must be above 0, not {max_shard_bytes}")
+    if isinstance(model_or_state, Decoder):
+        state, keys = to_hf(model_or_state)
+        config = config or keys
+    else:
+        state = {
+            name if name.startswith(("model.", "lm_head.")) else hf_name(name): _whole(tensor)
+            for name, tensor in model_or_state.items()
+        }
+    if config is None:
+        raise ValueError("tensors without a config cannot be saved: give the model's config")
+    if "component" in config:
+        config = hf_config(config, next(iter(state.values())).dtype)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    shards = _split(state, max_shard_bytes)
+    names = (
+        [WEIGHTS]
+        if len(shards) == 1
+        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    )
+    for name, shard in zip(names, shards, strict=True):
+        with replacing(directory / name) as temporary:
+            tensors = {key: tensor.detach().contiguous() for key, tensor in shard.items()}
+            save_file(tensors, temporary, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())},
+            "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+        }
+        write_json(directory / INDEX, index)
+    write_json(directory / CONFIG, config)
+    # Weights of an earlier save in another number of files would contradict these.
+    for path in (directory / WEIGHTS, directory / INDEX, *directory.glob("model-*-of-*.safetensors")):
+        if path.name not in (*names, INDEX if len(shards) > 1 else WEIGHTS):
+            path.unlink(missing_ok=True)
+
+
+def _split(state: Mapping[str, Tensor], max_bytes: float) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def load_model(
+    directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Decoder:
+    """Build the model that a directory describes and fill it with the directory's weights.
+
+    Args:
+        dtype: None keeps the file's.
+
+    Raises:
+        UserError: if config or weights are missing, damaged, or do not fit each other.
+    """
+    directory = Path(directory)
+    locations = locate(directory)
+    model = _build(directory, num_tensors=len(locations))
+    _check(model, directory, locations)
+    if dtype is None:
+        file, theirs = locations[hf_name("tok_embeddings.weight")], hf_name("tok_embeddings.weight")
+        with opened_weights(file) as opened:
+            dtype = _DTYPES[opened.get_slice(theirs).get_dtype()]
+    model.to(dtype).to_empty(device=device)
+    load_state(model, directory)
+    return model
+
+
+def load_state(model: Decoder, directory: str | Path) -> None:
+    """Copy a directory's weights into a model, sharded or not, keeping the model's dtype and device.
+
+    Raises:
+        UserError: if they do not fit the model.
+    """
+    parameters = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in _tensors(model, Path(directory)):
+            parameter = parameters[name]
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                # Each process reads the file itself, so nothing needs to be sent.
+                tensor = distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
+            parameter.copy_(tensor)
+
+
+def read_state(model: Decoder, directory: str | Path) -> dict[str, Tensor]:
+    """Return a directory's weights under the model's own names, on the CPU, in the file's dtype.
+
+    Raises:
+        UserError: if they do not fit the model.
+    """
+    return dict(_tensors(model, Path(directory)))
+
+
+def _tensors(model: Decoder, directory: Path) -> Iterator[tuple[str, Tensor]]:
+    locations = locate(directory)
+    _check(model, directory, locations)
+    files: dict[Path, list[str]] = {}
+    for name in model.state_dict():
+        files.setdefault(locations[hf_name(name)], []).append(name)
+    for file, names in files.items():
+        with opened_weights(file) as opened:
+            for name in names:
+                yield name, opened.get_tensor(hf_name(name))
+
+
+def _build(directory: Path, num_tensors: int) -> Decoder:
+    """Build on the meta device what config.json describes; nothing is allocated."""
+    path = directory / CONFIG
+    keys = read_json(directory, CONFIG)
+    description = keys["plmtune"] if "plmtune" in keys else _from_hf_keys(keys, path)
+    part = from_description("model", description, f"{path}, key plmtune")
+    vocab_size = description.get("vocab_size")
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
+        raise UserError(f"{path}, key vocab_size: must be a whole number, not {vocab_size!r:.80}")
+    num_layers, positions = part.settings.get("num_layers", 0), part.settings.get("max_seq_len", 0)
+    # A layer is an object even on the meta device, so a number without tensors behind it is refused first.
+    if num_layers > num_tensors:
+        raise UserError(f"{path} names {num_layers} layers, but the weights hold {num_tensors} tensors.")
+    if positions > _MAX_POSITIONS:
+        raise UserError(f"{path} names {positions} positions; at most {_MAX_POSITIONS} can be used.")
+    try:
+        with torch.device("meta"):
+            model = part(vocab_size=vocab_size)
+    except (ValueError, RuntimeError, OverflowError, TypeError) as error:
+        raise UserError(f"{path} describes no possible model: {str(error).splitlines()[0]}.") from error
+    if not isinstance(model, Decoder):
+        raise UserError(f"{path}: {description['component']} is not a model that this version can load.")
+    return model
+
+
+def _from_hf_keys(keys: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The description of a published PLM or Llama checkpoint."""
+
+    def get(name: str, *default: Any) -> Any:
+        if name not in keys and not default:
+            raise UserError(f"{path}: key {name} is missing.")
+        return keys.get(name, *default)
+
+    model_type = keys.get("model_type")
+    if model_type not in ("plm", "llama"):
+        raise UserError(f"{path}: model_type is {model_type!r:.80}; only plm and llama can be read.")
+    # transformers 5 moved RoPE's keys into a table of their own.
+    rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise UserError(f"{path}: RoPE scaling ({rope!r:.80}) is not supported.")
+    theta = rope.get("rope_theta", keys.get("rope_theta", 100000.0 if model_type == "plm" else 10000.0))
+    heads = get("num_attention_heads")
+    attention: dict[str, Any]
+    if model_type == "plm":
+        _demand(keys, path, q_lora_rank=(None,), hidden_act=("relu2",), attention_bias=(False, None))
+        attention = {"component": "mla", "rope_theta": theta} | {
+            name: get(name) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        }
+    else:
+        _demand(keys, path, hidden_act=("silu",), mlp_bias=(False, None))
+        attention = {
+            "component": "gqa",
+            "num_kv_heads": get("num_key_value_heads", heads),
+            "head_dim": get("head_dim", None),
+            "rope_theta": theta,
+            "rope_interleaved": False,
+            "bias": get("attention_bias", False),
+        }
+    return {
+        "component": model_type,
+        "vocab_size": get("vocab_size"),
+        "attention": attention,
+        "ffn": {
+            "component": "squared_relu" if model_type == "plm" else "swiglu",
+            "hidden_dim": get("intermediate_size"),
+        },
+        "norm": {"component": "rms_norm", "eps": get("rms_norm_eps", 1e-6)},
+        "embed_dim": get("hidden_size"),
+        "num_layers": get("num_hidden_layers"),
+        "num_heads": heads,
+        "max_seq_len": get("max_position_embeddings"),
+        "tie_embeddings": get("tie_word_embeddings", model_type == "plm"),
+        "init_std": get("initializer_range", 0.02),
+    }
+
+
+def _demand(keys: dict[str, Any], path: Path, **allowed: tuple[Any, ...]) -> None:
+    for name, values in allowed.items():
+        if name in keys and keys[name] not in values:
+            raise UserError(f"{path}: {name} is {keys[name]!r:.80}; only {values[0]!r} is supported.")
+
+
+def _check(model: Decoder, directory: Path, locations: Mapping[str, Path]) -> None:
+    """Compare every name, shape and dtype with the model, reading headers only."""
+    shapes = {hf_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = [name for name in shapes if name not in locations]
+    if missing:
+        raise UserError(f"{directory} misses the tensor {missing[0]}{_more(missing)}. Is the copy complete?")
+    # Older files carry RoPE's table; some write a tied head twice.
+    extra = [
+        name
+        for name in locations
+        if name not in shapes
+        and not name.endswith("rotary_emb.inv_freq")
+        and not (model.tied and name == "lm_head.weight")
+    ]
+    if extra:
+        more = _more(extra)
+        raise UserError(f"{locations[extra[0]]} holds the tensor {extra[0]}{more} that {CONFIG} lacks.")
+    for file in sorted(set(locations.values())):
+        with opened_weights(file) as opened:
+            for name in sorted(name for name in shapes if locations[name] == file):
+                header = opened.get_slice(name)
+                shape = tuple(header.get_shape())
+                if shape != shapes[name]:
+                    raise UserError(
+                        f"{file}: {name} has shape {list(shape)}, the model needs {list(shapes[name])}."
+                    )
+                if header.get_dtype() not in _DTYPES:
+                    known = ", ".join(_DTYPES)
+                    raise UserError(f"{file}: {name} is of type {header.get_dtype()}; known are {known}.")
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
