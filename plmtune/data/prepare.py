@@ -23,9 +23,8 @@ from plmtune.errors import UserError
 if TYPE_CHECKING:
     from plmtune.data.tokenizers import Tokenizer
 
-# A long document is encoded in pieces of about this many characters, so that one file keeps all cores busy.
-PIECE = 1 << 18
-GROUP = 1 << 22  # characters encoded at a time
+# Characters encoded at a time. A longer document goes in pieces, so that memory does not grow with it.
+GROUP = 1 << 22
 
 Part = tuple[str, str]  # split, document
 
@@ -74,7 +73,7 @@ def prepare(
         "holdout_by": holdout_by,
         "skip_bad": skip_bad,
         "shard_tokens": shard_tokens,
-        "piece": PIECE,
+        "group": GROUP,
     }
     fingerprint = source.fingerprint()
     key = json.dumps([FORMAT, fingerprint, tokenizer.fingerprint, tokenizer.vocab_size, settings])
@@ -200,11 +199,11 @@ def _cut(text: str, at: int) -> Iterator[Part]:
 def pieces(text: str) -> Iterator[str]:
     """Cut a long text after line ends that no white space follows, where BPE patterns cut as well."""
     start = 0
-    while len(text) - start > PIECE:
-        at = start + PIECE
+    while len(text) - start > GROUP:
+        at = start + GROUP
         while (at := text.rfind("\n", start, at)) > start and text[at + 1].isspace():
             pass
-        end = at + 1 if at > start else start + PIECE
+        end = at + 1 if at > start else start + GROUP
         yield text[start:end]
         start = end
     yield text[start:]

@@ -1,0 +1,193 @@
+"""Which window of which source stands where in a run: a pure function of (seed, step).
+
+Nothing is drawn from a generator with a state, and nothing depends on numpy's streams, which may change
+between versions: every permutation is a Feistel network over xxh3 keys, computed for single indices. So any
+step can be had at once, in constant memory at any size of corpus, and a run goes on by its step alone.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from plmtune.errors import did_you_mean
+
+Ints = NDArray[np.int64]
+
+BLOCK = 1024  # sequences in which each source has exactly its share
+_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of `steps` optimizer steps with one mix of sources; an empty mix weighs them by size."""
+
+    name: str
+    steps: int
+    mix: dict[str, float] = field(default_factory=dict)
+
+
+def key_of(*parts: object) -> int:
+    """Return a 64-bit key of the parts' text."""
+    return xxhash.xxh3_64_intdigest("\0".join(map(str, parts)).encode())
+
+
+def _mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Steele et al. 2014, SplitMix64's finalizer: each bit in reaches each bit out."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(index: Ints, n: int, key: int) -> Ints:
+    """Map each index in [0, n) to its place under the permutation of [0, n) that `key` names.
+
+    A Feistel network is a bijection on the next power of four whatever its round function is; an image of n
+    or above is mapped again until it falls below (cycle walking, Black and Rogaway 2002): on average 4 times
+    at worst.
+
+    Args:
+        index: [k] int64, each in [0, n).
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    counters = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    round_keys = _mix64(counters ^ np.uint64(key))
+    out = index.astype(np.uint64)
+    todo = np.arange(out.size)
+    while todo.size:
+        x = out[todo]
+        left, right = x >> half, x & low
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix64(right ^ round_key) & low)
+        out[todo] = (left << half) | right
+        todo = todo[out[todo] >= n]
+    return out.astype(np.int64)
+
+
+def quotas(weights: Sequence[float], total: int = BLOCK) -> Ints:
+    """Divide `total` in proportion by largest remainders, with at least 1 for each weight above 0."""
+    exact = np.array(weights, dtype=np.float64) / sum(weights) * total
+    counts = np.floor(exact).astype(np.int64)
+    counts[(exact > 0) & (counts == 0)] = 1
+    while counts.sum() < total:
+        counts[np.argmax(np.where(exact > 0, exact - counts, -np.inf))] += 1
+    while counts.sum() > total:
+        counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
+    return counts
+
+
+@lru_cache(maxsize=16)
+def _block(shares: tuple[int, ...], key: int) -> tuple[Ints, Ints]:
+    """Return for each place of a block its source, and how many of that source stand before it."""
+    source = np.repeat(np.arange(len(shares)), shares)[permute(np.arange(BLOCK), BLOCK, key)]
+    before = np.empty(BLOCK, dtype=np.int64)
+    for index, share in enumerate(shares):
+        before[source == index] = np.arange(share)
+    return source, before
+
+
+class Order:
+    """The whole run's order of (source, window).
+
+    Args:
+        windows: number of windows of each source.
+        phases: in the order of training.
+        global_batch_size: sequences a step, over all ranks.
+        seed: another seed, another order.
+
+    Raises:
+        ValueError: for a phase without steps, or a mix that names no source, an unknown one, or weights that
+            cannot be.
+    """
+
+    def __init__(
+        self, windows: Mapping[str, int], phases: Sequence[Phase], *, global_batch_size: int, seed: int
+    ) -> None:
+        if not phases:
+            raise ValueError("a run needs at least one phase")
+        self.names = sorted(windows)  # not the order in which a config happens to name them
+        self.windows = np.array([windows[name] for name in self.names], dtype=np.int64)
+        self.phases = list(phases)
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self._first_step = [0]
+        self._shares: list[Ints] = []
+        # Sequences drawn from each source before each phase: an epoch goes on where the last phase left it.
+        self._drawn = [np.zeros(len(self.names), dtype=np.int64)]
+        for index, phase in enumerate(self.phases):
+            if phase.steps < 1:
+                raise ValueError(f"phase {phase.name} has {phase.steps} steps; it needs at least 1")
+            shares = quotas(self._weights(phase))
+            blocks, rest = divmod(phase.steps * global_batch_size, BLOCK)
+            last = np.bincount(self._layout(index, shares, blocks)[0][:rest], minlength=len(self.names))
+            self._shares.append(shares)
+            self._drawn.append(self._drawn[-1] + blocks * shares + last)
+            self._first_step.append(self._first_step[-1] + phase.steps)
+        for name, count, drawn in zip(self.names, self.windows, self.drawn, strict=True):
+            if drawn and count < 1:
+                raise ValueError(f"source {name} has no whole window, yet a phase's mix draws from it")
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all phases."""
+        return self._first_step[-1]
+
+    @property
+    def drawn(self) -> Ints:
+        """Sequences that the whole run draws from each source."""
+        return self._drawn[-1]
+
+    def phase_index(self, step: int) -> int:
+        """Return which phase a step belongs to."""
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step {step} of {self.num_steps}")
+        return bisect_right(self._first_step, step) - 1
+
+    def shares(self, index: int) -> dict[str, float]:
+        """Return the realised share of each source in a phase."""
+        return {name: int(s) / BLOCK for name, s in zip(self.names, self._shares[index], strict=True)}
+
+    def step(self, step: int) -> tuple[Ints, Ints]:
+        """Return the step's sequences as (index into `names`, window), each [global_batch_size]."""
+        index = self.phase_index(step)
+        shares, carried = self._shares[index], self._drawn[index]
+        first = (step - self._first_step[index]) * self.global_batch_size
+        stop = first + self.global_batch_size
+        sources, draws = [], []
+        for block in range(first // BLOCK, (stop - 1) // BLOCK + 1):
+            part = slice(max(0, first - block * BLOCK), min(BLOCK, stop - block * BLOCK))
+            source, before = (array[part] for array in self._layout(index, shares, block))
+            sources.append(source)
+            draws.append(carried[source] + block * shares[source] + before)
+        source, draw = np.concatenate(sources), np.concatenate(draws)
+        epoch, window = np.divmod(draw, self.windows[source])
+        for s, e in {*zip(source.tolist(), epoch.tolist(), strict=True)}:
+            here = (source == s) & (epoch == e)
+            window[here] = permute(window[here], int(self.windows[s]), key_of(self.seed, self.names[s], e))
+        return source, window
+
+    def _layout(self, phase: int, shares: Ints, block: int) -> tuple[Ints, Ints]:
+        return _block(tuple(shares.tolist()), key_of(self.seed, "block", phase, block))
+
+    def _weights(self, phase: Phase) -> list[float]:
+        if not phase.mix:
+            return [float(count) for count in self.windows]
+        for name, weight in phase.mix.items():
+            if name not in self.names:
+                near = did_you_mean(name, self.names)
+                raise ValueError(f"phase {phase.name}: its mix names {name}, which is no source.{near}")
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"phase {phase.name}: the weight of {name} is {weight}, not 0 or more")
+        positive = sum(weight > 0 for weight in phase.mix.values())
+        if not positive:
+            raise ValueError(f"phase {phase.name}: all weights of its mix are 0")
+        if positive > BLOCK:
+            raise ValueError(f"phase {phase.name}: its mix has {positive} sources, more than {BLOCK}")
+        return [float(phase.mix.get(name, 0.0)) for name in self.names]
