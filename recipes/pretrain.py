@@ -1,0 +1,358 @@
+"""Pretrain a model from scratch, or from `init_from`, on phases of mixed token shards."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import plmtune
+from plmtune.config import build, to_plain
+from plmtune.data.batches import Batch, Batches, Phase
+from plmtune.data.prepare import prepare
+from plmtune.data.shards import Shards
+from plmtune.data.sources import named_sources
+from plmtune.errors import UserError
+from plmtune.generation import complete
+from plmtune.models.hf import load_state, read_state, save_model
+from plmtune.runs import open_run
+from plmtune.schema import Pretrain as Config
+from plmtune.training.checkpoint import Checkpoints
+from plmtune.training.estimate import Estimate, estimate, peak_flops
+from plmtune.training.plot import draw_curves
+from plmtune.training.progress import Watch
+from plmtune.training.run_directory import EXIT_STOPPED
+from plmtune.training.runtime import Runtime
+from plmtune.units import parse_count, show_count
+
+CONFIG = "pretrain"  # conf/pretrain.yaml
+
+
+@dataclass
+class Plan:
+    """What a config asks for, known before a weight is allocated or a text is read."""
+
+    tokenizer: Any
+    model: Any  # on the meta device
+    phases: list[Phase]
+    tokens_per_step: int
+    estimate: Estimate
+
+    @property
+    def num_steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    def lines(self) -> list[str]:
+        rows = [
+            f"phase {p.name}: {show_count(p.steps * self.tokens_per_step)} tokens, {p.steps:,} steps of "
+            f"{show_count(self.tokens_per_step)} tokens"
+            for p in self.phases
+        ]
+        return [*self.estimate.lines(), *rows]
+
+
+def plan(cfg: Config, runtime: Runtime) -> Plan:
+    """Check every number that can be checked without memory or data.
+
+    Raises:
+        UserError: naming the key, for impossible numbers.
+    """
+    for key in ("seq_len", "global_batch_size", "micro_batch_size", "log_every"):
+        if getattr(cfg, key) < 1:
+            raise UserError(f"key {key}: must be at least 1, not {getattr(cfg, key)}.")
+    if not cfg.phases:
+        raise UserError("key phases: is empty. Give one: phases=[{name: main, tokens: 5M}]")
+    if cfg.global_batch_size % runtime.world_size:
+        raise UserError(
+            f"key global_batch_size: {cfg.global_batch_size} sequences do not divide among {runtime.world_size} "
+            "processes."
+        )
+    tokenizer = build("tokenizer", cfg.tokenizer)
+    with torch.device("meta"):
+        model = build("model", cfg.model, vocab_size=tokenizer.vocab_size)
+    if cfg.seq_len > model.max_seq_len:
+        raise UserError(f"key seq_len: {cfg.seq_len} exceeds the model's max_seq_len ({model.max_seq_len}).")
+    tokens_per_step = cfg.global_batch_size * cfg.seq_len
+    phases = [_phase(index, phase, tokens_per_step) for index, phase in enumerate(cfg.phases)]
+    num_steps = sum(phase.steps for phase in phases)
+    build("loss", cfg.loss)
+    _scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=1.0), num_steps, tokens_per_step)
+    assert cfg.optimizer is not None and cfg.loss is not None
+    return Plan(
+        tokenizer,
+        model,
+        phases,
+        tokens_per_step,
+        estimate(
+            model,
+            optimizer=cfg.optimizer.name,
+            seq_len=cfg.seq_len,
+            micro_batch_size=min(cfg.micro_batch_size, cfg.global_batch_size // runtime.world_size),
+            world_size=runtime.world_size,
+            strategy=runtime.strategy,
+            compute_dtype=runtime.compute_dtype,
+            activation_checkpointing=cfg.runtime.activation_checkpointing,
+            loss_chunk_rows=cfg.loss.settings.get("chunk_rows", 0),
+            device=runtime.device,
+        ),
+    )
+
+
+def _phase(index: int, phase: Any, tokens_per_step: int) -> Phase:
+    key = f"phases[{index}]"
+    if (phase.tokens is None) == (phase.steps is None):
+        raise UserError(f"key {key}: needs tokens or steps, one of the two.")
+    try:
+        steps = phase.steps or math.ceil(parse_count(phase.tokens, f"{key}.tokens") / tokens_per_step)
+    except ValueError as error:
+        raise UserError(f"key {error}") from None
+    if steps < 1:
+        raise UserError(f"key {key}.steps: must be at least 1, not {steps}.")
+    return Phase(phase.name, steps, dict(phase.mix))
+
+
+def _scheduler(cfg: Config, optimizer: Any, num_steps: int, tokens_per_step: int) -> Any:
+    return build("scheduler", cfg.scheduler, optimizer=optimizer, num_steps=num_steps, tokens_per_step=tokens_per_step)
+
+
+class Pretrain:
+    """One run. Data order and schedule are pure functions of the step, so that any step can be gone on from."""
+
+    def __init__(self, cfg: Config, plan: Plan, runtime: Runtime) -> None:
+        self.cfg, self.plan, self.runtime, self.tokenizer = cfg, plan, runtime, plan.tokenizer
+        shards = self._prepare()
+        self.data = self._batches(shards)
+        self.run = open_run(cfg, runtime, {name: shard.fingerprint for name, shard in shards.items()})
+        self.model = plan.model.to_empty(device=runtime.device)
+        self.model.activation_checkpointing = cfg.runtime.activation_checkpointing
+        self.model.init_weights(torch.Generator().manual_seed(cfg.seed))
+        if cfg.init_from:
+            load_state(self.model, Path(cfg.init_from))
+        self.trained = runtime.distribute(self.model, compile=cfg.runtime.compile)
+        self.loss = build("loss", cfg.loss)
+        self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
+        self.scheduler = _scheduler(cfg, self.optimizer, plan.num_steps, plan.tokens_per_step)
+        self.checkpoints = Checkpoints(self.run.checkpoints, keep=cfg.checkpoint.keep)
+        self.step = self._restore()
+        # Bits per byte need the length of each token's text; special tokens have none.
+        self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes).to(runtime.device)
+
+    def _prepare(self) -> dict[str, Shards]:
+        """Make token shards of each source, or find them made. Rank 0 works, the others wait."""
+        settings = self.cfg.preparation
+        opened = {}
+        for name, source in named_sources(build("data", self.cfg.data)).items():
+            if not self.runtime.is_main:
+                self.runtime.barrier()
+            directory = prepare(
+                source,
+                self.tokenizer,
+                Path(settings.directory),
+                holdout=settings.holdout,
+                holdout_by=settings.holdout_by,
+                skip_bad=settings.skip_bad,
+            )
+            if self.runtime.is_main:
+                self.runtime.barrier()
+            opened[name] = Shards.open(
+                directory,
+                tokenizer_fingerprint=self.tokenizer.fingerprint,
+                vocab_size=self.tokenizer.vocab_size,
+            )
+        return opened
+
+    def _batches(self, shards: dict[str, Shards]) -> Batches:
+        try:
+            return Batches(
+                shards,
+                self.plan.phases,
+                seq_len=self.cfg.seq_len,
+                global_batch_size=self.cfg.global_batch_size,
+                micro_batch_size=self.cfg.micro_batch_size,
+                seed=self.cfg.seed,
+                rank=self.runtime.rank,
+                world_size=self.runtime.world_size,
+                document_mask=self.cfg.document_mask,
+                num_workers=self.cfg.num_workers,
+            )
+        except ValueError as error:
+            raise UserError(f"key phases: {error}") from error
+
+    def _restore(self) -> int:
+        state = self.checkpoints.restore(
+            model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, read_model=read_state
+        )
+        return int(state["step"]) if state else 0
+
+    def train(self) -> float:
+        """Train to the last step; returns the last validation loss in nats a token."""
+        cfg, runtime, num_steps = self.cfg, self.runtime, self.plan.num_steps
+        flops = peak_flops(runtime.device, runtime.compute_dtype) * runtime.world_size
+        loggers = [build("logger", cfg.logger, directory=self.run.path, config=to_plain(cfg))] if cfg.logger else []
+        score = math.nan
+        with Watch(
+            self.run,
+            loggers if runtime.is_main else [],
+            num_steps,
+            self.step,
+            device=runtime.device,
+            tokens_per_step=self.plan.tokens_per_step,
+            flops_per_token=self.plan.estimate.flops_per_token,
+            peak_flops=flops,
+        ) as watch:
+            self._introduce(watch)
+            for index, batches in self.data.iterate(self.step):
+                metrics = self.update(batches)
+                self.step = index + 1
+                last = self.step == num_steps
+                if last or self.step % cfg.log_every == 0:
+                    watch.log(self.step, self.read(metrics))
+                if last or (cfg.validation.every and self.step % cfg.validation.every == 0):
+                    with watch.paused():
+                        measured = self.validate()
+                    score = measured["validation_loss"]
+                    watch.log(self.step, measured)
+                stop = watch.should_stop()
+                if last or stop or (cfg.checkpoint.every and self.step % cfg.checkpoint.every == 0):
+                    with watch.paused():
+                        self.save_checkpoint()
+                if stop and not last:
+                    watch.message(f"stopped after step {self.step}; go on with: plmtune resume {self.run.path}")
+                    raise SystemExit(EXIT_STOPPED)
+        return score
+
+    def update(self, batches: list[Batch]) -> dict[str, Tensor | float]:
+        """One optimizer step on this rank's micro-batches of a global batch."""
+        runtime = self.runtime
+        lr = self.optimizer.param_groups[0]["lr"]
+        # Mean over the global count of valid tokens, not over micro-batches: masked rows differ in length.
+        (num_valid,) = runtime.sum(float(sum(batch.num_valid for batch in batches)))
+        total = torch.zeros((), device=runtime.device)
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with runtime.accumulate(self.trained, last=last):
+                loss = self._loss(batch.to(runtime.device))
+                (loss * (runtime.gradient_scale / num_valid)).backward()
+            total += loss.detach()
+        norm = runtime.clip_grad_norm(self.model, self.cfg.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"loss": total, "num_valid": num_valid, "grad_norm": norm, "lr": lr}
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """Summed loss of a micro-batch; the vocabulary projection happens inside the loss, in chunks."""
+        with self.runtime.autocast():
+            hidden = self.trained(batch.tokens, mask=batch.mask, input_pos=batch.input_pos, hidden=True)  # [b, s, d]
+            summed: Tensor = self.loss(hidden.flatten(0, 1), self.model.head_weight, batch.targets.flatten())
+        return summed
+
+    def read(self, metrics: dict[str, Tensor | float]) -> dict[str, float]:
+        """Bring one step's numbers to the host, summed over ranks; the only wait for the device."""
+        (total,) = self.runtime.sum(metrics["loss"])
+        phase = self.data.phase(self.step - 1).name
+        return {
+            "loss": total / float(metrics["num_valid"]),
+            "lr": float(metrics["lr"]),
+            "grad_norm": float(metrics["grad_norm"]),
+            "tokens": self.step * self.plan.tokens_per_step,
+            "phase": phase,  # type: ignore[dict-item]
+        }
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Held-out loss in nats a token, bits a byte, and the share of exact zeros of each squared ReLU."""
+        self.model.eval()
+        layers = [layer.ffn for layer in self.model.layers if hasattr(layer.ffn, "record_sparsity")]
+        for ffn in layers:
+            ffn.record_sparsity = True
+        device = self.runtime.device
+        nats, count, num_bytes = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+        zeros = torch.zeros(len(layers), dtype=torch.float64, device=device)
+        batches = 0
+        for batch in self.data.validation(self.cfg.validation.tokens):
+            batch = batch.to(device)
+            nats += self._loss(batch)
+            valid = batch.targets[batch.targets >= 0]
+            count += valid.numel()
+            num_bytes += self.token_bytes[valid].sum()
+            if layers:
+                zeros += torch.stack([ffn.sparsity for ffn in layers])
+            batches += 1
+        for ffn in layers:
+            ffn.record_sparsity = False
+        self.model.train()
+        total, tokens, length, seen, *shares = self.runtime.sum(nats, count, num_bytes, float(batches), *zeros)
+        return {
+            "validation_loss": total / tokens,
+            "bits_per_byte": total / math.log(2) / length,
+            **{f"sparsity/{index}": share / seen for index, share in enumerate(shares)},
+        }
+
+    def save_checkpoint(self) -> None:
+        self.checkpoints.save(
+            self.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            state={"phase": self.data.phase(self.step - 1).name, "tokens": self.step * self.plan.tokens_per_step},
+            write_model=lambda directory, state: save_model(state, self.model.config, directory),
+            tokenizer=self.tokenizer,
+        )
+
+    def _introduce(self, watch: Watch) -> None:
+        watch.message(f"run: {self.run.path}" + (f", going on after step {self.step}" if self.step else ""))
+        for line in (*self.runtime.describe(), *self.data.describe(), *self.plan.lines()):
+            watch.message(line)
+
+
+def report(run: Path, cfg: Config) -> None:
+    """Draw the curves, and let the finished checkpoint write something, for a person to judge."""
+    curves = run / "curves.png"
+    draw_curves(run / "metrics.jsonl", curves)
+    if cfg.sample.max_new_tokens:
+        model, tokenizer = plmtune.load(run)
+        generator = torch.Generator(model.head_weight.device).manual_seed(cfg.seed)
+        text = complete(
+            model,
+            tokenizer,
+            cfg.sample.prompt,
+            max_new_tokens=cfg.sample.max_new_tokens,
+            temperature=cfg.sample.temperature,
+            top_p=cfg.sample.top_p,
+            generator=generator,
+        )
+        print(f"\n{cfg.sample.prompt}{''.join(text)}\n")
+    print(f"curves: {curves}")
+    print(f'try it: plmtune generate {run} --prompt "{cfg.sample.prompt or "The "}"')
+
+
+def main(cfg: Config, *, dry_run: bool = False) -> float | None:
+    """Run the recipe; returns the validation loss, which a sweeper can minimise."""
+    with Runtime.start(
+        device=cfg.runtime.device,
+        precision=cfg.runtime.precision,
+        strategy=cfg.runtime.strategy,
+        seed=cfg.seed,
+        deterministic=cfg.runtime.deterministic,
+        timeout_minutes=cfg.runtime.timeout_minutes,
+    ) as runtime:
+        planned = plan(cfg, runtime)
+        if dry_run:
+            print("\n".join([*runtime.describe(), *planned.lines()]))
+            return None
+        if not planned.estimate.fits and not cfg.force:
+            lines = "\n".join(planned.lines())
+            raise UserError(f"this run does not fit here. To start it all the same: --force\n{lines}")
+        recipe = Pretrain(cfg, planned, runtime)
+        with recipe.run:
+            score = recipe.train()
+            if runtime.is_main:
+                report(recipe.run.path, cfg)
+    sys.stdout.flush()
+    return score

@@ -1,0 +1,289 @@
+"""The recipe as a person runs it: it learns, it stops and goes on exactly, it refuses what cannot be."""
+
+import importlib
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+from conftest import SMALL, Run, command, environment
+
+from plmtune import config
+from plmtune.errors import UserError
+from plmtune.training.metrics import read, without_timing
+
+
+def start(*overrides: str, **options: Any) -> float:
+    """Run the recipe in this process."""
+    cfg = config.compose("pretrain", (), [*SMALL, *overrides])
+    return importlib.import_module(f"plmtune.recipes.{cfg.recipe}").main(cfg, **options)
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        start(*overrides)
+    return str(caught.value)
+
+
+def weights(run: Path) -> str:
+    """Hash of what a run learned: parameters and optimizer state of its newest checkpoint."""
+    newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    files = [newest / "model.safetensors", newest / "optimizer.safetensors"]
+    return "".join(xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [without_timing(entry) for entry in read(run / "metrics.jsonl")]
+
+
+class TestLearning:
+    def test_loss_falls_and_the_run_leaves_what_it_promises(self, place: Path, capfd: Any) -> None:
+        score = start("run_dir=run", "phases=[{name: main, steps: 60}]", "optimizer.lr=3e-3",
+                      "sample={prompt: 'Beau', max_new_tokens: 8}")  # fmt: skip
+        entries = metrics(place / "run")
+        losses = [entry["loss"] for entry in entries if "loss" in entry]
+        assert losses[-1] < 0.75 * losses[0]
+        assert 0 < score < losses[0]
+        for name in ("config.yaml", "run.json", "metrics.jsonl", "curves.png", "checkpoints/step-00000060/config.json"):
+            assert (place / "run" / name).is_file(), name
+        assert json.loads((place / "run/run.json").read_text())["status"] == "finished"
+        last = [entry for entry in entries if "bits_per_byte" in entry][-1]
+        assert 0.0 <= last["sparsity/0"] <= 1.0
+        out = capfd.readouterr().out
+        assert "Beau" in out and "curves.png" in out
+
+    def test_bits_per_byte_are_nats_per_token_for_bytes(self, place: Path) -> None:
+        start("run_dir=run", "preparation={holdout_by: tail, holdout: 0.1}")
+        entry = [e for e in metrics(place / "run") if "bits_per_byte" in e][-1]
+        # One byte a token, but for the end-of-text tokens, which cost nats and have no bytes.
+        assert entry["bits_per_byte"] == pytest.approx(entry["validation_loss"] / 0.693147, rel=0.03)
+        assert entry["bits_per_byte"] >= entry["validation_loss"] / 0.693148
+
+    def test_two_runs_of_one_seed_are_byte_identical(self, place: Path) -> None:
+        start("run_dir=a")
+        start("run_dir=b", "micro_batch_size=2")
+        assert weights(place / "a") == weights(place / "b")
+        assert metrics(place / "a") == metrics(place / "b")
+        start("run_dir=c", "seed=2")
+        assert weights(place / "c") != weights(place / "a")
+
+    def test_document_mask_and_micro_batches_give_the_same_loss(self, place: Path) -> None:
+        start("run_dir=a", "document_mask=true", "micro_batch_size=4")
+        start("run_dir=b", "document_mask=true", "micro_batch_size=1")
+        for one, other in zip(metrics(place / "a"), metrics(place / "b"), strict=True):
+            for key in ("loss", "validation_loss"):
+                if key in one:
+                    assert one[key] == pytest.approx(other[key], rel=1e-5)
+
+    def test_phases_follow_each_other_in_one_schedule(self, place: Path) -> None:
+        start(
+            "run_dir=run", "data=mix",
+            "data.sources={a: {component: files, paths: [corpus/0*.txt]}, b: {component: files, paths: [corpus/1*.txt]}}",
+            "phases=[{name: one, steps: 4, mix: {a: 1}}, {name: two, tokens: 500, mix: {a: 1, b: 1}}]",
+        )  # fmt: skip
+        assert [e["phase"] for e in metrics(place / "run") if "phase" in e] == ["one"] * 4 + ["two"] * 4
+
+    def test_a_decay_is_branched_from_a_stable_phase(self, place: Path) -> None:
+        start("run_dir=stable", "scheduler={warmup: 2, decay: 4, constant: 0}")
+        start("run_dir=branch", "init_from=stable/checkpoints/step-00000006", "scheduler.start=decay",
+              "scheduler.constant=0", "phases=[{name: main, steps: 5}]")  # fmt: skip
+        rates = [e["lr"] for e in metrics(place / "branch") if "lr" in e]
+        assert rates == sorted(rates, reverse=True) and rates[0] > 2 * rates[-1]
+        first = next(e["loss"] for e in metrics(place / "branch"))
+        assert first < metrics(place / "stable")[0]["loss"]
+
+    @pytest.mark.parametrize("optimizer", ["muon", "adamw_8bit"])
+    def test_other_optimizers_resume_exactly(self, place: Path, optimizer: str) -> None:
+        start("run_dir=whole", f"optimizer={optimizer}")
+        start("run_dir=cut", f"optimizer={optimizer}")
+        for step in (12, 9):
+            directory = place / f"cut/checkpoints/step-{step:08}"
+            for path in directory.iterdir():
+                path.unlink()
+            directory.rmdir()
+        start("run_dir=cut", f"optimizer={optimizer}", "resume=true")
+        assert weights(place / "cut") == weights(place / "whole")
+        assert metrics(place / "cut") == metrics(place / "whole")
+
+
+def kill_at(place: Path, step: int, run: str, *overrides: str, processes: int = 1) -> None:
+    """Start a run and SIGKILL every process of it as soon as its metrics reach `step`."""
+    process = subprocess.Popen(
+        command("run", "pretrain", *SMALL, f"run_dir={run}", *overrides, processes=processes),
+        cwd=place, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    path = place / run / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.is_file() and any(f'"step": {step}' in line for line in path.read_text().splitlines()):
+            break
+        time.sleep(0.002)
+    # torchrun puts its workers into sessions of their own: find them by their parent.
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    for pid in [*children.stdout.split(), str(process.pid)]:
+        subprocess.run(["kill", "-KILL", pid], check=False, capture_output=True)
+    process.wait()
+
+
+class TestStopping:
+    @pytest.mark.parametrize("step", [1, 5, 9])
+    def test_killed_and_resumed_ends_byte_identical(self, place: Path, plmtune: Run, step: int) -> None:
+        start("run_dir=whole")
+        kill_at(place, step, "cut")
+        assert json.loads((place / "cut/run.json").read_text())["status"] == "running"
+        resumed = plmtune("resume", "cut")
+        assert resumed.returncode == 0, resumed.stderr
+        # whole ran with this process's threads, cut with one: sums must not depend on it at this size.
+        assert metrics(place / "cut") == metrics(place / "whole")
+        assert weights(place / "cut") == weights(place / "whole")
+
+    def test_sigterm_finishes_the_step_saves_and_says_so(self, place: Path, plmtune: Run) -> None:
+        process = subprocess.Popen(
+            command("run", "pretrain", *SMALL, "run_dir=run", "phases=[{name: main, steps: 5000}]",
+                    "checkpoint.every=0", "validation.every=0"),
+            cwd=place, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        path = place / "run" / "metrics.jsonl"
+        while process.poll() is None and not (path.is_file() and path.stat().st_size > 500):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 75, error
+        assert "plmtune resume run" in error
+        assert json.loads((place / "run/run.json").read_text())["status"] == "stopped"
+        last = metrics(place / "run")[-1]["step"]
+        assert (place / f"run/checkpoints/step-{last:08}").is_dir()
+
+    def test_resume_by_the_same_command_finds_the_run(self, place: Path) -> None:
+        start("phases=[{name: main, steps: 6}]")
+        with pytest.raises(UserError, match="no unfinished run"):
+            start("phases=[{name: main, steps: 6}]", "resume=true")
+        (done,) = [path for path in (place / "runs/pretrain").iterdir() if not path.is_symlink()]
+        record = json.loads((done / "run.json").read_text())
+        (done / "run.json").write_text(json.dumps({**record, "status": "running"}))
+        start("phases=[{name: main, steps: 6}]", "resume=true")
+        assert json.loads((done / "run.json").read_text())["attempts"] == 2
+
+    def test_resume_with_another_config_names_the_key(self, place: Path) -> None:
+        start("run_dir=run", "phases=[{name: main, steps: 3}]")
+        said = refusal("run_dir=run", "phases=[{name: main, steps: 3}]", "optimizer.lr=0.5", "resume=true")
+        assert "optimizer.lr" in said and "0.5" in said and "init_from" in said
+
+    def test_resume_with_other_data_is_refused(self, place: Path) -> None:
+        start("run_dir=run", "phases=[{name: main, steps: 3}]")
+        (place / "corpus/00.txt").write_text("another text")
+        assert "source files has changed" in refusal("run_dir=run", "phases=[{name: main, steps: 3}]", "resume=true")
+
+
+class TestTwoProcesses:
+    @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+    def test_losses_equal_one_process_and_a_kill_changes_nothing(
+        self, place: Path, plmtune: Run, strategy: str
+    ) -> None:
+        chosen = f"runtime.strategy={strategy}"
+        start("run_dir=one", "runtime.strategy=auto")
+        two = plmtune("run", "pretrain", *SMALL, "run_dir=two", chosen, processes=2)
+        assert two.returncode == 0, two.stderr
+        for alone, shared in zip(metrics(place / "one"), metrics(place / "two"), strict=True):
+            for key in ("loss", "validation_loss", "bits_per_byte", "grad_norm"):
+                if key in alone:
+                    assert shared[key] == pytest.approx(alone[key], rel=1e-6 if key != "grad_norm" else 1e-5)
+        kill_at(place, 7, "cut", chosen, processes=2)
+        resumed = plmtune("resume", "cut", processes=2)
+        assert resumed.returncode == 0, resumed.stderr
+        assert metrics(place / "cut") == metrics(place / "two")
+        assert weights(place / "cut") == weights(place / "two")
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("override", "parts"),
+        [
+            ("scheduler={warmup: 10, decay: 5, constant: 0}", ["warmup", "10", "5", "12"]),
+            ("seq_len=513", ["seq_len", "513", "512"]),
+            ("model.num_heads=0", ["model", "num_heads", "0"]),
+            ("phases=[]", ["phases", "empty"]),
+            ("phases=[{name: a}]", ["phases[0]", "tokens or steps"]),
+            ("phases=[{name: a, tokens: lots}]", ["phases[0].tokens", "lots"]),
+            ("phases=[{name: a, steps: 2, mix: {filez: 1}}]", ["filez", "files"]),
+            ("micro_batch_size=0", ["micro_batch_size"]),
+            ("data.paths=[nowhere]", ["nowhere"]),
+            ("data.paths=[]", ["paths"]),
+            ("init_from=corpus", ["corpus"]),
+            ("runtime.device=tpu", ["tpu"]),
+            ("resume=true", ["resume=true"]),
+        ],
+    )
+    def test_ends_before_training_with_one_sentence(self, place: Path, override: str, parts: list[str]) -> None:
+        said = refusal(override)
+        for part in parts:
+            assert part in said, said
+        assert not list(place.glob("runs/*/*/metrics.jsonl"))
+
+    @pytest.mark.parametrize(
+        ("name", "content", "parts"),
+        [
+            ("empty.txt", b"", ["empty"]),
+            ("latin.txt", "caf\xe9 ".encode("latin-1") * 50, ["latin.txt", "encoding"]),
+            ("broken.jsonl", b'{"text": "fine"}\n{"text": \n', ["broken.jsonl", "2"]),
+            ("short.txt", b"hi", ["32"]),
+        ],
+    )
+    def test_unusable_files_are_named(self, place: Path, name: str, content: bytes, parts: list[str]) -> None:
+        (place / name).write_bytes(content)
+        said = refusal(f"data.paths=[{name}]")
+        for part in parts:
+            assert part in said, said
+        assert not list((place / "runs").glob("data/*/manifest.json")) or "32" in parts
+
+    def test_a_damaged_shard_is_named_and_no_run_begins(self, place: Path) -> None:
+        start("run_dir=run", "phases=[{name: main, steps: 1}]")
+        (shard,) = place.glob("runs/data/*/train-00000.bin")
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        shard.write_bytes(bytes(content))
+        assert "train-00000.bin" in refusal("run_dir=again")
+        assert not (place / "again").exists()
+
+    def test_a_run_that_cannot_fit_is_refused_with_its_estimate(self, place: Path) -> None:
+        said = refusal("model=plm", "model.num_layers=2000", "model.embed_dim=8192")
+        assert "--force" in said and "GiB" in said
+
+    def test_exit_code_and_message_on_the_command_line(self, plmtune: Run) -> None:
+        done = plmtune("run", "pretrain", *SMALL, "optimizer.lerning_rate=1")
+        assert done.returncode == 2
+        assert done.stderr.strip().splitlines()[-1].startswith("plmtune: ")
+        assert "Did you mean optimizer.lr?" in done.stderr and "Traceback" not in done.stderr
+
+
+class TestCommands:
+    def test_dry_run_prints_the_papers_numbers_and_makes_nothing(self, place: Path, capsys: Any) -> None:
+        start("model=plm", "tokenizer=byte", "phases=[{name: general, tokens: 1650B}]", dry_run=True)
+        out = capsys.readouterr().out
+        assert "1.65T tokens" in out and "GiB" in out
+        assert not (place / "runs").exists()
+
+    def test_multirun_runs_each_value_in_its_own_directory(self, place: Path, plmtune: Run) -> None:
+        done = plmtune("run", "-m", "pretrain", *SMALL, "phases=[{name: main, steps: 2}]", "optimizer.lr=1e-4,3e-4")
+        assert done.returncode == 0, done.stderr
+        rates = {
+            config.load_config(path).optimizer.settings["lr"] for path in place.glob("runs/multirun/*/*/config.yaml")
+        }
+        assert rates == {1e-4, 3e-4}
+
+    def test_a_copied_recipe_runs_from_its_own_file(self, place: Path, plmtune: Run) -> None:
+        assert plmtune("cp", "recipes/pretrain", "mine.py").returncode == 0
+        text = (place / "mine.py").read_text().replace('print(f"curves: ', 'print(f"MINE curves: ')
+        (place / "mine.py").write_text(text)
+        done = plmtune("run", "mine.py", *SMALL, "run_dir=run", "phases=[{name: main, steps: 2}]")
+        assert done.returncode == 0, done.stderr
+        assert "MINE curves" in done.stdout
+
+    def test_validate_checks_a_file_and_builds_nothing(self, place: Path, plmtune: Run) -> None:
+        done = plmtune("validate", "conf/plm_1.8b.yaml", "tokenizer=byte")
+        assert done.returncode == 0, done.stderr
+        assert "valid" in done.stdout and not (place / "runs").exists()
