@@ -1,0 +1,104 @@
+"""Next-token cross entropy that never holds all logits: tokens go through the vocabulary in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from plmtune.registry import register
+
+IGNORE = -100  # targets that count for nothing: padding, prompts, document borders
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@register("loss", "cross_entropy")
+def cross_entropy(*, chunk_rows: int = 1024) -> Loss:
+    """Sum of -log p(target) over the targets that are not -100, in fp32.
+
+    Memory holds chunk_rows x vocabulary logits instead of tokens x vocabulary; the gradients are made in the
+    forward pass, chunk by chunk (as in Liger, arXiv 2410.10989).
+    Call it outside compiled regions: torch.compile would fall back to eager here.
+
+    Args:
+        chunk_rows: tokens whose logits are held at once. 1024 is near the best at most sizes on a CPU
+            (benchmarks/loss.py); benchmarks/gpu.py sweeps it on a GPU.
+
+    Returns:
+        A function (hidden [n, d], weight [v, d], targets [n]) -> fp32 scalar sum. It computes in hidden's
+        dtype, or in autocast's where that is on, as a linear layer would; `weight` may be an fp32 master.
+
+    Raises:
+        ValueError: if chunk_rows is not positive.
+    """
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows ({chunk_rows}) must be at least 1")
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        if hidden.dtype in (torch.bfloat16, torch.float16):
+            result: Tensor = HalfPrecision.apply(hidden, weight, targets, chunk_rows)
+            return result
+        # The native function picks far too small chunks for narrow models when it is left to choose.
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows)
+        weight = weight.to(hidden.dtype)
+        return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
+
+    return loss
+
+
+class HalfPrecision(torch.autograd.Function):
+    """The same for bf16 and fp16, with sums and the weight's gradient in fp32.
+
+    F.linear_cross_entropy adds the loss of its chunks up in bf16, which is off by up to 1.5% at 4096 tokens
+    (tests/losses), and rounds the weight's gradient to bf16 after each chunk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        w = weight.to(hidden.dtype)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        for start in range(0, len(targets), chunk_rows):
+            x = hidden[start : start + chunk_rows]
+            target = targets[start : start + chunk_rows, None]
+            valid = target != IGNORE  # [c, 1]
+            target = target.where(valid, 0)
+            logits = x @ w.T  # [c, v]
+            log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+            log_p_target = log_p.gather(1, target)
+            total -= log_p_target.where(valid, 0).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # d loss / d logits = p - onehot, written over the logits; the target's entry is taken in fp32,
+            # since bf16 cannot tell 0.999 from 1.
+            grad = torch.exp(log_p, out=logits)
+            grad.scatter_(1, target, torch.expm1(log_p_target).to(grad.dtype))
+            if grad_hidden is not None:
+                grad_hidden[start : start + chunk_rows] = (grad @ w).where(valid, 0)
+            if grad_weight is not None:
+                grad_weight += grad.T @ x.where(valid, 0)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        # In place: a second backward would find changed tensors, and torch then refuses it.
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden.mul_(upstream),
+            None if grad_weight is None else grad_weight.mul_(upstream).to(ctx.weight_dtype),
+            None,
+            None,
+        )
