@@ -102,6 +102,7 @@ def prepare(
                 if counts["train"].tokens < 2:
                     skipped = f" ({source.skipped} bad rows left out)" if source.skipped else ""
                     raise UserError(f"{source.describe()}: there is no text to train on{skipped}")
+                tokenizer.save(temporary / "tokenizer")  # so that the directory explains itself
                 Manifest(
                     format=FORMAT,
                     name=source.name,

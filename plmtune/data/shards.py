@@ -191,6 +191,25 @@ class Split:
             shard += 1
         return out
 
+    def document(self, index: int, eos_id: int) -> NDArray[np.int64]:
+        """Return document `index` with its end token, found by reading from the first.
+
+        Raises:
+            IndexError: if there is no such document.
+        """
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"document {index} of {self.num_documents}")
+        start = seen = 0
+        for base, array in zip(self._starts, self._arrays, strict=False):
+            for offset in range(0, len(array), _CHUNK):
+                ends = np.flatnonzero(array[offset : offset + _CHUNK] == eos_id) + int(base) + offset + 1
+                if seen + ends.size > index:
+                    first = int(ends[index - seen - 1]) if index > seen else start
+                    return self.read(first, int(ends[index - seen]))
+                start = int(ends[-1]) if ends.size else start
+                seen += ends.size
+        raise AssertionError("the manifest counts more documents than end tokens")
+
     def num_windows(self, seq_len: int) -> int:
         """Return how many whole windows there are; the tokens after the last one are no target of any."""
         return max(0, (self.num_tokens - 1) // seq_len)

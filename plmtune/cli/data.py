@@ -1,0 +1,241 @@
+"""``plmtune data``: make token shards, and look at what they hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from plmtune.cli import import_option, short
+from plmtune.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from plmtune.data.shards import Shards, Split
+    from plmtune.data.sources import Source
+    from plmtune.data.tokenizers import Tokenizer
+
+_COLOURS = ("cyan", "yellow", "green", "magenta")
+
+
+@click.group()
+def data() -> None:
+    """Prepare and inspect token shards."""
+
+
+@data.command()
+@click.argument("files", nargs=-1, metavar="[FILE|FOLDER|GLOB]... | CONFIG.yaml [KEY=VALUE]...")
+@click.option("--stdlib", is_flag=True, help="Take the Python standard library instead of files.")
+@click.option(
+    "--tokenizer",
+    default="bundled",
+    show_default=True,
+    metavar="NAME|PATH",
+    help="See: plmtune ls tokenizer.",
+)
+@click.option("--out", default="runs/data", show_default=True, type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--format", default="auto", show_default=True, type=click.Choice(["auto", "text", "jsonl", "parquet"])
+)
+@click.option("--text-key", default="text", show_default=True, help="Key or column that holds the text.")
+@click.option("--separator", help=r"Cuts a text file into documents; \n is a line end.")
+@click.option("--encoding", default="utf-8", show_default=True)
+@click.option("--skip-bad", is_flag=True, help="Count broken rows instead of stopping.")
+@click.option("--holdout", default=0.01, show_default=True, help="Share kept for validation.")
+@click.option(
+    "--holdout-by", default="documents", show_default=True, type=click.Choice(["documents", "tail"]),
+    help="Hold out whole documents, or the tail of each file.",
+)  # fmt: skip
+@import_option
+@click.pass_context
+def prepare(context: click.Context, files: tuple[str, ...], **options: Any) -> None:
+    """Turn text, JSONL or Parquet files (also .gz, .zst) into token shards.
+
+    \b
+    plmtune data prepare corpus/*.txt --separator "\\n\\n"
+    plmtune data prepare dump.jsonl.zst --text-key content --skip-bad
+    plmtune data prepare conf/mine.yaml          every source of a config
+    """
+    if files and files[0].endswith((".yaml", ".yml")) and all("=" in text for text in files[1:]):
+        given = [name for name in options if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+        if given:
+            flag = "--" + given[0].replace("_", "-")
+            raise UserError(f"{flag} goes with files; with a config set its key, as preparation.holdout=0.1")
+        prepare_from_config(files[0], files[1:])
+        return
+    if bool(files) == options["stdlib"]:
+        raise UserError("Name files, folders or globs to prepare, or --stdlib (and not both)")
+    from plmtune.registry import load
+
+    separator = options["separator"]
+    try:
+        source: Source = (
+            load("data", "stdlib")()
+            if options["stdlib"]
+            else load("data", "files")(
+                paths=files,
+                format=options["format"],
+                text_key=options["text_key"],
+                separator=separator and separator.replace("\\n", "\n").replace("\\t", "\t"),
+                encoding=options["encoding"],
+            )
+        )
+        tokenizer = find_tokenizer(options["tokenizer"])
+        _prepare(
+            {source.name: source},
+            tokenizer,
+            options["out"],
+            holdout=options["holdout"],
+            holdout_by=options["holdout_by"],
+            skip_bad=options["skip_bad"],
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def prepare_from_config(path: str, overrides: tuple[str, ...]) -> None:
+    """Prepare every source of a run's config, as the run itself would."""
+    from plmtune import config
+    from plmtune.data.sources import named_sources
+
+    cfg = config.compose(path, (), overrides)
+    how = cfg.preparation
+    try:
+        _prepare(
+            named_sources(config.build("data", cfg.data)),
+            config.build("tokenizer", cfg.tokenizer),
+            Path(how.directory),
+            holdout=how.holdout,
+            holdout_by=how.holdout_by,
+            skip_bad=how.skip_bad,
+        )
+    except ValueError as error:
+        raise UserError(f"{path}, key preparation: {error}") from error
+
+
+def _prepare(sources: dict[str, Source], tokenizer: Tokenizer, root: Path, **how: Any) -> None:
+    from plmtune.data.prepare import prepare
+    from plmtune.data.shards import Shards
+
+    for name, source in sources.items():
+        directory = prepare(source, tokenizer, root, **how)
+        manifest = Shards.open(directory, tokenizer_fingerprint=tokenizer.fingerprint, verify=False).manifest
+        train, validation = manifest.splits["train"], manifest.splits["validation"]
+        skipped = f", {manifest.skipped:,} bad rows left out" if manifest.skipped else ""
+        click.echo(
+            f"{name}: {train.tokens:,} training tokens, {validation.tokens:,} held out, "
+            f"{train.documents + validation.documents:,} documents{skipped}\n{short(directory)}"
+        )
+
+
+def find_tokenizer(text: str) -> Tokenizer:
+    """Return the tokenizer of a registered name, a directory or a file.
+
+    Raises:
+        UserError: if it is none of them.
+    """
+    from plmtune.registry import describe, load
+
+    tokenizer: Tokenizer
+    if text in describe()["tokenizer"] and text != "file":
+        tokenizer = load("tokenizer", text)()
+    elif Path(text).exists():
+        tokenizer = load("tokenizer", "file")(path=text)
+    else:
+        near = did_you_mean(text, describe()["tokenizer"])
+        raise UserError(f"--tokenizer {text}: neither a tokenizer's name nor a file or directory.{near}")
+    return tokenizer
+
+
+@data.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--split", default="train", show_default=True, type=click.Choice(["train", "validation"]))
+@click.option("--document", type=int, metavar="N", help="Show the text of document N.")
+@click.option("--window", type=int, metavar="N", help="Show window N, its documents in colours.")
+@click.option("--seq-len", default=128, show_default=True, help="Tokens a window.")
+@click.option("--mask", is_flag=True, help="With --window: who attends to whom, documents kept apart.")
+def inspect(
+    directory: Path, split: str, document: int | None, window: int | None, seq_len: int, mask: bool
+) -> None:
+    """Verify a prepared DIRECTORY and show what it holds."""
+    from rich.console import Console
+
+    from plmtune.data.shards import Shards
+    from plmtune.data.tokenizers import load_tokenizer
+
+    if mask and window is None:
+        raise UserError("--mask needs --window N")
+    if seq_len < 1:
+        raise UserError(f"--seq-len {seq_len} must be at least 1")
+    shards = Shards.open(directory)
+    console = Console(highlight=False, soft_wrap=True)
+    chosen: Split = getattr(shards, split)
+    if document is None and window is None:
+        _summary(console, shards)
+        return
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    if document is not None:
+        if not 0 <= document < chosen.num_documents:
+            raise UserError(f"--document {document}: {split} holds documents 0 to {chosen.num_documents - 1}")
+        ids = chosen.document(document, shards.eos_id)[:-1].tolist()
+        console.print(tokenizer.decode(ids), markup=False)
+    if window is not None:
+        if not 0 <= window < chosen.num_windows(seq_len):
+            raise UserError(
+                f"--window {window}: {split} holds windows 0 to {chosen.num_windows(seq_len) - 1}"
+            )
+        tokens = chosen.window(window, seq_len)[:-1]
+        console.print(_coloured(tokens.tolist(), tokenizer))
+        if mask:
+            _print_mask(console, tokens, shards.eos_id)
+
+
+def _summary(console: Any, shards: Shards) -> None:
+    from rich.table import Table
+
+    manifest = shards.manifest
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "tokens", "documents", "bytes", "bytes/token", "shards"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, counts in manifest.splits.items():
+        ratio = f"{counts.bytes / counts.tokens:.2f}" if counts.tokens else "-"
+        numbers = (f"{n:,}" for n in (counts.tokens, counts.documents, counts.bytes))
+        table.add_row(name, *numbers, ratio, str(len(counts.shards)))
+    settings = ", ".join(f"{key} {value}" for key, value in manifest.settings.items())
+    console.print(table)
+    console.print(f"source: {manifest.source_description} ({manifest.source})", markup=False)
+    console.print(f"tokenizer: {manifest.tokenizer}, {manifest.vocab_size:,} rows, {manifest.dtype}")
+    console.print(f"settings: {settings}; {manifest.skipped:,} bad rows left out")
+    console.print("every shard has its size and hash, every id is in the vocabulary")
+
+
+def _coloured(ids: list[int], tokenizer: Tokenizer) -> Text:
+    """Text of the ids, each document in the next colour behind the end token of the last."""
+    from rich.text import Text
+
+    text = Text()
+    start = documents = 0
+    for index, token in enumerate(ids):
+        if token == tokenizer.eos_id:
+            text.append(tokenizer.decode(ids[start:index]), style=_COLOURS[documents % len(_COLOURS)])
+            text.append(tokenizer.decode([token]) + "\n", style="reverse")
+            start, documents = index + 1, documents + 1
+    text.append(tokenizer.decode(ids[start:]), style=_COLOURS[documents % len(_COLOURS)])
+    return text
+
+
+def _print_mask(console: Any, tokens: Any, eos_id: int) -> None:
+    import torch
+
+    from plmtune.data.batches import make_batch
+
+    rows = torch.from_numpy(tokens)[None]
+    mask = make_batch(rows, rows, eos_id=eos_id).mask
+    assert mask is not None
+    stride = -(-mask.shape[1] // 64)  # at most 64 rows of 64 signs: every stride-th token
+    for row in mask[0, ::stride, ::stride].tolist():
+        console.print("".join("█" if seen else "·" for seen in row))
+    if stride > 1:
+        console.print(f"one sign stands for {stride} tokens")
