@@ -1,0 +1,213 @@
+"""Optimizers, built from a model: which parameters decay, which go through Muon, what each keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from plmtune.registry import register
+
+# Bytes of state a parameter: AdamW keeps two moments in fp32; 8-bit AdamW keeps each moment as a byte with an
+# fp32 scale per block of 256; Muon keeps one momentum for hidden matrices and AdamW's two for the rest.
+STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256}
+MUON_MATRIX_BYTES = 4.0
+
+
+def optimizer_bytes(name: str, model: nn.Module) -> int:
+    """Bytes of optimizer state that `name` keeps for the model's fp32 parameters (on the meta device too)."""
+    if name == "muon":
+        matrices, others = _split_for_muon(model)
+        adamw_bytes = STATE_BYTES["adamw"]
+        return int(sum(p.numel() * MUON_MATRIX_BYTES for p in matrices) + adamw_bytes * _count(others))
+    if name not in STATE_BYTES:
+        raise ValueError(
+            f"optimizer ({name}) has no known size of state; known: {sorted([*STATE_BYTES, 'muon'])}"
+        )
+    return int(STATE_BYTES[name] * _count(_trainable(model)))
+
+
+def _count(parameters: list[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]  # a tied weight comes once
+
+
+def _decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, norms and biases do not.
+
+    Embeddings decay too: PLM ties them to the output projection, a matrix in use like any other.
+    """
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _fused(parameters: list[nn.Parameter]) -> bool:
+    """Whether the fused kernel exists where the parameters live (FSDP's sharded ones included)."""
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+
+
+def _check(lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> None:
+    if lr < 0:
+        raise ValueError(f"lr ({lr}) must not be negative")
+    if weight_decay < 0:
+        raise ValueError(f"weight_decay ({weight_decay}) must not be negative")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas ({betas[0]}, {betas[1]}) must lie in [0, 1)")
+    if eps < 0:
+        raise ValueError(f"eps ({eps}) must not be negative")
+
+
+@register("optimizer", "adamw")
+def adamw(
+    model: nn.Module,
+    *,
+    lr: float = 3e-4,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+) -> Optimizer:
+    """AdamW (arXiv 1711.05101), fused; matrices and embeddings decay, norms and biases do not.
+
+    Raises:
+        ValueError: for a setting that is out of its range.
+    """
+    betas = (betas[0], betas[1])  # a list in a config
+    _check(lr, weight_decay, betas, eps)
+    parameters = _trainable(model)
+    groups = _decay_groups(parameters, weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=_fused(parameters))
+
+
+@register("optimizer", "adamw_8bit")
+def adamw_8bit(
+    model: nn.Module,
+    *,
+    lr: float = 3e-4,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+) -> Optimizer:
+    """AdamW with moments in 8 bits (torchao; arXiv 2110.02861): about 2 bytes a parameter instead of 8.
+
+    torchao compiles its step, so it needs a C++ compiler on a CPU and Triton on a GPU. Tensors of fewer than
+    4096 elements keep fp32 moments.
+
+    Raises:
+        ValueError: for a setting that is out of its range.
+    """
+    from torchao.optim import AdamW8bit
+
+    betas = (betas[0], betas[1])
+    _check(lr, weight_decay, betas, eps)
+    groups = _decay_groups(_trainable(model), weight_decay)
+    optimizer: Optimizer = AdamW8bit(groups, lr=lr, betas=betas, eps=eps)
+    return optimizer
+
+
+@register("optimizer", "muon")
+def muon(
+    model: nn.Module,
+    *,
+    lr: float = 3e-4,
+    momentum: float = 0.95,
+    weight_decay: float = 0.1,
+    ns_steps: int = 5,
+    adamw_lr: float | None = None,
+    adamw_betas: tuple[float, float] = (0.9, 0.95),
+    adamw_eps: float = 1e-8,
+) -> Optimizer:
+    """Muon for the hidden matrices (arXiv 2502.16982), AdamW for embeddings, head, norms and biases.
+
+    Updates are scaled by 0.2 sqrt(max(rows, columns)), which gives them AdamW's usual size: a learning rate
+    and weight decay tuned for AdamW carry over. torch computes the orthogonalisation in bf16: on a CPU without
+    bf16 units that takes 3 to 4 times what fp32 would.
+
+    Args:
+        lr: rate of the hidden matrices.
+        adamw_lr: rate of the rest; None means lr. A scheduler scales both.
+
+    Raises:
+        ValueError: for a setting that is out of its range, or a model without hidden matrices.
+    """
+    adamw_betas = (adamw_betas[0], adamw_betas[1])
+    adamw_lr = lr if adamw_lr is None else adamw_lr
+    _check(min(lr, adamw_lr), weight_decay, adamw_betas, adamw_eps)
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum ({momentum}) must lie in [0, 1)")
+    if not 1 <= ns_steps < 100:
+        raise ValueError(f"ns_steps ({ns_steps}) must lie between 1 and 99")
+    matrices, others = _split_for_muon(model)
+    if not matrices or not others:
+        raise ValueError(f"muon needs hidden matrices ({len(matrices)}) and other parameters ({len(others)})")
+    return MuonWithAdamW(
+        torch.optim.Muon(
+            matrices,
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            ns_steps=ns_steps,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(
+            _decay_groups(others, weight_decay),
+            lr=adamw_lr,
+            betas=adamw_betas,
+            eps=adamw_eps,
+            fused=_fused(others),
+        ),
+    )
+
+
+def _split_for_muon(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(matrices inside the layers, everything else): what maps from or to the vocabulary is not Muon's."""
+    vocabulary = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    vocab_size = getattr(model, "vocab_size", None)
+    matrices, others = [], []
+    for parameter in _trainable(model):
+        hidden = parameter.ndim == 2 and id(parameter) not in vocabulary and parameter.shape[0] != vocab_size
+        (matrices if hidden else others).append(parameter)
+    return matrices, others
+
+
+class MuonWithAdamW(Optimizer):
+    """Two optimizers that look like one: one list of groups, one state, one step.
+
+    The groups and the state are the parts' own objects, so a scheduler, gradient clipping and distributed
+    checkpoints see a plain optimizer.
+    """
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+        self.muon, self.adamw = muon, adamw
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        split = len(self.muon.param_groups)
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:split], self.param_groups[split:]
+        self.muon.state = self.adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """One step of both. `closure` may compute the loss again, as for any torch optimizer."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.muon.step()
+        self.adamw.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave."""
+        super().load_state_dict(state_dict)
+        self._share()  # loading puts new objects in place of the shared ones

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+
+from plmtune.optim.optimizers import adamw, adamw_8bit, muon, optimizer_bytes
+from plmtune.optim.schedules import wsdc
+
+WIDTH, VOCAB = 16, 40
+
+
+class Tiny(nn.Module):
+    """An embedding tied to the head, two matrices that are not square, a norm and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vocab_size = VOCAB
+        self.tok_embeddings = nn.Embedding(VOCAB, WIDTH)
+        self.up = nn.Linear(WIDTH, 3 * WIDTH)
+        self.norm = nn.LayerNorm(3 * WIDTH, bias=False)
+        self.down = nn.Linear(3 * WIDTH, WIDTH, bias=False)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.head.weight = self.tok_embeddings.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.tok_embeddings(tokens)
+        return self.head(x + self.down(self.norm(self.up(x)).relu()))
+
+
+def tiny() -> Tiny:
+    torch.manual_seed(0)
+    return Tiny()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 1) -> list[float]:
+    """Losses of fitting a fixed map of tokens, one batch a step."""
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(steps):
+        tokens = torch.randint(VOCAB, (64,), generator=generator)
+        loss = F.cross_entropy(model(tokens), (tokens * 7 + 3) % VOCAB)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture
+def one_process(tmp_path: Any) -> Any:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class TestAdamw:
+    def test_matrices_decay_and_vectors_do_not(self) -> None:
+        model = tiny()
+        decay, still = adamw(model, weight_decay=0.3).param_groups
+        assert {id(p) for p in decay["params"]} == {
+            id(model.tok_embeddings.weight),
+            id(model.up.weight),
+            id(model.down.weight),
+        }
+        assert {id(p) for p in still["params"]} == {id(model.norm.weight), id(model.up.bias)}
+        assert (decay["weight_decay"], still["weight_decay"]) == (0.3, 0.0)
+
+    def test_is_fused_and_equals_the_formula_written_naively(self) -> None:
+        model = tiny()
+        optimizer = adamw(model, lr=0.01, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.5)
+        assert optimizer.param_groups[0]["fused"]
+        p = model.up.weight
+        expected, m, v = p.detach().double(), torch.zeros_like(p).double(), torch.zeros_like(p).double()
+        generator = torch.Generator().manual_seed(0)
+        for t in range(1, 4):
+            grad = torch.randn(p.shape, generator=generator)
+            p.grad = grad.clone()
+            optimizer.step()
+            m, v = 0.8 * m + 0.2 * grad, 0.9 * v + 0.1 * grad**2
+            update = (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-6)
+            expected = expected * (1 - 0.01 * 0.5) - 0.01 * update
+        torch.testing.assert_close(p.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+    def test_frozen_parameters_are_left_out(self) -> None:
+        model = tiny()
+        model.up.requires_grad_(False)
+        assert sum(len(group["params"]) for group in adamw(model).param_groups) == 3
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"lr": -1.0}, r"lr \(-1.0\)"),
+            ({"betas": (0.9, 1.0)}, r"betas \(0.9, 1.0\)"),
+            ({"weight_decay": -0.1}, r"weight_decay \(-0.1\)"),
+            ({"eps": -1.0}, r"eps \(-1.0\)"),
+        ],
+    )
+    def test_impossible_numbers_are_refused(self, settings: dict[str, Any], message: str) -> None:
+        for optimizer in (adamw, adamw_8bit):
+            with pytest.raises(ValueError, match=message):
+                optimizer(tiny(), **settings)
+
+    def test_trains_under_fsdp(self, one_process: None) -> None:
+        plain, sharded = tiny(), tiny()
+        fully_shard(sharded)
+        theirs = train(sharded, adamw(sharded, lr=0.01), 5)
+        assert theirs == pytest.approx(train(plain, adamw(plain, lr=0.01), 5), rel=1e-6)
+
+
+class TestAdamw8bit:
+    def test_keeps_the_groups_and_the_betas_of_adamw(self) -> None:
+        groups = adamw_8bit(tiny(), betas=(0.8, 0.9), weight_decay=0.3).param_groups
+        assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+        assert groups[0]["betas"] == (0.8, 0.9)
+
+
+class TestMuon:
+    def test_hidden_matrices_go_through_muon_and_the_rest_through_adamw(self) -> None:
+        model = tiny()
+        optimizer = muon(model, lr=0.02, adamw_lr=0.01)
+        hidden, decay, still = optimizer.param_groups
+        assert {id(p) for p in hidden["params"]} == {id(model.up.weight), id(model.down.weight)}
+        assert [id(p) for p in decay["params"]] == [id(model.tok_embeddings.weight)]
+        assert len(still["params"]) == 2 and still["weight_decay"] == 0.0
+        assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.01, 0.01]
+
+    def test_first_update_is_the_orthogonal_factor_of_the_gradient(self) -> None:
+        model = tiny()
+        before = model.up.weight.detach().clone()
+        optimizer = muon(model, lr=0.1, weight_decay=0.0)
+        train(model, optimizer, 1)
+        update = (before - model.up.weight.detach()) / (0.1 * 0.2 * (3 * WIDTH) ** 0.5)
+        singular = torch.linalg.svdvals(update)
+        # Newton-Schulz with Muon's coefficients lands singular values in about [0.5, 1.5], not exactly at 1.
+        assert singular.min() > 0.4 and singular.max() < 1.6
+
+    def test_an_update_has_the_size_that_adamw_gives(self) -> None:
+        model = tiny()
+        before = model.down.weight.detach().clone()
+        train(model, muon(model, lr=0.1, weight_decay=0.0), 1)
+        rms = ((before - model.down.weight.detach()) / 0.1).square().mean().sqrt()
+        assert 0.1 < rms < 0.3  # AdamW's updates have an RMS of about 0.2 to 0.4 times the rate
+
+    def test_learns(self) -> None:
+        model = tiny()
+        losses = train(model, muon(model, lr=0.02), 60)
+        assert losses[-1] < losses[0] / 3
+
+    def test_a_scheduler_scales_both_rates(self) -> None:
+        optimizer = muon(tiny(), lr=0.02, adamw_lr=0.01)
+        wsdc(optimizer, 100, 1, warmup=10)
+        assert [group["lr"] for group in optimizer.muon.param_groups] == pytest.approx([0.002])  # type: ignore[attr-defined]
+        assert [group["lr"] for group in optimizer.adamw.param_groups] == pytest.approx([0.001] * 2)  # type: ignore[attr-defined]
+
+    def test_a_saved_state_goes_on_to_the_same_weights(self) -> None:
+        model = tiny()
+        optimizer = muon(model, lr=0.02)
+        train(model, optimizer, 3)
+        other = copy.deepcopy(model)
+        resumed = muon(other, lr=0.5)
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        train(model, optimizer, 3, seed=2)
+        train(other, resumed, 3, seed=2)
+        for a, b in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_distributed_state_by_names_goes_on_to_the_same_weights(self) -> None:
+        model = tiny()
+        optimizer = muon(model, lr=0.02)
+        train(model, optimizer, 3)
+        other = copy.deepcopy(model)
+        resumed = muon(other, lr=0.02)
+        state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+        assert "momentum_buffer" in state["state"]["up.weight"]
+        assert "exp_avg" in state["state"]["tok_embeddings.weight"]
+        set_optimizer_state_dict(other, resumed, state)
+        train(model, optimizer, 3, seed=2)
+        train(other, resumed, 3, seed=2)
+        for a, b in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_trains_under_fsdp(self, one_process: None) -> None:
+        plain, sharded = tiny(), tiny()
+        fully_shard(sharded)
+        theirs = train(sharded, muon(sharded, lr=0.01), 5)
+        assert theirs == pytest.approx(train(plain, muon(plain, lr=0.01), 5), rel=1e-6)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"lr": -1.0}, r"lr \(-1.0\)"),
+            ({"momentum": 1.0}, r"momentum \(1.0\)"),
+            ({"ns_steps": 0}, r"ns_steps \(0\)"),
+        ],
+    )
+    def test_impossible_numbers_are_refused(self, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            muon(tiny(), **settings)
+
+
+def _two_process_losses(rank: int, store: str, queue: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = tiny()
+    fully_shard(model)
+    losses = train(model, muon(model, lr=0.01), 5)
+    if rank == 0:
+        queue.put(losses)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class TestMuonOnTwoProcesses:
+    def test_sharded_losses_equal_one_process(self, tmp_path: Any) -> None:
+        context = torch.multiprocessing.get_context("spawn")
+        queue = context.Queue()
+        processes = [
+            context.Process(target=_two_process_losses, args=(rank, str(tmp_path / "store"), queue))
+            for rank in range(2)
+        ]
+        for process in processes:
+            process.start()
+        losses = queue.get(timeout=120)
+        for process in processes:
+            process.join(60)
+        plain = tiny()
+        assert losses == pytest.approx(train(plain, muon(plain, lr=0.01), 5), rel=1e-3)
+
+
+class TestOptimizerBytes:
+    @pytest.mark.parametrize(("name", "build"), [("adamw", adamw), ("muon", muon)])
+    def test_equals_what_the_state_holds_after_a_step(self, name: str, build: Any) -> None:
+        model = tiny()
+        optimizer = build(model)
+        train(model, optimizer, 1)
+        moments = sum(
+            tensor.numel() * tensor.element_size()
+            for state in optimizer.state.values()
+            for key, tensor in state.items()
+            if key != "step"
+        )
+        assert optimizer_bytes(name, model) == moments
+
+    def test_an_unknown_optimizer_is_refused_with_the_known_ones(self) -> None:
+        with pytest.raises(ValueError, match=r"optimizer \(sgd\).*adamw"):
+            optimizer_bytes("sgd", tiny())
