@@ -1,0 +1,125 @@
+"""`plmtune tokenizer`: train a BPE, and look at what a tokenizer does to a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import click
+
+from plmtune.errors import UserError
+
+_BLOCK_CHARS = 16_384
+_HOLDOUT_EVERY = 50
+_HOLDOUT_CHARS = 4_000_000
+
+
+@click.group()
+def tokenizer() -> None:
+    """Train and inspect tokenizers."""
+
+
+@tokenizer.command()
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--vocab-size", type=int, required=True, help="Tokens in all, bytes and specials included.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+@click.option("--stdlib", is_flag=True, help="Train on the Python standard library.")
+@click.option("--text-key", default="text", show_default=True, help="Key of the text in rows.")
+@click.option("--skip-bad", is_flag=True, help="Leave out rows that cannot be read.")
+def train(
+    files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, text_key: str, skip_bad: bool
+) -> None:
+    """Train a byte-level BPE on FILES (text, JSONL, Parquet) or on the Python standard library.
+
+    Every 50th block of text is held out, and tells how many bytes a token covers. The directory then serves
+    as tokenizer=file tokenizer.path=DIRECTORY.
+    """
+    if bool(files) == stdlib:
+        raise UserError("Give FILES or --stdlib to train on, one of the two.")
+    if (out / "tokenizer.json").exists():
+        raise UserError(f"{out} holds a tokenizer already: choose another directory or remove it.")
+    from rich.console import Console
+
+    from plmtune.data.tokenizers import train_bpe
+    from plmtune.registry import load
+
+    if stdlib:
+        source = load("data", "stdlib")()
+    else:
+        source = load("data", "files")(paths=[str(path) for path in files], text_key=text_key)
+    held_out: list[str] = []
+    seen = _Count()
+    with Console(stderr=True).status("reading text") as status:
+        blocks = _reporting(_without(_blocks(source.documents(skip_bad)), held_out), seen, status.update)
+        try:
+            made = train_bpe(blocks, vocab_size)
+        except ValueError as error:
+            raise UserError(f"tokenizer train: {error}.") from error
+    made.save(out)
+    click.echo(f"{out}: {made.num_tokens:,} tokens, learned from {seen.chars:,} characters")
+    if held_out:
+        num_bytes = sum(len(text.encode("utf-8", "replace")) for text in held_out)
+        num_tokens = sum(len(ids) for ids in made.encode_batch(held_out))
+        click.echo(f"{num_bytes / num_tokens:.3f} bytes a token on {num_bytes:,} bytes of held-out text")
+    else:
+        click.echo(f"no text was held out: fewer than {_HOLDOUT_EVERY} blocks of {_BLOCK_CHARS:,} characters")
+
+
+@tokenizer.command()
+@click.argument("name")
+@click.argument("text")
+@click.option("--specials", is_flag=True, help="Read special tokens in TEXT as themselves.")
+def inspect(name: str, text: str, specials: bool) -> None:
+    """Show the ids and pieces of TEXT; NAME is bundled, byte, qwen2, or a tokenizer's file or directory."""
+    from plmtune.registry import describe, load
+
+    # Names that need a path are reached by it.
+    if name in describe()["tokenizer"] and name != "file":
+        found = load("tokenizer", name)()
+    elif Path(name).exists():
+        found = load("tokenizer", "file")(name)
+    else:
+        known = ", ".join(sorted(set(describe()["tokenizer"]) - {"file"}))
+        raise UserError(f"{name} is neither a tokenizer ({known}) nor a file or directory with one.")
+    ids = found.encode(text, specials=specials)
+    click.echo(f"{found.num_tokens:,} tokens in {found.vocab_size:,} rows, end of document {found.eos_id}")
+    click.echo(f"{len(ids)} ids for {len(text.encode('utf-8', 'replace'))} bytes")
+    for identity in ids:
+        piece = found.decode_bytes([identity])
+        try:
+            shown = repr(piece.decode("utf-8"))
+        except UnicodeDecodeError:
+            shown = repr(piece)  # part of a character
+        click.echo(f"{identity:>8}  {shown}")
+
+
+class _Count:
+    chars = 0
+
+
+def _blocks(documents: Iterable[str]) -> Iterator[str]:
+    """Cut documents after the line that fills a block, so that a part of one large file can be held out."""
+    for document in documents:
+        start = 0
+        while start < len(document):
+            end = document.find("\n", start + _BLOCK_CHARS) + 1 or len(document)
+            yield document[start:end]
+            start = end
+
+
+def _without(blocks: Iterable[str], held_out: list[str]) -> Iterator[str]:
+    chars = 0
+    for number, block in enumerate(blocks, start=1):
+        if number % _HOLDOUT_EVERY == 0 and chars < _HOLDOUT_CHARS:
+            held_out.append(block)
+            chars += len(block)
+        else:
+            yield block
+
+
+def _reporting(blocks: Iterable[str], seen: _Count, report: Callable[[str], None]) -> Iterator[str]:
+    for block in blocks:
+        seen.chars += len(block)
+        report(f"{seen.chars / 1e6:.1f} million characters read")
+        yield block
+    report(f"{seen.chars / 1e6:.1f} million characters read; learning merges")

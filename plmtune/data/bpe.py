@@ -1,0 +1,213 @@
+"""Byte-level BPE as ranks: what decides the ids of a text, and when ranks and a list of merges say the same.
+
+A tokenizer.json lists merges, (left, right) pairs in order of priority. tiktoken knows only tokens and
+their ranks: it joins any two neighbours whose bytes together are a token, lowest rank first. The two agree
+on every text if and only if, for each token, joining its own bytes by rank passes through exactly the pair
+that its merge names. (Sufficient: joins inside the span of a token never depend on what stands outside it,
+so two neighbours that together are a token have always come about as they do when the token's bytes stand
+alone.) `check_merges` proves that for a whole vocabulary in a fraction of a second, `recover_merges` finds
+the pairs from the ranks.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from plmtune.errors import UserError
+
+Normalization = Literal["NFC", "NFD", "NFKC", "NFKD"]
+Merge = tuple[int, int]  # ranks of the two parts
+
+# How text is cut into pieces that merges never cross. Each matches at every character, so that nothing
+# is left over.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-2's after every digit has been cut out (SmolLM2, StarCoder): a digit then ends a run of spaces as the
+# end does.
+DIGITS_GPT2_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+BYTE_PATTERN = r"[\s\S]"
+COMPLETE_PATTERNS = frozenset(
+    {GPT2_PATTERN, DIGITS_GPT2_PATTERN, QWEN2_PATTERN, LLAMA3_PATTERN, BYTE_PATTERN}
+)
+
+CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SINGLE_BYTES = tuple(bytes([value]) for value in range(256))
+MAX_ID = 1 << 24  # a hostile id would size the tables; the largest public vocabularies stay below 2**19
+MAX_FILE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """All that decides the ids of a text.
+
+    Ranks count from the single bytes (in the order of their ids) through the merges in order; a token's id
+    may be any other number.
+
+    Attributes:
+        tokens: bytes of each rank.
+        ids: id of each rank.
+        pattern: regular expression of the pieces; text it does not match becomes pieces of its own.
+        normalization: Unicode form that text is brought to first.
+        specials: control tokens, id by text; their text in a document stays plain text unless asked for.
+        added: tokens matched in any text before it is cut, id by text.
+        unreachable: ids that have bytes but that no text is encoded to.
+        merges: the pair of each rank after the single bytes.
+    """
+
+    tokens: Sequence[bytes]
+    ids: Sequence[int]
+    pattern: str
+    normalization: Normalization | None = None
+    specials: dict[str, int] = field(default_factory=dict)
+    added: dict[str, int] = field(default_factory=dict)
+    unreachable: dict[int, bytes] = field(default_factory=dict)
+    merges: Sequence[Merge] = ()
+
+
+def count_single_bytes(tokens: Sequence[bytes]) -> int:
+    return next((rank for rank, token in enumerate(tokens) if len(token) > 1), len(tokens))
+
+
+def _meets(left: int, right: int, merges: Sequence[Merge], ranks: dict[Merge, int], num_bytes: int) -> bool:
+    """Whether joining by rank the bytes of two tokens ends in just these two, side by side.
+
+    Walks back through both tokens' merges, latest first, and looks whether a join across the border would
+    have come first (the test of a valid pair in GitHub's `bpe` crate).
+    """
+    limit = len(merges) + num_bytes
+    while True:
+        if ranks.get((left, right), limit) < limit:
+            return False
+        split_left = left > right
+        if (left if split_left else right) < num_bytes:
+            split_left = not split_left
+        if split_left:
+            if left < num_bytes:
+                return True
+            limit = left
+            left = merges[left - num_bytes][1]
+        else:
+            if right < num_bytes:
+                return True
+            # At equal rank the leftmost pair is joined first, and the border lies left of it.
+            limit = right + 1
+            right = merges[right - num_bytes][0]
+
+
+def check_merges(merges: Sequence[Merge], num_bytes: int) -> int | None:
+    """Return the first rank whose merge is not how its bytes are joined by rank, or None if all are.
+
+    Args:
+        merges: parts of rank num_bytes, num_bytes + 1, ...; each part's rank is lower than its own.
+    """
+    ranks: dict[Merge, int] = {}
+    for rank, (left, right) in enumerate(merges, start=num_bytes):
+        if max(left, right) >= rank or not _meets(left, right, merges, ranks, num_bytes):
+            return rank
+        ranks[left, right] = rank
+    return None
+
+
+def recover_merges(tokens: Sequence[bytes]) -> list[Merge]:
+    """Return the pair that each token after the single bytes is joined from.
+
+    Raises:
+        ValueError: if a token is never reached by joining its own bytes.
+    """
+    num_bytes = count_single_bytes(tokens)
+    rank_of = {token: rank for rank, token in enumerate(tokens)}
+    merges: list[Merge] = []
+    ranks: dict[Merge, int] = {}
+    for rank in range(num_bytes, len(tokens)):
+        token = tokens[rank]
+        for cut in range(1, len(token)):
+            left, right = rank_of.get(token[:cut], rank), rank_of.get(token[cut:], rank)
+            if left < rank and right < rank and _meets(left, right, merges, ranks, num_bytes):
+                merges.append((left, right))
+                ranks[left, right] = rank
+                break
+        else:
+            raise ValueError(f"the token {token!r} of rank {rank} is never reached by joining its own bytes")
+    return merges
+
+
+def read_file(path: Path) -> bytes:
+    """Read a tokenizer's file, whose size is looked at first."""
+    try:
+        if not path.is_file():
+            raise UserError(f"Tokenizer file {path} does not exist or is no file.")
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise UserError(
+                f"Tokenizer file {path} has {size:,} bytes, more than the {MAX_FILE_BYTES:,} allowed."
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"Tokenizer file {path} cannot be read: {error.strerror}.") from error
+
+
+def from_ranks(
+    ranks: dict[bytes, int],
+    pattern: str,
+    normalization: Normalization | None,
+    specials: Sequence[str],
+    where: str,
+) -> Vocabulary:
+    """Make a vocabulary from tiktoken's ranks, which are ids too; the specials follow the last.
+
+    Raises:
+        UserError: if a byte is missing, an id is impossible or a token cannot be reached.
+    """
+    missing = [token for token in SINGLE_BYTES if token not in ranks]
+    if missing:
+        raise UserError(
+            f"{where}: {len(missing)} of the 256 single bytes have no rank, the first {missing[0]!r}."
+        )
+    if len(set(ranks.values())) != len(ranks) or not 0 <= min(ranks.values()) <= max(ranks.values()) < MAX_ID:
+        raise UserError(f"{where}: ranks must be different numbers from 0 to {MAX_ID - 1}.")
+    tokens = sorted(ranks, key=lambda token: (len(token) > 1, ranks[token]))
+    try:
+        merges = recover_merges(tokens)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; these are not the ranks of a byte-level BPE.") from error
+    first = max(ranks.values()) + 1
+    return Vocabulary(
+        tokens,
+        [ranks[token] for token in tokens],
+        pattern,
+        normalization,
+        {special: first + index for index, special in enumerate(specials)},
+        merges=merges,
+    )
+
+
+def read_tiktoken(
+    path: Path, pattern: str, normalization: Normalization | None, specials: Sequence[str] = CHATML_SPECIALS
+) -> Vocabulary:
+    """Read a ``.tiktoken`` file: lines of a token in base64 and its rank.
+
+    Raises:
+        UserError: naming file and line, if it is not one.
+    """
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(read_file(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise UserError(
+                f"{path}, line {number}: not a token in base64 and its rank; is this a .tiktoken file?"
+            ) from None
+    ranks.pop(b"", None)
+    return from_ranks(ranks, pattern, normalization, specials, str(path))

@@ -1,0 +1,354 @@
+"""Hugging Face's tokenizer.json, read into a `Vocabulary` and written from one.
+
+Read are byte-level BPE files whose pre-tokenizer comes down to one regular expression. What would give
+other ids than the `tokenizers` library is refused, by the name of the feature.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import regex
+
+from plmtune.data.bpe import (
+    COMPLETE_PATTERNS,
+    DIGITS_GPT2_PATTERN,
+    GPT2_PATTERN,
+    MAX_ID,
+    Merge,
+    Normalization,
+    Vocabulary,
+    check_merges,
+    recover_merges,
+)
+from plmtune.errors import UserError
+
+# Bytes that UTF-8 never uses: a vocabulary may lack them.
+NEVER_IN_UTF8 = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
+_NOT_SHARED = regex.compile(
+    r"\\[wWbBhHAzZGRXKkQEuoc0-9]|(?<!\\)[$^]|\{[0-9,]+\}\+|&&|\[:|\(\?[<P]*[A-Za-z_]+>"
+)
+
+
+@cache
+def byte_chars() -> dict[int, str]:
+    """GPT-2's printable character for each byte: itself where printable, else one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+@cache
+def _to_latin() -> dict[int, int]:
+    # A raw character below 256 that is not in the alphabet (a space) must not pass for a byte.
+    return dict.fromkeys(range(256), 0x10FFFF) | {ord(char): byte for byte, char in byte_chars().items()}
+
+
+def to_bytes(token: str) -> bytes:
+    """The bytes that a token of the file stands for.
+
+    Raises:
+        UnicodeEncodeError: if a character is not one of the 256.
+    """
+    return token.translate(_to_latin()).encode("latin-1")
+
+
+def to_chars(token: bytes) -> str:
+    return token.decode("latin-1").translate(byte_chars())
+
+
+def load_json(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({str(error)[:100]}).") from error
+
+
+def _normalization(entry: Any, where: str) -> Normalization | None:
+    if (
+        isinstance(entry, dict)
+        and entry.get("type") == "Sequence"
+        and len(entry.get("normalizers") or []) <= 1
+    ):
+        entry = next(iter(entry.get("normalizers") or []), None)
+    if entry is None:
+        return None
+    kind = entry.get("type") if isinstance(entry, dict) else entry
+    if kind in ("NFC", "NFD", "NFKC", "NFKD"):
+        return kind
+    raise UserError(f"{where}: the normalizer {kind} is not supported (NFC, NFD, NFKC, NFKD or none are).")
+
+
+def check_pattern(pattern: str, where: str) -> None:
+    r"""Refuse what Oniguruma (in `tokenizers`) and Rust's regex (in tiktoken) read differently.
+
+    Their ``\w``, ``\b``, ``\h``, ``^`` and ``$`` differ, and ``{1,3}+`` is possessive only in one.
+    """
+    bare = regex.sub(r"\[\^", "[", pattern)  # the ^ of a class is no anchor
+    found = _NOT_SHARED.search(bare)
+    if found:
+        raise UserError(
+            f"{where}: {found.group()!r} in the pre-tokenizer's pattern is not read alike everywhere."
+        )
+    try:
+        empty = regex.compile(pattern).match("") is not None
+    except regex.error as error:
+        raise UserError(
+            f"{where}: the pre-tokenizer's pattern is no regular expression ({error})."
+        ) from error
+    if empty:
+        raise UserError(f"{where}: the pre-tokenizer's pattern {pattern!r} matches the empty text.")
+
+
+def _pattern(entry: Any, where: str) -> str:
+    steps = (
+        entry.get("pretokenizers") if isinstance(entry, dict) and entry.get("type") == "Sequence" else [entry]
+    )
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, dict) for step in steps):
+        raise UserError(f"{where} has no ByteLevel pre-tokenizer: only byte-level BPE is supported.")
+    kinds = [step.get("type") for step in steps]
+    *cuts, last = steps
+    if last.get("type") != "ByteLevel" or not set(kinds[:-1]) <= {"Split", "Digits"}:
+        raise UserError(f"{where}: the pre-tokenizer {' + '.join(map(str, kinds))} is not supported.")
+    if last.get("add_prefix_space"):
+        raise UserError(f"{where}: add_prefix_space of the ByteLevel pre-tokenizer is not supported.")
+    if last.get("use_regex", True):
+        if not cuts:
+            return GPT2_PATTERN
+        if len(cuts) == 1 and _cuts_digits(cuts[0]):
+            return DIGITS_GPT2_PATTERN
+    elif len(cuts) == 1 and cuts[0].get("type") == "Split":
+        return _split_pattern(cuts[0], where)
+    raise UserError(
+        f"{where}: the pre-tokenizer {' + '.join(map(str, kinds))} is not one regular expression."
+    )
+
+
+def _cuts_digits(step: dict[str, Any]) -> bool:
+    if step.get("type") == "Digits":
+        return bool(step.get("individual_digits"))
+    return step.get("pattern") == {"Regex": r"\p{N}"} and (step.get("behavior"), step.get("invert")) == (
+        "Isolated",
+        False,
+    )
+
+
+def _split_pattern(step: dict[str, Any], where: str) -> str:
+    form = step.get("pattern")
+    pattern = form.get("Regex") if isinstance(form, dict) else None
+    if not isinstance(pattern, str):
+        raise UserError(f"{where}: the Split pre-tokenizer has no regular expression but {form!r}.")
+    check_pattern(pattern, where)
+    behavior, invert = step.get("behavior"), bool(step.get("invert"))
+    # Keeping the matches and dropping what lies between is the same where nothing lies between.
+    if (behavior, invert) == ("Removed", True) and pattern in COMPLETE_PATTERNS:
+        return pattern
+    # With Isolated, invert only changes which part is called the match: both stay as pieces.
+    if behavior != "Isolated":
+        raise UserError(
+            f"{where}: the Split pre-tokenizer's behaviour {behavior} is not supported (Isolated is)."
+        )
+    return pattern
+
+
+def _added_tokens(
+    entries: Any, normalization: Normalization | None, where: str
+) -> tuple[dict[str, int], dict[str, int]]:
+    specials: dict[str, int] = {}
+    added: dict[str, int] = {}
+    for entry in entries or []:
+        content, identity = (
+            (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
+        )
+        if not isinstance(content, str) or not content or not isinstance(identity, int):
+            raise UserError(f"{where}: an entry of added_tokens lacks its content or id.")
+        special = bool(entry.get("special"))
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if entry.get(flag):
+                raise UserError(f"{where}: {flag} of the added token {content!r} is not supported.")
+        if entry.get("normalized") and normalization is not None:
+            raise UserError(
+                f"{where}: the added token {content!r} is sought in normalized text: not supported."
+            )
+        (specials if special else added)[content] = identity
+    return specials, added
+
+
+def _check_model(model: Any, where: str) -> dict[str, Any]:
+    if not isinstance(model, dict):
+        raise UserError(f"{where} has no model: not a tokenizer.json.")
+    # Old files leave the type out; only BPE has merges.
+    if model.get("type", "BPE") != "BPE" or "merges" not in model:
+        raise UserError(f"{where}: the model type {model.get('type')} is not supported, only BPE is.")
+    for feature in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(feature):
+            raise UserError(f"{where}: {feature} ({model[feature]!r}) of the BPE model is not supported.")
+    vocab, merges = model.get("vocab"), model["merges"]
+    if not isinstance(vocab, dict) or not vocab or not isinstance(merges, list):
+        raise UserError(f"{where}: model.vocab must be a table of ids and model.merges a list.")
+    ids = list(vocab.values())
+    if not all(type(identity) is int and 0 <= identity < MAX_ID for identity in ids):
+        raise UserError(f"{where}: model.vocab must give ids from 0 to {MAX_ID - 1}.")
+    if len(set(ids)) != len(ids):
+        raise UserError(f"{where}: model.vocab gives one id to two tokens.")
+    return model
+
+
+def _merge_parts(merge: Any, number: int, where: str) -> tuple[str, str]:
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    if isinstance(parts, list) and len(parts) == 2 and all(isinstance(part, str) for part in parts):
+        return parts[0], parts[1]
+    raise UserError(f"{where}: merge {number} is not a pair of tokens: {str(merge)[:60]!r}.")
+
+
+def parse(data: Any, where: str) -> Vocabulary:
+    """Make a vocabulary from the contents of a tokenizer.json.
+
+    Raises:
+        UserError: naming what is missing or cannot be represented with identical ids.
+    """
+    if not isinstance(data, dict):
+        raise UserError(f"{where} has no model: not a tokenizer.json.")
+    model = _check_model(data.get("model"), where)
+    normalization = _normalization(data.get("normalizer"), where)
+    pattern = _pattern(data.get("pre_tokenizer"), where)
+    specials, added = _added_tokens(data.get("added_tokens"), normalization, where)
+    vocab: dict[str, int] = model["vocab"]
+    held = {identity: token for token, identity in vocab.items()}
+    for content, identity in (specials | added).items():
+        if not 0 <= identity < MAX_ID or held.setdefault(identity, content) != content:
+            raise UserError(
+                f"{where}: the added token {content!r} has an impossible or taken id ({identity})."
+            )
+
+    chars = byte_chars()
+    singles = sorted((char for char in chars.values() if char in vocab), key=vocab.__getitem__)
+    lacking = {byte for byte, char in chars.items() if char not in vocab} - NEVER_IN_UTF8
+    if lacking and model.get("unk_token") is not None:
+        raise UserError(
+            f"{where}: unk_token for bytes without a token is not supported ({len(lacking)} bytes)."
+        )
+    tokens, merges = _order(singles, model["merges"], vocab, where)
+    reachable = set(tokens)
+    orphans = {token: identity for token, identity in vocab.items() if token not in reachable}
+    unreachable: dict[int, bytes] = {}
+    for token, identity in orphans.items():
+        if token in specials or token in added:
+            continue
+        # With ignore_merges such a token is found when it is a whole piece: ranks cannot say that.
+        if model.get("ignore_merges"):
+            raise UserError(
+                f"{where}: ignore_merges with a token that no merge makes ({token!r}) is not supported."
+            )
+        try:
+            unreachable[identity] = to_bytes(token)
+        except UnicodeEncodeError:
+            unreachable[identity] = token.encode(errors="replace")
+    try:
+        as_bytes = [to_bytes(token) for token in tokens]
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: model.vocab is not byte-level (characters outside its 256).") from None
+    return Vocabulary(
+        as_bytes,
+        [vocab[token] for token in tokens],
+        pattern,
+        normalization,
+        specials,
+        added,
+        unreachable,
+        merges,
+    )
+
+
+def _order(
+    singles: list[str], listed: list[Any], vocab: dict[str, int], where: str
+) -> tuple[list[str], list[Merge]]:
+    """Tokens in order of rank, with their merges, proven to act as the list of the file does."""
+    places: dict[str, dict[tuple[str, str], int]] = {}
+    for number, merge in enumerate(listed):
+        left, right = _merge_parts(merge, number, where)
+        product = left + right
+        for token in (left, right, product):
+            if token not in vocab:
+                raise UserError(f"{where}: merge {number} names {token!r}, which is not in model.vocab.")
+        places.setdefault(product, {})[left, right] = number
+    tokens = [*singles, *places]
+    rank_of = {token: rank for rank, token in enumerate(tokens)}
+    if len(rank_of) != len(tokens):
+        raise UserError(f"{where}: a merge makes a token of one character.")
+    if any(len(pairs) > 1 for pairs in places.values()):
+        return _order_of_many(singles, places, where)
+    try:
+        merges = [(rank_of[left], rank_of[right]) for pairs in places.values() for left, right in pairs]
+    except KeyError as error:
+        raise UserError(f"{where}: a merge uses {error.args[0]!r}, which no merge makes.") from None
+    wrong = check_merges(merges, len(singles))
+    if wrong is not None:
+        raise UserError(f"{where}: the merge that makes {tokens[wrong]!r} cannot be expressed by ranks.")
+    return tokens, merges
+
+
+def _order_of_many(
+    singles: list[str], places: dict[str, dict[tuple[str, str], int]], where: str
+) -> tuple[list[str], list[Merge]]:
+    """The same where a token has several merges, as in files converted from ranks, which list every split.
+
+    Only one of them ever acts, the one its bytes are in fact joined by, so its place is the token's rank.
+    Which one that is depends on the ranks: take the first ones for a start, then look whether the answer
+    bears itself out.
+    """
+    made = sorted(places, key=lambda token: min(places[token].values()))
+    for _ in range(2):
+        tokens = [*singles, *made]
+        try:
+            merges = recover_merges([to_bytes(token) for token in tokens])
+        except (ValueError, UnicodeEncodeError) as error:
+            raise UserError(f"{where}: its merges cannot be expressed by ranks ({error}).") from error
+        acting = dict(zip(made, ((tokens[left], tokens[right]) for left, right in merges), strict=True))
+        if any(pair not in places[token] for token, pair in acting.items()):
+            break
+        if made == (made := sorted(made, key=lambda token: places[token][acting[token]])):
+            return tokens, merges
+    raise UserError(f"{where}: its merges cannot be expressed by ranks.")
+
+
+def added_token(identity: int, content: str, *, special: bool) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": identity, "content": content, **flags, "special": special}
+
+
+def skeleton(pattern: str, normalization: Normalization | None) -> dict[str, Any]:
+    """A tokenizer.json without tokens."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": {"type": normalization} if normalization else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+    }
+
+
+def render(vocabulary: Vocabulary) -> str:
+    """Return the tokenizer.json of a vocabulary."""
+    chars = [to_chars(token) for token in vocabulary.tokens]
+    vocab = dict(zip(chars, vocabulary.ids, strict=True))
+    vocab |= {to_chars(token): identity for identity, token in vocabulary.unreachable.items()}
+    data = skeleton(vocabulary.pattern, vocabulary.normalization)
+    data["model"] |= {
+        "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+        "merges": [[chars[left], chars[right]] for left, right in vocabulary.merges],
+    }
+    data["added_tokens"] = sorted(
+        [added_token(identity, content, special=True) for content, identity in vocabulary.specials.items()]
+        + [added_token(identity, content, special=False) for content, identity in vocabulary.added.items()],
+        key=lambda entry: entry["id"],
+    )
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"))

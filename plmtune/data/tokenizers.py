@@ -1,0 +1,498 @@
+"""Tokenizers: byte-level BPE run by tiktoken, whatever file the vocabulary came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import regex
+import tiktoken
+import xxhash
+
+from plmtune.data import tokenizer_json
+from plmtune.data.bpe import (
+    BYTE_PATTERN,
+    CHATML_SPECIALS,
+    COMPLETE_PATTERNS,
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    MAX_ID,
+    QWEN2_PATTERN,
+    SINGLE_BYTES,
+    Normalization,
+    Vocabulary,
+    from_ranks,
+    read_file,
+    read_tiktoken,
+)
+from plmtune.errors import UserError, did_you_mean
+from plmtune.registry import register
+
+Ids = npt.NDArray[np.uint32]
+
+# Below this many characters a second thread costs more than it saves.
+_TASK_CHARS = 1 << 17
+# tiktoken wants at least one special token; this one is never allowed in a text, so it never acts.
+_NO_SPECIAL = "\x00plmtune\x00"
+# A document may be cut between a newline and an ASCII letter where the pattern never looks across: in
+# these, white space with a newline in it always ends a piece at its last newline.
+_CUT = re.compile(r"\n(?=[A-Za-z])")
+_CUTTABLE = frozenset({QWEN2_PATTERN, LLAMA3_PATTERN})
+_EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
+
+# ChatML with the default system prompt of PLM's authors.
+CHATML_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+class Tokenizer:
+    """Text to ids and back; safe to use from several threads, to fork with and to pickle.
+
+    Attributes:
+        vocab_size: rows that a model needs, padding included.
+        num_tokens: ids from here on have no text.
+        eos_id: ends a document.
+        specials: control tokens, id by text.
+        token_bytes: number of bytes that each id decodes to, int32 [vocab_size]; 0 for specials and padding.
+        fingerprint: xxh3-128 of all that decides the ids.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        eos: str = "<|endoftext|>",
+        vocab_size: int | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        """Build the tables.
+
+        Args:
+            vocabulary: what decides the ids.
+            eos: the special token that ends a document.
+            vocab_size: rows that a model needs, if more than there are tokens.
+            chat_template: Jinja template of a conversation.
+
+        Raises:
+            ValueError: if there is no such special token, a token stands twice, or vocab_size is too small.
+        """
+        if eos not in vocabulary.specials:
+            raise ValueError(f"eos {eos!r} is no special token.{did_you_mean(eos, vocabulary.specials)}")
+        self.vocabulary = vocabulary
+        self.eos, self.eos_id = eos, vocabulary.specials[eos]
+        self.specials = dict(vocabulary.specials)
+        self.chat_template = chat_template
+        pieces = dict(zip(vocabulary.ids, vocabulary.tokens, strict=True)) | vocabulary.unreachable
+        pieces |= {
+            identity: text.encode() for text, identity in (vocabulary.specials | vocabulary.added).items()
+        }
+        self.num_tokens = max(pieces) + 1
+        self.vocab_size = self.num_tokens if vocab_size is None else vocab_size
+        if self.vocab_size < self.num_tokens:
+            raise ValueError(f"vocab_size ({vocab_size}) is below the tokenizer's {self.num_tokens} tokens")
+        self._pieces = [pieces.get(identity, b"") for identity in range(self.vocab_size)]
+        self.token_bytes: npt.NDArray[np.int32] = np.array(
+            [len(piece) for piece in self._pieces], dtype=np.int32
+        )
+        self.token_bytes[list(self.specials.values())] = 0
+
+        # Bytes without a token get ranks past all others, so that tiktoken can run; their ids are dropped
+        # after.
+        num_ranks = len(vocabulary.tokens)
+        ranks = {token: rank for rank, token in enumerate(vocabulary.tokens)}
+        lacking = [byte for byte in SINGLE_BYTES if byte not in ranks]
+        ranks |= {byte: num_ranks + index for index, byte in enumerate(lacking)}
+        self._lacking = b"".join(lacking)
+        self._num_ranks = num_ranks
+        ids = np.array(vocabulary.ids, dtype=np.uint32)
+        self._ids = None if np.array_equal(ids, np.arange(num_ranks)) else ids
+        try:
+            self._bpe = tiktoken.Encoding(
+                "plmtune",
+                pat_str=_complete(vocabulary.pattern),
+                mergeable_ranks=ranks,
+                special_tokens={_NO_SPECIAL: len(ranks)},
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"the pattern {vocabulary.pattern!r} is no regular expression ({error})"
+            ) from error
+        self._always = _any_of(vocabulary.added)
+        self._always_and_specials = _any_of(vocabulary.added | vocabulary.specials)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.num_tokens} tokens, {self.vocab_size} rows, {self.fingerprint[:8]})"
+
+    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+        """Return the ids of a text; nothing is put before or after them.
+
+        Args:
+            text: any text; half a surrogate pair becomes U+FFFD.
+            specials: take the text of special tokens for the tokens themselves. Never for text from outside.
+        """
+        ids: list[int] = self._encode(text, self._always_and_specials if specials else self._always).tolist()
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the ids of each text, as `encode` without specials, on all cores."""
+        # Each task is a run of cuts of about equal length: small texts together, a large one in several.
+        tasks: list[list[tuple[int, str]]] = [[]]
+        room = _TASK_CHARS
+        for index, text in enumerate(texts):
+            for cut in self._cuts(text):
+                if room <= 0:
+                    tasks.append([])
+                    room = _TASK_CHARS
+                tasks[-1].append((index, cut))
+                room -= len(cut)
+        if len(tasks) == 1:
+            done: Iterable[list[Ids]] = [self._encode_task(tasks[0])]
+        else:
+            # A pool of its own for each call: threads would not survive a fork. tiktoken lets go of the GIL.
+            with ThreadPoolExecutor(min(len(tasks), _num_cores())) as pool:
+                done = list(pool.map(self._encode_task, tasks))
+        parts: list[list[Ids]] = [[] for _ in texts]
+        for task, results in zip(tasks, done, strict=True):
+            for (index, _), ids in zip(task, results, strict=True):
+                parts[index].append(ids)
+        return [held[0] if len(held) == 1 else np.concatenate(held) for held in parts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids, special tokens as their text; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the bytes of ids; those of padding rows have none.
+
+        Raises:
+            ValueError: for an id outside of [0, vocab_size).
+        """
+        ids = list(ids)
+        wrong = next((identity for identity in ids if not 0 <= identity < self.vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"id {wrong} is outside of the tokenizer's {self.vocab_size} rows")
+        return b"".join([self._pieces[identity] for identity in ids])
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as `tokenizers` and transformers read them."""
+        directory.mkdir(parents=True, exist_ok=True)
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.eos,
+            "pad_token": self.eos,
+            "clean_up_tokenization_spaces": False,
+            "padded_vocab_size": self.vocab_size,
+        }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        _write(directory / "tokenizer.json", self._json)
+        _write(directory / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The xxh3-128 of all that decides the ids, as hex."""
+        held = self.vocabulary
+        digest = xxhash.xxh3_128()
+        added = sorted(held.added.items()), sorted(held.specials.items())
+        digest.update(repr((held.pattern, held.normalization, added, self.eos_id)).encode())
+        digest.update(np.array([len(token) for token in held.tokens], dtype="<u4").tobytes())
+        digest.update(np.array(held.ids, dtype="<u4").tobytes())
+        digest.update(b"".join(held.tokens))
+        return digest.hexdigest()
+
+    @cached_property
+    def _json(self) -> str:
+        # Kept: a run saves the same tokenizer with every checkpoint.
+        return tokenizer_json.render(self.vocabulary)
+
+    def _cuts(self, text: str) -> Iterator[str]:
+        if len(text) <= 2 * _TASK_CHARS or self.vocabulary.pattern not in _CUTTABLE or self.vocabulary.added:
+            yield text
+            return
+        start = 0
+        while len(text) - start > 2 * _TASK_CHARS and (found := _CUT.search(text, start + _TASK_CHARS)):
+            yield text[start : found.end()]
+            start = found.end()
+        yield text[start:]
+
+    def _encode_task(self, task: list[tuple[int, str]]) -> list[Ids]:
+        return [self._encode(text, self._always) for _, text in task]
+
+    def _encode(self, text: str, fixed: re.Pattern[str] | None) -> Ids:
+        if fixed is None or fixed.search(text) is None:
+            return self._encode_plain(text)
+        known = self.vocabulary.added | self.specials
+        parts, start = [], 0
+        for found in fixed.finditer(text):
+            parts.append(self._encode_plain(text[start : found.start()]))
+            parts.append(np.array([known[found.group()]], dtype=np.uint32))
+            start = found.end()
+        parts.append(self._encode_plain(text[start:]))
+        return np.concatenate(parts)
+
+    def _encode_plain(self, text: str) -> Ids:
+        form = self.vocabulary.normalization
+        if form is not None and not text.isascii():
+            text = unicodedata.normalize(form, text)
+        try:
+            ranks = self._bpe.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            return self._encode_plain(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        except ValueError:
+            # The pattern's look-ahead ran out of stack: hundreds of thousands of spaces in a row do that.
+            ranks = self._encode_by_piece(text)
+        if self._lacking and ranks.size and ranks.max() >= self._num_ranks:
+            # `tokenizers` leaves such bytes out before it joins: their neighbours may then be joined.
+            ranks = self._encode_by_piece(text)
+        return ranks if self._ids is None else self._ids[ranks]
+
+    def _encode_by_piece(self, text: str) -> Ids:
+        """The slow way, exact for every text."""
+        ranks: list[int] = []
+        for found in regex.finditer(_complete(self.vocabulary.pattern), text):
+            piece = found.group().encode().translate(None, self._lacking)
+            if piece:
+                ranks += self._bpe._encode_single_piece(piece)
+        return np.array(ranks, dtype=np.uint32)
+
+
+def _complete(pattern: str) -> str:
+    # tiktoken drops what the pattern does not match; as a piece of its own it is what `tokenizers` makes of
+    # it.
+    return pattern if pattern in COMPLETE_PATTERNS else rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str] | None:
+    # Longest first: of two that start alike, `tokenizers` takes the longer.
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _write(path: Path, text: str) -> None:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=".", delete=False
+    ) as file:
+        try:
+            file.write(text)
+            file.close()
+            Path(file.name).chmod(0o644)
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _text_of(token: Any) -> str | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = tokenizer_json.load_json(read_file(path), str(path)) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold one JSON object.")
+    return config
+
+
+def _read_json(path: Path) -> Tokenizer:
+    """Read a tokenizer.json, with what the files beside it say of its end token, template and rows."""
+    vocabulary = tokenizer_json.parse(tokenizer_json.load_json(read_file(path), str(path)), str(path))
+    config = _read_config(path.with_name("tokenizer_config.json"))
+    eos = _eos(vocabulary, _text_of(config.get("eos_token")), path)
+    template = _text_of(config.get("chat_template"))
+    jinja = path.with_name("chat_template.jinja")
+    if jinja.is_file():
+        template = read_file(jinja).decode("utf-8", errors="replace")
+    rows, source = config.get("padded_vocab_size"), "tokenizer_config.json"
+    if rows is None:
+        # A model's own config.json, in a checkpoint of another program, counts the padding rows.
+        rows, source = _read_config(path.with_name("config.json")).get("vocab_size"), "config.json"
+    if rows is not None and (type(rows) is not int or not 0 < rows <= MAX_ID):
+        raise UserError(f"{path.with_name(source)}: {rows!r} rows in a vocabulary are impossible.")
+    try:
+        return Tokenizer(vocabulary, eos=eos, vocab_size=rows, chat_template=template)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}.") from error
+
+
+def _eos(vocabulary: Vocabulary, named: str | None, path: Path) -> str:
+    specials = vocabulary.specials
+    if named is not None and named not in specials:
+        where = path.with_name("tokenizer_config.json")
+        raise UserError(f"{where}: eos_token {named!r} is no special token.{did_you_mean(named, specials)}")
+    found = named or next((name for name in _EOS_NAMES if name in specials), None)
+    if found is None:
+        raise UserError(
+            f"{path} does not say which token ends a document. Name one of its special tokens "
+            f"({', '.join(specials) or 'it has none'}) as eos_token in tokenizer_config.json beside it."
+        )
+    return found
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Read the tokenizer of a directory: one that `Tokenizer.save` wrote, or any checkpoint's.
+
+    Raises:
+        UserError: if it holds none, or one that cannot be represented exactly.
+    """
+    return _read(Path(directory))
+
+
+def _read(path: Path, pattern: str = QWEN2_PATTERN, normalization: Normalization | None = "NFC") -> Tokenizer:
+    path = path.expanduser()
+    if path.is_dir():
+        whole = path / "tokenizer.json"
+        held = [whole] if whole.is_file() else sorted(path.glob("*.tiktoken"))
+        if len(held) != 1:
+            raise UserError(
+                f"{path} holds {len(held)} tokenizers: one tokenizer.json or .tiktoken file is needed."
+            )
+        path = held[0]
+    if path.suffix == ".tiktoken":
+        return Tokenizer(read_tiktoken(path, pattern, normalization), chat_template=CHATML_TEMPLATE)
+    return _read_json(path)
+
+
+@register("tokenizer", "bundled")
+def bundled() -> Tokenizer:
+    """The BPE that comes with plmtune: 4,096 tokens, trained on the Python standard library."""
+    return load_tokenizer(Path(__file__).parent / "assets")
+
+
+@register("tokenizer", "qwen2")
+def qwen2(path: str | None = None) -> Tokenizer:
+    """Qwen2's tokenizer, which PLM uses: 151,646 tokens in 151,936 rows, ChatML.
+
+    Args:
+        path: its ranks (qwen.tiktoken), its tokenizer.json or a directory with one; none: Hugging Face's hub.
+
+    Raises:
+        UserError: if there is no such file, or no hub.
+    """
+    found = _read(Path(path) if path is not None else _from_hub("Qwen/Qwen2-1.5B", "tokenizer.json"))
+    vocabulary = found.vocabulary
+    if [vocabulary.specials.get(name) for name in CHATML_SPECIALS] != [151643, 151644, 151645]:
+        raise UserError(
+            f"{path or 'Qwen/Qwen2-1.5B'} is not Qwen2's tokenizer: its special tokens are "
+            f"{vocabulary.specials}, not <|endoftext|> at 151643 and the two after it. Use tokenizer=file for another."
+        )
+    rows = max(151936, found.num_tokens)
+    return Tokenizer(vocabulary, eos=found.eos, vocab_size=rows, chat_template=CHATML_TEMPLATE)
+
+
+def _from_hub(repository: str, name: str) -> Path:
+    advice = "Pass a local file: tokenizer.path=FILE (its qwen.tiktoken or tokenizer.json)."
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise UserError(f"{repository} needs the package huggingface_hub (plmtune[hub]). {advice}") from None
+    try:
+        return Path(hf_hub_download(repository, name))
+    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(f"{name} of {repository} cannot be fetched ({reason}). {advice}") from error
+
+
+@register("tokenizer", "file")
+def file(path: str = "", *, pattern: Literal["qwen2", "llama3", "gpt2"] = "qwen2") -> Tokenizer:
+    """A byte-level BPE from a tokenizer.json, a .tiktoken file, or a directory with one (any checkpoint).
+
+    Args:
+        path: the file or directory.
+        pattern: how a .tiktoken file's text is cut, which the file does not say; a tokenizer.json does.
+        With qwen2
+            text is brought to NFC first; the three ChatML tokens follow the last rank.
+
+    Raises:
+        UserError: if it cannot be read, or would not give the same ids.
+    """
+    if not path:
+        raise UserError("tokenizer=file needs a path: tokenizer.path=FILE_OR_DIRECTORY.")
+    patterns = {"qwen2": QWEN2_PATTERN, "llama3": LLAMA3_PATTERN, "gpt2": GPT2_PATTERN}
+    return _read(Path(path), patterns[pattern], "NFC" if pattern == "qwen2" else None)
+
+
+@register("tokenizer", "byte")
+def byte() -> Tokenizer:
+    """One token a byte, and <|endoftext|>: 257 tokens."""
+    ranks = {token: rank for rank, token in enumerate(SINGLE_BYTES)}
+    return Tokenizer(from_ranks(ranks, BYTE_PATTERN, None, ["<|endoftext|>"], "byte"))
+
+
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    pattern: str = QWEN2_PATTERN,
+    normalization: Normalization | None = "NFC",
+    specials: Sequence[str] = CHATML_SPECIALS,
+) -> Tokenizer:
+    """Train a byte-level BPE with the `tokenizers` library: the same texts give the same tokenizer.
+
+    Args:
+        texts: documents; read once.
+        vocab_size: tokens in all, the 256 bytes and the specials included.
+        pattern: how text is cut into the pieces that merges never cross.
+        normalization: Unicode form that text is brought to first.
+        specials: control tokens, whose ids come last; the first ends a document.
+
+    Raises:
+        ValueError: if vocab_size leaves no room for a merge, or the texts do not hold that many.
+    """
+    import tokenizers
+
+    num_learned = vocab_size - len(specials)
+    if num_learned <= len(SINGLE_BYTES):
+        raise ValueError(
+            f"vocab_size ({vocab_size}) must exceed 256 bytes and {len(specials)} special tokens"
+        )
+    if not specials or len(set(specials)) != len(specials) or "" in specials:
+        raise ValueError(
+            f"special tokens must be at least one, different and not empty, got {list(specials)}"
+        )
+    tokenizer_json.check_pattern(pattern, "train_bpe")
+    learner = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json.skeleton(pattern, normalization)))
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=num_learned,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[],
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    learned = learner.get_vocab_size()
+    if learned < num_learned:
+        raise ValueError(
+            f"vocab_size ({vocab_size}) is more than this text gives ({learned + len(specials)}): "
+            "train on more text or ask for fewer"
+        )
+    data = json.loads(learner.to_str())
+    data["added_tokens"] = [
+        tokenizer_json.added_token(learned + index, special, special=True)
+        for index, special in enumerate(specials)
+    ]
+    vocabulary = tokenizer_json.parse(data, "the trained tokenizer")
+    return Tokenizer(
+        vocabulary,
+        eos=specials[0],
+        chat_template=CHATML_TEMPLATE if set(CHATML_SPECIALS) <= set(specials) else None,
+    )
