@@ -129,8 +129,8 @@ def muon(
     """Muon for the hidden matrices (arXiv 2502.16982), AdamW for embeddings, head, norms and biases.
 
     Updates are scaled by 0.2 sqrt(max(rows, columns)), which gives them AdamW's usual size: a learning rate
-    and weight decay tuned for AdamW carry over. torch computes the orthogonalisation in bf16: on a CPU without
-    bf16 units that takes 3 to 4 times what fp32 would.
+    and weight decay tuned for AdamW carry over. torch orthogonalises in bf16, which on a CPU without bf16
+    units takes 3 to 4 times as long as fp32 would.
 
     Args:
         lr: rate of the hidden matrices.
