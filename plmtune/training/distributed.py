@@ -191,13 +191,17 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def like(value: Tensor, example: Tensor) -> Tensor:
-    """`value` (whole, on every rank) placed and sharded as `example` is."""
-    if isinstance(example, DTensor):
-        # No rank needs another's copy: each read the same file.
-        return distribute_tensor(
-            value.to(example.device), example.device_mesh, example.placements, src_data_rank=None
-        )
-    return value.to(example.device)
+    """A copy of `value` (whole, on every rank), placed and sharded as `example` is."""
+    if not isinstance(example, DTensor):
+        return value.to(example.device, copy=True)
+    mesh, placements = example.device_mesh, example.placements
+    # No rank needs to send: each read the same file.
+    sharded = distribute_tensor(value.to(example.device), mesh, placements, src_data_rank=None)
+    # The local part is a view; its copy lets go of the whole.
+    local = sharded.to_local().clone()
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride()
+    )
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:

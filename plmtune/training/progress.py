@@ -27,7 +27,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Watch:
     """Shows and records what a run measures, and hears when it should stop.
 
-    Every rank makes one and calls `log` at the same steps: that is where ranks agree to stop. Rank 0 writes.
+    Every rank makes one and calls `should_stop` at the same steps; rank 0 writes.
 
     Keys of values: loss, lr, grad_norm and tokens (so far) of training; validation_loss, bits_per_byte and
     sparsity/0, sparsity/1, ... of a validation. Lines with a loss also get time (seconds of training in
@@ -43,9 +43,6 @@ class Watch:
         flops_per_token: forward and backward, for MFU.
         peak_flops: of all devices together in the run's arithmetic, for MFU; None shows no MFU.
         every_seconds: between lines where stderr is no terminal.
-
-    Attributes:
-        stop_requested: whether a rank was asked to stop before the last `log`; the same on every rank.
     """
 
     def __init__(
@@ -62,7 +59,6 @@ class Watch:
         every_seconds: float = 10.0,
     ) -> None:
         self.num_steps = num_steps
-        self.stop_requested = False
         self._is_main = run.is_main
         self._loggers = list(loggers) if run.is_main else []
         self._file = MetricsFile(run.metrics, start_step=start_step) if run.is_main else None
@@ -112,8 +108,7 @@ class Watch:
             logger.close()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Record the values of `step`, and look whether any rank was asked to stop."""
-        self.stop_requested = distributed.any_rank(self._signalled)
+        """Record the values of `step`."""
         if not self._is_main:
             return
         assert self._file is not None
@@ -124,6 +119,10 @@ class Watch:
         for logger in self._loggers:
             logger.log(step, entry)
         self._show(step, entry)
+
+    def should_stop(self) -> bool:
+        """Whether a signal asked any rank to stop; the same on every rank, which all must call it."""
+        return distributed.any_rank(self._signalled)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from plmtune.errors import UserError
 from plmtune.training import distributed
 
-# Quantized states are tensor subclasses; only those named here are ever rebuilt from a file.
+# Quantized states are tensor subclasses; only those named here are ever rebuilt from a file. Of their parts, codes
+# and scale go row by row with the parameter, the others are the same on every rank.
 _SUBCLASSES = {"OptimState8bit": "torchao.optim.subclass_8bit"}
+_SHARDED_PARTS = ("codes", "scale")
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -45,13 +47,15 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, T
                 name = f"{names[parameter]}/{key}"
                 if not isinstance(value, Tensor):
                     rest["values"][name] = _plain(value)
-                elif isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
-                    tensors[name] = distributed.full_tensor(_dequantized(value))
+                elif not is_traceable_wrapper_subclass(local := _local(value)):
+                    tensors[name] = distributed.full_tensor(value)
+                elif isinstance(value, DTensor) and not _shards_evenly(value):
+                    tensors[name] = distributed.full_tensor(_with_local(local.dequantize(), value))
                 else:
-                    parts, attributes = value.__tensor_flatten__()
-                    tensors.update({f"{name}/{part}": getattr(value, part).detach().cpu() for part in parts})
+                    parts, attributes = local.__tensor_flatten__()
+                    tensors.update({f"{name}/{part}": _whole_part(part, value) for part in parts})
                     rest["quantized"][name] = {
-                        "class": type(value).__name__,
+                        "class": type(local).__name__,
                         "parts": list(parts),
                         "attributes": [_plain(a) for a in attributes],
                     }
@@ -182,18 +186,32 @@ def _placed(key: str, value: Tensor, parameter: Tensor, group: Mapping[str, Any]
     )
 
 
-def _dequantized(value: Tensor) -> Tensor:
-    """A sharded quantized tensor as a sharded fp32 one: its blocks do not align with another world's shards."""
-    if isinstance(value, DTensor) and is_traceable_wrapper_subclass(local := value.to_local()):
-        return DTensor.from_local(
-            local.dequantize(),
-            value.device_mesh,
-            value.placements,
-            run_check=False,
-            shape=value.shape,
-            stride=value.stride(),
-        )
-    return value
+def _local(value: Tensor) -> Any:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _with_local(local: Tensor, example: DTensor) -> DTensor:
+    """`local` as this rank's part of a tensor that is sharded as `example` is."""
+    return DTensor.from_local(
+        local,
+        example.device_mesh,
+        example.placements,
+        run_check=False,
+        shape=example.shape,
+        stride=example.stride(),
+    )
+
+
+def _shards_evenly(value: DTensor) -> bool:
+    """Whether every rank holds as many rows. Only then do its blocks of quantized numbers line up with the whole's."""
+    return value.placements == (Shard(0),) and value.shape[0] % value.device_mesh.size() == 0
+
+
+def _whole_part(part: str, value: Tensor) -> Tensor:
+    tensor = getattr(_local(value), part)
+    if isinstance(value, DTensor) and part in _SHARDED_PARTS:
+        tensor = DTensor.from_local(tensor, value.device_mesh, value.placements, run_check=False)
+    return distributed.full_tensor(tensor)
 
 
 def _rebuilt(name: str, tensors: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> Tensor:
@@ -216,7 +234,17 @@ def _dtype(name: str) -> torch.dtype:
     return found
 
 
-def _placed_quantized(value: Tensor, parameter: Tensor) -> Tensor:
-    if isinstance(parameter, DTensor):
+def _placed_quantized(value: Any, parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return value.to(parameter.device)
+    world = parameter.device_mesh.size()
+    if not _shards_evenly(parameter) or len(value.scale) % world:
         return distributed.like(value.dequantize(), parameter)
-    return value.to(parameter.device)
+    names, attributes = value.__tensor_flatten__()
+    rank = parameter.device_mesh.get_local_rank()
+    parts = {}
+    for name in names:
+        part = getattr(value, name)
+        part = part.chunk(world)[rank] if name in _SHARDED_PARTS else part
+        parts[name] = part.to(parameter.device, copy=True)
+    return _with_local(type(value).__tensor_unflatten__(parts, attributes), parameter)

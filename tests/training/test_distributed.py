@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import multiprocessing
 from torch.distributed.tensor import DTensor
 from toy import Toy, read_model, train_step, write_model
@@ -18,18 +20,29 @@ from plmtune.training import distributed
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.runtime import Runtime
 
-CASES = ("ddp", "fsdp", "fsdp tied", "fsdp bf16")
+CASES = ("ddp", "fsdp", "fsdp tied", "fsdp bf16", "fsdp 8bit")
 SPREAD = ("ddp", "fsdp")
 
 
-def run(runtime: Runtime, directory: Path | None, *, tied: bool = False, steps: int = 4) -> dict[str, object]:
-    """Train a toy; with a directory, save after two steps, restore into a fresh one, and go on."""
+def make(variant: str) -> tuple[Toy, Callable[[Toy], torch.optim.Optimizer]]:
+    if variant == "8bit":
+        from torchao.optim import AdamW8bit
+
+        # Wide enough that each half of a matrix is quantized.
+        return Toy(width=64), lambda model: AdamW8bit(model.parameters(), lr=0.01)
+    return Toy(tied=variant == "tied"), lambda model: torch.optim.AdamW(
+        model.parameters(), lr=0.01, fused=True
+    )
+
+
+def run(runtime: Runtime, directory: Path | None, variant: str = "", *, steps: int = 4) -> dict[str, object]:
+    """Train a toy; with a directory, save after two steps."""
     torch.manual_seed(5 + runtime.rank)  # rank 0 counts
-    model = Toy(tied=tied)
+    model, build_optimizer = make(variant)
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trained = runtime.distribute(model)
     same_start = all(torch.equal(initial[n], t) for n, t in distributed.full_state_dict(model).items())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    optimizer = build_optimizer(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     losses, norms = [], []
     for step in range(steps):
@@ -50,12 +63,12 @@ def run(runtime: Runtime, directory: Path | None, *, tied: bool = False, steps: 
     }
 
 
-def go_on(runtime: Runtime, directory: Path) -> dict[str, object]:
+def go_on(runtime: Runtime, directory: Path, variant: str = "") -> dict[str, object]:
     """Restore step 2, which another strategy may have written, and train the two steps that are left."""
     torch.manual_seed(99)
-    model = Toy()
+    model, build_optimizer = make(variant)
     trained = runtime.distribute(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    optimizer = build_optimizer(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     state = Checkpoints(directory).restore(
         model=model, optimizer=optimizer, scheduler=scheduler, read_model=read_model
@@ -84,6 +97,7 @@ def start(strategy: str, precision: str = "fp32") -> Runtime:
 
 def worker(rank: int, port: int, directory: Path) -> None:
     torch.set_num_threads(1)
+    torch.compile = lambda function, **_: function  # 8-bit AdamW compiles each step, for seconds
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
@@ -91,11 +105,12 @@ def worker(rank: int, port: int, directory: Path) -> None:
     for case in CASES:
         strategy, _, variant = case.partition(" ")
         runtime = start(strategy, "bf16" if variant == "bf16" else "fp32")
-        saves = directory / strategy if not variant else None
-        results[case] = run(runtime, saves, tied=variant == "tied")
+        saves = directory / (strategy + variant) if variant in ("", "8bit") else None
+        results[case] = run(runtime, saves, variant)
     for writer in ("one", *SPREAD):
         for reader in SPREAD:
             results[f"{writer} to {reader}"] = go_on(start(reader), directory / writer)
+    results["8bit again"] = go_on(start("fsdp"), directory / "fsdp8bit", "8bit")
     with start("fsdp") as runtime:  # the end of the process group
         results["texts"] = distributed.gather_texts("é" * (rank + 1))
         results["told"] = distributed.broadcast_text(f"rank {rank}")
@@ -122,7 +137,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     with Runtime.start(device="cpu", precision="fp32") as runtime:
         one = {
             "one": run(runtime, directory / "one"),
-            "one tied": run(runtime, None, tied=True),
+            "one tied": run(runtime, None, "tied"),
         }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -131,6 +146,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     with Runtime.start(device="cpu", precision="fp32") as runtime:
         for writer in ("one", *SPREAD):
             one[f"{writer} to one"] = go_on(runtime, directory / writer)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", lambda function, **_: function)
+            one["8bit to one"] = go_on(runtime, directory / "fsdp8bit", "8bit")
     ranks = [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
     return {**one, **ranks[0], "rank 1": ranks[1], "directory": directory}
 
@@ -181,6 +199,15 @@ class TestCheckpointsAcrossStrategies:
         resumed = results[f"{writer} to {reader}"]
         assert resumed["restored"] == results[f"{writer} to one"]["restored"]
         assert resumed["losses"] == pytest.approx(results["one"]["losses"][2:], rel=1e-6)
+
+    def test_sharded_eight_bit_moments_are_kept_as_codes_and_go_on_byte_for_byte(self, results):
+        assert results["8bit again"]["digest"] == results["fsdp 8bit"]["digest"]
+        stored = load_file(results["directory"] / "fsdp8bit" / "step-00000002" / "optimizer.safetensors")
+        assert stored["layers.0.up.weight/exp_avg/codes"].shape == (256, 64)
+        assert stored["layers.0.up.weight/exp_avg/scale"].shape == (64,)
+
+    def test_one_process_goes_on_with_sharded_eight_bit_moments(self, results):
+        assert results["8bit to one"]["losses"] == pytest.approx(results["fsdp 8bit"]["losses"][2:], rel=1e-4)
 
     def test_ddp_and_fsdp_write_files_of_the_same_names(self, results):
         assert files(results["directory"] / "ddp").keys() == files(results["directory"] / "fsdp").keys()

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from plmtune.models.plm import plm
+from plmtune.registry import component
+from plmtune.training.estimate import Estimate, activation_bytes, available_memory, estimate, peak_flops
+
+CPU = torch.device("cpu")
+
+
+def small(**settings: Any) -> nn.Module:
+    return plm(
+        300,
+        attention=component(
+            "attention", "mla", kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
+        ),
+        ffn=component("ffn", "squared_relu", hidden_dim=512),
+        **{"embed_dim": 128, "num_layers": 3, "num_heads": 4, "max_seq_len": 256, **settings},
+    )
+
+
+def measured_bytes(model: nn.Module, tokens: Tensor, dtype: torch.dtype) -> int:
+    """Bytes that a real forward saves for its backward."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), tokens)}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", dtype, dtype != torch.float32):
+        output = model(tokens, hidden=True)
+        kept.setdefault(output.untyped_storage().data_ptr(), output)
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+
+
+class TestActivations:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_are_within_a_fifth_of_what_a_real_forward_saves(
+        self, dtype: torch.dtype, checkpointing: bool
+    ) -> None:
+        model = small()
+        model.activation_checkpointing = checkpointing  # type: ignore[assignment]
+        tokens = torch.zeros(2, 128, dtype=torch.long)
+        real = measured_bytes(model, tokens, dtype)
+        if checkpointing:  # the backward then holds one layer's tensors again
+            layer = model.layers[0]  # type: ignore[index]
+            x = torch.zeros(2, 128, 128, dtype=dtype, requires_grad=True)
+            kept: dict[int, Tensor] = {}
+
+            def pack(tensor: Tensor) -> Tensor:
+                kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+                return tensor
+
+            own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers(), x)}
+            with saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", dtype, dtype != torch.float32):
+                layer(x)
+            real += sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+        assert activation_bytes(model, 2, 128, dtype, checkpointing) == pytest.approx(real, rel=0.2)
+
+    def test_grow_with_the_tokens_and_not_with_their_square(self) -> None:
+        model = small()
+        one = activation_bytes(model, 1, 64)
+        assert activation_bytes(model, 1, 256) == pytest.approx(4 * one, rel=0.05)
+        assert activation_bytes(model, 4, 64) == pytest.approx(4 * one, rel=0.05)
+
+    def test_leave_the_model_as_it_was(self) -> None:
+        model = small()
+        model.train()
+        before = [p.clone() for p in model.parameters()]
+        activation_bytes(model, 1, 64)
+        assert model.training
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert all(p.grad is None for p in model.parameters())
+
+
+class TestEstimate:
+    def whole(self, **settings: Any) -> Estimate:
+        with torch.device("meta"):
+            model = plm(151936)
+        return estimate(model, optimizer="adamw", seq_len=4096, micro_batch_size=1, device=CPU, **settings)
+
+    def test_of_plm_1_8b_is_the_papers_arithmetic(self) -> None:
+        e = self.whole()
+        assert e.parameters == 1_825_458_176
+        assert e.non_embedding_parameters == 1_514_293_248
+        assert e.weights == e.gradients == 4 * e.parameters
+        assert e.optimizer == 8 * e.parameters
+        assert e.flops_6n == 6 * e.parameters
+        # 32 layers of 16 heads, 192 wide for queries and 128 for values
+        assert e.flops_per_token - e.flops_6n == 12 * 32 * 16 * (192 + 128) / 2 * 4096
+
+    def test_fsdp_divides_what_it_shards_and_nothing_else(self) -> None:
+        one, four = self.whole(), self.whole(world_size=4, strategy="fsdp")
+        assert four.weights == one.weights // 4
+        assert four.optimizer == one.optimizer // 4
+        assert four.activations == one.activations
+        ddp = self.whole(world_size=4, strategy="ddp")
+        assert ddp.total == one.total
+
+    def test_checkpointing_and_chunks_save_memory(self) -> None:
+        one = self.whole()
+        assert self.whole(activation_checkpointing=True).activations < one.activations / 4
+        assert self.whole(loss_chunk_rows=0).logits - one.logits == (4096 - 1024) * 151936 * 4
+
+    def test_an_untied_head_is_counted_and_its_input_table_costs_no_flops(self) -> None:
+        tied, untied = small(), small(tie_embeddings=False)
+        run: dict[str, Any] = {"optimizer": "muon", "seq_len": 64, "micro_batch_size": 1}
+        a, b = estimate(tied, **run), estimate(untied, **run)
+        assert b.parameters - a.parameters == 300 * 128
+        assert b.non_embedding_parameters == a.non_embedding_parameters
+        assert b.flops_6n == a.flops_6n
+
+    def test_says_whether_it_fits(self) -> None:
+        e = estimate(small(), optimizer="adamw", seq_len=64, micro_batch_size=1)
+        assert e.fits
+        assert any("fits" in line for line in e.lines())
+        giant = Estimate(**{**e.__dict__, "weights": 10**15})
+        assert not giant.fits
+        assert any("does not fit" in line for line in giant.lines())
+
+
+class TestMachine:
+    def test_processes_of_one_machine_share_its_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        alone = available_memory(CPU)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        assert available_memory(CPU) == pytest.approx(alone / 4, rel=0.2)
+
+    def test_a_cpus_peak_is_measured(self) -> None:
+        assert 1e9 < peak_flops(CPU, torch.float32) < 1e14

@@ -1,0 +1,188 @@
+"""Watching: what is written and shown, and that a signal lets the step finish."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from plmtune.errors import UserError
+from plmtune.registry import load
+from plmtune.training import loggers, progress
+from plmtune.training.metrics import read, without_timing
+from plmtune.training.progress import Watch, describe
+from plmtune.training.run_directory import RunDirectory
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, dict]] = []
+        self.closed = False
+
+    def log(self, step, values) -> None:
+        self.lines.append((step, dict(values)))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def run(tmp_path):
+    with RunDirectory.create(tmp_path / "run", "", ["test"]) as run:
+        yield run
+
+
+class TestLog:
+    def test_the_file_and_every_logger_get_the_same(self, run):
+        recorder = Recorder()
+        with Watch(run, [recorder], 2, tokens_per_step=100, flops_per_token=6.0, peak_flops=1e9) as watch:
+            watch.log(1, {"loss": 2.0, "lr": 0.1})
+            watch.log(1, {"validation_loss": 2.5})
+        entries = read(run.metrics)
+        assert [(e.pop("step"), e) for e in entries] == recorder.lines
+        assert recorder.closed
+        assert set(entries[0]) == {"loss", "lr", "time", "memory_bytes", "tokens_per_second", "mfu"}
+        assert without_timing(entries[0]) == {"loss": 2.0, "lr": 0.1}
+        assert set(entries[1]) == {"validation_loss"}
+
+    def test_rates_follow_from_their_definitions(self, run, monkeypatch):
+        clock = SimpleNamespace(now=0.0)
+        monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+        with Watch(run, [], 100, tokens_per_step=500, flops_per_token=6.0, peak_flops=3000.0) as watch:
+            clock.now = 10.0
+            watch.log(10, {"loss": 2.0})
+            with watch.paused():
+                clock.now += 4.0
+            clock.now += 6.0
+            watch.log(16, {"loss": 1.0})
+        first, second = read(run.metrics)
+        assert first["tokens_per_second"] == 500.0  # 10 steps of 500 tokens in 10 seconds
+        assert first["mfu"] == 1.0  # 500 tokens x 6 FLOPs a second of 3000
+        assert second["tokens_per_second"] == 6 * 500 / 6.0  # the pause does not count
+
+    def test_lines_are_shown_where_there_is_no_terminal(self, run, capsys):
+        with Watch(run, [], 4, every_seconds=1000) as watch:
+            for step in range(1, 5):
+                watch.log(step, {"loss": 2.0 / step})
+            watch.log(4, {"validation_loss": 0.75, "bits_per_byte": 0.5})
+        assert [line.split(" · ")[0] for line in capsys.readouterr().err.splitlines()] == [
+            "step 1/4",
+            "step 4/4",
+            "step 4: validation_loss 0.7500",
+        ]
+
+    def test_a_nan_loss_is_shown_and_recorded(self, run, capsys):
+        with Watch(run, [], 1) as watch:
+            watch.log(1, {"loss": float("nan")})
+        assert "loss nan" in capsys.readouterr().err
+        assert read(run.metrics)[0]["not_finite"] == {"loss": "nan"}
+
+    def test_other_ranks_write_nothing(self, tmp_path, capsys):
+        other = RunDirectory.create(tmp_path / "other", "", [], is_main=False)
+        with Watch(other, [], 1) as watch:
+            watch.log(1, {"loss": 1.0})
+            watch.message("hello")
+        assert not (tmp_path / "other").exists()
+        assert capsys.readouterr().err == ""
+
+
+def test_the_line_reads_as_a_person_expects():
+    entry = {"loss": 2.34567, "lr": 3e-4, "tokens_per_second": 12345, "mfu": 0.412, "memory_bytes": 3 * 2**30}
+    assert describe(entry, 3725) == (
+        "loss 2.3457 · lr 3.00e-04 · 12.3k tok/s · MFU 41.2% · 3.0 GiB · ETA 1:02:05"
+    )
+
+
+class TestSignals:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+    def test_one_asks_to_stop_and_the_step_goes_on(self, run, number):
+        before = signal.getsignal(number)
+        with Watch(run, [], 2) as watch:
+            assert not watch.should_stop()
+            os.kill(os.getpid(), number)
+            assert watch.should_stop()
+            watch.log(1, {"loss": 1.0})
+        assert signal.getsignal(number) is before
+
+    def test_a_second_one_ends_at_once(self, tmp_path):
+        code = f"""
+import time
+from plmtune.training.progress import Watch
+from plmtune.training.run_directory import RunDirectory
+with Watch(RunDirectory.create({str(tmp_path / "run")!r}, "", []), [], 2):
+    print("watching", flush=True)
+    while True: time.sleep(0.01)
+"""
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        assert child.stderr is not None
+        assert child.stdout.readline() == "watching\n"
+        child.send_signal(signal.SIGTERM)
+        assert child.stderr.readline() == "\n"
+        assert "SIGTERM: finishing the step" in child.stderr.readline()
+        assert child.poll() is None
+        child.send_signal(signal.SIGTERM)
+        child.communicate()
+        assert child.returncode == 128 + signal.SIGTERM
+
+
+class TestLoggers:
+    def test_tensorboard_holds_the_numbers(self, tmp_path):
+        logger = load("logger", "tensorboard")(tmp_path, {})
+        logger.log(1, {"loss": 2.5, "phase": "math", "bad": float("nan")})
+        logger.log(2, {"loss": 1.5})
+        logger.close()
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        assert events.Tags()["scalars"] == ["loss"]
+        assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.5), (2, 1.5)]
+
+    def test_tensorboard_hides_the_steps_that_a_resumed_run_writes_again(self, tmp_path):
+        for first, last in ((1, 5), (3, 6)):
+            logger = load("logger", "tensorboard")(tmp_path, {})
+            for step in range(first, last):
+                logger.log(step, {"loss": float(step)})
+            logger.close()
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+
+    @pytest.mark.parametrize("name", ["wandb", "trackio"])
+    def test_a_missing_package_is_named_with_its_extra(self, tmp_path, monkeypatch, name):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(UserError, match=rf"plmtune\[{name}\]"):
+            load("logger", name)(tmp_path, {})
+
+    def test_a_resumed_run_keeps_its_wandb_chart(self, tmp_path, monkeypatch):
+        calls = []
+
+        class Module:
+            class util:
+                generate_id = staticmethod(lambda: f"id{len(calls)}")
+
+            @staticmethod
+            def init(**keys):
+                calls.append(keys)
+
+        monkeypatch.setattr(loggers, "_need", lambda *_, **__: Module)
+        for _ in range(2):
+            load("logger", "wandb")(tmp_path, {"seed": 1}, mode="offline")
+        assert [call["id"] for call in calls] == ["id0", "id0"]
+        assert calls[0]["name"] == Path(tmp_path).name
+
+    def test_jsonl_adds_nothing_to_metrics_jsonl(self, tmp_path):
+        logger = load("logger", "jsonl")(tmp_path, {})
+        logger.log(1, {"loss": 1.0})
+        logger.close()
+        assert list(tmp_path.iterdir()) == []
