@@ -1,8 +1,8 @@
 """Checkpoints: directories that are whole or not there, and from which training goes on byte for byte.
 
-The protocol: write into ``.tmp-step-00000500-<pid>``, bring every file to the disk, write ``manifest.json`` last,
-rename once to ``step-00000500``, then replace ``latest``. A process killed anywhere leaves the previous checkpoint
-as it was. See docs/checkpoints.md.
+The protocol: write into ``.tmp-step-00000500-<pid>``, bring every file to the disk, write ``manifest.json``
+last, rename once to ``step-00000500``, then replace ``latest``. A process killed anywhere leaves the previous
+checkpoint as it was. See docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Checkpoints:
                 self._publish(step, write, needed)
             except UserError as error:
                 failure = str(error)
-        # The others learn of a full disk here, instead of waiting at the next exchange for a rank that is gone.
+        # The others learn of a full disk here, instead of waiting at the next exchange for one that is gone.
         failure = distributed.broadcast_text(failure)
         if failure:
             raise UserError(failure)
@@ -145,11 +145,11 @@ class Checkpoints:
     ) -> dict[str, Any] | None:
         """Put the newest whole checkpoint back into model, optimizer, scheduler and random generators.
 
-        Every rank must call it, and must see the same files. Checkpoints that are damaged are passed over, with a
+        Every rank must call it and see the same files. Checkpoints that are damaged are passed over, with a
         warning that names the file.
 
         Args:
-            read_model: gives the state dict that the model needs from a directory that `write_model` filled.
+            read_model: gives the model's state dict from a directory that `write_model` filled.
 
         Returns:
             The `state` that was saved with it and its "step", or None if there is no checkpoint.
@@ -226,8 +226,8 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             raise UserError(
-                f"The checkpoint of step {step} cannot be written to {final}: {reason}. It needs about {needed:,} "
-                f"bytes. Earlier checkpoints are as they were; make room and resume."
+                f"The checkpoint of step {step} cannot be written to {final}: {reason}. It needs about "
+                f"{needed:,} bytes. Earlier checkpoints are as they were; make room and resume."
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -239,7 +239,7 @@ class Checkpoints:
         for step in steps(self.directory)[: -self.keep] if self.keep else []:
             path = step_path(self.directory, step)
             doomed = self.directory / f".old-{path.name}-{os.getpid()}"
-            # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under its name.
+            # Renamed first: a kill in the middle of the removal must not leave half of it under its name.
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
@@ -259,7 +259,7 @@ class Checkpoints:
 
 
 def _bring_back(moved: Path, name: Path) -> None:
-    """Undo the first half of an exchange that was cut short, unless what was moved away is no longer whole."""
+    """Undo the first half of an exchange that was cut short, unless what was moved away is not whole."""
     try:
         manifest.verify(moved)
         moved.rename(name)

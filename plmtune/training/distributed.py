@@ -1,4 +1,4 @@
-"""Many processes: the process group, the device mesh, how a model is spread, and how full tensors come and go.
+"""Many processes: the group, the device mesh, how a model is spread, and how whole tensors come and go.
 
 Everything that knows of ranks lives here, so that tensor and pipeline parallelism can come as further mesh
 dimensions without a change in a recipe.
@@ -205,7 +205,7 @@ def like(value: Tensor, example: Tensor) -> Tensor:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of `model`, whole and on the host; empty on other ranks than 0. Every rank must call it."""
+    """Every tensor of `model`, whole and on the host; empty on ranks other than 0. All must call it."""
     state = {}
     for name, tensor in model.state_dict().items():
         whole = full_tensor(tensor)

@@ -48,7 +48,7 @@ class TensorBoard:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         if self._writer is None:
             module = _need("torch.utils.tensorboard", "tensorboard", extra=None)
-            # A resumed run writes some steps again; TensorBoard then hides what an earlier attempt wrote of them.
+            # A resumed run writes some steps again; TensorBoard then hides what was written of them before.
             self._writer = module.SummaryWriter(str(self._directory), purge_step=step)
         for key, value in values.items():
             if _is_number(value):

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, valid JSON always, and after a resume the lines of an undisturbed run."""
+"""metrics.jsonl: one JSON object a line, always valid, and after a resume as if never disturbed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MetricsFile:
 
     Args:
         path: made if missing.
-        start_step: lines beyond it are cut off: a resumed run writes them again. A line torn by a kill goes too.
+        start_step: lines beyond it are cut off, as a resumed run writes them again; so is one torn by a kill.
     """
 
     def __init__(self, path: Path, *, start_step: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""One picture of a run: training and validation loss, learning rate, and the sparsity of the FFN's activations."""
+"""One picture of a run: training and validation loss, learning rate, sparsity of the FFN's activations."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def draw_curves(source: Path, target: Path, *, title: str | None = None) -> None
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:
-    """Mean over up to `reach` neighbours on each side. Centred, as a trailing mean lags where a loss falls."""
+    """Mean over up to `reach` neighbours a side. Centred, as a trailing mean lags where a loss falls."""
     sums = [0.0, *itertools.accumulate(values)]
     out = []
     for i in range(len(values)):

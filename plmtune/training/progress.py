@@ -187,7 +187,7 @@ class Watch:
             # Not through rich: its lock may be held by the code that this handler interrupts.
             os.write(
                 2,
-                f"\n{signal.Signals(number).name}: finishing the step and saving; once more ends at once.\n".encode(),
+                f"\n{signal.Signals(number).name}: finishing the step and saving; again ends now.\n".encode(),
             )
 
 

@@ -33,8 +33,8 @@ _PACKAGES = ("plmtune", "torch", "torchao", "hydra-core", "numpy", "safetensors"
 class RunDirectory:
     """One run's directory, locked against a second process while it is open.
 
-    Made by `create` or `open`; `close` (or the end of a ``with`` block) gives the lock back. A process that dies
-    gives it back too, as the kernel holds it. Ranks other than 0 neither lock nor write.
+    Made by `create` or `open`; `close` (or the end of a ``with`` block) gives the lock back. A process that
+    dies gives it back too, as the kernel holds it. Ranks other than 0 neither lock nor write.
 
     Attributes:
         path: the directory.
@@ -77,7 +77,8 @@ class RunDirectory:
             if (path / CONFIG).exists():
                 lock.close()
                 raise UserError(
-                    f"{path} already holds a run. Go on with it (plmtune resume {path}), or choose another directory."
+                    f"{path} already holds a run. Go on with it (plmtune resume {path}), or choose another "
+                    "directory."
                 )
             run = cls(path, config_yaml, is_main=True, lock=lock)
             run.update(

@@ -95,8 +95,8 @@ class Runtime:
 
     @property
     def gradient_scale(self) -> float:
-        """Factor on each rank's loss. DDP and FSDP2 average gradients over ranks; a loss that is already divided by
-        the global count of tokens wants their sum.
+        """Factor on each rank's loss: DDP and FSDP2 average gradients over ranks, and a loss that is already
+        divided by the global count of tokens wants their sum.
         """
         return float(self.world_size)
 
@@ -141,7 +141,7 @@ class Runtime:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def sum(self, *values: Tensor | float) -> tuple[float, ...]:
-        """Each value summed over ranks, in fp64. One exchange and one wait for the device, however many values."""
+        """Each value summed over ranks, in fp64: one exchange and one wait for the device for all of them."""
         stacked = torch.stack(
             [torch.as_tensor(v, device=self.device).detach().to(torch.float64).reshape(()) for v in values]
         )

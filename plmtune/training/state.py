@@ -1,7 +1,7 @@
-"""What training remembers besides weights, as named tensors and plain JSON: optimizer, schedule, random numbers.
+"""What training remembers besides weights, as named tensors and JSON: optimizer, schedule, random numbers.
 
-No pickle: tensors go to safetensors, everything else is numbers and strings. Names are the parameters' own, so
-that one process, DDP and FSDP2 write the same file and read each other's.
+No pickle: tensors go to safetensors, everything else is numbers and strings. Names are the parameters' own,
+so that one process, DDP and FSDP2 write the same file and read each other's.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from plmtune.errors import UserError
 from plmtune.training import distributed
 
-# Quantized states are tensor subclasses; only those named here are ever rebuilt from a file. Of their parts, codes
-# and scale go row by row with the parameter, the others are the same on every rank.
+# Quantized states are tensor subclasses; only those named here are ever rebuilt from a file. Of their parts,
+# codes and scale go row by row with the parameter, the others are the same on every rank.
 _SUBCLASSES = {"OptimState8bit": "torchao.optim.subclass_8bit"}
 _SHARDED_PARTS = ("codes", "scale")
 
@@ -33,8 +33,8 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, T
 
     Returns:
         (tensors, rest): tensors named "parameter/key", quantized ones as "parameter/key/part"; and the rest,
-        JSON-able: settings of each group with its parameters' names, states that are no tensors, and what rebuilds
-        quantized tensors.
+        JSON-able: settings of each group with its parameters' names, states that are no tensors, and what
+        rebuilds quantized tensors.
     """
     names = distributed.parameter_names(model)
     tensors: dict[str, Tensor] = {}
@@ -47,15 +47,15 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, T
                 name = f"{names[parameter]}/{key}"
                 if not isinstance(value, Tensor):
                     rest["values"][name] = _plain(value)
-                elif not is_traceable_wrapper_subclass(local := _local(value)):
+                elif not _is_quantized(value):
                     tensors[name] = distributed.full_tensor(value)
                 elif isinstance(value, DTensor) and not _shards_evenly(value):
-                    tensors[name] = distributed.full_tensor(_with_local(local.dequantize(), value))
+                    tensors[name] = distributed.full_tensor(_with_local(_local(value).dequantize(), value))
                 else:
-                    parts, attributes = local.__tensor_flatten__()
+                    parts, attributes = _local(value).__tensor_flatten__()
                     tensors.update({f"{name}/{part}": _whole_part(part, value) for part in parts})
                     rest["quantized"][name] = {
-                        "class": type(local).__name__,
+                        "class": type(_local(value)).__name__,
                         "parts": list(parts),
                         "attributes": [_plain(a) for a in attributes],
                     }
@@ -190,6 +190,10 @@ def _local(value: Tensor) -> Any:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
+def _is_quantized(value: Tensor) -> bool:
+    return is_traceable_wrapper_subclass(_local(value))
+
+
 def _with_local(local: Tensor, example: DTensor) -> DTensor:
     """`local` as this rank's part of a tensor that is sharded as `example` is."""
     return DTensor.from_local(
@@ -203,7 +207,7 @@ def _with_local(local: Tensor, example: DTensor) -> DTensor:
 
 
 def _shards_evenly(value: DTensor) -> bool:
-    """Whether every rank holds as many rows. Only then do its blocks of quantized numbers line up with the whole's."""
+    """Whether every rank holds as many rows. Only then do its quantized blocks line up with the whole's."""
     return value.placements == (Shard(0),) and value.shape[0] % value.device_mesh.size() == 0
 
 

@@ -1,4 +1,4 @@
-"""Two processes compute what one does. All cases run in one pair of processes, as starting one takes seconds."""
+"""Two processes compute what one does. All cases share one pair, as starting a process takes seconds."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Toy(nn.Module):
 
 
 def global_batch(step: int, rows: int = 8, seq_len: int = 7) -> tuple[Tensor, Tensor]:
-    """Tokens and targets [rows, seq_len], a pure function of step; rows differ in their count of valid targets."""
+    """Tokens and targets [rows, seq_len], a pure function of step; rows differ in their valid targets."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(0, VOCABULARY, (rows, seq_len), generator=generator)
     targets = (tokens * 5 + 1) % VOCABULARY
