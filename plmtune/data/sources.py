@@ -72,7 +72,7 @@ _STDLIB_SKIP = {
     "site-packages", "dist-packages", "encodings", "idlelib", "lib2to3", "lib-dynload", "ensurepip",
     "pydoc_data", "turtledemo", "msilib", "__pycache__",
 }  # fmt: skip
-_STDLIB_SKIP_FILES = ("_sysconfigdata", "bad", "_bootstrap_python")
+_STDLIB_SKIP_FILES = ("_sysconfigdata", "bad")
 
 
 class StandardLibrary(Source):

@@ -1,0 +1,163 @@
+import numpy as np
+import pytest
+
+from plmtune.data.order import BLOCK, Order, Phase, key_of, permute, quotas
+
+
+def order(windows, phases, batch=8, seed=1):
+    return Order(windows, phases, global_batch_size=batch, seed=seed)
+
+
+def everything(run):
+    """All sequences of a run as [(source, window)]."""
+    found = []
+    for step in range(run.num_steps):
+        sources, windows = run.step(step)
+        found += [(run.names[s], int(w)) for s, w in zip(sources, windows, strict=True)]
+    return found
+
+
+class TestPermute:
+    @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 17, 64, 65, 1000, 1024, 70_001])
+    def test_is_a_bijection(self, n):
+        assert sorted(permute(np.arange(n), n, key=7).tolist()) == list(range(n))
+
+    def test_one_index_at_a_time_gives_the_same_as_all_at_once(self):
+        whole = permute(np.arange(300), 300, key=3)
+        assert [int(permute(np.array([i]), 300, key=3)[0]) for i in range(300)] == whole.tolist()
+
+    def test_other_keys_give_other_orders(self):
+        orders = {tuple(permute(np.arange(50), 50, key=key_of("seed", k)).tolist()) for k in range(100)}
+        assert len(orders) == 100
+
+    def test_works_at_sizes_that_no_array_could_hold(self):
+        n = 10**15
+        image = permute(np.arange(1000), n, key=1)
+        assert len(set(image.tolist())) == 1000
+        assert image.min() >= 0
+        assert image.max() < n
+
+    def test_looks_random(self):
+        # Neighbours land far apart: their mean distance in a random order of n is n / 3.
+        image = permute(np.arange(10_000), 10_000, key=5)
+        assert abs(np.abs(np.diff(image)).mean() / 10_000 - 1 / 3) < 0.02
+        places = np.array([permute(np.array([0]), 16, key=key_of(k))[0] for k in range(1600)])
+        assert np.bincount(places, minlength=16).min() > 60  # 100 expected in each
+
+    def test_the_order_does_not_change_between_versions(self):
+        # A changed order would silently break the resumption of every run that was begun before.
+        assert permute(np.arange(8), 8, key=key_of(1, "stdlib", 0)).tolist() == [6, 1, 3, 0, 2, 5, 4, 7]
+
+
+class TestQuotas:
+    def test_sum_to_the_block_and_are_nearest_to_the_weights(self):
+        assert quotas([0.5, 0.3, 0.2], 10).tolist() == [5, 3, 2]
+        assert quotas([1, 1, 1]).tolist() == [342, 341, 341]
+
+    def test_the_smallest_weight_still_gets_one(self):
+        assert quotas([1e6, 1e-6, 0.0]).tolist() == [BLOCK - 1, 1, 0]
+
+    def test_as_many_sources_as_places_get_one_each(self):
+        assert quotas([1000.0] + [1e-9] * (BLOCK - 1)).tolist() == [1] * BLOCK
+
+
+class TestOrder:
+    def test_each_window_is_seen_exactly_once_per_epoch(self):
+        seen = everything(order({"a": 40}, [Phase("main", 15)]))
+        for epoch in range(3):
+            assert sorted(w for _, w in seen[epoch * 40 : (epoch + 1) * 40]) == list(range(40))
+
+    def test_another_epoch_has_another_order(self):
+        seen = [w for _, w in everything(order({"a": 40}, [Phase("main", 10)]))]
+        assert seen[:40] != seen[40:]
+
+    def test_another_seed_has_another_order(self):
+        runs = [everything(order({"a": 40}, [Phase("main", 5)], seed=seed)) for seed in (1, 2)]
+        assert runs[0] != runs[1]
+
+    def test_a_step_does_not_depend_on_what_was_asked_before(self):
+        windows, phases = {"a": 300, "b": 70}, [Phase("one", 200, {"a": 1, "b": 2}), Phase("two", 200)]
+        forwards, asked = order(windows, phases), order(windows, phases)
+        expected = [forwards.step(s) for s in range(400)]
+        for step in [399, 3, 250, 199, 200, 0, 3]:
+            for got, want in zip(asked.step(step), expected[step], strict=True):
+                assert got.tolist() == want.tolist()
+
+    def test_the_batch_size_does_not_change_the_order_inside_a_phase(self):
+        windows, mix = {"a": 300, "b": 70}, {"a": 1, "b": 2}
+        small = everything(order(windows, [Phase("main", 600, mix)], batch=4))
+        large = everything(order(windows, [Phase("main", 75, mix)], batch=32))
+        assert small == large
+
+    def test_steps_larger_than_a_block_are_whole(self):
+        batch = 3 * BLOCK + 5
+        windows = {"a": 10_000}
+        seen = everything(order(windows, [Phase("main", 3)], batch=batch))
+        assert len(set(seen)) == 3 * batch
+
+    def test_every_block_holds_the_shares_of_its_phase(self):
+        mixes = [{"a": 0.75, "b": 0.25}, {"a": 0.1, "b": 0.9}]
+        phases = [Phase(str(i), 2 * BLOCK // 8, mix) for i, mix in enumerate(mixes)]
+        names = [name for name, _ in everything(order({"a": 500, "b": 500}, phases))]
+        for block, share in enumerate([0.75, 0.75, 0.1, 0.1]):
+            counted = names[block * BLOCK : (block + 1) * BLOCK].count("a")
+            assert abs(counted / BLOCK - share) <= 0.5 / BLOCK
+
+    def test_an_epoch_goes_on_across_phases_that_end_inside_a_block(self):
+        phases = [Phase("one", 37, {"a": 1, "b": 3}), Phase("two", 51, {"a": 2, "b": 1}), Phase("three", 80)]
+        seen = everything(order({"a": 97, "b": 203}, phases))
+        for name, count in (("a", 97), ("b", 203)):
+            windows = [w for n, w in seen if n == name]
+            assert len(windows) > 2 * count
+            assert sorted(windows[:count]) == list(range(count))
+            assert sorted(windows[count : 2 * count]) == list(range(count))
+
+    def test_drawn_counts_what_is_drawn(self):
+        run = order({"a": 97, "b": 203}, [Phase("one", 37, {"a": 1, "b": 3}), Phase("two", 151)])
+        names = [name for name, _ in everything(run)]
+        assert run.drawn.tolist() == [names.count("a"), names.count("b")]
+
+    def test_an_empty_mix_weighs_sources_by_size(self):
+        names = [n for n, _ in everything(order({"a": 100, "b": 300}, [Phase("main", BLOCK // 8)]))]
+        assert names.count("a") == BLOCK // 4
+
+    def test_the_order_in_which_sources_are_named_does_not_matter(self):
+        one = everything(order({"a": 100, "b": 300}, [Phase("main", 20, {"a": 1, "b": 1})]))
+        other = everything(order({"b": 300, "a": 100}, [Phase("main", 20, {"b": 1, "a": 1})]))
+        assert one == other
+
+    def test_steps_beyond_the_run_are_refused(self):
+        with pytest.raises(IndexError, match="step 5 of 5"):
+            order({"a": 10}, [Phase("main", 5)]).step(5)
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("mix", "message"),
+        [
+            ({"wki": 1.0}, "names wki, which is no source. Did you mean wiki?"),
+            ({"wiki": -1.0, "code": 2.0}, "weight of wiki is -1.0"),
+            ({"wiki": float("nan")}, "weight of wiki is nan"),
+            ({"wiki": 0.0, "code": 0.0}, "all weights of its mix are 0"),
+        ],
+    )
+    def test_mixes_that_cannot_be_name_the_phase(self, mix, message):
+        with pytest.raises(ValueError, match=f"phase late: .*{message}"):
+            order({"wiki": 10, "code": 10}, [Phase("early", 1), Phase("late", 1, mix)])
+
+    def test_a_phase_without_steps(self):
+        with pytest.raises(ValueError, match="phase main has 0 steps"):
+            order({"a": 10}, [Phase("main", 0)])
+
+    def test_a_run_without_phases(self):
+        with pytest.raises(ValueError, match="at least one phase"):
+            order({"a": 10}, [])
+
+    def test_more_sources_than_a_block_has_places(self):
+        names = [f"s{i}" for i in range(BLOCK + 1)]
+        with pytest.raises(ValueError, match="1025 sources, more than 1024"):
+            order(dict.fromkeys(names, 5), [Phase("main", 1, dict.fromkeys(names, 1.0))])
+
+    def test_drawing_from_a_source_without_a_window(self):
+        with pytest.raises(ValueError, match="source b has no whole window"):
+            order({"a": 10, "b": 0}, [Phase("main", 200, {"a": 1, "b": 1})])
