@@ -87,9 +87,11 @@ def generate(
     b, s = tokens.shape
     if s == 0:
         raise ValueError("the prompt is empty: at least one token is needed to start from")
-    if max_new_tokens < 0 or s + max_new_tokens > model.max_seq_len:
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must not be negative, but is {max_new_tokens}")
+    if s + max_new_tokens > model.max_seq_len:
         raise ValueError(
-            f"{s} prompt tokens and {max_new_tokens} new ones exceed the model's max_seq_len ({model.max_seq_len})"
+            f"{s} and {max_new_tokens} new tokens exceed the model's max_seq_len ({model.max_seq_len})"
         )
     if temperature < 0:
         raise ValueError(f"temperature must not be negative, but is {temperature}")
@@ -139,7 +141,7 @@ def complete(
     top_p: float | None = None,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Yield the text that follows `prompt`, a piece for each token, until eos, max_new_tokens or the model's end.
+        raise ValueError(f"{s} + {max_new_tokens} tokens exceed the model's max_seq_len ({model.max_seq_len})")
 
     A piece may be empty: a character is not given out before all of its bytes are there.
 

@@ -78,7 +78,7 @@ def from_description(group: str, data: Any, where: str) -> Component:
         UserError: for anything that is not such a description.
     """
     if not isinstance(data, dict) or not isinstance(data.get("component"), str):
-        raise UserError(f"{where}: must be a table whose key component names a {group}, not {data!r:.80}")
+        raise UserError(f"{where}: must be a table whose key component names the {group}, not {data!r:.80}")
     name = data["component"]
     try:
         parameters = _settings(group, name)

@@ -121,7 +121,7 @@ def checkpoint_directory(path: str | Path) -> Path:
     checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     latest = checkpoints / "latest"
     name = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
-    # A name only, of a directory that is there: `latest` is written after its checkpoint and may be lost or old.
+    # A name only, of a directory that is there: `latest` is written after its checkpoint and may be lost.
     if name.startswith("step-") and Path(name).name == name and (checkpoints / name).is_dir():
         return checkpoints / name
     steps = {

@@ -1,0 +1,220 @@
+"""Models on disk: what is written comes back bit for bit, under Hugging Face's names."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from plmtune.errors import UserError
+from plmtune.models.hf import hf_name, load_model, load_state, our_name, read_state, save_model, to_hf
+from plmtune.models.llama import llama
+from plmtune.models.plm import plm
+from plmtune.modules.decoder import Decoder
+from plmtune.registry import Component, component
+
+MLA = component("attention", "mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12)
+GQA = component("attention", "gqa", num_kv_heads=2)
+
+
+def small(
+    attention: Component = MLA, ffn: str = "squared_relu", norm: str = "rms_norm", tied: bool = True
+) -> Decoder:
+    torch.manual_seed(0)
+    return plm(
+        101,
+        attention=attention,
+        ffn=component("ffn", ffn, hidden_dim=96),
+        norm=component("norm", norm),
+        embed_dim=64,
+        num_layers=3,
+        num_heads=4,
+        max_seq_len=64,
+        tie_embeddings=tied,
+    )
+
+
+def assert_same(model: Decoder, other: Decoder) -> None:
+    assert other.config == model.config
+    state, loaded = model.state_dict(), other.state_dict()
+    assert state.keys() == loaded.keys()
+    assert all(torch.equal(state[name], loaded[name]) for name in state)
+
+
+class TestNames:
+    def test_are_the_fact_sheets(self) -> None:
+        state, _ = to_hf(small())
+        at = "model.layers.1."
+        assert {name for name in state if name.startswith(at)} == {
+            at + name + ".weight"
+            for name in (
+                "self_attn.q_proj",
+                "self_attn.kv_a_proj_with_mqa",
+                "self_attn.kv_a_layernorm",
+                "self_attn.kv_b_proj",
+                "self_attn.o_proj",
+                "mlp.up_proj",
+                "mlp.down_proj",
+                "input_layernorm",
+                "post_attention_layernorm",
+            )
+        }
+        assert {name for name in state if "layers" not in name} == {
+            "model.embed_tokens.weight",
+            "model.norm.weight",
+        }
+
+    @pytest.mark.parametrize("model", [small(tied=False), small(GQA, "swiglu", "layer_norm")])
+    def test_are_mapped_back(self, model: Decoder) -> None:
+        assert all(our_name(hf_name(name)) == name for name in model.state_dict())
+
+
+class TestConfigFile:
+    def test_has_the_keys_of_a_plm_checkpoint(self) -> None:
+        with torch.device("meta"):
+            _, config = to_hf(plm(151936))
+        expected = {
+            "architectures": ["PLMForCausalLM"],
+            "model_type": "plm",
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "kv_lora_rank": 512,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "hidden_act": "relu2",
+            "rope_theta": 100000.0,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 4096,
+        }
+        assert {key: config[key] for key in expected} == expected
+
+    def test_claims_no_architecture_that_it_is_not(self) -> None:
+        assert to_hf(small(GQA))[1]["model_type"] == "plmtune"
+        interleaved = component("attention", "gqa", num_kv_heads=2, rope_interleaved=True)
+        assert to_hf(small(interleaved, "swiglu"))[1]["model_type"] == "plmtune"
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize(
+        "model",
+        [
+            small(),
+            small(tied=False),
+            small(GQA),
+            small(MLA, "swiglu", "layer_norm"),
+            small(component("attention", "mha", bias=True), "swiglu"),
+        ],
+        ids=["plm", "untied", "gqa", "swiglu-layer_norm", "mha-bias"],
+    )
+    def test_is_bit_equal(self, model: Decoder, tmp_path: Path) -> None:
+        save_model(model, None, tmp_path)
+        assert_same(model, load_model(tmp_path))
+
+    def test_is_bit_equal_in_shards(self, tmp_path: Path) -> None:
+        model = small()
+        save_model(model, None, tmp_path, max_shard_bytes=60_000)
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        files = sorted(set(index["weight_map"].values()))
+        assert len(files) > 2
+        assert files == sorted(path.name for path in tmp_path.glob("*.safetensors"))
+        assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
+        assert_same(model, load_model(tmp_path))
+
+    def test_keeps_the_files_dtype_unless_told(self, tmp_path: Path) -> None:
+        save_model(small().to(torch.bfloat16), None, tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+        assert load_model(tmp_path).head_weight.dtype == torch.bfloat16
+        assert load_model(tmp_path, dtype=torch.float32).head_weight.dtype == torch.float32
+
+    def test_takes_a_state_under_either_names(self, tmp_path: Path) -> None:
+        model = small()
+        save_model(model.state_dict(), model.config, tmp_path / "ours")
+        save_model(*to_hf(model), tmp_path / "theirs")
+        assert_same(model, load_model(tmp_path / "ours"))
+        assert_same(model, load_model(tmp_path / "theirs"))
+
+    def test_fills_a_model_that_is_there(self, tmp_path: Path) -> None:
+        model, other = small(), small()
+        save_model(model, None, tmp_path)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        load_state(other, tmp_path)
+        assert_same(model, other)
+        assert read_state(model, tmp_path).keys() == model.state_dict().keys()
+
+    def test_saving_again_in_fewer_files_leaves_no_stale_shard(self, tmp_path: Path) -> None:
+        save_model(small(), None, tmp_path, max_shard_bytes=60_000)
+        save_model(small(), None, tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+    def test_file_is_marked_as_pytorchs(self, tmp_path: Path) -> None:
+        save_model(small(), None, tmp_path)
+        with safe_open(tmp_path / "model.safetensors", framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+
+
+class TestPublishedCheckpoints:
+    def test_plm_without_our_key_is_read(self, tmp_path: Path) -> None:
+        model = small()
+        save_model(model, None, tmp_path)
+        rewrite(tmp_path, lambda keys: keys.pop("plmtune"))
+        assert_same(model, load_model(tmp_path))
+
+    @pytest.mark.parametrize("version", [4, 5])
+    def test_llama_without_our_key_is_read(self, tmp_path: Path, version: int) -> None:
+        torch.manual_seed(0)
+        model = llama(
+            101,
+            attention=GQA,
+            ffn=component("ffn", "swiglu", hidden_dim=96),
+            embed_dim=64,
+            num_layers=2,
+            num_heads=4,
+        )
+        save_model(model, None, tmp_path)
+
+        def as_published(keys: dict) -> None:
+            keys.pop("plmtune")
+            if version == 5:
+                keys.pop("rope_scaling")
+                keys["rope_parameters"] = {"rope_type": "default", "rope_theta": keys.pop("rope_theta")}
+
+        rewrite(tmp_path, as_published)
+        loaded = load_model(tmp_path)
+        tokens = torch.randint(101, (1, 20))
+        assert torch.equal(model(tokens), loaded(tokens))
+
+    def test_rope_scaling_is_refused(self, tmp_path: Path) -> None:
+        save_model(small(), None, tmp_path)
+        rewrite(tmp_path, lambda keys: (keys.pop("plmtune"), keys.update(rope_scaling={"rope_type": "yarn"})))
+        with pytest.raises(UserError, match="RoPE scaling"):
+            load_model(tmp_path)
+
+    def test_a_tied_head_that_is_written_twice_is_read(self, tmp_path: Path) -> None:
+        from safetensors.torch import save_file
+
+        model = small()
+        save_model(model, None, tmp_path)
+        state = load_file(tmp_path / "model.safetensors")
+        save_file(
+            state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()},
+            tmp_path / "model.safetensors",
+        )
+        assert_same(model, load_model(tmp_path))
+
+
+def rewrite(directory: Path, change: object) -> None:
+    path = directory / "config.json"
+    keys = json.loads(path.read_text())
+    change(keys)
+    path.write_text(json.dumps(keys))

@@ -1,0 +1,169 @@
+"""Sampling: the same tokens with and without a cache, alone and in a batch."""
+
+import pytest
+import torch
+
+from plmtune.generation import complete, generate, left_pad, sample
+from plmtune.models.plm import plm
+from plmtune.modules.decoder import Decoder
+from plmtune.registry import Component, component
+
+ATTENTIONS = {
+    "mla": component(
+        "attention", "mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12
+    ),
+    "gqa": component("attention", "gqa", num_kv_heads=2),
+}
+
+
+def small(attention: Component = ATTENTIONS["mla"], vocab_size: int = 101) -> Decoder:
+    torch.manual_seed(0)
+    return plm(
+        vocab_size,
+        attention=attention,
+        ffn=component("ffn", "squared_relu", hidden_dim=96),
+        embed_dim=64,
+        num_layers=2,
+        num_heads=4,
+        max_seq_len=64,
+        init_std=0.15,
+    )
+
+
+def greedy(model: Decoder, prompts: torch.Tensor, n: int, **options: object) -> torch.Tensor:
+    return torch.stack(list(generate(model, prompts, max_new_tokens=n, temperature=0, **options)), 1)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
+class TestGreedy:
+    def test_tokens_are_those_of_full_forwards(self, attention: Component) -> None:
+        model = small(attention)
+        prompt = torch.randint(101, (2, 9))
+        ids = prompt
+        with torch.no_grad():
+            for _ in range(20):
+                ids = torch.cat((ids, model(ids)[:, -1].argmax(-1, keepdim=True)), 1)
+        assert torch.equal(greedy(model, prompt, 20), ids[:, 9:])
+
+    def test_prompts_of_different_length_give_in_a_batch_what_they_give_alone(
+        self, attention: Component
+    ) -> None:
+        model = small(attention)
+        prompts = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
+        tokens, mask = left_pad(prompts)
+        batch = greedy(model, tokens, 15, prompt_mask=mask)
+        for row, prompt in enumerate(prompts):
+            assert torch.equal(batch[row], greedy(model, torch.tensor([prompt]), 15)[0])
+
+
+class TestEnd:
+    def test_a_row_that_ended_repeats_eos_and_all_ended_stop(self) -> None:
+        model = small()
+        prompts = torch.tensor([[1, 2], [3, 4]])
+        free = greedy(model, prompts, 30)
+        eos = int(free[0, 3])
+        out = greedy(model, prompts, 30, eos_id=eos)
+        first = int((free[0] == eos).nonzero()[0])
+        assert torch.equal(out[0, : first + 1], free[0, : first + 1])
+        assert (out[0, first:] == eos).all()
+        ends = [int((row == eos).nonzero()[0]) if (row == eos).any() else 29 for row in free]
+        assert out.shape[1] == max(ends) + 1
+
+    def test_more_than_the_model_takes_is_refused_with_the_numbers(self) -> None:
+        with pytest.raises(ValueError, match=r"60 \+ 5 tokens exceed the model's max_seq_len \(64\)"):
+            next(generate(small(), torch.zeros(1, 60, dtype=torch.long), max_new_tokens=5))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"temperature": -1}, "temperature must not be negative, but is -1"),
+            ({"top_k": 0}, "top_k must be at least 1, not 0"),
+            ({"top_p": 1.5}, "top_p must be above 0 and at most 1, not 1.5"),
+            ({"max_new_tokens": -1}, "max_new_tokens must not be negative, but is -1"),
+        ],
+    )
+    def test_impossible_settings_are_refused(self, options: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            next(generate(small(), torch.zeros(1, 2, dtype=torch.long), **({"max_new_tokens": 2} | options)))
+
+    def test_an_empty_prompt_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="prompt is empty"):
+            next(generate(small(), torch.zeros(1, 0, dtype=torch.long), max_new_tokens=2))
+
+
+class TestSample:
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()[None].expand(4000, -1)
+
+    def shares(self, **options: float) -> list[float]:
+        drawn = sample(self.logits, generator=torch.Generator().manual_seed(0), **options)
+        return (drawn.bincount(minlength=4) / 4000).tolist()
+
+    def test_draws_by_probability(self) -> None:
+        assert self.shares() == pytest.approx([0.5, 0.25, 0.15, 0.1], abs=0.03)
+
+    def test_temperature_sharpens(self) -> None:
+        squares = torch.tensor([0.5, 0.25, 0.15, 0.1]) ** 2
+        assert self.shares(temperature=0.5) == pytest.approx((squares / squares.sum()).tolist(), abs=0.03)
+
+    def test_top_k_keeps_the_likeliest(self) -> None:
+        assert self.shares(top_k=2) == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=0.03)
+
+    def test_top_p_keeps_the_fewest_that_reach_it(self) -> None:
+        assert self.shares(top_p=0.7) == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=0.03)
+        assert self.shares(top_p=1e-6) == [1, 0, 0, 0]
+
+    def test_temperature_zero_takes_the_likeliest(self) -> None:
+        assert self.shares(temperature=0) == [1, 0, 0, 0]
+
+    def test_the_seed_decides(self) -> None:
+        model, prompt = small(), torch.tensor([[1, 2, 3]])
+        runs = [
+            torch.stack(
+                list(generate(model, prompt, max_new_tokens=20, generator=torch.Generator().manual_seed(s)))
+            )
+            for s in (1, 1, 2)
+        ]
+        assert torch.equal(runs[0], runs[1])
+        assert not torch.equal(runs[0], runs[2])
+
+    def test_ids_without_text_are_never_drawn(self) -> None:
+        model = small()
+        with torch.no_grad():
+            model.tok_embeddings.weight[90:] *= 100
+        drawn = torch.cat(list(generate(model, torch.tensor([[1, 2]]), max_new_tokens=50, num_tokens=90)))
+        assert drawn.max() < 90
+
+
+class FakeTokenizer:
+    """Bytes as ids; 256 ends a text."""
+
+    eos_id = 256
+    num_tokens = 257
+
+    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+        return list(text.encode())
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return bytes(i for i in ids if i < 256)
+
+
+class TestComplete:
+    def test_characters_come_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        columns = [torch.tensor([byte]) for byte in "é😀".encode()] + [torch.tensor([0xE4])]
+        monkeypatch.setattr("plmtune.generation.generate", lambda *args, **options: iter(columns))
+        pieces = list(complete(small(vocab_size=260), FakeTokenizer(), "a", max_new_tokens=9))
+        assert pieces == ["", "é", "", "", "", "😀", "", "\ufffd"]
+
+    def test_stops_at_the_end_of_the_text(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        columns = [torch.tensor([byte]) for byte in (65, 66, 256, 67)]
+        monkeypatch.setattr("plmtune.generation.generate", lambda *args, **options: iter(columns))
+        assert "".join(complete(small(vocab_size=260), FakeTokenizer(), "a", max_new_tokens=9)) == "AB"
+
+    def test_goes_no_further_than_the_model(self) -> None:
+        pieces = list(complete(small(vocab_size=260), FakeTokenizer(), "a" * 60, max_new_tokens=100))
+        assert len(pieces) <= 5
+        with pytest.raises(ValueError, match="the prompt has 64 tokens, the model's max_seq_len is 64"):
+            next(complete(small(vocab_size=260), FakeTokenizer(), "a" * 64, max_new_tokens=1))
+
+    def test_an_empty_prompt_starts_a_new_document(self) -> None:
+        assert list(complete(small(vocab_size=260), FakeTokenizer(), "", max_new_tokens=3))
