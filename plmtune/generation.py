@@ -141,7 +141,7 @@ def complete(
     top_p: float | None = None,
     seed: int = 0,
 ) -> Iterator[str]:
-        raise ValueError(f"{s} + {max_new_tokens} tokens exceed the model's max_seq_len ({model.max_seq_len})")
+    """Yield the text that follows `prompt`, a piece a token, until eos, max_new_tokens or the model's end.
 
     A piece may be empty: a character is not given out before all of its bytes are there.
 
