@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -8,13 +9,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from plmtune.models.plm import plm
+from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
 from plmtune.training.estimate import Estimate, activation_bytes, available_memory, estimate, peak_flops
 
 CPU = torch.device("cpu")
 
 
-def small(**settings: Any) -> nn.Module:
+def small(**settings: Any) -> Decoder:
     return plm(
         300,
         attention=component(
@@ -25,9 +27,15 @@ def small(**settings: Any) -> nn.Module:
     )
 
 
-def measured_bytes(model: nn.Module, tokens: Tensor, dtype: torch.dtype) -> int:
+@cache
+def plm_1_8b() -> Decoder:
+    with torch.device("meta"):
+        return plm(151936)
+
+
+def measured_bytes(module: nn.Module, x: Tensor, dtype: torch.dtype, **settings: Any) -> int:
     """Bytes that a real forward saves for its backward."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), tokens)}
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), x)}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -35,8 +43,7 @@ def measured_bytes(model: nn.Module, tokens: Tensor, dtype: torch.dtype) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", dtype, dtype != torch.float32):
-        output = model(tokens, hidden=True)
-        kept.setdefault(output.untyped_storage().data_ptr(), output)
+        pack(module(x, **settings))
     return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
 
 
@@ -47,22 +54,11 @@ class TestActivations:
         self, dtype: torch.dtype, checkpointing: bool
     ) -> None:
         model = small()
-        model.activation_checkpointing = checkpointing  # type: ignore[assignment]
-        tokens = torch.zeros(2, 128, dtype=torch.long)
-        real = measured_bytes(model, tokens, dtype)
+        model.activation_checkpointing = checkpointing
+        real = measured_bytes(model, torch.zeros(2, 128, dtype=torch.long), dtype, hidden=True)
         if checkpointing:  # the backward then holds one layer's tensors again
-            layer = model.layers[0]  # type: ignore[index]
             x = torch.zeros(2, 128, 128, dtype=dtype, requires_grad=True)
-            kept: dict[int, Tensor] = {}
-
-            def pack(tensor: Tensor) -> Tensor:
-                kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-                return tensor
-
-            own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers(), x)}
-            with saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", dtype, dtype != torch.float32):
-                layer(x)
-            real += sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+            real += measured_bytes(model.layers[0], x, dtype)
         assert activation_bytes(model, 2, 128, dtype, checkpointing) == pytest.approx(real, rel=0.2)
 
     def test_grow_with_the_tokens_and_not_with_their_square(self) -> None:
@@ -83,9 +79,9 @@ class TestActivations:
 
 class TestEstimate:
     def whole(self, **settings: Any) -> Estimate:
-        with torch.device("meta"):
-            model = plm(151936)
-        return estimate(model, optimizer="adamw", seq_len=4096, micro_batch_size=1, device=CPU, **settings)
+        return estimate(
+            plm_1_8b(), optimizer="adamw", seq_len=4096, micro_batch_size=1, device=CPU, **settings
+        )
 
     def test_of_plm_1_8b_is_the_papers_arithmetic(self) -> None:
         e = self.whole()

@@ -1,0 +1,270 @@
+"""What a run will need, known before a weight is allocated: memory by part, and FLOPs a token."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from plmtune.optim.optimizers import optimizer_bytes
+from plmtune.units import show_bytes, show_count
+
+# Dense bf16 FLOP/s without sparsity, by the vendors' data sheets: H100/H200 SXM 989.4e12, A100 312e12,
+# RTX 4090 165.2e12 (fp32 accumulation), L40S 362e12, A10 125e12, B200 2250e12. The longest name counts.
+BF16_PEAKS = {
+    "B200": 2250e12,
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165.2e12,
+    "A10": 125e12,
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory of one process in bytes, and forward and backward FLOPs a token.
+
+    Attributes:
+        parameters: of the whole model; a tied matrix once.
+        non_embedding_parameters: without the token embedding and the vocabulary projection.
+        activations: what autograd keeps between forward and backward, per micro-batch.
+        logits: the loss's chunk of logits and the gradients it holds until its backward.
+        available: memory free for this process now.
+        flops_6n: 6 N, with N the parameters that are multiplied (an untied input table is only read).
+        flops_per_token: 6 N + 6 s sum over layers of heads (qk + v), attention counted in full although half
+            is masked: PaLM's convention (arXiv 2204.02311, appendix B), as nanoGPT and torchtitan. For MFU.
+    """
+
+    parameters: int
+    non_embedding_parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    available: int
+    flops_6n: float
+    flops_per_token: float
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.available
+
+    def lines(self) -> list[str]:
+        """A table to print."""
+        parts = ("weights", "gradients", "optimizer", "activations", "logits", "total")
+        verdict = "fits" if self.fits else "does not fit"
+        return [
+            f"parameters    {self.parameters:,} ({self.non_embedding_parameters:,} without embeddings)",
+            *(f"{name:<13} {show_bytes(getattr(self, name))}" for name in parts),
+            f"available     {show_bytes(self.available)}: {verdict}",
+            f"FLOPs a token {show_count(self.flops_6n)} (6N), "
+            f"{show_count(self.flops_per_token)} with attention, forward and backward",
+        ]
+
+
+def estimate(
+    model: nn.Module,
+    *,
+    optimizer: str,
+    seq_len: int,
+    micro_batch_size: int,
+    world_size: int = 1,
+    strategy: Literal["none", "ddp", "fsdp"] = "none",
+    compute_dtype: torch.dtype = torch.float32,
+    activation_checkpointing: bool = False,
+    loss_chunk_rows: int = 1024,
+    device: torch.device | None = None,
+) -> Estimate:
+    """Estimate a training run of `model`, a `Decoder` (best on the meta device: nothing is computed).
+
+    Short-lived memory of single operations and the allocator's slack are not counted.
+
+    Args:
+        optimizer: its name in the registry.
+        micro_batch_size: sequences of one forward on one process.
+        strategy: "fsdp" divides weights, gradients and optimizer state by the processes.
+        compute_dtype: bf16 means autocast, with fp32 weights.
+        loss_chunk_rows: tokens whose logits the loss holds at once; 0: all of them.
+        device: where the run would be; None: the CPU.
+    """
+    device = device or torch.device("cpu")
+    held: Any = model  # a Decoder, whose attributes mypy cannot see on a Module
+    parameters = sum(p.numel() for p in model.parameters())
+    embedding, head = held.tok_embeddings.weight, held.head_weight
+    vocabulary = embedding.numel() if held.tied else embedding.numel() + head.numel()
+    shards = world_size if strategy == "fsdp" else 1
+    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    multiplied = parameters - (0 if held.tied else embedding.numel())
+    flops_6n = 6.0 * multiplied
+    return Estimate(
+        parameters=parameters,
+        non_embedding_parameters=parameters - vocabulary,
+        weights=sum(p.numel() * p.element_size() for p in model.parameters()) // shards,
+        gradients=trainable // shards,
+        optimizer=optimizer_bytes(optimizer, model) // shards,
+        activations=activation_bytes(
+            model, micro_batch_size, seq_len, compute_dtype, activation_checkpointing
+        ),
+        logits=_loss_bytes(micro_batch_size * seq_len, head.shape, loss_chunk_rows, compute_dtype),
+        available=available_memory(device),
+        flops_6n=flops_6n,
+        flops_per_token=flops_6n + attention_flops(model, seq_len),
+    )
+
+
+def attention_flops(model: nn.Module, seq_len: int) -> float:
+    """Forward and backward FLOPs a token of q k^T and of weights times values, masked half included.
+
+    Forward takes 2 s (qk + v) a head and token, backward twice that. Widths are read off the projections:
+    q_proj gives heads x qk, o_proj takes heads x v.
+    """
+    widths = 0
+    for module in model.modules():
+        q_proj, o_proj = getattr(module, "q_proj", None), getattr(module, "o_proj", None)
+        if isinstance(q_proj, nn.Linear) and isinstance(o_proj, nn.Linear):
+            widths += q_proj.out_features + o_proj.in_features
+    return 6.0 * seq_len * widths
+
+
+def activation_bytes(
+    model: nn.Module,
+    micro_batch_size: int,
+    seq_len: int,
+    compute_dtype: torch.dtype = torch.float32,
+    activation_checkpointing: bool = False,
+) -> int:
+    """Bytes that autograd keeps for the backward of the hidden states, found by a forward on the meta device.
+
+    Args:
+        model: a Decoder on any device; its weights are not touched.
+        activation_checkpointing: each layer keeps its input; one layer at a time holds the rest again.
+    """
+    held: Any = model
+    training = model.training
+    model.eval()  # a Decoder checkpoints only in training; here both costs are taken apart
+    try:
+        tokens = torch.zeros(micro_batch_size, seq_len, dtype=torch.long, device="meta")
+        whole = _saved_bytes(model, tokens, compute_dtype, hidden=True)
+        if not activation_checkpointing:
+            return whole
+        x = torch.empty(micro_batch_size, seq_len, held.embed_dim, dtype=compute_dtype, device="meta")
+        layers = [_saved_bytes(layer, x.requires_grad_(), compute_dtype) for layer in held.layers]
+        return whole - sum(layers) + len(layers) * x.numel() * x.element_size() + max(layers)
+    finally:
+        model.train(training)
+
+
+def _saved_bytes(module: nn.Module, x: Tensor, dtype: torch.dtype, **settings: Any) -> int:
+    """Bytes of the distinct storages that a forward on meta saves; parameters and input left out."""
+    # Autocast does not know the meta device: parameters in its dtype give the same activations, and the
+    # copies that it would make of the matrices are added.
+    state = {
+        name: torch.empty(p.shape, dtype=dtype, device="meta", requires_grad=p.requires_grad)
+        for name, p in module.named_parameters()
+    }
+    copies = sum(t.numel() * t.element_size() for t in state.values() if t.ndim > 1)
+    if "tok_embeddings.weight" in state:
+        copies -= (
+            state["tok_embeddings.weight"].numel() * dtype.itemsize
+        )  # only read; the loss has the head's
+    own = {t.untyped_storage()._cdata for t in (*state.values(), x)}
+    kept: dict[int, Tensor] = {}  # holds the tensors, so that no storage's address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor), _FusedAttention():
+        pack(functional_call(module, state, (x,), settings, tie_weights=True))  # the output is kept too
+    total = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+    return total + (copies if dtype != torch.float32 else 0)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as the fused kernels keep it. On the meta device torch would keep all scores instead."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            return _KeepsNoScores.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _KeepsNoScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, h, s, _ = q.shape
+        out = q.new_empty(b, s, h, v.shape[3]).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(b, h, s, dtype=torch.float32))  # log-sum-exp of rows
+        return out
+
+
+def _loss_bytes(tokens: int, head: torch.Size, chunk_rows: int, compute_dtype: torch.dtype) -> int:
+    vocab_size, embed_dim = head
+    rows = min(chunk_rows, tokens) if chunk_rows else tokens
+    if compute_dtype == torch.float32:
+        logits, weight, hidden = 4, 4, 4
+    else:  # logits and their logarithms; the weight's fp32 gradient, one chunk's and the weight cast
+        logits, weight, hidden = 2 + 4, 4 + 2 + 2, 2
+    return logits * rows * vocab_size + weight * vocab_size * embed_dim + hidden * tokens * embed_dim
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes free for this process: of the GPU, or this process's share of the machine or its container."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    available = psutil.virtual_memory().available
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, used = Path(limit_file).read_text().strip(), Path(used_file).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():  # "max": no limit
+            available = min(available, max(int(limit) - int(used), 0))
+    return int(available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that `device` could do in `dtype`: MFU's denominator.
+
+    A known GPU's bf16 peak is its data sheet's; anything else is measured by a square matrix product, so
+    there MFU is a share of what this machine's matrix product reaches.
+    """
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        name = torch.cuda.get_device_name(device)
+        known = [key for key in BF16_PEAKS if key in name]
+        if known:
+            return BF16_PEAKS[max(known, key=len)]
+    return _measured_flops(device, dtype)
+
+
+def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    size = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(6):  # the first warms up
+        start = time.perf_counter()
+        product = a @ a
+        product[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
