@@ -69,6 +69,7 @@ class Watch:
         self._every_seconds = every_seconds
         self._start_step = start_step
         self._signalled = False
+        self._signalled_at = 0.0
         self._handlers: dict[signal.Signals, Any] = {}
         self._previous = (start_step, 0.0)  # step and seconds of the last line with a loss
         self._paused = 0.0
@@ -180,9 +181,13 @@ class Watch:
         return (time.perf_counter() - self._began) / done * (self.num_steps - step) if done > 0 else None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.perf_counter()
         if self._signalled:
+            # torchrun hears a Ctrl-C too and sends it on: within a second that is still the first one.
+            if "TORCHELASTIC_RUN_ID" in os.environ and now - self._signalled_at < 1.0:
+                return
             os._exit(128 + number)
-        self._signalled = True
+        self._signalled, self._signalled_at = True, now
         if self._is_main:
             # Not through rich: its lock may be held by the code that this handler interrupts.
             os.write(

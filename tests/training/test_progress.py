@@ -109,6 +109,14 @@ class TestSignals:
             watch.log(1, {"loss": 1.0})
         assert signal.getsignal(number) is before
 
+    def test_one_that_torchrun_sends_on_is_not_a_second_one(self, run, monkeypatch):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        with Watch(run, [], 2) as watch:
+            monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: 5.0))
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert watch.should_stop()
+
     def test_a_second_one_ends_at_once(self, tmp_path):
         code = f"""
 import time
