@@ -91,7 +91,7 @@ def generate(
         raise ValueError(f"max_new_tokens must not be negative, but is {max_new_tokens}")
     if s + max_new_tokens > model.max_seq_len:
         raise ValueError(
-            f"{s} and {max_new_tokens} new tokens exceed the model's max_seq_len ({model.max_seq_len})"
+            f"{s} prompt and {max_new_tokens} new tokens exceed the model's max_seq_len ({model.max_seq_len})"
         )
     if temperature < 0:
         raise ValueError(f"temperature must not be negative, but is {temperature}")

@@ -70,7 +70,9 @@ class TestEnd:
         assert out.shape[1] == max(ends) + 1
 
     def test_more_than_the_model_takes_is_refused_with_the_numbers(self) -> None:
-        with pytest.raises(ValueError, match=r"60 \+ 5 tokens exceed the model's max_seq_len \(64\)"):
+        with pytest.raises(
+            ValueError, match=r"60 prompt and 5 new tokens exceed the model's max_seq_len \(64\)"
+        ):
             next(generate(small(), torch.zeros(1, 60, dtype=torch.long), max_new_tokens=5))
 
     @pytest.mark.parametrize(

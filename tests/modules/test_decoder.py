@@ -114,12 +114,12 @@ class TestCacheSize:
         model = small()
         cache = model.new_cache(1, 8)
         model(tokens(1, 6), cache=cache)
-        with pytest.raises(ValueError, match=r"a sequence of 9 tokens exceeds the cache's size \(8\)"):
+        with pytest.raises(ValueError, match=r"a sequence of 9 tokens exceeds the cache's max_seq_len \(8\)"):
             model(tokens(1, 3), cache=cache)
         assert cache.length == 6
 
     def test_longer_than_the_model_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"65 tokens exceeds max_seq_len \(64\)"):
+        with pytest.raises(ValueError, match=r"65 tokens exceeds the model's max_seq_len \(64\)"):
             small().new_cache(1, 65)
 
     def test_latent_is_rank_plus_rope_numbers_a_token(self) -> None:

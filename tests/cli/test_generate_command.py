@@ -1,0 +1,103 @@
+"""plmtune generate, as a person types it."""
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from plmtune.cli import main
+from plmtune.data.tokenizers import byte
+from plmtune.models.hf import save_model
+from plmtune.models.plm import plm
+from plmtune.registry import component
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    tokenizer = byte()
+    model = plm(
+        tokenizer.vocab_size,
+        attention=component(
+            "attention", "mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
+        ),
+        ffn=component("ffn", "squared_relu", hidden_dim=32),
+        embed_dim=16,
+        num_layers=1,
+        num_heads=2,
+        max_seq_len=64,
+        init_std=0.3,
+    )
+    save_model(model, None, directory)
+    tokenizer.save(directory)
+    return directory
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def plmtune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command line in this process: a fresh one would spend seconds on importing torch."""
+
+    def run(*arguments: object, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["plmtune", "generate", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as exit:
+            main()
+        return int(exit.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+class TestGenerate:
+    def test_writes_text_to_stdout_and_speed_to_stderr_and_the_seed_decides(
+        self, checkpoint: Path, plmtune: Command
+    ) -> None:
+        options = (
+            "--device",
+            "cpu",
+            "--max-new-tokens",
+            20,
+            "--temperature",
+            1,
+            "--top-k",
+            200,
+            "--top-p",
+            0.99,
+        )
+        code, out, err = plmtune(checkpoint, "--prompt", "héllo", *options, "--seed", 3)
+        assert code == 0, err
+        assert len(out) > 1
+        assert "tokens/s" in err
+        assert plmtune(checkpoint, "--prompt", "-", *options, "--seed", 3, stdin="héllo".encode())[1] == out
+        assert plmtune(checkpoint, "--prompt", "héllo", *options, "--seed", 4)[1] != out
+
+    @pytest.mark.parametrize(
+        ("arguments", "stdin", "message"),
+        [
+            (
+                ("{checkpoint}", "--prompt", "a" * 64),
+                b"",
+                "the prompt has 64 tokens, the model's max_seq_len is 64",
+            ),
+            (("{checkpoint}", "--prompt", "-"), b"\xff", "The prompt on stdin is not UTF-8"),
+            (
+                ("{checkpoint}", "--prompt", "a", "--device", "warp"),
+                b"",
+                "--device warp: not on this machine",
+            ),
+            (("{checkpoint}/nothing", "--prompt", "a"), b"", "nothing is not a directory"),
+        ],
+    )
+    def test_mistakes_are_one_sentence_and_exit_code_2(
+        self, checkpoint: Path, plmtune: Command, arguments: tuple[str, ...], stdin: bytes, message: str
+    ) -> None:
+        code, out, err = plmtune(*(a.format(checkpoint=checkpoint) for a in arguments), stdin=stdin)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert "Traceback" not in err
