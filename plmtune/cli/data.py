@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from plmtune.cli import import_option, short
 from plmtune.errors import UserError, did_you_mean
@@ -59,7 +60,9 @@ def prepare(context: click.Context, files: tuple[str, ...], **options: Any) -> N
     plmtune data prepare conf/mine.yaml          every source of a config
     """
     if files and files[0].endswith((".yaml", ".yml")) and all("=" in text for text in files[1:]):
-        given = [name for name in options if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+        given = [
+            name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        ]
         if given:
             flag = "--" + given[0].replace("_", "-")
             raise UserError(f"{flag} goes with files; with a config set its key, as preparation.holdout=0.1")

@@ -1,0 +1,319 @@
+import copy
+import gzip
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from plmtune.data import prepare as module
+from plmtune.data.files import files
+from plmtune.data.prepare import by_documents, pieces, prepare
+from plmtune.data.shards import Shards
+from plmtune.data.sources import Source, shards
+from plmtune.data.tokenizers import load_tokenizer
+from plmtune.errors import UserError
+from plmtune.registry import load
+
+SHAKESPEARE = Path(__file__).parents[2].parent / "shared/data/pretrain/tinyshakespeare.txt"
+
+
+class Texts(Source):
+    """Documents from a list."""
+
+    name = "texts"
+
+    def __init__(self, *texts, then=None):
+        self.texts = texts
+        self.then = then
+
+    def documents(self, skip_bad=False):
+        yield from self.texts
+        if self.then:
+            raise self.then
+
+    def fingerprint(self):
+        return repr(self.texts)
+
+    def describe(self):
+        return f"{len(self.texts)} texts"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load("tokenizer", "byte")()
+
+
+def documents_of(split, tokenizer):
+    tokens = split.read(0, split.num_tokens).tolist()
+    text = tokenizer.decode([t if t != tokenizer.eos_id else 0 for t in tokens])
+    assert not tokens or tokens[-1] == tokenizer.eos_id
+    return text.split("\0")[:-1]
+
+
+def left_in(root):
+    """All there is, but for the locks, which are empty."""
+    return sorted(p.name for p in root.iterdir() if not (p.suffix == ".lock" and p.stat().st_size == 0))
+
+
+class TestPrepare:
+    def test_every_document_comes_back_in_order_and_once(self, tmp_path, tokenizer):
+        texts = [f"document {i} 界\n" * (i % 7 + 1) for i in range(200)]
+        opened = Shards.open(prepare(Texts(*texts), tokenizer, tmp_path, holdout=0.2), vocab_size=257)
+        train, held = (documents_of(split, tokenizer) for split in (opened.train, opened.validation))
+        assert sorted(train + held) == sorted(texts)
+        assert [t for t in texts if t in set(train)] == train
+        assert 20 <= len(held) <= 60
+        counts = opened.manifest.splits["train"]
+        assert (counts.documents, counts.bytes) == (len(train), sum(len(t.encode()) for t in train))
+        assert counts.tokens == counts.bytes + counts.documents
+
+    def test_a_second_call_finds_the_first(self, tmp_path, tokenizer, monkeypatch):
+        first = prepare(Texts("one", "two"), tokenizer, tmp_path)
+        monkeypatch.setattr(module, "_write", None)
+        assert prepare(Texts("one", "two"), tokenizer, tmp_path) == first
+
+    def test_other_text_settings_or_tokenizers_go_elsewhere(self, tmp_path, tokenizer):
+        places = {
+            prepare(Texts("one", "two"), tokenizer, tmp_path),
+            prepare(Texts("one", "three"), tokenizer, tmp_path),
+            prepare(Texts("one", "two"), tokenizer, tmp_path, holdout=0.5),
+            prepare(Texts("one", "two"), tokenizer, tmp_path, holdout_by="tail"),
+            prepare(Texts("one", "two"), load("tokenizer", "bundled")(), tmp_path),
+        }
+        assert len(places) == 5
+        assert all(place.name.startswith("texts-") and len(place.name) == 6 + 12 for place in places)
+
+    def test_shards_are_cut_where_they_are_full(self, tmp_path, tokenizer):
+        texts = [f"{i:04d}" for i in range(100)]
+        one, many = (
+            Shards.open(prepare(Texts(*texts), tokenizer, tmp_path, shard_tokens=n)) for n in (1 << 20, 64)
+        )
+        assert [s.tokens for s in many.manifest.splits["train"].shards[:-1]] == [64] * 7
+        whole = one.train.read(0, 10**6)
+        assert many.train.read(0, 10**6).tolist() == whole.tolist()
+
+    def test_the_directory_carries_its_tokenizer(self, tmp_path, tokenizer):
+        directory = prepare(Texts("one", "two"), tokenizer, tmp_path)
+        assert load_tokenizer(directory / "tokenizer").fingerprint == tokenizer.fingerprint
+
+    def test_documents_longer_than_a_group_are_whole(self, tmp_path, tokenizer, monkeypatch):
+        monkeypatch.setattr(module, "GROUP", 100)
+        texts = ["line of text\n" * 50, "x" * 1234, "short", "a\n\n\n" * 99]
+        opened = Shards.open(prepare(Texts(*texts), tokenizer, tmp_path, holdout=0))
+        assert documents_of(opened.train, tokenizer) == texts
+
+    def test_rows_skipped_are_counted_in_the_manifest(self, tmp_path, tokenizer):
+        path = tmp_path / "a.jsonl.gz"
+        path.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": 1}\nbroken\n{"text": "two"}\n'))
+        source = files((str(path),))
+        for by in ("documents", "tail"):
+            directory = prepare(source, tokenizer, tmp_path / "out", skip_bad=True, holdout_by=by)
+            assert Shards.open(directory).manifest.skipped == 2
+        with pytest.raises(UserError, match="line 2"):
+            prepare(source, tokenizer, tmp_path / "out")
+
+    def test_what_is_prepared_already_is_taken_as_it_is(self, tmp_path, tokenizer):
+        directory = prepare(Texts("one", "two"), tokenizer, tmp_path)
+        assert prepare(shards(str(directory)), tokenizer, tmp_path / "other") == directory
+        with pytest.raises(UserError, match="made by another tokenizer"):
+            prepare(shards(str(directory)), load("tokenizer", "bundled")(), tmp_path / "other")
+
+    def test_vocabularies_beyond_uint16_take_uint32(self, tmp_path, tokenizer):
+        wide = copy.copy(tokenizer)
+        wide.vocab_size = 1 << 17
+        opened = Shards.open(prepare(Texts("one", "two"), wide, tmp_path), vocab_size=1 << 17)
+        assert opened.manifest.dtype == "<u4"
+        assert documents_of(opened.train, tokenizer) + documents_of(opened.validation, tokenizer) == [
+            "one",
+            "two",
+        ]
+
+
+class TestHoldoutByDocuments:
+    def split(self, texts, share):
+        found = {"train": [], "validation": []}
+        for name, text in by_documents(texts, share):
+            found[name].append(text)
+        return found["train"], found["validation"]
+
+    def test_a_document_stays_on_its_side_when_others_come_and_go(self):
+        texts = [f"text {i}" for i in range(1000)]
+        held = set(self.split(texts, 0.1)[1])
+        assert 60 < len(held) < 140
+        assert set(self.split(texts[::2], 0.1)[1]) == held & set(texts[::2])
+
+    def test_equal_documents_are_never_on_both_sides(self):
+        texts = [f"text {i % 50}" for i in range(1000)]
+        train, held = self.split(texts, 0.1)
+        assert held
+        assert not set(train) & set(held)
+
+    @pytest.mark.parametrize("count", [2, 3, 10])
+    def test_of_two_or_more_at_least_one_is_held_out(self, count):
+        for start in range(30):
+            texts = [f"text {i}" for i in range(start, start + count)]
+            train, held = self.split(texts, 1e-9)
+            assert len(held) == 1
+            assert sorted(train + held) == sorted(texts)
+
+    def test_the_only_document_is_cut_at_its_tail(self):
+        assert self.split(["0123456789"], 0.2) == (["01234567"], ["89"])
+        assert self.split(["0123456789"] * 3, 0.2) == (["0123456789"] * 2 + ["01234567"], ["89"])
+
+    def test_a_share_of_zero_holds_nothing_out(self):
+        assert self.split(["a", "b"], 0) == (["a", "b"], [])
+
+
+class TestHoldoutByTail:
+    def test_the_end_of_each_file_is_held_out(self, tmp_path, tokenizer):
+        (tmp_path / "a.txt").write_text("0123456789")
+        (tmp_path / "b.txt").write_text("ab|cdef|ghijklmnopq|rst")
+        source = files((str(tmp_path / "a.txt"), str(tmp_path / "b.txt")), separator="|")
+        opened = Shards.open(prepare(source, tokenizer, tmp_path / "out", holdout=0.2, holdout_by="tail"))
+        assert documents_of(opened.train, tokenizer) == ["01234567", "ab", "cdef", "ghijklmnop"]
+        assert documents_of(opened.validation, tokenizer) == ["89", "q", "rst"]
+
+    def test_tinyshakespeare_is_divided_as_elsewhere(self, tmp_path, tokenizer):
+        if not SHAKESPEARE.is_file():
+            pytest.skip(f"needs {SHAKESPEARE}")
+        text = SHAKESPEARE.read_text()
+        directory = prepare(files((str(SHAKESPEARE),)), tokenizer, tmp_path, holdout=0.1, holdout_by="tail")
+        opened = Shards.open(directory)
+        assert documents_of(opened.train, tokenizer) == [text[: int(len(text) * 0.9)]]
+        assert documents_of(opened.validation, tokenizer) == [text[int(len(text) * 0.9) :]]
+
+
+class TestPieces:
+    def test_are_the_text_and_end_before_a_line_that_begins_with_ink(self, monkeypatch):
+        monkeypatch.setattr(module, "GROUP", 50)
+        text = "".join(f"line {i}\n\n    indented\n" for i in range(100))
+        cut = list(pieces(text))
+        assert "".join(cut) == text
+        assert all(piece.endswith("\n") and len(piece) <= 51 for piece in cut)
+        assert not any(piece[0].isspace() for piece in cut)
+
+    def test_text_without_line_ends_is_cut_all_the_same(self, monkeypatch):
+        monkeypatch.setattr(module, "GROUP", 50)
+        assert [len(piece) for piece in pieces("x" * 120)] == [50, 50, 20]
+
+
+class TestRefused:
+    def test_no_text_at_all(self, tmp_path, tokenizer):
+        with pytest.raises(UserError, match="0 texts: there is no text to train on"):
+            prepare(Texts(), tokenizer, tmp_path)
+        (tmp_path / "bad.jsonl").write_text("broken\n")
+        with pytest.raises(UserError, match=r"no text to train on \(1 bad rows left out\)"):
+            prepare(files((str(tmp_path / "bad.jsonl"),)), tokenizer, tmp_path / "out", skip_bad=True)
+        assert left_in(tmp_path / "out") == []
+
+    @pytest.mark.parametrize("holdout", [-0.1, 1.0, float("nan")])
+    def test_shares_that_cannot_be(self, tmp_path, tokenizer, holdout):
+        with pytest.raises(ValueError, match=rf"holdout \({holdout}\)"):
+            prepare(Texts("one"), tokenizer, tmp_path, holdout=holdout)
+
+    def test_a_root_that_is_a_file(self, tmp_path, tokenizer):
+        (tmp_path / "root").touch()
+        with pytest.raises(UserError, match=f"{tmp_path / 'root'} cannot be written"):
+            prepare(Texts("one"), tokenizer, tmp_path / "root")
+
+    def test_a_tokenizer_that_gives_ids_beyond_its_vocabulary(self, tmp_path, tokenizer):
+        class Wrong:
+            vocab_size, eos_id, fingerprint = 50, 0, "wrong"
+            encode_batch = staticmethod(tokenizer.encode_batch)
+
+        with pytest.raises(ValueError, match=r"id 122, beyond its vocab_size \(50\)"):
+            prepare(Texts("zz"), Wrong(), tmp_path)
+
+
+class TestInterrupted:
+    @pytest.mark.parametrize("how", [KeyboardInterrupt(), UserError("a broken line"), MemoryError()])
+    def test_nothing_half_written_is_left(self, tmp_path, tokenizer, monkeypatch, how):
+        monkeypatch.setattr(module, "GROUP", 10)
+        with pytest.raises(type(how)):
+            prepare(Texts("some text\n" * 20, then=how), tokenizer, tmp_path)
+        assert left_in(tmp_path) == []
+        prepare(Texts("some text\n" * 20), tokenizer, tmp_path)
+
+    def test_a_full_disk_is_one_sentence_and_leaves_nothing(self, tmp_path):
+        # A limit on the size of files stands in for a full disk; it needs a process of its own.
+        code = (
+            "import resource, signal, sys\n"
+            "from pathlib import Path\n"
+            "from plmtune.data.files import files\n"
+            "from plmtune.data.prepare import prepare\n"
+            "from plmtune.registry import load\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+            "prepare(files((sys.argv[1],)), load('tokenizer', 'byte')(), Path(sys.argv[2]))\n"
+        )
+        (tmp_path / "a.txt").write_text("some text\n" * 20_000)
+        (tmp_path / "out").mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "a.txt"), str(tmp_path / "out")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert f"UserError: {tmp_path / 'out'} cannot be written: File too large" in done.stderr
+        assert left_in(tmp_path / "out") == []
+
+    def test_remains_of_a_killed_process_are_cleared_away(self, tmp_path, tokenizer):
+        target = prepare(Texts("one", "two"), tokenizer, tmp_path)
+        stale = tmp_path / f".{target.name}.12345.tmp"
+        target.rename(stale)
+        (stale / "manifest.json").unlink()
+        assert prepare(Texts("one", "two"), tokenizer, tmp_path) == target
+        assert left_in(tmp_path) == [target.name]
+
+    def test_a_directory_without_its_manifest_is_made_again(self, tmp_path, tokenizer):
+        target = prepare(Texts("one", "two"), tokenizer, tmp_path)
+        (target / "manifest.json").unlink()
+        prepare(Texts("one", "two"), tokenizer, tmp_path)
+        Shards.open(target)
+
+    def test_two_at_once_do_the_work_once_and_agree(self, tmp_path, tokenizer):
+        started, go, readings, made = threading.Event(), threading.Event(), [], []
+
+        class Slow(Texts):
+            def documents(self, skip_bad=False):
+                readings.append(1)
+                started.set()
+                go.wait()
+                yield from self.texts
+
+        def work():
+            made.append(prepare(Slow("one", "two"), tokenizer, tmp_path))
+
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        threads[0].start()
+        started.wait()
+        threads[1].start()
+        go.set()
+        for thread in threads:
+            thread.join()
+        assert made[0] == made[1]
+        assert len(readings) == 1
+        Shards.open(made[0])
+        assert left_in(tmp_path) == [made[0].name]
+
+
+class TestProgress:
+    def test_a_bar_goes_to_standard_error_alone(self, tmp_path, tokenizer, capsys):
+        prepare(Texts("one " * 50_000), tokenizer, tmp_path, progress=True)
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert "texts: 0.2 million characters, 0.2 million tokens" in printed.err
+
+    def test_without_a_terminal_nothing_is_printed(self, tmp_path, tokenizer, capsys):
+        prepare(Texts("one", "two"), tokenizer, tmp_path)
+        assert capsys.readouterr() == ("", "")
+
+
+def test_the_manifest_is_plain_json_for_people(tmp_path, tokenizer):
+    manifest = json.loads((prepare(Texts("one", "two"), tokenizer, tmp_path) / "manifest.json").read_text())
+    assert manifest["settings"]["holdout"] == 0.01
+    assert manifest["source_description"] == "2 texts"
