@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,6 @@ import xxhash
 from plmtune.errors import UserError
 
 NAME = "manifest.json"
-_CHUNK = 16 * 2**20
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,11 +41,8 @@ def sync(path: Path) -> None:
 
 def digest(path: Path) -> str:
     """The xxh3-128 of a file, in hex."""
-    hasher = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            hasher.update(chunk)
-    return hasher.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def seal(directory: Path, step: int) -> None:
