@@ -176,6 +176,22 @@ def _added_tokens(
     return specials, added
 
 
+def _check_added(tokens: dict[str, int], vocab: dict[str, int], where: str) -> None:
+    # The library looks a token up in the model, and numbers those it does not find on from the model's size.
+    next_id, held = len(vocab), set(vocab.values())
+    for content, identity in sorted(tokens.items(), key=lambda item: item[1]):
+        expected = vocab.get(content)
+        if expected is None:
+            expected, next_id = next_id, next_id + 1
+            if expected in held:
+                raise UserError(f"{where}: the added token {content!r} takes the id {expected} of another.")
+        if identity != expected:
+            raise UserError(
+                f"{where}: the added token {content!r} has the id {identity} where the `tokenizers` library "
+                f"gives it {expected}."
+            )
+
+
 def _check_model(model: Any, where: str) -> dict[str, Any]:
     if not isinstance(model, dict):
         raise UserError(f"{where} has no model: not a tokenizer.json.")
@@ -216,12 +232,7 @@ def parse(data: Any, where: str) -> Vocabulary:
     pattern = _pattern(data.get("pre_tokenizer"), where)
     specials, added = _added_tokens(data.get("added_tokens"), normalization, where)
     vocab: dict[str, int] = model["vocab"]
-    held = {identity: token for token, identity in vocab.items()}
-    for content, identity in (specials | added).items():
-        if not 0 <= identity < MAX_ID or held.setdefault(identity, content) != content:
-            raise UserError(
-                f"{where}: the added token {content!r} has an impossible or taken id ({identity})."
-            )
+    _check_added(specials | added, vocab, where)
 
     chars = byte_chars()
     singles = sorted((char for char in chars.values() if char in vocab), key=vocab.__getitem__)
@@ -341,6 +352,8 @@ def render(vocabulary: Vocabulary) -> str:
     chars = [to_chars(token) for token in vocabulary.tokens]
     vocab = dict(zip(chars, vocabulary.ids, strict=True))
     vocab |= {to_chars(token): identity for identity, token in vocabulary.unreachable.items()}
+    # In the model as well, where the library finds the ids of these whatever numbers are free.
+    vocab |= vocabulary.specials | vocabulary.added
     data = skeleton(vocabulary.pattern, vocabulary.normalization)
     data["model"] |= {
         "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),

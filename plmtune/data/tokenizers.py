@@ -394,7 +394,7 @@ def qwen2(path: str | None = None) -> Tokenizer:
     if [vocabulary.specials.get(name) for name in CHATML_SPECIALS] != [151643, 151644, 151645]:
         raise UserError(
             f"{path or 'Qwen/Qwen2-1.5B'} is not Qwen2's tokenizer: its special tokens are "
-            f"{vocabulary.specials}, not <|endoftext|> at 151643 and the two after it. Use tokenizer=file for another."
+            f"{vocabulary.specials}, not <|endoftext|> at 151643 and the two after it. Use tokenizer=file."
         )
     rows = max(151936, found.num_tokens)
     return Tokenizer(vocabulary, eos=found.eos, vocab_size=rows, chat_template=CHATML_TEMPLATE)

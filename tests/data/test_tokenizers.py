@@ -1,0 +1,518 @@
+"""Tokenizers against the `tokenizers` library and the known answers of Qwen2."""
+
+import copy
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers as reference
+
+from plmtune.data import tokenizer_json
+from plmtune.data.bpe import CHATML_SPECIALS, GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, Vocabulary
+from plmtune.data.tokenizers import Tokenizer, bundled, byte, file, load_tokenizer, qwen2, train_bpe
+from plmtune.errors import UserError
+
+QWEN = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "qwen.tiktoken"
+needs_qwen = pytest.mark.skipif(not QWEN.is_file(), reason="needs ../shared/data/tokenizers/qwen.tiktoken")
+ASSETS = Path(tokenizer_json.__file__).parent / "assets"
+
+MIXED = [
+    "",
+    " ",
+    "Hello world! 12345, it's they'LL we'Re I'm don't 'ſ 'S",
+    "你好，世界。床前明月光，疑是地上霜。 12３４５ ٣٤ ½ Ⅷ 五",
+    "def f(x: int) -> str:\n\treturn f'{x:>10}'  # done\n\n\n    if x != 0x1F:\r\n        pass\r\n",
+    "  leading, trailing  \n \n\t \n   \t\tmixed\u00a0\u2003\u3000spaces \x85\u2028end   ",
+    "emoji 👩‍👩‍👧‍👦🏳️‍🌈 flags 🇨🇳🇺🇸 skin 👍🏽 zwj\u200d\u200b bom\ufeff",
+    "cafe\u0301 café ﬁ ﷺ Å Å \u1e9b\u0323 각 각 ༀ ค่ำ हिन्दी עברית العربية ไทย",
+    "\x00\x01\x7f\x1b[0m \ufffd \U0010ffff \ue000 \U000e0001",
+    "a" * 300 + "=" * 200 + " " * 150 + "\n" * 90 + "x1" * 50,
+    "<|endoftext|> <|im_start|>user\nhi<|im_end|>",
+    "$^|\\(){}[]+*?.-_~`'\"@#%&;:<>/ ... --- ==> != 'tis ''s",
+]
+EVERY_KIND = [f"a{chr(c)}b" for c in range(1, 0x30000, 37) if not 0xD800 <= c < 0xE000]
+
+
+def whole_file() -> dict[str, Any]:
+    return json.loads((ASSETS / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def split(pattern: str, behavior: str = "Isolated", invert: bool = False) -> dict[str, Any]:
+    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
+    return {"type": "Sequence", "pretokenizers": [cut, byte_level(use_regex=False)]}
+
+
+def byte_level(**changes: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True} | changes
+
+
+def sequence(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+PRE_TOKENIZERS = {
+    "gpt2": byte_level(),
+    "qwen2": split(QWEN2_PATTERN),
+    "llama3": split(LLAMA3_PATTERN),
+    "gpt4 as kept matches": split(LLAMA3_PATTERN, "Removed", True),
+    "smollm2": sequence({"type": "Digits", "individual_digits": True}, byte_level()),
+    "digits by a pattern": sequence(split(r"\p{N}")["pretokenizers"][0], byte_level()),
+    "gaps between matches": split(r"\p{L}+|[0-9]{1,2}"),
+}
+
+
+def ids_of(theirs: reference.Tokenizer, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in theirs.encode_batch(texts, add_special_tokens=False)]
+
+
+def both(data: dict[str, Any]) -> tuple[Tokenizer, reference.Tokenizer]:
+    return Tokenizer(tokenizer_json.parse(data, "x")), reference.Tokenizer.from_str(json.dumps(data))
+
+
+class TestIdsEqualTheTokenizersLibrary:
+    @pytest.mark.parametrize("normalizer", [None, "NFC"])
+    @pytest.mark.parametrize("name", PRE_TOKENIZERS)
+    def test_for_each_form_of_pre_tokenizer(self, name: str, normalizer: str | None) -> None:
+        data = whole_file() | {"pre_tokenizer": PRE_TOKENIZERS[name]}
+        data["normalizer"] = {"type": normalizer} if normalizer else None
+        ours, theirs = both(data)
+        texts = MIXED + EVERY_KIND
+        assert [ours.encode(text, specials=True) for text in texts] == ids_of(theirs, texts)
+
+    @pytest.mark.parametrize("form", ["NFD", "NFKC", "NFKD"])
+    def test_for_other_normal_forms(self, form: str) -> None:
+        ours, theirs = both(
+            whole_file() | {"normalizer": {"type": "Sequence", "normalizers": [{"type": form}]}}
+        )
+        assert [ours.encode(text, specials=True) for text in MIXED] == ids_of(theirs, MIXED)
+
+    def test_with_ids_that_are_not_in_merge_order(self) -> None:
+        data = whole_file()
+        old = data["model"]["vocab"]
+        ids = np.random.default_rng(0).permutation(len(old)).tolist()
+        data["model"]["vocab"] = {token: ids[identity] + 7 for token, identity in old.items()}
+        data["added_tokens"] = [
+            entry | {"id": data["model"]["vocab"][entry["content"]]} for entry in data["added_tokens"]
+        ]
+        ours, theirs = both(data)
+        assert [ours.encode(text, specials=True) for text in MIXED] == ids_of(theirs, MIXED)
+        assert ours.decode(ours.encode(MIXED[4])) == MIXED[4]
+
+    def test_with_merges_as_strings_and_every_split_listed(self) -> None:
+        # As files converted from ranks are (Llama 3): every split of a token, in order of rank.
+        data = whole_file()
+        vocab = data["model"]["vocab"]
+        data["model"]["merges"] = [
+            f"{token[:cut]} {token[cut:]}"
+            for token in sorted(vocab, key=vocab.__getitem__)
+            for cut in range(1, len(token))
+            if token[:cut] in vocab and token[cut:] in vocab
+        ]
+        data["model"]["ignore_merges"] = True
+        assert len(data["model"]["merges"]) > len(vocab)
+        ours, theirs = both(data)
+        assert [ours.encode(text, specials=True) for text in MIXED] == ids_of(theirs, MIXED)
+        assert ours.fingerprint == bundled().fingerprint
+
+    def test_with_bytes_that_have_no_token(self) -> None:
+        data = whole_file()
+        vocab, gone = (
+            data["model"]["vocab"],
+            [tokenizer_json.to_chars(bytes([b])) for b in (0xF0, 0xE5, 0xC0, 0x7A)],
+        )
+        data["model"]["merges"] = [
+            merge for merge in data["model"]["merges"] if not any(char in "".join(merge) for char in gone)
+        ]
+        left = {"".join(merge) for merge in data["model"]["merges"]} | {*CHATML_SPECIALS}
+        data["model"]["vocab"] = {
+            t: i for t, i in vocab.items() if t in left or (len(t) == 1 and t not in gone)
+        }
+        ours, theirs = both(data)
+        texts = [*MIXED, "sizzle zip z", "a👍b", "床"]
+        assert [ours.encode(text, specials=True) for text in texts] == ids_of(theirs, texts)
+
+    def test_with_added_tokens_that_are_not_special(self) -> None:
+        data = whole_file()
+        data["added_tokens"] += [
+            tokenizer_json.added_token(4096, "<tool>", special=False),
+            tokenizer_json.added_token(4097, "<tool>s", special=False),
+        ]
+        ours, theirs = both(data)
+        texts = ["a <tool>b<tool>s <tool", "<tool>"]
+        assert [ours.encode(text) for text in texts] == ids_of(theirs, texts)
+        assert [ids.tolist() for ids in ours.encode_batch(texts)] == ids_of(theirs, texts)
+        assert ours.decode(ours.encode(texts[0])) == texts[0]
+
+    def test_where_the_pattern_runs_out_of_stack(self) -> None:
+        ours, theirs = both(whole_file())
+        text = "a" + " " * 400_000 + "b"
+        assert ours.encode(text) == ids_of(theirs, [text])[0]
+
+
+class TestQwen2:
+    @needs_qwen
+    @pytest.mark.parametrize(
+        ("text", "ids"),
+        [
+            ("Hello world! 12345", [9707, 1879, 0, 220, 16, 17, 18, 19, 20]),
+            ("你好，世界", [108386, 3837, 99489]),
+            ("<|im_start|>user\nhi<|im_end|>\n", [151644, 872, 198, 6023, 151645, 198]),
+        ],
+    )
+    def test_known_answers(self, text: str, ids: list[int], qwen: Tokenizer) -> None:
+        assert qwen.encode(text, specials=True) == ids
+
+    @needs_qwen
+    def test_rows_beyond_the_tokens_have_no_text(self, qwen: Tokenizer) -> None:
+        assert (qwen.num_tokens, qwen.vocab_size, qwen.eos_id) == (151646, 151936, 151643)
+        assert qwen.decode([9707, 151646, 151935]) == "Hello"
+        assert not qwen.token_bytes[151643:].any()
+
+    @needs_qwen
+    def test_saved_it_is_read_alike_by_us_and_by_the_library(self, qwen: Tokenizer, tmp_path: Path) -> None:
+        qwen.save(tmp_path)
+        again, theirs = (
+            load_tokenizer(tmp_path),
+            reference.Tokenizer.from_file(str(tmp_path / "tokenizer.json")),
+        )
+        assert (again.fingerprint, again.vocab_size) == (qwen.fingerprint, 151936)
+        assert again.chat_template == qwen.chat_template
+        texts = MIXED + EVERY_KIND
+        assert [qwen.encode(text, specials=True) for text in texts] == ids_of(theirs, texts)
+        assert qwen2(str(tmp_path)).fingerprint == qwen.fingerprint
+
+    def test_another_tokenizer_in_its_place_is_refused(self) -> None:
+        with pytest.raises(UserError, match="is not Qwen2's tokenizer"):
+            qwen2(str(ASSETS))
+
+    def test_without_a_hub_it_says_what_to_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        hub = pytest.importorskip("huggingface_hub")
+
+        def unreachable(*args: Any) -> None:
+            raise OSError("no route to host")
+
+        monkeypatch.setattr(hub, "hf_hub_download", unreachable)
+        with pytest.raises(UserError, match=r"no route to host.*tokenizer.path=FILE"):
+            qwen2()
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Tokenizer:
+    return qwen2(str(QWEN))
+
+
+class TestBundled:
+    def test_has_4096_tokens_in_a_small_file(self) -> None:
+        found = bundled()
+        assert found.vocab_size == found.num_tokens == 4096
+        assert found.specials == {"<|endoftext|>": 4093, "<|im_start|>": 4094, "<|im_end|>": 4095}
+        assert (ASSETS / "tokenizer.json").stat().st_size < 150_000
+
+    def test_covers_more_than_three_bytes_of_python_a_token(self) -> None:
+        text = Path(json.__file__).read_text(encoding="utf-8")
+        assert len(text.encode()) / len(bundled().encode(text)) > 3
+
+
+class TestTokenizer:
+    def test_decoding_gives_the_text_back_in_normal_form(self) -> None:
+        found = bundled()
+        for text in MIXED[:5]:
+            assert found.decode(found.encode(text)) == text
+        assert found.decode(found.encode("cafe\u0301")) == "café"
+
+    def test_special_text_stays_text_unless_asked_for(self) -> None:
+        found = bundled()
+        plain, special = found.encode("<|im_end|>"), found.encode("<|im_end|>", specials=True)
+        assert special == [4095] and len(plain) > 1 and max(plain) < 4093
+        assert found.decode(plain) == found.decode(special) == "<|im_end|>"
+
+    def test_token_bytes_sum_to_the_length_of_the_text(self) -> None:
+        found = bundled()
+        ids = found.encode(MIXED[3] + MIXED[6])
+        assert found.token_bytes[ids].sum() == len(found.decode_bytes(ids))
+        assert found.token_bytes.dtype == np.int32 and found.token_bytes[found.eos_id] == 0
+
+    def test_a_batch_equals_one_by_one_also_where_texts_are_cut(self) -> None:
+        found = bundled()
+        large = "\n".join(f"line {i} is\n\n \n  here\r\n{i}\nAnd Zed\n" for i in range(40_000))
+        batch = found.encode_batch([*MIXED, large, "x" * 400_000])
+        assert all(ids.dtype == np.uint32 for ids in batch)
+        assert [ids.tolist() for ids in batch] == [found.encode(t) for t in [*MIXED, large, "x" * 400_000]]
+        assert found.encode_batch([]) == []
+
+    def test_half_a_surrogate_pair_becomes_the_replacement_character(self) -> None:
+        found = bundled()
+        assert found.encode("a\ud800b") == found.encode("a\ufffdb")
+        assert found.decode(found.encode("\ud83d\ude00")) == "😀"
+
+    def test_threads_share_one_tokenizer(self) -> None:
+        found = bundled()
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(found.encode, MIXED * 8)) == [found.encode(text) for text in MIXED * 8]
+
+    def test_it_can_be_pickled(self) -> None:
+        again = pickle.loads(pickle.dumps(bundled()))
+        assert again.encode(MIXED[3]) == bundled().encode(MIXED[3])
+
+    def test_an_id_outside_of_the_rows_is_refused(self) -> None:
+        for identity in (-1, 4096):
+            with pytest.raises(ValueError, match=f"id {identity} is outside of the tokenizer's 4096 rows"):
+                bundled().decode(iter([0, identity]))
+
+    def test_too_few_rows_and_an_unknown_end_are_refused(self) -> None:
+        vocabulary = bundled().vocabulary
+        with pytest.raises(ValueError, match=r"vocab_size \(4000\) is below the tokenizer's 4096"):
+            Tokenizer(vocabulary, vocab_size=4000)
+        with pytest.raises(ValueError, match=r"Did you mean <\|endoftext\|>"):
+            Tokenizer(vocabulary, eos="<|endoftex|>")
+
+    @pytest.mark.parametrize("change", ["pattern", "normalization", "id", "eos"])
+    def test_the_fingerprint_changes_with_what_decides_the_ids(self, change: str) -> None:
+        held, eos = bundled().vocabulary, "<|endoftext|>"
+        settings = {name: getattr(held, name) for name in held.__dataclass_fields__}
+        match change:
+            case "pattern":
+                settings["pattern"] = GPT2_PATTERN
+            case "normalization":
+                settings["normalization"] = None
+            case "id":
+                settings["ids"] = [*held.ids[:-2], held.ids[-1], held.ids[-2]]
+            case "eos":
+                eos = "<|im_end|>"
+        assert Tokenizer(Vocabulary(**settings), eos=eos).fingerprint != bundled().fingerprint
+
+
+class TestByte:
+    def test_ids_are_the_bytes(self) -> None:
+        found = byte()
+        assert (found.vocab_size, found.eos_id) == (257, 256)
+        assert found.encode("aé中\n\n") == list("aé中\n\n".encode())
+
+    def test_saved_and_read_it_is_the_same(self, tmp_path: Path) -> None:
+        byte().save(tmp_path)
+        assert load_tokenizer(tmp_path).fingerprint == byte().fingerprint
+
+
+class TestDirectories:
+    def test_transformers_reads_what_is_saved(self, tmp_path: Path) -> None:
+        transformers = pytest.importorskip("transformers")
+        found = bundled()
+        found.save(tmp_path)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert theirs(MIXED[2])["input_ids"] == found.encode(MIXED[2])
+        assert theirs.eos_token_id == found.eos_id
+        shown = theirs.apply_chat_template(
+            [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+        )
+        assert shown == (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+        )
+
+    def test_nothing_but_the_two_files_is_left(self, tmp_path: Path) -> None:
+        bundled().save(tmp_path / "new")
+        bundled().save(tmp_path / "new")
+        names = sorted(path.name for path in (tmp_path / "new").iterdir())
+        assert names == ["tokenizer.json", "tokenizer_config.json"]
+
+    def test_a_foreign_checkpoint_tells_end_template_and_rows_by_its_own_files(self, tmp_path: Path) -> None:
+        bundled().save(tmp_path)
+        config = {"eos_token": {"content": "<|im_end|>", "special": True}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 4224}))
+        (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+        found = file(str(tmp_path))
+        assert (found.eos_id, found.vocab_size, found.chat_template) == (4095, 4224, "{{ messages }}")
+
+    @needs_qwen
+    def test_a_tiktoken_file_is_read_with_the_pattern_named(self) -> None:
+        found = file(str(QWEN), pattern="llama3")
+        assert found.vocabulary.pattern == LLAMA3_PATTERN and found.vocabulary.normalization is None
+        assert found.vocab_size == 151646
+
+
+def broken(change: str) -> dict[str, Any]:
+    data = copy.deepcopy(whole_file())
+    model = data["model"]
+    match change:
+        case "unigram":
+            model["type"] = "Unigram"
+        case "no vocab":
+            del model["vocab"]
+        case "no merges":
+            del model["merges"]
+        case "byte_fallback":
+            model["byte_fallback"] = True
+        case "dropout":
+            model["dropout"] = 0.1
+        case "end_of_word_suffix":
+            model["end_of_word_suffix"] = "</w>"
+        case "Lowercase":
+            data["normalizer"] = {"type": "Lowercase"}
+        case "Metaspace":
+            data["pre_tokenizer"] = {"type": "Metaspace"}
+        case "ByteLevel":
+            data["pre_tokenizer"] = None
+        case "add_prefix_space":
+            data["pre_tokenizer"] = byte_level(add_prefix_space=True)
+        case "one regular expression":
+            data["pre_tokenizer"] = sequence(
+                split(r"\p{N}{1,3}")["pretokenizers"][0], *split(QWEN2_PATTERN)["pretokenizers"]
+            )
+        case "Removed":
+            data["pre_tokenizer"] = split(r"\s+", "Removed")
+        case "read alike":
+            data["pre_tokenizer"] = split(r"\w+")
+        case "empty text":
+            data["pre_tokenizer"] = split(r"\p{L}*")
+        case "no regular expression":
+            data["pre_tokenizer"] = split(r"(\p{L}")
+        case "lstrip":
+            data["added_tokens"][0]["lstrip"] = True
+        case "normalized text":
+            data["added_tokens"][0] |= {"normalized": True}
+        case "the id 300 where":
+            data["added_tokens"][0]["id"] = 300
+        case "id 4097 of another":
+            model["vocab"]["zqzqzq"] = 4097
+            data["added_tokens"].append(tokenizer_json.added_token(4097, "<tool>", special=False))
+        case "ignore_merges":
+            model["ignore_merges"] = True
+            model["vocab"]["zqzqzq"] = 4999
+        case "one id to two":
+            model["vocab"]["zqzqzq"] = 300
+        case "ids from 0":
+            model["vocab"]["zqzqzq"] = 1 << 50
+        case "merge 0 names":
+            model["merges"][0] = ["nowhere", "seen"]
+        case "merge 3 is not a pair":
+            model["merges"][3] = "a b c"
+        case "no merge makes":
+            model["vocab"]["日"] = 4998
+            model["vocab"]["日a"] = 4999
+            model["merges"].append(["日", "a"])
+        case "expressed by ranks":
+            model["merges"].reverse()
+        case "unk_token":
+            model["unk_token"] = "!"
+            model["merges"] = [merge for merge in model["merges"] if "z" not in "".join(merge)]
+            del model["vocab"]["z"]
+    return data
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ("unigram", "model type Unigram is not supported"),
+            ("no vocab", "model.vocab must be"),
+            ("no merges", "only BPE is"),
+            ("byte_fallback", None),
+            ("dropout", None),
+            ("end_of_word_suffix", None),
+            ("Lowercase", "normalizer Lowercase"),
+            ("Metaspace", None),
+            ("ByteLevel", "no ByteLevel pre-tokenizer"),
+            ("add_prefix_space", None),
+            ("one regular expression", None),
+            ("Removed", None),
+            ("read alike", r"'\\\\w' in the pre-tokenizer's pattern is not read alike"),
+            ("empty text", None),
+            ("no regular expression", None),
+            ("lstrip", None),
+            ("normalized text", None),
+            ("the id 300 where", None),
+            ("id 4097 of another", None),
+            ("ignore_merges", None),
+            ("one id to two", None),
+            ("ids from 0", None),
+            ("merge 0 names", None),
+            ("merge 3 is not a pair", None),
+            ("no merge makes", None),
+            ("expressed by ranks", None),
+            ("unk_token", None),
+        ],
+    )
+    def test_what_ranks_cannot_say_is_refused_by_name(
+        self, change: str, said: str | None, tmp_path: Path
+    ) -> None:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(broken(change)))
+        with pytest.raises(UserError, match=said or change) as caught:
+            load_tokenizer(tmp_path)
+        assert "tokenizer.json" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"",
+            b"PK\x03\x04" + b"\0" * 100,
+            b"\xff\xfe{}",
+            b"[" * 100_000,
+            b"[]",
+            b"{}",
+            b'{"model": 3}',
+            b"null",
+        ],
+    )
+    def test_a_file_that_is_no_tokenizer_is_named(self, data: bytes, tmp_path: Path) -> None:
+        (tmp_path / "tokenizer.json").write_bytes(data)
+        with pytest.raises(UserError, match=r"tokenizer\.json"):
+            load_tokenizer(tmp_path)
+
+    def test_a_file_of_absurd_size_is_not_read(self, tmp_path: Path) -> None:
+        with (tmp_path / "tokenizer.json").open("wb") as sparse:
+            sparse.truncate(1 << 33)
+        with pytest.raises(UserError, match="8,589,934,592 bytes"):
+            load_tokenizer(tmp_path)
+
+    def test_a_directory_without_a_tokenizer_and_a_path_that_is_none(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="holds 0 tokenizers"):
+            load_tokenizer(tmp_path)
+        with pytest.raises(UserError, match="does not exist"):
+            file(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(UserError, match="needs a path"):
+            file()
+
+    @pytest.mark.parametrize("rows", [0, -1, 1 << 60, "4096", True, 100])
+    def test_an_impossible_number_of_rows_is_refused(self, rows: Any, tmp_path: Path) -> None:
+        bundled().save(tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"padded_vocab_size": rows}))
+        with pytest.raises(UserError, match=r"rows|below"):
+            load_tokenizer(tmp_path)
+
+    def test_an_end_token_that_is_not_there_is_refused(self, tmp_path: Path) -> None:
+        bundled().save(tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_ends|>"}')
+        with pytest.raises(UserError, match=r"eos_token '<\|im_ends\|>'.*Did you mean <\|im_end\|>"):
+            load_tokenizer(tmp_path)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(whole_file() | {"added_tokens": []}))
+        (tmp_path / "tokenizer_config.json").unlink()
+        with pytest.raises(UserError, match="which token ends a document"):
+            load_tokenizer(tmp_path)
+
+
+class TestTrainBpe:
+    TEXTS = ("the cat sat on the mat, the rat sat on the cat\n" * 20, "你好，你好，世界\n" * 20)
+
+    def test_the_same_texts_give_the_same_tokenizer(self) -> None:
+        first, second = train_bpe(iter(self.TEXTS), 280), train_bpe(iter(self.TEXTS), 280)
+        assert first.fingerprint == second.fingerprint
+        assert (first.num_tokens, first.eos_id) == (280, 277)
+        assert len(first.encode(" the cat")) < len(" the cat")
+
+    @pytest.mark.parametrize("size", [100, 259])
+    def test_a_vocabulary_without_room_is_refused(self, size: int) -> None:
+        with pytest.raises(ValueError, match=rf"vocab_size \({size}\) must exceed 256 bytes and 3"):
+            train_bpe(self.TEXTS, size)
+
+    def test_more_tokens_than_the_text_gives_are_refused_with_both_numbers(self) -> None:
+        with pytest.raises(ValueError, match=r"vocab_size \(9000\) is more than this text gives \(287\)"):
+            train_bpe(self.TEXTS, 9000)
+
+    def test_the_same_special_token_twice_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="different"):
+            train_bpe(self.TEXTS, 280, specials=["<a>", "<a>"])
