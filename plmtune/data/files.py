@@ -257,9 +257,9 @@ class Files(Source):
         how = [self.format, self.text_key, self.separator, self.encoding]
         digest.update(json.dumps(how).encode())
         for path in self.paths:
-            status = path.stat()
-            digest.update(f"{path.name} {kind_of(path)} {status.st_size}\n".encode())
             try:
+                status = path.stat()
+                digest.update(f"{path.name} {kind_of(path)} {status.st_size}\n".encode())
                 with path.open("rb") as file:
                     if status.st_size > _HASHED_WHOLE:
                         digest.update(f"{status.st_mtime_ns}".encode())
