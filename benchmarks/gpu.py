@@ -275,9 +275,8 @@ def train(bench: Bench, sizes: tuple[int, ...], *, compile: bool, chunk_rows: in
         row |= {"ms": ms, "tokens_per_s": rate, "peak_gib": bench.peak_gib()}
         row["mfu"] = {name: rate * each / peak for name, each in flops.items()}
         shares = ", ".join(f"{name} {share:.1%}" for name, share in row["mfu"].items())
-        say(
-            f"  micro-batch {size}: {ms:.0f} ms, {rate:,.0f} tokens/s, MFU {shares}, peak {row['peak_gib']:.1f} GiB"
-        )
+        say(f"  micro-batch {size}: {ms:.0f} ms, {rate:,.0f} tokens/s, peak {row['peak_gib']:.1f} GiB")
+        say(f"    MFU {shares}")
         rows.append(row)
     return rows
 

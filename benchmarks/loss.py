@@ -68,8 +68,11 @@ def main() -> None:
     if options.side:
         one_side(options.side, tokens, chunk_rows, repeats)
         return
-    print(f"{platform.processor() or platform.machine()}, {options.threads} threads, "
-          f"torch {torch.__version__}, python {platform.python_version()}: {tokens} tokens x {WIDTH} x {VOCAB}, fp32")  # fmt: skip
+    machine = platform.processor() or platform.machine()
+    print(
+        f"{machine}, {options.threads} threads, torch {torch.__version__}, python {platform.python_version()}"
+    )
+    print(f"{tokens} tokens x {WIDTH} x {VOCAB}, fp32")
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     peaks: dict[str, list[int]] = {side: [] for side in SIDES}
     for index in range(rounds):

@@ -3,10 +3,10 @@
     python benchmarks/train_step.py            about two minutes on two cores
     python benchmarks/train_step.py --quick
 
-transformers has no PLM; the peer is its DeepSeek-V3, dense, with hidden_act="relu". That computes relu(gate) * up,
-which is PLM's relu(up)^2 where gate = up, so its FFN is a third wider in parameters and work at one hidden width. It
-gets two thirds of our hidden width, so that parameters and FLOPs are equal. Both take the same tokens in fp32 through
-forward, loss, backward, clipping and AdamW (ours fused, the loop's torch's default). Each side has its own process.
+transformers has no PLM; the peer is its DeepSeek-V3, dense, with hidden_act="relu". That computes
+relu(gate) * up, which is PLM's relu(up)^2 where gate = up: three matrices to our two. So it gets two thirds of
+our hidden width, which makes parameters and FLOPs equal. Both take the same tokens in fp32 through forward, loss,
+backward, clipping and AdamW (ours fused, the loop's torch's default). Each side has its own process.
 """
 
 from __future__ import annotations
