@@ -175,6 +175,9 @@ def broadcast_text(text: str) -> str:
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
     """The name of each parameter, free of what wrappers add. A shared parameter has its first name."""
+    if isinstance(model, FSDPModule):
+        # A forward without backward (a validation) leaves the root whole, with stand-ins for its parameters.
+        model.reshard()
     return {parameter: clean_name(name) for name, parameter in model.named_parameters()}
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import multiprocessing
 from torch.distributed.tensor import DTensor
-from toy import Toy, read_model, train_step, write_model
+from toy import Toy, global_batch, read_model, train_step, write_model
 
 from plmtune.errors import UserError
 from plmtune.training import distributed
@@ -51,6 +51,8 @@ def run(runtime: Runtime, directory: Path | None, variant: str = "", *, steps: i
         losses.append(loss)
         norms.append(norm)
         if directory is not None and step == 1:
+            with torch.no_grad():
+                trained(global_batch(0)[0])  # a validation
             Checkpoints(directory).save(
                 2, model=model, optimizer=optimizer, scheduler=scheduler, write_model=write_model
             )
