@@ -4,9 +4,9 @@
     python benchmarks/train_step.py --quick
 
 transformers has no PLM; the peer is its DeepSeek-V3, dense, with hidden_act="relu". That computes
-relu(gate) * up, which is PLM's relu(up)^2 where gate = up: three matrices to our two. So it gets two thirds of
-our hidden width, which makes parameters and FLOPs equal. Both take the same tokens in fp32 through forward, loss,
-backward, clipping and AdamW (ours fused, the loop's torch's default). Each side has its own process.
+relu(gate) * up, which is PLM's relu(up)^2 where gate = up: three matrices to our two. So it gets two thirds
+of our hidden width, which makes parameters and FLOPs equal. Both take the same tokens in fp32 through
+forward, loss, backward, clipping and AdamW (ours fused, the loop's torch's default), each side in a process.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ def main() -> None:
     print(
         f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}: {batch} x {seq_len}, fp32"
     )
+    print(f"{batch} sequences of {seq_len} tokens, fp32")
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for index in range(rounds):
         for side in SIDES if index % 2 == 0 else reversed(SIDES):
