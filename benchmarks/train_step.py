@@ -120,9 +120,7 @@ def main() -> None:
     if options.side:
         one_side(options.side, batch, seq_len, steps)
         return
-    print(
-        f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}: {batch} x {seq_len}, fp32"
-    )
+    print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}")
     print(f"{batch} sequences of {seq_len} tokens, fp32")
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for index in range(rounds):
