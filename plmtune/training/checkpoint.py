@@ -34,7 +34,7 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 LATEST = "latest"
 _STEP = re.compile(r"step-(\d{8,})")
-_TEMPORARY = re.compile(r"\.(?:tmp|old)-step-\d+-(\d+)")
+_TEMPORARY = re.compile(r"\.(?:(?:tmp|old)-step-\d+-|latest\.tmp-)(\d+)")
 
 
 class SavesItself(Protocol):
@@ -254,8 +254,10 @@ class Checkpoints:
                 name = path.name.removeprefix(".old-").rsplit("-", 1)[0]
                 if path.name.startswith(".old-") and not (self.directory / name).exists():
                     _bring_back(path, self.directory / name)
-                else:
+                elif path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
 
 def _bring_back(moved: Path, name: Path) -> None:

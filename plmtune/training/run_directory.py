@@ -142,6 +142,9 @@ class RunDirectory:
 
     def begin(self) -> None:
         """Note that this process is running it now."""
+        if self.is_main:  # the lock is held: what is half-written here is a dead process's
+            for path in self.path.glob(".*.tmp-*"):
+                path.unlink(missing_ok=True)
         attempts = self.record().get("attempts", 0)
         self.update(
             status="running", pid=os.getpid(), host=socket.gethostname(), attempts=attempts + 1, ended=None

@@ -167,11 +167,12 @@ class TestDirectory:
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         alive = tmp_path / f".tmp-step-00000001-{child.pid}"
         alive.mkdir()
+        (tmp_path / f".latest.tmp-{child.pid}").touch()
         Checkpoints(tmp_path)
         assert alive.exists()
         child.communicate(b"\n")
         Checkpoints(tmp_path)
-        assert not alive.exists()
+        assert list(tmp_path.iterdir()) == []
 
     def test_an_exchange_that_was_cut_short_is_undone(self, tmp_path):
         run = Run(tmp_path)
@@ -337,7 +338,7 @@ while True:
             assert state is not None
             assert state["step"] >= saved
             verify(tmp_path / f"step-{state['step']:08d}")
-        assert not list(tmp_path.glob(".tmp-*"))
+        assert not list(tmp_path.glob(".*"))
 
 
 class TestManifest:

@@ -58,6 +58,12 @@ class TestOpen:
             assert run.config_yaml == "seed: 1\n"
             assert run.record()["attempts"] == 2
 
+    def test_what_a_killed_process_half_wrote_is_removed(self, tmp_path):
+        create(tmp_path).close()
+        (tmp_path / ".run.json.tmp-1234").write_text("{")
+        RunDirectory.open(tmp_path).close()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "lock", "run.json"]
+
     def test_a_directory_without_a_run_is_refused(self, tmp_path):
         with pytest.raises(UserError, match=r"holds no run: it has no config\.yaml"):
             RunDirectory.open(tmp_path)
