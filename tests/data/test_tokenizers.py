@@ -34,7 +34,7 @@ MIXED = [
     "<|endoftext|> <|im_start|>user\nhi<|im_end|>",
     "$^|\\(){}[]+*?.-_~`'\"@#%&;:<>/ ... --- ==> != 'tis ''s",
 ]
-EVERY_KIND = [f"a{chr(c)}b" for c in range(1, 0x30000, 37) if not 0xD800 <= c < 0xE000]
+EVERY_KIND = [f"a{chr(c)}b" for c in range(1, 0x30000, 101) if not 0xD800 <= c < 0xE000]
 
 
 def whole_file() -> dict[str, Any]:
