@@ -9,6 +9,7 @@ import random
 import resource
 import sys
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Literal
 
 import numpy as np
@@ -142,8 +143,9 @@ class Runtime:
 
     def sum(self, *values: Tensor | float) -> tuple[float, ...]:
         """Each value summed over ranks, in fp64: one exchange and one wait for the device for all of them."""
+        # dtype given at once: as_tensor alone would round a Python float to fp32 on its way.
         stacked = torch.stack(
-            [torch.as_tensor(v, device=self.device).detach().to(torch.float64).reshape(()) for v in values]
+            [torch.as_tensor(v, dtype=torch.float64, device=self.device).detach().reshape(()) for v in values]
         )
         return tuple(distributed.reduce_sum(stacked).tolist())
 
@@ -152,15 +154,20 @@ class Runtime:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group. After an error the other ranks are not waited for."""
+        """Leave the process group, as all ranks do together at the end."""
         if distributed.is_distributed():
             dist.destroy_process_group()
 
     def __enter__(self) -> Runtime:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an error the others may wait in an exchange that this rank will never join, and leaving would
+        # wait for them: let the error end this process, then torchrun ends theirs.
+        if kind is None or kind is SystemExit:
+            self.close()
 
 
 def seed_everything(seed: int) -> None:
