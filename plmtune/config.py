@@ -13,7 +13,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -102,7 +102,7 @@ def _plain(annotation: Any) -> Any:
     if origin in (list, tuple, dict):
         return origin[tuple(a if a is Ellipsis else _plain(a) for a in arguments)]
     if dataclasses.is_dataclass(annotation):
-        return _plain_dataclass(annotation)
+        return _plain_dataclass(typing.cast(Hashable, annotation))
     return annotation
 
 
@@ -114,10 +114,11 @@ def _field(key: Key) -> tuple[str, Any, Any]:
 
 
 @cache
-def _plain_dataclass(cls: Any) -> Any:
-    hints = typing.get_type_hints(cls, include_extras=True)
-    fields = []
-    for item in dataclasses.fields(cls):
+def _plain_dataclass(cls: Hashable) -> Any:
+    schema = typing.cast(Any, cls)
+    hints = typing.get_type_hints(schema, include_extras=True)
+    fields: list[tuple[str, Any, Any]] = []
+    for item in dataclasses.fields(schema):
         kind = _plain(hints[item.name])
         if dataclasses.is_dataclass(hints[item.name]):
             fields.append((item.name, kind, dataclasses.field(default_factory=kind)))
@@ -125,14 +126,17 @@ def _plain_dataclass(cls: Any) -> Any:
             fields.append((item.name, kind, dataclasses.field(default_factory=item.default_factory)))
         else:
             fields.append((item.name, kind, dataclasses.field(default=item.default)))
-    _fields[cls.__name__] = [name for name, _, _ in fields]
-    return dataclasses.make_dataclass(cls.__name__, fields)
+    _fields[schema.__name__] = [name for name, _, _ in fields]
+    return dataclasses.make_dataclass(schema.__name__, fields)
 
 
 @cache
 def _component_dataclass(group: str, name: str) -> Any:
     """The schema of a component: its name under ``component``, then its keys."""
-    fields = [("component", str, dataclasses.field(default=name)), *map(_field, keys_of(group, name).values())]
+    fields = [
+        ("component", str, dataclasses.field(default=name)),
+        *map(_field, keys_of(group, name).values()),
+    ]
     _fields[f"{group}__{name}"] = [key for key, _, _ in fields[1:]]
     return dataclasses.make_dataclass(f"{group}__{name}", fields)
 
@@ -172,7 +176,8 @@ def _store_option(place: str, chosen: Component) -> None:
 def _store_components() -> None:
     """Fill Hydra's store once. A component registered later (--import) is imported before this runs."""
     for recipe, schema in SCHEMAS.items():
-        ConfigStore.instance().store(name=f"{recipe}_schema", node=_plain_dataclass(schema))
+        node = _plain_dataclass(typing.cast(Hashable, schema))
+        ConfigStore.instance().store(name=f"{recipe}_schema", node=node)
         for item in dataclasses.fields(schema):
             if "Component" in str(item.type):
                 _store_group(item.name, item.name)
@@ -208,7 +213,10 @@ def find_config(name: str) -> Path:
     shipped = folder("conf")
     if name.endswith((".yaml", ".yml")):
         # conf/NAME.yaml names the shipped file from any directory, as the documentation writes it.
-        for path in (Path(name), shipped / Path(name).relative_to("conf") if name.startswith("conf/") else None):
+        for path in (
+            Path(name),
+            shipped / Path(name).relative_to("conf") if name.startswith("conf/") else None,
+        ):
             if path is not None and path.is_file():
                 return path
         near = did_you_mean(name, [f"conf/{path.name}" for path in shipped.glob("*.yaml")])
@@ -277,7 +285,9 @@ def _check_overrides(overrides: Sequence[str]) -> list[str]:
         key, _, value = text.partition("=")
         in_dict = any(key == name or key.startswith(f"{name}.") for name in _dict_keys())
         if key.endswith(".component") and not in_dict:
-            raise UserError(f"override {text}: choose it as {key.removesuffix('.component').replace('.', '/')}={value}.")
+            raise UserError(
+                f"override {text}: choose it as {key.removesuffix('.component').replace('.', '/')}={value}."
+            )
         checked.append(f"++{text}" if in_dict else text)
     return checked
 
@@ -365,8 +375,6 @@ def multirun(name: str, overlays: Sequence[str], overrides: Sequence[str], task:
         raise explain(error, overrides, stored, base, all_keys, _fields) from None
 
 
-
-
 # --- from plain values to typed objects --------------------------------------------------------------------------
 
 
@@ -376,13 +384,12 @@ def typed(source: DictConfig | dict[str, Any], where: str = "") -> Any:
         plain = OmegaConf.to_container(OmegaConf.create(source), resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{where or 'config'}: {str(error).splitlines()[0]}") from None
-    assert isinstance(plain, dict)
+    plain = typing.cast(dict[str, Any], plain)
     recipe = plain.get("recipe")
     if recipe not in SCHEMAS:
         raise UserError(f"{where or 'config'}, key recipe: there is no {recipe}.{did_you_mean(str(recipe), SCHEMAS)}")
-    schema = SCHEMAS[recipe]
-    checked = _merge(_plain_dataclass(schema), plain, "", where)
-    return _construct(schema, checked, "", where)
+    schema: Any = SCHEMAS[recipe]
+    return _construct(schema, _merge(_plain_dataclass(schema), plain, "", where), "", where)
 
 
 def _merge(schema: Any, values: dict[str, Any], key: str, where: str) -> dict[str, Any]:

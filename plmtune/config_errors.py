@@ -75,7 +75,9 @@ def explain(
     if parse := re.search(r"Error parsing override '([^']*)'\n(.*)", text):
         return UserError(f"override {parse[1]}: cannot be understood ({parse[2]}). Quote special characters.")
     if "is not a ListConfig" in text:
-        key, _, value = next((o for o in overrides if "=" in o and _search(r"override (\S+)", text) == o), "=").partition("=")
+        key, _, value = next(
+            (o for o in overrides if "=" in o and _search(r"override (\S+)", text) == o), "="
+        ).partition("=")
         return UserError(f"{place(key)}key {key}: needs a list. Write {key}=[{value}].")
     if wrong := re.search(r"(Value .*|.*could not be converted.*|Cannot (?:convert|assign).*|Unsupported .*)", text):
         key = full_key or ""

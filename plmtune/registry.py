@@ -62,7 +62,10 @@ def register(group: str, name: str) -> Callable[[F], F]:
     def add(target: F) -> F:
         held = _objects.get((group, name))
         # A module run twice (python -m, a reload) registers an equal object again; only a stranger is refused.
-        if held is not None and (held.__module__, held.__qualname__) != (target.__module__, target.__qualname__):
+        if held is not None and (held.__module__, held.__qualname__) != (
+            target.__module__,
+            target.__qualname__,
+        ):
             raise ValueError(f"{group} {name!r} is registered twice: {held.__module__} and {target.__module__}")
         _objects[(group, name)] = target
         return target

@@ -19,6 +19,7 @@ from plmtune.data.shards import Shards
 from plmtune.data.sources import named_sources
 from plmtune.errors import UserError
 from plmtune.generation import complete
+from plmtune.models.files import checkpoint_directory
 from plmtune.models.hf import load_state, read_state, save_model
 from plmtune.runs import open_run
 from plmtune.schema import Pretrain as Config
@@ -127,12 +128,13 @@ class Pretrain:
         self.cfg, self.plan, self.runtime, self.tokenizer = cfg, plan, runtime, plan.tokenizer
         shards = self._prepare()
         self.data = self._batches(shards)
-        self.run = open_run(cfg, runtime, {name: shard.fingerprint for name, shard in shards.items()})
         self.model = plan.model.to_empty(device=runtime.device)
         self.model.activation_checkpointing = cfg.runtime.activation_checkpointing
         self.model.init_weights(torch.Generator().manual_seed(cfg.seed))
         if cfg.init_from:
-            load_state(self.model, Path(cfg.init_from))
+            load_state(self.model, checkpoint_directory(cfg.init_from))
+        # From here on the directory exists; what a person can get wrong has been found by now.
+        self.run = open_run(cfg, runtime, {name: shard.fingerprint for name, shard in shards.items()})
         self.trained = runtime.distribute(self.model, compile=cfg.runtime.compile)
         self.loss = build("loss", cfg.loss)
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
@@ -149,21 +151,25 @@ class Pretrain:
         for name, source in named_sources(build("data", self.cfg.data)).items():
             if not self.runtime.is_main:
                 self.runtime.barrier()
-            directory = prepare(
-                source,
-                self.tokenizer,
-                Path(settings.directory),
-                holdout=settings.holdout,
-                holdout_by=settings.holdout_by,
-                skip_bad=settings.skip_bad,
-            )
-            if self.runtime.is_main:
-                self.runtime.barrier()
+            try:
+                directory = prepare(
+                    source,
+                    self.tokenizer,
+                    Path(settings.directory),
+                    holdout=settings.holdout,
+                    holdout_by=settings.holdout_by,
+                    skip_bad=settings.skip_bad,
+                )
+            except ValueError as error:
+                raise UserError(f"key preparation: {error}") from error
             opened[name] = Shards.open(
                 directory,
                 tokenizer_fingerprint=self.tokenizer.fingerprint,
                 vocab_size=self.tokenizer.vocab_size,
+                verify=self.runtime.is_main,
             )
+            if self.runtime.is_main:
+                self.runtime.barrier()
         return opened
 
     def _batches(self, shards: dict[str, Shards]) -> Batches:
@@ -185,7 +191,10 @@ class Pretrain:
 
     def _restore(self) -> int:
         state = self.checkpoints.restore(
-            model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, read_model=read_state
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            read_model=read_state,
         )
         return int(state["step"]) if state else 0
 
@@ -215,8 +224,9 @@ class Pretrain:
                 if last or (cfg.validation.every and self.step % cfg.validation.every == 0):
                     with watch.paused():
                         measured = self.validate()
-                    score = measured["validation_loss"]
-                    watch.log(self.step, measured)
+                    if measured:
+                        score = measured["validation_loss"]
+                        watch.log(self.step, measured)
                 stop = watch.should_stop()
                 if last or stop or (cfg.checkpoint.every and self.step % cfg.checkpoint.every == 0):
                     with watch.paused():
@@ -288,6 +298,8 @@ class Pretrain:
             ffn.record_sparsity = False
         self.model.train()
         total, tokens, length, seen, *shares = self.runtime.sum(nats, count, num_bytes, float(batches), *zeros)
+        if not tokens:  # preparation.holdout=0 keeps nothing back
+            return {}
         return {
             "validation_loss": total / tokens,
             "bits_per_byte": total / math.log(2) / length,
@@ -300,15 +312,25 @@ class Pretrain:
             model=self.model,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
-            state={"phase": self.data.phase(self.step - 1).name, "tokens": self.step * self.plan.tokens_per_step},
+            state={
+                "phase": self.data.phase(self.step - 1).name,
+                "tokens": self.step * self.plan.tokens_per_step,
+            },
             write_model=lambda directory, state: save_model(state, self.model.config, directory),
             tokenizer=self.tokenizer,
         )
 
     def _introduce(self, watch: Watch) -> None:
         watch.message(f"run: {self.run.path}" + (f", going on after step {self.step}" if self.step else ""))
-        for line in (*self.runtime.describe(), *self.data.describe(), *self.plan.lines()):
+        for line in (*self.runtime.describe(), *self.plan.estimate.lines(), self.data.describe()):
             watch.message(line)
+
+
+def check(cfg: Config) -> str:
+    """What ``plmtune validate`` says of a config that is right."""
+    with Runtime.start(device="cpu", seed=cfg.seed) as runtime:
+        planned = plan(cfg, runtime)
+    return f"{show_count(planned.estimate.parameters)} parameters, {planned.num_steps:,} steps."
 
 
 def report(run: Path, cfg: Config) -> None:
@@ -317,7 +339,6 @@ def report(run: Path, cfg: Config) -> None:
     draw_curves(run / "metrics.jsonl", curves)
     if cfg.sample.max_new_tokens:
         model, tokenizer = plmtune.load(run)
-        generator = torch.Generator(model.head_weight.device).manual_seed(cfg.seed)
         text = complete(
             model,
             tokenizer,
@@ -325,7 +346,7 @@ def report(run: Path, cfg: Config) -> None:
             max_new_tokens=cfg.sample.max_new_tokens,
             temperature=cfg.sample.temperature,
             top_p=cfg.sample.top_p,
-            generator=generator,
+            seed=cfg.seed,
         )
         print(f"\n{cfg.sample.prompt}{''.join(text)}\n")
     print(f"curves: {curves}")

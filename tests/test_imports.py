@@ -39,11 +39,23 @@ class TestDirections:
 
     def test_components_know_no_config(self) -> None:
         places = ("plmtune/modules/", "plmtune/losses/", "plmtune/optim/")
-        for package in ("plmtune.config", "plmtune.schema", "plmtune.cli", "plmtune.recipes", "plmtune.training"):
+        for package in (
+            "plmtune.config",
+            "plmtune.schema",
+            "plmtune.cli",
+            "plmtune.recipes",
+            "plmtune.training",
+        ):
             assert not [path for path in importers(package) if path.startswith(places)], package
 
     def test_recipes_import_no_component_and_no_other_recipe(self) -> None:
-        for package in ("plmtune.modules", "plmtune.losses", "plmtune.optim", "plmtune.recipes", "plmtune.models.plm"):
+        for package in (
+            "plmtune.modules",
+            "plmtune.losses",
+            "plmtune.optim",
+            "plmtune.recipes",
+            "plmtune.models.plm",
+        ):
             assert not [path for path in importers(package) if path.startswith("recipes/")], package
 
     def test_nothing_imports_the_cli_but_the_entry_point(self) -> None:
@@ -53,7 +65,13 @@ class TestDirections:
     def test_no_pickle_is_read_or_written(self) -> None:
         assert not importers("pickle")
         for path in SOURCES:
-            for call in ("torch.load(", "torch.save(", "trust_remote_code=True", "allow_pickle=True", "instantiate("):
+            for call in (
+                "torch.load(",
+                "torch.save(",
+                "trust_remote_code=True",
+                "allow_pickle=True",
+                "instantiate(",
+            ):
                 assert call not in path.read_text(encoding="utf-8"), f"{path}: {call}"
 
 

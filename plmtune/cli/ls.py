@@ -75,7 +75,9 @@ def _group(console, group, table) -> None:  # type: ignore[no-untyped-def]
         width = max((len(p.name) for p in entry.parameters), default=0)
         for parameter in entry.parameters:
             if parameter.default is not None:
-                kind = parameter.type.removeprefix("Annotated[").partition(", '")[0]
+                kind = parameter.type
+                if kind.startswith("Annotated["):
+                    kind = kind.removeprefix("Annotated[").rpartition(",")[0]
                 default = _nested_default(parameter.default)
                 console.print(f"    {parameter.name:<{width}}  {kind} = {default}", markup=False)
     conf = _conf()

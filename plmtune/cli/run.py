@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -81,11 +82,14 @@ def _recipe_file(path: str) -> ModuleType:
     """Import a recipe that the person named on the command line; a config can not do this."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such recipe file. Start from ours: plmtune cp recipes/pretrain {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"plmtune_recipe_{Path(path).stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     for needed in ("main", "CONFIG"):
         if not hasattr(module, needed):
-            raise UserError(f"{path}: a recipe defines main(cfg) and CONFIG, the config it starts from; {needed} is missing.")
+            raise UserError(
+                f"{path}: a recipe defines main(cfg) and CONFIG, the config it starts from; {needed} is missing."
+            )
     return module

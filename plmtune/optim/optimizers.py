@@ -23,9 +23,7 @@ def optimizer_bytes(name: str, model: nn.Module) -> int:
         adamw_bytes = STATE_BYTES["adamw"]
         return int(sum(p.numel() * MUON_MATRIX_BYTES for p in matrices) + adamw_bytes * _count(others))
     if name not in STATE_BYTES:
-        raise ValueError(
-            f"optimizer ({name}) has no known size of state; known: {sorted([*STATE_BYTES, 'muon'])}"
-        )
+        raise ValueError(f"optimizer ({name}) has no known size of state; known: {sorted([*STATE_BYTES, 'muon'])}")
     return int(STATE_BYTES[name] * _count(_trainable(model)))
 
 
@@ -172,7 +170,8 @@ def _split_for_muon(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Param
     """(matrices inside the layers, everything else): what maps from or to the vocabulary is not Muon's."""
     vocabulary = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     vocab_size = getattr(model, "vocab_size", None)
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in _trainable(model):
         hidden = parameter.ndim == 2 and id(parameter) not in vocabulary and parameter.shape[0] != vocab_size
         (matrices if hidden else others).append(parameter)
@@ -197,7 +196,7 @@ class MuonWithAdamW(Optimizer):
         self.muon.state = self.adamw.state = self.state
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """One step of both. `closure` may compute the loss again, as for any torch optimizer."""
         loss = None
         if closure is not None:

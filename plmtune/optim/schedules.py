@@ -221,9 +221,7 @@ def linear(
 
 
 @register("scheduler", "constant")
-def constant(
-    optimizer: Optimizer, num_steps: int, tokens_per_step: int, *, warmup: int | str = 0
-) -> LambdaLR:
+def constant(optimizer: Optimizer, num_steps: int, tokens_per_step: int, *, warmup: int | str = 0) -> LambdaLR:
     """A warmup, then the base rate to the end.
 
     Raises:
