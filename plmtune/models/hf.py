@@ -7,7 +7,7 @@ directory without it is read as the PLM or Llama checkpoint that its other keys 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -241,9 +241,11 @@ def load_state(model: Decoder, directory: str | Path) -> None:
     Raises:
         UserError: if they do not fit the model.
     """
-    parameters = model.state_dict()
+    locations = locate(Path(directory))
+    _check(model, Path(directory), locations)
+    parameters = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
     with torch.no_grad():
-        for name, tensor in _tensors(model, Path(directory)):
+        for name, tensor in _tensors(locations, parameters):
             parameter = parameters[name]
             if isinstance(parameter, DTensor):
                 mesh, placements = parameter.device_mesh, parameter.placements
@@ -252,25 +254,25 @@ def load_state(model: Decoder, directory: str | Path) -> None:
             parameter.copy_(tensor)
 
 
-def read_state(model: Decoder, directory: str | Path) -> dict[str, Tensor]:
-    """Return a directory's weights under the model's own names, on the CPU, in the file's dtype.
+def read_state(directory: str | Path) -> dict[str, Tensor]:
+    """Return a directory's weights under our names, on the CPU, in the file's dtype.
 
     Raises:
-        UserError: if they do not fit the model.
+        UserError: if it is no checkpoint.
     """
-    return dict(_tensors(model, Path(directory)))
+    locations = locate(Path(directory))
+    return {our_name(name): tensor for name, tensor in _tensors(locations, locations)}
 
 
-def _tensors(model: Decoder, directory: Path) -> Iterator[tuple[str, Tensor]]:
-    locations = locate(directory)
-    _check(model, directory, locations)
+def _tensors(locations: Mapping[str, Path], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor), one at a time, opening each file once."""
     files: dict[Path, list[str]] = {}
-    for name in model.state_dict():
-        files.setdefault(locations[hf_name(name)], []).append(name)
-    for file, names in files.items():
+    for name in names:
+        files.setdefault(locations[name], []).append(name)
+    for file, held in files.items():
         with opened_weights(file) as opened:
-            for name in names:
-                yield name, opened.get_tensor(hf_name(name))
+            for name in held:
+                yield name, opened.get_tensor(name)
 
 
 def _build(directory: Path, num_tensors: int) -> Decoder:

@@ -150,7 +150,13 @@ class TestRoundTrip:
                 parameter.zero_()
         load_state(other, tmp_path)
         assert_same(model, other)
-        assert read_state(model, tmp_path).keys() == model.state_dict().keys()
+
+    def test_is_read_as_a_state_under_our_names(self, tmp_path: Path) -> None:
+        model = small(tied=False)
+        save_model(model, None, tmp_path, max_shard_bytes=60_000)
+        state, expected = read_state(tmp_path), model.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in state)
 
     def test_saving_again_in_fewer_files_leaves_no_stale_shard(self, tmp_path: Path) -> None:
         save_model(small(), None, tmp_path, max_shard_bytes=60_000)
