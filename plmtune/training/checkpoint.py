@@ -141,7 +141,7 @@ class Checkpoints:
         model: nn.Module,
         optimizer: Optimizer,
         scheduler: Any,
-        read_model: Callable[[nn.Module, Path], Mapping[str, Tensor]],
+        read_model: Callable[[Path], Mapping[str, Tensor]],
     ) -> dict[str, Any] | None:
         """Put the newest whole checkpoint back into model, optimizer, scheduler and random generators.
 
@@ -163,7 +163,7 @@ class Checkpoints:
         try:
             document = json.loads((path / STATE).read_text(encoding="utf-8"))
             tensors = load_file(path / OPTIMIZER)
-            distributed.load_full_state_dict(model, read_model(model, path))
+            distributed.load_full_state_dict(model, read_model(path))
             training_state.load_optimizer_state(model, optimizer, tensors, document["optimizer"])
             training_state.load_scheduler_state(scheduler, document["scheduler"])
             states = document["random"]

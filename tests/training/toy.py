@@ -81,5 +81,5 @@ def write_model(directory: Path, weights: dict[str, Tensor]) -> None:
     )
 
 
-def read_model(model: nn.Module, directory: Path) -> dict[str, Tensor]:
+def read_model(directory: Path) -> dict[str, Tensor]:
     return load_file(directory / "model.safetensors")
