@@ -19,7 +19,7 @@ def draw_curves(source: Path, target: Path, *, title: str | None = None) -> None
     """Draw `source` (metrics.jsonl) into `target` (a PNG).
 
     Args:
-        title: of the picture; None takes the run directory's name.
+        title: of the picture; None takes the end of the run directory's path.
 
     Raises:
         UserError: if the file cannot be read or holds no training loss yet.
@@ -43,7 +43,7 @@ def draw_curves(source: Path, target: Path, *, title: str | None = None) -> None
     figure = Figure(figsize=(9, 1.1 + 1.15 * sum(heights)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    figure.suptitle(title or source.resolve().parent.name, fontsize=12)
+    figure.suptitle(title or "/".join(source.resolve().parent.parts[-2:]), fontsize=12)
 
     _draw_losses(panels[0], training, validations, axis)
     rated = [e for e in training if e.get("lr") is not None]
