@@ -3,8 +3,8 @@
     python benchmarks/skeleton.py [--quick]
 
 torchtune's side is its TransformerDecoder, TransformerSelfAttentionLayer, RMSNorm and TiedLinear; attention
-(MLA with its latent cache) and FFN are ours on both sides, so that only the skeleton differs. Each figure is the
-median of fresh processes, taken in turn, the order turned round in every other round.
+(MLA with its latent cache) and FFN are ours on both sides, so that only the skeleton differs. Each figure is
+the median of fresh processes, taken in turn, the order turned round in every other round.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ def build(side: str, vocab_size: int) -> Any:
 
     embeddings = model.tok_embeddings
     layers = [
-        TransformerSelfAttentionLayer(
-            Carried(layer.attention), layer.ffn, sa_norm=RMSNorm(DIM), mlp_norm=RMSNorm(DIM)
-        )
+        TransformerSelfAttentionLayer(Carried(layer.attention), layer.ffn, sa_norm=RMSNorm(DIM), mlp_norm=RMSNorm(DIM))
         for layer in model.layers
     ]
     return TransformerDecoder(

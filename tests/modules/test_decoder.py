@@ -87,21 +87,6 @@ class TestCache:
         packed = model(ids, mask=mask, input_pos=positions)
         close(packed, torch.cat((model(ids[:, :9]), model(ids[:, 9:])), 1))
 
-    def test_compiled_layers_give_the_same(self, attention: Component) -> None:
-        if attention is not MLA:
-            pytest.skip("one attention is enough: compiling takes seconds")
-        model, ids = small(attention, num_layers=1), tokens(2, 16)
-        expected = model(ids)
-        expected.sum().backward()
-        gradient = model.head_weight.grad.clone()
-        model.zero_grad()
-        for layer in model.layers:
-            layer.compile(backend="aot_eager", fullgraph=True)
-        out = model(ids)
-        out.sum().backward()
-        close(out, expected)
-        torch.testing.assert_close(model.head_weight.grad, gradient, atol=1e-3, rtol=1e-4)
-
     def test_gradients_equal_finite_differences(self, attention: Component) -> None:
         torch.manual_seed(0)
         layer = small(attention, num_layers=1, num_heads=2, embed_dim=8).double().layers[0]
@@ -164,6 +149,19 @@ class TestForward:
             hidden, logits = model(tokens(1, 8), hidden=True), model(tokens(1, 8))
         assert set(seen) == {torch.bfloat16}
         assert (hidden.dtype, logits.dtype) == (torch.bfloat16, torch.float32)
+
+    def test_compiled_layers_give_the_same(self) -> None:
+        model, ids = small(num_layers=1), tokens(2, 16)
+        expected = model(ids)
+        expected.sum().backward()
+        gradient = model.head_weight.grad.clone()
+        model.zero_grad()
+        for layer in model.layers:
+            layer.compile(backend="aot_eager", fullgraph=True)
+        out = model(ids)
+        out.sum().backward()
+        close(out, expected)
+        torch.testing.assert_close(model.head_weight.grad, gradient, atol=1e-3, rtol=1e-4)
 
     def test_generating_in_inference_mode_does_not_spoil_training(self) -> None:
         model = small(component("attention", "gqa", num_kv_heads=2, rope_theta=777.0))  # tables of its own
