@@ -90,9 +90,7 @@ def main() -> None:
     t, rounds = (256, 3) if quick else (2048, 7)
     print(machine())
     print(f"one layer of PLM-1.8B, {t} cached tokens, fp32\n")
-    print(
-        "| batch | part | absorbed | expanded | ratio | re-expanding | ratio |\n|---|---|---|---|---|---|---|"
-    )
+    print("| batch | part | absorbed | expanded | ratio | re-expanding | ratio |\n|---|---|---|---|---|---|---|")
     for batch_size in (1, 4):
         bench = Bench(batch_size, t)
         q, entry = bench.project(bench.x)

@@ -11,9 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def medians(
-    calls: Mapping[str, Callable[[], object]], *, rounds: int, seconds: float = 0.3
-) -> dict[str, float]:
+def medians(calls: Mapping[str, Callable[[], object]], *, rounds: int, seconds: float = 0.3) -> dict[str, float]:
     """Return each call's median seconds over `rounds` of medians, the order turned round in every other one.
 
     Args:

@@ -115,9 +115,7 @@ def generate(
         states = model(tokens, mask=mask, input_pos=input_pos, cache=cache, hidden=True)
         # Only the last position is sampled; the logits of a whole prompt would fill memory for nothing.
         logits = torch.nn.functional.linear(states[:, -1], model.head_weight).float()
-        column = sample(
-            logits[:, :num_tokens], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-        )
+        column = sample(logits[:, :num_tokens], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         if eos_id is not None:
             column = column.masked_fill(ended, eos_id)
             ended = ended | (column == eos_id)

@@ -9,9 +9,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component, component
 
 ATTENTIONS = {
-    "mla": component(
-        "attention", "mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12
-    ),
+    "mla": component("attention", "mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12),
     "gqa": component("attention", "gqa", num_kv_heads=2),
 }
 
@@ -45,9 +43,7 @@ class TestGreedy:
                 ids = torch.cat((ids, model(ids)[:, -1].argmax(-1, keepdim=True)), 1)
         assert torch.equal(greedy(model, prompt, 20), ids[:, 9:])
 
-    def test_prompts_of_different_length_give_in_a_batch_what_they_give_alone(
-        self, attention: Component
-    ) -> None:
+    def test_prompts_of_different_length_give_in_a_batch_what_they_give_alone(self, attention: Component) -> None:
         model = small(attention)
         prompts = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
         tokens, mask = left_pad(prompts)
@@ -70,9 +66,7 @@ class TestEnd:
         assert out.shape[1] == max(ends) + 1
 
     def test_more_than_the_model_takes_is_refused_with_the_numbers(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"60 prompt and 5 new tokens exceed the model's max_seq_len \(64\)"
-        ):
+        with pytest.raises(ValueError, match=r"60 prompt and 5 new tokens exceed the model's max_seq_len \(64\)"):
             next(generate(small(), torch.zeros(1, 60, dtype=torch.long), max_new_tokens=5))
 
     @pytest.mark.parametrize(
@@ -120,9 +114,7 @@ class TestSample:
     def test_the_seed_decides(self) -> None:
         model, prompt = small(), torch.tensor([[1, 2, 3]])
         runs = [
-            torch.stack(
-                list(generate(model, prompt, max_new_tokens=20, generator=torch.Generator().manual_seed(s)))
-            )
+            torch.stack(list(generate(model, prompt, max_new_tokens=20, generator=torch.Generator().manual_seed(s))))
             for s in (1, 1, 2)
         ]
         assert torch.equal(runs[0], runs[1])

@@ -18,9 +18,7 @@ def save(directory: Path, seed: int = 0) -> torch.Tensor:
     tokenizer = byte()
     model = plm(
         tokenizer.vocab_size,
-        attention=component(
-            "attention", "mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
-        ),
+        attention=component("attention", "mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
         ffn=component("ffn", "squared_relu", hidden_dim=32),
         embed_dim=16,
         num_layers=1,
@@ -51,9 +49,7 @@ class TestLoad:
         assert torch.equal(plmtune.load(tmp_path, "cpu")[0].head_weight, weights[1])
 
     @pytest.mark.parametrize("latest", [None, "step-00000077", "../../elsewhere", ""])
-    def test_a_run_without_a_good_latest_means_its_highest_step(
-        self, tmp_path: Path, latest: str | None
-    ) -> None:
+    def test_a_run_without_a_good_latest_means_its_highest_step(self, tmp_path: Path, latest: str | None) -> None:
         save(tmp_path / "elsewhere", seed=9)
         run = tmp_path / "run"
         weights = [save(run / "checkpoints" / f"step-{i:08d}", seed=i) for i in (2, 10)]

@@ -90,9 +90,7 @@ def from_description(group: str, data: Any, where: str) -> Component:
         if key == "component" or (group == "model" and key == "vocab_size"):
             continue
         if key not in parameters:
-            raise UserError(
-                f"{where}.{key}: {group} {name} has no such setting.{did_you_mean(key, parameters)}"
-            )
+            raise UserError(f"{where}.{key}: {group} {name} has no such setting.{did_you_mean(key, parameters)}")
         if isinstance(parameters[key].default, Component):
             settings[key] = from_description(parameters[key].default.group, value, f"{where}.{key}")
         elif not _fits(value, hints[key]):

@@ -31,9 +31,7 @@ def locate(directory: Path) -> dict[str, Path]:
         UserError: if this is no checkpoint, or its index points elsewhere.
     """
     if not directory.is_dir():
-        raise UserError(
-            f"{directory} is not a directory. A checkpoint is a directory with {CONFIG} and {WEIGHTS}."
-        )
+        raise UserError(f"{directory} is not a directory. A checkpoint is a directory with {CONFIG} and {WEIGHTS}.")
     if _exists(directory / WEIGHTS):
         path = _inside(directory, WEIGHTS)
         with opened_weights(path) as opened:
@@ -71,9 +69,7 @@ def _inside(directory: Path, name: str) -> Path:
     """Return the path of a plain file of `directory`, refusing whatever leads out of it."""
     path = directory / name
     if Path(name).name != name or path.resolve().parent != directory.resolve():
-        raise UserError(
-            f"{directory} refers to {name!r:.80}, which lies outside of it. Copy the file into it."
-        )
+        raise UserError(f"{directory} refers to {name!r:.80}, which lies outside of it. Copy the file into it.")
     if not path.is_file():
         raise UserError(f"{path} is missing.")
     return path
@@ -113,9 +109,7 @@ def checkpoint_directory(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(
-            f"{path} is not a directory. Give a checkpoint, a model directory or a run directory."
-        )
+        raise UserError(f"{path} is not a directory. Give a checkpoint, a model directory or a run directory.")
     if _exists(path / CONFIG):
         return path
     checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -124,9 +118,7 @@ def checkpoint_directory(path: str | Path) -> Path:
     # A name only, of a directory that is there: `latest` is written after its checkpoint and may be lost.
     if name.startswith("step-") and Path(name).name == name and (checkpoints / name).is_dir():
         return checkpoints / name
-    steps = {
-        int(p.name.removeprefix("step-")): p for p in checkpoints.glob("step-*") if p.name[5:].isdecimal()
-    }
+    steps = {int(p.name.removeprefix("step-")): p for p in checkpoints.glob("step-*") if p.name[5:].isdecimal()}
     if not steps:
         raise UserError(f"{path} holds neither {CONFIG} nor checkpoints (step-00000500, ...).")
     return steps[max(steps)]

@@ -126,11 +126,7 @@ def hf_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
             "v_head_dim": attention["v_head_dim"],
             "attention_bias": False,
         }
-    elif (
-        parts[0] in ("gqa", "mha")
-        and parts[1:] == ("swiglu", "rms_norm")
-        and not attention["rope_interleaved"]
-    ):
+    elif parts[0] in ("gqa", "mha") and parts[1:] == ("swiglu", "rms_norm") and not attention["rope_interleaved"]:
         keys |= common | {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -211,9 +207,7 @@ def _split(state: Mapping[str, Tensor], max_bytes: float) -> list[dict[str, Tens
     return shards
 
 
-def load_model(
-    directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> Decoder:
+def load_model(directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Decoder:
     """Build the model that a directory describes and fill it with the directory's weights.
 
     Args:
@@ -380,9 +374,7 @@ def _check(model: Decoder, directory: Path, locations: Mapping[str, Path]) -> No
                 header = opened.get_slice(name)
                 shape = tuple(header.get_shape())
                 if shape != shapes[name]:
-                    raise UserError(
-                        f"{file}: {name} has shape {list(shape)}, the model needs {list(shapes[name])}."
-                    )
+                    raise UserError(f"{file}: {name} has shape {list(shape)}, the model needs {list(shapes[name])}.")
                 if header.get_dtype() not in _DTYPES:
                     known = ", ".join(_DTYPES)
                     raise UserError(f"{file}: {name} is of type {header.get_dtype()}; known are {known}.")

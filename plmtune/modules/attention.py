@@ -136,9 +136,7 @@ class MultiHeadLatentAttention(nn.Module):
                 raise ValueError(f"{name} must be at least 1, not {value}")
         qk_head_dim = qk_nope_head_dim + qk_rope_head_dim
         if v_head_dim > qk_head_dim:
-            raise ValueError(
-                f"v_head_dim ({v_head_dim}) exceeds the width of queries and keys ({qk_head_dim})"
-            )
+            raise ValueError(f"v_head_dim ({v_head_dim}) exceeds the width of queries and keys ({qk_head_dim})")
         self.kv_lora_rank = kv_lora_rank
         self.qk_nope_head_dim = qk_nope_head_dim
         self.qk_rope_head_dim = qk_rope_head_dim

@@ -121,9 +121,7 @@ class Decoder(nn.Module):
                 if isinstance(parameter, DTensor):
                     mesh, placements = parameter.device_mesh, parameter.placements
                     # Every process has drawn the same numbers, so nothing needs to be sent.
-                    whole = distribute_tensor(
-                        whole.to(parameter.device), mesh, placements, src_data_rank=None
-                    )
+                    whole = distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
                 parameter.copy_(whole)
 
     @property
@@ -138,9 +136,7 @@ class Decoder(nn.Module):
             ValueError: if that is longer than the model's own.
         """
         if max_seq_len > self.max_seq_len:
-            raise ValueError(
-                f"a cache of {max_seq_len} tokens exceeds the model's max_seq_len ({self.max_seq_len})"
-            )
+            raise ValueError(f"a cache of {max_seq_len} tokens exceeds the model's max_seq_len ({self.max_seq_len})")
         like = self.tok_embeddings.weight
         layers = []
         for layer in self.layers:
@@ -182,9 +178,7 @@ class Decoder(nn.Module):
         if t > self.max_seq_len:
             raise ValueError(f"a sequence of {t} tokens exceeds the model's max_seq_len ({self.max_seq_len})")
         if cache is not None and t > cache.max_seq_len:
-            raise ValueError(
-                f"a sequence of {t} tokens exceeds the cache's max_seq_len ({cache.max_seq_len})"
-            )
+            raise ValueError(f"a sequence of {t} tokens exceeds the cache's max_seq_len ({cache.max_seq_len})")
         x = self.tok_embeddings(tokens)
         if autocast_active(x.device):
             # Embedding is not on autocast's list: without this the whole residual stream would be fp32.

@@ -48,9 +48,7 @@ class RotaryEmbedding:
 
 # Compiled code takes the tables as constants instead of computing them anew in each layer.
 @torch.compiler.assume_constant_result
-def _tables(
-    dim: int, max_seq_len: int, theta: float, interleaved: bool, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _tables(dim: int, max_seq_len: int, theta: float, interleaved: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     return _cached_tables(dim, max_seq_len, theta, interleaved, device)
 
 

@@ -22,9 +22,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = byte()
     model = plm(
         tokenizer.vocab_size,
-        attention=component(
-            "attention", "mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
-        ),
+        attention=component("attention", "mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
         ffn=component("ffn", "squared_relu", hidden_dim=32),
         embed_dim=16,
         num_layers=1,

@@ -19,9 +19,7 @@ MLA = component("attention", "mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rop
 GQA = component("attention", "gqa", num_kv_heads=2)
 
 
-def small(
-    attention: Component = MLA, ffn: str = "squared_relu", norm: str = "rms_norm", tied: bool = True
-) -> Decoder:
+def small(attention: Component = MLA, ffn: str = "squared_relu", norm: str = "rms_norm", tied: bool = True) -> Decoder:
     torch.manual_seed(0)
     return plm(
         101,

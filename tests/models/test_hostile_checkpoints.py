@@ -23,9 +23,7 @@ def tiny() -> Decoder:
     torch.manual_seed(0)
     return plm(
         50,
-        attention=component(
-            "attention", "mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
-        ),
+        attention=component("attention", "mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
         ffn=component("ffn", "squared_relu", hidden_dim=32),
         embed_dim=16,
         num_layers=2,
@@ -82,17 +80,13 @@ class TestWeights:
         state = load_file(checkpoint / "model.safetensors")
         state.pop("model.layers.1.mlp.up_proj.weight")
         save_file(state, checkpoint / "model.safetensors")
-        refused(
-            checkpoint, r"misses the tensor model\.layers\.1\.mlp\.up_proj\.weight\. Is the copy complete"
-        )
+        refused(checkpoint, r"misses the tensor model\.layers\.1\.mlp\.up_proj\.weight\. Is the copy complete")
 
     def test_a_wrong_shape_is_named_with_both(self, checkpoint: Path) -> None:
         state = load_file(checkpoint / "model.safetensors")
         state["model.norm.weight"] = torch.ones(17)
         save_file(state, checkpoint / "model.safetensors")
-        refused(
-            checkpoint, r"model\.safetensors: model\.norm\.weight has shape \[17\], the model needs \[16\]"
-        )
+        refused(checkpoint, r"model\.safetensors: model\.norm\.weight has shape \[17\], the model needs \[16\]")
 
     def test_a_tensor_without_a_place_is_named(self, checkpoint: Path) -> None:
         state = load_file(checkpoint / "model.safetensors")
@@ -135,9 +129,7 @@ class TestWeights:
 
 
 class TestIndex:
-    @pytest.mark.parametrize(
-        "way", ["../stolen.safetensors", "/etc/stolen.safetensors", "a/../../stolen.safetensors"]
-    )
+    @pytest.mark.parametrize("way", ["../stolen.safetensors", "/etc/stolen.safetensors", "a/../../stolen.safetensors"])
     def test_that_leads_out_is_refused(self, sharded: Path, way: str) -> None:
         save_file({"x": torch.ones(1)}, sharded.parent / "stolen.safetensors")
         index = sharded / "model.safetensors.index.json"
@@ -168,9 +160,7 @@ class TestIndex:
         )
         refused(sharded, f"{first} misses the tensor model.norm.weight")
 
-    @pytest.mark.parametrize(
-        "text", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[1]", "{", "[" * 10**5]
-    )
+    @pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[1]", "{", "[" * 10**5])
     def test_that_is_none(self, sharded: Path, text: str) -> None:
         (sharded / "model.safetensors.index.json").write_text(text)
         refused(sharded, "model.safetensors.index.json")

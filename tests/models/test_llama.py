@@ -41,11 +41,7 @@ class TestLlama:
         model = small_llama(tie_embeddings=tied)
         state, keys = to_hf(model)
         config = transformers.LlamaConfig(
-            **{
-                k: v
-                for k, v in keys.items()
-                if k not in ("plmtune", "architectures", "model_type", "torch_dtype")
-            },
+            **{k: v for k, v in keys.items() if k not in ("plmtune", "architectures", "model_type", "torch_dtype")},
             attn_implementation="eager",
         )
         theirs = transformers.LlamaForCausalLM(config).eval()
@@ -64,9 +60,7 @@ class TestLlama:
         from torchtune.models.llama2 import llama2
 
         model = small_llama(
-            attention=component(
-                "attention", "gqa", num_kv_heads=2, rope_theta=10000.0, rope_interleaved=True
-            ),
+            attention=component("attention", "gqa", num_kv_heads=2, rope_theta=10000.0, rope_interleaved=True),
             tie_embeddings=False,
         )
         theirs = llama2(

@@ -65,9 +65,7 @@ def naive_logits(model: Decoder, tokens: list[int]) -> Tensor:
             latent = naive_norm(a[:c], w[at + "attention.kv_a_norm.weight"], eps)
             kv = (w[at + "attention.kv_b_proj.weight"] @ latent).view(heads, n + v)
             k_rope = naive_turn(a[c:], position, theta)
-            queries.append(
-                [torch.cat((q[h, :n], naive_turn(q[h, n:], position, theta))) for h in range(heads)]
-            )
+            queries.append([torch.cat((q[h, :n], naive_turn(q[h, n:], position, theta))) for h in range(heads)])
             keys.append([torch.cat((kv[h, :n], k_rope)) for h in range(heads)])
             values.append([kv[h, n:] for h in range(heads)])
         after = []
@@ -183,9 +181,7 @@ class TestConfig:
             small_plm(num_layers=0)
         with pytest.raises(ValueError, match="width must be even and at least 2, not 7"):
             small_plm(attention=component("attention", "mla", **(TINY_MLA | {"qk_rope_head_dim": 7})))
-        with pytest.raises(
-            ValueError, match=r"v_head_dim \(99\) exceeds the width of queries and keys \(24\)"
-        ):
+        with pytest.raises(ValueError, match=r"v_head_dim \(99\) exceeds the width of queries and keys \(24\)"):
             small_plm(attention=component("attention", "mla", **(TINY_MLA | {"v_head_dim": 99})))
         with pytest.raises(ValueError, match=r"num_heads \(4\) is not a multiple of num_kv_heads \(3\)"):
             small_plm(attention=component("attention", "gqa", num_kv_heads=3))
