@@ -324,9 +324,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     sizes = (1, 2) if options.toy else (1, 2, 4, 8)
 
-    def best_sizes() -> tuple[
-        int, ...
-    ]:  # compiling takes time and saves memory: the best size and its double
+    def best_sizes() -> tuple[int, ...]:  # compiling takes time and saves memory: the best size and its double
         eager = bench.results.get("eager")
         if not eager:
             return sizes

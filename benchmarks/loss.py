@@ -69,9 +69,7 @@ def main() -> None:
         one_side(options.side, tokens, chunk_rows, repeats)
         return
     machine = platform.processor() or platform.machine()
-    print(
-        f"{machine}, {options.threads} threads, torch {torch.__version__}, python {platform.python_version()}"
-    )
+    print(f"{machine}, {options.threads} threads, torch {torch.__version__}, python {platform.python_version()}")
     print(f"{tokens} tokens x {WIDTH} x {VOCAB}, fp32")
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     peaks: dict[str, list[int]] = {side: [] for side in SIDES}
@@ -82,18 +80,14 @@ def main() -> None:
             result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             seconds[side] += result["seconds"]
             peaks[side].append(result["peak"])
-            print(
-                f"  {side:<8} {result['seconds'][0]:.2f} s, peak {result['peak'] / 2**20:.0f} MiB", flush=True
-            )
+            print(f"  {side:<8} {result['seconds'][0]:.2f} s, peak {result['peak'] / 2**20:.0f} MiB", flush=True)
     time_of = {side: statistics.median(seconds[side]) for side in SIDES}
     peak_of = {side: statistics.median(peaks[side]) for side in SIDES}
     print("| loss | seconds | peak MiB |\n|---|---|---|")
     for side in SIDES:
         name = f"ours, {chunk_rows} rows" if side == "chunked" else "all logits"
         print(f"| {name} | {time_of[side]:.2f} | {peak_of[side] / 2**20:.0f} |")
-    print(
-        f"| ratio | {time_of['chunked'] / time_of['full']:.2f} | {peak_of['chunked'] / peak_of['full']:.2f} |"
-    )
+    print(f"| ratio | {time_of['chunked'] / time_of['full']:.2f} | {peak_of['chunked'] / peak_of['full']:.2f} |")
 
 
 if __name__ == "__main__":

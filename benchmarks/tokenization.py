@@ -53,9 +53,7 @@ def time_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(
-    ours: Tokenizer, theirs: tokenizers.Tokenizer, texts: list[str], rounds: int
-) -> dict[str, list[float]]:
+def measure(ours: Tokenizer, theirs: tokenizers.Tokenizer, texts: list[str], rounds: int) -> dict[str, list[float]]:
     calls: dict[str, Callable[[], object]] = {
         "ours": lambda: ours.encode_batch(texts),
         "encode_batch": lambda: theirs.encode_batch(texts, add_special_tokens=False),
@@ -71,9 +69,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="less text, fewer rounds")
     parser.add_argument("--data", type=Path, default=DATA)
     args = parser.parse_args()
@@ -83,10 +79,7 @@ def main() -> None:
         ours.save(Path(folder))
         theirs = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
 
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}"
-    )
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(f"tiktoken {version('tiktoken')}, tokenizers {version('tokenizers')}, {ours.num_tokens:,} tokens\n")
     print("corpus                MB        ours  encode_batch  ratio  encode_batch_fast  ratio")
     for name, texts in corpora(args.data, 1_000_000 if args.quick else 8_000_000).items():

@@ -130,10 +130,7 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found[side].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"  {side:<13} {found[side][-1]['rate']:,.0f} tokens/s", flush=True)
-    middle = {
-        side: {key: statistics.median(r[key] for r in rows) for key in rows[0]}
-        for side, rows in found.items()
-    }
+    middle = {side: {key: statistics.median(r[key] for r in rows) for key in rows[0]} for side, rows in found.items()}
     print("| loop | tokens/s | peak MiB | parameters |\n|---|---|---|---|")
     for side, row in middle.items():
         print(f"| {side} | {row['rate']:,.0f} | {row['peak'] / 2**20:.0f} | {row['parameters']:,.0f} |")

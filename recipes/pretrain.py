@@ -198,8 +198,8 @@ class Pretrain:
         )
         return int(state["step"]) if state else 0
 
-    def train(self) -> float:
-        """Train to the last step; returns the last validation loss in nats a token."""
+    def train(self) -> float | None:
+        """Train to the last step; returns the last validation loss in nats a token, or None if it was stopped."""
         cfg, runtime, num_steps = self.cfg, self.runtime, self.plan.num_steps
         flops = peak_flops(runtime.device, runtime.compute_dtype) * runtime.world_size
         loggers = [build("logger", cfg.logger, directory=self.run.path, config=to_plain(cfg))] if cfg.logger else []
@@ -233,7 +233,7 @@ class Pretrain:
                         self.save_checkpoint()
                 if stop and not last:
                     watch.message(f"stopped after step {self.step}; go on with: plmtune resume {self.run.path}")
-                    raise SystemExit(EXIT_STOPPED)
+                    return None
         return score
 
     def update(self, batches: list[Batch]) -> dict[str, Tensor | float]:
@@ -354,7 +354,11 @@ def report(run: Path, cfg: Config) -> None:
 
 
 def main(cfg: Config, *, dry_run: bool = False) -> float | None:
-    """Run the recipe; returns the validation loss, which a sweeper can minimise."""
+    """Run the recipe; returns the validation loss, which a sweeper can minimise.
+
+    Raises:
+        SystemExit: with EXIT_STOPPED if a signal stopped it; it can be resumed.
+    """
     with Runtime.start(
         device=cfg.runtime.device,
         precision=cfg.runtime.precision,
@@ -370,10 +374,24 @@ def main(cfg: Config, *, dry_run: bool = False) -> float | None:
         if not planned.estimate.fits and not cfg.force:
             lines = "\n".join(planned.lines())
             raise UserError(f"this run does not fit here. To start it all the same: --force\n{lines}")
-        recipe = Pretrain(cfg, planned, runtime)
-        with recipe.run:
-            score = recipe.train()
-            if runtime.is_main:
-                report(recipe.run.path, cfg)
+        score = run(cfg, planned, runtime)
+    if score is None:
+        raise SystemExit(EXIT_STOPPED)
+    return score
+
+
+def run(cfg: Config, planned: Plan, runtime: Runtime) -> float | None:
+    """Train and report; None if a signal stopped it.
+
+    A function of its own, so that the model's wrappers are gone before the process group is: DDP would otherwise
+    end the group itself, under Python's lock, and wait for a thread that wants the lock.
+    """
+    recipe = Pretrain(cfg, planned, runtime)
+    with recipe.run:
+        score = recipe.train()
+        if score is None:
+            recipe.run.finish("stopped")
+        elif runtime.is_main:
+            report(recipe.run.path, cfg)
     sys.stdout.flush()
     return score

@@ -80,7 +80,14 @@ def main() -> None:
         # The reader (head, less) left; the rest of the output has no one to go to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # One of several processes failed: shutting down in order could wait for the others for ever, and torchrun
+        # ends them as soon as this one is gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def import_option(function: click.decorators.FC) -> click.decorators.FC:

@@ -37,9 +37,7 @@ def data() -> None:
     help="See: plmtune ls tokenizer.",
 )
 @click.option("--out", default="runs/data", show_default=True, type=click.Path(path_type=Path), metavar="DIR")
-@click.option(
-    "--format", default="auto", show_default=True, type=click.Choice(["auto", "text", "jsonl", "parquet"])
-)
+@click.option("--format", default="auto", show_default=True, type=click.Choice(["auto", "text", "jsonl", "parquet"]))
 @click.option("--text-key", default="text", show_default=True, help="Key or column that holds the text.")
 @click.option("--separator", help=r"Cuts a text file into documents; \n is a line end.")
 @click.option("--encoding", default="utf-8", show_default=True)
@@ -60,9 +58,7 @@ def prepare(context: click.Context, files: tuple[str, ...], **options: Any) -> N
     plmtune data prepare conf/mine.yaml          every source of a config
     """
     if files and files[0].endswith((".yaml", ".yml")) and all("=" in text for text in files[1:]):
-        given = [
-            name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        ]
+        given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
         if given:
             flag = "--" + given[0].replace("_", "-")
             raise UserError(f"{flag} goes with files; with a config set its key, as preparation.holdout=0.1")
@@ -159,9 +155,7 @@ def find_tokenizer(text: str) -> Tokenizer:
 @click.option("--window", type=int, metavar="N", help="Show window N, its documents in colours.")
 @click.option("--seq-len", default=128, show_default=True, help="Tokens a window.")
 @click.option("--mask", is_flag=True, help="With --window: who attends to whom, documents kept apart.")
-def inspect(
-    directory: Path, split: str, document: int | None, window: int | None, seq_len: int, mask: bool
-) -> None:
+def inspect(directory: Path, split: str, document: int | None, window: int | None, seq_len: int, mask: bool) -> None:
     """Verify a prepared DIRECTORY and show what it holds."""
     from rich.console import Console
 
@@ -186,9 +180,7 @@ def inspect(
         console.print(tokenizer.decode(ids), markup=False)
     if window is not None:
         if not 0 <= window < chosen.num_windows(seq_len):
-            raise UserError(
-                f"--window {window}: {split} holds windows 0 to {chosen.num_windows(seq_len) - 1}"
-            )
+            raise UserError(f"--window {window}: {split} holds windows 0 to {chosen.num_windows(seq_len) - 1}")
         tokens = chosen.window(window, seq_len)[:-1]
         console.print(_coloured(tokens.tolist(), tokenizer))
         if mask:

@@ -64,6 +64,8 @@ def _overview(console, table) -> None:  # type: ignore[no-untyped-def]
 
 
 def _group(console, group, table) -> None:  # type: ignore[no-untyped-def]
+    from rich.markup import escape
+
     from plmtune.errors import UserError, did_you_mean
 
     leaf = group.rpartition("/")[2]
@@ -71,7 +73,7 @@ def _group(console, group, table) -> None:  # type: ignore[no-untyped-def]
         raise UserError(f"There is no group {group}.{did_you_mean(leaf, table)}")
     for name, entry in sorted(table[leaf].items()):
         summary = entry.doc.strip().split("\n\n")[0].replace("\n", " ")
-        console.print(f"[bold]{name}[/]  {summary}", markup=True)
+        console.print(f"[bold]{name}[/]  {escape(summary)}")
         width = max((len(p.name) for p in entry.parameters), default=0)
         for parameter in entry.parameters:
             if parameter.default is not None:

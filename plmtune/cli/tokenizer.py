@@ -26,9 +26,7 @@ def tokenizer() -> None:
 @click.option("--stdlib", is_flag=True, help="Train on the Python standard library.")
 @click.option("--text-key", default="text", show_default=True, help="Key of the text in rows.")
 @click.option("--skip-bad", is_flag=True, help="Leave out rows that cannot be read.")
-def train(
-    files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, text_key: str, skip_bad: bool
-) -> None:
+def train(files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, text_key: str, skip_bad: bool) -> None:
     """Train a byte-level BPE on FILES (text, JSONL, Parquet) or on the Python standard library.
 
     Every 50th block of text is held out, and tells how many bytes a token covers. The directory then serves

@@ -115,9 +115,7 @@ class Batches:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank ({rank}) must be below world_size ({world_size})")
         if global_batch_size % world_size:
-            raise ValueError(
-                f"global_batch_size ({global_batch_size}) must be a multiple of world_size ({world_size})"
-            )
+            raise ValueError(f"global_batch_size ({global_batch_size}) must be a multiple of world_size ({world_size})")
         if not shards:
             raise ValueError("a run needs at least one source of data")
         if len({(s.manifest.tokenizer, s.eos_id) for s in shards.values()}) > 1:
@@ -158,8 +156,7 @@ class Batches:
         per_rank = self.order.global_batch_size // self.world_size
         mine = slice(self.rank * per_rank, (self.rank + 1) * per_rank)
         return [
-            (self.order.names[source], int(window))
-            for source, window in zip(sources[mine], windows[mine], strict=True)
+            (self.order.names[source], int(window)) for source, window in zip(sources[mine], windows[mine], strict=True)
         ]
 
     def step(self, step: int) -> list[Batch]:

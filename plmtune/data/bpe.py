@@ -35,9 +35,7 @@ QWEN2_PATTERN = (
 )
 LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 BYTE_PATTERN = r"[\s\S]"
-COMPLETE_PATTERNS = frozenset(
-    {GPT2_PATTERN, DIGITS_GPT2_PATTERN, QWEN2_PATTERN, LLAMA3_PATTERN, BYTE_PATTERN}
-)
+COMPLETE_PATTERNS = frozenset({GPT2_PATTERN, DIGITS_GPT2_PATTERN, QWEN2_PATTERN, LLAMA3_PATTERN, BYTE_PATTERN})
 
 CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SINGLE_BYTES = tuple(bytes([value]) for value in range(256))
@@ -147,9 +145,7 @@ def read_file(path: Path) -> bytes:
             raise UserError(f"Tokenizer file {path} does not exist or is no file.")
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
-            raise UserError(
-                f"Tokenizer file {path} has {size:,} bytes, more than the {MAX_FILE_BYTES:,} allowed."
-            )
+            raise UserError(f"Tokenizer file {path} has {size:,} bytes, more than the {MAX_FILE_BYTES:,} allowed.")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"Tokenizer file {path} cannot be read: {error.strerror}.") from error
@@ -169,9 +165,7 @@ def from_ranks(
     """
     missing = [token for token in SINGLE_BYTES if token not in ranks]
     if missing:
-        raise UserError(
-            f"{where}: {len(missing)} of the 256 single bytes have no rank, the first {missing[0]!r}."
-        )
+        raise UserError(f"{where}: {len(missing)} of the 256 single bytes have no rank, the first {missing[0]!r}.")
     if len(set(ranks.values())) != len(ranks) or not 0 <= min(ranks.values()) <= max(ranks.values()) < MAX_ID:
         raise UserError(f"{where}: ranks must be different numbers from 0 to {MAX_ID - 1}.")
     tokens = sorted(ranks, key=lambda token: (len(token) > 1, ranks[token]))

@@ -50,9 +50,7 @@ def read_bytes(path: Path) -> Iterator[bytes]:
     except OSError as error:
         if compression is None or error.errno is not None:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-        raise UserError(
-            f"{path} is damaged or not {compression}: {error}. Fetch or compress it again"
-        ) from error
+        raise UserError(f"{path} is damaged or not {compression}: {error}. Fetch or compress it again") from error
 
 
 def read_text(path: Path, encoding: str) -> Iterator[str]:
@@ -72,9 +70,7 @@ def read_text(path: Path, encoding: str) -> Iterator[str]:
             first = False
         yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise UserError(
-            _wrong_encoding(path, encoding, fed - len(error.object) + error.start, error)
-        ) from error
+        raise UserError(_wrong_encoding(path, encoding, fed - len(error.object) + error.start, error)) from error
 
 
 def _wrong_encoding(path: Path, encoding: str, offset: int, error: UnicodeDecodeError) -> str:
@@ -301,15 +297,11 @@ def files(
         ValueError: for an unknown encoding or an empty separator.
     """
     if not paths:
-        raise UserError(
-            "data files: paths is empty. Name files, folders or globs, such as data.paths=[corpus/*.txt]"
-        )
+        raise UserError("data files: paths is empty. Name files, folders or globs, such as data.paths=[corpus/*.txt]")
     try:
         codecs.lookup(encoding)
     except LookupError as error:
-        raise ValueError(
-            f"encoding {encoding!r} is unknown to Python; utf-8, latin-1, gb18030 are known"
-        ) from error
+        raise ValueError(f"encoding {encoding!r} is unknown to Python; utf-8, latin-1, gb18030 are known") from error
     if separator == "":
         raise ValueError("separator is the empty text; leave it out (null) to keep a file one document")
     return Files(tuple(paths), format=format, text_key=text_key, separator=separator, encoding=encoding)

@@ -46,9 +46,7 @@ class Hub(Source):
             ) from error
         try:
             # data files alone are read: no code of the dataset's own is ever run
-            rows = load_dataset(
-                self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True
-            )
+            rows = load_dataset(self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True)
             for number, row in enumerate(islice(rows, self.limit), 1):
                 try:
                     text = text_of(row, self.text_key)

@@ -60,9 +60,7 @@ def prepare(
         ValueError: for a share outside [0, 1).
     """
     if not 0 <= holdout < 1:
-        raise ValueError(
-            f"holdout ({holdout}) must be at least 0 and below 1: it is the share kept for validation"
-        )
+        raise ValueError(f"holdout ({holdout}) must be at least 0 and below 1: it is the share kept for validation")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens ({shard_tokens}) must be at least 1")
     if isinstance(source, Prepared):
@@ -226,9 +224,7 @@ def _groups(parts: Iterable[Part]) -> Iterator[list[tuple[str, str, bool]]]:
         yield group
 
 
-def _encode(
-    group: list[tuple[str, str, bool]], tokenizer: Tokenizer, writers: dict[str, ShardWriter]
-) -> None:
+def _encode(group: list[tuple[str, str, bool]], tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> None:
     eos = np.array([tokenizer.eos_id], dtype=np.uint32)
     rows: dict[str, list[NDArray[np.uint32]]] = {split: [] for split in writers}
     encoded = tokenizer.encode_batch([piece for _, piece, _ in group])
@@ -242,9 +238,7 @@ def _encode(
             continue
         ids = np.concatenate(arrays)
         if int(ids.max()) >= tokenizer.vocab_size:
-            raise ValueError(
-                f"the tokenizer gave id {ids.max()}, beyond its vocab_size ({tokenizer.vocab_size})"
-            )
+            raise ValueError(f"the tokenizer gave id {ids.max()}, beyond its vocab_size ({tokenizer.vocab_size})")
         writers[split].append(ids)
 
 
@@ -260,9 +254,7 @@ def _lock(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logging.getLogger(__name__).warning(
-                "waiting for another process that prepares %s", path.name[1:-5]
-            )
+            logging.getLogger(__name__).warning("waiting for another process that prepares %s", path.name[1:-5])
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             pass  # a file system without locks

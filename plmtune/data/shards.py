@@ -86,9 +86,7 @@ class Manifest:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise UserError(
-                f"{directory} is no directory of prepared tokens: it has no manifest.json"
-            ) from error
+            raise UserError(f"{directory} is no directory of prepared tokens: it has no manifest.json") from error
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}. {again}") from error
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
@@ -294,9 +292,7 @@ def _check_size(directory: Path, shard: ShardFile) -> None:
         raise UserError(f"Shard {path} cannot be read ({error.strerror}). {_again(directory)}") from error
     if size != shard.size:
         kind = "truncated" if size < shard.size else "too long"
-        raise UserError(
-            f"Shard {path} is {kind}: {size:,} bytes, expected {shard.size:,}. {_again(directory)}"
-        )
+        raise UserError(f"Shard {path} is {kind}: {size:,} bytes, expected {shard.size:,}. {_again(directory)}")
 
 
 def _again(directory: Path) -> str:

@@ -53,9 +53,7 @@ def text_of(row: Any, text_key: str) -> str:
     if not isinstance(row, dict):
         raise BadRow(f"is a {type(row).__name__}, not an object with the key {text_key}")
     if text_key not in row:
-        raise BadRow(
-            f"has no key {text_key}.{did_you_mean(text_key, row)} Choose it with text_key (--text-key)"
-        )
+        raise BadRow(f"has no key {text_key}.{did_you_mean(text_key, row)} Choose it with text_key (--text-key)")
     text = row[text_key]
     if not isinstance(text, str):
         raise BadRow(f"holds {type(text).__name__} under {text_key}, not text")
@@ -203,15 +201,11 @@ def mix(sources: Annotated[dict[str, Component], "data"] = {}) -> Mix:  # noqa: 
         ValueError: if there are none, or one is itself a mix.
     """
     if not sources:
-        raise ValueError(
-            "mix needs at least one source, as sources: {name: {component: files, paths: [...]}}"
-        )
+        raise ValueError("mix needs at least one source, as sources: {name: {component: files, paths: [...]}}")
     built = {name: source() for name, source in sources.items()}
     for name, source in built.items():
         if isinstance(source, Mix):
-            raise ValueError(
-                f"source {name} of the mix is itself a mix: name its {len(source.sources)} sources here"
-            )
+            raise ValueError(f"source {name} of the mix is itself a mix: name its {len(source.sources)} sources here")
     return Mix(built)
 
 

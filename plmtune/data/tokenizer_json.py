@@ -27,9 +27,7 @@ from plmtune.errors import UserError
 
 # Bytes that UTF-8 never uses: a vocabulary may lack them.
 NEVER_IN_UTF8 = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
-_NOT_SHARED = regex.compile(
-    r"\\[wWbBhHAzZGRXKkQEuoc0-9]|(?<!\\)[$^]|\{[0-9,]+\}\+|&&|\[:|\(\?[<P]*[A-Za-z_]+>"
-)
+_NOT_SHARED = regex.compile(r"\\[wWbBhHAzZGRXKkQEuoc0-9]|(?<!\\)[$^]|\{[0-9,]+\}\+|&&|\[:|\(\?[<P]*[A-Za-z_]+>")
 
 
 @cache
@@ -67,11 +65,7 @@ def load_json(data: bytes, where: str) -> Any:
 
 
 def _normalization(entry: Any, where: str) -> Normalization | None:
-    if (
-        isinstance(entry, dict)
-        and entry.get("type") == "Sequence"
-        and len(entry.get("normalizers") or []) <= 1
-    ):
+    if isinstance(entry, dict) and entry.get("type") == "Sequence" and len(entry.get("normalizers") or []) <= 1:
         entry = next(iter(entry.get("normalizers") or []), None)
     if entry is None:
         return None
@@ -89,23 +83,17 @@ def check_pattern(pattern: str, where: str) -> None:
     bare = regex.sub(r"\[\^", "[", pattern)  # the ^ of a class is no anchor
     found = _NOT_SHARED.search(bare)
     if found:
-        raise UserError(
-            f"{where}: {found.group()!r} in the pre-tokenizer's pattern is not read alike everywhere."
-        )
+        raise UserError(f"{where}: {found.group()!r} in the pre-tokenizer's pattern is not read alike everywhere.")
     try:
         empty = regex.compile(pattern).match("") is not None
     except regex.error as error:
-        raise UserError(
-            f"{where}: the pre-tokenizer's pattern is no regular expression ({error})."
-        ) from error
+        raise UserError(f"{where}: the pre-tokenizer's pattern is no regular expression ({error}).") from error
     if empty:
         raise UserError(f"{where}: the pre-tokenizer's pattern {pattern!r} matches the empty text.")
 
 
 def _pattern(entry: Any, where: str) -> str:
-    steps = (
-        entry.get("pretokenizers") if isinstance(entry, dict) and entry.get("type") == "Sequence" else [entry]
-    )
+    steps = entry.get("pretokenizers") if isinstance(entry, dict) and entry.get("type") == "Sequence" else [entry]
     if not isinstance(steps, list) or not steps or not all(isinstance(step, dict) for step in steps):
         raise UserError(f"{where} has no ByteLevel pre-tokenizer: only byte-level BPE is supported.")
     kinds = [step.get("type") for step in steps]
@@ -121,9 +109,7 @@ def _pattern(entry: Any, where: str) -> str:
             return DIGITS_GPT2_PATTERN
     elif len(cuts) == 1 and cuts[0].get("type") == "Split":
         return _split_pattern(cuts[0], where)
-    raise UserError(
-        f"{where}: the pre-tokenizer {' + '.join(map(str, kinds))} is not one regular expression."
-    )
+    raise UserError(f"{where}: the pre-tokenizer {' + '.join(map(str, kinds))} is not one regular expression.")
 
 
 def _cuts_digits(step: dict[str, Any]) -> bool:
@@ -147,9 +133,7 @@ def _split_pattern(step: dict[str, Any], where: str) -> str:
         return pattern
     # With Isolated, invert only changes which part is called the match: both stay as pieces.
     if behavior != "Isolated":
-        raise UserError(
-            f"{where}: the Split pre-tokenizer's behaviour {behavior} is not supported (Isolated is)."
-        )
+        raise UserError(f"{where}: the Split pre-tokenizer's behaviour {behavior} is not supported (Isolated is).")
     return pattern
 
 
@@ -159,9 +143,7 @@ def _added_tokens(
     specials: dict[str, int] = {}
     added: dict[str, int] = {}
     for entry in entries or []:
-        content, identity = (
-            (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
-        )
+        content, identity = (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
         if not isinstance(content, str) or not content or not isinstance(identity, int):
             raise UserError(f"{where}: an entry of added_tokens lacks its content or id.")
         special = bool(entry.get("special"))
@@ -169,9 +151,7 @@ def _added_tokens(
             if entry.get(flag):
                 raise UserError(f"{where}: {flag} of the added token {content!r} is not supported.")
         if entry.get("normalized") and normalization is not None:
-            raise UserError(
-                f"{where}: the added token {content!r} is sought in normalized text: not supported."
-            )
+            raise UserError(f"{where}: the added token {content!r} is sought in normalized text: not supported.")
         (specials if special else added)[content] = identity
     return specials, added
 
@@ -238,9 +218,7 @@ def parse(data: Any, where: str) -> Vocabulary:
     singles = sorted((char for char in chars.values() if char in vocab), key=vocab.__getitem__)
     lacking = {byte for byte, char in chars.items() if char not in vocab} - NEVER_IN_UTF8
     if lacking and model.get("unk_token") is not None:
-        raise UserError(
-            f"{where}: unk_token for bytes without a token is not supported ({len(lacking)} bytes)."
-        )
+        raise UserError(f"{where}: unk_token for bytes without a token is not supported ({len(lacking)} bytes).")
     tokens, merges = _order(singles, model["merges"], vocab, where)
     reachable = set(tokens)
     orphans = {token: identity for token, identity in vocab.items() if token not in reachable}
@@ -250,9 +228,7 @@ def parse(data: Any, where: str) -> Vocabulary:
             continue
         # With ignore_merges such a token is found when it is a whole piece: ranks cannot say that.
         if model.get("ignore_merges"):
-            raise UserError(
-                f"{where}: ignore_merges with a token that no merge makes ({token!r}) is not supported."
-            )
+            raise UserError(f"{where}: ignore_merges with a token that no merge makes ({token!r}) is not supported.")
         try:
             unreachable[identity] = to_bytes(token)
         except UnicodeEncodeError:
@@ -273,9 +249,7 @@ def parse(data: Any, where: str) -> Vocabulary:
     )
 
 
-def _order(
-    singles: list[str], listed: list[Any], vocab: dict[str, int], where: str
-) -> tuple[list[str], list[Merge]]:
+def _order(singles: list[str], listed: list[Any], vocab: dict[str, int], where: str) -> tuple[list[str], list[Merge]]:
     """Tokens in order of rank, with their merges, proven to act as the list of the file does."""
     places: dict[str, dict[tuple[str, str], int]] = {}
     for number, merge in enumerate(listed):

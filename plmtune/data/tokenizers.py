@@ -100,17 +100,13 @@ class Tokenizer:
         self.specials = dict(vocabulary.specials)
         self.chat_template = chat_template
         pieces = dict(zip(vocabulary.ids, vocabulary.tokens, strict=True)) | vocabulary.unreachable
-        pieces |= {
-            identity: text.encode() for text, identity in (vocabulary.specials | vocabulary.added).items()
-        }
+        pieces |= {identity: text.encode() for text, identity in (vocabulary.specials | vocabulary.added).items()}
         self.num_tokens = max(pieces) + 1
         self.vocab_size = self.num_tokens if vocab_size is None else vocab_size
         if self.vocab_size < self.num_tokens:
             raise ValueError(f"vocab_size ({vocab_size}) is below the tokenizer's {self.num_tokens} tokens")
         self._pieces = [pieces.get(identity, b"") for identity in range(self.vocab_size)]
-        self.token_bytes: npt.NDArray[np.int32] = np.array(
-            [len(piece) for piece in self._pieces], dtype=np.int32
-        )
+        self.token_bytes: npt.NDArray[np.int32] = np.array([len(piece) for piece in self._pieces], dtype=np.int32)
         self.token_bytes[list(self.specials.values())] = 0
 
         # Bytes without a token get ranks past all others, so that tiktoken can run; their ids are dropped
@@ -131,9 +127,7 @@ class Tokenizer:
                 special_tokens={_NO_SPECIAL: len(ranks)},
             )
         except ValueError as error:
-            raise ValueError(
-                f"the pattern {vocabulary.pattern!r} is no regular expression ({error})"
-            ) from error
+            raise ValueError(f"the pattern {vocabulary.pattern!r} is no regular expression ({error})") from error
         self._always = _any_of(vocabulary.added)
         self._always_and_specials = _any_of(vocabulary.added | vocabulary.specials)
 
@@ -289,9 +283,7 @@ def _num_cores() -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=".", delete=False
-    ) as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
         try:
             file.write(text)
             file.close()
@@ -364,9 +356,7 @@ def _read(path: Path, pattern: str = QWEN2_PATTERN, normalization: Normalization
         whole = path / "tokenizer.json"
         held = [whole] if whole.is_file() else sorted(path.glob("*.tiktoken"))
         if len(held) != 1:
-            raise UserError(
-                f"{path} holds {len(held)} tokenizers: one tokenizer.json or .tiktoken file is needed."
-            )
+            raise UserError(f"{path} holds {len(held)} tokenizers: one tokenizer.json or .tiktoken file is needed.")
         path = held[0]
     if path.suffix == ".tiktoken":
         return Tokenizer(read_tiktoken(path, pattern, normalization), chat_template=CHATML_TEMPLATE)
@@ -463,13 +453,9 @@ def train_bpe(
 
     num_learned = vocab_size - len(specials)
     if num_learned <= len(SINGLE_BYTES):
-        raise ValueError(
-            f"vocab_size ({vocab_size}) must exceed 256 bytes and {len(specials)} special tokens"
-        )
+        raise ValueError(f"vocab_size ({vocab_size}) must exceed 256 bytes and {len(specials)} special tokens")
     if not specials or len(set(specials)) != len(specials) or "" in specials:
-        raise ValueError(
-            f"special tokens must be at least one, different and not empty, got {list(specials)}"
-        )
+        raise ValueError(f"special tokens must be at least one, different and not empty, got {list(specials)}")
     tokenizer_json.check_pattern(pattern, "train_bpe")
     learner = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json.skeleton(pattern, normalization)))
     trainer = tokenizers.trainers.BpeTrainer(
@@ -487,8 +473,7 @@ def train_bpe(
         )
     data = json.loads(learner.to_str())
     data["added_tokens"] = [
-        tokenizer_json.added_token(learned + index, special, special=True)
-        for index, special in enumerate(specials)
+        tokenizer_json.added_token(learned + index, special, special=True) for index, special in enumerate(specials)
     ]
     vocabulary = tokenizer_json.parse(data, "the trained tokenizer")
     return Tokenizer(

@@ -28,6 +28,7 @@ from plmtune.models.files import (
     replacing,
     write_json,
 )
+from plmtune.modules.attention import default_kv_heads
 from plmtune.modules.decoder import Decoder
 
 _NAMES = {
@@ -130,7 +131,7 @@ def hf_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         keys |= common | {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "num_key_value_heads": attention.get("num_kv_heads", heads),
+            "num_key_value_heads": heads if parts[0] == "mha" else attention["num_kv_heads"] or default_kv_heads(heads),
             "head_dim": attention["head_dim"] or config["embed_dim"] // heads,
             "hidden_act": "silu",
             "attention_bias": attention["bias"],

@@ -206,6 +206,11 @@ class MultiHeadLatentAttention(nn.Module):
         return heads.transpose(0, 1).reshape(kept.shape[0], 1, -1)
 
 
+def default_kv_heads(num_heads: int) -> int:
+    """A quarter of `num_heads` where that divides, else a half, a third, or all."""
+    return num_heads // next(group for group in (4, 2, 3, 1) if num_heads % group == 0)
+
+
 @register("attention", "gqa")
 class GroupedQueryAttention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with a cache of keys and values.
@@ -215,7 +220,8 @@ class GroupedQueryAttention(nn.Module):
         num_heads: query heads.
         max_seq_len: positions RoPE knows.
         norm: unused; given to every attention, which may norm inside.
-        num_kv_heads: heads of keys and values; each serves num_heads / num_kv_heads query heads.
+        num_kv_heads: heads of keys and values; each serves num_heads / num_kv_heads query heads. None:
+            `default_kv_heads`.
         head_dim: width a head; None: embed_dim / num_heads.
         rope_theta: base of RoPE's frequencies.
         rope_interleaved: RoPE's pairs are neighbours, not head_dim / 2 apart as in Hugging Face's Llama.
@@ -232,13 +238,15 @@ class GroupedQueryAttention(nn.Module):
         max_seq_len: int,
         norm: Callable[[int], nn.Module],
         *,
-        num_kv_heads: int = 4,
+        num_kv_heads: int | None = None,
         head_dim: int | None = None,
         rope_theta: float = 100000.0,
         rope_interleaved: bool = False,
         bias: bool = False,
     ) -> None:
         super().__init__()
+        if num_kv_heads is None:
+            num_kv_heads = default_kv_heads(num_heads)
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_heads ({num_heads}) is not a multiple of num_kv_heads ({num_kv_heads})")
         if head_dim is None:

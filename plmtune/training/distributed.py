@@ -94,9 +94,7 @@ def wrap(model: nn.Module, strategy: Strategy, device: torch.device, dtype: torc
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor, src=0)
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
-    )
+    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
     mesh = data_mesh(device)
     for layer in getattr(model, "layers", ()):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -120,11 +118,7 @@ def accumulate(model: nn.Module, last: bool) -> Iterator[None]:
 
 def group_device() -> torch.device:
     """Where a tensor must live to travel: nccl wants the GPU."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if dist.get_backend() == "nccl"
-        else torch.device("cpu")
-    )
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def reduce_sum(values: Tensor) -> Tensor:
@@ -202,9 +196,7 @@ def like(value: Tensor, example: Tensor) -> Tensor:
     sharded = distribute_tensor(value.to(example.device), mesh, placements, src_data_rank=None)
     # The local part is a view; its copy lets go of the whole.
     local = sharded.to_local().clone()
-    return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride()
-    )
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:

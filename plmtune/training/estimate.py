@@ -119,9 +119,7 @@ def estimate(
         weights=sum(p.numel() * p.element_size() for p in model.parameters()) // shards,
         gradients=trainable // shards,
         optimizer=optimizer_bytes(optimizer, model) // shards,
-        activations=activation_bytes(
-            model, micro_batch_size, seq_len, compute_dtype, activation_checkpointing
-        ),
+        activations=activation_bytes(model, micro_batch_size, seq_len, compute_dtype, activation_checkpointing),
         logits=_loss_bytes(micro_batch_size * seq_len, head.shape, loss_chunk_rows, compute_dtype),
         available=available_memory(device),
         flops_6n=flops_6n,
@@ -181,9 +179,7 @@ def _saved_bytes(module: nn.Module, x: Tensor, dtype: torch.dtype, **settings: A
     }
     copies = sum(t.numel() * t.element_size() for t in state.values() if t.ndim > 1)
     if "tok_embeddings.weight" in state:
-        copies -= (
-            state["tok_embeddings.weight"].numel() * dtype.itemsize
-        )  # only read; the loss has the head's
+        copies -= state["tok_embeddings.weight"].numel() * dtype.itemsize  # only read; the loss has the head's
     own = {t.untyped_storage()._cdata for t in (*state.values(), x)}
     kept: dict[int, Tensor] = {}  # holds the tensors, so that no storage's address is used twice
 

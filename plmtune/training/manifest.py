@@ -98,6 +98,4 @@ def _verify_file(path: Path, size: int, expected: str) -> None:
 def _text(manifest: dict[str, Any]) -> str:
     """The one spelling of a manifest, with its own checksum: any other byte means damage."""
     body = json.dumps(manifest, indent=1, sort_keys=True)
-    return json.dumps(
-        {**manifest, "xxh3_128": xxhash.xxh3_128_hexdigest(body.encode())}, indent=1, sort_keys=True
-    )
+    return json.dumps({**manifest, "xxh3_128": xxhash.xxh3_128_hexdigest(body.encode())}, indent=1, sort_keys=True)

@@ -90,9 +90,7 @@ class Watch:
                 TextColumn("{task.fields[text]}"),
                 console=console,
             )
-            self._task = self._progress.add_task(
-                "", total=self.num_steps, completed=self._start_step, text=""
-            )
+            self._task = self._progress.add_task("", total=self.num_steps, completed=self._start_step, text="")
             self._progress.start()
         return self
 
@@ -158,11 +156,7 @@ class Watch:
 
     def _show(self, step: int, entry: Mapping[str, Any]) -> None:
         if "loss" not in entry:
-            shown = [
-                f"{k} {entry[k]:.4f}"
-                for k in ("validation_loss", "bits_per_byte")
-                if entry.get(k) is not None
-            ]
+            shown = [f"{k} {entry[k]:.4f}" for k in ("validation_loss", "bits_per_byte") if entry.get(k) is not None]
             if shown:
                 self.message(f"step {step}: {' · '.join(shown)}")
             return

@@ -77,8 +77,7 @@ class RunDirectory:
             if (path / CONFIG).exists():
                 lock.close()
                 raise UserError(
-                    f"{path} already holds a run. Go on with it (plmtune resume {path}), or choose another "
-                    "directory."
+                    f"{path} already holds a run. Go on with it (plmtune resume {path}), or choose another directory."
                 )
             run = cls(path, config_yaml, is_main=True, lock=lock)
             run.update(
@@ -92,9 +91,7 @@ class RunDirectory:
             write_text(path / CONFIG, config_yaml)
             run.begin()
         except OSError as error:
-            raise UserError(
-                f"{path} cannot be used as a run directory: {error.strerror or error}."
-            ) from error
+            raise UserError(f"{path} cannot be used as a run directory: {error.strerror or error}.") from error
         return run
 
     @classmethod
@@ -136,9 +133,7 @@ class RunDirectory:
     def update(self, **entries: Any) -> None:
         """Change entries of run.json, in one step."""
         if self.is_main:
-            write_text(
-                self.path / RECORD, json.dumps({**self.record(), **entries}, indent=1, sort_keys=True) + "\n"
-            )
+            write_text(self.path / RECORD, json.dumps({**self.record(), **entries}, indent=1, sort_keys=True) + "\n")
 
     def begin(self) -> None:
         """Note that this process is running it now."""
@@ -146,9 +141,7 @@ class RunDirectory:
             for path in self.path.glob(".*.tmp-*"):
                 path.unlink(missing_ok=True)
         attempts = self.record().get("attempts", 0)
-        self.update(
-            status="running", pid=os.getpid(), host=socket.gethostname(), attempts=attempts + 1, ended=None
-        )
+        self.update(status="running", pid=os.getpid(), host=socket.gethostname(), attempts=attempts + 1, ended=None)
 
     def finish(self, status: Status) -> None:
         """Note how the run ended."""
@@ -180,9 +173,7 @@ def _take_lock(path: Path) -> IO[str]:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise UserError(
-            f"{path} is in use by {holder}. Stop that run, or choose another directory."
-        ) from error
+        raise UserError(f"{path} is in use by {holder}. Stop that run, or choose another directory.") from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -210,9 +201,7 @@ def _git_state() -> dict[str, Any] | None:
         return None
 
     def ask(*arguments: str) -> str:
-        return subprocess.run(
-            [git, *arguments], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        return subprocess.run([git, *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
         return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "-uno"))}

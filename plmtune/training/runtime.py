@@ -202,13 +202,9 @@ def _choose_device(device: str, local_rank: int) -> tuple[torch.device, str]:
     index = local_rank if chosen.index is None else chosen.index
     count = torch.cuda.device_count()
     if index >= count:
-        raise UserError(
-            f"device={device} needs GPU {index}, and this machine has {count}. Use device=cpu or auto."
-        )
+        raise UserError(f"device={device} needs GPU {index}, and this machine has {count}. Use device=cpu or auto.")
     properties = torch.cuda.get_device_properties(index)
-    return torch.device(
-        "cuda", index
-    ), f"cuda:{index}, {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return torch.device("cuda", index), f"cuda:{index}, {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
 def _choose_precision(precision: Precision, device: torch.device) -> tuple[torch.dtype, str]:
@@ -230,9 +226,7 @@ def _choose_strategy(strategy: str, world_size: int) -> tuple[Strategy, str]:
     if strategy == "auto":
         return ("ddp" if world_size > 1 else "none"), f"{'ddp' if world_size > 1 else 'none'} ({processes})"
     if strategy == "none" and world_size > 1:
-        raise UserError(
-            f"strategy=none cannot train one model on {world_size} processes. Use ddp, fsdp or auto."
-        )
+        raise UserError(f"strategy=none cannot train one model on {world_size} processes. Use ddp, fsdp or auto.")
     if strategy in ("ddp", "fsdp"):
         if world_size == 1:
             return (

@@ -100,9 +100,7 @@ def load_optimizer_state(
                 if name in rest["values"]:
                     state[key] = rest["values"][name]
                 elif name in rest["quantized"]:
-                    state[key] = _placed_quantized(
-                        _rebuilt(name, tensors, rest["quantized"][name]), parameter
-                    )
+                    state[key] = _placed_quantized(_rebuilt(name, tensors, rest["quantized"][name]), parameter)
                 else:
                     state[key] = _placed(key, tensors[name], parameter, group)
             if state:
@@ -181,9 +179,7 @@ def _placed(key: str, value: Tensor, parameter: Tensor, group: Mapping[str, Any]
     if key == "step":
         # Fused and capturable kernels read the counter on the device, all others on the host (torch's rule).
         return value.to(parameter.device) if group.get("fused") or group.get("capturable") else value
-    return (
-        distributed.like(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
-    )
+    return distributed.like(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
 
 
 def _local(value: Tensor) -> Any:
@@ -220,14 +216,10 @@ def _whole_part(part: str, value: Tensor) -> Tensor:
 
 def _rebuilt(name: str, tensors: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> Tensor:
     if recipe["class"] not in _SUBCLASSES:
-        raise UserError(
-            f"The checkpoint's state {name} is a {recipe['class']}, which this version does not know."
-        )
+        raise UserError(f"The checkpoint's state {name} is a {recipe['class']}, which this version does not know.")
     subclass = getattr(importlib.import_module(_SUBCLASSES[recipe["class"]]), recipe["class"])
     parts = {part: tensors[f"{name}/{part}"] for part in recipe["parts"]}
-    attributes = [
-        _dtype(a) if isinstance(a, str) and a.startswith("torch.") else a for a in recipe["attributes"]
-    ]
+    attributes = [_dtype(a) if isinstance(a, str) and a.startswith("torch.") else a for a in recipe["attributes"]]
     return subclass.__tensor_unflatten__(parts, attributes)
 
 
