@@ -126,12 +126,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/pretrain/tinyshakespeare.txt"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one round of 100 steps, to try the script")
+    parser.add_argument("--quick", action="store_true", help="one round of 200 steps, to try the script")
     parser.add_argument("overrides", nargs="*", help="further overrides for our side, key=value")
     options = parser.parse_args()
     if not options.data.is_file():
         parser.error(f"{options.data}: no such file; give tinyshakespeare.txt with --data")
-    rounds, steps = (1, 100) if options.quick else (options.rounds, STEPS)
+    rounds, steps = (1, 200) if options.quick else (options.rounds, STEPS)
     path = options.data.resolve()
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     results: dict[str, list[tuple[float, float]]] = {"plain GPT": [], "plmtune PLM": []}

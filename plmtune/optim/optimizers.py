@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from plmtune.optim.newton_schulz import CPUMuon
 from plmtune.registry import register
 
 # Bytes of state a parameter: AdamW keeps two moments in fp32; 8-bit AdamW keeps each moment as a byte with an
@@ -127,8 +128,8 @@ def muon(
     """Muon for the hidden matrices (arXiv 2502.16982), AdamW for embeddings, head, norms and biases.
 
     Updates are scaled by 0.2 sqrt(max(rows, columns)), which gives them AdamW's usual size: a learning rate
-    and weight decay tuned for AdamW carry over. torch orthogonalises in bf16, which on a CPU without bf16
-    units takes 3 to 4 times as long as fp32 would.
+    and weight decay tuned for AdamW carry over. torch.optim.Muon, but on a CPU with a step that orthogonalises in
+    fp32 (`CPUMuon`).
 
     Args:
         lr: rate of the hidden matrices.
@@ -147,8 +148,11 @@ def muon(
     matrices, others = _split_for_muon(model)
     if not matrices or not others:
         raise ValueError(f"muon needs hidden matrices ({len(matrices)}) and other parameters ({len(others)})")
+    kind = (
+        CPUMuon if all(type(p.data) is torch.Tensor and p.device.type == "cpu" for p in matrices) else torch.optim.Muon
+    )
     return MuonWithAdamW(
-        torch.optim.Muon(
+        kind(
             matrices,
             lr=lr,
             weight_decay=weight_decay,
