@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,18 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plmtune.losses.cross_entropy import cross_entropy
+from plmtune.training.runtime import peak_memory_bytes
 
 VOCAB, WIDTH = 151936, 512
+CPU = torch.device("cpu")
 SIDES = ("chunked", "full")
 
 
 def full(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
-
-
-def resident_peak() -> int:
-    """Highest resident bytes of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def one_side(side: str, tokens: int, chunk_rows: int, repeats: int) -> None:
@@ -44,7 +40,7 @@ def one_side(side: str, tokens: int, chunk_rows: int, repeats: int) -> None:
     weight = torch.empty(VOCAB, WIDTH).normal_(0, 0.02).requires_grad_()
     targets = torch.randint(VOCAB, (tokens,))
     loss = cross_entropy(chunk_rows=chunk_rows) if side == "chunked" else full
-    baseline = resident_peak()
+    baseline = peak_memory_bytes(CPU)
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -52,18 +48,18 @@ def one_side(side: str, tokens: int, chunk_rows: int, repeats: int) -> None:
         value.backward()
         times.append(time.perf_counter() - start)
         hidden.grad = weight.grad = None
-    print(json.dumps({"seconds": times[1:], "peak": resident_peak() - baseline, "loss": value.item()}))
+    print(json.dumps({"seconds": times[1:], "peak": peak_memory_bytes(CPU) - baseline, "loss": value.item()}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Chunked loss against all logits at once.")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--chunk-rows", type=int, default=None, help="the loss's own default when not given")
+    parser.add_argument("--chunk-rows", type=int, default=1024)
     parser.add_argument("--side", choices=SIDES, help="internal: run one side in this process")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     tokens, rounds, repeats = (2048, 1, 1) if options.quick else (4096, 3, 2)
-    chunk_rows = options.chunk_rows or 1024
+    chunk_rows = options.chunk_rows
     torch.set_num_threads(options.threads)
     if options.side:
         one_side(options.side, tokens, chunk_rows, repeats)

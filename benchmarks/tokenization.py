@@ -10,16 +10,13 @@ standard library. Both sides keep their defaults and all cores; every other roun
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import tokenizers
+from side_by_side import machine, medians
 
 from plmtune.data.tokenizers import Tokenizer, bundled, qwen2
 from plmtune.registry import load
@@ -47,25 +44,16 @@ def corpora(data: Path, limit: int) -> dict[str, list[str]]:
     }
 
 
-def time_of(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def measure(ours: Tokenizer, theirs: tokenizers.Tokenizer, texts: list[str], rounds: int) -> dict[str, list[float]]:
+def measure(ours: Tokenizer, theirs: tokenizers.Tokenizer, texts: list[str], rounds: int) -> dict[str, float]:
+    """Median seconds of each side, after a look that the ids are equal."""
+    for ids, encoding in zip(ours.encode_batch(texts), theirs.encode_batch_fast(texts), strict=True):
+        assert ids.tolist() == encoding.ids
     calls: dict[str, Callable[[], object]] = {
         "ours": lambda: ours.encode_batch(texts),
         "encode_batch": lambda: theirs.encode_batch(texts, add_special_tokens=False),
         "encode_batch_fast": lambda: theirs.encode_batch_fast(texts, add_special_tokens=False),
     }
-    for ids, encoding in zip(ours.encode_batch(texts), theirs.encode_batch_fast(texts), strict=True):
-        assert ids.tolist() == encoding.ids
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds):
-        for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
-            seconds[name].append(time_of(calls[name]))
-    return seconds
+    return medians(calls, rounds=rounds)
 
 
 def main() -> None:
@@ -79,14 +67,13 @@ def main() -> None:
         ours.save(Path(folder))
         theirs = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
 
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(machine())
     print(f"tiktoken {version('tiktoken')}, tokenizers {version('tokenizers')}, {ours.num_tokens:,} tokens\n")
     print("corpus                MB        ours  encode_batch  ratio  encode_batch_fast  ratio")
     for name, texts in corpora(args.data, 1_000_000 if args.quick else 8_000_000).items():
         megabytes = sum(len(text.encode()) for text in texts) / 1e6
         seconds = measure(ours, theirs, texts, 3 if args.quick else 7)
-        mid = {side: statistics.median(values) for side, values in seconds.items()}
-        rate = {side: megabytes / value for side, value in mid.items()}
+        rate = {side: megabytes / value for side, value in seconds.items()}
         print(
             f"{name:<18}{megabytes:>6.1f}{rate['ours']:>7.1f} MB/s"
             f"{rate['encode_batch']:>9.1f} MB/s{rate['ours'] / rate['encode_batch']:>6.1f}x"

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,9 @@ from plmtune.losses.cross_entropy import cross_entropy
 from plmtune.models.plm import plm
 from plmtune.optim.optimizers import adamw
 from plmtune.registry import component
+from plmtune.training.runtime import peak_memory_bytes
 
+CPU = torch.device("cpu")
 SIDES = ("plmtune", "transformers")
 VOCAB, WIDTH, LAYERS, HEADS, HIDDEN = 8192, 256, 6, 4, 1152
 LATENT, NOPE, ROPE, VALUE = 64, 48, 16, 64
@@ -85,10 +86,6 @@ def theirs() -> tuple[nn.Module, torch.optim.Optimizer, Callable[[Tensor, Tensor
     return model, torch.optim.AdamW(model.parameters(), lr=3e-4), loss
 
 
-def resident_peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def one_side(side: str, batch: int, seq_len: int, steps: int) -> None:
     """Run in a child: print tokens/s of the median step, the peak and the parameters."""
     torch.manual_seed(0)
@@ -106,7 +103,7 @@ def one_side(side: str, batch: int, seq_len: int, steps: int) -> None:
         times.append(time.perf_counter() - start)
     rate = batch * seq_len / statistics.median(times[2:])
     count = sum(p.numel() for p in model.parameters())
-    print(json.dumps({"rate": rate, "peak": resident_peak(), "parameters": count}))
+    print(json.dumps({"rate": rate, "peak": peak_memory_bytes(CPU), "parameters": count}))
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ name with its settings. Hydra only merges YAML and overrides here; nothing a con
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 import re
 import sys
@@ -33,42 +32,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from plmtune.config_errors import explain, unknown_key
 from plmtune.errors import UserError, did_you_mean
-from plmtune.registry import Component, describe, find, load
+from plmtune.registry import Component, Key, describe, find, keys_of
 from plmtune.schema import SCHEMAS
+from plmtune.shipped import folder
 
 PRIMARY = "plmtune_primary"
 
 
-def folder(name: Literal["conf", "recipes"]) -> Path:
-    """Where the shipped configs or recipes are: inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    inside = package / name
-    return inside if inside.is_dir() else package.parent / name
-
-
 # --- signatures and dataclasses as OmegaConf schemas -------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Key:
-    """One config key: its Python type and default."""
-
-    name: str
-    type: Any
-    default: Any
-
-
-@cache
-def keys_of(group: str, name: str) -> dict[str, Key]:
-    """Config keys of a component: the parameters of its signature that have a default."""
-    target = load(group, name)
-    function = target.__init__ if inspect.isclass(target) else target
-    hints = typing.get_type_hints(function, include_extras=True)
-    return {
-        parameter.name: Key(parameter.name, hints.get(parameter.name, Any), parameter.default)
-        for parameter in inspect.signature(target).parameters.values()
-        if parameter.default is not inspect.Parameter.empty
-    }
 
 
 # Type name -> its keys, to find the nearest right one for a wrong one.

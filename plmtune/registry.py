@@ -13,7 +13,9 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import inspect
 import sys
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -211,3 +213,24 @@ def load(group: str, name: str) -> Callable[..., Any]:
     if (group, name) not in _objects:
         importlib.import_module(find(group, name).module)
     return _objects[(group, name)]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One config key: its Python type and default."""
+
+    name: str
+    type: Any
+    default: Any
+
+
+@cache
+def keys_of(group: str, name: str) -> dict[str, Key]:
+    """Config keys of a component: the parameters of its signature that have a default."""
+    target = load(group, name)
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    return {
+        parameter.name: Key(parameter.name, hints.get(parameter.name, Any), parameter.default)
+        for parameter in inspect.signature(target).parameters.values()
+        if parameter.default is not inspect.Parameter.empty
+    }

@@ -12,6 +12,7 @@ from typing import Any
 
 from plmtune.config import load_config, to_plain, to_yaml
 from plmtune.errors import UserError
+from plmtune.training.distributed import broadcast_text
 from plmtune.training.run_directory import RunDirectory
 from plmtune.training.runtime import Runtime
 
@@ -71,7 +72,7 @@ def _existing(cfg: Any) -> Path | None:
             )
         return path
     for path in sorted((Path("runs") / cfg.name).glob("[0-9]*/config.yaml"), reverse=True):
-        run = RunDirectory(path.parent, "", is_main=False, lock=None)
+        run = RunDirectory(path.parent, is_main=False, lock=None)
         if run.record().get("status") == "finished":
             continue
         if not _differences(to_plain(load_config(path)), to_plain(cfg)):
@@ -94,17 +95,11 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
 
 def _fresh(name: str, runtime: Runtime) -> Path:
     """runs/NAME/DATE-TIME of rank 0, the same on every rank."""
-    stamp = datetime.now().strftime("%Y%m%d%H%M%S")
-    while runtime.is_main and _dated(name, stamp).exists():
+    path = Path("runs") / name / f"{datetime.now():%Y%m%d-%H%M%S}"
+    while runtime.is_main and path.exists():
         time.sleep(0.2)
-        stamp = datetime.now().strftime("%Y%m%d%H%M%S")
-    # A date with 14 digits is exact in the fp64 that sum exchanges.
-    (agreed,) = runtime.sum(float(stamp) if runtime.is_main else 0.0)
-    return _dated(name, f"{agreed:.0f}")
-
-
-def _dated(name: str, stamp: str) -> Path:
-    return Path("runs") / name / f"{stamp[:8]}-{stamp[8:]}"
+        path = path.with_name(f"{datetime.now():%Y%m%d-%H%M%S}")
+    return path.with_name(broadcast_text(path.name))
 
 
 def _point(link: Path, target: str) -> None:

@@ -1,4 +1,4 @@
-"""Numbers as people write them: ``5M`` tokens, ``1650B``, ``12 s``, ``3.4 GiB``."""
+"""Numbers as people write them: ``5M`` tokens, ``1650B``, ``3.4 GiB``."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ def plan(cfg: Config, runtime: Runtime) -> Plan:
     for key in ("seq_len", "global_batch_size", "micro_batch_size", "log_every"):
         if getattr(cfg, key) < 1:
             raise UserError(f"key {key}: must be at least 1, not {getattr(cfg, key)}.")
+    for key in ("num_workers", "checkpoint.keep"):
+        if (value := attrgetter(key)(cfg)) < 0:
+            raise UserError(f"key {key}: must be at least 0, not {value}.")
     if not cfg.phases:
         raise UserError("key phases: is empty. Give one: phases=[{name: main, tokens: 5M}]")
     if cfg.global_batch_size % runtime.world_size:
@@ -82,7 +86,12 @@ def plan(cfg: Config, runtime: Runtime) -> Plan:
     phases = [_phase(index, phase, tokens_per_step) for index, phase in enumerate(cfg.phases)]
     num_steps = sum(phase.steps for phase in phases)
     build("loss", cfg.loss)
-    _scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=1.0), num_steps, tokens_per_step)
+    _scheduler(cfg, build("optimizer", cfg.optimizer, model=model), num_steps, tokens_per_step)
+    if cfg.sample.temperature < 0 or not 0 < cfg.sample.top_p <= 1:
+        raise UserError(
+            f"key sample: temperature ({cfg.sample.temperature}) must be at least 0, and top_p ({cfg.sample.top_p}) "
+            "above 0 and at most 1."
+        )
     assert cfg.optimizer is not None and cfg.loss is not None
     return Plan(
         tokenizer,
@@ -109,7 +118,10 @@ def _phase(index: int, phase: Any, tokens_per_step: int) -> Phase:
     if (phase.tokens is None) == (phase.steps is None):
         raise UserError(f"key {key}: needs tokens or steps, one of the two.")
     try:
-        steps = phase.steps or math.ceil(parse_count(phase.tokens, f"{key}.tokens") / tokens_per_step)
+        if phase.steps is None:
+            steps = math.ceil(parse_count(phase.tokens, f"{key}.tokens") / tokens_per_step)
+        else:
+            steps = phase.steps
     except ValueError as error:
         raise UserError(f"key {error}") from None
     if steps < 1:
@@ -186,8 +198,8 @@ class Pretrain:
                 document_mask=self.cfg.document_mask,
                 num_workers=self.cfg.num_workers,
             )
-        except ValueError as error:
-            raise UserError(f"key phases: {error}") from error
+        except ValueError as error:  # names its setting
+            raise UserError(str(error)) from error
 
     def _restore(self) -> int:
         state = self.checkpoints.restore(
@@ -202,11 +214,13 @@ class Pretrain:
         """Train to the last step; returns the last validation loss in nats a token, or None if it was stopped."""
         cfg, runtime, num_steps = self.cfg, self.runtime, self.plan.num_steps
         flops = peak_flops(runtime.device, runtime.compute_dtype) * runtime.world_size
-        loggers = [build("logger", cfg.logger, directory=self.run.path, config=to_plain(cfg))] if cfg.logger else []
+        # Built on rank 0 alone: some begin a run of their own when they are made.
+        wanted = cfg.logger and runtime.is_main
+        loggers = [build("logger", cfg.logger, directory=self.run.path, config=to_plain(cfg))] if wanted else []
         score = math.nan
         with Watch(
             self.run,
-            loggers if runtime.is_main else [],
+            loggers,
             num_steps,
             self.step,
             device=runtime.device,
@@ -316,13 +330,16 @@ class Pretrain:
                 "phase": self.data.phase(self.step - 1).name,
                 "tokens": self.step * self.plan.tokens_per_step,
             },
-            write_model=lambda directory, state: save_model(state, self.model.config, directory),
-            tokenizer=self.tokenizer,
+            write_model=self._write_model,
         )
+
+    def _write_model(self, directory: Path, weights: dict[str, Tensor]) -> None:
+        save_model(weights, self.model.config, directory)
+        self.tokenizer.save(directory)
 
     def _introduce(self, watch: Watch) -> None:
         watch.message(f"run: {self.run.path}" + (f", going on after step {self.step}" if self.step else ""))
-        for line in (*self.runtime.describe(), *self.plan.estimate.lines(), self.data.describe()):
+        for line in (*self.runtime.reasons, *self.plan.estimate.lines(), self.data.describe()):
             watch.message(line)
 
 
@@ -369,7 +386,7 @@ def main(cfg: Config, *, dry_run: bool = False) -> float | None:
     ) as runtime:
         planned = plan(cfg, runtime)
         if dry_run:
-            print("\n".join([*runtime.describe(), *planned.lines()]))
+            print("\n".join([*runtime.reasons, *planned.lines()]))
             return None
         if not planned.estimate.fits and not cfg.force:
             lines = "\n".join(planned.lines())

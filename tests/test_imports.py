@@ -76,7 +76,9 @@ class TestDirections:
 
 
 class TestWithoutTorch:
-    @pytest.mark.parametrize("command", ["--help", "ls", "ls attention", "ls model", "cp pretrain {tmp}/mine.yaml"])
+    @pytest.mark.parametrize(
+        "command", ["--help", "ls", "ls attention", "cp pretrain {tmp}/mine.yaml", "data prepare --help"]
+    )
     def test_commands_that_read_do_not_import_torch(self, command: str, tmp_path: Path) -> None:
         code = (
             "import sys\nfrom plmtune.cli import cli\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from plmtune.errors import UserError, did_you_mean
+from plmtune.shipped import folder
 
 
 @click.command()
@@ -21,11 +22,9 @@ def cp(name: str, target: Path, overwrite: bool) -> None:
     plmtune cp plm_1.8b mine.yaml        then: plmtune run pretrain mine.yaml
     plmtune cp recipes/pretrain mine.py  then: plmtune run mine.py
     """
-    from plmtune.cli.ls import _conf
-
-    conf = _conf()
+    conf = folder("conf")
     known = {str(path.relative_to(conf).with_suffix("")): path for path in conf.rglob("*.yaml")}
-    known |= {f"recipes/{path.stem}": path for path in (conf.parent / "recipes").glob("[a-z]*.py")}
+    known |= {f"recipes/{path.stem}": path for path in folder("recipes").glob("[a-z]*.py")}
     source = known.get(name.removeprefix("conf/").removesuffix(".yaml"))
     if source is None:
         raise UserError(f"There is no config or recipe {name}.{did_you_mean(name, known)}")

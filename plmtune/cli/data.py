@@ -9,7 +9,8 @@ import click
 from click.core import ParameterSource
 
 from plmtune.cli import import_option, short
-from plmtune.errors import UserError, did_you_mean
+from plmtune.cli.tokenizer import find_tokenizer
+from plmtune.errors import UserError
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -127,25 +128,6 @@ def _prepare(sources: dict[str, Source], tokenizer: Tokenizer, root: Path, **how
             f"{name}: {train.tokens:,} training tokens, {validation.tokens:,} held out, "
             f"{train.documents + validation.documents:,} documents{skipped}\n{short(directory)}"
         )
-
-
-def find_tokenizer(text: str) -> Tokenizer:
-    """Return the tokenizer of a registered name, a directory or a file.
-
-    Raises:
-        UserError: if it is none of them.
-    """
-    from plmtune.registry import describe, load
-
-    tokenizer: Tokenizer
-    if text in describe()["tokenizer"] and text != "file":
-        tokenizer = load("tokenizer", text)()
-    elif Path(text).exists():
-        tokenizer = load("tokenizer", "file")(path=text)
-    else:
-        near = did_you_mean(text, describe()["tokenizer"])
-        raise UserError(f"--tokenizer {text}: neither a tokenizer's name nor a file or directory.{near}")
-    return tokenizer
 
 
 @data.command()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from plmtune.cli import import_option
-
-CONF_HELP = "configs (plmtune run NAME)"
+from plmtune.shipped import folder
 
 
 @click.command()
@@ -32,26 +32,20 @@ def ls(group: str | None) -> None:
         _group(console, group, describe())
 
 
-def _conf() -> Path:
-    package = Path(__file__).parents[1]
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
-
-
 def _first_comment(path: Path) -> str:
     line = next(iter(path.read_text(encoding="utf-8").splitlines()), "")
     return line.removeprefix("#").strip() if line.startswith("#") else ""
 
 
-def _overview(console, table) -> None:  # type: ignore[no-untyped-def]
+def _overview(console: Any, table: Any) -> None:
     from rich.table import Table
 
-    conf = _conf()
-    recipes = conf.parent / "recipes"
+    conf = folder("conf")
     console.print("[bold]recipes[/] (single files; plmtune cp recipes/NAME my.py)")
-    for path in sorted(recipes.glob("[a-z]*.py")):
+    for path in sorted(folder("recipes").glob("[a-z]*.py")):
         console.print(f"  {path.stem}")
     grid = Table(box=None, show_header=False, padding=(0, 2))
-    console.print(f"[bold]{CONF_HELP}[/]")
+    console.print("[bold]configs[/] (plmtune run NAME)")
     for path in sorted(conf.glob("*.yaml")):
         grid.add_row(path.stem, _first_comment(path))
     console.print(grid)
@@ -63,7 +57,7 @@ def _overview(console, table) -> None:  # type: ignore[no-untyped-def]
     console.print(grid)
 
 
-def _group(console, group, table) -> None:  # type: ignore[no-untyped-def]
+def _group(console: Any, group: str, table: Any) -> None:
     from rich.markup import escape
 
     from plmtune.errors import UserError, did_you_mean
@@ -82,7 +76,7 @@ def _group(console, group, table) -> None:  # type: ignore[no-untyped-def]
                     kind = kind.removeprefix("Annotated[").rpartition(",")[0]
                 default = _nested_default(parameter.default)
                 console.print(f"    {parameter.name:<{width}}  {kind} = {default}", markup=False)
-    conf = _conf()
+    conf = folder("conf")
     places = sorted({*conf.glob(f"{leaf}/*.yaml"), *conf.glob(f"*/{leaf}/*.yaml")})
     if places:
         console.print("[bold]presets[/]")

@@ -15,14 +15,14 @@ from plmtune.cli import import_option
 from plmtune.errors import UserError, did_you_mean
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command()
 @click.argument("name")
 @click.argument("arguments", nargs=-1, metavar="[FILE.yaml] [KEY=VALUE]...")
 @click.option("-m", "--multirun", is_flag=True, help="Run every combination of comma-separated values.")
 @click.option("--dry-run", is_flag=True, help="Build on the meta device and print the estimate; train nothing.")
 @click.option("--force", is_flag=True, help="Start although the estimate says that it does not fit.")
 @import_option
-def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, force: bool) -> int | None:
+def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, force: bool) -> None:
     """Run NAME: a config (plmtune ls), your own recipe.py, or a YAML file.
 
     \b
@@ -31,33 +31,31 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
     plmtune run pretrain model=plm_20m model/ffn=swiglu optimizer.lr=3e-4
     plmtune run -m pretrain optimizer.lr=1e-4,3e-4
     """
-    for text in arguments:
-        if text.startswith("-"):
-            raise UserError(f"{text}: unknown option. See: plmtune run --help")
     overlays = [text for text in arguments if text.endswith((".yaml", ".yml")) and "=" not in text]
     overrides = [text for text in arguments if text not in overlays]
     module = _recipe_file(name) if name.endswith(".py") else None
 
     from plmtune import config
 
-    base = str(getattr(module, "CONFIG", "")) if module else name
+    base = module.CONFIG if module else name
 
     def start(cfg: Any) -> Any:
         cfg.force = cfg.force or force
         recipe = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
+        # The score is for a sweeper; a recipe that was stopped raises SystemExit(75) instead.
         return recipe.main(cfg, dry_run=True) if dry_run else recipe.main(cfg)
 
     if multirun:
         config.multirun(base, overlays, overrides, start)
-        return None
-    return _exit_code(start(config.compose(base, overlays, overrides)))
+    else:
+        start(config.compose(base, overlays, overrides))
 
 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--recipe", "recipe_path", metavar="FILE.py", help="The recipe file, if the run used your own.")
 @import_option
-def resume(run_dir: Path, recipe_path: str | None) -> int | None:
+def resume(run_dir: Path, recipe_path: str | None) -> None:
     """Go on with the run in RUN_DIR from its newest whole checkpoint, with the config saved there."""
     path = run_dir / "config.yaml"
     if not path.is_file():
@@ -69,13 +67,7 @@ def resume(run_dir: Path, recipe_path: str | None) -> int | None:
     cfg = load_config(path)
     cfg.run_dir, cfg.resume = str(run_dir), True
     module = _recipe_file(recipe_path) if recipe_path else importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
-    return _exit_code(module.main(cfg))
-
-
-def _exit_code(result: Any) -> int | None:
-    """A recipe gives its score (for sweepers), or raises SystemExit(75) when stopped and resumable."""
-    del result
-    return None
+    module.main(cfg)
 
 
 def _recipe_file(path: str) -> ModuleType:

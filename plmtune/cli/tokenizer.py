@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from plmtune.errors import UserError
+from plmtune.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from plmtune.data.tokenizers import Tokenizer
 
 _BLOCK_CHARS = 16_384
 _HOLDOUT_EVERY = 50
@@ -69,16 +73,7 @@ def train(files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, tex
 @click.option("--specials", is_flag=True, help="Read special tokens in TEXT as themselves.")
 def inspect(name: str, text: str, specials: bool) -> None:
     """Show the ids and pieces of TEXT; NAME is bundled, byte, qwen2, or a tokenizer's file or directory."""
-    from plmtune.registry import describe, load
-
-    # Names that need a path are reached by it.
-    if name in describe()["tokenizer"] and name != "file":
-        found = load("tokenizer", name)()
-    elif Path(name).exists():
-        found = load("tokenizer", "file")(name)
-    else:
-        known = ", ".join(sorted(set(describe()["tokenizer"]) - {"file"}))
-        raise UserError(f"{name} is neither a tokenizer ({known}) nor a file or directory with one.")
+    found = find_tokenizer(name)
     ids = found.encode(text, specials=specials)
     click.echo(f"{found.num_tokens:,} tokens in {found.vocab_size:,} rows, end of document {found.eos_id}")
     click.echo(f"{len(ids)} ids for {len(text.encode('utf-8', 'replace'))} bytes")
@@ -89,6 +84,24 @@ def inspect(name: str, text: str, specials: bool) -> None:
         except UnicodeDecodeError:
             shown = repr(piece)  # part of a character
         click.echo(f"{identity:>8}  {shown}")
+
+
+def find_tokenizer(text: str) -> Tokenizer:
+    """Return the tokenizer of a registered name, a directory or a file.
+
+    Raises:
+        UserError: if it is none of them.
+    """
+    from plmtune.registry import describe, load
+
+    named = set(describe()["tokenizer"]) - {"file"}  # that one is reached by its path
+    if text in named:
+        return load("tokenizer", text)()
+    if Path(text).exists():
+        return load("tokenizer", "file")(path=text)
+    raise UserError(
+        f"{text} is neither a tokenizer's name nor a file or directory with one.{did_you_mean(text, named)}"
+    )
 
 
 class _Count:

@@ -184,10 +184,8 @@ def from_ranks(
     )
 
 
-def read_tiktoken(
-    path: Path, pattern: str, normalization: Normalization | None, specials: Sequence[str] = CHATML_SPECIALS
-) -> Vocabulary:
-    """Read a ``.tiktoken`` file: lines of a token in base64 and its rank.
+def read_tiktoken(path: Path, pattern: str, normalization: Normalization | None) -> Vocabulary:
+    """Read a ``.tiktoken`` file: lines of a token in base64 and its rank; the ChatML tokens follow the last.
 
     Raises:
         UserError: naming file and line, if it is not one.
@@ -204,4 +202,4 @@ def read_tiktoken(
                 f"{path}, line {number}: not a token in base64 and its rank; is this a .tiktoken file?"
             ) from None
     ranks.pop(b"", None)
-    return from_ranks(ranks, pattern, normalization, specials, str(path))
+    return from_ranks(ranks, pattern, normalization, CHATML_SPECIALS, str(path))

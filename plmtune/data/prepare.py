@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -245,11 +246,6 @@ def _encode(group: list[tuple[str, str, bool]], tokenizer: Tokenizer, writers: d
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Hold the file against other processes; the system lets go when the process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: the rename at the end still keeps the result whole
-        yield
-        return
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from plmtune.atomic import replacing
 from plmtune.errors import UserError
 
 FORMAT = 1
@@ -171,7 +172,6 @@ class Split:
     def __init__(self, directory: Path, counts: SplitCounts, dtype: np.dtype[Any]) -> None:
         self.num_tokens = counts.tokens
         self.num_documents = counts.documents
-        self.num_bytes = counts.bytes
         self._arrays = [np.memmap(directory / shard.file, dtype=dtype, mode="r") for shard in counts.shards]
         self._starts = np.cumsum([0, *(shard.tokens for shard in counts.shards)])
 
@@ -231,7 +231,6 @@ class Shards:
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory = directory
         self.manifest = manifest
-        self.vocab_size = manifest.vocab_size
         self.eos_id = manifest.eos_id
         dtype = np.dtype(manifest.dtype)
         self.train, self.validation = (Split(directory, manifest.splits[name], dtype) for name in SPLITS)
@@ -318,10 +317,9 @@ def _verify(directory: Path, manifest: Manifest, limit: int) -> None:
         _verify_shard(directory, shard, np.dtype(manifest.dtype), limit)
         seen[shard.file] = state
     if remember:
-        temporary = directory / f".verified.{os.getpid()}.tmp"
         try:
-            temporary.write_text(json.dumps(seen), encoding="utf-8")
-            temporary.replace(record)
+            with replacing(record) as temporary:
+                temporary.write_text(json.dumps(seen), encoding="utf-8")
         except OSError:
             return  # a read-only corpus is verified at each start
 

@@ -185,10 +185,6 @@ class Mix:
 
     sources: dict[str, Source]
 
-    def describe(self) -> str:
-        """Return one line a source for a person."""
-        return "\n".join(f"{name}: {source.describe()}" for name, source in self.sources.items())
-
 
 @register("data", "mix")
 def mix(sources: Annotated[dict[str, Component], "data"] = {}) -> Mix:  # noqa: B006 (only read)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import regex
 import tiktoken
 import xxhash
 
+from plmtune.atomic import replacing
 from plmtune.data import tokenizer_json
 from plmtune.data.bpe import (
     BYTE_PATTERN,
@@ -196,8 +196,13 @@ class Tokenizer:
         }
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        _write(directory / "tokenizer.json", self._json)
-        _write(directory / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        files = {
+            "tokenizer.json": self._json,
+            "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
+        }
+        for name, text in files.items():
+            with replacing(directory / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -280,18 +285,6 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str] | None:
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _write(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
-        try:
-            file.write(text)
-            file.close()
-            Path(file.name).chmod(0o644)
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
 
 
 def _text_of(token: Any) -> str | None:
@@ -429,35 +422,25 @@ def byte() -> Tokenizer:
     return Tokenizer(from_ranks(ranks, BYTE_PATTERN, None, ["<|endoftext|>"], "byte"))
 
 
-def train_bpe(
-    texts: Iterable[str],
-    vocab_size: int,
-    *,
-    pattern: str = QWEN2_PATTERN,
-    normalization: Normalization | None = "NFC",
-    specials: Sequence[str] = CHATML_SPECIALS,
-) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE with the `tokenizers` library: the same texts give the same tokenizer.
+
+    Qwen2's pattern, NFC, and the three ChatML tokens last.
 
     Args:
         texts: documents; read once.
-        vocab_size: tokens in all, the 256 bytes and the specials included.
-        pattern: how text is cut into the pieces that merges never cross.
-        normalization: Unicode form that text is brought to first.
-        specials: control tokens, whose ids come last; the first ends a document.
+        vocab_size: tokens in all, the 256 bytes and the ChatML tokens included.
 
     Raises:
         ValueError: if vocab_size leaves no room for a merge, or the texts do not hold that many.
     """
     import tokenizers
 
+    specials = CHATML_SPECIALS
     num_learned = vocab_size - len(specials)
     if num_learned <= len(SINGLE_BYTES):
         raise ValueError(f"vocab_size ({vocab_size}) must exceed 256 bytes and {len(specials)} special tokens")
-    if not specials or len(set(specials)) != len(specials) or "" in specials:
-        raise ValueError(f"special tokens must be at least one, different and not empty, got {list(specials)}")
-    tokenizer_json.check_pattern(pattern, "train_bpe")
-    learner = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json.skeleton(pattern, normalization)))
+    learner = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json.skeleton(QWEN2_PATTERN, "NFC")))
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=num_learned,
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
@@ -476,8 +459,4 @@ def train_bpe(
         tokenizer_json.added_token(learned + index, special, special=True) for index, special in enumerate(specials)
     ]
     vocabulary = tokenizer_json.parse(data, "the trained tokenizer")
-    return Tokenizer(
-        vocabulary,
-        eos=specials[0],
-        chat_template=CHATML_TEMPLATE if set(CHATML_SPECIALS) <= set(specials) else None,
-    )
+    return Tokenizer(vocabulary, chat_template=CHATML_TEMPLATE)

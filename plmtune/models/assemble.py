@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable
 from typing import Any
 
 from plmtune.errors import UserError, did_you_mean
 from plmtune.modules.decoder import Decoder
-from plmtune.registry import Component, load
+from plmtune.registry import Component, keys_of
 
 
 def assemble(
@@ -59,8 +58,7 @@ def assemble(
 
 def describe(part: Component) -> dict[str, Any]:
     """Return a component as plain data, defaults written out: a new default must not change a saved model."""
-    parameters = _settings(part.group, part.name)
-    settings = {key: part.settings.get(key, p.default) for key, p in parameters.items()}
+    settings = {key: part.settings.get(key, k.default) for key, k in keys_of(part.group, part.name).items()}
     return {"component": part.name} | {
         key: describe(value) if isinstance(value, Component) else value for key, value in settings.items()
     }
@@ -81,33 +79,22 @@ def from_description(group: str, data: Any, where: str) -> Component:
         raise UserError(f"{where}: must be a table whose key component names the {group}, not {data!r:.80}")
     name = data["component"]
     try:
-        parameters = _settings(group, name)
-        hints = typing.get_type_hints(_function(load(group, name)))
+        keys = keys_of(group, name)
     except UserError as error:
         raise UserError(f"{where}: {error} If it is your own, give its module with --import.") from error
     settings: dict[str, Any] = {}
     for key, value in data.items():
         if key == "component" or (group == "model" and key == "vocab_size"):
             continue
-        if key not in parameters:
-            raise UserError(f"{where}.{key}: {group} {name} has no such setting.{did_you_mean(key, parameters)}")
-        if isinstance(parameters[key].default, Component):
-            settings[key] = from_description(parameters[key].default.group, value, f"{where}.{key}")
-        elif not _fits(value, hints[key]):
-            raise UserError(f"{where}.{key}: {value!r:.80} is not of type {_type_name(hints[key])}")
+        if key not in keys:
+            raise UserError(f"{where}.{key}: {group} {name} has no such setting.{did_you_mean(key, keys)}")
+        if isinstance(keys[key].default, Component):
+            settings[key] = from_description(keys[key].default.group, value, f"{where}.{key}")
+        elif not _fits(value, keys[key].type):
+            raise UserError(f"{where}.{key}: {value!r:.80} is not of type {_type_name(keys[key].type)}")
         else:
             settings[key] = value
     return Component(group, name, settings)
-
-
-def _function(target: Any) -> Callable[..., Any]:
-    return target.__init__ if inspect.isclass(target) else target
-
-
-def _settings(group: str, name: str) -> dict[str, inspect.Parameter]:
-    """The parameters with a default: those are settings, the others come at run time."""
-    parameters = inspect.signature(_function(load(group, name))).parameters
-    return {key: p for key, p in parameters.items() if p.default is not inspect.Parameter.empty}
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -6,7 +6,6 @@ Only JSON and safetensors are ever opened, and only inside the directory.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from plmtune.atomic import replacing
 from plmtune.errors import UserError
 
 WEIGHTS = "model.safetensors"
@@ -122,16 +122,6 @@ def checkpoint_directory(path: str | Path) -> Path:
     if not steps:
         raise UserError(f"{path} holds neither {CONFIG} nor checkpoints (step-00000500, ...).")
     return steps[max(steps)]
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from plmtune.atomic import replacing
 from plmtune.errors import UserError
 from plmtune.models.assemble import from_description
 from plmtune.models.files import (
@@ -25,7 +26,6 @@ from plmtune.models.files import (
     locate,
     opened_weights,
     read_json,
-    replacing,
     write_json,
 )
 from plmtune.modules.attention import default_kv_heads

@@ -84,11 +84,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     return out[..., :width]
 
 
-def _only_self(x: Tensor, y: Tensor | None) -> None:
-    if y is not None and y is not x:
-        raise ValueError("this is self-attention: y must be None or x itself")
-
-
 @register("attention", "mla")
 class MultiHeadLatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), as in PLM (arXiv 2503.12167).
@@ -156,14 +151,12 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        y: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         input_pos: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Attend from x (Tensor), hidden states, [b, s, d]; the other arguments are `Decoder.forward`'s."""
-        _only_self(x, y)
         b, s, _ = x.shape
         start = cache.start if cache else 0
         # -1 rather than num_heads: under tensor parallelism each process has a share of the heads.
@@ -268,14 +261,12 @@ class GroupedQueryAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        y: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         input_pos: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Attend from x (Tensor), hidden states, [b, s, d]; the other arguments are `Decoder.forward`'s."""
-        _only_self(x, y)
         b, s, _ = x.shape
         start = cache.start if cache else 0
         q = self.rope(self.q_proj(x).view(b, s, -1, self.head_dim), input_pos, start).transpose(1, 2)

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from plmtune.registry import register
+from plmtune.units import parse_count
 
 DecayShape = Literal["linear", "cosine", "sqrt", "exponential"]
-
-_LENGTH = re.compile(r"([0-9.]+) ?([kMBT]?) ?(%|steps?|tokens?)?")
-_SCALE = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def resolve(name: str, length: int | str, num_steps: int, tokens_per_step: int) -> int:
@@ -35,23 +33,17 @@ def resolve(name: str, length: int | str, num_steps: int, tokens_per_step: int) 
     Raises:
         ValueError: if it is none of these or negative.
     """
-    steps: int | None = None
-    match = _LENGTH.fullmatch(str(length).strip())
-    if match is not None:
-        number, scale, unit = match[1], match[2], match[3] or ("" if match[2] else "steps")
-        try:
-            amount = Decimal(number) * _SCALE[scale]
-        except InvalidOperation:
-            amount = Decimal(-1)
-        if unit == "%" and not scale and 0 <= amount <= 100:
-            steps = int(amount * num_steps / 100)
-        elif unit.startswith("token") and amount >= 0:
-            steps = max(round(amount / tokens_per_step), 1 if amount else 0)
-        elif unit.startswith("step") and amount >= 0 and amount == int(amount):
-            steps = int(amount)
-    if steps is None:
-        raise ValueError(f'{name} ({length}) is not a length: give steps (100), "5%", or "300M tokens"')
-    return steps
+    text = str(length).strip()
+    try:
+        if text.endswith("%") and 0 <= (share := Decimal(text[:-1])) <= 100:
+            return int(share * num_steps / 100)
+        if text.endswith(("token", "tokens")):
+            return max(round(parse_count(text, name) / tokens_per_step), 1)
+        if (steps := int(re.sub(r" ?steps?$", "", text))) >= 0:
+            return steps
+    except (ValueError, ArithmeticError):
+        pass
+    raise ValueError(f'{name} ({length}) is not a length: give steps (100), "5%", or "300M tokens"')
 
 
 def factor(

@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -35,12 +35,6 @@ STATE = "state.json"
 LATEST = "latest"
 _STEP = re.compile(r"step-(\d{8,})")
 _TEMPORARY = re.compile(r"\.(?:(?:tmp|old)-step-\d+-|latest\.tmp-)(\d+)")
-
-
-class SavesItself(Protocol):
-    """What `save` needs of a tokenizer."""
-
-    def save(self, directory: Path) -> None: ...
 
 
 def steps(directory: Path) -> list[int]:
@@ -83,7 +77,6 @@ class Checkpoints:
         scheduler: Any,
         write_model: Callable[[Path, dict[str, Tensor]], object],
         state: Mapping[str, Any] | None = None,
-        tokenizer: SavesItself | None = None,
     ) -> Path:
         """Write the checkpoint of `step`. Every rank must call it; rank 0 writes.
 
@@ -119,8 +112,6 @@ class Checkpoints:
 
             def write(directory: Path) -> None:
                 write_model(directory, weights)
-                if tokenizer is not None:
-                    tokenizer.save(directory)
                 save_file({n: t.contiguous() for n, t in tensors.items()}, directory / OPTIMIZER)
                 (directory / STATE).write_text(json.dumps(document), encoding="utf-8")
 

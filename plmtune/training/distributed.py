@@ -24,9 +24,6 @@ from plmtune.errors import UserError
 
 Strategy = Literal["none", "ddp", "fsdp"]
 
-# What wrappers put between the names of a module and its parameter.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
 
 def environment() -> tuple[int, int, int]:
     """(rank, local rank, world size) as torchrun gives them, or (0, 0, 1)."""
@@ -168,17 +165,11 @@ def broadcast_text(text: str) -> str:
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
-    """The name of each parameter, free of what wrappers add. A shared parameter has its first name."""
+    """The name of each parameter. A shared parameter has its first name."""
     if isinstance(model, FSDPModule):
         # A forward without backward (a validation) leaves the root whole, with stand-ins for its parameters.
         model.reshard()
-    return {parameter: clean_name(name) for name, parameter in model.named_parameters()}
-
-
-def clean_name(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return {parameter: name for name, parameter in model.named_parameters()}
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -205,7 +196,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         whole = full_tensor(tensor)
         if rank() == 0:
-            state[clean_name(name)] = whole
+            state[name] = whole
     return state
 
 
@@ -217,12 +208,12 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            value = state.get(clean_name(name))
+            value = state.get(name)
             if value is None:
-                raise UserError(f"The checkpoint has no tensor {clean_name(name)}, which the model needs.")
+                raise UserError(f"The checkpoint has no tensor {name}, which the model needs.")
             if value.shape != tensor.shape:
                 raise UserError(
-                    f"Tensor {clean_name(name)} has the shape {list(value.shape)} in the checkpoint "
+                    f"Tensor {name} has the shape {list(value.shape)} in the checkpoint "
                     f"and {list(tensor.shape)} in the model."
                 )
             tensor.copy_(like(value.to(tensor.dtype), tensor))

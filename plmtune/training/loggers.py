@@ -35,14 +35,10 @@ class JsonLines:
 
 @register("logger", "tensorboard")
 class TensorBoard:
-    """Event files for TensorBoard.
+    """Event files for TensorBoard, in the run directory's folder tensorboard."""
 
-    Args:
-        folder: inside the run directory.
-    """
-
-    def __init__(self, directory: Path, config: dict[str, Any], *, folder: str = "tensorboard") -> None:
-        self._directory = directory / folder
+    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+        self._directory = directory / "tensorboard"
         self._writer: Any = None
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import xxhash
 
+from plmtune.atomic import replacing
 from plmtune.errors import UserError
 
 NAME = "manifest.json"
@@ -17,16 +18,10 @@ NAME = "manifest.json"
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     sync(path.parent)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from plmtune.atomic import replacing
 from plmtune.errors import UserError
 from plmtune.training import metrics
 
@@ -15,11 +15,8 @@ from plmtune.training import metrics
 _TRAIN, _VALIDATION, _RATE = "#0072B2", "#D55E00", "#009E73"
 
 
-def draw_curves(source: Path, target: Path, *, title: str | None = None) -> None:
-    """Draw `source` (metrics.jsonl) into `target` (a PNG).
-
-    Args:
-        title: of the picture; None takes the end of the run directory's path.
+def draw_curves(source: Path, target: Path) -> None:
+    """Draw `source` (metrics.jsonl) into `target` (a PNG), with the end of the run directory's path as title.
 
     Raises:
         UserError: if the file cannot be read or holds no training loss yet.
@@ -43,7 +40,7 @@ def draw_curves(source: Path, target: Path, *, title: str | None = None) -> None
     figure = Figure(figsize=(9, 1.1 + 1.15 * sum(heights)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    figure.suptitle(title or "/".join(source.resolve().parent.parts[-2:]), fontsize=12)
+    figure.suptitle("/".join(source.resolve().parent.parts[-2:]), fontsize=12)
 
     _draw_losses(panels[0], training, validations, axis)
     rated = [e for e in training if e.get("lr") is not None]
@@ -60,14 +57,11 @@ def draw_curves(source: Path, target: Path, *, title: str | None = None) -> None
     panels[-1].set_xlim(0, max(axis(e) for e in (*training, *validations)))
     panels[-1].set_xlabel(unit)
 
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
-        figure.savefig(temporary, format="png")
-        temporary.replace(target)
+        with replacing(target) as temporary:
+            figure.savefig(temporary, format="png")
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:

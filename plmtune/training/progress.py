@@ -20,6 +20,7 @@ from plmtune.training.loggers import Logger
 from plmtune.training.metrics import MetricsFile
 from plmtune.training.run_directory import RunDirectory
 from plmtune.training.runtime import peak_memory_bytes
+from plmtune.units import show_bytes, show_count
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -35,7 +36,7 @@ class Watch:
 
     Args:
         run: where metrics.jsonl is.
-        loggers: further places for the same numbers.
+        loggers: further places for the same numbers; rank 0's alone.
         num_steps: of the whole run.
         start_step: the step that was restored; lines of later steps are cut off.
         device: whose memory is shown.
@@ -60,7 +61,7 @@ class Watch:
     ) -> None:
         self.num_steps = num_steps
         self._is_main = run.is_main
-        self._loggers = list(loggers) if run.is_main else []
+        self._loggers = loggers
         self._file = MetricsFile(run.metrics, start_step=start_step) if run.is_main else None
         self._device = device or torch.device("cpu")
         self._tokens_per_step = tokens_per_step
@@ -196,21 +197,14 @@ def describe(entry: Mapping[str, Any], eta_seconds: float | None) -> str:
     if "lr" in entry:
         parts.append(f"lr {entry['lr']:.2e}")
     if "tokens_per_second" in entry:
-        parts.append(f"{_short(entry['tokens_per_second'])} tok/s")
+        parts.append(f"{show_count(entry['tokens_per_second'])} tok/s")
     if "mfu" in entry:
         parts.append(f"MFU {entry['mfu']:.1%}")
     if "memory_bytes" in entry:
-        parts.append(f"{entry['memory_bytes'] / 2**30:.1f} GiB")
+        parts.append(show_bytes(entry["memory_bytes"]))
     if eta_seconds is not None:
         parts.append(f"ETA {_clock(eta_seconds)}")
     return " · ".join(parts)
-
-
-def _short(number: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.0f}"
 
 
 def _clock(seconds: float) -> str:

@@ -38,13 +38,11 @@ class RunDirectory:
 
     Attributes:
         path: the directory.
-        config_yaml: the resolved configuration of the run.
         is_main: whether this process writes.
     """
 
-    def __init__(self, path: Path, config_yaml: str, *, is_main: bool, lock: IO[str] | None) -> None:
+    def __init__(self, path: Path, *, is_main: bool, lock: IO[str] | None) -> None:
         self.path = path
-        self.config_yaml = config_yaml
         self.is_main = is_main
         self._lock = lock
 
@@ -70,7 +68,7 @@ class RunDirectory:
         """
         path = Path(path)
         if not is_main:
-            return cls(path, config_yaml, is_main=False, lock=None)
+            return cls(path, is_main=False, lock=None)
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = _take_lock(path)
@@ -79,7 +77,7 @@ class RunDirectory:
                 raise UserError(
                     f"{path} already holds a run. Go on with it (plmtune resume {path}), or choose another directory."
                 )
-            run = cls(path, config_yaml, is_main=True, lock=lock)
+            run = cls(path, is_main=True, lock=lock)
             run.update(
                 command=list(command),
                 directory=str(Path.cwd()),
@@ -99,17 +97,16 @@ class RunDirectory:
         """Go on with the run in `path`.
 
         Raises:
-            UserError: if there is no run, another process is in it, or its configuration cannot be read.
+            UserError: if there is no run, or another process is in it.
         """
         path = Path(path)
         if not (path / CONFIG).is_file():
             raise UserError(f"{path} holds no run: it has no {CONFIG}. Start one with plmtune run.")
         try:
             lock = _take_lock(path) if is_main else None
-            config_yaml = (path / CONFIG).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path / CONFIG} cannot be read: {error}.") from error
-        run = cls(path, config_yaml, is_main=is_main, lock=lock)
+        except OSError as error:
+            raise UserError(f"{path} cannot be used as a run directory: {error.strerror or error}.") from error
+        run = cls(path, is_main=is_main, lock=lock)
         run.begin()
         return run
 

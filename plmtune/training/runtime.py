@@ -39,7 +39,6 @@ class Runtime:
     compute_dtype: torch.dtype
     strategy: Strategy
     rank: int = 0
-    local_rank: int = 0
     world_size: int = 1
     reasons: list[str] = field(default_factory=list)
 
@@ -88,7 +87,7 @@ class Runtime:
         ]
         if world_size > 1 and not distributed.is_distributed():
             distributed.start_process_group(chosen_device, timeout_minutes)
-        return cls(chosen_device, dtype, chosen_strategy, rank, local_rank, world_size, reasons)
+        return cls(chosen_device, dtype, chosen_strategy, rank, world_size, reasons)
 
     @property
     def is_main(self) -> bool:
@@ -100,10 +99,6 @@ class Runtime:
         divided by the global count of tokens wants their sum.
         """
         return float(self.world_size)
-
-    def describe(self) -> list[str]:
-        """What was chosen and why, a line each."""
-        return list(self.reasons)
 
     def distribute(self, model: nn.Module, *, compile: bool = False) -> nn.Module:
         """Move `model` to the device and spread it over the processes. Call it before the optimizer is built.

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pytest
 from click.testing import CliRunner
@@ -101,9 +99,7 @@ class TestPrepare:
         with pytest.raises(UserError, match=message):
             run("prepare", *arguments)
         assert not [
-            path
-            for path in corpus.parent.rglob("*")
-            if path.is_file() and path.stat().st_size and path != corpus
+            path for path in corpus.parent.rglob("*") if path.is_file() and path.stat().st_size and path != corpus
         ]
 
     def test_every_source_of_a_config_is_prepared_as_the_run_would(self, tmp_path, monkeypatch):
@@ -146,11 +142,7 @@ class TestInspect:
     def test_a_window_shows_where_documents_end_and_who_sees_whom(self, prepared):
         plain = run("inspect", prepared, "--window", 0, "--seq-len", 256)
         assert "hello[/bold].\n<|endoftext|>\nDocument" in plain
-        drawn = (
-            run("inspect", prepared, "--window", 0, "--seq-len", 256, "--mask")
-            .removeprefix(plain)
-            .splitlines()
-        )
+        drawn = run("inspect", prepared, "--window", 0, "--seq-len", 256, "--mask").removeprefix(plain).splitlines()
         rows, note = drawn[:-1], drawn[-1]
         assert note == "one sign stands for 4 tokens"
         assert [len(row) for row in rows] == [64] * 64
@@ -169,25 +161,3 @@ class TestInspect:
     def test_what_is_not_there(self, prepared, arguments, message):
         with pytest.raises(UserError, match=message):
             run("inspect", prepared, *arguments)
-
-
-def test_a_mistake_ends_the_process_with_code_2_and_no_traceback(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "plmtune", "data", "inspect", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"plmtune: {tmp_path}")
-    assert "Traceback" not in done.stderr
-
-
-def test_help_does_not_import_torch():
-    code = (
-        "import sys; from plmtune.cli.data import data\n"
-        "try: data(['prepare', '--help'])\n"
-        "except SystemExit: pass\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

@@ -1,14 +1,13 @@
 """Every YAML that ships is a test: it composes, validates and builds on the meta device."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from plmtune import config
 from plmtune.registry import describe
+from plmtune.shipped import folder
 
-CONF = config.folder("conf")
+CONF = folder("conf")
 RUNNABLE = sorted(path.stem for path in CONF.glob("*.yaml"))
 PRESETS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*/*.yaml"))
 
@@ -56,4 +55,3 @@ def test_plm_1_8b_is_the_papers_model() -> None:
 def test_every_first_line_says_what_it_is_for() -> None:
     for path in CONF.rglob("*.yaml"):
         assert path.read_text(encoding="utf-8").startswith("# "), path
-    assert isinstance(CONF, Path)

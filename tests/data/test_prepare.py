@@ -88,9 +88,7 @@ class TestPrepare:
 
     def test_shards_are_cut_where_they_are_full(self, tmp_path, tokenizer):
         texts = [f"{i:04d}" for i in range(100)]
-        one, many = (
-            Shards.open(prepare(Texts(*texts), tokenizer, tmp_path, shard_tokens=n)) for n in (1 << 20, 64)
-        )
+        one, many = (Shards.open(prepare(Texts(*texts), tokenizer, tmp_path, shard_tokens=n)) for n in (1 << 20, 64))
         assert [s.tokens for s in many.manifest.splits["train"].shards[:-1]] == [64] * 7
         whole = one.train.read(0, 10**6)
         assert many.train.read(0, 10**6).tolist() == whole.tolist()

@@ -69,7 +69,6 @@ class TestMix:
         made = mix({"mine": text, "python": component("data", "stdlib")})
         assert list(made.sources) == ["mine", "python"]
         assert list(made.sources["mine"].documents()) == ["text"]
-        assert made.describe().startswith("mine: a.txt")
 
     def test_a_single_source_goes_by_its_components_name(self, text):
         assert list(named_sources(text())) == ["files"]

@@ -85,9 +85,7 @@ class TestIdsEqualTheTokenizersLibrary:
 
     @pytest.mark.parametrize("form", ["NFD", "NFKC", "NFKD"])
     def test_for_other_normal_forms(self, form: str) -> None:
-        ours, theirs = both(
-            whole_file() | {"normalizer": {"type": "Sequence", "normalizers": [{"type": form}]}}
-        )
+        ours, theirs = both(whole_file() | {"normalizer": {"type": "Sequence", "normalizers": [{"type": form}]}})
         assert [ours.encode(text, specials=True) for text in MIXED] == ids_of(theirs, MIXED)
 
     def test_with_ids_that_are_not_in_merge_order(self) -> None:
@@ -128,9 +126,7 @@ class TestIdsEqualTheTokenizersLibrary:
             merge for merge in data["model"]["merges"] if not any(char in "".join(merge) for char in gone)
         ]
         left = {"".join(merge) for merge in data["model"]["merges"]} | {*CHATML_SPECIALS}
-        data["model"]["vocab"] = {
-            t: i for t, i in vocab.items() if t in left or (len(t) == 1 and t not in gone)
-        }
+        data["model"]["vocab"] = {t: i for t, i in vocab.items() if t in left or (len(t) == 1 and t not in gone)}
         ours, theirs = both(data)
         texts = [*MIXED, "sizzle zip z", "a👍b", "床"]
         assert [ours.encode(text, specials=True) for text in texts] == ids_of(theirs, texts)
@@ -437,9 +433,7 @@ class TestRefusals:
             ("unk_token", None),
         ],
     )
-    def test_what_ranks_cannot_say_is_refused_by_name(
-        self, change: str, said: str | None, tmp_path: Path
-    ) -> None:
+    def test_what_ranks_cannot_say_is_refused_by_name(self, change: str, said: str | None, tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text(json.dumps(broken(change)))
         with pytest.raises(UserError, match=said or change) as caught:
             load_tokenizer(tmp_path)
@@ -512,7 +506,3 @@ class TestTrainBpe:
     def test_more_tokens_than_the_text_gives_are_refused_with_both_numbers(self) -> None:
         with pytest.raises(ValueError, match=r"vocab_size \(9000\) is more than this text gives \(287\)"):
             train_bpe(self.TEXTS, 9000)
-
-    def test_the_same_special_token_twice_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="different"):
-            train_bpe(self.TEXTS, 280, specials=["<a>", "<a>"])

@@ -9,9 +9,7 @@ from plmtune.losses.cross_entropy import cross_entropy
 from plmtune.registry import load
 
 
-def batch(
-    n: int = 300, d: int = 24, v: int = 97, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor]:
+def batch(n: int = 300, d: int = 24, v: int = 97, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, d, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(v, d, generator=generator).requires_grad_()

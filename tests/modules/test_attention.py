@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from plmtune.modules.attention import MultiHeadLatentAttention, attend, choose_kernel
-from plmtune.modules.norm import RMSNorm
+from plmtune.modules.attention import attend, choose_kernel
 
 
 def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor, scale: float) -> torch.Tensor:
@@ -57,14 +56,3 @@ class TestChooseKernel:
         with torch.profiler.profile() as profile:
             attend(q, q, v, None, 1.0)
         assert any("flash_attention_for_cpu" in event.key for event in profile.key_averages())
-
-
-class TestSelfAttention:
-    def test_another_sequence_is_refused(self) -> None:
-        mla = MultiHeadLatentAttention(
-            16, 2, 8, RMSNorm, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
-        )
-        x = torch.randn(1, 4, 16)
-        assert torch.equal(mla(x, x), mla(x))
-        with pytest.raises(ValueError, match="self-attention"):
-            mla(x, x.clone())

@@ -9,10 +9,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.fsdp import fully_shard
 
 from plmtune.optim.optimizers import adamw, adamw_8bit, muon, optimizer_bytes
@@ -176,21 +172,6 @@ class TestMuon:
         for a, b in zip(model.parameters(), other.parameters(), strict=True):
             assert torch.equal(a, b)
 
-    def test_distributed_state_by_names_goes_on_to_the_same_weights(self) -> None:
-        model = tiny()
-        optimizer = muon(model, lr=0.02)
-        train(model, optimizer, 3)
-        other = copy.deepcopy(model)
-        resumed = muon(other, lr=0.02)
-        state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
-        assert "momentum_buffer" in state["state"]["up.weight"]
-        assert "exp_avg" in state["state"]["tok_embeddings.weight"]
-        set_optimizer_state_dict(other, resumed, state)
-        train(model, optimizer, 3, seed=2)
-        train(other, resumed, 3, seed=2)
-        for a, b in zip(model.parameters(), other.parameters(), strict=True):
-            assert torch.equal(a, b)
-
     def test_trains_under_fsdp(self, one_process: None) -> None:
         plain, sharded = tiny(), tiny()
         fully_shard(sharded)
@@ -254,6 +235,5 @@ class TestOptimizerBytes:
         )
         assert optimizer_bytes(name, model) == moments
 
-    def test_an_unknown_optimizer_is_refused_with_the_known_ones(self) -> None:
-        with pytest.raises(ValueError, match=r"optimizer \(sgd\).*adamw"):
-            optimizer_bytes("sgd", tiny())
+    def test_an_optimizer_of_ones_own_counts_as_adamw(self) -> None:
+        assert optimizer_bytes("mine", tiny()) == optimizer_bytes("adamw", tiny())

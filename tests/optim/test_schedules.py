@@ -42,6 +42,7 @@ class TestResolve:
             ("2B tokens", 20_000_000),
             ("300M tokens", 3_000_000),
             ("10k tokens", 100),
+            ("10K tokens", 100),
             ("1.5k tokens", 15),
             ("1 token", 1),
         ],

@@ -39,9 +39,7 @@ OPTIMIZERS = {
 class Run:
     """A toy in training, with its checkpoints."""
 
-    def __init__(
-        self, directory: Path, optimizer: str = "fused AdamW", *, keep: int = 2, width: int = 16
-    ) -> None:
+    def __init__(self, directory: Path, optimizer: str = "fused AdamW", *, keep: int = 2, width: int = 16) -> None:
         self.runtime = Runtime.start(device="cpu", precision="fp32", seed=3)
         self.model = Toy(width=width)
         self.optimizer = OPTIMIZERS[optimizer](self.model)
@@ -190,9 +188,7 @@ class TestDamage:
         run.save(2, which="newer")
         return run
 
-    @pytest.mark.parametrize(
-        "name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
-    )
+    @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
     def test_any_flipped_bit_is_found_named_and_passed_over(self, run, tmp_path, caplog, name):
         file = tmp_path / "step-00000002" / name
         whole = file.read_bytes()
@@ -207,9 +203,7 @@ class TestDamage:
         assert name in caplog.text
         assert "Going on from" in caplog.text
 
-    @pytest.mark.parametrize(
-        "name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
-    )
+    @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
     @pytest.mark.parametrize("share", [0, 0.5, 0.999])
     def test_a_truncated_file_is_passed_over(self, run, tmp_path, caplog, name, share):
         file = tmp_path / "step-00000002" / name
@@ -286,9 +280,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
         run = Run(tmp_path)
         run.save(1)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-        with pytest.raises(
-            UserError, match=r"step-00000002: 1,000 bytes are free. It needs about [\d,]+ bytes"
-        ):
+        with pytest.raises(UserError, match=r"step-00000002: 1,000 bytes are free. It needs about [\d,]+ bytes"):
             run.save(2)
         assert steps(tmp_path) == [1]
 
@@ -300,9 +292,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
             raise RuntimeError("a bug in the writer")
 
         with pytest.raises(RuntimeError, match="a bug"):
-            run.checkpoints.save(
-                1, model=run.model, optimizer=run.optimizer, scheduler=run.scheduler, write_model=fail
-            )
+            run.checkpoints.save(1, model=run.model, optimizer=run.optimizer, scheduler=run.scheduler, write_model=fail)
         assert list(tmp_path.iterdir()) == []
 
 

@@ -30,9 +30,7 @@ def make(variant: str) -> tuple[Toy, Callable[[Toy], torch.optim.Optimizer]]:
 
         # Wide enough that each half of a matrix is quantized.
         return Toy(width=64), lambda model: AdamW8bit(model.parameters(), lr=0.01)
-    return Toy(tied=variant == "tied"), lambda model: torch.optim.AdamW(
-        model.parameters(), lr=0.01, fused=True
-    )
+    return Toy(tied=variant == "tied"), lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
 
 
 def run(runtime: Runtime, directory: Path | None, variant: str = "", *, steps: int = 4) -> dict[str, object]:
@@ -72,9 +70,7 @@ def go_on(runtime: Runtime, directory: Path, variant: str = "") -> dict[str, obj
     trained = runtime.distribute(model)
     optimizer = build_optimizer(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    state = Checkpoints(directory).restore(
-        model=model, optimizer=optimizer, scheduler=scheduler, read_model=read_model
-    )
+    state = Checkpoints(directory).restore(model=model, optimizer=optimizer, scheduler=scheduler, read_model=read_model)
     assert state is not None
     restored = digest(distributed.full_state_dict(model))
     losses = []

@@ -50,9 +50,7 @@ def measured_bytes(module: nn.Module, x: Tensor, dtype: torch.dtype, **settings:
 class TestActivations:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("checkpointing", [False, True])
-    def test_are_within_a_fifth_of_what_a_real_forward_saves(
-        self, dtype: torch.dtype, checkpointing: bool
-    ) -> None:
+    def test_are_within_a_fifth_of_what_a_real_forward_saves(self, dtype: torch.dtype, checkpointing: bool) -> None:
         model = small()
         model.activation_checkpointing = checkpointing
         real = measured_bytes(model, torch.zeros(2, 128, dtype=torch.long), dtype, hidden=True)
@@ -79,9 +77,7 @@ class TestActivations:
 
 class TestEstimate:
     def whole(self, **settings: Any) -> Estimate:
-        return estimate(
-            plm_1_8b(), optimizer="adamw", seq_len=4096, micro_batch_size=1, device=CPU, **settings
-        )
+        return estimate(plm_1_8b(), optimizer="adamw", seq_len=4096, micro_batch_size=1, device=CPU, **settings)
 
     def test_of_plm_1_8b_is_the_papers_arithmetic(self) -> None:
         e = self.whole()

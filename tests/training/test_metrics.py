@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from plmtune.training import metrics
-from plmtune.training.metrics import MetricsFile, line, read, without_timing
+from plmtune.training.metrics import MetricsFile, line, read
 
 
 def write(path, first: int, last: int, *, start_step: int = 0) -> None:
@@ -56,8 +55,3 @@ class TestResume:
         write(tmp_path / "metrics.jsonl", 1, 4)
         MetricsFile(tmp_path / "metrics.jsonl", start_step=0).close()
         assert read(tmp_path / "metrics.jsonl") == []
-
-
-def test_timing_is_apart():
-    entry = {"step": 1, "loss": 2.0, **dict.fromkeys(metrics.TIMING, 5)}
-    assert without_timing(entry) == {"step": 1, "loss": 2.0}

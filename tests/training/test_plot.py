@@ -27,9 +27,7 @@ class TestDrawCurves:
     @pytest.mark.parametrize("layers", [0, 6, 12])
     @pytest.mark.parametrize("num_steps", [1, 5, 200])
     def test_gives_a_png(self, tmp_path, layers, num_steps):
-        write_metrics(
-            tmp_path / "metrics.jsonl", layers=layers, num_steps=num_steps, every=max(num_steps // 10, 1)
-        )
+        write_metrics(tmp_path / "metrics.jsonl", layers=layers, num_steps=num_steps, every=max(num_steps // 10, 1))
         draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
         data = (tmp_path / "curves.png").read_bytes()
         assert data.startswith(b"\x89PNG")

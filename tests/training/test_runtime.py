@@ -21,7 +21,7 @@ class TestChoices:
     def test_what_was_asked_for_is_taken_and_told(self):
         runtime = start(precision="bf16")
         assert runtime.compute_dtype == torch.bfloat16
-        assert "precision: bf16 (asked for)" in runtime.describe()
+        assert "precision: bf16 (asked for)" in runtime.reasons
 
     @pytest.mark.parametrize("units", [True, False])
     def test_auto_precision_follows_the_hardware_and_says_why(self, monkeypatch, units):
@@ -30,13 +30,13 @@ class TestChoices:
         runtime = start(precision="auto")
         assert runtime.compute_dtype == (torch.bfloat16 if units else torch.float32)
         reason = "this CPU has AMX" if units else "neither AMX nor AVX512-BF16"
-        assert any(reason in line for line in runtime.describe())
+        assert any(reason in line for line in runtime.reasons)
 
     def test_auto_device_without_a_gpu_is_the_cpu(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         runtime = start(device="auto")
         assert runtime.device.type == "cpu"
-        assert "no GPU found" in runtime.describe()[0]
+        assert "no GPU found" in runtime.reasons[0]
 
     @pytest.mark.parametrize("strategy", ["auto", "none", "ddp", "fsdp"])
     def test_one_process_is_not_wrapped(self, strategy):

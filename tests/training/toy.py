@@ -76,9 +76,7 @@ def train_step(
 
 
 def write_model(directory: Path, weights: dict[str, Tensor]) -> None:
-    save_file(
-        {name: tensor.contiguous() for name, tensor in weights.items()}, directory / "model.safetensors"
-    )
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, directory / "model.safetensors")
 
 
 def read_model(directory: Path) -> dict[str, Tensor]:
