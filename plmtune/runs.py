@@ -17,8 +17,8 @@ from plmtune.training.run_directory import RunDirectory
 from plmtune.training.runtime import Runtime
 
 # Keys that may differ on resume: they change where and how a run computes or reports, not what it learns.
-FREE = ("run_dir", "resume", "force", "micro_batch_size", "num_workers", "log_every", "runtime", "checkpoint",
-        "sample", "logger")  # fmt: skip
+FREE = ("run_dir", "resume", "init_from", "force", "micro_batch_size", "num_workers", "log_every", "runtime",
+        "checkpoint", "sample", "logger")  # fmt: skip
 
 
 def open_run(cfg: Any, runtime: Runtime, data: Mapping[str, str]) -> RunDirectory:
@@ -31,7 +31,10 @@ def open_run(cfg: Any, runtime: Runtime, data: Mapping[str, str]) -> RunDirector
     Raises:
         UserError: if there is nothing to resume, or what is there was started with another config or other data.
     """
-    existing = _existing(cfg) if cfg.resume else None
+    # Rank 0 looks and tells: a later rank would already see what rank 0 is about to make.
+    found = _existing(cfg) if cfg.resume and runtime.is_main else None
+    found_name = broadcast_text(str(found) if found else "")
+    existing = Path(found_name) if found_name else None
     if existing is None and cfg.resume and cfg.run_dir is None:
         raise UserError(
             f"resume=true: there is no unfinished run with this config under runs/{cfg.name}. "
@@ -39,15 +42,14 @@ def open_run(cfg: Any, runtime: Runtime, data: Mapping[str, str]) -> RunDirector
         )
     if existing is not None:
         cfg.run_dir = str(existing)
-        run = RunDirectory.open(existing, is_main=runtime.is_main)
-        before = run.record().get("data", {})
+        before = RunDirectory(existing, is_main=False, lock=None).record().get("data", {})
         for name in sorted({*before, *data}):
             if before.get(name) != data.get(name):
                 raise UserError(
                     f"{existing}: the text of source {name} has changed since the run began. Put it back, or start a "
                     f"new run from its weights: init_from={existing}"
                 )
-        return run
+        return RunDirectory.open(existing, is_main=runtime.is_main)
     path = Path(cfg.run_dir) if cfg.run_dir else _fresh(cfg.name, runtime)
     cfg.run_dir, cfg.resume = str(path), False
     run = RunDirectory.create(path, to_yaml(cfg), sys.argv, data=data, is_main=runtime.is_main)
@@ -75,7 +77,11 @@ def _existing(cfg: Any) -> Path | None:
         run = RunDirectory(path.parent, is_main=False, lock=None)
         if run.record().get("status") == "finished":
             continue
-        if not _differences(to_plain(load_config(path)), to_plain(cfg)):
+        try:
+            before = load_config(path)
+        except UserError:  # a stranger's, or one that needs --import: not this one
+            continue
+        if not _differences(to_plain(before), to_plain(cfg)):
             return path.parent
     return None
 

@@ -18,13 +18,14 @@ from plmtune.data.batches import Batch, Batches, Phase
 from plmtune.data.prepare import prepare
 from plmtune.data.shards import Shards
 from plmtune.data.sources import named_sources
+from plmtune.data.tokenizers import load_tokenizer
 from plmtune.errors import UserError
 from plmtune.generation import complete
 from plmtune.models.files import checkpoint_directory
-from plmtune.models.hf import load_state, read_state, save_model
+from plmtune.models.hf import load_state, read_description, read_state, save_model
 from plmtune.runs import open_run
 from plmtune.schema import Pretrain as Config
-from plmtune.training.checkpoint import Checkpoints
+from plmtune.training.checkpoint import Checkpoints, load_moments, read_state_json, steps
 from plmtune.training.estimate import Estimate, estimate, peak_flops
 from plmtune.training.plot import draw_curves
 from plmtune.training.progress import Watch
@@ -67,8 +68,8 @@ def plan(cfg: Config, runtime: Runtime) -> Plan:
     for key in ("seq_len", "global_batch_size", "micro_batch_size", "log_every"):
         if getattr(cfg, key) < 1:
             raise UserError(f"key {key}: must be at least 1, not {getattr(cfg, key)}.")
-    for key in ("num_workers", "checkpoint.keep"):
-        if (value := attrgetter(key)(cfg)) < 0:
+    for key in ("num_workers", "checkpoint.keep", "checkpoint.every", "validation.every", "max_grad_norm"):
+        if not (value := attrgetter(key)(cfg)) >= 0:  # and no NaN
             raise UserError(f"key {key}: must be at least 0, not {value}.")
     if not cfg.phases:
         raise UserError("key phases: is empty. Give one: phases=[{name: main, tokens: 5M}]")
@@ -133,36 +134,78 @@ def _scheduler(cfg: Config, optimizer: Any, num_steps: int, tokens_per_step: int
     return build("scheduler", cfg.scheduler, optimizer=optimizer, num_steps=num_steps, tokens_per_step=tokens_per_step)
 
 
+@dataclass
+class Origin:
+    """The checkpoint that `init_from` names; a run that enters the schedule after its warmup goes on from there."""
+
+    directory: Path
+    goes_on: bool
+    drawn: dict[str, int]  # sequences of each source that it has seen
+
+
+def start_from(cfg: Config, plan: Plan) -> Origin | None:
+    """Find the checkpoint of `init_from` and check that it is this model with this tokenizer.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    if not cfg.init_from:
+        return None
+    directory = checkpoint_directory(cfg.init_from)
+    theirs, ours = read_description(directory), plan.model.config
+    for key in ours:
+        # Its context may be shorter, and its initialisation is over.
+        if key not in ("max_seq_len", "init_std") and ours[key] != theirs.get(key):
+            raise UserError(f"init_from={cfg.init_from}: its model has {key}={theirs.get(key)}, this run {ours[key]}.")
+    named = (directory / "tokenizer.json").is_file()
+    if named and load_tokenizer(directory).fingerprint != plan.tokenizer.fingerprint:
+        raise UserError(
+            f"init_from={cfg.init_from}: its tokenizer is another one than this run's. Use its own: "
+            f"tokenizer=file tokenizer.path={directory}"
+        )
+    # A branched decay anneals that very run: it keeps the optimizer's moments and reads on where the other stopped.
+    assert cfg.scheduler is not None
+    goes_on = cfg.scheduler.settings.get("start", "warmup") != "warmup"
+    state = read_state_json(directory) if goes_on else {}
+    return Origin(directory, bool(state), dict(state.get("drawn", {})))
+
+
 class Pretrain:
     """One run. Data order and schedule are pure functions of the step, so that any step can be gone on from."""
 
     def __init__(self, cfg: Config, plan: Plan, runtime: Runtime) -> None:
         self.cfg, self.plan, self.runtime, self.tokenizer = cfg, plan, runtime, plan.tokenizer
+        # A run with a checkpoint of its own no longer needs the one that it started from.
+        own = Path(cfg.run_dir or "") / "checkpoints" if cfg.resume and cfg.run_dir else None
+        saved = read_state_json(checkpoint_directory(own)) if own and steps(own) else {}
+        origin = None if saved else start_from(cfg, plan)
+        self.skip: dict[str, int] = saved.get("skip", {}) if saved else origin.drawn if origin else {}
         shards = self._prepare()
         self.data = self._batches(shards)
         self.model = plan.model.to_empty(device=runtime.device)
         self.model.activation_checkpointing = cfg.runtime.activation_checkpointing
         self.model.init_weights(torch.Generator().manual_seed(cfg.seed))
-        if cfg.init_from:
-            load_state(self.model, checkpoint_directory(cfg.init_from))
+        if origin:
+            load_state(self.model, origin.directory)
         # From here on the directory exists; what a person can get wrong has been found by now.
         self.run = open_run(cfg, runtime, {name: shard.fingerprint for name, shard in shards.items()})
         self.trained = runtime.distribute(self.model, compile=cfg.runtime.compile)
         self.loss = build("loss", cfg.loss)
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
         self.scheduler = _scheduler(cfg, self.optimizer, plan.num_steps, plan.tokens_per_step)
+        if origin and origin.goes_on:
+            load_moments(origin.directory, model=self.model, optimizer=self.optimizer)
         self.checkpoints = Checkpoints(self.run.checkpoints, keep=cfg.checkpoint.keep)
         self.step = self._restore()
         # Bits per byte need the length of each token's text; special tokens have none.
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes).to(runtime.device)
 
     def _prepare(self) -> dict[str, Shards]:
-        """Make token shards of each source, or find them made. Rank 0 works, the others wait."""
+        """Make token shards of each source, or find them made."""
         settings = self.cfg.preparation
         opened = {}
         for name, source in named_sources(build("data", self.cfg.data)).items():
-            if not self.runtime.is_main:
-                self.runtime.barrier()
+            # Every rank asks; the first to hold the lock works and the others wait for it, without a time limit.
             try:
                 directory = prepare(
                     source,
@@ -180,8 +223,6 @@ class Pretrain:
                 vocab_size=self.tokenizer.vocab_size,
                 verify=self.runtime.is_main,
             )
-            if self.runtime.is_main:
-                self.runtime.barrier()
         return opened
 
     def _batches(self, shards: dict[str, Shards]) -> Batches:
@@ -197,6 +238,7 @@ class Pretrain:
                 world_size=self.runtime.world_size,
                 document_mask=self.cfg.document_mask,
                 num_workers=self.cfg.num_workers,
+                skip=self.skip,
             )
         except ValueError as error:  # names its setting
             raise UserError(str(error)) from error
@@ -253,7 +295,7 @@ class Pretrain:
     def update(self, batches: list[Batch]) -> dict[str, Tensor | float]:
         """One optimizer step on this rank's micro-batches of a global batch."""
         runtime = self.runtime
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = float(self.optimizer.param_groups[0]["lr"])  # torchao's is a tensor that the scheduler changes in place
         # Mean over the global count of valid tokens, not over micro-batches: masked rows differ in length.
         (num_valid,) = runtime.sum(float(sum(batch.num_valid for batch in batches)))
         total = torch.zeros((), device=runtime.device)
@@ -298,7 +340,6 @@ class Pretrain:
         device = self.runtime.device
         nats, count, num_bytes = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
         zeros = torch.zeros(len(layers), dtype=torch.float64, device=device)
-        batches = 0
         for batch in self.data.validation(self.cfg.validation.tokens):
             batch = batch.to(device)
             nats += self._loss(batch)
@@ -306,18 +347,17 @@ class Pretrain:
             count += valid.numel()
             num_bytes += self.token_bytes[valid].sum()
             if layers:
-                zeros += torch.stack([ffn.sparsity for ffn in layers])
-            batches += 1
+                zeros += torch.stack([ffn.sparsity[batch.targets >= 0].sum() for ffn in layers])
         for ffn in layers:
             ffn.record_sparsity = False
         self.model.train()
-        total, tokens, length, seen, *shares = self.runtime.sum(nats, count, num_bytes, float(batches), *zeros)
+        total, tokens, length, *shares = self.runtime.sum(nats, count, num_bytes, *zeros)
         if not tokens:  # preparation.holdout=0 keeps nothing back
             return {}
         return {
             "validation_loss": total / tokens,
             "bits_per_byte": total / math.log(2) / length,
-            **{f"sparsity/{index}": share / seen for index, share in enumerate(shares)},
+            **{f"sparsity/{index}": share / tokens for index, share in enumerate(shares)},
         }
 
     def save_checkpoint(self) -> None:
@@ -329,6 +369,8 @@ class Pretrain:
             state={
                 "phase": self.data.phase(self.step - 1).name,
                 "tokens": self.step * self.plan.tokens_per_step,
+                "drawn": self.data.drawn_before(self.step),  # where a branched decay reads on
+                "skip": self.skip,
             },
             write_model=self._write_model,
         )
@@ -352,6 +394,7 @@ def check(cfg: Config) -> str:
 
 def report(run: Path, cfg: Config) -> None:
     """Draw the curves, and let the finished checkpoint write something, for a person to judge."""
+    torch.use_deterministic_algorithms(False)  # sampling has no deterministic kernel on a GPU, and trains nothing
     curves = run / "curves.png"
     draw_curves(run / "metrics.jsonl", curves)
     if cfg.sample.max_new_tokens:

@@ -63,8 +63,13 @@ def resume(run_dir: Path, recipe_path: str | None) -> None:
         known = did_you_mean(str(run_dir), near) if near else " There are no runs under runs/."
         raise UserError(f"{run_dir} is not a run directory: it has no config.yaml.{known}")
     from plmtune.config import load_config
+    from plmtune.training.run_directory import RunDirectory
 
     cfg = load_config(path)
+    command = RunDirectory(run_dir, is_main=False, lock=None).record().get("command", [])
+    used = next((word for word in command[1:] if str(word).endswith(".py")), None)
+    if used and not recipe_path:
+        raise UserError(f"{run_dir} ran the recipe {used}. Go on with it: plmtune resume {run_dir} --recipe {used}")
     cfg.run_dir, cfg.resume = str(run_dir), True
     module = _recipe_file(recipe_path) if recipe_path else importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
     module.main(cfg)

@@ -83,6 +83,8 @@ class Batches:
         num_workers: threads that prepare steps ahead; 0: none. They only copy out of mapped files, which
             needs no process of its own.
 
+        skip: sequences of each source to pass over, as seen by the run that this one goes on from.
+
     Raises:
         ValueError: for sizes that do not divide, a mix that cannot be (see `Order`).
         UserError: for a source too short for a single sequence.
@@ -101,6 +103,7 @@ class Batches:
         world_size: int = 1,
         document_mask: bool = False,
         num_workers: int = 0,
+        skip: Mapping[str, int] | None = None,
     ) -> None:
         sizes = {
             "seq_len": seq_len,
@@ -137,6 +140,7 @@ class Batches:
             phases,
             global_batch_size=global_batch_size,
             seed=seed,
+            skip=skip,
         )
         self.eos_id = next(iter(shards.values())).eos_id
         self._document_eos = self.eos_id if document_mask else None
@@ -145,6 +149,10 @@ class Batches:
     def num_steps(self) -> int:
         """Steps of the whole run."""
         return self.order.num_steps
+
+    def drawn_before(self, step: int) -> dict[str, int]:
+        """Return the sequences that the run drew from each source before a step."""
+        return self.order.drawn_before(step)
 
     def phase(self, step: int) -> Phase:
         """Return the phase of a step."""
@@ -224,7 +232,7 @@ class Batches:
 
     def epochs(self) -> dict[str, float]:
         """Return how often the run sees each source."""
-        drawn, windows = self.order.drawn, self.order.windows
+        drawn, windows = self.order.drawn - self.order.skipped, self.order.windows
         return {name: int(drawn[i]) / int(windows[i]) for i, name in enumerate(self.order.names)}
 
     def describe(self) -> str:

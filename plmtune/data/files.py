@@ -208,6 +208,8 @@ class Files(Source):
 
     def _read_jsonl(self, path: Path) -> Iterator[tuple[str, str | BadRow]]:
         for number, line in enumerate(read_lines(path), 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark, as Windows editors write
             if not line.strip():
                 continue
             place = f"line {number}"
@@ -221,7 +223,10 @@ class Files(Source):
             except json.JSONDecodeError as error:
                 array = " (an array? One object a line is needed)" if line.strip() == b"[" else ""
                 yield place, BadRow(f"is not JSON: {error.msg} at column {error.colno}{array}")
-            except RecursionError:
+            except (RecursionError, ValueError) as error:
+                if isinstance(error, ValueError):  # a number of thousands of digits
+                    yield place, BadRow(f"cannot be read as JSON ({error})")
+                    continue
                 yield place, BadRow("is JSON nested too deeply to read")
 
     def _read_parquet(self, path: Path) -> Iterator[tuple[str, str | BadRow]]:

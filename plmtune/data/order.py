@@ -101,6 +101,7 @@ class Order:
         phases: in the order of training.
         global_batch_size: sequences a step, over all ranks.
         seed: another seed, another order.
+        skip: sequences of each source that a run before this one has seen, when this one goes on from it.
 
     Raises:
         ValueError: for a phase without steps, or a mix that names no source, an unknown one, or weights that
@@ -108,7 +109,13 @@ class Order:
     """
 
     def __init__(
-        self, windows: Mapping[str, int], phases: Sequence[Phase], *, global_batch_size: int, seed: int
+        self,
+        windows: Mapping[str, int],
+        phases: Sequence[Phase],
+        *,
+        global_batch_size: int,
+        seed: int,
+        skip: Mapping[str, int] | None = None,
     ) -> None:
         if not phases:
             raise ValueError("a run needs at least one phase")
@@ -117,10 +124,11 @@ class Order:
         self.phases = list(phases)
         self.global_batch_size = global_batch_size
         self.seed = seed
+        self.skipped = np.array([(skip or {}).get(name, 0) for name in self.names], dtype=np.int64)
         self._first_step = [0]
         self._shares: list[Ints] = []
         # Sequences drawn from each source before each phase: an epoch goes on where the last phase left it.
-        self._drawn = [np.zeros(len(self.names), dtype=np.int64)]
+        self._drawn = [self.skipped]
         for index, phase in enumerate(self.phases):
             if phase.steps < 1:
                 raise ValueError(f"phase {phase.name} has {phase.steps} steps; it needs at least 1")
@@ -143,6 +151,15 @@ class Order:
     def drawn(self) -> Ints:
         """Sequences that the whole run draws from each source."""
         return self._drawn[-1]
+
+    def drawn_before(self, step: int) -> dict[str, int]:
+        """Return the sequences drawn from each source before a step, with what was skipped."""
+        index = min(bisect_right(self._first_step, step) - 1, len(self.phases) - 1)
+        shares = self._shares[index]
+        blocks, rest = divmod((step - self._first_step[index]) * self.global_batch_size, BLOCK)
+        last = np.bincount(self._layout(index, shares, blocks)[0][:rest], minlength=len(self.names))
+        drawn = self._drawn[index] + blocks * shares + last
+        return {name: int(count) for name, count in zip(self.names, drawn, strict=True)}
 
     def phase_index(self, step: int) -> int:
         """Return which phase a step belongs to."""

@@ -145,38 +145,35 @@ def _write(
 def by_documents(documents: Iterable[str], share: float) -> Iterator[Part]:
     """Assign documents to splits by the hash of their text: those that fall below `share` are held out.
 
-    Where none does, the one with the lowest hash is: it waits until another falls below. A corpus of one
-    document (or of copies of one) is cut at its tail.
+    Where none does, the tail of the one with the lowest hash is, so much that the share is held out: it waits until
+    another falls below.
     """
     if share == 0:
         yield from (("train", text) for text in documents)
         return
-    lowest = 2.0
+    lowest, total = 2.0, 0
     waiting: list[str] = []  # the lowest so far, with its copies; empty once a document fell below the share
-    below = trained = False
+    below = False
     for text in documents:
+        total += len(text)
         value = xxhash.xxh3_64_intdigest(text.encode("utf-8"), seed=1) / 2**64
         if value < share:
             below = True
             yield "validation", text
         elif below or value > lowest:
-            trained = True
             yield "train", text
             continue
         elif value == lowest:
             waiting.append(text)
             continue
         # Whatever waited is no longer the lowest.
-        trained = trained or bool(waiting)
         yield from (("train", held) for held in waiting)
         waiting = [] if below else [text]
         lowest = value
-    if waiting and trained:
-        yield from (("validation", held) for held in waiting)
-    elif waiting:
+    if waiting:
         *copies, last = waiting
         yield from (("train", held) for held in copies)
-        yield from _cut(last, int(len(last) * (1 - share)))
+        yield from _cut(last, len(last) - max(1, int(total * share)))
 
 
 def by_tail(source: Source, share: float, skip_bad: bool) -> Iterator[Part]:

@@ -270,6 +270,16 @@ def _tensors(locations: Mapping[str, Path], names: Iterable[str]) -> Iterator[tu
                 yield name, opened.get_tensor(name)
 
 
+def read_description(directory: str | Path) -> dict[str, Any]:
+    """Return the `config` of the model that a directory holds: its components and settings.
+
+    Raises:
+        UserError: if it is no checkpoint.
+    """
+    directory = Path(directory)
+    return _build(directory, num_tensors=len(locate(directory))).config
+
+
 def _build(directory: Path, num_tensors: int) -> Decoder:
     """Build on the meta device what config.json describes; nothing is allocated."""
     path = directory / CONFIG

@@ -48,7 +48,7 @@ class SquaredReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = SquareOfReLU.apply(self.up_proj(x))
         if self.record_sparsity:
-            self.sparsity = (hidden.detach() == 0).float().mean()
+            self.sparsity = (hidden.detach() == 0).float().mean(-1)  # [b, s]
         return self.down_proj(hidden)
 
 

@@ -172,11 +172,12 @@ def muon(
 def _split_for_muon(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(matrices inside the layers, everything else): what maps from or to the vocabulary is not Muon's."""
     vocabulary = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    vocab_size = getattr(model, "vocab_size", None)
+    if hasattr(model, "head_weight"):
+        vocabulary.add(id(model.head_weight))
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in _trainable(model):
-        hidden = parameter.ndim == 2 and id(parameter) not in vocabulary and parameter.shape[0] != vocab_size
+        hidden = parameter.ndim == 2 and id(parameter) not in vocabulary
         (matrices if hidden else others).append(parameter)
     return matrices, others
 

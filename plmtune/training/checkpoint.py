@@ -49,6 +49,34 @@ def step_path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}"
 
 
+def read_state_json(directory: Path) -> dict[str, Any]:
+    """What the recipe saved beside the weights of a checkpoint; empty for a model without training state."""
+    if not (directory / STATE).is_file() or not (directory / OPTIMIZER).is_file():
+        return {}
+    try:
+        state: dict[str, Any] = json.loads((directory / STATE).read_text(encoding="utf-8"))["state"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory / STATE} is damaged ({error}). Use an earlier checkpoint.") from error
+    return state
+
+
+def load_moments(directory: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
+    """Give a new optimizer another run's state (moments), but not that run's settings. Every rank must call it.
+
+    Raises:
+        UserError: if that run's optimizer is another one.
+    """
+    manifest.verify(directory)
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    document = json.loads((directory / STATE).read_text(encoding="utf-8"))
+    try:
+        training_state.load_optimizer_state(model, optimizer, load_file(directory / OPTIMIZER), document["optimizer"])
+    except UserError as error:
+        raise UserError(f"{directory} does not fit this run. {error}") from error
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
 class Checkpoints:
     """The checkpoints of one run, the newest `keep` of them.
 
@@ -222,12 +250,15 @@ class Checkpoints:
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        self._prune()
+        self._prune(step)
 
-    def _prune(self) -> None:
+    def _prune(self, newest: int) -> None:
         for path in self.directory.glob(f".old-step-*-{os.getpid()}"):
             shutil.rmtree(path, ignore_errors=True)
-        for step in steps(self.directory)[: -self.keep] if self.keep else []:
+        every = steps(self.directory)
+        # Later ones were refused when this run was resumed: they belong to a past that did not happen.
+        past = [step for step in every if step <= newest]
+        for step in [*(past[: -self.keep] if self.keep else []), *every[len(past) :]]:
             path = step_path(self.directory, step)
             doomed = self.directory / f".old-{path.name}-{os.getpid()}"
             # Renamed first: a kill in the middle of the removal must not leave half of it under its name.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ BF16_PEAKS = {
     "B200": 2250e12,
     "H200": 989.4e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989.4e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -236,8 +238,17 @@ def available_memory(device: torch.device) -> int:
         except OSError:
             continue
         if limit.isdigit():  # "max": no limit
-            available = min(available, max(int(limit) - int(used), 0))
+            available = min(available, max(int(limit) - int(used) + _reclaimable(Path(used_file).parent), 0))
     return int(available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _reclaimable(group: Path) -> int:
+    """Page cache that a control group's usage counts, and that the kernel gives back when memory is wanted."""
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(n) for key, n in map(str.split, lines) if key in ("inactive_file", "active_file"))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -248,7 +259,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
-        known = [key for key in BF16_PEAKS if key in name]
+        known = [key for key in BF16_PEAKS if re.search(rf"\b{re.escape(key)}\b", name)]
         if known:
             return BF16_PEAKS[max(known, key=len)]
     return _measured_flops(device, dtype)
@@ -256,7 +267,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     size = 4096 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device).to(dtype)
+    # Not random: drawing would move the generator that a resumed run must find as it left it.
+    a = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
     best = float("inf")
     for _ in range(6):  # the first warms up
         start = time.perf_counter()

@@ -124,10 +124,10 @@ class TestPrepare:
         wide.vocab_size = 1 << 17
         opened = Shards.open(prepare(Texts("one", "two"), wide, tmp_path), vocab_size=1 << 17)
         assert opened.manifest.dtype == "<u4"
-        assert documents_of(opened.train, tokenizer) + documents_of(opened.validation, tokenizer) == [
-            "one",
-            "two",
-        ]
+        assert sorted(documents_of(opened.train, tokenizer) + documents_of(opened.validation, tokenizer)) in (
+            ["e", "on", "two"],
+            ["o", "one", "tw"],
+        )
 
 
 class TestHoldoutByDocuments:
@@ -149,13 +149,14 @@ class TestHoldoutByDocuments:
         assert held
         assert not set(train) & set(held)
 
-    @pytest.mark.parametrize("count", [2, 3, 10])
-    def test_of_two_or_more_at_least_one_is_held_out(self, count):
+    @pytest.mark.parametrize("count", [1, 2, 3, 10])
+    def test_of_few_documents_no_more_than_the_share_is_held_out(self, count):
         for start in range(30):
-            texts = [f"text {i}" for i in range(start, start + count)]
-            train, held = self.split(texts, 1e-9)
+            texts = [f"text number {i}" for i in range(start, start + count)]
+            train, (held,) = self.split(texts, 1e-9)
             assert len(held) == 1
-            assert sorted(train + held) == sorted(texts)
+            cut = next(text for text in texts if text not in train)
+            assert cut[:-1] in train and cut[-1] == held
 
     def test_the_only_document_is_cut_at_its_tail(self):
         assert self.split(["0123456789"], 0.2) == (["01234567"], ["89"])

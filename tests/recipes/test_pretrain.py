@@ -31,10 +31,12 @@ def refusal(*overrides: str) -> str:
 
 
 def weights(run: Path) -> str:
-    """Hash of what a run learned: parameters and optimizer state of its newest checkpoint."""
+    """What a run learned: hashes of parameters and moments of its newest checkpoint, random state and schedule."""
     newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
     files = [newest / "model.safetensors", newest / "optimizer.safetensors"]
-    return "".join(xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files)
+    state = json.loads((newest / "state.json").read_text())
+    rest = json.dumps([state["random"], state["scheduler"], state["step"]])
+    return rest + "".join(xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -72,7 +74,7 @@ class TestLearning:
 
     def test_two_runs_of_one_seed_are_byte_identical(self, place: Path) -> None:
         start("run_dir=a")
-        start("run_dir=b", "micro_batch_size=2")
+        start("run_dir=b")
         assert weights(place / "a") == weights(place / "b")
         assert metrics(place / "a") == metrics(place / "b")
         start("run_dir=c", "seed=2")
@@ -107,6 +109,18 @@ class TestLearning:
         assert rates == sorted(rates, reverse=True) and rates[0] > 2 * rates[-1]
         first = next(e["loss"] for e in metrics(place / "branch"))
         assert first < metrics(place / "stable")[0]["loss"]
+        # It goes on as the stable run did: the same next tokens, the same moments, so the same loss to the digit.
+        after = next(e for e in metrics(place / "stable") if e["step"] == 7)
+        assert first == after["loss"]
+
+    def test_starting_from_another_model_or_tokenizer_is_refused(self, place: Path) -> None:
+        start("run_dir=first", "phases=[{name: main, steps: 2}]")
+        said = refusal("init_from=first", "model.attention.rope_theta=10")
+        assert "attention" in said and "first" in said
+        from plmtune.data.tokenizers import train_bpe
+
+        train_bpe(["some text"], 300).save(place / "bpe")
+        assert "init_from=first" in refusal("init_from=first", "tokenizer=file", "tokenizer.path=bpe")
 
     @pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw_8bit", marks=pytest.mark.slow)])
     def test_other_optimizers_resume_exactly(self, place: Path, optimizer: str) -> None:
@@ -223,6 +237,10 @@ class TestBadInput:
             ("phases=[{name: a, tokens: lots}]", ["phases[0].tokens", "lots"]),
             ("phases=[{name: a, steps: 2, mix: {filez: 1}}]", ["filez", "files"]),
             ("micro_batch_size=0", ["micro_batch_size"]),
+            ("max_grad_norm=-1", ["max_grad_norm", "-1"]),
+            ("optimizer.lr=-1", ["optimizer", "lr", "-1"]),
+            ("checkpoint.keep=-1", ["checkpoint.keep", "-1"]),
+            ("sample.temperature=-1", ["sample", "-1"]),
             ("data.paths=[nowhere]", ["nowhere"]),
             ("data.paths=[]", ["paths"]),
             ("init_from=corpus", ["corpus"]),
@@ -294,6 +312,8 @@ class TestCommands:
         done = plmtune("run", "mine.py", *SMALL, "run_dir=run", "phases=[{name: main, steps: 2}]")
         assert done.returncode == 0, done.stderr
         assert "MINE curves" in done.stdout
+        resumed = plmtune("resume", "run")
+        assert resumed.returncode == 2 and "--recipe mine.py" in resumed.stderr
 
     def test_validate_checks_a_file_and_builds_nothing(self, place: Path, plmtune: Run) -> None:
         done = plmtune("validate", "conf/plm_1.8b.yaml", "tokenizer=byte")
