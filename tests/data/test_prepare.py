@@ -160,7 +160,7 @@ class TestHoldoutByDocuments:
 
     def test_the_only_document_is_cut_at_its_tail(self):
         assert self.split(["0123456789"], 0.2) == (["01234567"], ["89"])
-        assert self.split(["0123456789"] * 3, 0.2) == (["0123456789"] * 2 + ["01234567"], ["89"])
+        assert self.split(["0123456789"] * 3, 0.2) == (["0123456789"] * 2 + ["0123"], ["456789"])
 
     def test_a_share_of_zero_holds_nothing_out(self):
         assert self.split(["a", "b"], 0) == (["a", "b"], [])

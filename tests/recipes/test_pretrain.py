@@ -119,7 +119,7 @@ class TestLearning:
         assert "attention" in said and "first" in said
         from plmtune.data.tokenizers import train_bpe
 
-        train_bpe(["some text"], 300).save(place / "bpe")
+        train_bpe(["some text"], 260).save(place / "bpe")
         assert "init_from=first" in refusal("init_from=first", "tokenizer=file", "tokenizer.path=bpe")
 
     @pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw_8bit", marks=pytest.mark.slow)])
