@@ -280,7 +280,7 @@ class TestBadInput:
         assert not (place / "again").exists()
 
     def test_a_run_that_cannot_fit_is_refused_with_its_estimate(self, place: Path) -> None:
-        said = refusal("model=plm", "model.num_layers=2000", "model.embed_dim=8192")
+        said = refusal("model=plm", "model.num_layers=60", "model.embed_dim=16384")
         assert "--force" in said and "GiB" in said
 
     def test_exit_code_and_message_on_the_command_line(self, plmtune: Run) -> None:
