@@ -18,11 +18,12 @@ from plmtune.data.batches import Batch, Batches, Phase
 from plmtune.data.prepare import prepare
 from plmtune.data.shards import Shards
 from plmtune.data.sources import named_sources
-from plmtune.data.tokenizers import load_tokenizer
+from plmtune.data.tokenizers import QWEN2_ROWS, load_tokenizer
 from plmtune.errors import UserError
 from plmtune.generation import complete
 from plmtune.models.files import checkpoint_directory
 from plmtune.models.hf import load_state, read_description, read_state, save_model
+from plmtune.registry import Component
 from plmtune.runs import open_run
 from plmtune.schema import Pretrain as Config
 from plmtune.training.checkpoint import Checkpoints, load_moments, read_state_json, steps
@@ -59,8 +60,11 @@ class Plan:
         return [*self.estimate.lines(), *rows]
 
 
-def plan(cfg: Config, runtime: Runtime) -> Plan:
+def plan(cfg: Config, runtime: Runtime, *, dry: bool = False) -> Plan:
     """Check every number that can be checked without memory or data.
+
+    Args:
+        dry: nothing will be trained, so Qwen2's tokenizer, whose size is known, need not be at hand.
 
     Raises:
         UserError: naming the key, for impossible numbers.
@@ -78,9 +82,11 @@ def plan(cfg: Config, runtime: Runtime) -> Plan:
             f"key global_batch_size: {cfg.global_batch_size} sequences do not divide among {runtime.world_size} "
             "processes."
         )
-    tokenizer = build("tokenizer", cfg.tokenizer)
+    assert cfg.tokenizer is not None
+    dry = dry and cfg.tokenizer == Component("tokenizer", "qwen2", {"path": None})
+    tokenizer = None if dry else build("tokenizer", cfg.tokenizer)
     with torch.device("meta"):
-        model = build("model", cfg.model, vocab_size=tokenizer.vocab_size)
+        model = build("model", cfg.model, vocab_size=tokenizer.vocab_size if tokenizer else QWEN2_ROWS)
     if cfg.seq_len > model.max_seq_len:
         raise UserError(f"key seq_len: {cfg.seq_len} exceeds the model's max_seq_len ({model.max_seq_len}).")
     tokens_per_step = cfg.global_batch_size * cfg.seq_len
@@ -388,7 +394,7 @@ class Pretrain:
 def check(cfg: Config) -> str:
     """What ``plmtune validate`` says of a config that is right."""
     with Runtime.start(device="cpu", seed=cfg.seed) as runtime:
-        planned = plan(cfg, runtime)
+        planned = plan(cfg, runtime, dry=True)
     return f"{show_count(planned.estimate.parameters)} parameters, {planned.num_steps:,} steps."
 
 
@@ -427,7 +433,7 @@ def main(cfg: Config, *, dry_run: bool = False) -> float | None:
         deterministic=cfg.runtime.deterministic,
         timeout_minutes=cfg.runtime.timeout_minutes,
     ) as runtime:
-        planned = plan(cfg, runtime)
+        planned = plan(cfg, runtime, dry=dry_run)
         if dry_run:
             print("\n".join([*runtime.reasons, *planned.lines()]))
             return None

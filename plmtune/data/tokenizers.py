@@ -50,6 +50,9 @@ _CUT = re.compile(r"\n(?=[A-Za-z])")
 _CUTTABLE = frozenset({QWEN2_PATTERN, LLAMA3_PATTERN})
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 
+# PLM's embedding has more rows than Qwen2 has tokens; known without the file, for a dry run.
+QWEN2_ROWS = 151936
+
 # ChatML with the default system prompt of PLM's authors.
 CHATML_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}"
@@ -379,7 +382,7 @@ def qwen2(path: str | None = None) -> Tokenizer:
             f"{path or 'Qwen/Qwen2-1.5B'} is not Qwen2's tokenizer: its special tokens are "
             f"{vocabulary.specials}, not <|endoftext|> at 151643 and the two after it. Use tokenizer=file."
         )
-    rows = max(151936, found.num_tokens)
+    rows = max(QWEN2_ROWS, found.num_tokens)
     return Tokenizer(vocabulary, eos=found.eos, vocab_size=rows, chat_template=CHATML_TEMPLATE)
 
 
