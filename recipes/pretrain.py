@@ -416,7 +416,7 @@ def report(run: Path, cfg: Config) -> None:
         )
         print(f"\n{cfg.sample.prompt}{''.join(text)}\n")
     print(f"curves: {curves}")
-    print(f'try it: plmtune generate {run} --prompt "{cfg.sample.prompt or "The "}"')
+    print(f'try it: plmtune generate {run} --prompt "{cfg.sample.prompt or "The"}"')
 
 
 def main(cfg: Config, *, dry_run: bool = False) -> float | None:
