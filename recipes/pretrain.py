@@ -15,16 +15,14 @@ from torch import Tensor
 import plmtune
 from plmtune.config import build, to_plain
 from plmtune.data.batches import Batch, Batches, Phase
-from plmtune.data.prepare import prepare
 from plmtune.data.shards import Shards
-from plmtune.data.sources import named_sources
-from plmtune.data.tokenizers import QWEN2_ROWS, load_tokenizer
+from plmtune.data.tokenizers import QWEN2_ROWS
 from plmtune.errors import UserError
 from plmtune.generation import complete
 from plmtune.models.files import checkpoint_directory
-from plmtune.models.hf import load_state, read_description, read_state, save_model
+from plmtune.models.hf import load_state, read_state, save_model
 from plmtune.registry import Component
-from plmtune.runs import open_run
+from plmtune.runs import open_run, open_sources, resolve_phase, start_from
 from plmtune.schema import Pretrain as Config
 from plmtune.training.checkpoint import Checkpoints, load_moments, read_state_json, steps
 from plmtune.training.estimate import Estimate, estimate, peak_flops
@@ -32,7 +30,7 @@ from plmtune.training.plot import draw_curves
 from plmtune.training.progress import Watch
 from plmtune.training.run_directory import EXIT_STOPPED
 from plmtune.training.runtime import Runtime
-from plmtune.units import parse_count, show_count
+from plmtune.units import show_count
 
 CONFIG = "pretrain"  # conf/pretrain.yaml
 
@@ -90,7 +88,7 @@ def plan(cfg: Config, runtime: Runtime, *, dry: bool = False) -> Plan:
     if cfg.seq_len > model.max_seq_len:
         raise UserError(f"key seq_len: {cfg.seq_len} exceeds the model's max_seq_len ({model.max_seq_len}).")
     tokens_per_step = cfg.global_batch_size * cfg.seq_len
-    phases = [_phase(index, phase, tokens_per_step) for index, phase in enumerate(cfg.phases)]
+    phases = [resolve_phase(index, phase, tokens_per_step) for index, phase in enumerate(cfg.phases)]
     num_steps = sum(phase.steps for phase in phases)
     build("loss", cfg.loss)
     _scheduler(cfg, build("optimizer", cfg.optimizer, model=model), num_steps, tokens_per_step)
@@ -120,60 +118,8 @@ def plan(cfg: Config, runtime: Runtime, *, dry: bool = False) -> Plan:
     )
 
 
-def _phase(index: int, phase: Any, tokens_per_step: int) -> Phase:
-    key = f"phases[{index}]"
-    if (phase.tokens is None) == (phase.steps is None):
-        raise UserError(f"key {key}: needs tokens or steps, one of the two.")
-    try:
-        if phase.steps is None:
-            steps = math.ceil(parse_count(phase.tokens, f"{key}.tokens") / tokens_per_step)
-        else:
-            steps = phase.steps
-    except ValueError as error:
-        raise UserError(f"key {error}") from None
-    if steps < 1:
-        raise UserError(f"key {key}.steps: must be at least 1, not {steps}.")
-    return Phase(phase.name, steps, dict(phase.mix))
-
-
 def _scheduler(cfg: Config, optimizer: Any, num_steps: int, tokens_per_step: int) -> Any:
     return build("scheduler", cfg.scheduler, optimizer=optimizer, num_steps=num_steps, tokens_per_step=tokens_per_step)
-
-
-@dataclass
-class Origin:
-    """The checkpoint that `init_from` names; a run that enters the schedule after its warmup goes on from there."""
-
-    directory: Path
-    goes_on: bool
-    drawn: dict[str, int]  # sequences of each source that it has seen
-
-
-def start_from(cfg: Config, plan: Plan) -> Origin | None:
-    """Find the checkpoint of `init_from` and check that it is this model with this tokenizer.
-
-    Raises:
-        UserError: naming what differs.
-    """
-    if not cfg.init_from:
-        return None
-    directory = checkpoint_directory(cfg.init_from)
-    theirs, ours = read_description(directory), plan.model.config
-    for key in ours:
-        # Its context may be shorter, and its initialisation is over.
-        if key not in ("max_seq_len", "init_std") and ours[key] != theirs.get(key):
-            raise UserError(f"init_from={cfg.init_from}: its model has {key}={theirs.get(key)}, this run {ours[key]}.")
-    named = (directory / "tokenizer.json").is_file()
-    if named and load_tokenizer(directory).fingerprint != plan.tokenizer.fingerprint:
-        raise UserError(
-            f"init_from={cfg.init_from}: its tokenizer is another one than this run's. Use its own: "
-            f"tokenizer=file tokenizer.path={directory}"
-        )
-    # A branched decay anneals that very run: it keeps the optimizer's moments and reads on where the other stopped.
-    assert cfg.scheduler is not None
-    goes_on = cfg.scheduler.settings.get("start", "warmup") != "warmup"
-    state = read_state_json(directory) if goes_on else {}
-    return Origin(directory, bool(state), dict(state.get("drawn", {})))
 
 
 class Pretrain:
@@ -184,9 +130,9 @@ class Pretrain:
         # A run with a checkpoint of its own no longer needs the one that it started from.
         own = Path(cfg.run_dir or "") / "checkpoints" if cfg.resume and cfg.run_dir else None
         saved = read_state_json(checkpoint_directory(own)) if own and steps(own) else {}
-        origin = None if saved else start_from(cfg, plan)
+        origin = None if saved else start_from(cfg, plan.model, plan.tokenizer)
         self.skip: dict[str, int] = saved.get("skip", {}) if saved else origin.drawn if origin else {}
-        shards = self._prepare()
+        shards = open_sources(cfg, self.tokenizer, runtime)
         self.data = self._batches(shards)
         self.model = plan.model.to_empty(device=runtime.device)
         self.model.activation_checkpointing = cfg.runtime.activation_checkpointing
@@ -205,31 +151,6 @@ class Pretrain:
         self.step = self._restore()
         # Bits per byte need the length of each token's text; special tokens have none.
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes).to(runtime.device)
-
-    def _prepare(self) -> dict[str, Shards]:
-        """Make token shards of each source, or find them made."""
-        settings = self.cfg.preparation
-        opened = {}
-        for name, source in named_sources(build("data", self.cfg.data)).items():
-            # Every rank asks; the first to hold the lock works and the others wait for it, without a time limit.
-            try:
-                directory = prepare(
-                    source,
-                    self.tokenizer,
-                    Path(settings.directory),
-                    holdout=settings.holdout,
-                    holdout_by=settings.holdout_by,
-                    skip_bad=settings.skip_bad,
-                )
-            except ValueError as error:
-                raise UserError(f"key preparation: {error}") from error
-            opened[name] = Shards.open(
-                directory,
-                tokenizer_fingerprint=self.tokenizer.fingerprint,
-                vocab_size=self.tokenizer.vocab_size,
-                verify=self.runtime.is_main,
-            )
-        return opened
 
     def _batches(self, shards: dict[str, Shards]) -> Batches:
         try:
