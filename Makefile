@@ -9,7 +9,8 @@ demo: $(VENV)/installed
 	$(BIN)/plmtune run pretrain
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	# One thread a worker: two workers of two threads each would wait for each other on two cores.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
