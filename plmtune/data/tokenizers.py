@@ -66,7 +66,7 @@ CHATML_TEMPLATE = (
 
 
 class Tokenizer:
-    """Text to ids and back; safe to use from several threads, to fork with and to pickle.
+    """Text to ids and back; safe to use from several threads and to fork with.
 
     Attributes:
         vocab_size: rows that a model needs, padding included.

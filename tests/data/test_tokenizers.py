@@ -2,7 +2,6 @@
 
 import copy
 import json
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -249,10 +248,6 @@ class TestTokenizer:
         found = bundled()
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(found.encode, MIXED * 8)) == [found.encode(text) for text in MIXED * 8]
-
-    def test_it_can_be_pickled(self) -> None:
-        again = pickle.loads(pickle.dumps(bundled()))
-        assert again.encode(MIXED[3]) == bundled().encode(MIXED[3])
 
     def test_an_id_outside_of_the_rows_is_refused(self) -> None:
         for identity in (-1, 4096):
