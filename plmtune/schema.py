@@ -24,7 +24,8 @@ class Runtime:
 
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    shard_size: int | None = None  # hsdp: processes that share one copy of the model; default: those of a machine
     deterministic: bool = False
     compile: bool = False
     activation_checkpointing: bool = False
@@ -55,6 +56,18 @@ class Checkpointing:
 
     every: int = 0
     keep: int = 2
+    best: str | None = "validation_loss"  # the checkpoint with the best value of this metric is kept as well
+    best_is: Literal["lowest", "highest"] = "lowest"
+    background: bool = True  # write while training goes on; takes a copy of the state in host memory
+
+
+@dataclass
+class Guard:
+    """Which updates to skip: a loss or gradient norm that is not finite, or a norm far beyond its history."""
+
+    spike_factor: float = 10.0  # times the median norm of the window; 0 asks only for finite numbers
+    window: int = 128  # accepted steps that make the history
+    patience: int = 3  # skipped steps in a row that stop the run
 
 
 @dataclass
@@ -76,6 +89,7 @@ class Pretrain:
     run_dir: str | None = None  # default: runs/NAME/DATE-TIME
     resume: bool = False
     init_from: str | None = None  # weights to start from: a run or a checkpoint directory
+    other_data: bool = False  # resume although the data is not what the run began with
     force: bool = False  # start although the estimate says it does not fit
     seed: int = 1
     seq_len: int = 256
@@ -90,6 +104,7 @@ class Pretrain:
     preparation: Preparation = field(default_factory=Preparation)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
+    guard: Guard = field(default_factory=Guard)
     sample: Sample = field(default_factory=Sample)
     model: Component | None = None
     tokenizer: Component | None = None
