@@ -6,12 +6,13 @@ Only JSON and safetensors are ever opened, and only inside the directory.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from plmtune.atomic import replacing
 from plmtune.errors import UserError
@@ -24,41 +25,67 @@ CONFIG = "config.json"
 _MAX_JSON_BYTES = 64 * 2**20
 
 
-def locate(directory: Path) -> dict[str, Path]:
-    """Return which file holds each tensor, reading headers only.
+def locate(directory: Path, stem: str = "model") -> dict[str, Path]:
+    """Return which file holds each tensor of STEM.safetensors, or of the shards of its index, reading headers only.
 
     Raises:
         UserError: if this is no checkpoint, or its index points elsewhere.
     """
+    weights, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory. A checkpoint is a directory with {CONFIG} and {WEIGHTS}.")
-    if _exists(directory / WEIGHTS):
-        path = _inside(directory, WEIGHTS)
+    if _exists(directory / weights):
+        path = _inside(directory, weights)
         with opened_weights(path) as opened:
             return dict.fromkeys(opened.keys(), path)
-    if not _exists(directory / INDEX):
+    if not _exists(directory / index):
         pickles = sorted(path.name for path in directory.glob("*.bin"))
         if pickles:
             raise UserError(
                 f"{directory} holds {pickles[0]}, a pickle, which can run code when read. "
                 f"Convert it to {WEIGHTS} where you trust it."
             )
-        raise UserError(f"{directory} holds neither {WEIGHTS} nor {INDEX}: it is not a checkpoint.")
-    weight_map = read_json(directory, INDEX).get("weight_map")
+        raise UserError(f"{directory} holds neither {weights} nor {index}: it is not a checkpoint.")
+    weight_map = read_json(directory, index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{directory / INDEX}: key weight_map must map tensors to files.")
+        raise UserError(f"{directory / index}: key weight_map must map tensors to files.")
     locations: dict[str, Path] = {}
     for name in sorted(set(weight_map.values())):
         if not name.endswith(".safetensors"):
-            raise UserError(f"{directory / INDEX} names {name!r:.80}, which is not a safetensors file.")
+            raise UserError(f"{directory / index} names {name!r:.80}, which is not a safetensors file.")
         path = _inside(directory, name)
         with opened_weights(path) as opened:
             held = set(opened.keys())
         for tensor, file in weight_map.items():
             if file == name and tensor not in held:
-                raise UserError(f"{path} misses the tensor {tensor} that {INDEX} says it holds.")
+                raise UserError(f"{path} misses the tensor {tensor} that {index} says it holds.")
         locations |= {tensor: path for tensor, file in weight_map.items() if file == name}
     return locations
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of a directory's files, each read when it is asked for, so that never all are in memory.
+
+    Args:
+        locations: what `locate` returned.
+        name_of: the name in the file for a name that is asked for.
+    """
+
+    def __init__(self, locations: Mapping[str, Path], name_of: Callable[[str], str] = str) -> None:
+        self._locations = locations
+        self._name_of = name_of
+
+    def __getitem__(self, name: str) -> Tensor:
+        name = self._name_of(name)
+        with opened_weights(self._locations[name]) as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._locations)
+
+    def __len__(self) -> int:
+        return len(self._locations)
 
 
 def _exists(path: Path) -> bool:

@@ -140,6 +140,11 @@ def hf_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return keys | {"plmtune": dict(config)}
 
 
+def write_config(config: Mapping[str, Any], dtype: torch.dtype, directory: Path) -> None:
+    """Write the config.json of a model's `config` beside weights of `dtype` that others write."""
+    write_json(directory / CONFIG, hf_config(config, dtype))
+
+
 def save_model(
     model_or_state: Decoder | Mapping[str, Tensor],
     config: Mapping[str, Any] | None,
