@@ -1,28 +1,37 @@
 """Many processes: the group, the device mesh, how a model is spread, and how whole tensors come and go.
 
 Everything that knows of ranks lives here, so that tensor and pipeline parallelism can come as further mesh
-dimensions without a change in a recipe.
+dimensions without a change in a recipe: docs/distributed.md says where.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import time
+import traceback
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from plmtune.errors import UserError
 
-Strategy = Literal["none", "ddp", "fsdp"]
+Strategy = Literal["none", "ddp", "fsdp", "hsdp"]
+
+# Seconds that a rank whose exchange failed waits for the others to say that theirs failed too.
+ROLL_CALL = 3.0
+
+_store: dist.Store | None = None  # where ranks leave notes for each other while no exchange works
 
 
 def environment() -> tuple[int, int, int]:
@@ -31,23 +40,39 @@ def environment() -> tuple[int, int, int]:
     return int(get("RANK", "0")), int(get("LOCAL_RANK", "0")), int(get("WORLD_SIZE", "1"))
 
 
-def start_process_group(device: torch.device, timeout_minutes: float) -> None:
-    """Join the other processes: nccl between GPUs, gloo between CPUs.
+def start_process_group(device: torch.device, timeout: timedelta) -> None:
+    """Join the other processes. Tensors on GPUs travel over nccl, those on the host over gloo.
+
+    So the flags, texts and numbers of every step do not make the host wait for what the GPU has queued.
 
     Raises:
-        UserError: if the rendezvous fails.
+        UserError: if a process does not come within `timeout`.
     """
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    global _store
+    cuda = device.type == "cuda"
+    rank, _, world = environment()
     try:
+        # Made here and not by init_process_group, so that who came can be asked when somebody did not.
+        store, *_ = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        _store = dist.PrefixStore("plmtune", store)
+        _store.set(f"here/{rank}", "")
+        _store.wait([f"here/{other}" for other in range(world)], timeout)
         dist.init_process_group(
-            backend,
-            timeout=timedelta(minutes=timeout_minutes),
-            device_id=device if device.type == "cuda" else None,
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
+            device_id=device if cuda else None,
         )
-    except (RuntimeError, ValueError, dist.DistError) as error:
+    except (RuntimeError, ValueError) as error:
+        absent = _store and [other for other in range(world) if not _store.check([f"here/{other}"])]
         raise UserError(
-            f"The processes did not find each other ({backend}, MASTER_ADDR={os.environ.get('MASTER_ADDR')}, "
-            f"MASTER_PORT={os.environ.get('MASTER_PORT')}): {error}. Start them with torchrun."
+            f"The {world} processes did not find each other within {timeout.total_seconds():g} seconds "
+            f"(runtime.timeout_minutes) at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: "
+            + (f"{_ranks(absent)} did not come" if absent else str(error).split(chr(10))[0].rstrip("."))
+            + ". Start all of them with torchrun, and look for the error of the one that is missing."
         ) from error
 
 
@@ -63,17 +88,89 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def data_mesh(device: torch.device) -> DeviceMesh:
-    """One dimension, "data": replicas or shards of the model, each with its own rows of the global batch."""
-    return init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
+def explain(error: BaseException, timeout: timedelta) -> None:
+    """Say which rank is missing, if `error` is of an exchange between processes that failed; else do nothing.
+
+    Each rank whose exchange failed notes where it was and looks for the others' notes: a rank that leaves none is
+    dead, hangs, or ended with an error of its own. After a timeout the note goes onto `error`, whose traceback shows
+    what this rank waited for.
+
+    Raises:
+        UserError: if a connection broke instead. Then torchrun reports how the other rank ended, which tells more than
+            a traceback of this one.
+    """
+    if _store is None or not _is_of_exchange(error):
+        return
+    others = {other for other in range(world_size()) if other != rank()}
+    places: dict[int, str] = {}
+    with contextlib.suppress(RuntimeError):  # the store is gone if the process that holds it is
+        _store.set(f"failed/{rank()}", _place(error))
+        deadline = time.monotonic() + ROLL_CALL
+        while len(places) < len(others) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            places |= {o: _store.get(f"failed/{o}").decode() for o in others if _store.check([f"failed/{o}"])}
+    silent = _ranks(sorted(others - places.keys()))
+    waited = [f"rank {other} in {place}" for other, place in sorted(places.items())]
+    also = f" Others waited too: {', '.join(waited)}." if waited else ""
+    if "imed out" not in str(error):
+        lost = silent or "another rank"
+        raise UserError(
+            f"Rank {rank()} lost {lost} in {_place(error)}: its process ended or its machine cannot be reached.{also} "
+            "Its own error, or how it ended, is in the report of torchrun. The run can be resumed."
+        ) from error
+    error.add_note(
+        f"Rank {rank()} waited {timeout.total_seconds():g} seconds (runtime.timeout_minutes) in {_place(error)} for "
+        + (f"{silent}, which did not answer: stopped, hanging, or much slower." if silent else "ranks elsewhere.")
+        + also
+    )
 
 
-def wrap(model: nn.Module, strategy: Strategy, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Spread `model` over the processes of the group.
+def _is_of_exchange(error: BaseException) -> bool:
+    # Errors of gloo have no class of their own, but name its source.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
+def _place(error: BaseException) -> str:
+    """The innermost function outside of torch that `error` came through."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}torch{os.sep}" not in f.filename]
+    return f"{frames[-1].name} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else "torch"
+
+
+def _ranks(numbers: list[int]) -> str:
+    """No text for none; "rank 1"; "ranks 1 and 3"."""
+    if len(numbers) < 2:
+        return "".join(f"rank {number}" for number in numbers)
+    return f"ranks {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+
+
+def data_mesh(device: torch.device, shard_size: int, timeout: timedelta) -> DeviceMesh:
+    """The processes in two dimensions, of which those of size one are left out; each has its own rows of data.
+
+    "replicate": holders of the same part of the model. "shard": `shard_size` neighbours that have it whole
+    between them. Tensor and pipeline parallelism would be further dimensions.
 
     Args:
-        model: on `device`; rank 0's values count, the others receive them.
-        strategy: "ddp" replicates, "fsdp" shards parameters, gradients and optimizer state (FSDP2).
+        timeout: of exchanges within a dimension; groups do not inherit it.
+    """
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    numbers = torch.arange(dist.get_world_size()).view(-1, shard_size)
+    if 1 in numbers.shape:
+        name = "replicate" if shard_size == 1 else "shard"
+        return DeviceMesh.from_group(everyone, device.type, mesh_dim_names=(name,))
+    replicate, _ = dist.new_subgroups_by_enumeration(numbers.T.tolist(), timeout=timeout)
+    shard, _ = dist.new_subgroups_by_enumeration(numbers.tolist(), timeout=timeout)
+    return DeviceMesh.from_group([replicate, shard], device.type, mesh=numbers, mesh_dim_names=("replicate", "shard"))
+
+
+def wrap(model: nn.Module, strategy: Strategy, mesh: DeviceMesh | None, dtype: torch.dtype) -> nn.Module:
+    """Spread `model` over the processes of the mesh.
+
+    Args:
+        model: on its device; rank 0's values count, the others receive them.
+        strategy: "ddp" replicates; "fsdp" shards parameters, gradients and optimizer state (FSDP2); "hsdp" does so
+            within the mesh's "shard" dimension and replicates along the other (HSDP).
+        mesh: of `data_mesh`; None for "none".
         dtype: what FSDP2 computes in; gradients are always reduced in fp32.
 
     Returns:
@@ -81,10 +178,12 @@ def wrap(model: nn.Module, strategy: Strategy, device: torch.device, dtype: torc
     """
     if strategy == "none":
         return model
+    assert mesh is not None
     if strategy == "ddp":
         return DistributedDataParallel(
             model,
-            device_ids=[device.index] if device.type == "cuda" else None,
+            process_group=mesh["replicate"].get_group(),
+            device_ids=[torch.cuda.current_device()] if mesh.device_type == "cuda" else None,
             forward_sync_buffers=False,
             gradient_as_bucket_view=True,
         )
@@ -92,7 +191,6 @@ def wrap(model: nn.Module, strategy: Strategy, device: torch.device, dtype: torc
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor, src=0)
     policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
-    mesh = data_mesh(device)
     for layer in getattr(model, "layers", ()):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # The root stays whole between forward and backward: the loss reads the head's weight outside of forward.
@@ -101,11 +199,24 @@ def wrap(model: nn.Module, strategy: Strategy, device: torch.device, dtype: torc
 
 
 @contextlib.contextmanager
-def accumulate(model: nn.Module, last: bool) -> Iterator[None]:
-    """Around the forward of one micro-batch: gradients travel between ranks only for the last one."""
+def accumulate(model: nn.Module, *, first: bool, last: bool) -> Iterator[None]:
+    """Around the forward of one micro-batch; its backward may run inside or after.
+
+    Gradients travel between ranks in the backward of the last one only. Under FSDP2 the others' are kept whole, and
+    then so are the gathered parameters, from the first forward of a step to the last backward: one all-gather and
+    one reduce-scatter (HSDP: and one all-reduce) a group of parameters and step. It costs each process 4 bytes a
+    parameter of the whole model for gradients and its compute dtype's bytes for parameters; a step of one
+    micro-batch holds a layer or two of both at a time.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)  # read in backward, which may run after this block
-        yield
+        # These two are read in backward, and the last micro-batch leaves them as they were.
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
+        _reshard_layers_after_forward(model, first and last)
+        try:
+            yield
+        finally:  # a validation between steps frees each layer again
+            _reshard_layers_after_forward(model, True)
     elif isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():
             yield
@@ -113,13 +224,14 @@ def accumulate(model: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
-def group_device() -> torch.device:
-    """Where a tensor must live to travel: nccl wants the GPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+def _reshard_layers_after_forward(model: nn.Module, value: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and module is not model:
+            module.set_reshard_after_forward(value, recurse=False)
 
 
 def reduce_sum(values: Tensor) -> Tensor:
-    """Sum over ranks, in place; itself for one process."""
+    """Sum over ranks, in place, over nccl or gloo as `values` are on a GPU or not; itself for one process."""
     if is_distributed():
         dist.all_reduce(values)
     return values
@@ -129,7 +241,7 @@ def any_rank(flag: bool) -> bool:
     """True on every rank if `flag` is true on one. Every rank must call it."""
     if not is_distributed():
         return flag
-    value = torch.tensor(int(flag), device=group_device())
+    value = torch.tensor(int(flag))
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
 
@@ -139,29 +251,31 @@ def gather_texts(text: str) -> list[str]:
     if not is_distributed():
         return [text]
     data = torch.tensor(list(text.encode()), dtype=torch.uint8)
-    device = group_device()
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
-    longest = max(int(size) for size in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: len(data)] = data.to(device)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(data)]))
+    padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
+    padded[: len(data)] = data
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
-    return [bytes(part[: int(size)].cpu().numpy()).decode() for part, size in zip(parts, sizes, strict=True)]
+    return [bytes(part[: int(size)].numpy()).decode() for part, size in zip(parts, sizes, strict=True)]
 
 
 def broadcast_text(text: str) -> str:
     """Rank 0's text on every rank."""
     if not is_distributed():
         return text
-    device = group_device()
-    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-    size = torch.tensor([len(data)], device=device)
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    size = torch.tensor([len(data)])
     dist.broadcast(size, src=0)
     if rank() != 0:
-        data = torch.zeros(int(size), dtype=torch.uint8, device=device)
+        data = torch.zeros(int(size), dtype=torch.uint8)
     dist.broadcast(data, src=0)
-    return bytes(data.cpu().numpy()).decode()
+    return bytes(data.numpy()).decode()
+
+
+def barrier() -> None:
+    """Wait for all processes, on the host."""
+    any_rank(False)
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
@@ -176,6 +290,15 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on the host. Every rank must call it."""
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().cpu()
+
+
+def shard_of(tensor: Tensor) -> tuple[int, int]:
+    """(index, count) of this rank's part among the parts that a tensor's first dimension is cut into."""
+    if isinstance(tensor, DTensor):
+        for dimension, placement in enumerate(tensor.placements):
+            if placement == Shard(0):
+                return tensor.device_mesh.get_local_rank(dimension), tensor.device_mesh.size(dimension)
+    return 0, 1
 
 
 def like(value: Tensor, example: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import random
 import resource
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from types import TracebackType
 from typing import Literal
 
@@ -16,9 +17,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from plmtune.errors import UserError
+from plmtune.modules.attention import kernel_names
 from plmtune.training import distributed
 from plmtune.training.distributed import Strategy
 
@@ -31,7 +34,10 @@ class Runtime:
 
     Attributes:
         compute_dtype: of activations and matrix products; parameters and moments stay fp32.
-        strategy: how the model is spread: "none", "ddp" or "fsdp".
+        strategy: how the model is spread: "none", "ddp", "fsdp" or "hsdp".
+        shard_size: processes that share one copy of the model.
+        timeout: how long an exchange waits for a rank.
+        mesh: the processes in their dimensions; None for one process.
         reasons: what was chosen and why, a line each.
     """
 
@@ -40,6 +46,9 @@ class Runtime:
     strategy: Strategy
     rank: int = 0
     world_size: int = 1
+    shard_size: int = 1
+    timeout: timedelta = timedelta(minutes=10)
+    mesh: DeviceMesh | None = None
     reasons: list[str] = field(default_factory=list)
 
     @classmethod
@@ -48,7 +57,8 @@ class Runtime:
         *,
         device: str = "auto",
         precision: Precision = "auto",
-        strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto",
+        strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto",
+        shard_size: int | None = None,
         seed: int = 1,
         deterministic: bool = False,
         timeout_minutes: float = 10,
@@ -59,17 +69,19 @@ class Runtime:
             device: "auto", "cpu", "cuda" or "cuda:N".
             precision: "auto" takes bf16 where the hardware multiplies in it, else fp32.
             strategy: "auto" is "none" for one process and "ddp" for several.
+            shard_size: of hsdp, processes that share one copy of the model; None: those of one machine.
             seed: of torch, numpy and python; the same on every rank, so that all build the same model.
             deterministic: refuse operations whose result depends on timing.
-            timeout_minutes: how long a collective waits for a rank before the job ends.
+            timeout_minutes: how long an exchange waits for a rank before the job ends.
 
         Raises:
-            UserError: if the device is not there, or the strategy does not fit the number of processes.
+            UserError: if the device is not there, the strategy does not fit the number of processes, or one of them
+                does not come.
         """
         rank, local_rank, world_size = distributed.environment()
         chosen_device, device_reason = _choose_device(device, local_rank)
         dtype, dtype_reason = _choose_precision(precision, chosen_device)
-        chosen_strategy, strategy_reason = _choose_strategy(strategy, world_size)
+        chosen_strategy, size, strategy_reason = _choose_strategy(strategy, shard_size, world_size)
         if deterministic:
             # cuBLAS reads this once, when its first handle is made.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -82,12 +94,13 @@ class Runtime:
             f"device: {device_reason}",
             f"precision: {dtype_reason}",
             f"strategy: {strategy_reason}",
-            f"attention: {_attention_kernels(chosen_device)}",
-            f"seed: {seed}" + (", deterministic algorithms only (slower)" if deterministic else ""),
+            f"seed: {seed}" + (", deterministic algorithms only" if deterministic else ""),
         ]
+        timeout = timedelta(minutes=timeout_minutes)
         if world_size > 1 and not distributed.is_distributed():
-            distributed.start_process_group(chosen_device, timeout_minutes)
-        return cls(chosen_device, dtype, chosen_strategy, rank, world_size, reasons)
+            distributed.start_process_group(chosen_device, timeout)
+        mesh = distributed.data_mesh(chosen_device, size, timeout) if world_size > 1 else None
+        return cls(chosen_device, dtype, chosen_strategy, rank, world_size, size, timeout, mesh, reasons)
 
     @property
     def is_main(self) -> bool:
@@ -114,15 +127,23 @@ class Runtime:
         if compile:
             for layer in getattr(model, "layers", ()):
                 layer.compile()
-        return distributed.wrap(model, self.strategy, self.device, self.compute_dtype)
+        return distributed.wrap(model, self.strategy, self.mesh, self.compute_dtype)
 
-    def accumulate(self, trained: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around the forward of a micro-batch: ranks exchange gradients only for the `last` one of a step."""
-        return distributed.accumulate(trained, last)
+    def accumulate(
+        self, trained: nn.Module, *, first: bool = True, last: bool
+    ) -> contextlib.AbstractContextManager[None]:
+        """Around the forward of a micro-batch, the first and the last of a step told: ranks exchange gradients only
+        for the last, and FSDP2 gathers parameters only for the first.
+        """
+        return distributed.accumulate(trained, first=first, last=last)
+
+    def attention_kernels(self, model: nn.Module, *, seq_len: int, masked: bool) -> str:
+        """Name what attention of these sequences runs through here, in training; see `kernel_names`."""
+        return kernel_names(model, seq_len=seq_len, dtype=self.compute_dtype, device=self.device, masked=masked)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Compute in `compute_dtype`. FSDP2 casts by itself."""
-        if self.compute_dtype == torch.float32 or self.strategy == "fsdp":
+        if self.compute_dtype == torch.float32 or self.strategy in ("fsdp", "hsdp"):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
@@ -137,16 +158,19 @@ class Runtime:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def sum(self, *values: Tensor | float) -> tuple[float, ...]:
-        """Each value summed over ranks, in fp64: one exchange and one wait for the device for all of them."""
+        """Each value summed over ranks, in fp64: one exchange for all, on the device only if one of them is there."""
+        on_device = any(isinstance(value, Tensor) and value.device == self.device for value in values)
         # dtype given at once: as_tensor alone would round a Python float to fp32 on its way.
         stacked = torch.stack(
-            [torch.as_tensor(v, dtype=torch.float64, device=self.device).detach().reshape(()) for v in values]
+            [
+                torch.as_tensor(v, dtype=torch.float64, device=self.device if on_device else "cpu").detach().reshape(())
+                for v in values
+            ]
         )
         return tuple(distributed.reduce_sum(stacked).tolist())
 
     def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+        distributed.barrier()
 
     def close(self) -> None:
         """Leave the process group, as all ranks do together at the end."""
@@ -163,6 +187,8 @@ class Runtime:
         # wait for them: let the error end this process, then torchrun ends theirs.
         if kind is None or kind is SystemExit:
             self.close()
+        elif error is not None:
+            distributed.explain(error, self.timeout)
 
 
 def seed_everything(seed: int) -> None:
@@ -216,30 +242,34 @@ def _choose_precision(precision: Precision, device: torch.device) -> tuple[torch
     return torch.float32, "fp32 (this CPU has neither AMX nor AVX512-BF16)"
 
 
-def _choose_strategy(strategy: str, world_size: int) -> tuple[Strategy, str]:
-    processes = f"{world_size} process" + ("es" if world_size > 1 else "")
-    if strategy == "auto":
-        return ("ddp" if world_size > 1 else "none"), f"{'ddp' if world_size > 1 else 'none'} ({processes})"
-    if strategy == "none" and world_size > 1:
-        raise UserError(f"strategy=none cannot train one model on {world_size} processes. Use ddp, fsdp or auto.")
-    if strategy in ("ddp", "fsdp"):
-        if world_size == 1:
-            return (
-                "none",
-                f"none ({strategy} was asked for, but there is one process: start more with torchrun)",
-            )
-        return ("ddp" if strategy == "ddp" else "fsdp"), f"{strategy} ({processes})"
+def _choose_strategy(strategy: str, shard_size: int | None, world_size: int) -> tuple[Strategy, int, str]:
+    """(strategy, processes that share a copy of the model, why)."""
+    if strategy not in ("auto", "none", "ddp", "fsdp", "hsdp"):
+        raise UserError(f"strategy={strategy} is unknown. Use auto, none, ddp, fsdp or hsdp.")
+    if strategy != "hsdp" and shard_size is not None:
+        raise UserError(f"shard_size={shard_size} belongs to strategy=hsdp; with {strategy}, leave it out.")
+    if world_size == 1:
+        asked = strategy in ("ddp", "fsdp", "hsdp")
+        why = f"{strategy} was asked for, but there is one process: start more with torchrun" if asked else "1 process"
+        return "none", 1, f"none ({why})"
     if strategy == "none":
-        return "none", f"none ({processes})"
-    raise UserError(f"strategy={strategy} is unknown. Use auto, none, ddp or fsdp.")
+        raise UserError(f"strategy=none cannot train one model on {world_size} processes. Use ddp, fsdp or auto.")
+    if strategy == "fsdp":
+        return "fsdp", world_size, f"fsdp ({world_size} processes)"
+    if strategy == "hsdp":
+        size = _choose_shard_size(shard_size, world_size)
+        return "hsdp", size, f"hsdp ({world_size // size} copies of the model, each on {size} processes)"
+    return "ddp", 1, f"ddp ({world_size} processes)"
 
 
-def _attention_kernels(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "torch's fused CPU kernel"
-    backends = {
-        "cuDNN": torch.backends.cuda.cudnn_sdp_enabled(),
-        "flash": torch.backends.cuda.flash_sdp_enabled(),
-        "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
-    }
-    return "torch chooses by shape from " + ", ".join(name for name, enabled in backends.items() if enabled)
+def _choose_shard_size(shard_size: int | None, world_size: int) -> int:
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if shard_size is None else shard_size
+    given = f"shard_size={size}" + (", the processes of this machine," if shard_size is None else "")
+    instead = "" if shard_size else " or give shard_size a divisor of them"
+    if size < 1 or world_size % size:
+        raise UserError(f"strategy=hsdp: {given} does not divide {world_size} processes.")
+    if size == 1:
+        raise UserError(f"strategy=hsdp: {given} shards nothing, which is ddp. Use strategy=ddp{instead}.")
+    if size == world_size:
+        raise UserError(f"strategy=hsdp: {given} makes one copy of all, which is fsdp. Use strategy=fsdp{instead}.")
+    return size

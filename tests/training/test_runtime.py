@@ -38,7 +38,7 @@ class TestChoices:
         assert runtime.device.type == "cpu"
         assert "no GPU found" in runtime.reasons[0]
 
-    @pytest.mark.parametrize("strategy", ["auto", "none", "ddp", "fsdp"])
+    @pytest.mark.parametrize("strategy", ["auto", "none", "ddp", "fsdp", "hsdp"])
     def test_one_process_is_not_wrapped(self, strategy):
         runtime = start(strategy=strategy)
         model = Toy()
@@ -63,6 +63,30 @@ class TestChoices:
         monkeypatch.setenv("WORLD_SIZE", "4")
         with pytest.raises(UserError, match="strategy=none cannot train one model on 4 processes"):
             start(strategy="none")
+
+    def test_one_process_needs_no_shard_size_that_fits(self):
+        assert start(strategy="hsdp", shard_size=4).strategy == "none"
+
+    @pytest.mark.parametrize(
+        ("size", "machine", "message"),
+        [
+            (3, "2", "shard_size=3 does not divide 8 processes"),
+            (0, "2", "shard_size=0 does not divide 8 processes"),
+            (1, "2", "shard_size=1 shards nothing, which is ddp. Use strategy=ddp."),
+            (8, "2", "shard_size=8 makes one copy of all, which is fsdp. Use strategy=fsdp."),
+            (None, "8", "shard_size=8, the processes of this machine, makes one copy of all.* give shard_size"),
+            (None, "3", "shard_size=3, the processes of this machine, does not divide 8"),
+        ],
+    )
+    def test_copies_that_the_processes_do_not_make_are_refused(self, monkeypatch, size, machine, message):
+        monkeypatch.setenv("WORLD_SIZE", "8")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", machine)
+        with pytest.raises(UserError, match=message):
+            start(strategy="hsdp", shard_size=size)
+
+    def test_a_shard_size_without_hsdp_is_refused(self):
+        with pytest.raises(UserError, match="shard_size=2 belongs to strategy=hsdp"):
+            start(strategy="fsdp", shard_size=2)
 
 
 class TestSeeds:
