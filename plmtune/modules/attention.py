@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,63 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     return out[..., :width]
 
 
+# By the node that autograd keeps of a call: what ran, not what was asked for.
+_KERNEL_NAMES = {
+    "ScaledDotProductCudnnAttention": "cuDNN",
+    "ScaledDotProductFlashAttention": "flash",
+    "ScaledDotProductFlashAttentionForCpu": "flash for CPUs",
+    "ScaledDotProductEfficientAttention": "memory-efficient",
+}
+
+
+def kernel_names(model: nn.Module, *, seq_len: int, dtype: torch.dtype, device: torch.device, masked: bool) -> str:
+    """Name the kernel that attention runs through in training, by running one sequence of zeros through it.
+
+    Args:
+        model: any with attentions that have `head_shapes`, on any device; each of its shapes is tried.
+        seq_len: tokens a sequence.
+        dtype: what is computed in.
+        device: where.
+        masked: attention is given a mask.
+
+    Returns:
+        Such as "flash for CPUs, values padded from 16 to 24", or "unfused"; of several shapes, each.
+    """
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "head_shapes")]
+    shapes = dict.fromkeys(module.head_shapes() for module in modules)
+    names = dict.fromkeys(_kernel_name(shape, seq_len, dtype, device, masked) for shape in shapes)
+    return "; ".join(names) or "the model's own"
+
+
+def _kernel_name(
+    shapes: tuple[tuple[int, int], ...],
+    seq_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    masked: bool,
+) -> str:
+    # A longer sequence gets no other kernel, but its remainder counts: some want the mask's rows aligned.
+    s = min(seq_len, 512 + seq_len % 512)
+    q, k, v = (
+        torch.zeros(1, s, heads, width, dtype=dtype, device=device, requires_grad=True).transpose(1, 2)
+        for heads, width in shapes
+    )
+    mask = torch.ones(1, s, s, dtype=torch.bool, device=device).tril() if masked else None
+    with torch.enable_grad():
+        nodes = [attend(q, k, v, mask, 1.0).grad_fn]
+    name = "unfused"
+    for node in nodes:
+        assert node is not None
+        kind = node.name().removesuffix("Backward0")
+        if "Attention" in kind:
+            name = _KERNEL_NAMES.get(kind, kind)
+            break
+        nodes.extend(behind for behind, _ in node.next_functions if behind is not None)
+    (_, qk_dim), _, (_, v_dim) = shapes
+    padded = choose_kernel(device, dtype, qk_dim, v_dim) == "padded"
+    return name + (f", values padded from {v_dim} to {qk_dim}" if padded else "")
+
+
 @register("attention", "mla")
 class MultiHeadLatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), as in PLM (arXiv 2503.12167).
@@ -132,6 +189,7 @@ class MultiHeadLatentAttention(nn.Module):
         qk_head_dim = qk_nope_head_dim + qk_rope_head_dim
         if v_head_dim > qk_head_dim:
             raise ValueError(f"v_head_dim ({v_head_dim}) exceeds the width of queries and keys ({qk_head_dim})")
+        self.num_heads = num_heads
         self.kv_lora_rank = kv_lora_rank
         self.qk_nope_head_dim = qk_nope_head_dim
         self.qk_rope_head_dim = qk_rope_head_dim
@@ -143,6 +201,11 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
         self.o_proj = nn.Linear(num_heads * v_head_dim, embed_dim, bias=False)
         self.rope = RotaryEmbedding(qk_rope_head_dim, max_seq_len, theta=rope_theta, interleaved=True)
+
+    def head_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(heads, width) of queries, keys and values, as attention over several tokens sees them."""
+        qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        return (self.num_heads, qk_head_dim), (self.num_heads, qk_head_dim), (self.num_heads, self.v_head_dim)
 
     def cache_shapes(self) -> tuple[tuple[int, int], ...]:
         """(heads, width) of each buffer: the normed latent and the turned rope key, side by side."""
@@ -246,6 +309,7 @@ class GroupedQueryAttention(nn.Module):
             if embed_dim % num_heads:
                 raise ValueError(f"embed_dim ({embed_dim}) is not a multiple of num_heads ({num_heads})")
             head_dim = embed_dim // num_heads
+        self.num_heads = num_heads
         self.head_dim = head_dim
         self.num_kv_heads = num_kv_heads
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias)
@@ -253,6 +317,10 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
         self.rope = RotaryEmbedding(head_dim, max_seq_len, theta=rope_theta, interleaved=rope_interleaved)
+
+    def head_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(heads, width) of queries, keys and values."""
+        return (self.num_heads, self.head_dim), (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
 
     def cache_shapes(self) -> tuple[tuple[int, int], ...]:
         """(heads, width) of each buffer: keys (turned) and values."""

@@ -1,0 +1,62 @@
+"""What runs that are equal to the bit cost here."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def measure_cost(step: Callable[[], object], device: torch.device, *, rounds: int = 3) -> float:
+    """Time a step with and without deterministic algorithms, and leave everything as it was.
+
+    Args:
+        step: a forward and a backward, as often as it is called; under many processes every rank calls it as often.
+        device: where it computes.
+        rounds: in each both are timed, in turned order.
+
+    Returns:
+        The median over rounds of (seconds deterministic) / (seconds without).
+    """
+    ratios = []
+    with _everything_put_back(device):
+        for index in range(rounds + 1):
+            seconds = {}
+            for deterministic in (True, False) if index % 2 else (False, True):
+                torch.use_deterministic_algorithms(deterministic)
+                seconds[deterministic] = _seconds(step, device)
+            ratios.append(seconds[True] / seconds[False])
+    return statistics.median(ratios[1:])  # the first warms up
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    step()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _everything_put_back(device: torch.device) -> Iterator[None]:
+    """Keep the random generators and what `torch.use_deterministic_algorithms` set."""
+    python, numpy = random.getstate(), np.random.get_state()
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        random.setstate(python)
+        np.random.set_state(numpy)
