@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from plmtune.config import build, load_config, to_plain, to_yaml
+from plmtune.config import build, load_config, to_yaml
 from plmtune.data.order import Phase
 from plmtune.data.prepare import prepare
 from plmtune.data.shards import Shards
 from plmtune.data.sources import named_sources
 from plmtune.data.tokenizers import Tokenizer, load_tokenizer
 from plmtune.errors import UserError
+from plmtune.identity import (
+    changed_data,
+    config_digest,
+    differences,
+    job,
+    refuse_other_config,
+    refuse_other_data,
+    restarted,
+)
 from plmtune.models.files import checkpoint_directory
 from plmtune.models.hf import read_description
 from plmtune.modules.decoder import Decoder
-from plmtune.training.checkpoint import read_state_json
+from plmtune.training import manifest
+from plmtune.training.checkpoint import read_document
 from plmtune.training.distributed import broadcast_text
-from plmtune.training.run_directory import RunDirectory
+from plmtune.training.run_directory import CONFIG, RECORD, RunDirectory, config_is_vouched_for, read_record
 from plmtune.training.runtime import Runtime
 from plmtune.units import parse_count
 
-# Keys that may differ on resume: they change where and how a run computes or reports, not what it learns.
-FREE = ("run_dir", "resume", "init_from", "force", "micro_batch_size", "num_workers", "log_every", "runtime",
-        "checkpoint", "sample", "logger")  # fmt: skip
+log = logging.getLogger(__name__)
 
 
 def resolve_phase(index: int, phase: Any, tokens_per_step: int) -> Phase:
@@ -85,7 +96,7 @@ def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer) -> Origin | None:
         )
     # A branched decay anneals that very run: it keeps the optimizer's moments and reads on where the other stopped.
     goes_on = cfg.scheduler.settings.get("start", "warmup") != "warmup"
-    state = read_state_json(directory) if goes_on else {}
+    state = read_document(directory).get("state", {}) if goes_on else {}
     return Origin(directory, bool(state), dict(state.get("drawn", {})))
 
 
@@ -120,82 +131,154 @@ def open_sources(cfg: Any, tokenizer: Tokenizer, runtime: Runtime) -> dict[str, 
     return opened
 
 
-def open_run(cfg: Any, runtime: Runtime, data: Mapping[str, str]) -> RunDirectory:
-    """Open the run to go on with (``resume=true``), or create a new one. Every rank calls it.
+def find_run(cfg: Any, runtime: Runtime) -> None:
+    """Find the run to go on with, if there is one: `run_dir` and `resume` of `cfg` then say so, on every rank.
+
+    With ``resume=true`` that is the run in `run_dir`, or the newest unfinished one of this name and config. A process
+    that torchrun started in the place of a dead one goes on with what the same job began, asked or not. Call it
+    before anything depends on whether this is a new run.
+
+    Raises:
+        UserError: if there is nothing to resume, or what is there was started with another config.
+        SystemExit: with 0, if a restarted job has finished its run.
+    """
+
+    def find() -> str:
+        found = _named(cfg) if cfg.resume and cfg.run_dir else _newest_alike(cfg) if cfg.resume else _of_this_job(cfg)
+        return json.dumps([str(found or ""), bool(found and read_record(found).get("status") == "finished")])
+
+    # Rank 0 looks and tells: a later rank would already see what rank 0 is about to make.
+    found, finished = json.loads(_told(runtime, find))
+    if not found:
+        cfg.resume = False
+        return
+    if finished and not cfg.resume:
+        log.warning("%s: an earlier attempt of this job has finished it.", found)
+        raise SystemExit(0)
+    cfg.run_dir, cfg.resume = found, True
+
+
+def open_run(
+    cfg: Any, runtime: Runtime, data: Mapping[str, str], saved: Mapping[str, Any] | None = None
+) -> RunDirectory:
+    """Open the run that `find_run` found, or create a new one. Every rank calls it.
 
     Args:
         cfg: a recipe's config; `run_dir` is filled in.
         data: fingerprint of each source.
+        saved: the state in the checkpoint that the run goes on from; its "config" (`identity.config_digest`) and
+            "data" count where run.json is damaged.
 
     Raises:
-        UserError: if there is nothing to resume, or what is there was started with another config or other data.
+        UserError: if the run was started with another config or other data, or is in use.
     """
-    # Rank 0 looks and tells: a later rank would already see what rank 0 is about to make.
-    found = _existing(cfg) if cfg.resume and runtime.is_main else None
-    found_name = broadcast_text(str(found) if found else "")
-    existing = Path(found_name) if found_name else None
-    if existing is None and cfg.resume and cfg.run_dir is None:
-        raise UserError(
-            f"resume=true: there is no unfinished run with this config under runs/{cfg.name}. "
-            "Start one without resume=true, or name it: plmtune resume RUN_DIR."
-        )
-    if existing is not None:
-        cfg.run_dir = str(existing)
-        before = RunDirectory(existing, is_main=False, lock=None).record().get("data", {})
-        for name in sorted({*before, *data}):
-            if before.get(name) != data.get(name):
-                raise UserError(
-                    f"{existing}: the text of source {name} has changed since the run began. Put it back, or start a "
-                    f"new run from its weights: init_from={existing}"
-                )
-        return RunDirectory.open(existing, is_main=runtime.is_main)
+    find_run(cfg, runtime)
     path = Path(cfg.run_dir) if cfg.run_dir else _fresh(cfg.name, runtime)
-    cfg.run_dir, cfg.resume = str(path), False
-    run = RunDirectory.create(path, to_yaml(cfg), sys.argv, data=data, is_main=runtime.is_main)
-    runtime.barrier()
-    if runtime.is_main and path.parent == Path("runs") / cfg.name:
-        _point(path.parent / "latest", path.name)
+    cfg.run_dir = str(path)
+    run = RunDirectory(path, is_main=False, lock=None)
+
+    def begin() -> str:
+        nonlocal run
+        if cfg.resume:
+            run = _reopen(cfg, path, data, saved or {})
+            return ""
+        run = RunDirectory.create(path, to_yaml(cfg), sys.argv, data=data, job=job())
+        if path.parent == Path("runs") / cfg.name:
+            _point(path.parent / "latest", path.name)
+        return ""
+
+    _told(runtime, begin)
     return run
 
 
-def _existing(cfg: Any) -> Path | None:
-    """The run that `cfg` goes on with: the one it names, or the newest unfinished one of its name and config."""
-    if cfg.run_dir is not None:
-        path = Path(cfg.run_dir)
-        if not (path / "config.yaml").is_file():
-            return None
-        differing = _differences(to_plain(load_config(path / "config.yaml")), to_plain(cfg))
-        if differing:
-            key, before, now = differing[0]
-            raise UserError(
-                f"{path} was started with {key}={before}, not {now}. Give the same config to resume, or start a new "
-                f"run from its weights: init_from={path}"
+def _reopen(cfg: Any, path: Path, data: Mapping[str, str], saved: Mapping[str, Any]) -> RunDirectory:
+    """Go on in `path`, if config.yaml and the data are what the run began with."""
+    began_with = load_config(path / CONFIG)
+    if not config_is_vouched_for(path):
+        if "config" not in saved:
+            log.warning(
+                "%s is missing or damaged: nothing says what config and data the run began with.", path / RECORD
             )
-        return path
-    for path in sorted((Path("runs") / cfg.name).glob("[0-9]*/config.yaml"), reverse=True):
-        run = RunDirectory(path.parent, is_main=False, lock=None)
-        if run.record().get("status") == "finished":
+        elif saved["config"] != config_digest(began_with):
+            raise UserError(
+                f"{path / CONFIG} is not what the run began with, says its checkpoint, and {RECORD} is missing or "
+                f"damaged. Put {CONFIG} back, or start a new run from its weights: init_from={path}"
+            )
+        else:
+            log.warning("%s is missing or damaged: the checkpoint says what the run began with.", path / RECORD)
+    before = read_record(path).get("data", saved.get("data", data))
+    if not cfg.other_data:
+        refuse_other_data(path, before, data)
+    elif changed := changed_data(before, data):
+        log.warning("%s: %s since the run began; going on all the same, as other_data=true says.", path, changed)
+    changes = {
+        key: values
+        for key, values in differences(began_with, cfg).items()
+        if key not in ("run_dir", "resume", "init_from", "force", "other_data")
+    }
+    sources = {name: [before.get(name), data.get(name)] for name in {*before, *data}}
+    run = RunDirectory.open(
+        path, changed=changes, changed_data={name: pair for name, pair in sources.items() if pair[0] != pair[1]}
+    )
+    run.update(data=dict(data), config=manifest.digest(path / CONFIG))
+    return run
+
+
+def _told(runtime: Runtime, decide: Callable[[], str]) -> str:
+    """What rank 0 decides, on every rank; its UserError too, so that none waits for one that is gone."""
+    answer, failure = "", ""
+    if runtime.is_main:
+        try:
+            answer = decide()
+        except UserError as error:
+            failure = str(error)
+    answer, failure = json.loads(broadcast_text(json.dumps([answer, failure])))
+    if failure:
+        raise UserError(failure)
+    return str(answer)
+
+
+def _named(cfg: Any) -> Path | None:
+    """The run in `run_dir`; None if there is none yet."""
+    path = Path(cfg.run_dir)
+    if not (path / CONFIG).is_file():
+        return None
+    config_is_vouched_for(path)
+    refuse_other_config(path, load_config(path / CONFIG), cfg)
+    return path
+
+
+def _newest_alike(cfg: Any) -> Path:
+    """The newest unfinished run of this name and config."""
+    for path in _runs_of(cfg.name):
+        if read_record(path).get("status") == "finished":
             continue
         try:
-            before = load_config(path)
-        except UserError:  # a stranger's, or one that needs --import: not this one
+            config_is_vouched_for(path)
+        except UserError as error:
+            log.warning("Passed over: %s", error)
             continue
-        if not _differences(to_plain(before), to_plain(cfg)):
-            return path.parent
+        with contextlib.suppress(UserError):  # of another config, a stranger's, or one that needs --import
+            refuse_other_config(path, load_config(path / CONFIG), cfg)
+            return path
+    raise UserError(
+        f"resume=true: there is no unfinished run with this config under runs/{cfg.name}. "
+        "Start one without resume=true, or name it: plmtune resume RUN_DIR."
+    )
+
+
+def _of_this_job(cfg: Any) -> Path | None:
+    """The run that this job began before torchrun restarted it; None if it is not restarted, or died before that."""
+    if restarted():
+        for path in [Path(cfg.run_dir)] if cfg.run_dir else _runs_of(cfg.name):
+            if read_record(path).get("job") == job() and (path / CONFIG).is_file():
+                return path
     return None
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    found: list[tuple[str, Any, Any]] = []
-    for key in [*before, *(key for key in now if key not in before)]:
-        old, new = before.get(key), now.get(key)
-        if not prefix and key in FREE:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append((prefix + key, old, new))
-    return found
+def _runs_of(name: str) -> list[Path]:
+    """The runs in runs/NAME, newest first."""
+    return sorted((path.parent for path in (Path("runs") / name).glob(f"[0-9]*/{CONFIG}")), reverse=True)
 
 
 def _fresh(name: str, runtime: Runtime) -> Path:

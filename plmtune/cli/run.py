@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ import click
 
 from plmtune.cli import import_option
 from plmtune.errors import UserError, did_you_mean
+from plmtune.training.run_directory import CONFIG, config_is_vouched_for, read_record, refuse_if_in_use
 
 
 @click.command()
@@ -48,31 +50,59 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
     if multirun:
         config.multirun(base, overlays, overrides, start)
     else:
-        start(config.compose(base, overlays, overrides))
+        cfg = config.compose(base, overlays, overrides)
+        if cfg.run_dir and not dry_run:
+            _refuse_early(Path(cfg.run_dir))
+        start(cfg)
 
 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--other-data", is_flag=True, help="Go on although the data is not what the run began with.")
 @click.option("--recipe", "recipe_path", metavar="FILE.py", help="The recipe file, if the run used your own.")
 @import_option
-def resume(run_dir: Path, recipe_path: str | None) -> None:
-    """Go on with the run in RUN_DIR from its newest whole checkpoint, with the config saved there."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        near = sorted(str(p.parent) for p in Path("runs").glob("*/*/config.yaml"))
-        known = did_you_mean(str(run_dir), near) if near else " There are no runs under runs/."
-        raise UserError(f"{run_dir} is not a run directory: it has no config.yaml.{known}")
-    from plmtune.config import load_config
-    from plmtune.training.run_directory import RunDirectory
+def resume(run_dir: Path, overrides: tuple[str, ...], other_data: bool, recipe_path: str | None) -> None:
+    """Go on with the run in RUN_DIR from its newest whole checkpoint, with the config saved there.
 
-    cfg = load_config(path)
-    command = RunDirectory(run_dir, is_main=False, lock=None).record().get("command", [])
+    Keys that change where or how it computes, not what it learns, may be given anew for this time: runtime,
+    micro_batch_size, num_workers, checkpoint, guard, logger, log_every, sample.
+
+    \b
+    plmtune resume runs/pretrain/latest
+    plmtune resume runs/pretrain/latest micro_batch_size=2 checkpoint.every=100
+    """
+    path = run_dir / CONFIG
+    if not path.is_file():
+        near = sorted(str(p.parent) for p in Path("runs").glob(f"*/*/{CONFIG}"))
+        known = did_you_mean(str(run_dir), near) if near else " There are no runs under runs/."
+        raise UserError(f"{run_dir} is not a run directory: it has no {CONFIG}.{known}")
+    _refuse_early(run_dir)
+    config_is_vouched_for(run_dir)
+    command = read_record(run_dir).get("command", [])
     used = next((word for word in command[1:] if str(word).endswith(".py")), None)
     if used and not recipe_path:
         raise UserError(f"{run_dir} ran the recipe {used}. Go on with it: plmtune resume {run_dir} --recipe {used}")
+
+    from plmtune.config import load_config, override
+    from plmtune.identity import refuse_other_config
+
+    saved = load_config(path)
+    cfg = override(saved, overrides)
+    for key in ("run_dir", "resume", "init_from"):
+        if getattr(cfg, key) != getattr(saved, key):
+            raise UserError(f"key {key}: says where a run begins, and this one has begun: it cannot change on resume.")
+    cfg.other_data = cfg.other_data or other_data
+    refuse_other_config(run_dir, saved, cfg)
     cfg.run_dir, cfg.resume = str(run_dir), True
     module = _recipe_file(recipe_path) if recipe_path else importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
     module.main(cfg)
+
+
+def _refuse_early(run_dir: Path) -> None:
+    """Ask before torch is imported and data is read whether another process is in the directory."""
+    if os.environ.get("RANK", "0") == "0":  # the others would see the lock of rank 0
+        refuse_if_in_use(run_dir)
 
 
 def _recipe_file(path: str) -> ModuleType:

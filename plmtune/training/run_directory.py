@@ -10,14 +10,17 @@ import platform
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
 
+import xxhash
+
 from plmtune.errors import UserError
-from plmtune.training.manifest import write_text
+from plmtune.training import manifest
 
 Status = Literal["running", "finished", "stopped", "failed"]
 
@@ -27,7 +30,59 @@ EXIT_STOPPED = 75
 CONFIG = "config.yaml"
 RECORD = "run.json"
 LOCK = "lock"
+_LOCK_TRIES, _LOCK_PAUSE = 10, 0.03
 _PACKAGES = ("plmtune", "torch", "torchao", "hydra-core", "numpy", "safetensors", "tokenizers")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What run.json of the run at `path` says; empty if there is none or it is damaged."""
+    try:
+        entry = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def config_is_vouched_for(path: Path) -> bool:
+    """Whether run.json says that config.yaml is what the run at `path` began with.
+
+    Returns:
+        False if run.json is missing, damaged or of an older version, so that it says nothing.
+
+    Raises:
+        UserError: if it says that config.yaml is another.
+    """
+    expected = read_record(path).get("config")
+    if expected is None:
+        return False
+    actual = manifest.digest(path / CONFIG)
+    if actual != expected:
+        raise UserError(
+            f"{path / CONFIG} is not what the run began with: xxh3 {actual}, and {RECORD} says {expected}. Put it "
+            f"back: resume takes changes as plmtune resume {path} KEY=VALUE, and for what a run learns, start a new "
+            f"one with init_from={path}. Is it {RECORD} that was changed? Remove it: the checkpoints know the config"
+        )
+    return True
+
+
+def refuse_if_in_use(path: Path) -> None:
+    """Refuse a directory in which another process runs, long before this one could take the lock.
+
+    Raises:
+        UserError: naming that process.
+    """
+    try:
+        file = (path / LOCK).open("r", encoding="utf-8")
+    except OSError:
+        return  # no run was here, or none that can be seen: taking the lock will tell
+    with file:
+        try:
+            # Shared, so that two that look do not see each other; whoever takes it for good tries more than once.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _in_use(path, file) from error
+        except OSError:
+            return  # a file system without locks
 
 
 class RunDirectory:
@@ -54,6 +109,7 @@ class RunDirectory:
         command: Sequence[str],
         *,
         data: Mapping[str, str] | None = None,
+        job: str = "",
         is_main: bool = True,
     ) -> RunDirectory:
         """Start a run in `path`, which must not hold one yet.
@@ -62,6 +118,7 @@ class RunDirectory:
             config_yaml: the resolved configuration, as text.
             command: what was typed.
             data: fingerprints of the data by name.
+            job: what started it, see `plmtune.identity.job`.
 
         Raises:
             UserError: if the directory holds a run, is in use, or cannot be written.
@@ -69,15 +126,19 @@ class RunDirectory:
         path = Path(path)
         if not is_main:
             return cls(path, is_main=False, lock=None)
+        made = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = _take_lock(path)
-            if (path / CONFIG).exists():
-                lock.close()
-                raise UserError(
-                    f"{path} already holds a run. Go on with it (plmtune resume {path}), or choose another directory."
-                )
-            run = cls(path, is_main=True, lock=lock)
+        except OSError as error:
+            raise _unusable(path, error) from error
+        if (path / CONFIG).exists():
+            lock.close()
+            raise UserError(
+                f"{path} already holds a run. Go on with it (plmtune resume {path}), or choose another directory."
+            )
+        run = cls(path, is_main=True, lock=lock)
+        try:
             run.update(
                 command=list(command),
                 directory=str(Path.cwd()),
@@ -85,16 +146,27 @@ class RunDirectory:
                 versions=_versions(),
                 git=_git_state(),
                 data=dict(data or {}),
+                config=xxhash.xxh3_128_hexdigest(config_yaml.encode()),
+                job=job,
             )
-            write_text(path / CONFIG, config_yaml)
             run.begin()
+            # Last: a directory without it is no run, and another can be started in it.
+            manifest.write_text(path / CONFIG, config_yaml)
         except OSError as error:
-            raise UserError(f"{path} cannot be used as a run directory: {error.strerror or error}.") from error
+            for name in (CONFIG, RECORD, LOCK):
+                (path / name).unlink(missing_ok=True)
+            if made:
+                path.rmdir()
+            run.close()
+            raise _unusable(path, error) from error
         return run
 
     @classmethod
-    def open(cls, path: str | Path, *, is_main: bool = True) -> RunDirectory:
+    def open(cls, path: str | Path, *, is_main: bool = True, **notes: Any) -> RunDirectory:
         """Go on with the run in `path`.
+
+        Args:
+            notes: what this attempt at it changes, for run.json.
 
         Raises:
             UserError: if there is no run, or another process is in it.
@@ -104,10 +176,10 @@ class RunDirectory:
             raise UserError(f"{path} holds no run: it has no {CONFIG}. Start one with plmtune run.")
         try:
             lock = _take_lock(path) if is_main else None
+            run = cls(path, is_main=is_main, lock=lock)
+            run.begin(**notes)
         except OSError as error:
-            raise UserError(f"{path} cannot be used as a run directory: {error.strerror or error}.") from error
-        run = cls(path, is_main=is_main, lock=lock)
-        run.begin()
+            raise _unusable(path, error) from error
         return run
 
     @property
@@ -120,25 +192,32 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     def record(self) -> dict[str, Any]:
-        """What run.json says; empty if there is none or it is not JSON."""
-        try:
-            entry = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return entry if isinstance(entry, dict) else {}
+        """What run.json says; empty if there is none or it is damaged."""
+        return read_record(self.path)
 
     def update(self, **entries: Any) -> None:
         """Change entries of run.json, in one step."""
         if self.is_main:
-            write_text(self.path / RECORD, json.dumps({**self.record(), **entries}, indent=1, sort_keys=True) + "\n")
+            text = json.dumps({**self.record(), **entries}, indent=1, sort_keys=True)
+            manifest.write_text(self.path / RECORD, text + "\n")
 
-    def begin(self) -> None:
-        """Note that this process is running it now."""
-        if self.is_main:  # the lock is held: what is half-written here is a dead process's
-            for path in self.path.glob(".*.tmp-*"):
-                path.unlink(missing_ok=True)
-        attempts = self.record().get("attempts", 0)
-        self.update(status="running", pid=os.getpid(), host=socket.gethostname(), attempts=attempts + 1, ended=None)
+    def begin(self, **notes: Any) -> None:
+        """Note that this process is running it now: the newest of the attempts in run.json."""
+        if not self.is_main:
+            return
+        for path in self.path.glob(".*.tmp-*"):  # the lock is held: what is half-written here is a dead process's
+            path.unlink(missing_ok=True)
+        attempt = {"began": _now(), "pid": os.getpid(), "host": socket.gethostname(), "command": sys.argv, **notes}
+        self.update(status="running", ended=None, attempts=[*self._attempts(), attempt])
+
+    def note(self, **entries: Any) -> None:
+        """Add to what run.json says of this attempt."""
+        *before, last = self._attempts() or [{}]
+        self.update(attempts=[*before, {**last, **entries}])
+
+    def _attempts(self) -> list[dict[str, Any]]:
+        attempts = self.record().get("attempts")
+        return attempts if isinstance(attempts, list) else []
 
     def finish(self, status: Status) -> None:
         """Note how the run ended."""
@@ -156,25 +235,53 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lock is not None and self.record().get("status") == "running":
-            stopped = isinstance(error, SystemExit) and error.code == EXIT_STOPPED
-            self.finish("finished" if kind is None else "stopped" if stopped else "failed")
-        self.close()
+        try:
+            if self._lock is not None and self.record().get("status") == "running":
+                stopped = isinstance(error, SystemExit) and error.code == EXIT_STOPPED
+                self.finish("finished" if kind is None else "stopped" if stopped else "failed")
+        except OSError:
+            if kind is None:  # else that error is the one to hear of
+                raise
+        finally:
+            self.close()
 
 
 def _take_lock(path: Path) -> IO[str]:
-    file = (path / LOCK).open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise UserError(f"{path} is in use by {holder}. Stop that run, or choose another directory.") from error
+    tries = 0
+    while True:
+        file = (path / LOCK).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(file, path / LOCK):
+                break
+            file.close()  # a run that could not begin has removed it in between
+        except BlockingIOError as error:
+            with file:
+                tries += 1
+                if tries == _LOCK_TRIES:
+                    raise _in_use(path, file) from error
+            time.sleep(_LOCK_PAUSE)  # perhaps one that only looks (refuse_if_in_use) holds it, for a moment
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _in_use(path: Path, lock: IO[str]) -> UserError:
+    lock.seek(0)
+    holder = lock.read().strip() or "another process"
+    return UserError(f"{path} is in use by {holder}. Stop that run, or choose another directory.")
+
+
+def _unusable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be used as a run directory: {error.strerror or error}.")
 
 
 def _now() -> str:

@@ -1,0 +1,105 @@
+"""What makes a run the same run when it goes on: its config, its data, and the job that began it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from plmtune.config import to_plain
+from plmtune.errors import UserError
+
+# Keys that may differ on resume: they change where and how a run computes or reports, not what it learns.
+FREE = ("run_dir", "resume", "init_from", "other_data", "force", "micro_batch_size", "num_workers", "log_every",
+        "runtime", "checkpoint", "guard", "sample", "logger")  # fmt: skip
+# Keys that say where the data is. Its fingerprints say what it is, and other_data=true lets it differ.
+DATA = ("data", "preparation")
+
+
+def config_digest(cfg: Any) -> str:
+    """The xxh3-128 of what decides what a run learns; a checkpoint keeps it, should run.json be lost."""
+    fixed = {key: value for key, value in to_plain(cfg).items() if key not in (*FREE, *DATA)}
+    return xxhash.xxh3_128_hexdigest(json.dumps(fixed, sort_keys=True).encode())
+
+
+def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+    """Full keys whose values differ between two typed configs, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+
+    def compare(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> None:
+        for key in [*old, *(key for key in new if key not in old)]:
+            a, b = old.get(key), new.get(key)
+            if isinstance(a, dict) and isinstance(b, dict):
+                compare(a, b, f"{prefix}{key}.")
+            elif a != b:
+                found[prefix + key] = a, b
+
+    compare(to_plain(before), to_plain(now), "")
+    return found
+
+
+def refuse_other_config(path: Path, before: Any, now: Any) -> None:
+    """Refuse a config that learns something else than the one that the run at `path` began with.
+
+    Raises:
+        UserError: naming the first key that must not differ, with both values.
+    """
+    free = (*FREE, *DATA) if now.other_data else FREE
+    for key, (old, new) in differences(before, now).items():
+        top = key.partition(".")[0]
+        if top not in free:
+            way = (
+                "give other_data=true (--other-data)" if top in DATA else "start a new run from its weights: "
+                f"init_from={path}"
+            )  # fmt: skip
+            raise UserError(
+                f"{path} was started with {key}={old}, not {new}, and that decides what a run learns. "
+                f"Leave it as it was to go on, or {way}"
+            )
+
+
+def refuse_other_data(path: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse data that is not what the run at `path` saw.
+
+    Args:
+        before, now: fingerprint of each source.
+
+    Raises:
+        UserError: naming every source that has changed, is new, or is gone.
+    """
+    changed = changed_data(before, now)
+    if changed:
+        raise UserError(
+            f"{path}: {changed} since the run began. Put it back; or go on with other data, whose order and hold-out "
+            f"are then others: plmtune resume {path} --other-data; or start a new run from its weights: "
+            f"init_from={path}"
+        )
+
+
+def changed_data(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Which sources differ, in words; empty if none does."""
+    parts = []
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            how = "is new" if name not in before else "is gone" if name not in now else "has changed"
+            parts.append(f"the text of source {name} {how}")
+    return ", ".join(parts)
+
+
+def job() -> str:
+    """Names the torchrun that started this process, alike before and after it restarts its workers; else empty.
+
+    The run id alone is "none" by default, so the process that starts the workers is told as well.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return "" if run_id is None else f"{run_id}, process {os.getppid()} on {socket.gethostname()}"
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process in the place of one that died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
