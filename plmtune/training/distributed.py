@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from plmtune.errors import UserError
@@ -290,15 +290,6 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on the host. Every rank must call it."""
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().cpu()
-
-
-def shard_of(tensor: Tensor) -> tuple[int, int]:
-    """(index, count) of this rank's part among the parts that a tensor's first dimension is cut into."""
-    if isinstance(tensor, DTensor):
-        for dimension, placement in enumerate(tensor.placements):
-            if placement == Shard(0):
-                return tensor.device_mesh.get_local_rank(dimension), tensor.device_mesh.size(dimension)
-    return 0, 1
 
 
 def like(value: Tensor, example: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -17,6 +17,8 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from plmtune.optim.optimizers import optimizer_bytes
+from plmtune.tensor_files import FILE_BYTES
+from plmtune.training.distributed import Strategy
 from plmtune.units import show_bytes, show_count
 
 # Dense bf16 FLOP/s without sparsity, by the vendors' data sheets: H100/H200 SXM 989.4e12, A100 312e12,
@@ -41,8 +43,12 @@ class Estimate:
     Attributes:
         parameters: of the whole model; a tied matrix once.
         non_embedding_parameters: without the token embedding and the vocabulary projection.
+        weights: with what FSDP2 gathers of the other processes' parts.
+        gradients: with what FSDP2 holds whole until it is reduced.
         activations: what autograd keeps between forward and backward, per micro-batch.
         logits: the loss's chunk of logits and the gradients it holds until its backward.
+        save: this process's part of the copy that is written in the background; on a GPU it is not there but on the
+            host, and not counted.
         available: memory free for this process now.
         flops_6n: 6 N, with N the parameters that are multiplied (an untied input table is only read).
         flops_per_token: 6 N + 6 s sum over layers of heads (qk + v), attention counted in full although half
@@ -56,13 +62,14 @@ class Estimate:
     optimizer: int
     activations: int
     logits: int
+    save: int
     available: int
     flops_6n: float
     flops_per_token: float
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.save
 
     @property
     def fits(self) -> bool:
@@ -70,7 +77,7 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """A table to print."""
-        parts = ("weights", "gradients", "optimizer", "activations", "logits", "total")
+        parts = ("weights", "gradients", "optimizer", "activations", "logits", "save", "total")
         verdict = "fits" if self.fits else "does not fit"
         return [
             f"parameters    {self.parameters:,} ({self.non_embedding_parameters:,} without embeddings)",
@@ -88,7 +95,10 @@ def estimate(
     seq_len: int,
     micro_batch_size: int,
     world_size: int = 1,
-    strategy: Literal["none", "ddp", "fsdp"] = "none",
+    strategy: Strategy = "none",
+    shard_size: int = 1,
+    micro_batches: int = 1,
+    background_saves: bool = False,
     compute_dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool = False,
     loss_chunk_rows: int = 1024,
@@ -101,7 +111,10 @@ def estimate(
     Args:
         optimizer: its name in the registry.
         micro_batch_size: sequences of one forward on one process.
-        strategy: "fsdp" divides weights, gradients and optimizer state by the processes.
+        strategy: "fsdp" divides weights, gradients and optimizer state by the processes, "hsdp" by `shard_size`.
+        micro_batches: of a step, on one process. With more than one, FSDP2 keeps parameters gathered and gradients
+            whole between them (`distributed.accumulate`).
+        background_saves: a save first copies the state.
         compute_dtype: bf16 means autocast, with fp32 weights.
         loss_chunk_rows: tokens whose logits the loss holds at once; 0: all of them.
         device: where the run would be; None: the CPU.
@@ -111,18 +124,32 @@ def estimate(
     parameters = sum(p.numel() for p in model.parameters())
     embedding, head = held.tok_embeddings.weight, held.head_weight
     vocabulary = embedding.numel() if held.tied else embedding.numel() + head.numel()
-    shards = world_size if strategy == "fsdp" else 1
+    shards = {"fsdp": world_size, "hsdp": shard_size}.get(strategy, 1)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    moments = optimizer_bytes(optimizer, model)
+    # FSDP2 gathers in the arithmetic's dtype; what follows is there beside the sharded parameters and gradients.
+    gathered = whole_gradients = 0
+    if shards > 1 and micro_batches > 1:
+        gathered, whole_gradients = parameters * compute_dtype.itemsize, trainable - trainable // shards
+    elif shards > 1:
+        layer = max(sum(p.numel() for p in layer.parameters()) for layer in held.layers)
+        root = parameters - sum(p.numel() for p in held.layers.parameters())
+        # The layer at work and the next one; the root's are whole from the forward to the end of the backward.
+        gathered = whole_gradients = (root + 2 * layer) * compute_dtype.itemsize
     multiplied = parameters - (0 if held.tied else embedding.numel())
     flops_6n = 6.0 * multiplied
     return Estimate(
         parameters=parameters,
         non_embedding_parameters=parameters - vocabulary,
-        weights=sum(p.numel() * p.element_size() for p in model.parameters()) // shards,
-        gradients=trainable // shards,
-        optimizer=optimizer_bytes(optimizer, model) // shards,
-        activations=activation_bytes(model, micro_batch_size, seq_len, compute_dtype, activation_checkpointing),
+        weights=weights // shards + gathered,
+        gradients=trainable // shards + whole_gradients,
+        optimizer=moments // shards,
+        activations=activation_bytes(
+            model, micro_batch_size, seq_len, compute_dtype, activation_checkpointing, casts=shards == 1
+        ),
         logits=_loss_bytes(micro_batch_size * seq_len, head.shape, loss_chunk_rows, compute_dtype),
+        save=_save_bytes(weights, moments, world_size) if background_saves and device.type == "cpu" else 0,
         available=available_memory(device),
         flops_6n=flops_6n,
         flops_per_token=flops_6n + attention_flops(model, seq_len),
@@ -149,29 +176,32 @@ def activation_bytes(
     seq_len: int,
     compute_dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool = False,
+    *,
+    casts: bool = True,
 ) -> int:
     """Bytes that autograd keeps for the backward of the hidden states, found by a forward on the meta device.
 
     Args:
         model: a Decoder on any device; its weights are not touched.
         activation_checkpointing: each layer keeps its input; one layer at a time holds the rest again.
+        casts: autocast keeps a copy of each matrix in `compute_dtype`; FSDP2, which gathers in it, does not.
     """
     held: Any = model
     training = model.training
     model.eval()  # a Decoder checkpoints only in training; here both costs are taken apart
     try:
         tokens = torch.zeros(micro_batch_size, seq_len, dtype=torch.long, device="meta")
-        whole = _saved_bytes(model, tokens, compute_dtype, hidden=True)
+        whole = _saved_bytes(model, tokens, compute_dtype, casts, hidden=True)
         if not activation_checkpointing:
             return whole
         x = torch.empty(micro_batch_size, seq_len, held.embed_dim, dtype=compute_dtype, device="meta")
-        layers = [_saved_bytes(layer, x.requires_grad_(), compute_dtype) for layer in held.layers]
+        layers = [_saved_bytes(layer, x.requires_grad_(), compute_dtype, casts) for layer in held.layers]
         return whole - sum(layers) + len(layers) * x.numel() * x.element_size() + max(layers)
     finally:
         model.train(training)
 
 
-def _saved_bytes(module: nn.Module, x: Tensor, dtype: torch.dtype, **settings: Any) -> int:
+def _saved_bytes(module: nn.Module, x: Tensor, dtype: torch.dtype, casts: bool, **settings: Any) -> int:
     """Bytes of the distinct storages that a forward on meta saves; parameters and input left out."""
     # Autocast does not know the meta device: parameters in its dtype give the same activations, and the
     # copies that it would make of the matrices are added.
@@ -192,7 +222,7 @@ def _saved_bytes(module: nn.Module, x: Tensor, dtype: torch.dtype, **settings: A
     with saved_tensors_hooks(pack, lambda tensor: tensor), _FusedAttention():
         pack(functional_call(module, state, (x,), settings, tie_weights=True))  # the output is kept too
     total = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-    return total + (copies if dtype != torch.float32 else 0)
+    return total + (copies if casts and dtype != torch.float32 else 0)
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -221,6 +251,11 @@ def _loss_bytes(tokens: int, head: torch.Size, chunk_rows: int, compute_dtype: t
     else:  # logits and their logarithms; the weight's fp32 gradient, one chunk's and the weight cast
         logits, weight, hidden = 2 + 4, 4 + 2 + 2, 2
     return logits * rows * vocab_size + weight * vocab_size * embed_dim + hidden * tokens * embed_dim
+
+
+def _save_bytes(weights: int, moments: int, world_size: int) -> int:
+    # Files are dealt to the processes one by one, so that one process holds one at least.
+    return max((weights + moments) // world_size, int(min(max(weights, moments), FILE_BYTES)))
 
 
 def available_memory(device: torch.device) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -89,13 +90,43 @@ class TestEstimate:
         # 32 layers of 16 heads, 192 wide for queries and 128 for values
         assert e.flops_per_token - e.flops_6n == 12 * 32 * 16 * (192 + 128) / 2 * 4096
 
-    def test_fsdp_divides_what_it_shards_and_nothing_else(self) -> None:
+    def test_fsdp_divides_what_it_shards_and_holds_a_layer_or_two_whole(self) -> None:
         one, four = self.whole(), self.whole(world_size=4, strategy="fsdp")
-        assert four.weights == one.weights // 4
         assert four.optimizer == one.optimizer // 4
         assert four.activations == one.activations
+        layer = (one.non_embedding_parameters - 2048) // 32
+        gathered = 4 * (one.parameters - 32 * layer + 2 * layer)
+        assert four.weights == one.weights // 4 + gathered
+        assert four.gradients == one.gradients // 4 + gathered
+        assert four.total < one.total
         ddp = self.whole(world_size=4, strategy="ddp")
         assert ddp.total == one.total
+
+    def test_hsdp_divides_by_the_processes_of_one_copy(self) -> None:
+        eight = self.whole(world_size=8, strategy="hsdp", shard_size=4)
+        assert replace(eight, available=0) == replace(self.whole(world_size=4, strategy="fsdp"), available=0)
+
+    def test_micro_batches_cost_fsdp_the_whole_gradient_and_the_gathered_parameters(self) -> None:
+        run: dict[str, Any] = {"world_size": 4, "strategy": "fsdp", "compute_dtype": torch.bfloat16}
+        e = self.whole(**run, micro_batches=2)
+        assert e.gradients == 4 * e.parameters
+        assert e.weights == e.parameters + 2 * e.parameters  # a quarter in fp32, all in bf16
+        assert self.whole(**run).total < e.total < self.whole(compute_dtype=torch.bfloat16, micro_batches=2).total
+
+    def test_fsdp_gathers_in_bf16_instead_of_casting(self) -> None:
+        run: dict[str, Any] = {"compute_dtype": torch.bfloat16}
+        one, four = self.whole(**run), self.whole(**run, world_size=4, strategy="fsdp")
+        matrices = 2 * one.non_embedding_parameters
+        assert one.activations - four.activations == pytest.approx(matrices, rel=0.01)
+
+    def test_a_save_in_the_background_copies_weights_and_moments_on_the_host(self) -> None:
+        model = small()
+        run: dict[str, Any] = {"optimizer": "adamw", "seq_len": 64, "micro_batch_size": 1}
+        e = estimate(model, **run, background_saves=True)
+        assert e.save == 12 * e.parameters
+        assert e.total == estimate(model, **run).total + e.save
+        # Two files, weights and moments: the second process takes the moments.
+        assert estimate(model, **run, background_saves=True, world_size=4).save == 8 * e.parameters
 
     def test_checkpointing_and_chunks_save_memory(self) -> None:
         one = self.whole()
