@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,22 +18,48 @@ TIMING = ("time", "tokens_per_second", "mfu", "memory_bytes")
 
 
 class MetricsFile:
-    """Appends lines to `path`; each is on its way to the disk before `append` returns.
+    """Appends lines to `path`; each is on its way to the disk before `append` returns, whole or not at all.
 
     Args:
         path: made if missing.
         start_step: lines beyond it are cut off, as a resumed run writes them again; so is one torn by a kill.
+
+    Attributes:
+        pending: lines that could not be written yet; the next `append` tries again.
     """
 
     def __init__(self, path: Path, *, start_step: int = 0) -> None:
         self.path = path
+        self.pending = ""
         if path.exists():
             _cut(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def append(self, step: int, values: Mapping[str, Any]) -> None:
-        self._file.write(line(step, values) + "\n")
-        self._file.flush()
+        """Write the line of `step`, after those that are pending.
+
+        Raises:
+            OSError: if they cannot be written; they are kept.
+        """
+        self.pending += line(step, values) + "\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending.
+
+        Raises:
+            OSError: if it cannot be written. No part of it is left in the file.
+        """
+        left = self.pending.encode()
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            while left:  # on a full disk what fits is written first, and the rest raises
+                left = left[self._file.write(left) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # a torn line that stays is cut by the next resume
+                self._file.truncate(size)
+            raise
+        self.pending = ""
 
     def close(self) -> None:
         self._file.close()
@@ -62,7 +90,7 @@ def line(step: int, values: Mapping[str, Any]) -> str:
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file. A last line that a kill tore is left out."""
     entries = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_bytes().splitlines():
         try:
             entry = json.loads(text)
         except ValueError:

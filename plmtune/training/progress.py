@@ -22,7 +22,7 @@ from plmtune.training.run_directory import RunDirectory
 from plmtune.training.runtime import peak_memory_bytes
 from plmtune.units import show_bytes, show_count
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Watch:
@@ -44,6 +44,10 @@ class Watch:
         flops_per_token: forward and backward, for MFU.
         peak_flops: of all devices together in the run's arithmetic, for MFU; None shows no MFU.
         every_seconds: between lines where stderr is no terminal.
+
+    Attributes:
+        failure: why metrics cannot be written any more, a sentence for the end of the run; empty if they can.
+            Such a failure asks to stop, as a signal does, and every rank has it once `should_stop` was true.
     """
 
     def __init__(
@@ -60,6 +64,8 @@ class Watch:
         every_seconds: float = 10.0,
     ) -> None:
         self.num_steps = num_steps
+        self.failure = ""
+        self._run = run
         self._is_main = run.is_main
         self._loggers = loggers
         self._file = MetricsFile(run.metrics, start_step=start_step) if run.is_main else None
@@ -80,7 +86,10 @@ class Watch:
     def __enter__(self) -> Watch:
         with contextlib.suppress(ValueError):  # signals can be heard in the main thread only
             for number in _SIGNALS:
-                self._handlers[number] = signal.signal(number, self._on_signal)
+                # A run under nohup is to live on when its terminal goes.
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._handlers[number] = signal.signal(number, self._on_signal)
+        self._run.note(step=self._start_step)
         self._began = time.perf_counter()
         console = Console(stderr=True)
         if self._is_main and console.is_terminal:
@@ -99,13 +108,17 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self._progress.stop()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self._file is not None:
+            with self._noting_failures(str(self._file.path)):
+                self._file.flush()
             self._file.close()
         for logger in self._loggers:
-            logger.close()
+            with self._noting_failures(type(logger).__name__):
+                logger.close()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Record the values of `step`."""
@@ -115,14 +128,35 @@ class Watch:
         entry = dict(values)
         if "loss" in entry:
             entry |= self._timing(step)
-        self._file.append(step, entry)
+        with self._noting_failures(str(self._file.path)):
+            self._file.append(step, entry)
         for logger in self._loggers:
-            logger.log(step, entry)
+            with self._noting_failures(type(logger).__name__):
+                logger.log(step, entry)
         self._show(step, entry)
 
     def should_stop(self) -> bool:
-        """Whether a signal asked any rank to stop; the same on every rank, which all must call it."""
-        return distributed.any_rank(self._signalled)
+        """Whether to stop: a signal came to any rank, or metrics cannot be written. The same on every rank, which
+        all must call it.
+        """
+        stop = distributed.any_rank(self._signalled or bool(self.failure))
+        if stop:
+            self.failure = distributed.broadcast_text(self.failure)
+        return stop
+
+    @contextlib.contextmanager
+    def _noting_failures(self, name: str) -> Iterator[None]:
+        """Days of training are worth more than a line that cannot be written: let the run save first."""
+        try:
+            yield
+        except Exception as error:  # a logger's own: of a network, a disk, a server
+            reason = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
+            if not self.failure:
+                self.failure = (
+                    f"{name} cannot be written: {reason}. The run has saved its state; mend this, then go on with: "
+                    f"plmtune resume {self._run.path}"
+                )
+                self.message(f"{name} cannot be written: {reason}. Finishing the step and saving.")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -135,10 +169,11 @@ class Watch:
 
     def message(self, text: str) -> None:
         """A line for the person who watches, above the progress line."""
-        if self._progress is not None:
-            self._progress.console.print(text, highlight=False, markup=False)
-        elif self._is_main:
-            print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal is gone, or the disk full that keeps the output
+            if self._progress is not None:
+                self._progress.console.print(text, highlight=False, markup=False)
+            elif self._is_main:
+                print(text, file=sys.stderr, flush=True)
 
     def _timing(self, step: int) -> dict[str, float | int]:
         seconds = time.perf_counter() - self._began - self._paused
@@ -185,10 +220,10 @@ class Watch:
         self._signalled, self._signalled_at = True, now
         if self._is_main:
             # Not through rich: its lock may be held by the code that this handler interrupts.
-            os.write(
-                2,
-                f"\n{signal.Signals(number).name}: finishing the step and saving; again ends now.\n".encode(),
-            )
+            with contextlib.suppress(OSError):
+                os.write(
+                    2, f"\n{signal.Signals(number).name}: finishing the step and saving; again ends now.\n".encode()
+                )
 
 
 def describe(entry: Mapping[str, Any], eta_seconds: float | None) -> str:
