@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from threading import Thread
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,6 +21,7 @@ from plmtune.data.shards import Shards
 from plmtune.errors import UserError
 
 IGNORE = -100  # the target that no loss counts
+_PATIENCE = 2.0  # seconds that a stop waits for a thread, which may hang in a read of a dead file system
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,6 @@ class Batches:
         document_mask: keep attention and counted targets inside documents.
         num_workers: threads that prepare steps ahead; 0: none. They only copy out of mapped files, which
             needs no process of its own.
-
         skip: sequences of each source to pass over, as seen by the run that this one goes on from.
 
     Raises:
@@ -158,39 +162,94 @@ class Batches:
         """Return the phase of a step."""
         return self.order.phases[self.order.phase_index(step)]
 
-    def origin(self, step: int) -> list[tuple[str, int]]:
-        """Return (source, window) of each of this rank's sequences, for messages about a bad step."""
+    def _mine(self, step: int) -> list[tuple[str, int]]:
+        """Return (source, window) of each of this rank's sequences."""
         sources, windows = self.order.step(step)
         per_rank = self.order.global_batch_size // self.world_size
-        mine = slice(self.rank * per_rank, (self.rank + 1) * per_rank)
+        part = slice(self.rank * per_rank, (self.rank + 1) * per_rank)
+        names = self.order.names
+        return [(names[s], w) for s, w in zip(sources[part].tolist(), windows[part].tolist(), strict=True)]
+
+    def places(self, step: int, micro_batches: Collection[int] | None = None) -> list[str]:
+        """Return where each of this rank's sequences of a step lies, for messages about a bad step.
+
+        Such as "runs/data/stdlib-ae3f084abd98/train-00003.bin, tokens 12,288 to 12,544": counted from 0 inside the
+        file; the last one is only a target. A sequence that spans files names each.
+
+        Args:
+            micro_batches: the indices of those that are asked for; None: all.
+        """
+        size = self.micro_batch_size
         return [
-            (self.order.names[source], int(window)) for source, window in zip(sources[mine], windows[mine], strict=True)
+            ", and ".join(
+                f"{self.shards[name].directory / file}, tokens {first:,} to {last:,}"
+                for file, first, last in self.shards[name].train.locate(window, self.seq_len)
+            )
+            for index, (name, window) in enumerate(self._mine(step))
+            if micro_batches is None or index // size in micro_batches
         ]
+
+    def order_digest(self, previous: str, step: int) -> str:
+        """Return the running hash of the order: of `previous` and all ranks' (source, window) of this step.
+
+        Two runs that began with the same `previous` and have the same hash saw the same sequences in the same order,
+        whatever the number of processes and the sizes of their micro-batches.
+        """
+        sources, windows = self.order.step(step)
+        names = "\0".join([previous, *self.order.names, ""])
+        rows = np.stack([sources, windows]).astype("<i8")
+        return xxhash.xxh3_128_hexdigest(names.encode() + rows.tobytes())
 
     def step(self, step: int) -> list[Batch]:
         """Return this rank's micro-batches of a step, whatever was asked before."""
-        rows = [self.shards[name].train.window(window, self.seq_len) for name, window in self.origin(step)]
+        rows = [self.shards[name].train.window(window, self.seq_len) for name, window in self._mine(step)]
         return list(self._batches(rows))
 
     def iterate(self, start: int = 0) -> Iterator[tuple[int, list[Batch]]]:
         """Yield (step, micro-batches) from `start` to the end, made ahead by threads if there are any.
 
-        An error in a thread is raised here, at its step; closing the iterator ends the threads.
+        An error in a thread is raised here, at its step. Closing the iterator ends the threads, and a thread that
+        hangs in a read keeps no one waiting.
         """
         if self.num_workers == 0:
             for step in range(start, self.num_steps):
                 yield step, self.step(step)
             return
-        with ThreadPoolExecutor(self.num_workers, thread_name_prefix="batches") as pool:
-            ahead: deque[Future[list[Batch]]] = deque()
+        # Daemons, not an executor: the interpreter would not end before an executor's threads have, and one that
+        # hangs in a read would keep a stopped run alive.
+        asked: SimpleQueue[tuple[int, Future[list[Batch]]] | None] = SimpleQueue()
+        threads = [
+            Thread(target=self._serve, args=(asked,), name=f"batches-{index}", daemon=True)
+            for index in range(self.num_workers)
+        ]
+        for thread in threads:
+            thread.start()
+        ahead: deque[Future[list[Batch]]] = deque()
+        try:
+            for step in range(start, self.num_steps):
+                for later in range(step + len(ahead), min(self.num_steps, step + 2 * self.num_workers)):
+                    ahead.append(Future())
+                    asked.put((later, ahead[-1]))
+                yield step, ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+            for _ in threads:
+                asked.put(None)
+            deadline = time.monotonic() + _PATIENCE
+            for thread in threads:
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _serve(self, asked: SimpleQueue[tuple[int, Future[list[Batch]]] | None]) -> None:
+        """Make the steps that are asked for until None is."""
+        while task := asked.get():
+            step, future = task
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
-                for step in range(start, self.num_steps):
-                    reach = min(self.num_steps, step + 2 * self.num_workers)
-                    ahead.extend(pool.submit(self.step, s) for s in range(step + len(ahead), reach))
-                    yield step, ahead.popleft().result()
-            finally:
-                for future in ahead:
-                    future.cancel()
+                future.set_result(self.step(step))
+            except BaseException as error:  # raised where the step is waited for
+                future.set_exception(error)
 
     def validation(self, max_tokens: int | None = None) -> Iterator[Batch]:
         """Yield this rank's share of the held-out tokens, in an order that is always the same.

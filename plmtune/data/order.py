@@ -84,7 +84,7 @@ def quotas(weights: Sequence[float], total: int = BLOCK) -> Ints:
 
 
 @lru_cache(maxsize=16)
-def _block(shares: tuple[int, ...], key: int) -> tuple[Ints, Ints]:
+def _layout_of(shares: tuple[int, ...], key: int) -> tuple[Ints, Ints]:
     """Return for each place of a block its source, and how many of that source stand before it."""
     source = np.repeat(np.arange(len(shares)), shares)[permute(np.arange(BLOCK), BLOCK, key)]
     before = np.empty(BLOCK, dtype=np.int64)
@@ -125,6 +125,9 @@ class Order:
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.skipped = np.array([(skip or {}).get(name, 0) for name in self.names], dtype=np.int64)
+        # A block is computed at once and kept while its steps are asked for: for a few windows at a time numpy's
+        # cost of a call would be most of it.
+        self._block = lru_cache(maxsize=16)(self._compute_block)
         self._first_step = [0]
         self._shares: list[Ints] = []
         # Sequences drawn from each source before each phase: an epoch goes on where the last phase left it.
@@ -174,24 +177,28 @@ class Order:
     def step(self, step: int) -> tuple[Ints, Ints]:
         """Return the step's sequences as (index into `names`, window), each [global_batch_size]."""
         index = self.phase_index(step)
-        shares, carried = self._shares[index], self._drawn[index]
         first = (step - self._first_step[index]) * self.global_batch_size
         stop = first + self.global_batch_size
-        sources, draws = [], []
+        sources, windows = [], []
         for block in range(first // BLOCK, (stop - 1) // BLOCK + 1):
             part = slice(max(0, first - block * BLOCK), min(BLOCK, stop - block * BLOCK))
-            source, before = (array[part] for array in self._layout(index, shares, block))
-            sources.append(source)
-            draws.append(carried[source] + block * shares[source] + before)
-        source, draw = np.concatenate(sources), np.concatenate(draws)
-        epoch, window = np.divmod(draw, self.windows[source])
+            source, window = self._block(index, block)
+            sources.append(source[part])
+            windows.append(window[part])
+        return np.concatenate(sources), np.concatenate(windows)
+
+    def _compute_block(self, phase: int, block: int) -> tuple[Ints, Ints]:
+        """Return the (source, window) of each place of a block."""
+        shares = self._shares[phase]
+        source, before = self._layout(phase, shares, block)
+        epoch, window = np.divmod(self._drawn[phase][source] + block * shares[source] + before, self.windows[source])
         for s, e in {*zip(source.tolist(), epoch.tolist(), strict=True)}:
             here = (source == s) & (epoch == e)
             window[here] = permute(window[here], int(self.windows[s]), key_of(self.seed, self.names[s], e))
         return source, window
 
     def _layout(self, phase: int, shares: Ints, block: int) -> tuple[Ints, Ints]:
-        return _block(tuple(shares.tolist()), key_of(self.seed, "block", phase, block))
+        return _layout_of(tuple(shares.tolist()), key_of(self.seed, "block", phase, block))
 
     def _weights(self, phase: Phase) -> list[float]:
         if not phase.mix:

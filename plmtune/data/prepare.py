@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import logging
 import os
 import shutil
 import sys
@@ -17,7 +15,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from plmtune.data.shards import FORMAT, SPLITS, Manifest, Shards, ShardWriter, SplitCounts, dtype_for
+from plmtune.data.lock import exclusive
+from plmtune.data.manifest import FORMAT, SPLITS, Manifest, SplitCounts, dtype_for
+from plmtune.data.shards import Shards, ShardWriter
 from plmtune.data.sources import Prepared, Source
 from plmtune.errors import UserError
 
@@ -82,7 +82,7 @@ def prepare(
         return target
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _lock(root / f".{target.name}.lock"):
+        with exclusive(root / f".{target.name}.lock", f"prepares {target.name}"):
             if (target / "manifest.json").is_file():
                 return target  # another process made it while this one waited
             for stale in [target, *root.glob(f".{target.name}.*.tmp")]:
@@ -238,20 +238,6 @@ def _encode(group: list[tuple[str, str, bool]], tokenizer: Tokenizer, writers: d
         if int(ids.max()) >= tokenizer.vocab_size:
             raise ValueError(f"the tokenizer gave id {ids.max()}, beyond its vocab_size ({tokenizer.vocab_size})")
         writers[split].append(ids)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold the file against other processes; the system lets go when the process ends, however it ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logging.getLogger(__name__).warning("waiting for another process that prepares %s", path.name[1:-5])
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks
-        yield
 
 
 @contextmanager

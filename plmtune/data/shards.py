@@ -1,4 +1,4 @@
-"""Token shards: memory-mapped arrays of ids and the manifest that vouches for them.
+"""Token shards: memory-mapped arrays of ids, opened only if they are what the manifest says.
 
 A shard is nothing but little-endian ids, uint16 where the vocabulary allows it and uint32 where not, so any
 tool can read it. Everything else stands in ``manifest.json``, which is written last.
@@ -6,9 +6,11 @@ tool can read it. Everything else stands in ``manifest.json``, which is written 
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-from dataclasses import asdict, dataclass, field
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,111 +19,15 @@ import xxhash
 from numpy.typing import NDArray
 
 from plmtune.atomic import replacing
+from plmtune.data.lock import exclusive
+from plmtune.data.manifest import SPLITS, Manifest, ShardFile, SplitCounts, again, seal, unseal
 from plmtune.errors import UserError
 
-FORMAT = 1
-SPLITS = ("train", "validation")
 _CHUNK = 4 << 20
 # Up to this size every opening reads every byte. A larger corpus is read once and then known by size
 # and time of change, remembered in verified.json: hashing hundreds of gigabytes at each start costs an hour.
 _READ_ALWAYS = 4 << 30
-
-
-def dtype_for(vocab_size: int) -> np.dtype[Any]:
-    """Return the smallest of uint16 and uint32 that holds every id."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-@dataclass(frozen=True)
-class ShardFile:
-    """One shard as the manifest knows it."""
-
-    file: str
-    tokens: int
-    size: int  # bytes
-    xxh3: str  # xxh3-128, hex
-
-
-@dataclass
-class SplitCounts:
-    """What a split holds; bytes are those of the text in UTF-8, without end-of-document tokens."""
-
-    tokens: int = 0
-    documents: int = 0
-    bytes: int = 0
-    shards: list[ShardFile] = field(default_factory=list)
-
-
-@dataclass
-class Manifest:
-    """The content of manifest.json."""
-
-    format: int
-    name: str
-    tokenizer: str
-    vocab_size: int
-    eos_id: int
-    dtype: str
-    source: str
-    source_description: str
-    settings: dict[str, Any]
-    skipped: int
-    splits: dict[str, SplitCounts]
-
-    def save(self, directory: Path) -> None:
-        """Write it beside its shards."""
-        with (directory / "manifest.json").open("w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-
-    @classmethod
-    def read(cls, directory: Path) -> Manifest:
-        """Read and check it.
-
-        Raises:
-            UserError: if it is missing, broken, of another format, or names a file outside its directory.
-        """
-        path = directory / "manifest.json"
-        again = f"Delete {directory} and prepare the data again"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UserError(f"{directory} is no directory of prepared tokens: it has no manifest.json") from error
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}. {again}") from error
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-            raise UserError(f"{path} has format {found!r}; this version reads {FORMAT}. {again}")
-        try:
-            splits = {
-                name: SplitCounts(
-                    int(part["tokens"]),
-                    int(part["documents"]),
-                    int(part["bytes"]),
-                    [ShardFile(**shard) for shard in part["shards"]],
-                )
-                for name, part in raw["splits"].items()
-            }
-            manifest = cls(**{**raw, "splits": splits})
-            whole = (
-                set(splits) == set(SPLITS)
-                and manifest.dtype == dtype_for(manifest.vocab_size).str
-                and 0 <= manifest.eos_id < manifest.vocab_size
-                and all(sum(shard.tokens for shard in s.shards) == s.tokens for s in splits.values())
-                and all(
-                    Path(shard.file).name == shard.file
-                    and shard.tokens > 0
-                    and shard.size == shard.tokens * np.dtype(manifest.dtype).itemsize
-                    for s in splits.values()
-                    for shard in s.shards
-                )
-            )
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}). {again}") from error
-        if not whole:
-            raise UserError(f"{path} is damaged: its entries contradict each other. {again}")
-        return manifest
+_log = logging.getLogger(__name__)
 
 
 class ShardWriter:
@@ -172,21 +78,29 @@ class Split:
     def __init__(self, directory: Path, counts: SplitCounts, dtype: np.dtype[Any]) -> None:
         self.num_tokens = counts.tokens
         self.num_documents = counts.documents
-        self._arrays = [np.memmap(directory / shard.file, dtype=dtype, mode="r") for shard in counts.shards]
-        self._starts = np.cumsum([0, *(shard.tokens for shard in counts.shards)])
+        self._files = [shard.file for shard in counts.shards]
+        # Plain views of the maps: slicing numpy's own class of mapped arrays takes several times as long.
+        self._arrays = [np.asarray(np.memmap(directory / file, dtype=dtype, mode="r")) for file in self._files]
+        self._starts = [0]
+        for shard in counts.shards:
+            self._starts.append(self._starts[-1] + shard.tokens)
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (shard, first, stop), counted inside the shard, for tokens start to stop (exclusive)."""
+        shard = bisect_right(self._starts, start) - 1
+        while start < stop:
+            base, end = self._starts[shard], min(stop, self._starts[shard + 1])
+            yield shard, start - base, end - base
+            start, shard = end, shard + 1
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return tokens start to stop (exclusive), fewer at the end."""
         stop = min(stop, self.num_tokens)
         out = np.empty(max(0, stop - start), dtype=np.int64)
         filled = 0
-        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
-        while filled < out.size:
-            offset = start + filled - int(self._starts[shard])
-            part = self._arrays[shard][offset : offset + out.size - filled]
-            out[filled : filled + part.size] = part
-            filled += part.size
-            shard += 1
+        for shard, first, end in self._parts(start, stop):
+            out[filled : filled + end - first] = self._arrays[shard][first:end]
+            filled += end - first
         return out
 
     def document(self, index: int, eos_id: int) -> NDArray[np.int64]:
@@ -220,9 +134,21 @@ class Split:
         Raises:
             IndexError: if there is no such window.
         """
+        return self.read(*self._bounds(index, seq_len))
+
+    def locate(self, index: int, seq_len: int) -> list[tuple[str, int, int]]:
+        """Return where window `index` lies: (file, first token in it, last token in it), for each file that it spans.
+
+        Raises:
+            IndexError: if there is no such window.
+        """
+        parts = self._parts(*self._bounds(index, seq_len))
+        return [(self._files[shard], first, stop - 1) for shard, first, stop in parts]
+
+    def _bounds(self, index: int, seq_len: int) -> tuple[int, int]:
         if not 0 <= index < self.num_windows(seq_len):
             raise IndexError(f"window {index} of {self.num_windows(seq_len)}")
-        return self.read(index * seq_len, (index + 1) * seq_len + 1)
+        return index * seq_len, (index + 1) * seq_len + 1
 
 
 class Shards:
@@ -247,12 +173,13 @@ class Shards:
         """Open a prepared directory and see that it is what it says.
 
         Sizes are always compared. With `verify` every byte is hashed and every id compared with the
-        vocabulary; beyond 4 GiB once, and again only for shards that changed.
+        vocabulary; beyond 4 GiB once, and again only for shards that changed. Of many processes that open
+        such a corpus one reads, and the others wait for it, without a limit.
 
         Args:
             tokenizer_fingerprint: the tokenizer that the tokens must come from; None: any.
             vocab_size: rows of the model's embedding, which every id must be below; None: the manifest's.
-            verify: read everything (on one process of a job is enough).
+            verify: read everything. Each process of a job does, since it may have its own copy of the files.
 
         Raises:
             UserError: naming the file, for a shard that is missing, truncated or garbled, holds ids beyond
@@ -266,7 +193,7 @@ class Shards:
                 f"({tokenizer_fingerprint}). Prepare the text again with this run's tokenizer"
             )
         limit = manifest.vocab_size if vocab_size is None else min(vocab_size, manifest.vocab_size)
-        for shard in _shards_of(manifest):
+        for shard in manifest.shards:
             _check_size(directory, shard)
         if verify:
             _verify(directory, manifest, limit)
@@ -275,12 +202,8 @@ class Shards:
     @property
     def fingerprint(self) -> str:
         """Hash of the manifest's hashes: equal exactly when the tokens are."""
-        shards = [shard.xxh3 for split in SPLITS for shard in self.manifest.splits[split].shards]
+        shards = [shard.xxh3 for shard in self.manifest.shards]
         return xxhash.xxh3_128_hexdigest(" ".join([self.manifest.tokenizer, *shards]).encode())
-
-
-def _shards_of(manifest: Manifest) -> list[ShardFile]:
-    return [shard for name in SPLITS for shard in manifest.splits[name].shards]
 
 
 def _check_size(directory: Path, shard: ShardFile) -> None:
@@ -288,44 +211,64 @@ def _check_size(directory: Path, shard: ShardFile) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise UserError(f"Shard {path} cannot be read ({error.strerror}). {_again(directory)}") from error
+        raise UserError(f"Shard {path} cannot be read ({error.strerror}). {again(directory)}") from error
     if size != shard.size:
         kind = "truncated" if size < shard.size else "too long"
-        raise UserError(f"Shard {path} is {kind}: {size:,} bytes, expected {shard.size:,}. {_again(directory)}")
-
-
-def _again(directory: Path) -> str:
-    return f"Delete {directory} and run the same command (or plmtune data prepare) again"
+        raise UserError(f"Shard {path} is {kind}: {size:,} bytes, expected {shard.size:,}. {again(directory)}")
 
 
 def _verify(directory: Path, manifest: Manifest, limit: int) -> None:
-    shards = _shards_of(manifest)
-    remember = sum(shard.size for shard in shards) > _READ_ALWAYS
-    record = directory / "verified.json"
-    seen: dict[str, Any] = {}
-    if remember and record.is_file():
+    size = sum(shard.size for shard in manifest.shards)
+    if size <= _READ_ALWAYS:
+        for shard in manifest.shards:
+            _check_ids(directory, shard, limit, *_read_shard(directory, shard, manifest))
+        return
+    writable = os.access(directory, os.W_OK)
+    lock = exclusive(directory / ".verified.lock", f"verifies {directory}") if writable else nullcontext()
+    with lock:
+        known = _read_record(directory)
+        new = {shard.file: _state(directory, shard) for shard in manifest.shards}
+        todo = sum(shard.size for shard in manifest.shards if known.get(shard.file, [])[:3] != new[shard.file])
+        if todo:
+            often = "once" if writable else "at each start, since the result cannot be written there"
+            _log.warning("verifying %s: %.1f GB are read, %s", directory, todo / 1e9, often)
         try:
-            loaded = json.loads(record.read_text(encoding="utf-8"))
-            seen = loaded if isinstance(loaded, dict) else {}
-        except (OSError, ValueError):
-            seen = {}  # only a note: without it everything is read again
-    for shard in shards:
-        status = (directory / shard.file).stat()
-        state = [status.st_size, status.st_mtime_ns, shard.xxh3, limit]
-        if seen.get(shard.file) == state:
-            continue
-        _verify_shard(directory, shard, np.dtype(manifest.dtype), limit)
-        seen[shard.file] = state
-    if remember:
-        try:
-            with replacing(record) as temporary:
-                temporary.write_text(json.dumps(seen), encoding="utf-8")
-        except OSError:
-            return  # a read-only corpus is verified at each start
+            for shard in manifest.shards:
+                if known.get(shard.file, [])[:3] != new[shard.file]:
+                    known[shard.file] = [*new[shard.file], *_read_shard(directory, shard, manifest)]
+                _check_ids(directory, shard, limit, *known[shard.file][3:])
+        finally:
+            if todo and writable:  # also after an interruption: what was read need not be read again
+                _write_record(directory, known)
 
 
-def _verify_shard(directory: Path, shard: ShardFile, dtype: np.dtype[Any], limit: int) -> None:
+def _state(directory: Path, shard: ShardFile) -> list[Any]:
+    # Not the time of modification, which copying tools set back; nothing can set this one.
+    status = (directory / shard.file).stat()
+    return [status.st_size, status.st_ctime_ns, shard.xxh3]
+
+
+def _read_record(directory: Path) -> dict[str, list[Any]]:
+    """Return what verified.json remembers of each shard: its state, its highest id and where that stands."""
+    try:
+        return unseal((directory / "verified.json").read_bytes())
+    except (OSError, ValueError):
+        return {}  # only a note: without it everything is read again
+
+
+def _write_record(directory: Path, known: dict[str, list[Any]]) -> None:
+    try:
+        with replacing(directory / "verified.json") as temporary:
+            temporary.write_bytes(seal(known))
+    except OSError as error:
+        _log.warning("%s: verified.json cannot be written (%s), so the next start reads everything again", directory,
+                     error.strerror)  # fmt: skip
+
+
+def _read_shard(directory: Path, shard: ShardFile, manifest: Manifest) -> tuple[int, int]:
+    """Hash a shard; returns its highest id and the first token that has it."""
     path = directory / shard.file
+    dtype = np.dtype(manifest.dtype)
     digest = xxhash.xxh3_128()
     highest, where, done = -1, 0, 0
     try:
@@ -337,13 +280,18 @@ def _verify_shard(directory: Path, shard: ShardFile, dtype: np.dtype[Any], limit
                     highest, where = top, done + int(ids.argmax())
                 done += ids.size
     except OSError as error:
-        raise UserError(f"Shard {path} cannot be read ({error.strerror}). {_again(directory)}") from error
-    if digest.hexdigest() != shard.xxh3:
-        raise UserError(
-            f"Shard {path} is damaged: xxh3 {digest.hexdigest()}, expected {shard.xxh3}. {_again(directory)}"
-        )
+        raise UserError(f"Shard {path} cannot be read ({error.strerror}). {again(directory)}") from error
+    found = digest.hexdigest()
+    if found != shard.xxh3:
+        other = next((s.file for s in manifest.shards if s.xxh3 == found), None)
+        hint = f" That is {other}: were the files swapped?" if other else ""
+        raise UserError(f"Shard {path} is damaged: xxh3 {found}, expected {shard.xxh3}.{hint} {again(directory)}")
+    return highest, where
+
+
+def _check_ids(directory: Path, shard: ShardFile, limit: int, highest: int, where: int) -> None:
     if highest >= limit:
         raise UserError(
-            f"Shard {path} holds id {highest} at token {where}, beyond the vocabulary of {limit}. "
+            f"Shard {directory / shard.file} holds id {highest} at token {where}, beyond the vocabulary of {limit}. "
             "Was it made for another model or tokenizer? Prepare the text again with this run's tokenizer"
         )

@@ -1,8 +1,13 @@
+import subprocess
+import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
+import xxhash
 
+from plmtune.data import batches as module
 from plmtune.data.batches import IGNORE, Batches, Phase, make_batch
 from plmtune.errors import UserError
 
@@ -56,12 +61,6 @@ class TestStep:
             assert len({len(part) for part in parts}) == 1
             assert [row for part in parts for row in part] == rows(batches(sources).step(step))
 
-    def test_origin_names_the_windows_of_the_step(self, sources):
-        for rank in (0, 1):
-            data = batches(sources, rank=rank, world_size=2)
-            expected = [sources[n].train.window(w, 8)[:-1].tolist() for n, w in data.origin(4)]
-            assert rows(data.step(4)) == expected
-
     def test_phases_know_their_steps(self, sources):
         data = batches(sources)
         assert data.num_steps == 30
@@ -108,6 +107,142 @@ class TestDocumentMask:
         assert make_batch(tokens, tokens, eos_id=0).input_pos.tolist() == [[0, 1, 0], [0, 1, 2]]
 
 
+class TestPlaces:
+    def written(self, place):
+        """The tokens that stand where a place says."""
+        tokens = []
+        for part in place.split(", and "):
+            path, _, span = part.rpartition(", tokens ")
+            first, last = (int(number.replace(",", "")) for number in span.split(" to "))
+            tokens += np.fromfile(path, "<u2")[first : last + 1].tolist()
+        return tokens
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_the_tokens_of_each_sequence_stand_there(self, sources, rank):
+        data = batches(sources, rank=rank, world_size=2)
+        expected = [
+            [*tokens, target]
+            for batch in data.step(4)
+            for tokens, target in zip(batch.tokens.tolist(), batch.targets[:, -1].tolist(), strict=True)
+        ]
+        assert [self.written(place) for place in data.places(4)] == expected
+
+    def test_only_the_micro_batches_asked_for_are_named(self, sources):
+        data = batches(sources)
+        every = data.places(7)
+        assert len(every) == 12
+        assert data.places(7, {0}) == every[:5]
+        assert data.places(7, [2]) == every[10:]
+        assert data.places(7, (0, 2)) == every[:5] + every[10:]
+        assert data.places(7, []) == []
+
+    def test_a_place_is_a_file_and_the_tokens_in_it(self, make_shards):
+        made = make_shards("a", range(1, 3000), vocab_size=3000)
+        (place,) = batches({"a": made}, [Phase("main", 1)], seq_len=2998, global_batch_size=1).places(0)
+        assert place == f"{made.directory}/train-00000.bin, tokens 0 to 2,998"
+
+    def test_a_sequence_that_spans_files_names_both(self, make_shards):
+        made = make_shards("a", range(30), shard_tokens=18)
+        (place,) = batches({"a": made}, [Phase("main", 1)], seq_len=29, global_batch_size=1).places(0)
+        first, second = (made.directory / f"train-0000{index}.bin" for index in (0, 1))
+        assert place == f"{first}, tokens 0 to 17, and {second}, tokens 0 to 11"
+
+
+class TestOrderDigest:
+    def run(self, data, start=0, stop=30, digest=""):
+        for step in range(start, stop):
+            digest = data.order_digest(digest, step)
+        return digest
+
+    def test_is_the_same_for_every_rank_world_and_micro_batch(self, sources):
+        whole = self.run(batches(sources))
+        assert len(whole) == 32
+        for rank, world in ((0, 2), (1, 2), (3, 4)):
+            assert self.run(batches(sources, rank=rank, world_size=world, micro_batch_size=1)) == whole
+
+    def test_goes_on_from_any_step(self, sources):
+        whole = self.run(batches(sources))
+        for cut in (1, 19, 20, 29):
+            assert self.run(batches(sources), cut, digest=self.run(batches(sources), stop=cut)) == whole
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"seed": 4},
+            {"seq_len": 9},
+            {"skip": {"a": 1}},
+            {"phases": [Phase("one", 20, {"a": 3, "b": 1}), PHASES[1]]},
+            {"phases": [Phase("one", 21, {"a": 1, "b": 3}), Phase("two", 9, {"a": 1, "b": 1})]},
+        ],
+    )
+    def test_another_order_has_another(self, sources, change):
+        assert self.run(batches(sources, **change)) != self.run(batches(sources))
+
+    def test_a_step_left_out_or_taken_twice_shows(self, sources):
+        data = batches(sources)
+        whole = self.run(data)
+        assert self.run(data, 11, digest=self.run(data, stop=10)) != whole
+        assert self.run(data, 9, digest=self.run(data, stop=10)) != whole
+
+    def test_is_what_it_says(self, sources):
+        data = batches(sources)
+        order, windows = data.order.step(3)
+        text = b"before\0a\0b\0" + b"".join(int(n).to_bytes(8, "little") for n in (*order, *windows))
+        assert data.order_digest("before", 3) == xxhash.xxh3_128_hexdigest(text)
+
+
+class TestResume:
+    """Where a run is cut does not show in the batches that follow, down to masks and positions."""
+
+    # 1,024 sequences make a block and 49 windows an epoch of a; 12 sequences a step.
+    PHASES = (Phase("one", 100, {"a": 1, "b": 3}), Phase("two", 30, {"a": 1, "b": 1}))
+
+    @pytest.fixture
+    def packed(self, make_shards):
+        """Documents of 3 to 7 tokens, so that windows of 8 begin and end inside documents."""
+        rows = {name: [] for name in ("a", "b")}
+        for name, count in (("a", 400), ("b", 1000)):
+            for index in range(count):
+                rows[name] += [index % 500 + 1] * (index % 5 + 2) + [0]
+        return {
+            "a": make_shards("a", rows["a"][:400], shard_tokens=130),
+            "b": make_shards("b", rows["b"][:1000], shard_tokens=333),
+        }
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize(
+        ("start", "where"),
+        [(41, "an epoch"), (85, "a block"), (86, "a block"), (99, "a phase"), (100, "a phase"), (111, "a phase")],
+    )
+    def test_goes_on_with_the_very_next_batch(self, packed, start, where, workers):
+        data = batches(packed, self.PHASES, document_mask=True, num_workers=workers)
+        drawn = data.drawn_before(start)
+        assert drawn["a"] % 49 and drawn["b"] % 124 and start * 12 % 1024  # nothing is at its beginning
+        whole = dict(batches(packed, self.PHASES, document_mask=True).iterate(0))
+        after = dict(data.iterate(start))
+        assert list(after) == list(range(start, 130))
+        for step, got in after.items():
+            for one, other in zip(got, whole[step], strict=True):
+                assert one.num_valid == other.num_valid
+                for name in ("tokens", "targets", "mask", "input_pos"):
+                    assert torch.equal(getattr(one, name), getattr(other, name)), (step, name, where)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_two_ranks_then_one_then_two_see_what_two_see(self, packed, workers):
+        def rows_of(world, start, stop):
+            parts = [
+                batches(packed, self.PHASES, rank=rank, world_size=world, num_workers=workers).iterate(start)
+                for rank in range(world)
+            ]
+            for step in range(start, stop):
+                found = [next(part) for part in parts]
+                assert [index for index, _ in found] == [step] * world
+                yield [row for _, made in found for row in rows(made)]
+
+        whole = list(rows_of(2, 0, 130))
+        assert [*rows_of(2, 0, 41), *rows_of(1, 41, 105), *rows_of(2, 105, 130)] == whole
+
+
 class TestIterate:
     @pytest.mark.parametrize("workers", [0, 1, 2])
     def test_gives_the_same_steps_from_any_start(self, sources, workers):
@@ -133,12 +268,68 @@ class TestIterate:
                 seen.append(i)
         assert seen == [0, 1, 2, 3, 4]
 
+    def test_a_sentence_for_a_person_comes_through_as_it_is(self, sources):
+        data = batches(sources, num_workers=2)
+        sentence = "Shard a is damaged. Delete it"
+
+        def step(i):
+            raise UserError(sentence)
+
+        data.step = step
+        with pytest.raises(UserError) as caught:
+            next(data.iterate(0))
+        assert str(caught.value) == sentence
+
     def test_closing_ends_the_threads(self, sources):
         steps = batches(sources, num_workers=2).iterate(0)
         next(steps)
         assert any(t.name.startswith("batches") for t in threading.enumerate())
         steps.close()
         assert not any(t.name.startswith("batches") for t in threading.enumerate())
+
+    def test_the_end_of_the_run_ends_the_threads(self, sources):
+        assert len(list(batches(sources, num_workers=2).iterate(0))) == 30
+        assert not any(t.name.startswith("batches") for t in threading.enumerate())
+
+    def test_closing_does_not_wait_for_a_thread_that_hangs(self, sources, monkeypatch):
+        monkeypatch.setattr(module, "_PATIENCE", 0.01)
+        data = batches(sources, num_workers=2)
+        good, hung, release = data.step, threading.Event(), threading.Event()
+
+        def step(i):
+            if i == 3:
+                hung.set()
+                release.wait()
+            return good(i)
+
+        data.step = step
+        steps = data.iterate(0)
+        next(steps)
+        hung.wait()
+        steps.close()
+        (left,) = (t for t in threading.enumerate() if t.name.startswith("batches"))
+        assert left.daemon  # so the interpreter does not wait for it either
+        release.set()
+        left.join()
+
+    def test_an_interrupt_while_waiting_for_a_thread_ends_at_once(self, make_shards):
+        directory = make_shards("a", range(500)).directory
+        code = f"""
+import os, signal, threading
+from pathlib import Path
+from plmtune.data.batches import Batches, Phase
+from plmtune.data.shards import Shards
+data = Batches({{"a": Shards.open(Path({str(directory)!r}))}}, [Phase("main", 9)],
+               seq_len=8, global_batch_size=4, micro_batch_size=4, seed=1, num_workers=1)
+def step(i):
+    os.kill(os.getpid(), signal.SIGINT)
+    threading.Event().wait()
+data.step = step
+next(data.iterate())
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == -2, done.stderr
+        assert "KeyboardInterrupt" in done.stderr
 
 
 class TestValidation:

@@ -1,10 +1,14 @@
-import json
+import logging
+import os
+import random
+import threading
 
 import numpy as np
 import pytest
 
 from plmtune.data import shards as shards_module
-from plmtune.data.shards import Shards, dtype_for
+from plmtune.data.manifest import dtype_for, seal, unseal
+from plmtune.data.shards import Shards
 from plmtune.errors import UserError
 
 
@@ -50,6 +54,27 @@ class TestSplit:
         with pytest.raises(IndexError, match=r"document 4 of 4"):
             train.document(4, 0)
 
+    def test_a_window_is_located_in_every_file_that_it_spans(self, make_shards):
+        train = make_shards("a", range(100), shard_tokens=30).train
+        assert train.locate(0, 10) == [("train-00000.bin", 0, 10)]
+        assert train.locate(2, 10) == [("train-00000.bin", 20, 29), ("train-00001.bin", 0, 0)]
+        assert train.locate(1, 45) == [
+            ("train-00001.bin", 15, 29),
+            ("train-00002.bin", 0, 29),
+            ("train-00003.bin", 0, 0),
+        ]
+        with pytest.raises(IndexError, match=r"window 2 of 2"):
+            train.locate(2, 45)
+
+    @pytest.mark.parametrize("shard_tokens", [4, 30, 1000])
+    def test_what_lies_where_a_window_is_located_is_the_window(self, make_shards, shard_tokens):
+        made = make_shards("a", range(100), shard_tokens=shard_tokens)
+        for index in range(made.train.num_windows(9)):
+            found = []
+            for file, first, last in made.train.locate(index, 9):
+                found += np.fromfile(made.directory / file, "<u2")[first : last + 1].tolist()
+            assert found == made.train.window(index, 9).tolist()
+
     def test_an_empty_split_has_nothing(self, make_shards):
         validation = make_shards("a", range(10)).validation
         assert validation.num_windows(1) == 0
@@ -82,15 +107,42 @@ class TestOpen:
         with pytest.raises(UserError, match=r"validation-00000.bin cannot be read"):
             Shards.open(directory, verify=False)
 
-    def test_a_single_flipped_bit_is_found_in_any_place(self, directory):
-        path = directory / "train-00002.bin"
+    @pytest.mark.parametrize("name", ["train-00000.bin", "train-00002.bin", "validation-00000.bin"])
+    def test_a_flipped_bit_in_a_shard_is_found_and_the_shard_named(self, directory, name):
+        path = directory / name
         whole = path.read_bytes()
-        for place in (0, len(whole) // 2, len(whole) - 1):
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-            with pytest.raises(UserError, match=r"train-00002.bin is damaged: xxh3 \w+, expected \w+"):
+        draw = random.Random(name)
+        for place in [0, len(whole) - 1, *(draw.randrange(len(whole)) for _ in range(20))]:
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :])
+            with pytest.raises(UserError, match=rf"Shard {path} is damaged: xxh3 \w+, expected \w+\. Delete"):
                 Shards.open(directory)
         path.write_bytes(whole)
         Shards.open(directory)
+
+    @pytest.mark.parametrize("name", ["train-00000.bin", "validation-00000.bin"])
+    def test_a_shard_cut_anywhere_is_found_and_named(self, directory, name):
+        path = directory / name
+        whole = path.read_bytes()
+        for length in random.Random(name).sample(range(len(whole)), 20):
+            path.write_bytes(whole[:length])
+            with pytest.raises(UserError, match=rf"Shard {path} is truncated: {length:,} bytes, expected"):
+                Shards.open(directory, verify=False)
+
+    def test_swapped_shards_are_found_and_recognised(self, directory):
+        one, other = directory / "train-00000.bin", directory / "train-00001.bin"
+        one.rename(directory / "aside")
+        other.rename(one)
+        (directory / "aside").rename(other)
+        with pytest.raises(
+            UserError, match=r"train-00000.bin is damaged: .* That is train-00001.bin: were the files swa"
+        ):
+            Shards.open(directory)
+
+    def test_a_shard_of_another_corpus_is_found(self, directory, make_shards):
+        other = make_shards("other", list(range(2, 1000)) * 10, shard_tokens=4000).directory
+        (other / "train-00001.bin").rename(directory / "train-00001.bin")
+        with pytest.raises(UserError, match=r"train-00001.bin is damaged: xxh3 \w+, expected \w+\. Delete"):
+            Shards.open(directory)
 
     def test_the_message_says_what_to_do(self, directory):
         (directory / "train-00000.bin").write_bytes(b"")
@@ -106,43 +158,9 @@ class TestOpen:
             Shards.open(directory, vocab_size=500)
 
     def test_ids_beyond_the_manifests_own_vocabulary_are_refused(self, directory):
-        manifest = json.loads((directory / "manifest.json").read_text())
-        (directory / "manifest.json").write_text(json.dumps(manifest | {"vocab_size": 998}))
+        path = directory / "manifest.json"
+        path.write_bytes(seal({**unseal(path.read_bytes()), "vocab_size": 998}))
         with pytest.raises(UserError, match=r"holds id 998"):
-            Shards.open(directory)
-
-    def test_a_directory_without_manifest_is_named(self, tmp_path):
-        with pytest.raises(UserError, match=r"is no directory of prepared tokens: it has no manifest.json"):
-            Shards.open(tmp_path)
-
-    @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff", '{"format": 1}', '{"format": 99}'])
-    def test_a_damaged_manifest_is_refused(self, directory, text):
-        (directory / "manifest.json").write_bytes(text.encode("latin-1"))
-        with pytest.raises(UserError, match=r"manifest.json .*prepare the data again"):
-            Shards.open(directory)
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            {"dtype": "<u4"},
-            {"eos_id": 1000},
-            {"eos_id": None},
-            {"vocab_size": "many"},
-            {"splits": {}},
-            {"splits": None},
-            {"surprise": 1},
-        ],
-    )
-    def test_a_manifest_that_contradicts_itself_is_refused(self, directory, change):
-        manifest = json.loads((directory / "manifest.json").read_text())
-        (directory / "manifest.json").write_text(json.dumps(manifest | change))
-        with pytest.raises(UserError, match=r"manifest.json is damaged"):
-            Shards.open(directory)
-
-    def test_a_manifest_cannot_name_files_elsewhere(self, directory):
-        text = (directory / "manifest.json").read_text()
-        (directory / "manifest.json").write_text(text.replace("train-00000.bin", "../code/train-00000.bin"))
-        with pytest.raises(UserError, match=r"manifest.json is damaged"):
             Shards.open(directory)
 
     def test_the_fingerprint_is_that_of_the_tokens(self, make_shards):
@@ -153,33 +171,112 @@ class TestOpen:
 class TestLargeCorpora:
     """Beyond a size shards are read once, and again when they change."""
 
+    FILES = ("train-00000.bin", "train-00001.bin", "train-00002.bin")
+
     @pytest.fixture
     def directory(self, make_shards, monkeypatch):
         monkeypatch.setattr(shards_module, "_READ_ALWAYS", 100)
         return make_shards("big", range(1, 900), shard_tokens=300).directory
 
-    def test_only_what_changed_is_read_again(self, directory, monkeypatch):
-        read = []
-        verify = shards_module._verify_shard
+    @pytest.fixture
+    def read(self, monkeypatch):
+        """The shards that are read, in the order of their reading."""
+        names = []
+        really = shards_module._read_shard
         monkeypatch.setattr(
-            shards_module,
-            "_verify_shard",
-            lambda d, shard, *a: (read.append(shard.file), verify(d, shard, *a)),
+            shards_module, "_read_shard", lambda d, shard, m: (names.append(shard.file), really(d, shard, m))[1]
         )
+        return names
+
+    def test_only_what_changed_is_read_again(self, directory, read):
         Shards.open(directory)
         Shards.open(directory)
-        assert read == ["train-00000.bin", "train-00001.bin", "train-00002.bin"]
+        assert read == list(self.FILES)
         path = directory / "train-00001.bin"
         path.write_bytes(b"\1" * path.stat().st_size)
         with pytest.raises(UserError, match=r"train-00001.bin is damaged"):
             Shards.open(directory)
+        assert read == [*self.FILES, "train-00001.bin"]
 
-    def test_a_smaller_vocabulary_is_compared_anew(self, directory):
+    def test_setting_the_time_of_change_back_hides_nothing(self, directory):
         Shards.open(directory)
-        with pytest.raises(UserError, match=r"holds id 300"):
-            Shards.open(directory, vocab_size=300)
+        path = directory / "train-00001.bin"
+        before = path.stat()
+        path.write_bytes(b"\1" * before.st_size)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(UserError, match=r"train-00001.bin is damaged"):
+            Shards.open(directory)
 
-    def test_a_broken_record_only_costs_another_reading(self, directory):
-        (directory / "verified.json").write_text("[1")
+    def test_a_smaller_vocabulary_is_compared_without_reading(self, directory, read):
+        Shards.open(directory)
+        with pytest.raises(UserError, match=r"train-00000.bin holds id 300 at token 299, .* of 300"):
+            Shards.open(directory, vocab_size=300)
+        Shards.open(directory)
+        assert read == list(self.FILES)
+
+    def test_a_damaged_record_only_costs_another_reading(self, directory, read):
+        Shards.open(directory)
+        record = directory / "verified.json"
+        record.write_bytes(record.read_bytes().replace(b"899", b"199"))
         assert Shards.open(directory).train.num_tokens == 899
-        assert set(json.loads((directory / "verified.json").read_text())) >= {"train-00000.bin"}
+        assert read == [*self.FILES, *self.FILES]
+        assert set(unseal(record.read_bytes())) == set(self.FILES)
+
+    def test_an_interrupted_reading_goes_on_where_it_was(self, directory, read, monkeypatch):
+        counted = shards_module._read_shard
+
+        def interrupted(directory, shard, manifest):
+            if shard.file == "train-00002.bin":
+                raise KeyboardInterrupt
+            return counted(directory, shard, manifest)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(shards_module, "_read_shard", interrupted)
+            Shards.open(directory)
+        Shards.open(directory)
+        assert read == list(self.FILES)
+
+    def test_of_many_processes_one_reads_and_the_others_wait_for_it(self, directory, read, monkeypatch, caplog):
+        # Threads stand for processes: the lock belongs to the opened file, not to the process.
+        counted = shards_module._read_shard
+        reading, waiting = threading.Event(), threading.Event()
+
+        def slow(*arguments):
+            reading.set()
+            waiting.wait()
+            return counted(*arguments)
+
+        class Waiting(logging.Handler):
+            def emit(self, record):
+                if "waiting for another process that verifies" in record.getMessage():
+                    waiting.set()
+
+        monkeypatch.setattr(shards_module, "_read_shard", slow)
+        logging.getLogger("plmtune.data.lock").addHandler(handler := Waiting())
+        opened = []
+        threads = [threading.Thread(target=lambda: opened.append(Shards.open(directory))) for _ in range(3)]
+        threads[0].start()
+        reading.wait()
+        for thread in threads[1:]:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        logging.getLogger("plmtune.data.lock").removeHandler(handler)
+        assert len(opened) == 3
+        assert read == list(self.FILES)
+
+    def test_each_process_says_what_is_wrong(self, directory):
+        path = directory / "train-00001.bin"
+        path.write_bytes(b"\1" * path.stat().st_size)
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"train-00001.bin is damaged"):
+                Shards.open(directory)
+
+    def test_where_nothing_can_be_written_each_start_reads_and_says_so(self, directory, read, monkeypatch, caplog):
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        before = sorted(directory.iterdir())
+        Shards.open(directory)
+        Shards.open(directory)
+        assert read == [*self.FILES, *self.FILES]
+        assert sorted(directory.iterdir()) == before
+        assert f"verifying {directory}: 0.0 GB are read, at each start" in caplog.text

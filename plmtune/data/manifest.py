@@ -1,0 +1,157 @@
+"""The manifest of a directory of prepared tokens: what each file must be, under a checksum of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from plmtune.errors import UserError
+
+FORMAT = 2  # 2: the manifest has a checksum of its own
+SPLITS = ("train", "validation")
+_CHECKSUM = "xxh3_128"
+
+
+def dtype_for(vocab_size: int) -> np.dtype[Any]:
+    """Return the smallest of uint16 and uint32 that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def seal(content: dict[str, Any]) -> bytes:
+    """Spell an object as JSON for people with its checksum last; only this spelling of it is whole."""
+    body = json.dumps(content, indent=1, ensure_ascii=False)
+    sealed = {**content, _CHECKSUM: xxhash.xxh3_128_hexdigest(body.encode())}
+    return json.dumps(sealed, indent=1, ensure_ascii=False).encode()
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """Return what `seal` was given.
+
+    Raises:
+        ValueError: if a single bit is another one.
+    """
+    content = json.loads(data)
+    if not isinstance(content, dict) or _CHECKSUM not in content:
+        raise ValueError("it has no checksum")
+    del content[_CHECKSUM]
+    if seal(content) != data:
+        raise ValueError("it does not match its own checksum")
+    return content
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One shard as the manifest knows it."""
+
+    file: str
+    tokens: int
+    size: int  # bytes
+    xxh3: str  # xxh3-128, hex
+
+
+@dataclass
+class SplitCounts:
+    """What a split holds; bytes are those of the text in UTF-8, without end-of-document tokens."""
+
+    tokens: int = 0
+    documents: int = 0
+    bytes: int = 0
+    shards: list[ShardFile] = field(default_factory=list)
+
+
+@dataclass
+class Manifest:
+    """The content of manifest.json."""
+
+    format: int
+    name: str
+    tokenizer: str
+    vocab_size: int
+    eos_id: int
+    dtype: str
+    source: str
+    source_description: str
+    settings: dict[str, Any]
+    skipped: int
+    splits: dict[str, SplitCounts]
+
+    @property
+    def shards(self) -> list[ShardFile]:
+        """The shards of both splits."""
+        return [shard for name in SPLITS for shard in self.splits[name].shards]
+
+    def save(self, directory: Path) -> None:
+        """Write it beside its shards."""
+        with (directory / "manifest.json").open("wb") as file:
+            file.write(seal(asdict(self)))
+            file.flush()
+            os.fsync(file.fileno())
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Read and check it.
+
+        Raises:
+            UserError: if it is missing, damaged, of another format, or names a file outside its directory.
+        """
+        path = directory / "manifest.json"
+        remedy = again(directory)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise UserError(f"{directory} is no directory of prepared tokens: it has no manifest.json") from error
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
+        try:
+            raw = unseal(data)
+        except (ValueError, RecursionError) as error:
+            if data.startswith(b'{\n "format": 1,'):  # the only one without a checksum
+                raise UserError(f"{path} has format 1; this version reads {FORMAT}. {remedy}") from error
+            raise UserError(f"{path} is damaged: {_reason(error)}. {remedy}") from error
+        if raw.get("format") != FORMAT:
+            raise UserError(f"{path} has format {raw.get('format')!r}; this version reads {FORMAT}. {remedy}")
+        try:
+            splits = {
+                name: SplitCounts(
+                    int(part["tokens"]),
+                    int(part["documents"]),
+                    int(part["bytes"]),
+                    [ShardFile(**shard) for shard in part["shards"]],
+                )
+                for name, part in raw["splits"].items()
+            }
+            manifest = cls(**{**raw, "splits": splits})
+            whole = (
+                set(splits) == set(SPLITS)
+                and manifest.dtype == dtype_for(manifest.vocab_size).str
+                and 0 <= manifest.eos_id < manifest.vocab_size
+                and all(sum(shard.tokens for shard in s.shards) == s.tokens for s in splits.values())
+                and all(
+                    Path(shard.file).name == shard.file
+                    and shard.tokens > 0
+                    and shard.size == shard.tokens * np.dtype(manifest.dtype).itemsize
+                    for shard in manifest.shards
+                )
+            )
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}). {remedy}") from error
+        if not whole:
+            raise UserError(f"{path} is damaged: its entries contradict each other. {remedy}")
+        return manifest
+
+
+def again(directory: Path) -> str:
+    """Say how a person gets rid of damage."""
+    return f"Delete {directory} and run the same command (or plmtune data prepare) again"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
