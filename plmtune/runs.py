@@ -123,10 +123,7 @@ def open_sources(cfg: Any, tokenizer: Tokenizer, runtime: Runtime) -> dict[str, 
         except ValueError as error:
             raise UserError(f"key preparation: {error}") from error
         opened[name] = Shards.open(
-            directory,
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            verify=runtime.is_main,
+            directory, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size
         )
     return opened
 
