@@ -19,12 +19,11 @@ from plmtune.data.shards import Shards
 from plmtune.data.tokenizers import QWEN2_ROWS
 from plmtune.errors import UserError
 from plmtune.generation import complete
-from plmtune.models.files import checkpoint_directory
-from plmtune.models.hf import load_state, read_state, save_model
+from plmtune.models.hf import hf_name, load_state, write_config
 from plmtune.registry import Component
 from plmtune.runs import open_run, open_sources, resolve_phase, start_from
 from plmtune.schema import Pretrain as Config
-from plmtune.training.checkpoint import Checkpoints, load_moments, read_state_json, steps
+from plmtune.training.checkpoint import Checkpoints, load_moments, newest_whole, read_document
 from plmtune.training.estimate import Estimate, estimate, peak_flops
 from plmtune.training.plot import draw_curves
 from plmtune.training.progress import Watch
@@ -128,8 +127,8 @@ class Pretrain:
     def __init__(self, cfg: Config, plan: Plan, runtime: Runtime) -> None:
         self.cfg, self.plan, self.runtime, self.tokenizer = cfg, plan, runtime, plan.tokenizer
         # A run with a checkpoint of its own no longer needs the one that it started from.
-        own = Path(cfg.run_dir or "") / "checkpoints" if cfg.resume and cfg.run_dir else None
-        saved = read_state_json(checkpoint_directory(own)) if own and steps(own) else {}
+        whole = newest_whole(Path(cfg.run_dir) / "checkpoints") if cfg.resume and cfg.run_dir else None
+        saved = read_document(whole)["state"] if whole else {}
         origin = None if saved else start_from(cfg, plan.model, plan.tokenizer)
         self.skip: dict[str, int] = saved.get("skip", {}) if saved else origin.drawn if origin else {}
         shards = open_sources(cfg, self.tokenizer, runtime)
@@ -147,8 +146,19 @@ class Pretrain:
         self.scheduler = _scheduler(cfg, self.optimizer, plan.num_steps, plan.tokens_per_step)
         if origin and origin.goes_on:
             load_moments(origin.directory, model=self.model, optimizer=self.optimizer)
-        self.checkpoints = Checkpoints(self.run.checkpoints, keep=cfg.checkpoint.keep)
-        self.step = self._restore()
+        self.checkpoints = Checkpoints(
+            self.run.checkpoints,
+            keep=cfg.checkpoint.keep,
+            best=cfg.checkpoint.best,
+            best_is=cfg.checkpoint.best_is,
+            background=cfg.checkpoint.background,
+            name_of=hf_name,
+            describe=self._describe,
+        )
+        restored = self.checkpoints.restore(
+            model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, path=whole
+        )
+        self.step = int(restored["step"]) if restored else 0
         # Bits per byte need the length of each token's text; special tokens have none.
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes).to(runtime.device)
 
@@ -169,15 +179,6 @@ class Pretrain:
             )
         except ValueError as error:  # names its setting
             raise UserError(str(error)) from error
-
-    def _restore(self) -> int:
-        state = self.checkpoints.restore(
-            model=self.model,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            read_model=read_state,
-        )
-        return int(state["step"]) if state else 0
 
     def train(self) -> float | None:
         """Train to the last step; returns the last validation loss in nats a token, or None if it was stopped."""
@@ -201,7 +202,7 @@ class Pretrain:
             for index, batches in self.data.iterate(self.step):
                 metrics = self.update(batches)
                 self.step = index + 1
-                last = self.step == num_steps
+                last, measured = self.step == num_steps, {}
                 if last or self.step % cfg.log_every == 0:
                     watch.log(self.step, self.read(metrics))
                 if last or (cfg.validation.every and self.step % cfg.validation.every == 0):
@@ -213,7 +214,9 @@ class Pretrain:
                 stop = watch.should_stop()
                 if last or stop or (cfg.checkpoint.every and self.step % cfg.checkpoint.every == 0):
                     with watch.paused():
-                        self.save_checkpoint()
+                        self.save_checkpoint(measured, wait=last or stop)
+                else:
+                    self._mind_saves(watch)
                 if stop and not last:
                     watch.message(f"stopped after step {self.step}; go on with: plmtune resume {self.run.path}")
                     return None
@@ -287,7 +290,7 @@ class Pretrain:
             **{f"sparsity/{index}": share / tokens for index, share in enumerate(shares)},
         }
 
-    def save_checkpoint(self) -> None:
+    def save_checkpoint(self, metrics: dict[str, float], *, wait: bool) -> None:
         self.checkpoints.save(
             self.step,
             model=self.model,
@@ -299,11 +302,20 @@ class Pretrain:
                 "drawn": self.data.drawn_before(self.step),  # where a branched decay reads on
                 "skip": self.skip,
             },
-            write_model=self._write_model,
+            metrics=metrics,
+            wait=wait,
         )
 
-    def _write_model(self, directory: Path, weights: dict[str, Tensor]) -> None:
-        save_model(weights, self.model.config, directory)
+    def _mind_saves(self, watch: Watch) -> None:
+        """See how the save in the background does; where it failed, try once more to keep what there is."""
+        try:
+            self.checkpoints.poll()
+        except UserError as error:
+            watch.message(f"{error}\nTrying once more, with the present state.")
+            self.save_checkpoint({}, wait=True)
+
+    def _describe(self, directory: Path) -> None:
+        write_config(self.model.config, self.model.head_weight.dtype, directory)
         self.tokenizer.save(directory)
 
     def _introduce(self, watch: Watch) -> None:

@@ -1,40 +1,46 @@
 """Checkpoints: directories that are whole or not there, and from which training goes on byte for byte.
 
-The protocol: write into ``.tmp-step-00000500-<pid>``, bring every file to the disk, write ``manifest.json``
-last, rename once to ``step-00000500``, then replace ``latest``. A process killed anywhere leaves the previous
-checkpoint as it was. See docs/checkpoints.md.
+The protocol: copy the state to the host, and let training go on; every rank writes its share of the files into
+``.tmp-step-00000500`` and brings them to the disk; ``manifest.json`` comes last, then one rename to
+``step-00000500``, then `latest`. A process killed anywhere leaves the checkpoints before as they were.
+See docs/checkpoints.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from plmtune import tensor_files
 from plmtune.errors import UserError
+from plmtune.models.files import Stored, locate
 from plmtune.training import distributed, manifest
 from plmtune.training import state as training_state
+from plmtune.training.snapshot import Stage
 
 log = logging.getLogger(__name__)
 
-OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 LATEST = "latest"
+BEST = "best"
 _STEP = re.compile(r"step-(\d{8,})")
-_TEMPORARY = re.compile(r"\.(?:(?:tmp|old)-step-\d+-|latest\.tmp-)(\d+)")
+_UNFINISHED = re.compile(r"\.(?:tmp-step-|old-step-|latest\.tmp-|best\.tmp-)")
 
 
 def steps(directory: Path) -> list[int]:
@@ -49,15 +55,53 @@ def step_path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}"
 
 
-def read_state_json(directory: Path) -> dict[str, Any]:
-    """What the recipe saved beside the weights of a checkpoint; empty for a model without training state."""
-    if not (directory / STATE).is_file() or not (directory / OPTIMIZER).is_file():
+def newest_whole(directory: Path) -> Path | None:
+    """The newest checkpoint whose every file matches its manifest. Rank 0 reads and tells the others.
+
+    Those that are damaged are passed over, with a warning that names the file.
+
+    Raises:
+        UserError: on every rank, if there are checkpoints and none is whole.
+    """
+    found, failure = "", ""
+    if distributed.rank() == 0:
+        refused = []
+        for step in reversed(steps(directory)):
+            path = step_path(directory, step)
+            try:
+                manifest.verify(path)
+            except UserError as error:
+                log.warning("Checkpoint refused: %s", error)
+                refused.append(str(error))
+                continue
+            found = path.name
+            if refused:
+                log.warning("Going on from %s instead.", path)
+            break
+        if refused and not found:
+            failure = f"No checkpoint in {directory} is whole: " + " ".join(refused)
+    found, failure = json.loads(distributed.broadcast_text(json.dumps([found, failure])))
+    if failure:
+        raise UserError(failure)
+    return directory / found if found else None
+
+
+def read_document(directory: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint; empty for a model without training state.
+
+    Raises:
+        UserError: if it is not what a checkpoint holds.
+    """
+    path = directory / STATE
+    if not path.is_file():
         return {}
     try:
-        state: dict[str, Any] = json.loads((directory / STATE).read_text(encoding="utf-8"))["state"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory / STATE} is damaged ({error}). Use an earlier checkpoint.") from error
-    return state
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document["state"], dict):
+            raise ValueError("its state is no object")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}). Use an earlier checkpoint.") from error
+    return dict(document)
 
 
 def load_moments(directory: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
@@ -68,31 +112,70 @@ def load_moments(directory: Path, *, model: nn.Module, optimizer: Optimizer) -> 
     """
     manifest.verify(directory)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    document = json.loads((directory / STATE).read_text(encoding="utf-8"))
+    document = read_document(directory)
     try:
-        training_state.load_optimizer_state(model, optimizer, load_file(directory / OPTIMIZER), document["optimizer"])
+        moments = Stored(locate(directory, "optimizer"))
+        training_state.load_optimizer_state(model, optimizer, moments, document["optimizer"])
     except UserError as error:
         raise UserError(f"{directory} does not fit this run. {error}") from error
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
 
 
+@dataclass
+class _Save:
+    """A save that is under way: every rank writes its files, then rank 0 publishes all of them."""
+
+    step: int
+    needed: int
+    job: Future[dict[str, Any]]
+    publishing: bool = False
+
+
 class Checkpoints:
-    """The checkpoints of one run, the newest `keep` of them.
+    """The checkpoints of one run: the newest `keep` of them, and the best.
+
+    Whoever makes one holds the run's lock: what looks unfinished in the directory was left by a dead process.
 
     Args:
         directory: where they are, made at the first save.
         keep: how many to keep; 0 keeps all.
+        best: the metric by whose value one more is kept; None keeps none.
+        best_is: "lowest" or "highest".
+        background: write while training goes on, from a copy in host memory.
+        name_of: the name of a model's tensor in the file.
+        describe: writes what a directory needs, besides weights, to be loaded alone: config.json, tokenizer.
+        file_bytes: larger weights and moments are split; several ranks share the files.
 
     Raises:
         ValueError: if `keep` is negative.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int = 2,
+        best: str | None = None,
+        best_is: Literal["lowest", "highest"] = "lowest",
+        background: bool = True,
+        name_of: Callable[[str], str] = str,
+        describe: Callable[[Path], object] = lambda directory: None,
+        file_bytes: float = tensor_files.FILE_BYTES,
+    ) -> None:
         if keep < 0:
             raise ValueError(f"keep ({keep}) must be 0, which keeps all checkpoints, or more")
         self.directory = Path(directory)
         self.keep = keep
+        self.best = best
+        self.best_is = best_is
+        self.background = background
+        self.name_of = name_of
+        self.describe = describe
+        self.file_bytes = file_bytes
+        self._stage = Stage(copies=background)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._save: _Save | None = None
         if distributed.rank() == 0:
             self._clean()
 
@@ -103,31 +186,44 @@ class Checkpoints:
         model: nn.Module,
         optimizer: Optimizer,
         scheduler: Any,
-        write_model: Callable[[Path, dict[str, Tensor]], object],
         state: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        wait: bool = False,
     ) -> Path:
-        """Write the checkpoint of `step`. Every rank must call it; rank 0 writes.
+        """Save `step`. Every rank must call it; with `background` it returns when the state has been copied.
 
         Args:
             model: the model itself, not a DDP wrapper.
-            write_model: puts the whole state dict into a directory as a model that can be loaded alone.
             state: whatever else the recipe needs to go on, JSON-able.
+            metrics: what was measured at this very step; the best checkpoint is chosen by them.
+            wait: until it is on the disk, whatever `background` says.
 
         Returns:
-            The checkpoint's directory.
+            The checkpoint's directory, there at once or after `wait`.
 
         Raises:
-            UserError: if it cannot be written, on every rank; the previous checkpoints are whole and nothing
-                partial is left.
+            UserError: on every rank, if this one or one before it cannot be written; the checkpoints that were
+                there are whole, and nothing partial is left.
         """
+        self.wait()  # never two at a time: host memory and the disk are for one
         tensors, optimizer_rest = training_state.optimizer_state(model, optimizer)
-        weights = distributed.full_state_dict(model)
+        weights = {self.name_of(name): tensor for name, tensor in model.state_dict().items()}
         random_states = distributed.gather_texts(json.dumps(training_state.random_state()))
-        failure = ""
+        stems = {"model": weights, "optimizer": tensors}
+        needed = sum(t.numel() * t.element_size() for named in stems.values() for t in named.values())
+        failure = self._make_room(step, needed) if distributed.rank() == 0 else ""
+        # The others learn of a full disk here, instead of waiting at the next exchange for one that is gone.
+        failure = distributed.broadcast_text(failure)
+        if failure:
+            raise UserError(failure)
+        snapshot = self._stage.take(stems, max_bytes=self.file_bytes, writers=self._writers(step))
+        rest: dict[str, str] = {}
         if distributed.rank() == 0:
+            rest = {name: json.dumps(content) for name, content in snapshot.indexes.items()}
             document = {
                 "step": step,
                 "state": dict(state or {}),
+                "metrics": dict(metrics or {}),
                 "scheduler": training_state.scheduler_state(scheduler),
                 "optimizer": optimizer_rest,
                 "random": [json.loads(text) for text in random_states],
@@ -137,38 +233,42 @@ class Checkpoints:
                     "python": platform.python_version(),
                 },
             }
-
-            def write(directory: Path) -> None:
-                write_model(directory, weights)
-                save_file({n: t.contiguous() for n, t in tensors.items()}, directory / OPTIMIZER)
-                (directory / STATE).write_text(json.dumps(document), encoding="utf-8")
-
-            needed = sum(t.nbytes for t in (*weights.values(), *tensors.values()))
-            try:
-                self._publish(step, write, needed)
-            except UserError as error:
-                failure = str(error)
-        # The others learn of a full disk here, instead of waiting at the next exchange for one that is gone.
-        failure = distributed.broadcast_text(failure)
-        if failure:
-            raise UserError(failure)
+            rest[STATE] = json.dumps(document)  # now: the recipe's own state goes on changing
+        job = self._pool.submit(self._write, step, snapshot.tensors, rest)
+        self._save = _Save(step, needed, job)
+        if wait or not self.background:
+            self.wait()
         return step_path(self.directory, step)
 
-    def restore(
-        self,
-        *,
-        model: nn.Module,
-        optimizer: Optimizer,
-        scheduler: Any,
-        read_model: Callable[[Path], Mapping[str, Tensor]],
-    ) -> dict[str, Any] | None:
-        """Put the newest whole checkpoint back into model, optimizer, scheduler and random generators.
+    def poll(self) -> None:
+        """See how a save in the background does. Every rank must call it, after each step.
 
-        Every rank must call it and see the same files. Checkpoints that are damaged are passed over, with a
-        warning that names the file.
+        Raises:
+            UserError: on every rank, if it failed.
+        """
+        if self._save is not None and not distributed.any_rank(not self._save.job.done()):
+            self._advance(self._save)
+
+    def wait(self) -> None:
+        """Wait until the save under way, if there is one, is on the disk. Every rank must call it.
+
+        Raises:
+            UserError: on every rank, if it failed.
+        """
+        while self._save is not None:
+            # In turns of a second, so that a long save is no silent process to the others.
+            futures.wait([self._save.job], timeout=1)
+            self.poll()
+
+    def restore(
+        self, *, model: nn.Module, optimizer: Optimizer, scheduler: Any, path: Path | None = None
+    ) -> dict[str, Any] | None:
+        """Put a checkpoint back into model, optimizer, scheduler and random generators.
+
+        Every rank must call it and see the same files, whatever the number of processes that wrote them.
 
         Args:
-            read_model: gives the model's state dict from a directory that `write_model` filled.
+            path: what `newest_whole` found; None: look now.
 
         Returns:
             The `state` that was saved with it and its "step", or None if there is no checkpoint.
@@ -176,14 +276,14 @@ class Checkpoints:
         Raises:
             UserError: if there are checkpoints and none is whole, or the newest does not fit this run.
         """
-        path = self.newest_whole()
+        path = path or newest_whole(self.directory)
         if path is None:
             return None
         try:
-            document = json.loads((path / STATE).read_text(encoding="utf-8"))
-            tensors = load_file(path / OPTIMIZER)
-            distributed.load_full_state_dict(model, read_model(path))
-            training_state.load_optimizer_state(model, optimizer, tensors, document["optimizer"])
+            document = read_document(path)
+            distributed.load_full_state_dict(model, Stored(locate(path), self.name_of))
+            moments = Stored(locate(path, "optimizer"))
+            training_state.load_optimizer_state(model, optimizer, moments, document["optimizer"])
             training_state.load_scheduler_state(scheduler, document["scheduler"])
             states = document["random"]
             same_world = len(states) == distributed.world_size()
@@ -196,90 +296,124 @@ class Checkpoints:
             ) from error
         return {**document["state"], "step": int(document["step"])}
 
-    def newest_whole(self) -> Path | None:
-        """The newest checkpoint whose every file matches its manifest. Rank 0 reads and tells the others.
-
-        Raises:
-            UserError: if there are checkpoints and none is whole.
-        """
-        found, failure = "", ""
-        if distributed.rank() == 0:
-            refused = []
-            for step in reversed(steps(self.directory)):
-                path = step_path(self.directory, step)
-                try:
-                    manifest.verify(path)
-                except UserError as error:
-                    log.warning("Checkpoint refused: %s", error)
-                    refused.append(str(error))
-                    continue
-                found = path.name
-                if refused:
-                    log.warning("Going on from %s instead.", path)
-                break
-            if refused and not found:
-                failure = f"No checkpoint in {self.directory} is whole: " + " ".join(refused)
-        found, failure = json.loads(distributed.broadcast_text(json.dumps([found, failure])))
-        if failure:
-            raise UserError(failure)
-        return self.directory / found if found else None
-
-    def _publish(self, step: int, write: Callable[[Path], None], needed: int) -> None:
-        final = step_path(self.directory, step)
-        temporary = self.directory / f".tmp-{final.name}-{os.getpid()}"
+    def _make_room(self, step: int, needed: int) -> str:
+        """Make the directory to write into; returns what prevents it."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.directory).free
             if free < needed:
                 raise OSError(f"{free:,} bytes are free")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            write(temporary)
-            manifest.seal(temporary, step)
-            manifest.sync(temporary)
-            if final.exists():  # a damaged one that was passed over, or the same step saved again
-                final.rename(self.directory / f".old-{final.name}-{os.getpid()}")
-            temporary.rename(final)
-            manifest.sync(self.directory)
-            manifest.write_text(self.directory / LATEST, f"{final.name}\n")
-        except (OSError, SafetensorError) as error:
-            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            raise UserError(
-                f"The checkpoint of step {step} cannot be written to {final}: {reason}. It needs about "
-                f"{needed:,} bytes. Earlier checkpoints are as they were; make room and resume."
-            ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(self._temporary(step), ignore_errors=True)
+            self._temporary(step).mkdir()
+        except OSError as error:
+            return self._failed(step, error, needed)
+        return ""
+
+    def _writers(self, step: int) -> list[int]:
+        """The ranks that see the directory of rank 0; on machines without a common disk it is rank 0's alone."""
+        seen = distributed.gather_texts("seen" if self._temporary(step).is_dir() else "")
+        return [rank for rank, text in enumerate(seen) if text]
+
+    def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], rest: Mapping[str, str]) -> dict[str, Any]:
+        """Write this rank's files; returns their bytes and hashes. Runs in the background."""
+        directory = self._temporary(step)
+        entries = {name: tensor_files.write(directory / name, held) for name, held in tensors.items()}
+        for name, text in rest.items():
+            (directory / name).write_text(text, encoding="utf-8")
+        if distributed.rank() == 0:
+            self.describe(directory)
+        if distributed.world_size() == 1:
+            self._publish(step, entries)
+        return entries
+
+    def _advance(self, save: _Save) -> None:
+        """All ranks are done with what they had to do: tell each other how it went, and go on or end."""
+        error = save.job.exception()
+        told = distributed.gather_texts(
+            json.dumps({"failure": self._failed(save.step, error, save.needed)} if error else save.job.result())
+        )
+        outcomes = [json.loads(text) for text in told]
+        failures = [outcome["failure"] for outcome in outcomes if "failure" in outcome]
+        if failures:
+            self._save = None
+            if distributed.rank() == 0:
+                shutil.rmtree(self._temporary(save.step), ignore_errors=True)
+            if error is not None and not isinstance(error, OSError):
+                raise error
+            raise UserError(failures[0])
+        if save.publishing or distributed.world_size() == 1:
+            self._save = None
+            return
+        entries = {name: entry for outcome in outcomes for name, entry in outcome.items()}
+        save.publishing = True
+        if distributed.rank() == 0:
+            save.job = self._pool.submit(self._publish, save.step, entries)
+
+    def _publish(self, step: int, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Seal what was written, give it its name, and drop what is no longer wanted."""
+        final, temporary = step_path(self.directory, step), self._temporary(step)
+        manifest.seal(temporary, step, entries)
+        manifest.sync(temporary)
+        if final.exists():  # a damaged one that was passed over, or the same step saved again
+            final.rename(self.directory / f".old-{final.name}")
+        temporary.rename(final)
+        manifest.sync(self.directory)
+        manifest.write_text(self.directory / LATEST, f"{final.name}\n")
         self._prune(step)
+        return {}
+
+    def _failed(self, step: int, error: BaseException, needed: int) -> str:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        return (
+            f"The checkpoint of step {step} cannot be written to {step_path(self.directory, step)}: {reason}. It needs "
+            f"about {needed:,} bytes. Earlier checkpoints are as they were; make room and resume."
+        )
+
+    def _temporary(self, step: int) -> Path:
+        return self.directory / f".tmp-{step_path(self.directory, step).name}"
 
     def _prune(self, newest: int) -> None:
-        for path in self.directory.glob(f".old-step-*-{os.getpid()}"):
-            shutil.rmtree(path, ignore_errors=True)
         every = steps(self.directory)
         # Later ones were refused when this run was resumed: they belong to a past that did not happen.
         past = [step for step in every if step <= newest]
-        for step in [*(past[: -self.keep] if self.keep else []), *every[len(past) :]]:
-            path = step_path(self.directory, step)
-            doomed = self.directory / f".old-{path.name}-{os.getpid()}"
-            # Renamed first: a kill in the middle of the removal must not leave half of it under its name.
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        kept = set(past[-self.keep :])  # with keep=0 all
+        best = self._best(past)
+        if best is not None:
+            kept.add(best)
+            name = step_path(self.directory, best).name
+            manifest.write_text(self.directory / BEST, f"{name}\n")
+        for step in every:
+            if step not in kept:
+                path = step_path(self.directory, step)
+                # Renamed first: a kill in the middle of the removal must not leave half of it under its name.
+                path.rename(self.directory / f".old-{path.name}")
+        for path in self.directory.glob(".old-step-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _best(self, past: list[int]) -> int | None:
+        """The step with the best value of the metric `best`; of equal ones the newest."""
+        values: dict[int, Any] = {}
+        for step in past if self.best else ():
+            with contextlib.suppress(UserError):  # a damaged one is no best
+                values[step] = read_document(step_path(self.directory, step))["metrics"].get(self.best)
+        sign = -1 if self.best_is == "lowest" else 1
+        ranked = [(sign * value, step) for step, value in values.items() if isinstance(value, int | float)]
+        return max(ranked)[1] if ranked else None
 
     def _clean(self) -> None:
-        """Remove what a killed process left behind; one that is alive may be writing."""
+        """Remove what a killed process left behind, and undo an exchange that it did not finish."""
         if not self.directory.is_dir():
             return
         for path in self.directory.iterdir():
-            match = _TEMPORARY.fullmatch(path.name)
-            # Its own number is a dead one's too: in a container every start may get the same.
-            if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
-                name = path.name.removeprefix(".old-").rsplit("-", 1)[0]
-                if path.name.startswith(".old-") and not (self.directory / name).exists():
-                    _bring_back(path, self.directory / name)
-                elif path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+            if not _UNFINISHED.match(path.name):
+                continue
+            name = path.name.removeprefix(".old-")
+            if path.name.startswith(".old-") and not (self.directory / name).exists():
+                _bring_back(path, self.directory / name)
+            elif path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _bring_back(moved: Path, name: Path) -> None:
@@ -289,13 +423,3 @@ def _bring_back(moved: Path, name: Path) -> None:
         moved.rename(name)
     except UserError:
         shutil.rmtree(moved, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

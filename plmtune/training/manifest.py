@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,17 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
-def seal(directory: Path, step: int) -> None:
-    """Hash every file of `directory`, bring all to the disk, and write the manifest last."""
-    files = {}
+def seal(directory: Path, step: int, known: Mapping[str, Any]) -> None:
+    """Write the manifest of `directory`, last of its files.
+
+    Args:
+        known: "bytes" and "xxh3_128" of files that are on the disk; the others are hashed and brought there.
+    """
+    files = dict(known)
     for path in sorted(directory.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": digest(path)}
-        sync(path)
+        if path.name not in known:
+            files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": digest(path)}
+            sync(path)
     write_text(directory / NAME, _text({"format": 1, "step": step, "files": files}))
 
 

@@ -29,7 +29,7 @@ _SHARDED_PARTS = ("codes", "scale")
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of `optimizer`, whole and on the host. Every rank must call it.
+    """The state of `optimizer` as it stands, sharded or not. Every rank gets the same names in the same order.
 
     Returns:
         (tensors, rest): tensors named "parameter/key", quantized ones as "parameter/key/part"; and the rest,
@@ -48,9 +48,9 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, T
                 if not isinstance(value, Tensor):
                     rest["values"][name] = _plain(value)
                 elif not _is_quantized(value):
-                    tensors[name] = distributed.full_tensor(value)
+                    tensors[name] = value.detach()
                 elif isinstance(value, DTensor) and not _shards_evenly(value):
-                    tensors[name] = distributed.full_tensor(_with_local(_local(value).dequantize(), value))
+                    tensors[name] = _with_local(_local(value).dequantize(), value)
                 else:
                     parts, attributes = _local(value).__tensor_flatten__()
                     tensors.update({f"{name}/{part}": _whole_part(part, value) for part in parts})
@@ -202,16 +202,23 @@ def _with_local(local: Tensor, example: DTensor) -> DTensor:
     )
 
 
+def _sharded_dimension(value: DTensor) -> int | None:
+    """The mesh dimension over which the rows of `value` are spread, the others holding copies; None if other."""
+    spread = [i for i, placement in enumerate(value.placements) if not placement.is_replicate()]
+    return spread[0] if len(spread) == 1 and value.placements[spread[0]] == Shard(0) else None
+
+
 def _shards_evenly(value: DTensor) -> bool:
     """Whether every rank holds as many rows. Only then do its quantized blocks line up with the whole's."""
-    return value.placements == (Shard(0),) and value.shape[0] % value.device_mesh.size() == 0
+    dimension = _sharded_dimension(value)
+    return dimension is not None and value.shape[0] % value.device_mesh.size(dimension) == 0
 
 
 def _whole_part(part: str, value: Tensor) -> Tensor:
     tensor = getattr(_local(value), part)
     if isinstance(value, DTensor) and part in _SHARDED_PARTS:
         tensor = DTensor.from_local(tensor, value.device_mesh, value.placements, run_check=False)
-    return distributed.full_tensor(tensor)
+    return tensor
 
 
 def _rebuilt(name: str, tensors: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> Tensor:
@@ -233,14 +240,15 @@ def _dtype(name: str) -> torch.dtype:
 def _placed_quantized(value: Any, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return value.to(parameter.device)
-    world = parameter.device_mesh.size()
-    if not _shards_evenly(parameter) or len(value.scale) % world:
+    dimension = _sharded_dimension(parameter)
+    shards = parameter.device_mesh.size(dimension)
+    if not _shards_evenly(parameter) or len(value.scale) % shards:
         return distributed.like(value.dequantize(), parameter)
     names, attributes = value.__tensor_flatten__()
-    rank = parameter.device_mesh.get_local_rank()
+    mine = parameter.device_mesh.get_local_rank(dimension)
     parts = {}
     for name in names:
         part = getattr(value, name)
-        part = part.chunk(world)[rank] if name in _SHARDED_PARTS else part
+        part = part.chunk(shards)[mine] if name in _SHARDED_PARTS else part
         parts[name] = part.to(parameter.device, copy=True)
     return _with_local(type(value).__tensor_unflatten__(parts, attributes), parameter)

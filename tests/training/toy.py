@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -73,11 +70,3 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return runtime.sum(total)[0] / num_valid, norm.item()
-
-
-def write_model(directory: Path, weights: dict[str, Tensor]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, directory / "model.safetensors")
-
-
-def read_model(directory: Path) -> dict[str, Tensor]:
-    return load_file(directory / "model.safetensors")

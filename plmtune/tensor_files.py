@@ -1,0 +1,106 @@
+"""Tensors into safetensors files: dealt out over files of bounded size, written and hashed in one pass.
+
+The format is the library's (8 bytes of length, a JSON header, the numbers); its own writer is left for two
+reasons. It holds Python's lock while it writes, so that training would wait for the disk; and a file that it
+wrote must be read again to be hashed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+FILE_BYTES = 1 << 30
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+
+
+def deal(sizes: Mapping[str, int], stem: str, max_bytes: float = FILE_BYTES) -> dict[str, list[str]]:
+    """Deal tensors out, in their order, over files of at most `max_bytes` (or a single tensor).
+
+    Args:
+        sizes: bytes of each tensor.
+
+    Returns:
+        The names in each file: "stem.safetensors", or "stem-00001-of-00003.safetensors" and so on.
+    """
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+def index(files: Mapping[str, Iterable[str]], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What "stem.safetensors.index.json" says of tensors in several files, in Hugging Face's form."""
+    return {
+        "metadata": {"total_size": sum(sizes.values())},
+        "weight_map": {name: file for file, names in files.items() for name in names},
+    }
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write tensors on the host to `path` and bring them to the disk.
+
+    Returns:
+        The file's "bytes" and "xxh3_128", taken from memory: what the disk makes of them can be compared.
+
+    Raises:
+        OSError: if the file cannot be written; part of it may be there.
+    """
+    # Wide types first, so that each tensor stands at a multiple of its own width.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    parts: list[Any] = [len(text).to_bytes(8, "little") + text, *(_bytes(tensor) for _, tensor in ordered)]
+    with ThreadPoolExecutor(1) as pool, path.open("wb") as file:
+        # Beside the writing, which waits for the disk: neither holds Python's lock.
+        digest = pool.submit(_digest, parts)
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+        return {"bytes": file.tell(), "xxh3_128": digest.result()}
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,90 @@
+"""A copy of what is to be saved, on the host, dealt out over the ranks: training may go on as soon as it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from plmtune import tensor_files
+from plmtune.training import distributed
+
+
+@dataclass
+class Snapshot:
+    """One rank's part of a checkpoint.
+
+    Attributes:
+        tensors: the whole tensors of each file that this rank writes.
+        indexes: of tensors in several files, what each index file says.
+        total: bytes of all tensors, over all ranks.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    indexes: dict[str, Any]
+    total: int
+
+
+@dataclass
+class Stage:
+    """Takes snapshots.
+
+    Its buffers stay from one snapshot to the next: memory that the system must first hand out costs ten times the copy.
+
+    Args:
+        copies: keep copies, so that training may change the tensors while they are written. Without, tensors that
+            are whole and on the host are written as they are.
+    """
+
+    copies: bool
+    _buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def take(self, stems: Mapping[str, Mapping[str, Tensor]], *, max_bytes: float, writers: Sequence[int]) -> Snapshot:
+        """Gather sharded tensors and bring each to the rank that writes it. Every rank must call it.
+
+        What stands in which file depends on names and sizes alone: any number of processes writes the same files.
+
+        Args:
+            stems: tensors by name, sharded or not, for each beginning of file names.
+            max_bytes: of a file.
+            writers: the ranks that take files, in turn.
+        """
+        tensors: dict[str, dict[str, Tensor]] = {}
+        indexes: dict[str, Any] = {}
+        total = turn = 0
+        rank = distributed.rank()
+        for stem, named in stems.items():
+            sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in named.items()}
+            files = tensor_files.deal(sizes, stem, max_bytes)
+            if len(files) > 1:
+                indexes[f"{stem}.safetensors.index.json"] = tensor_files.index(files, sizes)
+            total += sum(sizes.values())
+            for file, names in files.items():
+                mine = writers[turn % len(writers)] == rank
+                turn += 1
+                held = {}
+                for name in names:
+                    value = named[name]
+                    whole = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks meet here
+                    if mine:
+                        held[name] = self._on_host(f"{stem}/{name}", whole.detach())
+                if mine:
+                    tensors[file] = held
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the copies are under way
+        return Snapshot(tensors, indexes, total)
+
+    def _on_host(self, name: str, tensor: Tensor) -> Tensor:
+        on_gpu = tensor.device.type == "cuda"
+        if not self.copies:
+            return tensor.cpu()
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+            self._buffers[name] = buffer
+        return buffer.copy_(tensor, non_blocking=on_gpu)
