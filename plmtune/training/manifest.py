@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +55,37 @@ def seal(directory: Path, step: int, known: Mapping[str, Any]) -> None:
     write_text(directory / NAME, _text({"format": 1, "step": step, "files": files}))
 
 
-def verify(directory: Path) -> dict[str, Any]:
+def verify(
+    directory: Path, *, hashes: bool = True, seen: Callable[[int], object] = lambda size: None
+) -> dict[str, Any]:
     """Check every file of `directory` against its manifest and return the manifest.
+
+    Args:
+        hashes: read every byte; else compare sizes only.
+        seen: told the size of each file that was checked.
 
     Raises:
         UserError: naming the first file that is missing, cut short, altered, or not a plain file.
+    """
+    manifest = read(directory)
+    for name, expected in manifest["files"].items():
+        _verify_file(directory / name, expected["bytes"], expected["xxh3_128"] if hashes else None)
+        seen(expected["bytes"])
+    return manifest
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The manifest of `directory`, checked against its own checksum.
+
+    Raises:
+        UserError: if it is missing, damaged, of another format, or names what is outside of the directory.
     """
     path = directory / NAME
     if not path.is_file() or path.is_symlink():
         raise UserError(f"{directory} has no {NAME}: it is not a checkpoint, or was never finished.")
     try:
         text = path.read_text(encoding="utf-8")
-        manifest = json.loads(text)
+        manifest: dict[str, Any] = json.loads(text)
         whole = _text({key: manifest[key] for key in ("format", "step", "files")}) == text
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
@@ -74,20 +93,21 @@ def verify(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: it does not match its own checksum.")
     if manifest["format"] != 1:
         raise UserError(f"{path} has format {manifest['format']}; this version reads 1. Use a newer plmtune.")
-    for name, expected in manifest["files"].items():
+    for name in manifest["files"]:
         # A manifest may come from anywhere; it must not lead out of its own directory.
         if name != Path(name).name or name in (".", ".."):
             raise UserError(f"{path} names {name!r}, which is not a plain file name.")
-        _verify_file(directory / name, expected["bytes"], expected["xxh3_128"])
     return manifest
 
 
-def _verify_file(path: Path, size: int, expected: str) -> None:
+def _verify_file(path: Path, size: int, expected: str | None) -> None:
     if path.is_symlink() or not path.is_file():
         raise UserError(f"{path} is missing or not a plain file.")
     found = path.stat().st_size
     if found != size:
         raise UserError(f"{path} has {found} bytes, and its manifest says {size}.")
+    if expected is None:
+        return
     try:
         actual = digest(path)
     except OSError as error:
