@@ -208,14 +208,12 @@ def _reopen(cfg: Any, path: Path, data: Mapping[str, str], saved: Mapping[str, A
         refuse_other_data(path, before, data)
     elif changed := changed_data(before, data):
         log.warning("%s: %s since the run began; going on all the same, as other_data=true says.", path, changed)
-    changes = {
-        key: values
-        for key, values in differences(began_with, cfg).items()
-        if key not in ("run_dir", "resume", "init_from", "force", "other_data")
-    }
-    sources = {name: [before.get(name), data.get(name)] for name in {*before, *data}}
+    own = ("run_dir", "resume", "init_from", "force", "other_data")
     run = RunDirectory.open(
-        path, changed=changes, changed_data={name: pair for name, pair in sources.items() if pair[0] != pair[1]}
+        path,
+        command=sys.argv,
+        changed={key: pair for key, pair in differences(began_with, cfg).items() if key not in own},
+        changed_data={n: [before.get(n), data.get(n)] for n in {*before, *data} if before.get(n) != data.get(n)},
     )
     run.update(data=dict(data), config=manifest.digest(path / CONFIG))
     return run

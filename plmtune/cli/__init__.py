@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
+import json
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -15,7 +21,8 @@ from plmtune.errors import UserError, did_you_mean
 # name -> (module, attribute, one line for --help); the module is imported when the command runs.
 COMMANDS = {
     "run": ("plmtune.cli.run", "run", "Run a recipe: plmtune run pretrain [FILE.yaml] [key=value ...]"),
-    "resume": ("plmtune.cli.run", "resume", "Go on with a stopped run: plmtune resume RUN_DIR"),
+    "resume": ("plmtune.cli.run", "resume", "Go on with a stopped run: plmtune resume RUN_DIR [key=value ...]"),
+    "checkpoints": ("plmtune.cli.checkpoints", "checkpoints", "List a run's checkpoints, and see that they are whole"),
     "ls": ("plmtune.cli.ls", "ls", "List recipes, configs and groups, or the components of a group"),
     "cp": ("plmtune.cli.cp", "cp", "Copy a shipped config or recipe, to change it"),
     "validate": ("plmtune.cli.validate", "validate", "Check a config and build its model without memory"),
@@ -62,32 +69,88 @@ def cli() -> None:
     """
 
 
+# What the system refuses for a reason that a person can mend, and how.
+SYSTEM_ERRORS = {
+    errno.ENOSPC: "Make room on that disk, then give the command again",
+    errno.EDQUOT: "The disk quota is used up: make room, then give the command again",
+    errno.EFBIG: "Files may not grow so large here: see ulimit -f, or use another disk",
+    errno.EROFS: "Name a place that can be written to",
+    errno.EACCES: "Change its permissions, or name another place",
+    errno.EPERM: "Change its permissions, or name another place",
+    errno.EIO: "The device fails, or is gone: look at the system's log",
+}
+# Under torchrun: how long to wait for rank 0 to say the same, and be ended by torchrun, before saying it once more.
+WAIT_FOR_RANK_0 = 3.0
+
+
 def main() -> None:
     """Entry point: mistakes are one sentence on stderr and exit code 2, never a traceback."""
+    words = ""
     try:
         code = cli.main(prog_name="plmtune", standalone_mode=False)
         sys.stdout.flush()
     except UserError as error:
-        print(f"plmtune: {error}", file=sys.stderr)
-        code = 2
+        words, code = f"plmtune: {error}", 2
     except click.ClickException as error:
         error.show()
         code = 2
     except (KeyboardInterrupt, click.Abort):
-        print("plmtune: interrupted", file=sys.stderr)
-        code = 130
+        words, code = "plmtune: interrupted", 130
     except BrokenPipeError:
-        # The reader (head, less) left; the rest of the output has no one to go to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_stdout()  # the reader (head, less) left; the rest of the output has no one to go to
         code = 141
+    except Exception as error:
+        if not isinstance(error, OSError) or error.errno not in SYSTEM_ERRORS:
+            if _world_size() > 1:
+                _end_rank(traceback.format_exc(), 1)
+            raise
+        if error.filename is None:
+            _let_go_of_stdout()  # it may be what cannot be written
+        place = f"{error.filename}: " if error.filename is not None else ""
+        words, code = f"plmtune: {place}{error.strerror}. {SYSTEM_ERRORS[error.errno]}", 2
     code = code if isinstance(code, int) else 0
-    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # One of several processes failed: shutting down in order could wait for the others for ever, and torchrun
-        # ends them as soon as this one is gone.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if code and _world_size() > 1:
+        _end_rank(words, code)
+    if words:
+        print(words, file=sys.stderr)
     sys.exit(code)
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _end_rank(words: str, code: int) -> NoReturn:
+    """End one of several processes at once.
+
+    Shutting down in order could wait for the others for ever, and torchrun ends them as soon as this one is gone.
+    """
+    rank, now = int(os.environ.get("RANK", "0")), time.time()
+    if rank != 0:
+        # Mostly all ranks fail alike, and rank 0 is enough to say so; else this one's word is the only one.
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(WAIT_FOR_RANK_0)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        if words:
+            print(f"[rank {rank}] {words}" if rank or "\n" in words else words, file=sys.stderr, flush=True)
+            _tell_torchrun(words, now)
+    os._exit(code)
+
+
+def _tell_torchrun(words: str, failed_at: float) -> None:
+    """Leave the words where torchrun looks for them, to show them in its summary: who failed first, and why."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        # As torch.distributed.elastic's ErrorHandler writes it, which would import torch, and knows tracebacks only.
+        details = {"py_callstack": words, "timestamp": str(int(failed_at))}
+        message = {"message": words.splitlines()[-1], "extraInfo": details}
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+
+
+def _let_go_of_stdout() -> None:
+    """Lead what is still buffered to nowhere, or the interpreter would fail over it when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def import_option(function: click.decorators.FC) -> click.decorators.FC:

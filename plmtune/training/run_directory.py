@@ -10,7 +10,6 @@ import platform
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -207,7 +206,7 @@ class RunDirectory:
             return
         for path in self.path.glob(".*.tmp-*"):  # the lock is held: what is half-written here is a dead process's
             path.unlink(missing_ok=True)
-        attempt = {"began": _now(), "pid": os.getpid(), "host": socket.gethostname(), "command": sys.argv, **notes}
+        attempt = {"began": _now(), "pid": os.getpid(), "host": socket.gethostname(), **notes}
         self.update(status="running", ended=None, attempts=[*self._attempts(), attempt])
 
     def note(self, **entries: Any) -> None:

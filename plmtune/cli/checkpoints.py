@@ -1,0 +1,141 @@
+"""``plmtune checkpoints``: what a run has saved, and whether it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from plmtune.errors import UserError
+from plmtune.training import manifest
+from plmtune.units import show_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass
+class Entry:
+    """One checkpoint: what it says of itself, and what is wrong with it."""
+
+    path: Path
+    step: str = "?"
+    files: int = 0
+    size: int = 0
+    saved: float = 0.0  # seconds since 1970
+    metrics: dict[str, Any] = field(default_factory=dict)
+    marks: list[str] = field(default_factory=list)
+    damage: str = ""
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.option("--quick", is_flag=True, help="Compare sizes only, instead of reading every byte.")
+def checkpoints(run: Path, quick: bool) -> None:
+    """List the checkpoints of RUN (a run, its checkpoints folder, or one checkpoint) and verify them.
+
+    Exit code 2 if one of them is damaged.
+
+    \b
+    plmtune checkpoints runs/pretrain/latest
+    plmtune checkpoints runs/pretrain/latest --quick
+    """
+    from rich.console import Console
+
+    entries = [_look(path) for path in _find(run)]
+    with _progress(sum(entry.size for entry in entries), shown=not quick) as advance:
+        for entry in entries:
+            if not entry.damage:
+                try:
+                    manifest.verify(entry.path, hashes=not quick, seen=advance)
+                except UserError as error:
+                    entry.damage = str(error)
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 100)  # a pipe has no width, and a cut cell tells nothing
+    _show(console, entries, "sizes match" if quick else "whole")
+    damaged = [entry for entry in entries if entry.damage]
+    for entry in damaged:
+        console.print(entry.damage, markup=False)
+    if damaged:
+        left = len(entries) - len(damaged)
+        means = f"Resume takes the newest of the other {left}." if left else "No other is left to resume from."
+        raise UserError(f"{run}: {len(damaged)} of {len(entries)} checkpoints damaged. {means}")
+
+
+def _find(run: Path) -> list[Path]:
+    if (run / manifest.NAME).is_file():
+        return [run]
+    directory = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    found = sorted(
+        (path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)),
+        key=lambda path: int(path.name[5:]),
+    )
+    if not found:
+        raise UserError(f"{run} holds no checkpoints. Give a run (runs/pretrain/latest), or one of its checkpoints.")
+    return found
+
+
+def _look(path: Path) -> Entry:
+    """What the checkpoint says of itself. Its state is not trusted here: verifying comes after."""
+    entry = Entry(path)
+    for mark in ("latest", "best"):
+        with contextlib.suppress(OSError, ValueError):
+            if (path.parent / mark).read_text(encoding="utf-8").strip() == path.name:
+                entry.marks.append(mark)
+    try:
+        known = manifest.read(path)
+    except UserError as error:
+        entry.damage = str(error)
+        return entry
+    entry.step = f"{known['step']:,}"
+    entry.files = len(known["files"]) + 1
+    entry.size = sum(file["bytes"] for file in known["files"].values())
+    entry.saved = (path / manifest.NAME).stat().st_mtime
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+        metrics = json.loads((path / "state.json").read_text(encoding="utf-8")).get("metrics")
+        entry.metrics = metrics if isinstance(metrics, dict) else {}
+    return entry
+
+
+def _show(console: Console, entries: list[Entry], whole: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("step", "saved", "size", "files", "validation loss"):
+        table.add_column(title, justify="left" if title == "saved" else "right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for entry in entries:
+        loss = entry.metrics.get("validation_loss")
+        known = entry.files > 0
+        table.add_row(
+            entry.step if known else Text(entry.path.name),
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.saved)) if known else "",
+            show_bytes(entry.size) if known else "",
+            str(entry.files) if known else "",
+            f"{loss:.4f}" if isinstance(loss, int | float) else "",
+            Text("damaged" if entry.damage else whole, "red" if entry.damage else "green").append(
+                "".join(f", {mark}" for mark in entry.marks), "bold"
+            ),
+        )
+    console.print(table)
+
+
+@contextlib.contextmanager
+def _progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error while bytes are read, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("reading"), BarColumn(bar_width=20), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda size: progress.advance(task, size)
