@@ -1,12 +1,21 @@
 """A small corpus, and the command line as a person uses it."""
 
+import importlib
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import xxhash
+
+from plmtune import config
+from plmtune.errors import UserError
+from plmtune.training.metrics import read, without_timing
 
 SMALL = [
     "model=plm_tiny",
@@ -77,3 +86,48 @@ def plmtune(place: Path) -> Run:
         )
 
     return run
+
+
+def start(*overrides: str, **options: Any) -> float:
+    """Run the recipe in this process."""
+    small = [text for text in SMALL if "data=mix" not in overrides or not text.startswith("data")]
+    cfg = config.compose("pretrain", (), [*small, *overrides])
+    return importlib.import_module(f"plmtune.recipes.{cfg.recipe}").main(cfg, **options)
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        start(*overrides)
+    return str(caught.value)
+
+
+def weights(run: Path) -> str:
+    """What a run learned: hashes of parameters and moments of its newest checkpoint, random state and schedule."""
+    newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    files = [newest / "model.safetensors", newest / "optimizer.safetensors"]
+    state = json.loads((newest / "state.json").read_text())
+    rest = json.dumps([state["random"], state["scheduler"], state["step"]])
+    return rest + "".join(xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [without_timing(entry) for entry in read(run / "metrics.jsonl")]
+
+
+def kill_at(place: Path, step: int, run: str, *overrides: str, processes: int = 1) -> None:
+    """Start a run and SIGKILL every process of it as soon as its metrics reach `step`."""
+    process = subprocess.Popen(
+        command("run", "pretrain", *SMALL, f"run_dir={run}", *overrides, processes=processes),
+        cwd=place, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    path = place / run / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.is_file() and any(f'"step": {step}' in line for line in path.read_text().splitlines()):
+            break
+        time.sleep(0.002)
+    # torchrun puts its workers into sessions of their own: find them by their parent.
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    for pid in [*children.stdout.split(), str(process.pid)]:
+        subprocess.run(["kill", "-KILL", pid], check=False, capture_output=True)
+    process.wait()

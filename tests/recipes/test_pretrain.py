@@ -1,46 +1,13 @@
-"""The recipe as a person runs it: it learns, it stops and goes on exactly, it refuses what cannot be."""
+"""The recipe as a person runs it: it learns, on one process and on two, and it refuses what cannot be."""
 
-import importlib
 import json
-import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import xxhash
-from conftest import SMALL, Run, command, environment
+from conftest import SMALL, Run, kill_at, metrics, refusal, start, weights
 
 from plmtune import config
-from plmtune.errors import UserError
-from plmtune.training.metrics import read, without_timing
-
-
-def start(*overrides: str, **options: Any) -> float:
-    """Run the recipe in this process."""
-    small = [text for text in SMALL if "data=mix" not in overrides or not text.startswith("data")]
-    cfg = config.compose("pretrain", (), [*small, *overrides])
-    return importlib.import_module(f"plmtune.recipes.{cfg.recipe}").main(cfg, **options)
-
-
-def refusal(*overrides: str) -> str:
-    with pytest.raises(UserError) as caught:
-        start(*overrides)
-    return str(caught.value)
-
-
-def weights(run: Path) -> str:
-    """What a run learned: hashes of parameters and moments of its newest checkpoint, random state and schedule."""
-    newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
-    files = [newest / "model.safetensors", newest / "optimizer.safetensors"]
-    state = json.loads((newest / "state.json").read_text())
-    rest = json.dumps([state["random"], state["scheduler"], state["step"]])
-    return rest + "".join(xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files)
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [without_timing(entry) for entry in read(run / "metrics.jsonl")]
 
 
 class TestLearning:
@@ -134,75 +101,6 @@ class TestLearning:
         start("run_dir=cut", f"optimizer={optimizer}", "resume=true")
         assert weights(place / "cut") == weights(place / "whole")
         assert metrics(place / "cut") == metrics(place / "whole")
-
-
-def kill_at(place: Path, step: int, run: str, *overrides: str, processes: int = 1) -> None:
-    """Start a run and SIGKILL every process of it as soon as its metrics reach `step`."""
-    process = subprocess.Popen(
-        command("run", "pretrain", *SMALL, f"run_dir={run}", *overrides, processes=processes),
-        cwd=place, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    path = place / run / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        if path.is_file() and any(f'"step": {step}' in line for line in path.read_text().splitlines()):
-            break
-        time.sleep(0.002)
-    # torchrun puts its workers into sessions of their own: find them by their parent.
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    for pid in [*children.stdout.split(), str(process.pid)]:
-        subprocess.run(["kill", "-KILL", pid], check=False, capture_output=True)
-    process.wait()
-
-
-class TestStopping:
-    @pytest.mark.parametrize("step", [1, 5, 9])
-    def test_killed_and_resumed_ends_byte_identical(self, place: Path, plmtune: Run, step: int) -> None:
-        start("run_dir=whole")
-        kill_at(place, step, "cut")
-        assert json.loads((place / "cut/run.json").read_text())["status"] == "running"
-        resumed = plmtune("resume", "cut")
-        assert resumed.returncode == 0, resumed.stderr
-        # whole ran with this process's threads, cut with one: sums must not depend on it at this size.
-        assert metrics(place / "cut") == metrics(place / "whole")
-        assert weights(place / "cut") == weights(place / "whole")
-
-    def test_sigterm_finishes_the_step_saves_and_says_so(self, place: Path, plmtune: Run) -> None:
-        process = subprocess.Popen(
-            command("run", "pretrain", *SMALL, "run_dir=run", "phases=[{name: main, steps: 5000}]",
-                    "checkpoint.every=0", "validation.every=0"),
-            cwd=place, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        path = place / "run" / "metrics.jsonl"
-        while process.poll() is None and not (path.is_file() and path.stat().st_size > 500):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=60)
-        assert process.returncode == 75, error
-        assert "plmtune resume run" in error
-        assert json.loads((place / "run/run.json").read_text())["status"] == "stopped"
-        last = metrics(place / "run")[-1]["step"]
-        assert (place / f"run/checkpoints/step-{last:08}").is_dir()
-
-    def test_resume_by_the_same_command_finds_the_run(self, place: Path) -> None:
-        start("phases=[{name: main, steps: 6}]")
-        with pytest.raises(UserError, match="no unfinished run"):
-            start("phases=[{name: main, steps: 6}]", "resume=true")
-        (done,) = [path for path in (place / "runs/pretrain").iterdir() if not path.is_symlink()]
-        record = json.loads((done / "run.json").read_text())
-        (done / "run.json").write_text(json.dumps({**record, "status": "running"}))
-        start("phases=[{name: main, steps: 6}]", "resume=true")
-        assert json.loads((done / "run.json").read_text())["attempts"] == 2
-
-    def test_resume_with_another_config_names_the_key(self, place: Path) -> None:
-        start("run_dir=run", "phases=[{name: main, steps: 3}]")
-        said = refusal("run_dir=run", "phases=[{name: main, steps: 3}]", "optimizer.lr=0.5", "resume=true")
-        assert "optimizer.lr" in said and "0.5" in said and "init_from" in said
-
-    def test_resume_with_other_data_is_refused(self, place: Path) -> None:
-        start("run_dir=run", "phases=[{name: main, steps: 3}]")
-        (place / "corpus/00.txt").write_text("another text")
-        assert "source files has changed" in refusal("run_dir=run", "phases=[{name: main, steps: 3}]", "resume=true")
 
 
 class TestTwoProcesses:
