@@ -139,7 +139,7 @@ class Guard:
         )
 
 
-def take_step(optimizer: Optimizer, scheduler: LRScheduler, *, accepted: bool) -> None:
+def step(optimizer: Optimizer, scheduler: LRScheduler, *, accepted: bool) -> None:
     """Make an update, or pass over it: parameters and moments stay as they are, and the schedule goes on."""
     if accepted:
         optimizer.step()

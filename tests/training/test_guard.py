@@ -18,7 +18,7 @@ from plmtune.optim.optimizers import adamw, adamw_8bit, muon
 from plmtune.optim.schedules import wsdc
 from plmtune.registry import component
 from plmtune.training import guard as module
-from plmtune.training.guard import Guard, find_places, take_step
+from plmtune.training.guard import Guard, find_places, step
 
 
 def fed(count: int, **settings: float) -> Guard:
@@ -219,7 +219,7 @@ def backward(model: nn.Module, factor: float) -> None:
     model(torch.arange(32).view(2, 16)).square().mean().mul(factor).backward()
 
 
-class TestTakeStep:
+class TestStep:
     @pytest.mark.parametrize("build", [adamw, muon, pytest.param(adamw_8bit, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("accepted_before", [0, 2])
     def test_a_refused_update_leaves_parameters_and_moments_as_they_are(
@@ -230,18 +230,18 @@ class TestTakeStep:
         scheduler = wsdc(optimizer, 10, 1, warmup=4, decay=0, constant=0)
         for _ in range(accepted_before):
             backward(model, 1.0)
-            take_step(optimizer, scheduler, accepted=True)
+            step(optimizer, scheduler, accepted=True)
         before, rate = hashed(model, optimizer), float(optimizer.param_groups[0]["lr"])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             for factor in (math.nan, math.inf, 1e30):
                 backward(model, factor)
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                take_step(optimizer, scheduler, accepted=False)
+                step(optimizer, scheduler, accepted=False)
                 assert all(parameter.grad is None for parameter in model.parameters())
         assert hashed(model, optimizer) == before
         assert scheduler.last_epoch == accepted_before + 3 and float(optimizer.param_groups[0]["lr"]) != rate
         backward(model, 1.0)
-        take_step(optimizer, scheduler, accepted=True)
+        step(optimizer, scheduler, accepted=True)
         assert hashed(model, optimizer) != before
         assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
