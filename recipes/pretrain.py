@@ -19,11 +19,14 @@ from plmtune.data.shards import Shards
 from plmtune.data.tokenizers import QWEN2_ROWS
 from plmtune.errors import UserError
 from plmtune.generation import complete
+from plmtune.identity import config_digest
 from plmtune.models.hf import hf_name, load_state, write_config
 from plmtune.registry import Component
-from plmtune.runs import open_run, open_sources, resolve_phase, start_from
+from plmtune.runs import find_run, open_run, open_sources, resolve_phase, start_from
 from plmtune.schema import Pretrain as Config
+from plmtune.training import guard
 from plmtune.training.checkpoint import Checkpoints, load_moments, newest_whole, read_document
+from plmtune.training.determinism import measure_cost
 from plmtune.training.estimate import Estimate, estimate, peak_flops
 from plmtune.training.plot import draw_curves
 from plmtune.training.progress import Watch
@@ -42,6 +45,7 @@ class Plan:
     model: Any  # on the meta device
     phases: list[Phase]
     tokens_per_step: int
+    guard: guard.Guard
     estimate: Estimate
 
     @property
@@ -96,19 +100,28 @@ def plan(cfg: Config, runtime: Runtime, *, dry: bool = False) -> Plan:
             f"key sample: temperature ({cfg.sample.temperature}) must be at least 0, and top_p ({cfg.sample.top_p}) "
             "above 0 and at most 1."
         )
+    try:
+        watchman = guard.Guard(**vars(cfg.guard))
+    except ValueError as error:
+        raise UserError(f"key guard: {error}") from error
     assert cfg.optimizer is not None and cfg.loss is not None
+    rows = cfg.global_batch_size // runtime.world_size
     return Plan(
         tokenizer,
         model,
         phases,
         tokens_per_step,
+        watchman,
         estimate(
             model,
             optimizer=cfg.optimizer.name,
             seq_len=cfg.seq_len,
-            micro_batch_size=min(cfg.micro_batch_size, cfg.global_batch_size // runtime.world_size),
+            micro_batch_size=min(cfg.micro_batch_size, rows),
+            micro_batches=-(-rows // cfg.micro_batch_size),
             world_size=runtime.world_size,
             strategy=runtime.strategy,
+            shard_size=runtime.shard_size,
+            background_saves=cfg.checkpoint.background,
             compute_dtype=runtime.compute_dtype,
             activation_checkpointing=cfg.runtime.activation_checkpointing,
             loss_chunk_rows=cfg.loss.settings.get("chunk_rows", 0),
@@ -127,7 +140,7 @@ class Pretrain:
     def __init__(self, cfg: Config, plan: Plan, runtime: Runtime) -> None:
         self.cfg, self.plan, self.runtime, self.tokenizer = cfg, plan, runtime, plan.tokenizer
         # A run with a checkpoint of its own no longer needs the one that it started from.
-        whole = newest_whole(Path(cfg.run_dir) / "checkpoints") if cfg.resume and cfg.run_dir else None
+        whole = newest_whole(Path(str(cfg.run_dir)) / "checkpoints") if cfg.resume else None
         saved = read_document(whole)["state"] if whole else {}
         origin = None if saved else start_from(cfg, plan.model, plan.tokenizer)
         self.skip: dict[str, int] = saved.get("skip", {}) if saved else origin.drawn if origin else {}
@@ -139,7 +152,8 @@ class Pretrain:
         if origin:
             load_state(self.model, origin.directory)
         # From here on the directory exists; what a person can get wrong has been found by now.
-        self.run = open_run(cfg, runtime, {name: shard.fingerprint for name, shard in shards.items()})
+        self.fingerprints = {name: shard.fingerprint for name, shard in shards.items()}
+        self.run = open_run(cfg, runtime, self.fingerprints, saved)
         self.trained = runtime.distribute(self.model, compile=cfg.runtime.compile)
         self.loss = build("loss", cfg.loss)
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
@@ -158,7 +172,11 @@ class Pretrain:
         restored = self.checkpoints.restore(
             model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, path=whole
         )
-        self.step = int(restored["step"]) if restored else 0
+        self.step: int = restored["step"] if restored else 0
+        self.order: str = saved.get("order", "")  # a running hash of what was drawn, in which order
+        self.guard = plan.guard
+        if "guard" in saved:
+            self.guard.load_state_dict(saved["guard"])
         # Bits per byte need the length of each token's text; special tokens have none.
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes).to(runtime.device)
 
@@ -200,11 +218,13 @@ class Pretrain:
         ) as watch:
             self._introduce(watch)
             for index, batches in self.data.iterate(self.step):
-                metrics = self.update(batches)
+                entry = self.update(index, batches)
                 self.step = index + 1
                 last, measured = self.step == num_steps, {}
-                if last or self.step % cfg.log_every == 0:
-                    watch.log(self.step, self.read(metrics))
+                if last or self.step % cfg.log_every == 0 or self.guard.reason:
+                    watch.log(self.step, entry)
+                if self.guard.reason:
+                    self._pass_over(watch)
                 if last or (cfg.validation.every and self.step % cfg.validation.every == 0):
                     with watch.paused():
                         measured = self.validate()
@@ -217,29 +237,46 @@ class Pretrain:
                         self.save_checkpoint(measured, wait=last or stop)
                 else:
                     self._mind_saves(watch)
+                if watch.failure:
+                    raise UserError(watch.failure)
                 if stop and not last:
                     watch.message(f"stopped after step {self.step}; go on with: plmtune resume {self.run.path}")
                     return None
         return score
 
-    def update(self, batches: list[Batch]) -> dict[str, Tensor | float]:
-        """One optimizer step on this rank's micro-batches of a global batch."""
+    def update(self, index: int, batches: list[Batch]) -> dict[str, Any]:
+        """One optimizer step on this rank's micro-batches of a global batch, or none, if the guard refuses it."""
         runtime = self.runtime
         lr = float(self.optimizer.param_groups[0]["lr"])  # torchao's is a tensor that the scheduler changes in place
+        phase = self.data.phase(index)
+        if index and phase is not self.data.phase(index - 1):
+            self.guard.forget()  # other text, other norms
         # Mean over the global count of valid tokens, not over micro-batches: masked rows differ in length.
         (num_valid,) = runtime.sum(float(sum(batch.num_valid for batch in batches)))
-        total = torch.zeros((), device=runtime.device)
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            with runtime.accumulate(self.trained, last=last):
+        self.losses = []
+        for number, batch in enumerate(batches):
+            with runtime.accumulate(self.trained, first=number == 0, last=number == len(batches) - 1):
                 loss = self._loss(batch.to(runtime.device))
                 (loss * (runtime.gradient_scale / num_valid)).backward()
-            total += loss.detach()
+            self.losses.append(loss.detach())
         norm = runtime.clip_grad_norm(self.model, self.cfg.max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {"loss": total, "num_valid": num_valid, "grad_norm": norm, "lr": lr}
+        # The only wait for the device; all ranks get the same numbers, and decide alike.
+        (total,) = runtime.sum(torch.stack(self.losses).sum())
+        values = {"loss": total / num_valid, "grad_norm": float(norm)}
+        accepted = self.guard.accepts(values["loss"], values["grad_norm"])
+        guard.step(self.optimizer, self.scheduler, accepted=accepted)
+        self.order = self.data.order_digest(self.order, index)
+        if not accepted:
+            values |= {"skipped": self.guard.skipped}
+        return {**values, "lr": lr, "tokens": (index + 1) * self.plan.tokens_per_step, "phase": phase.name}
+
+    def _pass_over(self, watch: Watch) -> None:
+        """Tell of an update that was skipped; after too many in a row, end the run."""
+        watch.message(f"step {self.step}: update skipped, because {self.guard.reason}")
+        if self.guard.exhausted:
+            places = guard.find_places(self.losses, lambda chosen: self.data.places(self.step - 1, chosen))
+            self.checkpoints.wait()
+            raise self.guard.stop(self.step, places)
 
     def _loss(self, batch: Batch) -> Tensor:
         """Summed loss of a micro-batch; the vocabulary projection happens inside the loss, in chunks."""
@@ -247,18 +284,6 @@ class Pretrain:
             hidden = self.trained(batch.tokens, mask=batch.mask, input_pos=batch.input_pos, hidden=True)  # [b, s, d]
             summed: Tensor = self.loss(hidden.flatten(0, 1), self.model.head_weight, batch.targets.flatten())
         return summed
-
-    def read(self, metrics: dict[str, Tensor | float]) -> dict[str, float]:
-        """Bring one step's numbers to the host, summed over ranks; the only wait for the device."""
-        (total,) = self.runtime.sum(metrics["loss"])
-        phase = self.data.phase(self.step - 1).name
-        return {
-            "loss": total / float(metrics["num_valid"]),
-            "lr": float(metrics["lr"]),
-            "grad_norm": float(metrics["grad_norm"]),
-            "tokens": self.step * self.plan.tokens_per_step,
-            "phase": phase,  # type: ignore[dict-item]
-        }
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -301,6 +326,10 @@ class Pretrain:
                 "tokens": self.step * self.plan.tokens_per_step,
                 "drawn": self.data.drawn_before(self.step),  # where a branched decay reads on
                 "skip": self.skip,
+                "order": self.order,
+                "guard": self.guard.state_dict(),
+                "config": config_digest(self.cfg),
+                "data": self.fingerprints,
             },
             metrics=metrics,
             wait=wait,
@@ -319,9 +348,21 @@ class Pretrain:
         self.tokenizer.save(directory)
 
     def _introduce(self, watch: Watch) -> None:
+        cfg, runtime = self.cfg, self.runtime
         watch.message(f"run: {self.run.path}" + (f", going on after step {self.step}" if self.step else ""))
-        for line in (*self.runtime.reasons, *self.plan.estimate.lines(), self.data.describe()):
+        kernels = runtime.attention_kernels(self.model, seq_len=cfg.seq_len, masked=cfg.document_mask)
+        reasons = [*runtime.reasons, f"attention: {kernels}"]
+        if cfg.runtime.deterministic:
+            cost = measure_cost(self._trial, runtime.device)
+            reasons.append(f"deterministic algorithms: {cost:.2f}x the time of a forward and backward, measured now")
+        for line in (*reasons, *self.plan.estimate.lines(), self.data.describe()):
             watch.message(line)
+
+    def _trial(self) -> None:
+        """A forward and a backward that change nothing."""
+        batch = self.data.step(min(self.step, self.plan.num_steps - 1))[0]
+        self._loss(batch.to(self.runtime.device)).backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def check(cfg: Config) -> str:
@@ -362,10 +403,13 @@ def main(cfg: Config, *, dry_run: bool = False) -> float | None:
         device=cfg.runtime.device,
         precision=cfg.runtime.precision,
         strategy=cfg.runtime.strategy,
+        shard_size=cfg.runtime.shard_size,
         seed=cfg.seed,
         deterministic=cfg.runtime.deterministic,
         timeout_minutes=cfg.runtime.timeout_minutes,
     ) as runtime:
+        if not dry_run:
+            find_run(cfg, runtime)
         planned = plan(cfg, runtime, dry=dry_run)
         if dry_run:
             print("\n".join([*runtime.reasons, *planned.lines()]))
