@@ -37,7 +37,14 @@ from plmtune.modules.decoder import Decoder
 from plmtune.training import manifest
 from plmtune.training.checkpoint import read_document
 from plmtune.training.distributed import broadcast_text
-from plmtune.training.run_directory import CONFIG, RECORD, RunDirectory, config_is_vouched_for, read_record
+from plmtune.training.run_directory import (
+    CONFIG,
+    RECORD,
+    RunDirectory,
+    config_is_vouched_for,
+    read_record,
+    refuse_if_in_use,
+)
 from plmtune.training.runtime import Runtime
 from plmtune.units import parse_count
 
@@ -142,7 +149,10 @@ def find_run(cfg: Any, runtime: Runtime) -> None:
 
     def find() -> str:
         found = _named(cfg) if cfg.resume and cfg.run_dir else _newest_alike(cfg) if cfg.resume else _of_this_job(cfg)
-        return json.dumps([str(found or ""), bool(found and read_record(found).get("status") == "finished")])
+        if found is None:
+            return json.dumps(["", False])
+        refuse_if_in_use(found)
+        return json.dumps([str(found), read_record(found).get("status") == "finished"])
 
     # Rank 0 looks and tells: a later rank would already see what rank 0 is about to make.
     found, finished = json.loads(_told(runtime, find))

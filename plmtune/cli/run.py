@@ -35,6 +35,9 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
     """
     overlays = [text for text in arguments if text.endswith((".yaml", ".yml")) and "=" not in text]
     overrides = [text for text in arguments if text not in overlays]
+    for text in overrides:  # asked before torch is imported, which takes longer than all that is here
+        if text.startswith("run_dir=") and not (multirun or dry_run):
+            _refuse_early(Path(text.removeprefix("run_dir=").strip("'\"")))
     module = _recipe_file(name) if name.endswith(".py") else None
 
     from plmtune import config
@@ -50,10 +53,7 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
     if multirun:
         config.multirun(base, overlays, overrides, start)
     else:
-        cfg = config.compose(base, overlays, overrides)
-        if cfg.run_dir and not dry_run:
-            _refuse_early(Path(cfg.run_dir))
-        start(cfg)
+        start(config.compose(base, overlays, overrides))
 
 
 @click.command()
@@ -100,7 +100,7 @@ def resume(run_dir: Path, overrides: tuple[str, ...], other_data: bool, recipe_p
 
 
 def _refuse_early(run_dir: Path) -> None:
-    """Ask before torch is imported and data is read whether another process is in the directory."""
+    """Ask long before the lock is taken whether another process is in the directory."""
     if os.environ.get("RANK", "0") == "0":  # the others would see the lock of rank 0
         refuse_if_in_use(run_dir)
 
