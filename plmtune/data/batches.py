@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
@@ -42,8 +42,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device; the copy may still be under way."""
+        # From pageable memory a copy to a GPU would first wait for all work that is queued there.
+        pin = torch.device(device).type == "cuda"
         move = {
-            name: value.to(device, non_blocking=True)
+            name: (value.pin_memory() if pin else value).to(device, non_blocking=True)
             for name in ("tokens", "targets", "mask", "input_pos")
             if (value := getattr(self, name)) is not None
         }
@@ -205,7 +207,7 @@ class Batches:
         rows = [self.shards[name].train.window(window, self.seq_len) for name, window in self._mine(step)]
         return list(self._batches(rows))
 
-    def iterate(self, start: int = 0) -> Iterator[tuple[int, list[Batch]]]:
+    def iterate(self, start: int = 0) -> Generator[tuple[int, list[Batch]], None, None]:
         """Yield (step, micro-batches) from `start` to the end, made ahead by threads if there are any.
 
         An error in a thread is raised here, at its step. Closing the iterator ends the threads, and a thread that
