@@ -86,6 +86,24 @@ class TestPrepare:
         assert len(places) == 5
         assert all(place.name.startswith("texts-") and len(place.name) == 6 + 12 for place in places)
 
+    def test_what_an_older_format_made_is_made_again(self, tmp_path, tokenizer, monkeypatch):
+        monkeypatch.setattr(module, "FORMAT", 1)
+        old = prepare(Texts("one", "two"), tokenizer, tmp_path)
+        monkeypatch.undo()
+        new = prepare(Texts("one", "two"), tokenizer, tmp_path)
+        assert new != old
+        assert Shards.open(new).manifest.format == 2
+
+    def test_damage_is_named_and_not_mended_in_silence(self, tmp_path, tokenizer):
+        directory = prepare(Texts("one", "two"), tokenizer, tmp_path)
+        path = directory / "manifest.json"
+        path.write_bytes(path.read_bytes().replace(b'"vocab_size": 257', b'"vocab_size": 256'))
+        assert prepare(Texts("one", "two"), tokenizer, tmp_path) == directory
+        with pytest.raises(
+            UserError, match=f"{path} is damaged: it does not match its own checksum. Delete {directory}"
+        ):
+            Shards.open(directory)
+
     def test_shards_are_cut_where_they_are_full(self, tmp_path, tokenizer):
         texts = [f"{i:04d}" for i in range(100)]
         one, many = (Shards.open(prepare(Texts(*texts), tokenizer, tmp_path, shard_tokens=n)) for n in (1 << 20, 64))
