@@ -49,6 +49,7 @@ def start_process_group(device: torch.device, timeout: timedelta) -> None:
         UserError: if a process does not come within `timeout`.
     """
     global _store
+    _store = None
     cuda = device.type == "cuda"
     rank, _, world = environment()
     try:

@@ -107,11 +107,21 @@ class Runtime:
         return self.rank == 0
 
     @property
+    def data_rank(self) -> int:
+        """Whose rows of the global batch this process takes. Processes of one tensor dimension would share them."""
+        return self.rank
+
+    @property
+    def data_world_size(self) -> int:
+        """Among how many the rows of the global batch are divided."""
+        return self.world_size
+
+    @property
     def gradient_scale(self) -> float:
         """Factor on each rank's loss: DDP and FSDP2 average gradients over ranks, and a loss that is already
         divided by the global count of tokens wants their sum.
         """
-        return float(self.world_size)
+        return float(self.data_world_size)
 
     def distribute(self, model: nn.Module, *, compile: bool = False) -> nn.Module:
         """Move `model` to the device and spread it over the processes. Call it before the optimizer is built.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from group import in_group
 from safetensors.torch import load_file
-from torch import multiprocessing
 from torch.distributed.tensor import DTensor
-from toy import Toy, global_batch, read_model, train_step, write_model
+from toy import Toy, global_batch, train_step
 
 from plmtune.errors import UserError
 from plmtune.training import distributed
@@ -51,9 +52,7 @@ def run(runtime: Runtime, directory: Path | None, variant: str = "", *, steps: i
         if directory is not None and step == 1:
             with torch.no_grad():
                 trained(global_batch(0)[0])  # a validation
-            Checkpoints(directory).save(
-                2, model=model, optimizer=optimizer, scheduler=scheduler, write_model=write_model
-            )
+            Checkpoints(directory).save(2, model=model, optimizer=optimizer, scheduler=scheduler, wait=True)
     return {
         "losses": losses,
         "norms": norms,
@@ -70,7 +69,7 @@ def go_on(runtime: Runtime, directory: Path, variant: str = "") -> dict[str, obj
     trained = runtime.distribute(model)
     optimizer = build_optimizer(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    state = Checkpoints(directory).restore(model=model, optimizer=optimizer, scheduler=scheduler, read_model=read_model)
+    state = Checkpoints(directory).restore(model=model, optimizer=optimizer, scheduler=scheduler)
     assert state is not None
     restored = digest(distributed.full_state_dict(model))
     losses = []
@@ -93,12 +92,8 @@ def start(strategy: str, precision: str = "fp32") -> Runtime:
     return Runtime.start(device="cpu", strategy=strategy, precision=precision, timeout_minutes=0.5)  # type: ignore[arg-type]
 
 
-def worker(rank: int, port: int, directory: Path) -> None:
-    torch.set_num_threads(1)
+def two(directory: Path) -> dict[str, object]:
     torch.compile = lambda function, **_: function  # 8-bit AdamW compiles each step, for seconds
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
     results: dict[str, object] = {}
     for case in CASES:
         strategy, _, variant = case.partition(" ")
@@ -110,11 +105,11 @@ def worker(rank: int, port: int, directory: Path) -> None:
             results[f"{writer} to {reader}"] = go_on(start(reader), directory / writer)
     results["8bit again"] = go_on(start("fsdp"), directory / "fsdp8bit", "8bit")
     with start("fsdp") as runtime:  # the end of the process group
-        results["texts"] = distributed.gather_texts("é" * (rank + 1))
-        results["told"] = distributed.broadcast_text(f"rank {rank}")
-        results["stop"] = [distributed.any_rank(rank == 1), distributed.any_rank(False)]
-        results["sum"] = runtime.sum(rank + 1, torch.tensor(0.5))
-        torch.manual_seed(rank)
+        results["texts"] = distributed.gather_texts("é" * (runtime.rank + 1))
+        results["told"] = distributed.broadcast_text(f"rank {runtime.rank}")
+        results["stop"] = [distributed.any_rank(runtime.rank == 1), distributed.any_rank(False)]
+        results["sum"] = runtime.sum(runtime.rank + 1, torch.tensor(0.5))
+        torch.manual_seed(runtime.rank)
         model = runtime.distribute(Toy())
         try:
             Checkpoints(Path("/proc/nowhere")).save(
@@ -122,11 +117,11 @@ def worker(rank: int, port: int, directory: Path) -> None:
                 model=model,
                 optimizer=(optimizer := torch.optim.SGD(model.parameters(), lr=0.1)),
                 scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer),
-                write_model=write_model,
+                wait=True,
             )
         except UserError as error:
             results["unwritable"] = str(error)
-    (directory / f"rank{rank}.json").write_text(json.dumps(results))
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -137,17 +132,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
             "one": run(runtime, directory / "one"),
             "one tied": run(runtime, None, "tied"),
         }
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(worker, (port, directory), nprocs=2)
+    ranks = in_group(two, 2, directory)
     with Runtime.start(device="cpu", precision="fp32") as runtime:
         for writer in ("one", *SPREAD):
             one[f"{writer} to one"] = go_on(runtime, directory / writer)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "compile", lambda function, **_: function)
             one["8bit to one"] = go_on(runtime, directory / "fsdp8bit", "8bit")
-    ranks = [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
     return {**one, **ranks[0], "rank 1": ranks[1], "directory": directory}
 
 
@@ -213,3 +204,101 @@ class TestCheckpointsAcrossStrategies:
     def test_every_rank_hears_that_rank_0_could_not_write(self, results):
         assert "/proc/nowhere" in results["unwritable"]
         assert results["unwritable"] == results["rank 1"]["unwritable"]
+
+
+class TestStart:
+    def refusal(self, timeout: float) -> str:
+        with pytest.raises(UserError) as caught:
+            distributed.start_process_group(torch.device("cpu"), timedelta(seconds=timeout))
+        assert not distributed.is_distributed()
+        return str(caught.value)
+
+    @pytest.fixture
+    def place(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+        def put(**variables: object) -> None:
+            for name, value in {"RANK": 0, "WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", **variables}.items():
+                monkeypatch.setenv(name, str(value))
+
+        return put
+
+    def test_those_who_did_not_come_are_named(self, place):
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        place(MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE=True)  # as torchrun does
+        dist.PrefixStore("plmtune", store).set("here/2", "")
+        said = self.refusal(0.5)
+        assert "The 4 processes did not find each other within 0.5 seconds (runtime.timeout_minutes)" in said
+        assert "ranks 1 and 3 did not come" in said
+
+    def test_a_place_to_meet_that_is_not_there_is_named(self, place):
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            port = closed.getsockname()[1]
+            place(RANK=1, MASTER_PORT=port)
+            assert f"at 127.0.0.1:{port}" in self.refusal(0.5)
+
+    def test_without_torchrun_the_missing_variable_is_named(self, monkeypatch, place):
+        place(MASTER_PORT=1)
+        monkeypatch.delenv("MASTER_ADDR")
+        assert "MASTER_ADDR expected, but not set. Start all of them with torchrun" in self.refusal(0.5)
+
+    @pytest.mark.parametrize(("device", "backend"), [("cuda:0", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")])
+    def test_what_is_on_the_host_travels_over_gloo_beside_nccl(self, monkeypatch, place, device, backend):
+        asked: list[tuple[object, object]] = []
+        monkeypatch.setattr(dist, "init_process_group", lambda name, **keys: asked.append((name, keys["device_id"])))
+        monkeypatch.setattr(distributed, "rendezvous", lambda url, timeout: iter([(dist.HashStore(), 0, 1)]))
+        place(WORLD_SIZE=1)
+        distributed.start_process_group(torch.device(device), timedelta(seconds=1))
+        assert asked == [(backend, torch.device(device) if device != "cpu" else None)]
+
+
+TIMED_OUT = "[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete"
+CLOSED = "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:53641."
+
+
+class TestExplain:
+    """The errors that gloo gives are written as it words them; tests/recipes/test_processes.py sees the real ones."""
+
+    @pytest.fixture
+    def store(self, monkeypatch: pytest.MonkeyPatch) -> dist.HashStore:
+        store = dist.HashStore()
+        for name, value in {"_store": store, "ROLL_CALL": 0.2, "rank": lambda: 0, "world_size": lambda: 3}.items():
+            monkeypatch.setattr(distributed, name, value)
+        return store
+
+    def explained(self, error: BaseException) -> str:
+        def exchange() -> None:
+            raise error
+
+        try:
+            exchange()
+        except RuntimeError as raised:
+            distributed.explain(raised, timedelta(seconds=4))
+            return "\n".join(getattr(raised, "__notes__", []))
+        raise AssertionError
+
+    def test_after_a_timeout_the_one_that_did_not_time_out_is_named(self, store):
+        store.set("failed/1", "any_rank (distributed.py:7)")
+        said = self.explained(RuntimeError(TIMED_OUT))
+        assert "Rank 0 waited 4 seconds (runtime.timeout_minutes) in exchange (test_distributed.py:" in said
+        assert "for rank 2, which did not answer" in said
+        assert "Others waited too: rank 1 in any_rank (distributed.py:7)." in said
+
+    def test_the_others_learn_where_this_one_was(self, store):
+        self.explained(RuntimeError(TIMED_OUT))
+        assert store.get("failed/0").startswith(b"exchange (test_distributed.py:")
+
+    def test_ranks_that_all_waited_were_in_different_places(self, store):
+        store.set("failed/1", "any_rank")
+        store.set("failed/2", "broadcast_text")
+        said = self.explained(RuntimeError(TIMED_OUT))
+        assert "for ranks elsewhere." in said
+        assert "rank 1 in any_rank, rank 2 in broadcast_text" in said
+
+    def test_a_broken_connection_is_a_sentence_as_the_other_rank_has_the_cause(self, store):
+        store.set("failed/1", "any_rank")
+        with pytest.raises(UserError, match=r"Rank 0 lost rank 2 in exchange \(test_distributed.py:\d+\)"):
+            self.explained(RuntimeError(CLOSED))
+
+    def test_errors_of_other_kinds_are_left_alone(self, store):
+        assert self.explained(RuntimeError("shapes do not match")) == ""
+        assert not store.check(["failed/0"])

@@ -5,9 +5,6 @@ All cases share one start, as starting a process takes seconds.
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +14,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+import xxhash
+from group import in_group
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from toy import Toy, global_batch, train_step
 
 from plmtune.training import distributed
+from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.runtime import Runtime
+from plmtune.training.state import optimizer_state
 
 WAYS = {"ddp": {}, "fsdp": {}, "hsdp": {"shard_size": 2}}
 GROUPS = 3  # of the toy's parameters: two layers, and the root with what is left
@@ -121,10 +122,37 @@ def carry(runtime: Runtime) -> list[bool]:
     ]
 
 
-def worker(rank: int, port: int, directory: Path) -> None:
-    torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
+def go_on(runtime: Runtime, reads: Path | None, writes: Path | None) -> dict[str, Any]:
+    """Steps 2 and 3, from the checkpoint in `reads` or by way of steps 0 and 1; saved into `writes` before."""
+    torch.manual_seed(5)
+    model = Toy()
+    trained = runtime.distribute(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    state: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+
+    def steps(*numbers: int) -> list[float]:
+        losses = []
+        for step in numbers:
+            losses.append(train_step(runtime, model, trained, optimizer, step)[0])
+            scheduler.step()
+        return losses
+
+    if reads is None:
+        steps(0, 1)
+    else:
+        assert Checkpoints(reads).restore(**state) is not None
+    moments, _ = optimizer_state(model, optimizer)
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted({**model.state_dict(), **moments}.items()):
+        digest.update(name.encode())
+        digest.update(distributed.full_tensor(tensor).contiguous().numpy().tobytes())
+    if writes is not None:
+        Checkpoints(writes).save(2, **state, wait=True)
+    return {"digest": digest.hexdigest(), "losses": steps(2, 3)}
+
+
+def four(directory: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for way in WAYS:
         results[way] = learn(start(way))
@@ -133,20 +161,42 @@ def worker(rank: int, port: int, directory: Path) -> None:
         for count in (1, 4):
             results[f"{way} {count}"] = one_step(start(way), count)
         results[f"{way} carry"] = carry(start(way))
+        results[f"{way} saved"] = go_on(start(way), None, directory / way)
     results["default"] = start("hsdp", shard_size=None).shard_size
-    with start("ddp"):  # the end of the process group
-        results["texts"] = distributed.gather_texts("é" * rank)
-    (directory / f"rank{rank}.json").write_text(json.dumps(results))
+    with start("ddp") as runtime:  # the end of the process group
+        results["texts"] = distributed.gather_texts("é" * runtime.rank)
+    return results
+
+
+def two(directory: Path) -> dict[str, Any]:
+    """What four processes saved, in other ways."""
+    results = {}
+    for saved, way in (("fsdp", "ddp"), ("hsdp", "fsdp")):
+        results[saved] = go_on(start(way), directory / saved, directory / f"{saved}-{way}")
+    start("ddp").close()
+    return results
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    directory = tmp_path_factory.mktemp("four")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(worker, (port, directory), nprocs=4)
-    return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(4)]
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("four")
+
+
+@pytest.fixture(scope="module")
+def ranks(directory: Path) -> list[dict[str, Any]]:
+    return in_group(four, 4, directory)
+
+
+@pytest.fixture(scope="module")
+def fewer(ranks: list[dict[str, Any]], directory: Path) -> dict[str, dict[str, Any]]:
+    """By the way in which four processes saved: what two found, and one after them."""
+    found = in_group(two, 2, directory)
+    with start("none") as runtime:
+        one = {
+            saved: go_on(runtime, directory / f"{saved}-{way}", None)
+            for saved, way in (("fsdp", "ddp"), ("hsdp", "fsdp"))
+        }
+        return {"two": found[1], "one": one, "undisturbed": go_on(runtime, None, None)}
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +277,17 @@ class TestWholeTensors:
 
     def test_texts_of_different_lengths_arrive_in_order_one_of_them_empty(self, ranks):
         assert ranks[2]["texts"] == ["", "é", "éé", "ééé"]
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("saved", ["fsdp", "hsdp"])
+    def test_fewer_processes_find_the_same_bits(self, ranks, fewer, saved):
+        written = ranks[0][f"{saved} saved"]["digest"]
+        assert [fewer["two"][saved]["digest"], fewer["one"][saved]["digest"]] == [written, written]
+
+    @pytest.mark.parametrize("saved", ["fsdp", "hsdp"])
+    def test_fewer_processes_go_on_as_one_that_was_not_stopped(self, ranks, fewer, saved):
+        wanted = pytest.approx(fewer["undisturbed"]["losses"], rel=1e-6)
+        assert ranks[2][f"{saved} saved"]["losses"] == wanted
+        assert fewer["two"][saved]["losses"] == wanted
+        assert fewer["one"][saved]["losses"] == wanted
