@@ -135,7 +135,7 @@ class Guard:
         return UserError(
             f"step {step}: {what} {self.reason}. Parameters and moments are {kept}. The batch of step {step} came from "
             f"{_listed(places)}. Look at that text. If it is as it should be, start again with a lower optimizer.lr, "
-            "or let more pass: guard.spike_factor, guard.patience."
+            "or resume with a higher guard.spike_factor or guard.patience."
         )
 
 
