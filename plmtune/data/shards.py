@@ -23,7 +23,7 @@ from plmtune.data.lock import exclusive
 from plmtune.data.manifest import SPLITS, Manifest, ShardFile, SplitCounts, again, seal, unseal
 from plmtune.errors import UserError
 
-_CHUNK = 4 << 20
+_CHUNK = 1 << 18  # bytes read at a time, few enough that they are hashed and compared while in the cache
 # Up to this size every opening reads every byte. A larger corpus is read once and then known by size
 # and time of change, remembered in verified.json: hashing hundreds of gigabytes at each start costs an hour.
 _READ_ALWAYS = 4 << 30
