@@ -167,45 +167,42 @@ from plmtune.losses.cross_entropy import cross_entropy
 from plmtune.registry import register
 
 @register("loss", "faulty")
-def faulty(*, first: int = 5, last: int = 5):
-    whole, steps = cross_entropy(), 0
+def faulty(*, steps: list[int] = [5, 8, 9, 10], rank: str = "1"):
+    whole, number = cross_entropy(), 0
 
     def loss(hidden, weight, targets):
-        nonlocal steps
-        steps += torch.is_grad_enabled()  # one micro-batch a step
-        bad = torch.is_grad_enabled() and first <= steps <= last and os.environ.get("RANK", "0") == "1"
+        nonlocal number
+        number += torch.is_grad_enabled()  # one micro-batch a step
+        bad = torch.is_grad_enabled() and number in steps and os.environ.get("RANK", "0") == rank
         return whole(hidden, weight, targets) * (float("nan") if bad else 1.0)
 
     return loss
 """
 
 
-class TestTwoProcesses:
+class TestCommandLine:
     @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-    def test_a_fault_on_one_rank_is_skipped_by_both_or_stops_both(
+    def test_a_fault_on_one_rank_is_skipped_by_both_and_stops_both(
         self, place: Path, plmtune: Run, strategy: str
     ) -> None:
         (place / "faulty.py").write_text(FAULTY)
-        arguments = ["run", "--import", "faulty", "pretrain", *SMALL, "loss=faulty", f"runtime.strategy={strategy}"]
-        if strategy == "ddp":
-            done = plmtune(*arguments, "run_dir=run", "checkpoint={every: 1, keep: 0}", processes=2)
-            assert done.returncode == 0, done.stderr
-            run = place / "run"
-            assert learned(run, 4) == learned(run, 5) != learned(run, 6)
-            assert entry(run, 5)["skipped"] == 1 and math.isfinite(entry(run, 12)["loss"])
-        else:
-            done = plmtune(*arguments, "run_dir=run", "loss.last=99", processes=2)
-            assert done.returncode != 0
-            (said,) = set(re.findall(r"plmtune: (step 7: .*)", done.stderr))
-            assert "(steps 5 to 7), the last because the loss is nan" in said
-            assert len(re.findall(r"train-00000\.bin, tokens", said)) == 2  # rank 1's two rows, and none of rank 0
+        done = plmtune("run", "--import", "faulty", "pretrain", *SMALL, "loss=faulty", f"runtime.strategy={strategy}",
+                       "run_dir=run", "checkpoint={every: 1, keep: 0}", processes=2)  # fmt: skip
+        run = place / "run"
+        assert learned(run, 4) == learned(run, 5) != learned(run, 6)
+        assert (entry(run, 5)["skipped"], entry(run, 10)["skipped"]) == (1, 4)
+        assert math.isfinite(entry(run, 7)["loss"]) and entry(run, 10)["not_finite"]["loss"] == "nan"
+        assert done.returncode != 0
+        (said,) = set(re.findall(r"plmtune: (step 10: .*)", done.stderr))
+        assert "(steps 8 to 10), the last because the loss is nan" in said
+        assert len(re.findall(r"train-00000\.bin, tokens", said)) == 2  # rank 1's two rows, and none of rank 0
 
-    def test_one_process_exits_with_2(self, place: Path, plmtune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        (place / "faulty.py").write_text(FAULTY.replace('"RANK", "0") == "1"', '"NOT_SET", "1") == "1"'))
-        done = plmtune("run", "--import", "faulty", "pretrain", *SMALL, "loss=faulty", "loss.last=99",
+    def test_one_process_exits_with_2(self, place: Path, plmtune: Run) -> None:
+        (place / "faulty.py").write_text(FAULTY)
+        done = plmtune("run", "--import", "faulty", "pretrain", *SMALL, "loss=faulty", "loss.rank='0'",
                        "micro_batch_size=4", "run_dir=run")  # fmt: skip
         assert done.returncode == 2, done.stderr
-        assert "plmtune: step 7: 3 updates in a row" in done.stderr and "Traceback" not in done.stderr
+        assert "plmtune: step 10: 3 updates in a row" in done.stderr and "Traceback" not in done.stderr
 
 
 class TestFiveRuns:
