@@ -12,6 +12,7 @@ import contextlib
 import importlib.metadata
 import json
 import logging
+import math
 import platform
 import re
 import shutil
@@ -260,6 +261,10 @@ class Checkpoints:
             futures.wait([self._save.job], timeout=1)
             self.poll()
 
+    def close(self) -> None:
+        """Let this process's writing come to its end, without a word to other ranks: one may be gone."""
+        self._pool.shutdown()
+
     def restore(
         self, *, model: nn.Module, optimizer: Optimizer, scheduler: Any, path: Path | None = None
     ) -> dict[str, Any] | None:
@@ -397,7 +402,8 @@ class Checkpoints:
             with contextlib.suppress(UserError):  # a damaged one is no best
                 values[step] = read_document(step_path(self.directory, step))["metrics"].get(self.best)
         sign = -1 if self.best_is == "lowest" else 1
-        ranked = [(sign * value, step) for step, value in values.items() if isinstance(value, int | float)]
+        # A value that is not finite, or is missing, is no value.
+        ranked = [(sign * v, step) for step, v in values.items() if isinstance(v, int | float) and math.isfinite(v)]
         return max(ranked)[1] if ranked else None
 
     def _clean(self) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,142 @@ class TestDirectory:
         path.rename(tmp_path / ".old-step-00000001")
         resumed = Run(tmp_path)
         assert resumed.restore() == {"step": 1, "phase": "kept"}
+
+
+class Slow(Checkpoints):
+    """Holds each writing back until it is let go, and counts those under way."""
+
+    def __init__(self, directory: Path, **settings: Any) -> None:
+        super().__init__(directory, **settings)
+        self.let_go, self.under_way, self.most = threading.Event(), 0, 0
+
+    def _write(self, step, tensors, rest):
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        assert self.let_go.wait(20)
+        try:
+            return super()._write(step, tensors, rest)
+        finally:
+            self.under_way -= 1
+
+
+class TestInTheBackground:
+    @pytest.fixture
+    def run(self, tmp_path):
+        run = Run(tmp_path)
+        run.checkpoints = Slow(tmp_path)
+        yield run
+        run.checkpoints.let_go.set()
+        run.checkpoints.close()
+
+    def begin(self, run: Run, step: int) -> None:
+        run.checkpoints.save(step, model=run.model, optimizer=run.optimizer, scheduler=run.scheduler)
+
+    def test_what_is_saved_is_the_state_at_the_save_whatever_training_does_then(self, run, tmp_path):
+        run.train(0, 2)
+        saved = run.bytes()
+        self.begin(run, 2)
+        run.train(2, 4)
+        assert run.bytes() != saved
+        run.checkpoints.let_go.set()
+        run.checkpoints.wait()
+        other = Run(tmp_path)
+        other.restore()
+        assert other.bytes() == saved
+
+    def test_it_is_not_there_before_it_is_whole(self, run, tmp_path):
+        self.begin(run, 1)
+        run.checkpoints.poll()
+        assert steps(tmp_path) == []
+        run.checkpoints.let_go.set()
+        run.checkpoints.wait()
+        assert steps(tmp_path) == [1]
+        verify(tmp_path / "step-00000001")
+
+    def test_there_are_never_two_at_a_time(self, run, tmp_path):
+        self.begin(run, 1)
+        run.checkpoints.let_go.set()
+        for step in (2, 3):
+            run.train(step - 1, step)
+            self.begin(run, step)
+            assert step - 1 in steps(tmp_path)
+        run.checkpoints.wait()
+        assert run.checkpoints.most == 1
+        assert steps(tmp_path) == [2, 3]
+
+    def test_a_failure_of_the_writer_surfaces_at_the_next_step_and_the_one_before_is_whole(self, run, tmp_path):
+        run.checkpoints.let_go.set()
+        run.save(1, which="whole")
+        run.checkpoints.let_go.clear()
+        self.begin(run, 2)
+        run.checkpoints.poll()
+        (tmp_path / ".tmp-step-00000002").rmdir()
+        run.checkpoints.let_go.set()
+        with pytest.raises(UserError, match=r"step 2 cannot be written to .*step-00000002.*needs about [\d,]+ bytes"):
+            run.checkpoints.wait()
+        assert Run(tmp_path).restore() == {"step": 1, "which": "whole"}
+        run.save(3)  # and the next one may succeed
+        assert steps(tmp_path) == [1, 3]
+
+    def test_without_background_it_is_there_at_once(self, tmp_path):
+        run = Run(tmp_path, background=False)
+        self.begin(run, 1)
+        assert steps(tmp_path) == [1]
+
+
+class TestFiles:
+    def test_large_states_stand_in_several_files_with_an_index_and_come_back(self, tmp_path):
+        run = Run(tmp_path, file_bytes=4000)
+        run.train(0, 2)
+        path = run.save(2)
+        names = {file.name for file in path.iterdir()}
+        assert {"model.safetensors.index.json", "optimizer.safetensors.index.json"} <= names
+        assert "model.safetensors" not in names
+        other = Run(tmp_path)
+        other.restore()
+        assert other.bytes() == run.bytes()
+
+    def test_a_bit_flipped_in_one_of_several_is_found(self, tmp_path):
+        run = Run(tmp_path, file_bytes=4000)
+        run.save(1)
+        run.save(2)
+        file = sorted((tmp_path / "step-00000002").glob("model-*"))[-1]
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        assert run.restore() == {"step": 1}
+
+
+class TestBest:
+    def scores(self, tmp_path: Path, values: list[float | None], **settings: Any) -> tuple[list[int], str]:
+        run = Run(tmp_path, keep=1, best="score", **settings)
+        for step, value in enumerate(values, 1):
+            run.checkpoints.save(
+                step, model=run.model, optimizer=run.optimizer, scheduler=run.scheduler, wait=True,
+                metrics={} if value is None else {"score": value},
+            )  # fmt: skip
+        best = tmp_path / "best"
+        return steps(tmp_path), best.read_text().strip() if best.exists() else ""
+
+    def test_is_kept_beside_the_newest(self, tmp_path):
+        assert self.scores(tmp_path, [3.0, 1.0, 2.0, 2.5]) == ([2, 4], "step-00000002")
+
+    def test_may_be_the_highest(self, tmp_path):
+        assert self.scores(tmp_path, [3.0, 1.0, 2.0], best_is="highest") == ([1, 3], "step-00000001")
+
+    def test_a_step_that_was_not_measured_or_gave_nan_is_none(self, tmp_path):
+        assert self.scores(tmp_path, [None, 5.0, None, float("nan")]) == ([2, 4], "step-00000002")
+
+    def test_without_any_there_is_none(self, tmp_path):
+        assert self.scores(tmp_path, [None, None]) == ([2], "")
+
+    def test_outlives_a_resume(self, tmp_path):
+        self.scores(tmp_path, [1.0, 2.0])
+        run = Run(tmp_path, keep=1, best="score")
+        run.checkpoints.save(
+            3, model=run.model, optimizer=run.optimizer, scheduler=run.scheduler, metrics={"score": 3.0}, wait=True
+        )
+        assert steps(tmp_path) == [1, 3]
 
 
 class TestDamage:

@@ -1,0 +1,118 @@
+"""What a config asks for, found out before a weight is allocated or a text is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from plmtune.config import build
+from plmtune.data.order import Phase
+from plmtune.data.tokenizers import QWEN2_ROWS
+from plmtune.errors import UserError
+from plmtune.registry import Component
+from plmtune.runs import resolve_phase
+from plmtune.schema import Pretrain as Config
+from plmtune.training.estimate import Estimate, estimate
+from plmtune.training.guard import Guard
+from plmtune.training.runtime import Runtime
+from plmtune.units import show_count
+
+
+@dataclass
+class Plan:
+    """What a config asks for, known before a weight is allocated or a text is read."""
+
+    tokenizer: Any
+    model: Any  # on the meta device
+    phases: list[Phase]
+    tokens_per_step: int
+    guard: Guard
+    estimate: Estimate
+
+    @property
+    def num_steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    def lines(self) -> list[str]:
+        rows = [
+            f"phase {p.name}: {show_count(p.steps * self.tokens_per_step)} tokens, {p.steps:,} steps of "
+            f"{show_count(self.tokens_per_step)} tokens"
+            for p in self.phases
+        ]
+        return [*self.estimate.lines(), *rows]
+
+
+def plan(cfg: Config, runtime: Runtime, *, dry: bool = False) -> Plan:
+    """Check every number that can be checked without memory or data.
+
+    Args:
+        dry: nothing will be trained, so Qwen2's tokenizer, whose size is known, need not be at hand.
+
+    Raises:
+        UserError: naming the key, for impossible numbers.
+    """
+    for key in ("seq_len", "global_batch_size", "micro_batch_size", "log_every"):
+        if getattr(cfg, key) < 1:
+            raise UserError(f"key {key}: must be at least 1, not {getattr(cfg, key)}.")
+    for key in ("num_workers", "checkpoint.keep", "checkpoint.every", "validation.every", "max_grad_norm"):
+        if not (value := attrgetter(key)(cfg)) >= 0:  # and no NaN
+            raise UserError(f"key {key}: must be at least 0, not {value}.")
+    if not cfg.phases:
+        raise UserError("key phases: is empty. Give one: phases=[{name: main, tokens: 5M}]")
+    if cfg.global_batch_size % runtime.world_size:
+        raise UserError(
+            f"key global_batch_size: {cfg.global_batch_size} sequences do not divide among {runtime.world_size} "
+            "processes."
+        )
+    assert cfg.tokenizer is not None
+    dry = dry and cfg.tokenizer == Component("tokenizer", "qwen2", {"path": None})
+    tokenizer = None if dry else build("tokenizer", cfg.tokenizer)
+    with torch.device("meta"):
+        model = build("model", cfg.model, vocab_size=tokenizer.vocab_size if tokenizer else QWEN2_ROWS)
+    if cfg.seq_len > model.max_seq_len:
+        raise UserError(f"key seq_len: {cfg.seq_len} exceeds the model's max_seq_len ({model.max_seq_len}).")
+    tokens_per_step = cfg.global_batch_size * cfg.seq_len
+    phases = [resolve_phase(index, phase, tokens_per_step) for index, phase in enumerate(cfg.phases)]
+    num_steps = sum(phase.steps for phase in phases)
+    build("loss", cfg.loss)
+    build_scheduler(cfg, build("optimizer", cfg.optimizer, model=model), num_steps, tokens_per_step)
+    if cfg.sample.temperature < 0 or not 0 < cfg.sample.top_p <= 1:
+        raise UserError(
+            f"key sample: temperature ({cfg.sample.temperature}) must be at least 0, and top_p ({cfg.sample.top_p}) "
+            "above 0 and at most 1."
+        )
+    try:
+        watchman = Guard(**vars(cfg.guard))
+    except ValueError as error:
+        raise UserError(f"key guard: {error}") from error
+    assert cfg.optimizer is not None and cfg.loss is not None
+    rows = cfg.global_batch_size // runtime.world_size
+    return Plan(
+        tokenizer,
+        model,
+        phases,
+        tokens_per_step,
+        watchman,
+        estimate(
+            model,
+            optimizer=cfg.optimizer.name,
+            seq_len=cfg.seq_len,
+            micro_batch_size=min(cfg.micro_batch_size, rows),
+            micro_batches=-(-rows // cfg.micro_batch_size),
+            world_size=runtime.world_size,
+            strategy=runtime.strategy,
+            shard_size=runtime.shard_size,
+            background_saves=cfg.checkpoint.background,
+            compute_dtype=runtime.compute_dtype,
+            activation_checkpointing=cfg.runtime.activation_checkpointing,
+            loss_chunk_rows=cfg.loss.settings.get("chunk_rows", 0),
+            device=runtime.device,
+        ),
+    )
+
+
+def build_scheduler(cfg: Config, optimizer: Any, num_steps: int, tokens_per_step: int) -> Any:
+    return build("scheduler", cfg.scheduler, optimizer=optimizer, num_steps=num_steps, tokens_per_step=tokens_per_step)
