@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import sys
 import types
 import typing
@@ -26,11 +25,14 @@ from hydra import main as hydra_main
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from plmtune.config_errors import explain, unknown_key
+from plmtune.config_rules import check_file, check_override, check_scalar, check_value, read_yaml, resolve
 from plmtune.errors import UserError, did_you_mean
 from plmtune.registry import Component, Key, describe, find, keys_of
 from plmtune.schema import SCHEMAS
@@ -149,30 +151,11 @@ def _store_components() -> None:
     for recipe, schema in SCHEMAS.items():
         node = _plain_dataclass(typing.cast(Hashable, schema))
         ConfigStore.instance().store(name=f"{recipe}_schema", node=node)
-        for item in dataclasses.fields(schema):
-            if "Component" in str(item.type):
-                _store_group(item.name, item.name)
+    for group in sorted(_component_keys()):
+        _store_group(group, group)
 
 
 # --- composing ---------------------------------------------------------------------------------------------------
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: is not YAML ({getattr(error, 'problem', error)}).") from error
-    if content is None:
-        raise UserError(f"{path}: is empty. A config holds at least one key, such as recipe: pretrain.")
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not keys and values.")
-    return content
 
 
 def find_config(name: str) -> Path:
@@ -198,45 +181,29 @@ def find_config(name: str) -> Path:
     return path
 
 
-def _is_base(content: dict[str, Any]) -> bool:
-    return any(isinstance(entry, str) and entry.endswith("_schema") for entry in content.get("defaults") or [])
-
-
-def _refuse_machinery(value: Any, path: Path, key: str = "") -> None:
-    """Hydra imports and calls what its own keys name; a config file has no business with them."""
-    if isinstance(value, dict):
-        for name, child in value.items():
-            here = f"{key}.{name}" if key else str(name)
-            if re.fullmatch(r"_[a-z]+_", str(name)):
-                raise UserError(f"{path}, key {here}: not allowed. Name a component with component: NAME instead.")
-            if here == "hydra" or (key.startswith("defaults[") and re.search(r"(^|[ /])hydra(/|$)", str(name))):
-                raise UserError(f"{path}, key {here}: Hydra's own settings are given on the command line only.")
-            if name == "component" and key.partition(".")[0] in describe() and "sources" not in key.split("."):
-                raise UserError(
-                    f"{path}, key {here}: choose it in the defaults list: - override /{key.replace('.', '/')}: {child}"
-                )
-            _refuse_machinery(child, path, here)
-    elif isinstance(value, list):
-        for index, child in enumerate(value):
-            if key == "defaults" and re.search(r"(^|[ /])hydra(/|$)", str(child).partition(":")[0]):
-                raise UserError(f"{path}, key defaults: Hydra's own settings are given on the command line only.")
-            _refuse_machinery(child, path, f"{key}[{index}]")
+def _is_base(path: Path, content: dict[str, Any]) -> bool:
+    """Whether this is a shipped config that names a schema; a person's copy of one is an overlay as any other."""
+    defaults = content.get("defaults")
+    named = isinstance(defaults, list) and any(isinstance(e, str) and e.endswith("_schema") for e in defaults)
+    return named and path.resolve().parent == folder("conf").resolve()
 
 
 def _store_primary(name: str, overlays: Sequence[str]) -> tuple[str, dict[str, Path]]:
     """Put the primary config into Hydra's store; returns the base's name and {stored name: file}."""
     files = [find_config(name), *map(find_config, overlays)]
-    contents = [_read_yaml(path) for path in files]
-    if not _is_base(contents[0]):
+    contents = [read_yaml(path) for path in files]
+    for path, content in zip(files, contents, strict=True):
+        check_file(content, path, _component_keys())
+        recipe = content.get("recipe", "pretrain")
+        if recipe not in list(SCHEMAS):  # a list: what YAML holds may have no hash
+            raise UserError(f"{path}, key recipe: there is no {recipe!s:.80}.{did_you_mean(str(recipe), SCHEMAS)}")
+    if not _is_base(files[0], contents[0]):
         base = contents[0].get("recipe", "pretrain")
-        if base not in SCHEMAS and not (folder("conf") / f"{base}.yaml").is_file():
-            raise UserError(f"{files[0]}, key recipe: there is no {base}.{did_you_mean(str(base), SCHEMAS)}")
     else:
         base, files, contents = files[0].stem, files[1:], contents[1:]
     store = ConfigStore.instance()
     stored: dict[str, Path] = {}
     for index, (path, content) in enumerate(zip(files, contents, strict=True)):
-        _refuse_machinery(content, path)
         key = f"plmtune_overlay_{index}"
         store.store(name=key, node=OmegaConf.create(content))
         stored[key] = path
@@ -245,14 +212,50 @@ def _store_primary(name: str, overlays: Sequence[str]) -> tuple[str, dict[str, P
     return str(base), stored
 
 
-def _check_overrides(overrides: Sequence[str]) -> list[str]:
+def _component_keys() -> set[str]:
+    """Top-level keys that hold a component, which are also Hydra's groups."""
+    return {
+        item.name for schema in SCHEMAS.values() for item in dataclasses.fields(schema) if "Component" in str(item.type)
+    }
+
+
+def _parse(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except (HydraException, ValueError, RecursionError) as error:
+        said = str(error).splitlines()[-1] if str(error) else type(error).__name__
+        raise UserError(
+            f"override {text:.200}: cannot be understood ({said:.200}). Quote special characters."
+        ) from None
+
+
+def _plain_value(value: Any) -> Any:
+    """A parsed override's value without Hydra's own types: what is swept over becomes a list."""
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, ChoiceSweep | list):
+        return [_plain_value(child) for child in (value.list if isinstance(value, ChoiceSweep) else value)]
+    if isinstance(value, dict):
+        return {_plain_value(key): _plain_value(child) for key, child in value.items()}
+    return value if isinstance(value, str | int | float | None) else None  # ranges, intervals, globs hold no text
+
+
+def _check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list[str]:
     """Refuse what is no override; let keys be added to dictionaries, as ``data.sources={mine: ...}`` does."""
     checked = []
     for text in overrides:
-        if "=" not in text and not text.startswith("~"):
-            raise UserError(f"{text!r} is neither a YAML file nor an override of the form key=value.")
-        if re.match(r"[+~]*(hydra\b.*(_target_|callbacks|job_logging|hydra_logging)|.*_target_)", text):
-            raise UserError(f"override {text}: not allowed. Components are named, never imported.")
+        # Hydra's multirun reads its own options, one of which unpickles a file, among the overrides.
+        if ("=" not in text and not text.startswith("~")) or text.startswith("-"):
+            raise UserError(f"{text!r:.200} is neither a YAML file nor an override of the form key=value.")
+        parsed = _parse(text)
+        check_override(
+            text,
+            parsed.key_or_group,
+            parsed.package,
+            _plain_value(parsed._value),
+            groups=_component_keys(),
+            multirun=multirun,
+        )
         key, _, value = text.partition("=")
         in_dict = any(key == name or key.startswith(f"{name}.") for name in _dict_keys())
         if key.endswith(".component") and not in_dict:
@@ -267,12 +270,10 @@ def _check_overrides(overrides: Sequence[str]) -> list[str]:
 def _dict_keys() -> set[str]:
     """Full keys that hold a dictionary whose names the user chooses."""
     return {
-        f"{item.name}.{key.name}"
-        for schema in SCHEMAS.values()
-        for item in dataclasses.fields(schema)
-        if "Component" in str(item.type)
-        for name in describe().get(item.name, {})
-        for key in keys_of(item.name, name).values()
+        f"{group}.{key.name}"
+        for group in _component_keys()
+        for name in describe().get(group, {})
+        for key in keys_of(group, name).values()
         if _plain(key.type) == dict[str, Any]
     }
 
@@ -318,7 +319,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[str]:
 
 def multirun(name: str, overlays: Sequence[str], overrides: Sequence[str], task: Callable[[Any], Any]) -> None:
     """Hydra's own multirun: its sweepers and launchers call `task` with each composed config."""
-    checked = _check_overrides(overrides)
+    checked = _check_overrides(overrides, multirun=True)
     _store_components()
     base, stored = _store_primary(name, overlays)
 
@@ -351,13 +352,14 @@ def multirun(name: str, overlays: Sequence[str], overrides: Sequence[str], task:
 
 def typed(source: DictConfig | dict[str, Any], where: str = "") -> Any:
     """Check plain values against a recipe's schema and its components' signatures; give the typed config."""
-    try:
-        plain = OmegaConf.to_container(OmegaConf.create(source), resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{where or 'config'}: {str(error).splitlines()[0]}") from None
-    plain = typing.cast(dict[str, Any], plain)
+    place = f"{where}, " if where else ""
+    plain = typing.cast(
+        "dict[str, Any]", OmegaConf.to_container(source, resolve=False) if isinstance(source, DictConfig) else source
+    )
+    plain = resolve(plain, place)
+    check_value(plain, place)
     recipe = plain.get("recipe")
-    if recipe not in SCHEMAS:
+    if not isinstance(recipe, str) or recipe not in SCHEMAS:
         raise UserError(f"{where or 'config'}, key recipe: there is no {recipe}.{did_you_mean(str(recipe), SCHEMAS)}")
     schema: Any = SCHEMAS[recipe]
     return _construct(schema, _merge(_plain_dataclass(schema), plain, "", where), "", where)
@@ -370,9 +372,10 @@ def _merge(schema: Any, values: dict[str, Any], key: str, where: str) -> dict[st
         full = ".".join(part for part in (key, str(getattr(error, "full_key", "") or "")) if part)
         place = f"{where}, " if where else ""
         if "not in" in str(error):
-            known = [f.name for f in dataclasses.fields(schema) if f.name != "component"]
+            inner = getattr(error, "object_type", None) or schema  # the section that lacks the key
+            known = _fields.get(inner.__name__, [f.name for f in dataclasses.fields(schema) if f.name != "component"])
             raise unknown_key(place, full, known) from None
-        raise UserError(f"{place}key {full}: {str(error).splitlines()[0]}.") from None
+        raise UserError(f"{place}key {full}: {str(error).splitlines()[0]:.300}.") from None
     return typing.cast("dict[str, Any]", OmegaConf.to_container(merged))
 
 
@@ -382,6 +385,8 @@ def _construct(annotation: Any, value: Any, key: str, where: str) -> Any:
     place = f"{where}, " if where else ""
     if value is None:
         return None
+    if isinstance(value, int):  # from a text, which OmegaConf made a number
+        check_scalar(value, place, key)
     if _is_component(annotation):
         return to_component(key.rpartition(".")[2], value, key, where)
     if group := _dict_group(annotation):
@@ -453,7 +458,38 @@ def to_yaml(cfg: Any) -> str:
 
 def load_config(path: Path) -> Any:
     """Read a resolved ``config.yaml`` back, through the same checks; nothing is composed again."""
-    return typed(_read_yaml(path), where=str(path))
+    return typed(read_yaml(path), where=str(path))
+
+
+def override(cfg: Any, overrides: Sequence[str]) -> Any:
+    """Change keys of a typed config, with the words and the checks of the command line; nothing is composed again.
+
+    ``key=value`` replaces a value, or merges into a section; ``logger=tensorboard`` chooses another component, with
+    its own defaults.
+
+    Raises:
+        UserError: naming the override.
+    """
+    for text in overrides:
+        _check_overrides([text])
+        parsed = _parse(text)
+        if parsed.is_delete() or parsed.is_add() or parsed.is_sweep_override() or parsed.package:
+            raise UserError(f"override {text}: write key=value, as a saved config has every key and one value of each.")
+        value = parsed.value()
+        section = to_plain(cfg)
+        plain, *above, last = section, *parsed.key_or_group.replace("/", ".").split(".")
+        for name in above:
+            if not isinstance(section.get(name), dict):
+                section[name] = {}
+            section = section[name]
+        if last in describe() and isinstance(value, str):
+            section[last] = {"component": value}
+        elif isinstance(value, dict) and isinstance(section.get(last), dict):
+            section[last] = {**section[last], **value}
+        else:
+            section[last] = value
+        cfg = typed(plain, where=f"override {text}")
+    return cfg
 
 
 def build(key: str, chosen: Component | None, **runtime: Any) -> Any:

@@ -81,8 +81,8 @@ def explain(
         return UserError(f"{place(key)}key {key}: needs a list. Write {key}=[{value}].")
     if wrong := re.search(r"(Value .*|.*could not be converted.*|Cannot (?:convert|assign).*|Unsupported .*)", text):
         key = full_key or ""
-        return UserError(f"{place(key)}key {key}: {wrong[1].strip()}.")
-    return UserError(f"{place(full_key or '')}{chain[-1].splitlines()[0]}")
+        return UserError(f"{place(key)}key {key}: {wrong[1].strip():.300}.")
+    return UserError(f"{place(full_key or '')}{(chain[-1] or type(error).__name__).splitlines()[0]}")
 
 
 def _search(pattern: str, text: str) -> str | None:

@@ -121,6 +121,8 @@ def find_files(paths: tuple[str, ...]) -> tuple[list[Path], set[Path]]:
             if not inside:
                 raise UserError(f"The folder {text} holds no text, JSONL or Parquet file")
         elif path.exists():
+            if not path.is_file():
+                raise UserError(f"{text} is a device or a pipe, which has no end or is read only once. Name a file")
             inside = [path]
             singly.add(path)
         else:
