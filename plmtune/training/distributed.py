@@ -56,7 +56,9 @@ def start_process_group(device: torch.device, timeout: timedelta) -> None:
         # Made here and not by init_process_group, so that who came can be asked when somebody did not.
         store, *_ = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
-        _store = dist.PrefixStore("plmtune", store)
+        # torchrun's store outlives its workers: those that it starts again must not find the dead ones' addresses.
+        store = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world}", store)
+        _store = dist.PrefixStore("notes", store)
         _store.set(f"here/{rank}", "")
         _store.wait([f"here/{other}" for other in range(world)], timeout)
         dist.init_process_group(

@@ -223,8 +223,9 @@ class TestStart:
 
     def test_those_who_did_not_come_are_named(self, place):
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        place(MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE=True)  # as torchrun does
-        dist.PrefixStore("plmtune", store).set("here/2", "")
+        place(MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=1)  # by torchrun
+        dist.PrefixStore("1/4/notes", store).set("here/2", "")
+        dist.PrefixStore("0/4/notes", store).set("here/3", "")  # one that died before torchrun started all again
         said = self.refusal(0.5)
         assert "The 4 processes did not find each other within 0.5 seconds (runtime.timeout_minutes)" in said
         assert "ranks 1 and 3 did not come" in said

@@ -1,0 +1,169 @@
+"""Many processes as a person starts them: they learn what one does, and a rank that dies or hangs ends the job."""
+
+import contextlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import SMALL, Run, environment, metrics, start, weights
+
+STEPS = "phases=[{name: main, steps: 40}]"
+QUIET = ["validation={every: 0, tokens: 100}", "checkpoint={every: 5, keep: 0}"]
+
+
+@contextlib.contextmanager
+def torchrun(place: Path, *arguments: str, processes: int = 2, options: tuple[str, ...] = ()) -> Iterator[Any]:
+    """``torchrun ... -m plmtune ARGUMENTS``, killed with all its workers at the end if it has not ended itself."""
+    words = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options]
+    with (place / "output").open("w+") as output:
+        job = subprocess.Popen(
+            [sys.executable, "-m", *words, "-m", "plmtune", *arguments],
+            cwd=place, env=environment(), stdout=output, stderr=output,
+        )  # fmt: skip
+        try:
+            yield job
+        finally:
+            if job.poll() is None:
+                for process in (*psutil.Process(job.pid).children(recursive=True), job):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+                job.wait()
+
+
+def rank(job: Any, number: int) -> psutil.Process:
+    """The process of a rank, known by its environment, as soon as it has been started."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for child in psutil.Process(job.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.environ().get("RANK") == str(number):
+                    return child
+        time.sleep(0.01)
+    raise AssertionError(f"there is no rank {number}")
+
+
+def wait_for_step(place: Path, run: str, step: int, job: Any) -> None:
+    path = place / run / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (path.is_file() and f'"step": {step}' in path.read_text()):
+        assert job.poll() is None, (place / "output").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def end(place: Path, job: Any, timeout: float = 120) -> tuple[int | None, str]:
+    """The exit code, None if it has not ended, and all output."""
+    try:
+        code = job.wait(timeout)
+    except subprocess.TimeoutExpired:
+        code = None
+    return code, (place / "output").read_text()
+
+
+def close(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    for a, b in zip(one, other, strict=True):
+        for key, tolerance in (("loss", 1e-6), ("validation_loss", 1e-6), ("bits_per_byte", 1e-6), ("grad_norm", 1e-5)):
+            if key in a:
+                assert b[key] == pytest.approx(a[key], rel=tolerance)
+
+
+class TestFourProcesses:
+    def test_learn_what_one_does_and_fewer_go_on_from_their_checkpoints(self, place: Path, plmtune: Run) -> None:
+        start("run_dir=one", "runtime.strategy=auto")
+        for run, way in (("fsdp", ["fsdp"]), ("hsdp", ["hsdp", "runtime.shard_size=2"])):
+            keys = [f"runtime.strategy={way[0]}", *way[1:]]
+            four = plmtune("run", "pretrain", *SMALL, f"run_dir={run}", *keys, processes=4)
+            assert four.returncode == 0, four.stderr
+            close(metrics(place / "one"), metrics(place / run))
+            assert f"strategy: {way[0]} (" in four.stderr
+            for step in (12, 9):
+                shutil.rmtree(place / run / f"checkpoints/step-{step:08}")
+            shutil.copytree(place / run, place / f"{run}-again")
+        two = plmtune("resume", "hsdp", "runtime.strategy=fsdp", "runtime.shard_size=null", processes=2)
+        assert two.returncode == 0, two.stderr
+        assert "going on after step 6" in two.stderr
+        close(metrics(place / "one"), metrics(place / "hsdp"))
+        one = plmtune("resume", "fsdp", "runtime.strategy=auto")
+        assert one.returncode == 0, one.stderr
+        close(metrics(place / "one"), metrics(place / "fsdp"))
+
+    def test_copies_that_the_processes_do_not_make_are_refused_in_a_sentence(self, place: Path, plmtune: Run) -> None:
+        done = plmtune("run", "pretrain", *SMALL, "runtime.strategy=hsdp", processes=2)
+        assert "plmtune: strategy=hsdp: shard_size=2, the processes of this machine, makes one copy" in done.stderr
+        assert "Use strategy=fsdp" in done.stderr
+
+
+class TestADeadRank:
+    def test_restarted_workers_end_with_the_weights_of_an_undisturbed_run(self, place: Path) -> None:
+        keys = ["run", "pretrain", *SMALL, *QUIET, STEPS, "runtime.strategy=fsdp"]
+        with torchrun(place, *keys, "run_dir=whole") as job:
+            code, said = end(place, job)
+            assert code == 0, said
+        with torchrun(place, *keys, "run_dir=cut", options=("--max-restarts=1",)) as job:
+            wait_for_step(place, "cut", 12, job)
+            rank(job, 1).send_signal(signal.SIGKILL)
+            code, said = end(place, job)
+        assert code == 0, said
+        assert "going on after step" in said
+        assert weights(place / "cut") == weights(place / "whole")
+        assert metrics(place / "cut") == metrics(place / "whole")
+
+    def test_ends_the_job_at_once_and_is_named(self, place: Path) -> None:
+        with torchrun(place, "run", "pretrain", *SMALL, *QUIET, STEPS, "run_dir=cut") as job:
+            wait_for_step(place, "cut", 7, job)
+            rank(job, 1).send_signal(signal.SIGKILL)
+            killed = time.monotonic()
+            code, said = end(place, job)
+        assert code == 1, said
+        assert time.monotonic() - killed < 40  # seconds, on a machine that does other things too
+        cause = said[said.index("Root Cause") :]
+        assert re.search(r"rank +: 1 ", cause) and "Signal 9 (SIGKILL)" in cause
+        assert "pretrain.py" not in said  # no traceback of the rank that only noticed
+
+    def test_its_own_error_is_shown_with_its_traceback(self, place: Path, plmtune: Run) -> None:
+        assert plmtune("cp", "recipes/pretrain", "mine.py").returncode == 0
+        text = (place / "mine.py").read_text()
+        broken = 'if self.step == 4 and self.runtime.rank == 1:\n                    raise KeyError("of mine")\n'
+        marker = "                metrics = self.update(batches)\n"
+        assert marker in text
+        (place / "mine.py").write_text(text.replace(marker, f"                {broken}{marker}"))
+        with torchrun(place, "run", "mine.py", *SMALL, *QUIET, STEPS, "run_dir=cut") as job:
+            code, said = end(place, job)
+        assert code == 1, said
+        cause = said[said.index("Root Cause") :]
+        assert re.search(r"rank +: 1 ", cause)
+        assert 'raise KeyError("of mine")' in cause and "KeyError: 'of mine'" in cause
+
+
+class TestASilentRank:
+    @pytest.mark.slow
+    def test_is_named_by_the_others_which_end_and_say_what_they_waited_for(self, place: Path) -> None:
+        # Slow: torchrun waits 30 seconds for a stopped process before it kills it.
+        keys = ["runtime.timeout_minutes=0.1", "run_dir=cut"]
+        with torchrun(place, "run", "pretrain", *SMALL, *QUIET, STEPS, *keys) as job:
+            wait_for_step(place, "cut", 7, job)
+            rank(job, 1).send_signal(signal.SIGSTOP)
+            code, said = end(place, job)
+        assert code == 1, said
+        assert "Rank 0 waited 6 seconds (runtime.timeout_minutes) in" in said
+        assert "for rank 1, which did not answer" in said
+        assert "Traceback" in said and "recipes/pretrain.py" in said
+
+    def test_that_never_comes_is_named(self, place: Path) -> None:
+        keys = ["runtime.timeout_minutes=0.05", "run_dir=never"]
+        with torchrun(place, "run", "pretrain", *SMALL, *keys) as job:
+            rank(job, 1).send_signal(signal.SIGSTOP)  # while it imports
+            deadline, said = time.monotonic() + 60, ""
+            while "did not come" not in said and time.monotonic() < deadline:
+                said = (place / "output").read_text()
+                time.sleep(0.05)
+        assert "plmtune: The 2 processes did not find each other within 3 seconds" in said
+        assert "rank 1 did not come" in said
