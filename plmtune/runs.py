@@ -179,7 +179,6 @@ def open_run(
     Raises:
         UserError: if the run was started with another config or other data, or is in use.
     """
-    find_run(cfg, runtime)
     path = Path(cfg.run_dir) if cfg.run_dir else _fresh(cfg.name, runtime)
     cfg.run_dir = str(path)
     run = RunDirectory(path, is_main=False, lock=None)

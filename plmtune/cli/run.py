@@ -80,7 +80,8 @@ def resume(run_dir: Path, overrides: tuple[str, ...], other_data: bool, recipe_p
     _refuse_early(run_dir)
     config_is_vouched_for(run_dir)
     command = read_record(run_dir).get("command", [])
-    used = next((word for word in command[1:] if str(word).endswith(".py")), None)
+    words = [str(word) for word in command[2:]] if command[1:2] == ["run"] else []
+    used = next((word for word in words if word.endswith(".py") and "=" not in word), None)
     if used and not recipe_path:
         raise UserError(f"{run_dir} ran the recipe {used}. Go on with it: plmtune resume {run_dir} --recipe {used}")
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -104,7 +105,7 @@ def refusal(*overrides: str) -> str:
 def weights(run: Path) -> str:
     """What a run learned: hashes of parameters and moments of its newest checkpoint, random state and schedule."""
     newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
-    files = [newest / "model.safetensors", newest / "optimizer.safetensors"]
+    files = sorted(newest.glob("*.safetensors"))
     state = json.loads((newest / "state.json").read_text())
     rest = json.dumps([state["random"], state["scheduler"], state["step"]])
     return rest + "".join(xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files)
@@ -131,3 +132,25 @@ def kill_at(place: Path, step: int, run: str, *overrides: str, processes: int = 
     for pid in [*children.stdout.split(), str(process.pid)]:
         subprocess.run(["kill", "-KILL", pid], check=False, capture_output=True)
     process.wait()
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object], place: str = "update") -> None:
+    """Do something in the middle of a recipe's method, where its step is `step`."""
+    recipe = importlib.import_module("plmtune.recipes.pretrain").Pretrain
+    original = getattr(recipe, place)
+
+    def wrapped(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if self.step + (place == "update") == step:  # an update makes the step that comes next
+            act()
+        return original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(recipe, place, wrapped)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, *overrides: str) -> None:
+    """Start a run in this process and stop it after `step` by a signal."""
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as stopped:
+            start(*overrides)
+    assert stopped.value.code == 75
