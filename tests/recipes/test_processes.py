@@ -18,6 +18,17 @@ from conftest import SMALL, Run, environment, metrics, start, weights
 STEPS = "phases=[{name: main, steps: 40}]"
 QUIET = ["validation={every: 0, tokens: 100}", "checkpoint={every: 5, keep: 0}"]
 
+BREAKS = """
+whole = Pretrain.update
+
+def breaks(self, *arguments):
+    if self.step == 4 and self.runtime.rank == 1:
+        raise KeyError("of mine")
+    return whole(self, *arguments)
+
+Pretrain.update = breaks
+"""
+
 
 @contextlib.contextmanager
 def torchrun(place: Path, *arguments: str, processes: int = 2, options: tuple[str, ...] = ()) -> Iterator[Any]:
@@ -130,11 +141,8 @@ class TestADeadRank:
 
     def test_its_own_error_is_shown_with_its_traceback(self, place: Path, plmtune: Run) -> None:
         assert plmtune("cp", "recipes/pretrain", "mine.py").returncode == 0
-        text = (place / "mine.py").read_text()
-        broken = 'if self.step == 4 and self.runtime.rank == 1:\n                    raise KeyError("of mine")\n'
-        marker = "                metrics = self.update(batches)\n"
-        assert marker in text
-        (place / "mine.py").write_text(text.replace(marker, f"                {broken}{marker}"))
+        with (place / "mine.py").open("a") as recipe:
+            recipe.write(BREAKS)
         with torchrun(place, "run", "mine.py", *SMALL, *QUIET, STEPS, "run_dir=cut") as job:
             code, said = end(place, job)
         assert code == 1, said
