@@ -39,6 +39,12 @@ def scaled_gradient(factor: float) -> Fault:
 FAULTS = {"nan loss": nan_loss, "inf gradient": scaled_gradient(math.inf), "spike": scaled_gradient(1e6)}
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than these runs."""
+    monkeypatch.setattr(pretrain, "draw_curves", lambda *arguments: None)
+
+
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Tensor]]:
     """Put a fault into one micro-batch of some steps (from 1); gives the tokens of those micro-batches."""
@@ -181,7 +187,7 @@ def faulty(*, steps: list[int] = [5, 8, 9, 10], rank: str = "1"):
 
 
 class TestCommandLine:
-    @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+    @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
     def test_a_fault_on_one_rank_is_skipped_by_both_and_stops_both(
         self, place: Path, plmtune: Run, strategy: str
     ) -> None:
