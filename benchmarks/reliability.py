@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from side_by_side import machine
-from trials import damage, saves, stops
+from trials import damage, disks, saves, stops
 from trials.place import Place
 from trials.tally import Tally, table
 
@@ -29,17 +29,23 @@ Trial = Callable[[Place, int, random.Random], Tally]
 
 @dataclass(frozen=True)
 class Bar:
-    """A trial with how often it is made, in full and with --quick."""
+    """A trial with how often it is made, in full and with --quick, and whether it can be made here."""
 
     trial: Trial
     full: int
     quick: int
+    possible: Callable[[], bool] = lambda: True
 
 
 BARS = {
     "kill": [Bar(stops.killed, 10, 3)],
     "save": [Bar(saves.killed_while_saving, 200, 10)],
     "flip": [Bar(damage.flipped, 100, 10), Bar(damage.flipped_command, 2, 1)],
+    "disk": [
+        Bar(disks.limited, 5, 1),
+        Bar(disks.full, 10, 2, disks.can_mount),
+        Bar(disks.full_metrics, 5, 1, disks.can_mount),
+    ],
     "signal": [Bar(stops.signalled, 10, 1), Bar(stops.signalled_twice, 5, 1)],
     "lock": [Bar(stops.locked, 5, 1), Bar(stops.started_together, 10, 2)],
 }
@@ -60,6 +66,9 @@ def main() -> None:
         place = Place(Path(directory) / "place")
         for name in chosen:
             for bar in BARS[name]:
+                if not bar.possible():
+                    print(f"{name}: no small disk can be mounted here; left out", file=sys.stderr)
+                    continue
                 count = bar.quick if options.quick else bar.full
                 tallies.append(bar.trial(place, count, random.Random(f"{options.seed} {name}")))
                 if options.json:  # after each bar: a long trial that is broken off has shown something

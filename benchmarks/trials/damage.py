@@ -75,7 +75,7 @@ def flipped(place: Place, count: int, generator: random.Random) -> Tally:
                 except Exception as error:  # a traceback is what a person must not see
                     complaints = [f"{type(error).__name__}: {error}"]
             tally.add(how, complaints)
-        tally.where[f"{path.parent.name}/{path.name}"] += count
+        tally.saw(f"{path.parent.name}/{path.name}", count)
     return tally
 
 

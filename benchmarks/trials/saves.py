@@ -124,7 +124,7 @@ def killed_while_saving(place: Place, count: int, generator: random.Random) -> T
         directory = root / f"{number // FRESH}"
         background, twice = number % 2 == 0, number % 3 == 2
         before, saved = _kill_one(directory, background, twice, generator.uniform(0, 2.5 * length))
-        tally.where[_phase(directory)] += 1
+        tally.saw(_phase(directory))
         complaints = []
         for step in steps(directory):
             try:

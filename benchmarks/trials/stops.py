@@ -70,8 +70,8 @@ def _kill(job: Job, run: Path, tally: Tally) -> list[str]:
         return [f"it had ended with {code} before it could be killed"]
     step, saved = last_step(run), newest_step(run)
     saving = any((run / "checkpoints").glob(".tmp-*"))
-    tally.where["killed during a save" if saving else "killed between saves" if step else "killed before a step"] += 1
-    tally.figures["steps repeated, at most"] = max(tally.figures.get("steps repeated, at most", 0), step - saved)
+    tally.saw("killed during a save" if saving else "killed between saves" if step else "killed before a step")
+    tally.at_most("steps repeated", step - saved)
     return []
 
 
@@ -122,8 +122,7 @@ def signalled_twice(place: Place, count: int, generator: random.Random) -> Tally
         began = time.perf_counter()
         job.send(second)
         complaints = [] if (code := job.wait()) == 128 + second else [f"exit code {code}"]
-        took = time.perf_counter() - began
-        tally.figures["seconds to the end, at most"] = max(tally.figures.get("seconds to the end, at most", 0), took)
+        tally.at_most("seconds to the end", time.perf_counter() - began)
         code, said = place.run("resume", name)
         complaints += [f"resume ended with {code}: {said[-500:]}"] if code else differing(run, expected)
         tally.add(f"{first.name}, then {second.name}", complaints)
@@ -147,9 +146,7 @@ def locked(place: Place, count: int, generator: random.Random, *, fork: bool = F
             start = time.perf_counter()
             code, said = place.run(*words, fork=fork)
             took = time.perf_counter() - start
-            tally.figures[f"seconds to the refusal of {words[0]}, at most"] = max(
-                tally.figures.get(f"seconds to the refusal of {words[0]}, at most", 0), took
-            )
+            tally.at_most(f"seconds to the refusal of {words[0]}", took)
             if code != 2 or f"{name} is in use by process {holder.pid}" not in said:
                 complaints.append(f"a second {words[0]} ended with {code}: {said[-300:]}")
         step = last_step(run)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,8 +16,8 @@ class Tally:
         name: what is tried.
         looked_at: what each trial compares.
         failures: a sentence for each trial that did not pass.
-        where: how often something happened at some place or time, for the reader.
-        figures: measured numbers.
+        where: how often something was seen.
+        figures: what was measured.
     """
 
     name: str
@@ -27,7 +26,7 @@ class Tally:
     passed: int = 0
     seconds: float = 0.0
     failures: list[str] = field(default_factory=list)
-    where: Counter[str] = field(default_factory=Counter)
+    where: dict[str, int] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -42,6 +41,14 @@ class Tally:
         self.seconds = time.perf_counter() - self._began
         print(f"{self.name}: {self.passed} of {self.tried}", file=sys.stderr, flush=True)
 
+    def saw(self, what: str, times: int = 1) -> None:
+        """Count something that is no trial's result."""
+        self.where[what] = self.where.get(what, 0) + times
+
+    def at_most(self, what: str, figure: float) -> None:
+        """Keep the largest figure."""
+        self.figures[f"{what}, at most"] = max(self.figures.get(f"{what}, at most", figure), figure)
+
     @property
     def all_passed(self) -> bool:
         return self.passed == self.tried > 0
@@ -53,7 +60,7 @@ def table(tallies: Iterable[Tally]) -> str:
     notes = []
     for tally in tallies:
         lines.append(f"| {tally.name} | {tally.tried} | {tally.passed} | {tally.seconds:.0f} | {tally.looked_at} |")
-        seen = [f"{place} {count}" for place, count in tally.where.most_common()]
+        seen = [f"{place} {count}" for place, count in sorted(tally.where.items(), key=lambda item: -item[1])]
         seen += [f"{what} {figure:.3g}" for what, figure in tally.figures.items()]
         if seen:
             notes.append(f"* {tally.name}: {'; '.join(seen)}.")
