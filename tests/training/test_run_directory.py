@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
 from plmtune.errors import UserError
-from plmtune.training.run_directory import EXIT_STOPPED, RunDirectory
+from plmtune.training import manifest
+from plmtune.training.run_directory import EXIT_STOPPED, RunDirectory, config_is_vouched_for, refuse_if_in_use
 
 
 def create(path: Path, **keys) -> RunDirectory:
@@ -39,6 +43,21 @@ class TestCreate:
         with pytest.raises(UserError, match=r"file/run cannot be used as a run directory"):
             create(tmp_path / "file" / "run")
 
+    def test_a_disk_that_is_full_leaves_nothing_of_it(self, tmp_path, monkeypatch):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "notes.txt").touch()
+
+        def full(path: Path, text: str) -> None:
+            if path.name == "config.yaml":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            path.write_text(text)
+
+        monkeypatch.setattr(manifest, "write_text", full)
+        for name in ("run", "mine"):
+            with pytest.raises(UserError, match=f"{name} cannot be used as a run directory: No space left"):
+                create(tmp_path / name)
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "notes.txt"]
+
     def test_other_ranks_write_nothing(self, tmp_path):
         with create(tmp_path / "run", is_main=False) as run:
             run.update(x=1)
@@ -52,10 +71,14 @@ class TestCreate:
 
 
 class TestOpen:
-    def test_counts_another_attempt(self, tmp_path):
+    def test_notes_each_attempt_and_what_it_changes(self, tmp_path):
         create(tmp_path).close()
-        with RunDirectory.open(tmp_path) as run:
-            assert run.record()["attempts"] == 2
+        with RunDirectory.open(tmp_path, changed={"seed": [1, 2]}) as run:
+            run.note(step=7)
+            first, second = run.record()["attempts"]
+        assert first["pid"] == second["pid"] == os.getpid()
+        assert "changed" not in first and "step" not in first
+        assert (second["changed"], second["step"]) == ({"seed": [1, 2]}, 7)
 
     def test_what_a_killed_process_half_wrote_is_removed(self, tmp_path):
         create(tmp_path).close()
@@ -90,6 +113,34 @@ class TestStatus:
         with RunDirectory.open(tmp_path) as run:
             assert run.record()["status"] == "running"
 
+    def test_an_error_is_not_hidden_by_a_record_that_cannot_be_written(self, tmp_path, monkeypatch):
+        def full(path: Path, text: str) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with pytest.raises(UserError, match="the first"), create(tmp_path):
+            monkeypatch.setattr(manifest, "write_text", full)
+            raise UserError("the first")
+        with pytest.raises(UserError, match="No space left"):
+            RunDirectory.open(tmp_path)
+
+
+class TestConfig:
+    def test_a_run_vouches_for_its_own(self, tmp_path):
+        create(tmp_path).close()
+        assert config_is_vouched_for(tmp_path)
+
+    def test_one_that_was_changed_is_refused_with_both_hashes(self, tmp_path):
+        create(tmp_path).close()
+        (tmp_path / "config.yaml").write_text("seed: 2\n")
+        with pytest.raises(UserError, match=rf"config.yaml is not what.*{manifest.digest(tmp_path / 'config.yaml')}"):
+            config_is_vouched_for(tmp_path)
+
+    @pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000, b'{"status": "running"}'])
+    def test_a_record_that_says_nothing_vouches_for_nothing(self, tmp_path, text):
+        create(tmp_path).close()
+        (tmp_path / "run.json").write_bytes(text)
+        assert not config_is_vouched_for(tmp_path)
+
 
 class TestLock:
     def test_a_second_process_is_refused_by_the_first_ones_number(self, tmp_path):
@@ -117,6 +168,28 @@ class TestLock:
         child.send_signal(signal.SIGKILL)
         child.communicate()
         RunDirectory.open(tmp_path).close()
+
+    def test_who_only_looks_keeps_nobody_out(self, tmp_path):
+        refuse_if_in_use(tmp_path)  # nothing is there
+        create(tmp_path).close()
+        before = sorted(tmp_path.iterdir())
+        refuse_if_in_use(tmp_path)
+        assert sorted(tmp_path.iterdir()) == before
+        looking = (tmp_path / "lock").open()
+        fcntl.flock(looking, fcntl.LOCK_SH)  # as one that looks does, for a moment
+        Timer(0.1, looking.close).start()
+        with RunDirectory.open(tmp_path), pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
+            refuse_if_in_use(tmp_path)
+
+    def test_a_lock_that_was_removed_is_not_held(self, tmp_path):
+        """Who waits for the lock of a run that cannot begin, and is removed, must not think that it has it."""
+        create(tmp_path).close()
+        stale = (tmp_path / "lock").open()
+        (tmp_path / "lock").unlink()
+        fcntl.flock(stale, fcntl.LOCK_EX)
+        with RunDirectory.open(tmp_path), pytest.raises(UserError, match="in use"):
+            RunDirectory.open(tmp_path)
+        stale.close()
 
     def test_closing_gives_it_back(self, tmp_path):
         create(tmp_path).close()
