@@ -139,9 +139,7 @@ class Runtime:
                 layer.compile()
         return distributed.wrap(model, self.strategy, self.mesh, self.compute_dtype)
 
-    def accumulate(
-        self, trained: nn.Module, *, first: bool = True, last: bool
-    ) -> contextlib.AbstractContextManager[None]:
+    def accumulate(self, trained: nn.Module, *, first: bool, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around the forward of a micro-batch, the first and the last of a step told: ranks exchange gradients only
         for the last, and FSDP2 gathers parameters only for the first.
         """

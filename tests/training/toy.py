@@ -60,7 +60,7 @@ def train_step(
     (num_valid,) = runtime.sum(sum((targets[i] != -100).sum() for i in mine))
     total = torch.zeros((), dtype=torch.float64)
     for i in mine:
-        with runtime.accumulate(trained, last=i == mine[-1]), runtime.autocast():
+        with runtime.accumulate(trained, first=i == mine[0], last=i == mine[-1]), runtime.autocast():
             hidden = trained(tokens[i], hidden=True)
             logits = hidden.flatten(0, 1) @ model.head_weight.T
             loss = F.cross_entropy(logits.float(), targets[i].flatten(), reduction="sum", ignore_index=-100)
