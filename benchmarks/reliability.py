@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from side_by_side import machine
-from trials import damage, disks, saves, stops
+from trials import damage, disks, ranks, saves, stops
 from trials.place import Place
 from trials.tally import Tally, table
 
@@ -47,6 +47,7 @@ BARS = {
         Bar(disks.full_metrics, 5, 1, disks.can_mount),
     ],
     "signal": [Bar(stops.signalled, 10, 1), Bar(stops.signalled_twice, 5, 1)],
+    "ranks": [Bar(ranks.killed_rank, 5, 1)],
     "lock": [Bar(stops.locked, 5, 1), Bar(stops.started_together, 10, 2)],
 }
 

@@ -12,12 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from plmtune.errors import UserError
-from plmtune.training import manifest
-from plmtune.training.checkpoint import step_path, steps
+from plmtune.training.checkpoint import step_path
 from plmtune.training.run_directory import read_record
 
-from .place import SMALL, Job, Place, differing, last_step, left_behind, newest_step, outcome
+from .place import SMALL, Job, Place, differing, last_step, left_behind, newest_step, outcome, torn
 from .tally import Tally
 
 UNLIMITED = resource.RLIM_INFINITY
@@ -100,7 +98,7 @@ def full_metrics(place: Place, count: int, generator: random.Random) -> Tally:
             last, saved = last_step(run), newest_step(run)
             if saved < last:
                 complaints.append(f"step {last} was logged, and step {saved} saved")
-            complaints += [*_torn(run), *left_behind(run)]
+            complaints += [*torn(run / "checkpoints"), *left_behind(run)]
             (disk / "ballast").unlink()
             code, said = place.run("resume", str(run))
             lines = [json.loads(expected["metrics"]), json.loads(outcome(run)["metrics"])]
@@ -159,14 +157,4 @@ def _ended(job: Job, run: Path, reason: str) -> list[str]:
         complaints.append(f"a traceback: {said[-300:]}")
     if (status := read_record(run).get("status")) != "failed":
         complaints.append(f"run.json says {status}, not failed")
-    return [*complaints, *_torn(run), *left_behind(run)]
-
-
-def _torn(run: Path) -> list[str]:
-    complaints = []
-    for step in steps(run / "checkpoints"):
-        try:
-            manifest.verify(step_path(run / "checkpoints", step))
-        except UserError as error:
-            complaints.append(str(error))
-    return complaints
+    return [*complaints, *torn(run / "checkpoints"), *left_behind(run)]

@@ -16,7 +16,9 @@ from pathlib import Path
 import xxhash
 
 from plmtune.cli import main as plmtune
-from plmtune.training.checkpoint import newest_whole, steps
+from plmtune.errors import UserError
+from plmtune.training import manifest
+from plmtune.training.checkpoint import newest_whole, step_path, steps
 from plmtune.training.metrics import read, without_timing
 from plmtune.training.run_directory import read_record
 
@@ -218,6 +220,17 @@ def left_behind(run: Path) -> list[str]:
     """Complaints about anything half-finished among a run's files."""
     stray = [path for directory in (run, run / "checkpoints") for path in directory.glob(".*")]
     return [f"{path.name} was left behind" for path in stray]
+
+
+def torn(checkpoints: Path) -> list[str]:
+    """Complaints about checkpoints that have their name and are not whole."""
+    complaints = []
+    for step in steps(checkpoints):
+        try:
+            manifest.verify(step_path(checkpoints, step))
+        except UserError as error:
+            complaints.append(f"torn under its own name: {error}")
+    return complaints
 
 
 def newest_step(run: Path) -> int:

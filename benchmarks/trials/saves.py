@@ -18,10 +18,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from plmtune.errors import UserError
-from plmtune.training import manifest
 from plmtune.training.checkpoint import Checkpoints, step_path, steps
 
-from .place import FORKS, Place
+from .place import FORKS, Place, torn
 from .tally import Tally
 
 WIDTH, LAYERS = 1024, 3  # 12 MiB of weights, 24 MiB of moments
@@ -125,12 +124,7 @@ def killed_while_saving(place: Place, count: int, generator: random.Random) -> T
         background, twice = number % 2 == 0, number % 3 == 2
         before, saved = _kill_one(directory, background, twice, generator.uniform(0, 2.5 * length))
         tally.saw(_phase(directory))
-        complaints = []
-        for step in steps(directory):
-            try:
-                manifest.verify(step_path(directory, step))
-            except UserError as error:
-                complaints.append(f"under its own name there is a torn checkpoint: {error}")
+        complaints = torn(directory)
         reader.checkpoints = Checkpoints(directory, keep=KEEP)
         complaints += [f"{path.name} was left behind" for path in directory.glob(".*")]
         try:
