@@ -212,7 +212,9 @@ def _reopen(cfg: Any, path: Path, data: Mapping[str, str], saved: Mapping[str, A
             )
         else:
             log.warning("%s is missing or damaged: the checkpoint says what the run began with.", path / RECORD)
-    before = read_record(path).get("data", saved.get("data", data))
+    # Either witness will do: what the checkpoint saw, or what the latest attempt was told to go on with.
+    known = [saw for saw in (read_record(path).get("data"), saved.get("data")) if isinstance(saw, dict)]
+    before = data if data in known or not known else known[0]
     if not cfg.other_data:
         refuse_other_data(path, before, data)
     elif changed := changed_data(before, data):
