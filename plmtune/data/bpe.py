@@ -39,8 +39,8 @@ COMPLETE_PATTERNS = frozenset({GPT2_PATTERN, DIGITS_GPT2_PATTERN, QWEN2_PATTERN,
 
 CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SINGLE_BYTES = tuple(bytes([value]) for value in range(256))
-MAX_ID = 1 << 24  # a hostile id would size the tables; the largest public vocabularies stay below 2**19
-MAX_FILE_BYTES = 256 << 20
+MAX_ID = 1 << 19  # a hostile id would size the tables; the largest public vocabularies have half as many
+MAX_FILE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)

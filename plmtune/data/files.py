@@ -6,6 +6,7 @@ import codecs
 import glob
 import json
 from collections.abc import Iterator
+from operator import methodcaller
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,12 @@ _CHUNK = 1 << 20
 # Larger files are known by size, time and both ends: reading hundreds of gigabytes to find that nothing
 # changed would cost more than it saves.
 _HASHED_WHOLE = 256 << 20
+# A row, or a document of a packed file, is held in memory several times over.
+_MAX_ROW = 16 << 20
+_MAX_DOCUMENT = 64 << 20
+_MAX_BRACKETS = 1 << 20  # each takes 25 times its text in memory
+# Text packs to a tenth; a file of a few bytes that unpacks without an end is made to fill memory or disk.
+_MAX_RATIO = 200
 
 
 def read_bytes(path: Path) -> Iterator[bytes]:
@@ -45,12 +52,23 @@ def read_bytes(path: Path) -> Iterator[bytes]:
 
         # pyarrow finds truncated streams, which the zstandard package's reader passes over in silence
         with pyarrow.input_stream(str(path), compression=compression) as stream:
+            unpacked = 0
             while chunk := stream.read(_CHUNK):
+                unpacked += len(chunk)
+                _check_ratio(path, unpacked)
                 yield chunk
     except OSError as error:
         if compression is None or error.errno is not None:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
         raise UserError(f"{path} is damaged or not {compression}: {error}. Fetch or compress it again") from error
+
+
+def _check_ratio(path: Path, unpacked: int) -> None:
+    if unpacked > _MAX_DOCUMENT and unpacked > _MAX_RATIO * (packed := path.stat().st_size):
+        raise UserError(
+            f"{path} has {packed:,} bytes and unpacks to more than {unpacked:,}: text does not pack to less than one "
+            f"part in {_MAX_RATIO}. Unpack it yourself if you trust it"
+        )
 
 
 def read_text(path: Path, encoding: str) -> Iterator[str]:
@@ -82,16 +100,23 @@ def _wrong_encoding(path: Path, encoding: str, offset: int, error: UnicodeDecode
     )
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
-    """Read a file line by line, without the line ends."""
+def read_lines(path: Path) -> Iterator[bytes | None]:
+    """Read a file line by line, without the line ends; None stands for a line that is too long to hold."""
     parts: list[bytes] = []  # of the line being read, joined once, so that a very long line stays linear
+    held = 0
     for chunk in read_bytes(path):
-        head, *others = chunk.split(b"\n")
-        parts.append(head)
-        if others:
-            yield b"".join(parts)
-            yield from others[:-1]
-            parts = [others[-1]]
+        *ended, rest = chunk.split(b"\n")
+        if ended:
+            if held <= _MAX_ROW:
+                yield b"".join([*parts, ended[0]])
+            yield from ended[1:]
+            parts, held = [], 0
+        if held <= _MAX_ROW < held + len(rest):
+            yield None  # said once; the rest of the line is passed over
+            parts = []
+        held += len(rest)
+        if held <= _MAX_ROW:
+            parts.append(rest)
     if any(parts):
         yield b"".join(parts)
 
@@ -148,6 +173,20 @@ def _nearest(name: str, known: list[str]) -> str:
     return hint if hint.endswith("?") else ""  # a folder's whole list of names would hide the message
 
 
+def _bounded(path: Path, pieces: Iterator[str], separator: str | None) -> Iterator[str]:
+    """Pass on what is unpacked, until a document of it outgrows what a packed file may hold."""
+    held = 0
+    for piece in pieces:
+        at = piece.rfind(separator) if separator else -1
+        held = held + len(piece) if at < 0 else len(piece) - at
+        if held > _MAX_DOCUMENT:
+            raise UserError(
+                f"{path} unpacks to a document of more than {_MAX_DOCUMENT:,} characters. Unpack it, or cut it into "
+                "documents with separator (--separator)"
+            )
+        yield piece
+
+
 class Files(Source):
     """See `files`."""
 
@@ -199,6 +238,8 @@ class Files(Source):
 
     def _read_text(self, path: Path) -> Iterator[str]:
         pieces = read_text(path, self.encoding)
+        if path.suffix.lower() in _COMPRESSION:
+            pieces = _bounded(path, pieces, self.separator)
         if self.separator is None:
             yield "".join(pieces)
             return
@@ -210,11 +251,17 @@ class Files(Source):
 
     def _read_jsonl(self, path: Path) -> Iterator[tuple[str, str | BadRow]]:
         for number, line in enumerate(read_lines(path), 1):
+            if line is None:
+                yield f"line {number}", BadRow(f"has more than the {_MAX_ROW:,} bytes that a row can have")
+                continue
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark, as Windows editors write
             if not line.strip():
                 continue
             place = f"line {number}"
+            if len(line) > _MAX_BRACKETS and line.count(b"[") + line.count(b"{") > _MAX_BRACKETS:
+                yield place, BadRow(f"has more than {_MAX_BRACKETS:,} brackets")
+                continue
             try:
                 yield place, text_of(json.loads(line.decode(self.encoding)), self.text_key)
             except BadRow as error:
@@ -243,11 +290,22 @@ class Files(Source):
                         f"{path} has no column {self.text_key}, only {', '.join(names)}."
                         f"{_nearest(self.text_key, names)} Choose one with text_key (--text-key)"
                     )
-                number = 0
+                kind, metadata = file.schema_arrow.field(self.text_key).type, file.metadata
+            for group in range(metadata.num_row_groups):
+                columns = (metadata.row_group(group).column(index) for index in range(metadata.num_columns))
+                _check_ratio(path, sum(c.total_uncompressed_size for c in columns if c.path_in_schema == self.text_key))
+            # Read as it is stored: a text that stands there once for all rows is not repeated in memory.
+            text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+            with parquet.ParquetFile(path, read_dictionary=[self.text_key] if text else None) as file:
+                number = unpacked = 0
                 for batch in file.iter_batches(batch_size=1024, columns=[self.text_key]):
-                    for value in batch.column(0).to_pylist():
+                    for value in map(methodcaller("as_py"), batch.column(0)):
                         number += 1
+                        unpacked += len(value) if isinstance(value, str) else 0
+                        _check_ratio(path, unpacked)
                         try:
+                            if isinstance(value, str) and len(value) > _MAX_ROW:
+                                raise BadRow(f"has more than the {_MAX_ROW:,} characters that a row can have")
                             yield f"row {number}", text_of({self.text_key: value}, self.text_key)
                         except BadRow as error:
                             yield f"row {number}", error
@@ -306,7 +364,7 @@ def files(
     if not paths:
         raise UserError("data files: paths is empty. Name files, folders or globs, such as data.paths=[corpus/*.txt]")
     try:
-        codecs.lookup(encoding)
+        "".encode(encoding)  # not codecs.lookup: some codecs make bytes of bytes, such as zip
     except LookupError as error:
         raise ValueError(f"encoding {encoding!r} is unknown to Python; utf-8, latin-1, gb18030 are known") from error
     if separator == "":

@@ -7,6 +7,7 @@ other ids than the `tokenizers` library is refused, by the name of the feature.
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from typing import Any
 
@@ -27,6 +28,15 @@ from plmtune.errors import UserError
 
 # Bytes that UTF-8 never uses: a vocabulary may lack them.
 NEVER_IN_UTF8 = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
+# Far above any real tokenizer, far below what would hurt. Merges are checked cut by cut, added tokens sought at once.
+_MAX_VALUES = 3 << 20
+_MAX_MERGES = 1 << 20
+_MAX_ADDED = 1 << 14
+_MAX_TOKEN_CHARS = 1 << 10
+_MAX_CHARS = 16 << 20
+_MAX_PATTERN_CHARS = 1 << 12
+_MAX_REPEATS = 1_000
+_COUNTED = regex.compile(r"\{([0-9]{1,9}),?([0-9]{0,9})")
 _NOT_SHARED = regex.compile(r"\\[wWbBhHAzZGRXKkQEuoc0-9]|(?<!\\)[$^]|\{[0-9,]+\}\+|&&|\[:|\(\?[<P]*[A-Za-z_]+>")
 
 
@@ -58,6 +68,10 @@ def to_chars(token: bytes) -> str:
 
 
 def load_json(data: bytes, where: str) -> Any:
+    # A list of empty lists takes 25 times its text in memory.
+    values = sum(map(data.count, (b",", b"[", b"{")))
+    if values > _MAX_VALUES:
+        raise UserError(f"{where} holds about {values:,} values; a tokenizer has at most {_MAX_VALUES:,}.")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -80,6 +94,14 @@ def check_pattern(pattern: str, where: str) -> None:
 
     Their ``\w``, ``\b``, ``\h``, ``^`` and ``$`` differ, and ``{1,3}+`` is possessive only in one.
     """
+    if len(pattern) > _MAX_PATTERN_CHARS:
+        raise UserError(
+            f"{where}: the pre-tokenizer's pattern has {len(pattern):,} of {_MAX_PATTERN_CHARS:,} characters."
+        )
+    # Engines write a{9} out as aaaaaaaaa, and one such in another multiplies: five of {999} take all memory.
+    bounds = [max(int(low), int(high or 0), 1) for low, high in _COUNTED.findall(pattern)]
+    if math.prod(bounds) > _MAX_REPEATS:
+        raise UserError(f"{where}: the pre-tokenizer's pattern repeats parts of it more than {_MAX_REPEATS:,} times.")
     bare = regex.sub(r"\[\^", "[", pattern)  # the ^ of a class is no anchor
     found = _NOT_SHARED.search(bare)
     if found:
@@ -142,7 +164,12 @@ def _added_tokens(
 ) -> tuple[dict[str, int], dict[str, int]]:
     specials: dict[str, int] = {}
     added: dict[str, int] = {}
-    for entry in entries or []:
+    entries = entries or []
+    if not isinstance(entries, list):
+        raise UserError(f"{where}: added_tokens must be a list.")
+    if len(entries) > _MAX_ADDED:
+        raise UserError(f"{where} has {len(entries):,} added tokens; at most {_MAX_ADDED:,} are possible.")
+    for entry in entries:
         content, identity = (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
         if not isinstance(content, str) or not content or not isinstance(identity, int):
             raise UserError(f"{where}: an entry of added_tokens lacks its content or id.")
@@ -184,6 +211,16 @@ def _check_model(model: Any, where: str) -> dict[str, Any]:
     vocab, merges = model.get("vocab"), model["merges"]
     if not isinstance(vocab, dict) or not vocab or not isinstance(merges, list):
         raise UserError(f"{where}: model.vocab must be a table of ids and model.merges a list.")
+    if len(model["merges"]) > _MAX_MERGES or len(vocab) > MAX_ID:
+        raise UserError(
+            f"{where}: {len(vocab):,} tokens and {len(model['merges']):,} merges are more than the {MAX_ID:,} and "
+            f"{_MAX_MERGES:,} possible."
+        )
+    if max(map(len, vocab)) > _MAX_TOKEN_CHARS or sum(map(len, vocab)) > _MAX_CHARS:
+        raise UserError(
+            f"{where}: its tokens have {sum(map(len, vocab)):,} characters, the longest {max(map(len, vocab)):,}; "
+            f"at most {_MAX_CHARS:,} and {_MAX_TOKEN_CHARS:,} are possible."
+        )
     ids = list(vocab.values())
     if not all(type(identity) is int and 0 <= identity < MAX_ID for identity in ids):
         raise UserError(f"{where}: model.vocab must give ids from 0 to {MAX_ID - 1}.")

@@ -48,6 +48,8 @@ _NO_SPECIAL = "\x00plmtune\x00"
 # these, white space with a newline in it always ends a piece at its last newline.
 _CUT = re.compile(r"\n(?=[A-Za-z])")
 _CUTTABLE = frozenset({QWEN2_PATTERN, LLAMA3_PATTERN})
+# Far beyond any pattern that does not multiply its own tries, on any machine.
+_PATTERN_SECONDS = 30
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 
 # PLM's embedding has more rows than Qwen2 has tokens; known without the file, for a dry run.
@@ -268,10 +270,17 @@ class Tokenizer:
     def _encode_by_piece(self, text: str) -> Ids:
         """The slow way, exact for every text."""
         ranks: list[int] = []
-        for found in regex.finditer(_complete(self.vocabulary.pattern), text):
-            piece = found.group().encode().translate(None, self._lacking)
-            if piece:
-                ranks += self._bpe._encode_single_piece(piece)
+        try:
+            seconds = _PATTERN_SECONDS + len(text) / 10_000
+            for found in regex.finditer(_complete(self.vocabulary.pattern), text, timeout=seconds):
+                piece = found.group().encode().translate(None, self._lacking)
+                if piece:
+                    ranks += self._bpe._encode_single_piece(piece)
+        except TimeoutError as error:
+            raise UserError(
+                f"the tokenizer's pattern {self.vocabulary.pattern!r:.80} does not come to an end on a text of "
+                f"{len(text):,} characters. Use a tokenizer with a simpler one."
+            ) from error
         return np.array(ranks, dtype=np.uint32)
 
 
@@ -349,6 +358,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 def _read(path: Path, pattern: str = QWEN2_PATTERN, normalization: Normalization | None = "NFC") -> Tokenizer:
     path = path.expanduser()
     if path.is_dir():
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
+            if (path / name).resolve().parent != path.resolve():
+                raise UserError(f"{path / name} is a link to a place outside of {path}. Copy the file into it.")
         whole = path / "tokenizer.json"
         held = [whole] if whole.is_file() else sorted(path.glob("*.tiktoken"))
         if len(held) != 1:

@@ -21,8 +21,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
-# Far above any real file of this kind, far below what would hurt.
-_MAX_JSON_BYTES = 64 * 2**20
+# Far above any real file of this kind, far below what would hurt: JSON's lists take 25 times their text in memory.
+_MAX_JSON_BYTES = 4 * 2**20
+_MAX_HEADER_BYTES = 8 * 2**20
 
 
 def locate(directory: Path, stem: str = "model") -> dict[str, Path]:
@@ -122,6 +123,10 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
 def opened_weights(path: Path) -> Iterator[Any]:
     """Map a safetensors file: only its header is read, and one that is absurd or overlaps is refused."""
     try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > _MAX_HEADER_BYTES:
+            raise SafetensorError(f"a header of {length:,} bytes, of at most {_MAX_HEADER_BYTES:,}")
         with safe_open(path, framework="pt") as opened:
             yield opened
     except (SafetensorError, OSError) as error:
@@ -140,15 +145,27 @@ def checkpoint_directory(path: str | Path) -> Path:
     if _exists(path / CONFIG):
         return path
     checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    latest = checkpoints / "latest"
-    name = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
     # A name only, of a directory that is there: `latest` is written after its checkpoint and may be lost.
-    if name.startswith("step-") and Path(name).name == name and (checkpoints / name).is_dir():
+    name = _read_start(checkpoints / "latest")
+    if name.startswith("step-") and Path(name).name == name and _stays_inside(checkpoints / name):
         return checkpoints / name
-    steps = {int(p.name.removeprefix("step-")): p for p in checkpoints.glob("step-*") if p.name[5:].isdecimal()}
+    found = (path for path in checkpoints.glob("step-*") if path.name[5:].isdecimal() and _stays_inside(path))
+    steps = {int(path.name[5:25]): path for path in found}
     if not steps:
         raise UserError(f"{path} holds neither {CONFIG} nor checkpoints (step-00000500, ...).")
     return steps[max(steps)]
+
+
+def _read_start(path: Path) -> str:
+    if path.is_symlink() or not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return file.read(80).decode("utf-8", errors="replace").strip()
+
+
+def _stays_inside(path: Path) -> bool:
+    """Whether this is a directory where it seems to be, and not a link to another place."""
+    return path.is_dir() and path.resolve().parent == path.parent.resolve()
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
