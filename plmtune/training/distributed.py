@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 import traceback
+import uuid
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +32,10 @@ Strategy = Literal["none", "ddp", "fsdp", "hsdp"]
 # Seconds that a rank whose exchange failed waits for the others to say that theirs failed too.
 ROLL_CALL = 3.0
 
+ROUND = "plmtune"  # the key of torchrun's store that names the round, see _meet
+
 _store: dist.Store | None = None  # where ranks leave notes for each other while no exchange works
+_restarted = False
 
 
 def environment() -> tuple[int, int, int]:
@@ -48,35 +52,62 @@ def start_process_group(device: torch.device, timeout: timedelta) -> None:
     Raises:
         UserError: if a process does not come within `timeout`.
     """
-    global _store
-    _store = None
+    global _store, _restarted
     cuda = device.type == "cuda"
     rank, _, world = environment()
     try:
-        # Made here and not by init_process_group, so that who came can be asked when somebody did not.
         store, *_ = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
-        # torchrun's store outlives its workers: those that it starts again must not find the dead ones' addresses.
-        store = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world}", store)
-        _store = dist.PrefixStore("notes", store)
-        _store.set(f"here/{rank}", "")
-        _store.wait([f"here/{other}" for other in range(world)], timeout)
+        _restarted = "TORCHELASTIC_RUN_ID" in os.environ and store.check([ROUND])
+        _store = _meet(store, rank, world, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=dist.PrefixStore("group", store),
+            store=_store,
             rank=rank,
             world_size=world,
             timeout=timeout,
             device_id=device if cuda else None,
         )
     except (RuntimeError, ValueError) as error:
-        absent = _store and [other for other in range(world) if not _store.check([f"here/{other}"])]
+        # Errors of torch's store go on for lines.
         raise UserError(
             f"The {world} processes did not find each other within {timeout.total_seconds():g} seconds "
             f"(runtime.timeout_minutes) at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: "
-            + (f"{_ranks(absent)} did not come" if absent else str(error).split(chr(10))[0].rstrip("."))
-            + ". Start all of them with torchrun, and look for the error of the one that is missing."
+            f"{str(error).splitlines()[0].rstrip('.')}. "
+            "Start all of them with torchrun, and look for the error of the one that is missing."
         ) from error
+
+
+def _meet(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.Store:
+    """A part of `store` for these processes alone.
+
+    torchrun's store outlives its workers, and nothing that workers are told says how often all of them were started:
+    each machine counts its own failures. So rank 0 gives each round a name, and the others wait until rank 0 has seen
+    them under that name.
+
+    Raises:
+        RuntimeError: naming who did not come.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    places, round_ = [f"here/{other}" for other in range(world)], None
+    if rank == 0:
+        store.set(ROUND, mine)
+    while time.monotonic() < deadline:
+        if store.check([ROUND]):  # it may name an earlier round, as long as rank 0 is not there
+            round_ = dist.PrefixStore(store.get(ROUND).decode(), store)
+            round_.set(places[rank], mine)
+            if rank == 0 and round_.check(places):
+                round_.set("all", " ".join(round_.get(place).decode() for place in places))
+            if round_.check(["all"]) and mine in round_.get("all").decode().split():
+                return round_
+        time.sleep(0.05)
+    absent = [other for other in range(world) if round_ and not round_.check([places[other]])]
+    raise RuntimeError(f"{_ranks(absent or [0])} did not come")
+
+
+def restarted() -> bool:
+    """On rank 0, whether torchrun started these processes in the place of others that it had started."""
+    return _restarted
 
 
 def is_distributed() -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -221,14 +223,44 @@ class TestStart:
 
         return put
 
-    def test_those_who_did_not_come_are_named(self, place):
+    @pytest.fixture
+    def store(self, place: Callable[..., None]) -> dist.Store:
+        """As torchrun keeps it, for workers that it may start again and again."""
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        place(MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=1)  # by torchrun
-        dist.PrefixStore("1/4/notes", store).set("here/2", "")
-        dist.PrefixStore("0/4/notes", store).set("here/3", "")  # one that died before torchrun started all again
+        place(MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RUN_ID="job")
+        return store
+
+    def test_those_who_did_not_come_are_named(self, store):
+        def come() -> None:
+            while not store.check([distributed.ROUND]):
+                time.sleep(0.01)
+            store.set(store.get(distributed.ROUND).decode() + "/here/2", "")
+
+        other = threading.Thread(target=come)
+        other.start()
         said = self.refusal(0.5)
+        other.join()
         assert "The 4 processes did not find each other within 0.5 seconds (runtime.timeout_minutes)" in said
         assert "ranks 1 and 3 did not come" in said
+
+    @pytest.mark.parametrize("left_over", [False, True])
+    def test_who_waits_for_rank_0_is_not_misled_by_what_dead_processes_left(self, store, place, left_over):
+        if left_over:
+            store.set(distributed.ROUND, "earlier")
+            for rank in range(4):
+                store.set(f"earlier/here/{rank}", "dead")
+            store.set("earlier/all", "dead dead dead dead")
+        place(RANK=1, MASTER_PORT=store.port)
+        assert ": rank 0 did not come" in self.refusal(0.5)
+
+    def test_one_round_after_another_meets_in_the_same_store(self, store, place):
+        found = []
+        for _ in range(2):
+            place(MASTER_PORT=store.port, WORLD_SIZE=1)
+            distributed.start_process_group(torch.device("cpu"), timedelta(seconds=5))
+            found.append(distributed.restarted())
+            dist.destroy_process_group()
+        assert found == [False, True]
 
     def test_a_place_to_meet_that_is_not_there_is_named(self, place):
         with socket.socket() as closed:
