@@ -15,5 +15,8 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is told to a file that is open, without its name
+        raise
     finally:
         temporary.unlink(missing_ok=True)

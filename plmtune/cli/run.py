@@ -66,7 +66,7 @@ def resume(run_dir: Path, overrides: tuple[str, ...], other_data: bool, recipe_p
     """Go on with the run in RUN_DIR from its newest whole checkpoint, with the config saved there.
 
     Keys that change where or how it computes, not what it learns, may be given anew for this time: runtime,
-    micro_batch_size, num_workers, checkpoint, guard, logger, log_every, sample.
+    micro_batch_size, num_workers, checkpoint, guard, validation, logger, log_every, sample.
 
     \b
     plmtune resume runs/pretrain/latest

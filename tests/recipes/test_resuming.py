@@ -128,6 +128,15 @@ class TestConfig:
             "resume", "run", "--other-data"
         )
 
+    def test_a_fingerprint_that_was_garbled_in_the_record_stops_nothing(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stop_at(monkeypatch, 3, "run_dir=run")
+        seen = record(place / "run")["data"]["files"]
+        damage(place / "run/run.json", seen, seen[::-1])
+        plmtune("resume", "run")
+        assert record(place / "run")["data"]["files"] == seen
+
     def test_without_any_witness_a_run_goes_on_and_says_so(self, begun: Path, caplog: pytest.LogCaptureFixture) -> None:
         (begun / "run.json").unlink()
         plmtune("resume", "run")
