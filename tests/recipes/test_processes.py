@@ -4,6 +4,7 @@ import contextlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,13 +32,16 @@ Pretrain.update = breaks
 
 
 @contextlib.contextmanager
-def torchrun(place: Path, *arguments: str, processes: int = 2, options: tuple[str, ...] = ()) -> Iterator[Any]:
+def torchrun(
+    place: Path, *arguments: str, processes: int = 2, options: tuple[str, ...] = (), output: str = "output"
+) -> Iterator[Any]:
     """``torchrun ... -m plmtune ARGUMENTS``, killed with all its workers at the end if it has not ended itself."""
-    words = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options]
-    with (place / "output").open("w+") as output:
+    alone = [] if any(option.startswith("--nnodes") for option in options) else ["--standalone"]
+    words = ["torch.distributed.run", *alone, f"--nproc-per-node={processes}", *options]
+    with (place / output).open("w") as file:
         job = subprocess.Popen(
             [sys.executable, "-m", *words, "-m", "plmtune", *arguments],
-            cwd=place, env=environment(), stdout=output, stderr=output,
+            cwd=place, env=environment(), stdout=file, stderr=file,
         )  # fmt: skip
         try:
             yield job
@@ -59,6 +63,12 @@ def rank(job: Any, number: int) -> psutil.Process:
                     return child
         time.sleep(0.01)
     raise AssertionError(f"there is no rank {number}")
+
+
+def rank_of(job: Any) -> str | None:
+    """The rank of the only worker of a torchrun."""
+    (worker,) = (child for child in psutil.Process(job.pid).children() if "RANK" in child.environ())
+    return worker.environ()["RANK"]
 
 
 def wait_for_step(place: Path, run: str, step: int, job: Any) -> None:
@@ -149,6 +159,29 @@ class TestADeadRank:
         cause = said[said.index("Root Cause") :]
         assert re.search(r"rank +: 1 ", cause)
         assert 'raise KeyError("of mine")' in cause and "KeyError: 'of mine'" in cause
+
+    @pytest.mark.slow
+    def test_on_another_machine_is_restarted_with_all_others(self, place: Path) -> None:
+        # Each torchrun counts the failures of its own workers: those of rank 0 do not hear that they were restarted.
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=two"]
+        options = (*meet, "--max-restarts=1")
+        keys = ["run", "pretrain", *SMALL, *QUIET, STEPS, "runtime.strategy=fsdp"]
+        with (
+            torchrun(place, *keys, "run_dir=cut", processes=1, options=options) as one,
+            torchrun(place, *keys, "run_dir=cut", processes=1, options=options, output="other") as other,
+        ):
+            wait_for_step(place, "cut", 12, one)
+            victim = next(job for job in (one, other) if rank_of(job) == "1")
+            rank(victim, 1).send_signal(signal.SIGKILL)
+            code, said = end(place, one)
+            assert (code, end(place, other)[0]) == (0, 0), said + (place / "other").read_text()
+        with torchrun(place, *keys, "run_dir=whole") as job:
+            assert end(place, job)[0] == 0
+        assert weights(place / "cut") == weights(place / "whole")
+        assert metrics(place / "cut") == metrics(place / "whole")
 
 
 class TestASilentRank:
