@@ -118,6 +118,10 @@ class Pretrain:
             peak_flops=flops,
         ) as watch:
             self._introduce(watch)
+            if runtime.strategy == "ddp":
+                # Its first backward decides in what order later ones add ranks up: a resumed run has its own first
+                # one here too, and not in a step.
+                self._trial()
             for index, batches in self.data.iterate(self.step):
                 entry = self.update(index, batches)
                 self.step = index + 1
@@ -162,8 +166,8 @@ class Pretrain:
             self.losses.append(loss.detach())
         norm = runtime.clip_grad_norm(self.model, self.cfg.max_grad_norm)
         # The only wait for the device; all ranks get the same numbers, and decide alike.
-        (total,) = runtime.sum(torch.stack(self.losses).sum())
-        values = {"loss": total / num_valid, "grad_norm": float(norm)}
+        total, norms = runtime.sum(torch.stack(self.losses).sum(), norm)
+        values = {"loss": total / num_valid, "grad_norm": norms / runtime.world_size}
         accepted = self.guard.accepts(values["loss"], values["grad_norm"])
         guard.step(self.optimizer, self.scheduler, accepted=accepted)
         self.order = self.data.order_digest(self.order, index)
@@ -176,7 +180,7 @@ class Pretrain:
         watch.message(f"step {self.step}: update skipped, because {self.guard.reason}")
         if self.guard.exhausted:
             places = guard.find_places(self.losses, lambda chosen: self.data.places(self.step - 1, chosen))
-            self.checkpoints.wait()
+            self.save_checkpoint({}, wait=True)  # of the last good update; resumed, the run goes on behind this step
             raise self.guard.stop(self.step, places)
 
     def _loss(self, batch: Batch) -> Tensor:

@@ -22,7 +22,7 @@ class Guard:
 
     A norm is judged by its ratio to the median of the accepted norms before it. A median does not move with one
     outlier, as a mean and a standard deviation do, and a window follows what is normal: norms fall in the first
-    hundred steps and drift with the rate. In clean runs of 400 to 2,000 steps the largest ratio after the first
+    hundred steps and drift with the rate. In clean runs of 100 to 2,000 steps the largest ratio after the first
     quarter window was 1.9 and 2.8 at 2,048 tokens a step (the demo, Muon and AdamW), 6.4 at 64 bytes a step, and 9.2
     at 256 bytes a step with a rate far too high. A new phase can do more: from one memorised page to code the ratio
     was 11 at first and above 9 for three steps. So the factor is 10, and the history is forgotten at a phase's start.
@@ -133,9 +133,10 @@ class Guard:
             what = f"{self.in_a_row} updates in a row were skipped (steps {first} to {step}), the last because"
         kept = f"those after step {first - 1}" if first > 1 else "those that the run began with"
         return UserError(
-            f"step {step}: {what} {self.reason}. Parameters and moments are {kept}. The batch of step {step} came from "
-            f"{_listed(places)}. Look at that text. If it is as it should be, start again with a lower optimizer.lr, "
-            "or resume with a higher guard.spike_factor or guard.patience."
+            f"step {step}: {what} {self.reason}. Parameters and moments are {kept}, and saved. The batch of step "
+            f"{step} came from {_listed(places)}. Look at that text. If it is as it should be, start again with a "
+            "lower optimizer.lr, or resume, which goes on behind it, with a higher guard.spike_factor or "
+            "guard.patience."
         )
 
 

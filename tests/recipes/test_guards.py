@@ -155,6 +155,16 @@ class TestStopping:
             stored = np.fromfile(place / path, dtype=np.uint16)
             assert stored[first:last].tolist() == row.tolist()
 
+    def test_resumed_it_goes_on_behind_the_batch_and_loses_no_step(
+        self, place: Path, spoil: Callable[..., Any]
+    ) -> None:
+        spoil(nan_loss, 6, 7, 8)
+        refusal("run_dir=run", "checkpoint={every: 0, keep: 0}")
+        assert (place / "run/checkpoints/step-00000008").is_dir()
+        start("run_dir=run", "checkpoint={every: 0, keep: 0}", "resume=true")
+        assert entry(place / "run", 9)["loss"] > 0 and entry(place / "run", 12)["loss"] > 0
+        assert "skipped" not in entry(place / "run", 12)
+
     def test_a_finite_fault_names_the_whole_batch(self, place: Path, spoil: Callable[..., Any]) -> None:
         spoil(scaled_gradient(1e6), *range(6, 12), micro_batch=1)
         said = refusal("run_dir=run", "guard={window: 8, patience: 1}")

@@ -154,9 +154,10 @@ class TestStop:
     def test_names_the_steps_the_cause_the_place_and_what_is_kept(self) -> None:
         assert self.stopped(["runs/data/a/train-00003.bin, tokens 512 to 768"]) == (
             "step 812: 3 updates in a row were skipped (steps 810 to 812), the last because the loss is nan. "
-            "Parameters and moments are those after step 809. The batch of step 812 came from "
+            "Parameters and moments are those after step 809, and saved. The batch of step 812 came from "
             "runs/data/a/train-00003.bin, tokens 512 to 768. Look at that text. If it is as it should be, start again "
-            "with a lower optimizer.lr, or resume with a higher guard.spike_factor or guard.patience."
+            "with a lower optimizer.lr, or resume, which goes on behind it, with a higher guard.spike_factor or "
+            "guard.patience."
         )
 
     def test_shows_three_of_many_places_and_their_number(self) -> None:
