@@ -92,28 +92,26 @@ class Job:
 
 
 class Place:
-    """A directory with a corpus of 40 documents.
+    """A directory with a corpus of 40 documents, made at `path`."""
 
-    Args:
-        path: where; made here.
-        fork: start commands as forks of one process that has imported everything, not as new interpreters.
-    """
-
-    def __init__(self, path: Path, *, fork: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.fork = fork
         self._started = 0
         self._whole: dict[tuple[str, ...], Path] = {}
         (path / "corpus").mkdir(parents=True)
         for index, document in enumerate(documents()):
             (path / "corpus" / f"{index:02}.txt").write_text(document, encoding="utf-8")
 
-    def start(self, *arguments: str, fork: bool | None = None, processes: int = 1) -> Job:
-        """Start ``plmtune ARGUMENTS``, under torchrun for several processes."""
+    def start(self, *arguments: str, fork: bool = True, processes: int = 1) -> Job:
+        """Start ``plmtune ARGUMENTS``, under torchrun for several processes.
+
+        Args:
+            fork: one process is forked from another that has imported everything, and is no new interpreter.
+        """
         self._started += 1
         output = self.path / f"output-{self._started}.txt"
-        if processes == 1 and (self.fork if fork is None else fork):
-            process = FORKS.Process(target=_as_plmtune, args=(arguments, str(self.path), str(output)))
+        if processes == 1 and fork:
+            process = FORKS.Process(target=_as_plmtune, args=(arguments, str(self.path), str(output)), daemon=True)
             process.start()
             return Job(process, output)
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
@@ -121,7 +119,7 @@ class Place:
         with output.open("wb") as file:
             return Job(subprocess.Popen(command, cwd=self.path, stdout=file, stderr=file), output)
 
-    def run(self, *arguments: str, fork: bool | None = None, processes: int = 1) -> tuple[int, str]:
+    def run(self, *arguments: str, fork: bool = True, processes: int = 1) -> tuple[int, str]:
         """The exit code and the output of a command."""
         job = self.start(*arguments, fork=fork, processes=processes)
         return job.wait(), job.said()

@@ -143,7 +143,7 @@ def killed_while_saving(place: Place, count: int, generator: random.Random) -> T
 def _kill_one(directory: Path, background: bool, twice: bool, delay: float) -> tuple[int, int]:
     """Start a saver and kill it `delay` after it is ready; returns the steps that it began with and told of."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = FORKS.Process(target=_saving, args=(str(directory), background, twice, 1000, theirs))
+    process = FORKS.Process(target=_saving, args=(str(directory), background, twice, 1000, theirs), daemon=True)
     process.start()
     theirs.close()
     _, before = ours.recv()
@@ -163,7 +163,7 @@ def _kill_one(directory: Path, background: bool, twice: bool, delay: float) -> t
 def _length_of_a_save(directory: Path) -> float:
     """Median seconds of a save that nothing disturbs."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = FORKS.Process(target=_saving, args=(str(directory), False, False, 7, theirs))
+    process = FORKS.Process(target=_saving, args=(str(directory), False, False, 7, theirs), daemon=True)
     process.start()
     theirs.close()
     times = []

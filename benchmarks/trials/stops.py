@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 from functools import partial
@@ -43,20 +44,26 @@ def killed(place: Place, count: int, generator: random.Random, *, fork: bool = F
         name = f"killed-{number}"
         run = place.path / name
         began = ["run", "pretrain", *SMALL, f"run_dir={name}"]
-        job = place.start(*began, fork=fork)
-        if number % 2 == 0:
-            reach(job, run, generator.randrange(1, STEPS))
-            time.sleep(generator.uniform(0, seconds / STEPS))
-        else:
-            job.until(run.is_dir)
-            time.sleep(generator.uniform(0, 0.9 * seconds))
-        complaints = _kill(job, run, tally)
+        complaints = ["it ended before it could be killed, five times"]
+        for _ in range(5):
+            job = place.start(*began, fork=fork)
+            if number % 2 == 0:
+                reach(job, run, generator.randrange(1, STEPS))
+                time.sleep(generator.uniform(0, seconds / STEPS))
+            else:
+                job.until(run.is_dir)
+                time.sleep(generator.uniform(0, 0.9 * seconds))
+            if _kill(job, run, tally):
+                complaints = []
+                break
+            shutil.rmtree(run)
         if number % 3 == 2 and (run / "config.yaml").is_file():
             before = attempts(run)
             job = place.start("resume", name, fork=fork)
             job.until(partial(_begun_again, run, before))
             time.sleep(generator.uniform(0, 0.5 * seconds))
-            complaints += _kill(job, run, tally)
+            if not _kill(job, run, tally):
+                tally.saw("ended before the second kill")
         # Killed before config.yaml was written, it is no run yet, and is started again.
         code, said = place.run(*(["resume", name] if (run / "config.yaml").is_file() else began), fork=fork)
         complaints += [f"resume ended with {code}: {said[-500:]}"] if code else differing(run, expected)
@@ -64,15 +71,16 @@ def killed(place: Place, count: int, generator: random.Random, *, fork: bool = F
     return tally
 
 
-def _kill(job: Job, run: Path, tally: Tally) -> list[str]:
+def _kill(job: Job, run: Path, tally: Tally) -> bool:
+    """Kill a process; returns whether it had not ended by itself."""
     job.send(signal.SIGKILL)
-    if (code := job.wait()) != -signal.SIGKILL:
-        return [f"it had ended with {code} before it could be killed"]
+    if job.wait() != -signal.SIGKILL:
+        return False
     step, saved = last_step(run), newest_step(run)
     saving = any((run / "checkpoints").glob(".tmp-*"))
     tally.saw("killed during a save" if saving else "killed between saves" if step else "killed before a step")
     tally.at_most("steps repeated", step - saved)
-    return []
+    return True
 
 
 def signalled(place: Place, count: int, generator: random.Random) -> Tally:
