@@ -20,7 +20,7 @@ from plmtune.errors import UserError, did_you_mean
 
 # Far above any real config, far below what would hurt.
 MAX_BYTES = 1 << 20
-MAX_VALUES = 20_000  # aliases counted as often as they stand for something
+MAX_VALUES = 10_000  # aliases counted as often as they stand for something
 MAX_DEPTH = 32
 MAX_REFERENCES = 1_000
 

@@ -196,7 +196,7 @@ FILES = {
     "aliases_deep": "a0: &a0 [x]\n" + "\n".join(f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 300)),
     "lists_deep": "phases: " + "[" * 5000 + "]" * 5000,
     "tables_deep": "phases: " + "{a: " * 5000,
-    "many_values": "phases: [" + "1," * 20_000 + "]",
+    "many_values": "phases: [" + "1," * 10_000 + "]",
     "large": "name: " + "x" * (1 << 20),
     "number_of_many_digits": "seq_len: " + "9" * 5000,
     "number_beyond_64_bits": "seed: 123456789012345678901234567890",
