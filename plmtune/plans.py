@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ def plan(cfg: Config, runtime: Runtime, *, dry: bool = False) -> Plan:
     Raises:
         UserError: naming the key, for impossible numbers.
     """
+    if Path(cfg.name).name != cfg.name or cfg.name in ("", ".."):
+        raise UserError(f"key name: must be one part of a path, as in runs/NAME, not {cfg.name!r}.")
     for key in ("seq_len", "global_batch_size", "micro_batch_size", "log_every"):
         if getattr(cfg, key) < 1:
             raise UserError(f"key {key}: must be at least 1, not {getattr(cfg, key)}.")

@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from plmtune.errors import UserError
+from plmtune.sealed import read, seal, unseal
 
 FORMAT = 2  # 2: the manifest has a checksum of its own
 SPLITS = ("train", "validation")
-_CHECKSUM = "xxh3_128"
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
     """Return the smallest of uint16 and uint32 that holds every id."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-def seal(content: dict[str, Any]) -> bytes:
-    """Spell an object as JSON for people with its checksum last; only this spelling of it is whole."""
-    body = json.dumps(content, indent=1, ensure_ascii=False)
-    sealed = {**content, _CHECKSUM: xxhash.xxh3_128_hexdigest(body.encode())}
-    return json.dumps(sealed, indent=1, ensure_ascii=False).encode()
-
-
-def unseal(data: bytes) -> dict[str, Any]:
-    """Return what `seal` was given.
-
-    Raises:
-        ValueError: if a single bit is another one.
-    """
-    content = json.loads(data)
-    if not isinstance(content, dict) or _CHECKSUM not in content:
-        raise ValueError("it has no checksum")
-    del content[_CHECKSUM]
-    if seal(content) != data:
-        raise ValueError("it does not match its own checksum")
-    return content
 
 
 @dataclass(frozen=True)
@@ -103,17 +79,17 @@ class Manifest:
         path = directory / "manifest.json"
         remedy = again(directory)
         try:
-            data = path.read_bytes()
+            data = read(path)
         except FileNotFoundError as error:
             raise UserError(f"{directory} is no directory of prepared tokens: it has no manifest.json") from error
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
         try:
             raw = unseal(data)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             if data.startswith(b'{\n "format": 1,'):  # the only one without a checksum
                 raise UserError(f"{path} has format 1; this version reads {FORMAT}. {remedy}") from error
-            raise UserError(f"{path} is damaged: {_reason(error)}. {remedy}") from error
+            raise UserError(f"{path} is damaged: {error}. {remedy}") from error
         if raw.get("format") != FORMAT:
             raise UserError(f"{path} has format {raw.get('format')!r}; this version reads {FORMAT}. {remedy}")
         try:
@@ -149,9 +125,3 @@ class Manifest:
 def again(directory: Path) -> str:
     """Say how a person gets rid of damage."""
     return f"Delete {directory} and run the same command (or plmtune data prepare) again"
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"byte {error.start} is not UTF-8"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from plmtune.atomic import replacing
 from plmtune.data.lock import exclusive
-from plmtune.data.manifest import SPLITS, Manifest, ShardFile, SplitCounts, again, seal, unseal
+from plmtune.data.manifest import SPLITS, Manifest, ShardFile, SplitCounts, again
 from plmtune.errors import UserError
+from plmtune.sealed import read, seal, unseal
 
 _CHUNK = 1 << 18  # bytes read at a time, few enough that they are hashed and compared while in the cache
 # Up to this size every opening reads every byte. A larger corpus is read once and then known by size
@@ -251,7 +252,7 @@ def _state(directory: Path, shard: ShardFile) -> list[Any]:
 def _read_record(directory: Path) -> dict[str, list[Any]]:
     """Return what verified.json remembers of each shard: its state, its highest id and where that stands."""
     try:
-        return unseal((directory / "verified.json").read_bytes())
+        return unseal(read(directory / "verified.json"))
     except (OSError, ValueError):
         return {}  # only a note: without it everything is read again
 

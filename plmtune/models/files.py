@@ -103,13 +103,18 @@ def _inside(directory: Path, name: str) -> Path:
     return path
 
 
-def read_json(directory: Path, name: str) -> dict[str, Any]:
+def read_json(directory: Path, name: str, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON object of a directory, refusing one that leads out of it or is absurdly large.
+
+    Raises:
+        UserError: naming the file.
+    """
     if not _exists(directory / name):
         raise UserError(f"{directory} has no {name}: it is not a checkpoint.")
     path = _inside(directory, name)
     size = path.stat().st_size
-    if size > _MAX_JSON_BYTES:
-        raise UserError(f"{path} has {size:,} bytes; a real one has far fewer than {_MAX_JSON_BYTES:,}.")
+    if size > max_bytes:
+        raise UserError(f"{path} has {size:,} bytes; a real one has far fewer than {max_bytes:,}.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from plmtune import tensor_files
 from plmtune.errors import UserError
-from plmtune.models.files import Stored, locate
+from plmtune.models.files import Stored, locate, read_json
 from plmtune.training import distributed, manifest
 from plmtune.training import state as training_state
 from plmtune.training.snapshot import Stage
@@ -41,6 +41,8 @@ STATE = "state.json"
 LATEST = "latest"
 BEST = "best"
 _STEP = re.compile(r"step-(\d{8,})")
+# Some hundred bytes a parameter group and 20 KiB for each rank whose random numbers are its own.
+_MAX_STATE_BYTES = 16 * 2**20
 _UNFINISHED = re.compile(r"\.(?:tmp-step-|old-step-|latest\.tmp-|best\.tmp-)")
 
 
@@ -48,7 +50,7 @@ def steps(directory: Path) -> list[int]:
     """The steps that have a checkpoint in `directory`, oldest first."""
     if not directory.is_dir():
         return []
-    matches = (_STEP.fullmatch(path.name) for path in directory.iterdir())
+    matches = (_STEP.fullmatch(path.name) for path in directory.iterdir() if not path.is_symlink())
     return sorted(int(match[1]) for match in matches if match)
 
 
@@ -93,16 +95,12 @@ def read_document(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: if it is not what a checkpoint holds.
     """
-    path = directory / STATE
-    if not path.is_file():
+    if not (directory / STATE).exists():
         return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document["state"], dict):
-            raise ValueError("its state is no object")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}). Use an earlier checkpoint.") from error
-    return dict(document)
+    document = read_json(directory, STATE, max_bytes=_MAX_STATE_BYTES)
+    if not isinstance(document.get("state"), dict) or not isinstance(document.get("step"), int):
+        raise UserError(f"{directory / STATE} is damaged: it lacks step or state. Use an earlier checkpoint.")
+    return document
 
 
 def load_moments(directory: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
@@ -227,7 +225,11 @@ class Checkpoints:
                 "metrics": dict(metrics or {}),
                 "scheduler": training_state.scheduler_state(scheduler),
                 "optimizer": optimizer_rest,
-                "random": [json.loads(text) for text in random_states],
+                # Ranks that draw alike, as they do without dropout, share one state.
+                "random": {
+                    "states": [json.loads(text) for text in dict.fromkeys(random_states)],
+                    "of": [list(dict.fromkeys(random_states)).index(text) for text in random_states],
+                },
                 "versions": {
                     "plmtune": importlib.metadata.version("plmtune"),
                     "torch": str(torch.__version__),
@@ -290,12 +292,12 @@ class Checkpoints:
             moments = Stored(locate(path, "optimizer"))
             training_state.load_optimizer_state(model, optimizer, moments, document["optimizer"])
             training_state.load_scheduler_state(scheduler, document["scheduler"])
-            states = document["random"]
-            same_world = len(states) == distributed.world_size()
-            training_state.load_random_state(states[distributed.rank() if same_world else 0])
+            which = document["random"]["of"]
+            mine = which[distributed.rank() if len(which) == distributed.world_size() else 0]
+            training_state.load_random_state(document["random"]["states"][mine])
         except UserError as error:
             raise UserError(f"{path} does not fit this run. {error}") from error
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(
                 f"{path} cannot be used ({type(error).__name__}: {error}). Was it written by plmtune?"
             ) from error

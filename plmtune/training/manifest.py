@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import xxhash
 
+from plmtune import sealed
 from plmtune.atomic import replacing
 from plmtune.errors import UserError
 
@@ -52,7 +52,7 @@ def seal(directory: Path, step: int, known: Mapping[str, Any]) -> None:
         if path.name not in known:
             files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": digest(path)}
             sync(path)
-    write_text(directory / NAME, _text({"format": 1, "step": step, "files": files}))
+    write_text(directory / NAME, sealed.seal({"files": files, "format": 1, "step": step}).decode())
 
 
 def verify(
@@ -84,19 +84,19 @@ def read(directory: Path) -> dict[str, Any]:
     if not path.is_file() or path.is_symlink():
         raise UserError(f"{directory} has no {NAME}: it is not a checkpoint, or was never finished.")
     try:
-        text = path.read_text(encoding="utf-8")
-        manifest: dict[str, Any] = json.loads(text)
-        whole = _text({key: manifest[key] for key in ("format", "step", "files")}) == text
-    except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path} is damaged: it does not match its own checksum.")
-    if manifest["format"] != 1:
-        raise UserError(f"{path} has format {manifest['format']}; this version reads 1. Use a newer plmtune.")
-    for name in manifest["files"]:
-        # A manifest may come from anywhere; it must not lead out of its own directory.
-        if name != Path(name).name or name in (".", ".."):
-            raise UserError(f"{path} names {name!r}, which is not a plain file name.")
+        manifest = sealed.unseal(sealed.read(path))
+        files = manifest["files"]
+        for name, entry in files.items():
+            # A manifest may come from anywhere; it must not lead out of its own directory.
+            if name != Path(name).name or name in (".", ".."):
+                raise UserError(f"{path} names {name!r}, which is not a plain file name.")
+            if not isinstance(entry["bytes"], int) or not isinstance(entry["xxh3_128"], str):
+                raise ValueError(f"its entry of {name} is no size and hash")
+        version = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}).") from error
+    if version != 1:
+        raise UserError(f"{path} has format {version}; this version reads 1. Use a newer plmtune.")
     return manifest
 
 
@@ -114,9 +114,3 @@ def _verify_file(path: Path, size: int, expected: str | None) -> None:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if actual != expected:
         raise UserError(f"{path} is damaged: xxh3 {actual}, expected {expected}.")
-
-
-def _text(manifest: dict[str, Any]) -> str:
-    """The one spelling of a manifest, with its own checksum: any other byte means damage."""
-    body = json.dumps(manifest, indent=1, sort_keys=True)
-    return json.dumps({**manifest, "xxh3_128": xxhash.xxh3_128_hexdigest(body.encode())}, indent=1, sort_keys=True)

@@ -133,10 +133,17 @@ def random_state() -> dict[str, Any]:
 
 
 def load_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what `random_state` took."""
-    torch.set_rng_state(_decode(state["torch"]))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_decode(state["cuda"]))
+    """Put back what `random_state` took.
+
+    Raises:
+        ValueError: if it is none, as KeyError and TypeError say too.
+    """
+    try:
+        torch.set_rng_state(_decode(state["torch"]))
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(_decode(state["cuda"]))
+    except RuntimeError as error:
+        raise ValueError(f"random state: {error}") from error
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     version, internal, gauss = state["python"]

@@ -4,8 +4,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from plmtune.data.manifest import Manifest, seal, unseal
+from plmtune.data.manifest import Manifest
 from plmtune.errors import UserError
+from plmtune.sealed import seal, unseal
 
 
 def rewrite(directory, **changes):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from plmtune.data import shards as shards_module
-from plmtune.data.manifest import dtype_for, seal, unseal
+from plmtune.data.manifest import dtype_for
 from plmtune.data.shards import Shards
 from plmtune.errors import UserError
+from plmtune.sealed import seal, unseal
 
 
 class TestDtype:

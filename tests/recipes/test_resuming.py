@@ -12,8 +12,9 @@ from conftest import SMALL, command, environment, metrics, refusal, start, stop_
 
 from plmtune import config
 from plmtune.cli import cli
-from plmtune.data.manifest import Manifest, seal, unseal
+from plmtune.data.manifest import Manifest
 from plmtune.errors import UserError
+from plmtune.sealed import seal, unseal
 from plmtune.training.manifest import digest
 from plmtune.training.run_directory import RunDirectory
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from toy import Toy, train_step
 
 from plmtune.errors import UserError
+from plmtune.sealed import seal, unseal
 from plmtune.training import manifest
 from plmtune.training import state as training_state
 from plmtune.training.checkpoint import Checkpoints, steps
@@ -468,9 +470,88 @@ while True:
 class TestManifest:
     def test_a_name_that_leads_out_is_refused(self, tmp_path):
         path = Run(tmp_path).save(1)
-        content = json.loads((path / "manifest.json").read_text())
-        content.pop("xxh3_128")
+        content = unseal((path / "manifest.json").read_bytes())
         content["files"]["../latest"] = content["files"].pop("state.json")
-        (path / "manifest.json").write_text(manifest._text(content))
+        (path / "manifest.json").write_bytes(seal(content))
         with pytest.raises(UserError, match="not a plain file name"):
             verify(path)
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            {"files": {"a": 5}, "format": 1, "step": 1},
+            {"files": ["a"], "format": 1, "step": 1},
+            {"files": {"a": {"xxh3_128": "0"}}, "format": 1, "step": 1},
+            {"files": {"a": {"bytes": "1", "xxh3_128": "0"}}, "format": 1, "step": 1},
+            {"files": {}, "step": 1},
+        ],
+    )
+    def test_one_that_is_well_sealed_nonsense_is_refused(self, tmp_path, content):
+        (tmp_path / "manifest.json").write_bytes(seal(content))
+        with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+            verify(tmp_path)
+
+    @pytest.mark.parametrize("text", ["[" * 100_000, " " * 5_000_000, "\x80\x04]q\x00.", "[]", "{}"])
+    def test_one_that_is_no_manifest_is_refused(self, tmp_path, text):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+            verify(tmp_path)
+
+    def test_a_checkpoint_that_is_a_link_is_passed_over(self, tmp_path):
+        Run(tmp_path / "elsewhere").save(5)
+        run = Run(tmp_path / "here")
+        run.save(1)
+        (tmp_path / "here" / "step-00000005").symlink_to(tmp_path / "elsewhere" / "step-00000005")
+        assert run.restore() == {"step": 1}
+
+
+class TestHostileState:
+    """Files under a manifest that vouches for them, as an attacker would write it."""
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        return Run(tmp_path).save(1)
+
+    def put(self, path: Path, name: str, data: bytes) -> None:
+        (path / name).write_bytes(data)
+        (path / "manifest.json").unlink()
+        manifest.seal(path, 1, {})
+
+    @pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors", "model.safetensors"])
+    def test_a_pickle_runs_nothing_and_is_refused_by_name(self, path, tmp_path, name):
+        canary = tmp_path / "canary"
+        self.put(path, name, f"cos\nsystem\n(S'touch {canary}'\ntR.".encode())
+        with pytest.raises(UserError, match=re.escape(name)):
+            Run(tmp_path).restore()
+        assert not canary.exists()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"random": []},
+            {"random": {"states": [{}], "of": [0]}},
+            {"random": {"states": [], "of": [7]}},
+            {"state": 5},
+            {"scheduler": None},
+            {"optimizer": {"groups": [], "values": {}, "quantized": {}}},
+            {"step": "x"},
+        ],
+    )
+    def test_a_state_that_lies_is_a_sentence(self, path, tmp_path, change):
+        document = json.loads((path / "state.json").read_text())
+        self.put(path, "state.json", json.dumps({**document, **change}).encode())
+        with pytest.raises(UserError, match="step-00000001"):
+            Run(tmp_path).restore()
+
+    def test_random_generators_of_the_wrong_size_are_a_sentence(self, path, tmp_path):
+        document = json.loads((path / "state.json").read_text())
+        document["random"]["states"][0]["torch"] = "AAAA"
+        self.put(path, "state.json", json.dumps(document).encode())
+        with pytest.raises(UserError, match="step-00000001"):
+            Run(tmp_path).restore()
+
+    @pytest.mark.parametrize("text", ["[" * 100_000, " " * (17 << 20)])
+    def test_one_that_is_no_json_or_absurdly_large_is_refused(self, path, tmp_path, text):
+        self.put(path, "state.json", text.encode())
+        with pytest.raises(UserError, match=r"state\.json"):
+            Run(tmp_path).restore()
