@@ -206,7 +206,10 @@ def outcome(run: Path) -> dict[str, str]:
 
 def differing(run: Path, expected: dict[str, str]) -> list[str]:
     """Complaints about what is not as in the undisturbed run, and about what was left behind."""
-    found = outcome(run)
+    try:
+        found = outcome(run)
+    except UserError as error:
+        return [str(error)]
     complaints = [f"{name} differ" for name in expected if found.get(name) != expected[name]]
     status = read_record(run).get("status")
     if status != "finished":
