@@ -97,29 +97,30 @@ def close(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
 
 
 class TestFourProcesses:
-    def test_learn_what_one_does_and_fewer_go_on_from_their_checkpoints(self, place: Path, plmtune: Run) -> None:
+    @pytest.mark.parametrize(
+        ("four", "two"),
+        [
+            (["runtime.strategy=hsdp", "runtime.shard_size=2"], ["runtime.strategy=fsdp", "runtime.shard_size=null"]),
+            pytest.param(["runtime.strategy=fsdp"], ["runtime.strategy=ddp"], marks=pytest.mark.slow),
+        ],
+    )
+    def test_learn_what_one_does_and_fewer_go_on_from_their_checkpoint(
+        self, place: Path, plmtune: Run, four: list[str], two: list[str]
+    ) -> None:
         start("run_dir=one", "runtime.strategy=auto")
-        for run, way in (("fsdp", ["fsdp"]), ("hsdp", ["hsdp", "runtime.shard_size=2"])):
-            keys = [f"runtime.strategy={way[0]}", *way[1:]]
-            four = plmtune("run", "pretrain", *SMALL, f"run_dir={run}", *keys, processes=4)
-            assert four.returncode == 0, four.stderr
-            close(metrics(place / "one"), metrics(place / run))
-            assert f"strategy: {way[0]} (" in four.stderr
-            for step in (12, 9):
-                shutil.rmtree(place / run / f"checkpoints/step-{step:08}")
-            shutil.copytree(place / run, place / f"{run}-again")
-        two = plmtune("resume", "hsdp", "runtime.strategy=fsdp", "runtime.shard_size=null", processes=2)
-        assert two.returncode == 0, two.stderr
-        assert "going on after step 6" in two.stderr
-        close(metrics(place / "one"), metrics(place / "hsdp"))
-        one = plmtune("resume", "fsdp", "runtime.strategy=auto")
-        assert one.returncode == 0, one.stderr
-        close(metrics(place / "one"), metrics(place / "fsdp"))
-
-    def test_copies_that_the_processes_do_not_make_are_refused_in_a_sentence(self, place: Path, plmtune: Run) -> None:
-        done = plmtune("run", "pretrain", *SMALL, "runtime.strategy=hsdp", processes=2)
-        assert "plmtune: strategy=hsdp: shard_size=2, the processes of this machine, makes one copy" in done.stderr
-        assert "Use strategy=fsdp" in done.stderr
+        done = plmtune("run", "pretrain", *SMALL, "run_dir=four", *four, processes=4)
+        assert done.returncode == 0, done.stderr
+        assert f"{four[0].removeprefix('runtime.').replace('=', ': ')} (" in done.stderr
+        close(metrics(place / "one"), metrics(place / "four"))
+        for step in (12, 9):
+            shutil.rmtree(place / f"four/checkpoints/step-{step:08}")
+        shutil.copytree(place / "four", place / "alone")
+        done = plmtune("resume", "four", *two, processes=2)
+        assert done.returncode == 0, done.stderr
+        assert "going on after step 6" in done.stderr
+        close(metrics(place / "one"), metrics(place / "four"))
+        start("run_dir=alone", "resume=true")
+        close(metrics(place / "one"), metrics(place / "alone"))
 
 
 class TestADeadRank:
@@ -198,6 +199,7 @@ class TestASilentRank:
         assert "for rank 1, which did not answer" in said
         assert "Traceback" in said and "recipes/pretrain.py" in said
 
+    @pytest.mark.slow
     def test_that_never_comes_is_named(self, place: Path) -> None:
         keys = ["runtime.timeout_minutes=0.05", "run_dir=never"]
         with torchrun(place, "run", "pretrain", *SMALL, *keys) as job:
