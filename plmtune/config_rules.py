@@ -240,7 +240,8 @@ def check_override(
         raise UserError(f"{place}not allowed. A group has one place, without @.")
     if any(re.fullmatch(r"_\w*_", part) for part in parts):
         raise UserError(f"{place}not allowed. Components are named, never imported.")
-    if ("/" in key or key in groups) and not all(v is None or (isinstance(v, str) and is_option(v)) for v in values):
+    chosen = values if "/" in key else [v for v in values if not isinstance(v, dict)] if key in groups else []
+    if not all(v is None or (isinstance(v, str) and is_option(v)) for v in chosen):
         raise UserError(f"{place}{str(value)!r:.80} is no name of an option.")
     if parts[0] != "hydra":
         check_value({key: value}, place.removesuffix(": ") + ", ")

@@ -65,9 +65,9 @@ def plan(cfg: Config, runtime: Runtime, *, dry: bool = False) -> Plan:
             raise UserError(f"key {key}: must be at least 0, not {value}.")
     if not cfg.phases:
         raise UserError("key phases: is empty. Give one: phases=[{name: main, tokens: 5M}]")
-    if cfg.global_batch_size % runtime.world_size:
+    if cfg.global_batch_size % runtime.data_world_size:
         raise UserError(
-            f"key global_batch_size: {cfg.global_batch_size} sequences do not divide among {runtime.world_size} "
+            f"key global_batch_size: {cfg.global_batch_size} sequences do not divide among {runtime.data_world_size} "
             "processes."
         )
     assert cfg.tokenizer is not None
@@ -92,7 +92,7 @@ def plan(cfg: Config, runtime: Runtime, *, dry: bool = False) -> Plan:
     except ValueError as error:
         raise UserError(f"key guard: {error}") from error
     assert cfg.optimizer is not None and cfg.loss is not None
-    rows = cfg.global_batch_size // runtime.world_size
+    rows = cfg.global_batch_size // runtime.data_world_size
     return Plan(
         tokenizer,
         model,

@@ -34,7 +34,7 @@ from plmtune.identity import (
 from plmtune.models.files import checkpoint_directory
 from plmtune.models.hf import read_description
 from plmtune.modules.decoder import Decoder
-from plmtune.training import manifest
+from plmtune.training import distributed, manifest
 from plmtune.training.checkpoint import read_document
 from plmtune.training.distributed import broadcast_text
 from plmtune.training.run_directory import (
@@ -275,7 +275,8 @@ def _newest_alike(cfg: Any) -> Path:
 
 def _of_this_job(cfg: Any) -> Path | None:
     """The run that this job began before torchrun restarted it; None if it is not restarted, or died before that."""
-    if restarted():
+    # Restarts are counted on each machine; where another one began, only the processes' meeting place tells.
+    if restarted() or distributed.restarted():
         for path in [Path(cfg.run_dir)] if cfg.run_dir else _runs_of(cfg.name):
             if read_record(path).get("job") == job() and (path / CONFIG).is_file():
                 return path

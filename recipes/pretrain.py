@@ -90,8 +90,8 @@ class Pretrain:
                 global_batch_size=self.cfg.global_batch_size,
                 micro_batch_size=self.cfg.micro_batch_size,
                 seed=self.cfg.seed,
-                rank=self.runtime.rank,
-                world_size=self.runtime.world_size,
+                rank=self.runtime.data_rank,
+                world_size=self.runtime.data_world_size,
                 document_mask=self.cfg.document_mask,
                 num_workers=self.cfg.num_workers,
                 skip=self.skip,
@@ -342,5 +342,7 @@ def run(cfg: Config, planned: Plan, runtime: Runtime) -> float | None:
             recipe.run.finish("stopped")
         elif runtime.is_main:
             report(recipe.run.path, cfg)
+    if score is None:
+        runtime.barrier()  # torchrun ends the others when one leaves: let the lead have written how the run stopped
     sys.stdout.flush()
     return score
