@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import xxhash
 
 from plmtune.config import to_plain
 from plmtune.errors import UserError
 
 # Keys that may differ on resume: they change where and how a run computes or reports, not what it learns.
-FREE = ("run_dir", "resume", "init_from", "other_data", "force", "micro_batch_size", "num_workers", "log_every",
+FREE = ("run_dir", "resume", "other_data", "force", "micro_batch_size", "num_workers", "log_every",
         "runtime", "checkpoint", "guard", "validation", "sample", "logger")  # fmt: skip
 # Keys that say where the data is. Its fingerprints say what it is, and other_data=true lets it differ.
 DATA = ("data", "preparation")
@@ -23,7 +24,7 @@ DATA = ("data", "preparation")
 
 def config_digest(cfg: Any) -> str:
     """The xxh3-128 of what decides what a run learns; a checkpoint keeps it, should run.json be lost."""
-    fixed = {key: value for key, value in to_plain(cfg).items() if key not in (*FREE, *DATA)}
+    fixed = {key: value for key, value in to_plain(cfg).items() if key not in (*FREE, *DATA, "init_from")}
     return xxhash.xxh3_128_hexdigest(json.dumps(fixed, sort_keys=True).encode())
 
 
@@ -97,7 +98,11 @@ def job() -> str:
     The run id alone is "none" by default, so the process that starts the workers is told as well.
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    return "" if run_id is None else f"{run_id}, process {os.getppid()} on {socket.gethostname()}"
+    if run_id is None:
+        return ""
+    # Of one number there are many processes in time: in a container each torchrun may be the first.
+    began = psutil.Process(os.getppid()).create_time()
+    return f"{run_id}, process {os.getppid()} of {began:.2f} on {socket.gethostname()}"
 
 
 def restarted() -> bool:

@@ -35,7 +35,7 @@ from plmtune.models.files import checkpoint_directory
 from plmtune.models.hf import read_description
 from plmtune.modules.decoder import Decoder
 from plmtune.training import distributed, manifest
-from plmtune.training.checkpoint import read_document
+from plmtune.training.checkpoint import newest_whole, read_document, steps
 from plmtune.training.distributed import broadcast_text
 from plmtune.training.run_directory import (
     CONFIG,
@@ -81,15 +81,29 @@ class Origin:
     drawn: dict[str, int]  # sequences of each source that it has seen
 
 
-def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer) -> Origin | None:
-    """Find the checkpoint of `init_from` and check that it is this model with this tokenizer.
+def start_from(cfg: Any, runtime: Runtime, model: Decoder, tokenizer: Tokenizer) -> Origin | None:
+    """Find the checkpoint of `init_from`, whole, and check that it is this model with this tokenizer.
 
     Raises:
-        UserError: naming what differs.
+        UserError: naming what differs or is damaged.
     """
     if not cfg.init_from:
         return None
-    directory = checkpoint_directory(cfg.init_from)
+
+    def find() -> str:
+        given = Path(cfg.init_from)
+        folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
+        if steps(folder):
+            return json.dumps([str(folder), ""])
+        directory = checkpoint_directory(given)
+        if (directory / manifest.NAME).exists():  # a model from elsewhere has none
+            manifest.verify(directory)
+        return json.dumps(["", str(directory)])
+
+    # Rank 0 looks and tells: the newest of a run that is still training may be another a moment later.
+    folder, found = json.loads(_told(runtime, find))
+    directory = newest_whole(Path(folder)) if folder else Path(found)
+    assert directory is not None
     theirs, ours = read_description(directory), model.config
     for key in ours:
         # Its context may be shorter, and its initialisation is over.
@@ -278,8 +292,18 @@ def _of_this_job(cfg: Any) -> Path | None:
     # Restarts are counted on each machine; where another one began, only the processes' meeting place tells.
     if restarted() or distributed.restarted():
         for path in [Path(cfg.run_dir)] if cfg.run_dir else _runs_of(cfg.name):
-            if read_record(path).get("job") == job() and (path / CONFIG).is_file():
-                return path
+            record = read_record(path)
+            if record.get("job") != job() or not (path / CONFIG).is_file():
+                continue
+            # The file that the command names may have been edited since.
+            config_is_vouched_for(path)
+            refuse_other_config(path, load_config(path / CONFIG), cfg)
+            attempts = record.get("attempts")
+            if isinstance(attempts, list) and attempts and attempts[-1].get("ended_by") == "guard":
+                raise UserError(
+                    f"{path}: its guard ended it, which no restart may undo. To go on: plmtune resume {path}"
+                )
+            return path
     return None
 
 

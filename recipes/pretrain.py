@@ -24,7 +24,7 @@ from plmtune.runs import find_run, open_run, open_sources, start_from
 from plmtune.schema import Pretrain as Config
 from plmtune.training import guard
 from plmtune.training.checkpoint import Checkpoints, load_moments, newest_whole, read_document
-from plmtune.training.determinism import measure_cost
+from plmtune.training.determinism import everything_put_back, measure_cost
 from plmtune.training.estimate import peak_flops
 from plmtune.training.plot import draw_curves
 from plmtune.training.progress import Watch
@@ -42,8 +42,9 @@ class Pretrain:
         self.cfg, self.plan, self.runtime, self.tokenizer = cfg, plan, runtime, plan.tokenizer
         # A run with a checkpoint of its own no longer needs the one that it started from.
         whole = newest_whole(Path(str(cfg.run_dir)) / "checkpoints") if cfg.resume else None
-        saved = read_document(whole)["state"] if whole else {}
-        origin = None if saved else start_from(cfg, plan.model, plan.tokenizer)
+        document = read_document(whole) if whole else {}
+        saved = document.get("state", {})
+        origin = None if saved else start_from(cfg, runtime, plan.model, plan.tokenizer)
         self.skip: dict[str, int] = saved.get("skip", {}) if saved else origin.drawn if origin else {}
         shards = open_sources(cfg, self.tokenizer, runtime)
         self.data = self._batches(shards)
@@ -56,6 +57,7 @@ class Pretrain:
         self.fingerprints = {name: shard.fingerprint for name, shard in shards.items()}
         self.run = open_run(cfg, runtime, self.fingerprints, saved)
         self.trained = runtime.distribute(self.model, compile=cfg.runtime.compile)
+        self.dtype = self.model.head_weight.dtype  # of what is saved; in a step FSDP2 shows another
         self.loss = build("loss", cfg.loss)
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
         self.scheduler = build_scheduler(cfg, self.optimizer, plan.num_steps, plan.tokens_per_step)
@@ -70,10 +72,10 @@ class Pretrain:
             name_of=hf_name,
             describe=self._describe,
         )
-        restored = self.checkpoints.restore(
-            model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, path=whole
-        )
-        self.step: int = restored["step"] if restored else 0
+        self.step = 0
+        if whole:
+            self.checkpoints.restore(whole, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
+            self.step = document["step"]
         self.order: str = saved.get("order", "")  # a running hash of what was drawn, in which order
         self.guard = plan.guard
         if "guard" in saved:
@@ -121,7 +123,8 @@ class Pretrain:
             if runtime.strategy == "ddp":
                 # Its first backward decides in what order later ones add ranks up: a resumed run has its own first
                 # one here too, and not in a step.
-                self._trial()
+                with everything_put_back(runtime.device):
+                    self._trial()
             for index, batches in self.data.iterate(self.step):
                 entry = self.update(index, batches)
                 self.step = index + 1
@@ -181,6 +184,7 @@ class Pretrain:
         if self.guard.exhausted:
             places = guard.find_places(self.losses, lambda chosen: self.data.places(self.step - 1, chosen))
             self.save_checkpoint({}, wait=True)  # of the last good update; resumed, the run goes on behind this step
+            self.run.note(ended_by="guard")  # which no restart by torchrun may undo
             raise self.guard.stop(self.step, places)
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -249,7 +253,7 @@ class Pretrain:
             self.save_checkpoint({}, wait=True)
 
     def _describe(self, directory: Path) -> None:
-        write_config(self.model.config, self.model.head_weight.dtype, directory)
+        write_config(self.model.config, self.dtype, directory)
         self.tokenizer.save(directory)
 
     def _introduce(self, watch: Watch) -> None:

@@ -12,13 +12,14 @@ import statistics
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from plmtune.errors import UserError
-from plmtune.training.checkpoint import Checkpoints, step_path, steps
+from plmtune.training.checkpoint import Checkpoints, newest_whole, step_path, steps
 
 from .place import FORKS, Place, torn
 from .tally import Tally
@@ -67,8 +68,9 @@ class Saver:
 
     def restore(self) -> int:
         """The step of the newest whole checkpoint, 0 if there is none."""
-        state = self.checkpoints.restore(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
-        self.state = state or {}
+        path = newest_whole(self.checkpoints.directory)
+        given: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        self.state = self.checkpoints.restore(path, **given) if path else {}
         return int(self.state.get("step", 0))
 
     def torn(self, step: int) -> list[str]:

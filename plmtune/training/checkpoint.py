@@ -8,7 +8,6 @@ See docs/checkpoints.md.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import logging
@@ -106,10 +105,12 @@ def read_document(directory: Path) -> dict[str, Any]:
 def load_moments(directory: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
     """Give a new optimizer another run's state (moments), but not that run's settings. Every rank must call it.
 
+    Args:
+        directory: a checkpoint that was verified.
+
     Raises:
         UserError: if that run's optimizer is another one.
     """
-    manifest.verify(directory)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     document = read_document(directory)
     try:
@@ -175,6 +176,8 @@ class Checkpoints:
         self._stage = Stage(copies=background)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._save: _Save | None = None
+        self._from = 0  # the step that was restored
+        self._own: set[int] = set()  # steps saved since
         if distributed.rank() == 0:
             self._clean()
 
@@ -204,7 +207,10 @@ class Checkpoints:
             UserError: on every rank, if this one or one before it cannot be written; the checkpoints that were
                 there are whole, and nothing partial is left.
         """
-        self.wait()  # never two at a time: host memory and the disk are for one
+        try:
+            self.wait()  # never two at a time: host memory and the disk are for one
+        except UserError as error:
+            log.warning("%s", error)  # what stood in its way may be gone; if not, this one says so
         tensors, optimizer_rest = training_state.optimizer_state(model, optimizer)
         weights = {self.name_of(name): tensor for name, tensor in model.state_dict().items()}
         random_states = distributed.gather_texts(json.dumps(training_state.random_state()))
@@ -267,25 +273,20 @@ class Checkpoints:
         """Let this process's writing come to its end, without a word to other ranks: one may be gone."""
         self._pool.shutdown()
 
-    def restore(
-        self, *, model: nn.Module, optimizer: Optimizer, scheduler: Any, path: Path | None = None
-    ) -> dict[str, Any] | None:
+    def restore(self, path: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
         """Put a checkpoint back into model, optimizer, scheduler and random generators.
 
         Every rank must call it and see the same files, whatever the number of processes that wrote them.
 
         Args:
-            path: what `newest_whole` found; None: look now.
+            path: what `newest_whole` found.
 
         Returns:
-            The `state` that was saved with it and its "step", or None if there is no checkpoint.
+            The `state` that was saved with it and its "step".
 
         Raises:
-            UserError: if there are checkpoints and none is whole, or the newest does not fit this run.
+            UserError: if it does not fit this run.
         """
-        path = path or newest_whole(self.directory)
-        if path is None:
-            return None
         try:
             document = read_document(path)
             distributed.load_full_state_dict(model, Stored(locate(path), self.name_of))
@@ -301,7 +302,8 @@ class Checkpoints:
             raise UserError(
                 f"{path} cannot be used ({type(error).__name__}: {error}). Was it written by plmtune?"
             ) from error
-        return {**document["state"], "step": int(document["step"])}
+        self._from = int(document["step"])
+        return {**document["state"], "step": self._from}
 
     def _make_room(self, step: int, needed: int) -> str:
         """Make the directory to write into; returns what prevents it."""
@@ -366,7 +368,8 @@ class Checkpoints:
         temporary.rename(final)
         manifest.sync(self.directory)
         manifest.write_text(self.directory / LATEST, f"{final.name}\n")
-        self._prune(step)
+        self._own.add(step)
+        self._prune()
         return {}
 
     def _failed(self, step: int, error: BaseException, needed: int) -> str:
@@ -379,16 +382,18 @@ class Checkpoints:
     def _temporary(self, step: int) -> Path:
         return self.directory / f".tmp-{step_path(self.directory, step).name}"
 
-    def _prune(self, newest: int) -> None:
+    def _prune(self) -> None:
         every = steps(self.directory)
-        # Later ones were refused when this run was resumed: they belong to a past that did not happen.
-        past = [step for step in every if step <= newest]
+        # Others were refused when this run was resumed: they belong to a past that did not happen.
+        past = [step for step in every if step <= self._from or step in self._own]
         kept = set(past[-self.keep :])  # with keep=0 all
         best = self._best(past)
         if best is not None:
             kept.add(best)
             name = step_path(self.directory, best).name
             manifest.write_text(self.directory / BEST, f"{name}\n")
+        else:
+            (self.directory / BEST).unlink(missing_ok=True)
         for step in every:
             if step not in kept:
                 path = step_path(self.directory, step)
@@ -399,14 +404,19 @@ class Checkpoints:
 
     def _best(self, past: list[int]) -> int | None:
         """The step with the best value of the metric `best`; of equal ones the newest."""
-        values: dict[int, Any] = {}
-        for step in past if self.best else ():
-            with contextlib.suppress(UserError):  # a damaged one is no best
-                values[step] = read_document(step_path(self.directory, step))["metrics"].get(self.best)
+        values = {step: self._metric(step_path(self.directory, step)) for step in past} if self.best else {}
         sign = -1 if self.best_is == "lowest" else 1
         # A value that is not finite, or is missing, is no value.
         ranked = [(sign * v, step) for step, v in values.items() if isinstance(v, int | float) and math.isfinite(v)]
         return max(ranked)[1] if ranked else None
+
+    def _metric(self, path: Path) -> Any:
+        """What the checkpoint at `path` has of the metric `best`; None of one whose word does not count."""
+        try:
+            whole = manifest.read(path)["files"][STATE]["xxh3_128"] == manifest.digest(path / STATE)
+            return read_document(path)["metrics"].get(self.best) if whole else None
+        except (UserError, LookupError, TypeError, AttributeError, OSError):
+            return None
 
     def _clean(self) -> None:
         """Remove what a killed process left behind, and undo an exchange that it did not finish."""

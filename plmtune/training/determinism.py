@@ -24,7 +24,7 @@ def measure_cost(step: Callable[[], object], device: torch.device, *, rounds: in
         The median over rounds of (seconds deterministic) / (seconds without).
     """
     ratios = []
-    with _everything_put_back(device):
+    with everything_put_back(device):
         for index in range(rounds + 1):
             seconds = {}
             for deterministic in (True, False) if index % 2 else (False, True):
@@ -48,7 +48,7 @@ def _wait(device: torch.device) -> None:
 
 
 @contextmanager
-def _everything_put_back(device: torch.device) -> Iterator[None]:
+def everything_put_back(device: torch.device) -> Iterator[None]:
     """Keep the random generators and what `torch.use_deterministic_algorithms` set."""
     python, numpy = random.getstate(), np.random.get_state()
     enabled = torch.are_deterministic_algorithms_enabled()

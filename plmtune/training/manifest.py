@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -52,6 +53,10 @@ def seal(directory: Path, step: int, known: Mapping[str, Any]) -> None:
         if path.name not in known:
             files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": digest(path)}
             sync(path)
+    for name, entry in known.items():
+        found = (directory / name).stat().st_size
+        if found != entry["bytes"]:
+            raise OSError(errno.EIO, f"{name} has {found:,} bytes where {entry['bytes']:,} were written")
     write_text(directory / NAME, sealed.seal({"files": files, "format": 1, "step": step}).decode())
 
 
@@ -68,6 +73,9 @@ def verify(
         UserError: naming the first file that is missing, cut short, altered, or not a plain file.
     """
     manifest = read(directory)
+    for path in (*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")):
+        if path.name not in manifest["files"]:  # loading might take it for the weights
+            raise UserError(f"{path} is not in {NAME}: somebody put it there. Move it away.")
     for name, expected in manifest["files"].items():
         _verify_file(directory / name, expected["bytes"], expected["xxh3_128"] if hashes else None)
         seen(expected["bytes"])
@@ -93,6 +101,8 @@ def read(directory: Path) -> dict[str, Any]:
             if not isinstance(entry["bytes"], int) or not isinstance(entry["xxh3_128"], str):
                 raise ValueError(f"its entry of {name} is no size and hash")
         version = manifest["format"]
+        if not isinstance(manifest["step"], int):
+            raise ValueError("its step is no number")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}).") from error
     if version != 1:

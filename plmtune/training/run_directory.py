@@ -136,6 +136,9 @@ class RunDirectory:
             raise UserError(
                 f"{path} already holds a run. Go on with it (plmtune resume {path}), or choose another directory."
             )
+        if any((path / "checkpoints").glob("step-*")):
+            lock.close()
+            raise UserError(f"{path} holds checkpoints of a run without its {CONFIG}. Choose another directory.")
         run = cls(path, is_main=True, lock=lock)
         try:
             run.update(

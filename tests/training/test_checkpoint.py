@@ -25,7 +25,7 @@ from plmtune.errors import UserError
 from plmtune.sealed import seal, unseal
 from plmtune.training import manifest
 from plmtune.training import state as training_state
-from plmtune.training.checkpoint import Checkpoints, steps
+from plmtune.training.checkpoint import Checkpoints, newest_whole, steps
 from plmtune.training.manifest import verify
 from plmtune.training.runtime import Runtime
 
@@ -70,7 +70,10 @@ class Run:
         )
 
     def restore(self) -> dict | None:
-        return self.checkpoints.restore(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
+        path = newest_whole(self.checkpoints.directory)
+        if path is None:
+            return None
+        return self.checkpoints.restore(path, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
 
     def bytes(self) -> list[bytes]:
         tensors, rest = training_state.optimizer_state(self.model, self.optimizer)
@@ -310,6 +313,7 @@ class TestBest:
     def test_outlives_a_resume(self, tmp_path):
         self.scores(tmp_path, [1.0, 2.0])
         run = Run(tmp_path, keep=1, best="score")
+        run.restore()
         run.checkpoints.save(
             3, model=run.model, optimizer=run.optimizer, scheduler=run.scheduler, metrics={"score": 3.0}, wait=True
         )
@@ -555,3 +559,50 @@ class TestHostileState:
         self.put(path, "state.json", text.encode())
         with pytest.raises(UserError, match=r"state\.json"):
             Run(tmp_path).restore()
+
+
+class TestPruning:
+    def test_what_a_resume_passed_over_does_not_count_among_the_newest(self, tmp_path):
+        run = Run(tmp_path)
+        run.save(300)
+        file = run.save(337) / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+        resumed = Run(tmp_path)
+        assert resumed.restore() == {"step": 300}
+        resumed.save(400)
+        assert steps(tmp_path) == [300, 400]
+
+    def test_a_damaged_word_on_the_metric_is_no_best(self, tmp_path):
+        run = Run(tmp_path, keep=1, best="score")
+        given = {"model": run.model, "optimizer": run.optimizer, "scheduler": run.scheduler, "wait": True}
+        run.checkpoints.save(1, metrics={"score": 1.0}, **given)
+        path = run.checkpoints.save(2, metrics={"score": 3.5}, **given)
+        (path / "state.json").write_text((path / "state.json").read_text().replace('"score": 3.5', '"score": 0.5'))
+        run.checkpoints.save(3, metrics={"score": 3.0}, **given)
+        assert steps(tmp_path) == [1, 3]
+        assert (tmp_path / "best").read_text() == "step-00000001\n"
+
+
+class TestAfterAFailure:
+    def test_the_next_save_is_made_all_the_same(self, tmp_path):
+        run = Run(tmp_path)
+        run.checkpoints = Slow(tmp_path)
+        given = {"model": run.model, "optimizer": run.optimizer, "scheduler": run.scheduler}
+        run.checkpoints.save(2, **given)
+        (tmp_path / ".tmp-step-00000002").rmdir()
+        run.checkpoints.let_go.set()
+        run.checkpoints.save(5, wait=True, **given)
+        assert steps(tmp_path) == [5]
+
+
+class TestStrangers:
+    def test_weights_that_the_manifest_does_not_know_are_refused(self, tmp_path):
+        run = Run(tmp_path, file_bytes=4000)
+        path = run.save(1)
+        (path / "model.safetensors").write_bytes(b"planted")
+        with pytest.raises(UserError, match=r"model\.safetensors is not in manifest\.json"):
+            verify(path)
+
+    def test_a_file_that_is_not_there_is_not_vouched_for(self, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            manifest.seal(tmp_path, 1, {"model.safetensors": {"bytes": 3, "xxh3_128": "0"}})

@@ -20,7 +20,7 @@ from toy import Toy, global_batch, train_step
 
 from plmtune.errors import UserError
 from plmtune.training import distributed
-from plmtune.training.checkpoint import Checkpoints
+from plmtune.training.checkpoint import Checkpoints, newest_whole
 from plmtune.training.runtime import Runtime
 
 CASES = ("ddp", "fsdp", "fsdp tied", "fsdp bf16", "fsdp 8bit")
@@ -71,8 +71,9 @@ def go_on(runtime: Runtime, directory: Path, variant: str = "") -> dict[str, obj
     trained = runtime.distribute(model)
     optimizer = build_optimizer(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    state = Checkpoints(directory).restore(model=model, optimizer=optimizer, scheduler=scheduler)
-    assert state is not None
+    path = newest_whole(directory)
+    assert path is not None
+    state = Checkpoints(directory).restore(path, model=model, optimizer=optimizer, scheduler=scheduler)
     restored = digest(distributed.full_state_dict(model))
     losses = []
     for step in range(state["step"], 4):

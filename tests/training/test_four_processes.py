@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from toy import Toy, global_batch, train_step
 
 from plmtune.training import distributed
-from plmtune.training.checkpoint import Checkpoints
+from plmtune.training.checkpoint import Checkpoints, newest_whole
 from plmtune.training.runtime import Runtime
 from plmtune.training.state import optimizer_state
 
@@ -141,7 +141,9 @@ def go_on(runtime: Runtime, reads: Path | None, writes: Path | None) -> dict[str
     if reads is None:
         steps(0, 1)
     else:
-        assert Checkpoints(reads).restore(**state) is not None
+        path = newest_whole(reads)
+        assert path is not None
+        Checkpoints(reads).restore(path, **state)
     moments, _ = optimizer_state(model, optimizer)
     digest = xxhash.xxh3_128()
     for name, tensor in sorted({**model.state_dict(), **moments}.items()):
