@@ -103,8 +103,3 @@ def job() -> str:
     # Of one number there are many processes in time: in a container each torchrun may be the first.
     began = psutil.Process(os.getppid()).create_time()
     return f"{run_id}, process {os.getppid()} of {began:.2f} on {socket.gethostname()}"
-
-
-def restarted() -> bool:
-    """Whether torchrun has started this process in the place of one that died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -29,14 +28,13 @@ from plmtune.identity import (
     job,
     refuse_other_config,
     refuse_other_data,
-    restarted,
 )
 from plmtune.models.files import checkpoint_directory
 from plmtune.models.hf import read_description
 from plmtune.modules.decoder import Decoder
 from plmtune.training import distributed, manifest
-from plmtune.training.checkpoint import newest_whole, read_document, steps
-from plmtune.training.distributed import broadcast_text
+from plmtune.training.checkpoint import newest_whole, read_document
+from plmtune.training.distributed import broadcast_text, told_by_rank_0
 from plmtune.training.run_directory import (
     CONFIG,
     RECORD,
@@ -81,7 +79,7 @@ class Origin:
     drawn: dict[str, int]  # sequences of each source that it has seen
 
 
-def start_from(cfg: Any, runtime: Runtime, model: Decoder, tokenizer: Tokenizer) -> Origin | None:
+def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer) -> Origin | None:
     """Find the checkpoint of `init_from`, whole, and check that it is this model with this tokenizer.
 
     Raises:
@@ -90,18 +88,18 @@ def start_from(cfg: Any, runtime: Runtime, model: Decoder, tokenizer: Tokenizer)
     if not cfg.init_from:
         return None
 
-    def find() -> str:
+    def find() -> tuple[str, str]:
         given = Path(cfg.init_from)
         folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
-        if steps(folder):
-            return json.dumps([str(folder), ""])
+        if manifest.steps(folder):
+            return str(folder), ""
         directory = checkpoint_directory(given)
         if (directory / manifest.NAME).exists():  # a model from elsewhere has none
             manifest.verify(directory)
-        return json.dumps(["", str(directory)])
+        return "", str(directory)
 
     # Rank 0 looks and tells: the newest of a run that is still training may be another a moment later.
-    folder, found = json.loads(_told(runtime, find))
+    folder, found = told_by_rank_0(find)
     directory = newest_whole(Path(folder)) if folder else Path(found)
     assert directory is not None
     theirs, ours = read_description(directory), model.config
@@ -121,7 +119,7 @@ def start_from(cfg: Any, runtime: Runtime, model: Decoder, tokenizer: Tokenizer)
     return Origin(directory, bool(state), dict(state.get("drawn", {})))
 
 
-def open_sources(cfg: Any, tokenizer: Tokenizer, runtime: Runtime) -> dict[str, Shards]:
+def open_sources(cfg: Any, tokenizer: Tokenizer) -> dict[str, Shards]:
     """Make token shards of each source of ``cfg.data``, or find them made.
 
     Every rank asks; the first to hold the lock works and the others wait for it, without a time limit.
@@ -149,7 +147,7 @@ def open_sources(cfg: Any, tokenizer: Tokenizer, runtime: Runtime) -> dict[str, 
     return opened
 
 
-def find_run(cfg: Any, runtime: Runtime) -> None:
+def find_run(cfg: Any) -> None:
     """Find the run to go on with, if there is one: `run_dir` and `resume` of `cfg` then say so, on every rank.
 
     With ``resume=true`` that is the run in `run_dir`, or the newest unfinished one of this name and config. A process
@@ -161,15 +159,15 @@ def find_run(cfg: Any, runtime: Runtime) -> None:
         SystemExit: with 0, if a restarted job has finished its run.
     """
 
-    def find() -> str:
+    def find() -> tuple[str, bool]:
         found = _named(cfg) if cfg.resume and cfg.run_dir else _newest_alike(cfg) if cfg.resume else _of_this_job(cfg)
         if found is None:
-            return json.dumps(["", False])
+            return "", False
         refuse_if_in_use(found)
-        return json.dumps([str(found), read_record(found).get("status") == "finished"])
+        return str(found), read_record(found).get("status") == "finished"
 
     # Rank 0 looks and tells: a later rank would already see what rank 0 is about to make.
-    found, finished = json.loads(_told(runtime, find))
+    found, finished = told_by_rank_0(find)
     if not found:
         cfg.resume = False
         return
@@ -195,19 +193,18 @@ def open_run(
     """
     path = Path(cfg.run_dir) if cfg.run_dir else _fresh(cfg.name, runtime)
     cfg.run_dir = str(path)
-    run = RunDirectory(path, is_main=False, lock=None)
+    run = RunDirectory(path)
 
-    def begin() -> str:
+    def begin() -> None:
         nonlocal run
         if cfg.resume:
             run = _reopen(cfg, path, data, saved or {})
-            return ""
+            return
         run = RunDirectory.create(path, to_yaml(cfg), sys.argv, data=data, job=job())
         if path.parent == Path("runs") / cfg.name:
             _point(path.parent / "latest", path.name)
-        return ""
 
-    _told(runtime, begin)
+    told_by_rank_0(begin)
     return run
 
 
@@ -244,20 +241,6 @@ def _reopen(cfg: Any, path: Path, data: Mapping[str, str], saved: Mapping[str, A
     return run
 
 
-def _told(runtime: Runtime, decide: Callable[[], str]) -> str:
-    """What rank 0 decides, on every rank; its UserError too, so that none waits for one that is gone."""
-    answer, failure = "", ""
-    if runtime.is_main:
-        try:
-            answer = decide()
-        except UserError as error:
-            failure = str(error)
-    answer, failure = json.loads(broadcast_text(json.dumps([answer, failure])))
-    if failure:
-        raise UserError(failure)
-    return str(answer)
-
-
 def _named(cfg: Any) -> Path | None:
     """The run in `run_dir`; None if there is none yet."""
     path = Path(cfg.run_dir)
@@ -289,8 +272,7 @@ def _newest_alike(cfg: Any) -> Path:
 
 def _of_this_job(cfg: Any) -> Path | None:
     """The run that this job began before torchrun restarted it; None if it is not restarted, or died before that."""
-    # Restarts are counted on each machine; where another one began, only the processes' meeting place tells.
-    if restarted() or distributed.restarted():
+    if distributed.restarted():
         for path in [Path(cfg.run_dir)] if cfg.run_dir else _runs_of(cfg.name):
             record = read_record(path)
             if record.get("job") != job() or not (path / CONFIG).is_file():

@@ -44,9 +44,9 @@ class Pretrain:
         whole = newest_whole(Path(str(cfg.run_dir)) / "checkpoints") if cfg.resume else None
         document = read_document(whole) if whole else {}
         saved = document.get("state", {})
-        origin = None if saved else start_from(cfg, runtime, plan.model, plan.tokenizer)
+        origin = None if saved else start_from(cfg, plan.model, plan.tokenizer)
         self.skip: dict[str, int] = saved.get("skip", {}) if saved else origin.drawn if origin else {}
-        shards = open_sources(cfg, self.tokenizer, runtime)
+        shards = open_sources(cfg, self.tokenizer)
         self.data = self._batches(shards)
         self.model = plan.model.to_empty(device=runtime.device)
         self.model.activation_checkpointing = cfg.runtime.activation_checkpointing
@@ -183,7 +183,7 @@ class Pretrain:
         watch.message(f"step {self.step}: update skipped, because {self.guard.reason}")
         if self.guard.exhausted:
             places = guard.find_places(self.losses, lambda chosen: self.data.places(self.step - 1, chosen))
-            self.save_checkpoint({}, wait=True)  # of the last good update; resumed, the run goes on behind this step
+            self.save_checkpoint({}, wait=True)  # of the last good update; resumed, the run goes on after this step
             self.run.note(ended_by="guard")  # which no restart by torchrun may undo
             raise self.guard.stop(self.step, places)
 
@@ -318,7 +318,7 @@ def main(cfg: Config, *, dry_run: bool = False) -> float | None:
         timeout_minutes=cfg.runtime.timeout_minutes,
     ) as runtime:
         if not dry_run:
-            find_run(cfg, runtime)
+            find_run(cfg)
         planned = plan(cfg, runtime, dry=dry_run)
         if dry_run:
             print("\n".join([*runtime.reasons, *planned.lines()]))

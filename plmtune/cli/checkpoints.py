@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -73,10 +72,7 @@ def _find(run: Path) -> list[Path]:
     if (run / manifest.NAME).is_file():
         return [run]
     directory = run / "checkpoints" if (run / "checkpoints").is_dir() else run
-    found = sorted(
-        (path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)),
-        key=lambda path: int(path.name[5:]),
-    )
+    found = [manifest.step_path(directory, step) for step in manifest.steps(directory)]
     if not found:
         raise UserError(f"{run} holds no checkpoints. Give a run (runs/pretrain/latest), or one of its checkpoints.")
     return found

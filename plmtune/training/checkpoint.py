@@ -32,6 +32,7 @@ from plmtune.errors import UserError
 from plmtune.models.files import Stored, locate, read_json
 from plmtune.training import distributed, manifest
 from plmtune.training import state as training_state
+from plmtune.training.manifest import step_path, steps
 from plmtune.training.snapshot import Stage
 
 log = logging.getLogger(__name__)
@@ -39,22 +40,9 @@ log = logging.getLogger(__name__)
 STATE = "state.json"
 LATEST = "latest"
 BEST = "best"
-_STEP = re.compile(r"step-(\d{8,})")
 # Some hundred bytes a parameter group and 20 KiB for each rank whose random numbers are its own.
 _MAX_STATE_BYTES = 16 * 2**20
 _UNFINISHED = re.compile(r"\.(?:tmp-step-|old-step-|latest\.tmp-|best\.tmp-)")
-
-
-def steps(directory: Path) -> list[int]:
-    """The steps that have a checkpoint in `directory`, oldest first."""
-    if not directory.is_dir():
-        return []
-    matches = (_STEP.fullmatch(path.name) for path in directory.iterdir() if not path.is_symlink())
-    return sorted(int(match[1]) for match in matches if match)
-
-
-def step_path(directory: Path, step: int) -> Path:
-    return directory / f"step-{step:08d}"
 
 
 def newest_whole(directory: Path) -> Path | None:
@@ -65,9 +53,9 @@ def newest_whole(directory: Path) -> Path | None:
     Raises:
         UserError: on every rank, if there are checkpoints and none is whole.
     """
-    found, failure = "", ""
-    if distributed.rank() == 0:
-        refused = []
+
+    def find() -> str:
+        refused: list[str] = []
         for step in reversed(steps(directory)):
             path = step_path(directory, step)
             try:
@@ -76,15 +64,16 @@ def newest_whole(directory: Path) -> Path | None:
                 log.warning("Checkpoint refused: %s", error)
                 refused.append(str(error))
                 continue
-            found = path.name
             if refused:
                 log.warning("Going on from %s instead.", path)
-            break
-        if refused and not found:
-            failure = f"No checkpoint in {directory} is whole: " + " ".join(refused)
-    found, failure = json.loads(distributed.broadcast_text(json.dumps([found, failure])))
-    if failure:
-        raise UserError(failure)
+            return path.name
+        if refused:
+            raise UserError(
+                f"No checkpoint in {directory} is whole: {' '.join(refused)} Put a whole copy back, or start anew."
+            )
+        return ""
+
+    found = distributed.told_by_rank_0(find)
     return directory / found if found else None
 
 
@@ -216,11 +205,7 @@ class Checkpoints:
         random_states = distributed.gather_texts(json.dumps(training_state.random_state()))
         stems = {"model": weights, "optimizer": tensors}
         needed = sum(t.numel() * t.element_size() for named in stems.values() for t in named.values())
-        failure = self._make_room(step, needed) if distributed.rank() == 0 else ""
-        # The others learn of a full disk here, instead of waiting at the next exchange for one that is gone.
-        failure = distributed.broadcast_text(failure)
-        if failure:
-            raise UserError(failure)
+        distributed.told_by_rank_0(lambda: self._make_room(step, needed))
         snapshot = self._stage.take(stems, max_bytes=self.file_bytes, writers=self._writers(step))
         rest: dict[str, str] = {}
         if distributed.rank() == 0:
@@ -305,8 +290,8 @@ class Checkpoints:
         self._from = int(document["step"])
         return {**document["state"], "step": self._from}
 
-    def _make_room(self, step: int, needed: int) -> str:
-        """Make the directory to write into; returns what prevents it."""
+    def _make_room(self, step: int, needed: int) -> None:
+        """Make the directory to write into."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.directory).free
@@ -315,8 +300,7 @@ class Checkpoints:
             shutil.rmtree(self._temporary(step), ignore_errors=True)
             self._temporary(step).mkdir()
         except OSError as error:
-            return self._failed(step, error, needed)
-        return ""
+            raise UserError(self._failed(step, error, needed)) from error
 
     def _writers(self, step: int) -> list[int]:
         """The ranks that see the directory of rank 0; on machines without a common disk it is rank 0's alone."""

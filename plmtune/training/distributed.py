@@ -7,14 +7,15 @@ dimensions without a change in a recipe: docs/distributed.md says where.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -107,7 +108,8 @@ def _meet(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.
 
 def restarted() -> bool:
     """On rank 0, whether torchrun started these processes in the place of others that it had started."""
-    return _restarted
+    # Restarts are counted on each machine; where another one began, only the processes' meeting place tells.
+    return _restarted or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def is_distributed() -> bool:
@@ -307,6 +309,24 @@ def broadcast_text(text: str) -> str:
     return bytes(data.numpy()).decode()
 
 
+def told_by_rank_0(decide: Callable[[], Any]) -> Any:
+    """What `decide` gives on rank 0, by way of JSON, on every rank. Every rank must call it.
+
+    Raises:
+        UserError: on every rank, if it is raised on rank 0: none waits for one that is gone.
+    """
+    answer, failure = None, ""
+    if rank() == 0:
+        try:
+            answer = decide()
+        except UserError as error:
+            failure = str(error)
+    answer, failure = json.loads(broadcast_text(json.dumps([answer, failure])))
+    if failure:
+        raise UserError(failure)
+    return answer
+
+
 def barrier() -> None:
     """Wait for all processes, on the host."""
     any_rank(False)
@@ -321,9 +341,8 @@ def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on the host. Every rank must call it."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().cpu()
+    """The whole of a tensor, sharded or not. Every rank must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(value: Tensor, example: Tensor) -> Tensor:
@@ -336,16 +355,6 @@ def like(value: Tensor, example: Tensor) -> Tensor:
     # The local part is a view; its copy lets go of the whole.
     local = sharded.to_local().clone()
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
-
-
-def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of `model`, whole and on the host; empty on ranks other than 0. All must call it."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        whole = full_tensor(tensor)
-        if rank() == 0:
-            state[name] = whole
-    return state
 
 
 def load_full_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:

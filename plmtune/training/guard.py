@@ -135,7 +135,7 @@ class Guard:
         return UserError(
             f"step {step}: {what} {self.reason}. Parameters and moments are {kept}, and saved. The batch of step "
             f"{step} came from {_listed(places)}. Look at that text. If it is as it should be, start again with a "
-            "lower optimizer.lr, or resume, which goes on behind it, with a higher guard.spike_factor or "
+            "lower optimizer.lr, or resume, which goes on after it, with a higher guard.spike_factor or "
             "guard.patience."
         )
 
@@ -171,4 +171,4 @@ def _gathered(lines: list[str]) -> list[str]:
 
 def _listed(places: Sequence[str], most: int = 3) -> str:
     shown = "; ".join(places[:most])
-    return f"{shown}; and {len(places) - most:,} more places" if len(places) > most else shown
+    return f"{shown}; and {len(places) - most:,} more" if len(places) > most else shown

@@ -1,10 +1,11 @@
-"""Files that are whole or not there: fsync, atomic replacement, and a manifest that finds any flipped bit."""
+"""Files that are whole or not there: fsync, atomic replacement, names, and a manifest that finds any flipped bit."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,19 @@ from plmtune.atomic import replacing
 from plmtune.errors import UserError
 
 NAME = "manifest.json"
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+def steps(directory: Path) -> list[int]:
+    """The steps that have a checkpoint in `directory`, oldest first."""
+    if not directory.is_dir():
+        return []
+    matches = (_STEP.fullmatch(path.name) for path in directory.iterdir() if not path.is_symlink())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def step_path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}"
 
 
 def write_text(path: Path, text: str) -> None:

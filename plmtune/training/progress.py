@@ -219,11 +219,10 @@ class Watch:
             os._exit(128 + number)
         self._signalled, self._signalled_at = True, now
         if self._is_main:
+            said = f"\n{signal.Signals(number).name}: finishing the step and saving; a second one ends it unsaved.\n"
             # Not through rich: its lock may be held by the code that this handler interrupts.
             with contextlib.suppress(OSError):
-                os.write(
-                    2, f"\n{signal.Signals(number).name}: finishing the step and saving; again ends now.\n".encode()
-                )
+                os.write(2, said.encode())
 
 
 def describe(entry: Mapping[str, Any], eta_seconds: float | None) -> str:

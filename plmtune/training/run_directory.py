@@ -88,16 +88,16 @@ class RunDirectory:
     """One run's directory, locked against a second process while it is open.
 
     Made by `create` or `open`; `close` (or the end of a ``with`` block) gives the lock back. A process that
-    dies gives it back too, as the kernel holds it. Ranks other than 0 neither lock nor write.
+    dies gives it back too, as the kernel holds it. Ranks other than 0 have no lock, and do not write.
 
     Attributes:
         path: the directory.
         is_main: whether this process writes.
     """
 
-    def __init__(self, path: Path, *, is_main: bool, lock: IO[str] | None) -> None:
+    def __init__(self, path: Path, lock: IO[str] | None = None) -> None:
         self.path = path
-        self.is_main = is_main
+        self.is_main = lock is not None
         self._lock = lock
 
     @classmethod
@@ -109,7 +109,6 @@ class RunDirectory:
         *,
         data: Mapping[str, str] | None = None,
         job: str = "",
-        is_main: bool = True,
     ) -> RunDirectory:
         """Start a run in `path`, which must not hold one yet.
 
@@ -123,8 +122,6 @@ class RunDirectory:
             UserError: if the directory holds a run, is in use, or cannot be written.
         """
         path = Path(path)
-        if not is_main:
-            return cls(path, is_main=False, lock=None)
         made = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -139,7 +136,7 @@ class RunDirectory:
         if any((path / "checkpoints").glob("step-*")):
             lock.close()
             raise UserError(f"{path} holds checkpoints of a run without its {CONFIG}. Choose another directory.")
-        run = cls(path, is_main=True, lock=lock)
+        run = cls(path, lock)
         try:
             run.update(
                 command=list(command),
@@ -164,7 +161,7 @@ class RunDirectory:
         return run
 
     @classmethod
-    def open(cls, path: str | Path, *, is_main: bool = True, **notes: Any) -> RunDirectory:
+    def open(cls, path: str | Path, **notes: Any) -> RunDirectory:
         """Go on with the run in `path`.
 
         Args:
@@ -177,8 +174,7 @@ class RunDirectory:
         if not (path / CONFIG).is_file():
             raise UserError(f"{path} holds no run: it has no {CONFIG}. Start one with plmtune run.")
         try:
-            lock = _take_lock(path) if is_main else None
-            run = cls(path, is_main=is_main, lock=lock)
+            run = cls(path, _take_lock(path))
             run.begin(**notes)
         except OSError as error:
             raise _unusable(path, error) from error
@@ -205,8 +201,6 @@ class RunDirectory:
 
     def begin(self, **notes: Any) -> None:
         """Note that this process is running it now: the newest of the attempts in run.json."""
-        if not self.is_main:
-            return
         for path in self.path.glob(".*.tmp-*"):  # the lock is held: what is half-written here is a dead process's
             path.unlink(missing_ok=True)
         attempt = {"began": _now(), "pid": os.getpid(), "host": socket.gethostname(), **notes}

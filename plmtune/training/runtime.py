@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from plmtune.errors import UserError
 from plmtune.modules.attention import kernel_names
@@ -163,7 +162,7 @@ class Runtime:
         """
         parameters = [p for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return distributed.full_tensor(norm)
 
     def sum(self, *values: Tensor | float) -> tuple[float, ...]:
         """Each value summed over ranks, in fp64: one exchange for all, on the device only if one of them is there."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from plmtune import tensor_files
 from plmtune.training import distributed
@@ -21,12 +20,10 @@ class Snapshot:
     Attributes:
         tensors: the whole tensors of each file that this rank writes.
         indexes: of tensors in several files, what each index file says.
-        total: bytes of all tensors, over all ranks.
     """
 
     tensors: dict[str, dict[str, Tensor]]
     indexes: dict[str, Any]
-    total: int
 
 
 @dataclass
@@ -56,28 +53,26 @@ class Stage:
         """
         tensors: dict[str, dict[str, Tensor]] = {}
         indexes: dict[str, Any] = {}
-        total = turn = 0
+        turn = 0
         rank = distributed.rank()
         for stem, named in stems.items():
             sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in named.items()}
             files = tensor_files.deal(sizes, stem, max_bytes)
             if len(files) > 1:
                 indexes[f"{stem}.safetensors.index.json"] = tensor_files.index(files, sizes)
-            total += sum(sizes.values())
             for file, names in files.items():
                 mine = writers[turn % len(writers)] == rank
                 turn += 1
                 held = {}
                 for name in names:
-                    value = named[name]
-                    whole = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks meet here
+                    whole = distributed.full_tensor(named[name])
                     if mine:
                         held[name] = self._on_host(f"{stem}/{name}", whole.detach())
                 if mine:
                     tensors[file] = held
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # the copies are under way
-        return Snapshot(tensors, indexes, total)
+        return Snapshot(tensors, indexes)
 
     def _on_host(self, name: str, tensor: Tensor) -> Tensor:
         on_gpu = tensor.device.type == "cuda"

@@ -1,5 +1,6 @@
 """A small corpus, and the command line as a person uses it."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import xxhash
 
@@ -119,7 +121,7 @@ def kill_at(place: Path, step: int, run: str, *overrides: str, processes: int = 
     """Start a run and SIGKILL every process of it as soon as its metrics reach `step`."""
     process = subprocess.Popen(
         command("run", "pretrain", *SMALL, f"run_dir={run}", *overrides, processes=processes),
-        cwd=place, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        cwd=place, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     path = place / run / "metrics.jsonl"
     deadline = time.monotonic() + 200
@@ -127,10 +129,15 @@ def kill_at(place: Path, step: int, run: str, *overrides: str, processes: int = 
         if path.is_file() and any(f'"step": {step}' in line for line in path.read_text().splitlines()):
             break
         time.sleep(0.002)
-    # torchrun puts its workers into sessions of their own: find them by their parent.
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    for pid in [*children.stdout.split(), str(process.pid)]:
-        subprocess.run(["kill", "-KILL", pid], check=False, capture_output=True)
+    kill_all(process)
+
+
+def kill_all(process: "subprocess.Popen[Any]") -> None:
+    """SIGKILL a process and, as torchrun puts its workers into sessions of their own, whatever it has started."""
+    if process.poll() is None:
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
     process.wait()
 
 

@@ -169,7 +169,7 @@ class TestStopping:
         spoil(scaled_gradient(1e6), *range(6, 12), micro_batch=1)
         said = refusal("run_dir=run", "guard={window: 8, patience: 1}")
         assert "step 6: the update was skipped, because the gradient norm" in said
-        assert "and 1 more places" in said  # of four rows
+        assert "; and 1 more." in said  # of four rows
 
     @pytest.mark.parametrize("setting", ["spike_factor=0.5", "window=0", "patience=0"])
     def test_an_impossible_setting_ends_before_training(self, place: Path, setting: str) -> None:

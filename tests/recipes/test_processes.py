@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import SMALL, Run, environment, metrics, start, weights
+from conftest import SMALL, Run, environment, kill_all, metrics, start, weights
 
 STEPS = "phases=[{name: main, steps: 40}]"
 QUIET = ["validation={every: 0, tokens: 100}", "checkpoint={every: 5, keep: 0}"]
@@ -46,11 +46,7 @@ def torchrun(
         try:
             yield job
         finally:
-            if job.poll() is None:
-                for process in (*psutil.Process(job.pid).children(recursive=True), job):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        process.kill()
-                job.wait()
+            kill_all(job)
 
 
 def rank(job: Any, number: int) -> psutil.Process:

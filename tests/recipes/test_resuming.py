@@ -12,7 +12,6 @@ from conftest import SMALL, command, environment, metrics, refusal, start, stop_
 
 from plmtune import config
 from plmtune.cli import cli
-from plmtune.data.manifest import Manifest
 from plmtune.errors import UserError
 from plmtune.sealed import seal, unseal
 from plmtune.training.manifest import digest
@@ -184,9 +183,16 @@ class TestData:
         assert changed.keys() == {"b", "c"}
         assert changed["b"][1] is None and changed["c"][0] is None
 
-    def shard(self, place: Path, name: str = "train-00000.bin") -> Path:
-        (found,) = place.glob(f"runs/data/files-*/{name}")
+    def shard(self, place: Path) -> Path:
+        (found,) = place.glob("runs/data/files-*/train-00000.bin")
         return found
+
+    def vouch(self, shard: Path) -> None:
+        """Let the manifest say that the shard is what it should be, as no accident would."""
+        path = shard.with_name("manifest.json")
+        content = unseal(path.read_bytes())
+        content["splits"]["train"]["shards"][0]["xxh3"] = digest(shard)
+        path.write_bytes(seal(content))
 
     @pytest.mark.parametrize(
         ("kind", "part"),
@@ -206,12 +212,8 @@ class TestData:
         elif kind == "swapped":  # another corpus's shard of the same size
             shard.write_bytes(data[::-1])
         else:  # a whole other directory in its place, that vouches for itself
-            other = bytes(data[1000:] + data[:1000])
-            shard.write_bytes(other)
-            path = shard.with_name("manifest.json")
-            content = unseal(path.read_bytes())
-            content["splits"]["train"]["shards"][0]["xxh3"] = digest(shard)
-            path.write_bytes(seal(content))
+            shard.write_bytes(data[1000:] + data[:1000])
+            self.vouch(shard)
         before = (place / "run/run.json").read_bytes()
         said = refused("resume", "run")
         assert part in said, said
@@ -224,11 +226,7 @@ class TestData:
         data = bytearray(shard.read_bytes())
         data[400:402] = (60_000).to_bytes(2, "little")
         shard.write_bytes(data)
-        path = shard.with_name("manifest.json")
-        content = unseal(path.read_bytes())
-        content["splits"]["train"]["shards"][0]["xxh3"] = digest(shard)
-        path.write_bytes(seal(content))
-        assert Manifest.read(shard.parent)
+        self.vouch(shard)
         done = subprocess.run(
             command("run", "pretrain", *SMALL, "run_dir=run"),
             cwd=place, env=environment(), capture_output=True, text=True, check=False, timeout=100,

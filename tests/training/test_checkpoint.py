@@ -25,8 +25,8 @@ from plmtune.errors import UserError
 from plmtune.sealed import seal, unseal
 from plmtune.training import manifest
 from plmtune.training import state as training_state
-from plmtune.training.checkpoint import Checkpoints, newest_whole, steps
-from plmtune.training.manifest import verify
+from plmtune.training.checkpoint import Checkpoints, newest_whole
+from plmtune.training.manifest import steps, verify
 from plmtune.training.runtime import Runtime
 
 OPTIMIZERS = {

@@ -42,7 +42,7 @@ def run(runtime: Runtime, directory: Path | None, variant: str = "", *, steps: i
     model, build_optimizer = make(variant)
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trained = runtime.distribute(model)
-    same_start = all(torch.equal(initial[n], t) for n, t in distributed.full_state_dict(model).items())
+    same_start = all(torch.equal(initial[n], t) for n, t in whole(model).items())
     optimizer = build_optimizer(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     losses, norms = [], []
@@ -60,7 +60,7 @@ def run(runtime: Runtime, directory: Path | None, variant: str = "", *, steps: i
         "norms": norms,
         "sharded": any(isinstance(p, DTensor) for p in model.parameters()),
         "same_start": same_start,
-        "digest": digest(distributed.full_state_dict(model)),
+        "digest": digest(whole(model)),
     }
 
 
@@ -74,12 +74,16 @@ def go_on(runtime: Runtime, directory: Path, variant: str = "") -> dict[str, obj
     path = newest_whole(directory)
     assert path is not None
     state = Checkpoints(directory).restore(path, model=model, optimizer=optimizer, scheduler=scheduler)
-    restored = digest(distributed.full_state_dict(model))
+    restored = digest(whole(model))
     losses = []
     for step in range(state["step"], 4):
         losses.append(train_step(runtime, model, trained, optimizer, step)[0])
         scheduler.step()
-    return {"losses": losses, "restored": restored, "digest": digest(distributed.full_state_dict(model))}
+    return {"losses": losses, "restored": restored, "digest": digest(whole(model))}
+
+
+def whole(model: Toy) -> dict[str, torch.Tensor]:
+    return {name: distributed.full_tensor(tensor) for name, tensor in model.state_dict().items()}
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:

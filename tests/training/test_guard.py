@@ -156,7 +156,7 @@ class TestStop:
             "step 812: 3 updates in a row were skipped (steps 810 to 812), the last because the loss is nan. "
             "Parameters and moments are those after step 809, and saved. The batch of step 812 came from "
             "runs/data/a/train-00003.bin, tokens 512 to 768. Look at that text. If it is as it should be, start again "
-            "with a lower optimizer.lr, or resume, which goes on behind it, with a higher guard.spike_factor or "
+            "with a lower optimizer.lr, or resume, which goes on after it, with a higher guard.spike_factor or "
             "guard.patience."
         )
 

@@ -85,7 +85,7 @@ class TestLog:
         assert read(run.metrics)[0]["not_finite"] == {"loss": "nan"}
 
     def test_other_ranks_write_nothing(self, tmp_path, capsys):
-        other = RunDirectory.create(tmp_path / "other", "", [], is_main=False)
+        other = RunDirectory(tmp_path / "other")
         with Watch(other, [], 1) as watch:
             watch.log(1, {"loss": 1.0})
             watch.message("hello")

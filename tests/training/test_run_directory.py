@@ -59,7 +59,7 @@ class TestCreate:
         assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "notes.txt"]
 
     def test_other_ranks_write_nothing(self, tmp_path):
-        with create(tmp_path / "run", is_main=False) as run:
+        with RunDirectory(tmp_path / "run") as run:
             run.update(x=1)
         assert not (tmp_path / "run").exists()
 
