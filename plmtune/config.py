@@ -332,8 +332,8 @@ def multirun(name: str, overlays: Sequence[str], overrides: Sequence[str], task:
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     settings = [
         "hydra.output_subdir=null",
-        "hydra/job_logging=disabled",
-        "hydra/hydra_logging=disabled",
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
         "hydra.job.chdir=false",
         f"hydra.sweep.dir=runs/multirun/{now}",
     ]

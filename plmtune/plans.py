@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from plmtune.config import build
 from plmtune.data.order import Phase
 from plmtune.data.tokenizers import QWEN2_ROWS
-from plmtune.errors import UserError
+from plmtune.errors import UserError, did_you_mean
 from plmtune.registry import Component
 from plmtune.runs import resolve_phase
 from plmtune.schema import Pretrain as Config
@@ -20,6 +21,8 @@ from plmtune.training.estimate import Estimate, estimate
 from plmtune.training.guard import Guard
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_count
+
+MEASURED = ("validation_loss", "bits_per_byte")  # and sparsity/0, sparsity/1, ...
 
 
 @dataclass
@@ -63,6 +66,10 @@ def plan(cfg: Config, runtime: Runtime, *, dry: bool = False) -> Plan:
     for key in ("num_workers", "checkpoint.keep", "checkpoint.every", "validation.every", "max_grad_norm"):
         if not (value := attrgetter(key)(cfg)) >= 0:  # and no NaN
             raise UserError(f"key {key}: must be at least 0, not {value}.")
+    best = cfg.checkpoint.best
+    if best not in (None, *MEASURED) and not re.fullmatch(r"sparsity/\d+", str(best)):
+        near = did_you_mean(str(best), MEASURED)
+        raise UserError(f"key checkpoint.best: a validation does not measure {best}.{near}")
     if not cfg.phases:
         raise UserError("key phases: is empty. Give one: phases=[{name: main, tokens: 5M}]")
     if cfg.global_batch_size % runtime.data_world_size:

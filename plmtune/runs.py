@@ -223,6 +223,13 @@ def _reopen(cfg: Any, path: Path, data: Mapping[str, str], saved: Mapping[str, A
             )
         else:
             log.warning("%s is missing or damaged: the checkpoint says what the run began with.", path / RECORD)
+    attempts = read_record(path).get("attempts")
+    reached = [a.get("saved", 0) for a in attempts if isinstance(a, dict)] if isinstance(attempts, list) else []
+    if not saved and any(reached):
+        raise UserError(
+            f"{path} has saved step {max(reached)}, and {path / 'checkpoints'} holds no checkpoint. Is its disk there? "
+            "Put them back, or start a new run."
+        )
     # Either witness will do: what the checkpoint saw, or what the latest attempt was told to go on with.
     known = [saw for saw in (read_record(path).get("data"), saved.get("data")) if isinstance(saw, dict)]
     before = data if data in known or not known else known[0]

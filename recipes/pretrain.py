@@ -108,7 +108,7 @@ class Pretrain:
         # Built on rank 0 alone: some begin a run of their own when they are made.
         wanted = cfg.logger and runtime.is_main
         loggers = [build("logger", cfg.logger, directory=self.run.path, config=to_plain(cfg))] if wanted else []
-        score = math.nan
+        score, noted = math.nan, 0
         with Watch(
             self.run,
             loggers,
@@ -145,6 +145,9 @@ class Pretrain:
                         self.save_checkpoint(measured, wait=last or stop)
                 else:
                     self._mind_saves(watch)
+                if self.checkpoints.saved > noted:
+                    noted = self.checkpoints.saved
+                    self.run.note(saved=noted)  # should the checkpoints be gone one day, a resume can tell
                 if watch.failure:
                     raise UserError(watch.failure)
                 if stop and not last:
@@ -264,6 +267,12 @@ class Pretrain:
         if cfg.runtime.deterministic:
             cost = measure_cost(self._trial, runtime.device)
             reasons.append(f"deterministic algorithms: {cost:.2f}x the time of a forward and backward, measured now")
+        between, every = cfg.checkpoint.every, cfg.validation.every
+        if cfg.checkpoint.best and between and every and between % every:
+            reasons.append(
+                f"best checkpoint: only steps that are measured and saved count, each {math.lcm(between, every)}th; "
+                "let checkpoint.every be a multiple of validation.every"
+            )
         for line in (*reasons, *self.plan.estimate.lines(), self.data.describe()):
             watch.message(line)
 
@@ -276,7 +285,7 @@ class Pretrain:
 
 def check(cfg: Config) -> str:
     """What ``plmtune validate`` says of a config that is right."""
-    with Runtime.start(device="cpu", seed=cfg.seed) as runtime:
+    with Runtime.start(device="cpu", seed=cfg.seed, timeout_minutes=cfg.runtime.timeout_minutes) as runtime:
         planned = plan(cfg, runtime, dry=True)
     return f"{show_count(planned.estimate.parameters)} parameters, {planned.num_steps:,} steps."
 

@@ -8,6 +8,7 @@ See docs/checkpoints.md.
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import logging
@@ -71,6 +72,8 @@ def newest_whole(directory: Path) -> Path | None:
             raise UserError(
                 f"No checkpoint in {directory} is whole: {' '.join(refused)} Put a whole copy back, or start anew."
             )
+        if directory.is_symlink() and not directory.exists():
+            raise UserError(f"{directory} leads to {directory.readlink()}, which is not there. Is its disk mounted?")
         return ""
 
     found = distributed.told_by_rank_0(find)
@@ -243,6 +246,11 @@ class Checkpoints:
         if self._save is not None and not distributed.any_rank(not self._save.job.done()):
             self._advance(self._save)
 
+    @property
+    def saved(self) -> int:
+        """The newest step that this object has brought to the disk; 0 if there is none. Rank 0 knows."""
+        return max(self._own, default=0)
+
     def wait(self) -> None:
         """Wait until the save under way, if there is one, is on the disk. Every rank must call it.
 
@@ -358,9 +366,14 @@ class Checkpoints:
 
     def _failed(self, step: int, error: BaseException, needed: int) -> str:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        number = error.errno if isinstance(error, OSError) else None
+        remedy = {errno.EFBIG: "raise the limit on files (ulimit -f)", errno.EACCES: "let it be written"}.get(
+            number or 0, "make room"
+        )
+        earlier = "Earlier checkpoints are as they were" if steps(self.directory) else "No step was saved before"
         return (
             f"The checkpoint of step {step} cannot be written to {step_path(self.directory, step)}: {reason}. It needs "
-            f"about {needed:,} bytes. Earlier checkpoints are as they were; make room and resume."
+            f"about {needed:,} bytes. {earlier}; {remedy} and resume."
         )
 
     def _temporary(self, step: int) -> Path:

@@ -59,7 +59,7 @@ def config_is_vouched_for(path: Path) -> bool:
         raise UserError(
             f"{path / CONFIG} is not what the run began with: xxh3 {actual}, and {RECORD} says {expected}. Put it "
             f"back: resume takes changes as plmtune resume {path} KEY=VALUE, and for what a run learns, start a new "
-            f"one with init_from={path}. Is it {RECORD} that was changed? Remove it: the checkpoints know the config"
+            f"one with init_from={path}. Is it {RECORD} that was changed? Remove it: the checkpoints know the config."
         )
     return True
 

@@ -95,6 +95,8 @@ class Runtime:
             f"strategy: {strategy_reason}",
             f"seed: {seed}" + (", deterministic algorithms only" if deterministic else ""),
         ]
+        if not 0 < timeout_minutes < 1e6:
+            raise UserError(f"key runtime.timeout_minutes: must be above 0, not {timeout_minutes}.")
         timeout = timedelta(minutes=timeout_minutes)
         if world_size > 1 and not distributed.is_distributed():
             distributed.start_process_group(chosen_device, timeout)

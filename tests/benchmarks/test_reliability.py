@@ -45,6 +45,7 @@ class TestRuns:
     def test_share_no_directory(self, place, generator):
         assert passed(stops.locked(place, 1, generator, fork=True))
 
+    @pytest.mark.slow
     def test_survive_a_limit_on_files(self, place, generator):
         assert passed(disks.limited(place, 1, generator))
 

@@ -48,6 +48,7 @@ def test_a_run_cut_inside_an_epoch_a_block_and_a_phase_goes_on_with_the_next_bat
     assert order(place / "other") != order(place / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_then_one_then_two_read_what_two_read(place: Path, plmtune: Run) -> None:
     whole = plmtune(*COMMAND, "run_dir=whole", processes=2)
     assert whole.returncode == 0, whole.stderr

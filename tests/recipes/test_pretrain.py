@@ -104,7 +104,7 @@ class TestLearning:
 
 
 class TestTwoProcesses:
-    @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+    @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
     def test_losses_equal_one_process_and_a_kill_changes_nothing(
         self, place: Path, plmtune: Run, strategy: str
     ) -> None:
@@ -136,6 +136,8 @@ class TestBadInput:
             ("phases=[{name: a, steps: 2, mix: {filez: 1}}]", ["filez", "files"]),
             ("micro_batch_size=0", ["micro_batch_size"]),
             ("name=../../elsewhere", ["name", "elsewhere"]),
+            ("checkpoint.best=validaton_loss", ["checkpoint.best", "validation_loss"]),
+            ("runtime.timeout_minutes=-1", ["runtime.timeout_minutes", "-1"]),
             ("guard.patience=0", ["guard", "patience", "0"]),
             ("guard.spike_factor=0.5", ["guard", "spike_factor", "0.5"]),
             ("max_grad_norm=-1", ["max_grad_norm", "-1"]),

@@ -93,11 +93,12 @@ def close(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
 
 
 class TestFourProcesses:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("four", "two"),
         [
             (["runtime.strategy=hsdp", "runtime.shard_size=2"], ["runtime.strategy=fsdp", "runtime.shard_size=null"]),
-            pytest.param(["runtime.strategy=fsdp"], ["runtime.strategy=ddp"], marks=pytest.mark.slow),
+            (["runtime.strategy=fsdp"], ["runtime.strategy=ddp"]),
         ],
     )
     def test_learn_what_one_does_and_fewer_go_on_from_their_checkpoint(
@@ -162,6 +163,7 @@ class TestADeadRank:
         assert re.search(r"rank +: 1 ", cause) and "Signal 9 (SIGKILL)" in cause
         assert "pretrain.py" not in said  # no traceback of the rank that only noticed
 
+    @pytest.mark.slow
     def test_its_own_error_is_shown_with_its_traceback(self, place: Path, plmtune: Run) -> None:
         assert plmtune("cp", "recipes/pretrain", "mine.py").returncode == 0
         with (place / "mine.py").open("a") as recipe:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -252,3 +253,35 @@ class TestTwoOnOneDirectory:
             assert done.stdout.startswith(said) and done.stdout.strip().endswith("False"), done.stdout
             assert run.record() == before
             assert said in refusal("run_dir=run", "resume=true")  # by whichever road it comes
+
+
+class TestCheckpointsThatAreGone:
+    @pytest.mark.parametrize("how", ["removed", "a link to nowhere"])
+    def test_a_run_does_not_begin_again_unasked_and_keeps_its_metrics(self, place: Path, how: str) -> None:
+        start("run_dir=run", "phases=[{name: main, steps: 4}]")
+        shutil.rmtree(place / "run/checkpoints")
+        if how != "removed":
+            (place / "run/checkpoints").symlink_to("/nowhere")
+        before = (place / "run/metrics.jsonl").read_text()
+        said = refusal("run_dir=run", "phases=[{name: main, steps: 4}]", "resume=true")
+        assert "run/checkpoints" in said and "disk" in said
+        assert (place / "run/metrics.jsonl").read_text() == before
+
+    def test_a_new_run_does_not_take_strangers_for_its_own(self, place: Path) -> None:
+        start("run_dir=run", "phases=[{name: main, steps: 3}]")
+        (place / "run/config.yaml").unlink()
+        assert "holds checkpoints" in refusal("run_dir=run", "phases=[{name: main, steps: 3}]")
+
+
+class TestInitFrom:
+    def test_a_damaged_checkpoint_is_refused_or_passed_over(
+        self, place: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        start("run_dir=first", "phases=[{name: main, steps: 6}]")
+        file = place / "first/checkpoints/step-00000006/model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-9] ^= 1
+        file.write_bytes(data)
+        assert "model.safetensors is damaged" in refusal("init_from=first/checkpoints/step-00000006")
+        start("run_dir=second", "init_from=first", "phases=[{name: main, steps: 2}]")
+        assert "step-00000003 instead" in caplog.text

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import SMALL, Run, at_step, command, environment, kill_at, metrics, start, stop_at, weights
+from conftest import SMALL, Run, at_step, command, environment, kill_at, metrics, refusal, start, stop_at, weights
 
 from plmtune.errors import UserError
 
@@ -200,6 +200,20 @@ class TestRestart:
         start("phases=[{name: main, steps: 4}]")
         first, second = self.runs(place)
         assert (status(first), status(second)) == ("failed", "finished")
+
+    def test_a_config_that_was_edited_since_is_refused(self, place: Path, torchrun: pytest.MonkeyPatch) -> None:
+        self.die(torchrun, 5)
+        torchrun.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert "optimizer.lr" in refusal("optimizer.lr=0.9")
+
+    def test_what_its_guard_ended_stays_ended(self, place: Path, torchrun: pytest.MonkeyPatch) -> None:
+        self.die(torchrun, 5)
+        (run,) = self.runs(place)
+        record = json.loads((run / "run.json").read_text())
+        record["attempts"][-1]["ended_by"] = "guard"
+        (run / "run.json").write_text(json.dumps(record))
+        torchrun.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert "its guard ended it" in refusal()
 
     def test_a_new_job_begins_a_new_run(self, place: Path, torchrun: pytest.MonkeyPatch) -> None:
         self.die(torchrun, 2)
