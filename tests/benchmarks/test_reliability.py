@@ -35,6 +35,7 @@ def passed(tally: Tally) -> bool:
 
 
 class TestRuns:
+    @pytest.mark.slow
     def test_killed_and_resumed_equal_an_undisturbed_one(self, place, generator):
         assert passed(stops.killed(place, 1, generator, fork=True))
 

@@ -197,7 +197,8 @@ def faulty(*, steps: list[int] = [5, 8, 9, 10], rank: str = "1"):
 
 
 class TestCommandLine:
-    @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
     def test_a_fault_on_one_rank_is_skipped_by_both_and_stops_both(
         self, place: Path, plmtune: Run, strategy: str
     ) -> None:

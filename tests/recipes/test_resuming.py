@@ -221,6 +221,7 @@ class TestData:
         assert ("source files" if kind == "replaced" else shard.name) in said
         assert (place / "run/run.json").read_bytes() == before
 
+    @pytest.mark.slow
     def test_ids_beyond_the_vocabulary_are_named_on_the_command_line(self, place: Path) -> None:
         start("run_dir=first", "phases=[{name: main, steps: 1}]")
         shard = self.shard(place)

@@ -143,6 +143,7 @@ class TestStopping:
         assert not (place / "run/checkpoints/step-00000003").exists()
         assert status(place / "run") == "running"
 
+    @pytest.mark.slow
     def test_a_signal_to_one_rank_of_two_stops_both_at_one_step(self, place: Path) -> None:
         process = begin(place, "run", "pretrain", *SMALL, *LONG, "run_dir=run", processes=2)
         path = place / "run" / "metrics.jsonl"
@@ -252,6 +253,7 @@ class TestDiskFull:
         assert "plmtune: run cannot be used as a run directory: File too large" in done.stderr
         assert not (place / "run").exists()
 
+    @pytest.mark.slow
     def test_while_metrics_are_written_saves_and_loses_no_line(self, place: Path, plmtune: Run) -> None:
         (place / "full.py").write_text(FULL)
         keys = [*SMALL, "validation.every=0", "checkpoint.background=false"]  # else the disk could be full for a save
