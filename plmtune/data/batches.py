@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Thread
@@ -232,7 +232,10 @@ class Batches:
                 for later in range(step + len(ahead), min(self.num_steps, step + 2 * self.num_workers)):
                     ahead.append(Future())
                     asked.put((later, ahead[-1]))
-                yield step, ahead.popleft().result()
+                due = ahead.popleft()
+                while not wait([due], timeout=1).done:
+                    pass  # in turns: a signal that comes just before a wait is heard only after it
+                yield step, due.result()
         finally:
             for future in ahead:
                 future.cancel()
