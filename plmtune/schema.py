@@ -115,5 +115,121 @@ class Pretrain:
     logger: Component | None = None
 
 
+@dataclass
+class Chat:
+    """How conversations become tokens."""
+
+    template: str | None = None  # null: the tokenizer's own; chatml; or a file: mine.jinja
+    train_on: Literal["all", "last"] = "all"  # answers that count: every one, or each conversation's last
+    too_long: Literal["drop", "cut"] = "drop"  # a conversation longer than seq_len: left out, or cut at its end
+    skip_bad: bool = False  # count rows that cannot be used instead of stopping
+    holdout: float = 0.02  # share of the conversations or pairs kept for validation
+
+
+@dataclass
+class Refinement:
+    """What asks for a better answer than the one at hand."""
+
+    template: str | None = None  # null: the shipped one; or a file: mine.jinja, which uses prompt and answer
+
+
+@dataclass
+class Sft:
+    """Keys of the `sft` recipe."""
+
+    recipe: str = "sft"
+    name: str = "sft"
+    run_dir: str | None = None  # default: runs/NAME/DATE-TIME
+    resume: bool = False
+    init_from: str | None = None  # default: the newest finished pretraining with this model
+    other_data: bool = False
+    force: bool = False
+    seed: int = 1
+    seq_len: int = 512  # tokens a packed row
+    global_batch_size: int = 16  # rows an optimizer step, over all processes
+    micro_batch_size: int = 4  # rows a forward pass, on one process
+    phases: list[Phase] = field(default_factory=list)
+    max_grad_norm: float = 1.0
+    log_every: int = 10
+    num_workers: int = 0
+    chat: Chat = field(default_factory=Chat)
+    refinement: Refinement = field(default_factory=Refinement)
+    runtime: Runtime = field(default_factory=Runtime)
+    validation: Validation = field(default_factory=Validation)
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
+    guard: Guard = field(default_factory=Guard)
+    sample: Sample = field(default_factory=Sample)
+    model: Component | None = None  # null: that of init_from
+    tokenizer: Component | None = None  # null: that of init_from
+    data: Component | None = None
+    loss: Component | None = None
+    optimizer: Component | None = None
+    scheduler: Component | None = None
+    peft: Component | None = None  # null: all weights are trained
+    logger: Component | None = None
+
+
+@dataclass
+class Generation:
+    """How a round writes its answers."""
+
+    strategy: Literal["chain", "samples"] = "chain"  # each answer refines the one before, or all are first answers
+    turns: int = 3  # answers a prompt
+    max_new_tokens: int = 256
+    temperature: float = 0.8
+    top_p: float = 0.95
+    batch_size: int = 16  # answers written at once
+
+
+@dataclass
+class Selection:
+    """How a round chooses its pairs: best and worst by `reward`, or without one last and first where rules pass."""
+
+    rules: list[str] = field(default_factory=lambda: ["not_empty", "not_truncated", "not_repeated"])
+    margin: float = 0.0  # least difference of rewards
+
+
+@dataclass
+class Preference:
+    """Keys of the `preference` recipe."""
+
+    recipe: str = "preference"
+    name: str = "preference"
+    run_dir: str | None = None  # default: runs/NAME/DATE-TIME
+    resume: bool = False
+    init_from: str | None = None  # default: the newest finished SFT, else pretraining, with this model
+    other_data: bool = False
+    force: bool = False
+    seed: int = 1
+    seq_len: int = 512  # longest prompt with one answer
+    global_batch_size: int = 16  # pairs an optimizer step, over all processes
+    micro_batch_size: int = 2  # rows of up to 2 x seq_len tokens a forward pass, on one process
+    epochs: float = 1.0  # times each pair is seen, in each round
+    max_grad_norm: float = 1.0
+    log_every: int = 10
+    rounds: int = 0  # 0: train once on the pairs of `data`; else so often generate, choose, train
+    prompts: int = 0  # prompts a round takes from `data`; 0: all
+    reference: Literal["previous", "first"] = "previous"  # model that a round's answers are measured against
+    reference_cache: str = "runs/reference"
+    chat: Chat = field(default_factory=Chat)
+    refinement: Refinement = field(default_factory=Refinement)
+    generation: Generation = field(default_factory=Generation)
+    selection: Selection = field(default_factory=Selection)
+    runtime: Runtime = field(default_factory=Runtime)
+    validation: Validation = field(default_factory=Validation)
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
+    guard: Guard = field(default_factory=Guard)
+    sample: Sample = field(default_factory=Sample)
+    model: Component | None = None  # null: that of init_from
+    tokenizer: Component | None = None  # null: that of init_from
+    data: Component | None = None
+    loss: Component | None = None
+    reward: Component | None = None  # judges a round's answers
+    optimizer: Component | None = None
+    scheduler: Component | None = None
+    peft: Component | None = None  # null: all weights are trained
+    logger: Component | None = None
+
+
 # recipe -> schema; the first field names the recipe.
-SCHEMAS: dict[str, type[Any]] = {"pretrain": Pretrain}
+SCHEMAS: dict[str, type[Any]] = {"pretrain": Pretrain, "sft": Sft, "preference": Preference}
