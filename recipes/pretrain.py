@@ -18,11 +18,11 @@ from plmtune.data.shards import Shards
 from plmtune.errors import UserError
 from plmtune.generation import complete
 from plmtune.identity import config_digest
-from plmtune.models.hf import hf_name, load_state, write_config
+from plmtune.models.hf import hf_state, load_state, write_config
 from plmtune.plans import Plan, build_scheduler, plan
 from plmtune.runs import find_run, open_run, open_sources, start_from
 from plmtune.schema import Pretrain as Config
-from plmtune.training import guard
+from plmtune.training import loop
 from plmtune.training.checkpoint import Checkpoints, load_moments, newest_whole, read_document
 from plmtune.training.determinism import everything_put_back, measure_cost
 from plmtune.training.estimate import peak_flops
@@ -69,10 +69,11 @@ class Pretrain:
             best=cfg.checkpoint.best,
             best_is=cfg.checkpoint.best_is,
             background=cfg.checkpoint.background,
-            name_of=hf_name,
+            named=hf_state,
             describe=self._describe,
         )
-        self.step = 0
+        self.step = self.first = 0
+        self.losses: list[Tensor] = []  # of the latest step's micro-batches
         if whole:
             self.checkpoints.restore(whole, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
             self.step = document["step"]
@@ -108,7 +109,6 @@ class Pretrain:
         # Built on rank 0 alone: some begin a run of their own when they are made.
         wanted = cfg.logger and runtime.is_main
         loggers = [build("logger", cfg.logger, directory=self.run.path, config=to_plain(cfg))] if wanted else []
-        score, noted = math.nan, 0
         with Watch(
             self.run,
             loggers,
@@ -125,70 +125,16 @@ class Pretrain:
                 # one here too, and not in a step.
                 with everything_put_back(runtime.device):
                     self._trial()
-            for index, batches in self.data.iterate(self.step):
-                entry = self.update(index, batches)
-                self.step = index + 1
-                last, measured = self.step == num_steps, {}
-                if last or self.step % cfg.log_every == 0 or self.guard.reason:
-                    watch.log(self.step, entry)
-                if self.guard.reason:
-                    self._pass_over(watch)
-                if last or (cfg.validation.every and self.step % cfg.validation.every == 0):
-                    with watch.paused():
-                        measured = self.validate()
-                    if measured:
-                        score = measured["validation_loss"]
-                        watch.log(self.step, measured)
-                stop = watch.should_stop()
-                if last or stop or (cfg.checkpoint.every and self.step % cfg.checkpoint.every == 0):
-                    with watch.paused():
-                        self.save_checkpoint(measured, wait=last or stop)
-                else:
-                    self._mind_saves(watch)
-                if self.checkpoints.saved > noted:
-                    noted = self.checkpoints.saved
-                    self.run.note(saved=noted)  # should the checkpoints be gone one day, a resume can tell
-                if watch.failure:
-                    raise UserError(watch.failure)
-                if stop and not last:
-                    watch.message(f"stopped after step {self.step}; go on with: plmtune resume {self.run.path}")
-                    return None
-        return score
+            return loop.train(self, watch, num_steps)
 
     def update(self, index: int, batches: list[Batch]) -> dict[str, Any]:
-        """One optimizer step on this rank's micro-batches of a global batch, or none, if the guard refuses it."""
-        runtime = self.runtime
-        lr = float(self.optimizer.param_groups[0]["lr"])  # torchao's is a tensor that the scheduler changes in place
+        """One optimizer step on this rank's micro-batches of a global batch."""
         phase = self.data.phase(index)
         if index and phase is not self.data.phase(index - 1):
             self.guard.forget()  # other text, other norms
-        # Mean over the global count of valid tokens, not over micro-batches: masked rows differ in length.
-        (num_valid,) = runtime.sum(float(sum(batch.num_valid for batch in batches)))
-        self.losses = []
-        for number, batch in enumerate(batches):
-            with runtime.accumulate(self.trained, first=number == 0, last=number == len(batches) - 1):
-                loss = self._loss(batch.to(runtime.device))
-                (loss * (runtime.gradient_scale / num_valid)).backward()
-            self.losses.append(loss.detach())
-        norm = runtime.clip_grad_norm(self.model, self.cfg.max_grad_norm)
-        # The only wait for the device; all ranks get the same numbers, and decide alike.
-        total, norms = runtime.sum(torch.stack(self.losses).sum(), norm)
-        values = {"loss": total / num_valid, "grad_norm": norms / runtime.world_size}
-        accepted = self.guard.accepts(values["loss"], values["grad_norm"])
-        guard.step(self.optimizer, self.scheduler, accepted=accepted)
+        values = loop.update(self, batches, float(sum(batch.num_valid for batch in batches)), self._loss)
         self.order = self.data.order_digest(self.order, index)
-        if not accepted:
-            values |= {"skipped": self.guard.skipped}
-        return {**values, "lr": lr, "tokens": (index + 1) * self.plan.tokens_per_step, "phase": phase.name}
-
-    def _pass_over(self, watch: Watch) -> None:
-        """Tell of an update that was skipped; after too many in a row, end the run."""
-        watch.message(f"step {self.step}: update skipped, because {self.guard.reason}")
-        if self.guard.exhausted:
-            places = guard.find_places(self.losses, lambda chosen: self.data.places(self.step - 1, chosen))
-            self.save_checkpoint({}, wait=True)  # of the last good update; resumed, the run goes on after this step
-            self.run.note(ended_by="guard")  # which no restart by torchrun may undo
-            raise self.guard.stop(self.step, places)
+        return {**values, "tokens": (index + 1) * self.plan.tokens_per_step, "phase": phase.name}
 
     def _loss(self, batch: Batch) -> Tensor:
         """Summed loss of a micro-batch; the vocabulary projection happens inside the loss, in chunks."""
@@ -246,14 +192,6 @@ class Pretrain:
             metrics=metrics,
             wait=wait,
         )
-
-    def _mind_saves(self, watch: Watch) -> None:
-        """See how the save in the background does; where it failed, try once more to keep what there is."""
-        try:
-            self.checkpoints.poll()
-        except UserError as error:
-            watch.message(f"{error}\nTrying once more, with the present state.")
-            self.save_checkpoint({}, wait=True)
 
     def _describe(self, directory: Path) -> None:
         write_config(self.model.config, self.dtype, directory)

@@ -6,7 +6,7 @@ Only JSON and safetensors are ever opened, and only inside the directory.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,15 +69,12 @@ class Stored(Mapping[str, Tensor]):
 
     Args:
         locations: what `locate` returned.
-        name_of: the name in the file for a name that is asked for.
     """
 
-    def __init__(self, locations: Mapping[str, Path], name_of: Callable[[str], str] = str) -> None:
+    def __init__(self, locations: Mapping[str, Path]) -> None:
         self._locations = locations
-        self._name_of = name_of
 
     def __getitem__(self, name: str) -> Tensor:
-        name = self._name_of(name)
         with opened_weights(self._locations[name]) as opened:
             tensor: Tensor = opened.get_tensor(name)
         return tensor

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from plmtune.atomic import replacing
@@ -76,12 +76,17 @@ def _rename(name: str, prefix: str, new_prefix: str, names: Mapping[str, str]) -
     return head + rest
 
 
+def hf_state(model: nn.Module) -> dict[str, Tensor]:
+    """A model's own tensors, sharded or not, under Hugging Face's names."""
+    return {hf_name(name): tensor for name, tensor in model.state_dict().items()}
+
+
 def to_hf(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return (tensors under Hugging Face's names, config.json) of a model.
 
     Sharded parameters are gathered, so every process must call it.
     """
-    state = {hf_name(name): _whole(tensor) for name, tensor in model.state_dict().items()}
+    state = {name: _whole(tensor) for name, tensor in hf_state(model).items()}
     return state, hf_config(model.config, next(iter(state.values())).dtype)
 
 
@@ -243,7 +248,7 @@ def load_state(model: Decoder, directory: str | Path) -> None:
     """
     locations = locate(Path(directory))
     _check(model, Path(directory), locations)
-    parameters = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
+    parameters = hf_state(model)
     with torch.no_grad():
         for name, tensor in _tensors(locations, parameters):
             parameter = parameters[name]

@@ -135,7 +135,8 @@ class Checkpoints:
         best: the metric by whose value one more is kept; None keeps none.
         best_is: "lowest" or "highest".
         background: write while training goes on, from a copy in host memory.
-        name_of: the name of a model's tensor in the file.
+        named: a model's tensors that are saved, by their names in the file; they are written into on `restore`.
+        stem: of their files.
         describe: writes what a directory needs, besides weights, to be loaded alone: config.json, tokenizer.
         file_bytes: larger weights and moments are split; several ranks share the files.
 
@@ -151,7 +152,8 @@ class Checkpoints:
         best: str | None = None,
         best_is: Literal["lowest", "highest"] = "lowest",
         background: bool = True,
-        name_of: Callable[[str], str] = str,
+        named: Callable[[nn.Module], Mapping[str, Tensor]] = nn.Module.state_dict,
+        stem: str = "model",
         describe: Callable[[Path], object] = lambda directory: None,
         file_bytes: float = tensor_files.FILE_BYTES,
     ) -> None:
@@ -162,7 +164,8 @@ class Checkpoints:
         self.best = best
         self.best_is = best_is
         self.background = background
-        self.name_of = name_of
+        self.named = named
+        self.stem = stem
         self.describe = describe
         self.file_bytes = file_bytes
         self._stage = Stage(copies=background)
@@ -204,9 +207,8 @@ class Checkpoints:
         except UserError as error:
             log.warning("%s", error)  # what stood in its way may be gone; if not, this one says so
         tensors, optimizer_rest = training_state.optimizer_state(model, optimizer)
-        weights = {self.name_of(name): tensor for name, tensor in model.state_dict().items()}
         random_states = distributed.gather_texts(json.dumps(training_state.random_state()))
-        stems = {"model": weights, "optimizer": tensors}
+        stems = {self.stem: self.named(model), "optimizer": tensors}
         needed = sum(t.numel() * t.element_size() for named in stems.values() for t in named.values())
         distributed.told_by_rank_0(lambda: self._make_room(step, needed))
         snapshot = self._stage.take(stems, max_bytes=self.file_bytes, writers=self._writers(step))
@@ -282,7 +284,7 @@ class Checkpoints:
         """
         try:
             document = read_document(path)
-            distributed.load_full_state_dict(model, Stored(locate(path), self.name_of))
+            distributed.load_full_tensors(self.named(model), Stored(locate(path, self.stem)))
             moments = Stored(locate(path, "optimizer"))
             training_state.load_optimizer_state(model, optimizer, moments, document["optimizer"])
             training_state.load_scheduler_state(scheduler, document["scheduler"])

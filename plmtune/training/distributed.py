@@ -357,14 +357,14 @@ def like(value: Tensor, example: Tensor) -> Tensor:
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
 
 
-def load_full_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into `model`, whatever its sharding.
+def load_full_tensors(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into `targets`, a model's by name, whatever their sharding.
 
     Raises:
         UserError: if a tensor is missing or has another shape.
     """
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
+        for name, tensor in targets.items():
             value = state.get(name)
             if value is None:
                 raise UserError(f"The checkpoint has no tensor {name}, which the model needs.")

@@ -109,7 +109,7 @@ def carry(runtime: Runtime) -> list[bool]:
     runtime.distribute(model)
     generator = torch.Generator().manual_seed(3)
     state = {name: torch.randn(t.shape, generator=generator) for name, t in model.state_dict().items()}
-    distributed.load_full_state_dict(model, state)
+    distributed.load_full_tensors(model.state_dict(), state)
     parameter = model.layers[0].up.weight
     placed = distributed.like(state["layers.0.up.weight"], parameter)
     index, count = runtime.rank % runtime.shard_size, runtime.shard_size

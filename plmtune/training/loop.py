@@ -1,0 +1,138 @@
+"""What every recipe does alike: the loop over steps, and the optimizer's update in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from plmtune.errors import UserError
+from plmtune.training import guard
+from plmtune.training.checkpoint import Checkpoints
+from plmtune.training.guard import Guard
+from plmtune.training.progress import Watch
+from plmtune.training.run_directory import RunDirectory
+from plmtune.training.runtime import Runtime
+
+
+class Data(Protocol):
+    """Batches by step, see `plmtune.data.batches.Batches`."""
+
+    def iterate(self, start: int = 0) -> Generator[tuple[int, list[Any]], None, None]: ...
+
+    def places(self, step: int, micro_batches: Any = None) -> list[str]: ...
+
+
+class Recipe(Protocol):
+    """What the loop asks of a recipe. `step` counts the whole run; `first` is the step before the data's first."""
+
+    cfg: Any
+    runtime: Runtime
+    run: RunDirectory
+    model: nn.Module
+    trained: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    checkpoints: Checkpoints
+    guard: Guard
+    step: int
+    first: int
+    losses: list[Tensor]
+
+    @property
+    def data(self) -> Any: ...
+
+    def update(self, index: int, batches: list[Any]) -> dict[str, Any]: ...
+
+    def validate(self) -> dict[str, float]: ...
+
+    def save_checkpoint(self, metrics: dict[str, float], *, wait: bool) -> None: ...
+
+
+def train(recipe: Recipe, watch: Watch, last: int, score: str = "validation_loss") -> float | None:
+    """Take steps up to `last`, with what belongs between them; the latest value of `score`, or None if stopped."""
+    cfg, checkpoints, value = recipe.cfg, recipe.checkpoints, float("nan")
+    noted = checkpoints.saved
+    for index, batches in recipe.data.iterate(recipe.step - recipe.first):
+        entry = recipe.update(index, batches)
+        recipe.step = recipe.first + index + 1
+        ended, measured = recipe.step == last, {}
+        if ended or recipe.step % cfg.log_every == 0 or recipe.guard.reason:
+            watch.log(recipe.step, entry)
+        if recipe.guard.reason:
+            _pass_over(recipe, watch, index)
+        if ended or (cfg.validation.every and recipe.step % cfg.validation.every == 0):
+            with watch.paused():
+                measured = recipe.validate()
+            if measured:
+                value = measured.get(score, value)
+                watch.log(recipe.step, measured)
+        stop = watch.should_stop()
+        if ended or stop or (cfg.checkpoint.every and recipe.step % cfg.checkpoint.every == 0):
+            with watch.paused():
+                recipe.save_checkpoint(measured, wait=ended or stop)
+        else:
+            _mind_saves(recipe, watch)
+        if checkpoints.saved > noted:
+            noted = checkpoints.saved
+            recipe.run.note(saved=noted)  # should the checkpoints be gone one day, a resume can tell
+        if watch.failure:
+            raise UserError(watch.failure)
+        if stop and not ended:
+            watch.message(f"stopped after step {recipe.step}; go on with: plmtune resume {recipe.run.path}")
+            return None
+    return value
+
+
+def update(recipe: Recipe, batches: Sequence[Any], count: float, loss: Callable[[Any], Tensor]) -> dict[str, Any]:
+    """One optimizer step on this rank's micro-batches of a global batch, or none, if the guard refuses it.
+
+    Args:
+        count: what the summed loss is divided by, of this rank: valid tokens, or pairs. Not micro-batches: they
+            differ in what they hold.
+        loss: summed, of one micro-batch on the device.
+
+    Returns:
+        loss, grad_norm and lr of the step.
+    """
+    runtime = recipe.runtime
+    lr = float(recipe.optimizer.param_groups[0]["lr"])  # torchao's is a tensor that the scheduler changes in place
+    (num,) = runtime.sum(count)
+    recipe.losses = []
+    for number, batch in enumerate(batches):
+        with runtime.accumulate(recipe.trained, first=number == 0, last=number == len(batches) - 1):
+            value = loss(batch.to(runtime.device))
+            (value * (runtime.gradient_scale / num)).backward()
+        recipe.losses.append(value.detach())
+    norm = runtime.clip_grad_norm(recipe.model, recipe.cfg.max_grad_norm)
+    # The only wait for the device; all ranks get the same numbers, and decide alike.
+    total, norms = runtime.sum(torch.stack(recipe.losses).sum(), norm)
+    values = {"loss": total / num, "grad_norm": norms / runtime.world_size}
+    accepted = recipe.guard.accepts(values["loss"], values["grad_norm"])
+    guard.step(recipe.optimizer, recipe.scheduler, accepted=accepted)
+    if not accepted:
+        values["skipped"] = recipe.guard.skipped
+    return {**values, "lr": lr}
+
+
+def _pass_over(recipe: Recipe, watch: Watch, index: int) -> None:
+    """Tell of an update that was skipped; after too many in a row, end the run."""
+    watch.message(f"step {recipe.step}: update skipped, because {recipe.guard.reason}")
+    if recipe.guard.exhausted:
+        places = guard.find_places(recipe.losses, lambda chosen: recipe.data.places(index, chosen))
+        recipe.save_checkpoint({}, wait=True)  # of the last good update; resumed, the run goes on after this step
+        recipe.run.note(ended_by="guard")  # which no restart by torchrun may undo
+        raise recipe.guard.stop(recipe.step, places)
+
+
+def _mind_saves(recipe: Recipe, watch: Watch) -> None:
+    """See how the save in the background does; where it failed, try once more to keep what there is."""
+    try:
+        recipe.checkpoints.poll()
+    except UserError as error:
+        watch.message(f"{error}\nTrying once more, with the present state.")
+        recipe.save_checkpoint({}, wait=True)
