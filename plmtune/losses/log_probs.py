@@ -1,0 +1,88 @@
+"""Log-probabilities of whole answers that never hold all logits: tokens go through the vocabulary in chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def log_probs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, completion: Tensor, num: int, chunk_rows: int = 1024
+) -> Tensor:
+    """Sum of log p(target) over the tokens of each completion, in fp32.
+
+    Memory holds chunk_rows x vocabulary logits instead of tokens x vocabulary, in forward and in backward.
+    It computes in hidden's dtype, or in autocast's where that is on, as a linear layer would; `weight` may be an
+    fp32 master, or frozen.
+
+    Args:
+        hidden (Tensor): normed hidden states that predict the targets, [t, d].
+        weight (Tensor): the vocabulary projection, [v, d].
+        targets (Tensor): ids, [t].
+        completion (Tensor): which completion each token belongs to, below num, [t].
+        num: completions.
+        chunk_rows: tokens whose logits are held at once.
+
+    Returns:
+        Tensor: [num], 0 for a completion without tokens.
+
+    Raises:
+        ValueError: if chunk_rows is not positive.
+    """
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows ({chunk_rows}) must be at least 1")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    per_token: Tensor = _TokenLogProbs.apply(hidden, weight, targets, chunk_rows)
+    return per_token.new_zeros(num).index_add(0, completion, per_token)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log p(target) of each token, [t], fp32.
+
+    Unlike cross_entropy's, the gradients cannot be made in forward: each answer's tokens are multiplied by a factor
+    that the loss knows only when all answers' sums are there, and the weight's gradient is a sum over answers. So
+    backward computes the logits again, one matrix product more, and has the softmax at once from the normaliser
+    that forward kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
+        w = weight.to(hidden.dtype)
+        normaliser = hidden.new_empty(len(targets), dtype=torch.float32)
+        result = torch.empty_like(normaliser)
+        for start in range(0, len(targets), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            logits = (hidden[rows] @ w.T).float()  # [c, v]
+            normaliser[rows] = logits.logsumexp(dim=1)
+            result[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser[rows]
+        ctx.save_for_backward(hidden, weight, targets, normaliser, result)
+        ctx.chunk_rows = chunk_rows
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, weight, targets, normaliser, result = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        w = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        for start in range(0, len(targets), ctx.chunk_rows):
+            rows = slice(start, start + ctx.chunk_rows)
+            factor = upstream[rows, None]  # [c, 1]
+            logits = hidden[rows] @ w.T  # [c, v]
+            # -d log p / d logits = p - onehot, written over the logits; the target's entry is taken in fp32, since
+            # bf16 cannot tell 0.999 from 1.
+            grad = torch.exp(logits.float().sub_(normaliser[rows, None]), out=logits)
+            grad.scatter_(1, targets[rows, None], torch.expm1(result[rows, None]).to(grad.dtype))
+            # The factor goes to the narrow side of each product.
+            if grad_hidden is not None:
+                grad_hidden[rows] = (grad @ w) * -factor
+            if grad_weight is not None:
+                grad_weight += grad.T @ (hidden[rows] * -factor).to(grad.dtype)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None

@@ -1,0 +1,97 @@
+"""What preference losses share: the numbers they see, and what a recipe asks of one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+# What a comparison is; as in plmtune.data.comparisons, which losses do not import.
+DIRECT, GIVEN_REJECTED, GIVEN_CHOSEN, MISMATCHED = range(4)
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """n comparisons of two answers to one prompt, as a model and its reference see them.
+
+    Args:
+        chosen, rejected (Tensor): summed log-probabilities of the answers, or their scores for a loss with
+            `scalar_head`, [n], with gradient.
+        reference_chosen, reference_rejected (Tensor): the same under the reference, [n]; read by losses with
+            `needs_reference` alone.
+        chosen_tokens, rejected_tokens (Tensor): lengths, [n]; 0 where there is no such answer.
+        kind (Tensor): DIRECT, GIVEN_REJECTED, GIVEN_CHOSEN or MISMATCHED, [n].
+        baseline (Tensor): mean log-ratio of the chosen answers of the whole step's MISMATCHED comparisons, a
+            scalar; read by losses with `mismatched` alone.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+    kind: Tensor
+    baseline: Tensor
+
+    @property
+    def chosen_ratio(self) -> Tensor:
+        """log pi(chosen) - log ref(chosen), [n]."""
+        return self.chosen - self.reference_chosen
+
+    @property
+    def rejected_ratio(self) -> Tensor:
+        """log pi(rejected) - log ref(rejected), [n]."""
+        return self.rejected - self.reference_rejected
+
+    @property
+    def h(self) -> Tensor:
+        """How much more than its reference the model prefers the chosen answer: a difference of log-ratios, [n]."""
+        return self.chosen_ratio - self.rejected_ratio
+
+
+class PreferenceLoss(ABC):
+    """A loss over comparisons; a recipe reads from its attributes what it must be given.
+
+    Attributes:
+        of: what tells it from a loss over tokens.
+        needs_reference: it reads the reference's log-probabilities.
+        contexts: it wants the comparisons given the rejected and the chosen answer too (ARIES).
+        mismatched: it wants the prompts with another prompt's answer too (KTO's baseline).
+        unpaired: it takes rows with one answer.
+        scalar_head: it compares scores of one number a sequence instead of log-probabilities.
+    """
+
+    of: ClassVar[str] = "comparisons"
+    needs_reference: ClassVar[bool] = True
+    contexts: ClassVar[bool] = False
+    mismatched: ClassVar[bool] = False
+    unpaired: ClassVar[bool] = False
+    scalar_head: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, c: Comparisons) -> Tensor:
+        """Each comparison's loss, [n]; their sum over a step is divided by its number of pairs."""
+
+    @abstractmethod
+    def rewards(self, c: Comparisons) -> tuple[Tensor, Tensor]:
+        """What the loss takes for the worth of the chosen and of the rejected answers, [n] each, without gradient."""
+
+
+def mean_per_token(sums: Tensor, tokens: Tensor) -> Tensor:
+    """sums / tokens, [n]; 0 for an answer without tokens, whose sum is 0."""
+    return sums / tokens.clamp(min=1)
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError for a weight that is not a finite number above 0."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} ({value}) must be a finite number above 0")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Raise ValueError for a weight that is not a finite number of at least 0."""
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} ({value}) must be a finite number, 0 or more")

@@ -1,0 +1,35 @@
+"""The supervised objective that opens refinement, before preference training."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from plmtune.losses.cross_entropy import cross_entropy
+from plmtune.registry import register
+
+
+@register("loss", "sft_refine")
+class SftRefine:
+    """Cross entropy over pairs (ARIES, arXiv 2502.05605): L_SFT = -[log pi(y_w | x) + log pi(y_w | T(x, y_l))].
+
+    Its sum is `cross_entropy`'s; what differs is what it is of. The recipe reads `of` and makes of each pair two
+    conversations: the chosen answer to the prompt, and to the refinement template filled with prompt and rejected
+    answer. Prompt and rejected answer are masked.
+
+    Args:
+        chunk_rows: tokens whose logits are held at once.
+
+    Raises:
+        ValueError: if chunk_rows is not positive.
+    """
+
+    of: ClassVar[str] = "refinements"
+
+    def __init__(self, *, chunk_rows: int = 1024) -> None:
+        self._cross_entropy = cross_entropy(chunk_rows=chunk_rows)
+
+    def __call__(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """Sum over targets [n] that are not -100, from hidden [n, d] and weight [v, d], an fp32 scalar."""
+        return self._cross_entropy(hidden, weight, targets)
