@@ -21,6 +21,9 @@ FREE = ("run_dir", "resume", "other_data", "force", "micro_batch_size", "num_wor
 # Keys that say where the data is. Its fingerprints say what it is, and other_data=true lets it differ.
 DATA = ("data", "preparation")
 
+# Keys that a new run fills in itself, from what it starts from.
+INHERITED = ("init_from", "model", "tokenizer")
+
 
 def config_digest(cfg: Any) -> str:
     """The xxh3-128 of what decides what a run learns; a checkpoint keeps it, should run.json be lost."""
@@ -50,10 +53,11 @@ def refuse_other_config(path: Path, before: Any, now: Any) -> None:
     Raises:
         UserError: naming the first key that must not differ, with both values.
     """
+    # A key that `now` leaves to the run's origin is what it was.
     free = (*FREE, *DATA) if now.other_data else FREE
     for key, (old, new) in differences(before, now).items():
         top = key.partition(".")[0]
-        if top not in free:
+        if top not in free and not (key in INHERITED and new is None):
             way = (
                 "give other_data=true (--other-data)" if top in DATA else "start a new run from its weights: "
                 f"init_from={path}"

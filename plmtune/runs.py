@@ -1,4 +1,4 @@
-"""What a run starts from: its phases in steps, its data, the checkpoint of `init_from`, and its directory."""
+"""What a run has: its phases in steps, its data, and its directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from plmtune.data.order import Phase
 from plmtune.data.prepare import prepare
 from plmtune.data.shards import Shards
 from plmtune.data.sources import named_sources
-from plmtune.data.tokenizers import Tokenizer, load_tokenizer
+from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
 from plmtune.identity import (
+    INHERITED,
     changed_data,
     config_digest,
     differences,
@@ -29,11 +29,7 @@ from plmtune.identity import (
     refuse_other_config,
     refuse_other_data,
 )
-from plmtune.models.files import checkpoint_directory
-from plmtune.models.hf import read_description
-from plmtune.modules.decoder import Decoder
 from plmtune.training import distributed, manifest
-from plmtune.training.checkpoint import newest_whole, read_document
 from plmtune.training.distributed import broadcast_text, told_by_rank_0
 from plmtune.training.run_directory import (
     CONFIG,
@@ -68,55 +64,6 @@ def resolve_phase(index: int, phase: Any, tokens_per_step: int) -> Phase:
     if steps < 1:
         raise UserError(f"key {key}.steps: must be at least 1, not {steps}.")
     return Phase(phase.name, steps, dict(phase.mix))
-
-
-@dataclass
-class Origin:
-    """The checkpoint that `init_from` names; a run that enters the schedule after its warmup goes on from there."""
-
-    directory: Path
-    goes_on: bool
-    drawn: dict[str, int]  # sequences of each source that it has seen
-
-
-def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer) -> Origin | None:
-    """Find the checkpoint of `init_from`, whole, and check that it is this model with this tokenizer.
-
-    Raises:
-        UserError: naming what differs or is damaged.
-    """
-    if not cfg.init_from:
-        return None
-
-    def find() -> tuple[str, str]:
-        given = Path(cfg.init_from)
-        folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
-        if manifest.steps(folder):
-            return str(folder), ""
-        directory = checkpoint_directory(given)
-        if (directory / manifest.NAME).exists():  # a model from elsewhere has none
-            manifest.verify(directory)
-        return "", str(directory)
-
-    # Rank 0 looks and tells: the newest of a run that is still training may be another a moment later.
-    folder, found = told_by_rank_0(find)
-    directory = newest_whole(Path(folder)) if folder else Path(found)
-    assert directory is not None
-    theirs, ours = read_description(directory), model.config
-    for key in ours:
-        # Its context may be shorter, and its initialisation is over.
-        if key not in ("max_seq_len", "init_std") and ours[key] != theirs.get(key):
-            raise UserError(f"init_from={cfg.init_from}: its model has {key}={theirs.get(key)}, this run {ours[key]}.")
-    named = (directory / "tokenizer.json").is_file()
-    if named and load_tokenizer(directory).fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"init_from={cfg.init_from}: its tokenizer is another one than this run's. Use its own: "
-            f"tokenizer=file tokenizer.path={directory}"
-        )
-    # A branched decay anneals that very run: it keeps the optimizer's moments and reads on where the other stopped.
-    goes_on = cfg.scheduler.settings.get("start", "warmup") != "warmup"
-    state = read_document(directory).get("state", {}) if goes_on else {}
-    return Origin(directory, bool(state), dict(state.get("drawn", {})))
 
 
 def open_sources(cfg: Any, tokenizer: Tokenizer) -> dict[str, Shards]:
@@ -175,6 +122,10 @@ def find_run(cfg: Any) -> None:
         log.warning("%s: an earlier attempt of this job has finished it.", found)
         raise SystemExit(0)
     cfg.run_dir, cfg.resume = found, True
+    saved = load_config(Path(found) / CONFIG)
+    for key in INHERITED:  # what a new run takes over from its origin, this one has taken
+        if getattr(cfg, key) is None:
+            setattr(cfg, key, getattr(saved, key))
 
 
 def open_run(

@@ -15,12 +15,14 @@ import plmtune
 from plmtune.config import build, to_plain
 from plmtune.data.batches import Batch, Batches
 from plmtune.data.shards import Shards
+from plmtune.data.windows import open_windows
 from plmtune.errors import UserError
 from plmtune.generation import complete
 from plmtune.identity import config_digest
 from plmtune.models.hf import hf_state, load_state, write_config
+from plmtune.origins import start_from
 from plmtune.plans import Plan, build_scheduler, plan
-from plmtune.runs import find_run, open_run, open_sources, start_from
+from plmtune.runs import find_run, open_run, open_sources
 from plmtune.schema import Pretrain as Config
 from plmtune.training import loop
 from plmtune.training.checkpoint import Checkpoints, load_moments, newest_whole, read_document
@@ -86,16 +88,16 @@ class Pretrain:
 
     def _batches(self, shards: dict[str, Shards]) -> Batches:
         try:
+            train, held_out = open_windows(shards, self.cfg.seq_len, document_mask=self.cfg.document_mask)
             return Batches(
-                shards,
+                train,
                 self.plan.phases,
-                seq_len=self.cfg.seq_len,
+                validation=held_out,
                 global_batch_size=self.cfg.global_batch_size,
                 micro_batch_size=self.cfg.micro_batch_size,
                 seed=self.cfg.seed,
                 rank=self.runtime.data_rank,
                 world_size=self.runtime.data_world_size,
-                document_mask=self.cfg.document_mask,
                 num_workers=self.cfg.num_workers,
                 skip=self.skip,
             )
@@ -200,7 +202,7 @@ class Pretrain:
     def _introduce(self, watch: Watch) -> None:
         cfg, runtime = self.cfg, self.runtime
         watch.message(f"run: {self.run.path}" + (f", going on after step {self.step}" if self.step else ""))
-        kernels = runtime.attention_kernels(self.model, seq_len=cfg.seq_len, masked=cfg.document_mask)
+        kernels = runtime.attention_kernels(self.model, seq_len=cfg.seq_len, segments=cfg.document_mask)
         reasons = [*runtime.reasons, f"attention: {kernels}"]
         if cfg.runtime.deterministic:
             cost = measure_cost(self._trial, runtime.device)

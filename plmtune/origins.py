@@ -1,0 +1,148 @@
+"""What a run starts from: the checkpoint of `init_from`, or the one that fits where none is named."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plmtune.config import load_config
+from plmtune.data.tokenizers import Tokenizer, load_tokenizer
+from plmtune.errors import UserError
+from plmtune.models.assemble import describe, from_description
+from plmtune.models.files import checkpoint_directory
+from plmtune.models.hf import read_description
+from plmtune.modules.decoder import Decoder
+from plmtune.registry import Component
+from plmtune.training import manifest
+from plmtune.training.checkpoint import newest_whole, read_document
+from plmtune.training.distributed import told_by_rank_0
+from plmtune.training.run_directory import CONFIG, read_record
+
+# What a recipe goes on from where nothing is named: the newest finished run of the first kind that has one.
+KINDS = {"sft": ("pretrain",), "preference": ("sft", "pretrain")}
+# With none, what the authors of PLM published (arXiv 2503.12167).
+PUBLISHED = {"sft": "PLM-Team/PLM-1.8B-Base", "preference": "PLM-Team/PLM-1.8B-Instruct"}
+# Alike in these, two models compute alike: a context may be shorter, and an initialisation is over.
+_FREE = ("max_seq_len", "init_std", "vocab_size")
+
+
+def choose_origin(cfg: Any) -> str:
+    """Fill in `init_from`, `model` and `tokenizer` of a new run where they are left out; returns what was chosen.
+
+    Raises:
+        UserError: if there is nothing to start from, saying what to run or pass.
+    """
+    # Rank 0 looks and tells: the newest run may be another one a moment later.
+    found, why = told_by_rank_0(lambda: _find_origin(cfg))
+    cfg.init_from = found
+    directory = checkpoint_directory(found)
+    if cfg.model is None:
+        description = read_description(directory)
+        cfg.model = from_description("model", description, str(directory))
+    if cfg.tokenizer is None:
+        cfg.tokenizer = Component("tokenizer", "file", {"path": str(directory), "pattern": "qwen2"})
+    return str(why)
+
+
+def _find_origin(cfg: Any) -> tuple[str, str]:
+    """(where it is, what to say of it)"""
+    if cfg.init_from:
+        return cfg.init_from, f"starting from {cfg.init_from}"
+    for kind in KINDS[cfg.recipe]:
+        for path in sorted(Path("runs").glob(f"*/[0-9]*/{CONFIG}"), key=lambda path: path.parent.name, reverse=True):
+            run = path.parent
+            if read_record(run).get("status") != "finished" or not manifest.steps(run / "checkpoints"):
+                continue
+            with contextlib.suppress(UserError):  # a stranger's, a damaged one, or one that needs --import
+                theirs = load_config(path)
+                if theirs.recipe == kind and _fits(cfg.model, theirs.model):
+                    return str(run), f"starting from {run}, the newest finished {kind} run (init_from=DIR for another)"
+    wanted = f" with this model ({cfg.model.name})" if cfg.model else ""
+    nothing = f"there is no finished {' or '.join(KINDS[cfg.recipe])} run{wanted} under runs/ to start from"
+    if _fits(cfg.model, Component("model", "plm", {})):
+        repository = PUBLISHED[cfg.recipe]
+        try:
+            return str(fetch_model(repository)), f"{nothing}: starting from the published {repository}"
+        except UserError as error:
+            nothing = f"{nothing}, and {error}"
+    raise UserError(
+        f"{nothing}. Train one first (plmtune run pretrain), or name a run or a model directory with init_from=DIR "
+        "(plmtune convert FILE.gguf DIR makes one of a GGUF file)."
+    )
+
+
+def _fits(wanted: Component | None, theirs: Component | None) -> bool:
+    """Whether two models compute alike; all fit where none is wanted."""
+    if wanted is None or theirs is None:
+        return wanted is None
+    ours, others = describe(wanted), describe(theirs)
+    return all(ours[key] == others.get(key) for key in ours if key not in _FREE)
+
+
+def fetch_model(repository: str) -> Path:
+    """Fetch a model of the hub: its JSON and safetensors files, no code.
+
+    Raises:
+        UserError: as the middle of a sentence, if it cannot be had.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"{repository} of the hub needs the package huggingface_hub (plmtune[hub])") from None
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{repository} cannot be fetched ({reason[0][:160] if reason else type(error).__name__})"
+        ) from error
+
+
+@dataclass
+class Origin:
+    """The checkpoint that `init_from` names; a run that enters the schedule after its warmup goes on from there."""
+
+    directory: Path
+    goes_on: bool
+    drawn: dict[str, int]  # sequences of each source that it has seen
+
+
+def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer) -> Origin | None:
+    """Find the checkpoint of `init_from`, whole, and check that it is this model with this tokenizer.
+
+    Raises:
+        UserError: naming what differs or is damaged.
+    """
+    if not cfg.init_from:
+        return None
+
+    def find() -> tuple[str, str]:
+        given = Path(cfg.init_from)
+        folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
+        if manifest.steps(folder):
+            return str(folder), ""
+        directory = checkpoint_directory(given)
+        if (directory / manifest.NAME).exists():  # a model from elsewhere has none
+            manifest.verify(directory)
+        return "", str(directory)
+
+    # Rank 0 looks and tells: the newest of a run that is still training may be another a moment later.
+    folder, found = told_by_rank_0(find)
+    directory = newest_whole(Path(folder)) if folder else Path(found)
+    assert directory is not None
+    theirs, ours = read_description(directory), model.config
+    for key in ours:
+        if (key == "vocab_size" or key not in _FREE) and ours[key] != theirs.get(key):
+            raise UserError(f"init_from={cfg.init_from}: its model has {key}={theirs.get(key)}, this run {ours[key]}.")
+    named = (directory / "tokenizer.json").is_file()
+    if named and load_tokenizer(directory).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"init_from={cfg.init_from}: its tokenizer is another one than this run's. Use its own: "
+            f"tokenizer=file tokenizer.path={directory}"
+        )
+    # A branched decay anneals that very run: it keeps the optimizer's moments and reads on where the other stopped.
+    goes_on = cfg.scheduler.settings.get("start", "warmup") != "warmup"
+    state = read_document(directory).get("state", {}) if goes_on else {}
+    return Origin(directory, bool(state), dict(state.get("drawn", {})))
