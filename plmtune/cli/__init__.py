@@ -29,6 +29,7 @@ COMMANDS = {
     "data": ("plmtune.cli.data", "data", "Prepare and inspect token shards"),
     "tokenizer": ("plmtune.cli.tokenizer", "tokenizer", "Train and inspect tokenizers"),
     "generate": ("plmtune.cli.generate", "generate", "Write text with a checkpoint"),
+    "convert": ("plmtune.cli.convert", "convert", "Make a model directory from a GGUF file"),
 }
 
 

@@ -1,0 +1,344 @@
+"""Models and tokenizers out of GGUF files, llama.cpp's format: Llama's family and PLM.
+
+Names and keys are those of the format's specification and of llama.cpp's converters. What would change the
+model's numbers or the tokenizer's ids and is not known here is refused, never guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plmtune import tensor_files
+from plmtune.data import tokenizer_json
+from plmtune.data.bpe import DIGITS_GPT2_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, Normalization
+from plmtune.data.tokenizers import Tokenizer
+from plmtune.errors import UserError
+from plmtune.models.assemble import from_description
+from plmtune.models.directory import new_directory
+from plmtune.models.files import CONFIG, INDEX, write_json
+from plmtune.models.gguf_file import GGUFFile, opened_gguf
+from plmtune.models.hf import hf_config, hf_name
+from plmtune.modules.decoder import Decoder
+
+# Our names, and those of the format without ".weight".
+_NAMES = {
+    "tok_embeddings": "token_embd",
+    "norm": "output_norm",
+    "output": "output",
+    "attention_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+    "attention.q_proj": "attn_q",
+    "attention.k_proj": "attn_k",
+    "attention.v_proj": "attn_v",
+    "attention.o_proj": "attn_output",
+    "attention.kv_a_proj": "attn_kv_a_mqa",
+    "attention.kv_a_norm": "attn_kv_a_norm",
+    "attention.kv_b_proj": "attn_kv_b",
+    "ffn.gate_proj": "ffn_gate",
+    "ffn.up_proj": "ffn_up",
+    "ffn.down_proj": "ffn_down",
+}
+# Keys of an architecture that are read here, or that change nothing.
+_KEYS = {
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "vocab_size",
+    "tensor_data_layout",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.kv_lora_rank",
+    "attention.layer_norm_rms_epsilon",
+    "rope.freq_base",
+    "rope.dimension_count",
+}
+# How a text is cut, by llama.cpp's name for it: pattern, normalization, and whether a token that is a whole
+# piece is taken without looking at merges.
+_PRE_TOKENIZERS: dict[str, tuple[str, Normalization | None, bool]] = {
+    "smollm": (DIGITS_GPT2_PATTERN, None, False),
+    "starcoder": (DIGITS_GPT2_PATTERN, None, False),
+    "qwen2": (QWEN2_PATTERN, "NFC", False),
+    "llama-bpe": (LLAMA3_PATTERN, None, True),
+    "llama3": (LLAMA3_PATTERN, None, True),
+    "llama-v3": (LLAMA3_PATTERN, None, True),
+    "gpt-2": (GPT2_PATTERN, None, False),
+}
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)
+_MAX_POSITIONS = 2**24
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion made.
+
+    Attributes:
+        num_parameters: numbers of the model.
+        kinds: numbers in each form of the file, such as {"Q4_1": 106168320, "F32": 35136}.
+        notes: what a person should know.
+    """
+
+    num_parameters: int
+    kinds: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def convert(
+    path: Path,
+    directory: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Tokenizer | None = None,
+    overwrite: bool = False,
+) -> Converted:
+    """Write the model of a GGUF file as a model directory, dequantized, with its tokenizer and chat template.
+
+    One file of at most 1 GiB is in memory at a time.
+
+    Args:
+        dtype: of the weights that are written.
+        tokenizer: None: the file's own.
+        overwrite: replace a model that is there.
+
+    Raises:
+        UserError: if the file is damaged or holds what cannot be represented exactly; nothing is left then.
+    """
+    with opened_gguf(path) as file, new_directory(directory, overwrite=overwrite) as temporary:
+        model = _build(file)
+        names = _check_tensors(model, file)
+        notes = []
+        if tokenizer is None:
+            tokenizer = read_tokenizer(file, model.vocab_size)
+            if file.metadata.get("tokenizer.ggml.add_bos_token"):
+                first = _special(file, "bos")
+                notes.append(f"This model was trained with {first} before each text; plmtune puts nothing there.")
+        elif tokenizer.num_tokens > model.vocab_size:
+            raise UserError(f"The tokenizer has {tokenizer.num_tokens} tokens, {path} has {model.vocab_size} rows.")
+        tokenizer.save(temporary)
+        _write_weights(model, file, names, dtype, temporary)
+        write_json(temporary / CONFIG, hf_config(model.config, dtype) | _ids(file, tokenizer))
+        kinds: dict[str, int] = {}
+        for name in names.values():
+            held = file.tensors[name]
+            kinds[held.kind.name] = kinds.get(held.kind.name, 0) + math.prod(held.shape)
+        return Converted(sum(kinds.values()), kinds, tuple(notes))
+
+
+def _ids(file: GGUFFile, tokenizer: Tokenizer) -> dict[str, Any]:
+    bos = file.metadata.get("tokenizer.ggml.bos_token_id")
+    return {"bos_token_id": bos if isinstance(bos, int) else None, "eos_token_id": tokenizer.eos_id}
+
+
+def _build(file: GGUFFile) -> Decoder:
+    """The model that the metadata describe, on the meta device."""
+    description = _describe(file)
+    try:
+        with torch.device("meta"):
+            model = from_description("model", description, str(file.path))(vocab_size=description["vocab_size"])
+    except (ValueError, RuntimeError, OverflowError, TypeError) as error:
+        raise UserError(f"{file.path} describes no possible model: {str(error).splitlines()[0]}.") from error
+    assert isinstance(model, Decoder)
+    return model
+
+
+def _describe(file: GGUFFile) -> dict[str, Any]:
+    metadata, path = file.metadata, file.path
+    name = metadata.get("general.architecture")
+    if name not in ("llama", "plm"):
+        raise UserError(f"{path}: general.architecture is {name!r:.80}; only llama and plm can be read.")
+    for key, value in metadata.items():
+        setting = key.removeprefix(f"{name}.")
+        if setting != key and setting not in _KEYS and value not in (0, "none", False):
+            raise UserError(f"{path}: {key} is {value!r:.80}; what it changes in a {name} model is not supported.")
+
+    def number(key: str, default: int | None = None) -> int:
+        value = metadata.get(f"{name}.{key}", default)
+        if type(value) is not int or not 0 < value <= _MAX_POSITIONS:
+            what = "is missing" if value is None else f"is {value!r:.80}, not a whole number above 0"
+            raise UserError(f"{path}: {name}.{key} {what}.")
+        return value
+
+    def decimal(key: str, default: float) -> float:
+        value = metadata.get(f"{name}.{key}", default)
+        if not isinstance(value, float) or not math.isfinite(value):
+            raise UserError(f"{path}: {name}.{key} is {value!r:.80}, not a number.")
+        return float(str(np.float32(value)))  # 1e-5 as it was meant, not as fp32 has it
+
+    layers, width, heads = number("block_count"), number("embedding_length"), number("attention.head_count")
+    if layers > len(file.tensors):
+        raise UserError(f"{path} names {layers} layers, but holds {len(file.tensors)} tensors.")
+    if "rope_freqs.weight" in file.tensors:
+        raise UserError(f"{path} holds rope_freqs.weight: RoPE scaling is not supported.")
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise UserError(f"{path} misses the tensor token_embd.weight.")
+    kv_heads = number("attention.head_count_kv", heads)
+    attention: dict[str, Any]
+    if name == "plm":
+        key_length, turned = number("attention.key_length"), number("rope.dimension_count")
+        if kv_heads != heads:
+            raise UserError(f"{path}: {kv_heads} heads of keys and values for {heads} heads is no PLM model.")
+        attention = {
+            "component": "mla",
+            "kv_lora_rank": number("attention.kv_lora_rank"),
+            "qk_nope_head_dim": key_length - turned,
+            "qk_rope_head_dim": turned,
+            "v_head_dim": number("attention.value_length"),
+            "rope_theta": decimal("rope.freq_base", 10000.0),
+        }
+    else:
+        head_dim = number("attention.key_length", width // heads)
+        if {number("attention.value_length", head_dim), number("rope.dimension_count", head_dim)} != {head_dim}:
+            raise UserError(f"{path}: keys, values and RoPE of different widths are not supported in a llama model.")
+        attention = {
+            "component": "gqa",
+            "num_kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "rope_theta": decimal("rope.freq_base", 10000.0),
+            "rope_interleaved": False,
+            "bias": "blk.0.attn_q.bias" in file.tensors,
+        }
+    return {
+        "component": name,
+        "vocab_size": embedding.shape[0],
+        "attention": attention,
+        "ffn": {
+            "component": "squared_relu" if name == "plm" else "swiglu",
+            "hidden_dim": number("feed_forward_length"),
+        },
+        "norm": {"component": "rms_norm", "eps": decimal("attention.layer_norm_rms_epsilon", 1e-5)},
+        "embed_dim": width,
+        "num_layers": layers,
+        "num_heads": heads,
+        "max_seq_len": number("context_length"),
+        "tie_embeddings": "output.weight" not in file.tensors,
+    }
+
+
+def gguf_name(name: str) -> str:
+    """`layers.0.attention.q_proj.weight` -> `blk.0.attn_q.weight`."""
+    parts = name.split(".")
+    block = f"blk.{parts[1]}." if parts[0] == "layers" else ""
+    return block + _NAMES[".".join(parts[2:-1] if block else parts[:-1])] + f".{parts[-1]}"
+
+
+def _check_tensors(model: Decoder, file: GGUFFile) -> dict[str, str]:
+    """{our name: the file's}, with every shape compared."""
+    names = {name: gguf_name(name) for name in model.state_dict()}
+    for name, tensor in model.state_dict().items():
+        held = file.tensors.get(names[name])
+        if held is None:
+            raise UserError(f"{file.path} misses the tensor {names[name]}. Is the copy complete?")
+        if held.shape != tuple(tensor.shape):
+            raise UserError(
+                f"{file.path}: {held.name} has shape {list(held.shape)}, its metadata need {list(tensor.shape)}."
+            )
+    extra = sorted(set(file.tensors) - set(names.values()))
+    if extra:
+        raise UserError(f"{file.path} holds the tensor {extra[0]!r:.80}, which a {model.config['component']} lacks.")
+    return names
+
+
+def _write_weights(
+    model: Decoder, file: GGUFFile, names: Mapping[str, str], dtype: torch.dtype, directory: Path
+) -> None:
+    meta = model.state_dict()
+    sizes = {hf_name(name): tensor.numel() * dtype.itemsize for name, tensor in meta.items()}
+    ours = {hf_name(name): name for name in meta}
+    dealt = tensor_files.deal(sizes, "model")
+    for written, held in dealt.items():
+        tensors = {name: _tensor(model, file, ours[name], names[ours[name]], dtype) for name in held}
+        tensor_files.write(directory / written, tensors)
+    if len(dealt) > 1:
+        write_json(directory / INDEX, tensor_files.index(dealt, sizes))
+
+
+def _tensor(model: Decoder, file: GGUFFile, name: str, theirs: str, dtype: torch.dtype) -> Tensor:
+    tensor = torch.from_numpy(file.read(theirs))
+    attention = model.config["attention"]
+    heads = {"q_proj": model.config["num_heads"], "k_proj": attention.get("num_kv_heads")}.get(name.split(".")[-2])
+    if attention["component"] == "gqa" and heads is not None:
+        # llama.cpp turns neighbours and has put RoPE's pairs side by side; Hugging Face's halves are put back.
+        shape = tensor.shape
+        tensor = tensor.view(heads, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+    cast = tensor.to(dtype)
+    if not torch.isfinite(cast).all():
+        raise UserError(f"{file.path}: {theirs} does not fit into {dtype}. Use bf16 or fp32.")
+    return cast
+
+
+def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
+    """Return the tokenizer that a file's metadata hold.
+
+    Args:
+        rows: of the model's embedding.
+
+    Raises:
+        UserError: if it is none that can be represented with the same ids.
+    """
+    remedy = "Give another with --tokenizer."
+    where, metadata = f"{file.path}, its tokenizer", file.metadata
+    model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
+    if model != "gpt2":
+        raise UserError(f"{where}: model {model!r:.80} is not supported, only byte-level BPE (gpt2) is. {remedy}")
+    if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
+        known = ", ".join(sorted(_PRE_TOKENIZERS))
+        raise UserError(f"{where}: the pre-tokenizer {pre!r:.80} is not supported ({known} are). {remedy}")
+    tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
+    if not _are(str, tokens) or not _are(str, merges):
+        raise UserError(f"{where}: its tokens or merges are missing or no text. {remedy}")
+    kinds = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    if not _are(int, kinds) or len(kinds) != len(tokens) or len(tokens) > rows:
+        raise UserError(f"{where}: {len(tokens)} tokens, their types and the model's {rows} rows do not fit together.")
+    if not set(kinds) <= {_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED}:
+        raise UserError(f"{where}: it holds tokens of types other than 1 to 5, so it is not byte-level. {remedy}")
+    eos = _special(file, "eos")
+    vocab: dict[str, int] = {}
+    added = []
+    for identity, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+        if kind == _UNUSED:  # a padding row
+            continue
+        if token in vocab:
+            raise UserError(f"{where}: {token!r:.80} has the ids {vocab[token]} and {identity}. {remedy}")
+        vocab[token] = identity
+        if kind != _NORMAL or token == eos:
+            special = kind != _USER_DEFINED or token == eos
+            added.append(tokenizer_json.added_token(identity, token, special=special))
+    pattern, normalization, ignore_merges = _PRE_TOKENIZERS[pre]
+    data = tokenizer_json.skeleton(pattern, normalization)
+    data["model"] |= {"vocab": vocab, "merges": merges, "ignore_merges": ignore_merges}
+    data["added_tokens"] = added
+    template = metadata.get("tokenizer.chat_template")
+    try:
+        # Through the file's own form, so that what a tokenizer.json may hold is what a GGUF may hold.
+        vocabulary = tokenizer_json.parse(json.loads(json.dumps(data)), where)
+        template = template if isinstance(template, str) else None
+        return Tokenizer(vocabulary, eos=eos, vocab_size=rows, chat_template=template)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}.") from error
+
+
+def _are(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
+
+
+def _special(file: GGUFFile, name: str) -> str:
+    """The text of the token that begins (bos) or ends (eos) a document."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    identity, tokens = file.metadata.get(key), file.metadata.get("tokenizer.ggml.tokens")
+    if type(identity) is not int or not isinstance(tokens, list) or not 0 <= identity < len(tokens):
+        raise UserError(
+            f"{file.path}: {key} is {identity!r:.80}, which is no token. Give a tokenizer with --tokenizer."
+        )
+    return str(tokens[identity])
