@@ -5,10 +5,10 @@ from __future__ import annotations
 import codecs
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import methodcaller
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import xxhash
 
@@ -28,9 +28,9 @@ _CHUNK = 1 << 20
 # changed would cost more than it saves.
 _HASHED_WHOLE = 256 << 20
 # A row, or a document of a packed file, is held in memory several times over.
-_MAX_ROW = 16 << 20
+MAX_ROW = 16 << 20
 _MAX_DOCUMENT = 64 << 20
-_MAX_BRACKETS = 1 << 20  # each takes 25 times its text in memory
+MAX_BRACKETS = 1 << 20  # each takes 25 times its text in memory
 # Text packs to a tenth; a file of a few bytes that unpacks without an end is made to fill memory or disk.
 _MAX_RATIO = 200
 
@@ -55,7 +55,7 @@ def read_bytes(path: Path) -> Iterator[bytes]:
             unpacked = 0
             while chunk := stream.read(_CHUNK):
                 unpacked += len(chunk)
-                _check_ratio(path, unpacked)
+                check_ratio(path, unpacked)
                 yield chunk
     except OSError as error:
         if compression is None or error.errno is not None:
@@ -63,7 +63,8 @@ def read_bytes(path: Path) -> Iterator[bytes]:
         raise UserError(f"{path} is damaged or not {compression}: {error}. Fetch or compress it again") from error
 
 
-def _check_ratio(path: Path, unpacked: int) -> None:
+def check_ratio(path: Path, unpacked: int) -> None:
+    """Refuse (UserError) a file that unpacks to more than text can have been packed from."""
     if unpacked > _MAX_DOCUMENT and unpacked > _MAX_RATIO * (packed := path.stat().st_size):
         raise UserError(
             f"{path} has {packed:,} bytes and unpacks to more than {unpacked:,}: text does not pack to less than one "
@@ -107,18 +108,44 @@ def read_lines(path: Path) -> Iterator[bytes | None]:
     for chunk in read_bytes(path):
         *ended, rest = chunk.split(b"\n")
         if ended:
-            if held <= _MAX_ROW:
+            if held <= MAX_ROW:
                 yield b"".join([*parts, ended[0]])
             yield from ended[1:]
             parts, held = [], 0
-        if held <= _MAX_ROW < held + len(rest):
+        if held <= MAX_ROW < held + len(rest):
             yield None  # said once; the rest of the line is passed over
             parts = []
         held += len(rest)
-        if held <= _MAX_ROW:
+        if held <= MAX_ROW:
             parts.append(rest)
     if any(parts):
         yield b"".join(parts)
+
+
+def read_json_lines(path: Path, encoding: str) -> Iterator[tuple[int, Any | BadRow]]:
+    """Read JSON, one value a line: (line number, the value, or why there is none); blank lines are passed over."""
+    for number, line in enumerate(read_lines(path), 1):
+        if line is None:
+            yield number, BadRow(f"has more than the {MAX_ROW:,} bytes that a row can have")
+            continue
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark, as Windows editors write
+        if not line.strip():
+            continue
+        if len(line) > MAX_BRACKETS and line.count(b"[") + line.count(b"{") > MAX_BRACKETS:
+            yield number, BadRow(f"has more than {MAX_BRACKETS:,} brackets")
+            continue
+        try:
+            yield number, json.loads(line.decode(encoding))
+        except UnicodeDecodeError as error:
+            yield number, BadRow(f"is not {encoding} at byte {error.start} of the line (see encoding, --encoding)")
+        except json.JSONDecodeError as error:
+            array = " (an array? One object a line is needed)" if line.strip() == b"[" else ""
+            yield number, BadRow(f"is not JSON: {error.msg} at column {error.colno}{array}")
+        except ValueError as error:  # a number of thousands of digits
+            yield number, BadRow(f"cannot be read as JSON ({error})")
+        except RecursionError:
+            yield number, BadRow("is JSON nested too deeply to read")
 
 
 def kind_of(path: Path) -> str | None:
@@ -187,6 +214,34 @@ def _bounded(path: Path, pieces: Iterator[str], separator: str | None) -> Iterat
         yield piece
 
 
+def hash_files(paths: Sequence[Path], how: Sequence[Any]) -> str:
+    """Hash what files hold and how it is read (JSON); not where they lie, so that a moved corpus stays the same."""
+    digest = xxhash.xxh3_128()
+    digest.update(json.dumps(how).encode())
+    for path in paths:
+        try:
+            status = path.stat()
+            digest.update(f"{path.name} {kind_of(path)} {status.st_size}\n".encode())
+            with path.open("rb") as file:
+                if status.st_size > _HASHED_WHOLE:
+                    digest.update(f"{status.st_mtime_ns}".encode())
+                    digest.update(file.read(_CHUNK))
+                    file.seek(-_CHUNK, 2)
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def describe_files(paths: Sequence[Path]) -> str:
+    """Return names and size in one line for a person."""
+    size = sum(path.stat().st_size for path in paths) / 1e6
+    shown = ", ".join(path.name for path in paths[:3])
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return f"{shown}{more} ({size:.1f} MB)"
+
+
 class Files(Source):
     """See `files`."""
 
@@ -250,33 +305,12 @@ class Files(Source):
         yield rest
 
     def _read_jsonl(self, path: Path) -> Iterator[tuple[str, str | BadRow]]:
-        for number, line in enumerate(read_lines(path), 1):
-            if line is None:
-                yield f"line {number}", BadRow(f"has more than the {_MAX_ROW:,} bytes that a row can have")
-                continue
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark, as Windows editors write
-            if not line.strip():
-                continue
+        for number, row in read_json_lines(path, self.encoding):
             place = f"line {number}"
-            if len(line) > _MAX_BRACKETS and line.count(b"[") + line.count(b"{") > _MAX_BRACKETS:
-                yield place, BadRow(f"has more than {_MAX_BRACKETS:,} brackets")
-                continue
             try:
-                yield place, text_of(json.loads(line.decode(self.encoding)), self.text_key)
+                yield place, row if isinstance(row, BadRow) else text_of(row, self.text_key)
             except BadRow as error:
                 yield place, error
-            except UnicodeDecodeError as error:
-                where = f"at byte {error.start} of the line"
-                yield place, BadRow(f"is not {self.encoding} {where} (see encoding, --encoding)")
-            except json.JSONDecodeError as error:
-                array = " (an array? One object a line is needed)" if line.strip() == b"[" else ""
-                yield place, BadRow(f"is not JSON: {error.msg} at column {error.colno}{array}")
-            except (RecursionError, ValueError) as error:
-                if isinstance(error, ValueError):  # a number of thousands of digits
-                    yield place, BadRow(f"cannot be read as JSON ({error})")
-                    continue
-                yield place, BadRow("is JSON nested too deeply to read")
 
     def _read_parquet(self, path: Path) -> Iterator[tuple[str, str | BadRow]]:
         import pyarrow
@@ -293,7 +327,7 @@ class Files(Source):
                 kind, metadata = file.schema_arrow.field(self.text_key).type, file.metadata
             for group in range(metadata.num_row_groups):
                 columns = (metadata.row_group(group).column(index) for index in range(metadata.num_columns))
-                _check_ratio(path, sum(c.total_uncompressed_size for c in columns if c.path_in_schema == self.text_key))
+                check_ratio(path, sum(c.total_uncompressed_size for c in columns if c.path_in_schema == self.text_key))
             # Read as it is stored: a text that stands there once for all rows is not repeated in memory.
             text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
             with parquet.ParquetFile(path, read_dictionary=[self.text_key] if text else None) as file:
@@ -302,10 +336,10 @@ class Files(Source):
                     for value in map(methodcaller("as_py"), batch.column(0)):
                         number += 1
                         unpacked += len(value) if isinstance(value, str) else 0
-                        _check_ratio(path, unpacked)
+                        check_ratio(path, unpacked)
                         try:
-                            if isinstance(value, str) and len(value) > _MAX_ROW:
-                                raise BadRow(f"has more than the {_MAX_ROW:,} characters that a row can have")
+                            if isinstance(value, str) and len(value) > MAX_ROW:
+                                raise BadRow(f"has more than the {MAX_ROW:,} characters that a row can have")
                             yield f"row {number}", text_of({self.text_key: value}, self.text_key)
                         except BadRow as error:
                             yield f"row {number}", error
@@ -314,30 +348,11 @@ class Files(Source):
 
     def fingerprint(self) -> str:
         """Hash what is read and how; not where it lies, so that a moved corpus stays prepared."""
-        digest = xxhash.xxh3_128()
-        how = [self.format, self.text_key, self.separator, self.encoding]
-        digest.update(json.dumps(how).encode())
-        for path in self.paths:
-            try:
-                status = path.stat()
-                digest.update(f"{path.name} {kind_of(path)} {status.st_size}\n".encode())
-                with path.open("rb") as file:
-                    if status.st_size > _HASHED_WHOLE:
-                        digest.update(f"{status.st_mtime_ns}".encode())
-                        digest.update(file.read(_CHUNK))
-                        file.seek(-_CHUNK, 2)
-                    while chunk := file.read(_CHUNK):
-                        digest.update(chunk)
-            except OSError as error:
-                raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        return digest.hexdigest()
+        return hash_files(self.paths, [self.format, self.text_key, self.separator, self.encoding])
 
     def describe(self) -> str:
         """Return one line for a person."""
-        size = sum(path.stat().st_size for path in self.paths) / 1e6
-        shown = ", ".join(path.name for path in self.paths[:3])
-        more = f" and {len(self.paths) - 3} more" if len(self.paths) > 3 else ""
-        return f"{shown}{more} ({size:.1f} MB)"
+        return describe_files(self.paths)
 
 
 @register("data", "files")

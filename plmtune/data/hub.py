@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import xxhash
 
@@ -35,8 +36,27 @@ class Hub(Source):
         self.limit = limit
 
     def documents(self, skip_bad: bool = False) -> Iterator[str]:
-        """Stream the rows."""
+        """Stream the texts of the rows."""
         self.skipped = 0
+        for place, row in self.rows():
+            try:
+                text = text_of(row, self.text_key)
+            except BadRow as error:
+                if not skip_bad:
+                    raise UserError(
+                        f"data hub: {place} {error}. To leave such rows out set skip_bad (--skip-bad)"
+                    ) from error
+                self.skipped += 1
+                continue
+            if text and not text.isspace():
+                yield text
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Stream the rows, each with its place.
+
+        Raises:
+            UserError: without the package datasets, or where the hub does not give the dataset.
+        """
         try:
             from datasets import load_dataset
         except ImportError as error:
@@ -48,18 +68,7 @@ class Hub(Source):
             # data files alone are read: no code of the dataset's own is ever run
             rows = load_dataset(self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True)
             for number, row in enumerate(islice(rows, self.limit), 1):
-                try:
-                    text = text_of(row, self.text_key)
-                except BadRow as error:
-                    if not skip_bad:
-                        raise UserError(
-                            f"data hub: {self.dataset}, row {number} of {self.split} {error}. "
-                            "To leave such rows out set skip_bad (--skip-bad)"
-                        ) from error
-                    self.skipped += 1
-                    continue
-                if text and not text.isspace():
-                    yield text
+                yield f"{self.dataset}, row {number} of {self.split}", row
         except (UserError, MemoryError):
             raise
         except Exception as error:  # datasets raises its own, requests', fsspec's and plain OSErrors alike

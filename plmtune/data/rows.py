@@ -1,0 +1,311 @@
+"""Rows of conversations and preference pairs on disk or the hub: JSON arrays, JSON lines and Parquet."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from plmtune.data.files import (
+    MAX_BRACKETS,
+    MAX_ROW,
+    check_ratio,
+    describe_files,
+    find_files,
+    hash_files,
+    kind_of,
+    read_json_lines,
+    read_text,
+)
+from plmtune.data.hub import Hub
+from plmtune.data.sources import BadRow
+from plmtune.errors import UserError
+
+_PARQUET_BATCH = 16  # rows: what is stored once for all of them is repeated in memory
+_MOST_SHOWN = 8
+_BETWEEN = re.compile(r"[ \t\r\n]*")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation: what system, user or assistant says."""
+
+    role: str
+    content: str
+
+
+@dataclass
+class Refused:
+    """What cannot be used, by reason: a sentence's end that begins with a verb, as `BadRow` holds it."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, place: str, reason: str | BadRow) -> None:
+        """Count one that stands at `place`, such as "train.jsonl, line 17"."""
+        reason = str(reason)
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.first.setdefault(reason, place)
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def describe(self) -> str:
+        """Return a line for each reason, the first place in front; the most frequent reasons, where there are many."""
+        reasons = sorted(self.counts, key=lambda reason: -self.counts[reason])
+        lines = []
+        for reason in reasons[:_MOST_SHOWN]:
+            others = self.counts[reason] - 1
+            lines.append(f"{self.first[reason]} {reason}" + (f"; {others:,} more like it" if others else ""))
+        if rest := sum(self.counts[reason] for reason in reasons[_MOST_SHOWN:]):
+            lines.append(f"{rest:,} more for {len(reasons) - _MOST_SHOWN:,} other reasons")
+        return "\n".join(lines)
+
+    def raise_if_any(self, remedy: str) -> None:
+        """Say all of it at once.
+
+        Raises:
+            UserError: if anything was refused.
+        """
+        if self.counts:
+            rows = "1 row" if len(self) == 1 else f"{len(self):,} rows"
+            raise UserError(f"{rows} cannot be used:\n{self.describe()}\n{remedy}")
+
+
+def read_rows(paths: Sequence[str | Path], encoding: str = "utf-8") -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+    """Read rows of JSON arrays (.json), JSON lines (.jsonl, .ndjson, .json) and Parquet; JSON also as .gz and .zst.
+
+    A row that is a bare list stands for ``{"messages": list}``.
+
+    Args:
+        paths: files, folders (read whole, in the order of names) or globs.
+        encoding: of JSON.
+
+    Yields:
+        Where the row stands, such as "train.jsonl, line 17", and the row, or why it is none.
+
+    Raises:
+        UserError: for a file that is not there or cannot be read as a whole.
+    """
+    for path in find_row_files(paths):
+        for place, row in _read_file(path, encoding):
+            if isinstance(row, list):
+                row = {"messages": row}
+            elif not isinstance(row, dict | BadRow):
+                row = BadRow(f"is a {type(row).__name__}, not an object")
+            yield f"{path}, {place}", row
+
+
+def find_row_files(paths: Sequence[str | Path]) -> list[Path]:
+    """Resolve files, folders and globs to the files with rows.
+
+    Raises:
+        UserError: for a path that is not there, an empty file, or one that can hold no rows.
+    """
+    found, singly = find_files(tuple(str(path) for path in paths))
+    for path in singly:
+        if kind_of(path) == "text":
+            raise UserError(f"{path} is named as text. Rows are read from .json, .jsonl, .ndjson and .parquet files")
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty")
+    files = [path for path in found if path in singly or kind_of(path) in ("jsonl", "parquet")]
+    if not files:
+        raise UserError(f"{', '.join(map(str, paths))}: no .json, .jsonl, .ndjson or .parquet file is there")
+    return files
+
+
+class Rows:
+    """Rows of files or of a dataset of the hub.
+
+    Attributes:
+        name: of the dataset, or of the first file.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str] = (),
+        *,
+        hub: str | None = None,
+        split: str = "train",
+        encoding: str = "utf-8",
+        max_rows: int | None = None,
+    ) -> None:
+        """Find the files.
+
+        Args:
+            paths: files, folders or globs; empty with a dataset of the hub.
+            hub: the dataset's name, instead of paths.
+            split: of the dataset.
+            encoding: of JSON.
+            max_rows: read so many rows and no more.
+
+        Raises:
+            UserError: for neither or both of paths and hub, or a path that is not there.
+            ValueError: for an unknown encoding, or max_rows below 1.
+        """
+        if bool(paths) == (hub is not None):
+            raise UserError(
+                "data: name files, as data.paths=[train.jsonl], or a dataset of the hub, as data.hub=NAME: one of them"
+            )
+        if max_rows is not None and max_rows < 1:
+            raise ValueError(f"max_rows ({max_rows}) must be at least 1")
+        try:
+            "".encode(encoding)
+        except LookupError as error:
+            raise ValueError(
+                f"encoding {encoding!r} is unknown to Python; utf-8, latin-1, gb18030 are known"
+            ) from error
+        self.encoding = encoding
+        self.max_rows = max_rows
+        self.files = find_row_files(paths) if hub is None else []
+        self._hub = None
+        if hub is not None:
+            self._hub = Hub(hub, subset=None, split=split, text_key="", revision=None, limit=max_rows)
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+        rows = self._hub.rows() if self._hub is not None else read_rows(self.files, self.encoding)
+        return islice(rows, self.max_rows)
+
+    def fingerprint(self) -> str:
+        """Return a hash that changes when the rows do."""
+        if self._hub is not None:
+            return self._hub.fingerprint()
+        return hash_files(self.files, [self.encoding, self.max_rows])
+
+    def describe(self) -> str:
+        """Return one line for a person."""
+        return self._hub.describe() if self._hub is not None else describe_files(self.files)
+
+
+def _read_file(path: Path, encoding: str) -> Iterator[tuple[str, Any | BadRow]]:
+    if kind_of(path) == "parquet":
+        yield from _read_parquet(path)
+    elif ".json" in path.suffixes[-2:] and _starts_with_bracket(path, encoding):
+        for number, row in enumerate(_read_array(path, encoding), 1):
+            yield f"row {number}", row
+    else:
+        for number, row in read_json_lines(path, encoding):
+            yield f"line {number}", row
+
+
+def _starts_with_bracket(path: Path, encoding: str) -> bool:
+    return next((piece.lstrip()[0] for piece in read_text(path, encoding) if piece.strip()), "") == "["
+
+
+def _read_array(path: Path, encoding: str) -> Iterator[Any]:
+    """Read the elements of an array one by one, so that a file may be larger than memory."""
+    decoder = json.JSONDecoder()
+    pieces = read_text(path, encoding)
+    held, at, number = "", 0, 0
+    whole = False  # all that the file has is in `held`
+
+    def more() -> None:
+        nonlocal held, at, whole
+        # As much again as is there: an element of many pieces is then read in few tries.
+        parts, wanted = [held[at:]], max(len(held) - at, 1)
+        for piece in pieces:
+            parts.append(piece)
+            wanted -= len(piece)
+            if wanted <= 0:
+                break
+        else:
+            whole = True
+        held, at = "".join(parts), 0
+
+    def next_sign() -> str:
+        """The next sign that is no white space; it is not passed over."""
+        nonlocal at
+        while True:
+            at = _BETWEEN.match(held, at).end()  # type: ignore[union-attr]
+            if at < len(held):
+                return held[at]
+            if whole:
+                return ""
+            more()
+
+    def wrong(what: str) -> UserError:
+        after = f"after row {number}" if number else "at its beginning"
+        return UserError(f"{path} is no JSON array of rows {after}: {what}. One object a line belongs in a .jsonl file")
+
+    next_sign()
+    at += 1  # the bracket that brought us here
+    if next_sign() == "]":
+        at += 1
+    else:
+        while True:
+            next_sign()
+            value, end = _decode(decoder, held, at, whole)
+            while end < 0:
+                if whole:
+                    raise wrong(str(value))
+                if len(held) - at > MAX_ROW:
+                    raise wrong(f"row {number + 1} has more than the {MAX_ROW:,} characters that a row can have")
+                more()
+                if held.count("[") + held.count("{") > MAX_BRACKETS:
+                    raise wrong(f"row {number + 1} has more than {MAX_BRACKETS:,} brackets")
+                value, end = _decode(decoder, held, at, whole)
+            number, at = number + 1, end
+            yield value
+            sign = next_sign()
+            at += 1
+            if sign == "]":
+                break
+            if sign != ",":
+                raise wrong(f"a comma or a closing bracket is missing, {sign!r} stands there")
+    if sign := next_sign():
+        raise wrong(f"{sign!r} stands behind the array")
+
+
+def _decode(decoder: json.JSONDecoder, held: str, at: int, whole: bool) -> tuple[Any, int]:
+    """Return (value, its end), or (what is wrong, -1) for text that is no JSON, perhaps because it is cut off."""
+    try:
+        value, end = decoder.raw_decode(held, at)
+    except json.JSONDecodeError as error:
+        return f"{error.msg} {error.pos - at:,} characters into the row", -1
+    except ValueError as error:  # a number of thousands of digits
+        return str(error), -1
+    except RecursionError:
+        return "the row is nested too deeply to read", -1
+    # A number at the very end may go on in the next piece.
+    return (value, end) if end < len(held) or whole else ("it is cut off", -1)
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any | BadRow]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = unpacked = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            metadata = file.metadata
+            for group in range(metadata.num_row_groups):
+                columns = (metadata.row_group(group).column(index) for index in range(metadata.num_columns))
+                check_ratio(path, sum(column.total_uncompressed_size for column in columns))
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
+                unpacked += batch.nbytes
+                check_ratio(path, unpacked)
+                for index in range(batch.num_rows):
+                    number += 1
+                    row = batch.slice(index, 1)
+                    if row.nbytes > MAX_ROW or sum(map(_num_values, row.columns)) > MAX_BRACKETS:
+                        yield f"row {number}", BadRow(f"has more than the {MAX_ROW:,} bytes that a row can have")
+                    else:
+                        yield f"row {number}", row.to_pylist()[0]
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged or not Parquet: {error}") from error
+
+
+def _num_values(array: Any) -> int:
+    """Count the values at all depths: a list of nothings takes a bit for each on disk, and an object in memory."""
+    import pyarrow
+
+    count = len(array)
+    if pyarrow.types.is_struct(array.type):
+        return count + sum(map(_num_values, array.flatten()))
+    if pyarrow.types.is_list(array.type) or pyarrow.types.is_large_list(array.type):
+        return count + _num_values(array.flatten())
+    return count
