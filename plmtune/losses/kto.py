@@ -30,7 +30,6 @@ class Kto(PreferenceLoss):
     """
 
     mismatched = True
-    unpaired = True
 
     def __init__(self, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> None:
         check_positive("beta", beta)

@@ -59,8 +59,8 @@ class PreferenceLoss(ABC):
         of: what tells it from a loss over tokens.
         needs_reference: it reads the reference's log-probabilities.
         contexts: it wants the comparisons given the rejected and the chosen answer too (ARIES).
-        mismatched: it wants the prompts with another prompt's answer too (KTO's baseline).
-        unpaired: it takes rows with one answer.
+        mismatched: it wants the prompts with another prompt's answer too (KTO's baseline), and takes rows with one
+            answer.
         scalar_head: it compares scores of one number a sequence instead of log-probabilities.
     """
 
@@ -68,7 +68,6 @@ class PreferenceLoss(ABC):
     needs_reference: ClassVar[bool] = True
     contexts: ClassVar[bool] = False
     mismatched: ClassVar[bool] = False
-    unpaired: ClassVar[bool] = False
     scalar_head: ClassVar[bool] = False
 
     @abstractmethod
