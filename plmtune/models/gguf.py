@@ -295,11 +295,9 @@ def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
     if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         known = ", ".join(sorted(_PRE_TOKENIZERS))
         raise UserError(f"{where}: the pre-tokenizer {pre!r:.80} is not supported ({known} are). {remedy}")
-    tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
-    if not _are(str, tokens) or not _are(str, merges):
-        raise UserError(f"{where}: its tokens or merges are missing or no text. {remedy}")
-    kinds = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
-    if not _are(int, kinds) or len(kinds) != len(tokens) or len(tokens) > rows:
+    tokens, merges = _list(file, "tokens", str), _list(file, "merges", str)
+    kinds = _list(file, "token_type", int)
+    if len(kinds) != len(tokens) or len(tokens) > rows:
         raise UserError(f"{where}: {len(tokens)} tokens, their types and the model's {rows} rows do not fit together.")
     if not set(kinds) <= {_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED}:
         raise UserError(f"{where}: it holds tokens of types other than 1 to 5, so it is not byte-level. {remedy}")
@@ -329,8 +327,11 @@ def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
         raise UserError(f"{where}: {error}.") from error
 
 
-def _are(kind: type, values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is kind for value in values)
+def _list(file: GGUFFile, name: str, kind: type) -> list[Any]:
+    values = file.metadata.get(f"tokenizer.ggml.{name}")
+    if isinstance(values, list) and all(type(value) is kind for value in values):
+        return values
+    raise UserError(f"{file.path}: tokenizer.ggml.{name} is missing or damaged. Give a tokenizer with --tokenizer.")
 
 
 def _special(file: GGUFFile, name: str) -> str:
