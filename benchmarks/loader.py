@@ -26,6 +26,7 @@ from plmtune.data.batches import Batch, Batches, Phase
 from plmtune.data.prepare import prepare
 from plmtune.data.shards import Shards
 from plmtune.data.sources import named_sources
+from plmtune.data.windows import open_windows
 
 SIDES = {"cached batch": None, "num_workers=0": 0, "num_workers=2": 2}
 
@@ -89,17 +90,16 @@ def main() -> None:
     cfg = config.compose("pretrain", (), [])
     tokenizer = config.build("tokenizer", cfg.tokenizer)
     shards = open_demo(cfg, tokenizer, options.data)
+    train, _ = open_windows(shards, cfg.seq_len, document_mask=cfg.document_mask)
     update = trainer(cfg, tokenizer)
 
     def loader(num_workers: int) -> Batches:
         return Batches(
-            shards,
+            train,
             [Phase("main", 100_000)],
-            seq_len=cfg.seq_len,
             global_batch_size=cfg.global_batch_size,
             micro_batch_size=cfg.micro_batch_size,
             seed=cfg.seed,
-            document_mask=cfg.document_mask,
             num_workers=num_workers,
         )
 

@@ -15,6 +15,7 @@ from plmtune.errors import UserError
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from plmtune.data.batches import Row
     from plmtune.data.shards import Shards, Split
     from plmtune.data.sources import Source
     from plmtune.data.tokenizers import Tokenizer
@@ -143,6 +144,7 @@ def inspect(directory: Path, split: str, document: int | None, window: int | Non
 
     from plmtune.data.shards import Shards
     from plmtune.data.tokenizers import load_tokenizer
+    from plmtune.data.windows import Windows
 
     if mask and window is None:
         raise UserError("--mask needs --window N")
@@ -166,7 +168,7 @@ def inspect(directory: Path, split: str, document: int | None, window: int | Non
         tokens = chosen.window(window, seq_len)[:-1]
         console.print(_coloured(tokens.tolist(), tokenizer))
         if mask:
-            _print_mask(console, tokens, shards.eos_id)
+            _print_mask(console, Windows(shards, chosen, seq_len, document_mask=True, whole=True).row(window))
 
 
 def _summary(console: Any, shards: Shards) -> None:
@@ -203,16 +205,14 @@ def _coloured(ids: list[int], tokenizer: Tokenizer) -> Text:
     return text
 
 
-def _print_mask(console: Any, tokens: Any, eos_id: int) -> None:
-    import torch
-
+def _print_mask(console: Any, row: Row) -> None:
     from plmtune.data.batches import make_batch
 
-    rows = torch.from_numpy(tokens)[None]
-    mask = make_batch(rows, rows, eos_id=eos_id).mask
-    assert mask is not None
-    stride = -(-mask.shape[1] // 64)  # at most 64 rows of 64 signs: every stride-th token
-    for row in mask[0, ::stride, ::stride].tolist():
-        console.print("".join("█" if seen else "·" for seen in row))
+    segments = make_batch([row]).mask
+    assert segments is not None
+    (mask,) = segments.dense
+    stride = -(-len(mask) // 64)  # at most 64 rows of 64 signs: every stride-th token
+    for signs in mask[::stride, ::stride].tolist():
+        console.print("".join("█" if seen else "·" for seen in signs))
     if stride > 1:
         console.print(f"one sign stands for {stride} tokens")

@@ -1,4 +1,4 @@
-"""Batches of packed windows: this rank's slices of an order that no rank or batch size can change."""
+"""Batches of rows: this rank's slices of an order that no rank or batch size can change."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Thread
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,11 +18,48 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from plmtune.data.order import Order, Phase
-from plmtune.data.shards import Shards
-from plmtune.errors import UserError
+from plmtune.modules.segments import Segments
 
 IGNORE = -100  # the target that no loss counts
 _PATIENCE = 2.0  # seconds that a stop waits for a thread, which may hang in a read of a dead file system
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of training data.
+
+    tokens, targets: [s] int64; a target of -100 is not counted.
+    lengths: tokens of each text in the row, which does not see the others, padding included; None: the row is one.
+    """
+
+    tokens: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    lengths: tuple[int, ...] | None = None
+
+
+class Rows(Protocol):
+    """What a source of rows has: windows over token shards (`windows`), packed conversations (`packing`).
+
+    seq_len: tokens of each row. num_tokens: of all rows, without padding.
+    """
+
+    @property
+    def seq_len(self) -> int: ...
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def row(self, index: int) -> Row:
+        """Return row `index`, always the same."""
+
+    def locate(self, index: int) -> str:
+        """Return where the row's text lies, for a person."""
+
+    def describe(self) -> str:
+        """Return how much there is, for a person."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +67,24 @@ class Batch:
     """One micro-batch.
 
     tokens, targets: [b, s] int64; a target of -100 is not counted.
-    mask: [b, s, s] bool, True where a query (row) may attend, or None for plain causal attention.
-    input_pos: [b, s] int64 positions inside documents, or None for 0 to s - 1.
+    mask: where the texts lie that do not see each other, or None for plain causal attention.
+    input_pos: [b, s] int64 positions inside those texts, or None for 0 to s - 1.
     num_valid: targets that count, known without asking the device.
+    places: [num_valid] int64, where in `targets.flatten()` they stand, so that no other hidden state meets the
+        vocabulary; None: all count.
     """
 
     tokens: Tensor
     targets: Tensor
-    mask: Tensor | None
+    mask: Segments | None
     input_pos: Tensor | None
     num_valid: int
+    places: Tensor | None = None
+
+    def counted(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return hidden states [n, d], of hidden (Tensor), [b, s, d], and targets [n], of the targets that count."""
+        hidden, targets = hidden.flatten(0, 1), self.targets.flatten()
+        return (hidden, targets) if self.places is None else (hidden[self.places], targets[self.places])
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device; the copy may still be under way."""
@@ -46,77 +92,62 @@ class Batch:
         pin = torch.device(device).type == "cuda"
         move = {
             name: (value.pin_memory() if pin else value).to(device, non_blocking=True)
-            for name in ("tokens", "targets", "mask", "input_pos")
+            for name in ("tokens", "targets", "input_pos", "places")
             if (value := getattr(self, name)) is not None
         }
-        return replace(self, **move)
+        return replace(self, mask=self.mask.to(device) if self.mask else None, **move)
 
 
-def make_batch(tokens: Tensor, targets: Tensor, *, eos_id: int | None) -> Batch:
-    """Make a batch of rows; with `eos_id` documents do not see each other.
-
-    An end-of-document token belongs to the document that it ends. Positions start again behind it, and what
-    it would predict, the first token of another document, is not counted.
-
-    Args:
-        tokens, targets: [b, s] int64.
-        eos_id: None: rows are one text, and each eos predicts the next document's first token.
-    """
-    if eos_id is None:
-        return Batch(tokens, targets, None, None, int((targets != IGNORE).sum()))
-    ends = tokens == eos_id
-    document = ends.cumsum(1) - ends.long()  # [b, s]: documents that ended before this token
-    places = torch.arange(tokens.shape[1]).expand_as(tokens)
-    behind_end = torch.zeros_like(tokens)
-    behind_end[:, 1:] = torch.where(ends[:, :-1], places[:, 1:], 0)
-    input_pos = places - behind_end.cummax(1).values
-    mask = (document[:, :, None] == document[:, None, :]).tril()
-    targets = targets.masked_fill(ends, IGNORE)
-    return Batch(tokens, targets, mask, input_pos, int((targets != IGNORE).sum()))
+def make_batch(rows: Sequence[Row]) -> Batch:
+    """Stack rows of one length, which all say where their texts lie or all do not."""
+    tokens, targets = (
+        torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in ("tokens", "targets")
+    )
+    counted = targets.flatten() != IGNORE
+    places = counted.nonzero()[:, 0]
+    num_valid = len(places)
+    mask = input_pos = None
+    if rows[0].lengths is not None:
+        mask = Segments.of(row.lengths or () for row in rows)
+        starts = mask.offsets[:-1].long().repeat_interleave(mask.offsets.diff())
+        input_pos = (torch.arange(len(starts)) - starts).view_as(tokens)
+    return Batch(tokens, targets, mask, input_pos, num_valid, places if num_valid < targets.numel() else None)
 
 
 class Batches:
     """The training data of one rank, any step at once, and its share of the validation data.
 
     Args:
-        shards: sources by name; all by one tokenizer.
+        rows: sources by name; all with rows of one length.
         phases: see `Phase`.
-        seq_len: tokens a sequence.
-        global_batch_size: sequences a step, over all ranks.
-        micro_batch_size: sequences a forward; the last of a step may hold fewer.
+        validation: held-out rows by source; a source may have none.
+        global_batch_size: rows a step, over all ranks.
+        micro_batch_size: rows a forward; the last of a step may hold fewer.
         seed: of the order.
         rank, world_size: this process takes the rank-th equal part of each step.
-        document_mask: keep attention and counted targets inside documents.
-        num_workers: threads that prepare steps ahead; 0: none. They only copy out of mapped files, which
+        num_workers: threads that prepare steps ahead; 0: none. They only copy out of mapped files and memory, which
             needs no process of its own.
-        skip: sequences of each source to pass over, as seen by the run that this one goes on from.
+        skip: rows of each source to pass over, as seen by the run that this one goes on from.
 
     Raises:
         ValueError: for sizes that do not divide, a mix that cannot be (see `Order`).
-        UserError: for a source too short for a single sequence.
     """
 
     def __init__(
         self,
-        shards: Mapping[str, Shards],
+        rows: Mapping[str, Rows],
         phases: Sequence[Phase],
         *,
-        seq_len: int,
+        validation: Mapping[str, Rows] | None = None,
         global_batch_size: int,
         micro_batch_size: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        document_mask: bool = False,
         num_workers: int = 0,
         skip: Mapping[str, int] | None = None,
     ) -> None:
-        sizes = {
-            "seq_len": seq_len,
-            "global_batch_size": global_batch_size,
-            "micro_batch_size": micro_batch_size,
-        }
-        for name, value in sizes.items():
+        for name, value in {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}.items():
             if value < 1:
                 raise ValueError(f"{name} ({value}) must be at least 1")
         if num_workers < 0:
@@ -125,31 +156,28 @@ class Batches:
             raise ValueError(f"rank ({rank}) must be below world_size ({world_size})")
         if global_batch_size % world_size:
             raise ValueError(f"global_batch_size ({global_batch_size}) must be a multiple of world_size ({world_size})")
-        if not shards:
+        if not rows:
             raise ValueError("a run needs at least one source of data")
-        if len({(s.manifest.tokenizer, s.eos_id) for s in shards.values()}) > 1:
-            raise ValueError(f"the sources {', '.join(sorted(shards))} come from different tokenizers")
-        for name, source in shards.items():
-            if source.train.num_windows(seq_len) < 1:
-                raise UserError(
-                    f"Source {name} ({source.directory}) has {source.train.num_tokens:,} training tokens, "
-                    f"too few for seq_len={seq_len} and its last target. Give more text or a shorter seq_len"
-                )
-        self.shards = {name: shards[name] for name in sorted(shards)}
-        self.seq_len = seq_len
+        self.rows = {name: rows[name] for name in sorted(rows)}
+        held_out = validation or {}
+        self.held_out = [held_out[name] for name in self.rows if name in held_out]
+        lengths = {source.seq_len for source in (*self.rows.values(), *self.held_out)}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"the sources {', '.join(self.rows)} have rows of {sorted(lengths)} tokens, not of one seq_len"
+            )
+        (self.seq_len,) = lengths
         self.micro_batch_size = micro_batch_size
         self.rank = rank
         self.world_size = world_size
         self.num_workers = num_workers
         self.order = Order(
-            {name: source.train.num_windows(seq_len) for name, source in shards.items()},
+            {name: source.num_rows for name, source in rows.items()},
             phases,
             global_batch_size=global_batch_size,
             seed=seed,
             skip=skip,
         )
-        self.eos_id = next(iter(shards.values())).eos_id
-        self._document_eos = self.eos_id if document_mask else None
 
     @property
     def num_steps(self) -> int:
@@ -165,7 +193,7 @@ class Batches:
         return self.order.phases[self.order.phase_index(step)]
 
     def _mine(self, step: int) -> list[tuple[str, int]]:
-        """Return (source, window) of each of this rank's sequences."""
+        """Return (source, row) of each of this rank's sequences."""
         sources, windows = self.order.step(step)
         per_rank = self.order.global_batch_size // self.world_size
         part = slice(self.rank * per_rank, (self.rank + 1) * per_rank)
@@ -173,21 +201,17 @@ class Batches:
         return [(names[s], w) for s, w in zip(sources[part].tolist(), windows[part].tolist(), strict=True)]
 
     def places(self, step: int, micro_batches: Collection[int] | None = None) -> list[str]:
-        """Return where each of this rank's sequences of a step lies, for messages about a bad step.
+        """Return where each of this rank's rows of a step lies, for messages about a bad step.
 
-        Such as "runs/data/stdlib-ae3f084abd98/train-00003.bin, tokens 12,288 to 12,544": counted from 0 inside the
-        file; the last one is only a target. A sequence that spans files names each.
+        Such as "runs/data/stdlib-ae3f084abd98/train-00003.bin, tokens 12,288 to 12,544".
 
         Args:
             micro_batches: the indices of those that are asked for; None: all.
         """
         size = self.micro_batch_size
         return [
-            ", and ".join(
-                f"{self.shards[name].directory / file}, tokens {first:,} to {last:,}"
-                for file, first, last in self.shards[name].train.locate(window, self.seq_len)
-            )
-            for index, (name, window) in enumerate(self._mine(step))
+            self.rows[name].locate(row)
+            for index, (name, row) in enumerate(self._mine(step))
             if micro_batches is None or index // size in micro_batches
         ]
 
@@ -204,8 +228,7 @@ class Batches:
 
     def step(self, step: int) -> list[Batch]:
         """Return this rank's micro-batches of a step, whatever was asked before."""
-        rows = [self.shards[name].train.window(window, self.seq_len) for name, window in self._mine(step)]
-        return list(self._batches(rows))
+        return list(self._batches([self.rows[name].row(index) for name, index in self._mine(step)]))
 
     def iterate(self, start: int = 0) -> Generator[tuple[int, list[Batch]], None, None]:
         """Yield (step, micro-batches) from `start` to the end, made ahead by threads if there are any.
@@ -257,53 +280,43 @@ class Batches:
                 future.set_exception(error)
 
     def validation(self, max_tokens: int | None = None) -> Iterator[Batch]:
-        """Yield this rank's share of the held-out tokens, in an order that is always the same.
+        """Yield this rank's share of the held-out rows, in an order that is always the same.
 
-        Without a limit every held-out token but each source's first is a target once; the last sequence of
-        a source is filled up with targets that do not count. With a limit the sequences are spread evenly.
-        Every rank gets equally many batches, since they may have to meet in each forward: where the sequences
-        do not divide, some rows count nothing.
+        Without a limit every held-out target is there once; with one the rows are spread evenly. Every rank gets
+        equally many batches, since they may have to meet in each forward: where the rows do not divide, some count
+        nothing.
         """
-        counts = [-(-max(0, s.validation.num_tokens - 1) // self.seq_len) for s in self.shards.values()]
-        total = sum(counts)
+        total = sum(source.num_rows for source in self.held_out)
         wanted = total if max_tokens is None else min(total, max(1, max_tokens // self.seq_len))
         chosen = [i * total // wanted for i in range(wanted)]
         per_rank = -(-wanted // self.world_size)
         mine = chosen[self.rank * per_rank : (self.rank + 1) * per_rank]
-        firsts = np.cumsum([0, *counts])
-        splits = [source.validation for source in self.shards.values()]
+        firsts = np.cumsum([0, *(source.num_rows for source in self.held_out)])
 
-        def row(index: int) -> NDArray[np.int64]:
+        def row(index: int) -> Row:
             which = int(np.searchsorted(firsts, index, side="right")) - 1
-            start = (index - int(firsts[which])) * self.seq_len
-            return splits[which].read(start, start + self.seq_len + 1)
+            return self.held_out[which].row(index - int(firsts[which]))
 
-        nothing = np.empty(0, dtype=np.int64)
-        rows = [row(index) for index in mine] + [nothing] * (per_rank - len(mine))
+        rows = [row(index) for index in mine]
+        if len(rows) < per_rank:
+            nothing = row(0)
+            nothing = replace(nothing, targets=np.full_like(nothing.targets, IGNORE))
+            rows += [nothing] * (per_rank - len(rows))
         yield from self._batches(rows)
 
-    def _batches(self, rows: Sequence[NDArray[np.int64]]) -> Iterator[Batch]:
-        """Stack rows of at most seq_len + 1 tokens; what shorter ones lack does not count."""
+    def _batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
         for first in range(0, len(rows), self.micro_batch_size):
-            group = rows[first : first + self.micro_batch_size]
-            tokens = np.full((len(group), self.seq_len), self.eos_id, dtype=np.int64)
-            targets = np.full((len(group), self.seq_len), IGNORE, dtype=np.int64)
-            for i, row in enumerate(group):
-                length = max(0, row.size - 1)
-                tokens[i, :length] = row[:-1]
-                targets[i, :length] = row[1:]
-            yield make_batch(torch.from_numpy(tokens), torch.from_numpy(targets), eos_id=self._document_eos)
+            yield make_batch(rows[first : first + self.micro_batch_size])
 
     def epochs(self) -> dict[str, float]:
         """Return how often the run sees each source."""
-        drawn, windows = self.order.drawn - self.order.skipped, self.order.windows
-        return {name: int(drawn[i]) / int(windows[i]) for i, name in enumerate(self.order.names)}
+        drawn, rows = self.order.drawn - self.order.skipped, self.order.windows
+        return {name: int(drawn[i]) / int(rows[i]) for i, name in enumerate(self.order.names)}
 
     def describe(self) -> str:
         """Return a line a source and a line a phase for a person."""
         lines = [
-            f"{name}: {self.shards[name].train.num_tokens:,} tokens, seen {epochs:.2f} times"
-            for name, epochs in self.epochs().items()
+            f"{name}: {self.rows[name].describe()}, seen {epochs:.2f} times" for name, epochs in self.epochs().items()
         ]
         for index, phase in enumerate(self.order.phases):
             tokens = phase.steps * self.order.global_batch_size * self.seq_len

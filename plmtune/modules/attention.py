@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from plmtune.modules.cache import LayerCache
 from plmtune.modules.rope import RotaryEmbedding
+from plmtune.modules.segments import Segments
 from plmtune.registry import register
 
 Kernel = Literal["cudnn", "padded", "plain"]
@@ -53,17 +55,19 @@ def _cudnn_takes_unequal_widths(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9 and (torch.backends.cudnn.version() or 0) >= 91000
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None, scale: float) -> Tensor:
     """softmax(q k^T * scale) v through a fused kernel, causal where there is no mask.
 
     Args:
         q (Tensor): [b, h, s, n]. k (Tensor): [b, h / g, t, n]. v (Tensor): [b, h / g, t, v].
-        mask (Tensor | None): boolean [b, s, t], True where a query may attend; None: causal, the last
-            query sees all.
+        mask (Tensor | Segments | None): boolean [b, s, t], True where a query may attend; or segments, causal
+            inside each; None: causal, the last query sees all.
 
     Returns:
         Tensor: [b, h, s, v]
     """
+    if isinstance(mask, Segments):
+        return _attend_inside(q, k, v, mask, scale)
     s, t = q.shape[2], k.shape[2]
     if mask is not None:
         mask = mask[:, None]
@@ -84,6 +88,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     return out[..., :width]
 
 
+# Each batch has other lengths: compiled code would be made anew for each.
+@torch.compiler.disable
+def _attend_inside(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+    """Attention inside each segment alone, which costs the sum of their squares instead of the row's square."""
+    b, h, s, width = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
+    on_gpu = q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+    if not on_gpu and q.device.type != "cpu":
+        return attend(q, k, v, segments.dense, scale)
+    if width < q.shape[3]:
+        v = F.pad(v, (0, q.shape[3] - width))  # neither kernel takes values of another width
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [b s, h, n]
+    if on_gpu:
+        longest, offsets = segments.longest, segments.offsets
+        out = varlen_attn(
+            q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=h != k.shape[1]
+        )
+        assert isinstance(out, Tensor)
+    else:
+        # split, not slices: the gradient of each slice would be a tensor of the whole's size.
+        parts = zip(*(x.transpose(0, 1).split(segments.lengths, dim=1) for x in (q, k, v)), strict=True)
+        out = torch.cat([attend(q[None], k[None], v[None], None, scale)[0].transpose(0, 1) for q, k, v in parts])
+    return out.view(b, s, h, -1)[..., :width].transpose(1, 2)
+
+
 # By the node that autograd keeps of a call: what ran, not what was asked for.
 _KERNEL_NAMES = {
     "ScaledDotProductCudnnAttention": "cuDNN",
@@ -93,7 +121,15 @@ _KERNEL_NAMES = {
 }
 
 
-def kernel_names(model: nn.Module, *, seq_len: int, dtype: torch.dtype, device: torch.device, masked: bool) -> str:
+def kernel_names(
+    model: nn.Module,
+    *,
+    seq_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    masked: bool = False,
+    segments: bool = False,
+) -> str:
     """Name the kernel that attention runs through in training, by running one sequence of zeros through it.
 
     Args:
@@ -102,13 +138,14 @@ def kernel_names(model: nn.Module, *, seq_len: int, dtype: torch.dtype, device: 
         dtype: what is computed in.
         device: where.
         masked: attention is given a mask.
+        segments: attention is given segments.
 
     Returns:
         Such as "flash for CPUs, values padded from 16 to 24", or "unfused"; of several shapes, each.
     """
     modules: list[Any] = [module for module in model.modules() if hasattr(module, "head_shapes")]
     shapes = dict.fromkeys(module.head_shapes() for module in modules)
-    names = dict.fromkeys(_kernel_name(shape, seq_len, dtype, device, masked) for shape in shapes)
+    names = dict.fromkeys(_kernel_name(shape, seq_len, dtype, device, masked, segments) for shape in shapes)
     return "; ".join(names) or "the model's own"
 
 
@@ -118,6 +155,7 @@ def _kernel_name(
     dtype: torch.dtype,
     device: torch.device,
     masked: bool,
+    segments: bool,
 ) -> str:
     # A longer sequence gets no other kernel, but its remainder counts: some want the mask's rows aligned.
     s = min(seq_len, 512 + seq_len % 512)
@@ -125,13 +163,20 @@ def _kernel_name(
         torch.zeros(1, s, heads, width, dtype=dtype, device=device, requires_grad=True).transpose(1, 2)
         for heads, width in shapes
     )
-    mask = torch.ones(1, s, s, dtype=torch.bool, device=device).tril() if masked else None
+    mask: Tensor | Segments | None = None
+    if segments:
+        mask = Segments.of([(s,)]).to(device)
+    elif masked:
+        mask = torch.ones(1, s, s, dtype=torch.bool, device=device).tril()
     with torch.enable_grad():
         nodes = [attend(q, k, v, mask, 1.0).grad_fn]
     name = "unfused"
     for node in nodes:
         assert node is not None
         kind = node.name().removesuffix("Backward0")
+        if "varlen_attn" in kind:
+            name = "flash over segments"
+            break
         if "Attention" in kind:
             name = _KERNEL_NAMES.get(kind, kind)
             break
@@ -215,7 +260,7 @@ class MultiHeadLatentAttention(nn.Module):
         self,
         x: Tensor,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | Segments | None = None,
         input_pos: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
@@ -233,6 +278,7 @@ class MultiHeadLatentAttention(nn.Module):
             entry = torch.cat((latent, k_rope[:, :, 0]), dim=-1)  # [b, s, c + r]
             (kept,) = cache.append(entry[:, None])  # [b, 1, t, c + r]
             if s == 1:
+                assert not isinstance(mask, Segments)  # which no cache goes with
                 return self.o_proj(self._decode(q_nope[:, 0], q_rope[:, 0], kept[:, 0], mask))
             latent, k_rope = kept[:, 0].split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
             k_rope = k_rope[:, :, None]
@@ -330,7 +376,7 @@ class GroupedQueryAttention(nn.Module):
         self,
         x: Tensor,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | Segments | None = None,
         input_pos: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from plmtune.modules.cache import Cache, LayerCache
 from plmtune.modules.norm import autocast_active
+from plmtune.modules.segments import Segments
 
 
 class DecoderLayer(nn.Module):
@@ -29,7 +30,7 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | Segments | None = None,
         input_pos: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
@@ -129,6 +130,19 @@ class Decoder(nn.Module):
         """The vocabulary projection, [v, d], for a loss that never holds all logits."""
         return self.tok_embeddings.weight if self.tied else self.output.weight
 
+    @torch.no_grad()
+    def add_score_head(self, generator: torch.Generator | None = None) -> None:
+        """Add `score`, a linear layer from a hidden state to one number; `models.reward` reads it.
+
+        It is drawn from N(0, init_std), like the other matrices by `init_weights` too.
+        """
+        like = self.tok_embeddings.weight
+        self.score = nn.Linear(self.embed_dim, 1, bias=False, device=like.device, dtype=like.dtype)
+        self.score.weight.normal_(0.0, self.init_std, generator=generator)
+        if not self.tied:
+            # Nothing asks for logits any more, and DDP waits for the gradient of each parameter that wants one.
+            self.output.requires_grad_(False)
+
     def new_cache(self, batch_size: int, max_seq_len: int) -> Cache:
         """Allocate an empty cache for `max_seq_len` tokens, in the model's dtype and on its device.
 
@@ -153,7 +167,7 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | Segments | None = None,
         input_pos: Tensor | None = None,
         cache: Cache | None = None,
         hidden: bool = False,
@@ -162,8 +176,10 @@ class Decoder(nn.Module):
 
         Args:
             tokens (Tensor): ids, [b, s].
-            mask (Tensor | None): boolean, [b, s, t], True where it may attend, t = cached + s; None: causal.
+            mask (Tensor | Segments | None): boolean, [b, s, t], True where it may attend, t = cached + s; or the
+                texts that each row holds; None: causal.
             input_pos (Tensor | None): positions for RoPE, [b, s]; None: 0, 1, ... after what the cache holds.
+                With them rows may be longer than max_seq_len, as long as no position is.
             cache (Cache | None): from `new_cache`; this forward appends to it.
             hidden: return the normed hidden states, [b, s, d], instead of logits.
 
@@ -171,10 +187,18 @@ class Decoder(nn.Module):
             Tensor: fp32 logits, [b, s, v], or hidden states.
 
         Raises:
-            ValueError: if cached and new tokens are more than max_seq_len or than the cache takes.
+            ValueError: if cached and new tokens are more than max_seq_len or than the cache takes, or segments are
+                given with a cache.
         """
         s = tokens.shape[1]
         t = s + (cache.length if cache is not None else 0)
+        if isinstance(mask, Segments) and cache is not None:
+            raise ValueError("segments say where whole texts lie, so they cannot be read piece by piece into a cache")
+        if input_pos is not None and cache is None:
+            if isinstance(mask, Segments):
+                t = mask.longest
+            else:  # a GPU is not asked, since the answer would have to be waited for
+                t = int(input_pos.max()) + 1 if input_pos.device.type == "cpu" else 0
         if t > self.max_seq_len:
             raise ValueError(f"a sequence of {t} tokens exceeds the model's max_seq_len ({self.max_seq_len})")
         if cache is not None and t > cache.max_seq_len:

@@ -9,6 +9,7 @@ import xxhash
 
 from plmtune.data import batches as module
 from plmtune.data.batches import IGNORE, Batches, Phase, make_batch
+from plmtune.data.windows import Windows, open_windows
 from plmtune.errors import UserError
 
 
@@ -23,9 +24,10 @@ def sources(make_shards):
 PHASES = [Phase("one", 20, {"a": 1, "b": 3}), Phase("two", 10, {"a": 1, "b": 1})]
 
 
-def batches(sources, phases=PHASES, **changes):
-    settings = {"seq_len": 8, "global_batch_size": 12, "micro_batch_size": 5, "seed": 3}
-    return Batches(sources, phases, **(settings | changes))
+def batches(sources, phases=PHASES, *, seq_len=8, document_mask=False, **changes):
+    train, held_out = open_windows(sources, seq_len, document_mask=document_mask)
+    settings = {"global_batch_size": 12, "micro_batch_size": 5, "seed": 3}
+    return Batches(train, phases, validation=held_out, **(settings | changes))
 
 
 def rows(micro_batches):
@@ -74,37 +76,51 @@ class TestStep:
 
     def test_moves_to_a_device_whole(self, sources):
         batch = batches(sources, document_mask=True).step(0)[0].to("meta")
-        assert {t.device.type for t in (batch.tokens, batch.targets, batch.mask, batch.input_pos)} == {"meta"}
+        tensors = (batch.tokens, batch.targets, batch.mask.offsets, batch.input_pos)
+        assert {t.device.type for t in tensors} == {"meta"}
         assert batch.num_valid == 40
 
 
 class TestDocumentMask:
-    def test_documents_do_not_see_each_other(self):
-        tokens = torch.tensor([[5, 6, 0, 7, 0, 0, 8, 9]])  # 0 ends a document: 5 6 0 | 7 0 | 0 | 8 9
-        targets = torch.tensor([[6, 0, 7, 0, 0, 8, 9, 3]])
-        batch = make_batch(tokens, targets, eos_id=0)
+    @pytest.fixture
+    def batch_of(self, make_shards):
+        def make(*rows):
+            """The rows as one batch; 0 ends a document. The last row's last target is 3."""
+            shards = make_shards("made", [token for row in rows for token in row] + [3])
+            windows = Windows(shards, shards.train, len(rows[0]), document_mask=True, whole=True)
+            return make_batch([windows.row(index) for index in range(len(rows))])
+
+        return make
+
+    def test_documents_do_not_see_each_other(self, batch_of):
+        batch = batch_of([5, 6, 0, 7, 0, 0, 8, 9])  # 5 6 0 | 7 0 | 0 | 8 9
         document = [0, 0, 0, 1, 1, 2, 3, 3]
         for i in range(8):
             for j in range(8):
-                assert bool(batch.mask[0, i, j]) == (j <= i and document[i] == document[j])
+                assert bool(batch.mask.dense[0, i, j]) == (j <= i and document[i] == document[j])
+        assert batch.mask.lengths == (3, 2, 1, 2)
         assert batch.input_pos.tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
 
-    def test_what_an_end_token_would_predict_is_not_counted(self):
-        tokens, targets = torch.tensor([[5, 0, 7, 8]]), torch.tensor([[0, 7, 8, 9]])
-        assert make_batch(tokens, targets, eos_id=0).targets.tolist() == [[0, IGNORE, 8, 9]]
-        assert make_batch(tokens, targets, eos_id=0).num_valid == 3
-        assert make_batch(tokens, targets, eos_id=None).targets.tolist() == [[0, 7, 8, 9]]
+    def test_what_an_end_token_would_predict_is_not_counted(self, batch_of):
+        batch = batch_of([5, 0, 7, 8])
+        assert batch.targets.tolist() == [[0, IGNORE, 8, 3]]
+        assert batch.num_valid == 3
+        assert batch.places.tolist() == [0, 2, 3]
 
-    def test_rows_without_an_end_are_one_document(self):
-        tokens = torch.arange(1, 13).reshape(2, 6)
-        batch = make_batch(tokens, tokens + 1, eos_id=0)
-        assert torch.equal(batch.mask, torch.ones(2, 6, 6, dtype=torch.bool).tril())
+    def test_rows_without_an_end_are_one_document(self, batch_of):
+        batch = batch_of(*torch.arange(1, 13).reshape(2, 6).tolist())
+        assert torch.equal(batch.mask.dense, torch.ones(2, 6, 6, dtype=torch.bool).tril())
         assert batch.input_pos.tolist() == [list(range(6))] * 2
         assert batch.num_valid == 12
+        assert batch.places is None
 
-    def test_rows_do_not_mix(self):
-        tokens = torch.tensor([[1, 0, 2], [1, 2, 3]])
-        assert make_batch(tokens, tokens, eos_id=0).input_pos.tolist() == [[0, 1, 0], [0, 1, 2]]
+    def test_rows_do_not_mix(self, batch_of):
+        batch = batch_of([1, 0, 2], [1, 2, 3])
+        assert batch.input_pos.tolist() == [[0, 1, 0], [0, 1, 2]]
+        assert batch.mask.lengths == (2, 1, 3)
+
+    def test_a_row_that_ends_with_a_document_has_no_empty_one_behind_it(self, batch_of):
+        assert batch_of([1, 2, 0]).mask.lengths == (3,)
 
 
 class TestPlaces:
@@ -224,7 +240,8 @@ class TestResume:
         for step, got in after.items():
             for one, other in zip(got, whole[step], strict=True):
                 assert one.num_valid == other.num_valid
-                for name in ("tokens", "targets", "mask", "input_pos"):
+                assert one.mask.lengths == other.mask.lengths
+                for name in ("tokens", "targets", "input_pos"):
                     assert torch.equal(getattr(one, name), getattr(other, name)), (step, name, where)
 
     @pytest.mark.parametrize("workers", [0, 2])
@@ -319,8 +336,10 @@ import os, signal, threading
 from pathlib import Path
 from plmtune.data.batches import Batches, Phase
 from plmtune.data.shards import Shards
-data = Batches({{"a": Shards.open(Path({str(directory)!r}))}}, [Phase("main", 9)],
-               seq_len=8, global_batch_size=4, micro_batch_size=4, seed=1, num_workers=1)
+from plmtune.data.windows import open_windows
+train, held_out = open_windows({{"a": Shards.open(Path({str(directory)!r}))}}, 8)
+data = Batches(train, [Phase("main", 9)],
+               global_batch_size=4, micro_batch_size=4, seed=1, num_workers=1)
 def step(i):
     os.kill(os.getpid(), signal.SIGINT)
     threading.Event().wait()
