@@ -16,13 +16,17 @@ from plmtune.data.tokenizers import QWEN2_ROWS
 from plmtune.errors import UserError, did_you_mean
 from plmtune.registry import Component
 from plmtune.runs import resolve_phase
-from plmtune.schema import Pretrain as Config
 from plmtune.training.estimate import Estimate, estimate
 from plmtune.training.guard import Guard
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_count
 
-MEASURED = ("validation_loss", "bits_per_byte")  # and sparsity/0, sparsity/1, ...
+# What the validation of each recipe measures; pretraining also sparsity/0, sparsity/1, ...
+MEASURED = {
+    "pretrain": ("validation_loss", "bits_per_byte"),
+    "sft": ("validation_loss",),
+    "preference": ("validation_loss", "accuracy", "margin"),
+}
 
 
 @dataclass
@@ -49,11 +53,8 @@ class Plan:
         return [*self.estimate.lines(), *rows]
 
 
-def plan(cfg: Config, runtime: Runtime, *, dry: bool = False) -> Plan:
-    """Check every number that can be checked without memory or data.
-
-    Args:
-        dry: nothing will be trained, so Qwen2's tokenizer, whose size is known, need not be at hand.
+def check_numbers(cfg: Any, runtime: Runtime) -> None:
+    """Check what can be checked without model and tokenizer.
 
     Raises:
         UserError: naming the key, for impossible numbers.
@@ -63,21 +64,45 @@ def plan(cfg: Config, runtime: Runtime, *, dry: bool = False) -> Plan:
     for key in ("seq_len", "global_batch_size", "micro_batch_size", "log_every"):
         if getattr(cfg, key) < 1:
             raise UserError(f"key {key}: must be at least 1, not {getattr(cfg, key)}.")
-    for key in ("num_workers", "checkpoint.keep", "checkpoint.every", "validation.every", "max_grad_norm"):
+    own = {
+        "pretrain": ("num_workers",),
+        "sft": ("num_workers", "chat.holdout"),
+        "preference": ("chat.holdout", "epochs", "rounds", "prompts", "selection.margin", "generation.temperature"),
+    }
+    for key in ("checkpoint.keep", "checkpoint.every", "validation.every", "max_grad_norm", *own[cfg.recipe]):
         if not (value := attrgetter(key)(cfg)) >= 0:  # and no NaN
             raise UserError(f"key {key}: must be at least 0, not {value}.")
-    best = cfg.checkpoint.best
-    if best not in (None, *MEASURED) and not re.fullmatch(r"sparsity/\d+", str(best)):
-        near = did_you_mean(str(best), MEASURED)
+    if cfg.recipe != "pretrain" and cfg.chat.holdout >= 1:
+        raise UserError(f"key chat.holdout: must be below 1, not {cfg.chat.holdout}.")
+    best, measured = cfg.checkpoint.best, MEASURED[cfg.recipe]
+    if best not in (None, *measured) and not (cfg.recipe == "pretrain" and re.fullmatch(r"sparsity/\d+", str(best))):
+        near = did_you_mean(str(best), measured)
         raise UserError(f"key checkpoint.best: a validation does not measure {best}.{near}")
-    if not cfg.phases:
+    if cfg.recipe != "preference" and not cfg.phases:
         raise UserError("key phases: is empty. Give one: phases=[{name: main, tokens: 5M}]")
     if cfg.global_batch_size % runtime.data_world_size:
+        what = "pairs" if cfg.recipe == "preference" else "sequences"
         raise UserError(
-            f"key global_batch_size: {cfg.global_batch_size} sequences do not divide among {runtime.data_world_size} "
+            f"key global_batch_size: {cfg.global_batch_size} {what} do not divide among {runtime.data_world_size} "
             "processes."
         )
-    assert cfg.tokenizer is not None
+    if cfg.sample.temperature < 0 or not 0 < cfg.sample.top_p <= 1:
+        raise UserError(
+            f"key sample: temperature ({cfg.sample.temperature}) must be at least 0, and top_p ({cfg.sample.top_p}) "
+            "above 0 and at most 1."
+        )
+
+
+def plan(cfg: Any, runtime: Runtime, *, dry: bool = False) -> Plan:
+    """Check every number that can be checked without memory or data.
+
+    Args:
+        dry: nothing will be trained, so Qwen2's tokenizer, whose size is known, need not be at hand.
+
+    Raises:
+        UserError: naming the key, for impossible numbers.
+    """
+    check_numbers(cfg, runtime)
     dry = dry and cfg.tokenizer == Component("tokenizer", "qwen2", {"path": None})
     tokenizer = None if dry else build("tokenizer", cfg.tokenizer)
     with torch.device("meta"):
@@ -85,21 +110,19 @@ def plan(cfg: Config, runtime: Runtime, *, dry: bool = False) -> Plan:
     if cfg.seq_len > model.max_seq_len:
         raise UserError(f"key seq_len: {cfg.seq_len} exceeds the model's max_seq_len ({model.max_seq_len}).")
     tokens_per_step = cfg.global_batch_size * cfg.seq_len
-    phases = [resolve_phase(index, phase, tokens_per_step) for index, phase in enumerate(cfg.phases)]
-    num_steps = sum(phase.steps for phase in phases)
-    build("loss", cfg.loss)
-    build_scheduler(cfg, build("optimizer", cfg.optimizer, model=model), num_steps, tokens_per_step)
-    if cfg.sample.temperature < 0 or not 0 < cfg.sample.top_p <= 1:
-        raise UserError(
-            f"key sample: temperature ({cfg.sample.temperature}) must be at least 0, and top_p ({cfg.sample.top_p}) "
-            "above 0 and at most 1."
-        )
+    check_loss(cfg)
     try:
         watchman = Guard(**vars(cfg.guard))
     except ValueError as error:
         raise UserError(f"key guard: {error}") from error
-    assert cfg.optimizer is not None and cfg.loss is not None
+    optimizer = build("optimizer", cfg.optimizer, model=model)
+    phases: list[Phase] = []
+    if cfg.recipe != "preference":  # how many steps are in its pairs is known when they are
+        phases = [resolve_phase(index, phase, tokens_per_step) for index, phase in enumerate(cfg.phases)]
+        build_scheduler(cfg, optimizer, sum(phase.steps for phase in phases), tokens_per_step)
     rows = cfg.global_batch_size // runtime.data_world_size
+    # A row of preferences holds a prompt with two answers.
+    seq_len = cfg.seq_len if cfg.recipe != "preference" else 2 * cfg.seq_len
     return Plan(
         tokenizer,
         model,
@@ -109,7 +132,7 @@ def plan(cfg: Config, runtime: Runtime, *, dry: bool = False) -> Plan:
         estimate(
             model,
             optimizer=cfg.optimizer.name,
-            seq_len=cfg.seq_len,
+            seq_len=seq_len,
             micro_batch_size=min(cfg.micro_batch_size, rows),
             micro_batches=-(-rows // cfg.micro_batch_size),
             world_size=runtime.world_size,
@@ -124,5 +147,21 @@ def plan(cfg: Config, runtime: Runtime, *, dry: bool = False) -> Plan:
     )
 
 
-def build_scheduler(cfg: Config, optimizer: Any, num_steps: int, tokens_per_step: int) -> Any:
+# What the losses of each recipe are of: all tokens, answers of pairs, or pairs compared.
+_LOSSES = {"pretrain": ("tokens",), "sft": ("tokens", "refinements"), "preference": ("comparisons",)}
+
+
+def check_loss(cfg: Any) -> None:
+    """Refuse a loss that belongs to another recipe.
+
+    Raises:
+        UserError: naming it.
+    """
+    of = getattr(build("loss", cfg.loss), "of", "tokens")
+    if of not in _LOSSES[cfg.recipe]:
+        fitting = next(recipe for recipe, kinds in _LOSSES.items() if of in kinds)
+        raise UserError(f"key loss: {cfg.loss.name} belongs to the recipe {fitting}, not {cfg.recipe}.")
+
+
+def build_scheduler(cfg: Any, optimizer: Any, num_steps: int, tokens_per_step: int) -> Any:
     return build("scheduler", cfg.scheduler, optimizer=optimizer, num_steps=num_steps, tokens_per_step=tokens_per_step)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 import plmtune
+from plmtune import launch
 from plmtune.config import build, to_plain
 from plmtune.data.batches import Batch, Batches
 from plmtune.data.shards import Shards
@@ -21,8 +20,8 @@ from plmtune.generation import complete
 from plmtune.identity import config_digest
 from plmtune.models.hf import hf_state, load_state, write_config
 from plmtune.origins import start_from
-from plmtune.plans import Plan, build_scheduler, plan
-from plmtune.runs import find_run, open_run, open_sources
+from plmtune.plans import Plan, build_scheduler
+from plmtune.runs import open_run, open_sources
 from plmtune.schema import Pretrain as Config
 from plmtune.training import loop
 from plmtune.training.checkpoint import Checkpoints, load_moments, newest_whole, read_document
@@ -30,9 +29,7 @@ from plmtune.training.determinism import everything_put_back, measure_cost
 from plmtune.training.estimate import peak_flops
 from plmtune.training.plot import draw_curves
 from plmtune.training.progress import Watch
-from plmtune.training.run_directory import EXIT_STOPPED
 from plmtune.training.runtime import Runtime
-from plmtune.units import show_count
 
 CONFIG = "pretrain"  # conf/pretrain.yaml
 
@@ -223,13 +220,6 @@ class Pretrain:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def check(cfg: Config) -> str:
-    """What ``plmtune validate`` says of a config that is right."""
-    with Runtime.start(device="cpu", seed=cfg.seed, timeout_minutes=cfg.runtime.timeout_minutes) as runtime:
-        planned = plan(cfg, runtime, dry=True)
-    return f"{show_count(planned.estimate.parameters)} parameters, {planned.num_steps:,} steps."
-
-
 def report(run: Path, cfg: Config) -> None:
     """Draw the curves, and let the finished checkpoint write something, for a person to judge."""
     torch.use_deterministic_algorithms(False)  # sampling has no deterministic kernel on a GPU, and trains nothing
@@ -251,51 +241,15 @@ def report(run: Path, cfg: Config) -> None:
     print(f'try it: plmtune generate {run} --prompt "{cfg.sample.prompt or "The"}"')
 
 
+def check(cfg: Config) -> str:
+    """What ``plmtune validate`` says of a config that is right."""
+    return launch.check(cfg)
+
+
 def main(cfg: Config, *, dry_run: bool = False) -> float | None:
     """Run the recipe; returns the validation loss, which a sweeper can minimise.
 
     Raises:
         SystemExit: with EXIT_STOPPED if a signal stopped it; it can be resumed.
     """
-    with Runtime.start(
-        device=cfg.runtime.device,
-        precision=cfg.runtime.precision,
-        strategy=cfg.runtime.strategy,
-        shard_size=cfg.runtime.shard_size,
-        seed=cfg.seed,
-        deterministic=cfg.runtime.deterministic,
-        timeout_minutes=cfg.runtime.timeout_minutes,
-    ) as runtime:
-        if not dry_run:
-            find_run(cfg)
-        planned = plan(cfg, runtime, dry=dry_run)
-        if dry_run:
-            print("\n".join([*runtime.reasons, *planned.lines()]))
-            return None
-        if not planned.estimate.fits and not cfg.force:
-            lines = "\n".join(planned.lines())
-            raise UserError(f"this run does not fit here. To start it all the same: --force\n{lines}")
-        score = run(cfg, planned, runtime)
-    if score is None:
-        raise SystemExit(EXIT_STOPPED)
-    return score
-
-
-def run(cfg: Config, planned: Plan, runtime: Runtime) -> float | None:
-    """Train and report; None if a signal stopped it.
-
-    A function of its own, so that the model's wrappers are gone before the process group is: DDP would otherwise
-    end the group itself, under Python's lock, and wait for a thread that wants the lock.
-    """
-    recipe = Pretrain(cfg, planned, runtime)
-    # However training ends, the directory's lock is held until the last file is written.
-    with recipe.run, contextlib.closing(recipe.checkpoints):
-        score = recipe.train()
-        if score is None:
-            recipe.run.finish("stopped")
-        elif runtime.is_main:
-            report(recipe.run.path, cfg)
-    if score is None:
-        runtime.barrier()  # torchrun ends the others when one leaves: let the lead have written how the run stopped
-    sys.stdout.flush()
-    return score
+    return launch.launch(cfg, Pretrain, report, dry_run=dry_run)
