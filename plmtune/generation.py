@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,18 +44,39 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
-    # Sorted once, both cuts are a prefix; without a cut there is nothing to sort.
-    if top_k is not None or top_p is not None:
-        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
+    kept = keep_likeliest(logits / temperature, top_k, top_p)
+    return torch.multinomial(kept.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def keep_likeliest(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Return logits, [b, v], with -inf where `sample` is not to draw."""
+    if top_k is None and top_p in (None, 1):
+        return logits
+    v = logits.shape[-1]
+    # To sort a vocabulary takes longer than a forward of a small model; a few hundred mostly reach top_p.
+    k = min(top_k or 256, v)
+    while True:
+        kept, ids = logits.topk(k)
         if top_p is not None:
-            probability = logits.softmax(-1)
+            whole = kept if top_k is not None else logits
+            probability = (kept - whole.logsumexp(-1, keepdim=True)).exp()
             # What stands before a token decides, so the likeliest always stays.
             before = probability.cumsum(-1) - probability
-            logits = logits.masked_fill(before >= top_p, float("-inf"))
-        drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        return ids.gather(-1, drawn)[:, 0]
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+            kept = kept.masked_fill(before >= top_p, float("-inf"))
+            if top_k is None and k < v and not bool((before[:, -1] >= top_p).all()):
+                k = min(8 * k, v)
+                continue
+        return torch.full_like(logits, float("-inf")).scatter_(-1, ids, kept)
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError for impossible settings."""
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative, but is {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
 
 
 @torch.no_grad()
@@ -93,12 +114,7 @@ def generate(
         raise ValueError(
             f"{s} prompt and {max_new_tokens} new tokens exceed the model's max_seq_len ({model.max_seq_len})"
         )
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, but is {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    check_sampling(temperature, top_k, top_p)
     device = model.head_weight.device
     tokens = tokens.to(device)
     cache = model.new_cache(b, s + max_new_tokens)
@@ -131,23 +147,30 @@ def generate(
 def complete(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    end_ids: Collection[int] = (),
 ) -> Iterator[str]:
-    """Yield the text that follows `prompt`, a piece a token, until eos, max_new_tokens or the model's end.
+    """Yield the text that follows `prompt`, a piece a token, until its end, max_new_tokens or the model's end.
 
     A piece may be empty: a character is not given out before all of its bytes are there.
+
+    Args:
+        prompt: text, in which special tokens' text stands for themselves, or ids, as of a chat template.
+        end_ids: end the text beside the tokenizer's eos.
 
     Raises:
         ValueError: if the prompt leaves no room.
     """
     device = model.head_weight.device
-    ids = tokenizer.encode(prompt, specials=True) or [tokenizer.eos_id]
+    ids = tokenizer.encode(prompt, specials=True) if isinstance(prompt, str) else list(prompt)
+    ids = ids or [tokenizer.eos_id]
+    ends = {tokenizer.eos_id, *end_ids}
     if len(ids) >= model.max_seq_len:
         raise ValueError(f"the prompt has {len(ids)} tokens, the model's max_seq_len is {model.max_seq_len}")
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -158,13 +181,12 @@ def complete(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        eos_id=tokenizer.eos_id,
         generator=torch.Generator(device).manual_seed(seed),
         num_tokens=tokenizer.num_tokens,
     )
     for column in columns:
         token = int(column)
-        if token == tokenizer.eos_id:
+        if token in ends:
             break
         yield decoder.decode(tokenizer.decode_bytes([token]))
     yield decoder.decode(b"", final=True)

@@ -1,9 +1,11 @@
 """Sampling: the same tokens with and without a cache, alone and in a batch."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from plmtune.generation import complete, generate, left_pad, sample
+from plmtune.generation import complete, generate, keep_likeliest, left_pad, sample
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component, component
@@ -108,6 +110,16 @@ class TestSample:
         assert self.shares(top_p=0.7) == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=0.03)
         assert self.shares(top_p=1e-6) == [1, 0, 0, 0]
 
+    @pytest.mark.parametrize("scale", [0.01, 1, 3])
+    def test_top_p_of_a_large_vocabulary_equals_the_sorted_sum(self, scale: float) -> None:
+        logits = scale * torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
+        probability, ids = logits.softmax(-1).sort(descending=True)
+        before = probability.cumsum(-1) - probability
+        expected = torch.zeros(3, 5000, dtype=torch.bool).scatter(-1, ids, before < 0.9)
+        kept = keep_likeliest(logits, None, 0.9)
+        assert ((kept > float("-inf")) == expected).float().mean() > 0.9999  # of near ties either may stay
+        assert torch.equal(kept[kept > float("-inf")], logits[kept > float("-inf")])
+
     def test_temperature_zero_takes_the_likeliest(self) -> None:
         assert self.shares(temperature=0) == [1, 0, 0, 0]
 
@@ -152,6 +164,18 @@ class TestComplete:
         columns = [torch.tensor([byte]) for byte in (65, 66, 256, 67)]
         monkeypatch.setattr("plmtune.generation.generate", lambda *args, **options: iter(columns))
         assert "".join(complete(small(vocab_size=260), FakeTokenizer(), "a", max_new_tokens=9)) == "AB"
+
+    def test_ids_go_in_as_they_are_and_other_ends_stop_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen = []
+
+        def columns(model: Decoder, tokens: torch.Tensor, **options: object) -> Iterator[torch.Tensor]:
+            seen.append(tokens.tolist())
+            yield from (torch.tensor([byte]) for byte in (65, 66, 258, 67))
+
+        monkeypatch.setattr("plmtune.generation.generate", columns)
+        pieces = complete(small(vocab_size=260), FakeTokenizer(), [7, 257], max_new_tokens=9, end_ids=[258])
+        assert "".join(pieces) == "AB"
+        assert seen == [[[7, 257]]]
 
     def test_goes_no_further_than_the_model(self) -> None:
         pieces = list(complete(small(vocab_size=260), FakeTokenizer(), "a" * 60, max_new_tokens=100))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -12,15 +13,27 @@ class LayerCache(NamedTuple):
 
     Attributes:
         buffers: each [b, heads, max_seq_len, width], allocated once; MLA has one, GQA two (K, V).
-        start: tokens already in them.
+        start: tokens already in them; of slots, in the fullest.
+        slots: [b], which rows of the buffers this forward has; None: all.
+        lengths: [b], tokens already in each slot.
     """
 
     buffers: tuple[Tensor, ...]
     start: int
+    slots: Tensor | None = None
+    lengths: Tensor | None = None
 
     def append(self, *new: Tensor) -> tuple[Tensor, ...]:
         """Write new entries, each [b, heads, s, width], in place; return views of all that is filled."""
         end = self.start + new[0].shape[2]
+        if self.slots is not None:
+            if self.lengths is None:
+                for buffer, entries in zip(self.buffers, new, strict=True):
+                    buffer[self.slots, :, :end] = entries
+                return new
+            for buffer, entries in zip(self.buffers, new, strict=True):
+                buffer[self.slots, :, self.lengths] = entries[:, :, 0]
+            return tuple(buffer[: new[0].shape[0], :, :end] for buffer in self.buffers)
         for buffer, entries in zip(self.buffers, new, strict=True):
             buffer[:, :, self.start : end] = entries
         return tuple(buffer[:, :, :end] for buffer in self.buffers)
@@ -66,3 +79,62 @@ class Cache:
     def reorder(self, rows: Tensor) -> None:
         """Let row i go on from what row rows[i] held; rows (Tensor): [b'], so b may change."""
         self.layers = [tuple(buffer.index_select(0, rows) for buffer in layer) for layer in self.layers]
+
+
+class Slots:
+    """A cache whose rows begin and end each on its own; who holds it counts what is in them.
+
+    Args:
+        layers: each layer's buffers, as `Decoder.new_cache` makes them.
+    """
+
+    def __init__(self, layers: list[tuple[Tensor, ...]]) -> None:
+        self.layers = layers
+        for layer in layers:
+            for buffer in layer:
+                # What a mask hides is multiplied by 0, and fresh memory may hold NaN.
+                buffer.zero_()
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.layers[0][0].shape[2]
+
+    def prefill(self, slots: Tensor) -> Cache:
+        """Return a cache for one forward that fills these slots, [b], from their beginning; no row sees another."""
+        return SlotView(self.layers, 0, slots)
+
+    def decode(self, lengths: Tensor, longest: int) -> Cache:
+        """Return a cache for one forward that gives each of the first b slots its next token.
+
+        The forward needs `input_pos` and, where lengths differ, a mask.
+
+        Args:
+            lengths (Tensor): [b], tokens in each of them.
+            longest: the largest of those.
+        """
+        return SlotView(self.layers, longest, torch.arange(len(lengths), device=lengths.device), lengths)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of one slot over another."""
+        for layer in self.layers:
+            for buffer in layer:
+                buffer[target, :, :length] = buffer[source, :, :length]
+
+    def take(self, other: Slots) -> None:
+        """Copy all of a shorter one with as many slots."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            for buffer, old in zip(mine, theirs, strict=True):
+                buffer[:, :, : old.shape[2]] = old
+
+
+class SlotView(Cache):
+    """Slots as one forward sees them."""
+
+    def __init__(
+        self, layers: list[tuple[Tensor, ...]], length: int, slots: Tensor, lengths: Tensor | None = None
+    ) -> None:
+        super().__init__(layers, length)
+        self.slots, self.lengths = slots, lengths
+
+    def layer(self, index: int) -> LayerCache:
+        return LayerCache(self.layers[index], self.length, self.slots, self.lengths)
