@@ -1,0 +1,29 @@
+"""torchtune's adapter layers, importable beside today's torchao.
+
+torchtune 0.6.1 is its last release; torchao has since moved the module of NF4 tensors that it imports.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any, NamedTuple
+
+_OLD = "torchao.dtypes.nf4tensor"
+_NEW = "torchao.quantization.quantize_.workflows.nf4.nf4_tensor"
+
+
+class Layers(NamedTuple):
+    """What is used of the two: the layers, and `to_nf4(tensor, block_size, scaler_block_size)`."""
+
+    lora_linear: Any
+    dora_linear: Any
+    to_nf4: Any
+
+
+def layers() -> Layers:
+    """Import them, which takes seconds, so only when adapters are asked for."""
+    nf4 = import_module(_NEW)
+    sys.modules.setdefault(_OLD, nf4)
+    peft = import_module("torchtune.modules.peft")
+    return Layers(peft.LoRALinear, peft.DoRALinear, nf4.to_nf4)
