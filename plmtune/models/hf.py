@@ -49,6 +49,7 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+SCORE = "score.weight"  # of a reward model, as in transformers' models for sequence classification
 # Far above any real model's, far below what would hurt.
 _MAX_POSITIONS = 2**24
 
@@ -87,15 +88,19 @@ def to_hf(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Sharded parameters are gathered, so every process must call it.
     """
     state = {name: _whole(tensor) for name, tensor in hf_state(model).items()}
-    return state, hf_config(model.config, next(iter(state.values())).dtype)
+    return state, hf_config(model.config, next(iter(state.values())).dtype, score_head=SCORE in state)
 
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def hf_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return config.json for a model's `config`: Hugging Face's keys where it has such a model, and ours."""
+def hf_config(config: Mapping[str, Any], dtype: torch.dtype, *, score_head: bool = False) -> dict[str, Any]:
+    """Return config.json for a model's `config`: Hugging Face's keys where it has such a model, and ours.
+
+    Args:
+        score_head: the model is one for sequence classification, with one class.
+    """
     attention, ffn, norm = config["attention"], config["ffn"], config["norm"]
     parts = (attention["component"], ffn["component"], norm["component"])
     heads = config["num_heads"]
@@ -142,12 +147,15 @@ def hf_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
             "attention_bias": attention["bias"],
             "mlp_bias": False,
         }
+    if score_head:
+        names = [name.replace("ForCausalLM", "ForSequenceClassification") for name in keys["architectures"]]
+        keys |= {"architectures": names, "id2label": {"0": "score"}, "label2id": {"score": 0}}
     return keys | {"plmtune": dict(config)}
 
 
-def write_config(config: Mapping[str, Any], dtype: torch.dtype, directory: Path) -> None:
+def write_config(config: Mapping[str, Any], dtype: torch.dtype, directory: Path, *, score_head: bool = False) -> None:
     """Write the config.json of a model's `config` beside weights of `dtype` that others write."""
-    write_json(directory / CONFIG, hf_config(config, dtype))
+    write_json(directory / CONFIG, hf_config(config, dtype, score_head=score_head))
 
 
 def save_model(
@@ -180,7 +188,7 @@ def save_model(
     if config is None:
         raise ValueError("tensors without a config cannot be saved: give the model's config")
     if "component" in config:
-        config = hf_config(config, next(iter(state.values())).dtype)
+        config = hf_config(config, next(iter(state.values())).dtype, score_head=SCORE in state)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     shards = _split(state, max_shard_bytes)
@@ -230,6 +238,9 @@ def load_model(directory: str | Path, device: torch.device | str = "cpu", dtype:
     directory = Path(directory)
     locations = locate(directory)
     model = _build(directory, num_tensors=len(locations))
+    if SCORE in locations:
+        with torch.device("meta"):
+            model.add_score_head()
     _check(model, directory, locations)
     if dtype is None:
         file, theirs = locations[hf_name("tok_embeddings.weight")], hf_name("tok_embeddings.weight")
@@ -243,12 +254,17 @@ def load_model(directory: str | Path, device: torch.device | str = "cpu", dtype:
 def load_state(model: Decoder, directory: str | Path) -> None:
     """Copy a directory's weights into a model, sharded or not, keeping the model's dtype and device.
 
+    A score head of the model keeps its numbers where the directory has none: a reward model begins with a language
+    model's weights.
+
     Raises:
         UserError: if they do not fit the model.
     """
     locations = locate(Path(directory))
     _check(model, Path(directory), locations)
     parameters = hf_state(model)
+    if SCORE not in locations:
+        parameters.pop(SCORE, None)
     with torch.no_grad():
         for name, tensor in _tensors(locations, parameters):
             parameter = parameters[name]
@@ -375,7 +391,7 @@ def _demand(keys: dict[str, Any], path: Path, **allowed: tuple[Any, ...]) -> Non
 def _check(model: Decoder, directory: Path, locations: Mapping[str, Path]) -> None:
     """Compare every name, shape and dtype with the model, reading headers only."""
     shapes = {hf_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing = [name for name in shapes if name not in locations]
+    missing = [name for name in shapes if name not in locations and name != SCORE]
     if missing:
         raise UserError(f"{directory} misses the tensor {missing[0]}{_more(missing)}. Is the copy complete?")
     # Older files carry RoPE's table; some write a tied head twice.
@@ -391,7 +407,7 @@ def _check(model: Decoder, directory: Path, locations: Mapping[str, Path]) -> No
         raise UserError(f"{locations[extra[0]]} holds the tensor {extra[0]}{more} that {CONFIG} lacks.")
     for file in sorted(set(locations.values())):
         with opened_weights(file) as opened:
-            for name in sorted(name for name in shapes if locations[name] == file):
+            for name in sorted(name for name in shapes if locations.get(name) == file):
                 header = opened.get_slice(name)
                 shape = tuple(header.get_shape())
                 if shape != shapes[name]:

@@ -113,7 +113,7 @@ def _to_stderr(line: str) -> None:
 
 
 def _key(model_digest: str, batches: Iterable[ComparisonBatch], num: int, arithmetic: str) -> str:
-    """The same on every rank; another for other micro-batches or ranks, since how rows are grouped decides last digits."""
+    """The same on every rank; another one where rows are grouped otherwise, which decides the last digits."""
     digest = xxhash.xxh3_128()
     for batch in batches:
         for name in _INPUTS:
