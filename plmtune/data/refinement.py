@@ -1,0 +1,135 @@
+"""Refinement prompts: T(x, y) of ARIES (arXiv 2502.05605), the question again with an earlier answer to better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jinja2 import StrictUndefined, Template, TemplateError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from numpy.typing import NDArray
+
+from plmtune.data.chat_template import ChatTemplate
+from plmtune.data.rows import Message
+from plmtune.errors import UserError
+
+_SHIPPED = Path(__file__).parent / "assets" / "refinement.jinja"
+_MAX_SOURCE = 1 << 20
+_VARIABLES = {"prompt", "answer"}
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """A Jinja template of the two variables `prompt`, the last user message, and `answer`, what was answered to it.
+
+    Args:
+        source: the template.
+        where: its file, for messages.
+
+    Raises:
+        UserError: if it is no template, does not use both variables, uses another, or fails on a plain text.
+    """
+
+    source: str
+    where: str
+
+    def __post_init__(self) -> None:
+        environment = _environment()
+        try:
+            used = meta.find_undeclared_variables(environment.parse(self.source))
+        except TemplateError as error:
+            raise UserError(f"{self.where} is no Jinja template: {error}") from error
+        if used != _VARIABLES:
+            missing, unknown = sorted(_VARIABLES - used), sorted(used - _VARIABLES)
+            wrong = [f"does not use {' and '.join(missing)}"] if missing else []
+            wrong += [f"uses {', '.join(unknown)}, which nobody gives it"] if unknown else []
+            raise UserError(
+                f"{self.where} {', and '.join(wrong)}. A refinement template has two variables: "
+                "prompt (the question) and answer (the one to improve)"
+            )
+        self._write("What is 2 + 3?", "6")
+
+    @cached_property
+    def _template(self) -> Template:
+        return _environment().from_string(self.source)
+
+    def _write(self, prompt: str, answer: str) -> str:
+        try:
+            text = self._template.render(prompt=prompt, answer=answer)
+        except Exception as error:  # whatever a template does: undefined names, arithmetic, forbidden attributes
+            raise UserError(f"{self.where} fails: {type(error).__name__}: {error}") from error
+        if not text.strip():
+            raise UserError(f"{self.where} writes nothing for a prompt of {len(prompt):,} characters")
+        return text
+
+    def fill(self, prompt: Sequence[Message], answer: str) -> tuple[Message, ...]:
+        """Return T(x, y): the prompt, its last user message replaced by the template filled with it and the answer.
+
+        Args:
+            prompt: messages, the last of the user; earlier turns stay as they are.
+            answer: what is to be improved.
+
+        Raises:
+            UserError: if the template fails on these texts.
+        """
+        assert prompt and prompt[-1].role == "user"
+        return (*prompt[:-1], Message("user", self._write(prompt[-1].content, answer)))
+
+    def encode(
+        self, template: ChatTemplate, prompt: Sequence[Message], answer: str, *, max_len: int
+    ) -> tuple[NDArray[np.int32], bool] | None:
+        """Return the ids of T(x, y) and whether the answer was cut from its end to make them fit into max_len.
+
+        None: there is no room for any of the answer.
+
+        Raises:
+            BadRow: if the chat template refuses the messages.
+            UserError: if this template fails.
+        """
+        ids = template.encode_prompt(self.fill(prompt, answer))
+        if ids.size <= max_len:
+            return ids, False
+        held = template.tokenizer.encode(answer)
+        while ids.size > max_len:
+            # What is cut may join with what follows into other tokens, hence not at once.
+            held = held[: max(0, len(held) - (ids.size - max_len))]
+            shorter = template.tokenizer.decode(held).rstrip("\ufffd")  # half a character at the cut
+            if not shorter.strip():
+                return None
+            ids = template.encode_prompt(self.fill(prompt, shorter))
+        return ids, True
+
+
+def find_refinement(template: str | None) -> Refinement:
+    """Read a refinement template.
+
+    Args:
+        template: a Jinja file; None: the one that is shipped, whose words are ours, as the paper's are not public.
+
+    Raises:
+        UserError: if there is no such file, or it is no usable template.
+    """
+    path = _SHIPPED if template is None else Path(template).expanduser()
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_SOURCE + 1)
+    except OSError as error:
+        raise UserError(
+            f"refinement.template={template}: cannot be read ({error.strerror or error}). "
+            "Name a Jinja file, or null for the shipped template"
+        ) from error
+    if len(data) > _MAX_SOURCE:
+        raise UserError(f"refinement.template={template}: has more than {_MAX_SOURCE:,} bytes, which is no template")
+    try:
+        source = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"refinement.template={template}: is not UTF-8 at byte {error.start}") from error
+    return Refinement(source, "the shipped refinement template" if template is None else str(path))
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """What a template runs in: no attribute of Python's inside is reached, and a loop has at most 100,000 turns."""
+    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
