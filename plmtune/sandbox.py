@@ -1,0 +1,189 @@
+"""Run Python code that a model wrote: apart from this machine, for a bounded time, with a verdict it cannot print.
+
+The code runs in user, mount, process, network and IPC namespaces of its own (`plmtune.sandbox_inside`): no network, no
+process of this machine, no file but the Python installation and the system's libraries, read-only, and an empty
+working directory in memory. Its environment is empty; memory, processor time, processes, files and output are limited,
+and after the wall-clock limit the kernel ends all of it at once.
+
+What is not promised: the kernel is shared, and a program that looks through its own interpreter for the pipe of the
+verdict can find it. Ending early, printing and replacing builtins pass no test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from plmtune.errors import UserError
+
+_INSIDE = Path(__file__).with_name("sandbox_inside.py")
+_STARTING = 5.0  # seconds on top of the code's own, until which the sandbox must stand
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of the code.
+
+    Attributes:
+        passed: it came to the end of its tests, without an error.
+        exit_code: as `subprocess` gives it; None if time ran out.
+        output: the beginning of what it wrote to stdout and stderr.
+        reason: why it did not pass.
+    """
+
+    passed: bool
+    exit_code: int | None
+    output: str
+    reason: str | None
+
+
+def run_python(
+    code: str,
+    *,
+    tests: str = "",
+    stdin: str = "",
+    seconds: float = 5.0,
+    memory_bytes: int = 512 * 2**20,
+    disk_bytes: int = 16 * 2**20,
+    output_bytes: int = 64 * 2**10,
+    processes: int = 4,
+    isolation: Literal["namespaces", "limits"] = "namespaces",
+) -> Result:
+    """Run code, and then tests in the same module, with the standard library alone.
+
+    Args:
+        seconds: of the wall clock, for everything.
+        memory_bytes: address space of a process.
+        disk_bytes: of the working directory, which is in memory.
+        output_bytes: of stdout and stderr that are kept.
+        processes: and threads that it may have at once.
+        isolation: "limits" does without namespaces and without `processes`: for code that one would run oneself.
+
+    Raises:
+        ValueError: for limits that are not positive.
+        UserError: if this machine cannot isolate, saying what is missing.
+    """
+    for name, value in {
+        "seconds": seconds,
+        "memory_bytes": memory_bytes,
+        "disk_bytes": disk_bytes,
+        "output_bytes": output_bytes,
+        "processes": processes,
+    }.items():
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, but is {value:g}")
+    if isolation == "namespaces" and platform.system() != "Linux":
+        raise _refusal(f"it needs the namespaces of Linux, and this is {platform.system()}")
+    python = _interpreter()
+    spec = {
+        "code": code,
+        "tests": tests,
+        "seconds": seconds,
+        "memory_bytes": memory_bytes,
+        "disk_bytes": disk_bytes,
+        "processes": processes,
+        "isolated": isolation == "namespaces",
+        "python": python,
+        "prefix": os.path.realpath(sys.base_prefix),
+    }
+    # Files, not pipes: nobody waits for anybody to read them. The report is written by the sandbox, not by the code.
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as order, tempfile.TemporaryFile() as report:
+        given.write(stdin.encode())
+        given.seek(0)
+        order.write(json.dumps(spec).encode())
+        order.seek(0)
+        launcher = subprocess.Popen(
+            [python, "-I", "-S", str(_INSIDE), str(order.fileno()), str(report.fileno())],
+            stdin=given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(order.fileno(), report.fileno()),
+            env={},
+            start_new_session=True,
+        )
+        try:
+            output, in_time = _read(launcher, report, seconds, output_bytes)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
+            assert launcher.stdout
+            launcher.stdout.close()
+        return _judge(_load(report), output.decode(errors="replace"), in_time, seconds)
+
+
+def _read(launcher: subprocess.Popen[bytes], report: IO[bytes], seconds: float, limit: int) -> tuple[bytes, bool]:
+    """(what it wrote, up to a limit; whether it ended in time)."""
+    assert launcher.stdout
+    kept = bytearray()
+    deadline = time.monotonic() + seconds + _STARTING
+    started = False
+    with selectors.DefaultSelector() as selector:
+        selector.register(launcher.stdout, selectors.EVENT_READ)
+        while (left := deadline - time.monotonic()) > 0:
+            if not started and os.fstat(report.fileno()).st_size:
+                started, deadline = True, time.monotonic() + seconds
+                continue
+            if selector.select(left if started else min(left, 0.01)):
+                piece = os.read(launcher.stdout.fileno(), 1 << 16)
+                if not piece:
+                    return bytes(kept), True
+                kept += piece[: max(0, limit - len(kept))]
+    return bytes(kept), False
+
+
+def _load(report: IO[bytes]) -> dict[str, Any]:
+    """What the sandbox reported, line by line."""
+    report.seek(0)
+    found: dict[str, Any] = {}
+    for line in report:
+        found |= json.loads(line)
+    return found
+
+
+def _judge(report: dict[str, Any], output: str, in_time: bool, seconds: float) -> Result:
+    if "missing" in report:
+        raise _refusal(report["missing"])
+    if not report.get("ready"):
+        said = output.strip().splitlines()
+        raise _refusal(f"Python does not start there ({said[-1] if said else 'it said nothing'})")
+    if not in_time:
+        return Result(False, None, output, f"ran for more than {seconds:g} seconds")
+    code: int | None = report.get("exit_code")
+    if code is None:
+        return Result(False, None, output, "was ended together with its sandbox")
+    if code < 0:
+        return Result(False, code, output, f"was ended by {signal.Signals(-code).name}")
+    if code:
+        said = output.strip().splitlines()
+        return Result(False, code, output, said[-1] if said else f"ended with exit status {code}")
+    if not report["finished"]:
+        return Result(False, code, output, "ended before it came to its end, with exit status 0")
+    return Result(True, code, output, None)
+
+
+def _refusal(what: str) -> UserError:
+    return UserError(
+        f"Code that a model wrote is run in a sandbox only, and there is none on this machine: {what}. "
+        "Choose a rule or a reward that runs no code, or a machine that has one."
+    )
+
+
+def _interpreter() -> str:
+    """This Python itself, not a virtual environment's name for it."""
+    prefix = os.path.realpath(sys.base_prefix)
+    here = os.path.realpath(sys.executable)
+    if here.startswith(prefix + os.sep):
+        return here
+    return f"{prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}"

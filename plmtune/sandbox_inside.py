@@ -1,0 +1,285 @@
+"""The inside of `plmtune.sandbox`, a program of its own that knows the standard library alone.
+
+Three processes. The launcher enters new namespaces and waits. Its child is the first process of the new process
+namespace: it builds the file system, starts the code, reports how that ended, and with its end the kernel ends all that
+is left. The code itself runs in a third one, which has no rights, and cannot look into the other two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import platform
+import resource
+import select
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+# linux/sched.h: mount, cgroup, UTS, IPC, user, process and network namespaces
+NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
+MS_BIND, MS_REC, MS_PRIVATE, MS_NOSUID, MS_NODEV = 0x1000, 0x4000, 0x40000, 0x2, 0x4
+MNT_DETACH = 2
+AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = -100, 0x8000, 1  # the other MOUNT_ATTRs are as MS_
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
+MOUNT_SETATTR = 442  # the same on every machine, unlike:
+PIVOT_ROOT = 155 if platform.machine() == "x86_64" else 41
+
+NOBODY = 65534
+NEW_ROOT = "/dev"  # a folder that every Linux has; hidden from the sandbox alone
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
+
+# Runs in the third process. What proves the end stays in the pipe, out of this process, until all code has run.
+HARNESS = """
+import os, sys, types
+def run(inlet, outlet):
+    read, write, leave, flush = os.read, os.write, os._exit, sys.stdout.flush
+    write(outlet, b"ready ")
+    def take(size):
+        data = b""
+        while len(data) < size:
+            data += read(inlet, size - len(data))
+        return data.decode()
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    for name in [compile(take(int(take(16))), name, "exec", dont_inherit=True) for name in ("<code>", "<tests>")]:
+        exec(name, module.__dict__)
+    try:
+        flush()
+    except Exception:
+        pass
+    write(outlet, read(inlet, 32))
+    leave(0)
+run(int(sys.argv[1]), int(sys.argv[2]))
+"""
+
+
+class Missing(Exception):
+    """What this machine does not give."""
+
+
+def main() -> None:
+    """Run what the first file descriptor orders, report to the second."""
+    with os.fdopen(int(sys.argv[1]), "rb") as file:
+        order = json.load(file)
+    outlet = int(sys.argv[2])
+    os.set_inheritable(outlet, False)
+
+    def report(**facts: Any) -> None:
+        os.write(outlet, json.dumps(facts).encode() + b"\n")
+
+    try:
+        if order["isolated"]:
+            launch(order, report)
+        else:
+            supervise(order, report)
+    except Missing as error:
+        report(missing=str(error))
+
+
+def launch(order: dict[str, Any], report: Any) -> None:
+    """Enter the namespaces and wait until their first process has ended."""
+    _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.umask(0o022)
+    enter_namespaces()
+    watch, alive = os.pipe()
+    first = os.fork()
+    if first:
+        os.waitpid(first, 0)
+        return
+    os.close(alive)
+    try:
+        _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+        if not select.select([watch], [], [], 0)[0]:  # else the launcher died before it could be noticed
+            build_root(order["prefix"], order["disk_bytes"])
+            _call("prctl", PR_SET_DUMPABLE, 0)  # not to be looked into by the code
+            supervise(order, report)
+    except Missing as error:
+        report(missing=str(error))
+    except OSError as error:
+        report(missing=f"its file system cannot be built ({error})")
+    finally:
+        os._exit(0)
+
+
+def enter_namespaces() -> None:
+    """Leave this machine's namespaces; ids mean the same inside.
+
+    Root takes nobody along, who is to run the code: the kernel limits the number of processes of all users but root.
+    Only who stays outside may map an id that is not one's own.
+    """
+    uid, gid, launcher = os.geteuid(), os.getegid(), os.getpid()
+    users = f"{uid} {uid} 1\n" + (f"{NOBODY} {NOBODY} 1\n" if uid == 0 else "")
+    groups = f"{gid} {gid} 1\n" + (f"{NOBODY} {NOBODY} 1\n" if uid == 0 else "")
+    entered, tell = os.pipe()
+    mapper = os.fork()
+    if not mapper:
+        os.close(tell)
+        try:
+            if os.read(entered, 1):
+                if uid:
+                    Path(f"/proc/{launcher}/setgroups").write_text("deny")
+                Path(f"/proc/{launcher}/uid_map").write_text(users)
+                Path(f"/proc/{launcher}/gid_map").write_text(groups)
+        finally:
+            os._exit(0)
+    os.close(entered)
+    try:
+        _call("unshare", NAMESPACES, what=_why_no_namespaces())
+        os.write(tell, b"!")
+    finally:
+        os.close(tell)
+        os.waitpid(mapper, 0)
+    try:
+        if not Path("/proc/self/uid_map").read_text().strip():
+            raise Missing("user ids cannot be mapped into a user namespace")
+        # No namespaces within namespaces: they would give rights back.
+        Path("/proc/sys/user/max_user_namespaces").write_text("0")
+    except OSError as error:
+        raise Missing(f"user namespaces cannot be set up ({error})") from error
+
+
+def build_root(prefix: str, disk_bytes: int) -> None:
+    """Make a file system of Python and the system's libraries, read-only, and an empty /tmp the only one there is."""
+    _mount("none", "/", "", MS_REC | MS_PRIVATE)
+    _mount("tmpfs", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    for place in _needed(prefix):
+        target = Path(f"{NEW_ROOT}{place}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if place.is_symlink():  # /lib is usr/lib, mostly
+            target.symlink_to(place.readlink())
+            continue
+        if place.is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            target.touch()
+        _mount(str(place), str(target), "", MS_BIND | MS_REC)
+    Path(f"{NEW_ROOT}/tmp").mkdir()
+    attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)
+    size = ctypes.sizeof(attributes)
+    _call("syscall", MOUNT_SETATTR, AT_FDCWD, NEW_ROOT.encode(), AT_RECURSIVE, ctypes.byref(attributes), size)
+    _mount("tmpfs", f"{NEW_ROOT}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk_bytes},nr_inodes=4096,mode=777")
+    os.chdir(NEW_ROOT)
+    # Onto itself: the old root then lies above the new one, and is taken away (pivot_root(2)).
+    _call("syscall", PIVOT_ROOT, b".", b".")
+    _call("umount2", b".", MNT_DETACH)
+    os.chdir("/tmp")
+
+
+def supervise(order: dict[str, Any], report: Any) -> None:
+    """Start the code, wait for its end, and report it."""
+    secret = os.urandom(16).hex().encode()
+    inlet, ours = os.pipe()
+    proof, outlet = os.pipe()
+    code = os.fork()
+    if not code:
+        try:
+            os.set_inheritable(inlet, True)
+            os.set_inheritable(outlet, True)
+            limit(order)
+            if order["isolated"]:
+                if os.geteuid() == 0:
+                    os.setgroups([])
+                    os.setresgid(NOBODY, NOBODY, NOBODY)
+                    os.setresuid(NOBODY, NOBODY, NOBODY)
+                _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            python = order["python"]
+            os.execve(python, [python, "-I", "-S", "-u", "-c", HARNESS, str(inlet), str(outlet)], {})
+        except (OSError, ValueError, Missing) as error:
+            print(error, flush=True)
+        finally:
+            os._exit(1)
+    os.close(inlet)
+    os.close(outlet)
+    if os.read(proof, 6) != b"ready ":
+        return
+    report(ready=True)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    try:
+        for text in (order["code"], order["tests"]):
+            data = text.encode(errors="surrogatepass")
+            _write_all(ours, b"%16d" % len(data) + data)
+        _write_all(ours, secret)
+    except BrokenPipeError:
+        pass  # it has ended by itself
+    status = -1
+    while True:
+        ended, status = os.wait()  # orphans come here too
+        if ended == code:
+            break
+    if order["isolated"]:
+        with contextlib.suppress(ProcessLookupError):  # it is alone
+            os.kill(-1, signal.SIGKILL)  # whoever could still write
+    os.set_blocking(proof, False)
+    try:
+        finished = os.read(proof, 64) == secret
+    except BlockingIOError:
+        finished = False
+    report(exit_code=os.waitstatus_to_exitcode(status), finished=finished)
+
+
+def limit(order: dict[str, Any]) -> None:
+    """Bound what this process and its children may take."""
+    seconds = math.ceil(order["seconds"])
+    limits = {
+        resource.RLIMIT_AS: order["memory_bytes"],
+        resource.RLIMIT_CPU: seconds + 1,
+        resource.RLIMIT_FSIZE: order["disk_bytes"],
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_CORE: 0,
+    }
+    if order["isolated"]:
+        # Where they are of the same user, launcher and first process count too.
+        limits[resource.RLIMIT_NPROC] = order["processes"] + (2 if os.geteuid() else 0)
+        limits[resource.RLIMIT_MSGQUEUE] = 0
+    for which, wanted in limits.items():
+        _, hard = resource.getrlimit(which)
+        value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(which, (value, value))
+
+
+def _needed(prefix: str) -> list[Path]:
+    """The interpreter's installation and the libraries it may load, none of them inside of another."""
+    found: list[Path] = []
+    for place in map(Path, (prefix, *LIBRARIES)):
+        if place.exists() and not any(place.is_relative_to(other) for other in found):
+            found.append(place)
+    return found
+
+
+def _why_no_namespaces() -> str:
+    for setting, forbids in (
+        ("kernel/unprivileged_userns_clone", "0"),
+        ("user/max_user_namespaces", "0"),
+        ("kernel/apparmor_restrict_unprivileged_userns", "1"),
+    ):
+        try:
+            if Path(f"/proc/sys/{setting}").read_text().strip() == forbids:
+                return f"namespaces are not allowed (sysctl {setting.replace('/', '.')} is {forbids})"
+        except OSError:
+            continue
+    return "namespaces are not allowed (a container's seccomp profile may forbid them)"
+
+
+def _write_all(target: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(target, data) :]
+
+
+def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
+    texts = [text.encode() for text in (source, target, kind, options)]
+    _call("mount", *texts[:3], ctypes.c_ulong(flags), texts[3], what=target)
+
+
+def _call(name: str, *arguments: Any, what: str = "") -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(*arguments):
+        error = ctypes.get_errno()
+        raise Missing(f"{what or name}: {os.strerror(error)}")
+
+
+if __name__ == "__main__":
+    main()
