@@ -20,6 +20,8 @@ def load(
 ) -> tuple[Decoder, Tokenizer]:
     """Return (model, tokenizer) of a checkpoint, of a model directory, or of a run's newest checkpoint.
 
+    Adapters come merged into their base.
+
     Args:
         path: a directory in Hugging Face's form, or a run directory.
         device: None: cuda where there is one, else cpu.
@@ -30,11 +32,10 @@ def load(
     """
     import torch
 
-    from plmtune.data.tokenizers import load_tokenizer
+    from plmtune.models.adapters import load_its_tokenizer, load_model
     from plmtune.models.files import checkpoint_directory
-    from plmtune.models.hf import load_model
 
     directory = checkpoint_directory(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_its_tokenizer(directory)
     return load_model(directory, device, dtype).eval(), tokenizer

@@ -30,6 +30,7 @@ COMMANDS = {
     "tokenizer": ("plmtune.cli.tokenizer", "tokenizer", "Train and inspect tokenizers"),
     "generate": ("plmtune.cli.generate", "generate", "Write text with a checkpoint"),
     "convert": ("plmtune.cli.convert", "convert", "Make a model directory from a GGUF file"),
+    "merge": ("plmtune.cli.merge", "merge", "Make a plain model of adapters and their base"),
 }
 
 

@@ -20,6 +20,7 @@ from plmtune.errors import UserError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"  # of a directory that holds adapters and no model
 
 # Far above any real file of this kind, far below what would hurt: JSON's lists take 25 times their text in memory.
 _MAX_JSON_BYTES = 4 * 2**20
@@ -144,7 +145,7 @@ def checkpoint_directory(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a directory. Give a checkpoint, a model directory or a run directory.")
-    if _exists(path / CONFIG):
+    if _exists(path / CONFIG) or _exists(path / ADAPTER_CONFIG):
         return path
     checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     # A name only, of a directory that is there: `latest` is written after its checkpoint and may be lost.

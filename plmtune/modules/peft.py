@@ -210,9 +210,11 @@ def init_adapters(model: nn.Module, generator: torch.Generator | None = None) ->
             layer.initialize_dora_magnitude()
 
 
-@torch.no_grad()
 def effective_weight(layer: Any) -> Tensor:
-    """The weight [out, in] that a linear layer acts with: its own, or the base's with the adapters in it."""
+    """The weight [out, in] that a linear layer acts with: its own, or the base's with the adapters in it.
+
+    For what needs the matrix itself, as MLA's absorbed decoding does.
+    """
     weight: Tensor = layer.weight
     if not hasattr(layer, "lora_a"):
         return weight
@@ -241,6 +243,8 @@ def merge(model: nn.Module) -> None:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, linear.train(layer.training))
     model.requires_grad_(True)
+    if hasattr(model, "score") and not model.tied:
+        model.output.requires_grad_(False)  # as add_score_head has it
 
 
 @contextmanager

@@ -1,0 +1,40 @@
+"""``plmtune merge``: adapters and their base, as one plain model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from plmtune.errors import UserError
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", type=click.Path(path_type=Path), help="Directory of the base; default: what the adapters name.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Of the weights that are written; default: the adapters'.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a model that is at OUT.")
+def merge(checkpoint: Path, out: Path, base: Path | None, dtype: str | None, overwrite: bool) -> None:
+    """Write the adapters of CHECKPOINT (or of a run's newest) and their base as the plain model directory OUT."""
+    import torch
+
+    from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_model
+    from plmtune.models.directory import new_directory
+    from plmtune.models.files import checkpoint_directory
+    from plmtune.models.hf import save_model
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
+    found = checkpoint_directory(checkpoint)
+    if not holds_adapters(found):
+        raise UserError(f"{found} holds no adapters: it is a whole model already, or none.")
+    with new_directory(out, overwrite=overwrite) as temporary:
+        tokenizer = load_its_tokenizer(found, base)
+        model = load_model(found, dtype=dtypes[dtype], base=base)
+        save_model(model, None, temporary)
+        tokenizer.save(temporary)
+    click.echo(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, adapters of {found} merged")

@@ -1,0 +1,339 @@
+"""Adapters on disk, as the `peft` package has them: adapter_model.safetensors and adapter_config.json, and no base.
+
+adapter_config.json names the base; its key `plmtune` says which component the adapters are and what the base's files
+hashed to, so that another base is refused. A base may itself be a directory of adapters, and has a base then.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from plmtune import tensor_files
+from plmtune.data.tokenizers import Tokenizer, load_tokenizer
+from plmtune.errors import UserError
+from plmtune.models import hf
+from plmtune.models.files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    checkpoint_directory,
+    locate,
+    opened_weights,
+    read_json,
+    write_json,
+)
+from plmtune.models.hf import hf_name
+from plmtune.modules.decoder import Decoder
+from plmtune.modules.peft import adapted, adapter_parameters, merge
+from plmtune.registry import load
+
+ADAPTERS = "adapter_model"  # the stem of the file of tensors
+
+_PREFIX = "base_model.model."
+_NAMES = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Keys of adapter_config.json that change what the tensors mean, where they are not empty or false.
+_REFUSED = (
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "fan_in_fan_out",
+    "layers_to_transform",
+    "layer_replication",
+    "lora_bias",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
+_CHUNK_BYTES = 1 << 24
+_MAX_DEPTH = 16
+
+
+def holds_adapters(directory: Path) -> bool:
+    """Whether a directory holds adapters and no whole model."""
+    return (directory / ADAPTER_CONFIG).exists() and not (directory / CONFIG).exists()
+
+
+def adapter_state(model: Decoder) -> dict[str, Tensor]:
+    """All that is trained of a model with adapters, under PEFT's names: what a checkpoint saves, and restores into."""
+    return {_peft_name(name): tensor.data for name, tensor in adapter_parameters(model).items()}
+
+
+def _peft_name(name: str) -> str:
+    for ours, theirs in _NAMES.items():
+        if name.endswith("." + ours):
+            layer = hf_name(name.removesuffix(ours) + "weight").removesuffix("weight")
+            return _PREFIX + layer + theirs
+    return _PREFIX + hf_name(name)
+
+
+def adapter_config(model: Decoder, base: Path) -> dict[str, Any]:
+    """Return adapter_config.json for a model's adapters: PEFT's keys, and ours.
+
+    Reads the base's files to hash them, so make it once a run.
+
+    Args:
+        model: with adapters.
+        base: directory of the weights that they stand beside.
+
+    Raises:
+        UserError: if there are no weights in `base`.
+    """
+    layers = adapted(model)
+    one = next(iter(layers.values()))
+    dora = hasattr(one, "magnitude")
+    alpha = float(one.scaling * one.lora_a.out_features if dora else one.alpha)
+    kind = "dora" if dora else "qlora" if one._quantize_base else "lora"
+    score = hasattr(model, "score")
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if score else "CAUSAL_LM",
+        "base_model_name_or_path": str(Path(base).resolve()),
+        "r": one.lora_a.out_features,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "lora_dropout": one.dropout.p if isinstance(one.dropout, torch.nn.Dropout) else 0.0,
+        "target_modules": sorted({_leaf(name) for name in layers}),
+        "modules_to_save": ["score"] if score else None,
+        "use_dora": dora,
+        "use_rslora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "plmtune": {"component": kind, "base": weights_digest(Path(base))},
+    }
+
+
+def _leaf(name: str) -> str:
+    """Hugging Face's last name of a layer: `layers.0.attention.kv_a_proj` -> `kv_a_proj_with_mqa`."""
+    return hf_name(f"{name}.weight").split(".")[-2]
+
+
+def write_adapter_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """Write what `adapter_config` returned beside tensors that others write."""
+    write_json(directory / ADAPTER_CONFIG, config)
+
+
+def save_adapter(model: Decoder, directory: Path, base: Path) -> None:
+    """Write a model's adapters into `directory`, each file whole or not at all."""
+    config = adapter_config(model, base)
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".{ADAPTERS}.tmp-{os.getpid()}"
+    try:
+        tensor_files.write(temporary, {name: tensor.cpu() for name, tensor in adapter_state(model).items()})
+        temporary.replace(directory / f"{ADAPTERS}.safetensors")
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_adapter_config(directory, config)
+
+
+def weights_digest(directory: Path) -> str:
+    """The xxh3-128 of the hashes of a directory's weight files, as hex; with adapters, of their base's too.
+
+    Raises:
+        UserError: if it holds no weights.
+    """
+    stem, digest = "model", xxhash.xxh3_128()
+    if holds_adapters(directory):
+        stem = ADAPTERS
+        digest.update(repr(_ours(directory).get("base")).encode())
+    for path in sorted(set(locate(directory, stem).values())):
+        held = xxhash.xxh3_128()
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                held.update(chunk)
+        digest.update(f"{path.name} {held.hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _ours(directory: Path) -> dict[str, Any]:
+    """The key `plmtune` of adapter_config.json; empty for adapters that PEFT itself wrote."""
+    ours = read_json(directory, ADAPTER_CONFIG).get("plmtune", {})
+    if not isinstance(ours, dict):
+        raise UserError(f"{directory / ADAPTER_CONFIG}, key plmtune: must be a table, not {ours!r:.80}.")
+    return ours
+
+
+def find_base(directory: Path, base: Path | None = None) -> Path:
+    """Return the directory of the weights that adapters stand beside.
+
+    Args:
+        directory: of the adapters.
+        base: None: what adapter_config.json names, absolute or as seen from here, from `directory`, or from one of
+            the directories that it lies in.
+
+    Raises:
+        UserError: if it is not there, or holds other weights than the adapters were trained beside.
+    """
+    where = directory / ADAPTER_CONFIG
+    if base is None:
+        named = read_json(directory, ADAPTER_CONFIG).get("base_model_name_or_path")
+        if not isinstance(named, str) or not named:
+            raise UserError(f"{where} names no base_model_name_or_path. Give the base's directory with --base.")
+        around = [Path(), directory.resolve(), *directory.resolve().parents]
+        found = next((place / named for place in around if (place / named).is_dir()), None)
+        if found is None:
+            raise UserError(f"{where}: the base {named!r:.200} is not a directory here. Give its place with --base.")
+        base = found
+    base = checkpoint_directory(base)
+    expected = _ours(directory).get("base")
+    if expected is not None and (digest := weights_digest(base)) != expected:
+        raise UserError(
+            f"{directory} was trained beside other weights than those of {base} (digest {digest}, not "
+            f"{expected!r:.80}). Give the right base with --base."
+        )
+    return base
+
+
+def load_adapter(model: Decoder, directory: Path) -> None:
+    """Put a directory's adapters into a model that holds their base's weights, in place; all else is frozen.
+
+    Raises:
+        UserError: if they are damaged, of a kind that cannot be represented, or do not fit the model.
+    """
+    where = directory / ADAPTER_CONFIG
+    config = read_json(directory, ADAPTER_CONFIG)
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise UserError(f"{where}: peft_type must be LORA and bias none; nothing else can be read.")
+    unknown = next((key for key in _REFUSED if config.get(key)), None)
+    if unknown is not None:
+        raise UserError(f"{where}: {unknown} ({config[unknown]!r:.80}) is not supported.")
+    kind = _ours(directory).get("component", "dora" if config.get("use_dora") else "lora")
+    if kind not in ("lora", "qlora", "dora"):
+        raise UserError(f"{where}, key plmtune.component: {kind!r:.80} is none of lora, qlora, dora.")
+    saved = config.get("modules_to_save") or []
+    if saved not in ([], ["score"]):
+        raise UserError(f"{where}: modules_to_save is {saved!r:.80}; only the score head's can be read.")
+    if saved and not hasattr(model, "score"):
+        model.add_score_head()
+    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    if type(rank) is not int or not isinstance(alpha, int | float) or not isinstance(dropout, int | float):
+        raise UserError(f"{where}: r, lora_alpha or lora_dropout is missing or no number.")
+    locations = locate(directory, ADAPTERS)
+    if rank > max((layer for layer in (model.embed_dim, *_widths(model))), default=0):
+        raise UserError(f"{where}: r is {rank}, more than any layer is wide.")
+    targets = _targets(model, config.get("target_modules"), where)
+    try:
+        load("peft", kind)(model=model, rank=rank, alpha=float(alpha), dropout=float(dropout), targets=targets)
+    except ValueError as error:
+        raise UserError(f"{where} does not fit the model: {error}.") from error
+    _restore(adapter_state(model), locations, directory)
+
+
+def _widths(model: Decoder) -> list[int]:
+    return [max(module.weight.shape) for module in model.modules() if isinstance(module, torch.nn.Linear)]
+
+
+def _targets(model: Decoder, named: Any, where: Path) -> tuple[str, ...]:
+    if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
+        raise UserError(f"{where}: target_modules must be a list of names, not {named!r:.80}.")
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    ours = {_leaf(name): name.split(".")[-1] for name in linears if name.startswith("layers.")}
+    lacking = next((name for name in named if name not in ours), None)
+    if lacking is not None:
+        raise UserError(f"{where}: target_modules names {lacking!r:.80}; the model has {', '.join(sorted(ours))}.")
+    return tuple(ours[name] for name in named)
+
+
+@torch.no_grad()
+def _restore(state: Mapping[str, Tensor], locations: Mapping[str, Path], directory: Path) -> None:
+    missing = next((name for name in state if name not in locations), None)
+    if missing is not None:
+        raise UserError(f"{directory} misses the tensor {missing}. Is the copy complete?")
+    extra = next((name for name in locations if name not in state), None)
+    if extra is not None:
+        raise UserError(f"{locations[extra]} holds the tensor {extra!r:.200}, which {ADAPTER_CONFIG} does not tell of.")
+    for path in sorted(set(locations.values())):
+        with opened_weights(path) as opened:
+            for name in (name for name in state if locations[name] == path):
+                header = opened.get_slice(name)
+                shape = tuple(header.get_shape())
+                if shape != tuple(state[name].shape) or header.get_dtype() not in _DTYPES:
+                    raise UserError(
+                        f"{path}: {name} has shape {list(shape)} and type {header.get_dtype()}; the model needs "
+                        f"{list(state[name].shape)} in one of {', '.join(_DTYPES)}."
+                    )
+                state[name].copy_(opened.get_tensor(name))
+
+
+def load_state(model: Decoder, directory: Path, base: Path | None = None) -> None:
+    """Copy a directory's weights into a model, adapters merged: `hf.load_state` for either kind of directory.
+
+    Raises:
+        UserError: if they do not fit the model, or the adapters' base is not to be found.
+    """
+    chain = _chain(directory, base)
+    hf.load_state(model, chain[0])
+    for adapters in chain[1:]:
+        load_adapter(model, adapters)
+        merge(model)
+
+
+def load_model(
+    directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, *, base: Path | None = None
+) -> Decoder:
+    """Load a directory's model, adapters merged: `hf.load_model` for either kind of directory.
+
+    Args:
+        dtype: None keeps the file's; of adapters, theirs.
+        base: of the adapters; None: what they name.
+
+    Raises:
+        UserError: if it cannot be loaded, or the adapters' base is not to be found.
+    """
+    chain = _chain(directory, base)
+    if len(chain) == 1:
+        return hf.load_model(directory, device, dtype)
+    # In the adapters' dtype, in which they were trained: NF4 of other numbers would be another base.
+    model = hf.load_model(chain[0], device, _dtype(chain[1]))
+    for adapters in chain[1:]:
+        load_adapter(model, adapters)
+        merge(model)
+    return model.to(dtype) if dtype is not None else model
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """The `config` of the model that a directory holds, or that its adapters belong to.
+
+    Raises:
+        UserError: if it is no checkpoint, or the adapters' base is not to be found.
+    """
+    return hf.read_description(_chain(directory, None)[0])
+
+
+def load_its_tokenizer(directory: Path, base: Path | None = None) -> Tokenizer:
+    """The tokenizer of a directory; where adapters came without one, their base's."""
+    if holds_adapters(directory) and not (directory / "tokenizer.json").exists():
+        return load_tokenizer(_chain(directory, base)[0])
+    return load_tokenizer(directory)
+
+
+def _chain(directory: Path, base: Path | None) -> list[Path]:
+    """The directory of a whole model and those of the adapters upon it, this one last."""
+    chain = [directory]
+    while holds_adapters(chain[0]):
+        if len(chain) > _MAX_DEPTH:
+            raise UserError(f"{directory} has a base that has a base, {_MAX_DEPTH} times over. Merge one of them.")
+        chain.insert(0, find_base(chain[0], base if len(chain) == 1 else None))
+    return chain
+
+
+def _dtype(directory: Path) -> torch.dtype:
+    locations = locate(directory, ADAPTERS)
+    if not locations:
+        raise UserError(f"{directory} holds no tensors.")
+    name, path = next(iter(locations.items()))
+    with opened_weights(path) as opened:
+        return _DTYPES.get(opened.get_slice(name).get_dtype(), torch.float32)
