@@ -182,14 +182,15 @@ def docstring_pairs() -> Preferences:
 def prompts_of(data: Conversations | Preferences, skip_bad: bool = False) -> Iterator[Prompt]:
     """Give the prompts of conversations or pairs, each once, with the answer that the data has for it.
 
-    Of a conversation the prompt is all before its last answer, and that answer is the gold one; of a pair it is the
-    chosen one.
+    Of a conversation the prompt is all before its last answer, and that answer is the gold one; of pairs it is the
+    first chosen one.
     """
-    seen: set[tuple[Message, ...]] = set()
+    found: dict[tuple[Message, ...], Prompt] = {}
     for prompt in _prompts(data, skip_bad):
-        if prompt.messages not in seen:
-            seen.add(prompt.messages)
-            yield prompt
+        held = found.get(prompt.messages)
+        if held is None or held.gold is None:
+            found[prompt.messages] = prompt
+    yield from found.values()
 
 
 def _prompts(data: Conversations | Preferences, skip_bad: bool) -> Iterator[Prompt]:
@@ -220,13 +221,15 @@ def pair_of(row: Mapping[str, Any], place: str, shape: str = "auto") -> Pair:
         prompt, chosen, rejected, used = _READERS[found](row)
     except KeyError as error:
         raise BadRow(f"has no key {error.args[0]}, which the shape {found} needs") from error
+    if row.get("system"):
+        prompt = [Message("system", text_of(row, "system")), *prompt]
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if answer is not None and not answer.strip():
             raise BadRow(f"has an empty {name} answer")
     _check_prompt(prompt)
     if chosen is not None and rejected is not None and chosen.strip() == rejected.strip():
         raise BadRow("has a chosen answer that equals the rejected one")
-    extra = {key: value for key, value in row.items() if key not in used and _is_json(value)}
+    extra = {key: value for key, value in row.items() if key not in used | {"system"} and _is_json(value)}
     return Pair(tuple(prompt), chosen, rejected, place, extra)
 
 
@@ -257,18 +260,17 @@ def _question_key(row: Mapping[str, Any]) -> str | None:
 
 def _read_strings(row: Mapping[str, Any]) -> _Read:
     key = _question_key(row) or "prompt"
-    used = {key, "chosen", "rejected", "system"}
+    used = {key, "chosen", "rejected"}
     prompt = _prompt(row[key], key)
-    if key == "instruction" and row.get("input"):
+    if key == "instruction":
         used.add("input")
-        prompt = [Message("user", f"{prompt[-1].content}\n{text_of(row, 'input')}")]
-    if row.get("system"):
-        prompt = [Message("system", text_of(row, "system")), *prompt]
+        if row.get("input"):
+            prompt = [Message("user", f"{prompt[-1].content}\n{text_of(row, 'input')}")]
     return prompt, text_of(row, "chosen"), text_of(row, "rejected"), used
 
 
 def _read_messages(row: Mapping[str, Any]) -> _Read:
-    used = {"prompt", "chosen", "rejected", "system"}
+    used = {"prompt", "chosen", "rejected"}
     sides = [_messages(row["chosen"], "chosen"), _messages(row["rejected"], "rejected")]
     prompts = [side[:-1] for side in sides]
     if prompts[0] != prompts[1]:
@@ -278,20 +280,16 @@ def _read_messages(row: Mapping[str, Any]) -> _Read:
             raise BadRow(f"has a {name} conversation that ends in a message of the {side[-1].role}")
     # Some data sets give the first question under prompt as well, beside whole conversations: it is in them already.
     prompt = prompts[0]
-    if not any(message.role == "user" for message in prompt):
+    if not prompt or prompt[0].role == "assistant":
         prompt = [*_prompt(row["prompt"], "prompt"), *prompt]
-    if row.get("system"):
-        prompt = [Message("system", text_of(row, "system")), *prompt]
     return prompt, sides[0][-1].content, sides[1][-1].content, used
 
 
 def _read_sharegpt(row: Mapping[str, Any]) -> _Read:
     key = "conversations" if "conversations" in row else "messages" if "messages" in row else "prompt"
-    prompt = _messages(row[key], key)
-    if row.get("system"):
-        prompt = [Message("system", text_of(row, "system")), *prompt]
+    prompt = _prompt(row[key], key)
     answers = [_answer(row["chosen"], "chosen"), _answer(row["rejected"], "rejected")]
-    return prompt, answers[0], answers[1], {key, "chosen", "rejected", "system"}
+    return prompt, answers[0], answers[1], {key, "chosen", "rejected"}
 
 
 def _read_dialogue(row: Mapping[str, Any]) -> _Read:
@@ -313,7 +311,7 @@ def _read_dialogue(row: Mapping[str, Any]) -> _Read:
 
 
 def _read_unpaired(row: Mapping[str, Any]) -> _Read:
-    used = {"prompt", "completion", "label", "messages", "system"}
+    used = {"prompt", "completion", "label", "messages"}
     label = row["label"]
     if label not in (0, 1):  # True and False are 1 and 0
         raise BadRow(f"holds {label!r:.40} under label, not true or false")
@@ -324,8 +322,6 @@ def _read_unpaired(row: Mapping[str, Any]) -> _Read:
         if last.role != "assistant":
             raise BadRow(f"has messages that end in one of the {last.role}")
         answer = last.content
-    if row.get("system"):
-        prompt = [Message("system", text_of(row, "system")), *prompt]
     return prompt, answer if label else None, None if label else answer, used
 
 
