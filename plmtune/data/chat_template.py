@@ -1,0 +1,433 @@
+"""Chat templates: Jinja that turns a conversation into text, and that text into tokens and what is learned of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import numpy as np
+import xxhash
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+from numpy.typing import NDArray
+
+from plmtune.data.rows import Message
+from plmtune.data.sources import BadRow
+from plmtune.data.tokenizers import CHATML_TEMPLATE, Tokenizer
+from plmtune.errors import UserError, did_you_mean
+
+TrainOn = Literal["all", "last"]
+Ids = NDArray[np.int32]
+Encoded = tuple[Ids, NDArray[np.bool_]]
+
+NAMED = {
+    "chatml": CHATML_TEMPLATE,
+    "llama3": (
+        "{% for message in messages %}"
+        "{% if loop.first %}{{ bos_token }}{% endif %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+        "{{ message['content'] | trim + '<|eot_id|>' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    ),
+    # For tokenizers whose only special token ends a document.
+    "plain": (
+        "{% for message in messages %}"
+        "{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}"
+        "{{ (eos_token if message['role'] == 'assistant' else '') + '\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+    ),
+}
+_BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<｜begin▁of▁sentence｜>")
+_MAX_TEMPLATE = 1 << 20
+# A template is a stranger's program. Loops and calls of macros count as one each, a range as its length, and what it
+# writes has this many characters beside four times the conversation's. Not bounded: what a single filter makes, such
+# as "x" | center(10 ** 9).
+_MAX_TICKS = 1_000_000
+_MAX_TEXT = 1 << 20
+# A prompt must not depend on the day it is made; Llama 3 falls back to this day where no clock is at hand.
+_TODAY = datetime(2024, 7, 26)
+_MARKS = "mark what the model writes with {% generation %} ... {% endgeneration %} in the template"
+
+
+class _Generation(Extension):
+    """``{% generation %}``: what stands in it is what the model writes; transformers has the same."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja's own name for it)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_generated"), [], [], body).set_lineno(lineno)
+
+    def _generated(self, caller: Macro) -> str:
+        text: str = caller()
+        self.environment.generated(text)  # type: ignore[attr-defined]
+        return text
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """As transformers': no names that lead to Python's own."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"the name {name!r} begins with an underscore")
+        super().__setitem__(name, value)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox in which transformers runs a template too, with an end to what it may do."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self.filters["tojson"] = _tojson
+        self.globals |= {
+            "raise_exception": _raise_exception,
+            "strftime_now": _TODAY.strftime,
+            "namespace": _Namespace,
+            "range": self._range,
+        }
+        del self.globals["lipsum"], self.filters["random"]  # a prompt is the same each time
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to count anew, before a rendering."""
+        self._ticks = 0
+        self.written = 0  # characters
+        self.spans: list[tuple[int, str]] = []  # where a {% generation %} begins, and its text
+
+    def tick(self, count: int = 1) -> None:
+        """Count a turn of a loop, or a call of a macro."""
+        self._ticks += count
+        if self._ticks > _MAX_TICKS:
+            raise jinja2.TemplateError(f"it does not come to an end (more than {_MAX_TICKS:,} steps)")
+
+    def generated(self, text: str) -> None:
+        """Keep where a marked block lies."""
+        self.spans.append((self.written, text))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Refuse products that fill memory."""
+        if operator == "**" and (abs(left) > 1000 or abs(right) > 100):
+            raise jinja2.exceptions.SecurityError("a power is too large")
+        for value, times in ((left, right), (right, left)):
+            if operator == "*" and hasattr(value, "__len__") and len(value) * times > _MAX_TEXT:
+                raise jinja2.exceptions.SecurityError("a product of a text or list is too long")
+        return super().call_binop(context, operator, left, right)
+
+    def _range(self, *bounds: int) -> range:
+        made = safe_range(*bounds)
+        self.tick(len(made))
+        return made
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for node in tree.find_all((nodes.For, nodes.Macro)):
+            count = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
+            node.body.insert(0, nodes.ExprStmt(count).set_lineno(node.lineno))  # type: ignore[attr-defined]
+        return tree
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # jinja's own escapes what HTML could mistake
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: Any) -> None:
+    raise jinja2.TemplateError(str(message))
+
+
+class ChatTemplate:
+    """How conversations become tokens.
+
+    Attributes:
+        source: the Jinja text.
+        where: where it comes from, for a person.
+        end_id: the token that ends an answer.
+        fingerprint: xxh3-128 of all that decides the text.
+    """
+
+    def __init__(self, source: str, tokenizer: Tokenizer, where: str) -> None:
+        """Compile the template and try it on a question and an answer.
+
+        Raises:
+            UserError: if it is no template, fails, or does not show where an answer begins and ends.
+        """
+        self.source = source
+        self.tokenizer = tokenizer
+        self.where = where
+        self._variables: dict[str, Any] = {"tools": None, "documents": None, "eos_token": tokenizer.eos}
+        self._variables["pad_token"] = tokenizer.eos
+        bos = next((name for name in _BOS_NAMES if name in tokenizer.specials), None)
+        if bos is not None:
+            self._variables["bos_token"] = bos
+        specials = sorted(tokenizer.specials, key=len, reverse=True)  # of two that start alike, the longer
+        self._special_ids = {text: np.array([found], np.int32) for text, found in tokenizer.specials.items()}
+        self._specials = re.compile("|".join(map(re.escape, specials)))
+        if len(source) > _MAX_TEMPLATE:
+            raise UserError(f"{where} has {len(source):,} characters; a chat template has at most {_MAX_TEMPLATE:,}")
+        self._environment = _Environment()
+        try:
+            self._template = self._environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"{where} is no Jinja template: {error.message} (line {error.lineno})") from error
+        except Exception as error:  # what it computes at once, or nests too deeply
+            raise UserError(f"{where} is no Jinja template: {type(error).__name__}: {error}") from error
+        self._marked = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
+        self._question = self._try()
+        self.end_id = int(self.encode_answer("b")[-1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The xxh3-128 of all that decides the text."""
+        return xxhash.xxh3_128_hexdigest(repr((self.source, sorted(self._variables.items(), key=str))).encode())
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """Return the text of a conversation, as transformers' apply_chat_template.
+
+        Args:
+            messages: any of the roles that the template knows.
+            add_generation_prompt: go on to where the model begins to write.
+
+        Raises:
+            BadRow: if the template fails on them or refuses them.
+        """
+        return self._render(messages, add_generation_prompt)[0]
+
+    def segments(self, messages: Sequence[Message], train_on: TrainOn = "all") -> list[tuple[str, bool]]:
+        """Cut the text of a conversation into (text, whether it is learned): answers, each with its end token.
+
+        Args:
+            messages: a conversation, as `Conversation.messages`.
+            train_on: learn all answers, or the last alone.
+
+        Raises:
+            BadRow: if the template refuses it, a message holds the text of a special token, or it does not show where
+                the model begins to write and where an answer ends.
+        """
+        self._check(messages)
+        text, spans = self._render(messages)
+        answers = self._answers(messages, text, spans)
+        if not answers:
+            raise BadRow("has no assistant turn")
+        out, at = [], 0
+        for number, (begin, end) in enumerate(answers, 1):
+            out += [(text[at:begin], False), (text[begin:end], train_on == "all" or number == len(answers))]
+            at = end
+        return [(text, trained) for text, trained in [*out, (text[at:], False)] if text]
+
+    def encode(self, messages: Sequence[Message], train_on: TrainOn = "all") -> Encoded:
+        """Return a conversation's tokens [n] int32, and which of them are learned [n] bool.
+
+        Raises:
+            BadRow: see `segments`.
+        """
+        (encoded,) = self.encode_batch([messages], train_on)
+        if isinstance(encoded, BadRow):
+            raise encoded
+        return encoded
+
+    def encode_batch(
+        self, conversations: Sequence[Sequence[Message]], train_on: TrainOn = "all"
+    ) -> list[Encoded | BadRow]:
+        """Encode many conversations at once, as `encode`: for each its tokens, or why it has none."""
+        cut: list[list[tuple[str, bool]] | BadRow] = []
+        for messages in conversations:
+            try:
+                cut.append(self.segments(messages, train_on))
+            except BadRow as error:
+                cut.append(error)
+        encoded = iter(self._encode([text for held in cut if not isinstance(held, BadRow) for text, _ in held]))
+        out: list[Encoded | BadRow] = []
+        for held in cut:
+            if isinstance(held, BadRow):
+                out.append(held)
+                continue
+            parts = [next(encoded) for _ in held]
+            trained = np.repeat([flag for _, flag in held], [part.size for part in parts])
+            out.append((np.concatenate(parts), trained))
+        return out
+
+    def encode_prompt(self, messages: Sequence[Message]) -> Ids:
+        """Return the tokens [n] of a conversation up to where the model begins to write.
+
+        Args:
+            messages: the last is the user's.
+
+        Raises:
+            BadRow: if the template refuses them, or a message holds the text of a special token.
+        """
+        self._check(messages)
+        text, spans = self._render(messages, add_generation_prompt=True)
+        # Cut as training cuts, so that earlier answers give the same tokens.
+        begins = [start for start, _ in spans] if self._marked else self._begins(messages, text, strict=False)
+        cuts = [0, *(begin for begin in begins if begin), len(text)]
+        return np.concatenate(self._encode([text[a:b] for a, b in pairwise(cuts)]))
+
+    def encode_answer(self, text: str) -> Ids:
+        """Return the tokens [n] of an answer as the template writes it; the last is `end_id`.
+
+        Raises:
+            BadRow: if the answer holds the text of a special token, or the template refuses it.
+        """
+        messages = (*self._question, Message("assistant", text))
+        answer = next(piece for piece, trained in self.segments(messages) if trained)
+        return self._encode([answer])[0]
+
+    def _try(self) -> tuple[Message, ...]:
+        """Return a question that the template takes."""
+        asked = (Message("user", "a"),)
+        failures = []
+        for messages in (asked, (Message("system", "c"), *asked)):
+            try:
+                self.segments((*messages, Message("assistant", "b")))
+                return messages
+            except BadRow as error:
+                failures.append(str(error))
+        raise UserError(f"{self.where} cannot be used: a conversation of one question and answer {failures[0]}")
+
+    def _check(self, messages: Sequence[Message]) -> None:
+        for number, message in enumerate(messages, 1):
+            if found := self._specials.search(message.content):
+                raise BadRow(
+                    f"holds the text of the special token {found.group()} in turn {number} ({message.role}): "
+                    "the model would take it for the token itself"
+                )
+
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False
+    ) -> tuple[str, list[tuple[int, str]]]:
+        said = [{"role": message.role, "content": message.content} for message in messages]
+        room = _MAX_TEXT + 4 * sum(len(message.content) for message in messages)
+        environment, pieces = self._environment, []
+        environment.restart()
+        try:
+            for piece in self._template.generate(
+                messages=said, add_generation_prompt=add_generation_prompt, **self._variables
+            ):
+                pieces.append(piece)
+                environment.written += len(piece)
+                if environment.written > room:
+                    raise BadRow("is written by the chat template at more than four times its length")
+        except BadRow:
+            raise
+        except Exception as error:  # a template can fail in any way that Python can
+            kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
+            reason = kind + next(iter(str(error).splitlines()), "")
+            raise BadRow(f"is refused by the chat template ({reason:.200})") from error
+        return "".join(pieces), environment.spans
+
+    def _answers(self, messages: Sequence[Message], text: str, spans: list[tuple[int, str]]) -> list[tuple[int, int]]:
+        """Return where each answer begins, and where it ends with its end token."""
+        if self._marked:
+            return [self._marked_answer(text, start, marked) for start, marked in spans if marked]
+        begins = self._begins(messages, text, strict=True)
+        answers = []
+        turns = [number for number, message in enumerate(messages, 1) if message.role == "assistant"]
+        for number, begin in zip(turns, begins, strict=True):
+            found = self._specials.search(text, begin)
+            if found is None:
+                raise BadRow(
+                    f"has no end behind the answer of turn {number}: the chat template writes none of the "
+                    f"tokenizer's special tokens there ({', '.join(list(self.tokenizer.specials)[:8])})"
+                )
+            written = text[begin : found.start()]
+            if not written.rstrip().endswith(messages[number - 1].content.strip()):
+                raise BadRow(
+                    f"is written by the chat template without the whole answer of turn {number} where the model begins "
+                    f"to write (add_generation_prompt; {written[:40]!r} stands there): {_MARKS}"
+                )
+            answers.append((begin, found.end()))
+        return answers
+
+    def _begins(self, messages: Sequence[Message], text: str, *, strict: bool) -> list[int]:
+        """Return where the model begins to write each answer: the length of the prompt before it."""
+        begins = []
+        for index, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            prompt = self.render(messages[:index], add_generation_prompt=True)
+            if text.startswith(prompt):
+                begins.append(len(prompt))
+            elif strict:
+                raise BadRow(
+                    f"is written otherwise by the chat template before the answer of turn {index + 1} than when the "
+                    f"model is to write that answer: {_MARKS}"
+                )
+        return begins
+
+    def _marked_answer(self, text: str, start: int, marked: str) -> tuple[int, int]:
+        end = start + len(marked)
+        if text[start:end] != marked:
+            raise BadRow(
+                "has an answer that cannot be found: {% generation %} stands in a macro or filter of the template"
+            )
+        # The block may hold the end token, perhaps with a line end behind it, or stand before it.
+        inside = [found for found in self._specials.finditer(text, start, end) if not text[found.end() : end].strip()]
+        found = inside[-1] if inside else self._specials.match(text, end)
+        if found is None:
+            raise BadRow("has no end behind an answer: the chat template writes no special token there")
+        return start, found.end()
+
+    def _encode(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the tokens of each text, in which special tokens stand for themselves."""
+        cut: list[list[str]] = []
+        for text in texts:
+            pieces, at = [], 0
+            for found in self._specials.finditer(text):
+                pieces += [text[at : found.start()], found.group()]
+                at = found.end()
+            cut.append([piece for piece in (*pieces, text[at:]) if piece])
+        plain = list({piece: None for pieces in cut for piece in pieces if piece not in self._special_ids})
+        encoded = [ids.astype(np.int32) for ids in self.tokenizer.encode_batch(plain)]
+        known = self._special_ids | dict(zip(plain, encoded, strict=True))
+        nothing = np.zeros(0, np.int32)
+        return [np.concatenate([nothing, *(known[piece] for piece in pieces)]) for pieces in cut]
+
+
+def find_template(name: str | None, tokenizer: Tokenizer) -> ChatTemplate:
+    """Return a chat template.
+
+    Args:
+        name: chatml, llama3, plain, or a file; None: the tokenizer's own.
+        tokenizer: what its text is turned into tokens with.
+
+    Raises:
+        UserError: if there is none, or it cannot be used; see `ChatTemplate`.
+    """
+    if name is None:
+        if tokenizer.chat_template is None:
+            raise UserError(
+                "The tokenizer has no chat template. Name one: chat.template=chatml, llama3, plain (for tokenizers "
+                "without tokens for turns), or a file, chat.template=mine.jinja"
+            )
+        return ChatTemplate(tokenizer.chat_template, tokenizer, "The tokenizer's chat template")
+    if name in NAMED:
+        return ChatTemplate(NAMED[name], tokenizer, f"The chat template {name}")
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f"{name} is neither a chat template's name nor a file with one.{did_you_mean(name, NAMED)}")
+    try:
+        if path.stat().st_size > _MAX_TEMPLATE:
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes; a chat template has at most {_MAX_TEMPLATE:,}")
+        source = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return ChatTemplate(source, tokenizer, str(path))
