@@ -42,6 +42,11 @@ class Segments:
         """Tokens of the longest text."""
         return max(self.lengths)
 
+    @cached_property
+    def num_pairs(self) -> int:
+        """Pairs of tokens inside one text, each with itself and with all others: what attention computes."""
+        return sum(length * length for length in self.lengths)
+
     def to(self, device: torch.device | str) -> Segments:
         """Return them with `offsets` on a device; the copy may still be under way."""
         pin = torch.device(device).type == "cuda"
