@@ -55,6 +55,11 @@ class Comparison:
         """Tokens of the prompt and both answers."""
         return sum(ids.size for ids in (self.prompt, self.chosen, self.rejected) if ids is not None)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest of the three."""
+        return max(ids.size for ids in (self.prompt, self.chosen, self.rejected) if ids is not None)
+
 
 def make_comparisons(
     pairs: Iterable[Pair],
@@ -208,25 +213,27 @@ def make_batch(comparisons: Sequence[Comparison], rows: Sequence[Sequence[int]],
     b, s = max(1, len(rows)), max([1, *widths])
     tokens = np.full((b, s), pad_id, dtype=np.int64)
     input_pos = np.zeros((b, s), dtype=np.int64)
-    owner = np.broadcast_to(-1 - np.arange(s), (b, s)).copy()  # which comparison; padding: each its own
-    part = np.zeros((b, s), dtype=np.int64)  # 0: prompt, 1: chosen, 2: rejected
+    mask = np.zeros((b, s, s), dtype=np.bool_)
+    triangle = np.tri(max([1, *(comparisons[index].longest for index in order)]), dtype=np.bool_)
     places, targets, lengths, ends = [], [], [], []
-    i = 0
     for number, row in enumerate(rows):
         at = 0
         for index in row:
             held = comparisons[index]
-            start, size = at, held.prompt.size
-            tokens[number, start : start + size] = held.prompt
-            input_pos[number, start : start + size] = np.arange(size)
+            size = held.prompt.size
+            prompt = slice(at, at + size)
+            tokens[number, prompt] = held.prompt
+            input_pos[number, prompt] = np.arange(size)
+            mask[number, prompt, prompt] = triangle[:size, :size]
             at += size
             last = number * s + at - 1  # of the prompt: it predicts the first token of both answers
-            for which, answer in ((1, held.chosen), (2, held.rejected)):
+            for answer in (held.chosen, held.rejected):
                 ids = np.empty(0, dtype=np.int32) if answer is None else answer
                 here = slice(at, at + ids.size)
                 tokens[number, here] = ids
                 input_pos[number, here] = size + np.arange(ids.size)
-                part[number, here] = which
+                mask[number, here, prompt] = True
+                mask[number, here, here] = triangle[: ids.size, : ids.size]
                 before = number * s + at - 1 + np.arange(ids.size)
                 before[:1] = last
                 places.append(before)
@@ -234,18 +241,17 @@ def make_batch(comparisons: Sequence[Comparison], rows: Sequence[Sequence[int]],
                 lengths.append(ids.size)
                 at += ids.size
                 ends.append(number * s + at - 1 if ids.size else last)
-            owner[number, start:at] = i
-            i += 1
-    owned, parts = torch.from_numpy(owner), torch.from_numpy(part)
-    visible = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])
-    mask = ((owned[:, None, :] == owned[:, :, None]) & visible).tril_()
+        padding = np.arange(at, s)
+        mask[number, padding, padding] = True
+    if not rows:
+        mask[:] = True
     kind = np.array([comparisons[index].kind for index in order], dtype=np.int64)
     counts = np.array(lengths, dtype=np.int64)
     nothing = np.empty(0, dtype=np.int64)
     return ComparisonBatch(
         tokens=torch.from_numpy(tokens),
         input_pos=torch.from_numpy(input_pos),
-        mask=mask,
+        mask=torch.from_numpy(mask),
         places=torch.from_numpy(np.concatenate([nothing, *places])),
         targets=torch.from_numpy(np.concatenate([nothing, *targets])),
         completion=torch.from_numpy(np.repeat(np.arange(counts.size), counts)),

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from jinja2 import StrictUndefined, Template, TemplateError, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
-from plmtune.data.chat_template import ChatTemplate
+from plmtune.data.chat_template import ChatTemplate, _Environment
 from plmtune.data.rows import Message
 from plmtune.errors import UserError
 
@@ -37,9 +36,8 @@ class Refinement:
     where: str
 
     def __post_init__(self) -> None:
-        environment = _environment()
         try:
-            used = meta.find_undeclared_variables(environment.parse(self.source))
+            used = meta.find_undeclared_variables(self._environment.parse(self.source))
         except TemplateError as error:
             raise UserError(f"{self.where} is no Jinja template: {error}") from error
         if used != _VARIABLES:
@@ -53,10 +51,17 @@ class Refinement:
         self._write("What is 2 + 3?", "6")
 
     @cached_property
+    def _environment(self) -> _Environment:
+        environment = _Environment()  # the sandbox of chat templates, in which no loop runs for ever
+        environment.undefined = StrictUndefined
+        return environment
+
+    @cached_property
     def _template(self) -> Template:
-        return _environment().from_string(self.source)
+        return self._environment.from_string(self.source)
 
     def _write(self, prompt: str, answer: str) -> str:
+        self._environment.restart()
         try:
             text = self._template.render(prompt=prompt, answer=answer)
         except Exception as error:  # whatever a template does: undefined names, arithmetic, forbidden attributes
@@ -128,8 +133,3 @@ def find_refinement(template: str | None) -> Refinement:
     except UnicodeDecodeError as error:
         raise UserError(f"refinement.template={template}: is not UTF-8 at byte {error.start}") from error
     return Refinement(source, "the shipped refinement template" if template is None else str(path))
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """What a template runs in: no attribute of Python's inside is reached, and a loop has at most 100,000 turns."""
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
