@@ -11,14 +11,8 @@ from typing import Any, Literal
 
 import xxhash
 
-from plmtune.data.conversations import (
-    REMEDY,
-    Conversations,
-    check_order,
-    messages_of,
-    public_functions,
-    question,
-)
+from plmtune.data.conversations import REMEDY, Conversations, check_order, messages_of
+from plmtune.data.functions import public_functions, question
 from plmtune.data.rows import Message, Refused, Rows
 from plmtune.data.sources import BadRow, text_of
 from plmtune.registry import register

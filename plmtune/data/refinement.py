@@ -11,8 +11,9 @@ import numpy as np
 from jinja2 import StrictUndefined, Template, TemplateError, meta
 from numpy.typing import NDArray
 
-from plmtune.data.chat_template import ChatTemplate, _Environment
+from plmtune.data.chat_template import ChatTemplate
 from plmtune.data.rows import Message
+from plmtune.data.template_sandbox import MAX_TEXT, Sandbox
 from plmtune.errors import UserError
 
 _SHIPPED = Path(__file__).parent / "assets" / "refinement.jinja"
@@ -51,8 +52,8 @@ class Refinement:
         self._write("What is 2 + 3?", "6")
 
     @cached_property
-    def _environment(self) -> _Environment:
-        environment = _Environment()  # the sandbox of chat templates, in which no loop runs for ever
+    def _environment(self) -> Sandbox:
+        environment = Sandbox()
         environment.undefined = StrictUndefined
         return environment
 
@@ -62,10 +63,19 @@ class Refinement:
 
     def _write(self, prompt: str, answer: str) -> str:
         self._environment.restart()
+        pieces: list[str] = []
+        room = MAX_TEXT + 4 * (len(prompt) + len(answer))
         try:
-            text = self._template.render(prompt=prompt, answer=answer)
+            for piece in self._template.generate(prompt=prompt, answer=answer):
+                pieces.append(piece)
+                room -= len(piece)
+                if room < 0:
+                    break
         except Exception as error:  # whatever a template does: undefined names, arithmetic, forbidden attributes
             raise UserError(f"{self.where} fails: {type(error).__name__}: {error}") from error
+        if room < 0:
+            raise UserError(f"{self.where} writes more than four times the length of what it is given")
+        text = "".join(pieces)
         if not text.strip():
             raise UserError(f"{self.where} writes nothing for a prompt of {len(prompt):,} characters")
         return text

@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from plmtune.data.conversations import conversations, docstrings, public_functions, question
+from plmtune.data import preferences as module
+from plmtune.data.conversations import conversations
+from plmtune.data.functions import Function, question
 from plmtune.data.preferences import InMemory, Pair, docstring_pairs, pair_of, preferences, prompts_of
 from plmtune.data.rows import Message
 from plmtune.data.sources import BadRow
@@ -205,19 +207,23 @@ class TestPreferences:
 
 
 class TestDocstringPairs:
-    def test_a_functions_own_docstring_is_preferred_to_another_of_about_its_length(self):
-        data = docstring_pairs()
-        pairs = list(data.pairs())
-        functions = {question(f): f for f in public_functions()}
-        docs = {f.doc for f in functions.values()}
-        assert len(pairs) == len(public_functions()) > 1000
+    @pytest.fixture(autouse=True)
+    def functions(self, monkeypatch):
+        found = tuple(Function("m", f"f{i}", "(x)", f"{i % 50} " + "does it. " * (i % 40)) for i in range(200))
+        monkeypatch.setattr(module, "public_functions", lambda: found)
+        return {question(function): function for function in found}
+
+    def test_a_functions_own_docstring_is_preferred_to_another_of_about_its_length(self, functions):
+        pairs = list(docstring_pairs().pairs())
+        assert len(pairs) == 200
         for pair in pairs:
             (message,) = pair.prompt
-            assert pair.chosen == functions[message.content].doc
-            assert pair.rejected in docs and pair.rejected != pair.chosen
-        far = sum(abs(len(pair.chosen) - len(pair.rejected)) for pair in pairs) / len(pairs)
-        assert far < 5
-        assert abs(sum(len(pair.chosen) - len(pair.rejected) for pair in pairs)) / len(pairs) < 1
+            function = functions[message.content]
+            assert pair.chosen == function.doc
+            assert pair.place == f"docstring of m.{function.name}"
+            assert pair.rejected != pair.chosen
+            assert pair.rejected in {other.doc for other in functions.values()}
+            assert abs(len(pair.rejected) - len(pair.chosen)) <= 20
 
     def test_are_the_same_each_time(self):
         assert docstring_pairs().fingerprint() == docstring_pairs().fingerprint()
@@ -235,6 +241,3 @@ class TestPromptsOf:
         pairs = [Pair((USER,), None, "no", "1"), Pair((USER,), "yes", None, "2"), Pair((USER,), "yea", "no", "3")]
         found = list(prompts_of(InMemory([*pairs, Pair(other, None, "no", "4")], "pairs")))
         assert [(prompt.messages, prompt.gold) for prompt in found] == [((USER,), "yes"), (other, None)]
-
-    def test_docstrings_give_a_prompt_a_function(self):
-        assert len(list(prompts_of(docstrings()))) == len(public_functions())

@@ -55,6 +55,7 @@ class TestRefusals:
                 "{% for i in range(9999) %}{% set x = range(99999) %}{% endfor %}{{ prompt }}{{ answer }}",
                 "fails: TemplateError: it does not come to an end",
             ),
+            ("{% for i in range(9999) %}{{ prompt }}{{ answer }}{{ 'a' * 999 }}{% endfor %}", "writes more than four"),
             ("{{ prompt.title_of }}{{ answer }}", "fails: UndefinedError"),
             ("{% if false %}{{ prompt }}{{ answer }}{% endif %}", "writes nothing"),
         ],
