@@ -205,6 +205,7 @@ def supervise(order: dict[str, Any], report: Any) -> None:
         _write_all(ours, secret)
     except BrokenPipeError:
         pass  # it has ended by itself
+    os.close(ours)
     status = -1
     while True:
         ended, status = os.wait()  # orphans come here too

@@ -1,0 +1,175 @@
+"""A run's rounds on disk: for each its prompts, chains with rewards, and pairs; and what was measured between them.
+
+``rounds/01/prompts.jsonl, chains.jsonl, pairs.jsonl`` belong to the first round; ``rounds/00/evaluation`` holds what
+the first model says to held-out prompts, ``rounds/01/evaluation`` what it says after round 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plmtune.config import build
+from plmtune.data.conversations import Conversations
+from plmtune.data.order import key_of, permute
+from plmtune.data.preferences import Pair, Preferences, Prompt, preferences, prompts_of
+from plmtune.data.rows import Refused
+from plmtune.errors import UserError
+from plmtune.rounds import selection
+from plmtune.rounds.chains import CHAINS, Chain, save_chains, write_prompts
+from plmtune.rounds.rewards import Reward
+from plmtune.rounds.rules import Rule, find_rules
+from plmtune.training import manifest
+from plmtune.training.distributed import told_by_rank_0
+
+# (directory, prompts, number that decides the draws) -> chains, or None if the run is to stop
+Write = Callable[[Path, Sequence[Prompt], int], list[Chain] | None]
+
+EVALUATION = "evaluation"
+
+
+def of(run: Path, number: int) -> Path:
+    """The directory of a round."""
+    return run / "rounds" / f"{number:02}"
+
+
+class Rounds:
+    """The rounds of one run.
+
+    Args:
+        prompts: all prompts; some are held out for evaluation.
+        holdout: share of them.
+        per_round: prompts a round takes, going on where the last one stopped; 0: all.
+        reward: judges answers; None: pairs are chosen by rules alone, and nothing is evaluated.
+        rules: that a pair must pass.
+        margin: least difference of rewards.
+        seed: of the order of prompts.
+
+    Raises:
+        UserError: if there are no prompts.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        holdout: float,
+        per_round: int,
+        reward: Reward | None,
+        rules: Sequence[Rule],
+        margin: float,
+        seed: int,
+    ) -> None:
+        order = permute(np.arange(len(prompts)), len(prompts), key_of(seed, "prompts")).tolist() if prompts else []
+        num_held = min(round(holdout * len(prompts)) or int(holdout > 0), len(prompts) - 1)
+        if len(prompts) <= max(num_held, 0):
+            raise UserError("There is no prompt to answer. Give other data.")
+        self.held_out = [prompts[index] for index in order[:num_held]]
+        self.prompts = [prompts[index] for index in order[num_held:]]
+        self.per_round = min(per_round, len(self.prompts)) or len(self.prompts)
+        self.reward, self.rules, self.margin = reward, rules, margin
+
+    def prompts_of(self, number: int) -> list[Prompt]:
+        """The prompts of a round, counted from 1."""
+        first = (number - 1) * self.per_round
+        return [self.prompts[(first + index) % len(self.prompts)] for index in range(self.per_round)]
+
+    def make_pairs(self, run: Path, number: int, write: Write, tell: Callable[[str], None]) -> bool:
+        """Write, judge and choose, unless it is done; False if the run is to stop. Every rank calls it.
+
+        Raises:
+            UserError: if no pair was chosen, with the reasons.
+        """
+        place = of(run, number)
+        if (place / selection.PAIRS).is_file():
+            return True
+        prompts = self.prompts_of(number)
+        told_by_rank_0(lambda: write_prompts(place, prompts))
+        chains = write(place, prompts, number)
+        if chains is None:
+            return False
+
+        def choose() -> str:
+            scored = self._judged(place, chains)
+            by_reward = self.reward is not None
+            pairs, refused = selection.select(scored, self.rules, margin=self.margin, by_reward=by_reward)
+            if not pairs:
+                raise UserError(
+                    f"round {number}: no pair was chosen from {len(chains):,} chains of answers.\n{refused.describe()}"
+                    "\nOther selection.rules, a smaller selection.margin, more generation.turns or a higher "
+                    "generation.temperature may give some. The chains are in " + str(place / CHAINS)
+                )
+            selection.save_pairs(place / selection.PAIRS, pairs)
+            return f"round {number}: {len(pairs):,} pairs of {len(chains):,} prompts" + _because(refused)
+
+        tell(told_by_rank_0(choose))
+        return True
+
+    def pairs(self, run: Path, number: int) -> list[Pair]:
+        """The pairs of a round that `make_pairs` made."""
+        return list(preferences((str(of(run, number) / selection.PAIRS),)).pairs(skip_bad=True))
+
+    def evaluate(self, run: Path, number: int, write: Write) -> dict[str, float] | None:
+        """Direct and refined rewards on held-out prompts after a round (0: before any); None if the run is to stop.
+
+        Empty without a reward or held-out prompts. Every rank calls it.
+        """
+        if self.reward is None or not self.held_out:
+            return {}
+        place = of(run, number) / EVALUATION
+        found = place / "evaluation.json"
+        if not found.is_file():
+            # Their draws are the same after each round: what differs is the model.
+            chains = write(place, self.held_out, 0)
+            if chains is None:
+                return None
+
+            def measure() -> None:
+                measured = selection.evaluate(self._judged(place, chains))
+                manifest.write_text(found, json.dumps(measured, indent=1) + "\n")
+
+            told_by_rank_0(measure)
+        measured: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+        return {key: value for key, value in measured.items() if key != "num"}
+
+    def _judged(self, place: Path, chains: Sequence[Chain]) -> Sequence[Chain]:
+        """The chains with their rewards, kept beside the answers."""
+        if self.reward is None:
+            return chains
+        scored = selection.score(chains, self.reward)
+        save_chains(place / CHAINS, scored)
+        return scored
+
+
+def _because(refused: Refused) -> str:
+    return f"; the others:\n{refused.describe()}" if refused else ""
+
+
+def open_rounds(cfg: Any, sources: Mapping[str, Any], strategy: str) -> Rounds:
+    """The rounds that a config asks for, with the prompts of `sources`.
+
+    Raises:
+        UserError: for data without prompts, unknown rules, or processes that hold no whole model.
+    """
+    if strategy in ("fsdp", "hsdp"):
+        raise UserError(f"key rounds: each process writes answers with a whole model, not under {strategy}: use ddp.")
+    prompts: list[Prompt] = []
+    for name, source in sources.items():
+        if not isinstance(source, Conversations | Preferences):
+            raise UserError(f"source {name} holds plain text; rounds take prompts of conversations or pairs.")
+        prompts += prompts_of(source, skip_bad=True)
+        if not cfg.chat.skip_bad:
+            source.refused.raise_if_any("Mend them, or leave such rows out: chat.skip_bad=true")
+    return Rounds(
+        prompts,
+        holdout=cfg.chat.holdout,
+        per_round=cfg.prompts,
+        reward=build("reward", cfg.reward) if cfg.reward else None,
+        rules=find_rules(cfg.selection.rules),
+        margin=cfg.selection.margin,
+        seed=cfg.seed,
+    )
