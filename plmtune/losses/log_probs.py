@@ -44,45 +44,59 @@ def log_probs(
 class _TokenLogProbs(torch.autograd.Function):
     """log p(target) of each token, [t], fp32.
 
-    Unlike cross_entropy's, the gradients cannot be made in forward: each answer's tokens are multiplied by a factor
-    that the loss knows only when all answers' sums are there, and the weight's gradient is a sum over answers. So
-    backward computes the logits again, one matrix product more, and has the softmax at once from the normaliser
-    that forward kept.
+    Unlike cross_entropy's, the weight's gradient cannot be made in forward: each answer's tokens are multiplied by a
+    factor that the loss knows only when all answers' sums are there, and this gradient is a sum over answers. So
+    backward computes the logits again, one matrix product more, and has the softmax at once from the normaliser that
+    forward kept. A frozen weight (LoRA) spares that: then forward makes each token's gradient without its factor,
+    which takes 0.72 of the time (512 tokens x 576 x 49,152, one thread).
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         w = weight.to(hidden.dtype)
         normaliser = hidden.new_empty(len(targets), dtype=torch.float32)
         result = torch.empty_like(normaliser)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden and not needs_weight else None
         for start in range(0, len(targets), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            logits = (hidden[rows] @ w.T).float()  # [c, v]
-            normaliser[rows] = logits.logsumexp(dim=1)
-            result[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser[rows]
-        ctx.save_for_backward(hidden, weight, targets, normaliser, result)
+            logits = hidden[rows] @ w.T  # [c, v]
+            wide = logits.float()
+            normaliser[rows] = wide.logsumexp(dim=1)
+            result[rows] = wide.gather(1, targets[rows, None])[:, 0] - normaliser[rows]
+            if grad_hidden is not None:
+                grad_hidden[rows] = _of_logits(logits, targets[rows], normaliser[rows], result[rows]) @ w
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden)
+        else:
+            ctx.save_for_backward(hidden, weight, targets, normaliser, result)
         ctx.chunk_rows = chunk_rows
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, weight, targets, normaliser, result = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        factor = -upstream[:, None]  # [t, 1]
+        if not needs_weight:
+            (grad_hidden,) = ctx.saved_tensors
+            return (grad_hidden * factor).to(grad_hidden.dtype), None, None, None
+        hidden, weight, targets, normaliser, result = ctx.saved_tensors
         w = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(targets), ctx.chunk_rows):
             rows = slice(start, start + ctx.chunk_rows)
-            factor = upstream[rows, None]  # [c, 1]
-            logits = hidden[rows] @ w.T  # [c, v]
-            # -d log p / d logits = p - onehot, written over the logits; the target's entry is taken in fp32, since
-            # bf16 cannot tell 0.999 from 1.
-            grad = torch.exp(logits.float().sub_(normaliser[rows, None]), out=logits)
-            grad.scatter_(1, targets[rows, None], torch.expm1(result[rows, None]).to(grad.dtype))
+            grad = _of_logits(hidden[rows] @ w.T, targets[rows], normaliser[rows], result[rows])
             # The factor goes to the narrow side of each product.
             if grad_hidden is not None:
-                grad_hidden[rows] = (grad @ w) * -factor
-            if grad_weight is not None:
-                grad_weight += grad.T @ (hidden[rows] * -factor).to(grad.dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+                grad_hidden[rows] = (grad @ w) * factor[rows]
+            grad_weight += grad.T @ (hidden[rows] * factor[rows]).to(grad.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+def _of_logits(logits: Tensor, targets: Tensor, normaliser: Tensor, log_p: Tensor) -> Tensor:
+    """-d log p(target) / d logits = p - onehot, [c, v], written over the logits."""
+    grad = torch.exp(logits.float().sub_(normaliser[:, None]), out=logits)
+    # In fp32 before it is rounded, since bf16 cannot tell 0.999 from 1.
+    return grad.scatter_(1, targets[:, None], torch.expm1(log_p[:, None]).to(grad.dtype))

@@ -153,11 +153,11 @@ def _read(path: Path, num: int, tell: Callable[[str], None]) -> Tensor | None:
         document = sealed.unseal(sealed.read(note))
         if document.get("key") != path.stem:
             raise ValueError(f"it is of the key {document.get('key')}")
-        size = path.stat().st_size
-        if size != document.get("bytes"):
-            raise ValueError(f"{path.name} has {size:,} bytes instead of {document.get('bytes')}")
+        file, size = document["file"], path.stat().st_size
+        if size != file["bytes"]:
+            raise ValueError(f"{path.name} has {size:,} bytes instead of {file['bytes']:,}")
         data = path.read_bytes()
-        if xxhash.xxh3_128_hexdigest(data) != document.get("xxh3_128"):
+        if xxhash.xxh3_128_hexdigest(data) != file["xxh3_128"]:
             raise ValueError(f"{path.name} does not match its checksum")
         values = safetensors.torch.load(data)["log_probs"]
         if values.shape != (num, 2) or values.dtype != torch.float32:
@@ -174,7 +174,7 @@ def _write(path: Path, values: Tensor) -> dict[str, Any]:
         with replacing(path) as temporary:
             file = tensor_files.write(temporary, {"log_probs": values})
         with replacing(path.with_suffix(".json")) as temporary:
-            temporary.write_bytes(sealed.seal({"key": path.stem, **file}))
+            temporary.write_bytes(sealed.seal({"key": path.stem, "file": file}))
     except OSError as error:
         raise UserError(f"The reference's log-probabilities cannot be kept: {error}. See reference_cache.") from error
     return file
