@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -14,15 +12,11 @@ from typing import Any, Literal
 import jinja2
 import numpy as np
 import xxhash
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from numpy.typing import NDArray
 
 from plmtune.data.rows import Message
 from plmtune.data.sources import BadRow
+from plmtune.data.template_sandbox import MAX_TEXT, Sandbox
 from plmtune.data.tokenizers import CHATML_TEMPLATE, Tokenizer
 from plmtune.errors import UserError, did_you_mean
 
@@ -51,105 +45,7 @@ NAMED = {
 }
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<｜begin▁of▁sentence｜>")
 _MAX_TEMPLATE = 1 << 20
-# A template is a stranger's program. Loops and calls of macros count as one each, a range as its length, and what it
-# writes has this many characters beside four times the conversation's. Not bounded: what a single filter makes, such
-# as "x" | center(10 ** 9).
-_MAX_TICKS = 1_000_000
-_MAX_TEXT = 1 << 20
-# A prompt must not depend on the day it is made; Llama 3 falls back to this day where no clock is at hand.
-_TODAY = datetime(2024, 7, 26)
 _MARKS = "mark what the model writes with {% generation %} ... {% endgeneration %} in the template"
-
-
-class _Generation(Extension):
-    """``{% generation %}``: what stands in it is what the model writes; transformers has the same."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja's own name for it)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        lineno = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_generated"), [], [], body).set_lineno(lineno)
-
-    def _generated(self, caller: Macro) -> str:
-        text: str = caller()
-        self.environment.generated(text)  # type: ignore[attr-defined]
-        return text
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """As transformers': no names that lead to Python's own."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"the name {name!r} begins with an underscore")
-        super().__setitem__(name, value)
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox in which transformers runs a template too, with an end to what it may do."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self.filters["tojson"] = _tojson
-        self.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": _TODAY.strftime,
-            "namespace": _Namespace,
-            "range": self._range,
-        }
-        del self.globals["lipsum"], self.filters["random"]  # a prompt is the same each time
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin to count anew, before a rendering."""
-        self._ticks = 0
-        self.written = 0  # characters
-        self.spans: list[tuple[int, str]] = []  # where a {% generation %} begins, and its text
-
-    def tick(self, count: int = 1) -> None:
-        """Count a turn of a loop, or a call of a macro."""
-        self._ticks += count
-        if self._ticks > _MAX_TICKS:
-            raise jinja2.TemplateError(f"it does not come to an end (more than {_MAX_TICKS:,} steps)")
-
-    def generated(self, text: str) -> None:
-        """Keep where a marked block lies."""
-        self.spans.append((self.written, text))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Refuse products that fill memory."""
-        if operator == "**" and (abs(left) > 1000 or abs(right) > 100):
-            raise jinja2.exceptions.SecurityError("a power is too large")
-        for value, times in ((left, right), (right, left)):
-            if operator == "*" and hasattr(value, "__len__") and len(value) * times > _MAX_TEXT:
-                raise jinja2.exceptions.SecurityError("a product of a text or list is too long")
-        return super().call_binop(context, operator, left, right)
-
-    def _range(self, *bounds: int) -> range:
-        made = safe_range(*bounds)
-        self.tick(len(made))
-        return made
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for node in tree.find_all((nodes.For, nodes.Macro)):
-            count = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
-            node.body.insert(0, nodes.ExprStmt(count).set_lineno(node.lineno))  # type: ignore[attr-defined]
-        return tree
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    # jinja's own escapes what HTML could mistake
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: Any) -> None:
-    raise jinja2.TemplateError(str(message))
 
 
 class ChatTemplate:
@@ -181,7 +77,7 @@ class ChatTemplate:
         self._specials = re.compile("|".join(map(re.escape, specials)))
         if len(source) > _MAX_TEMPLATE:
             raise UserError(f"{where} has {len(source):,} characters; a chat template has at most {_MAX_TEMPLATE:,}")
-        self._environment = _Environment()
+        self._environment = Sandbox()
         try:
             self._template = self._environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -313,7 +209,7 @@ class ChatTemplate:
         self, messages: Sequence[Message], add_generation_prompt: bool = False
     ) -> tuple[str, list[tuple[int, str]]]:
         said = [{"role": message.role, "content": message.content} for message in messages]
-        room = _MAX_TEXT + 4 * sum(len(message.content) for message in messages)
+        room = MAX_TEXT + 4 * sum(len(message.content) for message in messages)
         environment, pieces = self._environment, []
         environment.restart()
         try:

