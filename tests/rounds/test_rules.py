@@ -100,12 +100,12 @@ class TestNumbers:
 class TestCode:
     def test_tests_decide_in_whichever_form(self) -> None:
         good, bad = "Here:\n```python\ndef add(a, b):\n    return a + b\n```\nDone.", "def add(a, b):\n    return a - b"
-        human_eval = {
+        human_eval: dict[str, Any] = {
             "test": "def check(f):\n    assert f(2, 3) == 5\n",
             "entry_point": "add",
             "prompt": "def add(a, b):\n",
         }
-        mbpp = {"test_list": ["assert add(2, 3) == 5"], "test_setup_code": "import math"}
+        mbpp: dict[str, Any] = {"test_list": ["assert add(2, 3) == 5"], "test_setup_code": "import math"}
         for row in (human_eval, mbpp, {"tests": "assert add(2, 3) == 5"}):
             assert check("tests_pass", bad, good, **row) is None
         assert check("tests_pass", good, bad, **mbpp) == "has a chosen answer whose code fails its tests"
