@@ -57,7 +57,8 @@ def _add(digest: xxhash.xxh3_128, name: str, tensor: Tensor) -> None:
             _add(digest, part, getattr(tensor, part))
         return
     digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-    data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))  # a single number may have any stride
+    data: Any = flat.view(torch.uint8).numpy()
     digest.update(data)
 
 
