@@ -39,6 +39,8 @@ from plmtune.schema import SCHEMAS
 from plmtune.shipped import folder
 
 PRIMARY = "plmtune_primary"
+# The config that a person's own builds on, where it does not bear its recipe's name.
+_BASES = {"preference": "dpo"}
 
 
 # --- signatures and dataclasses as OmegaConf schemas -------------------------------------------------------------
@@ -198,7 +200,8 @@ def _store_primary(name: str, overlays: Sequence[str]) -> tuple[str, dict[str, P
         if recipe not in list(SCHEMAS):  # a list: what YAML holds may have no hash
             raise UserError(f"{path}, key recipe: there is no {recipe!s:.80}.{did_you_mean(str(recipe), SCHEMAS)}")
     if not _is_base(files[0], contents[0]):
-        base = contents[0].get("recipe", "pretrain")
+        recipe = contents[0].get("recipe", "pretrain")
+        base = _BASES.get(recipe, recipe)
     else:
         base, files, contents = files[0].stem, files[1:], contents[1:]
     store = ConfigStore.instance()

@@ -8,11 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from plmtune.config import build, to_plain
 from plmtune.errors import UserError
 from plmtune.origins import KINDS, choose_origin
 from plmtune.plans import Plan, check_numbers, plan
 from plmtune.runs import find_run
 from plmtune.training.checkpoint import Checkpoints
+from plmtune.training.determinism import everything_put_back
+from plmtune.training.estimate import peak_flops
+from plmtune.training.progress import Watch
 from plmtune.training.run_directory import EXIT_STOPPED, RunDirectory
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_count
@@ -97,6 +101,34 @@ def _run(
         runtime.barrier()  # torchrun ends the others when one leaves: let the lead have written how the run stopped
     sys.stdout.flush()
     return score
+
+
+def watch(recipe: Any, last: int, *, tokens_per_step: int | None = None, flops_per_token: float | None = None) -> Watch:
+    """Watch a recipe's run up to step `last`."""
+    cfg, runtime = recipe.cfg, recipe.runtime
+    # Built on rank 0 alone: some begin a run of their own when they are made.
+    wanted = cfg.logger and runtime.is_main
+    loggers = [build("logger", cfg.logger, directory=recipe.run.path, config=to_plain(cfg))] if wanted else []
+    return Watch(
+        recipe.run,
+        loggers,
+        last,
+        recipe.step,
+        device=runtime.device,
+        tokens_per_step=tokens_per_step,
+        flops_per_token=flops_per_token,
+        peak_flops=peak_flops(runtime.device, runtime.compute_dtype) * runtime.world_size,
+    )
+
+
+def warm_up(runtime: Runtime, trial: Callable[[], object]) -> None:
+    """Let DDP have its first backward before the first step.
+
+    It decides in what order later ones add ranks up: a resumed run has its own first one here too, not in a step.
+    """
+    if runtime.strategy == "ddp":
+        with everything_put_back(runtime.device):
+            trial()
 
 
 def check(cfg: Any) -> str:

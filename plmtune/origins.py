@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from plmtune.config import load_config
-from plmtune.data.tokenizers import Tokenizer, load_tokenizer
+from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
+from plmtune.models.adapters import holds_adapters, load_its_tokenizer, read_description
 from plmtune.models.assemble import describe, from_description
 from plmtune.models.files import checkpoint_directory
-from plmtune.models.hf import read_description
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component
 from plmtune.training import manifest
@@ -136,8 +136,8 @@ def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer) -> Origin | None:
     for key in ours:
         if (key == "vocab_size" or key not in _FREE) and ours[key] != theirs.get(key):
             raise UserError(f"init_from={cfg.init_from}: its model has {key}={theirs.get(key)}, this run {ours[key]}.")
-    named = (directory / "tokenizer.json").is_file()
-    if named and load_tokenizer(directory).fingerprint != tokenizer.fingerprint:
+    named = (directory / "tokenizer.json").is_file() or holds_adapters(directory)
+    if named and load_its_tokenizer(directory).fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"init_from={cfg.init_from}: its tokenizer is another one than this run's. Use its own: "
             f"tokenizer=file tokenizer.path={directory}"

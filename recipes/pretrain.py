@@ -11,7 +11,7 @@ from torch import Tensor
 
 import plmtune
 from plmtune import launch
-from plmtune.config import build, to_plain
+from plmtune.config import build
 from plmtune.data.batches import Batch, Batches
 from plmtune.data.shards import Shards
 from plmtune.data.windows import open_windows
@@ -25,8 +25,7 @@ from plmtune.runs import open_run, open_sources
 from plmtune.schema import Pretrain as Config
 from plmtune.training import loop
 from plmtune.training.checkpoint import Checkpoints, load_moments, newest_whole, read_document
-from plmtune.training.determinism import everything_put_back, measure_cost
-from plmtune.training.estimate import peak_flops
+from plmtune.training.determinism import measure_cost
 from plmtune.training.plot import draw_curves
 from plmtune.training.progress import Watch
 from plmtune.training.runtime import Runtime
@@ -103,28 +102,13 @@ class Pretrain:
 
     def train(self) -> float | None:
         """Train to the last step; returns the last validation loss in nats a token, or None if it was stopped."""
-        cfg, runtime, num_steps = self.cfg, self.runtime, self.plan.num_steps
-        flops = peak_flops(runtime.device, runtime.compute_dtype) * runtime.world_size
-        # Built on rank 0 alone: some begin a run of their own when they are made.
-        wanted = cfg.logger and runtime.is_main
-        loggers = [build("logger", cfg.logger, directory=self.run.path, config=to_plain(cfg))] if wanted else []
-        with Watch(
-            self.run,
-            loggers,
-            num_steps,
-            self.step,
-            device=runtime.device,
-            tokens_per_step=self.plan.tokens_per_step,
-            flops_per_token=self.plan.estimate.flops_per_token,
-            peak_flops=flops,
+        plan = self.plan
+        with launch.watch(
+            self, plan.num_steps, tokens_per_step=plan.tokens_per_step, flops_per_token=plan.estimate.flops_per_token
         ) as watch:
             self._introduce(watch)
-            if runtime.strategy == "ddp":
-                # Its first backward decides in what order later ones add ranks up: a resumed run has its own first
-                # one here too, and not in a step.
-                with everything_put_back(runtime.device):
-                    self._trial()
-            return loop.train(self, watch, num_steps)
+            launch.warm_up(self.runtime, self._trial)
+            return loop.train(self, watch, plan.num_steps)
 
     def update(self, index: int, batches: list[Batch]) -> dict[str, Any]:
         """One optimizer step on this rank's micro-batches of a global batch."""
@@ -139,7 +123,8 @@ class Pretrain:
         """Summed loss of a micro-batch; the vocabulary projection happens inside the loss, in chunks."""
         with self.runtime.autocast():
             hidden = self.trained(batch.tokens, mask=batch.mask, input_pos=batch.input_pos, hidden=True)  # [b, s, d]
-            summed: Tensor = self.loss(hidden.flatten(0, 1), self.model.head_weight, batch.targets.flatten())
+            states, targets = batch.counted(hidden)
+            summed: Tensor = self.loss(states, self.model.head_weight, targets)
         return summed
 
     @torch.no_grad()

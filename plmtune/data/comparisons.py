@@ -174,8 +174,11 @@ class ComparisonBatch:
     ends: [2n] int64, flat position of each answer's last token; where there is none, of the prompt's.
     kind: [n] int64.
     index: [n] int64, place of the comparison in the list that the batches were made of.
+    aside: these are the mismatched comparisons (or none, on a rank that has fewer of them), which no other stands
+        among: their mean is needed before anything else.
     num_pairs: pairs whose direct comparison is here.
     num_tokens: tokens that are no padding.
+    aside: its comparisons are mismatched: measured before the others, not trained on.
     """
 
     tokens: Tensor
@@ -188,8 +191,10 @@ class ComparisonBatch:
     ends: Tensor
     kind: Tensor
     index: Tensor
+    aside: bool
     num_pairs: int
     num_tokens: int
+    aside: bool = False
 
     def to(self, device: torch.device | str) -> ComparisonBatch:
         """Return the batch on a device; the copy may still be under way."""
@@ -203,7 +208,9 @@ class ComparisonBatch:
         return replace(self, **move)
 
 
-def make_batch(comparisons: Sequence[Comparison], rows: Sequence[Sequence[int]], pad_id: int = 0) -> ComparisonBatch:
+def make_batch(
+    comparisons: Sequence[Comparison], rows: Sequence[Sequence[int]], *, aside: bool = False, pad_id: int = 0
+) -> ComparisonBatch:
     """Lay out rows of comparisons, given by their indices; rows are as long as the longest.
 
     Padding attends to itself alone, so that no row of attention is empty.
@@ -259,6 +266,7 @@ def make_batch(comparisons: Sequence[Comparison], rows: Sequence[Sequence[int]],
         ends=torch.from_numpy(np.array(ends, dtype=np.int64)),
         kind=torch.from_numpy(kind),
         index=torch.from_numpy(np.array(order, dtype=np.int64)),
+        aside=aside,
         num_pairs=int((kind == DIRECT).sum()),
         num_tokens=sum(widths),
     )
@@ -270,8 +278,7 @@ class PreferenceBatches:
     Which pairs a step takes is a pure function of (seed, step): each epoch is a permutation of all pairs. All
     comparisons of a pair are in one step. Ranks and micro-batches only divide the same global step: each comparison
     goes to the rank with the fewest tokens yet, and every rank makes equally many micro-batches, since they may have
-    to meet in each forward. Mismatched comparisons come first in a step, in micro-batches of their own: KTO needs
-    their mean before anything else.
+    to meet in each forward. Mismatched comparisons come first in a step, in micro-batches of their own.
 
     Args:
         comparisons: from `make_comparisons`.
@@ -368,7 +375,7 @@ class PreferenceBatches:
         """
         found = {
             self.comparisons[index].place: None
-            for number, rows in enumerate(self._divide(self._pairs(step).tolist()))
+            for number, (_, rows) in enumerate(self._divide(self._pairs(step).tolist()))
             if micro_batches is None or number in micro_batches
             for row in rows
             for index in row
@@ -418,21 +425,18 @@ class PreferenceBatches:
                 held += group
         return sorted(held)
 
-    def _batches(self, pairs: Iterable[int]) -> Iterator[ComparisonBatch]:
-        for rows in self._divide(pairs):
-            yield make_batch(self.comparisons, rows, self.pad_id)
+    def _batches(self, pairs: Collection[int]) -> Iterator[ComparisonBatch]:
+        for aside in (True, False):
+            for rows in self._divide(pairs, aside=aside):
+                yield make_batch(self.comparisons, rows, aside=aside, pad_id=self.pad_id)
 
-    def _divide(self, pairs: Iterable[int]) -> list[list[list[int]]]:
-        """Return this rank's micro-batches of some pairs: of each its rows of comparisons."""
-        every = [index for pair in pairs for index in self._members[pair]]
-        out: list[list[list[int]]] = []
-        for first in (True, False):
-            chosen = [index for index in every if (self.comparisons[index].kind == MISMATCHED) is first]
-            ranks = self._pack_ranks(chosen)
-            size = self.micro_batch_size
-            number = max(-(-len(rows) // size) for rows in ranks)
-            out += [ranks[self.rank][size * i : size * (i + 1)] for i in range(number)]
-        return out
+    def _divide(self, pairs: Collection[int], *, aside: bool) -> list[list[list[int]]]:
+        """Return this rank's micro-batches of some pairs, of each its rows: mismatched comparisons, or the others."""
+        every = (index for pair in pairs for index in self._members[pair])
+        ranks = self._pack_ranks([index for index in every if (self.comparisons[index].kind == MISMATCHED) is aside])
+        size = self.micro_batch_size
+        number = max(-(-len(rows) // size) for rows in ranks)
+        return [ranks[self.rank][size * i : size * (i + 1)] for i in range(number)]
 
     def _pack_ranks(self, chosen: list[int]) -> list[list[list[int]]]:
         """Deal comparisons out to the ranks, about equal in tokens, and pack each rank's into rows."""

@@ -152,7 +152,7 @@ class Checkpoints:
         best: str | None = None,
         best_is: Literal["lowest", "highest"] = "lowest",
         background: bool = True,
-        named: Callable[[nn.Module], Mapping[str, Tensor]] = nn.Module.state_dict,
+        named: Callable[[Any], Mapping[str, Tensor]] = nn.Module.state_dict,
         stem: str = "model",
         describe: Callable[[Path], object] = lambda directory: None,
         file_bytes: float = tensor_files.FILE_BYTES,

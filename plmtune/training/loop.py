@@ -33,7 +33,7 @@ class Recipe(Protocol):
     cfg: Any
     runtime: Runtime
     run: RunDirectory
-    model: nn.Module
+    model: Any
     trained: nn.Module
     optimizer: Optimizer
     scheduler: LRScheduler

@@ -37,7 +37,7 @@ class Watch:
     Args:
         run: where metrics.jsonl is.
         loggers: further places for the same numbers; rank 0's alone.
-        num_steps: of the whole run.
+        num_steps: of the whole run, as far as it is known; the attribute may be changed.
         start_step: the step that was restored; lines of later steps are cut off.
         device: whose memory is shown.
         tokens_per_step: over all ranks, for the rate.
@@ -167,6 +167,16 @@ class Watch:
         finally:
             self._paused += time.perf_counter() - began
 
+    def answers(self, done: int, total: int, tokens_per_second: float) -> None:
+        """Show how far the writing of answers is."""
+        now = time.perf_counter()
+        text = f"answers {done:,}/{total:,} · {show_count(tokens_per_second)} tok/s"
+        if self._progress is not None:
+            self._progress.update(self._task, text=text)
+        elif now - self._last_print >= self._every_seconds or done == total:
+            self._last_print = now
+            self.message(text)
+
     def message(self, text: str) -> None:
         """A line for the person who watches, above the progress line."""
         with contextlib.suppress(OSError):  # the terminal is gone, or the disk full that keeps the output
@@ -198,7 +208,7 @@ class Watch:
             return
         text = describe(entry, self._eta(step))
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, text=text)
+            self._progress.update(self._task, completed=step, total=self.num_steps, text=text)
             return
         now = time.perf_counter()
         if now - self._last_print >= self._every_seconds or step == self.num_steps:

@@ -1,0 +1,78 @@
+"""From a batch of comparisons to what a preference loss sees, and to what a person wants to know of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plmtune.data.comparisons import DIRECT, GIVEN_CHOSEN, GIVEN_REJECTED, ComparisonBatch
+from plmtune.losses.log_probs import log_probs
+from plmtune.losses.preference import Comparisons, PreferenceLoss
+from plmtune.models.reward import head_scores
+from plmtune.training.runtime import Runtime
+
+# What a comparison was given, and how its numbers are named.
+_PREFIXES = {DIRECT: "", GIVEN_REJECTED: "given_rejected/", GIVEN_CHOSEN: "given_chosen/"}
+
+
+def answers(trained: nn.Module, model: Any, batch: ComparisonBatch, *, scores: bool) -> Tensor:
+    """The log-probability of each answer, or with `scores` its score, [2n] in the order of `batch.lengths`.
+
+    Args:
+        trained: what is called, perhaps a wrapper of `model`.
+    """
+    hidden = trained(batch.tokens, mask=batch.mask, input_pos=batch.input_pos, hidden=True).flatten(0, 1)  # [b s, d]
+    if scores:
+        return head_scores(model, hidden, batch.ends)
+    num = batch.lengths.numel()
+    return log_probs(hidden[batch.places], model.head_weight, batch.targets, batch.completion, num)
+
+
+def comparisons(batch: ComparisonBatch, found: Tensor, reference: Tensor, baseline: Tensor) -> Comparisons:
+    """What a loss sees of a batch.
+
+    Args:
+        found (Tensor): what `answers` gave, [2n].
+        reference (Tensor): the same under the reference for all comparisons of the data, [num, 2].
+    """
+    known = reference[batch.index]
+    return Comparisons(
+        chosen=found[::2],
+        rejected=found[1::2],
+        reference_chosen=known[:, 0],
+        reference_rejected=known[:, 1],
+        chosen_tokens=batch.lengths[::2],
+        rejected_tokens=batch.lengths[1::2],
+        kind=batch.kind,
+        baseline=baseline,
+    )
+
+
+class Tally:
+    """Means over comparisons, for each of what they were given apart: h, accuracy and margin of rewards."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(_PREFIXES), 4, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, c: Comparisons, loss: PreferenceLoss) -> None:
+        """Count a batch; rows with one answer have nothing to compare."""
+        chosen, rejected = loss.rewards(c)
+        both = (c.chosen_tokens > 0) & (c.rejected_tokens > 0)
+        margin = chosen - rejected
+        values = torch.stack([torch.ones_like(margin), c.h, (margin > 0).to(margin.dtype), margin], dim=1)  # [n, 4]
+        for row, kind in enumerate(_PREFIXES):
+            self._sums[row] += values[both & (c.kind == kind)].sum(0)
+
+    def means(self, runtime: Runtime) -> dict[str, float]:
+        """Over all ranks, which all must ask."""
+        sums = runtime.sum(*self._sums.flatten())
+        found: dict[str, float] = {}
+        for row, prefix in enumerate(_PREFIXES.values()):
+            count, h, accuracy, margin = sums[4 * row : 4 * row + 4]
+            if count:
+                found |= {f"{prefix}h": h / count, f"{prefix}accuracy": accuracy / count}
+                found[f"{prefix}margin"] = margin / count
+        return found

@@ -1,0 +1,369 @@
+"""Preference training: on pairs as they are, or in rounds that write, judge and choose their own (ARIES)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plmtune import launch
+from plmtune.config import build
+from plmtune.continuous import Engine
+from plmtune.data.chat_template import find_template
+from plmtune.data.comparisons import ComparisonBatch, PreferenceBatches, make_comparisons
+from plmtune.data.examples import open_pairs
+from plmtune.data.preferences import Pair, Prompt
+from plmtune.data.refinement import find_refinement
+from plmtune.data.sources import named_sources
+from plmtune.errors import UserError
+from plmtune.identity import config_digest
+from plmtune.origins import start_from
+from plmtune.plans import Plan, build_scheduler
+from plmtune.rounds.chains import Chain, write_chains
+from plmtune.rounds.rounds import open_rounds
+from plmtune.runs import open_run
+from plmtune.schema import Preference as Config
+from plmtune.student import Student, first_model, wake
+from plmtune.training import loop
+from plmtune.training.checkpoint import newest_whole, read_document
+from plmtune.training.compare import Tally, answers, comparisons
+from plmtune.training.plot import draw_curves
+from plmtune.training.progress import Watch
+from plmtune.training.reference import model_digest, reference_log_probs
+from plmtune.training.runtime import Runtime
+
+CONFIG = "dpo"  # conf/dpo.yaml
+
+
+class Preference:
+    """One run: a stage on the pairs of the data, or one for each round, with optimizer and schedule of its own."""
+
+    def __init__(self, cfg: Config, plan: Plan, runtime: Runtime) -> None:
+        self.cfg, self.plan, self.runtime, self.tokenizer = cfg, plan, runtime, plan.tokenizer
+        self.whole = newest_whole(Path(str(cfg.run_dir)) / "checkpoints") if cfg.resume else None
+        document = read_document(self.whole) if self.whole else {}
+        saved: dict[str, Any] = document.get("state", {})
+        # A run with a checkpoint of its own no longer needs its origin, unless it holds adapters alone.
+        origin = start_from(cfg, plan.model, plan.tokenizer) if cfg.peft or not saved else None
+        self.loss = build("loss", cfg.loss)
+        self.template = find_template(cfg.chat.template, self.tokenizer)
+        self.refinement = find_refinement(cfg.refinement.template)
+        sources = named_sources(build("data", cfg.data))
+        self.notes: list[str] = []
+        if cfg.rounds:
+            self.rounds = open_rounds(cfg, sources, runtime.strategy)
+        else:
+            self.data = self._batches(open_pairs(sources, skip_bad=cfg.chat.skip_bad))
+        self.student: Student = wake(cfg, plan.model, self.tokenizer, runtime, origin, score_head=self.loss.scalar_head)
+        # From here on the directory exists; what a person can get wrong has been found by now.
+        self.fingerprints = {name: source.fingerprint() for name, source in sources.items()}
+        self.run = open_run(cfg, runtime, self.fingerprints, saved)
+        self.model, self.trained = self.student.model, self.student.trained
+        self.checkpoints = self.student.checkpoints(self.run.checkpoints)
+        self.step: int = document.get("step", 0)
+        self.first: int = saved.get("first", 0)  # the step before this stage's first
+        self.round: int = saved.get("round", min(cfg.rounds, 1))
+        self.order: str = saved.get("order", "")  # a running hash of what was drawn, in which order
+        self.reference_digest: str = saved.get("reference", "")  # of the weights that this stage is measured against
+        self.first_digest: str = saved.get("first_reference", "")  # of those that the run began with
+        self.guard = plan.guard
+        if "guard" in saved:
+            self.guard.load_state_dict(saved["guard"])
+        self.losses: list[Tensor] = []  # of the latest step's micro-batches
+        self.score: float = document.get("metrics", {}).get("validation_loss", float("nan"))
+
+    def train(self) -> float | None:
+        """Train to the end; returns the last validation loss, or None if it was stopped."""
+        with launch.watch(self, self.first + (0 if self.cfg.rounds else self.data.num_steps)) as watch:
+            self._introduce(watch)
+            if not self.cfg.rounds:
+                return self._stage(watch)
+            score: float | None = None
+            for number in range(self.round, self.cfg.rounds + 1):
+                # Where nothing of this round is trained yet, the policy is still the last round's.
+                fresh = self.step == self.first
+                if fresh and not (self._measure(watch, number - 1) and self._choose(watch, number)):
+                    return None
+                self.round, self.data = number, self._batches(self.rounds.pairs(self.run.path, number))
+                watch.message(f"round {number} of {self.cfg.rounds}")
+                score = self._stage(watch)
+                if score is None:
+                    return None
+                self.first = self.step
+            return score if self._measure(watch, self.cfg.rounds) else None
+
+    # --- a stage: one set of pairs, one reference ----------------------------------------------------------------
+
+    def _batches(self, pairs: Sequence[Pair]) -> PreferenceBatches:
+        cfg = self.cfg
+        compared, refused, notes = make_comparisons(
+            pairs,
+            self.template,
+            self.refinement,
+            cfg.seq_len,
+            contexts=self.loss.contexts,
+            mismatched=self.loss.mismatched,
+        )
+        self.notes = [*notes, *([f"{len(refused):,} left out:\n{refused.describe()}"] if refused else [])]
+        if not compared:
+            raise UserError("None of the pairs can be trained on.\n" + "\n".join(self.notes))
+        try:
+            return PreferenceBatches(
+                compared,
+                seq_len=cfg.seq_len,
+                global_batch_size=cfg.global_batch_size,
+                micro_batch_size=cfg.micro_batch_size,
+                seed=cfg.seed,
+                rank=self.runtime.data_rank,
+                world_size=self.runtime.data_world_size,
+                epochs=cfg.epochs,
+                holdout=cfg.chat.holdout,
+            )
+        except ValueError as error:  # names its setting
+            raise UserError(str(error)) from error
+
+    def _stage(self, watch: Watch) -> float | None:
+        """Train on `data` from `step`; its last validation loss, or None if stopped."""
+        last = self.first + self.data.num_steps
+        watch.num_steps = last
+        for line in (*self.notes, self.data.describe()):
+            watch.message(line)
+        self.optimizer = build("optimizer", self.cfg.optimizer, model=self.model)
+        self.scheduler = build_scheduler(self.cfg, self.optimizer, self.data.num_steps, self.plan.tokens_per_step)
+        fresh = self.step == self.first
+        if fresh:
+            self.guard.forget()
+            self.whole = None
+        with watch.paused():
+            self.reference = self._find_reference(fresh, watch).to(self.runtime.device)
+        if self.whole:
+            self.checkpoints.restore(self.whole, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
+            self.whole = None
+        if self.step == last:
+            return self.score
+        launch.warm_up(self.runtime, self._trial)
+        return loop.train(self, watch, last)
+
+    def _find_reference(self, fresh: bool, watch: Watch) -> Tensor:
+        """Log-probabilities of every answer under this stage's reference, [comparisons, 2]; zeros without one.
+
+        Computed by the model itself, which at the start of a stage still is the reference; with adapters, by what
+        they stand beside. Later they come from the disk.
+        """
+        cfg, student = self.cfg, self.student
+        num = len(self.data.comparisons)
+        if not self.loss.needs_reference:
+            return torch.zeros(num, 2)
+        of_first = self.round <= 1 or cfg.reference == "first"
+        if fresh:
+            if of_first and (self.round <= 1 or student.adapters):
+                self.first_digest = model_digest(self.model, without=student.adapter_names)
+            self.reference_digest = self.first_digest if of_first else model_digest(self.model)
+        other: list[Any] = []  # a second model, loaded only if something is to be computed
+
+        def log_probs(batch: ComparisonBatch) -> Tensor:
+            if of_first and student.adapters:
+                with student.base():
+                    return self._answers(batch)
+            if fresh and (self.round <= 1 or not of_first):
+                return self._answers(batch)
+            if not of_first:
+                raise UserError(
+                    f"{self.run.path}: the log-probabilities of round {self.round}'s reference are no longer in "
+                    f"{cfg.reference_cache}, and the model of round {self.round - 1} is gone. Put them back, or start "
+                    "a new run."
+                )
+            if not other:
+                origin = start_from(cfg, self.plan.model, self.tokenizer)
+                assert origin is not None
+                other.append(first_model(cfg, self.runtime, origin))
+            return self._answers(batch, other[0])
+
+        self.model.eval()
+        found = reference_log_probs(
+            self.reference_digest,
+            self.data.all,
+            torch.no_grad()(log_probs),
+            cfg.reference_cache,
+            num,
+            arithmetic=f"{self.runtime.device.type} {self.runtime.compute_dtype}",
+            tell=watch.message,
+        )
+        self.model.train()
+        return found
+
+    def _answers(self, batch: ComparisonBatch, model: Any = None) -> Tensor:
+        """What the loss compares of each answer, [2n]: its log-probability, or its score."""
+        batch = batch.to(self.runtime.device)
+        with self.runtime.autocast():
+            return answers(model or self.trained, model or self.model, batch, scores=self.loss.scalar_head)
+
+    def update(self, index: int, batches: list[ComparisonBatch]) -> dict[str, Any]:
+        """One optimizer step on this rank's comparisons of a global batch: the mean over its pairs."""
+        self.baseline = self._baseline([batch for batch in batches if batch.aside])
+        main = [batch for batch in batches if not batch.aside]
+        self.tally = Tally(self.runtime.device)
+        values = loop.update(self, main, float(sum(batch.num_pairs for batch in main)), self._loss)
+        self.order = self.data.order_digest(self.order, index)
+        pairs = (self.first + index + 1) * self.cfg.global_batch_size
+        stage = {"round": self.round} if self.cfg.rounds else {}
+        return {**values, **self.tally.means(self.runtime), "pairs": pairs, **stage}
+
+    @torch.no_grad()
+    def _baseline(self, batches: list[ComparisonBatch]) -> Tensor:
+        """KTO's: the mean log-ratio of the step's mismatched answers, over all ranks."""
+        if not self.loss.mismatched:
+            return torch.zeros((), device=self.runtime.device)
+        total, count = torch.zeros((), device=self.runtime.device), 0
+        for batch in batches:
+            ratios = self._answers(batch)[::2] - self.reference[batch.index, 0]
+            total, count = total + ratios.sum(), count + len(ratios)
+        ratio, number = self.runtime.sum(total, float(count))
+        return torch.tensor(ratio / max(number, 1.0), device=self.runtime.device)
+
+    def _loss(self, batch: ComparisonBatch) -> Tensor:
+        """Summed loss of a micro-batch's comparisons."""
+        compared = comparisons(batch, self._answers(batch), self.reference, self.baseline)
+        self.tally.add(compared, self.loss)
+        summed: Tensor = self.loss(compared).sum()
+        return summed
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Loss a held-out pair; how often, and by how much, its chosen answer is preferred."""
+        self.model.eval()
+        batches = list(self.data.validation())
+        self.baseline = self._baseline([batch for batch in batches if batch.aside])
+        self.tally, nats, pairs = Tally(self.runtime.device), torch.zeros((), device=self.runtime.device), 0
+        for batch in (batch for batch in batches if not batch.aside):
+            nats, pairs = nats + self._loss(batch.to(self.runtime.device)), pairs + batch.num_pairs
+        self.model.train()
+        total, count = self.runtime.sum(nats, float(pairs))
+        if not count:
+            return {}
+        means = {f"validation/{name}": value for name, value in self.tally.means(self.runtime).items()}
+        return {"validation_loss": total / count, **means}
+
+    # --- a round: write, judge, choose ---------------------------------------------------------------------------
+
+    def _choose(self, watch: Watch, number: int) -> bool:
+        """Make the pairs of a round; False if the run is to stop."""
+        with watch.paused():
+            done = self.rounds.make_pairs(self.run.path, number, self._writer(watch), watch.message)
+        return done or self._stopped(watch)
+
+    def _measure(self, watch: Watch, number: int) -> bool:
+        """Measure the model as it stands after a round, direct and refined answers apart; False to stop."""
+        with watch.paused():
+            measured = self.rounds.evaluate(self.run.path, number, self._writer(watch))
+        if measured is None:
+            return self._stopped(watch)
+        if measured:
+            watch.log(self.step, {"after_round": number, **measured})
+            watch.message(
+                f"after round {number}: reward of direct answers {measured['direct']:.4f}, "
+                f"of refined {measured['refined']:.4f}"
+            )
+        return True
+
+    def _stopped(self, watch: Watch) -> bool:
+        watch.message(f"stopped; go on with: plmtune resume {self.run.path}")
+        return False
+
+    def _writer(self, watch: Watch) -> Any:
+        """Let the model as it stands answer prompts."""
+        cfg = self.cfg.generation
+
+        def write(directory: Path, prompts: Sequence[Prompt], number: int) -> list[Chain] | None:
+            self.model.eval()
+            engine = Engine(
+                self.model,
+                batch_size=cfg.batch_size,
+                temperature=cfg.temperature,
+                top_p=cfg.top_p,
+                end_ids={self.template.end_id, self.tokenizer.eos_id},
+                num_tokens=self.tokenizer.num_tokens,
+            )
+            try:
+                return write_chains(
+                    directory,
+                    prompts,
+                    engine,
+                    self.template,
+                    self.refinement,
+                    turns=cfg.turns,
+                    strategy=cfg.strategy,
+                    max_new_tokens=cfg.max_new_tokens,
+                    max_len=self.model.max_seq_len,
+                    seed=self.cfg.seed,
+                    number=number,
+                    model=model_digest(self.model),
+                    progress=watch.answers,
+                    stop=watch.should_stop,
+                )
+            except ValueError as error:
+                raise UserError(f"key generation: {error}") from error
+            finally:
+                self.model.train()
+
+        return write
+
+    # --- what every recipe has -----------------------------------------------------------------------------------
+
+    def save_checkpoint(self, metrics: dict[str, float], *, wait: bool) -> None:
+        self.checkpoints.save(
+            self.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            state={
+                "round": self.round,
+                "first": self.first,
+                "reference": self.reference_digest,
+                "first_reference": self.first_digest,
+                "order": self.order,
+                "guard": self.guard.state_dict(),
+                "config": config_digest(self.cfg),
+                "data": self.fingerprints,
+            },
+            metrics=metrics,
+            wait=wait,
+        )
+
+    def _introduce(self, watch: Watch) -> None:
+        watch.message(f"run: {self.run.path}" + (f", going on after step {self.step}" if self.step else ""))
+        for line in (*self.runtime.reasons, *self.plan.estimate.lines()):
+            watch.message(line)
+
+    def _trial(self) -> None:
+        """A forward and a backward that change nothing."""
+        self.baseline, self.tally = torch.zeros((), device=self.runtime.device), Tally(self.runtime.device)
+        batch = next(batch for batch in self.data.step(0) if not batch.aside)
+        self._loss(batch.to(self.runtime.device)).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def report(run: Path, cfg: Config) -> None:
+    """Draw the curves, and say how to talk to the model."""
+    draw_curves(run / "metrics.jsonl", run / "curves.png")
+    print(f"curves: {run / 'curves.png'}")
+    if cfg.rounds:
+        print(f"answers and pairs: plmtune data inspect {run / 'rounds' / '01' / 'chains.jsonl'}")
+    print(f'try it: plmtune generate {run} --chat --prompt "{cfg.sample.prompt or "Hello"}"')
+
+
+def check(cfg: Config) -> str:
+    """What ``plmtune validate`` says of a config that is right."""
+    return launch.check(cfg)
+
+
+def main(cfg: Config, *, dry_run: bool = False) -> float | None:
+    """Run the recipe; returns the validation loss, which a sweeper can minimise.
+
+    Raises:
+        SystemExit: with EXIT_STOPPED if a signal stopped it; it can be resumed.
+    """
+    return launch.launch(cfg, Preference, report, dry_run=dry_run)
