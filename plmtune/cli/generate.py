@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import click
 
 from plmtune.cli import import_option
 from plmtune.errors import UserError
 
+if TYPE_CHECKING:
+    from plmtune.data.tokenizers import Tokenizer
+
 
 @click.command()
 @click.argument("checkpoint")
 @click.option("--prompt", required=True, help="Text to go on from; - reads it from stdin.")
+@click.option("--chat", is_flag=True, help="The prompt is a user's message; the model answers it.")
+@click.option("--system", help="What the model is told before the message; with --chat.")
+@click.option(
+    "--chat-template",
+    metavar="NAME",
+    help="chatml, llama3, plain, or a Jinja file, in place of the tokenizer's own; with --chat.",
+)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option(
     "--temperature",
@@ -34,6 +45,9 @@ from plmtune.errors import UserError
 def generate(
     checkpoint: str,
     prompt: str,
+    chat: bool,
+    system: str | None,
+    chat_template: str | None,
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
@@ -50,6 +64,9 @@ def generate(
     import plmtune
     from plmtune.generation import complete
 
+    for option, value in (("--system", system), ("--chat-template", chat_template)):
+        if value is not None and not chat:
+            raise UserError(f"{option} says how a message is put to the model. Add --chat.")
     if prompt == "-":
         try:
             prompt = sys.stdin.buffer.read().decode("utf-8")
@@ -61,15 +78,17 @@ def generate(
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"--device {device}: not on this machine ({str(error).splitlines()[0]}).") from error
     model, tokenizer = plmtune.load(checkpoint, where)
+    start, ends = _message(tokenizer, prompt, system, chat_template) if chat else (prompt, [])
     pieces = complete(
         model,
         tokenizer,
-        prompt,
+        start,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        end_ids=ends,
     )
     count, first = 0, 0.0
     try:
@@ -86,3 +105,22 @@ def generate(
     seconds = time.perf_counter() - first
     rate = f", {(count - 2) / seconds:.1f} tokens/s after the first" if count > 2 and seconds > 0 else ""
     print(f"{max(count - 1, 0)} tokens{rate}", file=sys.stderr)
+
+
+def _message(
+    tokenizer: Tokenizer, prompt: str, system: str | None, chat_template: str | None
+) -> tuple[list[int], list[int]]:
+    """Return the tokens of a user's message up to where the model begins to write, and the ids that end an answer."""
+    from plmtune.data.chat_template import find_template
+    from plmtune.data.rows import Message
+    from plmtune.data.sources import BadRow
+
+    if chat_template is None and tokenizer.chat_template is None:
+        raise UserError("The checkpoint has no chat template. Name the one it was trained with: --chat-template chatml")
+    template = find_template(chat_template, tokenizer)
+    messages = [Message("system", system)] if system is not None else []
+    try:
+        ids = template.encode_prompt([*messages, Message("user", prompt)])
+    except BadRow as error:
+        raise UserError(f"The message {error}.") from error
+    return ids.tolist(), [template.end_id]

@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -89,6 +89,21 @@ class TestGenerate:
                 b"",
                 "--device warp: not on this machine",
             ),
+            (
+                ("{checkpoint}", "--prompt", "a", "--chat"),
+                b"",
+                "Name the one it was trained with: --chat-template chatml",
+            ),
+            (
+                ("{checkpoint}", "--prompt", "a", "--system", "b"),
+                b"",
+                "--system says how a message is put to the model",
+            ),
+            (
+                ("{checkpoint}", "--prompt", "<|endoftext|>", "--chat", "--chat-template", "plain"),
+                b"",
+                "The message holds the text of the special token <|endoftext|> in turn 1 (user)",
+            ),
             (("{checkpoint}/nothing", "--prompt", "a"), b"", "nothing is not a directory"),
         ],
     )
@@ -99,3 +114,26 @@ class TestGenerate:
         assert (code, out) == (2, "")
         assert message in err
         assert "Traceback" not in err
+
+
+class TestChat:
+    def test_answers_the_message_as_the_template_puts_it_and_stops_at_its_end(
+        self, checkpoint: Path, plmtune: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        template = checkpoint / "short.jinja"
+        template.write_text(
+            "{% for m in messages %}{{ m.role[0] + m.content + (eos_token if m.role == 'assistant' else '!') }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'a' }}{% endif %}"
+        )
+        seen = []
+
+        def columns(model: object, tokens: torch.Tensor, **options: object) -> Iterator[torch.Tensor]:
+            seen.append(bytes(tokens[0].tolist()))
+            yield from (torch.tensor([token]) for token in (*b"yes", byte().eos_id, *b"no"))
+
+        monkeypatch.setattr("plmtune.generation.generate", columns)
+        options = ("--chat", "--chat-template", template, "--system", "be kind", "--device", "cpu")
+        code, out, err = plmtune(checkpoint, "--prompt", "go?", *options)
+        assert code == 0, err
+        assert seen == [b"sbe kind!ugo?!a"]
+        assert out == "yes\n"
