@@ -122,7 +122,8 @@ class TestChat:
     ) -> None:
         template = checkpoint / "short.jinja"
         template.write_text(
-            "{% for m in messages %}{{ m.role[0] + m.content + (eos_token if m.role == 'assistant' else '!') }}{% endfor %}"
+            "{% for m in messages %}{{ m.role[0] + m.content }}"
+            "{{ eos_token if m.role == 'assistant' else '!' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ 'a' }}{% endif %}"
         )
         seen = []
