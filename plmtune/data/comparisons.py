@@ -174,11 +174,10 @@ class ComparisonBatch:
     ends: [2n] int64, flat position of each answer's last token; where there is none, of the prompt's.
     kind: [n] int64.
     index: [n] int64, place of the comparison in the list that the batches were made of.
-    aside: these are the mismatched comparisons (or none, on a rank that has fewer of them), which no other stands
-        among: their mean is needed before anything else.
     num_pairs: pairs whose direct comparison is here.
     num_tokens: tokens that are no padding.
-    aside: its comparisons are mismatched: measured before the others, not trained on.
+    aside: its comparisons are mismatched: measured before the others, not trained on. Ranks agree on it, also where
+        one of them has none.
     """
 
     tokens: Tensor
@@ -191,7 +190,6 @@ class ComparisonBatch:
     ends: Tensor
     kind: Tensor
     index: Tensor
-    aside: bool
     num_pairs: int
     num_tokens: int
     aside: bool = False
@@ -371,11 +369,11 @@ class PreferenceBatches:
         """Return where the pairs of this rank's comparisons of a step stand, for messages about a bad step.
 
         Args:
-            micro_batches: the indices of those that are asked for; None: all.
+            micro_batches: the indices of those that are asked for, among the ones that are not aside; None: all.
         """
         found = {
             self.comparisons[index].place: None
-            for number, (_, rows) in enumerate(self._divide(self._pairs(step).tolist()))
+            for number, rows in enumerate(self._divide(self._pairs(step).tolist(), aside=False))
             if micro_batches is None or number in micro_batches
             for row in rows
             for index in row

@@ -330,11 +330,17 @@ class TestOrder:
         assert len(digests) == 4
 
     def test_mismatched_comparisons_come_first_and_by_themselves(self):
-        kinds = [batch.kind.tolist() for batch in batches(comparisons(kinds=(DIRECT, MISMATCHED))).step(0)]
-        firsts = [set(k) == {MISMATCHED} for k in kinds]
-        assert firsts == sorted(firsts, reverse=True)
-        assert firsts[0] and not firsts[-1]
-        assert all(MISMATCHED not in k for k, first in zip(kinds, firsts, strict=True) if not first)
+        made = batches(comparisons(kinds=(DIRECT, MISMATCHED))).step(0)
+        aside = [batch.aside for batch in made]
+        assert aside == sorted(aside, reverse=True)
+        assert aside[0] and not aside[-1]
+        assert all((kind == MISMATCHED) == batch.aside for batch in made for kind in batch.kind.tolist())
+
+    def test_ranks_agree_on_what_is_aside(self):
+        data = [c for c in comparisons(kinds=(DIRECT, MISMATCHED)) if c.kind == DIRECT or c.pair == 0]
+        parts = [batches(data, global_batch_size=23, rank=rank, world_size=2).step(0) for rank in range(2)]
+        assert len({tuple(batch.aside for batch in part) for part in parts}) == 1
+        assert sorted(batch.kind.tolist() for part in parts for batch in part if batch.aside) == [[], [MISMATCHED]]
 
     @pytest.mark.parametrize(("epochs", "steps"), [(1.0, 5), (0.5, 3), (2, 10), (0.01, 1)])
     def test_epochs_decide_the_number_of_steps(self, epochs, steps):
@@ -346,8 +352,8 @@ class TestOrder:
         assert sorted(indices(data.step(0)))[0] == 0 and len(indices(data.step(0))) == 8
 
     def test_places_name_the_rows_of_the_micro_batches_asked_for(self):
-        data = batches(micro_batch_size=1)
-        made = data.step(1)
+        data = batches(comparisons(kinds=(DIRECT, GIVEN_CHOSEN, MISMATCHED)), micro_batch_size=1)
+        made = [batch for batch in data.step(1) if not batch.aside]
         for number, batch in enumerate(made):
             assert set(data.places(1, [number])) == {data.comparisons[i].place for i in batch.index.tolist()}
         assert sorted(data.places(1)) == sorted(f"pairs.jsonl, line {p + 1}" for p in data._pairs(1))
