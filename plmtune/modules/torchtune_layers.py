@@ -9,6 +9,8 @@ import sys
 from importlib import import_module
 from typing import Any, NamedTuple
 
+import torch
+
 _OLD = "torchao.dtypes.nf4tensor"
 _NEW = "torchao.quantization.quantize_.workflows.nf4.nf4_tensor"
 
@@ -26,4 +28,11 @@ def layers() -> Layers:
     nf4 = import_module(_NEW)
     sys.modules.setdefault(_OLD, nf4)
     peft = import_module("torchtune.modules.peft")
+
+    def clone(op: Any, args: Any, kwargs: Any = None) -> Any:
+        inner = nf4.apply_to_inner_tensors(args[0], op, args[1:], kwargs)
+        return nf4.NF4Tensor(*nf4.construct_nf4_args(args[0], inner))
+
+    # Both libraries' own quantizes again: other numbers, and a failure where 64 * 256 does not divide their count.
+    nf4.implements([torch.ops.aten.clone.default])(clone)
     return Layers(peft.LoRALinear, peft.DoRALinear, nf4.to_nf4)
