@@ -1,9 +1,9 @@
-"""``plmtune data``: make token shards, and look at what they hold."""
+"""``plmtune data``: make token shards, and look at what they, conversations and pairs hold."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from click.core import ParameterSource
@@ -25,7 +25,7 @@ _COLOURS = ("cyan", "yellow", "green", "magenta")
 
 @click.group()
 def data() -> None:
-    """Prepare and inspect token shards."""
+    """Prepare token shards; inspect them, conversations and preference pairs."""
 
 
 @data.command()
@@ -132,14 +132,60 @@ def _prepare(sources: dict[str, Source], tokenizer: Tokenizer, root: Path, **how
 
 
 @data.command()
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
 @click.option("--split", default="train", show_default=True, type=click.Choice(["train", "validation"]))
 @click.option("--document", type=int, metavar="N", help="Show the text of document N.")
 @click.option("--window", type=int, metavar="N", help="Show window N, its documents in colours.")
 @click.option("--seq-len", default=128, show_default=True, help="Tokens a window.")
 @click.option("--mask", is_flag=True, help="With --window: who attends to whom, documents kept apart.")
-def inspect(directory: Path, split: str, document: int | None, window: int | None, seq_len: int, mask: bool) -> None:
-    """Verify a prepared DIRECTORY and show what it holds."""
+@click.option("--row", type=click.IntRange(1), default=1, show_default=True, help="Of a file: the row to show.")
+@click.option(
+    "--tokenizer", default="bundled", show_default=True, metavar="NAME|PATH",
+    help="Of a file: a tokenizer, checkpoint or run.",
+)  # fmt: skip
+@click.option("--template", metavar="NAME|FILE", help="Of a file: the chat template; default: the tokenizer's own.")
+@click.option("--train-on", default="all", show_default=True, type=click.Choice(["all", "last"]))
+@import_option
+@click.pass_context
+def inspect(
+    context: click.Context,
+    path: Path,
+    split: str,
+    document: int | None,
+    window: int | None,
+    seq_len: int,
+    mask: bool,
+    row: int,
+    tokenizer: str,
+    template: str | None,
+    train_on: str,
+) -> None:
+    """Verify a prepared directory and show what it holds, or show a file of conversations, pairs or a round.
+
+    \b
+    plmtune data inspect runs/data/stdlib-ae3f084abd98 --window 7
+    plmtune data inspect chats.jsonl --row 3 --tokenizer runs/sft/latest
+    plmtune data inspect runs/aries/latest/rounds/01/chains.jsonl
+    """
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    of_files = {"row", "tokenizer", "template", "train_on"}
+    is_file = path.is_file() or (bool(path.suffix) and not path.exists())
+    if wrong := sorted(given - {"path"} - of_files if is_file else given & of_files):
+        flag = "--" + wrong[0].replace("_", "-")
+        other = "a directory of prepared tokens" if is_file else "a file of conversations or pairs"
+        raise UserError(f"{flag} goes with {other}, which {path} is not")
+    if is_file:
+        from plmtune.cli.inspect_rows import inspect_rows
+
+        on: Literal["all", "last"] = "last" if train_on == "last" else "all"
+        inspect_rows(path, row=row, tokenizer=tokenizer, template=template, train_on=on)
+    else:
+        _inspect_shards(path, split, document, window, seq_len, mask)
+
+
+def _inspect_shards(
+    directory: Path, split: str, document: int | None, window: int | None, seq_len: int, mask: bool
+) -> None:
     from rich.console import Console
 
     from plmtune.data.shards import Shards
