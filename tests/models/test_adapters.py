@@ -1,0 +1,243 @@
+"""Adapters on disk: what PEFT makes of ours and we of PEFT's, and that no other base is taken for theirs."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import plmtune
+from plmtune.data.tokenizers import byte
+from plmtune.errors import UserError
+from plmtune.models import adapters, hf
+from plmtune.models.llama import llama
+from plmtune.models.plm import plm
+from plmtune.modules.decoder import Decoder
+from plmtune.modules.peft import adapter_parameters
+from plmtune.registry import component, load
+
+TOKENS = torch.randint(0, 257, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def base(architecture: str, directory: Path) -> Decoder:
+    torch.manual_seed(0)
+    tokenizer = byte()
+    rest: dict[str, Any] = {"embed_dim": 64, "num_layers": 2, "num_heads": 4, "max_seq_len": 32, "init_std": 0.15}
+    if architecture == "llama":
+        attention = component("attention", "gqa", num_kv_heads=2)
+        model = llama(tokenizer.vocab_size, attention=attention, ffn=component("ffn", "swiglu", hidden_dim=128), **rest)
+    else:
+        attention = component(
+            "attention", "mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16
+        )
+        ffn = component("ffn", "squared_relu", hidden_dim=128)
+        model = plm(tokenizer.vocab_size, attention=attention, ffn=ffn, **rest)
+    hf.save_model(model, None, directory)
+    tokenizer.save(directory)
+    return model
+
+
+def teach(model: Decoder, kind: str, **settings: Any) -> Decoder:
+    load("peft", kind)(model=model, **{"rank": 4, "alpha": 6.0, **settings})
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def taught(tmp_path: Path) -> Callable[..., Decoder]:
+    """Write a base and adapters beside each other; returns the model that they are of."""
+
+    def make(kind: str = "lora", architecture: str = "plm", **settings: Any) -> Decoder:
+        model = teach(base(architecture, tmp_path / "base"), kind, **settings)
+        adapters.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+        byte().save(tmp_path / "adapter")
+        return model
+
+    return make
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+class TestNames:
+    def test_are_pefts(self, taught: Callable[..., Decoder], tmp_path: Path) -> None:
+        taught("dora", targets=("kv_a_proj",))
+        layer = "base_model.model.model.layers.1.self_attn.kv_a_proj_with_mqa"
+        held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        assert {name for name in held if name.startswith(layer)} == {
+            f"{layer}.lora_A.weight",
+            f"{layer}.lora_B.weight",
+            f"{layer}.lora_magnitude_vector",
+        }
+        assert len(held) == 6
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"], config["use_dora"]) == (4, 6, True)
+        assert config["target_modules"] == ["kv_a_proj_with_mqa"]
+
+    def test_the_tensors_are_the_models_own(self, taught: Callable[..., Decoder]) -> None:
+        model = taught()
+        for tensor in adapters.adapter_state(model).values():
+            tensor.zero_()
+        assert all(not parameter.any() for parameter in adapter_parameters(model).values())
+
+
+class TestPeft:
+    @pytest.mark.parametrize("kind", ["lora", "dora"])
+    def test_loads_ours_and_we_load_what_it_saves(
+        self, kind: str, taught: Callable[..., Decoder], tmp_path: Path
+    ) -> None:
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        model = taught(kind, "llama", targets=("q_proj", "v_proj", "ffn"))
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+        with torch.no_grad():
+            close(theirs(TOKENS).logits, model(TOKENS))
+            theirs.save_pretrained(tmp_path / "theirs")
+            loaded, _ = plmtune.load(tmp_path / "theirs", "cpu")
+            close(loaded(TOKENS), model(TOKENS))
+
+
+class TestLoad:
+    @pytest.mark.parametrize("kind", ["lora", "qlora", "dora"])
+    @pytest.mark.parametrize("architecture", ["plm", "llama"])
+    def test_gives_the_merged_model(
+        self, kind: str, architecture: str, taught: Callable[..., Decoder], tmp_path: Path
+    ) -> None:
+        model = taught(kind, architecture)
+        loaded, tokenizer = plmtune.load(tmp_path / "adapter", "cpu")
+        close(loaded(TOKENS), model(TOKENS))
+        assert loaded.state_dict().keys() == base(architecture, tmp_path / "again").state_dict().keys()
+        assert tokenizer.fingerprint == byte().fingerprint
+
+    def test_fills_a_model_that_goes_on_being_trained(self, taught: Callable[..., Decoder], tmp_path: Path) -> None:
+        model = taught()
+        other = base("plm", tmp_path / "again")
+        adapters.load_state(other, tmp_path / "adapter")
+        close(other(TOKENS), model(TOKENS))
+        assert all(parameter.requires_grad for parameter in other.parameters())
+
+    def test_adapters_of_a_model_with_adapters_have_both(self, taught: Callable[..., Decoder], tmp_path: Path) -> None:
+        taught()
+        second = teach(adapters.load_model(tmp_path / "adapter"), "dora", targets=("ffn",))
+        adapters.save_adapter(second, tmp_path / "second", tmp_path / "adapter")
+        close(adapters.load_model(tmp_path / "second")(TOKENS), second(TOKENS))
+        assert adapters.read_description(tmp_path / "second") == second.config
+        assert adapters.load_its_tokenizer(tmp_path / "second").fingerprint == byte().fingerprint
+
+    def test_a_score_head_comes_along(self, tmp_path: Path) -> None:
+        model = base("plm", tmp_path / "base")
+        model.add_score_head()
+        teach(model, "lora")
+        adapters.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
+        loaded = adapters.load_model(tmp_path / "adapter")
+        assert torch.equal(loaded.score.weight, model.score.weight)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_gives_the_dtype_asked_for(
+        self, dtype: torch.dtype, taught: Callable[..., Decoder], tmp_path: Path
+    ) -> None:
+        taught()
+        assert plmtune.load(tmp_path / "adapter", "cpu", dtype)[0].head_weight.dtype == dtype
+
+
+class TestBase:
+    def test_is_found_when_the_tree_has_moved_and_the_name_is_relative(
+        self, taught: Callable[..., Decoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = taught()
+        rename(tmp_path / "adapter", "runs/base")
+        shutil.move(tmp_path / "adapter", tmp_path / "new" / "runs" / "sft" / "adapter")
+        shutil.move(tmp_path / "base", tmp_path / "new" / "runs" / "base")
+        monkeypatch.chdir(tmp_path)
+        close(adapters.load_model(tmp_path / "new" / "runs" / "sft" / "adapter")(TOKENS), model(TOKENS))
+
+    def test_that_is_gone_is_asked_for_and_can_be_named(self, taught: Callable[..., Decoder], tmp_path: Path) -> None:
+        model = taught()
+        shutil.move(tmp_path / "base", tmp_path / "elsewhere")
+        with pytest.raises(UserError, match=r"the base .* is not a directory here\. Give its place with --base"):
+            plmtune.load(tmp_path / "adapter", "cpu")
+        close(adapters.load_model(tmp_path / "adapter", base=tmp_path / "elsewhere")(TOKENS), model(TOKENS))
+
+    def test_with_other_weights_is_refused(self, taught: Callable[..., Decoder], tmp_path: Path) -> None:
+        taught()
+        other = base("plm", tmp_path / "other")
+        with torch.no_grad():
+            other.norm.weight[0] += 1e-3
+        hf.save_model(other, None, tmp_path / "other")
+        for directory in (tmp_path / "other", None):
+            if directory is None:
+                (tmp_path / "other" / "model.safetensors").replace(tmp_path / "base" / "model.safetensors")
+            with pytest.raises(UserError, match=r"was trained beside other weights than those of"):
+                adapters.load_model(tmp_path / "adapter", base=directory)
+
+    def test_in_a_circle_is_refused(self, taught: Callable[..., Decoder], tmp_path: Path) -> None:
+        taught()
+        rename(tmp_path / "adapter", str(tmp_path / "adapter"), plmtune={"component": "lora"})
+        with pytest.raises(UserError, match=r"has a base that has a base"):
+            adapters.load_model(tmp_path / "adapter")
+
+
+def rename(directory: Path, name: str, **keys: Any) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name} | keys))
+
+
+class TestBadAdapters:
+    @pytest.mark.parametrize(
+        ("keys", "message"),
+        [
+            ({"peft_type": "IA3"}, r"peft_type must be LORA"),
+            ({"bias": "all"}, r"bias none"),
+            ({"use_rslora": True}, r"use_rslora \(True\) is not supported"),
+            ({"rank_pattern": {"q_proj": 2}}, r"rank_pattern .* is not supported"),
+            ({"plmtune": {"component": "adapter"}}, r"'adapter' is none of lora, qlora, dora"),
+            ({"plmtune": [1]}, r"key plmtune: must be a table"),
+            ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
+            ({"r": 10**9}, r"r is 1000000000, more than any layer is wide"),
+            ({"r": "4"}, r"r, lora_alpha or lora_dropout is missing or no number"),
+            ({"r": -1}, r"does not fit the model: rank must be at least 1, not -1"),
+            ({"target_modules": "all-linear"}, r"target_modules must be a list of names, not 'all-linear'"),
+            ({"target_modules": ["c_attn"]}, r"target_modules names 'c_attn'; the model has down_proj"),
+            ({"r": 3}, r"has shape \[4, 64\]"),
+            ({"use_dora": True, "plmtune": {}}, r"misses the tensor .*lora_magnitude_vector"),
+            ({"target_modules": ["q_proj"]}, r"holds the tensor .* which adapter_config.json does not tell of"),
+            ({"base_model_name_or_path": None}, r"names no base_model_name_or_path"),
+        ],
+    )
+    def test_a_config_that_does_not_fit_is_a_sentence(
+        self, keys: dict[str, Any], message: str, taught: Callable[..., Decoder], tmp_path: Path
+    ) -> None:
+        taught(targets=("q_proj", "down_proj"))
+        rename(tmp_path / "adapter", str(tmp_path / "base"), **keys)
+        with pytest.raises(UserError, match=message):
+            adapters.load_model(tmp_path / "adapter")
+
+    def test_damaged_files_are_sentences(self, taught: Callable[..., Decoder], tmp_path: Path) -> None:
+        taught()
+        path = tmp_path / "adapter" / "adapter_model.safetensors"
+        tensors, content = load_file(path), path.read_bytes()
+        save_file(dict(list(tensors.items())[1:]), path)
+        with pytest.raises(UserError, match="misses the tensor"):
+            adapters.load_model(tmp_path / "adapter")
+        path.write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError, match="damaged or not a safetensors file"):
+            adapters.load_model(tmp_path / "adapter")
+        path.unlink()
+        with pytest.raises(UserError, match="holds neither adapter_model"):
+            adapters.load_model(tmp_path / "adapter")
+        (tmp_path / "adapter" / "adapter_config.json").write_text("{")
+        with pytest.raises(UserError, match="is not valid JSON"):
+            adapters.load_model(tmp_path / "adapter")
