@@ -9,7 +9,7 @@ from plmtune.data.chat_template import NAMED, ChatTemplate, find_template
 from plmtune.data.conversations import conversations
 from plmtune.data.rows import Message
 from plmtune.data.sources import BadRow
-from plmtune.data.tokenizers import Tokenizer, bundled, byte, qwen2
+from plmtune.data.tokenizers import Tokenizer, bundled, byte
 from plmtune.errors import UserError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -146,6 +146,15 @@ class TestText:
             assert "".join(text for text, _ in template.segments(MULTI)) == template.render(MULTI)
 
 
+# Qwen 3's way: what the model thinks is written for the last turn alone, where the prompt does not write it.
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
 class TestTrained:
     @pytest.mark.parametrize(
         ("source", "answers"),
@@ -164,6 +173,10 @@ class TestTrained:
         messages = talk("Hello.", "Hello.", "Bye", "\n\nBye")
         assert trained_text(template, messages) == answers
         assert trained_text(template, messages, "last") == answers[1:]
+
+    def test_what_the_template_puts_before_an_answer_for_the_model_to_write_is_learned(self, tokenizer):
+        template = ChatTemplate(THINKING, tokenizer, "a test")
+        assert trained_text(template, talk("a", "b", "c", "d")) == ["b<|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"]
 
     def test_the_mask_covers_the_tokens_of_the_answers(self, tokenizer):
         template = find_template(None, tokenizer)
@@ -201,8 +214,8 @@ class TestTrained:
                 assert one.tolist() == other.tolist()
 
     @pytest.mark.skipif(not DATA.is_dir(), reason="the shared data sets are not here")
-    def test_every_answer_of_gsm8k_is_learned_whole_with_qwen2(self):
-        template = find_template(None, qwen2(str(DATA / "tokenizers" / "qwen.tiktoken")))
+    def test_every_answer_of_gsm8k_is_learned_whole(self):
+        template = find_template(None, bundled())
         held = [
             c.messages for c in conversations((str(DATA / "sft" / "gsm8k_train.jsonl"),), max_rows=300).conversations()
         ]

@@ -1,5 +1,7 @@
 import gzip
 import json
+import sys
+import types
 
 import pyarrow
 import pytest
@@ -133,6 +135,14 @@ class TestRows:
         assert Rows([str(one)], max_rows=1).fingerprint() != before
         write(one, '{"a": 2}')
         assert Rows([str(one)]).fingerprint() != before
+
+    def test_rows_of_the_hub_have_their_number_and_split(self, monkeypatch):
+        datasets = types.ModuleType("datasets")
+        datasets.load_dataset = lambda *_, **__: iter([{"a": 1}, {"a": 2}, {"a": 3}])
+        monkeypatch.setitem(sys.modules, "datasets", datasets)
+        rows = Rows(hub="some/set", split="test", max_rows=2)
+        assert list(rows) == [("some/set, row 1 of test", {"a": 1}), ("some/set, row 2 of test", {"a": 2})]
+        assert rows.describe() == "the hub's some/set, test"
 
     def test_one_of_paths_and_hub_is_needed(self):
         for settings in ({}, {"paths": ["a.jsonl"], "hub": "some/set"}):
