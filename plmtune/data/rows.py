@@ -26,6 +26,7 @@ from plmtune.data.sources import BadRow
 from plmtune.errors import UserError
 
 _PARQUET_BATCH = 16  # rows: what is stored once for all of them is repeated in memory
+_MAX_DEPTH = 64  # what walks through a row calls itself for each level
 _MOST_SHOWN = 8
 _BETWEEN = re.compile(r"[ \t\r\n]*")
 
@@ -97,6 +98,8 @@ def read_rows(paths: Sequence[str | Path], encoding: str = "utf-8") -> Iterator[
                 row = {"messages": row}
             elif not isinstance(row, dict | BadRow):
                 row = BadRow(f"is a {type(row).__name__}, not an object")
+            if isinstance(row, dict) and _is_deep(row):
+                row = BadRow(f"is nested deeper than {_MAX_DEPTH} levels")
             yield f"{path}, {place}", row
 
 
@@ -272,6 +275,16 @@ def _decode(decoder: json.JSONDecoder, held: str, at: int, whole: bool) -> tuple
         return "the row is nested too deeply to read", -1
     # A number at the very end may go on in the next piece.
     return (value, end) if end < len(held) or whole else ("it is cut off", -1)
+
+
+def _is_deep(row: dict[str, Any]) -> bool:
+    level: list[Any] = [row]
+    for _ in range(_MAX_DEPTH):
+        inside = [value for held in level for value in (held.values() if isinstance(held, dict) else held)]
+        level = [value for value in inside if isinstance(value, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any | BadRow]]:

@@ -47,6 +47,12 @@ class TestJson:
         assert place == f"{path}, line 2"
         assert str(second) == "is a int, not an object"
 
+    def test_a_row_nested_beyond_reason_is_told(self, tmp_path):
+        path = write(tmp_path / "a.jsonl", '{"a":' + "[" * 900 + "]" * 900 + '}\n{"a":' + "[" * 60 + "]" * 60 + "}\n")
+        (_, first), (_, second) = read(path)
+        assert str(first) == "is nested deeper than 64 levels"
+        assert isinstance(second, dict)
+
     def test_a_broken_line_is_told_and_the_next_ones_read(self, tmp_path):
         path = write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": \n{"a": 3}\n')
         kinds = [type(row) for _, row in read(path)]
