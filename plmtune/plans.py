@@ -121,8 +121,8 @@ def plan(cfg: Any, runtime: Runtime, *, dry: bool = False) -> Plan:
         phases = [resolve_phase(index, phase, tokens_per_step) for index, phase in enumerate(cfg.phases)]
         build_scheduler(cfg, optimizer, sum(phase.steps for phase in phases), tokens_per_step)
     rows = cfg.global_batch_size // runtime.data_world_size
-    # A row of preferences holds a prompt with two answers.
-    seq_len = cfg.seq_len if cfg.recipe != "preference" else 2 * cfg.seq_len
+    # A row of preferences holds a prompt with two answers, and as many tokens as two of seq_len.
+    sequences = (2 if cfg.recipe == "preference" else 1) * cfg.micro_batch_size
     return Plan(
         tokenizer,
         model,
@@ -132,8 +132,8 @@ def plan(cfg: Any, runtime: Runtime, *, dry: bool = False) -> Plan:
         estimate(
             model,
             optimizer=cfg.optimizer.name,
-            seq_len=seq_len,
-            micro_batch_size=min(cfg.micro_batch_size, rows),
+            seq_len=cfg.seq_len,
+            micro_batch_size=sequences if cfg.recipe == "preference" else min(sequences, rows),
             micro_batches=-(-rows // cfg.micro_batch_size),
             world_size=runtime.world_size,
             strategy=runtime.strategy,

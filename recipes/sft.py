@@ -93,9 +93,8 @@ class Sft:
     def train(self) -> float | None:
         """Train to the last step; returns the last validation loss in nats a token, or None if it was stopped."""
         plan = self.plan
-        with launch.watch(
-            self, plan.num_steps, tokens_per_step=plan.tokens_per_step, flops_per_token=plan.estimate.flops_per_token
-        ) as watch:
+        # No FLOPs a token: how many of them meet the vocabulary depends on the data.
+        with launch.watch(self, plan.num_steps, tokens_per_step=plan.tokens_per_step) as watch:
             self._introduce(watch)
             launch.warm_up(self.runtime, self._trial)
             return loop.train(self, watch, plan.num_steps)
