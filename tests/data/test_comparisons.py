@@ -324,6 +324,15 @@ class TestOrder:
         parts = [batches(data, rank=rank, world_size=2, global_batch_size=1).step(0) for rank in range(2)]
         assert [[batch.num_pairs for batch in part] for part in parts] == [[1], [0]]
 
+    def test_ranks_get_equally_many_tokens_not_comparisons(self):
+        sizes = [50, *[10] * 5]
+        data = [
+            Comparison(DIRECT, np.full(size - 2, 1, np.int32), np.array([i], np.int32), np.array([9], np.int32), i, "")
+            for i, size in enumerate(sizes)
+        ]
+        parts = [batches(data, global_batch_size=6, rank=rank, world_size=2).step(0) for rank in range(2)]
+        assert [sum(batch.num_tokens for batch in part) for part in parts] == [50, 50]
+
     def test_the_seed_decides_the_order_and_the_digest_tells(self):
         assert batches(seed=4)._pairs(0).tolist() != batches(seed=3)._pairs(0).tolist()
         digests = {batches(seed=seed).order_digest(before, 1) for seed in (3, 4) for before in ("", "a")}
