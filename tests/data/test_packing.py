@@ -56,7 +56,7 @@ class TestPack:
         lengths = np.array([len(e.tokens) for e in conversations(3000, 512)])
         rows = pack(lengths, 2048)
         spread = np.median([lengths[rows == row].std() for row in range(rows.max())])
-        assert spread > 0.8 * lengths.std()  # decreasing best fit: 0.1
+        assert spread > 0.8 * lengths.std()  # decreasing best fit: 0.15
 
     def test_lengths_like_those_of_conversations_fill_99_percent(self) -> None:
         lengths = np.array([len(e.tokens) for e in conversations(3000, 512)])
