@@ -1,5 +1,6 @@
 """Adapters on disk: what PEFT makes of ours and we of PEFT's, and that no other base is taken for theirs."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from plmtune.models import adapters, hf
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.peft import adapter_parameters
+from plmtune.modules.peft import adapter_parameters, init_adapters
 from plmtune.registry import component, load
+from plmtune.training.checkpoint import Checkpoints
 
 TOKENS = torch.randint(0, 257, (2, 9), generator=torch.Generator().manual_seed(1))
 
@@ -151,6 +153,49 @@ class TestLoad:
     ) -> None:
         taught()
         assert plmtune.load(tmp_path / "adapter", "cpu", dtype)[0].head_weight.dtype == dtype
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("kind", ["lora", "qlora", "dora"])
+    def test_training_with_dropout_goes_on_byte_for_byte_and_any_checkpoint_can_be_loaded(
+        self, kind: str, tmp_path: Path
+    ) -> None:
+        base("plm", tmp_path / "base")
+
+        def begin(directory: Path) -> tuple[Any, Any, Any, Checkpoints]:
+            model = hf.load_model(tmp_path / "base").train()
+            load("peft", kind)(model=model, rank=4, dropout=0.3)
+            init_adapters(model, torch.Generator().manual_seed(4))
+            optimizer = load("optimizer", "adamw")(model=model, lr=1e-2)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+            config = adapters.adapter_config(model, tmp_path / "base")
+
+            def describe(directory: Path) -> None:
+                adapters.write_adapter_config(directory, config)
+                byte().save(directory)
+
+            kept = Checkpoints(directory, named=adapters.adapter_state, stem=adapters.ADAPTERS, describe=describe)
+            return model, optimizer, scheduler, kept
+
+        def train(model: Any, optimizer: Any, steps: int) -> None:
+            for _ in range(steps):
+                model(TOKENS).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        model, optimizer, scheduler, checkpoints = begin(tmp_path / "run" / "checkpoints")
+        torch.manual_seed(6)
+        train(model, optimizer, 2)
+        path = checkpoints.save(2, model=model, optimizer=optimizer, scheduler=scheduler, wait=True)
+        saved = copy.deepcopy(model).eval()(TOKENS)
+        train(model, optimizer, 2)
+        other, its_optimizer, its_scheduler, _ = begin(tmp_path / "other")
+        checkpoints.restore(path, model=other, optimizer=its_optimizer, scheduler=its_scheduler)
+        train(other, its_optimizer, 2)
+        ours, theirs = adapters.adapter_state(model), adapters.adapter_state(other)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        close(plmtune.load(tmp_path / "run", "cpu")[0](TOKENS), saved)
+        assert not list(path.glob("model*"))
 
 
 class TestBase:
