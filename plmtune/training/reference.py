@@ -13,10 +13,10 @@ from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 import xxhash
 from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -160,7 +160,7 @@ def _read(path: Path, num: int, tell: Callable[[str], None]) -> Tensor | None:
         data = path.read_bytes()
         if xxhash.xxh3_128_hexdigest(data) != file["xxh3_128"]:
             raise ValueError(f"{path.name} does not match its checksum")
-        values = safetensors.torch.load(data)["log_probs"]
+        values = load_tensors(data)["log_probs"]
         if values.shape != (num, 2) or values.dtype != torch.float32:
             raise ValueError(f"{path.name} holds {values.dtype} {list(values.shape)}, not {[num, 2]}")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
