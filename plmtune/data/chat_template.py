@@ -46,6 +46,7 @@ NAMED = {
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<｜begin▁of▁sentence｜>")
 _MAX_TEMPLATE = 1 << 20
 _MARKS = "mark what the model writes with {% generation %} ... {% endgeneration %} in the template"
+_OTHERWISE = f"the chat template writes otherwise than where the model is to write it (add_generation_prompt): {_MARKS}"
 
 
 class ChatTemplate:
@@ -85,8 +86,8 @@ class ChatTemplate:
         except Exception as error:  # what it computes at once, or nests too deeply
             raise UserError(f"{where} is no Jinja template: {type(error).__name__}: {error}") from error
         self._marked = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
-        self._question = self._try()
-        self.end_id = int(self.encode_answer("b")[-1])
+        self._question, end = self._try()
+        self.end_id = int(self._encode([end])[0][-1])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -122,9 +123,10 @@ class ChatTemplate:
         if not answers:
             raise BadRow("has no assistant turn")
         out, at = [], 0
-        for number, (begin, end) in enumerate(answers, 1):
-            out += [(text[at:begin], False), (text[begin:end], train_on == "all" or number == len(answers))]
-            at = end
+        for number, parts in enumerate(answers, 1):
+            for begin, end in parts:
+                out += [(text[at:begin], False), (text[begin:end], train_on == "all" or number == len(answers))]
+                at = end
         return [(text, trained) for text, trained in [*out, (text[at:], False)] if text]
 
     def encode(self, messages: Sequence[Message], train_on: TrainOn = "all") -> Encoded:
@@ -171,8 +173,11 @@ class ChatTemplate:
         self._check(messages)
         text, spans = self._render(messages, add_generation_prompt=True)
         # Cut as training cuts, so that earlier answers give the same tokens.
-        begins = [start for start, _ in spans] if self._marked else self._begins(messages, text, strict=False)
-        cuts = [0, *(begin for begin in begins if begin), len(text)]
+        try:
+            begins = [parts[0][0] for parts in self._answers(messages, text, spans)]
+        except BadRow:
+            begins = []  # nothing is learned of such a conversation, but it can be gone on with
+        cuts = [0, *begins, len(text)]
         return np.concatenate(self._encode([text[a:b] for a, b in pairwise(cuts)]))
 
     def encode_answer(self, text: str) -> Ids:
@@ -182,17 +187,22 @@ class ChatTemplate:
             BadRow: if the answer holds the text of a special token, or the template refuses it.
         """
         messages = (*self._question, Message("assistant", text))
-        answer = next(piece for piece, trained in self.segments(messages) if trained)
-        return self._encode([answer])[0]
+        self._check(messages)
+        prompt = self.render(self._question, add_generation_prompt=True)
+        written, spans = self._render(messages)
+        if not written.startswith(prompt):
+            raise BadRow(f"has an answer that {_OTHERWISE}")
+        end = self._answers(messages, written, spans)[-1][0][1]
+        return self._encode([written[len(prompt) : end]])[0]
 
-    def _try(self) -> tuple[Message, ...]:
-        """Return a question that the template takes."""
+    def _try(self) -> tuple[tuple[Message, ...], str]:
+        """Return a question that the template takes, and how it writes an answer to it."""
         asked = (Message("user", "a"),)
         failures = []
         for messages in (asked, (Message("system", "c"), *asked)):
             try:
-                self.segments((*messages, Message("assistant", "b")))
-                return messages
+                segments = self.segments((*messages, Message("assistant", "b")))
+                return messages, next(text for text, trained in segments if trained)
             except BadRow as error:
                 failures.append(str(error))
         raise UserError(f"{self.where} cannot be used: a conversation of one question and answer {failures[0]}")
@@ -228,57 +238,66 @@ class ChatTemplate:
             raise BadRow(f"is refused by the chat template ({reason:.200})") from error
         return "".join(pieces), environment.spans
 
-    def _answers(self, messages: Sequence[Message], text: str, spans: list[tuple[int, str]]) -> list[tuple[int, int]]:
-        """Return where each answer begins, and where it ends with its end token."""
+    def _answers(
+        self, messages: Sequence[Message], text: str, spans: list[tuple[int, str]]
+    ) -> list[list[tuple[int, int]]]:
+        """Return for each answer where its parts begin and end; a part ends with an end token.
+
+        There is one part, but where the template marks more.
+        """
+        turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        begins = []
+        for index in turns:
+            prompt = self.render(messages[:index], add_generation_prompt=True)
+            begins.append(len(prompt) if text.startswith(prompt) else None)
         if self._marked:
-            return [self._marked_answer(text, start, marked) for start, marked in spans if marked]
-        begins = self._begins(messages, text, strict=True)
+            return self._marked_answers([messages[index].content for index in turns], begins, text, spans)
         answers = []
-        turns = [number for number, message in enumerate(messages, 1) if message.role == "assistant"]
-        for number, begin in zip(turns, begins, strict=True):
+        for index, begin in zip(turns, begins, strict=True):
+            if begin is None:
+                raise BadRow(f"has an answer (turn {index + 1}) that {_OTHERWISE}")
             found = self._specials.search(text, begin)
             if found is None:
                 raise BadRow(
-                    f"has no end behind the answer of turn {number}: the chat template writes none of the "
+                    f"has no end behind the answer of turn {index + 1}: the chat template writes none of the "
                     f"tokenizer's special tokens there ({', '.join(list(self.tokenizer.specials)[:8])})"
                 )
             written = text[begin : found.start()]
-            if not written.rstrip().endswith(messages[number - 1].content.strip()):
+            if not written.rstrip().endswith(messages[index].content.strip()):
                 raise BadRow(
-                    f"is written by the chat template without the whole answer of turn {number} where the model begins "
-                    f"to write (add_generation_prompt; {written[:40]!r} stands there): {_MARKS}"
+                    f"is written by the chat template without the whole answer of turn {index + 1} where the model "
+                    f"begins to write (add_generation_prompt; {written[:40]!r} stands there): {_MARKS}"
                 )
-            answers.append((begin, found.end()))
+            answers.append([(begin, found.end())])
         return answers
 
-    def _begins(self, messages: Sequence[Message], text: str, *, strict: bool) -> list[int]:
-        """Return where the model begins to write each answer: the length of the prompt before it."""
-        begins = []
-        for index, message in enumerate(messages):
-            if message.role != "assistant":
+    def _marked_answers(
+        self, contents: Sequence[str], begins: Sequence[int | None], text: str, spans: list[tuple[int, str]]
+    ) -> list[list[tuple[int, int]]]:
+        answers: list[list[tuple[int, int]]] = []
+        at = 0
+        for start, marked in spans:
+            begin, end = max(start, at), start + len(marked)
+            if text[start:end] != marked:
+                raise BadRow("has an answer that cannot be found: {% generation %} stands in a macro of the template")
+            if len(answers) < len(contents) and contents[len(answers)].strip() in marked:
+                prompt = begins[len(answers)]
+                if prompt is not None and begin < prompt < end:
+                    begin = prompt  # the block holds something that the model does not write, such as its own role
+                answers.append([])
+            if not answers or not text[begin:end].strip():
                 continue
-            prompt = self.render(messages[:index], add_generation_prompt=True)
-            if text.startswith(prompt):
-                begins.append(len(prompt))
-            elif strict:
-                raise BadRow(
-                    f"is written otherwise by the chat template before the answer of turn {index + 1} than when the "
-                    f"model is to write that answer: {_MARKS}"
-                )
-        return begins
-
-    def _marked_answer(self, text: str, start: int, marked: str) -> tuple[int, int]:
-        end = start + len(marked)
-        if text[start:end] != marked:
-            raise BadRow(
-                "has an answer that cannot be found: {% generation %} stands in a macro or filter of the template"
-            )
-        # The block may hold the end token, perhaps with a line end behind it, or stand before it.
-        inside = [found for found in self._specials.finditer(text, start, end) if not text[found.end() : end].strip()]
-        found = inside[-1] if inside else self._specials.match(text, end)
-        if found is None:
-            raise BadRow("has no end behind an answer: the chat template writes no special token there")
-        return start, found.end()
+            # The block may hold the end token, perhaps with a line end behind it, or stand before it.
+            inside = [
+                found for found in self._specials.finditer(text, begin, end) if not text[found.end() : end].strip()
+            ]
+            closing = inside[-1] if inside else self._specials.match(text, end)
+            if closing is not None:
+                answers[-1].append((begin, closing.end()))
+                at = closing.end()
+        if len(answers) < len(contents) or not all(answers):
+            raise BadRow("has an answer that does not stand whole, with an end token, where {% generation %} marks it")
+        return answers
 
     def _encode(self, texts: Sequence[str]) -> list[Ids]:
         """Return the tokens of each text, in which special tokens stand for themselves."""

@@ -195,6 +195,21 @@ class TestTrained:
         for text in (source, source.replace(inside, outside)):
             assert trained_text(ChatTemplate(text, tokenizer, "a test"), SINGLE) == ["  Hello.\n<|im_end|>"]
 
+    def test_marks_around_the_role_too_begin_where_the_model_begins(self, tokenizer):
+        source = MARKED.replace(
+            "{{ '<|im_start|>assistant\\n' }}{% generation %}", "{% generation %}<|im_start|>assistant\n"
+        )
+        assert source != MARKED
+        template = ChatTemplate(source, tokenizer, "a test")
+        assert trained_text(template, SINGLE) == ["  Hello.\n<|im_end|>"]
+        assert tokenizer.decode(template.encode_answer("b").tolist()) == "b<|im_end|>"
+
+    def test_marks_in_two_blocks_a_turn_are_one_answer(self, tokenizer):
+        source = MARKED.replace("{{ message.content }}", "{{ message.content }}{% endgeneration %}{% generation %}")
+        template = ChatTemplate(source, tokenizer, "a test")
+        assert trained_text(template, talk("a", "b", "c", "d")) == ["b<|im_end|>", "d<|im_end|>"]
+        assert trained_text(template, talk("a", "b", "c", "d"), "last") == ["d<|im_end|>"]
+
     def test_training_sees_the_ids_that_generation_sees(self):
         template = find_template("chatml", bundled())
         for messages in (SINGLE, MULTI, talk("a", "\n\nb", "c", "\nd")):
@@ -253,8 +268,9 @@ class TestRefusals:
             ),
             (
                 "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
-                "is written otherwise",
+                "writes otherwise",
             ),
+            (MARKED.replace("{{ message.content }}<", "<"), "does not stand whole"),
             ("{% if x %}", "is no Jinja template: .*line 1"),
             ("{{ messages[7].content.x }}", "is refused by the chat template"),
             ("{{ strftime_now(7) }}", "TypeError"),
