@@ -52,7 +52,7 @@ def prompts(tokenizer: Tokenizer, count: int) -> Answers:
     made = []
     for index in range(count):
         question = QUESTIONS[index % len(QUESTIONS)]
-        text = " ".join(TEXT[: (index * 7 % count) ** 2 * 240 // count**2]) if index else ""
+        text = " ".join(TEXT[: (index * 7 % count) ** 2 * 275 // count**2]) if index else ""
         chat = f"<|im_start|>user\n{text}\n\n{question}<|im_end|>\n<|im_start|>assistant\n"
         made.append(tokenizer.encode(chat, specials=True)[:400] if index else tokenizer.encode(question)[:8])
     return made

@@ -106,13 +106,17 @@ class Slots:
     def decode(self, lengths: Tensor, longest: int) -> Cache:
         """Return a cache for one forward that gives each of the first b slots its next token.
 
-        The forward needs `input_pos` and, where lengths differ, a mask.
+        Where lengths differ, the forward needs `input_pos` and a mask.
 
         Args:
             lengths (Tensor): [b], tokens in each of them.
             longest: the largest of those.
         """
         return SlotView(self.layers, longest, torch.arange(len(lengths), device=lengths.device), lengths)
+
+    def decode_alike(self, count: int, length: int) -> Cache:
+        """Return a cache for one forward that gives each of the first slots its next token, all having `length`."""
+        return Cache([tuple(buffer[:count] for buffer in layer) for layer in self.layers], length)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot over another."""
