@@ -251,6 +251,10 @@ class TestRefusals:
         with pytest.raises(BadRow, match=r"is refused by the chat template \(System role not supported\)"):
             template.encode(MULTI)
 
+    def test_a_conversation_of_thousands_of_turns_is_refused(self, tokenizer):
+        with pytest.raises(BadRow, match="more than 1,000 turns"):
+            find_template(None, tokenizer).encode(talk(*"ab" * 501))
+
     def test_no_answer_is_refused(self, tokenizer):
         with pytest.raises(BadRow, match="no assistant turn"):
             find_template(None, tokenizer).encode(talk("a"))
