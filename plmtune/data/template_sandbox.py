@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 # A template is a stranger's program. A turn of a loop counts as one step, a range as its length, a call of a macro as
 # more, for it takes longer. What is written has MAX_TEXT characters beside four times the conversation's. Not bounded:
 # what a single filter makes, such as "x" | center(10 ** 9).
-_MAX_STEPS = 300_000
+_MAX_STEPS = 200_000
 _STEPS_A_CALL = 50
 MAX_TEXT = 1 << 20
 # A prompt must not depend on the day it is made; Llama 3 falls back to this day where no clock is at hand.
