@@ -36,7 +36,7 @@ from plmtune.optim.optimizers import adamw
 from plmtune.training.compare import answers, comparisons
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-SEQ_LEN, PAIRS = 512, 4
+SEQ_LEN = 512
 SIDES = ("ours, kept", "ours, live", "TRL, kept", "TRL, live")
 
 
@@ -87,13 +87,14 @@ class Ours:
 
     def give(self, chosen: list[Comparison]) -> None:
         self.batches = PreferenceBatches(
-            chosen, seq_len=SEQ_LEN, global_batch_size=PAIRS, micro_batch_size=PAIRS, seed=1
+            chosen, seq_len=SEQ_LEN, global_batch_size=len(chosen), micro_batch_size=len(chosen), seed=1
         ).step(0)
+        self.num = len(chosen)
         self.kept: Tensor | None = self._reference()
 
     @torch.no_grad()
     def _reference(self) -> Tensor:
-        found = torch.zeros(PAIRS, 2)
+        found = torch.zeros(self.num, 2)
         for batch in self.batches:
             found[batch.index] = answers(self.reference, self.reference, batch, scores=False).view(-1, 2)
         return found
@@ -103,7 +104,7 @@ class Ours:
         total = 0.0
         for batch in self.batches:
             found = answers(self.policy, self.policy, batch, scores=False)
-            loss = self.loss(comparisons(batch, found, reference, torch.zeros(()))).sum() / PAIRS
+            loss = self.loss(comparisons(batch, found, reference, torch.zeros(()))).sum() / self.num
             loss.backward()
             total += loss.item()
         return total
@@ -131,7 +132,6 @@ class Trl:
             ref_model=LlamaForCausalLM.from_pretrained(reference, dtype=torch.float32),
             args=DPOConfig(
                 output_dir=str(scratch),
-                per_device_train_batch_size=PAIRS,
                 max_length=None,
                 bf16=False,
                 gradient_checkpointing=False,
@@ -164,14 +164,15 @@ class Trl:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one layer, one round")
+    parser.add_argument("--quick", action="store_true", help="one layer, one round, one pair")
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=4, help="a step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data", type=Path, default=DATA)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    layers, rounds = (1, 1) if options.quick else (options.layers, options.rounds)
+    layers, rounds, num = (1, 1, 1) if options.quick else (options.layers, options.rounds, options.pairs)
     with tempfile.TemporaryDirectory() as scratch:
         reference, policy = make_models(Path(scratch), layers)
         template = find_template(None, load_tokenizer(policy))
@@ -186,12 +187,12 @@ def main() -> None:
             )
         )
         print(f"{machine()}, fp32")
-        print(f"SmolLM2-135M's first {layers} layers, {PAIRS} pairs a step, prompt and answer up to {SEQ_LEN} tokens")
+        print(f"SmolLM2-135M's first {layers} layers, {num} pairs a step, prompt and answer up to {SEQ_LEN} tokens")
         choose = random.Random(0)
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}
         losses: dict[str, list[float]] = {side: [] for side in SIDES}
-        for number in range(rounds + 1):  # the first is for warming up
-            chosen = choose.sample(found, PAIRS)
+        for number in range(rounds + 1):
+            chosen = choose.sample(found, num if number else 1)  # the first is for warming up
             ours.give(chosen)
             theirs.give(chosen)
             for side in SIDES[:: 1 if number % 2 else -1]:
