@@ -89,6 +89,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None, scal
     return out[..., :width]
 
 
+def _varlen_takes(q: Tensor) -> bool:
+    """Whether torch's flash kernels of many lengths take such heads: Ampere and newer, forward and backward."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if q.device.type != "cuda" or not half or q.shape[3] % 8 or q.shape[3] > 192:
+        return False
+    return torch.cuda.get_device_capability(q.device)[0] >= 8
+
+
 # What a call costs on a CPU besides its work, in scores that could be computed meanwhile (measured: 15,000 to 25,000).
 _SCORES_A_CALL = 20_000
 
@@ -98,7 +106,7 @@ _SCORES_A_CALL = 20_000
 def _attend_inside(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
     """Attention inside each segment alone, which costs the sum of their squares instead of the row's square."""
     b, h, s, width = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
-    on_gpu = q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+    on_gpu = _varlen_takes(q)
     if len(segments.lengths) == b:
         return attend(q, k, v, None, scale)  # each row is one
     # On a CPU there is a call for each segment, which does not pay where they are many and short.
