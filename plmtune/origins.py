@@ -129,13 +129,13 @@ def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer) -> Origin | None:
         return "", str(directory)
 
     # Rank 0 looks and tells: the newest of a run that is still training may be another a moment later.
-    folder, found = told_by_rank_0(find)
-    directory = newest_whole(Path(folder)) if folder else Path(found)
+    folder, single = told_by_rank_0(find)
+    directory = newest_whole(Path(folder)) if folder else Path(single)
     assert directory is not None
     theirs, ours = read_description(directory), model.config
-    for key in ours:
-        if (key == "vocab_size" or key not in _FREE) and ours[key] != theirs.get(key):
-            raise UserError(f"init_from={cfg.init_from}: its model has {key}={theirs.get(key)}, this run {ours[key]}.")
+    if found := _difference(theirs, ours):
+        key, their, our = found
+        raise UserError(f"init_from={cfg.init_from}: its model has {key}={their}, this run {our}.")
     named = (directory / "tokenizer.json").is_file() or holds_adapters(directory)
     if named and load_its_tokenizer(directory).fingerprint != tokenizer.fingerprint:
         raise UserError(
@@ -146,3 +146,15 @@ def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer) -> Origin | None:
     goes_on = cfg.scheduler.settings.get("start", "warmup") != "warmup"
     state = read_document(directory).get("state", {}) if goes_on else {}
     return Origin(directory, bool(state), dict(state.get("drawn", {})))
+
+
+def _difference(theirs: Any, ours: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first key in which two models compute otherwise, with both values."""
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return None if ours == theirs else (key, theirs, ours)
+    for name in sorted(ours, key=lambda name: isinstance(ours[name], dict)):  # plain ones first: they say more
+        if name in _FREE and name != "vocab_size":
+            continue
+        if found := _difference(theirs.get(name), ours[name], f"{key}.{name}" if key else name):
+            return found
+    return None

@@ -25,7 +25,7 @@ from plmtune.units import show_count
 MEASURED = {
     "pretrain": ("validation_loss", "bits_per_byte"),
     "sft": ("validation_loss",),
-    "preference": ("validation_loss", "accuracy", "margin"),
+    "preference": ("validation_loss", "validation/accuracy", "validation/margin"),
 }
 
 

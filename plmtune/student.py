@@ -63,7 +63,7 @@ class Student:
         if self.adapters:
             adapters.write_adapter_config(directory, self.adapters)
         else:
-            write_config(self.model.config, self.dtype, directory)
+            write_config(self.model.config, self.dtype, directory, score_head=hasattr(self.model, "score"))
         self.tokenizer.save(directory)
 
 
@@ -82,13 +82,13 @@ def wake(
     if cfg.peft and runtime.strategy in ("fsdp", "hsdp"):
         raise UserError(f"key peft: adapters are trained on whole models, not under {runtime.strategy}: strategy=ddp.")
     generator = torch.Generator().manual_seed(cfg.seed)
+    if score_head:
+        model.add_score_head(generator)
     model = model.to_empty(device=runtime.device)
     model.activation_checkpointing = cfg.runtime.activation_checkpointing
     model.init_weights(generator)  # also what no file holds, such as RoPE's tables
     if origin:
         adapters.load_state(model, origin.directory)
-    if score_head:
-        model.add_score_head(generator)
     described: dict[str, Any] = {}
     if cfg.peft:
         assert origin is not None

@@ -27,7 +27,7 @@ from plmtune.rounds.rounds import open_rounds
 from plmtune.runs import open_run
 from plmtune.schema import Preference as Config
 from plmtune.student import Student, first_model, wake
-from plmtune.training import loop
+from plmtune.training import loop, metrics
 from plmtune.training.checkpoint import newest_whole, read_document
 from plmtune.training.compare import Tally, answers, comparisons
 from plmtune.training.plot import draw_curves
@@ -262,7 +262,7 @@ class Preference:
         if measured is None:
             return self._stopped(watch)
         if measured:
-            watch.log(self.step, {"after_round": number, **measured})
+            watch.log(self.step, {metrics.BETWEEN: number, **measured})
             watch.message(
                 f"after round {number}: reward of direct answers {measured['direct']:.4f}, "
                 f"of refined {measured['refined']:.4f}"

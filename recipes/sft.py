@@ -148,7 +148,7 @@ class Sft:
 
     def _introduce(self, watch: Watch) -> None:
         watch.message(f"run: {self.run.path}" + (f", going on after step {self.step}" if self.step else ""))
-        kernels = self.runtime.attention_kernels(self.model, seq_len=self.cfg.seq_len, masked=True)
+        kernels = self.runtime.attention_kernels(self.model, seq_len=self.cfg.seq_len, segments=True)
         reasons = [*self.runtime.reasons, f"attention: {kernels}"]
         for line in (*reasons, *self.plan.estimate.lines(), *self.notes, self.data.describe()):
             watch.message(line)

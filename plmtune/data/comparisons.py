@@ -127,7 +127,7 @@ def make_comparisons(
                 shortened += cut
                 made.append(Comparison(kind, ids, chosen, rejected, count, pair.place))
         count += 1
-    if mismatched:
+    if mismatched and made:
         made, lacking = _with_mismatched(made, seq_len)
     notes = []
     if shortened:

@@ -16,13 +16,17 @@ from plmtune.training import manifest
 # What depends on the clock and the machine. All other keys are equal in two runs of one seed.
 TIMING = ("time", "tokens_per_second", "mfu", "memory_bytes")
 
+# A line with this key comes between a checkpoint and the next step: a run resumed from there writes it again.
+BETWEEN = "after_round"
+
 
 class MetricsFile:
     """Appends lines to `path`; each is on its way to the disk before `append` returns, whole or not at all.
 
     Args:
         path: made if missing.
-        start_step: lines beyond it are cut off, as a resumed run writes them again; so is one torn by a kill.
+        start_step: lines beyond it are cut off, as a resumed run writes them again; so is one torn by a kill, and one
+            of this step that was measured after its checkpoint (`BETWEEN`).
 
     Attributes:
         pending: lines that could not be written yet; the next `append` tries again.
@@ -106,5 +110,6 @@ def without_timing(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cut(path: Path, start_step: int) -> None:
-    kept = [json.dumps(entry) for entry in read(path) if entry["step"] <= start_step]
+    lines = [entry for entry in read(path) if entry["step"] <= start_step]
+    kept = [json.dumps(entry) for entry in lines if not (entry["step"] == start_step and BETWEEN in entry)]
     manifest.write_text(path, "".join(text + "\n" for text in kept))

@@ -146,9 +146,7 @@ class Runtime:
         """
         return distributed.accumulate(trained, first=first, last=last)
 
-    def attention_kernels(
-        self, model: nn.Module, *, seq_len: int, masked: bool = False, segments: bool = False
-    ) -> str:
+    def attention_kernels(self, model: nn.Module, *, seq_len: int, masked: bool = False, segments: bool = False) -> str:
         """Name what attention of these sequences runs through here, in training; see `kernel_names`."""
         dtype, device = self.compute_dtype, self.device
         return kernel_names(model, seq_len=seq_len, dtype=dtype, device=device, masked=masked, segments=segments)

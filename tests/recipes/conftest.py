@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import xxhash
+from tuning import base  # noqa: F401  (a fixture)
 
 from plmtune import config
 from plmtune.errors import UserError

@@ -1,0 +1,257 @@
+"""Preference training, on pairs and in rounds, as a person drives it."""
+
+import importlib
+import json
+import math
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import command, environment, kill_all, metrics, weights
+from tuning import PREFERENCE, refusal, run, stop_in
+
+from plmtune.models.reward import load_reward_model
+from plmtune.rounds import chains
+
+ROUNDS = [
+    "rounds=2",
+    "prompts=6",
+    "reward=vowels",
+    "chat.holdout=0.1",
+    "generation={turns: 2, max_new_tokens: 8, batch_size: 3}",
+    "selection.rules=[]",
+    "seq_len=128",
+]
+
+
+def recipe() -> Any:
+    return importlib.import_module("plmtune.recipes.preference").Preference
+
+
+def losses(place: Path) -> list[dict[str, Any]]:
+    return [entry for entry in metrics(place) if "loss" in entry]
+
+
+class TestLearning:
+    def test_the_chosen_answers_win(self, base: Path) -> None:
+        run("dpo", "run_dir=r", "epochs=4", "optimizer.lr=3e-3")
+        entries = losses(base / "r")
+        assert entries[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # the policy is its reference
+        assert entries[0]["h"] == pytest.approx(0, abs=1e-3)
+        assert entries[-1]["loss"] < 0.4
+        assert entries[-1]["accuracy"] == 1
+        last = [entry for entry in metrics(base / "r") if "validation_loss" in entry][-1]
+        assert last["validation/accuracy"] == 1  # the rejected answers are all alike
+
+    def test_aries_begins_at_its_loss_of_the_reference_and_learns_in_every_context(self, base: Path) -> None:
+        run("aries", "run_dir=r", "epochs=3", "optimizer.lr=3e-3", "seq_len=128", "loss.alpha=0.5")
+        entries = losses(base / "r")
+        assert entries[0]["loss"] == pytest.approx(0.5 * math.log(2) + 0.5 * 0.5, abs=1e-4)
+        for context in ("", "given_rejected/", "given_chosen/"):
+            assert entries[-1][f"{context}h"] > 1
+
+    @pytest.mark.parametrize("loss", ["ipo", "simpo", "kto"])
+    def test_every_loss_trains(self, base: Path, loss: str) -> None:
+        run("dpo", f"loss={loss}", "run_dir=r", "epochs=2", "optimizer.lr=3e-3")
+        entries = losses(base / "r")
+        assert entries[-1]["loss"] < entries[0]["loss"]
+
+    def test_a_reward_model_comes_from_the_same_recipe(self, base: Path) -> None:
+        run("dpo", "loss=bradley_terry", "run_dir=r", "epochs=3", "optimizer.lr=3e-3")
+        assert losses(base / "r")[-1]["accuracy"] == 1
+        model = load_reward_model(base / "r")
+        assert model.score.weight.abs().sum() > 0
+
+    def test_adapters_are_measured_against_their_base(self, base: Path) -> None:
+        run("dpo", "peft=lora", "run_dir=r", "epochs=2", "optimizer.lr=1e-2")
+        entries = losses(base / "r")
+        assert entries[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        assert entries[-1]["loss"] < entries[0]["loss"]
+
+    def test_micro_batches_change_nothing(self, base: Path) -> None:
+        for size in (1, 8):
+            run("dpo", "loss=kto", f"run_dir=r{size}", f"micro_batch_size={size}", "seq_len=64")
+        one, eight = losses(base / "r1"), losses(base / "r8")
+        assert [e["loss"] for e in one] == pytest.approx([e["loss"] for e in eight], rel=1e-5)
+
+
+class TestReference:
+    def test_a_second_run_reads_what_the_first_has_computed(
+        self, base: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        run("dpo", "run_dir=a")
+        kept = sorted((base / "runs" / "reference").iterdir())
+        run("dpo", "run_dir=b", "seed=2")
+        assert sorted((base / "runs" / "reference").iterdir()) == kept or len(kept) == 2
+        first, second = losses(base / "a"), losses(base / "b")
+        assert first[0]["loss"] == pytest.approx(second[0]["loss"], abs=1e-5)
+
+    def test_lost_numbers_are_computed_again_from_the_first_model(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run("dpo", "run_dir=whole")
+        with monkeypatch.context() as patch:
+            stop_in(patch, recipe(), "update", 3)
+            with pytest.raises(SystemExit):
+                run("dpo", "run_dir=cut")
+        for path in (base / "runs" / "reference").iterdir():
+            path.unlink()
+        run("dpo", "run_dir=cut", "resume=true")
+        assert weights(base / "cut") == weights(base / "whole")
+
+
+class TestResuming:
+    @pytest.mark.parametrize("extra", [(), ("peft=lora", "peft.dropout=0.1")])
+    def test_a_stopped_run_goes_on_as_if_never_disturbed(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch, extra: tuple[str, ...]
+    ) -> None:
+        run("dpo", "run_dir=whole", *extra)
+        with monkeypatch.context() as patch:
+            stop_in(patch, recipe(), "update", 3)
+            with pytest.raises(SystemExit) as stopped:
+                run("dpo", "run_dir=cut", *extra)
+        assert stopped.value.code == 75
+        run("dpo", "run_dir=cut", "resume=true", *extra)
+        assert weights(base / "cut") == weights(base / "whole")
+        assert metrics(base / "cut") == metrics(base / "whole")
+
+
+class TestRounds:
+    def test_each_round_writes_judges_chooses_and_trains(self, base: Path) -> None:
+        run("aries", *ROUNDS, "run_dir=r")
+        for number in (1, 2):
+            place = base / "r" / "rounds" / f"{number:02}"
+            told = [json.loads(line) for line in (place / "chains.jsonl").read_text().splitlines()]
+            assert len(told) == 6
+            assert all(len(chain["answers"]) == 2 for chain in told)
+            for line in (place / "pairs.jsonl").read_text().splitlines():
+                pair = json.loads(line)
+                chain = next(chain for chain in told if chain["prompt"] == pair["prompt"])
+                rewards = {answer["text"]: answer["reward"] for answer in chain["answers"]}
+                assert rewards[pair["chosen"]] > rewards[pair["rejected"]]
+        measured = [entry for entry in metrics(base / "r") if "direct" in entry]
+        assert [entry["after_round"] for entry in measured] == [0, 1, 2]
+        assert all("refined" in entry for entry in measured)
+        assert {entry["round"] for entry in losses(base / "r")} == {1, 2}
+
+    @pytest.mark.parametrize(("method", "call"), [("update", 1), ("_measure", 2), ("_choose", 2), ("_stage", 2)])
+    def test_a_stopped_round_goes_on_as_if_never_disturbed(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch, method: str, call: int
+    ) -> None:
+        run("aries", *ROUNDS, "run_dir=whole")
+        with monkeypatch.context() as patch:
+            stop_in(patch, recipe(), method, call)
+            with pytest.raises(SystemExit):
+                run("aries", *ROUNDS, "run_dir=cut")
+        run("aries", *ROUNDS, "run_dir=cut", "resume=true")
+        assert rounds_of(base / "cut") == rounds_of(base / "whole")
+        assert weights(base / "cut") == weights(base / "whole")
+        assert metrics(base / "cut") == metrics(base / "whole")
+
+    def test_answers_that_were_written_before_a_death_are_kept(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run("aries", *ROUNDS, "run_dir=whole")
+        with monkeypatch.context() as patch:
+            whole, kept = chains.Journal.add, list[Any]()
+
+            def dies(self: Any, *answer: Any) -> None:
+                whole(self, *answer)
+                kept.append(answer[:2])
+                if len(kept) == 11:  # in the second of three evaluations and rounds
+                    raise KeyboardInterrupt
+
+            patch.setattr(chains.Journal, "add", dies)
+            with pytest.raises(KeyboardInterrupt):
+                run("aries", *ROUNDS, "run_dir=cut")
+            again = list[Any]()
+            patch.setattr(
+                chains.Journal, "add", lambda self, *answer: (again.append(answer[:2]), whole(self, *answer))[1]
+            )
+            run("aries", *ROUNDS, "run_dir=cut", "resume=true")
+        num_held, per_round, turns = 4, 6, 2
+        assert len(kept) + len(again) == (3 * num_held + 2 * per_round) * turns  # none twice
+        assert rounds_of(base / "cut") == rounds_of(base / "whole")
+        assert weights(base / "cut") == weights(base / "whole")
+        assert metrics(base / "cut") == metrics(base / "whole")
+
+    @pytest.mark.slow
+    def test_a_round_killed_while_it_writes_answers_repeats_none(self, base: Path) -> None:
+        arguments = [
+            "run",
+            "--import",
+            "tuning",
+            "aries",
+            *PREFERENCE,
+            *ROUNDS,
+            "generation.max_new_tokens=24",
+            "prompts=20",
+            "rounds=1",
+        ]
+        kept = [text for text in arguments if text not in ("chat.holdout=0.2", "seq_len=96", "prompts=6", "rounds=2")]
+        subprocess.run(command(*kept, "run_dir=whole"), cwd=base, env=with_rewards(), check=True, capture_output=True)
+        for _ in range(2):
+            go_on = ["resume=true"] if (base / "cut").exists() else []
+            process = subprocess.Popen(
+                command(*kept, "run_dir=cut", *go_on), cwd=base, env=with_rewards(),
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            journal = base / "cut" / "rounds" / "01" / "answers-00000.jsonl"
+            before = len(journal.read_text().splitlines()) if journal.exists() else 0
+            deadline = time.monotonic() + 120
+            while process.poll() is None and time.monotonic() < deadline:
+                if journal.exists() and len(journal.read_text().splitlines()) > before + 3:
+                    break
+                time.sleep(0.002)
+            kill_all(process)
+        subprocess.run(
+            command(*kept, "run_dir=cut", "resume=true"), cwd=base, env=with_rewards(), check=True, capture_output=True
+        )
+        assert rounds_of(base / "cut") == rounds_of(base / "whole")
+        assert weights(base / "cut") == weights(base / "whole")
+
+
+def with_rewards() -> dict[str, str]:
+    """An environment in which --import finds the reward of these tests."""
+    return {**environment(), "PYTHONPATH": str(Path(__file__).parent)}
+
+
+def rounds_of(place: Path) -> dict[str, str]:
+    """What every file of the rounds says."""
+    folder = place / "rounds"
+    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class TestMistakes:
+    def test_equal_answers_are_counted_with_the_first_place(self, base: Path) -> None:
+        path = base / "pairs.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[4]["rejected"] = rows[4]["chosen"]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        said = refusal("dpo")
+        assert "pairs.jsonl, line 5" in said
+        assert "chat.skip_bad=true" in said
+        assert not (base / "runs").exists()
+
+    def test_a_prompt_longer_than_the_context_is_said_before_training(self, base: Path) -> None:
+        said = refusal("dpo", "seq_len=16")
+        assert "None of the pairs can be trained on" in said
+        assert "pairs.jsonl, line 1" in said
+
+    def test_conversations_are_no_pairs(self, base: Path) -> None:
+        assert "holds conversations; this run takes pairs" in refusal(
+            "dpo", "data=conversations", "data.paths=[talk.jsonl]"
+        )
+
+    def test_a_loss_over_tokens_belongs_elsewhere(self, base: Path) -> None:
+        assert "cross_entropy belongs to the recipe pretrain" in refusal("dpo", "loss=cross_entropy")
+
+    def test_a_round_without_pairs_says_why(self, base: Path) -> None:
+        said = refusal("aries", *ROUNDS, "selection.margin=200")
+        assert "no pair was chosen from 6 chains" in said
+        assert "selection.margin" in said
+
+    def test_an_unknown_rule_is_named_with_the_nearest(self, base: Path) -> None:
+        assert "not_empty" in refusal("aries", *[t for t in ROUNDS if "rules" not in t], "selection.rules=[not_emtpy]")

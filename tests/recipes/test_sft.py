@@ -1,0 +1,169 @@
+"""Supervised fine-tuning, as a person drives it."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import metrics, weights
+from tuning import refusal, run, stop_in
+
+import plmtune
+from plmtune.data.chat_template import find_template
+from plmtune.data.rows import Message
+from plmtune.models.files import checkpoint_directory
+
+
+def recipe() -> Any:
+    return importlib.import_module("plmtune.recipes.sft").Sft
+
+
+class TestLearning:
+    def test_loss_falls_and_the_model_says_what_it_was_taught(self, base: Path) -> None:
+        run("sft", "run_dir=r", "phases=[{name: main, steps: 60}]", "optimizer.lr=1e-2", "global_batch_size=8")
+        entries = metrics(base / "r")
+        losses = [entry["loss"] for entry in entries if "loss" in entry]
+        assert losses[-1] < 0.3 * losses[0]
+        assert [entry for entry in entries if "validation_loss" in entry]
+        model, tokenizer = plmtune.load(base / "r")
+        template = find_template(None, tokenizer)
+        ids = template.encode_prompt((Message("user", "What is path number 0?"),)).tolist()
+        with torch.no_grad():
+            first = int(model(torch.tensor([ids]))[0, -1].argmax())
+        assert tokenizer.decode([first]) == "The"
+        assert (base / "r" / "curves.png").stat().st_size > 10_000
+
+    def test_the_loss_is_the_mean_over_answers_alone(self, base: Path) -> None:
+        run("sft", "run_dir=r", "phases=[{name: main, steps: 1}]", "optimizer.lr=0", "chat.holdout=0")
+        model, tokenizer = plmtune.load(base / "base")
+        template = find_template(None, tokenizer)
+        cfg = plmtune.config.load_config(base / "r" / "config.yaml")  # type: ignore[attr-defined]
+        data = recipe()  # the class is imported, so that its module is
+        assert data is not None
+        nats = count = 0.0
+        for line in (base / "talk.jsonl").read_text().splitlines():
+            messages = tuple(Message(**message) for message in json.loads(line)["messages"])
+            ids, trained = template.encode(messages, "all")
+            tokens = torch.from_numpy(ids).long()[None]
+            with torch.no_grad():
+                log_p = model(tokens)[0].log_softmax(-1)
+            for place in range(1, len(ids)):
+                if trained[place]:
+                    nats -= float(log_p[place - 1, tokens[0, place]])
+                    count += 1
+        # All rows of the data are within a few steps' batches: the same model gives the same mean.
+        run("sft", "run_dir=all", "phases=[{name: main, steps: 1}]", "optimizer.lr=0", "chat.holdout=0", "seq_len=128",
+            "global_batch_size=16", "micro_batch_size=16")  # fmt: skip
+        told = [entry["loss"] for entry in metrics(base / "all") if "loss" in entry]
+        assert cfg.seq_len == 96
+        assert told[0] == pytest.approx(nats / count, rel=0.02)  # of a sample of rows
+
+    def test_phases_have_their_own_mix_and_budget(self, base: Path) -> None:
+        sources = "data.sources={a: {component: conversations, paths: [talk.jsonl]}, b: {component: docstrings}}"
+        phases = "phases=[{name: general, steps: 2, mix: {b: 1}}, {name: domain, steps: 2, mix: {a: 1}}]"
+        run("sft", "data=mix", sources, phases, "run_dir=r", "seq_len=160", "chat.too_long=drop")
+        entries = [entry for entry in metrics(base / "r") if "phase" in entry]
+        assert [entry["phase"] for entry in entries] == ["general", "general", "domain", "domain"]
+
+    def test_the_refinement_objective_takes_pairs(self, base: Path) -> None:
+        score = run("sft", "loss=sft_refine", "data=preferences", "data.paths=[pairs.jsonl]", "seq_len=160")
+        assert score > 0
+
+
+class TestResuming:
+    @pytest.mark.parametrize("peft", ["", "peft=lora"])
+    def test_a_stopped_run_goes_on_as_if_never_disturbed(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch, peft: str
+    ) -> None:
+        extra = [peft, "peft.dropout=0.1"] if peft else []
+        run("sft", "run_dir=whole", *extra)
+        with monkeypatch.context() as patch:
+            stop_in(patch, recipe(), "update", 3)
+            with pytest.raises(SystemExit) as stopped:
+                run("sft", "run_dir=cut", *extra)
+        assert stopped.value.code == 75
+        assert len([entry for entry in metrics(base / "cut") if "loss" in entry]) == 3
+        run("sft", "run_dir=cut", "resume=true", *extra)
+        assert weights(base / "cut") == weights(base / "whole")
+        assert metrics(base / "cut") == metrics(base / "whole")
+
+    def test_a_resume_needs_not_name_what_the_run_took_over(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with monkeypatch.context() as patch:
+            stop_in(patch, recipe(), "update", 3)
+            with pytest.raises(SystemExit):
+                run("sft", "run_dir=cut")
+        (base / "base").rename(base / "moved")  # a run of full weights no longer needs its origin
+        (base / "base").mkdir()
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (base / "base" / file).write_bytes((base / "moved" / file).read_bytes())
+        run("sft", "run_dir=cut", "resume=true", "init_from=null")
+        assert [entry for entry in metrics(base / "cut") if "loss" in entry][-1]["step"] == 6
+
+
+class TestAdapters:
+    @pytest.mark.parametrize("peft", ["lora", "qlora", "dora"])
+    def test_a_checkpoint_holds_adapters_alone_and_loads_merged(self, base: Path, peft: str) -> None:
+        run("sft", f"peft={peft}", "peft.rank=4", "run_dir=r", "optimizer.lr=1e-2")
+        directory = checkpoint_directory(base / "r")
+        names = {path.name for path in directory.iterdir()}
+        assert {"adapter_model.safetensors", "adapter_config.json"} <= names
+        assert "model.safetensors" not in names
+        before, _ = plmtune.load(base / "base")
+        after, _ = plmtune.load(base / "r")
+        changed = {
+            name.split(".")[-2]
+            for (name, old), (_, new) in zip(before.named_parameters(), after.named_parameters(), strict=True)
+            if not torch.equal(old, new)
+        }
+        assert "q_proj" in changed
+        assert not changed & {"tok_embeddings", "attention_norm", "norm"}
+
+    def test_the_next_stage_starts_from_merged_adapters(self, base: Path) -> None:
+        run("sft", "peft=lora", "run_dir=first", "optimizer.lr=1e-2")
+        run("sft", "init_from=first", "run_dir=second", "phases=[{name: main, steps: 1}]", "optimizer.lr=0")
+        first, _ = plmtune.load(base / "first")
+        second, _ = plmtune.load(base / "second")
+        for old, new in zip(first.parameters(), second.parameters(), strict=True):
+            assert torch.allclose(old, new, atol=1e-6)
+
+
+class TestMistakes:
+    def test_rows_that_cannot_be_used_are_counted_with_the_first_place(self, base: Path) -> None:
+        path = base / "talk.jsonl"
+        rows = path.read_text().splitlines()
+        rows[7] = json.dumps({"messages": [{"role": "user", "content": "And?"}]})
+        rows[9] = json.dumps({"messages": [{"role": "user", "content": "So?"}]})
+        path.write_text("\n".join(rows) + "\n")
+        said = refusal("sft")
+        assert "talk.jsonl, line 8" in said
+        assert "2 rows cannot be used" in said
+        assert "chat.skip_bad=true" in said
+        assert not (base / "runs").exists()
+        run("sft", "chat.skip_bad=true", "run_dir=r")
+
+    def test_nothing_left_to_train_on_is_said_with_the_reasons(self, base: Path) -> None:
+        said = refusal("sft", "seq_len=16")
+        assert "none of its 40 conversations can be trained on" in said
+        assert "longer than seq_len" in said
+
+    def test_text_and_pairs_are_no_conversations(self, base: Path) -> None:
+        assert "plain text" in refusal("sft", "data=stdlib")
+        assert "pairs" in refusal("sft", "data=docstring_pairs")
+
+    def test_a_preference_loss_belongs_elsewhere(self, base: Path) -> None:
+        assert "dpo belongs to the recipe preference" in refusal("sft", "loss=dpo")
+
+    def test_another_model_is_refused_by_the_key_that_differs(self, base: Path) -> None:
+        assert "embed_dim=64, this run 128" in refusal("sft", "model=plm_demo")
+
+    def test_another_vocabulary_is_refused(self, base: Path) -> None:
+        assert "vocab_size=4096, this run 257" in refusal("sft", "tokenizer=byte")
+
+    def test_nothing_to_start_from_says_what_to_run(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        said = refusal("sft", "init_from=null")
+        assert "no finished pretrain run" in said
+        assert "plmtune run pretrain" in said
+        assert "init_from=DIR" in said

@@ -1,0 +1,95 @@
+"""What the tests of fine-tuning share: a base model, a few conversations and pairs, and short runs on them."""
+
+import importlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from plmtune import config
+from plmtune.data.tokenizers import bundled
+from plmtune.errors import UserError
+from plmtune.models.hf import save_model
+from plmtune.registry import import_module
+
+QUICK = [
+    "init_from=base",
+    "runtime.precision=fp32",
+    "logger=jsonl",
+    "seq_len=96",
+    "global_batch_size=4",
+    "micro_batch_size=2",
+    "log_every=1",
+    "validation.every=3",
+    "checkpoint={every: 2, keep: 0}",
+]
+SFT = [
+    *QUICK,
+    "data=conversations",
+    "data.paths=[talk.jsonl]",
+    "chat.holdout=0.2",
+    "phases=[{name: main, steps: 6}]",
+    "sample.max_new_tokens=0",
+    "validation.tokens=1000",
+]
+PREFERENCE = [*QUICK, "data=preferences", "data.paths=[pairs.jsonl]", "chat.holdout=0.2", "optimizer.lr=1e-3"]
+
+
+import_module("rewards_of_tests")
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a random model of ChatML, and small files of conversations and pairs."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = bundled()
+    tiny = config.compose("pretrain", (), ["model=plm_tiny"]).model
+    model = tiny(vocab_size=tokenizer.vocab_size)
+    model.init_weights(torch.Generator().manual_seed(3))
+    save_model(model, None, tmp_path / "base")
+    tokenizer.save(tmp_path / "base")
+    words = ["path", "file", "list", "name", "text", "line", "word", "type", "date", "time"]
+    talks, pairs = [], []
+    for i in range(40):
+        word, other = words[i % 10], words[(i * 7 + 3) % 10]
+        question = f"What is {word} number {i}?"
+        good = f"The {word} is a {other}, and it has the number {i}."
+        talks.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": good}]})
+        pairs.append({"prompt": question, "chosen": good, "rejected": f"I do not know any {other}."})
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return tmp_path
+
+
+def run(name: str, *overrides: str, **options: Any) -> float:
+    """Run a recipe in this process."""
+    small = SFT if name == "sft" else PREFERENCE
+    named = {text.partition("=")[0] for text in overrides}
+    kept = [text for text in small if text.partition("=")[0] not in named]
+    if any(text.startswith("data=") for text in overrides):
+        kept = [text for text in kept if not text.startswith("data.")]
+    cfg = config.compose(name, (), [*kept, *overrides])
+    return importlib.import_module(f"plmtune.recipes.{cfg.recipe}").main(cfg, **options)
+
+
+def refusal(name: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        run(name, *overrides)
+    return str(caught.value)
+
+
+def stop_in(patch: pytest.MonkeyPatch, owner: Any, method: str, call: int) -> None:
+    """Send this process a signal at the `call`-th call of a method, counted from 1."""
+    whole, calls = getattr(owner, method), [0]
+
+    def wrapped(*arguments: Any, **keywords: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*arguments, **keywords)
+
+    patch.setattr(owner, method, wrapped)
