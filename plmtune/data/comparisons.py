@@ -362,8 +362,9 @@ class PreferenceBatches:
         yield from self._batches(self._held)
 
     def all(self) -> Iterator[ComparisonBatch]:
-        """Yield this rank's share of every comparison, each once over all ranks; held-out ones too."""
-        yield from self._batches(range(len(self._members)))
+        """Yield this rank's share of every comparison that a step or the validation takes, each once over all ranks."""
+        drawn = [self._pairs(step) for step in range(self.num_steps)]
+        yield from self._batches(sorted({*np.concatenate(drawn).tolist(), *self._held}))
 
     def places(self, step: int, micro_batches: Collection[int] | None = None) -> list[str]:
         """Return where the pairs of this rank's comparisons of a step stand, for messages about a bad step.

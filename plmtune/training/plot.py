@@ -1,4 +1,4 @@
-"""One picture of a run: training and validation loss, learning rate, sparsity of the FFN's activations."""
+"""One picture of a run: losses, learning rate, sparsity of the FFN, and what preference training measures."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from plmtune.training import metrics
 
 # Colours that colour-blind readers tell apart (Okabe and Ito).
 _TRAIN, _VALIDATION, _RATE = "#0072B2", "#D55E00", "#009E73"
+# What two answers were given, in the metrics of preference training, and how it is drawn.
+_CONTEXTS = {"": ("direct", _TRAIN), "given_rejected/": ("given the worse", "#CC79A7"),
+             "given_chosen/": ("given the better", _RATE)}  # fmt: skip
 
 
 def draw_curves(source: Path, target: Path) -> None:
@@ -36,7 +39,9 @@ def draw_curves(source: Path, target: Path) -> None:
 
     axis, unit = _x_axis(training)
     layers = sparsity_layers(validations)
-    heights = [3.2, 1.0] + [1.0] * bool(layers)
+    rounds = [e for e in entries if e.get("direct") is not None]
+    compared = any("accuracy" in e for e in training)
+    heights = [3.2, 1.0] + [1.0] * bool(layers) + [1.6] * compared + [1.6] * bool(rounds)
     figure = Figure(figsize=(9, 1.1 + 1.15 * sum(heights)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
@@ -48,8 +53,13 @@ def draw_curves(source: Path, target: Path) -> None:
     panels[1].set_ylabel("learning rate")
     panels[1].set_ylim(bottom=0)
     panels[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    further = list(panels[2:])
     if layers:
-        _draw_sparsity(figure, panels[2], [e for e in validations if layers[0] in e], layers, axis)
+        _draw_sparsity(figure, further.pop(0), [e for e in validations if layers[0] in e], layers, axis)
+    if compared:
+        _draw_accuracy(further.pop(0), training, validations, axis)
+    if rounds:
+        _draw_rewards(further.pop(0), rounds)
     for panel in panels[:2]:
         panel.grid(alpha=0.25, linewidth=0.6)
     for panel in panels:
@@ -121,10 +131,37 @@ def _draw_losses(panel: Any, training: Sequence[Any], validations: Sequence[Any]
             ratio = bits / final["validation_loss"]
             second = panel.secondary_yaxis("right", functions=(lambda y: y * ratio, lambda y: y / ratio))
             second.set_ylabel("bits per byte")
-    panel.set_ylabel("loss (nats a token)")
+    panel.set_ylabel("loss a pair" if "pairs" in training[0] else "loss (nats a token)")
     panel.legend(frameon=False, fontsize=9)
     # The first steps of a fresh model are far above all that follows; the curve of interest is below.
     panel.set_ylim(top=min(max(losses), 1.05 * max(drawn)))
+
+
+def _draw_accuracy(panel: Any, training: Sequence[Any], validations: Sequence[Any], axis: Any) -> None:
+    """How often the chosen answer is preferred, for each of what it was given."""
+    for prefix, (label, colour) in _CONTEXTS.items():
+        there = [e for e in training if f"{prefix}accuracy" in e]
+        if there:
+            values = [e[f"{prefix}accuracy"] for e in there]
+            drawn = smooth(values, len(values) // 40)
+            panel.plot([axis(e) for e in there], drawn, color=colour, linewidth=1.4, label=label)
+        held_out = [e for e in validations if f"validation/{prefix}accuracy" in e]
+        x, y = [axis(e) for e in held_out], [e[f"validation/{prefix}accuracy"] for e in held_out]
+        panel.plot(x, y, color=colour, linestyle="none", marker="o", markersize=4)
+    panel.set_ylim(-0.02, 1.02)
+    panel.set_ylabel("accuracy\n(dots: held out)")
+    panel.legend(frameon=False, fontsize=8, ncols=3)
+    panel.grid(alpha=0.25, linewidth=0.6)
+
+
+def _draw_rewards(panel: Any, rounds: Sequence[Any]) -> None:
+    """Rewards of direct and refined answers to held-out prompts after each round, at the step where it ended."""
+    x = [e["step"] for e in rounds]
+    for key, (label, colour) in {"direct": ("direct answers", _TRAIN), "refined": ("refined answers", _RATE)}.items():
+        panel.plot(x, [e[key] for e in rounds], color=colour, marker="o", markersize=4, label=label)
+    panel.set_ylabel("reward\nafter rounds")
+    panel.legend(frameon=False, fontsize=8, ncols=2)
+    panel.grid(alpha=0.25, linewidth=0.6)
 
 
 def _draw_sparsity(figure: Any, panel: Any, entries: Sequence[Any], layers: Sequence[str], axis: Any) -> None:

@@ -351,6 +351,14 @@ class TestOrder:
         assert len({tuple(batch.aside for batch in part) for part in parts}) == 1
         assert sorted(batch.kind.tolist() for part in parts for batch in part if batch.aside) == [[], [MISMATCHED]]
 
+    def test_pairs_that_no_step_takes_need_no_reference(self):
+        data = batches(epochs=0.5, holdout=0.2)
+        asked = {index for batch in data.all() for index in batch.index.tolist()}
+        taken = {index for step in range(data.num_steps) for batch in data.step(step) for index in batch.index.tolist()}
+        held_out = {index for batch in data.validation() for index in batch.index.tolist()}
+        assert asked == taken | held_out
+        assert len(asked) < len(data.comparisons)
+
     @pytest.mark.parametrize(("epochs", "steps"), [(1.0, 5), (0.5, 3), (2, 10), (0.01, 1)])
     def test_epochs_decide_the_number_of_steps(self, epochs, steps):
         assert batches(epochs=epochs).num_steps == steps
