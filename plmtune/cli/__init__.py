@@ -68,6 +68,8 @@ def cli() -> None:
     plmtune run pretrain                        learn from the Python standard library
     plmtune run pretrain conf/plm_1.8b.yaml     the paper's PLM-1.8B
     plmtune generate runs/pretrain/latest --prompt "def "
+    plmtune run sft                             teach the newest pretrained model to answer
+    plmtune run dpo, plmtune run aries          and to prefer, to refine
     """
 
 
