@@ -18,6 +18,7 @@ from plmtune.data.examples import open_pairs
 from plmtune.data.preferences import Pair, Prompt
 from plmtune.data.refinement import find_refinement
 from plmtune.data.sources import named_sources
+from plmtune.data.ticker import ticking
 from plmtune.errors import UserError
 from plmtune.identity import config_digest
 from plmtune.origins import start_from
@@ -100,7 +101,7 @@ class Preference:
     def _batches(self, pairs: Sequence[Pair]) -> PreferenceBatches:
         cfg = self.cfg
         compared, refused, notes = make_comparisons(
-            pairs,
+            ticking(pairs, "pairs encoded", shown=self.runtime.is_main),
             self.template,
             self.refinement,
             cfg.seq_len,
@@ -182,17 +183,29 @@ class Preference:
                 other.append(first_model(cfg, self.runtime, origin))
             return self._answers(batch, other[0])
 
+        done = 0
+
+        def compute(batch: ComparisonBatch) -> Tensor:
+            nonlocal done
+            with torch.no_grad():
+                result = log_probs(batch)
+            done += len(batch.index)
+            watch.working(f"reference: log-probabilities of {done:,} comparisons")
+            return result
+
         self.model.eval()
         found = reference_log_probs(
             self.reference_digest,
             self.data.all,
-            torch.no_grad()(log_probs),
+            compute,
             cfg.reference_cache,
             num,
             arithmetic=f"{self.runtime.device.type} {self.runtime.compute_dtype}",
             tell=watch.message,
         )
         self.model.train()
+        how = "computed, and kept in" if done else "read from"
+        watch.message(f"reference: log-probabilities {how} {cfg.reference_cache}")
         return found
 
     def _answers(self, batch: ComparisonBatch, model: Any = None) -> Tensor:

@@ -57,6 +57,7 @@ class Sft:
             holdout=cfg.chat.holdout,
             seed=cfg.seed,
             refinement=find_refinement(cfg.refinement.template) if refines else None,
+            shown=runtime.is_main,
         )
         self.notes, self.fingerprints = examples.notes, examples.fingerprints
         try:

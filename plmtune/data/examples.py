@@ -15,6 +15,7 @@ from plmtune.data.preferences import Pair, Preferences
 from plmtune.data.refinement import Refinement
 from plmtune.data.rows import Message, Refused
 from plmtune.data.sources import BadRow
+from plmtune.data.ticker import ticking
 from plmtune.errors import UserError
 
 _BATCH = 1024  # conversations encoded at once
@@ -42,6 +43,7 @@ def open_examples(
     holdout: float,
     seed: int,
     refinement: Refinement | None = None,
+    shown: bool = False,
 ) -> Examples:
     """Read, encode and pack every source.
 
@@ -51,6 +53,7 @@ def open_examples(
         holdout: share of the conversations kept for validation, chosen by their ids: equal ones stay together.
         refinement: make of each pair the two conversations of ARIES's first stage (arXiv 2502.05605): the chosen
             answer to the prompt, and the chosen answer to the prompt with the rejected one to better.
+        shown: say now and then how far it is.
 
     Raises:
         UserError: for rows that cannot be used, or where nothing is left to train on.
@@ -58,7 +61,8 @@ def open_examples(
     train, held_out, fingerprints, notes = {}, {}, {}, []
     for name, source in sources.items():
         refused, examples, kept = Refused(), list[Example](), list[Example]()
-        for chunk in _chunks(_conversations(name, source, refinement)):
+        read = ticking(_conversations(name, source, refinement), f"conversations of {name} encoded", shown=shown)
+        for chunk in _chunks(read):
             for (_, place), encoded in zip(chunk, template.encode_batch([m for m, _ in chunk], train_on), strict=True):
                 if isinstance(encoded, BadRow):
                     refused.add(place, encoded)

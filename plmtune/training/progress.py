@@ -169,11 +169,14 @@ class Watch:
 
     def answers(self, done: int, total: int, tokens_per_second: float) -> None:
         """Show how far the writing of answers is."""
+        self.working(f"answers {done:,}/{total:,} · {show_count(tokens_per_second)} tok/s", last=done == total)
+
+    def working(self, text: str, *, last: bool = False) -> None:
+        """Show how far work between steps is, on a terminal in place, else now and then."""
         now = time.perf_counter()
-        text = f"answers {done:,}/{total:,} · {show_count(tokens_per_second)} tok/s"
         if self._progress is not None:
             self._progress.update(self._task, text=text)
-        elif now - self._last_print >= self._every_seconds or done == total:
+        elif now - self._last_print >= self._every_seconds or last:
             self._last_print = now
             self.message(text)
 

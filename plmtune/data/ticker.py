@@ -1,0 +1,26 @@
+"""A word now and then from work that takes long."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def ticking(items: Iterable[T], what: str, *, shown: bool, every: float = 5.0) -> Iterator[T]:
+    """Pass items on; every few seconds say on standard error how many have passed.
+
+    Args:
+        what: "conversations read", say.
+        shown: False on all processes but one.
+    """
+    said = time.monotonic()
+    for number, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if shown and now - said >= every:
+            said = now
+            print(f"{number:,} {what}", file=sys.stderr, flush=True)
