@@ -15,8 +15,9 @@ PRESETS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rg
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_config_composes_and_builds(name: str) -> None:
     cfg = config.compose(name)
+    chosen = cfg.model or config.compose("pretrain").model  # fine-tuning goes on from the newest run, here the demo
     with torch.device("meta"):
-        model = config.build("model", cfg.model, vocab_size=1024)
+        model = config.build("model", chosen, vocab_size=1024)
     assert model.max_seq_len >= cfg.seq_len
 
 

@@ -8,18 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import xxhash
-from tuning import base  # noqa: F401  (a fixture)
+from tuning import base, origin, undisturbed  # noqa: F401  (fixtures)
 
 from plmtune import config
 from plmtune.errors import UserError
 from plmtune.training.metrics import read, without_timing
+from plmtune.training.plot import draw_curves
 
 SMALL = [
     "model=plm_tiny",
@@ -41,6 +42,25 @@ SMALL = [
 ]
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+DRAWING = [f"plmtune.recipes.{name}.draw_curves" for name in ("pretrain", "sft", "preference")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_curves() -> Iterator[None]:
+    """Drawing takes longer than most of these runs, so that only tests of the drawing draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in DRAWING:
+            patch.setattr(name, lambda *arguments: None)
+        yield
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process draw curves.png, as they do elsewhere."""
+    for name in DRAWING:
+        monkeypatch.setattr(name, draw_curves)
 
 
 @pytest.fixture(scope="session")

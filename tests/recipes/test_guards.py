@@ -39,12 +39,6 @@ def scaled_gradient(factor: float) -> Fault:
 FAULTS = {"nan loss": nan_loss, "inf gradient": scaled_gradient(math.inf), "spike": scaled_gradient(1e6)}
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than these runs."""
-    monkeypatch.setattr(pretrain, "draw_curves", lambda *arguments: None)
-
-
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Tensor]]:
     """Put a fault into one micro-batch of some steps (from 1); gives the tokens of those micro-batches."""

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,9 @@ class TestReference:
         assert first[0]["loss"] == pytest.approx(second[0]["loss"], abs=1e-5)
 
     def test_lost_numbers_are_computed_again_from_the_first_model(
-        self, base: Path, monkeypatch: pytest.MonkeyPatch
+        self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        run("dpo", "run_dir=whole")
+        whole = undisturbed("dpo")
         with monkeypatch.context() as patch:
             stop_in(patch, recipe(), "update", 3)
             with pytest.raises(SystemExit):
@@ -99,23 +100,23 @@ class TestReference:
         for path in (base / "runs" / "reference").iterdir():
             path.unlink()
         run("dpo", "run_dir=cut", "resume=true")
-        assert weights(base / "cut") == weights(base / "whole")
+        assert weights(base / "cut") == weights(whole)
 
 
 class TestResuming:
     @pytest.mark.parametrize("extra", [(), ("peft=lora", "peft.dropout=0.1")])
     def test_a_stopped_run_goes_on_as_if_never_disturbed(
-        self, base: Path, monkeypatch: pytest.MonkeyPatch, extra: tuple[str, ...]
+        self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, extra: tuple[str, ...]
     ) -> None:
-        run("dpo", "run_dir=whole", *extra)
+        whole = undisturbed("dpo", *extra)
         with monkeypatch.context() as patch:
             stop_in(patch, recipe(), "update", 3)
             with pytest.raises(SystemExit) as stopped:
                 run("dpo", "run_dir=cut", *extra)
         assert stopped.value.code == 75
         run("dpo", "run_dir=cut", "resume=true", *extra)
-        assert weights(base / "cut") == weights(base / "whole")
-        assert metrics(base / "cut") == metrics(base / "whole")
+        assert weights(base / "cut") == weights(whole)
+        assert metrics(base / "cut") == metrics(whole)
 
 
 class TestRounds:
@@ -138,27 +139,27 @@ class TestRounds:
 
     @pytest.mark.parametrize(("method", "call"), [("update", 1), ("_measure", 2), ("_choose", 2), ("_stage", 2)])
     def test_a_stopped_round_goes_on_as_if_never_disturbed(
-        self, base: Path, monkeypatch: pytest.MonkeyPatch, method: str, call: int
+        self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, method: str, call: int
     ) -> None:
-        run("aries", *ROUNDS, "run_dir=whole")
+        whole = undisturbed("aries", *ROUNDS)
         with monkeypatch.context() as patch:
             stop_in(patch, recipe(), method, call)
             with pytest.raises(SystemExit):
                 run("aries", *ROUNDS, "run_dir=cut")
         run("aries", *ROUNDS, "run_dir=cut", "resume=true")
-        assert rounds_of(base / "cut") == rounds_of(base / "whole")
-        assert weights(base / "cut") == weights(base / "whole")
-        assert metrics(base / "cut") == metrics(base / "whole")
+        assert rounds_of(base / "cut") == rounds_of(whole)
+        assert weights(base / "cut") == weights(whole)
+        assert metrics(base / "cut") == metrics(whole)
 
     def test_answers_that_were_written_before_a_death_are_kept(
-        self, base: Path, monkeypatch: pytest.MonkeyPatch
+        self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        run("aries", *ROUNDS, "run_dir=whole")
+        whole = undisturbed("aries", *ROUNDS)
         with monkeypatch.context() as patch:
-            whole, kept = chains.Journal.add, list[Any]()
+            add, kept = chains.Journal.add, list[Any]()
 
             def dies(self: Any, *answer: Any) -> None:
-                whole(self, *answer)
+                add(self, *answer)
                 kept.append(answer[:2])
                 if len(kept) == 11:  # in the second of three evaluations and rounds
                     raise KeyboardInterrupt
@@ -168,14 +169,14 @@ class TestRounds:
                 run("aries", *ROUNDS, "run_dir=cut")
             again = list[Any]()
             patch.setattr(
-                chains.Journal, "add", lambda self, *answer: (again.append(answer[:2]), whole(self, *answer))[1]
+                chains.Journal, "add", lambda self, *answer: (again.append(answer[:2]), add(self, *answer))[1]
             )
             run("aries", *ROUNDS, "run_dir=cut", "resume=true")
         num_held, per_round, turns = 4, 6, 2
         assert len(kept) + len(again) == (3 * num_held + 2 * per_round) * turns  # none twice
-        assert rounds_of(base / "cut") == rounds_of(base / "whole")
-        assert weights(base / "cut") == weights(base / "whole")
-        assert metrics(base / "cut") == metrics(base / "whole")
+        assert rounds_of(base / "cut") == rounds_of(whole)
+        assert weights(base / "cut") == weights(whole)
+        assert metrics(base / "cut") == metrics(whole)
 
     @pytest.mark.slow
     def test_a_round_killed_while_it_writes_answers_repeats_none(self, base: Path) -> None:

@@ -11,7 +11,7 @@ from plmtune import config
 
 
 class TestLearning:
-    def test_loss_falls_and_the_run_leaves_what_it_promises(self, place: Path, capfd: Any) -> None:
+    def test_loss_falls_and_the_run_leaves_what_it_promises(self, place: Path, curves: None, capfd: Any) -> None:
         score = start("run_dir=run", "phases=[{name: main, steps: 60}]", "optimizer.lr=3e-3",
                       "sample={prompt: 'Beau', max_new_tokens: 8}")  # fmt: skip
         entries = metrics(place / "run")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def recipe() -> Any:
 
 
 class TestLearning:
-    def test_loss_falls_and_the_model_says_what_it_was_taught(self, base: Path) -> None:
+    def test_loss_falls_and_the_model_says_what_it_was_taught(self, base: Path, curves: None) -> None:
         run("sft", "run_dir=r", "phases=[{name: main, steps: 60}]", "optimizer.lr=1e-2", "global_batch_size=8")
         entries = metrics(base / "r")
         losses = [entry["loss"] for entry in entries if "loss" in entry]
@@ -75,10 +76,10 @@ class TestLearning:
 class TestResuming:
     @pytest.mark.parametrize("peft", ["", "peft=lora"])
     def test_a_stopped_run_goes_on_as_if_never_disturbed(
-        self, base: Path, monkeypatch: pytest.MonkeyPatch, peft: str
+        self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, peft: str
     ) -> None:
         extra = [peft, "peft.dropout=0.1"] if peft else []
-        run("sft", "run_dir=whole", *extra)
+        whole = undisturbed("sft", *extra)
         with monkeypatch.context() as patch:
             stop_in(patch, recipe(), "update", 3)
             with pytest.raises(SystemExit) as stopped:
@@ -86,8 +87,8 @@ class TestResuming:
         assert stopped.value.code == 75
         assert len([entry for entry in metrics(base / "cut") if "loss" in entry]) == 3
         run("sft", "run_dir=cut", "resume=true", *extra)
-        assert weights(base / "cut") == weights(base / "whole")
-        assert metrics(base / "cut") == metrics(base / "whole")
+        assert weights(base / "cut") == weights(whole)
+        assert metrics(base / "cut") == metrics(whole)
 
     def test_a_resume_needs_not_name_what_the_run_took_over(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:

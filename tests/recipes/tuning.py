@@ -1,9 +1,13 @@
 """What the tests of fine-tuning share: a base model, a few conversations and pairs, and short runs on them."""
 
+import contextlib
 import importlib
 import json
 import os
+import shutil
 import signal
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +46,16 @@ PREFERENCE = [*QUICK, "data=preferences", "data.paths=[pairs.jsonl]", "chat.hold
 import_module("rewards_of_tests")
 
 
-@pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a random model of ChatML, and small files of conversations and pairs."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="session")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a random model of ChatML, and small files of conversations and pairs."""
+    place = tmp_path_factory.mktemp("origin")
     tokenizer = bundled()
     tiny = config.compose("pretrain", (), ["model=plm_tiny"]).model
     model = tiny(vocab_size=tokenizer.vocab_size)
     model.init_weights(torch.Generator().manual_seed(3))
-    save_model(model, None, tmp_path / "base")
-    tokenizer.save(tmp_path / "base")
+    save_model(model, None, place / "base")
+    tokenizer.save(place / "base")
     words = ["path", "file", "list", "name", "text", "line", "word", "type", "date", "time"]
     talks, pairs = [], []
     for i in range(40):
@@ -60,9 +64,32 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         good = f"The {word} is a {other}, and it has the number {i}."
         talks.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": good}]})
         pairs.append({"prompt": question, "chosen": good, "rejected": f"I do not know any {other}."})
-    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (place / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
+    (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return place
+
+
+@pytest.fixture
+def base(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the origin as the working directory."""
+    shutil.copytree(origin, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(origin: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The directory of a run that nothing disturbed, made once for all tests that compare with it."""
+
+    @cache
+    def whole(name: str, *overrides: str) -> Path:
+        place = tmp_path_factory.mktemp("undisturbed")
+        shutil.copytree(origin, place, dirs_exist_ok=True)
+        with contextlib.chdir(place):
+            run(name, "run_dir=whole", *overrides)
+        return place / "whole"
+
+    return whole
 
 
 def run(name: str, *overrides: str, **options: Any) -> float:
