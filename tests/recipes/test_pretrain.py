@@ -105,17 +105,21 @@ class TestLearning:
 
 class TestTwoProcesses:
     @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
-    def test_losses_equal_one_process_and_a_kill_changes_nothing(
-        self, place: Path, plmtune: Run, strategy: str
-    ) -> None:
-        chosen = f"runtime.strategy={strategy}"
+    def test_losses_equal_one_process(self, place: Path, plmtune: Run, strategy: str) -> None:
         start("run_dir=one", "runtime.strategy=auto")
-        two = plmtune("run", "pretrain", *SMALL, "run_dir=two", chosen, processes=2)
+        two = plmtune("run", "pretrain", *SMALL, "run_dir=two", f"runtime.strategy={strategy}", processes=2)
         assert two.returncode == 0, two.stderr
         for alone, shared in zip(metrics(place / "one"), metrics(place / "two"), strict=True):
             for key in ("loss", "validation_loss", "bits_per_byte", "grad_norm"):
                 if key in alone:
                     assert shared[key] == pytest.approx(alone[key], rel=1e-6 if key != "grad_norm" else 1e-5)
+
+    @pytest.mark.slow  # test_processes.py kills one rank of two and lets torchrun go on by default
+    @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+    def test_a_kill_of_both_changes_nothing(self, place: Path, plmtune: Run, strategy: str) -> None:
+        chosen = f"runtime.strategy={strategy}"
+        two = plmtune("run", "pretrain", *SMALL, "run_dir=two", chosen, processes=2)
+        assert two.returncode == 0, two.stderr
         kill_at(place, 7, "cut", chosen, processes=2)
         resumed = plmtune("resume", "cut", processes=2)
         assert resumed.returncode == 0, resumed.stderr

@@ -14,7 +14,9 @@ from tuning import refusal, run, stop_in
 import plmtune
 from plmtune.data.chat_template import find_template
 from plmtune.data.rows import Message
+from plmtune.errors import UserError
 from plmtune.models.files import checkpoint_directory
+from plmtune.models.hf import save_model
 
 
 def recipe() -> Any:
@@ -23,7 +25,7 @@ def recipe() -> Any:
 
 class TestLearning:
     def test_loss_falls_and_the_model_says_what_it_was_taught(self, base: Path, curves: None) -> None:
-        run("sft", "run_dir=r", "phases=[{name: main, steps: 60}]", "optimizer.lr=1e-2", "global_batch_size=8")
+        run("sft", "run_dir=r", "phases=[{name: main, steps: 40}]", "optimizer.lr=1e-2", "global_batch_size=8")
         entries = metrics(base / "r")
         losses = [entry["loss"] for entry in entries if "loss" in entry]
         assert losses[-1] < 0.3 * losses[0]
@@ -128,6 +130,27 @@ class TestAdapters:
         second, _ = plmtune.load(base / "second")
         for old, new in zip(first.parameters(), second.parameters(), strict=True):
             assert torch.allclose(old, new, atol=1e-6)
+
+    def test_another_base_in_its_place_is_refused(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with monkeypatch.context() as patch:
+            stop_in(patch, recipe(), "update", 3)
+            with pytest.raises(SystemExit):
+                run("sft", "peft=lora", "run_dir=cut")
+        model, _ = plmtune.load(base / "base")
+        model.norm.weight.data *= 1.01
+        save_model(model, None, base / "base")
+        with pytest.raises(UserError, match="no longer holds the weights that the adapters"):
+            run("sft", "peft=lora", "run_dir=cut", "resume=true")
+
+
+class TestSaving:
+    def test_the_template_that_was_learned_is_saved_with_the_model(self, base: Path) -> None:
+        own = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        own += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+        (base / "own.jinja").write_text(own)
+        run("sft", "chat.template=own.jinja", "run_dir=r", "phases=[{name: main, steps: 1}]")
+        _, tokenizer = plmtune.load(base / "r")
+        assert tokenizer.chat_template == own
 
 
 class TestMistakes:

@@ -437,6 +437,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
 
 
 class TestKilled:
+    @pytest.mark.slow  # tests/benchmarks/test_reliability.py kills saves by default
     def test_a_kill_in_the_middle_of_saves_never_leaves_a_torn_checkpoint(self, tmp_path):
         code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
