@@ -92,7 +92,8 @@ def changed_data(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
             how = "is new" if name not in before else "is gone" if name not in now else "has changed"
-            parts.append(f"the text of source {name} {how}")
+            what = name if name.startswith("the ") else f"the text of source {name}"
+            parts.append(f"{what} {how}")
     return ", ".join(parts)
 
 

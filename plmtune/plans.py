@@ -115,7 +115,12 @@ def plan(cfg: Any, runtime: Runtime, *, dry: bool = False) -> Plan:
         watchman = Guard(**vars(cfg.guard))
     except ValueError as error:
         raise UserError(f"key guard: {error}") from error
-    optimizer = build("optimizer", cfg.optimizer, model=model)
+    estimated = model
+    if cfg.recipe != "pretrain" and cfg.peft:  # which changes a model in place, once its weights are there
+        with torch.device("meta"):
+            estimated = build("model", cfg.model, vocab_size=model.vocab_size)
+        build("peft", cfg.peft, model=estimated)
+    optimizer = build("optimizer", cfg.optimizer, model=estimated)
     phases: list[Phase] = []
     if cfg.recipe != "preference":  # how many steps are in its pairs is known when they are
         phases = [resolve_phase(index, phase, tokens_per_step) for index, phase in enumerate(cfg.phases)]
@@ -130,7 +135,7 @@ def plan(cfg: Any, runtime: Runtime, *, dry: bool = False) -> Plan:
         tokens_per_step,
         watchman,
         estimate(
-            model,
+            estimated,
             optimizer=cfg.optimizer.name,
             seq_len=cfg.seq_len,
             micro_batch_size=sequences if cfg.recipe == "preference" else min(sequences, rows),

@@ -68,12 +68,20 @@ class Student:
 
 
 def wake(
-    cfg: Any, model: Decoder, tokenizer: Tokenizer, runtime: Runtime, origin: Origin | None, *, score_head: bool = False
+    cfg: Any,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    runtime: Runtime,
+    origin: Origin | None,
+    whole: Path | None,
+    *,
+    score_head: bool = False,
 ) -> Student:
     """Fill a model from its origin (None: a checkpoint will follow), add adapters, and spread it over the processes.
 
     Args:
         model: on the meta device.
+        whole: the checkpoint that the run goes on from, if there is one.
         score_head: a reward model's head is added, where the origin has none.
 
     Raises:
@@ -95,12 +103,16 @@ def wake(
         build("peft", cfg.peft, model=model)
         init_adapters(model, generator)
         described = adapters.adapter_config(model, origin.directory)
+        if whole and adapters.base_digest(whole) != described["plmtune"]["base"]:
+            raise UserError(
+                f"init_from={cfg.init_from} no longer holds the weights that the adapters in {whole} were trained "
+                "beside. Put them back."
+            )
     trained = runtime.distribute(model, compile=cfg.runtime.compile)
     return Student(cfg, model, trained, tokenizer, model.head_weight.dtype, described)
 
 
-def first_model(cfg: Any, runtime: Runtime, origin: Origin) -> Decoder:
+def first_model(runtime: Runtime, origin: Origin) -> Decoder:
     """A second model, with the weights that a run began with; for numbers only, not for training."""
-    assert cfg.model is not None
     model: Decoder = adapters.load_model(origin.directory, runtime.device, torch.float32)
     return model.eval().requires_grad_(False)

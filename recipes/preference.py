@@ -51,6 +51,7 @@ class Preference:
         origin = start_from(cfg, plan.model, plan.tokenizer) if cfg.peft or not saved else None
         self.loss = build("loss", cfg.loss)
         self.template = find_template(cfg.chat.template, self.tokenizer)
+        self.tokenizer.chat_template = self.template.source  # what the model learns is saved with it
         self.refinement = find_refinement(cfg.refinement.template)
         sources = named_sources(build("data", cfg.data))
         self.notes: list[str] = []
@@ -58,9 +59,13 @@ class Preference:
             self.rounds = open_rounds(cfg, sources, runtime.strategy)
         else:
             self.data = self._batches(open_pairs(sources, skip_bad=cfg.chat.skip_bad))
-        self.student: Student = wake(cfg, plan.model, self.tokenizer, runtime, origin, score_head=self.loss.scalar_head)
+        self.student: Student = wake(
+            cfg, plan.model, self.tokenizer, runtime, origin, self.whole, score_head=self.loss.scalar_head
+        )
         # From here on the directory exists; what a person can get wrong has been found by now.
         self.fingerprints = {name: source.fingerprint() for name, source in sources.items()}
+        self.fingerprints["the chat template"] = self.template.fingerprint
+        self.fingerprints["the refinement template"] = self.refinement.fingerprint
         self.run = open_run(cfg, runtime, self.fingerprints, saved)
         self.model, self.trained = self.student.model, self.student.trained
         self.checkpoints = self.student.checkpoints(self.run.checkpoints)
@@ -180,7 +185,14 @@ class Preference:
             if not other:
                 origin = start_from(cfg, self.plan.model, self.tokenizer)
                 assert origin is not None
-                other.append(first_model(cfg, self.runtime, origin))
+                model = first_model(self.runtime, origin)
+                model.config = self.model.config  # its context may differ; the weights count
+                if model_digest(model) != self.first_digest:
+                    raise UserError(
+                        f"init_from={cfg.init_from} no longer holds the weights that {self.run.path} began with, which "
+                        "it is measured against. Put them back."
+                    )
+                other.append(model)
             return self._answers(batch, other[0])
 
         done = 0
@@ -211,7 +223,10 @@ class Preference:
     def _answers(self, batch: ComparisonBatch, model: Any = None) -> Tensor:
         """What the loss compares of each answer, [2n]: its log-probability, or its score."""
         batch = batch.to(self.runtime.device)
-        with self.runtime.autocast():
+        dtype = self.runtime.compute_dtype
+        # A second model is not FSDP2's, which casts by itself.
+        casts = torch.autocast(batch.tokens.device.type, dtype, enabled=dtype != torch.float32)
+        with casts if model else self.runtime.autocast():
             return answers(model or self.trained, model or self.model, batch, scores=self.loss.scalar_head)
 
     def update(self, index: int, batches: list[ComparisonBatch]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class Sft:
         origin = start_from(cfg, plan.model, plan.tokenizer) if cfg.peft or not saved else None
         self.loss = build("loss", cfg.loss)
         self.template = find_template(cfg.chat.template, self.tokenizer)
+        self.tokenizer.chat_template = self.template.source  # what the model learns is saved with it
         refines = getattr(self.loss, "of", "tokens") == "refinements"
         examples = open_examples(
             named_sources(build("data", cfg.data)),
@@ -74,7 +75,7 @@ class Sft:
             )
         except ValueError as error:  # names its setting
             raise UserError(str(error)) from error
-        self.student: Student = wake(cfg, plan.model, self.tokenizer, runtime, origin)
+        self.student: Student = wake(cfg, plan.model, self.tokenizer, runtime, origin, whole)
         # From here on the directory exists; what a person can get wrong has been found by now.
         self.run = open_run(cfg, runtime, self.fingerprints, saved)
         self.model, self.trained = self.student.model, self.student.trained

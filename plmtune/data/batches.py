@@ -89,7 +89,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device; the copy may still be under way."""
         # From pageable memory a copy to a GPU would first wait for all work that is queued there.
-        pin = torch.device(device).type == "cuda"
+        pin = torch.device(device).type == "cuda" and self.tokens.device.type == "cpu"
         move = {
             name: (value.pin_memory() if pin else value).to(device, non_blocking=True)
             for name in ("tokens", "targets", "input_pos", "places")

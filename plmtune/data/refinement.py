@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from jinja2 import StrictUndefined, Template, TemplateError, meta
 from numpy.typing import NDArray
 
@@ -56,6 +57,11 @@ class Refinement:
         environment = Sandbox()
         environment.undefined = StrictUndefined
         return environment
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the template does."""
+        return xxhash.xxh3_128_hexdigest(self.source.encode())
 
     @cached_property
     def _template(self) -> Template:

@@ -148,7 +148,7 @@ def weights_digest(directory: Path) -> str:
     stem, digest = "model", xxhash.xxh3_128()
     if holds_adapters(directory):
         stem = ADAPTERS
-        digest.update(repr(_ours(directory).get("base")).encode())
+        digest.update(repr(base_digest(directory)).encode())
     for path in sorted(set(locate(directory, stem).values())):
         held = xxhash.xxh3_128()
         with path.open("rb") as file:
@@ -164,6 +164,11 @@ def _ours(directory: Path) -> dict[str, Any]:
     if not isinstance(ours, dict):
         raise UserError(f"{directory / ADAPTER_CONFIG}, key plmtune: must be a table, not {ours!r:.80}.")
     return ours
+
+
+def base_digest(directory: Path) -> Any:
+    """What the adapters in a directory say that their base's weights hash to; None if they say nothing."""
+    return _ours(directory).get("base")
 
 
 def find_base(directory: Path, base: Path | None = None) -> Path:
@@ -188,7 +193,7 @@ def find_base(directory: Path, base: Path | None = None) -> Path:
             raise UserError(f"{where}: the base {named!r:.200} is not a directory here. Give its place with --base.")
         base = found
     base = checkpoint_directory(base)
-    expected = _ours(directory).get("base")
+    expected = base_digest(directory)
     if expected is not None and (digest := weights_digest(base)) != expected:
         raise UserError(
             f"{directory} was trained beside other weights than those of {base} (digest {digest}, not "

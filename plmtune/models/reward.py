@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from plmtune.errors import UserError
+from plmtune.models.adapters import load_model
 from plmtune.models.files import checkpoint_directory
-from plmtune.models.hf import SCORE, load_model
+from plmtune.models.hf import SCORE
 from plmtune.modules.decoder import Decoder
 
 

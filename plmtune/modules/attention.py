@@ -182,7 +182,7 @@ def _kernel_name(
     )
     mask: Tensor | Segments | None = None
     if segments:
-        mask = Segments.of([(s,)]).to(device)
+        mask = Segments.of([(s // 2, s - s // 2) if s > 1 else (s,)]).to(device)
     elif masked:
         mask = torch.ones(1, s, s, dtype=torch.bool, device=device).tril()
     with torch.enable_grad():

@@ -49,7 +49,7 @@ class Segments:
 
     def to(self, device: torch.device | str) -> Segments:
         """Return them with `offsets` on a device; the copy may still be under way."""
-        pin = torch.device(device).type == "cuda"
+        pin = torch.device(device).type == "cuda" and self.offsets.device.type == "cpu"
         offsets = self.offsets.pin_memory() if pin else self.offsets
         return replace(self, offsets=offsets.to(device, non_blocking=True))
 

@@ -35,6 +35,8 @@ BF16_PEAKS = {
     "A10": 125e12,
 }
 
+_NF4_BYTES = 0.5 + 1 / 64
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -42,6 +44,7 @@ class Estimate:
 
     Attributes:
         parameters: of the whole model; a tied matrix once.
+        trained: those that get gradients: with adapters theirs alone.
         non_embedding_parameters: without the token embedding and the vocabulary projection.
         weights: with what FSDP2 gathers of the other processes' parts.
         gradients: with what FSDP2 holds whole until it is reduced.
@@ -56,6 +59,7 @@ class Estimate:
     """
 
     parameters: int
+    trained: int
     non_embedding_parameters: int
     weights: int
     gradients: int
@@ -80,7 +84,8 @@ class Estimate:
         parts = ("weights", "gradients", "optimizer", "activations", "logits", "save", "total")
         verdict = "fits" if self.fits else "does not fit"
         return [
-            f"parameters    {self.parameters:,} ({self.non_embedding_parameters:,} without embeddings)",
+            f"parameters    {self.parameters:,} ({self.non_embedding_parameters:,} without embeddings)"
+            + (f", {self.trained:,} of them trained" if self.trained < self.parameters else ""),
             *(f"{name:<13} {show_bytes(getattr(self, name))}" for name in parts),
             f"available     {show_bytes(self.available)}: {verdict}",
             f"FLOPs a token {show_count(self.flops_6n)} (6N), "
@@ -126,6 +131,10 @@ def estimate(
     vocabulary = embedding.numel() if held.tied else embedding.numel() + head.numel()
     shards = {"fsdp": world_size, "hsdp": shard_size}.get(strategy, 1)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    # QLoRA's base, which the meta device holds in fp32: 4 bits a number, and a scale for each 64.
+    in_nf4: list[Any] = [module for module in model.modules() if getattr(module, "_quantize_base", False)]
+    nf4 = sum(module.weight.numel() for module in in_nf4)
+    weights -= int(nf4 * (4 - _NF4_BYTES))
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     moments = optimizer_bytes(optimizer, model)
     # FSDP2 gathers in the arithmetic's dtype; what follows is there beside the sharded parameters and gradients.
@@ -141,6 +150,7 @@ def estimate(
     flops_6n = 6.0 * multiplied
     return Estimate(
         parameters=parameters,
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         non_embedding_parameters=parameters - vocabulary,
         weights=weights // shards + gathered,
         gradients=trainable // shards + whole_gradients,

@@ -87,7 +87,8 @@ def reference_log_probs(
         tell: takes a line about what is done; None: to standard error.
 
     Returns:
-        Tensor: fp32 on the CPU, [num, 2]: chosen, rejected; 0 for an answer without tokens.
+        Tensor: fp32 on the CPU, [num, 2]: chosen, rejected; 0 for an answer without tokens, NaN for a comparison that
+        no batch holds.
 
     Raises:
         UserError: if the reference gives a number that is not finite, or the directory cannot be written.
@@ -134,7 +135,7 @@ def _compute(batches: Iterable[ComparisonBatch], compute: Callable[[ComparisonBa
         times[index] += 1
     reduce_sum(values)
     reduce_sum(times)
-    assert bool((times == 1).all()), "each comparison is in one batch of one rank"
+    assert bool((times <= 1).all()), "a comparison is in one batch of one rank"
     bad = (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if bad:
         chosen, rejected = values[bad[0]].tolist()
@@ -142,6 +143,7 @@ def _compute(batches: Iterable[ComparisonBatch], compute: Callable[[ComparisonBa
             f"The reference gives the answers of comparison {bad[0]} the log-probabilities {chosen} and {rejected}; "
             f"{len(bad)} of {num} comparisons have one that is not finite. Has the model's training diverged?"
         )
+    values[times == 0] = float("nan")  # of a comparison that no batch holds; it must not pass for a number
     return values
 
 

@@ -13,6 +13,9 @@ import pytest
 from conftest import command, environment, kill_all, metrics, weights
 from tuning import PREFERENCE, refusal, run, stop_in
 
+import plmtune
+from plmtune.errors import UserError
+from plmtune.models.hf import save_model
 from plmtune.models.reward import load_reward_model
 from plmtune.rounds import chains
 
@@ -101,6 +104,24 @@ class TestReference:
             path.unlink()
         run("dpo", "run_dir=cut", "resume=true")
         assert weights(base / "cut") == weights(whole)
+
+    def test_a_run_over_a_part_of_the_pairs_computes_that_part(self, base: Path) -> None:
+        run("dpo", "run_dir=r", "epochs=0.3")
+        assert losses(base / "r")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+    def test_another_model_in_the_origins_place_is_refused(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with monkeypatch.context() as patch:
+            stop_in(patch, recipe(), "update", 3)
+            with pytest.raises(SystemExit):
+                run("dpo", "run_dir=cut")
+        for path in (base / "runs" / "reference").iterdir():
+            path.unlink()
+        model, _ = plmtune.load(base / "base")
+        model.norm.weight.data *= 1.01
+        save_model(model, None, base / "base")
+        with pytest.raises(UserError, match="no longer holds the weights"):
+            run("dpo", "run_dir=cut", "resume=true")
+        assert not list((base / "runs" / "reference").iterdir())
 
 
 class TestResuming:
