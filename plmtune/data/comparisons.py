@@ -131,9 +131,11 @@ def make_comparisons(
         made, lacking = _with_mismatched(made, seq_len)
     notes = []
     if shortened:
-        notes.append(f"{shortened:,} earlier answers were shortened, so that the answers after them fit into {seq_len}")
+        were = "earlier answer was" if shortened == 1 else "earlier answers were"
+        notes.append(f"{shortened:,} {were} shortened, so that the answers that follow fit into seq_len ({seq_len})")
     if lacking:
-        notes.append(f"{lacking:,} pairs have no mismatched answer for the baseline: none fits behind their prompt")
+        have = "pair has" if lacking == 1 else "pairs have"
+        notes.append(f"{lacking:,} {have} no mismatched answer for the baseline: none fits behind the prompt")
     return made, refused, notes
 
 
@@ -197,7 +199,7 @@ class ComparisonBatch:
     def to(self, device: torch.device | str) -> ComparisonBatch:
         """Return the batch on a device; the copy may still be under way."""
         # From pageable memory a copy to a GPU would first wait for all work that is queued there.
-        pin = torch.device(device).type == "cuda"
+        pin = torch.device(device).type == "cuda" and self.tokens.device.type == "cpu"
         move: dict[str, Any] = {
             field.name: (value.pin_memory() if pin else value).to(device, non_blocking=True)
             for field in fields(self)
@@ -389,11 +391,17 @@ class PreferenceBatches:
         """Return two lines for a person."""
         train, held = self.num_pairs
         seen = self.num_steps * self.global_batch_size / train
+        each = len(self.comparisons) / len(self._members)
         mean = sum(self._lengths) / len(self._members)
+        again = ""
+        if train < self.global_batch_size:
+            often = f"{self.global_batch_size / train:.3g} times"
+            again = f" (fewer pairs than global_batch_size: each is seen {often} in a step)"
         return (
-            f"{train:,} pairs, seen {seen:.2f} times, {held:,} held out; "
-            f"{len(self.comparisons) / len(self._members):.2g} comparisons and {mean:,.0f} tokens a pair\n"
-            f"{self.num_steps:,} steps of {self.global_batch_size:,} pairs"
+            f"{train:,} pair{_s(train)}, seen {seen:.2f} times, {held:,} held out; "
+            f"{each:.2g} comparison{_s(each)} and {mean:,.0f} tokens a pair\n"
+            f"{self.num_steps:,} step{_s(self.num_steps)} of {self.global_batch_size:,} "
+            f"pair{_s(self.global_batch_size)}{again}"
         )
 
     def _pairs(self, step: int) -> Ints:
@@ -454,3 +462,7 @@ class PreferenceBatches:
         for index, number in zip(chosen, numbers.tolist(), strict=True):
             rows.setdefault(number, []).append(index)
         return sorted(rows.values(), key=lambda row: -sum(self._lengths[index] for index in row))
+
+
+def _s(count: float) -> str:
+    return "" if count == 1 else "s"
