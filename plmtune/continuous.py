@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -83,10 +82,6 @@ class Engine:
         end_ids: an answer ends at each of these.
         num_tokens: ids from here up have no text and are never drawn.
 
-    Attributes:
-        prompt_tokens, new_tokens: how many were read and written so far.
-        seconds: spent in computing them.
-
     Raises:
         ValueError: for impossible settings.
     """
@@ -110,8 +105,6 @@ class Engine:
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.end_ids = frozenset(end_ids)
         self.num_tokens = num_tokens
-        self.prompt_tokens = self.new_tokens = 0
-        self.seconds = 0.0
         # Each change of these is one assignment of what is true after it, so that an interrupt finds them whole.
         self._waiting: list[Request] = []
         self._rows: dict[int, _Row] = {}  # by slot
@@ -142,11 +135,6 @@ class Engine:
             )
         self._waiting.append(request)
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens written a second of computing, prompts included in the time."""
-        return self.new_tokens / self.seconds if self.seconds else 0.0
-
     def run(self) -> Iterator[Answer]:
         """Yield answers until none is waited for; what is submitted meanwhile is answered, too."""
         while True:
@@ -159,7 +147,6 @@ class Engine:
     @torch.no_grad()
     def _advance(self) -> None:
         """Read as many prompts as there is room for, or else give each row its next token."""
-        start = time.perf_counter()
         training = self.model.training
         if training:
             self.model.eval()
@@ -173,7 +160,6 @@ class Engine:
         finally:
             if training:
                 self.model.train()
-            self.seconds += time.perf_counter() - start
 
     def _read(self) -> None:
         """Read some waiting prompts of similar length into free slots, and write the first token of each answer."""
@@ -195,8 +181,6 @@ class Engine:
         drawn = self._draw(states, [(request.seed, 0) for request in group])
         rows = [_Row(request, room, [token]) for request, room, token in zip(group, rooms, drawn, strict=True)]
         self._rows, self._waiting = self._rows | dict(zip(free, rows, strict=False)), waiting[len(group) :]
-        self.prompt_tokens += sum(len(request.tokens) for request in group)
-        self.new_tokens += len(group)
 
     def _step(self) -> None:
         rows = [self._rows[slot] for slot in range(len(self._rows))]
@@ -216,7 +200,6 @@ class Engine:
         drawn = self._draw(states[:, 0], [(row.request.seed, len(row.written)) for row in rows])
         for row, token in zip(rows, drawn, strict=True):
             row.written.append(token)
-        self.new_tokens += len(rows)
 
     def _retire(self) -> None:
         """Turn rows that have ended into answers."""

@@ -14,17 +14,6 @@ if TYPE_CHECKING:
     from plmtune.modules.decoder import Decoder
 
 
-def left_pad(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Return (tokens [b, s], prompt_mask [b, s], True at real tokens) of prompts of different length."""
-    longest = max(len(prompt) for prompt in prompts)
-    tokens = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-        mask[row, longest - len(prompt) :] = True
-    return tokens, mask
-
-
 def sample(
     logits: Tensor,
     *,
@@ -88,19 +77,15 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    eos_id: int | None = None,
     generator: torch.Generator | None = None,
     num_tokens: int | None = None,
-    prompt_mask: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Yield a column of new tokens, [b], at a time; end early once every row has ended.
+    """Yield a column of new tokens, [b], at a time.
 
     Args:
         tokens (Tensor): prompts, [b, s].
         temperature: 0 takes the likeliest token.
-        eos_id: ends a row; it is yielded, and again for as long as other rows go on.
         num_tokens: ids from here up have no text and are never drawn.
-        prompt_mask (Tensor | None): [b, s], True at real tokens, False at padding on the left (`left_pad`).
 
     Raises:
         ValueError: for an empty prompt, a sum longer than the model's max_seq_len, or impossible settings.
@@ -118,30 +103,13 @@ def generate(
     device = model.head_weight.device
     tokens = tokens.to(device)
     cache = model.new_cache(b, s + max_new_tokens)
-    mask = input_pos = keys = None
-    if prompt_mask is not None and not bool(prompt_mask.all()):
-        keys = torch.ones(b, s + max_new_tokens, dtype=torch.bool, device=device)
-        keys[:, :s] = prompt_mask
-        input_pos = (keys[:, :s].cumsum(1) - 1).clamp_min(0)
-        # Padding sees itself only: a row that may see nothing has no softmax.
-        causal = torch.ones(s, s, dtype=torch.bool, device=device).tril()
-        mask = causal & keys[:, None, :s] | torch.eye(s, dtype=torch.bool, device=device)
-    ended = torch.zeros(b, dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):
-        states = model(tokens, mask=mask, input_pos=input_pos, cache=cache, hidden=True)
+        states = model(tokens, cache=cache, hidden=True)
         # Only the last position is sampled; the logits of a whole prompt would fill memory for nothing.
         logits = torch.nn.functional.linear(states[:, -1], model.head_weight).float()
         column = sample(logits[:, :num_tokens], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        if eos_id is not None:
-            column = column.masked_fill(ended, eos_id)
-            ended = ended | (column == eos_id)
         yield column
-        if eos_id is not None and bool(ended.all()):
-            return
         tokens = column[:, None]
-        if keys is not None and input_pos is not None:
-            mask = keys[:, None, : cache.length + 1]
-            input_pos = input_pos[:, -1:] + 1
 
 
 def complete(

@@ -185,14 +185,6 @@ class TestRun:
         assert {answer.key: answer for answer in found} == answers(Engine(model, batch_size=3), requests())
         assert list(engine.run()) == []
 
-    def test_counts_what_was_read_and_written(self) -> None:
-        engine = Engine(small_plm(), batch_size=3)
-        found = answers(engine, requests())
-        assert engine.prompt_tokens == sum(len(request.tokens) for request in requests())
-        assert engine.new_tokens == sum(len(answer.tokens) for answer in found.values())
-        assert engine.seconds > 0
-        assert engine.tokens_per_second == engine.new_tokens / engine.seconds
-
     def test_a_model_in_training_answers_as_in_evaluation_and_stays_in_training(self) -> None:
         model = small_plm().eval()
         expected = answers(Engine(model, batch_size=3), requests()[:3])

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from plmtune.generation import complete, generate, keep_likeliest, left_pad, sample
+from plmtune.generation import complete, generate, keep_likeliest, sample
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component, component
@@ -45,28 +45,8 @@ class TestGreedy:
                 ids = torch.cat((ids, model(ids)[:, -1].argmax(-1, keepdim=True)), 1)
         assert torch.equal(greedy(model, prompt, 20), ids[:, 9:])
 
-    def test_prompts_of_different_length_give_in_a_batch_what_they_give_alone(self, attention: Component) -> None:
-        model = small(attention)
-        prompts = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
-        tokens, mask = left_pad(prompts)
-        batch = greedy(model, tokens, 15, prompt_mask=mask)
-        for row, prompt in enumerate(prompts):
-            assert torch.equal(batch[row], greedy(model, torch.tensor([prompt]), 15)[0])
-
 
 class TestEnd:
-    def test_a_row_that_ended_repeats_eos_and_all_ended_stop(self) -> None:
-        model = small()
-        prompts = torch.tensor([[1, 2], [3, 4]])
-        free = greedy(model, prompts, 30)
-        eos = int(free[0, 3])
-        out = greedy(model, prompts, 30, eos_id=eos)
-        first = int((free[0] == eos).nonzero()[0])
-        assert torch.equal(out[0, : first + 1], free[0, : first + 1])
-        assert (out[0, first:] == eos).all()
-        ends = [int((row == eos).nonzero()[0]) if (row == eos).any() else 29 for row in free]
-        assert out.shape[1] == max(ends) + 1
-
     def test_more_than_the_model_takes_is_refused_with_the_numbers(self) -> None:
         with pytest.raises(ValueError, match=r"60 prompt and 5 new tokens exceed the model's max_seq_len \(64\)"):
             next(generate(small(), torch.zeros(1, 60, dtype=torch.long), max_new_tokens=5))
