@@ -5,6 +5,7 @@ in as an overlay, in a multirun, to ``validate`` and as the saved config of a ru
 module on the path that would leave a file behind, and the interpreter's own audit events.
 """
 
+import importlib
 import os
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from plmtune.errors import UserError
 
 CALLS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class", "socket.connect",
          "shutil.rmtree", "ctypes.dlopen")  # fmt: skip
+
+RECIPES = ("pretrain", "sft", "preference")
 
 CANARY = """
 from pathlib import Path
@@ -47,7 +50,8 @@ class Audit:
 def saved() -> str:
     """A good config as a run saves it; everything that a config may import is imported by now."""
     sys.addaudithook(Audit.hook)
-    import plmtune.recipes.pretrain  # noqa: F401
+    for recipe in RECIPES:
+        importlib.import_module(f"plmtune.recipes.{recipe}")
 
     return config.to_yaml(config.compose("pretrain", (), ["data=mix", "data.sources={a: {component: stdlib}}"]))
 
@@ -66,8 +70,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: str) -> Iterat
     monkeypatch.syspath_prepend(str(traps))
     monkeypatch.chdir(where)
     monkeypatch.setenv("SECRET", "hunter2")
-    for entry in ("main", "check"):
-        monkeypatch.setattr(f"plmtune.recipes.pretrain.{entry}", never)
+    for recipe in RECIPES:
+        for entry in ("main", "check"):
+            monkeypatch.setattr(f"plmtune.recipes.{recipe}.{entry}", never)
 
     def too_long(_signal: int, _frame: FrameType | None) -> None:
         raise TimeoutError("it did not end")
@@ -128,6 +133,10 @@ FILES = {
     "target_in_a_setting_of_a_source": "data: {sources: {a: {component: files, paths: [{_target_: canary.call}]}}}",
     "target_as_a_dotted_key": "optimizer._target_: canary.call",
     "target_in_the_logger": "logger: {component: jsonl, _target_: canary.call}",
+    "target_in_adapters": "recipe: sft\npeft: {_target_: canary.call}",
+    "target_in_a_chat": "recipe: sft\nchat: {_target_: canary.call}",
+    "target_in_a_reward": "recipe: preference\nreward: {_target_: canary.call}",
+    "target_in_a_rule": "recipe: preference\nselection: {rules: [{_target_: canary.call}]}",
     "os_system": "optimizer: {_target_: os.system, command: touch ../OWNED}",
     "subprocess": "optimizer: {_target_: subprocess.check_call, args: [touch, ../OWNED]}",
     "eval": "optimizer: {_target_: builtins.eval, _args_: ['__import__(\"canary\")']}",
@@ -174,6 +183,8 @@ FILES = {
     # OmegaConf's resolvers and references
     "secret": "name: ${oc.env:SECRET}",
     "secret_in_a_text": "sample: {prompt: 'tell ${oc.env:SECRET}'}",
+    "secret_in_a_chat_template": "recipe: sft\nchat: {template: '${oc.env:SECRET}'}",
+    "secret_in_a_refinement": "recipe: preference\nrefinement: {template: '${oc.env:SECRET}'}",
     "secret_with_a_default": "name: ${oc.env:SECRET,none}",
     "secret_by_a_nested_reference": "name: SECRET\nrun_dir: ${oc.env:${name}}",
     "decode": "optimizer: ${oc.decode:'{_target_: canary.call}'}",
@@ -274,6 +285,18 @@ class TestFiles:
     def test_name_nothing_that_is_not_registered(self, case: str, road: str, place: Path, saved: str) -> None:
         write(place, saved, COMPOSED[case])
         refusal(place, run(*ROADS[road]))
+
+    @pytest.mark.parametrize(
+        ("recipe", "text"),
+        [
+            ("sft", "peft: {component: canary.call}"),
+            ("dpo", "loss: {component: canary.call}"),
+            ("aries", "reward: {component: canary.call}"),
+        ],
+    )
+    def test_name_nothing_in_fine_tuning_either(self, recipe: str, text: str, place: Path, saved: str) -> None:
+        write(place, saved, text)
+        assert "canary" in refusal(place, run("run", recipe, "evil.yaml"))
 
     def test_a_multirun_checks_what_it_composes(self, place: Path, saved: str) -> None:
         write(place, saved, COMPOSED["component_dotted"])
