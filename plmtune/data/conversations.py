@@ -99,16 +99,18 @@ class ConversationRows(Conversations):
         """Read the rows; the first that fits a shape decides the shape of all."""
         self.refused = Refused()
         shape: Shape | None = None if self.shape == "auto" else self.shape
+        good = 0
         for place, row in self.rows:
             try:
                 if isinstance(row, BadRow):
                     raise row
                 shape = shape or detect(row, self.keys)
                 yield conversation_of(row, place, shape, self.keys)
+                good += 1
             except BadRow as error:
                 self.refused.add(place, error)
         if not skip_bad:
-            self.refused.raise_if_any(REMEDY)
+            self.refused.raise_if_any(REMEDY, good=good)
 
     def fingerprint(self) -> str:
         """Hash the files, and how they are read."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
+import numpy as np
 import xxhash
 
 from plmtune.data.chat_template import ChatTemplate
@@ -13,7 +15,7 @@ from plmtune.data.conversations import Conversations
 from plmtune.data.packing import Example, PackedRows, fit
 from plmtune.data.preferences import Pair, Preferences
 from plmtune.data.refinement import Refinement
-from plmtune.data.rows import Message, Refused
+from plmtune.data.rows import Refused
 from plmtune.data.sources import BadRow
 from plmtune.data.ticker import ticking
 from plmtune.errors import UserError
@@ -50,9 +52,12 @@ def open_examples(
     Args:
         sources: by name; conversations, or with `refinement` preferences.
         skip_bad: leave out rows that cannot be used, and say so.
-        holdout: share of the conversations kept for validation, chosen by their ids: equal ones stay together.
+        holdout: share of the conversations kept for validation, chosen by their ids: equal ones stay together, and
+            of pairs all that have one prompt.
         refinement: make of each pair the two conversations of ARIES's first stage (arXiv 2502.05605): the chosen
-            answer to the prompt, and the chosen answer to the prompt with the rejected one to better.
+            answer to the prompt, and the chosen answer to the prompt with the rejected one to better, which is
+            shortened where both do not fit into seq_len. Prompts are not trained, nor are the answers that they hold,
+            whatever `train_on` says.
         shown: say now and then how far it is.
 
     Raises:
@@ -60,33 +65,38 @@ def open_examples(
     """
     train, held_out, fingerprints, notes = {}, {}, {}, []
     for name, source in sources.items():
-        refused, examples, kept = Refused(), list[Example](), list[Example]()
-        read = ticking(_conversations(name, source, refinement), f"conversations of {name} encoded", shown=shown)
-        for chunk in _chunks(read):
-            for (_, place), encoded in zip(chunk, template.encode_batch([m for m, _ in chunk], train_on), strict=True):
-                if isinstance(encoded, BadRow):
-                    refused.add(place, encoded)
-                else:
-                    examples.append(Example(*encoded, place))
-        _merge(refused, source.refused)
-        if not skip_bad:
-            refused.raise_if_any(_REMEDY)
-        fitting, left_out, cut = fit(examples, seq_len, too_long)
-        for word, counted in (("left out", refused), ("left out", left_out), ("cut", cut)):
-            if counted:
-                notes.append(f"{name}: {len(counted):,} conversations {word}:\n{counted.describe()}")
+        counts = _Counts()
+        if isinstance(source, Conversations) and refinement is None:
+            read = _conversations(source, template, train_on, seq_len, too_long, counts)
+        elif isinstance(source, Preferences) and refinement is not None:
+            read = _refinements(source, template, refinement, seq_len, too_long, counts)
+        else:
+            wanted = "conversations (data=conversations, docstrings)"
+            if refinement is not None:
+                wanted = "pairs, as loss=sft_refine makes its rows of them (data=preferences, docstring_pairs)"
+            raise UserError(f"source {name} holds {kind_of(source)}; this run takes {wanted}.")
         digest = xxhash.xxh3_128()
-        held: list[Example] = []
-        for example in fitting:
-            key = xxhash.xxh3_128_digest(example.tokens.tobytes())
-            digest.update(key + example.trained.tobytes())
-            share = int.from_bytes(key[:8], "little") / 2**64
+        kept, held = list[Example](), list[Example]()
+        for example, group in ticking(read, f"conversations of {name} encoded", shown=shown):
+            digest.update(xxhash.xxh3_128_digest(example.tokens.tobytes()) + example.trained.tobytes())
+            share = int.from_bytes(group[:8], "little") / 2**64
             (held if share < holdout else kept).append(example)
+        _merge(counts.refused, source.refused)
+        if not skip_bad:
+            counts.refused.raise_if_any(_REMEDY, good=len(kept) + len(held) + len(counts.left_out))
+        for word, counted in (("left out", counts.refused), ("left out", counts.left_out), ("cut", counts.cut)):
+            if counted:
+                notes.append(f"{name}: {_number(len(counted), 'conversation')} {word}:\n{counted.describe()}")
+        if counts.shortened:
+            were = "earlier answer was" if counts.shortened == 1 else "earlier answers were"
+            fit_in = f"so that the answer that follows fits into seq_len ({seq_len:,} tokens)"
+            notes.append(f"{name}: {counts.shortened:,} {were} shortened, {fit_in}")
         if not kept:
             reasons = "\n".join(notes)
+            found = len(held) + len(counts.refused) + len(counts.left_out)
             raise UserError(
-                f"source {name}: none of its {len(examples) + len(refused):,} conversations can be trained on."
-                + (f"\n{reasons}" if reasons else " It is empty.")
+                f"source {name}: none of its {_number(found, 'conversation')} can be trained on."
+                + (f"\n{reasons}" if reasons else " It is empty." if not found else " All are held out: chat.holdout.")
             )
         fingerprints[name] = digest.hexdigest()
         train[name] = PackedRows(kept, seq_len, seed)
@@ -95,27 +105,83 @@ def open_examples(
     return Examples(train, held_out, fingerprints, notes)
 
 
-Placed = tuple[tuple[Message, ...], str]
+@dataclass
+class _Counts:
+    """What of a source was not taken as it is: rows that are bad or too long, and answers that were shortened."""
+
+    refused: Refused = field(default_factory=Refused)
+    left_out: Refused = field(default_factory=Refused)
+    cut: Refused = field(default_factory=Refused)
+    shortened: int = 0
+
+    def fit(self, examples: Sequence[Example], seq_len: int, too_long: Literal["drop", "cut"]) -> list[Example]:
+        """Return the examples that fit, see `packing.fit`; count the others."""
+        fitting, left_out, cut = fit(examples, seq_len, too_long)
+        _merge(self.left_out, left_out)
+        _merge(self.cut, cut)
+        return fitting
 
 
-def _conversations(name: str, source: Any, refinement: Refinement | None) -> Iterator[Placed]:
-    """The messages of each conversation, with their place."""
-    if isinstance(source, Conversations) and refinement is None:
-        for held in source.conversations(skip_bad=True):
-            yield held.messages, held.place
-    elif isinstance(source, Preferences) and refinement is not None:
-        for pair in source.pairs(skip_bad=True):
-            if pair.chosen is None or pair.rejected is None:
-                source.refused.add(pair.place, "has one answer only, and refining takes two")
-                continue
-            yield (*pair.prompt, Message("assistant", pair.chosen)), pair.place
-            asked = refinement.fill(pair.prompt, pair.rejected)
-            yield (*asked, Message("assistant", pair.chosen)), pair.place
-    else:
-        wanted = "conversations (data=conversations, docstrings)"
-        if refinement is not None:
-            wanted = "pairs, as loss=sft_refine makes its rows of them (data=preferences, docstring_pairs)"
-        raise UserError(f"source {name} holds {kind_of(source)}; this run takes {wanted}.")
+# An example, and the hash that decides whether it is held out.
+Grouped = tuple[Example, bytes]
+
+
+def _conversations(
+    source: Conversations,
+    template: ChatTemplate,
+    train_on: Literal["all", "last"],
+    seq_len: int,
+    too_long: Literal["drop", "cut"],
+    counts: _Counts,
+) -> Iterator[Grouped]:
+    """Encode conversations; equal ones have one hash."""
+    remaining = iter(source.conversations(skip_bad=True))
+    while chunk := list(islice(remaining, _BATCH)):
+        examples = []
+        found = template.encode_batch([held.messages for held in chunk], train_on)
+        for held, encoded in zip(chunk, found, strict=True):
+            if isinstance(encoded, BadRow):
+                counts.refused.add(held.place, encoded)
+            else:
+                examples.append(Example(*encoded, held.place))
+        for example in counts.fit(examples, seq_len, too_long):
+            yield example, xxhash.xxh3_128_digest(example.tokens.tobytes())
+
+
+def _refinements(
+    source: Preferences,
+    template: ChatTemplate,
+    refinement: Refinement,
+    seq_len: int,
+    too_long: Literal["drop", "cut"],
+    counts: _Counts,
+) -> Iterator[Grouped]:
+    """Encode pairs: the chosen answer to the prompt, then to the prompt with the rejected one; one hash a prompt."""
+    for pair in source.pairs(skip_bad=True):
+        if pair.chosen is None or pair.rejected is None:
+            source.refused.add(pair.place, "has one answer only, and refining takes two")
+            continue
+        try:
+            prompt, answer = template.encode_prompt(pair.prompt), template.encode_answer(pair.chosen)
+            # Cut from the right, a long question would lose what is trained: the answer that it shows gives way.
+            context = refinement.encode(template, pair.prompt, pair.rejected, max_len=seq_len - answer.size)
+        except BadRow as error:
+            counts.refused.add(pair.place, error)
+            continue
+        asked = [prompt]
+        if context is None:
+            counts.left_out.add(pair.place, f"leaves no room in seq_len ({seq_len:,}) for an earlier answer to refine")
+        else:
+            asked.append(context[0])
+            counts.shortened += context[1]
+        examples = [
+            Example(np.concatenate([ids, answer]), np.arange(ids.size + answer.size) >= ids.size, pair.place)
+            for ids in asked
+        ]
+        said = repr([(message.role, message.content) for message in pair.prompt])
+        group = xxhash.xxh3_128_digest(said.encode("utf-8", "surrogatepass"))
+        for example in counts.fit(examples, seq_len, too_long):
+            yield example, group
 
 
 def open_pairs(sources: Mapping[str, Any], *, skip_bad: bool) -> list[Pair]:
@@ -126,13 +192,14 @@ def open_pairs(sources: Mapping[str, Any], *, skip_bad: bool) -> list[Pair]:
     """
     pairs: list[Pair] = []
     for name, source in sources.items():
+        before = len(pairs)
         if not isinstance(source, Preferences):
             raise UserError(
                 f"source {name} holds {kind_of(source)}; this run takes pairs (data=preferences, docstring_pairs)."
             )
         pairs += source.pairs(skip_bad=True)
         if not skip_bad:
-            source.refused.raise_if_any(_REMEDY)
+            source.refused.raise_if_any(_REMEDY, good=len(pairs) - before)
     return pairs
 
 
@@ -142,15 +209,8 @@ def kind_of(source: Any) -> str:
     return next((word for kind, word in kinds.items() if isinstance(source, kind)), "plain text")
 
 
-def _chunks(placed: Iterator[Placed]) -> Iterator[list[Placed]]:
-    chunk: list[Placed] = []
-    for one in placed:
-        chunk.append(one)
-        if len(chunk) == _BATCH:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
 def _merge(into: Refused, other: Refused) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import xxhash
 
-from plmtune.data.conversations import REMEDY, Conversations, check_order, messages_of
+from plmtune.data.conversations import REMEDY, Conversations, check_order, detect, messages_of
 from plmtune.data.functions import public_functions, question
 from plmtune.data.rows import Message, Refused, Rows
 from plmtune.data.sources import BadRow, text_of
@@ -77,15 +77,17 @@ class PreferenceRows(Preferences):
     def pairs(self, skip_bad: bool = False) -> Iterator[Pair]:
         """Read the rows."""
         self.refused = Refused()
+        good = 0
         for place, row in self.rows:
             try:
                 if isinstance(row, BadRow):
                     raise row
                 yield pair_of(row, place, self.shape)
+                good += 1
             except BadRow as error:
                 self.refused.add(place, error)
         if not skip_bad:
-            self.refused.raise_if_any(REMEDY)
+            self.refused.raise_if_any(REMEDY, good=good)
 
     def fingerprint(self) -> str:
         """Hash the files, and how they are read."""
@@ -208,6 +210,8 @@ def pair_of(row: Mapping[str, Any], place: str, shape: str = "auto") -> Pair:
             whose roles are out of order or which does not end in a user's message.
     """
     found = _shape_of(row) if shape == "auto" else shape
+    if found is None and _is_conversation(row):
+        raise BadRow("is a conversation, not a preference pair: plmtune run sft data=conversations takes such rows")
     if found is None:
         keys = ", ".join(map(str, row)) or "none"
         raise BadRow(f"has the keys {keys:.200}, which fit no shape of preferences ({_SHAPES})")
@@ -248,6 +252,14 @@ def _shape_of(row: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _is_conversation(row: Mapping[str, Any]) -> bool:
+    try:
+        detect(dict(row))
+    except BadRow:
+        return False
+    return "chosen" not in row and "rejected" not in row
+
+
 def _question_key(row: Mapping[str, Any]) -> str | None:
     return next((key for key in ("prompt", "question", "instruction") if key in row), None)
 
@@ -272,10 +284,16 @@ def _read_messages(row: Mapping[str, Any]) -> _Read:
     for name, side in zip(("chosen", "rejected"), sides, strict=True):
         if side[-1].role != "assistant":
             raise BadRow(f"has a {name} conversation that ends in a message of the {side[-1].role}")
-    # Some data sets give the first question under prompt as well, beside whole conversations: it is in them already.
     prompt = prompts[0]
     if not prompt or prompt[0].role == "assistant":
         prompt = [*_prompt(row["prompt"], "prompt"), *prompt]
+    elif row.get("prompt") and isinstance(row["prompt"], list):
+        given = _messages(row["prompt"], "prompt")
+        if given[-len(prompt) :] == prompt:
+            prompt = given
+        elif given not in (prompt[: len(given)], prompt[-len(given) :]):
+            prompt = [*given, *prompt]
+    # A text under prompt beside whole conversations is their first question, which is in them already.
     return prompt, sides[0][-1].content, sides[1][-1].content, used
 
 

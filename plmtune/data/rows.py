@@ -66,15 +66,21 @@ class Refused:
             lines.append(f"{rest:,} more for {len(reasons) - _MOST_SHOWN:,} other reasons")
         return "\n".join(lines)
 
-    def raise_if_any(self, remedy: str) -> None:
+    def raise_if_any(self, remedy: str, good: int | None = None) -> None:
         """Say all of it at once.
+
+        Args:
+            remedy: how the others can be used all the same.
+            good: how many others there are, where that is known; without any the remedy is none.
 
         Raises:
             UserError: if anything was refused.
         """
         if self.counts:
             rows = "1 row" if len(self) == 1 else f"{len(self):,} rows"
-            raise UserError(f"{rows} cannot be used:\n{self.describe()}\n{remedy}")
+            if good == 0:
+                rows, remedy = ("the only row" if len(self) == 1 else f"all {rows}"), ""
+            raise UserError("\n".join(filter(None, [f"{rows} cannot be used:", self.describe(), remedy])))
 
 
 def read_rows(paths: Sequence[str | Path], encoding: str = "utf-8") -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
@@ -112,7 +118,8 @@ def find_row_files(paths: Sequence[str | Path]) -> list[Path]:
     found, singly = find_files(tuple(str(path) for path in paths))
     for path in singly:
         if kind_of(path) == "text":
-            raise UserError(f"{path} is named as text. Rows are read from .json, .jsonl, .ndjson and .parquet files")
+            suffix = "".join(path.suffixes[-2:] if path.suffix.lower() in (".gz", ".zst") else path.suffixes[-1:])
+            raise UserError(f"{path} is a {suffix} file: rows are read from .json, .jsonl, .ndjson and .parquet")
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty")
     files = [path for path in found if path in singly or kind_of(path) in ("jsonl", "parquet")]
@@ -191,8 +198,21 @@ def _read_file(path: Path, encoding: str) -> Iterator[tuple[str, Any | BadRow]]:
         for number, row in enumerate(_read_array(path, encoding), 1):
             yield f"row {number}", row
     else:
+        hint: str | None = None
         for number, row in read_json_lines(path, encoding):
+            if isinstance(row, BadRow):
+                if hint is None:  # asked at the first bad line: most files have none
+                    hint = " (the file looks like CSV)" if _looks_like_csv(path, encoding) else ""
+                row = BadRow(f"{row}{hint}")
             yield f"line {number}", row
+
+
+def _looks_like_csv(path: Path, encoding: str) -> bool:
+    try:
+        first = next((piece for piece in read_text(path, encoding) if piece.strip()), "").strip().partition("\n")[0]
+    except UserError:  # not in that encoding, as its reader says
+        return False
+    return "," in first and "{" not in first and not first.startswith("[")
 
 
 def _starts_with_bracket(path: Path, encoding: str) -> bool:

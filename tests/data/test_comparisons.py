@@ -90,7 +90,9 @@ class TestMakeComparisons:
         assert whole[1].prompt.size + whole[1].rejected.size > seq_len
         made, refused, notes = make_comparisons([long], template, SHORT, seq_len, contexts=True)
         assert not refused.counts
-        assert notes == [f"1 earlier answers were shortened, so that the answers after them fit into {seq_len}"]
+        assert notes == [
+            f"1 earlier answer was shortened, so that the answers that follow fit into seq_len ({seq_len})"
+        ]
         for old, new in zip(whole, made, strict=True):
             assert np.array_equal(old.chosen, new.chosen) and np.array_equal(old.rejected, new.rejected)
             assert new.prompt.size + max(new.chosen.size, new.rejected.size) <= seq_len
@@ -160,7 +162,7 @@ class TestMakeComparisons:
     def test_a_lone_pair_has_no_mismatched_answer_and_this_is_said(self, template):
         made, _, notes = make_comparisons([pair()], template, None, 200, mismatched=True)
         assert [c.kind for c in made] == [DIRECT]
-        assert len(notes) == 1 and notes[0].startswith("1 pairs")
+        assert len(notes) == 1 and notes[0].startswith("1 pair has")
 
     def test_the_shipped_template_works(self, template):
         made, refused, _ = make_comparisons([pair()], template, find_refinement(None), 200, contexts=True)
@@ -458,3 +460,7 @@ class TestRefusals:
     def test_a_person_is_told_the_size(self):
         text = batches(holdout=0.2, epochs=2).describe()
         assert "18 pairs" in text and "5 held out" in text and "8 steps of 5 pairs" in text
+        assert "global_batch_size" not in text
+        text = batches(holdout=0.2, global_batch_size=40).describe()
+        assert "18 pairs, seen 2.22 times" in text and text.endswith("\n1 step of 40 pairs (fewer pairs than "
+               "global_batch_size: each is seen 2.22 times in a step)")  # fmt: skip

@@ -1,6 +1,7 @@
 """From conversations and pairs to packed rows."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from plmtune.data.chat_template import find_template
 from plmtune.data.conversations import Conversation, Conversations
 from plmtune.data.examples import Examples, open_examples, open_pairs
-from plmtune.data.preferences import InMemory, Pair
+from plmtune.data.preferences import InMemory, Pair, preferences
 from plmtune.data.refinement import find_refinement
 from plmtune.data.rows import Message, Refused
 from plmtune.data.tokenizers import bundled
@@ -78,8 +79,8 @@ class TestRefinement:
         found = opened(InMemory([pair], "talks"), refinement=refinement)
         direct, refined = sorted(texts(found.train["talks"]), key=len)
         assert "It is 6." not in direct
-        assert direct.endswith("assistant\nIt is 5.<|im_end|>\n")
-        assert refined.endswith("assistant\nIt is 5.<|im_end|>\n")
+        assert direct.endswith("assistant\nIt is 5.<|im_end|>")
+        assert refined.endswith("assistant\nIt is 5.<|im_end|>")
         assert refinement.fill(pair.prompt, "It is 6.")[0].content in refined
         rows = found.train["talks"]
         trained = [example.trained.sum() for i in range(rows.num_rows) for example in rows.examples(i)]
@@ -90,6 +91,49 @@ class TestRefinement:
         with pytest.raises(UserError, match="row 0 has one answer only"):
             opened(InMemory([single], "talks"), refinement=find_refinement(None))
 
+    def test_what_is_held_out_of_a_pair_is_all_of_its_prompt(self) -> None:
+        pairs = [
+            Pair((Message("user", f"What is {i} + 3?"),), f"It is {i + 3}{sign}", "I do not know.", f"row {i}{sign}")
+            for i in range(40)
+            for sign in ".!"
+        ]
+        found = opened(InMemory(pairs, "talks"), refinement=find_refinement(None), holdout=0.3, seq_len=256)
+
+        def prompts(rows: Any) -> list[str]:
+            return [text.split(" + 3?")[0].rpartition(" ")[2] for text in texts(rows)]
+
+        train, held_out = prompts(found.train["talks"]), prompts(found.held_out["talks"])
+        assert not set(train) & set(held_out)
+        assert {train.count(key) for key in train} == {held_out.count(key) for key in held_out} == {4}
+        assert len(set(train)) + len(set(held_out)) == 40
+
+    @pytest.mark.parametrize("train_on", ["all", "last"])
+    def test_answers_in_the_prompt_are_not_trained(self, train_on: str) -> None:
+        prompt = (Message("user", "Two?"), Message("assistant", "It is two."), Message("user", "And three?"))
+        source = InMemory([Pair(prompt, "Three.", "Four.", "row 0")], "talks")
+        rows = opened(source, refinement=find_refinement(None), train_on=train_on).train["talks"]
+        examples = [example for i in range(rows.num_rows) for example in rows.examples(i)]
+        assert len(examples) == 2
+        for example in examples:
+            assert "It is two." in TOKENIZER.decode(example.tokens.tolist())
+            assert TOKENIZER.decode(example.tokens[example.trained].tolist()) == "Three.<|im_end|>"
+
+    @pytest.mark.parametrize("too_long", ["drop", "cut"])
+    def test_a_long_earlier_answer_is_shortened_and_the_one_to_learn_is_whole(self, too_long: str) -> None:
+        pair = Pair((Message("user", "Why?"),), "It is so.", "word " * 300, "row 0")
+        found = opened(InMemory([pair], "talks"), refinement=find_refinement(None), too_long=too_long)
+        _, refined = sorted(texts(found.train["talks"]), key=len)
+        assert refined.endswith("It is so.<|im_end|>") and "word word" in refined
+        assert found.notes == ["talks: 1 earlier answer was shortened, so that the answer that follows fits into "
+                               "seq_len (128 tokens)"]  # fmt: skip
+
+    def test_where_no_earlier_answer_fits_the_answer_alone_is_learned(self) -> None:
+        pair = Pair((Message("user", "Why?"),), "It is so.", "word " * 300, "row 0")
+        found = opened(InMemory([pair], "talks"), refinement=find_refinement(None), seq_len=50)
+        (direct,) = texts(found.train["talks"])
+        assert "word" not in direct
+        assert "1 conversation left out:\nrow 0 leaves no room in seq_len (50)" in found.notes[0]
+
 
 class TestMistakes:
     def test_rows_that_hold_a_special_token_are_counted(self) -> None:
@@ -97,6 +141,18 @@ class TestMistakes:
         with pytest.raises(UserError, match="row 1"):
             opened(source)
         assert "2 conversations left out" in opened(source, skip_bad=True).notes[0]
+
+    def test_where_all_rows_are_bad_leaving_them_out_is_not_advised(self) -> None:
+        with pytest.raises(UserError, match=r"^all 2 rows cannot be used") as raised:
+            opened(Talks([("Bad?", "No <|im_end|> more."), ("Worse?", "<|im_start|>")]))
+        assert "skip_bad" not in str(raised.value)
+
+    def test_conversations_given_as_pairs_are_told_where_they_belong(self, tmp_path: Path) -> None:
+        path = tmp_path / "c.jsonl"
+        path.write_text('{"prompt": "a?", "completion": "b"}\n' * 3)
+        with pytest.raises(UserError, match=r"(?s)^all 3 rows .*plmtune run sft data=conversations") as raised:
+            open_pairs({"talks": preferences((str(path),))}, skip_bad=False)
+        assert "skip_bad" not in str(raised.value)
 
     def test_nothing_left_is_an_error_with_its_reasons(self) -> None:
         with pytest.raises(UserError, match=r"none of its 1 (?s:.*)longer than seq_len"):

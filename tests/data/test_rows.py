@@ -116,7 +116,7 @@ class TestFiles:
         assert [row for _, row in read(tmp_path)] == [{"a": 1}, {"b": 1}]
 
     def test_files_without_rows_are_refused(self, tmp_path):
-        with pytest.raises(UserError, match=r"a\.txt is named as text"):
+        with pytest.raises(UserError, match=r"a\.txt is a \.txt file: rows are read from"):
             read(write(tmp_path / "a.txt", "hello"))
         with pytest.raises(UserError, match="is empty"):
             read(write(tmp_path / "a.jsonl", ""))
@@ -188,3 +188,22 @@ class TestRefused:
             refused.add(f"a.jsonl, line {line}", f"is bad in way {line}")
         assert refused.describe().splitlines()[-1] == "92 more for 92 other reasons"
         assert len(refused.describe().splitlines()) == 9
+
+    def test_of_rows_that_are_all_bad_no_remedy_is_told(self):
+        refused = Refused()
+        refused.add("a.jsonl, line 1", "is not JSON")
+        with pytest.raises(UserError, match=r"^the only row cannot be used:\na.jsonl, line 1 is not JSON$"):
+            refused.raise_if_any("Leave them out", good=0)
+        with pytest.raises(UserError, match=r"^1 row cannot be used:\n.*\nLeave them out$"):
+            refused.raise_if_any("Leave them out", good=1)
+
+
+class TestCsv:
+    def test_one_that_is_named_as_json_lines_is_told(self, tmp_path):
+        path = tmp_path / "t.jsonl"
+        path.write_text("prompt,completion\na,b\n")
+        found = [str(row) for _, row in read_rows([path])]
+        assert all(text.startswith("is not JSON") and text.endswith("(the file looks like CSV)") for text in found)
+        assert len(found) == 2
+        path.write_text('{"prompt": "a",}\n{"prompt": "a", "completion": "b"}\n')
+        assert "CSV" not in "".join(str(row) for _, row in read_rows([path]) if isinstance(row, BadRow))
