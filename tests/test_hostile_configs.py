@@ -78,7 +78,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: str) -> Iterat
         raise TimeoutError("it did not end")
 
     before = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(30)
+    signal.alarm(120)
     yield where
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

@@ -311,10 +311,11 @@ class TestIterate:
     def test_closing_does_not_wait_for_a_thread_that_hangs(self, sources, monkeypatch):
         monkeypatch.setattr(module, "_PATIENCE", 0.01)
         data = batches(sources, num_workers=2)
-        good, hung, release = data.step, threading.Event(), threading.Event()
+        good, hung, release, left = data.step, threading.Event(), threading.Event(), []
 
         def step(i):
             if i == 3:
+                left.append(threading.current_thread())
                 hung.set()
                 release.wait()
             return good(i)
@@ -324,10 +325,10 @@ class TestIterate:
         next(steps)
         hung.wait()
         steps.close()
-        (left,) = (t for t in threading.enumerate() if t.name.startswith("batches"))
-        assert left.daemon  # so the interpreter does not wait for it either
+        assert left[0].is_alive()
+        assert left[0].daemon  # so the interpreter does not wait for it either
         release.set()
-        left.join()
+        left[0].join()
 
     def test_an_interrupt_while_waiting_for_a_thread_ends_at_once(self, make_shards):
         directory = make_shards("a", range(500)).directory
