@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from plmtune import sealed
 from plmtune.atomic import replacing
 from plmtune.continuous import Answer, Request
 from plmtune.data.chat_template import ChatTemplate
@@ -27,7 +28,7 @@ from plmtune.training import distributed
 
 T = TypeVar("T")
 
-PROMPTS, CHAINS = "prompts.jsonl", "chains.jsonl"
+PROMPTS, CHAINS, SETTINGS = "prompts.jsonl", "chains.jsonl", "settings.json"
 
 RHYTHM = 1.0  # seconds between two looks at whether other processes still write, or someone asks to stop
 
@@ -154,7 +155,8 @@ def write_chains(
 ) -> list[Chain] | None:
     """Let the model answer every prompt in turns, and keep the chains as ``chains.jsonl`` in `directory`.
 
-    Every process calls it with the same prompts and answers its share of them.
+    What they were written under is kept beside them, in ``settings.json``. Every process calls it with the same prompts
+    and answers its share of them.
 
     Args:
         directory: of this round, the same for all processes; what a killed call left there is gone on from.
@@ -193,11 +195,12 @@ def write_chains(
     directory.mkdir(parents=True, exist_ok=True)
     journal = Journal(directory, settings)
     plan = _Plan(prompts, template, refinement, turns, strategy, max_new_tokens, max_len, (seed, number))
-    if not (directory / CHAINS).exists():
+    if not distributed.told_by_rank_0(journal.is_whole):
         if not _write(plan, journal, engine, progress, stop):
             return None
         if distributed.rank() == 0:
             answers = journal.read()
+            journal.keep_settings()
             save_chains(directory / CHAINS, (plan.chain(index, answers) for index in range(len(prompts))))
             journal.remove()
         distributed.barrier()
@@ -235,6 +238,29 @@ class Journal:
                         f"{path}, row {number}: damaged ({error!r}). Remove this row, and its answer is written again."
                     ) from error
         return answers
+
+    def is_whole(self) -> bool:
+        """Whether the chains are there already.
+
+        Raises:
+            UserError: if they were written under other settings, or nothing whole says under which.
+        """
+        if not (self.directory / CHAINS).is_file():
+            return False
+        path = self.directory / SETTINGS
+        try:
+            other = sealed.unseal(sealed.read(path))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}, which says how {CHAINS} was written, cannot be read: {error}. "
+                f"Remove {self.directory} to write the answers again."
+            ) from error
+        self._check(self.directory / CHAINS, other)
+        return True
+
+    def keep_settings(self) -> None:
+        with replacing(self.directory / SETTINGS) as temporary:
+            temporary.write_bytes(sealed.seal(self.settings))
 
     def open(self) -> None:
         """Make this process' file ready for `add`: a torn line goes."""

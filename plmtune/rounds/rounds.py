@@ -17,7 +17,7 @@ from plmtune.config import build
 from plmtune.data.conversations import Conversations
 from plmtune.data.order import key_of, permute
 from plmtune.data.preferences import Pair, Preferences, Prompt, preferences, prompts_of
-from plmtune.data.rows import Refused
+from plmtune.data.rows import Message, Refused
 from plmtune.errors import UserError
 from plmtune.rounds import selection
 from plmtune.rounds.chains import CHAINS, Chain, save_chains, write_prompts
@@ -31,6 +31,9 @@ Write = Callable[[Path, Sequence[Prompt], int], list[Chain] | None]
 
 EVALUATION = "evaluation"
 
+# Held-out prompts that are answered after each round: enough to see which way rewards go, few beside a round's own.
+MOST_EVALUATED = 64
+
 
 def of(run: Path, number: int) -> Path:
     """The directory of a round."""
@@ -42,7 +45,7 @@ class Rounds:
 
     Args:
         prompts: all prompts; some are held out for evaluation.
-        holdout: share of them.
+        holdout: share of them; of many, `MOST_EVALUATED` or as many as a round takes are answered.
         per_round: prompts a round takes, going on where the last one stopped; 0: all.
         reward: judges answers; None: pairs are chosen by rules alone, and nothing is evaluated.
         rules: that a pair must pass.
@@ -68,9 +71,9 @@ class Rounds:
         num_held = min(round(holdout * len(prompts)) or int(holdout > 0), len(prompts) - 1)
         if len(prompts) <= max(num_held, 0):
             raise UserError("There is no prompt to answer. Give other data.")
-        self.held_out = [prompts[index] for index in order[:num_held]]
         self.prompts = [prompts[index] for index in order[num_held:]]
         self.per_round = min(per_round, len(self.prompts)) or len(self.prompts)
+        self.held_out = [prompts[index] for index in order[: min(num_held, MOST_EVALUATED, self.per_round)]]
         self.reward, self.rules, self.margin = reward, rules, margin
 
     def prompts_of(self, number: int) -> list[Prompt]:
@@ -85,7 +88,7 @@ class Rounds:
             UserError: if no pair was chosen, with the reasons.
         """
         place = of(run, number)
-        if (place / selection.PAIRS).is_file():
+        if told_by_rank_0((place / selection.PAIRS).is_file):
             return True
         prompts = self.prompts_of(number)
         told_by_rank_0(lambda: write_prompts(place, prompts))
@@ -93,55 +96,52 @@ class Rounds:
         if chains is None:
             return False
 
-        def choose() -> str:
-            scored = self._judged(place, chains)
-            by_reward = self.reward is not None
-            pairs, refused = selection.select(scored, self.rules, margin=self.margin, by_reward=by_reward)
-            if not pairs:
-                raise UserError(
-                    f"round {number}: no pair was chosen from {len(chains):,} chains of answers.\n{refused.describe()}"
-                    "\nOther selection.rules, a smaller selection.margin, more generation.turns or a higher "
-                    "generation.temperature may give some. The chains are in " + str(place / CHAINS)
-                )
-            selection.save_pairs(place / selection.PAIRS, pairs)
-            return f"round {number}: {len(pairs):,} pairs of {len(chains):,} prompts" + _because(refused)
-
-        tell(told_by_rank_0(choose))
+        scored, by_reward = self._judged(place, chains), self.reward is not None
+        pairs, refused = selection.select(scored, self.rules, margin=self.margin, by_reward=by_reward)
+        if not pairs:
+            raise UserError(
+                f"round {number}: no pair was chosen from {len(chains):,} chains of answers.\n{refused.describe()}"
+                "\nOther selection.rules, a smaller selection.margin, more generation.turns or a higher "
+                "generation.temperature may give some. The chains are in " + str(place / CHAINS)
+            )
+        told_by_rank_0(lambda: selection.save_pairs(place / selection.PAIRS, pairs))
+        tell(f"round {number}: {len(pairs):,} pairs of {len(chains):,} prompts" + _because(refused))
         return True
 
     def pairs(self, run: Path, number: int) -> list[Pair]:
         """The pairs of a round that `make_pairs` made."""
-        return list(preferences((str(of(run, number) / selection.PAIRS),)).pairs(skip_bad=True))
+        return list(preferences((str(of(run, number) / selection.PAIRS),), shape="strings").pairs())
 
-    def evaluate(self, run: Path, number: int, write: Write) -> dict[str, float] | None:
+    def evaluate(self, run: Path, number: int, write: Write, tell: Callable[[str], None]) -> dict[str, float] | None:
         """Direct and refined rewards on held-out prompts after a round (0: before any); None if the run is to stop.
 
-        Empty without a reward or held-out prompts. Every rank calls it.
+        Empty without a reward, held-out prompts, or answers to them. Every rank calls it.
         """
         if self.reward is None or not self.held_out:
             return {}
         place = of(run, number) / EVALUATION
         found = place / "evaluation.json"
-        if not found.is_file():
+        if not told_by_rank_0(found.is_file):
+            when = f"after round {number}" if number else "before round 1"
+            tell(f"evaluation {when}: {len(self.held_out):,} held-out prompts")
             # Their draws are the same after each round: what differs is the model.
             chains = write(place, self.held_out, 0)
             if chains is None:
                 return None
-
-            def measure() -> None:
-                measured = selection.evaluate(self._judged(place, chains))
-                manifest.write_text(found, json.dumps(measured, indent=1) + "\n")
-
-            told_by_rank_0(measure)
-        measured: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
-        return {key: value for key, value in measured.items() if key != "num"}
+            text = json.dumps(selection.evaluate(self._judged(place, chains)), indent=1) + "\n"
+            told_by_rank_0(lambda: manifest.write_text(found, text))
+        measured: dict[str, float] = told_by_rank_0(lambda: json.loads(found.read_text(encoding="utf-8")))
+        if "direct" not in measured:
+            tell(f"evaluation: none of {measured['num']:,} held-out prompts could be answered")
+            return {}
+        return measured
 
     def _judged(self, place: Path, chains: Sequence[Chain]) -> Sequence[Chain]:
-        """The chains with their rewards, kept beside the answers."""
+        """The chains with their rewards, kept beside the answers. Every rank calls it."""
         if self.reward is None:
             return chains
         scored = selection.score(chains, self.reward)
-        save_chains(place / CHAINS, scored)
+        told_by_rank_0(lambda: save_chains(place / CHAINS, scored))
         return scored
 
 
@@ -150,22 +150,25 @@ def _because(refused: Refused) -> str:
 
 
 def open_rounds(cfg: Any, sources: Mapping[str, Any], strategy: str) -> Rounds:
-    """The rounds that a config asks for, with the prompts of `sources`.
+    """The rounds that a config asks for, with the prompts of `sources`, each once.
 
     Raises:
         UserError: for data without prompts, unknown rules, or processes that hold no whole model.
     """
     if strategy in ("fsdp", "hsdp"):
         raise UserError(f"key rounds: each process writes answers with a whole model, not under {strategy}: use ddp.")
-    prompts: list[Prompt] = []
+    prompts: dict[tuple[Message, ...], Prompt] = {}  # what two sources share is not held out in one and used in another
     for name, source in sources.items():
         if not isinstance(source, Conversations | Preferences):
             raise UserError(f"source {name} holds plain text; rounds take prompts of conversations or pairs.")
-        prompts += prompts_of(source, skip_bad=True)
+        for prompt in prompts_of(source, skip_bad=True):
+            held = prompts.setdefault(prompt.messages, prompt)
+            if held.gold is None:
+                prompts[prompt.messages] = prompt
         if not cfg.chat.skip_bad:
             source.refused.raise_if_any("Mend them, or leave such rows out: chat.skip_bad=true")
     return Rounds(
-        prompts,
+        list(prompts.values()),
         holdout=cfg.chat.holdout,
         per_round=cfg.prompts,
         reward=build("reward", cfg.reward) if cfg.reward else None,

@@ -14,7 +14,7 @@ from plmtune.rounds.programs import tests_of, verdict
 Rule = Callable[[Chain, Turn, Turn], str | None]  # (chain, chosen, rejected)
 
 _HASHES = re.compile(r"####\s*([^\n]*)")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+_NUMBER = re.compile(r"(?:- ?)?(?:\d{1,3}(?: \d{3})+(?!\d)|\d[\d,]*)(?:\.\d+)?|(?:- ?)?\.\d+")  # 1 000, 1,000, .5
 _UNITS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]")  # words, marks, and signs of scripts without spaces
 
 _GRAM = 8  # units
@@ -81,11 +81,11 @@ def tests_pass(chain: Chain, chosen: Turn, rejected: Turn) -> str | None:
 
 
 def number_of(text: str) -> Decimal | None:
-    """The number after the last ``####``; commas, currency, units and a trailing dot do not matter."""
+    """The number after the last ``####``; separators of thousands, currency, units and a last dot do not matter."""
     found = _HASHES.findall(text)
-    number = _NUMBER.search(found[-1].replace("$", "").replace(" ", "")) if found else None
+    number = _NUMBER.search(re.sub(r"\$ ?", "", found[-1])) if found else None
     try:
-        return Decimal(number.group().replace(",", "")) if number else None
+        return Decimal(re.sub("[, ]", "", number.group())) if number else None
     except InvalidOperation:
         return None
 

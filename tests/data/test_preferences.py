@@ -70,6 +70,20 @@ class TestShapes:
                 },
                 [SYSTEM, USER],
             ),
+            ({"prompt": CHAT[:2], "chosen": whole("yes")[2:], "rejected": whole("no")[2:]}, [USER, HELLO, AGAIN]),
+            ({"prompt": CHAT[:1], "chosen": whole("yes"), "rejected": whole("no")}, [USER, HELLO, AGAIN]),
+            (
+                {"prompt": [say("system", "Be kind."), *CHAT], "chosen": whole("yes"), "rejected": whole("no")},
+                [SYSTEM, USER, HELLO, AGAIN],
+            ),
+            (
+                {
+                    "prompt": CHAT[:1],
+                    "chosen": [say("system", "Be kind."), CHAT[0], say("assistant", "yes")],
+                    "rejected": [say("system", "Be kind."), CHAT[0], say("assistant", "no")],
+                },
+                [SYSTEM, USER],
+            ),
         ],
     )
     def test_messages(self, row, prompt):

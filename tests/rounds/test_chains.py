@@ -180,7 +180,16 @@ class TestKilled:
         whole = round_.write()
         assert round_.write() == whole
         assert not round_.engine.asked
-        assert [path.name for path in (round_.directory / "round").iterdir()] == ["chains.jsonl"]
+        names = sorted(path.name for path in (round_.directory / "round").iterdir())
+        assert names == ["chains.jsonl", "settings.json"]
+
+    def test_chains_of_other_settings_are_refused_as_answers_are(self, round_: Round) -> None:
+        round_.write()
+        with pytest.raises(UserError, match=r"chains.jsonl holds answers of another round: its model is 'm', not 'n'"):
+            round_.write(model="n")
+        (round_.directory / "round" / "settings.json").write_text("{}")
+        with pytest.raises(UserError, match=r"settings.json, which says how .* cannot be read: it has no checksum"):
+            round_.write()
 
     def test_answers_of_other_settings_are_not_gone_on_from(self, round_: Round) -> None:
         round_.write_until(3)

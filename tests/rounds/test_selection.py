@@ -44,6 +44,11 @@ class TestByReward:
         scored = score([chain("a", "bbb"), replace(chain("cc"), answers=()), chain("dd", "")], Length())
         assert [[turn.reward for turn in c.answers] for c in scored] == [[1.0, 3.0], [], [2.0, 0.0]]
 
+    @pytest.mark.parametrize("texts", [(" ", "b"), ("a", "\n")])
+    def test_an_empty_answer_is_in_no_pair_without_rules_too(self, texts: tuple[str, str]) -> None:
+        pairs, refused = select([chain(*texts, rewards=[0, 1])], [], by_reward=True)
+        assert (pairs, refused.counts) == ([], {"has an empty answer": 1})
+
 
 class TestByRules:
     def test_last_refinement_is_preferred_to_first_answer(self) -> None:
@@ -73,15 +78,24 @@ class TestByRules:
 class TestEvaluate:
     def test_direct_and_refined_are_told_apart(self) -> None:
         chains = [chain("a", "b", "c", rewards=[0, 0.5, 1]), chain("a", "b", "c", rewards=[0.5, 0, 0.5])]
-        expected = {"direct": 0.25, "refined": 0.75, "turn/1": 0.25, "turn/2": 0.25, "turn/3": 0.75, "num": 2}
+        expected = {
+            "direct": 0.25,
+            "refined": 0.75,
+            "turn/1": 0.25,
+            "turn/2": 0.25,
+            "turn/3": 0.75,
+            "num": 2,
+            "answered": 2,
+        }
         assert evaluate(chains) == expected
 
     def test_all_means_are_of_the_same_prompts(self) -> None:
         means = evaluate([chain("a", "b", rewards=[0, 1]), chain("a", rewards=[1])])
-        assert means == {"direct": 0, "refined": 1, "turn/1": 0, "turn/2": 1, "num": 1}
+        assert means == {"direct": 0, "refined": 1, "turn/1": 0, "turn/2": 1, "num": 2, "answered": 1}
 
     def test_nothing_has_no_mean(self) -> None:
-        assert evaluate([]) == evaluate([chain()]) == {"num": 0}
+        assert evaluate([]) == {"num": 0, "answered": 0}
+        assert evaluate([chain()]) == {"num": 1, "answered": 0}
 
 
 class TestFile:
