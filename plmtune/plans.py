@@ -72,6 +72,12 @@ def check_numbers(cfg: Any, runtime: Runtime) -> None:
     for key in ("checkpoint.keep", "checkpoint.every", "validation.every", "max_grad_norm", *own[cfg.recipe]):
         if not (value := attrgetter(key)(cfg)) >= 0:  # and no NaN
             raise UserError(f"key {key}: must be at least 0, not {value}.")
+    if cfg.recipe == "preference":
+        for key in ("batch_size", "turns", "max_new_tokens"):
+            if (value := getattr(cfg.generation, key)) < 1:
+                raise UserError(f"key generation.{key}: must be at least 1, not {value}.")
+        if not 0 < cfg.generation.top_p <= 1:
+            raise UserError(f"key generation.top_p: must be above 0 and at most 1, not {cfg.generation.top_p}.")
     if cfg.recipe != "pretrain" and cfg.chat.holdout >= 1:
         raise UserError(f"key chat.holdout: must be below 1, not {cfg.chat.holdout}.")
     best, measured = cfg.checkpoint.best, MEASURED[cfg.recipe]

@@ -286,7 +286,7 @@ class Preference:
     def _measure(self, watch: Watch, number: int) -> bool:
         """Measure the model as it stands after a round, direct and refined answers apart; False to stop."""
         with watch.paused():
-            measured = self.rounds.evaluate(self.run.path, number, self._writer(watch))
+            measured = self.rounds.evaluate(self.run.path, number, self._writer(watch), watch.message)
         if measured is None:
             return self._stopped(watch)
         if measured:
@@ -306,16 +306,19 @@ class Preference:
         cfg = self.cfg.generation
 
         def write(directory: Path, prompts: Sequence[Prompt], number: int) -> list[Chain] | None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
+            warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
             self.model.eval()
-            engine = Engine(
-                self.model,
-                batch_size=cfg.batch_size,
-                temperature=cfg.temperature,
-                top_p=cfg.top_p,
-                end_ids={self.template.end_id, self.tokenizer.eos_id},
-                num_tokens=self.tokenizer.num_tokens,
-            )
             try:
+                torch.use_deterministic_algorithms(False)  # sampling has no deterministic kernel on a GPU
+                engine = Engine(
+                    self.model,
+                    batch_size=cfg.batch_size,
+                    temperature=cfg.temperature,
+                    top_p=cfg.top_p,
+                    end_ids={self.template.end_id, self.tokenizer.eos_id},
+                    num_tokens=self.tokenizer.num_tokens,
+                )
                 return write_chains(
                     directory,
                     prompts,
@@ -336,6 +339,7 @@ class Preference:
                 raise UserError(f"key generation: {error}") from error
             finally:
                 self.model.train()
+                torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
         return write
 
@@ -383,9 +387,7 @@ def report(run: Path, cfg: Config) -> None:
     print(f'try it: plmtune generate {run} --chat --prompt "{cfg.sample.prompt or "Hello"}"')
 
 
-def check(cfg: Config) -> str:
-    """What ``plmtune validate`` says of a config that is right."""
-    return launch.check(cfg)
+check = launch.check  # what ``plmtune validate`` says of a config that is right
 
 
 def main(cfg: Config, *, dry_run: bool = False) -> float | None:
