@@ -72,14 +72,29 @@ def corpus_text() -> str:
     return "\n\n".join(f"{number}. {zen}" for number in range(40))
 
 
+def write_corpus(place: Path, text: str) -> None:
+    """40 documents."""
+    (place / "corpus").mkdir()
+    for index, document in enumerate(text.split("\n\n")):
+        (place / "corpus" / f"{index:02}.txt").write_text(document)
+
+
 @pytest.fixture
 def place(tmp_path: Path, corpus_text: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty directory with a corpus of 40 documents, as the working directory."""
-    (tmp_path / "corpus").mkdir()
-    for index, document in enumerate(corpus_text.split("\n\n")):
-        (tmp_path / "corpus" / f"{index:02}.txt").write_text(document)
+    write_corpus(tmp_path, corpus_text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, corpus_text: str) -> Path:
+    """The directory of a run that nothing disturbed, made once for all tests that compare with it."""
+    place = tmp_path_factory.mktemp("whole")
+    write_corpus(place, corpus_text)
+    with contextlib.chdir(place):
+        start("run_dir=whole")
+    return place / "whole"
 
 
 def environment() -> dict[str, str]:

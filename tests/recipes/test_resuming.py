@@ -49,9 +49,8 @@ def begun(place: Path) -> Path:
 
 class TestOverrides:
     def test_free_keys_apply_and_are_noted_and_the_config_stays(
-        self, place: Path, monkeypatch: pytest.MonkeyPatch
+        self, place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        start("run_dir=whole")
         stop_at(monkeypatch, 6, "run_dir=run")
         before = (place / "run/config.yaml").read_bytes()
         plmtune("resume", "run", "checkpoint={every: 4, keep: 0}", "logger=tensorboard", "micro_batch_size=4")
@@ -63,8 +62,8 @@ class TestOverrides:
         assert last["changed"] == {
             "checkpoint.every": [3, 4], "logger.component": ["jsonl", "tensorboard"], "micro_batch_size": [2, 4],
         }  # fmt: skip
-        run, whole = ([e["loss"] for e in metrics(place / name) if "loss" in e] for name in ("run", "whole"))
-        assert run == pytest.approx(whole, rel=1e-5)
+        run, undisturbed = ([e["loss"] for e in metrics(path) if "loss" in e] for path in (place / "run", whole))
+        assert run == pytest.approx(undisturbed, rel=1e-5)
 
     @pytest.mark.parametrize(
         ("override", "parts"),
@@ -100,18 +99,17 @@ class TestConfig:
             assert "run/config.yaml is not what the run began with" in said and "init_from=run" in said
 
     def test_a_lost_record_is_made_up_for_by_the_checkpoint(
-        self, place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        start("run_dir=whole")
         stop_at(monkeypatch, 6, "run_dir=run")
         (place / "run/run.json").write_text('{"status"')
         plmtune("resume", "run")
         assert "run/run.json is missing or damaged: the checkpoint says" in caplog.text
-        assert metrics(place / "run") == metrics(place / "whole")
-        assert weights(place / "run") == weights(place / "whole")
+        assert metrics(place / "run") == metrics(whole)
+        assert weights(place / "run") == weights(whole)
         mended = record(place / "run")
         assert mended["config"] == digest(place / "run/config.yaml")
-        assert mended["data"] == record(place / "whole")["data"]
+        assert mended["data"] == record(whole)["data"]
 
     @pytest.mark.parametrize("record_is", ["damaged", "missing"])
     def test_a_lost_record_does_not_let_other_things_pass(

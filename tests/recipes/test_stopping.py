@@ -79,15 +79,14 @@ def status(run: Path) -> str:
 
 class TestStopping:
     @pytest.mark.parametrize("step", [5, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 9))])
-    def test_killed_and_resumed_ends_byte_identical(self, place: Path, plmtune: Run, step: int) -> None:
-        start("run_dir=whole")
+    def test_killed_and_resumed_ends_byte_identical(self, place: Path, whole: Path, plmtune: Run, step: int) -> None:
         kill_at(place, step, "cut")
         assert status(place / "cut") == "running"
         resumed = plmtune("resume", "cut")
         assert resumed.returncode == 0, resumed.stderr
         # whole ran with this process's threads, cut with one: sums must not depend on it at this size.
-        assert metrics(place / "cut") == metrics(place / "whole")
-        assert weights(place / "cut") == weights(place / "whole")
+        assert metrics(place / "cut") == metrics(whole)
+        assert weights(place / "cut") == weights(whole)
 
     def test_sigterm_finishes_the_step_saves_and_says_so(self, place: Path) -> None:
         process = begin(place, "run", "pretrain", *SMALL, *LONG, "run_dir=run")
@@ -111,9 +110,8 @@ class TestStopping:
         ],
     )
     def test_no_step_is_lost_whatever_the_moment(
-        self, place: Path, monkeypatch: pytest.MonkeyPatch, number: int, moment: str, step: int, saved: int
+        self, place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, number: int, moment: str, step: int, saved: int
     ) -> None:
-        start("run_dir=whole")
         with monkeypatch.context() as patch:
             at_step(patch, step, lambda: os.kill(os.getpid(), number), moment)
             if saved < 12:
@@ -126,8 +124,8 @@ class TestStopping:
         if saved < 12:
             assert metrics(place / "cut")[-1]["step"] == saved
             start("run_dir=cut", "resume=true")
-        assert metrics(place / "cut") == metrics(place / "whole")
-        assert weights(place / "cut") == weights(place / "whole")
+        assert metrics(place / "cut") == metrics(whole)
+        assert weights(place / "cut") == weights(whole)
 
     def test_a_second_signal_ends_at_once(self, place: Path) -> None:
         (place / "gate.py").write_text(GATE)
@@ -181,9 +179,8 @@ class TestRestart:
 
     @pytest.mark.parametrize("named", [[], ["run_dir=runs/pretrain/1"]])
     def test_goes_on_with_the_run_that_the_job_began(
-        self, place: Path, torchrun: pytest.MonkeyPatch, named: list[str]
+        self, place: Path, whole: Path, torchrun: pytest.MonkeyPatch, named: list[str]
     ) -> None:
-        start("run_dir=whole")
         self.die(torchrun, 5, *named)
         torchrun.setenv("TORCHELASTIC_RESTART_COUNT", "1")
         self.die(torchrun, 8, *named)
@@ -191,8 +188,8 @@ class TestRestart:
         start(*named)
         (run,) = self.runs(place)
         assert [attempt["step"] for attempt in json.loads((run / "run.json").read_text())["attempts"]] == [0, 3, 6]
-        assert metrics(run) == metrics(place / "whole")
-        assert weights(run) == weights(place / "whole")
+        assert metrics(run) == metrics(whole)
+        assert weights(run) == weights(whole)
 
     def test_another_jobs_run_is_left_alone(self, place: Path, torchrun: pytest.MonkeyPatch) -> None:
         self.die(torchrun, 2)
