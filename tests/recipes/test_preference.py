@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import command, environment, kill_all, metrics, weights
 from tuning import PREFERENCE, refusal, run, stop_in
 
 import plmtune
+from plmtune.continuous import Engine
 from plmtune.errors import UserError
 from plmtune.models.hf import save_model
 from plmtune.models.reward import load_reward_model
@@ -199,6 +201,30 @@ class TestRounds:
         assert weights(base / "cut") == weights(whole)
         assert metrics(base / "cut") == metrics(whole)
 
+    def test_answers_are_drawn_without_deterministic_algorithms(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        drawing, training = set[bool](), set[bool]()
+
+        def noting(owner: Any, method: str, found: set[bool]) -> None:
+            whole = getattr(owner, method)
+
+            def noted(*given: Any) -> Any:
+                found.add(torch.are_deterministic_algorithms_enabled())
+                return whole(*given)
+
+            monkeypatch.setattr(owner, method, noted)
+
+        noting(Engine, "_advance", drawing)
+        noting(recipe(), "update", training)
+        try:
+            run("aries", *ROUNDS, "rounds=1", "run_dir=r", "runtime.deterministic=true")
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert (drawing, training) == ({False}, {True})
+        said = capfd.readouterr().err
+        assert said.index("evaluation before round 1: 4 held-out") < said.index("evaluation after round 1: 4 held-out")
+
     @pytest.mark.slow
     def test_a_round_killed_while_it_writes_answers_repeats_none(self, base: Path) -> None:
         arguments = [
@@ -277,3 +303,19 @@ class TestMistakes:
 
     def test_an_unknown_rule_is_named_with_the_nearest(self, base: Path) -> None:
         assert "not_empty" in refusal("aries", *[t for t in ROUNDS if "rules" not in t], "selection.rules=[not_emtpy]")
+
+    @pytest.mark.parametrize(
+        ("number", "said"),
+        [
+            ("batch_size=0", "key generation.batch_size: must be at least 1, not 0"),
+            ("turns=0", "key generation.turns: must be at least 1, not 0"),
+            ("max_new_tokens=0", "key generation.max_new_tokens: must be at least 1, not 0"),
+            ("top_p=0", "key generation.top_p: must be above 0 and at most 1, not 0"),
+            ("top_p=1.5", "key generation.top_p: must be above 0 and at most 1, not 1.5"),
+        ],
+    )
+    def test_impossible_numbers_of_generation_are_said_before_a_directory_is_there(
+        self, base: Path, number: str, said: str
+    ) -> None:
+        assert said in refusal("aries", *ROUNDS, f"generation.{number}", "run_dir=r")
+        assert not (base / "r").exists()
