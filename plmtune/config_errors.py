@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from plmtune.errors import UserError, did_you_mean
+from plmtune.registry import describe, load
+from plmtune.schema import SCHEMAS
+
+
+def _of_other_component(full_key: str, group: str, name: str) -> str | None:
+    """What to say of a key that its component does not have, but others of the same group do."""
+    parent, _, leaf = full_key.rpartition(".")
+    table = describe().get(group, {})
+    having = [other for other, held in table.items() if any(p.name == leaf and p.default for p in held.parameters)]
+    if name not in table or not having:
+        return None
+    kind = _returns(group, name)  # one of pairs, say, rather gives way to another one of pairs
+    having.sort(key=lambda other: _returns(group, other) != kind)
+    choice = f"{parent.replace('.', '/')}={having[0]} {full_key}=..."
+    return (
+        f"{parent} is {name}, which has no key {leaf}; components of {group} that have it: "
+        f"{', '.join(having)} ({choice})"
+    )
+
+
+def _returns(group: str, name: str) -> str:
+    return str(inspect.signature(load(group, name)).return_annotation)
+
+
+def _of_other_recipe(key: str, recipe: str, keys: Sequence[str]) -> str | None:
+    """What to say of a key that its recipe does not have, but others do."""
+    having = [name for name, schema in SCHEMAS.items() if any(item.name == key for item in fields(schema))]
+    if not having:
+        return None
+    near = did_you_mean(key, keys)
+    return f"{recipe} has no key {key} (it belongs to {', '.join(having)}).{near if near.endswith('?') else ''}"
 
 
 def unknown_key(place: str, full_key: str, siblings: Iterable[str], everywhere: Iterable[str] = ()) -> UserError:
@@ -26,7 +59,7 @@ def explain(
     files: dict[str, Path],
     base: str,
     all_keys: Callable[[str], list[str]],
-    fields: dict[str, list[str]],
+    keys_of: dict[str, list[str]],
 ) -> UserError:
     """Translate an error of Hydra's composition.
 
@@ -35,7 +68,7 @@ def explain(
         files: name in Hydra's store -> the file it came from.
         base: the shipped config that everything builds on.
         all_keys: gives every full key of a shipped config.
-        fields: type name -> its keys.
+        keys_of: type name -> its keys.
     """
     chain: list[str] = []
     cause: BaseException | None = error
@@ -66,7 +99,14 @@ def explain(
     if unmatched := re.search(r"Could not override '([^']+)'\. No match in the defaults list", text):
         return UserError(f"{place(unmatched[1])}there is no group {unmatched[1]}. See: plmtune ls")
     if re.search(r"Key '([^']*)' (is )?not in", text) and full_key:
-        siblings = fields.get(_search(r"object_type=(\w+)", text) or "", [])
+        owner = _search(r"object_type=(\w+)", text) or ""
+        siblings = keys_of.get(owner, [])
+        group, _, name = owner.partition("__")
+        recipe = next((recipe for recipe, schema in SCHEMAS.items() if schema.__name__ == owner), None)
+        if said := _of_other_component(full_key, group, name):
+            return UserError(f"{place(full_key)}{said}")
+        if recipe and (said := _of_other_recipe(full_key, recipe, siblings)):
+            return UserError(f"{place(full_key)}{said}")
         return unknown_key(place(full_key), full_key, siblings, all_keys(base))
     if "Ambiguous value" in text:
         key, _, value = str(_search(r"argument '([^']+)'", text)).partition("=")

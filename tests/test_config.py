@@ -112,6 +112,21 @@ class TestMistakes:
         for part in parts:
             assert part in said
 
+    @pytest.mark.parametrize(
+        ("recipe", "override", "said"),
+        [
+            ("sft", "data.paths=[a.jsonl]", "data is docstrings, which has no key paths; components of data that have "
+             "it: conversations, files, preferences (data=conversations data.paths=...)"),
+            ("dpo", "data.paths=[a.jsonl]", "data is docstring_pairs, which has no key paths; components of data that "
+             "have it: preferences, conversations, files (data=preferences data.paths=...)"),
+            ("pretrain", "model.ffn.num_experts=3", "key model.ffn.num_experts: unknown"),
+            ("dpo", "phases=[{name: a, tokens: 3}]", "preference has no key phases (it belongs to pretrain, sft)."),
+            ("sft", "epochs=2", "sft has no key epochs (it belongs to preference)."),
+        ],
+    )  # fmt: skip
+    def test_a_key_that_stands_elsewhere_is_told_where(self, recipe: str, override: str, said: str) -> None:
+        assert message(recipe, override).startswith(f"override {override}, {said}")
+
     def test_files_that_cannot_be_read(self, tmp_path: Path) -> None:
         (tmp_path / "latin.yaml").write_bytes("name: \xe9".encode("latin-1"))
         assert "UTF-8" in message(overlays=(str(tmp_path / "latin.yaml"),))

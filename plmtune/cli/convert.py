@@ -31,17 +31,26 @@ def convert(file: Path, out: Path, dtype: str, tokenizer: Path | None, overwrite
     OUT then holds weights, tokenizer and chat template as Hugging Face has them, for init_from=OUT,
     plmtune generate and transformers.
     """
-    import torch
+    from plmtune.models.directory import check_free
+
+    if file.is_dir():
+        raise UserError(f"{file} is a directory. One in Hugging Face's form needs no conversion: init_from={file}.")
+    if not file.is_file():
+        raise UserError(f"There is no file {file} (seen from {Path.cwd()}).")
+    check_free(out, overwrite)
+
+    import torch  # which takes longer than all before it
 
     from plmtune.data.tokenizers import load_tokenizer
     from plmtune.models.gguf import convert as convert_file
 
-    if file.is_dir():
-        raise UserError(f"{file} is a directory. One in Hugging Face's form needs no conversion: init_from={file}.")
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     other = load_tokenizer(tokenizer) if tokenizer else None
     made = convert_file(file, out, dtype=dtypes[dtype], tokenizer=other, overwrite=overwrite)
-    forms = ", ".join(f"{count / made.num_parameters:.1%} {kind}" for kind, count in sorted(made.kinds.items()))
+    shares = {kind: count / made.num_parameters for kind, count in sorted(made.kinds.items())}
+    forms = ", ".join(f"{share:.1%} {kind}" for kind, share in shares.items() if share >= 0.001)
     click.echo(f"{out}: {made.num_parameters:,} parameters in {dtype}, from {forms}")
     for note in made.notes:
         click.echo(note)
+    if load_tokenizer(out).chat_template is not None:
+        click.echo(f'try it: plmtune generate {out} --chat --prompt "Hello"')

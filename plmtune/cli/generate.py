@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -78,6 +80,9 @@ def generate(
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"--device {device}: not on this machine ({str(error).splitlines()[0]}).") from error
     model, tokenizer = plmtune.load(checkpoint, where)
+    if chat and _only_pretrained(Path(checkpoint)):
+        taught = "this model was pretrained, not taught to answer: plmtune run sft init_from="
+        print(f"{taught}{checkpoint}", file=sys.stderr)
     start, ends = _message(tokenizer, prompt, system, chat_template) if chat else (prompt, [])
     pieces = complete(
         model,
@@ -105,6 +110,16 @@ def generate(
     seconds = time.perf_counter() - first
     rate = f", {(count - 2) / seconds:.1f} tokens/s after the first" if count > 2 and seconds > 0 else ""
     print(f"{max(count - 1, 0)} tokens{rate}", file=sys.stderr)
+
+
+def _only_pretrained(checkpoint: Path) -> bool:
+    """Whether the config of the run that this is, or is a checkpoint of, says so; unknown: False."""
+    for directory in (checkpoint, *checkpoint.absolute().parents[:2]):
+        config = directory / "config.yaml"
+        if config.is_file():
+            with config.open(encoding="utf-8", errors="replace") as file:
+                return any(line.rstrip() == "recipe: pretrain" for line in islice(file, 500))
+    return False
 
 
 def _message(

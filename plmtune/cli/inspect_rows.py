@@ -54,7 +54,8 @@ def inspect_rows(path: Path, *, row: int, tokenizer: str, template: str | None, 
         train_on: the answers that are learned.
 
     Raises:
-        UserError: if the file cannot be read, has no such row, or the template cannot be used.
+        UserError: if the file cannot be read, has no such row or none that can be used, or the template cannot be
+            used.
     """
     from rich.console import Console
 
@@ -89,6 +90,8 @@ def inspect_rows(path: Path, *, row: int, tokenizer: str, template: str | None, 
     with Console(stderr=True).status("reading all rows"):
         count = _read_all(rows, kind, shape, found, train_on, seen, refused)
     _summary(console, kind, count, seen, refused, found)
+    if count == len(refused):
+        raise UserError(f"{path}: no row can be used, for the reasons above.")
 
 
 def kind_of_rows(row: dict[str, Any]) -> str:

@@ -21,10 +21,15 @@ from plmtune.errors import UserError
 @click.option("--overwrite", is_flag=True, help="Replace a model that is at OUT.")
 def merge(checkpoint: Path, out: Path, base: Path | None, dtype: str | None, overwrite: bool) -> None:
     """Write the adapters of CHECKPOINT (or of a run's newest) and their base as the plain model directory OUT."""
-    import torch
+    from plmtune.models.directory import check_free, new_directory
+
+    if not checkpoint.exists():
+        raise UserError(f"There is no checkpoint {checkpoint} (seen from {Path.cwd()}).")
+    check_free(out, overwrite)
+
+    import torch  # which takes longer than all before it
 
     from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_model
-    from plmtune.models.directory import new_directory
     from plmtune.models.files import checkpoint_directory
     from plmtune.models.hf import save_model
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from plmtune.errors import UserError
-from plmtune.models.files import CONFIG
+
+_CONFIG = "config.json"  # as in `models.files`, which imports torch: asked before that, as people wait for it
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def new_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Path]
         UserError: if something is there already.
     """
     directory = Path(os.path.abspath(directory))  # noqa: PTH100 - resolve() would follow a link that is to be refused
-    _check_free(directory, overwrite)
+    check_free(directory, overwrite)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
     old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
@@ -31,7 +32,7 @@ def new_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Path]
     temporary.mkdir()
     try:
         yield temporary
-        _check_free(directory, overwrite)
+        check_free(directory, overwrite)
         if directory.exists():
             directory.rename(old)
         temporary.rename(directory)
@@ -42,12 +43,17 @@ def new_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Path]
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_free(directory: Path, overwrite: bool) -> None:
+def check_free(directory: Path, overwrite: bool) -> None:
+    """Refuse a place that something else has, or a model that is not to be replaced.
+
+    Raises:
+        UserError: which says what is there.
+    """
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise UserError(f"{directory} is there already, and is no directory. Name another place.")
     if not directory.exists() or not any(directory.iterdir()):
         return
-    if not (directory / CONFIG).is_file():
+    if not (directory / _CONFIG).is_file():
         raise UserError(f"{directory} is there already, and holds something else than a model. Name another place.")
     if not overwrite:
         raise UserError(f"{directory} holds a model already. Name another place, or give --overwrite.")

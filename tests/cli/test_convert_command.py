@@ -1,5 +1,6 @@
 """plmtune convert and plmtune merge, as a person types them."""
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,7 @@ class TestConvert:
         code, told, err = typed("convert", file, out, "--dtype", "bf16", "--tokenizer", base)
         assert code == 0, err
         assert told.startswith(f"{out}: 6,464 parameters in bf16, from 100.0% F32")
+        assert "try it" not in told  # bytes alone have no chat template
         model, tokenizer = plmtune.load(out, "cpu")
         assert torch.equal(model.head_weight, load_model(base).head_weight.bfloat16())
         assert tokenizer.fingerprint == byte().fingerprint
@@ -95,7 +97,7 @@ class TestConvert:
             (("{file}", "{tmp}/out"), "model None is not supported, only byte-level BPE (gpt2) is. Give another with"),
             (("{file}", "{tmp}/base", "--tokenizer", "{tmp}/base"), "holds a model already"),
             (("{tmp}/base", "{tmp}/out"), "is a directory. One in Hugging Face's form needs no conversion"),
-            (("{tmp}/nothing.gguf", "{tmp}/out"), "nothing.gguf does not exist or is no file"),
+            (("{tmp}/nothing.gguf", "{tmp}/out"), "There is no file {tmp}/nothing.gguf (seen from"),
         ],
     )
     def test_mistakes_are_one_sentence_and_nothing_is_left(
@@ -103,7 +105,7 @@ class TestConvert:
     ) -> None:
         code, out, err = typed("convert", *(a.format(file=file, tmp=tmp_path) for a in arguments))
         assert (code, out) == (2, "")
-        assert message in err and "Traceback" not in err
+        assert message.format(tmp=tmp_path) in err and "Traceback" not in err
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "base"]
 
 
@@ -140,3 +142,22 @@ class TestMerge:
         code, _, err = typed("merge", checkpoint, tmp_path / "out")
         assert code == 2 and "holds neither model.safetensors" in err
         assert not (tmp_path / "out").exists()
+
+
+class TestRefusalsAreCheap:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("convert", "nothing.gguf", "out"), "There is no file nothing.gguf"),
+            (("merge", "nothing", "out"), "There is no checkpoint nothing"),
+            (("merge", ".", "."), "holds something else than a model"),
+            (("validate", "t.csv"), "t.csv is neither a shipped config nor a .yaml file"),
+        ],
+    )
+    def test_they_come_before_torch(self, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+        (tmp_path / "t.csv").write_text("a,b\n")
+        said = "import sys; from plmtune.cli import cli\ntry: cli.main(sys.argv[1:], standalone_mode=False)\n"
+        said += "except Exception as error: print(error, 'torch' in sys.modules)"
+        command = [sys.executable, "-c", said, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert message in done.stdout and done.stdout.endswith(" False\n")

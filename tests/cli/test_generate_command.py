@@ -1,6 +1,7 @@
 """plmtune generate, as a person types it."""
 
 import io
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -138,3 +139,18 @@ class TestChat:
         assert code == 0, err
         assert seen == [b"sbe kind!ugo?!a"]
         assert out == "yes\n"
+
+
+class TestModelsThatWereOnlyPretrained:
+    @pytest.mark.parametrize(("recipe", "told"), [("pretrain", True), ("sft", False)])
+    def test_are_told_from_those_taught_to_answer(
+        self, recipe: str, told: bool, checkpoint: Path, plmtune: Command, tmp_path: Path
+    ) -> None:
+        inside = tmp_path / "run" / "checkpoints" / "step-00000001"
+        shutil.copytree(checkpoint, inside)
+        (tmp_path / "run" / "config.yaml").write_text(f"recipe: {recipe}\nname: x\n")
+        for where in (tmp_path / "run", inside):
+            options = ("--device", "cpu", "--prompt", "Hi", "--chat", "--chat-template", "plain", "--max-new-tokens", 1)
+            code, _, err = plmtune(where, *options)
+            assert code == 0, err
+            assert ("pretrained, not taught to answer: plmtune run sft init_from=" in err) == told

@@ -66,7 +66,13 @@ class TestConversations:
 
     def test_a_bad_row_that_is_asked_for_says_why(self, inspect):
         assert "cannot be used: it has no assistant turn" in inspect([chat("q", "a"), chat("q")], "--row", "2")
-        assert "1 row of conversations: 0 can be used, 1 cannot" in inspect(["7"])
+
+    def test_a_file_without_a_row_that_can_be_used_is_an_error_behind_its_summary(self, tmp_path):
+        (tmp_path / "rows.jsonl").write_text("7\n")
+        result = CliRunner().invoke(data, ["inspect", str(tmp_path / "rows.jsonl")])
+        assert isinstance(result.exception, UserError)
+        assert "no row can be used, for the reasons above" in str(result.exception)
+        assert "1 row of conversations: 0 can be used, 1 cannot" in result.stdout
 
     def test_lengths_are_of_all_and_of_trained_tokens(self, inspect):
         out = inspect([chat("q", "a" * 3), chat("q", "a" * 10)], "--tokenizer", "byte", "--template", "plain")
