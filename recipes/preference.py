@@ -11,11 +11,10 @@ from torch import Tensor
 
 from plmtune import launch
 from plmtune.config import build
-from plmtune.continuous import Engine
 from plmtune.data.chat_template import find_template
 from plmtune.data.comparisons import ComparisonBatch, PreferenceBatches, make_comparisons
 from plmtune.data.examples import open_pairs
-from plmtune.data.preferences import Pair, Prompt
+from plmtune.data.preferences import Pair
 from plmtune.data.refinement import find_refinement
 from plmtune.data.sources import named_sources
 from plmtune.data.ticker import ticking
@@ -23,8 +22,8 @@ from plmtune.errors import UserError
 from plmtune.identity import config_digest
 from plmtune.origins import start_from
 from plmtune.plans import Plan, build_scheduler
-from plmtune.rounds.chains import Chain, write_chains
-from plmtune.rounds.rounds import open_rounds
+from plmtune.rounds.rounds import Write, open_rounds
+from plmtune.rounds.writer import writer
 from plmtune.runs import open_run
 from plmtune.schema import Preference as Config
 from plmtune.student import Student, first_model, wake
@@ -301,47 +300,18 @@ class Preference:
         watch.message(f"stopped; go on with: plmtune resume {self.run.path}")
         return False
 
-    def _writer(self, watch: Watch) -> Any:
+    def _writer(self, watch: Watch) -> Write:
         """Let the model as it stands answer prompts."""
-        cfg = self.cfg.generation
-
-        def write(directory: Path, prompts: Sequence[Prompt], number: int) -> list[Chain] | None:
-            deterministic = torch.are_deterministic_algorithms_enabled()
-            warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-            self.model.eval()
-            try:
-                torch.use_deterministic_algorithms(False)  # sampling has no deterministic kernel on a GPU
-                engine = Engine(
-                    self.model,
-                    batch_size=cfg.batch_size,
-                    temperature=cfg.temperature,
-                    top_p=cfg.top_p,
-                    end_ids={self.template.end_id, self.tokenizer.eos_id},
-                    num_tokens=self.tokenizer.num_tokens,
-                )
-                return write_chains(
-                    directory,
-                    prompts,
-                    engine,
-                    self.template,
-                    self.refinement,
-                    turns=cfg.turns,
-                    strategy=cfg.strategy,
-                    max_new_tokens=cfg.max_new_tokens,
-                    max_len=self.model.max_seq_len,
-                    seed=self.cfg.seed,
-                    number=number,
-                    model=model_digest(self.model),
-                    progress=watch.answers,
-                    stop=watch.should_stop,
-                )
-            except ValueError as error:
-                raise UserError(f"key generation: {error}") from error
-            finally:
-                self.model.train()
-                torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-
-        return write
+        return writer(
+            self.model,
+            self.tokenizer,
+            self.template,
+            self.refinement,
+            self.cfg.generation,
+            seed=self.cfg.seed,
+            progress=watch.answers,
+            stop=watch.should_stop,
+        )
 
     # --- what every recipe has -----------------------------------------------------------------------------------
 
