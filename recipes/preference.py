@@ -349,9 +349,12 @@ class Preference:
 
 
 def report(run: Path, cfg: Config) -> None:
-    """Draw the curves, and say how to talk to the model."""
+    """Draw the curves, and say how to use the model."""
     draw_curves(run / "metrics.jsonl", run / "curves.png")
     print(f"curves: {run / 'curves.png'}")
+    if build("loss", cfg.loss).scalar_head:
+        print(f"let it judge: plmtune run aries rounds=2 reward=reward_model reward.path={run}")
+        return
     if cfg.rounds:
         print(f"answers and pairs: plmtune data inspect {run / 'rounds' / '01' / 'chains.jsonl'}")
     print(f'try it: plmtune generate {run} --chat --prompt "{cfg.sample.prompt or "Hello"}"')
