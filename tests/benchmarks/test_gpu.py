@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
+@pytest.mark.slow
 class TestGpuBenchmark:
     def test_every_part_runs_at_toy_size(self, tmp_path: Path) -> None:
         out = tmp_path / "gpu.json"

@@ -341,6 +341,7 @@ from plmtune.data.windows import open_windows
 train, held_out = open_windows({{"a": Shards.open(Path({str(directory)!r}))}}, 8)
 data = Batches(train, [Phase("main", 9)],
                global_batch_size=4, micro_batch_size=4, seed=1, num_workers=1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background ignore it
 def step(i):
     os.kill(os.getpid(), signal.SIGINT)
     threading.Event().wait()

@@ -160,7 +160,15 @@ class TestRounds:
         assert all("refined" in entry for entry in measured)
         assert {entry["round"] for entry in losses(base / "r")} == {1, 2}
 
-    @pytest.mark.parametrize(("method", "call"), [("update", 1), ("_measure", 2), ("_choose", 2), ("_stage", 2)])
+    @pytest.mark.parametrize(
+        ("method", "call"),
+        [
+            ("update", 1),
+            ("_choose", 2),
+            pytest.param("_measure", 2, marks=pytest.mark.slow),
+            pytest.param("_stage", 2, marks=pytest.mark.slow),
+        ],
+    )
     def test_a_stopped_round_goes_on_as_if_never_disturbed(
         self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, method: str, call: int
     ) -> None:

@@ -137,6 +137,7 @@ class TestThreeProcesses:
 
 
 class TestADeadRank:
+    @pytest.mark.slow
     def test_restarted_workers_end_with_the_weights_of_an_undisturbed_run(self, place: Path) -> None:
         keys = ["run", "pretrain", *SMALL, *QUIET, STEPS, "runtime.strategy=fsdp"]
         with torchrun(place, *keys, "run_dir=whole") as job:

@@ -64,7 +64,7 @@ class TestLearning:
         assert told[0] == pytest.approx(nats / count, rel=0.02)  # of a sample of rows
 
     def test_phases_have_their_own_mix_and_budget(self, base: Path) -> None:
-        sources = "data.sources={a: {component: conversations, paths: [talk.jsonl]}, b: {component: docstrings}}"
+        sources = "data.sources={a: {component: conversations, paths: [talk.jsonl]}, b: {component: conversations, paths: [talk.jsonl]}}"
         phases = "phases=[{name: general, steps: 2, mix: {b: 1}}, {name: domain, steps: 2, mix: {a: 1}}]"
         run("sft", "data=mix", sources, phases, "run_dir=r", "seq_len=160", "chat.too_long=drop")
         entries = [entry for entry in metrics(base / "r") if "phase" in entry]
@@ -174,7 +174,7 @@ class TestMistakes:
 
     def test_text_and_pairs_are_no_conversations(self, base: Path) -> None:
         assert "plain text" in refusal("sft", "data=stdlib")
-        assert "pairs" in refusal("sft", "data=docstring_pairs")
+        assert "pairs" in refusal("sft", "data=preferences", "data.paths=[pairs.jsonl]")
 
     def test_a_preference_loss_belongs_elsewhere(self, base: Path) -> None:
         assert "dpo belongs to the recipe preference" in refusal("sft", "loss=dpo")

@@ -141,11 +141,12 @@ with Watch(RunDirectory.create({str(tmp_path / "run")!r}, "", []), [], 2):
         assert child.returncode == 128 + signal.SIGTERM
 
     def test_a_terminal_that_goes_away_asks_to_stop_unless_the_run_is_to_outlive_it(self, run):
-        with Watch(run, [], 2) as watch:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert watch.should_stop()
-        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
         try:
+            with Watch(run, [], 2) as watch:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert watch.should_stop()
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
             with Watch(run, [], 2) as watch:
                 os.kill(os.getpid(), signal.SIGHUP)
                 assert not watch.should_stop()
