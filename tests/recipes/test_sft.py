@@ -64,7 +64,8 @@ class TestLearning:
         assert told[0] == pytest.approx(nats / count, rel=0.02)  # of a sample of rows
 
     def test_phases_have_their_own_mix_and_budget(self, base: Path) -> None:
-        sources = "data.sources={a: {component: conversations, paths: [talk.jsonl]}, b: {component: conversations, paths: [talk.jsonl]}}"
+        talk = "{component: conversations, paths: [talk.jsonl]}"
+        sources = f"data.sources={{a: {talk}, b: {talk}}}"
         phases = "phases=[{name: general, steps: 2, mix: {b: 1}}, {name: domain, steps: 2, mix: {a: 1}}]"
         run("sft", "data=mix", sources, phases, "run_dir=r", "seq_len=160", "chat.too_long=drop")
         entries = [entry for entry in metrics(base / "r") if "phase" in entry]
