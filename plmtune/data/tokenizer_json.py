@@ -358,8 +358,33 @@ def skeleton(pattern: str, normalization: Normalization | None) -> dict[str, Any
     }
 
 
-def render(vocabulary: Vocabulary) -> str:
-    """Return the tokenizer.json of a vocabulary."""
+def first_token(data: dict[str, Any]) -> str | None:
+    """The special token that a tokenizer.json puts before each text, if any."""
+    entry = data.get("post_processor")
+    steps = (entry.get("processors") or [entry]) if isinstance(entry, dict) else []
+    for step in steps if isinstance(steps, list) else []:
+        form = step.get("single") if isinstance(step, dict) and step.get("type") == "TemplateProcessing" else None
+        head = form[0] if isinstance(form, list) and form else None
+        token = head.get("SpecialToken") if isinstance(head, dict) else None
+        if isinstance(token, dict) and isinstance(token.get("id"), str):
+            return str(token["id"])
+    return None
+
+
+def _puts_before(token: str, identity: int) -> dict[str, Any]:
+    """A post-processor that puts a token before each text."""
+    first, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = [{"SpecialToken": {"id": token, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, *second],
+        "special_tokens": {token: {"id": token, "ids": [identity], "tokens": [token]}},
+    }
+
+
+def render(vocabulary: Vocabulary, first: str | None = None) -> str:
+    """Return the tokenizer.json of a vocabulary; `first` is a special token that readers put before each text."""
     chars = [to_chars(token) for token in vocabulary.tokens]
     vocab = dict(zip(chars, vocabulary.ids, strict=True))
     vocab |= {to_chars(token): identity for identity, token in vocabulary.unreachable.items()}
@@ -375,4 +400,6 @@ def render(vocabulary: Vocabulary) -> str:
         + [added_token(identity, content, special=False) for content, identity in vocabulary.added.items()],
         key=lambda entry: entry["id"],
     )
+    if first is not None:
+        data["post_processor"] = _puts_before(first, vocabulary.specials[first])
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))

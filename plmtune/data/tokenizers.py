@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +75,8 @@ class Tokenizer:
         vocab_size: rows that a model needs, padding included.
         num_tokens: ids from here on have no text.
         eos_id: ends a document.
+        bos_id: stood before a text in what a model was trained on elsewhere, or None; `encode` never puts it there.
+        adds_bos: whether transformers puts it there.
         specials: control tokens, id by text.
         token_bytes: number of bytes that each id decodes to, int32 [vocab_size]; 0 for specials and padding.
         fingerprint: xxh3-128 of all that decides the ids.
@@ -86,6 +89,8 @@ class Tokenizer:
         eos: str = "<|endoftext|>",
         vocab_size: int | None = None,
         chat_template: str | None = None,
+        bos: str | None = None,
+        adds_bos: bool = False,
     ) -> None:
         """Build the tables.
 
@@ -94,14 +99,20 @@ class Tokenizer:
             eos: the special token that ends a document.
             vocab_size: rows that a model needs, if more than there are tokens.
             chat_template: Jinja template of a conversation.
+            bos: the special token that begins a text.
+            adds_bos: whether transformers is to put it there.
 
         Raises:
             ValueError: if there is no such special token, a token stands twice, or vocab_size is too small.
         """
         if eos not in vocabulary.specials:
             raise ValueError(f"eos {eos!r} is no special token.{did_you_mean(eos, vocabulary.specials)}")
+        if bos not in vocabulary.specials and (bos is not None or adds_bos):
+            raise ValueError(f"bos {bos!r} is no special token.{did_you_mean(bos or '', vocabulary.specials)}")
         self.vocabulary = vocabulary
         self.eos, self.eos_id = eos, vocabulary.specials[eos]
+        self.bos, self.bos_id = bos, vocabulary.specials.get(bos) if bos is not None else None
+        self.adds_bos = adds_bos
         self.specials = dict(vocabulary.specials)
         self.chat_template = chat_template
         pieces = dict(zip(vocabulary.ids, vocabulary.tokens, strict=True)) | vocabulary.unreachable
@@ -149,24 +160,25 @@ class Tokenizer:
         ids: list[int] = self._encode(text, self._always_and_specials if specials else self._always).tolist()
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of each text, as `encode` without specials, on all cores."""
+    def encode_batch(self, texts: Sequence[str], *, specials: bool = False) -> list[Ids]:
+        """Return the ids of each text, as `encode`, on all cores."""
+        fixed = self._always_and_specials if specials else self._always
         # Each task is a run of cuts of about equal length: small texts together, a large one in several.
         tasks: list[list[tuple[int, str]]] = [[]]
         room = _TASK_CHARS
         for index, text in enumerate(texts):
-            for cut in self._cuts(text):
+            for cut in [text] if specials else self._cuts(text):
                 if room <= 0:
                     tasks.append([])
                     room = _TASK_CHARS
                 tasks[-1].append((index, cut))
                 room -= len(cut)
         if len(tasks) == 1:
-            done: Iterable[list[Ids]] = [self._encode_task(tasks[0])]
+            done: Iterable[list[Ids]] = [self._encode_task(tasks[0], fixed)]
         else:
             # A pool of its own for each call: threads would not survive a fork. tiktoken lets go of the GIL.
             with ThreadPoolExecutor(min(len(tasks), _num_cores())) as pool:
-                done = list(pool.map(self._encode_task, tasks))
+                done = list(pool.map(self._encode_task, tasks, repeat(fixed)))
         parts: list[list[Ids]] = [[] for _ in texts]
         for task, results in zip(tasks, done, strict=True):
             for (index, _), ids in zip(task, results, strict=True):
@@ -199,6 +211,8 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "padded_vocab_size": self.vocab_size,
         }
+        if self.bos is not None:
+            config |= {"bos_token": self.bos} | ({"add_bos_token": True} if self.adds_bos else {})
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         files = {
@@ -224,7 +238,7 @@ class Tokenizer:
     @cached_property
     def _json(self) -> str:
         # Kept: a run saves the same tokenizer with every checkpoint.
-        return tokenizer_json.render(self.vocabulary)
+        return tokenizer_json.render(self.vocabulary, self.bos if self.adds_bos else None)
 
     def _cuts(self, text: str) -> Iterator[str]:
         if len(text) <= 2 * _TASK_CHARS or self.vocabulary.pattern not in _CUTTABLE or self.vocabulary.added:
@@ -236,8 +250,8 @@ class Tokenizer:
             start = found.end()
         yield text[start:]
 
-    def _encode_task(self, task: list[tuple[int, str]]) -> list[Ids]:
-        return [self._encode(text, self._always) for _, text in task]
+    def _encode_task(self, task: list[tuple[int, str]], fixed: re.Pattern[str] | None) -> list[Ids]:
+        return [self._encode(text, fixed) for _, text in task]
 
     def _encode(self, text: str, fixed: re.Pattern[str] | None) -> Ids:
         if fixed is None or fixed.search(text) is None:
@@ -313,9 +327,16 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Tokenizer:
     """Read a tokenizer.json, with what the files beside it say of its end token, template and rows."""
-    vocabulary = tokenizer_json.parse(tokenizer_json.load_json(read_file(path), str(path)), str(path))
+    data = tokenizer_json.load_json(read_file(path), str(path))
+    vocabulary = tokenizer_json.parse(data, str(path))
     config = _read_config(path.with_name("tokenizer_config.json"))
     eos = _eos(vocabulary, _text_of(config.get("eos_token")), path)
+    # As transformers: what the configuration says of add_bos_token stands above the file's own post-processor.
+    first = tokenizer_json.first_token(data)
+    bos, adds_bos = _text_of(config.get("bos_token")) or first, config.get("add_bos_token")
+    adds_bos = bool(first is not None if adds_bos is None else adds_bos)
+    if bos not in vocabulary.specials and not adds_bos:
+        bos = None
     template = _text_of(config.get("chat_template"))
     jinja = path.with_name("chat_template.jinja")
     if jinja.is_file():
@@ -327,7 +348,7 @@ def _read_json(path: Path) -> Tokenizer:
     if rows is not None and (type(rows) is not int or not 0 < rows <= MAX_ID):
         raise UserError(f"{path.with_name(source)}: {rows!r} rows in a vocabulary are impossible.")
     try:
-        return Tokenizer(vocabulary, eos=eos, vocab_size=rows, chat_template=template)
+        return Tokenizer(vocabulary, eos=eos, vocab_size=rows, chat_template=template, bos=bos, adds_bos=adds_bos)
     except ValueError as error:
         raise UserError(f"{path}: {error}.") from error
 

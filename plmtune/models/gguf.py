@@ -120,9 +120,11 @@ def convert(
         notes = []
         if tokenizer is None:
             tokenizer = read_tokenizer(file, model.vocab_size)
-            if file.metadata.get("tokenizer.ggml.add_bos_token"):
-                first = _special(file, "bos")
-                notes.append(f"This model was trained with {first} before each text; plmtune puts nothing there.")
+            if tokenizer.adds_bos:
+                notes.append(
+                    f"This model was trained with {tokenizer.bos} before each text: plmtune eval puts it there, "
+                    "training and plmtune generate put nothing."
+                )
         elif tokenizer.num_tokens > model.vocab_size:
             raise UserError(f"The tokenizer has {tokenizer.num_tokens} tokens, {path} has {model.vocab_size} rows.")
         tokenizer.save(temporary)
@@ -301,7 +303,12 @@ def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
         raise UserError(f"{where}: {len(tokens)} tokens, their types and the model's {rows} rows do not fit together.")
     if not set(kinds) <= {_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED}:
         raise UserError(f"{where}: it holds tokens of types other than 1 to 5, so it is not byte-level. {remedy}")
-    eos = _special(file, "eos")
+    eos, adds_bos = _special(file, "eos"), bool(metadata.get("tokenizer.ggml.add_bos_token"))
+    bos_id = metadata.get("tokenizer.ggml.bos_token_id")
+    if adds_bos or (type(bos_id) is int and 0 <= bos_id < len(kinds) and kinds[bos_id] in (_UNKNOWN, _CONTROL)):
+        bos = _special(file, "bos")
+    else:
+        bos = None
     vocab: dict[str, int] = {}
     added = []
     for identity, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
@@ -310,8 +317,8 @@ def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
         if token in vocab:
             raise UserError(f"{where}: {token!r:.80} has the ids {vocab[token]} and {identity}. {remedy}")
         vocab[token] = identity
-        if kind != _NORMAL or token == eos:
-            special = kind != _USER_DEFINED or token == eos
+        if kind != _NORMAL or token in (eos, bos):
+            special = kind != _USER_DEFINED or token in (eos, bos)
             added.append(tokenizer_json.added_token(identity, token, special=special))
     pattern, normalization, ignore_merges = _PRE_TOKENIZERS[pre]
     data = tokenizer_json.skeleton(pattern, normalization)
@@ -322,7 +329,7 @@ def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
         # Through the file's own form, so that what a tokenizer.json may hold is what a GGUF may hold.
         vocabulary = tokenizer_json.parse(json.loads(json.dumps(data)), where)
         template = template if isinstance(template, str) else None
-        return Tokenizer(vocabulary, eos=eos, vocab_size=rows, chat_template=template)
+        return Tokenizer(vocabulary, eos=eos, vocab_size=rows, chat_template=template, bos=bos, adds_bos=adds_bos)
     except ValueError as error:
         raise UserError(f"{where}: {error}.") from error
 

@@ -501,3 +501,54 @@ class TestTrainBpe:
     def test_more_tokens_than_the_text_gives_are_refused_with_both_numbers(self) -> None:
         with pytest.raises(ValueError, match=r"vocab_size \(9000\) is more than this text gives \(287\)"):
             train_bpe(self.TEXTS, 9000)
+
+
+class TestBeginning:
+    """The token before a text: kept for evaluation, which needs what transformers would put there."""
+
+    def with_bos(self, adds_bos: bool) -> Tokenizer:
+        held = bundled()
+        return Tokenizer(held.vocabulary, eos=held.eos, bos="<|im_start|>", adds_bos=adds_bos)
+
+    @pytest.mark.parametrize("adds_bos", [False, True])
+    def test_transformers_puts_it_where_we_say_it_does(self, adds_bos: bool, tmp_path: Path) -> None:
+        transformers = pytest.importorskip("transformers")
+        self.with_bos(adds_bos).save(tmp_path)
+        ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert (ours.bos_id, ours.adds_bos) == (theirs.bos_token_id, adds_bos)
+        assert theirs("a text")["input_ids"] == [ours.bos_id] * adds_bos + ours.encode("a text")
+
+    def test_the_library_puts_it_there_too(self, tmp_path: Path) -> None:
+        library = pytest.importorskip("tokenizers")
+        self.with_bos(True).save(tmp_path)
+        found = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        assert found.encode("a").ids == [4094, *bundled().encode("a")]
+
+    def test_it_is_found_in_the_post_processor_alone(self, tmp_path: Path) -> None:
+        self.with_bos(True).save(tmp_path)
+        (tmp_path / "tokenizer_config.json").unlink()
+        assert (load_tokenizer(tmp_path).bos, load_tokenizer(tmp_path).adds_bos) == ("<|im_start|>", True)
+
+    def test_add_bos_token_stands_above_the_post_processor(self, tmp_path: Path) -> None:
+        self.with_bos(True).save(tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+        assert not load_tokenizer(tmp_path).adds_bos
+
+    def test_it_decides_no_ids_so_the_fingerprint_is_the_same(self) -> None:
+        assert self.with_bos(True).fingerprint == bundled().fingerprint
+        assert self.with_bos(True).encode("a") == bundled().encode("a")
+
+    def test_one_that_is_no_special_token_is_refused_where_it_would_be_put(self, tmp_path: Path) -> None:
+        bundled().save(tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+        assert load_tokenizer(tmp_path).bos_id is None
+        (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "add_bos_token": true}')
+        with pytest.raises(UserError, match="bos '<s>' is no special token"):
+            load_tokenizer(tmp_path)
+
+
+class TestBatchesWithSpecials:
+    def test_they_are_the_ids_of_each_text_alone(self) -> None:
+        texts = ["<|im_start|>user\nhi<|im_end|>", "plain", "", "<|im_start|>" + "a b\n" * 90_000]
+        found = [ids.tolist() for ids in bundled().encode_batch(texts, specials=True)]
+        assert found == [bundled().encode(text, specials=True) for text in texts]
