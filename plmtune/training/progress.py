@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from plmtune.provenance import device_name
 from plmtune.training import distributed
 from plmtune.training.loggers import Logger
 from plmtune.training.metrics import MetricsFile
@@ -89,7 +90,7 @@ class Watch:
                 # A run under nohup is to live on when its terminal goes.
                 if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                     self._handlers[number] = signal.signal(number, self._on_signal)
-        self._run.note(step=self._start_step)
+        self._run.note(step=self._start_step, device=device_name(self._device))
         self._began = time.perf_counter()
         console = Console(stderr=True)
         if self._is_main and console.is_terminal:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
-import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +15,7 @@ from typing import IO, Any, Literal
 import xxhash
 
 from plmtune.errors import UserError
+from plmtune.provenance import git_state, now, versions
 from plmtune.training import manifest
 
 Status = Literal["running", "finished", "stopped", "failed"]
@@ -141,9 +138,9 @@ class RunDirectory:
             run.update(
                 command=list(command),
                 directory=str(Path.cwd()),
-                started=_now(),
-                versions=_versions(),
-                git=_git_state(),
+                started=now(),
+                versions=versions(_PACKAGES),
+                git=git_state(),
                 data=dict(data or {}),
                 config=xxhash.xxh3_128_hexdigest(config_yaml.encode()),
                 job=job,
@@ -203,7 +200,7 @@ class RunDirectory:
         """Note that this process is running it now: the newest of the attempts in run.json."""
         for path in self.path.glob(".*.tmp-*"):  # the lock is held: what is half-written here is a dead process's
             path.unlink(missing_ok=True)
-        attempt = {"began": _now(), "pid": os.getpid(), "host": socket.gethostname(), **notes}
+        attempt = {"began": now(), "pid": os.getpid(), "host": socket.gethostname(), **notes}
         self.update(status="running", ended=None, attempts=[*self._attempts(), attempt])
 
     def note(self, **entries: Any) -> None:
@@ -217,7 +214,7 @@ class RunDirectory:
 
     def finish(self, status: Status) -> None:
         """Note how the run ended."""
-        self.update(status=status, ended=_now())
+        self.update(status=status, ended=now())
 
     def close(self) -> None:
         """Give the lock back."""
@@ -278,32 +275,3 @@ def _in_use(path: Path, lock: IO[str]) -> UserError:
 
 def _unusable(path: Path, error: OSError) -> UserError:
     return UserError(f"{path} cannot be used as a run directory: {error.strerror or error}.")
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Commit and cleanliness of the working directory's repository; None outside of one."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-
-    def ask(*arguments: str) -> str:
-        return subprocess.run([git, *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "-uno"))}
-    except (subprocess.SubprocessError, OSError):
-        return None
