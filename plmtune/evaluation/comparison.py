@@ -1,0 +1,330 @@
+"""Whether one checkpoint is better than another: differences with their errors, paired where the questions are the same.
+
+Two results are paired document by document where both were asked the same (`doc_hash` and `prompt_hash` agree), which
+takes the difficulty of the questions out of the error. Right or wrong (0 and 1) is tested by McNemar's exact test,
+anything else by flipping the signs of the differences. Where the prompts differ only the scores are compared. All
+p-values of one comparison are corrected together by Holm's method (Scandinavian Journal of Statistics 6, 1979).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from plmtune.evaluation.results import Line, Score, direction, labels, lines, metric_label, score
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Result = Mapping[str, Any]
+Test = Literal["McNemar", "sign flips", "z"]
+
+Z_95 = 1.959963984540054  # of a normal distribution, 95% lie within so many standard deviations
+_FLIPS = 10_000
+_EXACT_FLIPS = 12  # so few documents that all 2^n flips are tried
+_CHUNK = 1 << 24  # signs drawn at a time
+# How near a score computed from the samples must be to the one reported, to be the same.
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A result's score minus the first result's.
+
+    Attributes:
+        mean: over the shared documents if paired, else of the two scores.
+        stderr: None where lm-eval gives no error of the scores and the documents cannot be paired.
+        p: of so great a difference, either way, if there were none in truth; None as `stderr`.
+        corrected: `p` for all tests of the comparison together.
+        shared: documents that both were asked in the same words.
+        paired: whether these alone were compared.
+        note: why they are not paired, or that only some are.
+    """
+
+    mean: float
+    stderr: float | None
+    p: float | None
+    shared: int
+    paired: bool
+    test: Test | None
+    note: str = ""
+    corrected: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A metric of a task: scores of each result, and differences to the first (whose own is None)."""
+
+    line: Line
+    higher_is_better: bool | None
+    scores: tuple[Score | None, ...]
+    differences: tuple[Difference | None, ...]
+
+
+def compare(results: Sequence[Result], *, all_tasks: bool = False) -> list[Row]:
+    """Compare results with the first of them.
+
+    Args:
+        all_tasks: also the tasks that a group sums up.
+    """
+    rows = []
+    for line in lines(results, all_tasks=all_tasks):
+        scores = tuple(score(result, line) for result in results)
+        differences = (None, *(_difference(results[0], other, line) for other in results[1:]))
+        rows.append(Row(line, direction(scores), scores, differences))
+    return _corrected(rows)
+
+
+def table(rows: Sequence[Row], results: Sequence[Result]) -> Table:
+    """The differences, a line each."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    names = labels(results)
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("task", "metric", f"minus {names[0]}", "difference", "p", "p (Holm)", "by"):
+        grid.add_column(Text(title), justify="right" if title.startswith("p") else "left", overflow="fold")
+    for row in rows:
+        for name, one in zip(names, row.differences, strict=True):
+            if one is None:
+                continue
+            error = f" ± {one.stderr:.4f}" if one.stderr is not None else ""
+            by = f"{one.test}, {one.shared} paired" if one.paired else one.test or "not tested"
+            style = ""
+            if one.corrected is not None and one.corrected < 0.05 and row.higher_is_better is not None:
+                style = "green" if (one.mean > 0) == row.higher_is_better else "red"
+            grid.add_row(
+                Text(row.line.task),
+                metric_label(row.line, row.higher_is_better),
+                Text(name),
+                Text(f"{one.mean:+.4f}{error}", style=style),
+                show_p(one.p),
+                show_p(one.corrected),
+                Text(by + (f" ({one.note})" if one.note else "")),
+            )
+    return grid
+
+
+def show_p(p: float | None) -> str:
+    return "-" if p is None else "<0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def as_json(rows: Sequence[Row], results: Sequence[Result]) -> dict[str, Any]:
+    """The comparison for programs."""
+    return {
+        "results": labels(results),
+        "rows": [
+            {
+                "task": row.line.task,
+                "metric": row.line.metric,
+                "higher_is_better": row.higher_is_better,
+                "scores": [vars(one) if one else None for one in row.scores],
+                "differences": [vars(one) if one else None for one in row.differences],
+            }
+            for row in rows
+        ],
+    }
+
+
+def _difference(first: Result, other: Result, line: Line) -> Difference | None:
+    a, b = score(first, line), score(other, line)
+    if a is None or b is None or a.value is None or b.value is None:
+        return None
+    seen_a, seen_b = _samples(first, line), _samples(other, line)
+    shared = sorted(seen_a.keys() & seen_b.keys(), key=repr)
+    reason = _unpaired_because(seen_a, seen_b, shared)
+    if not reason:
+        measure = _measure(seen_a, a.value)
+        if measure is None or _measure(seen_b, b.value) is not measure:
+            reason = "unpaired: the score is no mean of the samples"
+        else:
+            found = _paired([seen_a[key] for key in shared], [seen_b[key] for key in shared], measure)
+            if found is not None:
+                all_of_both = len(shared) == len(seen_a) == len(seen_b)
+                note = "" if all_of_both else f"of {len(seen_a)} and {len(seen_b)}"
+                return replace(found, note=note)
+            reason = "unpaired: the same documents have other lengths"
+    stderr = p = None
+    if a.stderr is not None and b.stderr is not None:
+        stderr = math.hypot(a.stderr, b.stderr)
+        p = _two_sided(b.value - a.value, stderr)
+    return Difference(b.value - a.value, stderr, p, len(shared), False, "z" if p is not None else None, reason)
+
+
+def _samples(result: Result, line: Line) -> dict[Hashable, Any]:
+    """What each document gave for a metric, of all tasks of a group; the key tells what the model was asked."""
+    found: dict[Hashable, Any] = {}
+    seen: Counter[Hashable] = Counter()
+    for task in _leaves(result, line.task):
+        for row in result["samples"].get(task, ()):
+            if line.metric in row["metrics"]:
+                key = (task, row.get("doc_hash"), row.get("prompt_hash"))
+                found[(*key, seen[key])] = row["metrics"][line.metric]  # data sets hold some documents twice
+                seen[key] += 1
+    return found
+
+
+def _leaves(result: Result, name: str, depth: int = 0) -> list[str]:
+    group = result["groups"].get(name)
+    if group is None or depth == 8:
+        return [name]
+    return list(dict.fromkeys(leaf for child in group["tasks"] for leaf in _leaves(result, child, depth + 1)))
+
+
+def _unpaired_because(a: Mapping[Hashable, Any], b: Mapping[Hashable, Any], shared: Sequence[Hashable]) -> str:
+    if not a or not b:
+        return "unpaired: a result has no samples"
+    if len(shared) >= 2:
+        return ""
+    same_documents = {key[:2] for key in a} & {key[:2] for key in b}  # type: ignore[index]
+    return "unpaired: the prompts differ" if same_documents else "unpaired: the documents differ"
+
+
+# How a score comes of its samples, and how far each moves it: samples [n] or [n, 2] -> (score, influences [n]).
+_Measure = Callable[[np.ndarray], tuple[float, np.ndarray]]
+
+
+def _mean(x: np.ndarray) -> tuple[float, np.ndarray]:
+    return float(x.mean()), (x - x.mean()) / len(x)
+
+
+def _perplexity(x: np.ndarray) -> tuple[float, np.ndarray]:
+    value = math.exp(-x.mean())
+    return value, -value * (x - x.mean()) / len(x)
+
+
+def _weighted_perplexity(x: np.ndarray) -> tuple[float, np.ndarray]:
+    rate, influences = _rate(x)
+    value = math.exp(-rate)
+    return value, -value * influences
+
+
+def _bits(x: np.ndarray) -> tuple[float, np.ndarray]:
+    rate, influences = _rate(x)
+    return -rate / math.log(2), -influences / math.log(2)
+
+
+def _rate(x: np.ndarray) -> tuple[float, np.ndarray]:
+    """Of (log-probability, words or bytes) a document: the sum of the one over the sum of the other."""
+    log_probs, weights = x[:, 0], x[:, 1]
+    rate = float(log_probs.sum() / weights.sum())
+    return rate, (log_probs - rate * weights) / weights.sum()
+
+
+def _measure(samples: Mapping[Hashable, Any], reported: float) -> _Measure | None:
+    """Which of lm-eval's aggregations gives the reported score: asked of the numbers, so that none is ever assumed."""
+    try:
+        x = np.array(list(samples.values()), dtype=np.float64)
+    except (TypeError, ValueError):
+        return None
+    if not np.isfinite(x).all():
+        return None
+    candidates: tuple[_Measure, ...] = ()
+    if x.ndim == 1:
+        candidates = (_mean, _perplexity)
+    elif x.ndim == 2 and x.shape[1] == 2 and (x[:, 1] > 0).all():
+        candidates = (_weighted_perplexity, _bits)
+    for measure in candidates:
+        try:
+            value, _ = measure(x)
+        except OverflowError:
+            continue
+        if abs(value - reported) <= _TOLERANCE * max(1.0, abs(reported)):
+            return measure
+    return None
+
+
+def _paired(first: Sequence[Any], other: Sequence[Any], measure: _Measure) -> Difference | None:
+    """The difference over the same documents; None if their words or bytes differ."""
+    a, b = np.array(first, dtype=np.float64), np.array(other, dtype=np.float64)
+    n = len(a)
+    differences = b - a
+    if a.ndim == 2:
+        if not np.array_equal(a[:, 1], b[:, 1]):
+            return None
+        differences = differences[:, 0]
+    (value_a, influence_a), (value_b, influence_b) = measure(a), measure(b)
+    stderr = math.sqrt(n / (n - 1) * float(((influence_b - influence_a) ** 2).sum()))
+    if measure is _mean and np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
+        test: Test = "McNemar"
+        p = mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
+    else:
+        # The scores are monotone in the sums of their samples, so the sums can be tested in their place.
+        test, p = "sign flips", sign_flips(differences)
+    return Difference(value_b - value_a, stderr, p, n, True, test)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """The exact two-sided p-value of McNemar's test (Psychometrika 12, 1947).
+
+    Args:
+        gained, lost: documents that only the second, and only the first, got right.
+    """
+    n = gained + lost
+    term = total = 1
+    for k in range(1, min(gained, lost) + 1):
+        term = term * (n - k + 1) // k
+        total += term
+    return min(1.0, 2 * total / 2**n)
+
+
+def sign_flips(differences: np.ndarray) -> float:
+    """The two-sided p-value of a paired permutation test: how often flipped signs give so great a sum.
+
+    All flips of few documents are tried; of more, `_FLIPS` drawn by a fixed seed, the given one counted among them.
+
+    Args:
+        differences: [n].
+    """
+    d = differences[differences != 0]
+    n = len(d)
+    if n == 0:
+        return 1.0
+    # Sums that are equal but for the order of additions count as equal.
+    least = abs(d.sum()) - 1e-9 * np.abs(d).sum()
+    if n <= _EXACT_FLIPS:
+        signs = 1 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)  # [2^n, n]
+        return float((np.abs(signs @ d) >= least).mean())
+    generator = np.random.default_rng(0)
+    extreme, left = 0, _FLIPS
+    while left:
+        take = min(left, max(1, _CHUNK // n))
+        signs = 1 - 2.0 * generator.integers(0, 2, size=(take, n), dtype=np.int8)  # [take, n]
+        extreme += int((np.abs(signs @ d) >= least).sum())
+        left -= take
+    return (extreme + 1) / (_FLIPS + 1)
+
+
+def _two_sided(difference: float, stderr: float) -> float:
+    if stderr == 0:
+        return 1.0 if difference == 0 else 0.0
+    return math.erfc(abs(difference) / stderr / math.sqrt(2))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction, in the order given."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected
+
+
+def _corrected(rows: Sequence[Row]) -> list[Row]:
+    found = iter(holm([one.p for row in rows for one in row.differences if one and one.p is not None]))
+    return [
+        replace(
+            row,
+            differences=tuple(
+                replace(one, corrected=next(found)) if one and one.p is not None else one for one in row.differences
+            ),
+        )
+        for row in rows
+    ]

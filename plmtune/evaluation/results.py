@@ -1,0 +1,373 @@
+"""What an evaluation found: one JSON file, and the table that shows one or several of them.
+
+docs/results.md has the file's schema.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plmtune.atomic import replacing
+from plmtune.errors import UserError
+from plmtune.provenance import device_name, versions
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+FORMAT = "plmtune evaluation"
+VERSION = 1
+
+_PACKAGES = ("plmtune", "torch", "lm_eval", "tokenizers", "numpy")
+_PROMPTS_KEPT = 3  # of each task: to see with one's own eyes what the model was asked
+_REASON_LENGTH = 60
+# Names of a result file that must hold objects, for whoever reads it.
+_OBJECTS = ("model", "settings", "environment", "tasks", "groups", "failed", "samples")
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric of a task or group. `value` is None where it was not finite, `stderr` where lm-eval gives none."""
+
+    value: float | None
+    stderr: float | None
+    higher_is_better: bool | None
+    samples: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table: a metric of a task, or of a group of tasks; `depth` is how deep in groups it lies."""
+
+    task: str
+    metric: str
+    depth: int = 0
+
+
+def collect(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Return (tasks, groups, samples) of what lm-eval's `simple_evaluate` returned, as the file has them.
+
+    Args:
+        raw: with its samples (log_samples=True).
+    """
+    samples = {task: _samples(rows) for task, rows in (raw.get("samples") or {}).items()}
+    tasks = {}
+    for name in raw["configs"]:
+        counts = raw["n-samples"][name]
+        tasks[name] = {
+            "version": _plain(raw["versions"].get(name)),
+            "num_fewshot": raw["n-shot"].get(name),
+            "samples": counts["effective"],
+            "documents": counts["original"],
+            "prompt_hash": _prompts_hash(samples.get(name, [])),
+            "metrics": _metrics(raw["results"][name], raw["higher_is_better"].get(name) or {}),
+        }
+    groups = {}
+    for name, found in (raw.get("groups") or {}).items():
+        groups[name] = {
+            "version": _plain(raw["versions"].get(name)),
+            "num_fewshot": raw["n-shot"].get(name),
+            "samples": found.get("sample_len"),
+            "tasks": list(raw["group_subtasks"][name]),
+            "metrics": _metrics(found, raw["higher_is_better"].get(name) or {}),
+        }
+    return tasks, groups, samples
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What a result was measured with: versions, device, threads and the precision of the weights."""
+    import torch
+
+    return {
+        **versions(_PACKAGES),
+        "device": str(device),
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "precision": str(dtype).removeprefix("torch."),
+    }
+
+
+def save(result: Mapping[str, Any], path: Path) -> None:
+    """Write a result in one step: its head for people, its samples a line each.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    head = {key: value for key, value in result.items() if key != "samples"}
+    try:
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}"))
+            file.write(',\n "samples": {')
+            for index, (task, rows) in enumerate((result.get("samples") or {}).items()):
+                lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+                file.write(("," if index else "") + f"\n  {json.dumps(task)}: [\n   " + ",\n   ".join(lines) + "\n  ]")
+            file.write("\n }\n}\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a result that `save` wrote.
+
+    Raises:
+        UserError: if it is missing, damaged, of another kind or of a newer version.
+    """
+    path = Path(path)
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged or no result: it is not valid JSON ({error}).") from error
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
+        raise UserError(f"{path} is no result of plmtune eval: its key format is not {FORMAT!r}.")
+    if result.get("version") != VERSION:
+        raise UserError(
+            f"{path}: version {result.get('version')!r:.40} of the format, and this plmtune reads version {VERSION}. "
+            "Read it with the plmtune that wrote it, or evaluate again."
+        )
+    try:
+        _check(result)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}. Evaluate again with plmtune eval.") from error
+    return result
+
+
+def load_all(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Read results; of a folder the .json files that lie in it, by name.
+
+    Raises:
+        UserError: if one is no result, or a folder has none.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        inside = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"{path} holds no result: it has no .json file. plmtune eval writes them.")
+        found += inside
+    return [load(path) for path in found]
+
+
+def labels(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A short name for each result, all different: of its model, with the step or a number where names are alike."""
+    names = [str(result["model"].get("name") or "model") for result in results]
+    if len(set(names)) < len(names):
+        steps = [result["model"].get("step") for result in results]
+        names = [f"{name}, step {step}" if step is not None else name for name, step in zip(names, steps, strict=True)]
+    seen: dict[str, int] = {}
+    out = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        out.append(f"{name} ({seen[name]})" if names.count(name) > 1 else name)
+    return out
+
+
+def score(result: Mapping[str, Any], line: Line) -> Score | None:
+    """What a result has for a line, if anything."""
+    entry = result["tasks"].get(line.task) or result["groups"].get(line.task)
+    found = entry and entry["metrics"].get(line.metric)
+    if not found:
+        return None
+    return Score(found["value"], found.get("stderr"), found.get("higher_is_better"), entry.get("samples") or 0)
+
+
+def lines(results: Sequence[Mapping[str, Any]], *, all_tasks: bool = False) -> list[Line]:
+    """The rows of a table of `results`: tasks and groups as they come in the files, a task's metrics in its own order.
+
+    Args:
+        all_tasks: also those that a group sums up, after it. MMLU has 57.
+    """
+    found: dict[Line, None] = {}
+
+    def visit(result: Mapping[str, Any], name: str, depth: int) -> None:
+        entry = result["groups"].get(name) or result["tasks"].get(name)
+        if entry is None:
+            return
+        for metric in entry["metrics"]:
+            found.setdefault(Line(name, metric, depth))
+        if all_tasks:
+            for child in entry.get("tasks", ()):
+                if depth < 8:  # no real group is as deep, and a damaged file may hold itself
+                    visit(result, child, depth + 1)
+
+    for result in results:
+        children = {child for group in result["groups"].values() for child in group["tasks"]}
+        for name in (*result["groups"], *result["tasks"]):
+            if name not in children:
+                visit(result, name, 0)
+    return list(found)
+
+
+def metric_label(line: Line, higher_is_better: bool | None) -> str:
+    """`exact_match,strict-match` -> `exact_match (strict-match) ↑`: what is better is where the arrow points."""
+    metric, _, chosen_by = line.metric.partition(",")
+    arrow = {True: " ↑", False: " ↓", None: ""}[higher_is_better]
+    return metric + (f" ({chosen_by})" if chosen_by not in ("", "none") else "") + arrow
+
+
+def direction(found: Sequence[Score | None]) -> bool | None:
+    """Whether higher is better, as the first that has the metric says."""
+    return next((one.higher_is_better for one in found if one), None)
+
+
+def show_score(one: Score | None) -> str:
+    if one is None:
+        return "-"
+    if one.value is None:
+        return "not finite"
+    return f"{one.value:.4f}" + (f" ± {one.stderr:.4f}" if one.stderr is not None else "")
+
+
+def table(results: Sequence[Mapping[str, Any]], *, all_tasks: bool = False) -> Table:
+    """One or several results side by side: value ± standard error of each metric, and what failed."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text  # names and reasons may hold brackets, which rich takes for markup in a str
+
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("task", "shots", "metric", "n"):
+        grid.add_column(title, justify="right" if title in ("shots", "n") else "left", overflow="fold")
+    for label, result in zip(labels(results), results, strict=True):
+        grid.add_column(Text(label + (" (partial)" if result["status"] == "partial" else "")), overflow="fold")
+    before = ""
+    for line in lines(results, all_tasks=all_tasks):
+        found = [score(result, line) for result in results]
+        shots = [_entry(result, line.task).get("num_fewshot") for result in results]
+        name, before = ("" if line.task == before else "  " * line.depth + line.task), line.task
+        grid.add_row(
+            Text(name),
+            _distinct([shot for shot, one in zip(shots, found, strict=True) if one]) if name else "",
+            metric_label(line, direction(found)),
+            _distinct([one.samples for one in found if one]),
+            *map(show_score, found),
+        )
+    for task in dict.fromkeys(task for result in results for task in result["failed"]):
+        reasons = [str(result["failed"].get(task, "")) for result in results]
+        short = [text if len(text) <= _REASON_LENGTH else text[: _REASON_LENGTH - 1] + "…" for text in reasons]
+        grid.add_row(Text(task), "", "failed", "", *map(Text, short))
+    return grid
+
+
+def _entry(result: Mapping[str, Any], name: str) -> dict[str, Any]:
+    entry: dict[str, Any] = result["tasks"].get(name) or result["groups"].get(name) or {}
+    return entry
+
+
+def _distinct(values: Sequence[Any]) -> str:
+    """One value where all have it, else those of all results in their order."""
+    shown = ["?" if value is None else str(value) for value in values]
+    return shown[0] if len(set(shown)) == 1 else " / ".join(shown)
+
+
+def _samples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row a document of lm-eval's one a document and filter."""
+    found: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        entry = found.get(row["doc_id"])
+        if entry is None:
+            entry = found[row["doc_id"]] = {
+                "id": row["doc_id"],
+                "doc_hash": row["doc_hash"],
+                "prompt_hash": row["prompt_hash"],
+                "target": _plain(row["target"]),
+                # A request is answered once, but where a task repeats it.
+                "responses": [_plain(one[0] if len(one) == 1 else one) for one in row["resps"]],
+                "metrics": {},
+            }
+            if len(found) <= _PROMPTS_KEPT:
+                entry["prompt"] = str(row["arguments"][0][0])
+        filtered = [_plain(one) for one in row["filtered_resps"]]
+        if filtered != entry["responses"]:
+            entry.setdefault("filtered", {})[row["filter"]] = filtered
+        for metric in row["metrics"]:
+            entry["metrics"][f"{metric},{row['filter']}"] = _number(row[metric])
+    return [found[index] for index in sorted(found)]
+
+
+def _prompts_hash(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """One hash of all prompts of a task in order: equal where two evaluations asked the same."""
+    if not rows:
+        return None
+    text = "".join(f"{row['doc_hash']} {row['prompt_hash']}\n" for row in rows)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _metrics(found: Mapping[str, Any], better: Mapping[str, bool | None]) -> dict[str, Any]:
+    metrics = {}
+    for key, value in found.items():
+        metric, comma, chosen_by = key.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue  # name, alias, sample_len; errors are looked up
+        stderr = _plain(found.get(f"{metric}_stderr,{chosen_by}"))
+        metrics[key] = {
+            "value": _number(value),
+            "stderr": stderr if isinstance(stderr, float) else None,  # "N/A" where there is none
+            "higher_is_better": better.get(metric),
+        }
+    return metrics
+
+
+def _number(value: Any) -> Any:
+    plain = _plain(value)
+    return float(plain) if isinstance(plain, bool | int) else plain
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON has it. JSON knows no NaN: it becomes null."""
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # numpy's and torch's scalars
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(one) for one in value]
+    return str(value)
+
+
+def _check(result: dict[str, Any]) -> None:
+    """Refuse what no result has, so that those who read it need not ask again.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key in _OBJECTS:
+        if not isinstance(result.get(key), dict):
+            raise ValueError(f"its key {key} holds no object")
+    if result.get("status") not in ("complete", "partial"):
+        raise ValueError("its key status is neither complete nor partial")
+    for part in ("tasks", "groups"):
+        for name, entry in result[part].items():
+            where = f"{part}.{name}"
+            if not isinstance(entry, dict) or not isinstance(entry.get("metrics"), dict):
+                raise ValueError(f"{where} has no metrics")
+            if part == "groups" and not _are(entry.get("tasks"), str):
+                raise ValueError(f"{where}.tasks is no list of names")
+            for metric, found in entry["metrics"].items():
+                if not isinstance(found, dict) or "value" not in found:
+                    raise ValueError(f"{where}.metrics.{metric} has no value")
+                if not all(_is_number(found.get(key)) for key in ("value", "stderr")):
+                    raise ValueError(f"{where}.metrics.{metric} holds what is no finite number")
+                if found.get("higher_is_better") not in (True, False, None):
+                    raise ValueError(f"{where}.metrics.{metric}.higher_is_better is neither true, false nor null")
+            if not isinstance(entry.get("samples"), int | None):
+                raise ValueError(f"{where}.samples is no count")
+    for task, rows in result["samples"].items():
+        if not _are(rows, dict) or not all(isinstance(row.get("metrics"), dict) for row in rows):
+            raise ValueError(f"samples.{task} is no list of samples with metrics")
+
+
+def _are(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
