@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING
 import click
 
 from plmtune.cli import import_option
+from plmtune.cli.options import device_option, find_device, sampling_options
 from plmtune.errors import UserError
 
 if TYPE_CHECKING:
+    from plmtune.data.chat_template import ChatTemplate
     from plmtune.data.tokenizers import Tokenizer
 
 
@@ -27,22 +30,8 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="chatml, llama3, plain, or a Jinja file, in place of the tokenizer's own; with --chat.",
 )
-@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0),
-    default=0.8,
-    show_default=True,
-    help="0 takes the likeliest token each time.",
-)
-@click.option("--top-k", type=click.IntRange(1), help="Draw from the k likeliest tokens.")
-@click.option(
-    "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
-    help="Draw from the likeliest tokens that reach this probability together.",
-)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one.")
+@sampling_options
+@device_option
 @import_option
 def generate(
     checkpoint: str,
@@ -61,8 +50,6 @@ def generate(
 
     The text goes to stdout as it comes, the speed to stderr.
     """
-    import torch
-
     import plmtune
     from plmtune.generation import complete
 
@@ -74,15 +61,10 @@ def generate(
             prompt = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"The prompt on stdin is not UTF-8: {error}.") from error
-    try:
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(f"--device {device}: not on this machine ({str(error).splitlines()[0]}).") from error
+    where = find_device(device)
     model, tokenizer = plmtune.load(checkpoint, where)
-    if chat and _only_pretrained(Path(checkpoint)):
-        taught = "this model was pretrained, not taught to answer: plmtune run sft init_from="
-        print(f"{taught}{checkpoint}", file=sys.stderr)
+    if chat:
+        warn_of_pretrained(checkpoint)
     start, ends = _message(tokenizer, prompt, system, chat_template) if chat else (prompt, [])
     pieces = complete(
         model,
@@ -95,44 +77,65 @@ def generate(
         seed=seed,
         end_ids=ends,
     )
-    count, first = 0, 0.0
     try:
-        for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-            count += 1
-            # Counted from the second token on: the first carries the prompt and the start of the kernels.
-            first = first or time.perf_counter()
+        speed = stream(pieces)
     except ValueError as error:
         raise UserError(f"{error}. Shorten the prompt.") from error
+    except FloatingPointError as error:
+        raise UserError(f"{checkpoint}: {error}.") from error
+    print(speed, file=sys.stderr)
+
+
+def stream(pieces: Iterable[str]) -> str:
+    """Write what `complete` yields to stdout as it comes, and a line end; return how much and how fast it was."""
+    count, first = 0, 0.0
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        count += 1
+        # Counted from the second token on: the first carries the prompt and the start of the kernels.
+        first = first or time.perf_counter()
     sys.stdout.write("\n")
     sys.stdout.flush()
     seconds = time.perf_counter() - first
     rate = f", {(count - 2) / seconds:.1f} tokens/s after the first" if count > 2 and seconds > 0 else ""
-    print(f"{max(count - 1, 0)} tokens{rate}", file=sys.stderr)
+    return f"{max(count - 1, 0)} tokens{rate}"
 
 
-def _only_pretrained(checkpoint: Path) -> bool:
-    """Whether the config of the run that this is, or is a checkpoint of, says so; unknown: False."""
-    for directory in (checkpoint, *checkpoint.absolute().parents[:2]):
+def warn_of_pretrained(checkpoint: str) -> None:
+    """Say on stderr where the config of the run that this is, or is a checkpoint of, says that it only pretrained."""
+    path = Path(checkpoint)
+    for directory in (path, *path.absolute().parents[:2]):
         config = directory / "config.yaml"
         if config.is_file():
             with config.open(encoding="utf-8", errors="replace") as file:
-                return any(line.rstrip() == "recipe: pretrain" for line in islice(file, 500))
-    return False
+                if any(line.rstrip() == "recipe: pretrain" for line in islice(file, 500)):
+                    taught = "this model was pretrained, not taught to answer: plmtune run sft init_from="
+                    print(f"{taught}{checkpoint}", file=sys.stderr)
+            return
+
+
+def template_of(tokenizer: Tokenizer, name: str | None) -> ChatTemplate:
+    """Return the chat template of that name, or the tokenizer's own.
+
+    Raises:
+        UserError: if there is none.
+    """
+    from plmtune.data.chat_template import find_template
+
+    if name is None and tokenizer.chat_template is None:
+        raise UserError("The checkpoint has no chat template. Name the one it was trained with: --chat-template chatml")
+    return find_template(name, tokenizer)
 
 
 def _message(
     tokenizer: Tokenizer, prompt: str, system: str | None, chat_template: str | None
 ) -> tuple[list[int], list[int]]:
     """Return the tokens of a user's message up to where the model begins to write, and the ids that end an answer."""
-    from plmtune.data.chat_template import find_template
     from plmtune.data.rows import Message
     from plmtune.data.sources import BadRow
 
-    if chat_template is None and tokenizer.chat_template is None:
-        raise UserError("The checkpoint has no chat template. Name the one it was trained with: --chat-template chatml")
-    template = find_template(chat_template, tokenizer)
+    template = template_of(tokenizer, chat_template)
     messages = [Message("system", system)] if system is not None else []
     try:
         ids = template.encode_prompt([*messages, Message("user", prompt)])

@@ -1,0 +1,54 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from plmtune.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+device_option = click.option("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one.")
+
+
+def find_device(name: str | None) -> torch.device:
+    """Return the device of that name, or the one that there is.
+
+    Raises:
+        UserError: if this machine has none of that name.
+    """
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"--device {name}: not on this machine ({str(error).splitlines()[0]}).") from error
+    return device
+
+
+def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
+    """How text is drawn, alike for every command that writes some."""
+    options = (
+        click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),
+        click.option(
+            "--temperature",
+            type=click.FloatRange(0),
+            default=0.8,
+            show_default=True,
+            help="0 takes the likeliest token each time.",
+        ),
+        click.option("--top-k", type=click.IntRange(1), help="Draw from the k likeliest tokens."),
+        click.option(
+            "--top-p",
+            type=click.FloatRange(0, 1, min_open=True),
+            help="Draw from the likeliest tokens that reach this probability together.",
+        ),
+        click.option("--seed", type=int, default=0, show_default=True),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
