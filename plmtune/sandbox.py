@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,21 @@ from typing import IO, Any, Literal
 
 from plmtune.errors import UserError
 
+Isolation = Literal["namespaces", "limits"]
+
 _INSIDE = Path(__file__).with_name("sandbox_inside.py")
 _STARTING = 5.0  # seconds on top of the code's own, until which the sandbox must stand
+
+
+class NoSandbox(UserError):
+    """This machine cannot isolate; `what` says what is missing."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(
+            f"Code that a model wrote is run in a sandbox only, and there is none on this machine: {what}. "
+            "Choose a rule or a reward that runs no code, or a machine that has one."
+        )
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,8 @@ def run_python(
     disk_bytes: int = 16 * 2**20,
     output_bytes: int = 64 * 2**10,
     processes: int = 4,
-    isolation: Literal["namespaces", "limits"] = "namespaces",
+    isolation: Isolation = "namespaces",
+    stop: threading.Event | None = None,
 ) -> Result:
     """Run code, and then tests in the same module, with the standard library alone.
 
@@ -68,11 +83,12 @@ def run_python(
         disk_bytes: of the working directory, which is in memory.
         output_bytes: of stdout and stderr that are kept.
         processes: and threads that it may have at once.
+        stop: once set, the code is ended as if its time were over.
         isolation: "limits" does without namespaces and without `processes`: for code that one would run oneself.
 
     Raises:
         ValueError: for limits that are not positive.
-        UserError: if this machine cannot isolate, saying what is missing.
+        NoSandbox: if this machine cannot isolate, saying what is missing.
     """
     for name, value in {
         "seconds": seconds,
@@ -84,7 +100,7 @@ def run_python(
         if value <= 0:
             raise ValueError(f"{name} must be positive, but is {value:g}")
     if isolation == "namespaces" and platform.system() != "Linux":
-        raise _refusal(f"it needs the namespaces of Linux, and this is {platform.system()}")
+        raise NoSandbox(f"it needs the namespaces of Linux, and this is {platform.system()}")
     python = _interpreter()
     spec = {
         "code": code,
@@ -113,7 +129,7 @@ def run_python(
             start_new_session=True,
         )
         try:
-            output, in_time = _read(launcher, report, seconds, output_bytes)
+            output, in_time = _read(launcher, report, seconds, output_bytes, stop or threading.Event())
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGKILL)
@@ -123,7 +139,9 @@ def run_python(
         return _judge(_load(report), output.decode(errors="replace"), in_time, seconds)
 
 
-def _read(launcher: subprocess.Popen[bytes], report: IO[bytes], seconds: float, limit: int) -> tuple[bytes, bool]:
+def _read(
+    launcher: subprocess.Popen[bytes], report: IO[bytes], seconds: float, limit: int, stop: threading.Event
+) -> tuple[bytes, bool]:
     """(what it wrote, up to a limit; whether it ended in time)."""
     assert launcher.stdout
     kept = bytearray()
@@ -131,11 +149,11 @@ def _read(launcher: subprocess.Popen[bytes], report: IO[bytes], seconds: float, 
     started = False
     with selectors.DefaultSelector() as selector:
         selector.register(launcher.stdout, selectors.EVENT_READ)
-        while (left := deadline - time.monotonic()) > 0:
+        while (left := deadline - time.monotonic()) > 0 and not stop.is_set():
             if not started and os.fstat(report.fileno()).st_size:
                 started, deadline = True, time.monotonic() + seconds
                 continue
-            if selector.select(left if started else min(left, 0.01)):
+            if selector.select(min(left, 0.2 if started else 0.01)):
                 piece = os.read(launcher.stdout.fileno(), 1 << 16)
                 if not piece:
                     return bytes(kept), True
@@ -154,10 +172,10 @@ def _load(report: IO[bytes]) -> dict[str, Any]:
 
 def _judge(report: dict[str, Any], output: str, in_time: bool, seconds: float) -> Result:
     if "missing" in report:
-        raise _refusal(report["missing"])
+        raise NoSandbox(report["missing"])
     if not report.get("ready"):
         said = output.strip().splitlines()
-        raise _refusal(f"Python does not start there ({said[-1] if said else 'it said nothing'})")
+        raise NoSandbox(f"Python does not start there ({said[-1] if said else 'it said nothing'})")
     if not in_time:
         return Result(False, None, output, f"ran for more than {seconds:g} seconds")
     code: int | None = report.get("exit_code")
@@ -171,13 +189,6 @@ def _judge(report: dict[str, Any], output: str, in_time: bool, seconds: float) -
     if not report["finished"]:
         return Result(False, code, output, "ended before it came to its end, with exit status 0")
     return Result(True, code, output, None)
-
-
-def _refusal(what: str) -> UserError:
-    return UserError(
-        f"Code that a model wrote is run in a sandbox only, and there is none on this machine: {what}. "
-        "Choose a rule or a reward that runs no code, or a machine that has one."
-    )
 
 
 def _interpreter() -> str:

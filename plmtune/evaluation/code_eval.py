@@ -1,0 +1,197 @@
+"""The metric `code_eval` of Hugging Face (arXiv 2107.03374), with a sandbox for each program and no hub."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from plmtune.sandbox import Isolation, NoSandbox, Result, run_python
+
+# What the modules of lm-eval's tasks run when they are imported, to see whether code may be run.
+_PROBE = ("def add(a,b): return a*b", "assert add(2, 3)==5")
+SECONDS = 5.0
+_MEMORY = 512 * 2**20
+_DISK = 16 * 2**20
+_PROCESSES = 4
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """1 - C(n - c, k) / C(n, k): the chance that one of k samples, drawn from n of which c are right, is right.
+
+    The unbiased estimator of arXiv 2107.03374, eq. 1.
+
+    Raises:
+        ValueError: if there are fewer than k samples, or more right ones than samples.
+    """
+    if not 0 < k <= num_samples:
+        raise ValueError(f"pass@{k} needs k from 1 to the number of samples, which is {num_samples}")
+    if not 0 <= num_correct <= num_samples:
+        raise ValueError(f"{num_correct} right samples of {num_samples} cannot be")
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+class CodeRunner:
+    """Runs programs against their tests, as many at a time as there are cores.
+
+    A program and its tests that were run before are not run again.
+    """
+
+    def __init__(
+        self,
+        isolation: Isolation = "namespaces",
+        seconds: float = SECONDS,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Set how programs are run; nothing is run yet.
+
+        Args:
+            isolation: "limits" has no namespaces: see `protection`.
+            seconds: of the wall clock, for one program with its tests.
+            progress: called with (programs done, all programs) as they end.
+
+        Raises:
+            ValueError: if seconds is not positive.
+        """
+        if seconds <= 0:
+            raise ValueError(f"seconds must be positive, but is {seconds:g}")
+        self.isolation: Isolation = isolation
+        self.seconds = seconds
+        self.progress = progress
+        self._known: dict[tuple[str, str], Result] = {
+            _PROBE: Result(False, 1, "", "AssertionError")  # no need to run it: 2 * 3 is not 5
+        }
+
+    def compute(
+        self,
+        references: Sequence[str],
+        predictions: Sequence[Sequence[str]],
+        k: Sequence[int] = (1, 10, 100),
+    ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
+        """Return ({"pass@k": mean over problems}, {problem: [(number of the program, what became of it)]}).
+
+        Args:
+            references: of each problem, the tests.
+            predictions: of each problem, whole programs.
+            k: those that exceed a problem's number of programs are left out, as the metric does.
+
+        Raises:
+            ValueError: if there are not as many references as predictions, or a problem has no program.
+            NoSandbox: if this machine cannot isolate.
+        """
+        if len(references) != len(predictions):
+            raise ValueError(f"there are {len(references)} references, but predictions for {len(predictions)} problems")
+        for problem, programs in enumerate(predictions):
+            if isinstance(programs, str) or not programs:
+                raise ValueError(f"problem {problem} needs a list of at least one program, but has {programs!r:.80}")
+        pairs = zip(references, predictions, strict=True)
+        self.run([(program, tests) for tests, programs in pairs for program in programs])
+        details: dict[int, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+        for problem, (tests, programs) in enumerate(zip(references, predictions, strict=True)):
+            for number, program in enumerate(programs):
+                ended = self._known[program, tests]
+                fact = {
+                    "task_id": problem,
+                    "passed": ended.passed,
+                    "result": "passed" if ended.passed else f"failed: {ended.reason}",
+                    "completion_id": number,
+                }
+                details[problem].append((number, fact))
+        counts = [(len(facts), sum(fact["passed"] for _, fact in facts)) for facts in details.values()]
+        scores = {
+            f"pass@{each}": sum(pass_at_k(n, c, each) for n, c in counts) / len(counts)
+            for each in k
+            if counts and all(n >= each for n, _ in counts)
+        }
+        return scores, details
+
+    def run(self, work: Sequence[tuple[str, str]]) -> list[Result]:
+        """Run pairs of (program, tests); results in their order.
+
+        Raises:
+            NoSandbox: if this machine cannot isolate.
+        """
+        todo = [pair for pair in dict.fromkeys(work) if pair not in self._known]
+        stop = threading.Event()
+        run_one = functools.partial(self._run_one, stop=stop)
+        pool = ThreadPoolExecutor(max(1, min(len(todo), _cores())))
+        try:
+            for done, (pair, result) in enumerate(zip(todo, pool.map(run_one, todo), strict=True), start=1):
+                self._known[pair] = result
+                if self.progress is not None:
+                    self.progress(done, len(todo))
+        finally:
+            stop.set()  # after an error, or Ctrl-C; else all have ended
+            pool.shutdown(cancel_futures=True)
+        return [self._known[pair] for pair in work]
+
+    def _run_one(self, pair: tuple[str, str], stop: threading.Event) -> Result:
+        return run_python(
+            pair[0],
+            tests=pair[1],
+            seconds=self.seconds,
+            memory_bytes=_MEMORY,
+            disk_bytes=_DISK,
+            processes=_PROCESSES,
+            isolation=self.isolation,
+            stop=stop,
+        )
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Let `evaluate.load("code_eval")` give this metric while it lasts; other names go where they went."""
+        import evaluate
+
+        before = evaluate.load
+
+        @functools.wraps(before)
+        def load(path: str, *args: Any, **settings: Any) -> Any:
+            return self if path == "code_eval" else before(path, *args, **settings)
+
+        evaluate.load = load
+        try:
+            yield
+        finally:
+            evaluate.load = before
+
+
+def protection(isolation: Isolation, seconds: float = SECONDS) -> str:
+    """What stands between the programs and this machine, in lines for whoever is to consent."""
+    bounds = (
+        f"Each has {seconds:g} seconds, {_MEMORY // 2**20} MiB of memory a process, an empty environment and a few "
+        "files and processes."
+    )
+    if isolation == "limits":
+        return (
+            f"  {bounds}\n"
+            "  Nothing else: they run as you, can read, change and delete your files, use the network, end your\n"
+            "  processes and leave some behind; and one that reads other processes' memory can forge a pass."
+        )
+    return (
+        "  They run in namespaces of their own: no network, no process of this machine, no file but Python and the\n"
+        f"  system's libraries, read-only, and an empty folder of {_DISK // 2**20} MiB in memory; no rights.\n"
+        f"  {bounds}\n"
+        "  Their tests run in a process that they cannot reach. The kernel is shared: a hole in it is a hole in this."
+    )
+
+
+@functools.cache
+def missing() -> str | None:
+    """What this machine lacks to run programs apart from itself, None if nothing. Asked once."""
+    try:
+        ended = run_python("x = 1", tests="assert x == 1")
+    except NoSandbox as error:
+        return error.what
+    return None if ended.passed else f"a program that is right does not pass ({ended.reason})"
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
