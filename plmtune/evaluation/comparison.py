@@ -1,4 +1,4 @@
-"""Whether one checkpoint is better than another: differences with their errors, paired where the questions are the same.
+"""Whether one checkpoint is better than another: differences with their errors, paired where the questions agree.
 
 Two results are paired document by document where both were asked the same (`doc_hash` and `prompt_hash` agree), which
 takes the difficulty of the questions out of the error. Right or wrong (0 and 1) is tested by McNemar's exact test,
@@ -27,7 +27,7 @@ Test = Literal["McNemar", "sign flips", "z"]
 Z_95 = 1.959963984540054  # of a normal distribution, 95% lie within so many standard deviations
 _FLIPS = 10_000
 _EXACT_FLIPS = 12  # so few documents that all 2^n flips are tried
-_CHUNK = 1 << 24  # signs drawn at a time
+_CHUNK = 1 << 22  # signs drawn at a time
 # How near a score computed from the samples must be to the one reported, to be the same.
 _TOLERANCE = 1e-6
 
@@ -81,33 +81,38 @@ def compare(results: Sequence[Result], *, all_tasks: bool = False) -> list[Row]:
 
 
 def table(rows: Sequence[Row], results: Sequence[Result]) -> Table:
-    """The differences, a line each."""
+    """The differences to the first result, a line each."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     names = labels(results)
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("task", "metric", f"minus {names[0]}", "difference", "p", "p (Holm)", "by"):
-        grid.add_column(Text(title), justify="right" if title.startswith("p") else "left", overflow="fold")
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    grid.title, grid.title_justify = Text(f"differences to {names[0]}"), "left"
+    grid.add_column("task", no_wrap=True)
+    grid.add_column("metric", no_wrap=True)
+    grid.add_column("checkpoint", overflow="fold")
+    grid.add_column("difference", no_wrap=True)
+    grid.add_column("p", justify="right", no_wrap=True)
+    grid.add_column("test")
     for row in rows:
+        task, metric = row.line.task, metric_label(row.line, row.higher_is_better).replace(" (", "\n(")
         for name, one in zip(names, row.differences, strict=True):
             if one is None:
                 continue
             error = f" ± {one.stderr:.4f}" if one.stderr is not None else ""
-            by = f"{one.test}, {one.shared} paired" if one.paired else one.test or "not tested"
+            test = f"{one.test}, {one.shared} pairs" if one.paired else one.test or "none"
             style = ""
             if one.corrected is not None and one.corrected < 0.05 and row.higher_is_better is not None:
                 style = "green" if (one.mean > 0) == row.higher_is_better else "red"
-            grid.add_row(
-                Text(row.line.task),
-                metric_label(row.line, row.higher_is_better),
-                Text(name),
-                Text(f"{one.mean:+.4f}{error}", style=style),
-                show_p(one.p),
-                show_p(one.corrected),
-                Text(by + (f" ({one.note})" if one.note else "")),
-            )
+            difference = Text(f"{one.mean:+.4f}{error}", style=style)
+            note = Text(test + (f" ({one.note})" if one.note else ""))
+            grid.add_row(Text(task), metric, Text(name), difference, show_p(one.corrected), note)
+            task = metric = ""
+    tests = sum(one is not None and one.p is not None for row in rows for one in row.differences)
+    if tests > 1:
+        grid.caption = Text(f"p is corrected for these {tests} tests together (Holm); --json also has it uncorrected.")
+        grid.caption_justify = "left"
     return grid
 
 

@@ -26,7 +26,8 @@ VERSION = 1
 
 _PACKAGES = ("plmtune", "torch", "lm_eval", "tokenizers", "numpy")
 _PROMPTS_KEPT = 3  # of each task: to see with one's own eyes what the model was asked
-_REASON_LENGTH = 60
+_REASON_LENGTH = 200
+_BESIDE = 2  # more results than these are shown below each other
 # Names of a result file that must hold objects, for whoever reads it.
 _OBJECTS = ("model", "settings", "environment", "tasks", "groups", "failed", "samples")
 
@@ -225,32 +226,52 @@ def show_score(one: Score | None) -> str:
 
 
 def table(results: Sequence[Mapping[str, Any]], *, all_tasks: bool = False) -> Table:
-    """One or several results side by side: value ± standard error of each metric, and what failed."""
+    """One or several results: value ± standard error of each metric, and below what failed and why.
+
+    Up to two results stand side by side, more of them below each other, as terminals have 80 columns.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text  # names and reasons may hold brackets, which rich takes for markup in a str
 
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("task", "shots", "metric", "n"):
-        grid.add_column(title, justify="right" if title in ("shots", "n") else "left", overflow="fold")
-    for label, result in zip(labels(results), results, strict=True):
-        grid.add_column(Text(label + (" (partial)" if result["status"] == "partial" else "")), overflow="fold")
+    names = [
+        label + (" (partial)" if result["status"] == "partial" else "")
+        for label, result in zip(labels(results), results, strict=True)
+    ]
+    beside = len(results) <= _BESIDE
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column("task", no_wrap=True)
+    grid.add_column("shots", justify="right")
+    grid.add_column("metric", no_wrap=True)
+    grid.add_column("n", justify="right")
+    for name in names if beside else ("checkpoint", "score"):
+        grid.add_column(Text(name), no_wrap=name == "score", overflow="fold")
     before = ""
     for line in lines(results, all_tasks=all_tasks):
         found = [score(result, line) for result in results]
         shots = [_entry(result, line.task).get("num_fewshot") for result in results]
         name, before = ("" if line.task == before else "  " * line.depth + line.task), line.task
-        grid.add_row(
-            Text(name),
-            _distinct([shot for shot, one in zip(shots, found, strict=True) if one]) if name else "",
-            metric_label(line, direction(found)),
-            _distinct([one.samples for one in found if one]),
-            *map(show_score, found),
-        )
-    for task in dict.fromkeys(task for result in results for task in result["failed"]):
-        reasons = [str(result["failed"].get(task, "")) for result in results]
-        short = [text if len(text) <= _REASON_LENGTH else text[: _REASON_LENGTH - 1] + "…" for text in reasons]
-        grid.add_row(Text(task), "", "failed", "", *map(Text, short))
+        metric = metric_label(line, direction(found)).replace(" (", "\n(")
+        if beside:
+            there = [shot for shot, one in zip(shots, found, strict=True) if one]
+            counts = _distinct([one.samples for one in found if one])
+            grid.add_row(Text(name), _distinct(there) if name else "", metric, counts, *map(show_score, found))
+            continue
+        for label, shot, one in zip(names, shots, found, strict=True):
+            if one:
+                shown = _distinct([shot]) if metric else ""
+                grid.add_row(Text(name), shown, metric, str(one.samples), Text(label), show_score(one))
+                name = metric = ""
+    failures = []
+    for label, result in zip(names, results, strict=True):
+        for task, reason in result["failed"].items():
+            short = str(reason) if len(str(reason)) <= _REASON_LENGTH else str(reason)[: _REASON_LENGTH - 1] + "…"
+            failures.append(f"{task} failed" + (f" ({label})" if len(results) > 1 else "") + f": {short}")
+    if beside:
+        for task in dict.fromkeys(task for result in results for task in result["failed"]):
+            grid.add_row(Text(task), "", "", "", *("failed" if task in result["failed"] else "-" for result in results))
+    grid.caption = Text("\n".join(failures), style="red") if failures else None
+    grid.caption_justify = "left"
     return grid
 
 
@@ -262,7 +283,7 @@ def _entry(result: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _distinct(values: Sequence[Any]) -> str:
     """One value where all have it, else those of all results in their order."""
     shown = ["?" if value is None else str(value) for value in values]
-    return shown[0] if len(set(shown)) == 1 else " / ".join(shown)
+    return shown[0] if len(set(shown)) == 1 else "/".join(shown)
 
 
 def _samples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

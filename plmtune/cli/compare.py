@@ -1,0 +1,52 @@
+"""``plmtune compare``: results of evaluations side by side, and whether their differences are more than chance."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from plmtune.errors import UserError
+
+
+@click.command()
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RESULT...")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The picture, a PNG that is replaced if it is there; default: compare.png, and none with --json.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs in place of tables.")
+@click.option("--all-tasks", is_flag=True, help="Also the tasks that a group sums up (MMLU has 57).")
+def compare(results: tuple[Path, ...], out: Path | None, as_json: bool, all_tasks: bool) -> None:
+    """Compare RESULTs, the JSON files of plmtune eval (or folders of them), with the first one.
+
+    Where two were asked the same questions in the same words, their answers are compared question by question.
+    """
+    if out is not None and out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: the picture is a PNG, and its name must end in .png.")
+
+    from plmtune.evaluation import comparison
+    from plmtune.evaluation.comparison_plot import draw
+    from plmtune.evaluation.results import load_all, table
+
+    loaded = load_all(results)
+    rows = comparison.compare(loaded, all_tasks=all_tasks)
+    if as_json:
+        click.echo(json.dumps(comparison.as_json(rows, loaded), indent=1, ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        if not console.is_terminal:
+            console.width = 160  # a file has no edge to wrap at
+        console.print(table(loaded, all_tasks=all_tasks))
+        if len(loaded) > 1:
+            console.print()
+            console.print(comparison.table(rows, loaded))
+    if not as_json or out is not None:
+        out = out or Path("compare.png")
+        draw(rows, loaded, out)
+        if not as_json:
+            click.echo(f"picture: {out}")

@@ -1,0 +1,152 @@
+"""One picture of a comparison: scores with their 95% intervals, and beside them the differences to the first result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plmtune.atomic import replacing
+from plmtune.errors import UserError
+from plmtune.evaluation.comparison import Z_95, Row
+from plmtune.evaluation.results import labels, metric_label
+
+# Okabe and Ito's colours, which colour-blind readers tell apart, and shapes for those who print without colour.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vP*"
+_ROW_INCHES = 0.28  # of one more row, and as much again for each two results in it
+_MAX_ROWS = 60
+
+
+def draw(rows: Sequence[Row], results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw a comparison into a PNG: shares of right answers above, perplexities and other scales below.
+
+    Raises:
+        UserError: if there is nothing to draw, too much of it, or the file cannot be written.
+    """
+    rows = [row for row in rows if any(one and one.value is not None for one in row.scores)]
+    if not rows:
+        raise UserError("There is no score to draw: no task of these results ended with a number.")
+    if len(rows) > _MAX_ROWS:
+        raise UserError(f"{len(rows)} rows are too many for a picture, which shows {_MAX_ROWS}: leave out --all-tasks.")
+
+    # Agg by its own canvas, not by pyplot: no window system, no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    names = labels(results)
+    parts = [part for part in ([r for r in rows if _is_share(r)], [r for r in rows if not _is_share(r)]) if part]
+    compared = any(one and one.stderr is not None for row in rows for one in row.differences)
+    row_inches = _ROW_INCHES * (1 + len(names) / 2)
+    heights = [len(part) * row_inches + 0.5 for part in parts]
+    figure = Figure(
+        figsize=(11 if compared else 7.5, sum(heights) + 0.7 + 0.2 * len(names)), dpi=130, layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(
+        len(parts),
+        2 if compared else 1,
+        squeeze=False,
+        height_ratios=heights,
+        width_ratios=[3, 2] if compared else None,
+    )
+    for part, (scores, *differences) in zip(parts, panels, strict=True):
+        _draw_scores(scores, part, len(names))
+        if differences:
+            _draw_differences(differences[0], part, names)
+    handles = [
+        Line2D([], [], color=_COLOURS[i % 7], marker=_MARKERS[i % 7], linestyle="none", label=name)
+        for i, name in enumerate(names)
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=1, frameon=False, fontsize=9)
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def _is_share(row: Row) -> bool:
+    """Whether a row's scores are shares between 0 and 1 of which more is better, which can lie on one axis."""
+    values = [one.value for one in row.scores if one and one.value is not None]
+    return row.higher_is_better is not False and all(0 <= value <= 1 for value in values)
+
+
+def _draw_scores(panel: Any, rows: Sequence[Row], num: int) -> None:
+    shares = _is_share(rows[0])
+    for index, row in enumerate(rows):
+        for i, one in enumerate(row.scores):
+            if one is None or one.value is None:
+                continue
+            reach = Z_95 * one.stderr if one.stderr is not None else 0.0
+            # On a logarithmic axis an interval that reaches 0 would have no end.
+            low = min(reach, one.value * 0.9) if not shares and one.value > 0 else reach
+            panel.errorbar(one.value, _place(index, i, num), xerr=[[low], [reach]], **_look(i))
+    values = [one.value for row in rows for one in row.scores if one and one.value is not None]
+    if not shares and min(values) > 0:
+        _logarithmic(panel, values)
+    if shares:
+        panel.set_xlim(left=min(0, panel.get_xlim()[0]))
+    panel.set_xlabel("score (bars: 95% interval)" if shares else "lower is better where ↓ (bars: 95% interval)")
+    _finish(panel, rows)
+    panel.set_yticks(range(len(rows)), [_row_label(row) for row in rows], fontsize=9)
+
+
+def _draw_differences(panel: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
+    shares = _is_share(rows[0])
+    panel.axvline(0, color="0.5", linewidth=1)
+    for index, row in enumerate(rows):
+        for i, one in enumerate(row.differences):
+            if one is None or one.stderr is None:
+                continue
+            first = row.scores[0].value if row.scores[0] else None
+            if not shares and not first:
+                continue
+            # Other scales have no unit in common, so each is a share of its first value.
+            scale = 1.0 if shares else 100.0 / abs(first or 1.0)
+            look = _look(i) | ({} if one.paired else {"markerfacecolor": "white"})
+            panel.errorbar(one.mean * scale, _place(index, i, len(names)), xerr=Z_95 * one.stderr * scale, **look)
+    what = f"difference to {names[0]}" if shares else f"difference to {names[0]} in %"
+    hollow = any(one and one.stderr is not None and not one.paired for row in rows for one in row.differences)
+    panel.set_xlabel(what + (" (hollow: unpaired)" if hollow else ""))
+    _finish(panel, rows)
+    panel.set_yticks(range(len(rows)), [])
+
+
+def _finish(panel: Any, rows: Sequence[Row]) -> None:
+    panel.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
+    for index in range(1, len(rows), 2):
+        panel.axhspan(index - 0.5, index + 0.5, color="0.96", zorder=0)
+    panel.grid(axis="x", alpha=0.25, linewidth=0.6)
+    panel.tick_params(axis="y", length=0)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _logarithmic(panel: Any, values: Sequence[float]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if max(values) / min(values) < 1000 else (1,)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _row_label(row: Row) -> str:
+    return f"{row.line.task}\n{metric_label(row.line, row.higher_is_better)}"
+
+
+def _place(index: int, i: int, num: int) -> float:
+    """The height of result `i` in row `index`: the first on top, as in the legend."""
+    return index + (i - (num - 1) / 2) * 0.7 / max(num, 2)
+
+
+def _look(i: int) -> dict[str, Any]:
+    return {
+        "color": _COLOURS[i % 7],
+        "marker": _MARKERS[i % 7],
+        "markersize": 5,
+        "linestyle": "none",
+        "elinewidth": 1.3,
+        "capsize": 2,
+    }
