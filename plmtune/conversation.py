@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 from plmtune.data.rows import Message
@@ -61,7 +61,7 @@ class Conversation:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Yield the answer to a user's message, a piece a token.
 
         However it ends (all of it, an interrupt, `close`), both then belong to the conversation, the answer as far as
@@ -99,6 +99,22 @@ class Conversation:
                 answer = answer.partition(special)[0]
             if answer.strip():
                 self.messages += [Message("user", text), Message("assistant", answer)]
+
+    @property
+    def transcript(self) -> list[Message]:
+        """All that was said, the system's message first."""
+        return [*([Message("system", self.system)] if self.system is not None else []), *self.messages]
+
+    def restore(self, messages: Sequence[Message]) -> None:
+        """Go on from a transcript instead of what was said here.
+
+        Raises:
+            BadRow: if the chat template refuses it, or it holds the text of a special token; then nothing changes.
+        """
+        self.template.encode_prompt([*messages, Message("user", "a")])
+        systems = 1 if messages and messages[0].role == "system" else 0
+        self.system = messages[0].content if systems else None
+        self.messages, self.forgotten = list(messages[systems:]), 0
 
     def undo(self) -> Message | None:
         """Drop the latest question and its answer; return the question, or None where there is none."""

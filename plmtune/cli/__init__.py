@@ -29,7 +29,12 @@ COMMANDS = {
     "data": ("plmtune.cli.data", "data", "Prepare and inspect token shards"),
     "tokenizer": ("plmtune.cli.tokenizer", "tokenizer", "Train and inspect tokenizers"),
     "generate": ("plmtune.cli.generate", "generate", "Write text with a checkpoint"),
+    "chat": ("plmtune.cli.chat", "chat", "Talk with a checkpoint in the terminal"),
+    "perplexity": ("plmtune.cli.perplexity", "perplexity", "Measure how well a checkpoint predicts text"),
+    "eval": ("plmtune.cli.eval", "evaluate", "Measure checkpoints by tasks: plmtune eval --tasks gsm8k,humaneval"),
     "convert": ("plmtune.cli.convert", "convert", "Make a model directory from a GGUF file"),
+    "compare": ("plmtune.cli.compare", "compare", "Put results of eval side by side, with what is more than chance"),
+    "card": ("plmtune.cli.card", "card", "Write a model card from a run and its results"),
     "merge": ("plmtune.cli.merge", "merge", "Make a plain model of adapters and their base"),
 }
 

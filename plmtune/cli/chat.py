@@ -1,0 +1,298 @@
+"""``plmtune chat``: a conversation with a checkpoint in the terminal, or through a pipe."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from plmtune.atomic import replacing
+from plmtune.cli import import_option
+from plmtune.cli.generate import stream, template_of, warn_of_pretrained
+from plmtune.cli.options import device_option, find_device, sampling_options
+from plmtune.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from plmtune.conversation import Conversation
+
+_BLOCK = '"""'
+# What a model writes may steer the terminal that shows it.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
+@click.option(
+    "--chat-template",
+    metavar="NAME",
+    help="chatml, llama3, plain, or a Jinja file, in place of the tokenizer's own.",
+)
+@sampling_options
+@device_option
+@import_option
+def chat(checkpoint: str, system: str | None, chat_template: str | None, device: str | None, **sampling: Any) -> None:
+    """Talk with a checkpoint, a model directory, or a run's newest checkpoint.
+
+    Through a pipe each line of stdin is a message, and stdout has the answers alone.
+
+    \b
+    plmtune chat runs/sft/latest
+    echo "What is a stack?" | plmtune chat runs/sft/latest --temperature 0
+    """
+    import plmtune
+    from plmtune.conversation import Conversation
+    from plmtune.data.sources import BadRow
+
+    where = find_device(device)
+    model, tokenizer = plmtune.load(checkpoint, where)
+    conversation = Conversation(model, tokenizer, template_of(tokenizer, chat_template))
+    warn_of_pretrained(checkpoint)
+    try:
+        conversation.instruct(system)
+    except BadRow as error:
+        raise UserError(f"The text of --system {error}.") from error
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a stranger's letters
+    lines = _Lines()
+    talk = _Talk(conversation, sampling)
+    if lines.interactive:
+        _tell(f"{checkpoint}: {model.max_seq_len:,} tokens of context. /help lists the commands, Ctrl-D ends.")
+    try:
+        refused = _converse(talk, lines)
+    except FloatingPointError as error:
+        raise UserError(f"{checkpoint}: {error}.") from error
+    if refused and not lines.interactive:
+        raise UserError(f"{refused} of the messages and commands on stdin could not be used, as said above.")
+
+
+def _converse(talk: _Talk, lines: _Lines) -> int:
+    """Take one message or command after another until there is none; return how many could not be used."""
+    refused = 0
+    interrupted = False  # by the last thing that the person did
+    while True:
+        try:
+            said = lines.message()
+            if said is None:
+                return refused
+            interrupted = False
+            if talk.take(*said):
+                return refused
+        except UserError as error:
+            refused += 1
+            _tell(str(error))
+        except KeyboardInterrupt as interrupt:
+            if not lines.interactive or interrupted:
+                raise
+            interrupted = True
+            _tell(f"\n{interrupt}Ctrl-C again ends, as /quit and Ctrl-D do")
+
+
+class _Lines:
+    """Messages from stdin: of a person, who gets a prompt, a history and an editor of lines, or of a pipe."""
+
+    def __init__(self) -> None:
+        self.interactive = sys.stdin.isatty()
+        if self.interactive:
+            with suppress(ImportError):  # not every system has it
+                import readline  # noqa: F401 (which input() then uses)
+
+    def message(self) -> tuple[str, bool] | None:
+        """Return the next message or command, and whether it can be one, since a block cannot; None: there is no more.
+
+        Raises:
+            UserError: for a line that is not UTF-8, or a block without an end.
+        """
+        text = self._line("> ")
+        if text is None:
+            return None
+        if text.lstrip().startswith(_BLOCK):
+            parts = [text.lstrip().removeprefix(_BLOCK)]
+            while not parts[-1].rstrip().endswith(_BLOCK):
+                more = self._line("... ")
+                if more is None:
+                    raise UserError(f"The message that {_BLOCK} opens has no {_BLOCK} at its end.")
+                parts.append(more)
+            return "\n".join(parts).rstrip().removesuffix(_BLOCK).strip(), False
+        while text.endswith("\\"):
+            text = text.removesuffix("\\") + "\n" + (self._line("... ") or "")
+        return text.strip(), True
+
+    def _line(self, prompt: str) -> str | None:
+        try:
+            if not self.interactive:
+                raw = sys.stdin.buffer.readline()
+                return raw.decode("utf-8").rstrip("\r\n") if raw else None
+            if not sys.stdout.isatty():  # where input() would write the prompt among the answers
+                print(prompt, end="", file=sys.stderr, flush=True)
+                prompt = ""
+            line = input(prompt)
+            line.encode("utf-8")  # Python lets bytes that are none pass as halves of surrogate pairs
+            return line
+        except EOFError:
+            _tell("")
+            return None
+        except UnicodeError as error:
+            raise UserError(f"The message is not UTF-8: {error}.") from error
+
+
+@dataclass
+class _Talk:
+    """What is done with a message or a command."""
+
+    conversation: Conversation
+    sampling: dict[str, Any]
+    answers: int = 0
+    saved: Path | None = None  # the file that holds this conversation
+
+    def take(self, text: str, command: bool) -> bool:
+        """Send a message, or do what a command says; return whether it ends the program.
+
+        Args:
+            text: without white space around it.
+            command: whether it is one where it begins with /.
+
+        Raises:
+            UserError: if that cannot be done; the conversation is as it was.
+        """
+        if not text:
+            return False
+        if not (command and text.startswith("/")):
+            self.ask(text)
+            return False
+        name, _, rest = text.partition(" ")
+        if name not in _COMMANDS:
+            raise UserError(
+                f"There is no command {name}.{did_you_mean(name, _COMMANDS)} "
+                f"To send a message that begins with /, put it between {_BLOCK}."
+            )
+        if name == "/quit":
+            return True
+        getattr(self, name.removeprefix("/"))(rest.strip())
+        return False
+
+    def ask(self, text: str) -> None:
+        from plmtune.data.sources import BadRow
+
+        talk = self.conversation
+        said, forgotten = len(talk.messages), talk.forgotten
+        # Asked again after /undo, a question is to get another answer; the same lines still get the same answers.
+        sampling = self.sampling | {"seed": self.sampling["seed"] + self.answers}
+        self.answers += 1
+        try:
+            with closing(talk.ask(text, **sampling)) as pieces:
+                speed = stream(_shown(pieces))
+        except BadRow as error:
+            raise UserError(f"The message {error}. The conversation goes on without it.") from error
+        except ValueError as error:
+            raise UserError(f"{error}. The conversation goes on without it.") from error
+        except KeyboardInterrupt as interrupt:
+            kept = len(talk.messages) > said
+            so_far = "what came of the answer is kept, /undo drops it" if kept else "the message is dropped"
+            raise KeyboardInterrupt(f"stopped; {so_far}. ") from interrupt
+        notes = [speed, f"{talk.context:,} of {talk.model.max_seq_len:,} tokens of context"]
+        if talk.cut:
+            notes.append("cut there")
+        if len(talk.messages) == said:
+            notes.append("no answer, so the message is dropped")
+        if talk.forgotten > forgotten:
+            notes.append(f"the model no longer sees the first {talk.forgotten} messages, for want of room")
+        _tell("; ".join(notes), dim=True)
+
+    def help(self, _: str) -> None:
+        width = max(map(len, _USAGE))
+        for usage, what in _USAGE.items():
+            _tell(f"{usage:{width}}  {what}")
+
+    def system(self, text: str) -> None:
+        from plmtune.data.sources import BadRow
+
+        try:
+            self.conversation.instruct(text or None)
+        except BadRow as error:
+            raise UserError(f"The text of /system {error}. Nothing is changed.") from error
+        _tell("told" if text else "the model is told nothing beforehand", dim=True)
+
+    def reset(self, _: str) -> None:
+        self.conversation.reset()
+        self.saved = None
+        _tell("a new conversation", dim=True)
+
+    def undo(self, _: str) -> None:
+        question = self.conversation.undo()
+        if question is None:
+            raise UserError("There is nothing to undo.")
+        _tell(f"dropped with its answer: {_visible(question.content)}", dim=True)
+
+    def save(self, name: str) -> None:
+        path = Path(name).expanduser() if name else self.saved
+        if path is None:
+            raise UserError("Name the file: /save talk.jsonl")
+        if not self.conversation.messages:
+            raise UserError("There is nothing to save yet.")
+        if path.suffix not in (".jsonl", ".ndjson", ".json"):
+            raise UserError(f"{path}: conversations are read from .jsonl files. Name it so: /save {path.name}.jsonl")
+        if path != self.saved and (path.exists() or path.is_symlink()):
+            raise UserError(f"{path} exists already. Name another file.")
+        row = {"messages": [asdict(message) for message in self.conversation.transcript]}
+        try:
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+        self.saved = path
+        _tell(f"{path}: {len(row['messages'])} messages, as data=conversations reads them", dim=True)
+
+    def load(self, name: str) -> None:
+        from plmtune.data.conversations import conversations
+        from plmtune.data.sources import BadRow
+
+        if not name:
+            raise UserError("Name the file: /load talk.jsonl")
+        found = next(conversations((name,)).conversations(), None)
+        if found is None:
+            raise UserError(f"{name} holds no conversation.")
+        try:
+            self.conversation.restore(found.messages)
+        except BadRow as error:
+            raise UserError(f"{found.place} {error}. Nothing is changed.") from error
+        self.saved = None
+        _tell(f"{found.place}: {len(found.messages)} messages; the last: {found.messages[-1].content}", dim=True)
+
+
+_USAGE = {
+    "/help": "show this",
+    "/system TEXT": "what the model is told before the conversation; without TEXT: nothing",
+    "/reset": "begin a new conversation",
+    "/undo": "drop the latest message and its answer",
+    "/save FILE": "write the conversation to FILE.jsonl, as data=conversations reads it",
+    "/load FILE": "go on with the first conversation of a file",
+    "/quit": "end, as Ctrl-D and two times Ctrl-C do; one Ctrl-C stops an answer",
+    _BLOCK: "begins and ends a message of several lines; so does \\ at the end of each line but the last",
+}
+_COMMANDS = [usage.split()[0] for usage in _USAGE if usage.startswith("/")]
+
+
+def _shown(pieces: Iterator[str]) -> Iterator[str]:
+    on_terminal = sys.stdout.isatty()
+    for piece in pieces:
+        yield _visible(piece) if on_terminal else piece
+
+
+def _visible(text: str) -> str:
+    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+
+
+def _tell(text: str, *, dim: bool = False) -> None:
+    """Say something that is no answer."""
+    dim = dim and sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    print(f"\033[2m{text}\033[0m" if dim else text, file=sys.stderr, flush=True)
