@@ -300,12 +300,18 @@ class MultiHeadLatentAttention(nn.Module):
             latent, k_rope = kept[:, 0].split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
             k_rope = k_rope[:, :, None]
         t = latent.shape[1]
-        kv = self.kv_b_proj(latent).view(b, t, -1, self.qk_nope_head_dim + self.v_head_dim)
+        kv = self.kv_b_proj(latent) if cache is None or not cache.shared else self._expand_shared(latent, cache.shared)
+        kv = kv.view(b, t, -1, self.qk_nope_head_dim + self.v_head_dim)
         k_nope, v = kv.split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, -1, k_nope.shape[2], -1)), dim=-1)  # [b, t, h, n + r]
         q = torch.cat((q_nope, q_rope), dim=-1)
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.scale)
         return self.o_proj(out.transpose(1, 2).reshape(b, s, -1))
+
+    def _expand_shared(self, latent: Tensor, shared: int) -> Tensor:
+        """kv_b_proj of latent (Tensor), [b, t, c], whose first `shared` tokens are the same in all rows."""
+        once = self.kv_b_proj(latent[:1, :shared]).expand(latent.shape[0], -1, -1)
+        return torch.cat((once, self.kv_b_proj(latent[:, shared:])), dim=1)
 
     def _decode(self, q_nope: Tensor, q_rope: Tensor, kept: Tensor, mask: Tensor | None) -> Tensor:
         """One token's heads, [b, 1, h v], from q_nope [b, h, n], q_rope [b, h, r] and kept [b, t, c + r]."""

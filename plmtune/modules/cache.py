@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -23,14 +24,19 @@ class LayerCache(NamedTuple):
     slots: Tensor | None = None
     lengths: Tensor | None = None
 
+    @property
+    def shared(self) -> int:
+        """How many of the first tokens all rows have in common, so that what follows from them is computed once."""
+        return 0
+
     def append(self, *new: Tensor) -> tuple[Tensor, ...]:
         """Write new entries, each [b, heads, s, width], in place; return views of all that is filled."""
         end = self.start + new[0].shape[2]
         if self.slots is not None:
             if self.lengths is None:
                 for buffer, entries in zip(self.buffers, new, strict=True):
-                    buffer[self.slots, :, :end] = entries
-                return new
+                    buffer[self.slots, :, self.start : end] = entries
+                return new if self.start == 0 else tuple(buffer[self.slots, :, :end] for buffer in self.buffers)
             for buffer, entries in zip(self.buffers, new, strict=True):
                 buffer[self.slots, :, self.lengths] = entries[:, :, 0]
             return tuple(buffer[: new[0].shape[0], :, :end] for buffer in self.buffers)
@@ -99,9 +105,15 @@ class Slots:
     def max_seq_len(self) -> int:
         return self.layers[0][0].shape[2]
 
-    def prefill(self, slots: Tensor) -> Cache:
-        """Return a cache for one forward that fills these slots, [b], from their beginning; no row sees another."""
-        return SlotView(self.layers, 0, slots)
+    def prefill(self, slots: Tensor, length: int = 0) -> Cache:
+        """Return a cache for one forward that fills these slots, [b], after `length` tokens; no row sees another."""
+        return SlotView(self.layers, length, slots)
+
+    def put(self, stem: Cache, slots: Tensor) -> None:
+        """Let each of these slots, [b], begin with what a cache of one row holds."""
+        for layer, begin in zip(self.layers, stem.layers, strict=True):
+            for buffer, entries in zip(layer, begin, strict=True):
+                buffer[slots, :, : stem.length] = entries[:, :, : stem.length]
 
     def decode(self, lengths: Tensor, longest: int) -> Cache:
         """Return a cache for one forward that gives each of the first b slots its next token.
@@ -142,3 +154,41 @@ class SlotView(Cache):
 
     def layer(self, index: int) -> LayerCache:
         return LayerCache(self.layers[index], self.length, self.slots, self.lengths)
+
+
+class Stem(Cache):
+    """Tokens that all rows of a batch begin with, computed once: any number of rows attend over them and add nothing.
+
+    Args:
+        cache: of one row; what is in it, without a copy.
+    """
+
+    # A forward keeps nothing here, so there is no end that it could reach; the model's own is the decoder's to watch.
+    max_seq_len = sys.maxsize
+
+    def __init__(self, cache: Cache) -> None:
+        super().__init__(
+            [tuple(buffer[:, :, : cache.length] for buffer in layer) for layer in cache.layers], cache.length
+        )
+
+    def layer(self, index: int) -> StemLayer:
+        return StemLayer(self.layers[index], self.length)
+
+    def advance(self, num_tokens: int) -> None:
+        """Stay as it is."""
+
+
+class StemLayer(LayerCache):
+    """One layer's share of a stem during one forward."""
+
+    @property
+    def shared(self) -> int:
+        return self.start
+
+    def append(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Return the stem before each row's new entries, each [b, heads, s, width]; nothing is written."""
+        rows = new[0].shape[0]
+        return tuple(
+            torch.cat((buffer.expand(rows, -1, -1, -1), entries), dim=2)
+            for buffer, entries in zip(self.buffers, new, strict=True)
+        )

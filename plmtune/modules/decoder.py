@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from plmtune.modules.cache import Cache, LayerCache
+from plmtune.modules.cache import Cache, LayerCache, Stem
 from plmtune.modules.norm import autocast_active
 from plmtune.modules.segments import Segments
 
@@ -179,7 +179,8 @@ class Decoder(nn.Module):
             mask (Tensor | Segments | None): boolean, [b, s, t], True where it may attend, t = cached + s; or the
                 texts that each row holds; None: causal.
             input_pos (Tensor | None): positions for RoPE, [b, s]; None: 0, 1, ... after what the cache holds.
-                With them rows may be longer than max_seq_len, as long as no position is.
+                With them rows may be longer than max_seq_len, as long as no position is
+                (not where a cache is written).
             cache (Cache | None): from `new_cache`; this forward appends to it.
             hidden: return the normed hidden states, [b, s, d], instead of logits.
 
@@ -194,7 +195,7 @@ class Decoder(nn.Module):
         t = s + (cache.length if cache is not None else 0)
         if isinstance(mask, Segments) and cache is not None:
             raise ValueError("segments say where whole texts lie, so they cannot be read piece by piece into a cache")
-        if input_pos is not None and cache is None:
+        if input_pos is not None and (cache is None or isinstance(cache, Stem)):
             if isinstance(mask, Segments):
                 t = mask.longest
             else:  # a GPU is not asked, since the answer would have to be waited for
