@@ -1,0 +1,306 @@
+"""From a name to lm-eval's own task: its prompts, filters and metrics stay, the data come from files or the hub.
+
+The one place that knows lm-eval's private names (`lm_eval.tasks._factory`, `_index`); tests hold them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+import jinja2
+import jinja2.meta
+from jinja2 import nodes
+from lm_eval.api.group import Group
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.config.task import TaskConfig
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Entry, Kind
+
+from plmtune.errors import UserError, did_you_mean
+from plmtune.evaluation.local_data import LocalData
+from plmtune.evaluation.task_index import Known, lm_eval_folder
+
+_KINDS = {"task": Kind.TASK, "class": Kind.PY_TASK, "group": Kind.GROUP, "tag": Kind.TAG}
+_CONFIG_KEYS = frozenset(field.name for field in fields(TaskConfig))
+_TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
+_PROBE_SECONDS = 5.0
+_FOLDER = lm_eval_folder().resolve()
+
+
+class Builder(TaskFactory):
+    """lm-eval's factory, whose tasks take their documents from `data` where that has them."""
+
+    def __init__(self, known: Mapping[str, Known], data: LocalData | None) -> None:
+        super().__init__()
+        self._data = data
+        self._entries = {
+            name: Entry(
+                name,
+                _KINDS[entry.kind],
+                Path(entry.path) if entry.path is not None else None,
+                tags=set(entry.members) if entry.kind == "tag" else set(),
+            )
+            for name, entry in known.items()
+        }
+
+    def build_named(self, name: str) -> Task | Group | list[Task]:
+        """Build a task, a group or the tasks of a tag."""
+        return self.build(self._entries[name], registry=self._entries)
+
+    def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+        try:
+            return super()._load_full_config(entry, overrides)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # its YAML, or a function's module: a person's own code
+            raise UserError(f"{entry.yaml_path}: {entry.name} cannot be read: {_in_words(error)}") from error
+
+    def _build_group_members(
+        self, member_list: list[Any], group_name: str, overrides: dict[str, Any] | None, registry: dict[str, Entry]
+    ) -> list[Task | Group]:
+        members = []
+        for item in member_list:
+            # A task written out in its group gets an entry of its own, so that it is built as all others are.
+            if isinstance(item, dict) and "group" not in item and item.get("task") not in registry:
+                name = f"{group_name}::{item.get('task')}"
+                registry[name] = Entry(name, Kind.TASK, None, cfg={**item, "task": name})
+                item = {**item, "task": name}
+            elif isinstance(item, str) and item not in registry:
+                raise UserError(f"The group {group_name} holds {item}, and there is no such task")
+            members.append(item)
+        built: list[Task | Group] = super()._build_group_members(members, group_name, overrides, registry)
+        return built
+
+    def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Task:
+        config = self._load_full_config(entry, overrides)
+        for key in ("tag", "group", "task_list"):
+            config.pop(key, None)
+        shipped = entry.yaml_path is None or entry.yaml_path.is_relative_to(_FOLDER)
+        where = f"the task {config['task']}" + ("" if shipped else f" ({entry.yaml_path})")
+        base = config.get("class", ConfigurableTask)
+        for key in config.keys() - _CONFIG_KEYS if base is ConfigurableTask else ():
+            raise UserError(f"{where}: lm-eval knows no key {key}.{did_you_mean(str(key), _CONFIG_KEYS)}")
+        documents = _Documents(entry.name, where, config, self._data)
+        made = type(base.__name__, (_WithDocuments, base), {"documents": documents, "__module__": base.__module__})
+        try:
+            task = made(config=config) if "config" in inspect.signature(base.__init__).parameters else made()
+            if "class" in config and hasattr(task.config, "task"):
+                task.config.task = config["task"]
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # prompts meet the first document, and functions of the task's run
+            raise UserError(documents.explain(error)) from error
+        return task
+
+
+class _Documents:
+    """Where the documents of one task come from."""
+
+    def __init__(self, name: str, where: str, config: dict[str, Any], data: LocalData | None) -> None:
+        self.lacking: set[str] = set()  # splits that the map does not have, for which nothing stands in
+        self._name = name
+        self._where = where
+        self._config = config
+        self._data = data
+        self._columns: list[str] = []
+        own = config.get("class")
+        self.source: tuple[str | None, str | None] = (
+            config.get("dataset_path") or getattr(own, "DATASET_PATH", None),
+            config.get("dataset_name") or getattr(own, "DATASET_NAME", None),
+        )
+
+    def local(self) -> dict[str, datasets.Dataset] | None:
+        """The splits that the map has, None if it does not have the task.
+
+        Raises:
+            UserError: if it lacks the one that the task is evaluated on, or a row cannot be used.
+        """
+        if self._data is None or not (have := self._data.splits(self._name)):
+            return None
+        evaluated = self._config.get("test_split") or self._config.get("validation_split")
+        wanted = set(_splits(self._config)) if evaluated else set(have)  # a class of its own reads what it likes
+        if evaluated and evaluated not in have:
+            raise UserError(
+                f"{self._data.where} has {', '.join(have)} of {self._where}, which is evaluated on its split "
+                f"{evaluated}. Add it to the map:\n{self.entry()}"
+            )
+        found = self._data.dataset(self._name, wanted & set(have)) or {}
+        self._columns = list(next(iter(found.values())).features)
+        self.lacking = wanted - found.keys()
+        # lm-eval asks for examples when a task is built, whether prompts will have any.
+        return _Splits(self._where, found | {split: found[evaluated].select([]) for split in self.lacking if evaluated})
+
+    def entry(self) -> str:
+        """What a map would say of the task, ready to be filled in."""
+        config = self._config
+        evaluated = config.get("test_split") or config.get("validation_split") or "SPLIT"
+        names, all_told = _columns(config)
+        shown = ", ".join(names) if names else f"as {self.source[0]} has them"
+        more = "" if all_told or not names else " and what its functions read"
+        lines = [f"{self._name}:", f"  {evaluated}: {self._name}_{evaluated}.jsonl  # columns: {shown}{more}"]
+        examples = _example_split(config)
+        if examples not in (None, evaluated):
+            lines.append(f"  {examples}: {self._name}_{examples}.jsonl  # the same, for few-shot examples")
+        return "\n".join(lines)
+
+    def how_to_get(self, error: Exception) -> str:
+        """Say what is missing, and both ways to get it."""
+        path, name = self.source
+        if path is None:
+            return f"{self._where[:1].upper() + self._where[1:]} names no data: add dataset_path, or a map (--data)"
+        what = ", ".join(repr(part) for part in (path, name) if part is not None)
+        reason = _in_words(error) if _reachable() else "the hub does not answer, and this machine's cache has none"
+        missing = self._data.absent(self._name) if self._data is not None else []
+        return (
+            f"The data of {self._where}, {path}{f' ({name})' if name else ''}, cannot be had: {reason}."
+            + (f" The folder of --data has no {' and no '.join(missing)}." if missing else "")
+            + f'\nWhere there is a network, run python -c "import datasets; datasets.load_dataset({what})" and bring '
+            "its ~/.cache/huggingface here (HF_HOME says where it is);\nor put the rows into files and name them in a "
+            f"map for --data:\n{self.entry()}"
+        )
+
+    def explain(self, error: Exception) -> str:
+        """Say why a task cannot be built."""
+        if isinstance(error, jinja2.TemplateError | KeyError) and self._columns:
+            return f"{self._where}: {_in_words(error)}. Its documents have the columns {', '.join(self._columns)}"
+        lacking = [key for key in ("doc_to_text", "doc_to_target", "metric_list") if key not in self._config]
+        if not any(self._config.get(key) for key in ("test_split", "validation_split")):
+            lacking.append("test_split or validation_split")
+        hint = f" It has no key {', '.join(lacking)}" if lacking and "class" not in self._config else ""
+        return f"{self._where} cannot be built: {_in_words(error)}.{hint}"
+
+
+class _WithDocuments:
+    """Mixed into a task's class: asks for its documents here before it asks the hub."""
+
+    documents: _Documents
+    dataset: Any
+
+    def download(self, *arguments: Any, **settings: Any) -> None:
+        """What lm-eval calls when a task is built."""
+        local = self.documents.local()
+        if local is not None:
+            self.dataset = local
+            return
+        try:
+            with _hub():
+                super().download(*arguments, **settings)  # type: ignore[misc]
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # the hub's, requests' and plain OSErrors alike, or a task's own function
+            raise UserError(self.documents.how_to_get(error)) from error
+
+
+class _Splits(dict[str, datasets.Dataset]):
+    def __init__(self, where: str, splits: Mapping[str, datasets.Dataset]) -> None:
+        super().__init__(splits)
+        self._where = where
+
+    def __missing__(self, split: str) -> datasets.Dataset:
+        raise UserError(f"{self._where} reads the split {split}, and the map has only {', '.join(self)}: add it")
+
+
+def require_examples(built: Task | Group | list[Task], num_fewshot: int | None) -> None:
+    """Refuse tasks whose prompts shall have more examples than there are.
+
+    Args:
+        built: what `Builder` gave.
+        num_fewshot: for all tasks but those that are made for none; None: each as it is made.
+
+    Raises:
+        UserError: for the first task that has too few.
+    """
+    for task in built.get_all_tasks() if isinstance(built, Group) else built if isinstance(built, list) else [built]:
+        own = task.config.num_fewshot
+        wanted = own or 0 if own == 0 or num_fewshot is None else num_fewshot
+        documents: _Documents = task.documents
+        sampler = getattr(task, "sampler", None)
+        if not wanted or sampler is None:
+            continue
+        there = len(sampler.df)
+        split = _example_split(documents._config)
+        if split in documents.lacking:
+            raise UserError(
+                f"{task.task_name}: its {wanted} few-shot examples are from the split {split}, which the map does not "
+                f"have. Add it, or evaluate with --num-fewshot 0:\n{documents.entry()}"
+            )
+        if there < wanted:
+            raise UserError(f"{task.task_name}: {wanted} few-shot examples are asked for, and there are {there}")
+
+
+def _splits(config: Mapping[str, Any]) -> list[str]:
+    """Splits that lm-eval may read when it builds a task."""
+    found = [config.get(key) for key in ("test_split", "validation_split", "training_split")]
+    return list(dict.fromkeys(split for split in (*found, _example_split(config)) if split is not None))
+
+
+def _example_split(config: Mapping[str, Any]) -> str | None:
+    """Where few-shot examples come from, as `ConfigurableTask.fewshot_docs` has it."""
+    own = config.get("fewshot_config") or {}
+    if (split := own.get("split", config.get("fewshot_split"))) is not None or own.get("samples") is not None:
+        return split
+    return config.get("training_split") or config.get("validation_split") or config.get("test_split")
+
+
+def _columns(config: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """Columns that the task's templates read, and whether these are all; none where documents are processed first."""
+    if config.get("process_docs") is not None:
+        return [], False
+    found: dict[str, dict[str, None]] = {}
+    for text in (config.get(key) for key in _TEMPLATES):
+        if not isinstance(text, str):
+            continue
+        if text.isidentifier():
+            found.setdefault(text, {})
+            continue
+        try:
+            tree = jinja2.Environment().parse(text)
+        except jinja2.TemplateError:
+            continue
+        called = {id(call.node) for call in tree.find_all(nodes.Call)}
+        for name in sorted(jinja2.meta.find_undeclared_variables(tree)):
+            found.setdefault(name, {})
+        for get in tree.find_all(nodes.Getattr):
+            if isinstance(get.node, nodes.Name) and get.node.name in found and id(get) not in called:
+                found[get.node.name][get.attr] = None
+    shown = [f"{name} ({', '.join(inner)})" if inner else name for name, inner in found.items()]
+    return shown, not any(callable(config.get(key)) for key in (*_TEMPLATES, "process_results"))
+
+
+@contextmanager
+def _hub() -> Iterator[None]:
+    """Spare the 20 seconds of tries that `datasets` makes where no hub answers; its cache is read all the same."""
+    from huggingface_hub import constants
+
+    held = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if not _reachable():
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = held
+
+
+@functools.cache
+def _reachable() -> bool:
+    from huggingface_hub import constants, utils
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        utils.get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)
+    except Exception:  # whichever client it is: no answer is no hub
+        return False
+    return True
+
+
+def _in_words(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

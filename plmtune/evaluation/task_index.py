@@ -1,0 +1,239 @@
+"""What lm-eval's tasks, groups and tags are called, without importing lm-eval.
+
+Its own index parses 14,000 files, each with what it includes, in about 20 seconds a process. Here every file is
+parsed once, in about two seconds, and what came out is kept in the user's cache folder. The rules of which name
+means what are lm-eval's (`lm_eval.tasks._index`); a test holds the two against each other.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+import yaml
+
+from plmtune.atomic import replacing
+from plmtune.errors import UserError
+
+Kind = Literal["task", "class", "group", "tag"]
+# What runs code that a model wrote: nothing, the metric code_eval (which we can put into our sandbox), its own means.
+Code = Literal["no", "code_eval", "own"]
+
+_FORMAT = 1  # of the cached index
+_PASSED_OVER = {"__pycache__", ".ipynb_checkpoints"}
+_KINDS = {"task", "class", "group", "tag"}
+_LOOKS_LIKE_A_TASK = {"dataset_path", "doc_to_text", "doc_to_target", "output_type", "metric_list"}
+
+
+@dataclass(frozen=True)
+class Known:
+    """A name that lm-eval knows.
+
+    Attributes:
+        path: of its YAML; None for a tag.
+        output: output_type of a task, "" where its class decides.
+        members: names in a group or a tag.
+    """
+
+    name: str
+    kind: Kind
+    path: str | None
+    output: str
+    code: Code
+    members: tuple[str, ...]
+
+
+def lm_eval_folder() -> Path:
+    """Where lm-eval's tasks lie; it is found, not imported."""
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("Evaluation needs the package lm-eval. Install it with pip install 'lm-eval>=0.4.13'")
+    return Path(spec.submodule_search_locations[0]) / "tasks"
+
+
+def lm_eval_index() -> dict[str, Known]:
+    """All names of lm-eval's own tasks, from the cache where that is whole and of this version."""
+    folder = lm_eval_folder()
+    version = importlib.metadata.version("lm_eval")
+    kept = _cache_file(folder, version)
+    try:
+        known = _unpack(json.loads(kept.read_bytes()), folder, version)
+    except (OSError, ValueError, TypeError, KeyError):  # none yet, or damaged: it is made again
+        pass
+    else:
+        return known
+    if os.environ.get("RANK", "0") == "0":
+        print("Reading the names of lm-eval's tasks; the next time they are known", file=sys.stderr, flush=True)
+    known = read_folder(folder, strict=False)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(kept) as temporary:
+            temporary.write_text(json.dumps(_pack(known, folder, version)), encoding="utf-8")
+    except OSError:  # no home, or not writable: then it takes seconds each time
+        pass
+    return known
+
+
+def read_folder(folder: Path, *, strict: bool) -> dict[str, Known]:
+    """Read the names that the YAML files below a folder define.
+
+    Args:
+        folder: searched with all that is in it.
+        strict: a file that cannot be read is an error; else it is passed over, as lm-eval does.
+
+    Raises:
+        UserError: if the folder is not there, or `strict` and a file is wrong.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; --include takes one with the YAML files of your tasks")
+    reader = _Reader()
+    found: dict[str, Known] = {}
+    for path in _yaml_files(folder):
+        try:
+            config, chain = reader.merged(path)
+            kind = _kind_of(config)
+        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+            if strict:
+                raise UserError(f"{path} cannot be read as a task: {_in_words(error)}") from error
+            continue
+        if kind is None:
+            reader.nameless[path] = _LOOKS_LIKE_A_TASK & config.keys()
+            continue
+        name = config["group" if kind == "group" else "task"] if kind != "class" else config.get("task")
+        if not isinstance(name, str):
+            if strict:
+                raise UserError(f"{path}: the key {kind} must be a name, not {name!r}")
+            continue
+        if name in found:  # lm-eval keeps the first
+            continue
+        tags = _texts(config.get("tag"))
+        members = tuple(_members(config.get("task"))) if kind == "group" else ()
+        code = _code_of(config, chain)
+        output = str(config.get("output_type") or ("generate_until" if kind == "task" else ""))
+        found[name] = Known(name, kind, str(path), "" if kind == "group" else output, code, members)
+        for tag in tags if kind != "group" else ():
+            held = found.get(tag) or Known(tag, "tag", None, "", "no", ())
+            if held.kind == "tag":
+                found[tag] = Known(tag, "tag", None, "", "no", (*held.members, name))
+    if strict:
+        for path, keys in reader.nameless.items():
+            if keys and path not in reader.included:
+                raise UserError(f"{path} has {', '.join(sorted(keys))} but no key task, which names it: add task: NAME")
+    return found
+
+
+class _Reader:
+    """Reads YAML files as lm-eval does, without its functions, each file once."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[Path, str], Path] = {}  # most files include one of a few
+        self._parsed: dict[Path, dict[str, Any]] = {}
+        self.included: set[Path] = set()
+        self.nameless: dict[Path, set[str]] = {}
+
+    def merged(self, path: Path, seen: set[Path] | None = None) -> tuple[dict[str, Any], list[Path]]:
+        """Return a file with what it includes, and all files that took part."""
+        seen = set() if seen is None else seen
+        if path in seen:
+            raise ValueError(f"it includes {path} twice, or itself")
+        seen.add(path)
+        if path not in self._parsed:
+            parsed = yaml.load(path.read_bytes(), Loader=_Loader)
+            if not isinstance(parsed, dict):
+                raise ValueError(f"it holds a {type(parsed).__name__}, not keys and values")
+            self._parsed[path] = parsed
+        own = dict(self._parsed[path])
+        merged: dict[str, Any] = {}
+        chain = [path]
+        for name in _texts(own.pop("include", None)):
+            included = self._places.get((path.parent, name))
+            if included is None:
+                included = self._places[path.parent, name] = (path.parent / name).resolve()
+                self.included.add(included)
+            inherited, files = self.merged(included, seen)
+            inherited.pop("task_list", None)
+            merged |= inherited
+            chain += files
+        return merged | own, chain
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """A safe loader for which ``!function utils.name`` is text."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+
+
+def _yaml_files(folder: Path) -> list[Path]:
+    found: list[str] = []
+    for parent, folders, files in os.walk(folder.resolve()):
+        folders[:] = [name for name in folders if name not in _PASSED_OVER]
+        found += [f"{parent}/{name}" for name in files if name.endswith(".yaml")]
+    return [Path(path) for path in sorted(found)]
+
+
+def _kind_of(config: dict[str, Any]) -> Kind | None:
+    return next((kind for kind in ("class", "group", "task") if kind in config), None)
+
+
+def _texts(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _members(value: Any) -> Iterator[str]:
+    """Names that a group lists: plain, with settings of their own, or in a group that is written out in it."""
+    for item in [value] if isinstance(value, str | dict) else value or []:
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            if isinstance(item.get("group"), str):
+                yield item["group"]
+                yield from _members(item.get("task"))
+            elif isinstance(item.get("task"), str):
+                yield item["task"]
+
+
+def _code_of(config: dict[str, Any], chain: list[Path]) -> Code:
+    if not config.get("unsafe_code"):
+        return "no"
+    # Its functions lie beside the YAML that names them.
+    sources = [*chain, *(path for folder in {path.parent for path in chain} for path in folder.glob("*.py"))]
+    return "code_eval" if any(b"code_eval" in path.read_bytes() for path in sources) else "own"
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename}, which it includes, is not there"
+    return str(error) or type(error).__name__
+
+
+def _cache_file(folder: Path, version: str) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    place = xxhash.xxh3_64_hexdigest(str(folder).encode())
+    return Path(base).expanduser() / "plmtune" / f"lm_eval-{version}-{place}.json"
+
+
+def _pack(known: dict[str, Known], folder: Path, version: str) -> dict[str, Any]:
+    rows = [astuple(entry) for entry in known.values()]
+    return {"format": _FORMAT, "version": version, "folder": str(folder), "known": rows}
+
+
+def _unpack(packed: dict[str, Any], folder: Path, version: str) -> dict[str, Known]:
+    if (packed["format"], packed["version"], packed["folder"]) != (_FORMAT, version, str(folder)):
+        raise ValueError("of another version")
+    known = {}
+    for name, kind, path, output, code, members in packed["known"]:
+        if kind not in _KINDS or not isinstance(name, str):
+            raise ValueError("damaged")
+        known[name] = Known(name, kind, path, output, code, tuple(members))
+    return known

@@ -1,0 +1,194 @@
+"""lm-eval's tasks by name: found quickly, with data from files or the hub, and code only where it is caught."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fnmatch
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plmtune.errors import UserError
+from plmtune.evaluation.local_data import LocalData
+from plmtune.evaluation.task_index import Known, lm_eval_folder, lm_eval_index, read_folder
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+    from plmtune.evaluation.code_eval import CodeRunner
+
+SUITES: dict[str, tuple[str, ...]] = {
+    # What the PLM paper reports (arXiv 2503.12167); its shots are not public, so each task's own stand.
+    "plm": (
+        "arc_challenge", "arc_easy", "mmlu", "cmmlu", "ceval-valid", "gsm8k", "mathqa",
+        "humaneval", "mbpp", "boolq", "hellaswag", "logiqa", "piqa",
+    ),
+    # One task a faculty, each of short texts, each one on which a small model leaves chance early: knowledge, common
+    # sense, text with a long context (and its perplexity). What must be written, not scored, takes hours on a CPU.
+    "quick": ("arc_easy", "piqa", "lambada_openai"),
+}  # fmt: skip
+_NOISY = ("lm_eval", "datasets", "huggingface_hub", "evaluate", "httpx", "fsspec", "filelock")
+_SHOWN = 5  # near names
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A line of ``plmtune eval --list``: kind is suite, group, tag, task or class (a task written in Python)."""
+
+    name: str
+    kind: str
+    output: str
+    source: str
+
+
+class Tasks:
+    """Everything that can be evaluated here."""
+
+    def __init__(
+        self, *, include: Path | None = None, data: LocalData | None = None, code: CodeRunner | None = None
+    ) -> None:
+        """Read the names.
+
+        Args:
+            include: folder with YAML files of tasks of one's own; they take the place of lm-eval's of the same name.
+            data: files for tasks.
+            code: what runs code that a model wrote; without it tasks that need it are refused.
+
+        Raises:
+            UserError: if a file of `include` is wrong.
+        """
+        self.data = data
+        self.code = code
+        self._known = dict(lm_eval_index())
+        if include is not None:
+            self._known |= read_folder(include, strict=True)
+
+    def resolve(self, names: Sequence[str]) -> list[str]:
+        """Find tasks, groups and tags.
+
+        Args:
+            names: exact, or patterns with ``*``, ``?`` and ``[...]``.
+
+        Returns:
+            Each name once, in their order; none that a group or tag before or behind it already holds.
+
+        Raises:
+            UserError: for a name that matches nothing, with the nearest ones.
+        """
+        found: dict[str, None] = {}
+        for name in names:
+            if name in self._known:
+                found[name] = None
+                continue
+            matches = fnmatch.filter(self._known, name) if any(sign in name for sign in "*?[") else []
+            if not matches:
+                raise UserError(f"There is no task {name}.{self._nearest(name)} plmtune eval --list shows all")
+            found |= dict.fromkeys(sorted(matches))
+        held = {inner for name in found for inner in self._inside(name) if inner != name}
+        return [name for name in found if name not in held]
+
+    def needs_code(self, name: str) -> bool:
+        """Whether a task, or one in a group or tag, runs code that the model wrote."""
+        return any(self._known[inner].code != "no" for inner in self._inside(name))
+
+    def listing(self) -> list[Listed]:
+        """All names, the suites first."""
+        folder = str(lm_eval_folder().resolve())
+        suites = [Listed(name, "suite", "", ", ".join(tasks)) for name, tasks in SUITES.items()]
+        return suites + [
+            Listed(
+                known.name,
+                known.kind,
+                known.output,
+                (known.path or f"{len(known.members)} tasks").removeprefix(folder + "/"),
+            )
+            for _, known in sorted(self._known.items())
+        ]
+
+    @functools.cached_property
+    def manager(self) -> TaskManager:
+        """An empty manager for `simple_evaluate`, which otherwise reads lm-eval's tasks again, for 20 seconds."""
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_defaults=False)
+
+    def load(self, name: str, *, num_fewshot: int | None = None) -> Task | Group | list[Task]:
+        """Build a task, a group or the tasks of a tag, with its data.
+
+        Args:
+            name: as `resolve` gives it.
+            num_fewshot: examples that the prompts will have; None: as the task has it.
+
+        Raises:
+            UserError: if its data cannot be had (with how to get them), it is wrong, it needs code and there is no
+                runner, or it lacks examples.
+        """
+        for inner in self._inside(name):
+            self._check_code(name, self._known[inner])
+            if self.data is not None:
+                self.data.check(inner)
+        from plmtune.evaluation.task_building import Builder, require_examples
+
+        caught = self.code.installed() if self.code is not None and self.needs_code(name) else contextlib.nullcontext()
+        with quiet(), caught:
+            built = Builder(self._known, self.data).build_named(name)
+            require_examples(built, num_fewshot)
+        return built
+
+    def _check_code(self, name: str, known: Known) -> None:
+        if known.code == "own":
+            raise UserError(
+                f"{name}: {known.name} runs what the model writes by means of its own ({known.path}), which cannot be "
+                "put into a sandbox. It is not run"
+            )
+        if known.code != "no" and self.code is None:
+            raise UserError(f"{name} runs code that the model writes: allow it with --unsafe-code")
+
+    def _inside(self, name: str, seen: set[str] | None = None) -> Iterator[str]:
+        """A name and all that it holds, as far as they are known."""
+        seen = set() if seen is None else seen
+        if name in seen or name not in self._known:
+            return
+        seen.add(name)
+        yield name
+        for member in self._known[name].members:
+            yield from self._inside(member, seen)
+
+    def _nearest(self, name: str) -> str:
+        if name in SUITES:
+            return f" It is a suite: --suite {name}."
+        begins = [known for known in self._known if known.startswith(name)]
+        near = sorted(begins, key=lambda known: (known not in SUITES["plm"], len(known), known))[:_SHOWN]
+        near = near or difflib.get_close_matches(name, self._known, n=_SHOWN, cutoff=0.6)
+        return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what lm-eval and its libraries log, and their progress bars, off the terminal."""
+    import datasets
+    import lm_eval.api.task
+    import tqdm
+
+    held = {name: logging.getLogger(name).level for name in _NOISY}
+    bars = (tqdm.tqdm, lm_eval.api.task.tqdm)  # lm-eval offers no way to turn its bars off
+    shown = datasets.are_progress_bars_disabled()
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    silent = functools.partial(tqdm.tqdm, disable=True)
+    tqdm.tqdm, lm_eval.api.task.tqdm = silent, silent
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        tqdm.tqdm, lm_eval.api.task.tqdm = bars
+        for name, level in held.items():
+            logging.getLogger(name).setLevel(level)
+        if not shown:
+            datasets.enable_progress_bars()
