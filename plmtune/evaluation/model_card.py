@@ -1,0 +1,481 @@
+"""A model card: what a run's or a model directory's own files say of a model, in Hugging Face's Markdown.
+
+Nothing is claimed that no file says. What only a person can know stands there as "Fill in:".
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from plmtune.atomic import replacing
+from plmtune.errors import UserError
+from plmtune.evaluation import results as result_files
+from plmtune.models import adapters, files, hf
+from plmtune.models.hf import SCORE
+from plmtune.training import metrics
+from plmtune.training.plot import draw_curves, sparsity_layers
+from plmtune.training.run_directory import CONFIG, config_is_vouched_for, read_record
+from plmtune.units import show_bytes, show_count
+
+CURVES = "curves.png"
+# A validation's numbers that the card shows, with what they are.
+_MEASURED = {
+    "validation_loss": "validation loss (nats a token; a pair, of preferences)",
+    "bits_per_byte": "validation, bits per byte",
+    "validation/accuracy": "held-out pairs whose chosen answer is preferred",
+    "validation/margin": "margin of rewards on held-out pairs",
+}
+_ROUND = {"direct": "reward of direct answers after the rounds", "refined": "reward of refined answers after them"}
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What the headers of a directory's weight files say."""
+
+    parameters: int
+    dtypes: list[str]
+    bytes: int
+    is_reward_model: bool
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run left behind, as far as the checkpoint: `entries` are the lines of metrics.jsonl up to `step`."""
+
+    path: Path
+    config: dict[str, Any]
+    record: dict[str, Any]
+    entries: list[dict[str, Any]]
+    step: int | None
+    last_step: int | None
+
+    def latest(self, key: str) -> Any:
+        return next((entry[key] for entry in reversed(self.entries) if entry.get(key) is not None), None)
+
+
+def write_card(
+    checkpoint: Path, results: Sequence[Mapping[str, Any]], path: Path | None = None, *, overwrite: bool = False
+) -> Path:
+    """Write the card of a run, a checkpoint or a model directory, and its curves beside it.
+
+    Args:
+        checkpoint: a run directory stands for its newest checkpoint.
+        results: of its evaluations; with none, what the run itself measured of this checkpoint.
+        path: None: README.md in `checkpoint`.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        UserError: if there is no checkpoint, a result is of another one, or a file is there already.
+    """
+    directory = files.checkpoint_directory(checkpoint)
+    path = path or checkpoint / "README.md"
+    if (path.exists() or path.is_symlink()) and not overwrite:
+        raise UserError(f"{path} is there already. Name another file with --out, or give --overwrite.")
+    run = _read_run(directory)
+    weights = _weights(directory)
+    step = run.step if run else None
+    found = [dict(result) for result in results] or (_own_results(run) if run else [])
+    for result in found:
+        _refuse_another(result, directory, step, None if adapters.holds_adapters(directory) else weights.parameters)
+    curves = _place_curves(run, path, overwrite) if run else False
+
+    name = _name(directory, run)
+    sections = [
+        _front_matter(directory, run, weights),
+        _introduction(name, directory, run, weights),
+        _model(directory, weights),
+        _training(run, curves) if run else _unknown_training(),
+        _evaluation(found),
+        _sparsity(run) if run else [],
+        _use(directory, weights),
+        _for_people(),
+        _provenance(run, found),
+    ]
+    text = "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+    return path
+
+
+def _read_run(directory: Path) -> _Run | None:
+    """The run that a checkpoint belongs to, if any."""
+    directory = directory.resolve()  # runs/NAME/latest is a link to a run
+    path = directory.parent.parent
+    step = re.fullmatch(r"step-(\d+)", directory.name)
+    if directory.parent.name != "checkpoints" or not step or not (path / CONFIG).is_file():
+        return None
+    config_is_vouched_for(path)
+    try:
+        config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+        entries = metrics.read(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: its {CONFIG} or metrics.jsonl cannot be read ({error}).") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path / CONFIG} is damaged: it holds no keys.")
+    number = int(step[1])
+    before = [entry for entry in entries if entry["step"] <= number]
+    last = max((entry["step"] for entry in entries), default=None)
+    return _Run(path, config, read_record(path), before, number, last)
+
+
+def _weights(directory: Path) -> _Weights:
+    held = adapters.holds_adapters(directory)
+    locations = files.locate(directory, adapters.ADAPTERS if held else "model")
+    parameters, dtypes = 0, set()
+    for path in set(locations.values()):
+        with files.opened_weights(path) as opened:
+            for tensor in opened.keys():  # noqa: SIM118 - no dict
+                header = opened.get_slice(tensor)
+                parameters += prod(header.get_shape())
+                dtypes.add(header.get_dtype())
+    size = sum(path.stat().st_size for path in set(locations.values()))
+    return _Weights(parameters, sorted(dtypes), size, any(name.endswith(SCORE) for name in locations))
+
+
+def _own_results(run: _Run) -> list[dict[str, Any]]:
+    """What the run measured of this very checkpoint while it trained."""
+    path = run.path / "evaluations" / f"step-{run.step:08d}.json"
+    return [result_files.load(path)] if path.is_file() else []
+
+
+def _refuse_another(result: Mapping[str, Any], directory: Path, step: int | None, parameters: int | None) -> None:
+    model = result["model"]
+    for what, ours, theirs in (("step", step, model.get("step")), ("parameters", parameters, model.get("parameters"))):
+        if ours is not None and theirs is not None and ours != theirs:
+            raise UserError(
+                f"A result of {model.get('name')!r:.80} is of another model than {directory}: it says {what} {theirs}, "
+                f"and this has {ours}. A card shows the scores of its own model only."
+            )
+
+
+def _place_curves(run: _Run, card: Path, overwrite: bool) -> bool:
+    """Have the run's curves beside the card; False if there are none to draw."""
+    source, target = run.path / CURVES, card.absolute().parent / CURVES
+    if source.resolve() == target.resolve() and source.is_file():
+        return True
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} is there already. Name another folder with --out, or give --overwrite.")
+    if source.is_file():
+        with replacing(target) as temporary:
+            shutil.copyfile(source, temporary)
+        return True
+    if not any(entry.get("loss") is not None for entry in run.entries):
+        return False
+    draw_curves(run.path / "metrics.jsonl", target)
+    return True
+
+
+def _name(directory: Path, run: _Run | None) -> str:
+    if run is None:
+        return directory.resolve().name or "model"
+    return f"{run.path.parent.name}-{run.path.name}, step {run.step:,}"
+
+
+def _front_matter(directory: Path, run: _Run | None, weights: _Weights) -> list[str]:
+    base = _base(directory, run)
+    hub = base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    kind = "text-classification" if weights.is_reward_model else "text-generation"
+    tags = ["plmtune", *([_model_type(directory)] if _model_type(directory) else [])]
+    tags += [str(run.config.get("recipe"))] if run else []
+    return [
+        "---",
+        "license: ''  # Fill in: for example apache-2.0",
+        "language: []  # Fill in: for example [en, zh]",
+        "library_name: plmtune",
+        f"pipeline_tag: {kind}",
+        yaml.safe_dump({"tags": tags}, allow_unicode=True).rstrip(),
+        *([f"base_model: {base}"] if hub else []),
+        *(["# base_model:  Fill in: the name on the hub of what this was trained from"] if base and not hub else []),
+        "---",
+    ]
+
+
+def _introduction(name: str, directory: Path, run: _Run | None, weights: _Weights) -> list[str]:
+    model_type = _model_type(directory)
+    kind = "reward model" if weights.is_reward_model else "language model"
+    if adapters.holds_adapters(directory):
+        what = f"Adapters of {weights.parameters:,} parameters for a {kind}; they need their base."
+    else:
+        family = {"plm": "PLM ([arXiv 2503.12167](https://arxiv.org/abs/2503.12167))", "llama": "Llama"}
+        of = f" of the family {family.get(model_type, _cell(model_type))}" if model_type else ""
+        what = f"A {kind}{of} with {weights.parameters:,} parameters."
+    lines = [f"# {name}", "", what]
+    if run is None:
+        return lines
+    base, recipe = _base(directory, run), run.config.get("recipe")
+    start = f"from `{_cell(base)}`" if base else "from random weights"
+    lines[-1] += f" Trained with plmtune's recipe `{recipe}`, {start}."
+    status = run.record.get("status")
+    if status != "finished":
+        lines += ["", f"**The run had not finished when this card was written** (status: {status or 'unknown'})."]
+    if run.last_step is not None and run.step is not None and run.last_step > run.step:
+        lines += ["", f"This is the checkpoint of step {run.step:,}; the run went on to step {run.last_step:,}."]
+    return lines
+
+
+def _model(directory: Path, weights: _Weights) -> list[str]:
+    rows = []
+    if adapters.holds_adapters(directory):
+        config = files.read_json(directory, files.ADAPTER_CONFIG)
+        keys = {"r": "rank", "lora_alpha": "alpha", "use_dora": "DoRA", "target_modules": "layers"}
+        rows += [("adapters", _settings({new: config.get(old) for old, new in keys.items()}))]
+    rows += [
+        ("parameters", f"{weights.parameters:,} ({show_count(weights.parameters)})"),
+        ("weights", f"{', '.join(weights.dtypes)}, {show_bytes(weights.bytes)}"),
+    ]
+    try:
+        description = adapters.read_description(directory)
+    except UserError:
+        rows.append(("architecture", "that of the base, which was not at hand when this card was written"))
+        description = {}
+    plain = {key: value for key, value in description.items() if not isinstance(value, dict) and key != "component"}
+    names = {"max_seq_len": "context, in tokens", "vocab_size": "vocabulary, rows", "embed_dim": "width"}
+    names |= {"num_layers": "layers", "num_heads": "heads", "tie_embeddings": "embeddings tied to the head"}
+    rows += [(names[key], _show(plain[key])) for key in names if key in plain]
+    for key, value in description.items():
+        if isinstance(value, dict):
+            settings = _settings({name: one for name, one in value.items() if name != "component"})
+            rows.append((key, f"{value.get('component')}" + (f" ({settings})" if settings else "")))
+    return ["## Model", "", *_table(("", ""), rows)]
+
+
+def _training(run: _Run, curves: bool) -> list[str]:
+    config = run.config
+    rows: list[tuple[str, str]] = [("recipe", f"{config.get('recipe')}, config {config.get('name')}")]
+    command = run.record.get("command")
+    if isinstance(command, list) and command:
+        rows.append(("command", "`" + " ".join([Path(str(command[0])).name, *map(str, command[1:])]) + "`"))
+    rows += [("data", text) for text in _data(config.get("data"))]
+    for phase in config.get("phases") or []:
+        length = f"{_show(phase['tokens'])} tokens" if phase.get("tokens") else f"{_show(phase.get('steps'))} steps"
+        mix = _settings(phase.get("mix") or {})
+        rows.append((f"phase {phase.get('name')}", length + (f", mixed of {mix}" if mix else "")))
+    rows.append(("steps", _show(run.step)))
+    if (tokens := run.latest("tokens")) is not None:
+        rows.append(("tokens", f"{tokens:,} ({show_count(tokens)})"))
+    unit = "pairs" if config.get("recipe") == "preference" else "sequences"
+    rows.append(("batch", f"{_show(config.get('global_batch_size'))} {unit} of {_show(config.get('seq_len'))} tokens"))
+    for key in ("loss", "optimizer", "scheduler", "peft", "reward"):
+        if isinstance(config.get(key), dict):
+            rows.append((key, _component(config[key])))
+    if config.get("max_grad_norm"):
+        rows.append(("gradient norm", f"clipped at {_show(config['max_grad_norm'])}"))
+    rows.append(("seed", _show(config.get("seed"))))
+    rows += _machine(run)
+    for key, name in (_MEASURED | _ROUND).items():
+        if (value := run.latest(key)) is not None:
+            rows.append((name, f"{value:.4f}"))
+    if (loss := run.latest("loss")) is not None:
+        rows.append(("training loss, last logged", f"{loss:.4f}"))
+    lines = ["## Training", "", *_table(("", ""), rows)]
+    return [*lines, "", f"![loss and learning rate of the run]({CURVES})"] if curves else lines
+
+
+def _unknown_training() -> list[str]:
+    return ["## Training", "", "This model directory has no run beside it, so that its files do not say how it was "
+            "trained.", "", "**Fill in:** data, steps, hardware."]  # fmt: skip
+
+
+def _machine(run: _Run) -> list[tuple[str, str]]:
+    attempts = [one for one in run.record.get("attempts") or [] if isinstance(one, dict)]
+    devices = dict.fromkeys(str(one["device"]) for one in attempts if one.get("device"))
+    runtime = run.config.get("runtime") or {}
+    rows = [("hardware", ", ".join(devices) or "not recorded")]
+    wanted = {key: runtime.get(key) for key in ("device", "precision", "strategy")}
+    rows.append(("asked of the hardware", _settings(wanted)))
+    seconds = last = 0.0
+    for entry in run.entries:
+        if isinstance(now := entry.get("time"), int | float):  # seconds of one process: a resumed run begins anew
+            seconds += now if now < last else now - last
+            last = now
+    if seconds:
+        rows.append(
+            ("time in steps", f"{seconds / 3600:.2f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes")
+        )
+    return rows
+
+
+def _evaluation(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = ["## Evaluation"]
+    if not results:
+        return [*lines, "", "**Fill in:** not measured by tasks (`plmtune eval`, then `plmtune card` with its result)."]
+    for number, result in enumerate(results, start=1):
+        if len(results) > 1:
+            lines += ["", f"### Result {number}"]
+        if result["status"] != "complete":
+            lines += ["", "**Not complete:** the evaluation was interrupted."]
+        rows = []
+        for line in result_files.lines([result]):
+            one = result_files.score(result, line)
+            entry = result["tasks"].get(line.task) or result["groups"].get(line.task)
+            if one is None or entry is None:
+                continue
+            count = _show(one.samples) + (f" of {_show(entry['documents'])}" if _is_part(one.samples, entry) else "")
+            label = result_files.metric_label(line, one.higher_is_better)
+            shots = "?" if entry.get("num_fewshot") is None else str(entry["num_fewshot"])
+            version = "?" if entry.get("version") is None else str(entry["version"])
+            rows.append((line.task, version, shots, count, label, result_files.show_score(one)))
+        lines += ["", *_table(("task", "version", "shots", "documents", "metric", "score ± standard error"), rows)]
+        lines += [f"\nNot measured: {_cell(task)} ({_cell(reason)})" for task, reason in result["failed"].items()]
+        lines += ["", _how(result)]
+    return lines
+
+
+def _how(result: Mapping[str, Any]) -> str:
+    found, settings = result["environment"], result["settings"]
+    parts = [f"Measured {str(result.get('started', ''))[:10]} by lm-eval {found.get('lm_eval', '(version unknown)')}"]
+    parts += [f"weights in {found['precision']}"] if found.get("precision") else []
+    parts += [f"on {found['device_name']}"] if found.get("device_name") else []
+    # `tasks` are the table's rows; what is not set is lm-eval's own.
+    given = {key: value for key, value in settings.items() if key != "tasks" and value not in (None, False)}
+    return _cell(", ".join(parts) + (f"; settings: {_settings(given)}." if given else "."))
+
+
+def _is_part(samples: int, entry: Mapping[str, Any]) -> bool:
+    return isinstance(entry.get("documents"), int) and entry["documents"] != samples
+
+
+def _sparsity(run: _Run) -> list[str]:
+    layers = sparsity_layers(run.entries)
+    if not layers:
+        return []
+    values = [(key, run.latest(key)) for key in layers]
+    known = [value for _, value in values if value is not None]
+    if not known:
+        return []
+    rows = [(key.partition("/")[2], "-" if value is None else f"{value:.1%}") for key, value in values]
+    return [
+        "## Sparsity",
+        "",
+        f"Zeros among the activations of the squared ReLU, in the latest validation: {sum(known) / len(known):.1%} on "
+        "average over the layers.",
+        "",
+        *_table(("layer", "zeros"), rows),
+    ]
+
+
+def _use(directory: Path, weights: _Weights) -> list[str]:
+    if weights.is_reward_model:
+        return ["## Use", "", "It scores answers: `plmtune run aries reward.path=DIRECTORY` takes it as a judge."]
+    lines = ["## Use", "", "```python", "import plmtune", "", 'model, tokenizer = plmtune.load("DIRECTORY")', "```", ""]
+    lines.append('    plmtune generate DIRECTORY --prompt "..."')
+    name = "tokenizer_config.json"
+    if (directory / name).is_file() and files.read_json(directory, name).get("chat_template"):
+        lines.append("    plmtune chat DIRECTORY")
+    if adapters.holds_adapters(directory):
+        lines += ["", "The adapters find their base where `adapter_config.json` says; `plmtune merge DIRECTORY OUT` "
+                  "makes one plain model of both."]  # fmt: skip
+    return lines
+
+
+def _for_people() -> list[str]:
+    return [
+        "## Intended use and limits",
+        "",
+        "**Fill in:** what it is for, and what it is not for.",
+        "",
+        "**Fill in:** known weaknesses, biases and risks.",
+        "",
+        "## Licence",
+        "",
+        "**Fill in:** licence of the weights, and licences of the training data.",
+        "",
+        "**Fill in:** who to ask, and how to cite.",
+    ]
+
+
+def _provenance(run: _Run | None, results: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = []
+    if run is not None:
+        rows += [
+            ("training began", _show(run.record.get("started"))),
+            ("training ended", _show(run.record.get("ended"))),
+        ]
+        rows.append(("git state of the training", _git(run.record.get("git"))))
+        versions = run.record.get("versions")
+        rows.append(("versions of the training", _settings(versions) if isinstance(versions, dict) else "unknown"))
+        data = run.record.get("data")
+        if isinstance(data, dict) and data:
+            rows.append(("fingerprints of the data", _settings(data)))
+    for result in results:
+        rows.append(("git state of the evaluation", _git(result.get("git"))))
+        rows.append(("weights that were evaluated", _show(result["model"].get("digest"))))
+    if not rows:
+        return []
+    note = "Commands and paths above are as they were on the machine of the run: take out what is not for the public."
+    return ["## Provenance", "", *_table(("", ""), [row for row in rows if row[1] != "unknown"]), "", note]
+
+
+def _git(state: Any) -> str:
+    if not isinstance(state, dict):
+        return "unknown"
+    return f"{state.get('commit')}" + (", with changes that were not committed" if state.get("dirty") else "")
+
+
+def _data(data: Any) -> Iterable[str]:
+    """What a config says of its data, a line a source."""
+    if not isinstance(data, dict):
+        return []
+    if data.get("component") == "mix" and isinstance(data.get("sources"), dict):
+        return [f"{name}: {_component(source)}" for name, source in data["sources"].items()]
+    return [_component(data)]
+
+
+def _component(settings: Mapping[str, Any]) -> str:
+    given = _settings({key: value for key, value in settings.items() if key != "component"})
+    return f"{settings.get('component')}" + (f" ({given})" if given else "")
+
+
+def _base(directory: Path, run: _Run | None) -> str | None:
+    """What the model was trained from, as the files name it."""
+    named = run.config.get("init_from") if run else None
+    if named is None and adapters.holds_adapters(directory):
+        named = files.read_json(directory, files.ADAPTER_CONFIG).get("base_model_name_or_path")
+    return str(named) if named else None
+
+
+def _model_type(directory: Path) -> str:
+    if adapters.holds_adapters(directory):
+        return ""
+    return str(files.read_json(directory, hf.CONFIG).get("model_type") or "")
+
+
+def _settings(given: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_show(value)}" for key, value in given.items() if value is not None)
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "unknown"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return f"({_settings(value)})"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_show, value)) + "]"
+    return str(value).removesuffix(".0")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+
+
+def _cell(text: Any) -> str:
+    """Text that cannot leave its place in the Markdown."""
+    return re.sub(r"\s+", " ", str(text)).replace("|", r"\|").replace("<", "&lt;").strip()
