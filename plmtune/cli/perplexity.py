@@ -1,0 +1,175 @@
+"""``plmtune perplexity``: how well a checkpoint predicts text."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from plmtune.cli import import_option
+from plmtune.cli.options import device_option, find_device
+from plmtune.errors import UserError
+
+if TYPE_CHECKING:
+    from plmtune.evaluation.perplexity import Perplexity
+
+_EVERY = 10.0  # seconds between lines where stderr is no terminal
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.argument("files", nargs=-1, required=True, metavar="FILE|FOLDER|GLOB...")
+@click.option(
+    "--window", type=click.IntRange(1), metavar="N", help="Tokens read at once; default: all the model takes."
+)
+@click.option(
+    "--stride",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Tokens that a window scores, given those before them in it; default: --window, the fastest.",
+)
+@click.option("--text-key", "--field", default="text", show_default=True, help="Key or column that holds the text.")
+@click.option("--format", default="auto", show_default=True, type=click.Choice(["auto", "text", "jsonl", "parquet"]))
+@click.option("--separator", help=r"Cuts a text file into documents; \n is a line end.")
+@click.option("--encoding", default="utf-8", show_default=True)
+@click.option("--skip-bad", is_flag=True, help="Count broken rows instead of stopping.")
+@click.option("--limit-documents", type=click.IntRange(1), metavar="N", help="Of each file, at most.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Compute in this; default: as the file has it.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of a table.")
+@device_option
+@import_option
+def perplexity(
+    checkpoint: str,
+    files: tuple[str, ...],
+    window: int | None,
+    stride: int | None,
+    limit_documents: int | None,
+    dtype: str | None,
+    as_json: bool,
+    device: str | None,
+    **reading: Any,
+) -> None:
+    """Measure loss, perplexity and bits per byte of text, document by document.
+
+    A text file is one document, of JSONL and Parquet each row is one; also as .gz and .zst. Each token is scored once.
+
+    \b
+    plmtune perplexity runs/pretrain/latest book.txt
+    plmtune perplexity runs/pretrain/latest book.txt --window 1024 --stride 512
+    """
+    import torch
+
+    import plmtune
+    from plmtune.data.files import Files
+    from plmtune.data.files import files as find
+    from plmtune.evaluation.perplexity import Perplexity, check_windows
+    from plmtune.evaluation.perplexity import perplexity as measure
+    from plmtune.evaluation.scoring import Scorer
+
+    skip_bad, separator = reading.pop("skip_bad"), reading.pop("separator")
+    where = find_device(device)
+    try:
+        source = find(files, separator=separator and separator.replace("\\n", "\n").replace("\\t", "\t"), **reading)
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+    assert isinstance(source, Files)  # its paths go with its streams
+    model, tokenizer = plmtune.load(
+        checkpoint, where, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype] if dtype else None
+    )
+    window = model.max_seq_len if window is None else window
+    stride = window if stride is None else stride
+    try:
+        check_windows(model.max_seq_len, window, stride)
+    except ValueError as error:
+        raise UserError(f"{checkpoint}: {error}.") from error
+    scorer = Scorer(model)
+    measured: dict[str, Perplexity] = {}
+    for path, documents in zip(source.paths, source.streams(skip_bad), strict=True):
+        try:
+            with _ticker(str(path)) as tick:
+                measured[str(path)] = measure(
+                    model,
+                    tokenizer,
+                    islice(documents, limit_documents),
+                    window=window,
+                    stride=stride,
+                    scorer=scorer,
+                    progress=tick,
+                )
+        except ValueError as error:
+            raise UserError(f"{path}: {error}.") from error
+    total = sum(measured.values(), Perplexity())
+    if not total.tokens:
+        raise UserError(f"{', '.join(files)}: there is no text to measure.")
+    if source.skipped:
+        print(f"{source.skipped:,} bad rows left out", file=sys.stderr)
+    how = {"checkpoint": checkpoint, "window": window, "stride": stride}
+    if as_json:
+        files_of = {path: _figures(found) for path, found in measured.items()}
+        click.echo(json.dumps({**how, "total": _figures(total), "files": files_of}, indent=2, allow_nan=False))
+    else:
+        _print(measured, total, window, stride)
+
+
+@contextmanager
+def _ticker(path: str) -> Iterator[Callable[[Perplexity], None]]:
+    """Say on stderr how far it is: on a terminal in place, else a line now and then."""
+    on_terminal = sys.stderr.isatty()
+    begun = said = time.monotonic()
+    if on_terminal:
+        print(f"{path}: reading", end="", file=sys.stderr, flush=True)
+
+    def tick(found: Perplexity) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said < (0.2 if on_terminal else _EVERY):
+            return
+        said = now
+        text = f"{path}: {found.tokens:,} tokens, loss {found.loss:.4f}, {found.tokens / (now - begun):,.0f} tokens/s"
+        print(f"\r\033[2K{text}" if on_terminal else text, end="" if on_terminal else "\n", file=sys.stderr, flush=True)
+
+    try:
+        yield tick
+    except BaseException:  # an interrupt leaves what was found so far to be seen
+        if on_terminal:
+            print(file=sys.stderr)
+        raise
+    if on_terminal:
+        print("\r\033[2K", end="", file=sys.stderr, flush=True)
+
+
+def _figures(found: Perplexity) -> dict[str, float | None]:
+    """What JSON can hold of it: a file without text has no loss, and the worst perplexities are no number."""
+    figures = {
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits_per_byte,
+        **asdict(found),
+    }
+    return {name: value if abs(value) < float("inf") else None for name, value in figures.items()}
+
+
+def _print(measured: dict[str, Perplexity], total: Perplexity, window: int, stride: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "loss", "perplexity", "bits per byte", "tokens", "bytes", "documents"):
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
+    rows = [*measured.items(), *([("all", total)] if len(measured) > 1 else [])]
+    for name, found in rows:
+        counts = (f"{count:,}" for count in (found.tokens, found.bytes, found.documents))
+        if found.tokens:
+            table.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.2f}", f"{found.bits_per_byte:.4f}", *counts)
+        else:
+            table.add_row(name, "-", "-", "-", *counts)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    context = f"; each token has at least {window - stride:,} before it in its document" if stride < window else ""
+    click.echo(f"window {window:,}, stride {stride:,} tokens{context}")

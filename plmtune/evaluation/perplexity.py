@@ -1,0 +1,153 @@
+"""Perplexity: how well a model predicts text, document by document."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from plmtune.evaluation.scoring import Item, NotFinite, Scorer
+
+if TYPE_CHECKING:
+    from plmtune.data.tokenizers import Tokenizer
+    from plmtune.modules.decoder import Decoder
+
+# Characters whose documents are scored together: enough that batches are even, few enough to be at hand soon.
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What predicting some text cost.
+
+    Attributes:
+        nats: summed -log p of the text's tokens, each given those before it in its document.
+        tokens: of the text; neither the token that a document starts from nor its end is counted.
+        bytes: of the text in UTF-8.
+        documents: with text in them.
+    """
+
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+    documents: int = 0
+
+    def __add__(self, other: Perplexity) -> Perplexity:
+        return Perplexity(
+            self.nats + other.nats,
+            self.tokens + other.tokens,
+            self.bytes + other.bytes,
+            self.documents + other.documents,
+        )
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); it compares models of one tokenizer alone."""
+        return math.exp(self.loss) if not self.loss > 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Compares models of any tokenizers."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+
+def perplexity(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    documents: Iterable[str],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    scorer: Scorer | None = None,
+    progress: Callable[[Perplexity], None] | None = None,
+) -> Perplexity:
+    """Score every token of every document once.
+
+    A document starts from the tokenizer's bos, or the eos that training puts between documents. A longer one than
+    `window` is read in windows that each score `stride` more tokens, so that any but the first tokens of a document
+    have at least window - stride before them; the last window reaches back as far as it can. With stride = window that
+    is lm-eval's rolling log-likelihood.
+
+    Args:
+        window: tokens that the model reads at once; None: its max_seq_len.
+        stride: tokens that a window scores; None: window, each token read once.
+        scorer: of this model; None: a new one.
+        progress: is told what has been scored so far, a batch at a time.
+
+    Raises:
+        ValueError: for an impossible window or stride, a vocabulary larger than the model's, or an output of the model
+            that is not a number.
+    """
+    window = model.max_seq_len if window is None else window
+    stride = window if stride is None else stride
+    check_windows(model.max_seq_len, window, stride)
+    if tokenizer.num_tokens > model.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.num_tokens} tokens, the model's vocabulary {model.vocab_size}")
+    scorer = scorer or Scorer(model)
+    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    total = Perplexity()
+    for block in _blocks(documents):
+        items: list[Item] = []
+        places: list[tuple[int, int]] = []  # of each item: its document in the block, the first of its tokens
+        held = [ids.tolist() for ids in tokenizer.encode_batch(block)]
+        for number, ids in enumerate(held):
+            for first, item in windows(ids, start, window, stride):
+                items.append(item)
+                places.append((number, first))
+        seen = total
+        try:
+            for batch in scorer.score(items):
+                nats = -math.fsum(score.log_prob for _, score in batch)
+                seen += Perplexity(nats, sum(len(items[index].continuation) for index, _ in batch))
+                if progress is not None:
+                    progress(seen)
+        except NotFinite as error:
+            number, first = places[error.index]
+            last = first + len(items[error.index].continuation) - 1
+            raise ValueError(
+                f"document {total.documents + number + 1:,}, tokens {first:,} to {last:,}: the model's output is not a "
+                "number; its weights are damaged, its training diverged, or its dtype overflows"
+            ) from error
+        total = seen + Perplexity(bytes=sum(len(text.encode()) for text in block), documents=len(block))
+        if progress is not None:
+            progress(total)
+    return total
+
+
+def windows(ids: list[int], start: int, window: int, stride: int) -> Iterator[tuple[int, Item]]:
+    """Yield what is scored of one document: the place of its first token in `ids`, the context and the tokens."""
+    text = [start, *ids]
+    done = min(window, len(ids))
+    if ids:
+        yield 0, Item([start], ids[:done])
+    while done < len(ids):
+        end = min(done + stride, len(ids))
+        yield done, Item(text[max(end - window, 0) : done + 1], ids[done:end])
+        done = end
+
+
+def check_windows(max_seq_len: int, window: int, stride: int) -> None:
+    """Raise ValueError where windows are longer than the model, or would leave tokens out."""
+    if not 1 <= window <= max_seq_len:
+        raise ValueError(f"window ({window}) must be at least 1 and at most the model's max_seq_len ({max_seq_len})")
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride ({stride}) must be at least 1 and at most window ({window})")
+
+
+def _blocks(documents: Iterable[str]) -> Iterator[list[str]]:
+    block: list[str] = []
+    held = 0
+    for text in documents:
+        block.append(text)
+        held += len(text)
+        if held >= _BLOCK:
+            yield block
+            block, held = [], 0
+    if block:
+        yield block
