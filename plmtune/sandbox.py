@@ -30,7 +30,9 @@ from plmtune.errors import UserError
 
 Isolation = Literal["namespaces", "limits"]
 
-_INSIDE = Path(__file__).with_name("sandbox_inside.py")
+_HERE = str(Path(__file__).parents[1])
+_START = "import sys; sys.path.append(sys.argv.pop(1)); from plmtune import sandbox_inside; sys.path.pop(); "
+_START += "sandbox_inside.main()"
 _STARTING = 5.0  # seconds on top of the code's own, until which the sandbox must stand
 
 
@@ -120,7 +122,7 @@ def run_python(
         order.write(json.dumps(spec).encode())
         order.seek(0)
         launcher = subprocess.Popen(
-            [python, "-I", "-S", str(_INSIDE), str(order.fileno()), str(report.fileno())],
+            [python, "-I", "-S", "-c", _START, _HERE, str(order.fileno()), str(report.fileno())],
             stdin=given,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -179,6 +181,8 @@ def _judge(report: dict[str, Any], output: str, in_time: bool, seconds: float) -
     if not in_time:
         return Result(False, None, output, f"ran for more than {seconds:g} seconds")
     code: int | None = report.get("exit_code")
+    if report.get("reason"):
+        return Result(False, code, output, report["reason"])
     if code is None:
         return Result(False, None, output, "was ended together with its sandbox")
     if code < 0:

@@ -1,8 +1,11 @@
 """The inside of `plmtune.sandbox`, a program of its own that knows the standard library alone.
 
-Three processes. The launcher enters new namespaces and waits. Its child is the first process of the new process
-namespace: it builds the file system, starts the code, reports how that ended, and with its end the kernel ends all that
-is left. The code itself runs in a third one, which has no rights, and cannot look into the other two.
+Five processes. The launcher enters new namespaces and waits. Its child is the first process of the new process
+namespace: it builds the file system, starts the others, reports how they ended, and with its end the kernel ends all
+that is left. The judge (`plmtune.sandbox_judge`) is forked from it and runs the tests. The code runs in a fresh
+interpreter (`plmtune.sandbox_candidate`), in a process namespace within, whose first process waits for it: there the
+judge has no number by which it could be signalled, traced or read, whether this was started by root or not; and what
+the code leaves behind ends with that namespace. Judge and code have no rights.
 """
 
 from __future__ import annotations
@@ -17,8 +20,12 @@ import resource
 import select
 import signal
 import sys
+from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
+
+from plmtune import sandbox_judge
 
 # linux/sched.h: mount, cgroup, UTS, IPC, user, process and network namespaces
 NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
@@ -26,35 +33,15 @@ MS_BIND, MS_REC, MS_PRIVATE, MS_NOSUID, MS_NODEV = 0x1000, 0x4000, 0x40000, 0x2,
 MNT_DETACH = 2
 AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = -100, 0x8000, 1  # the other MOUNT_ATTRs are as MS_
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
+CLONE_NEWPID = 0x20000000
+CAPABILITY_VERSION = 0x20080522
 MOUNT_SETATTR = 442  # the same on every machine, unlike:
 PIVOT_ROOT = 155 if platform.machine() == "x86_64" else 41
 
 NOBODY = 65534
 NEW_ROOT = "/dev"  # a folder that every Linux has; hidden from the sandbox alone
+_ENDING = 1.0  # seconds that the code may take to end once it has closed the pipe to its tests
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
-
-# Runs in the third process. What proves the end stays in the pipe, out of this process, until all code has run.
-HARNESS = """
-import os, sys, types
-def run(inlet, outlet):
-    read, write, leave, flush = os.read, os.write, os._exit, sys.stdout.flush
-    write(outlet, b"ready ")
-    def take(size):
-        data = b""
-        while len(data) < size:
-            data += read(inlet, size - len(data))
-        return data.decode()
-    module = sys.modules["__main__"] = types.ModuleType("__main__")
-    for name in [compile(take(int(take(16))), name, "exec", dont_inherit=True) for name in ("<code>", "<tests>")]:
-        exec(name, module.__dict__)
-    try:
-        flush()
-    except Exception:
-        pass
-    write(outlet, read(inlet, 32))
-    leave(0)
-run(int(sys.argv[1]), int(sys.argv[2]))
-"""
 
 
 class Missing(Exception):
@@ -71,6 +58,8 @@ def main() -> None:
     def report(**facts: Any) -> None:
         os.write(outlet, json.dumps(facts).encode() + b"\n")
 
+    # Before the files of this machine are out of sight.
+    order["programs"] = [(name, _compiled(name)) for name in ("plmtune.sandbox_wire", "plmtune.sandbox_candidate")]
     try:
         if order["isolated"]:
             launch(order, report)
@@ -138,6 +127,8 @@ def enter_namespaces() -> None:
             raise Missing("user ids cannot be mapped into a user namespace")
         # No namespaces within namespaces: they would give rights back.
         Path("/proc/sys/user/max_user_namespaces").write_text("0")
+        with contextlib.suppress(OSError):  # an older kernel: no shared memory, which outlives who has written it
+            Path("/proc/sys/kernel/shmmni").write_text("0")
     except OSError as error:
         raise Missing(f"user namespaces cannot be set up ({error})") from error
 
@@ -170,56 +161,112 @@ def build_root(prefix: str, disk_bytes: int) -> None:
 
 
 def supervise(order: dict[str, Any], report: Any) -> None:
-    """Start the code, wait for its end, and report it."""
-    secret = os.urandom(16).hex().encode()
-    inlet, ours = os.pipe()
-    proof, outlet = os.pipe()
-    code = os.fork()
-    if not code:
-        try:
-            os.set_inheritable(inlet, True)
-            os.set_inheritable(outlet, True)
-            limit(order)
-            if order["isolated"]:
-                if os.geteuid() == 0:
-                    os.setgroups([])
-                    os.setresgid(NOBODY, NOBODY, NOBODY)
-                    os.setresuid(NOBODY, NOBODY, NOBODY)
-                _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-            python = order["python"]
-            os.execve(python, [python, "-I", "-S", "-u", "-c", HARNESS, str(inlet), str(outlet)], {})
-        except (OSError, ValueError, Missing) as error:
-            print(error, flush=True)
-        finally:
-            os._exit(1)
-    os.close(inlet)
-    os.close(outlet)
-    if os.read(proof, 6) != b"ready ":
-        return
-    report(ready=True)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    try:
-        for text in (order["code"], order["tests"]):
-            data = text.encode(errors="surrogatepass")
-            _write_all(ours, b"%16d" % len(data) + data)
-        _write_all(ours, secret)
-    except BrokenPipeError:
-        pass  # it has ended by itself
-    os.close(ours)
-    status = -1
-    while True:
-        ended, status = os.wait()  # orphans come here too
-        if ended == code:
+    """Start the tests and the code, wait for the verdict, and report it."""
+    to_code, to_judge, verdict, ended = os.pipe(), os.pipe(), os.pipe(), os.pipe()
+    judge = _fork(lambda: _be_judge(order, to_judge[0], to_code[1], verdict[1]))
+    if order["isolated"]:
+        _call("unshare", CLONE_NEWPID, what="a process namespace within")
+    first = _fork(lambda: _be_first(order, to_code[0], to_judge[1], ended[1]))
+    for fd in (*to_code, *to_judge, verdict[1], ended[1]):
+        os.close(fd)
+    said = b""
+    facts: dict[str, Any] = {}
+    while not facts.keys() & {"finished", "reason", "gone"}:
+        # Where the code has ended, no verdict that is still to come could be a good one.
+        piece = os.read(verdict[0], 4096) if verdict[0] in select.select([verdict[0], ended[0]], [], [])[0] else b""
+        if not piece:
             break
+        *lines, said = (said + piece).split(b"\n")
+        for line in lines:
+            found = json.loads(line)
+            facts |= found
+            if "ready" in found:
+                report(ready=True)
+    os.kill(judge, signal.SIGKILL)
+    _, how = os.waitpid(judge, 0)
+    if not facts:
+        return
+    status = None
+    # The pipe to the judge may have been closed by code that goes on.
+    if "finished" not in facts and "reason" not in facts and select.select([ended[0]], [], [], _ENDING)[0]:
+        status = int(os.read(ended[0], 16) or b"-1")
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
     if order["isolated"]:
         with contextlib.suppress(ProcessLookupError):  # it is alone
             os.kill(-1, signal.SIGKILL)  # whoever could still write
-    os.set_blocking(proof, False)
-    try:
-        finished = os.read(proof, 64) == secret
-    except BlockingIOError:
-        finished = False
-    report(exit_code=os.waitstatus_to_exitcode(status), finished=finished)
+    if "finished" in facts:
+        report(exit_code=0, finished=True)
+    elif "reason" in facts:
+        report(exit_code=1, finished=False, reason=facts["reason"])
+    elif status is not None:
+        report(exit_code=os.waitstatus_to_exitcode(status), finished=False)
+    elif "gone" not in facts:
+        code = os.waitstatus_to_exitcode(how)
+        report(exit_code=code, finished=False, reason=f"its tests ended before their end, with exit status {code}")
+    else:
+        report(exit_code=1, finished=False, reason="broke off from its tests")
+
+
+def _be_judge(order: dict[str, Any], inlet: int, outlet: int, verdict: int) -> None:
+    """Run the tests."""
+    os.dup2(os.pipe()[0], 0)  # stdin is the code's
+    for fd in range(3, 64):
+        if fd not in (inlet, outlet, verdict):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+    limit(order)
+    if order["isolated"]:
+        _give_up_rights()
+    if platform.system() == "Linux":
+        _call("prctl", PR_SET_DUMPABLE, 0)  # not to be looked into, even where there is no namespace
+    sandbox_judge.main(inlet, outlet, verdict, order["programs"], order["code"], order["tests"])
+
+
+def _be_first(order: dict[str, Any], inlet: int, outlet: int, ended: int) -> None:
+    """Start the code and say how it ended. In a namespace of its own, all that is left ends with this process."""
+    code = _fork(lambda: _be_code(order, inlet, outlet))
+    os.close(inlet)
+    os.close(outlet)
+    while True:
+        process, status = os.wait()  # orphans come here too
+        if process == code:
+            os.write(ended, str(status).encode())
+            return
+
+
+def _be_code(order: dict[str, Any], inlet: int, outlet: int) -> None:
+    """Become an interpreter that knows nothing but the code."""
+    os.set_inheritable(inlet, True)
+    os.set_inheritable(outlet, True)
+    limit(order)
+    if order["isolated"]:
+        _give_up_rights()
+    python = order["python"]
+    os.execve(python, [python, "-I", "-S", "-u", "-c", sandbox_judge.STUB, str(inlet), str(outlet)], {})
+
+
+def _fork(then: Callable[[], None]) -> int:
+    """Start a process that does one thing."""
+    process = os.fork()
+    if not process:
+        try:
+            then()
+        except (OSError, ValueError, Missing) as error:
+            print(error, flush=True)
+        finally:
+            os._exit(0)
+    return process
+
+
+def _give_up_rights() -> None:
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    # Who is not root keeps rights over the namespace until another program is started.
+    _call("capset", (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)())
 
 
 def limit(order: dict[str, Any]) -> None:
@@ -233,13 +280,18 @@ def limit(order: dict[str, Any]) -> None:
         resource.RLIMIT_CORE: 0,
     }
     if order["isolated"]:
-        # Where they are of the same user, launcher and first process count too.
-        limits[resource.RLIMIT_NPROC] = order["processes"] + (2 if os.geteuid() else 0)
+        # The tests' process counts too and, where they are of the same user, the three that started it and the code.
+        limits[resource.RLIMIT_NPROC] = order["processes"] + (4 if os.geteuid() else 1)
         limits[resource.RLIMIT_MSGQUEUE] = 0
     for which, wanted in limits.items():
         _, hard = resource.getrlimit(which)
         value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(which, (value, value))
+
+
+def _compiled(name: str) -> Any:
+    path = Path(__file__).with_name(name.rpartition(".")[2] + ".py")
+    return SourceFileLoader(name, str(path)).get_code(name)
 
 
 def _needed(prefix: str) -> list[Path]:
@@ -265,11 +317,6 @@ def _why_no_namespaces() -> str:
     return "namespaces are not allowed (a container's seccomp profile may forbid them)"
 
 
-def _write_all(target: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(target, data) :]
-
-
 def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
     texts = [text.encode() for text in (source, target, kind, options)]
     _call("mount", *texts[:3], ctypes.c_ulong(flags), texts[3], what=target)
@@ -280,7 +327,3 @@ def _call(name: str, *arguments: Any, what: str = "") -> None:
     if getattr(libc, name)(*arguments):
         error = ctypes.get_errno()
         raise Missing(f"{what or name}: {os.strerror(error)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -71,12 +71,6 @@ class TestVerdict:
         assert not run("def f(): return 1\nx = '''", "assert f() == 2 #'''").passed
         assert not run("def f(): return 1\nif False:\n  pass", "assert f() == 2").passed
 
-    def test_the_end_proves_itself_by_another_secret_each_time(self) -> None:
-        # What one run could show is no use to the next.
-        steal = "import os\nfor fd in range(3, 64):\n try: print(os.read(fd, 64))\n except OSError: pass\n"
-        shown = {run(steal).output for _ in range(2)}
-        assert len(shown) == 2
-
 
 class TestLimits:
     def test_time(self) -> None:

@@ -1,0 +1,261 @@
+"""The process in which tests run, apart from the code that they test, and the only one that has the verdict's pipe.
+
+The tests' names are their own, then Python's, then the code's. What the code returns comes as a plain value, made here
+(`plmtune.sandbox_wire`), or as a `Handle`: an object of the code's own, whose methods run where the code is.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import linecache
+import marshal
+import os
+import sys
+import traceback
+import types
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from plmtune.sandbox_wire import Peer
+
+_SIZE = 2000  # characters of a reason
+_CLASSES_OF_CALLABLES = (
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.MethodWrapperType,
+    types.WrapperDescriptorType,
+    type,
+)
+
+# What a fresh interpreter starts with: the programs that follow are modules, all but the last of them imported.
+STUB = """
+import marshal, sys, types
+inlet, outlet = (open(int(fd), mode) for fd, mode in zip(sys.argv[1:], ("rb", "wb")))
+del sys.argv[1:]
+for name, code in marshal.loads(inlet.read(int.from_bytes(inlet.read(4), "little"))):
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(code, module.__dict__)
+del name, code
+module.main(inlet, outlet)
+"""
+
+_ARITHMETIC = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+    *("and", "or", "xor", "lshift", "rshift"),
+)
+
+
+class Handle:
+    """An object of the code's own, in the process of the tests.
+
+    Attributes, methods, items and iteration are the object's. Comparisons are asked of it only among objects of the
+    code: one that says that it equals everything equals no value of the tests, and arithmetic with one gives no number.
+    """
+
+    __slots__ = ("__peer",)
+
+    def __init__(self, peer: Peer) -> None:
+        object.__setattr__(self, "_Handle__peer", peer)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__peer.ask("getattr", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__peer.ask("setattr", self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self.__peer.ask("delattr", self, name)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self.__peer.ask("call", self, *arguments, **named)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.__peer.ask("getitem", self, key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.__peer.ask("setitem", self, key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        self.__peer.ask("delitem", self, key)
+
+    def __iter__(self) -> Any:
+        return self.__peer.ask("iter", self)
+
+    def __next__(self) -> Any:
+        return self.__peer.ask("next", self)
+
+    def __len__(self) -> int:
+        return self.__peer.ask("len", self)
+
+    def __bool__(self) -> bool:
+        return self.__peer.ask("bool", self)
+
+    def __repr__(self) -> str:
+        return self.__peer.ask("repr", self)
+
+    def __str__(self) -> str:
+        return self.__peer.ask("str", self)
+
+    def __format__(self, how: str) -> str:
+        return self.__peer.ask("format", self, how)
+
+    def __contains__(self, wanted: Any) -> bool:
+        return any(item is wanted or item == wanted for item in self)
+
+    def __enter__(self) -> Any:
+        return self.__getattr__("__enter__")()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
+        return self.__getattr__("__exit__")(kind, error, None)
+
+    def __copy__(self) -> Any:
+        return self.__peer.ask("copied", "copy", self)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.__peer.ask("copied", "deepcopy", self)
+
+    def __instancecheck__(self, value: Any) -> bool:
+        return self.__peer.ask("isinstance", value, self) is True
+
+    def __subclasscheck__(self, kind: Any) -> bool:
+        return self.__peer.ask("issubclass", kind, self) is True
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> Any:
+        if self is other or not isinstance(other, Handle):
+            return self is other or NotImplemented
+        return self.__peer.ask("eq", self, other) is True
+
+    def __lt__(self, other: Any) -> bool:
+        return self.__compared("lt", other)
+
+    def __le__(self, other: Any) -> bool:
+        return self.__compared("le", other)
+
+    def __gt__(self, other: Any) -> bool:
+        return self.__compared("gt", other)
+
+    def __ge__(self, other: Any) -> bool:
+        return self.__compared("ge", other)
+
+    def __compared(self, how: str, other: Any) -> bool:
+        if type(other) is not Handle:
+            return NotImplemented
+        return self.__peer.ask(how, self, other) is True
+
+    def _operate(self, how: str, *operands: Any) -> Any:
+        found = self.__peer.ask(how, *operands)
+        if type(found) is not Handle:
+            raise TypeError(f"{how} of an object of the code's own is no value that tests could trust")
+        return found
+
+
+def _give_operators() -> None:
+    def forward(name: str) -> Any:
+        return lambda self, other: self._operate(name, self, other)
+
+    def reflected(name: str) -> Any:
+        return lambda self, other: self._operate(name, other, self)
+
+    def unary(name: str) -> Any:
+        return lambda self: self._operate(name, self)
+
+    for name in _ARITHMETIC:
+        function = f"{name}_" if name in ("and", "or") else name
+        setattr(Handle, f"__{name}__", forward(function))
+        setattr(Handle, f"__r{name}__", reflected(function))
+    for name in ("neg", "pos", "abs", "invert"):
+        setattr(Handle, f"__{name}__", unary(name))
+
+
+_give_operators()
+
+
+class Names(dict[str, Any]):
+    """Python's builtin names, and after them the code's: where the interpreter looks last."""
+
+    def __init__(self, peer: Peer) -> None:
+        super().__init__(vars(builtins))
+        self.peer = peer
+
+    def __missing__(self, name: str) -> Any:
+        if not name.startswith("__"):
+            known, value = self.peer.ask("name", name)
+            if known is True:
+                return value
+        raise KeyError(name)
+
+
+class Judge(Peer):
+    """The side of the tests: the code may name the functions that it was given, and nothing else."""
+
+    def __init__(self, inlet: Any, outlet: Any, verdict: int, code: str, tests: str) -> None:
+        super().__init__(inlet, outlet, {"code": self._code, "begin": lambda: None, "call": self._call})
+        self.verdict = verdict
+        self.texts = code, tests
+        self.process = os.getpid()
+
+    def make_proxy(self, number: int) -> Any:
+        return Handle(self)
+
+    def may_export(self, value: Any) -> bool:
+        return isinstance(value, _CLASSES_OF_CALLABLES)
+
+    def fail(self, reason: str) -> NoReturn:
+        if reason:
+            self.end(reason=f"broke off from its tests: {reason[:_SIZE]}")
+        self.end(gone=True)
+
+    def say(self, **facts: Any) -> None:
+        """Tell who started this process."""
+        if os.getpid() == self.process:  # not a child that the tests made
+            os.write(self.verdict, json.dumps(facts).encode() + b"\n")
+
+    def end(self, **facts: Any) -> NoReturn:
+        """Tell the verdict, and end."""
+        self.say(**facts)
+        os._exit(0)
+
+    def _code(self) -> tuple[str, bool]:
+        self.say(ready=True)
+        return self.texts[0], bool(self.texts[1].strip())
+
+    def _call(self, called: Any, *arguments: Any, **named: Any) -> Any:
+        if not any(called is own for own in self._own.values()):
+            raise TypeError("only functions that were given as arguments can be called")
+        return called(*arguments, **named)
+
+
+def main(inlet: int, outlet: int, verdict: int, programs: list[tuple[str, Any]], code: str, tests: str) -> NoReturn:
+    """Send the programs to the interpreter that waits for them, run the tests, and say what became of them."""
+    peer = Judge(os.fdopen(inlet, "rb"), os.fdopen(outlet, "wb"), verdict, code, tests)
+    try:
+        data = marshal.dumps(programs)
+        peer.outlet.write(len(data).to_bytes(4, "little") + data)
+        peer.outlet.flush()
+    except OSError:
+        peer.end(gone=True)
+    peer.serve()
+    peer.serve()
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    module.__dict__["__builtins__"] = Names(peer)
+    linecache.cache["<tests>"] = (len(tests), None, tests.splitlines(keepends=True), "<tests>")
+    try:
+        exec(compile(tests, "<tests>", "exec", dont_inherit=True), module.__dict__)
+        sys.stdout.flush()
+    except BaseException as error:
+        told = traceback.TracebackException.from_exception(error)
+        told.stack = traceback.StackSummary.from_list([each for each in told.stack if each.filename == "<tests>"])
+        text = list(_cut(told.format(chain=False)))
+        print("".join(text), end="", file=sys.__stdout__, flush=True)
+        peer.end(reason=text[-1].strip().splitlines()[-1])
+    peer.end(finished=True)
+
+
+def _cut(lines: Iterator[str]) -> Iterator[str]:
+    return (line[:_SIZE] for line in lines)
