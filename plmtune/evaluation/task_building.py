@@ -40,6 +40,7 @@ class Builder(TaskFactory):
     def __init__(self, known: Mapping[str, Known], data: LocalData | None) -> None:
         super().__init__()
         self._data = data
+        self._with_code = {name for name, entry in known.items() if entry.code != "no"}
         self._entries = {
             name: Entry(
                 name,
@@ -84,6 +85,8 @@ class Builder(TaskFactory):
             config.pop(key, None)
         shipped = entry.yaml_path is None or entry.yaml_path.is_relative_to(_FOLDER)
         where = f"the task {config['task']}" + ("" if shipped else f" ({entry.yaml_path})")
+        if config.get("unsafe_code") and entry.name not in self._with_code:
+            raise UserError(f"{where} has unsafe_code inside a group: give it a YAML file of its own")
         base = config.get("class", ConfigurableTask)
         for key in config.keys() - _CONFIG_KEYS if base is ConfigurableTask else ():
             raise UserError(f"{where}: lm-eval knows no key {key}.{did_you_mean(str(key), _CONFIG_KEYS)}")
@@ -133,6 +136,13 @@ class _Documents:
             )
         found = self._data.dataset(self._name, wanted & set(have)) or {}
         self._columns = list(next(iter(found.values())).features)
+        for column in (self._config.get(key) for key in _TEMPLATES if self._config.get("process_docs") is None):
+            # lm-eval would take the name of a column that is not there for the text itself
+            if isinstance(column, str) and column.isidentifier() and column not in self._columns:
+                raise UserError(
+                    f"{self._where} reads the column {column}, and its documents have {', '.join(self._columns)} "
+                    f"({self._data.describe(self._name)})"
+                )
         self.lacking = wanted - found.keys()
         # lm-eval asks for examples when a task is built, whether prompts will have any.
         return _Splits(self._where, found | {split: found[evaluated].select([]) for split in self.lacking if evaluated})
@@ -231,8 +241,8 @@ def require_examples(built: Task | Group | list[Task], num_fewshot: int | None) 
                 f"{task.task_name}: its {wanted} few-shot examples are from the split {split}, which the map does not "
                 f"have. Add it, or evaluate with --num-fewshot 0:\n{documents.entry()}"
             )
-        if there < wanted:
-            raise UserError(f"{task.task_name}: {wanted} few-shot examples are asked for, and there are {there}")
+        if there < wanted + (split == task.config.test_split):  # a question is no example for itself
+            raise UserError(f"{task.task_name}: {wanted} few-shot examples are asked for, from {there} documents")
 
 
 def _splits(config: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ import difflib
 import fnmatch
 import functools
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,6 @@ SUITES: dict[str, tuple[str, ...]] = {
     # sense, text with a long context (and its perplexity). What must be written, not scored, takes hours on a CPU.
     "quick": ("arc_easy", "piqa", "lambada_openai"),
 }  # fmt: skip
-_NOISY = ("lm_eval", "datasets", "huggingface_hub", "evaluate", "httpx", "fsspec", "filelock")
 _SHOWN = 5  # near names
 
 
@@ -135,8 +135,9 @@ class Tasks:
                 self.data.check(inner)
         from plmtune.evaluation.task_building import Builder, require_examples
 
-        caught = self.code.installed() if self.code is not None and self.needs_code(name) else contextlib.nullcontext()
-        with quiet(), caught:
+        code = self.code if self.needs_code(name) else None
+        _forget_others(code)
+        with quiet(), code.installed() if code is not None else contextlib.nullcontext():
             built = Builder(self._known, self.data).build_named(name)
             require_examples(built, num_fewshot)
         return built
@@ -169,6 +170,14 @@ class Tasks:
         return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
+def _forget_others(code: CodeRunner | None) -> None:
+    """Have lm-eval import modules again that took another runner for their metric, when they were imported."""
+    for name, module in list(sys.modules.items()) if code is not None else ():
+        held = vars(module).values() if hasattr(module, "__mtime__") else ()  # lm-eval's mark on what it imported
+        if any(isinstance(value, type(code)) and value is not code for value in list(held)):
+            del sys.modules[name]
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep what lm-eval and its libraries log, and their progress bars, off the terminal."""
@@ -176,11 +185,10 @@ def quiet() -> Iterator[None]:
     import lm_eval.api.task
     import tqdm
 
-    held = {name: logging.getLogger(name).level for name in _NOISY}
+    held = logging.root.manager.disable
     bars = (tqdm.tqdm, lm_eval.api.task.tqdm)  # lm-eval offers no way to turn its bars off
     shown = datasets.are_progress_bars_disabled()
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)
     silent = functools.partial(tqdm.tqdm, disable=True)
     tqdm.tqdm, lm_eval.api.task.tqdm = silent, silent
     datasets.disable_progress_bars()
@@ -188,7 +196,6 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         tqdm.tqdm, lm_eval.api.task.tqdm = bars
-        for name, level in held.items():
-            logging.getLogger(name).setLevel(level)
+        logging.disable(held)
         if not shown:
             datasets.enable_progress_bars()
