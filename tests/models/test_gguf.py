@@ -257,6 +257,24 @@ class TestTokenizers:
         assert theirs.fingerprint == ours.fingerprint
         assert (theirs.eos, theirs.chat_template) == (ours.eos, ours.chat_template)
         assert theirs.vocab_size == ours.vocab_size + 32
+        assert (theirs.bos, theirs.adds_bos) == (None, False)
+
+    @pytest.mark.parametrize("adds_bos", [False, True])
+    def test_come_back_with_the_token_before_a_text(self, adds_bos: bool, tmp_path: Path) -> None:
+        def change(writer: gguf.GGUFWriter) -> None:
+            writer.add_bos_token_id(4094)
+            writer.add_add_bos_token(adds_bos)
+
+        found = read(tokenizer_file(tmp_path / "a.gguf", bundled(), "qwen2", change), bundled().vocab_size)
+        assert (found.bos, found.bos_id, found.adds_bos) == ("<|im_start|>", 4094, adds_bos)
+        assert found.fingerprint == bundled().fingerprint
+
+    @pytest.mark.parametrize("identity", [5, 10**6, 2**32 - 1])
+    def test_a_token_before_a_text_that_is_none_matters_only_where_it_is_put(
+        self, identity: int, tmp_path: Path
+    ) -> None:
+        path = tokenizer_file(tmp_path / "a.gguf", bundled(), "qwen2", lambda writer: writer.add_bos_token_id(identity))
+        assert read(path, bundled().vocab_size).bos is None
 
     @pytest.mark.parametrize(
         ("pre", "pattern"),
