@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+import heapq
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from plmtune.generation import check_sampling, keep_likeliest
-from plmtune.modules.cache import Slots
+from plmtune.modules.cache import Cache, Slots
 
 if TYPE_CHECKING:
     from plmtune.modules.decoder import Decoder
@@ -20,6 +23,24 @@ if TYPE_CHECKING:
 # Of the tokens of a prefill at most this share is padding, and there are at most so many.
 _PADDING = 0.15
 _PREFILL_TOKENS = 4096
+# What prompts share is read once where it is so long, and so many tokens need not be read then: it takes a forward of
+# its own, which costs as much as some dozens of tokens. Prompts that are the same share all of it, however short.
+_STEM = 32
+_SPARED = 256
+
+Why = Literal["stop", "end", "length"]
+
+
+class NotFinite(ValueError):
+    """The model's numbers for a request are NaN or infinite.
+
+    Attributes:
+        key: the request's.
+    """
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"request {key}: the model gives numbers that are NaN or infinite")
+        self.key = key
 
 
 @dataclass(frozen=True)
@@ -31,12 +52,14 @@ class Request:
         tokens: the prompt's ids.
         max_new_tokens: the answer is cut here, or where the model's max_seq_len is reached.
         seed: decides all draws of this answer, whatever its neighbours are.
+        until: the answer ends as soon as its bytes contain one of these, at whatever token they begin or end.
     """
 
     key: str
     tokens: Sequence[int]
     max_new_tokens: int
     seed: int = 0
+    until: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,22 +67,66 @@ class Answer:
     """What was written for a request.
 
     Attributes:
-        tokens: without the id that ended it.
-        ended: an end id came; else it was cut.
+        tokens: without the id that ended it, but with all that one of `until` is part of.
+        ended: an end id came.
+        stopped: one of `until` came. If neither did, it was cut.
     """
 
     key: str
     tokens: list[int]
     ended: bool
+    stopped: bool = False
+
+    @property
+    def why(self) -> Why:
+        return "end" if self.ended else "stop" if self.stopped else "length"
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A request without a slot.
+
+    Attributes:
+        number: requests that came before it.
+        ids: its tokens, 4 bytes each, high byte first: they sort as the ids do, so those that begin alike meet.
+    """
+
+    request: Request
+    number: int
+    ids: bytes
+
+    @property
+    def length(self) -> int:
+        return len(self.ids) // 4
+
+    @property
+    def place(self) -> tuple[bytes, int]:
+        return self.ids, self.number
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        return -self.length, self.number
+
+
+@dataclass(frozen=True)
+class _Stem:
+    """What several prompts begin with, read once."""
+
+    ids: bytes
+    cache: Cache
 
 
 @dataclass
 class _Row:
-    """A request that has a slot; all but the newest token are in the cache."""
+    """A request that has a slot; all but the newest token, which may be the prompt's last, are in the cache."""
 
     request: Request
     room: int
     written: list[int]
+
+    @property
+    def newest(self) -> int:
+        return self.written[-1] if self.written else int(self.request.tokens[-1])
 
     @property
     def newest_at(self) -> int:
@@ -70,6 +137,7 @@ class Engine:
     """Answer requests, `batch_size` at a time; an answer is yielded as soon as it is whole.
 
     Longer prompts go first: those read together are then of similar length, and so are those that decode together.
+    What several prompts begin with is read once, and those go one after the other.
     What an answer says depends on its own prompt and seed; neighbours change only how sums are rounded.
     After an exception, an interrupt too, `run` goes on where it was.
 
@@ -81,6 +149,7 @@ class Engine:
         top_p: draw from the likeliest that together reach this probability.
         end_ids: an answer ends at each of these.
         num_tokens: ids from here up have no text and are never drawn.
+        decode_bytes: gives the bytes of ids, special tokens their text; needed for requests with `until`.
 
     Raises:
         ValueError: for impossible settings.
@@ -96,6 +165,7 @@ class Engine:
         top_p: float | None = None,
         end_ids: Collection[int] = (),
         num_tokens: int | None = None,
+        decode_bytes: Callable[[Sequence[int]], bytes] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -105,11 +175,14 @@ class Engine:
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.end_ids = frozenset(end_ids)
         self.num_tokens = num_tokens
+        self.decode_bytes = decode_bytes
+        self._submitted = 0
         # Each change of these is one assignment of what is true after it, so that an interrupt finds them whole.
-        self._waiting: list[Request] = []
+        self._waiting: list[_Waiting] = []  # by place
         self._rows: dict[int, _Row] = {}  # by slot
         self._finished: list[Answer] = []
         self._slots: Slots | None = None
+        self._stems: tuple[_Stem, ...] = ()  # each goes on from the one before
 
     def submit(self, request: Request) -> None:
         """Let a request wait for its turn; also while `run` is under way.
@@ -133,7 +206,13 @@ class Engine:
                 f"request {request.key}: the prompt has id {low if low < 0 else high}, "
                 f"the model's vocabulary has {self.model.vocab_size}"
             )
-        self._waiting.append(request)
+        if b"" in request.until:
+            raise ValueError(f"request {request.key}: one of until is empty, so it would end before it begins")
+        if request.until and self.decode_bytes is None:
+            raise ValueError(f"request {request.key}: until needs an engine with decode_bytes")
+        ids = np.asarray(request.tokens, dtype=">u4").tobytes()
+        self._submitted += 1
+        insort(self._waiting, _Waiting(request, self._submitted, ids), key=lambda waiting: waiting.place)
 
     def run(self) -> Iterator[Answer]:
         """Yield answers until none is waited for; what is submitted meanwhile is answered, too."""
@@ -164,23 +243,88 @@ class Engine:
     def _read(self) -> None:
         """Read some waiting prompts of similar length into free slots, and write the first token of each answer."""
         free = [slot for slot in range(self.batch_size) if slot not in self._rows]
-        # The sort is stable, so equals go in the order in which they came.
-        waiting = sorted(self._waiting, key=lambda request: -len(request.tokens))
-        group = waiting[: _alike([len(request.tokens) for request in waiting[: len(free)]])]
-        rooms = [min(request.max_new_tokens, self.model.max_seq_len - len(request.tokens)) for request in group]
-        slots = self._allocate(max(len(request.tokens) + room for request, room in zip(group, rooms, strict=True)))
+        group = self._choose(len(free))
+        requests = [waiting.request for waiting in group]
+        rooms = [min(request.max_new_tokens, self.model.max_seq_len - len(request.tokens)) for request in requests]
+        slots = self._allocate(max(len(request.tokens) + room for request, room in zip(requests, rooms, strict=True)))
         device = self.model.head_weight.device
-        lengths = torch.tensor([len(request.tokens) for request in group], device=device)
-        # Padded on the right: causal attention hides that from what stands before it, without a mask.
-        tokens = torch.zeros(len(group), len(group[0].tokens), dtype=torch.long)
-        for row, request in zip(tokens, group, strict=True):
-            row[: len(request.tokens)] = torch.tensor(request.tokens)
-        cache = slots.prefill(torch.tensor(free[: len(group)], device=device))
-        states = self.model(tokens.to(device), cache=cache, hidden=True)
-        states = states[torch.arange(len(group), device=device), lengths - 1]
-        drawn = self._draw(states, [(request.seed, 0) for request in group])
-        rows = [_Row(request, room, [token]) for request, room, token in zip(group, rooms, drawn, strict=True)]
-        self._rows, self._waiting = self._rows | dict(zip(free, rows, strict=False)), waiting[len(group) :]
+        where = torch.tensor(free[: len(group)], device=device)
+        start = self._start
+        if self._stems:
+            slots.put(self._stems[-1].cache, where)
+        rests = [waiting.length - start for waiting in group]
+        written: list[list[int]] = [[] for _ in group]
+        # Of one token alone nothing is read here: the next step of all rows begins with it.
+        if rests[0] > 1:
+            # Padded on the right: causal attention hides that from what stands before it, without a mask.
+            tokens = torch.zeros(len(group), rests[0], dtype=torch.long)
+            for row, request, rest in zip(tokens, requests, rests, strict=True):
+                row[:rest] = torch.tensor(request.tokens[start:])
+            states = self.model(tokens.to(device), cache=slots.prefill(where, start), hidden=True)
+            states = states[torch.arange(len(group), device=device), torch.tensor(rests, device=device) - 1]
+            written = [[token] for token in self._draw(states, [(request, 0) for request in requests])]
+        rows = [_Row(*row) for row in zip(requests, rooms, written, strict=True)]
+        read = {waiting.number for waiting in group}
+        self._rows, self._waiting = (
+            self._rows | dict(zip(free, rows, strict=False)),
+            [waiting for waiting in self._waiting if waiting.number not in read],
+        )
+
+    @property
+    def _start(self) -> int:
+        return self._stems[-1].cache.length if self._stems else 0
+
+    def _choose(self, most: int) -> list[_Waiting]:
+        """Return which are read next, at most so many, the longest first; the last of `_stems` is their beginning."""
+        while not (alike := self._begin_alike()):
+            self._stems = self._stems[:-1]
+        longest = min(alike, key=lambda waiting: waiting.turn)
+        while length := self._worth_sharing(longest):
+            self._stems = (*self._stems, self._read_stem(longest, length))
+            alike = self._begin_alike()
+            longest = min(alike, key=lambda waiting: waiting.turn)
+        group = heapq.nsmallest(most, alike, key=lambda waiting: waiting.turn)
+        group = [waiting for waiting in group if waiting is longest or not self._worth_sharing(waiting)]
+        return group[: _alike([waiting.length - self._start for waiting in group])]
+
+    def _begin_alike(self) -> list[_Waiting]:
+        """Return those that go on from the last stem; without one all."""
+        if not self._stems:
+            return self._waiting
+        ids = self._stems[-1].ids
+        first = bisect_right(self._waiting, ids, key=lambda waiting: waiting.ids)
+        # No id begins with this byte.
+        end = bisect_left(self._waiting, ids + b"\xff", key=lambda waiting: waiting.ids)
+        return self._waiting[first:end]
+
+    def _worth_sharing(self, first: _Waiting) -> int:
+        """Return up to where to read it once, for itself and for others; 0 where that would not pay."""
+        at = bisect_left(self._waiting, first.place, key=lambda waiting: waiting.place)
+        shared = []
+        for others in (range(at - 1, -1, -1), range(at + 1, len(self._waiting))):
+            for index in others:
+                other = self._waiting[index]
+                common = _common(first.ids, other.ids)
+                if common - self._start < _STEM and other.ids != first.ids:
+                    break
+                # A token at least is left to go on with.
+                shared.append(min(common, first.length - 1, other.length - 1))
+        shared.sort(reverse=True)
+        spared, length = max(
+            (((length - self._start) * others, length) for others, length in enumerate(shared, start=1)), default=(0, 0)
+        )
+        return length if spared >= _SPARED or (spared > 0 and length == first.length - 1) else 0
+
+    def _read_stem(self, first: _Waiting, length: int) -> _Stem:
+        """Read a prompt up to `length`, after what is read of it already."""
+        device = self.model.head_weight.device
+        cache = self.model.new_cache(1, length)
+        if self._stems:
+            Slots(cache.layers).put(self._stems[-1].cache, torch.zeros(1, dtype=torch.long, device=device))
+            cache.advance(self._start)
+        tokens = torch.tensor(first.request.tokens[self._start : length], device=device)
+        self.model(tokens[None], cache=cache, hidden=True)
+        return _Stem(first.ids[: 4 * length], cache)
 
     def _step(self) -> None:
         rows = [self._rows[slot] for slot in range(len(self._rows))]
@@ -188,7 +332,7 @@ class Engine:
         longest = max(places)
         assert self._slots is not None
         device = self.model.head_weight.device
-        tokens, lengths = torch.tensor([[row.written[-1] for row in rows], places], device=device)[:, :, None]
+        tokens, lengths = torch.tensor([[row.newest for row in rows], places], device=device)[:, :, None]
         if min(places) == longest:
             # One row is the common case of it; slices take less time than lists of places.
             cache = self._slots.decode_alike(len(rows), longest)
@@ -197,7 +341,7 @@ class Engine:
             mask = (torch.arange(longest + 1, device=device) <= lengths)[:, None]  # [b, 1, t]
             cache = self._slots.decode(lengths[:, 0], longest)
             states = self.model(tokens, mask=mask, input_pos=lengths, cache=cache, hidden=True)
-        drawn = self._draw(states[:, 0], [(row.request.seed, len(row.written)) for row in rows])
+        drawn = self._draw(states[:, 0], [(row.request, len(row.written)) for row in rows])
         for row, token in zip(rows, drawn, strict=True):
             row.written.append(token)
 
@@ -205,12 +349,23 @@ class Engine:
         """Turn rows that have ended into answers."""
         rows, answers = {}, []
         for slot, row in self._rows.items():
-            ended = row.written[-1] in self.end_ids
-            if ended or len(row.written) >= row.room:
-                answers.append(Answer(row.request.key, row.written[: -1 if ended else None], ended))
+            ended = bool(row.written) and row.written[-1] in self.end_ids
+            stopped = not ended and self._stopped(row)
+            if ended or stopped or len(row.written) >= row.room:
+                tokens = row.written[: -1 if ended else None]
+                answers.append(Answer(row.request.key, tokens, ended, stopped))
             else:
                 rows[slot] = row
         self._rows, self._finished = rows, self._finished + answers
+
+    def _stopped(self, row: _Row) -> bool:
+        """Whether what is written ends an answer by its text."""
+        if not row.request.until:
+            return False
+        assert self.decode_bytes is not None
+        # A token has a byte at least, so the text that ends it lies in so many of them.
+        newest = self.decode_bytes(row.written[-max(map(len, row.request.until)) :])
+        return any(text in newest for text in row.request.until)
 
     def _close_up(self) -> None:
         """Move rows from the end into slots that nothing waits for: a step computes the first n slots."""
@@ -236,17 +391,28 @@ class Engine:
             return new
         return old
 
-    def _draw(self, states: Tensor, draws: list[tuple[int, int]]) -> list[int]:
-        """Return a token for each row of states, [b, d], by its (seed, number of the token in its answer)."""
-        logits = F.linear(states, self.model.head_weight).float()[:, : self.num_tokens]
-        if self.temperature == 0:
-            return logits.argmax(-1).tolist()
-        logits = keep_likeliest(logits / self.temperature, self.top_k, self.top_p)
-        # Gumbel's way (arXiv 1611.01144, eq. 1): the arrival that comes first has the softmax's distribution. Sums
-        # that are rounded otherwise in another batch change a draw only where two arrivals all but tie; drawing a
-        # point of the cumulative sum would move with every boundary below it.
-        weight = torch.softmax(logits, -1)
-        return (weight / _exponential(draws, logits.shape[1], logits.device)).argmax(-1).tolist()
+    def _draw(self, states: Tensor, draws: list[tuple[Request, int]]) -> list[int]:
+        """Return a token for each row of states, [b, d], by its request and the number of the token in its answer."""
+        scores = F.linear(states, self.model.head_weight).float()[:, : self.num_tokens]
+        if self.temperature != 0:
+            logits = keep_likeliest(scores / self.temperature, self.top_k, self.top_p)
+            # Gumbel's way (arXiv 1611.01144, eq. 1): the arrival that comes first has the softmax's distribution. Sums
+            # that are rounded otherwise in another batch change a draw only where two arrivals all but tie; drawing a
+            # point of the cumulative sum would move with every boundary below it.
+            seeds = [(request.seed, number) for request, number in draws]
+            scores = torch.softmax(logits, -1) / _exponential(seeds, logits.shape[1], logits.device)
+        best = scores.argmax(-1)  # NaN counts as the largest
+        drawn: list[int] = torch.where(scores.gather(1, best[:, None])[:, 0].isfinite(), best, -1).tolist()
+        if -1 in drawn:
+            raise NotFinite(draws[drawn.index(-1)][0].key)
+        return drawn
+
+
+def _common(first: bytes, second: bytes) -> int:
+    """Return how many tokens two prompts have in common at their beginning."""
+    length = min(len(first), len(second)) // 4
+    differ = np.frombuffer(first, "u4", length) != np.frombuffer(second, "u4", length)
+    return int(differ.argmax()) if differ.any() else length
 
 
 def _alike(lengths: list[int]) -> int:

@@ -1,0 +1,177 @@
+"""Answers as text: prompts of ids in, what the model writes up to a stop out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from plmtune import continuous
+from plmtune.continuous import Answer, Engine, Request, Why
+from plmtune.evaluation.scoring import NotFinite
+from plmtune.generation import check_sampling
+from plmtune.training.estimate import available_memory
+
+if TYPE_CHECKING:
+    from plmtune.data.tokenizers import Tokenizer
+    from plmtune.modules.decoder import Decoder
+
+# Of the memory that is free, what the cache may take; the rest is for reading prompts.
+_SHARE = 0.5
+# Above so many rows a step takes longer in proportion, so that nothing is gained.
+_MOST_ROWS = {"cpu": 32}
+_MOST_ROWS_ELSEWHERE = 256
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be continued.
+
+    Attributes:
+        tokens: ids; where they leave too little room, the first are left out.
+        max_new_tokens: the answer is cut here.
+        until: the answer ends before the first of these texts. A special token's text is one, too.
+        temperature: 0 takes the likeliest token.
+        top_k, top_p: see `plmtune.generation.sample`.
+        seed: decides all draws.
+    """
+
+    tokens: Sequence[int]
+    max_new_tokens: int
+    until: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    @property
+    def sampling(self) -> tuple[float, int | None, float | None]:
+        return self.temperature, self.top_k, self.top_p
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer.
+
+    Attributes:
+        text: without special tokens, cut before the first of `until`; bytes that are no UTF-8 are U+FFFD.
+        tokens: all that was written for it, without the id that ended it.
+        why: one of `until` came, an id that ends texts, or neither.
+    """
+
+    text: str
+    tokens: list[int]
+    why: Why
+
+
+class Writer:
+    """Continue prompts, many at a time.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer; its end of a text ends an answer.
+        batch_size: rows that are written together; None: as many as memory has room for. Halved when it runs out.
+        end_ids: these end an answer, too.
+
+    Attributes:
+        truncated: prompts so far whose beginning was left out.
+    """
+
+    def __init__(
+        self, model: Decoder, tokenizer: Tokenizer, *, batch_size: int | None = None, end_ids: Collection[int] = ()
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.end_ids = frozenset({tokenizer.eos_id, *end_ids})
+        self.truncated = 0
+        self._silent = frozenset(tokenizer.specials.values())
+
+    def write(self, prompts: Sequence[Prompt], known: Collection[int] = ()) -> Iterator[tuple[int, Written]]:
+        """Yield each prompt's index and answer, as they end.
+
+        Args:
+            prompts: of any settings; those of one temperature, top_k and top_p are written together.
+            known: indexes that are left out, though `truncated` counts them.
+
+        Raises:
+            ValueError: for a prompt that cannot be continued.
+            NotFinite: where the model gives NaN.
+        """
+        requests = [self._request(index, prompt) for index, prompt in enumerate(prompts)]
+        self.truncated += sum(
+            len(request.tokens) < len(prompt.tokens) for request, prompt in zip(requests, prompts, strict=True)
+        )
+        return self._write(prompts, [request for index, request in enumerate(requests) if index not in set(known)])
+
+    def _request(self, index: int, prompt: Prompt) -> Request:
+        limit = self.model.max_seq_len
+        if prompt.max_new_tokens >= limit:
+            raise ValueError(
+                f"prompt {index}: max_new_tokens ({prompt.max_new_tokens}) leaves no room for a prompt: it must be "
+                f"below the model's max_seq_len ({limit})"
+            )
+        if not prompt.tokens:
+            raise ValueError(f"prompt {index} is empty: at least one token is needed to start from")
+        check_sampling(*prompt.sampling)
+        until = tuple(text.encode("utf-8", errors="replace") for text in prompt.until if text)
+        tokens = prompt.tokens[-(limit - prompt.max_new_tokens) :]
+        return Request(str(index), tokens, prompt.max_new_tokens, prompt.seed, until)
+
+    def _write(self, prompts: Sequence[Prompt], requests: list[Request]) -> Iterator[tuple[int, Written]]:
+        waiting = {int(request.key): request for request in requests}
+        for sampling in dict.fromkeys(prompts[index].sampling for index in waiting):
+            alike = {index: request for index, request in waiting.items() if prompts[index].sampling == sampling}
+            rows = self.batch_size or self._rows(list(alike.values()))
+            while alike:
+                try:
+                    for answer in self._run(alike.values(), rows, sampling):
+                        index = int(answer.key)
+                        del alike[index]
+                        yield index, self._written(answer, prompts[index].until)
+                except continuous.NotFinite as error:
+                    raise NotFinite(int(error.key)) from error
+                except (RuntimeError, MemoryError) as error:
+                    if rows == 1 or not _out_of_memory(error):
+                        raise
+                    rows //= 2
+                    if self.batch_size is not None:
+                        self.batch_size = rows
+
+    def _run(
+        self, requests: Collection[Request], rows: int, sampling: tuple[float, int | None, float | None]
+    ) -> Iterator[Answer]:
+        temperature, top_k, top_p = sampling
+        engine = Engine(
+            self.model,
+            batch_size=min(rows, len(requests)),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            end_ids=self.end_ids,
+            num_tokens=self.tokenizer.num_tokens,
+            decode_bytes=self.tokenizer.decode_bytes,
+        )
+        for request in requests:
+            engine.submit(request)
+        yield from engine.run()
+
+    def _rows(self, requests: Sequence[Request]) -> int:
+        """Return how many rows the cache has room for, where all are as long as the longest."""
+        device = self.model.head_weight.device
+        longest = max(len(request.tokens) + request.max_new_tokens for request in requests)
+        row = self.model.new_cache(1, 1).nbytes * longest
+        most = _MOST_ROWS.get(device.type, _MOST_ROWS_ELSEWHERE)
+        return max(1, min(most, int(available_memory(device) * _SHARE) // row))
+
+    def _written(self, answer: Answer, until: Sequence[str]) -> Written:
+        text = self.tokenizer.decode([token for token in answer.tokens if token not in self._silent])
+        first = min((at for stop in until if stop and (at := text.find(stop)) >= 0), default=len(text))
+        return Written(text[:first], answer.tokens, answer.why)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: a GPU's has a class of its own, a CPU's only a text."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
