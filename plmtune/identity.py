@@ -17,7 +17,7 @@ from plmtune.errors import UserError
 
 # Keys that may differ on resume: they change where and how a run computes or reports, not what it learns.
 FREE = ("run_dir", "resume", "other_data", "force", "micro_batch_size", "num_workers", "log_every",
-        "runtime", "checkpoint", "guard", "validation", "sample", "logger")  # fmt: skip
+        "runtime", "checkpoint", "guard", "validation", "eval", "sample", "logger")  # fmt: skip
 # Keys that say where the data is. Its fingerprints say what it is, and other_data=true lets it differ.
 DATA = ("data", "preparation")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,9 @@ def _find_origin(cfg: Any) -> tuple[str, str]:
     if cfg.init_from:
         return cfg.init_from, f"starting from {cfg.init_from}"
     for kind in KINDS[cfg.recipe]:
-        for path in sorted(Path("runs").glob(f"*/[0-9]*/{CONFIG}"), key=lambda path: path.parent.name, reverse=True):
-            run = path.parent
-            if read_record(run).get("status") != "finished" or not manifest.steps(run / "checkpoints"):
-                continue
+        for run in finished_runs():
             with contextlib.suppress(UserError):  # a stranger's, a damaged one, or one that needs --import
-                theirs = load_config(path)
+                theirs = load_config(run / CONFIG)
                 if theirs.recipe == kind and _fits(cfg.model, theirs.model):
                     return str(run), f"starting from {run}, the newest finished {kind} run (init_from=DIR for another)"
     wanted = f" with this model ({cfg.model.name})" if cfg.model else ""
@@ -71,6 +69,13 @@ def _find_origin(cfg: Any) -> tuple[str, str]:
         f"{nothing}. Train one first (plmtune run pretrain), or name a run or a model directory with init_from=DIR "
         "(plmtune convert FILE.gguf DIR makes one of a GGUF file)."
     )
+
+
+def finished_runs() -> Iterator[Path]:
+    """The finished runs under runs/ that have a checkpoint, newest first."""
+    for path in sorted(Path("runs").glob(f"*/[0-9]*/{CONFIG}"), key=lambda path: path.parent.name, reverse=True):
+        if read_record(path.parent).get("status") == "finished" and manifest.steps(path.parent / "checkpoints"):
+            yield path.parent
 
 
 def _fits(wanted: Component | None, theirs: Component | None) -> bool:

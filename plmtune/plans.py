@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from plmtune.training.estimate import Estimate, estimate
 from plmtune.training.guard import Guard
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_count
+
+if TYPE_CHECKING:
+    from plmtune.evaluation.during import Evaluations
 
 # What the validation of each recipe measures; pretraining also sparsity/0, sparsity/1, ...
 MEASURED = {
@@ -39,6 +42,7 @@ class Plan:
     tokens_per_step: int
     guard: Guard
     estimate: Estimate
+    evaluations: Evaluations | None  # None: there are no tasks to measure
 
     @property
     def num_steps(self) -> int:
@@ -155,7 +159,22 @@ def plan(cfg: Any, runtime: Runtime, *, dry: bool = False) -> Plan:
             loss_chunk_rows=cfg.loss.settings.get("chunk_rows", 0),
             device=runtime.device,
         ),
+        _evaluations(cfg, tokenizer, runtime),
     )
+
+
+def _evaluations(cfg: Any, tokenizer: Any, runtime: Runtime) -> Evaluations | None:
+    """Find the tasks of `eval.tasks`, before a run begins that would want them after hours."""
+    if not cfg.eval.tasks:
+        return None
+    if runtime.strategy in ("fsdp", "hsdp"):
+        raise UserError(
+            f"key eval.tasks: tasks are measured on whole models, not under {runtime.strategy}: strategy=ddp, or "
+            "plmtune eval afterwards."
+        )
+    from plmtune.evaluation.during import Evaluations  # lm-eval takes seconds to import
+
+    return Evaluations(cfg.eval, tokenizer, template=None if cfg.recipe == "pretrain" else cfg.chat.template)
 
 
 # What the losses of each recipe are of: all tokens, answers of pairs, or pairs compared.

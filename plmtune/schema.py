@@ -51,6 +51,20 @@ class Validation:
 
 
 @dataclass
+class Evaluation:
+    """Tasks of lm-eval to measure while training; every=0 means only at the end."""
+
+    tasks: list[str] = field(default_factory=list)  # empty: none
+    every: int = 0  # steps
+    limit: int = 64  # documents a task; 0: all
+    num_fewshot: int | None = None  # null: each task's own
+    batch_size: int | None = None  # rows that are generated together; null: by memory
+    chat: bool = False  # ask in the chat template
+    data: str | None = None  # a folder or map of local files, as --data of plmtune eval
+    unsafe_code: bool = False  # let tasks run what the model wrote, in a sandbox
+
+
+@dataclass
 class Checkpointing:
     """When to save and how many to keep; every=0 means only at the end, keep=0 keeps all."""
 
@@ -103,6 +117,7 @@ class Pretrain:
     runtime: Runtime = field(default_factory=Runtime)
     preparation: Preparation = field(default_factory=Preparation)
     validation: Validation = field(default_factory=Validation)
+    eval: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
     guard: Guard = field(default_factory=Guard)
     sample: Sample = field(default_factory=Sample)
@@ -156,6 +171,7 @@ class Sft:
     refinement: Refinement = field(default_factory=Refinement)
     runtime: Runtime = field(default_factory=Runtime)
     validation: Validation = field(default_factory=Validation)
+    eval: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
     guard: Guard = field(default_factory=Guard)
     sample: Sample = field(default_factory=Sample)
@@ -217,6 +233,7 @@ class Preference:
     selection: Selection = field(default_factory=Selection)
     runtime: Runtime = field(default_factory=Runtime)
     validation: Validation = field(default_factory=Validation)
+    eval: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
     guard: Guard = field(default_factory=Guard)
     sample: Sample = field(default_factory=Sample)

@@ -147,10 +147,8 @@ class Preference:
         if self.whole:
             self.checkpoints.restore(self.whole, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
             self.whole = None
-        if self.step == last:
-            return self.score
         launch.warm_up(self.runtime, self._trial)
-        return loop.train(self, watch, last)
+        return loop.train(self, watch, last, value=self.score)
 
     def _find_reference(self, fresh: bool, watch: Watch) -> Tensor:
         """Log-probabilities of every answer under this stage's reference, [comparisons, 2]; zeros without one.

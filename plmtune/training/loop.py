@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from plmtune.errors import UserError
+from plmtune.plans import Plan
 from plmtune.training import guard
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.guard import Guard
@@ -31,6 +32,7 @@ class Recipe(Protocol):
     """What the loop asks of a recipe. `step` counts the whole run; `first` is the step before the data's first."""
 
     cfg: Any
+    plan: Plan
     runtime: Runtime
     run: RunDirectory
     model: Any
@@ -53,10 +55,20 @@ class Recipe(Protocol):
     def save_checkpoint(self, metrics: dict[str, float], *, wait: bool) -> None: ...
 
 
-def train(recipe: Recipe, watch: Watch, last: int, score: str = "validation_loss") -> float | None:
-    """Take steps up to `last`, with what belongs between them; the latest value of `score`, or None if stopped."""
-    cfg, checkpoints, value = recipe.cfg, recipe.checkpoints, float("nan")
+def train(
+    recipe: Recipe, watch: Watch, last: int, score: str = "validation_loss", value: float = float("nan")
+) -> float | None:
+    """Take steps up to `last`, with what belongs between them.
+
+    Returns:
+        The latest value of `score`, `value` if there is none, or None if stopped.
+    """
+    cfg, checkpoints = recipe.cfg, recipe.checkpoints
     noted = checkpoints.saved
+    # A run that was stopped while it measured its tasks goes on with them.
+    evaluations = recipe.plan.evaluations
+    if evaluations and not evaluations.is_done(recipe.run.path, recipe.step) and not _evaluate(recipe, watch, last):
+        return None
     for index, batches in recipe.data.iterate(recipe.step - recipe.first):
         entry = recipe.update(index, batches)
         recipe.step = recipe.first + index + 1
@@ -71,6 +83,7 @@ def train(recipe: Recipe, watch: Watch, last: int, score: str = "validation_loss
             if measured:
                 value = measured.get(score, value)
                 watch.log(recipe.step, measured)
+        scored = _evaluate(recipe, watch, last)
         stop = watch.should_stop()
         if ended or stop or (cfg.checkpoint.every and recipe.step % cfg.checkpoint.every == 0):
             with watch.paused():
@@ -82,7 +95,7 @@ def train(recipe: Recipe, watch: Watch, last: int, score: str = "validation_loss
             recipe.run.note(saved=noted)  # should the checkpoints be gone one day, a resume can tell
         if watch.failure:
             raise UserError(watch.failure)
-        if stop and not ended:
+        if stop and not (ended and scored):
             watch.message(f"stopped after step {recipe.step}; go on with: plmtune resume {recipe.run.path}")
             return None
     return value
@@ -117,6 +130,20 @@ def update(recipe: Recipe, batches: Sequence[Any], count: float, loss: Callable[
     if not accepted:
         values["skipped"] = recipe.guard.skipped
     return {**values, "lr": lr}
+
+
+def _evaluate(recipe: Recipe, watch: Watch, last: int) -> bool:
+    """Measure the tasks of `eval.tasks` where they are due and not yet measured; False if asked to stop meanwhile."""
+    evaluations, step, every = recipe.plan.evaluations, recipe.step, recipe.cfg.eval.every
+    if evaluations is None or not (step == last or (every and step and step % every == 0)):
+        return True
+    with watch.paused():
+        measured = evaluations.measure(
+            recipe.model, recipe.runtime, recipe.run.path, step, watch.working, watch.should_stop
+        )
+    if measured:
+        watch.log(step, measured)
+    return measured is not None
 
 
 def _pass_over(recipe: Recipe, watch: Watch, index: int) -> None:

@@ -1,0 +1,217 @@
+"""``plmtune eval``: how good checkpoints are, by the tasks of lm-eval."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from plmtune.cli.options import device_option, find_device
+from plmtune.errors import UserError
+
+if TYPE_CHECKING:
+    from plmtune.evaluation.run import Progress
+    from plmtune.evaluation.tasks import Tasks
+
+_EVERY = 10.0  # seconds between lines where stderr is no terminal
+
+
+@click.command("eval")
+@click.argument("checkpoints", nargs=-1, metavar="[CHECKPOINT]...")
+@click.option("--tasks", "names", metavar="A,B", help="Tasks, groups or tags of lm-eval; * is a wildcard.")
+@click.option("--suite", metavar="NAME", help="quick: minutes on a laptop; plm: the thirteen of PLM's paper.")
+@click.option("--list", "listing", is_flag=True, help="Show suites and tasks; with words, those that contain them.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Documents a task; default: all.")
+@click.option("--num-fewshot", type=click.IntRange(0), metavar="K", help="Examples before each question.")
+@click.option("--batch-size", default="auto", show_default=True, metavar="N", help="Answers written at once, or auto.")
+@click.option("--chat", is_flag=True, help="Ask in the model's chat template.")
+@click.option("--chat-template", metavar="NAME", help="chatml, llama3, plain, or a Jinja file; with --chat.")
+@click.option("--system", metavar="TEXT", help="What the model is told first; with --chat.")
+@click.option("--data", type=click.Path(path_type=Path), help="Local files in place of the hub's: a folder or a map.")
+@click.option("--include", type=click.Path(path_type=Path), help="A folder with tasks of your own (YAML, Python).")
+@click.option("--unsafe-code", is_flag=True, help="Let tasks run what the model wrote, in a sandbox.")
+@click.option("--no-sandbox", is_flag=True, help="Run it without the sandbox: at your own risk.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("evaluations"), show_default=True)
+@click.option("--all", "members", is_flag=True, help="Show the members of groups, too.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Compute in this; default: as the file has it.")
+@device_option
+def evaluate(
+    checkpoints: tuple[str, ...],
+    names: str | None,
+    suite: str | None,
+    listing: bool,
+    limit: int | None,
+    num_fewshot: int | None,
+    batch_size: str,
+    chat: bool,
+    chat_template: str | None,
+    system: str | None,
+    data: Path | None,
+    include: Path | None,
+    unsafe_code: bool,
+    no_sandbox: bool,
+    out: Path,
+    members: bool,
+    dtype: str | None,
+    device: str | None,
+) -> None:
+    """Measure checkpoints, model directories or runs; without one, the newest finished run under runs/.
+
+    The results go to a JSON file in --out, a table to stdout. What is interrupted goes on where it was when the same
+    command is given again.
+
+    \b
+    plmtune eval --tasks gsm8k,humaneval
+    plmtune eval runs/sft/latest OTHER --suite quick --limit 100
+    plmtune eval --list mmlu
+    """
+    from plmtune.evaluation.local_data import LocalData
+    from plmtune.evaluation.tasks import SUITES, Tasks
+
+    tasks = Tasks(include=include, data=LocalData.open(data) if data else None)
+    if listing:
+        _list(tasks, checkpoints)
+        return
+    for option, value in (("--chat-template", chat_template), ("--system", system)):
+        if value is not None and not chat:
+            raise UserError(f"{option} says how a question is put as a message. Add --chat.")
+    rows = _batch_size(batch_size)
+    wanted = tasks.resolve(_names(names, suite, SUITES))
+    if needing := [name for name in wanted if tasks.needs_code(name)]:
+        _allow_code(tasks, needing, allowed=unsafe_code, sandboxed=not no_sandbox)
+
+    import torch
+    from rich.console import Console
+
+    from plmtune.evaluation import results
+    from plmtune.evaluation.run import Settings, evaluate_checkpoint, load_tasks
+    from plmtune.models.files import checkpoint_directory
+
+    where = find_device(device)
+    paths = [Path(path) for path in checkpoints] or [_newest()]
+    for path in paths:
+        checkpoint_directory(path)  # before the tasks, which may take a while
+    settings = Settings(limit, num_fewshot, rows, chat, chat_template, system)
+    loaded, failed = load_tasks(tasks, wanted, settings, _tell)
+    measured = []
+    for path in paths if loaded else []:
+        try:
+            with _showing(str(path)) as progress:
+                result, file = evaluate_checkpoint(
+                    path,
+                    tasks,
+                    loaded,
+                    settings,
+                    out=out,
+                    failed=failed,
+                    device=where,
+                    dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype] if dtype else None,
+                    progress=progress,
+                    tell=_tell,
+                )
+        except KeyboardInterrupt:
+            _tell("interrupted; the same command goes on where this one was")
+            raise
+        measured.append(result)
+        _tell(f"result: {file}")
+    if measured:
+        Console(width=None if sys.stdout.isatty() else 160).print(results.table(measured, all_tasks=members))
+    missing = sorted({name for result in measured for name in result["failed"]} | set(failed))
+    if missing:
+        raise UserError(f"not measured, for the reasons above: {', '.join(missing)}.")
+
+
+def _names(names: str | None, suite: str | None, suites: dict[str, tuple[str, ...]]) -> list[str]:
+    if suite is not None and suite not in suites:
+        raise UserError(f"--suite {suite}: there is none. Known: {', '.join(sorted(suites))}.")
+    wanted = [*(suites[suite] if suite else ()), *(name.strip() for name in (names or "").split(",") if name.strip())]
+    if not wanted:
+        raise UserError("Name what to measure: --tasks gsm8k,arc_easy, or --suite quick. All: plmtune eval --list")
+    return list(dict.fromkeys(wanted))
+
+
+def _batch_size(given: str) -> int | None:
+    if given == "auto":
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise UserError(f"--batch-size {given}: give auto, or how many answers are written at once.")
+    return int(given)
+
+
+def _newest() -> Path:
+    from plmtune.origins import finished_runs
+
+    newest = next(finished_runs(), None)
+    if newest is None:
+        raise UserError(
+            "There is no finished run under runs/ (seen from here). Name a checkpoint, a model directory or a run: "
+            "plmtune eval CHECKPOINT --tasks ..."
+        )
+    _tell(f"evaluating {newest}, the newest finished run (plmtune eval CHECKPOINT for another)")
+    return newest
+
+
+def _allow_code(tasks: Tasks, names: Sequence[str], *, allowed: bool, sandboxed: bool) -> None:
+    """Ask once whether code that the model writes may run."""
+    from plmtune.evaluation.code_eval import CodeRunner, missing, protection
+
+    who = f"{', '.join(names)} run{'s' if len(names) == 1 else ''} code that the model writes"
+    runner = CodeRunner("namespaces" if sandboxed else "limits")
+    if sandboxed and (lacking := missing()):
+        raise UserError(
+            f"{who}, and there is no sandbox on this machine: {lacking}. Leave it out; or, if you would run by hand "
+            "whatever the model writes, add --no-sandbox."
+        )
+    if not allowed:
+        _tell(f"{who}. What protects this machine:\n{protection(runner.isolation)}")
+        if not sys.stdin.isatty():
+            raise UserError(f"{who}: add --unsafe-code to let it.")
+        if not click.confirm("Run it?", err=True):
+            raise UserError("not run. Leave these tasks out of --tasks.")
+    tasks.code = runner
+
+
+def _list(tasks: Tasks, words: Sequence[str]) -> None:
+    from plmtune.evaluation.tasks import SUITES
+
+    for name, members in SUITES.items():
+        if not words or any(word in name for word in words):
+            click.echo(f"suite {name}: {', '.join(members)}")
+    found = [entry for entry in tasks.listing() if not words or any(word in entry.name for word in words)]
+    if not found:
+        raise UserError(f"No task has {' or '.join(words)} in its name. All of them: plmtune eval --list")
+    for entry in found:
+        click.echo(f"{entry.name}\t{entry.kind}\t{entry.output}\t{entry.source}")
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _showing(what: str) -> Iterator[Progress]:
+    """How far an evaluation is: on a terminal in place, else a line now and then."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        said = time.monotonic()
+
+        def say(kind: str, done: int, total: int) -> None:
+            nonlocal said
+            if time.monotonic() - said >= _EVERY or done == total:
+                said = time.monotonic()
+                _tell(f"{what}: {done:,}/{total:,} {kind}")
+
+        yield say
+        return
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=30), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task(what)
+        yield lambda kind, done, total: shown.update(task, description=kind, completed=done, total=total)

@@ -1,0 +1,158 @@
+"""Tasks that are measured while a model is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from plmtune.data.tokenizers import Tokenizer
+from plmtune.errors import UserError
+from plmtune.evaluation import results, run
+from plmtune.evaluation.code_eval import CodeRunner
+from plmtune.evaluation.language_model import LanguageModel
+from plmtune.evaluation.local_data import LocalData
+from plmtune.evaluation.result_cache import ResultCache
+from plmtune.evaluation.tasks import Tasks
+from plmtune.modules.decoder import Decoder
+from plmtune.schema import Evaluation
+from plmtune.training import distributed
+from plmtune.training.determinism import everything_put_back
+from plmtune.training.reference import model_digest
+from plmtune.training.runtime import Runtime
+
+FOLDER = "evaluations"  # of a run directory: a result a step
+
+
+class _Stopped(Exception):
+    """Asked to stop."""
+
+
+class Evaluations:
+    """The tasks of `eval.tasks`, found before the training begins.
+
+    Args:
+        cfg: the config's `eval`.
+        template: how a conversation is put, with `eval.chat`.
+
+    Raises:
+        UserError: for tasks that there are not, or whose data cannot be had.
+    """
+
+    def __init__(self, cfg: Evaluation, tokenizer: Tokenizer | None, *, template: str | None = None) -> None:
+        for key, least in (("every", 0), ("limit", 0), ("num_fewshot", 0), ("batch_size", 1)):
+            value = getattr(cfg, key)
+            if value is not None and value < least:
+                raise UserError(f"key eval.{key}: must be at least {least}, not {value}.")
+        self.tokenizer = tokenizer
+        self.settings = run.Settings(
+            limit=cfg.limit or None,
+            num_fewshot=cfg.num_fewshot,
+            batch_size=cfg.batch_size,
+            chat=cfg.chat,
+            chat_template=template,
+        )
+        # In a dry run the tokenizer may not be at hand.
+        self.template = (
+            run.chat_template(tokenizer, self.settings, "key eval.chat: the tokenizer") if tokenizer else None
+        )
+        self.tasks = Tasks(
+            data=LocalData.open(Path(cfg.data)) if cfg.data else None,
+            code=CodeRunner("namespaces") if cfg.unsafe_code else None,
+        )
+        try:
+            self.loaded = {
+                name: self.tasks.load(name, num_fewshot=cfg.num_fewshot) for name in self.tasks.resolve(cfg.tasks)
+            }
+        except UserError as error:
+            raise UserError(f"key eval.tasks: {error}") from error
+
+    def measure(
+        self,
+        model: Decoder,
+        runtime: Runtime,
+        directory: Path,
+        step: int,
+        working: Callable[[str], None],
+        stop: Callable[[], bool],
+    ) -> dict[str, float] | None:
+        """Measure a model as it stands; every rank must call it.
+
+        Args:
+            directory: the run's; it gets the result, and meanwhile what an interrupted evaluation goes on from.
+            working: shows how far it is.
+            stop: whether to stop; asked for where there is one process.
+
+        Returns:
+            ``eval/TASK/METRIC``: value, the same on every rank; None when asked to stop.
+        """
+        file = _file(directory, step)
+        pending = directory / FOLDER / "pending" / f"rank{runtime.rank}.sqlite"
+
+        def progress(kind: str, done: int, total: int) -> None:
+            working(f"evaluating: {done:,}/{total:,} {kind}")
+            if runtime.world_size == 1 and stop():
+                raise _Stopped
+
+        # Of weights in bf16 and of fp32 computed in bf16 the numbers differ.
+        digest = f"{model_digest(model)} {runtime.compute_dtype}"
+        if known := distributed.told_by_rank_0(lambda: self._known(file, digest)):
+            return dict(known)
+        assert self.tokenizer is not None
+        training = model.training
+        model.eval()
+        # lm-eval seeds the generators that training draws from.
+        with everything_put_back(runtime.device), runtime.autocast():
+            try:
+                with ResultCache(pending) as cache:
+                    lm = LanguageModel(
+                        model,
+                        self.tokenizer,
+                        batch_size=self.settings.batch_size,
+                        template=self.template,
+                        cache=cache,
+                        digest=digest,
+                        progress=progress,
+                    )
+                    about = {**run.about(directory.name, directory, model, digest), "step": step, "run": str(directory)}
+                    result = run.evaluate(
+                        lm, self.tasks, self.loaded, self.settings, about=about, failed={}, file=file, tell=working
+                    )
+            except _Stopped:
+                return None
+            finally:
+                model.train(training)
+        for old in pending.parent.glob(f"{pending.name}*"):
+            old.unlink()
+        values: dict[str, float] = distributed.told_by_rank_0(lambda: _values(result))
+        return values
+
+    def is_done(self, directory: Path, step: int) -> bool:
+        """Whether the run has a whole result of this step."""
+        done: bool = distributed.told_by_rank_0(lambda: bool(self._known(_file(directory, step))))
+        return done
+
+    def _known(self, file: Path, digest: str | None = None) -> dict[str, float]:
+        """The values of a whole result of these tasks; empty if there is none, or one of another model."""
+        if not file.is_file():
+            return {}
+        try:
+            result = results.load(file)
+        except UserError:  # damaged: it is made again
+            return {}
+        alike = result["status"] == "complete" and result["settings"] == run.described(self.settings, self.loaded)
+        return _values(result) if alike and digest in (None, result["model"]["digest"]) else {}
+
+
+def _file(directory: Path, step: int) -> Path:
+    return directory / FOLDER / f"step-{step:08d}.json"
+
+
+def _values(result: dict[str, Any]) -> dict[str, float]:
+    """What is logged: of a group its own numbers, not those of each of its tasks."""
+    values = {}
+    for line in results.lines([result]):
+        found = results.score(result, line)
+        if found is not None and found.value is not None:
+            values[f"eval/{line.task}/{line.metric.removesuffix(',none')}"] = found.value
+    return values

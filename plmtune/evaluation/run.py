@@ -1,0 +1,295 @@
+"""What ``plmtune eval`` does: tasks over a checkpoint, with a result file that is written after each of them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+from plmtune.data.chat_template import ChatTemplate, find_template
+from plmtune.data.tokenizers import Tokenizer
+from plmtune.errors import UserError
+from plmtune.evaluation import results
+from plmtune.evaluation.language_model import LanguageModel
+from plmtune.evaluation.result_cache import ResultCache
+from plmtune.evaluation.tasks import Tasks, quiet
+from plmtune.models.adapters import load_its_tokenizer, load_model
+from plmtune.models.files import checkpoint_directory
+from plmtune.provenance import git_state, now
+from plmtune.training.reference import model_digest
+from plmtune.training.runtime import seed_everything
+
+if TYPE_CHECKING:
+    from plmtune.modules.decoder import Decoder
+
+# Draws of the bootstrap where a metric has no formula for its standard error; lm-eval's 100,000 take minutes.
+_BOOTSTRAP = 1000
+
+Progress = Callable[[str, int, int], None]  # what is done, how many, of how many
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        limit: documents a task; None: all.
+        num_fewshot: examples before each question; None: the task's own number.
+        batch_size: rows that are generated together; None: by memory.
+        chat: put questions as messages, in the model's chat template.
+        chat_template: another than the tokenizer's own.
+        system: what the model is told first, in a chat.
+    """
+
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int | None = None
+    chat: bool = False
+    chat_template: str | None = None
+    system: str | None = None
+
+
+def described(settings: Settings, names: Iterable[str]) -> dict[str, Any]:
+    """What a result says of how it was made."""
+    return {"tasks": list(names), **asdict(settings)}
+
+
+def load_tasks(
+    tasks: Tasks, names: Sequence[str], settings: Settings, tell: Tell
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Build each task with its data.
+
+    Returns:
+        What `simple_evaluate` takes, by name, and why the others cannot be had.
+    """
+    loaded, failed = {}, {}
+    for name in names:
+        try:
+            loaded[name] = tasks.load(name, num_fewshot=settings.num_fewshot)
+        except UserError as error:
+            failed[name] = str(error)
+            tell(f"{name}: {error}")
+    return loaded, failed
+
+
+def evaluate_checkpoint(
+    path: Path,
+    tasks: Tasks,
+    loaded: Mapping[str, Any],
+    settings: Settings,
+    *,
+    out: Path,
+    failed: Mapping[str, str],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    progress: Progress,
+    tell: Tell,
+) -> tuple[dict[str, Any], Path]:
+    """Measure a checkpoint; the result so far is on the disk after each task.
+
+    Args:
+        path: a checkpoint, a model directory or a run.
+        loaded: what `load_tasks` returned.
+        out: the folder of results, and of the cache that an interrupted evaluation goes on from.
+        failed: tasks that cannot be measured, and why; kept in the result.
+
+    Returns:
+        The result (see `plmtune.evaluation.results`), and its file.
+
+    Raises:
+        UserError: if there is no such checkpoint, or no chat template where one is wanted.
+    """
+    directory = checkpoint_directory(path)
+    tokenizer = load_its_tokenizer(directory)
+    template = chat_template(tokenizer, settings, directory)
+    model = load_model(directory, device, dtype).eval()
+    if tokenizer.num_tokens > model.vocab_size:
+        raise UserError(
+            f"{directory}: its tokenizer has {tokenizer.num_tokens:,} tokens, its model rows for "
+            f"{model.vocab_size:,}. They are not of one model."
+        )
+    digest = model_digest(model)
+    name = _name(path, directory)
+    file = out / f"{name}-{datetime.now():%Y%m%d-%H%M%S}.json"
+    out.mkdir(parents=True, exist_ok=True)
+    with ResultCache(out / "cache" / f"{digest[:16]}.sqlite") as cache:
+        lm = LanguageModel(
+            model,
+            tokenizer,
+            batch_size=settings.batch_size,
+            template=template,
+            cache=cache,
+            digest=digest,
+            progress=progress,
+        )
+        told = about(name, path, model, digest)
+        if step := re.fullmatch(r"step-(\d+)", directory.name):
+            told["step"] = int(step[1])
+        told["run"] = str(_run_of(directory) or "") or None
+        result = evaluate(lm, tasks, loaded, settings, about=told, failed=failed, file=file, tell=tell)
+    return result, file
+
+
+def evaluate(
+    lm: LanguageModel,
+    tasks: Tasks,
+    loaded: Mapping[str, Any],
+    settings: Settings,
+    *,
+    about: Mapping[str, Any],
+    failed: Mapping[str, str],
+    file: Path,
+    tell: Tell,
+) -> dict[str, Any]:
+    """Measure one task after the other, and write the result after each."""
+    result: dict[str, Any] = {
+        "format": results.FORMAT,
+        "version": results.VERSION,
+        "status": "partial",
+        "model": dict(about),
+        "settings": described(settings, [*loaded, *failed]),
+        "environment": results.environment(lm.device, lm.model.head_weight.dtype),
+        "git": git_state(),
+        "started": now(),
+        "seconds": 0.0,
+        "tasks": {},
+        "groups": {},
+        "failed": dict(failed),
+        "samples": {},
+    }
+    began = time.perf_counter()
+    for name, task in loaded.items():
+        start, cut = time.perf_counter(), lm.num_truncated
+        try:
+            measured = measure(lm, tasks, task, settings)
+        except UserError as error:
+            result["failed"][name] = str(error)
+            tell(f"{name}: {error}")
+            measured = {}, {}, {}
+        seconds, truncated = time.perf_counter() - start, lm.num_truncated - cut
+        if truncated:
+            tell(f"{name}: {truncated:,} requests were longer than the model's context and lost their beginning")
+        for inner, entry in measured[0].items():
+            entry |= {"data": _data(tasks, inner), "seconds": round(seconds, 2), "truncated": truncated}
+        for key, part in zip(("tasks", "groups", "samples"), measured, strict=True):
+            result[key] |= part
+        result["seconds"] = round(time.perf_counter() - began, 2)
+        result["status"] = "complete" if name == list(loaded)[-1] else "partial"
+        if lm.rank == 0:
+            results.save(result, file)
+    return result
+
+
+def measure(
+    lm: LanguageModel, tasks: Tasks, task: Any, settings: Settings
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Let lm-eval run a task (a group, a tag) over the model.
+
+    Returns:
+        Tasks, groups and samples as `results.collect` gives them; nothing on ranks but the first.
+    """
+    from lm_eval.evaluator import evaluate as evaluate_loaded
+
+    loaded = tasks.manager.load(list(task) if isinstance(task, list) else [task])
+    # What lm-eval's `simple_evaluate` does before and after this takes 10 seconds of looking at the machine.
+    for each in loaded["tasks"].values():
+        own = each.get_config("num_fewshot")
+        if settings.num_fewshot is not None and own != 0:  # 0: the task is made for none
+            each.set_config("num_fewshot", settings.num_fewshot)
+        elif own is None:
+            each.set_config("num_fewshot", 0)
+        each.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    seed_everything(DEFAULT_OTHER_SEED)
+    random.seed(DEFAULT_RANDOM_SEED)
+    # It prints when it draws for a standard error, and would fork this process, model and all, to do so.
+    with quiet(), contextlib.redirect_stdout(io.StringIO()), _environment(DISABLE_MULTIPROC="1"):
+        raw = evaluate_loaded(
+            lm,
+            loaded,
+            limit=settings.limit,
+            bootstrap_iters=_BOOTSTRAP,
+            system_instruction=settings.system,
+            apply_chat_template=settings.chat,
+            fewshot_as_multiturn=True,
+            confirm_run_unsafe_code=True,  # who may run code was asked before the task was loaded
+        )
+    return results.collect(raw) if raw else ({}, {}, {})
+
+
+def chat_template(tokenizer: Tokenizer, settings: Settings, where: Path | str) -> ChatTemplate | None:
+    """The template that questions are put in; None: they are plain text.
+
+    Args:
+        where: whose tokenizer it is.
+
+    Raises:
+        UserError: if one is wanted, and there is none.
+    """
+    if not settings.chat:
+        return None
+    if settings.chat_template is None and tokenizer.chat_template is None:
+        raise UserError(
+            f"{where} has no chat template. Name the one it was trained with (--chat-template chatml), or leave "
+            "--chat out."
+        )
+    return find_template(settings.chat_template, tokenizer)
+
+
+def about(name: str, path: Path, model: Decoder, digest: str) -> dict[str, Any]:
+    """What a result says of its model; step and run are for the caller."""
+    return {
+        "name": name,
+        "path": str(path),
+        "digest": digest,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.head_weight.dtype).removeprefix("torch."),
+        "step": None,
+        "run": None,
+    }
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    held = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in held.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _data(tasks: Tasks, name: str) -> str:
+    """Where a task's documents came from."""
+    if tasks.data is None or not (files := tasks.data.describe(name)):
+        return "hub"
+    return f"{files} ({tasks.data.fingerprint(name)})"
+
+
+def _run_of(directory: Path) -> Path | None:
+    """The run that a checkpoint belongs to."""
+    run = directory.absolute().parent.parent
+    return run if directory.parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
+
+
+def _name(path: Path, directory: Path) -> str:
+    """What a checkpoint is called in tables and file names: pretrain-20261121-101500-step-500, or its folder."""
+    run = _run_of(directory)
+    if run is None:
+        return directory.resolve().name or "model"
+    return f"{run.parent.name}-{run.name}-step{int(directory.name.removeprefix('step-'))}"
