@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.schema import Evaluation
 from plmtune.training import distributed
 from plmtune.training.determinism import everything_put_back
+from plmtune.training.progress import Watch
 from plmtune.training.reference import model_digest
 from plmtune.training.runtime import Runtime
 
@@ -73,15 +74,13 @@ class Evaluations:
         runtime: Runtime,
         directory: Path,
         step: int,
-        working: Callable[[str], None],
-        stop: Callable[[], bool],
+        watch: Watch,
     ) -> dict[str, float] | None:
         """Measure a model as it stands; every rank must call it.
 
         Args:
             directory: the run's; it gets the result, and meanwhile what an interrupted evaluation goes on from.
-            working: shows how far it is.
-            stop: whether to stop; asked for where there is one process.
+            watch: shows how far it is; asked whether to stop where there is one process.
 
         Returns:
             ``eval/TASK/METRIC``: value, the same on every rank; None when asked to stop.
@@ -90,8 +89,8 @@ class Evaluations:
         pending = directory / FOLDER / "pending" / f"rank{runtime.rank}.sqlite"
 
         def progress(kind: str, done: int, total: int) -> None:
-            working(f"evaluating: {done:,}/{total:,} {kind}")
-            if runtime.world_size == 1 and stop():
+            watch.working(f"evaluating: {done:,}/{total:,} {kind}")
+            if runtime.world_size == 1 and watch.should_stop():
                 raise _Stopped
 
         # Of weights in bf16 and of fp32 computed in bf16 the numbers differ.
@@ -116,7 +115,14 @@ class Evaluations:
                     )
                     about = {**run.about(directory.name, directory, model, digest), "step": step, "run": str(directory)}
                     result = run.evaluate(
-                        lm, self.tasks, self.loaded, self.settings, about=about, failed={}, file=file, tell=working
+                        lm,
+                        self.tasks,
+                        self.loaded,
+                        self.settings,
+                        about=about,
+                        failed={},
+                        file=file,
+                        tell=watch.message,
                     )
             except _Stopped:
                 return None
@@ -124,6 +130,8 @@ class Evaluations:
                 model.train(training)
         for old in pending.parent.glob(f"{pending.name}*"):
             old.unlink()
+        with contextlib.suppress(OSError):  # other ranks are not done
+            pending.parent.rmdir()
         values: dict[str, float] = distributed.told_by_rank_0(lambda: _values(result))
         return values
 

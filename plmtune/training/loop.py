@@ -138,9 +138,7 @@ def _evaluate(recipe: Recipe, watch: Watch, last: int) -> bool:
     if evaluations is None or not (step == last or (every and step and step % every == 0)):
         return True
     with watch.paused():
-        measured = evaluations.measure(
-            recipe.model, recipe.runtime, recipe.run.path, step, watch.working, watch.should_stop
-        )
+        measured = evaluations.measure(recipe.model, recipe.runtime, recipe.run.path, step, watch)
     if measured:
         watch.log(step, measured)
     return measured is not None

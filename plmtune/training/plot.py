@@ -13,6 +13,7 @@ from plmtune.training import metrics
 
 # Colours that colour-blind readers tell apart (Okabe and Ito).
 _TRAIN, _VALIDATION, _RATE = "#0072B2", "#D55E00", "#009E73"
+_SHARES = (_TRAIN, _VALIDATION, _RATE, "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 # What two answers were given, in the metrics of preference training, and how it is drawn.
 _CONTEXTS = {"": ("direct", _TRAIN), "given_rejected/": ("given the worse", "#CC79A7"),
              "given_chosen/": ("given the better", _RATE)}  # fmt: skip
@@ -41,7 +42,8 @@ def draw_curves(source: Path, target: Path) -> None:
     layers = sparsity_layers(validations)
     rounds = [e for e in entries if e.get("direct") is not None]
     compared = any("accuracy" in e for e in training)
-    heights = [3.2, 1.0] + [1.0] * bool(layers) + [1.6] * compared + [1.6] * bool(rounds)
+    tasks = [e for e in entries if any(key.startswith("eval/") for key in e)]
+    heights = [3.2, 1.0] + [1.0] * bool(layers) + [1.6] * compared + [1.6] * bool(rounds) + [1.6] * bool(tasks)
     figure = Figure(figsize=(9, 1.1 + 1.15 * sum(heights)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
@@ -60,11 +62,13 @@ def draw_curves(source: Path, target: Path) -> None:
         _draw_accuracy(further.pop(0), training, validations, axis)
     if rounds:
         _draw_rewards(further.pop(0), rounds)
+    if tasks:
+        _draw_tasks(further.pop(0), tasks, axis)
     for panel in panels[:2]:
         panel.grid(alpha=0.25, linewidth=0.6)
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlim(0, max(axis(e) for e in (*training, *validations)))
+    panels[-1].set_xlim(0, max(axis(e) for e in (*training, *validations, *tasks)))
     panels[-1].set_xlabel(unit)
 
     try:
@@ -161,6 +165,23 @@ def _draw_rewards(panel: Any, rounds: Sequence[Any]) -> None:
         panel.plot(x, [e[key] for e in rounds], color=colour, marker="o", markersize=4, label=label)
     panel.set_ylabel("reward\nafter rounds")
     panel.legend(frameon=False, fontsize=8, ncols=2)
+    panel.grid(alpha=0.25, linewidth=0.6)
+
+
+def _draw_tasks(panel: Any, entries: Sequence[dict[str, Any]], axis: Any) -> None:
+    """What tasks measured that lies between 0 and 1, the first eight of them; perplexities are in metrics.jsonl."""
+    names = dict.fromkeys(key for e in entries for key in e if key.startswith("eval/"))
+    shares = [name for name in names if all(0 <= e[name] <= 1 for e in entries if name in e)]
+    for name, colour in zip(shares, _SHARES, strict=False):
+        there = [e for e in entries if name in e]
+        label = name.removeprefix("eval/").replace("/", " ")
+        panel.plot(
+            [axis(e) for e in there], [e[name] for e in there], color=colour, marker="o", markersize=4, label=label
+        )
+    panel.set_ylabel("tasks")
+    panel.margins(y=0.15)
+    if shares:
+        panel.legend(frameon=False, fontsize=8, ncols=2)
     panel.grid(alpha=0.25, linewidth=0.6)
 
 

@@ -207,6 +207,7 @@ class Watch:
     def _show(self, step: int, entry: Mapping[str, Any]) -> None:
         if "loss" not in entry:
             shown = [f"{k} {entry[k]:.4f}" for k in ("validation_loss", "bits_per_byte") if entry.get(k) is not None]
+            shown += [f"{k.removeprefix('eval/')} {v:.4f}" for k, v in entry.items() if k.startswith("eval/")]
             if shown:
                 self.message(f"step {step}: {' · '.join(shown)}")
             return
