@@ -8,8 +8,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,9 @@ import yaml
 from plmtune.atomic import replacing
 from plmtune.errors import UserError
 from plmtune.evaluation import results as result_files
-from plmtune.models import adapters, files, hf
-from plmtune.models.hf import SCORE
-from plmtune.training import metrics
+from plmtune.evaluation.model_facts import Run, Weights, base_of, family_of, read_run, read_weights
+from plmtune.models import adapters, files
 from plmtune.training.plot import draw_curves, sparsity_layers
-from plmtune.training.run_directory import CONFIG, config_is_vouched_for, read_record
 from plmtune.units import show_bytes, show_count
 
 CURVES = "curves.png"
@@ -34,31 +30,6 @@ _MEASURED = {
     "validation/margin": "margin of rewards on held-out pairs",
 }
 _ROUND = {"direct": "reward of direct answers after the rounds", "refined": "reward of refined answers after them"}
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """What the headers of a directory's weight files say."""
-
-    parameters: int
-    dtypes: list[str]
-    bytes: int
-    is_reward_model: bool
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What a run left behind, as far as the checkpoint: `entries` are the lines of metrics.jsonl up to `step`."""
-
-    path: Path
-    config: dict[str, Any]
-    record: dict[str, Any]
-    entries: list[dict[str, Any]]
-    step: int | None
-    last_step: int | None
-
-    def latest(self, key: str) -> Any:
-        return next((entry[key] for entry in reversed(self.entries) if entry.get(key) is not None), None)
 
 
 def write_card(
@@ -81,8 +52,8 @@ def write_card(
     path = path or checkpoint / "README.md"
     if (path.exists() or path.is_symlink()) and not overwrite:
         raise UserError(f"{path} is there already. Name another file with --out, or give --overwrite.")
-    run = _read_run(directory)
-    weights = _weights(directory)
+    run = read_run(directory)
+    weights = read_weights(directory)
     step = run.step if run else None
     found = [dict(result) for result in results] or (_own_results(run) if run else [])
     for result in found:
@@ -110,44 +81,9 @@ def write_card(
     return path
 
 
-def _read_run(directory: Path) -> _Run | None:
-    """The run that a checkpoint belongs to, if any."""
-    directory = directory.resolve()  # runs/NAME/latest is a link to a run
-    path = directory.parent.parent
-    step = re.fullmatch(r"step-(\d+)", directory.name)
-    if directory.parent.name != "checkpoints" or not step or not (path / CONFIG).is_file():
-        return None
-    config_is_vouched_for(path)
-    try:
-        config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
-        entries = metrics.read(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: its {CONFIG} or metrics.jsonl cannot be read ({error}).") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path / CONFIG} is damaged: it holds no keys.")
-    number = int(step[1])
-    before = [entry for entry in entries if entry["step"] <= number]
-    last = max((entry["step"] for entry in entries), default=None)
-    return _Run(path, config, read_record(path), before, number, last)
-
-
-def _weights(directory: Path) -> _Weights:
-    held = adapters.holds_adapters(directory)
-    locations = files.locate(directory, adapters.ADAPTERS if held else "model")
-    parameters, dtypes = 0, set()
-    for path in set(locations.values()):
-        with files.opened_weights(path) as opened:
-            for tensor in opened.keys():  # noqa: SIM118 - no dict
-                header = opened.get_slice(tensor)
-                parameters += prod(header.get_shape())
-                dtypes.add(header.get_dtype())
-    size = sum(path.stat().st_size for path in set(locations.values()))
-    return _Weights(parameters, sorted(dtypes), size, any(name.endswith(SCORE) for name in locations))
-
-
-def _own_results(run: _Run) -> list[dict[str, Any]]:
+def _own_results(run: Run) -> list[dict[str, Any]]:
     """What the run measured of this very checkpoint while it trained."""
-    path = run.path / "evaluations" / f"step-{run.step:08d}.json"
+    path = run.path / "evaluations" / f"step-{run.step:08d}.json"  # as `during` names it, which imports lm-eval
     return [result_files.load(path)] if path.is_file() else []
 
 
@@ -161,7 +97,7 @@ def _refuse_another(result: Mapping[str, Any], directory: Path, step: int | None
             )
 
 
-def _place_curves(run: _Run, card: Path, overwrite: bool) -> bool:
+def _place_curves(run: Run, card: Path, overwrite: bool) -> bool:
     """Have the run's curves beside the card; False if there are none to draw."""
     source, target = run.path / CURVES, card.absolute().parent / CURVES
     if source.resolve() == target.resolve() and source.is_file():
@@ -178,17 +114,17 @@ def _place_curves(run: _Run, card: Path, overwrite: bool) -> bool:
     return True
 
 
-def _name(directory: Path, run: _Run | None) -> str:
+def _name(directory: Path, run: Run | None) -> str:
     if run is None:
         return directory.resolve().name or "model"
     return f"{run.path.parent.name}-{run.path.name}, step {run.step:,}"
 
 
-def _front_matter(directory: Path, run: _Run | None, weights: _Weights) -> list[str]:
-    base = _base(directory, run)
+def _front_matter(directory: Path, run: Run | None, weights: Weights) -> list[str]:
+    base = base_of(directory, run)
     hub = base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
     kind = "text-classification" if weights.is_reward_model else "text-generation"
-    tags = ["plmtune", *([_model_type(directory)] if _model_type(directory) else [])]
+    tags = ["plmtune", *([family_of(directory)] if family_of(directory) else [])]
     tags += [str(run.config.get("recipe"))] if run else []
     return [
         "---",
@@ -203,30 +139,30 @@ def _front_matter(directory: Path, run: _Run | None, weights: _Weights) -> list[
     ]
 
 
-def _introduction(name: str, directory: Path, run: _Run | None, weights: _Weights) -> list[str]:
-    model_type = _model_type(directory)
+def _introduction(name: str, directory: Path, run: Run | None, weights: Weights) -> list[str]:
+    family = family_of(directory)
     kind = "reward model" if weights.is_reward_model else "language model"
     if adapters.holds_adapters(directory):
         what = f"Adapters of {weights.parameters:,} parameters for a {kind}; they need their base."
     else:
-        family = {"plm": "PLM ([arXiv 2503.12167](https://arxiv.org/abs/2503.12167))", "llama": "Llama"}
-        of = f" of the family {family.get(model_type, _cell(model_type))}" if model_type else ""
+        known = {"plm": "PLM ([arXiv 2503.12167](https://arxiv.org/abs/2503.12167))", "llama": "Llama"}
+        of = f" of the family {known.get(family, _cell(family))}" if family else ""
         what = f"A {kind}{of} with {weights.parameters:,} parameters."
     lines = [f"# {name}", "", what]
     if run is None:
         return lines
-    base, recipe = _base(directory, run), run.config.get("recipe")
+    base, recipe = base_of(directory, run), run.config.get("recipe")
     start = f"from `{_cell(base)}`" if base else "from random weights"
     lines[-1] += f" Trained with plmtune's recipe `{recipe}`, {start}."
     status = run.record.get("status")
     if status != "finished":
         lines += ["", f"**The run had not finished when this card was written** (status: {status or 'unknown'})."]
-    if run.last_step is not None and run.step is not None and run.last_step > run.step:
+    if run.last_step > run.step:
         lines += ["", f"This is the checkpoint of step {run.step:,}; the run went on to step {run.last_step:,}."]
     return lines
 
 
-def _model(directory: Path, weights: _Weights) -> list[str]:
+def _model(directory: Path, weights: Weights) -> list[str]:
     rows = []
     if adapters.holds_adapters(directory):
         config = files.read_json(directory, files.ADAPTER_CONFIG)
@@ -252,7 +188,7 @@ def _model(directory: Path, weights: _Weights) -> list[str]:
     return ["## Model", "", *_table(("", ""), rows)]
 
 
-def _training(run: _Run, curves: bool) -> list[str]:
+def _training(run: Run, curves: bool) -> list[str]:
     config = run.config
     rows: list[tuple[str, str]] = [("recipe", f"{config.get('recipe')}, config {config.get('name')}")]
     command = run.record.get("command")
@@ -263,6 +199,8 @@ def _training(run: _Run, curves: bool) -> list[str]:
         length = f"{_show(phase['tokens'])} tokens" if phase.get("tokens") else f"{_show(phase.get('steps'))} steps"
         mix = _settings(phase.get("mix") or {})
         rows.append((f"phase {phase.get('name')}", length + (f", mixed of {mix}" if mix else "")))
+    if config.get("rounds"):
+        rows.append(("rounds", f"{_show(config['rounds'])}, of {_settings(config.get('generation') or {})}"))
     rows.append(("steps", _show(run.step)))
     if (tokens := run.latest("tokens")) is not None:
         rows.append(("tokens", f"{tokens:,} ({show_count(tokens)})"))
@@ -289,7 +227,7 @@ def _unknown_training() -> list[str]:
             "trained.", "", "**Fill in:** data, steps, hardware."]  # fmt: skip
 
 
-def _machine(run: _Run) -> list[tuple[str, str]]:
+def _machine(run: Run) -> list[tuple[str, str]]:
     attempts = [one for one in run.record.get("attempts") or [] if isinstance(one, dict)]
     devices = dict.fromkeys(str(one["device"]) for one in attempts if one.get("device"))
     runtime = run.config.get("runtime") or {}
@@ -348,7 +286,7 @@ def _is_part(samples: int, entry: Mapping[str, Any]) -> bool:
     return isinstance(entry.get("documents"), int) and entry["documents"] != samples
 
 
-def _sparsity(run: _Run) -> list[str]:
+def _sparsity(run: Run) -> list[str]:
     layers = sparsity_layers(run.entries)
     if not layers:
         return []
@@ -367,7 +305,7 @@ def _sparsity(run: _Run) -> list[str]:
     ]
 
 
-def _use(directory: Path, weights: _Weights) -> list[str]:
+def _use(directory: Path, weights: Weights) -> list[str]:
     if weights.is_reward_model:
         return ["## Use", "", "It scores answers: `plmtune run aries reward.path=DIRECTORY` takes it as a judge."]
     lines = ["## Use", "", "```python", "import plmtune", "", 'model, tokenizer = plmtune.load("DIRECTORY")', "```", ""]
@@ -397,7 +335,7 @@ def _for_people() -> list[str]:
     ]
 
 
-def _provenance(run: _Run | None, results: Sequence[Mapping[str, Any]]) -> list[str]:
+def _provenance(run: Run | None, results: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = []
     if run is not None:
         rows += [
@@ -437,20 +375,6 @@ def _data(data: Any) -> Iterable[str]:
 def _component(settings: Mapping[str, Any]) -> str:
     given = _settings({key: value for key, value in settings.items() if key != "component"})
     return f"{settings.get('component')}" + (f" ({given})" if given else "")
-
-
-def _base(directory: Path, run: _Run | None) -> str | None:
-    """What the model was trained from, as the files name it."""
-    named = run.config.get("init_from") if run else None
-    if named is None and adapters.holds_adapters(directory):
-        named = files.read_json(directory, files.ADAPTER_CONFIG).get("base_model_name_or_path")
-    return str(named) if named else None
-
-
-def _model_type(directory: Path) -> str:
-    if adapters.holds_adapters(directory):
-        return ""
-    return str(files.read_json(directory, hf.CONFIG).get("model_type") or "")
 
 
 def _settings(given: Mapping[str, Any]) -> str:

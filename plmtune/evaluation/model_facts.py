@@ -1,0 +1,103 @@
+"""What the files of a run or a model directory say of a model, for its card."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from plmtune.errors import UserError
+from plmtune.models import adapters, files
+from plmtune.models.hf import SCORE
+from plmtune.training import metrics
+from plmtune.training.run_directory import CONFIG, config_is_vouched_for, read_record
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the headers of a directory's weight files say."""
+
+    parameters: int
+    dtypes: list[str]
+    bytes: int
+    is_reward_model: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind, as far as the checkpoint: `entries` are the lines of metrics.jsonl up to `step`."""
+
+    path: Path
+    config: dict[str, Any]
+    record: dict[str, Any]
+    entries: list[dict[str, Any]]
+    step: int
+    last_step: int
+
+    def latest(self, key: str) -> int | float | None:
+        """The newest value of a metric."""
+        return next((entry[key] for entry in reversed(self.entries) if isinstance(entry.get(key), int | float)), None)
+
+
+def read_run(directory: Path) -> Run | None:
+    """The run that a checkpoint belongs to, if any.
+
+    Raises:
+        UserError: if its config was changed or damaged.
+    """
+    directory = directory.resolve()  # runs/NAME/latest is a link to a run
+    path = directory.parent.parent
+    step = re.fullmatch(r"step-(\d+)", directory.name)
+    if directory.parent.name != "checkpoints" or not step or not (path / CONFIG).is_file():
+        return None
+    config_is_vouched_for(path)
+    try:
+        config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+        entries = metrics.read(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: its {CONFIG} or metrics.jsonl cannot be read ({error}).") from error
+    phases = config.get("phases") or [] if isinstance(config, dict) else None
+    if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases):
+        raise UserError(f"{path / CONFIG} is damaged: it holds no keys, or no list of phases.")
+    number = int(step[1])
+    before = [entry for entry in entries if entry["step"] <= number]
+    last = max((entry["step"] for entry in entries), default=number)
+    return Run(path, config, read_record(path), before, number, last)
+
+
+def read_weights(directory: Path) -> Weights:
+    """Count what the weight files hold, from their headers alone.
+
+    Raises:
+        UserError: if there are none, or they are damaged.
+    """
+    held = adapters.holds_adapters(directory)
+    locations = files.locate(directory, adapters.ADAPTERS if held else "model")
+    parameters, dtypes = 0, set()
+    for path in set(locations.values()):
+        with files.opened_weights(path) as opened:
+            for tensor in opened.keys():  # noqa: SIM118 - no dict
+                header = opened.get_slice(tensor)
+                parameters += prod(header.get_shape())
+                dtypes.add(header.get_dtype())
+    size = sum(path.stat().st_size for path in set(locations.values()))
+    return Weights(parameters, sorted(dtypes), size, any(name.endswith(SCORE) for name in locations))
+
+
+def base_of(directory: Path, run: Run | None) -> str | None:
+    """What the model was trained from, as the files name it."""
+    named = run.config.get("init_from") if run else None
+    if named is None and adapters.holds_adapters(directory):
+        named = files.read_json(directory, files.ADAPTER_CONFIG).get("base_model_name_or_path")
+    return str(named) if named else None
+
+
+def family_of(directory: Path) -> str:
+    """The model_type of config.json, as "plm" or "llama"; nothing of adapters."""
+    if adapters.holds_adapters(directory):
+        return ""
+    return str(files.read_json(directory, files.CONFIG).get("model_type") or "")
