@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import re
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import xxhash
 import yaml
 from jinja2 import StrictUndefined, TemplateError
+from jinja2.environment import TemplateExpression
 
 from plmtune.data.files import read_text
 from plmtune.data.rows import read_rows
@@ -34,6 +36,7 @@ _MOST_BYTES = 2 << 30  # unpacked; all rows of a split are held in memory
 _CHUNK = 1 << 20
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 _KEYS = ("file", "columns", "names")
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,7 @@ def _fill(text: str, filled: dict[str, str]) -> str:
 
 def _read_map(path: Path) -> dict[str, dict[str, _Split]]:
     try:
-        read = yaml.safe_load("".join(read_text(path, "utf-8")))
+        read = yaml.load("".join(read_text(path, "utf-8")), Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
         raise UserError(f"{path}, line {line}: not YAML: {error.problem}") from error
@@ -267,7 +270,10 @@ def _split(path: Path, key: str, value: Any, placeholders: list[str]) -> _Split:
             if name not in placeholders:
                 raise UserError(f"{path}, key {key}.file: {file} has a placeholder {{{name}}} that its task has not")
     for column, text in (columns or {}).items():
-        _compile(f"{path}, key {key}.columns.{column}", text)
+        try:
+            _compiled(text)
+        except TemplateError as error:
+            raise UserError(f"{path}, key {key}.columns.{column}: {text!r} is no expression: {error}") from error
     return _Split(tuple(files), columns, tuple(names) if names is not None else None)
 
 
@@ -348,9 +354,7 @@ def _columns(
     rows: Iterator[tuple[str, dict[str, Any]]], columns: dict[str, str], filled: dict[str, str], where: str
 ) -> Iterator[dict[str, Any]]:
     """Rows with the columns of the map, computed from the file's."""
-    sandbox, compiled = _sandbox(), {}
-    for column, text in columns.items():
-        compiled[column] = sandbox.compile_expression(text, undefined_to_none=False)
+    compiled = {column: _compiled(text) for column, text in columns.items()}
     for place, row in rows:
         known = filled | row
         made = {}
@@ -359,7 +363,7 @@ def _columns(
             if text in known:
                 made[column] = known[text]
                 continue
-            sandbox.restart()
+            _sandbox().restart()
             try:
                 made[column] = _value(expression(known))
             except Exception as error:  # a person's expression meets a row: whatever Python says of the two
@@ -377,17 +381,16 @@ def _value(value: Any) -> Any:
     return list(value) if isinstance(value, Iterator) else value  # filters such as map give iterators
 
 
+@functools.cache
 def _sandbox() -> Sandbox:
     sandbox = Sandbox()
     sandbox.undefined = StrictUndefined
     return sandbox
 
 
-def _compile(key: str, text: str) -> None:
-    try:
-        _sandbox().compile_expression(text)
-    except TemplateError as error:
-        raise UserError(f"{key}: {text!r} is no expression: {error}") from error
+@functools.cache
+def _compiled(text: str) -> TemplateExpression:
+    return _sandbox().compile_expression(text, undefined_to_none=False)
 
 
 # ---- zip
