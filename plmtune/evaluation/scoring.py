@@ -59,7 +59,7 @@ class Score(NamedTuple):
 
 
 class NotFinite(ValueError):
-    """Logits were NaN or infinite; `index` is the first item of the batch that met them."""
+    """Logits were NaN or infinite; `index` is the first item of its batch that met them."""
 
     def __init__(self, index: int) -> None:
         super().__init__(f"the log-probability of item {index} is not a finite number")
@@ -117,16 +117,19 @@ def plan(texts: Sequence[Text], *, token_budget: int, token_cost: int, forward_c
         sizes = [_size(row, depth) for row in group]
         order = sorted(range(len(group)), key=lambda number: -sizes[number])
         while order:
-            width = sizes[order[0]] + depth // _STEM_SHARE
-            count = max(1, token_budget // width)
+            longest = sizes[order[0]]
+            # Another forward is better than padding that takes longer.
+            padding = np.cumsum([longest - sizes[number] for number in order])
+            count = min(token_budget // (longest + depth // _STEM_SHARE), int((padding <= forward_cost).sum()))
+            count = max(1, count)
             batch = Batch(group[0][0].tokens[:depth], tuple(tuple(group[number]) for number in order[:count]))
-            batches.append((depth + sizes[order[0]], batch))
+            batches.append((depth + longest, batch))
             order = order[count:]
     # Batches of one stem stay together, so that it is needed once; a sort of groups by their longest does that.
-    longest: dict[bytes, int] = {}
+    longest_of: dict[bytes, int] = {}
     for size, batch in batches:
-        longest[batch.stem.tobytes()] = max(size, longest.get(batch.stem.tobytes(), 0))
-    return [batch for _, batch in sorted(batches, key=lambda entry: -longest[entry[1].stem.tobytes()])]
+        longest_of.setdefault(batch.stem.tobytes(), size)
+    return [batch for _, batch in sorted(batches, key=lambda entry: -longest_of[entry[1].stem.tobytes()])]
 
 
 def _rows(texts: Sequence[Text], token_cost: int) -> list[list[Text]]:
@@ -380,9 +383,13 @@ class Scorer:
         owner = np.concatenate(owners)
         sums = np.bincount(owner, weights=log_probs, minlength=len(numbers))
         greedy = np.bincount(owner, weights=~hits, minlength=len(numbers)) == 0
-        bad = ~np.isfinite(sums)
-        if bad.any():
-            raise NotFinite(min(np.array(numbers)[bad].tolist()))
+        bad = sorted(n for n, s in zip(numbers, sums, strict=True) if not np.isfinite(s))
+        if bad and len(paths) > 1:
+            # What a mask hides is multiplied by 0, so NaN spreads in a row: only alone is an item's own.
+            for text in sorted((text for text, _ in paths), key=lambda text: text.items):
+                self._compute(items, stem[:0], [[text]], known)
+        if bad:
+            raise NotFinite(bad[0])
         return {n: Score(float(s), bool(g)) for n, s, g in zip(numbers, sums, greedy, strict=True)}
 
     def _predict(self, hidden: Tensor, places: Ids, targets: Ids) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
