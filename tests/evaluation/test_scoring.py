@@ -147,7 +147,7 @@ class TestScores:
     ) -> None:
         model, ids = make(), Ids(4)
         examples = ids(70)
-        questions = [examples + ids(10) for _ in range(8)]
+        questions = [examples + ids(10) for _ in range(24)]
         items = [Item(question, ids(8)) for question in questions for _ in range(4)]
         with counted(model) as seen:
             assert_as_alone(model, items, scores(Scorer(model), items))
