@@ -9,7 +9,7 @@ from typing import Any
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
 from plmtune.evaluation import results, run
-from plmtune.evaluation.code_eval import CodeRunner
+from plmtune.evaluation.code_eval import CodeRunner, missing
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.local_data import LocalData
 from plmtune.evaluation.result_cache import ResultCache
@@ -57,14 +57,12 @@ class Evaluations:
         self.template = (
             run.chat_template(tokenizer, self.settings, "key eval.chat: the tokenizer") if tokenizer else None
         )
-        self.tasks = Tasks(
-            data=LocalData.open(Path(cfg.data)) if cfg.data else None,
-            code=CodeRunner("namespaces") if cfg.unsafe_code else None,
-        )
+        self.tasks = Tasks(data=LocalData.open(Path(cfg.data)) if cfg.data else None)
         try:
-            self.loaded = {
-                name: self.tasks.load(name, num_fewshot=cfg.num_fewshot) for name in self.tasks.resolve(cfg.tasks)
-            }
+            names = self.tasks.resolve(cfg.tasks)
+            if needing := [name for name in names if self.tasks.needs_code(name)]:
+                self.tasks.code = _code_runner(needing, allowed=cfg.unsafe_code)
+            self.loaded = {name: self.tasks.load(name, num_fewshot=cfg.num_fewshot) for name in names}
         except UserError as error:
             raise UserError(f"key eval.tasks: {error}") from error
 
@@ -150,6 +148,15 @@ class Evaluations:
             return {}
         alike = result["status"] == "complete" and result["settings"] == run.described(self.settings, self.loaded)
         return _values(result) if alike and digest in (None, result["model"]["digest"]) else {}
+
+
+def _code_runner(names: list[str], *, allowed: bool) -> CodeRunner:
+    who = f"{', '.join(names)} run{'s' if len(names) == 1 else ''} code that the model writes"
+    if not allowed:
+        raise UserError(f"{who}: eval.unsafe_code=true lets it, in a sandbox")
+    if lacking := missing():
+        raise UserError(f"{who}, and there is no sandbox on this machine: {lacking}")
+    return CodeRunner("namespaces")
 
 
 def _file(directory: Path, step: int) -> Path:
