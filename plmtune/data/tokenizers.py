@@ -144,8 +144,10 @@ class Tokenizer:
             )
         except ValueError as error:
             raise ValueError(f"the pattern {vocabulary.pattern!r} is no regular expression ({error})") from error
+        fixed = vocabulary.added | vocabulary.specials
+        self._cuts_at_blanks = vocabulary.pattern in COMPLETE_PATTERNS and not any(" " in text for text in fixed)
         self._always = _any_of(vocabulary.added)
-        self._always_and_specials = _any_of(vocabulary.added | vocabulary.specials)
+        self._always_and_specials = _any_of(fixed)
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.num_tokens} tokens, {self.vocab_size} rows, {self.fingerprint[:8]})"
@@ -184,6 +186,18 @@ class Tokenizer:
             for (index, _), ids in zip(task, results, strict=True):
                 parts[index].append(ids)
         return [held[0] if len(held) == 1 else np.concatenate(held) for held in parts]
+
+    def last_cut(self, text: str) -> int:
+        """Return the last place where a text may be cut so that the ids of its parts are its own; 0 if none is sure.
+
+        It is before a blank between a printable ASCII character and an ASCII letter, where no piece goes on, whatever
+        stands further away. What begins with the same part need not encode it again.
+        """
+        at = len(text) if self._cuts_at_blanks else 0
+        while (at := text.rfind(" ", 1, at)) > 0:
+            if "!" <= text[at - 1] <= "~" and text[at + 1 : at + 2].isalpha() and text[at + 1].isascii():
+                return at
+        return 0
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, special tokens as their text; bytes that are no UTF-8 become U+FFFD."""

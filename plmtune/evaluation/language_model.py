@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -187,11 +189,13 @@ class LanguageModel(TemplateLM):
             raise BadRow("has a last message of which the template does not write the end")
         return text[:at] if text.startswith(_TAG, at) else text[:at].rstrip()
 
-    def _encode_ahead(self, texts: Iterable[str]) -> None:
-        """Encode on all cores, each text once: a question stands before each of its answers."""
-        unique = list(dict.fromkeys(texts))
-        encoded = self.tokenizer.encode_batch(unique, specials=True)
-        self._encoded = {text: ids.tolist() for text, ids in zip(unique, encoded, strict=True)}
+    def _encode_ahead(self, texts: Iterable[tuple[str, int]]) -> None:
+        """Encode texts, each with a place to cut it, on all cores, and what several begin with once."""
+        cut = {text: (text[:at], text[at:]) for text, at in texts}
+        parts = list(dict.fromkeys(part for pair in cut.values() for part in pair))
+        encoded = self.tokenizer.encode_batch(parts, specials=True)
+        ids = {part: found.tolist() for part, found in zip(parts, encoded, strict=True)}
+        self._encoded = {text: ids[head] + ids[tail] for text, (head, tail) in cut.items()}
 
     # The three kinds of requests.
 
@@ -200,8 +204,13 @@ class LanguageModel(TemplateLM):
         items: list[Item] = []
         for start in range(0, len(requests), _ENCODED_AT_ONCE):
             pairs = [request.args for request in requests[start : start + _ENCODED_AT_ONCE]]
-            # What `_encode_pair` will ask for.
-            self._encode_ahead(text for context, answer in pairs for text in (context.rstrip(), context + answer))
+            # What `_encode_pair` will ask for, and where it may be cut.
+            cuts = [(context.rstrip(), self.tokenizer.last_cut(context.rstrip())) for context, _ in pairs]
+            self._encode_ahead(
+                (text, cut)
+                for (context, answer), (bare, cut) in zip(pairs, cuts, strict=True)
+                for text in (bare, context + answer)
+            )
             items += [self._item(context, continuation) for context, continuation in pairs]
         self._encoded = {}
         return self._score("loglikelihood", items, requests)
@@ -228,7 +237,7 @@ class LanguageModel(TemplateLM):
         seen: Counter[Hashable] = Counter()
         for start in range(0, len(requests), _ENCODED_AT_ONCE):
             chunk = requests[start : start + _ENCODED_AT_ONCE]
-            self._encode_ahead(request.args[0] for request in chunk)
+            self._encode_ahead((request.args[0], 0) for request in chunk)
             for index, request in enumerate(chunk, start):
                 context, settings = request.args
                 options = self._options(settings, _place(request, index))
@@ -236,7 +245,7 @@ class LanguageModel(TemplateLM):
                 tokens = self.tok_encode(context) or [self.prefix_token_id]
                 self.num_truncated += len(tokens) > room
                 tokens = tokens[-room:]
-                held = key(self._base, "generate_until", tokens, options)
+                held = key(self._base, "generate_until", _hash(tokens), options)
                 # Drawn answers to one question differ, and are the same in the next run.
                 drawn = options["temperature"] > 0
                 seed = int.from_bytes(key(held.hex(), seen[held])[:6]) if drawn else 0
@@ -283,7 +292,7 @@ class LanguageModel(TemplateLM):
                     f"{self.max_length:,}, the model's context, can be scored."
                 )
             self.num_truncated += len(item.context) + len(item.continuation) > self.max_length + 1
-        keys = [key(self._base, "loglikelihood", [*item.context], [*item.continuation]) for item in items]
+        keys = [key(self._base, "loglikelihood", _hash(item.context), _hash(item.continuation)) for item in items]
         firsts, found = self._known(keys)
         order = list(firsts)
         if self.batch_size is not None:
@@ -353,6 +362,11 @@ class LanguageModel(TemplateLM):
 
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _hash(ids: Sequence[int]) -> str:
+    # JSON of a thousand ids takes ten times as long.
+    return xxhash.xxh3_128_hexdigest(array("I", ids).tobytes())
 
 
 def _place(request: Instance | None, index: int) -> str:

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import random
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 import tokenizers as reference
 
 from plmtune.data import tokenizer_json
-from plmtune.data.bpe import CHATML_SPECIALS, GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, Vocabulary
+from plmtune.data.bpe import CHATML_SPECIALS, COMPLETE_PATTERNS, GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, Vocabulary
 from plmtune.data.tokenizers import Tokenizer, bundled, byte, file, load_tokenizer, qwen2, train_bpe
 from plmtune.errors import UserError
 
@@ -552,3 +555,30 @@ class TestBatchesWithSpecials:
         texts = ["<|im_start|>user\nhi<|im_end|>", "plain", "", "<|im_start|>" + "a b\n" * 90_000]
         found = [ids.tolist() for ids in bundled().encode_batch(texts, specials=True)]
         assert found == [bundled().encode(text, specials=True) for text in texts]
+
+
+class TestCuts:
+    """Where a text may be cut: what comes before it is encoded once for all that goes on from it."""
+
+    PARTS = (
+        *(" a", " b", " c", "B", " ", "  ", "\n", "\r\n", "\t", "1", "23", "'s", "'", "."),
+        *("\u00e9", "e\u0301", "\u4f60", "\u2003", "<|im_end|>"),
+    )
+
+    @pytest.mark.parametrize("pattern", sorted(COMPLETE_PATTERNS))
+    def test_the_ids_of_both_parts_are_those_of_the_whole(self, pattern: str) -> None:
+        held = bundled().vocabulary
+        tokenizer = Tokenizer(replace(held, pattern=pattern))
+        draw = random.Random(0)
+        found = 0
+        for _ in range(800):
+            text = "".join(draw.choices(self.PARTS, k=draw.randint(1, 12)))
+            cut = tokenizer.last_cut(text)
+            found += cut > 0
+            parts = [tokenizer.encode(part, specials=True) for part in (text[:cut], text[cut:])]
+            assert [*chain(*parts)] == tokenizer.encode(text, specials=True), text
+        assert found > 200
+
+    def test_of_unknown_patterns_nothing_is_sure(self) -> None:
+        tokenizer = Tokenizer(replace(bundled().vocabulary, pattern=r"[a-z ]+|."))
+        assert (tokenizer.last_cut("one two three"), bundled().last_cut("one two three ")) == (0, 7)
