@@ -18,6 +18,7 @@ import jinja2
 import jinja2.meta
 from jinja2 import nodes
 from lm_eval.api.group import Group
+from lm_eval.api.registry import metric_registry
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.config.task import TaskConfig
 from lm_eval.tasks._factory import TaskFactory
@@ -88,8 +89,8 @@ class Builder(TaskFactory):
         if config.get("unsafe_code") and entry.name not in self._with_code:
             raise UserError(f"{where} has unsafe_code inside a group: give it a YAML file of its own")
         base = config.get("class", ConfigurableTask)
-        for key in config.keys() - _CONFIG_KEYS if base is ConfigurableTask else ():
-            raise UserError(f"{where}: lm-eval knows no key {key}.{did_you_mean(str(key), _CONFIG_KEYS)}")
+        if base is ConfigurableTask:
+            self._check(where, config, entry.name in self._with_code)
         documents = _Documents(entry.name, where, config, self._data)
         made = type(base.__name__, (_WithDocuments, base), {"documents": documents, "__module__": base.__module__})
         try:
@@ -101,6 +102,18 @@ class Builder(TaskFactory):
         except Exception as error:  # prompts meet the first document, and functions of the task's run
             raise UserError(documents.explain(error)) from error
         return task
+
+    @staticmethod
+    def _check(where: str, config: Mapping[str, Any], with_code: bool) -> None:
+        for key in config.keys() - _CONFIG_KEYS:
+            raise UserError(f"{where}: lm-eval knows no key {key}.{did_you_mean(str(key), _CONFIG_KEYS)}")
+        metrics = config.get("metric_list") if config.get("process_results") is None else None
+        for name in (metric.get("metric") for metric in metrics or () if isinstance(metric, dict)):
+            if isinstance(name, str) and name not in metric_registry and not (with_code and name == "code_eval"):
+                raise UserError(
+                    f"{where}: {name} is none of lm-eval's metrics. One of the hub is a program, which is not run; "
+                    f"write it as a function (!function FILE.NAME).{did_you_mean(name, metric_registry)}"
+                )
 
 
 class _Documents:
