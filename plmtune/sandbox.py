@@ -11,8 +11,10 @@ verdict can find it. Ending early, printing and replacing builtins pass no test.
 
 from __future__ import annotations
 
+import ast
 import contextlib
-import json
+import functools
+import marshal
 import os
 import platform
 import selectors
@@ -24,15 +26,25 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import IO, Any, Literal
 
 from plmtune.errors import UserError
 
 Isolation = Literal["namespaces", "limits"]
 
-_HERE = str(Path(__file__).parents[1])
-_START = "import sys; sys.path.append(sys.argv.pop(1)); from plmtune import sandbox_inside; sys.path.pop(); "
-_START += "sandbox_inside.main()"
+# The programs of the sandbox are compiled once a process, and know the standard library alone.
+_LAUNCHER = ("plmtune.sandbox_wire", "plmtune.sandbox_judge", "plmtune.sandbox_inside")
+_CANDIDATE = ("plmtune.sandbox_wire", "plmtune.sandbox_candidate")
+_START = """
+import marshal, sys, types
+with open(int(sys.argv[1]), "rb") as file:
+    order = marshal.load(file)
+for name, code in order["launcher"]:
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(code, module.__dict__)
+module.main(order, int(sys.argv[2]))
+"""
 _STARTING = 5.0  # seconds on top of the code's own, until which the sandbox must stand
 
 
@@ -114,15 +126,17 @@ def run_python(
         "isolated": isolation == "namespaces",
         "python": python,
         "prefix": os.path.realpath(sys.base_prefix),
+        "launcher": [(name, _compiled(name)) for name in _LAUNCHER],
+        "candidate": [(name, _compiled(name)) for name in _CANDIDATE],
     }
     # Files, not pipes: nobody waits for anybody to read them. The report is written by the sandbox, not by the code.
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as order, tempfile.TemporaryFile() as report:
         given.write(stdin.encode())
         given.seek(0)
-        order.write(json.dumps(spec).encode())
+        order.write(marshal.dumps(spec))
         order.seek(0)
         launcher = subprocess.Popen(
-            [python, "-I", "-S", "-c", _START, _HERE, str(order.fileno()), str(report.fileno())],
+            [python, "-I", "-S", "-c", _START, str(order.fileno()), str(report.fileno())],
             stdin=given,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -139,6 +153,12 @@ def run_python(
             assert launcher.stdout
             launcher.stdout.close()
         return _judge(_load(report), output.decode(errors="replace"), in_time, seconds)
+
+
+@functools.cache
+def _compiled(name: str) -> CodeType:
+    path = Path(__file__).with_name(name.rpartition(".")[2] + ".py")
+    return compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
 
 
 def _read(
@@ -168,7 +188,7 @@ def _load(report: IO[bytes]) -> dict[str, Any]:
     report.seek(0)
     found: dict[str, Any] = {}
     for line in report:
-        found |= json.loads(line)
+        found |= ast.literal_eval(line.decode())
     return found
 
 

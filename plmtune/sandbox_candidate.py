@@ -10,9 +10,12 @@ import operator
 import os
 import sys
 import types
-from typing import Any, NoReturn
 
 from plmtune.sandbox_wire import Peer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 _OPERATORS = {
     *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift"),

@@ -6,26 +6,26 @@ that is left. The judge (`plmtune.sandbox_judge`) is forked from it and runs the
 interpreter (`plmtune.sandbox_candidate`), in a process namespace within, whose first process waits for it: there the
 judge has no number by which it could be signalled, traced or read, whether this was started by root or not; and what
 the code leaves behind ends with that namespace. Judge and code have no rights.
+
+`pathlib`, `contextlib`, `typing`, `json` and `signal` take longer to import than most code takes to run.
 """
 
+# ruff: noqa: PTH, SIM105
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import json
-import math
 import os
-import platform
 import resource
 import select
-import signal
 import sys
-from collections.abc import Callable
-from importlib.machinery import SourceFileLoader
-from pathlib import Path
-from typing import Any
 
-from plmtune import sandbox_judge
+from plmtune.sandbox_judge import STUB
+from plmtune.sandbox_judge import main as judge
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 # linux/sched.h: mount, cgroup, UTS, IPC, user, process and network namespaces
 NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
@@ -36,8 +36,9 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 CLONE_NEWPID = 0x20000000
 CAPABILITY_VERSION = 0x20080522
 MOUNT_SETATTR = 442  # the same on every machine, unlike:
-PIVOT_ROOT = 155 if platform.machine() == "x86_64" else 41
+PIVOT_ROOT = 155 if os.uname().machine == "x86_64" else 41
 
+SIGKILL = 9
 NOBODY = 65534
 NEW_ROOT = "/dev"  # a folder that every Linux has; hidden from the sandbox alone
 _ENDING = 1.0  # seconds that the code may take to end once it has closed the pipe to its tests
@@ -48,18 +49,13 @@ class Missing(Exception):
     """What this machine does not give."""
 
 
-def main() -> None:
-    """Run what the first file descriptor orders, report to the second."""
-    with os.fdopen(int(sys.argv[1]), "rb") as file:
-        order = json.load(file)
-    outlet = int(sys.argv[2])
+def main(order: dict[str, Any], outlet: int) -> None:
+    """Do what is ordered, report to a file descriptor."""
     os.set_inheritable(outlet, False)
 
     def report(**facts: Any) -> None:
-        os.write(outlet, json.dumps(facts).encode() + b"\n")
+        os.write(outlet, ascii(facts).encode() + b"\n")
 
-    # Before the files of this machine are out of sight.
-    order["programs"] = [(name, _compiled(name)) for name in ("plmtune.sandbox_wire", "plmtune.sandbox_candidate")]
     try:
         if order["isolated"]:
             launch(order, report)
@@ -71,7 +67,7 @@ def main() -> None:
 
 def launch(order: dict[str, Any], report: Any) -> None:
     """Enter the namespaces and wait until their first process has ended."""
-    _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+    _call("prctl", PR_SET_PDEATHSIG, SIGKILL)
     os.umask(0o022)
     enter_namespaces()
     watch, alive = os.pipe()
@@ -81,7 +77,7 @@ def launch(order: dict[str, Any], report: Any) -> None:
         return
     os.close(alive)
     try:
-        _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+        _call("prctl", PR_SET_PDEATHSIG, SIGKILL)
         if not select.select([watch], [], [], 0)[0]:  # else the launcher died before it could be noticed
             build_root(order["prefix"], order["disk_bytes"])
             _call("prctl", PR_SET_DUMPABLE, 0)  # not to be looked into by the code
@@ -110,9 +106,9 @@ def enter_namespaces() -> None:
         try:
             if os.read(entered, 1):
                 if uid:
-                    Path(f"/proc/{launcher}/setgroups").write_text("deny")
-                Path(f"/proc/{launcher}/uid_map").write_text(users)
-                Path(f"/proc/{launcher}/gid_map").write_text(groups)
+                    _write(f"/proc/{launcher}/setgroups", "deny")
+                _write(f"/proc/{launcher}/uid_map", users)
+                _write(f"/proc/{launcher}/gid_map", groups)
         finally:
             os._exit(0)
     os.close(entered)
@@ -123,14 +119,16 @@ def enter_namespaces() -> None:
         os.close(tell)
         os.waitpid(mapper, 0)
     try:
-        if not Path("/proc/self/uid_map").read_text().strip():
+        if not _read("/proc/self/uid_map"):
             raise Missing("user ids cannot be mapped into a user namespace")
         # No namespaces within namespaces: they would give rights back.
-        Path("/proc/sys/user/max_user_namespaces").write_text("0")
-        with contextlib.suppress(OSError):  # an older kernel: no shared memory, which outlives who has written it
-            Path("/proc/sys/kernel/shmmni").write_text("0")
+        _write("/proc/sys/user/max_user_namespaces", "0")
     except OSError as error:
         raise Missing(f"user namespaces cannot be set up ({error})") from error
+    try:
+        _write("/proc/sys/kernel/shmmni", "0")  # no shared memory: it outlives whom it is counted against
+    except OSError:
+        pass  # an older kernel
 
 
 def build_root(prefix: str, disk_bytes: int) -> None:
@@ -138,17 +136,17 @@ def build_root(prefix: str, disk_bytes: int) -> None:
     _mount("none", "/", "", MS_REC | MS_PRIVATE)
     _mount("tmpfs", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for place in _needed(prefix):
-        target = Path(f"{NEW_ROOT}{place}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if place.is_symlink():  # /lib is usr/lib, mostly
-            target.symlink_to(place.readlink())
+        target = f"{NEW_ROOT}{place}"
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        if os.path.islink(place):  # /lib is usr/lib, mostly
+            os.symlink(os.readlink(place), target)
             continue
-        if place.is_dir():
-            target.mkdir(exist_ok=True)
+        if os.path.isdir(place):
+            os.makedirs(target, exist_ok=True)
         else:
-            target.touch()
-        _mount(str(place), str(target), "", MS_BIND | MS_REC)
-    Path(f"{NEW_ROOT}/tmp").mkdir()
+            _write(target, "")
+        _mount(place, target, "", MS_BIND | MS_REC)
+    os.mkdir(f"{NEW_ROOT}/tmp")
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)
     size = ctypes.sizeof(attributes)
     _call("syscall", MOUNT_SETATTR, AT_FDCWD, NEW_ROOT.encode(), AT_RECURSIVE, ctypes.byref(attributes), size)
@@ -163,45 +161,46 @@ def build_root(prefix: str, disk_bytes: int) -> None:
 def supervise(order: dict[str, Any], report: Any) -> None:
     """Start the tests and the code, wait for the verdict, and report it."""
     to_code, to_judge, verdict, ended = os.pipe(), os.pipe(), os.pipe(), os.pipe()
-    judge = _fork(lambda: _be_judge(order, to_judge[0], to_code[1], verdict[1]))
+    tester = _fork(lambda: _be_judge(order, to_judge[0], to_code[1], verdict[1]))
     if order["isolated"]:
         _call("unshare", CLONE_NEWPID, what="a process namespace within")
     first = _fork(lambda: _be_first(order, to_code[0], to_judge[1], ended[1]))
     for fd in (*to_code, *to_judge, verdict[1], ended[1]):
         os.close(fd)
     said = b""
-    facts: dict[str, Any] = {}
-    while not facts.keys() & {"finished", "reason", "gone"}:
+    facts: dict[bytes, bytes] = {}
+    while not facts.keys() & {b"finished", b"reason", b"gone"}:
         # Where the code has ended, no verdict that is still to come could be a good one.
         piece = os.read(verdict[0], 4096) if verdict[0] in select.select([verdict[0], ended[0]], [], [])[0] else b""
         if not piece:
             break
         *lines, said = (said + piece).split(b"\n")
-        for line in lines:
-            found = json.loads(line)
-            facts |= found
-            if "ready" in found:
+        for fact, _, what in (line.partition(b" ") for line in lines):
+            facts[fact] = what
+            if fact == b"ready":
                 report(ready=True)
-    os.kill(judge, signal.SIGKILL)
-    _, how = os.waitpid(judge, 0)
+    os.kill(tester, SIGKILL)
+    _, how = os.waitpid(tester, 0)
     if not facts:
         return
     status = None
     # The pipe to the judge may have been closed by code that goes on.
-    if "finished" not in facts and "reason" not in facts and select.select([ended[0]], [], [], _ENDING)[0]:
+    if b"finished" not in facts and b"reason" not in facts and select.select([ended[0]], [], [], _ENDING)[0]:
         status = int(os.read(ended[0], 16) or b"-1")
-    os.kill(first, signal.SIGKILL)
+    os.kill(first, SIGKILL)
     os.waitpid(first, 0)
     if order["isolated"]:
-        with contextlib.suppress(ProcessLookupError):  # it is alone
-            os.kill(-1, signal.SIGKILL)  # whoever could still write
-    if "finished" in facts:
+        try:
+            os.kill(-1, SIGKILL)  # whoever could still write
+        except ProcessLookupError:
+            pass  # it is alone
+    if b"finished" in facts:
         report(exit_code=0, finished=True)
-    elif "reason" in facts:
-        report(exit_code=1, finished=False, reason=facts["reason"])
+    elif b"reason" in facts:
+        report(exit_code=1, finished=False, reason=facts[b"reason"].decode("unicode_escape"))
     elif status is not None:
         report(exit_code=os.waitstatus_to_exitcode(status), finished=False)
-    elif "gone" not in facts:
+    elif b"gone" not in facts:
         code = os.waitstatus_to_exitcode(how)
         report(exit_code=code, finished=False, reason=f"its tests ended before their end, with exit status {code}")
     else:
@@ -213,14 +212,16 @@ def _be_judge(order: dict[str, Any], inlet: int, outlet: int, verdict: int) -> N
     os.dup2(os.pipe()[0], 0)  # stdin is the code's
     for fd in range(3, 64):
         if fd not in (inlet, outlet, verdict):
-            with contextlib.suppress(OSError):
+            try:
                 os.close(fd)
+            except OSError:
+                continue
     limit(order)
     if order["isolated"]:
         _give_up_rights()
-    if platform.system() == "Linux":
+    if sys.platform == "linux":
         _call("prctl", PR_SET_DUMPABLE, 0)  # not to be looked into, even where there is no namespace
-    sandbox_judge.main(inlet, outlet, verdict, order["programs"], order["code"], order["tests"])
+    judge(inlet, outlet, verdict, order["candidate"], order["code"], order["tests"])
 
 
 def _be_first(order: dict[str, Any], inlet: int, outlet: int, ended: int) -> None:
@@ -243,7 +244,7 @@ def _be_code(order: dict[str, Any], inlet: int, outlet: int) -> None:
     if order["isolated"]:
         _give_up_rights()
     python = order["python"]
-    os.execve(python, [python, "-I", "-S", "-u", "-c", sandbox_judge.STUB, str(inlet), str(outlet)], {})
+    os.execve(python, [python, "-I", "-S", "-u", "-c", STUB, str(inlet), str(outlet)], {})
 
 
 def _fork(then: Callable[[], None]) -> int:
@@ -271,10 +272,9 @@ def _give_up_rights() -> None:
 
 def limit(order: dict[str, Any]) -> None:
     """Bound what this process and its children may take."""
-    seconds = math.ceil(order["seconds"])
     limits = {
         resource.RLIMIT_AS: order["memory_bytes"],
-        resource.RLIMIT_CPU: seconds + 1,
+        resource.RLIMIT_CPU: int(order["seconds"]) + 2,
         resource.RLIMIT_FSIZE: order["disk_bytes"],
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
@@ -289,16 +289,11 @@ def limit(order: dict[str, Any]) -> None:
         resource.setrlimit(which, (value, value))
 
 
-def _compiled(name: str) -> Any:
-    path = Path(__file__).with_name(name.rpartition(".")[2] + ".py")
-    return SourceFileLoader(name, str(path)).get_code(name)
-
-
-def _needed(prefix: str) -> list[Path]:
+def _needed(prefix: str) -> list[str]:
     """The interpreter's installation and the libraries it may load, none of them inside of another."""
-    found: list[Path] = []
-    for place in map(Path, (prefix, *LIBRARIES)):
-        if place.exists() and not any(place.is_relative_to(other) for other in found):
+    found: list[str] = []
+    for place in (prefix, *LIBRARIES):
+        if os.path.exists(place) and not any(f"{place}/".startswith(f"{other}/") for other in found):
             found.append(place)
     return found
 
@@ -310,11 +305,21 @@ def _why_no_namespaces() -> str:
         ("kernel/apparmor_restrict_unprivileged_userns", "1"),
     ):
         try:
-            if Path(f"/proc/sys/{setting}").read_text().strip() == forbids:
+            if _read(f"/proc/sys/{setting}") == forbids:
                 return f"namespaces are not allowed (sysctl {setting.replace('/', '.')} is {forbids})"
         except OSError:
             continue
     return "namespaces are not allowed (a container's seccomp profile may forbid them)"
+
+
+def _read(path: str) -> str:
+    with open(path) as file:
+        return file.read().strip()
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
 
 
 def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:

@@ -7,17 +7,17 @@ The tests' names are their own, then Python's, then the code's. What the code re
 from __future__ import annotations
 
 import builtins
-import json
-import linecache
 import marshal
 import os
 import sys
-import traceback
 import types
-from collections.abc import Iterator
-from typing import Any, NoReturn
 
 from plmtune.sandbox_wire import Peer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import CodeType
+    from typing import Any, NoReturn
 
 _SIZE = 2000  # characters of a reason
 _CLASSES_OF_CALLABLES = (
@@ -148,7 +148,7 @@ class Handle:
             return NotImplemented
         return self.__peer.ask(how, self, other) is True
 
-    def _operate(self, how: str, *operands: Any) -> Any:
+    def __operate(self, how: str, *operands: Any) -> Any:
         found = self.__peer.ask(how, *operands)
         if type(found) is not Handle:
             raise TypeError(f"{how} of an object of the code's own is no value that tests could trust")
@@ -157,13 +157,13 @@ class Handle:
 
 def _give_operators() -> None:
     def forward(name: str) -> Any:
-        return lambda self, other: self._operate(name, self, other)
+        return lambda self, other: self._Handle__operate(name, self, other)
 
     def reflected(name: str) -> Any:
-        return lambda self, other: self._operate(name, other, self)
+        return lambda self, other: self._Handle__operate(name, other, self)
 
     def unary(name: str) -> Any:
-        return lambda self: self._operate(name, self)
+        return lambda self: self._Handle__operate(name, self)
 
     for name in _ARITHMETIC:
         function = f"{name}_" if name in ("and", "or") else name
@@ -176,7 +176,7 @@ def _give_operators() -> None:
 _give_operators()
 
 
-class Names(dict[str, Any]):
+class Names(dict[str, object]):
     """Python's builtin names, and after them the code's: where the interpreter looks last."""
 
     def __init__(self, peer: Peer) -> None:
@@ -208,21 +208,21 @@ class Judge(Peer):
 
     def fail(self, reason: str) -> NoReturn:
         if reason:
-            self.end(reason=f"broke off from its tests: {reason[:_SIZE]}")
-        self.end(gone=True)
+            self.end("reason", f"broke off from its tests: {reason[:_SIZE]}")
+        self.end("gone")
 
-    def say(self, **facts: Any) -> None:
-        """Tell who started this process."""
+    def say(self, fact: str, what: str = "") -> None:
+        """Tell who started this process, in a line."""
         if os.getpid() == self.process:  # not a child that the tests made
-            os.write(self.verdict, json.dumps(facts).encode() + b"\n")
+            os.write(self.verdict, fact.encode() + b" " + what.encode("unicode_escape") + b"\n")
 
-    def end(self, **facts: Any) -> NoReturn:
+    def end(self, fact: str, what: str = "") -> NoReturn:
         """Tell the verdict, and end."""
-        self.say(**facts)
+        self.say(fact, what)
         os._exit(0)
 
     def _code(self) -> tuple[str, bool]:
-        self.say(ready=True)
+        self.say("ready")
         return self.texts[0], bool(self.texts[1].strip())
 
     def _call(self, called: Any, *arguments: Any, **named: Any) -> Any:
@@ -231,7 +231,9 @@ class Judge(Peer):
         return called(*arguments, **named)
 
 
-def main(inlet: int, outlet: int, verdict: int, programs: list[tuple[str, Any]], code: str, tests: str) -> NoReturn:
+def main(
+    inlet: int, outlet: int, verdict: int, programs: list[tuple[str, CodeType]], code: str, tests: str
+) -> NoReturn:
     """Send the programs to the interpreter that waits for them, run the tests, and say what became of them."""
     peer = Judge(os.fdopen(inlet, "rb"), os.fdopen(outlet, "wb"), verdict, code, tests)
     try:
@@ -239,23 +241,27 @@ def main(inlet: int, outlet: int, verdict: int, programs: list[tuple[str, Any]],
         peer.outlet.write(len(data).to_bytes(4, "little") + data)
         peer.outlet.flush()
     except OSError:
-        peer.end(gone=True)
+        peer.end("gone")
     peer.serve()
     peer.serve()
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     module.__dict__["__builtins__"] = Names(peer)
-    linecache.cache["<tests>"] = (len(tests), None, tests.splitlines(keepends=True), "<tests>")
     try:
         exec(compile(tests, "<tests>", "exec", dont_inherit=True), module.__dict__)
         sys.stdout.flush()
     except BaseException as error:
-        told = traceback.TracebackException.from_exception(error)
-        told.stack = traceback.StackSummary.from_list([each for each in told.stack if each.filename == "<tests>"])
-        text = list(_cut(told.format(chain=False)))
-        print("".join(text), end="", file=sys.__stdout__, flush=True)
-        peer.end(reason=text[-1].strip().splitlines()[-1])
-    peer.end(finished=True)
+        peer.end("reason", _told(error, tests))
+    peer.end("finished")
 
 
-def _cut(lines: Iterator[str]) -> Iterator[str]:
-    return (line[:_SIZE] for line in lines)
+def _told(error: BaseException, tests: str) -> str:
+    """Print an error as the interpreter would, with the lines of the tests alone; its last line."""
+    import linecache
+    import traceback
+
+    linecache.cache["<tests>"] = (len(tests), None, tests.splitlines(keepends=True), "<tests>")
+    told = traceback.TracebackException.from_exception(error)
+    told.stack = traceback.StackSummary.from_list([each for each in told.stack if each.filename == "<tests>"])
+    text = [line[:_SIZE] for line in told.format(chain=False)]
+    print("".join(text).encode(errors="backslashreplace").decode(), end="", file=sys.__stdout__, flush=True)
+    return text[-1].strip().splitlines()[-1]

@@ -13,10 +13,13 @@ import importlib
 import io
 import struct
 import sys
-import threading
 import types
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from _thread import RLock
+
+TYPE_CHECKING = False  # `typing` takes longer to import than most code to run
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Any, NoReturn
 
 MAX_MESSAGE = 64 * 2**20
 MAX_DEPTH = 100
@@ -62,7 +65,7 @@ _MODULES = {
     *("abc", "array", "base64", "bisect", "calendar", "cmath", "collections", "copy", "dataclasses"),
     *("datetime", "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "itertools", "json"),
     *("math", "numbers", "operator", "random", "re", "statistics", "string", "struct", "textwrap", "time"),
-    *("typing"),
+    "typing",
 }
 
 _U32 = struct.Struct("<I")
@@ -75,11 +78,11 @@ class Malformed(Exception):
     """A message that cannot be."""
 
 
-class Named(tuple[Any, ...]):
+class Named(tuple[object, ...]):
     """A namedtuple of the other process."""
 
-    fields: tuple[str, ...]
-    owner: Any  # its class
+    fields: tuple[str, ...] = ()
+    owner: Any = None  # its class
 
     def __getattr__(self, name: str) -> Any:
         if name == "_fields":
@@ -325,7 +328,7 @@ class Peer:
         self.inlet = inlet
         self.outlet = outlet
         self.functions = functions
-        self._lock = threading.RLock()
+        self._lock = RLock()
         self._own: dict[int, Any] = {}
         self._own_numbers: dict[int, int] = {}
         self._proxies: dict[int, Any] = {}
