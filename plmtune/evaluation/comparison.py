@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from plmtune.evaluation.results import Line, Score, direction, labels, lines, metric_label, score
+from plmtune.evaluation.results import Line, Score, direction, labels, lines, metric_label, score, show_number
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,12 +100,12 @@ def table(rows: Sequence[Row], results: Sequence[Result]) -> Table:
         for name, one in zip(names, row.differences, strict=True):
             if one is None:
                 continue
-            error = f" ± {one.stderr:.4f}" if one.stderr is not None else ""
+            error = f" ± {show_number(one.stderr)}" if one.stderr is not None else ""
             test = f"{one.test}, {one.shared} pairs" if one.paired else one.test or "none"
             style = ""
             if one.corrected is not None and one.corrected < 0.05 and row.higher_is_better is not None:
                 style = "green" if (one.mean > 0) == row.higher_is_better else "red"
-            difference = Text(f"{one.mean:+.4f}{error}", style=style)
+            difference = Text(f"{'+' * (one.mean >= 0)}{show_number(one.mean)}{error}", style=style)
             note = Text(test + (f" ({one.note})" if one.note else ""))
             grid.add_row(Text(task), metric, Text(name), difference, show_p(one.corrected), note)
             task = metric = ""

@@ -53,8 +53,10 @@ def draw(rows: Sequence[Row], results: Sequence[Mapping[str, Any]], path: Path) 
     )
     for part, (scores, *differences) in zip(parts, panels, strict=True):
         _draw_scores(scores, part, len(names))
-        if differences:
+        if any(one and one.stderr is not None for row in part for one in row.differences):
             _draw_differences(differences[0], part, names)
+        elif differences:
+            differences[0].set_visible(False)
     handles = [
         Line2D([], [], color=_COLOURS[i % 7], marker=_MARKERS[i % 7], linestyle="none", label=name)
         for i, name in enumerate(names)
@@ -80,14 +82,17 @@ def _draw_scores(panel: Any, rows: Sequence[Row], num: int) -> None:
             if one is None or one.value is None:
                 continue
             reach = Z_95 * one.stderr if one.stderr is not None else 0.0
-            # On a logarithmic axis an interval that reaches 0 would have no end.
-            low = min(reach, one.value * 0.9) if not shares and one.value > 0 else reach
-            panel.errorbar(one.value, _place(index, i, num), xerr=[[low], [reach]], **_look(i))
+            low = high = reach
+            if shares:
+                low, high = min(reach, one.value), min(reach, 1 - one.value)
+            elif one.value > 0:
+                low = min(reach, one.value * 0.9)  # on a logarithmic axis one that reaches 0 would have no end
+            panel.errorbar(one.value, _place(index, i, num), xerr=[[low], [high]], **_look(i))
     values = [one.value for row in rows for one in row.scores if one and one.value is not None]
     if not shares and min(values) > 0:
         _logarithmic(panel, values)
     if shares:
-        panel.set_xlim(left=min(0, panel.get_xlim()[0]))
+        panel.set_xlim(left=min(-0.01, panel.get_xlim()[0]))
     panel.set_xlabel("score (bars: 95% interval)" if shares else "lower is better where ↓ (bars: 95% interval)")
     _finish(panel, rows)
     panel.set_yticks(range(len(rows)), [_row_label(row) for row in rows], fontsize=9)

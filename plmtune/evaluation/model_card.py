@@ -24,7 +24,7 @@ from plmtune.units import show_bytes, show_count
 CURVES = "curves.png"
 # A validation's numbers that the card shows, with what they are.
 _MEASURED = {
-    "validation_loss": "validation loss (nats a token; a pair, of preferences)",
+    "validation_loss": "validation loss",
     "bits_per_byte": "validation, bits per byte",
     "validation/accuracy": "held-out pairs whose chosen answer is preferred",
     "validation/margin": "margin of rewards on held-out pairs",
@@ -215,7 +215,8 @@ def _training(run: Run, curves: bool) -> list[str]:
     rows += _machine(run)
     for key, name in (_MEASURED | _ROUND).items():
         if (value := run.latest(key)) is not None:
-            rows.append((name, f"{value:.4f}"))
+            of = f" (nats a {'pair' if unit == 'pairs' else 'token'})" if key == "validation_loss" else ""
+            rows.append((name + of, f"{value:.4f}"))
     if (loss := run.latest("loss")) is not None:
         rows.append(("training loss, last logged", f"{loss:.4f}"))
     lines = ["## Training", "", *_table(("", ""), rows)]
@@ -268,7 +269,7 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> list[str]:
             rows.append((line.task, version, shots, count, label, result_files.show_score(one)))
         lines += ["", *_table(("task", "version", "shots", "documents", "metric", "score ± standard error"), rows)]
         lines += [f"\nNot measured: {_cell(task)} ({_cell(reason)})" for task, reason in result["failed"].items()]
-        lines += ["", _how(result)]
+        lines += ["", _how(result), *_local_data(result)]
     return lines
 
 
@@ -280,6 +281,18 @@ def _how(result: Mapping[str, Any]) -> str:
     # `tasks` are the table's rows; what is not set is lm-eval's own.
     given = {key: value for key, value in settings.items() if key != "tasks" and value not in (None, False)}
     return _cell(", ".join(parts) + (f"; settings: {_settings(given)}." if given else "."))
+
+
+def _local_data(result: Mapping[str, Any]) -> list[str]:
+    """Which files stood in for the hub's data, without the folders of the machine that they lay on."""
+    local = {task: entry["data"] for task, entry in result["tasks"].items() if entry.get("data") not in (None, "hub")}
+    return [
+        f"\n{_cell(task)} was read from local files: {_cell(_without_folders(data))}" for task, data in local.items()
+    ]
+
+
+def _without_folders(text: Any) -> str:
+    return re.sub(r"[^\s,]*/", "", str(text))
 
 
 def _is_part(samples: int, entry: Mapping[str, Any]) -> bool:
@@ -392,7 +405,7 @@ def _show(value: Any) -> str:
         return f"({_settings(value)})"
     if isinstance(value, list):
         return "[" + ", ".join(map(_show, value)) + "]"
-    return str(value).removesuffix(".0")
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

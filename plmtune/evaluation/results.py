@@ -222,7 +222,12 @@ def show_score(one: Score | None) -> str:
         return "-"
     if one.value is None:
         return "not finite"
-    return f"{one.value:.4f}" + (f" ± {one.stderr:.4f}" if one.stderr is not None else "")
+    return show_number(one.value) + (f" ± {show_number(one.stderr)}" if one.stderr is not None else "")
+
+
+def show_number(value: float) -> str:
+    """Four decimals, or the first digits of what is as large as the perplexity of an untrained model."""
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
 def table(results: Sequence[Mapping[str, Any]], *, all_tasks: bool = False) -> Table:
