@@ -46,6 +46,16 @@ class TestGreedy:
         assert torch.equal(greedy(model, prompt, 20), ids[:, 9:])
 
 
+class TestCache:
+    def test_what_it_holds_comes_before_the_prompt(self) -> None:
+        model, prompt = small(), torch.randint(101, (2, 9))
+        cache = model.new_cache(2, 64)
+        model(prompt[:, :4], cache=cache, hidden=True)
+        assert torch.equal(greedy(model, prompt[:, 4:], 8, cache=cache), greedy(model, prompt, 8))
+        with pytest.raises(ValueError, match=r"62 prompt and 5 new tokens exceed the model's max_seq_len \(64\)"):
+            next(generate(model, torch.zeros(2, 46, dtype=torch.long), max_new_tokens=5, cache=cache))
+
+
 class TestEnd:
     def test_more_than_the_model_takes_is_refused_with_the_numbers(self) -> None:
         with pytest.raises(ValueError, match=r"60 prompt and 5 new tokens exceed the model's max_seq_len \(64\)"):
@@ -63,6 +73,14 @@ class TestEnd:
     def test_impossible_settings_are_refused(self, options: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             next(generate(small(), torch.zeros(1, 2, dtype=torch.long), **({"max_new_tokens": 2} | options)))
+
+    def test_an_output_that_is_no_number_is_refused(self) -> None:
+        model = small()
+        with torch.no_grad():
+            model.tok_embeddings.weight[7] = float("nan")
+        for temperature in (0, 1):
+            with pytest.raises(FloatingPointError, match="the model's output after 3 tokens is not a number"):
+                next(generate(model, torch.tensor([[1, 2, 3]]), max_new_tokens=5, temperature=temperature))
 
     def test_an_empty_prompt_is_refused(self) -> None:
         with pytest.raises(ValueError, match="prompt is empty"):
