@@ -10,7 +10,7 @@ the code leaves behind ends with that namespace. Judge and code have no rights.
 `pathlib`, `contextlib`, `typing`, `json` and `signal` take longer to import than most code takes to run.
 """
 
-# ruff: noqa: PTH, SIM105
+# ruff: noqa: PTH102, PTH103, PTH110, PTH112, PTH114, PTH115, PTH120, PTH123, PTH211, SIM105
 from __future__ import annotations
 
 import ctypes

@@ -405,7 +405,7 @@ class Peer:
             bases = tuple(bases)
             if not bases or not all(isinstance(base, type) and issubclass(base, BaseException) for base in bases):
                 raise Malformed("an exception without a class")
-            self._remember(number, type(name, bases, {}))
+            self._remember(number, type(name, bases, {"__module__": "__main__"}))
         return self._proxies[number]
 
     def _remember(self, number: int, proxy: Any) -> None:

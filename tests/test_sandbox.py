@@ -195,3 +195,160 @@ class TestRefusal:
         assert run_python("x = 1", tests="assert x == 1", isolation="limits").passed
         assert not run_python("import os; os._exit(0)", isolation="limits").passed
         assert not run_python("import time; time.sleep(60)", seconds=0.3, isolation="limits").passed
+
+
+SHAPES = """
+import math
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
+from fractions import Fraction
+
+Point = namedtuple("Point", "x y")
+
+@dataclass
+class Box:
+    size: int
+    def grow(self, by): self.size += by
+    def __mul__(self, by): return Box(self.size * by)
+    def __lt__(self, other): return self.size < other.size
+    def __len__(self): return self.size
+    def __getitem__(self, i): return range(self.size)[i]
+
+class Refused(ValueError):
+    pass
+
+class Node:
+    def __init__(self, value): self.value, self.left = value, None
+
+def same(x): return x
+def refuse(x): raise Refused(f"not {x}")
+def key_error(): return {}["k"]
+def count(n):
+    for i in range(n): yield i
+def adder(n): return lambda x: x + n
+def sort(x):
+    x.sort()
+    return x
+def wrap(x): return [x, x]
+def apply(f, *a): return f(*a)
+def say(x): print(x)
+def depth(node): return 0 if node is None else 1 + depth(node.left)
+"""
+
+
+class TestWhatIsCarried:
+    def test_plain_values_stay_what_they_are(self) -> None:
+        tests = r"""
+values = [None, True, False, 0, -1, 2**63, -2**63, 10**400, 0.1, float("inf"), -0.0, 1j, "", "\ud83d\ude00 \ud800",
+          b"x", bytearray(b"y"), [], [1, [2, []]], (), (1, (2,)), {}, {"a": {1: None}}, set(), {1, 2}, frozenset({3}),
+          list(range(100)), [0.5] * 100, [2**70] * 20, [True] * 20, range(3), slice(1, 2), ..., int, ValueError,
+          Decimal("1.10"), Fraction(1, 3), date(2020, 2, 29), Counter("abca"), deque([1, 2], 2), OrderedDict(a=1)]
+for value in values:
+    back = same(value)
+    assert back == value and type(back) is type(value), (value, back)
+assert str(same(-0.0)) == "-0.0" and math.isnan(same(math.nan)) and same(True) is True
+assert same(defaultdict(int, a=1))["b"] == 0
+"""
+        assert run(SHAPES, tests) == Result(True, 0, "", None)
+
+    def test_what_the_code_changes_of_its_arguments_changes(self) -> None:
+        tests = """
+numbers, table, both = [3, 1], {"a": [1]}, []
+assert sort(numbers) is numbers and numbers == [1, 3]
+first, second = wrap(both)
+assert first is both and second is both
+apply(lambda x: x.append(1), both)
+assert both == [1]
+loop = []; loop.append(loop)
+back = same(loop)
+assert back is loop
+fill(table, both)
+assert table == {"a": [1, 2], "b": both} and both == []
+"""
+        code = SHAPES + "def fill(t, b):\n    t['a'].append(2)\n    t['b'] = b\n    b.clear()\n"
+        assert run(code, tests) == Result(True, 0, "", None)
+
+    def test_objects_of_the_code_are_used_where_they_are(self) -> None:
+        tests = """
+box = Box(2)
+box.grow(3)
+box.size += 1
+assert box.size == 6 and len(box) == 6 and box[1] == 1 and list(box)[:2] == [0, 1] and 5 in box and 7 not in box
+assert box == Box(6) and box != Box(5) and Box(1) < box and (box * 2).size == 12 and isinstance(box, Box)
+assert sorted([Box(3), Box(1)])[0].size == 1 and str(box) == f"{box}" == "Box(size=6)"
+assert same(box) is box and same([box])[0] is box
+assert Point(1, 2) == (1, 2) and same(Point(1, 2)).y == 2 and type(same((1, 2))) is tuple
+root = Node(1)
+root.left = Node(2)
+assert depth(root) == 2 and root.left.value == 2 and not hasattr(root, "right")
+assert list(count(3)) == [0, 1, 2] and next(count(1)) == 0 and sum(count(10)) == 45
+assert adder(2)(3) == 5 and list(map(adder(1), [1, 2])) == [2, 3] and math.sqrt(4) == 2
+import copy
+other = copy.deepcopy(box)
+other.grow(1)
+assert box.size == 6
+"""
+        assert run(SHAPES, tests) == Result(True, 0, "", None)
+
+    def test_functions_of_the_tests_can_be_handed_over(self) -> None:
+        tests = """
+seen = []
+assert apply(lambda x: seen.append(x) or x * 2, 4) == 8 and seen == [4]
+assert apply(sorted, [2, 1]) == [1, 2] and apply(adder(1), 1) == 2
+def again(n): return n if n == 0 else apply(again, n - 1)
+assert again(5) == 0
+def refuses(x): raise KeyError(x)
+try: apply(refuses, 1)
+except KeyError as error: assert error.args == (1,)
+else: assert False
+class Own: pass
+try: same(Own())
+except TypeError as error: assert "an object of class Own cannot be handed" in str(error)
+else: assert False
+"""
+        assert run(SHAPES, tests) == Result(True, 0, "", None)
+
+    def test_errors_of_the_code_are_caught_by_their_class(self) -> None:
+        tests = """
+for kind in (Refused, ValueError, Exception):
+    try: refuse(3)
+    except kind as error: assert str(error) == "not 3" and isinstance(error, ValueError)
+    else: assert False
+try: key_error()
+except KeyError as error: assert error.args == ("k",)
+import unittest
+class T(unittest.TestCase):
+    def test(self):
+        with self.assertRaises(Refused): refuse(3)
+        self.assertEqual(same([1]), [1])
+assert unittest.TextTestRunner(stream=__import__("io").StringIO()).run(T("test")).wasSuccessful()
+refuse(4)
+"""
+        result = run(SHAPES, tests)
+        assert (result.passed, result.exit_code) == (False, 1)
+        assert result.reason == "Refused: not 4"
+
+    def test_what_it_prints_can_be_looked_at(self) -> None:
+        tests = """
+import contextlib, io
+shown = io.StringIO()
+with contextlib.redirect_stdout(shown): say("x")
+assert shown.getvalue() == "x\\n"
+say("y")
+"""
+        assert run(SHAPES, tests) == Result(True, 0, "y\n", None)
+
+    def test_names_of_the_tests_come_first_then_python_s_then_the_code_s(self) -> None:
+        code = "import math\nmath.floor = len = sorted = lambda *a: 7\nvalue = 1\ndef f(): return value"
+        assert run(code, "value = 2\nassert len([]) == 0 and value == 2 and f() == 1 and math.floor(1.5) == 1").passed
+        assert run(code, "missing").reason == "NameError: name 'missing' is not defined"
+
+    def test_many_calls(self) -> None:
+        assert run("def f(x): return x + 1", "for i in range(2000): assert f(i) == i + 1", seconds=20).passed
+
+    def test_code_that_is_tested_is_no_program(self) -> None:
+        code = "said = __name__\nif __name__ == '__main__':\n    print('main')"
+        assert run(code).output == "main\n"
+        assert run(code, "assert said != '__main__' == __name__").output == ""
