@@ -115,6 +115,7 @@ def _draw_differences(panel: Any, rows: Sequence[Row], names: Sequence[str]) -> 
     what = f"difference to {names[0]}" if shares else f"difference to {names[0]} in %"
     hollow = any(one and one.stderr is not None and not one.paired for row in rows for one in row.differences)
     panel.set_xlabel(what + (" (hollow: unpaired)" if hollow else ""))
+    panel.locator_params(axis="x", nbins=5)
     _finish(panel, rows)
     panel.set_yticks(range(len(rows)), [])
 

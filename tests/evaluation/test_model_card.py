@@ -1,0 +1,246 @@
+"""Model cards: only what files say, and every place that a person must fill."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+import yaml
+from click.testing import CliRunner
+from made_up import result, task
+
+from plmtune.cli.card import card as command
+from plmtune.data.tokenizers import byte
+from plmtune.errors import UserError
+from plmtune.evaluation import model_card, results
+from plmtune.evaluation.model_card import write_card
+from plmtune.models.adapters import save_adapter
+from plmtune.models.hf import save_model
+from plmtune.models.plm import plm
+from plmtune.modules.decoder import Decoder
+from plmtune.modules.peft import lora
+from plmtune.registry import component
+
+CONFIG: dict[str, Any] = {
+    "recipe": "pretrain",
+    "name": "tiny",
+    "init_from": None,
+    "seed": 7,
+    "seq_len": 32,
+    "global_batch_size": 4,
+    "phases": [{"name": "main", "tokens": None, "steps": 12, "mix": {"code": 0.75, "prose": 0.25}}],
+    "data": {
+        "component": "mix",
+        "sources": {"code": {"component": "stdlib"}, "prose": {"component": "files", "paths": ["my|books"]}},
+    },
+    "optimizer": {"component": "adamw", "lr": 0.001},
+    "scheduler": {"component": "wsdc", "warmup": "1%"},
+    "loss": {"component": "cross_entropy"},
+    "runtime": {"device": "auto", "precision": "fp32"},
+}
+LINES = [
+    {"step": 6, "loss": 5.0, "tokens": 768, "time": 30.0},
+    {"step": 6, "validation_loss": 4.75, "bits_per_byte": 2.5, "sparsity/0": 0.5, "sparsity/1": 0.75},
+    {"step": 12, "loss": 4.0, "tokens": 1536, "time": 60.0},
+    {"step": 12, "validation_loss": 3.75, "bits_per_byte": 1.5, "sparsity/0": 0.25, "sparsity/1": 0.5},
+]
+
+
+def model() -> Decoder:
+    torch.manual_seed(0)
+    mla = component("attention", "mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
+    ffn = component("ffn", "squared_relu", hidden_dim=32)
+    sizes = {"embed_dim": 16, "num_layers": 2, "num_heads": 2, "max_seq_len": 32}
+    return plm(byte().vocab_size, attention=mla, ffn=ffn, **sizes)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory that nobody says more of."""
+    directory = tmp_path_factory.mktemp("saved") / "lonely"
+    save_model(model(), None, directory)
+    byte().save(directory)
+    return directory
+
+
+def make_run(place: Path, saved: Path, **config: Any) -> Path:
+    run = place / "runs" / "tiny" / "20250317-093000"
+    for step in (6, 12):
+        directory = run / "checkpoints" / f"step-{step:08d}"
+        directory.mkdir(parents=True)
+        for file in saved.iterdir():
+            (directory / file.name).write_bytes(file.read_bytes())
+    text = yaml.safe_dump({**CONFIG, **config})
+    (run / "config.yaml").write_text(text)
+    record = {
+        "command": ["/home/someone/bin/plmtune", "run", "pretrain"],
+        "status": "finished",
+        "started": "2025-03-17T09:30:00Z",
+        "ended": "2025-03-17T09:40:00Z",
+        "git": {"commit": "abc123", "dirty": True},
+        "versions": {"torch": "2.13.0"},
+        "data": {"code": "f00d"},
+        "attempts": [{"device": "NVIDIA H200", "host": "secret-host"}],
+        "config": xxhash.xxh3_128_hexdigest(text.encode()),
+    }
+    (run / "run.json").write_text(json.dumps(record))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    (run / "curves.png").write_bytes(b"a picture")
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path, saved: Path) -> Path:
+    return make_run(tmp_path, saved)
+
+
+def text_of(checkpoint: Path, *found: dict[str, Any], **options: Any) -> str:
+    return write_card(checkpoint, found, **options).read_text(encoding="utf-8")
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
+    return found
+
+
+class TestRun:
+    def test_says_what_the_model_is_and_how_it_was_trained(self, run: Path) -> None:
+        text = text_of(run)
+        count = sum(p.numel() for p in model().parameters())
+        assert f"| parameters | {count:,} " in text
+        assert "| attention | mla (kv_lora_rank 16, " in text and "| ffn | squared_relu (hidden_dim 32) |" in text
+        assert "| phase main | 12 steps, mixed of code 0.75, prose 0.25 |" in text
+        assert "| optimizer | adamw (lr 0.001) |" in text and "| tokens | 1,536 (1.54K) |" in text
+        assert "| validation, bits per byte | 1.5000 |" in text
+        assert "| hardware | NVIDIA H200 |" in text and "| time in steps | 1.0 minutes |" in text
+        assert "abc123, with changes that were not committed" in text and "torch 2.13.0" in text
+
+    def test_sparsity_is_that_of_the_latest_validation(self, run: Path) -> None:
+        text = text_of(run)
+        assert "37.5% on average" in text and "| 0 | 25.0% |" in text and "| 1 | 50.0% |" in text
+
+    def test_an_earlier_checkpoint_has_the_numbers_of_its_own_step(self, run: Path) -> None:
+        text = text_of(run / "checkpoints" / "step-00000006")
+        assert "| validation, bits per byte | 2.5000 |" in text and "| tokens | 768 (768) |" in text
+        assert "the run went on to step 12" in text
+
+    def test_time_of_a_resumed_run_is_added_up(self, run: Path) -> None:
+        again = [{"step": 8, "loss": 4.5, "time": 20.0}, {"step": 12, "loss": 4.0, "time": 90.0}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*LINES[:2], *again]))
+        assert "| time in steps | 2.0 minutes |" in text_of(run)  # 30 seconds of one process, 90 of the other
+
+    def test_curves_lie_beside_the_card(self, run: Path, tmp_path: Path) -> None:
+        assert "](curves.png)" in text_of(run)
+        (tmp_path / "out").mkdir()
+        text_of(run, path=tmp_path / "out" / "card.md")
+        assert (tmp_path / "out" / "curves.png").read_bytes() == b"a picture"
+
+    def test_curves_are_drawn_where_there_are_none(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (run / "curves.png").unlink()
+        monkeypatch.setattr(model_card, "draw_curves", lambda source, target: target.write_bytes(source.read_bytes()))
+        text_of(run)
+        assert (run / "curves.png").read_bytes() == (run / "metrics.jsonl").read_bytes()
+
+    def test_hosts_and_folders_of_the_program_stay_private(self, run: Path) -> None:
+        text = text_of(run)
+        assert "secret-host" not in text and "/home/someone" not in text and "`plmtune run pretrain`" in text
+
+    def test_a_bar_in_a_name_cannot_break_a_table(self, run: Path) -> None:
+        assert r"paths [my\|books]" in text_of(run)
+
+    def test_a_run_that_stopped_is_said_to_have_stopped(self, run: Path) -> None:
+        record = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(record | {"status": "stopped"}))
+        assert "had not finished" in text_of(run)
+
+    def test_a_config_that_was_changed_afterwards_is_refused(self, run: Path) -> None:
+        (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("seed: 7", "seed: 8"))
+        with pytest.raises(UserError, match="not what the run began with"):
+            write_card(run, [])
+        assert not (run / "README.md").exists()
+
+
+class TestFrontMatter:
+    def test_is_yaml_with_empty_fields_for_what_no_file_knows(self, run: Path) -> None:
+        found = front_matter(text_of(run))
+        assert found["license"] == "" and found["language"] == [] and "base_model" not in found
+        assert found["tags"] == ["plmtune", "plm", "pretrain"] and found["pipeline_tag"] == "text-generation"
+
+    def test_a_base_of_the_hub_is_named_and_one_on_this_machine_is_to_fill_in(
+        self, tmp_path: Path, saved: Path
+    ) -> None:
+        hub = make_run(tmp_path / "a", saved, init_from="some-org/some-model")
+        assert front_matter(text_of(hub))["base_model"] == "some-org/some-model"
+        text = text_of(make_run(tmp_path / "b", saved, init_from=str(saved)))
+        assert "base_model" not in front_matter(text) and "# base_model:  Fill in" in text
+
+
+class TestModelDirectory:
+    def test_without_a_run_the_card_says_that_it_knows_less(self, saved: Path, tmp_path: Path) -> None:
+        text = text_of(saved, path=tmp_path / "card.md")
+        assert "no run beside it" in text and "**Fill in:** data, steps, hardware." in text
+        assert "# lonely" in text and "| layers | 2 |" in text
+        assert "Sparsity" not in text and "Provenance" not in text
+
+    def test_adapters_are_called_adapters(self, saved: Path, tmp_path: Path) -> None:
+        tuned = model()
+        lora(tuned, rank=4)
+        save_adapter(tuned, tmp_path / "adapters", saved)
+        text = text_of(tmp_path / "adapters")
+        assert "they need their base" in text and "rank 4" in text and "| layers | 2 |" in text
+
+    def test_adapters_without_their_base_do_not_guess_its_architecture(self, saved: Path, tmp_path: Path) -> None:
+        tuned = model()
+        lora(tuned, rank=4)
+        save_adapter(tuned, tmp_path / "adapters", saved)
+        config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+        gone = json.dumps(config | {"base_model_name_or_path": "/nowhere"})
+        (tmp_path / "adapters" / "adapter_config.json").write_text(gone)
+        text = text_of(tmp_path / "adapters")
+        assert "not at hand" in text and "| layers | 2 |" not in text
+
+
+class TestScores:
+    def test_a_score_has_its_error_count_shots_and_version(self, run: Path) -> None:
+        entry, rows = task([0, 1, 1, 1])
+        found = result("m", {"arc_easy": ({**entry, "documents": 2376}, rows)}, failed={"humaneval": "no data"})
+        text = text_of(run, found)
+        assert "| arc_easy | 1.0 | 0 | 4 of 2,376 | acc ↑ | 0.7500 ± 0.2500 |" in text
+        assert "Not measured: humaneval (no data)" in text and "by lm-eval 0.4.13" in text
+
+    def test_files_in_place_of_the_hubs_data_are_named(self, run: Path) -> None:
+        entry, rows = task([0, 1])
+        found = result("m", {"t": ({**entry, "data": "test: /home/someone/arc.jsonl (beef)"}, rows)})
+        assert "t was read from local files: test: arc.jsonl (beef)" in text_of(run, found)
+
+    def test_scores_of_another_step_or_size_are_refused(self, run: Path) -> None:
+        for key, value in (("step", 6), ("parameters", 5)):
+            with pytest.raises(UserError, match=f"{key} {value}"):
+                write_card(run, [result("m", {}, model={"name": "m", key: value})])
+
+    def test_what_the_run_itself_measured_of_this_step_is_taken(self, run: Path) -> None:
+        (run / "evaluations").mkdir()
+        results.save(result("m", {"own": task([0, 1])}), run / "evaluations" / "step-00000012.json")
+        assert "| own |" in text_of(run)
+        assert "| own |" not in text_of(run / "checkpoints" / "step-00000006")
+
+    def test_without_scores_the_place_is_to_be_filled(self, run: Path) -> None:
+        assert "**Fill in:** not measured by tasks" in text_of(run)
+
+
+class TestCommand:
+    def test_a_card_that_is_there_stays_unless_it_may_be_replaced(self, run: Path) -> None:
+        (run / "README.md").write_text("mine")
+        with pytest.raises(UserError, match="--overwrite"):
+            CliRunner().invoke(command, [str(run)], catch_exceptions=False)
+        assert (run / "README.md").read_text() == "mine"
+        done = CliRunner().invoke(command, [str(run), "--overwrite"], catch_exceptions=False)
+        assert "places say Fill in" in done.output and (run / "README.md").read_text().startswith("---\n")
+
+    def test_what_is_no_checkpoint_or_no_folder_is_a_sentence(self, run: Path, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="There is no checkpoint"):
+            CliRunner().invoke(command, ["nowhere"], catch_exceptions=False)
+        with pytest.raises(UserError, match="there is no folder"):
+            CliRunner().invoke(command, [str(run), "--out", str(tmp_path / "a" / "b.md")], catch_exceptions=False)
