@@ -1,0 +1,218 @@
+"""plmtune eval, as a person types it: tasks of one's own over local files."""
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from plmtune.cli import main
+from plmtune.data.tokenizers import byte
+from plmtune.evaluation import code_eval, results, scoring
+from plmtune.models.hf import load_model, save_model
+from plmtune.models.plm import plm
+from plmtune.registry import component
+
+Command = Callable[..., tuple[int, str, str]]
+
+COLOURS = """
+task: colours
+dataset_path: nobody/colours
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: ["red", "green", "blue"]
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 2.0}
+"""
+ADDING = """
+task: adding
+dataset_path: nobody/adding
+unsafe_code: true
+output_type: generate_until
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = byte()
+    made = plm(
+        tokenizer.vocab_size,
+        attention=component("attention", "mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
+        ffn=component("ffn", "squared_relu", hidden_dim=32),
+        embed_dim=16,
+        num_layers=1,
+        num_heads=2,
+        max_seq_len=64,
+        init_std=0.3,
+    )
+    made.init_weights(torch.Generator().manual_seed(0))
+    save_model(made, None, directory)
+    tokenizer.save(directory)
+    return directory
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with tasks in `mine` and their data in `files`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "colours.yaml").write_text(COLOURS)
+    (tmp_path / "mine" / "adding.yaml").write_text(ADDING)
+    (tmp_path / "files").mkdir()
+    rows = [{"question": f"The colour of number {i} is", "answer": i % 3} for i in range(6)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "files" / "rows.jsonl").write_text(text)
+    (tmp_path / "files" / "tasks.yaml").write_text("colours: {test: rows.jsonl}\nadding: {test: rows.jsonl}\n")
+    return tmp_path
+
+
+@pytest.fixture
+def plmtune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command line in this process: a fresh one would spend seconds on importing torch."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        options = ("eval", "--include", "mine", "--data", "files", *map(str, arguments))
+        monkeypatch.setattr(sys, "argv", ["plmtune", *options])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        with pytest.raises(SystemExit) as exit:
+            main()
+        return int(exit.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+def result(place: Path) -> dict[str, object]:
+    (file,) = (place / "evaluations").glob("*.json")
+    return results.load(file)
+
+
+class TestEval:
+    def test_ones_own_task_is_measured_shown_and_written(self, model: Path, place: Path, plmtune: Command) -> None:
+        code, out, err = plmtune(model, "--tasks", "colours", "--limit", 5)
+        assert code == 0, err
+        assert "colours" in out
+        assert "acc ↑" in out
+        found = result(place)
+        assert found["status"] == "complete"
+        assert found["tasks"]["colours"]["version"] == 2.0
+        assert len(found["samples"]["colours"]) == found["tasks"]["colours"]["samples"] == 5
+        assert found["settings"]["limit"] == 5
+        assert "files/rows.jsonl" in found["tasks"]["colours"]["data"]
+        assert found["model"]["name"] == "tiny"
+
+    def test_several_checkpoints_stand_side_by_side(self, model: Path, place: Path, plmtune: Command) -> None:
+        (place / "other").symlink_to(model)
+        code, out, _ = plmtune(model, "other", "--tasks", "colours")
+        assert code == 0
+        assert len(list((place / "evaluations").glob("*.json"))) == 2
+        assert out.count("±") == 2
+
+    def test_interrupted_it_goes_on_where_it_was(
+        self, model: Path, place: Path, plmtune: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        computed: list[int] = []
+        original = scoring.Scorer.score
+
+        def score(self: scoring.Scorer, *arguments: object) -> object:
+            for batch in original(self, *arguments):
+                computed.extend(index for index, _ in batch)
+                yield batch
+                if interrupt:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(scoring.Scorer, "score", score)
+        monkeypatch.setattr(scoring, "_BRANCHES", 0)
+        interrupt = True
+        code, _, err = plmtune(model, "--tasks", "colours", "--batch-size", 1)
+        assert code == 130
+        assert "goes on where this one was" in err
+        assert 0 < len(computed) < 18
+        interrupt = False
+        assert plmtune(model, "--tasks", "colours", "--batch-size", 1)[0] == 0
+        assert sorted(computed) == list(range(18))
+
+    def test_without_a_checkpoint_it_needs_a_finished_run(self, place: Path, plmtune: Command) -> None:
+        code, _, err = plmtune("--tasks", "colours")
+        assert code == 2
+        assert "no finished run under runs/" in err
+
+    def test_a_task_without_data_is_told_of_and_the_others_run(
+        self, model: Path, place: Path, plmtune: Command
+    ) -> None:
+        (place / "mine" / "lost.yaml").write_text(COLOURS.replace("task: colours", "task: lost"))
+        (place / "files" / "tasks.yaml").write_text("colours: {test: rows.jsonl}\nlost: {test: away.jsonl}\n")
+        code, out, err = plmtune(model, "--tasks", "lost,colours")
+        assert code == 2
+        assert "away.jsonl" in err
+        assert "not measured, for the reasons above: lost" in err
+        assert "acc ↑" in out
+        assert list(result(place)["failed"]) == ["lost"]
+
+    def test_weights_that_are_no_numbers_end_a_task_in_words(self, model: Path, place: Path, plmtune: Command) -> None:
+        shutil.copytree(model, place / "broken")
+        made = load_model(model)
+        with torch.no_grad():
+            made.norm.weight.fill_(float("nan"))
+        save_model(made, None, place / "broken")
+        code, _, err = plmtune("broken", "--tasks", "colours")
+        assert code == 2
+        assert "colours, document 0" in err
+        assert "NaN" in err
+
+    def test_prompts_longer_than_the_model_are_counted(self, model: Path, place: Path, plmtune: Command) -> None:
+        rows = [{"question": "long " * 40, "answer": 0}] * 2
+        (place / "files" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        code, _, err = plmtune(model, "--tasks", "colours")
+        assert code == 0
+        assert "colours: 6 requests were longer than the model's context and lost their beginning" in err
+        assert result(place)["tasks"]["colours"]["truncated"] == 6
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            (("--tasks", "colour"), "There is no task colour. Did you mean colours"),
+            ((), "Name what to measure"),
+            (("--suite", "quik"), "--suite quik"),
+            (("--tasks", "colours", "--batch-size", "many"), "--batch-size many"),
+            (("--tasks", "colours", "--system", "Be brief."), "Add --chat"),
+            (("--tasks", "colours", "--chat"), "has no chat template"),
+            (("--tasks", "adding"), "adding runs code that the model writes: add --unsafe-code"),
+        ],
+    )
+    def test_are_sentences(
+        self, model: Path, place: Path, plmtune: Command, options: tuple[str, ...], said: str
+    ) -> None:
+        code, _, err = plmtune(model, *options)
+        assert code == 2
+        assert said in err
+        assert not (place / "evaluations").exists()
+
+    def test_without_a_sandbox_code_is_not_run(
+        self, model: Path, place: Path, plmtune: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(code_eval, "missing", lambda: "namespaces are not allowed")
+        code, _, err = plmtune(model, "--tasks", "adding", "--unsafe-code")
+        assert code == 2
+        assert "there is no sandbox on this machine: namespaces are not allowed" in err
+
+
+class TestList:
+    def test_names_that_contain_a_word(self, place: Path, plmtune: Command) -> None:
+        code, out, _ = plmtune("--list", "colour")
+        assert code == 0
+        assert any(line.startswith("colours\ttask\tmultiple_choice") for line in out.splitlines())
+        assert "\ngsm8k\t" not in out
