@@ -180,8 +180,9 @@ def _forget_others(code: CodeRunner | None) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what lm-eval and its libraries log, and their progress bars, off the terminal."""
+    """Keep what lm-eval and its libraries log and print, and their progress bars, off the terminal."""
     import datasets
+    import lm_eval.api.metrics
     import lm_eval.api.task
     import tqdm
 
@@ -191,11 +192,13 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     silent = functools.partial(tqdm.tqdm, disable=True)
     tqdm.tqdm, lm_eval.api.task.tqdm = silent, silent
+    vars(lm_eval.api.metrics)["print"] = lambda *said, **how: None  # that it draws samples for a standard error
     datasets.disable_progress_bars()
     try:
         yield
     finally:
         tqdm.tqdm, lm_eval.api.task.tqdm = bars
         logging.disable(held)
+        vars(lm_eval.api.metrics).pop("print", None)
         if not shown:
             datasets.enable_progress_bars()

@@ -213,6 +213,16 @@ class TestFingerprint:
 
 
 class TestShippedMap:
+    def test_the_map_of_the_documentation_is_one(self, tmp_path: Path) -> None:
+        page = (Path(__file__).parents[2] / "docs" / "evaluation_data.md").read_text()
+        write = page.partition("```yaml\n")[2].partition("```")[0]
+        (tmp_path / "virology_test.csv").write_text("Why?,1,2,3,4,C\n")
+        (tmp_path / "arc.jsonl").write_text(lines([{"query": "Question: why?", "choices": ["x", "y"], "gold": 1}]))
+        write = write.replace("mmlu.zip/data/test/", "").replace("foundry_arc_easy", "arc")
+        data = opened(tmp_path, write)
+        assert rows(data, "mmlu_virology")[0]["answer"] == 2
+        assert rows(data, "arc_easy")[0]["answerKey"] == "B"
+
     def test_it_serves_the_tasks_whose_files_a_folder_has(self, tmp_path: Path) -> None:
         (tmp_path / "gsm8k_test.jsonl").write_text(lines(ROWS))
         data = LocalData.open(tmp_path)
