@@ -186,6 +186,16 @@ class TestTokensComputed:
         assert len(seen) > 2
         assert sum(seen[1:]) <= 200 * 5  # some questions begin alike
 
+    def test_each_subject_has_its_own_stem_though_all_begin_alike(self, make: Callable[[], Decoder]) -> None:
+        model, ids = make(), Ids(9)
+        begin = ids(33)
+        subjects = [begin + ids(27), begin + ids(37)]
+        items = [Item(subject + ids(20), [5]) for subject in subjects for _ in range(40)]
+        with counted(model) as seen:
+            scores(Scorer(model), items)
+        assert seen.count(60) == seen.count(70) == 1
+        assert sum(seen) <= 60 + 70 + 80 * 20
+
 
 class TestKnown:
     def test_what_is_known_is_left_out_and_the_rest_scores_the_same(self) -> None:
