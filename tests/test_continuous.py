@@ -1,12 +1,13 @@
 """Continuous batching: the answers of requests that share a batch are those they would get alone."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from plmtune.continuous import Answer, Engine, Request, _exponential
+from plmtune import continuous
+from plmtune.continuous import Answer, Engine, NotFinite, Request, _exponential
 from plmtune.generation import generate
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
@@ -123,6 +124,176 @@ class TestSampling:
         assert found["0"].tokens != found["2"].tokens
 
 
+def letters(ids: Sequence[int]) -> bytes:
+    """Ids as text: pieces of one to three bytes, of which the first is a letter."""
+    return b"".join(bytes([97 + i % 26, *b"\xe4\xbd"[: i // 26 % 3]]) for i in ids)
+
+
+def stopping(model: Decoder, **options: Any) -> Engine:
+    return Engine(model, batch_size=4, temperature=0, decode_bytes=letters, **options)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+class TestUntil:
+    def test_an_answer_ends_with_the_token_that_completes_a_stop(self, make: Callable[[], Decoder]) -> None:
+        model = make()
+        wanted = {request.key: request for request in requests() if request.max_new_tokens >= 8}
+        wholes = {key: alone(model, request).tokens for key, request in wanted.items()}
+        for begin, end in ((0, 3), (4, 8)):
+            # Begins in the middle of its first token where that has several bytes.
+            stops = {key: letters(whole[begin:end])[-(end - begin) :] for key, whole in wholes.items()}
+            asked = [
+                Request(key, wanted[key].tokens, wanted[key].max_new_tokens, until=(b"never", stop))
+                for key, stop in stops.items()
+            ]
+            found = answers(stopping(model), asked)
+            for key, whole in wholes.items():
+                first = next(n for n in range(1, len(whole) + 1) if stops[key] in letters(whole[:n]))
+                assert found[key] == Answer(key, whole[:first], False, stopped=True)
+                assert found[key].why == "stop"
+
+    def test_what_the_prompt_ends_in_is_no_part_of_a_stop(self, make: Callable[[], Decoder]) -> None:
+        model = make()
+        request = requests()[1]
+        whole = alone(model, request).tokens
+        stop = letters([request.tokens[-1], whole[0]])
+        assert stop not in letters(whole)
+        until = Request("a", request.tokens, request.max_new_tokens, until=(stop,))
+        assert answers(stopping(model), [until])["a"] == Answer("a", whole, False)
+
+
+class TestWhy:
+    def test_an_end_a_stop_and_neither_are_told_apart(self) -> None:
+        model = small_plm()
+        request = requests()[2]
+        whole = alone(model, Request("a", request.tokens, 12)).tokens
+        asked = [Request("a", request.tokens, 12)]
+        ended = answers(stopping(model, end_ids={whole[5]}), asked)["a"]
+        cut = answers(stopping(model), asked)["a"]
+        assert cut.why == "length"
+        assert cut.tokens == whole
+        assert ended.why == "end"
+        assert ended.tokens == whole[: whole.index(whole[5])]
+
+    def test_a_stop_that_comes_with_the_last_token_is_one(self) -> None:
+        model = small_plm()
+        whole = alone(model, Request("a", [7], 6)).tokens
+        found = answers(stopping(model), [Request("a", [7], 6, until=(letters(whole),))])
+        assert found["a"] == Answer("a", whole, False, stopped=True)
+
+
+@pytest.fixture
+def tokens_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(rows, tokens a row) of each forward."""
+    shapes: list[tuple[int, int]] = []
+    forward = Decoder.forward
+
+    def counted(model: Decoder, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        shapes.append((tokens.shape[0], tokens.shape[1]))
+        return forward(model, tokens, **options)
+
+    monkeypatch.setattr(Decoder, "forward", counted)
+    return shapes
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+class TestSharedPrefixes:
+    @pytest.fixture(autouse=True)
+    def short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(continuous, "_STEM", 8)
+        monkeypatch.setattr(continuous, "_SPARED", 20)
+
+    def test_are_read_once_and_change_no_answer(
+        self, make: Callable[[], Decoder], tokens_read: list[tuple[int, int]]
+    ) -> None:
+        model = make()
+        examples = list(range(20, 50))
+        alike = [Request(f"s{i}", [*examples, *request.tokens[:9]], 8) for i, request in enumerate(requests())]
+        expected = {request.key: alone(model, request) for request in [*alike, *requests()]}
+        tokens_read.clear()
+        assert answers(Engine(model, batch_size=4, temperature=0), [*requests(), *alike]) == expected
+        longer = [shape for shape in tokens_read if shape[1] > 1]
+        assert longer.count((1, 30)) == 1
+        # All else is what follows the examples, at most 9 tokens, and the dozen others.
+        others = sum(len(request.tokens) for request in requests())
+        assert sum(rows * tokens for rows, tokens in longer) <= 1.15 * (30 + 12 * 9 + others)
+
+    def test_of_a_prefix_inside_a_prefix_each_is_read_once(
+        self, make: Callable[[], Decoder], tokens_read: list[tuple[int, int]]
+    ) -> None:
+        model = make()
+        shots = [Request(f"{i}/{j}", [*range(20), *[50 + i] * 12, i, j], 3) for i in range(4) for j in range(5)]
+        expected = {request.key: alone(model, request) for request in shots}
+        tokens_read.clear()
+        assert answers(Engine(model, batch_size=5, temperature=0), shots) == expected
+        stems = [tokens for rows, tokens in tokens_read if rows == 1 and tokens > 2]
+        assert stems == [20, 13, 13, 13, 13]
+
+    def test_a_prompt_that_is_asked_again_is_read_once_and_drawn_by_each_seed(
+        self, make: Callable[[], Decoder], tokens_read: list[tuple[int, int]]
+    ) -> None:
+        model = make()
+        prompt = list(range(40))
+        again = [Request(f"{i}", prompt, 10, seed=i) for i in range(8)]
+        expected = {request.key: answers(Engine(model, batch_size=1), [request])[request.key] for request in again}
+        assert len({tuple(answer.tokens) for answer in expected.values()}) == 8
+        tokens_read.clear()
+        assert answers(Engine(model, batch_size=3), again) == expected
+        assert [shape for shape in tokens_read if shape[1] > 1] == [(1, 39)]
+        # The prompt's last token is read with the step that writes the first of the answer.
+        assert sum(rows for rows, tokens in tokens_read if tokens == 1) == 8 * 10
+
+    def test_prompts_of_which_one_begins_the_other(self, make: Callable[[], Decoder]) -> None:
+        model = make()
+        nested = [Request(f"{i}", list(range(i)), 5) for i in (40, 12, 13, 40, 39, 1, 12)]
+        found = answers(Engine(model, batch_size=2, temperature=0), nested)
+        assert found == {request.key: alone(model, request) for request in nested}
+
+    def test_an_interrupt_while_they_are_read_leaves_nothing_half_done(
+        self, make: Callable[[], Decoder], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = make()
+        shots = [Request(f"{i}", [*range(20), *[50 + i // 3] * 12, i], 3) for i in range(9)]
+        expected = {request.key: alone(model, request) for request in shots}
+        calls = 0
+        forward = Decoder.forward
+
+        def every_other(model: Decoder, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            states = forward(model, tokens, **options)
+            if calls % 2:
+                raise KeyboardInterrupt
+            return states
+
+        monkeypatch.setattr(Decoder, "forward", every_other)
+        engine = Engine(model, batch_size=4, temperature=0)
+        for request in shots:
+            engine.submit(request)
+        found = {}
+        for _ in range(100):
+            try:
+                for answer in engine.run():
+                    found[answer.key] = answer
+                break
+            except KeyboardInterrupt:
+                continue
+        assert found == expected
+
+
+class TestNotFinite:
+    @pytest.mark.parametrize("temperature", [0, 1])
+    def test_numbers_that_are_none_name_the_request(self, temperature: float) -> None:
+        model = small_plm()
+        with torch.no_grad():
+            model.tok_embeddings.weight[77] = float("nan")
+            model.tok_embeddings.weight[78] = float("nan")
+        engine = Engine(model, batch_size=3, temperature=temperature, num_tokens=70)
+        with pytest.raises(NotFinite, match="request bad: the model gives numbers that are NaN") as caught:
+            answers(engine, [Request("good", [1, 2], 3), Request("bad", [5, 77], 3), Request("fine", [3, 4], 3)])
+        assert caught.value.key == "bad"
+
+
 class TestRun:
     def test_what_is_submitted_while_running_is_answered(self) -> None:
         model = small_plm()
@@ -218,6 +389,8 @@ class TestRefusals:
             (Request("c", [1], 0), "request c: max_new_tokens must be at least 1, not 0"),
             (Request("d", [1, 101], 1), "request d: the prompt has id 101, the model's vocabulary has 101"),
             (Request("e", [1, -1], 1), "request e: the prompt has id -1, the model's vocabulary has 101"),
+            (Request("f", [1], 1, until=(b"a", b"")), "request f: one of until is empty"),
+            (Request("g", [1], 1, until=(b"a",)), "request g: until needs an engine with decode_bytes"),
         ],
     )
     def test_a_request_that_cannot_be_answered_is_refused_at_once(self, request_: Request, message: str) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from plmtune import continuous
 from plmtune.continuous import Answer, Engine, Request, Why
+from plmtune.errors import UserError
 from plmtune.evaluation.scoring import NotFinite
 from plmtune.generation import check_sampling
 from plmtune.training.estimate import available_memory
@@ -104,7 +105,8 @@ class Writer:
         self.truncated += sum(
             len(request.tokens) < len(prompt.tokens) for request, prompt in zip(requests, prompts, strict=True)
         )
-        return self._write(prompts, [request for index, request in enumerate(requests) if index not in set(known)])
+        known = frozenset(known)
+        return self._write(prompts, [request for index, request in enumerate(requests) if index not in known])
 
     def _request(self, index: int, prompt: Prompt) -> Request:
         limit = self.model.max_seq_len
@@ -113,14 +115,18 @@ class Writer:
                 f"prompt {index}: max_new_tokens ({prompt.max_new_tokens}) leaves no room for a prompt: it must be "
                 f"below the model's max_seq_len ({limit})"
             )
-        if not prompt.tokens:
+        if len(prompt.tokens) == 0:
             raise ValueError(f"prompt {index} is empty: at least one token is needed to start from")
-        check_sampling(*prompt.sampling)
+        try:
+            check_sampling(*prompt.sampling)
+        except ValueError as error:
+            raise ValueError(f"prompt {index}: {error}") from error
         until = tuple(text.encode("utf-8", errors="replace") for text in prompt.until if text)
         tokens = prompt.tokens[-(limit - prompt.max_new_tokens) :]
         return Request(str(index), tokens, prompt.max_new_tokens, prompt.seed, until)
 
     def _write(self, prompts: Sequence[Prompt], requests: list[Request]) -> Iterator[tuple[int, Written]]:
+        device = self.model.head_weight.device
         waiting = {int(request.key): request for request in requests}
         for sampling in dict.fromkeys(prompts[index].sampling for index in waiting):
             alike = {index: request for index, request in waiting.items() if prompts[index].sampling == sampling}
@@ -134,11 +140,18 @@ class Writer:
                 except continuous.NotFinite as error:
                     raise NotFinite(int(error.key)) from error
                 except (RuntimeError, MemoryError) as error:
-                    if rows == 1 or not _out_of_memory(error):
+                    if not _out_of_memory(error):
                         raise
-                    rows //= 2
-                    if self.batch_size is not None:
-                        self.batch_size = rows
+                    if rows == 1:
+                        raise UserError(
+                            f"Memory does not suffice for one prompt of {len(next(iter(alike.values())).tokens):,} "
+                            f"tokens on {device}. End other programs, or load the model with a smaller dtype."
+                        ) from error
+                    # What is not answered yet begins anew; its seed makes it the same.
+                    rows = min(rows // 2, len(alike))
+                # Only here is the exception gone, which held what the engine had.
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
 
     def _run(
         self, requests: Collection[Request], rows: int, sampling: tuple[float, int | None, float | None]
@@ -174,4 +187,6 @@ class Writer:
 
 def _out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed: a GPU's has a class of its own, a CPU's only a text."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        sign in str(error) for sign in ("can't allocate memory", "not enough memory")
+    )
