@@ -179,7 +179,9 @@ class _Documents:
         if path is None:
             return f"{self._where[:1].upper() + self._where[1:]} names no data: add dataset_path, or a map (--data)"
         what = ", ".join(repr(part) for part in (path, name) if part is not None)
-        reason = _in_words(error) if _reachable() else "the hub does not answer, and this machine's cache has none"
+        reason = _in_words(error)
+        if isinstance(error, OSError) and not _reachable():  # what libraries say of it does not help
+            reason = "the hub does not answer, and this machine's cache has none"
         missing = self._data.absent(self._name) if self._data is not None else []
         return (
             f"The data of {self._where}, {path}{f' ({name})' if name else ''}, cannot be had: {reason}."

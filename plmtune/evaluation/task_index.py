@@ -27,9 +27,8 @@ Kind = Literal["task", "class", "group", "tag"]
 # What runs code that a model wrote: nothing, the metric code_eval (which we can put into our sandbox), its own means.
 Code = Literal["no", "code_eval", "own"]
 
-_FORMAT = 1  # of the cached index
+_FORMAT = 2  # of the cached index
 _PASSED_OVER = {"__pycache__", ".ipynb_checkpoints"}
-_KINDS = {"task", "class", "group", "tag"}
 _LOOKS_LIKE_A_TASK = {"dataset_path", "doc_to_text", "doc_to_target", "output_type", "metric_list"}
 
 
@@ -65,18 +64,16 @@ def lm_eval_index() -> dict[str, Known]:
     version = importlib.metadata.version("lm_eval")
     kept = _cache_file(folder, version)
     try:
-        known = _unpack(json.loads(kept.read_bytes()), folder, version)
-    except (OSError, ValueError, TypeError, KeyError):  # none yet, or damaged: it is made again
+        return _unpack(kept.read_bytes(), folder, version)
+    except (OSError, ValueError):  # none yet, or damaged: it is made again
         pass
-    else:
-        return known
     if os.environ.get("RANK", "0") == "0":
         print("Reading the names of lm-eval's tasks; the next time they are known", file=sys.stderr, flush=True)
     known = read_folder(folder, strict=False)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with replacing(kept) as temporary:
-            temporary.write_text(json.dumps(_pack(known, folder, version)), encoding="utf-8")
+            temporary.write_bytes(_pack(known, folder, version))
     except OSError:  # no home, or not writable: then it takes seconds each time
         pass
     return known
@@ -223,17 +220,17 @@ def _cache_file(folder: Path, version: str) -> Path:
     return Path(base).expanduser() / "plmtune" / f"lm_eval-{version}-{place}.json"
 
 
-def _pack(known: dict[str, Known], folder: Path, version: str) -> dict[str, Any]:
+def _pack(known: dict[str, Known], folder: Path, version: str) -> bytes:
     rows = [astuple(entry) for entry in known.values()]
-    return {"format": _FORMAT, "version": version, "folder": str(folder), "known": rows}
+    body = json.dumps({"format": _FORMAT, "version": version, "folder": str(folder), "known": rows}).encode()
+    return xxhash.xxh3_128_hexdigest(body).encode() + b"\n" + body
 
 
-def _unpack(packed: dict[str, Any], folder: Path, version: str) -> dict[str, Known]:
-    if (packed["format"], packed["version"], packed["folder"]) != (_FORMAT, version, str(folder)):
+def _unpack(packed: bytes, folder: Path, version: str) -> dict[str, Known]:
+    digest, _, body = packed.partition(b"\n")
+    if digest != xxhash.xxh3_128_hexdigest(body).encode():
+        raise ValueError("damaged")
+    content = json.loads(body)
+    if (content["format"], content["version"], content["folder"]) != (_FORMAT, version, str(folder)):
         raise ValueError("of another version")
-    known = {}
-    for name, kind, path, output, code, members in packed["known"]:
-        if kind not in _KINDS or not isinstance(name, str):
-            raise ValueError("damaged")
-        known[name] = Known(name, kind, path, output, code, tuple(members))
-    return known
+    return {entry[0]: Known(*entry[:5], members=tuple(entry[5])) for entry in content["known"]}

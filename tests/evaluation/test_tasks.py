@@ -276,6 +276,19 @@ class TestWithoutData:
         entry = str(error.value).partition("--data:\n")[2]
         assert tasks(folder, entry).load("sums", num_fewshot=2)
 
+    def test_files_that_a_task_names_itself_need_no_hub(self, folder: Path) -> None:
+        files = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'test.jsonl'}}}}}\n"
+        files += "dataset_name: null\n"
+        write(folder, "local.yaml", f"include: sums.yaml\ntask: local\ntraining_split: null\n{files}")
+        task: Any = Tasks(include=folder).load("local")
+        assert len(task.test_docs()) == 4
+
+    def test_what_a_function_of_the_task_says_is_not_hidden(self, folder: Path) -> None:
+        write(folder, "made.py", "def rows(**settings): raise KeyError('nobody thought of this')\n")
+        write(folder, "made.yaml", "include: sums.yaml\ntask: made\ncustom_dataset: !function made.rows\n")
+        with pytest.raises(UserError, match="cannot be had: KeyError: 'nobody thought of this'"):
+            Tasks(include=folder).load("made")
+
     def test_files_that_would_serve_are_named(self, folder: Path, only: Callable[..., None]) -> None:
         only("gsm8k")
         with pytest.raises(UserError, match=r"The folder of --data has no gsm8k_test\.jsonl"):
@@ -412,11 +425,13 @@ class TestIndex:
         assert task_index.lm_eval_index() == first
         assert capsys.readouterr().err == ""
 
-    @pytest.mark.parametrize("damaged", [b"", b"{}", b"[1]", b'{"format": 1, "version": "0"}', b"\xff\xfe"])
-    def test_a_damaged_cache_is_made_again(self, package: Path, tmp_path: Path, damaged: bytes) -> None:
+    @pytest.mark.parametrize("damage", ["empty", "cut", "a bit"])
+    def test_a_damaged_cache_is_made_again(self, package: Path, tmp_path: Path, damage: str) -> None:
         first = task_index.lm_eval_index()
         whole = self.kept(tmp_path).read_bytes()
-        self.kept(tmp_path).write_bytes(damaged)
+        at = whole.index(b"multiple_choice")
+        flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+        self.kept(tmp_path).write_bytes({"empty": b"", "cut": whole[:-9], "a bit": flipped}[damage])
         assert task_index.lm_eval_index() == first
         assert self.kept(tmp_path).read_bytes() == whole
 
