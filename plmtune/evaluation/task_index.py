@@ -233,4 +233,7 @@ def _unpack(packed: bytes, folder: Path, version: str) -> dict[str, Known]:
     content = json.loads(body)
     if (content["format"], content["version"], content["folder"]) != (_FORMAT, version, str(folder)):
         raise ValueError("of another version")
-    return {entry[0]: Known(*entry[:5], members=tuple(entry[5])) for entry in content["known"]}
+    return {
+        name: Known(name, kind, path, output, code, tuple(members))
+        for name, kind, path, output, code, members in content["known"]
+    }
