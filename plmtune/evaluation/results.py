@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -389,6 +390,8 @@ def _check(result: dict[str, Any]) -> None:
     for task, rows in result["samples"].items():
         if not _are(rows, dict) or not all(isinstance(row.get("metrics"), dict) for row in rows):
             raise ValueError(f"samples.{task} is no list of samples with metrics")
+        if not all(isinstance(row.get(key), str) for row in rows for key in ("doc_hash", "prompt_hash")):
+            raise ValueError(f"samples.{task} has a sample without doc_hash or prompt_hash")
 
 
 def _are(values: Any, kind: type) -> bool:
@@ -396,4 +399,5 @@ def _are(values: Any, kind: type) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and math.isfinite(value))
+    # JSON's integers know no bounds, and floats do.
+    return value is None or (isinstance(value, int | float) and abs(value) <= sys.float_info.max)

@@ -160,6 +160,8 @@ class TestFiles:
             ("tasks", {"t": []}, "has no metrics"),
             ("groups", {"g": {"metrics": {}, "tasks": "t"}}, "no list of names"),
             ("samples", {"t": [1]}, "no list of samples"),
+            ("samples", {"t": [{"metrics": {}, "doc_hash": [], "prompt_hash": ""}]}, "without doc_hash"),
+            ("tasks", {"t": {"metrics": {"acc,none": {"value": 10**400}}}}, "no finite number"),
         ],
     )
     def test_damage_is_named_by_its_key(self, tmp_path: Path, key: str, value: Any, said: str) -> None:
