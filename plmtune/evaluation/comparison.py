@@ -226,7 +226,7 @@ def _measure(samples: Mapping[Hashable, Any], reported: float) -> _Measure | Non
     """Which of lm-eval's aggregations gives the reported score: asked of the numbers, so that none is ever assumed."""
     try:
         x = np.array(list(samples.values()), dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     if not np.isfinite(x).all():
         return None
