@@ -5,8 +5,21 @@ process of this machine, no file but the Python installation and the system's li
 working directory in memory. Its environment is empty; memory, processor time, processes, files and output are limited,
 and after the wall-clock limit the kernel ends all of it at once.
 
-What is not promised: the kernel is shared, and a program that looks through its own interpreter for the pipe of the
-verdict can find it. Ending early, printing and replacing builtins pass no test.
+Tests run in another process than the code (`plmtune.sandbox_judge`), which alone can give the verdict. What the tests
+name and neither they nor Python define is asked of the code, by a pipe that carries plain values
+(`plmtune.sandbox_wire`): the code can do to itself what it likes, and yet only answer. So tests see
+
+- numbers, texts, lists, tuples, dicts, sets, ranges, namedtuples, deques, Counters, Decimals, Fractions, dates: as
+  they are; what the code changes of a list, dict or set that it was given changes. A defaultdict has no factory.
+- objects of the code's own classes, functions, generators: by their attributes, methods, items and iteration. Among
+  themselves they compare as the code says; to a plain value they are never equal, and arithmetic gives no number.
+- its exceptions: by class and text. Its modules of plain functions, as `math`: imported anew.
+
+The code can be given the same, and functions of the tests; no objects of classes that the tests define. Tests cannot
+set its globals, inherit from its classes, or await its coroutines.
+
+What is not promised: the kernel is shared; and where a test asks the code itself whether the code is right, as by a
+second function that the answer begins with, it may lie.
 """
 
 from __future__ import annotations
@@ -98,7 +111,9 @@ def run_python(
         output_bytes: of stdout and stderr that are kept.
         processes: and threads that it may have at once.
         stop: once set, the code is ended as if its time were over.
-        isolation: "limits" does without namespaces and without `processes`: for code that one would run oneself.
+        isolation: "limits" does without namespaces and without `processes`: for code that one would run oneself. It
+            can then do what its user can, outlive its time in a session of its own, and, as root or where processes
+            may trace each other, change the verdict.
 
     Raises:
         ValueError: for limits that are not positive.
@@ -202,7 +217,7 @@ def _judge(report: dict[str, Any], output: str, in_time: bool, seconds: float) -
         return Result(False, None, output, f"ran for more than {seconds:g} seconds")
     code: int | None = report.get("exit_code")
     if report.get("reason"):
-        return Result(False, code, output, report["reason"])
+        return Result(False, code, output, report["reason"].encode(errors="backslashreplace").decode())
     if code is None:
         return Result(False, None, output, "was ended together with its sandbox")
     if code < 0:

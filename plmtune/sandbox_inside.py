@@ -186,7 +186,7 @@ def supervise(order: dict[str, Any], report: Any) -> None:
     status = None
     # The pipe to the judge may have been closed by code that goes on.
     if b"finished" not in facts and b"reason" not in facts and select.select([ended[0]], [], [], _ENDING)[0]:
-        status = int(os.read(ended[0], 16) or b"-1")
+        status = int(os.read(ended[0], 16) or str(SIGKILL))
     os.kill(first, SIGKILL)
     os.waitpid(first, 0)
     if order["isolated"]:

@@ -385,6 +385,10 @@ class Peer:
             self._own[number] = value
         return number
 
+    def exported(self, value: Any) -> bool:
+        """Whether the other process was given an object of this one."""
+        return id(value) in self._own_numbers  # what was given is kept, so that no other has its id
+
     def own(self, number: int) -> Any:
         """The object of this process that has a number."""
         return self._own[number]

@@ -44,6 +44,9 @@ class TestVerdict:
         result = run("def add(a, b):\n    return a - b\n", "assert add(2, 3) == 5, 'not a sum'")
         assert (result.passed, result.exit_code, result.reason) == (False, 1, "AssertionError: not a sum")
 
+    def test_a_reason_can_be_written_down(self) -> None:
+        assert str(run("def f(): raise ValueError('\\ud800')", "f()").reason).encode() == b"ValueError: \\ud800"
+
     def test_code_reads_its_stdin_and_writes_its_output(self) -> None:
         assert run_python("print(input()[::-1])", stdin="abc\n").output == "cba\n"
 

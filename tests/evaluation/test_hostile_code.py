@@ -144,7 +144,7 @@ print("memory", got)
     + " '/proc/self/mounts'):\n    try: print(open(path).read())\n    except OSError: pass",
     "reads this machine's files": WRONG
     + "import os\n"
-    + "for path in ('/etc/passwd', '/etc/shadow', '/root/.bashrc', PROJECT + '/docs', '/sys', '/proc', '/var', '/dev'):\n"
+    + "for path in ('/etc/passwd', '/etc/shadow', '/root/.bashrc', PROJECT + '/docs', '/sys', '/proc', '/dev'):\n"
     + "    try: print('SAW', os.listdir(path) if os.path.isdir(path) else open(path).read())\n    except OSError: pass",
     "writes outside": WRONG
     + "import os, sys\n"
@@ -219,6 +219,16 @@ MORE = {
 }
 
 
+def processes() -> list[str]:
+    names = []
+    for path in Path("/proc").glob("[0-9]*/comm"):
+        try:
+            names.append(path.read_text().strip())
+        except OSError:  # it has ended
+            continue
+    return names
+
+
 @pytest.fixture(scope="module")
 def port() -> Iterator[tuple[int, list[socket.socket]]]:
     with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
@@ -282,14 +292,13 @@ class TestHostilePrograms:
                 receive()
 
     def test_no_process_is_left(self, ended: dict[str, Result]) -> None:
-        names = []
-        for path in Path("/proc").glob("[0-9]*/comm"):
-            try:
-                names.append(path.read_text().strip())
-            except OSError:  # it has ended
-                continue
-        assert names  # this process at least
-        assert MARK not in names
+        for _ in range(50):  # the kernel may still be about to end them
+            names = processes()
+            assert names  # this process at least
+            if MARK not in names:
+                return
+            time.sleep(0.1)
+        pytest.fail(f"{names.count(MARK)} processes are left")
 
     @pytest.mark.slow
     def test_each_ends_within_its_time_and_a_second(self, programs: dict[str, str]) -> None:
