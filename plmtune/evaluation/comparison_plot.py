@@ -28,7 +28,7 @@ def draw(rows: Sequence[Row], results: Sequence[Mapping[str, Any]], path: Path) 
     if not rows:
         raise UserError("There is no score to draw: no task of these results ended with a number.")
     if len(rows) > _MAX_ROWS:
-        raise UserError(f"{len(rows)} rows are too many for a picture, which shows {_MAX_ROWS}: leave out --all-tasks.")
+        raise UserError(f"{len(rows)} rows are too many for a picture, which shows {_MAX_ROWS}: leave out --all.")
 
     # Agg by its own canvas, not by pyplot: no window system, no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
