@@ -162,10 +162,12 @@ def supervise(order: dict[str, Any], report: Any) -> None:
     """Start the tests and the code, wait for the verdict, and report it."""
     to_code, to_judge, verdict, ended = os.pipe(), os.pipe(), os.pipe(), os.pipe()
     tester = _fork(lambda: _be_judge(order, to_judge[0], to_code[1], verdict[1]))
+    for fd in (to_code[1], to_judge[0], verdict[1]):  # nobody else has them
+        os.close(fd)
     if order["isolated"]:
         _call("unshare", CLONE_NEWPID, what="a process namespace within")
     first = _fork(lambda: _be_first(order, to_code[0], to_judge[1], ended[1]))
-    for fd in (*to_code, *to_judge, verdict[1], ended[1]):
+    for fd in (to_code[0], to_judge[1], ended[1]):
         os.close(fd)
     said = b""
     facts: dict[bytes, bytes] = {}

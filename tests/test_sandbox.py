@@ -44,6 +44,11 @@ class TestVerdict:
         result = run("def add(a, b):\n    return a - b\n", "assert add(2, 3) == 5, 'not a sum'")
         assert (result.passed, result.exit_code, result.reason) == (False, 1, "AssertionError: not a sum")
 
+    def test_tests_that_end_early_prove_nothing(self) -> None:
+        result = run("def f(): return 1", "import os\nos._exit(0)")
+        assert (result.passed, result.reason) == (False, "its tests ended before their end, with exit status 0")
+        assert run("def f(): return 1", "raise SystemExit(0)").reason == "SystemExit: 0"
+
     def test_a_reason_can_be_written_down(self) -> None:
         assert str(run("def f(): raise ValueError('\\ud800')", "f()").reason).encode() == b"ValueError: \\ud800"
 
