@@ -88,7 +88,8 @@ class LanguageModel(TemplateLM):
         self._device = model.head_weight.device
         self._scorer = Scorer(model)
         self._writer = Writer(model, tokenizer, batch_size=batch_size)
-        self._base = key(digest, tokenizer.fingerprint, model.max_seq_len, VERSION).hex()
+        # Weights alone do not say how positions are turned, nor how long a context is.
+        self._base = key(digest, model.config, tokenizer.fingerprint, VERSION).hex()
         self._encoded: dict[str, list[int]] = {}
 
     # What lm-eval reads of a model.

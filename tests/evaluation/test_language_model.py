@@ -41,10 +41,14 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer) -> Decoder:
+    return made(tokenizer)
+
+
+def made(tokenizer: Tokenizer, rope_theta: float = 10000.0) -> Decoder:
     torch.manual_seed(0)
     return llama(
         tokenizer.vocab_size,
-        attention=component("attention", "gqa", num_kv_heads=2),
+        attention=component("attention", "gqa", num_kv_heads=2, rope_theta=rope_theta),
         ffn=component("ffn", "swiglu", hidden_dim=64),
         embed_dim=32,
         num_layers=2,
@@ -265,6 +269,15 @@ class TestGoingOn:
         with ResultCache(tmp_path / "cache") as cache:
             for digest, known in (("a", 0), ("b", 0), ("a", 1)):
                 lm = LanguageModel(model, tokenizer, cache=cache, digest=digest)
+                lm.loglikelihood(asked("loglikelihood", ("a", " b")))
+                assert lm.num_known == known
+
+    def test_the_same_weights_under_another_config_get_other_answers(
+        self, tokenizer: Tokenizer, tmp_path: Path
+    ) -> None:
+        with ResultCache(tmp_path / "cache") as cache:
+            for theta, known in ((10000.0, 0), (500.0, 0), (10000.0, 1)):
+                lm = LanguageModel(made(tokenizer, theta), tokenizer, cache=cache, digest="weights")
                 lm.loglikelihood(asked("loglikelihood", ("a", " b")))
                 assert lm.num_known == known
 
