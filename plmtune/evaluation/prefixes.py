@@ -1,0 +1,208 @@
+"""Texts that begin alike, arranged so that what they share is computed once.
+
+A question and its continuations lie in one row as a tree, under a mask; what many rows begin with (few-shot examples)
+is a stem, computed apart, that they attend to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+# Tokens of a row besides those that all its items share: what one branch computes of scores with another is wasted.
+_BRANCHES = 256
+# A shorter stem is left to the rows.
+_SHORTEST_STEM = 32
+# Of a stem each row holds keys and values only, about a quarter of what a token's own activations take.
+_STEM_SHARE = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """What goes into the model for one or several items: context and continuation without the last token.
+
+    tokens: ids, [n].
+    items: their numbers.
+    fixed: tokens before the first place that predicts something for any of them.
+    """
+
+    tokens: Ids
+    items: tuple[int, ...]
+    fixed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows that one forward computes: each is several texts in lexical order that lie in it as a tree.
+
+    stem: tokens that all texts begin with and that are computed apart, [p]; often none.
+    """
+
+    stem: Ids
+    rows: tuple[tuple[Text, ...], ...]
+
+
+def plan(texts: Sequence[Text], *, token_budget: int, token_cost: int, forward_cost: int) -> list[Batch]:
+    """Arrange texts in batches, those with the longest rows first; equal texts give equal batches.
+
+    Args:
+        texts: distinct, in lexical order.
+        token_budget: of rows x tokens of the longest, where a stem counts for a quarter. One row may exceed it.
+        token_cost: scores of attention that could be computed in the time of one token's linear layers.
+        forward_cost: tokens that could be computed in the time that a forward takes besides.
+    """
+    rows = _rows(texts, token_cost)
+    roots = [_root(row) for row in rows]
+    links = [0] + [
+        min(count_shared(above[-1].tokens, below[0].tokens), *sizes)
+        for (above, below), sizes in zip(pairwise(rows), pairwise(roots), strict=True)
+    ]
+    stems = _stems(links, forward_cost)
+    groups = [(rows[first:end], depth) for first, end, depth in stems]
+    alone = np.ones(len(rows), dtype=np.bool_)
+    for first, end, _ in stems:
+        alone[first:end] = False
+    groups.append(([row for row, is_alone in zip(rows, alone, strict=True) if is_alone], 0))
+    batches: list[tuple[int, Batch]] = []
+    for group, depth in groups:
+        sizes = [size_of(row, depth) for row in group]
+        order = sorted(range(len(group)), key=lambda number: -sizes[number])
+        while order:
+            longest = sizes[order[0]]
+            # Another forward is better than padding that takes longer.
+            padding = np.cumsum([longest - sizes[number] for number in order])
+            count = min(token_budget // (longest + depth // _STEM_SHARE), int((padding <= forward_cost).sum()))
+            count = max(1, count)
+            batch = Batch(group[0][0].tokens[:depth], tuple(tuple(group[number]) for number in order[:count]))
+            batches.append((depth + longest, batch))
+            order = order[count:]
+    # Batches of one stem stay together, so that it is needed once; a sort of groups by their longest does that.
+    longest_of: dict[bytes, int] = {}
+    for size, batch in batches:
+        longest_of.setdefault(batch.stem.tobytes(), size)
+    return [batch for _, batch in sorted(batches, key=lambda entry: -longest_of[entry[1].stem.tobytes()])]
+
+
+def _rows(texts: Sequence[Text], token_cost: int) -> list[list[Text]]:
+    """Put neighbours into one row where what they share takes longer than the scores between them, which are wasted."""
+    rows: list[list[Text]] = []
+    size = root = 0
+    for text in texts:
+        length = text.tokens.size
+        if rows:
+            shared = count_shared(rows[-1][-1].tokens, text.tokens)
+            own = length - shared
+            branches = size + own - min(root, shared)
+            if branches <= _BRANCHES and shared * token_cost > 2 * own * size:
+                rows[-1].append(text)
+                size, root = size + own, min(root, shared)
+                continue
+        rows.append([text])
+        size = root = length
+    return rows
+
+
+def count_shared(a: Ids, b: Ids) -> int:
+    """Return how many tokens both begin with."""
+    length = min(a.size, b.size)
+    differ = a[:length] != b[:length]
+    return int(differ.argmax()) if differ.any() else length
+
+
+def _root(row: Sequence[Text]) -> int:
+    """Return how many tokens all texts of a row begin with and none needs a prediction from."""
+    # Between the first and the last in lexical order the others cannot share less.
+    return min(count_shared(row[0].tokens, row[-1].tokens), *(text.fixed for text in row))
+
+
+def size_of(row: Sequence[Text], stem: int) -> int:
+    """Return the tokens that a row computes after its stem."""
+    new = row[0].tokens.size - stem
+    for above, below in pairwise(row):
+        new += below.tokens.size - count_shared(above.tokens, below.tokens)
+    return new
+
+
+@dataclass
+class _Run:
+    """Neighbouring rows, from `first` on, that share `depth` tokens; and the best that can be done inside them."""
+
+    depth: int
+    first: int
+    spared: int = 0
+    chosen: tuple[tuple[int, int, int], ...] = ()
+
+
+def _stems(links: Sequence[int], forward_cost: int) -> list[tuple[int, int, int]]:
+    """Choose stems: (first row, row after the last, tokens), none inside another.
+
+    Runs of rows that share so many tokens form a tree, whose branches share more; each either is a stem or leaves
+    that to its branches, whichever spares more tokens.
+
+    Args:
+        links: tokens that each row shares with the one before.
+    """
+    open_runs = [_Run(0, 0)]
+    for end, link in enumerate([*links[1:], 0], start=1):
+        first, spared = end - 1, 0
+        chosen: tuple[tuple[int, int, int], ...] = ()
+        while open_runs[-1].depth > link:
+            run = open_runs.pop()
+            run.spared, run.chosen = run.spared + spared, run.chosen + chosen
+            own = (end - run.first - 1) * run.depth - forward_cost
+            if run.depth >= _SHORTEST_STEM and own > run.spared:
+                run.spared, run.chosen = own, ((run.first, end, run.depth),)
+            first, spared, chosen = run.first, run.spared, run.chosen
+        if open_runs[-1].depth < link:
+            open_runs.append(_Run(link, first))
+        open_runs[-1].spared += spared
+        open_runs[-1].chosen += chosen
+    return list(open_runs[0].chosen)
+
+
+def weigh(rows: Sequence[Sequence[Text]], stem: Ids) -> int:
+    """Return what of a budget of tokens such rows take."""
+    return len(rows) * (max((size_of(row, stem.size) for row in rows), default=0) + stem.size // _STEM_SHARE)
+
+
+def layout(
+    rows: Sequence[Sequence[Text]], stem: int
+) -> tuple[list[tuple[Text, Ids]], Ids, Ids, NDArray[np.bool_] | None]:
+    """Lay out rows of texts, less `stem` tokens of each.
+
+    Returns:
+        Each text with the flat places in [b * s] of its tokens; ids and positions, [b, s]; and what may attend to
+        what, [b, s, stem + s], or None where each row is one text, so that causal attention is right.
+    """
+    size = max(size_of(row, stem) for row in rows)
+    tokens = np.zeros((len(rows), size), dtype=np.int64)
+    input_pos = np.zeros_like(tokens)
+    mask = np.zeros((len(rows), size, stem + size), dtype=np.bool_) if any(len(row) > 1 for row in rows) else None
+    paths = []
+    for number, row in enumerate(rows):
+        at = 0
+        path = np.empty(0, dtype=np.int64)
+        previous = row[0].tokens[stem:stem]
+        for text in row:
+            ids = text.tokens[stem:]
+            shared = count_shared(previous, ids)
+            new = np.arange(at, at + ids.size - shared)
+            tokens[number, new] = ids[shared:]
+            input_pos[number, new] = np.arange(stem + shared, stem + ids.size)
+            if mask is not None and new.size:
+                mask[number, at : at + new.size, stem + path[:shared]] = True
+                mask[number, at : at + new.size, stem + at : stem + at + new.size] = np.tri(new.size, dtype=np.bool_)
+            path = np.concatenate((path[:shared], new))
+            paths.append((text, number * size + path))
+            previous, at = ids, at + new.size
+        if mask is not None:
+            # Padding sees itself alone, so that no row of attention is empty.
+            mask[number, np.arange(at, size), stem + np.arange(at, size)] = True
+            mask[number, :, :stem] = True
+    return paths, tokens, input_pos, mask
