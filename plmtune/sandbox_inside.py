@@ -172,10 +172,12 @@ def supervise(order: dict[str, Any], report: Any) -> None:
     said = b""
     facts: dict[bytes, bytes] = {}
     while not facts.keys() & {b"finished", b"reason", b"gone"}:
-        # Where the code has ended, no verdict that is still to come could be a good one.
-        piece = os.read(verdict[0], 4096) if verdict[0] in select.select([verdict[0], ended[0]], [], [])[0] else b""
-        if not piece:
+        if verdict[0] not in select.select([verdict[0], ended[0]], [], [])[0]:
+            facts[b"gone"] = b""  # the code has ended: no verdict that is still to come could be a good one
             break
+        piece = os.read(verdict[0], 4096)
+        if not piece:
+            break  # the tests have ended without one
         *lines, said = (said + piece).split(b"\n")
         for fact, _, what in (line.partition(b" ") for line in lines):
             facts[fact] = what
@@ -183,11 +185,11 @@ def supervise(order: dict[str, Any], report: Any) -> None:
                 report(ready=True)
     os.kill(tester, SIGKILL)
     _, how = os.waitpid(tester, 0)
-    if not facts:
+    if b"ready" not in facts:
         return
     status = None
     # The pipe to the judge may have been closed by code that goes on.
-    if b"finished" not in facts and b"reason" not in facts and select.select([ended[0]], [], [], _ENDING)[0]:
+    if b"gone" in facts and select.select([ended[0]], [], [], _ENDING)[0]:
         status = int(os.read(ended[0], 16) or str(SIGKILL))
     os.kill(first, SIGKILL)
     os.waitpid(first, 0)
