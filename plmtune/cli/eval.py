@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -86,44 +86,54 @@ def evaluate(
         _allow_code(tasks, needing, allowed=unsafe_code, sandboxed=not no_sandbox)
 
     import torch
+
+    from plmtune.evaluation.run import Settings, evaluate_checkpoint, load_tasks
+    from plmtune.models.files import checkpoint_directory
+    from plmtune.training.runtime import Runtime
+
+    find_device(device)
+    settings = Settings(limit, num_fewshot, rows, chat, chat_template, system)
+    # Under torchrun each process takes its share of the documents.
+    with Runtime.start(device=device or "auto", precision="fp32") as runtime:
+        tell = _tell if runtime.is_main else _say_nothing
+        paths = [Path(path) for path in checkpoints] or [_newest(tell)]
+        for path in paths:
+            checkpoint_directory(path)  # before the tasks, which may take a while
+        loaded, failed = load_tasks(tasks, wanted, settings, tell)
+        computed = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype] if dtype else None
+        measured = []
+        for path in paths if loaded else []:
+            try:
+                with _showing(str(path), tell) as progress:
+                    result, file = evaluate_checkpoint(
+                        path,
+                        tasks,
+                        loaded,
+                        settings,
+                        out=out,
+                        failed=failed,
+                        device=runtime.device,
+                        dtype=computed,
+                        progress=progress,
+                        tell=tell,
+                    )
+            except KeyboardInterrupt:
+                tell("interrupted; the same command goes on where this one was")
+                raise
+            measured.append(result)
+            tell(f"result: {file}")
+        if measured and runtime.is_main:
+            _print(measured, members)
+    if missing := sorted({name for result in measured for name in result["failed"]} | set(failed)):
+        raise UserError(f"not measured, for the reasons above: {', '.join(missing)}.")
+
+
+def _print(measured: Sequence[dict[str, Any]], members: bool) -> None:
     from rich.console import Console
 
     from plmtune.evaluation import results
-    from plmtune.evaluation.run import Settings, evaluate_checkpoint, load_tasks
-    from plmtune.models.files import checkpoint_directory
 
-    where = find_device(device)
-    paths = [Path(path) for path in checkpoints] or [_newest()]
-    for path in paths:
-        checkpoint_directory(path)  # before the tasks, which may take a while
-    settings = Settings(limit, num_fewshot, rows, chat, chat_template, system)
-    loaded, failed = load_tasks(tasks, wanted, settings, _tell)
-    measured = []
-    for path in paths if loaded else []:
-        try:
-            with _showing(str(path)) as progress:
-                result, file = evaluate_checkpoint(
-                    path,
-                    tasks,
-                    loaded,
-                    settings,
-                    out=out,
-                    failed=failed,
-                    device=where,
-                    dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype] if dtype else None,
-                    progress=progress,
-                    tell=_tell,
-                )
-        except KeyboardInterrupt:
-            _tell("interrupted; the same command goes on where this one was")
-            raise
-        measured.append(result)
-        _tell(f"result: {file}")
-    if measured:
-        Console(width=None if sys.stdout.isatty() else 160).print(results.table(measured, all_tasks=members))
-    missing = sorted({name for result in measured for name in result["failed"]} | set(failed))
-    if missing:
-        raise UserError(f"not measured, for the reasons above: {', '.join(missing)}.")
+    Console(width=None if sys.stdout.isatty() else 160).print(results.table(measured, all_tasks=members))
 
 
 def _names(names: str | None, suite: str | None, suites: dict[str, tuple[str, ...]]) -> list[str]:
@@ -143,7 +153,7 @@ def _batch_size(given: str) -> int | None:
     return int(given)
 
 
-def _newest() -> Path:
+def _newest(tell: Callable[[str], None]) -> Path:
     from plmtune.origins import finished_runs
 
     newest = next(finished_runs(), None)
@@ -152,7 +162,7 @@ def _newest() -> Path:
             "There is no finished run under runs/ (seen from here). Name a checkpoint, a model directory or a run: "
             "plmtune eval CHECKPOINT --tasks ..."
         )
-    _tell(f"evaluating {newest}, the newest finished run (plmtune eval CHECKPOINT for another)")
+    tell(f"evaluating {newest}, the newest finished run (plmtune eval CHECKPOINT for another)")
     return newest
 
 
@@ -193,21 +203,25 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _say_nothing(text: str) -> None:
+    """What processes but the first say."""
+
+
 @contextlib.contextmanager
-def _showing(what: str) -> Iterator[Progress]:
+def _showing(what: str, tell: Callable[[str], None]) -> Iterator[Progress]:
     """How far an evaluation is: on a terminal in place, else a line now and then."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or tell is _say_nothing:
         said = time.monotonic()
 
         def say(kind: str, done: int, total: int) -> None:
             nonlocal said
             if time.monotonic() - said >= _EVERY or done == total:
                 said = time.monotonic()
-                _tell(f"{what}: {done:,}/{total:,} {kind}")
+                tell(f"{what}: {done:,}/{total:,} {kind}")
 
         yield say
         return

@@ -175,6 +175,8 @@ def evaluate(
         try:
             measured = measure(lm, tasks, task, settings)
         except UserError as error:
+            if lm.world_size > 1:  # the others wait for this one
+                raise
             result["failed"][name] = str(error)
             tell(f"{name}: {error}")
             measured = {}, {}, {}
@@ -283,7 +285,7 @@ def _data(tasks: Tasks, name: str) -> str:
 
 def _run_of(directory: Path) -> Path | None:
     """The run that a checkpoint belongs to."""
-    run = directory.absolute().parent.parent
+    run = directory.resolve().parent.parent  # runs/NAME/latest is a link
     return run if directory.parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,26 @@ class TestEval:
         assert code == 0
         assert "colours: 6 requests were longer than the model's context and lost their beginning" in err
         assert result(place)["tasks"]["colours"]["truncated"] == 6
+
+    @pytest.mark.slow
+    def test_two_processes_share_the_documents(self, model: Path, place: Path, plmtune: Command) -> None:
+        options = ["eval", "--include", "mine", "--data", "files", str(model), "--tasks", "colours", "--limit", "5"]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "-m",
+            "plmtune",
+        ]
+        done = subprocess.run(
+            [*torchrun, *options, "--out", "two"], capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert plmtune(*options[5:])[0] == 0
+        (file,) = (place / "two").glob("*.json")
+        assert results.load(file)["samples"] == result(place)["samples"]
 
 
 class TestMistakes:
