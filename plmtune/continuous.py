@@ -7,6 +7,7 @@ import heapq
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -87,25 +88,25 @@ class _Waiting:
     """A request without a slot.
 
     Attributes:
-        number: requests that came before it.
         ids: its tokens, 4 bytes each, high byte first: they sort as the ids do, so those that begin alike meet.
+        place: where it stands among those that wait; the number of its coming is the last of it, and of its turn.
+        turn: when it is read: the longest go first.
     """
 
     request: Request
-    number: int
     ids: bytes
+    length: int
+    place: tuple[bytes, int]
+    turn: tuple[int, int]
 
-    @property
-    def length(self) -> int:
-        return len(self.ids) // 4
+    @classmethod
+    def of(cls, request: Request, number: int) -> _Waiting:
+        ids, length = np.asarray(request.tokens, dtype=">u4").tobytes(), len(request.tokens)
+        return cls(request, ids, length, (ids, number), (-length, number))
 
-    @property
-    def place(self) -> tuple[bytes, int]:
-        return self.ids, self.number
 
-    @property
-    def turn(self) -> tuple[int, int]:
-        return -self.length, self.number
+# Of thousands that wait the first is looked for at each read, where a function written in Python would be felt.
+_IDS, _PLACE, _TURN = attrgetter("ids"), attrgetter("place"), attrgetter("turn")
 
 
 @dataclass(frozen=True)
@@ -210,9 +211,8 @@ class Engine:
             raise ValueError(f"request {request.key}: one of until is empty, so it would end before it begins")
         if request.until and self.decode_bytes is None:
             raise ValueError(f"request {request.key}: until needs an engine with decode_bytes")
-        ids = np.asarray(request.tokens, dtype=">u4").tobytes()
         self._submitted += 1
-        insort(self._waiting, _Waiting(request, self._submitted, ids), key=lambda waiting: waiting.place)
+        insort(self._waiting, _Waiting.of(request, self._submitted), key=_PLACE)
 
     def run(self) -> Iterator[Answer]:
         """Yield answers until none is waited for; what is submitted meanwhile is answered, too."""
@@ -264,10 +264,10 @@ class Engine:
             states = states[torch.arange(len(group), device=device), torch.tensor(rests, device=device) - 1]
             written = [[token] for token in self._draw(states, [(request, 0) for request in requests])]
         rows = [_Row(*row) for row in zip(requests, rooms, written, strict=True)]
-        read = {waiting.number for waiting in group}
+        read = {waiting.place for waiting in group}
         self._rows, self._waiting = (
             self._rows | dict(zip(free, rows, strict=False)),
-            [waiting for waiting in self._waiting if waiting.number not in read],
+            [waiting for waiting in self._waiting if waiting.place not in read],
         )
 
     @property
@@ -278,12 +278,12 @@ class Engine:
         """Return which are read next, at most so many, the longest first; the last of `_stems` is their beginning."""
         while not (alike := self._begin_alike()):
             self._stems = self._stems[:-1]
-        longest = min(alike, key=lambda waiting: waiting.turn)
+        longest = min(alike, key=_TURN)
         while length := self._worth_sharing(longest):
             self._stems = (*self._stems, self._read_stem(longest, length))
             alike = self._begin_alike()
-            longest = min(alike, key=lambda waiting: waiting.turn)
-        group = heapq.nsmallest(most, alike, key=lambda waiting: waiting.turn)
+            longest = min(alike, key=_TURN)
+        group = heapq.nsmallest(most, alike, key=_TURN)
         group = [waiting for waiting in group if waiting is longest or not self._worth_sharing(waiting)]
         return group[: _alike([waiting.length - self._start for waiting in group])]
 
@@ -292,14 +292,14 @@ class Engine:
         if not self._stems:
             return self._waiting
         ids = self._stems[-1].ids
-        first = bisect_right(self._waiting, ids, key=lambda waiting: waiting.ids)
+        first = bisect_right(self._waiting, ids, key=_IDS)
         # No id begins with this byte.
-        end = bisect_left(self._waiting, ids + b"\xff", key=lambda waiting: waiting.ids)
+        end = bisect_left(self._waiting, ids + b"\xff", key=_IDS)
         return self._waiting[first:end]
 
     def _worth_sharing(self, first: _Waiting) -> int:
         """Return up to where to read it once, for itself and for others; 0 where that would not pay."""
-        at = bisect_left(self._waiting, first.place, key=lambda waiting: waiting.place)
+        at = bisect_left(self._waiting, first.place, key=_PLACE)
         shared = []
         for others in (range(at - 1, -1, -1), range(at + 1, len(self._waiting))):
             for index in others:
