@@ -201,8 +201,6 @@ class TestEval:
         shared, alone = results.load(file)["samples"]["colours"], result(place)["samples"]["colours"]
         assert [row["doc_hash"] for row in shared] == [row["doc_hash"] for row in alone]
         assert [row["metrics"] for row in shared] == [row["metrics"] for row in alone]
-        for one, other in zip(shared, alone, strict=True):  # in other batches sums are rounded otherwise
-            assert [p for p, _ in one["responses"]] == pytest.approx([p for p, _ in other["responses"]], rel=1e-5)
 
 
 class TestMistakes:
