@@ -187,16 +187,11 @@ def _allow_code(tasks: Tasks, names: Sequence[str], *, allowed: bool, sandboxed:
 
 
 def _list(tasks: Tasks, words: Sequence[str]) -> None:
-    from plmtune.evaluation.tasks import SUITES
-
-    for name, members in SUITES.items():
-        if not words or any(word in name for word in words):
-            click.echo(f"suite {name}: {', '.join(members)}")
     found = [entry for entry in tasks.listing() if not words or any(word in entry.name for word in words)]
     if not found:
         raise UserError(f"No task has {' or '.join(words)} in its name. All of them: plmtune eval --list")
     for entry in found:
-        click.echo(f"{entry.name}\t{entry.kind}\t{entry.output}\t{entry.source}")
+        click.echo("\t".join((entry.name, entry.kind, entry.output, entry.source)))
 
 
 def _tell(text: str) -> None:

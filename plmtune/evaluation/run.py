@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import random
 import re
@@ -215,8 +214,8 @@ def measure(
         each.set_fewshot_seed(DEFAULT_OTHER_SEED)
     seed_everything(DEFAULT_OTHER_SEED)
     random.seed(DEFAULT_RANDOM_SEED)
-    # It prints when it draws for a standard error, and would fork this process, model and all, to do so.
-    with quiet(), contextlib.redirect_stdout(io.StringIO()), _environment(DISABLE_MULTIPROC="1"):
+    # To draw for a standard error it would fork this process, model and all.
+    with quiet(), _environment(DISABLE_MULTIPROC="1"):
         raw = evaluate_loaded(
             lm,
             loaded,
