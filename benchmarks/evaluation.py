@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
@@ -41,6 +40,7 @@ from plmtune.atomic import replacing
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.local_data import LocalData
 from plmtune.evaluation.result_cache import ResultCache
+from plmtune.evaluation.run import Settings, run_task
 from plmtune.evaluation.tasks import Tasks, quiet
 from plmtune.models.gguf import convert
 
@@ -104,8 +104,7 @@ class Measured:
     def __init__(self, lm: LM, tasks: Tasks, name: str, limit: int) -> None:
         task = tasks.load(name)
         start = clocks()
-        with quiet():
-            raw = simple_evaluate(model=lm, tasks=[task], limit=limit, bootstrap_iters=0, task_manager=tasks.manager)
+        raw = run_task(lm, tasks, task, Settings(limit=limit))
         self.seconds = since(start)
         # A document stands there once for each filter of its answers.
         samples = {sample["doc_id"]: sample for sample in raw["samples"][name]}

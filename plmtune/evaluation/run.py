@@ -13,7 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lm_eval.evaluator
 import torch
+from lm_eval.api.model import LM
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 from plmtune.data.chat_template import ChatTemplate, find_template
@@ -201,10 +203,16 @@ def measure(
     Returns:
         Tasks, groups and samples as `results.collect` gives them; nothing on ranks but the first.
     """
-    from lm_eval.evaluator import evaluate as evaluate_loaded
+    raw = run_task(lm, tasks, task, settings)
+    return results.collect(raw) if raw else ({}, {}, {})
 
+
+def run_task(lm: LM, tasks: Tasks, task: Any, settings: Settings) -> Any:
+    """What lm-eval's `simple_evaluate` would return of a task; None on ranks but the first.
+
+    What that does besides, looking at the machine, takes 10 seconds.
+    """
     loaded = tasks.manager.load(list(task) if isinstance(task, list) else [task])
-    # What lm-eval's `simple_evaluate` does before and after this takes 10 seconds of looking at the machine.
     for each in loaded["tasks"].values():
         own = each.get_config("num_fewshot")
         if settings.num_fewshot is not None and own != 0:  # 0: the task is made for none
@@ -216,7 +224,7 @@ def measure(
     random.seed(DEFAULT_RANDOM_SEED)
     # To draw for a standard error it would fork this process, model and all.
     with quiet(), _environment(DISABLE_MULTIPROC="1"):
-        raw = evaluate_loaded(
+        return lm_eval.evaluator.evaluate(
             lm,
             loaded,
             limit=settings.limit,
@@ -226,7 +234,6 @@ def measure(
             fewshot_as_multiturn=True,
             confirm_run_unsafe_code=True,  # who may run code was asked before the task was loaded
         )
-    return results.collect(raw) if raw else ({}, {}, {})
 
 
 def chat_template(tokenizer: Tokenizer, settings: Settings, where: Path | str) -> ChatTemplate | None:
