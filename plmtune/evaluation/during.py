@@ -6,6 +6,8 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
 from plmtune.evaluation import results, run
@@ -100,6 +102,7 @@ class Evaluations:
         model.eval()
         # lm-eval seeds the generators that training draws from.
         with everything_put_back(runtime.device), runtime.autocast():
+            torch.use_deterministic_algorithms(False)  # drawing has no deterministic kernel on a GPU, and trains nothing
             try:
                 with ResultCache(pending) as cache:
                     lm = LanguageModel(
