@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import math
 import os
+import sys
 import threading
+import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -146,20 +149,34 @@ class CodeRunner:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Let `evaluate.load("code_eval")` give this metric while it lasts; other names go where they went."""
-        import evaluate
+        """Let `evaluate.load("code_eval")` give this metric while it lasts; other names go where they went.
 
-        before = evaluate.load
+        Where the package is not imported yet, a module of its name stands in for it: its own import takes ten seconds,
+        and brings transformers along.
+        """
+        before = sys.modules.get("evaluate")
+        stand_in = types.ModuleType("evaluate")
 
-        @functools.wraps(before)
         def load(path: str, *args: Any, **settings: Any) -> Any:
-            return self if path == "code_eval" else before(path, *args, **settings)
+            if path == "code_eval":
+                return self
+            nonlocal before
+            if before is None:
+                del sys.modules["evaluate"]
+                try:
+                    before = importlib.import_module("evaluate")
+                finally:
+                    sys.modules["evaluate"] = stand_in
+            return before.load(path, *args, **settings)
 
-        evaluate.load = load
+        stand_in.load = load  # type: ignore[attr-defined]
+        sys.modules["evaluate"] = stand_in
         try:
             yield
         finally:
-            evaluate.load = before
+            del sys.modules["evaluate"]
+            if before is not None:
+                sys.modules["evaluate"] = before
 
 
 def protection(isolation: Isolation, seconds: float = SECONDS) -> str:

@@ -1,12 +1,14 @@
 """code_eval gives what Hugging Face's metric gives, in a sandbox."""
 
+import importlib
 import itertools
 import json
 import math
+import sys
 import threading
+import types
 from pathlib import Path
 
-import evaluate
 import pytest
 
 from plmtune.evaluation import code_eval
@@ -96,12 +98,27 @@ class TestCompute:
 
 class TestInstalled:
     def test_evaluate_loads_it_by_its_name_while_it_lasts(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(evaluate, "load", lambda name, **settings: f"the hub's {name}")
+        package = types.ModuleType("evaluate")
+        package.load = lambda name, **settings: f"the hub's {name}"
+        monkeypatch.setitem(sys.modules, "evaluate", package)
         runner = CodeRunner()
         with runner.installed():
-            assert evaluate.load("code_eval") is runner
-            assert evaluate.load("rouge") == "the hub's rouge"
-        assert evaluate.load("code_eval") == "the hub's code_eval"
+            assert importlib.import_module("evaluate").load("code_eval") is runner
+            assert importlib.import_module("evaluate").load("rouge") == "the hub's rouge"
+        assert importlib.import_module("evaluate").load("code_eval") == "the hub's code_eval"
+
+    def test_the_package_is_imported_only_for_other_metrics(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        (tmp_path / "evaluate.py").write_text("def load(name): return f'the hub has {name}'\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "evaluate", raising=False)
+        with CodeRunner().installed():
+            importlib.import_module("evaluate").load("code_eval")
+        assert "evaluate" not in sys.modules
+        with CodeRunner().installed():
+            assert importlib.import_module("evaluate").load("rouge") == "the hub has rouge"
+        assert sys.modules.pop("evaluate").load("code_eval") == "the hub has code_eval"
 
     def test_the_self_test_of_lm_eval_s_tasks_starts_no_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(code_eval, "run_python", None)
