@@ -26,7 +26,6 @@ MAX_DEPTH = 100
 
 # Containers that change, by the number that stands for them; the last four are those of `collections`.
 _CONTAINERS = ("list", "dict", "set", "bytearray", "deque", "Counter", "OrderedDict", "defaultdict")
-_MAPPINGS = ("dict", "Counter", "OrderedDict", "defaultdict")
 _BUILTIN_CONTAINERS: dict[type, int] = {list: 0, dict: 1, set: 2, bytearray: 3}
 
 # Values of the standard library, and what makes them again.

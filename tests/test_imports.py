@@ -37,6 +37,10 @@ class TestDirections:
     def test_only_cli_imports_click(self) -> None:
         assert all(path.startswith("plmtune/cli/") for path in importers("click"))
 
+    def test_only_evaluation_imports_lm_eval_and_only_where_it_must(self) -> None:
+        names = ("language_model", "run", "task_building", "tasks")
+        assert importers("lm_eval") == {f"plmtune/evaluation/{name}.py" for name in names}
+
     def test_components_know_no_config(self) -> None:
         places = ("plmtune/modules/", "plmtune/losses/", "plmtune/optim/")
         for package in (
@@ -77,7 +81,11 @@ class TestDirections:
 
 class TestWithoutTorch:
     @pytest.mark.parametrize(
-        "command", ["--help", "ls", "ls attention", "cp pretrain {tmp}/mine.yaml", "data prepare --help"]
+        "command",
+        [
+            *("--help", "ls", "ls attention", "cp pretrain {tmp}/mine.yaml", "data prepare --help"),
+            *("eval --help", "chat --help", "perplexity --help"),
+        ],
     )
     def test_commands_that_read_do_not_import_torch(self, command: str, tmp_path: Path) -> None:
         code = (

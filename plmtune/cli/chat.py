@@ -17,7 +17,7 @@ import click
 
 from plmtune.atomic import replacing
 from plmtune.cli import import_option
-from plmtune.cli.generate import stream, template_of, warn_of_pretrained
+from plmtune.cli.generate import stream, warn_of_pretrained
 from plmtune.cli.options import device_option, find_device, sampling_options
 from plmtune.errors import UserError, did_you_mean
 
@@ -51,11 +51,12 @@ def chat(checkpoint: str, system: str | None, chat_template: str | None, device:
     """
     import plmtune
     from plmtune.conversation import Conversation
+    from plmtune.data.chat_template import find_template
     from plmtune.data.sources import BadRow
 
     where = find_device(device)
     model, tokenizer = plmtune.load(checkpoint, where)
-    conversation = Conversation(model, tokenizer, template_of(tokenizer, chat_template))
+    conversation = Conversation(model, tokenizer, find_template(chat_template, tokenizer, "--chat-template "))
     warn_of_pretrained(checkpoint)
     try:
         conversation.instruct(system)

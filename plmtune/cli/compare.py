@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from plmtune.cli.options import console
 from plmtune.errors import UserError
 
 
@@ -36,15 +37,10 @@ def compare(results: tuple[Path, ...], out: Path | None, as_json: bool, all_task
     if as_json:
         click.echo(json.dumps(comparison.as_json(rows, loaded), indent=1, ensure_ascii=False))
     else:
-        from rich.console import Console
-
-        console = Console()
-        if not console.is_terminal:
-            console.width = 160  # a file has no edge to wrap at
-        console.print(table(loaded, all_tasks=all_tasks))
+        console().print(table(loaded, all_tasks=all_tasks))
         if len(loaded) > 1:
-            console.print()
-            console.print(comparison.table(rows, loaded))
+            click.echo()
+            console().print(comparison.table(rows, loaded))
     if not as_json or out is not None:
         out = out or Path("compare.png")
         draw(rows, loaded, out)

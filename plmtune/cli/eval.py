@@ -7,11 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from plmtune.cli.options import device_option, find_device
+from plmtune.cli.options import console, device_option, dtype_option, find_device, find_dtype
 from plmtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _EVERY = 10.0  # seconds between lines where stderr is no terminal
 @click.option("--no-sandbox", is_flag=True, help="Run it without the sandbox: at your own risk.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("evaluations"), show_default=True)
 @click.option("--all", "members", is_flag=True, help="Show the members of groups, too.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Compute in this; default: as the file has it.")
+@dtype_option
 @device_option
 def evaluate(
     checkpoints: tuple[str, ...],
@@ -85,8 +85,7 @@ def evaluate(
     if needing := [name for name in wanted if tasks.needs_code(name)]:
         _allow_code(tasks, needing, allowed=unsafe_code, sandboxed=not no_sandbox)
 
-    import torch
-
+    from plmtune.evaluation import results
     from plmtune.evaluation.run import Settings, evaluate_checkpoint, load_tasks
     from plmtune.models.files import checkpoint_directory
     from plmtune.training.runtime import Runtime
@@ -100,7 +99,6 @@ def evaluate(
         for path in paths:
             checkpoint_directory(path)  # before the tasks, which may take a while
         loaded, failed = load_tasks(tasks, wanted, settings, tell)
-        computed = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype] if dtype else None
         measured = []
         for path in paths if loaded else []:
             try:
@@ -113,7 +111,7 @@ def evaluate(
                         out=out,
                         failed=failed,
                         device=runtime.device,
-                        dtype=computed,
+                        dtype=find_dtype(dtype),
                         progress=progress,
                         tell=tell,
                     )
@@ -123,17 +121,9 @@ def evaluate(
             measured.append(result)
             tell(f"result: {file}")
         if measured and runtime.is_main:
-            _print(measured, members)
+            console().print(results.table(measured, all_tasks=members))
     if missing := sorted({name for result in measured for name in result["failed"]} | set(failed)):
         raise UserError(f"not measured, for the reasons above: {', '.join(missing)}.")
-
-
-def _print(measured: Sequence[dict[str, Any]], members: bool) -> None:
-    from rich.console import Console
-
-    from plmtune.evaluation import results
-
-    Console(width=None if sys.stdout.isatty() else 160).print(results.table(measured, all_tasks=members))
 
 
 def _names(names: str | None, suite: str | None, suites: dict[str, tuple[str, ...]]) -> list[str]:

@@ -16,7 +16,6 @@ from plmtune.cli.options import device_option, find_device, sampling_options
 from plmtune.errors import UserError
 
 if TYPE_CHECKING:
-    from plmtune.data.chat_template import ChatTemplate
     from plmtune.data.tokenizers import Tokenizer
 
 
@@ -115,27 +114,15 @@ def warn_of_pretrained(checkpoint: str) -> None:
             return
 
 
-def template_of(tokenizer: Tokenizer, name: str | None) -> ChatTemplate:
-    """Return the chat template of that name, or the tokenizer's own.
-
-    Raises:
-        UserError: if there is none.
-    """
-    from plmtune.data.chat_template import find_template
-
-    if name is None and tokenizer.chat_template is None:
-        raise UserError("The checkpoint has no chat template. Name the one it was trained with: --chat-template chatml")
-    return find_template(name, tokenizer)
-
-
 def _message(
     tokenizer: Tokenizer, prompt: str, system: str | None, chat_template: str | None
 ) -> tuple[list[int], list[int]]:
     """Return the tokens of a user's message up to where the model begins to write, and the ids that end an answer."""
+    from plmtune.data.chat_template import find_template
     from plmtune.data.rows import Message
     from plmtune.data.sources import BadRow
 
-    template = template_of(tokenizer, chat_template)
+    template = find_template(chat_template, tokenizer, "--chat-template ")
     messages = [Message("system", system)] if system is not None else []
     try:
         ids = template.encode_prompt([*messages, Message("user", prompt)])

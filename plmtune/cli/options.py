@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -10,8 +11,12 @@ from plmtune.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
 device_option = click.option("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one.")
+dtype_option = click.option(
+    "--dtype", type=click.Choice(["fp32", "bf16"]), help="Compute in this; default: as the file has it."
+)
 
 
 def find_device(name: str | None) -> torch.device:
@@ -28,6 +33,20 @@ def find_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"--device {name}: not on this machine ({str(error).splitlines()[0]}).") from error
     return device
+
+
+def find_dtype(name: str | None) -> torch.dtype | None:
+    """Return what `dtype_option` names."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[name]
+
+
+def console() -> Console:
+    """Where tables go: a file or a pipe has no edge to wrap at."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def sampling_options(command: click.decorators.FC) -> click.decorators.FC:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from plmtune.cli import import_option
-from plmtune.cli.options import device_option, find_device
+from plmtune.cli.options import console, device_option, dtype_option, find_device, find_dtype
 from plmtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _EVERY = 10.0  # seconds between lines where stderr is no terminal
 @click.option("--encoding", default="utf-8", show_default=True)
 @click.option("--skip-bad", is_flag=True, help="Count broken rows instead of stopping.")
 @click.option("--limit-documents", type=click.IntRange(1), metavar="N", help="Of each file, at most.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Compute in this; default: as the file has it.")
+@dtype_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of a table.")
 @device_option
 @import_option
@@ -64,8 +64,6 @@ def perplexity(
     plmtune perplexity runs/pretrain/latest book.txt
     plmtune perplexity runs/pretrain/latest book.txt --window 1024 --stride 512
     """
-    import torch
-
     import plmtune
     from plmtune.data.files import Files
     from plmtune.data.files import files as find
@@ -80,9 +78,7 @@ def perplexity(
     except ValueError as error:
         raise UserError(f"{error}.") from error
     assert isinstance(source, Files)  # its paths go with its streams
-    model, tokenizer = plmtune.load(
-        checkpoint, where, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype] if dtype else None
-    )
+    model, tokenizer = plmtune.load(checkpoint, where, find_dtype(dtype))
     window = model.max_seq_len if window is None else window
     stride = window if stride is None else stride
     try:
@@ -157,7 +153,6 @@ def _figures(found: Perplexity) -> dict[str, float | None]:
 
 
 def _print(measured: dict[str, Perplexity], total: Perplexity, window: int, stride: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -170,6 +165,6 @@ def _print(measured: dict[str, Perplexity], total: Perplexity, window: int, stri
             table.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.2f}", f"{found.bits_per_byte:.4f}", *counts)
         else:
             table.add_row(name, "-", "-", "-", *counts)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console().print(table)
     context = f"; each token has at least {window - stride:,} before it in its document" if stride < window else ""
     click.echo(f"window {window:,}, stride {stride:,} tokens{context}")

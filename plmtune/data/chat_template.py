@@ -318,12 +318,13 @@ class ChatTemplate:
         return [np.concatenate([nothing, *(known[piece] for piece in pieces)]) for pieces in cut]
 
 
-def find_template(name: str | None, tokenizer: Tokenizer) -> ChatTemplate:
+def find_template(name: str | None, tokenizer: Tokenizer, option: str = "chat.template=") -> ChatTemplate:
     """Return a chat template.
 
     Args:
         name: chatml, llama3, plain, or a file; None: the tokenizer's own.
         tokenizer: what its text is turned into tokens with.
+        option: how a person names one, for messages.
 
     Raises:
         UserError: if there is none, or it cannot be used; see `ChatTemplate`.
@@ -331,8 +332,8 @@ def find_template(name: str | None, tokenizer: Tokenizer) -> ChatTemplate:
     if name is None:
         if tokenizer.chat_template is None:
             raise UserError(
-                "The tokenizer has no chat template. Name one: chat.template=chatml, llama3, plain (for tokenizers "
-                "without tokens for turns), or a file, chat.template=mine.jinja"
+                f"The tokenizer has no chat template. Name one: {option}chatml, llama3, plain (for tokenizers "
+                f"without tokens for turns), or a file, {option}mine.jinja"
             )
         return ChatTemplate(tokenizer.chat_template, tokenizer, "The tokenizer's chat template")
     if name in NAMED:

@@ -11,7 +11,7 @@ import sys
 import threading
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -46,19 +46,12 @@ class CodeRunner:
     A program and its tests that were run before are not run again.
     """
 
-    def __init__(
-        self,
-        isolation: Isolation = "namespaces",
-        seconds: float = SECONDS,
-        *,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
+    def __init__(self, isolation: Isolation = "namespaces", seconds: float = SECONDS) -> None:
         """Set how programs are run; nothing is run yet.
 
         Args:
             isolation: "limits" has no namespaces: see `protection`.
             seconds: of the wall clock, for one program with its tests.
-            progress: called with (programs done, all programs) as they end.
 
         Raises:
             ValueError: if seconds is not positive.
@@ -67,7 +60,6 @@ class CodeRunner:
             raise ValueError(f"seconds must be positive, but is {seconds:g}")
         self.isolation: Isolation = isolation
         self.seconds = seconds
-        self.progress = progress
         self._known: dict[tuple[str, str], Result] = {
             _PROBE: Result(False, 1, "", "AssertionError")  # no need to run it: 2 * 3 is not 5
         }
@@ -126,10 +118,8 @@ class CodeRunner:
         run_one = functools.partial(self._run_one, stop=stop)
         pool = ThreadPoolExecutor(max(1, min(len(todo), _cores())))
         try:
-            for done, (pair, result) in enumerate(zip(todo, pool.map(run_one, todo), strict=True), start=1):
+            for pair, result in zip(todo, pool.map(run_one, todo), strict=True):
                 self._known[pair] = result
-                if self.progress is not None:
-                    self.progress(done, len(todo))
         finally:
             stop.set()  # after an error, or Ctrl-C; else all have ended
             pool.shutdown(cancel_futures=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from plmtune.data.chat_template import find_template
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
 from plmtune.evaluation import results, run
@@ -55,10 +56,10 @@ class Evaluations:
             chat=cfg.chat,
             chat_template=template,
         )
-        # In a dry run the tokenizer may not be at hand.
-        self.template = (
-            run.chat_template(tokenizer, self.settings, "key eval.chat: the tokenizer") if tokenizer else None
-        )
+        try:  # in a dry run the tokenizer may not be at hand
+            self.template = find_template(template, tokenizer) if cfg.chat and tokenizer else None
+        except UserError as error:
+            raise UserError(f"key eval.chat: {error}") from error
         self.tasks = Tasks(data=LocalData.open(Path(cfg.data)) if cfg.data else None)
         try:
             names = self.tasks.resolve(cfg.tasks)
@@ -102,7 +103,9 @@ class Evaluations:
         model.eval()
         # lm-eval seeds the generators that training draws from.
         with everything_put_back(runtime.device), runtime.autocast():
-            torch.use_deterministic_algorithms(False)  # drawing has no deterministic kernel on a GPU, and trains nothing
+            torch.use_deterministic_algorithms(
+                False
+            )  # drawing has no deterministic kernel on a GPU, and trains nothing
             try:
                 with ResultCache(pending) as cache:
                     lm = LanguageModel(

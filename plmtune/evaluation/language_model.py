@@ -87,7 +87,8 @@ class LanguageModel(TemplateLM):
         self.num_truncated = 0
         self._device = model.head_weight.device
         self._scorer = Scorer(model)
-        self._writer = Writer(model, tokenizer, batch_size=batch_size)
+        ends = () if template is None else (template.end_id,)
+        self._writer = Writer(model, tokenizer, batch_size=batch_size, end_ids=ends)
         # Weights alone do not say how positions are turned, nor how long a context is.
         self._base = key(digest, model.config, tokenizer.fingerprint, VERSION).hex()
         self._encoded: dict[str, list[int]] = {}
@@ -246,7 +247,7 @@ class LanguageModel(TemplateLM):
                 tokens = self.tok_encode(context) or [self.prefix_token_id]
                 self.num_truncated += len(tokens) > room
                 tokens = tokens[-room:]
-                held = key(self._base, "generate_until", _hash(tokens), options)
+                held = key(self._base, "generate_until", _hash(tokens), options, sorted(self._writer.end_ids))
                 # Drawn answers to one question differ, and are the same in the next run.
                 drawn = options["temperature"] > 0
                 seed = int.from_bytes(key(held.hex(), seen[held])[:6]) if drawn else 0

@@ -181,10 +181,7 @@ def _model(directory: Path, weights: Weights) -> list[str]:
     names = {"max_seq_len": "context, in tokens", "vocab_size": "vocabulary, rows", "embed_dim": "width"}
     names |= {"num_layers": "layers", "num_heads": "heads", "tie_embeddings": "embeddings tied to the head"}
     rows += [(names[key], _show(plain[key])) for key in names if key in plain]
-    for key, value in description.items():
-        if isinstance(value, dict):
-            settings = _settings({name: one for name, one in value.items() if name != "component"})
-            rows.append((key, f"{value.get('component')}" + (f" ({settings})" if settings else "")))
+    rows += [(key, _component(value)) for key, value in description.items() if isinstance(value, dict)]
     return ["## Model", "", *_table(("", ""), rows)]
 
 
@@ -259,9 +256,9 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> list[str]:
         rows = []
         for line in result_files.lines([result]):
             one = result_files.score(result, line)
-            entry = result["tasks"].get(line.task) or result["groups"].get(line.task)
-            if one is None or entry is None:
+            if one is None:
                 continue
+            entry = result_files.entry_of(result, line.task)
             count = _show(one.samples) + (f" of {_show(entry['documents'])}" if _is_part(one.samples, entry) else "")
             label = result_files.metric_label(line, one.higher_is_better)
             shots = "?" if entry.get("num_fewshot") is None else str(entry["num_fewshot"])

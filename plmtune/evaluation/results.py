@@ -172,8 +172,8 @@ def labels(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def score(result: Mapping[str, Any], line: Line) -> Score | None:
     """What a result has for a line, if anything."""
-    entry = result["tasks"].get(line.task) or result["groups"].get(line.task)
-    found = entry and entry["metrics"].get(line.metric)
+    entry = entry_of(result, line.task)
+    found = entry.get("metrics", {}).get(line.metric)
     if not found:
         return None
     return Score(found["value"], found.get("stderr"), found.get("higher_is_better"), entry.get("samples") or 0)
@@ -255,7 +255,7 @@ def table(results: Sequence[Mapping[str, Any]], *, all_tasks: bool = False) -> T
     before = ""
     for line in lines(results, all_tasks=all_tasks):
         found = [score(result, line) for result in results]
-        shots = [_entry(result, line.task).get("num_fewshot") for result in results]
+        shots = [entry_of(result, line.task).get("num_fewshot") for result in results]
         name, before = ("" if line.task == before else "  " * line.depth + line.task), line.task
         metric = metric_label(line, direction(found)).replace(" (", "\n(")
         if beside:
@@ -281,7 +281,8 @@ def table(results: Sequence[Mapping[str, Any]], *, all_tasks: bool = False) -> T
     return grid
 
 
-def _entry(result: Mapping[str, Any], name: str) -> dict[str, Any]:
+def entry_of(result: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a result has of a task or group; empty if nothing."""
     entry: dict[str, Any] = result["tasks"].get(name) or result["groups"].get(name) or {}
     return entry
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,8 +17,7 @@ import torch
 from lm_eval.api.model import LM
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-from plmtune.data.chat_template import ChatTemplate, find_template
-from plmtune.data.tokenizers import Tokenizer
+from plmtune.data.chat_template import find_template
 from plmtune.errors import UserError
 from plmtune.evaluation import results
 from plmtune.evaluation.language_model import LanguageModel
@@ -114,7 +112,10 @@ def evaluate_checkpoint(
     """
     directory = checkpoint_directory(path)
     tokenizer = load_its_tokenizer(directory)
-    template = chat_template(tokenizer, settings, directory)
+    try:
+        template = find_template(settings.chat_template, tokenizer, "--chat-template ") if settings.chat else None
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from error
     model = load_model(directory, device, dtype).eval()
     if tokenizer.num_tokens > model.vocab_size:
         raise UserError(
@@ -123,7 +124,7 @@ def evaluate_checkpoint(
         )
     digest = model_digest(model)
     name = _name(path, directory)
-    file = out / f"{name}-{datetime.now():%Y%m%d-%H%M%S}.json"
+    file = out / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
     out.mkdir(parents=True, exist_ok=True)
     with ResultCache(out / "cache" / f"{digest[:16]}.sqlite") as cache:
         lm = LanguageModel(
@@ -174,7 +175,8 @@ def evaluate(
     for name, task in loaded.items():
         start, cut = time.perf_counter(), lm.num_truncated
         try:
-            measured = measure(lm, tasks, task, settings)
+            raw = run_task(lm, tasks, task, settings)
+            measured = results.collect(raw) if raw else ({}, {}, {})
         except UserError as error:
             if lm.world_size > 1:  # the others wait for this one
                 raise
@@ -195,20 +197,8 @@ def evaluate(
     return result
 
 
-def measure(
-    lm: LanguageModel, tasks: Tasks, task: Any, settings: Settings
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Let lm-eval run a task (a group, a tag) over the model.
-
-    Returns:
-        Tasks, groups and samples as `results.collect` gives them; nothing on ranks but the first.
-    """
-    raw = run_task(lm, tasks, task, settings)
-    return results.collect(raw) if raw else ({}, {}, {})
-
-
 def run_task(lm: LM, tasks: Tasks, task: Any, settings: Settings) -> Any:
-    """What lm-eval's `simple_evaluate` would return of a task; None on ranks but the first.
+    """What lm-eval's `simple_evaluate` would return of a task (a group, a tag); None on ranks but the first.
 
     What that does besides, looking at the machine, takes 10 seconds.
     """
@@ -222,8 +212,8 @@ def run_task(lm: LM, tasks: Tasks, task: Any, settings: Settings) -> Any:
         each.set_fewshot_seed(DEFAULT_OTHER_SEED)
     seed_everything(DEFAULT_OTHER_SEED)
     random.seed(DEFAULT_RANDOM_SEED)
-    # To draw for a standard error it would fork this process, model and all.
-    with quiet(), _environment(DISABLE_MULTIPROC="1"):
+    os.environ["DISABLE_MULTIPROC"] = "1"  # to draw for a standard error it would fork this process, model and all
+    with quiet():
         return lm_eval.evaluator.evaluate(
             lm,
             loaded,
@@ -234,25 +224,6 @@ def run_task(lm: LM, tasks: Tasks, task: Any, settings: Settings) -> Any:
             fewshot_as_multiturn=True,
             confirm_run_unsafe_code=True,  # who may run code was asked before the task was loaded
         )
-
-
-def chat_template(tokenizer: Tokenizer, settings: Settings, where: Path | str) -> ChatTemplate | None:
-    """The template that questions are put in; None: they are plain text.
-
-    Args:
-        where: whose tokenizer it is.
-
-    Raises:
-        UserError: if one is wanted, and there is none.
-    """
-    if not settings.chat:
-        return None
-    if settings.chat_template is None and tokenizer.chat_template is None:
-        raise UserError(
-            f"{where} has no chat template. Name the one it was trained with (--chat-template chatml), or leave "
-            "--chat out."
-        )
-    return find_template(settings.chat_template, tokenizer)
 
 
 def about(name: str, path: Path, model: Decoder, digest: str) -> dict[str, Any]:
@@ -266,20 +237,6 @@ def about(name: str, path: Path, model: Decoder, digest: str) -> dict[str, Any]:
         "step": None,
         "run": None,
     }
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    held = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in held.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _data(tasks: Tasks, name: str) -> str:

@@ -69,9 +69,6 @@ class Scorer:
         model: the model.
         token_budget: most tokens a forward, halved when memory runs out; None: by the device.
 
-    Attributes:
-        truncated: items that lost the beginning of their context.
-
     Raises:
         ValueError: for a budget below 1.
     """
@@ -81,7 +78,6 @@ class Scorer:
             raise ValueError(f"token_budget must be at least 1, not {token_budget}")
         self.model = model
         self.token_budget = token_budget
-        self.truncated = 0
         self._at_most: int | None = None
         self._stem: tuple[Ids, Stem] | None = None
 
@@ -122,12 +118,11 @@ class Scorer:
         return 1 << (tokens.bit_length() - 1)  # rounded, so that the next time finds the same
 
     def _texts(self, items: Sequence[Item]) -> list[Text]:
-        """Return the distinct texts of items, in lexical order; count what is cut."""
+        """Return the distinct texts of items, in lexical order."""
         longest, vocab_size = self.model.max_seq_len, self.model.vocab_size
         # Big-endian, so that the order of the bytes is that of the ids.
         found: dict[bytes, list[int]] = {}
         for number, item in enumerate(items):
-            length = len(item.context) + len(item.continuation)
             if not len(item.context) or not len(item.continuation):
                 raise ValueError(f"item {number} needs a context and a continuation of at least one token each")
             if len(item.continuation) > longest:
@@ -139,7 +134,6 @@ class Scorer:
             if whole.min() < 0 or whole.max() >= vocab_size:
                 wrong = int(whole[(whole < 0) | (whole >= vocab_size)][0])
                 raise ValueError(f"item {number} holds the id {wrong}, but the model's vocabulary has {vocab_size}")
-            self.truncated += length > longest + 1
             found.setdefault(whole[-(longest + 1) : -1].astype(">u4").tobytes(), []).append(number)
         texts = []
         for key in sorted(found):
@@ -195,7 +189,7 @@ class Scorer:
         try:
             return self._compute(items, stem, rows, known)
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
         finally:
             if training:
@@ -272,8 +266,8 @@ class Scorer:
         return self._stem[1]
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    words = str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        sign in words for sign in ("not enough memory", "can't allocate memory", "CUDA out of memory")
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: a GPU's has a class of its own, mostly, a CPU's only a text."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        sign in str(error) for sign in ("not enough memory", "can't allocate memory", "CUDA out of memory")
     )

@@ -27,7 +27,7 @@ Kind = Literal["task", "class", "group", "tag"]
 # What runs code that a model wrote: nothing, the metric code_eval (which we can put into our sandbox), its own means.
 Code = Literal["no", "code_eval", "own"]
 
-_FORMAT = 2  # of the cached index
+_FORMAT = 3  # of the cached index
 _PASSED_OVER = {"__pycache__", ".ipynb_checkpoints"}
 _LOOKS_LIKE_A_TASK = {"dataset_path", "doc_to_text", "doc_to_target", "output_type", "metric_list"}
 
@@ -61,10 +61,9 @@ def lm_eval_folder() -> Path:
 def lm_eval_index() -> dict[str, Known]:
     """All names of lm-eval's own tasks, from the cache where that is whole and of this version."""
     folder = lm_eval_folder()
-    version = importlib.metadata.version("lm_eval")
-    kept = _cache_file(folder, version)
+    kept = _cache_file(folder)
     try:
-        return _unpack(kept.read_bytes(), folder, version)
+        return _unpack(kept.read_bytes())
     except (OSError, ValueError):  # none yet, or damaged: it is made again
         pass
     if os.environ.get("RANK", "0") == "0":
@@ -73,7 +72,7 @@ def lm_eval_index() -> dict[str, Known]:
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with replacing(kept) as temporary:
-            temporary.write_bytes(_pack(known, folder, version))
+            temporary.write_bytes(_pack(known))
     except OSError:  # no home, or not writable: then it takes seconds each time
         pass
     return known
@@ -214,26 +213,23 @@ def _in_words(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _cache_file(folder: Path, version: str) -> Path:
+def _cache_file(folder: Path) -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     place = xxhash.xxh3_64_hexdigest(str(folder).encode())
-    return Path(base).expanduser() / "plmtune" / f"lm_eval-{version}-{place}.json"
+    name = f"lm_eval-{importlib.metadata.version('lm_eval')}-{_FORMAT}-{place}.json"
+    return Path(base).expanduser() / "plmtune" / name
 
 
-def _pack(known: dict[str, Known], folder: Path, version: str) -> bytes:
-    rows = [astuple(entry) for entry in known.values()]
-    body = json.dumps({"format": _FORMAT, "version": version, "folder": str(folder), "known": rows}).encode()
+def _pack(known: dict[str, Known]) -> bytes:
+    body = json.dumps([astuple(entry) for entry in known.values()]).encode()
     return xxhash.xxh3_128_hexdigest(body).encode() + b"\n" + body
 
 
-def _unpack(packed: bytes, folder: Path, version: str) -> dict[str, Known]:
+def _unpack(packed: bytes) -> dict[str, Known]:
     digest, _, body = packed.partition(b"\n")
     if digest != xxhash.xxh3_128_hexdigest(body).encode():
         raise ValueError("damaged")
-    content = json.loads(body)
-    if (content["format"], content["version"], content["folder"]) != (_FORMAT, version, str(folder)):
-        raise ValueError("of another version")
     return {
         name: Known(name, kind, path, output, code, tuple(members))
-        for name, kind, path, output, code, members in content["known"]
+        for name, kind, path, output, code, members in json.loads(body)
     }

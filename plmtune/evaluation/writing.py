@@ -11,7 +11,7 @@ import torch
 from plmtune import continuous
 from plmtune.continuous import Answer, Engine, Request, Why
 from plmtune.errors import UserError
-from plmtune.evaluation.scoring import NotFinite
+from plmtune.evaluation.scoring import NotFinite, out_of_memory
 from plmtune.generation import check_sampling
 from plmtune.training.estimate import available_memory
 
@@ -75,9 +75,6 @@ class Writer:
         tokenizer: its tokenizer; its end of a text ends an answer.
         batch_size: rows that are written together; None: as many as memory has room for. Halved when it runs out.
         end_ids: these end an answer, too.
-
-    Attributes:
-        truncated: prompts so far whose beginning was left out.
     """
 
     def __init__(
@@ -87,7 +84,6 @@ class Writer:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.end_ids = frozenset({tokenizer.eos_id, *end_ids})
-        self.truncated = 0
         self._silent = frozenset(tokenizer.specials.values())
 
     def write(self, prompts: Sequence[Prompt], known: Collection[int] = ()) -> Iterator[tuple[int, Written]]:
@@ -95,18 +91,14 @@ class Writer:
 
         Args:
             prompts: of any settings; those of one temperature, top_k and top_p are written together.
-            known: indexes that are left out, though `truncated` counts them.
+            known: indexes that are left out.
 
         Raises:
             ValueError: for a prompt that cannot be continued.
             NotFinite: where the model gives NaN.
         """
-        requests = [self._request(index, prompt) for index, prompt in enumerate(prompts)]
-        self.truncated += sum(
-            len(request.tokens) < len(prompt.tokens) for request, prompt in zip(requests, prompts, strict=True)
-        )
         known = frozenset(known)
-        return self._write(prompts, [request for index, request in enumerate(requests) if index not in known])
+        return self._write(prompts, [self._request(i, prompt) for i, prompt in enumerate(prompts) if i not in known])
 
     def _request(self, index: int, prompt: Prompt) -> Request:
         limit = self.model.max_seq_len
@@ -140,7 +132,7 @@ class Writer:
                 except continuous.NotFinite as error:
                     raise NotFinite(int(error.key)) from error
                 except (RuntimeError, MemoryError) as error:
-                    if not _out_of_memory(error):
+                    if not out_of_memory(error):
                         raise
                     if rows == 1:
                         raise UserError(
@@ -183,10 +175,3 @@ class Writer:
         text = self.tokenizer.decode([token for token in answer.tokens if token not in self._silent])
         first = min((at for stop in until if stop and (at := text.find(stop)) >= 0), default=len(text))
         return Written(text[:first], answer.tokens, answer.why)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: a GPU's has a class of its own, a CPU's only a text."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        sign in str(error) for sign in ("can't allocate memory", "not enough memory")
-    )

@@ -117,7 +117,7 @@ class TestPipe:
         monkeypatch.setattr("test_chat.OPTIONS", ("--device", "cpu"))
         code, out, err = chat("one\n")
         assert (code, out) == (2, "")
-        assert "The checkpoint has no chat template. Name the one it was trained with: --chat-template chatml" in err
+        assert "The tokenizer has no chat template. Name one: --chat-template chatml" in err
 
     def test_a_broken_model_is_told(self, chat: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         from plmtune.models.adapters import load_model

@@ -13,7 +13,7 @@ import torch
 
 from plmtune.cli import main
 from plmtune.data.tokenizers import byte
-from plmtune.evaluation import code_eval, results, scoring
+from plmtune.evaluation import code_eval, prefixes, results, scoring
 from plmtune.models.hf import load_model, save_model
 from plmtune.models.plm import plm
 from plmtune.registry import component
@@ -134,7 +134,7 @@ class TestEval:
                     raise KeyboardInterrupt
 
         monkeypatch.setattr(scoring.Scorer, "score", score)
-        monkeypatch.setattr(scoring, "_BRANCHES", 0)
+        monkeypatch.setattr(prefixes, "_BRANCHES", 0)
         interrupt = True
         code, _, err = plmtune(model, "--tasks", "colours", "--batch-size", 1)
         assert code == 130
@@ -180,7 +180,7 @@ class TestEval:
         assert "colours: 6 requests were longer than the model's context and lost their beginning" in err
         assert result(place)["tasks"]["colours"]["truncated"] == 6
 
-    @pytest.mark.slow
+    @pytest.mark.slow  # five documents, so that one rank has fewer and lm-eval pads its requests
     def test_two_processes_share_the_documents(self, model: Path, place: Path, plmtune: Command) -> None:
         options = ["eval", "--include", "mine", "--data", "files", str(model), "--tasks", "colours", "--limit", "5"]
         torchrun = [
@@ -198,7 +198,9 @@ class TestEval:
         assert done.returncode == 0, done.stderr
         assert plmtune(*options[5:])[0] == 0
         (file,) = (place / "two").glob("*.json")
-        shared, alone = results.load(file)["samples"]["colours"], result(place)["samples"]["colours"]
+        shared, alone = results.load(file), result(place)
+        assert shared["tasks"]["colours"]["metrics"] == alone["tasks"]["colours"]["metrics"]
+        shared, alone = shared["samples"]["colours"], alone["samples"]["colours"]
         assert [row["doc_hash"] for row in shared] == [row["doc_hash"] for row in alone]
         assert [row["metrics"] for row in shared] == [row["metrics"] for row in alone]
 

@@ -93,7 +93,7 @@ class TestGenerate:
             (
                 ("{checkpoint}", "--prompt", "a", "--chat"),
                 b"",
-                "Name the one it was trained with: --chat-template chatml",
+                "Name one: --chat-template chatml",
             ),
             (
                 ("{checkpoint}", "--prompt", "a", "--system", "b"),

@@ -1,9 +1,6 @@
 """The model behind lm-eval: the numbers of a plain forward, hf's ids, and nothing computed twice."""
 
-import json
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -348,44 +345,6 @@ class TestBeginning:
         assert LanguageModel(model, tokenizer).prefix_token_id == tokenizer.eos_id
 
 
-# Seven documents, so that one rank has fewer and lm-eval pads its requests.
-SPREAD = """
-import json, sys
-import torch
-import torch.distributed as dist
-from datasets import Dataset
-from lm_eval import simple_evaluate
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.tasks import TaskManager
-from plmtune.data.tokenizers import bundled
-from plmtune.evaluation.language_model import LanguageModel
-from plmtune.models.llama import llama
-from plmtune.registry import component
-
-store, size, rank = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-torch.set_num_threads(1)
-if size > 1:
-    dist.init_process_group("gloo", init_method=f"file://{store}", world_size=size, rank=rank)
-torch.manual_seed(0)
-tokenizer = bundled()
-attention = component("attention", "gqa", num_kv_heads=2)
-model = llama(tokenizer.vocab_size, attention=attention, embed_dim=64, num_layers=1, num_heads=2, max_seq_len=64).eval()
-rows = [{"q": f"Question {i}?", "c": ["one", f"two {i}", "three times"], "a": i % 3} for i in range(7)]
-task = ConfigurableTask(config={
-    "task": "tiny", "custom_dataset": lambda **about: {"test": Dataset.from_list(rows)}, "test_split": "test",
-    "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{c}}", "doc_to_target": "{{a}}",
-    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}, {"metric": "brier_score"}],
-})
-raw = simple_evaluate(
-    LanguageModel(model, tokenizer), tasks=[task], bootstrap_iters=0, task_manager=TaskManager(include_defaults=False)
-)
-if rank == 0:
-    results = {name: value for name, value in raw["results"]["tiny"].items() if isinstance(value, float)}
-    documents = sorted(sample["doc_id"] for sample in raw["samples"]["tiny"])
-    print("scores", json.dumps({"results": results, "documents": documents}))
-"""
-
-
 class TestSpread:
     def test_alone_it_has_what_it_gave(self, model: Decoder, tokenizer: Tokenizer) -> None:
         lm = LanguageModel(model, tokenizer)
@@ -393,19 +352,3 @@ class TestSpread:
         assert lm.all_gather(torch.tensor(3)).tolist() == 3
         assert lm.gather_object("x") == ["x"]
         lm.barrier()
-
-    @pytest.mark.slow
-    def test_two_processes_share_the_documents_and_give_the_scores_of_one(self, tmp_path: Path) -> None:
-        found = []
-        for size in (1, 2):
-            command = [sys.executable, "-c", SPREAD, str(tmp_path / f"store{size}"), str(size)]
-            running = [
-                subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(size)
-            ]
-            outputs = [process.communicate(timeout=300)[0] for process in running]
-            assert [process.returncode for process in running] == [0] * size
-            lines = [line.split(" ", 1) for output in outputs for line in output.splitlines() if "scores" in line]
-            assert len(lines) == 1
-            found.append(json.loads(lines[0][1]))
-        assert found[0]["documents"] == found[1]["documents"] == list(range(7))
-        assert found[0]["results"] == pytest.approx(found[1]["results"], abs=1e-5)

@@ -259,16 +259,3 @@ class TestShippedMap:
         }
         assert data.splits("mmlu_anatomy_generative") == ("dev", "validation", "test")
         assert data.splits("mmlu_pro_biology") == ()
-
-    @shared
-    @pytest.mark.slow
-    def test_all_of_mmlu_is_there(self) -> None:
-        data = LocalData.open(SHARED)
-        with zipfile.ZipFile(SHARED / "mmlu.zip") as archive:
-            subjects = [Path(name).name[:-9] for name in archive.namelist() if name.endswith("_test.csv")]
-        sizes = dict.fromkeys(("dev", "validation", "test"), 0)
-        for subject in subjects:
-            for split, held in (data.dataset(f"mmlu_{subject}", sizes) or {}).items():
-                sizes[split] += len(held)
-        assert len(subjects) == 57
-        assert sizes == {"dev": 285, "validation": 1531, "test": 14042}

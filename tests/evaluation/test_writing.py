@@ -137,28 +137,16 @@ class TestWrite:
         assert write(writer, []) == {}
         assert found[5].tokens == greedy(model, PROMPTS[5], 3)
 
-    def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted(
-        self, model: Decoder, tokenizer: Tokenizer
-    ) -> None:
+    def test_a_prompt_that_is_too_long_loses_its_beginning(self, model: Decoder, tokenizer: Tokenizer) -> None:
         long = [i % 200 for i in range(100)]
-        writer = Writer(model, tokenizer)
-        found = write(writer, [Prompt(long, 10), Prompt(long[-54:], 10), Prompt(long[:30], 10)])
+        found = write(Writer(model, tokenizer), [Prompt(long, 10), Prompt(long[-54:], 10), Prompt(long[:30], 10)])
         assert found[0] == found[1]
         assert found[0].tokens == greedy(model, long[-54:], 10)
-        assert writer.truncated == 1
 
 
 class TestMemory:
-    @pytest.mark.parametrize(
-        "error",
-        [
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
-            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
-        ],
-    )
     def test_where_it_runs_out_fewer_go_on_and_what_is_done_stays(
-        self, model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: Exception
+        self, model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         forward = Decoder.forward
         rows: list[int] = []
@@ -167,7 +155,7 @@ class TestMemory:
             # Room for three rows, and for more only where they read prompts: some are done before it fails.
             rows.append(tokens.shape[0])
             if len(rows) > 4 and tokens.shape[0] > 3:
-                raise error
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return forward(decoder, tokens, **options)
 
         prompts = [Prompt(tokens, 1 + i) for i, tokens in enumerate(PROMPTS)]

@@ -7,7 +7,7 @@ import pytest
 from conftest import metrics, refusal, start, stop_at, weights
 from tuning import run, stop_in
 
-from plmtune.evaluation import results, scoring
+from plmtune.evaluation import prefixes, results, scoring
 
 TASKS = ["eval.tasks=[arc_easy]", "eval.data=map.yaml", "eval.every=4", "eval.limit=3"]
 
@@ -58,7 +58,7 @@ class TestTasksInTraining:
 
         monkeypatch.setattr(scoring.Scorer, "score", score)
         # One answer a batch, so that there is a middle to stop in.
-        monkeypatch.setattr(scoring, "_BRANCHES", 0)
+        monkeypatch.setattr(prefixes, "_BRANCHES", 0)
         small = [*TASKS, "eval.batch_size=1"]
         with monkeypatch.context() as patch:
             stop_in(patch, scoring.Scorer, "_compute", 2)
