@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune.atomic import replacing
+from plmtune.atomic import writing
 from plmtune.cli import import_option
 from plmtune.cli.generate import stream, warn_of_pretrained
 from plmtune.cli.options import device_option, find_device, sampling_options
@@ -245,11 +245,8 @@ class _Talk:
         if path != self.saved and (path.exists() or path.is_symlink()):
             raise UserError(f"{path} exists already. Name another file.")
         row = {"messages": [asdict(message) for message in self.conversation.transcript]}
-        try:
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+        with writing(path) as temporary:
+            temporary.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
         self.saved = path
         _tell(f"{path}: {len(row['messages'])} messages, as data=conversations reads them", dim=True)
 

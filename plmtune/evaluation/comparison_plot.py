@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plmtune.atomic import replacing
+from plmtune.atomic import writing
 from plmtune.errors import UserError
 from plmtune.evaluation.comparison import Z_95, Row
 from plmtune.evaluation.results import labels, metric_label
@@ -62,11 +62,8 @@ def draw(rows: Sequence[Row], results: Sequence[Mapping[str, Any]], path: Path) 
         for i, name in enumerate(names)
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=1, frameon=False, fontsize=9)
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+    with writing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _is_share(row: Row) -> bool:

@@ -25,8 +25,6 @@ from plmtune.training.progress import Watch
 from plmtune.training.reference import model_digest
 from plmtune.training.runtime import Runtime
 
-FOLDER = "evaluations"  # of a run directory: a result a step
-
 
 class _Stopped(Exception):
     """Asked to stop."""
@@ -86,8 +84,8 @@ class Evaluations:
         Returns:
             ``eval/TASK/METRIC``: value, the same on every rank; None when asked to stop.
         """
-        file = _file(directory, step)
-        pending = directory / FOLDER / "pending" / f"rank{runtime.rank}.sqlite"
+        file = results.step_file(directory, step)
+        pending = file.parent / "pending" / f"rank{runtime.rank}.sqlite"
 
         def progress(kind: str, done: int, total: int) -> None:
             watch.working(f"evaluating: {done:,}/{total:,} {kind}")
@@ -141,7 +139,7 @@ class Evaluations:
 
     def is_done(self, directory: Path, step: int) -> bool:
         """Whether the run has a whole result of this step."""
-        done: bool = distributed.told_by_rank_0(lambda: bool(self._known(_file(directory, step))))
+        done: bool = distributed.told_by_rank_0(lambda: bool(self._known(results.step_file(directory, step))))
         return done
 
     def _known(self, file: Path, digest: str | None = None) -> dict[str, float]:
@@ -163,10 +161,6 @@ def _code_runner(names: list[str], *, allowed: bool) -> CodeRunner:
     if lacking := missing():
         raise UserError(f"{who}, and there is no sandbox on this machine: {lacking}")
     return CodeRunner("namespaces")
-
-
-def _file(directory: Path, step: int) -> Path:
-    return directory / FOLDER / f"step-{step:08d}.json"
 
 
 def _values(result: dict[str, Any]) -> dict[str, float]:

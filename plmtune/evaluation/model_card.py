@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from plmtune.atomic import replacing
+from plmtune.atomic import writing
 from plmtune.errors import UserError
 from plmtune.evaluation import results as result_files
 from plmtune.evaluation.model_facts import Run, Weights, base_of, family_of, read_run, read_weights
@@ -73,17 +73,14 @@ def write_card(
         _provenance(run, found),
     ]
     text = "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 
 def _own_results(run: Run) -> list[dict[str, Any]]:
     """What the run measured of this very checkpoint while it trained."""
-    path = run.path / "evaluations" / f"step-{run.step:08d}.json"  # as `during` names it, which imports lm-eval
+    path = result_files.step_file(run.path, run.step)
     return [result_files.load(path)] if path.is_file() else []
 
 
@@ -105,7 +102,7 @@ def _place_curves(run: Run, card: Path, overwrite: bool) -> bool:
     if target.exists() and not overwrite:
         raise UserError(f"{target} is there already. Name another folder with --out, or give --overwrite.")
     if source.is_file():
-        with replacing(target) as temporary:
+        with writing(target) as temporary:
             shutil.copyfile(source, temporary)
         return True
     if not any(entry.get("loss") is not None for entry in run.entries):

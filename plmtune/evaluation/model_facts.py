@@ -43,17 +43,25 @@ class Run:
         return next((entry[key] for entry in reversed(self.entries) if isinstance(entry.get(key), int | float)), None)
 
 
+def run_of(directory: Path) -> tuple[Path, int] | None:
+    """The run that a checkpoint belongs to, if any, and its step."""
+    directory = directory.resolve()  # runs/NAME/latest is a link to a run
+    run, step = directory.parent.parent, re.fullmatch(r"step-(\d+)", directory.name)
+    if directory.parent.name != "checkpoints" or not step or not (run / CONFIG).is_file():
+        return None
+    return run, int(step[1])
+
+
 def read_run(directory: Path) -> Run | None:
     """The run that a checkpoint belongs to, if any.
 
     Raises:
         UserError: if its config was changed or damaged.
     """
-    directory = directory.resolve()  # runs/NAME/latest is a link to a run
-    path = directory.parent.parent
-    step = re.fullmatch(r"step-(\d+)", directory.name)
-    if directory.parent.name != "checkpoints" or not step or not (path / CONFIG).is_file():
+    place = run_of(directory)
+    if place is None:
         return None
+    path, number = place
     config_is_vouched_for(path)
     try:
         config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
@@ -63,7 +71,6 @@ def read_run(directory: Path) -> Run | None:
     phases = config.get("phases") or [] if isinstance(config, dict) else None
     if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases):
         raise UserError(f"{path / CONFIG} is damaged: it holds no keys, or no list of phases.")
-    number = int(step[1])
     before = [entry for entry in entries if entry["step"] <= number]
     last = max((entry["step"] for entry in entries), default=number)
     return Run(path, config, read_record(path), before, number, last)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plmtune.atomic import replacing
+from plmtune.atomic import writing
 from plmtune.errors import UserError
 from plmtune.provenance import device_name, versions
 
@@ -53,7 +53,7 @@ class Line:
 
 
 def collect(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """Return (tasks, groups, samples) of what lm-eval's `simple_evaluate` returned, as the file has them.
+    """Return (tasks, groups, samples) of what lm-eval's `evaluate` returned, as the file has them.
 
     Args:
         raw: with its samples (log_samples=True).
@@ -102,16 +102,18 @@ def save(result: Mapping[str, Any], path: Path) -> None:
         UserError: if it cannot be written.
     """
     head = {key: value for key, value in result.items() if key != "samples"}
-    try:
-        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}"))
-            file.write(',\n "samples": {')
-            for index, (task, rows) in enumerate((result.get("samples") or {}).items()):
-                lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
-                file.write(("," if index else "") + f"\n  {json.dumps(task)}: [\n   " + ",\n   ".join(lines) + "\n  ]")
-            file.write("\n }\n}\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+    with writing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}"))
+        file.write(',\n "samples": {')
+        for index, (task, rows) in enumerate((result.get("samples") or {}).items()):
+            lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+            file.write(("," if index else "") + f"\n  {json.dumps(task)}: [\n   " + ",\n   ".join(lines) + "\n  ]")
+        file.write("\n }\n}\n")
+
+
+def step_file(run: Path, step: int) -> Path:
+    """Where a run keeps what it measured of itself while it trained."""
+    return run / "evaluations" / f"step-{step:08d}.json"
 
 
 def load(path: str | Path) -> dict[str, Any]:

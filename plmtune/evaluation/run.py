@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from plmtune.data.chat_template import find_template
 from plmtune.errors import UserError
 from plmtune.evaluation import results
 from plmtune.evaluation.language_model import LanguageModel
+from plmtune.evaluation.model_facts import run_of
 from plmtune.evaluation.result_cache import ResultCache
 from plmtune.evaluation.tasks import Tasks, quiet
 from plmtune.models.adapters import load_its_tokenizer, load_model
@@ -71,7 +71,7 @@ def load_tasks(
     """Build each task with its data.
 
     Returns:
-        What `simple_evaluate` takes, by name, and why the others cannot be had.
+        What `run_task` takes, by name, and why the others cannot be had.
     """
     loaded, failed = {}, {}
     for name in names:
@@ -123,7 +123,7 @@ def evaluate_checkpoint(
             f"{model.vocab_size:,}. They are not of one model."
         )
     digest = model_digest(model)
-    name = _name(path, directory)
+    name = _name(directory)
     file = out / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
     out.mkdir(parents=True, exist_ok=True)
     with ResultCache(out / "cache" / f"{digest[:16]}.sqlite") as cache:
@@ -137,9 +137,8 @@ def evaluate_checkpoint(
             progress=progress,
         )
         told = about(name, path, model, digest)
-        if step := re.fullmatch(r"step-(\d+)", directory.name):
-            told["step"] = int(step[1])
-        told["run"] = str(_run_of(directory) or "") or None
+        if place := run_of(directory):
+            told |= {"run": str(place[0]), "step": place[1]}
         result = evaluate(lm, tasks, loaded, settings, about=told, failed=failed, file=file, tell=tell)
     return result, file
 
@@ -246,15 +245,10 @@ def _data(tasks: Tasks, name: str) -> str:
     return f"{files} ({tasks.data.fingerprint(name)})"
 
 
-def _run_of(directory: Path) -> Path | None:
-    """The run that a checkpoint belongs to."""
-    run = directory.resolve().parent.parent  # runs/NAME/latest is a link
-    return run if directory.parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
-
-
-def _name(path: Path, directory: Path) -> str:
-    """What a checkpoint is called in tables and file names: pretrain-20261121-101500-step-500, or its folder."""
-    run = _run_of(directory)
-    if run is None:
+def _name(directory: Path) -> str:
+    """What a checkpoint is called in tables and file names: pretrain-20261121-101500-step500, or its folder."""
+    place = run_of(directory)
+    if place is None:
         return directory.resolve().name or "model"
-    return f"{run.parent.name}-{run.name}-step{int(directory.name.removeprefix('step-'))}"
+    run, step = place
+    return f"{run.parent.name}-{run.name}-step{step}"

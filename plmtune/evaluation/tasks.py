@@ -113,7 +113,7 @@ class Tasks:
 
     @functools.cached_property
     def manager(self) -> TaskManager:
-        """An empty manager for `simple_evaluate`, which otherwise reads lm-eval's tasks again, for 20 seconds."""
+        """An empty manager: another would read lm-eval's tasks again, for 20 seconds."""
         from lm_eval.tasks import TaskManager
 
         return TaskManager(include_defaults=False)

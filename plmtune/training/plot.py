@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plmtune.atomic import replacing
+from plmtune.atomic import writing
 from plmtune.errors import UserError
 from plmtune.training import metrics
 
@@ -71,11 +71,8 @@ def draw_curves(source: Path, target: Path) -> None:
     panels[-1].set_xlim(0, max(axis(e) for e in (*training, *validations, *tasks)))
     panels[-1].set_xlabel(unit)
 
-    try:
-        with replacing(target) as temporary:
-            figure.savefig(temporary, format="png")
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror or error}.") from error
+    with writing(target) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:

@@ -13,42 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_process import run, save_small
 
-from plmtune.cli import main
 from plmtune.data.conversations import conversations
 from plmtune.data.tokenizers import byte
-from plmtune.models.hf import save_model
-from plmtune.models.plm import plm
-from plmtune.registry import component
 
 OPTIONS = ("--device", "cpu", "--chat-template", "plain", "--temperature", "1", "--max-new-tokens", "6")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    tokenizer = byte()
-    model = plm(
-        tokenizer.vocab_size,
-        attention=component("attention", "mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
-        ffn=component("ffn", "squared_relu", hidden_dim=32),
-        embed_dim=16,
-        num_layers=1,
-        num_heads=2,
-        max_seq_len=512,
-        init_std=0.1,
-    )
-    save_model(model, None, directory)
-    tokenizer.save(directory)
-    return directory
-
-
-class Terminal(io.TextIOWrapper):
-    """Bytes that come from a person."""
-
-    def isatty(self) -> bool:
-        return True
+    return save_small(tmp_path_factory.mktemp("model"), max_seq_len=512, init_std=0.1)
 
 
 Command = Callable[..., tuple[int, str, str]]
@@ -56,17 +31,12 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], checkpoint: Path) -> Command:
-    """Run the command line in this process: a fresh one would spend seconds on importing torch."""
 
-    def run(stdin: str | bytes, *options: object, person: bool = False) -> tuple[int, str, str]:
+    def chat(stdin: str | bytes, *options: object, person: bool = False) -> tuple[int, str, str]:
         raw = stdin.encode() if isinstance(stdin, str) else stdin
-        monkeypatch.setattr(sys, "argv", ["plmtune", "chat", str(checkpoint), *OPTIONS, *map(str, options)])
-        monkeypatch.setattr(sys, "stdin", (Terminal if person else io.TextIOWrapper)(io.BytesIO(raw), "utf-8"))
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return int(exit.value.code or 0), *capsys.readouterr()
+        return run(monkeypatch, capsys, "chat", checkpoint, *OPTIONS, *options, stdin=raw, person=person)
 
-    return run
+    return chat
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """plmtune eval, as a person types it: tasks of one's own over local files."""
 
-import io
+import functools
 import json
 import shutil
 import subprocess
@@ -10,13 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_process import run, save_small
 
-from plmtune.cli import main
-from plmtune.data.tokenizers import byte
 from plmtune.evaluation import code_eval, prefixes, results, scoring
 from plmtune.models.hf import load_model, save_model
-from plmtune.models.plm import plm
-from plmtune.registry import component
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -46,22 +43,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = byte()
-    made = plm(
-        tokenizer.vocab_size,
-        attention=component("attention", "mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
-        ffn=component("ffn", "squared_relu", hidden_dim=32),
-        embed_dim=16,
-        num_layers=1,
-        num_heads=2,
-        max_seq_len=64,
-        init_std=0.3,
-    )
-    made.init_weights(torch.Generator().manual_seed(0))
-    save_model(made, None, directory)
-    tokenizer.save(directory)
-    return directory
+    return save_small(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
@@ -81,17 +63,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def plmtune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command line in this process: a fresh one would spend seconds on importing torch."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        options = ("eval", "--include", "mine", "--data", "files", *map(str, arguments))
-        monkeypatch.setattr(sys, "argv", ["plmtune", *options])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return int(exit.value.code or 0), *capsys.readouterr()
-
-    return run
+    return functools.partial(run, monkeypatch, capsys, "eval", "--include", "mine", "--data", "files")
 
 
 def result(place: Path) -> dict[str, object]:

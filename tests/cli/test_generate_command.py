@@ -1,39 +1,20 @@
 """plmtune generate, as a person types it."""
 
-import io
+import functools
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from in_process import run, save_small
 
-from plmtune.cli import main
 from plmtune.data.tokenizers import byte
-from plmtune.models.hf import save_model
-from plmtune.models.plm import plm
-from plmtune.registry import component
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    tokenizer = byte()
-    model = plm(
-        tokenizer.vocab_size,
-        attention=component("attention", "mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
-        ffn=component("ffn", "squared_relu", hidden_dim=32),
-        embed_dim=16,
-        num_layers=1,
-        num_heads=2,
-        max_seq_len=64,
-        init_std=0.3,
-    )
-    save_model(model, None, directory)
-    tokenizer.save(directory)
-    return directory
+    return save_small(tmp_path_factory.mktemp("model"))
 
 
 Command = Callable[..., tuple[int, str, str]]
@@ -41,16 +22,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def plmtune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command line in this process: a fresh one would spend seconds on importing torch."""
-
-    def run(*arguments: object, stdin: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["plmtune", "generate", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return int(exit.value.code or 0), *capsys.readouterr()
-
-    return run
+    return functools.partial(run, monkeypatch, capsys, "generate")
 
 
 class TestGenerate:

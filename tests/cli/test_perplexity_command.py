@@ -1,42 +1,21 @@
 """plmtune perplexity, as a person types it."""
 
+import functools
 import gzip
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
 import pytest
-import torch
+from in_process import run, save_small
 from pyarrow import parquet
-
-from plmtune.cli import main
-from plmtune.data.tokenizers import byte
-from plmtune.models.hf import save_model
-from plmtune.models.plm import plm
-from plmtune.registry import component
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    tokenizer = byte()
-    model = plm(
-        tokenizer.vocab_size,
-        attention=component("attention", "mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
-        ffn=component("ffn", "squared_relu", hidden_dim=32),
-        embed_dim=16,
-        num_layers=1,
-        num_heads=2,
-        max_seq_len=64,
-        init_std=0.2,
-    )
-    save_model(model, None, directory)
-    tokenizer.save(directory)
-    return directory
+    return save_small(tmp_path_factory.mktemp("model"), init_std=0.2)
 
 
 Command = Callable[..., tuple[int, str, str]]
@@ -44,16 +23,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def measure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], checkpoint: Path) -> Command:
-    """Run the command line in this process: a fresh one would spend seconds on importing torch."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        words = ["plmtune", "perplexity", str(checkpoint), "--device", "cpu", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return int(exit.value.code or 0), *capsys.readouterr()
-
-    return run
+    return functools.partial(run, monkeypatch, capsys, "perplexity", checkpoint, "--device", "cpu")
 
 
 @pytest.fixture
