@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ def rows(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
 
 
+@cache
+def loaded(name: str) -> tuple[Tasks, Any]:
+    tasks = Tasks(data=LocalData.open(DATA), code=CodeRunner("namespaces"))
+    return tasks, tasks.load(name)
+
+
 def score(
     monkeypatch: pytest.MonkeyPatch, place: Path, task: str, limit: int | None, knows: Callable[[str], str]
 ) -> dict[str, Any]:
@@ -48,12 +55,12 @@ def score(
     model = compose("pretrain", (), ["model=plm_tiny", "model.max_seq_len=16384"]).model(tokenizer.vocab_size)
     model.init_weights(torch.Generator().manual_seed(0))
     lm = LanguageModel(model.eval(), tokenizer)
-    tasks = Tasks(data=LocalData.open(DATA), code=CodeRunner("namespaces"))
+    tasks, wanted = loaded(task)
     file = place / "result.json"
     evaluate(
         lm,
         tasks,
-        {task: tasks.load(task)},
+        {task: wanted},
         Settings(limit=limit),
         about=about("oracle", place, model, "0"),
         failed={},
