@@ -146,17 +146,20 @@ class CodeRunner:
         """
         before = sys.modules.get("evaluate")
         stand_in = types.ModuleType("evaluate")
+        lasts = True
 
         def load(path: str, *args: Any, **settings: Any) -> Any:
             if path == "code_eval":
                 return self
             nonlocal before
             if before is None:
-                del sys.modules["evaluate"]
+                if sys.modules.get("evaluate") is stand_in:
+                    del sys.modules["evaluate"]
                 try:
                     before = importlib.import_module("evaluate")
                 finally:
-                    sys.modules["evaluate"] = stand_in
+                    if lasts:
+                        sys.modules["evaluate"] = stand_in
             return before.load(path, *args, **settings)
 
         stand_in.load = load  # type: ignore[attr-defined]
@@ -164,7 +167,8 @@ class CodeRunner:
         try:
             yield
         finally:
-            del sys.modules["evaluate"]
+            lasts = False
+            sys.modules.pop("evaluate", None)
             if before is not None:
                 sys.modules["evaluate"] = before
 

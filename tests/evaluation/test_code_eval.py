@@ -123,6 +123,17 @@ class TestInstalled:
             assert importlib.import_module("evaluate").load("rouge") == "the hub has rouge"
         assert sys.modules.pop("evaluate").load("code_eval") == "the hub has code_eval"
 
+    def test_who_keeps_the_stand_in_gets_the_package_s_metrics_afterwards(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        (tmp_path / "evaluate.py").write_text("def load(name): return f'the hub has {name}'\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "evaluate", raising=False)
+        with CodeRunner().installed():
+            kept = importlib.import_module("evaluate")
+        assert kept.load("bleu") == "the hub has bleu"
+        assert sys.modules.pop("evaluate").__file__ == str(tmp_path / "evaluate.py")
+
     def test_the_self_test_of_lm_eval_s_tasks_starts_no_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(code_eval, "run_python", None)
         scores, _ = CodeRunner().compute(["assert add(2, 3)==5"], [["def add(a,b): return a*b"]], k=[1])
