@@ -185,8 +185,11 @@ def _leaves(result: Result, name: str, depth: int = 0) -> list[str]:
 def _unpaired_because(a: Mapping[Hashable, Any], b: Mapping[Hashable, Any], shared: Sequence[Hashable]) -> str:
     if not a or not b:
         return "unpaired: a result has no samples"
-    if len(shared) >= 2:
+    # A few prompts that are alike by chance are no sample of the rest; those of a smaller limit are all of the smaller.
+    if len(shared) >= 2 and 2 * len(shared) >= min(len(a), len(b)):
         return ""
+    if len(shared) >= 2:
+        return f"unpaired: only {len(shared)} documents were asked alike"
     same_documents = {key[:2] for key in a} & {key[:2] for key in b}  # type: ignore[index]
     return "unpaired: the prompts differ" if same_documents else "unpaired: the documents differ"
 

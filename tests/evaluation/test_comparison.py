@@ -121,6 +121,20 @@ class TestPairing:
         errors = [one["tasks"]["t"]["metrics"]["acc,none"]["stderr"] for one in (a, b)]
         assert found.stderr == pytest.approx(math.hypot(*errors))
 
+    def test_a_few_prompts_that_are_alike_do_not_stand_for_all(self) -> None:
+        (entry, rows), (_, asked_alike) = task([0.0, 1.0] * 50, asked="five shots, then q"), task([1.0] * 100)
+        a = result("a", {"t": task([1.0] * 50 + [0.0] * 50)})
+        b = result("b", {"t": (entry, asked_alike[50:52] + rows[2:])})
+        found = difference(a, b)
+        assert not found.paired and found.mean == pytest.approx(0.0)
+        assert found.note == "unpaired: only 2 documents were asked alike"
+
+    def test_half_of_the_smaller_asked_alike_is_enough(self) -> None:
+        (entry, rows), (_, others) = task([0.0, 1.0] * 10), task([0.0, 1.0] * 10, asked="other q")
+        for alike, paired in ((10, True), (9, False)):
+            b = result("b", {"t": (entry, rows[:alike] + others[alike:])})
+            assert difference(result("a", {"t": task([1.0, 0.0] * 30)}), b).paired == paired
+
     def test_without_samples_only_scores_are_compared(self) -> None:
         a, b = result("a", {"t": task(answers(1))}), result("b", {"t": task(answers(2))}, samples={})
         assert "no samples" in difference(a, b).note
