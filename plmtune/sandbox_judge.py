@@ -1,11 +1,13 @@
 """The process in which tests run, apart from the code that they test, and the only one that has the verdict's pipe.
 
-The tests' names are their own, then Python's, then the code's. What the code returns comes as a plain value, made here
+The tests' names are their own, then Python's, then the code's; where the code is named like a builtin and no assertion
+names anything else, the code's come before Python's. What the code returns comes as a plain value, made here
 (`plmtune.sandbox_wire`), or as a `Handle`: an object of the code's own, whose methods run where the code is.
 """
 
 from __future__ import annotations
 
+import _ast
 import builtins
 import marshal
 import os
@@ -179,8 +181,9 @@ _give_operators()
 class Names(dict[str, object]):
     """Python's builtin names, and after them the code's: where the interpreter looks last."""
 
-    def __init__(self, peer: Peer) -> None:
-        super().__init__(vars(builtins))
+    def __init__(self, peer: Peer, own: set[str]) -> None:
+        """Begin with all builtins but those that are the code's `own` to define."""
+        super().__init__({name: value for name, value in vars(builtins).items() if name not in own})
         self.peer = peer
 
     def __missing__(self, name: str) -> Any:
@@ -188,7 +191,33 @@ class Names(dict[str, object]):
             known, value = self.peer.ask("name", name)
             if known is True:
                 return value
-        raise KeyError(name)
+        return vars(builtins)[name]
+
+
+def named_as_builtins(tests: str) -> set[str]:
+    """The builtins' names that all assertions share, where none of them names anything else.
+
+    `assert sum(10, 15) == 6` can only mean a `sum` of the code's: else it would test nothing of it.
+    """
+    tree = compile(tests, "<tests>", "exec", _ast.PyCF_ONLY_AST, dont_inherit=True)
+    named = [
+        {each.id for each in _nodes(node) if isinstance(each, _ast.Name)}
+        for node in _nodes(tree)
+        if isinstance(node, _ast.Assert)
+    ]
+    if not named or not set.union(*named) <= vars(builtins).keys():
+        return set()
+    return {name for name in set.intersection(*named) if not name.startswith("__")}
+
+
+def _nodes(tree: _ast.AST) -> list[_ast.AST]:
+    """All of a tree; the module `ast`, which has a function for it, takes longer to import than most tests to run."""
+    found = [tree]
+    for node in found:
+        for field in node._fields:
+            value = getattr(node, field, None)
+            found += [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, _ast.AST)]
+    return found
 
 
 class Judge(Peer):
@@ -246,8 +275,8 @@ def main(
     peer.serve()
     peer.serve()
     module = sys.modules["__main__"] = types.ModuleType("__main__")
-    module.__dict__["__builtins__"] = Names(peer)
     try:
+        module.__dict__["__builtins__"] = Names(peer, named_as_builtins(tests))
         exec(compile(tests, "<tests>", "exec", dont_inherit=True), module.__dict__)
         sys.stdout.flush()
     except BaseException as error:

@@ -353,6 +353,26 @@ say("y")
         assert run(code, "value = 2\nassert len([]) == 0 and value == 2 and f() == 1 and math.floor(1.5) == 1").passed
         assert run(code, "missing").reason == "NameError: name 'missing' is not defined"
 
+    def test_assertions_that_name_builtins_alone_mean_the_code_s(self) -> None:
+        # as MBPP 126, whose solution is a function `sum`
+        code = "def sum(a, b): return max(n for n in range(1, a + 1) if a % n == b % n == 0)\n"
+        tests = "assert sum(10, 15) == 5\nassert abs(sum(100, 150)) == 50"
+        assert run(code, tests) == Result(True, 0, "", None)
+        assert run("def add(a, b): return a", "assert sum([1, 2]) == 3").passed
+        assert run("def sum(a, b): return 1", tests).reason == "AssertionError"
+        # Of two builtins the one that all assertions name is tested; `abs` stays Python's.
+        cheat = "def sum(a, b): return 5 if a == 10 else 0\ndef abs(x): return 50"
+        assert run(cheat, tests).reason == "AssertionError"
+
+    def test_assertions_that_name_anything_of_the_code_keep_python_s_builtins(self) -> None:
+        cheat = "def f(x): return 0\ndef abs(x): return 0\nlen = sum = all = isinstance = lambda *a: True"
+        for tests in (
+            "assert abs(f(1) - 1) < 1e-6",
+            "assert len([1, 2]) == 1\nassert f(0) == 0",
+            "assert all([False])\ndef check(candidate):\n    assert candidate(1) == 0\ncheck(f)",
+        ):
+            assert run(cheat, tests).reason == "AssertionError", tests
+
     def test_many_calls(self) -> None:
         assert run("def f(x): return x + 1", "for i in range(2000): assert f(i) == i + 1", seconds=20).passed
 
