@@ -342,10 +342,12 @@ def read_all(path: Path, **settings: Any) -> Callable[[], object]:
 def zeros(compression: str, path: Path, gigabytes: float, start: bytes = b"", text: bytes = b"a") -> None:
     """A file that unpacks to so much of one text."""
     chunk = text * ((1 << 22) // len(text))
-    with gzip.open(path, "wb", 6) if compression == "gz" else zstandard.open(path, "wb") as file:
-        file.write(start)
+    pack = gzip.compress if compression == "gz" else zstandard.compress
+    with path.open("wb") as file:  # both unpack to the texts of their members, one behind another
+        file.write(pack(start))
+        packed = pack(chunk)
         for _ in range(int(gigabytes * 256)):
-            file.write(chunk)
+            file.write(packed)
 
 
 class TestData:
