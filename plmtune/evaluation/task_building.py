@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -91,6 +91,8 @@ class Builder(TaskFactory):
         base = config.get("class", ConfigurableTask)
         if base is ConfigurableTask:
             self._check(where, config, entry.name in self._with_code)
+        if config.get("process_docs") is not None:
+            config["process_docs"] = _once(config["process_docs"])
         documents = _Documents(entry.name, where, config, self._data)
         made = type(base.__name__, (_WithDocuments, base), {"documents": documents, "__module__": base.__module__})
         try:
@@ -207,6 +209,12 @@ class _WithDocuments:
 
     documents: _Documents
     dataset: Any
+    task_docs: Any = None  # set by `ConfigurableTask` when it is built
+
+    @property
+    def eval_docs(self) -> Any:
+        """What lm-eval asks for both when it makes requests and when it marks them: one order of choices for both."""
+        return super().eval_docs if self.task_docs is None else self.task_docs  # type: ignore[misc]
 
     def download(self, *arguments: Any, **settings: Any) -> None:
         """What lm-eval calls when a task is built."""
@@ -258,6 +266,24 @@ def require_examples(built: Task | Group | list[Task], num_fewshot: int | None) 
             )
         if there < wanted + (split == task.config.test_split):  # a question is no example for itself
             raise UserError(f"{task.task_name}: {wanted} few-shot examples are asked for, from {there} documents")
+
+
+def _once(process_docs: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Have a task's function, which may shuffle, meet each split once, for questions and examples alike.
+
+    In lm-eval the cache of files behind `Dataset.map` sees to it, which documents from memory do not have.
+    """
+    done: list[tuple[Any, Any]] = []
+
+    @functools.wraps(process_docs)
+    def processed(documents: Any) -> Any:
+        for given, found in done:
+            if given is documents:
+                return found
+        done.append((documents, process_docs(documents)))
+        return done[-1][1]
+
+    return processed
 
 
 def _splits(config: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ import difflib
 import fnmatch
 import functools
 import logging
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ class Tasks:
 
         code = self.code if self.needs_code(name) else None
         _forget_others(code)
-        with quiet(), code.installed() if code is not None else contextlib.nullcontext():
+        with quiet(), _seeded(), code.installed() if code is not None else contextlib.nullcontext():
             built = Builder(self._known, self.data).build_named(name)
             require_examples(built, num_fewshot)
         return built
@@ -176,6 +177,25 @@ def _forget_others(code: CodeRunner | None) -> None:
         held = vars(module).values() if hasattr(module, "__mtime__") else ()  # lm-eval's mark on what it imported
         if any(isinstance(value, type(code)) and value is not code for value in list(held)):
             del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """Have tasks that shuffle when they are built do so as under lm-eval's `simple_evaluate`, on every rank alike.
+
+    None of them draws from torch, whose import takes longer than all else here.
+    """
+    import numpy as np
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextlib.contextmanager

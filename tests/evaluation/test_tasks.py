@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from plmtune.errors import UserError
@@ -212,6 +214,72 @@ class TestLocalTasks:
     def test_a_missing_file_is_said_before_anything_is_built(self, folder: Path) -> None:
         with pytest.raises(UserError, match=r"names .*none\.jsonl for sums/test: it is not there"):
             tasks(folder, "sums: {test: none.jsonl}").load("sums")
+
+
+SHUFFLING = """
+import random
+import numpy as np
+
+def process_docs(dataset):
+    def shuffled(row):
+        right, choices = row["choices"][row["answer"]], [*row["choices"], *"abcdef"]
+        random.shuffle(choices)
+        np.random.shuffle(choices)
+        return {**row, "choices": choices, "answer": choices.index(right)}
+    return dataset.map(shuffled)
+"""
+
+
+class TestShuffledChoices:
+    """Tasks such as gpqa put their choices into an order by chance when their documents are read."""
+
+    @pytest.fixture
+    def shuffling(self, folder: Path) -> Path:
+        write(folder, "shuffling.py", SHUFFLING)
+        more = "process_docs: !function shuffling.process_docs\n"
+        write(folder, "sums.yaml", SUMS.replace("training_split: train", "training_split: test") + more)
+        return folder
+
+    def test_are_marked_in_the_order_in_which_they_were_asked(self, shuffling: Path) -> None:
+        task: Any = tasks(shuffling).load("sums")
+        asked, marked = ([doc for _, doc in task.doc_iterator()] for _ in range(2))
+        assert asked == marked == list(task.task_docs)
+
+    def test_have_one_order_as_question_and_as_example(self, shuffling: Path) -> None:
+        task: Any = tasks(shuffling).load("sums")
+        assert list(task.training_docs()) == list(task.test_docs()) == list(task.eval_docs)
+
+    def test_of_a_class_are_marked_as_asked_too(self, folder: Path) -> None:
+        code = SHUFFLING + (
+            "from lm_eval.api.task import ConfigurableTask\n"
+            "class Written(ConfigurableTask):\n"
+            "    DATASET_PATH = 'nobody/written'\n"
+            "    def __init__(self, **kwargs):\n"
+            "        super().__init__(config={'metadata': {'version': 1}, 'test_split': 'test'})\n"
+            "    def test_docs(self): return process_docs(self.dataset['test'])\n"
+            "    def doc_to_text(self, doc): return doc['question']\n"
+            "    def doc_to_target(self, doc): return doc['choices'][doc['answer']]\n"
+        )
+        write(folder, "written.py", code)
+        write(folder, "written.yaml", "task: written\nclass: !function written.Written\n")
+        task: Any = tasks(folder, "written: {test: ../test.jsonl}").load("written")
+        assert list(task.eval_docs) == list(task.eval_docs)
+
+    def test_are_shuffled_as_lm_evals_own_runner_seeds_it(self, shuffling: Path) -> None:
+        random.seed(7)
+        np.random.seed(7)
+        before = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+        task: Any = tasks(shuffling).load("sums")
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # type: ignore[index]
+        random.seed(0)  # the defaults of `simple_evaluate`
+        np.random.seed(1234)
+        expected = []
+        for row in ROWS:
+            choices = [*row["choices"], *"abcdef"]  # type: ignore[misc]
+            random.shuffle(choices)
+            np.random.shuffle(choices)
+            expected.append(choices)
+        assert [doc["choices"] for doc in task.eval_docs] == expected
 
 
 class TestExamples:
