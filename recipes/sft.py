@@ -84,6 +84,7 @@ class Sft:
         self.checkpoints = self.student.checkpoints(self.run.checkpoints)
         self.step = self.first = 0
         self.losses: list[Tensor] = []  # of the latest step's micro-batches
+        self.score: float = document.get("metrics", {}).get("validation_loss", float("nan"))
         if whole:
             self.checkpoints.restore(whole, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
             self.step = document["step"]
@@ -99,7 +100,7 @@ class Sft:
         with launch.watch(self, plan.num_steps, tokens_per_step=plan.tokens_per_step) as watch:
             self._introduce(watch)
             launch.warm_up(self.runtime, self._trial)
-            return loop.train(self, watch, plan.num_steps)
+            return loop.train(self, watch, plan.num_steps, value=self.score)
 
     def update(self, index: int, batches: list[Batch]) -> dict[str, Any]:
         """One optimizer step on this rank's micro-batches: the mean over all trained tokens of the global batch."""

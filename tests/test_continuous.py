@@ -107,6 +107,18 @@ class TestGreedy:
         assert found == {request.key: alone(model, request) for request in requests()[:3]}
 
 
+class TestAutocast:
+    @pytest.mark.parametrize("name", MODELS)
+    def test_a_model_under_training_in_bf16_writes_answers_too(self, name: str) -> None:
+        # Weights and cache are fp32, what is to be kept is bf16.
+        engine = Engine(MODELS[name](), batch_size=4, temperature=0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = answers(engine, requests())
+        assert {key: len(answer.tokens) for key, answer in found.items()} == {
+            request.key: request.max_new_tokens for request in requests()
+        }
+
+
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 class TestSampling:
     @pytest.mark.parametrize("cut", [{}, {"top_k": 20}, {"top_p": 0.8}, {"top_k": 30, "top_p": 0.9}])

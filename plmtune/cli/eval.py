@@ -86,7 +86,7 @@ def evaluate(
         _allow_code(tasks, needing, allowed=unsafe_code, sandboxed=not no_sandbox)
 
     from plmtune.evaluation import results
-    from plmtune.evaluation.run import Settings, evaluate_checkpoint, load_tasks
+    from plmtune.evaluation.run import Settings, check_shares, evaluate_checkpoint, load_tasks
     from plmtune.models.files import checkpoint_directory
     from plmtune.training.runtime import Runtime
 
@@ -99,6 +99,7 @@ def evaluate(
         for path in paths:
             checkpoint_directory(path)  # before the tasks, which may take a while
         loaded, failed = load_tasks(tasks, wanted, settings, tell)
+        check_shares(tasks, loaded, limit)
         measured = []
         for path in paths if loaded else []:
             try:

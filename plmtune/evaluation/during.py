@@ -26,8 +26,8 @@ from plmtune.training.reference import model_digest
 from plmtune.training.runtime import Runtime
 
 
-class _Stopped(Exception):
-    """Asked to stop."""
+class _Stopped(BaseException):
+    """Asked to stop: no error of a task."""
 
 
 class Evaluations:
@@ -64,6 +64,7 @@ class Evaluations:
             if needing := [name for name in names if self.tasks.needs_code(name)]:
                 self.tasks.code = _code_runner(needing, allowed=cfg.unsafe_code)
             self.loaded = {name: self.tasks.load(name, num_fewshot=cfg.num_fewshot) for name in names}
+            run.check_shares(self.tasks, self.loaded, self.settings.limit)
         except UserError as error:
             raise UserError(f"key eval.tasks: {error}") from error
 

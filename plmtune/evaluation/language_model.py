@@ -89,8 +89,8 @@ class LanguageModel(TemplateLM):
         self._scorer = Scorer(model)
         ends = () if template is None else (template.end_id,)
         self._writer = Writer(model, tokenizer, batch_size=batch_size, end_ids=ends)
-        # Weights alone do not say how positions are turned, nor how long a context is.
-        self._base = key(digest, model.config, tokenizer.fingerprint, VERSION).hex()
+        # Weights alone do not say how positions are turned, nor how long a context is, nor what adds up the sums.
+        self._base = key(digest, self._device.type, model.config, tokenizer.fingerprint, VERSION).hex()
         self._encoded: dict[str, list[int]] = {}
 
     # What lm-eval reads of a model.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -26,6 +27,7 @@ from plmtune.evaluation.tasks import Tasks, quiet
 from plmtune.models.adapters import load_its_tokenizer, load_model
 from plmtune.models.files import checkpoint_directory
 from plmtune.provenance import git_state, now
+from plmtune.training import distributed
 from plmtune.training.reference import model_digest
 from plmtune.training.runtime import seed_everything
 
@@ -176,17 +178,25 @@ def evaluate(
         try:
             raw = run_task(lm, tasks, task, settings)
             measured = results.collect(raw) if raw else ({}, {}, {})
-        except UserError as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # a function of a task may raise anything; the other tasks, and a training, go on
             if lm.world_size > 1:  # the others wait for this one
                 raise
-            result["failed"][name] = str(error)
-            tell(f"{name}: {error}")
+            result["failed"][name] = _in_words(error)
+            tell(f"{name}: {result['failed'][name]}")
             measured = {}, {}, {}
-        seconds, truncated = time.perf_counter() - start, lm.num_truncated - cut
+        seconds = time.perf_counter() - start
+        truncated = sum(lm.gather_object(lm.num_truncated - cut) or ())
         if truncated:
             tell(f"{name}: {truncated:,} requests were longer than the model's context and lost their beginning")
+        built = _flat(tasks, task)["tasks"]
         for inner, entry in measured[0].items():
-            entry |= {"data": _data(tasks, inner), "seconds": round(seconds, 2), "truncated": truncated}
+            entry["data"] = _data(tasks, inner, built[inner])
+        for entry in (*measured[0].values(), *measured[1].values()):
+            # Those of a group are measured together: what they took is the group's.
+            alone = len(measured[0]) == 1 or entry is measured[1].get(name)
+            entry |= {"seconds": round(seconds, 2) if alone else None, "truncated": truncated if alone else None}
         for key, part in zip(("tasks", "groups", "samples"), measured, strict=True):
             result[key] |= part
         result["seconds"] = round(time.perf_counter() - began, 2)
@@ -196,12 +206,29 @@ def evaluate(
     return result
 
 
+def check_shares(tasks: Tasks, loaded: Mapping[str, Any], limit: int | None) -> None:
+    """Refuse tasks with fewer documents than processes: one without any would leave the others waiting.
+
+    Raises:
+        UserError: on every rank alike.
+    """
+    world_size = distributed.world_size()
+    for task in loaded.values() if world_size > 1 else ():
+        for name, each in _flat(tasks, task)["tasks"].items():
+            documents = min(limit or len(each.eval_docs), len(each.eval_docs))
+            if documents < world_size:
+                raise UserError(
+                    f"{name}: {documents} documents cannot be shared by {world_size} processes. Start fewer, or raise "
+                    "the limit."
+                )
+
+
 def run_task(lm: LM, tasks: Tasks, task: Any, settings: Settings) -> Any:
     """What lm-eval's `simple_evaluate` would return of a task (a group, a tag); None on ranks but the first.
 
     What that does besides, looking at the machine, takes 10 seconds.
     """
-    loaded = tasks.manager.load(list(task) if isinstance(task, list) else [task])
+    loaded = _flat(tasks, task)
     for each in loaded["tasks"].values():
         own = each.get_config("num_fewshot")
         if settings.num_fewshot is not None and own != 0:  # 0: the task is made for none
@@ -225,6 +252,19 @@ def run_task(lm: LM, tasks: Tasks, task: Any, settings: Settings) -> Any:
         )
 
 
+def _flat(tasks: Tasks, task: Any) -> Any:
+    """A task, a group or the tasks of a tag as lm-eval runs them: each task by its name, and the groups."""
+    return tasks.manager.load(list(task) if isinstance(task, list) else [task])
+
+
+def _in_words(error: Exception) -> str:
+    """What an error says; of one that is not meant for people also its kind and place."""
+    if isinstance(error, UserError):
+        return str(error)
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+
+
 def about(name: str, path: Path, model: Decoder, digest: str) -> dict[str, Any]:
     """What a result says of its model; step and run are for the caller."""
     return {
@@ -238,11 +278,13 @@ def about(name: str, path: Path, model: Decoder, digest: str) -> dict[str, Any]:
     }
 
 
-def _data(tasks: Tasks, name: str) -> str:
+def _data(tasks: Tasks, name: str, task: Any) -> str:
     """Where a task's documents came from."""
-    if tasks.data is None or not (files := tasks.data.describe(name)):
-        return "hub"
-    return f"{files} ({tasks.data.fingerprint(name)})"
+    if tasks.data is not None and (files := tasks.data.describe(name)):
+        return f"{files} ({tasks.data.fingerprint(name)})"
+    named = (task.get_config("dataset_path"), task.get_config("dataset_name"))
+    given = (task.get_config("dataset_kwargs") or {}).get("data_files")
+    return " ".join(str(part) for part in (*named, given) if part)
 
 
 def _name(directory: Path) -> str:

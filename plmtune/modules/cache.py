@@ -33,6 +33,8 @@ class LayerCache(NamedTuple):
         """Write new entries, each [b, heads, s, width], in place; return views of all that is filled."""
         end = self.start + new[0].shape[2]
         if self.slots is not None:
+            # An indexed write does not convert: under autocast the entries may be of another precision.
+            new = tuple(entries.to(buffer.dtype) for buffer, entries in zip(self.buffers, new, strict=True))
             if self.lengths is None:
                 for buffer, entries in zip(self.buffers, new, strict=True):
                     buffer[self.slots, :, self.start : end] = entries

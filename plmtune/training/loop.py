@@ -67,8 +67,13 @@ def train(
     noted = checkpoints.saved
     # A run that was stopped while it measured its tasks goes on with them.
     evaluations = recipe.plan.evaluations
-    if evaluations and not evaluations.is_done(recipe.run.path, recipe.step) and not _evaluate(recipe, watch, last):
-        return None
+    if evaluations and not evaluations.is_done(recipe.run.path, recipe.step):
+        evaluated = _evaluate(recipe, watch, last)
+        if watch.failure:
+            raise UserError(watch.failure)
+        if not evaluated:
+            _say_stopped(recipe, watch)
+            return None
     for index, batches in recipe.data.iterate(recipe.step - recipe.first):
         entry = recipe.update(index, batches)
         recipe.step = recipe.first + index + 1
@@ -96,9 +101,13 @@ def train(
         if watch.failure:
             raise UserError(watch.failure)
         if stop and not (ended and scored):
-            watch.message(f"stopped after step {recipe.step}; go on with: plmtune resume {recipe.run.path}")
+            _say_stopped(recipe, watch)
             return None
     return value
+
+
+def _say_stopped(recipe: Recipe, watch: Watch) -> None:
+    watch.message(f"stopped after step {recipe.step}; go on with: plmtune resume {recipe.run.path}")
 
 
 def update(recipe: Recipe, batches: Sequence[Any], count: float, loss: Callable[[Any], Tensor]) -> dict[str, Any]:

@@ -144,6 +144,30 @@ class TestEval:
         assert "colours, document 0" in err
         assert "NaN" in err
 
+    def test_a_task_whose_code_fails_is_told_of_with_its_place_and_the_others_run(
+        self, model: Path, place: Path, plmtune: Command
+    ) -> None:
+        fails = COLOURS.replace("task: colours", "task: fails").replace(
+            "metric_list:", "process_results: !function mine.judge\nmetric_list:"
+        )
+        (place / "mine" / "fails.yaml").write_text(fails)
+        (place / "mine" / "mine.py").write_text("def judge(doc, results):\n    return {'acc': [][0]}\n")
+        (place / "files" / "tasks.yaml").write_text("colours: {test: rows.jsonl}\nfails: {test: rows.jsonl}\n")
+        code, out, err = plmtune(model, "--tasks", "fails,colours")
+        assert code == 2
+        assert "fails: IndexError: list index out of range" in err
+        assert "mine.py, line 2" in err
+        assert "acc ↑" in out
+        assert list(result(place)["tasks"]) == ["colours"]
+
+    def test_fewer_documents_than_processes_are_refused_by_all_alike(
+        self, model: Path, place: Path, plmtune: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("plmtune.training.distributed.world_size", lambda: 4)
+        code, _, err = plmtune(model, "--tasks", "colours", "--limit", 3)
+        assert code == 2
+        assert "colours: 3 documents cannot be shared by 4 processes" in err
+
     def test_prompts_longer_than_the_model_are_counted(self, model: Path, place: Path, plmtune: Command) -> None:
         rows = [{"question": "long " * 40, "answer": 0}] * 2
         (place / "files" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

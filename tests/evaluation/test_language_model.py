@@ -9,6 +9,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
+from plmtune.continuous import Engine
 from plmtune.data.chat_template import ChatTemplate, find_template
 from plmtune.data.tokenizers import CHATML_TEMPLATE, Tokenizer, bundled, load_tokenizer
 from plmtune.errors import UserError
@@ -311,6 +312,18 @@ class TestChat:
         found = lm.apply_chat_template(chat, add_generation_prompt=not goes_on)
         assert found == expected
         assert lm.tok_encode(found) == theirs.encode(expected)
+
+    def test_an_answer_ends_with_its_turn(
+        self, model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        written = tokenizer.encode("Paris<|im_end|>\nAnd of", specials=True)
+        monkeypatch.setattr(Engine, "_draw", lambda self, states, draws: [written[number] for _, number in draws])
+        template = ChatTemplate(CHATML_TEMPLATE, tokenizer, "The template")
+        question = ("The capital?", {"until": [], "max_gen_toks": len(written)})
+        assert LanguageModel(model, tokenizer, template=template).generate_until(asked("generate_until", question)) == [
+            "Paris"
+        ]
+        assert LanguageModel(model, tokenizer).generate_until(asked("generate_until", question)) == ["Paris\nAnd of"]
 
     def test_a_refused_conversation_is_a_sentence(self, model: Decoder, tokenizer: Tokenizer) -> None:
         source = CHATML_TEMPLATE + "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}"

@@ -9,7 +9,8 @@ from tuning import run, stop_in
 
 from plmtune.evaluation import prefixes, results, scoring
 
-TASKS = ["eval.tasks=[arc_easy]", "eval.data=map.yaml", "eval.every=4", "eval.limit=3"]
+TASKS = ["eval.tasks=[arc_easy]", "eval.data=map.yaml", "eval.every=2", "eval.limit=3"]
+SHORT = [*TASKS, "phases=[{name: main, steps: 6}]"]
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ class TestTasksInTraining:
         monkeypatch.setattr(scoring.Scorer, "score", score)
         # One answer a batch, so that there is a middle to stop in.
         monkeypatch.setattr(prefixes, "_BRANCHES", 0)
-        small = [*TASKS, "eval.batch_size=1"]
+        small = [*SHORT, "eval.batch_size=1"]
         with monkeypatch.context() as patch:
             stop_in(patch, scoring.Scorer, "_compute", 2)
             with pytest.raises(SystemExit) as stopped:
@@ -75,15 +76,29 @@ class TestTasksInTraining:
     def test_a_run_stopped_elsewhere_measures_no_step_again(
         self, questions: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        stop_at(monkeypatch, 4, "run_dir=run", *TASKS)
-        start("run_dir=run", "resume=true", *TASKS)
+        stop_at(monkeypatch, 2, "run_dir=run", *SHORT)
+        start("run_dir=run", "resume=true", *SHORT)
         steps = [entry["step"] for entry in metrics(questions / "run") if "eval/arc_easy/acc" in entry]
-        assert steps == [4, 8, 12]
+        assert steps == [2, 4, 6]
+
+    def test_a_run_stopped_in_its_last_ones_still_gives_its_loss(
+        self, questions: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        last = ["run_dir=run", *TASKS[:2], "eval.limit=3"]
+        with monkeypatch.context() as patch:
+            stop_in(patch, scoring.Scorer, "_compute", 1)
+            with pytest.raises(SystemExit):
+                start(*last)
+        (loss,) = [entry["validation_loss"] for entry in metrics(questions / "run")[-1:]]
+        assert start(*last, "resume=true") == loss
+        assert list(scored(questions / "run")) == [12]
 
     def test_every_recipe_has_them(self, base: Path) -> None:
         write_questions(base)
         for name in ("sft", "dpo"):
-            run(name, f"run_dir={name}", *TASKS[:2], "eval.limit=2", "eval.chat=true")
+            run(
+                name, f"run_dir={name}", *TASKS[:2], "eval.limit=2", "eval.chat=true", "phases=[{name: main, steps: 1}]"
+            )
             assert len(scored(base / name)) == 1
 
     def test_what_cannot_be_measured_is_said_before_the_run_begins(self, questions: Path) -> None:
