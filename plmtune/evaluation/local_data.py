@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import functools
 import io
 import json
@@ -34,6 +35,7 @@ MAP_NAME = "tasks.yaml"
 _SHIPPED = Path(__file__).with_name("known_files.yaml")
 _MOST_BYTES = 2 << 30  # unpacked; all rows of a split are held in memory
 _CHUNK = 1 << 20
+_NEAR = 0.8  # of names that are for the most part alike by themselves: mmlu_anatomy, mmlu_astronomy
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 _KEYS = ("file", "columns", "names")
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -93,14 +95,27 @@ class LocalData:
         if path.is_dir():
             own = path / MAP_NAME
             return cls(_read_map(own if own.is_file() else _SHIPPED), path, own if own.is_file() else _SHIPPED)
-        if path.suffix.lower() not in (".yaml", ".yml") or not path.is_file():
-            raise UserError(f"--data {path}: give a folder with data files, or a YAML file that maps tasks to files")
+        if not path.exists():
+            raise UserError(
+                f"--data {path} is not there (seen from {Path.cwd()}). Give a folder with data files, or a YAML file "
+                "that maps tasks to files"
+            )
+        if path.suffix.lower() not in (".yaml", ".yml"):
+            raise UserError(
+                f"--data {path} is a data file: name it in a map, a YAML file with TASK: {{test: {path.name}}}"
+            )
         return cls(_read_map(path), path.parent, path)
 
     def splits(self, task: str) -> tuple[str, ...]:
         """Name the splits of a task that are at hand; none for a task that is not in the map."""
         entry = self._find(task)
         return () if entry is None else tuple(name for name, (_, place) in entry.splits.items() if place is not None)
+
+    def nearest(self, task: str) -> str:
+        """Say which entry of a person's map may be meant for a task that has none; empty where none is near."""
+        entries = self._tasks if self.where != _SHIPPED else {}
+        near = difflib.get_close_matches(task, entries, n=1, cutoff=_NEAR) if self._match(task) is None else []
+        return f"{self.where} has no entry for {task}; it has {near[0]}. Did you mean that?" if near else ""
 
     def check(self, task: str) -> None:
         """Raise UserError if the map names a file for just this task, and it is not there."""

@@ -194,11 +194,22 @@ class TestMistakes:
         with pytest.raises(UserError, match=rf"tasks\.yaml.*{said}"):
             opened(tmp_path, text)
 
-    def test_something_that_is_neither_a_folder_nor_a_map_is_refused(self, tmp_path: Path) -> None:
+    def test_a_data_file_in_the_place_of_a_map_is_told_what_a_map_says(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text(lines(ROWS))
-        for path in (tmp_path / "a.jsonl", tmp_path / "none.yaml"):
-            with pytest.raises(UserError, match="give a folder with data files, or a YAML file"):
-                LocalData.open(path)
+        with pytest.raises(UserError, match=r"a\.jsonl is a data file: name it in a map.*TASK: \{test: a\.jsonl\}"):
+            LocalData.open(tmp_path / "a.jsonl")
+
+    @pytest.mark.parametrize("name", ["none", "none.yaml"])
+    def test_what_is_not_there_is_said_to_be_so(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(UserError, match=rf"{name} is not there \(seen from .*Give a folder with data files"):
+            LocalData.open(tmp_path / name)
+
+    def test_an_entry_of_nearly_the_name_is_asked_about_and_others_are_not(self, tmp_path: Path) -> None:
+        data = opened(tmp_path, "arc_easi: {test: a.jsonl}\nmmlu_anatomy: {test: a.jsonl}\n")
+        assert data.nearest("arc_easy").endswith(
+            "tasks.yaml has no entry for arc_easy; it has arc_easi. Did you mean that?"
+        )
+        assert [data.nearest(task) for task in ("mmlu_astronomy", "mmlu_anatomy", "gsm8k")] == ["", "", ""]
 
 
 class TestFingerprint:
