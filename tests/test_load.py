@@ -58,7 +58,7 @@ class TestLoad:
         assert torch.equal(plmtune.load(run, "cpu")[0].head_weight, weights[1])
 
     def test_nothing_to_load_is_said(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="none is not a directory"):
+        with pytest.raises(UserError, match=r"There is no .*none \(seen from .*\)\. Give a checkpoint"):
             plmtune.load(tmp_path / "none")
         with pytest.raises(UserError, match=r"holds neither config\.json nor checkpoints"):
             plmtune.load(tmp_path)

@@ -29,6 +29,9 @@ def find_device(name: str | None) -> torch.device:
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: unknown. Known: cpu, cuda, cuda:1, ...") from error
+    try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"--device {name}: not on this machine ({str(error).splitlines()[0]}).") from error

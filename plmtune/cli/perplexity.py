@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -67,28 +69,36 @@ def perplexity(
     import plmtune
     from plmtune.data.files import Files
     from plmtune.data.files import files as find
-    from plmtune.evaluation.perplexity import Perplexity, check_windows
+    from plmtune.evaluation.perplexity import Perplexity
     from plmtune.evaluation.perplexity import perplexity as measure
     from plmtune.evaluation.scoring import Scorer
 
     skip_bad, separator = reading.pop("skip_bad"), reading.pop("separator")
     where = find_device(device)
+    if Path(checkpoint).is_file():
+        raise UserError(
+            f"{checkpoint} is a file, and no checkpoint. CHECKPOINT comes first, then what is to be measured."
+        )
     try:
         source = find(files, separator=separator and separator.replace("\\n", "\n").replace("\\t", "\t"), **reading)
-    except ValueError as error:
-        raise UserError(f"{error}.") from error
+    except (UserError, ValueError) as error:
+        raise UserError(f"{str(error).rstrip('.')}. Nothing was measured.") from error
     assert isinstance(source, Files)  # its paths go with its streams
     model, tokenizer = plmtune.load(checkpoint, where, find_dtype(dtype))
     window = model.max_seq_len if window is None else window
     stride = window if stride is None else stride
-    try:
-        check_windows(model.max_seq_len, window, stride)
-    except ValueError as error:
-        raise UserError(f"{checkpoint}: {error}.") from error
+    if window > model.max_seq_len:
+        raise UserError(
+            f"--window {window} is more than the {model.max_seq_len} tokens that {checkpoint} takes at once."
+        )
+    if stride > window:
+        raise UserError(f"--stride {stride} is more than --window {window}: tokens between windows would be left out.")
     scorer = Scorer(model)
     measured: dict[str, Perplexity] = {}
+    unread: list[str] = []
     for path, documents in zip(source.paths, source.streams(skip_bad), strict=True):
         try:
+            _check_text(path, reading)
             with _ticker(str(path)) as tick:
                 measured[str(path)] = measure(
                     model,
@@ -99,9 +109,13 @@ def perplexity(
                     scorer=scorer,
                     progress=tick,
                 )
+        except UserError as error:  # of this file: the others are measured all the same
+            unread.append(_in_options(str(error)))
         except ValueError as error:
             raise UserError(f"{path}: {error}.") from error
     total = sum(measured.values(), Perplexity())
+    if unread and not total.tokens:
+        raise UserError("\n".join(unread))
     if not total.tokens:
         raise UserError(f"{', '.join(files)}: there is no text to measure.")
     if source.skipped:
@@ -112,6 +126,24 @@ def perplexity(
         click.echo(json.dumps({**how, "total": _figures(total), "files": files_of}, indent=2, allow_nan=False))
     else:
         _print(measured, total, window, stride)
+    if unread:
+        raise UserError("\n".join([*unread, f"Not measured: {len(unread)} of {len(source.paths)} files."]))
+
+
+def _check_text(path: Path, reading: Mapping[str, Any]) -> None:
+    """Refuse a binary file by its first bytes, before it is said to have an encoding of its own."""
+    from plmtune.data.files import kind_of, read_bytes
+
+    kind = kind_of(path) if reading["format"] == "auto" else reading["format"]
+    wide = any(size in reading["encoding"] for size in ("16", "32"))
+    if kind != "parquet" and not wide and b"\0" in next(read_bytes(path), b""):
+        raise UserError(f"{path} looks binary: it holds zero bytes. If it is text in UTF-16, give --encoding utf-16.")
+
+
+def _in_options(message: str) -> str:
+    """Have what the reader of a config's data says name the options alone."""
+    message = re.sub(r"encoding=(.*) \(--encoding\)", r"--encoding \1", message)
+    return re.sub(r"\b(?:text_key|skip_bad) \((--[\w-]+)\)", r"\1", message)
 
 
 @contextmanager

@@ -143,6 +143,10 @@ def checkpoint_directory(path: str | Path) -> Path:
         UserError: if there is none.
     """
     path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"There is no {path} (seen from {Path.cwd()}). Give a checkpoint, a model directory or a run directory."
+        )
     if not path.is_dir():
         raise UserError(f"{path} is not a directory. Give a checkpoint, a model directory or a run directory.")
     if _exists(path / CONFIG) or _exists(path / ADAPTER_CONFIG):

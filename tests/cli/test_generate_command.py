@@ -60,7 +60,7 @@ class TestGenerate:
             (
                 ("{checkpoint}", "--prompt", "a", "--device", "warp"),
                 b"",
-                "--device warp: not on this machine",
+                "--device warp: unknown. Known: cpu, ",
             ),
             (
                 ("{checkpoint}", "--prompt", "a", "--chat"),
@@ -77,7 +77,7 @@ class TestGenerate:
                 b"",
                 "The message holds the text of the special token <|endoftext|> in turn 1 (user)",
             ),
-            (("{checkpoint}/nothing", "--prompt", "a"), b"", "nothing is not a directory"),
+            (("{checkpoint}/nothing", "--prompt", "a"), b"", "/nothing (seen from "),
         ],
     )
     def test_mistakes_are_one_sentence_and_exit_code_2(

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -95,15 +96,18 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("content", "arguments", "message"),
         [
-            (b"", (), "a.txt is empty"),
+            (b"", (), "a.txt is empty. Nothing was measured."),
+            (b"\x7fELF\xff\0\0", (), "a.txt looks binary: it holds zero bytes"),
             (b" \n\n", (), "a.txt: there is no text to measure"),
             (b"ab\xff", (), "a.txt is not utf-8: byte 2 is 0xff"),
-            (b"text", ("--window", 65), "window (65) must be at least 1 and at most the model's max_seq_len (64)"),
-            (b"text", ("--window", 8, "--stride", 9), "stride (9) must be at least 1 and at most window (8)"),
+            (b"ab\xff", (), "name it: --encoding latin-1, utf-16"),
+            (b"text", ("--window", 65), "--window 65 is more than the 64 tokens that"),
+            (b"text", ("--window", 8, "--stride", 9), "--stride 9 is more than --window 8"),
+            (b"text", ("--stride", 65), "--stride 65 is more than --window 64"),
             (b"text", ("--format", "jsonl"), "a.txt, line 1 is not JSON"),
-            (b'{"txt": "a"}', ("--format", "jsonl"), "has no key text. Did you mean txt? Choose it with text_key"),
+            (b'{"txt": "a"}', ("--format", "jsonl"), "has no key text. Did you mean txt? Choose it with --text-key."),
             (b"text", ("--encoding", "klingon"), "encoding 'klingon' is unknown to Python"),
-            (b"text", ("--device", "warp"), "--device warp: not on this machine"),
+            (b"text", ("--device", "warp"), "--device warp: unknown. Known: cpu, "),
             (b"text", ("nothing.txt",), "There is no file nothing.txt"),
         ],
     )
@@ -116,12 +120,30 @@ class TestMistakes:
         assert message in err
         assert "Traceback" not in err
 
+    def test_the_files_beside_one_that_cannot_be_read_are_measured(self, measure: Command, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("text")
+        (tmp_path / "b.jsonl").write_text('{"text": 3}')
+        (tmp_path / "c.txt").write_text("more")
+        code, out, err = measure(tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.txt", "--json")
+        assert code == 2
+        assert list(json.loads(out)["files"]) == [str(tmp_path / "a.txt"), str(tmp_path / "c.txt")]
+        assert "b.jsonl, line 1 holds int under text" in err
+        assert "Not measured: 1 of 3 files." in err
+
+    def test_files_before_the_checkpoint_are_told_the_order(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "a.txt").write_text("text")
+        code, _, err = run(monkeypatch, capsys, "perplexity", tmp_path / "a.txt", checkpoint, "--device", "cpu")
+        assert code == 2
+        assert "a.txt is a file, and no checkpoint. CHECKPOINT comes first" in err
+
     def test_a_model_whose_output_is_no_number_is_told_with_the_place(
         self, measure: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from plmtune.models.adapters import load_model
 
-        def broken(*arguments: object) -> object:
+        def broken(*arguments: Any) -> object:
             model = load_model(*arguments)
             model.tok_embeddings.weight.data[ord("Z")] = math.nan
             return model
