@@ -14,6 +14,7 @@ from plmtune.training import metrics
 # Colours that colour-blind readers tell apart (Okabe and Ito).
 _TRAIN, _VALIDATION, _RATE = "#0072B2", "#D55E00", "#009E73"
 _SHARES = (_TRAIN, _VALIDATION, _RATE, "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+_ROOM = 1.01
 # What two answers were given, in the metrics of preference training, and how it is drawn.
 _CONTEXTS = {"": ("direct", _TRAIN), "given_rejected/": ("given the worse", "#CC79A7"),
              "given_chosen/": ("given the better", _RATE)}  # fmt: skip
@@ -51,7 +52,7 @@ def draw_curves(source: Path, target: Path) -> None:
 
     _draw_losses(panels[0], training, validations, axis)
     rated = [e for e in training if e.get("lr") is not None]
-    panels[1].plot([axis(e) for e in rated], [e["lr"] for e in rated], color=_RATE, linewidth=1.4)
+    panels[1].plot([axis(e) for e in rated], [e["lr"] for e in rated], color=_RATE, linewidth=1.4, **_dots(rated))
     panels[1].set_ylabel("learning rate")
     panels[1].set_ylim(bottom=0)
     panels[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
@@ -68,7 +69,8 @@ def draw_curves(source: Path, target: Path) -> None:
         panel.grid(alpha=0.25, linewidth=0.6)
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlim(0, max(axis(e) for e in (*training, *validations, *tasks)))
+    # A little more than the last point, whose dot would be cut in half.
+    panels[-1].set_xlim(0, _ROOM * max(axis(e) for e in (*training, *validations, *tasks)))
     panels[-1].set_xlabel(unit)
 
     with writing(target) as temporary:
@@ -103,6 +105,11 @@ def _x_axis(training: Sequence[dict[str, Any]]) -> tuple[Any, str]:
     return (lambda e: e.get("tokens", e["step"] * per_step) / size), f"{name}tokens"
 
 
+def _dots(points: Sequence[Any]) -> dict[str, Any]:
+    """How few points are drawn: a line of one is nothing to see."""
+    return {"marker": "o", "markersize": 4} if len(points) < 3 else {}
+
+
 def _draw_losses(panel: Any, training: Sequence[Any], validations: Sequence[Any], axis: Any) -> None:
     x = [axis(e) for e in training]
     losses = [e["loss"] for e in training]
@@ -111,7 +118,7 @@ def _draw_losses(panel: Any, training: Sequence[Any], validations: Sequence[Any]
         panel.plot(x, losses, color=_TRAIN, alpha=0.25, linewidth=0.8)
     label = "training" + (" (smoothed; raw behind)" if many else "")
     drawn = smooth(losses, len(losses) // 40) if many else losses
-    panel.plot(x, drawn, color=_TRAIN, linewidth=1.6, label=label)
+    panel.plot(x, drawn, color=_TRAIN, linewidth=1.6, label=label, **_dots(x))
     if validations:
         final = validations[-1]
         bits = final.get("bits_per_byte")
@@ -145,7 +152,7 @@ def _draw_accuracy(panel: Any, training: Sequence[Any], validations: Sequence[An
         if there:
             values = [e[f"{prefix}accuracy"] for e in there]
             drawn = smooth(values, len(values) // 40)
-            panel.plot([axis(e) for e in there], drawn, color=colour, linewidth=1.4, label=label)
+            panel.plot([axis(e) for e in there], drawn, color=colour, linewidth=1.4, label=label, **_dots(there))
         held_out = [e for e in validations if f"validation/{prefix}accuracy" in e]
         x, y = [axis(e) for e in held_out], [e[f"validation/{prefix}accuracy"] for e in held_out]
         panel.plot(x, y, color=colour, linestyle="none", marker="o", markersize=4)

@@ -40,6 +40,19 @@ class TestDrawCurves:
         draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
         assert (tmp_path / "curves.png").stat().st_size > 1000
 
+    @pytest.mark.parametrize(("num_steps", "dots"), [(1, 2), (2, 2), (3, 0)])
+    def test_few_points_are_drawn_as_dots_and_none_is_cut_at_the_edge(self, tmp_path, monkeypatch, num_steps, dots):
+        from matplotlib.figure import Figure
+
+        figures = []
+        save = Figure.savefig
+        monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+        write_metrics(tmp_path / "metrics.jsonl", num_steps=num_steps, every=10)
+        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+        panels = figures[0].axes
+        assert sum(line.get_marker() == "o" for panel in panels for line in panel.get_lines()) == dots
+        assert all(line.get_xdata()[-1] < panel.get_xlim()[1] for panel in panels for line in panel.get_lines())
+
     def test_a_run_without_a_loss_has_nothing_to_draw(self, tmp_path):
         (tmp_path / "metrics.jsonl").touch()
         with pytest.raises(UserError, match="no training loss"):
