@@ -9,10 +9,12 @@ Tests run in another process than the code (`plmtune.sandbox_judge`), which alon
 name and neither they nor Python define is asked of the code, by a pipe that carries plain values
 (`plmtune.sandbox_wire`): the code can do to itself what it likes, and yet only answer. So tests see
 
-- numbers, texts, lists, tuples, dicts, sets, ranges, namedtuples, deques, Counters, Decimals, Fractions, dates: as
-  they are; what the code changes of a list, dict or set that it was given changes. A defaultdict has no factory.
+- numbers, texts, lists, tuples, dicts and their views, sets, ranges, arrays, namedtuples, deques, Counters, Decimals,
+  Fractions, dates: as they are; what the code changes of a list, dict or set that it was given changes. A defaultdict
+  has no factory.
 - objects of the code's own classes, functions, generators: by their attributes, methods, items and iteration. Among
-  themselves they compare as the code says; to a plain value they are never equal, and arithmetic gives no number.
+  themselves they compare as the code says; to a plain value they are never equal, and arithmetic gives no number;
+  unless their class is made of int, str, list or another plain one: then by what that holds, as an IntEnum's number.
 - its exceptions: by class and text. Its modules of plain functions, as `math`: imported anew.
 
 The code can be given the same, and functions of the tests; no objects of classes that the tests define. Tests cannot

@@ -11,7 +11,7 @@ import os
 import sys
 import types
 
-from plmtune.sandbox_wire import Peer
+from plmtune.sandbox_wire import Peer, plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def main(inlet: Any, outlet: Any) -> None:
     peer = Candidate(inlet, outlet, {"name": name, "call": lambda called, *given, **named: called(*given, **named)})
     peer.functions |= {each: getattr(operator, each) for each in _OPERATORS}
     peer.functions |= {each: getattr(builtins, each) for each in _FUNCTIONS}
-    peer.functions["copied"] = copied
+    peer.functions |= {"copied": copied, "plain": plain}
     me = os.getpid()
     code, tested = peer.ask("code")
     if tested:  # then it is imported, and no program of its own

@@ -8,6 +8,7 @@ names anything else, the code's come before Python's. What the code returns come
 from __future__ import annotations
 
 import _ast
+import _operator
 import builtins
 import marshal
 import os
@@ -44,6 +45,7 @@ del name, code
 module.main(inlet, outlet)
 """
 
+_CHANGING = (list, dict, set)
 _ARITHMETIC = (
     *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
     *("and", "or", "xor", "lshift", "rshift"),
@@ -55,12 +57,14 @@ class Handle:
 
     Attributes, methods, items and iteration are the object's. Comparisons are asked of it only among objects of the
     code: one that says that it equals everything equals no value of the tests, and arithmetic with one gives no number.
+    Only an object of a subclass of int, str, list, ... is to values of the tests what its base class holds of it.
     """
 
-    __slots__ = ("__peer",)
+    __slots__ = ("__held", "__peer")
 
     def __init__(self, peer: Peer) -> None:
         object.__setattr__(self, "_Handle__peer", peer)
+        object.__setattr__(self, "_Handle__held", None)
 
     def __getattr__(self, name: str) -> Any:
         return self.__peer.ask("getattr", self, name)
@@ -125,13 +129,31 @@ class Handle:
     def __subclasscheck__(self, kind: Any) -> bool:
         return self.__peer.ask("issubclass", kind, self) is True
 
+    def __plain(self) -> Any:
+        """The value that its base class holds, NotImplemented if none; what cannot change is asked once."""
+        if self.__held is None:
+            held = self.__peer.ask("plain", self)
+            if type(held) in _CHANGING:
+                return held
+            object.__setattr__(self, "_Handle__held", NotImplemented if type(held) in (Handle, type(None)) else held)
+        return self.__held
+
+    def __fixed(self) -> Any:
+        """As `__plain`, of what cannot change: an answer that changed could lie between any two bounds."""
+        held = self.__plain()
+        return NotImplemented if type(held) in _CHANGING else held
+
     def __hash__(self) -> int:
-        return id(self)
+        held = self.__fixed()
+        return id(self) if held is NotImplemented else hash(held)
 
     def __eq__(self, other: object) -> Any:
-        if self is other or not isinstance(other, Handle):
+        if self is other or other is None:
             return self is other or NotImplemented
-        return self.__peer.ask("eq", self, other) is True
+        if isinstance(other, Handle):
+            return self.__peer.ask("eq", self, other) is True
+        held = self.__plain()
+        return NotImplemented if held is NotImplemented else held == other
 
     def __lt__(self, other: Any) -> bool:
         return self.__compared("lt", other)
@@ -147,14 +169,36 @@ class Handle:
 
     def __compared(self, how: str, other: Any) -> bool:
         if type(other) is not Handle:
-            return NotImplemented
+            held = self.__fixed()
+            return NotImplemented if held is NotImplemented else getattr(_operator, how)(held, other)
         return self.__peer.ask(how, self, other) is True
 
     def __operate(self, how: str, *operands: Any) -> Any:
         found = self.__peer.ask(how, *operands)
-        if type(found) is not Handle:
+        if type(found) is Handle:
+            return found
+        held = [each.__plain() if type(each) is Handle else each for each in operands]
+        if any(each is NotImplemented for each in held):
             raise TypeError(f"{how} of an object of the code's own is no value that tests could trust")
-        return found
+        return getattr(_operator, how)(*held)
+
+    def __number(self) -> Any:
+        held = self.__fixed()
+        if held is NotImplemented:
+            raise TypeError("an object of the code's own is no number that tests could trust")
+        return held
+
+    def __int__(self) -> int:
+        return int(self.__number())
+
+    def __float__(self) -> float:
+        return float(self.__number())
+
+    def __index__(self) -> int:
+        return _operator.index(self.__number())
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self.__number(), digits)
 
 
 def _give_operators() -> None:

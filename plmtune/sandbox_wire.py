@@ -24,9 +24,29 @@ if TYPE_CHECKING:
 MAX_MESSAGE = 64 * 2**20
 MAX_DEPTH = 100
 
-# Containers that change, by the number that stands for them; the last four are those of `collections`.
-_CONTAINERS = ("list", "dict", "set", "bytearray", "deque", "Counter", "OrderedDict", "defaultdict")
+# Containers that change, by the number that stands for them; from the fifth on those of modules.
+_CONTAINERS = ("list", "dict", "set", "bytearray", "deque", "Counter", "OrderedDict", "defaultdict", "array")
 _BUILTIN_CONTAINERS: dict[type, int] = {list: 0, dict: 1, set: 2, bytearray: 3}
+
+# Views of a dict, and how to make a dict that has the same view.
+_VIEWS: tuple[tuple[str, type, Callable[[Any], dict[Any, Any]]], ...] = (
+    ("keys", type({}.keys()), dict.fromkeys),
+    ("values", type({}.values()), lambda view: dict(enumerate(view))),
+    ("items", type({}.items()), dict),
+)
+
+# What an object of a subclass holds, read by the base class's own methods: the subclass may override them.
+_BASES: dict[type, Callable[[Any], Any]] = {
+    int: int.__int__,
+    float: float.__float__,
+    str: str.__str__,
+    bytes: lambda v: bytes.__getitem__(v, slice(None)),
+    list: lambda v: list(list.__iter__(v)),
+    tuple: lambda v: tuple(tuple.__iter__(v)),
+    dict: lambda v: dict(dict.items(v)),
+    set: lambda v: set(set.__iter__(v)),
+    frozenset: lambda v: frozenset(frozenset.__iter__(v)),
+}
 
 # Values of the standard library, and what makes them again.
 _VALUES: dict[tuple[str, str], Callable[[Any], tuple[Any, ...]]] = {
@@ -165,6 +185,8 @@ class Encoder:
             self.put(value.maxlen)
         elif name == "defaultdict":
             self.put(_CLASS_NAMES.get(id(value.default_factory)))
+        elif name == "array":
+            self.put(value.typecode)
         self.items(contents(value), depth)
 
     def _other(self, value: Any, kind: type, depth: int) -> None:
@@ -186,6 +208,9 @@ class Encoder:
             self.put(value.owner if isinstance(value, Named) else kind, depth + 1)
             self.put(tuple(value._fields), depth + 1)
             self.items(tuple(value), depth)
+        elif view := next((each for each in _VIEWS if issubclass(kind, each[1])), None):
+            self.out += b"v" + bytes([_VIEWS.index(view)])
+            self.put(view[2](value), depth + 1)
         elif (foreign := self.peer.foreign(value)) is not None:
             self.out += b"O" + _U32.pack(foreign)
         elif isinstance(value, type) and issubclass(value, BaseException):
@@ -265,12 +290,14 @@ class Decoder:
         if container_number_of(name) < len(_BUILTIN_CONTAINERS):
             empty = getattr(builtins, name)()
         else:
-            kind = getattr(importlib.import_module("collections"), name)
+            kind = getattr(importlib.import_module(_module_of(name)), name)
             if name == "deque":
                 empty = kind((), self.get(depth + 1))
             elif name == "defaultdict":
                 factory = self.get(depth + 1)
                 empty = kind(_CLASSES[factory] if factory is not None else None)
+            elif name == "array":
+                empty = kind(self.get(depth + 1))
             else:
                 empty = kind()
         self.containers.append(empty)
@@ -294,6 +321,11 @@ class Decoder:
             return self.peer.own(self.number())
         if tag == b"n":
             return self._named(depth)
+        if tag == b"v":
+            view, table = _VIEWS[self._take(1)[0]][0], self.get(depth + 1)
+            if type(table) is not dict:
+                raise Malformed("a view of no dict")
+            return getattr(table, view)()
         if tag == b"E":
             number, name, bases = self.number(), self.get(depth + 1), self.get(depth + 1)
             return self.peer.error_class(number, name, bases)
@@ -504,6 +536,9 @@ def refill(container: Any, items: Sequence[Any]) -> None:
     if isinstance(container, bytearray):
         (container[:],) = items
         return
+    if hasattr(container, "typecode"):
+        container[:] = type(container)(container.typecode, list(items))
+        return
     container.clear()
     if isinstance(container, dict):
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -517,15 +552,33 @@ def refill(container: Any, items: Sequence[Any]) -> None:
 def container_number(kind: type) -> int | None:
     """Which of the containers that change a class is."""
     number = _BUILTIN_CONTAINERS.get(kind)
-    if number is not None or kind.__module__ != "collections" or kind.__name__ not in _CONTAINERS:
+    name = kind.__name__
+    if number is not None or name not in _CONTAINERS or kind.__module__ != _module_of(name):
         return number
-    same = getattr(sys.modules.get("collections"), kind.__name__, None) is kind
+    same = getattr(sys.modules.get(kind.__module__), name, None) is kind
     return container_number_of(kind.__name__) if same else None
 
 
 def container_number_of(name: str) -> int:
     """The number that stands for a container."""
     return _CONTAINERS.index(name)
+
+
+def _module_of(container: str) -> str:
+    return "array" if container == "array" else "collections"
+
+
+def plain(value: Any) -> Any:
+    """The plain value that an object of a subclass holds, as an IntEnum's number; NotImplemented for others."""
+    kind = type(value)
+    for base, read in _BASES.items():
+        if issubclass(kind, base):
+            return read(value)
+    for (module, name), parts in reversed(_VALUES.items()):  # a datetime is a date, too
+        base = getattr(sys.modules.get(module), name, object)
+        if base is not object and issubclass(kind, base):
+            return base(*parts(value))
+    return NotImplemented
 
 
 def _same(old: list[Any], new: list[Any]) -> bool:

@@ -300,6 +300,100 @@ assert box.size == 6
 """
         assert run(SHAPES, tests) == Result(True, 0, "", None)
 
+    def test_objects_of_subclasses_are_what_their_base_class_holds(self) -> None:
+        code = """
+from decimal import Decimal
+from enum import IntEnum
+class Color(IntEnum):
+    RED = 1
+    def lower(self): return self.name.lower()
+class P(float): pass
+class V(tuple):
+    def __add__(self, other): return V(a + b for a, b in zip(self, other))
+class S(str): pass
+class D(dict): pass
+class Money(Decimal): pass
+class Stack(list):
+    def push(self, x): self.append(x)
+def paint(): return [Color.RED]
+"""
+        tests = """
+import math
+assert Color.RED == 1 and 1 == Color.RED and paint() == [1] and Color.RED in {1: 0} and Color.RED.lower() == "red"
+assert Color.RED != 2 and 0 < Color.RED < 2 and [5, 6][Color.RED] == 6 and Color.RED.name == "RED"
+x = P(1.5)
+assert x * x == 2.25 and abs(x - 1.5) < 1e-9 and math.isclose(x, 1.5) and 2 * x == 3 and -x == -1.5 and round(x) == 2
+assert V((1, 2)) + V((3, 4)) == (4, 6) and S("ab") == "ab" and S("ab") + "c" == "abc" and {S("a")} == {"a"}
+assert D(a=1) == {"a": 1} and Money("1.5") == 1.5
+stack = Stack()
+stack.push(1)
+assert stack == [1]
+stack.push(2)
+assert stack == [1, 2] and stack != [1] and len(stack) == 2 and stack.pop() == 2
+"""
+        assert run(code, tests) == Result(True, 0, "", None)
+
+    def test_objects_of_subclasses_that_override_everything_equal_what_they_hold_alone(self) -> None:
+        code = """
+import itertools
+answers = itertools.cycle((10**9, -10**9))
+class Base:
+    def __new__(cls, *given): return super().__new__(cls, *given)
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    def __hash__(self): return 1
+    def __int__(self): return 1
+    def __float__(self): return 1.0
+    def __str__(self): return "1"
+    def __iter__(self): return iter([1])
+    def items(self): return [(1, 1)]
+    def __getitem__(self, key): return 1
+    __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __eq__
+    __index__ = __abs__ = __neg__ = lambda self: 1
+    __sub__ = __rsub__ = __add__ = __radd__ = __mul__ = lambda self, other: 0
+def make(kind): return type("X", (Base, kind), {})()
+values = {kind.__name__: make(kind) for kind in (int, float, str, bytes, list, tuple, dict, set, frozenset)}
+def value(kind): return values[kind]
+class Shifting(int): pass
+import gc
+peer = next(each for each in gc.get_objects() if type(each).__name__ == "Candidate")
+def shift(): peer.functions["plain"] = lambda value: next(answers)
+"""
+        tests = """
+for kind, other in dict(int=1, float=1.0, str="1", bytes=b"1", list=[1], tuple=(1,), dict={1: 1}, set={1}).items():
+    assert value(kind) != other and not value(kind) == other and other != value(kind), kind
+    assert value(kind) == type(other)(), kind
+assert value("frozenset") != {1} and value("int") not in {1, 2} and not 0 < value("int") < 2
+assert abs(value("float") - 1.0) == 1 and value("int") * 5 == 0 and float(value("float")) == 0.0
+shift()
+late = Shifting(1)
+assert not 0 <= late <= 2 and not (late > 2 and late < 0)
+"""
+        assert run(code, tests) == Result(True, 0, "", None)
+
+    def test_views_of_dicts_and_arrays_are_carried(self) -> None:
+        code = """
+from array import array
+from collections import OrderedDict
+table = OrderedDict(b=1, a=2)
+def of(how): return getattr(dict(table), how)()
+def ordered(): return table.keys()
+def reverse(numbers): return array(numbers.typecode, reversed(numbers))
+def double(numbers):
+    for i, n in enumerate(numbers): numbers[i] = 2 * n
+"""
+        tests = """
+from array import array
+assert of("keys") == {"a", "b"} == ordered() and list(of("keys")) == list(ordered()) == ["b", "a"]
+assert {"b": 0, "a": 0}.keys() == of("keys") and of("keys") & {"a"} == {"a"}
+assert list(of("values")) == [1, 2] and of("items") == {"b": 1, "a": 2}.items() and max(of("values")) == 2
+numbers = array("i", [1, 2, 3])
+assert reverse(numbers) == array("i", [3, 2, 1]) and reverse(array("d", [0.5])).typecode == "d"
+double(numbers)
+assert numbers == array("i", [2, 4, 6]) and list(numbers) == [2, 4, 6]
+"""
+        assert run(code, tests) == Result(True, 0, "", None)
+
     def test_functions_of_the_tests_can_be_handed_over(self) -> None:
         tests = """
 seen = []

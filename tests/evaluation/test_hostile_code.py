@@ -95,6 +95,7 @@ def total(numbers):
     "an object equal to everything": ANYTHING.format(base="object", arithmetic="0.0"),
     "an object all of whose results are it": ANYTHING.format(base="object", arithmetic="self"),
     "a list equal to everything": ANYTHING.format(base="list", arithmetic="0"),
+    "an int equal to everything": ANYTHING.format(base="int", arithmetic="0.0"),
     "patches what tests use": WRONG
     + """
 import builtins, math, sys, types, unittest
