@@ -75,6 +75,8 @@ def cli() -> None:
     plmtune generate runs/pretrain/latest --prompt "def "
     plmtune run sft                             teach the newest pretrained model to answer
     plmtune run dpo, plmtune run aries          and to prefer, to refine
+    plmtune eval --tasks gsm8k,humaneval        how good the newest one is
+    plmtune chat runs/sft/latest                talk to it
     """
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from plmtune.cli.generate import warn_of_pretrained
 from plmtune.cli.options import console, device_option, dtype_option, find_device, find_dtype
 from plmtune.errors import UserError
 
@@ -25,10 +26,23 @@ _EVERY = 10.0  # seconds between lines where stderr is no terminal
 @click.argument("checkpoints", nargs=-1, metavar="[CHECKPOINT]...")
 @click.option("--tasks", "names", metavar="A,B", help="Tasks, groups or tags of lm-eval; * is a wildcard.")
 @click.option("--suite", metavar="NAME", help="quick: minutes on a laptop; plm: the thirteen of PLM's paper.")
-@click.option("--list", "listing", is_flag=True, help="Show suites and tasks; with words, those that contain them.")
+@click.option(
+    "--list",
+    "listing",
+    is_flag=True,
+    help="Show suites and tasks: --list, or --list WORD... for those that contain one.",
+)
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Documents a task; default: all.")
-@click.option("--num-fewshot", type=click.IntRange(0), metavar="K", help="Examples before each question.")
-@click.option("--batch-size", default="auto", show_default=True, metavar="N", help="Answers written at once, or auto.")
+@click.option(
+    "--num-fewshot", type=click.IntRange(0), metavar="K", help="Examples before each question; default: the task's own."
+)
+@click.option(
+    "--batch-size",
+    default="auto",
+    show_default=True,
+    metavar="N",
+    help="Rows that are computed together; auto: by memory.",
+)
 @click.option("--chat", is_flag=True, help="Ask in the model's chat template.")
 @click.option("--chat-template", metavar="NAME", help="chatml, llama3, plain, or a Jinja file; with --chat.")
 @click.option("--system", metavar="TEXT", help="What the model is told first; with --chat.")
@@ -98,6 +112,8 @@ def evaluate(
         paths = [Path(path) for path in checkpoints] or [_newest(tell)]
         for path in paths:
             checkpoint_directory(path)  # before the tasks, which may take a while
+            if chat and runtime.is_main:
+                warn_of_pretrained(str(path))
         loaded, failed = load_tasks(tasks, wanted, settings, tell)
         check_shares(tasks, loaded, limit)
         measured = []
@@ -178,11 +194,19 @@ def _allow_code(tasks: Tasks, names: Sequence[str], *, allowed: bool, sandboxed:
 
 
 def _list(tasks: Tasks, words: Sequence[str]) -> None:
-    found = [entry for entry in tasks.listing() if not words or any(word in entry.name for word in words)]
+    from plmtune.evaluation.tasks import SUITES
+
+    known = tasks.listing()
+    found = [entry for entry in known if not words or any(word in entry.name for word in words)]
     if not found:
         raise UserError(f"No task has {' or '.join(words)} in its name. All of them: plmtune eval --list")
+    if not words and sys.stdout.isatty():  # 14,000 lines are for a pipe
+        suites = {name for members in SUITES.values() for name in members}
+        found = [entry for entry in known if entry.kind == "suite" or entry.name in suites]
     for entry in found:
         click.echo("\t".join((entry.name, entry.kind, entry.output, entry.source)))
+    if len(found) < len(known) and not words:
+        click.echo(f"and {len(known) - len(found):,} more: plmtune eval --list WORD", err=True)
 
 
 def _tell(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import time
@@ -172,8 +173,9 @@ def evaluate(
         "failed": dict(failed),
         "samples": {},
     }
-    began = time.perf_counter()
+    began, progress = time.perf_counter(), lm.progress
     for name, task in loaded.items():
+        lm.progress = functools.partial(_show, progress, name)
         start, cut = time.perf_counter(), lm.num_truncated
         try:
             raw = run_task(lm, tasks, task, settings)
@@ -204,6 +206,10 @@ def evaluate(
         if lm.rank == 0:
             results.save(result, file)
     return result
+
+
+def _show(progress: Progress, name: str, kind: str, done: int, total: int) -> None:
+    progress(f"{name} ({kind})", done, total)
 
 
 def check_shares(tasks: Tasks, loaded: Mapping[str, Any], limit: int | None) -> None:
