@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 import pytest
 import xxhash
-from tuning import base, origin, undisturbed  # noqa: F401  (fixtures)
+from tuning import base, compose, origin, undisturbed  # noqa: F401  (fixtures)
 
-from plmtune import config
+from plmtune import cli
 from plmtune.errors import UserError
 from plmtune.training.metrics import read, without_timing
 from plmtune.training.plot import draw_curves
@@ -47,12 +47,20 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 DRAWING = [f"plmtune.recipes.{name}.draw_curves" for name in ("pretrain", "sft", "preference")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_curves() -> Iterator[None]:
-    """Drawing takes longer than most of these runs, so that only tests of the drawing draw."""
+@contextlib.contextmanager
+def nothing_beside() -> Iterator[None]:
+    """No curves, which take longer to draw than most of these runs to train, and no measured matrix product."""
     with pytest.MonkeyPatch.context() as patch:
         for name in DRAWING:
             patch.setattr(name, lambda *arguments: None)
+        patch.setattr("plmtune.training.estimate._measured_flops", lambda *arguments: 1e11)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_runs() -> Iterator[None]:
+    """Only tests of the drawing draw."""
+    with nothing_beside():
         yield
 
 
@@ -92,7 +100,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, corpus_text: str) -> Path:
     """The directory of a run that nothing disturbed, made once for all tests that compare with it."""
     place = tmp_path_factory.mktemp("whole")
     write_corpus(place, corpus_text)
-    with contextlib.chdir(place):
+    with contextlib.chdir(place), nothing_beside():  # of the session, so made before what is of a module
         start("run_dir=whole")
     return place / "whole"
 
@@ -127,10 +135,18 @@ def plmtune(place: Path) -> Run:
     return run
 
 
+def ends_with(*arguments: str) -> object:
+    """The exit code of ``plmtune ARGUMENTS`` in this process, which has imported all that a new one would import."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["plmtune", *arguments])
+        cli.main()
+    return ended.value.code
+
+
 def start(*overrides: str, **options: Any) -> float:
     """Run the recipe in this process."""
     small = [text for text in SMALL if "data=mix" not in overrides or not text.startswith("data")]
-    cfg = config.compose("pretrain", (), [*small, *overrides])
+    cfg = compose("pretrain", *small, *overrides)
     return importlib.import_module(f"plmtune.recipes.{cfg.recipe}").main(cfg, **options)
 
 
@@ -171,6 +187,7 @@ def kill_at(place: Path, step: int, run: str, *overrides: str, processes: int = 
 def kill_all(process: "subprocess.Popen[Any]") -> None:
     """SIGKILL a process and, as torchrun puts its workers into sessions of their own, whatever it has started."""
     if process.poll() is None:
+        process.send_signal(signal.SIGSTOP)  # else it could finish while the processes it has started are looked for
         for one in (*psutil.Process(process.pid).children(recursive=True), process):
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()

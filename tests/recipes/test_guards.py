@@ -208,6 +208,7 @@ class TestCommandLine:
         assert "(steps 8 to 10), the last because the loss is nan" in said
         assert len(re.findall(r"train-00000\.bin, tokens", said)) == 2  # rank 1's two rows, and none of rank 0
 
+    @pytest.mark.slow
     def test_one_process_exits_with_2(self, place: Path, plmtune: Run) -> None:
         (place / "faulty.py").write_text(FAULTY)
         done = plmtune("run", "--import", "faulty", "pretrain", *SMALL, "loss=faulty", "loss.rank='0'",

@@ -9,8 +9,8 @@ from tuning import run, stop_in
 
 from plmtune.evaluation import prefixes, results, scoring
 
-TASKS = ["eval.tasks=[arc_easy]", "eval.data=map.yaml", "eval.every=2", "eval.limit=3"]
-SHORT = [*TASKS, "phases=[{name: main, steps: 6}]"]
+TASKS = ["eval.tasks=[arc_easy]", "eval.data=map.yaml", "eval.every=4", "eval.limit=3"]
+SHORT = [*TASKS[:2], "eval.every=2", "eval.limit=3", "phases=[{name: main, steps: 6}]"]
 
 
 @pytest.fixture
@@ -95,10 +95,9 @@ class TestTasksInTraining:
 
     def test_every_recipe_has_them(self, base: Path) -> None:
         write_questions(base)
+        once = ["eval.limit=2", "eval.chat=true", "phases=[{name: main, steps: 1}]"]
         for name in ("sft", "dpo"):
-            run(
-                name, f"run_dir={name}", *TASKS[:2], "eval.limit=2", "eval.chat=true", "phases=[{name: main, steps: 1}]"
-            )
+            run(name, f"run_dir={name}", *TASKS[:2], *once)
             assert len(scored(base / name)) == 1
 
     def test_what_cannot_be_measured_is_said_before_the_run_begins(self, questions: Path) -> None:

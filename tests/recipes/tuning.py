@@ -1,6 +1,7 @@
 """What the tests of fine-tuning share: a base model, a few conversations and pairs, and short runs on them."""
 
 import contextlib
+import copy
 import importlib
 import json
 import os
@@ -92,6 +93,18 @@ def undisturbed(origin: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     return whole
 
 
+_composed = cache(config.compose)
+
+
+def compose(name: str, *overrides: str) -> Any:
+    """`config.compose`, which takes as long as ten steps, once for all runs that differ in `run_dir` or `resume`."""
+    own = dict(text.split("=") for text in overrides if text.startswith("run_dir=") or text == "resume=true")
+    rest = tuple(text for text in overrides if text.partition("=")[0] not in own)
+    cfg = copy.deepcopy(_composed(name, (), rest))
+    cfg.run_dir, cfg.resume = own.get("run_dir", cfg.run_dir), "resume" in own or cfg.resume
+    return cfg
+
+
 def run(name: str, *overrides: str, **options: Any) -> float:
     """Run a recipe in this process."""
     small = SFT if name == "sft" else PREFERENCE
@@ -99,7 +112,7 @@ def run(name: str, *overrides: str, **options: Any) -> float:
     kept = [text for text in small if text.partition("=")[0] not in named]
     if any(text.startswith("data=") for text in overrides):
         kept = [text for text in kept if not text.startswith("data.")]
-    cfg = config.compose(name, (), [*kept, *overrides])
+    cfg = compose(name, *kept, *overrides)
     return importlib.import_module(f"plmtune.recipes.{cfg.recipe}").main(cfg, **options)
 
 
