@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 from plmtune.atomic import writing
 from plmtune.errors import UserError
 from plmtune.evaluation import results as result_files
-from plmtune.evaluation.model_facts import Run, Weights, base_of, family_of, read_run, read_weights
+from plmtune.evaluation.model_facts import Run, Weights, base_of, family_of, is_of, read_run, read_weights
 from plmtune.models import adapters, files
 from plmtune.training.plot import draw_curves, sparsity_layers
 from plmtune.units import show_bytes, show_count
@@ -33,7 +34,12 @@ _ROUND = {"direct": "reward of direct answers after the rounds", "refined": "rew
 
 
 def write_card(
-    checkpoint: Path, results: Sequence[Mapping[str, Any]], path: Path | None = None, *, overwrite: bool = False
+    checkpoint: Path,
+    results: Sequence[Mapping[str, Any]],
+    path: Path | None = None,
+    *,
+    overwrite: bool = False,
+    sources: Sequence[Path] = (),
 ) -> Path:
     """Write the card of a run, a checkpoint or a model directory, and its curves beside it.
 
@@ -41,6 +47,7 @@ def write_card(
         checkpoint: a run directory stands for its newest checkpoint.
         results: of its evaluations; with none, what the run itself measured of this checkpoint.
         path: None: README.md in `checkpoint`.
+        sources: the files that `results` are from, for what is said of them.
 
     Returns:
         Where it is.
@@ -54,10 +61,10 @@ def write_card(
         raise UserError(f"{path} is there already. Name another file with --out, or give --overwrite.")
     run = read_run(directory)
     weights = read_weights(directory)
-    step = run.step if run else None
+    parameters = None if adapters.holds_adapters(directory) else weights.parameters
+    for result, source in zip_longest(results, sources):
+        _refuse_another(result["model"], source, directory, run, parameters)
     found = [dict(result) for result in results] or (_own_results(run) if run else [])
-    for result in found:
-        _refuse_another(result, directory, step, None if adapters.holds_adapters(directory) else weights.parameters)
     curves = _place_curves(run, path, overwrite) if run else False
 
     name = _name(directory, run)
@@ -84,14 +91,25 @@ def _own_results(run: Run) -> list[dict[str, Any]]:
     return [result_files.load(path)] if path.is_file() else []
 
 
-def _refuse_another(result: Mapping[str, Any], directory: Path, step: int | None, parameters: int | None) -> None:
-    model = result["model"]
-    for what, ours, theirs in (("step", step, model.get("step")), ("parameters", parameters, model.get("parameters"))):
-        if ours is not None and theirs is not None and ours != theirs:
-            raise UserError(
-                f"A result of {model.get('name')!r:.80} is of another model than {directory}: it says {what} {theirs}, "
-                f"and this has {ours}. A card shows the scores of its own model only."
-            )
+def _refuse_another(
+    model: Mapping[str, Any], source: Path | None, directory: Path, run: Run | None, parameters: int | None
+) -> None:
+    """Refuse the scores of another model than the card's, whatever is alike in both."""
+    told = ""
+    for what, ours, theirs in (
+        ("step", run.step if run else None, model.get("step")),
+        ("parameters", parameters, model.get("parameters")),
+    ):
+        if not told and ours is not None and theirs is not None and ours != theirs:
+            told = f" ({what} {theirs}, and this has {ours})"
+    if not told and is_of(model, directory, run):
+        return
+    theirs = model.get("run") or model.get("path") or model.get("name")
+    step = f"step {model['step']} of " if model.get("run") and model.get("step") is not None else ""
+    raise UserError(
+        f"{source or 'A result'} holds scores of another model than {directory}: of {step}{theirs!s:.200}{told}. "
+        "A card shows the scores of its own model only: leave the file out, or evaluate this model with plmtune eval."
+    )
 
 
 def _place_curves(run: Run, card: Path, overwrite: bool) -> bool:

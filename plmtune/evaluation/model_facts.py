@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from plmtune.errors import UserError
 from plmtune.models import adapters, files
+from plmtune.models.adapters import load_model
 from plmtune.models.hf import SCORE
 from plmtune.training import metrics
+from plmtune.training.reference import model_digest
 from plmtune.training.run_directory import CONFIG, config_is_vouched_for, read_record
 
 
@@ -74,6 +78,33 @@ def read_run(directory: Path) -> Run | None:
     before = [entry for entry in entries if entry["step"] <= number]
     last = max((entry["step"] for entry in entries), default=number)
     return Run(path, config, read_record(path), before, number, last)
+
+
+def is_of(model: Mapping[str, Any], directory: Path, run: Run | None) -> bool:
+    """Whether a result is of a checkpoint: of the same run and step, or folder, or else of the very same weights.
+
+    Args:
+        model: what the result says of its model.
+        run: that of `directory`, if any.
+    """
+    if run is not None or model.get("run"):
+        place = (Path(model["run"]).resolve(), model.get("step")) if model.get("run") else None
+        here = place is not None and run is not None and place == (run.path.resolve(), run.step)
+    else:
+        here = bool(model.get("path")) and Path(model["path"]).resolve() == directory.resolve()
+    # A folder may have been moved or copied. The weights are read only then.
+    return here or _has_weights(model, directory)
+
+
+def _has_weights(model: Mapping[str, Any], directory: Path) -> bool:
+    dtype = getattr(torch, str(model.get("dtype")), None)
+    if not model.get("digest") or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        return False
+    try:
+        digest = model_digest(load_model(directory, "cpu", dtype))
+    except (UserError, MemoryError):  # it cannot be told
+        return False
+    return digest == str(model["digest"]).partition(" ")[0]  # that of a training says how it computed, too
 
 
 def read_weights(directory: Path) -> Weights:

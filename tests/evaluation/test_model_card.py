@@ -16,12 +16,13 @@ from plmtune.data.tokenizers import byte
 from plmtune.errors import UserError
 from plmtune.evaluation import model_card, results
 from plmtune.evaluation.model_card import write_card
-from plmtune.models.adapters import save_adapter
+from plmtune.models.adapters import load_model, save_adapter
 from plmtune.models.hf import save_model
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import lora
 from plmtune.registry import component
+from plmtune.training.reference import model_digest
 
 CONFIG: dict[str, Any] = {
     "recipe": "pretrain",
@@ -94,6 +95,12 @@ def make_run(place: Path, saved: Path, **config: Any) -> Path:
 @pytest.fixture
 def run(tmp_path: Path, saved: Path) -> Path:
     return make_run(tmp_path, saved)
+
+
+def of(model: Path, step: int | None = None, **changes: Any) -> dict[str, Any]:
+    """What a result says of its model: a run where there is a step."""
+    said = {"name": "m", "path": str(model), "digest": "0", "parameters": None, "dtype": "float32", "step": step}
+    return {**said, "run": str(model) if step is not None else None, **changes}
 
 
 def text_of(checkpoint: Path, *found: dict[str, Any], **options: Any) -> str:
@@ -205,20 +212,51 @@ class TestModelDirectory:
 class TestScores:
     def test_a_score_has_its_error_count_shots_and_version(self, run: Path) -> None:
         entry, rows = task([0, 1, 1, 1])
-        found = result("m", {"arc_easy": ({**entry, "documents": 2376}, rows)}, failed={"humaneval": "no data"})
+        found = result(
+            "m", {"arc_easy": ({**entry, "documents": 2376}, rows)}, failed={"humaneval": "no data"}, model=of(run, 12)
+        )
         text = text_of(run, found)
         assert "| arc_easy | 1.0 | 0 | 4 of 2,376 | acc ↑ | 0.7500 ± 0.2500 |" in text
         assert "Not measured: humaneval (no data)" in text and "by lm-eval 0.4.13" in text
 
     def test_files_in_place_of_the_hubs_data_are_named(self, run: Path) -> None:
         entry, rows = task([0, 1])
-        found = result("m", {"t": ({**entry, "data": "test: /home/someone/arc.jsonl (beef)"}, rows)})
+        found = result("m", {"t": ({**entry, "data": "test: /home/someone/arc.jsonl (beef)"}, rows)}, model=of(run, 12))
         assert "t was read from local files: test: arc.jsonl (beef)" in text_of(run, found)
 
     def test_scores_of_another_step_or_size_are_refused(self, run: Path) -> None:
         for key, value in (("step", 6), ("parameters", 5)):
             with pytest.raises(UserError, match=f"{key} {value}"):
-                write_card(run, [result("m", {}, model={"name": "m", key: value})])
+                write_card(run, [result("m", {}, model={**of(run, 12), key: value})])
+
+    def test_scores_of_another_run_at_the_same_step_are_refused_with_their_file(
+        self, run: Path, saved: Path, tmp_path: Path
+    ) -> None:
+        other = make_run(tmp_path / "other", saved)
+        both = [result("m", {}, model=of(place, 12)) for place in (run, other)]
+        with pytest.raises(UserError, match=rf"^b\.json holds scores of another model .*: of step 12 of {other}\. "):
+            write_card(run, both, sources=[Path("a.json"), Path("b.json")])
+        assert not (run / "README.md").exists()
+
+    def test_of_a_run_and_a_folder_alike_in_size_one_has_no_scores_of_the_other(self, run: Path, saved: Path) -> None:
+        for model, scores in ((run, of(saved)), (saved, of(run, 12)), (saved, of(run))):
+            with pytest.raises(UserError, match="another model"):
+                write_card(model, [result("m", {}, model=scores)], run / "card.md")
+        assert "Result" not in text_of(saved, result("m", {}, model=of(saved)), path=run / "card.md")
+
+    def test_a_run_is_known_by_any_way_to_it(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (run.parent / "latest").symlink_to(run)
+        monkeypatch.chdir(run.parent)
+        assert "| t |" in text_of(run, result("m", {"t": task([0, 1])}, model=of(Path("latest"), 12)))
+
+    def test_scores_of_the_same_weights_are_taken_wherever_they_lay(self, run: Path, saved: Path) -> None:
+        digest = model_digest(load_model(saved, dtype=torch.bfloat16))
+        measured: dict[str, Any] = {"dtype": "bfloat16", "digest": digest}
+        trained = {**measured, "digest": f"{digest} torch.bfloat16"}
+        for scores in (of(Path("/gone/model"), **measured), of(Path("/gone/run"), 12, **trained)):
+            assert "| t |" in text_of(run, result("m", {"t": task([0, 1])}, model=scores), overwrite=True)
+        with pytest.raises(UserError, match="another model"):  # as numbers of another kind they are other weights
+            write_card(run, [result("m", {}, model={**scores, "dtype": "float32"})], overwrite=True)
 
     def test_what_the_run_itself_measured_of_this_step_is_taken(self, run: Path) -> None:
         (run / "evaluations").mkdir()
