@@ -30,6 +30,7 @@ def card(checkpoint: Path, results: tuple[Path, ...], out: Path | None, overwrit
     from plmtune.evaluation.model_card import write_card
     from plmtune.evaluation.results import load_all
 
-    written = write_card(checkpoint, load_all(results), out, overwrite=overwrite)
+    found = load_all(results, lambda text: click.echo(text, err=True))
+    written = write_card(checkpoint, list(found.values()), out, overwrite=overwrite)
     open_fields = written.read_text(encoding="utf-8").count("Fill in:")
     click.echo(f"{written}: {open_fields} places say Fill in, as no file knows them")

@@ -27,22 +27,25 @@ def compare(results: tuple[Path, ...], out: Path | None, as_json: bool, all_task
     """
     if out is not None and out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the picture is a PNG, and its name must end in .png.")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}.")
 
     from plmtune.evaluation import comparison
     from plmtune.evaluation.comparison_plot import draw
     from plmtune.evaluation.results import load_all, table
 
-    loaded = load_all(results)
+    found = load_all(results, lambda text: click.echo(text, err=True))
+    files, loaded = list(found), list(found.values())
     rows = comparison.compare(loaded, all_tasks=all_tasks)
     if as_json:
-        click.echo(json.dumps(comparison.as_json(rows, loaded), indent=1, ensure_ascii=False))
+        click.echo(json.dumps(comparison.as_json(rows, files), indent=1, ensure_ascii=False))
     else:
-        console().print(table(loaded, all_tasks=all_tasks))
+        console().print(table(loaded, files, all_tasks=all_tasks))
         if len(loaded) > 1:
             click.echo()
             console().print(comparison.table(rows, loaded))
     if not as_json or out is not None:
         out = out or Path("compare.png")
-        draw(rows, loaded, out)
+        draw(rows, loaded, out, files)
         if not as_json:
             click.echo(f"picture: {out}")

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -91,7 +92,7 @@ def table(rows: Sequence[Row], results: Sequence[Result]) -> Table:
     grid.title, grid.title_justify = Text(f"differences to {names[0]}"), "left"
     grid.add_column("task", no_wrap=True)
     grid.add_column("metric", no_wrap=True)
-    grid.add_column("checkpoint", overflow="fold")
+    grid.add_column("", no_wrap=True)
     grid.add_column("difference", no_wrap=True)
     grid.add_column("p", justify="right", no_wrap=True)
     grid.add_column("test")
@@ -120,10 +121,10 @@ def show_p(p: float | None) -> str:
     return "-" if p is None else "<0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
-def as_json(rows: Sequence[Row], results: Sequence[Result]) -> dict[str, Any]:
-    """The comparison for programs."""
+def as_json(rows: Sequence[Row], files: Sequence[Path]) -> dict[str, Any]:
+    """The comparison for programs; `files` are the results' own, in their order."""
     return {
-        "results": labels(results),
+        "results": [str(file) for file in files],
         "rows": [
             {
                 "task": row.line.task,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from plmtune.atomic import writing
 from plmtune.errors import UserError
 from plmtune.evaluation.comparison import Z_95, Row
-from plmtune.evaluation.results import labels, metric_label
+from plmtune.evaluation.results import labels, legend, metric_label
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, and shapes for those who print without colour.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -18,8 +19,13 @@ _ROW_INCHES = 0.28  # of one more row, and as much again for each two results in
 _MAX_ROWS = 60
 
 
-def draw(rows: Sequence[Row], results: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw(
+    rows: Sequence[Row], results: Sequence[Mapping[str, Any]], path: Path, files: Sequence[Path] | None = None
+) -> None:
     """Draw a comparison into a PNG: shares of right answers above, perplexities and other scales below.
+
+    Args:
+        files: where the results were read from, if from files.
 
     Raises:
         UserError: if there is nothing to draw, too much of it, or the file cannot be written.
@@ -38,11 +44,13 @@ def draw(rows: Sequence[Row], results: Sequence[Mapping[str, Any]], path: Path) 
     names = labels(results)
     parts = [part for part in ([r for r in rows if _is_share(r)], [r for r in rows if not _is_share(r)]) if part]
     compared = any(one and one.stderr is not None for row in rows for one in row.differences)
+    what = legend(results, files)
+    texts = [f"{name}  {text}" for name, text in zip(names, what, strict=True)] if len(names) > 1 else what
+    texts = [textwrap.fill(text, 140 if compared else 95, subsequent_indent="    ") for text in texts]
+    text_inches = 0.2 * sum(text.count("\n") + 1 for text in texts)
     row_inches = _ROW_INCHES * (1 + len(names) / 2)
     heights = [len(part) * row_inches + 0.5 for part in parts]
-    figure = Figure(
-        figsize=(11 if compared else 7.5, sum(heights) + 0.7 + 0.2 * len(names)), dpi=130, layout="constrained"
-    )
+    figure = Figure(figsize=(11 if compared else 7.5, sum(heights) + 0.7 + text_inches), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(
         len(parts),
@@ -58,8 +66,8 @@ def draw(rows: Sequence[Row], results: Sequence[Mapping[str, Any]], path: Path) 
         elif differences:
             differences[0].set_visible(False)
     handles = [
-        Line2D([], [], color=_COLOURS[i % 7], marker=_MARKERS[i % 7], linestyle="none", label=name)
-        for i, name in enumerate(names)
+        Line2D([], [], color=_COLOURS[i % 7], marker=_MARKERS[i % 7], linestyle="none", label=text)
+        for i, text in enumerate(texts)
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=1, frameon=False, fontsize=9)
     with writing(path) as temporary:
@@ -108,7 +116,10 @@ def _draw_differences(panel: Any, rows: Sequence[Row], names: Sequence[str]) -> 
             # Other scales have no unit in common, so each is a share of its first value.
             scale = 1.0 if shares else 100.0 / abs(first or 1.0)
             look = _look(i) | ({} if one.paired else {"markerfacecolor": "white"})
-            panel.errorbar(one.mean * scale, _place(index, i, len(names)), xerr=Z_95 * one.stderr * scale, **look)
+            low = high = Z_95 * one.stderr * scale
+            if shares:  # no share can differ by more than 1
+                low, high = min(low, max(0.0, one.mean + 1)), min(high, max(0.0, 1 - one.mean))
+            panel.errorbar(one.mean * scale, _place(index, i, len(names)), xerr=[[low], [high]], **look)
     what = f"difference to {names[0]}" if shares else f"difference to {names[0]} in %"
     hollow = any(one and one.stderr is not None and not one.paired for row in rows for one in row.differences)
     panel.set_xlabel(what + (" (hollow: unpaired)" if hollow else ""))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +21,14 @@ from plmtune.provenance import device_name, versions
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
+    from rich.console import Group, RenderableType
 
 FORMAT = "plmtune evaluation"
 VERSION = 1
 
 _PACKAGES = ("plmtune", "torch", "lm_eval", "tokenizers", "numpy")
 _PROMPTS_KEPT = 3  # of each task: to see with one's own eyes what the model was asked
-_REASON_LENGTH = 200
+_REASON_LENGTH = 100
 _BESIDE = 2  # more results than these are shown below each other
 # Names of a result file that must hold objects, for whoever reads it.
 _OBJECTS = ("model", "settings", "environment", "tasks", "groups", "failed", "samples")
@@ -143,33 +144,76 @@ def load(path: str | Path) -> dict[str, Any]:
     return result
 
 
-def load_all(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """Read results; of a folder the .json files that lie in it, by name.
+def load_all(paths: Sequence[str | Path], tell: Callable[[str], None]) -> dict[Path, dict[str, Any]]:
+    """Read results; of a folder the .json files that lie in it, by name, and of repeats among them the newest.
+
+    Args:
+        tell: is told which file of a folder is left out.
 
     Raises:
-        UserError: if one is no result, or a folder has none.
+        UserError: if one is no result or given twice, or a folder has none.
     """
-    found: list[Path] = []
+    given: set[Path] = set()
     for path in map(Path, paths):
-        inside = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if path.resolve() in given:
+            raise UserError(f"{path} is given twice: a result is compared with others, not with itself.")
+        given.add(path.resolve())
+    found: dict[Path, dict[str, Any]] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found[path] = load(path)
+            continue
+        inside = sorted(path.glob("*.json"))
         if not inside:
             raise UserError(f"{path} holds no result: it has no .json file. plmtune eval writes them.")
-        found += inside
-    return [load(path) for path in found]
+        # One that is also given by its own name has its place there.
+        found |= _without_repeats({file: load(file) for file in inside if file.resolve() not in given}, tell)
+    return found
+
+
+def _without_repeats(found: Mapping[Path, dict[str, Any]], tell: Callable[[str], None]) -> dict[Path, dict[str, Any]]:
+    """Leave out what was measured again: the same weights with the same settings. An interrupted one stands back."""
+    newest: dict[str, Path] = {}
+    for file, result in found.items():
+        digest = result["model"].get("digest")
+        what = json.dumps([digest, result["settings"]], sort_keys=True) if digest else str(file)
+        best = newest.setdefault(what, file)
+        if best == file:
+            continue
+        older, newest[what] = sorted((best, file), key=lambda one: _age(found[one]))
+        tell(f"{older} is left out: {newest[what].name} measured the same model with the same settings again")
+    return {file: result for file, result in found.items() if file in newest.values()}
+
+
+def _age(result: Mapping[str, Any]) -> tuple[bool, str]:
+    return result["status"] == "complete", str(result.get("started"))
 
 
 def labels(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A short name for each result, all different: of its model, with the step or a number where names are alike."""
-    names = [str(result["model"].get("name") or "model") for result in results]
-    if len(set(names)) < len(names):
-        steps = [result["model"].get("step") for result in results]
-        names = [f"{name}, step {step}" if step is not None else name for name, step in zip(names, steps, strict=True)]
-    seen: dict[str, int] = {}
+    """What stands for each result in tables: the name of a lone one's model, else A, B, C (see `legend`)."""
+    if len(results) == 1:
+        return [_name(results[0])]
+    return [chr(ord("A") + i) if i < 26 else str(i + 1) for i in range(len(results))]
+
+
+def legend(results: Sequence[Mapping[str, Any]], files: Sequence[Path] | None = None) -> list[str]:
+    """What each result is: its file (or its model where there is none), its limit, and when it was measured."""
     out = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        out.append(f"{name} ({seen[name]})" if names.count(name) > 1 else name)
+    for i, result in enumerate(results):
+        limit = result["settings"].get("limit")
+        parts = [
+            str(files[i]) if files else _name(result),
+            f"limit {limit}" if limit is not None else "",
+            str(result.get("started") or "")[:16].replace("T", " "),
+        ]
+        out.append(" · ".join(part for part in parts if part))
     return out
+
+
+def _name(result: Mapping[str, Any]) -> str:
+    """The name of its model, with the step where the name does not say it."""
+    name, step = str(result["model"].get("name") or "model"), result["model"].get("step")
+    return name if step is None or re.search(rf"step[- ]?0*{step}(?!\d)", name) else f"{name}, step {step}"
 
 
 def score(result: Mapping[str, Any], line: Line) -> Score | None:
@@ -233,12 +277,19 @@ def show_number(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
-def table(results: Sequence[Mapping[str, Any]], *, all_tasks: bool = False) -> Table:
+def table(
+    results: Sequence[Mapping[str, Any]], files: Sequence[Path] | None = None, *, all_tasks: bool = False
+) -> Group:
     """One or several results: value ± standard error of each metric, and below what failed and why.
 
-    Up to two results stand side by side, more of them below each other, as terminals have 80 columns.
+    Up to two results stand side by side, more of them below each other, as terminals have 80 columns. Above stands
+    what each of several is.
+
+    Args:
+        files: where they were read from, if from files.
     """
     from rich import box
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text  # names and reasons may hold brackets, which rich takes for markup in a str
 
@@ -252,7 +303,7 @@ def table(results: Sequence[Mapping[str, Any]], *, all_tasks: bool = False) -> T
     grid.add_column("shots", justify="right")
     grid.add_column("metric", no_wrap=True)
     grid.add_column("n", justify="right")
-    for name in names if beside else ("checkpoint", "score"):
+    for name in names if beside else ("result", "score"):
         grid.add_column(Text(name), no_wrap=name == "score", overflow="fold")
     before = ""
     for line in lines(results, all_tasks=all_tasks):
@@ -270,17 +321,27 @@ def table(results: Sequence[Mapping[str, Any]], *, all_tasks: bool = False) -> T
                 shown = _distinct([shot]) if metric else ""
                 grid.add_row(Text(name), shown, metric, str(one.samples), Text(label), show_score(one))
                 name = metric = ""
-    failures = []
-    for label, result in zip(names, results, strict=True):
-        for task, reason in result["failed"].items():
-            short = str(reason) if len(str(reason)) <= _REASON_LENGTH else str(reason)[: _REASON_LENGTH - 1] + "…"
-            failures.append(f"{task} failed" + (f" ({label})" if len(results) > 1 else "") + f": {short}")
+    failures = [
+        f"{task} failed" + (f" ({label})" if len(results) > 1 else "") + f": {_in_short(str(reason))}"
+        for label, result in zip(labels(results), results, strict=True)
+        for task, reason in result["failed"].items()
+    ]
     if beside:
         for task in dict.fromkeys(task for result in results for task in result["failed"]):
             grid.add_row(Text(task), "", "", "", *("failed" if task in result["failed"] else "-" for result in results))
-    grid.caption = Text("\n".join(failures), style="red") if failures else None
-    grid.caption_justify = "left"
-    return grid
+    parts: list[RenderableType] = [grid, *(Text(text, style="red") for text in failures)]
+    if len(results) > 1:
+        above = Table.grid(padding=(0, 2, 0, 0))
+        for label, text in zip(labels(results), legend(results, files), strict=True):
+            above.add_row(Text(label), Text(text, overflow="fold"))
+        parts = [above, "", *parts]
+    return Group(*parts)
+
+
+def _in_short(reason: str) -> str:
+    """Its first sentence: whoever measured has read all of it, and the file has it."""
+    first = re.split(r"\n|(?<=\.)\s+(?=[A-Z])", reason.strip(), maxsplit=1)[0]
+    return first if len(first) <= _REASON_LENGTH else first[: _REASON_LENGTH - 1] + "…"
 
 
 def entry_of(result: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -192,6 +192,24 @@ class TestPicture:
         assert ink(tmp_path / "two.png")[0][1] > 1.3 * ink(tmp_path / "one.png")[0][1]
         assert ink(tmp_path / "two.png")[1] > ink(tmp_path / "one.png")[1]
 
+    def test_an_interval_of_a_difference_of_shares_ends_at_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from matplotlib.axes import Axes
+
+        ends = []
+        original = Axes.errorbar
+
+        def seen(panel: Any, x: Any, y: Any, **options: Any) -> Any:
+            (low,), (high,) = options["xerr"]
+            ends.extend([x - low, x + high])
+            return original(panel, x, y, **options)
+
+        monkeypatch.setattr(Axes, "errorbar", seen)
+        a, b = result("a", {"t": task([0.0, 0.0])}), result("b", {"t": task([0.0, 1.0])})
+        draw(compare([a, b]), [a, b], tmp_path / "x.png")
+        assert max(ends) == pytest.approx(1.0) and min(ends) < -0.4
+
     def test_nothing_to_draw_is_said(self, tmp_path: Path) -> None:
         empty = result("a", {})
         with pytest.raises(UserError, match="no score to draw"):
@@ -209,13 +227,13 @@ class TestCommand:
 
     def test_prints_tables_and_draws_one_picture(self, place: Path) -> None:
         done = CliRunner().invoke(command, ["a.json", "b.json"], catch_exceptions=False)
-        assert "differences to a" in done.output and "McNemar, 60 pairs" in done.output
+        assert "A  a.json" in done.output and "differences to A" in done.output and "McNemar, 60 pairs" in done.output
         assert (place / "compare.png").read_bytes().startswith(b"\x89PNG")
 
     def test_json_is_for_programs_and_draws_only_when_asked(self, place: Path) -> None:
         done = CliRunner().invoke(command, ["a.json", "b.json", "--json"], catch_exceptions=False)
         found = json.loads(done.output)
-        assert found["results"] == ["a", "b"] and found["rows"][0]["differences"][1]["test"] == "McNemar"
+        assert found["results"] == ["a.json", "b.json"] and found["rows"][0]["differences"][1]["test"] == "McNemar"
         assert not list(place.glob("*.png"))
 
     def test_a_result_is_never_overwritten_by_a_picture(self, place: Path) -> None:
@@ -223,3 +241,7 @@ class TestCommand:
         with pytest.raises(UserError, match=r"must end in \.png"):
             CliRunner().invoke(command, ["b.json", "--out", "a.json"], catch_exceptions=False)
         assert (place / "a.json").read_bytes() == before
+
+    def test_a_picture_in_no_folder_is_refused_before_anything_is_shown(self, place: Path) -> None:
+        with pytest.raises(UserError, match=r"--out none/x\.png: there is no folder none\."):
+            CliRunner().invoke(command, ["a.json", "b.json", "--out", "none/x.png"], catch_exceptions=False)

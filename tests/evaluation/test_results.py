@@ -14,8 +14,8 @@ from plmtune.errors import UserError
 from plmtune.evaluation import results
 
 
-def shown(*found: dict[str, Any], **options: Any) -> str:
-    console = Console(width=120, no_color=True)
+def shown(*found: dict[str, Any], width: int = 120, **options: Any) -> str:
+    console = Console(width=width, no_color=True)
     with console.capture() as capture:
         console.print(results.table(found, **options))
     return capture.get()
@@ -182,11 +182,36 @@ class TestFiles:
 
     def test_a_folder_stands_for_the_results_in_it(self, tmp_path: Path) -> None:
         for name in ("b", "a"):
-            results.save(result(name, {}), tmp_path / f"{name}.json")
-        assert [one["model"]["name"] for one in results.load_all([tmp_path])] == ["a", "b"]
+            results.save(result(name, {}, model={"name": name, "digest": name}), tmp_path / f"{name}.json")
+        found = results.load_all([tmp_path], tell=print)
+        assert [file.name for file in found] == ["a.json", "b.json"]
+        assert [one["model"]["name"] for one in found.values()] == ["a", "b"]
+        assert [file.name for file in results.load_all([tmp_path / "b.json", tmp_path], print)] == ["b.json", "a.json"]
         (tmp_path / "empty").mkdir()
         with pytest.raises(UserError, match=r"has no \.json file"):
-            results.load_all([tmp_path / "empty"])
+            results.load_all([tmp_path / "empty"], tell=print)
+
+    def test_a_file_given_twice_is_refused_however_it_is_written(self, tmp_path: Path) -> None:
+        results.save(result("m", {}), tmp_path / "r.json")
+        (tmp_path / "link.json").symlink_to("r.json")
+        with pytest.raises(UserError, match=r"link\.json is given twice"):
+            results.load_all([tmp_path / "r.json", tmp_path / "link.json"], tell=print)
+
+    def test_of_repeats_in_a_folder_only_the_newest_counts_and_it_is_said(self, tmp_path: Path) -> None:
+        def put(name: str, hour: int, **changes: Any) -> None:
+            results.save(result("m", {}, started=f"2025-03-17T{hour:02}:30:00Z", **changes), tmp_path / name)
+
+        put("a.json", 12)
+        put("b.json", 11)
+        put("c.json", 13, status="partial")
+        put("few.json", 10, settings={"limit": 2})
+        put("other.json", 10, model={"name": "m", "digest": "1"})
+        told: list[str] = []
+        found = results.load_all([tmp_path], told.append)
+        assert [file.name for file in found] == ["a.json", "few.json", "other.json"]
+        assert len(told) == 2 and "b.json is left out: a.json" in told[0] and "c.json is left out: a.json" in told[1]
+        every = sorted(tmp_path.iterdir())
+        assert list(results.load_all(every, told.append)) == every, "what a person names is not left out"
 
     def test_a_missing_file_is_a_sentence(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="cannot be read: No such file"):
@@ -204,7 +229,18 @@ class TestTable:
         row = next(line for line in shown(a, b).splitlines() if line.startswith("t "))
         assert "0.5000" in row and "1.0000" in row
         rows = [line for line in shown(a, b, result("c", {"t": task([0, 0])})).splitlines() if "±" in line]
-        assert [line.split()[-4] for line in rows] == ["a", "b", "c"]
+        assert [line.split()[-4] for line in rows] == ["A", "B", "C"]
+
+    def test_above_several_stands_what_each_is_and_two_fit_80_columns(self) -> None:
+        long = result("pretrain-20250317-093000-step6", {"arc_challenge": task([0, 1])}, settings={"limit": 2})
+        files = [Path("evaluations/base.json"), Path("evaluations/tuned.json")]
+        lines = shown(long, long, files=files, width=80).splitlines()
+        assert lines[0].rstrip() == "A  evaluations/base.json · limit 2 · 2025-03-17 09:30"
+        assert lines[1].startswith("B  evaluations/tuned.json")
+        assert lines[3].split() == ["task", "shots", "metric", "n", "A", "B"]
+        assert any(line.split().count("±") == 2 for line in lines)
+        assert shown(long, long).startswith("A  pretrain-20250317-093000-step6 · limit 2 · 2025-03-17 09:30")
+        assert "·" not in shown(long)
 
     def test_a_group_hides_its_tasks_until_all_are_asked_for(self) -> None:
         entry, _ = task([0, 1])
@@ -215,19 +251,30 @@ class TestTable:
         names = [line.split()[0] for line in shown(whole, all_tasks=True).splitlines() if "±" in line]
         assert names == ["sum", "one", "two", "other"]
 
-    def test_what_failed_is_there_with_the_reason_cut_short(self) -> None:
-        text = " ".join(shown(result("m", {}, failed={"humaneval": "[no] data" + " word" * 100})).split())
-        assert "humaneval failed: [no] data word word" in text and "…" in text and text.count("word") < 50
+    def test_what_failed_is_there_with_the_first_sentence_of_why(self) -> None:
+        text = shown(result("m", {}, failed={"humaneval": "[no] data. Fetch it:\n  plmtune fetch"}))
+        assert "humaneval failed: [no] data.\n" in text.replace(" \n", "\n") and "etch" not in text
+        text = shown(result("m", {}, failed={"humaneval": "no data" + " word" * 100}))
+        assert "…" in text and text.count("word") < 20
 
     def test_counts_that_differ_are_all_shown(self) -> None:
         text = shown(result("a", {"t": task([0, 1])}), result("b", {"t": task([0, 1, 1])}))
         assert "2/3" in text
 
-    def test_results_of_one_model_are_told_apart(self) -> None:
-        same = result("m", {})
-        assert results.labels([same, same]) == ["m (1)", "m (2)"]
-        steps = [result("m", {}, model={"name": "m", "step": step}) for step in (100, 200)]
-        assert results.labels(steps) == ["m, step 100", "m, step 200"]
+    @pytest.mark.parametrize(
+        ("name", "step", "label"),
+        [
+            ("m", 100, "m, step 100"),
+            ("run-step100", 100, "run-step100"),
+            ("run-step1000", 100, "run-step1000, step 100"),
+            ("step-00000100", 100, "step-00000100"),
+            ("m", None, "m"),
+        ],
+    )
+    def test_a_lone_result_has_its_models_name_and_says_the_step_once(
+        self, name: str, step: int | None, label: str
+    ) -> None:
+        assert results.labels([result(name, {}, model={"name": name, "step": step})]) == [label]
 
     def test_a_group_that_holds_itself_ends(self) -> None:
         entry, _ = task([0, 1])
