@@ -141,8 +141,9 @@ def _draw_losses(panel: Any, training: Sequence[Any], validations: Sequence[Any]
             second.set_ylabel("bits per byte")
     panel.set_ylabel("loss a pair" if "pairs" in training[0] else "loss (nats a token)")
     panel.legend(frameon=False, fontsize=9)
-    # The first steps of a fresh model are far above all that follows; the curve of interest is below.
-    panel.set_ylim(top=min(max(losses), 1.05 * max(drawn)))
+    if many:
+        # The first steps of a fresh model are far above all that follows; the curve of interest is below.
+        panel.set_ylim(top=min(max(losses), 1.05 * max(drawn)))
 
 
 def _draw_accuracy(panel: Any, training: Sequence[Any], validations: Sequence[Any], axis: Any) -> None:

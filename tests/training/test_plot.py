@@ -23,6 +23,17 @@ def write_metrics(path, *, num_steps: int = 200, layers: int = 6, every: int = 2
                 file.append(step, {"validation_loss": value, "bits_per_byte": value / 2.1, **sparsity})
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved."""
+    from matplotlib.figure import Figure
+
+    saved = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k)))
+    return saved
+
+
 class TestDrawCurves:
     @pytest.mark.parametrize("layers", [0, 6, 12])
     @pytest.mark.parametrize("num_steps", [1, 5, 200])
@@ -41,17 +52,19 @@ class TestDrawCurves:
         assert (tmp_path / "curves.png").stat().st_size > 1000
 
     @pytest.mark.parametrize(("num_steps", "dots"), [(1, 2), (2, 2), (3, 0)])
-    def test_few_points_are_drawn_as_dots_and_none_is_cut_at_the_edge(self, tmp_path, monkeypatch, num_steps, dots):
-        from matplotlib.figure import Figure
-
-        figures = []
-        save = Figure.savefig
-        monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    def test_few_points_are_drawn_as_dots_and_none_is_cut_at_the_edge(self, tmp_path, figures, num_steps, dots):
         write_metrics(tmp_path / "metrics.jsonl", num_steps=num_steps, every=10)
         draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
         panels = figures[0].axes
         assert sum(line.get_marker() == "o" for panel in panels for line in panel.get_lines()) == dots
         assert all(line.get_xdata()[-1] < panel.get_xlim()[1] for panel in panels for line in panel.get_lines())
+
+    def test_a_validation_above_the_only_loss_of_a_short_run_is_in_the_picture(self, tmp_path, figures):
+        with MetricsFile(tmp_path / "metrics.jsonl") as file:
+            file.append(6, {"loss": 3.0})
+            file.append(6, {"validation_loss": 3.1})
+        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+        assert figures[0].axes[0].get_ylim()[1] > 3.1
 
     def test_a_run_without_a_loss_has_nothing_to_draw(self, tmp_path):
         (tmp_path / "metrics.jsonl").touch()
