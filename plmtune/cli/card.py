@@ -31,6 +31,6 @@ def card(checkpoint: Path, results: tuple[Path, ...], out: Path | None, overwrit
     from plmtune.evaluation.results import load_all
 
     found = load_all(results, lambda text: click.echo(text, err=True))
-    written = write_card(checkpoint, list(found.values()), out, overwrite=overwrite)
+    written = write_card(checkpoint, list(found.values()), out, overwrite=overwrite, sources=list(found))
     open_fields = written.read_text(encoding="utf-8").count("Fill in:")
     click.echo(f"{written}: {open_fields} places say Fill in, as no file knows them")
