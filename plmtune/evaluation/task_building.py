@@ -5,8 +5,10 @@ The one place that knows lm-eval's private names (`lm_eval.tasks._factory`, `_in
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -103,6 +105,8 @@ class Builder(TaskFactory):
             raise
         except Exception as error:  # prompts meet the first document, and functions of the task's run
             raise UserError(documents.explain(error)) from error
+        if isinstance(task, ConfigurableTask) and base.process_results is ConfigurableTask.process_results:
+            _check_target(where, task)
         return task
 
     @staticmethod
@@ -147,20 +151,22 @@ class _Documents:
         if evaluated and evaluated not in have:
             raise UserError(
                 f"{self._data.where} has {', '.join(have)} of {self._where}, which is evaluated on its split "
-                f"{evaluated}. Add it to the map:\n{self.entry()}"
+                f"{evaluated}." + (self.meant(evaluated) or f" Add it to the map:\n{self.entry()}")
             )
         found = self._data.dataset(self._name, wanted & set(have)) or {}
         self._columns = list(next(iter(found.values())).features)
         for column in (self._config.get(key) for key in _TEMPLATES if self._config.get("process_docs") is None):
             # lm-eval would take the name of a column that is not there for the text itself
             if isinstance(column, str) and column.isidentifier() and column not in self._columns:
-                raise UserError(
-                    f"{self._where} reads the column {column}, and its documents have {', '.join(self._columns)} "
-                    f"({self._data.describe(self._name)})"
-                )
+                raise UserError(self._no_column(column))
         self.lacking = wanted - found.keys()
         # lm-eval asks for examples when a task is built, whether prompts will have any.
         return _Splits(self._where, found | {split: found[evaluated].select([]) for split in self.lacking if evaluated})
+
+    def meant(self, split: str) -> str:
+        """Ask whether a split of the map with nearly this name is the one that it lacks; empty where none is near."""
+        near = difflib.get_close_matches(split, self._data.splits(self._name) if self._data is not None else (), n=1)
+        return f" Is {near[0]} meant to be it?" if near else ""
 
     def entry(self) -> str:
         """What a map would say of the task, ready to be filled in."""
@@ -185,8 +191,10 @@ class _Documents:
         if isinstance(error, OSError) and not _reachable():  # what libraries say of it does not help
             reason = "the hub does not answer, and this machine's cache has none"
         missing = self._data.absent(self._name) if self._data is not None else []
+        near = self._data.nearest(self._name) if self._data is not None else ""
         return (
-            f"The data of {self._where}, {path}{f' ({name})' if name else ''}, cannot be had: {reason}."
+            (f"{near}\n" if near else "")
+            + f"The data of {self._where}, {path}{f' ({name})' if name else ''}, cannot be had: {reason}."
             + (f" The folder of --data has no {' and no '.join(missing)}." if missing else "")
             + f'\nWhere there is a network, run python -c "import datasets; datasets.load_dataset({what})" and bring '
             "its ~/.cache/huggingface here (HF_HOME says where it is);\nor put the rows into files and name them in a "
@@ -195,13 +203,26 @@ class _Documents:
 
     def explain(self, error: Exception) -> str:
         """Say why a task cannot be built."""
+        undefined = (
+            re.fullmatch(r"'(\w+)' is undefined", str(error)) if isinstance(error, jinja2.UndefinedError) else None
+        )
+        if undefined is not None and self._columns and self._config.get("process_docs") is None:
+            return self._no_column(undefined[1])
         if isinstance(error, jinja2.TemplateError | KeyError) and self._columns:
             return f"{self._where}: {_in_words(error)}. Its documents have the columns {', '.join(self._columns)}"
         lacking = [key for key in ("doc_to_text", "doc_to_target", "metric_list") if key not in self._config]
         if not any(self._config.get(key) for key in ("test_split", "validation_split")):
             lacking.append("test_split or validation_split")
-        hint = f" It has no key {', '.join(lacking)}" if lacking and "class" not in self._config else ""
+        known = "class" in self._config or isinstance(error, jinja2.UndefinedError)  # a missing key is not the reason
+        hint = f" It has no key {', '.join(lacking)}" if lacking and not known else ""
         return f"{self._where} cannot be built: {_in_words(error)}.{hint}"
+
+    def _no_column(self, column: str) -> str:
+        files = self._data.describe(self._name) if self._data is not None else ""
+        return (
+            f"{files}: there is no column {column}, which {self._where} reads, but {', '.join(self._columns)}. "
+            f"Say in the map what it is: columns: {{{column}: ...}}"
+        )
 
 
 class _WithDocuments:
@@ -262,10 +283,28 @@ def require_examples(built: Task | Group | list[Task], num_fewshot: int | None) 
         if split in documents.lacking:
             raise UserError(
                 f"{task.task_name}: its {wanted} few-shot examples are from the split {split}, which the map does not "
-                f"have. Add it, or evaluate with --num-fewshot 0:\n{documents.entry()}"
+                f"have.{documents.meant(split or '')} Add it, or evaluate with "
+                f"--num-fewshot 0:\n{documents.entry()}"
             )
         if there < wanted + (split == task.config.test_split):  # a question is no example for itself
             raise UserError(f"{task.task_name}: {wanted} few-shot examples are asked for, from {there} documents")
+
+
+def _check_target(where: str, task: ConfigurableTask) -> None:
+    """Refuse targets that lm-eval would mark wrong without a word, whatever a model answers, by the first of them."""
+    own = task.config.doc_to_choice is None or callable(task.config.process_results)
+    if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input or own:
+        return
+    document = task.task_docs[0]
+    choices, target = task.doc_to_choice(document), task.doc_to_target(document)
+    # What else there is, lists of right choices and numbers of other kinds, lm-eval compares in ways of its own.
+    if target not in choices if isinstance(target, str) else isinstance(target, int) and target < 0:
+        wanted = task.config.doc_to_target
+        near = did_you_mean(wanted, task.features) if isinstance(wanted, str) and wanted.isidentifier() else ""
+        raise UserError(
+            f"{where}: the target {target!r:.80} of document 0 is none of its {len(choices)} choices. "
+            f"Its columns: {', '.join(task.features)}.{near if near.endswith('?') else ''}"
+        )
 
 
 def _once(process_docs: Callable[[Any], Any]) -> Callable[[Any], Any]:

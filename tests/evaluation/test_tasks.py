@@ -147,8 +147,14 @@ class TestInclude:
             ("process_docs: !function here.f", r"wrong\.yaml: wrong cannot be read: .*has no function 'f'"),
             ("output_type: guess", r"wrong.* cannot be built: ValueError: Got invalid output_type 'guess'"),
             ("metric_list: [{metric: acd}]", r"acd is none of lm-eval's metrics.* Did you mean acc"),
-            ("doc_to_text: '{{query}}'", r"'query' is undefined\. Its documents have the columns question, choices"),
-            ("doc_to_target: gold", r"reads the column gold, and its documents have question, choices, answer"),
+            (
+                "doc_to_text: '{{query}}'",
+                r"test\.jsonl: there is no column query, which the task wrong .*reads, but question, choices",
+            ),
+            (
+                "doc_to_target: gold",
+                r"there is no column gold, .*choices, answer\. Say in the map what it is: columns: \{gold: ",
+            ),
             ("test_split: null\ntraining_split: null", r"It has no key test_split or validation_split"),
         ],
     )
@@ -214,6 +220,47 @@ class TestLocalTasks:
     def test_a_missing_file_is_said_before_anything_is_built(self, folder: Path) -> None:
         with pytest.raises(UserError, match=r"names .*none\.jsonl for sums/test: it is not there"):
             tasks(folder, "sums: {test: none.jsonl}").load("sums")
+
+    def test_a_split_with_a_slip_in_its_name_is_asked_about(self, folder: Path) -> None:
+        with pytest.raises(UserError, match=r"evaluated on its split test\. Is tset meant to be it\?$"):
+            tasks(folder, "sums: {tset: ../test.jsonl}").load("sums")
+        with pytest.raises(UserError, match=r"which the map does not have\. Is trian meant to be it\?"):
+            tasks(folder, "sums: {test: ../test.jsonl, trian: ../test.jsonl}").load("sums", num_fewshot=1)
+
+
+class TestTargets:
+    """lm-eval gives a target that is none of the choices 0 without a word."""
+
+    @pytest.fixture
+    def load(self, folder: Path) -> Callable[[str], Any]:
+        def load(more: str) -> Any:
+            files = f"dataset_kwargs: {{data_files: {{test: {folder / 'test.jsonl'}}}}}\n"
+            files += "dataset_path: json\ndataset_name: null\ntraining_split: null\n"
+            write(folder, "own.yaml", f"include: sums.yaml\ntask: own\n{files}{more}\n")
+            return Tasks(include=folder).load("own")
+
+        return load
+
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            ("doc_to_target: answr", r"own \(.*own\.yaml\): the target 'answr' of document 0 is none of its 2 choices"
+             r"\. Its columns: question, choices, answer\. Did you mean answer\?"),
+            ("doc_to_target: '{{choices[1]}}.'", r"the target '1\.' of document 0 is none of its 2 choices"),
+            ("doc_to_target: -1", "the target -1 of document 0"),
+        ],
+    )  # fmt: skip
+    def test_that_are_no_choice_are_refused(self, load: Callable[[str], Any], more: str, said: str) -> None:
+        with pytest.raises(UserError, match=said):
+            load(more)
+
+    @pytest.mark.parametrize("target", ["answer", "1", "'{{answer}}'", "'b'", "[0, 1]", "'[1]'", "'{{[answer]}}'"])
+    def test_may_be_places_texts_and_lists_of_places(self, load: Callable[[str], Any], target: str) -> None:
+        assert load(f"doc_to_choice: [a, b]\ndoc_to_target: {target}")
+
+    def test_of_a_task_that_marks_by_itself_are_its_own_matter(self, folder: Path, load: Callable[[str], Any]) -> None:
+        write(folder, "marks.py", "def f(doc, results): return {'acc': 1}\n")
+        assert load("doc_to_target: anything\nprocess_results: !function marks.f")
 
 
 SHUFFLING = """
@@ -356,6 +403,13 @@ class TestWithoutData:
         write(folder, "made.yaml", "include: sums.yaml\ntask: made\ncustom_dataset: !function made.rows\n")
         with pytest.raises(UserError, match="cannot be had: KeyError: 'nobody thought of this'"):
             Tasks(include=folder).load("made")
+
+    def test_an_entry_with_a_slip_in_its_name_is_asked_about_first(self, folder: Path) -> None:
+        write(folder, "capitals.yaml", "include: sums.yaml\ntask: capitals\n")
+        with pytest.raises(
+            UserError, match=r"^.*map\.yml has no entry for capitals; it has capitels\. Did you mean that"
+        ):
+            tasks(folder, "capitels: {test: ../test.jsonl}").load("capitals")
 
     def test_files_that_would_serve_are_named(self, folder: Path, only: Callable[..., None]) -> None:
         only("gsm8k")
