@@ -6,6 +6,7 @@ Nothing is claimed that no file says. What only a person can know stands there a
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
@@ -101,7 +102,7 @@ def _refuse_another(
         ("parameters", parameters, model.get("parameters")),
     ):
         if not told and ours is not None and theirs is not None and ours != theirs:
-            told = f" ({what} {theirs}, and this has {ours})"
+            told = f" ({what} {_show(theirs)}, and this has {_show(ours)})"
     if not told and is_of(model, directory, run):
         return
     theirs = model.get("run") or model.get("path") or model.get("name")
@@ -205,7 +206,7 @@ def _training(run: Run, curves: bool) -> list[str]:
     rows: list[tuple[str, str]] = [("recipe", f"{config.get('recipe')}, config {config.get('name')}")]
     command = run.record.get("command")
     if isinstance(command, list) and command:
-        rows.append(("command", "`" + " ".join([Path(str(command[0])).name, *map(str, command[1:])]) + "`"))
+        rows.append(("command", "`" + shlex.join([Path(str(command[0])).name, *map(str, command[1:])]) + "`"))
     rows += [("data", text) for text in _data(config.get("data"))]
     for phase in config.get("phases") or []:
         length = f"{_show(phase['tokens'])} tokens" if phase.get("tokens") else f"{_show(phase.get('steps'))} steps"
@@ -253,10 +254,14 @@ def _machine(run: Run) -> list[tuple[str, str]]:
             seconds += now if now < last else now - last
             last = now
     if seconds:
-        rows.append(
-            ("time in steps", f"{seconds / 3600:.2f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes")
-        )
+        rows.append(("time in steps", _duration(seconds)))
     return rows
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:.2f} hours"
+    return f"{seconds / 60:.1f} minutes" if seconds >= 120 else f"{seconds:.1f} seconds"
 
 
 def _evaluation(results: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -76,7 +76,7 @@ def make_run(place: Path, saved: Path, **config: Any) -> Path:
     text = yaml.safe_dump({**CONFIG, **config})
     (run / "config.yaml").write_text(text)
     record = {
-        "command": ["/home/someone/bin/plmtune", "run", "pretrain"],
+        "command": ["/home/someone/bin/plmtune", "run", "pretrain", "mix={code: 3, prose: 1}"],
         "status": "finished",
         "started": "2025-03-17T09:30:00Z",
         "ended": "2025-03-17T09:40:00Z",
@@ -121,7 +121,8 @@ class TestRun:
         assert "| phase main | 12 steps, mixed of code 0.75, prose 0.25 |" in text
         assert "| optimizer | adamw (lr 0.001) |" in text and "| tokens | 1,536 (1.54K) |" in text
         assert "| validation, bits per byte | 1.5000 |" in text
-        assert "| hardware | NVIDIA H200 |" in text and "| time in steps | 1.0 minutes |" in text
+        assert "| hardware | NVIDIA H200 |" in text and "| time in steps | 60.0 seconds |" in text
+        assert "| command | `plmtune run pretrain 'mix={code: 3, prose: 1}'` |" in text
         assert "abc123, with changes that were not committed" in text and "torch 2.13.0" in text
 
     def test_sparsity_is_that_of_the_latest_validation(self, run: Path) -> None:
@@ -152,7 +153,7 @@ class TestRun:
 
     def test_hosts_and_folders_of_the_program_stay_private(self, run: Path) -> None:
         text = text_of(run)
-        assert "secret-host" not in text and "/home/someone" not in text and "`plmtune run pretrain`" in text
+        assert "secret-host" not in text and "/home/someone" not in text and "`plmtune run pretrain " in text
 
     def test_a_bar_in_a_name_cannot_break_a_table(self, run: Path) -> None:
         assert r"paths [my\|books]" in text_of(run)
@@ -225,8 +226,8 @@ class TestScores:
         assert "t was read from local files: test: arc.jsonl (beef)" in text_of(run, found)
 
     def test_scores_of_another_step_or_size_are_refused(self, run: Path) -> None:
-        for key, value in (("step", 6), ("parameters", 5)):
-            with pytest.raises(UserError, match=f"{key} {value}"):
+        for key, value in (("step", 6), ("parameters", 5000)):
+            with pytest.raises(UserError, match=f"{key} {value:,}, and this has"):
                 write_card(run, [result("m", {}, model={**of(run, 12), key: value})])
 
     def test_scores_of_another_run_at_the_same_step_are_refused_with_their_file(
@@ -282,3 +283,8 @@ class TestCommand:
             CliRunner().invoke(command, ["nowhere"], catch_exceptions=False)
         with pytest.raises(UserError, match="there is no folder"):
             CliRunner().invoke(command, [str(run), "--out", str(tmp_path / "a" / "b.md")], catch_exceptions=False)
+
+    def test_a_file_with_scores_of_another_model_is_named(self, run: Path, tmp_path: Path) -> None:
+        results.save(result("m", {}, model=of(tmp_path, 6)), tmp_path / "other.json")
+        with pytest.raises(UserError, match=r"other\.json holds scores of another model"):
+            CliRunner().invoke(command, [str(run), str(tmp_path / "other.json")], catch_exceptions=False)
