@@ -457,8 +457,11 @@ class TestCode:
 
     @pytest.mark.slow  # the package evaluate takes seconds to import
     @shared
-    def test_the_runner_of_this_evaluation_is_the_one_that_is_asked(self, only: Callable[..., None]) -> None:
+    def test_the_runner_of_this_evaluation_is_the_one_that_is_asked(
+        self, only: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         only("humaneval")
+        monkeypatch.delitem(sys.modules, "lm_eval.tasks.humaneval.utils", raising=False)
         for runner in (Runner(), Runner()):
             known = Tasks(data=LocalData.open(SHARED), code=runner)  # type: ignore[arg-type]
             task: Any = known.load("humaneval")
