@@ -175,9 +175,9 @@ def _newest(tell: Callable[[str], None]) -> Path:
 
 def _allow_code(tasks: Tasks, names: Sequence[str], *, allowed: bool, sandboxed: bool) -> None:
     """Ask once whether code that the model writes may run."""
-    from plmtune.evaluation.code_eval import CodeRunner, missing, protection
+    from plmtune.evaluation.code_eval import CodeRunner, missing, protection, running_code
 
-    who = f"{', '.join(names)} run{'s' if len(names) == 1 else ''} code that the model writes"
+    who = running_code(names)
     runner = CodeRunner("namespaces" if sandboxed else "limits")
     if sandboxed and (lacking := missing()):
         raise UserError(

@@ -173,6 +173,11 @@ class CodeRunner:
                 sys.modules["evaluate"] = before
 
 
+def running_code(names: Sequence[str]) -> str:
+    """How a sentence on these tasks begins."""
+    return f"{', '.join(names)} run{'s' if len(names) == 1 else ''} code that the model writes"
+
+
 def protection(isolation: Isolation, seconds: float = SECONDS) -> str:
     """What stands between the programs and this machine, in lines for whoever is to consent."""
     bounds = (

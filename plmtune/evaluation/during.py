@@ -12,7 +12,7 @@ from plmtune.data.chat_template import find_template
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
 from plmtune.evaluation import results, run
-from plmtune.evaluation.code_eval import CodeRunner, missing
+from plmtune.evaluation.code_eval import CodeRunner, missing, running_code
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.local_data import LocalData
 from plmtune.evaluation.result_cache import ResultCache
@@ -156,7 +156,7 @@ class Evaluations:
 
 
 def _code_runner(names: list[str], *, allowed: bool) -> CodeRunner:
-    who = f"{', '.join(names)} run{'s' if len(names) == 1 else ''} code that the model writes"
+    who = running_code(names)
     if not allowed:
         raise UserError(f"{who}: eval.unsafe_code=true lets it, in a sandbox")
     if lacking := missing():

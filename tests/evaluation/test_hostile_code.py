@@ -145,7 +145,7 @@ print("memory", got)
     + " '/proc/self/mounts'):\n    try: print(open(path).read())\n    except OSError: pass",
     "reads this machine's files": WRONG
     + "import os\n"
-    + "for path in ('/etc/passwd', '/etc/shadow', '/root/.bashrc', PROJECT + '/docs', '/sys', '/proc', '/dev'):\n"
+    + "for path in ('/etc/passwd', '/etc/shadow', '/home', PROJECT + '/docs', '/sys', '/proc', '/dev'):\n"
     + "    try: print('SAW', os.listdir(path) if os.path.isdir(path) else open(path).read())\n    except OSError: pass",
     "writes outside": WRONG
     + "import os, sys\n"
