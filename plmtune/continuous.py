@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from plmtune.generation import check_sampling, keep_likeliest
@@ -247,7 +246,7 @@ class Engine:
         requests = [waiting.request for waiting in group]
         rooms = [min(request.max_new_tokens, self.model.max_seq_len - len(request.tokens)) for request in requests]
         slots = self._allocate(max(len(request.tokens) + room for request, room in zip(requests, rooms, strict=True)))
-        device = self.model.head_weight.device
+        device = self.model.device
         where = torch.tensor(free[: len(group)], device=device)
         start = self._start
         if self._stems:
@@ -317,7 +316,7 @@ class Engine:
 
     def _read_stem(self, first: _Waiting, length: int) -> _Stem:
         """Read a prompt up to `length`, after what is read of it already."""
-        device = self.model.head_weight.device
+        device = self.model.device
         cache = self.model.new_cache(1, length)
         if self._stems:
             Slots(cache.layers).put(self._stems[-1].cache, torch.zeros(1, dtype=torch.long, device=device))
@@ -331,7 +330,7 @@ class Engine:
         places = [row.newest_at for row in rows]
         longest = max(places)
         assert self._slots is not None
-        device = self.model.head_weight.device
+        device = self.model.device
         tokens, lengths = torch.tensor([[row.newest for row in rows], places], device=device)[:, :, None]
         if min(places) == longest:
             # One row is the common case of it; slices take less time than lists of places.
@@ -393,7 +392,7 @@ class Engine:
 
     def _draw(self, states: Tensor, draws: list[tuple[Request, int]]) -> list[int]:
         """Return a token for each row of states, [b, d], by its request and the number of the token in its answer."""
-        scores = F.linear(states, self.model.head_weight).float()[:, : self.num_tokens]
+        scores = self.model.logits(states)[:, : self.num_tokens]
         if self.temperature != 0:
             logits = keep_likeliest(scores / self.temperature, self.top_k, self.top_p)
             # Gumbel's way (arXiv 1611.01144, eq. 1): the arrival that comes first has the softmax's distribution. Sums

@@ -142,14 +142,14 @@ def generate(
             f"{before + s} prompt and {max_new_tokens} new tokens exceed the model's max_seq_len ({model.max_seq_len})"
         )
     check_sampling(temperature, top_k, top_p)
-    device = model.head_weight.device
+    device = model.device
     tokens = tokens.to(device)
     if cache is None:
         cache = model.new_cache(b, s + max_new_tokens)
     for _ in range(max_new_tokens):
         states = model(tokens, cache=cache, hidden=True)
         # Only the last position is sampled; the logits of a whole prompt would fill memory for nothing.
-        logits = torch.nn.functional.linear(states[:, -1], model.head_weight).float()
+        logits = model.logits(states[:, -1])
         if not bool(logits.isfinite().all()):
             raise FloatingPointError(
                 f"the model's output after {cache.length} tokens is not a number: its weights are damaged, or its "
@@ -186,7 +186,7 @@ def complete(
         ValueError: if the prompt leaves no room.
         FloatingPointError: if the model's output is not a number.
     """
-    device = model.head_weight.device
+    device = model.device
     ids = tokenizer.encode(prompt, specials=True) if isinstance(prompt, str) else list(prompt)
     ids = ids or [tokenizer.eos_id]
     ends = {tokenizer.eos_id, *end_ids}

@@ -109,7 +109,7 @@ def wake(
                 "beside. Put them back."
             )
     trained = runtime.distribute(model, compile=cfg.runtime.compile)
-    return Student(cfg, model, trained, tokenizer, model.head_weight.dtype, described)
+    return Student(cfg, model, trained, tokenizer, model.dtype, described)
 
 
 def first_model(runtime: Runtime, origin: Origin) -> Decoder:

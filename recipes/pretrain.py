@@ -55,7 +55,7 @@ class Pretrain:
         self.fingerprints = {name: shard.fingerprint for name, shard in shards.items()}
         self.run = open_run(cfg, runtime, self.fingerprints, saved)
         self.trained = runtime.distribute(self.model, compile=cfg.runtime.compile)
-        self.dtype = self.model.head_weight.dtype  # of what is saved; in a step FSDP2 shows another
+        self.dtype = self.model.dtype  # of what is saved; in a step FSDP2 shows another
         self.loss = build("loss", cfg.loss)
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
         self.scheduler = build_scheduler(cfg, self.optimizer, plan.num_steps, plan.tokens_per_step)

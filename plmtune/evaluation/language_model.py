@@ -85,7 +85,7 @@ class LanguageModel(TemplateLM):
         self.batch_size, self.template, self.cache, self.progress = batch_size, template, cache, progress
         self.num_known = 0
         self.num_truncated = 0
-        self._device = model.head_weight.device
+        self._device = model.device
         self._scorer = Scorer(model)
         ends = () if template is None else (template.end_id,)
         self._writer = Writer(model, tokenizer, batch_size=batch_size, end_ids=ends)

@@ -164,7 +164,7 @@ def evaluate(
         "status": "partial",
         "model": dict(about),
         "settings": described(settings, [*loaded, *failed]),
-        "environment": results.environment(lm.device, lm.model.head_weight.dtype),
+        "environment": results.environment(lm.device, lm.model.dtype),
         "git": git_state(),
         "started": now(),
         "seconds": 0.0,
@@ -278,7 +278,7 @@ def about(name: str, path: Path, model: Decoder, digest: str) -> dict[str, Any]:
         "path": str(path),
         "digest": digest,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dtype": str(model.head_weight.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "step": None,
         "run": None,
     }

@@ -107,7 +107,7 @@ class Scorer:
 
     @property
     def device(self) -> torch.device:
-        return self.model.tok_embeddings.weight.device
+        return self.model.device
 
     def _default_budget(self) -> int:
         if self.device.type != "cuda":
@@ -237,8 +237,7 @@ class Scorer:
 
     def _predict(self, hidden: Tensor, places: Ids, targets: Ids) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Return log p of each target, [t], and whether it is the likeliest, from the hidden state at its place."""
-        weight = self.model.head_weight
-        step = max(1, (_LOGITS_CPU if self.device.type == "cpu" else _LOGITS_GPU) // weight.shape[0])
+        step = max(1, (_LOGITS_CPU if self.device.type == "cpu" else _LOGITS_GPU) // self.model.vocab_size)
         # Several items may ask one place: its logits are computed once.
         asked, which = np.unique(places, return_inverse=True)
         order = np.argsort(which, kind="stable")
@@ -249,7 +248,7 @@ class Scorer:
             mine = torch.from_numpy(np.stack((which[order[first:end]] - chunk * step, targets[order[first:end]])))
             row, target = mine.to(self.device)
             # On a CPU log_softmax takes a seventh of the time of logsumexp.
-            logits = F.log_softmax(F.linear(hidden[at], weight).float(), dim=-1)  # [n, v]
+            logits = F.log_softmax(self.model.logits(hidden[at]), dim=-1)  # [n, v]
             results.append(torch.stack((logits[row, target], (logits.argmax(-1)[row] == target).float())))
         log_probs, hits = torch.cat(results, dim=1).double().cpu().numpy()
         back = np.empty_like(order)

@@ -118,7 +118,7 @@ class Writer:
         return Request(str(index), tokens, prompt.max_new_tokens, prompt.seed, until)
 
     def _write(self, prompts: Sequence[Prompt], requests: list[Request]) -> Iterator[tuple[int, Written]]:
-        device = self.model.head_weight.device
+        device = self.model.device
         waiting = {int(request.key): request for request in requests}
         for sampling in dict.fromkeys(prompts[index].sampling for index in waiting):
             alike = {index: request for index, request in waiting.items() if prompts[index].sampling == sampling}
@@ -165,7 +165,7 @@ class Writer:
 
     def _rows(self, requests: Sequence[Request]) -> int:
         """Return how many rows the cache has room for, where all are as long as the longest."""
-        device = self.model.head_weight.device
+        device = self.model.device
         longest = max(len(request.tokens) + request.max_new_tokens for request in requests)
         row = self.model.new_cache(1, 1).nbytes * longest
         most = _MOST_ROWS.get(device.type, _MOST_ROWS_ELSEWHERE)

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from plmtune.modules.cache import Cache, LayerCache, Stem
 from plmtune.modules.norm import autocast_active
+from plmtune.modules.peft import effective_weight
+from plmtune.modules.quantized import QuantizedEmbedding, QuantizedLinear
 from plmtune.modules.segments import Segments
 
 
@@ -127,8 +129,28 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The vocabulary projection, [v, d], for a loss that never holds all logits."""
-        return self.tok_embeddings.weight if self.tied else self.output.weight
+        """The vocabulary projection, [v, d], for a loss that never holds all logits; of a quantized one, its numbers
+        written out."""
+        return effective_weight(self.tok_embeddings if self.tied else self.output)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.norm.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states without autocast, and of what a cache holds."""
+        return next(self.norm.parameters()).dtype
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return fp32 logits, [..., v], of normed hidden states, [..., d]."""
+        head = self.tok_embeddings if self.tied else self.output
+        if isinstance(head, QuantizedEmbedding):
+            return head.project(hidden).float()
+        if isinstance(head, QuantizedLinear):
+            return head(hidden).float()
+        return F.linear(hidden, self.head_weight).float()
 
     @torch.no_grad()
     def add_score_head(self, generator: torch.Generator | None = None) -> None:
@@ -136,8 +158,7 @@ class Decoder(nn.Module):
 
         It is drawn from N(0, init_std), like the other matrices by `init_weights` too.
         """
-        like = self.tok_embeddings.weight
-        self.score = nn.Linear(self.embed_dim, 1, bias=False, device=like.device, dtype=like.dtype)
+        self.score = nn.Linear(self.embed_dim, 1, bias=False, device=self.device, dtype=self.dtype)
         self.score.weight.normal_(0.0, self.init_std, generator=generator)
         if not self.tied:
             # Nothing asks for logits any more, and DDP waits for the gradient of each parameter that wants one.
@@ -151,13 +172,12 @@ class Decoder(nn.Module):
         """
         if max_seq_len > self.max_seq_len:
             raise ValueError(f"a cache of {max_seq_len} tokens exceeds the model's max_seq_len ({self.max_seq_len})")
-        like = self.tok_embeddings.weight
         layers = []
         for layer in self.layers:
             shapes = cast(Any, layer).attention.cache_shapes()
             layers.append(
                 tuple(
-                    torch.empty(batch_size, heads, max_seq_len, width, dtype=like.dtype, device=like.device)
+                    torch.empty(batch_size, heads, max_seq_len, width, dtype=self.dtype, device=self.device)
                     for heads, width in shapes
                 )
             )
@@ -217,4 +237,4 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(s)
         x = self.norm(x)
-        return x if hidden else F.linear(x, self.head_weight).float()
+        return x if hidden else self.logits(x)

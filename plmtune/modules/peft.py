@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plmtune.modules.quantized import Quantized
 from plmtune.modules.torchtune_layers import layers
 from plmtune.registry import register
 
@@ -213,8 +214,10 @@ def init_adapters(model: nn.Module, generator: torch.Generator | None = None) ->
 def effective_weight(layer: Any) -> Tensor:
     """The weight [out, in] that a linear layer acts with: its own, or the base's with the adapters in it.
 
-    For what needs the matrix itself, as MLA's absorbed decoding does.
+    For what needs the matrix itself, as MLA's absorbed decoding does. Of a quantized layer: its numbers written out.
     """
+    if isinstance(layer, Quantized):
+        return layer.dequantize()
     weight: Tensor = layer.weight
     if not hasattr(layer, "lora_a"):
         return weight
