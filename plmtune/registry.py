@@ -28,7 +28,7 @@ from plmtune.errors import UserError, did_you_mean
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Where built-in components live; a file there that registers something is found by itself.
-PACKAGES = ("modules", "models", "losses", "optim", "data", "training", "rounds")
+PACKAGES = ("modules", "models", "losses", "optim", "data", "training", "rounds", "quantization")
 
 _objects: dict[tuple[str, str], Callable[..., Any]] = {}
 _extra_modules: list[str] = []

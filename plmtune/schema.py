@@ -182,6 +182,7 @@ class Sft:
     optimizer: Component | None = None
     scheduler: Component | None = None
     peft: Component | None = None  # null: all weights are trained
+    quantization: Component | None = None  # with qat=true the model learns to bear it
     logger: Component | None = None
 
 
@@ -245,6 +246,7 @@ class Preference:
     optimizer: Component | None = None
     scheduler: Component | None = None
     peft: Component | None = None  # null: all weights are trained
+    quantization: Component | None = None  # with qat=true the model learns to bear it
     logger: Component | None = None
 
 
