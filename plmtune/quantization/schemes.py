@@ -1,11 +1,96 @@
-"""Schemes: which matrix of a model is stored how. Each gives {module name: Format} for a model."""
+"""Schemes: which matrix of a model is stored how. Each gives {module name: Format} for a model.
+
+The model may lie on the meta device: only names and shapes are looked at. Linear layers and the embedding are
+candidates; norms and a reward model's score head never are. A scheme's rules are patterns (fnmatch) on module names:
+
+    rules: {"layers.0.*": int8, "*.ffn.down_proj": int4_g32, output: keep}     # later ones win
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
 from torch import nn
 
-from plmtune.modules.quantized import Format
+from plmtune.errors import did_you_mean
+from plmtune.modules.quantized import Format, Quantized
 from plmtune.registry import register
+
+KEEP = "keep"
+EMBEDDING, HEAD = "tok_embeddings", "output"
+
+
+class Plan(dict[str, Format]):
+    """Module name -> how it is stored; what is not named stays as it is.
+
+    Attributes:
+        notes: sentences on formats that did not fit a module and were replaced.
+    """
+
+    def __init__(self, formats: Mapping[str, Format] = {}, notes: list[str] | None = None) -> None:
+        super().__init__(formats)
+        self.notes = notes or []
+
+
+@register("quantization", "int8")
+def int8(
+    model: nn.Module, *, embedding: str = "int8", rules: dict[str, str] | None = None, qat: bool = False
+) -> dict[str, Format]:
+    """Weights of 8 bits, a scale a row: half of bf16's bytes, hardly any loss.
+
+    Args:
+        model: whose layers are meant.
+        embedding: format of the embedding and of the head, or keep.
+        rules: pattern of module names -> format or keep; later ones win.
+        qat: fine-tuning rounds as this scheme does, so that the weights learn to live with it.
+
+    Raises:
+        ValueError: for a format that is none, or a pattern that no module's name matches.
+    """
+    return _plan(model, Format(8), embedding, rules)
+
+
+@register("quantization", "int8_dynamic")
+def int8_dynamic(
+    model: nn.Module, *, embedding: str = "int8", rules: dict[str, str] | None = None, qat: bool = False
+) -> dict[str, Format]:
+    """Weights of 8 bits, and inputs rounded to 8 bits token by token: what integer units and XNNPACK multiply.
+
+    Args:
+        model: whose layers are meant.
+        embedding: format of the embedding and of the head, or keep.
+        rules: pattern of module names -> format or keep; later ones win.
+        qat: fine-tuning rounds as this scheme does, so that the weights learn to live with it.
+
+    Raises:
+        ValueError: for a format that is none, or a pattern that no module's name matches.
+    """
+    return _plan(model, Format(8, dynamic=True), embedding, rules)
+
+
+@register("quantization", "int8_dynamic_int4")
+def int8_dynamic_int4(
+    model: nn.Module,
+    *,
+    group_size: int = 32,
+    embedding: str = "int8",
+    rules: dict[str, str] | None = None,
+    qat: bool = False,
+) -> dict[str, Format]:
+    """Weights of 4 bits around zero in groups, and inputs rounded to 8 bits token by token (8da4w).
+
+    Args:
+        model: whose layers are meant.
+        group_size: neighbours in a row that share a scale.
+        embedding: format of the embedding and of the head, or keep.
+        rules: pattern of module names -> format or keep; later ones win.
+        qat: fine-tuning rounds as this scheme does, so that the weights learn to live with it.
+
+    Raises:
+        ValueError: for a format that is none, or a pattern that no module's name matches.
+    """
+    return _plan(model, Format(4, group_size, dynamic=True), embedding, rules)
 
 
 @register("quantization", "int4")
@@ -17,6 +102,101 @@ def int4(
     rules: dict[str, str] | None = None,
     qat: bool = False,
 ) -> dict[str, Format]:
-    """Weights of 4 bits in groups; written in full soon."""
-    plan = {name: Format(4, group_size) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    return plan | {"tok_embeddings": Format.parse(embedding)}
+    """Weights of 4 bits in groups, each with a scale and a zero: the smallest.
+
+    Args:
+        model: whose layers are meant.
+        group_size: neighbours in a row that share a scale and a zero.
+        embedding: format of the embedding and of the head, or keep.
+        rules: pattern of module names -> format or keep; later ones win.
+        qat: fine-tuning rounds as this scheme does, so that the weights learn to live with it.
+
+    Raises:
+        ValueError: for a format that is none, or a pattern that no module's name matches.
+    """
+    return _plan(model, Format(4, group_size), embedding, rules)
+
+
+@register("quantization", "mixed")
+def mixed(model: nn.Module, *, rules: dict[str, str] | None = None, qat: bool = False) -> dict[str, Format]:
+    """What the rules say and nothing else, such as those that `--sensitivity` proposes.
+
+    Args:
+        model: whose layers are meant.
+        rules: pattern of module names -> format or keep; later ones win.
+        qat: fine-tuning rounds as this scheme does, so that the weights learn to live with it.
+
+    Raises:
+        ValueError: without rules, for a format that is none, or a pattern that no module's name matches.
+    """
+    if not rules:
+        raise ValueError("rules: mixed stores nothing in integers without them, such as {'*.ffn.*': int4_g32}")
+    return _plan(model, None, KEEP, rules)
+
+
+def candidates(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Shape [out, in] of each matrix that can be stored in integers, by its module's name.
+
+    Raises:
+        ValueError: if the model holds integers already.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized):
+            raise ValueError(f"the model is quantized already ({name} is {module.format.name}): take the one before")
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "score":
+            found[name] = (module.out_features, module.in_features)
+        elif isinstance(module, nn.Embedding):
+            found[name] = (module.num_embeddings, module.embedding_dim)
+    return found
+
+
+def _plan(
+    model: nn.Module, linear: Format | None, embedding: str, rules: Mapping[str, str] | None
+) -> dict[str, Format]:
+    shapes = candidates(model)
+    rows = _parse("embedding", embedding)
+    chosen = {name: rows if name in (EMBEDDING, HEAD) else linear for name in shapes}
+    for pattern, format_name in (rules or {}).items():
+        format = _parse(f"rules, {pattern!r:.80}", format_name)
+        matched = [name for name in shapes if fnmatchcase(name, pattern)]
+        if not matched:
+            near = did_you_mean(pattern, shapes)
+            raise ValueError(f"rules: no module's name matches {pattern!r:.80}.{near if len(near) < 400 else ''}")
+        chosen |= dict.fromkeys(matched, format)
+    plan = Plan()
+    replaced: dict[tuple[Format, Format | None, int], list[str]] = {}
+    for name, format in chosen.items():
+        if format is None:
+            continue
+        width = shapes[name][1]
+        fitting = fit(format, width)
+        if fitting is not None:
+            plan[name] = fitting
+        if fitting != format:
+            replaced.setdefault((format, fitting, width), []).append(name)
+    for (format, fitting, width), names in replaced.items():
+        which = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        instead = f"stored as {fitting.name}" if fitting else "kept as it is"
+        plan.notes.append(f"{which}: rows of {width} numbers do not divide as {format.name} wants; {instead}")
+    return plan
+
+
+def _parse(key: str, name: str) -> Format | None:
+    try:
+        return None if name == KEEP else Format.parse(name)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}; or {KEEP}") from error
+
+
+def fit(format: Format, width: int) -> Format | None:
+    """The format that rows of `width` numbers get: the largest group that divides them, else 8 bits with a scale a
+    row, else (an odd width) none."""
+    if width % 2:
+        return None
+    if format.group_size is None or width % format.group_size == 0:
+        return format
+    for size in range(format.group_size - 16, 0, -16):
+        if width % size == 0:
+            return Format(format.bits, size, format.dynamic)
+    return Format(8, dynamic=format.dynamic)

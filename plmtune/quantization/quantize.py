@@ -1,0 +1,169 @@
+"""From a model's weights to integers, in place, a matrix at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization.quant_primitives import (
+    MappingType,
+    choose_qparams_affine,
+    dequantize_affine,
+    quantize_affine,
+)
+
+from plmtune.errors import UserError
+from plmtune.modules.quantized import Format, Quantized, install
+
+# Numbers worked on at once: a vocabulary's matrix in fp32, and what rounding makes of it, would be gigabytes.
+_CHUNK = 1 << 22
+
+# Of the range a group's numbers have, what is tried with calibration. Wider than the range never pays; narrower than
+# half of it clips more than finer steps give back.
+_SHRINK = tuple(1 - i / 40 for i in range(21))
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module,
+    plan: Mapping[str, Format],
+    *,
+    second_moments: Mapping[str, Tensor] | None = None,
+    scheme: Mapping[str, Any] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Store the matrices that a plan names as integers. Each weight is let go as soon as its integers are there.
+
+    Args:
+        model: changed in place, and given the attribute `quantization`, what config.json says of the scheme.
+        plan: module name -> format.
+        second_moments: module name -> mean of the squared inputs, [in] (`calibrate.second_moments`). Where they are
+            given each group's range is the one with the least error of the products, not the whole.
+        scheme: the scheme's name and settings, to be kept with the model.
+        progress: is told (module, done, of how many).
+
+    Raises:
+        ValueError: if the plan does not fit the model.
+        UserError: naming the tensor, if a weight is not a number.
+    """
+    for done, (name, format) in enumerate(plan.items()):
+        if progress is not None:
+            progress(name, done, len(plan))
+        try:
+            held: Any = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"the model has no module {name!r:.200}") from None
+        weight, bias = held.weight, getattr(held, "bias", None)
+        install(model, {name: format})
+        moments = second_moments.get(name) if second_moments else None
+        new = model.get_submodule(name)
+        fill(new, *round_weight(weight.detach(), format, moments, name=name), dtype=weight.dtype)
+        if bias is not None:
+            new.register_parameter("bias", bias)
+        del held, weight
+    model.quantization = dict(scheme or {})  # type: ignore[assignment]
+    if progress is not None:
+        progress("", len(plan), len(plan))
+
+
+def fill(module: nn.Module, q: Tensor, scales: Tensor, zeros: Tensor | None, *, dtype: torch.dtype) -> None:
+    """Give an installed module its numbers.
+
+    Args:
+        module: a `Quantized`.
+        q (Tensor): int8 [out, in], as `round_weight` gives it.
+        scales (Tensor): bf16 [out, groups]. zeros (Tensor | None): int8 [out, groups].
+        dtype: what is computed in.
+    """
+    assert isinstance(module, Quantized)
+    if module.format.bits == 4:
+        pairs = (q + 8 if module.format.symmetric else q).to(torch.uint8).unflatten(-1, (-1, 2))
+        q = pairs[..., 0] | pairs[..., 1] << 4
+    module.weight, module.scales = q.contiguous(), scales.to(dtype)
+    if zeros is not None:
+        module.zeros = zeros
+
+
+def round_weight(
+    weight: Tensor, format: Format, second_moments: Tensor | None = None, *, name: str = "the weight"
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Integers, scales and zeros of a matrix, by torchao's primitives.
+
+    Args:
+        weight (Tensor): [out, in].
+        format: how it will be stored.
+        second_moments (Tensor | None): mean of the squared inputs, [in].
+        name: for errors.
+
+    Returns:
+        q (int8 [out, in]; -128..127, -8..7, or 0..15 where there are zeros), scales (bf16 [out, groups]) and zeros
+        (int8 [out, groups], or None of a symmetric format).
+
+    Raises:
+        UserError: if the weight holds NaN or infinity.
+    """
+    parts = []
+    for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
+        wide = rows.float()
+        if not wide.isfinite().all():
+            raise UserError(
+                f"{name}.weight holds numbers that are not finite (NaN or infinity), so it cannot be quantized. "
+                "Its training diverged or its file is damaged: take an earlier checkpoint."
+            )
+        parts.append(_round_rows(wide, format, second_moments))
+    q, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
+    return q, scales, None if format.symmetric else zeros
+
+
+def bounds(format: Format) -> tuple[int, int]:
+    """Least and greatest integer of a format."""
+    return (-128, 127) if format.bits == 8 else (-8, 7) if format.symmetric else (0, 15)
+
+
+def _round_rows(w: Tensor, format: Format, moments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    low, high = bounds(format)
+    block = (1, format.group_size or w.shape[1])
+    mapping = MappingType.SYMMETRIC if format.symmetric else MappingType.ASYMMETRIC
+    scales, zeros = choose_qparams_affine(
+        w, mapping, block, torch.int8, low, high, scale_dtype=torch.float32, zero_point_dtype=torch.int8, keepdim=True
+    )
+    # The integers are chosen for the scales that will be stored, or the rounding of scales would be a second error.
+    scales = scales.bfloat16().float()
+    # Of 8 bits the whole range is within a per mille of the best one.
+    if moments is not None and format.bits == 4:
+        scales, zeros = _search(w, scales, zeros, block, format, moments.to(w))
+    q = quantize_affine(w, block, scales, zeros, torch.int8, low, high)
+    return q, scales.bfloat16(), zeros
+
+
+def _search(
+    w: Tensor, scales: Tensor, zeros: Tensor, block: tuple[int, int], format: Format, moments: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The scales and zeros, [out, groups], with the least sum over a group of moment * (error of w)^2.
+
+    That is the error of the product where inputs do not depend on each other (as in llama.cpp's importance matrix).
+    """
+    low, high = bounds(format)
+    groups = w.unflatten(-1, (-1, block[1]))
+    least, most = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    best = torch.full_like(scales, torch.inf)
+    full, best_scales, best_zeros = scales, scales, zeros
+    for shrink in _SHRINK:
+        tried = (full * shrink).bfloat16().float()
+        if format.symmetric:
+            places = (zeros,)
+        else:
+            # A range narrower than the numbers may give up its lower end, its upper end, or some of both.
+            at_low = (-least / tried).round().clamp(low, high)
+            at_high = (high - most / tried).round().clamp(low, high)
+            places = tuple(z.to(zeros) for z in (at_low, ((at_low + at_high) / 2).round(), at_high))
+        for place in places:
+            q = quantize_affine(w, block, tried, place, torch.int8, low, high)
+            error = dequantize_affine(q, block, tried, place, torch.int8, low, high) - w
+            cost = (error.square_() * moments).unflatten(-1, (-1, block[1])).sum(-1)
+            better = cost < best
+            best = torch.where(better, cost, best)
+            best_scales, best_zeros = torch.where(better, tried, best_scales), torch.where(better, place, best_zeros)
+    return best_scales, best_zeros
