@@ -31,6 +31,7 @@ from plmtune.models.files import (
 from plmtune.models.hf import hf_name
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapted, adapter_parameters, merge
+from plmtune.modules.quantized import Quantized
 from plmtune.registry import load
 
 ADAPTERS = "adapter_model"  # the stem of the file of tensors
@@ -206,8 +207,14 @@ def load_adapter(model: Decoder, directory: Path) -> None:
     """Put a directory's adapters into a model that holds their base's weights, in place; all else is frozen.
 
     Raises:
-        UserError: if they are damaged, of a kind that cannot be represented, or do not fit the model.
+        UserError: if they are damaged, of a kind that cannot be represented, or do not fit the model, as no adapters
+            fit integers.
     """
+    if any(isinstance(module, Quantized) for module in model.modules()):
+        raise UserError(
+            f"{directory}: its base is quantized, and adapters cannot be put beside integers. Give the checkpoint that "
+            "was quantized with --base, merge, and quantize what comes of it."
+        )
     where = directory / ADAPTER_CONFIG
     config = read_json(directory, ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":

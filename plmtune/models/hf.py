@@ -3,6 +3,9 @@
 A directory has `model.safetensors`, or shards and `model.safetensors.index.json`, and `config.json`. The
 latter's key `plmtune` describes the model by registered components, so that any combination comes back; a
 directory without it is read as the PLM or Llama checkpoint that its other keys tell of.
+
+A quantized matrix is three tensors: NAME.weight (integers), NAME.scales and, where its format has them, NAME.zeros;
+config.json's key `quantization_config` says which modules are held in which format.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from plmtune.models.files import (
 )
 from plmtune.modules.attention import default_kv_heads
 from plmtune.modules.decoder import Decoder
+from plmtune.modules.quantized import Format, Quantized, install
 
 _NAMES = {
     "tok_embeddings": "model.embed_tokens",
@@ -49,6 +53,8 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_STORED = {torch.int8: "I8", torch.uint8: "U8"}
+_METHOD, _VERSION = "plmtune", 1  # of quantization_config
 SCORE = "score.weight"  # of a reward model, as in transformers' models for sequence classification
 # Far above any real model's, far below what would hurt.
 _MAX_POSITIONS = 2**24
@@ -88,7 +94,29 @@ def to_hf(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Sharded parameters are gathered, so every process must call it.
     """
     state = {name: _whole(tensor) for name, tensor in hf_state(model).items()}
-    return state, hf_config(model.config, next(iter(state.values())).dtype, score_head=SCORE in state)
+    config = hf_config(model.config, model.dtype, score_head=SCORE in state)
+    formats: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized):
+            if module.prepared:
+                raise ValueError(
+                    "a model that was prepared for this machine's kernels holds its integers in their order and cannot "
+                    "be saved: load it with prepare=False"
+                )
+            formats.setdefault(module.format.name, []).append(hf_name(name))
+            # A scale is a bf16 number in whatever dtype the model computes.
+            state[hf_name(f"{name}.scales")] = state[hf_name(f"{name}.scales")].to(torch.bfloat16)
+    if formats:
+        # transformers leaves out a quant_method that it does not know and would read the integers as weights; a
+        # model_type that it does not know it refuses.
+        config |= {"architectures": ["PlmtuneForCausalLM"], "model_type": "plmtune"}
+        config["quantization_config"] = {
+            "quant_method": _METHOD,
+            "version": _VERSION,
+            "scheme": dict(model.quantization),
+            "formats": formats,
+        }
+    return state, config
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -173,7 +201,8 @@ def save_model(
         max_shard_bytes: larger weights are split, with an index.
 
     Raises:
-        ValueError: if a state comes without a config, or max_shard_bytes is not above 0.
+        ValueError: if a state comes without a config, integers without what they stand for, a model was prepared for
+            this machine's kernels, or max_shard_bytes is not above 0.
     """
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be above 0, not {max_shard_bytes}")
@@ -187,6 +216,8 @@ def save_model(
         }
     if config is None:
         raise ValueError("tensors without a config cannot be saved: give the model's config")
+    if "quantization_config" not in config and any(name.endswith(".scales") for name in state):
+        raise ValueError("the tensors of a quantized model need the config that to_hf gives: save the model itself")
     if "component" in config:
         config = hf_config(config, next(iter(state.values())).dtype, score_head=SCORE in state)
     directory = Path(directory)
@@ -243,11 +274,12 @@ def load_model(directory: str | Path, device: torch.device | str = "cpu", dtype:
             model.add_score_head()
     _check(model, directory, locations)
     if dtype is None:
-        file, theirs = locations[hf_name("tok_embeddings.weight")], hf_name("tok_embeddings.weight")
-        with opened_weights(file) as opened:
+        # A quantized embedding says nothing of what is computed in.
+        theirs = hf_name("norm.weight" if isinstance(model.tok_embeddings, Quantized) else "tok_embeddings.weight")
+        with opened_weights(locations[theirs]) as opened:
             dtype = _DTYPES[opened.get_slice(theirs).get_dtype()]
     model.to(dtype).to_empty(device=device)
-    load_state(model, directory)
+    _fill(model, locations)
     return model
 
 
@@ -258,16 +290,30 @@ def load_state(model: Decoder, directory: str | Path) -> None:
     model's weights.
 
     Raises:
-        UserError: if they do not fit the model.
+        UserError: if they do not fit the model, or are integers, which no training goes on from.
     """
-    locations = locate(Path(directory))
-    _check(model, Path(directory), locations)
+    directory = Path(directory)
+    locations = locate(directory)
+    if any(name.endswith(".scales") for name in locations):
+        raise UserError(
+            f"{directory} holds a quantized model, whose integers cannot be trained. Start from the checkpoint that "
+            "was quantized, and quantize what comes of it."
+        )
+    _check(model, directory, locations)
+    _fill(model, locations)
+
+
+def _fill(model: Decoder, locations: Mapping[str, Path]) -> None:
     parameters = hf_state(model)
     if SCORE not in locations:
         parameters.pop(SCORE, None)
     with torch.no_grad():
         for name, tensor in _tensors(locations, parameters):
             parameter = parameters[name]
+            if name.endswith(".scales") and not tensor.isfinite().all():
+                raise UserError(f"{locations[name]}: {name} holds numbers that are not finite.")
+            if name.endswith(".zeros") and not ((tensor >= 0) & (tensor < 16)).all():
+                raise UserError(f"{locations[name]}: {name} must lie from 0 to 15.")
             if isinstance(parameter, DTensor):
                 mesh, placements = parameter.device_mesh, parameter.placements
                 # Each process reads the file itself, so nothing needs to be sent.
@@ -296,6 +342,46 @@ def _tensors(locations: Mapping[str, Path], names: Iterable[str]) -> Iterator[tu
                 yield name, opened.get_tensor(name)
 
 
+def read_formats(directory: str | Path) -> tuple[dict[str, Format], dict[str, Any]]:
+    """Return how a directory's weights are quantized: (our module name -> format, the scheme that gave it).
+
+    Both are empty for weights that are plain numbers.
+
+    Raises:
+        UserError: if config.json does not say it as `save_model` does, or names another way of quantizing.
+    """
+    path = Path(directory) / CONFIG
+    found = read_json(Path(directory), CONFIG).get("quantization_config")
+    if found is None:
+        return {}, {}
+    where = f"{path}, key quantization_config"
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: must be a table, not {found!r:.80}.")
+    if found.get("quant_method") != _METHOD:
+        raise UserError(
+            f"{where}: a checkpoint quantized by {found.get('quant_method')!r:.80} cannot be read. Get the original "
+            "weights and quantize them with plmtune run quantize."
+        )
+    version, scheme, named = found.get("version"), found.get("scheme", {}), found.get("formats")
+    if type(version) is not int or version != _VERSION:
+        raise UserError(f"{where}: version is {version!r:.80}, and this plmtune reads {_VERSION}. Get a newer one.")
+    if not isinstance(scheme, dict):
+        raise UserError(f"{where}.scheme: must be a table, not {scheme!r:.80}.")
+    if not isinstance(named, dict) or not all(isinstance(names, list) for names in named.values()):
+        raise UserError(f"{where}.formats: must map formats to lists of modules, not {named!r:.80}.")
+    formats: dict[str, Format] = {}
+    for format, names in named.items():
+        try:
+            parsed = Format.parse(format)
+        except ValueError as error:
+            raise UserError(f"{where}.formats: {error}.") from error
+        for name in names:
+            if not isinstance(name, str) or our_name(name) in formats:
+                raise UserError(f"{where}.formats: {name!r:.200} is named twice or no module.")
+            formats[our_name(name)] = parsed
+    return formats, scheme
+
+
 def read_description(directory: str | Path) -> dict[str, Any]:
     """Return the `config` of the model that a directory holds: its components and settings.
 
@@ -310,6 +396,7 @@ def _build(directory: Path, num_tensors: int) -> Decoder:
     """Build on the meta device what config.json describes; nothing is allocated."""
     path = directory / CONFIG
     keys = read_json(directory, CONFIG)
+    formats, scheme = read_formats(directory)
     description = keys["plmtune"] if "plmtune" in keys else _from_hf_keys(keys, path)
     part = from_description("model", description, f"{path}, key plmtune")
     vocab_size = description.get("vocab_size")
@@ -328,6 +415,11 @@ def _build(directory: Path, num_tensors: int) -> Decoder:
         raise UserError(f"{path} describes no possible model: {str(error).splitlines()[0]}.") from error
     if not isinstance(model, Decoder):
         raise UserError(f"{path}: {description['component']} is not a model that this version can load.")
+    try:
+        install(model, formats)
+    except ValueError as error:
+        raise UserError(f"{path}, key quantization_config: {error}.") from error
+    model.quantization = scheme
     return model
 
 
@@ -390,7 +482,8 @@ def _demand(keys: dict[str, Any], path: Path, **allowed: tuple[Any, ...]) -> Non
 
 def _check(model: Decoder, directory: Path, locations: Mapping[str, Path]) -> None:
     """Compare every name, shape and dtype with the model, reading headers only."""
-    shapes = {hf_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = hf_state(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     missing = [name for name in shapes if name not in locations and name != SCORE]
     if missing:
         raise UserError(f"{directory} misses the tensor {missing[0]}{_more(missing)}. Is the copy complete?")
@@ -412,7 +505,10 @@ def _check(model: Decoder, directory: Path, locations: Mapping[str, Path]) -> No
                 shape = tuple(header.get_shape())
                 if shape != shapes[name]:
                     raise UserError(f"{file}: {name} has shape {list(shape)}, the model needs {list(shapes[name])}.")
-                if header.get_dtype() not in _DTYPES:
+                stored = _STORED.get(state[name].dtype, "BF16" if name.endswith(".scales") else None)
+                if stored is not None and header.get_dtype() != stored:
+                    raise UserError(f"{file}: {name} is of type {header.get_dtype()}, its format needs {stored}.")
+                if stored is None and header.get_dtype() not in _DTYPES:
                     known = ", ".join(_DTYPES)
                     raise UserError(f"{file}: {name} is of type {header.get_dtype()}; known are {known}.")
 

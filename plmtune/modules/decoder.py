@@ -59,6 +59,7 @@ class Decoder(nn.Module):
     Attributes:
         activation_checkpointing: in training keep only each layer's input and compute the rest again.
         config: the component and settings it was built from, as `plmtune.models` fills in; saved with it.
+        quantization: the scheme that its quantized layers come from, as plain data; empty where none are.
 
     Raises:
         ValueError: for a size below 1.
@@ -96,6 +97,7 @@ class Decoder(nn.Module):
         self.init_std = init_std
         self.activation_checkpointing = False
         self.config: dict[str, Any] = {}
+        self.quantization: dict[str, Any] = {}
         self.tok_embeddings = nn.Embedding(vocab_size, embed_dim)
         self.layers = nn.ModuleList(
             DecoderLayer(attention(), ffn(), norm(embed_dim), norm(embed_dim)) for _ in range(num_layers)

@@ -83,6 +83,7 @@ class Quantized(nn.Module):
         weight (Tensor): int8 [out, in], or uint8 [out, in / 2] for 4 bits.
         scales (Tensor): [out, groups], in the dtype that is computed in.
         zeros (Tensor): int8 [out, groups], what stands for 0; only where the format is not symmetric (4 bits: 0 to 15).
+        prepared: a kernel has the integers in an order of its own, and the three are gone (`quantized_kernels`).
 
     Raises:
         ValueError: if rows cannot be divided into the format's groups or bytes.
@@ -98,6 +99,7 @@ class Quantized(nn.Module):
         if width % group or width % 2:
             raise ValueError(f"rows of {width} numbers cannot be divided into groups of {group}")
         self.num_rows, self.width, self.format = num_rows, width, format
+        self.prepared = False
         shape = (num_rows, width) if format.bits == 8 else (num_rows, width // 2)
         self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8 if format.bits == 8 else torch.uint8))
         self.register_buffer("scales", torch.zeros(num_rows, width // group))
@@ -186,13 +188,13 @@ def install(model: nn.Module, formats: Mapping[str, Format]) -> None:
             raise ValueError(f"the model has no module {name!r:.200}") from None
         try:
             new: Quantized
-            with torch.device(next(held.parameters()).device):
+            if not isinstance(held, nn.Linear | nn.Embedding):
+                raise ValueError(f"a {type(held).__name__} cannot be quantized")
+            with torch.device(held.weight.device):
                 if isinstance(held, nn.Linear):
                     new = QuantizedLinear(held.in_features, held.out_features, format, bias=held.bias is not None)
-                elif isinstance(held, nn.Embedding):
-                    new = QuantizedEmbedding(held.num_embeddings, held.embedding_dim, format)
                 else:
-                    raise ValueError(f"a {type(held).__name__} cannot be quantized")
+                    new = QuantizedEmbedding(held.num_embeddings, held.embedding_dim, format)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         parent, _, leaf = name.rpartition(".")
