@@ -1,0 +1,239 @@
+"""A model in Hugging Face's form, for programs that know nothing of plmtune.
+
+Three forms:
+
+* its own: a PLM with the names and keys of the authors' checkpoints (model_type plm, which transformers 5 does not
+  know, but llama.cpp's converter and the authors' code do), a GQA model with SwiGLU as a plain LlamaForCausalLM;
+* `deepseek`: a PLM as a dense DeepseekV3ForCausalLM, which transformers, vLLM and SGLang load with no custom code, the
+  latter two with a cache of latents;
+* `deepseek-relu`: the same with `hidden_act: relu` and gate = up, exact to the last bit of a product, since
+  relu(h) * h = relu(h)^2. Only transformers takes it: vLLM and SGLang refuse any gate but silu ("Only silu is
+  supported for now", DeepseekV2MLP of both).
+
+So `deepseek` has a gate of silu: with k = 4096, gate = k * up and up' = up / k,
+
+    silu(k h) * h / k = h^2 * sigmoid(k h) = relu(h)^2, off by less than 0.5 / k^2 = 3e-8 a hidden unit,
+
+and multiplying by a power of two is exact in fp32 and bf16 (fp16 has not the range: it is refused).
+
+Keys of config.json and who reads them: `first_k_dense_replace` = layers (all three: no layer has experts),
+`n_routed_experts` and the rest of the experts' keys (whole numbers, or vLLM's loader and SGLang's constructor fail),
+`moe_layer_freq` (SGLang), `topk_method` and `scoring_func` (SGLang, older transformers), `rope_interleave`
+(transformers; the others always turn neighbours), `rope_parameters` (transformers 5, new vLLM), `rope_theta` and
+`rope_scaling` (older ones, SGLang), `num_nextn_predict_layers` 0 (all: no further layers for speculation).
+`tie_word_embeddings` is false and the embedding is written twice, because neither vLLM nor SGLang ties the head of a
+DeepSeek. vLLM's and SGLang's code was read, transformers' was run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from plmtune.atomic import replacing
+from plmtune.data.chat_template import find_template
+from plmtune.data.tokenizers import Tokenizer
+from plmtune.errors import UserError
+from plmtune.models.adapters import ADAPTERS, holds_adapters
+from plmtune.models.directory import new_directory
+from plmtune.models.files import ADAPTER_CONFIG, locate, read_json, write_json
+from plmtune.models.hf import SCORE, hf_config, hf_name, save_model
+from plmtune.modules.decoder import Decoder
+from plmtune.modules.peft import effective_weight
+from plmtune.modules.quantized import Quantized
+from plmtune.units import show_bytes
+
+Form = Literal["deepseek", "deepseek-relu"]
+
+_GATE = 4096.0  # a power of two: silu(_GATE * h) / _GATE is relu(h) but for 3e-8
+_LATENT_EPS = 1e-6
+
+
+def export_hf(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    directory: Path,
+    *,
+    as_: Form | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> list[str]:
+    """Write a model and its tokenizer as a directory that other programs load.
+
+    Args:
+        model: a quantized one is written out in floating-point numbers.
+        tokenizer: its files, chat template and end tokens are written, too.
+        directory: new, or with `overwrite` a model's.
+        as_: None: under its own names; else see above.
+        dtype: of all numbers; None: the model's.
+
+    Returns:
+        What a person should know of it, a sentence each.
+
+    Raises:
+        UserError: if the form has no such parts or numbers, something is there already, or the disk has no room.
+    """
+    dtype = dtype or model.dtype
+    keys = hf_config(model.config, dtype, score_head=hasattr(model, "score"))
+    keys.pop("plmtune", None)  # it would describe other tensors than a DeepSeek's, and the others need it not
+    notes = []
+    if as_ is not None:
+        keys = _deepseek_keys(model, keys, as_, dtype)
+    elif keys["model_type"] == "plmtune":
+        raise UserError(
+            f"Hugging Face's libraries have no model of these parts: {_parts(model)}. There are MLA with squared_relu "
+            "and gqa or mha (without interleaved RoPE) with swiglu, each with rms_norm."
+        )
+    ends = end_ids(tokenizer)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    ids["pad_token_id"] = tokenizer.eos_id
+    if any(isinstance(module, Quantized) for module in model.modules()):
+        notes.append("The integers are written out as floating-point numbers: the model is the same, its size is not.")
+    state = _float_state(model, dtype)
+    if as_ is not None:
+        before = sum(tensor.nbytes for tensor in state.values())
+        state = _deepseek_state(state, as_)
+        extra = sum(tensor.nbytes for tensor in state.values()) - before
+        notes.append(
+            f"{show_bytes(extra)} of {show_bytes(before + extra)} are copies that the form wants: each layer's up "
+            "projection as its gate" + (", and the embedding as the head." if model.tied else ".")
+        )
+        if keys["rms_norm_eps"] != _LATENT_EPS:
+            notes.append(
+                f"The model's norms have eps {keys['rms_norm_eps']}; transformers norms a DeepSeek's latent with "
+                f"{_LATENT_EPS} whatever config.json says, so its numbers differ. vLLM and SGLang use the model's."
+            )
+        if as_ == "deepseek-relu":
+            notes.append("vLLM and SGLang refuse its hidden_act relu; export --as deepseek for them.")
+    _check_room(directory, sum(tensor.nbytes for tensor in state.values()))
+    with new_directory(directory, overwrite=overwrite) as temporary:
+        save_model(state, keys | ids, temporary)
+        write_json(temporary / "generation_config.json", ids)
+        tokenizer.save(temporary)
+    return notes
+
+
+def export_adapter(source: Path, directory: Path, *, base: str | None = None, overwrite: bool = False) -> list[str]:
+    """Copy a directory of adapters as the `peft` package reads it, with the tokenizer beside it where there is one.
+
+    Args:
+        source: what training saved.
+        base: the base's name as others know it: a directory or a repository of Hugging Face's hub; None: as it is.
+
+    Returns:
+        What a person should know of it, a sentence each.
+
+    Raises:
+        UserError: if `source` holds no adapters, something else is there already, or the disk has no room.
+    """
+    if not holds_adapters(source):
+        raise UserError(f"{source} holds no adapters. Only what peft=lora, qlora or dora trained can be kept apart.")
+    config = read_json(source, ADAPTER_CONFIG)
+    if directory.resolve() == source.resolve():
+        raise UserError(f"{directory} is where the adapters are. Name another place.")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if not holds_adapters(directory):
+            raise UserError(
+                f"{directory} is there already, and holds something else than adapters. Name another place."
+            )
+        if not overwrite:
+            raise UserError(f"{directory} holds adapters already. Name another place, or give --overwrite.")
+    names = {path.name for path in locate(source, ADAPTERS).values()}
+    if len(names) != 1:
+        raise UserError(f"{source} holds its adapters in {len(names)} files; one is expected.")
+    _check_room(directory, sum((source / name).stat().st_size for name in names))
+    directory.mkdir(parents=True, exist_ok=True)
+    files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    for name in sorted(names | {name for name in files if (source / name).is_file()}):
+        with replacing(directory / name) as temporary:
+            shutil.copyfile(source / name, temporary)
+    if base is not None:
+        config["base_model_name_or_path"] = base
+    write_json(directory / ADAPTER_CONFIG, config)
+    return [f"They stand beside {config['base_model_name_or_path']}, which is not in the export."]
+
+
+def end_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids at which a text ends: the tokenizer's eos, and what the chat template ends an answer with."""
+    if tokenizer.chat_template is None:
+        return [tokenizer.eos_id]
+    try:
+        end = find_template(None, tokenizer).end_id
+    except UserError:  # one that cannot be trained with may still be rendered by others
+        return [tokenizer.eos_id]
+    return list(dict.fromkeys((tokenizer.eos_id, end)))
+
+
+def _parts(model: Decoder) -> str:
+    config = model.config
+    return ", ".join(config[part]["component"] for part in ("attention", "ffn", "norm"))
+
+
+def _float_state(model: Decoder, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors under Hugging Face's names, quantized ones written out."""
+    quantized = {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
+    state = {f"{name}.weight": effective_weight(module) for name, module in quantized.items()}
+    for name, tensor in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if owner not in quantized or leaf == "bias":
+            state[name] = tensor
+    names = [hf_name(name) for name in state]
+    return {name: state.pop(ours).detach().to("cpu", dtype) for name, ours in zip(names, list(state), strict=True)}
+
+
+def _deepseek_keys(model: Decoder, keys: dict[str, Any], form: Form, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of the dense DeepSeek-V3 that a PLM is."""
+    if keys["model_type"] != "plm" or SCORE in model.state_dict():
+        head = " with a score head" if hasattr(model, "score") else ""
+        raise UserError(
+            f"A DeepSeek-V3 has no model of these parts{head}: {_parts(model)}. Only mla with squared_relu and "
+            "rms_norm is one; leave out --as for a GQA model, which is a Llama."
+        )
+    if dtype == torch.float16 and form == "deepseek":
+        raise UserError("float16 has too small a range for the form deepseek. Export in bfloat16 or float32.")
+    theta, layers = keys["rope_theta"], keys["num_hidden_layers"]
+    return keys | {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "hidden_act": "silu" if form == "deepseek" else "relu",
+        "tie_word_embeddings": False,
+        "rope_interleave": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        # No layer has experts; their keys are the least that all readers take.
+        "first_k_dense_replace": layers,
+        "moe_layer_freq": 1,
+        "n_routed_experts": 1,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": keys["intermediate_size"],
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def _deepseek_state(state: dict[str, Tensor], form: Form) -> dict[str, Tensor]:
+    gate = _GATE if form == "deepseek" else 1.0
+    written: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name.endswith(".mlp.up_proj.weight"):
+            written[name.replace("up_proj", "gate_proj")] = tensor * gate
+            tensor = tensor / gate
+        written[name] = tensor
+    written.setdefault("lm_head.weight", state["model.embed_tokens.weight"].clone())
+    return written
+
+
+def _check_room(directory: Path, needed: int) -> None:
+    place = next(path for path in (directory, *directory.resolve().parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(f"{directory} needs {show_bytes(needed)}, but {place} has {show_bytes(free)} left.")
