@@ -1,0 +1,84 @@
+"""What a model's matrices are multiplied by, on text: which of their columns matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plmtune.modules.decoder import Decoder
+from plmtune.quantization.schemes import EMBEDDING, HEAD
+
+
+@contextmanager
+def inputs_seen(model: Decoder, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call see(name, inputs [n, in]) for each product of the named modules while the context lasts.
+
+    A head's inputs are the model's normed hidden states, so that no logits need be computed. An embedding that is not
+    tied is multiplied by nothing and never seen.
+    """
+    handles = []
+
+    def before(name: str, _: Any, arguments: tuple[Tensor, ...]) -> None:
+        see(name, arguments[0].detach().flatten(0, -2))
+
+    def after(name: str, _: Any, __: Any, hidden: Tensor) -> None:
+        see(name, hidden.detach().flatten(0, -2))
+
+    head = EMBEDDING if model.tied else HEAD
+    for name in names:
+        if name == head:
+            handles.append(model.norm.register_forward_hook(partial(after, name)))
+        elif name != EMBEDDING:
+            handles.append(model.get_submodule(name).register_forward_pre_hook(partial(before, name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def second_moments(
+    model: Decoder,
+    batches: Iterable[Tensor],
+    plan: Iterable[str],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Mean of the squared inputs of each module, [in] in fp32, by its name.
+
+    Args:
+        model: not quantized yet.
+        batches: token ids, [b, s], of text like what the model will read; some tens of thousands of tokens do.
+        plan: names of modules; an embedding that is not tied has no inputs and is left out.
+        progress: is told how many tokens have been read.
+
+    Raises:
+        ValueError: if there are no batches, or inputs that are not finite.
+    """
+    sums: dict[str, Tensor] = {}
+    tokens = 0
+
+    def see(name: str, x: Tensor) -> None:
+        squares = x.float().square().sum(0)
+        sums[name] = sums[name] + squares if name in sums else squares
+
+    with inputs_seen(model, plan, see):
+        for ids in batches:
+            model(ids.to(model.device), hidden=True)
+            tokens += ids.numel()
+            if progress is not None:
+                progress(tokens)
+    if not tokens:
+        raise ValueError("calibration needs at least one row of tokens")
+    for name, total in sums.items():
+        if not total.isfinite().all():
+            raise ValueError(
+                f"the inputs of {name} are not finite on this text: the model's dtype overflows"
+            )
+    return {name: total / tokens for name, total in sums.items()}
