@@ -1,0 +1,284 @@
+"""Devices: what one can hold and how fast it reads and multiplies. A YAML file each; every figure says where it is from.
+
+A device that was calibrated (`devices.calibrate`) has `rates` besides: what each runtime's kernels reach on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from plmtune.atomic import writing
+from plmtune.config_rules import read_yaml
+from plmtune.errors import UserError, did_you_mean
+
+_GIB, _GIGA, _MICRO = 2.0**30, 1e9, 1e-6
+# key -> (what one of its unit is in SI, may it be 0, is it needed)
+_FIGURES = {
+    "memory_gib": (_GIB, False, True),
+    "system_gib": (_GIB, True, True),
+    "bandwidth_gb_s": (_GIGA, False, True),
+    "compute_gflop_s": (_GIGA, False, True),
+    "layer_us": (_MICRO, True, True),
+    "token_us": (_MICRO, True, False),
+    "error": (1.0, True, True),
+    "training_gflop_s": (_GIGA, False, False),
+    "training_mfu": (1.0, False, False),
+}
+_RATES = ("weight_gb_s", "product_us", "compute_gflop_s")
+_COMMON = ("layer_us", "token_us", "cache_gb_s", "attention_gflop_s", "program_mib", "error")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number in SI units (bytes, bytes/s, FLOP/s, seconds) and where it is from."""
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class SchemeRate:
+    """What a runtime's products with weights of one scheme reach, measured.
+
+    Attributes:
+        weights: bytes/s of a product of one row.
+        product: seconds that a call costs besides.
+        compute: FLOP/s of a product of many rows.
+    """
+
+    weights: float
+    product: float
+    compute: float
+
+
+@dataclass(frozen=True)
+class RuntimeRates:
+    """What a runtime reaches, measured.
+
+    Attributes:
+        schemes: scheme -> what its products reach.
+        layers: kind of attention ("latent", "heads") -> seconds a layer and token, besides products and cache.
+        token: seconds a token besides.
+        cache: kind of attention -> bytes/s of reading the cache.
+        attention: FLOP/s of attention over a prompt.
+        program: bytes that the process takes before there is a model.
+        error: relative, of decode times, as the fit leaves it.
+    """
+
+    schemes: dict[str, SchemeRate]
+    layers: dict[str, float]
+    token: float
+    cache: dict[str, float]
+    attention: float
+    program: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Device:
+    """A machine that models run on.
+
+    Attributes:
+        key: the name it is asked for by.
+        memory, system: bytes of what it has, and of what its system keeps for itself.
+        bandwidth: bytes/s that a decode reads weights at, which is below the data sheet's.
+        compute: FLOP/s that a prompt is read at.
+        layer, token: seconds a layer and a token, besides reading.
+        error: relative, of predicted decode speed.
+        training, mfu: bf16 FLOP/s of its data sheet, and the share of it that training is taken to reach.
+        rates: runtime -> what was measured; empty where the device was not calibrated.
+    """
+
+    key: str
+    name: str
+    memory: Figure
+    system: Figure
+    bandwidth: Figure
+    compute: Figure
+    layer: Figure
+    error: Figure
+    token: Figure = Figure(0.0, "none known")
+    training: Figure | None = None
+    mfu: Figure | None = None
+    rates: dict[str, RuntimeRates] = field(default_factory=dict)
+
+    @property
+    def available(self) -> float:
+        """Bytes that a process may take."""
+        return self.memory.value - self.system.value
+
+
+def shipped() -> list[str]:
+    """Names of the devices that come with plmtune."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
+
+
+def load_device(name: str) -> Device:
+    """Read a device by name (``pi5``) or from a file (``mine.yaml``).
+
+    Raises:
+        UserError: if there is none, or the file does not say what a device is.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"{name}: no such file. Write one with plmtune bench --calibrate {name}.")
+    else:
+        path = Path(__file__).parent / f"{name}.yaml"
+        if name not in shipped():
+            near = did_you_mean(name, shipped())
+            raise UserError(f"There is no device {name}.{near} A file of your own is given as FILE.yaml.")
+    return _parse(read_yaml(path), path)
+
+
+def _parse(content: Mapping[str, Any], path: Path) -> Device:
+    known = ["name", *_FIGURES, "rates"]
+    for key in content:
+        if key not in known:
+            raise UserError(f"{path}, key {key}: a device has no such key.{did_you_mean(str(key), known)}")
+    title = content.get("name")
+    if not isinstance(title, str) or not title.strip():
+        raise UserError(f"{path}, key name: must be the device's name, not {title!r:.80}.")
+    figures: dict[str, Figure] = {}
+    for key, (unit, zero, needed) in _FIGURES.items():
+        if key not in content:
+            if needed:
+                raise UserError(f"{path}: the key {key} is missing. Write {key}: {{value: NUMBER, source: WHERE}}.")
+            continue
+        figures[key] = _figure(content[key], unit, zero, f"{path}, key {key}")
+    memory, system = figures["memory_gib"], figures["system_gib"]
+    if system.value >= memory.value:
+        raise UserError(
+            f"{path}, key system_gib: the system keeps {system.value / _GIB:g} GiB of {memory.value / _GIB:g}, so that "
+            "nothing is left for a model."
+        )
+    if figures["error"].value >= 1:
+        raise UserError(f"{path}, key error: must be below 1 (0.2 is 20%), not {figures['error'].value:g}.")
+    if ("training_gflop_s" in figures) != ("training_mfu" in figures):
+        raise UserError(f"{path}: training_gflop_s and training_mfu go together; only one of them is there.")
+    if "training_mfu" in figures and figures["training_mfu"].value > 1:
+        raise UserError(f"{path}, key training_mfu: must be at most 1, not {figures['training_mfu'].value:g}.")
+    rates = content.get("rates", {})
+    if not isinstance(rates, dict):
+        raise UserError(f"{path}, key rates: must map runtimes to what they reach, not {rates!r:.80}.")
+    return Device(
+        key=path.stem,
+        name=title,
+        memory=memory,
+        system=system,
+        bandwidth=figures["bandwidth_gb_s"],
+        compute=figures["compute_gflop_s"],
+        layer=figures["layer_us"],
+        error=figures["error"],
+        token=figures.get("token_us", Figure(0.0, "none known")),
+        training=figures.get("training_gflop_s"),
+        mfu=figures.get("training_mfu"),
+        rates={name: _runtime_rates(found, f"{path}, key rates.{name}") for name, found in rates.items()},
+    )
+
+
+def _figure(found: Any, unit: float, zero: bool, where: str) -> Figure:
+    if not isinstance(found, dict) or set(found) != {"value", "source"}:
+        raise UserError(f"{where}: must be {{value: NUMBER, source: WHERE IT IS FROM}}, not {found!r:.80}.")
+    if not isinstance(found["source"], str) or not found["source"].strip():
+        raise UserError(f"{where}: says no source. Name the page, the data sheet or the measurement.")
+    return Figure(_number(found["value"], where, zero) * unit, found["source"])
+
+
+def _number(value: Any, where: str, zero: bool = True) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{where}: must be a number, not {value!r:.80}.")
+    if value < 0 or (value == 0 and not zero):
+        raise UserError(f"{where}: must be {'at least' if zero else 'above'} 0, not {value:g}.")
+    return float(value)
+
+
+def _runtime_rates(found: Any, where: str) -> RuntimeRates:
+    _check_keys(found, (*_COMMON, "schemes"), where)
+    for key in ("layer_us", "cache_gb_s", "schemes"):
+        if not isinstance(found[key], dict):
+            raise UserError(f"{where}.{key}: must map names to numbers, not {found[key]!r:.80}.")
+    schemes = {}
+    for name, rate in found["schemes"].items():
+        place = f"{where}.schemes.{name}"
+        _check_keys(rate, _RATES, place)
+        schemes[str(name)] = SchemeRate(
+            weights=_number(rate["weight_gb_s"], f"{place}.weight_gb_s", zero=False) * _GIGA,
+            product=_number(rate["product_us"], f"{place}.product_us") * _MICRO,
+            compute=_number(rate["compute_gflop_s"], f"{place}.compute_gflop_s", zero=False) * _GIGA,
+        )
+    if not schemes:
+        raise UserError(f"{where}.schemes: is empty, so the runtime need not be named.")
+    return RuntimeRates(
+        schemes=schemes,
+        layers={str(k): _number(v, f"{where}.layer_us.{k}") * _MICRO for k, v in found["layer_us"].items()},
+        token=_number(found["token_us"], f"{where}.token_us") * _MICRO,
+        cache={str(k): _number(v, f"{where}.cache_gb_s.{k}", zero=False) * _GIGA for k, v in found["cache_gb_s"].items()},
+        attention=_number(found["attention_gflop_s"], f"{where}.attention_gflop_s", zero=False) * _GIGA,
+        program=_number(found["program_mib"], f"{where}.program_mib") * 2**20,
+        error=_number(found["error"], f"{where}.error"),
+    )
+
+
+def _check_keys(found: Any, keys: tuple[str, ...], where: str) -> None:
+    if not isinstance(found, dict) or set(found) != set(keys):
+        got = ", ".join(map(str, found)) if isinstance(found, dict) else f"{found!r:.80}"
+        raise UserError(f"{where}: must have the keys {', '.join(keys)}, not {got}.")
+
+
+def save_device(device: Device, path: Path) -> None:
+    """Write a device as `load_device` reads it.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    units = {key: unit for key, (unit, _, _) in _FIGURES.items()}
+
+    def shown(value: float) -> float:
+        return float(f"{value:.5g}")
+
+    def figure(found: Figure, key: str) -> dict[str, Any]:
+        return {"value": shown(found.value / units[key]), "source": found.source}
+
+    content: dict[str, Any] = {"name": device.name}
+    held = {
+        "memory_gib": device.memory,
+        "system_gib": device.system,
+        "bandwidth_gb_s": device.bandwidth,
+        "compute_gflop_s": device.compute,
+        "layer_us": device.layer,
+        "token_us": device.token,
+        "error": device.error,
+        "training_gflop_s": device.training,
+        "training_mfu": device.mfu,
+    }
+    content |= {key: figure(found, key) for key, found in held.items() if found is not None}
+    if device.rates:
+        content["rates"] = {
+            name: {
+                "layer_us": {kind: shown(value / _MICRO) for kind, value in rates.layers.items()},
+                "token_us": shown(rates.token / _MICRO),
+                "cache_gb_s": {kind: shown(value / _GIGA) for kind, value in rates.cache.items()},
+                "attention_gflop_s": shown(rates.attention / _GIGA),
+                "program_mib": shown(rates.program / 2**20),
+                "error": shown(rates.error),
+                "schemes": {
+                    scheme: {
+                        "weight_gb_s": shown(rate.weights / _GIGA),
+                        "product_us": shown(rate.product / _MICRO),
+                        "compute_gflop_s": shown(rate.compute / _GIGA),
+                    }
+                    for scheme, rate in rates.schemes.items()
+                },
+            }
+            for name, rates in device.rates.items()
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path) as temporary:
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
