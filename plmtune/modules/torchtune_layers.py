@@ -28,7 +28,7 @@ class Layers(NamedTuple):
 
 def layers() -> Layers:
     """Import them, which takes seconds, so only when adapters are asked for."""
-    with _quiet():
+    with quiet():
         nf4 = import_module(_NEW)
         sys.modules.setdefault(_OLD, nf4)
         peft = import_module("torchtune.modules.peft")
@@ -51,8 +51,8 @@ _WARNINGS = {
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Drop these warnings, and no others."""
+def quiet() -> Iterator[None]:
+    """Drop what torchao warns of when it is imported, and nothing else."""
 
     def passes(record: logging.LogRecord) -> bool:
         return not str(record.msg).startswith(tuple(_WARNINGS.values()))

@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchao.quantization.quant_primitives import (
-    MappingType,
-    choose_qparams_affine,
-    dequantize_affine,
-    quantize_affine,
-)
 
 from plmtune.errors import UserError
 from plmtune.modules.quantized import Format, Quantized, install
+from plmtune.modules.torchtune_layers import quiet
+
+with quiet():
+    from torchao.quantization.quant_primitives import (
+        MappingType,
+        choose_qparams_affine,
+        dequantize_affine,
+        quantize_affine,
+    )
 
 # Numbers worked on at once: a vocabulary's matrix in fp32, and what rounding makes of it, would be gigabytes.
 _CHUNK = 1 << 22

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from plmtune.modules.quantized import Quantized, QuantizedEmbedding, QuantizedLinear
+from plmtune.modules.torchtune_layers import quiet
+
+with quiet():
+    from torchao.quantization import IntxUnpackedToInt8Tensor
 
 
 class ExportedEmbedding(QuantizedEmbedding):
