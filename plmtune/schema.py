@@ -250,5 +250,35 @@ class Preference:
     logger: Component | None = None
 
 
+@dataclass
+class Sensitivity:
+    """What each module loses by being quantized, and a mix of formats from that."""
+
+    measure: bool = False
+    budget: str | None = None  # of the weights: 80M (bytes), or 30% (of what they take in dtype); null: measure only
+    tokens: int = 2048  # of text that each module's loss is measured on
+
+
+@dataclass
+class Quantize:
+    """Keys of the `quantize` recipe."""
+
+    recipe: str = "quantize"
+    name: str = "quantize"
+    checkpoint: str | None = None  # a run, a checkpoint or a model directory; default: the newest finished run
+    run_dir: str | None = None  # where the model goes; default: runs/NAME/DATE-TIME
+    resume: bool = False
+    other_data: bool = False
+    force: bool = False
+    device: str = "auto"
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of what is computed in, and of what stays as it is
+    seq_len: int = 512  # tokens a row of text
+    calibration_tokens: int = 16_384  # 0: every range is that of the weights alone
+    test_tokens: int = 16_384  # of text that the loss is measured on before and after; 0: it is not
+    sensitivity: Sensitivity = field(default_factory=Sensitivity)
+    quantization: Component | None = None  # null: what the model was trained for, else int4
+    data: Component | None = None  # text to calibrate and measure on
+
+
 # recipe -> schema; the first field names the recipe.
-SCHEMAS: dict[str, type[Any]] = {"pretrain": Pretrain, "sft": Sft, "preference": Preference}
+SCHEMAS: dict[str, type[Any]] = {"pretrain": Pretrain, "sft": Sft, "preference": Preference, "quantize": Quantize}

@@ -35,6 +35,10 @@ COMMANDS = {
     "convert": ("plmtune.cli.convert", "convert", "Make a model directory from a GGUF file"),
     "compare": ("plmtune.cli.compare", "compare", "Put results of eval side by side, with what is more than chance"),
     "card": ("plmtune.cli.card", "card", "Write a model card from a run and its results"),
+    "export": ("plmtune.cli.export", "export", "Write a checkpoint for llama.cpp, transformers or ExecuTorch, proved"),
+    "verify": ("plmtune.cli.verify", "verify", "Prove that an exported file is the model of a checkpoint"),
+    "bench": ("plmtune.cli.bench", "bench", "Measure time to first token, tokens/s and memory of models and files"),
+    "plan": ("plmtune.cli.plan", "plan", "Predict how fast and how large a config will be on a device"),
     "merge": ("plmtune.cli.merge", "merge", "Make a plain model of adapters and their base"),
 }
 
@@ -77,6 +81,9 @@ def cli() -> None:
     plmtune run dpo, plmtune run aries          and to prefer, to refine
     plmtune eval --tasks gsm8k,humaneval        how good the newest one is
     plmtune chat runs/sft/latest                talk to it
+    plmtune plan plm_1.8b --device pi5          how fast a config will be on a Raspberry Pi 5
+    plmtune run quantize                        4 bits a weight
+    plmtune export runs/sft/latest --to gguf --quant q4_k_m
     """
 
 

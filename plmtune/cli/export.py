@@ -1,0 +1,84 @@
+"""``plmtune export``: a checkpoint in the form that another program runs, proved before it is there."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from plmtune.cli.options import console
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("--to", required=True, type=click.Choice(["gguf", "hf", "executorch"]), help="The program's form.")
+@click.option(
+    "--quant",
+    metavar="TYPE[,TYPE]...",
+    help="gguf: f32, f16, bf16, q8_0, q4_0, q4_k_m, ...; hf: bf16, fp32, fp16; executorch: fp32, int8_dynamic, "
+    "int8_dynamic_int4. Default: f16, bf16, int8_dynamic.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder; default: exports.")
+@click.option("--name", help="Of the files; default: by the checkpoint's place.")
+@click.option("--as", "as_", type=click.Choice(["deepseek"]), help="hf: a PLM as a dense DeepSeek-V3, for vLLM, SGLang.")
+@click.option(
+    "--adapters",
+    type=click.Choice(["merge", "keep"]),
+    default="merge",
+    show_default=True,
+    help="Into their base, or exported as adapters.",
+)
+@click.option("--base", type=click.Path(path_type=Path), help="Directory of the base; default: what the adapters name.")
+@click.option("--context", type=click.IntRange(2), metavar="N", help="executorch: tokens that its cache holds.")
+@click.option("--no-verify", is_flag=True, help="Do not load it and compare.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+def export(
+    checkpoint: str,
+    to: str,
+    quant: str | None,
+    out: Path | None,
+    name: str | None,
+    as_: str | None,
+    adapters: str,
+    base: Path | None,
+    context: int | None,
+    no_verify: bool,
+    overwrite: bool,
+) -> None:
+    """Write CHECKPOINT for llama.cpp (gguf), transformers and vLLM (hf), or ExecuTorch, and prove that it is the model.
+
+    Each file is loaded by the program that will run it and compared with the checkpoint: probabilities, greedy
+    text, perplexity, token ids, the chat prompt. One that differs does not stay.
+
+    \b
+    plmtune export runs/sft/latest --to gguf --quant q8_0,q4_k_m
+    plmtune export runs/sft/latest --to hf --as deepseek
+    plmtune export runs/sft/latest --to executorch --quant int8_dynamic
+    """
+    from plmtune.export.run import NotTheModel, export
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    try:
+        for made in export(
+            checkpoint,
+            to,  # type: ignore[arg-type]
+            quant=quant.split(",") if quant else (),
+            out=out,
+            name=name,
+            as_=as_,
+            adapters=adapters,  # type: ignore[arg-type]
+            base=base,
+            context=context,
+            overwrite=overwrite,
+            verify=not no_verify,
+            say=say,
+        ):
+            if made.report is not None:
+                console().print(made.report.table())
+            click.echo("\n".join(made.lines()))
+    except NotTheModel as error:
+        console().print(error.report.table())
+        raise

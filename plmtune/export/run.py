@@ -1,0 +1,214 @@
+"""An export from beginning to end: what stands against it is said first, and no file takes its place unproved."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from plmtune.data.tokenizers import Tokenizer
+from plmtune.errors import UserError, did_you_mean
+from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_model, read_description
+from plmtune.models.files import checkpoint_directory, locate
+from plmtune.modules.decoder import Decoder
+from plmtune.units import show_bytes
+
+if TYPE_CHECKING:
+    from plmtune.export.verify import Report
+
+Target = Literal["gguf", "hf", "executorch"]
+TARGETS: tuple[Target, ...] = ("gguf", "hf", "executorch")
+_DEFAULT = {"gguf": "f16", "hf": "bf16", "executorch": "int8_dynamic"}
+
+
+@dataclass
+class Exported:
+    """One file or directory that was made.
+
+    Attributes:
+        notes: what a person should know.
+        report: the proof; None where it was not asked for.
+        commands: how it is run.
+    """
+
+    path: Path
+    num_bytes: int
+    notes: list[str]
+    report: Report | None
+    commands: list[str]
+
+
+@dataclass
+class Job:
+    """What an export is made of."""
+
+    source: Path
+    model: Decoder
+    tokenizer: Tokenizer
+    name: str
+    context: int
+    overwrite: bool
+    prove: Callable[[Path], Report] | None
+    notes: list[str] = field(default_factory=list)
+
+
+def export(
+    checkpoint: str | Path,
+    to: Target,
+    *,
+    quant: Sequence[str] = (),
+    out: Path | None = None,
+    name: str | None = None,
+    as_: str | None = None,
+    adapters: Literal["merge", "keep"] = "merge",
+    base: Path | None = None,
+    context: int | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[Exported]:
+    """Write a checkpoint in another program's form and prove it, one file at a time.
+
+    Args:
+        checkpoint: a run, a checkpoint or a model directory.
+        quant: GGUF's types, dtypes for hf, schemes for executorch; empty: one that suits.
+        out: a folder; None: exports/.
+        name: of the files; None: by the checkpoint's place.
+        as_: for hf: deepseek.
+        adapters: merged into their base, or kept as adapters.
+        base: of the adapters; None: what they name.
+        context: of an executorch program, whose cache has a fixed size; None: at most 2,048.
+        verify: load it in the program that will serve it, and compare.
+        say: told what is being done.
+
+    Raises:
+        UserError: for what cannot be exported, before anything is written; and for an export that is not the model.
+    """
+    source = checkpoint_directory(checkpoint)
+    wanted = [kind.strip().lower() for kind in quant if kind.strip()] or [_DEFAULT[to]]
+    folder = out or Path("exports")
+    name = name or name_of(source)
+    if as_ is not None and to != "hf":
+        raise UserError(f"--as {as_}: only --to hf has other forms.")
+    if adapters == "keep":
+        yield from _keep_adapters(source, to, folder, name, base, overwrite)
+        return
+    description = read_description(source)
+    paths = {kind: folder / _file_name(to, name, kind, as_) for kind in wanted}
+    _check(description, source, to, wanted, paths, as_, overwrite, say, verify)
+    say(f"reading {source}")
+    tokenizer = load_its_tokenizer(source, base)
+    model = load_model(source, dtype=None, base=base).eval()
+    made_by = {"gguf": _write_gguf, "hf": _write_hf, "executorch": _write_executorch}[to]
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, path in paths.items():
+        say(f"writing {path}")
+        with _in_place(path, overwrite) as temporary:
+            notes = made_by(model, tokenizer, temporary, kind, name=name, as_=as_, context=context)
+            report = None
+            if verify:
+                say(f"proving {path}")
+                report = _proved(temporary, source, path)
+        yield Exported(path, _size(path), notes, report, _commands(to, path, tokenizer, as_))
+
+
+def name_of(source: Path) -> str:
+    """A name for what is made of a checkpoint: the run's and its day, or the directory's."""
+    parts = source.resolve().parts
+    if len(parts) > 3 and parts[-2] == "checkpoints":
+        return f"{parts[-4]}-{parts[-3]}"
+    return f"{parts[-2]}-{parts[-1]}" if parts[-1][:8].isdecimal() else parts[-1]
+
+
+def _file_name(to: Target, name: str, kind: str, as_: str | None) -> str:
+    if to == "gguf":
+        return f"{name}-{kind.upper()}.gguf"
+    if to == "executorch":
+        return f"{name}-{kind}.pte"
+    return f"{name}-{as_ or 'hf'}" + ("" if kind == "bf16" else f"-{kind}")
+
+
+def _check(
+    description: dict[str, Any],
+    source: Path,
+    to: Target,
+    kinds: Sequence[str],
+    paths: dict[str, Path],
+    as_: str | None,
+    overwrite: bool,
+    say: Callable[[str], None],
+    verify: bool,
+) -> None:
+    """Refuse what would fail later: unknown kinds, parts that the form lacks, packages, files in the way, room."""
+    known = _known_kinds(to)
+    for kind in kinds:
+        if kind not in known:
+            raise UserError(f"--quant {kind}: {to} has no such type.{did_you_mean(kind, known)} Known: {', '.join(known)}.")
+    if as_ not in (None, "deepseek"):
+        raise UserError(f"--as {as_}: there is no such form. Known: deepseek.")
+    _check_packages(to, kinds, verify)
+    from plmtune.export.lint import lint
+
+    for finding in lint(description, to, [kind.upper() if to == "gguf" else kind for kind in kinds]):
+        if finding.level == "refused":
+            raise UserError(f"{source} cannot be exported to {to}: {finding.text}")
+        say(f"note: {finding.text}")
+    for path in paths.values():
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} is there already. Name another place with --out, or give --overwrite.")
+    size = sum(file.stat().st_size for file in {*locate(source).values()}) if not holds_adapters(source) else 0
+    folder = next(iter(paths.values())).parent
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    # A type of fewer bits is made of a file of more, which is there for a while.
+    needed, free = 2 * size * (1 + len(kinds)) // 2, shutil.disk_usage(there).free
+    if needed > free:
+        raise UserError(f"{folder} is on a disk with {show_bytes(free)} free; up to {show_bytes(needed)} are needed.")
+
+
+@contextmanager
+def _in_place(path: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a place beside `path` whose content takes its place at the end; after an error nothing is left."""
+    # The same suffix, since programs go by it.
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        if path.is_dir() and overwrite:
+            shutil.rmtree(path)
+        temporary.replace(path)
+        for beside in temporary.parent.glob(f"{temporary.name}.*"):  # such as the JSON of a program
+            beside.replace(path.with_name(path.name + beside.name.removeprefix(temporary.name)))
+    finally:
+        for left in (temporary, *temporary.parent.glob(f"{temporary.name}.*")):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def _proved(temporary: Path, source: Path, path: Path) -> Report:
+    from plmtune.export.verify import verify
+
+    report = verify(temporary, source)
+    if not report.passed:
+        raise NotTheModel(path, report)
+    return report
+
+
+class NotTheModel(UserError):
+    """An export that does not behave as its checkpoint did; it has been removed."""
+
+    def __init__(self, path: Path, report: Report) -> None:
+        failed = "; ".join(f"{check.name}: {check.value:.3g}, at most {check.threshold:.3g}" for check in report.failed)
+        super().__init__(f"{path} did not behave as the checkpoint does, and was removed ({failed}). {report.cause}")
+        self.report = report
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

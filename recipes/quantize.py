@@ -1,0 +1,274 @@
+"""Quantization after training: a checkpoint's matrices as integers, their ranges fitted to text, the loss told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plmtune.atomic import replacing
+from plmtune.config import build
+from plmtune.data.sources import named_sources
+from plmtune.data.ticker import ticking
+from plmtune.data.tokenizers import Tokenizer
+from plmtune.errors import UserError
+from plmtune.models.adapters import load_its_tokenizer, load_model, read_description
+from plmtune.models.assemble import describe, from_description
+from plmtune.models.files import checkpoint_directory
+from plmtune.models.hf import save_model
+from plmtune.origins import finished_runs
+from plmtune.quantization import qat, sensitivity
+from plmtune.quantization.calibrate import second_moments
+from plmtune.quantization.quantize import quantize
+from plmtune.quantization.schemes import candidates
+from plmtune.registry import Component
+from plmtune.runs import find_run, open_run
+from plmtune.schema import Quantize as Config
+from plmtune.training.runtime import Runtime
+from plmtune.units import parse_count, show_bytes
+
+CONFIG = "quantize"  # conf/quantize.yaml
+REPORT = "quantize.json"
+
+_BATCH = 4  # rows of text that are read together
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Text:
+    """Rows of ids, [n, s], to fit ranges by and to measure on; no row is in both."""
+
+    calibration: Tensor
+    test: Tensor
+    fingerprints: dict[str, str]
+
+
+class Quantize:
+    """One model, from its checkpoint to a directory that loads like any other."""
+
+    def __init__(self, cfg: Config, runtime: Runtime) -> None:
+        self.cfg, self.dtype = cfg, _DTYPES[cfg.dtype]
+        self.source = checkpoint_directory(str(cfg.checkpoint))
+        self.tokenizer = load_its_tokenizer(self.source)
+        meta = on_meta(self.source)
+        self.plan: Any = plan_of(cfg, meta)  # a scheme that does not fit is found before weights are read
+        self.bytes_before = num_bytes(meta, {}, self.dtype)
+        self.text = read_text(cfg, self.tokenizer, meta.max_seq_len)
+        self.model = load_model(self.source, runtime.device, torch.float32).eval()
+        self.run = open_run(cfg, runtime, self.text.fingerprints)
+
+    def quantize(self) -> None:
+        """Measure, choose, round, write, measure again."""
+        cfg, scheme, model = self.cfg, cfg_scheme(self.cfg), self.model
+        before = self.loss("before")
+        if cfg.sensitivity.measure:
+            self.plan, scheme = self.mix() or (self.plan, scheme)
+        moments = None
+        if len(self.text.calibration):
+            moments = second_moments(model, self.batches(self.text.calibration, "read to calibrate"), self.plan)
+        quantize(model, self.plan, second_moments=moments, scheme=scheme)
+        model.to(self.dtype)
+        self.tokenizer.save(self.run.path)
+        save_model(model, None, self.run.path)
+        report = {
+            "checkpoint": str(self.source),
+            "scheme": scheme,
+            "dtype": cfg.dtype,
+            "calibration_tokens": self.text.calibration.numel(),
+            "bytes": sum(path.stat().st_size for path in self.run.path.glob("*.safetensors")),
+            "bytes_before": self.bytes_before,
+            "test_tokens": self.text.test.numel(),
+            "loss_before": before,
+            "loss": self.loss("after"),
+            "formats": {name: format.name for name, format in self.plan.items()},
+        }
+        with replacing(self.run.path / REPORT) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print("\n".join([*getattr(self.plan, "notes", ()), *lines(report, self.run.path)]))
+
+    def loss(self, when: str) -> float | None:
+        """Nats a token of the text to measure on; None where there is none."""
+        test = self.text.test
+        return sensitivity.loss(self.model, self.batches(test, f"measured {when}")) if len(test) else None
+
+    def batches(self, rows: Tensor, what: str) -> Iterator[Tensor]:
+        """Rows a few at a time, on the model's device."""
+        batches = rows.split(_BATCH)
+        for batch in ticking(batches, f"of {len(batches)} batches of text {what}", shown=True):
+            yield batch.to(self.model.device)
+
+    def mix(self) -> tuple[Any, dict[str, Any]] | None:
+        """Measure what each module loses; returns the plan and scheme that the budget allows, None without one."""
+        asked, path = self.cfg.sensitivity, self.run.path
+        rows = self.text.test[: max(1, asked.tokens // self.text.test.shape[1])]
+        found = sensitivity.measure(self.model, self.plan, rows, path=path / "sensitivity.json")
+        kept = num_bytes(self.model, {}, self.dtype) - sum(one.kept_bytes for one in found)
+        if asked.budget is None:
+            sensitivity.draw(found, path / "sensitivity.png", fixed_bytes=kept)
+            print(f"what each module loses: {path / 'sensitivity.png'}")
+            return None
+        budget = budget_of(asked.budget, self.bytes_before)
+        rules = sensitivity.propose(found, budget - kept)
+        scheme = {"component": "mixed", "rules": rules, "qat": False}
+        sensitivity.draw(found, path / "sensitivity.png", fixed_bytes=kept, rules=rules)
+        (path / "mix.yaml").write_text(json.dumps({"quantization": scheme}, indent=1) + "\n", encoding="utf-8")
+        print(f"the mix for {show_bytes(budget)}: {path / 'mix.yaml'}, drawn in {path / 'sensitivity.png'}")
+        return build("quantization", Component("quantization", "mixed", {"rules": rules}), model=self.model), scheme
+
+
+def cfg_scheme(cfg: Config) -> dict[str, Any]:
+    """The scheme of a config as plain data."""
+    assert cfg.quantization is not None
+    return describe(cfg.quantization)
+
+
+def choose(cfg: Config) -> str:
+    """Fill in `checkpoint` and `quantization` where they are left out; returns what was chosen.
+
+    Raises:
+        UserError: if there is nothing to quantize.
+    """
+    said = f"quantizing {cfg.checkpoint}"
+    if cfg.checkpoint is None:
+        newest = next(finished_runs(), None)
+        if newest is None:
+            raise UserError(
+                "there is no finished run under runs/ to quantize. Train one (plmtune run pretrain), or name a run or "
+                "a model directory with checkpoint=DIR."
+            )
+        cfg.checkpoint, said = str(newest), f"quantizing {newest}, the newest finished run (checkpoint=DIR for another)"
+    directory = checkpoint_directory(cfg.checkpoint)
+    trained_for = qat.plan_of(directory)
+    if cfg.quantization is None:
+        cfg.quantization = (
+            from_description("quantization", trained_for, f"{directory}, key qat")
+            if trained_for
+            else Component("quantization", "int4", {})
+        )
+        said += f" as {cfg.quantization.name}" + (", which it was trained for" if trained_for else "")
+    return said
+
+
+def on_meta(source: Path) -> Any:
+    """The model of a checkpoint without its weights.
+
+    Raises:
+        UserError: if it is quantized already.
+    """
+    description = read_description(source)
+    with torch.device("meta"):
+        model = from_description("model", description, str(source))(vocab_size=description["vocab_size"])
+    return model
+
+
+def plan_of(cfg: Config, model: Any) -> Any:
+    """Which matrix is stored how, by the scheme of the config.
+
+    Raises:
+        UserError: naming the key.
+    """
+    return build("quantization", cfg.quantization, model=model)
+
+
+def num_bytes(model: Any, plan: Any, dtype: torch.dtype) -> int:
+    """Bytes of a model's numbers: those that a plan names in its formats, the others in `dtype`."""
+    whole = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    shapes = candidates(model)
+    stored = sum(format.num_bytes(shapes[name]) for name, format in plan.items())
+    return whole + stored - sum(shapes[name][0] * shapes[name][1] for name in plan) * dtype.itemsize
+
+
+def read_text(cfg: Config, tokenizer: Tokenizer, max_seq_len: int) -> Text:
+    """The first rows of the data, as many as are asked for.
+
+    Raises:
+        UserError: if there are fewer, or numbers are impossible.
+    """
+    for key in ("calibration_tokens", "test_tokens"):
+        if getattr(cfg, key) < 0:
+            raise UserError(f"key {key}: must not be negative, but is {getattr(cfg, key)}.")
+    if not 2 <= cfg.seq_len <= max_seq_len:
+        cfg.seq_len = max_seq_len if cfg.seq_len > max_seq_len else 2
+    if cfg.sensitivity.measure and not cfg.test_tokens:
+        raise UserError("key sensitivity.measure: needs text to measure on, and test_tokens is 0.")
+    calibration, test = (-(-n // cfg.seq_len) for n in (cfg.calibration_tokens, cfg.test_tokens))
+    needed = (calibration + test) * cfg.seq_len
+    sources = named_sources(build("data", cfg.data)) if needed else {}
+    ids: list[Any] = []
+    for source in sources.values():
+        have = sum(map(len, ids))
+        for text in source.documents():
+            if have >= needed:
+                break
+            ids.append(np.asarray([*tokenizer.encode(text), tokenizer.eos_id], dtype=np.int64))
+            have += len(ids[-1])
+    joined = torch.from_numpy(np.concatenate(ids)) if ids else torch.empty(0, dtype=torch.long)
+    if len(joined) < needed:
+        raise UserError(
+            f"key data: the text has {len(joined):,} tokens, and calibration_tokens and test_tokens ask for "
+            f"{needed:,} in rows of {cfg.seq_len}. Give more text, or ask for fewer."
+        )
+    rows = joined[:needed].view(-1, cfg.seq_len)
+    # Spread among each other, so that both see each kind of text that there is.
+    count = torch.arange(len(rows) + 1) * test // max(1, len(rows))
+    is_test = count.diff() > 0
+    return Text(rows[~is_test], rows[is_test], {name: s.fingerprint() for name, s in sources.items()})
+
+
+def budget_of(text: str, bytes_before: int) -> int:
+    """Bytes: 80M, or 30% of the bytes before.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    try:
+        if text.endswith("%"):
+            return int(float(text[:-1]) / 100 * bytes_before)
+        return parse_count(text, "sensitivity.budget")
+    except ValueError as error:
+        raise UserError(f"key sensitivity.budget: {text!r} is neither bytes (80M) nor a share (30%).") from error
+
+
+def lines(report: dict[str, Any], path: Path) -> list[str]:
+    """What to say at the end."""
+    size, before = report["bytes"], report["bytes_before"]
+    said = [f"{path}: {show_bytes(size)}, {size / before:.0%} of the {show_bytes(before)} in {report['dtype']}"]
+    if report["loss"] is not None:
+        lost = report["loss"] - report["loss_before"]
+        perplexities = np.exp([report["loss_before"], report["loss"]])
+        said.append(
+            f"loss {report['loss_before']:.4f} -> {report['loss']:.4f} nats a token ({lost:+.4f}), perplexity "
+            f"{perplexities[0]:.2f} -> {perplexities[1]:.2f} on {report['test_tokens']:,} tokens"
+        )
+    return [*said, f"try it: plmtune generate {path} --prompt ..., plmtune bench {path}"]
+
+
+def check(cfg: Config) -> str:
+    """What ``plmtune validate`` says of a config that is right."""
+    if cfg.checkpoint is None:
+        return "The model is that of the newest finished run."
+    choose(cfg)
+    model = on_meta(checkpoint_directory(cfg.checkpoint))
+    plan = plan_of(cfg, model)
+    return f"{len(plan)} matrices in integers, about {show_bytes(num_bytes(model, plan, _DTYPES[cfg.dtype]))}."
+
+
+def main(cfg: Config, *, dry_run: bool = False) -> float | None:
+    """Run the recipe; returns the loss in nats a token, which a sweeper can minimise."""
+    if dry_run:
+        print(check(cfg))
+        return None
+    with Runtime.start(device=cfg.device, seed=0, strategy="none") as runtime:
+        find_run(cfg)
+        print(choose(cfg))
+        recipe = Quantize(cfg, runtime)
+        with recipe.run:
+            recipe.quantize()
+        report = json.loads((recipe.run.path / REPORT).read_text(encoding="utf-8"))
+    return report["loss"]
