@@ -1,0 +1,83 @@
+"""What a runtime can be asked, whichever it is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from plmtune.data.rows import Message
+
+
+class Runtime(ABC):
+    """A model, opened by the program that serves it. A context manager: at its end the memory is let go of.
+
+    Attributes:
+        name: of the program.
+        path: what was opened.
+        vocab_size: rows of the vocabulary.
+        context: tokens that fit into the cache.
+        slow_rows: whether each row of `log_probs` costs a second rather than a millisecond.
+    """
+
+    name: str
+    path: Path
+    vocab_size: int
+    context: int
+    slow_rows = False
+
+    @abstractmethod
+    def log_probs(self, ids: Sequence[int], last: int) -> Tensor:
+        """What follows each of the last `last` prefixes of ids: fp32 log-probabilities on the CPU, [last, v].
+
+        The first row follows ids[: len(ids) - last + 1], the last row follows all of them.
+        """
+
+    @abstractmethod
+    def start(self, ids: Sequence[int]) -> int:
+        """Read ids into an empty cache and return the likeliest next one."""
+
+    @abstractmethod
+    def step(self, id: int) -> int:
+        """Append one id to the cache and return the likeliest next one."""
+
+    def encode(self, text: str) -> list[int] | None:
+        """The runtime's own ids of a text, with what it puts before one; special tokens' text stands for the tokens.
+
+        None: it has no tokenizer.
+        """
+        return None
+
+    def render(self, messages: Sequence[Message]) -> str | None:
+        """The text of a conversation up to where the model begins to write; None: there is no template."""
+        return None
+
+    def greedy(self, ids: Sequence[int], n: int) -> list[int]:
+        """The n tokens that follow ids, the likeliest each time, whatever ends a text."""
+        written = [self.start(ids)]
+        while len(written) < n:
+            written.append(self.step(written[-1]))
+        return written
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the model."""
+
+    def check(self, ids: Sequence[int], last: int = 1) -> None:
+        """Raise ValueError where ids are none, too many, or fewer than the rows that are asked for."""
+        if not 1 <= last <= len(ids):
+            raise ValueError(f"{last} rows cannot be given for {len(ids)} tokens")
+        if len(ids) > self.context:
+            raise ValueError(f"{len(ids)} tokens exceed the context of {self.context} that {self.path} was opened with")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,35 @@
+"""What a GGUF file tells before llama.cpp opens it: llama.cpp itself ends the process on some that are damaged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from plmtune.errors import UserError
+from plmtune.models.gguf_file import opened_gguf
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Attributes: rows of the vocabulary; context: positions the model knows; template: of a conversation."""
+
+    rows: int
+    context: int
+    template: str | None
+
+
+def read_facts(path: Path) -> Facts:
+    """Read a file's header.
+
+    Raises:
+        UserError: if it is damaged, or does not say what its architecture must.
+    """
+    with opened_gguf(path) as file:
+        architecture = file.metadata.get("general.architecture")
+        context = file.metadata.get(f"{architecture}.context_length")
+        embedding = file.tensors.get("token_embd.weight")
+        if type(context) is not int or context < 1 or embedding is None:
+            what = "token_embd.weight" if embedding is None else f"a whole {architecture}.context_length"
+            raise UserError(f"{path} has no {what}: it is no model that llama.cpp runs.")
+        template = file.metadata.get("tokenizer.chat_template")
+        return Facts(embedding.shape[0], context, template if isinstance(template, str) else None)

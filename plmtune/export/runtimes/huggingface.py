@@ -1,0 +1,105 @@
+"""Directories in Hugging Face's form, by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plmtune.data.rows import Message
+from plmtune.errors import UserError
+from plmtune.export.runtimes.base import Runtime
+
+
+class Transformers(Runtime):
+    """A model and a tokenizer of transformers, from local files alone and without any code of theirs.
+
+    Args:
+        threads: of PyTorch, for the whole process; None: as it is.
+        context: None: the model's, at most 4,096.
+        exact: in fp32.
+    """
+
+    name = "transformers"
+
+    def __init__(self, path: Path, *, threads: int | None, context: int | None, exact: bool) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from plmtune.export.runtimes.opening import DEFAULT_CONTEXT
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.path = path
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        dtype = torch.float32 if exact else "auto"
+        with _quiet():
+            try:
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **local)
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(path, **local)
+            except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise UserError(f"transformers cannot open {path}: {reason}") from error
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model: Any = model.to(device).eval()
+        self.vocab_size = int(self._model.config.vocab_size)
+        self.context = min(context or DEFAULT_CONTEXT, int(self._model.config.max_position_embeddings))
+        self._cache: Any = None
+
+    @torch.inference_mode()
+    def log_probs(self, ids: Sequence[int], last: int) -> Tensor:
+        self.check(ids, last)
+        logits: Tensor = self._model(self._row(ids), use_cache=False, logits_to_keep=last).logits[0]
+        return logits.float().log_softmax(-1).cpu()
+
+    @torch.inference_mode()
+    def start(self, ids: Sequence[int]) -> int:
+        self.check(ids)
+        self._cache = None
+        return self._next(ids)
+
+    @torch.inference_mode()
+    def step(self, id: int) -> int:
+        return self._next([id])
+
+    def _next(self, ids: Sequence[int]) -> int:
+        out = self._model(self._row(ids), past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache = out.past_key_values
+        return int(out.logits[0, -1].argmax())
+
+    def _row(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor([list(ids)], device=self._model.device)
+
+    def encode(self, text: str) -> list[int] | None:
+        ids: list[int] = self._tokenizer(text)["input_ids"]
+        return ids
+
+    def render(self, messages: Sequence[Message]) -> str | None:
+        if self._tokenizer.chat_template is None:
+            return None
+        said = [{"role": message.role, "content": message.content} for message in messages]
+        text: str = self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        return text
+
+    def close(self) -> None:
+        self._cache = None
+        del self._model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no advice while files are read."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

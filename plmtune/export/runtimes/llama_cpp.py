@@ -1,0 +1,139 @@
+"""GGUF files by llama.cpp, through the C interface that llama-cpp-python binds.
+
+Its class `Llama` is left aside: it copies the logits of each token into an array for the whole context, 2.5 GB for
+PLM's vocabulary. Flash attention is off, since llama.cpp aborts on any PLM file with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from plmtune.data.rows import Message
+from plmtune.errors import UserError
+from plmtune.export.runtimes.base import Runtime
+from plmtune.export.runtimes.gguf_facts import read_facts
+
+
+class LlamaCpp(Runtime):
+    """A llama.cpp context of one sequence.
+
+    Args:
+        threads: None: llama.cpp's own choice.
+        context: None: the model's, at most 4,096.
+        exact: keys and values in fp32, where llama.cpp's default is fp16.
+    """
+
+    name = "llama.cpp (llama_cpp)"
+
+    def __init__(self, path: Path, *, threads: int | None, context: int | None, exact: bool) -> None:
+        from plmtune.export.runtimes.opening import DEFAULT_CONTEXT
+
+        facts = read_facts(path)
+        self.path = path
+        self.context = min(context or DEFAULT_CONTEXT, facts.context)
+        self._template = facts.template
+        self._lib = lib = _library()
+        self._model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+        if not self._model:
+            raise UserError(f"llama.cpp cannot load {path}: see that it is whole, and of a kind that llama.cpp knows.")
+        self._vocab = lib.llama_model_get_vocab(self._model)
+        self.vocab_size = int(lib.llama_vocab_n_tokens(self._vocab))
+        settings = lib.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = self.context
+        settings.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if threads is not None:
+            settings.n_threads = settings.n_threads_batch = threads
+        if exact:
+            settings.type_k = settings.type_v = lib.GGML_TYPE_F32
+        self._context = lib.llama_init_from_model(self._model, settings)
+        if not self._context:
+            lib.llama_model_free(self._model)
+            raise UserError(f"llama.cpp has no room for a context of {self.context} tokens with {path}.")
+        self._length = 0
+
+    def log_probs(self, ids: Sequence[int], last: int) -> Tensor:
+        self.check(ids, last)
+        self._clear()
+        return torch.from_numpy(self._decode(ids, last).copy()).log_softmax(-1)
+
+    def start(self, ids: Sequence[int]) -> int:
+        self.check(ids)
+        self._clear()
+        return int(self._decode(ids, 1)[0].argmax())
+
+    def step(self, id: int) -> int:
+        return int(self._decode((id,), 1)[0].argmax())
+
+    def _clear(self) -> None:
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        self._length = 0
+
+    def _decode(self, ids: Sequence[int], last: int) -> npt.NDArray[np.float32]:
+        """Append ids; the logits after the last of them, [last, v], valid until the next call."""
+        lib, n = self._lib, len(ids)
+        batch = lib.llama_batch_init(n, 0, 1)
+        try:
+            batch.n_tokens = n
+            for index, id in enumerate(ids):
+                batch.token[index], batch.pos[index] = id, self._length + index
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+                batch.logits[index] = index >= n - last
+            code = lib.llama_decode(self._context, batch)
+        finally:
+            lib.llama_batch_free(batch)
+        if code:
+            raise UserError(f"llama.cpp failed on {n} tokens after {self._length} (code {code}) with {self.path}.")
+        self._length += n
+        logits = lib.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(logits, shape=(last, self.vocab_size))
+
+    def encode(self, text: str) -> list[int] | None:
+        data = text.encode()
+        ids = (self._lib.llama_token * (len(data) + 8))()
+        count = self._lib.llama_tokenize(self._vocab, data, len(data), ids, len(ids), True, True)
+        if count < 0:
+            raise UserError(f"llama.cpp cannot tokenize with {self.path}: {-count} ids for {len(data)} bytes.")
+        return list(ids[:count])
+
+    def render(self, messages: Sequence[Message]) -> str | None:
+        if self._template is None:
+            return None
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        eos, bos = (self._text(find(self._vocab)) for find in (self._lib.llama_vocab_eos, self._lib.llama_vocab_bos))
+        formatter = Jinja2ChatFormatter(self._template, eos_token=eos, bos_token=bos)
+        said: Any = [{"role": message.role, "content": message.content} for message in messages]
+        prompt: str = formatter(messages=said).prompt
+        return prompt
+
+    def _text(self, id: int) -> str:
+        return "" if id < 0 else str(self._lib.llama_vocab_get_text(self._vocab, id).decode())
+
+    def close(self) -> None:
+        self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)
+
+
+@cache
+def _library() -> Any:
+    import llama_cpp as lib
+
+    _library_log = lib.llama_log_callback(_say_nothing)
+    lib.llama_log_set(_library_log, ctypes.c_void_p(0))
+    lib.llama_backend_init()
+    # llama.cpp keeps the callback's address, so the callback must live as long.
+    lib.plmtune_log = _library_log
+    return lib
+
+
+def _say_nothing(level: int, text: bytes, data: Any) -> None:
+    """llama.cpp's log is for its own users."""

@@ -1,0 +1,106 @@
+"""Which runtime serves a file."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Literal, get_args
+
+from plmtune.errors import UserError, did_you_mean
+from plmtune.export.runtimes.base import Runtime
+from plmtune.models.files import ADAPTER_CONFIG, CONFIG, read_json
+
+RuntimeName = Literal["llama_cpp", "xllamacpp", "transformers", "executorch", "plmtune"]
+
+# A cache for all positions that a model knows may be larger than the memory; more is taken where it is asked for.
+DEFAULT_CONTEXT = 4096
+
+
+def open_runtime(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    context: int | None = None,
+    prefer: RuntimeName | None = None,
+    exact: bool = False,
+) -> Runtime:
+    """Open a model file or directory in the runtime that serves it.
+
+    Args:
+        path: a .gguf (llama_cpp where it is installed, else xllamacpp), a .pte (ExecuTorch), a directory of ours,
+            quantized or not, a run, or another directory in Hugging Face's form (transformers).
+        threads: None: as many as the runtime takes by itself.
+        context: tokens of the cache; None: all that the model knows, at most 4,096.
+        prefer: the runtime, where several serve such a file.
+        exact: compute and cache in fp32 where the runtime can, to compare; else as it does for its users.
+
+    Raises:
+        UserError: if nothing serves it, it is damaged, or a package is missing.
+        ValueError: for impossible numbers.
+    """
+    path = Path(path)
+    for name, value in (("threads", threads), ("context", context)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    serving = _serving(path)
+    if prefer is not None and prefer not in serving:
+        unknown = "" if prefer in get_args(RuntimeName) else did_you_mean(prefer, get_args(RuntimeName))
+        raise UserError(f"{prefer} does not serve {path}; {' and '.join(serving)} would.{unknown}")
+    found = prefer or next((name for name in serving if _installed(name)), serving[-1])
+    _demand(found, path)
+    if found == "plmtune":
+        from plmtune.export.runtimes.ours import Ours
+
+        return Ours(path, threads=threads, context=context, exact=exact)
+    if found == "transformers":
+        from plmtune.export.runtimes.huggingface import Transformers
+
+        return Transformers(path, threads=threads, context=context, exact=exact)
+    if found == "executorch":
+        from plmtune.export.runtimes.executorch import ExecuTorch
+
+        return ExecuTorch(path, threads=threads, context=context)
+    if found == "llama_cpp":
+        from plmtune.export.runtimes.llama_cpp import LlamaCpp
+
+        return LlamaCpp(path, threads=threads, context=context, exact=exact)
+    from plmtune.export.runtimes.xllamacpp import XLlamaCpp
+
+    return XLlamaCpp(path, threads=threads, context=context, exact=exact)
+
+
+def _serving(path: Path) -> tuple[RuntimeName, ...]:
+    """The runtimes for such a path, the best first."""
+    if not path.exists():
+        raise UserError(f"There is no {path} (seen from {Path.cwd()}).")
+    if path.is_file():
+        by_ending: dict[str, tuple[RuntimeName, ...]] = {
+            ".gguf": ("llama_cpp", "xllamacpp"),
+            ".pte": ("executorch",),
+        }
+        if path.suffix not in by_ending:
+            raise UserError(f"{path} is neither a .gguf nor a .pte file, nor a directory: no runtime serves it.")
+        return by_ending[path.suffix]
+    if not (path / CONFIG).is_file() or (path / ADAPTER_CONFIG).is_file():
+        return ("plmtune",)
+    keys = read_json(path, CONFIG)
+    if "plmtune" in keys or keys.get("model_type") == "plm":
+        return ("plmtune", "transformers")
+    return ("transformers", "plmtune") if keys.get("model_type") == "llama" else ("transformers",)
+
+
+_EXTRAS: dict[str, str] = {
+    "llama_cpp": "llama-cpp",
+    "xllamacpp": "gguf",
+    "transformers": "transformers",
+    "executorch": "executorch",
+}
+
+
+def _installed(name: RuntimeName) -> bool:
+    return name == "plmtune" or importlib.util.find_spec(name) is not None
+
+
+def _demand(name: RuntimeName, path: Path) -> None:
+    if not _installed(name):
+        raise UserError(f'{path} needs the package {name}: pip install "plmtune[{_EXTRAS[name]}]"')

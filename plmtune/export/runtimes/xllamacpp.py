@@ -1,0 +1,129 @@
+"""GGUF files by llama.cpp's server, which the ready wheel xllamacpp runs inside this process.
+
+The server answers calls and, on the loopback, HTTP; tokenizer and chat template are to be had by the latter alone, with
+a key that only this process knows. Flash attention is off, since llama.cpp aborts on any PLM file with it.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plmtune.data.rows import Message
+from plmtune.errors import UserError
+from plmtune.export.runtimes.base import Runtime
+from plmtune.export.runtimes.gguf_facts import read_facts
+
+# Requests go to this machine, whatever proxy the environment names.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class XLlamaCpp(Runtime):
+    """A llama.cpp server with one slot, which keeps the cache of what it read last.
+
+    A step hands the whole prompt over as JSON, of which the server reads the new token alone: about a millisecond each
+    thousand tokens beside the model's own time, so `llama_cpp` measures better. A row of log-probabilities is JSON too,
+    about a second for 50,000 ids.
+
+    Args:
+        threads: None: llama.cpp's own choice.
+        context: None: the model's, at most 4,096.
+        exact: keys and values in fp32, where llama.cpp's default is fp16.
+    """
+
+    name = "llama.cpp (xllamacpp)"
+
+    def __init__(self, path: Path, *, threads: int | None, context: int | None, exact: bool) -> None:
+        import xllamacpp as lib
+
+        from plmtune.export.runtimes.opening import DEFAULT_CONTEXT
+
+        facts = read_facts(path)
+        self.path, self.vocab_size = path, facts.rows
+        self.slow_rows = facts.rows > 20_000
+        self._template, self._key = facts.template, secrets.token_hex(16)
+        self.context = min(context or DEFAULT_CONTEXT, facts.context)
+        params = lib.CommonParams()
+        params.model.path = str(path)
+        # A slot keeps a place for the token that it writes.
+        params.n_ctx = self.context + 1
+        params.flash_attn_type = lib.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.n_parallel, params.warmup, params.fit_params, params.verbosity = 1, False, False, -1
+        params.ui, params.endpoint_slots, params.cache_ram_mib = False, False, 0
+        params.n_threads_http, params.api_keys = 1, [self._key]
+        if threads is not None:
+            params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        if exact:
+            params.cache_type_k = params.cache_type_v = lib.ggml_type.GGML_TYPE_F32
+        try:
+            self._server: Any = lib.Server(params)
+        except RuntimeError as error:
+            raise UserError(f"llama.cpp cannot load {path}: {error}") from error
+        self._ids: list[int] = []
+
+    def log_probs(self, ids: Sequence[int], last: int) -> Tensor:
+        self.check(ids, last)
+        held = list(ids)
+        # Growing prompts: of each the server reads the one new token.
+        return torch.stack([self._row(held[:end]) for end in range(len(held) - last + 1, len(held) + 1)])
+
+    def _row(self, ids: list[int]) -> Tensor:
+        row = torch.full((self.vocab_size,), float("-inf"))
+        found = self._complete(ids, self.vocab_size)
+        row[[entry["id"] for entry in found]] = torch.tensor([entry["logprob"] for entry in found])
+        # The server sums 50,000 probabilities in fp32, one after the other: off by 1e-4 in all of a row alike.
+        return row.log_softmax(-1)
+
+    def start(self, ids: Sequence[int]) -> int:
+        self.check(ids)
+        self._ids = list(ids)
+        return int(self._complete(self._ids, 1, cached=False)[0]["id"])
+
+    def step(self, id: int) -> int:
+        self._ids.append(id)
+        return int(self._complete(self._ids, 1)[0]["id"])
+
+    def _complete(self, ids: list[int], count: int, *, cached: bool = True) -> list[dict[str, Any]]:
+        """The `count` likeliest ids after some, with their log-probabilities, the likeliest first."""
+        answer = self._server.handle_completions(
+            {"prompt": ids, "n_predict": 1, "n_probs": count, "temperature": 0.0, "cache_prompt": cached}
+        )
+        if "choices" not in answer:
+            message = answer.get("message", answer) if isinstance(answer, dict) else answer
+            raise UserError(f"llama.cpp failed on {len(ids)} tokens with {self.path}: {message!s:.300}")
+        top: list[dict[str, Any]] = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        return top
+
+    def encode(self, text: str) -> list[int] | None:
+        ids: list[int] = self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+        return ids
+
+    def render(self, messages: Sequence[Message]) -> str | None:
+        if self._template is None:
+            return None  # the server would take ChatML
+        said = [{"role": message.role, "content": message.content} for message in messages]
+        prompt: str = self._post("/apply-template", {"messages": said})["prompt"]
+        return prompt
+
+    def _post(self, route: str, data: dict[str, Any]) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+        request = urllib.request.Request(self._server.listening_address + route, json.dumps(data).encode(), headers)
+        try:
+            with _OPENER.open(request) as reply:
+                answer: dict[str, Any] = json.load(reply)
+        except urllib.error.HTTPError as error:
+            with error:
+                reason = error.read(1000).decode(errors="replace")
+            raise UserError(f"llama.cpp's {route} failed with {self.path}: {reason}") from error
+        return answer
+
+    def close(self) -> None:
+        del self._server
