@@ -1,4 +1,4 @@
-"""Devices: what one can hold and how fast it reads and multiplies. A YAML file each; every figure says where it is from.
+"""Devices: what one can hold and how fast it reads and multiplies. A YAML file each, whose figures name their source.
 
 A device that was calibrated (`devices.calibrate`) has `rates` besides: what each runtime's kernels reach on it.
 """
@@ -43,8 +43,8 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class SchemeRate:
-    """What a runtime's products with weights of one scheme reach, measured.
+class KernelRate:
+    """What a runtime's products with weights of one form (bf16, int4_g32, Q8_0, ...) reach, measured.
 
     Attributes:
         weights: bytes/s of a product of one row.
@@ -62,7 +62,7 @@ class RuntimeRates:
     """What a runtime reaches, measured.
 
     Attributes:
-        schemes: scheme -> what its products reach.
+        kernels: form of the weights -> what products with them reach.
         layers: kind of attention ("latent", "heads") -> seconds a layer and token, besides products and cache.
         token: seconds a token besides.
         cache: kind of attention -> bytes/s of reading the cache.
@@ -71,7 +71,7 @@ class RuntimeRates:
         error: relative, of decode times, as the fit leaves it.
     """
 
-    schemes: dict[str, SchemeRate]
+    kernels: dict[str, KernelRate]
     layers: dict[str, float]
     token: float
     cache: dict[str, float]
@@ -200,26 +200,28 @@ def _number(value: Any, where: str, zero: bool = True) -> float:
 
 
 def _runtime_rates(found: Any, where: str) -> RuntimeRates:
-    _check_keys(found, (*_COMMON, "schemes"), where)
-    for key in ("layer_us", "cache_gb_s", "schemes"):
+    _check_keys(found, (*_COMMON, "kernels"), where)
+    for key in ("layer_us", "cache_gb_s", "kernels"):
         if not isinstance(found[key], dict):
             raise UserError(f"{where}.{key}: must map names to numbers, not {found[key]!r:.80}.")
-    schemes = {}
-    for name, rate in found["schemes"].items():
-        place = f"{where}.schemes.{name}"
+    kernels = {}
+    for name, rate in found["kernels"].items():
+        place = f"{where}.kernels.{name}"
         _check_keys(rate, _RATES, place)
-        schemes[str(name)] = SchemeRate(
+        kernels[str(name)] = KernelRate(
             weights=_number(rate["weight_gb_s"], f"{place}.weight_gb_s", zero=False) * _GIGA,
             product=_number(rate["product_us"], f"{place}.product_us") * _MICRO,
             compute=_number(rate["compute_gflop_s"], f"{place}.compute_gflop_s", zero=False) * _GIGA,
         )
-    if not schemes:
-        raise UserError(f"{where}.schemes: is empty, so the runtime need not be named.")
+    if not kernels:
+        raise UserError(f"{where}.kernels: is empty, so the runtime need not be named.")
     return RuntimeRates(
-        schemes=schemes,
+        kernels=kernels,
         layers={str(k): _number(v, f"{where}.layer_us.{k}") * _MICRO for k, v in found["layer_us"].items()},
         token=_number(found["token_us"], f"{where}.token_us") * _MICRO,
-        cache={str(k): _number(v, f"{where}.cache_gb_s.{k}", zero=False) * _GIGA for k, v in found["cache_gb_s"].items()},
+        cache={
+            str(k): _number(v, f"{where}.cache_gb_s.{k}", zero=False) * _GIGA for k, v in found["cache_gb_s"].items()
+        },
         attention=_number(found["attention_gflop_s"], f"{where}.attention_gflop_s", zero=False) * _GIGA,
         program=_number(found["program_mib"], f"{where}.program_mib") * 2**20,
         error=_number(found["error"], f"{where}.error"),
@@ -268,13 +270,13 @@ def save_device(device: Device, path: Path) -> None:
                 "attention_gflop_s": shown(rates.attention / _GIGA),
                 "program_mib": shown(rates.program / 2**20),
                 "error": shown(rates.error),
-                "schemes": {
-                    scheme: {
+                "kernels": {
+                    form: {
                         "weight_gb_s": shown(rate.weights / _GIGA),
                         "product_us": shown(rate.product / _MICRO),
                         "compute_gflop_s": shown(rate.compute / _GIGA),
                     }
-                    for scheme, rate in rates.schemes.items()
+                    for form, rate in rates.kernels.items()
                 },
             }
             for name, rates in device.rates.items()

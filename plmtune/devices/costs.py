@@ -1,0 +1,369 @@
+"""What a model costs a device, by arithmetic: bytes to hold, bytes and FLOPs a token. Nothing is computed with it.
+
+Two runtimes are known: plmtune, whose cache holds an MLA's latent, and llama.cpp, which expands it to keys and values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from torch import nn
+
+from plmtune.errors import UserError, did_you_mean
+from plmtune.export.lint import QUANTIZED, WRITTEN, stored_type
+from plmtune.modules.decoder import Decoder
+from plmtune.modules.quantized import Format, Quantized
+from plmtune.quantization.schemes import EMBEDDING, HEAD
+from plmtune.registry import Component, describe
+
+RUNTIMES = ("plmtune", "llama.cpp")
+FLOATS = {"fp32": 4, "bf16": 2}
+STORED = "stored"  # the scheme of a checkpoint that is quantized already
+
+# Tokens that llama.cpp computes at once, by default (n_ubatch).
+_LLAMA_CPP_BATCH = 512
+# What a process takes before there is a model: Python with torch, measured; llama.cpp's own is small.
+PROGRAM = {"plmtune": 350 * 2**20, "llama.cpp": 30 * 2**20}
+
+_LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix [rows, width] of a model.
+
+    Attributes:
+        name: its module; `like` that of the module that was looked at, where layers are alike.
+        layer: its layer, None outside of them.
+        dense: attention asks for its numbers themselves (MLA's kv_b_proj, which absorbed decoding folds into others).
+    """
+
+    name: str
+    rows: int
+    width: int
+    layer: int | None
+    like: str
+    dense: bool = False
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.width
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention.
+
+    Attributes:
+        kind: "latent" (MLA) or "heads": how plmtune's cache holds it.
+        latent: numbers a token in plmtune's cache; expanded: in llama.cpp's, keys and values of each head.
+        decode: FLOPs of one new token for each cached one, in plmtune and over the expanded cache.
+        prompt: FLOPs of one token of a prompt for each token it attends to, whatever the runtime.
+    """
+
+    kind: Literal["latent", "heads"]
+    latent: int
+    expanded: int
+    decode: int
+    decode_expanded: int
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a decoder is made of, as far as it costs: `Anatomy.of(model)`, on the meta device for choice.
+
+    Attributes:
+        model: what was looked at.
+        other: numbers that are in no matrix: norms, biases.
+        widest: largest width inside a layer, of the FFN or of all heads.
+    """
+
+    model: Decoder = field(compare=False, repr=False)
+    matrices: tuple[Matrix, ...]
+    attention: tuple[Attention, ...]
+    other: int
+    widest: int
+    heads: int
+    formats: dict[str, Format]
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: Decoder) -> Anatomy:
+        """Raises ValueError for an attention that does not say its shapes."""
+        matrices = []
+        for name, module in model.named_modules():
+            match = _LAYER.match(name)
+            layer = int(match[1]) if match else None
+            shape: tuple[int, int] | None = None
+            if isinstance(module, Quantized):
+                shape = module.num_rows, module.width
+            elif isinstance(module, nn.Linear):
+                shape = module.out_features, module.in_features
+            elif isinstance(module, nn.Embedding):
+                shape = module.num_embeddings, module.embedding_dim
+            if shape is not None and name != "score":
+                matrices.append(Matrix(name, *shape, layer, name, name.endswith("kv_b_proj")))
+        counted = {matrix.name for matrix in matrices}
+        other = sum(
+            p.numel()
+            for name, p in model.named_parameters()
+            if name.rpartition(".")[0] not in counted or name.endswith("bias")
+        )
+        modules: list[Any] = [layer.attention for layer in model.layers]
+        attention = tuple(_attention(module) for module in modules)
+        inside = [max(m.rows, m.width) for m in matrices if m.layer is not None]
+        return cls(
+            model=model,
+            matrices=tuple(matrices),
+            attention=attention,
+            other=other,
+            widest=max(inside, default=0),
+            heads=max(module.head_shapes()[0][0] for module in modules),
+            formats={n: m.format for n, m in model.named_modules() if isinstance(m, Quantized)},
+            config=model.config,
+        )
+
+    def repeated(self, num_layers: int) -> Anatomy:
+        """The same with so many layers, of one that has a single one: a sweep need not build each."""
+        assert self.num_layers == 1
+        inside = [m for m in self.matrices if m.layer is not None]
+        outside = [m for m in self.matrices if m.layer is None]
+        copies = [
+            replace(m, name=_LAYER.sub(f"layers.{i}.", m.name, count=1), layer=i)
+            for i in range(num_layers)
+            for m in inside
+        ]
+        in_layer = sum(
+            p.numel() for name, p in self.model.layers.named_parameters() if not name.endswith("weight") or p.ndim < 2
+        )
+        return replace(
+            self,
+            matrices=(*outside, *copies),
+            attention=self.attention * num_layers,
+            other=self.other + in_layer * (num_layers - 1),
+            config=self.config | {"num_layers": num_layers},
+        )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.attention)
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.model.tied)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.vocab_size)
+
+    @property
+    def embed_dim(self) -> int:
+        return int(self.model.embed_dim)
+
+    @property
+    def max_seq_len(self) -> int:
+        return int(self.model.max_seq_len)
+
+    @property
+    def parameters(self) -> int:
+        return self.other + sum(m.numel for m in self.matrices)
+
+    @property
+    def non_embedding_parameters(self) -> int:
+        return self.parameters - sum(m.numel for m in self.matrices if m.layer is None)
+
+    @property
+    def head(self) -> Matrix:
+        """The vocabulary's projection."""
+        return next(m for m in self.matrices if m.name == (EMBEDDING if self.tied else HEAD))
+
+    @property
+    def multiplied(self) -> tuple[Matrix, ...]:
+        """The matrices that a token is multiplied with: an untied embedding is only looked up."""
+        return tuple(m for m in self.matrices if m.name != EMBEDDING or self.tied)
+
+
+def _attention(module: Any) -> Attention:
+    if not (hasattr(module, "head_shapes") and hasattr(module, "cache_shapes")):
+        raise ValueError(f"{type(module).__name__} has no head_shapes() and cache_shapes(), which its costs come from")
+    (heads, key), (kv_heads, _), (_, value) = module.head_shapes()
+    kept = sum(number * width for number, width in module.cache_shapes())
+    expanded = kv_heads * (key + value)
+    prompt = 2 * heads * (key + value)
+    if len(module.cache_shapes()) == 1:
+        # Scores over the latent and the rope key, then a sum of latents, for each head (absorbed decoding).
+        decode = 2 * heads * (kept + module.kv_lora_rank)
+        return Attention("latent", kept, expanded, decode, prompt, prompt)
+    return Attention("heads", kept, expanded, prompt, prompt, prompt)
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+def our_schemes() -> list[str]:
+    """Schemes that plmtune runs."""
+    return [*FLOATS, *(name for name in describe().get("quantization", {}) if name != "mixed")]
+
+
+def schemes_of(runtime: str) -> list[str]:
+    """Names of the schemes that a runtime has."""
+    return our_schemes() if runtime == "plmtune" else [kind.lower() for kind in (*WRITTEN, *QUANTIZED)]
+
+
+def check_schemes(schemes: Sequence[str], runtimes: Sequence[str]) -> list[tuple[str, str]]:
+    """(runtime, scheme) for each that is possible.
+
+    Raises:
+        UserError: for an unknown runtime, or a scheme that none of them has.
+    """
+    for runtime in runtimes:
+        if runtime not in RUNTIMES:
+            raise UserError(f"There is no runtime {runtime}.{did_you_mean(runtime, RUNTIMES)}")
+    for scheme in schemes:
+        if scheme == STORED:
+            continue
+        if not any(scheme in schemes_of(runtime) for runtime in runtimes):
+            known = sorted({name for runtime in runtimes for name in schemes_of(runtime)})
+            raise UserError(f"{' and '.join(runtimes)} has no scheme {scheme}.{did_you_mean(scheme, known)}")
+    return [
+        (runtime, scheme)
+        for runtime in runtimes
+        for scheme in schemes
+        if scheme in schemes_of(runtime) or (scheme == STORED and runtime == "plmtune")
+    ]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a model's weights cost in one scheme.
+
+    Attributes:
+        file: bytes on disk, without the tokenizer.
+        memory: bytes when loaded.
+        read: form (bf16, int4_g32, Q8_0, ...) -> bytes that a decoded token reads.
+        products: form -> matrices that it is multiplied with.
+        numbers: form -> how many numbers these hold, the vocabulary's projection left out.
+        head: form of the vocabulary's projection, which only the last token of a prompt needs.
+    """
+
+    file: int
+    memory: int
+    read: dict[str, int]
+    products: dict[str, int]
+    numbers: dict[str, int]
+    head: str
+
+
+def weights(anatomy: Anatomy, runtime: str, scheme: str) -> Weights:
+    """Cost of a model's weights.
+
+    Raises:
+        UserError, ValueError: for a scheme that the model cannot have.
+    """
+    forms = _our_forms(anatomy, scheme) if runtime == "plmtune" else _gguf_forms(anatomy, scheme)
+    width = 4 if runtime == "llama.cpp" else FLOATS.get(scheme, 2)  # norms: llama.cpp keeps them in F32
+    file = memory = anatomy.other * width
+    read: dict[str, int] = {}
+    products: dict[str, int] = {}
+    numbers: dict[str, int] = {}
+    multiplied = {matrix.name for matrix in anatomy.multiplied}
+    for matrix in anatomy.matrices:
+        form, size = forms[matrix.name]
+        file += size
+        memory += size
+        if matrix.name not in multiplied:
+            continue
+        if runtime == "plmtune" and matrix.dense and form not in FLOATS:
+            # Absorbed decoding wants its numbers each token, so they are kept beside the integers.
+            form, size = "bf16", 2 * matrix.numel
+            memory += size
+        read[form] = read.get(form, 0) + size
+        products[form] = products.get(form, 0) + 1
+        numbers[form] = numbers.get(form, 0) + (matrix.numel if matrix is not anatomy.head else 0)
+    return Weights(file, memory, read, products, numbers, forms[anatomy.head.name][0])
+
+
+def _our_forms(anatomy: Anatomy, scheme: str) -> dict[str, tuple[str, int]]:
+    if scheme in FLOATS:
+        return {m.name: (scheme, m.numel * FLOATS[scheme]) for m in anatomy.matrices}
+    if scheme == STORED:
+        plan = anatomy.formats
+    elif anatomy.formats:
+        raise UserError(
+            f"The checkpoint is quantized already, so it cannot be planned as {scheme}: take the one before."
+        )
+    else:
+        plan = Component("quantization", scheme)(model=anatomy.model)
+    forms = {}
+    for matrix in anatomy.matrices:
+        format = plan.get(matrix.like)
+        shape = (matrix.rows, matrix.width)
+        forms[matrix.name] = (format.name, format.num_bytes(shape)) if format else ("bf16", 2 * matrix.numel)
+    return forms
+
+
+def _gguf_forms(anatomy: Anatomy, scheme: str) -> dict[str, tuple[str, int]]:
+    kind = scheme.upper()
+    forms = {}
+    for matrix in anatomy.matrices:
+        form = _gguf_type(kind, matrix, anatomy)
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[form]]
+        forms[matrix.name] = (form, matrix.numel // block * size)
+    return forms
+
+
+def _gguf_type(kind: str, matrix: Matrix, anatomy: Anatomy) -> str:
+    """What llama.cpp's quantizer (llama_tensor_get_type) stores a matrix as; one type for all where ours writes."""
+    if kind in QUANTIZED:
+        # The vocabulary's projection, and of a mix (_M) what errors hurt most in half of the layers, get 6 bits.
+        delicate = matrix.name.endswith(("v_proj", "down_proj")) and kind in ("Q4_K_M", "Q5_K_M")
+        if matrix is anatomy.head or (delicate and _gets_more_bits(matrix.layer or 0, anatomy.num_layers)):
+            return stored_type("Q6_K", matrix.width)
+    return stored_type(kind, matrix.width)
+
+
+def _gets_more_bits(layer: int, num_layers: int) -> bool:
+    first = num_layers // 8
+    return layer < first or layer >= 7 * num_layers // 8 or (layer - first) % 3 == 2
+
+
+# --- cache, work, memory -----------------------------------------------------------------------------------------
+
+
+def cache_bytes(anatomy: Anatomy, runtime: str, tokens: int = 1, *, dtype_bytes: int = 2) -> int:
+    """Bytes that a cache of so many tokens takes; 16 bits a number unless said otherwise."""
+    numbers = sum(a.latent if runtime == "plmtune" else a.expanded for a in anatomy.attention)
+    return numbers * dtype_bytes * tokens
+
+
+def attention_flops(anatomy: Anatomy, runtime: str, tokens: int) -> int:
+    """FLOPs that one new token's attention over so many cached ones takes."""
+    return tokens * sum(a.decode if runtime == "plmtune" else a.decode_expanded for a in anatomy.attention)
+
+
+def prompt_attention_flops(anatomy: Anatomy, tokens: int) -> int:
+    """FLOPs of attention over a prompt, whose tokens see half of it each."""
+    return tokens * tokens // 2 * sum(a.prompt for a in anatomy.attention)
+
+
+def decode_flops(anatomy: Anatomy, runtime: str, context: int) -> int:
+    """FLOPs of one new token after `context` others."""
+    return 2 * sum(m.numel for m in anatomy.multiplied) + attention_flops(anatomy, runtime, context)
+
+
+def workspace_bytes(anatomy: Anatomy, runtime: str, prompt: int, context: int) -> int:
+    """Bytes of intermediate results while a prompt is read: the widest place of a layer, and one row of logits."""
+    rows = prompt if runtime == "plmtune" else min(prompt, _LLAMA_CPP_BATCH)
+    residual = 3 * anatomy.embed_dim
+    attended = max(a.prompt for a in anatomy.attention)  # queries, keys and values of all heads: 2 h (qk + v)
+    inside = max(2 * anatomy.widest, attended)
+    if runtime == "plmtune":
+        return 2 * rows * (residual + inside) + 4 * anatomy.vocab_size
+    # Without flash attention, which cannot be had for MLA there, the scores of a batch are there as a whole.
+    scores = anatomy.heads * context
+    return 4 * rows * (residual + max(inside, scores)) + 4 * anatomy.vocab_size

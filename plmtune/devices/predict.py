@@ -1,0 +1,182 @@
+"""How fast and how large a model will be on a device, from its shape alone.
+
+A decoded token reads each matrix once, and the cache:
+
+    seconds = sum over forms of weights (bytes / rate + products * cost of a call)
+            + cache bytes / rate
+            + layers * overhead + overhead
+
+A device of a YAML file has one rate for all bytes; where attention over the cache is more work than reading (MLA's
+absorbed decoding, 1 latent for all heads), its FLOPs count instead. A calibrated one has a rate for each form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from plmtune.devices import costs
+from plmtune.devices.costs import Anatomy, Weights
+from plmtune.devices.device import Device, KernelRate, RuntimeRates
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is to be expected of a model on a device.
+
+    Attributes:
+        context: tokens in the cache, for decode and memory; prompt: those read for the first token.
+        file: bytes of the weights on disk.
+        weights, cache, workspace, program: bytes in memory; `memory` is their sum, `available` what the device has.
+        first_token: seconds until a prompt's first token; None where the model does not fit, as are all speeds.
+        prefill, decode: tokens a second.
+        error: relative, of decode; a time to first token may be off by twice that.
+        calibrated: the speeds are of this runtime's kernels, measured on this device.
+    """
+
+    device: str
+    runtime: str
+    scheme: str
+    context: int
+    prompt: int
+    file: int
+    weights: int
+    cache: int
+    workspace: int
+    program: int
+    available: int
+    first_token: float | None
+    prefill: float | None
+    decode: float | None
+    error: float
+    calibrated: bool
+
+    @property
+    def memory(self) -> int:
+        return self.weights + self.cache + self.workspace + self.program
+
+    @property
+    def fits(self) -> bool:
+        return self.memory <= self.available
+
+
+def predict(
+    anatomy: Anatomy,
+    device: Device,
+    *,
+    scheme: str,
+    runtime: str = "plmtune",
+    context: int = 2048,
+    prompt: int = 512,
+) -> Prediction:
+    """Predict one model in one scheme, one text at a time.
+
+    Args:
+        anatomy: of the model, `Anatomy.of(model)`.
+        device: where it shall run.
+        scheme: of the runtime, such as int4 or q8_0.
+        runtime: plmtune or llama.cpp.
+        context: tokens in the cache.
+        prompt: tokens that are read before the first is written; at most the context counts.
+
+    Raises:
+        UserError, ValueError: for a scheme that the model cannot have.
+    """
+    held = costs.weights(anatomy, runtime, scheme)
+    prompt = min(prompt, context)
+    rates = device.rates.get(runtime)
+    found = Prediction(
+        device=device.key,
+        runtime=runtime,
+        scheme=scheme,
+        context=context,
+        prompt=prompt,
+        file=held.file,
+        weights=held.memory,
+        cache=costs.cache_bytes(anatomy, runtime, context, dtype_bytes=4 if scheme == "fp32" else 2),
+        workspace=costs.workspace_bytes(anatomy, runtime, prompt, context),
+        program=int(rates.program) if rates else costs.PROGRAM[runtime],
+        available=int(device.available),
+        first_token=None,
+        prefill=None,
+        decode=None,
+        error=_error(device, runtime, rates, held),
+        calibrated=rates is not None,
+    )
+    if not found.fits:  # weights would be read from the disk for each token: any speed would be a lie
+        return found
+    seconds = prompt_seconds(anatomy, device, runtime, held, prompt)
+    return replace(
+        found,
+        first_token=seconds,
+        prefill=prompt / seconds,
+        decode=1 / decode_seconds(anatomy, device, runtime, held, context),
+    )
+
+
+def decode_seconds(anatomy: Anatomy, device: Device, runtime: str, held: Weights, context: int) -> float:
+    """Seconds of one token after `context` others."""
+    rates = device.rates.get(runtime)
+    cache = costs.cache_bytes(anatomy, runtime, context)
+    if rates is None:
+        reading = sum(held.read.values()) / device.bandwidth.value
+        attending = costs.attention_flops(anatomy, runtime, context) / device.compute.value
+        over_cache = max(cache / device.bandwidth.value, attending)
+        return reading + over_cache + anatomy.num_layers * device.layer.value + device.token.value
+    seconds = rates.token
+    for form, size in held.read.items():
+        rate = kernel_rate(rates, form)
+        seconds += size / rate.weights + held.products[form] * rate.product
+    for attention in anatomy.attention:
+        kind, share = cache_kind(attention, runtime), cache_share(attention, runtime) * context
+        seconds += share / rates.cache.get(kind, device.bandwidth.value) + rates.layers.get(kind, device.layer.value)
+    return seconds
+
+
+def prompt_seconds(anatomy: Anatomy, device: Device, runtime: str, held: Weights, prompt: int) -> float:
+    """Seconds to read a prompt, whose products are bound by compute, or by reading where it is short."""
+    rates = device.rates.get(runtime)
+    attention = costs.prompt_attention_flops(anatomy, prompt)
+    # Only the last token's logits are wanted.
+    flops = {form: 2.0 * prompt * numbers for form, numbers in held.numbers.items()}
+    flops[held.head] += 2.0 * anatomy.head.numel
+    if rates is None:
+        work = (sum(flops.values()) + attention) / device.compute.value
+        reading = sum(held.read.values()) / device.bandwidth.value
+        return max(work, reading) + anatomy.num_layers * device.layer.value + device.token.value
+    seconds = rates.token + attention / rates.attention
+    for form, work in flops.items():
+        rate = kernel_rate(rates, form)
+        seconds += max(work / rate.compute, held.read[form] / rate.weights) + held.products[form] * rate.product
+    return seconds + sum(rates.layers.get(cache_kind(a, runtime), device.layer.value) for a in anatomy.attention)
+
+
+def cache_kind(attention: costs.Attention, runtime: str) -> str:
+    """Which of a runtime's rates a layer's cache is read at."""
+    return attention.kind if runtime == "plmtune" else "heads"
+
+
+def cache_share(attention: costs.Attention, runtime: str) -> int:
+    """Bytes of one layer's cache for each token."""
+    return 2 * (attention.latent if runtime == "plmtune" else attention.expanded)
+
+
+def _bits(form: str) -> float:
+    digits = "".join(ch for ch in form.lower().replace("int8_dynamic_", "").partition("_g")[0] if ch.isdigit())
+    return float(digits[:2] if digits[:2] in ("16", "32") else digits[:1] or 16)
+
+
+def kernel_rate(rates: RuntimeRates, form: str) -> KernelRate:
+    """The measured rate of a form, or of the one with the nearest number of bits."""
+    if form in rates.kernels:
+        return rates.kernels[form]
+    family = [name for name in rates.kernels if ("dynamic" in name) == ("dynamic" in form)] or list(rates.kernels)
+    return rates.kernels[min(family, key=lambda name: abs(_bits(name) - _bits(form)))]
+
+
+def _error(device: Device, runtime: str, rates: RuntimeRates | None, held: Weights) -> float:
+    if rates is None:
+        # Rates of YAML files are what llama.cpp reaches; PyTorch, eager, comes less near to what memory allows.
+        return min(device.error.value * (1 if runtime == "llama.cpp" else 2), 0.6)
+    # A kernel that was not measured itself is taken from its neighbour: that is no better than a data sheet.
+    known = all(form in rates.kernels for form in held.read)
+    return rates.error if known else max(rates.error, 0.3)
