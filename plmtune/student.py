@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from plmtune.modules.peft import adapter_parameters, disabled, init_adapters
 from plmtune.origins import Origin
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.runtime import Runtime
+from plmtune.units import show_bytes
 
 
 @dataclass
@@ -33,6 +34,8 @@ class Student:
     tokenizer: Tokenizer
     dtype: torch.dtype  # of what is saved; in a step FSDP2 shows another
     adapters: dict[str, Any] = field(default_factory=dict)  # adapter_config.json; empty: all weights are trained
+    scheme: dict[str, Any] = field(default_factory=dict)  # of quantization-aware training; empty: it is none
+    notes: list[str] = field(default_factory=list)  # what a person should know of it, a line each
 
     def checkpoints(self, directory: Path) -> Checkpoints:
         """The checkpoints of a run of this model: of its adapters alone, where it has them."""
@@ -59,12 +62,32 @@ class Student:
         with disabled(self.model):
             yield
 
+    @contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """Let a model that is trained for quantization compute with its weights as they are for a while."""
+        with _qat().disabled(self.model) if self.scheme else nullcontext():
+            yield
+
+    @contextmanager
+    def rounded_once(self) -> Iterator[None]:
+        """Weights that are trained for quantization do not change inside: they are rounded once."""
+        with _qat().once(self.model) if self.scheme else nullcontext():
+            yield
+
     def _describe(self, directory: Path) -> None:
         if self.adapters:
             adapters.write_adapter_config(directory, self.adapters)
         else:
             write_config(self.model.config, self.dtype, directory, score_head=hasattr(self.model, "score"))
+            if self.scheme:
+                _qat().note(directory, self.scheme)
         self.tokenizer.save(directory)
+
+
+def _qat() -> Any:
+    from plmtune.quantization import qat  # torchao takes a second to import
+
+    return qat
 
 
 def wake(
@@ -85,13 +108,14 @@ def wake(
         score_head: a reward model's head is added, where the origin has none.
 
     Raises:
-        UserError: if origin or adapters do not fit it.
+        UserError: if origin, adapters or scheme do not fit it.
     """
     if cfg.peft and runtime.strategy in ("fsdp", "hsdp"):
         raise UserError(f"key peft: adapters are trained on whole models, not under {runtime.strategy}: strategy=ddp.")
     generator = torch.Generator().manual_seed(cfg.seed)
     if score_head:
         model.add_score_head(generator)
+    scheme, notes = _prepare(cfg, model, runtime)
     model = model.to_empty(device=runtime.device)
     model.activation_checkpointing = cfg.runtime.activation_checkpointing
     model.init_weights(generator)  # also what no file holds, such as RoPE's tables
@@ -109,7 +133,35 @@ def wake(
                 "beside. Put them back."
             )
     trained = runtime.distribute(model, compile=cfg.runtime.compile)
-    return Student(cfg, model, trained, tokenizer, model.dtype, described)
+    return Student(cfg, model, trained, tokenizer, model.dtype, described, scheme, notes)
+
+
+def _prepare(cfg: Any, model: Decoder, runtime: Runtime) -> tuple[dict[str, Any], list[str]]:
+    """Let the model round as its scheme will, if the config asks for it; returns the scheme and notes on it."""
+    chosen = cfg.quantization
+    if chosen is None or not chosen.settings.get("qat"):
+        return {}, []
+    if cfg.peft:
+        raise UserError(
+            "key quantization.qat: the weights that would be rounded are frozen under adapters. Train all weights "
+            "(peft=null), or leave quantization.qat out and quantize what plmtune merge gives."
+        )
+    if runtime.strategy in ("fsdp", "hsdp"):
+        raise UserError(
+            f"key quantization.qat: {runtime.strategy} shows a layer its weights in the arithmetic's dtype, and what "
+            "will be stored is rounded from fp32: strategy=ddp."
+        )
+    plan = build("quantization", chosen, model=model)
+    try:
+        _qat().prepare(model, plan)
+    except ValueError as error:
+        raise UserError(f"key quantization: {error}") from error
+    numbers = sum(p.numel() for name in plan for p in model.get_submodule(name).parameters() if p.ndim == 2)
+    note = (
+        f"quantization: {len(plan)} matrices are rounded in the forward as {chosen.name} stores them "
+        f"({show_bytes(4 * numbers)} more memory); checkpoints hold them unrounded"
+    )
+    return _qat().scheme_of(chosen), [note, *getattr(plan, "notes", [])]
 
 
 def first_model(runtime: Runtime, origin: Origin) -> Decoder:

@@ -154,7 +154,7 @@ class Preference:
         """Log-probabilities of every answer under this stage's reference, [comparisons, 2]; zeros without one.
 
         Computed by the model itself, which at the start of a stage still is the reference; with adapters, by what
-        they stand beside. Later they come from the disk.
+        they stand beside; with quantization-aware training, by its weights as they are. Later they come from the disk.
         """
         cfg, student = self.cfg, self.student
         num = len(self.data.comparisons)
@@ -196,7 +196,7 @@ class Preference:
 
         def compute(batch: ComparisonBatch) -> Tensor:
             nonlocal done
-            with torch.no_grad():
+            with torch.no_grad(), student.unrounded():
                 result = log_probs(batch)
             done += len(batch.index)
             watch.working(f"reference: log-probabilities of {done:,} comparisons")
@@ -228,10 +228,11 @@ class Preference:
 
     def update(self, index: int, batches: list[ComparisonBatch]) -> dict[str, Any]:
         """One optimizer step on this rank's comparisons of a global batch: the mean over its pairs."""
-        self.baseline = self._baseline([batch for batch in batches if batch.aside])
         main = [batch for batch in batches if not batch.aside]
         self.tally = Tally(self.runtime.device)
-        values = loop.update(self, main, float(sum(batch.num_pairs for batch in main)), self._loss)
+        with self.student.rounded_once():
+            self.baseline = self._baseline([batch for batch in batches if batch.aside])
+            values = loop.update(self, main, float(sum(batch.num_pairs for batch in main)), self._loss)
         self.order = self.data.order_digest(self.order, index)
         pairs = (self.first + index + 1) * self.cfg.global_batch_size
         stage = {"round": self.round} if self.cfg.rounds else {}
@@ -335,7 +336,7 @@ class Preference:
 
     def _introduce(self, watch: Watch) -> None:
         watch.message(f"run: {self.run.path}" + (f", going on after step {self.step}" if self.step else ""))
-        for line in (*self.runtime.reasons, *self.plan.estimate.lines()):
+        for line in (*self.runtime.reasons, *self.student.notes, *self.plan.estimate.lines()):
             watch.message(line)
 
     def _trial(self) -> None:

@@ -107,7 +107,8 @@ class Sft:
         phase = self.data.phase(index)
         if index and phase is not self.data.phase(index - 1):
             self.guard.forget()  # other text, other norms
-        values = loop.update(self, batches, float(sum(batch.num_valid for batch in batches)), self._loss)
+        with self.student.rounded_once():
+            values = loop.update(self, batches, float(sum(batch.num_valid for batch in batches)), self._loss)
         self.order = self.data.order_digest(self.order, index)
         return {**values, "tokens": (index + 1) * self.plan.tokens_per_step, "phase": phase.name}
 
@@ -153,7 +154,7 @@ class Sft:
         watch.message(f"run: {self.run.path}" + (f", going on after step {self.step}" if self.step else ""))
         kernels = self.runtime.attention_kernels(self.model, seq_len=self.cfg.seq_len, segments=True)
         reasons = [*self.runtime.reasons, f"attention: {kernels}"]
-        for line in (*reasons, *self.plan.estimate.lines(), *self.notes, self.data.describe()):
+        for line in (*reasons, *self.student.notes, *self.plan.estimate.lines(), *self.notes, self.data.describe()):
             watch.message(line)
 
     def _trial(self) -> None:

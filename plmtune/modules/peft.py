@@ -214,11 +214,14 @@ def init_adapters(model: nn.Module, generator: torch.Generator | None = None) ->
 def effective_weight(layer: Any) -> Tensor:
     """The weight [out, in] that a linear layer acts with: its own, or the base's with the adapters in it.
 
-    For what needs the matrix itself, as MLA's absorbed decoding does. Of a quantized layer: its numbers written out.
+    For what needs the matrix itself, as MLA's absorbed decoding does. Of a quantized layer: its numbers written out;
+    of one that is trained for quantization: the numbers that it will have.
     """
     if isinstance(layer, Quantized):
         return layer.dequantize()
     weight: Tensor = layer.weight
+    if hasattr(layer, "weight_fake_quantizer"):
+        weight = layer.weight_fake_quantizer(weight)
     if not hasattr(layer, "lora_a"):
         return weight
     a, b = layer.lora_a.weight, layer.lora_b.weight

@@ -172,8 +172,9 @@ def muon(
 def _split_for_muon(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(matrices inside the layers, everything else): what maps from or to the vocabulary is not Muon's."""
     vocabulary = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    if hasattr(model, "head_weight"):
-        vocabulary.add(id(model.head_weight))
+    head = getattr(model, "output", None)  # not `head_weight`: rounded for quantization, that is another tensor
+    if isinstance(head, nn.Module):
+        vocabulary |= {id(p) for p in head.parameters()}
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in _trainable(model):

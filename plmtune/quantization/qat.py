@@ -1,0 +1,252 @@
+"""Quantization-aware training: a forward that computes what the quantized model will compute.
+
+`prepare` puts torchao's fake-quantized layers in the place of a model's own, with rounding of ours in them: torchao's
+own quantizers have no integer zero points for weights of 4 bits, and the numbers here are those of
+`quantize.round_weight`, bit for bit. Gradients pass straight through the rounding (arXiv 1308.3432). No weight lies
+more than half a step outside of its group's range, which follows the weights, so no gradient is cut off: torchao's
+quantizers cut it for each group's greatest number, which then learns nothing.
+
+The parameters keep their names and stay fp32, so a checkpoint of a prepared model is a plain one. Its config.json says
+in the key `qat` what it was trained for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear, FakeQuantizerBase
+
+from plmtune.errors import UserError
+from plmtune.models.assemble import describe, from_description
+from plmtune.models.files import CONFIG, checkpoint_directory, read_json, write_json
+from plmtune.modules.quantized import Format, round_inputs
+from plmtune.registry import Component
+
+KEY = "qat"  # of config.json
+
+
+def prepare(model: Any, plan: Mapping[str, Format]) -> None:
+    """Let a decoder compute with the numbers that its quantized form will have.
+
+    Args:
+        model: changed in place; its parameters and their names stay. On the meta device nothing is allocated.
+        plan: module name -> format, as a scheme gives it.
+
+    Raises:
+        ValueError: naming the module, if there is none, it is of another kind, or the format does not fit it.
+    """
+    for name, format in plan.items():
+        try:
+            held: Any = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"the model has no module {name!r:.200}") from None
+        if not isinstance(held, nn.Linear | nn.Embedding):
+            raise ValueError(f"{name}: a {type(held).__name__} cannot be quantized")
+        width = held.weight.shape[1]
+        if width % (format.group_size or width):
+            raise ValueError(f"{name}: rows of {width} numbers cannot be divided into groups of {format.group_size}")
+        # On meta, or a second weight would be allocated and drawn.
+        with torch.device("meta"):
+            if isinstance(held, nn.Linear):
+                new: Any = FakeQuantizedLinear(held.in_features, held.out_features, held.bias is not None)
+                new.bias = held.bias
+                if format.dynamic:
+                    new.activation_fake_quantizer = InputRounding()
+            else:
+                new = FakeQuantizedEmbedding(held.num_embeddings, held.embedding_dim)
+        new.weight = held.weight
+        new.weight_fake_quantizer = WeightRounding(format)
+        _replace(model, name, new)
+    head = plan.get("tok_embeddings" if model.tied else "output")
+    if head is not None and head.dynamic and not hasattr(model, "score"):
+        # The loss takes hidden states and the head's weight: so what the head would round is rounded before.
+        model.norm.head_input = InputRounding()
+        model.norm.register_forward_hook(_round_output)
+
+
+def _round_output(norm: Any, inputs: Any, out: Tensor) -> Tensor:
+    rounded: Tensor = norm.head_input(out)
+    return rounded
+
+
+def convert(model: Any) -> dict[str, Format]:
+    """Undo `prepare`; returns the plan, by which `quantize.quantize` gives what the prepared model computed."""
+    plan: dict[str, Format] = {}
+    held: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if hasattr(m, "weight_fake_quantizer")]
+    for name, layer in held:
+        plan[name] = layer.weight_fake_quantizer.config
+        _replace(model, name, layer.to_linear() if hasattr(layer, "to_linear") else layer.to_embedding())
+    if hasattr(model.norm, "head_input"):
+        del model.norm.head_input
+        for key in [key for key, hook in model.norm._forward_hooks.items() if hook is _round_output]:
+            del model.norm._forward_hooks[key]
+    return plan
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new.train(model.training))
+
+
+class _Straight(torch.autograd.Function):
+    """Other numbers forward, the gradient as it comes backward."""
+
+    @staticmethod
+    def forward(x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class WeightRounding(FakeQuantizerBase):
+    """A matrix [out, in] -> the numbers that its stored form will stand for.
+
+    While the model is in eval mode, and inside of `once`, a weight is rounded at its first use alone.
+
+    Args:
+        format: how it will be stored.
+    """
+
+    def __init__(self, format: Format) -> None:
+        super().__init__()
+        self.config = format
+        self.enabled = True
+        self.once = False
+        self._held: tuple[int, Tensor] | None = None  # the weight's version, its rounded form
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.enabled:
+            return weight
+        out: Tensor = _Straight.apply(weight, self._rounded(weight))
+        return out
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or (self.training and not self.once):
+            return round_as_stored(weight, self.config)
+        # The version alone does not tell: fused optimizers write without a new one, but never in eval mode.
+        if self._held is None or self._held[0] != weight._version:
+            self._held = weight._version, round_as_stored(weight, self.config)
+        return self._held[1]
+
+    def forget(self) -> None:
+        self._held = None
+
+    def train(self, mode: bool = True) -> WeightRounding:
+        self.forget()
+        super().train(mode)
+        return self
+
+
+class InputRounding(FakeQuantizerBase):
+    """Inputs [..., in] of a product, rounded to 8 bits token by token as `modules.quantized.round_inputs` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = "int8, a scale and a zero a token"  # what printing a model shows
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        with torch.no_grad():
+            rounded = round_inputs(x)
+        out: Tensor = _Straight.apply(x, rounded)
+        return out
+
+
+@torch.no_grad()
+def round_as_stored(weight: Tensor, format: Format) -> Tensor:
+    """What a matrix's stored form stands for: `quantize.round_weight` and back, in a third of its time.
+
+    It is computed in each training step, and the integers themselves are not needed.
+
+    Args:
+        weight (Tensor): [out, in].
+        format: how it will be stored.
+
+    Returns:
+        Tensor: [out, in], in the weight's dtype.
+    """
+    low, high = (-128, 127) if format.bits == 8 else (-8, 7) if format.symmetric else (0, 15)
+    groups = weight.float().unflatten(-1, (-1, format.group_size or weight.shape[-1]))  # [out, groups, size]
+    least, most = torch.aminmax(groups, dim=-1, keepdim=True)
+    least, most = least.clamp(max=0), most.clamp(min=0)
+    smallest = torch.finfo(torch.float32).smallest_normal
+    if format.symmetric:
+        scale = (torch.maximum(-least, most) / ((high - low) / 2)).clamp(min=smallest)
+    else:
+        scale = ((most - least) / (high - low)).clamp(min=smallest)
+        zero = (low - (least / scale).round()).clamp(low, high)
+    scale = scale.bfloat16().float()
+    q = (groups * (1 / scale)).round_()
+    q = q.clamp_(low, high) if format.symmetric else q.add_(zero).clamp_(low, high).sub_(zero)
+    return q.mul_(scale).flatten(-2).to(weight.dtype)
+
+
+@contextmanager
+def once(model: nn.Module) -> Iterator[None]:
+    """Round each weight once for all forwards inside; none may change meanwhile."""
+    found = [module for module in model.modules() if isinstance(module, WeightRounding)]
+    for module in found:
+        module.once = True
+    try:
+        yield
+    finally:
+        for module in found:
+            module.once = False
+            module.forget()
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Let a prepared model compute with its weights as they are for a while."""
+    found: list[Any] = [module for module in model.modules() if isinstance(module, FakeQuantizerBase)]
+    for module in found:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module in found:
+            module.enabled = True
+
+
+def scheme_of(chosen: Component) -> dict[str, Any]:
+    """What config.json says of a scheme: its name and all its settings, defaults written out."""
+    return {key: value for key, value in describe(chosen).items() if key != "qat"}
+
+
+def note(directory: Path, scheme: Mapping[str, Any]) -> None:
+    """Add to a model directory's config.json what the model was trained for."""
+    write_json(directory / CONFIG, read_json(directory, CONFIG) | {KEY: {"scheme": dict(scheme)}})
+
+
+def plan_of(checkpoint: str | Path) -> dict[str, Any] | None:
+    """The scheme that a checkpoint was trained for, as `scheme_of` gave it; None where it was for none.
+
+    Args:
+        checkpoint: a model directory, a checkpoint or a run, whose newest checkpoint counts.
+
+    Raises:
+        UserError: naming the file, if what it says of it is no scheme.
+    """
+    directory = checkpoint_directory(checkpoint)
+    if not (directory / CONFIG).exists():  # adapters
+        return None
+    noted = read_json(directory, CONFIG).get(KEY)
+    if noted is None:
+        return None
+    where = f"{directory / CONFIG}, key {KEY}"
+    if not isinstance(noted, dict):
+        raise UserError(f"{where}: must be a table with the key scheme, not {noted!r:.80}")
+    return scheme_of(from_description("quantization", noted.get("scheme"), f"{where}.scheme"))
