@@ -27,6 +27,7 @@ from plmtune.models.directory import new_directory
 from plmtune.models.files import CONFIG, INDEX, write_json
 from plmtune.models.gguf_file import GGUFFile, opened_gguf
 from plmtune.models.hf import hf_config, hf_name
+from plmtune.modules.attention import default_kv_heads
 from plmtune.modules.decoder import Decoder
 
 # Our names, and those of the format without ".weight".
@@ -66,15 +67,18 @@ _KEYS = {
 }
 # How a text is cut, by llama.cpp's name for it: pattern, normalization, and whether a token that is a whole
 # piece is taken without looking at merges.
-_PRE_TOKENIZERS: dict[str, tuple[str, Normalization | None, bool]] = {
+PRE_TOKENIZERS: dict[str, tuple[str, Normalization | None, bool]] = {
     "smollm": (DIGITS_GPT2_PATTERN, None, False),
     "starcoder": (DIGITS_GPT2_PATTERN, None, False),
     "qwen2": (QWEN2_PATTERN, "NFC", False),
     "llama-bpe": (LLAMA3_PATTERN, None, True),
     "llama3": (LLAMA3_PATTERN, None, True),
     "llama-v3": (LLAMA3_PATTERN, None, True),
+    "smaug-bpe": (LLAMA3_PATTERN, None, False),
     "gpt-2": (GPT2_PATTERN, None, False),
 }
+# llama.cpp does not read a list without merges; this one of bytes that UTF-8 never uses does not act.
+NO_MERGE = "ÿ ÿ"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)
 _MAX_POSITIONS = 2**24
 
@@ -235,6 +239,35 @@ def gguf_name(name: str) -> str:
     return block + _NAMES[".".join(parts[2:-1] if block else parts[:-1])] + f".{parts[-1]}"
 
 
+def kv_heads(config: Mapping[str, Any]) -> int:
+    """Heads of keys and values that a model's `config` asks for."""
+    heads, attention = config["num_heads"], config["attention"]
+    if attention["component"] != "gqa":
+        return int(heads)
+    return int(attention["num_kv_heads"] or default_kv_heads(heads))
+
+
+def heads_of_halves(config: Mapping[str, Any], name: str) -> int | None:
+    """The heads of a tensor whose rows llama.cpp has in another order; None where the order is one.
+
+    llama.cpp turns neighbours, so its converters put the pairs of a half-split RoPE side by side.
+    """
+    attention, part = config["attention"], name.split(".")[-2]
+    if attention["component"] == "mla" or attention["rope_interleaved"]:
+        return None
+    return {"q_proj": config["num_heads"], "k_proj": kv_heads(config)}.get(part)
+
+
+def to_neighbours(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of tensor (Tensor), [heads x width, ...], whose pairs stand side by side, of those with halves."""
+    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
+
+
+def to_halves(tensor: Tensor, heads: int) -> Tensor:
+    """The inverse of `to_neighbours`."""
+    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
+
+
 def _check_tensors(model: Decoder, file: GGUFFile) -> dict[str, str]:
     """{our name: the file's}, with every shape compared."""
     names = {name: gguf_name(name) for name in model.state_dict()}
@@ -268,12 +301,9 @@ def _write_weights(
 
 def _tensor(model: Decoder, file: GGUFFile, name: str, theirs: str, dtype: torch.dtype) -> Tensor:
     tensor = torch.from_numpy(file.read(theirs))
-    attention = model.config["attention"]
-    heads = {"q_proj": model.config["num_heads"], "k_proj": attention.get("num_kv_heads")}.get(name.split(".")[-2])
-    if attention["component"] == "gqa" and heads is not None:
-        # llama.cpp turns neighbours and has put RoPE's pairs side by side; Hugging Face's halves are put back.
-        shape = tensor.shape
-        tensor = tensor.view(heads, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+    heads = heads_of_halves(model.config, name)
+    if heads is not None:
+        tensor = to_halves(tensor, heads)
     cast = tensor.to(dtype)
     if not torch.isfinite(cast).all():
         raise UserError(f"{file.path}: {theirs} does not fit into {dtype}. Use bf16 or fp32.")
@@ -294,10 +324,11 @@ def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
     model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
     if model != "gpt2":
         raise UserError(f"{where}: model {model!r:.80} is not supported, only byte-level BPE (gpt2) is. {remedy}")
-    if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
-        known = ", ".join(sorted(_PRE_TOKENIZERS))
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+        known = ", ".join(sorted(PRE_TOKENIZERS))
         raise UserError(f"{where}: the pre-tokenizer {pre!r:.80} is not supported ({known} are). {remedy}")
     tokens, merges = _list(file, "tokens", str), _list(file, "merges", str)
+    merges = [] if merges == [NO_MERGE] else merges
     kinds = _list(file, "token_type", int)
     if len(kinds) != len(tokens) or len(tokens) > rows:
         raise UserError(f"{where}: {len(tokens)} tokens, their types and the model's {rows} rows do not fit together.")
@@ -305,10 +336,11 @@ def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
         raise UserError(f"{where}: it holds tokens of types other than 1 to 5, so it is not byte-level. {remedy}")
     eos, adds_bos = _special(file, "eos"), bool(metadata.get("tokenizer.ggml.add_bos_token"))
     bos_id = metadata.get("tokenizer.ggml.bos_token_id")
+    bos = None
     if adds_bos or (type(bos_id) is int and 0 <= bos_id < len(kinds) and kinds[bos_id] in (_UNKNOWN, _CONTROL)):
         bos = _special(file, "bos")
-    else:
-        bos = None
+        if bos == eos and not adds_bos:
+            bos = None  # llama.cpp wants some token: files of tokenizers that have none (Qwen2's) name this one
     vocab: dict[str, int] = {}
     added = []
     for identity, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
@@ -320,7 +352,7 @@ def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
         if kind != _NORMAL or token in (eos, bos):
             special = kind != _USER_DEFINED or token in (eos, bos)
             added.append(tokenizer_json.added_token(identity, token, special=special))
-    pattern, normalization, ignore_merges = _PRE_TOKENIZERS[pre]
+    pattern, normalization, ignore_merges = PRE_TOKENIZERS[pre]
     data = tokenizer_json.skeleton(pattern, normalization)
     data["model"] |= {"vocab": vocab, "merges": merges, "ignore_merges": ignore_merges}
     data["added_tokens"] = added

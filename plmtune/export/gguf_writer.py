@@ -1,0 +1,364 @@
+"""GGUF files, llama.cpp's format: a model with its tokenizer and chat template in one file, and adapters for one.
+
+Architecture `plm` for MLA with squared ReLU, `llama` for GQA with SwiGLU; names, keys and the order of rows are those
+that `models.gguf` reads. Tensors are converted one after the other, so that no model is in memory twice.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGMLQuantizationType,
+    GGUFType,
+    GGUFValueType,
+    GGUFWriter,
+    Keys,
+    LlamaFileType,
+    TokenType,
+)
+from gguf.quants import quantize
+from torch import Tensor
+
+from plmtune.atomic import writing
+from plmtune.data.bpe import SINGLE_BYTES
+from plmtune.data.tokenizer_json import NEVER_IN_UTF8, to_chars
+from plmtune.data.tokenizers import Tokenizer
+from plmtune.errors import UserError
+from plmtune.export.huggingface import end_ids
+from plmtune.export.lint import WRITTEN, gguf_architecture, stored_type
+from plmtune.models.adapters import ADAPTERS, find_base, load_adapter, read_description
+from plmtune.models.assemble import from_description
+from plmtune.models.files import ADAPTER_CONFIG, Stored, locate, read_json
+from plmtune.models.gguf import NO_MERGE, PRE_TOKENIZERS, gguf_name, heads_of_halves, kv_heads, to_neighbours
+from plmtune.models.hf import our_name
+from plmtune.modules.decoder import Decoder
+from plmtune.modules.peft import adapted
+from plmtune.modules.quantized import Quantized
+from plmtune.units import show_bytes
+
+_CHUNK = 1 << 24  # numbers that are converted at a time
+_MOST_FP16 = 65504.0
+_PREFIX = "base_model.model."
+_VALUES = {
+    list: GGUFValueType.ARRAY,
+    bool: GGUFValueType.BOOL,
+    int: GGUFValueType.UINT32,
+    str: GGUFValueType.STRING,
+}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor that is to be written.
+
+    Attributes:
+        name: the file's.
+        shape: as torch has it.
+        kind: how its numbers are stored.
+        numbers: gives them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    numbers: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[self.kind]]
+        return math.prod(self.shape) // block * size
+
+
+def write_gguf(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    path: Path,
+    *,
+    kind: str,
+    name: str | None = None,
+    overwrite: bool = False,
+) -> list[str]:
+    """Write a model and its tokenizer as one GGUF file.
+
+    Vectors stay F32. In the types of 4 and 5 bits the vocabulary's projection, tied or not, is Q8_0, where llama.cpp
+    has Q6_K, which the gguf library does not write. Matrices whose rows are no multiple of 32 are F16 in all quantized
+    types.
+
+    Args:
+        model: of quantized layers the numbers are written that their integers stand for.
+        kind: one of `lint.WRITTEN`.
+        name: what the file says that the model is called; None: the path's.
+        overwrite: replace a file that is there.
+
+    Returns:
+        What a person should know of it, a sentence each.
+
+    Raises:
+        UserError: if the format has no such model or numbers, something is there already, or the disk has no room.
+    """
+    kind, config = kind.upper(), model.config
+    if kind not in WRITTEN:
+        raise UserError(f"The gguf library does not write {kind}, only {', '.join(WRITTEN)}.")
+    architecture = gguf_architecture(config)
+    if hasattr(model, "score"):
+        raise UserError("GGUF has no place for a score head: a reward model cannot be exported to it.")
+    if tokenizer.num_tokens > model.vocab_size:
+        raise UserError(f"The tokenizer has {tokenizer.num_tokens} tokens, the model {model.vocab_size} rows.")
+    parts = list(_parts(model, kind))
+    notes = []
+    if any(isinstance(module, Quantized) for module in model.modules()):
+        notes.append("The integers of quantized layers are written as the numbers that they stand for.")
+    odd = sorted({part.shape[-1] for part in parts if part.kind == "F16" and kind not in ("F16", "F32")})
+    if odd:
+        notes.append(f"Matrices with rows of {', '.join(map(str, odd))} numbers are F16: {kind} takes multiples of 32.")
+    vocabulary, more = _vocabulary(tokenizer, model.vocab_size)
+
+    def describe(writer: GGUFWriter) -> None:
+        writer.add_type(GGUFType.MODEL)
+        writer.add_name(name or path.stem)
+        writer.add_file_type(LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
+        writer.add_quantization_version(2)
+        _describe(writer, config)
+        for key, value in vocabulary.items():
+            writer.add_key_value(key, value, _VALUES[type(value)])
+
+    _write(path, architecture, parts, describe, overwrite=overwrite, header=64 * model.vocab_size)
+    return notes + more
+
+
+def write_gguf_adapter(
+    directory: Path, path: Path, *, base: Path | None = None, name: str | None = None, overwrite: bool = False
+) -> list[str]:
+    """Write a directory of LoRA adapters as a GGUF file that llama.cpp puts beside the base's.
+
+    Args:
+        directory: what training saved, adapter_config.json and adapter_model.safetensors.
+        base: directory of the weights that they stand beside; None: what they name.
+        name: what the file says that the adapters are called; None: the path's.
+        overwrite: replace a file that is there.
+
+    Returns:
+        What a person should know of it, a sentence each.
+
+    Raises:
+        UserError: if llama.cpp could not apply them as they were trained, something is there already, or the disk has
+            no room.
+    """
+    remedy = f"Merge them: plmtune merge {directory} OUT, and export OUT."
+    config = read_description(find_base(directory, base))
+    architecture = gguf_architecture(config)
+    with torch.device("meta"):
+        model = from_description("model", config, f"{directory}, its base")(vocab_size=config["vocab_size"])
+    load_adapter(model, directory)  # on the meta device: names, shapes and settings are checked
+    layers = adapted(model)
+    if any(hasattr(layer, "magnitude") or layer._quantize_base for layer in layers.values()):
+        raise UserError(f"{directory}: GGUF has a form for LoRA alone, not for DoRA or a base of 4 bits. {remedy}")
+    if hasattr(model, "score"):
+        raise UserError(f"{directory}: GGUF has no place for a score head.")
+    # The graph of plm multiplies by these matrices itself (ggml_mul_mat), where no adapter is looked for.
+    ignored = sorted({name.split(".")[-1] for name in layers} & {"q_proj", "kv_a_proj", "kv_b_proj"})
+    if architecture == "plm" and ignored:
+        raise UserError(
+            f"{directory}: llama.cpp ignores adapters of {', '.join(ignored)} in the architecture plm. {remedy}"
+        )
+    tensors = Stored(locate(directory, ADAPTERS))
+    settings = read_json(directory, ADAPTER_CONFIG)
+
+    parts = []
+    for name in tensors:
+        layer, _, side = name.removesuffix(".weight").removeprefix(_PREFIX).rpartition(".")
+        layer = our_name(f"{layer}.weight")
+        heads = heads_of_halves(config, layer) if side == "lora_B" else None
+        shape = tuple(tensors[name].shape)
+        in_file = f"{gguf_name(layer)}.{side.lower()}"
+        parts.append(_Part(in_file, shape, "F32", _in_order(partial(tensors.__getitem__, name), heads)))
+
+    def describe(writer: GGUFWriter) -> None:
+        writer.add_type(GGUFType.ADAPTER)
+        writer.add_name(name or path.stem)
+        writer.add_string(Keys.Adapter.TYPE, "lora")
+        writer.add_float32(Keys.Adapter.LORA_ALPHA, float(settings["lora_alpha"]))
+
+    _write(path, architecture, parts, describe, overwrite=overwrite)
+    return [f"It stands beside a GGUF file of {settings.get('base_model_name_or_path')}, which is not in it."]
+
+
+def _parts(model: Decoder, kind: str) -> Iterator[_Part]:
+    """All tensors of a model, in the order of its layers."""
+    head = "tok_embeddings" if model.tied else "output"
+    for owner, module in model.named_modules():
+        tensors: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {}
+        if isinstance(module, Quantized):
+            if module.prepared:
+                raise UserError("The model was prepared for this machine's kernels: load it with prepare=False.")
+            tensors["weight"] = (module.num_rows, module.width), module.dequantize
+        if hasattr(module, "lora_a"):
+            raise UserError(f"{owner} bears adapters: merge them first.")
+        for leaf, parameter in module.named_parameters(recurse=False):
+            tensors[leaf] = tuple(parameter.shape), parameter.detach
+        for leaf, (shape, numbers) in tensors.items():
+            name = f"{owner}.{leaf}"
+            if len(shape) == 1:
+                stored = "F32"
+            elif owner == head and kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1"):
+                stored = stored_type("Q8_0", shape[-1])
+            else:
+                stored = stored_type(kind, shape[-1])
+            heads = heads_of_halves(model.config, name)
+            yield _Part(gguf_name(name), shape, stored, _in_order(numbers, heads))
+
+
+def _in_order(numbers: Callable[[], Tensor], heads: int | None) -> Callable[[], Tensor]:
+    """The same with the rows as llama.cpp has them; see `heads_of_halves`."""
+    return numbers if heads is None else lambda: to_neighbours(numbers(), heads)
+
+
+def _describe(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
+    """The keys of the architecture: all, since llama.cpp's defaults for widths of heads are wrong for a PLM."""
+    attention, heads = config["attention"], config["num_heads"]
+    writer.add_context_length(config["max_seq_len"])
+    writer.add_embedding_length(config["embed_dim"])
+    writer.add_block_count(config["num_layers"])
+    writer.add_feed_forward_length(config["ffn"]["hidden_dim"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads(config))
+    writer.add_layer_norm_rms_eps(config["norm"]["eps"])
+    writer.add_rope_freq_base(attention["rope_theta"])
+    if attention["component"] == "mla":
+        writer.add_kv_lora_rank(attention["kv_lora_rank"])
+        key, value = attention["qk_nope_head_dim"] + attention["qk_rope_head_dim"], attention["v_head_dim"]
+        turned = attention["qk_rope_head_dim"]
+    else:
+        key = value = turned = attention["head_dim"] or config["embed_dim"] // heads
+    writer.add_key_length(key)
+    writer.add_value_length(value)
+    writer.add_rope_dimension_count(turned)
+
+
+def _vocabulary(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], list[str]]:
+    """The keys that say a tokenizer, and notes; without tokens where GGUF cannot say it."""
+    held, ggml = tokenizer.vocabulary, Keys.Tokenizer
+    pre = next((name for name, (pattern, _, _) in PRE_TOKENIZERS.items() if pattern == held.pattern), None)
+    if not held.merges:
+        pre = "gpt-2"  # whatever the pieces are, each byte is a token
+    if pre == "llama-bpe" and held.unreachable:
+        pre = "smaug-bpe"  # cuts alike, but never takes a whole piece for a token that no merge makes
+    tokens = {identity: (to_chars(token), TokenType.NORMAL) for identity, token in held.unreachable.items()}
+    tokens |= {i: (to_chars(token), TokenType.NORMAL) for i, token in zip(held.ids, held.tokens, strict=True)}
+    tokens |= {identity: (text, TokenType.USER_DEFINED) for text, identity in held.added.items()}
+    tokens |= {identity: (text, TokenType.CONTROL) for text, identity in held.specials.items()}
+    listed = [tokens.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(rows)]
+    cause = None
+    if pre is None:
+        cause = "cuts text in a way that llama.cpp does not know"
+    elif len({text for text, _ in listed}) < rows:
+        cause = "has two tokens of one text, at which llama.cpp aborts"
+    if cause is not None:
+        note = f"The tokenizer {cause}, so the file has none: give llama.cpp ids, not text."
+        return {ggml.MODEL: "none"}, [note]
+    chars = [to_chars(token) for token in held.tokens]
+    keys: dict[str, Any] = {
+        ggml.MODEL: "gpt2",
+        ggml.PRE: pre,
+        ggml.LIST: [text for text, _ in listed],
+        ggml.TOKEN_TYPE: [int(kind) for _, kind in listed],
+        ggml.MERGES: [f"{chars[left]} {chars[right]}" for left, right in held.merges] or [NO_MERGE],
+        ggml.EOS_ID: tokenizer.eos_id,
+        ggml.PAD_ID: tokenizer.eos_id,
+        # llama.cpp would take token 11 where none is named; it is put before a text only if the next key says so.
+        ggml.BOS_ID: tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
+        ggml.ADD_BOS: tokenizer.adds_bos,
+    }
+    for end in end_ids(tokenizer)[1:]:
+        keys[ggml.EOT_ID] = end
+    if tokenizer.chat_template is not None:
+        keys[ggml.CHAT_TEMPLATE] = tokenizer.chat_template
+    notes = []
+    if held.normalization is not None:
+        notes.append(f"llama.cpp does not bring text to {held.normalization}, as this tokenizer does: give it such.")
+    lacking = [byte[0] for byte in SINGLE_BYTES if byte not in set(held.tokens) and byte[0] not in NEVER_IN_UTF8]
+    if lacking:
+        notes.append(
+            f"The tokenizer has no token for {len(lacking)} bytes ({', '.join(f'{byte:#04x}' for byte in lacking[:5])}"
+            f"{', ...' if len(lacking) > 5 else ''}): llama.cpp may cut what stands around one elsewhere."
+        )
+    return keys, notes
+
+
+def _write(
+    path: Path,
+    architecture: str,
+    parts: Sequence[_Part],
+    describe: Callable[[GGUFWriter], None],
+    *,
+    overwrite: bool,
+    header: int = 0,
+) -> None:
+    """Write a file, whole or not at all."""
+    check_free(path, sum(part.num_bytes for part in parts) + header, overwrite)
+    with writing(path) as temporary:
+        writer = GGUFWriter(temporary, architecture)
+        try:
+            describe(writer)
+            for part in parts:
+                kind = GGMLQuantizationType[part.kind]
+                writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), part.num_bytes, kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            assert writer.fout is not None
+            (file,) = writer.fout
+            writer.write_padding(file, file.tell())
+            for part in parts:
+                numbers = part.numbers()
+                # The library's own way takes a whole tensor, a second time in memory as fp32.
+                for rows in numbers.split(max(1, _CHUNK // math.prod(part.shape[1:]))):
+                    _stored(rows, part, path).tofile(file)
+                writer.write_padding(file, part.num_bytes)
+        finally:
+            writer.close()
+
+
+def check_free(path: Path, num_bytes: int, overwrite: bool) -> None:
+    """Make the folder of a file that is to be written.
+
+    Raises:
+        UserError: if something is there that is not to be replaced, or the disk has no room.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a directory. Name another place.")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} is there already. Name another place, or give --overwrite.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if num_bytes > free:
+        raise UserError(f"{path} needs {show_bytes(num_bytes)}, and its disk has {show_bytes(free)} left.")
+
+
+def _stored(rows: Tensor, part: _Part, path: Path) -> npt.NDArray[Any]:
+    """The bytes of some rows of a tensor."""
+    numbers = rows.to("cpu", torch.float32).contiguous()
+    if not numbers.isfinite().all():
+        raise UserError(f"{part.name} holds numbers that are not finite: the model cannot be exported.")
+    # The quantized types have scales in F16.
+    if part.kind not in ("F32", "BF16") and numbers.abs().max() > _MOST_FP16:
+        raise UserError(f"{path}: {part.name} holds numbers too large for {part.kind}. Use BF16 or F32.")
+    if part.kind == "F32":
+        return numbers.numpy()
+    if part.kind == "F16":
+        return numbers.half().numpy()
+    if part.kind == "BF16":
+        return numbers.bfloat16().view(torch.int16).numpy()
+    return quantize(numbers.numpy(), GGMLQuantizationType[part.kind])

@@ -1,0 +1,265 @@
+"""What a model's parts and sizes mean for each format, known from its config before anything is written.
+
+`refused`: the format has no such model. `warning`: it works, at a cost that the sentence names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from plmtune.errors import UserError, did_you_mean
+from plmtune.models.gguf import kv_heads
+from plmtune.units import show_bytes
+
+Target = Literal["gguf", "hf", "executorch"]
+
+# What the gguf library writes: the type that all matrices get.
+WRITTEN = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+# What llama.cpp's quantizer makes without a table of importances: the type that most matrices get.
+QUANTIZED = {
+    "Q6_K": "Q6_K",
+    "Q5_K_M": "Q5_K",
+    "Q5_K_S": "Q5_K",
+    "Q4_K_M": "Q4_K",
+    "Q4_K_S": "Q4_K",
+    "IQ4_NL": "IQ4_NL",
+    "IQ4_XS": "IQ4_XS",
+    "Q3_K_L": "Q3_K",
+    "Q3_K_M": "Q3_K",
+    "Q3_K_S": "Q3_K",
+    "IQ3_M": "IQ3_S",
+    "IQ3_S": "IQ3_S",
+    "Q2_K": "Q2_K",
+}
+# What it takes for rows that are no multiple of 256 (tensor_type_fallback in its llama-quant.cpp).
+_FALLBACK = {
+    "Q6_K": "Q8_0",
+    "Q5_K": "Q5_1",
+    "Q4_K": "Q5_0",
+    "Q3_K": "Q4_0",
+    "Q2_K": "Q4_0",
+    "IQ4_XS": "IQ4_NL",
+    "IQ3_S": "IQ4_NL",
+}
+# Schemes whose integers XNNPACK multiplies; of weights alone it makes garbage and says nothing.
+_XNNPACK = ("int8_dynamic", "int8_dynamic_int4")
+_LARGE_CACHE = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that stands against an export, or makes it worse; a whole sentence."""
+
+    level: Literal["refused", "warning"]
+    text: str
+
+
+def lint(config: Mapping[str, Any], target: Target, kinds: Sequence[str] = ()) -> list[Finding]:
+    """Say what a format makes of a model.
+
+    Args:
+        config: a model's `config`: its components and sizes.
+        target: the format.
+        kinds: types of GGUF, schemes of ExecuTorch; those of hf change nothing.
+
+    Raises:
+        UserError: for a kind of GGUF that does not exist.
+    """
+    return list({"gguf": _gguf, "hf": _hf, "executorch": _executorch}[target](config, kinds))
+
+
+def lint_deploy(config: Mapping[str, Any]) -> list[Finding]:
+    """Say what of a model will not deploy well, in any format: for a model that is still to be trained."""
+    found = [*lint(config, "gguf", ("Q8_0", "Q4_K_M")), *lint(config, "hf"), *lint(config, "executorch", _XNNPACK)]
+    return list(dict.fromkeys(found))
+
+
+def gguf_architecture(config: Mapping[str, Any]) -> Literal["plm", "llama"]:
+    """The architecture of GGUF that a model is.
+
+    Raises:
+        UserError: naming the part that none has.
+    """
+    attention, ffn, norm = (config[part]["component"] for part in ("attention", "ffn", "norm"))
+    if attention not in ("mla", "gqa", "mha"):
+        raise UserError(f"GGUF has no architecture with the attention {attention}; it has mla, gqa and mha.")
+    name: Literal["plm", "llama"] = "plm" if attention == "mla" else "llama"
+    expected = {"plm": "squared_relu", "llama": "swiglu"}[name]
+    if ffn != expected:
+        raise UserError(
+            f"{ffn} does not exist in GGUF's architecture {name}, the one with {attention}: its ffn is {expected}."
+        )
+    if norm != "rms_norm":
+        raise UserError(f"{norm} does not exist in GGUF's architecture {name}: its norm is rms_norm.")
+    if name == "plm" and not config["tie_embeddings"]:
+        raise UserError(
+            "GGUF's architecture plm has no output matrix: its embeddings are tied (tie_embeddings=true). "
+            "Use --to hf --as deepseek."
+        )
+    return name
+
+
+def gguf_kind(kind: str) -> str:
+    """A type's name as GGUF has it.
+
+    Raises:
+        UserError: if there is none.
+    """
+    known = (*WRITTEN, *QUANTIZED)
+    if kind.upper() in known:
+        return kind.upper()
+    if kind.upper().startswith(("IQ1", "IQ2", "IQ3_X", "Q2_K_S")):
+        raise UserError(
+            f"GGUF's {kind} needs a table of importances (imatrix), which is not made here. Use one of "
+            f"{', '.join(known)}."
+        )
+    raise UserError(f"GGUF has no type {kind}.{did_you_mean(kind.upper(), known)}")
+
+
+def stored_type(kind: str, width: int) -> str:
+    """The type that most matrices of a kind get where their rows have `width` numbers."""
+    wanted = QUANTIZED.get(kind, kind)
+    if width % _block(wanted):
+        wanted = _FALLBACK.get(wanted, "F16")
+    return wanted if width % _block(wanted) == 0 else "F16"
+
+
+def matrices(config: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
+    """{name without its layer: (rows, width of a row, how often it is there)} of a model's matrices."""
+    attention, d, heads, layers = (config[key] for key in ("attention", "embed_dim", "num_heads", "num_layers"))
+    sizes: dict[str, tuple[int, int]] = {}
+    if attention["component"] == "mla":
+        key, value = _head_dims(config)
+        rank, rope = attention["kv_lora_rank"], attention["qk_rope_head_dim"]
+        sizes |= {
+            "q_proj": (heads * key, d),
+            "kv_a_proj": (rank + rope, d),
+            "kv_b_proj": (heads * (key - rope + value), rank),
+            "o_proj": (d, heads * value),
+        }
+    else:
+        width = _head_dims(config)[0]
+        sizes |= dict.fromkeys(("k_proj", "v_proj"), (kv_heads(config) * width, d))
+        sizes |= {"q_proj": (heads * width, d), "o_proj": (d, heads * width)}
+    hidden = config["ffn"]["hidden_dim"]
+    sizes |= {"gate_proj": (hidden, d)} if config["ffn"]["component"] == "swiglu" else {}
+    sizes |= {"up_proj": (hidden, d), "down_proj": (d, hidden)}
+    found = {name: (*size, layers) for name, size in sizes.items()} | {"tok_embeddings": (config["vocab_size"], d, 1)}
+    return found if config["tie_embeddings"] else found | {"output": (config["vocab_size"], d, 1)}
+
+
+def _head_dims(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Numbers a head of keys and of values."""
+    attention = config["attention"]
+    if attention["component"] == "mla":
+        return attention["qk_nope_head_dim"] + attention["qk_rope_head_dim"], attention["v_head_dim"]
+    width = attention["head_dim"] or config["embed_dim"] // config["num_heads"]
+    return width, width
+
+
+def _block(kind: str) -> int:
+    return GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]
+
+
+def _bits(kind: str) -> float:
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return 8 * size / block
+
+
+def _gguf(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Finding]:
+    kinds = [gguf_kind(kind) for kind in kinds]
+    try:
+        architecture = gguf_architecture(config)
+    except UserError as error:
+        yield Finding("refused", str(error))
+        return
+    for kind in kinds:
+        yield from _odd_rows(config, kind)
+    key, value = _head_dims(config)
+    context = config["max_seq_len"]
+    token = config["num_layers"] * kv_heads(config) * (key + value) * 2  # F16
+    size = f"{show_bytes(token)} a token, {show_bytes(token * context)} at {context:,} tokens"
+    if architecture == "plm":
+        latent = (
+            2 * config["num_layers"] * (config["attention"]["kv_lora_rank"] + config["attention"]["qk_rope_head_dim"])
+        )
+        yield Finding(
+            "warning",
+            f"llama.cpp keeps keys and values expanded ({size}), {token / latent:.1f} times the latent's "
+            f"{show_bytes(latent)} a token.",
+        )
+        yield Finding("warning", "llama.cpp aborts on the architecture plm with flash attention: switch it off.")
+    elif token * context >= _LARGE_CACHE:
+        yield Finding("warning", f"llama.cpp's cache takes {size}: give it a shorter context with -c.")
+    if key % 32 or value % 32:
+        yield Finding(
+            "warning",
+            f"Heads of {key} and {value} numbers are no multiples of 32: llama.cpp cannot quantize their cache.",
+        )
+    yield from _odd_vocabulary(config)
+
+
+def _odd_rows(config: Mapping[str, Any], kind: str) -> Iterator[Finding]:
+    wanted = QUANTIZED.get(kind, kind)
+    by_width: dict[int, dict[str, int]] = {}
+    for name, (rows, width, count) in matrices(config).items():
+        if width % _block(wanted):
+            by_width.setdefault(width, {})[name] = rows * width * count
+    for width, held in by_width.items():
+        taken = stored_type(kind, width)
+        cost = sum(held.values()) * (_bits(taken) - _bits(wanted)) / 8
+        yield Finding(
+            "warning",
+            f"{', '.join(held)} {'has' if len(held) == 1 else 'have'} rows of {width:,} numbers, no multiple of "
+            f"{_block(wanted)}: {kind} stores them as {taken} instead of {wanted}, {show_bytes(abs(cost))} "
+            f"{'more' if cost >= 0 else 'less'}.",
+        )
+
+
+def _odd_vocabulary(config: Mapping[str, Any]) -> Iterator[Finding]:
+    rows = config["vocab_size"]
+    if rows % 32:
+        yield Finding(
+            "warning",
+            f"A vocabulary of {rows:,} rows is no multiple of 32: kernels that take several rows at once leave a rest, "
+            f"and it cannot be divided among devices. {-(-rows // 32) * 32:,} rows would do.",
+        )
+
+
+def _hf(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Finding]:
+    attention, ffn, norm = (config[part]["component"] for part in ("attention", "ffn", "norm"))
+    halves = not config["attention"].get("rope_interleaved", False)
+    if (attention, ffn, norm) == ("mla", "squared_relu", "rms_norm"):
+        yield Finding(
+            "warning",
+            "transformers, vLLM and SGLang do not know the model_type plm: --as deepseek is for them, larger by a "
+            "copy of each up projection and of the embedding.",
+        )
+    elif attention not in ("gqa", "mha") or (ffn, norm) != ("swiglu", "rms_norm") or not halves:
+        turned = "" if halves else " with interleaved RoPE"
+        yield Finding(
+            "refused",
+            f"Hugging Face's libraries have no model of {attention}{turned}, {ffn} and {norm}. They have mla with "
+            "squared_relu, and gqa or mha (RoPE not interleaved) with swiglu, each with rms_norm.",
+        )
+        return
+    yield from _odd_vocabulary(config)
+
+
+def _executorch(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Finding]:
+    for kind in kinds:
+        if kind.lower() in ("int8", "int4", "mixed"):
+            yield Finding(
+                "refused",
+                f"XNNPACK computes garbage, without an error, from the scheme {kind}, whose weights alone are "
+                f"integers. Use {' or '.join(_XNNPACK)}.",
+            )
+    if any("int4" in kind for kind in kinds):
+        odd = {name: width for name, (_, width, _) in matrices(config).items() if width % 32}
+        if odd:
+            named = ", ".join(f"{name} ({width:,})" for name, width in odd.items())
+            yield Finding("refused", f"int8_dynamic_int4 needs rows of multiples of 32 numbers, not those of {named}.")
