@@ -209,12 +209,7 @@ def _parts(model: Decoder, kind: str) -> Iterator[_Part]:
             tensors[leaf] = tuple(parameter.shape), parameter.detach
         for leaf, (shape, numbers) in tensors.items():
             name = f"{owner}.{leaf}"
-            if len(shape) == 1:
-                stored = "F32"
-            elif owner == head and kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1"):
-                stored = stored_type("Q8_0", shape[-1])
-            else:
-                stored = stored_type(kind, shape[-1])
+            stored = "F32" if len(shape) == 1 else stored_type(kind, shape[-1], head=owner == head)
             heads = heads_of_halves(model.config, name)
             yield _Part(gguf_name(name), shape, stored, _in_order(numbers, heads))
 

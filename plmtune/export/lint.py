@@ -120,12 +120,26 @@ def gguf_kind(kind: str) -> str:
     raise UserError(f"GGUF has no type {kind}.{did_you_mean(kind.upper(), known)}")
 
 
-def stored_type(kind: str, width: int) -> str:
-    """The type that most matrices of a kind get where their rows have `width` numbers."""
-    wanted = QUANTIZED.get(kind, kind)
+def stored_type(kind: str, width: int, *, head: bool = False) -> str:
+    """The type that most matrices of a kind get; llama.cpp's quantizer gives some of them more bits.
+
+    Args:
+        kind: one of WRITTEN or QUANTIZED.
+        width: numbers of a row.
+        head: it is the vocabulary's projection, tied or not, which is worth more bits.
+    """
+    wanted = _wanted(kind, head)
     if width % _block(wanted):
         wanted = _FALLBACK.get(wanted, "F16")
     return wanted if width % _block(wanted) == 0 else "F16"
+
+
+def _wanted(kind: str, head: bool) -> str:
+    if head and kind in QUANTIZED:
+        return "Q6_K"
+    if head and kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1"):
+        return "Q8_0"
+    return QUANTIZED.get(kind, kind)
 
 
 def matrices(config: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
@@ -204,19 +218,18 @@ def _gguf(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Finding]:
 
 
 def _odd_rows(config: Mapping[str, Any], kind: str) -> Iterator[Finding]:
-    wanted = QUANTIZED.get(kind, kind)
-    by_width: dict[int, dict[str, int]] = {}
+    head = "tok_embeddings" if config["tie_embeddings"] else "output"
+    odd: dict[tuple[int, str, str], dict[str, int]] = {}
     for name, (rows, width, count) in matrices(config).items():
-        if width % _block(wanted):
-            by_width.setdefault(width, {})[name] = rows * width * count
-    for width, held in by_width.items():
-        taken = stored_type(kind, width)
+        wanted, taken = _wanted(kind, name == head), stored_type(kind, width, head=name == head)
+        if taken != wanted:
+            odd.setdefault((width, wanted, taken), {})[name] = rows * width * count
+    for (width, wanted, taken), held in odd.items():
         cost = sum(held.values()) * (_bits(taken) - _bits(wanted)) / 8
         yield Finding(
             "warning",
             f"{', '.join(held)} {'has' if len(held) == 1 else 'have'} rows of {width:,} numbers, no multiple of "
-            f"{_block(wanted)}: {kind} stores them as {taken} instead of {wanted}, {show_bytes(abs(cost))} "
-            f"{'more' if cost >= 0 else 'less'}.",
+            f"{_block(wanted)}: {kind} stores {taken} instead of {wanted}, {show_bytes(cost)} more.",
         )
 
 

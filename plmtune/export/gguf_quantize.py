@@ -1,0 +1,104 @@
+"""Types of GGUF that only llama.cpp's own quantizer makes: K-quants and IQ, and its mixes of types.
+
+It is a function of the library in the package llama-cpp-python; there is no command line to run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from plmtune.atomic import writing
+from plmtune.errors import UserError
+from plmtune.export.gguf_writer import check_free
+from plmtune.export.lint import QUANTIZED, WRITTEN, gguf_kind
+from plmtune.models.gguf_file import GGUFFile, opened_gguf
+
+_PLAIN = ("F32", "F16", "BF16")
+
+
+def quantize_gguf(
+    source: Path, path: Path, kind: str, *, threads: int | None = None, overwrite: bool = False
+) -> list[str]:
+    """Write a GGUF file anew in another type, as llama.cpp does.
+
+    A kind such as Q4_K_M is a mix: matrices that matter more get more bits, and the vocabulary's projection Q6_K; rows
+    that a type does not take get another (`lint.stored_type`).
+
+    Args:
+        source: a file of F32, F16 or BF16.
+        kind: one of `lint.QUANTIZED`, or a quantized one of `lint.WRITTEN` with llama.cpp's own mix.
+        threads: None: as many as there are cores.
+        overwrite: replace a file that is there.
+
+    Returns:
+        What a person should know of it, a sentence each.
+
+    Raises:
+        UserError: if the package is missing, the source is none, something is there already, the disk has no room, or
+            llama.cpp fails.
+    """
+    kind = gguf_kind(kind)
+    if kind in _PLAIN:
+        raise UserError(f"{kind} is no quantized type: write it from the model. Use {', '.join(QUANTIZED)}.")
+    library = _library(kind)
+    with opened_gguf(source) as file:
+        rounded = [name for name in _shares(file) if name not in _PLAIN]
+    if rounded:
+        raise UserError(f"{source} holds {rounded[0]}: quantize from F32, F16 or BF16, not from rounded numbers.")
+    check_free(path, source.stat().st_size, overwrite)
+    settings = library.llama_model_quantize_default_params()
+    settings.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    settings.nthread = threads or 0
+    with writing(path) as temporary:
+        with _listening(library) as said:
+            failed = library.llama_model_quantize(bytes(source), bytes(temporary), ctypes.byref(settings))
+        if failed:
+            reason = next((line for line in reversed(said) if line), "it gives no reason")
+            raise UserError(f"llama.cpp could not make {kind} of {source}: {reason}.")
+    with opened_gguf(path) as file:
+        shares = ", ".join(f"{share:.0%} {name}" for name, share in _shares(file).items() if share >= 0.005)
+    return [f"Of its numbers {shares}."]
+
+
+def _shares(file: GGUFFile) -> dict[str, float]:
+    """The share of a file's numbers that each type has, the largest first."""
+    counts: dict[str, int] = {}
+    for held in file.tensors.values():
+        counts[held.kind.name] = counts.get(held.kind.name, 0) + math.prod(held.shape)
+    total = sum(counts.values())
+    return {name: count / total for name, count in sorted(counts.items(), key=lambda item: -item[1])}
+
+
+def _library(kind: str) -> ModuleType:
+    try:
+        import llama_cpp
+    except ImportError:
+        raise UserError(
+            f"{kind} is made by llama.cpp's own quantizer, in the package llama-cpp-python, which is not installed: "
+            f"pip install 'plmtune[llama-cpp]'. {', '.join(WRITTEN)} need no package."
+        ) from None
+    found: ModuleType = llama_cpp
+    return found
+
+
+@contextmanager
+def _listening(library: ModuleType) -> Iterator[list[str]]:
+    """Keep what llama.cpp says to itself; the lines are for the reason of a failure."""
+    said: list[str] = []
+
+    def listen(level: int, text: bytes, data: object) -> None:
+        said.append(text.decode(errors="replace").strip())
+
+    before, data = library.llama_log_callback(), ctypes.c_void_p()
+    library.llama_log_get(ctypes.byref(before), ctypes.byref(data))
+    callback = library.llama_log_callback(listen)
+    library.llama_log_set(callback, ctypes.c_void_p())
+    try:
+        yield said
+    finally:
+        library.llama_log_set(before, data)
