@@ -38,13 +38,13 @@ class Transformers(Runtime):
         dtype = torch.float32 if exact else "auto"
         with _quiet():
             try:
-                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **local)
+                model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **local)
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(path, **local)
             except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise UserError(f"transformers cannot open {path}: {reason}") from error
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model: Any = model.to(device).eval()
+        self._model = model.to(device).eval()
         self.vocab_size = int(self._model.config.vocab_size)
         self.context = min(context or DEFAULT_CONTEXT, int(self._model.config.max_position_embeddings))
         self._cache: Any = None

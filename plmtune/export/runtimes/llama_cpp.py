@@ -127,13 +127,13 @@ class LlamaCpp(Runtime):
 def _library() -> Any:
     import llama_cpp as lib
 
-    _library_log = lib.llama_log_callback(_say_nothing)
-    lib.llama_log_set(_library_log, ctypes.c_void_p(0))
+    lib.llama_log_set(_silence(), ctypes.c_void_p(0))
     lib.llama_backend_init()
-    # llama.cpp keeps the callback's address, so the callback must live as long.
-    lib.plmtune_log = _library_log
     return lib
 
 
-def _say_nothing(level: int, text: bytes, data: Any) -> None:
-    """llama.cpp's log is for its own users."""
+@cache  # llama.cpp keeps the callback's address, so it must live as long
+def _silence() -> Any:
+    from llama_cpp import llama_log_callback
+
+    return llama_log_callback(lambda level, text, data: None)

@@ -46,7 +46,7 @@ def open_runtime(
     if prefer is not None and prefer not in serving:
         unknown = "" if prefer in get_args(RuntimeName) else did_you_mean(prefer, get_args(RuntimeName))
         raise UserError(f"{prefer} does not serve {path}; {' and '.join(serving)} would.{unknown}")
-    found = prefer or next((name for name in serving if _installed(name)), serving[-1])
+    found = prefer if prefer is not None else next((name for name in serving if _installed(name)), serving[-1])
     _demand(found, path)
     if found == "plmtune":
         from plmtune.export.runtimes.ours import Ours

@@ -103,7 +103,9 @@ class XLlamaCpp(Runtime):
         return top
 
     def encode(self, text: str) -> list[int] | None:
-        ids: list[int] = self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+        ids: list[int] = self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})[
+            "tokens"
+        ]
         return ids
 
     def render(self, messages: Sequence[Message]) -> str | None:

@@ -1,0 +1,71 @@
+"""``plmtune verify``: whether an export is the model that it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from plmtune.cli.options import console
+from plmtune.errors import UserError
+
+if TYPE_CHECKING:
+    from plmtune.export.runtimes import RuntimeName
+
+_RUNTIMES = ("llama_cpp", "xllamacpp", "transformers", "executorch", "plmtune")
+
+
+@click.command()
+@click.argument("export", type=click.Path(path_type=Path))
+@click.option("--against", required=True, metavar="CHECKPOINT", help="A checkpoint, a model directory or a run.")
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="To predict; default: a shipped page.")
+@click.option(
+    "--positions",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Tokens whose log-probabilities are compared.",
+)
+@click.option("--runtime", type=click.Choice(_RUNTIMES), help="Where several serve such a file.")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Of the runtime; default: its own choice.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON.")
+def verify(
+    export: Path,
+    against: str,
+    text: Path | None,
+    positions: int,
+    runtime: RuntimeName | None,
+    threads: int | None,
+    json_file: Path | None,
+) -> None:
+    """Run EXPORT (a .gguf, a .pte, a model directory) in the program that serves it, and compare it with CHECKPOINT.
+
+    Log-probabilities on text, greedy continuations, perplexity, token ids and chat prompts; where something is off, its
+    cause is looked for. Exits with 2 if the export is not the model.
+
+    \b
+    plmtune verify exports/plm-q8_0.gguf --against runs/pretrain/latest
+    """
+    page = _read(text) if text is not None else None
+
+    from plmtune.atomic import writing
+    from plmtune.export.verify import verify as prove
+
+    report = prove(export, against, text=page, positions=positions, threads=threads, prefer=runtime)
+    console().print(report.table())
+    if json_file is not None:
+        with writing(json_file) as temporary:
+            temporary.write_text(report.as_json(), encoding="utf-8")
+    if not report.passed:
+        failed = ", ".join(check.name for check in report.failed)
+        raise UserError(f"{export} is not the model of {against}: {failed}. {report.cause}")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start:,}). Give a text file.") from error

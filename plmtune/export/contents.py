@@ -1,0 +1,219 @@
+"""What an export says about itself, in this project's words, so that it can be laid beside the checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plmtune.data.tokenizers import Tokenizer, load_tokenizer
+from plmtune.errors import UserError
+from plmtune.models.files import CONFIG, Stored, checkpoint_directory, locate, opened_weights, read_json
+from plmtune.models.gguf import gguf_name, heads_of_halves, to_halves
+from plmtune.models.gguf_file import GGUFFile, opened_gguf
+from plmtune.models.hf import hf_config, hf_name
+from plmtune.modules.decoder import Decoder
+
+# What llama.cpp and transformers take where a file has none.
+_DEFAULT_THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file or directory holds.
+
+    Attributes:
+        kind: how most of its numbers are written, such as F32, Q4_K, int8: what decides how near it can come.
+        settings: what changes a model's numbers: our key -> value.
+        tensors: our name -> the numbers it stands for, fp32, in our layout, read when asked for; empty where the file
+            cannot be read that way.
+        tokenizer: tokens, merges and pre-tokenizer, as far as they are known.
+        template: of conversations; None: none, or not known.
+        adds_bos: whether the runtime is told to put bos before a text; None: not known.
+    """
+
+    kind: str
+    settings: dict[str, float] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    tokenizer: dict[str, list[str]] = field(default_factory=dict)
+    template: str | None = None
+    adds_bos: bool | None = None
+
+
+def read_contents(path: Path, model: Decoder) -> Contents:
+    """Read what is known of an export.
+
+    Args:
+        path: a .gguf, a .pte, or a directory in Hugging Face's form.
+        model: what it was made from: whose names and layout the tensors are given in.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    if path.suffix == ".gguf" and path.is_file():
+        return _of_gguf(path, model)
+    if path.suffix == ".pte" and path.is_file():
+        from plmtune.export.runtimes.executorch import read_facts
+
+        return Contents(read_facts(path).scheme)
+    return _of_directory(checkpoint_directory(path), model)
+
+
+def settings_of(model: Decoder) -> dict[str, float]:
+    """What changes a model's numbers beside its tensors: our key -> value."""
+    return _of_keys(hf_config(model.config, torch.float32))
+
+
+def tokenizer_tables(tokenizer: Tokenizer) -> dict[str, list[str]]:
+    """A tokenizer's tokens by id (empty where it has none that merges make) and merges, as a GGUF file has them."""
+    held = json.loads(tokenizer._json)["model"]
+    tokens = [""] * tokenizer.vocab_size
+    for token, identity in held["vocab"].items():
+        tokens[identity] = token
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in held["merges"]]
+    return {"tokens": tokens, "merges": merges}
+
+
+# Our key: Hugging Face's, and GGUF's without the architecture.
+_KEYS = {
+    "norm.eps": ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+    "attention.rope_theta": ("rope_theta", "rope.freq_base"),
+    "num_layers": ("num_hidden_layers", "block_count"),
+    "num_heads": ("num_attention_heads", "attention.head_count"),
+    "attention.num_kv_heads": ("num_key_value_heads", "attention.head_count_kv"),
+    "attention.kv_lora_rank": ("kv_lora_rank", "attention.kv_lora_rank"),
+    "attention.qk_rope_head_dim": ("qk_rope_head_dim", "rope.dimension_count"),
+    "attention.v_head_dim": ("v_head_dim", "attention.value_length"),
+    "embed_dim": ("hidden_size", "embedding_length"),
+    "ffn.hidden_dim": ("intermediate_size", "feed_forward_length"),
+    "max_seq_len": ("max_position_embeddings", "context_length"),
+}
+
+
+def _of_keys(keys: Mapping[str, Any]) -> dict[str, float]:
+    rope = keys.get("rope_parameters") or {}
+    keys = {**keys, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
+    return {
+        ours: float(keys[theirs])
+        for ours, (theirs, _) in _KEYS.items()
+        if isinstance(keys.get(theirs), (int, float)) and not isinstance(keys[theirs], bool)
+    }
+
+
+def differing(held: Mapping[str, float], wanted: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """{our key: (the export's value, the checkpoint's)} where they are not the same number in fp32."""
+    return {
+        key: (held[key], wanted[key])
+        for key in wanted
+        if key in held and not math.isclose(held[key], wanted[key], rel_tol=1e-6)
+    }
+
+
+class _Lazy(Mapping[str, Tensor]):
+    """Tensors that are read when they are asked for."""
+
+    def __init__(self, names: list[str], read: Callable[[str], Tensor]) -> None:
+        self._names, self._read = names, read
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _of_gguf(path: Path, model: Decoder) -> Contents:
+    with opened_gguf(path) as file:
+        metadata = file.metadata
+        name = metadata.get("general.architecture")
+        settings = {
+            ours: float(metadata[f"{name}.{theirs}"])
+            for ours, (_, theirs) in _KEYS.items()
+            if isinstance(metadata.get(f"{name}.{theirs}"), (int, float))
+        }
+        settings.setdefault("attention.rope_theta", _DEFAULT_THETA)
+        names = [ours for ours in model.state_dict() if ours.endswith((".weight", ".bias"))]
+        if "output.weight" in file.tensors and "output.weight" not in names:
+            names.append("output.weight")
+        there = [ours for ours in names if gguf_name(ours) in file.tensors]
+        tables = {key: metadata.get(f"tokenizer.ggml.{key}") for key in ("merges", "tokens")}
+        template, adds_bos = metadata.get("tokenizer.chat_template"), metadata.get("tokenizer.ggml.add_bos_token")
+        return Contents(
+            _kind_of_gguf(file),
+            settings,
+            _Lazy(there, lambda ours: _gguf_tensor(file, model, ours)),
+            {key: value for key, value in tables.items() if isinstance(value, list)},
+            template if isinstance(template, str) else None,
+            bool(adds_bos) if adds_bos is not None else None,
+        )
+
+
+def _kind_of_gguf(file: GGUFFile) -> str:
+    """The coarsest type that a tenth or more of the numbers in matrices have."""
+    counts: dict[str, int] = {}
+    widths: dict[str, float] = {}
+    for tensor in file.tensors.values():
+        if len(tensor.shape) > 1:
+            size = math.prod(tensor.shape)
+            counts[tensor.kind.name] = counts.get(tensor.kind.name, 0) + size
+            widths[tensor.kind.name] = tensor.num_bytes / size
+    common = [kind for kind, count in counts.items() if count >= sum(counts.values()) / 10]
+    return min(common, key=lambda kind: widths[kind], default="F32")
+
+
+def _gguf_tensor(file: GGUFFile, model: Decoder, name: str) -> Tensor:
+    tensor = torch.from_numpy(file.read(gguf_name(name)))
+    heads = heads_of_halves(model.config, name)
+    return tensor if heads is None else to_halves(tensor, heads)
+
+
+def _of_directory(directory: Path, model: Decoder) -> Contents:
+    keys = read_json(directory, CONFIG)
+    quantization = keys.get("quantization_config")
+    formats = list(quantization.get("formats", {})) if isinstance(quantization, dict) else []
+    locations = locate(directory)
+    stored = Stored(locations)
+    names = {ours: hf_name(ours) for ours in model.state_dict() if ours.endswith((".weight", ".bias"))}
+    if not model.tied or keys.get("model_type") not in ("llama", "plm"):
+        names.setdefault("output.weight", "lm_head.weight")
+    there = [] if formats else [ours for ours, theirs in names.items() if theirs in locations]
+    if keys.get("model_type") == "deepseek_v3":  # its gate takes a factor of up: see export.huggingface
+        there = [name for name in there if "ffn.up_proj" not in name]
+    settings = _of_keys(keys)
+    if keys.get("model_type") != "plm":
+        settings.setdefault("attention.rope_theta", _DEFAULT_THETA)
+    tables, template, adds_bos = {}, None, None
+    with contextlib.suppress(UserError):  # one that only transformers can read is not looked into
+        tokenizer = load_tokenizer(directory)
+        tables, template, adds_bos = tokenizer_tables(tokenizer), tokenizer.chat_template, tokenizer.adds_bos
+    return Contents(
+        _coarsest(formats) if formats else _dtype_of(directory, locations),
+        settings,
+        _Lazy(there, lambda ours: stored[names[ours]].float()),
+        tables,
+        template,
+        adds_bos,
+    )
+
+
+def _coarsest(formats: list[str]) -> str:
+    return min(formats, key=lambda name: ("int4" not in name, "dynamic" not in name, name))
+
+
+def _dtype_of(directory: Path, locations: Mapping[str, Path]) -> str:
+    name = next((name for name in locations if name.endswith("embed_tokens.weight")), next(iter(locations), None))
+    if name is None:
+        raise UserError(f"{directory} holds no tensors.")
+    with opened_weights(locations[name]) as opened:
+        kind: str = opened.get_slice(name).get_dtype()
+    return kind
