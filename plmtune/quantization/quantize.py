@@ -71,19 +71,6 @@ def quantize(
         progress("", len(plan), len(plan))
 
 
-def planned_bytes(model: nn.Module, plan: Mapping[str, Format], dtype: torch.dtype) -> int:
-    """Bytes of the weights of a model, not quantized yet, stored as a plan says and in `dtype` where it says nothing.
-
-    Args:
-        model: may lie on the meta device.
-    """
-    total = sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
-    for name, format in plan.items():
-        rows, width = model.get_submodule(name).weight.shape  # type: ignore[misc]
-        total += format.num_bytes((rows, width)) - rows * width * dtype.itemsize
-    return total
-
-
 def fill(module: nn.Module, q: Tensor, scales: Tensor, zeros: Tensor | None, *, dtype: torch.dtype) -> None:
     """Give an installed module its numbers.
 

@@ -14,8 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,15 @@ from plmtune.atomic import replacing, writing
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized, install
 from plmtune.quantization.calibrate import inputs_seen
-from plmtune.quantization.quantize import fill, planned_bytes, round_weight
-from plmtune.quantization.schemes import EMBEDDING, HEAD, KEEP, Plan, candidates
+from plmtune.quantization.quantize import fill, round_weight
+from plmtune.quantization.schemes import EMBEDDING, HEAD, KEEP, candidates
 
 _VERSION = 1  # of the file, and of what its key hashes
 _CHUNK = 512  # tokens whose logits are held at once
 _TOP = 64  # predictions a token by which a divergence is taken; all others count as one
-_BF16 = 2  # bytes of a number that is kept
+_FLOOR = 1e-7  # a divergence below it is drawn as it
+# Colours that colour-blind readers tell apart (Okabe and Ito).
+_MIXES, _PROPOSED, _MEASURED = "#0072B2", "#D55E00", "#009E73"
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,12 @@ class Sensitivity:
     Attributes:
         module: its name.
         format: by name.
-        bytes: that it takes in this format; kept_bytes: as bf16.
+        bytes: that it takes in this format; kept_bytes: as it is.
         nats: by which the loss a token rises; on little text it may fall.
         divergence: KL from the unchanged model's predictions, nats a token.
-        measured: by running the model. Otherwise both are those of the module's measured format times the ratio of
-            the squared errors of its outputs, which is how a small error's cost grows.
+        wide_format: 8 bits, where the format has 4; else the format itself. wide_bytes: that it takes in it.
+        wide_divergence: not by running the model, but the divergence times the ratio of the squared errors of the
+            module's outputs, which is how the cost of a small error grows.
     """
 
     module: str
@@ -53,26 +57,31 @@ class Sensitivity:
     kept_bytes: int
     nats: float
     divergence: float
-    measured: bool = True
+    wide_format: str
+    wide_bytes: int
+    wide_divergence: float
 
 
 class Found(list[Sensitivity]):
-    """What was measured.
+    """What was measured, module by module.
 
     Attributes:
         loss: of the unchanged model, nats a token.
         tokens: predictions that it was measured on.
-        rest_bytes: of what is no candidate (norms, biases) in bf16.
+        others: names of matrices that the plan keeps as they are.
     """
 
-    def __init__(self, rows: Iterable[Sensitivity], *, loss: float, tokens: int, rest_bytes: int) -> None:
+    def __init__(self, rows: Iterable[Sensitivity] = (), *, loss: float, tokens: int, others: Iterable[str]) -> None:
         super().__init__(rows)
-        self.loss, self.tokens, self.rest_bytes = loss, tokens, rest_bytes
+        self.loss, self.tokens, self.others = loss, tokens, list(others)
 
 
-def widest(plan: Mapping[str, Format]) -> dict[str, Format]:
-    """The same plan in 8 bits with a scale a row."""
-    return {name: Format(8, dynamic=format.dynamic) for name, format in plan.items()}
+class Option(NamedTuple):
+    """One way to store a module."""
+
+    bytes: int
+    divergence: float
+    format: str
 
 
 @torch.no_grad()
@@ -98,6 +107,7 @@ def measure(
     rows: Tensor,
     path: Path | None = None,
     *,
+    dtype: torch.dtype = torch.bfloat16,
     second_moments: Mapping[str, Tensor] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Found:
@@ -107,51 +117,61 @@ def measure(
 
     Args:
         model: not quantized; it is as it was afterwards.
-        plan: module name -> format to try. Where that has 4 bits, 8 are told too, by their error.
+        plan: module name -> format to try.
         rows: ids, [n, s], on the model's device; a few thousand tokens do.
         path: JSON that is written after each module, and gone on with if it is of the same model, plan and rows.
+        dtype: of what will be kept.
         second_moments: as for `quantize`.
         progress: is told (module, done, of how many).
     """
     kept, key = {}, ""
     if path is not None:
-        key = _key(model, plan, rows, second_moments)
+        key = _key(model, plan, rows, dtype, second_moments)
         kept = _read(path, key)
     shapes = candidates(model)
     reference = _Reference(model, rows)
-    rest = planned_bytes(model, dict.fromkeys(shapes, Format(8)), torch.bfloat16) - sum(
-        Format(8).num_bytes(shape) for shape in shapes.values()
-    )
-    found = Found([], loss=reference.loss, tokens=reference.tokens, rest_bytes=rest)
-    order = sorted(plan, key=lambda name: (_layer(name) is not None, _layer(name) or 0))
-    done = 0
+    others = [name for name in shapes if name not in plan]
+    found = Found(loss=reference.loss, tokens=reference.tokens, others=others)
     start = x = model.tok_embeddings(rows)  # what goes into `layer`
     layer = 0
-    for name in order:
+    for done, name in enumerate(sorted(plan, key=lambda name: (_layer(name) is not None, _layer(name) or 0))):
         if progress is not None:
             progress(name, done, len(plan))
-        number = _layer(name)
-        while number is not None and layer < number:
-            x, layer = model.layers[layer](x), layer + 1
-        measured = kept.get(name)
-        if measured is None:
-            seen: list[Tensor] = []
-            if number is not None:  # its inputs, to tell what other formats would do to its outputs
-                with inputs_seen(model, [name], lambda _, inputs, seen=seen: seen.append(inputs)):  # type: ignore[misc]
-                    model.layers[number](x)
-            moments = second_moments.get(name) if second_moments else None
-            with _changed(model, name, plan[name], moments) as (held, changed):
-                first, hidden = (number, x) if number is not None else (0, start)
-                if name == EMBEDDING:
-                    hidden = model.tok_embeddings(rows)
-                nats, divergence = reference.compare(model, hidden, first, name == HEAD)
-                measured = _rows(name, plan[name], shapes[name], nats, divergence, held, changed, seen, moments)
-        found.extend(measured)
-        done += 1
-        if path is not None and name not in kept:
+        if name in kept:
+            found.append(kept[name])
+            continue
+        number, format, shape = _layer(name), plan[name], shapes[name]
+        seen: list[Tensor] = []
+        if number is not None:
+            while layer < number:
+                x, layer = model.layers[layer](x), layer + 1
+            with inputs_seen(model, [name], lambda _, inputs, seen=seen: seen.append(inputs)):  # type: ignore[misc]
+                model.layers[number](x)
+        moments = second_moments.get(name) if second_moments else None
+        with _changed(model, name, format, moments) as (held, changed):
+            first, hidden = (number, x) if number is not None else (0, start)
+            if name == EMBEDDING:
+                hidden = model.tok_embeddings(rows)
+            nats, divergence = reference.compare(model, hidden, first, head_alone=name == HEAD)
+            wide = Format(8, dynamic=format.dynamic) if format.bits == 4 else format
+            ratio = _ratio(held, changed, wide, seen, moments) if wide != format else 1.0
+        found.append(
+            Sensitivity(
+                module=name,
+                format=format.name,
+                bytes=format.num_bytes(shape),
+                kept_bytes=math.prod(shape) * dtype.itemsize,
+                nats=nats,
+                divergence=divergence,
+                wide_format=wide.name,
+                wide_bytes=wide.num_bytes(shape),
+                wide_divergence=divergence * ratio,
+            )
+        )
+        if path is not None:
             _write(path, key, found)
     if progress is not None:
-        progress("", done, len(plan))
+        progress("", len(plan), len(plan))
     return found
 
 
@@ -175,11 +195,10 @@ class _Reference:
             self.top.append((values.double(), ids))
         self.loss = nats / self.tokens
 
-    def compare(self, model: Decoder, x: Tensor, first: int, head_alone: bool) -> tuple[float, float]:
+    def compare(self, model: Decoder, x: Tensor, first: int, *, head_alone: bool) -> tuple[float, float]:
         """(rise of the loss, divergence), nats a token, of a changed model from what goes into layer `first`."""
-        if head_alone:
-            hidden = self.hidden
-        else:
+        hidden = self.hidden
+        if not head_alone:
             for layer in model.layers[first:]:
                 x = layer(x)
             hidden = model.norm(x)
@@ -187,7 +206,7 @@ class _Reference:
         for part, expected, (top, ids) in zip(_log_probs(model, hidden), self.targets, self.top, strict=True):
             nats -= float(part.gather(1, expected[:, None]).double().sum())
             now = part.gather(1, ids).double()
-            # The tail as one prediction: what it hides of the divergence is what moves inside of it.
+            # The tail as one prediction: what that hides of the divergence is what moves inside of it.
             rest, rest_now = (
                 (1 - values.exp().sum(1)).clamp(min=torch.finfo(torch.float32).eps) for values in (top, now)
             )
@@ -206,7 +225,7 @@ def _changed(
     model: nn.Module, name: str, format: Format, moments: Tensor | None
 ) -> Iterator[tuple[nn.Module, Quantized]]:
     """Store one module in integers while the context lasts; gives the module as it was and as it is."""
-    held: Any = model.get_submodule(name)
+    held = model.get_submodule(name)
     parent, _, leaf = name.rpartition(".")
     try:
         yield held, _quantized(model, name, held, format, moments)
@@ -224,30 +243,12 @@ def _quantized(model: nn.Module, name: str, held: Any, format: Format, moments: 
     return new
 
 
-def _rows(
-    name: str,
-    format: Format,
-    shape: tuple[int, int],
-    nats: float,
-    divergence: float,
-    held: Any,
-    changed: Quantized,
-    seen: list[Tensor],
-    moments: Tensor | None,
-) -> list[Sensitivity]:
-    kept_bytes = shape[0] * shape[1] * _BF16
-    rows = [Sensitivity(name, format.name, format.num_bytes(shape), kept_bytes, nats, divergence)]
-    if format.bits == 4:
-        eight = Format(8, dynamic=format.dynamic)
-        alone = nn.Module()
-        alone.module = held
-        ratio = _error(held, _quantized(alone, "module", held, eight, moments), seen) / max(
-            _error(held, changed, seen), torch.finfo(torch.float32).tiny
-        )
-        rows.append(
-            Sensitivity(name, eight.name, eight.num_bytes(shape), kept_bytes, nats * ratio, divergence * ratio, False)
-        )
-    return rows
+def _ratio(held: nn.Module, changed: Quantized, wide: Format, seen: list[Tensor], moments: Tensor | None) -> float:
+    """By how much less the wide format changes a module's outputs, squared, than what it was changed to."""
+    alone = nn.Module()
+    alone.module = held
+    error = _error(held, _quantized(alone, "module", held, wide, moments), seen)
+    return error / max(_error(held, changed, seen), torch.finfo(torch.float32).tiny)
 
 
 def _error(held: Any, changed: Any, seen: list[Tensor]) -> float:
@@ -257,58 +258,61 @@ def _error(held: Any, changed: Any, seen: list[Tensor]) -> float:
     return float((held.weight - changed.dequantize()).float().square().sum())
 
 
-def propose(model: nn.Module, found: Found, budget: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Format]:
-    """The plan of at most `budget` bytes whose modules' divergences have about the least sum.
+def propose(found: Found, budget: int) -> dict[str, str]:
+    """Rules for `mixed` by which the modules measured take at most `budget` bytes, with about the least divergence.
 
-    Beginning with the smallest format of each module, bytes go where they save most a byte (the multiple-choice
-    knapsack's relaxation; what it leaves of the budget is less than one module's next format).
+    Each module begins in its smallest format, and bytes go where they save most a byte: the multiple-choice knapsack's
+    relaxation, which falls short of the best mix by less than one module's step.
 
     Args:
-        model: that was measured, or its like on the meta device.
         found: what `measure` gave.
-        budget: bytes of the weights' file.
-        dtype: of what is kept.
+        budget: bytes of the modules measured; what else a model holds is not in it.
 
     Raises:
         ValueError: if even the smallest formats exceed the budget.
     """
-    shapes = candidates(model)
-    options: dict[str, list[tuple[int, float, Format | None]]] = {}
-    for row in found:
-        options.setdefault(row.module, []).append((row.bytes, row.divergence, Format.parse(row.format)))
-    for name, held in options.items():
-        rows, width = shapes[name]
-        held.append((rows * width * dtype.itemsize, 0.0, None))
-    chosen = {name: min(held, key=lambda option: option[:2]) for name, held in options.items()}
+    *_, chosen = _mixes(_options(found), budget)
+    return _as_rules({name: option.format for name, option in chosen.items()} | dict.fromkeys(found.others, KEEP))
 
-    def plan() -> dict[str, Format]:
-        return Plan({name: option[2] for name, option in chosen.items() if option[2] is not None})
 
-    left = budget - planned_bytes(model, plan(), dtype)
+def _options(found: Found) -> dict[str, list[Option]]:
+    """Of each module what it may become, the smallest first."""
+    return {
+        row.module: sorted(
+            {
+                Option(row.bytes, row.divergence, row.format),
+                Option(row.wide_bytes, row.wide_divergence, row.wide_format),
+                Option(row.kept_bytes, 0.0, KEEP),
+            }
+        )
+        for row in found
+    }
+
+
+def _mixes(options: Mapping[str, list[Option]], budget: float = math.inf) -> Iterator[dict[str, Option]]:
+    """Mixes from the smallest to the largest that the budget takes, each one module's step from that before."""
+    chosen = {name: held[0] for name, held in options.items()}
+    left = budget - sum(option.bytes for option in chosen.values())
     if left < 0:
         raise ValueError(f"the smallest formats take {budget - left:,} bytes, more than the budget of {budget:,}")
     while True:
+        yield dict(chosen)
         steps = [
-            ((chosen[name][1] - option[1]) / (option[0] - chosen[name][0]), name, option)
-            for name, held in options.items()
-            for option in held
-            if 0 < option[0] - chosen[name][0] <= left and option[1] < chosen[name][1]
+            ((now.divergence - option.divergence) / (option.bytes - now.bytes), name, option)
+            for name, now in chosen.items()
+            for option in options[name]
+            if 0 < option.bytes - now.bytes <= left and option.divergence < now.divergence
         ]
         if not steps:
-            return plan()
-        _, name, option = max(steps, key=lambda step: step[:2])
-        left -= option[0] - chosen[name][0]
+            return
+        _, name, option = max(steps)
+        left -= option.bytes - chosen[name].bytes
         chosen[name] = option
 
 
-def rules(plan: Mapping[str, Format], names: Iterable[str]) -> dict[str, str]:
-    """A plan as the rules of `mixed`, as few as kinds of modules allow: the commonest format of all, then of each
-    kind of module, then what differs.
-
-    Args:
-        names: of all candidates; those that the plan leaves out are kept.
-    """
-    wanted = {name: plan[name].name if name in plan else KEEP for name in names}
+def _as_rules(wanted: Mapping[str, str]) -> dict[str, str]:
+    """Formats of modules in as few rules as their kinds allow: the commonest of all, then of each kind of module,
+    then what differs."""
     kinds: dict[str, list[str]] = {}
     for name in wanted:
         kinds.setdefault(_kind(name), []).append(name)
@@ -327,51 +331,123 @@ def _kind(name: str) -> str:
     return name if layer is None else name.replace(f"layers.{layer}.", "layers.*.", 1)
 
 
-def write_rules(plan: Mapping[str, Format], names: Iterable[str], path: Path) -> None:
-    """Write a plan as a config that `plmtune run` takes: the scheme `mixed` with its rules."""
-    lines = [f'    "{pattern}": {format}' for pattern, format in rules(plan, names).items()]
-    head = (
-        f"# Use: plmtune run quantize {path.name} checkpoint=...\n"
-        "defaults:\n  - override /quantization: mixed\n\nquantization:\n  rules:\n"
-    )
+def draw(
+    found: Found,
+    path: Path,
+    *,
+    fixed_bytes: int = 0,
+    rules: Mapping[str, str] | None = None,
+    measured: Mapping[str, tuple[float, float]] | None = None,
+) -> None:
+    """Draw size against perplexity, and what each module loses, as a PNG.
+
+    Args:
+        found: what `measure` gave.
+        path: where to.
+        fixed_bytes: of what is not in `found`.
+        rules: a mix to mark, as `propose` gives it.
+        measured: label -> (bytes of the weights, perplexity) of whole models, to lie beside what is predicted.
+    """
+    # Agg by its own canvas, not by pyplot: no window system, no global state, safe in a thread.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    layers = 1 + max((_layer(row.module) or 0 for row in found), default=0)
+    kinds = list(dict.fromkeys(_kind(row.module) for row in found))
+    figure = Figure(figsize=(9, 5.2 + 0.3 * len(kinds)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    sizes, grid = figure.subplots(2, 1, height_ratios=[4.2, 1 + 0.3 * len(kinds)])
+    _draw_sizes(sizes, found, fixed_bytes, rules, measured or {})
+
+    table = [[math.nan] * layers for _ in kinds]
+    for row in found:
+        table[kinds.index(_kind(row.module))][_layer(row.module) or 0] = max(row.divergence, _FLOOR)
+    mesh = grid.pcolormesh(range(layers), range(len(kinds)), table, shading="nearest", cmap="viridis", norm=LogNorm())
+    grid.set_yticks(range(len(kinds)), [kind.removeprefix("layers.*.") for kind in kinds], fontsize=8)
+    grid.invert_yaxis()
+    grid.set_xlabel("layer (embedding and head: at the left)")
+    grid.set_title("divergence of each module stored alone as planned", fontsize=10)
+    figure.colorbar(mesh, ax=grid, label="nats a token", pad=0.01, fraction=0.03)
+    for panel in (sizes, grid):
+        panel.spines[["top", "right"]].set_visible(False)
     with writing(path) as temporary:
-        temporary.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+        figure.savefig(temporary, format="png")
 
 
-def _key(model: Decoder, plan: Mapping[str, Format], rows: Tensor, moments: Mapping[str, Tensor] | None) -> str:
+def _draw_sizes(
+    panel: Any,
+    found: Found,
+    fixed_bytes: int,
+    rules: Mapping[str, str] | None,
+    measured: Mapping[str, tuple[float, float]],
+) -> None:
+    """Megabytes against perplexity: mixes from the smallest to none, uniform ones, and what was run."""
+    options = _options(found)
+
+    def place(chosen: Mapping[str, Option]) -> tuple[float, float]:
+        size = fixed_bytes + sum(option.bytes for option in chosen.values())
+        return size / 1e6, math.exp(found.loss + sum(option.divergence for option in chosen.values()))
+
+    line = [place(chosen) for chosen in _mixes(options)]
+    panel.plot(*zip(*line, strict=True), color=_MIXES, linewidth=1.5, label="best mixes, predicted")
+    uniform = {
+        "all as planned": {row.module: Option(row.bytes, row.divergence, row.format) for row in found},
+        "all 8 bits": {row.module: Option(row.wide_bytes, row.wide_divergence, row.wide_format) for row in found},
+        "none": {row.module: Option(row.kept_bytes, 0.0, KEEP) for row in found},
+    }
+    for label, chosen in uniform.items():
+        x, y = place(chosen)
+        panel.plot(x, y, color=_MIXES, marker="o", markersize=4)
+        panel.annotate(label, (x, y), xytext=(4, 5), textcoords="offset points", fontsize=8)
+    if rules is not None:
+        formats = {name: [f for pattern, f in rules.items() if fnmatchcase(name, pattern)][-1] for name in options}
+        x, y = place({name: next(o for o in held if o.format == formats[name]) for name, held in options.items()})
+        panel.plot(x, y, color=_PROPOSED, marker="*", markersize=13, linestyle="none", label=f"proposed: {x:.1f} MB")
+    for label, (size, perplexity) in measured.items():
+        panel.plot(size / 1e6, perplexity, color=_MEASURED, marker="x", markersize=6, linestyle="none")
+        panel.annotate(label, (size / 1e6, perplexity), xytext=(4, -10), textcoords="offset points", fontsize=8)
+    panel.set_xlabel("weights (MB)")
+    panel.set_ylabel("perplexity" + (" (x: measured)" if measured else ""))
+    panel.margins(x=0.08, y=0.12)
+    panel.grid(alpha=0.25, linewidth=0.6)
+    panel.legend(frameon=False, fontsize=9)
+
+
+def _key(
+    model: Decoder, plan: Mapping[str, Format], rows: Tensor, dtype: torch.dtype, moments: Mapping[str, Tensor] | None
+) -> str:
     """Hash of all that the figures follow from."""
     import xxhash
 
     from plmtune.training.reference import model_digest
 
     digest = xxhash.xxh3_128(model_digest(model).encode())
-    digest.update(json.dumps([_VERSION, {n: f.name for n, f in sorted(plan.items())}, list(rows.shape)]).encode())
+    formats = {name: format.name for name, format in sorted(plan.items())}
+    digest.update(json.dumps([_VERSION, formats, str(dtype), list(rows.shape)]).encode())
     digest.update(rows.cpu().contiguous().numpy().tobytes())
     for name, values in sorted((moments or {}).items()):
         digest.update(name.encode() + values.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _read(path: Path, key: str) -> dict[str, list[Sensitivity]]:
+def _read(path: Path, key: str) -> dict[str, Sensitivity]:
     """What an interrupted measuring has found already; nothing of a file that is not of this model, plan and text."""
-    out: dict[str, list[Sensitivity]] = {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["key"] == key:
-            for row in content["modules"]:
-                out.setdefault(row["module"], []).append(Sensitivity(**row))
+        if content["key"] != key:
+            return {}
+        return {row["module"]: Sensitivity(**row) for row in content["modules"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return out
 
 
 def _write(path: Path, key: str, found: Found) -> None:
     content = {
-        "version": _VERSION,
         "key": key,
         "loss": found.loss,
         "tokens": found.tokens,
-        "rest_bytes": found.rest_bytes,
+        "others": found.others,
         "modules": [asdict(row) for row in found],
     }
     with replacing(path) as temporary:
