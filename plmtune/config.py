@@ -269,6 +269,30 @@ def _check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> lis
     return checked
 
 
+def sweep(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Divide overrides into those of one value and, by key, those of several: a=1,2 and range(), as Hydra has them.
+
+    Returns:
+        (plain overrides, {key: its overrides "key=value" of one value each}).
+
+    Raises:
+        UserError: naming the override.
+    """
+    plain: list[str] = []
+    swept: dict[str, list[str]] = {}
+    for text in overrides:
+        _check_overrides([text], multirun=True)
+        parsed = _parse(text)
+        if not parsed.is_sweep_override():
+            plain.append(text)
+        elif parsed.is_discrete_sweep():
+            key = parsed.get_key_element()
+            swept[key] = [f"{key}={value}" for value in parsed.sweep_string_iterator()]
+        else:
+            raise UserError(f"override {text}: names no single values. Write key=1,2,3 or key=range(1,10,3).")
+    return plain, swept
+
+
 @cache
 def _dict_keys() -> set[str]:
     """Full keys that hold a dictionary whose names the user chooses."""

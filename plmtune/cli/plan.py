@@ -1,0 +1,439 @@
+"""``plmtune plan``: how large and how fast a model will be on a device, before it is trained."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from plmtune.cli import import_option
+from plmtune.cli.options import console
+from plmtune.errors import UserError
+
+if TYPE_CHECKING:
+    from plmtune.devices.costs import Anatomy
+    from plmtune.devices.device import Device
+    from plmtune.devices.predict import Prediction
+
+_SCHEMES = "bf16,int8,int4,f16,q8_0,q4_0,q4_k_m"
+_LISTED = 20  # of a front
+
+
+@click.command()
+@click.argument("name", metavar="CONFIG")
+@click.argument("arguments", nargs=-1, metavar="[FILE.yaml] [KEY=VALUE]...")
+@click.option("--device", "devices", default="pi5", show_default=True, help="Names or FILE.yaml, with commas.")
+@click.option("--scheme", "schemes", help=f"With commas; default: {_SCHEMES}; of a sweep int4.")
+@click.option("--runtime", "runtimes", help="plmtune or llama.cpp, or both; default: both; of a sweep plmtune.")
+@click.option("--context", "contexts", help="Tokens in the cache; default: 128,2048,4096; of a sweep 2048.")
+@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens read for the first one.")
+@click.option("--train-on", default="h200", show_default=True, help="Device of the hours that training takes.")
+@click.option("--sweep", is_flag=True, help="Predict every combination of the keys that have several values.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures there.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw speeds, or a sweep's front.")
+@import_option
+def plan(
+    name: str,
+    arguments: tuple[str, ...],
+    devices: str,
+    schemes: str | None,
+    runtimes: str | None,
+    contexts: str | None,
+    prompt: int,
+    train_on: str,
+    sweep: bool,
+    json_path: Path | None,
+    plot: Path | None,
+) -> None:
+    """Say what a model will cost: memory, speed and training, from its config alone.
+
+    CONFIG is what plmtune run takes, or a checkpoint. Nothing is trained or allocated. Devices are YAML files, and
+    plmtune bench --calibrate FILE.yaml writes one for the machine at hand.
+
+    \b
+    plmtune plan plm_1.8b --device pi5,jetson_orin_nano
+    plmtune plan pretrain model=plm_150m --device mine.yaml --scheme int8,int4 --runtime plmtune
+    plmtune plan runs/pretrain/latest --device pi5
+    plmtune plan pretrain model=plm_150m --sweep model.embed_dim=512,768 'model.num_layers=range(8,25,4)'
+    """
+    for path, suffix in ((json_path, ".json"), (plot, ".png")):
+        if path is not None and (path.suffix != suffix or not path.parent.is_dir()):
+            raise UserError(f"{path}: must be a {suffix} file in a folder that is there.")
+
+    from plmtune.devices.device import load_device
+
+    chosen = [load_device(device) for device in _words(devices, "--device")]
+    lengths = _lengths(contexts or ("2048" if sweep else "128,2048,4096"))
+    names = _words(schemes or ("int4" if sweep else _SCHEMES), "--scheme")
+    where = _words(runtimes or ("plmtune" if sweep else "plmtune,llama.cpp"), "--runtime")
+    overlays = [text for text in arguments if text.endswith((".yaml", ".yml")) and "=" not in text]
+    overrides = [text for text in arguments if text not in overlays]
+    if sweep:
+        for option, given in (("device", chosen), ("scheme", names), ("runtime", where), ("context", lengths)):
+            if len(given) != 1:
+                raise UserError(f"--{option}: a sweep compares architectures at one, not {len(given)}.")
+        if Path(name).is_dir():
+            raise UserError(f"{name} is a checkpoint: a sweep goes over what is still to be trained.")
+        _sweep(name, overlays, overrides, chosen[0], names[0], where[0], lengths[0], prompt, json_path, plot)
+        return
+    anatomy, cfg = _read(name, overlays, overrides)
+    _plan(name, anatomy, cfg, chosen, names, schemes is not None, where, lengths, prompt, train_on, json_path, plot)
+
+
+def _words(text: str, option: str) -> list[str]:
+    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not words:
+        raise UserError(f"{option}: names nothing.")
+    return words
+
+
+def _lengths(text: str) -> list[int]:
+    words = _words(text, "--context")
+    if not all(word.isdecimal() and 0 < int(word) < 2**40 for word in words):
+        raise UserError(f"--context: {text!r:.80} must be numbers of tokens with commas, such as 128,2048.")
+    return sorted(map(int, words))
+
+
+def _read(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple[Anatomy, Any]:
+    """A config's or a checkpoint's model, on the meta device, and the config."""
+    import torch
+
+    from plmtune import config
+    from plmtune.devices.costs import Anatomy
+    from plmtune.devices.sweep import vocabulary
+
+    if Path(name).is_dir():
+        if overlays or overrides:
+            raise UserError(
+                f"{name} is a checkpoint, whose model is as it is: {[*overlays, *overrides][0]} has no place."
+            )
+        from plmtune.models.adapters import read_description
+        from plmtune.models.assemble import from_description
+        from plmtune.models.files import checkpoint_directory
+        from plmtune.models.hf import read_formats
+        from plmtune.modules.quantized import install
+
+        directory = checkpoint_directory(name)
+        description = read_description(directory)
+        with torch.device("meta"):
+            part = from_description("model", description, str(directory))
+            model = config.build("model", part, vocab_size=description["vocab_size"])
+            install(model, read_formats(directory)[0] if (directory / "config.json").is_file() else {})
+        return Anatomy.of(model), None
+    cfg = config.compose(name, overlays, overrides)
+    if getattr(cfg, "model", None) is None:
+        raise UserError(
+            f"{name} names no model: it takes that of its checkpoint. Choose one (model=plm), or plan that."
+        )
+    with torch.device("meta"):
+        model = config.build("model", cfg.model, vocab_size=vocabulary(cfg))
+    return Anatomy.of(model), cfg
+
+
+def _plan(
+    name: str,
+    anatomy: Anatomy,
+    cfg: Any,
+    devices: list[Device],
+    schemes: list[str],
+    schemes_given: bool,
+    runtimes: list[str],
+    contexts: list[int],
+    prompt: int,
+    train_on: str,
+    json_path: Path | None,
+    plot: Path | None,
+) -> None:
+    from plmtune.devices import costs
+    from plmtune.devices.pareto import draw_speeds
+    from plmtune.devices.predict import predict
+    from plmtune.export.lint import gguf_architecture, lint_deploy
+    from plmtune.units import show_bytes, show_count
+
+    longest = [context for context in contexts if context <= anatomy.max_seq_len]
+    left_out = [context for context in contexts if context > anatomy.max_seq_len]
+    if not longest:
+        raise UserError(f"--context: {name} takes {anatomy.max_seq_len:,} tokens at most, not {contexts[0]:,}.")
+    if anatomy.formats and not schemes_given:
+        schemes = [costs.STORED, *(s for s in schemes if s not in costs.our_schemes())]
+    if not schemes_given and len(runtimes) == 1:
+        schemes = [s for s in schemes if s == costs.STORED or s in costs.schemes_of(runtimes[0])]
+    pairs = costs.check_schemes(schemes, runtimes)
+    pairs.sort(key=lambda pair: runtimes.index(pair[0]))
+    refused = ""
+    try:
+        gguf_architecture(anatomy.config)
+    except UserError as error:
+        refused = str(error)
+        pairs = [pair for pair in pairs if pair[0] != "llama.cpp"]
+        if not pairs:
+            raise
+    try:
+        held = {pair: costs.weights(anatomy, *pair) for pair in pairs}
+        predictions = [
+            predict(anatomy, device, scheme=scheme, runtime=runtime, context=context, prompt=prompt)
+            for device in devices
+            for runtime, scheme in pairs
+            for context in longest
+        ]
+    except ValueError as error:
+        raise UserError(f"{name}: {error}.") from error
+    training = _training(cfg, train_on) if cfg is not None else None
+    findings = lint_deploy(anatomy.config)
+
+    click.echo(
+        f"{name}: {anatomy.parameters:,} parameters ({anatomy.non_embedding_parameters:,} without embeddings), "
+        f"{anatomy.num_layers} layers of {anatomy.embed_dim:,}, {anatomy.vocab_size:,} tokens"
+    )
+    for runtime in runtimes if not refused else ["plmtune"]:
+        a_token, whole = (costs.cache_bytes(anatomy, runtime, n) for n in (1, longest[-1]))
+        flops = costs.decode_flops(anatomy, runtime, longest[-1])
+        click.echo(
+            f"{runtime:<10} a cache of {show_bytes(a_token)} a token, {show_bytes(whole)} at {longest[-1]:,}; "
+            f"{show_count(flops)} FLOPs a token there"
+        )
+    for device in devices:
+        _print_device(device, [p for p in predictions if p.device == device.key], longest)
+    if refused:
+        click.echo(f"\nNot for llama.cpp: {refused}")
+    if left_out:
+        click.echo(f"\nLeft out, as the model takes {anatomy.max_seq_len:,} tokens: contexts of {_joined(left_out)}.")
+    if training is not None:
+        click.echo("\n" + "\n".join(training.pop("lines")))
+    if findings:
+        click.echo("\nWhat will not deploy well")
+        for finding in findings:
+            click.echo(f"  {finding.level}: {finding.text}")
+    if plot is not None:
+        draw_speeds(predictions, plot, f"{name}: predicted decode")
+        click.echo(f"\n{plot} written")
+    if json_path is not None:
+        _write(
+            json_path,
+            {
+                "config": name,
+                "parameters": anatomy.parameters,
+                "non_embedding_parameters": anatomy.non_embedding_parameters,
+                "cache_bytes_a_token": {runtime: costs.cache_bytes(anatomy, runtime) for runtime in costs.RUNTIMES},
+                "weights": [{"runtime": r, "scheme": s, **asdict(w)} for (r, s), w in held.items()],
+                "devices": {device.key: asdict(device) for device in devices},
+                "predictions": [_plain(prediction) for prediction in predictions],
+                "training": training,
+                "lint": [asdict(finding) for finding in findings],
+            },
+        )
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return ", ".join(f"{number:,}" for number in numbers)
+
+
+def _print_device(device: Device, predictions: list[Prediction], contexts: list[int]) -> None:
+    from rich.table import Table
+
+    from plmtune.units import show_bytes
+
+    how = "calibrated" if device.rates else f"reads at {device.bandwidth.value / 1e9:,.3g} GB/s"
+    click.echo(f"\n{device.key}: {device.name}; {show_bytes(device.available)} for a model, {how}")
+    table = Table(box=None, pad_edge=False)
+    prompt = max(p.prompt for p in predictions)
+    columns = ("runtime", "scheme", "weights", f"memory at {contexts[-1]:,}", "fits", f"first of {prompt:,}")
+    for index, column in enumerate((*columns, *(f"tokens/s at {context:,}" for context in contexts))):
+        table.add_column(column, justify="left" if index < 2 else "right")
+    for first in predictions[:: len(contexts)]:
+        row = [p for p in predictions if (p.runtime, p.scheme) == (first.runtime, first.scheme)]
+        last = row[-1]
+        waits = [p.first_token for p in row if p.prompt == prompt and p.first_token is not None]
+        table.add_row(
+            first.runtime,
+            first.scheme,
+            show_bytes(first.file),
+            show_bytes(last.memory),
+            "yes" if last.fits else "no",
+            f"{waits[0]:.2g} s" if waits else "-",
+            *(_speed(p) for p in row),
+        )
+    console().print(table)
+    if any(not p.fits for p in predictions):
+        click.echo("What does not fit is read from the disk for each token, a hundred times slower: no speed is given.")
+    if any(not p.calibrated and p.runtime == "plmtune" for p in predictions):
+        click.echo("plmtune's speeds are what this memory allows; how near PyTorch comes, only a calibration says.")
+
+
+def _speed(prediction: Prediction) -> str:
+    if prediction.decode is None:
+        return "does not fit"
+    return f"{prediction.decode:.3g} ± {prediction.decode * prediction.error:.2g}"
+
+
+def _training(cfg: Any, train_on: str) -> dict[str, Any]:
+    """Memory, FLOPs and hours of the config's own training."""
+    import torch
+
+    from plmtune import plans
+    from plmtune.devices.device import load_device
+    from plmtune.training.runtime import Runtime
+    from plmtune.units import show_bytes, show_count
+
+    device = load_device(train_on)
+    if device.training is None or device.mfu is None:
+        raise UserError(f"--train-on {train_on}: says no training_gflop_s. Take h200 or rtx_3090, or a file that does.")
+    dtype = torch.float32 if cfg.runtime.precision == "fp32" else torch.bfloat16
+    found = plans.plan(cfg, Runtime(torch.device("cpu"), dtype, "none"), dry=True)
+    estimate = found.estimate
+    memory = estimate.total - estimate.save  # which a GPU's host holds
+    tokens = found.num_steps * found.tokens_per_step
+    flops = tokens * estimate.flops_per_token
+    hours = flops / (device.training.value * device.mfu.value) / 3600
+    fits = "fits" if memory <= device.available else "does not fit one"
+    lines = [
+        f"Training on {device.name}",
+        f"  memory  {show_bytes(memory)} with micro-batches of {cfg.micro_batch_size} x {cfg.seq_len:,}: {fits} "
+        f"(weights {show_bytes(estimate.weights)}, gradients {show_bytes(estimate.gradients)}, optimizer "
+        f"{show_bytes(estimate.optimizer)}, activations {show_bytes(estimate.activations)}, logits "
+        f"{show_bytes(estimate.logits)})",
+        f"  compute {show_count(estimate.flops_per_token)} FLOPs a token",
+    ]
+    phases = []
+    for phase in found.phases:
+        count = phase.steps * found.tokens_per_step
+        took = hours * count / tokens
+        phases.append({"name": phase.name, "tokens": count, "flops": count * estimate.flops_per_token, "hours": took})
+        lines.append(
+            f"  phase {phase.name}: {show_count(count)} tokens, {count * estimate.flops_per_token:.3g} FLOPs, "
+            f"{_hours(took)}"
+        )
+    if phases:
+        lines.append(
+            f"  all phases: {_hours(hours)} of one device, at {device.mfu.value:.0%} of "
+            f"{device.training.value / 1e12:,.4g} TFLOP/s ({device.mfu.source})"
+        )
+    else:
+        lines.append("  how many tokens its pairs have is known when they are read")
+    return {
+        "device": device.key,
+        "memory": memory,
+        "fits": memory <= device.available,
+        "flops_per_token": estimate.flops_per_token,
+        "phases": phases,
+        "hours": hours,
+        "lines": lines,
+    }
+
+
+def _hours(hours: float) -> str:
+    if hours < 1:
+        return f"{hours * 60:.2g} device-minutes"
+    return f"{hours:,.0f} device-hours" if hours >= 10 else f"{hours:.2g} device-hours"
+
+
+def _sweep(
+    name: str,
+    overlays: list[str],
+    overrides: list[str],
+    device: Device,
+    scheme: str,
+    runtime: str,
+    context: int,
+    prompt: int,
+    json_path: Path | None,
+    plot: Path | None,
+) -> None:
+    from rich.table import Table
+
+    from plmtune.devices import costs
+    from plmtune.devices.pareto import draw_front, front
+    from plmtune.devices.sweep import sweep
+    from plmtune.units import show_bytes, show_count
+
+    costs.check_schemes([scheme], [runtime])
+    found = sweep(
+        name,
+        overlays,
+        overrides,
+        device,
+        scheme=scheme,
+        runtime=runtime,
+        context=context,
+        prompt=prompt,
+        progress=_ticker,
+    )
+    best = front(found.points)
+    missed = sum(map(len, found.impossible.values()))
+    too_large = [point for point in found.points if not point.prediction.fits]
+    click.echo(
+        f"{name} on {device.name}: {len(found.points) + missed:,} architectures, {scheme} in {runtime}, "
+        f"{context:,} tokens of context; {missed:,} are impossible, {len(too_large):,} do not fit {show_bytes(device.available)}"
+    )
+    for reason, settings in sorted(found.impossible.items(), key=lambda item: -len(item[1]))[:5]:
+        example = ", ".join(f"{key}={value}" for key, value in settings[0].items())
+        click.echo(f"  impossible, {len(settings):,} times: {reason.rstrip('.')} (such as {example})")
+    if not found.points:
+        raise UserError("Not one of these architectures is possible.")
+    if not best:
+        smallest = min(point.prediction.memory for point in found.points)
+        raise UserError(f"Not one of these architectures fits: the smallest takes {show_bytes(smallest)}.")
+    click.echo(f"\nThe front of speed, memory and parameters: {len(best)} that no other beats")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", justify="right")
+    keys = list(best[0].settings)
+    for column in (
+        *keys,
+        "parameters",
+        "non-embedding",
+        "memory",
+        f"first of {best[0].prediction.prompt:,}",
+        "tokens/s",
+    ):
+        table.add_column(column.removeprefix("model."), justify="right")
+    for number, point in list(enumerate(best, 1))[:: -(-len(best) // _LISTED)]:
+        table.add_row(
+            str(number),
+            *(point.settings[key] for key in keys),
+            show_count(point.parameters),
+            show_count(point.non_embedding),
+            show_bytes(point.prediction.memory),
+            f"{point.prediction.first_token:.2g} s",
+            _speed(point.prediction),
+        )
+    console().print(table)
+    if len(best) > _LISTED:
+        click.echo("Some of them; --json has all.")
+    if plot is not None:
+        draw_front(found.points, plot, f"{name} on {device.name}: {scheme} in {runtime}, {context:,} tokens of context")
+        click.echo(f"\n{plot} written")
+    if json_path is not None:
+        on_front = {id(point) for point in best}
+        points = [
+            {
+                "settings": point.settings,
+                "parameters": point.parameters,
+                "non_embedding_parameters": point.non_embedding,
+                "front": id(point) in on_front,
+                **_plain(point.prediction),
+            }
+            for point in found.points
+        ]
+        _write(json_path, {"config": name, "device": asdict(device), "points": points, "impossible": found.impossible})
+
+
+def _ticker(done: int, total: int) -> None:
+    if sys.stderr.isatty() and (done % 50 == 0 or done == total):
+        print(f"\r{done:,} of {total:,}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def _plain(prediction: Prediction) -> dict[str, Any]:
+    return {**asdict(prediction), "memory": prediction.memory, "fits": prediction.fits}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    from plmtune.atomic import writing
+
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    click.echo(f"{path} written")

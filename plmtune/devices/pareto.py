@@ -1,0 +1,140 @@
+"""Which architectures nothing beats: the front of speed, memory and parameters, and its picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from plmtune.atomic import writing
+from plmtune.devices.predict import Prediction
+from plmtune.devices.sweep import Point
+from plmtune.units import show_count
+
+# Colours that colour-blind readers tell apart (Okabe and Ito).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LABELLED = 12  # more numbers than these would lie on each other
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats: at least as fast, as small in memory and with as many parameters, and better in
+    one. Parameters stand for quality, which nobody knows before training. Fastest first; what does not fit is left out.
+    """
+    fitting = [point for point in points if point.prediction.decode is not None]
+    if not fitting:
+        return []
+    merits = np.array([(p.prediction.decode, -p.prediction.memory, p.parameters) for p in fitting], dtype=float)
+    kept = []
+    for index, merit in enumerate(merits):
+        beaten = (merits >= merit).all(axis=1) & (merits > merit).any(axis=1)
+        if not beaten.any():
+            kept.append(fitting[index])
+    return sorted(kept, key=lambda point: -(point.prediction.decode or 0.0))
+
+
+def draw_front(points: Sequence[Point], path: Path, title: str) -> None:
+    """Draw decode speed against peak memory, parameters as colour, the front ringed; its ends and some between bear
+    their number in the front's table.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    # Agg by its own canvas, not by pyplot: no window system, no global state, safe in a thread.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    fitting = [point for point in points if point.prediction.decode is not None]
+    best = front(points)
+    figure = Figure(figsize=(9, 6), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=11)
+    sizes = [point.parameters / 1e6 for point in fitting]
+    shown = axes.scatter(
+        [point.prediction.memory / 2**20 for point in fitting],
+        [point.prediction.decode or 0.0 for point in fitting],
+        c=sizes,
+        cmap="viridis",
+        norm=LogNorm() if sizes and max(sizes) > 3 * min(sizes) else None,
+        s=26,
+        alpha=0.75,
+        linewidths=0,
+    )
+    axes.scatter(
+        [point.prediction.memory / 2**20 for point in best],
+        [point.prediction.decode or 0.0 for point in best],
+        facecolors="none",
+        edgecolors="#D55E00",
+        linewidths=1.4,
+        s=70,
+        label=f"front of speed, memory and parameters ({len(best)} of {len(fitting)})",
+    )
+    for place in sorted({round(i) for i in np.linspace(0, len(best) - 1, min(_LABELLED, len(best)))}):
+        point = best[place]
+        axes.annotate(
+            f"{place + 1}: {show_count(point.parameters)}",
+            (point.prediction.memory / 2**20, point.prediction.decode or 0.0),
+            textcoords="offset points",
+            xytext=(7, 6),
+            fontsize=8,
+            bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8},
+        )
+    axes.set_xlabel("peak memory, MiB")
+    axes.set_ylabel("decode, tokens/s")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(_plain_numbers)
+        axis.set_minor_formatter(_plain_numbers)
+        axis.set_tick_params(which="both", labelsize=8)
+    axes.grid(alpha=0.25, linewidth=0.6, which="both")
+    axes.legend(loc="best", fontsize=9)
+    if fitting:
+        bar = figure.colorbar(shown, ax=axes, label="parameters, millions")
+        bar.ax.yaxis.set_major_formatter(_plain_numbers)
+        bar.ax.yaxis.set_minor_formatter(_plain_numbers)
+    with writing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def draw_speeds(predictions: Sequence[Prediction], path: Path, title: str) -> None:
+    """Draw decode speed against context, a panel a device, a line a scheme, its error as a band.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    devices = list(dict.fromkeys(prediction.device for prediction in predictions))
+    figure = Figure(figsize=(4.6 * max(len(devices), 1.6), 4.6), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(devices), squeeze=False)[0]
+    figure.suptitle(title, fontsize=11)
+    lines = list(dict.fromkeys((p.runtime, p.scheme) for p in predictions))
+    for panel, device in zip(panels, devices, strict=True):
+        for index, (runtime, scheme) in enumerate(lines):
+            held = [p for p in predictions if (p.device, p.runtime, p.scheme) == (device, runtime, scheme)]
+            held = sorted((p for p in held if p.decode is not None), key=lambda p: p.context)
+            if not held:
+                continue
+            contexts = [p.context for p in held]
+            speeds = np.array([p.decode for p in held], dtype=float)
+            errors = np.array([p.error for p in held])
+            colour, dashed = _COLOURS[index % len(_COLOURS)], "--" if runtime != "plmtune" else "-"
+            panel.plot(contexts, speeds, dashed, color=colour, marker="o", markersize=4, label=f"{runtime} {scheme}")
+            panel.fill_between(contexts, speeds * (1 - errors), speeds * (1 + errors), color=colour, alpha=0.08)
+        panel.set_title(device, fontsize=10)
+        panel.set_xlabel("tokens in the cache")
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.25, linewidth=0.6)
+    panels[0].set_ylabel("decode, tokens/s")
+    panels[-1].legend(fontsize=8)
+    with writing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _plain_numbers(value: float, _: float) -> str:
+    return f"{value:g}" if f"{value:g}"[0] in "12357" else ""

@@ -1,0 +1,171 @@
+"""Architectures over a sweep of a model's keys: what each would cost and reach on a device. Nothing is trained."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from plmtune import config
+from plmtune.data.tokenizers import QWEN2_ROWS
+from plmtune.devices.costs import Anatomy
+from plmtune.devices.device import Device
+from plmtune.devices.predict import Prediction, predict
+from plmtune.errors import UserError
+from plmtune.registry import Component
+
+MOST = 20_000  # combinations; the thousands are seconds
+
+
+@dataclass(frozen=True)
+class Point:
+    """One architecture.
+
+    Attributes:
+        settings: swept key -> value.
+        parameters: of the whole model; non_embedding without the vocabulary's matrices.
+    """
+
+    settings: dict[str, str]
+    parameters: int
+    non_embedding: int
+    prediction: Prediction
+
+
+@dataclass
+class Sweep:
+    """What a sweep found.
+
+    Attributes:
+        points: the architectures that can be built.
+        impossible: why not -> settings of those that cannot.
+    """
+
+    points: list[Point] = field(default_factory=list)
+    impossible: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+
+def vocabulary(cfg: Any) -> int:
+    """Rows of a config's vocabulary; Qwen2's, whose number is known, need not be at hand.
+
+    Raises:
+        UserError: if the tokenizer cannot be had.
+    """
+    if cfg.tokenizer == Component("tokenizer", "qwen2", {"path": None}):
+        return QWEN2_ROWS
+    return int(config.build("tokenizer", cfg.tokenizer).vocab_size)
+
+
+def sweep(
+    name: str,
+    overlays: Sequence[str],
+    overrides: Sequence[str],
+    device: Device,
+    *,
+    scheme: str = "int4",
+    runtime: str = "plmtune",
+    context: int = 2048,
+    prompt: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+) -> Sweep:
+    """Predict every combination of the overrides that name several values.
+
+    Args:
+        name, overlays: a config, as `config.compose` takes it.
+        overrides: Hydra's, of keys of the model: ``model.embed_dim=512,768``, ``model.num_layers=range(8,25,4)``,
+            and of choices: ``model/ffn=swiglu,squared_relu``, ``tokenizer=qwen2,bundled``.
+        progress: is told (combinations done, of how many).
+
+    Raises:
+        UserError: if nothing is swept, a key is not of the model, or there are too many combinations.
+    """
+    plain, swept = config.sweep(overrides)
+    for key in swept:
+        if not (key == "tokenizer" or key.split(".")[0].split("/")[0] == "model"):
+            raise UserError(f"--sweep: {key} is no key of the model, so it changes neither its size nor its speed.")
+    if not swept:
+        raise UserError(
+            "--sweep: no key has several values. Write model.embed_dim=512,768 model.num_layers=range(8,25,4)"
+        )
+    total = math.prod(map(len, swept.values()))
+    if total > MOST:
+        raise UserError(f"--sweep: {total:,} combinations are more than {MOST:,}. Take fewer values.")
+    # Choices of components change which keys there are, so each is composed; single keys are only put in.
+    choices = [key for key in swept if "/" in key or key in ("model", "tokenizer")]
+    keys = [key for key in swept if key not in choices]
+    found, done = Sweep(), 0
+    for chosen in itertools.product(*(swept[key] for key in choices)):
+        cfg = config.compose(name, overlays, [*plain, *chosen])
+        if cfg.model is None:
+            raise UserError(f"{name} names no model to sweep over. Choose one: model=plm")
+        rows, anatomies = vocabulary(cfg), _Anatomies()
+        values = {text: _value(cfg, text) for key in keys for text in swept[key]}
+        for texts in itertools.product(*(swept[key] for key in keys)):
+            settings = dict(text.partition("=")[::2] for text in (*chosen, *texts))
+            try:
+                model = cfg.model
+                for text in texts:
+                    value = values[text]
+                    if isinstance(value, UserError):
+                        raise value
+                    model = _put(model, text.partition("=")[0].split(".")[1:], value)
+                anatomy = anatomies.of(model, rows)
+                prediction = predict(anatomy, device, scheme=scheme, runtime=runtime, context=context, prompt=prompt)
+                if context > anatomy.max_seq_len:
+                    raise UserError(
+                        f"a context of {context:,} exceeds the model's max_seq_len ({anatomy.max_seq_len:,})"
+                    )
+            except (UserError, ValueError) as error:
+                found.impossible.setdefault(str(error), []).append(settings)
+            else:
+                found.points.append(Point(settings, anatomy.parameters, anatomy.non_embedding_parameters, prediction))
+            done += 1
+            if progress is not None:
+                progress(done, total)
+    return found
+
+
+def _value(cfg: Any, text: str) -> Any:
+    """What an override makes of its key, checked by the schema; an error where it cannot be."""
+    try:
+        changed: Any = config.override(cfg, [text])
+    except UserError as error:
+        return error
+    for name in _parts(text):
+        changed = changed.settings[name] if isinstance(changed, Component) else getattr(changed, name)
+    return changed
+
+
+def _parts(text: str) -> Iterator[str]:
+    return iter(text.partition("=")[0].split("."))
+
+
+def _put(held: Component, path: Sequence[str], value: Any) -> Component:
+    name, *below = path
+    return replace(held, settings=held.settings | {name: _put(held.settings[name], below, value) if below else value})
+
+
+class _Anatomies:
+    """Anatomies of models whose layers are alike, from one layer each: depth costs nothing to sweep."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Anatomy | Exception] = {}
+
+    def of(self, model: Component, rows: int) -> Anatomy:
+        layers = model.settings.get("num_layers")
+        one = model if layers is None else replace(model, settings=model.settings | {"num_layers": min(layers, 1)})
+        key = repr(one)
+        if key not in self.seen:
+            try:
+                with torch.device("meta"):
+                    self.seen[key] = Anatomy.of(config.build("model", one, vocab_size=rows))
+            except (UserError, ValueError) as error:
+                self.seen[key] = error
+        found = self.seen[key]
+        if isinstance(found, Exception):
+            raise found
+        return found if layers is None else found.repeated(layers)
