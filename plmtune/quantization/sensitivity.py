@@ -352,6 +352,7 @@ def draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     layers = 1 + max((_layer(row.module) or 0 for row in found), default=0)
     kinds = list(dict.fromkeys(_kind(row.module) for row in found))
@@ -363,9 +364,9 @@ def draw(
     table = [[math.nan] * layers for _ in kinds]
     for row in found:
         table[kinds.index(_kind(row.module))][_layer(row.module) or 0] = max(row.divergence, _FLOOR)
-    mesh = grid.pcolormesh(range(layers), range(len(kinds)), table, shading="nearest", cmap="viridis", norm=LogNorm())
+    mesh = grid.imshow(table, aspect="auto", cmap="viridis", norm=LogNorm(), interpolation="nearest")
     grid.set_yticks(range(len(kinds)), [kind.removeprefix("layers.*.") for kind in kinds], fontsize=8)
-    grid.invert_yaxis()
+    grid.xaxis.set_major_locator(MaxNLocator(integer=True))
     grid.set_xlabel("layer (embedding and head: at the left)")
     grid.set_title("divergence of each module stored alone as planned", fontsize=10)
     figure.colorbar(mesh, ax=grid, label="nats a token", pad=0.01, fraction=0.03)
@@ -403,7 +404,7 @@ def _draw_sizes(
     if rules is not None:
         formats = {name: [f for pattern, f in rules.items() if fnmatchcase(name, pattern)][-1] for name in options}
         x, y = place({name: next(o for o in held if o.format == formats[name]) for name, held in options.items()})
-        panel.plot(x, y, color=_PROPOSED, marker="*", markersize=13, linestyle="none", label=f"proposed: {x:.1f} MB")
+        panel.plot(x, y, color=_PROPOSED, marker="*", markersize=13, linestyle="none", label=f"proposed: {x:.3g} MB")
     for label, (size, perplexity) in measured.items():
         panel.plot(size / 1e6, perplexity, color=_MEASURED, marker="x", markersize=6, linestyle="none")
         panel.annotate(label, (size / 1e6, perplexity), xytext=(4, -10), textcoords="offset points", fontsize=8)
