@@ -17,7 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from plmtune.modules.cache import LayerCache
+from plmtune.modules.linear import Linear
 from plmtune.modules.peft import effective_weight
+from plmtune.modules.quantized import Quantized
 from plmtune.modules.rope import RotaryEmbedding
 from plmtune.modules.segments import Segments
 from plmtune.registry import register
@@ -257,12 +259,13 @@ class MultiHeadLatentAttention(nn.Module):
         self.qk_rope_head_dim = qk_rope_head_dim
         self.v_head_dim = v_head_dim
         self.scale = qk_head_dim**-0.5
-        self.q_proj = nn.Linear(embed_dim, num_heads * qk_head_dim, bias=False)
-        self.kv_a_proj = nn.Linear(embed_dim, kv_lora_rank + qk_rope_head_dim, bias=False)
+        self.q_proj = Linear(embed_dim, num_heads * qk_head_dim, bias=False)
+        self.kv_a_proj = Linear(embed_dim, kv_lora_rank + qk_rope_head_dim, bias=False)
         self.kv_a_norm = norm(kv_lora_rank)
-        self.kv_b_proj = nn.Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
-        self.o_proj = nn.Linear(num_heads * v_head_dim, embed_dim, bias=False)
+        self.kv_b_proj = Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
+        self.o_proj = Linear(num_heads * v_head_dim, embed_dim, bias=False)
         self.rope = RotaryEmbedding(qk_rope_head_dim, max_seq_len, theta=rope_theta, interleaved=True)
+        self._written_out: tuple[Tensor, Tensor] | None = None
 
     def head_shapes(self) -> tuple[tuple[int, int], ...]:
         """(heads, width) of queries, keys and values, as attention over several tokens sees them."""
@@ -318,19 +321,70 @@ class MultiHeadLatentAttention(nn.Module):
         # Absorbed: q (W_uk c) = (q W_uk) c, so fold W_uk into the query and attend over the latent itself as
         # one KV head that all query heads share; apply W_uv after the sum. For PLM-1.8B the cache is 8.9x
         # smaller than K and V.
-        w_uk, w_uv = (
-            effective_weight(self.kv_b_proj)
-            .unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
-            .split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
+        w_kv = self._kv_b_weight()  # [h (n + v), c]
+        w_uk, w_uv = w_kv.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim)).split(
+            (self.qk_nope_head_dim, self.v_head_dim), dim=1
         )  # [h, n, c], [h, v, c]
-        q_latent = torch.matmul(q_nope.transpose(0, 1), w_uk).transpose(0, 1)  # [b, h, c]
-        scores = torch.matmul(torch.cat((q_latent, q_rope), dim=-1), kept.transpose(1, 2))  # [b, h, t]
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))  # [b, 1, t] for all heads
-        weights = torch.softmax(scores.float() * self.scale, dim=-1).to(scores.dtype)
-        summed = torch.matmul(weights, kept[..., : self.kv_lora_rank])  # [b, h, c]
-        heads = torch.matmul(summed.transpose(0, 1), w_uv.transpose(1, 2))  # [h, b, v]
-        return heads.transpose(0, 1).reshape(kept.shape[0], 1, -1)
+        # torch's own product of batches in bf16 copies its factors on a CPU, the whole cache among them.
+        half_on_cpu = kept.device.type == "cpu" and kept.dtype == w_kv.dtype == torch.bfloat16
+        if half_on_cpu and len(kept) == 1 and not torch.is_grad_enabled():
+            # A bag for each head: the sum of the rows of its W_uk, each times its number of the query.
+            rows = torch.arange(w_kv.shape[0]).view(w_uk.shape[0], -1)[:, : self.qk_nope_head_dim]
+            q_latent = F.embedding_bag(rows, w_kv, mode="sum", per_sample_weights=q_nope[0].contiguous())[None]
+        else:
+            q_latent = torch.matmul(q_nope.transpose(0, 1), w_uk).transpose(0, 1)  # [b, h, c]
+        query = torch.cat((q_latent, q_rope), dim=-1)  # [b, h, c + r]
+        if half_on_cpu:
+            summed = _attend_latent(query, kept, mask, self.scale)[..., : self.kv_lora_rank]
+            heads = torch.bmm(w_uv, summed.permute(1, 2, 0)).permute(2, 0, 1)  # [b, h, v]
+        else:
+            scores = torch.matmul(query, kept.transpose(1, 2))  # [b, h, t]
+            if mask is not None:
+                scores = scores.masked_fill(~mask, float("-inf"))  # [b, 1, t] for all heads
+            weights = torch.softmax(scores.float() * self.scale, dim=-1).to(scores.dtype)
+            summed = torch.matmul(weights, kept[..., : self.kv_lora_rank])  # [b, h, c]
+            heads = torch.matmul(summed.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)  # [b, h, v]
+        return heads.reshape(kept.shape[0], 1, -1)
+
+    def _kv_b_weight(self) -> Tensor:
+        """kv_b_proj's matrix, [h (n + v), c]; of integers written out once and kept, since each token needs it."""
+        layer = self.kv_b_proj
+        if not isinstance(layer, Quantized) or self.training:
+            return effective_weight(layer)
+        if self._written_out is None or self._written_out[0] is not layer.scales:
+            self._written_out = (layer.scales, layer.dequantize())
+        return self._written_out[1]
+
+
+# Below, a second thread's share is less than what it costs to join it (measured: about 300).
+_TOKENS_A_PART = 256
+
+
+def _attend_latent(query: Tensor, kept: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(query kept^T * scale) kept, [b, h, w], by torch's flash kernel for CPUs, which copies nothing.
+
+    Args:
+        query (Tensor): [b, h, w], heads in the place of queries, since they share the keys.
+        kept (Tensor): [b, t, w], keys and values.
+        mask (Tensor | None): boolean, [b, 1, t].
+        scale: of the scores.
+    """
+    b, t, w = kept.shape
+    query, keys = query[:, None], kept[:, None]  # [b, 1, h, w], [b, 1, t, w]
+    parts = min(torch.get_num_threads(), t // _TOKENS_A_PART)
+    if b > 1 or mask is not None or parts < 2 or torch.is_grad_enabled():
+        mask = None if mask is None else mask[:, None]  # [b, 1, 1, t]
+        return F.scaled_dot_product_attention(query, keys, keys, mask, scale=scale)[:, 0]
+    # The kernel gives a thread whole rows of a batch, and here is but one: so parts of the cache become rows, and what
+    # they give is joined by the logarithms of their sums, which the kernel returns beside it.
+    size = t // parts
+    cuts = [keys[:, :, : parts * size].view(parts, 1, size, w)]
+    if parts * size < t:
+        cuts.append(keys[:, :, parts * size :])
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    found = [flash(query.expand(len(cut), -1, -1, -1), cut, cut, 0.0, False, scale=scale) for cut in cuts]
+    outs, sums = (torch.cat(tensors) for tensors in zip(*found, strict=True))  # [parts, 1, h, w], [parts, 1, h]
+    return (outs * sums.softmax(0)[..., None]).sum(0).to(kept.dtype)
 
 
 def default_kv_heads(num_heads: int) -> int:
@@ -383,10 +437,10 @@ class GroupedQueryAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.num_kv_heads = num_kv_heads
-        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
+        self.q_proj = Linear(embed_dim, num_heads * head_dim, bias=bias)
+        self.k_proj = Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = Linear(num_heads * head_dim, embed_dim, bias=bias)
         self.rope = RotaryEmbedding(head_dim, max_seq_len, theta=rope_theta, interleaved=rope_interleaved)
 
     def head_shapes(self) -> tuple[tuple[int, int], ...]:
@@ -413,6 +467,12 @@ class GroupedQueryAttention(nn.Module):
         v = self.v_proj(x).view(b, s, -1, self.head_dim).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)  # [b, h / g, t, head_dim]
+            if s == 1:
+                # The heads of a group are queries of one KV head, so that no kernel repeats the cache for each.
+                q = q.reshape(b, k.shape[1], -1, self.head_dim)
+                every = mask[:, None] if isinstance(mask, Tensor) else None  # [b, 1, 1, t]
+                out = F.scaled_dot_product_attention(q, k, v, every)  # [b, h / g, g, head_dim]
+                return self.o_proj(out.reshape(b, 1, -1))
         out = attend(q, k, v, mask, self.head_dim**-0.5)
         return self.o_proj(out.transpose(1, 2).reshape(b, s, -1))
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from plmtune.modules.cache import Cache, LayerCache, Stem
+from plmtune.modules.linear import linear
 from plmtune.modules.norm import autocast_active
 from plmtune.modules.peft import effective_weight
 from plmtune.modules.quantized import QuantizedEmbedding, QuantizedLinear
@@ -152,7 +152,7 @@ class Decoder(nn.Module):
             return head.project(hidden).float()
         if isinstance(head, QuantizedLinear):
             return head(hidden).float()
-        return F.linear(hidden, self.head_weight).float()
+        return linear(hidden, self.head_weight).float()
 
     @torch.no_grad()
     def add_score_head(self, generator: torch.Generator | None = None) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plmtune.modules.linear import Linear
 from plmtune.registry import register
 
 
@@ -40,16 +41,64 @@ class SquaredReLU(nn.Module):
 
     def __init__(self, embed_dim: int, *, hidden_dim: int = 8192) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(embed_dim, hidden_dim, bias=False)
-        self.down_proj = nn.Linear(hidden_dim, embed_dim, bias=False)
+        self.up_proj = Linear(embed_dim, hidden_dim, bias=False)
+        self.down_proj = Linear(hidden_dim, embed_dim, bias=False)
         self.record_sparsity = False
         self.sparsity: Tensor | None = None
+        self._sparse = False
+
+    @property
+    def sparse(self) -> bool:
+        """Whether a single row skips the columns of `down` whose inputs are zero, which changes no result.
+
+        Switched on, `down`'s weight is stored by input, [hidden_dim, embed_dim], so that what is needed of it lies in
+        rows; to all else it is the same parameter, [embed_dim, hidden_dim], of the same memory. `devices.sparse_decode`
+        measures where it pays.
+        """
+        return self._sparse
+
+    @sparse.setter
+    def sparse(self, on: bool) -> None:
+        down = self.down_proj
+        if on and type(down) not in (Linear, nn.Linear):
+            raise ValueError(
+                f"a {type(down).__name__} cannot skip columns: kernels of packed integers read whole rows, and adapters"
+                " must be merged first"
+            )
+        if on != self._sparse:
+            weight = down.weight.detach()
+            weight = weight.t().contiguous().t() if on else weight.contiguous()
+            down.weight = nn.Parameter(weight, requires_grad=down.weight.requires_grad)
+        self._sparse = on
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = SquareOfReLU.apply(self.up_proj(x))
+        up = self.up_proj(x)
+        hidden: Tensor = SquareOfReLU.apply(up) if torch.is_grad_enabled() else F.relu(up).square_()
         if self.record_sparsity:
             self.sparsity = (hidden.detach() == 0).float().mean(-1)  # [b, s]
+        # Several rows share few zeros: together they read the weight once.
+        if self._sparse and hidden.numel() == hidden.shape[-1] and not torch.is_grad_enabled():
+            return self._skip_zeros(hidden)
         return self.down_proj(hidden)
+
+    def _skip_zeros(self, hidden: Tensor) -> Tensor:
+        """`down` of hidden (Tensor), one row [..., hidden_dim], reading only the columns whose inputs are not zero."""
+        weight = self.down_proj.weight.t()  # [hidden_dim, embed_dim], contiguous
+        if weight.dtype != hidden.dtype:  # autocast
+            return self.down_proj(hidden)
+        values = hidden.reshape(-1)
+        kept = values.nonzero().view(-1)
+        # A gather of rows and a product in one kernel, which sums in fp32. On a CPU a bag is one thread's work, so each
+        # makes its part of the columns, of which no sums are left to be added up in bf16.
+        width = weight.shape[1]
+        if len(kept) == 0:  # which embedding_bag does not take
+            return hidden.new_zeros(*hidden.shape[:-1], width)
+        threads = torch.get_num_threads() if hidden.device.type == "cpu" else 1
+        parts = next(parts for parts in range(threads, 0, -1) if width % parts == 0)
+        bags = kept * parts + torch.arange(parts, device=kept.device)[:, None]  # [parts, kept]
+        factors = values[kept].expand(parts, -1)
+        found = F.embedding_bag(bags, weight.view(-1, width // parts), mode="sum", per_sample_weights=factors)
+        return found.view(*hidden.shape[:-1], width)
 
 
 @register("ffn", "swiglu")
@@ -63,9 +112,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, embed_dim: int, *, hidden_dim: int = 5632) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(embed_dim, hidden_dim, bias=False)
-        self.up_proj = nn.Linear(embed_dim, hidden_dim, bias=False)
-        self.down_proj = nn.Linear(hidden_dim, embed_dim, bias=False)
+        self.gate_proj = Linear(embed_dim, hidden_dim, bias=False)
+        self.up_proj = Linear(embed_dim, hidden_dim, bias=False)
+        self.down_proj = Linear(hidden_dim, embed_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

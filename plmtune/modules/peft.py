@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plmtune.modules.linear import Linear
 from plmtune.modules.quantized import Quantized
 from plmtune.modules.torchtune_layers import layers
 from plmtune.registry import register
@@ -244,7 +245,7 @@ def merge(model: nn.Module) -> None:
     for name, layer in adapted(model).items():
         weight = effective_weight(layer)
         with torch.device("meta"):
-            linear = nn.Linear(layer.in_dim, layer.out_dim, bias=layer.bias is not None)
+            linear = Linear(layer.in_dim, layer.out_dim, bias=layer.bias is not None)
         linear.weight, linear.bias = nn.Parameter(weight), layer.bias
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, linear.train(layer.training))
