@@ -19,8 +19,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import io
 import json
-import os
 import statistics
 import tempfile
 from pathlib import Path
@@ -62,11 +62,7 @@ def tune(origin: Path, seed: int, scheme: Component | None, place: Path, overrid
         made.append(Sft(*parts))
         return made[0]
 
-    with (
-        Path(os.devnull).open("w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         launch.launch(cfg, make, lambda run, cfg: None)
     return made[0]
 

@@ -61,6 +61,7 @@ def prepare(model: Any, plan: Mapping[str, Format]) -> None:
                 new = FakeQuantizedEmbedding(held.num_embeddings, held.embedding_dim)
         new.weight = held.weight
         new.weight_fake_quantizer = WeightRounding(format)
+        new.stands_for = (held,)  # in a tuple it is no submodule
         _replace(model, name, new)
     head = plan.get("tok_embeddings" if model.tied else "output")
     if head is not None and head.dynamic and not hasattr(model, "score"):
@@ -77,10 +78,14 @@ def _round_output(norm: Any, inputs: Any, out: Tensor) -> Tensor:
 def convert(model: Any) -> dict[str, Format]:
     """Undo `prepare`; returns the plan, by which `quantize.quantize` gives what the prepared model computed."""
     plan: dict[str, Format] = {}
-    held: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if hasattr(m, "weight_fake_quantizer")]
-    for name, layer in held:
+    prepared: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if hasattr(m, "stands_for")]
+    for name, layer in prepared:
         plan[name] = layer.weight_fake_quantizer.config
-        _replace(model, name, layer.to_linear() if hasattr(layer, "to_linear") else layer.to_embedding())
+        (held,) = layer.stands_for
+        held.weight = layer.weight
+        if isinstance(held, nn.Linear):
+            held.bias = layer.bias
+        _replace(model, name, held)
     if hasattr(model.norm, "head_input"):
         del model.norm.head_input
         for key in [key for key, hook in model.norm._forward_hooks.items() if hook is _round_output]:
