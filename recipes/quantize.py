@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from plmtune.data.sources import named_sources
 from plmtune.data.ticker import ticking
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
-from plmtune.models.adapters import load_its_tokenizer, load_model, read_description
+from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_model, read_description
 from plmtune.models.assemble import describe, from_description
-from plmtune.models.files import checkpoint_directory
+from plmtune.models.files import CONFIG as MODEL_CONFIG
+from plmtune.models.files import checkpoint_directory, read_json
 from plmtune.models.hf import save_model
 from plmtune.origins import finished_runs
 from plmtune.quantization import qat, sensitivity
@@ -59,6 +62,14 @@ class Quantize:
         meta = on_meta(self.source)
         self.plan: Any = plan_of(cfg, meta)  # a scheme that does not fit is found before weights are read
         self.bytes_before = num_bytes(meta, {}, self.dtype)
+        self.budget = None
+        if cfg.sensitivity.measure and cfg.sensitivity.budget is not None:
+            self.budget = budget_of(cfg.sensitivity.budget, self.bytes_before)
+            if (least := num_bytes(meta, self.plan, self.dtype)) > self.budget:
+                raise UserError(
+                    f"key sensitivity.budget: {cfg.sensitivity.budget} is {show_bytes(self.budget)}, and the scheme "
+                    f"{cfg_scheme(cfg)['component']} alone takes {show_bytes(least)}. Give more, or a smaller scheme."
+                )
         self.text = read_text(cfg, self.tokenizer, meta.max_seq_len)
         self.model = load_model(self.source, runtime.device, torch.float32).eval()
         self.run = open_run(cfg, runtime, self.text.fingerprints)
@@ -67,12 +78,12 @@ class Quantize:
         """Measure, choose, round, write, measure again."""
         cfg, scheme, model = self.cfg, cfg_scheme(self.cfg), self.model
         before = self.loss("before")
-        if cfg.sensitivity.measure:
-            self.plan, scheme = self.mix() or (self.plan, scheme)
         moments = None
         if len(self.text.calibration):
             moments = second_moments(model, self.batches(self.text.calibration, "read to calibrate"), self.plan)
-        quantize(model, self.plan, second_moments=moments, scheme=scheme)
+        if cfg.sensitivity.measure:
+            self.plan, scheme = self.mix(moments) or (self.plan, scheme)
+        quantize(model, self.plan, second_moments=moments, scheme=scheme, progress=_tell("quantized"))
         model.to(self.dtype)
         self.tokenizer.save(self.run.path)
         save_model(model, None, self.run.path)
@@ -103,23 +114,43 @@ class Quantize:
         for batch in ticking(batches, f"of {len(batches)} batches of text {what}", shown=True):
             yield batch.to(self.model.device)
 
-    def mix(self) -> tuple[Any, dict[str, Any]] | None:
+    def mix(self, moments: dict[str, Tensor] | None) -> tuple[Any, dict[str, Any]] | None:
         """Measure what each module loses; returns the plan and scheme that the budget allows, None without one."""
         asked, path = self.cfg.sensitivity, self.run.path
         rows = self.text.test[: max(1, asked.tokens // self.text.test.shape[1])]
-        found = sensitivity.measure(self.model, self.plan, rows, path=path / "sensitivity.json")
+        found = sensitivity.measure(
+            self.model,
+            self.plan,
+            rows.to(self.model.device),
+            path / "sensitivity.json",
+            dtype=self.dtype,
+            second_moments=moments,
+            progress=_tell("measured"),
+        )
         kept = num_bytes(self.model, {}, self.dtype) - sum(one.kept_bytes for one in found)
-        if asked.budget is None:
+        if self.budget is None:
             sensitivity.draw(found, path / "sensitivity.png", fixed_bytes=kept)
             print(f"what each module loses: {path / 'sensitivity.png'}")
             return None
-        budget = budget_of(asked.budget, self.bytes_before)
-        rules = sensitivity.propose(found, budget - kept)
+        rules = sensitivity.propose(found, self.budget - kept)
         scheme = {"component": "mixed", "rules": rules, "qat": False}
         sensitivity.draw(found, path / "sensitivity.png", fixed_bytes=kept, rules=rules)
         (path / "mix.yaml").write_text(json.dumps({"quantization": scheme}, indent=1) + "\n", encoding="utf-8")
-        print(f"the mix for {show_bytes(budget)}: {path / 'mix.yaml'}, drawn in {path / 'sensitivity.png'}")
+        print(f"the mix for {show_bytes(self.budget)}: {path / 'mix.yaml'}, drawn in {path / 'sensitivity.png'}")
         return build("quantization", Component("quantization", "mixed", {"rules": rules}), model=self.model), scheme
+
+
+def _tell(what: str) -> Callable[[str, int, int], None]:
+    """Say on standard error, every few seconds, how many modules are done."""
+    said = time.monotonic()
+
+    def tell(name: str, done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= 5:
+            said = time.monotonic()
+            print(f"{done} of {total} modules {what}", file=sys.stderr, flush=True)
+
+    return tell
 
 
 def cfg_scheme(cfg: Config) -> dict[str, Any]:
@@ -145,13 +176,13 @@ def choose(cfg: Config) -> str:
         cfg.checkpoint, said = str(newest), f"quantizing {newest}, the newest finished run (checkpoint=DIR for another)"
     directory = checkpoint_directory(cfg.checkpoint)
     trained_for = qat.plan_of(directory)
-    if cfg.quantization is None:
-        cfg.quantization = (
-            from_description("quantization", trained_for, f"{directory}, key qat")
-            if trained_for
-            else Component("quantization", "int4", {})
-        )
-        said += f" as {cfg.quantization.name}" + (", which it was trained for" if trained_for else "")
+    if cfg.quantization is None and trained_for is not None:
+        cfg.quantization = from_description("quantization", trained_for, f"{directory}, key qat")
+    cfg.quantization = cfg.quantization or Component("quantization", "int4", {})
+    said += f" as {cfg.quantization.name}"
+    if trained_for is not None and qat.scheme_of(cfg.quantization) == trained_for:
+        cfg.calibration_tokens = 0  # it has learned to live with the ranges that its weights have
+        said += ", which it was trained for"
     return said
 
 
@@ -161,10 +192,11 @@ def on_meta(source: Path) -> Any:
     Raises:
         UserError: if it is quantized already.
     """
+    if not holds_adapters(source) and "quantization_config" in read_json(source, MODEL_CONFIG):
+        raise UserError(f"{source} is quantized already. Quantize what it was made from (quantize.json names it).")
     description = read_description(source)
     with torch.device("meta"):
-        model = from_description("model", description, str(source))(vocab_size=description["vocab_size"])
-    return model
+        return from_description("model", description, str(source))(vocab_size=description["vocab_size"])
 
 
 def plan_of(cfg: Config, model: Any) -> Any:

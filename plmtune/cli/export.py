@@ -21,7 +21,9 @@ from plmtune.cli.options import console
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder; default: exports.")
 @click.option("--name", help="Of the files; default: by the checkpoint's place.")
-@click.option("--as", "as_", type=click.Choice(["deepseek"]), help="hf: a PLM as a dense DeepSeek-V3, for vLLM, SGLang.")
+@click.option(
+    "--as", "as_", type=click.Choice(["deepseek"]), help="hf: a PLM as a dense DeepSeek-V3, for vLLM, SGLang."
+)
 @click.option(
     "--adapters",
     type=click.Choice(["merge", "keep"]),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 Target = Literal["gguf", "hf", "executorch"]
 TARGETS: tuple[Target, ...] = ("gguf", "hf", "executorch")
+SCHEMES = ("fp32", "int8_dynamic", "int8_dynamic_int4")  # of ExecuTorch
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 _DEFAULT = {"gguf": "f16", "hf": "bf16", "executorch": "int8_dynamic"}
 
 
@@ -43,19 +46,14 @@ class Exported:
     report: Report | None
     commands: list[str]
 
-
-@dataclass
-class Job:
-    """What an export is made of."""
-
-    source: Path
-    model: Decoder
-    tokenizer: Tokenizer
-    name: str
-    context: int
-    overwrite: bool
-    prove: Callable[[Path], Report] | None
-    notes: list[str] = field(default_factory=list)
+    def lines(self) -> list[str]:
+        """What to say of it."""
+        proof = "" if self.report is None else ", proved: it behaves as the checkpoint does"
+        return [
+            f"{self.path}: {show_bytes(self.num_bytes)}{proof}",
+            *(f"note: {note}" for note in self.notes),
+            *(f"try it: {command}" for command in self.commands),
+        ]
 
 
 def export(
@@ -80,7 +78,7 @@ def export(
         quant: GGUF's types, dtypes for hf, schemes for executorch; empty: one that suits.
         out: a folder; None: exports/.
         name: of the files; None: by the checkpoint's place.
-        as_: for hf: deepseek.
+        as_: for hf: deepseek or deepseek-relu, see `export.huggingface`.
         adapters: merged into their base, or kept as adapters.
         base: of the adapters; None: what they name.
         context: of an executorch program, whose cache has a fixed size; None: at most 2,048.
@@ -149,9 +147,9 @@ def _check(
     known = _known_kinds(to)
     for kind in kinds:
         if kind not in known:
-            raise UserError(f"--quant {kind}: {to} has no such type.{did_you_mean(kind, known)} Known: {', '.join(known)}.")
-    if as_ not in (None, "deepseek"):
-        raise UserError(f"--as {as_}: there is no such form. Known: deepseek.")
+            raise UserError(
+                f"--quant {kind}: {to} has no such type.{did_you_mean(kind, known)} Known: {', '.join(known)}."
+            )
     _check_packages(to, kinds, verify)
     from plmtune.export.lint import lint
 
@@ -212,3 +210,99 @@ class NotTheModel(UserError):
 def _size(path: Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _known_kinds(to: Target) -> tuple[str, ...]:
+    if to == "hf":
+        return tuple(_DTYPES)
+    if to == "executorch":
+        return SCHEMES
+    from plmtune.export.lint import QUANTIZED, WRITTEN
+
+    return tuple(kind.lower() for kind in (*WRITTEN, *QUANTIZED))
+
+
+def _check_packages(to: Target, kinds: Sequence[str], verify: bool) -> None:
+    """Say which package is missing before the work that needs it at its end."""
+    needed: list[tuple[tuple[str, ...], str, str]] = []
+    if to == "gguf":
+        from plmtune.export.lint import WRITTEN
+
+        made = [kind for kind in kinds if kind.upper() not in WRITTEN]
+        if made:
+            needed.append((("llama_cpp",), "llama-cpp", f"{made[0]} is made by llama.cpp's own quantizer"))
+        if verify:
+            needed.append((("llama_cpp", "xllamacpp"), "gguf", "to prove the file (or else --no-verify), llama.cpp is"))
+    if to == "hf" and verify:
+        needed.append((("transformers",), "transformers", "to prove it (or else --no-verify), transformers is"))
+    if to == "executorch":
+        needed.append((("executorch",), "executorch", "programs are made by ExecuTorch, which is"))
+    for modules, extra, why in needed:
+        if not any(importlib.util.find_spec(module) for module in modules):
+            raise UserError(f'{why} not installed here: pip install "plmtune[{extra}]"')
+
+
+def _write_gguf(model: Decoder, tokenizer: Tokenizer, path: Path, kind: str, *, name: str, **_: Any) -> list[str]:
+    from plmtune.export.gguf_writer import write_gguf
+    from plmtune.export.lint import WRITTEN
+
+    if kind.upper() in WRITTEN:
+        return write_gguf(model, tokenizer, path, kind=kind.upper(), name=name)
+    from plmtune.export.gguf_quantize import quantize_gguf
+
+    # llama.cpp's quantizer reads a file: one of all the bits there are.
+    whole = path.with_name(f"{path.name}.source.gguf")
+    notes = write_gguf(model, tokenizer, whole, kind="F32" if model.dtype == torch.float32 else "BF16", name=name)
+    notes += quantize_gguf(whole, path, kind.upper())
+    whole.unlink()
+    return notes
+
+
+def _write_hf(model: Decoder, tokenizer: Tokenizer, path: Path, kind: str, *, as_: str | None, **_: Any) -> list[str]:
+    from plmtune.export.huggingface import export_hf
+
+    return export_hf(model, tokenizer, path, as_=as_, dtype=_DTYPES[kind])  # type: ignore[arg-type]
+
+
+def _write_executorch(
+    model: Decoder, tokenizer: Tokenizer, path: Path, kind: str, *, context: int | None, **_: Any
+) -> list[str]:
+    from plmtune.export.executorch import export_pte
+
+    return export_pte(model, tokenizer, path, scheme=kind, max_seq_len=context or min(model.max_seq_len, 2048))
+
+
+def _keep_adapters(
+    source: Path, to: Target, folder: Path, name: str, base: Path | None, overwrite: bool
+) -> Iterator[Exported]:
+    """Export adapters without their base: PEFT's directory, or llama.cpp's file."""
+    if not holds_adapters(source):
+        raise UserError(f"--adapters keep: {source} holds no adapters, but a whole model.")
+    if to == "executorch":
+        raise UserError("--adapters keep: an ExecuTorch program holds its weights. Merge them: --adapters merge.")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / (f"{name}-lora.gguf" if to == "gguf" else f"{name}-adapters")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} is there already. Name another place with --out, or give --overwrite.")
+    if to == "hf":
+        from plmtune.export.huggingface import export_adapter
+
+        notes = export_adapter(source, path, overwrite=overwrite)
+        yield Exported(path, _size(path), notes, None, [])
+        return
+    from plmtune.export.gguf_writer import write_gguf_adapter
+
+    with _in_place(path, overwrite) as temporary:
+        notes = write_gguf_adapter(source, temporary, base=base)
+    yield Exported(path, _size(path), notes, None, [f"llama-cli -m BASE.gguf --lora {path} -fa off"])
+
+
+def _commands(to: Target, path: Path, tokenizer: Tokenizer, as_: str | None) -> list[str]:
+    """How a person runs what was made. Flash attention aborts on PLM files, and auto is llama.cpp's default."""
+    chat = tokenizer.chat_template is not None
+    if to == "gguf":
+        return [f"llama-cli -m {path} -fa off" + (" -cnv" if chat else ' -no-cnv -p "Once upon a time"')]
+    if to == "executorch":
+        return [f"plmtune bench {path}"]
+    served = [f"vllm serve {path}", f"python -m sglang.launch_server --model-path {path}"] if as_ == "deepseek" else []
+    return served or [f"plmtune bench {path}"]
