@@ -78,10 +78,10 @@ class SquaredReLU(nn.Module):
             self.sparsity = (hidden.detach() == 0).float().mean(-1)  # [b, s]
         # Several rows share few zeros: together they read the weight once.
         if self._sparse and hidden.numel() == hidden.shape[-1] and not torch.is_grad_enabled():
-            return self._skip_zeros(hidden)
+            return self.skip_zeros(hidden)
         return self.down_proj(hidden)
 
-    def _skip_zeros(self, hidden: Tensor) -> Tensor:
+    def skip_zeros(self, hidden: Tensor) -> Tensor:
         """`down` of hidden (Tensor), one row [..., hidden_dim], reading only the columns whose inputs are not zero."""
         weight = self.down_proj.weight.t()  # [hidden_dim, embed_dim], contiguous
         if weight.dtype != hidden.dtype:  # autocast

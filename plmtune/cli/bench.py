@@ -1,0 +1,198 @@
+"""``plmtune bench``: how fast models and files are on this machine, and how much memory they take."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from plmtune.cli import import_option
+from plmtune.cli.options import console, dtype_option, find_device
+from plmtune.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from plmtune.devices.measure import Measurement
+
+
+@click.command()
+@click.argument("targets", nargs=-1, metavar="TARGET...")
+@click.option("--contexts", default="128,2048", show_default=True, help="Tokens in the cache, with commas.")
+@click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Written at each.")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Of the CPU; default: as torch has it.")
+@dtype_option
+@click.option(
+    "--sparse",
+    type=click.Choice(["auto", "on", "off"]),
+    default="off",
+    show_default=True,
+    help="Ours skips the zeros of squared ReLU: in layers where that is measured to pay, in all, in none.",
+)
+@click.option(
+    "--decode-only",
+    is_flag=True,
+    help="Ours begins with random numbers in the cache: no time to first token, but no waiting for it.",
+)
+@click.option("--device", help="Of ours: cpu, cuda, ...; default: cuda where there is one. Files run on the CPU.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures there.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw speeds by context.")
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    metavar="FILE.yaml",
+    help="Write this machine as a device for plmtune plan; a minute or so.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace files that are there.")
+@import_option
+def bench(
+    targets: tuple[str, ...],
+    contexts: str,
+    new_tokens: int,
+    threads: int | None,
+    dtype: str | None,
+    sparse: str,
+    decode_only: bool,
+    device: str | None,
+    json_path: Path | None,
+    plot: Path | None,
+    calibrate: Path | None,
+    overwrite: bool,
+) -> None:
+    """Measure time to first token, tokens/s, peak memory and the share of this machine's bandwidth.
+
+    TARGET is a checkpoint or a run, quantized or not, a .gguf or .pte file, a directory that transformers reads, or
+    model=NAME, a config with random weights. Each is measured in a process of its own, one after the other.
+
+    \b
+    plmtune bench runs/sft/latest exports/sft-q4_0.gguf --contexts 128,2048
+    plmtune bench runs/quantize/latest --sparse auto --plot speed.png
+    plmtune bench model=plm_150m --dtype bf16 --decode-only
+    plmtune bench --calibrate mine.yaml
+    """
+    if not targets and calibrate is None:
+        raise UserError("There is nothing to measure. Name a checkpoint, a file or model=NAME, or give --calibrate.")
+    lengths = _lengths(contexts)
+    outputs = [(json_path, (".json",)), (plot, (".png",)), (calibrate, (".yaml", ".yml"))]
+    for path, suffixes in outputs:
+        _check_output(path, suffixes, overwrite)
+
+    import torch
+
+    from plmtune.atomic import writing
+    from plmtune.devices.measure import measure, read_bandwidth
+
+    where = find_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if calibrate is not None:
+        from plmtune.devices.calibrate import calibrate as find
+        from plmtune.devices.device import save_device
+
+        save_device(find(progress=_say), calibrate)
+        _say(f"wrote {calibrate}: plmtune plan CONFIG --device {calibrate}")
+        if not targets:
+            return
+    bandwidth = read_bandwidth(where)
+    found: list[Measurement] = []
+    failed: list[str] = []
+    for target in targets:
+        try:
+            found += measure(
+                target,
+                contexts=lengths,
+                new_tokens=new_tokens,
+                threads=threads,
+                dtype=dtype,
+                sparse=sparse,  # type: ignore[arg-type]
+                read_prompt=not decode_only,
+                bandwidth=bandwidth,
+                device=str(where),
+                say=_say,
+            )
+        except UserError as error:  # of this target: the others are measured all the same
+            failed.append(str(error))
+    if found:
+        machine = _machine(where, bandwidth, found[0].threads)
+        _print(found, machine)
+        if json_path is not None:
+            entries = {**machine, "new_tokens": new_tokens, "measurements": [asdict(entry) for entry in found]}
+            with writing(json_path) as temporary:
+                temporary.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+        if plot is not None:
+            from plmtune.devices.measure_plot import draw
+
+            draw(found, plot, f"{machine['device']}, {found[0].threads} threads")
+    if failed:
+        raise UserError("\n".join([*failed, *([f"Not measured: {len(failed)} of {len(targets)}."] if found else [])]))
+
+
+def _lengths(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words or not all(word.isdecimal() and 0 < int(word) < 2**24 for word in words):
+        raise UserError(f"--contexts {text[:80]}: must be numbers of tokens with commas, such as 128,2048.")
+    return sorted(set(map(int, words)))
+
+
+def _check_output(path: Path | None, suffixes: tuple[str, ...], overwrite: bool) -> None:
+    if path is None:
+        return
+    if path.suffix not in suffixes or not path.parent.is_dir():
+        raise UserError(f"{path}: must be a {suffixes[0]} file in a folder that is there.")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} is there already. Give --overwrite to replace it, or another name.")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _machine(device: torch.device, bandwidth: float, threads: int) -> dict[str, object]:
+    from plmtune import provenance
+
+    return {
+        "when": provenance.now(),
+        "device": provenance.device_name(device),
+        "bandwidth": bandwidth,
+        "threads": threads,
+        "versions": provenance.versions(("plmtune", "torch", "llama-cpp-python", "xllamacpp", "executorch")),
+    }
+
+
+def _print(found: list[Measurement], machine: dict[str, object]) -> None:
+    from rich.table import Table
+
+    from plmtune.units import show_bytes
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("target", overflow="fold")
+    for name in ("runtime", "weights"):
+        table.add_column(name)
+    for name in ("context", "first token", "prefill/s", "decode/s", "peak memory", "read a token", "of bandwidth"):
+        table.add_column(name, justify="right")
+    for entry in found:
+        read = None if entry.weight_bytes is None else entry.weight_bytes + (entry.cache_bytes or 0)
+        on = f", {entry.sparse[0]} of {entry.sparse[1]} sparse" if entry.sparse and entry.sparse[0] else ""
+        table.add_row(
+            entry.target,
+            entry.runtime,
+            entry.weights + on,
+            f"{entry.context:,}",
+            "-" if entry.first_token is None else f"{entry.first_token:.3f} s",
+            "-" if entry.prefill is None else f"{entry.prefill:,.0f}",
+            f"{entry.decode:,.1f}",
+            show_bytes(entry.peak_memory),
+            "-" if read is None else show_bytes(read),
+            "-" if entry.share is None else f"{entry.share:.0%}",
+        )
+    console().print(table)
+    bandwidth = machine["bandwidth"]
+    assert isinstance(bandwidth, float)
+    click.echo(
+        f"{machine['device']}, {machine['threads']} threads, reads {bandwidth / 1e9:.1f} GB/s; decode/s from the median"
+        " token; peak memory is what the process took on top of its start"
+    )

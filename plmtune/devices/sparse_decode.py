@@ -1,0 +1,129 @@
+"""Where decoding should skip the zeros of squared ReLU: measured, layer by layer, on real text."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from plmtune.modules.decoder import Decoder
+from plmtune.modules.feed_forward import SquaredReLU
+from plmtune.modules.linear import Linear
+
+_ROWS = 8  # tokens whose products are timed
+_LONGEST = 512  # tokens that the shares of zeros are counted over
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What was measured of one layer's `down`, and what was chosen.
+
+    Attributes:
+        layer: its number.
+        sparsity: share of `down`'s inputs that are zero.
+        dense_us, sparse_us: microseconds of its product with one row, the median.
+        on: zeros are skipped.
+    """
+
+    layer: int
+    sparsity: float
+    dense_us: float
+    sparse_us: float
+    on: bool
+
+
+def squared_relus(model: Decoder) -> dict[int, SquaredReLU]:
+    """By the number of their layer, the FFNs that can skip zeros: squared ReLU whose `down` holds no integers."""
+    return {
+        number: layer.ffn
+        for number, layer in enumerate(model.layers)
+        if isinstance(layer.ffn, SquaredReLU) and type(layer.ffn.down_proj) in (Linear, nn.Linear)
+    }
+
+
+def switch(model: Decoder, on: bool) -> int:
+    """Let all layers that can skip zeros do so, or none; return how many those are."""
+    found = squared_relus(model)
+    for ffn in found.values():
+        ffn.sparse = on
+    return len(found)
+
+
+@torch.no_grad()
+def choose(model: Decoder, ids: Sequence[int] | Tensor, *, rounds: int = 5) -> list[LayerChoice]:
+    """Switch `sparse` on in the layers where it is faster here, with as many threads as torch uses, and off elsewhere.
+
+    Args:
+        model: that decodes; changed in place.
+        ids: some text's tokens, of which the first 512 are read.
+        rounds: of the measurement; in each both products of all layers are timed with several tokens' inputs.
+
+    Returns:
+        list[LayerChoice]: of each layer with squared ReLU whose `down` holds no integers; empty where there is none.
+
+    Raises:
+        ValueError: without ids.
+    """
+    found = squared_relus(model)
+    text = torch.as_tensor(ids, device=model.device).view(1, -1)[:, : min(_LONGEST, model.max_seq_len)]
+    if text.shape[1] == 0:
+        raise ValueError("without a text's tokens there are no zeros to be counted")
+    shares, rows = _inputs(model, found, text)
+    switch(model, True)
+    dense: dict[int, list[float]] = {number: [] for number in found}
+    sparse: dict[int, list[float]] = {number: [] for number in found}
+    for round in range(rounds + 1):
+        # Layer after layer, so that no product finds its weight in a cache where decoding would not.
+        for number, ffn in found.items():
+            for row in rows[number]:
+                for taken, product in ((dense, ffn.down_proj), (sparse, ffn.skip_zeros)):
+                    seconds = _seconds(product, row)
+                    if round:  # the first warms up
+                        taken[number].append(seconds)
+    choices = []
+    for number, ffn in found.items():
+        before, after = statistics.median(dense[number]), statistics.median(sparse[number])
+        ffn.sparse = after < before
+        choices.append(LayerChoice(number, shares[number], before * 1e6, after * 1e6, ffn.sparse))
+    return choices
+
+
+def _inputs(
+    model: Decoder, found: dict[int, SquaredReLU], text: Tensor
+) -> tuple[dict[int, float], dict[int, list[Tensor]]]:
+    """By layer: the share of zeros among the inputs of `down`, and a few of them, each [1, 1, hidden_dim]."""
+    shares: dict[int, float] = {}
+    rows: dict[int, list[Tensor]] = {}
+
+    def keeper(number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            shares[number] = float((inputs[0] == 0).float().mean())
+            rows[number] = list(inputs[0][:, -_ROWS:].clone().split(1, dim=1))
+
+        return keep
+
+    hooks = [ffn.down_proj.register_forward_pre_hook(keeper(number)) for number, ffn in found.items()]
+    was = [ffn.sparse for ffn in found.values()]
+    try:
+        for ffn in found.values():
+            ffn.sparse = False  # or a text of one token would pass the hooks by
+        model(text, hidden=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for ffn, on in zip(found.values(), was, strict=True):
+            ffn.sparse = on
+    return shares, rows
+
+
+def _seconds(product: Callable[[Tensor], Tensor], row: Tensor) -> float:
+    wait = torch.cuda.synchronize if row.is_cuda else (lambda: None)
+    wait()
+    start = time.perf_counter()
+    product(row)
+    wait()
+    return time.perf_counter() - start
