@@ -54,6 +54,7 @@ _VALUES = {
     list: GGUFValueType.ARRAY,
     bool: GGUFValueType.BOOL,
     int: GGUFValueType.UINT32,
+    TokenType: GGUFValueType.INT32,
     str: GGUFValueType.STRING,
 }
 
@@ -131,7 +132,9 @@ def write_gguf(
         writer.add_quantization_version(2)
         _describe(writer, config)
         for key, value in vocabulary.items():
-            writer.add_key_value(key, value, _VALUES[type(value)])
+            # The library looks through a list for its items' type, unless it is told.
+            items = _VALUES[type(value[0])] if isinstance(value, list) else None
+            writer.add_key_value(key, value, _VALUES[type(value)], items)
 
     _write(path, architecture, parts, describe, overwrite=overwrite, header=64 * model.vocab_size)
     return notes + more
@@ -268,22 +271,21 @@ def _vocabulary(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], list[s
         ggml.MODEL: "gpt2",
         ggml.PRE: pre,
         ggml.LIST: [text for text, _ in listed],
-        ggml.TOKEN_TYPE: [int(kind) for _, kind in listed],
+        ggml.TOKEN_TYPE: [kind for _, kind in listed],
         ggml.MERGES: [f"{chars[left]} {chars[right]}" for left, right in held.merges] or [NO_MERGE],
         ggml.EOS_ID: tokenizer.eos_id,
+        ggml.EOT_ID: end_ids(tokenizer)[-1],
         ggml.PAD_ID: tokenizer.eos_id,
         # llama.cpp would take token 11 where none is named; it is put before a text only if the next key says so.
         ggml.BOS_ID: tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
         ggml.ADD_BOS: tokenizer.adds_bos,
     }
-    for end in end_ids(tokenizer)[1:]:
-        keys[ggml.EOT_ID] = end
     if tokenizer.chat_template is not None:
         keys[ggml.CHAT_TEMPLATE] = tokenizer.chat_template
     notes = []
     if held.normalization is not None:
         notes.append(f"llama.cpp does not bring text to {held.normalization}, as this tokenizer does: give it such.")
-    lacking = [byte[0] for byte in SINGLE_BYTES if byte not in set(held.tokens) and byte[0] not in NEVER_IN_UTF8]
+    lacking = sorted({byte[0] for byte in set(SINGLE_BYTES) - set(held.tokens)} - NEVER_IN_UTF8)
     if lacking:
         notes.append(
             f"The tokenizer has no token for {len(lacking)} bytes ({', '.join(f'{byte:#04x}' for byte in lacking[:5])}"
