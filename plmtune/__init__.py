@@ -16,7 +16,11 @@ __version__ = "0.1.0"
 
 
 def load(
-    path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    prepare: bool = True,
 ) -> tuple[Decoder, Tokenizer]:
     """Return (model, tokenizer) of a checkpoint, of a model directory, or of a run's newest checkpoint.
 
@@ -26,6 +30,7 @@ def load(
         path: a directory in Hugging Face's form, or a run directory.
         device: None: cuda where there is one, else cpu.
         dtype: None keeps the file's.
+        prepare: give quantized layers the kernels that are fastest on this machine; such a model cannot be saved.
 
     Raises:
         UserError: if there is no whole checkpoint.
@@ -34,8 +39,12 @@ def load(
 
     from plmtune.models.adapters import load_its_tokenizer, load_model
     from plmtune.models.files import checkpoint_directory
+    from plmtune.modules import quantized_kernels
 
     directory = checkpoint_directory(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_its_tokenizer(directory)
-    return load_model(directory, device, dtype).eval(), tokenizer
+    model = load_model(directory, device, dtype).eval()
+    if prepare:
+        quantized_kernels.prepare(model)
+    return model, tokenizer

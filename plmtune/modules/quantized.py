@@ -8,13 +8,15 @@ so that casting a model to another dtype and back changes nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+FEW_ROWS = 16  # up to here a product reads weights more than it computes
 
 _NAME = re.compile(r"(int8_dynamic_)?int([48])(?:_g([1-9]\d*))?")
 
@@ -83,7 +85,9 @@ class Quantized(nn.Module):
         weight (Tensor): int8 [out, in], or uint8 [out, in / 2] for 4 bits.
         scales (Tensor): [out, groups], in the dtype that is computed in.
         zeros (Tensor): int8 [out, groups], what stands for 0; only where the format is not symmetric (4 bits: 0 to 15).
-        prepared: a kernel has the integers in an order of its own, and the three are gone (`quantized_kernels`).
+        kernels: what multiplies one row, up to FEW_ROWS, and more; None: the reference below.
+        tile: rows that are interleaved in `weight`, as a kernel wants them; 0: none (`quantized_kernels`).
+        dense: the whole matrix written out, in place of the integers.
 
     Raises:
         ValueError: if rows cannot be divided into the format's groups or bytes.
@@ -92,6 +96,9 @@ class Quantized(nn.Module):
     weight: Tensor
     scales: Tensor
     zeros: Tensor
+    kernels: tuple[Multiply, Multiply, Multiply] | None = None
+    tile = 0
+    dense: Tensor | None = None
 
     def __init__(self, num_rows: int, width: int, format: Format) -> None:
         super().__init__()
@@ -99,28 +106,89 @@ class Quantized(nn.Module):
         if width % group or width % 2:
             raise ValueError(f"rows of {width} numbers cannot be divided into groups of {group}")
         self.num_rows, self.width, self.format = num_rows, width, format
-        self.prepared = False
         shape = (num_rows, width) if format.bits == 8 else (num_rows, width // 2)
         self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8 if format.bits == 8 else torch.uint8))
         self.register_buffer("scales", torch.zeros(num_rows, width // group))
         if not format.symmetric:
             self.register_buffer("zeros", torch.zeros(num_rows, width // group, dtype=torch.int8))
 
-    def integers(self, rows: Tensor | None = None) -> Tensor:
-        """The stored numbers of all rows or some, int8, [rows, in]; of symmetric 4 bits -8 to 7, else 0 to 15."""
-        held = self.weight if rows is None else self.weight[rows]
+    @property
+    def prepared(self) -> bool:
+        """It is as a kernel of this machine wants it, and no longer as files have it."""
+        return self.kernels is not None or self.dense is not None
+
+    def integers(self, rows: Tensor | slice | None = None) -> Tensor:
+        """The stored numbers of all rows or some, int8, [rows, in]; of symmetric 4 bits -8 to 7, else 0 to 15.
+
+        A slice begins and ends at multiples of 64, or at the end.
+        """
         if self.format.bits == 8:
-            return held
-        pairs = torch.stack((held & 15, held >> 4), dim=-1).flatten(-2).to(torch.int8)
+            return self.weight if rows is None else self.weight[rows]
+        if self.tile:
+            pairs = self._untiled(rows)
+        else:
+            held = self.weight if rows is None else self.weight[rows]
+            pairs = torch.stack((held & 15, held >> 4), dim=-1).flatten(-2).view(torch.int8)
         return pairs - 8 if self.format.symmetric else pairs
 
-    def dequantize(self, rows: Tensor | None = None) -> Tensor:
+    def _untiled(self, rows: Tensor | slice | None) -> Tensor:
+        """Numbers from 0 to 15 of rows that lie in tiles: [in, tile / 2] bytes each, its second half of rows high."""
+        half = self.tile // 2
+        if isinstance(rows, Tensor):
+            tiles = self.weight.view(-1, self.width, half)
+            lane = rows % self.tile
+            held = tiles[rows // self.tile, :, lane % half]  # [..., in]
+            return torch.where((lane < half)[..., None], held & 15, held >> 4).view(torch.int8)
+        tiles = (self.weight if rows is None else self.weight[rows]).reshape(-1, self.width, half)
+        return torch.cat((tiles & 15, tiles >> 4), dim=-1).transpose(1, 2).reshape(-1, self.width).view(torch.int8)
+
+    def scales_and_zeros(self, rows: Tensor | slice | None = None) -> tuple[Tensor, Tensor | None]:
+        """[rows, groups] of each; no zeros of a symmetric format."""
+        if self.tile:
+            # The kernel's are [groups, out, 2]: scales, and what 8 stands for, (8 - zero) scale.
+            pair = (self.scales if rows is None else self.scales[:, rows]).movedim(0, -2)
+            scales = pair[..., 0]
+            if self.format.symmetric:
+                return scales, None
+            return scales, (8 - (pair[..., 1] / scales).nan_to_num(8.0).round()).to(torch.int8)
+        scales = self.scales if rows is None else self.scales[rows]
+        if self.format.symmetric:
+            return scales, None
+        return scales, self.zeros if rows is None else self.zeros[rows]
+
+    def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
         """The numbers that rows stand for, [rows, in], in the dtype of the scales."""
-        q, scales = self.integers(rows), self.scales if rows is None else self.scales[rows]
+        if self.dense is not None:
+            return self.dense if rows is None else self.dense[rows]
+        q, (scales, zeros) = self.integers(rows), self.scales_and_zeros(rows)
         q = q.unflatten(-1, (scales.shape[-1], -1))
-        if not self.format.symmetric:
-            q = q - (self.zeros if rows is None else self.zeros[rows])[..., None]
-        return (q.to(scales.dtype) * scales[..., None]).flatten(-2)
+        if zeros is not None:
+            q = q - zeros[..., None]
+        return (q * scales[..., None]).flatten(-2)
+
+    def keep_dense(self) -> None:
+        """Write the matrix out once, for what asks for it each token, and drop the integers."""
+        self.dense = self.dequantize()
+        self.weight = self.weight.new_empty(0)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x (Tensor): [..., in] -> x W^T, [..., out]."""
+        if self.kernels is None:
+            return reference(self, x)
+        flat = x.reshape(-1, self.width)
+        rows = len(flat)
+        kernel = self.kernels[0 if rows == 1 else 1 if rows <= FEW_ROWS else 2]
+        return kernel(self, flat).view(*x.shape[:-1], self.num_rows)
+
+
+Multiply = Callable[[Quantized, Tensor], Tensor]
+
+
+def reference(module: Quantized, x: Tensor) -> Tensor:
+    """x (Tensor): [..., in] -> [..., out], by the matrix written out; each kernel computes this, up to rounding."""
+    if module.format.dynamic:
+        x = round_inputs(x)
+    return F.linear(x, module.dequantize().to(x.dtype))
 
 
 class QuantizedLinear(Quantized):
@@ -140,9 +208,8 @@ class QuantizedLinear(Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (Tensor): [..., in] -> [..., out]."""
-        if self.format.dynamic:
-            x = round_inputs(x)
-        return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+        y = self.multiply(x)
+        return y if self.bias is None else y + self.bias
 
 
 class QuantizedEmbedding(Quantized):
@@ -153,9 +220,7 @@ class QuantizedEmbedding(Quantized):
 
     def project(self, hidden: Tensor) -> Tensor:
         """hidden (Tensor): [..., d] -> [..., v]."""
-        if self.format.dynamic:
-            hidden = round_inputs(hidden)
-        return F.linear(hidden, self.dequantize().to(hidden.dtype))
+        return self.multiply(hidden)
 
 
 def round_inputs(x: Tensor) -> Tensor:
@@ -163,12 +228,19 @@ def round_inputs(x: Tensor) -> Tensor:
 
     Asymmetric, with a scale and a zero a token, as torchao's int8_asym_per_token and XNNPACK's qd8 have it.
     """
+    q, scale, zero = round_rows(x)
+    return ((q - zero) * scale).to(x.dtype)
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (Tensor), [..., in], as whole numbers from -128 to 127 in fp32, with scale and zero, [..., 1]."""
     wide = x.float()
-    low, high = wide.amin(-1, keepdim=True).clamp(max=0), wide.amax(-1, keepdim=True).clamp(min=0)
+    low, high = wide.aminmax(dim=-1, keepdim=True)
+    low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).eps)
     zero = (-128 - (low / scale).round()).clamp(-128, 127)
     q = ((wide / scale).round() + zero).clamp(-128, 127)
-    return ((q - zero) * scale).to(x.dtype)
+    return q, scale, zero
 
 
 def install(model: nn.Module, formats: Mapping[str, Format]) -> None:

@@ -1,0 +1,318 @@
+"""Products with integers: the ways there are, which of them is fastest here, and layers that are made ready for it.
+
+torch has kernels that read integers as they are, which is what decoding one token waits for; which one is fastest
+depends on processor, threads and shape, so it is measured, once a machine, and kept in a file of the user's cache
+(`PLMTUNE_KERNELS=reference` leaves them all out, so that numbers do not depend on the machine). Each computes what
+`quantized.reference` does, up to rounding: the products of weight-only formats in the dtype of bf16 models, those of
+dynamic formats in integers, exactly, in any dtype. Weight-only products of fp32 models have no fast kernel in torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plmtune.atomic import replacing
+from plmtune.modules.attention import MultiHeadLatentAttention
+from plmtune.modules.quantized import (
+    FEW_ROWS,
+    Format,
+    Multiply,
+    Quantized,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    reference,
+    round_inputs,
+    round_rows,
+)
+
+_INT4_GROUPS = (32, 64, 128, 256)  # that the packed kernel of 4 bits takes
+_REGIMES = (1, 8, 64)  # rows that stand for one, up to FEW_ROWS, and more
+_SMALL = 2**18  # numbers of a matrix below which it does not matter, and nothing is measured
+_MAX_MEASURED = 2**21  # numbers of a matrix that is measured
+_RUNS, _COPIES = 10, 4
+_CHUNK = 2**20  # numbers that are written out at a time
+_VERSION = 1  # of the file
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way to multiply.
+
+    Args:
+        multiply: (module, x [n, in]) -> [n, out].
+        takes: whether it can multiply in this format, dtype, device type and shape [out, in].
+        tiled: it wants the integers in tiles (`to_tiles`); else as they are in files. None: it takes both.
+    """
+
+    multiply: Multiply
+    takes: Callable[[Format, torch.dtype, str, tuple[int, int]], bool]
+    tiled: bool | None = False
+
+
+def _int8(module: Quantized, x: Tensor) -> Tensor:
+    return torch.ops.aten._weight_int8pack_mm(x, module.weight, module.scales.view(-1))
+
+
+def _int4(module: Quantized, x: Tensor) -> Tensor:
+    if module.format.dynamic:
+        x = round_inputs(x)
+    group = module.format.group_size
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, module.weight, group, module.scales)
+
+
+def _integer(module: Quantized, x: Tensor) -> Tensor:
+    """Inputs as 8-bit integers, the product exact: scale (q - zero) W^T = scale (q W^T - zero W 1)."""
+    scales, sums = module.scales.view(-1), module.get_buffer("sums")
+    if len(x) == 1:
+        # Plain numbers of Python instead of tensors of one: a third of the calls, which is what a small layer costs.
+        least, most = x.aminmax()
+        low, high = min(least.item(), 0.0), max(most.item(), 0.0)
+        if not math.isfinite(high - low):
+            return x.new_full((1, module.num_rows), math.nan)
+        step = max((high - low) / 255, torch.finfo(torch.float32).eps)
+        at = max(-128 - round(low / step), -128)
+        q = (x.float() / step).round_().add_(at).clamp_(-128, 127).to(torch.int8)
+        return torch._int_mm(q, module.weight.t()).sub_(sums, alpha=at).mul(scales.float() * step).to(x.dtype)
+    whole, scale, zero = round_rows(x)
+    product = torch._int_mm(whole.to(torch.int8), module.weight.t()) - zero.to(torch.int32) * sums
+    return (product * scales.float()).mul_(scale).to(x.dtype)
+
+
+def _wide(module: Quantized, x: Tensor) -> Tensor:
+    """The reference in fp32, some rows of W at a time, so that they need not be written to memory and read again.
+
+    For bf16, too, on processors that have no units for it.
+    """
+    if module.format.dynamic:
+        x = round_inputs(x)
+    wide, out = x.float(), x.new_empty(len(x), module.num_rows)
+    step = max(64, _CHUNK // module.width // 64 * 64)
+    for start in range(0, module.num_rows, step):
+        rows = slice(start, start + step)
+        out[:, rows] = F.linear(wide, module.dequantize(rows).float())
+    return out
+
+
+def _on_cpu(
+    bits: int, dtypes: tuple[torch.dtype, ...], fits: Callable[[Format, int, int], bool]
+) -> Callable[[Format, torch.dtype, str, tuple[int, int]], bool]:
+    def takes(format: Format, dtype: torch.dtype, device: str, shape: tuple[int, int]) -> bool:
+        return device == "cpu" and format.bits == bits and dtype in dtypes and fits(format, *shape)
+
+    return takes
+
+
+_ANY = (torch.float32, torch.bfloat16, torch.float16)
+# The first that takes a layer is the one where nothing is measured.
+KERNELS: dict[str, Kernel] = {
+    "int4_tiles": Kernel(
+        _int4,
+        _on_cpu(4, (torch.bfloat16,), lambda format, out, width: format.group_size in _INT4_GROUPS and out % 64 == 0),
+        tiled=True,
+    ),
+    "int8": Kernel(
+        _int8,
+        _on_cpu(8, (torch.bfloat16,), lambda format, out, width: not format.dynamic and format.group_size is None),
+    ),
+    # 255 x 128 x width must stay below 2^31.
+    "int8_integer": Kernel(
+        _integer,
+        _on_cpu(8, _ANY, lambda format, out, width: format.dynamic and format.group_size is None and width <= 2**15),
+    ),
+    "wide": Kernel(_wide, lambda format, dtype, device, shape: device == "cpu", tiled=None),
+    "reference": Kernel(reference, lambda format, dtype, device, shape: True, tiled=None),
+}
+
+
+def to_tiles(module: Quantized) -> bool:
+    """Put a module's integers of 4 bits into the packed kernel's order, in place, and say whether that could be done.
+
+    The order is the processor's: tiles of 64 or 32 rows, column by column, half of the rows low and half high; another
+    processor's is found out by reading back, and left.
+    """
+    weight = module.weight
+    raw = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(raw.to(torch.int32), 1)
+    scales, zeros = module.scales_and_zeros()
+    module.weight = packed.view_as(weight)
+    for tile in (64, 32):
+        module.tile = tile
+        if torch.equal(module._untiled(None), raw.view(torch.int8)):
+            break
+    else:
+        module.weight, module.tile = weight, 0
+        return False
+    middle = torch.zeros_like(scales) if zeros is None else (8 - zeros) * scales
+    module.scales = torch.stack((scales, middle), dim=-1).transpose(0, 1).contiguous()  # [groups, out, 2]
+    if zeros is not None:
+        del module.zeros
+    return True
+
+
+def choose(format: Format, dtype: torch.dtype, device: torch.device | str, shape: tuple[int, int], rows: int) -> str:
+    """Return which of KERNELS multiplies `rows` rows by a matrix [out, in] of this shape fastest here."""
+    return _choose(format, dtype, torch.device(device).type, shape)[_regime(rows)]
+
+
+def _regime(rows: int) -> int:
+    return 0 if rows == 1 else 1 if rows <= FEW_ROWS else 2
+
+
+def _choose(format: Format, dtype: torch.dtype, device: str, shape: tuple[int, int]) -> tuple[str, str, str]:
+    """The kernels of one row, few and many; all of them can read the order of integers that the first wants."""
+    if os.environ.get("PLMTUNE_KERNELS") == "reference":
+        return ("reference",) * 3
+    able = [
+        name
+        for name, kernel in KERNELS.items()
+        if kernel.takes(format, dtype, device, shape) and (kernel.tiled is None or _sound(name, format, dtype))
+    ]
+    if len(able) == 1 or shape[0] * shape[1] < _SMALL:
+        return (able[0],) * 3
+    # More rows go the same way, so few are enough to know.
+    shape = (min(shape[0], max(_MAX_MEASURED // shape[1] // 64, 1) * 64), shape[1])
+    key = f"{_machine()} | {format.name} | {str(dtype).removeprefix('torch.')} | {shape[0]}x{shape[1]}"
+    kept = _measured()
+    if key not in kept or any(name not in able for name in kept[key]):
+        kept[key] = _measure(able, format, dtype, shape)
+        _keep(kept)
+    one, few, many = kept[key]
+    return one, few, many
+
+
+@functools.cache
+def _machine() -> str:
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return (
+        f"{name} | {torch.backends.cpu.get_cpu_capability()} | {torch.get_num_threads()} threads | {torch.__version__}"
+    )
+
+
+def _example(format: Format, dtype: torch.dtype, shape: tuple[int, int], seed: int = 0) -> QuantizedLinear:
+    module = QuantizedLinear(shape[1], shape[0], format)
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (-128, 128) if format.bits == 8 else (0, 256)
+    module.weight.random_(low, high, generator=generator)
+    module.scales = torch.rand(module.scales.shape, generator=generator).add_(0.5).to(torch.bfloat16).to(dtype)
+    if not format.symmetric:
+        module.zeros.random_(0, 16, generator=generator)
+    return module
+
+
+@functools.cache
+@torch.no_grad()
+def _sound(name: str, format: Format, dtype: torch.dtype) -> bool:
+    """Whether a kernel says what the reference says on this processor, also of the largest numbers there are.
+
+    Some processors add products of 8 bits up in 16, which overflow.
+    """
+    module = _example(format, dtype, (64, 512))
+    module.weight[:32] = 127 if format.bits == 8 else 255
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x[0] = 1.0
+    expected = reference(module, x).float()
+    try:
+        found = torch.cat([_ready(module, name).multiply(rows) for rows in (x[:1], x[1:])]).float()
+    except RuntimeError:  # not built for this processor
+        return False
+    bound = expected.abs().max() * (2e-2 if dtype != torch.float32 else 1e-4)
+    return bool((found - expected).abs().max() <= bound)
+
+
+def _ready(module: Quantized, name: str) -> Quantized:
+    if KERNELS[name].tiled and not module.tile and not to_tiles(module):
+        raise RuntimeError("the order of this processor is not known")
+    if name == "int8_integer":
+        module.register_buffer("sums", module.weight.sum(1, dtype=torch.int32), persistent=False)
+    module.kernels = (KERNELS[name].multiply,) * 3
+    return module
+
+
+@torch.no_grad()
+def _measure(names: list[str], format: Format, dtype: torch.dtype, shape: tuple[int, int]) -> list[str]:
+    """The fastest for one row, few and many, over matrices that take turns, so that no cache holds one."""
+    example = _example(format, dtype, shape)
+    seconds = {(name, rows): math.inf for name in names for rows in _REGIMES}
+    for name in names:
+        modules = [_ready(copy.deepcopy(example), name) for _ in range(_COPIES)]
+        for rows in _REGIMES:
+            x, best = torch.randn(rows, shape[1]).to(dtype), min(seconds[other, rows] for other in names)
+            modules[0].multiply(x)
+            for number in range(1, _RUNS):
+                start = time.perf_counter()
+                modules[number % _COPIES].multiply(x)
+                # The least is asked for, since other work on the machine only adds.
+                seconds[name, rows] = min(seconds[name, rows], time.perf_counter() - start)
+                if seconds[name, rows] > 3 * best:
+                    break
+    first = min(names, key=lambda name: seconds[name, 1])
+    fit = [name for name in names if KERNELS[name].tiled in (None, bool(KERNELS[first].tiled))]
+    return [first, *(min(fit, key=lambda name: seconds[name, rows]) for rows in _REGIMES[1:])]
+
+
+def _file() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return base / "plmtune" / "kernels.json"
+
+
+def _measured() -> dict[str, list[str]]:
+    """What was measured before; empty where the file is absent, damaged or another version's."""
+    try:
+        data = json.loads(_file().read_text(encoding="utf-8"))
+        kept = data["kernels"] if data["version"] == _VERSION else {}
+        assert all(len(names) == 3 and set(names) <= set(KERNELS) for names in kept.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        return {}
+    return dict(kept)
+
+
+def _keep(kept: Mapping[str, Any]) -> None:
+    path = _file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({"version": _VERSION, "kernels": kept}, indent=2) + "\n", encoding="utf-8")
+    except OSError:
+        pass  # a folder that cannot be written: it is measured again next time
+
+
+@torch.no_grad()
+def prepare(model: nn.Module) -> None:
+    """Give each quantized layer the kernels that are fastest here, in place, and its integers in their order.
+
+    The expansion of MLA's latent, which each decoded token needs as a matrix, is written out, and its integers go. A
+    model without quantized layers stays as it is; a prepared one stays on its device and in its dtype, and cannot be
+    saved.
+    """
+    for module in model.modules():
+        held = getattr(module, "kv_b_proj", None)
+        if isinstance(module, MultiHeadLatentAttention) and isinstance(held, Quantized) and not held.prepared:
+            held.keep_dense()
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding) and not module.prepared:
+            shape = (module.num_rows, module.width)
+            names = _choose(module.format, module.scales.dtype, module.scales.device.type, shape)
+            if KERNELS[names[0]].tiled:
+                _ready(module, names[0])
+            elif "int8_integer" in names:
+                _ready(module, "int8_integer")
+            module.kernels = tuple(KERNELS[name].multiply for name in names)  # type: ignore[assignment]
