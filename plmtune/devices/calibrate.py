@@ -1,0 +1,371 @@
+"""The machine at hand as a device: what its memory and matrix products reach, and each runtime's kernels on it.
+
+Small decoders of both attentions, with random weights, decode in each form of weights at a few depths of cache. Their
+times are sums of what `devices.predict` adds up, so a least-squares fit without negative terms gives its rates.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+
+from plmtune import provenance
+from plmtune.data.tokenizers import byte
+from plmtune.devices import costs
+from plmtune.devices.costs import Anatomy
+from plmtune.devices.device import Device, Figure, KernelRate, RuntimeRates
+from plmtune.devices.predict import cache_kind, cache_share, decode_seconds
+from plmtune.errors import UserError
+from plmtune.models.llama import llama
+from plmtune.models.plm import plm
+from plmtune.modules.attention import attend
+from plmtune.modules.decoder import Decoder
+from plmtune.modules.quantized import Quantized, install
+from plmtune.modules.quantized_kernels import prepare
+from plmtune.registry import Component, component
+from plmtune.training.estimate import available_memory, peak_flops
+
+SCHEMES = ("bf16", "int8", "int4")
+GGUF_KINDS = ("F16", "Q8_0", "Q4_0")
+_DEPTHS = (32, 1024, 3072)
+_GGUF_DEPTHS = (32, 512)  # llama.cpp has to read what is in its cache
+_PROMPT = 128
+_STEPS = 5
+_READ_BYTES = 256 * 2**20
+# A form that is fitted from few bytes beside others could come out as free or as endless: bounds on what is believed.
+_FASTEST, _SLOWEST = 4.0, 0.02  # of the measured bandwidth
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """One measured decode."""
+
+    anatomy: Anatomy
+    scheme: str
+    depth: int
+    seconds: float
+
+
+def small_decoders() -> dict[str, Callable[[], Decoder]]:
+    """The decoders that are timed: both attentions, wide and deep, 30 to 60 million parameters."""
+
+    def mla(heads: int, rank: int) -> Component:
+        return component("attention", "mla", kv_lora_rank=rank, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64)
+
+    def ffn(name: str, width: int) -> Component:
+        return component("ffn", name, hidden_dim=width)
+
+    return {
+        "plm, deep": lambda: plm(
+            8192,
+            attention=mla(8, 256),
+            ffn=ffn("squared_relu", 3072),
+            embed_dim=768,
+            num_layers=8,
+            num_heads=8,
+        ),
+        "plm, wide": lambda: plm(
+            24576,
+            attention=mla(16, 256),
+            ffn=ffn("squared_relu", 4096),
+            embed_dim=1024,
+            num_layers=3,
+            num_heads=16,
+        ),
+        "llama, deep": lambda: llama(
+            8192,
+            attention=component("attention", "gqa", num_kv_heads=4),
+            ffn=ffn("swiglu", 2048),
+            embed_dim=768,
+            num_layers=8,
+            num_heads=12,
+            max_seq_len=4096,
+        ),
+        "llama, wide": lambda: llama(
+            24576,
+            attention=component("attention", "gqa", num_kv_heads=8),
+            ffn=ffn("swiglu", 2816),
+            embed_dim=1024,
+            num_layers=3,
+            num_heads=16,
+            max_seq_len=4096,
+        ),
+    }
+
+
+def calibrate(
+    *,
+    name: str | None = None,
+    with_llama_cpp: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Device:
+    """Measure the CPU of this machine, with as many threads as torch uses now; a minute or so.
+
+    Args:
+        name: what the device shall be called; None: its processor's name.
+        with_llama_cpp: measure llama.cpp too, where it is installed.
+        progress: is told what is measured.
+    """
+    say = progress or (lambda text: None)
+    threads = torch.get_num_threads()
+    title = name or f"{provenance.device_name(torch.device('cpu'))}, {threads} threads"
+    measured = f"measured by plmtune bench --calibrate, torch {torch.__version__}, {threads} threads"
+    say("reading memory")
+    bandwidth = read_bandwidth()
+    say("multiplying matrices")
+    compute = peak_flops(torch.device("cpu"), torch.bfloat16)
+    rates = {"plmtune": _ours(bandwidth, say)}
+    if with_llama_cpp:
+        found = _llama_cpp(bandwidth, compute, threads, say)
+        if found is not None:
+            rates["llama.cpp"] = found
+    total = psutil.virtual_memory().total
+    return Device(
+        key="here",
+        name=title,
+        memory=Figure(float(total), f"psutil, {platform.system()}"),
+        system=Figure(max(float(total - available_memory(torch.device("cpu"))), 0.0), "in use when it was calibrated"),
+        bandwidth=Figure(bandwidth, f"{measured}: a sum over {_READ_BYTES >> 20} MiB"),
+        compute=Figure(compute, f"{measured}: a product of square matrices in bf16"),
+        layer=Figure(statistics.fmean(rates["plmtune"].layers.values()), f"{measured}: fitted"),
+        error=Figure(max(found.error for found in rates.values()), f"{measured}: what the fit leaves"),
+        rates=rates,
+    )
+
+
+def read_bandwidth(num_bytes: int = _READ_BYTES) -> float:
+    """Bytes/s of reading memory that no cache holds, with torch's threads; the best of a few."""
+    numbers = torch.ones(num_bytes // 4)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        numbers.sum()
+        best = min(best, time.perf_counter() - start)
+    return num_bytes / best
+
+
+# --- plmtune -----------------------------------------------------------------------------------------------------
+
+
+def build(make: Callable[[], Decoder], scheme: str) -> Decoder:
+    """A decoder with random weights in a scheme of ours, prepared as `plmtune.load` does; not for reading."""
+    with torch.device("meta"):
+        model = make()
+        if scheme not in costs.FLOATS:
+            install(model, Component("quantization", scheme)(model=model))
+    model = model.to_empty(device="cpu")
+    model.init_weights(torch.Generator().manual_seed(0))
+    for module in model.modules():
+        if isinstance(module, Quantized):
+            module.weight.random_(0, 127)
+            module.scales.fill_(2**-10)
+            if hasattr(module, "zeros"):
+                module.zeros.fill_(8)
+    model = model.to(torch.float32 if scheme == "fp32" else torch.bfloat16).eval()
+    prepare(model)
+    return model
+
+
+@torch.inference_mode()
+def decode_times(model: Decoder, depths: Sequence[int], steps: int = _STEPS) -> list[float]:
+    """Seconds of one token at each depth of the cache, the median of some; what is in the cache are zeros."""
+    cache = model.new_cache(1, max(depths) + 1)
+    for layer in cache.layers:
+        for buffer in layer:
+            buffer.zero_()
+    token = torch.zeros(1, 1, dtype=torch.long)
+    taken: list[list[float]] = [[] for _ in depths]
+    for round in range(steps + 1):
+        for index, depth in enumerate(depths):
+            cache.length = depth
+            start = time.perf_counter()
+            int(model.logits(model(token, cache=cache, hidden=True)[:, -1]).argmax())
+            if round:  # the first warms up
+                taken[index].append(time.perf_counter() - start)
+    return [statistics.median(times) for times in taken]
+
+
+@torch.inference_mode()
+def _prompt_time(model: Decoder, tokens: int = _PROMPT) -> float:
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    best = float("inf")
+    for _ in range(2):
+        cache = model.new_cache(1, tokens)
+        start = time.perf_counter()
+        int(model.logits(model(ids, cache=cache, hidden=True)[:, -1]).argmax())
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _ours(bandwidth: float, say: Callable[[str], None]) -> RuntimeRates:
+    timings: list[_Timing] = []
+    prompts: list[_Timing] = []
+    for name, make in small_decoders().items():
+        with torch.device("meta"):
+            anatomy = Anatomy.of(make())
+        for scheme in SCHEMES:
+            say(f"plmtune: {name}, {scheme}")
+            model = build(make, scheme)
+            for depth, seconds in zip(_DEPTHS, decode_times(model, _DEPTHS), strict=True):
+                timings.append(_Timing(anatomy, scheme, depth, seconds))
+            prompts.append(_Timing(anatomy, scheme, _PROMPT, _prompt_time(model)))
+    say("plmtune: attention over a prompt")
+    return _rates("plmtune", timings, prompts, bandwidth, _attention_rate(), costs.PROGRAM["plmtune"])
+
+
+@torch.inference_mode()
+def _attention_rate() -> float:
+    """FLOP/s of causal attention over a prompt of 1,024 tokens."""
+    heads, tokens, width = 8, 1024, 64
+    q, k, v = (torch.zeros(1, heads, tokens, width, dtype=torch.bfloat16) for _ in range(3))
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        attend(q, k, v, None, 1.0)
+        best = min(best, time.perf_counter() - start)
+    return heads * tokens * tokens * 2 * width / best
+
+
+# --- llama.cpp ---------------------------------------------------------------------------------------------------
+
+
+def _llama_cpp(bandwidth: float, compute: float, threads: int, say: Callable[[str], None]) -> RuntimeRates | None:
+    """Its rates through files that we write; None where it is not installed."""
+    from plmtune.export.gguf_writer import write_gguf
+    from plmtune.export.runtimes import open_runtime
+
+    timings: list[_Timing] = []
+    prompts: list[_Timing] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, make in small_decoders().items():
+            model = make()
+            anatomy = Anatomy.of(model)
+            for kind in GGUF_KINDS:
+                say(f"llama.cpp: {name}, {kind}")
+                path = Path(folder) / f"{kind}.gguf"
+                write_gguf(model, byte(), path, kind=kind, overwrite=True)
+                try:
+                    opened = open_runtime(path, threads=threads, context=max(_GGUF_DEPTHS) + 4 * _STEPS)
+                except UserError as error:
+                    say(f"llama.cpp is left out: {error}")
+                    return None
+                with opened:
+                    for depth in _GGUF_DEPTHS:
+                        start = time.perf_counter()
+                        opened.start([1] * depth)
+                        took = time.perf_counter() - start
+                        taken = []
+                        for _ in range(_STEPS + 1):
+                            start = time.perf_counter()
+                            opened.step(1)
+                            taken.append(time.perf_counter() - start)
+                        timings.append(_Timing(anatomy, kind.lower(), depth, statistics.median(taken[1:])))
+                    prompts.append(_Timing(anatomy, kind.lower(), _GGUF_DEPTHS[-1], took))
+                path.unlink()
+    return _rates("llama.cpp", timings, prompts, bandwidth, compute, costs.PROGRAM["llama.cpp"])
+
+
+# --- the fit -----------------------------------------------------------------------------------------------------
+
+
+def _rates(
+    runtime: str,
+    timings: Sequence[_Timing],
+    prompts: Sequence[_Timing],
+    bandwidth: float,
+    attention: float,
+    program: float,
+) -> RuntimeRates:
+    """Fit what `predict.decode_seconds` adds up to the times, each weighted by its own, so that errors are relative."""
+    rows, columns = [], {}
+    for timing in timings:
+        held = costs.weights(timing.anatomy, runtime, timing.scheme)
+        row: dict[tuple[str, str], float] = {("token", ""): 1.0}
+        for form, size in held.read.items():
+            row["weights", form] = size / bandwidth
+            if form.lower() not in (*costs.FLOATS, "f16"):  # a plain product's call is in the layers' overhead
+                row["product", form] = float(held.products[form])
+        for part in timing.anatomy.attention:
+            kind = cache_kind(part, runtime)
+            row["layer", kind] = row.get(("layer", kind), 0.0) + 1.0
+            row["cache", kind] = row.get(("cache", kind), 0.0) + cache_share(part, runtime) * timing.depth / bandwidth
+        rows.append(row)
+        columns |= dict.fromkeys(row)
+    found = _fit(rows, list(columns), [timing.seconds for timing in timings])
+    compute = _compute(runtime, prompts, attention)
+    share = {kind: min(max(value, 1 / _FASTEST), 1 / _SLOWEST) for kind, value in found.items()}
+    rates = RuntimeRates(
+        kernels={
+            form: KernelRate(bandwidth / share[what, form], found.get(("product", form), 0.0), compute[form])
+            for what, form in columns
+            if what == "weights"
+        },
+        layers={kind: found[what, kind] for what, kind in columns if what == "layer"},
+        token=found["token", ""],
+        cache={kind: bandwidth / share[what, kind] for what, kind in columns if what == "cache"},
+        attention=attention,
+        program=program,
+        error=0.0,
+    )
+    return _with_error(rates, runtime, timings, bandwidth)
+
+
+def _with_error(rates: RuntimeRates, runtime: str, timings: Sequence[_Timing], bandwidth: float) -> RuntimeRates:
+    """Let the error be what nine of ten fitted times stay within, and 5% at least."""
+
+    nothing = Figure(0.0, "")
+    device = Device(
+        "", "", nothing, nothing, Figure(bandwidth, ""), Figure(1.0, ""), nothing, nothing, rates={runtime: rates}
+    )
+    errors = []
+    for timing in timings:
+        held = costs.weights(timing.anatomy, runtime, timing.scheme)
+        errors.append(abs(decode_seconds(timing.anatomy, device, runtime, held, timing.depth) / timing.seconds - 1))
+    return replace(rates, error=max(float(np.quantile(errors, 0.9)), 0.05))
+
+
+def _compute(runtime: str, prompts: Sequence[_Timing], attention: float) -> dict[str, float]:
+    """FLOP/s of products with many rows, by form."""
+    rows, columns, seconds = [], {}, []
+    for timing in prompts:
+        held = costs.weights(timing.anatomy, runtime, timing.scheme)
+        row = {form: 2.0 * timing.depth * numbers for form, numbers in held.numbers.items() if numbers}
+        over = costs.prompt_attention_flops(timing.anatomy, timing.depth) / attention
+        rows.append(row)
+        columns |= dict.fromkeys(held.numbers)
+        seconds.append(max(timing.seconds - over, timing.seconds / 2))
+    found = _fit(rows, list(columns), seconds)
+    slowest = max(found.values())
+    # A form of the head alone, of which a prompt needs one row, has no work to be fitted from.
+    return {form: 1 / (found[form] or slowest) for form in columns}
+
+
+def _fit(rows: Sequence[dict[Any, float]], columns: list[Any], seconds: Sequence[float]) -> dict[Any, float]:
+    """Least squares of relative errors without negative coefficients: the most negative is left out until none is."""
+    matrix = np.array([[row.get(column, 0.0) for column in columns] for row in rows])
+    matrix = matrix / np.array(seconds)[:, None]
+    target: npt.NDArray[np.float64] = np.ones(len(seconds))
+    scale = np.abs(matrix).max(axis=0)
+    scale[scale == 0] = 1.0
+    kept = list(range(len(columns)))
+    while kept:
+        solved = np.linalg.lstsq(matrix[:, kept] / scale[kept], target, rcond=None)[0]
+        if (solved >= 0).all():
+            break
+        del kept[int(solved.argmin())]
+    else:
+        solved = np.zeros(0)
+    return dict.fromkeys(columns, 0.0) | {
+        columns[index]: float(value / scale[index]) for index, value in zip(kept, solved, strict=True)
+    }
