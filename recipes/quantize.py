@@ -135,7 +135,9 @@ class Quantize:
         rules = sensitivity.propose(found, self.budget - kept)
         scheme = {"component": "mixed", "rules": rules, "qat": False}
         sensitivity.draw(found, path / "sensitivity.png", fixed_bytes=kept, rules=rules)
-        (path / "mix.yaml").write_text(json.dumps({"quantization": scheme}, indent=1) + "\n", encoding="utf-8")
+        mix = {"defaults": [{"override /quantization": "mixed"}], "quantization": {"rules": rules}}
+        use = f"# Use: plmtune run quantize {path / 'mix.yaml'} checkpoint={self.source}\n"
+        (path / "mix.yaml").write_text(use + json.dumps(mix, indent=1) + "\n", encoding="utf-8")
         print(f"the mix for {show_bytes(self.budget)}: {path / 'mix.yaml'}, drawn in {path / 'sensitivity.png'}")
         return build("quantization", Component("quantization", "mixed", {"rules": rules}), model=self.model), scheme
 

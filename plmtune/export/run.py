@@ -176,11 +176,11 @@ def _in_place(path: Path, overwrite: bool) -> Iterator[Path]:
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         yield temporary
-        if path.is_dir() and overwrite:
-            shutil.rmtree(path)
-        temporary.replace(path)
-        for beside in temporary.parent.glob(f"{temporary.name}.*"):  # such as the JSON of a program
-            beside.replace(path.with_name(path.name + beside.name.removeprefix(temporary.name)))
+        for made in (temporary, *temporary.parent.glob(f"{temporary.name}.*")):  # and what lies beside a program
+            place = path.with_name(path.name + made.name.removeprefix(temporary.name))
+            if place.is_dir() and overwrite:
+                shutil.rmtree(place)
+            made.replace(place)
     finally:
         for left in (temporary, *temporary.parent.glob(f"{temporary.name}.*")):
             if left.is_dir():
@@ -193,6 +193,7 @@ def _proved(temporary: Path, source: Path, path: Path) -> Report:
     from plmtune.export.verify import verify
 
     report = verify(temporary, source)
+    report.export = str(path)
     if not report.passed:
         raise NotTheModel(path, report)
     return report
@@ -269,7 +270,7 @@ def _write_executorch(
 ) -> list[str]:
     from plmtune.export.executorch import export_pte
 
-    return export_pte(model, tokenizer, path, scheme=kind, max_seq_len=context or min(model.max_seq_len, 2048))
+    return export_pte(model, tokenizer, path, scheme=kind, max_seq_len=context)
 
 
 def _keep_adapters(

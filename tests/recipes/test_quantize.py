@@ -77,10 +77,10 @@ class TestOneModel:
 
 class TestSensitivity:
     def test_a_budget_gives_a_mix_that_fits_it(self, folder: Path) -> None:
-        run("quantization=int4", "sensitivity.measure=true", "sensitivity.budget=54%", "sensitivity.tokens=64")
+        run("quantization=int4", "sensitivity.measure=true", "sensitivity.budget=52%", "sensitivity.tokens=64")
         report = json.loads((folder / "out" / "quantize.json").read_text())
         assert report["scheme"]["component"] == "mixed"
-        assert report["bytes"] - 4096 <= 0.54 * report["bytes_before"]  # the file has a header
+        assert report["bytes"] - 4096 <= 0.52 * report["bytes_before"]  # the file has a header
         assert len(set(report["formats"].values())) > 1
         assert (folder / "out" / "sensitivity.png").stat().st_size > 10_000
         # What it proposes is a config that can be given again.
