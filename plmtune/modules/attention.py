@@ -19,7 +19,6 @@ from torch.nn.attention.varlen import varlen_attn
 from plmtune.modules.cache import LayerCache
 from plmtune.modules.linear import Linear
 from plmtune.modules.peft import effective_weight
-from plmtune.modules.quantized import Quantized
 from plmtune.modules.rope import RotaryEmbedding
 from plmtune.modules.segments import Segments
 from plmtune.registry import register
@@ -265,7 +264,6 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
         self.o_proj = Linear(num_heads * v_head_dim, embed_dim, bias=False)
         self.rope = RotaryEmbedding(qk_rope_head_dim, max_seq_len, theta=rope_theta, interleaved=True)
-        self._written_out: tuple[Tensor, Tensor] | None = None
 
     def head_shapes(self) -> tuple[tuple[int, int], ...]:
         """(heads, width) of queries, keys and values, as attention over several tokens sees them."""
@@ -321,7 +319,7 @@ class MultiHeadLatentAttention(nn.Module):
         # Absorbed: q (W_uk c) = (q W_uk) c, so fold W_uk into the query and attend over the latent itself as
         # one KV head that all query heads share; apply W_uv after the sum. For PLM-1.8B the cache is 8.9x
         # smaller than K and V.
-        w_kv = self._kv_b_weight()  # [h (n + v), c]
+        w_kv = effective_weight(self.kv_b_proj)  # [h (n + v), c]
         w_uk, w_uv = w_kv.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim)).split(
             (self.qk_nope_head_dim, self.v_head_dim), dim=1
         )  # [h, n, c], [h, v, c]
@@ -345,15 +343,6 @@ class MultiHeadLatentAttention(nn.Module):
             summed = torch.matmul(weights, kept[..., : self.kv_lora_rank])  # [b, h, c]
             heads = torch.matmul(summed.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)  # [b, h, v]
         return heads.reshape(kept.shape[0], 1, -1)
-
-    def _kv_b_weight(self) -> Tensor:
-        """kv_b_proj's matrix, [h (n + v), c]; of integers written out once and kept, since each token needs it."""
-        layer = self.kv_b_proj
-        if not isinstance(layer, Quantized) or self.training:
-            return effective_weight(layer)
-        if self._written_out is None or self._written_out[0] is not layer.scales:
-            self._written_out = (layer.scales, layer.dequantize())
-        return self._written_out[1]
 
 
 # Below, a second thread's share is less than what it costs to join it (measured: about 300).

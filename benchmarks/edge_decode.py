@@ -1,0 +1,241 @@
+"""Decoding one token: ours in bf16, int8, int4, dense and skipping zeros, beside llama.cpp with the same weights.
+
+    python benchmarks/edge_decode.py [--models plm_100m] [--contexts 128,2048,4096] [--threads 2] [--json F] [--plot F]
+
+plm_100m   13 layers of 768, 16 heads whose keys and values are 8.9 times their latent, as PLM's are
+plm_1.8b   PLM-1.8B's layer, four times, with a vocabulary of 32,000
+
+Weights are random, with zeros as trained ones have them: a direction that all embeddings share is weighed against in
+each `up`, so that 90% of squared ReLU's outputs are zero (--sparsity). Ours decodes from a cache of random numbers,
+which costs what real ones cost; llama.cpp reads random tokens, with flash attention off, since it aborts on PLM.
+All are open at once and take turns, in an order that is turned round, so that ratios hold on a busy machine, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import cast
+
+import torch
+from side_by_side import machine
+from torch import Tensor
+
+from plmtune.data.tokenizers import byte
+from plmtune.devices.sparse_decode import squared_relus, switch
+from plmtune.errors import UserError
+from plmtune.export.gguf_writer import write_gguf
+from plmtune.export.runtimes import open_runtime
+from plmtune.models.plm import plm
+from plmtune.modules.decoder import Decoder
+from plmtune.modules.quantized_kernels import prepare
+from plmtune.quantization import schemes
+from plmtune.quantization.quantize import quantize
+from plmtune.registry import component
+
+VOCABULARY = 32000
+KINDS = ("F16", "Q8_0", "Q4_0")
+# (numerator, denominator), the bars of the project in the first three
+RATIOS = (
+    ("ours int4", "ours bf16"),
+    ("ours bf16 sparse", "ours bf16"),
+    ("ours bf16", "llama.cpp F16"),
+    ("ours int8", "llama.cpp Q8_0"),
+    ("ours int4", "llama.cpp Q4_0"),
+)
+COLOURS = {"ours": "#0072B2", "llama.cpp": "#D55E00"}
+LINES = {"bf16": "-", "F16": "-", "int8": "--", "Q8_0": "--", "int4": ":", "Q4_0": ":", "bf16 sparse": "-."}
+
+
+def build(name: str, longest: int) -> Decoder:
+    torch.manual_seed(0)
+    if name == "plm_1.8b":
+        return plm(VOCABULARY, num_layers=4, max_seq_len=longest)
+    return plm(
+        VOCABULARY,
+        attention=component(
+            "attention", "mla", kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
+        ),
+        ffn=component("ffn", "squared_relu", hidden_dim=3072),
+        embed_dim=768,
+        num_layers=13,
+        num_heads=16,
+        max_seq_len=longest,
+    )
+
+
+@torch.no_grad()
+def make_sparse(model: Decoder, share: float) -> float:
+    """Shift each `up` until this share of its outputs is negative; return the share of zeros that came of it."""
+    embeddings = model.tok_embeddings.weight
+    embeddings += embeddings.std() * torch.randn(model.embed_dim)
+    text = torch.randint(VOCABULARY, (1, 256))
+    shares = []
+    for ffn in squared_relus(model).values():
+        seen: list[Tensor] = []
+        hook = ffn.up_proj.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0][0]))
+        model(text, hidden=True)
+        hook.remove()
+        (x,) = seen
+        mean = x.mean(0)
+        outputs = ffn.up_proj(x)
+        # Along the mean all inputs are nearly alike, so what is taken off there is taken off all outputs alike.
+        ffn.up_proj.weight -= torch.outer(outputs.quantile(share, dim=0), mean / mean.square().sum())
+        shares.append(float((ffn.up_proj(x) <= 0).float().mean()))
+    return statistics.fmean(shares)
+
+
+class Ours:
+    """One of our variants with a cache of random numbers."""
+
+    def __init__(self, model: Decoder, longest: int) -> None:
+        self.model, self.cache = model, model.new_cache(1, longest)
+        for layer in self.cache.layers:
+            for buffer in layer:
+                buffer.normal_()
+        self.next = torch.zeros(1, 1, dtype=torch.long)
+
+    def start(self, context: int) -> None:
+        self.cache.length = context
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        logits = self.model.logits(self.model(self.next, cache=self.cache, hidden=True)[:, -1:])
+        self.next = logits.argmax(-1)
+
+
+class Theirs:
+    """A GGUF file in llama.cpp."""
+
+    def __init__(self, path: Path, longest: int, threads: int, stack: ExitStack) -> None:
+        self.runtime = stack.enter_context(open_runtime(path, threads=threads, context=longest))
+        self.next = 0
+
+    def start(self, context: int) -> None:
+        self.next = self.runtime.start(torch.randint(VOCABULARY, (context,)).tolist())
+
+    def step(self) -> None:
+        self.next = self.runtime.step(self.next)
+
+
+def variants(model: Decoder, longest: int, threads: int, folder: Path, stack: ExitStack) -> dict[str, Ours | Theirs]:
+    """Everything that is compared, with one model's weights."""
+    found: dict[str, Ours | Theirs] = {}
+    model.requires_grad_(False).eval()
+    for scheme in ("int8", "int4"):
+        held = copy.deepcopy(model).to(torch.bfloat16)
+        quantize(held, getattr(schemes, scheme)(held))
+        prepare(held)
+        found[f"ours {scheme}"] = Ours(held, longest)
+    for kind in KINDS:
+        path = folder / f"{kind}.gguf"
+        try:
+            write_gguf(model, byte(), path, kind=kind)
+            found[f"llama.cpp {kind}"] = Theirs(path, longest, threads, stack)
+        except UserError as error:
+            print(f"llama.cpp {kind} is left out: {error}")
+    dense = model.to(torch.bfloat16)
+    sparse = copy.deepcopy(dense)
+    switch(sparse, True)
+    return {"ours bf16": Ours(dense, longest), "ours bf16 sparse": Ours(sparse, longest), **found}
+
+
+def alternate(steps: dict[str, Callable[[], None]], rounds: int, tokens: int) -> dict[str, float]:
+    """Median seconds a token of each, over rounds in which each writes some tokens."""
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds):
+        for name in list(steps)[:: 1 if number % 2 == 0 else -1]:
+            time.sleep(0.02)  # threads of the one before have stopped waiting for work
+            steps[name]()
+            for _ in range(tokens):
+                start = time.perf_counter()
+                steps[name]()
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def run(name: str, contexts: Sequence[int], arguments: argparse.Namespace) -> dict[str, object]:
+    longest = max(contexts) + arguments.rounds * (arguments.tokens + 1) + 1
+    model = build(name, longest)
+    sparsity = make_sparse(model, arguments.sparsity)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"\n{name}: {parameters / 1e6:.0f}M parameters, {sparsity:.1%} zeros\n", flush=True)
+    speeds: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        compared = variants(model, longest, arguments.threads, Path(folder), stack)
+        for context in contexts:
+            for variant in compared.values():
+                variant.start(context)
+            steps = {key: cast(Callable[[], None], variant.step) for key, variant in compared.items()}
+            seconds = alternate(steps, arguments.rounds, arguments.tokens)
+            speeds[str(context)] = {key: 1 / value for key, value in seconds.items()}
+    show(speeds)
+    return {"parameters": parameters, "sparsity": sparsity, "tokens_per_second": speeds}
+
+
+def show(speeds: dict[str, dict[str, float]]) -> None:
+    print("| tokens/s at context | " + " | ".join(speeds) + " |\n|" + "---|" * (len(speeds) + 1))
+    for key in next(iter(speeds.values())):
+        print(f"| {key} | " + " | ".join(f"{found[key]:.1f}" for found in speeds.values()) + " |")
+    for over, under in RATIOS:
+        if all(over in found and under in found for found in speeds.values()):
+            ratios = " | ".join(f"{found[over] / found[under]:.2f}x" for found in speeds.values())
+            print(f"| {over} / {under} | {ratios} |", flush=True)
+
+
+def draw(results: dict[str, dict[str, object]], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, StrMethodFormatter
+
+    figure = Figure(figsize=(6 * len(results), 4.5), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, result) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        speeds = cast(dict[str, dict[str, float]], result["tokens_per_second"])
+        contexts = [int(context) for context in speeds]
+        for key in next(iter(speeds.values())):
+            program, _, form = key.partition(" ")
+            values = [found[key] for found in speeds.values()]
+            axes.plot(contexts, values, color=COLOURS[program], linestyle=LINES[form], marker="o", ms=3, label=key)
+        axes.set_title(name, fontsize=10)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(contexts))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens in the cache")
+        axes.set_ylabel("tokens/s")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, format="png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="plm_100m,plm_1.8b")
+    parser.add_argument("--contexts", default="128,2048,4096")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=6, help="written by each in a round")
+    parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    contexts = sorted(map(int, arguments.contexts.split(",")))
+    print(machine())
+    results = {name: run(name, contexts, arguments) for name in arguments.models.split(",")}
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(), "models": results}, indent=2) + "\n")
+    if arguments.plot:
+        draw(results, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
