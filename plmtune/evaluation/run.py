@@ -27,6 +27,7 @@ from plmtune.evaluation.result_cache import ResultCache
 from plmtune.evaluation.tasks import Tasks, quiet
 from plmtune.models.adapters import load_its_tokenizer, load_model
 from plmtune.models.files import checkpoint_directory
+from plmtune.modules.quantized_kernels import prepare
 from plmtune.provenance import git_state, now
 from plmtune.training import distributed
 from plmtune.training.reference import model_digest
@@ -126,6 +127,7 @@ def evaluate_checkpoint(
             f"{model.vocab_size:,}. They are not of one model."
         )
     digest = model_digest(model)
+    prepare(model)
     name = _name(directory)
     file = out / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
     out.mkdir(parents=True, exist_ok=True)
@@ -277,7 +279,7 @@ def about(name: str, path: Path, model: Decoder, digest: str) -> dict[str, Any]:
         "name": name,
         "path": str(path),
         "digest": digest,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": model.num_parameters,
         "dtype": str(model.dtype).removeprefix("torch."),
         "step": None,
         "run": None,

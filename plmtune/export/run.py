@@ -103,12 +103,16 @@ def export(
     say(f"reading {source}")
     tokenizer = load_its_tokenizer(source, base)
     model = load_model(source, dtype=None, base=base).eval()
-    made_by = {"gguf": _write_gguf, "hf": _write_hf, "executorch": _write_executorch}[to]
+    made_by: dict[str, Callable[..., list[str]]] = {
+        "gguf": _write_gguf,
+        "hf": _write_hf,
+        "executorch": _write_executorch,
+    }[to]
     folder.mkdir(parents=True, exist_ok=True)
     for kind, path in paths.items():
         say(f"writing {path}")
         with _in_place(path, overwrite) as temporary:
-            notes = made_by(model, tokenizer, temporary, kind, name=name, as_=as_, context=context)
+            notes = writers[to](model, tokenizer, temporary, kind, name=name, as_=as_, context=context)
             report = None
             if verify:
                 say(f"proving {path}")

@@ -14,7 +14,7 @@ from plmtune.modules.cache import Cache, LayerCache, Stem
 from plmtune.modules.linear import linear
 from plmtune.modules.norm import autocast_active
 from plmtune.modules.peft import effective_weight
-from plmtune.modules.quantized import QuantizedEmbedding, QuantizedLinear
+from plmtune.modules.quantized import Quantized, QuantizedEmbedding, QuantizedLinear
 from plmtune.modules.segments import Segments
 
 
@@ -144,6 +144,12 @@ class Decoder(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of hidden states without autocast, and of what a cache holds."""
         return next(self.norm.parameters()).dtype
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers of the model; those stored as integers count, their scales do not."""
+        stored = sum(m.num_rows * m.width for m in self.modules() if isinstance(m, Quantized))
+        return stored + sum(parameter.numel() for parameter in self.parameters())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return fp32 logits, [..., v], of normed hidden states, [..., d]."""
