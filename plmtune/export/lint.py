@@ -157,8 +157,9 @@ def matrices(config: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
         }
     else:
         width = _head_dims(config)[0]
+        sizes["q_proj"] = (heads * width, d)
         sizes |= dict.fromkeys(("k_proj", "v_proj"), (kv_heads(config) * width, d))
-        sizes |= {"q_proj": (heads * width, d), "o_proj": (d, heads * width)}
+        sizes["o_proj"] = (d, heads * width)
     hidden = config["ffn"]["hidden_dim"]
     sizes |= {"gate_proj": (hidden, d)} if config["ffn"]["component"] == "swiglu" else {}
     sizes |= {"up_proj": (hidden, d), "down_proj": (d, hidden)}

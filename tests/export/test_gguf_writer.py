@@ -5,6 +5,7 @@ import shutil
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -216,7 +217,7 @@ class TestRefusals:
     def test_room_is_asked_for_before_anything_is_written(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
         with pytest.raises(UserError, match=r"a.gguf needs [\d.]+ KiB, and its disk has 1000 B left"):
             write_gguf(small(), byte(), tmp_path / "a.gguf", kind="F32")
 
@@ -311,8 +312,8 @@ class TestTokenizers:
 
     def test_without_a_byte_say_so(self, tmp_path: Path) -> None:
         ranks = [token for token in SINGLE_BYTES if token not in (b"\x04", b"\xff")]
-        held = Vocabulary([*ranks, b"he"], range(255), GPT2_PATTERN, None, {"<|endoftext|>": 255}, merges=[(100, 101)])
-        held = Vocabulary([*ranks, ranks[1] + ranks[2]], range(255), GPT2_PATTERN, None, held.specials, merges=[(1, 2)])
+        tokens, specials = [*ranks, ranks[1] + ranks[2]], {"<|endoftext|>": 255}
+        held = Vocabulary(tokens, range(255), GPT2_PATTERN, None, specials, merges=[(1, 2)])
         (note,) = write_gguf(small(), Tokenizer(held), tmp_path / "a.gguf", kind="F16")
         assert "no token for 1 bytes (0x04)" in note
 

@@ -1,0 +1,121 @@
+"""llama.cpp's own quantizer: its types are those that the lint foretold, and what it cannot do is said in words."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from plmtune.data.tokenizers import byte
+from plmtune.errors import UserError
+from plmtune.export.gguf_quantize import quantize_gguf
+from plmtune.export.gguf_writer import write_gguf
+from plmtune.export.lint import QUANTIZED, matrices, stored_type
+from plmtune.export.runtimes import open_runtime
+from plmtune.models.gguf import gguf_name
+from plmtune.models.gguf_file import opened_gguf
+from plmtune.models.plm import plm
+from plmtune.modules.decoder import Decoder
+from plmtune.registry import component
+
+
+def wide() -> Decoder:
+    """Some rows of 256 numbers, some of other widths."""
+    torch.manual_seed(0)
+    return plm(
+        byte().vocab_size,
+        attention=component(
+            "attention", "mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12
+        ),
+        ffn=component("ffn", "squared_relu", hidden_dim=512),
+        embed_dim=256,
+        num_layers=1,
+        num_heads=4,
+        max_seq_len=64,
+        init_std=0.1,
+    ).eval()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    write_gguf(wide(), byte(), tmp_path / "f16.gguf", kind="F16")
+    return tmp_path / "f16.gguf"
+
+
+class TestTypes:
+    @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K_S", "Q4_K_S", "Q5_K_S", "Q6_K", "IQ4_XS", "IQ3_S"])
+    def test_are_those_foretold_and_never_smaller(self, kind: str, source: Path, tmp_path: Path) -> None:
+        pytest.importorskip("llama_cpp")
+        (note,) = quantize_gguf(source, tmp_path / "a.gguf", kind, threads=1)
+        config = wide().config
+        with opened_gguf(tmp_path / "a.gguf") as file:
+            found = {name: file.tensors[_in_file(name)].kind.name for name in matrices(config)}
+        foretold = {name: stored_type(kind, size[1], head=name == "tok_embeddings") for name, size in _sizes().items()}
+        mix = {"kv_b_proj", "down_proj", "o_proj"}  # what some mixes give more bits
+        assert {name: found[name] for name in found if name not in mix} == {
+            name: foretold[name] for name in foretold if name not in mix
+        }
+        assert foretold["o_proj"] != QUANTIZED[kind] and found["up_proj"] == QUANTIZED[kind]
+        assert note.startswith("Of its numbers ") and QUANTIZED[kind] in note
+
+    def test_compute_nearly_the_same(self, source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("llama_cpp")
+        quantize_gguf(source, tmp_path / "a.gguf", "q4_k_m", threads=1)
+        assert capfd.readouterr() == ("", "")
+        ids = [5, 77, 3, 250, 9, 100]
+        with torch.no_grad():
+            ours = wide()(torch.tensor([ids]))[0, -1].log_softmax(-1)
+        with open_runtime(tmp_path / "a.gguf", prefer="llama_cpp", threads=1) as runtime:
+            theirs = runtime.log_probs(ids, 1)[0]
+        assert (ours.exp() * (ours - theirs)).sum() < 0.1
+
+
+def _sizes() -> dict[str, tuple[int, int, int]]:
+    return matrices(wide().config)
+
+
+def _in_file(name: str) -> str:
+    owner = {"tok_embeddings": ""}.get(name, "layers.0.attention." if name[0] in "qko" else "layers.0.ffn.")
+    return gguf_name(f"{owner}{name}.weight")
+
+
+class TestRefusals:
+    def test_a_missing_package_is_named_with_its_extra(
+        self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "llama_cpp", None)
+        with pytest.raises(UserError, match=r"Q4_K_M is made by .*pip install 'plmtune\[llama-cpp\]'.*Q8_0"):
+            quantize_gguf(source, tmp_path / "a.gguf", "Q4_K_M")
+
+    @pytest.mark.parametrize(
+        ("kind", "message"),
+        [
+            ("Q4_K_X", r"no type Q4_K_X. Did you mean Q4_K_[MS]\?"),
+            ("IQ2_XS", "IQ2_XS needs a table of importances"),
+            ("F16", "F16 is no quantized type"),
+        ],
+    )
+    def test_a_kind_that_is_none(self, kind: str, message: str, source: Path, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=message):
+            quantize_gguf(source, tmp_path / "a.gguf", kind)
+
+    def test_rounded_numbers_are_not_rounded_again(self, tmp_path: Path) -> None:
+        pytest.importorskip("llama_cpp")
+        write_gguf(wide(), byte(), tmp_path / "q8.gguf", kind="Q8_0")
+        with pytest.raises(UserError, match=r"q8.gguf holds Q8_0: quantize from F32, F16 or BF16"):
+            quantize_gguf(tmp_path / "q8.gguf", tmp_path / "a.gguf", "Q4_K_M")
+
+    def test_a_failure_is_told_in_llama_cpps_words_and_leaves_nothing(self, source: Path, tmp_path: Path) -> None:
+        pytest.importorskip("llama_cpp")
+        data = source.read_bytes().replace(b"general.architecture", b"general.architectura")
+        (tmp_path / "bad.gguf").write_bytes(data)
+        with pytest.raises(UserError, match=r"llama.cpp could not make Q4_K_M of .*bad.gguf: .*architecture"):
+            quantize_gguf(tmp_path / "bad.gguf", tmp_path / "a.gguf", "Q4_K_M", threads=1)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.gguf", "f16.gguf"]
+
+    def test_a_file_that_is_there_stays(self, source: Path, tmp_path: Path) -> None:
+        pytest.importorskip("llama_cpp")
+        (tmp_path / "a.gguf").write_text("mine")
+        with pytest.raises(UserError, match="is there already"):
+            quantize_gguf(source, tmp_path / "a.gguf", "Q4_K_M")
+        assert (tmp_path / "a.gguf").read_text() == "mine"
