@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from plmtune.devices.predict import Prediction
 
 _SCHEMES = "bf16,int8,int4,f16,q8_0,q4_0,q4_k_m"
+_CONTEXTS = "128,2048,4096"
 _LISTED = 20  # of a front
 
 
@@ -30,7 +31,7 @@ _LISTED = 20  # of a front
 @click.option("--device", "devices", default="pi5", show_default=True, help="Names or FILE.yaml, with commas.")
 @click.option("--scheme", "schemes", help=f"With commas; default: {_SCHEMES}; of a sweep int4.")
 @click.option("--runtime", "runtimes", help="plmtune or llama.cpp, or both; default: both; of a sweep plmtune.")
-@click.option("--context", "contexts", help="Tokens in the cache; default: 128,2048,4096; of a sweep 2048.")
+@click.option("--context", "contexts", help=f"Tokens in the cache; of a sweep one; default: {_CONTEXTS}, or 2048.")
 @click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens read for the first one.")
 @click.option("--train-on", default="h200", show_default=True, help="Device of the hours that training takes.")
 @click.option("--sweep", is_flag=True, help="Predict every combination of the keys that have several values.")
@@ -68,7 +69,7 @@ def plan(
     from plmtune.devices.device import load_device
 
     chosen = [load_device(device) for device in _words(devices, "--device")]
-    lengths = _lengths(contexts or ("2048" if sweep else "128,2048,4096"))
+    lengths = _lengths(contexts or ("2048" if sweep else _CONTEXTS))
     names = _words(schemes or ("int4" if sweep else _SCHEMES), "--scheme")
     where = _words(runtimes or ("plmtune" if sweep else "plmtune,llama.cpp"), "--runtime")
     overlays = [text for text in arguments if text.endswith((".yaml", ".yml")) and "=" not in text]
@@ -82,6 +83,8 @@ def plan(
         _sweep(name, overlays, overrides, chosen[0], names[0], where[0], lengths[0], prompt, json_path, plot)
         return
     anatomy, cfg = _read(name, overlays, overrides)
+    if contexts is None:  # the usual ones, as far as this model goes
+        lengths = sorted({min(length, anatomy.max_seq_len) for length in lengths})
     _plan(name, anatomy, cfg, chosen, names, schemes is not None, where, lengths, prompt, train_on, json_path, plot)
 
 
@@ -164,6 +167,8 @@ def _plan(
     if not schemes_given and len(runtimes) == 1:
         schemes = [s for s in schemes if s == costs.STORED or s in costs.schemes_of(runtimes[0])]
     pairs = costs.check_schemes(schemes, runtimes)
+    if not schemes_given:
+        pairs = [pair for pair in pairs if pair != ("llama.cpp", "bf16")]  # f16 is there, of the same size
     pairs.sort(key=lambda pair: runtimes.index(pair[0]))
     refused = ""
     try:
@@ -268,7 +273,8 @@ def _print_device(device: Device, predictions: list[Prediction], contexts: list[
 def _speed(prediction: Prediction) -> str:
     if prediction.decode is None:
         return "does not fit"
-    return f"{prediction.decode:.3g} ± {prediction.decode * prediction.error:.2g}"
+    speed, off = prediction.decode, prediction.decode * prediction.error
+    return f"{speed:,.0f} ± {off:,.0f}" if speed >= 100 else f"{speed:.3g} ± {off:.2g}"
 
 
 def _training(cfg: Any, train_on: str) -> dict[str, Any]:
@@ -368,7 +374,8 @@ def _sweep(
     too_large = [point for point in found.points if not point.prediction.fits]
     click.echo(
         f"{name} on {device.name}: {len(found.points) + missed:,} architectures, {scheme} in {runtime}, "
-        f"{context:,} tokens of context; {missed:,} are impossible, {len(too_large):,} do not fit {show_bytes(device.available)}"
+        f"{context:,} tokens of context; {missed:,} are impossible, {len(too_large):,} do not fit "
+        f"{show_bytes(device.available)}"
     )
     for reason, settings in sorted(found.impossible.items(), key=lambda item: -len(item[1]))[:5]:
         example = ", ".join(f"{key}={value}" for key, value in settings[0].items())

@@ -288,10 +288,12 @@ def _rates(
     program: float,
 ) -> RuntimeRates:
     """Fit what `predict.decode_seconds` adds up to the times, each weighted by its own, so that errors are relative."""
-    rows, columns = [], {}
+    rows: list[dict[tuple[str, str], float]] = []
+    columns: dict[tuple[str, str], None] = {}
     for timing in timings:
         held = costs.weights(timing.anatomy, runtime, timing.scheme)
-        row: dict[tuple[str, str], float] = {("token", ""): 1.0}
+        # What a token costs apart from its layers is a fraction of one, and cannot be told from them.
+        row: dict[tuple[str, str], float] = {}
         for form, size in held.read.items():
             row["weights", form] = size / bandwidth
             if form.lower() not in (*costs.FLOATS, "f16"):  # a plain product's call is in the layers' overhead
@@ -312,7 +314,7 @@ def _rates(
             if what == "weights"
         },
         layers={kind: found[what, kind] for what, kind in columns if what == "layer"},
-        token=found["token", ""],
+        token=0.0,
         cache={kind: bandwidth / share[what, kind] for what, kind in columns if what == "cache"},
         attention=attention,
         program=program,
@@ -337,7 +339,9 @@ def _with_error(rates: RuntimeRates, runtime: str, timings: Sequence[_Timing], b
 
 def _compute(runtime: str, prompts: Sequence[_Timing], attention: float) -> dict[str, float]:
     """FLOP/s of products with many rows, by form."""
-    rows, columns, seconds = [], {}, []
+    rows: list[dict[str, float]] = []
+    columns: dict[str, None] = {}
+    seconds: list[float] = []
     for timing in prompts:
         held = costs.weights(timing.anatomy, runtime, timing.scheme)
         row = {form: 2.0 * timing.depth * numbers for form, numbers in held.numbers.items() if numbers}
