@@ -120,8 +120,11 @@ def read_weights(directory: Path) -> Weights:
         with files.opened_weights(path) as opened:
             for tensor in opened.keys():  # noqa: SIM118 - no dict
                 header = opened.get_slice(tensor)
-                parameters += prod(header.get_shape())
-                dtypes.add(header.get_dtype())
+                kind = header.get_dtype()
+                dtypes.add(kind)
+                # Of a quantized matrix the integers count, two to a byte of 4 bits; its scales and zeros do not.
+                if not tensor.endswith((".scales", ".zeros")):
+                    parameters += prod(header.get_shape()) * (2 if kind == "U8" else 1)
     size = sum(path.stat().st_size for path in set(locations.values()))
     return Weights(parameters, sorted(dtypes), size, any(name.endswith(SCORE) for name in locations))
 

@@ -103,11 +103,11 @@ def export(
     say(f"reading {source}")
     tokenizer = load_its_tokenizer(source, base)
     model = load_model(source, dtype=None, base=base).eval()
-    made_by: dict[str, Callable[..., list[str]]] = {
+    writers: dict[str, Callable[..., list[str]]] = {
         "gguf": _write_gguf,
         "hf": _write_hf,
         "executorch": _write_executorch,
-    }[to]
+    }
     folder.mkdir(parents=True, exist_ok=True)
     for kind, path in paths.items():
         say(f"writing {path}")
