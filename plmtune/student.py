@@ -159,7 +159,7 @@ def _prepare(cfg: Any, model: Decoder, runtime: Runtime) -> tuple[dict[str, Any]
     numbers = sum(p.numel() for name in plan for p in model.get_submodule(name).parameters() if p.ndim == 2)
     note = (
         f"quantization: {len(plan)} matrices are rounded in the forward as {chosen.name} stores them "
-        f"({show_bytes(4 * numbers)} more memory); checkpoints hold them unrounded"
+        f"({show_bytes(4 * numbers)} more memory); checkpoints hold them unrounded, for plmtune run quantize"
     )
     return _qat().scheme_of(chosen), [note, *getattr(plan, "notes", [])]
 
