@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ class Contents:
         settings: what changes a model's numbers: our key -> value.
         tensors: our name -> the numbers it stands for, fp32, in our layout, read when asked for; empty where the file
             cannot be read that way.
+        kinds: our name -> how that tensor's numbers are written, where it is not `kind`.
         tokenizer: tokens, merges and pre-tokenizer, as far as they are known.
         template: of conversations; None: none, or not known.
         adds_bos: whether the runtime is told to put bos before a text; None: not known.
@@ -42,6 +44,7 @@ class Contents:
     kind: str
     settings: dict[str, float] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
     tokenizer: dict[str, list[str]] = field(default_factory=dict)
     template: str | None = None
     adds_bos: bool | None = None
@@ -62,7 +65,8 @@ def read_contents(path: Path, model: Decoder) -> Contents:
     if path.suffix == ".pte" and path.is_file():
         from plmtune.export.runtimes.executorch import read_facts
 
-        return Contents(read_facts(path).scheme)
+        formats = read_facts(path).formats
+        return Contents("F32" if formats == ("fp32",) else _coarsest(list(formats)))
     return _of_directory(checkpoint_directory(path), model)
 
 
@@ -81,6 +85,7 @@ def tokenizer_tables(tokenizer: Tokenizer) -> dict[str, list[str]]:
     return {"tokens": tokens, "merges": merges}
 
 
+_BITS = re.compile(r"(?:IQ|TQ|Q|(?:int8_dynamic_)?int)(\d)(?:_\w+)?")
 # Our key: Hugging Face's, and GGUF's without the architecture.
 _KEYS = {
     "norm.eps": ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
@@ -114,6 +119,12 @@ def differing(held: Mapping[str, float], wanted: Mapping[str, float]) -> dict[st
         for key in wanted
         if key in held and not math.isclose(held[key], wanted[key], rel_tol=1e-6)
     }
+
+
+def bits_of(kind: str) -> int | None:
+    """Bits of a number of some kind of integers (Q4_K: 4, int8_dynamic_int4_g32: 4); None: it is none that is known."""
+    found = _BITS.fullmatch(kind)
+    return int(found[1]) if found else None
 
 
 class _Lazy(Mapping[str, Tensor]):
@@ -152,6 +163,7 @@ def _of_gguf(path: Path, model: Decoder) -> Contents:
             _kind_of_gguf(file),
             settings,
             _Lazy(there, lambda ours: _gguf_tensor(file, model, ours)),
+            {ours: file.tensors[gguf_name(ours)].kind.name for ours in there},
             {key: value for key, value in tables.items() if isinstance(value, list)},
             template if isinstance(template, str) else None,
             bool(adds_bos) if adds_bos is not None else None,
@@ -200,6 +212,7 @@ def _of_directory(directory: Path, model: Decoder) -> Contents:
         _coarsest(formats) if formats else _dtype_of(directory, locations),
         settings,
         _Lazy(there, lambda ours: stored[names[ours]].float()),
+        {},
         tables,
         template,
         adds_bos,

@@ -6,6 +6,7 @@ here is a guess: what no trial explains is said to be unexplained, with what was
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plmtune.export.contents import Contents, differing, settings_of
+from plmtune.export.contents import Contents, bits_of, differing, settings_of
 from plmtune.modules.attention import MultiHeadLatentAttention
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.norm import RMSNorm
@@ -23,8 +24,11 @@ from plmtune.modules.quantized import Quantized, QuantizedEmbedding
 
 # A trial explains a difference that it brings below this share. What rounding leaves is rarely that much of a mistake.
 _EXPLAINED = 1 / 3
-# Of a tensor's norm; norms and biases are never rounded further than to 16 bits.
-_ROUNDED = 0.01
+# How far a matrix may be off, as a share of its norm: about three times what normally distributed weights are. Norms
+# and biases are never rounded further than to 16 bits.
+_ROUNDING = {"F32": 1e-6, "F16": 2e-3, "BF16": 0.01}
+_ROUNDING_OF_BITS = {8: 0.02, 6: 0.06, 5: 0.12, 4: 0.25, 3: 0.5, 2: 0.9}
+_VECTOR = 0.01
 # Beyond it a probability is zero for fp32, and its logarithm noise.
 _LOWEST = -80.0
 
@@ -79,7 +83,7 @@ def _suspicions(model: Decoder, contents: Contents) -> Iterator[Suspicion]:
     if not model.tied:
         said = "the export takes the embedding for the head, which in the checkpoint is a matrix of its own"
         yield said, partial(_with_tied_head, model)
-    suspects = _suspect_tensors(model, contents)
+    suspects = suspect_tensors(model, contents)
     if suspects:
         said = "; ".join(f"{name}: {what}" for name, what in list(suspects.items())[:4])
         more = f" (and {len(suspects) - 4} more tensors)" if len(suspects) > 4 else ""
@@ -172,24 +176,24 @@ def _with_tied_head(model: Decoder) -> Iterator[None]:
         model.tied = False
 
 
-def _suspect_tensors(model: Decoder, contents: Contents) -> dict[str, str]:
-    """{our name: what is wrong with it} of the export's tensors that are further off than the others."""
-    errors: dict[str, float] = {}
-    notes: dict[str, str] = {}
-    for name, theirs in contents.tensors.items():
-        ours = _weight(model, name)
-        if ours.shape != theirs.shape:
-            continue  # a runtime that took it reads it otherwise than we do
-        errors[name] = float((theirs - ours).norm() / ours.norm().clamp(min=1e-30))
-        notes[name] = _relation(theirs, ours)
-    matrices = sorted(error for name, error in errors.items() if _weight(model, name).ndim > 1)
-    usual = matrices[len(matrices) // 2] if matrices else 0.0
+def suspect_tensors(model: Decoder, contents: Contents) -> dict[str, str]:
+    """{our name: what is wrong with it} of the export's tensors that are further off than rounding takes them."""
     found = {}
-    for name, error in sorted(errors.items(), key=lambda held: -held[1]):
-        vector = _weight(model, name).ndim == 1
-        if not error <= (_ROUNDED if vector else 3 * usual + 1e-5):
-            found[name] = notes[name] or f"off by {error:.1%} of its norm, where others are by {usual:.1%}"
+    for name, theirs in contents.tensors.items():
+        ours, kind = _weight(model, name), contents.kinds.get(name, contents.kind)
+        if ours.shape != theirs.shape:
+            found[name] = f"it is {list(theirs.shape)}, not {list(ours.shape)}"
+            continue
+        error = float((theirs - ours).norm() / ours.norm().clamp(min=1e-30))
+        if not error <= (limit := min(_rounding(kind), _VECTOR if ours.ndim == 1 else math.inf)):
+            found[name] = _relation(theirs, ours) or f"off by {error:.1%} of its norm, where {kind} allows {limit:.2g}"
     return found
+
+
+def _rounding(kind: str) -> float:
+    """How far rounding to this kind may take a matrix, as a share of its norm; infinite where it is not known."""
+    bits = bits_of(kind)
+    return _ROUNDING.get(kind, _ROUNDING_OF_BITS.get(bits or 0, math.inf))
 
 
 def _relation(theirs: Tensor, ours: Tensor) -> str:
@@ -199,7 +203,7 @@ def _relation(theirs: Tensor, ours: Tensor) -> str:
     if not theirs.any():
         return "all its numbers are zero"
     scale = ours.norm() * theirs.norm()
-    if (theirs * ours).sum() > 0.9999 * scale and abs(float(theirs.norm() / ours.norm()) - 1) > _ROUNDED:
+    if (theirs * ours).sum() > 0.9999 * scale and abs(float(theirs.norm() / ours.norm()) - 1) > _VECTOR:
         return f"it is {float(theirs.norm() / ours.norm()):.4g} times the checkpoint's"
     if ours.ndim == 2 and ours.shape[0] == ours.shape[1] and (theirs.T * ours).sum() > 0.99 * scale:
         return "it is transposed"

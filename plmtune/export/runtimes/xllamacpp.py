@@ -68,6 +68,10 @@ class XLlamaCpp(Runtime):
         except RuntimeError as error:
             raise UserError(f"llama.cpp cannot load {path}: {error}") from error
         self._ids: list[int] = []
+        # The server keeps a row back where the token that it writes ends a text or a character is not whole yet. So it
+        # always writes the same one; rows are of the logits before any bias.
+        whole = self._post("/tokenize", {"content": "a"})["tokens"][-1]
+        self._bias = [[whole, 1e9]]
 
     def log_probs(self, ids: Sequence[int], last: int) -> Tensor:
         self.check(ids, last)
@@ -94,7 +98,14 @@ class XLlamaCpp(Runtime):
     def _complete(self, ids: list[int], count: int, *, cached: bool = True) -> list[dict[str, Any]]:
         """The `count` likeliest ids after some, with their log-probabilities, the likeliest first."""
         answer = self._server.handle_completions(
-            {"prompt": ids, "n_predict": 1, "n_probs": count, "temperature": 0.0, "cache_prompt": cached}
+            {
+                "prompt": ids,
+                "n_predict": 1,
+                "n_probs": count,
+                "temperature": 0.0,
+                "cache_prompt": cached,
+                "logit_bias": self._bias,
+            }
         )
         if "choices" not in answer:
             message = answer.get("message", answer) if isinstance(answer, dict) else answer

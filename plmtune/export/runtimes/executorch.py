@@ -1,0 +1,113 @@
+"""Programs for ExecuTorch, by its Python runtime; `export.executorch` says what such a file holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plmtune.data.chat_template import ChatTemplate
+from plmtune.data.rows import Message
+from plmtune.data.tokenizers import Tokenizer, load_tokenizer
+from plmtune.errors import UserError
+from plmtune.export.runtimes.base import Runtime
+from plmtune.models.files import read_json
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What lies beside a program: rows of the vocabulary, positions of the cache, and how its numbers are written."""
+
+    vocab_size: int
+    max_seq_len: int
+    formats: tuple[str, ...]
+
+
+def read_facts(path: Path) -> Facts:
+    """Read the JSON beside a .pte file.
+
+    Raises:
+        UserError: if there is none, or it is not ours.
+    """
+    beside = path.with_name(f"{path.name}.json")
+    if not beside.is_file():
+        raise UserError(f"{path} lacks {beside.name} beside it, which tells its vocabulary. Copy it along.")
+    facts = read_json(beside.parent, beside.name)
+    rows, positions, formats = (facts.get(key) for key in ("vocab_size", "max_seq_len", "formats"))
+    if type(rows) is not int or type(positions) is not int or not isinstance(formats, list) or not formats:
+        raise UserError(f"{beside} does not tell vocab_size, max_seq_len and formats: it is not of plmtune export.")
+    return Facts(rows, positions, tuple(map(str, formats)))
+
+
+class ExecuTorch(Runtime):
+    """A program of one token a call, its cache inside.
+
+    Args:
+        threads: None: ExecuTorch's own choice, which is all it can take from Python.
+        context: None: what the program was made for.
+    """
+
+    name = "ExecuTorch"
+
+    def __init__(self, path: Path, *, threads: int | None, context: int | None) -> None:
+        from executorch.runtime import Runtime as Engine
+
+        if threads is not None:
+            from executorch.extension.pybindings import portable_lib
+
+            # Not in every build: then the program takes the threads it takes.
+            limit = getattr(portable_lib, "_unsafe_reset_threadpool", None)
+            if limit is not None:
+                limit(threads)
+        facts = read_facts(path)
+        self.path, self.vocab_size = path, facts.vocab_size
+        self.context = min(context or facts.max_seq_len, facts.max_seq_len)
+        try:
+            self._program: Any = Engine.get().load_program(path)
+            self._forward: Any = self._program.load_method("forward")
+        except RuntimeError as error:
+            raise UserError(f"ExecuTorch cannot load {path}: {error}") from error
+        beside = path.with_name(f"{path.name}.tokenizer")
+        self._tokenizer: Tokenizer | None = load_tokenizer(beside) if beside.is_dir() else None
+        self._length = 0
+
+    def log_probs(self, ids: Sequence[int], last: int) -> Tensor:
+        self.check(ids, last)
+        rows = [self._logits(id, place) for place, id in enumerate(ids)][-last:]
+        return torch.stack(rows).log_softmax(-1)
+
+    def start(self, ids: Sequence[int]) -> int:
+        self.check(ids)
+        for place, id in enumerate(ids):
+            logits = self._logits(id, place)
+        self._length = len(ids)
+        return int(logits.argmax())
+
+    def step(self, id: int) -> int:
+        self._length += 1
+        return int(self._logits(id, self._length - 1).argmax())
+
+    def _logits(self, id: int, place: int) -> Tensor:
+        (out,) = self._forward.execute((torch.tensor([[id]]), torch.tensor([place])))
+        # The program's own memory, which the next call writes to.
+        row: Tensor = out[0].float().clone()
+        return row
+
+    def encode(self, text: str) -> list[int] | None:
+        if self._tokenizer is None:
+            return None
+        before = [self._tokenizer.bos_id] if self._tokenizer.adds_bos and self._tokenizer.bos_id is not None else []
+        return before + self._tokenizer.encode(text, specials=True)
+
+    def render(self, messages: Sequence[Message]) -> str | None:
+        if self._tokenizer is None or self._tokenizer.chat_template is None:
+            return None
+        template = ChatTemplate(self._tokenizer.chat_template, self._tokenizer, str(self.path))
+        return template.render(messages, add_generation_prompt=True)
+
+    def close(self) -> None:
+        del self._forward, self._program
