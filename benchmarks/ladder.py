@@ -45,7 +45,15 @@ def make(checkpoint: Path, work: Path, types: str, data: list[str]) -> dict[str,
     for name, overrides in SCHEMES.items():
         rungs[name] = work / name.replace(", ", "-").replace(" ", "-")
         if not rungs[name].exists():
-            command("run", "quantize", f"checkpoint={checkpoint}", f"run_dir={rungs[name]}", *overrides, *data)
+            command(
+                "run",
+                "quantize",
+                f"checkpoint={checkpoint}",
+                f"run_dir={rungs[name]}",
+                "test_tokens=0",
+                *overrides,
+                *data,
+            )
     for kind in types.split(","):
         rungs[f"GGUF {kind.upper()}"] = path = work / f"ladder-{kind.upper()}.gguf"
         if not path.exists():
@@ -99,6 +107,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--calibrate-on", nargs="*", default=[], help="files of text in place of the standard library")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--make-only", action="store_true", help="make the rungs, measure nothing")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
@@ -108,6 +117,8 @@ def main() -> None:
     windows = [ids[i * step : (i + 1) * step] for i in range(min(arguments.windows, len(ids) // step))]
     data = [f"data=files data.paths=[{','.join(arguments.calibrate_on)}]"] if arguments.calibrate_on else []
     rungs = make(arguments.checkpoint, arguments.work, arguments.gguf, " ".join(data).split())
+    if arguments.make_only:
+        return
     rows = {
         name: {"bytes": size(path), "perplexity": perplexity(path, windows, arguments.threads)}
         for name, path in rungs.items()

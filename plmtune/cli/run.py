@@ -23,8 +23,9 @@ from plmtune.training.run_directory import CONFIG, config_is_vouched_for, read_r
 @click.option("-m", "--multirun", is_flag=True, help="Run every combination of comma-separated values.")
 @click.option("--dry-run", is_flag=True, help="Build on the meta device and print the estimate; train nothing.")
 @click.option("--force", is_flag=True, help="Start although the estimate says that it does not fit.")
+@click.option("--sensitivity", is_flag=True, help="Of quantize: measure what each module loses, and choose a mix.")
 @import_option
-def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, force: bool) -> None:
+def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, force: bool, sensitivity: bool) -> None:
     """Run NAME: a config (plmtune ls), your own recipe.py, or a YAML file.
 
     \b
@@ -35,6 +36,7 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
     """
     overlays = [text for text in arguments if text.endswith((".yaml", ".yml")) and "=" not in text]
     overrides = [text for text in arguments if text not in overlays]
+    overrides += ["sensitivity.measure=true"] if sensitivity else []
     for text in overrides:  # asked before torch is imported, which takes longer than all that is here
         if text.startswith("run_dir=") and not (multirun or dry_run):
             _refuse_early(Path(text.removeprefix("run_dir=").strip("'\"")))
