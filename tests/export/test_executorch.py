@@ -1,0 +1,178 @@
+"""Programs for ExecuTorch: the step that is lowered is the decoder, and what runs is the step."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from plmtune.data.tokenizers import byte, load_tokenizer
+from plmtune.errors import UserError
+from plmtune.export.executorch import check_scheme, export_pte, make_step, near_ties
+from plmtune.models.llama import llama
+from plmtune.models.plm import plm
+from plmtune.modules.decoder import Decoder
+from plmtune.modules.quantized import Format, QuantizedLinear
+from plmtune.quantization.quantize import quantize
+from plmtune.registry import component, load
+
+CONTEXT = 32
+DYNAMIC = "int8_dynamic_int8"
+
+
+def small_plm(tied: bool = True) -> Decoder:
+    torch.manual_seed(0)
+    return plm(
+        byte().vocab_size,
+        attention=component(
+            "attention", "mla", kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16
+        ),
+        ffn=component("ffn", "squared_relu", hidden_dim=96),
+        embed_dim=64,
+        num_layers=2,
+        num_heads=4,
+        max_seq_len=64,
+        tie_embeddings=tied,
+        init_std=0.15,
+    ).eval()
+
+
+def small_llama() -> Decoder:
+    torch.manual_seed(0)
+    return llama(
+        byte().vocab_size,
+        attention=component("attention", "gqa", num_kv_heads=2, bias=True),
+        ffn=component("ffn", "swiglu", hidden_dim=96),
+        embed_dim=64,
+        num_layers=2,
+        num_heads=4,
+        max_seq_len=64,
+        init_std=0.15,
+    ).eval()
+
+
+def quantized(make: Callable[[], Decoder], scheme: str, **settings: object) -> Decoder:
+    model = make()
+    quantize(model, load("quantization", scheme)(model=model, **({"embedding": DYNAMIC} | settings)))
+    return model
+
+
+def some_ids(length: int = CONTEXT, seed: int = 1) -> Tensor:
+    return torch.randint(byte().vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def token_by_token(model: Decoder, ids: Tensor) -> Tensor:
+    """Logits, [s, v], of a decoder that is given one token at a time."""
+    cache = model.new_cache(1, CONTEXT)
+    return torch.cat([model(ids[:, i : i + 1], cache=cache)[0] for i in range(ids.shape[1])])
+
+
+@torch.no_grad()
+def of_step(step: Any, ids: Tensor) -> Tensor:
+    return torch.cat([step(ids[:, i : i + 1].contiguous(), torch.tensor([i])) for i in range(ids.shape[1])])
+
+
+class TestStep:
+    @pytest.mark.parametrize("make", [small_plm, lambda: small_plm(tied=False), small_llama])
+    def test_is_the_decoder(self, make: Callable[[], Decoder]) -> None:
+        model, ids = make(), some_ids()
+        logits = of_step(make_step(model, None, CONTEXT), ids)
+        assert logits.std() > 0.3
+        torch.testing.assert_close(logits, token_by_token(model, ids), atol=1e-5, rtol=0)
+
+    def test_goes_back_to_an_earlier_position(self) -> None:
+        step = make_step(small_plm(), None, CONTEXT)
+        first, second = some_ids(), some_ids(seed=2)
+        of_step(step, first)
+        torch.testing.assert_close(of_step(step, second), token_by_token(small_plm(), second), atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize(("make", "scheme"), [(small_plm, "int8_dynamic"), (small_llama, "int8_dynamic_int4")])
+    def test_of_integers_is_the_quantized_decoder(self, make: Callable[[], Decoder], scheme: str) -> None:
+        model = quantized(make, scheme)
+        step = make_step(model, None, CONTEXT)
+        compared = 0
+        for seed in range(5):
+            ids = some_ids(3, seed)
+            sure = ~near_ties(model, ids)
+            difference = (of_step(step, ids) - token_by_token(model, ids)).abs().amax(-1)
+            assert (difference[sure] < 1e-4).all()
+            compared += int(sure.sum())
+        assert compared > 5  # of 15 positions
+
+    def test_leaves_the_model_as_it_is(self) -> None:
+        model = small_plm()
+        make_step(model, "int8_dynamic", CONTEXT)
+        assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+    def test_looks_up_the_rows_of_any_embedding(self) -> None:
+        for name in ("int8", "int4_g32", "int8_dynamic_int4_g32"):
+            model = quantized(small_plm, "int8_dynamic", embedding=name)
+            rows = make_step(model, None, CONTEXT).rows(torch.arange(9))
+            assert torch.equal(rows, model.tok_embeddings(torch.arange(9)))
+
+
+class TestRefused:
+    @pytest.mark.parametrize("scheme", ["int8", "int4"])
+    def test_weight_only_integers(self, scheme: str, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="computes weight-only integers wrongly"):
+            export_pte(quantized(small_plm, scheme), byte(), tmp_path / "x.pte")
+        with pytest.raises(UserError, match="Weight-only integers are computed wrongly"):
+            export_pte(small_plm(), byte(), tmp_path / "x.pte", scheme=scheme)
+        assert not list(tmp_path.iterdir())
+
+    def test_another_scheme_than_the_models(self) -> None:
+        with pytest.raises(UserError, match="quantized already"):
+            check_scheme(quantized(small_plm, "int8_dynamic"), "int8_dynamic_int4")
+
+    def test_groups_that_xnnpack_has_not(self) -> None:
+        model = small_plm()
+        quantize(model, {"layers.0.ffn.up_proj": Format(4, 16, dynamic=True)})
+        with pytest.raises(UserError, match="groups of 32"):
+            check_scheme(model, None)
+
+    def test_a_file_that_is_there_and_a_cache_too_long(self, tmp_path: Path) -> None:
+        (tmp_path / "x.pte").touch()
+        with pytest.raises(UserError, match="--overwrite"):
+            export_pte(small_plm(), byte(), tmp_path / "x.pte")
+        with pytest.raises(ValueError, match=r"max_seq_len \(65\)"):
+            export_pte(small_plm(), byte(), tmp_path / "y.pte", max_seq_len=65)
+
+    def test_a_missing_package_is_a_sentence(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(UserError, match=r"plmtune\[executorch\]"):
+            export_pte(small_plm(), byte(), tmp_path / "x.pte")
+
+
+@pytest.mark.slow  # lowering takes 20 seconds
+class TestProgram:
+    @pytest.mark.parametrize("make", [small_plm, small_llama])
+    @pytest.mark.parametrize("scheme", ["fp32", "int8_dynamic", "int8_dynamic_int4"])
+    def test_runs_as_the_model_in_pytorch(self, make: Callable[[], Decoder], scheme: str, tmp_path: Path) -> None:
+        pytest.importorskip("executorch")
+        from executorch.runtime import Runtime
+
+        model = make() if scheme == "fp32" else quantized(make, scheme)
+        path = tmp_path / "x.pte"
+        assert export_pte(model, byte(), path, max_seq_len=CONTEXT) == []
+        program = Runtime.get().load_program(path)
+        method = program.load_method("forward")
+
+        def run(tokens: Tensor, position: Tensor) -> Tensor:
+            return method.execute((tokens, position))[0].clone()
+
+        compared = 0
+        for seed in range(30):
+            ids = some_ids(3, seed)
+            sure = ~near_ties(model, ids)
+            difference = (of_step(run, ids) - token_by_token(model, ids)).abs().amax(-1)
+            assert (difference[sure] < 1e-4).all(), (seed, sure, difference)
+            compared += int(sure.sum())
+        assert compared > 30  # of 90
+        facts = json.loads((tmp_path / "x.pte.json").read_text())
+        assert facts["max_seq_len"] == CONTEXT == program.load_method("get_max_seq_len").execute(())[0]
+        assert facts["eos_ids"] == program.load_method("get_eos_ids").execute(())
+        assert load_tokenizer(tmp_path / "x.pte.tokenizer").fingerprint == byte().fingerprint
