@@ -16,16 +16,15 @@ with quiet():
     from torchao.quantization.quant_primitives import (
         MappingType,
         choose_qparams_affine,
-        dequantize_affine,
         quantize_affine,
     )
 
 # Numbers worked on at once: a vocabulary's matrix in fp32, and what rounding makes of it, would be gigabytes.
 _CHUNK = 1 << 22
 
-# Of the range a group's numbers have, what is tried with calibration. Wider than the range never pays; narrower than
-# half of it clips more than finer steps give back.
-_SHRINK = tuple(1 - i / 40 for i in range(21))
+# Of the range a group's numbers have, what is tried with calibration. Wider than the range never pays; what is
+# narrower than this clips more than finer steps give back.
+_SHRINK = tuple(1 - i / 40 for i in range(17))
 
 
 @torch.no_grad()
@@ -149,23 +148,25 @@ def _search(
     That is the error of the product where inputs do not depend on each other (as in llama.cpp's importance matrix).
     """
     low, high = bounds(format)
-    groups = w.unflatten(-1, (-1, block[1]))
+    groups, weights = w.unflatten(-1, (-1, block[1])), moments.unflatten(-1, (-1, block[1]))
     least, most = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     best = torch.full_like(scales, torch.inf)
-    full, best_scales, best_zeros = scales, scales, zeros
+    best_scales, best_zeros = scales, zeros
     for shrink in _SHRINK:
-        tried = (full * shrink).bfloat16().float()
-        if format.symmetric:
-            places = (zeros,)
-        else:
+        tried = (scales * shrink).bfloat16().float()
+        places = [zeros]
+        if not format.symmetric:
             # A range narrower than the numbers may give up its lower end, its upper end, or some of both.
             at_low = (-least / tried).round().clamp(low, high)
             at_high = (high - most / tried).round().clamp(low, high)
-            places = tuple(z.to(zeros) for z in (at_low, ((at_low + at_high) / 2).round(), at_high))
+            places = [place.to(zeros) for place in (at_low, ((at_low + at_high) / 2).round(), at_high)]
+        # As quantize_affine and back again, in a fraction of its time: rounded once for all zeros.
+        steps = (groups * (1 / tried)[..., None]).round_()
         for place in places:
-            q = quantize_affine(w, block, tried, place, torch.int8, low, high)
-            error = dequantize_affine(q, block, tried, place, torch.int8, low, high) - w
-            cost = (error.square_() * moments).unflatten(-1, (-1, block[1])).sum(-1)
+            floor = low - place.to(w)[..., None]  # not in int8, which clamp would be slow with
+            q = steps.clamp(floor, floor + (high - low))
+            error = torch.addcmul(groups, q, tried[..., None], value=-1)
+            cost = torch.einsum("ogk,gk->og", error.square_(), weights)
             better = cost < best
             best = torch.where(better, cost, best)
             best_scales, best_zeros = torch.where(better, tried, best_scales), torch.where(better, place, best_zeros)

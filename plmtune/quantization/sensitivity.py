@@ -319,7 +319,8 @@ def _as_rules(wanted: Mapping[str, str]) -> dict[str, str]:
     commonest = Counter(wanted.values()).most_common(1)[0][0]
     out = {"*": commonest}
     for kind, members in kinds.items():
-        usual = Counter(wanted[name] for name in members).most_common(1)[0][0]
+        counts = Counter(wanted[name] for name in members)
+        usual = max(counts, key=lambda format: (counts[format], format == commonest))
         if usual != commonest:
             out[kind] = usual
         out |= {name: wanted[name] for name in members if wanted[name] != usual}

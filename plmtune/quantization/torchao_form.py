@@ -34,7 +34,7 @@ class ExportedEmbedding(QuantizedEmbedding):
         self.register_buffer("scales", source.scales)
         self.head = _parameter(source)
 
-    def integers(self, rows: Tensor | None = None) -> Tensor:
+    def integers(self, rows: Tensor | slice | None = None) -> Tensor:
         return self.weight if rows is None else self.weight[rows]
 
     def project(self, hidden: Tensor) -> Tensor:
