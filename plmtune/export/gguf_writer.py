@@ -107,6 +107,7 @@ def write_gguf(
 
     Raises:
         UserError: if the format has no such model or numbers, something is there already, or the disk has no room.
+        ValueError: if the model was prepared for kernels, or bears adapters.
     """
     kind, config = kind.upper(), model.config
     if kind not in WRITTEN:
@@ -148,7 +149,7 @@ def write_gguf_adapter(
     Args:
         directory: what training saved, adapter_config.json and adapter_model.safetensors.
         base: directory of the weights that they stand beside; None: what they name.
-        name: what the file says that the adapters are called; None: the path's.
+        name: what the file says that the adapters are called; None: the directory's.
         overwrite: replace a file that is there.
 
     Returns:
@@ -189,7 +190,7 @@ def write_gguf_adapter(
 
     def describe(writer: GGUFWriter) -> None:
         writer.add_type(GGUFType.ADAPTER)
-        writer.add_name(name or path.stem)
+        writer.add_name(name or directory.resolve().name)
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, float(settings["lora_alpha"]))
 
@@ -204,10 +205,10 @@ def _parts(model: Decoder, kind: str) -> Iterator[_Part]:
         tensors: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {}
         if isinstance(module, Quantized):
             if module.prepared:
-                raise UserError("The model was prepared for this machine's kernels: load it with prepare=False.")
+                raise ValueError("a model that was prepared for this machine's kernels: load it with prepare=False")
             tensors["weight"] = (module.num_rows, module.width), module.dequantize
         if hasattr(module, "lora_a"):
-            raise UserError(f"{owner} bears adapters: merge them first.")
+            raise ValueError(f"{owner} bears adapters: merge them first")
         for leaf, parameter in module.named_parameters(recurse=False):
             tensors[leaf] = tuple(parameter.shape), parameter.detach
         for leaf, (shape, numbers) in tensors.items():

@@ -272,8 +272,16 @@ def _executorch(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Fin
                 f"XNNPACK computes garbage, without an error, from the scheme {kind}, whose weights alone are "
                 f"integers. Use {' or '.join(_XNNPACK)}.",
             )
-    if any("int4" in kind for kind in kinds):
+    attention, ffn = config["attention"]["component"], config["ffn"]["component"]
+    if attention not in ("mla", "gqa", "mha") or ffn not in ("squared_relu", "swiglu"):
+        yield Finding(
+            "refused",
+            f"The program for ExecuTorch has no {attention} with {ffn}: it has mla, gqa and mha, squared_relu and "
+            "swiglu.",
+        )
+    elif any("int4" in kind.lower() for kind in kinds):
         odd = {name: width for name, (_, width, _) in matrices(config).items() if width % 32}
+        odd.pop("tok_embeddings", None)  # of 8 bits in any case
         if odd:
             named = ", ".join(f"{name} ({width:,})" for name, width in odd.items())
-            yield Finding("refused", f"int8_dynamic_int4 needs rows of multiples of 32 numbers, not those of {named}.")
+            yield Finding("warning", f"XNNPACK wants groups of 32 numbers, so the rows of {named} stay in 8 bits.")

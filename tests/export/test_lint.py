@@ -145,9 +145,15 @@ class TestOthers:
         )
         assert lint(plm_config(), "executorch", ("int8_dynamic", "int8_dynamic_int4")) == []
 
-    def test_executorch_wants_groups_of_32(self) -> None:
+    def test_executorch_keeps_rows_of_no_32_in_8_bits(self) -> None:
         found = lint(plm_config(embed_dim=2040), "executorch", ("int8_dynamic_int4",))
-        assert "multiples of 32 numbers, not those of q_proj (2,040)" in texts(found, "refused")
+        assert "the rows of q_proj (2,040), kv_a_proj (2,040), up_proj (2,040) stay in 8 bits" in texts(
+            found, "warning"
+        )
+
+    def test_executorch_has_only_the_parts_that_it_knows(self) -> None:
+        found = lint(plm_config(ffn={"component": "mine"}), "executorch")
+        assert "no mla with mine" in texts(found, "refused")
 
     def test_a_model_to_be_trained_hears_of_each_once(self) -> None:
         found = lint_deploy(plm_config(vocab_size=151_646))
