@@ -178,22 +178,19 @@ def build(make: Callable[[], Decoder], scheme: str) -> Decoder:
 
 
 @torch.inference_mode()
-def decode_times(model: Decoder, depths: Sequence[int], steps: int = _STEPS) -> list[float]:
-    """Seconds of one token at each depth of the cache, the median of some; what is in the cache are zeros."""
+def _decode_times(model: Decoder, depths: Sequence[int]) -> list[float]:
+    """Seconds of one token at each depth of the cache; what is in the cache are zeros."""
     cache = model.new_cache(1, max(depths) + 1)
     for layer in cache.layers:
         for buffer in layer:
             buffer.zero_()
-    token = torch.zeros(1, 1, dtype=torch.long)
-    taken: list[list[float]] = [[] for _ in depths]
-    for round in range(steps + 1):
-        for index, depth in enumerate(depths):
-            cache.length = depth
-            start = time.perf_counter()
-            int(model.logits(model(token, cache=cache, hidden=True)[:, -1]).argmax())
-            if round:  # the first warms up
-                taken[index].append(time.perf_counter() - start)
-    return [statistics.median(times) for times in taken]
+    token, taken = torch.zeros(1, 1, dtype=torch.long), []
+    for depth in (depths[0], *depths):  # the first warms up
+        cache.length = depth
+        start = time.perf_counter()
+        int(model.logits(model(token, cache=cache, hidden=True)[:, -1]).argmax())
+        taken.append(time.perf_counter() - start)
+    return taken[1:]
 
 
 @torch.inference_mode()
@@ -209,18 +206,26 @@ def _prompt_time(model: Decoder, tokens: int = _PROMPT) -> float:
 
 
 def _ours(bandwidth: float, say: Callable[[str], None]) -> RuntimeRates:
-    timings: list[_Timing] = []
-    prompts: list[_Timing] = []
+    held: list[tuple[Anatomy, str, Decoder]] = []
     for name, make in small_decoders().items():
         with torch.device("meta"):
             anatomy = Anatomy.of(make())
         for scheme in SCHEMES:
             say(f"plmtune: {name}, {scheme}")
-            model = build(make, scheme)
-            for depth, seconds in zip(_DEPTHS, decode_times(model, _DEPTHS), strict=True):
-                timings.append(_Timing(anatomy, scheme, depth, seconds))
-            prompts.append(_Timing(anatomy, scheme, _PROMPT, _prompt_time(model)))
-    say("plmtune: attention over a prompt")
+            held.append((anatomy, scheme, build(make, scheme)))
+    # All in turns, so that what else the machine does meets each alike.
+    taken: list[list[list[float]]] = [[] for _ in held]
+    for number in range(_STEPS):
+        say(f"plmtune: round {number + 1} of {_STEPS}")
+        for times, (_, _, model) in zip(taken, held, strict=True):
+            times.append(_decode_times(model, _DEPTHS))
+    timings = [
+        _Timing(anatomy, scheme, depth, statistics.median(found))
+        for times, (anatomy, scheme, _) in zip(taken, held, strict=True)
+        for depth, found in zip(_DEPTHS, zip(*times, strict=True), strict=True)
+    ]
+    say("plmtune: prompts")
+    prompts = [_Timing(anatomy, scheme, _PROMPT, _prompt_time(model)) for anatomy, scheme, model in held]
     return _rates("plmtune", timings, prompts, bandwidth, _attention_rate(), costs.PROGRAM["plmtune"])
 
 

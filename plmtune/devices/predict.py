@@ -55,6 +55,12 @@ class Prediction:
         return self.weights + self.cache + self.workspace + self.program
 
     @property
+    def peak(self) -> int:
+        """What the system shows at most: plmtune copies its file from a mapping, whose pages are given back."""
+        mapped = self.file if self.runtime == "plmtune" else 0
+        return self.program + self.weights + max(mapped, self.cache + self.workspace)
+
+    @property
     def fits(self) -> bool:
         return self.memory <= self.available
 

@@ -1,0 +1,99 @@
+"""plmtune plan: from a config or a checkpoint to memory, speed and hours, and mistakes in sentences."""
+
+import json
+from pathlib import Path
+
+import pytest
+from in_process import run, save_small
+
+BASE = ("plan", "pretrain", "model=plm_tiny")
+
+
+class TestPlan:
+    def test_a_config_is_planned_without_training(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        code, out, _ = run(
+            monkeypatch, capsys, *BASE, "--device", "pi5,h200", "--json", "plan.json", "--context", "128,9000"
+        )
+        assert code == 0
+        for words in ("parameters", "q4_k_m", "Raspberry Pi 5", "phase main", "device-minutes", "9,000"):
+            assert words in out, words
+        found = json.loads(Path("plan.json").read_text())
+        assert {p["device"] for p in found["predictions"]} == {"pi5", "h200"}
+        assert {p["context"] for p in found["predictions"]} == {128}
+        assert all(
+            p["memory"] == p["weights"] + p["cache"] + p["workspace"] + p["program"] for p in found["predictions"]
+        )
+        assert found["devices"]["pi5"]["bandwidth"]["source"]
+        assert found["training"]["phases"][0]["flops"] > 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json"]
+
+    def test_a_checkpoint_is_planned_as_it_is(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        save_small(tmp_path / "model")
+        code, out, _ = run(monkeypatch, capsys, "plan", tmp_path / "model", "--scheme", "int8,q8_0")
+        assert code == 0
+        assert "1 layers of 16" in out and "int8" in out and "q8_0" in out
+        assert "Training" not in out
+
+    def test_what_does_not_fit_gets_no_speed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        figure = "{value: %s, source: a test}"
+        keys = ("memory_gib", "system_gib", "bandwidth_gb_s", "compute_gflop_s", "layer_us", "error")
+        values = (0.3, 0.2, 10, 10, 1, 0.1)
+        lines = [f"{key}: {figure % value}" for key, value in zip(keys, values, strict=True)]
+        (tmp_path / "small.yaml").write_text("\n".join(["name: small", *lines]))
+        device = tmp_path / "small.yaml"
+        code, out, _ = run(monkeypatch, capsys, *BASE, "--device", device, "--scheme", "bf16", "--runtime", "plmtune")
+        assert code == 0
+        assert "does not fit" in out and "±" not in out
+
+    def test_a_sweep_shows_its_front_and_what_is_impossible(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code, out, _ = run(
+            monkeypatch,
+            capsys,
+            *BASE,
+            "model.embed_dim=32,64",
+            "model.num_heads=2,0",
+            "--sweep",
+            "--context",
+            "128",
+            "--json",
+            tmp_path / "sweep.json",
+            "--plot",
+            tmp_path / "sweep.png",
+        )
+        assert code == 0
+        assert "4 architectures" in out and "2 are impossible" in out and "num_heads must be at least 1, not 0" in out
+        assert len(json.loads((tmp_path / "sweep.json").read_text())["points"]) == 2
+        assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (("plan", "pretrain", "--device", "pi6"), "There is no device pi6. Did you mean pi5?"),
+            (("plan", "pretrain", "--scheme", "int9"), "no scheme int9"),
+            (("plan", "pretrain", "--context", "many"), "must be numbers of tokens"),
+            (("plan", "pretrain", "--context", "99999"), "takes 1,024 tokens at most"),
+            (("plan", "pretrain", "--train-on", "pi5"), "says no training_gflop_s"),
+            (("plan", "pretrain", "--json", "no/where.json"), "a folder that is there"),
+            (("plan", "sft"), "model=plm"),
+            (("plan", "pretrain", "--sweep", "--device", "pi5,h200", "model.embed_dim=1,2"), "at one, not 2"),
+        ],
+    )
+    def test_mistakes_are_sentences(
+        self,
+        words: tuple[str, ...],
+        says: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        code, _, err = run(monkeypatch, capsys, *words)
+        assert code == 2
+        assert says in err and "Traceback" not in err
