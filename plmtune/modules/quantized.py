@@ -140,13 +140,16 @@ class Quantized(nn.Module):
             held = tiles[rows // self.tile, :, lane % half]  # [..., in]
             return torch.where((lane < half)[..., None], held & 15, held >> 4).view(torch.int8)
         tiles = (self.weight if rows is None else self.weight[rows]).reshape(-1, self.width, half)
-        return torch.cat((tiles & 15, tiles >> 4), dim=-1).transpose(1, 2).reshape(-1, self.width).view(torch.int8)
+        found = torch.cat((tiles & 15, tiles >> 4), dim=-1).transpose(1, 2).reshape(-1, self.width).view(torch.int8)
+        # The last tile is filled up with rows that are none.
+        return found[: self.num_rows - (rows.start if rows is not None else 0)]
 
     def scales_and_zeros(self, rows: Tensor | slice | None = None) -> tuple[Tensor, Tensor | None]:
         """[rows, groups] of each; no zeros of a symmetric format."""
         if self.tile:
             # The kernel's are [groups, out, 2]: scales, and what 8 stands for, (8 - zero) scale.
-            pair = (self.scales if rows is None else self.scales[:, rows]).movedim(0, -2)
+            held = self.scales[:, : self.num_rows]
+            pair = (held if rows is None else held[:, rows]).movedim(0, -2)
             scales = pair[..., 0]
             if self.format.symmetric:
                 return scales, None
@@ -178,7 +181,7 @@ class Quantized(nn.Module):
         flat = x.reshape(-1, self.width)
         rows = len(flat)
         kernel = self.kernels[0 if rows == 1 else 1 if rows <= FEW_ROWS else 2]
-        return kernel(self, flat).view(*x.shape[:-1], self.num_rows)
+        return kernel(self, flat).reshape(*x.shape[:-1], self.num_rows)
 
 
 Multiply = Callable[[Quantized, Tensor], Tensor]

@@ -41,6 +41,7 @@ from plmtune.modules.quantized import (
 
 _INT4_GROUPS = (32, 64, 128, 256)  # that the packed kernel of 4 bits takes
 _REGIMES = (1, 8, 64)  # rows that stand for one, up to FEW_ROWS, and more
+_TILE = 64  # rows; half of them without AVX-512
 _SMALL = 2**18  # numbers of a matrix below which it does not matter, and nothing is measured
 _MAX_MEASURED = 2**21  # numbers of a matrix that is measured
 _RUNS, _COPIES = 10, 4
@@ -71,7 +72,7 @@ def _int4(module: Quantized, x: Tensor) -> Tensor:
     if module.format.dynamic:
         x = round_inputs(x)
     group = module.format.group_size
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, module.weight, group, module.scales)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, module.weight, group, module.scales)[:, : module.num_rows]
 
 
 def _integer(module: Quantized, x: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ _ANY = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS: dict[str, Kernel] = {
     "int4_tiles": Kernel(
         _int4,
-        _on_cpu(4, (torch.bfloat16,), lambda format, out, width: format.group_size in _INT4_GROUPS and out % 64 == 0),
+        _on_cpu(4, (torch.bfloat16,), lambda format, out, width: format.group_size in _INT4_GROUPS),
         tiled=True,
     ),
     "int8": Kernel(
@@ -144,20 +145,25 @@ def to_tiles(module: Quantized) -> bool:
     The order is the processor's: tiles of 64 or 32 rows, column by column, half of the rows low and half high; another
     processor's is found out by reading back, and left.
     """
-    weight = module.weight
-    raw = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(raw.to(torch.int32), 1)
-    scales, zeros = module.scales_and_zeros()
-    module.weight = packed.view_as(weight)
-    for tile in (64, 32):
+    held, (scales, zeros) = module.weight, module.scales_and_zeros()
+    weight = F.pad(held, (0, 0, 0, -module.num_rows % _TILE))
+    module.weight = torch.empty_like(weight)
+    step = max(_CHUNK // module.width // _TILE, 1) * _TILE  # as the packing takes 4 bytes a number
+    for packed, part in zip(module.weight.split(step), weight.split(step), strict=True):
+        raw = torch.stack((part & 15, part >> 4), dim=-1).flatten(-2)
+        packed.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(raw.to(torch.int32), 1))
+    sample = torch.arange(0, module.num_rows, max(module.num_rows // 97, 1), device=held.device)
+    expected = torch.stack((held[sample] & 15, held[sample] >> 4), dim=-1).flatten(-2).view(torch.int8)
+    for tile in (_TILE, _TILE // 2):
         module.tile = tile
-        if torch.equal(module._untiled(None), raw.view(torch.int8)):
+        if torch.equal(module._untiled(sample), expected):
             break
     else:
-        module.weight, module.tile = weight, 0
+        module.weight, module.tile = held, 0
         return False
     middle = torch.zeros_like(scales) if zeros is None else (8 - zeros) * scales
-    module.scales = torch.stack((scales, middle), dim=-1).transpose(0, 1).contiguous()  # [groups, out, 2]
+    pair = F.pad(torch.stack((scales, middle), dim=-1), (0, 0, 0, 0, 0, -module.num_rows % _TILE))
+    module.scales = pair.transpose(0, 1).contiguous()  # [groups, out, 2]
     if zeros is not None:
         del module.zeros
     return True
@@ -207,9 +213,10 @@ def _machine() -> str:
     )
 
 
-def _example(format: Format, dtype: torch.dtype, shape: tuple[int, int], seed: int = 0) -> QuantizedLinear:
+def example(format: Format, dtype: torch.dtype, shape: tuple[int, int]) -> QuantizedLinear:
+    """A layer [out, in] of random integers, to be measured or compared with."""
     module = QuantizedLinear(shape[1], shape[0], format)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     low, high = (-128, 128) if format.bits == 8 else (0, 256)
     module.weight.random_(low, high, generator=generator)
     module.scales = torch.rand(module.scales.shape, generator=generator).add_(0.5).to(torch.bfloat16).to(dtype)
@@ -225,20 +232,25 @@ def _sound(name: str, format: Format, dtype: torch.dtype) -> bool:
 
     Some processors add products of 8 bits up in 16, which overflow.
     """
-    module = _example(format, dtype, (64, 512))
+    module = example(format, dtype, (64, 512))
     module.weight[:32] = 127 if format.bits == 8 else 255
     x = torch.randn(3, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
     x[0] = 1.0
     expected = reference(module, x).float()
     try:
-        found = torch.cat([_ready(module, name).multiply(rows) for rows in (x[:1], x[1:])]).float()
+        found = torch.cat([ready(module, name).multiply(rows) for rows in (x[:1], x[1:])]).float()
     except RuntimeError:  # not built for this processor
         return False
     bound = expected.abs().max() * (2e-2 if dtype != torch.float32 else 1e-4)
     return bool((found - expected).abs().max() <= bound)
 
 
-def _ready(module: Quantized, name: str) -> Quantized:
+def ready(module: Quantized, name: str) -> Quantized:
+    """Have a module multiply by this kernel always, in place.
+
+    Raises:
+        RuntimeError: if this processor's order of integers is not known.
+    """
     if KERNELS[name].tiled and not module.tile and not to_tiles(module):
         raise RuntimeError("the order of this processor is not known")
     if name == "int8_integer":
@@ -250,10 +262,10 @@ def _ready(module: Quantized, name: str) -> Quantized:
 @torch.no_grad()
 def _measure(names: list[str], format: Format, dtype: torch.dtype, shape: tuple[int, int]) -> list[str]:
     """The fastest for one row, few and many, over matrices that take turns, so that no cache holds one."""
-    example = _example(format, dtype, shape)
+    first_copy = example(format, dtype, shape)
     seconds = {(name, rows): math.inf for name in names for rows in _REGIMES}
     for name in names:
-        modules = [_ready(copy.deepcopy(example), name) for _ in range(_COPIES)]
+        modules = [ready(copy.deepcopy(first_copy), name) for _ in range(_COPIES)]
         for rows in _REGIMES:
             x, best = torch.randn(rows, shape[1]).to(dtype), min(seconds[other, rows] for other in names)
             modules[0].multiply(x)
@@ -312,7 +324,7 @@ def prepare(model: nn.Module) -> None:
             shape = (module.num_rows, module.width)
             names = _choose(module.format, module.scales.dtype, module.scales.device.type, shape)
             if KERNELS[names[0]].tiled:
-                _ready(module, names[0])
+                ready(module, names[0])
             elif "int8_integer" in names:
-                _ready(module, "int8_integer")
+                ready(module, "int8_integer")
             module.kernels = tuple(KERNELS[name].multiply for name in names)  # type: ignore[assignment]
