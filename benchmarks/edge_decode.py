@@ -41,6 +41,7 @@ from plmtune.quantization.quantize import quantize
 from plmtune.registry import component
 
 VOCABULARY = 32000
+TEXT = 256  # tokens on which zeros are counted
 KINDS = ("F16", "Q8_0", "Q4_0")
 # (numerator, denominator), the bars of the project in the first three
 RATIOS = (
@@ -76,7 +77,7 @@ def make_sparse(model: Decoder, share: float) -> float:
     """Shift each `up` until this share of its outputs is negative; return the share of zeros that came of it."""
     embeddings = model.tok_embeddings.weight
     embeddings += embeddings.std() * torch.randn(model.embed_dim)
-    text = torch.randint(VOCABULARY, (1, 256))
+    text = torch.randint(VOCABULARY, (1, TEXT))
     shares = []
     for ffn in squared_relus(model).values():
         seen: list[Tensor] = []
@@ -163,7 +164,7 @@ def alternate(steps: dict[str, Callable[[], None]], rounds: int, tokens: int) ->
 
 def run(name: str, contexts: Sequence[int], arguments: argparse.Namespace) -> dict[str, object]:
     longest = max(contexts) + arguments.rounds * (arguments.tokens + 1) + 1
-    model = build(name, longest)
+    model = build(name, max(longest, TEXT))
     sparsity = make_sparse(model, arguments.sparsity)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"\n{name}: {parameters / 1e6:.0f}M parameters, {sparsity:.1%} zeros\n", flush=True)

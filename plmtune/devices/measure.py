@@ -373,14 +373,12 @@ class _Ours(_Opened):
         return total - self._skipped()
 
     def _skipped(self) -> int:
-        """Bytes of `down` that the next token would not read."""
+        """Bytes of `down` that a token does not read, by one that takes the last one's place in the cache."""
         skipping = [ffn for ffn in sparse_decode.squared_relus(self.model).values() if ffn.sparse]
         for ffn in skipping:
             ffn.record_sparsity = True
-        if not skipping or self.cache.length >= self.cache.max_seq_len:
-            return 0
-        self.model(self._next, cache=self.cache, hidden=True)
         self.cache.truncate(self.cache.length - 1)
+        self.model(self._next, cache=self.cache, hidden=True)
         for ffn in skipping:
             ffn.record_sparsity = False
         return sum(_zeros(ffn) for ffn in skipping)

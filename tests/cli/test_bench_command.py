@@ -1,0 +1,83 @@
+"""plmtune bench."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from in_process import run, save_small
+
+from plmtune.devices import measure as module
+from plmtune.devices.measure import Measurement
+from plmtune.errors import UserError
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure here, where a process for each target would spend seconds on its imports."""
+
+    def measure(target: str, *, contexts: Sequence[int], **settings: object) -> list[Measurement]:
+        if target == "broken":
+            raise UserError("broken could not be measured.")
+        return module.measure_here(target, contexts=contexts, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(module, "read_bandwidth", lambda device: 2e9)
+
+
+@pytest.mark.usefixtures("in_this_process")
+class TestBench:
+    def test_prints_one_table_and_writes_json_and_a_picture(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        target = save_small(tmp_path / "m")
+        files = ("--json", tmp_path / "a.json", "--plot", tmp_path / "a.png")
+        words = ("bench", target, target, "--contexts", "16,4", "--new-tokens", "2", "--sparse", "on", *files)
+        code, out, err = run(monkeypatch, capsys, *words)
+        assert code == 0, err
+        assert out.count("fp32, 1 of 1 sparse") == 4 and "reads 2.0 GB/s" in out
+        assert "context 16" in err
+        found = json.loads((tmp_path / "a.json").read_text())
+        assert [entry["context"] for entry in found["measurements"]] == [4, 16, 4, 16]
+        assert found["bandwidth"] == 2e9 and found["new_tokens"] == 2
+        assert (tmp_path / "a.png").stat().st_size > 5000
+        code, _, err = run(monkeypatch, capsys, *words)
+        assert code == 2 and "--overwrite" in err
+
+    def test_what_fails_is_said_after_the_others_are_measured(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        target = save_small(tmp_path / "m")
+        code, out, err = run(monkeypatch, capsys, "bench", "broken", target, "--contexts", "4", "--new-tokens", "1")
+        assert code == 2 and "fp32" in out
+        assert "broken could not be measured." in err and "Not measured: 1 of 2." in err
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            ((), "Name a checkpoint"),
+            (("x", "--contexts", "many"), "--contexts many: must be numbers"),
+            (("x", "--contexts", "0"), "must be numbers of tokens"),
+            (("x", "--json", "a.txt"), "must be a .json file"),
+            (("x", "--plot", "nowhere/a.png"), "must be a .png file in a folder"),
+            (("x", "--device", "tpu:x"), "--device tpu:x"),
+        ],
+    )
+    def test_mistakes_are_sentences(
+        self,
+        words: tuple[str, ...],
+        said: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        code, _, err = run(monkeypatch, capsys, "bench", *words)
+        assert code == 2 and said in err and "Traceback" not in err
+
+
+def test_a_measurement_survives_json() -> None:
+    values = ("a", "plmtune", "bf16", 8, 1, None, None, 10.0, 1000, 1, None, None, (1, 2))
+    found = Measurement(*values)  # type: ignore[arg-type]
+    assert module._read(json.loads(json.dumps(found.__dict__))) == replace(found)
