@@ -247,7 +247,7 @@ def _describe(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
 
 
 def _vocabulary(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], list[str]]:
-    """The keys that say a tokenizer, and notes; without tokens where GGUF cannot say it."""
+    """The keys that say a tokenizer, and notes."""
     held, ggml = tokenizer.vocabulary, Keys.Tokenizer
     pre = next((name for name, (pattern, _, _) in PRE_TOKENIZERS.items() if pattern == held.pattern), None)
     if not held.merges:
@@ -264,9 +264,9 @@ def _vocabulary(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], list[s
         cause = "cuts text in a way that llama.cpp does not know"
     elif len({text for text, _ in listed}) < rows:
         cause = "has two tokens of one text, at which llama.cpp aborts"
-    if cause is not None:
-        note = f"The tokenizer {cause}, so the file has none: give llama.cpp ids, not text."
-        return {ggml.MODEL: "none"}, [note]
+    if cause is not None or pre is None:
+        # A file can be written without a tokenizer, but llama.cpp aborts when it is to turn ids into text or back.
+        raise UserError(f"The tokenizer {cause}, so GGUF cannot hold it. Use --to hf.")
     chars = [to_chars(token) for token in held.tokens]
     keys: dict[str, Any] = {
         ggml.MODEL: "gpt2",
