@@ -76,7 +76,12 @@ class TestSparse:
         ffn = SquaredReLU(16, hidden_dim=32)
         ffn.sparse = True
         calls = []
-        monkeypatch.setattr(ffn, "skip_zeros", lambda hidden: calls.append(hidden.shape) or torch.zeros(1, 1, 16))
+
+        def skip(hidden: torch.Tensor) -> torch.Tensor:
+            calls.append(hidden.shape)
+            return torch.zeros(1, 1, 16)
+
+        monkeypatch.setattr(ffn, "skip_zeros", skip)
         ffn(torch.randn(1, 1, 16))
         with torch.no_grad():
             ffn(torch.randn(1, 2, 16))
@@ -100,10 +105,11 @@ class TestSparse:
 
     def test_packed_integers_are_refused_with_the_reason(self) -> None:
         model = small()
+        second = sparse_decode.squared_relus(model)[1]
         install(model, {"layers.1.ffn.down_proj": Format(8)})
         assert list(sparse_decode.squared_relus(model)) == [0, 2]
         with pytest.raises(ValueError, match="read whole rows"):
-            model.layers[1].ffn.sparse = True
+            second.sparse = True
 
 
 class TestChoose:
@@ -124,9 +130,10 @@ class TestChoose:
     def test_sparsity_is_the_share_of_zeros_on_the_given_text(self) -> None:
         model, ids = small(), torch.arange(40)
         (first, *_) = sparse_decode.choose(model, ids, rounds=1)
-        model.layers[0].ffn.record_sparsity = True
+        ffn = sparse_decode.squared_relus(model)[0]
+        ffn.record_sparsity = True
         model(ids[None])
-        assert first.sparsity == pytest.approx(float(model.layers[0].ffn.sparsity.mean()))
+        assert ffn.sparsity is not None and first.sparsity == pytest.approx(float(ffn.sparsity.mean()))
         assert 0.2 < first.sparsity < 0.8
 
     def test_a_model_without_squared_relu_has_no_choices(self) -> None:
