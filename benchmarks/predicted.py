@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -75,6 +76,12 @@ def save(make: Callable[[], Decoder], scheme: str, directory: Path) -> None:
     byte().save(directory)
 
 
+def bytes_before() -> int:
+    """What a measuring process takes before it opens a model, which its measurement leaves out."""
+    code = "import plmtune.devices.measure, psutil; print(psutil.Process().memory_info().rss)"
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -107,6 +114,7 @@ def main() -> None:
     print(machine)
     print(f"{'model':<12} {'scheme':<6} {'context':>7} {'predicted':>18} {'measured':>9} {'error':>6}   memory")
     rows: list[dict[str, Any]] = []
+    before = bytes_before()
     for name, make in makers.items():
         anatomy = Anatomy.of(make())
         fitting = [context for context in contexts if context + given.new_tokens <= anatomy.max_seq_len]
@@ -126,10 +134,9 @@ def main() -> None:
             finally:
                 shutil.rmtree(folder)
             for found in measured:
-                # What the process takes before it opens the model is not in the measurement.
                 guess = predict(anatomy, device, scheme=scheme, context=found.context, prompt=8)
                 assert guess.decode is not None
-                memory = guess.memory - guess.program
+                memory = guess.peak - before
                 row = {
                     "model": name,
                     "scheme": scheme,

@@ -26,8 +26,8 @@ STORED = "stored"  # the scheme of a checkpoint that is quantized already
 
 # Tokens that llama.cpp computes at once, by default (n_ubatch).
 _LLAMA_CPP_BATCH = 512
-# What a process takes before there is a model: Python with torch, measured; llama.cpp's own is small.
-PROGRAM = {"plmtune": 350 * 2**20, "llama.cpp": 30 * 2**20}
+# What a process takes besides its model: Python with torch on Linux, measured; llama.cpp's own is small.
+PROGRAM = {"plmtune": 315 * 2**20, "llama.cpp": 30 * 2**20}
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
@@ -324,7 +324,7 @@ def _gguf_type(kind: str, matrix: Matrix, anatomy: Anatomy) -> str:
         delicate = matrix.name.endswith(("v_proj", "down_proj")) and kind in ("Q4_K_M", "Q5_K_M")
         if matrix is anatomy.head or (delicate and _gets_more_bits(matrix.layer or 0, anatomy.num_layers)):
             return stored_type("Q6_K", matrix.width)
-    return stored_type(kind, matrix.width)
+    return stored_type(kind, matrix.width, head=matrix is anatomy.head)
 
 
 def _gets_more_bits(layer: int, num_layers: int) -> bool:
