@@ -242,7 +242,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).eps)
     zero = (-128 - (low / scale).round()).clamp(-128, 127)
-    q = ((wide / scale).round() + zero).clamp(-128, 127)
+    q = ((wide * (1 / scale)).round() + zero).clamp(-128, 127)  # a product, as torchao has it: ties fall alike
     return q, scale, zero
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ _MAX_MEASURED = 2**21  # numbers of a matrix that is measured
 _RUNS, _COPIES = 10, 4
 _CHUNK = 2**20  # numbers that are written out at a time
 _VERSION = 1  # of the file
+_EPS = np.float32(torch.finfo(torch.float32).eps)
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,11 @@ def _round_row(x: Tensor) -> tuple[Tensor, float, int]:
     low, high = min(least.item(), 0.0), max(most.item(), 0.0)
     if not math.isfinite(high - low):
         return x, math.nan, 0
-    step = max((high - low) / 255, torch.finfo(torch.float32).eps)
-    zero = max(-128 - round(low / step), -128)
-    return (x.float() / step).round_().add_(zero).clamp_(-128, 127), step, zero
+    # In numpy's fp32: in Python's double a tie would fall elsewhere than in `round_rows`.
+    step = np.maximum(np.float32(high - low) / np.float32(255), _EPS)
+    zero = max(-128 - round(float(np.float32(low) / step)), -128)
+    inverse = float(np.float32(1) / step)
+    return (x.float() * inverse).round_().add_(zero).clamp_(-128, 127), float(step), zero
 
 
 def _int4(module: Quantized, x: Tensor) -> Tensor:

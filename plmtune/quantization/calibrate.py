@@ -78,7 +78,5 @@ def second_moments(
         raise ValueError("calibration needs at least one row of tokens")
     for name, total in sums.items():
         if not total.isfinite().all():
-            raise ValueError(
-                f"the inputs of {name} are not finite on this text: the model's dtype overflows"
-            )
+            raise ValueError(f"the inputs of {name} are not finite on this text: the model's dtype overflows")
     return {name: total / tokens for name, total in sums.items()}

@@ -19,13 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear, FakeQuantizerBase
 
 from plmtune.errors import UserError
 from plmtune.models.assemble import describe, from_description
 from plmtune.models.files import CONFIG, checkpoint_directory, read_json, write_json
 from plmtune.modules.quantized import Format, round_inputs
+from plmtune.modules.torchtune_layers import quiet
 from plmtune.registry import Component
+
+with quiet():
+    from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear, FakeQuantizerBase
 
 KEY = "qat"  # of config.json
 

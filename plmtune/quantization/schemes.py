@@ -35,7 +35,11 @@ class Plan(dict[str, Format]):
 
 @register("quantization", "int8")
 def int8(
-    model: nn.Module, *, embedding: str = "int8", rules: dict[str, str] | None = None, qat: bool = False
+    model: nn.Module,
+    *,
+    embedding: str = "int8",
+    rules: dict[str, str] = {},  # noqa: B006 - read only
+    qat: bool = False,
 ) -> dict[str, Format]:
     """Weights of 8 bits, a scale a row: half of bf16's bytes, hardly any loss.
 
@@ -53,7 +57,11 @@ def int8(
 
 @register("quantization", "int8_dynamic")
 def int8_dynamic(
-    model: nn.Module, *, embedding: str = "int8", rules: dict[str, str] | None = None, qat: bool = False
+    model: nn.Module,
+    *,
+    embedding: str = "int8",
+    rules: dict[str, str] = {},  # noqa: B006 - read only
+    qat: bool = False,
 ) -> dict[str, Format]:
     """Weights of 8 bits, and inputs rounded to 8 bits token by token: what integer units and XNNPACK multiply.
 
@@ -75,7 +83,7 @@ def int8_dynamic_int4(
     *,
     group_size: int = 32,
     embedding: str = "int8",
-    rules: dict[str, str] | None = None,
+    rules: dict[str, str] = {},  # noqa: B006 - read only
     qat: bool = False,
 ) -> dict[str, Format]:
     """Weights of 4 bits around zero in groups, and inputs rounded to 8 bits token by token (8da4w).
@@ -99,7 +107,7 @@ def int4(
     *,
     group_size: int = 32,
     embedding: str = "int8",
-    rules: dict[str, str] | None = None,
+    rules: dict[str, str] = {},  # noqa: B006 - read only
     qat: bool = False,
 ) -> dict[str, Format]:
     """Weights of 4 bits in groups, each with a scale and a zero: the smallest.
@@ -118,7 +126,12 @@ def int4(
 
 
 @register("quantization", "mixed")
-def mixed(model: nn.Module, *, rules: dict[str, str] | None = None, qat: bool = False) -> dict[str, Format]:
+def mixed(
+    model: nn.Module,
+    *,
+    rules: dict[str, str] = {},  # noqa: B006 - read only
+    qat: bool = False,
+) -> dict[str, Format]:
     """What the rules say and nothing else, such as those that `--sensitivity` proposes.
 
     Args:
@@ -151,13 +164,11 @@ def candidates(model: nn.Module) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _plan(
-    model: nn.Module, linear: Format | None, embedding: str, rules: Mapping[str, str] | None
-) -> dict[str, Format]:
+def _plan(model: nn.Module, linear: Format | None, embedding: str, rules: Mapping[str, str]) -> dict[str, Format]:
     shapes = candidates(model)
     rows = _parse("embedding", embedding)
     chosen = {name: rows if name in (EMBEDDING, HEAD) else linear for name in shapes}
-    for pattern, format_name in (rules or {}).items():
+    for pattern, format_name in rules.items():
         format = _parse(f"rules, {pattern!r:.80}", format_name)
         matched = [name for name in shapes if fnmatchcase(name, pattern)]
         if not matched:
