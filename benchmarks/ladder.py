@@ -78,6 +78,18 @@ def perplexity(path: Path, windows: list[list[int]], threads: int) -> float:
     return math.exp(nats / sum(len(ids) - 1 for ids in windows))
 
 
+def measured(name: str, path: Path, windows: list[list[int]], arguments: argparse.Namespace) -> dict[str, float]:
+    """Size and perplexity of a rung: kept beside the rungs, since they do not depend on how busy a machine is."""
+    kept = arguments.work / "perplexities.json"
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    key = f"{name}, {size(path)} bytes, {len(windows)} windows of {len(windows[0])} of {arguments.text.name}"
+    if key not in known:
+        known[key] = perplexity(path, windows, arguments.threads)
+        kept.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}: perplexity {known[key]:.3f}", file=sys.stderr, flush=True)
+    return {"bytes": size(path), "perplexity": known[key]}
+
+
 def speed(path: Path, prompt: list[int], new_tokens: int, threads: int) -> float:
     """Tokens a second of decoding after `prompt`: the median step."""
     with open_runtime(path, threads=threads, context=len(prompt) + new_tokens + 1) as runtime:
@@ -107,7 +119,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--calibrate-on", nargs="*", default=[], help="files of text in place of the standard library")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--make-only", action="store_true", help="make the rungs, measure nothing")
+    parser.add_argument("--no-speed", action="store_true", help="perplexities alone; they are kept for the next time")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
@@ -117,12 +129,9 @@ def main() -> None:
     windows = [ids[i * step : (i + 1) * step] for i in range(min(arguments.windows, len(ids) // step))]
     data = [f"data=files data.paths=[{','.join(arguments.calibrate_on)}]"] if arguments.calibrate_on else []
     rungs = make(arguments.checkpoint, arguments.work, arguments.gguf, " ".join(data).split())
-    if arguments.make_only:
+    rows = {name: measured(name, path, windows, arguments) for name, path in rungs.items()}
+    if arguments.no_speed:
         return
-    rows = {
-        name: {"bytes": size(path), "perplexity": perplexity(path, windows, arguments.threads)}
-        for name, path in rungs.items()
-    }
     times: dict[str, list[float]] = {name: [] for name in rungs}
     for number in range(arguments.rounds):  # in turns and back, so that no rung has the quiet hour
         for name in list(rungs)[:: 1 if number % 2 == 0 else -1]:
