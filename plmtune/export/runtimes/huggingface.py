@@ -13,6 +13,7 @@ from torch import Tensor
 from plmtune.data.rows import Message
 from plmtune.errors import UserError
 from plmtune.export.runtimes.base import Runtime
+from plmtune.modules.torchtune_layers import quiet
 
 
 class Transformers(Runtime):
@@ -27,8 +28,6 @@ class Transformers(Runtime):
     name = "transformers"
 
     def __init__(self, path: Path, *, threads: int | None, context: int | None, exact: bool) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         from plmtune.export.runtimes.opening import DEFAULT_CONTEXT
 
         if threads is not None:
@@ -36,7 +35,9 @@ class Transformers(Runtime):
         self.path = path
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         dtype = torch.float32 if exact else "auto"
-        with _quiet():
+        with _quiet(), quiet():  # it imports torchao where that is installed
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
             try:
                 model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **local)
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(path, **local)
