@@ -23,7 +23,7 @@ import torch
 from side_by_side import machine
 
 from plmtune.data.tokenizers import load_tokenizer
-from plmtune.export.runtimes import open_runtime
+from plmtune.export.runtimes import RuntimeName, open_runtime
 
 SCHEMES = {
     "int8": ["quantization=int8"],
@@ -70,7 +70,7 @@ def command(*words: object) -> None:
 
 def perplexity(path: Path, windows: list[list[int]], threads: int) -> float:
     """exp of the mean -log p of every token but each window's first."""
-    with open_runtime(path, threads=threads, context=len(windows[0])) as runtime:
+    with open_runtime(path, threads=threads, context=len(windows[0]), prefer=serving(path)) as runtime:
         nats = 0.0
         for ids in windows:
             found = runtime.log_probs(ids[:-1], len(ids) - 1)
@@ -82,7 +82,10 @@ def measured(name: str, path: Path, windows: list[list[int]], arguments: argpars
     """Size and perplexity of a rung: kept beside the rungs, since they do not depend on how busy a machine is."""
     kept = arguments.work / "perplexities.json"
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-    key = f"{name}, {size(path)} bytes, {len(windows)} windows of {len(windows[0])} of {arguments.text.name}"
+    written = max(file.stat().st_mtime_ns for file in files(path))
+    key = (
+        f"{name}, {size(path)} bytes of {written}, {len(windows)} windows of {len(windows[0])} of {arguments.text.name}"
+    )
     if key not in known:
         known[key] = perplexity(path, windows, arguments.threads)
         kept.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
@@ -92,7 +95,7 @@ def measured(name: str, path: Path, windows: list[list[int]], arguments: argpars
 
 def speed(path: Path, prompt: list[int], new_tokens: int, threads: int) -> float:
     """Tokens a second of decoding after `prompt`: the median step."""
-    with open_runtime(path, threads=threads, context=len(prompt) + new_tokens + 1) as runtime:
+    with open_runtime(path, threads=threads, context=len(prompt) + new_tokens + 1, prefer=serving(path)) as runtime:
         token, times = runtime.start(prompt), []
         for _ in range(new_tokens):
             begun = time.perf_counter()
@@ -101,9 +104,17 @@ def speed(path: Path, prompt: list[int], new_tokens: int, threads: int) -> float
     return 1 / median(times)
 
 
+def serving(path: Path) -> RuntimeName | None:
+    """Ours for every directory: transformers could read the one of bf16, too."""
+    return "plmtune" if path.is_dir() else None
+
+
+def files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+
+
 def size(path: Path) -> int:
-    files = path.glob("*.safetensors") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in files(path))
 
 
 def main() -> None:

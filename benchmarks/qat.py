@@ -9,6 +9,8 @@ held-out conversations, in nats a token.
 
     recovered = (rounded - trained for it) / (rounded - float)
 
+Beside it stands what `plmtune run quantize` does without training: ranges fitted to text.
+
 int4: the default, groups of 32 and an embedding of 8 bits. g128: groups of 128, embedding and head too. harsh: one
 scale and zero for a whole row, of embedding and head too. A step's cost is measured on the model of RUN by random
 tokens, sides alternated in one process. OVERRIDES are those of `plmtune run sft`.
@@ -35,6 +37,7 @@ from plmtune.config import build, compose
 from plmtune.models.files import checkpoint_directory
 from plmtune.models.hf import load_model
 from plmtune.quantization import qat
+from plmtune.quantization.calibrate import second_moments
 from plmtune.quantization.quantize import quantize
 from plmtune.registry import Component, component
 
@@ -80,13 +83,18 @@ def compare(origin: Path, seed: int, schemes: list[str], overrides: list[str], s
         unrounded = loss(recipe, plain)
         for name in schemes:
             rounded = copy.deepcopy(plain)
-            quantize(rounded, SCHEMES[name](model=rounded))
+            plan = SCHEMES[name](model=rounded)
+            read = [batch.tokens for step in range(4) for batch in recipe.data.step(step)]
+            moments = second_moments(plain, read, plan)
+            fitted = copy.deepcopy(plain)
+            quantize(fitted, plan, second_moments=moments)
+            quantize(rounded, plan)
             trained = tune(origin, seed, SCHEMES[name], Path(scratch) / name, overrides).model
             plan = qat.convert(trained)
             without = loss(recipe, trained)
             quantize(trained, plan)
             row: dict[str, Any] = {"scheme": name, "seed": seed, "float": unrounded, "rounded": loss(recipe, rounded)}
-            row |= {"qat": loss(recipe, trained), "qat_float": without}
+            row |= {"fitted": loss(recipe, fitted), "qat": loss(recipe, trained), "qat_float": without}
             row["recovered"] = (row["rounded"] - row["qat"]) / (row["rounded"] - row["float"])
             rows.append(row)
             shown(row)
@@ -140,11 +148,12 @@ def main() -> None:
     if given.quick:
         seeds, overrides = seeds[:1], [*overrides, "phases=[{name: main, steps: 3}]"]
     print(machine())
-    print(f"{'scheme':8}{'seed':>5}{'float':>9}{'rounded':>9}{'QAT':>9}{'QAT, unrounded':>16}{'recovered':>11}")
+    heads = "".join(f"{head:>9}" for head in ("float", "rounded", "fitted", "QAT"))
+    print(f"{'scheme':8}{'seed':>5}{heads}{'QAT, unrounded':>16}{'recovered':>11}")
 
     def show(row: dict[str, Any]) -> None:
-        line = f"{row['scheme']:8}{row['seed']:>5}{row['float']:9.4f}{row['rounded']:9.4f}{row['qat']:9.4f}"
-        print(f"{line}{row['qat_float']:16.4f}{row['recovered']:11.0%}", flush=True)
+        losses = "".join(f"{row[key]:9.4f}" for key in ("float", "rounded", "fitted", "qat"))
+        print(f"{row['scheme']:8}{row['seed']:>5}{losses}{row['qat_float']:16.4f}{row['recovered']:11.0%}", flush=True)
 
     rows = [row for seed in seeds for row in compare(given.run, seed, given.schemes, overrides, show)]
     for name in given.schemes:

@@ -235,10 +235,11 @@ def read_text(cfg: Config, tokenizer: Tokenizer, max_seq_len: int) -> Text:
     needed = (calibration + test) * cfg.seq_len
     sources = named_sources(build("data", cfg.data)) if needed else {}
     ids: list[Any] = []
-    for source in sources.values():
+    for left, source in zip(range(len(sources), 0, -1), sources.values(), strict=True):
         have = sum(map(len, ids))
+        share = have + -(-(needed - have) // left)  # of each source alike; what one lacks the later ones give
         for text in source.documents():
-            if have >= needed:
+            if have >= share:
                 break
             ids.append(np.asarray([*tokenizer.encode(text), tokenizer.eos_id], dtype=np.int64))
             have += len(ids[-1])

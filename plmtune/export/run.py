@@ -18,6 +18,7 @@ from plmtune.errors import UserError, did_you_mean
 from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_model, read_description
 from plmtune.models.files import checkpoint_directory, locate
 from plmtune.modules.decoder import Decoder
+from plmtune.modules.quantized import Quantized
 from plmtune.units import show_bytes
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def export(
     say(f"reading {source}")
     tokenizer = load_its_tokenizer(source, base)
     model = load_model(source, dtype=None, base=base).eval()
+    if any(isinstance(module, Quantized) for module in model.modules()):
+        model = model.float()  # its numbers are products of integers and bf16 scales, which bf16 would round
     writers: dict[str, Callable[..., list[str]]] = {
         "gguf": _write_gguf,
         "hf": _write_hf,

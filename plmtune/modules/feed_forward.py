@@ -67,8 +67,7 @@ class SquaredReLU(nn.Module):
             )
         if on != self._sparse:
             weight = down.weight.detach()
-            weight = weight.t().contiguous().t() if on else weight.contiguous()
-            down.weight = nn.Parameter(weight, requires_grad=down.weight.requires_grad)
+            down.weight.data = weight.t().contiguous().t() if on else weight.contiguous()  # an optimizer's, too
         self._sparse = on
 
     def forward(self, x: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ class Quantized(nn.Module):
         """x (Tensor): [..., in] -> x W^T, [..., out]."""
         if self.kernels is None:
             return reference(self, x)
-        flat = x.reshape(-1, self.width)
+        flat = x.reshape(-1, self.width).contiguous()  # what packed kernels take
         rows = len(flat)
         kernel = self.kernels[0 if rows == 1 else 1 if rows <= FEW_ROWS else 2]
         return kernel(self, flat).reshape(*x.shape[:-1], self.num_rows)

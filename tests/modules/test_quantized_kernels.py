@@ -22,6 +22,7 @@ NAMES = ["int8", "int8_g32", "int4_g32", "int4_g128", "int8_dynamic_int8", "int8
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("PLMTUNE_KERNELS", raising=False)
+    monkeypatch.setenv("PLMTUNE_NATIVE", "0")  # tests/native has models that decode natively
     return tmp_path / "plmtune" / "kernels.json"
 
 
@@ -203,3 +204,15 @@ class TestPrepare:
         logits = model(torch.arange(9)[None])
         prepare(model)
         assert torch.equal(model(torch.arange(9)[None]), logits)
+
+
+class TestSeveralRowsOfAView:
+    @pytest.mark.parametrize(("format", "kernel"), [("int8", "int8"), ("int4_g32", "int4_tiles")])
+    def test_inputs_that_are_not_contiguous_are_multiplied_as_their_copies(self, format: str, kernel: str) -> None:
+        module = quantized_kernels.example(Format.parse(format), torch.bfloat16, (128, 64))
+        try:
+            quantized_kernels.ready(module, kernel)
+        except RuntimeError as error:
+            pytest.skip(str(error))
+        x = torch.randn(64, 3, dtype=torch.bfloat16).t()  # [3, 64], by columns
+        assert torch.equal(module(x), module(x.contiguous()))
