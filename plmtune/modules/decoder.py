@@ -60,6 +60,7 @@ class Decoder(nn.Module):
         activation_checkpointing: in training keep only each layer's input and compute the rest again.
         config: the component and settings it was built from, as `plmtune.models` fills in; saved with it.
         quantization: the scheme that its quantized layers come from, as plain data; empty where none are.
+        native: a `plmtune.native.NativeDecoder`, which computes single tokens on a CPU; None: the modules do.
 
     Raises:
         ValueError: for a size below 1.
@@ -98,6 +99,7 @@ class Decoder(nn.Module):
         self.activation_checkpointing = False
         self.config: dict[str, Any] = {}
         self.quantization: dict[str, Any] = {}
+        self.native: Any = None  # it imports this file
         self.tok_embeddings = nn.Embedding(vocab_size, embed_dim)
         self.layers = nn.ModuleList(
             DecoderLayer(attention(), ffn(), norm(embed_dim), norm(embed_dim)) for _ in range(num_layers)
@@ -153,6 +155,10 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return fp32 logits, [..., v], of normed hidden states, [..., d]."""
+        if self.native is not None:
+            found: Tensor | None = self.native.logits(self, hidden)
+            if found is not None:
+                return found
         head = self.tok_embeddings if self.tied else self.output
         if isinstance(head, QuantizedEmbedding):
             return head.project(hidden).float()
@@ -232,6 +238,10 @@ class Decoder(nn.Module):
             raise ValueError(f"a sequence of {t} tokens exceeds the model's max_seq_len ({self.max_seq_len})")
         if cache is not None and t > cache.max_seq_len:
             raise ValueError(f"a sequence of {t} tokens exceeds the cache's max_seq_len ({cache.max_seq_len})")
+        if self.native is not None and cache is not None and mask is None and input_pos is None:
+            found: Tensor | None = self.native.step(self, tokens, cache)
+            if found is not None:
+                return found if hidden else self.logits(found)
         x = self.tok_embeddings(tokens)
         if autocast_active(x.device):
             # Embedding is not on autocast's list: without this the whole residual stream would be fp32.

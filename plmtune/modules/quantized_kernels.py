@@ -328,16 +328,23 @@ def _keep(kept: Mapping[str, Any]) -> None:
 def prepare(model: nn.Module) -> None:
     """Give each quantized layer the kernels that are fastest here, in place, and its integers in their order.
 
-    The expansion of MLA's latent, which each decoded token needs as a matrix, is written out, and its integers go. A
-    model without quantized layers stays as it is; a prepared one stays on its device and in its dtype, and cannot be
+    A decoder on a CPU gets `plmtune.native` too, where it can be had, which wants integers as they are in files. The
+    expansion of MLA's latent, which each decoded token needs as a matrix, is written out, and its integers go. A model
+    without quantized layers keeps all that it has; a prepared one stays on its device and in its dtype, and cannot be
     saved.
     """
+    from plmtune import native  # imports this package
+
     for module in model.modules():
         held = getattr(module, "kv_b_proj", None)
         if isinstance(module, MultiHeadLatentAttention) and isinstance(held, Quantized) and not held.prepared:
             held.keep_dense()
+    is_native = native.attach(model)
     for module in model.modules():
         if isinstance(module, QuantizedLinear | QuantizedEmbedding) and not module.prepared:
+            if is_native and module.format.bits == 4:
+                module.kernels = (native.multiply,) * 3
+                continue
             shape = (module.num_rows, module.width)
             names = _choose(module.format, module.scales.dtype, module.scales.device.type, shape)
             if KERNELS[names[0]].tiled:

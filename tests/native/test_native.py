@@ -1,0 +1,257 @@
+"""One token in one native call: what eager torch says, in each format, and whatever becomes of the model."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from plmtune import native
+from plmtune.generation import generate
+from plmtune.models.llama import llama
+from plmtune.models.plm import plm
+from plmtune.modules.cache import Cache
+from plmtune.modules.decoder import Decoder
+from plmtune.modules.feed_forward import SquaredReLU
+from plmtune.modules.quantized import Format, Quantized, install
+from plmtune.modules.quantized_kernels import prepare
+from plmtune.native import library
+from plmtune.registry import component
+
+# For a test that forbids it, it would be None for all.
+REASON = native.missing()
+needs_native = pytest.mark.skipif(REASON is not None, reason=f"decoding is eager here: {REASON}")
+
+FORMATS = [None, "int8", "int8_g32", "int4_g32", "int8_dynamic_int8", "int8_dynamic_int4_g32"]
+
+
+def fill(module: Quantized, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    bits = module.format.bits
+    module.weight.random_(*((-128, 128) if bits == 8 else (0, 256)), generator=generator)
+    scales = torch.rand(module.scales.shape, generator=generator).add_(0.5)
+    module.scales = (scales / module.width**0.5 / (80 if bits == 8 else 6)).to(torch.bfloat16).float()
+    if not module.format.symmetric:
+        module.zeros.random_(6, 11, generator=generator)
+
+
+def build(
+    kind: str, format: str | None = None, *, tied: bool = True, bias: bool = False, dtype: torch.dtype = torch.float32
+) -> Decoder:
+    torch.manual_seed(0)
+    if kind == "plm":
+        # Without integers also widths that fill no vector.
+        rank, hidden = (40, 100) if format is None else (32, 96)
+        mla = component("attention", "mla", kv_lora_rank=rank, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+        ffn = component("ffn", "squared_relu", hidden_dim=hidden)
+        model = plm(
+            96, attention=mla, ffn=ffn, embed_dim=64, num_layers=2, num_heads=6, max_seq_len=640, tie_embeddings=tied
+        )
+    else:
+        width = 20 if format is None else 32
+        gqa = component("attention", "gqa", num_kv_heads=2, head_dim=width, bias=bias, rope_interleaved=bias)
+        ffn = component("ffn", "swiglu", hidden_dim=96)
+        model = llama(
+            96, attention=gqa, ffn=ffn, embed_dim=64, num_layers=2, num_heads=6, max_seq_len=640, tie_embeddings=tied
+        )
+    model.eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+    if format is not None:
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+        install(model, dict.fromkeys(names, Format.parse(format)))
+        for seed, module in enumerate(module for module in model.modules() if isinstance(module, Quantized)):
+            fill(module, seed)
+    prepare(model.to(dtype))
+    return model
+
+
+def filled(model: Decoder, length: int) -> Cache:
+    torch.manual_seed(1)
+    cache = model.new_cache(1, 640)
+    for layer in cache.layers:
+        for buffer in layer:
+            buffer.normal_()
+    cache.length = length
+    return cache
+
+
+@torch.no_grad()
+def says(model: Decoder, length: int, *, eager: bool = False) -> tuple[Tensor, Tensor]:
+    """Logits of three tokens after a cache of random numbers, and what it holds of them."""
+    cache = filled(model, length)
+    decoder, model.native = model.native, None if eager else model.native
+    logits = []
+    for token in (3, 95, 41):
+        if not eager:
+            assert model.native.step(model, torch.tensor([[token]]), filled(model, length)) is not None
+        logits.append(model(torch.tensor([[token]]), cache=cache))
+    model.native = decoder
+    kept = [buffer[:, :, length : cache.length].float().flatten() for layer in cache.layers for buffer in layer]
+    return torch.cat(logits).flatten(), torch.cat(kept)
+
+
+def agree(model: Decoder, length: int = 21, bound: float = 2e-5) -> None:
+    for found, expected in zip(says(model, length), says(model, length, eager=True), strict=True):
+        assert (found - expected).abs().max() <= bound * expected.abs().max()
+
+
+@needs_native
+class TestStep:
+    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("kind", ["plm", "llama"])
+    def test_says_what_eager_says(self, kind: str, format: str | None) -> None:
+        agree(build(kind, format))
+
+    @pytest.mark.parametrize("format", [None, "int4_g32"])
+    @pytest.mark.parametrize("kind", ["plm", "llama"])
+    def test_bf16_is_its_fp32_up_to_rounding(self, kind: str, format: str | None) -> None:
+        agree(build(kind, format, dtype=torch.bfloat16), bound=4e-2)
+
+    @pytest.mark.parametrize("kind", ["plm", "llama"])
+    def test_an_own_head_and_biases(self, kind: str) -> None:
+        agree(build(kind, tied=False, bias=True))
+
+    @pytest.mark.parametrize("length", [0, 15, 16, 600])
+    @pytest.mark.parametrize("kind", ["plm", "llama"])
+    def test_any_length_and_any_number_of_threads(self, kind: str, length: int) -> None:
+        model, before = build(kind), torch.get_num_threads()
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                agree(model, length)
+        finally:
+            torch.set_num_threads(before)
+
+    def test_zeros_are_skipped_where_that_is_switched_on_later(self) -> None:
+        model = build("plm")
+        before = says(model, 9)
+        for module in model.modules():
+            if isinstance(module, SquaredReLU):
+                module.sparse = True
+        for found, expected in zip(says(model, 9), before, strict=True):
+            assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+    @pytest.mark.parametrize("kind", ["plm", "llama"])
+    def test_greedy_tokens_are_eager_ones_also_after_a_part_is_forgotten(self, kind: str) -> None:
+        model = build(kind)
+        written = []
+        for decoder in (model.native, None):
+            model.native = decoder
+            cache = model.new_cache(1, 128)
+            first = list(generate(model, torch.arange(30)[None], max_new_tokens=20, temperature=0.0, cache=cache))
+            cache.truncate(25)
+            more = list(generate(model, torch.tensor([[7]]), max_new_tokens=20, temperature=0.0, cache=cache))
+            written.append(torch.cat([*first, *more]))
+        assert torch.equal(*written)
+
+    def test_what_is_no_number_stays_none(self) -> None:
+        for format in (None, "int8_dynamic_int8"):
+            model = build("plm", format)
+            model.norm.weight[3] = float("nan")
+            assert says(model, 4)[0].isnan().any()
+
+
+@needs_native
+class TestMultiply:
+    @pytest.mark.parametrize("rows", [0, 1, 5, 40])
+    @pytest.mark.parametrize("format", ["int4_g32", "int8_dynamic_int4_g32"])
+    def test_many_rows_are_as_the_reference_has_them(self, format: str, rows: int) -> None:
+        layers: Any = build("plm", format).layers
+        module = layers[0].ffn.up_proj
+        assert module.kernels is not None and module.kernels[0] is native.multiply
+        x = torch.randn(rows, 64)
+        found = module(x)
+        module.kernels = None
+        torch.testing.assert_close(found, module(x), atol=1e-5, rtol=1e-5)
+
+
+@needs_native
+class TestBinding:
+    def test_a_model_that_is_moved_or_changed_is_looked_at_anew(self) -> None:
+        model = build("plm")
+        agree(model)
+        agree(model.to(torch.bfloat16), bound=4e-2)
+        agree(model.float())
+        layers: Any = model.layers
+        layers[1].ffn.up_proj.weight.mul_(2)
+        agree(model)
+        layers[0].ffn.up_proj = nn.Linear(64, 100, bias=False).requires_grad_(False)
+        agree(model)
+        model.load_state_dict({name: value + 0.1 for name, value in model.state_dict().items()}, assign=True)
+        agree(model.requires_grad_(False))
+
+    def test_a_copy_decodes_its_own_weights(self) -> None:
+        model = build("plm")
+        before = says(model, 5)
+        other = copy.deepcopy(model)
+        other.tok_embeddings.weight.mul_(3)
+        agree(other)
+        assert torch.equal(says(model, 5)[0], before[0])
+
+    @torch.no_grad()
+    def test_what_only_modules_can_do_is_left_to_them(self) -> None:
+        model, token = build("plm"), torch.tensor([[3]])
+        step, cache = model.native.step, filled(model, 5)
+        assert step(model, torch.tensor([[3, 4]]), cache) is None
+        assert step(model, token, model.new_cache(2, 8)) is None
+        assert step(model, torch.tensor([[96]]), cache) is None
+        with pytest.raises(IndexError):
+            model(torch.tensor([[96]]), cache=cache)
+        with torch.enable_grad():
+            assert step(model, token, cache) is None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert step(model, token, cache) is None
+        model.train()
+        assert step(model, token, cache) is None
+        model.eval()
+        seen: list[object] = []
+        hook = model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+        model(token, cache=cache)
+        assert seen == [1]
+        hook.remove()
+        layers: Any = model.layers
+        layers[0].ffn.record_sparsity = True
+        assert step(model, token, cache) is None
+        assert cache.length == 6
+
+    def test_a_model_of_other_parts_stays_eager(self) -> None:
+        model = plm(64, norm=component("norm", "layer_norm"), embed_dim=64, num_layers=1, num_heads=2, max_seq_len=8)
+        assert not native.attach(model.eval()) and model.native is None
+        assert not native.attach(build("plm").half())
+
+
+class TestLibrary:
+    @pytest.fixture(autouse=True)
+    def fresh(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(library, "_open", library._open.__wrapped__)
+
+    def test_without_a_compiler_decoding_is_eager(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CC", "no-such-compiler")
+        assert "no-such-compiler" in (native.missing() or "")
+        assert build("plm").native is None
+
+    def test_a_compiler_that_fails_is_quoted(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        compiler = tmp_path / "cc"
+        compiler.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho sorry >&2\nexit 1\n")
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CC", str(compiler))
+        assert "sorry" in (native.missing() or "")
+        assert not list((tmp_path / "plmtune").glob("*"))
+
+    @pytest.mark.parametrize(("name", "value"), [("PLMTUNE_NATIVE", "0"), ("PLMTUNE_KERNELS", "reference")])
+    def test_it_can_be_left_out(self, name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(name, value)
+        assert name in (native.missing() or "")
+
+    @needs_native
+    def test_a_damaged_library_is_made_anew(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(library, "_FLAGS", tuple("-O1" if flag == "-O3" else flag for flag in library._FLAGS))
+        path = library._path(str(library.shutil.which("cc")))
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\x7fELF and nothing more")
+        assert native.missing() is None
+        assert path.stat().st_size > 1000
