@@ -19,8 +19,9 @@ from plmtune.errors import UserError
 from plmtune.models.files import CONFIG, Stored, checkpoint_directory, locate, opened_weights, read_json
 from plmtune.models.gguf import gguf_name, heads_of_halves, to_halves
 from plmtune.models.gguf_file import GGUFFile, opened_gguf
-from plmtune.models.hf import hf_config, hf_name
+from plmtune.models.hf import hf_config, hf_name, read_formats
 from plmtune.modules.decoder import Decoder
+from plmtune.modules.quantized import Format, Quantized
 
 # What llama.cpp and transformers take where a file has none.
 _DEFAULT_THETA = 10000.0
@@ -198,7 +199,7 @@ def _of_directory(directory: Path, model: Decoder) -> Contents:
     names = {ours: hf_name(ours) for ours in model.state_dict() if ours.endswith((".weight", ".bias"))}
     if not model.tied or keys.get("model_type") not in ("llama", "plm"):
         names.setdefault("output.weight", "lm_head.weight")
-    there = [] if formats else [ours for ours, theirs in names.items() if theirs in locations]
+    there = [ours for ours, theirs in names.items() if theirs in locations]
     if keys.get("model_type") == "deepseek_v3":  # its gate takes a factor of up: see export.huggingface
         there = [name for name in there if "ffn.up_proj" not in name]
     settings = _of_keys(keys)
@@ -208,15 +209,39 @@ def _of_directory(directory: Path, model: Decoder) -> Contents:
     with contextlib.suppress(UserError):  # one that only transformers can read is not looked into
         tokenizer = load_tokenizer(directory)
         tables, template, adds_bos = tokenizer_tables(tokenizer), tokenizer.chat_template, tokenizer.adds_bos
+    quantized = read_formats(directory)[0] if formats else {}
     return Contents(
         _coarsest(formats) if formats else _dtype_of(directory, locations),
         settings,
-        _Lazy(there, lambda ours: stored[names[ours]].float()),
-        {},
+        _Lazy(there, lambda ours: _stored_tensor(stored, names[ours], quantized.get(ours.removesuffix(".weight")))),
+        _kinds_of(quantized, {ours: names[ours] for ours in there}, locations) if formats else {},
         tables,
         template,
         adds_bos,
     )
+
+
+def _stored_tensor(stored: Stored, name: str, format: Format | None) -> Tensor:
+    """The numbers of a tensor under Hugging Face's name, which may be held as integers."""
+    held = stored[name]
+    if format is None:
+        return held.float()
+    stem, rows = name.removesuffix("weight"), len(held)
+    with torch.device("meta"):
+        quantized = Quantized(rows, held.shape[1] * (1 if format.bits == 8 else 2), format)
+    quantized.weight, quantized.scales = held, stored[f"{stem}scales"].float()
+    if not format.symmetric:
+        quantized.zeros = stored[f"{stem}zeros"]
+    return quantized.dequantize()
+
+
+def _kinds_of(formats: Mapping[str, Format], names: Mapping[str, str], locations: Mapping[str, Path]) -> dict[str, str]:
+    """{our name: how it is written} of the tensors whose names there are `names`: {ours: Hugging Face's}."""
+    kinds = {}
+    for ours, theirs in names.items():
+        format = formats.get(ours.removesuffix(".weight"))
+        kinds[ours] = format.name if format is not None else _dtype(locations[theirs], theirs)
+    return kinds
 
 
 def _coarsest(formats: list[str]) -> str:
@@ -227,6 +252,10 @@ def _dtype_of(directory: Path, locations: Mapping[str, Path]) -> str:
     name = next((name for name in locations if name.endswith("embed_tokens.weight")), next(iter(locations), None))
     if name is None:
         raise UserError(f"{directory} holds no tensors.")
-    with opened_weights(locations[name]) as opened:
+    return _dtype(locations[name], name)
+
+
+def _dtype(path: Path, name: str) -> str:
+    with opened_weights(path) as opened:
         kind: str = opened.get_slice(name).get_dtype()
     return kind

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
 from plmtune.export import verify as verifying
 from plmtune.export.contents import Contents, read_contents, settings_of
-from plmtune.export.diagnosis import find_cause, log_probs
+from plmtune.export.diagnosis import find_cause, log_probs, suspect_tensors
 from plmtune.export.gguf_writer import write_gguf
 from plmtune.export.runtimes import Runtime
 from plmtune.export.verify import Check, Report, limits_of, verify
@@ -29,7 +29,8 @@ from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.norm import RMSNorm
-from plmtune.registry import component
+from plmtune.quantization.quantize import quantize
+from plmtune.registry import component, load
 
 bundled = cache(tokenizers.bundled)
 IDS = bundled().encode("def read(path):\n    with open(path) as file:\n        return file.read()\n")
@@ -223,6 +224,80 @@ class TestCauses:
         model = make_plm()
         theirs = log_probs(model, IDS, 12).roll(1, dims=1)
         assert "No single mistake explains it" in find_cause(model, IDS, theirs, Contents("F32", settings_of(model)))
+
+
+def quantized(scheme: str) -> Decoder:
+    model = make_plm()
+    quantize(model, load("quantization", scheme)(model=model))
+    return model
+
+
+class TestQuantized:
+    """Coarse rounding hides no mistake."""
+
+    @pytest.mark.parametrize("scheme", ["int8", "int4", "int8_dynamic_int4"])
+    def test_the_tensors_of_a_quantized_directory_are_the_numbers_it_stands_for(
+        self, scheme: str, tmp_path: Path
+    ) -> None:
+        model = quantized(scheme)
+        save_model(model, None, tmp_path / "a")
+        contents = read_contents(tmp_path / "a", make_plm())
+        assert set(contents.tensors) == set(make_plm().state_dict())
+        name = "layers.1.ffn.down_proj"
+        module: Any = model.get_submodule(name)
+        assert torch.equal(contents.tensors[f"{name}.weight"], module.dequantize())
+        assert contents.kinds[f"{name}.weight"] == module.format.name
+        assert contents.kinds["norm.weight"] == "F32"
+        assert suspect_tensors(make_plm(), contents) == {}
+        assert suspect_tensors(model, contents) == {}
+
+    def test_scales_of_zero_are_found(self, tmp_path: Path) -> None:
+        model = quantized("int4")
+        cast("Any", model.get_submodule("layers.1.ffn.down_proj")).scales.zero_()
+        save_model(model, None, tmp_path / "a")
+        found = suspect_tensors(make_plm(), read_contents(tmp_path / "a", make_plm()))
+        assert found == {"layers.1.ffn.down_proj.weight": "all its numbers are zero"}
+
+    @pytest.mark.parametrize("factor", [0.8, 0.96, 1.04, 1.2])
+    def test_a_factor_within_what_rounding_may_do_is_found(self, factor: float, tmp_path: Path) -> None:
+        model = make_plm()
+        parts(model)[1].attention.o_proj.weight.data *= factor
+        write_gguf(model, bundled(), tmp_path / "a.gguf", kind="Q4_0")
+        found = suspect_tensors(make_plm(), read_contents(tmp_path / "a.gguf", make_plm()))
+        assert list(found) == ["layers.1.attention.o_proj.weight"]
+        said = re.fullmatch(r"it is about ([\d.]+) times the checkpoint's", found["layers.1.attention.o_proj.weight"])
+        assert said is not None
+        assert float(said[1]) == pytest.approx(factor, abs=0.01)
+
+    def test_clipped_outliers_are_no_factor(self) -> None:
+        model = make_plm()
+        weight = parts(model)[0].ffn.up_proj.weight.data
+        weight.clamp_(-2 * float(weight.std()), 2 * float(weight.std()))
+        assert suspect_tensors(make_plm(), Contents("Q4_0", tensors=Holding(model))) == {}
+
+    def test_a_runtime_that_computes_something_else_is_found_however_coarse_the_type(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save_model(make_plm(), None, tmp_path / "plm")
+        bundled().save(tmp_path / "plm")
+        write_gguf(make_plm(), bundled(), tmp_path / "a.gguf", kind="Q4_0")
+        contents = read_contents(tmp_path / "a.gguf", make_plm())
+
+        def own_divergence(eps: float) -> Check:
+            runs = make_plm()
+            runs.load_state_dict(dict(contents.tensors))
+            for module in runs.modules():
+                if isinstance(module, RMSNorm):
+                    module.eps = eps
+            runtime = Fake(runs, ids=lambda text: bundled().encode(text, specials=True))
+            monkeypatch.setattr(verifying, "open_runtime", lambda *args, **options: runtime)
+            report = verify(tmp_path / "a.gguf", tmp_path / "plm", positions=16)
+            assert "KL divergence: mean, nats" not in [check.name for check in report.failed]
+            return next(check for check in report.checks if check.name == "from the export's own numbers: KL")
+
+        right, wrong = own_divergence(1e-6), own_divergence(0.1)
+        assert right.value < 1e-9
+        assert not wrong.passed
 
 
 class TestContents:
