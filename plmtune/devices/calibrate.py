@@ -306,7 +306,8 @@ def _rates(
         for part in timing.anatomy.attention:
             kind = cache_kind(part, runtime)
             row["layer", kind] = row.get(("layer", kind), 0.0) + 1.0
-            row["cache", kind] = row.get(("cache", kind), 0.0) + cache_share(part, runtime) * timing.depth / bandwidth
+            read = cache_share(part, runtime, held.cached) * timing.depth
+            row["cache", kind] = row.get(("cache", kind), 0.0) + read / bandwidth
         rows.append(row)
         columns |= dict.fromkeys(row)
     found = _fit(rows, list(columns), [timing.seconds for timing in timings])

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import nn
 
 from plmtune.errors import UserError, did_you_mean
-from plmtune.export.lint import QUANTIZED, WRITTEN, stored_type
+from plmtune.export.lint import QUANTIZED, WRITTEN, stored_bytes, stored_type
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized
 from plmtune.quantization.schemes import EMBEDDING, HEAD
@@ -249,6 +248,7 @@ class Weights:
         products: form -> matrices that it is multiplied with.
         numbers: form -> how many numbers these hold, the vocabulary's projection left out.
         head: form of the vocabulary's projection, which only the last token of a prompt needs.
+        cached: bytes of a number in the cache.
     """
 
     file: int
@@ -257,6 +257,7 @@ class Weights:
     products: dict[str, int]
     numbers: dict[str, int]
     head: str
+    cached: int
 
 
 def weights(anatomy: Anatomy, runtime: str, scheme: str) -> Weights:
@@ -279,13 +280,14 @@ def weights(anatomy: Anatomy, runtime: str, scheme: str) -> Weights:
         if matrix.name not in multiplied:
             continue
         if runtime == "plmtune" and matrix.dense and form not in FLOATS:
-            # Absorbed decoding wants its numbers each token, so they are kept beside the integers.
+            # Absorbed decoding wants its numbers each token, so they are kept in place of the integers.
+            memory += 2 * matrix.numel - matrix.numel * Format.parse(form).bits // 8
             form, size = "bf16", 2 * matrix.numel
-            memory += size
         read[form] = read.get(form, 0) + size
         products[form] = products.get(form, 0) + 1
         numbers[form] = numbers.get(form, 0) + (matrix.numel if matrix is not anatomy.head else 0)
-    return Weights(file, memory, read, products, numbers, forms[anatomy.head.name][0])
+    cached = FLOATS.get(scheme, 2) if runtime == "plmtune" else 2
+    return Weights(file, memory, read, products, numbers, forms[anatomy.head.name][0], cached)
 
 
 def _our_forms(anatomy: Anatomy, scheme: str) -> dict[str, tuple[str, int]]:
@@ -312,8 +314,7 @@ def _gguf_forms(anatomy: Anatomy, scheme: str) -> dict[str, tuple[str, int]]:
     forms = {}
     for matrix in anatomy.matrices:
         form = _gguf_type(kind, matrix, anatomy)
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[form]]
-        forms[matrix.name] = (form, matrix.numel // block * size)
+        forms[matrix.name] = (form, stored_bytes(form, matrix.numel))
     return forms
 
 

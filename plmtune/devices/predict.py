@@ -98,7 +98,7 @@ def predict(
         prompt=prompt,
         file=held.file,
         weights=held.memory,
-        cache=costs.cache_bytes(anatomy, runtime, context, dtype_bytes=4 if scheme == "fp32" else 2),
+        cache=costs.cache_bytes(anatomy, runtime, context, dtype_bytes=held.cached),
         workspace=costs.workspace_bytes(anatomy, runtime, prompt, context),
         program=int(rates.program) if rates else costs.PROGRAM[runtime],
         available=int(device.available),
@@ -122,7 +122,7 @@ def predict(
 def decode_seconds(anatomy: Anatomy, device: Device, runtime: str, held: Weights, context: int) -> float:
     """Seconds of one token after `context` others."""
     rates = device.rates.get(runtime)
-    cache = costs.cache_bytes(anatomy, runtime, context)
+    cache = costs.cache_bytes(anatomy, runtime, context, dtype_bytes=held.cached)
     if rates is None:
         reading = sum(held.read.values()) / device.bandwidth.value
         attending = costs.attention_flops(anatomy, runtime, context) / device.compute.value
@@ -133,7 +133,7 @@ def decode_seconds(anatomy: Anatomy, device: Device, runtime: str, held: Weights
         rate = kernel_rate(rates, form)
         seconds += size / rate.weights + held.products[form] * rate.product
     for attention in anatomy.attention:
-        kind, share = cache_kind(attention, runtime), cache_share(attention, runtime) * context
+        kind, share = cache_kind(attention, runtime), cache_share(attention, runtime, held.cached) * context
         seconds += share / rates.cache.get(kind, device.bandwidth.value) + rates.layers.get(kind, device.layer.value)
     return seconds
 
@@ -161,9 +161,9 @@ def cache_kind(attention: costs.Attention, runtime: str) -> str:
     return attention.kind if runtime == "plmtune" else "heads"
 
 
-def cache_share(attention: costs.Attention, runtime: str) -> int:
-    """Bytes of one layer's cache for each token."""
-    return 2 * (attention.latent if runtime == "plmtune" else attention.expanded)
+def cache_share(attention: costs.Attention, runtime: str, number: int) -> int:
+    """Bytes of one layer's cache for each token, at so many bytes a number."""
+    return number * (attention.latent if runtime == "plmtune" else attention.expanded)
 
 
 def _bits(form: str) -> float:

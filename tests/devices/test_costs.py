@@ -9,7 +9,7 @@ from plmtune.errors import UserError
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.quantized import install
+from plmtune.modules.quantized import Quantized, install
 from plmtune.registry import Component, component
 
 
@@ -68,6 +68,20 @@ class TestAgainstRealModels:
         model = model.to(torch.float32 if scheme == "fp32" else torch.bfloat16)
         held = sum(tensor.nbytes for tensor in model.state_dict().values())
         assert costs.weights(anatomy, "plmtune", scheme).file == held
+
+    @pytest.mark.parametrize("make", [small_plm, small_llama])
+    @pytest.mark.parametrize("scheme", ["bf16", "int8", "int4"])
+    def test_memory_is_that_of_a_prepared_model(self, make: object, scheme: str) -> None:
+        model, anatomy = make().to(torch.bfloat16), Anatomy.of(make())  # type: ignore[operator]
+        if scheme != "bf16":
+            install(model, Component("quantization", scheme)(model=model))
+            model = model.to(torch.bfloat16)
+        for name, module in model.named_modules():
+            if name.endswith("kv_b_proj") and isinstance(module, Quantized):
+                module.keep_dense()  # as `quantized_kernels.prepare` does
+        held = sum(tensor.nbytes for tensor in model.state_dict().values())
+        held += sum(m.dense.nbytes for m in model.modules() if isinstance(m, Quantized) and m.dense is not None)
+        assert costs.weights(anatomy, "plmtune", scheme).memory == held
 
     @pytest.mark.parametrize("make", [small_plm, small_llama])
     def test_cache_is_that_of_the_model(self, make: object) -> None:

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from plmtune.devices import costs
 from plmtune.devices.costs import Anatomy
 from plmtune.devices.device import Figure, KernelRate, RuntimeRates, load_device
-from plmtune.devices.predict import predict
+from plmtune.devices.predict import decode_seconds, predict
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.registry import component
@@ -95,6 +96,20 @@ class TestSpeed:
         seconds = 1e-3 + matrices / 1e10 + 193e-6 + 32 * 1e-4 + 36_864_000 / 5e9
         assert found.decode == pytest.approx(1 / seconds)
         assert (found.calibrated, found.error) == (True, 0.07)
+
+    @pytest.mark.parametrize("calibrated", [False, True])
+    def test_a_cache_in_fp32_is_read_at_4_bytes_a_number(self, paper: Anatomy, calibrated: bool) -> None:
+        device = load_device("h200")
+        device = replace(device, compute=replace(device.compute, value=1e30))
+        if calibrated:
+            kernels = {form: KernelRate(1e12, 0.0, 1e12) for form in ("fp32", "bf16")}
+            rates = RuntimeRates(kernels, {}, 0.0, {"latent": device.bandwidth.value}, 1e12, 0.0, 0.05)
+            device = replace(device, rates={"plmtune": rates})
+        for scheme, width in (("fp32", 4), ("bf16", 2)):
+            held = costs.weights(paper, "plmtune", scheme)
+            short, long = (decode_seconds(paper, device, "plmtune", held, context) for context in (0, 1000))
+            read = costs.cache_bytes(paper, "plmtune", 1000, dtype_bytes=width)
+            assert long - short == pytest.approx(read / device.bandwidth.value)
 
     def test_a_kernel_that_was_not_measured_widens_the_error(self, paper: Anatomy) -> None:
         rate = KernelRate(1e10, 0.0, 1e12)
