@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +60,7 @@ def choose(model: Decoder, ids: Sequence[int] | Tensor, *, rounds: int = 5) -> l
     Args:
         model: that decodes; changed in place.
         ids: some text's tokens, of which the first 512 are read.
-        rounds: of the measurement; in each both products of all layers are timed with several tokens' inputs.
+        rounds: of the measurement; in each a product of all layers is timed with several tokens' inputs.
 
     Returns:
         list[LayerChoice]: of each layer with squared ReLU whose `down` holds no integers; empty where there is none.
@@ -73,20 +73,14 @@ def choose(model: Decoder, ids: Sequence[int] | Tensor, *, rounds: int = 5) -> l
     if text.shape[1] == 0:
         raise ValueError("without a text's tokens there are no zeros to be counted")
     shares, rows = _inputs(model, found, text)
+    # Each in the layout that it is decoded in.
+    switch(model, False)
+    dense = _times({number: ffn.down_proj for number, ffn in found.items()}, rows, rounds)
     switch(model, True)
-    dense: dict[int, list[float]] = {number: [] for number in found}
-    sparse: dict[int, list[float]] = {number: [] for number in found}
-    for round in range(rounds + 1):
-        # Layer after layer, so that no product finds its weight in a cache where decoding would not.
-        for number, ffn in found.items():
-            for row in rows[number]:
-                for taken, product in ((dense, ffn.down_proj), (sparse, ffn.skip_zeros)):
-                    seconds = _seconds(product, row)
-                    if round:  # the first warms up
-                        taken[number].append(seconds)
+    sparse = _times({number: ffn.skip_zeros for number, ffn in found.items()}, rows, rounds)
     choices = []
     for number, ffn in found.items():
-        before, after = statistics.median(dense[number]), statistics.median(sparse[number])
+        before, after = dense[number], sparse[number]
         ffn.sparse = after < before
         choices.append(LayerChoice(number, shares[number], before * 1e6, after * 1e6, ffn.sparse))
     return choices
@@ -118,6 +112,21 @@ def _inputs(
         for ffn, on in zip(found.values(), was, strict=True):
             ffn.sparse = on
     return shares, rows
+
+
+def _times(
+    products: Mapping[int, Callable[[Tensor], Tensor]], rows: dict[int, list[Tensor]], rounds: int
+) -> dict[int, float]:
+    """Median seconds of each layer's product with one row."""
+    taken: dict[int, list[float]] = {number: [] for number in products}
+    for round in range(rounds + 1):
+        for row in range(len(next(iter(rows.values()), []))):
+            # Layer after layer, so that no product finds its weight in a cache where decoding would not.
+            for number, product in products.items():
+                seconds = _seconds(product, rows[number][row])
+                if round:  # the first warms up
+                    taken[number].append(seconds)
+    return {number: statistics.median(times) for number, times in taken.items()}
 
 
 def _seconds(product: Callable[[Tensor], Tensor], row: Tensor) -> float:

@@ -127,6 +127,26 @@ class TestChoose:
         assert [ffn.sparse for ffn in ffns] == [True, False, False]
         assert choices[0].sparse_us == pytest.approx(1) and choices[0].dense_us == pytest.approx(3)
 
+    def test_each_product_is_timed_in_its_own_layout_and_layers_take_turns(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = small()
+        ffns = list(sparse_decode.squared_relus(model).values())
+        timed: list[tuple[str, int]] = []
+
+        def seconds(product: object, row: torch.Tensor) -> float:
+            names = {ffn.down_proj: ("dense", number) for number, ffn in enumerate(ffns)}
+            names |= {ffn.skip_zeros: ("sparse", number) for number, ffn in enumerate(ffns)}
+            kind, number = names[product]  # type: ignore[index]
+            assert all(ffn.down_proj.weight.is_contiguous() == (kind == "dense") for ffn in ffns)
+            timed.append((kind, number))
+            return 1.0
+
+        monkeypatch.setattr(sparse_decode, "_seconds", seconds)
+        sparse_decode.switch(model, True)
+        sparse_decode.choose(model, list(range(40)), rounds=2)
+        assert timed == [(kind, n) for kind in ("dense", "sparse") for _ in range(3 * 8) for n in range(3)]
+
     def test_sparsity_is_the_share_of_zeros_on_the_given_text(self) -> None:
         model, ids = small(), torch.arange(40)
         (first, *_) = sparse_decode.choose(model, ids, rounds=1)
