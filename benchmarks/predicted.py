@@ -4,7 +4,7 @@
     python benchmarks/predicted.py --checkpoint DIR --json out.json # and a checkpoint, such as SmolLM2-135M
 
 Each is quantized, saved, and measured by `plmtune.devices.measure` in a process of its own: decode tokens/s at each
-context, from a cache of random numbers, and peak memory. Bar: median errors of at most 15%.
+context, from a cache that a short text fills over and over, and peak memory. Bar: median errors of at most 15%.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from plmtune.data.tokenizers import byte
 from plmtune.devices.calibrate import calibrate
 from plmtune.devices.costs import Anatomy
 from plmtune.devices.device import load_device, save_device
-from plmtune.devices.measure import measure
+from plmtune.devices.measure import SAMPLE, measure
 from plmtune.devices.predict import predict
 from plmtune.models.adapters import read_description
 from plmtune.models.hf import load_model, save_model
@@ -134,7 +134,7 @@ def main() -> None:
             finally:
                 shutil.rmtree(folder)
             for found in measured:
-                guess = predict(anatomy, device, scheme=scheme, context=found.context, prompt=8)
+                guess = predict(anatomy, device, scheme=scheme, context=found.context, prompt=SAMPLE)
                 assert guess.decode is not None
                 memory = guess.peak - before
                 row = {

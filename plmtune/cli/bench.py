@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.option(
     "--decode-only",
     is_flag=True,
-    help="Ours begins with random numbers in the cache: no time to first token, but no waiting for it.",
+    help="Ours fills the cache with a short text, over and over: no time to first token, but no waiting for it.",
 )
 @click.option("--device", help="Of ours: cpu, cuda, ...; default: cuda where there is one. Files run on the CPU.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures there.")

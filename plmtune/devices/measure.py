@@ -31,7 +31,7 @@ from plmtune.modules.feed_forward import SquaredReLU
 from plmtune.modules.quantized import Quantized
 
 Sparse = Literal["auto", "on", "off"]
-_SAMPLE = 256  # tokens on which `--sparse auto` chooses
+SAMPLE = 256  # tokens of text that are read where no prompt is, and repeated to fill the cache
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def measure(
         threads: of the CPU; None: what torch takes by itself.
         dtype: fp32 or bf16, of ours; None: as the file has it, of a config bf16.
         sparse: ours skips the zeros of squared ReLU: where that is measured to pay, everywhere, or nowhere.
-        read_prompt: else ours begins with random numbers in the cache, which is as fast to decode from; other runtimes
-            can only read.
+        read_prompt: else ours begins with what a short text left in the cache, over and over, which is as fast to
+            decode from; other runtimes can only read.
         bandwidth: bytes/s of this machine's memory; None: it is measured.
         device: of ours; None: cuda where there is one, else the CPU.
         say: is told what is done.
@@ -102,6 +102,7 @@ def measure(
         ValueError: for impossible numbers.
     """
     _check(contexts, new_tokens)
+    bandwidth = bandwidth or _bandwidth_with(threads, _place(device))  # here: what it reads is no memory of the target
     request = {
         "target": target,
         "contexts": sorted(set(contexts)),
@@ -194,7 +195,7 @@ def measure_here(
     if threads is not None:
         torch.set_num_threads(threads)
     threads = torch.get_num_threads()
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = _place(device)
     bandwidth = bandwidth or read_bandwidth(place)
     before = psutil.Process().memory_info().rss
     tell(f"{target}: opening")
@@ -242,6 +243,19 @@ def measure_here(
         return measured
     finally:
         opened.close()
+
+
+def _place(device: str | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _bandwidth_with(threads: int | None, device: torch.device) -> float:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        return read_bandwidth(device)
+    finally:
+        torch.set_num_threads(before)
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -312,7 +326,11 @@ class _Opened(ABC):
 
 
 class _Ours(_Opened):
-    """A decoder of ours."""
+    """A decoder of ours.
+
+    Args:
+        sample: tokens of a text, repeated as often as a prompt is long; None: random ones.
+    """
 
     runtime = "plmtune"
 
@@ -320,20 +338,20 @@ class _Ours(_Opened):
         self.model, self.longest = model, min(model.max_seq_len, capacity)
         self.weights = _form(model)
         self.cache = model.new_cache(1, self.longest)
-        self._random = torch.Generator().manual_seed(0)
+        random = torch.randint(model.vocab_size, (SAMPLE,), generator=torch.Generator().manual_seed(0))
+        self._sample = torch.tensor(sample) if sample else random
         self._next = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         able = len(sparse_decode.squared_relus(model))
         if able:
             on = 0
             if sparse == "auto":
-                ids = sample or self._ids(min(_SAMPLE, model.max_seq_len))[0]
-                on = sum(choice.on for choice in sparse_decode.choose(model, ids))
+                on = sum(choice.on for choice in sparse_decode.choose(model, self._sample))
             elif sparse == "on":
                 on = sparse_decode.switch(model, True)
             self.sparse = (on, able)
 
     def _ids(self, count: int) -> Tensor:
-        return torch.randint(self.model.vocab_size, (1, count), generator=self._random).to(self.model.device)
+        return self._sample.repeat(-(-count // len(self._sample)))[None, :count].to(self.model.device)
 
     @torch.inference_mode()
     def start(self, context: int) -> None:
@@ -343,12 +361,14 @@ class _Ours(_Opened):
 
     @torch.inference_mode()
     def fill(self, context: int) -> None:
-        """Let the cache hold random numbers, in place of what so many tokens would leave there."""
+        """Let the cache hold what the sample's beginning leaves there, over and over: so zeros are those of text."""
+        read = min(context, SAMPLE)
+        self.start(read)
         for layer in self.cache.layers:
             for buffer in layer:
-                buffer[:, :, :context].normal_()
+                for begin in range(read, context, read):
+                    buffer[:, :, begin : min(begin + read, context)] = buffer[:, :, : min(read, context - begin)]
         self.cache.length = context
-        self._next = self._ids(1)
 
     @torch.inference_mode()
     def step(self) -> float:
@@ -367,9 +387,9 @@ class _Ours(_Opened):
             if name == "tok_embeddings" and not self.model.tied:
                 continue  # of which one row is looked up
             if isinstance(module, Quantized):
-                total += module.format.num_bytes((module.num_rows, module.width))
-            else:
-                total += sum(parameter.nbytes for parameter in module.parameters(recurse=False))
+                held = module.dense
+                total += module.format.num_bytes((module.num_rows, module.width)) if held is None else held.nbytes
+            total += sum(parameter.nbytes for parameter in module.parameters(recurse=False))
         return total - self._skipped()
 
     def _skipped(self) -> int:
@@ -453,9 +473,7 @@ def _stored(path: Path) -> tuple[int | None, int | None, str]:
     with opened_gguf(path) as file:
         looked_up = "token_embd.weight" if "output.weight" in file.tensors else ""
         read = sum(tensor.num_bytes for name, tensor in file.tensors.items() if name != looked_up)
-        kinds: dict[str, int] = {}
-        for tensor in file.tensors.values():
-            kinds[tensor.kind.name] = kinds.get(tensor.kind.name, 0) + tensor.num_bytes
+        kinds = file.kinds()
         keys, architecture = file.metadata, file.metadata.get("general.architecture")
 
         def number(key: str, default: int = 0) -> int:
@@ -467,7 +485,7 @@ def _stored(path: Path) -> tuple[int | None, int | None, str]:
         widths = number("attention.key_length", width) + number("attention.value_length", width)
         # Keys and values of all heads in 16 bits, also of MLA.
         cache = 2 * number("block_count") * number("attention.head_count_kv", heads) * widths
-    return read, cache or None, max(kinds, key=lambda name: kinds[name])
+    return read, cache or None, next(iter(kinds))
 
 
 def _open(target: str, capacity: int, threads: int, dtype: str | None, sparse: Sparse, device: torch.device) -> _Opened:
@@ -487,8 +505,8 @@ def _open(target: str, capacity: int, threads: int, dtype: str | None, sparse: S
 
     model, tokenizer = plmtune.load(target, device, kind)
     # Real text, which is at hand everywhere: sparsity follows from what is read.
-    text = tokenizer.encode(Path(json.__file__).read_text(encoding="utf-8")[:4000]) if sparse == "auto" else None
-    return _Ours(model, capacity, sparse, text)
+    text = Path(json.__file__).read_text(encoding="utf-8")[:4000]
+    return _Ours(model, capacity, sparse, tokenizer.encode(text))
 
 
 def _is_for_transformers(path: Path) -> bool:

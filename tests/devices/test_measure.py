@@ -1,5 +1,8 @@
 """What plmtune bench reports of our own models and of files."""
 
+import io
+import json
+import subprocess
 from pathlib import Path
 
 import gguf
@@ -14,12 +17,14 @@ from plmtune.devices.measure import measure, measure_here
 from plmtune.errors import UserError
 from plmtune.models.hf import save_model
 from plmtune.models.plm import plm
+from plmtune.modules.decoder import Decoder
+from plmtune.modules.quantized import Format, install
 from plmtune.registry import component
 
 
-def save_small(directory: Path) -> Path:
+def small() -> Decoder:
     torch.manual_seed(0)
-    model = plm(
+    model: Decoder = plm(
         byte().vocab_size,
         attention=component("attention", "mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
         ffn=component("ffn", "squared_relu", hidden_dim=32),
@@ -28,7 +33,11 @@ def save_small(directory: Path) -> Path:
         num_heads=2,
         max_seq_len=64,
     )
-    save_model(model, None, directory)
+    return model
+
+
+def save_small(directory: Path) -> Path:
+    save_model(small(), None, directory)
     byte().save(directory)
     return directory
 
@@ -62,6 +71,34 @@ class TestMeasureHere:
         )
         assert sparse.sparse == (1, 1)
         assert 0 < dense.weight_bytes - sparse.weight_bytes < 32 * 16 * 4  # type: ignore[operator]
+
+    def test_a_cache_that_is_filled_holds_the_sample_over_and_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "SAMPLE", 5)
+        torch.manual_seed(0)
+        sample = [3, 1, 4, 1, 5, 9, 2, 6]
+        ours = module._Ours(small().eval(), 64, "off", sample)
+        ours.fill(13)
+        with torch.inference_mode():
+            read = ours.model.new_cache(1, 5)
+            ours.model(torch.tensor([sample[:5]]), cache=read)
+        (filled,), (expected,) = ours.cache.layers[0], read.layers[0]
+        torch.testing.assert_close(filled[:, :, :13], expected.repeat(1, 1, 3, 1)[:, :, :13])
+        assert ours.cache.length == 13
+        # A prompt is the sample, too.
+        assert ours._ids(10).tolist() == [[3, 1, 4, 1, 5, 9, 2, 6, 3, 1]]
+
+    def test_the_matrix_that_absorbed_decoding_reads_and_biases_count(self) -> None:
+        model = small().to(torch.bfloat16)
+        floats = sum(p.nbytes for p in model.parameters())
+        attention = model.layers[0].attention
+        install(model, {"layers.0.attention.kv_b_proj": Format(8), "layers.0.attention.q_proj": Format(8)})
+        model = model.to(torch.bfloat16)
+        attention.kv_b_proj.keep_dense()
+        attention.q_proj.bias = torch.nn.Parameter(torch.zeros(24, dtype=torch.bfloat16))
+        ours = module._Ours(model.eval(), 64, "off", [1, 2, 3])
+        ours.start(3)
+        # q_proj [24, 16] in 8 bits has a scale of 2 bytes a row.
+        assert ours.weight_bytes() == floats - 2 * 24 * 16 + 24 * (16 + 2) + 24 * 2
 
     def test_contexts_that_do_not_fit_are_left_out_and_said(self, tmp_path: Path) -> None:
         said: list[str] = []
@@ -114,6 +151,28 @@ class TestStored:
 
 
 class TestMeasure:
+    def test_bandwidth_is_measured_before_the_targets_process_starts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[str] = []
+        monkeypatch.setattr(module, "read_bandwidth", lambda device: 123.0)
+
+        class Pipe(io.StringIO):
+            def close(self) -> None:
+                asked.append(self.getvalue())
+
+        class Child:
+            stdin, stderr = Pipe(), io.StringIO()
+
+            def wait(self) -> int:
+                return 1
+
+            def kill(self) -> None:
+                pass
+
+        monkeypatch.setattr(subprocess, "Popen", lambda *words, **settings: Child())
+        with pytest.raises(UserError, match="ended with 1"):
+            measure("m", contexts=[8])
+        assert json.loads(asked[0])["bandwidth"] == 123.0
+
     @pytest.mark.slow
     def test_a_target_has_a_process_of_its_own_whose_mistakes_come_back_in_words(self, tmp_path: Path) -> None:
         said: list[str] = []
