@@ -23,8 +23,14 @@ def show_count(value: float) -> str:
     """Write a count with three digits: 1,234 -> 1.23K, 1825458176 -> 1.83B."""
     for letter in ("T", "B", "M", "K"):
         if abs(value) >= _SCALE[letter]:
-            return f"{value / _SCALE[letter]:.3g}{letter}"
-    return f"{value:.3g}"
+            return f"{show_number(value / _SCALE[letter])}{letter}"
+    return show_number(value)
+
+
+def show_number(value: float, digits: int = 3) -> str:
+    """Write a number with three digits and no power of ten: 1954 -> 1,950, 0.03419 -> 0.0342."""
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if rounded.is_integer() else f"{rounded:g}"
 
 
 def show_bytes(value: float) -> str:

@@ -241,9 +241,9 @@ def _joined(numbers: Sequence[int]) -> str:
 def _print_device(device: Device, predictions: list[Prediction], contexts: list[int]) -> None:
     from rich.table import Table
 
-    from plmtune.units import show_bytes
+    from plmtune.units import show_bytes, show_number
 
-    how = "calibrated" if device.rates else f"reads at {device.bandwidth.value / 1e9:,.3g} GB/s"
+    how = "calibrated" if device.rates else f"reads at {show_number(device.bandwidth.value / 1e9)} GB/s"
     click.echo(f"\n{device.key}: {device.name}; {show_bytes(device.available)} for a model, {how}")
     table = Table(box=None, pad_edge=False)
     prompt = max(p.prompt for p in predictions)
@@ -260,7 +260,7 @@ def _print_device(device: Device, predictions: list[Prediction], contexts: list[
             show_bytes(first.file),
             show_bytes(last.memory),
             "yes" if last.fits else "no",
-            f"{waits[0]:.2g} s" if waits else "-",
+            f"{show_number(waits[0])} s" if waits else "-",
             *(_speed(p) for p in row),
         )
     console().print(table)
@@ -271,10 +271,11 @@ def _print_device(device: Device, predictions: list[Prediction], contexts: list[
 
 
 def _speed(prediction: Prediction) -> str:
+    from plmtune.units import show_number
+
     if prediction.decode is None:
         return "does not fit"
-    speed, off = prediction.decode, prediction.decode * prediction.error
-    return f"{speed:,.0f} ± {off:,.0f}" if speed >= 100 else f"{speed:.3g} ± {off:.2g}"
+    return f"{show_number(prediction.decode)} ± {show_number(prediction.decode * prediction.error, 2)}"
 
 
 def _training(cfg: Any, train_on: str) -> dict[str, Any]:
@@ -333,9 +334,12 @@ def _training(cfg: Any, train_on: str) -> dict[str, Any]:
 
 
 def _hours(hours: float) -> str:
-    if hours < 1:
-        return f"{hours * 60:.2g} device-minutes"
-    return f"{hours:,.0f} device-hours" if hours >= 10 else f"{hours:.2g} device-hours"
+    from plmtune.units import show_number
+
+    for unit, number in (("hours", hours), ("minutes", hours * 60)):
+        if number >= 1:
+            return f"{show_number(number)} device-{unit}"
+    return f"{show_number(hours * 3600)} device-seconds"
 
 
 def _sweep(
@@ -355,7 +359,7 @@ def _sweep(
     from plmtune.devices import costs
     from plmtune.devices.pareto import draw_front, front
     from plmtune.devices.sweep import sweep
-    from plmtune.units import show_bytes, show_count
+    from plmtune.units import show_bytes, show_count, show_number
 
     costs.check_schemes([scheme], [runtime])
     found = sweep(
@@ -405,7 +409,7 @@ def _sweep(
             show_count(point.parameters),
             show_count(point.non_embedding),
             show_bytes(point.prediction.memory),
-            f"{point.prediction.first_token:.2g} s",
+            "-" if point.prediction.first_token is None else f"{show_number(point.prediction.first_token)} s",
             _speed(point.prediction),
         )
     console().print(table)

@@ -18,7 +18,7 @@ class TestPlan:
             monkeypatch, capsys, *BASE, "--device", "pi5,h200", "--json", "plan.json", "--context", "128,9000"
         )
         assert code == 0
-        for words in ("parameters", "q4_k_m", "Raspberry Pi 5", "phase main", "device-minutes", "9,000"):
+        for words in ("parameters", "q4_k_m", "Raspberry Pi 5", "phase main", "device-seconds", "9,000"):
             assert words in out, words
         found = json.loads(Path("plan.json").read_text())
         assert {p["device"] for p in found["predictions"]} == {"pi5", "h200"}

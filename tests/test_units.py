@@ -1,0 +1,37 @@
+"""Numbers as people read them."""
+
+import pytest
+
+from plmtune.cli.plan import _hours
+from plmtune.units import show_count, show_number
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1954.3, "1,950"),
+        (580.4, "580"),
+        (99.96, "100"),
+        (12.34, "12.3"),
+        (0.03419, "0.0342"),
+        (4800, "4,800"),
+        (0, "0"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_a_number_has_three_digits_and_no_power_of_ten(value: float, text: str) -> None:
+    assert show_number(value) == text
+
+
+def test_counts_beyond_the_last_letter_stay_plain() -> None:
+    assert show_count(1.954e15) == "1,950T"
+    assert show_count(999_999) == "1,000K"
+    assert show_count(1234) == "1.23K"
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [(0.00057 / 60, "0.0342 device-seconds"), (0.5, "30 device-minutes"), (1954.0, "1,950 device-hours")],
+)
+def test_time_on_a_device_is_in_the_unit_that_suits(hours: float, text: str) -> None:
+    assert _hours(hours) == text
