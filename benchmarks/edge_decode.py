@@ -5,9 +5,10 @@
 plm_100m   13 layers of 768, 16 heads whose keys and values are 8.9 times their latent, as PLM's are
 plm_1.8b   PLM-1.8B's layer, four times, with a vocabulary of 32,000
 
-Weights are random, with zeros as trained ones have them: a direction that all embeddings share is weighed against in
-each `up`, so that 90% of squared ReLU's outputs are zero (--sparsity). Ours decodes from a cache of random numbers,
-which costs what real ones cost; llama.cpp reads random tokens, with flash attention off, since it aborts on PLM.
+Weights are random, with zeros as trained ones have them: a feature that all tokens share is weighed against in each
+`up`, so that 90% of squared ReLU's outputs are zero (--sparsity); what the timed steps had is counted and printed.
+Tokens are random, read and written; ours reads some of them, which fill its cache over and over. llama.cpp has flash
+attention off, since it aborts on PLM.
 All are open at once and take turns, in an order that is turned round, so that ratios hold on a busy machine, too.
 """
 
@@ -19,10 +20,10 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from side_by_side import machine
@@ -41,7 +42,7 @@ from plmtune.quantization.quantize import quantize
 from plmtune.registry import component
 
 VOCABULARY = 32000
-TEXT = 256  # tokens on which zeros are counted
+TEXT = 256  # tokens by which zeros are made, and others that caches are filled with
 KINDS = ("F16", "Q8_0", "Q4_0")
 # (numerator, denominator), the bars of the project in the first three
 RATIOS = (
@@ -74,42 +75,80 @@ def build(name: str, longest: int) -> Decoder:
 
 @torch.no_grad()
 def make_sparse(model: Decoder, share: float) -> float:
-    """Shift each `up` until this share of its outputs is negative; return the share of zeros that came of it."""
+    """Shift each `up` until this share of its outputs is negative; return the share of zeros on other tokens.
+
+    The first feature is one large number for all tokens, which no layer adds to, so that one number for each `up`, its
+    weight, is all that is fitted.
+    """
     embeddings = model.tok_embeddings.weight
-    embeddings += embeddings.std() * torch.randn(model.embed_dim)
-    text = torch.randint(VOCABULARY, (1, TEXT))
-    shares = []
-    for ffn in squared_relus(model).values():
+    embeddings[:, 0] = embeddings.std() * model.embed_dim**0.5
+    for layer in model.layers:
+        cast(Any, layer).attention.o_proj.weight[0] = 0
+    ffns = squared_relus(model)
+    for ffn in ffns.values():
+        ffn.down_proj.weight[0] = 0
+    text, other = torch.randint(model.vocab_size, (2, 1, TEXT))
+    for ffn in ffns.values():
         seen: list[Tensor] = []
         hook = ffn.up_proj.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0][0]))
         model(text, hidden=True)
         hook.remove()
         (x,) = seen
-        mean = x.mean(0)
-        outputs = ffn.up_proj(x)
-        # Along the mean all inputs are nearly alike, so what is taken off there is taken off all outputs alike.
-        ffn.up_proj.weight -= torch.outer(outputs.quantile(share, dim=0), mean / mean.square().sum())
-        shares.append(float((ffn.up_proj(x) <= 0).float().mean()))
-    return statistics.fmean(shares)
+        places = (ffn.up_proj(x) / x[:, :1]).flatten()
+        ffn.up_proj.weight[:, 0] -= places.kthvalue(max(round(share * len(places)), 1)).values
+    with recording(model):
+        model(other, hidden=True)
+        return zeros(model)
+
+
+@contextmanager
+def recording(model: Decoder) -> Iterator[None]:
+    """Have each FFN keep its share of zeros meanwhile."""
+    ffns = squared_relus(model).values()
+    for ffn in ffns:
+        ffn.record_sparsity = True
+    yield
+    for ffn in ffns:
+        ffn.record_sparsity = False
+
+
+def zeros(model: Decoder) -> float:
+    """Mean share of zeros of what was read last."""
+    return statistics.fmean(float(cast(Tensor, ffn.sparsity).mean()) for ffn in squared_relus(model).values())
 
 
 class Ours:
-    """One of our variants with a cache of random numbers."""
+    """One of our variants with a cache that some random tokens fill over and over."""
 
+    @torch.inference_mode()
     def __init__(self, model: Decoder, longest: int) -> None:
-        self.model, self.cache = model, model.new_cache(1, longest)
+        self.model, self.cache, self.random = model, model.new_cache(1, longest), torch.Generator()
+        read = min(TEXT, longest)
+        model(torch.randint(model.vocab_size, (1, read)), cache=self.cache, hidden=True)
         for layer in self.cache.layers:
             for buffer in layer:
-                buffer.normal_()
-        self.next = torch.zeros(1, 1, dtype=torch.long)
+                for begin in range(read, longest, read):
+                    buffer[:, :, begin : begin + read] = buffer[:, :, : min(read, longest - begin)]
 
     def start(self, context: int) -> None:
         self.cache.length = context
+        self.random.manual_seed(context)
 
     @torch.inference_mode()
     def step(self) -> None:
-        logits = self.model.logits(self.model(self.next, cache=self.cache, hidden=True)[:, -1:])
-        self.next = logits.argmax(-1)
+        # Not the likeliest, which may be one token again and again, whose few columns a CPU's cache would hold.
+        token = torch.randint(self.model.vocab_size, (1, 1), generator=self.random)
+        self.model.logits(self.model(token, cache=self.cache, hidden=True)[:, -1:]).argmax(-1)
+
+    def zeros(self, context: int, steps: int) -> float:
+        """Share of zeros in the first steps after so many tokens, which are those that were timed."""
+        self.start(context)
+        shares = []
+        with recording(self.model):
+            for _ in range(steps):
+                self.step()
+                shares.append(zeros(self.model))
+        return statistics.fmean(shares)
 
 
 class Theirs:
@@ -117,13 +156,14 @@ class Theirs:
 
     def __init__(self, path: Path, longest: int, threads: int, stack: ExitStack) -> None:
         self.runtime = stack.enter_context(open_runtime(path, threads=threads, context=longest))
-        self.next = 0
+        self.random = torch.Generator()
 
     def start(self, context: int) -> None:
-        self.next = self.runtime.start(torch.randint(VOCABULARY, (context,)).tolist())
+        self.random.manual_seed(context)
+        self.runtime.start(torch.randint(VOCABULARY, (context,)).tolist())
 
     def step(self) -> None:
-        self.next = self.runtime.step(self.next)
+        self.runtime.step(int(torch.randint(VOCABULARY, (1,), generator=self.random)))
 
 
 def variants(model: Decoder, longest: int, threads: int, folder: Path, stack: ExitStack) -> dict[str, Ours | Theirs]:
@@ -167,8 +207,12 @@ def run(name: str, contexts: Sequence[int], arguments: argparse.Namespace) -> di
     model = build(name, max(longest, TEXT))
     sparsity = make_sparse(model, arguments.sparsity)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"\n{name}: {parameters / 1e6:.0f}M parameters, {sparsity:.1%} zeros\n", flush=True)
+    print(
+        f"\n{name}: {parameters / 1e6:.0f}M parameters, {sparsity:.1%} zeros on tokens that they were not made by\n",
+        flush=True,
+    )
     speeds: dict[str, dict[str, float]] = {}
+    shares: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         compared = variants(model, longest, arguments.threads, Path(folder), stack)
         for context in contexts:
@@ -177,18 +221,23 @@ def run(name: str, contexts: Sequence[int], arguments: argparse.Namespace) -> di
             steps = {key: cast(Callable[[], None], variant.step) for key, variant in compared.items()}
             seconds = alternate(steps, arguments.rounds, arguments.tokens)
             speeds[str(context)] = {key: 1 / value for key, value in seconds.items()}
-    show(speeds)
-    return {"parameters": parameters, "sparsity": sparsity, "tokens_per_second": speeds}
+            skipping = cast(Ours, compared["ours bf16 sparse"])
+            shares[str(context)] = skipping.zeros(context, arguments.rounds * (arguments.tokens + 1))
+    show(speeds, shares)
+    return {"parameters": parameters, "sparsity": shares, "tokens_per_second": speeds}
 
 
-def show(speeds: dict[str, dict[str, float]]) -> None:
+def show(speeds: dict[str, dict[str, float]], shares: dict[str, float]) -> None:
     print("| tokens/s at context | " + " | ".join(speeds) + " |\n|" + "---|" * (len(speeds) + 1))
     for key in next(iter(speeds.values())):
         print(f"| {key} | " + " | ".join(f"{found[key]:.1f}" for found in speeds.values()) + " |")
     for over, under in RATIOS:
         if all(over in found and under in found for found in speeds.values()):
             ratios = " | ".join(f"{found[over] / found[under]:.2f}x" for found in speeds.values())
-            print(f"| {over} / {under} | {ratios} |", flush=True)
+            print(f"| {over} / {under} | {ratios} |")
+    print(
+        "| zeros in the steps of ours bf16 sparse | " + " | ".join(f"{share:.1%}" for share in shares.values()) + " |"
+    )
 
 
 def draw(results: dict[str, dict[str, object]], path: Path) -> None:
