@@ -10,6 +10,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define LANES 16
 #define ROWS 4   /* of a matrix that share what is read of the input */
@@ -65,7 +68,20 @@ typedef struct { /* one thread's */
 
 INLINE V load(const float *p) { return *(const V_at *)p; }
 INLINE void store(float *p, V v) { *(V_at *)p = v; }
+#ifdef __AVX512F__ /* compilers widen half a vector at a time, or number by number */
+INLINE V widen(const uint16_t *p) {
+    return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
+}
+INLINE I signed_bytes(const void *p) { return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128(p)); }
+INLINE I bytes(const void *p) { return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
+#else
+typedef int16_t S __attribute__((vector_size(32)));
 INLINE V widen(const uint16_t *p) { return (V)(__builtin_convertvector(*(const H_at *)p, U) << 16); }
+INLINE I signed_bytes(const void *p) {
+    return __builtin_convertvector(__builtin_convertvector(*(const B_at *)p, S), I);
+}
+INLINE I bytes(const void *p) { return __builtin_convertvector(__builtin_convertvector(*(const N_at *)p, S), I); }
+#endif
 INLINE V pick(I choose, V a, V b) { return (V)((choose & (I)a) | (~choose & (I)b)); }
 INLINE int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
@@ -144,24 +160,32 @@ INLINE V power(V x) {
 
 /* ---- products ---------------------------------------------------------------------------------------------------- */
 
+/* Ask for what is read next: rows are too short for processors to find out by themselves. */
+#define AHEAD(at, row_bytes) __builtin_prefetch((at) + ROWS * (row_bytes), 0, 2)
+
 /* A row's scales as fp32; returns the sum over groups of scale, zero and sum of inputs. */
 static float read_scales(const matrix *a, int64_t row, const float *sums, float *scales) {
     const int64_t groups = a->cols / a->group, at = row * groups;
     const float zero = a->kind == INT4 ? 8.0f : 0.0f;
+    const I lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     float rest = 0;
     V total = {};
-    int64_t g = 0;
-    for (; g + LANES <= groups; g += LANES) {
-        V scale = elements(a->scales, at + g), z = (V){} + zero;
-        if (a->zeros) z = __builtin_convertvector(__builtin_convertvector(*(const B_at *)(a->zeros + at + g), I), V);
-        store(scales + g, scale);
-        if (a->kind == INT4) total += scale * z * load(sums + g);
+    if (groups >= LANES) {
+        for (int64_t done = 0; done < groups; done += LANES) {
+            const int64_t g = done + LANES <= groups ? done : groups - LANES; /* the last begins among the others */
+            const V scale = elements(a->scales, at + g);
+            V z = (V){} + zero;
+            if (a->zeros) z = __builtin_convertvector(signed_bytes(a->zeros + at + g), V);
+            store(scales + g, scale);
+            if (a->kind == INT4) total += pick(lanes >= (int32_t)(done - g), scale * z * load(sums + g), (V){});
+        }
+        return sum(total);
     }
-    for (; g < groups; g++) {
+    for (int64_t g = 0; g < groups; g++) {
         scales[g] = element(a->scales, at + g);
         if (a->kind == INT4) rest += scales[g] * (a->zeros ? (float)a->zeros[at + g] : zero) * sums[g];
     }
-    return rest + sum(total);
+    return rest;
 }
 
 INLINE void int4_rows(const matrix *a, const scratch *s, int64_t row, const int count, float *y) {
@@ -178,9 +202,10 @@ INLINE void int4_rows(const matrix *a, const scratch *s, int64_t row, const int 
         for (int64_t c = g * half_group; c < (g + 1) * half_group; c += LANES) {
             const V even = load(s->even + c), odd = load(s->odd + c);
             for (int r = 0; r < count; r++) {
-                const I pairs = __builtin_convertvector(*(const N_at *)(w[r] + c), I);
+                const I pairs = bytes(w[r] + c);
                 part[r] += __builtin_convertvector(pairs & 15, V) * even;
                 part[r] += __builtin_convertvector(pairs >> 4, V) * odd;
+                AHEAD(w[r] + c, a->cols / 2);
             }
         }
         for (int r = 0; r < count; r++) total[r] += part[r] * s->scales[r * groups + g];
@@ -200,8 +225,10 @@ INLINE void int8_rows(const matrix *a, const scratch *s, const float *x, int64_t
         V part[ROWS] = {};
         for (int64_t c = g * a->group; c < (g + 1) * a->group; c += LANES) {
             const V in = load(x + c);
-            for (int r = 0; r < count; r++)
-                part[r] += __builtin_convertvector(__builtin_convertvector(*(const B_at *)(w[r] + c), I), V) * in;
+            for (int r = 0; r < count; r++) {
+                part[r] += __builtin_convertvector(signed_bytes(w[r] + c), V) * in;
+                AHEAD(w[r] + c, a->cols);
+            }
         }
         for (int r = 0; r < count; r++) total[r] += part[r] * s->scales[r * groups + g];
     }
@@ -221,6 +248,7 @@ INLINE void float_rows(const matrix *a, const float *x, int64_t row, const int c
         for (int r = 0; r < count; r++) {
             one[r] += elements(w[r], c) * in;
             other[r] += elements(w[r], c + LANES) * next;
+            AHEAD((const char *)w[r].at + c * (kind == F32 ? 4 : 2), a->cols * (kind == F32 ? 4 : 2));
         }
     }
     for (; c + LANES <= a->cols; c += LANES)

@@ -16,7 +16,7 @@ from plmtune.modules.cache import Cache
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU
 from plmtune.modules.quantized import Format, Quantized, install
-from plmtune.modules.quantized_kernels import prepare
+from plmtune.modules.quantized_kernels import example, prepare
 from plmtune.native import library
 from plmtune.registry import component
 
@@ -166,6 +166,14 @@ class TestMultiply:
         found = module(x)
         module.kernels = None
         torch.testing.assert_close(found, module(x), atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("groups", [15, 16, 24, 40])
+    def test_rows_of_any_number_of_groups(self, groups: int) -> None:
+        for format in (Format(4, 32), Format(8, 32)):
+            module = example(format, torch.float32, (10, 32 * groups))
+            x = torch.randn(1, 32 * groups)
+            found, expected = native.multiply(module, x), module.multiply(x)
+            assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @needs_native
