@@ -398,11 +398,16 @@ def make_step(model: Decoder, scheme: str | None, max_seq_len: int) -> Step:
     if scheme not in (None, "fp32") and not quantized:
         from plmtune.quantization.quantize import quantize
 
-        eight = Format(8, dynamic=True)
-        plan = load("quantization", scheme)(model=model, embedding=eight.name)
-        # Rows that are no multiple of 32 got smaller groups, which XNNPACK has not.
-        quantize(model, {name: format if _has(format) else eight for name, format in plan.items()})
+        quantize(model, rounding_plan(model, scheme))
     return Step(model, max_seq_len).requires_grad_(False)
+
+
+def rounding_plan(model: Decoder, scheme: str) -> dict[str, Format]:
+    """How a program of this scheme stores the matrices of a model of floating-point numbers."""
+    eight = Format(8, dynamic=True)
+    plan = load("quantization", scheme)(model=model, embedding=eight.name)
+    # Rows that are no multiple of 32 got smaller groups, which XNNPACK has not.
+    return {name: format if _has(format) else eight for name, format in plan.items()}
 
 
 def _has(format: Format) -> bool:
@@ -455,49 +460,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-@torch.no_grad()
-def near_ties(model: Decoder, ids: Tensor, *, within: float = 4e-5) -> Tensor:
-    """Say where a quantized model's numbers are not determined by its weights alone.
-
-    A dynamic format rounds each layer's inputs to 256 steps. Where one lies halfway between two, sums in another order
-    (another runtime, another number of threads) round it the other way, and all that follows differs by such a step.
-    So two right implementations agree to 1e-4 in logits up to the first tie of a text, and not after it.
-
-    Args:
-        model: not prepared for kernels; of floating-point numbers there are no ties.
-        ids (Tensor): [1, s], as many as the model's cache takes.
-        within: of a step: nearer to half is near. Sums of fp32 differ by 1e-7 to 1e-6 of a row's largest number, which
-            is 255 steps.
-
-    Returns:
-        Tensor: bool [s]: a near tie at this token or one before it.
-    """
-    near: list[Tensor] = []
-
-    def watch(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = inputs[0].float()
-        low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
-        step = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).eps)
-        places = torch.cat((x.flatten(), low[None])) / step
-        near.append(((places - places.floor() - 0.5).abs() < within).any())
-
-    linears = [part for part in model.modules() if isinstance(part, QuantizedLinear) and part.format.dynamic]
-    hooks = [part.register_forward_pre_hook(watch) for part in linears]
-    embedding = model.tok_embeddings
-    tied = model.tied and isinstance(embedding, Quantized) and embedding.format.dynamic
-    found = torch.zeros(ids.shape[1], dtype=torch.bool)
-    try:
-        cache = model.new_cache(1, ids.shape[1])
-        for i in range(ids.shape[1]):
-            hidden = model(ids[:, i : i + 1], cache=cache, hidden=True)
-            if tied:
-                watch(embedding, (hidden,))
-            elif not model.tied:
-                model.output(hidden)
-            found[i] = bool(near) and bool(torch.stack(near).any())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found

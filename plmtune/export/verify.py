@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,14 +26,16 @@ from plmtune.export.runtimes import Runtime, RuntimeName, open_runtime
 from plmtune.models.adapters import load_its_tokenizer, load_model
 from plmtune.models.files import checkpoint_directory
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.quantized import Format, Quantized
-from plmtune.registry import load
+from plmtune.modules.quantized import Quantized
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 # Tokens that are read in all, so that RoPE is tried on more positions than are compared.
 _WINDOW = 256
+# Of a text's tokens, half of it where the model takes no more.
+_LEAST = 32
+_NO_TEMPLATES = "llama.cpp (llama_cpp)"
 _PROMPT, _WRITTEN = 16, 24
 _FROM_ROUNDED = 1e-4
 # Two to three times what was measured: 1e-4 of a PLM of `make demo`, 4e-3 of SmolLM2-135M, of 4 bits as of 8, since
@@ -150,8 +154,9 @@ class Report:
 
         title = f"{self.export} in {self.runtime}, {self.kind}, {self.positions} positions"
         table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-        for name in ("check", "value", "at most", "", "remark"):
-            table.add_column(name, justify="right" if name in ("value", "at most") else "left", overflow="fold")
+        for name in ("check", "value", "at most", ""):
+            table.add_column(name, justify="right" if name in ("value", "at most") else "left", no_wrap=True)
+        table.add_column("remark", overflow="fold")
         for check in self.checks:
             limit = "-" if check.threshold is None else f"{check.threshold:.3g}"
             table.add_row(
@@ -218,9 +223,8 @@ def verify(
             said = "; ".join(f"{name}: {what}" for name, what in list(suspects.items())[:4])
             report.add("tensors that differ", len(suspects), 0, said or f"of {len(contents.tensors)}, beyond rounding")
         if runtime.vocab_size == model.vocab_size:
-            reference = _rounded_alike(model, contents) if export.suffix == ".pte" else model
-            if reference is not model:
-                _compare_with_rounded(report, runtime, reference, ids, last)
+            if export.suffix == ".pte" and bits_of(contents.kind) is not None:
+                _compare_with_rounded(report, runtime, _rounded_alike(model, contents), ids, last)
             _compare_numbers(report, runtime, model, ids, last, limits, contents)
         else:
             said = f"the export has {runtime.vocab_size} rows of the vocabulary, the checkpoint {model.vocab_size}"
@@ -233,8 +237,11 @@ def verify(
 def _ids(tokenizer: Tokenizer, text: str, most: int) -> list[int]:
     before = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     ids = [*before, *tokenizer.encode(text)][:most]
-    if len(ids) < 2:
-        raise UserError(f"a text of {len(ids)} tokens is too short to be predicted. Give one of a page or more.")
+    least = _LEAST if most >= _LEAST else _LEAST // 2
+    if most < least:
+        raise UserError(f"{most} tokens are all that it reads at once; less than {least} prove nothing.")
+    if len(ids) < least:
+        raise UserError(f"a text of {len(ids)} tokens is too short to prove anything. Give one of a page or more.")
     return ids
 
 
@@ -257,7 +264,7 @@ def _compare_numbers(
     if contents.tensors:
         with with_tensors(model, contents, list(contents.tensors)):
             own = log_probs(model, read, last)
-        said = "of the checkpoint with the tensors of the export in it: what rounding does is in both"
+        said = "of its tensors in the checkpoint's model: rounding is in both"
         report.add("from the export's own numbers: KL", _divergence(own, theirs), min(limits.kl, _FROM_OWN), said)
     lost = (_margins(ours, theirs.argmax(-1)) > limits.tie).double()
     report.add("likeliest tokens that differ", float(lost.mean()), limits.choices, f"by more than {limits.tie:g} nats")
@@ -290,15 +297,15 @@ def _divergence(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _rounded_alike(model: Decoder, contents: Contents) -> Decoder:
-    """The checkpoint quantized as the program is; itself where it is quantized already, or the program is not."""
-    bits = bits_of(contents.kind)
-    if bits is None or any(isinstance(module, Quantized) for module in model.modules()):
+    """The checkpoint quantized as the program is; itself where it is quantized already."""
+    if any(isinstance(module, Quantized) for module in model.modules()):
         return model
+    from plmtune.export.executorch import rounding_plan
     from plmtune.quantization.quantize import quantize
 
     rounded = copy.deepcopy(model)
-    scheme = "int8_dynamic" if bits == 8 else "int8_dynamic_int4"
-    quantize(rounded, load("quantization", scheme)(model=rounded, embedding=Format(8, dynamic=True).name))
+    scheme = "int8_dynamic" if bits_of(contents.kind) == 8 else "int8_dynamic_int4"
+    quantize(rounded, rounding_plan(rounded, scheme))
     return rounded
 
 
@@ -309,7 +316,7 @@ def _compare_with_rounded(report: Report, runtime: Runtime, rounded: Decoder, id
     said = "the program does not compute what the quantized model does; weight-only integers would be such a case"
     # The median: an input that lies between two steps of 8 bits goes to the other one, now and then, for a difference
     # in the last bit.
-    check = report.add("from the quantized model: difference, median of rows", float(gap.median()), _FROM_ROUNDED)
+    check = report.add("from the quantized model: median row", float(gap.median()), _FROM_ROUNDED)
     if not check.passed:
         report.checks[-1] = replace(check, cause=said)
 
@@ -383,16 +390,17 @@ def _compare_prompts(report: Report, runtime: Runtime, tokenizer: Tokenizer, con
         return
     template = ChatTemplate(source, tokenizer, report.against)
     differ: list[tuple[str, str | None]] = []
-    for messages in hard_texts.CONVERSATIONS:
-        try:
-            ours = template.render(messages, add_generation_prompt=True)
-        except BadRow:
-            continue  # the template takes no system message, or wants none to be empty
-        theirs = runtime.render(messages)
-        if theirs is None and runtime.encode("") is None:
-            return  # a runtime without text
-        if theirs != ours:
-            differ.append((ours, theirs))
+    with _renderer(runtime) as renderer:
+        for messages in hard_texts.CONVERSATIONS:
+            try:
+                ours = template.render(messages, add_generation_prompt=True)
+            except BadRow:
+                continue  # the template takes no system message, or wants none to be empty
+            theirs = renderer.render(messages)
+            if theirs is None and runtime.encode("") is None:
+                return  # a runtime without text
+            if theirs != ours:
+                differ.append((ours, theirs))
     cause = None
     if differ:
         ours, theirs = differ[0]
@@ -403,5 +411,19 @@ def _compare_prompts(report: Report, runtime: Runtime, tokenizer: Tokenizer, con
                 f"the export's chat template is another one: it writes {theirs!r:.120}, the checkpoint's {ours!r:.120}"
             )
         else:
-            cause = f"{runtime.name} renders the same template otherwise: {theirs!r:.120}, not {ours!r:.120}"
-    report.add("chat prompts that differ", len(differ), 0, cause or f"of {len(hard_texts.CONVERSATIONS)}")
+            cause = f"{renderer.name} renders the same template otherwise: {theirs!r:.120}, not {ours!r:.120}"
+    said = f"of {len(hard_texts.CONVERSATIONS)}"
+    if renderer.name == _NO_TEMPLATES:
+        said += ", by Python's Jinja: llama.cpp's own engine comes with xllamacpp, which is not installed"
+    report.add("chat prompts that differ", len(differ), 0, cause or said)
+
+
+@contextmanager
+def _renderer(runtime: Runtime) -> Iterator[Runtime]:
+    """What renders a runtime's prompts as its program does: itself, or for llama_cpp, which binds nothing that
+    renders templates, llama.cpp's own engine in xllamacpp where that is installed."""
+    if runtime.name != _NO_TEMPLATES or importlib.util.find_spec("xllamacpp") is None:
+        yield runtime
+        return
+    with open_runtime(runtime.path, threads=1, context=_LEAST, prefer="xllamacpp") as other:
+        yield other

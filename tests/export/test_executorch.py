@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plmtune.data.tokenizers import byte, load_tokenizer
 from plmtune.errors import UserError
-from plmtune.export.executorch import check_scheme, export_pte, make_step, near_ties
+from plmtune.export.contents import Contents
+from plmtune.export.executorch import check_scheme, export_pte, make_step, rounding_plan
+from plmtune.export.verify import _rounded_alike
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.quantized import Format, QuantizedLinear
+from plmtune.modules.quantized import Format, Quantized, QuantizedLinear
 from plmtune.quantization.quantize import quantize
 from plmtune.registry import component, load
 
@@ -76,6 +78,52 @@ def of_step(step: Any, ids: Tensor) -> Tensor:
     return torch.cat([step(ids[:, i : i + 1].contiguous(), torch.tensor([i])) for i in range(ids.shape[1])])
 
 
+@torch.no_grad()
+def near_ties(model: Decoder, ids: Tensor, *, within: float = 4e-5) -> Tensor:
+    """Say where a quantized model's numbers are not determined by its weights alone.
+
+    A dynamic format rounds each layer's inputs to 256 steps. Where one lies halfway between two, sums in another order
+    (another runtime, another number of threads) round it the other way, and all that follows differs by such a step.
+    So two right implementations agree to 1e-4 in logits up to the first tie of a text, and not after it.
+
+    Args:
+        model: not prepared for kernels; of floating-point numbers there are no ties.
+        ids (Tensor): [1, s], as many as the model's cache takes.
+        within: of a step: nearer to half is near. Sums of fp32 differ by 1e-7 to 1e-6 of a row's largest number, which
+            is 255 steps.
+
+    Returns:
+        Tensor: bool [s]: a near tie at this token or one before it.
+    """
+    near: list[Tensor] = []
+
+    def watch(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0].float()
+        low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+        step = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).eps)
+        places = torch.cat((x.flatten(), low[None])) / step
+        near.append(((places - places.floor() - 0.5).abs() < within).any())
+
+    linears = [part for part in model.modules() if isinstance(part, QuantizedLinear) and part.format.dynamic]
+    hooks = [part.register_forward_pre_hook(watch) for part in linears]
+    embedding = model.tok_embeddings
+    tied = model.tied and isinstance(embedding, Quantized) and embedding.format.dynamic
+    found = torch.zeros(ids.shape[1], dtype=torch.bool)
+    try:
+        cache = model.new_cache(1, ids.shape[1])
+        for i in range(ids.shape[1]):
+            hidden = model(ids[:, i : i + 1], cache=cache, hidden=True)
+            if tied:
+                watch(embedding, (hidden,))
+            elif not model.tied:
+                model.output(hidden)
+            found[i] = bool(near) and bool(torch.stack(near).any())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 class TestStep:
     @pytest.mark.parametrize("make", [small_plm, lambda: small_plm(tied=False), small_llama])
     def test_is_the_decoder(self, make: Callable[[], Decoder]) -> None:
@@ -107,6 +155,20 @@ class TestStep:
         model = small_plm()
         make_step(model, "int8_dynamic", CONTEXT)
         assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+    def test_rows_that_xnnpack_has_no_groups_for_are_of_8_bits_by_the_plan_itself(self) -> None:
+        model = small_plm()
+        model.layers[0].ffn.down_proj = nn.Linear(80, 64, bias=False)  # type: ignore[union-attr]
+        plan = rounding_plan(model, "int8_dynamic_int4")
+        assert plan["layers.0.ffn.down_proj"].name == DYNAMIC
+        assert plan["layers.1.ffn.down_proj"].name == "int8_dynamic_int4_g32"
+        # the program and the reference of its proof alike
+        step = make_step(model, "int8_dynamic_int4", CONTEXT)
+        assert step.layers[0].down_proj.format.name == DYNAMIC  # type: ignore[union-attr]
+        assert step.layers[1].down_proj.format.name == "int8_dynamic_int4_g32"  # type: ignore[union-attr]
+        rounded = _rounded_alike(model, Contents("int8_dynamic_int4_g32"))
+        held = {name: part.format for name, part in rounded.named_modules() if isinstance(part, Quantized)}
+        assert held == plan
 
     def test_looks_up_the_rows_of_any_embedding(self) -> None:
         for name in ("int8", "int4_g32", "int8_dynamic_int4_g32"):

@@ -1,6 +1,8 @@
 """A right export passes; one that is broken in a usual way fails, and its cause is named."""
 
 import copy
+import importlib.util
+import io
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -11,12 +13,15 @@ from typing import Any, cast
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from plmtune.data import tokenizers
+from plmtune.data.chat_template import ChatTemplate
 from plmtune.data.rows import Message
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
+from plmtune.export import hard_texts
 from plmtune.export import verify as verifying
 from plmtune.export.contents import Contents, read_contents, settings_of
 from plmtune.export.diagnosis import find_cause, log_probs, suspect_tensors
@@ -409,6 +414,54 @@ class Fake(Runtime):
         pass
 
 
+class TestOfAProgram:
+    @pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (1.001, False)])
+    def test_of_integers_is_held_to_the_quantized_checkpoint_it_was_made_from(
+        self, factor: float, passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = quantized("int8_dynamic")
+        save_model(model, None, tmp_path / "plm")
+        bundled().save(tmp_path / "plm")
+        (tmp_path / "a.pte").touch()
+        facts = {"vocab_size": model.vocab_size, "max_seq_len": 128, "formats": ["int8_dynamic_int8"]}
+        (tmp_path / "a.pte.json").write_text(json.dumps(facts))
+        cast("Any", model.norm).weight.data *= factor
+        runtime = Fake(model, ids=lambda text: bundled().encode(text, specials=True))
+        monkeypatch.setattr(verifying, "open_runtime", lambda *args, **options: runtime)
+        report = verify(tmp_path / "a.pte", tmp_path / "plm", positions=16)
+        check = next(check for check in report.checks if check.name == "from the quantized model: median row")
+        assert check.passed == passes
+
+
+class TestPrompts:
+    def fake(self) -> Fake:
+        runtime = Fake(make_plm(), ids=lambda text: [])
+        runtime.name = "llama.cpp (llama_cpp)"
+        return runtime
+
+    def compared(self, runtime: Runtime) -> Check:
+        report = Report("a", "b", runtime.name, "F32", 4)
+        verifying._compare_prompts(report, runtime, bundled(), Contents("F32"))
+        return report.checks[-1]
+
+    def test_are_rendered_by_llama_cpps_own_engine_where_it_is_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        other = self.fake()
+        other.name = "llama.cpp (xllamacpp)"
+        monkeypatch.setattr(other, "render", lambda messages: "otherwise")
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr(verifying, "open_runtime", lambda path, **options: other)
+        assert "llama.cpp (xllamacpp) renders the same template otherwise" in (self.compared(self.fake()).cause or "")
+
+    def test_say_what_rendered_them_where_it_is_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        runtime = self.fake()
+        template = ChatTemplate(bundled().chat_template or "", bundled(), "a")
+        monkeypatch.setattr(runtime, "render", lambda messages: template.render(messages, add_generation_prompt=True))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        check = self.compared(runtime)
+        assert check.passed
+        assert "by Python's Jinja" in (check.cause or "")
+
+
 class TestOfATokenizer:
     @pytest.mark.parametrize(
         ("ids", "words"),
@@ -454,6 +507,17 @@ class TestReport:
         assert report.table().row_count == 2
         assert report.checks[1] == Check("two", 0.5, None, True)
 
+    def test_its_checks_are_legible_in_a_narrow_terminal(self) -> None:
+        report = Report("exports/a-model-of-some-name-20261121-154047-Q8_0.gguf", "b", "llama.cpp", "Q8_0", 64)
+        long = "a remark of many words that has to go over several lines of what is left of the terminal's width"
+        names = ["log-probabilities: largest difference", "token ids: texts not in NFC that differ"]
+        for name in names:
+            report.add(name, 1.25e-10, 5e-3, long)
+        console = Console(width=100, file=io.StringIO())
+        console.print(report.table())
+        shown = cast("io.StringIO", console.file).getvalue()
+        assert all(re.search(rf"{name} +1\.25e-10 +0\.005 +ok +a remark", shown) for name in names), shown
+
     def test_coarser_types_have_wider_limits(self) -> None:
         order = ["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"]
         allowed = [limits_of(kind).kl for kind in order]
@@ -461,10 +525,18 @@ class TestReport:
         with pytest.raises(UserError, match="no limits are known for X9"):
             limits_of("X9")
 
-    def test_a_text_too_short_to_be_predicted_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_text_too_short_to_prove_anything_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         save_model(make_plm(), None, tmp_path / "a")
         bundled().save(tmp_path / "a")
-        with pytest.raises(UserError, match="a text of 0 tokens is too short"):
-            verify(tmp_path / "a", tmp_path / "a", text="")
+        for text, count in (("", 0), ("Hello world", 3)):
+            with pytest.raises(UserError, match=f"a text of {count} tokens is too short"):
+                verify(tmp_path / "a", tmp_path / "a", text=text)
+        page = hard_texts.PAGE
+        for most, held in ((100, 100), (32, 32), (16, 16)):
+            assert len(verifying._ids(bundled(), page, most)) == held
+        with pytest.raises(UserError, match="15 tokens are all that it reads"):
+            verifying._ids(bundled(), page, 15)
         with pytest.raises(ValueError, match="positions must be at least 1, not 0"):
             verify(tmp_path / "a", tmp_path / "a", positions=0)
