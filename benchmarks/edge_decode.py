@@ -185,6 +185,8 @@ def variants(model: Decoder, longest: int, threads: int, folder: Path, stack: Ex
     dense = model.to(torch.bfloat16)
     sparse = copy.deepcopy(dense)
     switch(sparse, True)
+    for held in (dense, sparse):
+        prepare(held)  # as `plmtune.load` does
     return {"ours bf16": Ours(dense, longest), "ours bf16 sparse": Ours(sparse, longest), **found}
 
 

@@ -29,6 +29,7 @@ from plmtune.errors import UserError
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU
 from plmtune.modules.quantized import Quantized
+from plmtune.modules.quantized_kernels import prepare
 
 Sparse = Literal["auto", "on", "off"]
 SAMPLE = 256  # tokens of text that are read where no prompt is, and repeated to fill the cache
@@ -528,7 +529,9 @@ def _random_model(target: str, dtype: torch.dtype, device: torch.device) -> Deco
         model: Decoder = config.build("model", cfg.model, vocab_size=vocabulary(cfg))
     model = model.to(dtype).to_empty(device=device)
     model.init_weights(torch.Generator(device).manual_seed(0))
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    prepare(model)  # as `plmtune.load` does
+    return model
 
 
 if __name__ == "__main__":
