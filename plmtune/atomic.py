@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from plmtune.errors import UserError
+from plmtune.units import show_bytes
 
 
 @contextmanager
@@ -32,3 +34,11 @@ def writing(path: Path) -> Iterator[Path]:
             yield temporary
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def check_room(path: Path, num_bytes: int) -> None:
+    """Raise UserError where the disk of a path, which need not be there yet, has no room for so many bytes."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if num_bytes > free:
+        raise UserError(f"{path} needs {show_bytes(num_bytes)}, and its disk has {show_bytes(free)} left.")

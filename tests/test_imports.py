@@ -41,6 +41,24 @@ class TestDirections:
         names = ("language_model", "run", "task_building", "tasks")
         assert importers("lm_eval") == {f"plmtune/evaluation/{name}.py" for name in names}
 
+    def test_only_quantization_imports_torchao_but_for_an_optimizer(self) -> None:
+        others = {path for path in importers("torchao") if not path.startswith("plmtune/quantization/")}
+        assert others == {"plmtune/optim/optimizers.py"}
+
+    @pytest.mark.parametrize("package", ["gguf", "llama_cpp", "xllamacpp", "executorch", "transformers"])
+    def test_only_export_imports_the_programs_that_it_writes_for(self, package: str) -> None:
+        others = {path for path in importers(package) if not path.startswith("plmtune/export/")}
+        assert others == ({"plmtune/models/gguf_file.py"} if package == "gguf" else set())  # which reads
+
+    @pytest.mark.parametrize("package", ["llama_cpp", "xllamacpp", "executorch", "transformers"])
+    def test_programs_are_imported_where_they_are_used(self, package: str) -> None:
+        for path in importers(package):
+            tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+            tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+            names = {alias.name for node in tree.body for alias in node.names}
+            names |= {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
+            assert not [name for name in names if name.split(".")[0] == package], path
+
     def test_components_know_no_config(self) -> None:
         places = ("plmtune/modules/", "plmtune/losses/", "plmtune/optim/")
         for package in (
@@ -85,6 +103,7 @@ class TestWithoutTorch:
         [
             *("--help", "ls", "ls attention", "cp pretrain {tmp}/mine.yaml", "data prepare --help"),
             *("eval --help", "chat --help", "perplexity --help"),
+            *("export --help", "verify --help", "bench --help", "plan --help"),
         ],
     )
     def test_commands_that_read_do_not_import_torch(self, command: str, tmp_path: Path) -> None:

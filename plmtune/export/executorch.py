@@ -24,7 +24,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plmtune.atomic import writing
+from plmtune.atomic import check_room, writing
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError, did_you_mean
 from plmtune.export.huggingface import end_ids
@@ -257,7 +256,7 @@ class Step(nn.Module):
         self.norm = _norm(model.norm)
         embedding = model.tok_embeddings
         self.rows: nn.Module = Rows(embedding) if isinstance(embedding, QuantizedEmbedding) else embedding
-        self.head = _as_linear(embedding) if model.tied else model.output
+        self.head = _as_linear(embedding if model.tied else model.output)
         self.register_buffer("places", torch.arange(max_seq_len))
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
@@ -273,14 +272,14 @@ def _norm(norm: nn.Module) -> nn.Module:
     return Norm(norm) if isinstance(norm, RMSNorm) else norm
 
 
-def _as_linear(embedding: nn.Module) -> nn.Module:
-    """The tied head: the embedding's integers where it multiplies by integers, else its numbers."""
-    if isinstance(embedding, QuantizedEmbedding) and embedding.format.dynamic:
+def _as_linear(head: nn.Module) -> nn.Module:
+    """The head, tied or not: its integers where inputs are rounded too, else its numbers."""
+    if isinstance(head, Quantized) and head.format.dynamic:
         with torch.device("meta"):
-            linear = QuantizedLinear(embedding.width, embedding.num_rows, embedding.format)
-        linear.weight, linear.scales = embedding.weight, embedding.scales
+            linear = QuantizedLinear(head.width, head.num_rows, head.format)
+        linear.weight, linear.scales = head.weight, head.scales
         return linear
-    weight = effective_weight(embedding).detach()
+    weight = effective_weight(head).detach()
     with torch.device("meta"):
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     plain.weight = nn.Parameter(weight, requires_grad=False)
@@ -345,12 +344,8 @@ def export_pte(
         "cache_bytes": sum(buffer.nbytes for name, buffer in step.named_buffers() if name.endswith(_CACHES)),
         "config": model.config,
     }
-    needed = sum(tensor.nbytes for tensor in step.state_dict().values())
-    place = path.absolute().parent
-    place.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise UserError(f"{path} needs about {show_bytes(needed)}, but {place} has {show_bytes(free)} left.")
+    check_room(path, sum(tensor.nbytes for tensor in step.state_dict().values()))
+    path.parent.mkdir(parents=True, exist_ok=True)
     program = _lower(step, facts)
     with writing(path) as temporary, temporary.open("wb") as file:
         program.write_to_file(file)

@@ -6,7 +6,6 @@ It is a function of the library in the package llama-cpp-python; there is no com
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from plmtune.atomic import writing
 from plmtune.errors import UserError
 from plmtune.export.gguf_writer import check_free
 from plmtune.export.lint import QUANTIZED, WRITTEN, gguf_kind
-from plmtune.models.gguf_file import GGUFFile, opened_gguf
+from plmtune.models.gguf_file import opened_gguf
 
 _PLAIN = ("F32", "F16", "BF16")
 
@@ -47,7 +46,7 @@ def quantize_gguf(
         raise UserError(f"{kind} is no quantized type: write it from the model. Use {', '.join(QUANTIZED)}.")
     library = _library(kind)
     with opened_gguf(source) as file:
-        rounded = [name for name in _shares(file) if name not in _PLAIN]
+        rounded = [name for name in file.kinds() if name not in _PLAIN]
     if rounded:
         raise UserError(f"{source} holds {rounded[0]}: quantize from F32, F16 or BF16, not from rounded numbers.")
     check_free(path, source.stat().st_size, overwrite)
@@ -61,17 +60,10 @@ def quantize_gguf(
             reason = next((line for line in reversed(said) if line), "it gives no reason")
             raise UserError(f"llama.cpp could not make {kind} of {source}: {reason}.")
     with opened_gguf(path) as file:
-        shares = ", ".join(f"{share:.0%} {name}" for name, share in _shares(file).items() if share >= 0.005)
+        kinds = file.kinds()
+    total = sum(kinds.values())
+    shares = ", ".join(f"{count / total:.0%} {name}" for name, count in kinds.items() if count >= 0.005 * total)
     return [f"Of its numbers {shares}."]
-
-
-def _shares(file: GGUFFile) -> dict[str, float]:
-    """The share of a file's numbers that each type has, the largest first."""
-    counts: dict[str, int] = {}
-    for held in file.tensors.values():
-        counts[held.kind.name] = counts.get(held.kind.name, 0) + math.prod(held.shape)
-    total = sum(counts.values())
-    return {name: count / total for name, count in sorted(counts.items(), key=lambda item: -item[1])}
 
 
 def _library(kind: str) -> ModuleType:

@@ -7,7 +7,6 @@ that `models.gguf` reads. Tensors are converted one after the other, so that no 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gguf import (
-    GGML_QUANT_SIZES,
     GGMLQuantizationType,
     GGUFType,
     GGUFValueType,
@@ -30,13 +28,13 @@ from gguf import (
 from gguf.quants import quantize
 from torch import Tensor
 
-from plmtune.atomic import writing
+from plmtune.atomic import check_room, writing
 from plmtune.data.bpe import SINGLE_BYTES
 from plmtune.data.tokenizer_json import NEVER_IN_UTF8, to_chars
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
 from plmtune.export.huggingface import end_ids
-from plmtune.export.lint import WRITTEN, gguf_architecture, stored_type
+from plmtune.export.lint import WRITTEN, gguf_architecture, stored_bytes, stored_type
 from plmtune.models.adapters import ADAPTERS, find_base, load_adapter, read_description
 from plmtune.models.assemble import from_description
 from plmtune.models.files import ADAPTER_CONFIG, Stored, locate, read_json
@@ -45,7 +43,6 @@ from plmtune.models.hf import our_name
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapted
 from plmtune.modules.quantized import Quantized
-from plmtune.units import show_bytes
 
 _CHUNK = 1 << 24  # numbers that are converted at a time
 _MOST_FP16 = 65504.0
@@ -77,8 +74,7 @@ class _Part:
 
     @property
     def num_bytes(self) -> int:
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[self.kind]]
-        return math.prod(self.shape) // block * size
+        return stored_bytes(self.kind, math.prod(self.shape))
 
 
 def write_gguf(
@@ -340,9 +336,7 @@ def check_free(path: Path, num_bytes: int, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise UserError(f"{path} is there already. Name another place, or give --overwrite.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    if num_bytes > free:
-        raise UserError(f"{path} needs {show_bytes(num_bytes)}, and its disk has {show_bytes(free)} left.")
+    check_room(path, num_bytes)
 
 
 def _stored(rows: Tensor, part: _Part, path: Path) -> npt.NDArray[Any]:

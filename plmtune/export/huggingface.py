@@ -34,7 +34,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from plmtune.atomic import replacing
+from plmtune.atomic import check_room, replacing
 from plmtune.data.chat_template import find_template
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
@@ -109,7 +109,7 @@ def export_hf(
             )
         if as_ == "deepseek-relu":
             notes.append("vLLM and SGLang refuse its hidden_act relu; export --as deepseek for them.")
-    _check_room(directory, sum(tensor.nbytes for tensor in state.values()))
+    check_room(directory, sum(tensor.nbytes for tensor in state.values()))
     with new_directory(directory, overwrite=overwrite) as temporary:
         save_model(state, keys | ids, temporary)
         write_json(temporary / "generation_config.json", ids)
@@ -145,7 +145,7 @@ def export_adapter(source: Path, directory: Path, *, base: str | None = None, ov
     names = {path.name for path in locate(source, ADAPTERS).values()}
     if len(names) != 1:
         raise UserError(f"{source} holds its adapters in {len(names)} files; one is expected.")
-    _check_room(directory, sum((source / name).stat().st_size for name in names))
+    check_room(directory, sum((source / name).stat().st_size for name in names))
     directory.mkdir(parents=True, exist_ok=True)
     files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     for name in sorted(names | {name for name in files if (source / name).is_file()}):
@@ -230,10 +230,3 @@ def _deepseek_state(state: dict[str, Tensor], form: Form) -> dict[str, Tensor]:
         written[name] = tensor
     written.setdefault("lm_head.weight", state["model.embed_tokens.weight"].clone())
     return written
-
-
-def _check_room(directory: Path, needed: int) -> None:
-    place = next(path for path in (directory, *directory.resolve().parents) if path.is_dir())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise UserError(f"{directory} needs {show_bytes(needed)}, but {place} has {show_bytes(free)} left.")

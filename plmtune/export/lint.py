@@ -180,9 +180,10 @@ def _block(kind: str) -> int:
     return GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]
 
 
-def _bits(kind: str) -> float:
+def stored_bytes(kind: str, count: int) -> int:
+    """Bytes of so many numbers in a type."""
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    return 8 * size / block
+    return count * size // block
 
 
 def _gguf(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Finding]:
@@ -226,7 +227,7 @@ def _odd_rows(config: Mapping[str, Any], kind: str) -> Iterator[Finding]:
         if taken != wanted:
             odd.setdefault((width, wanted, taken), {})[name] = rows * width * count
     for (width, wanted, taken), held in odd.items():
-        cost = sum(held.values()) * (_bits(taken) - _bits(wanted)) / 8
+        cost = stored_bytes(taken, sum(held.values())) - stored_bytes(wanted, sum(held.values()))
         yield Finding(
             "warning",
             f"{', '.join(held)} {'has' if len(held) == 1 else 'have'} rows of {width:,} numbers, no multiple of "

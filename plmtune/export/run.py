@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from plmtune.atomic import check_room
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError, did_you_mean
 from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_model, read_description
@@ -168,12 +169,8 @@ def _check(
         if path.exists() and not overwrite:
             raise UserError(f"{path} is there already. Name another place with --out, or give --overwrite.")
     size = sum(file.stat().st_size for file in {*locate(source).values()}) if not holds_adapters(source) else 0
-    folder = next(iter(paths.values())).parent
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     # A type of fewer bits is made of a file of more, which is there for a while.
-    needed, free = 2 * size * (1 + len(kinds)) // 2, shutil.disk_usage(there).free
-    if needed > free:
-        raise UserError(f"{folder} is on a disk with {show_bytes(free)} free; up to {show_bytes(needed)} are needed.")
+    check_room(next(iter(paths.values())).parent, size * (1 + len(kinds)))
 
 
 @contextmanager

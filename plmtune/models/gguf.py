@@ -134,10 +134,7 @@ def convert(
         tokenizer.save(temporary)
         _write_weights(model, file, names, dtype, temporary)
         write_json(temporary / CONFIG, hf_config(model.config, dtype) | _ids(file, tokenizer))
-        kinds: dict[str, int] = {}
-        for name in names.values():
-            held = file.tensors[name]
-            kinds[held.kind.name] = kinds.get(held.kind.name, 0) + math.prod(held.shape)
+        kinds = file.kinds()
         return Converted(sum(kinds.values()), kinds, tuple(notes))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,6 +96,13 @@ class GGUFFile:
                     "Is the copy complete?"
                 )
             self.tensors[name] = StoredTensor(name, shape, kind, origin + offset, num_bytes)
+
+    def kinds(self) -> dict[str, int]:
+        """How many numbers are of each type, the most first."""
+        counts: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            counts[tensor.kind.name] += math.prod(tensor.shape)
+        return dict(counts.most_common())
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """Return a tensor's numbers as fp32.

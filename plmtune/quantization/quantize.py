@@ -53,33 +53,36 @@ def quantize(
     for done, (name, format) in enumerate(plan.items()):
         if progress is not None:
             progress(name, done, len(plan))
-        try:
-            held: Any = model.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f"the model has no module {name!r:.200}") from None
-        weight, bias = held.weight, getattr(held, "bias", None)
-        install(model, {name: format})
-        moments = second_moments.get(name) if second_moments else None
-        new = model.get_submodule(name)
-        fill(new, *round_weight(weight.detach(), format, moments, name=name), dtype=weight.dtype)
-        if bias is not None:
-            new.register_parameter("bias", bias)
-        del held, weight
+        quantize_module(model, name, format, second_moments.get(name) if second_moments else None)
     model.quantization = dict(scheme or {})  # type: ignore[assignment]
     if progress is not None:
         progress("", len(plan), len(plan))
 
 
-def fill(module: nn.Module, q: Tensor, scales: Tensor, zeros: Tensor | None, *, dtype: torch.dtype) -> None:
+def quantize_module(model: nn.Module, name: str, format: Format, second_moments: Tensor | None = None) -> Quantized:
+    """Put one module's integers in its place; returns what holds them. See `quantize`."""
+    try:
+        held: Any = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"the model has no module {name!r:.200}") from None
+    weight, bias = held.weight, getattr(held, "bias", None)
+    install(model, {name: format})
+    new = model.get_submodule(name)
+    assert isinstance(new, Quantized)
+    fill(new, *round_weight(weight.detach(), format, second_moments, name=name), dtype=weight.dtype)
+    if bias is not None:
+        new.register_parameter("bias", bias)
+    return new
+
+
+def fill(module: Quantized, q: Tensor, scales: Tensor, zeros: Tensor | None, *, dtype: torch.dtype) -> None:
     """Give an installed module its numbers.
 
     Args:
-        module: a `Quantized`.
         q (Tensor): int8 [out, in], as `round_weight` gives it.
         scales (Tensor): bf16 [out, groups]. zeros (Tensor | None): int8 [out, groups].
         dtype: what is computed in.
     """
-    assert isinstance(module, Quantized)
     if module.format.bits == 4:
         pairs = (q + 8 if module.format.symmetric else q).to(torch.uint8).unflatten(-1, (-1, 2))
         q = pairs[..., 0] | pairs[..., 1] << 4

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from plmtune.atomic import replacing, writing
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.quantized import Format, Quantized, install
+from plmtune.modules.quantized import Format, Quantized
 from plmtune.quantization.calibrate import inputs_seen
-from plmtune.quantization.quantize import fill, round_weight
+from plmtune.quantization.quantize import quantize_module
 from plmtune.quantization.schemes import EMBEDDING, HEAD, KEEP, candidates
 
 _VERSION = 1  # of the file, and of what its key hashes
@@ -228,26 +228,16 @@ def _changed(
     held = model.get_submodule(name)
     parent, _, leaf = name.rpartition(".")
     try:
-        yield held, _quantized(model, name, held, format, moments)
+        yield held, quantize_module(model, name, format, moments)
     finally:
         setattr(model.get_submodule(parent), leaf, held)
-
-
-def _quantized(model: nn.Module, name: str, held: Any, format: Format, moments: Tensor | None) -> Quantized:
-    install(model, {name: format})
-    new = model.get_submodule(name)
-    assert isinstance(new, Quantized)
-    fill(new, *round_weight(held.weight.detach(), format, moments, name=name), dtype=held.weight.dtype)
-    if getattr(held, "bias", None) is not None:
-        new.register_parameter("bias", held.bias)
-    return new
 
 
 def _ratio(held: nn.Module, changed: Quantized, wide: Format, seen: list[Tensor], moments: Tensor | None) -> float:
     """By how much less the wide format changes a module's outputs, squared, than what it was changed to."""
     alone = nn.Module()
     alone.module = held
-    error = _error(held, _quantized(alone, "module", held, wide, moments), seen)
+    error = _error(held, quantize_module(alone, "module", wide, moments), seen)
     return error / max(_error(held, changed, seen), torch.finfo(torch.float32).tiny)
 
 

@@ -93,7 +93,7 @@ class TestMistakes:
     ) -> None:
         monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
         code, _, err = run(monkeypatch, capsys, "export", "small", "--to", "gguf", "--quant", "f32")
-        assert code == 2 and "is on a disk with 10 B free" in err
+        assert code == 2 and "its disk has 10 B left" in err
 
     def test_a_missing_package_is_named(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

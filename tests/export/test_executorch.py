@@ -176,6 +176,13 @@ class TestStep:
             rows = make_step(model, None, CONTEXT).rows(torch.arange(9))
             assert torch.equal(rows, model.tok_embeddings(torch.arange(9)))
 
+    @pytest.mark.parametrize("embedding", ["int8", "int4_g32"])
+    def test_a_head_of_weights_alone_is_multiplied_by_its_numbers(self, embedding: str) -> None:
+        # the default of int8_dynamic; XNNPACK would compute nonsense from the integers
+        for tied in (True, False):
+            model = quantized(lambda: small_plm(tied), "int8_dynamic", embedding=embedding)  # noqa: B023
+            assert type(make_step(model, None, CONTEXT).head) is torch.nn.Linear
+
 
 class TestRefused:
     @pytest.mark.parametrize("scheme", ["int8", "int4"])

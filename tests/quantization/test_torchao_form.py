@@ -7,7 +7,7 @@ import torch
 from small import IDS, MODELS, small_llama, small_plm
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from plmtune.modules.quantized import Format, Quantized, QuantizedLinear, round_inputs
+from plmtune.modules.quantized import Format, QuantizedLinear, round_inputs
 from plmtune.quantization.quantize import quantize
 from plmtune.quantization.schemes import int4, int8, int8_dynamic, int8_dynamic_int4
 from plmtune.quantization.torchao_form import to_torchao
@@ -29,7 +29,6 @@ class TestToTorchao:
     def test_numbers_are_the_same_bit_for_bit(self, make: Any, scheme: str, embedding: str) -> None:
         model = quantized(make, scheme, embedding)
         numbers = {name: m.dequantize() for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-        rows = model.tok_embeddings(IDS)
         to_torchao(model)
         assert not [m for m in model.modules() if isinstance(m, QuantizedLinear)]
         for name, number in numbers.items():
@@ -39,7 +38,6 @@ class TestToTorchao:
             assert (weight.activation_quantization is not None) == (
                 "dynamic" in (embedding if name == "output" else scheme)
             )
-        assert torch.equal(model.tok_embeddings(IDS), rows)
 
     @torch.no_grad()
     @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
@@ -63,14 +61,6 @@ class TestToTorchao:
         difference = (model.get_submodule("layers.0.ffn.up_proj")(x) - before).abs()
         assert difference.max() <= step * most * 1.001  # one input on the other side of a tie
         assert (difference.amax(-1) < 1e-5).float().mean() >= 0.8
-
-    @pytest.mark.parametrize("embedding", EMBEDDINGS)
-    def test_tied_rows_are_looked_up_without_writing_the_vocabulary_out(self, embedding: str) -> None:
-        model = quantized(small_plm, "int8_dynamic", embedding)
-        to_torchao(model)
-        held = model.tok_embeddings
-        assert isinstance(held, Quantized) == ("dynamic" in embedding)
-        assert held.weight.dtype == (torch.int8 if "dynamic" in embedding else torch.float32)
 
     @pytest.mark.slow
     def test_a_step_can_be_exported(self) -> None:

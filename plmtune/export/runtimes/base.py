@@ -10,7 +10,9 @@ from typing import Self
 
 from torch import Tensor
 
+from plmtune.data.chat_template import ChatTemplate
 from plmtune.data.rows import Message
+from plmtune.data.tokenizers import Tokenizer
 
 
 class Runtime(ABC):
@@ -22,6 +24,7 @@ class Runtime(ABC):
         vocab_size: rows of the vocabulary.
         context: tokens that fit into the cache.
         slow_rows: whether each row of `log_probs` costs a second rather than a millisecond.
+        tokenizer: ours, where the program has none of its own.
     """
 
     name: str
@@ -29,6 +32,7 @@ class Runtime(ABC):
     vocab_size: int
     context: int
     slow_rows = False
+    tokenizer: Tokenizer | None = None
 
     @abstractmethod
     def log_probs(self, ids: Sequence[int], last: int) -> Tensor:
@@ -50,11 +54,17 @@ class Runtime(ABC):
 
         None: it has no tokenizer.
         """
-        return None
+        if self.tokenizer is None:
+            return None
+        before = [self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []
+        return before + self.tokenizer.encode(text, specials=True)
 
     def render(self, messages: Sequence[Message]) -> str | None:
         """The text of a conversation up to where the model begins to write; None: there is no template."""
-        return None
+        if self.tokenizer is None or self.tokenizer.chat_template is None:
+            return None
+        template = ChatTemplate(self.tokenizer.chat_template, self.tokenizer, str(self.path))
+        return template.render(messages, add_generation_prompt=True)
 
     def greedy(self, ids: Sequence[int], n: int) -> list[int]:
         """The n tokens that follow ids, the likeliest each time, whatever ends a text."""

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plmtune.data.chat_template import ChatTemplate
-from plmtune.data.rows import Message
-from plmtune.data.tokenizers import Tokenizer, load_tokenizer
+from plmtune.data.tokenizers import load_tokenizer
 from plmtune.errors import UserError
 from plmtune.export.runtimes.base import Runtime
 from plmtune.models.files import read_json
@@ -72,7 +70,7 @@ class ExecuTorch(Runtime):
         except RuntimeError as error:
             raise UserError(f"ExecuTorch cannot load {path}: {error}") from error
         beside = path.with_name(f"{path.name}.tokenizer")
-        self._tokenizer: Tokenizer | None = load_tokenizer(beside) if beside.is_dir() else None
+        self.tokenizer = load_tokenizer(beside) if beside.is_dir() else None
         self._length = 0
 
     def log_probs(self, ids: Sequence[int], last: int) -> Tensor:
@@ -96,18 +94,6 @@ class ExecuTorch(Runtime):
         # The program's own memory, which the next call writes to.
         row: Tensor = out[0].float().clone()
         return row
-
-    def encode(self, text: str) -> list[int] | None:
-        if self._tokenizer is None:
-            return None
-        before = [self._tokenizer.bos_id] if self._tokenizer.adds_bos and self._tokenizer.bos_id is not None else []
-        return before + self._tokenizer.encode(text, specials=True)
-
-    def render(self, messages: Sequence[Message]) -> str | None:
-        if self._tokenizer is None or self._tokenizer.chat_template is None:
-            return None
-        template = ChatTemplate(self._tokenizer.chat_template, self._tokenizer, str(self.path))
-        return template.render(messages, add_generation_prompt=True)
 
     def close(self) -> None:
         del self._forward, self._program

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 import plmtune
-from plmtune.data.chat_template import ChatTemplate
-from plmtune.data.rows import Message
 from plmtune.export.runtimes.base import Runtime
 from plmtune.modules.cache import Cache
 
@@ -61,16 +59,6 @@ class Ours(Runtime):
 
     def _row(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor([list(ids)], device=self.model.device)
-
-    def encode(self, text: str) -> list[int] | None:
-        before = [self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []
-        return before + self.tokenizer.encode(text, specials=True)
-
-    def render(self, messages: Sequence[Message]) -> str | None:
-        source = self.tokenizer.chat_template
-        if source is None:
-            return None
-        return ChatTemplate(source, self.tokenizer, str(self.path)).render(messages, add_generation_prompt=True)
 
     def close(self) -> None:
         self._cache = None
