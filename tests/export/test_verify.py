@@ -304,6 +304,20 @@ class TestQuantized:
         assert right.value < 1e-9
         assert not wrong.passed
 
+    @pytest.mark.parametrize(("scheme", "most"), [("int4", 0.01), ("int8_dynamic_int4", 0.1), ("int8_dynamic", 0.015)])
+    def test_where_inputs_are_rounded_too_more_is_allowed(
+        self, scheme: str, most: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save_model(quantized(scheme), None, tmp_path / "a")
+        save_model(make_plm(), None, tmp_path / "plm")
+        for name in ("a", "plm"):
+            bundled().save(tmp_path / name)
+        runtime = Fake(quantized(scheme), ids=lambda text: bundled().encode(text, specials=True))
+        monkeypatch.setattr(verifying, "open_runtime", lambda *args, **options: runtime)
+        checks = {check.name: check for check in verify(tmp_path / "a", tmp_path / "plm", positions=4).checks}
+        found = checks["from the export's own numbers: KL"]
+        assert (found.threshold, found.passed) == (most, True)
+
 
 class TestContents:
     def test_of_a_gguf_file_are_the_checkpoints_in_its_own_layout(self, checkpoint: Path, tmp_path: Path) -> None:
