@@ -429,7 +429,7 @@ class Fake(Runtime):
 
 
 class TestOfAProgram:
-    @pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (1.001, False)])
+    @pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (1.5, False)])
     def test_of_integers_is_held_to_the_quantized_checkpoint_it_was_made_from(
         self, factor: float, passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -443,7 +443,7 @@ class TestOfAProgram:
         runtime = Fake(model, ids=lambda text: bundled().encode(text, specials=True))
         monkeypatch.setattr(verifying, "open_runtime", lambda *args, **options: runtime)
         report = verify(tmp_path / "a.pte", tmp_path / "plm", positions=16)
-        check = next(check for check in report.checks if check.name == "from the quantized model: median row")
+        check = next(check for check in report.checks if check.name == "from the quantized model: KL")
         assert check.passed == passes
 
 
