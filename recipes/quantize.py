@@ -40,6 +40,7 @@ CONFIG = "quantize"  # conf/quantize.yaml
 REPORT = "quantize.json"
 
 _BATCH = 4  # rows of text that are read together
+_POOL = 1_000_000  # tokens of the data that rows are spread over
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -106,7 +107,7 @@ class Quantize:
     def loss(self, when: str) -> float | None:
         """Nats a token of the text to measure on; None where there is none."""
         test = self.text.test
-        return sensitivity.loss(self.model, self.batches(test, f"measured {when}")) if len(test) else None
+        return sensitivity.loss(self.model, self.batches(test, f"measured {when} quantizing")) if len(test) else None
 
     def batches(self, rows: Tensor, what: str) -> Iterator[Tensor]:
         """Rows a few at a time, on the model's device."""
@@ -135,9 +136,10 @@ class Quantize:
         rules = sensitivity.propose(found, self.budget - kept)
         scheme = {"component": "mixed", "rules": rules, "qat": False}
         sensitivity.draw(found, path / "sensitivity.png", fixed_bytes=kept, rules=rules)
-        mix = {"defaults": [{"override /quantization": "mixed"}], "quantization": {"rules": rules}}
+        listed = "".join(f"    {json.dumps(pattern)}: {name}\n" for pattern, name in rules.items())
+        mix = f"defaults:\n  - override /quantization: mixed\nquantization:\n  rules:\n{listed}"
         use = f"# Use: plmtune run quantize {path / 'mix.yaml'} checkpoint={self.source}\n"
-        (path / "mix.yaml").write_text(use + json.dumps(mix, indent=1) + "\n", encoding="utf-8")
+        (path / "mix.yaml").write_text(use + mix, encoding="utf-8")
         print(f"the mix for {show_bytes(self.budget)}: {path / 'mix.yaml'}, drawn in {path / 'sensitivity.png'}")
         return build("quantization", Component("quantization", "mixed", {"rules": rules}), model=self.model), scheme
 
@@ -181,7 +183,8 @@ def choose(cfg: Config) -> str:
     if cfg.quantization is None and trained_for is not None:
         cfg.quantization = from_description("quantization", trained_for, f"{directory}, key qat")
     cfg.quantization = cfg.quantization or Component("quantization", "int4", {})
-    said += f" as {cfg.quantization.name}"
+    rules = cfg.quantization.settings.get("rules")
+    said += f" as {cfg.quantization.name}" + (f" with {len(rules)} rules" if rules else "")
     if trained_for is not None and qat.scheme_of(cfg.quantization) == trained_for:
         cfg.calibration_tokens = 0  # it has learned to live with the ranges that its weights have
         said += ", which it was trained for"
@@ -219,7 +222,7 @@ def num_bytes(model: Any, plan: Any, dtype: torch.dtype) -> int:
 
 
 def read_text(cfg: Config, tokenizer: Tokenizer, max_seq_len: int) -> Text:
-    """The first rows of the data, as many as are asked for.
+    """Rows of the data, as many as are asked for, spread over its first million tokens.
 
     Raises:
         UserError: if there are fewer, or numbers are impossible.
@@ -232,28 +235,37 @@ def read_text(cfg: Config, tokenizer: Tokenizer, max_seq_len: int) -> Text:
     if cfg.sensitivity.measure and not cfg.test_tokens:
         raise UserError("key sensitivity.measure: needs text to measure on, and test_tokens is 0.")
     calibration, test = (-(-n // cfg.seq_len) for n in (cfg.calibration_tokens, cfg.test_tokens))
-    needed = (calibration + test) * cfg.seq_len
-    sources = named_sources(build("data", cfg.data)) if needed else {}
+    sources = named_sources(build("data", cfg.data)) if calibration + test else {}
+    pool = max(_POOL, 4 * cfg.seq_len * max(calibration, test))
     ids: list[Any] = []
     for left, source in zip(range(len(sources), 0, -1), sources.values(), strict=True):
         have = sum(map(len, ids))
-        share = have + -(-(needed - have) // left)  # of each source alike; what one lacks the later ones give
+        share = have + -(-(pool - have) // left)  # of each source alike; what one lacks the later ones give
         for text in source.documents():
             if have >= share:
                 break
             ids.append(np.asarray([*tokenizer.encode(text), tokenizer.eos_id], dtype=np.int64))
             have += len(ids[-1])
     joined = torch.from_numpy(np.concatenate(ids)) if ids else torch.empty(0, dtype=torch.long)
-    if len(joined) < needed:
+    rows = joined[: len(joined) // cfg.seq_len * cfg.seq_len].view(-1, cfg.seq_len)
+    # Every other row is for measuring, whatever is calibrated on: so losses of several schemes are of one text.
+    found = Text(
+        spread(rows[0::2], calibration),
+        spread(rows[1::2], test),
+        {name: source.fingerprint() for name, source in sources.items()},
+    )
+    if len(found.calibration) < calibration or len(found.test) < test:
         raise UserError(
-            f"key data: the text has {len(joined):,} tokens, and calibration_tokens and test_tokens ask for "
-            f"{needed:,} in rows of {cfg.seq_len}. Give more text, or ask for fewer."
+            f"key data: the text has {len(joined):,} tokens, and calibration_tokens ({cfg.calibration_tokens:,}) and "
+            f"test_tokens ({cfg.test_tokens:,}) are taken of one half of it each, in rows of {cfg.seq_len}. Give "
+            "more text, or ask for fewer."
         )
-    rows = joined[:needed].view(-1, cfg.seq_len)
-    # Spread among each other, so that both see each kind of text that there is.
-    count = torch.arange(len(rows) + 1) * test // max(1, len(rows))
-    is_test = count.diff() > 0
-    return Text(rows[~is_test], rows[is_test], {name: s.fingerprint() for name, s in sources.items()})
+    return found
+
+
+def spread(rows: Tensor, count: int) -> Tensor:
+    """`count` of rows, evenly spread over them; all, where they are fewer."""
+    return rows[torch.arange(count) * len(rows) // max(1, count)] if count <= len(rows) else rows
 
 
 def budget_of(text: str, bytes_before: int) -> int:
@@ -279,7 +291,7 @@ def lines(report: dict[str, Any], path: Path) -> list[str]:
         perplexities = np.exp([report["loss_before"], report["loss"]])
         said.append(
             f"loss {report['loss_before']:.4f} -> {report['loss']:.4f} nats a token ({lost:+.4f}), perplexity "
-            f"{perplexities[0]:.2f} -> {perplexities[1]:.2f} on {report['test_tokens']:,} tokens"
+            f"{perplexities[0]:.2f} -> {perplexities[1]:.2f} on {report['test_tokens']:,} tokens of the data"
         )
     return [*said, f"try it: plmtune generate {path} --prompt ..., plmtune bench {path}"]
 

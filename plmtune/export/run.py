@@ -96,6 +96,10 @@ def export(
     name = name or name_of(source)
     if as_ is not None and to != "hf":
         raise UserError(f"--as {as_}: only --to hf has other forms.")
+    if context is not None and to != "executorch":
+        raise UserError(f"--context {context}: only a program for ExecuTorch has a cache of a fixed size.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file. Name a folder.")
     if adapters == "keep":
         yield from _keep_adapters(source, to, folder, name, base, overwrite)
         return
@@ -114,7 +118,7 @@ def export(
     }
     folder.mkdir(parents=True, exist_ok=True)
     for kind, path in paths.items():
-        say(f"writing {path}")
+        say(f"writing {path}" + (", which takes minutes" if to == "executorch" else ""))
         with _in_place(path, overwrite) as temporary:
             notes = writers[to](model, tokenizer, temporary, kind, name=name, as_=as_, context=context)
             report = None
@@ -161,13 +165,14 @@ def _check(
     _check_packages(to, kinds, verify)
     from plmtune.export.lint import lint
 
-    for finding in lint(description, to, [kind.upper() if to == "gguf" else kind for kind in kinds]):
-        if finding.level == "refused":
-            raise UserError(f"{source} cannot be exported to {to}: {finding.text}")
-        say(f"note: {finding.text}")
     for path in paths.values():
         if path.exists() and not overwrite:
             raise UserError(f"{path} is there already. Name another place with --out, or give --overwrite.")
+    for finding in lint(description, to, [kind.upper() if to == "gguf" else kind for kind in kinds]):
+        if finding.level == "refused":
+            raise UserError(f"{source} cannot be exported to {to}: {finding.text}")
+        if as_ is None or "--as" not in finding.text:
+            say(f"note: {finding.text}")
     size = sum(file.stat().st_size for file in {*locate(source).values()}) if not holds_adapters(source) else 0
     # A type of fewer bits is made of a file of more, which is there for a while.
     check_room(next(iter(paths.values())).parent, size * (1 + len(kinds)))
@@ -306,7 +311,10 @@ def _commands(to: Target, path: Path, tokenizer: Tokenizer, as_: str | None) -> 
     """How a person runs what was made. Flash attention aborts on PLM files, and auto is llama.cpp's default."""
     chat = tokenizer.chat_template is not None
     if to == "gguf":
-        return [f"llama-cli -m {path} -fa off" + (" -cnv" if chat else ' -no-cnv -p "Once upon a time"')]
+        return [
+            f'llama-cli -m {path} -fa off -no-cnv -p "Once upon a time"',
+            *([f"llama-cli -m {path} -fa off -cnv"] * chat),
+        ]
     if to == "executorch":
         return [f"plmtune bench {path}"]
     served = [f"vllm serve {path}", f"python -m sglang.launch_server --model-path {path}"] if as_ == "deepseek" else []
