@@ -196,3 +196,7 @@ def _print(found: list[Measurement], machine: dict[str, object]) -> None:
         f"{machine['device']}, {machine['threads']} threads, reads {bandwidth / 1e9:.1f} GB/s; decode/s from the median"
         " token; peak memory is what the process took on top of its start"
     )
+    from plmtune import native
+
+    if why := native.missing():
+        click.echo(f"ours decodes without its own kernels: {why}")

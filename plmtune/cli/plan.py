@@ -267,7 +267,9 @@ def _print_device(device: Device, predictions: list[Prediction], contexts: list[
     if any(not p.fits for p in predictions):
         click.echo("What does not fit is read from the disk for each token, a hundred times slower: no speed is given.")
     if any(not p.calibrated and p.runtime == "plmtune" for p in predictions):
-        click.echo("plmtune's speeds are what this memory allows; how near PyTorch comes, only a calibration says.")
+        click.echo(
+            "plmtune's speeds are what this memory allows: how near it comes is measured by plmtune bench --calibrate."
+        )
 
 
 def _speed(prediction: Prediction) -> str:
@@ -275,7 +277,10 @@ def _speed(prediction: Prediction) -> str:
 
     if prediction.decode is None:
         return "does not fit"
-    return f"{show_number(prediction.decode)} ± {show_number(prediction.decode * prediction.error, 2)}"
+    speed = show_number(prediction.decode)
+    if prediction.runtime == "plmtune" and not prediction.calibrated:
+        return f"at most {speed}"  # nothing was measured there: the memory alone is known
+    return f"{speed} ± {show_number(prediction.decode * prediction.error, 2)}"
 
 
 def _training(cfg: Any, train_on: str) -> dict[str, Any]:
