@@ -268,7 +268,7 @@ def _print_device(device: Device, predictions: list[Prediction], contexts: list[
         click.echo("What does not fit is read from the disk for each token, a hundred times slower: no speed is given.")
     if any(not p.calibrated and p.runtime == "plmtune" for p in predictions):
         click.echo(
-            "plmtune's speeds are what this memory allows: how near it comes is measured by plmtune bench --calibrate."
+            "plmtune's speeds are what this memory allows: how near it comes, plmtune bench --calibrate measures."
         )
 
 
