@@ -18,6 +18,7 @@ from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError, did_you_mean
 from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_model, read_description
 from plmtune.models.files import checkpoint_directory, locate
+from plmtune.models.hf import read_formats
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized
 from plmtune.units import show_bytes
@@ -91,7 +92,7 @@ def export(
         UserError: for what cannot be exported, before anything is written; and for an export that is not the model.
     """
     source = checkpoint_directory(checkpoint)
-    wanted = [kind.strip().lower() for kind in quant if kind.strip()] or [_DEFAULT[to]]
+    wanted = [kind.strip().lower() for kind in quant if kind.strip()] or [_default(to, source)]
     folder = out or Path("exports")
     name = name or name_of(source)
     if as_ is not None and to != "hf":
@@ -126,6 +127,14 @@ def export(
                 say(f"proving {path}")
                 report = _proved(temporary, source, path)
         yield Exported(path, _size(path), notes, report, _commands(to, path, tokenizer, as_))
+
+
+def _default(to: Target, source: Path) -> str:
+    """The type where none is named: of a program, what a quantized checkpoint's integers are."""
+    formats = read_formats(source)[0] if to == "executorch" and not holds_adapters(source) else {}
+    if not formats:
+        return _DEFAULT[to]
+    return "int8_dynamic_int4" if any(format.bits == 4 for format in formats.values()) else "int8_dynamic"
 
 
 def name_of(source: Path) -> str:
