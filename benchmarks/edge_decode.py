@@ -264,7 +264,7 @@ def draw(results: dict[str, dict[str, object]], path: Path) -> None:
         axes.set_xlabel("tokens in the cache")
         axes.set_ylabel("tokens/s")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, handlelength=3.5)
     figure.savefig(path, format="png")
 
 
