@@ -24,10 +24,9 @@ from plmtune.modules.quantized import Quantized
 from plmtune.units import show_bytes
 
 if TYPE_CHECKING:
+    from plmtune.export.lint import Target
     from plmtune.export.verify import Report
 
-Target = Literal["gguf", "hf", "executorch"]
-TARGETS: tuple[Target, ...] = ("gguf", "hf", "executorch")
 SCHEMES = ("fp32", "int8_dynamic", "int8_dynamic_int4")  # of ExecuTorch
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 _DEFAULT = {"gguf": "f16", "hf": "bf16", "executorch": "int8_dynamic"}
