@@ -236,7 +236,7 @@ class Preference:
         self.order = self.data.order_digest(self.order, index)
         pairs = (self.first + index + 1) * self.cfg.global_batch_size
         stage = {"round": self.round} if self.cfg.rounds else {}
-        return {**values, **self.tally.means(self.runtime), "pairs": pairs, **stage}
+        return {**values, **self._means(), "pairs": pairs, **stage}
 
     @torch.no_grad()
     def _baseline(self, batches: list[ComparisonBatch]) -> Tensor:
@@ -270,8 +270,11 @@ class Preference:
         total, count = self.runtime.sum(nats, float(pairs))
         if not count:
             return {}
-        means = {f"validation/{name}": value for name, value in self.tally.means(self.runtime).items()}
+        means = {f"validation/{name}": value for name, value in self._means().items()}
         return {"validation_loss": total / count, **means}
+
+    def _means(self) -> dict[str, float]:
+        return self.tally.means(self.runtime, scores=self.loss.scalar_head)
 
     # --- a round: write, judge, choose ---------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from plmtune.modules.quantized_kernels import prepare
 from plmtune.provenance import git_state, now
 from plmtune.training import distributed
 from plmtune.training.reference import model_digest
-from plmtune.training.runtime import seed_everything
+from plmtune.training.state import seed_everything
 
 if TYPE_CHECKING:
     from plmtune.modules.decoder import Decoder

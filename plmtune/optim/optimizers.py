@@ -145,8 +145,13 @@ def muon(
     if not 1 <= ns_steps < 100:
         raise ValueError(f"ns_steps ({ns_steps}) must lie between 1 and 99")
     matrices, others = _split_for_muon(model)
-    if not matrices or not others:
-        raise ValueError(f"muon needs hidden matrices ({len(matrices)}) and other parameters ({len(others)})")
+    if not others:
+        raise ValueError(
+            f"muon finds {len(matrices)} matrices to train and nothing else. It trains whole models; adapters (peft) "
+            "train with optimizer=adamw"
+        )
+    if not matrices:
+        raise ValueError(f"muon finds no hidden matrix among {len(others)} trained parameters: use optimizer=adamw")
     kind = (
         CPUMuon if all(type(p.data) is torch.Tensor and p.device.type == "cpu" for p in matrices) else torch.optim.Muon
     )
@@ -170,15 +175,15 @@ def muon(
 
 
 def _split_for_muon(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices inside the layers, everything else): what maps from or to the vocabulary is not Muon's."""
-    vocabulary = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    head = getattr(model, "output", None)  # not `head_weight`: rounded for quantization, that is another tensor
-    if isinstance(head, nn.Module):
-        vocabulary |= {id(p) for p in head.parameters()}
+    """(matrices inside the layers, everything else): embeddings and heads are AdamW's, a reward model's too."""
+    ends: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    # By attribute, not `head_weight`: rounded for quantization, that is another tensor.
+    ends += [m for name in ("output", "score") if isinstance(m := getattr(model, name, None), nn.Module)]
+    excluded = {id(p) for m in ends for p in m.parameters()}
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in _trainable(model):
-        hidden = parameter.ndim == 2 and id(parameter) not in vocabulary
+        hidden = parameter.ndim == 2 and id(parameter) not in excluded
         (matrices if hidden else others).append(parameter)
     return matrices, others
 

@@ -62,6 +62,7 @@ def factor(
            = shape(p) from 1 to final      decaying, p = share of the decay done after this step
            = final_factor                  ever after
 
+    A decay to 0 reaches 0 after its last step, as in transformers' schedules: a step at rate 0 trains nothing.
     The shapes go from 1 to f: linear and cosine as named; sqrt is 1 - (1 - f) sqrt(p) (arXiv 2405.18392);
     exponential is f^p (MiniCPM, arXiv 2404.06395).
     """
@@ -70,9 +71,10 @@ def factor(
     done = step + 1 - warmup - stable
     if done <= 0:
         return 1.0
-    if done >= decay:
+    length = decay if final_factor else decay + 1
+    if done >= length:
         return final_factor
-    p = done / decay
+    p = done / length
     if shape == "exponential":
         return float(final_factor**p)
     remaining = {"linear": 1 - p, "cosine": (1 + math.cos(math.pi * p)) / 2, "sqrt": 1 - math.sqrt(p)}[shape]
@@ -141,6 +143,9 @@ def wsdc(
         raise ValueError(f"warmup ({w}) + decay ({d}) + constant ({c}) steps exceed the run's {num_steps}")
     # Entering at the decay leaves no stable phase: what decay and constant do not fill is constant.
     stable = 0 if start == "decay" else num_steps - w - d - c
+    if final_factor == 0 and (idle := num_steps - w - stable - d):
+        raise ValueError(f"final_factor (0) trains nothing in the {idle} steps after the decay: give one above 0, or "
+                         "constant=0 and a decay to the end")  # fmt: skip
     return _schedule(optimizer, w, stable, d, decay_shape, final_factor)
 
 

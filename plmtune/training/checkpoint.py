@@ -221,7 +221,7 @@ class Checkpoints:
                 "metrics": dict(metrics or {}),
                 "scheduler": training_state.scheduler_state(scheduler),
                 "optimizer": optimizer_rest,
-                # Ranks that draw alike, as they do without dropout, share one state.
+                # Ranks in the same state share one.
                 "random": {
                     "states": [json.loads(text) for text in dict.fromkeys(random_states)],
                     "of": [list(dict.fromkeys(random_states)).index(text) for text in random_states],
@@ -288,9 +288,11 @@ class Checkpoints:
             moments = Stored(locate(path, "optimizer"))
             training_state.load_optimizer_state(model, optimizer, moments, document["optimizer"])
             training_state.load_scheduler_state(scheduler, document["scheduler"])
-            which = document["random"]["of"]
-            mine = which[distributed.rank() if len(which) == distributed.world_size() else 0]
-            training_state.load_random_state(document["random"]["states"][mine])
+            which, rank = document["random"]["of"], distributed.rank()
+            same = len(which) == distributed.world_size()
+            training_state.load_random_state(document["random"]["states"][which[rank if same else 0]])
+            if rank and not same:  # no state of this rank was saved, and that of rank 0 would repeat its dropout masks
+                training_state.seed_everything(int(torch.randint(2**31, ())) + rank)
         except UserError as error:
             raise UserError(f"{path} does not fit this run. {error}") from error
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:

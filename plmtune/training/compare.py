@@ -51,28 +51,50 @@ def comparisons(batch: ComparisonBatch, found: Tensor, reference: Tensor, baseli
 
 
 class Tally:
-    """Means over comparisons, for each of what they were given apart: h, accuracy and margin of rewards."""
+    """Means over comparisons, for each of what they were given apart: what a person reads of preference training.
+
+    h, accuracy and margin of rewards are of comparisons with both answers; rewards and log-probabilities of each
+    answer that there is.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(_PREFIXES), 4, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(_PREFIXES), 10, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, c: Comparisons, loss: PreferenceLoss) -> None:
-        """Count a batch; rows with one answer have nothing to compare."""
+        """Count a batch."""
         chosen, rejected = loss.rewards(c)
-        both = (c.chosen_tokens > 0) & (c.rejected_tokens > 0)
+        has_chosen, has_rejected = c.chosen_tokens > 0, c.rejected_tokens > 0
         margin = chosen - rejected
-        values = torch.stack([torch.ones_like(margin), c.h, (margin > 0).to(margin.dtype), margin], dim=1)  # [n, 4]
+        one = torch.ones_like(margin)
+        parts = (
+            (has_chosen & has_rejected, (one, c.h, (margin > 0).to(margin.dtype), margin)),
+            (has_chosen, (one, chosen, c.chosen)),
+            (has_rejected, (one, rejected, c.rejected)),
+        )
         for row, kind in enumerate(_PREFIXES):
-            self._sums[row] += values[both & (c.kind == kind)].sum(0)
+            here = c.kind == kind
+            self._sums[row] += torch.cat([torch.stack(of, dim=1)[there & here].sum(0) for there, of in parts])
 
-    def means(self, runtime: Runtime) -> dict[str, float]:
-        """Over all ranks, which all must ask."""
+    def means(self, runtime: Runtime, *, scores: bool = False) -> dict[str, float]:
+        """Over all ranks, which all must call it.
+
+        Args:
+            scores: answers have scores, not log-probabilities: those of the rewards say it all.
+        """
         sums = runtime.sum(*self._sums.flatten())
         found: dict[str, float] = {}
         for row, prefix in enumerate(_PREFIXES.values()):
-            count, h, accuracy, margin = sums[4 * row : 4 * row + 4]
-            if count:
-                found |= {f"{prefix}h": h / count, f"{prefix}accuracy": accuracy / count}
-                found[f"{prefix}margin"] = margin / count
+            both, h, accuracy, margin, *answers = sums[10 * row : 10 * row + 10]
+            if both:
+                found |= {
+                    f"{prefix}h": h / both,
+                    f"{prefix}accuracy": accuracy / both,
+                    f"{prefix}margin": margin / both,
+                }
+            for side, (count, reward, log_prob) in (("chosen", answers[:3]), ("rejected", answers[3:])):
+                if count:
+                    found[f"{prefix}rewards/{side}"] = reward / count
+                    if not scores:
+                        found[f"{prefix}log_probs/{side}"] = log_prob / count
         return found

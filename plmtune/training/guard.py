@@ -103,6 +103,10 @@ class Guard:
         self._norms.clear()
         self._sorted.clear()
 
+    def reset_consecutive(self) -> None:
+        """Count refused updates in a row from 0, as a run does that resumes after this guard has stopped it."""
+        self.in_a_row = 0
+
     def _remember(self, norm: float) -> None:
         self._norms.append(norm)
         bisect.insort(self._sorted, norm)

@@ -158,9 +158,11 @@ def _pass_over(recipe: Recipe, watch: Watch, index: int) -> None:
     watch.message(f"step {recipe.step}: update skipped, because {recipe.guard.reason}")
     if recipe.guard.exhausted:
         places = guard.find_places(recipe.losses, lambda chosen: recipe.data.places(index, chosen))
-        recipe.save_checkpoint({}, wait=True)  # of the last good update; resumed, the run goes on after this step
+        error = recipe.guard.stop(recipe.step, places)
+        recipe.guard.reset_consecutive()  # a resumed run has the whole patience
+        recipe.save_checkpoint({}, wait=True)  # of the last good update; a resumed run starts after this step
         recipe.run.note(ended_by="guard")  # which no restart by torchrun may undo
-        raise recipe.guard.stop(recipe.step, places)
+        raise error
 
 
 def _mind_saves(recipe: Recipe, watch: Watch) -> None:

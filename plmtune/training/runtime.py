@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import random
 import resource
 import sys
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,6 +21,7 @@ from plmtune.errors import UserError
 from plmtune.modules.attention import kernel_names
 from plmtune.training import distributed
 from plmtune.training.distributed import Strategy
+from plmtune.training.state import seed_everything
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -49,6 +48,7 @@ class Runtime:
     timeout: timedelta = timedelta(minutes=10)
     mesh: DeviceMesh | None = None
     reasons: list[str] = field(default_factory=list)
+    seed: int = 1
 
     @classmethod
     def start(
@@ -69,7 +69,8 @@ class Runtime:
             precision: "auto" takes bf16 where the hardware multiplies in it, else fp32.
             strategy: "auto" is "none" for one process and "ddp" for several.
             shard_size: of hsdp, processes that share one copy of the model; None: those of one machine.
-            seed: of torch, numpy and python; the same on every rank, so that all build the same model.
+            seed: of torch, numpy and python; the same on every rank, so that all build the same model. From
+                `distribute` on each data rank draws numbers of its own, so that dropout masks differ.
             deterministic: refuse operations whose result depends on timing.
             timeout_minutes: how long an exchange waits for a rank before the job ends.
 
@@ -101,7 +102,7 @@ class Runtime:
         if world_size > 1 and not distributed.is_distributed():
             distributed.start_process_group(chosen_device, timeout)
         mesh = distributed.data_mesh(chosen_device, size, timeout) if world_size > 1 else None
-        return cls(chosen_device, dtype, chosen_strategy, rank, world_size, size, timeout, mesh, reasons)
+        return cls(chosen_device, dtype, chosen_strategy, rank, world_size, size, timeout, mesh, reasons, seed)
 
     @property
     def is_main(self) -> bool:
@@ -138,7 +139,10 @@ class Runtime:
         if compile:
             for layer in getattr(model, "layers", ()):
                 layer.compile()
-        return distributed.wrap(model, self.strategy, self.mesh, self.compute_dtype)
+        trained = distributed.wrap(model, self.strategy, self.mesh, self.compute_dtype)
+        if self.data_rank:  # rows of its own want dropout masks of its own; the weights are the same on every rank
+            seed_everything(self.seed + self.data_rank)
+        return trained
 
     def accumulate(self, trained: nn.Module, *, first: bool, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around the forward of a micro-batch, the first and the last of a step told: ranks exchange gradients only
@@ -199,12 +203,6 @@ class Runtime:
             self.close()
         elif error is not None:
             distributed.explain(error, self.timeout)
-
-
-def seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)  # seeds CUDA too
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

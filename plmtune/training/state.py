@@ -120,6 +120,13 @@ def load_scheduler_state(scheduler: Any, state: Mapping[str, Any]) -> None:
     scheduler.load_state_dict({key: _as(value, current.get(key)) for key, value in state.items()})
 
 
+def seed_everything(seed: int) -> None:
+    """Seed torch (CUDA too), numpy and python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """The state of this process's random generators: torch, CUDA, numpy, python."""
     kind, keys, position, has_gauss, cached = np.random.get_state()

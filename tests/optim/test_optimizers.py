@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from plmtune.models.plm import plm
+from plmtune.modules.peft import lora
 from plmtune.optim.newton_schulz import CPUMuon
 from plmtune.optim.optimizers import adamw, adamw_8bit, muon, optimizer_bytes
 from plmtune.optim.schedules import wsdc
@@ -213,6 +214,14 @@ class TestMuon:
         matrices = {id(p) for p in muon(model).muon.param_groups[0]["params"]}
         assert id(model.layers[0].ffn.up_proj.weight) in matrices
         assert id(model.output.weight) not in matrices and id(model.tok_embeddings.weight) not in matrices
+        model.add_score_head(torch.Generator())
+        assert id(model.score.weight) not in {id(p) for p in muon(model).muon.param_groups[0]["params"]}
+
+    def test_a_model_with_adapters_is_refused_with_the_optimizer_to_use(self) -> None:
+        model = plm(64, embed_dim=32, num_layers=1, num_heads=2, max_seq_len=8)
+        lora(model)
+        with pytest.raises(ValueError, match=r"adapters \(peft\) train with optimizer=adamw"):
+            muon(model)
 
     @pytest.mark.parametrize(
         ("settings", "message"),

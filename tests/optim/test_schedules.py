@@ -107,8 +107,8 @@ class TestWsdc:
             assert all(0 < rate <= 1 for rate in rates("wsdc", num_steps))
 
     def test_a_branch_from_the_stable_phase_decays_over_all_that_constant_leaves(self) -> None:
-        taken = rates("wsdc", 20, start="decay", constant=4, decay_shape="linear", final_factor=0.0)
-        assert taken == pytest.approx([1 - (s + 1) / 16 for s in range(16)] + [0.0] * 4)
+        taken = rates("wsdc", 20, start="decay", constant=4, decay_shape="linear", final_factor=0.2)
+        assert taken == pytest.approx([1 - 0.8 * (s + 1) / 16 for s in range(16)] + [0.2] * 4)
 
     def test_a_branch_with_a_given_decay_ends_constant(self) -> None:
         taken = rates("wsdc", 20, start="decay", decay=10, constant=4)
@@ -136,12 +136,28 @@ class TestOthers:
 
     def test_cosine_falls_all_the_way_after_its_warmup(self) -> None:
         taken = rates("cosine", 110, warmup=10, final_factor=0.0)
-        naive = [0.5 * (1 + math.cos(math.pi * (s - 9) / 100)) for s in range(10, 110)]
+        naive = [0.5 * (1 + math.cos(math.pi * (s - 9) / 101)) for s in range(10, 110)]
         assert taken == pytest.approx([(s + 1) / 10 for s in range(10)] + naive)
 
     def test_linear_is_a_straight_line(self) -> None:
-        taken = rates("linear", 50, warmup=0, final_factor=0.0)
-        assert taken == pytest.approx([1 - (s + 1) / 50 for s in range(50)])
+        taken = rates("linear", 50, warmup=0, final_factor=0.1)
+        assert taken == pytest.approx([1 - 0.9 * (s + 1) / 50 for s in range(50)])
+
+    @pytest.mark.parametrize("shape", ["linear", "cosine", "sqrt"])
+    @pytest.mark.parametrize("num_steps", [1, 2, 3, 100])
+    def test_a_decay_to_zero_reaches_it_after_the_last_step(self, num_steps: int, shape: str) -> None:
+        settings: dict[str, Any] = {"warmup": 0, "final_factor": 0.0}
+        runs = {"wsd": {"decay": num_steps, "decay_shape": shape}, "cosine": {}, "linear": {}}
+        for name, more in runs.items():
+            taken = rates(name, num_steps, **settings, **more)
+            assert 0 < taken[-1] < 1 and all(a > b for a, b in pairwise(taken))
+
+    def test_steps_that_would_train_nothing_are_refused_with_their_number(self) -> None:
+        with pytest.raises(ValueError, match=r"final_factor \(0\) trains nothing in the 5 steps after the decay"):
+            rates("wsdc", 100, constant=5, final_factor=0.0)
+        with pytest.raises(ValueError, match=r"in the 10 steps"):
+            rates("wsd", 20, start="decay", decay=10)
+        assert min(rates("wsdc", 100, constant=0, final_factor=0.0)) > 0
 
     def test_constant_stays_at_the_base_rate(self) -> None:
         assert rates("constant", 5) == [1.0] * 5

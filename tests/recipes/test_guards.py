@@ -159,6 +159,13 @@ class TestStopping:
         assert entry(place / "run", 9)["loss"] > 0 and entry(place / "run", 12)["loss"] > 0
         assert "skipped" not in entry(place / "run", 12)
 
+    def test_resumed_it_has_the_whole_patience_again(self, place: Path, spoil: Callable[..., Any]) -> None:
+        spoil(nan_loss, 3, 4, 5, 6, 7, 9, 10, 11)
+        refusal("run_dir=run")
+        said = refusal("run_dir=run", "resume=true")
+        assert "step 11: 3 updates in a row were skipped (steps 9 to 11)" in said
+        assert entry(place / "run", 7)["skipped"] == 5  # of the whole run
+
     def test_a_finite_fault_names_the_whole_batch(self, place: Path, spoil: Callable[..., Any]) -> None:
         spoil(scaled_gradient(1e6), *range(6, 12), micro_batch=1)
         said = refusal("run_dir=run", "guard={window: 8, patience: 1}")

@@ -37,8 +37,21 @@ class TestTally:
         assert means["given_rejected/accuracy"] == 0
         assert not [name for name in means if name.startswith("given_chosen")]
 
+    def test_rewards_and_log_probabilities_are_means_over_the_answers_that_there_are(self) -> None:
+        tally = Tally(torch.device("cpu"))
+        tally.add(compared([DIRECT, DIRECT], [3.0, 1.0], [1.0, 0.0], [1, 0]), Dpo(beta=0.5))
+        with Runtime.start(device="cpu") as runtime:
+            means, scores = tally.means(runtime), tally.means(runtime, scores=True)
+        assert means["log_probs/chosen"] == 2.0 and means["log_probs/rejected"] == 1.0
+        assert means["rewards/chosen"] == 1.0 and means["rewards/rejected"] == 0.5
+        assert means["margin"] == 1.0  # of the one comparison with two answers
+        assert set(means) - set(scores) == {"log_probs/chosen", "log_probs/rejected"}
+
     def test_a_row_with_one_answer_has_nothing_to_compare(self) -> None:
         tally = Tally(torch.device("cpu"))
         tally.add(compared([DIRECT, GIVEN_CHOSEN], [3.0, 1.0], [0.0, 0.0], [0, 1]), Dpo())
         with Runtime.start(device="cpu") as runtime:
-            assert set(tally.means(runtime)) == {"given_chosen/h", "given_chosen/accuracy", "given_chosen/margin"}
+            means = tally.means(runtime)
+        answers = {"rewards/chosen", "log_probs/chosen"}
+        both = {"h", "accuracy", "margin", "rewards/rejected", "log_probs/rejected"}
+        assert set(means) == answers | {f"given_chosen/{name}" for name in answers | both}

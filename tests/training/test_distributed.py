@@ -58,6 +58,7 @@ def run(runtime: Runtime, directory: Path | None, variant: str = "", *, steps: i
     return {
         "losses": losses,
         "norms": norms,
+        "dropout": dropout_mask(),
         "sharded": any(isinstance(p, DTensor) for p in model.parameters()),
         "same_start": same_start,
         "digest": digest(whole(model)),
@@ -79,7 +80,11 @@ def go_on(runtime: Runtime, directory: Path, variant: str = "") -> dict[str, obj
     for step in range(state["step"], 4):
         losses.append(train_step(runtime, model, trained, optimizer, step)[0])
         scheduler.step()
-    return {"losses": losses, "restored": restored, "digest": digest(whole(model))}
+    return {"losses": losses, "restored": restored, "digest": digest(whole(model)), "dropout": dropout_mask()}
+
+
+def dropout_mask() -> list[float]:
+    return torch.nn.functional.dropout(torch.ones(64), 0.5).tolist()
 
 
 def whole(model: Toy) -> dict[str, torch.Tensor]:
@@ -181,6 +186,21 @@ class TestTwoProcesses:
 
     def test_sums_are_over_ranks(self, results):
         assert results["sum"] == [3.0, 1.0]
+
+
+class TestDropout:
+    @pytest.mark.parametrize("case", SPREAD)
+    def test_masks_differ_between_ranks(self, results, case):
+        assert results[case]["dropout"] != results["rank 1"][case]["dropout"]
+
+    @pytest.mark.parametrize("writer", ["one", *SPREAD])
+    def test_masks_differ_between_ranks_that_resume_whatever_wrote_the_checkpoint(self, results, writer):
+        resumed = f"{writer} to ddp"
+        assert results[resumed]["dropout"] != results["rank 1"][resumed]["dropout"]
+
+    def test_masks_of_a_resumed_rank_are_those_of_one_that_never_stopped(self, results):
+        for rank in (results, results["rank 1"]):
+            assert rank["ddp to ddp"]["dropout"] == rank["ddp"]["dropout"]
 
 
 class TestCheckpointsAcrossStrategies:
