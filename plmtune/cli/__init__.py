@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import click
 
-from plmtune import __version__
+from plmtune import __version__, terminal
 from plmtune.errors import UserError, did_you_mean
 
 # name -> (module, attribute, one line for --help); the module is imported when the command runs.
@@ -103,6 +103,7 @@ WAIT_FOR_RANK_0 = 3.0
 
 def main() -> None:
     """Entry point: mistakes are one sentence on stderr and exit code 2, never a traceback."""
+    terminal.use_plain_characters()
     words = ""
     try:
         code = cli.main(prog_name="plmtune", standalone_mode=False)
@@ -130,7 +131,7 @@ def main() -> None:
     if code and _world_size() > 1:
         _end_rank(words, code)
     if words:
-        print(words, file=sys.stderr)
+        terminal.echo(words, err=True)
     sys.exit(code)
 
 

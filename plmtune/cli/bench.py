@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from plmtune.cli import import_option
-from plmtune.cli.options import console, dtype_option, find_device
+from plmtune.cli.options import dtype_option, find_device
 from plmtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -164,20 +164,25 @@ def _machine(device: torch.device, bandwidth: float, threads: int) -> dict[str, 
 
 
 def _print(found: list[Measurement], machine: dict[str, object]) -> None:
-    from rich.table import Table
-
+    from plmtune import native
+    from plmtune.tables import Column, Table, numbers, show
     from plmtune.units import show_bytes
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("target", overflow="fold")
-    for name in ("runtime", "weights"):
-        table.add_column(name)
-    for name in ("context", "first token", "prefill/s", "decode/s", "peak memory", "read a token", "of bandwidth"):
-        table.add_column(name, justify="right")
+    # name: the order in which a narrow terminal leaves it out; 0 stays
+    figures = {"context": 0, "first token": 4, "prefill/s": 3, "decode/s": 0, "peak memory": 5}
+    figures |= {"read a token": 2, "of bandwidth": 1}
+    table = Table(
+        [
+            Column("target", folds=True),
+            Column("runtime"),
+            Column("weights", folds=True),
+            *numbers(figures),
+        ]
+    )
     for entry in found:
         read = None if entry.weight_bytes is None else entry.weight_bytes + (entry.cache_bytes or 0)
         on = f", {entry.sparse[0]} of {entry.sparse[1]} sparse" if entry.sparse and entry.sparse[0] else ""
-        table.add_row(
+        table.add(
             entry.target,
             entry.runtime,
             entry.weights + on,
@@ -189,14 +194,12 @@ def _print(found: list[Measurement], machine: dict[str, object]) -> None:
             "-" if read is None else show_bytes(read),
             "-" if entry.share is None else f"{entry.share:.0%}",
         )
-    console().print(table)
     bandwidth = machine["bandwidth"]
     assert isinstance(bandwidth, float)
-    click.echo(
+    show(
+        table,
         f"{machine['device']}, {machine['threads']} threads, reads {bandwidth / 1e9:.1f} GB/s; decode/s from the median"
-        " token; peak memory is what the process took on top of its start"
+        " token; peak memory is what the process took on top of its start",
     )
-    from plmtune import native
-
     if why := native.missing():
-        click.echo(f"ours decodes without its own kernels: {why}")
+        show(f"ours decodes without its own kernels: {why}")

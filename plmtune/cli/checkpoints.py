@@ -8,16 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from plmtune.errors import UserError
+from plmtune.tables import Cell, Column, Table, show
 from plmtune.training import manifest
 from plmtune.units import show_bytes
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @dataclass
@@ -46,8 +44,6 @@ def checkpoints(run: Path, quick: bool) -> None:
     plmtune checkpoints runs/pretrain/latest
     plmtune checkpoints runs/pretrain/latest --quick
     """
-    from rich.console import Console
-
     entries = [_look(path) for path in _find(run)]
     with _progress(sum(entry.size for entry in entries), shown=not quick) as advance:
         for entry in entries:
@@ -56,12 +52,8 @@ def checkpoints(run: Path, quick: bool) -> None:
                     manifest.verify(entry.path, hashes=not quick, seen=advance)
                 except UserError as error:
                     entry.damage = str(error)
-    console = Console(highlight=False, soft_wrap=True)
-    console.width = max(console.width, 100)  # a pipe has no width, and a cut cell tells nothing
-    _show(console, entries, "sizes match" if quick else "whole")
     damaged = [entry for entry in entries if entry.damage]
-    for entry in damaged:
-        console.print(entry.damage, markup=False)
+    show(_table(entries, "sizes match" if quick else "whole"), *(entry.damage for entry in damaged))
     if damaged:
         left = len(entries) - len(damaged)
         means = f"Resume takes the newest of the other {left}." if left else "No other is left to resume from."
@@ -100,28 +92,29 @@ def _look(path: Path) -> Entry:
     return entry
 
 
-def _show(console: Console, entries: list[Entry], whole: str) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("step", "saved", "size", "files", "validation loss"):
-        table.add_column(title, justify="left" if title == "saved" else "right", no_wrap=True)
-    table.add_column("state", no_wrap=True)
+def _table(entries: list[Entry], whole: str) -> Table:
+    table = Table(
+        [
+            Column("step", right=True),
+            Column("saved", drop=2),
+            Column("size", right=True),
+            Column("files", right=True, drop=1),
+            Column("validation loss", right=True),
+            Column("state", folds=True),
+        ]
+    )
     for entry in entries:
         loss = entry.metrics.get("validation_loss")
         known = entry.files > 0
-        table.add_row(
-            entry.step if known else Text(entry.path.name),
+        table.add(
+            entry.step if known else entry.path.name,
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.saved)) if known else "",
             show_bytes(entry.size) if known else "",
             str(entry.files) if known else "",
             f"{loss:.4f}" if isinstance(loss, int | float) else "",
-            Text("damaged" if entry.damage else whole, "red" if entry.damage else "green").append(
-                "".join(f", {mark}" for mark in entry.marks), "bold"
-            ),
+            Cell(", ".join(["damaged" if entry.damage else whole, *entry.marks]), "red" if entry.damage else "green"),
         )
-    console.print(table)
+    return table
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from plmtune.cli.options import console
 from plmtune.errors import UserError
+from plmtune.tables import show
 
 
 @click.command()
@@ -38,14 +38,13 @@ def compare(results: tuple[Path, ...], out: Path | None, as_json: bool, all_task
     files, loaded = list(found), list(found.values())
     rows = comparison.compare(loaded, all_tasks=all_tasks)
     if as_json:
-        click.echo(json.dumps(comparison.as_json(rows, files), indent=1, ensure_ascii=False))
+        click.echo(json.dumps(comparison.as_json(rows, files), indent=1))
     else:
-        console().print(table(loaded, files, all_tasks=all_tasks))
+        show(*table(loaded, files, all_tasks=all_tasks))
         if len(loaded) > 1:
-            click.echo()
-            console().print(comparison.table(rows, loaded))
+            show("", *comparison.table(rows, loaded))
     if not as_json or out is not None:
         out = out or Path("compare.png")
         draw(rows, loaded, out, files)
         if not as_json:
-            click.echo(f"picture: {out}")
+            show(f"picture: {out}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from click.core import ParameterSource
 
+from plmtune import terminal
 from plmtune.cli import import_option, short
 from plmtune.cli.tokenizer import find_tokenizer
 from plmtune.errors import UserError
@@ -200,7 +202,7 @@ def _inspect_shards(
     console = Console(highlight=False, soft_wrap=True)
     chosen: Split = getattr(shards, split)
     if document is None and window is None:
-        _summary(console, shards)
+        _summary(shards)
         return
     tokenizer = load_tokenizer(directory / "tokenizer")
     if document is not None:
@@ -217,23 +219,24 @@ def _inspect_shards(
             _print_mask(console, Windows(shards, chosen, seq_len, document_mask=True, whole=True).row(window))
 
 
-def _summary(console: Any, shards: Shards) -> None:
-    from rich.table import Table
+def _summary(shards: Shards) -> None:
+    from plmtune.tables import Table, numbers, show
 
     manifest = shards.manifest
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "tokens", "documents", "bytes", "bytes/token", "shards"):
-        table.add_column(column, justify="left" if not column else "right")
+    figures = {"tokens": 0, "documents": 0, "bytes": 0, "bytes/token": 1, "shards": 2}
+    table = Table(["split", *numbers(figures)])
     for name, counts in manifest.splits.items():
         ratio = f"{counts.bytes / counts.tokens:.2f}" if counts.tokens else "-"
-        numbers = (f"{n:,}" for n in (counts.tokens, counts.documents, counts.bytes))
-        table.add_row(name, *numbers, ratio, str(len(counts.shards)))
+        counted = (f"{n:,}" for n in (counts.tokens, counts.documents, counts.bytes))
+        table.add(name, *counted, ratio, str(len(counts.shards)))
     settings = ", ".join(f"{key} {value}" for key, value in manifest.settings.items())
-    console.print(table)
-    console.print(f"source: {manifest.source_description} ({manifest.source})", markup=False)
-    console.print(f"tokenizer: {manifest.tokenizer}, {manifest.vocab_size:,} rows, {manifest.dtype}")
-    console.print(f"settings: {settings}; {manifest.skipped:,} bad rows left out")
-    console.print("every shard has its size and hash, every id is in the vocabulary")
+    show(
+        table,
+        f"source: {manifest.source_description} ({manifest.source})",
+        f"tokenizer: {manifest.tokenizer}, {manifest.vocab_size:,} rows, {manifest.dtype}",
+        f"settings: {settings}; {manifest.skipped:,} bad rows left out",
+        "every shard has its size and hash, every id is in the vocabulary",
+    )
 
 
 def _coloured(ids: list[int], tokenizer: Tokenizer) -> Text:
@@ -257,8 +260,9 @@ def _print_mask(console: Any, row: Row) -> None:
     segments = make_batch([row]).mask
     assert segments is not None
     (mask,) = segments.dense
-    stride = -(-len(mask) // 64)  # at most 64 rows of 64 signs: every stride-th token
+    # At most 64 rows of 64 signs, fewer on a narrow terminal: every stride-th token.
+    stride = -(-len(mask) // min(64, terminal.columns(sys.stdout) or 64))
     for signs in mask[::stride, ::stride].tolist():
-        console.print("".join("█" if seen else "·" for seen in signs))
+        console.print("".join("█" if seen else "." for seen in signs))
     if stride > 1:
         console.print(f"one sign stands for {stride} tokens")

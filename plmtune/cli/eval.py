@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import click
 
 from plmtune.cli.generate import warn_of_pretrained
-from plmtune.cli.options import console, device_option, dtype_option, find_device, find_dtype
+from plmtune.cli.options import device_option, dtype_option, find_device, find_dtype
 from plmtune.errors import UserError
+from plmtune.tables import show
 
 if TYPE_CHECKING:
     from plmtune.evaluation.run import Progress
@@ -138,7 +139,7 @@ def evaluate(
             measured.append(result)
             tell(f"result: {file}")
         if measured and runtime.is_main:
-            console().print(results.table(measured, all_tasks=members))
+            show(*results.table(measured, all_tasks=members))
     if missing := sorted({name for result in measured for name in result["failed"]} | set(failed)):
         raise UserError(f"not measured, for the reasons above: {', '.join(missing)}.")
 

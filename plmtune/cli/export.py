@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from plmtune.cli.options import console
+from plmtune.tables import show
 
 
 @click.command()
@@ -79,8 +79,8 @@ def export(
             say=say,
         ):
             if made.report is not None:
-                console().print(made.report.table())
-            click.echo("\n".join(made.lines()))
+                show(made.report.table())
+            show(*made.lines())
     except NotTheModel as error:
-        console().print(error.report.table())
+        show(error.report.table())
         raise

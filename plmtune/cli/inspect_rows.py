@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from plmtune.cli.tokenizer import find_tokenizer
 from plmtune.data.sources import BadRow
 from plmtune.errors import UserError
+from plmtune.terminal import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
 _TRAINED = "bold green"
 _OPEN, _CLOSE = "⟦", "⟧"
 _BLOCK = 512
-# A stranger's text may hold what moves a terminal's cursor or changes its title.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass
@@ -63,8 +59,6 @@ def inspect_rows(path: Path, *, row: int, tokenizer: str, template: str | None, 
     from plmtune.data.rows import Refused, Rows
 
     console = Console(highlight=False, soft_wrap=True)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a stranger's letters
     rows = Rows([str(path)])
     kind = kind_of_rows(next((held for _, held in rows if isinstance(held, dict)), {}))
     shape = _shape_of(rows) if kind == "conversations" else None
@@ -73,7 +67,7 @@ def inspect_rows(path: Path, *, row: int, tokenizer: str, template: str | None, 
     if place is None:
         raise UserError(f"--row {row}: {path} has {_rows(sum(1 for _ in rows))}")
     refused, seen = Refused(), _Seen()
-    console.print(_visible(place), style="bold", markup=False)
+    console.print(visible(place), style="bold", markup=False)
     try:
         if isinstance(asked, BadRow):
             raise asked
@@ -85,11 +79,11 @@ def inspect_rows(path: Path, *, row: int, tokenizer: str, template: str | None, 
         else:
             _show_chain(console, asked)
     except BadRow as error:
-        console.print(_visible(f"cannot be used: it {error}"), markup=False)
+        console.print(visible(f"cannot be used: it {error}"), markup=False)
     console.print()
     with Console(stderr=True).status("reading all rows"):
         count = _read_all(rows, kind, shape, found, train_on, seen, refused)
-    _summary(console, kind, count, seen, refused, found)
+    _summary(kind, count, seen, refused, found)
     if count == len(refused):
         raise UserError(f"{path}: no row can be used, for the reasons above.")
 
@@ -173,17 +167,17 @@ def _show_chain(console: Console, row: dict[str, Any]) -> None:
     messages, answers = _chain(row)
     for message in messages:
         console.print(f"{message.role}:", style="bold")
-        console.print(_visible(message.content), markup=False)
+        console.print(visible(message.content), markup=False)
     if isinstance(gold := row.get("gold"), str):
         console.print("the data's answer:", style="bold")
-        console.print(_visible(gold), markup=False)
+        console.print(visible(gold), markup=False)
     for number, answer in enumerate(answers, 1):
         said = [f"reward {answer['reward']:.4g}"] if _is_number(answer.get("reward")) else []
         said += ["ended by the model" if answer.get("ended") else "cut off at the longest length"]
         console.print(f"answer {number} ({', '.join(said)}):", style="bold")
-        console.print(_visible(answer["text"]), markup=False)
+        console.print(visible(answer["text"]), markup=False)
     if isinstance(short := row.get("short"), str):
-        console.print(f"no further answer: {_visible(short)}", markup=False)
+        console.print(f"no further answer: {visible(short)}", markup=False)
 
 
 def _read_all(
@@ -302,35 +296,30 @@ def _chain(row: dict[str, Any]) -> tuple[list[Message], list[dict[str, Any]]]:
     return messages, answers
 
 
-def _summary(
-    console: Console, kind: str, count: int, seen: _Seen, refused: Refused, template: ChatTemplate | None
-) -> None:
-    from rich.table import Table
+def _summary(kind: str, count: int, seen: _Seen, refused: Refused, template: ChatTemplate | None) -> None:
+    from plmtune.tables import Table, numbers, show
 
-    console.print(f"{_rows(count)} of {kind}: {count - len(refused):,} can be used, {len(refused):,} cannot")
+    show(f"{_rows(count)} of {kind}: {count - len(refused):,} can be used, {len(refused):,} cannot")
     for line in refused.describe().splitlines():
-        console.print(f"  {_visible(line)}", markup=False)
+        show(f"  {visible(line)}")
     if seen.lengths:
-        table = Table(box=None, pad_edge=False)
-        for column in ("tokens", "rows", "shortest", "median", "90%", "99%", "longest", "sum"):
-            table.add_column(column, justify="left" if column == "tokens" else "right")
+        figures = {"rows": 0, "shortest": 3, "median": 0, "90%": 2, "99%": 1, "longest": 0, "sum": 4}
+        table = Table(["tokens", *numbers(figures)])
         for name, lengths in seen.lengths.items():
             ordered = sorted(lengths)
             marks = [ordered[round(share * (len(ordered) - 1))] for share in (0, 0.5, 0.9, 0.99, 1)]
-            table.add_row(name, *(f"{number:,}" for number in (len(ordered), *marks, sum(ordered))))
-        console.print(table)
+            table.add(name, *(f"{number:,}" for number in (len(ordered), *marks, sum(ordered))))
+        show(table)
     if seen.answers:
-        table = Table(box=None, pad_edge=False)
-        for column in ("turn", "answers", "ended", "mean reward"):
-            table.add_column(column, justify="left" if column == "turn" else "right")
+        table = Table(["turn", *numbers(dict.fromkeys(("answers", "ended", "mean reward"), 0))])
         for turn, answers in enumerate(seen.answers):
             rewards = seen.rewards[turn]
             mean = f"{sum(rewards) / len(rewards):.4g}" if rewards else "-"
             name = "first answer" if turn == 0 else f"refinement {turn}"
-            table.add_row(name, f"{answers:,}", f"{seen.ended[turn] / answers:.1%}", mean)
-        console.print(table)
+            table.add(name, f"{answers:,}", f"{seen.ended[turn] / answers:.1%}", mean)
+        show(table)
     if template is not None:
-        console.print(f"{template.where}; {template.tokenizer.num_tokens:,} tokens in the vocabulary", markup=False)
+        show(f"{template.where}; {template.tokenizer.num_tokens:,} tokens in the vocabulary")
 
 
 def _print_runs(console: Console, runs: Sequence[tuple[list[int], bool]], template: ChatTemplate) -> None:
@@ -338,7 +327,7 @@ def _print_runs(console: Console, runs: Sequence[tuple[list[int], bool]], templa
 
     text = Text()
     for ids, trained in runs:
-        said = _visible(template.tokenizer.decode(ids))
+        said = visible(template.tokenizer.decode(ids))
         if trained and not _coloured(console):
             said = f"{_OPEN}{said}{_CLOSE}"
         text.append(said, style=_TRAINED if trained else "")
@@ -351,10 +340,6 @@ def _coloured(console: Console) -> bool:
 
 def _legend(console: Console) -> str:
     return "green" if _coloured(console) else f"between {_OPEN} and {_CLOSE}"
-
-
-def _visible(text: str) -> str:
-    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
 
 
 def _rows(count: int) -> str:

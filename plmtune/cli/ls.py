@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import click
 
 from plmtune.cli import import_option
 from plmtune.shipped import folder
+from plmtune.tables import Column, Table, show
 
 
 @click.command()
@@ -21,15 +23,12 @@ def ls(group: str | None) -> None:
     plmtune ls
     plmtune ls attention
     """
-    from rich.console import Console
-
     from plmtune.registry import describe
 
-    console = Console(highlight=False, soft_wrap=True)
     if group is None:
-        _overview(console, describe())
+        _overview(describe())
     else:
-        _group(console, group, describe())
+        _group(group, describe())
 
 
 def _first_comment(path: Path) -> str:
@@ -37,29 +36,29 @@ def _first_comment(path: Path) -> str:
     return line.removeprefix("#").strip() if line.startswith("#") else ""
 
 
-def _overview(console: Any, table: Any) -> None:
-    from rich.table import Table
-
+def _overview(table: Any) -> None:
     conf = folder("conf")
-    console.print("[bold]recipes[/] (single files; plmtune cp recipes/NAME my.py)")
-    for path in sorted(folder("recipes").glob("[a-z]*.py")):
-        console.print(f"  {path.stem}")
-    grid = Table(box=None, show_header=False, padding=(0, 2))
-    console.print("[bold]configs[/] (plmtune run NAME)")
-    for path in sorted(conf.glob("*.yaml")):
-        grid.add_row(path.stem, _first_comment(path))
-    console.print(grid)
-    console.print("[bold]groups[/] (plmtune ls GROUP; choose with GROUP=NAME)")
-    grid = Table(box=None, show_header=False, padding=(0, 2))
-    for group in sorted(table):
-        presets = sorted(path.stem for path in (conf / group).glob("*.yaml"))
-        grid.add_row(group, ", ".join([*sorted(table[group]), *presets]))
-    console.print(grid)
+    show("recipes (single files; plmtune cp recipes/NAME my.py)")
+    _list((path.stem, "") for path in sorted(folder("recipes").glob("[a-z]*.py")))
+    show("configs (plmtune run NAME)")
+    _list((path.stem, _first_comment(path)) for path in sorted(conf.glob("*.yaml")))
+    show("groups (plmtune ls GROUP; choose with GROUP=NAME)")
+    _list(
+        (group, ", ".join([*sorted(table[group]), *sorted(path.stem for path in (conf / group).glob("*.yaml"))]))
+        for group in sorted(table)
+    )
 
 
-def _group(console: Any, group: str, table: Any) -> None:
-    from rich.markup import escape
+def _list(entries: Iterable[tuple[str, str]]) -> None:
+    """Names and what they are, indented."""
+    table = Table(["", Column("", folds=True)], headings=False)
+    for name, text in entries:
+        table.add(f"  {name}", text)
+    if table.rows:
+        show(table)
 
+
+def _group(group: str, table: Any) -> None:
     from plmtune.errors import UserError, did_you_mean
 
     leaf = group.rpartition("/")[2]
@@ -67,21 +66,20 @@ def _group(console: Any, group: str, table: Any) -> None:
         raise UserError(f"There is no group {group}.{did_you_mean(leaf, table)}")
     for name, entry in sorted(table[leaf].items()):
         summary = entry.doc.strip().split("\n\n")[0].replace("\n", " ")
-        console.print(f"[bold]{name}[/]  {escape(summary)}")
-        width = max((len(p.name) for p in entry.parameters), default=0)
+        show(f"{name}  {summary}")
+        settings = []
         for parameter in entry.parameters:
             if parameter.default is not None:
                 kind = parameter.type
                 if kind.startswith("Annotated["):
                     kind = kind.removeprefix("Annotated[").rpartition(",")[0]
-                default = _nested_default(parameter.default)
-                console.print(f"    {parameter.name:<{width}}  {kind} = {default}", markup=False)
+                settings.append((f"  {parameter.name}", f"{kind} = {_nested_default(parameter.default)}"))
+        _list(settings)
     conf = folder("conf")
     places = sorted({*conf.glob(f"{leaf}/*.yaml"), *conf.glob(f"*/{leaf}/*.yaml")})
     if places:
-        console.print("[bold]presets[/]")
-        for path in places:
-            console.print(f"    {path.stem:<16}{_first_comment(path)}", markup=False)
+        show("presets")
+        _list((path.stem, _first_comment(path)) for path in places)
 
 
 def _nested_default(text: str) -> str:

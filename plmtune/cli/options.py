@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -11,7 +10,6 @@ from plmtune.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
 
 device_option = click.option("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one.")
 dtype_option = click.option(
@@ -43,13 +41,6 @@ def find_dtype(name: str | None) -> torch.dtype | None:
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[name]
-
-
-def console() -> Console:
-    """Where tables go: a file or a pipe has no edge to wrap at."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def sampling_options(command: click.decorators.FC) -> click.decorators.FC:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from plmtune.cli import import_option
-from plmtune.cli.options import console, device_option, dtype_option, find_device, find_dtype
+from plmtune.cli.options import device_option, dtype_option, find_device, find_dtype
 from plmtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -185,18 +185,17 @@ def _figures(found: Perplexity) -> dict[str, float | None]:
 
 
 def _print(measured: dict[str, Perplexity], total: Perplexity, window: int, stride: int) -> None:
-    from rich.table import Table
+    from plmtune.tables import Column, Table, numbers, show
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("", "loss", "perplexity", "bits per byte", "tokens", "bytes", "documents"):
-        table.add_column(name, justify="right" if name else "left", overflow="fold")
+    # name: the order in which a narrow terminal leaves it out; 0 stays
+    figures = {"loss": 0, "perplexity": 0, "bits per byte": 0, "tokens": 3, "bytes": 1, "documents": 2}
+    table = Table([Column("text", folds=True), *numbers(figures)])
     rows = [*measured.items(), *([("all", total)] if len(measured) > 1 else [])]
     for name, found in rows:
         counts = (f"{count:,}" for count in (found.tokens, found.bytes, found.documents))
         if found.tokens:
-            table.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.2f}", f"{found.bits_per_byte:.4f}", *counts)
+            table.add(name, f"{found.loss:.4f}", f"{found.perplexity:.2f}", f"{found.bits_per_byte:.4f}", *counts)
         else:
-            table.add_row(name, "-", "-", "-", *counts)
-    console().print(table)
+            table.add(name, "-", "-", "-", *counts)
     context = f"; each token has at least {window - stride:,} before it in its document" if stride < window else ""
-    click.echo(f"window {window:,}, stride {stride:,} tokens{context}")
+    show(table, f"window {window:,}, stride {stride:,} tokens{context}")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from plmtune.cli import import_option
-from plmtune.cli.options import console
 from plmtune.errors import UserError
+from plmtune.tables import Table, numbers, show
 
 if TYPE_CHECKING:
     from plmtune.devices.costs import Anatomy
@@ -191,32 +191,32 @@ def _plan(
     training = _training(cfg, train_on) if cfg is not None else None
     findings = lint_deploy(anatomy.config)
 
-    click.echo(
+    show(
         f"{name}: {anatomy.parameters:,} parameters ({anatomy.non_embedding_parameters:,} without embeddings), "
         f"{anatomy.num_layers} layers of {anatomy.embed_dim:,}, {anatomy.vocab_size:,} tokens"
     )
     for runtime in runtimes if not refused else ["plmtune"]:
         a_token, whole = (costs.cache_bytes(anatomy, runtime, n) for n in (1, longest[-1]))
         flops = costs.decode_flops(anatomy, runtime, longest[-1])
-        click.echo(
+        show(
             f"{runtime:<10} a cache of {show_bytes(a_token)} a token, {show_bytes(whole)} at {longest[-1]:,}; "
             f"{show_count(flops)} FLOPs a token there"
         )
     for device in devices:
         _print_device(device, [p for p in predictions if p.device == device.key], longest)
     if refused:
-        click.echo(f"\nNot for llama.cpp: {refused}")
+        show(f"\nNot for llama.cpp: {refused}")
     if left_out:
-        click.echo(f"\nLeft out, as the model takes {anatomy.max_seq_len:,} tokens: contexts of {_joined(left_out)}.")
+        show(f"\nLeft out, as the model takes {anatomy.max_seq_len:,} tokens: contexts of {_joined(left_out)}.")
     if training is not None:
-        click.echo("\n" + "\n".join(training.pop("lines")))
+        show("\n" + "\n".join(training.pop("lines")))
     if findings:
-        click.echo("\nWhat will not deploy well")
+        show("\nWhat will not deploy well")
         for finding in findings:
-            click.echo(f"  {finding.level}: {finding.text}")
+            show(f"  {finding.level}: {finding.text}")
     if plot is not None:
         draw_speeds(predictions, plot, f"{name}: predicted decode")
-        click.echo(f"\n{plot} written")
+        show(f"\n{plot} written")
     if json_path is not None:
         _write(
             json_path,
@@ -239,22 +239,19 @@ def _joined(numbers: Sequence[int]) -> str:
 
 
 def _print_device(device: Device, predictions: list[Prediction], contexts: list[int]) -> None:
-    from rich.table import Table
-
     from plmtune.units import show_bytes, show_number
 
     how = "calibrated" if device.rates else f"reads at {show_number(device.bandwidth.value / 1e9)} GB/s"
-    click.echo(f"\n{device.key}: {device.name}; {show_bytes(device.available)} for a model, {how}")
-    table = Table(box=None, pad_edge=False)
+    show(f"\n{device.key}: {device.name}; {show_bytes(device.available)} for a model, {how}")
     prompt = max(p.prompt for p in predictions)
-    columns = ("runtime", "scheme", "weights", f"memory at {contexts[-1]:,}", "fits", f"first of {prompt:,}")
-    for index, column in enumerate((*columns, *(f"tokens/s at {context:,}" for context in contexts))):
-        table.add_column(column, justify="left" if index < 2 else "right")
+    figures = {"weights": 2, f"memory at {contexts[-1]:,}": 0, "fits": 3, f"first of {prompt:,}": 1}
+    figures |= {f"tokens/s at {context:,}": 0 for context in contexts}
+    table = Table(["runtime", "scheme", *numbers(figures)])
     for first in predictions[:: len(contexts)]:
         row = [p for p in predictions if (p.runtime, p.scheme) == (first.runtime, first.scheme)]
         last = row[-1]
         waits = [p.first_token for p in row if p.prompt == prompt and p.first_token is not None]
-        table.add_row(
+        table.add(
             first.runtime,
             first.scheme,
             show_bytes(first.file),
@@ -263,13 +260,11 @@ def _print_device(device: Device, predictions: list[Prediction], contexts: list[
             f"{show_number(waits[0])} s" if waits else "-",
             *(_speed(p) for p in row),
         )
-    console().print(table)
+    show(table)
     if any(not p.fits for p in predictions):
-        click.echo("What does not fit is read from the disk for each token, a hundred times slower: no speed is given.")
+        show("What does not fit is read from the disk for each token, a hundred times slower: no speed is given.")
     if any(not p.calibrated and p.runtime == "plmtune" for p in predictions):
-        click.echo(
-            "plmtune's speeds are what this memory allows: how near it comes, plmtune bench --calibrate measures."
-        )
+        show("plmtune's speeds are what this memory allows: how near it comes, plmtune bench --calibrate measures.")
 
 
 def _speed(prediction: Prediction) -> str:
@@ -359,8 +354,6 @@ def _sweep(
     json_path: Path | None,
     plot: Path | None,
 ) -> None:
-    from rich.table import Table
-
     from plmtune.devices import costs
     from plmtune.devices.pareto import draw_front, front
     from plmtune.devices.sweep import sweep
@@ -381,34 +374,26 @@ def _sweep(
     best = front(found.points)
     missed = sum(map(len, found.impossible.values()))
     too_large = [point for point in found.points if not point.prediction.fits]
-    click.echo(
+    show(
         f"{name} on {device.name}: {len(found.points) + missed:,} architectures, {scheme} in {runtime}, "
         f"{context:,} tokens of context; {missed:,} are impossible, {len(too_large):,} do not fit "
         f"{show_bytes(device.available)}"
     )
     for reason, settings in sorted(found.impossible.items(), key=lambda item: -len(item[1]))[:5]:
         example = ", ".join(f"{key}={value}" for key, value in settings[0].items())
-        click.echo(f"  impossible, {len(settings):,} times: {reason.rstrip('.')} (such as {example})")
+        show(f"  impossible, {len(settings):,} times: {reason.rstrip('.')} (such as {example})")
     if not found.points:
         raise UserError("Not one of these architectures is possible.")
     if not best:
         smallest = min(point.prediction.memory for point in found.points)
         raise UserError(f"Not one of these architectures fits: the smallest takes {show_bytes(smallest)}.")
-    click.echo(f"\nThe front of speed, memory and parameters: {len(best)} that no other beats")
-    table = Table(box=None, pad_edge=False)
-    table.add_column("", justify="right")
+    show(f"\nThe front of speed, memory and parameters: {len(best)} that no other beats")
     keys = list(best[0].settings)
-    for column in (
-        *keys,
-        "parameters",
-        "non-embedding",
-        "memory",
-        f"first of {best[0].prediction.prompt:,}",
-        "tokens/s",
-    ):
-        table.add_column(column.removeprefix("model."), justify="right")
+    figures = {"": 0, **dict.fromkeys(keys, 0), "parameters": 0, "non-embedding": 2, "memory": 0}
+    figures |= {f"first of {best[0].prediction.prompt:,}": 1, "tokens/s": 0}
+    table = Table(numbers({name.removeprefix("model."): drop for name, drop in figures.items()}))
     for number, point in list(enumerate(best, 1))[:: -(-len(best) // _LISTED)]:
-        table.add_row(
+        table.add(
             str(number),
             *(point.settings[key] for key in keys),
             show_count(point.parameters),
@@ -417,12 +402,12 @@ def _sweep(
             "-" if point.prediction.first_token is None else f"{show_number(point.prediction.first_token)} s",
             _speed(point.prediction),
         )
-    console().print(table)
+    show(table)
     if len(best) > _LISTED:
-        click.echo("Some of them; --json has all.")
+        show("Some of them; --json has all.")
     if plot is not None:
         draw_front(found.points, plot, f"{name} on {device.name}: {scheme} in {runtime}, {context:,} tokens of context")
-        click.echo(f"\n{plot} written")
+        show(f"\n{plot} written")
     if json_path is not None:
         on_front = {id(point) for point in best}
         points = [
@@ -452,4 +437,4 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
     with writing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    click.echo(f"{path} written")
+    show(f"{path} written")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from plmtune.cli.options import console
 from plmtune.errors import UserError
+from plmtune.tables import show
 
 if TYPE_CHECKING:
     from plmtune.export.runtimes import RuntimeName
@@ -53,7 +53,7 @@ def verify(
     from plmtune.export.verify import verify as prove
 
     report = prove(export, against, text=page, positions=positions, threads=threads, prefer=runtime)
-    console().print(report.table())
+    show(report.table())
     if json_file is not None:
         with writing(json_file) as temporary:
             temporary.write_text(report.as_json(), encoding="utf-8")

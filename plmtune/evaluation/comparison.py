@@ -13,14 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from plmtune.evaluation.results import Line, Score, direction, labels, lines, metric_label, score, show_number
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from plmtune.tables import Cell, Column, Table
 
 Result = Mapping[str, Any]
 Test = Literal["McNemar", "sign flips", "z"]
@@ -81,23 +79,22 @@ def compare(results: Sequence[Result], *, all_tasks: bool = False) -> list[Row]:
     return _corrected(rows)
 
 
-def table(rows: Sequence[Row], results: Sequence[Result]) -> Table:
+def table(rows: Sequence[Row], results: Sequence[Result]) -> list[Table | str]:
     """The differences to the first result, a line each."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     names = labels(results)
-    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    grid.title, grid.title_justify = Text(f"differences to {names[0]}"), "left"
-    grid.add_column("task", no_wrap=True)
-    grid.add_column("metric", no_wrap=True)
-    grid.add_column("", no_wrap=True)
-    grid.add_column("difference", no_wrap=True)
-    grid.add_column("p", justify="right", no_wrap=True)
-    grid.add_column("test")
+    grid = Table(
+        [
+            Column("task", folds=True),
+            Column("metric", folds=True),
+            Column(""),
+            Column("difference"),
+            Column("p", right=True),
+            Column("test", folds=True, drop=1),
+        ],
+        title=f"differences to {names[0]}",
+    )
     for row in rows:
-        task, metric = row.line.task, metric_label(row.line, row.higher_is_better).replace(" (", "\n(")
+        task, metric = row.line.task, metric_label(row.line, row.higher_is_better)
         for name, one in zip(names, row.differences, strict=True):
             if one is None:
                 continue
@@ -106,15 +103,14 @@ def table(rows: Sequence[Row], results: Sequence[Result]) -> Table:
             style = ""
             if one.corrected is not None and one.corrected < 0.05 and row.higher_is_better is not None:
                 style = "green" if (one.mean > 0) == row.higher_is_better else "red"
-            difference = Text(f"{'+' * (one.mean >= 0)}{show_number(one.mean)}{error}", style=style)
-            note = Text(test + (f" ({one.note})" if one.note else ""))
-            grid.add_row(Text(task), metric, Text(name), difference, show_p(one.corrected), note)
+            difference = Cell(f"{'+' * (one.mean >= 0)}{show_number(one.mean)}{error}", style)
+            note = test + (f" ({one.note})" if one.note else "")
+            grid.add(task, metric, name, difference, show_p(one.corrected), note)
             task = metric = ""
     tests = sum(one is not None and one.p is not None for row in rows for one in row.differences)
     if tests > 1:
-        grid.caption = Text(f"p is corrected for these {tests} tests together (Holm); --json also has it uncorrected.")
-        grid.caption_justify = "left"
-    return grid
+        return [grid, f"p is corrected for these {tests} tests together (Holm); --json also has it uncorrected."]
+    return [grid]
 
 
 def show_p(p: float | None) -> str:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from plmtune.atomic import writing
 from plmtune.errors import UserError
 from plmtune.provenance import device_name, versions
+from plmtune.tables import Column, Table
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Group, RenderableType
 
 FORMAT = "plmtune evaluation"
 VERSION = 1
@@ -279,7 +279,7 @@ def show_number(value: float) -> str:
 
 def table(
     results: Sequence[Mapping[str, Any]], files: Sequence[Path] | None = None, *, all_tasks: bool = False
-) -> Group:
+) -> list[Table | str]:
     """One or several results: value ± standard error of each metric, and below what failed and why.
 
     Up to two results stand side by side, more of them below each other, as terminals have 80 columns. Above stands
@@ -288,38 +288,28 @@ def table(
     Args:
         files: where they were read from, if from files.
     """
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text  # names and reasons may hold brackets, which rich takes for markup in a str
-
     names = [
         label + (" (partial)" if result["status"] == "partial" else "")
         for label, result in zip(labels(results), results, strict=True)
     ]
     beside = len(results) <= _BESIDE
-    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    grid.add_column("task", no_wrap=True)
-    grid.add_column("shots", justify="right")
-    grid.add_column("metric", no_wrap=True)
-    grid.add_column("n", justify="right")
-    for name in names if beside else ("result", "score"):
-        grid.add_column(Text(name), no_wrap=name == "score", overflow="fold")
+    what = [Column("task", folds=True), Column("shots", right=True, drop=1), Column("metric", folds=True)]
+    grid = Table([*what, Column("n", right=True, drop=2), *(names if beside else ("result", "score"))])
     before = ""
     for line in lines(results, all_tasks=all_tasks):
         found = [score(result, line) for result in results]
         shots = [entry_of(result, line.task).get("num_fewshot") for result in results]
         name, before = ("" if line.task == before else "  " * line.depth + line.task), line.task
-        metric = metric_label(line, direction(found)).replace(" (", "\n(")
+        metric = metric_label(line, direction(found))
         if beside:
             there = [shot for shot, one in zip(shots, found, strict=True) if one]
             counts = _distinct([one.samples for one in found if one])
-            grid.add_row(Text(name), _distinct(there) if name else "", metric, counts, *map(show_score, found))
+            grid.add(name, _distinct(there) if name else "", metric, counts, *map(show_score, found))
             continue
         for label, shot, one in zip(names, shots, found, strict=True):
             if one:
                 shown = _distinct([shot]) if metric else ""
-                grid.add_row(Text(name), shown, metric, str(one.samples), Text(label), show_score(one))
+                grid.add(name, shown, metric, str(one.samples), label, show_score(one))
                 name = metric = ""
     failures = [
         f"{task} failed" + (f" ({label})" if len(results) > 1 else "") + f": {_in_short(str(reason))}"
@@ -328,14 +318,13 @@ def table(
     ]
     if beside:
         for task in dict.fromkeys(task for result in results for task in result["failed"]):
-            grid.add_row(Text(task), "", "", "", *("failed" if task in result["failed"] else "-" for result in results))
-    parts: list[RenderableType] = [grid, *(Text(text, style="red") for text in failures)]
-    if len(results) > 1:
-        above = Table.grid(padding=(0, 2, 0, 0))
-        for label, text in zip(labels(results), legend(results, files), strict=True):
-            above.add_row(Text(label), Text(text, overflow="fold"))
-        parts = [above, "", *parts]
-    return Group(*parts)
+            grid.add(task, "", "", "", *("failed" if task in result["failed"] else "-" for result in results))
+    if len(results) == 1:
+        return [grid, *failures]
+    above = Table(["", Column("", folds=True)], headings=False)
+    for label, text in zip(labels(results), legend(results, files), strict=True):
+        above.add(label, text)
+    return [above, "", grid, *failures]
 
 
 def _in_short(reason: str) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,9 +26,7 @@ from plmtune.models.adapters import load_its_tokenizer, load_model
 from plmtune.models.files import checkpoint_directory
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from plmtune.tables import Column, Table
 
 # Tokens that are read in all, so that RoPE is tried on more positions than are compared.
 _WINDOW = 256
@@ -149,18 +146,12 @@ class Report:
 
     def table(self) -> Table:
         """The checks as a table."""
-        from rich.table import Table
-
         title = f"{self.export} in {self.runtime}, {self.kind}, {self.positions} positions"
-        table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-        for name in ("check", "value", "at most", ""):
-            table.add_column(name, justify="right" if name in ("value", "at most") else "left", no_wrap=True)
-        table.add_column("remark", overflow="fold")
+        numbers = (Column("value", right=True), Column("at most", right=True))
+        table = Table([Column("check", folds=True), *numbers, "result", Column("remark", folds=True)], title=title)
         for check in self.checks:
             limit = "-" if check.threshold is None else f"{check.threshold:.3g}"
-            table.add_row(
-                check.name, f"{check.value:.3g}", limit, "ok" if check.passed else "FAILED", check.cause or ""
-            )
+            table.add(check.name, f"{check.value:.3g}", limit, "ok" if check.passed else "FAILED", check.cause or "")
         return table
 
     def as_json(self) -> str:

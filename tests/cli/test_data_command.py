@@ -147,7 +147,7 @@ class TestInspect:
         assert note == "one sign stands for 4 tokens"
         assert [len(row) for row in rows] == [64] * 64
         assert all(row[i] == "█" and "█" not in row[i + 1 :] for i, row in enumerate(rows))
-        assert rows[-1].startswith("·")  # the last token does not see the first document
+        assert rows[-1].startswith(".")  # the last token does not see the first document
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -79,7 +79,7 @@ class TestFiles:
         code, out, err = measure(tmp_path, "--stride", 16)
         assert code == 0, err
         header, *rows, last = out.splitlines()
-        assert header.split() == ["loss", "perplexity", "bits", "per", "byte", "tokens", "bytes", "documents"]
+        assert header.split() == ["text", "loss", "perplexity", "bits", "per", "byte", "tokens", "bytes", "documents"]
         assert [row.split()[0].rpartition("/")[2] for row in rows] == ["a.txt", "b.txt", "c.txt", "all"]
         assert rows[0].split()[-3:] == ["9", "9", "1"] and rows[2].split()[1:] == ["-", "-", "-", "0", "0", "0"]
         assert rows[3].split()[1:4] == rows[0].split()[1:4] and rows[3].split()[-3:] == ["18", "18", "2"]

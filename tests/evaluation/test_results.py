@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 import torch
 from made_up import result, task
-from rich.console import Console
 
 from plmtune.errors import UserError
 from plmtune.evaluation import results
+from plmtune.tables import Table
+from plmtune.terminal import wrap
 
 
 def shown(*found: dict[str, Any], width: int = 120, **options: Any) -> str:
-    console = Console(width=width, no_color=True)
-    with console.capture() as capture:
-        console.print(results.table(found, **options))
-    return capture.get()
+    return "\n".join(
+        "\n".join(block.lines(width) if isinstance(block, Table) else wrap(block, width))
+        for block in results.table(found, **options)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +223,7 @@ class TestTable:
     def test_metrics_come_with_error_direction_and_filter(self) -> None:
         text = shown(result("m", {"gsm8k": task([0, 1, 1, 1], metric="exact_match,strict-match")}))
         assert "0.7500 ± 0.2500" in text
-        assert "exact_match" in text and "(strict-match) ↑" in text
+        assert "exact_match (strict-match) ↑" in text
 
     def test_two_results_stand_side_by_side_and_more_below_each_other(self) -> None:
         a, b = result("a", {"t": task([0, 1])}), result("b", {"t": task([1, 1])})
@@ -253,7 +254,7 @@ class TestTable:
 
     def test_what_failed_is_there_with_the_first_sentence_of_why(self) -> None:
         text = shown(result("m", {}, failed={"humaneval": "[no] data. Fetch it:\n  plmtune fetch"}))
-        assert "humaneval failed: [no] data.\n" in text.replace(" \n", "\n") and "etch" not in text
+        assert text.endswith("humaneval failed: [no] data.") and "etch" not in text
         text = shown(result("m", {}, failed={"humaneval": "no data" + " word" * 100}))
         assert "…" in text and text.count("word") < 20
 

@@ -1,0 +1,121 @@
+"""What a stream can show: the width and colours of a terminal, the characters of an encoding.
+
+A pipe or a file has no width, so nothing is wrapped there, and gets no colours.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import os
+import re
+import sys
+import textwrap
+from typing import TextIO
+
+from rich.cells import cell_len
+
+_NARROWEST = 20
+_STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32"}
+# What stands for a character that the stream's encoding lacks.
+_PLAIN = {
+    "·": "|", "±": "+-", "…": "...", "—": "-", "─": "-", "→": "->", "↑": "^", "↓": "v", "█": "#", "×": "x",
+    "≤": "<=", "≥": ">=", "⟦": "[[", "⟧": "]]",
+}  # fmt: skip
+# Text of others may hold what moves a terminal's cursor or changes its title.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+# A command at the end of a line stays on one line, so that it can be copied.
+_COMMAND = re.compile(r"(?:(?<=: )|(?<=with )|(?<=: `))(?:plmtune|\S*python[\d.]* -m) .*$")
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_plain, error.object[error.start : error.end])), error.end
+
+
+def _plain(character: str) -> str:
+    if "\u2800" <= character <= "\u28ff":  # the frames of rich's spinner
+        return "*"
+    return _PLAIN.get(character) or character.encode("ascii", "backslashreplace").decode()
+
+
+codecs.register_error("plmtune", _replace)
+
+
+def use_plain_characters() -> None:
+    """Let the standard streams replace what their encoding lacks, instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plmtune")
+
+
+def columns(stream: TextIO) -> int | None:
+    """Return the width of the terminal that `stream` writes to, or None where it is no terminal."""
+    if not stream.isatty():
+        return None
+    given = os.environ.get("COLUMNS", "")
+    if given.isdecimal() and int(given) > 0:
+        return max(int(given), _NARROWEST)
+    try:
+        return max(os.get_terminal_size(stream.fileno()).columns or 80, _NARROWEST)
+    except (OSError, ValueError):  # a stream that stands for a terminal, as in an editor
+        return 80
+
+
+def in_place(stream: TextIO) -> bool:
+    """Whether `stream` can draw over what it has written."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def coloured(stream: TextIO) -> bool:
+    """Whether `stream` shows colours."""
+    return in_place(stream) and not os.environ.get("NO_COLOR")
+
+
+def style(text: str, name: str) -> str:
+    """Return `text` between a terminal's codes for bold, dim, red or green."""
+    return f"\033[{_STYLES[name]}m{text}\033[0m" if name and text else text
+
+
+def encoding(stream: TextIO) -> str:
+    """Return the name of the encoding of `stream`."""
+    return getattr(stream, "encoding", None) or "utf-8"
+
+
+def encodable(text: str, encoding: str) -> str:
+    """Return `text` in the characters that `encoding` has, so that its width can be measured."""
+    return text.encode(encoding, "plmtune").decode(encoding)
+
+
+def visible(text: str) -> str:
+    """Return `text` with its control characters spelled out."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+
+
+def wrap(text: str, width: int | None) -> list[str]:
+    """Break lines at spaces; a continued line is indented by two more than the line it continues.
+
+    A word that is longer than `width`, such as a path, and a command to copy stay whole.
+    """
+    lines = text.split("\n")
+    if width is None:
+        return lines
+    found = []
+    for line in lines:
+        if cell_len(line) <= width:
+            found.append(line)
+            continue
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        command = _COMMAND.search(line)
+        before = line[: command.start()] if command else line
+        found += textwrap.wrap(before, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        if command:
+            found.append(indent + command.group())
+    return found
+
+
+def echo(text: str = "", *, err: bool = False) -> None:
+    """Print prose to stdout or stderr, wrapped at words where that is a terminal."""
+    stream = sys.stderr if err else sys.stdout
+    print("\n".join(wrap(encodable(text, encoding(stream)), columns(stream))), file=stream, flush=True)
