@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-slow lint install clean
 
 demo: $(VENV)/installed
-	$(BIN)/plmtune run pretrain
+	$(BIN)/plmtune run demo
 
 test: $(VENV)/installed-dev
 	# One thread a worker: two workers of two threads each would wait for each other on two cores.

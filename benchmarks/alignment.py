@@ -114,7 +114,7 @@ def trial(seed: int, options: argparse.Namespace) -> dict[str, list[tuple[float,
         prepare(directory, seed, pairs=options.pairs, asked=options.prompts * options.rounds + HELD_OUT)
         sft = run(
             "sft",
-            "sft",
+            "demo_sft",
             directory,
             "sft",
             [
@@ -140,7 +140,7 @@ def trial(seed: int, options: argparse.Namespace) -> dict[str, list[tuple[float,
         }.items():
             where = run(
                 "preference",
-                "aries",
+                "demo_aries",
                 directory,
                 loss,
                 [

@@ -66,13 +66,13 @@ def train(directory: Path, base: Path, data: Path, steps: int, *overrides: str) 
 
     settings = [
         f"init_from={base}",
-        "data=conversations",
         f"data.paths=[{data}]",
         f"phases=[{{name: main, steps: {steps}}}]",
         "seq_len=512",
         "global_batch_size=4",
         "micro_batch_size=2",
-        "optimizer.lr=1e-4",
+        "optimizer={lr: 1e-4, weight_decay: 0.1}",
+        "scheduler=wsdc_sft",
         f"validation={{every: {max(steps // 2, 1)}, tokens: 4000}}",
         "checkpoint={every: 0, keep: 1, background: false}",
         "log_every=1",

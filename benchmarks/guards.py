@@ -4,7 +4,7 @@
     python benchmarks/guards.py --quick
     python benchmarks/guards.py --steps 2000    train the demo's config that long, and count
 
-Model, optimizer and batch are the demo's (conf/pretrain.yaml), fp32. Steps with and without the guard alternate, and
+Model, optimizer and batch are the demo's (conf/demo.yaml), fp32. Steps with and without the guard alternate, and
 the median ratio of neighbours counts. A guarded step brings loss and norm to the host, judges them, and steps through
 `guard.step`; an unguarded one clips as well, so the norm is there in both. "no clipping" has no norm either. On a
 machine with other work these ratios are noise of some percent; "the guard alone" times its own lines inside the
@@ -112,7 +112,7 @@ def clean_run(overrides: list[str], steps: int) -> None:
         phases = f"phases=[{{name: main, steps: {steps}}}]"
         quiet = ["logger=jsonl", "sample.max_new_tokens=0", "validation.every=0", "checkpoint.every=0"]
         settings = [f"run_dir={directory}/run", phases, "log_every=1", "runtime.device=cpu", *quiet]
-        cfg = config.compose("pretrain", (), [*settings, *overrides])
+        cfg = config.compose("demo", (), [*settings, *overrides])
         pretrain.main(cfg)
         entries = [entry for entry in read(Path(directory) / "run/metrics.jsonl") if "loss" in entry]
     history: deque[float] = deque(maxlen=cfg.guard.window)
@@ -142,7 +142,7 @@ def main() -> None:
         clean_run(options.overrides, options.steps)
         return
     with Runtime.start(device="cpu", precision="fp32") as runtime:
-        compare(config.compose("pretrain", (), options.overrides), runtime, 10 if options.quick else 100)
+        compare(config.compose("demo", (), options.overrides), runtime, 10 if options.quick else 100)
 
 
 if __name__ == "__main__":

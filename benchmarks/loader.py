@@ -3,7 +3,7 @@
     python benchmarks/loader.py            about three minutes on two cores
     python benchmarks/loader.py --quick
 
-Model, optimizer, batch and text are the demo's (conf/pretrain.yaml). Each round runs some steps of every side, its
+Model, optimizer, batch and text are the demo's (conf/demo.yaml). Each round runs some steps of every side, its
 order turned round in every other one; a round's ratio is the rate of its steps with real data over the rate of its
 steps with the cached batch, and the median of the rounds counts. "alone" is the time that a step's batches and the
 running hash of the order take when nothing is trained. The bar is a ratio of 0.98.
@@ -87,7 +87,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rounds, steps = (5, 2) if options.quick else (15, 8)
-    cfg = config.compose("pretrain", (), [])
+    cfg = config.compose("demo", (), [])
     tokenizer = config.build("tokenizer", cfg.tokenizer)
     shards = open_demo(cfg, tokenizer, options.data)
     train, _ = open_windows(shards, cfg.seq_len, document_mask=cfg.document_mask)

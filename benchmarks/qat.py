@@ -2,7 +2,7 @@
 
     python benchmarks/qat.py RUN [--quick] [--seeds 1 2 3] [--schemes int4 harsh] [--out qat.json] [-- OVERRIDES]
 
-RUN is a pretrained model, such as the run of `make demo` (runs/pretrain/latest). For each seed `sft` fine-tunes it
+RUN is a pretrained model, such as the run of `make demo` (runs/demo/latest). For each seed `demo_sft` fine-tunes it
 plainly, and once for each scheme with the scheme's rounding in the forward: the same data, order and steps. The plain
 one is then stored in the scheme's integers by plain rounding, the other one likewise; all losses are of the same
 held-out conversations, in nats a token.
@@ -13,7 +13,7 @@ Beside it stands what `plmtune run quantize` does without training: ranges fitte
 
 int4: the default, groups of 32 and an embedding of 8 bits. g128: groups of 128, embedding and head too. harsh: one
 scale and zero for a whole row, of embedding and head too. A step's cost is measured on the model of RUN by random
-tokens, sides alternated in one process. OVERRIDES are those of `plmtune run sft`.
+tokens, sides alternated in one process. OVERRIDES are those of `plmtune run demo_sft`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ FIXED = [
 
 def tune(origin: Path, seed: int, scheme: Component | None, place: Path, overrides: list[str]) -> Any:
     """Fine-tune; returns the recipe, its model as it was trained."""
-    cfg = compose("sft", (), [f"init_from={origin}", f"seed={seed}", f"run_dir={place}", *FIXED, *overrides])
+    cfg = compose("demo_sft", (), [f"init_from={origin}", f"seed={seed}", f"run_dir={place}", *FIXED, *overrides])
     cfg.quantization = scheme and Component(scheme.group, scheme.name, scheme.settings | {"qat": True})
     made: list[Any] = []
 
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512, help="of the steps whose cost is measured")
     parser.add_argument("--rounds", type=int, default=5, help="of the same")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
-    parser.add_argument("overrides", nargs="*", help="after --: overrides of plmtune run sft")
+    parser.add_argument("overrides", nargs="*", help="after --: overrides of plmtune run demo_sft")
     given = parser.parse_args()
     overrides = ["runtime.precision=fp32", *given.overrides]
     seeds = given.seeds

@@ -66,7 +66,7 @@ def _find_origin(cfg: Any) -> tuple[str, str]:
         except UserError as error:
             nothing = f"{nothing}, and {error}"
     raise UserError(
-        f"{nothing}. Train one first (plmtune run pretrain), or name a run or a model directory with init_from=DIR "
+        f"{nothing}. Train one first (plmtune run demo), or name a run or a model directory with init_from=DIR "
         "(plmtune convert FILE.gguf DIR makes one of a GGUF file)."
     )
 

@@ -89,7 +89,12 @@ def check_numbers(cfg: Any, runtime: Runtime) -> None:
         near = did_you_mean(str(best), measured)
         raise UserError(f"key checkpoint.best: a validation does not measure {best}.{near}")
     if cfg.recipe != "preference" and not cfg.phases:
-        raise UserError("key phases: is empty. Give one: phases=[{name: main, tokens: 5M}]")
+        name, paths = ("pretrain", "my_text/") if cfg.recipe == "pretrain" else ("sft", "chats.jsonl")
+        raise UserError(
+            "key phases: is empty, so nothing says how long to train. Give it, as in: "
+            f"plmtune run {name} data.paths=[{paths}] phases='[{{name: main, tokens: 50M}}]'. "
+            "(plmtune run demo is a small run with all that it needs.)"
+        )
     if cfg.global_batch_size % runtime.data_world_size:
         what = "pairs" if cfg.recipe == "preference" else "sequences"
         raise UserError(
@@ -118,7 +123,10 @@ def plan(cfg: Any, runtime: Runtime, *, dry: bool = False) -> Plan:
     with torch.device("meta"):
         model = build("model", cfg.model, vocab_size=tokenizer.vocab_size if tokenizer else QWEN2_ROWS)
     if cfg.seq_len > model.max_seq_len:
-        raise UserError(f"key seq_len: {cfg.seq_len} exceeds the model's max_seq_len ({model.max_seq_len}).")
+        raise UserError(
+            f"key seq_len: {cfg.seq_len} exceeds the model's max_seq_len ({model.max_seq_len}). "
+            f"Give seq_len={model.max_seq_len} or less."
+        )
     tokens_per_step = cfg.global_batch_size * cfg.seq_len
     check_loss(cfg)
     try:

@@ -174,7 +174,7 @@ def choose(cfg: Config) -> str:
         newest = next(finished_runs(), None)
         if newest is None:
             raise UserError(
-                "there is no finished run under runs/ to quantize. Train one (plmtune run pretrain), or name a run or "
+                "there is no finished run under runs/ to quantize. Train one (plmtune run demo), or name a run or "
                 "a model directory with checkpoint=DIR."
             )
         cfg.checkpoint, said = str(newest), f"quantizing {newest}, the newest finished run (checkpoint=DIR for another)"

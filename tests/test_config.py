@@ -115,10 +115,10 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("recipe", "override", "said"),
         [
-            ("sft", "data.paths=[a.jsonl]", "data is docstrings, which has no key paths; components of data that have "
-             "it: conversations, files, preferences (data=conversations data.paths=...)"),
-            ("dpo", "data.paths=[a.jsonl]", "data is docstring_pairs, which has no key paths; components of data that "
-             "have it: preferences, conversations, files (data=preferences data.paths=...)"),
+            ("demo_sft", "data.paths=[a.jsonl]", "data is docstrings, which has no key paths; components of data that "
+             "have it: conversations, files, preferences (data=conversations data.paths=...)"),
+            ("demo_dpo", "data.paths=[a.jsonl]", "data is docstring_pairs, which has no key paths; components of data "
+             "that have it: preferences, conversations, files (data=preferences data.paths=...)"),
             ("pretrain", "model.ffn.num_experts=3", "key model.ffn.num_experts: unknown"),
             ("dpo", "phases=[{name: a, tokens: 3}]", "preference has no key phases (it belongs to pretrain, sft)."),
             ("sft", "epochs=2", "sft has no key epochs (it belongs to preference)."),

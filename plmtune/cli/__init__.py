@@ -20,7 +20,7 @@ from plmtune.errors import UserError, did_you_mean
 
 # name -> (module, attribute, one line for --help); the module is imported when the command runs.
 COMMANDS = {
-    "run": ("plmtune.cli.run", "run", "Run a recipe: plmtune run pretrain [FILE.yaml] [key=value ...]"),
+    "run": ("plmtune.cli.run", "run", "Run a recipe: plmtune run NAME [FILE.yaml] [key=value ...]"),
     "resume": ("plmtune.cli.run", "resume", "Go on with a stopped run: plmtune resume RUN_DIR [key=value ...]"),
     "checkpoints": ("plmtune.cli.checkpoints", "checkpoints", "List a run's checkpoints, and see that they are whole"),
     "ls": ("plmtune.cli.ls", "ls", "List recipes, configs and groups, or the components of a group"),
@@ -74,16 +74,16 @@ def cli() -> None:
     """plmtune trains small language models for edge devices.
 
     \b
-    plmtune run pretrain                        learn from the Python standard library
+    plmtune run demo                            learn from the Python standard library
     plmtune run pretrain conf/plm_1.8b.yaml     the paper's PLM-1.8B
-    plmtune generate runs/pretrain/latest --prompt "def "
-    plmtune run sft                             teach the newest pretrained model to answer
-    plmtune run dpo, plmtune run aries          and to prefer, to refine
+    plmtune generate runs/demo/latest --prompt "def "
+    plmtune run demo_sft                        teach the newest pretrained model to answer
+    plmtune run demo_dpo                        and to prefer; demo_aries: to refine
     plmtune eval --tasks gsm8k,humaneval        how good the newest one is
-    plmtune chat runs/sft/latest                talk to it
+    plmtune chat runs/demo_sft/latest           talk to it
     plmtune plan plm_1.8b --device pi5          how fast a config will be on a Raspberry Pi 5
     plmtune run quantize                        4 bits a weight
-    plmtune export runs/sft/latest --to gguf --quant q4_k_m
+    plmtune export runs/demo_sft/latest --to gguf --quant q4_k_m
     """
 
 

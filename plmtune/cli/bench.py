@@ -69,7 +69,7 @@ def bench(
     model=NAME, a config with random weights. Each is measured in a process of its own, one after the other.
 
     \b
-    plmtune bench runs/sft/latest exports/sft-q4_0.gguf --contexts 128,2048
+    plmtune bench runs/demo_sft/latest exports/sft-q4_0.gguf --contexts 128,2048
     plmtune bench runs/quantize/latest --sparse auto --plot speed.png
     plmtune bench model=plm_150m --dtype bf16 --decode-only
     plmtune bench --calibrate mine.yaml

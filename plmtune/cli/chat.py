@@ -46,8 +46,8 @@ def chat(checkpoint: str, system: str | None, chat_template: str | None, device:
     Through a pipe each line of stdin is a message, and stdout has the answers alone.
 
     \b
-    plmtune chat runs/sft/latest
-    echo "What is a stack?" | plmtune chat runs/sft/latest --temperature 0
+    plmtune chat runs/demo_sft/latest
+    echo "What is a stack?" | plmtune chat runs/demo_sft/latest --temperature 0
     """
     import plmtune
     from plmtune.conversation import Conversation

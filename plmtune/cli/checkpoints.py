@@ -41,8 +41,8 @@ def checkpoints(run: Path, quick: bool) -> None:
     Exit code 2 if one of them is damaged.
 
     \b
-    plmtune checkpoints runs/pretrain/latest
-    plmtune checkpoints runs/pretrain/latest --quick
+    plmtune checkpoints runs/demo/latest
+    plmtune checkpoints runs/demo/latest --quick
     """
     entries = [_look(path) for path in _find(run)]
     with _progress(sum(entry.size for entry in entries), shown=not quick) as advance:
@@ -66,7 +66,7 @@ def _find(run: Path) -> list[Path]:
     directory = run / "checkpoints" if (run / "checkpoints").is_dir() else run
     found = [manifest.step_path(directory, step) for step in manifest.steps(directory)]
     if not found:
-        raise UserError(f"{run} holds no checkpoints. Give a run (runs/pretrain/latest), or one of its checkpoints.")
+        raise UserError(f"{run} holds no checkpoints. Give a run (runs/demo/latest), or one of its checkpoints.")
     return found
 
 

@@ -166,8 +166,8 @@ def inspect(
 
     \b
     plmtune data inspect runs/data/stdlib-ae3f084abd98 --window 7
-    plmtune data inspect chats.jsonl --row 3 --tokenizer runs/sft/latest
-    plmtune data inspect runs/aries/latest/rounds/01/chains.jsonl
+    plmtune data inspect chats.jsonl --row 3 --tokenizer runs/demo_sft/latest
+    plmtune data inspect runs/demo_aries/latest/rounds/01/chains.jsonl
     """
     given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     of_files = {"row", "tokenizer", "template", "train_on"}

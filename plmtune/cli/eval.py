@@ -82,7 +82,7 @@ def evaluate(
 
     \b
     plmtune eval --tasks gsm8k,humaneval
-    plmtune eval runs/sft/latest OTHER --suite quick --limit 100
+    plmtune eval runs/demo_sft/latest OTHER --suite quick --limit 100
     plmtune eval --list mmlu
     """
     from plmtune.evaluation.local_data import LocalData

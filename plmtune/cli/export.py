@@ -54,9 +54,9 @@ def export(
     text, perplexity, token ids, the chat prompt. One that differs does not stay.
 
     \b
-    plmtune export runs/sft/latest --to gguf --quant q8_0,q4_k_m
-    plmtune export runs/sft/latest --to hf --as deepseek
-    plmtune export runs/sft/latest --to executorch --quant int8_dynamic
+    plmtune export runs/demo_sft/latest --to gguf --quant q8_0,q4_k_m
+    plmtune export runs/demo_sft/latest --to hf --as deepseek
+    plmtune export runs/demo_sft/latest --to executorch --quant int8_dynamic
     """
     from plmtune.export.run import NotTheModel, export
 

@@ -63,8 +63,8 @@ def perplexity(
     A text file is one document, of JSONL and Parquet each row is one; also as .gz and .zst. Each token is scored once.
 
     \b
-    plmtune perplexity runs/pretrain/latest book.txt
-    plmtune perplexity runs/pretrain/latest book.txt --window 1024 --stride 512
+    plmtune perplexity runs/demo/latest book.txt
+    plmtune perplexity runs/demo/latest book.txt --window 1024 --stride 512
     """
     import plmtune
     from plmtune.data.files import Files

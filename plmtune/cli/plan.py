@@ -59,7 +59,7 @@ def plan(
     \b
     plmtune plan plm_1.8b --device pi5,jetson_orin_nano
     plmtune plan pretrain model=plm_150m --device mine.yaml --scheme int8,int4 --runtime plmtune
-    plmtune plan runs/pretrain/latest --device pi5
+    plmtune plan runs/demo/latest --device pi5
     plmtune plan pretrain model=plm_150m --sweep model.embed_dim=512,768 'model.num_layers=range(8,25,4)'
     """
     for path, suffix in ((json_path, ".json"), (plot, ".png")):
@@ -188,7 +188,8 @@ def _plan(
         ]
     except ValueError as error:
         raise UserError(f"{name}: {error}.") from error
-    training = _training(cfg, train_on) if cfg is not None else None
+    budget = cfg is not None and getattr(cfg, "phases", True)  # a preference run has none: its pairs say it
+    training = _training(cfg, train_on) if budget else None
     findings = lint_deploy(anatomy.config)
 
     show(
@@ -210,6 +211,8 @@ def _plan(
         show(f"\nLeft out, as the model takes {anatomy.max_seq_len:,} tokens: contexts of {_joined(left_out)}.")
     if training is not None:
         show("\n" + "\n".join(training.pop("lines")))
+    elif cfg is not None:
+        show("\nTraining is not planned: key phases is empty. Give phases='[{name: main, tokens: 2B}]'.")
     if findings:
         show("\nWhat will not deploy well")
         for finding in findings:

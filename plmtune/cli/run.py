@@ -29,10 +29,11 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
     """Run NAME: a config (plmtune ls), your own recipe.py, or a YAML file.
 
     \b
-    plmtune run pretrain
-    plmtune run pretrain conf/plm_1.8b.yaml --dry-run
-    plmtune run pretrain model=plm_20m model/ffn=swiglu optimizer.lr=3e-4
-    plmtune run -m pretrain optimizer.lr=1e-4,3e-4
+    plmtune run demo
+    plmtune run pretrain data.paths=[my_text/] phases='[{name: main, tokens: 2B}]'
+    plmtune run sft data.paths=[chats.jsonl] phases='[{name: main, tokens: 20M}]'
+    plmtune run pretrain conf/plm_1.8b.yaml model/ffn=swiglu --dry-run
+    plmtune run -m demo optimizer.lr=3e-3,1e-2
     """
     overlays = [text for text in arguments if text.endswith((".yaml", ".yml")) and "=" not in text]
     overrides = [text for text in arguments if text not in overlays]
@@ -71,8 +72,8 @@ def resume(run_dir: Path, overrides: tuple[str, ...], other_data: bool, recipe_p
     micro_batch_size, num_workers, checkpoint, guard, validation, logger, log_every, sample.
 
     \b
-    plmtune resume runs/pretrain/latest
-    plmtune resume runs/pretrain/latest micro_batch_size=2 checkpoint.every=100
+    plmtune resume runs/demo/latest
+    plmtune resume runs/demo/latest micro_batch_size=2 checkpoint.every=100
     """
     path = run_dir / CONFIG
     if not path.is_file():

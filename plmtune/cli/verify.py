@@ -45,7 +45,7 @@ def verify(
     cause is looked for. Exits with 2 if the export is not the model.
 
     \b
-    plmtune verify exports/plm-q8_0.gguf --against runs/pretrain/latest
+    plmtune verify exports/plm-q8_0.gguf --against runs/demo/latest
     """
     page = _read(text) if text is not None else None
 

@@ -377,7 +377,10 @@ def files(
         ValueError: for an unknown encoding or an empty separator.
     """
     if not paths:
-        raise UserError("data files: paths is empty. Name files, folders or globs, such as data.paths=[corpus/*.txt]")
+        raise UserError(
+            "data files: paths is empty. Give files, folders or globs: data.paths=[my_text/]. "
+            "(plmtune run demo trains a small model on the standard library.)"
+        )
     try:
         "".encode(encoding)  # not codecs.lookup: some codecs make bytes of bytes, such as zip
     except LookupError as error:

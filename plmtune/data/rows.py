@@ -157,9 +157,12 @@ class Rows:
             UserError: for neither or both of paths and hub, or a path that is not there.
             ValueError: for an unknown encoding, or max_rows below 1.
         """
-        if bool(paths) == (hub is not None):
+        if paths and hub is not None:
+            raise UserError(f"data: give paths ({', '.join(paths)}) or hub ({hub}), not both")
+        if not paths and hub is None:
             raise UserError(
-                "data: name files, as data.paths=[train.jsonl], or a dataset of the hub, as data.hub=NAME: one of them"
+                "data: paths is empty. Give files, data.paths=[train.jsonl], or a dataset of the hub, data.hub=NAME. "
+                "(plmtune run demo_sft, demo_dpo and demo_aries bring small data of their own.)"
             )
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows ({max_rows}) must be at least 1")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from in_process import run, save_small
 
-BASE = ("plan", "pretrain", "model=plm_tiny")
+BASE = ("plan", "demo", "model=plm_tiny")
 
 
 class TestPlan:
@@ -38,6 +38,13 @@ class TestPlan:
         assert code == 0
         assert "1 layers of 16" in out and "int8" in out and "q8_0" in out
         assert "Training" not in out
+
+    def test_without_a_budget_the_model_is_planned_and_its_training_is_not(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code, out, _ = run(monkeypatch, capsys, "plan", "pretrain", "model=plm_tiny", "--device", "pi5")
+        assert code == 0
+        assert "Raspberry Pi 5" in out and "key phases is empty" in out
 
     def test_what_does_not_fit_gets_no_speed(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -80,8 +87,8 @@ class TestPlan:
             (("plan", "pretrain", "--device", "pi6"), "There is no device pi6. Did you mean pi5?"),
             (("plan", "pretrain", "--scheme", "int9"), "no scheme int9"),
             (("plan", "pretrain", "--context", "many"), "must be numbers of tokens"),
-            (("plan", "pretrain", "--context", "99999"), "takes 1,024 tokens at most"),
-            (("plan", "pretrain", "--train-on", "pi5"), "says no training_gflop_s"),
+            (("plan", "demo", "--context", "99999"), "takes 1,024 tokens at most"),
+            (("plan", "demo", "--train-on", "pi5"), "says no training_gflop_s"),
             (("plan", "pretrain", "--json", "no/where.json"), "a folder that is there"),
             (("plan", "sft"), "model=plm"),
             (("plan", "pretrain", "--sweep", "--device", "pi5,h200", "model.embed_dim=1,2"), "at one, not 2"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from plmtune import config
+from plmtune.errors import UserError
 from plmtune.registry import describe
 from plmtune.shipped import folder
 
@@ -17,7 +18,8 @@ def test_config_composes_and_builds(name: str) -> None:
     cfg = config.compose(name)
     if cfg.recipe == "quantize":
         return  # its model is a checkpoint's
-    chosen = cfg.model or config.compose("pretrain").model  # fine-tuning goes on from the newest run, here the demo
+    base = "demo" if name.startswith("demo") else "pretrain"  # fine-tuning starts from the newest run
+    chosen = cfg.model or config.compose(base).model
     with torch.device("meta"):
         model = config.build("model", chosen, vocab_size=1024)
     assert model.max_seq_len >= cfg.seq_len
@@ -53,6 +55,35 @@ def test_plm_1_8b_is_the_papers_model() -> None:
     parameters = list(model.parameters())
     assert sum(p.numel() for p in parameters) == 1_825_458_176
     assert len(parameters) == 290
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "aries"])
+class TestBases:
+    """What a person's own config builds on has defaults for 0.1B to 2B parameters, and asks for data."""
+
+    def test_it_names_no_preset_of_the_demo(self, name: str) -> None:
+        text = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
+        choices = text.split("defaults:")[1].split("_self_")[0]
+        assert "demo" not in choices and "stdlib" not in choices and "docstring" not in choices
+        assert config.compose(name).optimizer.name == "adamw"
+
+    def test_data_must_be_given_and_the_sentence_says_how(self, name: str) -> None:
+        with pytest.raises(UserError, match=r"data\.paths=\[.*plmtune run demo"):
+            config.build("data", config.compose(name).data)
+
+
+def test_a_model_of_its_own_trains_by_the_base_configs_optimizer() -> None:
+    cfg = config.compose(
+        "pretrain", (), ["model=plm_1.8b", "model/ffn=swiglu", "scheduler=cosine", "optimizer.lr=3e-4"]
+    )
+    assert cfg.optimizer.name == "adamw" and cfg.optimizer.settings["lr"] == 3e-4 and not cfg.phases
+
+
+@pytest.mark.parametrize("name", ["demo", "demo_sft", "demo_dpo", "demo_aries"])
+def test_a_demo_brings_its_data_and_has_runs_of_its_own(name: str) -> None:
+    cfg = config.compose(name)
+    assert cfg.name == name
+    assert cfg.data.name in ("stdlib", "docstrings", "docstring_pairs")
 
 
 def test_every_first_line_says_what_it_is_for() -> None:

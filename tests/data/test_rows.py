@@ -151,9 +151,10 @@ class TestRows:
         assert rows.describe() == "the hub's some/set, test"
 
     def test_one_of_paths_and_hub_is_needed(self):
-        for settings in ({}, {"paths": ["a.jsonl"], "hub": "some/set"}):
-            with pytest.raises(UserError, match="one of them"):
-                Rows(**settings)
+        with pytest.raises(UserError, match="paths is empty"):
+            Rows()
+        with pytest.raises(UserError, match=r"paths \(a.jsonl\) or hub \(some/set\), not both"):
+            Rows(paths=["a.jsonl"], hub="some/set")
 
     def test_impossible_settings_are_refused(self, tmp_path):
         path = str(write(tmp_path / "a.jsonl", "{}"))

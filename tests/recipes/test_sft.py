@@ -190,5 +190,5 @@ class TestMistakes:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         said = refusal("sft", "init_from=null")
         assert "no finished pretrain run" in said
-        assert "plmtune run pretrain" in said
+        assert "plmtune run demo" in said
         assert "init_from=DIR" in said
