@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -120,11 +121,11 @@ def muon(
     momentum: float = 0.95,
     weight_decay: float = 0.1,
     ns_steps: int = 5,
-    adamw_lr: float | None = None,
+    adamw_lr_factor: float = 1.0,
     adamw_betas: tuple[float, float] = (0.9, 0.95),
     adamw_eps: float = 1e-8,
 ) -> Optimizer:
-    """Muon for the hidden matrices (arXiv 2502.16982), AdamW for embeddings, head, norms and biases.
+    """Muon for the hidden matrices (arXiv 2502.16982), AdamW for embeddings, head, norms and biases; `lr` scales both.
 
     Updates are scaled by 0.2 sqrt(max(rows, columns)), which gives them AdamW's usual size: a learning rate
     and weight decay tuned for AdamW carry over. torch.optim.Muon, but on a CPU with a step that orthogonalises in
@@ -132,14 +133,15 @@ def muon(
 
     Args:
         lr: rate of the hidden matrices.
-        adamw_lr: rate of the rest; None means lr. A scheduler scales both.
+        adamw_lr_factor: rate of the rest as a multiple of lr. A scheduler scales both.
 
     Raises:
         ValueError: for a setting that is out of its range, or a model without hidden matrices.
     """
     adamw_betas = (adamw_betas[0], adamw_betas[1])
-    adamw_lr = lr if adamw_lr is None else adamw_lr
-    _check(min(lr, adamw_lr), weight_decay, adamw_betas, adamw_eps)
+    _check(lr, weight_decay, adamw_betas, adamw_eps)
+    if not 0 <= adamw_lr_factor < math.inf:
+        raise ValueError(f"adamw_lr_factor ({adamw_lr_factor}) must be at least 0 and finite")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum ({momentum}) must lie in [0, 1)")
     if not 1 <= ns_steps < 100:
@@ -165,8 +167,8 @@ def muon(
             adjust_lr_fn="match_rms_adamw",
         ),
         torch.optim.AdamW(
-            _decay_groups(others, weight_decay),
-            lr=adamw_lr,
+            [{**group, "name": "adamw"} for group in _decay_groups(others, weight_decay)],  # for what is logged
+            lr=lr * adamw_lr_factor,
             betas=adamw_betas,
             eps=adamw_eps,
             fused=_fused(others),

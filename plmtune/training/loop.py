@@ -119,10 +119,10 @@ def update(recipe: Recipe, batches: Sequence[Any], count: float, loss: Callable[
         loss: summed, of one micro-batch on the device.
 
     Returns:
-        loss, grad_norm and lr of the step.
+        loss, grad_norm and learning rates of the step.
     """
     runtime = recipe.runtime
-    lr = float(recipe.optimizer.param_groups[0]["lr"])  # torchao's is a tensor that the scheduler changes in place
+    lrs = rates(recipe.optimizer)
     (num,) = runtime.sum(count)
     recipe.losses = []
     for number, batch in enumerate(batches):
@@ -138,7 +138,22 @@ def update(recipe: Recipe, batches: Sequence[Any], count: float, loss: Callable[
     guard.step(recipe.optimizer, recipe.scheduler, accepted=accepted)
     if not accepted:
         values["skipped"] = recipe.guard.skipped
-    return {**values, "lr": lr}
+    return {**values, **lrs}
+
+
+def rates(optimizer: Optimizer) -> dict[str, float]:
+    """The learning rates of the next step: `lr` of the first group, `lr/NAME` of each other named one.
+
+    A group without a name is logged by its index where its rate differs from the first's.
+    """
+    found: dict[str, float] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        rate = float(group["lr"])  # torchao's is a tensor that the scheduler changes in place
+        if index == 0:
+            found["lr"] = rate
+        elif "name" in group or rate != found["lr"]:
+            found[f"lr/{group.get('name', index)}"] = rate
+    return found
 
 
 def _evaluate(recipe: Recipe, watch: Watch, last: int) -> bool:

@@ -51,11 +51,7 @@ def draw_curves(source: Path, target: Path) -> None:
     figure.suptitle("/".join(source.resolve().parent.parts[-2:]), fontsize=12)
 
     _draw_losses(panels[0], training, validations, axis)
-    rated = [e for e in training if e.get("lr") is not None]
-    panels[1].plot([axis(e) for e in rated], [e["lr"] for e in rated], color=_RATE, linewidth=1.4, **_dots(rated))
-    panels[1].set_ylabel("learning rate")
-    panels[1].set_ylim(bottom=0)
-    panels[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    _draw_rates(panels[1], training, axis)
     further = list(panels[2:])
     if layers:
         _draw_sparsity(figure, further.pop(0), [e for e in validations if layers[0] in e], layers, axis)
@@ -144,6 +140,20 @@ def _draw_losses(panel: Any, training: Sequence[Any], validations: Sequence[Any]
     if many:
         # The first steps of a fresh model are far above all that follows; the curve of interest is below.
         panel.set_ylim(top=min(max(losses), 1.05 * max(drawn)))
+
+
+def _draw_rates(panel: Any, training: Sequence[Any], axis: Any) -> None:
+    """The learning rate, and that of each further group of parameters."""
+    names = sorted({key for e in training for key in e if key == "lr" or key.startswith("lr/")})
+    for name, colour in zip(names, itertools.cycle((_RATE, *_SHARES[3:])), strict=False):
+        there = [e for e in training if e.get(name) is not None]
+        values = [e[name] for e in there]
+        panel.plot([axis(e) for e in there], values, color=colour, linewidth=1.4, label=name, **_dots(there))
+    if len(names) > 1:
+        panel.legend(frameon=False, fontsize=8, ncols=len(names))
+    panel.set_ylabel("learning rate")
+    panel.set_ylim(bottom=0)
+    panel.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
 
 
 def _draw_accuracy(panel: Any, training: Sequence[Any], validations: Sequence[Any], axis: Any) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from typing import Any
 
@@ -126,13 +127,21 @@ class TestAdamw8bit:
         assert groups[0]["betas"] == (0.8, 0.9)
 
 
+@pytest.mark.parametrize(
+    "make", [adamw, adamw_8bit, muon, functools.partial(muon, adamw_lr_factor=2.0)], ids=["adamw", "8bit", "muon", "2"]
+)
+def test_lr_scales_every_group(make: Any) -> None:
+    before, after = ([float(group["lr"]) for group in make(tiny(), lr=lr).param_groups] for lr in (0.01, 0.04))
+    assert len(before) > 1 and after == pytest.approx([4 * lr for lr in before])
+
+
 SHAPES = [(8, 8), (16, 8), (8, 16), (8, 16)]
 
 
 class TestMuon:
     def test_hidden_matrices_go_through_muon_and_the_rest_through_adamw(self) -> None:
         model = tiny()
-        optimizer = muon(model, lr=0.02, adamw_lr=0.01)
+        optimizer = muon(model, lr=0.02, adamw_lr_factor=0.5)
         hidden, decay, still = optimizer.param_groups
         assert {id(p) for p in hidden["params"]} == {id(model.up.weight), id(model.down.weight)}
         assert [id(p) for p in decay["params"]] == [id(model.tok_embeddings.weight)]
@@ -162,7 +171,7 @@ class TestMuon:
         assert losses[-1] < losses[0] / 3
 
     def test_a_scheduler_scales_both_rates(self) -> None:
-        optimizer = muon(tiny(), lr=0.02, adamw_lr=0.01)
+        optimizer = muon(tiny(), lr=0.02, adamw_lr_factor=0.5)
         wsdc(optimizer, 100, 1, warmup=10)
         assert [group["lr"] for group in optimizer.muon.param_groups] == pytest.approx([0.002])  # type: ignore[attr-defined]
         assert [group["lr"] for group in optimizer.adamw.param_groups] == pytest.approx([0.001] * 2)  # type: ignore[attr-defined]

@@ -59,6 +59,15 @@ class TestDrawCurves:
         assert sum(line.get_marker() == "o" for panel in panels for line in panel.get_lines()) == dots
         assert all(line.get_xdata()[-1] < panel.get_xlim()[1] for panel in panels for line in panel.get_lines())
 
+    def test_every_groups_rate_is_drawn_and_named(self, tmp_path, figures):
+        with MetricsFile(tmp_path / "metrics.jsonl") as file:
+            for step in range(1, 5):
+                file.append(step, {"loss": 3.0, "lr": 0.01, "lr/adamw": 0.02})
+        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+        rates = figures[0].axes[1]
+        assert [line.get_label() for line in rates.get_lines()] == ["lr", "lr/adamw"]
+        assert [text.get_text() for text in rates.get_legend().get_texts()] == ["lr", "lr/adamw"]
+
     def test_a_validation_above_the_only_loss_of_a_short_run_is_in_the_picture(self, tmp_path, figures):
         with MetricsFile(tmp_path / "metrics.jsonl") as file:
             file.append(6, {"loss": 3.0})
