@@ -12,7 +12,6 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -344,8 +343,14 @@ def _flat(value: Any, prefix: str = "") -> Iterator[str]:
             yield from _flat(child, f"{prefix}{key}.")
 
 
-def multirun(name: str, overlays: Sequence[str], overrides: Sequence[str], task: Callable[[Any], Any]) -> None:
-    """Hydra's own multirun: its sweepers and launchers call `task` with each composed config."""
+def multirun(
+    name: str, overlays: Sequence[str], overrides: Sequence[str], task: Callable[[Any], Any], directory: Path
+) -> None:
+    """Hydra's own multirun: its sweepers and launchers call `task` with each composed config.
+
+    Args:
+        directory: where each job gets a run directory, named by its number, unless the config has `run_dir`.
+    """
     checked = _check_overrides(overrides, multirun=True)
     _store_components()
     base, stored = _store_primary(name, overlays)
@@ -356,13 +361,12 @@ def multirun(name: str, overlays: Sequence[str], overrides: Sequence[str], task:
             cfg.run_dir = HydraConfig.get().runtime.output_dir
         return task(cfg)
 
-    now = datetime.now().strftime("%Y%m%d-%H%M%S")
     settings = [
         "hydra.output_subdir=null",
         "hydra/job_logging=none",
         "hydra/hydra_logging=none",
         "hydra.job.chdir=false",
-        f"hydra.sweep.dir=runs/multirun/{now}",
+        f"hydra.sweep.dir={directory}",
     ]
     argv = ["plmtune", "--multirun", *settings, *checked]
     GlobalHydra.instance().clear()

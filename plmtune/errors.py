@@ -10,6 +10,16 @@ class UserError(Exception):
     """A mistake a person can mend. The command line prints it without a traceback and exits with code 2."""
 
 
+class Unreadable(UserError):
+    """The system does not give a file's bytes: nothing is known of what it holds, so it is not damaged."""
+
+
+def unreadable(path: object, error: OSError) -> Unreadable:
+    """The sentence for a file that the system refuses to read."""
+    remedy = " Change its permissions, or run as its owner." if isinstance(error, PermissionError) else ""
+    return Unreadable(f"{path} cannot be read: {error.strerror or error}.{remedy}")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean X?`` for the nearest known name, or the list of all when nothing is near."""
     names = sorted(known)

@@ -19,7 +19,7 @@ from plmtune.registry import Component
 from plmtune.training import manifest
 from plmtune.training.checkpoint import newest_whole, read_document
 from plmtune.training.distributed import told_by_rank_0
-from plmtune.training.run_directory import CONFIG, read_record
+from plmtune.training.run_directory import CONFIG, read_record, without_link
 
 # What a recipe goes on from where nothing is named: the newest finished run of the first kind that has one.
 KINDS = {"sft": ("pretrain",), "preference": ("sft", "pretrain")}
@@ -38,7 +38,7 @@ def choose_origin(cfg: Any) -> str:
     # Rank 0 looks and tells: the newest run may be another one a moment later.
     found, why = told_by_rank_0(lambda: _find_origin(cfg))
     cfg.init_from = found
-    directory = checkpoint_directory(found)
+    directory = origin_directory(found)
     if cfg.model is None:
         description = read_description(directory)
         cfg.model = from_description("model", description, str(directory))
@@ -50,6 +50,7 @@ def choose_origin(cfg: Any) -> str:
 def _find_origin(cfg: Any) -> tuple[str, str]:
     """(where it is, what to say of it)"""
     if cfg.init_from:
+        cfg.init_from = str(without_link(Path(cfg.init_from)))
         return cfg.init_from, f"starting from {cfg.init_from}"
     for kind in KINDS[cfg.recipe]:
         for run in finished_runs():
@@ -72,10 +73,14 @@ def _find_origin(cfg: Any) -> tuple[str, str]:
 
 
 def finished_runs() -> Iterator[Path]:
-    """The finished runs under runs/ that have a checkpoint, newest first."""
-    for path in sorted(Path("runs").glob(f"*/[0-9]*/{CONFIG}"), key=lambda path: path.parent.name, reverse=True):
-        if read_record(path.parent).get("status") == "finished" and manifest.steps(path.parent / "checkpoints"):
-            yield path.parent
+    """The finished runs under runs/ that have a checkpoint; the one that finished last comes first, as `latest`."""
+    found = []
+    for path in Path("runs").glob(f"*/[0-9]*/{CONFIG}"):
+        with contextlib.suppress(UserError):  # somebody else's
+            record = read_record(path.parent)
+            if record.get("status") == "finished" and manifest.steps(path.parent / "checkpoints"):
+                found.append((str(record.get("ended")), path.parent.name, path.parent))
+    return iter([path for *_, path in sorted(found, reverse=True)])
 
 
 def _fits(wanted: Component | None, theirs: Component | None) -> bool:
@@ -122,21 +127,7 @@ def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer) -> Origin | None:
     """
     if not cfg.init_from:
         return None
-
-    def find() -> tuple[str, str]:
-        given = Path(cfg.init_from)
-        folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
-        if manifest.steps(folder):
-            return str(folder), ""
-        directory = checkpoint_directory(given)
-        if (directory / manifest.NAME).exists():  # a model from elsewhere has none
-            manifest.verify(directory)
-        return "", str(directory)
-
-    # Rank 0 looks and tells: the newest of a run that is still training may be another a moment later.
-    folder, single = told_by_rank_0(find)
-    directory = newest_whole(Path(folder)) if folder else Path(single)
-    assert directory is not None
+    directory = origin_directory(cfg.init_from)
     theirs, ours = read_description(directory), model.config
     if found := _difference(theirs, ours):
         key, their, our = found
@@ -151,6 +142,27 @@ def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer) -> Origin | None:
     goes_on = cfg.scheduler.settings.get("start", "warmup") != "warmup"
     state = read_document(directory).get("state", {}) if goes_on else {}
     return Origin(directory, bool(state), dict(state.get("drawn", {})))
+
+
+def origin_directory(init_from: str) -> Path:
+    """The checkpoint that `init_from` names; of a run the newest one that is whole. Every rank calls it.
+
+    Raises:
+        UserError: if there is none.
+    """
+
+    def find() -> tuple[str, str]:
+        given = Path(init_from)
+        folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
+        if manifest.steps(folder):
+            return str(folder), ""
+        return "", str(checkpoint_directory(given))
+
+    # Rank 0 looks and tells: the newest of a run that is still training may be another a moment later.
+    folder, single = told_by_rank_0(find)
+    directory = newest_whole(Path(folder), once=True) if folder else Path(single)
+    assert directory is not None
+    return directory
 
 
 def _difference(theirs: Any, ours: Any, key: str = "") -> tuple[str, Any, Any] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -38,6 +37,7 @@ from plmtune.training.run_directory import (
     config_is_vouched_for,
     read_record,
     refuse_if_in_use,
+    without_link,
 )
 from plmtune.training.runtime import Runtime
 from plmtune.units import parse_count
@@ -152,8 +152,6 @@ def open_run(
             run = _reopen(cfg, path, data, saved or {})
             return
         run = RunDirectory.create(path, to_yaml(cfg), sys.argv, data=data, job=job())
-        if path.parent == Path("runs") / cfg.name:
-            _point(path.parent / "latest", path.name)
 
     told_by_rank_0(begin)
     return run
@@ -201,7 +199,7 @@ def _reopen(cfg: Any, path: Path, data: Mapping[str, str], saved: Mapping[str, A
 
 def _named(cfg: Any) -> Path | None:
     """The run in `run_dir`; None if there is none yet."""
-    path = Path(cfg.run_dir)
+    path = without_link(Path(cfg.run_dir))
     if not (path / CONFIG).is_file():
         return None
     config_is_vouched_for(path)
@@ -259,13 +257,3 @@ def _fresh(name: str, runtime: Runtime) -> Path:
         time.sleep(0.2)
         path = path.with_name(f"{datetime.now():%Y%m%d-%H%M%S}")
     return path.with_name(broadcast_text(path.name))
-
-
-def _point(link: Path, target: str) -> None:
-    """Let runs/NAME/latest name the newest run; without links (some file systems) there is none."""
-    temporary = link.with_name(f".latest-{os.getpid()}")
-    try:
-        temporary.symlink_to(target)
-        temporary.replace(link)
-    except OSError:
-        temporary.unlink(missing_ok=True)

@@ -378,6 +378,7 @@ class TestOverrides:
             (),
             ["seed=1,2", "hydra/launcher=basic", "hydra.sweep.dir=sweep", "hydra.sweep.subdir='s${hydra.job.num}'"],
             lambda cfg: seeds.append(cfg.seed) or 0,
+            place / "jobs",
         )
         assert seeds == [1, 2]
 

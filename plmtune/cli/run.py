@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,8 +14,17 @@ from typing import Any
 import click
 
 from plmtune.cli import import_option
+from plmtune.cli.options import console
+from plmtune.cli.runs import show
 from plmtune.errors import UserError, did_you_mean
-from plmtune.training.run_directory import CONFIG, config_is_vouched_for, read_record, refuse_if_in_use
+from plmtune.training.run_directory import (
+    CONFIG,
+    config_is_vouched_for,
+    read_record,
+    refuse_if_in_use,
+    without_link,
+)
+from plmtune.training.run_summary import already_finished, differing_settings, find_runs, summarize, unfinished
 
 
 @click.command()
@@ -47,34 +57,50 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
 
     base = module.CONFIG if module else name
 
+    jobs: list[Path] = []
+
     def start(cfg: Any) -> Any:
+        jobs.extend([Path(cfg.run_dir)] if cfg.run_dir else [])
         cfg.force = cfg.force or force
         recipe = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
         # The score is for a sweeper; a recipe that was stopped raises SystemExit(75) instead.
         return recipe.main(cfg, dry_run=True) if dry_run else recipe.main(cfg)
 
     if multirun:
-        config.multirun(base, overlays, overrides, start)
+        directory = Path("runs") / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S}"
+        try:
+            config.multirun(base, overlays, overrides, start, directory)
+        finally:  # also where a job failed: the others have run
+            # A launcher may run jobs in other processes, and hydra.sweep.dir may be another directory.
+            paths = [job for job in dict.fromkeys([*jobs, *find_runs(directory)]) if (job / CONFIG).is_file()]
+            if paths:
+                show(console(), [summarize(path) for path in paths], differing_settings(paths))
     else:
         start(config.compose(base, overlays, overrides))
 
 
 @click.command()
-@click.argument("run_dir", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("arguments", nargs=-1, metavar="[RUN_DIR] [KEY=VALUE]...")
 @click.option("--other-data", is_flag=True, help="Go on although the data is not what the run began with.")
 @click.option("--recipe", "recipe_path", metavar="FILE.py", help="The recipe file, if the run used your own.")
 @import_option
-def resume(run_dir: Path, overrides: tuple[str, ...], other_data: bool, recipe_path: str | None) -> None:
-    """Go on with the run in RUN_DIR from its newest whole checkpoint, with the config saved there.
+def resume(arguments: tuple[str, ...], other_data: bool, recipe_path: str | None) -> None:
+    """Resume the run in RUN_DIR from its newest whole checkpoint, with the config saved there.
+
+    Without RUN_DIR, resume the newest run under runs/ that is not finished. Relative paths in its config are those of
+    the directory in which it began.
 
     Keys that change where or how it computes, not what it learns, may be given anew for this time: runtime,
     micro_batch_size, num_workers, checkpoint, guard, validation, logger, log_every, sample.
 
     \b
-    plmtune resume runs/demo/latest
-    plmtune resume runs/demo/latest micro_batch_size=2 checkpoint.every=100
+    plmtune resume
+    plmtune resume runs/demo/newest
+    plmtune resume runs/demo/newest micro_batch_size=2 checkpoint.every=100
     """
+    named = arguments[:1] if arguments and ("=" not in arguments[0] or Path(arguments[0]).is_dir()) else ()
+    overrides = arguments[len(named) :]
+    run_dir = without_link(Path(named[0])) if named else _newest_unfinished()
     path = run_dir / CONFIG
     if not path.is_file():
         near = sorted(str(p.parent) for p in Path("runs").glob(f"*/*/{CONFIG}"))
@@ -82,7 +108,11 @@ def resume(run_dir: Path, overrides: tuple[str, ...], other_data: bool, recipe_p
         raise UserError(f"{run_dir} is not a run directory: it has no {CONFIG}.{known}")
     _refuse_early(run_dir)
     config_is_vouched_for(run_dir)
-    command = read_record(run_dir).get("command", [])
+    record = read_record(run_dir)
+    if record.get("status") == "finished":
+        click.echo(already_finished(run_dir))
+        return
+    command = record.get("command", [])
     words = [str(word) for word in command[2:]] if command[1:2] == ["run"] else []
     used = next((word for word in words if word.endswith(".py") and "=" not in word), None)
     if used and not recipe_path:
@@ -98,9 +128,34 @@ def resume(run_dir: Path, overrides: tuple[str, ...], other_data: bool, recipe_p
             raise UserError(f"key {key}: says where a run begins, and this one has begun: it cannot change on resume.")
     cfg.other_data = cfg.other_data or other_data
     refuse_other_config(run_dir, saved, cfg)
-    cfg.run_dir, cfg.resume = str(run_dir), True
     module = _recipe_file(recipe_path) if recipe_path else importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
+    cfg.run_dir, cfg.resume = str(_go_to_its_directory(run_dir, saved.run_dir, record)), True
     module.main(cfg)
+
+
+def _newest_unfinished() -> Path:
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # each process would look at another moment
+        raise UserError("Name the run to resume: plmtune resume RUN_DIR. Several processes cannot look for it.")
+    found = next(unfinished(), None)
+    if found is None:
+        raise UserError("There is no unfinished run under runs/ to resume. List the runs with plmtune runs")
+    click.echo(f"resuming {found}", err=True)
+    return found
+
+
+def _go_to_its_directory(run_dir: Path, began_as: str | None, record: dict[str, Any]) -> Path:
+    """Make the directory in which a run began the working directory, for the relative paths in its config.
+
+    One that was moved or copied with all that is around it stays here. Returns the run's directory as seen from there.
+    """
+    there = record.get("directory")
+    same_place = began_as and not Path(began_as).is_absolute() and Path(began_as).resolve() == run_dir.resolve()
+    if same_place or not isinstance(there, str) or not Path(there).is_dir() or Path(there).resolve() == Path.cwd():
+        return run_dir
+    click.echo(f"relative paths in {run_dir / CONFIG} are seen from {there}, where the run began", err=True)
+    run_dir = run_dir.resolve()
+    os.chdir(there)
+    return run_dir
 
 
 def _refuse_early(run_dir: Path) -> None:

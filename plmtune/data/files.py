@@ -13,7 +13,7 @@ from typing import Any, Literal
 import xxhash
 
 from plmtune.data.sources import BadRow, Source, text_of
-from plmtune.errors import UserError, did_you_mean
+from plmtune.errors import UserError, did_you_mean, unreadable
 from plmtune.registry import register
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
@@ -59,7 +59,7 @@ def read_bytes(path: Path) -> Iterator[bytes]:
                 yield chunk
     except OSError as error:
         if compression is None or error.errno is not None:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise unreadable(path, error) from error
         raise UserError(f"{path} is damaged or not {compression}: {error}. Fetch or compress it again") from error
 
 
@@ -343,6 +343,8 @@ class Files(Source):
                             yield f"row {number}", text_of({self.text_key: value}, self.text_key)
                         except BadRow as error:
                             yield f"row {number}", error
+        except PermissionError as error:
+            raise unreadable(path, error) from error
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is damaged or not Parquet: {error}") from error
 

@@ -23,7 +23,7 @@ from plmtune.data.files import (
 )
 from plmtune.data.hub import Hub
 from plmtune.data.sources import BadRow
-from plmtune.errors import UserError
+from plmtune.errors import UserError, unreadable
 
 _PARQUET_BATCH = 16  # rows: what is stored once for all of them is repeated in memory
 _MAX_DEPTH = 64  # what walks through a row calls itself for each level
@@ -331,6 +331,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any | BadRow]]:
                         yield f"row {number}", BadRow(f"has more than the {MAX_ROW:,} bytes that a row can have")
                     else:
                         yield f"row {number}", row.to_pylist()[0]
+    except PermissionError as error:
+        raise unreadable(path, error) from error
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged or not Parquet: {error}") from error
 

@@ -38,6 +38,7 @@ from plmtune.data.bpe import (
 )
 from plmtune.errors import UserError, did_you_mean
 from plmtune.registry import register
+from plmtune.training import manifest
 
 Ids = npt.NDArray[np.uint32]
 
@@ -400,6 +401,7 @@ def _read(path: Path, pattern: str = QWEN2_PATTERN, normalization: Normalization
         held = [whole] if whole.is_file() else sorted(path.glob("*.tiktoken"))
         if len(held) != 1:
             raise UserError(f"{path} holds {len(held)} tokenizers: one tokenizer.json or .tiktoken file is needed.")
+        manifest.verify_once(path, only=("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
         path = held[0]
     if path.suffix == ".tiktoken":
         return Tokenizer(read_tiktoken(path, pattern, normalization), chat_template=CHATML_TEMPLATE)

@@ -26,7 +26,7 @@ from plmtune.data.files import read_text
 from plmtune.data.rows import read_rows
 from plmtune.data.sources import BadRow
 from plmtune.data.template_sandbox import Sandbox
-from plmtune.errors import UserError, did_you_mean
+from plmtune.errors import UserError, did_you_mean, unreadable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -414,6 +414,8 @@ def _compiled(text: str) -> TemplateExpression:
 def _zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
+    except PermissionError as error:
+        raise unreadable(path, error) from error
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{path} is damaged or not a zip file: {error}") from error
 

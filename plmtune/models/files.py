@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from plmtune.atomic import replacing
-from plmtune.errors import UserError
+from plmtune.errors import Unreadable, UserError, unreadable
+from plmtune.training import manifest, run_summary
+from plmtune.training.run_directory import state_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -115,6 +117,8 @@ def read_json(directory: Path, name: str, *, max_bytes: int = _MAX_JSON_BYTES) -
         raise UserError(f"{path} has {size:,} bytes; a real one has far fewer than {max_bytes:,}.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(data, dict):
@@ -132,24 +136,63 @@ def opened_weights(path: Path) -> Iterator[Any]:
             raise SafetensorError(f"a header of {length:,} bytes, of at most {_MAX_HEADER_BYTES:,}")
         with safe_open(path, framework="pt") as opened:
             yield opened
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except SafetensorError as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error}).") from error
 
 
 def checkpoint_directory(path: str | Path) -> Path:
     """Return `path` itself, or of a run directory (or its `checkpoints`) the newest checkpoint.
 
+    Every command that reads a checkpoint comes by here, so its files are checked against its manifest, if it has one.
+
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or it is damaged.
+    """
+    directory = find_checkpoint(path)
+    try:
+        manifest.verify_once(directory)
+    except Unreadable:
+        raise
+    except UserError as error:
+        raise UserError(f"{error} {_another(directory)}") from error
+    return directory
+
+
+def _another(damaged: Path) -> str:
+    """What to use in place of a damaged checkpoint."""
+    for step in reversed(manifest.steps(damaged.parent)):
+        directory = manifest.step_path(damaged.parent, step)
+        if directory != damaged:
+            try:
+                manifest.verify_once(directory)
+            except UserError:
+                continue
+            return f"Use another of its run, which is whole: {directory}"
+    return "Put a whole copy back."
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """As `checkpoint_directory`, without a look at what its files hold.
+
+    Raises:
+        UserError: if there is none, saying why where the place is a run's.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(
-            f"There is no {path} (seen from {Path.cwd()}). Give a checkpoint, a model directory or a run directory."
+            run_summary.explain_missing(path)
+            or f"There is no {path} (seen from {Path.cwd()}). Give a checkpoint, a model directory or a run directory."
         )
+    if path.name in ("latest", "best") and (name := _read_start(path)).startswith("step-"):
+        named = path.parent / Path(name).name  # RUN/checkpoints/best is a file that names a checkpoint
+        path = named if _stays_inside(named) else path
     if not path.is_dir():
         raise UserError(f"{path} is not a directory. Give a checkpoint, a model directory or a run directory.")
     if _exists(path / CONFIG) or _exists(path / ADAPTER_CONFIG):
+        if state_of(path) in ("running", "stopped", "failed", "killed"):  # a run whose model is not all written
+            raise UserError(run_summary.explain(path))
         return path
     checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     # A name only, of a directory that is there: `latest` is written after its checkpoint and may be lost.
@@ -159,7 +202,10 @@ def checkpoint_directory(path: str | Path) -> Path:
     found = (path for path in checkpoints.glob("step-*") if path.name[5:].isdecimal() and _stays_inside(path))
     steps = {int(path.name[5:25]): path for path in found}
     if not steps:
-        raise UserError(f"{path} holds neither {CONFIG} nor checkpoints (step-00000500, ...).")
+        raise UserError(
+            run_summary.explain(path if path.name != "checkpoints" else path.parent)
+            or f"{path} holds neither {CONFIG} nor checkpoints (step-00000500, ...)."
+        )
     return steps[max(steps)]
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from plmtune import tensor_files
 from plmtune.atomic import replacing
 from plmtune.errors import UserError
 from plmtune.models.assemble import from_description
@@ -230,8 +230,7 @@ def save_model(
     )
     for name, shard in zip(names, shards, strict=True):
         with replacing(directory / name) as temporary:
-            tensors = {key: tensor.detach().contiguous() for key, tensor in shard.items()}
-            save_file(tensors, temporary, metadata={"format": "pt"})
+            tensor_files.write(temporary, {key: tensor.cpu() for key, tensor in shard.items()})
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())},

@@ -23,7 +23,7 @@ from plmtune.data.preferences import Prompt
 from plmtune.data.refinement import Refinement
 from plmtune.data.rows import Message
 from plmtune.data.sources import BadRow
-from plmtune.errors import UserError
+from plmtune.errors import UserError, unreadable
 from plmtune.training import distributed
 
 T = TypeVar("T")
@@ -250,6 +250,8 @@ class Journal:
         path = self.directory / SETTINGS
         try:
             other = sealed.unseal(sealed.read(path))
+        except PermissionError as error:
+            raise unreadable(path, error) from error
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path}, which says how {CHAINS} was written, cannot be read: {error}. "

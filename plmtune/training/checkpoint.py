@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plmtune import tensor_files
-from plmtune.errors import UserError
+from plmtune.errors import Unreadable, UserError, unreadable
 from plmtune.models.files import Stored, locate, read_json
 from plmtune.training import distributed, manifest
 from plmtune.training import state as training_state
@@ -46,10 +46,13 @@ _MAX_STATE_BYTES = 16 * 2**20
 _UNFINISHED = re.compile(r"\.(?:tmp-step-|old-step-|latest\.tmp-|best\.tmp-)")
 
 
-def newest_whole(directory: Path) -> Path | None:
+def newest_whole(directory: Path, *, once: bool = False) -> Path | None:
     """The newest checkpoint whose every file matches its manifest. Rank 0 reads and tells the others.
 
     Those that are damaged are passed over, with a warning that names the file.
+
+    Args:
+        once: hash a file that is as it was when it was last found right no more, see `manifest.verify_once`.
 
     Raises:
         UserError: on every rank, if there are checkpoints and none is whole.
@@ -60,7 +63,13 @@ def newest_whole(directory: Path) -> Path | None:
         for step in reversed(steps(directory)):
             path = step_path(directory, step)
             try:
-                manifest.verify(path)
+                if once:
+                    manifest.read(path)  # it must have one
+                    manifest.verify_once(path)
+                else:
+                    manifest.verify(path)
+            except Unreadable:
+                raise  # steps would be lost that are perhaps whole
             except UserError as error:
                 log.warning("Checkpoint refused: %s", error)
                 refused.append(str(error))
@@ -295,7 +304,9 @@ class Checkpoints:
                 training_state.seed_everything(int(torch.randint(2**31, ())) + rank)
         except UserError as error:
             raise UserError(f"{path} does not fit this run. {error}") from error
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(
                 f"{path} cannot be used ({type(error).__name__}: {error}). Was it written by plmtune?"
             ) from error
@@ -440,5 +451,7 @@ def _bring_back(moved: Path, name: Path) -> None:
     try:
         manifest.verify(moved)
         moved.rename(name)
+    except Unreadable:
+        log.warning("%s cannot be read, and is left as it is.", moved)
     except UserError:
         shutil.rmtree(moved, ignore_errors=True)

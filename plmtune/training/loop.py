@@ -64,6 +64,7 @@ def train(
         The latest value of `score`, `value` if there is none, or None if stopped.
     """
     cfg, checkpoints = recipe.cfg, recipe.checkpoints
+    recipe.run.update(num_steps=last, parameters=recipe.plan.estimate.parameters)  # for plmtune runs
     noted = checkpoints.saved
     # A run that was stopped while it measured its tasks goes on with them.
     evaluations = recipe.plan.evaluations

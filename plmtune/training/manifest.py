@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import xxhash
 
 from plmtune import sealed
 from plmtune.atomic import replacing
-from plmtune.errors import UserError
+from plmtune.errors import UserError, unreadable
 
 NAME = "manifest.json"
+VERIFIED = ".verified.json"  # states of the files whose hashes were found right, see `verify_once`
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -64,7 +67,7 @@ def seal(directory: Path, step: int, known: Mapping[str, Any]) -> None:
     """
     files = dict(known)
     for path in sorted(directory.iterdir()):
-        if path.name not in known:
+        if path.name not in (NAME, VERIFIED, *known):
             files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": digest(path)}
             sync(path)
     for name, entry in known.items():
@@ -96,6 +99,71 @@ def verify(
     return manifest
 
 
+def verify_once(directory: Path, only: Iterable[str] | None = None) -> None:
+    """Check a directory against its manifest before it is read: sizes always, hashes once for each state of a file.
+
+    A state is size, time of change and inode, so each write, copy or replacement is read again. What was found right
+    is remembered in the directory, or in the user's cache where the directory cannot be written. A directory without
+    a manifest of ours, such as a model from elsewhere, passes.
+
+    Args:
+        only: names of the files whose hashes count; None: all.
+
+    Raises:
+        UserError: as `verify`.
+    """
+    if not (directory / NAME).is_file() or _is_of_others(directory / NAME):
+        return
+    files = verify(directory, hashes=False)["files"]
+    known, states = _read_verified(directory), {name: _state(directory / name, files[name]) for name in files}
+    wanted = [name for name in files if only is None or name in only]
+    todo = [name for name in wanted if known.get(name) != states[name]]
+    for name in todo:
+        _verify_file(directory / name, files[name]["bytes"], files[name]["xxh3_128"])
+    if todo:
+        right = {name: state for name, state in states.items() if name in wanted or known.get(name) == state}
+        _write_verified(directory, right)
+
+
+def _is_of_others(path: Path) -> bool:
+    """Whether a manifest.json is another program's. One of ours with a flipped bit keeps two of its three keys."""
+    try:
+        content = json.loads(sealed.read(path))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, RecursionError):
+        return False
+    return not isinstance(content, dict) or len({"files", "format", "xxh3_128"} & content.keys()) < 2
+
+
+def _state(path: Path, entry: Mapping[str, Any]) -> list[Any]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, entry["xxh3_128"]]
+
+
+def _verified_files(directory: Path) -> tuple[Path, Path]:
+    """Where it is remembered that a directory was verified: in the directory, and in the user's cache."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    key = xxhash.xxh3_128_hexdigest(str(directory.resolve()).encode())
+    return directory / VERIFIED, base / "plmtune" / "verified" / f"{key}.json"
+
+
+def _read_verified(directory: Path) -> dict[str, Any]:
+    for path in _verified_files(directory):
+        with contextlib.suppress(OSError, ValueError):  # only a note: without it everything is read again
+            return sealed.unseal(sealed.read(path))
+    return {}
+
+
+def _write_verified(directory: Path, states: Mapping[str, Any]) -> None:
+    for path in _verified_files(directory):
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                temporary.write_bytes(sealed.seal(dict(states)))
+            return
+
+
 def read(directory: Path) -> dict[str, Any]:
     """The manifest of `directory`, checked against its own checksum.
 
@@ -117,7 +185,9 @@ def read(directory: Path) -> dict[str, Any]:
         version = manifest["format"]
         if not isinstance(manifest["step"], int):
             raise ValueError("its step is no number")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}).") from error
     if version != 1:
         raise UserError(f"{path} has format {version}; this version reads 1. Use a newer plmtune.")
@@ -135,6 +205,6 @@ def _verify_file(path: Path, size: int, expected: str | None) -> None:
     try:
         actual = digest(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        raise unreadable(path, error) from error
     if actual != expected:
         raise UserError(f"{path} is damaged: xxh3 {actual}, expected {expected}.")

@@ -1,14 +1,12 @@
-"""Watching a run: the progress line, metrics.jsonl and loggers, and the signals that ask it to stop."""
+"""Watching a run: the progress line, metrics.jsonl and loggers, and whether it should stop."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,9 +19,8 @@ from plmtune.training.loggers import Logger
 from plmtune.training.metrics import MetricsFile
 from plmtune.training.run_directory import RunDirectory
 from plmtune.training.runtime import peak_memory_bytes
+from plmtune.training.signals import StopSignals
 from plmtune.units import show_bytes, show_count
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Watch:
@@ -76,20 +73,15 @@ class Watch:
         self._peak_flops = peak_flops
         self._every_seconds = every_seconds
         self._start_step = start_step
-        self._signalled = False
-        self._signalled_at = 0.0
-        self._handlers: dict[signal.Signals, Any] = {}
+        said = "finishing the step and saving; a second one ends it unsaved." if run.is_main else ""
+        self._signals = StopSignals(said)
         self._previous = (start_step, 0.0)  # step and seconds of the last line with a loss
         self._paused = 0.0
         self._last_print = float("-inf")
         self._progress: Progress | None = None
 
     def __enter__(self) -> Watch:
-        with contextlib.suppress(ValueError):  # signals can be heard in the main thread only
-            for number in _SIGNALS:
-                # A run under nohup is to live on when its terminal goes.
-                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                    self._handlers[number] = signal.signal(number, self._on_signal)
+        self._signals.__enter__()
         self._run.note(step=self._start_step, device=device_name(self._device))
         self._began = time.perf_counter()
         console = Console(stderr=True)
@@ -111,8 +103,7 @@ class Watch:
         if self._progress is not None:
             with contextlib.suppress(OSError):  # the terminal is gone
                 self._progress.stop()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._signals.__exit__(kind, error, trace)
         if self._file is not None:
             with self._noting_failures(str(self._file.path)):
                 self._file.flush()
@@ -140,7 +131,7 @@ class Watch:
         """Whether to stop: a signal came to any rank, or metrics cannot be written. The same on every rank, which
         all must call it.
         """
-        stop = distributed.any_rank(self._signalled or bool(self.failure))
+        stop = distributed.any_rank(self._signals.heard or bool(self.failure))
         if stop:
             self.failure = distributed.broadcast_text(self.failure)
         return stop
@@ -224,20 +215,6 @@ class Watch:
         done = step - self._start_step
         # Pauses count here: the person waits for validations and saves too.
         return (time.perf_counter() - self._began) / done * (self.num_steps - step) if done > 0 else None
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        now = time.perf_counter()
-        if self._signalled:
-            # torchrun hears a Ctrl-C too and sends it on: within a second that is still the first one.
-            if "TORCHELASTIC_RUN_ID" in os.environ and now - self._signalled_at < 1.0:
-                return
-            os._exit(128 + number)
-        self._signalled, self._signalled_at = True, now
-        if self._is_main:
-            said = f"\n{signal.Signals(number).name}: finishing the step and saving; a second one ends it unsaved.\n"
-            # Not through rich: its lock may be held by the code that this handler interrupts.
-            with contextlib.suppress(OSError):
-                os.write(2, said.encode())
 
 
 def describe(entry: Mapping[str, Any], eta_seconds: float | None) -> str:

@@ -14,11 +14,12 @@ from typing import IO, Any, Literal
 
 import xxhash
 
-from plmtune.errors import UserError
+from plmtune.errors import UserError, unreadable
 from plmtune.provenance import git_state, now, versions
 from plmtune.training import manifest
 
-Status = Literal["running", "finished", "stopped", "failed"]
+Status = Literal["running", "finished", "stopped", "failed"]  # as run.json says it
+State = Literal["running", "finished", "stopped", "failed", "killed"]  # killed: run.json says running, and nobody is
 
 # The exit code of a run that a signal stopped after saving: it can be resumed (EX_TEMPFAIL of sysexits.h).
 EXIT_STOPPED = 75
@@ -26,14 +27,22 @@ EXIT_STOPPED = 75
 CONFIG = "config.yaml"
 RECORD = "run.json"
 LOCK = "lock"
+# Links in runs/NAME: the run there that finished last, and the one that was started last.
+LATEST, NEWEST = "latest", "newest"
 _LOCK_TRIES, _LOCK_PAUSE = 10, 0.03
 _PACKAGES = ("plmtune", "torch", "torchao", "hydra-core", "numpy", "safetensors", "tokenizers")
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What run.json of the run at `path` says; empty if there is none or it is damaged."""
+    """What run.json of the run at `path` says; empty if there is none or it is damaged.
+
+    Raises:
+        UserError: if it may not be read.
+    """
     try:
         entry = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    except PermissionError as error:
+        raise unreadable(path / RECORD, error) from error
     except (OSError, ValueError, RecursionError):
         return {}
     return entry if isinstance(entry, dict) else {}
@@ -67,18 +76,52 @@ def refuse_if_in_use(path: Path) -> None:
     Raises:
         UserError: naming that process.
     """
+    holder = _holder(path)
+    if holder:
+        raise _in_use(path, holder)
+
+
+def _holder(path: Path) -> str:
+    """The process that holds the lock of the run at `path`; empty if there is none, or none that can be seen."""
     try:
         file = (path / LOCK).open("r", encoding="utf-8")
     except OSError:
-        return  # no run was here, or none that can be seen: taking the lock will tell
+        return ""  # no run was here, or none that can be seen: taking the lock will tell
     with file:
         try:
             # Shared, so that two that look do not see each other; whoever takes it for good tries more than once.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise _in_use(path, file) from error
+        except BlockingIOError:
+            return file.read().strip() or "another process"
         except OSError:
-            return  # a file system without locks
+            pass  # a file system without locks
+    return ""
+
+
+def state_of(path: Path) -> State | None:
+    """How it stands with the run at `path`; None if nothing says so."""
+    if _holder(path):
+        return "running"
+    status = read_record(path).get("status")
+    return "killed" if status == "running" else status if status in ("finished", "stopped", "failed") else None
+
+
+def without_link(path: Path) -> Path:
+    """The run that a link such as runs/NAME/newest names: while a run trains, the link may come to name another."""
+    return path.parent / path.readlink() if path.is_symlink() else path
+
+
+def _point(run: Path, name: str) -> None:
+    """Let runs/NAME/`name` be a link to a run in runs/NAME; without links (some file systems) there is none."""
+    folder = run.absolute().parent
+    if folder.parent.name != "runs":
+        return  # a place that a person named
+    temporary = folder / f".{name}-{os.getpid()}"
+    try:
+        temporary.symlink_to(run.name)
+        temporary.replace(folder / name)
+    except OSError:
+        temporary.unlink(missing_ok=True)
 
 
 class RunDirectory:
@@ -155,6 +198,7 @@ class RunDirectory:
                 path.rmdir()
             run.close()
             raise _unusable(path, error) from error
+        _point(path, NEWEST)
         return run
 
     @classmethod
@@ -201,7 +245,7 @@ class RunDirectory:
         for path in self.path.glob(".*.tmp-*"):  # the lock is held: what is half-written here is a dead process's
             path.unlink(missing_ok=True)
         attempt = {"began": now(), "pid": os.getpid(), "host": socket.gethostname(), **notes}
-        self.update(status="running", ended=None, attempts=[*self._attempts(), attempt])
+        self.update(status="running", ended=None, reason=None, attempts=[*self._attempts(), attempt])
 
     def note(self, **entries: Any) -> None:
         """Add to what run.json says of this attempt."""
@@ -212,9 +256,13 @@ class RunDirectory:
         attempts = self.record().get("attempts")
         return attempts if isinstance(attempts, list) else []
 
-    def finish(self, status: Status) -> None:
-        """Note how the run ended."""
-        self.update(status=status, ended=now())
+    def finish(self, status: Status, reason: str | None = None) -> None:
+        """Note how the run ended, and why where it failed."""
+        if self.is_main:
+            self.note(ended=now())
+            self.update(status=status, ended=now(), reason=reason)
+            if status == "finished":
+                _point(self.path, LATEST)
 
     def close(self) -> None:
         """Give the lock back."""
@@ -231,12 +279,18 @@ class RunDirectory:
         try:
             if self._lock is not None and self.record().get("status") == "running":
                 stopped = isinstance(error, SystemExit) and error.code == EXIT_STOPPED
-                self.finish("finished" if kind is None else "stopped" if stopped else "failed")
+                self.finish("finished" if kind is None else "stopped" if stopped else "failed", _reason(error))
         except OSError:
             if kind is None:  # else that error is the one to hear of
                 raise
         finally:
             self.close()
+
+
+def _reason(error: BaseException | None) -> str | None:
+    if error is None or isinstance(error, SystemExit):
+        return None
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 def _take_lock(path: Path) -> IO[str]:
@@ -252,7 +306,8 @@ def _take_lock(path: Path) -> IO[str]:
             with file:
                 tries += 1
                 if tries == _LOCK_TRIES:
-                    raise _in_use(path, file) from error
+                    file.seek(0)
+                    raise _in_use(path, file.read().strip() or "another process") from error
             time.sleep(_LOCK_PAUSE)  # perhaps one that only looks (refuse_if_in_use) holds it, for a moment
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -267,9 +322,7 @@ def _is_at(file: IO[str], path: Path) -> bool:
         return False
 
 
-def _in_use(path: Path, lock: IO[str]) -> UserError:
-    lock.seek(0)
-    holder = lock.read().strip() or "another process"
+def _in_use(path: Path, holder: str) -> UserError:
     return UserError(f"{path} is in use by {holder}. Stop that run, or choose another directory.")
 
 

@@ -215,6 +215,7 @@ class TestCommands:
         (place / "mine.py").write_text(text)
         assert ends_with("run", "mine.py", *SMALL, "run_dir=run", "phases=[{name: main, steps: 2}]") == 0
         assert "MINE curves" in capsys.readouterr().out
+        (place / "run/run.json").write_text((place / "run/run.json").read_text().replace('"finished"', '"stopped"'))
         assert ends_with("resume", "run") == 2
         assert "--recipe mine.py" in capsys.readouterr().err
 

@@ -15,7 +15,13 @@ import pytest
 
 from plmtune.errors import UserError
 from plmtune.training import manifest
-from plmtune.training.run_directory import EXIT_STOPPED, RunDirectory, config_is_vouched_for, refuse_if_in_use
+from plmtune.training.run_directory import (
+    EXIT_STOPPED,
+    RunDirectory,
+    config_is_vouched_for,
+    refuse_if_in_use,
+    without_link,
+)
 
 
 def create(path: Path, **keys) -> RunDirectory:
@@ -97,10 +103,14 @@ class TestStatus:
             assert run.record()["status"] == "running"
         assert run.record()["status"] == "finished"
 
-    def test_a_run_that_raises_has_failed(self, tmp_path):
+    def test_a_run_that_raises_has_failed_and_says_why(self, tmp_path):
         with pytest.raises(RuntimeError), create(tmp_path) as run:
             raise RuntimeError
-        assert run.record()["status"] == "failed"
+        assert (run.record()["status"], run.record()["reason"]) == ("failed", "RuntimeError")
+        with pytest.raises(UserError), RunDirectory.open(tmp_path) as run:
+            assert run.record()["reason"] is None
+            raise UserError("the disk is full")
+        assert run.record()["reason"] == "the disk is full"
 
     def test_a_run_that_a_signal_ended_is_stopped(self, tmp_path):
         with pytest.raises(SystemExit), create(tmp_path) as run:
@@ -122,6 +132,36 @@ class TestStatus:
             raise UserError("the first")
         with pytest.raises(UserError, match="No space left"):
             RunDirectory.open(tmp_path)
+
+
+class TestLinks:
+    def test_newest_names_the_run_started_last_and_latest_the_one_that_finished_last(self, tmp_path):
+        folder = tmp_path / "runs" / "pretrain"
+
+        def links() -> dict[str, str]:
+            return {path.name: str(path.readlink()) for path in folder.iterdir() if path.is_symlink()}
+
+        first = create(folder / "1")
+        assert links() == {"newest": "1"}
+        with pytest.raises(RuntimeError), create(folder / "2"):
+            raise RuntimeError
+        assert links() == {"newest": "2"}
+        with create(folder / "3"):
+            pass
+        assert links() == {"newest": "3", "latest": "3"}
+        with first:
+            pass
+        assert links() == {"newest": "3", "latest": "1"}
+
+    def test_a_place_that_a_person_named_gets_none(self, tmp_path):
+        with create(tmp_path / "mine" / "run"):
+            pass
+        assert [path.name for path in (tmp_path / "mine").iterdir()] == ["run"]
+
+    def test_a_run_is_not_known_by_a_link_that_may_come_to_name_another(self, tmp_path):
+        create(tmp_path / "runs" / "a" / "1").close()
+        assert without_link(tmp_path / "runs/a/newest") == tmp_path / "runs/a/1"
+        assert without_link(tmp_path / "runs/a/1") == tmp_path / "runs/a/1"
 
 
 class TestConfig:

@@ -1,0 +1,243 @@
+"""What the files of runs say of them, for people: a table of runs, and why a run has no model to read. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from plmtune.errors import Unreadable
+from plmtune.training import manifest
+from plmtune.training.run_directory import CONFIG, LATEST, NEWEST, read_record, state_of
+
+_TAIL = 1 << 20  # bytes at the end of metrics.jsonl in which the newest values are looked for
+_MAX_CONFIG = 1 << 20
+_ENDED = {"running": "is running", "stopped": "was stopped", "failed": "failed", "killed": "was killed"}
+_SHOWN = ("loss", "validation_loss", "bits_per_byte")
+
+
+@dataclass
+class Summary:
+    """One run.
+
+    Attributes:
+        status: running, finished, stopped, failed, killed, or unknown.
+        reason: why it failed.
+        model: its component; of a quantization the scheme.
+        parameters: of the model; None of a run that did not come so far.
+        step, steps: the newest one, and the run's last, as far as they are known.
+        loss: the newest validation loss, or where there is none the newest training loss.
+        seconds: from begin to end, summed over its attempts.
+    """
+
+    path: str
+    recipe: str = ""
+    model: str = ""
+    parameters: int | None = None
+    status: str = "unknown"
+    reason: str | None = None
+    started: str | None = None
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    bits_per_byte: float | None = None
+    seconds: float | None = None
+
+
+def find_runs(directory: Path) -> list[Path]:
+    """The runs at or below `directory`, oldest first. Links are not followed, so that each is found once."""
+    if (directory / CONFIG).is_file():
+        return [directory]
+    found = []
+    for folder, names, files in os.walk(directory):
+        if CONFIG in files and "run.json" in files:
+            names.clear()
+            found.append(Path(folder))
+        # Where token shards and cached numbers are there is no run, and there may be many files.
+        names[:] = [name for name in names if not name.startswith(".") and name not in ("checkpoints", "rounds")]
+    return sorted(found, key=lambda path: (str(_record(path).get("started")), path))
+
+
+def summarize(path: Path) -> Summary:
+    """What is known of the run at `path`; files that are missing, damaged or unreadable leave gaps."""
+    record, config = _record(path), _config(path)
+    attempts = [one for one in record.get("attempts") or [] if isinstance(one, dict)]
+    found = Summary(str(path), recipe=str(config.get("recipe") or ""), model=_model(config))
+    try:
+        found.status = state_of(path) or "unknown"
+    except Unreadable:
+        return found
+    found.reason, found.started = record.get("reason"), record.get("started")
+    found.parameters, found.steps = record.get("parameters"), record.get("num_steps")
+    found.seconds = _seconds(attempts, path, running=found.status == "running")
+    values = _newest_values(path / "metrics.jsonl")
+    if found.recipe == "quantize":
+        values = {"loss": _json(path / "quantize.json").get("loss")}
+    found.step, found.bits_per_byte = values.get("step"), values.get("bits_per_byte")
+    found.loss = values.get("validation_loss", values.get("loss"))
+    return found
+
+
+def differing_settings(paths: list[Path]) -> list[str]:
+    """For each run those keys and values of its config in which the runs differ: optimizer.lr=0.001."""
+    configs = [dict(_flat(_config(path))) for path in paths]
+    keys = {key: None for config in configs for key in config if key not in ("run_dir", "resume")}
+    differ = [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
+    return [" ".join(f"{key}={config[key]}" for key in differ if key in config) for config in configs]
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def explain(path: Path) -> str:
+    """Why there is no model in the run at `path`, and what to do, in a sentence; empty if it is no run."""
+    if not (path / CONFIG).is_file():
+        return ""
+    one = summarize(path)
+    resume = f"Resume it: plmtune resume {path}"
+    if one.status == "running":
+        return f"{path} is a run that {_how(one)} and has saved no model yet. Wait for it."
+    if one.status == "finished":
+        return f"{path} is a finished run, and its checkpoints are gone. Put them back, or name another run."
+    why = f" ({one.reason:.300})" if one.reason else ""
+    return f"{path} is a run that {_how(one)}{why}, before it saved a model. {resume}"
+
+
+def explain_missing(path: Path) -> str:
+    """Why there is no `path`, where it is the link of a folder of runs to its finished one; else empty."""
+    if path.name != LATEST:
+        return ""
+    if path.is_symlink():
+        return f"{path} leads to {path.readlink()}, which is gone. Name another run: plmtune runs"
+    newest = path.with_name(NEWEST)
+    if not newest.exists():
+        return ""
+    one = summarize(newest)
+    saved = "" if manifest.steps(newest / "checkpoints") else ", which has saved nothing yet"
+    way = "" if one.status in ("running", "finished") else f", or resume it: plmtune resume {newest}"
+    return (
+        f"There is no {path}: no run in {path.parent} has finished. The newest {_how(one)}: name {newest}{saved}{way}."
+    )
+
+
+def _how(one: Summary) -> str:
+    """How a run stands and how far it has come, as part of a sentence."""
+    at = f" at step {one.step:,}" + (f" of {one.steps:,}" if one.steps else "") if one.step else ""
+    return _ENDED.get(one.status, "ended") + at
+
+
+def already_finished(path: Path) -> str:
+    """What to say to somebody who resumes a finished run."""
+    said = f"{path} is finished: there is nothing to resume."
+    recipe = _config(path).get("recipe")
+    if recipe == "quantize":
+        return said
+    words = [str(word) for word in _record(path).get("command") or []]
+    own = ("run_dir", "resume", "init_from")
+    kept = [word for word in words[2:] if word.partition("=")[0] not in own] if words[1:2] == ["run"] else [str(recipe)]
+    more = "epochs or rounds" if recipe == "preference" else "phases"
+    return (
+        f"{said} To train its model further, start a new run with init_from and, where it should learn longer, other "
+        f"{more}: plmtune run {shlex.join(kept)} init_from={path}"
+    )
+
+
+def unfinished(directory: Path = Path("runs")) -> Iterator[Path]:
+    """Runs that can be resumed, the newest first."""
+    for path in reversed(find_runs(directory)):
+        try:
+            if state_of(path) in ("stopped", "failed", "killed"):
+                yield path
+        except Unreadable:
+            continue
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        return read_record(path)
+    except Unreadable:
+        return {}
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        with (path / CONFIG).open(encoding="utf-8") as file:
+            content = yaml.load(file.read(_MAX_CONFIG), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _model(config: dict[str, Any]) -> str:
+    if config.get("recipe") == "quantize":
+        quantization = config.get("quantization")
+        return str(quantization.get("component", "")) if isinstance(quantization, dict) else ""
+    model = config.get("model")
+    return str(model.get("component") or "") if isinstance(model, dict) else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _newest_values(path: Path) -> dict[str, Any]:
+    """The newest step, and the newest value of each metric that is shown."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    found: dict[str, Any] = {}
+    for line in reversed(lines):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # the first is half a line, and a kill may have torn the last
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            for name in ("step", *_SHOWN):
+                if isinstance(entry.get(name), int | float):
+                    found.setdefault(name, entry[name])
+        if all(name in found for name in _SHOWN):
+            break
+    return found
+
+
+def _seconds(attempts: list[dict[str, Any]], path: Path, *, running: bool) -> float | None:
+    """From begin to end, summed over attempts; of one that was killed, to the last line that it wrote."""
+    total: float | None = None
+    for attempt in attempts:
+        began, ended = _time(attempt.get("began")), _time(attempt.get("ended"))
+        if began is None:
+            continue
+        if ended is None and attempt is attempts[-1]:
+            try:
+                ended = datetime.now(UTC).timestamp() if running else (path / "metrics.jsonl").stat().st_mtime
+            except OSError:
+                continue
+        if ended is not None:
+            total = (total or 0.0) + max(0.0, ended - began)
+    return total
+
+
+def _time(text: Any) -> float | None:
+    if not isinstance(text, str) or not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", text):
+        return None
+    return datetime.fromisoformat(text).timestamp()

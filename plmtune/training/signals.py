@@ -1,0 +1,57 @@
+"""Signals that ask a run to stop: heard once, and asked about where the run can stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+class StopSignals:
+    """Hears SIGINT, SIGTERM, SIGUSR1 and SIGHUP while it is entered. A second one ends the process at once.
+
+    Args:
+        doing: what is said that the run does now, after the signal's name; empty says nothing.
+
+    Attributes:
+        heard: whether one came.
+    """
+
+    def __init__(self, doing: str) -> None:
+        self.heard = False
+        self._doing = doing
+        self._heard_at = 0.0
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        with contextlib.suppress(ValueError):  # signals can be heard in the main thread only
+            for number in _SIGNALS:
+                # A run under nohup is to live on when its terminal goes.
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.perf_counter()
+        if self.heard:
+            # torchrun hears a Ctrl-C too and sends it on: within a second that is still the first one.
+            if "TORCHELASTIC_RUN_ID" in os.environ and now - self._heard_at < 1.0:
+                return
+            os._exit(128 + number)
+        self.heard, self._heard_at = True, now
+        if self._doing:
+            said = f"\n{signal.Signals(number).name}: {self._doing}\n"
+            # Not through rich: its lock may be held by the code that this handler interrupts.
+            with contextlib.suppress(OSError):
+                os.write(2, said.encode())

@@ -1,0 +1,228 @@
+"""A checkpoint with one flipped bit is refused by name by every command that reads one; a whole one passes."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from in_process import run, save_small
+
+import plmtune
+from plmtune.cli import cli
+from plmtune.cli.inspect_rows import find as find_tokenizer
+from plmtune.data.tokenizers import byte
+from plmtune.errors import UserError
+from plmtune.models.adapters import load_its_tokenizer, load_model, save_adapter
+from plmtune.models.files import checkpoint_directory
+from plmtune.models.reward import load_reward_model
+from plmtune.modules.peft import init_adapters
+from plmtune.origins import origin_directory
+from plmtune.registry import load
+from plmtune.training import manifest
+
+WHOLE = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "state.json", "manifest.json")
+ADAPTERS = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "manifest.json")
+COMMANDS = (
+    "generate {0} --prompt x",
+    "chat {0}",
+    "perplexity {0} text.txt",
+    "eval {0} --tasks arc_easy",
+    "card {0}",
+    "export {0} --to gguf --out out",
+    "verify exports/x.gguf --against {0}",
+    "plan {0} --device pi5",
+    "run quantize checkpoint={0} run_dir=out",
+    "run sft init_from={0} run_dir=out",
+    "data inspect rows.jsonl --tokenizer {0}",
+)
+
+
+def flip(path: Path, where: float = 0.7) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * where)] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints, and one of adapters beside the newer."""
+    place = tmp_path_factory.mktemp("made")
+    for step in (1, 2):
+        directory = save_small(place / "checkpoints" / f"step-{step:08d}")
+        (directory / "state.json").write_text("{}")
+        manifest.seal(directory, step, {})
+    base = place / "checkpoints/step-00000002"
+    model = load_model(base)
+    load("peft", "lora")(model=model, rank=2)
+    init_adapters(model, torch.Generator().manual_seed(0))
+    save_adapter(model, place / "adapters", base)
+    byte().save(place / "adapters")
+    manifest.seal(place / "adapters", 3, {})
+    (place / "text.txt").write_text("The quick brown fox. " * 40)
+    (place / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (place / "exports").mkdir()
+    (place / "exports/x.gguf").touch()
+    return place
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it as the working directory; the adapters' base is the copy's."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "adapters/adapter_config.json"
+    config.write_text(config.read_text().replace(str(made.resolve()), str(tmp_path.resolve())))
+    manifest.seal(tmp_path / "adapters", 3, {})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class TestOneFlippedBit:
+    @pytest.mark.parametrize("name", WHOLE)
+    @pytest.mark.parametrize("given", ["checkpoints/step-00000002", ".", "checkpoints", "checkpoints/latest"])
+    def test_is_found_in_each_file_and_another_checkpoint_named(self, place: Path, name: str, given: str) -> None:
+        (place / "checkpoints/latest").write_text("step-00000002\n")
+        plmtune.load(given, "cpu")  # from now on it is known to be whole
+        flip(place / "checkpoints/step-00000002" / name)
+        with pytest.raises(UserError, match=rf"{name} is damaged.*whole: .*checkpoints/step-00000001"):
+            plmtune.load(given, "cpu")
+
+    @pytest.mark.parametrize("name", ADAPTERS)
+    def test_is_found_in_each_file_of_adapters(self, place: Path, name: str) -> None:
+        plmtune.load("adapters", "cpu")
+        flip(place / "adapters" / name)
+        with pytest.raises(UserError, match=rf"{name} is damaged"):
+            plmtune.load("adapters", "cpu")
+
+    def test_is_found_in_the_base_of_adapters(self, place: Path) -> None:
+        flip(place / "checkpoints/step-00000002/model.safetensors")
+        with pytest.raises(UserError, match=r"step-00000002/model.safetensors is damaged"):
+            plmtune.load("adapters", "cpu")
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_is_found_by_every_command(
+        self, place: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = "tokenizer.json" if "inspect" in command else "model.safetensors"
+        flip(place / "checkpoints/step-00000002" / file)
+        before = _visible(place)
+        code, _, said = run(monkeypatch, capsys, *command.format("checkpoints/step-00000002").split(), stdin=b"hi\n")
+        assert code == 2 and f"step-00000002/{file} is damaged" in said, said
+        assert _visible(place) == before
+
+    def test_is_found_by_merge_in_adapters(self, place: Path) -> None:
+        flip(place / "adapters/adapter_model.safetensors")
+        with pytest.raises(UserError, match=r"adapter_model.safetensors is damaged"):
+            cli.main(["merge", "adapters", "out"], standalone_mode=False)
+
+    @pytest.mark.parametrize("read", [load_reward_model, origin_directory, find_tokenizer])
+    def test_is_found_where_a_run_reads_another(self, place: Path, read: Callable[[str], Any]) -> None:
+        file = "tokenizer.json" if read is find_tokenizer else "config.json"
+        flip(place / "checkpoints/step-00000002" / file)
+        with pytest.raises(UserError, match=rf"{file} is damaged"):
+            read("checkpoints/step-00000002")
+
+    def test_a_cut_end_is_found_by_its_size(self, place: Path) -> None:
+        os.truncate(place / "checkpoints/step-00000002/model.safetensors", 1000)
+        with pytest.raises(UserError, match=r"model.safetensors has 1000 bytes, and its manifest says"):
+            checkpoint_directory("checkpoints")
+
+
+class TestWhatIsWhole:
+    def test_is_hashed_once_for_each_state_of_a_file(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        hashed: list[str] = []
+        digest = manifest.digest
+
+        def counted(path: Path) -> str:
+            hashed.append(path.name)
+            return digest(path)
+
+        monkeypatch.setattr(manifest, "digest", counted)
+        directory = place / "checkpoints/step-00000002"
+        for _ in range(3):
+            checkpoint_directory(directory)
+        assert sorted(hashed) == sorted(set(WHOLE) - {"manifest.json"})
+        os.utime(directory / "config.json")
+        checkpoint_directory(directory)
+        assert hashed[len(WHOLE) - 1 :] == ["config.json"]
+        manifest.verify(directory)  # the note changes nothing of what the manifest says
+
+    def test_is_remembered_in_the_users_cache_where_its_directory_cannot_be_written(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+        replacing = manifest.replacing
+
+        def refused(path: Path) -> Any:
+            if path.name == manifest.VERIFIED:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return replacing(path)
+
+        monkeypatch.setattr(manifest, "replacing", refused)
+        checkpoint_directory(place)
+        monkeypatch.setattr(manifest, "digest", lambda path: pytest.fail("hashed again"))
+        checkpoint_directory(place)
+        assert not list((place / "checkpoints").rglob(manifest.VERIFIED))
+
+    @pytest.mark.parametrize("text", [None, '{"name": "a web page", "icons": []}', "[1]"])
+    def test_passes_without_a_manifest_or_with_another_programs(self, place: Path, text: str | None) -> None:
+        directory = save_small(place / "theirs")
+        if text is not None:
+            (directory / "manifest.json").write_text(text)
+        plmtune.load(directory, "cpu")
+        find_tokenizer(str(directory))
+
+    def test_passes_when_it_was_copied_elsewhere(self, place: Path) -> None:
+        checkpoint_directory(place)
+        shutil.copytree(place / "checkpoints/step-00000002", place / "copy")
+        plmtune.load(place / "copy", "cpu")
+
+    @pytest.mark.parametrize("mark", ["latest", "best"])
+    def test_is_found_by_its_mark(self, place: Path, mark: str) -> None:
+        (place / "checkpoints" / mark).write_text("step-00000001\n")
+        assert checkpoint_directory(f"checkpoints/{mark}") == Path("checkpoints/step-00000001")
+        (place / "checkpoints" / mark).write_text("step-../../..\n")
+        with pytest.raises(UserError, match="is not a directory"):
+            checkpoint_directory(f"checkpoints/{mark}")
+
+
+class TestPermissions:
+    @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "manifest.json"])
+    @pytest.mark.parametrize("known", [False, True])
+    def test_a_file_that_may_not_be_read_is_not_called_damaged(
+        self, place: Path, name: str, known: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        directory = place / "checkpoints/step-00000002"
+        if known:
+            checkpoint_directory(directory)
+        monkeypatch.setattr(Path, "open", _forbidding(Path.open, name))  # root may read all
+        with pytest.raises(UserError) as caught:
+            load_model(directory)
+            load_its_tokenizer(directory)
+            checkpoint_directory(directory)
+            manifest.read(directory)
+        said = str(caught.value)
+        assert f"{name} cannot be read: Permission denied" in said and "damaged" not in said
+
+    def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Path, "open", _forbidding(Path.open, "state.json"))
+        with pytest.raises(UserError, match=r"step-00000002/state.json cannot be read"):
+            origin_directory(".")
+
+
+def _visible(place: Path) -> list[Path]:
+    return sorted(path for path in place.rglob("*") if path.name != manifest.VERIFIED)
+
+
+def _forbidding(opens: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def opened(self: Path, *arguments: Any, **keywords: Any) -> Any:
+        if self.name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return opens(self, *arguments, **keywords)
+
+    return opened

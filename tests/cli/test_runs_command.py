@@ -1,0 +1,135 @@
+"""``plmtune runs``: every run is listed with how it stands, in tables that fit."""
+
+import json
+import os
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from in_process import run
+from rich.console import Console
+
+from plmtune.cli.runs import show
+from plmtune.errors import UserError
+from plmtune.training.run_directory import EXIT_STOPPED, RunDirectory
+from plmtune.training.run_summary import differing_settings, find_runs, summarize
+
+CONFIG = "recipe: pretrain\nmodel: {component: plm}\noptimizer: {component: adamw, lr: %s}\n"
+
+
+def begin(path: Path, steps: int = 0, lr: float = 0.1, **record: Any) -> RunDirectory:
+    found = RunDirectory.create(path, CONFIG % lr, ["plmtune", "run", "pretrain", "model=plm", f"run_dir={path}"])
+    found.update(num_steps=1200, parameters=1_430_000, **record)
+    lines = [{"step": step, "loss": 5 - step / 1000} for step in range(1, steps + 1)]
+    lines += [{"step": steps, "validation_loss": 4.5, "bits_per_byte": 2.25}] if steps >= 1200 else []
+    found.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9999, "lo')
+    return found
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Runs that ended in every way, and one that runs."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/pretrain")
+    with begin(folder / "20260101-000000", 1200):
+        pass
+    with pytest.raises(UserError), begin(folder / "20260101-000001", 7):
+        raise UserError("The disk is full. Make room.")
+    with pytest.raises(SystemExit), begin(folder / "20260101-000002", 300, lr=0.2):
+        raise SystemExit(EXIT_STOPPED)
+    begin(folder / "20260101-000003").close()  # as the kernel does for a process that dies
+    with begin(folder / "20260101-000004", 12):
+        yield tmp_path
+
+
+class TestRuns:
+    def test_each_is_listed_with_its_state(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code, out, _ = run(monkeypatch, capsys, "runs", "--json")
+        assert code == 0
+        listed = json.loads(out)
+        assert [one["status"] for one in listed] == ["finished", "failed", "stopped", "killed", "running"]
+        assert [one["step"] for one in listed] == [1200, 7, 300, None, 12]
+        assert [one["loss"] for one in listed[:2]] == [4.5, 4.993]
+        assert (listed[0]["bits_per_byte"], listed[0]["parameters"], listed[0]["steps"]) == (2.25, 1_430_000, 1200)
+        assert listed[1]["reason"] == "The disk is full. Make room."
+        assert all(one["seconds"] is not None for one in listed)
+
+    @pytest.mark.parametrize("width", [60, 80, 120])
+    def test_the_table_fits_and_keeps_paths_and_states_whole(self, place: Path, width: int) -> None:
+        text = StringIO()
+        paths = find_runs(Path("runs"))
+        show(Console(file=text, width=width), [summarize(path) for path in paths], differing_settings(paths))
+        table, reasons = text.getvalue().splitlines()[:-1], text.getvalue().splitlines()[-1]
+        assert reasons == f"{paths[1]}: The disk is full"
+        assert all(len(line) <= width for line in table)
+        rows = [line for line in table if line.startswith("runs/")]
+        assert [row.split()[1] for row in rows] == ["finished", "failed", "stopped", "killed", "running"]
+        if width == 120:
+            assert rows[0].split()[:7] == [
+                str(paths[0]),
+                "finished",
+                "pretrain",
+                "plm",
+                "1.43M",
+                "1,200/1,200",
+                "4.5000",
+            ]
+            assert "optimizer.lr=0.2" in rows[2]
+
+    def test_what_cannot_be_read_leaves_gaps_and_stops_nothing(self, place: Path) -> None:
+        bad = place / "runs/pretrain/20260101-000000"
+        (bad / "config.yaml").write_text("[: {")
+        (bad / "metrics.jsonl").write_bytes(b"\xff\x00\n[1]\n")
+        one = summarize(bad)
+        assert (one.status, one.recipe, one.step) == ("finished", "", None)
+        (bad / "run.json").write_text("{")
+        assert summarize(bad).status == "unknown"
+
+    def test_the_same_run_is_not_listed_by_its_links(self, place: Path) -> None:
+        assert {path.name for path in Path("runs/pretrain").iterdir()} >= {"newest", "latest"}
+        assert len(find_runs(Path("runs"))) == 5
+        assert find_runs(Path("runs/pretrain/latest")) == [Path("runs/pretrain/latest")]
+
+    @pytest.mark.parametrize(
+        ("directory", "part"), [("nowhere", "There is no directory nowhere"), ("empty", "no runs")]
+    )
+    def test_without_runs_it_says_so(
+        self,
+        place: Path,
+        directory: str,
+        part: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        Path("empty").mkdir()
+        code, _, err = run(monkeypatch, capsys, "runs", directory)
+        assert code == 2 and part in err
+
+
+class TestResumeWithoutAName:
+    def test_the_newest_unfinished_run_is_taken(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code, _, err = run(monkeypatch, capsys, "resume", "log_every=5")
+        assert err.startswith("resuming runs/pretrain/20260101-000003\n") and code == 2  # its config is none
+
+    def test_several_processes_are_to_name_it(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from plmtune.cli import cli
+
+        monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+        with pytest.raises(UserError, match="Name the run to resume"):
+            cli.main(["resume"], standalone_mode=False)
+
+    def test_a_finished_run_says_how_to_train_further(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code, out, _ = run(monkeypatch, capsys, "resume", "runs/pretrain/latest")
+        path = "runs/pretrain/20260101-000000"
+        assert code == 0 and out.startswith(f"{path} is finished: there is nothing to resume.")
+        assert out.strip().endswith(f"plmtune run pretrain model=plm init_from={path}")
