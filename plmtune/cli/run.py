@@ -14,9 +14,9 @@ from typing import Any
 import click
 
 from plmtune.cli import import_option
-from plmtune.cli.options import console
-from plmtune.cli.runs import show
+from plmtune.cli.runs import reasons, table
 from plmtune.errors import UserError, did_you_mean
+from plmtune.tables import show
 from plmtune.training.run_directory import (
     CONFIG,
     config_is_vouched_for,
@@ -74,7 +74,8 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
             # A launcher may run jobs in other processes, and hydra.sweep.dir may be another directory.
             paths = [job for job in dict.fromkeys([*jobs, *find_runs(directory)]) if (job / CONFIG).is_file()]
             if paths:
-                show(console(), [summarize(path) for path in paths], differing_settings(paths))
+                found = [summarize(path) for path in paths]
+                show(table(found, differing_settings(paths)), *reasons(found))
     else:
         start(config.compose(base, overlays, overrides))
 
