@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from plmtune.config import build, to_plain
 from plmtune.errors import UserError
 from plmtune.origins import KINDS, choose_origin
-from plmtune.plans import Plan, check_numbers, plan
+from plmtune.plans import Plan, check_numbers, plan, show_epochs
 from plmtune.runs import find_run
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.determinism import everything_put_back
@@ -139,4 +139,6 @@ def check(cfg: Any) -> str:
             return "Model and tokenizer are those of init_from."
         planned = plan(cfg, runtime, dry=True)
     steps = f", {planned.num_steps:,} steps" if planned.phases else ""
+    if planned.epochs is not None:
+        steps = f", {show_epochs(planned.epochs)}"
     return f"{show_count(planned.estimate.parameters)} parameters{steps}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from operator import attrgetter
@@ -32,6 +33,10 @@ MEASURED = {
 }
 
 
+# Passes over the data of an SFT that says neither epochs nor phases.
+DEFAULT_EPOCHS = 3.0
+
+
 @dataclass
 class Plan:
     """What a config asks for, known before a weight is allocated or a text is read."""
@@ -43,6 +48,7 @@ class Plan:
     guard: Guard
     estimate: Estimate
     evaluations: Evaluations | None  # None: there are no tasks to measure
+    epochs: float | None = None  # passes over the data, which says how many steps they are
 
     @property
     def num_steps(self) -> int:
@@ -54,7 +60,13 @@ class Plan:
             f"{show_count(self.tokens_per_step)} tokens"
             for p in self.phases
         ]
+        if self.epochs is not None:
+            rows.append(f"{show_epochs(self.epochs)}: the number of steps follows from the data")
         return [*self.estimate.lines(), *rows]
+
+
+def show_epochs(epochs: float) -> str:
+    return f"{epochs:g} epoch" + ("" if epochs == 1 else "s")
 
 
 def check_numbers(cfg: Any, runtime: Runtime) -> None:
@@ -88,13 +100,20 @@ def check_numbers(cfg: Any, runtime: Runtime) -> None:
     if best not in (None, *measured) and not (cfg.recipe == "pretrain" and re.fullmatch(r"sparsity/\d+", str(best))):
         near = did_you_mean(str(best), measured)
         raise UserError(f"key checkpoint.best: a validation does not measure {best}.{near}")
-    if cfg.recipe != "preference" and not cfg.phases:
-        name, paths = ("pretrain", "my_text/") if cfg.recipe == "pretrain" else ("sft", "chats.jsonl")
+    if cfg.recipe == "pretrain" and not cfg.phases:
         raise UserError(
             "key phases: is empty, so nothing says how long to train. Give it, as in: "
-            f"plmtune run {name} data.paths=[{paths}] phases='[{{name: main, tokens: 50M}}]'. "
+            "plmtune run pretrain data.paths=[my_text/] phases='[{name: main, tokens: 2B}]'. "
             "(plmtune run demo is a small run with all that it needs.)"
         )
+    if cfg.recipe == "sft" and cfg.epochs is not None:
+        if not 0 < cfg.epochs < math.inf:
+            raise UserError(f"key epochs: must be above 0 and finite, not {cfg.epochs}.")
+        if cfg.phases:
+            raise UserError(
+                f"key epochs: is {cfg.epochs:g}, and phases says how long to train as well. Give one of them: "
+                "epochs=null, or phases=[]."
+            )
     if cfg.global_batch_size % runtime.data_world_size:
         what = "pairs" if cfg.recipe == "preference" else "sequences"
         raise UserError(
@@ -140,7 +159,10 @@ def plan(cfg: Any, runtime: Runtime, *, dry: bool = False) -> Plan:
         build("peft", cfg.peft, model=estimated)
     optimizer = build("optimizer", cfg.optimizer, model=estimated)
     phases: list[Phase] = []
-    if cfg.recipe != "preference":  # how many steps are in its pairs is known when they are
+    epochs = None
+    if cfg.recipe == "preference" or (cfg.recipe == "sft" and not cfg.phases):
+        epochs = DEFAULT_EPOCHS if cfg.epochs is None else cfg.epochs
+    if epochs is None:  # else how many steps there are is known when the data is
         phases = [resolve_phase(index, phase, tokens_per_step) for index, phase in enumerate(cfg.phases)]
         build_scheduler(cfg, optimizer, sum(phase.steps for phase in phases), tokens_per_step)
     rows = cfg.global_batch_size // runtime.data_world_size
@@ -168,6 +190,7 @@ def plan(cfg: Any, runtime: Runtime, *, dry: bool = False) -> Plan:
             device=runtime.device,
         ),
         _evaluations(cfg, tokenizer, runtime),
+        epochs,
     )
 
 
@@ -203,3 +226,12 @@ def check_loss(cfg: Any) -> None:
 
 def build_scheduler(cfg: Any, optimizer: Any, num_steps: int, tokens_per_step: int) -> Any:
     return build("scheduler", cfg.scheduler, optimizer=optimizer, num_steps=num_steps, tokens_per_step=tokens_per_step)
+
+
+def check_schedule(cfg: Any, num_steps: int, tokens_per_step: int) -> None:
+    """Refuse a schedule that does not fit into as many steps as the data has, before anything is made.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    build_scheduler(cfg, torch.optim.SGD([torch.zeros(1)]), num_steps, tokens_per_step)

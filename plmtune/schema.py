@@ -163,7 +163,8 @@ class Sft:
     seq_len: int = 512  # tokens a packed row
     global_batch_size: int = 16  # rows an optimizer step, over all processes
     micro_batch_size: int = 4  # rows a forward pass, on one process
-    phases: list[Phase] = field(default_factory=list)
+    epochs: float | None = None  # passes over the packed rows; default, where there are no phases: 3
+    phases: list[Phase] = field(default_factory=list)  # instead of epochs
     max_grad_norm: float = 1.0
     log_every: int = 10
     num_workers: int = 0

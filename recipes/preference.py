@@ -21,7 +21,7 @@ from plmtune.data.ticker import ticking
 from plmtune.errors import UserError
 from plmtune.identity import config_digest
 from plmtune.origins import start_from
-from plmtune.plans import Plan, build_scheduler
+from plmtune.plans import Plan, build_scheduler, check_schedule
 from plmtune.rounds.rounds import Write, open_rounds
 from plmtune.rounds.writer import writer
 from plmtune.runs import open_run
@@ -58,6 +58,7 @@ class Preference:
             self.rounds = open_rounds(cfg, sources, runtime.strategy)
         else:
             self.data = self._batches(open_pairs(sources, skip_bad=cfg.chat.skip_bad))
+            check_schedule(cfg, self.data.num_steps, plan.tokens_per_step)
         self.student: Student = wake(
             cfg, plan.model, self.tokenizer, runtime, origin, self.whole, score_head=self.loss.scalar_head
         )

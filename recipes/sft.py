@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from plmtune.config import build
 from plmtune.data.batches import Batch, Batches
 from plmtune.data.chat_template import find_template
 from plmtune.data.examples import open_examples
+from plmtune.data.order import Phase
 from plmtune.data.refinement import find_refinement
 from plmtune.data.rows import Message
 from plmtune.data.sources import named_sources
@@ -21,7 +23,7 @@ from plmtune.errors import UserError
 from plmtune.generation import complete
 from plmtune.identity import config_digest
 from plmtune.origins import start_from
-from plmtune.plans import Plan, build_scheduler
+from plmtune.plans import Plan, build_scheduler, check_schedule, show_epochs
 from plmtune.runs import open_run
 from plmtune.schema import Sft as Config
 from plmtune.student import Student, wake
@@ -61,10 +63,18 @@ class Sft:
             shown=runtime.is_main,
         )
         self.notes, self.fingerprints = examples.notes, examples.fingerprints
+        phases = plan.phases
+        if plan.epochs is not None:
+            num_rows = sum(rows.num_rows for rows in examples.train.values())
+            phases = [Phase("main", max(1, math.ceil(plan.epochs * num_rows / cfg.global_batch_size)))]
+            why = "" if cfg.epochs else " (the default; epochs=N or phases=[...] give another budget)"
+            self.notes.append(f"{show_epochs(plan.epochs)}{why} of {num_rows:,} rows: {phases[0].steps:,} steps")
+        self.num_steps = sum(phase.steps for phase in phases)
+        check_schedule(cfg, self.num_steps, plan.tokens_per_step)
         try:
             self.data = Batches(
                 examples.train,
-                plan.phases,
+                phases,
                 validation=examples.held_out,
                 global_batch_size=cfg.global_batch_size,
                 micro_batch_size=cfg.micro_batch_size,
@@ -80,7 +90,7 @@ class Sft:
         self.run = open_run(cfg, runtime, self.fingerprints, saved)
         self.model, self.trained = self.student.model, self.student.trained
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
-        self.scheduler = build_scheduler(cfg, self.optimizer, plan.num_steps, plan.tokens_per_step)
+        self.scheduler = build_scheduler(cfg, self.optimizer, self.num_steps, plan.tokens_per_step)
         self.checkpoints = self.student.checkpoints(self.run.checkpoints)
         self.step = self.first = 0
         self.losses: list[Tensor] = []  # of the latest step's micro-batches
@@ -97,10 +107,10 @@ class Sft:
         """Train to the last step; returns the last validation loss in nats a token, or None if it was stopped."""
         plan = self.plan
         # No FLOPs a token: how many of them meet the vocabulary depends on the data.
-        with launch.watch(self, plan.num_steps, tokens_per_step=plan.tokens_per_step) as watch:
+        with launch.watch(self, self.num_steps, tokens_per_step=plan.tokens_per_step) as watch:
             self._introduce(watch)
             launch.warm_up(self.runtime, self._trial)
-            return loop.train(self, watch, plan.num_steps, value=self.score)
+            return loop.train(self, watch, self.num_steps, value=self.score)
 
     def update(self, index: int, batches: list[Batch]) -> dict[str, Any]:
         """One optimizer step on this rank's micro-batches: the mean over all trained tokens of the global batch."""
@@ -159,7 +169,7 @@ class Sft:
 
     def _trial(self) -> None:
         """A forward and a backward that change nothing."""
-        batch = self.data.step(min(self.step, self.plan.num_steps - 1))[0]
+        batch = self.data.step(min(self.step, self.num_steps - 1))[0]
         self._loss(batch.to(self.runtime.device)).backward()
         self.optimizer.zero_grad(set_to_none=True)
 

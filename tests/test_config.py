@@ -121,7 +121,7 @@ class TestMistakes:
              "that have it: preferences, conversations, files (data=preferences data.paths=...)"),
             ("pretrain", "model.ffn.num_experts=3", "key model.ffn.num_experts: unknown"),
             ("dpo", "phases=[{name: a, tokens: 3}]", "preference has no key phases (it belongs to pretrain, sft)."),
-            ("sft", "epochs=2", "sft has no key epochs (it belongs to preference)."),
+            ("pretrain", "epochs=2", "pretrain has no key epochs (it belongs to sft, preference)."),
         ],
     )  # fmt: skip
     def test_a_key_that_stands_elsewhere_is_told_where(self, recipe: str, override: str, said: str) -> None:

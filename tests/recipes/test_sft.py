@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,12 @@ class TestLearning:
 
 
 class TestResuming:
-    @pytest.mark.parametrize("peft", ["", "peft=lora"])
+    @pytest.mark.parametrize(
+        "extra", [(), ("peft=lora", "peft.dropout=0.1"), ("phases=[]", "epochs=1.5")], ids=["all", "lora", "epochs"]
+    )
     def test_a_stopped_run_goes_on_as_if_never_disturbed(
-        self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, peft: str
+        self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, extra: tuple[str, ...]
     ) -> None:
-        extra = [peft, "peft.dropout=0.1"] if peft else []
         whole = undisturbed("sft", *extra)
         with monkeypatch.context() as patch:
             stop_in(patch, recipe(), "update", 3)
@@ -104,6 +106,42 @@ class TestResuming:
             (base / "base" / file).write_bytes((base / "moved" / file).read_bytes())
         run("sft", "run_dir=cut", "resume=true", "init_from=null")
         assert [entry for entry in metrics(base / "cut") if "loss" in entry][-1]["step"] == 6
+
+
+class TestEpochs:
+    def test_an_epoch_is_each_row_once_and_the_schedule_ends_with_the_last(self, base: Path) -> None:
+        one = ["phases=[]", "global_batch_size=1", "micro_batch_size=1", "scheduler=linear", "scheduler.warmup=0"]
+        quiet = ["validation.every=0", "checkpoint.every=0", "scheduler.final_factor=0.5"]
+        steps = {}
+        for epochs in (1, 1.5):
+            run("sft", f"run_dir=r{epochs}", f"epochs={epochs}", *one, *quiet)
+            logged = [entry for entry in metrics(base / f"r{epochs}") if "loss" in entry]
+            steps[epochs] = logged[-1]["step"]
+            assert 0.5 <= logged[-1]["lr"] / logged[0]["lr"] < 0.6
+        rows = steps[1]
+        assert 5 < rows < 40  # packed
+        assert steps[1.5] == math.ceil(1.5 * rows)
+
+    def test_without_epochs_and_phases_it_is_three_and_the_plan_says_so(
+        self, base: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run("sft", "phases=[]", dry_run=True)
+        assert "3 epochs: the number of steps follows from the data" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("epochs", ["0", "-1", "nan", "inf"])
+    def test_impossible_epochs_are_refused(self, base: Path, epochs: str) -> None:
+        assert "key epochs" in refusal("sft", "phases=[]", f"epochs={epochs}", "run_dir=r")
+        assert not (base / "r").exists()
+
+    def test_epochs_beside_phases_are_refused(self, base: Path) -> None:
+        assert "epochs: is 2, and phases says" in refusal("sft", "epochs=2", "run_dir=r")
+
+    @pytest.mark.parametrize("settings", [("sft", "phases=[]", "epochs=1"), ("dpo", "epochs=1")], ids=["sft", "dpo"])
+    def test_a_schedule_longer_than_the_data_is_refused_before_anything_is_made(
+        self, base: Path, settings: tuple[str, ...]
+    ) -> None:
+        assert "warmup (500 steps) exceeds" in refusal(*settings, "scheduler.warmup=500", "run_dir=r")
+        assert not (base / "r").exists()
 
 
 class TestAdapters:
