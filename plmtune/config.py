@@ -128,10 +128,6 @@ def _store_group(place: str, group: str) -> None:
 
 def _store_option(place: str, chosen: Component) -> None:
     nested = {k: v.default for k, v in keys_of(chosen.group, chosen.name).items() if isinstance(v.default, Component)}
-    try:
-        OmegaConf.structured(_component_dataclass(chosen.group, chosen.name))
-    except (TypeError, OmegaConfBaseException) as error:
-        raise UserError(f"{chosen.group} {chosen.name}: its signature cannot be a schema ({error}).") from error
     # The component's own values first, then the nested components' schemas take their places.
     defaults: list[Any] = ["_self_", *({key: _option(default)} for key, default in nested.items())]
     with_defaults = dataclasses.make_dataclass(
@@ -139,7 +135,10 @@ def _store_option(place: str, chosen: Component) -> None:
         [("defaults", list[Any], dataclasses.field(default_factory=lambda: defaults))],
         bases=(_component_dataclass(chosen.group, chosen.name),),
     )
-    ConfigStore.instance().store(group=place, name=_option(chosen), node=with_defaults(**chosen.settings))
+    try:
+        ConfigStore.instance().store(group=place, name=_option(chosen), node=with_defaults(**chosen.settings))
+    except (TypeError, OmegaConfBaseException) as error:
+        raise UserError(f"{chosen.group} {chosen.name}: its signature cannot be a schema ({error}).") from error
     for key, default in nested.items():
         _store_group(f"{place}/{key}", default.group)
         if default.settings:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from plmtune.errors import UserError, did_you_mean
-from plmtune.registry import describe, load
+from plmtune.registry import describe
 from plmtune.schema import SCHEMAS
 
 
@@ -20,17 +19,13 @@ def _of_other_component(full_key: str, group: str, name: str) -> str | None:
     having = [other for other, held in table.items() if any(p.name == leaf and p.default for p in held.parameters)]
     if name not in table or not having:
         return None
-    kind = _returns(group, name)  # one of pairs, say, rather gives way to another one of pairs
-    having.sort(key=lambda other: _returns(group, other) != kind)
+    # A loss of pairs is replaced by another loss of pairs first.
+    having.sort(key=lambda other: table[other].returns != table[name].returns)
     choice = f"{parent.replace('.', '/')}={having[0]} {full_key}=..."
     return (
         f"{parent} is {name}, which has no key {leaf}; components of {group} that have it: "
         f"{', '.join(having)} ({choice})"
     )
-
-
-def _returns(group: str, name: str) -> str:
-    return str(inspect.signature(load(group, name)).return_annotation)
 
 
 def _of_other_recipe(key: str, recipe: str, keys: Sequence[str]) -> str | None:
@@ -42,14 +37,17 @@ def _of_other_recipe(key: str, recipe: str, keys: Sequence[str]) -> str | None:
     return f"{recipe} has no key {key} (it belongs to {', '.join(having)}).{near if near.endswith('?') else ''}"
 
 
-def unknown_key(place: str, full_key: str, siblings: Iterable[str], everywhere: Iterable[str] = ()) -> UserError:
+def unknown_key(
+    place: str, full_key: str, siblings: Iterable[str], everywhere: Callable[[], Iterable[str]] = list
+) -> UserError:
     """An unknown key, with the nearest one beside it, or the same name elsewhere in the config."""
     parent, _, leaf = full_key.rpartition(".")
     prefix = f"{parent}." if parent else ""
     beside = [prefix + name for name in siblings]
-    elsewhere = [key for key in everywhere if key.rpartition(".")[2] == leaf and key != full_key]
-    near = did_you_mean(full_key, beside)
-    hint = f" Did you mean {elsewhere[0]}?" if elsewhere and "Did you mean" not in near else near
+    hint = did_you_mean(full_key, beside)
+    if "Did you mean" not in hint:
+        elsewhere = (key for key in everywhere() if key.rpartition(".")[2] == leaf and key != full_key)
+        hint = next((f" Did you mean {key}?" for key in elsewhere), hint)
     return UserError(f"{place}key {full_key}: unknown.{hint}")
 
 
@@ -107,7 +105,7 @@ def explain(
             return UserError(f"{place(full_key)}{said}")
         if recipe and (said := _of_other_recipe(full_key, recipe, siblings)):
             return UserError(f"{place(full_key)}{said}")
-        return unknown_key(place(full_key), full_key, siblings, all_keys(base))
+        return unknown_key(place(full_key), full_key, siblings, lambda: all_keys(base))
     if "Ambiguous value" in text:
         key, _, value = str(_search(r"argument '([^']+)'", text)).partition("=")
         return UserError(f"override {key}={value}: several values. To run them all: plmtune run -m ...; "

@@ -5,12 +5,13 @@ schema: parameters with a default are config keys, parameters without one are su
 A config can name only what stands here, so it can never import or call anything else.
 
 Two views of one truth: `load` imports the code and gives the object; `describe` reads the same signature from the
-source, so that ``plmtune ls`` answers without importing torch.
+source, and `keys_of` evaluates it there. So ``plmtune ls`` and the checks of a config need no torch.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib
 import importlib.util
 import inspect
@@ -52,6 +53,7 @@ class Description:
     module: str
     parameters: tuple[Parameter, ...]
     doc: str
+    returns: str = ""  # source text of a function's return annotation
 
 
 def register(group: str, name: str) -> Callable[[F], F]:
@@ -172,13 +174,17 @@ def _parameters(node: ast.FunctionDef | ast.ClassDef) -> tuple[Parameter, ...]:
     )
 
 
+def _returns(node: ast.FunctionDef | ast.ClassDef) -> str:
+    return ast.unparse(node.returns) if isinstance(node, ast.FunctionDef) and node.returns else ""
+
+
 @cache
 def _describe_file(module: str, path: Path) -> tuple[Description, ...]:
     text = path.read_text(encoding="utf-8")
     if "@register(" not in text:
         return ()
     return tuple(
-        Description(group, name, module, _parameters(node), ast.get_docstring(node) or "")
+        Description(group, name, module, _parameters(node), ast.get_docstring(node) or "", _returns(node))
         for node in ast.parse(text).body
         if isinstance(node, ast.FunctionDef | ast.ClassDef)
         for group, name in _decorations(node)
@@ -224,9 +230,47 @@ class Key:
     default: Any
 
 
+class _Names(dict[str, Any]):
+    """What annotations and defaults of a built-in component may name: types, and constants of the same file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(vars(builtins))
+        self.update({name: getattr(typing, name) for name in typing.__all__}, Component=Component, component=component)
+        self._path = path
+
+    def __missing__(self, name: str) -> Any:
+        for node in ast.parse(self._path.read_text(encoding="utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                value: ast.expr = node.value  # type: ignore[attr-defined]
+                self[name] = self.evaluate(ast.unparse(value))
+                return self[name]
+        raise NameError(f"{self._path}: {name} is no type and no constant of this file")
+
+    def evaluate(self, source: str) -> Any:
+        return eval(source, {}, self)  # the package's own source: what importing it would evaluate
+
+
+def keys_in_source(entry: Description) -> dict[str, Key]:
+    """Config keys of a built-in component, evaluated from its source without importing it.
+
+    Raises:
+        NameError: if its signature needs an import.
+    """
+    names = _Names(Path(__file__).parent.joinpath(*entry.module.split(".")[1:]).with_suffix(".py"))
+    return {
+        parameter.name: Key(parameter.name, names.evaluate(parameter.type), names.evaluate(parameter.default))
+        for parameter in entry.parameters
+        if parameter.default is not None
+    }
+
+
 @cache
 def keys_of(group: str, name: str) -> dict[str, Key]:
     """Config keys of a component: the parameters of its signature that have a default."""
+    entry = find(group, name)
+    if entry.module.startswith("plmtune."):
+        return keys_in_source(entry)
     target = load(group, name)
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     return {
