@@ -15,7 +15,6 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
 import yaml
 from hydra import compose as hydra_compose
@@ -367,6 +366,8 @@ def multirun(
         "hydra.job.chdir=false",
         f"hydra.sweep.dir={directory}",
     ]
+    from unittest import mock  # imports asyncio
+
     argv = ["plmtune", "--multirun", *settings, *checked]
     GlobalHydra.instance().clear()
     try:

@@ -20,6 +20,7 @@ from plmtune.runs import resolve_phase
 from plmtune.training.estimate import Estimate, estimate
 from plmtune.training.guard import Guard
 from plmtune.training.runtime import Runtime
+from plmtune.training.without_dynamo import without_dynamo
 from plmtune.units import show_count
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def check_numbers(cfg: Any, runtime: Runtime) -> None:
         )
 
 
+@without_dynamo()
 def plan(cfg: Any, runtime: Runtime, *, dry: bool = False) -> Plan:
     """Check every number that can be checked without memory or data.
 

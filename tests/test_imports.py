@@ -1,6 +1,7 @@
 """Imports point one way, and the commands that only read answer without torch."""
 
 import ast
+import json
 import subprocess
 import sys
 from functools import cache
@@ -92,6 +93,43 @@ class TestDirections:
         for path in SOURCES:
             text = path.read_text(encoding="utf-8")
             assert not [call for call in calls if call in text], path
+
+
+# What the check of a config must not import.
+TO_CHECK = ("torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.utils.tensorboard", "lm_eval",
+            "transformers", "torchao", "torchtune", "datasets", "matplotlib", "pandas", "scipy")  # fmt: skip
+
+
+def imported_by(command: str, directory: Path) -> tuple[set[str], str]:
+    """(modules that a process has imported after a command, what it said)."""
+    code = (
+        "import json, sys\nfrom plmtune.errors import UserError\nfrom plmtune.cli import cli\n"
+        f"try: cli.main({command.split()!r}, standalone_mode=False)\n"
+        "except UserError as error: print(error)\n"
+        "print(json.dumps(list(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=directory, capture_output=True, text=True, check=True)
+    said, _, modules = done.stdout.rstrip().rpartition("\n")
+    return set(json.loads(modules)), said
+
+
+class TestStartUp:
+    @pytest.mark.parametrize(
+        "command",
+        [
+            *("run pretran", "run pretrain modle=plm", "run pretrain optimizer.lrr=1", "run dpo model/ffn=swigluu"),
+            *("run pretrain optimizer.lr=fast --dry-run", "run sft loss.beta=1", "run pretrain nonsense"),
+            *("validate pretran", "validate dpo loss.betaa=1", "validate pretrain scheduler.decay_shape=round"),
+        ],
+    )
+    def test_a_mistake_in_a_name_or_key_costs_no_torch(self, command: str, tmp_path: Path) -> None:
+        modules, said = imported_by(command, tmp_path)
+        assert said and "torch" not in modules, said
+
+    @pytest.mark.parametrize("command", ["validate pretrain", "run pretrain --dry-run", "validate dpo"])
+    def test_a_config_is_checked_without_what_only_training_needs(self, command: str, tmp_path: Path) -> None:
+        modules, said = imported_by(command, tmp_path)
+        assert said and not modules & set(TO_CHECK), said
 
 
 class TestWithoutTorch:

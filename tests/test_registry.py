@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -15,6 +16,18 @@ class TestRegistry:
             for name, entry in entries.items():
                 signature = inspect.signature(registry.load(group, name))
                 assert [p.name for p in entry.parameters] == list(signature.parameters), (group, name)
+
+    def test_keys_read_from_the_source_are_those_of_the_imported_object(self) -> None:
+        for group, entries in registry.describe().items():
+            for name, entry in entries.items():
+                target = registry.load(group, name)
+                hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+                imported = {
+                    p.name: registry.Key(p.name, hints[p.name], p.default)
+                    for p in inspect.signature(target).parameters.values()
+                    if p.default is not inspect.Parameter.empty
+                }
+                assert registry.keys_in_source(entry) == imported, (group, name)
 
     def test_every_component_says_in_one_line_what_it_is(self) -> None:
         for group, entries in registry.describe().items():

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from plmtune import tensor_files
 from plmtune.atomic import replacing
@@ -34,6 +33,7 @@ from plmtune.models.files import (
 from plmtune.modules.attention import default_kv_heads
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized, install
+from plmtune.modules.sharding import full_tensor, is_sharded, shard_like
 
 _NAMES = {
     "tok_embeddings": "model.embed_tokens",
@@ -93,7 +93,7 @@ def to_hf(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Sharded parameters are gathered, so every process must call it.
     """
-    state = {name: _whole(tensor) for name, tensor in hf_state(model).items()}
+    state = {name: full_tensor(tensor) for name, tensor in hf_state(model).items()}
     config = hf_config(model.config, model.dtype, score_head=SCORE in state)
     formats: dict[str, list[str]] = {}
     for name, module in model.named_modules():
@@ -117,10 +117,6 @@ def to_hf(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "formats": formats,
         }
     return state, config
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def hf_config(config: Mapping[str, Any], dtype: torch.dtype, *, score_head: bool = False) -> dict[str, Any]:
@@ -211,7 +207,7 @@ def save_model(
         config = config or keys
     else:
         state = {
-            name if name.startswith(("model.", "lm_head.")) else hf_name(name): _whole(tensor)
+            name if name.startswith(("model.", "lm_head.")) else hf_name(name): full_tensor(tensor)
             for name, tensor in model_or_state.items()
         }
     if config is None:
@@ -313,10 +309,8 @@ def _fill(model: Decoder, locations: Mapping[str, Path]) -> None:
                 raise UserError(f"{locations[name]}: {name} holds numbers that are not finite.")
             if name.endswith(".zeros") and not ((tensor >= 0) & (tensor < 16)).all():
                 raise UserError(f"{locations[name]}: {name} must lie from 0 to 15.")
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                # Each process reads the file itself, so nothing needs to be sent.
-                tensor = distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
+            if is_sharded(parameter):
+                tensor = shard_like(tensor, parameter)  # each process reads the file
             parameter.copy_(tensor)
 
 

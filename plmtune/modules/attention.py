@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from plmtune.modules.cache import LayerCache
 from plmtune.modules.linear import Linear
 from plmtune.modules.peft import effective_weight
-from plmtune.modules.rope import RotaryEmbedding
+from plmtune.modules.rope import RotaryEmbedding, rope_tables
 from plmtune.modules.segments import Segments
 from plmtune.registry import register
 
@@ -48,8 +48,6 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, qk_dim: int, v_dim: 
     return "cudnn" if _cudnn_takes_unequal_widths(device) and dtype != torch.float32 else "padded"
 
 
-# Compiled code takes the answer as a constant.
-@torch.compiler.assume_constant_result
 def _cudnn_takes_unequal_widths(device: torch.device) -> bool:
     if device.type != "cuda" or not torch.backends.cudnn.is_available():
         return False
@@ -102,8 +100,6 @@ def _varlen_takes(q: Tensor) -> bool:
 _SCORES_A_CALL = 20_000
 
 
-# Each batch has other lengths: compiled code would be made anew for each.
-@torch.compiler.disable
 def _attend_inside(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
     """Attention inside each segment alone, which costs the sum of their squares instead of the row's square."""
     b, h, s, width = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
@@ -118,6 +114,8 @@ def _attend_inside(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: f
         v = F.pad(v, (0, q.shape[3] - width))  # neither kernel takes values of another width
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [b s, h, n]
     if on_gpu:
+        from torch.nn.attention.varlen import varlen_attn  # half a CPU second
+
         longest, offsets = segments.longest, segments.offsets
         out = varlen_attn(
             q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=h != k.shape[1]
@@ -128,6 +126,17 @@ def _attend_inside(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: f
         parts = zip(*(x.transpose(0, 1).split(segments.lengths, dim=1) for x in (q, k, v)), strict=True)
         out = torch.cat([attend(q[None], k[None], v[None], None, scale)[0].transpose(0, 1) for q, k, v in parts])
     return out.view(b, s, h, -1)[..., :width].transpose(1, 2)
+
+
+@cache
+def mark_for_compile() -> None:
+    """Say what torch.compile must not trace. As decorators, these would import dynamo where nothing is compiled."""
+    global _attend_inside
+    # Each batch has other lengths: compiled code would be made anew for each.
+    _attend_inside = torch.compiler.disable(_attend_inside)
+    # Compiled code takes the answer, and the tables of RoPE, as constants.
+    torch.compiler.assume_constant_result(_cudnn_takes_unequal_widths)
+    torch.compiler.assume_constant_result(rope_tables)
 
 
 # By the node that autograd keeps of a call: what ran, not what was asked for.

@@ -7,15 +7,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from plmtune.modules.attention import mark_for_compile
 from plmtune.modules.cache import Cache, LayerCache, Stem
 from plmtune.modules.linear import linear
 from plmtune.modules.norm import autocast_active
 from plmtune.modules.peft import effective_weight
 from plmtune.modules.quantized import Quantized, QuantizedEmbedding, QuantizedLinear
 from plmtune.modules.segments import Segments
+from plmtune.modules.sharding import is_sharded, shard_like
 
 
 class DecoderLayer(nn.Module):
@@ -27,6 +28,11 @@ class DecoderLayer(nn.Module):
         self.ffn = ffn
         self.attention_norm = attention_norm
         self.ffn_norm = ffn_norm
+
+    def compile(self, *args: Any, **settings: Any) -> None:
+        """Compile this layer: `torch.nn.Module.compile`."""
+        mark_for_compile()
+        super().compile(*args, **settings)
 
     def forward(
         self,
@@ -119,16 +125,14 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            elif generator is None and not isinstance(parameter, DTensor):
+            elif generator is None and not is_sharded(parameter):
                 parameter.normal_(0.0, self.init_std)
             else:
                 device = generator.device if generator is not None else parameter.device
                 whole = torch.empty(parameter.shape, dtype=torch.float32, device=device)
                 whole.normal_(0.0, self.init_std, generator=generator)
-                if isinstance(parameter, DTensor):
-                    mesh, placements = parameter.device_mesh, parameter.placements
-                    # Every process has drawn the same numbers, so nothing needs to be sent.
-                    whole = distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
+                if is_sharded(parameter):
+                    whole = shard_like(whole, parameter)
                 parameter.copy_(whole)
 
     @property

@@ -35,7 +35,7 @@ class RotaryEmbedding:
 
     def __call__(self, x: Tensor, input_pos: Tensor | None = None, start: int = 0) -> Tensor:
         """Turn x (Tensor), [b, s, h, dim], at input_pos [b, s], or else at start, start + 1, ..."""
-        cos, sin = _tables(*self.settings, x.device)
+        cos, sin = rope_tables(*self.settings, x.device)
         if input_pos is None:
             end = start + x.shape[1]
             cos, sin = cos[start:end, None], sin[start:end, None]  # [s, 1, dim]
@@ -46,9 +46,9 @@ class RotaryEmbedding:
         return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
-# Compiled code takes the tables as constants instead of computing them anew in each layer.
-@torch.compiler.assume_constant_result
-def _tables(dim: int, max_seq_len: int, theta: float, interleaved: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    dim: int, max_seq_len: int, theta: float, interleaved: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
     return _cached_tables(dim, max_seq_len, theta, interleaved, device)
 
 

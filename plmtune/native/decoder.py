@@ -19,7 +19,7 @@ from plmtune.modules.feed_forward import SquaredReLU, SwiGLU
 from plmtune.modules.linear import Linear
 from plmtune.modules.norm import RMSNorm, autocast_active
 from plmtune.modules.quantized import Quantized, QuantizedEmbedding, QuantizedLinear, round_inputs
-from plmtune.modules.rope import RotaryEmbedding, _tables
+from plmtune.modules.rope import RotaryEmbedding, rope_tables
 from plmtune.native.library import library, unavailable
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -184,8 +184,9 @@ class _Binding(_Seen):
             told.value, told.scale = attention.head_dim, attention.head_dim**-0.5
         rope = attention.rope
         _ask(type(rope) is RotaryEmbedding)
-        told.interleaved = rope.settings[-1]
-        tables = _tables(*rope.settings, _CPU)
+        settings: tuple[int, int, float, bool] = rope.settings
+        told.interleaved = settings[-1]
+        tables = rope_tables(*settings, _CPU)
         self.tables += tables
         told.cos, told.sin = (table.data_ptr() for table in tables)
         told.up = self.matrix(ffn.up_proj)

@@ -9,24 +9,27 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from plmtune.errors import UserError
+from plmtune.modules.sharding import is_sharded, shard_like
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 Strategy = Literal["none", "ddp", "fsdp", "hsdp"]
 
@@ -223,6 +226,8 @@ def wrap(model: nn.Module, strategy: Strategy, mesh: DeviceMesh | None, dtype: t
             forward_sync_buffers=False,
             gradient_as_bucket_view=True,
         )
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a CPU second
+
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor, src=0)
@@ -244,7 +249,7 @@ def accumulate(model: nn.Module, *, first: bool, last: bool) -> Iterator[None]:
     parameter of the whole model for gradients and its compute dtype's bytes for parameters; a step of one
     micro-batch holds a layer or two of both at a time.
     """
-    if isinstance(model, FSDPModule):
+    if isinstance(model, _fsdp_module()):
         # These two are read in backward, and the last micro-batch leaves them as they were.
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
@@ -260,9 +265,15 @@ def accumulate(model: nn.Module, *, first: bool, last: bool) -> Iterator[None]:
         yield
 
 
+def _fsdp_module() -> tuple[type[FSDPModule], ...]:
+    """The class of what FSDP2 shards, for isinstance; none where `wrap` has not imported it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return (fsdp.FSDPModule,) if fsdp else ()
+
+
 def _reshard_layers_after_forward(model: nn.Module, value: bool) -> None:
     for module in model.modules():
-        if isinstance(module, FSDPModule) and module is not model:
+        if isinstance(module, _fsdp_module()) and module is not model:
             module.set_reshard_after_forward(value, recurse=False)
 
 
@@ -334,26 +345,21 @@ def barrier() -> None:
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
     """The name of each parameter. A shared parameter has its first name."""
-    if isinstance(model, FSDPModule):
+    if isinstance(model, _fsdp_module()):
         # A forward without backward (a validation) leaves the root whole, with stand-ins for its parameters.
         model.reshard()
     return {parameter: name for name, parameter in model.named_parameters()}
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, sharded or not. Every rank must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def like(value: Tensor, example: Tensor) -> Tensor:
     """A copy of `value` (whole, on every rank), placed and sharded as `example` is."""
-    if not isinstance(example, DTensor):
+    if not is_sharded(example):
         return value.to(example.device, copy=True)
+    from torch.distributed.tensor import DTensor
+
     mesh, placements = example.device_mesh, example.placements
-    # No rank needs to send: each read the same file.
-    sharded = distribute_tensor(value.to(example.device), mesh, placements, src_data_rank=None)
     # The local part is a view; its copy lets go of the whole.
-    local = sharded.to_local().clone()
+    local = shard_like(value, example).to_local().clone()
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
 
 

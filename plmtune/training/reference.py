@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from plmtune import sealed, tensor_files
 from plmtune.atomic import replacing
 from plmtune.errors import UserError
-from plmtune.training.distributed import full_tensor, gather_texts, reduce_sum, told_by_rank_0
+from plmtune.modules.sharding import full_tensor
+from plmtune.training.distributed import gather_texts, reduce_sum, told_by_rank_0
 
 if TYPE_CHECKING:
     from plmtune.data.comparisons import ComparisonBatch

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from plmtune.errors import UserError
 from plmtune.modules.attention import kernel_names
+from plmtune.modules.sharding import full_tensor
 from plmtune.training import distributed
 from plmtune.training.distributed import Strategy
 from plmtune.training.state import seed_everything
@@ -85,7 +86,8 @@ class Runtime:
         if deterministic:
             # cuBLAS reads this once, when its first handle is made.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(deterministic)
+        if deterministic != torch.are_deterministic_algorithms_enabled():  # setting it imports inductor, a CPU second
+            torch.use_deterministic_algorithms(deterministic)
         torch.backends.cudnn.benchmark = False
         if chosen_device.type == "cuda":
             torch.cuda.set_device(chosen_device)
@@ -169,7 +171,7 @@ class Runtime:
         """
         parameters = [p for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
-        return distributed.full_tensor(norm)
+        return full_tensor(norm)
 
     def sum(self, *values: Tensor | float) -> tuple[float, ...]:
         """Each value summed over ranks, in fp64: one exchange for all, on the device only if one of them is there."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from plmtune import tensor_files
+from plmtune.modules.sharding import full_tensor
 from plmtune.training import distributed
 
 
@@ -65,7 +66,7 @@ class Stage:
                 turn += 1
                 held = {}
                 for name in names:
-                    whole = distributed.full_tensor(named[name])
+                    whole = full_tensor(named[name])
                     if mine:
                         held[name] = self._on_host(f"{stem}/{name}", whole.detach())
                 if mine:

@@ -10,17 +10,20 @@ import base64
 import importlib
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from plmtune.errors import UserError
+from plmtune.modules.sharding import is_sharded
 from plmtune.training import distributed
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # Quantized states are tensor subclasses; only those named here are ever rebuilt from a file. Of their parts,
 # codes and scale go row by row with the parameter, the others are the same on every rank.
@@ -49,7 +52,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, T
                     rest["values"][name] = _plain(value)
                 elif not _is_quantized(value):
                     tensors[name] = value.detach()
-                elif isinstance(value, DTensor) and not _shards_evenly(value):
+                elif is_sharded(value) and not _shards_evenly(value):
                     tensors[name] = _with_local(_local(value).dequantize(), value)
                 else:
                     parts, attributes = _local(value).__tensor_flatten__()
@@ -197,7 +200,7 @@ def _placed(key: str, value: Tensor, parameter: Tensor, group: Mapping[str, Any]
 
 
 def _local(value: Tensor) -> Any:
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.to_local() if is_sharded(value) else value
 
 
 def _is_quantized(value: Tensor) -> bool:
@@ -206,6 +209,8 @@ def _is_quantized(value: Tensor) -> bool:
 
 def _with_local(local: Tensor, example: DTensor) -> DTensor:
     """`local` as this rank's part of a tensor that is sharded as `example` is."""
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         local,
         example.device_mesh,
@@ -219,7 +224,7 @@ def _with_local(local: Tensor, example: DTensor) -> DTensor:
 def _sharded_dimension(value: DTensor) -> int | None:
     """The mesh dimension over which the rows of `value` are spread, the others holding copies; None if other."""
     spread = [i for i, placement in enumerate(value.placements) if not placement.is_replicate()]
-    return spread[0] if len(spread) == 1 and value.placements[spread[0]] == Shard(0) else None
+    return spread[0] if len(spread) == 1 and value.placements[spread[0]].is_shard(0) else None
 
 
 def _shards_evenly(value: DTensor) -> bool:
@@ -230,7 +235,9 @@ def _shards_evenly(value: DTensor) -> bool:
 
 def _whole_part(part: str, value: Tensor) -> Tensor:
     tensor = getattr(_local(value), part)
-    if isinstance(value, DTensor) and part in _SHARDED_PARTS:
+    if is_sharded(value) and part in _SHARDED_PARTS:
+        from torch.distributed.tensor import DTensor
+
         tensor = DTensor.from_local(tensor, value.device_mesh, value.placements, run_check=False)
     return tensor
 
@@ -252,7 +259,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _placed_quantized(value: Any, parameter: Tensor) -> Tensor:
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return value.to(parameter.device)
     dimension = _sharded_dimension(parameter)
     shards = parameter.device_mesh.size(dimension)

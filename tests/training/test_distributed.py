@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from toy import Toy, global_batch, train_step
 
 from plmtune.errors import UserError
+from plmtune.modules.sharding import full_tensor
 from plmtune.training import distributed
 from plmtune.training.checkpoint import Checkpoints, newest_whole
 from plmtune.training.runtime import Runtime
@@ -88,7 +89,7 @@ def dropout_mask() -> list[float]:
 
 
 def whole(model: Toy) -> dict[str, torch.Tensor]:
-    return {name: distributed.full_tensor(tensor) for name, tensor in model.state_dict().items()}
+    return {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from toy import Toy, global_batch, train_step
 
+from plmtune.modules.sharding import full_tensor
 from plmtune.training import distributed
 from plmtune.training.checkpoint import Checkpoints, newest_whole
 from plmtune.training.runtime import Runtime
@@ -90,7 +91,7 @@ def one_step(runtime: Runtime, micro_batches: int) -> dict[str, Any]:
                 loss = F.cross_entropy(logits.float(), rows[1][i].flatten(), reduction="sum")
             (loss * runtime.gradient_scale).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    whole = {name: distributed.full_tensor(g).double() for name, g in gradients.items() if g is not None}
+    whole = {name: full_tensor(g).double() for name, g in gradients.items() if g is not None}
     after = validate()
     return {
         "heard": Counter(" ".join(entry) for entry in heard),
@@ -116,8 +117,8 @@ def carry(runtime: Runtime) -> list[bool]:
     mine = state["layers.0.up.weight"].chunk(count)[index]
     local = placed.to_local() if isinstance(placed, DTensor) else placed
     return [
-        all(torch.equal(distributed.full_tensor(t), state[name]) for name, t in model.state_dict().items()),
-        torch.equal(distributed.full_tensor(placed), state["layers.0.up.weight"]),
+        all(torch.equal(full_tensor(t), state[name]) for name, t in model.state_dict().items()),
+        torch.equal(full_tensor(placed), state["layers.0.up.weight"]),
         torch.equal(local, mine),
     ]
 
@@ -148,7 +149,7 @@ def go_on(runtime: Runtime, reads: Path | None, writes: Path | None) -> dict[str
     digest = xxhash.xxh3_128()
     for name, tensor in sorted({**model.state_dict(), **moments}.items()):
         digest.update(name.encode())
-        digest.update(distributed.full_tensor(tensor).contiguous().numpy().tobytes())
+        digest.update(full_tensor(tensor).contiguous().numpy().tobytes())
     if writes is not None:
         Checkpoints(writes).save(2, **state, wait=True)
     return {"digest": digest.hexdigest(), "losses": steps(2, 3)}
