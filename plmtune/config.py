@@ -7,6 +7,7 @@ name with its settings. Hydra only merges YAML and overrides here; nothing a con
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 import types
@@ -32,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from plmtune.config_errors import explain, unknown_key
 from plmtune.config_rules import check_file, check_override, check_scalar, check_value, read_yaml, resolve
 from plmtune.errors import UserError, did_you_mean
+from plmtune.ranges import Rule
 from plmtune.registry import Component, Key, describe, find, keys_of
 from plmtune.schema import SCHEMAS
 from plmtune.shipped import folder
@@ -418,27 +420,44 @@ def _construct(annotation: Any, value: Any, key: str, where: str) -> Any:
         return None
     if isinstance(value, int):  # from a text, which OmegaConf made a number
         check_scalar(value, place, key)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{place}key {key}: must be a finite number, not {value}.")
     if _is_component(annotation):
         return to_component(key.rpartition(".")[2], value, key, where)
     if group := _dict_group(annotation):
         return {name: to_component(group, child, f"{key}.{name}", where) for name, child in value.items()}
     if origin is typing.Annotated:
+        for rule in arguments[1:]:
+            if isinstance(rule, Rule) and not rule.allows(value):
+                raise UserError(f"{place}key {key}: {rule}, not {value!r:.80}.")
         return _construct(arguments[0], value, key, where)
     if origin is Literal and value not in arguments:
         raise UserError(f"{place}key {key}: {value!r} is none of {', '.join(map(str, arguments))}.")
     if dataclasses.is_dataclass(annotation):
         hints = typing.get_type_hints(annotation, include_extras=True)
         dotted = f"{key}." if key else ""
-        return typing.cast(Any, annotation)(
+        section = typing.cast(Any, annotation)(
             **{name: _construct(hints[name], child, dotted + name, where) for name, child in value.items()}
         )
+        if hasattr(section, "check"):  # what one key asks of another
+            try:
+                section.check()
+            except ValueError as error:
+                raise UserError(f"{place}key {key}: {error}.") from error
+        return section
     if origin is list:
         return [_construct(arguments[0], child, f"{key}[{i}]", where) for i, child in enumerate(value)]
     if origin is tuple:
-        return tuple(value)
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(value) != len(kinds):
+            raise UserError(f"{place}key {key}: needs {len(kinds)} values, not {len(value)}.")
+        pairs = zip(kinds, value, strict=True)
+        return tuple(_construct(kind, child, f"{key}[{i}]", where) for i, (kind, child) in enumerate(pairs))
+    if origin is dict:
+        return {name: _construct(arguments[1], child, f"{key}.{name}", where) for name, child in value.items()}
     if origin in (typing.Union, types.UnionType):
-        literals = [a for a in arguments if typing.get_origin(a) is Literal]
-        return _construct(literals[0], value, key, where) if literals else value
+        others = [argument for argument in arguments if argument is not type(None)]
+        return _construct(others[0], value, key, where) if len(others) == 1 else value
     return value
 
 

@@ -227,9 +227,6 @@ def read_text(cfg: Config, tokenizer: Tokenizer, max_seq_len: int) -> Text:
     Raises:
         UserError: if there are fewer, or numbers are impossible.
     """
-    for key in ("calibration_tokens", "test_tokens"):
-        if getattr(cfg, key) < 0:
-            raise UserError(f"key {key}: must not be negative, but is {getattr(cfg, key)}.")
     if not 2 <= cfg.seq_len <= max_seq_len:
         cfg.seq_len = max_seq_len if cfg.seq_len > max_seq_len else 2
     if cfg.sensitivity.measure and not cfg.test_tokens:

@@ -13,6 +13,7 @@ from plmtune.data.functions import public_functions, question
 from plmtune.data.rows import Message, Refused, Rows
 from plmtune.data.sources import BadRow
 from plmtune.errors import did_you_mean
+from plmtune.ranges import NotEmpty, check
 from plmtune.registry import register
 
 REMEDY = "Mend them, or leave them out with chat.skip_bad=true"
@@ -155,6 +156,8 @@ def conversations(
         UserError: for neither or both of paths and hub, or a path that is not there.
         ValueError: for keys that the shape has no use for, an unknown encoding, or max_rows below 1.
     """
+    keys = {"messages_key": messages_key, "prompt_key": prompt_key, "completion_key": completion_key}
+    check(NotEmpty(), **keys, system_key=system_key)
     lists = shape in ("messages", "sharegpt")
     if (prompt_key or completion_key) and (messages_key or shape not in ("auto", "prompt_completion")):
         raise ValueError("prompt_key and completion_key go with shape=prompt_completion")

@@ -14,6 +14,7 @@ import xxhash
 
 from plmtune.data.sources import BadRow, Source, text_of
 from plmtune.errors import UserError, did_you_mean, unreadable
+from plmtune.ranges import NotEmpty, check
 from plmtune.registry import register
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
@@ -387,6 +388,7 @@ def files(
         "".encode(encoding)  # not codecs.lookup: some codecs make bytes of bytes, such as zip
     except LookupError as error:
         raise ValueError(f"encoding {encoding!r} is unknown to Python; utf-8, latin-1, gb18030 are known") from error
+    check(NotEmpty(), text_key=text_key)
     if separator == "":
         raise ValueError("separator is the empty text; leave it out (null) to keep a file one document")
     return Files(tuple(paths), format=format, text_key=text_key, separator=separator, encoding=encoding)

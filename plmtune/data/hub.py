@@ -10,6 +10,7 @@ import xxhash
 
 from plmtune.data.sources import BadRow, Source, text_of
 from plmtune.errors import UserError
+from plmtune.ranges import AT_LEAST_1, NotEmpty, check
 from plmtune.registry import register
 
 
@@ -126,6 +127,6 @@ def hub(
     """
     if not name:
         raise ValueError("hub needs the name of a dataset, such as data.name=HuggingFaceFW/fineweb-edu")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit ({limit}) must be at least 1 row")
+    check(AT_LEAST_1, limit=limit)
+    check(NotEmpty(), subset=subset, split=split, text_key=text_key, revision=revision)
     return Hub(name, subset=subset, split=split, text_key=text_key, revision=revision, limit=limit)

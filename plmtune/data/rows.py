@@ -24,6 +24,7 @@ from plmtune.data.files import (
 from plmtune.data.hub import Hub
 from plmtune.data.sources import BadRow
 from plmtune.errors import UserError, unreadable
+from plmtune.ranges import AT_LEAST_1, NotEmpty, check
 
 _PARQUET_BATCH = 16  # rows: what is stored once for all of them is repeated in memory
 _MAX_DEPTH = 64  # what walks through a row calls itself for each level
@@ -164,8 +165,8 @@ class Rows:
                 "data: paths is empty. Give files, data.paths=[train.jsonl], or a dataset of the hub, data.hub=NAME. "
                 "(plmtune run demo_sft, demo_dpo and demo_aries bring small data of their own.)"
             )
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows ({max_rows}) must be at least 1")
+        check(AT_LEAST_1, max_rows=max_rows)
+        check(NotEmpty(), hub=hub, split=split)
         try:
             "".encode(encoding)
         except LookupError as error:

@@ -42,10 +42,6 @@ class Evaluations:
     """
 
     def __init__(self, cfg: Evaluation, tokenizer: Tokenizer | None, *, template: str | None = None) -> None:
-        for key, least in (("every", 0), ("limit", 0), ("num_fewshot", 0), ("batch_size", 1)):
-            value = getattr(cfg, key)
-            if value is not None and value < least:
-                raise UserError(f"key eval.{key}: must be at least {least}, not {value}.")
         self.tokenizer = tokenizer
         self.settings = run.Settings(
             limit=cfg.limit or None,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from plmtune.losses.preference import DIRECT, GIVEN_CHOSEN, GIVEN_REJECTED, Comparisons, PreferenceLoss, check_positive
+from plmtune.losses.preference import DIRECT, GIVEN_CHOSEN, GIVEN_REJECTED, Comparisons, PreferenceLoss
+from plmtune.ranges import POSITIVE, Range, check
 from plmtune.registry import register
 
 
@@ -32,10 +33,9 @@ class Aries(PreferenceLoss):
     contexts = True
 
     def __init__(self, *, alpha: float = 0.8, beta_dpo: float = 0.1, beta_ref: float = 0.01) -> None:
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha ({alpha}) must be at least 0 and at most 1")
-        check_positive("beta_dpo", beta_dpo)
-        check_positive("beta_ref", beta_ref)
+        check(Range(least=0, most=1), alpha=alpha)
+        check(POSITIVE, beta_dpo=beta_dpo)
+        check(POSITIVE, beta_ref=beta_ref)
         self.alpha = alpha
         self.beta_dpo = beta_dpo
         self.beta_ref = beta_ref

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from plmtune.losses.preference import Comparisons, PreferenceLoss, check_not_negative
+from plmtune.losses.preference import Comparisons, PreferenceLoss
+from plmtune.ranges import NOT_NEGATIVE, check
 from plmtune.registry import register
 
 
@@ -26,7 +27,7 @@ class BradleyTerry(PreferenceLoss):
     scalar_head = True
 
     def __init__(self, *, margin: float = 0.0) -> None:
-        check_not_negative("margin", margin)
+        check(NOT_NEGATIVE, margin=margin)
         self.margin = margin
 
     def __call__(self, c: Comparisons) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from plmtune.ranges import AT_LEAST_1, check
 from plmtune.registry import register
 
 IGNORE = -100  # targets that count for nothing: padding, prompts, document borders
@@ -36,8 +37,7 @@ def cross_entropy(*, chunk_rows: int = 1024) -> Loss:
     Raises:
         ValueError: if chunk_rows is not positive.
     """
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows ({chunk_rows}) must be at least 1")
+    check(AT_LEAST_1, chunk_rows=chunk_rows)
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         device = hidden.device.type

@@ -5,13 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from plmtune.losses.preference import (
-    Comparisons,
-    PreferenceLoss,
-    check_not_negative,
-    check_positive,
-    mean_per_token,
-)
+from plmtune.losses.preference import Comparisons, PreferenceLoss, mean_per_token
+from plmtune.ranges import NOT_NEGATIVE, POSITIVE, Range, check
 from plmtune.registry import register
 
 
@@ -35,11 +30,10 @@ class Dpo(PreferenceLoss):
     """
 
     def __init__(self, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 0.0) -> None:
-        check_positive("beta", beta)
-        if not 0 <= label_smoothing < 0.5:
-            # At one half the two terms ask for the opposite with the same force.
-            raise ValueError(f"label_smoothing ({label_smoothing}) must be at least 0 and below 0.5")
-        check_not_negative("nll_weight", nll_weight)
+        check(POSITIVE, beta=beta)
+        # At one half the two terms ask for the opposite with the same force.
+        check(Range(least=0, below=0.5), label_smoothing=label_smoothing)
+        check(NOT_NEGATIVE, nll_weight=nll_weight)
         self.beta = beta
         self.label_smoothing = label_smoothing
         self.nll_weight = nll_weight

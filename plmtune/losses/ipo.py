@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from plmtune.losses.preference import Comparisons, PreferenceLoss, check_positive, mean_per_token
+from plmtune.losses.preference import Comparisons, PreferenceLoss, mean_per_token
+from plmtune.ranges import POSITIVE, check
 from plmtune.registry import register
 
 
@@ -23,7 +24,7 @@ class Ipo(PreferenceLoss):
     """
 
     def __init__(self, *, beta: float = 0.1, average: bool = True) -> None:
-        check_positive("beta", beta)
+        check(POSITIVE, beta=beta)
         self.beta = beta
         self.average = average
 

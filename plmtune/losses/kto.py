@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plmtune.losses.preference import MISMATCHED, Comparisons, PreferenceLoss, check_not_negative, check_positive
+from plmtune.losses.preference import MISMATCHED, Comparisons, PreferenceLoss
+from plmtune.ranges import NOT_NEGATIVE, POSITIVE, check
 from plmtune.registry import register
 
 
@@ -32,9 +33,9 @@ class Kto(PreferenceLoss):
     mismatched = True
 
     def __init__(self, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> None:
-        check_positive("beta", beta)
-        check_not_negative("desirable_weight", desirable_weight)
-        check_not_negative("undesirable_weight", undesirable_weight)
+        check(POSITIVE, beta=beta)
+        check(NOT_NEGATIVE, desirable_weight=desirable_weight)
+        check(NOT_NEGATIVE, undesirable_weight=undesirable_weight)
         if desirable_weight == undesirable_weight == 0:
             given = f"desirable_weight ({desirable_weight}) and undesirable_weight ({undesirable_weight})"
             raise ValueError(f"{given} must not both be 0")

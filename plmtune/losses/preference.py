@@ -82,15 +82,3 @@ class PreferenceLoss(ABC):
 def mean_per_token(sums: Tensor, tokens: Tensor) -> Tensor:
     """sums / tokens, [n]; 0 for an answer without tokens, whose sum is 0."""
     return sums / tokens.clamp(min=1)
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raise ValueError for a weight that is not a finite number above 0."""
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} ({value}) must be a finite number above 0")
-
-
-def check_not_negative(name: str, value: float) -> None:
-    """Raise ValueError for a weight that is not a finite number of at least 0."""
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name} ({value}) must be a finite number, 0 or more")

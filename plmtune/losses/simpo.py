@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from plmtune.losses.preference import Comparisons, PreferenceLoss, check_not_negative, check_positive, mean_per_token
+from plmtune.losses.preference import Comparisons, PreferenceLoss, mean_per_token
+from plmtune.ranges import NOT_NEGATIVE, POSITIVE, check
 from plmtune.registry import register
 
 
@@ -25,8 +26,8 @@ class Simpo(PreferenceLoss):
     needs_reference = False
 
     def __init__(self, *, beta: float = 2.0, gamma: float = 1.0) -> None:
-        check_positive("beta", beta)
-        check_not_negative("gamma", gamma)
+        check(POSITIVE, beta=beta)
+        check(NOT_NEGATIVE, gamma=gamma)
         self.beta = beta
         self.gamma = gamma
 

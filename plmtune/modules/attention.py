@@ -21,6 +21,7 @@ from plmtune.modules.linear import Linear
 from plmtune.modules.peft import effective_weight
 from plmtune.modules.rope import RotaryEmbedding, rope_tables
 from plmtune.modules.segments import Segments
+from plmtune.ranges import WIDTH, check
 from plmtune.registry import register
 
 Kernel = Literal["cudnn", "padded", "plain"]
@@ -250,14 +251,14 @@ class MultiHeadLatentAttention(nn.Module):
         rope_theta: float = 100000.0,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("kv_lora_rank", kv_lora_rank),
-            ("qk_nope_head_dim", qk_nope_head_dim),
-            ("v_head_dim", v_head_dim),
-            ("num_heads", num_heads),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        check(
+            WIDTH,
+            kv_lora_rank=kv_lora_rank,
+            qk_nope_head_dim=qk_nope_head_dim,
+            qk_rope_head_dim=qk_rope_head_dim,
+            v_head_dim=v_head_dim,
+            num_heads=num_heads,
+        )
         qk_head_dim = qk_nope_head_dim + qk_rope_head_dim
         if v_head_dim > qk_head_dim:
             raise ValueError(f"v_head_dim ({v_head_dim}) exceeds the width of queries and keys ({qk_head_dim})")
@@ -424,9 +425,10 @@ class GroupedQueryAttention(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
+        check(WIDTH, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
         if num_kv_heads is None:
             num_kv_heads = default_kv_heads(num_heads)
-        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        if num_heads % num_kv_heads:
             raise ValueError(f"num_heads ({num_heads}) is not a multiple of num_kv_heads ({num_kv_heads})")
         if head_dim is None:
             if embed_dim % num_heads:

@@ -17,6 +17,7 @@ from plmtune.modules.peft import effective_weight
 from plmtune.modules.quantized import Quantized, QuantizedEmbedding, QuantizedLinear
 from plmtune.modules.segments import Segments
 from plmtune.modules.sharding import is_sharded, shard_like
+from plmtune.ranges import NOT_NEGATIVE, WIDTH, Range, check
 
 
 class DecoderLayer(nn.Module):
@@ -86,17 +87,9 @@ class Decoder(nn.Module):
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
-        sizes = {
-            "vocab_size": vocab_size,
-            "embed_dim": embed_dim,
-            "num_layers": num_layers,
-            "max_seq_len": max_seq_len,
-        }
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if init_std < 0:
-            raise ValueError(f"init_std must not be negative, but is {init_std}")
+        check(WIDTH, vocab_size=vocab_size, embed_dim=embed_dim, max_seq_len=max_seq_len)
+        check(Range(least=1, most=10_000), num_layers=num_layers)  # more would take minutes even on the meta device
+        check(NOT_NEGATIVE, init_std=init_std)
         self.vocab_size = vocab_size
         self.embed_dim = embed_dim
         self.max_seq_len = max_seq_len

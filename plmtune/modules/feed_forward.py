@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plmtune.modules.linear import Linear
+from plmtune.ranges import WIDTH, check
 from plmtune.registry import register
 
 
@@ -37,10 +38,14 @@ class SquaredReLU(nn.Module):
     Args:
         embed_dim: width of the residual stream.
         hidden_dim: width between the two projections.
+
+    Raises:
+        ValueError: if hidden_dim is no width.
     """
 
     def __init__(self, embed_dim: int, *, hidden_dim: int = 8192) -> None:
         super().__init__()
+        check(WIDTH, hidden_dim=hidden_dim)
         self.up_proj = Linear(embed_dim, hidden_dim, bias=False)
         self.down_proj = Linear(hidden_dim, embed_dim, bias=False)
         self.record_sparsity = False
@@ -107,10 +112,14 @@ class SwiGLU(nn.Module):
     Args:
         embed_dim: width of the residual stream.
         hidden_dim: width between the projections.
+
+    Raises:
+        ValueError: if hidden_dim is no width.
     """
 
     def __init__(self, embed_dim: int, *, hidden_dim: int = 5632) -> None:
         super().__init__()
+        check(WIDTH, hidden_dim=hidden_dim)
         self.gate_proj = Linear(embed_dim, hidden_dim, bias=False)
         self.up_proj = Linear(embed_dim, hidden_dim, bias=False)
         self.down_proj = Linear(hidden_dim, embed_dim, bias=False)

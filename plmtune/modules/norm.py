@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plmtune.ranges import NOT_NEGATIVE, check
 from plmtune.registry import register
 
 
@@ -28,10 +29,14 @@ class RMSNorm(nn.Module):
     Args:
         dim: width that is normalised.
         eps: added to the mean square.
+
+    Raises:
+        ValueError: if eps is negative.
     """
 
     def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
         super().__init__()
+        check(NOT_NEGATIVE, eps=eps)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
@@ -47,10 +52,14 @@ class LayerNorm(nn.Module):
     Args:
         dim: width that is normalised.
         eps: added to the variance.
+
+    Raises:
+        ValueError: if eps is negative.
     """
 
     def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
         super().__init__()
+        check(NOT_NEGATIVE, eps=eps)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))

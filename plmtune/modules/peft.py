@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from plmtune.modules.linear import Linear
 from plmtune.modules.quantized import Quantized
 from plmtune.modules.torchtune_layers import layers
+from plmtune.ranges import POSITIVE, SHARE, WIDTH, check
 from plmtune.registry import register
 
 _BLOCK = 64  # numbers that share a scale in NF4
@@ -121,12 +122,9 @@ def _adapt(
     make: Callable[..., Any],
     biases: bool = True,
 ) -> None:
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, not {rank}")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha must be above 0, not {alpha}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), not {dropout}")
+    check(WIDTH, rank=rank)
+    check(POSITIVE, alpha=alpha)
+    check(SHARE, dropout=dropout)
     if adapted(model):
         raise ValueError("the model has adapters already: merge them before new ones are put in")
     chosen = _choose(model, targets)

@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from plmtune.ranges import POSITIVE, check
+
 
 class RotaryEmbedding:
     """Turn pairs of numbers by an angle that grows with the position.
@@ -27,8 +29,7 @@ class RotaryEmbedding:
     def __init__(self, dim: int, max_seq_len: int, *, theta: float, interleaved: bool) -> None:
         if dim < 2 or dim % 2:
             raise ValueError(f"RoPE turns pairs, so its width must be even and at least 2, not {dim}")
-        if theta <= 0:
-            raise ValueError(f"rope_theta must be above 0, not {theta}")
+        check(POSITIVE, rope_theta=theta)
         self.settings = (dim, max_seq_len, float(theta), interleaved)
         # Viewed as pairs, the partner of each number is its neighbour along one dimension.
         self.pair_shape, self.pair_dim = ((-1, 2), -1) if interleaved else ((2, -1), -2)

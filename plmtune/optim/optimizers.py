@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from plmtune.optim.newton_schulz import CPUMuon
+from plmtune.ranges import NOT_NEGATIVE, SHARE, Range, check
 from plmtune.registry import register
 
 # Bytes of state a parameter: AdamW keeps two moments in fp32; 8-bit AdamW keeps each moment as a byte with an
@@ -55,15 +56,12 @@ def _fused(parameters: list[nn.Parameter]) -> bool:
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
 
 
-def _check(lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> None:
-    if lr < 0:
-        raise ValueError(f"lr ({lr}) must not be negative")
-    if weight_decay < 0:
-        raise ValueError(f"weight_decay ({weight_decay}) must not be negative")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas ({betas[0]}, {betas[1]}) must lie in [0, 1)")
-    if eps < 0:
-        raise ValueError(f"eps ({eps}) must not be negative")
+def _check(betas: Sequence[float], **settings: float | None) -> tuple[float, float]:
+    """The betas as a pair, once they and the other settings are known to be possible."""
+    check(NOT_NEGATIVE, **settings)
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas ({', '.join(map(str, betas))}) must be two numbers in [0, 1)")
+    return betas[0], betas[1]
 
 
 @register("optimizer", "adamw")
@@ -80,8 +78,7 @@ def adamw(
     Raises:
         ValueError: for a setting that is out of its range.
     """
-    betas = (betas[0], betas[1])  # a list in a config
-    _check(lr, weight_decay, betas, eps)
+    betas = _check(betas, lr=lr, weight_decay=weight_decay, eps=eps)
     parameters = _trainable(model)
     groups = _decay_groups(parameters, weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=_fused(parameters))
@@ -106,8 +103,7 @@ def adamw_8bit(
     """
     from torchao.optim import AdamW8bit
 
-    betas = (betas[0], betas[1])
-    _check(lr, weight_decay, betas, eps)
+    betas = _check(betas, lr=lr, weight_decay=weight_decay, eps=eps)
     groups = _decay_groups(_trainable(model), weight_decay)
     optimizer: Optimizer = AdamW8bit(groups, lr=lr, betas=betas, eps=eps)
     return optimizer
@@ -138,14 +134,11 @@ def muon(
     Raises:
         ValueError: for a setting that is out of its range, or a model without hidden matrices.
     """
-    adamw_betas = (adamw_betas[0], adamw_betas[1])
-    _check(lr, weight_decay, adamw_betas, adamw_eps)
-    if not 0 <= adamw_lr_factor < math.inf:
-        raise ValueError(f"adamw_lr_factor ({adamw_lr_factor}) must be at least 0 and finite")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum ({momentum}) must lie in [0, 1)")
-    if not 1 <= ns_steps < 100:
-        raise ValueError(f"ns_steps ({ns_steps}) must lie between 1 and 99")
+    adamw_betas = _check(
+        adamw_betas, lr=lr, adamw_lr_factor=adamw_lr_factor, weight_decay=weight_decay, adamw_eps=adamw_eps
+    )
+    check(SHARE, momentum=momentum)
+    check(Range(least=1, most=99), ns_steps=ns_steps)
     matrices, others = _split_for_muon(model)
     if not others:
         raise ValueError(

@@ -14,6 +14,7 @@ from typing import Literal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from plmtune.ranges import AT_LEAST_1, Range, check
 from plmtune.registry import register
 from plmtune.units import parse_count
 
@@ -84,8 +85,7 @@ def factor(
 def _schedule(
     optimizer: Optimizer, warmup: int, stable: int, decay: int, shape: DecayShape, final_factor: float
 ) -> LambdaLR:
-    if not 0 <= final_factor <= 1:
-        raise ValueError(f"final_factor ({final_factor}) must lie between 0 and 1")
+    check(Range(least=0, most=1), final_factor=final_factor)
     if shape == "exponential" and decay and final_factor == 0:
         raise ValueError("final_factor (0) cannot be reached by decay_shape exponential: give one above 0")
 
@@ -97,10 +97,7 @@ def _schedule(
 
 
 def _check_run(num_steps: int, tokens_per_step: int) -> None:
-    if num_steps < 1:
-        raise ValueError(f"num_steps ({num_steps}) must be at least 1")
-    if tokens_per_step < 1:
-        raise ValueError(f"tokens_per_step ({tokens_per_step}) must be at least 1")
+    check(AT_LEAST_1, num_steps=num_steps, tokens_per_step=tokens_per_step)
 
 
 @register("scheduler", "wsdc")

@@ -207,7 +207,7 @@ def fit(format: Format, width: int) -> Format | None:
         return None
     if format.group_size is None or width % format.group_size == 0:
         return format
-    for size in range(format.group_size - 16, 0, -16):
+    for size in range(min(format.group_size - 16, width // 16 * 16), 0, -16):
         if width % size == 0:
             return Format(format.bits, size, format.dynamic)
     return Format(8, dynamic=format.dynamic)

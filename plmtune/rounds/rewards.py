@@ -18,6 +18,7 @@ from plmtune.data.tokenizers import load_tokenizer
 from plmtune.errors import UserError
 from plmtune.models import reward
 from plmtune.models.files import checkpoint_directory
+from plmtune.ranges import AT_LEAST_1, POSITIVE, check
 from plmtune.registry import register
 from plmtune.rounds.chains import Chain
 from plmtune.rounds.programs import Tests, tests_of, verdict
@@ -85,8 +86,7 @@ class TestsPass:
         Raises:
             ValueError: if it is not positive.
         """
-        if seconds <= 0:
-            raise ValueError(f"seconds must be positive, but is {seconds:g}")
+        check(POSITIVE, seconds=seconds)
         self.seconds = seconds
 
     def score(self, items: Sequence[Item]) -> list[float]:
@@ -126,8 +126,7 @@ class RewardModel:
         """
         if not path:
             raise ValueError("path is empty: name a model that loss=bradley_terry trained, reward.path=runs/...")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
+        check(AT_LEAST_1, batch_size=batch_size)
         self.path, self.batch_size, self.template = path, batch_size, template
 
     def score(self, items: Sequence[Item]) -> list[float]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from plmtune.errors import UserError
 from plmtune.registry import register
@@ -72,7 +72,7 @@ class WeightsAndBiases:
         *,
         project: str = "plmtune",
         name: str | None = None,
-        mode: str = "online",
+        mode: Literal["online", "offline", "disabled"] = "online",
     ) -> None:
         module = _need("wandb", "wandb", extra="wandb")
         identity = directory / "wandb_id"

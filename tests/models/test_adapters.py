@@ -253,7 +253,7 @@ class TestBadAdapters:
             ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
             ({"r": 10**9}, r"r is 1000000000, more than any layer is wide"),
             ({"r": "4"}, r"r, lora_alpha or lora_dropout is missing or no number"),
-            ({"r": -1}, r"does not fit the model: rank must be at least 1, not -1"),
+            ({"r": -1}, r"does not fit the model: rank \(-1\) must be at least 1"),
             ({"target_modules": "all-linear"}, r"target_modules must be a list of names, not 'all-linear'"),
             ({"target_modules": ["c_attn"]}, r"target_modules names 'c_attn'; the model has down_proj"),
             ({"r": 3}, r"has shape \[4, 64\]"),

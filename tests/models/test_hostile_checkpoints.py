@@ -191,12 +191,12 @@ class TestConfig:
             (["num_layers"], 10**9, "names 1000000000 layers, but the weights hold"),
             (["max_seq_len"], 10**15, "positions; at most"),
             (["embed_dim"], 10**30, "describes no possible model"),
-            (["embed_dim"], -1, "embed_dim must be at least 1, not -1"),
-            (["attention", "qk_rope_head_dim"], 0, "width must be even"),
+            (["embed_dim"], -1, r"embed_dim \(-1\) must be at least 1"),
+            (["attention", "qk_rope_head_dim"], 0, r"qk_rope_head_dim \(0\) must be at least 1"),
             (
                 ["vocab_size"],
                 10**11,
-                r"model\.embed_tokens\.weight has shape \[50, 16\], the model needs \[100000000000",
+                r"vocab_size \(100000000000\) must be at least 1 and at most 16,777,216",
             ),
         ],
     )

@@ -177,7 +177,7 @@ class TestConfig:
         assert config["norm"] == {"component": "rms_norm", "eps": 1e-6}
 
     def test_impossible_sizes_are_refused_with_their_values(self) -> None:
-        with pytest.raises(ValueError, match="num_layers must be at least 1, not 0"):
+        with pytest.raises(ValueError, match=r"num_layers \(0\) must be at least 1"):
             small_plm(num_layers=0)
         with pytest.raises(ValueError, match="width must be even and at least 2, not 7"):
             small_plm(attention=component("attention", "mla", **(TINY_MLA | {"qk_rope_head_dim": 7})))

@@ -221,9 +221,9 @@ class TestTargets:
         [
             ({"targets": ("k_proj",)}, r"has no 'k_proj'; it has attention, q_proj, kv_a_proj, kv_b_proj, o_proj"),
             ({"targets": ()}, r"at least one"),
-            ({"rank": 0}, r"rank must be at least 1, not 0"),
-            ({"alpha": 0.0}, r"alpha must be above 0, not 0.0"),
-            ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), not 1.0"),
+            ({"rank": 0}, r"rank \(0\) must be at least 1"),
+            ({"alpha": 0.0}, r"alpha \(0.0\) must be above 0"),
+            ({"dropout": 1.0}, r"dropout \(1.0\) must be at least 0 and below 1"),
         ],
     )
     def test_what_is_impossible_is_refused(self, settings: dict[str, Any], message: str) -> None:
