@@ -198,8 +198,15 @@ def _store_primary(name: str, overlays: Sequence[str]) -> tuple[str, dict[str, P
         recipe = content.get("recipe", "pretrain")
         if recipe not in list(SCHEMAS):  # a list: what YAML holds may have no hash
             raise UserError(f"{path}, key recipe: there is no {recipe!s:.80}.{did_you_mean(str(recipe), SCHEMAS)}")
+    recipe = contents[0]["recipe"] if "recipe" in contents[0] else _recipe_of(contents[0], files[0])
+    for path, content in zip(files[1:], contents[1:], strict=True):
+        if content.get("recipe", recipe) != recipe:
+            theirs = content["recipe"]
+            raise UserError(
+                f"{path}, key recipe: the file is for {theirs}, and {name} runs {recipe}. "
+                f"Use it as in plmtune run {_BASES.get(theirs, theirs)} {path}, or remove the key."
+            )
     if not _is_base(files[0], contents[0]):
-        recipe = contents[0].get("recipe", "pretrain")
         base = _BASES.get(recipe, recipe)
     else:
         base, files, contents = files[0].stem, files[1:], contents[1:]
@@ -212,6 +219,28 @@ def _store_primary(name: str, overlays: Sequence[str]) -> tuple[str, dict[str, P
     # An overlay may ask for other components, so it is merged after the base but its choices hold from the start.
     store.store(name=PRIMARY, node={"defaults": [str(base), *stored, "_self_"]})
     return str(base), stored
+
+
+def _recipe_of(content: dict[str, Any], path: Path) -> str:
+    """The recipe of a file that does not name it: the only one that has its keys.
+
+    Raises:
+        UserError: if several recipes have them, or none.
+    """
+    keys = [str(key) for key in content if key != "defaults"]
+    known = {recipe: {item.name for item in dataclasses.fields(schema)} for recipe, schema in SCHEMAS.items()}
+    fitting = [recipe for recipe, names in known.items() if names.issuperset(keys)]
+    if len(fitting) == 1:
+        return fitting[0]
+    for key in keys:
+        if not any(key in names for names in known.values()):
+            raise UserError(f"{path}, key {key}: no recipe has it.{did_you_mean(key, set().union(*known.values()))}")
+    fit = f"its keys fit {', '.join(fitting)}" if fitting else "no recipe has all of its keys"
+    names = ", ".join(_BASES.get(recipe, recipe) for recipe in fitting or SCHEMAS)
+    raise UserError(
+        f"{path}: does not say which recipe it is for, and {fit}. Name a config in front of it ({names}), or write "
+        "the key recipe into it."
+    )
 
 
 def _component_keys() -> set[str]:

@@ -303,7 +303,9 @@ class TestFiles:
         refusal(place, run(*ROADS["multirun"]))
 
     def test_the_same_roads_take_a_good_file(self, place: Path, saved: str) -> None:
-        (place / "good.yaml").write_text("defaults: [override /optimizer: adamw]\nseed: 5\nname: a${seed}")
+        (place / "good.yaml").write_text(
+            "recipe: pretrain\ndefaults: [override /optimizer: adamw]\nseed: 5\nname: a${seed}"
+        )
         assert config.compose("good.yaml").name == config.compose("pretrain", ["good.yaml"]).name == "a5"
         (place / "config.yaml").write_text(saved)
         assert config.to_yaml(config.load_config(place / "config.yaml")) == saved

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import click
@@ -65,3 +70,26 @@ def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide the words after a config's name into YAML files and overrides."""
+    overlays = [text for text in arguments if text.endswith((".yaml", ".yml")) and "=" not in text]
+    return overlays, [text for text in arguments if text not in overlays]
+
+
+def recipe_file(path: str) -> ModuleType:
+    """Import a recipe that the person named on the command line; a config can not do this."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such recipe file. Start from ours: plmtune cp recipes/pretrain {path}")
+    spec = importlib.util.spec_from_file_location(f"plmtune_recipe_{Path(path).stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    for needed in ("main", "CONFIG"):
+        if not hasattr(module, needed):
+            raise UserError(
+                f"{path}: a recipe defines main(cfg) and CONFIG, the config it starts from; {needed} is missing."
+            )
+    return module

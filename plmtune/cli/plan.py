@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from plmtune.cli import import_option
+from plmtune.cli.options import divide
 from plmtune.errors import UserError
 from plmtune.tables import Table, numbers, show
 
@@ -72,8 +73,7 @@ def plan(
     lengths = _lengths(contexts or ("2048" if sweep else _CONTEXTS))
     names = _words(schemes or ("int4" if sweep else _SCHEMES), "--scheme")
     where = _words(runtimes or ("plmtune" if sweep else "plmtune,llama.cpp"), "--runtime")
-    overlays = [text for text in arguments if text.endswith((".yaml", ".yml")) and "=" not in text]
-    overrides = [text for text in arguments if text not in overlays]
+    overlays, overrides = divide(arguments)
     if sweep:
         for option, given in (("device", chosen), ("scheme", names), ("runtime", where), ("context", lengths)):
             if len(given) != 1:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
-import sys
 from datetime import datetime
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import click
 
 from plmtune.cli import import_option
+from plmtune.cli.options import divide, recipe_file
 from plmtune.cli.runs import reasons, table
 from plmtune.errors import UserError, did_you_mean
 from plmtune.tables import show
@@ -45,13 +43,12 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
     plmtune run pretrain conf/plm_1.8b.yaml model/ffn=swiglu --dry-run
     plmtune run -m demo optimizer.lr=3e-3,1e-2
     """
-    overlays = [text for text in arguments if text.endswith((".yaml", ".yml")) and "=" not in text]
-    overrides = [text for text in arguments if text not in overlays]
+    overlays, overrides = divide(arguments)
     overrides += ["sensitivity.measure=true"] if sensitivity else []
     for text in overrides:  # asked before torch is imported, which takes longer than all that is here
         if text.startswith("run_dir=") and not (multirun or dry_run):
             _refuse_early(Path(text.removeprefix("run_dir=").strip("'\"")))
-    module = _recipe_file(name) if name.endswith(".py") else None
+    module = recipe_file(name) if name.endswith(".py") else None
 
     from plmtune import config
 
@@ -129,7 +126,7 @@ def resume(arguments: tuple[str, ...], other_data: bool, recipe_path: str | None
             raise UserError(f"key {key}: says where a run begins, and this one has begun: it cannot change on resume.")
     cfg.other_data = cfg.other_data or other_data
     refuse_other_config(run_dir, saved, cfg)
-    module = _recipe_file(recipe_path) if recipe_path else importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
+    module = recipe_file(recipe_path) if recipe_path else importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
     cfg.run_dir, cfg.resume = str(_go_to_its_directory(run_dir, saved.run_dir, record)), True
     module.main(cfg)
 
@@ -163,20 +160,3 @@ def _refuse_early(run_dir: Path) -> None:
     """Ask long before the lock is taken whether another process is in the directory."""
     if os.environ.get("RANK", "0") == "0":  # the others would see the lock of rank 0
         refuse_if_in_use(run_dir)
-
-
-def _recipe_file(path: str) -> ModuleType:
-    """Import a recipe that the person named on the command line; a config can not do this."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such recipe file. Start from ours: plmtune cp recipes/pretrain {path}")
-    spec = importlib.util.spec_from_file_location(f"plmtune_recipe_{Path(path).stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    for needed in ("main", "CONFIG"):
-        if not hasattr(module, needed):
-            raise UserError(
-                f"{path}: a recipe defines main(cfg) and CONFIG, the config it starts from; {needed} is missing."
-            )
-    return module

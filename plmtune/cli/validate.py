@@ -1,32 +1,41 @@
-"""``plmtune validate``: every mistake that can be found without memory or data."""
+"""``plmtune validate``: every mistake that ``plmtune run`` would refuse, without training or memory for it."""
 
 from __future__ import annotations
+
+import importlib
 
 import click
 
 from plmtune.cli import import_option
-from plmtune.errors import UserError, did_you_mean
-from plmtune.shipped import folder
+from plmtune.cli.options import divide, recipe_file
 
 
 @click.command()
-@click.argument("name", metavar="FILE")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("name")
+@click.argument("arguments", nargs=-1, metavar="[FILE.yaml] [KEY=VALUE]...")
 @click.option("--show", is_flag=True, help="Print the resolved config.")
 @import_option
-def validate(name: str, overrides: tuple[str, ...], show: bool) -> None:
-    """Compose FILE (or a shipped config's name), check every key, and build the model on the meta device."""
-    import importlib
+def validate(name: str, arguments: tuple[str, ...], show: bool) -> None:
+    """Check what plmtune run NAME [FILE.yaml] [KEY=VALUE]... would run; train nothing.
 
-    if not name.endswith((".yaml", ".yml")) and not (folder("conf") / f"{name}.yaml").is_file():
-        known = sorted(path.stem for path in folder("conf").glob("*.yaml"))
-        raise UserError(f"{name} is neither a shipped config nor a .yaml file.{did_you_mean(name, known)}")
+    NAME is a config (plmtune ls), your own recipe.py, or a YAML file. What the command accepts, the run accepts,
+    but for the rows of its data and the memory that it takes, which are reported.
+
+    \b
+    plmtune validate pretrain mine.yaml
+    plmtune validate mine.yaml optimizer.lr=1e-4
+    """
+    overlays, overrides = divide(arguments)
+    module = recipe_file(name) if name.endswith(".py") else None
 
     from plmtune import config
 
-    config.find_config(name)  # before components are imported, and torch with them
-    cfg = config.compose(name, (), overrides)
-    lines = importlib.import_module(f"plmtune.recipes.{cfg.recipe}").check(cfg)
+    if module is None:
+        config.find_config(name)  # before components are imported, and torch with them
+    cfg = config.compose(module.CONFIG if module else name, overlays, overrides)
+    recipe = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
+    check = getattr(recipe, "check", None)
+    said = check(cfg) if check else "Keys and values are; the recipe has no check(cfg), which would look further."
     if show:
         click.echo(config.to_yaml(cfg), nl=False)
-    click.echo(f"{name}: valid. {lines}")
+    click.echo(f"{' '.join([name, *overlays])}: valid. {said}")

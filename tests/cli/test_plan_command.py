@@ -77,7 +77,7 @@ class TestPlan:
             tmp_path / "sweep.png",
         )
         assert code == 0
-        assert "4 architectures" in out and "2 are impossible" in out and "num_heads must be at least 1, not 0" in out
+        assert "4 architectures" in out and "2 are impossible" in out and "num_heads (0) must be at least 1" in out
         assert len(json.loads((tmp_path / "sweep.json").read_text())["points"]) == 2
         assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 

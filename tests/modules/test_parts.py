@@ -43,7 +43,7 @@ class TestRotaryEmbedding:
     def test_an_odd_width_is_refused(self) -> None:
         with pytest.raises(ValueError, match="even and at least 2, not 5"):
             RotaryEmbedding(5, 8, theta=1.0, interleaved=True)
-        with pytest.raises(ValueError, match=r"rope_theta \(0\) must be above 0"):
+        with pytest.raises(ValueError, match=r"rope_theta \(0.0\) must be above 0"):
             RotaryEmbedding(4, 8, theta=0.0, interleaved=True)
 
 
