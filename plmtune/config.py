@@ -472,7 +472,7 @@ def _construct(annotation: Any, value: Any, key: str, where: str) -> Any:
             try:
                 section.check()
             except ValueError as error:
-                raise UserError(f"{place}key {key}: {error}.") from error
+                raise UserError(f"{place}key {key}: {str(error).rstrip('.')}.") from error
         return section
     if origin is list:
         return [_construct(arguments[0], child, f"{key}[{i}]", where) for i, child in enumerate(value)]

@@ -133,7 +133,7 @@ class TestBadInput:
             ("model.num_heads=0", ["model", "num_heads", "0"]),
             ("phases=[]", ["phases", "empty"]),
             ("phases=[{name: a}]", ["phases[0]", "tokens or steps"]),
-            ("phases=[{name: a, tokens: lots}]", ["phases[0].tokens", "lots"]),
+            ("phases=[{name: a, tokens: lots}]", ["phases[0]", "lots"]),
             ("phases=[{name: a, steps: 2, mix: {filez: 1}}]", ["filez", "files"]),
             ("micro_batch_size=0", ["micro_batch_size"]),
             ("name=../../elsewhere", ["name", "elsewhere"]),

@@ -107,7 +107,7 @@ class TestMistakes:
     def test_too_little_text(self, folder: Path) -> None:
         with pytest.raises(UserError, match=r"key data: the text has [\d,]+ tokens"):
             run("test_tokens=1000000")
-        with pytest.raises(UserError, match="calibration_tokens: must not be negative"):
+        with pytest.raises(UserError, match="calibration_tokens: must be at least 0"):
             run("calibration_tokens=-1")
 
     def test_a_group_that_is_none(self, folder: Path) -> None:
