@@ -194,7 +194,9 @@ class Sft:
     seq_len: Size = 512  # tokens a packed row
     global_batch_size: Size = 16  # rows an optimizer step, over all processes
     micro_batch_size: Size = 4  # rows a forward pass, on one process
-    epochs: Annotated[float, POSITIVE] | None = None  # passes over the packed rows; default, where there are no phases: 3
+    epochs: Annotated[float, POSITIVE] | None = (
+        None  # passes over the packed rows; default, where there are no phases: 3
+    )
     phases: list[Phase] = field(default_factory=list)  # instead of epochs
     max_grad_norm: Number = 1.0
     log_every: Size = 10
