@@ -8,6 +8,7 @@ so that casting a model to another dtype and back changes nothing.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEW_ROWS = 16  # up to here a product reads weights more than it computes
+# Rows up to which another kernel may be the fastest: one; few, where a product reads weights more than it computes;
+# more, where writing a matrix out costs as much as multiplying by it. Beyond, it costs next to nothing.
+ROWS = (1, 16, 128)
 
 _NAME = re.compile(r"(int8_dynamic_)?int([48])(?:_g([1-9]\d*))?")
 
@@ -85,7 +88,7 @@ class Quantized(nn.Module):
         weight (Tensor): int8 [out, in], or uint8 [out, in / 2] for 4 bits.
         scales (Tensor): [out, groups], in the dtype that is computed in.
         zeros (Tensor): int8 [out, groups], what stands for 0; only where the format is not symmetric (4 bits: 0 to 15).
-        kernels: what multiplies one row, up to FEW_ROWS, and more; None: the reference below.
+        kernels: what multiplies up to as many rows as each of ROWS, and more; None: the reference below.
         tile: rows that are interleaved in `weight`, as a kernel wants them; 0: none (`quantized_kernels`).
         dense: the whole matrix written out, in place of the integers.
 
@@ -96,7 +99,7 @@ class Quantized(nn.Module):
     weight: Tensor
     scales: Tensor
     zeros: Tensor
-    kernels: tuple[Multiply, Multiply, Multiply] | None = None
+    kernels: tuple[Multiply, ...] | None = None
     tile = 0
     dense: Tensor | None = None
 
@@ -179,9 +182,7 @@ class Quantized(nn.Module):
         if self.kernels is None:
             return reference(self, x)
         flat = x.reshape(-1, self.width).contiguous()  # what packed kernels take
-        rows = len(flat)
-        kernel = self.kernels[0 if rows == 1 else 1 if rows <= FEW_ROWS else 2]
-        return kernel(self, flat).reshape(*x.shape[:-1], self.num_rows)
+        return self.kernels[bisect_left(ROWS, len(flat))](self, flat).reshape(*x.shape[:-1], self.num_rows)
 
 
 Multiply = Callable[[Quantized, Tensor], Tensor]

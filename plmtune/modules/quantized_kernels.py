@@ -1,10 +1,10 @@
 """Products with integers: the ways there are, which of them is fastest here, and layers that are made ready for it.
 
-torch has kernels that read integers as they are, which is what decoding one token waits for; which one is fastest
-depends on processor, threads and shape, so it is measured, once a machine, and kept in a file of the user's cache
-(`PLMTUNE_KERNELS=reference` leaves them all out, so that numbers do not depend on the machine). Each computes what
-`quantized.reference` does, up to rounding: the products of weight-only formats in the dtype of bf16 models, those of
-dynamic formats in integers, exactly, in any dtype. Weight-only products of fp32 models have no fast kernel in torch.
+torch and `plmtune.native` have kernels that read integers as they are: the fastest for few rows, such as one token.
+For many rows, such as a prompt, the matrix is written out part by part and multiplied as any other. The fastest kernel
+depends on processor, threads, shape and rows, so it is measured, once a machine, and kept in a file of the user's cache
+(`PLMTUNE_KERNELS=reference` uses none of them, so that numbers do not depend on the machine). Each computes what
+`quantized.reference` does, up to rounding.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from plmtune.atomic import replacing
 from plmtune.modules.attention import MultiHeadLatentAttention
 from plmtune.modules.quantized import (
-    FEW_ROWS,
+    ROWS,
     Format,
     Multiply,
     Quantized,
@@ -41,13 +42,15 @@ from plmtune.modules.quantized import (
 )
 
 _INT4_GROUPS = (32, 64, 128, 256)  # that the packed kernel of 4 bits takes
-_REGIMES = (1, 8, 64)  # rows that stand for one, up to FEW_ROWS, and more
+_MEASURED_ROWS = (1, 8, 64, 256)  # which stand for up to each of ROWS, and more
+_FEW = 8  # of them: rows that need no matrix that is written out
 _TILE = 64  # rows; half of them without AVX-512
-_SMALL = 2**18  # numbers of a matrix below which it does not matter, and nothing is measured
+_SMALL = 2**16  # numbers of a matrix below which it does not matter, and nothing is measured
 _MAX_MEASURED = 2**21  # numbers of a matrix that is measured
-_RUNS, _COPIES = 10, 4
-_CHUNK = 2**20  # numbers that are written out at a time
-_VERSION = 1  # of the file
+_RUNS, _COPIES, _SECONDS = 10, 4, 0.05
+_CHUNK = 2**20  # numbers that are changed at a time, so that caches hold them
+_BYTES = 2**23  # of a matrix that are written out at a time: a product by fewer rows is slower
+_VERSION = 2  # of the file
 _EPS = np.float32(torch.finfo(torch.float32).eps)
 
 
@@ -91,7 +94,7 @@ def _int4(module: Quantized, x: Tensor) -> Tensor:
         q, step, zero = _round_row(x)
         x = q.sub(zero).mul_(step).to(x.dtype)
     elif module.format.dynamic:
-        x = round_inputs(x)
+        x = _rounded(x)
     group = module.format.group_size
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, module.weight, group, module.scales)[:, : module.num_rows]
 
@@ -105,24 +108,58 @@ def _integer(module: Quantized, x: Tensor) -> Tensor:
             return x.new_full((1, module.num_rows), math.nan)
         q = whole_row.to(torch.int8)
         return torch._int_mm(q, module.weight.t()).sub_(sums, alpha=at).mul(scales.float() * step).to(x.dtype)
-    whole, scale, zero = round_rows(x)
-    product = torch._int_mm(whole.to(torch.int8), module.weight.t()) - zero.to(torch.int32) * sums
-    return (product * scales.float()).mul_(scale).to(x.dtype)
+    parts = [round_rows(part) for part in x.split(max(1, _CHUNK // module.width))]
+    q = torch.cat([part.to(torch.int8) for part, _, _ in parts])
+    scale, zero = (torch.cat(found) for found in zip(*((scale, zero) for _, scale, zero in parts), strict=True))
+    out, step = x.new_empty(len(x), module.num_rows), max(64, _CHUNK // max(len(x), 1) // 64 * 64)
+    for start in range(0, module.num_rows, step):
+        rows = slice(start, start + step)
+        product = torch._int_mm(q, module.weight[rows].t()) - zero.to(torch.int32) * sums[rows]
+        out[:, rows] = (product * scales[rows].float()).mul_(scale)
+    return out
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """`round_inputs` of x (Tensor), [n, in]."""
+    from plmtune import native  # imports this package
+
+    if native.takes(Format(8), x.dtype, x.shape[1]):
+        return native.round_inputs(x)
+    return torch.cat([round_inputs(part) for part in x.split(max(1, _CHUNK // x.shape[1]))])
+
+
+def _native(module: Quantized, x: Tensor) -> Tensor:
+    from plmtune import native
+
+    return native.multiply(module, x)
+
+
+def _parts(module: Quantized, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The reference, some rows of W at a time, whose numbers are reused memory that caches hold; in x's dtype."""
+    from plmtune import native
+
+    if module.format.dynamic:
+        x = _rounded(x)
+    dtype = dtype or x.dtype
+    wide, step = x.to(dtype), max(64, _BYTES // dtype.itemsize // module.width // 64 * 64)
+    is_native = not module.tile and native.takes(module.format, module.scales.dtype, module.width)
+
+    def product(rows: slice) -> Tensor:
+        weight = native.dequantize(module, rows, dtype) if is_native else module.dequantize(rows).to(dtype)
+        return F.linear(wide, weight)
+
+    if module.num_rows <= step:
+        return product(slice(None)).to(x.dtype)
+    out = x.new_empty(len(x), module.num_rows)
+    for start in range(0, module.num_rows, step):
+        rows = slice(start, start + step)
+        out[:, rows] = product(rows)
+    return out
 
 
 def _wide(module: Quantized, x: Tensor) -> Tensor:
-    """The reference in fp32, some rows of W at a time, so that they need not be written to memory and read again.
-
-    For bf16, too, on processors that have no units for it.
-    """
-    if module.format.dynamic:
-        x = round_inputs(x)
-    wide, out = x.float(), x.new_empty(len(x), module.num_rows)
-    step = max(64, _CHUNK // module.width // 64 * 64)
-    for start in range(0, module.num_rows, step):
-        rows = slice(start, start + step)
-        out[:, rows] = F.linear(wide, module.dequantize(rows).float())
-    return out
+    """The same in fp32, for processors that have no units for bf16."""
+    return _parts(module, x, torch.float32)
 
 
 def _on_cpu(
@@ -134,8 +171,14 @@ def _on_cpu(
     return takes
 
 
+def _by_native(format: Format, dtype: torch.dtype, device: str, shape: tuple[int, int]) -> bool:
+    from plmtune import native
+
+    return device == "cpu" and native.takes(format, dtype, shape[1])
+
+
 _ANY = (torch.float32, torch.bfloat16, torch.float16)
-# The first that takes a layer is the one where nothing is measured.
+# Where nothing is measured, the first that takes a layer multiplies few rows by it, and `parts` many.
 KERNELS: dict[str, Kernel] = {
     "int4_tiles": Kernel(
         _int4,
@@ -151,7 +194,9 @@ KERNELS: dict[str, Kernel] = {
         _integer,
         _on_cpu(8, _ANY, lambda format, out, width: format.dynamic and format.group_size is None and width <= 2**15),
     ),
-    "wide": Kernel(_wide, lambda format, dtype, device, shape: device == "cpu", tiled=None),
+    "native": Kernel(_native, _by_native),
+    "parts": Kernel(_parts, lambda format, dtype, device, shape: device == "cpu", tiled=None),
+    "wide": Kernel(_wide, lambda format, dtype, device, shape: device == "cpu" and dtype != torch.float32, tiled=None),
     "reference": Kernel(reference, lambda format, dtype, device, shape: True, tiled=None),
 }
 
@@ -188,33 +233,35 @@ def to_tiles(module: Quantized) -> bool:
 
 def choose(format: Format, dtype: torch.dtype, device: torch.device | str, shape: tuple[int, int], rows: int) -> str:
     """Return which of KERNELS multiplies `rows` rows by a matrix [out, in] of this shape fastest here."""
-    return _choose(format, dtype, torch.device(device).type, shape)[_regime(rows)]
+    return _choose(format, dtype, torch.device(device).type, shape)[bisect_left(ROWS, rows)]
 
 
-def _regime(rows: int) -> int:
-    return 0 if rows == 1 else 1 if rows <= FEW_ROWS else 2
-
-
-def _choose(format: Format, dtype: torch.dtype, device: str, shape: tuple[int, int]) -> tuple[str, str, str]:
-    """The kernels of one row, few and many; all of them can read the order of integers that the first wants."""
+def _choose(format: Format, dtype: torch.dtype, device: str, shape: tuple[int, int]) -> tuple[str, ...]:
+    """The kernels of each number of rows; all of them can read the order of integers that the first wants."""
     if os.environ.get("PLMTUNE_KERNELS") == "reference":
-        return ("reference",) * 3
+        return ("reference",) * len(_MEASURED_ROWS)
     able = [
         name
         for name, kernel in KERNELS.items()
         if kernel.takes(format, dtype, device, shape) and (kernel.tiled is None or _sound(name, format, dtype))
     ]
-    if len(able) == 1 or shape[0] * shape[1] < _SMALL:
-        return (able[0],) * 3
+    if "native" in able:
+        able = [name for name in able if not KERNELS[name].tiled]  # a decoder's integers lie as in files
+    if len(able) == 1:
+        return (able[0],) * len(_MEASURED_ROWS)
+    if shape[0] * shape[1] < _SMALL:
+        return tuple(able[0] if rows <= _FEW else "parts" for rows in _MEASURED_ROWS)
     # More rows go the same way, so few are enough to know.
     shape = (min(shape[0], max(_MAX_MEASURED // shape[1] // 64, 1) * 64), shape[1])
-    key = f"{_machine()} | {format.name} | {str(dtype).removeprefix('torch.')} | {shape[0]}x{shape[1]}"
+    key = (
+        f"{_machine()} | {format.name} | {str(dtype).removeprefix('torch.')} | {shape[0]}x{shape[1]} | "
+        f"{', '.join(able)}"
+    )
     kept = _measured()
     if key not in kept or any(name not in able for name in kept[key]):
         kept[key] = _measure(able, format, dtype, shape)
         _keep(kept)
-    one, few, many = kept[key]
-    return one, few, many
+    return tuple(kept[key])
 
 
 @functools.cache
@@ -272,30 +319,32 @@ def ready(module: Quantized, name: str) -> Quantized:
         raise RuntimeError("the order of this processor is not known")
     if name == "int8_integer":
         module.register_buffer("sums", module.weight.sum(1, dtype=torch.int32), persistent=False)
-    module.kernels = (KERNELS[name].multiply,) * 3
+    module.kernels = (KERNELS[name].multiply,) * len(_MEASURED_ROWS)
     return module
 
 
 @torch.no_grad()
 def _measure(names: list[str], format: Format, dtype: torch.dtype, shape: tuple[int, int]) -> list[str]:
-    """The fastest for one row, few and many, over matrices that take turns, so that no cache holds one."""
+    """The fastest for each number of rows, over matrices that take turns, so that no cache holds one."""
     first_copy = example(format, dtype, shape)
-    seconds = {(name, rows): math.inf for name in names for rows in _REGIMES}
+    seconds = {(name, rows): math.inf for name in names for rows in _MEASURED_ROWS}
     for name in names:
         modules = [ready(copy.deepcopy(first_copy), name) for _ in range(_COPIES)]
-        for rows in _REGIMES:
+        for rows in _MEASURED_ROWS:
             x, best = torch.randn(rows, shape[1]).to(dtype), min(seconds[other, rows] for other in names)
             modules[0].multiply(x)
+            until = time.perf_counter() + _SECONDS
             for number in range(1, _RUNS):
                 start = time.perf_counter()
                 modules[number % _COPIES].multiply(x)
+                end = time.perf_counter()
                 # The least is asked for, since other work on the machine only adds.
-                seconds[name, rows] = min(seconds[name, rows], time.perf_counter() - start)
-                if seconds[name, rows] > 3 * best:
+                seconds[name, rows] = min(seconds[name, rows], end - start)
+                if seconds[name, rows] > 3 * best or end > until:
                     break
     first = min(names, key=lambda name: seconds[name, 1])
     fit = [name for name in names if KERNELS[name].tiled in (None, bool(KERNELS[first].tiled))]
-    return [first, *(min(fit, key=lambda name: seconds[name, rows]) for rows in _REGIMES[1:])]
+    return [first, *(min(fit, key=lambda name: seconds[name, rows]) for rows in _MEASURED_ROWS[1:])]
 
 
 def _file() -> Path:
@@ -308,7 +357,7 @@ def _measured() -> dict[str, list[str]]:
     try:
         data = json.loads(_file().read_text(encoding="utf-8"))
         kept = data["kernels"] if data["version"] == _VERSION else {}
-        assert all(len(names) == 3 and set(names) <= set(KERNELS) for names in kept.values())
+        assert all(len(names) == len(_MEASURED_ROWS) and set(names) <= set(KERNELS) for names in kept.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
         return {}
     return dict(kept)
@@ -339,16 +388,13 @@ def prepare(model: nn.Module) -> None:
         held = getattr(module, "kv_b_proj", None)
         if isinstance(module, MultiHeadLatentAttention) and isinstance(held, Quantized) and not held.prepared:
             held.keep_dense()
-    is_native = native.attach(model)
+    native.attach(model)
     for module in model.modules():
         if isinstance(module, QuantizedLinear | QuantizedEmbedding) and not module.prepared:
-            if is_native and module.format.bits == 4:
-                module.kernels = (native.multiply,) * 3
-                continue
             shape = (module.num_rows, module.width)
             names = _choose(module.format, module.scales.dtype, module.scales.device.type, shape)
             if KERNELS[names[0]].tiled:
                 ready(module, names[0])
             elif "int8_integer" in names:
                 ready(module, "int8_integer")
-            module.kernels = tuple(KERNELS[name].multiply for name in names)  # type: ignore[assignment]
+            module.kernels = tuple(KERNELS[name].multiply for name in names)

@@ -4,6 +4,6 @@ What eager torch spends on a token of a small model is mostly its hundreds of sm
 Without a compiler, or with `PLMTUNE_NATIVE=0` or `PLMTUNE_KERNELS=reference`, decoding is eager, and all else is alike.
 """
 
-from plmtune.native.decoder import NativeDecoder, attach, missing, multiply
+from plmtune.native.decoder import NativeDecoder, attach, dequantize, missing, multiply, round_inputs, takes
 
-__all__ = ["NativeDecoder", "attach", "missing", "multiply"]
+__all__ = ["NativeDecoder", "attach", "dequantize", "missing", "multiply", "round_inputs", "takes"]

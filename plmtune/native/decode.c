@@ -23,6 +23,7 @@ typedef float V __attribute__((vector_size(64)));
 typedef int32_t I __attribute__((vector_size(64)));
 typedef uint32_t U __attribute__((vector_size(64)));
 typedef float V_at __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t H __attribute__((vector_size(32)));
 typedef uint16_t H_at __attribute__((vector_size(32), aligned(2), may_alias));
 typedef int8_t B_at __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint8_t N_at __attribute__((vector_size(16), aligned(1), may_alias));
@@ -602,26 +603,50 @@ static void attend(const float *query, int64_t heads, int64_t width, const char 
     }
 }
 
-/* One row of a matrix, written out. */
-static void write_row(const matrix *a, int64_t row, float *out) {
+INLINE U halves(V v) { /* as bf16, in the low half of each lane */
+    const U bits = (U)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (U)pick(v == v, (V)rounded, (V)((U){} + 0x7fc0));
+}
+
+INLINE void put_lanes(void *to, int64_t kind, int64_t i, V v) {
+    if (kind == F32)
+        store((float *)to + i, v);
+    else
+        *(H_at *)((uint16_t *)to + i) = __builtin_convertvector(halves(v), H);
+}
+
+/* 32 numbers, of which `even` has those in even places. */
+INLINE void put_pairs(void *to, int64_t kind, int64_t i, V even, V odd) {
+    if (kind == BF16) {
+        store((float *)((uint16_t *)to + i), (V)(halves(even) | halves(odd) << 16)); /* the lower address is even */
+        return;
+    }
+    float *out = (float *)to + i;
+    for (int lane = 0; lane < LANES; lane++) out[2 * lane] = even[lane], out[2 * lane + 1] = odd[lane];
+}
+
+/* One row of a matrix, written out in fp32 or bf16. */
+static void write_row(const matrix *a, int64_t row, void *out, int64_t kind) {
     const int64_t groups = a->cols / a->group;
+    if (a->kind == F32 || a->kind == BF16) {
+        const vector all = {a->weight, a->kind};
+        for (int64_t c = 0; c < a->cols; c++) put(out, kind, c, element(all, row * a->cols + c));
+        return;
+    }
     for (int64_t g = 0; g < groups; g++) {
-        const int64_t from = g * a->group;
-        if (a->kind == F32 || a->kind == BF16) {
-            const vector all = {a->weight, a->kind};
-            for (int64_t c = from; c < from + a->group; c++) out[c] = element(all, row * a->cols + c);
-            continue;
-        }
+        const int64_t from = g * a->group, to = from + a->group;
         const float scale = element(a->scales, row * groups + g);
         const int32_t zero = a->zeros ? a->zeros[row * groups + g] : a->kind == INT4 ? 8 : 0;
         if (a->kind == INT8) {
             const int8_t *w = (const int8_t *)a->weight + row * a->cols;
-            for (int64_t c = from; c < from + a->group; c++) out[c] = (float)(w[c] - zero) * scale;
+            for (int64_t c = from; c < to; c += LANES)
+                put_lanes(out, kind, c, __builtin_convertvector(signed_bytes(w + c) - zero, V) * scale);
         } else {
             const uint8_t *w = (const uint8_t *)a->weight + row * (a->cols / 2);
-            for (int64_t c = from / 2; c < (from + a->group) / 2; c++) {
-                out[2 * c] = (float)((w[c] & 15) - zero) * scale;
-                out[2 * c + 1] = (float)((w[c] >> 4) - zero) * scale;
+            for (int64_t c = from; c < to; c += 2 * LANES) {
+                const I pairs = bytes(w + c / 2);
+                put_pairs(out, kind, c, __builtin_convertvector((pairs & 15) - zero, V) * scale,
+                          __builtin_convertvector((pairs >> 4) - zero, V) * scale);
             }
         }
     }
@@ -667,10 +692,33 @@ int plmtune_product(const matrix *a, vector x, float *y, int threads) {
     return -failed;
 }
 
-/* Rows [from, to) written out: out [to - from, cols]. */
-void plmtune_rows(const matrix *a, int64_t from, int64_t to, float *out, int threads) {
+/* Rows [from, to) written out in fp32 or bf16: out [to - from, cols]. */
+void plmtune_rows(const matrix *a, int64_t from, int64_t to, void *out, int64_t kind, int threads) {
+    const int64_t row_bytes = a->cols * (kind == F32 ? 4 : 2);
 #pragma omp parallel for num_threads(threads)
-    for (int64_t row = from; row < to; row++) write_row(a, row, out + (row - from) * a->cols);
+    for (int64_t row = from; row < to; row++) write_row(a, row, (char *)out + (row - from) * row_bytes, kind);
+}
+
+/* Each row of x [count, cols] rounded to 8 bits and back, in x's kind; 0, or -1 without memory. */
+int plmtune_round(vector x, int64_t count, int64_t cols, void *out, int threads) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        float *row = numbers(2 * padded(cols)), *rounded = row + padded(cols);
+        if (!row) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp barrier
+#pragma omp for
+        for (int64_t r = 0; r < (failed ? 0 : count); r++) {
+            for (int64_t c = 0; c < cols; c += LANES) store(row + c, elements(x, r * cols + c));
+            round_inputs(row, cols, rounded);
+            for (int64_t c = 0; c < cols; c += LANES) put_lanes(out, x.kind, r * cols + c, load(rounded + c));
+        }
+        free(row);
+    }
+    return -failed;
 }
 
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -706,7 +754,7 @@ int plmtune_decode(const model *m, int64_t token, int64_t position, char *const 
             failed = 1;
         }
 #pragma omp single
-        write_row(&m->embedding, token, x);
+        write_row(&m->embedding, token, x, F32);
         for (int64_t i = 0; i < (failed ? 0 : m->num_layers); i++) {
             const layer *l = m->layers + i;
             const int64_t key = l->latent + l->turned, long_key = padded(key);

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -18,15 +17,13 @@ from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU, SwiGLU
 from plmtune.modules.linear import Linear
 from plmtune.modules.norm import RMSNorm, autocast_active
-from plmtune.modules.quantized import Quantized, QuantizedEmbedding, QuantizedLinear, round_inputs
+from plmtune.modules.quantized import Format, Quantized, QuantizedEmbedding, QuantizedLinear
 from plmtune.modules.rope import RotaryEmbedding, rope_tables
 from plmtune.native.library import library, unavailable
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _INT8, _INT4 = 2, 3
 _CPU = torch.device("cpu")
-_CHUNK = 2**20  # numbers that are written out at a time
-_FEW = 8  # rows, each multiplied by itself: more are worth a matrix that is written out
 
 _pointer, _number, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -332,22 +329,41 @@ def _product(matrix: _Matrix, x: Tensor) -> Tensor:
     return y
 
 
+def takes(format: Format, dtype: torch.dtype, width: int) -> bool:
+    """Whether `multiply`, `dequantize` and `round_inputs` take such a matrix on the CPU of this machine."""
+    lanes = 16 if format.bits == 8 else 32
+    return dtype in _KINDS and (format.group_size or width) % lanes == 0 and missing() is None
+
+
 def multiply(module: Quantized, x: Tensor) -> Tensor:
-    """x (Tensor), [n, in] -> [n, out], from integers that lie as in files: what `quantized.reference` does."""
+    """x (Tensor), [n, in] -> [n, out], row by row, from integers that lie as in files."""
     told = _Seen().matrix(module)
     told.bias = _Vector()  # is added by the layer
-    if 0 < len(x) <= _FEW:
-        return torch.stack([_product(told, row) for row in x.float().contiguous()]).to(x.dtype)
-    if module.format.dynamic:
-        x = round_inputs(x)
-    wide, out = x.float(), x.new_empty(len(x), module.num_rows)
-    step = max(64, _CHUNK // module.width)
-    threads = ctypes.c_int(torch.get_num_threads())
-    for start in range(0, module.num_rows, step):
-        end = min(start + step, module.num_rows)
-        part = torch.empty(end - start, module.width)
-        library().plmtune_rows(ctypes.byref(told), _number(start), _number(end), _pointer(part.data_ptr()), threads)
-        out[:, start:end] = F.linear(wide, part)
+    products = [_product(told, row) for row in x.float().contiguous()]
+    return torch.stack(products).to(x.dtype) if products else x.new_empty(0, module.num_rows)
+
+
+def dequantize(module: Quantized, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Return what `Quantized.dequantize` returns, in fp32 or bf16, of integers that lie as in files."""
+    start, end, _ = rows.indices(module.num_rows)
+    out = torch.empty(end - start, module.width, dtype=dtype)
+    library().plmtune_rows(
+        ctypes.byref(_Seen().matrix(module)),
+        _number(start),
+        _number(end),
+        _pointer(out.data_ptr()),
+        _number(_KINDS[dtype]),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return out
+
+
+def round_inputs(x: Tensor) -> Tensor:
+    """Return what `quantized.round_inputs` returns for x (Tensor), [n, in], contiguous."""
+    out, threads = torch.empty_like(x), ctypes.c_int(torch.get_num_threads())
+    vector, (rows, width) = _Vector(x.data_ptr(), _KINDS[x.dtype]), x.shape
+    if library().plmtune_round(vector, _number(rows), _number(width), _pointer(out.data_ptr()), threads):
+        raise MemoryError("there is no memory for a product")
     return out
 
 

@@ -90,7 +90,7 @@ def _load(path: Path) -> ctypes.CDLL:
     # torch has opened its library of threads under the name that this one asks for, so that there is but one pool.
     torch.get_num_threads()
     found = ctypes.CDLL(str(path))
-    for name in ("plmtune_decode", "plmtune_product"):
+    for name in ("plmtune_decode", "plmtune_product", "plmtune_round"):
         getattr(found, name).restype = ctypes.c_int
     found.plmtune_rows.restype = None
     return found

@@ -1,6 +1,7 @@
 """Kernels of integers: each says what the reference says; which one is taken is measured once and kept."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -110,21 +111,23 @@ class TestChoose:
         monkeypatch.setattr(quantized_kernels, "_measure", never)
         assert choose(Format(4, 32), torch.bfloat16, "cpu", shape, 1) == first
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 1, "kernels": {"a": ["rm", "-rf", "/"]}}', "\x00"])
+    @pytest.mark.parametrize(
+        "text", ["", "{", "[]", '{"version": 2, "kernels": {"a": ["rm", "-rf", "/", "*"]}}', "\x00"]
+    )
     def test_a_damaged_file_is_measured_anew(self, cache: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(quantized_kernels, "_measure", lambda names, *_: [names[0]] * 3)
+        monkeypatch.setattr(quantized_kernels, "_measure", lambda names, *_: [names[0]] * 4)
         cache.parent.mkdir()
         cache.write_text(text)
         choose(Format(8), torch.bfloat16, "cpu", (1024, 256), 1)
-        assert list(json.loads(cache.read_text())["kernels"].values()) == [["int8"] * 3]
+        assert list(json.loads(cache.read_text())["kernels"].values()) == [["int8"] * 4]
 
     def test_a_file_that_names_a_kernel_for_another_format_is_not_believed(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(quantized_kernels, "_measure", lambda names, *_: [names[0]] * 3)
+        monkeypatch.setattr(quantized_kernels, "_measure", lambda names, *_: [names[0]] * 4)
         choose(Format(8), torch.bfloat16, "cpu", (1024, 256), 1)
         kept = json.loads(cache.read_text())
-        kept["kernels"] = dict.fromkeys(kept["kernels"], ["int4_tiles"] * 3)
+        kept["kernels"] = dict.fromkeys(kept["kernels"], ["int4_tiles"] * 4)
         cache.write_text(json.dumps(kept))
         assert choose(Format(8), torch.bfloat16, "cpu", (1024, 256), 1) == "int8"
 
@@ -136,6 +139,29 @@ class TestChoose:
         monkeypatch.setenv("PLMTUNE_KERNELS", "reference")
         assert choose(Format(8), torch.bfloat16, "cpu", (1024, 256), 1) == "reference"
         assert not cache.exists()
+
+    def test_each_number_of_rows_has_the_kernel_that_is_fastest_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = [0.0]
+
+        def taking(seconds: Callable[[int], float]) -> quantized_kernels.Kernel:
+            def multiply(module: Quantized, x: Tensor) -> Tensor:
+                now[0] += seconds(len(x))
+                return reference(module, x)
+
+            return quantized_kernels.Kernel(multiply, lambda *_: True, tiled=None)
+
+        kernels = {"by_row": taking(lambda rows: rows), "by_matrix": taking(lambda rows: 30 + rows / 100)}
+        monkeypatch.setattr(quantized_kernels, "KERNELS", kernels)
+        monkeypatch.setattr(quantized_kernels.time, "perf_counter", lambda: now[0])
+        found = [choose(Format(8), torch.float32, "cpu", (512, 512), rows) for rows in (1, 2, 16, 17, 128, 129, 4096)]
+        assert found == ["by_row"] * 3 + ["by_matrix"] * 4
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_every_format_may_multiply_many_rows_in_the_dtype_of_the_model(self, name: str, dtype: torch.dtype) -> None:
+        assert KERNELS["parts"].takes(Format.parse(name), dtype, "cpu", (1024, 256))
+        # Nothing is measured for a small matrix, whose prompts can be long all the same.
+        assert choose(Format.parse(name), dtype, "cpu", (96, 256), 2048) == "parts"
 
     def test_other_devices_have_the_reference(self) -> None:
         assert choose(Format(4, 32), torch.bfloat16, "cuda", (1024, 256), 1) == "reference"

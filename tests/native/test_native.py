@@ -15,8 +15,8 @@ from plmtune.models.plm import plm
 from plmtune.modules.cache import Cache
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU
-from plmtune.modules.quantized import Format, Quantized, install
-from plmtune.modules.quantized_kernels import example, prepare
+from plmtune.modules.quantized import Format, Quantized, install, reference, round_inputs
+from plmtune.modules.quantized_kernels import KERNELS, example, prepare
 from plmtune.native import library
 from plmtune.registry import component
 
@@ -157,15 +157,36 @@ class TestStep:
 @needs_native
 class TestMultiply:
     @pytest.mark.parametrize("rows", [0, 1, 5, 40])
-    @pytest.mark.parametrize("format", ["int4_g32", "int8_dynamic_int4_g32"])
-    def test_many_rows_are_as_the_reference_has_them(self, format: str, rows: int) -> None:
-        layers: Any = build("plm", format).layers
-        module = layers[0].ffn.up_proj
-        assert module.kernels is not None and module.kernels[0] is native.multiply
-        x = torch.randn(rows, 64)
-        found = module(x)
-        module.kernels = None
-        torch.testing.assert_close(found, module(x), atol=1e-5, rtol=1e-5)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("format", [format for format in FORMATS if format])
+    def test_any_rows_are_as_the_reference_has_them(self, format: str, dtype: torch.dtype, rows: int) -> None:
+        module = example(Format.parse(format), dtype, (100, 96))
+        x = torch.randn(rows, 96).to(dtype)
+        expected = reference(module, x)
+        for name in ("native", "parts", "wide"):
+            found = KERNELS[name].multiply(module, x)
+            assert found.dtype == dtype
+            bound = (1e-5 if dtype == torch.float32 else 2e-2) * float(expected.abs().max()) if rows else 0.0
+            torch.testing.assert_close(found, expected, atol=bound, rtol=0.0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("format", [format for format in FORMATS if format])
+    def test_numbers_written_out_are_torchs_to_the_last_bit(self, format: str, dtype: torch.dtype) -> None:
+        module = example(Format.parse(format), dtype, (130, 96))
+        module.scales[3] = float("nan")
+        for rows in (slice(None), slice(64, 128)):
+            torch.testing.assert_close(
+                native.dequantize(module, rows, dtype), module.dequantize(rows), atol=0, rtol=0, equal_nan=True
+            )
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_rounded_inputs_are_torchs_to_the_last_bit(self, dtype: torch.dtype) -> None:
+        x = torch.randn(50, 96).mul(torch.logspace(-9, 9, 50)[:, None]).to(dtype)
+        x[3], x[4], x[5] = 0, x[5].abs(), -x[5].abs()
+        x[6] = (torch.arange(96) - 0.5).to(dtype)  # many in the middle of two steps
+        assert torch.equal(native.round_inputs(x), round_inputs(x))
+        x[1, 2], x[7, 5] = float("inf"), float("nan")
+        assert native.round_inputs(x)[[1, 7]].isnan().all()
 
     @pytest.mark.parametrize("groups", [15, 16, 24, 40])
     def test_rows_of_any_number_of_groups(self, groups: int) -> None:
