@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plmtune import hub
 from plmtune.config import load_config
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
@@ -38,19 +39,25 @@ def choose_origin(cfg: Any) -> str:
     # Rank 0 looks and tells: the newest run may be another one a moment later.
     found, why = told_by_rank_0(lambda: _find_origin(cfg))
     cfg.init_from = found
-    directory = origin_directory(found)
+    directory = origin_directory(found, weights=False)
     if cfg.model is None:
         description = read_description(directory)
         cfg.model = from_description("model", description, str(directory))
     if cfg.tokenizer is None:
-        cfg.tokenizer = Component("tokenizer", "file", {"path": str(directory), "pattern": "qwen2"})
+        path = _portable(found, directory)
+        cfg.tokenizer = Component("tokenizer", "file", {"path": path, "pattern": "qwen2"})
     return str(why)
+
+
+def _portable(named: str, directory: Path) -> str:
+    """Return the name of a model of the hub, whose cache is elsewhere on other machines; else its directory."""
+    return named if hub.parse(named) else str(directory)
 
 
 def _find_origin(cfg: Any) -> tuple[str, str]:
     """(where it is, what to say of it)"""
     if cfg.init_from:
-        cfg.init_from = str(without_link(Path(cfg.init_from)))
+        cfg.init_from = str(without_link(Path(hub.pin(cfg.init_from))))
         return cfg.init_from, f"starting from {cfg.init_from}"
     for kind in KINDS[cfg.recipe]:
         for run in finished_runs():
@@ -63,9 +70,9 @@ def _find_origin(cfg: Any) -> tuple[str, str]:
     if _fits(cfg.model, Component("model", "plm", {})):
         repository = PUBLISHED[cfg.recipe]
         try:
-            return str(fetch_model(repository)), f"{nothing}: starting from the published {repository}"
+            return hub.pin(repository), f"{nothing}: starting from the published {repository}"
         except UserError as error:
-            nothing = f"{nothing}, and {error}"
+            nothing = f"{nothing}. {str(error).rstrip('.')}"
     raise UserError(
         f"{nothing}. Train one first (plmtune run demo), or name a run or a model directory with init_from=DIR "
         "(plmtune convert FILE.gguf DIR makes one of a GGUF file)."
@@ -91,25 +98,6 @@ def _fits(wanted: Component | None, theirs: Component | None) -> bool:
     return all(ours[key] == others.get(key) for key in ours if key not in _FREE)
 
 
-def fetch_model(repository: str) -> Path:
-    """Fetch a model of the hub: its JSON and safetensors files, no code.
-
-    Raises:
-        UserError: as the middle of a sentence, if it cannot be had.
-    """
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(f"{repository} of the hub needs the package huggingface_hub (plmtune[hub])") from None
-    try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"{repository} cannot be fetched ({reason[0][:160] if reason else type(error).__name__})"
-        ) from error
-
-
 @dataclass
 class Origin:
     """The checkpoint that `init_from` names; a run that enters the schedule after its warmup goes on from there."""
@@ -127,6 +115,8 @@ def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer) -> Origin | None:
     """
     if not cfg.init_from:
         return None
+    # A branch of the hub may move on; the run keeps the commit that it starts from.
+    cfg.init_from = told_by_rank_0(lambda: hub.pin(cfg.init_from))
     directory = origin_directory(cfg.init_from)
     theirs, ours = read_description(directory), model.config
     if found := _difference(theirs, ours):
@@ -136,7 +126,7 @@ def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer) -> Origin | None:
     if named and load_its_tokenizer(directory).fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"init_from={cfg.init_from}: its tokenizer is another one than this run's. Use its own: "
-            f"tokenizer=file tokenizer.path={directory}"
+            f"tokenizer=file tokenizer.path={_portable(cfg.init_from, directory)}"
         )
     # A branched decay anneals that very run: it keeps the optimizer's moments and reads on where the other stopped.
     goes_on = cfg.scheduler.settings.get("start", "warmup") != "warmup"
@@ -144,8 +134,11 @@ def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer) -> Origin | None:
     return Origin(directory, bool(state), dict(state.get("drawn", {})))
 
 
-def origin_directory(init_from: str) -> Path:
+def origin_directory(init_from: str, *, weights: bool = True) -> Path:
     """The checkpoint that `init_from` names; of a run the newest one that is whole. Every rank calls it.
+
+    Args:
+        weights: False: the configuration is enough, see `checkpoint_directory`.
 
     Raises:
         UserError: if there is none.
@@ -156,7 +149,7 @@ def origin_directory(init_from: str) -> Path:
         folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
         if manifest.steps(folder):
             return str(folder), ""
-        return "", str(checkpoint_directory(given))
+        return "", str(checkpoint_directory(given, weights=weights))
 
     # Rank 0 looks and tells: the newest of a run that is still training may be another a moment later.
     folder, single = told_by_rank_0(find)

@@ -152,6 +152,7 @@ def open_run(
             run = _reopen(cfg, path, data, saved or {})
             return
         run = RunDirectory.create(path, to_yaml(cfg), sys.argv, data=data, job=job())
+        run.update(starts_from=getattr(cfg, "init_from", getattr(cfg, "checkpoint", None)))
 
     told_by_rank_0(begin)
     return run

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plmtune import hub
 from plmtune.atomic import replacing
 from plmtune.config import build
 from plmtune.data.sources import named_sources
@@ -178,7 +179,8 @@ def choose(cfg: Config) -> str:
                 "a model directory with checkpoint=DIR."
             )
         cfg.checkpoint, said = str(newest), f"quantizing {newest}, the newest finished run (checkpoint=DIR for another)"
-    directory = checkpoint_directory(cfg.checkpoint)
+    cfg.checkpoint = hub.pin(cfg.checkpoint)
+    directory = checkpoint_directory(cfg.checkpoint, weights=False)
     trained_for = qat.plan_of(directory)
     if cfg.quantization is None and trained_for is not None:
         cfg.quantization = from_description("quantization", trained_for, f"{directory}, key qat")
@@ -298,7 +300,7 @@ def check(cfg: Config) -> str:
     if cfg.checkpoint is None:
         return "The model is that of the newest finished run."
     choose(cfg)
-    model = on_meta(checkpoint_directory(cfg.checkpoint))
+    model = on_meta(checkpoint_directory(cfg.checkpoint, weights=False))
     plan = plan_of(cfg, model)
     return f"{len(plan)} matrices in integers, about {show_bytes(num_bytes(model, plan, _DTYPES[cfg.dtype]))}."
 

@@ -6,22 +6,22 @@ from pathlib import Path
 
 import click
 
+from plmtune import hub
 from plmtune.errors import UserError
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
 @click.argument("results", nargs=-1, type=click.Path(path_type=Path), metavar="[RESULT]...")
 @click.option("--out", type=click.Path(path_type=Path), help="The card; default: README.md in CHECKPOINT.")
 @click.option("--overwrite", is_flag=True, help="Replace a card and curves that are there.")
-def card(checkpoint: Path, results: tuple[Path, ...], out: Path | None, overwrite: bool) -> None:
+def card(checkpoint: str, results: tuple[Path, ...], out: Path | None, overwrite: bool) -> None:
     """Write the model card of CHECKPOINT: a run (its newest checkpoint), a checkpoint or a model directory.
 
     RESULTs are JSON files of plmtune eval; without any, what the run measured of that checkpoint while it trained.
     What no file says stands in the card as "Fill in:".
     """
-    if not checkpoint.exists():
-        raise UserError(f"There is no checkpoint {checkpoint} (seen from {Path.cwd()}).")
+    hub.check_path(checkpoint)
     if out is not None and out.is_dir():
         out = out / "README.md"
     if out is not None and not out.absolute().parent.is_dir():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from plmtune import hub
 from plmtune.atomic import writing
 from plmtune.cli import import_option
 from plmtune.cli.generate import stream, warn_of_pretrained
@@ -41,7 +42,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 @device_option
 @import_option
 def chat(checkpoint: str, system: str | None, chat_template: str | None, device: str | None, **sampling: Any) -> None:
-    """Talk with a checkpoint, a model directory, or a run's newest checkpoint.
+    """Talk with a checkpoint, a model directory, a run's newest checkpoint, or a model of the hub (OWNER/NAME).
 
     Through a pipe each line of stdin is a message, and stdout has the answers alone.
 
@@ -49,6 +50,8 @@ def chat(checkpoint: str, system: str | None, chat_template: str | None, device:
     plmtune chat runs/demo_sft/latest
     echo "What is a stack?" | plmtune chat runs/demo_sft/latest --temperature 0
     """
+    hub.check_path(checkpoint)
+
     import plmtune
     from plmtune.conversation import Conversation
     from plmtune.data.chat_template import find_template

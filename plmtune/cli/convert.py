@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from plmtune import hub
 from plmtune.errors import UserError
 
 
@@ -36,7 +37,8 @@ def convert(file: Path, out: Path, dtype: str, tokenizer: Path | None, overwrite
     if file.is_dir():
         raise UserError(f"{file} is a directory. One in Hugging Face's form needs no conversion: init_from={file}.")
     if not file.is_file():
-        raise UserError(f"There is no file {file} (seen from {Path.cwd()}).")
+        hint = f" A model of the Hugging Face hub needs no conversion: init_from={file}." if hub.parse(file) else ""
+        raise UserError(f"There is no file {file} (seen from {Path.cwd()}).{hint}")
     check_free(out, overwrite)
 
     import torch  # which takes longer than all before it

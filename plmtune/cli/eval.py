@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from plmtune import hub
 from plmtune.cli.generate import warn_of_pretrained
 from plmtune.cli.options import device_option, dtype_option, find_device, find_dtype
 from plmtune.errors import UserError
@@ -75,7 +76,7 @@ def evaluate(
     dtype: str | None,
     device: str | None,
 ) -> None:
-    """Measure checkpoints, model directories or runs; without one, the newest finished run under runs/.
+    """Measure checkpoints, model directories, runs or models of the hub; without one, the newest finished run.
 
     The results go to a JSON file in --out, a table to stdout. What is interrupted goes on where it was when the same
     command is given again.
@@ -110,17 +111,17 @@ def evaluate(
     # Under torchrun each process takes its share of the documents.
     with Runtime.start(device=device or "auto", precision="fp32") as runtime:
         tell = _tell if runtime.is_main else _say_nothing
-        paths = [Path(path) for path in checkpoints] or [_newest(tell)]
+        paths = [hub.pin(path) for path in checkpoints] or [str(_newest(tell))]
         for path in paths:
             checkpoint_directory(path)  # before the tasks, which may take a while
             if chat and runtime.is_main:
-                warn_of_pretrained(str(path))
+                warn_of_pretrained(path)
         loaded, failed = load_tasks(tasks, wanted, settings, tell)
         check_shares(tasks, loaded, limit)
         measured = []
         for path in paths if loaded else []:
             try:
-                with _showing(str(path), tell) as progress:
+                with _showing(path, tell) as progress:
                     result, file = evaluate_checkpoint(
                         path,
                         tasks,

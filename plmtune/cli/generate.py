@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from plmtune import hub
 from plmtune.cli import import_option
 from plmtune.cli.options import device_option, find_device, sampling_options
 from plmtune.errors import UserError
@@ -45,10 +46,12 @@ def generate(
     seed: int,
     device: str | None,
 ) -> None:
-    """Write text with a checkpoint, a model directory, or a run's newest checkpoint.
+    """Write text with a checkpoint, a model directory, a run's newest checkpoint, or a model of the hub (OWNER/NAME).
 
     The text goes to stdout as it comes, the speed to stderr.
     """
+    hub.check_path(checkpoint)
+
     import plmtune
     from plmtune.generation import complete
 

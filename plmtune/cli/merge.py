@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
+from plmtune import hub
 from plmtune.errors import UserError
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="Directory of the base; default: what the adapters name.")
 @click.option(
@@ -19,12 +20,11 @@ from plmtune.errors import UserError
     help="Of the weights that are written; default: the adapters'.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a model that is at OUT.")
-def merge(checkpoint: Path, out: Path, base: Path | None, dtype: str | None, overwrite: bool) -> None:
+def merge(checkpoint: str, out: Path, base: Path | None, dtype: str | None, overwrite: bool) -> None:
     """Write the adapters of CHECKPOINT (or of a run's newest) and their base as the plain model directory OUT."""
     from plmtune.models.directory import check_free, new_directory
 
-    if not checkpoint.exists():
-        raise UserError(f"There is no checkpoint {checkpoint} (seen from {Path.cwd()}).")
+    hub.check_path(checkpoint)
     check_free(out, overwrite)
 
     import torch  # which takes longer than all before it

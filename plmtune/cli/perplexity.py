@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from plmtune import hub
 from plmtune.cli import import_option
 from plmtune.cli.options import device_option, dtype_option, find_device, find_dtype
 from plmtune.errors import UserError
@@ -66,6 +67,12 @@ def perplexity(
     plmtune perplexity runs/demo/latest book.txt
     plmtune perplexity runs/demo/latest book.txt --window 1024 --stride 512
     """
+    if Path(checkpoint).is_file() and not hub.is_gguf(Path(checkpoint)):
+        raise UserError(
+            f"{checkpoint} is a file, and no checkpoint. CHECKPOINT comes first, then what is to be measured."
+        )
+    hub.check_path(checkpoint)
+
     import plmtune
     from plmtune.data.files import Files
     from plmtune.data.files import files as find
@@ -75,10 +82,6 @@ def perplexity(
 
     skip_bad, separator = reading.pop("skip_bad"), reading.pop("separator")
     where = find_device(device)
-    if Path(checkpoint).is_file():
-        raise UserError(
-            f"{checkpoint} is a file, and no checkpoint. CHECKPOINT comes first, then what is to be measured."
-        )
     try:
         source = find(files, separator=separator and separator.replace("\\n", "\n").replace("\\t", "\t"), **reading)
     except (UserError, ValueError) as error:

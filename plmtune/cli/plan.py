@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from plmtune import hub
 from plmtune.cli import import_option
 from plmtune.cli.options import divide
 from plmtune.errors import UserError
@@ -78,7 +79,7 @@ def plan(
         for option, given in (("device", chosen), ("scheme", names), ("runtime", where), ("context", lengths)):
             if len(given) != 1:
                 raise UserError(f"--{option}: a sweep compares architectures at one, not {len(given)}.")
-        if Path(name).is_dir():
+        if Path(name).is_dir() or hub.parse(name):
             raise UserError(f"{name} is a checkpoint: a sweep goes over what is still to be trained.")
         _sweep(name, overlays, overrides, chosen[0], names[0], where[0], lengths[0], prompt, json_path, plot)
         return
@@ -110,7 +111,7 @@ def _read(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple
     from plmtune.devices.costs import Anatomy
     from plmtune.devices.sweep import vocabulary
 
-    if Path(name).is_dir():
+    if Path(name).is_dir() or hub.parse(name) or Path(name).suffix == ".gguf":
         if overlays or overrides:
             raise UserError(
                 f"{name} is a checkpoint, whose model is as it is: {[*overlays, *overrides][0]} has no place."
@@ -121,7 +122,7 @@ def _read(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple
         from plmtune.models.hf import read_formats
         from plmtune.modules.quantized import install
 
-        directory = checkpoint_directory(name)
+        directory = checkpoint_directory(name, weights=False)
         description = read_description(directory)
         with torch.device("meta"):
             part = from_description("model", description, str(directory))

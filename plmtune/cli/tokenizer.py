@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from plmtune import hub
 from plmtune.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def find_tokenizer(text: str) -> Tokenizer:
     named = set(describe()["tokenizer"]) - {"file"}  # that one is reached by its path
     if text in named:
         return load("tokenizer", text)()
-    if Path(text).exists():
+    if Path(text).exists() or hub.parse(text):
         return load("tokenizer", "file")(path=text)
     raise UserError(
         f"{text} is neither a tokenizer's name nor a file or directory with one.{did_you_mean(text, named)}"

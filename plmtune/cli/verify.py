@@ -18,7 +18,12 @@ _RUNTIMES = ("llama_cpp", "xllamacpp", "transformers", "executorch", "plmtune")
 
 @click.command()
 @click.argument("export", type=click.Path(path_type=Path))
-@click.option("--against", required=True, metavar="CHECKPOINT", help="A checkpoint, a model directory or a run.")
+@click.option(
+    "--against",
+    required=True,
+    metavar="CHECKPOINT",
+    help="A checkpoint, a model directory, a run or a model of the hub.",
+)
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="To predict; default: a shipped page.")
 @click.option(
     "--positions",

@@ -8,6 +8,7 @@ from typing import Any
 
 import xxhash
 
+import plmtune.hub
 from plmtune.data.sources import BadRow, Source, text_of
 from plmtune.errors import UserError
 from plmtune.ranges import AT_LEAST_1, NotEmpty, check
@@ -66,16 +67,17 @@ class Hub(Source):
                 "pip install 'plmtune[hub]', or fetch the files by other means and use data=files"
             ) from error
         try:
-            # data files alone are read: no code of the dataset's own is ever run
-            rows = load_dataset(self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True)
-            for number, row in enumerate(islice(rows, self.limit), 1):
-                yield f"{self.dataset}, row {number} of {self.split}", row
+            with plmtune.hub.without_retries():
+                # data files alone are read: no code of the dataset's own is ever run
+                rows = load_dataset(self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True)
+                for number, row in enumerate(islice(rows, self.limit), 1):
+                    yield f"{self.dataset}, row {number} of {self.split}", row
         except (UserError, MemoryError):
             raise
         except Exception as error:  # datasets raises its own, requests', fsspec's and plain OSErrors alike
             raise UserError(
                 f"data hub: {self.dataset} (subset {self.subset}, split {self.split}) cannot be read: "
-                f"{type(error).__name__}: {error}. Check the name and the connection, or use data=files"
+                f"{_why(error)}. Check the name and the connection, or use data=files"
             ) from error
 
     def fingerprint(self) -> str:
@@ -85,13 +87,15 @@ class Hub(Source):
             try:
                 from huggingface_hub import HfApi
 
+                if not plmtune.hub.reachable():
+                    raise OSError("no network")
                 commit = HfApi().dataset_info(self.dataset, revision=self.revision).sha or commit
             except ImportError as error:
                 raise UserError("data hub: install pip install 'plmtune[hub]', or use data=files") from error
             except Exception as error:  # no connection, no such dataset, no permission: one remedy
                 raise UserError(
                     f"data hub: the hub does not tell the version of {self.dataset}: "
-                    f"{type(error).__name__}: {error}. "
+                    f"{_why(error)}. "
                     "Check the name and the connection, or pin revision to a commit"
                 ) from error
         what = (self.dataset, self.subset, self.split, self.text_key, commit, self.limit)
@@ -101,6 +105,12 @@ class Hub(Source):
         """Return one line for a person."""
         parts = [self.dataset, self.subset, self.split, self.revision]
         return "the hub's " + ", ".join(part for part in parts if part)
+
+
+def _why(error: Exception) -> str:
+    if plmtune.hub.reachable():
+        return f"{type(error).__name__}: {error}"
+    return "HF_HUB_OFFLINE is set" if plmtune.hub.offline() else f"{plmtune.hub.endpoint()} does not answer"
 
 
 @register("data", "hub")

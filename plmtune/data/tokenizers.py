@@ -19,6 +19,7 @@ import regex
 import tiktoken
 import xxhash
 
+from plmtune import hub
 from plmtune.atomic import replacing
 from plmtune.data import tokenizer_json
 from plmtune.data.bpe import (
@@ -392,10 +393,12 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _read(path: Path, pattern: str = QWEN2_PATTERN, normalization: Normalization | None = "NFC") -> Tokenizer:
-    path = path.expanduser()
+    path = hub.open_folder(path.expanduser())
+    if named := hub.parse(path):
+        path = hub.fetch(named, weights=False)
     if path.is_dir():
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
-            if (path / name).resolve().parent != path.resolve():
+            if hub.leads_out(path / name):
                 raise UserError(f"{path / name} is a link to a place outside of {path}. Copy the file into it.")
         whole = path / "tokenizer.json"
         held = [whole] if whole.is_file() else sorted(path.glob("*.tiktoken"))
@@ -403,6 +406,8 @@ def _read(path: Path, pattern: str = QWEN2_PATTERN, normalization: Normalization
             raise UserError(f"{path} holds {len(held)} tokenizers: one tokenizer.json or .tiktoken file is needed.")
         manifest.verify_once(path, only=("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
         path = held[0]
+    if hub.is_gguf(path):
+        raise UserError(f"{path} is a GGUF file. Make a model directory of it, which has a tokenizer: plmtune convert")
     if path.suffix == ".tiktoken":
         return Tokenizer(read_tiktoken(path, pattern, normalization), chat_template=CHATML_TEMPLATE)
     return _read_json(path)
@@ -424,7 +429,7 @@ def qwen2(path: str | None = None) -> Tokenizer:
     Raises:
         UserError: if there is no such file, or no hub.
     """
-    found = _read(Path(path) if path is not None else _from_hub("Qwen/Qwen2-1.5B", "tokenizer.json"))
+    found = _read(Path(path) if path is not None else _qwen2_of_hub())
     vocabulary = found.vocabulary
     if [vocabulary.specials.get(name) for name in CHATML_SPECIALS] != [151643, 151644, 151645]:
         raise UserError(
@@ -435,17 +440,13 @@ def qwen2(path: str | None = None) -> Tokenizer:
     return Tokenizer(vocabulary, eos=found.eos, vocab_size=rows, chat_template=CHATML_TEMPLATE)
 
 
-def _from_hub(repository: str, name: str) -> Path:
-    advice = "Pass a local file: tokenizer.path=FILE (its qwen.tiktoken or tokenizer.json)."
+def _qwen2_of_hub() -> Path:
     try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise UserError(f"{repository} needs the package huggingface_hub (plmtune[hub]). {advice}") from None
-    try:
-        return Path(hf_hub_download(repository, name))
-    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's
-        reason = str(error).split("\n")[0][:200]
-        raise UserError(f"{name} of {repository} cannot be fetched ({reason}). {advice}") from error
+        return hub.fetch(hub.HubModel("Qwen/Qwen2-1.5B"), weights=False)
+    except UserError as error:
+        raise UserError(
+            f"{error} Or pass a local file: tokenizer.path=FILE (its qwen.tiktoken or tokenizer.json)."
+        ) from error
 
 
 @register("tokenizer", "file")
@@ -453,7 +454,7 @@ def file(path: str = "", *, pattern: Literal["qwen2", "llama3", "gpt2"] = "qwen2
     """A byte-level BPE from a tokenizer.json, a .tiktoken file, or a directory with one (any checkpoint).
 
     Args:
-        path: the file or directory.
+        path: the file or directory, or a model of the Hugging Face hub (OWNER/NAME).
         pattern: how a .tiktoken file's text is cut, which the file does not say; a tokenizer.json does.
         With qwen2
             text is brought to NFC first; the three ChatML tokens follow the last rank.

@@ -24,8 +24,10 @@ import psutil
 import torch
 from torch import Tensor
 
+from plmtune import hub
 from plmtune.devices import sparse_decode
 from plmtune.errors import UserError
+from plmtune.models.files import checkpoint_directory
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU
 from plmtune.modules.quantized import Quantized
@@ -493,12 +495,13 @@ def _open(target: str, capacity: int, threads: int, dtype: str | None, sparse: S
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[dtype]
     if target.startswith("model=") and not Path(target).exists():
         return _Ours(_random_model(target, kind or torch.bfloat16, device), capacity, sparse, None)
-    path = Path(target)
+    path = checkpoint_directory(target) if hub.parse(target) else hub.open_folder(Path(target))
     if path.is_file() and path.suffix not in (".gguf", ".pte"):
         raise UserError(f"{target} is neither a .gguf nor a .pte file, nor a checkpoint's directory.")
     if not path.exists():
         raise UserError(
-            f"There is no {target} (seen from {Path.cwd()}). A config is measured with random weights as model=NAME."
+            f"There is no {target} (seen from {Path.cwd()}). A config is measured with random weights as model=NAME, a "
+            "model of the Hugging Face hub as OWNER/NAME."
         )
     if path.is_file() or _is_for_transformers(path):
         return _Served(path, capacity, threads)

@@ -19,6 +19,7 @@ from plmtune.atomic import writing
 from plmtune.errors import UserError
 from plmtune.evaluation import results as result_files
 from plmtune.evaluation.model_facts import Run, Weights, base_of, family_of, is_of, read_run, read_weights
+from plmtune.hub import model_of, parse
 from plmtune.models import adapters, files
 from plmtune.training.plot import draw_curves, sparsity_layers
 from plmtune.units import show_bytes, show_count
@@ -35,7 +36,7 @@ _ROUND = {"direct": "reward of direct answers after the rounds", "refined": "rew
 
 
 def write_card(
-    checkpoint: Path,
+    checkpoint: str | Path,
     results: Sequence[Mapping[str, Any]],
     path: Path | None = None,
     *,
@@ -57,7 +58,9 @@ def write_card(
         UserError: if there is no checkpoint, a result is of another one, or a file is there already.
     """
     directory = files.checkpoint_directory(checkpoint)
-    path = path or checkpoint / "README.md"
+    if path is None and model_of(directory.resolve()):
+        raise UserError(f"{checkpoint} is in the hub's cache. Name the card's file: --out FILE.md")
+    path = path or Path(checkpoint) / "README.md"
     if (path.exists() or path.is_symlink()) and not overwrite:
         raise UserError(f"{path} is there already. Name another file with --out, or give --overwrite.")
     run = read_run(directory)
@@ -132,13 +135,13 @@ def _place_curves(run: Run, card: Path, overwrite: bool) -> bool:
 
 def _name(directory: Path, run: Run | None) -> str:
     if run is None:
-        return directory.resolve().name or "model"
+        return files.name_of(directory)
     return f"{run.path.parent.name}-{run.path.name}, step {run.step:,}"
 
 
 def _front_matter(directory: Path, run: Run | None, weights: Weights) -> list[str]:
     base = base_of(directory, run)
-    hub = base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    hub = parse(base) if base is not None else None
     kind = "text-classification" if weights.is_reward_model else "text-generation"
     tags = ["plmtune", *([family_of(directory)] if family_of(directory) else [])]
     tags += [str(run.config.get("recipe"))] if run else []
@@ -149,7 +152,7 @@ def _front_matter(directory: Path, run: Run | None, weights: Weights) -> list[st
         "library_name: plmtune",
         f"pipeline_tag: {kind}",
         yaml.safe_dump({"tags": tags}, allow_unicode=True).rstrip(),
-        *([f"base_model: {base}"] if hub else []),
+        *([f"base_model: {hub.repository}"] if hub else []),
         *(["# base_model:  Fill in: the name on the hub of what this was trained from"] if base and not hub else []),
         "---",
     ]

@@ -26,7 +26,7 @@ from plmtune.evaluation.model_facts import run_of
 from plmtune.evaluation.result_cache import ResultCache
 from plmtune.evaluation.tasks import Tasks, quiet
 from plmtune.models.adapters import load_its_tokenizer, load_model
-from plmtune.models.files import checkpoint_directory
+from plmtune.models.files import checkpoint_directory, name_of
 from plmtune.modules.quantized_kernels import prepare
 from plmtune.provenance import git_state, now
 from plmtune.training import distributed
@@ -88,7 +88,7 @@ def load_tasks(
 
 
 def evaluate_checkpoint(
-    path: Path,
+    path: str | Path,
     tasks: Tasks,
     loaded: Mapping[str, Any],
     settings: Settings,
@@ -273,7 +273,7 @@ def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
 
 
-def about(name: str, path: Path, model: Decoder, digest: str) -> dict[str, Any]:
+def about(name: str, path: str | Path, model: Decoder, digest: str) -> dict[str, Any]:
     """What a result says of its model; step and run are for the caller."""
     return {
         "name": name,
@@ -299,6 +299,6 @@ def _name(directory: Path) -> str:
     """What a checkpoint is called in tables and file names: pretrain-20261121-101500-step500, or its folder."""
     place = run_of(directory)
     if place is None:
-        return directory.resolve().name or "model"
+        return name_of(directory)
     run, step = place
     return f"{run.parent.name}-{run.name}-step{step}"

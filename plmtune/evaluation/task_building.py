@@ -9,8 +9,7 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from lm_eval.config.task import TaskConfig
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind
 
+from plmtune import hub
 from plmtune.errors import UserError, did_you_mean
 from plmtune.evaluation.local_data import LocalData
 from plmtune.evaluation.task_index import Known, lm_eval_folder
@@ -33,7 +33,6 @@ from plmtune.evaluation.task_index import Known, lm_eval_folder
 _KINDS = {"task": Kind.TASK, "class": Kind.PY_TASK, "group": Kind.GROUP, "tag": Kind.TAG}
 _CONFIG_KEYS = frozenset(field.name for field in fields(TaskConfig))
 _TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
-_PROBE_SECONDS = 5.0
 _FOLDER = lm_eval_folder().resolve()
 
 
@@ -188,7 +187,7 @@ class _Documents:
             return f"{self._where[:1].upper() + self._where[1:]} names no data: add dataset_path, or a map (--data)"
         what = ", ".join(repr(part) for part in (path, name) if part is not None)
         reason = _in_words(error)
-        if isinstance(error, OSError) and not _reachable():  # what libraries say of it does not help
+        if isinstance(error, OSError) and not hub.reachable():  # what libraries say of it does not help
             reason = "the hub does not answer, and this machine's cache has none"
         missing = self._data.absent(self._name) if self._data is not None else []
         near = self._data.nearest(self._name) if self._data is not None else ""
@@ -244,7 +243,7 @@ class _WithDocuments:
             self.dataset = local
             return
         try:
-            with _hub():
+            with hub.without_retries():
                 super().download(*arguments, **settings)  # type: ignore[misc]
         except (UserError, MemoryError):
             raise
@@ -362,33 +361,6 @@ def _columns(config: Mapping[str, Any]) -> tuple[list[str], bool]:
                 found[get.node.name][get.attr] = None
     shown = [f"{name} ({', '.join(inner)})" if inner else name for name, inner in found.items()]
     return shown, not any(callable(config.get(key)) for key in (*_TEMPLATES, "process_results"))
-
-
-@contextmanager
-def _hub() -> Iterator[None]:
-    """Spare the 20 seconds of tries that `datasets` makes where no hub answers; its cache is read all the same."""
-    from huggingface_hub import constants
-
-    held = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    if not _reachable():
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = held
-
-
-@functools.cache
-def _reachable() -> bool:
-    from huggingface_hub import constants, utils
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        utils.get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)
-    except Exception:  # whichever client it is: no answer is no hub
-        return False
-    return True
 
 
 def _in_words(error: Exception) -> str:

@@ -37,7 +37,7 @@ from plmtune.export.huggingface import end_ids
 from plmtune.export.lint import WRITTEN, gguf_architecture, stored_bytes, stored_type
 from plmtune.models.adapters import ADAPTERS, find_base, load_adapter, read_description
 from plmtune.models.assemble import from_description
-from plmtune.models.files import ADAPTER_CONFIG, Stored, locate, read_json
+from plmtune.models.files import ADAPTER_CONFIG, Stored, locate, name_of, read_json
 from plmtune.models.gguf import NO_MERGE, PRE_TOKENIZERS, gguf_name, heads_of_halves, kv_heads, to_neighbours
 from plmtune.models.hf import our_name
 from plmtune.modules.decoder import Decoder
@@ -186,7 +186,7 @@ def write_gguf_adapter(
 
     def describe(writer: GGUFWriter) -> None:
         writer.add_type(GGUFType.ADAPTER)
-        writer.add_name(name or directory.resolve().name)
+        writer.add_name(name or name_of(directory))
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, float(settings["lora_alpha"]))
 

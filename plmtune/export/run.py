@@ -16,8 +16,10 @@ import torch
 from plmtune.atomic import check_room
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError, did_you_mean
+from plmtune.hub import model_of
 from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_model, read_description
 from plmtune.models.files import checkpoint_directory, locate
+from plmtune.models.files import name_of as model_name
 from plmtune.models.hf import read_formats
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized
@@ -138,6 +140,8 @@ def _default(to: Target, source: Path) -> str:
 
 def name_of(source: Path) -> str:
     """A name for what is made of a checkpoint: the run's and its day, or the directory's."""
+    if model_of(source.resolve()):
+        return model_name(source)
     parts = source.resolve().parts
     if len(parts) > 3 and parts[-2] == "checkpoints":
         return f"{parts[-4]}-{parts[-3]}"

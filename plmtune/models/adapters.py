@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from plmtune import tensor_files
+from plmtune import hub, tensor_files
 from plmtune.data.tokenizers import Tokenizer, load_tokenizer
 from plmtune.errors import UserError
 from plmtune.models import hf
@@ -101,7 +102,7 @@ def adapter_config(model: Decoder, base: Path) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if score else "CAUSAL_LM",
-        "base_model_name_or_path": str(Path(base).resolve()),
+        **_named(Path(base).resolve()),
         "r": one.lora_a.out_features,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": one.dropout.p if isinstance(one.dropout, torch.nn.Dropout) else 0.0,
@@ -167,6 +168,14 @@ def _ours(directory: Path) -> dict[str, Any]:
     return ours
 
 
+def _named(base: Path) -> dict[str, str]:
+    """What PEFT's file calls a base: a path, or a name of the hub and its commit."""
+    model = hub.model_of(base)
+    if model is None or model.revision is None:
+        return {"base_model_name_or_path": str(base)}
+    return {"base_model_name_or_path": model.repository, "revision": model.revision}
+
+
 def base_digest(directory: Path) -> Any:
     """What the adapters in a directory say that their base's weights hash to; None if they say nothing."""
     return _ours(directory).get("base")
@@ -185,11 +194,14 @@ def find_base(directory: Path, base: Path | None = None) -> Path:
     """
     where = directory / ADAPTER_CONFIG
     if base is None:
-        named = read_json(directory, ADAPTER_CONFIG).get("base_model_name_or_path")
+        config = read_json(directory, ADAPTER_CONFIG)
+        named, revision = config.get("base_model_name_or_path"), config.get("revision")
         if not isinstance(named, str) or not named:
             raise UserError(f"{where} names no base_model_name_or_path. Give the base's directory with --base.")
         around = [Path(), directory.resolve(), *directory.resolve().parents]
         found = next((place / named for place in around if (place / named).is_dir()), None)
+        if found is None and (model := hub.parse(named)):
+            found = hub.fetch(replace(model, revision=revision if isinstance(revision, str) else None))
         if found is None:
             raise UserError(f"{where}: the base {named!r:.200} is not a directory here. Give its place with --base.")
         base = found

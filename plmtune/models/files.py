@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from plmtune import hub
 from plmtune.atomic import replacing
 from plmtune.errors import Unreadable, UserError, unreadable
 from plmtune.training import manifest, run_summary
@@ -96,7 +97,7 @@ def _exists(path: Path) -> bool:
 def _inside(directory: Path, name: str) -> Path:
     """Return the path of a plain file of `directory`, refusing whatever leads out of it."""
     path = directory / name
-    if Path(name).name != name or path.resolve().parent != directory.resolve():
+    if Path(name).name != name or hub.leads_out(path):
         raise UserError(f"{directory} refers to {name!r:.80}, which lies outside of it. Copy the file into it.")
     if not path.is_file():
         raise UserError(f"{path} is missing.")
@@ -142,15 +143,20 @@ def opened_weights(path: Path) -> Iterator[Any]:
         raise UserError(f"{path} is damaged or not a safetensors file ({error}).") from error
 
 
-def checkpoint_directory(path: str | Path) -> Path:
-    """Return `path` itself, or of a run directory (or its `checkpoints`) the newest checkpoint.
+def checkpoint_directory(path: str | Path, *, weights: bool = True) -> Path:
+    """Return the directory of a model, whichever way a person names it.
+
+    Args:
+        path: a model directory; a run directory (or its `checkpoints`), which stands for its newest checkpoint; a
+            folder of the hub's cache; or OWNER/NAME[@REVISION] of the Hugging Face hub, where no such path exists.
+        weights: False: the configuration is enough, so the hub's weights are not fetched.
 
     Every command that reads a checkpoint comes by here, so its files are checked against its manifest, if it has one.
 
     Raises:
         UserError: if there is none, or it is damaged.
     """
-    directory = find_checkpoint(path)
+    directory = find_checkpoint(path, weights=weights)
     try:
         manifest.verify_once(directory)
     except Unreadable:
@@ -173,21 +179,19 @@ def _another(damaged: Path) -> str:
     return "Put a whole copy back."
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, *, weights: bool = True) -> Path:
     """As `checkpoint_directory`, without a look at what its files hold.
 
     Raises:
         UserError: if there is none, saying why where the place is a run's.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(
-            run_summary.explain_missing(path)
-            or f"There is no {path} (seen from {Path.cwd()}). Give a checkpoint, a model directory or a run directory."
-        )
-    if path.name in ("latest", "best") and (name := _read_start(path)).startswith("step-"):
-        named = path.parent / Path(name).name  # RUN/checkpoints/best is a file that names a checkpoint
-        path = named if _stays_inside(named) else path
+    if named := hub.parse(path):
+        return hub.fetch(named, weights=weights)
+    path = hub.open_folder(Path(path))
+    if path.is_file() and path.name in ("latest", "best") and (name := _read_start(path)).startswith("step-"):
+        reached = path.parent / Path(name).name  # RUN/checkpoints/best is a file that names a checkpoint
+        path = reached if _stays_inside(reached) else path
+    hub.check_path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a directory. Give a checkpoint, a model directory or a run directory.")
     if _exists(path / CONFIG) or _exists(path / ADAPTER_CONFIG):
@@ -207,6 +211,12 @@ def find_checkpoint(path: str | Path) -> Path:
             or f"{path} holds neither {CONFIG} nor checkpoints (step-00000500, ...)."
         )
     return steps[max(steps)]
+
+
+def name_of(directory: Path) -> str:
+    """Return what a model directory is called: the hub's name where it is a snapshot, or its folder's."""
+    model = hub.model_of(directory.resolve())
+    return model.repository.partition("/")[2] if model else directory.resolve().name or "model"
 
 
 def _read_start(path: Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plmtune import tensor_files
+from plmtune import hub, tensor_files
 from plmtune.atomic import replacing
 from plmtune.errors import UserError
 from plmtune.models.assemble import from_description
@@ -58,6 +58,7 @@ _METHOD, _VERSION = "plmtune", 1  # of quantization_config
 SCORE = "score.weight"  # of a reward model, as in transformers' models for sequence classification
 # Far above any real model's, far below what would hurt.
 _MAX_POSITIONS = 2**24
+_MAX_LAYERS = 1000  # where no weights say how many there are
 
 
 def hf_name(name: str) -> str:
@@ -382,7 +383,7 @@ def read_description(directory: str | Path) -> dict[str, Any]:
         UserError: if it is no checkpoint.
     """
     directory = Path(directory)
-    return _build(directory, num_tensors=len(locate(directory))).config
+    return _build(directory, _MAX_LAYERS if hub.lacks_weights(directory) else len(locate(directory))).config
 
 
 def _build(directory: Path, num_tensors: int) -> Decoder:

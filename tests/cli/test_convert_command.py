@@ -149,7 +149,7 @@ class TestRefusalsAreCheap:
         ("arguments", "message"),
         [
             (("convert", "nothing.gguf", "out"), "There is no file nothing.gguf"),
-            (("merge", "nothing", "out"), "There is no checkpoint nothing"),
+            (("merge", "nothing", "out"), "There is no nothing (seen from"),
             (("merge", ".", "."), "holds something else than a model"),
             (("validate", "t.csv"), "There is no config t.csv"),
         ],

@@ -21,6 +21,7 @@ def datasets(monkeypatch):
             raise FileNotFoundError("Dataset 'no/such' doesn't exist on the Hub")
         return iter([{"text": "one"}, {"text": " "}, {"body": "bad"}, {"text": "two"}])
 
+    monkeypatch.setattr("plmtune.hub.reachable", lambda: True)
     module = types.ModuleType("datasets")
     module.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
@@ -45,6 +46,20 @@ class TestHub:
         with pytest.raises(UserError, match=r"no/such .*cannot be read: FileNotFoundError.*data=files"):
             list(hub("no/such").documents())
 
+    def test_where_no_hub_answers_its_libraries_do_not_try(self, datasets, monkeypatch):
+        from huggingface_hub import constants
+
+        seen = []
+        monkeypatch.setattr("plmtune.hub.reachable", lambda: False)
+        monkeypatch.setattr(
+            sys.modules["datasets"], "load_dataset", lambda *_, **__: seen.append(constants.HF_HUB_OFFLINE) or 1 / 0
+        )
+        with pytest.raises(UserError, match=r"some/set .*cannot be read: https?://.* does not answer"):
+            list(hub("some/set").documents())
+        with pytest.raises(UserError, match=r"version of some/set: https?://.* does not answer"):
+            hub("some/set").fingerprint()
+        assert (seen, constants.HF_HUB_OFFLINE) == ([True], False)
+
     def test_without_the_package_it_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
         with pytest.raises(UserError, match=r"pip install 'plmtune\[hub\]'"):
@@ -62,6 +77,7 @@ class TestHub:
 
     def test_the_fingerprint_is_that_of_the_commit(self, monkeypatch):
         commit = "a" * 40
+        monkeypatch.setattr("plmtune.hub.reachable", lambda: True)
         module = types.ModuleType("huggingface_hub")
         module.HfApi = lambda: types.SimpleNamespace(
             dataset_info=lambda name, revision: types.SimpleNamespace(sha=commit)
