@@ -83,10 +83,11 @@ def check_path(path: str | Path) -> None:
 
 def is_gguf(path: Path) -> bool:
     """Whether a file is one of llama.cpp's, by its first bytes or, where it is empty or damaged, its name."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF" or path.suffix.lower() == ".gguf"
+    if not path.is_file() or path.suffix.lower() == ".gguf":
+        return path.is_file()
+    with contextlib.suppress(OSError), path.open("rb") as file:  # one that may not be read is another's to report
+        return file.read(4) == b"GGUF"
+    return False
 
 
 def fetch(model: HubModel, *, weights: bool = True) -> Path:

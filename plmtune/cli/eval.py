@@ -86,6 +86,9 @@ def evaluate(
     plmtune eval runs/demo_sft/latest OTHER --suite quick --limit 100
     plmtune eval --list mmlu
     """
+    for path in () if listing else checkpoints:
+        hub.check_path(path)
+
     from plmtune.evaluation.local_data import LocalData
     from plmtune.evaluation.tasks import SUITES, Tasks
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from plmtune import hub
 from plmtune.tables import show
 
 
@@ -58,6 +59,8 @@ def export(
     plmtune export runs/demo_sft/latest --to hf --as deepseek
     plmtune export runs/demo_sft/latest --to executorch --quant int8_dynamic
     """
+    hub.check_path(checkpoint)
+
     from plmtune.export.run import NotTheModel, export
 
     def say(text: str) -> None:

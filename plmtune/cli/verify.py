@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from plmtune import hub
 from plmtune.errors import UserError
 from plmtune.tables import show
 
@@ -52,6 +53,7 @@ def verify(
     \b
     plmtune verify exports/plm-q8_0.gguf --against runs/demo/latest
     """
+    hub.check_path(against)
     page = _read(text) if text is not None else None
 
     from plmtune.atomic import writing

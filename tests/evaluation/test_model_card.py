@@ -279,7 +279,7 @@ class TestCommand:
         assert "places say Fill in" in done.output and (run / "README.md").read_text().startswith("---\n")
 
     def test_what_is_no_checkpoint_or_no_folder_is_a_sentence(self, run: Path, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="There is no checkpoint"):
+        with pytest.raises(UserError, match="There is no nowhere"):
             CliRunner().invoke(command, ["nowhere"], catch_exceptions=False)
         with pytest.raises(UserError, match="there is no folder"):
             CliRunner().invoke(command, [str(run), "--out", str(tmp_path / "a" / "b.md")], catch_exceptions=False)
