@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,30 @@ from plmtune.errors import UserError
 # Keys that may differ on resume: they change where and how a run computes or reports, not what it learns.
 FREE = ("run_dir", "resume", "other_data", "force", "micro_batch_size", "num_workers", "log_every",
         "runtime", "checkpoint", "guard", "validation", "eval", "sample", "logger")  # fmt: skip
+_FREE_OF = {"quantize": ("run_dir", "resume", "other_data", "force", "device")}  # its checkpoint is what it quantizes
 # Keys that say where the data is. Its fingerprints say what it is, and other_data=true lets it differ.
 DATA = ("data", "preparation")
 
-# Keys that a new run fills in itself, from what it starts from.
-INHERITED = ("init_from", "model", "tokenizer")
+# Keys that a new run fills in itself, from what it starts from, where its recipe has them.
+_INHERITED = ("init_from", "model", "tokenizer")
+_INHERITED_OF = {"quantize": ("checkpoint", "quantization")}
+
+
+def _free(cfg: Any) -> tuple[str, ...]:
+    return _FREE_OF.get(cfg.recipe, FREE)
+
+
+def left_to_origin(cfg: Any) -> list[str]:
+    """Keys that a config leaves to what its run starts from: empty, or a link such as runs/NAME/latest, which moves."""
+    known = {field.name for field in fields(cfg)}
+    keys = [key for key in _INHERITED_OF.get(cfg.recipe, _INHERITED) if key in known]
+    values = {key: getattr(cfg, key) for key in keys}
+    return [key for key, v in values.items() if v is None or (isinstance(v, str) and Path(v).is_symlink())]
 
 
 def config_digest(cfg: Any) -> str:
     """The xxh3-128 of what decides what a run learns; a checkpoint keeps it, should run.json be lost."""
-    fixed = {key: value for key, value in to_plain(cfg).items() if key not in (*FREE, *DATA, "init_from")}
+    fixed = {key: value for key, value in to_plain(cfg).items() if key not in (*_free(cfg), *DATA, "init_from")}
     return xxhash.xxh3_128_hexdigest(json.dumps(fixed, sort_keys=True).encode())
 
 
@@ -54,14 +69,12 @@ def refuse_other_config(path: Path, before: Any, now: Any) -> None:
         UserError: naming the first key that must not differ, with both values.
     """
     # A key that `now` leaves to the run's origin is what it was.
-    free = (*FREE, *DATA) if now.other_data else FREE
+    free = (*_free(now), *(DATA if now.other_data else ()), *left_to_origin(now))
     for key, (old, new) in differences(before, now).items():
         top = key.partition(".")[0]
-        if top not in free and not (key in INHERITED and new is None):
-            way = (
-                "give other_data=true (--other-data)" if top in DATA else "start a new run from its weights: "
-                f"init_from={path}"
-            )  # fmt: skip
+        if top not in free:
+            new_run = "start a new run" + (f" from its weights: init_from={path}" if hasattr(now, "init_from") else "")
+            way = "give other_data=true (--other-data)" if top in DATA else new_run
             raise UserError(
                 f"{path} was started with {key}={old}, not {new}, and that decides what a run learns. "
                 f"Leave it as it was to go on, or {way}"

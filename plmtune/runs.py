@@ -20,11 +20,11 @@ from plmtune.data.sources import named_sources
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
 from plmtune.identity import (
-    INHERITED,
     changed_data,
     config_digest,
     differences,
     job,
+    left_to_origin,
     refuse_other_config,
     refuse_other_data,
 )
@@ -123,9 +123,8 @@ def find_run(cfg: Any) -> None:
         raise SystemExit(0)
     cfg.run_dir, cfg.resume = found, True
     saved = load_config(Path(found) / CONFIG)
-    for key in INHERITED:  # what a new run takes over from its origin, this one has taken
-        if getattr(cfg, key) is None:
-            setattr(cfg, key, getattr(saved, key))
+    for key in left_to_origin(cfg):  # what a new run takes over from its origin, this one has taken
+        setattr(cfg, key, getattr(saved, key))
 
 
 def open_run(

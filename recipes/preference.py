@@ -140,11 +140,16 @@ class Preference:
         self.optimizer = build("optimizer", self.cfg.optimizer, model=self.model)
         self.scheduler = build_scheduler(self.cfg, self.optimizer, self.data.num_steps, self.plan.tokens_per_step)
         fresh = self.step == self.first
+        # What a later round is measured against, should its log-probabilities be lost from the cache.
+        of_last = self.round > 1 and self.cfg.reference == "previous" and self.loss.needs_reference
+        self.checkpoints.pinned = self.first if of_last else None
         if fresh:
             self.guard.forget()
             self.whole = None
         with watch.paused():
-            self.reference = self._find_reference(fresh, watch).to(self.runtime.device)
+            done = self.step == last  # resumed at its end
+            zeros = torch.zeros(len(self.data.comparisons), 2)
+            self.reference = (zeros if done else self._find_reference(fresh, watch)).to(self.runtime.device)
         if self.whole:
             self.checkpoints.restore(self.whole, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
             self.whole = None
@@ -155,7 +160,8 @@ class Preference:
         """Log-probabilities of every answer under this stage's reference, [comparisons, 2]; zeros without one.
 
         Computed by the model itself, which at the start of a stage still is the reference; with adapters, by what
-        they stand beside; with quantization-aware training, by its weights as they are. Later they come from the disk.
+        they stand beside; with quantization-aware training, by its weights as they are. Later they come from the disk,
+        or from the same weights, which a checkpoint has.
         """
         cfg, student = self.cfg, self.student
         num = len(self.data.comparisons)
@@ -172,14 +178,8 @@ class Preference:
             if of_first and student.adapters:
                 with student.base():
                     return self._answers(batch)
-            if fresh and (self.round <= 1 or not of_first):
+            if not of_first or (fresh and self.round <= 1):
                 return self._answers(batch)
-            if not of_first:
-                raise UserError(
-                    f"{self.run.path}: the log-probabilities of round {self.round}'s reference are no longer in "
-                    f"{cfg.reference_cache}, and the model of round {self.round - 1} is gone. Put them back, or start "
-                    "a new run."
-                )
             if not other:
                 origin = start_from(cfg, self.plan.model, self.tokenizer)
                 assert origin is not None
@@ -197,6 +197,8 @@ class Preference:
 
         def compute(batch: ComparisonBatch) -> Tensor:
             nonlocal done
+            if not (done or fresh or of_first):
+                self._load_last_round()
             with torch.no_grad(), student.unrounded():
                 result = log_probs(batch)
             done += len(batch.index)
@@ -217,6 +219,21 @@ class Preference:
         how = "computed, and kept in" if done else "read from"
         watch.message(f"reference: log-probabilities {how} {cfg.reference_cache}")
         return found
+
+    def _load_last_round(self) -> None:
+        """Let the model be that of the last round's end until the checkpoint that the run goes on from is restored."""
+        try:
+            self.checkpoints.load_weights(self.first, self.model)
+        except UserError as error:
+            raise UserError(
+                f"{self.run.path}: the log-probabilities of round {self.round}'s reference are no longer in "
+                f"{self.cfg.reference_cache}, and cannot be computed again: {error} Put them back, or start a new run."
+            ) from error
+        if model_digest(self.model) != self.reference_digest:
+            raise UserError(
+                f"{self.run.path}: the checkpoint of step {self.first} is not that of round {self.round - 1}'s end, "
+                f"which round {self.round} is measured against. Put it back, or start a new run."
+            )
 
     def _answers(self, batch: ComparisonBatch, model: Any = None) -> Tensor:
         """What the loss compares of each answer, [2n]: its log-probability, or its score."""

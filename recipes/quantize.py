@@ -34,11 +34,16 @@ from plmtune.quantization.schemes import candidates
 from plmtune.registry import Component
 from plmtune.runs import find_run, open_run
 from plmtune.schema import Quantize as Config
+from plmtune.training import manifest
+from plmtune.training.run_directory import EXIT_STOPPED, read_record, without_link
+from plmtune.training.run_summary import already_finished
 from plmtune.training.runtime import Runtime
+from plmtune.training.signals import StopSignals
 from plmtune.units import parse_count, show_bytes
 
 CONFIG = "quantize"  # conf/quantize.yaml
 REPORT = "quantize.json"
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", MODEL_CONFIG, "tokenizer.json", "tokenizer_config.json")
 
 _BATCH = 4  # rows of text that are read together
 _POOL = 1_000_000  # tokens of the data that rows are spread over
@@ -65,28 +70,32 @@ class Quantize:
         self.plan: Any = plan_of(cfg, meta)  # a scheme that does not fit is found before weights are read
         self.bytes_before = num_bytes(meta, {}, self.dtype)
         self.budget = None
-        if cfg.sensitivity.measure and cfg.sensitivity.budget is not None:
+        if cfg.sensitivity.budget is not None:
             self.budget = budget_of(cfg.sensitivity.budget, self.bytes_before)
             if (least := num_bytes(meta, self.plan, self.dtype)) > self.budget:
                 raise UserError(
                     f"key sensitivity.budget: {cfg.sensitivity.budget} is {show_bytes(self.budget)}, and the scheme "
                     f"{cfg_scheme(cfg)['component']} alone takes {show_bytes(least)}. Give more, or a smaller scheme."
                 )
-        self.text = read_text(cfg, self.tokenizer, meta.max_seq_len)
+        # A model that was trained for the scheme has learned the ranges that its weights have.
+        calibration_tokens = 0 if is_trained_for(cfg, self.source) else cfg.calibration_tokens
+        self.text = read_text(cfg, self.tokenizer, meta.max_seq_len, calibration_tokens)
         self.model = load_model(self.source, runtime.device, torch.float32).eval()
         self.run = open_run(cfg, runtime, self.text.fingerprints)
+        self.signals = StopSignals("stopping; a second one ends it at once.")
 
     def quantize(self) -> None:
-        """Measure, choose, round, write, measure again."""
+        """Measure, choose, round, measure again, write. Resumed, it starts over with the sensitivities it has."""
         cfg, scheme, model = self.cfg, cfg_scheme(self.cfg), self.model
         before = self.loss("before")
         moments = None
         if len(self.text.calibration):
             moments = second_moments(model, self.batches(self.text.calibration, "read to calibrate"), self.plan)
-        if cfg.sensitivity.measure:
+        if measures(cfg):
             self.plan, scheme = self.mix(moments) or (self.plan, scheme)
-        quantize(model, self.plan, second_moments=moments, scheme=scheme, progress=_tell("quantized"))
+        quantize(model, self.plan, second_moments=moments, scheme=scheme, progress=self.teller("quantized"))
         model.to(self.dtype)
+        after = self.loss("after")
         self.tokenizer.save(self.run.path)
         save_model(model, None, self.run.path)
         report = {
@@ -98,11 +107,13 @@ class Quantize:
             "bytes_before": self.bytes_before,
             "test_tokens": self.text.test.numel(),
             "loss_before": before,
-            "loss": self.loss("after"),
+            "loss": after,
             "formats": {name: format.name for name, format in self.plan.items()},
         }
         with replacing(self.run.path / REPORT) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        manifest.seal(self.run.path, 0, {}, only=MODEL_FILES)
+        self.run.update(parameters=sum(p.numel() for p in on_meta(self.source).parameters()))
         print("\n".join([*getattr(self.plan, "notes", ()), *lines(report, self.run.path)]))
 
     def loss(self, when: str) -> float | None:
@@ -114,7 +125,31 @@ class Quantize:
         """Rows a few at a time, on the model's device."""
         batches = rows.split(_BATCH)
         for batch in ticking(batches, f"of {len(batches)} batches of text {what}", shown=True):
+            self.stop_if_asked()
             yield batch.to(self.model.device)
+
+    def stop_if_asked(self) -> None:
+        """End the process where a signal came.
+
+        Raises:
+            SystemExit: with EXIT_STOPPED.
+        """
+        if self.signals.heard:
+            print(f"stopped; resume it with: plmtune resume {self.run.path}", file=sys.stderr, flush=True)
+            raise SystemExit(EXIT_STOPPED)
+
+    def teller(self, what: str) -> Callable[[str, int, int], None]:
+        """Say on standard error, every few seconds, how many modules are done; stop there if asked to."""
+        said = time.monotonic()
+
+        def tell(name: str, done: int, total: int) -> None:
+            nonlocal said
+            self.stop_if_asked()
+            if time.monotonic() - said >= 5:
+                said = time.monotonic()
+                print(f"{done} of {total} modules {what}", file=sys.stderr, flush=True)
+
+        return tell
 
     def mix(self, moments: dict[str, Tensor] | None) -> tuple[Any, dict[str, Any]] | None:
         """Measure what each module loses; returns the plan and scheme that the budget allows, None without one."""
@@ -127,7 +162,7 @@ class Quantize:
             path / "sensitivity.json",
             dtype=self.dtype,
             second_moments=moments,
-            progress=_tell("measured"),
+            progress=self.teller("measured"),
         )
         kept = num_bytes(self.model, {}, self.dtype) - sum(one.kept_bytes for one in found)
         if self.budget is None:
@@ -143,19 +178,6 @@ class Quantize:
         (path / "mix.yaml").write_text(use + mix, encoding="utf-8")
         print(f"the mix for {show_bytes(self.budget)}: {path / 'mix.yaml'}, drawn in {path / 'sensitivity.png'}")
         return build("quantization", Component("quantization", "mixed", {"rules": rules}), model=self.model), scheme
-
-
-def _tell(what: str) -> Callable[[str, int, int], None]:
-    """Say on standard error, every few seconds, how many modules are done."""
-    said = time.monotonic()
-
-    def tell(name: str, done: int, total: int) -> None:
-        nonlocal said
-        if time.monotonic() - said >= 5:
-            said = time.monotonic()
-            print(f"{done} of {total} modules {what}", file=sys.stderr, flush=True)
-
-    return tell
 
 
 def cfg_scheme(cfg: Config) -> dict[str, Any]:
@@ -179,7 +201,7 @@ def choose(cfg: Config) -> str:
                 "a model directory with checkpoint=DIR."
             )
         cfg.checkpoint, said = str(newest), f"quantizing {newest}, the newest finished run (checkpoint=DIR for another)"
-    cfg.checkpoint = hub.pin(cfg.checkpoint)
+    cfg.checkpoint = str(without_link(Path(hub.pin(cfg.checkpoint))))
     directory = checkpoint_directory(cfg.checkpoint, weights=False)
     trained_for = qat.plan_of(directory)
     if cfg.quantization is None and trained_for is not None:
@@ -187,10 +209,19 @@ def choose(cfg: Config) -> str:
     cfg.quantization = cfg.quantization or Component("quantization", "int4", {})
     rules = cfg.quantization.settings.get("rules")
     said += f" as {cfg.quantization.name}" + (f" with {len(rules)} rules" if rules else "")
-    if trained_for is not None and qat.scheme_of(cfg.quantization) == trained_for:
-        cfg.calibration_tokens = 0  # it has learned to live with the ranges that its weights have
-        said += ", which it was trained for"
-    return said
+    return said + (", which it was trained for" if is_trained_for(cfg, directory) else "")
+
+
+def is_trained_for(cfg: Config, directory: Path) -> bool:
+    """Whether the model in `directory` was trained for the scheme of the config."""
+    trained_for = qat.plan_of(directory)
+    assert cfg.quantization is not None
+    return trained_for is not None and qat.scheme_of(cfg.quantization) == trained_for
+
+
+def measures(cfg: Config) -> bool:
+    """Whether sensitivities are measured: a budget cannot be spent without them."""
+    return cfg.sensitivity.measure or cfg.sensitivity.budget is not None
 
 
 def on_meta(source: Path) -> Any:
@@ -223,19 +254,18 @@ def num_bytes(model: Any, plan: Any, dtype: torch.dtype) -> int:
     return whole + stored - sum(shapes[name][0] * shapes[name][1] for name in plan) * dtype.itemsize
 
 
-def read_text(cfg: Config, tokenizer: Tokenizer, max_seq_len: int) -> Text:
+def read_text(cfg: Config, tokenizer: Tokenizer, max_seq_len: int, calibration_tokens: int) -> Text:
     """Rows of the data, as many as are asked for, spread over its first million tokens.
 
     Raises:
         UserError: if there are fewer, or numbers are impossible.
     """
-    if not 2 <= cfg.seq_len <= max_seq_len:
-        cfg.seq_len = max_seq_len if cfg.seq_len > max_seq_len else 2
-    if cfg.sensitivity.measure and not cfg.test_tokens:
-        raise UserError("key sensitivity.measure: needs text to measure on, and test_tokens is 0.")
-    calibration, test = (-(-n // cfg.seq_len) for n in (cfg.calibration_tokens, cfg.test_tokens))
+    seq_len = min(cfg.seq_len, max_seq_len)
+    if measures(cfg) and not cfg.test_tokens:
+        raise UserError("key sensitivity: needs text to measure on, and test_tokens is 0.")
+    calibration, test = (-(-n // seq_len) for n in (calibration_tokens, cfg.test_tokens))
     sources = named_sources(build("data", cfg.data)) if calibration + test else {}
-    pool = max(_POOL, 4 * cfg.seq_len * max(calibration, test))
+    pool = max(_POOL, 4 * seq_len * max(calibration, test))
     ids: list[Any] = []
     for left, source in zip(range(len(sources), 0, -1), sources.values(), strict=True):
         have = sum(map(len, ids))
@@ -246,7 +276,7 @@ def read_text(cfg: Config, tokenizer: Tokenizer, max_seq_len: int) -> Text:
             ids.append(np.asarray([*tokenizer.encode(text), tokenizer.eos_id], dtype=np.int64))
             have += len(ids[-1])
     joined = torch.from_numpy(np.concatenate(ids)) if ids else torch.empty(0, dtype=torch.long)
-    rows = joined[: len(joined) // cfg.seq_len * cfg.seq_len].view(-1, cfg.seq_len)
+    rows = joined[: len(joined) // seq_len * seq_len].view(-1, seq_len)
     # Every other row is for measuring, whatever is calibrated on: so losses of several schemes are of one text.
     found = Text(
         spread(rows[0::2], calibration),
@@ -255,8 +285,8 @@ def read_text(cfg: Config, tokenizer: Tokenizer, max_seq_len: int) -> Text:
     )
     if len(found.calibration) < calibration or len(found.test) < test:
         raise UserError(
-            f"key data: the text has {len(joined):,} tokens, and calibration_tokens ({cfg.calibration_tokens:,}) and "
-            f"test_tokens ({cfg.test_tokens:,}) are taken of one half of it each, in rows of {cfg.seq_len}. Give "
+            f"key data: the text has {len(joined):,} tokens, and calibration_tokens ({calibration_tokens:,}) and "
+            f"test_tokens ({cfg.test_tokens:,}) are taken of one half of it each, in rows of {seq_len}. Give "
             "more text, or ask for fewer."
         )
     return found
@@ -312,9 +342,12 @@ def main(cfg: Config, *, dry_run: bool = False) -> float | None:
         return None
     with Runtime.start(device=cfg.device, seed=0, strategy="none") as runtime:
         find_run(cfg)
+        if cfg.resume and read_record(Path(str(cfg.run_dir))).get("status") == "finished":
+            print(already_finished(Path(str(cfg.run_dir))))
+            return json.loads((Path(str(cfg.run_dir)) / REPORT).read_text(encoding="utf-8"))["loss"]
         print(choose(cfg))
         recipe = Quantize(cfg, runtime)
-        with recipe.run:
+        with recipe.run, recipe.signals:
             recipe.quantize()
         report = json.loads((recipe.run.path / REPORT).read_text(encoding="utf-8"))
     return report["loss"]

@@ -122,7 +122,7 @@ def resume(arguments: tuple[str, ...], other_data: bool, recipe_path: str | None
     saved = load_config(path)
     cfg = override(saved, overrides)
     for key in ("run_dir", "resume", "init_from"):
-        if getattr(cfg, key) != getattr(saved, key):
+        if hasattr(cfg, key) and getattr(cfg, key) != getattr(saved, key):
             raise UserError(f"key {key}: says where a run begins, and this one has begun: it cannot change on resume.")
     cfg.other_data = cfg.other_data or other_data
     refuse_other_config(run_dir, saved, cfg)

@@ -31,6 +31,7 @@ Ints = NDArray[np.int64]
 DIRECT, GIVEN_REJECTED, GIVEN_CHOSEN, MISMATCHED = range(4)
 
 _TRIES = 64  # pairs that a mismatched answer is looked for in
+_TOKENS = 4096  # of a batch of `PreferenceBatches.all`, where a row is not longer
 
 
 @dataclass(frozen=True)
@@ -364,9 +365,20 @@ class PreferenceBatches:
         yield from self._batches(self._held)
 
     def all(self) -> Iterator[ComparisonBatch]:
-        """Yield this rank's share of every comparison that a step or the validation takes, each once over all ranks."""
+        """Yield this rank's share of every comparison that a step or the validation takes, each once over all ranks.
+
+        What stands together in a batch depends neither on micro_batch_size nor on the number of ranks, which take the
+        batches in turn. So what is computed of them is the same to the last digit, wherever a run is resumed.
+        """
         drawn = [self._pairs(step) for step in range(self.num_steps)]
-        yield from self._batches(sorted({*np.concatenate(drawn).tolist(), *self._held}))
+        pairs = sorted({*np.concatenate(drawn).tolist(), *self._held})
+        size = max(1, _TOKENS // self.row_len)
+        for aside in (True, False):
+            rows = self._pack(sorted(self._members_of(pairs, aside), key=lambda index: -self._lengths[index]))
+            batches = [rows[at : at + size] for at in range(0, len(rows), size)]
+            batches += [[]] * (-len(batches) % self.world_size)  # ranks may have to meet in each forward
+            for mine in batches[self.rank :: self.world_size]:
+                yield make_batch(self.comparisons, mine, aside=aside, pad_id=self.pad_id)
 
     def places(self, step: int, micro_batches: Collection[int] | None = None) -> list[str]:
         """Return where the pairs of this rank's comparisons of a step stand, for messages about a bad step.
@@ -439,11 +451,15 @@ class PreferenceBatches:
 
     def _divide(self, pairs: Collection[int], *, aside: bool) -> list[list[list[int]]]:
         """Return this rank's micro-batches of some pairs, of each its rows: mismatched comparisons, or the others."""
-        every = (index for pair in pairs for index in self._members[pair])
-        ranks = self._pack_ranks([index for index in every if (self.comparisons[index].kind == MISMATCHED) is aside])
+        ranks = self._pack_ranks(self._members_of(pairs, aside))
         size = self.micro_batch_size
         number = max(-(-len(rows) // size) for rows in ranks)
         return [ranks[self.rank][size * i : size * (i + 1)] for i in range(number)]
+
+    def _members_of(self, pairs: Collection[int], aside: bool) -> list[int]:
+        """Return the comparisons of some pairs: the mismatched ones, or the others."""
+        every = (index for pair in pairs for index in self._members[pair])
+        return [index for index in every if (self.comparisons[index].kind == MISMATCHED) is aside]
 
     def _pack_ranks(self, chosen: list[int]) -> list[list[list[int]]]:
         """Deal comparisons out to the ranks, about equal in tokens, and pack each rank's into rows."""

@@ -180,6 +180,7 @@ class Checkpoints:
         self._stage = Stage(copies=background)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._save: _Save | None = None
+        self.pinned: int | None = None  # a step whose checkpoint is kept as long as it stands here
         self._from = 0  # the step that was restored
         self._own: set[int] = set()  # steps saved since
         if distributed.rank() == 0:
@@ -313,6 +314,16 @@ class Checkpoints:
         self._from = int(document["step"])
         return {**document["state"], "step": self._from}
 
+    def load_weights(self, step: int, model: nn.Module) -> None:
+        """Put the weights of `step`, and nothing else of it, into a model. Every rank must call it.
+
+        Raises:
+            UserError: if its checkpoint is not there, is damaged, or does not fit.
+        """
+        path = step_path(self.directory, step)
+        distributed.told_by_rank_0(lambda: manifest.verify(path)["step"])
+        distributed.load_full_tensors(self.named(model), Stored(locate(path, self.stem)))
+
     def _make_room(self, step: int, needed: int) -> None:
         """Make the directory to write into."""
         try:
@@ -400,6 +411,8 @@ class Checkpoints:
         past = [step for step in every if step <= self._from or step in self._own]
         kept = set(past[-self.keep :])  # with keep=0 all
         best = self._best(past)
+        if self.pinned is not None:
+            kept.add(self.pinned)
         if best is not None:
             kept.add(best)
             name = step_path(self.directory, best).name

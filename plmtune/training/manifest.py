@@ -59,14 +59,15 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
-def seal(directory: Path, step: int, known: Mapping[str, Any]) -> None:
+def seal(directory: Path, step: int, known: Mapping[str, Any], only: Iterable[str] = ("*",)) -> None:
     """Write the manifest of `directory`, last of its files.
 
     Args:
         known: "bytes" and "xxh3_128" of files that are on the disk; the others are hashed and brought there.
+        only: patterns of the names that are in it.
     """
     files = dict(known)
-    for path in sorted(directory.iterdir()):
+    for path in sorted({path for pattern in only for path in directory.glob(pattern)}):
         if path.name not in (NAME, VERIFIED, *known):
             files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": digest(path)}
             sync(path)

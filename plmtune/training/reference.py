@@ -29,7 +29,7 @@ from plmtune.training.distributed import gather_texts, reduce_sum, told_by_rank_
 if TYPE_CHECKING:
     from plmtune.data.comparisons import ComparisonBatch
 
-_VERSION = 1  # of the files, and of what the key hashes
+_VERSION = 2  # of the files, and of what the key hashes
 _INPUTS = ("tokens", "input_pos", "mask", "places", "targets", "completion", "index")
 
 
@@ -79,7 +79,8 @@ def reference_log_probs(
 
     Args:
         model_digest: what `model_digest` says of the reference.
-        batches: gives this rank's share of all comparisons, each once, equally many batches on each rank. Asked
+        batches: gives this rank's share of all comparisons, each once: of the batches, which are the same for any
+            number of ranks, every rank takes the next one in turn, and an empty one where there are no more. Asked
             twice, to hash and to compute: so nobody holds them all.
         compute: (batch) -> log-probabilities of its completions, [2n], in the order of `lengths`.
         directory: of the cache.
@@ -116,13 +117,20 @@ def _to_stderr(line: str) -> None:
 
 
 def _key(model_digest: str, batches: Iterable[ComparisonBatch], num: int, arithmetic: str) -> str:
-    """The same on every rank; another one where rows are grouped otherwise, which decides the last digits."""
-    digest = xxhash.xxh3_128()
+    """The same on every rank and for any number of them.
+
+    Another one where rows are grouped otherwise, which decides the last digits.
+    """
+    mine = []
     for batch in batches:
+        digest = xxhash.xxh3_128()
         for name in _INPUTS:
             _add(digest, name, getattr(batch, name))
+        mine.append(digest.hexdigest() if len(batch.index) else "")
+    shares = [json.loads(text) for text in gather_texts(json.dumps(mine))]
+    in_turn = [digest for digests in zip(*shares, strict=True) for digest in digests if digest]
     # Another version of torch may round otherwise.
-    parts = [_VERSION, model_digest, arithmetic, torch.__version__, num, *gather_texts(digest.hexdigest())]
+    parts = [_VERSION, model_digest, arithmetic, torch.__version__, num, *in_turn]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
 

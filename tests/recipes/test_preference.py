@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import command, environment, kill_all, metrics, weights
+from safetensors.torch import load_file
 from tuning import PREFERENCE, refusal, run, stop_in
 
 import plmtune
@@ -30,6 +32,20 @@ ROUNDS = [
     "selection.rules=[]",
     "seq_len=128",
 ]
+
+
+ONLY_THE_NEWEST = "checkpoint={every: 1, keep: 1, best: null}"
+
+
+def assert_near(run: Path, other: Path) -> None:
+    """Two runs learned the same, up to rounding."""
+    ours, theirs = (load_file(newest(place) / "model.safetensors") for place in (run, other))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def newest(run: Path) -> Path:
+    return run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
 
 
 def recipe() -> Any:
@@ -181,6 +197,64 @@ class TestRounds:
         assert rounds_of(base / "cut") == rounds_of(whole)
         assert weights(base / "cut") == weights(whole)
         assert metrics(base / "cut") == metrics(whole)
+
+    @pytest.mark.parametrize(
+        "extra", [(), ("micro_batch_size=1",), pytest.param(("peft=lora",), marks=pytest.mark.slow)]
+    )
+    def test_a_second_round_goes_on_although_its_references_numbers_are_lost(
+        self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, extra: tuple[str, ...]
+    ) -> None:
+        peft = [text for text in extra if text.startswith("peft")]
+        whole = undisturbed("aries", *ROUNDS, *peft)
+        self.stop_in_round_2(monkeypatch, *peft)
+        for path in (base / "runs" / "reference").iterdir():
+            path.unlink()
+        run("aries", *ROUNDS, "run_dir=cut", "resume=true", *extra, ONLY_THE_NEWEST)
+        kept = sorted((base / "runs" / "reference").glob("*.json"))
+        theirs = {path.name for path in (whole.parent / "runs" / "reference").glob("*.json")}
+        assert len(kept) == 1 and kept[0].name in theirs  # the same numbers: the key is of all that they follow from
+        if "micro_batch_size=1" in extra:
+            assert_near(base / "cut", whole)
+        else:
+            assert weights(base / "cut") == weights(whole)
+            assert metrics(base / "cut") == metrics(whole)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("lost", [False, True])
+    def test_a_second_round_goes_on_with_another_number_of_processes(
+        self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, lost: bool
+    ) -> None:
+        whole = undisturbed("aries", *ROUNDS)
+        self.stop_in_round_2(monkeypatch)
+        cache = base / "runs" / "reference"
+        before = {path.name: path.read_bytes() for path in cache.iterdir()}
+        for path in cache.iterdir():
+            if lost:
+                path.unlink()
+        done = subprocess.run(
+            command("resume", "--import", "tuning", "cut", processes=2),
+            cwd=base, env=with_rewards(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert all(path.read_bytes() == before[path.name] for path in cache.iterdir())
+        assert_near(base / "cut", whole)
+
+    def stop_in_round_2(self, monkeypatch: pytest.MonkeyPatch, *extra: str) -> None:
+        with monkeypatch.context() as patch:
+            stop_in(patch, recipe(), "update", 3)
+            with pytest.raises(SystemExit):
+                run("aries", *ROUNDS, "run_dir=cut", ONLY_THE_NEWEST, *extra)
+        kept = sorted(path.name for path in Path("cut/checkpoints").glob("step-*"))
+        assert kept == ["step-00000002", "step-00000003"]  # the first is what the round is measured against
+
+    def test_of_another_model_in_the_last_rounds_place_the_run_says_so(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.stop_in_round_2(monkeypatch)
+        shutil.rmtree(base / "runs" / "reference")
+        shutil.rmtree(base / "cut/checkpoints/step-00000002")
+        with pytest.raises(UserError, match=r"round 2's reference are no longer in .*step-00000002 has no manifest"):
+            run("aries", *ROUNDS, "run_dir=cut", "resume=true", ONLY_THE_NEWEST)
 
     def test_answers_that_were_written_before_a_death_are_kept(
         self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch

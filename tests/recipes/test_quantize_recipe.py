@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from plmtune.recipes import quantize
+from tuning import stop_in
 
 import plmtune
 from plmtune import config
+from plmtune.cli import cli
 from plmtune.data.tokenizers import bundled
 from plmtune.errors import UserError
 from plmtune.models.hf import save_model
 from plmtune.models.plm import plm
 from plmtune.modules.quantized import Quantized
+from plmtune.quantization import sensitivity
 from plmtune.registry import component
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 80
@@ -77,7 +80,7 @@ class TestOneModel:
 
 class TestSensitivity:
     def test_a_budget_gives_a_mix_that_fits_it(self, folder: Path) -> None:
-        run("quantization=int4", "sensitivity.measure=true", "sensitivity.budget=52%", "sensitivity.tokens=64")
+        run("quantization=int4", "sensitivity.budget=52%", "sensitivity.tokens=64")  # which cannot be spent unmeasured
         report = json.loads((folder / "out" / "quantize.json").read_text())
         assert report["scheme"]["component"] == "mixed"
         assert report["bytes"] - 4096 <= 0.52 * report["bytes_before"]  # the file has a header
@@ -91,6 +94,82 @@ class TestSensitivity:
         with pytest.raises(UserError, match=r"sensitivity.budget: 5% is .* the scheme int4 alone takes"):
             run("quantization=int4", "sensitivity.measure=true", "sensitivity.budget=5%")
         assert not (folder / "out").exists()
+
+
+class TestResuming:
+    SENSITIVITY = ("quantization=int4", "sensitivity.measure=true", "sensitivity.tokens=64")
+
+    def command(self, *words: str) -> None:
+        cli.main(list(words), standalone_mode=False)
+
+    def stop_at(self, call: int, *overrides: str) -> None:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            stop_in(patch, quantize.Quantize, "stop_if_asked", call)
+            run(*overrides)
+        assert stopped.value.code == 75
+
+    def test_a_stopped_one_starts_over_with_the_sensitivities_it_has(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        run(*self.SENSITIVITY, "run_dir=whole")
+        self.stop_at(9, *self.SENSITIVITY)  # 2 batches before, 2 to calibrate, then a module each
+        said = capfd.readouterr().err
+        assert "SIGTERM: stopping" in said and "stopped; resume it with: plmtune resume out" in said
+        assert json.loads((folder / "out/run.json").read_text())["status"] == "stopped"
+        measured = len(json.loads((folder / "out/sensitivity.json").read_text())["modules"])
+        assert measured == 4
+        with pytest.raises(
+            UserError, match=r"out is a run that was stopped, before it saved a model.*plmtune resume out"
+        ):
+            plmtune.load("out")
+        again: list[str] = []
+        whole = sensitivity.quantize_module
+        monkeypatch.setattr(
+            sensitivity,
+            "quantize_module",
+            lambda model, name, *more: (again.append(name), whole(model, name, *more))[1],
+        )
+        self.command("resume", "out")
+        report, other = (json.loads((folder / name / "quantize.json").read_text()) for name in ("out", "whole"))
+        assert len(set(again) - {"module"}) == len(report["formats"]) - measured  # that one is of its outputs
+        assert report == other
+        for name in ("model.safetensors", "config.json", "tokenizer.json", "manifest.json"):
+            assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+
+    def test_one_that_was_killed_while_it_wrote_is_no_model_and_is_written_again(self, folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+            def dies(*given: object, **more: object) -> None:
+                raise KeyboardInterrupt
+
+            patch.setattr(quantize.manifest, "seal", dies)
+            run("quantization=int8")
+        assert (folder / "out/config.json").exists()
+        with pytest.raises(UserError, match=r"out is a run that failed \(KeyboardInterrupt\), before it saved a model"):
+            plmtune.load("out")
+        self.command("resume", "out")
+        plmtune.load("out")
+
+    def test_a_finished_one_says_so(self, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        loss = run("quantization=int8")
+        before = (folder / "out/run.json").read_bytes()
+        self.command("resume", "out")
+        assert run("quantization=int8", "resume=true") == loss
+        assert capfd.readouterr().out.count("out is finished: there is nothing to resume.") == 2
+        assert (folder / "out/run.json").read_bytes() == before
+
+    def test_what_is_quantized_cannot_change(self, folder: Path) -> None:
+        self.stop_at(1, "quantization=int8")
+        with pytest.raises(UserError, match="was started with checkpoint=base, not out"):
+            self.command("resume", "out", "checkpoint=out")
+
+    def test_a_flipped_bit_in_it_is_found(self, folder: Path) -> None:
+        run("quantization=int8")
+        data = bytearray((folder / "out/model.safetensors").read_bytes())
+        data[-3] ^= 1
+        (folder / "out/model.safetensors").write_bytes(data)
+        with pytest.raises(UserError, match=r"out/model.safetensors is damaged"):
+            plmtune.load("out")
 
 
 class TestMistakes:

@@ -13,6 +13,7 @@ from group import in_group
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from plmtune.data import comparisons as comparisons_of_data
 from plmtune.data.comparisons import Comparison, ComparisonBatch, PreferenceBatches
 from plmtune.errors import UserError
 from plmtune.losses.log_probs import log_probs
@@ -23,6 +24,11 @@ from plmtune.training.reference import model_digest, reference_log_probs
 from plmtune.training.runtime import Runtime
 
 NUM = 7
+
+
+@pytest.fixture(autouse=True)
+def one_row_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparisons_of_data, "_TOKENS", 1)
 
 
 @functools.cache
@@ -51,12 +57,12 @@ def comparisons() -> list[Comparison]:
     return [*made[:-1], replace(made[-1], rejected=None)]
 
 
-def share(rank: int = 0, world_size: int = 1) -> Callable[[], Iterator[ComparisonBatch]]:
+def share(rank: int = 0, world_size: int = 1, size: int = 1) -> Callable[[], Iterator[ComparisonBatch]]:
     return PreferenceBatches(
         comparisons(),
         seq_len=16,
         global_batch_size=4,
-        micro_batch_size=1,
+        micro_batch_size=size,
         seed=1,
         rank=rank,
         world_size=world_size,
@@ -118,6 +124,10 @@ class TestReferenceLogProbs:
         assert torch.equal(cache.ask(never), first)
         assert [path.suffix for path in cache.files()] == [".json", ".safetensors"]
         assert not cache.told
+
+    def test_do_not_depend_on_the_size_of_micro_batches(self, cache: Cache) -> None:
+        first = cache.ask(compute)
+        assert torch.equal(cache.ask(never, batches=share(size=3)), first)
 
     def test_that_are_not_finite_are_refused_and_not_kept(self, cache: Cache) -> None:
         with pytest.raises(UserError, match=r"comparison \d .* not finite. Has the model's training diverged"):
@@ -314,6 +324,7 @@ class TestModelDigest:
 
 
 def on_ranks(directory: Path) -> dict[str, Any]:
+    comparisons_of_data._TOKENS = 1
     with Runtime.start(device="cpu", precision="fp32", strategy="fsdp") as runtime:
         batches = share(runtime.rank, runtime.world_size)
         counted = list[int]()
@@ -332,6 +343,7 @@ def on_ranks(directory: Path) -> dict[str, Any]:
             "values": first.tolist(),
             "computed": counted,
             "digests": [digest, model_digest(model())],
+            "kept": sorted(path.name for path in (directory / "reference").iterdir()),
         }
 
 
@@ -344,5 +356,7 @@ class TestManyProcesses:
             assert ours == pytest.approx(theirs, rel=1e-5)
         first, second = (rank["computed"] for rank in ranks)
         assert len(first) == len(second) and 0 < sum(first) < NUM and sum(first) + sum(second) == NUM
-        assert len(list((tmp_path / "reference").iterdir())) == 2
+        assert len(ranks[0]["kept"]) == 2
+        alone = Cache(tmp_path / "reference").ask(never, model_digest=model_digest(model()), arithmetic="x")
+        assert alone.tolist() == ranks[0]["values"]  # one process finds what two have kept
         assert {digest for rank in ranks for digest in rank["digests"]} == {model_digest(model())}
