@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
+import shlex
 import sys
 import types
 import typing
@@ -30,9 +32,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from plmtune.config_errors import explain, unknown_key
-from plmtune.config_rules import check_file, check_override, check_scalar, check_value, read_yaml, resolve
-from plmtune.errors import UserError, did_you_mean
+from plmtune.config_choices import (
+    FILE_PRESET,
+    group_at,
+    normalize_file,
+    read_preset,
+    refuse_preset,
+    take_choices,
+)
+from plmtune.config_errors import Given, as_typed, explain, in_hydras_form, in_words, unknown_key
+from plmtune.config_rules import check_file, check_override, check_scalar, check_value, is_option, read_yaml, resolve
+from plmtune.errors import UserError, did_you_mean, either
 from plmtune.ranges import Rule
 from plmtune.registry import Component, Key, describe, find, keys_of
 from plmtune.schema import SCHEMAS
@@ -182,15 +192,14 @@ def find_config(name: str) -> Path:
     return path
 
 
-def _is_base(path: Path, content: dict[str, Any]) -> bool:
-    """Whether this is a shipped config that names a schema; a person's copy of one is an overlay as any other."""
+def _is_base(content: dict[str, Any]) -> bool:
+    """Whether a config names its schema, as the shipped ones and their copies do; any other builds on one of them."""
     defaults = content.get("defaults")
-    named = isinstance(defaults, list) and any(isinstance(e, str) and e.endswith("_schema") for e in defaults)
-    return named and path.resolve().parent == folder("conf").resolve()
+    return isinstance(defaults, list) and any(isinstance(e, str) and e.endswith("_schema") for e in defaults)
 
 
-def _store_primary(name: str, overlays: Sequence[str]) -> tuple[str, dict[str, Path]]:
-    """Put the primary config into Hydra's store; returns the base's name and {stored name: file}."""
+def _store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> Given:
+    """Put the primary config into Hydra's store; returns what it is composed of."""
     files = [find_config(name), *map(find_config, overlays)]
     contents = [read_yaml(path) for path in files]
     for path, content in zip(files, contents, strict=True):
@@ -198,6 +207,7 @@ def _store_primary(name: str, overlays: Sequence[str]) -> tuple[str, dict[str, P
         recipe = content.get("recipe", "pretrain")
         if recipe not in list(SCHEMAS):  # a list: what YAML holds may have no hash
             raise UserError(f"{path}, key recipe: there is no {recipe!s:.80}.{did_you_mean(str(recipe), SCHEMAS)}")
+        refuse_preset(content, path, _component_keys())
     recipe = contents[0]["recipe"] if "recipe" in contents[0] else _recipe_of(contents[0], files[0])
     for path, content in zip(files[1:], contents[1:], strict=True):
         if content.get("recipe", recipe) != recipe:
@@ -206,19 +216,23 @@ def _store_primary(name: str, overlays: Sequence[str]) -> tuple[str, dict[str, P
                 f"{path}, key recipe: the file is for {theirs}, and {name} runs {recipe}. "
                 f"Use it as in plmtune run {_BASES.get(theirs, theirs)} {path}, or remove the key."
             )
-    if not _is_base(files[0], contents[0]):
-        base = _BASES.get(recipe, recipe)
-    else:
-        base, files, contents = files[0].stem, files[1:], contents[1:]
+    base, whole = str(_BASES.get(recipe, recipe)), _is_base(contents[0])
+    if whole and files[0].resolve().parent == folder("conf").resolve():
+        base, files, contents, whole = files[0].stem, files[1:], contents[1:], False
     store = ConfigStore.instance()
-    stored: dict[str, Path] = {}
-    for index, (path, content) in enumerate(zip(files, contents, strict=True)):
-        key = f"plmtune_overlay_{index}"
-        store.store(name=key, node=OmegaConf.create(content))
-        stored[key] = path
+    keys = [f"plmtune_overlay_{index}" for index in range(len(files))]
+    given = Given(overrides, dict(zip(keys, files, strict=True)), dict(zip(keys, contents, strict=True)), base)
+    sections = {f.name for f in dataclasses.fields(SCHEMAS[recipe]) if dataclasses.is_dataclass(f.default_factory)}
+    for path, content in zip(files, contents, strict=True):
+        for key in sections.intersection(content):
+            if not isinstance(content[key], dict):
+                raise UserError(f"{path}, key {key}: needs a table of its keys, not {content[key]!r:.80}.")
+    for index, (key, path) in enumerate(given.files.items()):
+        normal = normalize_file(given.contents[key], path, _component_keys(), base=whole and not index)
+        store.store(name=key, node=OmegaConf.create(normal))
     # An overlay may ask for other components, so it is merged after the base but its choices hold from the start.
-    store.store(name=PRIMARY, node={"defaults": [str(base), *stored, "_self_"]})
-    return str(base), stored
+    store.store(name=PRIMARY, node={"defaults": [*([] if whole else [base]), *given.files, "_self_"]})
+    return given
 
 
 def _recipe_of(content: dict[str, Any], path: Path) -> str:
@@ -250,14 +264,31 @@ def _component_keys() -> set[str]:
     }
 
 
-def _parse(text: str) -> Override:
+def _parse(text: str, following: Sequence[str] = ()) -> Override:
+    """Parse an override; `following` words may be the rest of it, cut off at its spaces by the shell."""
     try:
         return OverridesParser.create().parse_override(text)
-    except (HydraException, ValueError, RecursionError) as error:
-        said = str(error).splitlines()[-1] if str(error) else type(error).__name__
-        raise UserError(
-            f"override {text:.200}: cannot be understood ({said:.200}). Quote special characters."
-        ) from None
+    except (HydraException, ValueError, RecursionError):
+        way = _quoted([text, *following])
+        hint = f" Quote it for the shell and for Hydra: {way}" if way else " Write key=value, with the value in quotes."
+        raise UserError(f"override {text:.200}: cannot be understood.{hint}") from None
+
+
+def _quoted(words: Sequence[str]) -> str | None:
+    """How the override that `words` begin with is typed; None if that cannot be guessed."""
+    key, equals, value = words[0].partition("=")
+    if value.startswith("[") and not value.endswith("]"):
+        end = next((end for end, word in enumerate(words, 1) if word.endswith("]")), None)
+        value = " ".join(words[:end]).partition("=")[2] if end else value
+    plain: Any = value
+    if value.startswith("[") and value.endswith("]"):
+        plain = [part.strip().strip("'\"") for part in value[1:-1].split(",")]
+    typed = as_typed(key, plain)
+    try:
+        parsed = OverridesParser.create().parse_override(shlex.split(typed)[0])
+    except (HydraException, ValueError, RecursionError):
+        return None
+    return typed if equals and len(typed) < 500 and parsed.value() == plain else None
 
 
 def _plain_value(value: Any) -> Any:
@@ -272,29 +303,69 @@ def _plain_value(value: Any) -> Any:
 
 
 def _check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list[str]:
-    """Refuse what is no override; let keys be added to dictionaries, as ``data.sources={mine: ...}`` does."""
+    """Refuse what is no override, and write choices in Hydra's form.
+
+    Keys may be added to dictionaries, as ``data.sources={mine: ...}`` does.
+    """
     checked = []
-    for text in overrides:
+    for index, text in enumerate(overrides):
         # Hydra's multirun reads its own options, one of which unpickles a file, among the overrides.
         if ("=" not in text and not text.startswith("~")) or text.startswith("-"):
-            raise UserError(f"{text!r:.200} is neither a YAML file nor an override of the form key=value.")
-        parsed = _parse(text)
-        check_override(
-            text,
-            parsed.key_or_group,
-            parsed.package,
-            _plain_value(parsed._value),
-            groups=_component_keys(),
-            multirun=multirun,
-        )
-        key, _, value = text.partition("=")
-        in_dict = any(key == name or key.startswith(f"{name}.") for name in _dict_keys())
-        if key.endswith(".component") and not in_dict:
-            raise UserError(
-                f"override {text}: choose it as {key.removesuffix('.component').replace('.', '/')}={value}."
+            before, equals, value = overrides[index - 1].partition("=") if index else ("", "", "")
+            way = f" As a part of {before}: {as_typed(before, f'{value} {text}')}" if equals else ""
+            raise UserError(f"{text!r:.200} is neither a YAML file nor an override of the form key=value.{way}")
+        if text.startswith("="):
+            raise UserError(f"override {text:.200}: has no key. Write key=value.")
+        if re.match(r"[+~]*recipe\b", text):
+            raise UserError(f"override {text:.200}: a config has its recipe. Run another one: plmtune run NAME")
+        for normal in _normalize(text, _parse(text, overrides[index + 1 :])):
+            parsed = _parse(normal)
+            check_override(
+                text,
+                parsed.key_or_group,
+                parsed.package,
+                _plain_value(parsed._value),
+                groups=_component_keys(),
+                multirun=multirun,
             )
-        checked.append(f"++{text}" if in_dict else text)
+            key, _, value = normal.lstrip("+").partition("=")
+            in_dict = any(key == name or key.startswith(f"{name}.") for name in _dict_keys())
+            if key.endswith(".component") and not in_dict:
+                raise UserError(
+                    f"override {text}: choose it as {key.removesuffix('.component').replace('.', '/')}={value}."
+                )
+            checked.append(f"++{normal.lstrip('+')}" if in_dict else normal)
     return checked
+
+
+def _normalize(text: str, parsed: Override) -> list[str]:
+    """The overrides in Hydra's form that a choice of a component stands for; any other override stays as it is."""
+    key = parsed.key_or_group
+    group = group_at(key, _component_keys()) if parsed.package is None and key else None
+    if group is None or parsed.is_sweep_override() or parsed.is_delete() or parsed.is_add():
+        return [text]
+    place, value = key.replace(".", "/"), _plain_value(parsed._value)
+    if value in (None, []):
+        if "/" in place:
+            raise UserError(f"override {text}: takes the name of a component. See: plmtune ls {group}")
+        return [f"~{place}"]
+    if isinstance(value, str):
+        if value.endswith((".yaml", ".yml")):
+            preset = read_preset(Path(value), place, group, _component_keys())
+            value = FILE_PRESET + re.sub(r"\W", "_", value)
+            ConfigStore.instance().store(group=place, name=value, node=OmegaConf.create(preset))
+        elif key == place:
+            return [text]
+        if is_option(value):  # else check_override says what it is
+            return [f"{place}={value}"]
+    choices: dict[str, str] = {}
+    settings = take_choices(value, place, group, choices, f"override {text:.200}, ")
+    if not choices:
+        return [text]
+    return [
+        *(f"{at}={name}" for at, name in choices.items()),
+        *(f"{key}.{name}={in_hydras_form(child)}" for name, child in settings.items()),
+    ]
 
 
 def sweep(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
@@ -349,14 +420,17 @@ def compose(name: str, overlays: Sequence[str] = (), overrides: Sequence[str] = 
     """
     checked = _check_overrides(overrides)
     _store_components()
-    base, stored = _store_primary(name, overlays)
+    given = _store_primary(name, overlays, overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(folder("conf")), version_base="1.3"):
             composed = hydra_compose(PRIMARY, overrides=checked)
     except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error, overrides, stored, base, all_keys, _fields) from None
-    return typed(composed)
+        raise explain(error, given, all_keys, _fields) from None
+    try:
+        return typed(composed)
+    except UserError as error:
+        raise given.blamed(error) from None
 
 
 def all_keys(base: str) -> list[str]:
@@ -382,10 +456,13 @@ def multirun(
     """
     checked = _check_overrides(overrides, multirun=True)
     _store_components()
-    base, stored = _store_primary(name, overlays)
+    given = _store_primary(name, overlays, overrides)
 
     def job(composed: DictConfig) -> Any:
-        cfg = typed(composed)
+        try:
+            cfg = typed(composed)
+        except UserError as error:
+            raise given.blamed(error) from None
         if cfg.run_dir is None:
             cfg.run_dir = HydraConfig.get().runtime.output_dir
         return task(cfg)
@@ -406,7 +483,7 @@ def multirun(
         with mock.patch.dict(os.environ, HYDRA_FULL_ERROR="1"), mock.patch.object(sys, "argv", argv):
             hydra_main(version_base="1.3", config_path=str(folder("conf")), config_name=PRIMARY)(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error, overrides, stored, base, all_keys, _fields) from None
+        raise explain(error, given, all_keys, _fields) from None
 
 
 # --- from plain values to typed objects --------------------------------------------------------------------------
@@ -437,7 +514,8 @@ def _merge(schema: Any, values: dict[str, Any], key: str, where: str) -> dict[st
             inner = getattr(error, "object_type", None) or schema  # the section that lacks the key
             known = _fields.get(inner.__name__, [f.name for f in dataclasses.fields(schema) if f.name != "component"])
             raise unknown_key(place, full, known) from None
-        raise UserError(f"{place}key {full}: {str(error).splitlines()[0]:.300}.") from None
+        said = in_words(str(error)) or str(error).splitlines()[0]
+        raise UserError(f"{place}key {full}: {said:.300}.") from None
     return typing.cast("dict[str, Any]", OmegaConf.to_container(merged))
 
 
@@ -460,6 +538,9 @@ def _construct(annotation: Any, value: Any, key: str, where: str) -> Any:
             if isinstance(rule, Rule) and not rule.allows(value):
                 raise UserError(f"{place}key {key}: {rule}, not {value!r:.80}.")
         return _construct(arguments[0], value, key, where)
+    if isinstance(value, dict | list) and not _may_hold(annotation, type(value)):
+        held = "a table" if isinstance(value, dict) else "a list"
+        raise UserError(f"{place}key {key}: {held} where one value is needed ({_kind(annotation)}).")
     if origin is Literal and value not in arguments:
         raise UserError(f"{place}key {key}: {value!r} is none of {', '.join(map(str, arguments))}.")
     if dataclasses.is_dataclass(annotation):
@@ -476,18 +557,37 @@ def _construct(annotation: Any, value: Any, key: str, where: str) -> Any:
         return section
     if origin is list:
         return [_construct(arguments[0], child, f"{key}[{i}]", where) for i, child in enumerate(value)]
+    if origin is dict:
+        return {name: _construct(arguments[1], child, f"{key}.{name}", where) for name, child in value.items()}
     if origin is tuple:
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(value) != len(kinds):
             raise UserError(f"{place}key {key}: needs {len(kinds)} values, not {len(value)}.")
-        pairs = zip(kinds, value, strict=True)
-        return tuple(_construct(kind, child, f"{key}[{i}]", where) for i, (kind, child) in enumerate(pairs))
-    if origin is dict:
-        return {name: _construct(arguments[1], child, f"{key}.{name}", where) for name, child in value.items()}
+        items = enumerate(zip(kinds, value, strict=True))
+        return tuple(_construct(kind, child, f"{key}[{i}]", where) for i, (kind, child) in items)
     if origin in (typing.Union, types.UnionType):
         others = [argument for argument in arguments if argument is not type(None)]
         return _construct(others[0], value, key, where) if len(others) == 1 else value
     return value
+
+
+def _may_hold(annotation: Any, kind: type) -> bool:
+    """Whether a key of this type takes a table (dict) or a list."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any or dataclasses.is_dataclass(annotation) or _is_component(annotation):
+        return True
+    if origin in (typing.Union, types.UnionType, typing.Annotated):
+        return any(_may_hold(argument, kind) for argument in arguments)
+    return origin is dict if kind is dict else origin in (list, tuple)
+
+
+def _kind(annotation: Any) -> str:
+    """A key's type in words."""
+    if typing.get_origin(annotation) is Literal:
+        return either([str(value) for value in typing.get_args(annotation)])
+    arguments = typing.get_args(annotation) or (annotation,)
+    words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    return either([words.get(argument, str(argument)) for argument in arguments])
 
 
 def to_component(group: str, value: Any, key: str, where: str = "") -> Component:
@@ -498,7 +598,7 @@ def to_component(group: str, value: Any, key: str, where: str = "") -> Component
     """
     place = f"{where}, " if where else ""
     if not isinstance(value, dict) or not isinstance(value.get("component"), str):
-        raise UserError(f"{place}key {key}: needs component: NAME, one of {', '.join(describe()[group])}.")
+        raise UserError(f"{place}key {key}: needs the name of a component: {', '.join(sorted(describe()[group]))}.")
     name = value["component"]
     try:
         find(group, name)
@@ -561,8 +661,12 @@ def override(cfg: Any, overrides: Sequence[str]) -> Any:
             if not isinstance(section.get(name), dict):
                 section[name] = {}
             section = section[name]
-        if last in describe() and isinstance(value, str):
-            section[last] = {"component": value}
+        group = group_at(parsed.key_or_group, _component_keys())
+        choices: dict[str, str] = {}
+        if group and isinstance(value, str | list):
+            place = parsed.key_or_group.replace(".", "/")
+            settings = take_choices(value, place, group, choices, f"override {text:.200}, ")
+            section[last] = {"component": choices[place], **settings}
         elif isinstance(value, dict) and isinstance(section.get(last), dict):
             section[last] = {**section[last], **value}
         else:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from plmtune.errors import UserError, did_you_mean
+from plmtune.config_choices import FILE_PRESET
+from plmtune.errors import UserError, did_you_mean, either, near_names
 from plmtune.registry import describe
 from plmtune.schema import SCHEMAS
 
@@ -40,31 +43,70 @@ def _of_other_recipe(key: str, recipe: str, keys: Sequence[str]) -> str | None:
 def unknown_key(
     place: str, full_key: str, siblings: Iterable[str], everywhere: Callable[[], Iterable[str]] = list
 ) -> UserError:
-    """An unknown key, with the nearest one beside it, or the same name elsewhere in the config."""
+    """An unknown key, with the nearest ones beside it, or the same name elsewhere in the config."""
     parent, _, leaf = full_key.rpartition(".")
     prefix = f"{parent}." if parent else ""
-    beside = [prefix + name for name in siblings]
-    hint = did_you_mean(full_key, beside)
-    if "Did you mean" not in hint:
-        elsewhere = (key for key in everywhere() if key.rpartition(".")[2] == leaf and key != full_key)
-        hint = next((f" Did you mean {key}?" for key in elsewhere), hint)
-    return UserError(f"{place}key {full_key}: unknown.{hint}")
+    near = [prefix + name for name in near_names(leaf, siblings)]
+    near = near or [key for key in everywhere() if key.rpartition(".")[2] == leaf and key != full_key][:3]
+    hint = f"Did you mean {either(near)}?" if near else f"Known: {', '.join(sorted(siblings))}."
+    return UserError(f"{place}key {full_key}: unknown. {hint}")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a config is composed of, to say where a value comes from.
+
+    Attributes:
+        overrides: what was typed on the command line.
+        files: name in Hydra's store -> the file it came from.
+        contents: the same name -> the keys and values of that file.
+        base: the shipped config that everything builds on.
+    """
+
+    overrides: Sequence[str]
+    files: Mapping[str, Path]
+    contents: Mapping[str, Mapping[str, Any]]
+    base: str
+
+    def override(self, key: str) -> str | None:
+        """The override that gives the value of a full key, alone or as a part of its table or list."""
+        wanted = key.replace("/", ".")
+        for text in reversed(self.overrides):
+            name, _, value = text.lstrip("+~").partition("=")
+            name = name.split("@")[0].replace("/", ".")
+            inside = value.lstrip()[:1] in ("[", "{") and wanted.startswith((f"{name}.", f"{name}["))
+            if name and (wanted == name or inside):
+                return text
+        return None
+
+    def place(self, key: str) -> str:
+        """``override X, `` or ``FILE, `` where the value of a full key is given; empty if nowhere."""
+        if override := self.override(key):
+            return f"override {override:.200}, "
+        parts = re.findall(r"[^.\[\]/]+", key)
+        for name in reversed([*self.files]):
+            value: Any = self.contents.get(name)
+            for part in parts:
+                value = value.get(part) if isinstance(value, Mapping) else value
+                if value is None:
+                    break
+            else:
+                if parts:
+                    return f"{self.files[name]}, "
+        return ""
+
+    def blamed(self, error: UserError) -> UserError:
+        """The same error with the place of its key in front."""
+        key = re.match(r"key ([\w.\[\]-]+):", str(error))
+        return UserError(f"{self.place(key[1])}{error}") if key else error
 
 
 def explain(
-    error: Exception,
-    overrides: Sequence[str],
-    files: dict[str, Path],
-    base: str,
-    all_keys: Callable[[str], list[str]],
-    keys_of: dict[str, list[str]],
+    error: Exception, given: Given, all_keys: Callable[[str], list[str]], keys_of: dict[str, list[str]]
 ) -> UserError:
     """Translate an error of Hydra's composition.
 
     Args:
-        overrides: what was typed on the command line.
-        files: name in Hydra's store -> the file it came from.
-        base: the shipped config that everything builds on.
         all_keys: gives every full key of a shipped config.
         keys_of: type name -> its keys.
     """
@@ -75,27 +117,32 @@ def explain(
         cause = cause.__cause__
     text = "\n".join(chain)
     full_key = _search(r"full_key: (\S+)", text)
-
-    def typed_by_hand(key: str) -> str | None:
-        return next((o for o in overrides if o.lstrip("+~").split("=")[0].split("@")[0] == key), None)
+    files, base = given.files, given.base
 
     def place(key: str) -> str:
-        override = typed_by_hand(key)
-        if override:
-            return f"override {override}, "
+        merged = given.override(_search(r"Error merging override [+~]*([\w./-]+)=", text) or "")
+        if merged:
+            return f"override {merged:.200}, "
         stored = _search(r"In '([^']+)'", text)
-        if stored in files:
+        if stored and FILE_PRESET in stored:
+            return f"{str(given.override(stored.rpartition('/')[0])).partition('=')[2]}, "
+        if stored is not None and stored in files:
             return f"{files[stored]}, "
-        return f"conf/{stored or base}.yaml, "
+        return given.place(key) or f"conf/{stored or base}.yaml, "
 
     if missing := re.search(r"Could not find '([^']+)'", text):
         group, _, option = missing[1].rpartition("/")
         known = re.findall(r"^\t(\S+)$", text.split("Config search path")[0], re.MULTILINE)
-        override = typed_by_hand(group)
-        where = f"override {override}" if override else _place_of_choice(files, group, option) or f"conf/{base}.yaml"
-        return UserError(f"{where}: {group or 'conf'} has no option {option}.{did_you_mean(option, known)}")
-    if unmatched := re.search(r"Could not override '([^']+)'\. No match in the defaults list", text):
-        return UserError(f"{place(unmatched[1])}there is no group {unmatched[1]}. See: plmtune ls")
+        known = [name for name in known if not name.startswith(FILE_PRESET)]
+        where = given.place(group) or _place_of_choice(files, group, option) or f"conf/{base}.yaml, "
+        key = "" if where.startswith("override") else f"key {group.replace('/', '.')}: "
+        if option.endswith((".yaml", ".yml")):
+            return UserError(f"{where}{key}{option} is a file, and a file may not choose another one.")
+        return UserError(f"{where}{key}{group or 'conf'} has no option {option}.{did_you_mean(option, known)}")
+    if unmatched := re.search(r"Could not (?:override|delete) '([^']*)'\. No match in the defaults list", text):
+        name = unmatched[1]
+        elsewhere = _of_other_recipe(name, base, [])
+        return UserError(f"{place(name)}{elsewhere or f'there is no group {name}. See: plmtune ls'}")
     if re.search(r"Key '([^']*)' (is )?not in", text) and full_key:
         owner = _search(r"object_type=(\w+)", text) or ""
         siblings = keys_of.get(owner, [])
@@ -108,19 +155,74 @@ def explain(
         return unknown_key(place(full_key), full_key, siblings, lambda: all_keys(base))
     if "Ambiguous value" in text:
         key, _, value = str(_search(r"argument '([^']+)'", text)).partition("=")
-        return UserError(f"override {key}={value}: several values. To run them all: plmtune run -m ...; "
-                         f"as a list: {key}=[{value}]")  # fmt: skip
-    if parse := re.search(r"Error parsing override '([^']*)'\n(.*)", text):
-        return UserError(f"override {parse[1]}: cannot be understood ({parse[2]}). Quote special characters.")
-    if "is not a ListConfig" in text:
-        key, _, value = next(
-            (o for o in overrides if "=" in o and _search(r"override (\S+)", text) == o), "="
-        ).partition("=")
-        return UserError(f"{place(key)}key {key}: needs a list. Write {key}=[{value}].")
-    if wrong := re.search(r"(Value .*|.*could not be converted.*|Cannot (?:convert|assign).*|Unsupported .*)", text):
-        key = full_key or ""
-        return UserError(f"{place(key)}key {key}: {wrong[1].strip():.300}.")
-    return UserError(f"{place(full_key or '')}{(chain[-1] or type(error).__name__).splitlines()[0]}")
+        return UserError(
+            f"override {key}={value}: several values. To run them all: plmtune run -m ...; as a list: "
+            f"{shlex.quote(f'{key}=[{value}]')}; as one text: {as_typed(key, value)}"
+        )
+    merged = _search(r"Error merging override [+~]*([\w./-]+)=", text) or ""
+    key = full_key or merged
+    if merged and not key.startswith(merged):  # OmegaConf gives keys in lists from their table on
+        key = f"{merged}[].{key}"
+    said = in_words(text)
+    if said is None and "ListConfig" in text:
+        said = "needs a list"
+    if said == "needs a list" and (override := given.override(key)):
+        value = override.partition("=")[2]
+        said += f". Write {key}=[{value}]" if value[:1] not in "[{" else ""
+    where = place(key)
+    return UserError(f"{where}key {key}: {said}." if key and said else f"{where}{chain[-1].splitlines()[0]:.300}")
+
+
+_TYPES = {"Integer": "a whole number", "int": "a whole number", "Float": "a number", "float": "a number",
+          "Boolean": "true or false", "bool": "true or false", "string": "a text", "str": "a text",
+          "list": "a list", "dict": "a table", "tuple": "a list", "ListConfig": "a list", "DictConfig": "a table",
+          "Dict": "a table", "List": "a list", "Tuple": "a list", "NoneType": "null"}  # fmt: skip
+
+
+def in_words(text: str) -> str | None:
+    """What OmegaConf says of a value that its key cannot take, in a sentence's second half; None if it is not that."""
+    if found := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text, re.DOTALL):
+        return f"{found[1]:.80} is not {_TYPES.get(found[2], found[2])}"
+    if found := re.search(r"Cannot convert '(\w+)' to string: '(.*)'", text):
+        return f"needs a text, not {_TYPES.get(found[1], found[1])}"
+    if found := re.search(r"Value '(.*)' is not a valid (\w+)", text):
+        return f"{found[1]:.80} is not {_TYPES.get(found[2], found[2])}"
+    found = re.search(r"Value '(.*)' of type '\w+' is incompatible with type hint '(.*)'", text)
+    if found := found or re.search(r"Cannot assign (?:container '(.*)' of type '\w+'|\w+) to (.*)", text):
+        outer = re.sub(r"(Dict|List|Tuple)\[.*\]", r"\1", found[2])
+        kinds = list(dict.fromkeys(_TYPES[name] for name in re.findall(r"\w+", outer) if name in _TYPES))
+        return f"{found[1] or 'its value':.80} is not {either(kinds or [outer])}"
+    if found := re.search(r"(?:Invalid type assigned|Invalid value assigned): .* is not a (\w+)", text):
+        return "needs a list" if found[1] == "ListConfig" else "needs a table of its keys"
+    if found := re.search(r"(?:Invalid type assigned): .* is not a subclass of \w+\. value: (.*)", text):
+        return f"needs its keys, as {{KEY: VALUE}}, not {found[1]:.80}"
+    if re.search(r"Merge error: \w+ is not a subclass of", text):
+        return "needs a table of its keys"
+    if "Cannot merge" in text or "cannot be merged" in text:
+        return "needs a list" if "with ListConfig" in text else "needs a table of its keys"
+    if "is not Optional" in text or "Incompatible value 'None'" in text:
+        return "needs a value, not null"
+    return None
+
+
+# --- how an override is typed -------------------------------------------------------------------------------------
+
+
+def as_typed(key: str, value: Any) -> str:
+    """An override as it is typed in a POSIX shell, so that Hydra reads exactly this value."""
+    return shlex.quote(f"{key}={in_hydras_form(value)}")
+
+
+def in_hydras_form(value: Any) -> str:
+    """A plain value in the grammar of Hydra's overrides; every text is quoted."""
+    if isinstance(value, str):
+        # Backslashes stand for themselves but before a quote.
+        return '"' + re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value) + '"'
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {in_hydras_form(child)}" for key, child in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(in_hydras_form, value)) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _search(pattern: str, text: str) -> str | None:
@@ -128,9 +230,9 @@ def _search(pattern: str, text: str) -> str | None:
     return found[1] if found else None
 
 
-def _place_of_choice(files: dict[str, Path], group: str, option: str) -> str | None:
+def _place_of_choice(files: Mapping[str, Path], group: str, option: str) -> str | None:
     """The overlay whose text chooses this option."""
     for path in files.values():
         if re.search(rf"{re.escape(group)}\s*:\s*{re.escape(option)}\b", path.read_text(encoding="utf-8")):
-            return f"{path}, key {group}"
+            return f"{path}, "
     return None

@@ -55,6 +55,8 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         if alias and node not in self.expanded:
             raise yaml.constructor.ConstructorError(None, None, "an alias stands inside of what it names", mark)
+        if isinstance(node, yaml.MappingNode) and not alias:
+            _refuse_twice(node)
         if node is not None and not alias:
             pairs = isinstance(node, yaml.MappingNode)
             children = [*chain.from_iterable(node.value)] if pairs else node.value
@@ -71,6 +73,18 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except ValueError as error:  # a date in month 13, a number of thousands of digits
             raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+
+
+def _refuse_twice(node: yaml.MappingNode) -> None:
+    """Refuse a key that is there twice, of which YAML's loaders keep the last without a word."""
+    seen: dict[tuple[str, str], yaml.Mark] = {}
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if (key.tag, key.value) in seen:
+                first = seen[key.tag, key.value].line + 1
+                said = f"the key {key.value} is there twice, first in line {first}: keep one"
+                raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
+            seen[key.tag, key.value] = key.start_mark
 
 
 def _too_much(mark: yaml.Mark) -> yaml.YAMLError:
@@ -122,19 +136,6 @@ def check_file(content: Mapping[str, Any], path: Path, groups: Container[str]) -
         if name == "hydra" or str(name).startswith("hydra."):
             raise UserError(f"{path}, key {name}: {_OF_HYDRA}.")
         check_value({name: child}, f"{path}, ")
-        if name in groups:
-            _check_choices(child, path, str(name))
-
-
-def _check_choices(value: Any, path: Path, key: str) -> None:
-    for name, child in value.items() if isinstance(value, dict) else ():
-        if name == "component":
-            raise UserError(
-                f"{path}, key {key}.component: choose it in the defaults list: - override /{key.replace('.', '/')}: "
-                f"{child}"
-            )
-        if name != "sources":  # each of a mix's own names its component
-            _check_choices(child, path, f"{key}.{name}")
 
 
 def _check_defaults(entries: Any, path: Path, groups: Container[str]) -> None:

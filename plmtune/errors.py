@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
-    """A mistake a person can mend. The command line prints it without a traceback and exits with code 2."""
+    """A mistake that the user can correct. The command line prints it without a traceback and exits with code 2."""
 
 
 class Unreadable(UserError):
@@ -21,14 +21,26 @@ def unreadable(path: object, error: OSError) -> Unreadable:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `` Did you mean X?`` for the nearest known name, or the list of all when nothing is near."""
+    """Return `` Did you mean X?`` with up to three near names, nearest first, or the list of all when none is near."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if not near:
-        # lerning_rate -> lr: people spell out what the field abbreviates.
-        parent, dot, leaf = name.rpartition(".")
-        initials = parent + dot + "".join(part[:1] for part in leaf.split("_"))
-        near = [initials] if initials in names else []
-    if near:
-        return f" Did you mean {near[0]}?"
+    if near := near_names(name, names):
+        return f" Did you mean {either(near)}?"
     return f" Known: {', '.join(names)}." if names else ""
+
+
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """Up to three of the known names that `name` may stand for, nearest first."""
+    names = sorted(known)
+    if near := difflib.get_close_matches(name, names, n=3, cutoff=0.6):
+        # Only names that are nearly as near as the nearest: the others distract from it.
+        least = difflib.SequenceMatcher(None, near[0], name).ratio() - 0.12
+        return [one for one in near if difflib.SequenceMatcher(None, one, name).ratio() >= least]
+    # lerning_rate -> lr: people spell out what the field abbreviates; spike -> spike_factor: they cut what is long.
+    parent, dot, leaf = name.rpartition(".")
+    initials = parent + dot + "".join(part[:1] for part in leaf.split("_"))
+    return [initials] if initials in names else [one for one in names if len(leaf) > 2 and one.startswith(name)][:3]
+
+
+def either(names: Sequence[str]) -> str:
+    """``a``, ``a or b``, ``a, b or c``."""
+    return " or ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])

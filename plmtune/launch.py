@@ -108,7 +108,8 @@ def watch(recipe: Any, last: int, *, tokens_per_step: int | None = None, flops_p
     cfg, runtime = recipe.cfg, recipe.runtime
     # Built on rank 0 alone: some begin a run of their own when they are made.
     wanted = cfg.logger and runtime.is_main
-    loggers = [build("logger", cfg.logger, directory=recipe.run.path, config=to_plain(cfg))] if wanted else []
+    built = build("logger", cfg.logger, directory=recipe.run.path, config=to_plain(cfg)) if wanted else []
+    loggers = built if isinstance(built, list) else [built]
     return Watch(
         recipe.run,
         loggers,

@@ -1,10 +1,14 @@
 """Composing: values, groups, overlays; and every mistake names its file, its key and the nearest right name."""
 
+import random
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from plmtune import config
+from plmtune.config_errors import as_typed
 from plmtune.errors import UserError
 from plmtune.registry import Component
 
@@ -65,13 +69,140 @@ class TestCompose:
         assert config.compose("pretrain") == config.compose("pretrain")
 
 
+class TestChoices:
+    """A name where a component belongs chooses it, as a defaults list does."""
+
+    @pytest.mark.parametrize(
+        ("text", "defaults"),
+        [
+            ("model: plm_tiny", "[override /model: plm_tiny]"),
+            ("optimizer: adamw", "[override /optimizer: adamw]"),
+            ("model: {ffn: swiglu}", "[override /model/ffn: swiglu]"),
+            ("model: {component: llama, ffn: squared_relu}",
+             "[override /model: llama, override /model/ffn: squared_relu]"),
+            ("model: {ffn: {component: swiglu}}\nlogger: jsonl",
+             "[override /model/ffn: swiglu, override /logger: jsonl]"),
+            ("model: plm_tiny\ndefaults: [override /model: plm_tiny]", "[override /model: plm_tiny]"),
+        ],
+    )  # fmt: skip
+    def test_in_a_file_it_means_the_same_as_a_defaults_list(self, text: str, defaults: str, tmp_path: Path) -> None:
+        (tmp_path / "a.yaml").write_text(text)
+        (tmp_path / "b.yaml").write_text(f"defaults: {defaults}")
+        ours, theirs = (config.compose("pretrain", [str(tmp_path / name)]) for name in ("a.yaml", "b.yaml"))
+        assert ours == theirs != config.compose("pretrain")
+
+    @pytest.mark.parametrize(
+        ("override", "same"),
+        [
+            ("model.ffn=swiglu", ["model/ffn=swiglu"]),
+            ("model={ffn: swiglu}", ["model/ffn=swiglu"]),
+            ("model={component: llama, num_layers: 3}", ["model=llama", "model.num_layers=3"]),
+            ("logger=[jsonl]", ["logger=jsonl"]),
+            ("logger=null", ["~logger"]),
+        ],
+    )
+    def test_so_it_does_on_the_command_line(self, override: str, same: list[str]) -> None:
+        assert config.compose("pretrain", (), [override]) == config.compose("pretrain", (), same)
+
+    def test_settings_beside_the_name_belong_to_it(self, tmp_path: Path) -> None:
+        (tmp_path / "mine.yaml").write_text("optimizer: {component: adamw, betas: [0.8, 0.9]}")
+        optimizer = config.compose("pretrain", [str(tmp_path / "mine.yaml")], ["optimizer.eps=1e-6"]).optimizer
+        assert (optimizer.name, optimizer.settings["betas"], optimizer.settings["eps"]) == ("adamw", (0.8, 0.9), 1e-6)
+
+    def test_the_config_of_a_run_is_an_overlay(self, tmp_path: Path) -> None:
+        cfg = config.compose("pretrain", (), ["model=plm_tiny", "model/ffn=swiglu", "logger=[jsonl,tensorboard]"])
+        (tmp_path / "config.yaml").write_text(config.to_yaml(cfg))
+        assert config.compose("pretrain", [str(tmp_path / "config.yaml")]) == cfg
+
+    def test_the_config_of_a_run_made_before_is_read(self, tmp_path: Path) -> None:
+        text = config.to_yaml(config.compose("pretrain"))
+        assert "logger:\n  component: tensorboard\n" in text  # as it was before several were possible
+        (tmp_path / "config.yaml").write_text(text)
+        assert config.load_config(tmp_path / "config.yaml") == config.compose("pretrain")
+
+
+class TestSeveralLoggers:
+    @pytest.mark.parametrize(
+        "text",
+        ["logger: [jsonl, {component: wandb, project: mine}]", "logger:\n- jsonl\n- component: wandb\n  project: mine"],
+    )
+    def test_are_a_list_in_a_file_and_on_the_command_line(self, text: str, tmp_path: Path) -> None:
+        (tmp_path / "mine.yaml").write_text(text)
+        ours = config.compose("pretrain", [str(tmp_path / "mine.yaml")])
+        assert ours == config.compose("pretrain", (), ["logger=[jsonl,{component: wandb, project: mine}]"])
+        assert ours == config.compose("pretrain", (), ["logger=[jsonl,wandb]", "logger.loggers.wandb.project=mine"])
+        (tmp_path / "config.yaml").write_text(config.to_yaml(ours))
+        assert config.load_config(tmp_path / "config.yaml") == ours
+
+    def test_can_be_chosen_when_a_run_is_resumed(self) -> None:
+        cfg = config.override(config.compose("pretrain"), ["logger=[jsonl,tensorboard]"])
+        assert cfg.logger == config.compose("pretrain", (), ["logger=[jsonl,tensorboard]"]).logger
+        assert config.override(cfg, ["logger=jsonl"]).logger == Component("logger", "jsonl")
+
+    def test_are_all_built(self, tmp_path: Path) -> None:
+        cfg = config.compose("pretrain", (), ["logger=[jsonl,tensorboard]"])
+        built = config.build("logger", cfg.logger, directory=tmp_path, config={})
+        assert [type(logger).__name__ for logger in built] == ["JsonLines", "TensorBoard"]
+
+
+class TestPresetsInFiles:
+    def test_are_options_of_their_group(self, tmp_path: Path) -> None:
+        path = tmp_path / "my model.yaml"
+        path.write_text("defaults: [plm, override attention: mla_20m, _self_]\nnum_layers: 7\nffn: swiglu\n")
+        model = config.compose("pretrain", (), [f'model="{path}"', "model.embed_dim=96"]).model
+        assert (model.settings["num_layers"], model.settings["embed_dim"]) == (7, 96)
+        assert model.settings["ffn"].name == "swiglu"
+        assert model.settings["attention"].settings["kv_lora_rank"] == 256
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("defaults: [adamw, _self_]", "is a preset of the group optimizer"),
+            ("num_layers: 3", "is no preset of the group model"),
+            ("defaults: [plm, _self_]\nnum_layer: 3", "mine.yaml, key model.num_layer: unknown. Did you mean model."),
+            ("defaults: [plm, _self_]\nnum_layers: x", "mine.yaml, key model.num_layers: x is not a whole number"),
+            ("defaults: [plm, ../../x, _self_]", "is no choice"),
+            ("defaults: [plm, _self_]\n_target_: os.system", "not allowed"),
+        ],
+    )  # fmt: skip
+    def test_with_a_mistake_are_named(
+        self, text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("mine.yaml").write_text(text)
+        assert said in message("pretrain", "model=mine.yaml")
+
+
+class TestQuoting:
+    @pytest.mark.parametrize("value", ["a=b", "a(1).txt", "über/x", 'say "a"', "it's(", "a=\\", "{a", "日本/語=(1)"])
+    def test_the_form_that_is_shown_is_understood_by_the_shell_and_by_hydra(self, value: str) -> None:
+        said = message("pretrain", f"run_dir={value}")
+        assert said.startswith(
+            f"override run_dir={value}: cannot be understood. Quote it for the shell and for Hydra: "
+        )
+        typed = said.partition("for Hydra: ")[2]
+        (word,) = subprocess.run(["sh", "-c", f"printf %s {typed}"], capture_output=True, text=True).stdout.split("\n")
+        assert config.compose("pretrain", (), [word]).run_dir == value
+
+    def test_any_text_can_be_typed(self) -> None:
+        rng = random.Random(0)
+        for _ in range(300):
+            value = "".join(rng.choices("ab \"'\\$`()[]{}=,:#é\n~!*", k=rng.randrange(12)))
+            (word,) = shlex.split(as_typed("name", value))
+            assert config._parse(word).value() == value
+
+    def test_words_that_the_shell_cut_are_joined(self) -> None:
+        assert "'data.paths=[\"my file.txt\"]'" in message("pretrain", "data.paths=[my", "file.txt]")
+        assert "'sample.prompt=\"Hello world\"'" in message("pretrain", "sample.prompt=Hello", "world")
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("override", "parts"),
         [
             ("optimizer.lerning_rate=1", ["optimizer.lerning_rate", "Did you mean optimizer.lr?"]),
             ("lr=1", ["key lr", "Did you mean optimizer.lr?"]),
-            ("optimizer.lr=fast", ["optimizer.lr", "'fast'", "Float"]),
+            ("optimizer.lr=fast", ["override optimizer.lr=fast, key optimizer.lr: fast is not a number"]),
             ("model=plm_tinny", ["plm_tinny", "Did you mean plm_tiny?"]),
             ("modle=plm", ["modle", "Did you mean model?"]),
             ("runtime.precision=fp8", ["runtime.precision", "fp8", "auto, bf16, fp32"]),
@@ -82,6 +213,24 @@ class TestMistakes:
             ("phases=[{name: a, tokenz: 3}]", ["tokenz", "Did you mean tokens?"]),
             ("seq_len=${nothing}", ["nothing"]),
             ("just words", ["key=value"]),
+            ("scheduler=wscd", ["Did you mean wsd or wsdc?"]),
+            ("optimizer={lr: fast}", ["override optimizer={lr: fast}, key optimizer.lr: fast is not a number"]),
+            ("guard={spike: 3}", ["override guard={spike: 3}, key guard.spike", "Did you mean guard.spike_factor?"]),
+            ("guard=3", ["override guard=3, key guard: needs a table"]),
+            ("phases={a: b}", ["override phases={a: b}, key phases: needs a list"]),
+            ("phases=3", ["key phases: needs a list. Write phases=[3]"]),
+            ("name=[a]", ["override name=[a], key name: needs a text, not a list"]),
+            ("seq_len=1.5", ["1.5 is not a whole number"]),
+            ("runtime.compile=maybe", ["maybe is not true or false"]),
+            ("peft=lora", ["override peft=lora, pretrain has no key peft (it belongs to sft, preference)"]),
+            ("model/ffn=null", ["takes the name of a component"]),
+            ("loss=[cross_entropy,dpo]", ["key loss: takes the name of one component, not a list"]),
+            ("data=[stdlib,files]", ["data=mix"]),
+            ("logger=[jsonl,jsonl]", ["names jsonl twice"]),
+            ("logger=[jsonl,nosuch]", ["logger has no component nosuch"]),
+            ("recipe=sft", ["plmtune run NAME"]),
+            ("=3", ["has no key"]),
+            ("sample.prompt=a, b", ["several values", "'sample.prompt=\"a, b\"'"]),
         ],
     )
     def test_each_names_the_key_and_what_to_do(self, override: str, parts: list[str]) -> None:
@@ -89,6 +238,43 @@ class TestMistakes:
         assert "\n" not in said
         for part in parts:
             assert part in said
+
+    @pytest.mark.parametrize(
+        ("override", "said"),
+        [
+            ("optimizer.betas=[0.9]", "needs 2 values, not 1"),
+            ("optimizer.betas=[0.9,0.95,0.5]", "needs 2 values, not 3"),
+            ("optimizer.betas=[0.9,a]", "key optimizer.betas[1]: a is not a number"),
+            ("optimizer.betas=[0.9,[0.5]]", "key optimizer.betas[1]"),
+            ("data.paths=[{path: docs.txt}]", "key data.paths[0]: a table where one value is needed (a text)"),
+            ("data.paths=[[docs.txt]]", "key data.paths[0]: a list where one value is needed (a text)"),
+            ("phases=[{name: a, tokens: [1]}]", "key phases[].tokens: [1] is not a text or a whole number"),
+            ("phases=[{name: a, tokens: 1M, mix: {a: [1]}}]", "phases[0].mix"),
+        ],
+    )
+    def test_lists_hold_as_many_values_of_the_kind_as_their_key_needs(self, override: str, said: str) -> None:
+        found = message("pretrain", "optimizer=adamw", "data=files", override)
+        assert found.startswith(f"override {override}, ") and said in found
+
+    @pytest.mark.parametrize(
+        ("text", "line"),
+        [
+            ("optimizer: {lr: 1.0e-4}\nseed: 1\noptimizer: {weight_decay: 0.0}\n", 3),
+            ("seed: 1\nseed: 1\n", 2),
+            ("phases:\n- name: a\n  steps: 1\n  steps: 2\n", 4),
+            ("guard: {patience: 1, patience: 2}\n", 1),
+        ],
+    )
+    def test_a_key_that_is_there_twice_is_refused_with_its_line(self, text: str, line: int, tmp_path: Path) -> None:
+        (tmp_path / "mine.yaml").write_text(text)
+        said = message(overlays=(str(tmp_path / "mine.yaml"),))
+        assert f"mine.yaml, line {line}: " in said and "is there twice" in said
+
+    def test_a_value_of_an_alias_or_a_merge_is_not_twice_there(self, tmp_path: Path) -> None:
+        (tmp_path / "mine.yaml").write_text(
+            "validation: &a {every: 7, tokens: 9}\nphases:\n- {name: a, steps: 1}\n- {name: b, steps: 1}\n"
+        )
+        assert config.compose("pretrain", [str(tmp_path / "mine.yaml")]).validation.every == 7
 
     @pytest.mark.parametrize(
         ("text", "parts"),
@@ -100,7 +286,17 @@ class TestMistakes:
             ("", ["empty"]),
             ("- 1", ["list"]),
             ("seq_len: abc", ["key seq_len", "abc"]),
-            ("model: {component: llama}", ["override /model: llama"]),
+            ("model: {component: llamma}", ["key model", "llamma", "Did you mean llama?"]),
+            ("model: plm_tinny", ["key model", "Did you mean plm_tiny?"]),
+            ("model: mine.yaml", ["key model: mine.yaml is a file", "model=mine.yaml"]),
+            ("model: [plm, llama]", ["key model: takes the name of one component"]),
+            ("model: 3", ["key model: 3 is no name of a component"]),
+            ("model: plm\ndefaults: [override /model: llama]", ["key model: plm is chosen here, and llama in"]),
+            ("guard: 3", ["key guard: needs a table of its keys"]),
+            ("name: [a]", ["key name: needs a text, not a list"]),
+            ("recipe: sft", ["plmtune run sft "]),
+            ("defaults: [plm, _self_]\nnum_layers: 3", ["a preset of the group model", "plmtune run pretrain model="]),
+            ("defaults: [mla, _self_]", ["a preset of the group attention", "pretrain model/attention="]),
             ("data: {sources: {a: {component: filez}}}", ["data.sources"]),
         ],
     )

@@ -7,6 +7,7 @@ module on the path that would leave a file behind, and the interpreter's own aud
 
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -265,8 +266,10 @@ def write(place: Path, saved: str, text: str) -> None:
     text = text.replace("{traps}", str(place.parent / "traps"))
     (place / "evil.yaml").write_text(text)
     (place / "run").mkdir()
-    # The last of two equal keys counts: a good config in which one is hostile.
-    (place / "run/config.yaml").write_text(f"{saved}\n{text}\n")
+    # A good config in which one key is hostile.
+    keys = "|".join(re.findall(r"^([a-z_]+):", text, re.MULTILINE)) or "none"
+    kept = re.sub(rf"^(?:{keys}):.*\n(?:[ -].*\n)*", "", saved, flags=re.MULTILINE)
+    (place / "run/config.yaml").write_text(f"{kept}\n{text}\n")
 
 
 class TestFiles:
@@ -426,10 +429,7 @@ class TestDevices:
 class TestCommandLine:
     @pytest.mark.parametrize("road", ["overlay", "resume"])
     def test_exit_code_is_2_with_one_sentence(self, road: str, place: Path, saved: str) -> None:
-        text = "optimizer: {_target_: canary.call}"
-        (place / "evil.yaml").write_text(text)
-        (place / "run").mkdir()
-        (place / "run/config.yaml").write_text(f"{saved}\n{text}\n")
+        write(place, saved, "optimizer: {_target_: canary.call}")
         done = subprocess.run(
             [sys.executable, "-m", "plmtune", *ROADS[road]],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(place.parent / "traps")},

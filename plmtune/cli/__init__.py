@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -62,6 +63,9 @@ class Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             raise UserError(f"There is no command {args[0]}.{did_you_mean(args[0], COMMANDS)}")
+        for before, word in itertools.pairwise(args):
+            if not word.strip() and not before.startswith("-"):  # pathlib reads it as the current folder
+                raise UserError(f"plmtune {args[0]}: the argument after {before} is empty. Give a name or a path.")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -19,7 +19,8 @@ def cp(name: str, target: Path, overwrite: bool) -> None:
     """Copy config NAME (pretrain, model/plm_tiny) or recipe (recipes/pretrain) to TARGET.
 
     \b
-    plmtune cp plm_1.8b mine.yaml        then: plmtune run pretrain mine.yaml
+    plmtune cp plm_1.8b mine.yaml        then: plmtune run mine.yaml
+    plmtune cp model/plm_20m mine.yaml   then: plmtune run pretrain model=mine.yaml
     plmtune cp recipes/pretrain mine.py  then: plmtune run mine.py
     """
     conf = folder("conf")
@@ -37,4 +38,12 @@ def cp(name: str, target: Path, overwrite: bool) -> None:
     if not target.parent.is_dir():
         raise UserError(f"{target}: the folder {target.parent} does not exist.")
     shutil.copyfile(source, target)
-    click.echo(f"{source.name} -> {target}")
+    click.echo(f"{source.name} -> {target}\n{_use(source, target)}")
+
+
+def _use(source: Path, target: Path) -> str:
+    """How the copy is used."""
+    place = source.relative_to(folder("conf")).parent if source.suffix == ".yaml" else Path()
+    if place == Path():
+        return f"Use it with: plmtune run {target}"
+    return f"Use it with: plmtune run pretrain {place.as_posix()}={target}"

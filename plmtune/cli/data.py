@@ -43,7 +43,7 @@ def data() -> None:
 @click.option("--out", default="runs/data", show_default=True, type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--format", default="auto", show_default=True, type=click.Choice(["auto", "text", "jsonl", "parquet"]))
 @click.option("--text-key", default="text", show_default=True, help="Key or column that holds the text.")
-@click.option("--separator", help=r"Cuts a text file into documents; \n is a line end.")
+@click.option("--separator", help=r"Cuts a text file into documents; \n is a line feed.")
 @click.option("--encoding", default="utf-8", show_default=True)
 @click.option("--skip-bad", is_flag=True, help="Count broken rows instead of stopping.")
 @click.option("--holdout", default=0.01, show_default=True, help="Share kept for validation.")
@@ -72,7 +72,6 @@ def prepare(context: click.Context, files: tuple[str, ...], **options: Any) -> N
         raise UserError("Name files, folders or globs to prepare, or --stdlib (and not both)")
     from plmtune.registry import load
 
-    separator = options["separator"]
     try:
         source: Source = (
             load("data", "stdlib")()
@@ -81,7 +80,7 @@ def prepare(context: click.Context, files: tuple[str, ...], **options: Any) -> N
                 paths=files,
                 format=options["format"],
                 text_key=options["text_key"],
-                separator=separator and separator.replace("\\n", "\n").replace("\\t", "\t"),
+                separator=options["separator"],
                 encoding=options["encoding"],
             )
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import glob
 import json
+import re
 from collections.abc import Iterator, Sequence
 from operator import methodcaller
 from pathlib import Path
@@ -168,6 +169,8 @@ def find_files(paths: tuple[str, ...]) -> tuple[list[Path], set[Path]]:
     found: dict[Path, None] = {}
     singly: set[Path] = set()
     for text in paths:
+        if not text.strip():
+            raise UserError("a path is empty, which would be the current folder. Name it as . if it is meant")
         path = Path(text).expanduser()
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if kind_of(p) and p.is_file() and not _hidden(p, path))
@@ -372,12 +375,13 @@ def files(
         paths: files, folders (read whole, in the order of names) or globs.
         format: auto goes by the suffix; a file of unknown suffix, named singly, is text.
         text_key: key or column that holds the text of a row.
-        separator: cuts a text file into documents; none: a file is one document.
+        separator: cuts a text file into documents; none: a file is one document. The two characters ``\\n`` are a line
+            feed, ``\\t`` a tab, ``\\r`` a carriage return, ``\\\\`` a backslash.
         encoding: of text and JSONL.
 
     Raises:
         UserError: for no path, a path that is not there, an empty file.
-        ValueError: for an unknown encoding or an empty separator.
+        ValueError: for an unknown encoding, an empty separator or one with another escape.
     """
     if not paths:
         raise UserError(
@@ -391,4 +395,12 @@ def files(
     check(NotEmpty(), text_key=text_key)
     if separator == "":
         raise ValueError("separator is the empty text; leave it out (null) to keep a file one document")
-    return Files(tuple(paths), format=format, text_key=text_key, separator=separator, encoding=encoding)
+    cut = None if separator is None else re.sub(r"\\(.?)", _unescape, separator)
+    return Files(tuple(paths), format=format, text_key=text_key, separator=cut, encoding=encoding)
+
+
+def _unescape(found: re.Match[str]) -> str:
+    meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}.get(found[1])
+    if meant is None:
+        raise ValueError(f"separator {found.string!r} holds {found[0]}; \\n, \\t, \\r and \\\\ (a backslash) are known")
+    return meant

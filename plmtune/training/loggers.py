@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from plmtune.errors import UserError
-from plmtune.registry import register
+from plmtune.registry import Component, register
 
 
 class Logger(Protocol):
@@ -115,6 +115,29 @@ class Trackio:
 
     def close(self) -> None:
         self._module.finish()
+
+
+@register("logger", "several")
+def several(
+    directory: Path,
+    config: dict[str, Any],
+    *,
+    loggers: Annotated[dict[str, Component], "logger"] = {},  # noqa: B006 (only read)
+) -> list[Logger]:
+    """Several loggers at once: ``logger=[tensorboard,wandb]`` chooses this one with both.
+
+    Args:
+        loggers: name -> a logger with its settings, as ``logger.loggers.wandb.project=mine`` sets one.
+
+    Raises:
+        ValueError: if there are none, or one holds others itself.
+    """
+    if not loggers:
+        raise ValueError("several needs at least one logger: logger=[tensorboard,wandb]")
+    for name, logger in loggers.items():
+        if logger.name == "several":
+            raise ValueError(f"{name} holds loggers itself: name them in one list")
+    return [logger(directory=directory, config=config) for logger in loggers.values()]
 
 
 def _is_number(value: Any) -> bool:

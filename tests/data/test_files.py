@@ -6,6 +6,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
+from plmtune import config
 from plmtune.data.files import files
 from plmtune.errors import UserError
 
@@ -30,6 +31,35 @@ class TestText:
     def test_a_separator_cuts_it_into_documents(self, tmp_path):
         (tmp_path / "a.txt").write_text("one\n\ntwo\nmore\n\n\n\nthree")
         assert read(tmp_path / "a.txt", separator="\n\n") == ["one", "two\nmore", "three"]
+
+    @pytest.mark.parametrize(
+        "road",
+        [
+            r'data.separator="\n\n"',
+            r"data.separator=\n\n",
+            "data.separator='\n\n'",
+            r'YAML "\n\n"',
+            r"YAML \n\n",
+            r"YAML '\n\n'",
+        ],
+    )
+    def test_a_separator_of_line_feeds_means_that_from_every_road(self, road, tmp_path):
+        (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
+        overlays, overrides = [], ["data=files", f"data.paths=[{tmp_path}/a.txt]"]
+        if road.startswith("YAML"):
+            (tmp_path / "mine.yaml").write_text(f"data: {{component: files, separator: {road.removeprefix('YAML ')}}}")
+            overlays = [str(tmp_path / "mine.yaml")]
+        else:
+            overrides.append(road)
+        source = config.build("data", config.compose("pretrain", overlays, overrides).data)
+        assert list(source.documents()) == ["one", "two", "three"]
+
+    def test_other_escapes_in_a_separator_are_refused_and_a_backslash_is_two(self, tmp_path):
+        (tmp_path / "a.txt").write_text("one\\cut two\ttail")
+        assert read(tmp_path / "a.txt", separator="\\\\cut ") == ["one", "two\ttail"]
+        assert read(tmp_path / "a.txt", separator="\\t") == ["one\\cut two", "tail"]
+        with pytest.raises(ValueError, match=r"holds \\c; "):
+            read(tmp_path / "a.txt", separator="\\cut ")
 
     def test_a_separator_across_a_reading_boundary_still_cuts(self, tmp_path):
         left = "a" * ((1 << 20) - 3)
@@ -199,6 +229,8 @@ class TestFinding:
         (tmp_path / "a.txt").write_text("text")
         with pytest.raises(ValueError, match="encoding 'utf-9' is unknown"):
             read(tmp_path / "a.txt", encoding="utf-9")
+        with pytest.raises(UserError, match="a path is empty"):
+            read("")
         with pytest.raises(ValueError, match="separator is the empty text"):
             read(tmp_path / "a.txt", separator="")
 
