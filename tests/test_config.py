@@ -76,7 +76,7 @@ class TestChoices:
         ("text", "defaults"),
         [
             ("model: plm_tiny", "[override /model: plm_tiny]"),
-            ("optimizer: adamw", "[override /optimizer: adamw]"),
+            ("optimizer: muon", "[override /optimizer: muon]"),
             ("model: {ffn: swiglu}", "[override /model/ffn: swiglu]"),
             ("model: {component: llama, ffn: squared_relu}",
              "[override /model: llama, override /model/ffn: squared_relu]"),

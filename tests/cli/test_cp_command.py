@@ -29,7 +29,7 @@ class TestCp:
         assert config.compose(words[0], (), words[1:]) == config.compose(*base)
 
     def test_a_changed_copy_of_a_config_runs_alone_and_over_another(self, tmp_path: Path) -> None:
-        text = (CONF / "aries.yaml").read_text().replace("scheduler: cosine", "scheduler: wsd")
+        text = (CONF / "aries.yaml").read_text().replace("scheduler: cosine_finetune", "scheduler: wsd")
         (tmp_path / "mine.yaml").write_text(text.replace("name: aries", "name: mine"))
         for cfg in (config.compose(str(tmp_path / "mine.yaml")), config.compose("dpo", [str(tmp_path / "mine.yaml")])):
             assert (cfg.scheduler.name, cfg.loss.name, cfg.reward.name, cfg.name) == ("wsd", "aries", "overlap", "mine")
