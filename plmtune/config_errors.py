@@ -190,7 +190,7 @@ def in_words(text: str) -> str | None:
     found = re.search(r"Value '(.*)' of type '\w+' is incompatible with type hint '(.*)'", text)
     if found := found or re.search(r"Cannot assign (?:container '(.*)' of type '\w+'|\w+) to (.*)", text):
         outer = re.sub(r"(Dict|List|Tuple)\[.*\]", r"\1", found[2])
-        kinds = list(dict.fromkeys(_TYPES[name] for name in re.findall(r"\w+", outer) if name in _TYPES))
+        kinds = sorted({_TYPES[name] for name in re.findall(r"\w+", outer) if name in _TYPES}, key=len)
         return f"{found[1] or 'its value':.80} is not {either(kinds or [outer])}"
     if found := re.search(r"(?:Invalid type assigned|Invalid value assigned): .* is not a (\w+)", text):
         return "needs a list" if found[1] == "ListConfig" else "needs a table of its keys"
