@@ -531,6 +531,9 @@ def _construct(annotation: Any, value: Any, key: str, where: str) -> Any:
         raise UserError(f"{place}key {key}: must be a finite number, not {value}.")
     if _is_component(annotation):
         return to_component(key.rpartition(".")[2], value, key, where)
+    if isinstance(value, dict | list) and not _may_hold(annotation, type(value)):
+        held = "a table" if isinstance(value, dict) else "a list"
+        raise UserError(f"{place}key {key}: {held} where one value is needed ({_kind(annotation)}).")
     if group := _dict_group(annotation):
         return {name: to_component(group, child, f"{key}.{name}", where) for name, child in value.items()}
     if origin is typing.Annotated:
@@ -538,9 +541,6 @@ def _construct(annotation: Any, value: Any, key: str, where: str) -> Any:
             if isinstance(rule, Rule) and not rule.allows(value):
                 raise UserError(f"{place}key {key}: {rule}, not {value!r:.80}.")
         return _construct(arguments[0], value, key, where)
-    if isinstance(value, dict | list) and not _may_hold(annotation, type(value)):
-        held = "a table" if isinstance(value, dict) else "a list"
-        raise UserError(f"{place}key {key}: {held} where one value is needed ({_kind(annotation)}).")
     if origin is Literal and value not in arguments:
         raise UserError(f"{place}key {key}: {value!r} is none of {', '.join(map(str, arguments))}.")
     if dataclasses.is_dataclass(annotation):
@@ -583,6 +583,8 @@ def _may_hold(annotation: Any, kind: type) -> bool:
 
 def _kind(annotation: Any) -> str:
     """A key's type in words."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _kind(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) is Literal:
         return either([str(value) for value in typing.get_args(annotation)])
     arguments = typing.get_args(annotation) or (annotation,)
