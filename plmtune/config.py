@@ -576,7 +576,9 @@ def _may_hold(annotation: Any, kind: type) -> bool:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any or dataclasses.is_dataclass(annotation) or _is_component(annotation):
         return True
-    if origin in (typing.Union, types.UnionType, typing.Annotated):
+    if origin is typing.Annotated:
+        return _may_hold(arguments[0], kind)
+    if origin in (typing.Union, types.UnionType):
         return any(_may_hold(argument, kind) for argument in arguments)
     return origin is dict if kind is dict else origin in (list, tuple)
 
