@@ -15,6 +15,7 @@ import click
 from plmtune.errors import UserError
 from plmtune.tables import Cell, Column, Table, show
 from plmtune.training import manifest
+from plmtune.training.run_summary import explain, explain_missing
 from plmtune.units import show_bytes
 
 
@@ -61,12 +62,17 @@ def checkpoints(run: Path, quick: bool) -> None:
 
 
 def _find(run: Path) -> list[Path]:
+    run = manifest.marked(run)
     if (run / manifest.NAME).is_file():
         return [run]
     directory = run / "checkpoints" if (run / "checkpoints").is_dir() else run
     found = [manifest.step_path(directory, step) for step in manifest.steps(directory)]
     if not found:
-        raise UserError(f"{run} holds no checkpoints. Give a run (runs/demo/latest), or one of its checkpoints.")
+        raise UserError(
+            explain(run)
+            or explain_missing(run)
+            or f"{run} holds no checkpoints. Give a run (runs/demo/latest), or one of its checkpoints."
+        )
     return found
 
 

@@ -168,6 +168,7 @@ def checkpoint_directory(path: str | Path, *, weights: bool = True) -> Path:
 
 def _another(damaged: Path) -> str:
     """What to use in place of a damaged checkpoint."""
+    meant = f"If it was changed on purpose, remove {damaged / manifest.NAME}."
     for step in reversed(manifest.steps(damaged.parent)):
         directory = manifest.step_path(damaged.parent, step)
         if directory != damaged:
@@ -175,8 +176,8 @@ def _another(damaged: Path) -> str:
                 manifest.verify_once(directory)
             except UserError:
                 continue
-            return f"Use another of its run, which is whole: {directory}"
-    return "Put a whole copy back."
+            return f"{meant} Use another of its run, which is whole: {directory}"
+    return f"{meant} Put a whole copy back."
 
 
 def find_checkpoint(path: str | Path, *, weights: bool = True) -> Path:
@@ -188,9 +189,7 @@ def find_checkpoint(path: str | Path, *, weights: bool = True) -> Path:
     if named := hub.parse(path):
         return hub.fetch(named, weights=weights)
     path = hub.open_folder(Path(path))
-    if path.is_file() and path.name in ("latest", "best") and (name := _read_start(path)).startswith("step-"):
-        reached = path.parent / Path(name).name  # RUN/checkpoints/best is a file that names a checkpoint
-        path = reached if _stays_inside(reached) else path
+    path = manifest.marked(path)
     hub.check_path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a directory. Give a checkpoint, a model directory or a run directory.")

@@ -35,6 +35,16 @@ def step_path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}"
 
 
+def marked(path: Path) -> Path:
+    """The checkpoint that the file RUN/checkpoints/latest or RUN/checkpoints/best names; any other path as it is."""
+    if path.name not in ("latest", "best") or path.is_symlink() or not path.is_file():
+        return path
+    with path.open("rb") as file:
+        name = file.read(80).decode("utf-8", errors="replace").strip()
+    found = path.parent / name
+    return found if _STEP.fullmatch(name) and found.is_dir() and not found.is_symlink() else path
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step: a reader sees the old file or the new one."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:

@@ -121,7 +121,7 @@ def explain_missing(path: Path) -> str:
     if path.name != LATEST:
         return ""
     if path.is_symlink():
-        return f"{path} leads to {path.readlink()}, which is gone. Name another run: plmtune runs"
+        return f"{path} leads to {path.readlink()}, which was removed. Name another run: plmtune runs"
     newest = path.with_name(NEWEST)
     if not newest.exists():
         return ""

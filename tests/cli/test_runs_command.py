@@ -2,15 +2,18 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from in_process import run
 
+from plmtune.cli.checkpoints import _find
 from plmtune.cli.runs import reasons, table
 from plmtune.errors import UserError
+from plmtune.models.files import checkpoint_directory
+from plmtune.origins import origin_directory
 from plmtune.training.run_directory import EXIT_STOPPED, RunDirectory
 from plmtune.training.run_summary import differing_settings, find_runs, summarize
 
@@ -101,6 +104,36 @@ class TestRuns:
         Path("empty").mkdir()
         code, _, err = run(monkeypatch, capsys, "runs", directory)
         assert code == 2 and part in err
+
+
+class TestARunWithoutAModel:
+    @pytest.mark.parametrize(
+        ("number", "parts"),
+        [
+            (0, ["is a finished run, and its checkpoints are gone"]),
+            (
+                1,
+                ["failed at step 7 of 1,200 (The disk is full. Make room.)", "Resume it: plmtune resume runs/pretrain"],
+            ),
+            (2, ["was stopped at step 300 of 1,200, before it saved a model", "plmtune resume runs/pretrain"]),
+            (3, ["was killed, before it saved a model", "plmtune resume runs/pretrain"]),
+            (4, ["is running at step 12 of 1,200 and has saved no model yet"]),
+        ],
+    )
+    @pytest.mark.parametrize("read", [checkpoint_directory, origin_directory, _find])
+    def test_says_how_it_stands(self, place: Path, number: int, parts: list[str], read: Callable[[Any], Any]) -> None:
+        with pytest.raises(UserError) as caught:
+            read(Path(f"runs/pretrain/20260101-00000{number}"))
+        for part in parts:
+            assert part in str(caught.value)
+
+    def test_where_none_has_finished_the_newest_is_named(self, place: Path) -> None:
+        Path("runs/pretrain/latest").unlink()
+        with pytest.raises(UserError, match=r"no run in runs/pretrain has finished. The newest is running at step 12"):
+            checkpoint_directory("runs/pretrain/latest")
+        Path("runs/pretrain/latest").symlink_to("gone")
+        with pytest.raises(UserError, match=r"runs/pretrain/latest leads to gone, which was removed"):
+            checkpoint_directory("runs/pretrain/latest")
 
 
 class TestResumeWithoutAName:

@@ -151,6 +151,30 @@ class TestConfig:
         assert "Passed over" in caplog.text
 
 
+class TestFromAnotherDirectory:
+    def test_relative_paths_are_those_of_where_the_run_began(
+        self, place: Path, whole: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stop_at(monkeypatch, 6)
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        monkeypatch.chdir(elsewhere)
+        plmtune("resume", str(place / "runs/pretrain/newest"))
+        assert weights(place / "runs/pretrain/latest") == weights(whole)
+        assert not list(elsewhere.iterdir())
+
+    def test_a_copy_of_everything_uses_what_is_around_it(
+        self, place: Path, whole: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stop_at(monkeypatch, 6)
+        copy = tmp_path_factory.mktemp("elsewhere") / "copy"
+        shutil.copytree(place, copy, symlinks=True)
+        (place / "corpus/00.txt").write_text("another text")
+        monkeypatch.chdir(copy)
+        plmtune("resume")
+        assert weights(copy / "runs/pretrain/latest") == weights(whole)
+        assert not (place / "runs/pretrain/latest").exists()
+
+
 class TestData:
     def test_other_text_is_refused_or_noted(
         self, place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
