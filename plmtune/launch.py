@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from plmtune import terminal
 from plmtune.config import build, to_plain
 from plmtune.errors import UserError
 from plmtune.origins import KINDS, choose_origin
@@ -63,10 +64,10 @@ def launch(
         if cfg.recipe in KINDS and not cfg.resume:
             chosen = choose_origin(cfg)
             if runtime.is_main:
-                print(chosen, file=sys.stderr, flush=True)
+                terminal.echo(chosen, err=True)
         planned = plan(cfg, runtime, dry=dry_run)
         if dry_run:
-            print("\n".join([*runtime.reasons, *planned.lines()]))
+            terminal.echo("\n".join([*runtime.reasons, *planned.lines()]))
             return None
         if not planned.estimate.fits and not cfg.force:
             lines = "\n".join(planned.lines())

@@ -27,6 +27,7 @@ from plmtune.rounds.writer import writer
 from plmtune.runs import open_run
 from plmtune.schema import Preference as Config
 from plmtune.student import Student, first_model, wake
+from plmtune.terminal import echo
 from plmtune.training import loop, metrics
 from plmtune.training.checkpoint import newest_whole, read_document
 from plmtune.training.compare import Tally, answers, comparisons
@@ -371,13 +372,13 @@ class Preference:
 def report(run: Path, cfg: Config) -> None:
     """Draw the curves, and say how to use the model."""
     draw_curves(run / "metrics.jsonl", run / "curves.png")
-    print(f"curves: {run / 'curves.png'}")
+    echo(f"curves: {run / 'curves.png'}")
     if build("loss", cfg.loss).scalar_head:
-        print(f"let it judge: plmtune run aries rounds=2 reward=reward_model reward.path={run}")
+        echo(f"let it judge: plmtune run aries rounds=2 reward=reward_model reward.path={run}")
         return
     if cfg.rounds:
-        print(f"answers and pairs: plmtune data inspect {run / 'rounds' / '01' / 'chains.jsonl'}")
-    print(f'try it: plmtune generate {run} --chat --prompt "{cfg.sample.prompt or "Hello"}"')
+        echo(f"answers and pairs: plmtune data inspect {run / 'rounds' / '01' / 'chains.jsonl'}")
+    echo(f'try it: plmtune generate {run} --chat --prompt "{cfg.sample.prompt or "Hello"}"')
 
 
 check = launch.check  # what ``plmtune validate`` says of a config that is right

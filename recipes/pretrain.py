@@ -23,6 +23,7 @@ from plmtune.origins import start_from
 from plmtune.plans import Plan, build_scheduler
 from plmtune.runs import open_run, open_sources
 from plmtune.schema import Pretrain as Config
+from plmtune.terminal import echo
 from plmtune.training import loop
 from plmtune.training.checkpoint import Checkpoints, load_moments, newest_whole, read_document
 from plmtune.training.determinism import measure_cost
@@ -222,9 +223,9 @@ def report(run: Path, cfg: Config) -> None:
             top_p=cfg.sample.top_p,
             seed=cfg.seed,
         )
-        print(f"\n{cfg.sample.prompt}{''.join(text)}\n")
-    print(f"curves: {curves}")
-    print(f'try it: plmtune generate {run} --prompt "{cfg.sample.prompt or "The"}"')
+        echo(f"\n{cfg.sample.prompt}{''.join(text)}\n")
+    echo(f"curves: {curves}")
+    echo(f'try it: plmtune generate {run} --prompt "{cfg.sample.prompt or "The"}"')
 
 
 check = launch.check  # what ``plmtune validate`` says of a config that is right

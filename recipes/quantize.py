@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from plmtune.quantization.schemes import candidates
 from plmtune.registry import Component
 from plmtune.runs import find_run, open_run
 from plmtune.schema import Quantize as Config
+from plmtune.terminal import echo
 from plmtune.training import manifest
 from plmtune.training.run_directory import EXIT_STOPPED, read_record, without_link
 from plmtune.training.run_summary import already_finished
@@ -114,7 +114,7 @@ class Quantize:
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         manifest.seal(self.run.path, 0, {}, only=MODEL_FILES)
         self.run.update(parameters=sum(p.numel() for p in on_meta(self.source).parameters()))
-        print("\n".join([*getattr(self.plan, "notes", ()), *lines(report, self.run.path)]))
+        echo("\n".join([*getattr(self.plan, "notes", ()), *lines(report, self.run.path)]))
 
     def loss(self, when: str) -> float | None:
         """Nats a token of the text to measure on; None where there is none."""
@@ -135,7 +135,7 @@ class Quantize:
             SystemExit: with EXIT_STOPPED.
         """
         if self.signals.heard:
-            print(f"stopped; resume it with: plmtune resume {self.run.path}", file=sys.stderr, flush=True)
+            echo(f"stopped; resume it with: plmtune resume {self.run.path}", err=True)
             raise SystemExit(EXIT_STOPPED)
 
     def teller(self, what: str) -> Callable[[str, int, int], None]:
@@ -147,7 +147,7 @@ class Quantize:
             self.stop_if_asked()
             if time.monotonic() - said >= 5:
                 said = time.monotonic()
-                print(f"{done} of {total} modules {what}", file=sys.stderr, flush=True)
+                echo(f"{done} of {total} modules {what}", err=True)
 
         return tell
 
@@ -167,7 +167,7 @@ class Quantize:
         kept = num_bytes(self.model, {}, self.dtype) - sum(one.kept_bytes for one in found)
         if self.budget is None:
             sensitivity.draw(found, path / "sensitivity.png", fixed_bytes=kept)
-            print(f"what each module loses: {path / 'sensitivity.png'}")
+            echo(f"what each module loses: {path / 'sensitivity.png'}")
             return None
         rules = sensitivity.propose(found, self.budget - kept)
         scheme = {"component": "mixed", "rules": rules, "qat": False}
@@ -176,7 +176,7 @@ class Quantize:
         mix = f"defaults:\n  - override /quantization: mixed\nquantization:\n  rules:\n{listed}"
         use = f"# Use: plmtune run quantize {path / 'mix.yaml'} checkpoint={self.source}\n"
         (path / "mix.yaml").write_text(use + mix, encoding="utf-8")
-        print(f"the mix for {show_bytes(self.budget)}: {path / 'mix.yaml'}, drawn in {path / 'sensitivity.png'}")
+        echo(f"the mix for {show_bytes(self.budget)}: {path / 'mix.yaml'}, drawn in {path / 'sensitivity.png'}")
         return build("quantization", Component("quantization", "mixed", {"rules": rules}), model=self.model), scheme
 
 
@@ -338,14 +338,14 @@ def check(cfg: Config) -> str:
 def main(cfg: Config, *, dry_run: bool = False) -> float | None:
     """Run the recipe; returns the loss in nats a token, which a sweeper can minimise."""
     if dry_run:
-        print(check(cfg))
+        echo(check(cfg))
         return None
     with Runtime.start(device=cfg.device, seed=0, strategy="none") as runtime:
         find_run(cfg)
         if cfg.resume and read_record(Path(str(cfg.run_dir))).get("status") == "finished":
-            print(already_finished(Path(str(cfg.run_dir))))
+            echo(already_finished(Path(str(cfg.run_dir))))
             return json.loads((Path(str(cfg.run_dir)) / REPORT).read_text(encoding="utf-8"))["loss"]
-        print(choose(cfg))
+        echo(choose(cfg))
         recipe = Quantize(cfg, runtime)
         with recipe.run, recipe.signals:
             recipe.quantize()

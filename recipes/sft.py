@@ -27,6 +27,7 @@ from plmtune.plans import Plan, build_scheduler, check_schedule, show_epochs
 from plmtune.runs import open_run
 from plmtune.schema import Sft as Config
 from plmtune.student import Student, wake
+from plmtune.terminal import echo
 from plmtune.training import loop
 from plmtune.training.checkpoint import newest_whole, read_document
 from plmtune.training.plot import draw_curves
@@ -191,9 +192,9 @@ def report(run: Path, cfg: Config) -> None:
             top_p=cfg.sample.top_p,
             seed=cfg.seed,
         )
-        print(f"\nuser: {cfg.sample.prompt}\nassistant: {''.join(text)}\n")
-    print(f"curves: {run / 'curves.png'}")
-    print(f'try it: plmtune generate {run} --chat --prompt "{cfg.sample.prompt or "Hello"}"')
+        echo(f"\nuser: {cfg.sample.prompt}\nassistant: {''.join(text)}\n")
+    echo(f"curves: {run / 'curves.png'}")
+    echo(f'try it: plmtune generate {run} --chat --prompt "{cfg.sample.prompt or "Hello"}"')
 
 
 check = launch.check  # what ``plmtune validate`` says of a config that is right

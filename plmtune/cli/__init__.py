@@ -17,6 +17,7 @@ from typing import NoReturn
 import click
 
 from plmtune import __version__, terminal
+from plmtune.cli.help import Context, lay_out
 from plmtune.errors import UserError, did_you_mean
 
 # name -> (module, attribute, one line for --help); the module is imported when the command runs.
@@ -48,6 +49,8 @@ COMMANDS = {
 class Commands(click.Group):
     """Commands are imported when named, so that --help answers at once."""
 
+    context_class = Context
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
@@ -55,8 +58,7 @@ class Commands(click.Group):
         if name not in COMMANDS:
             return None
         module, attribute, _ = COMMANDS[name]
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
+        return lay_out(getattr(importlib.import_module(module), attribute))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -157,7 +159,7 @@ def _end_rank(words: str, code: int) -> NoReturn:
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         if words:
-            print(f"[rank {rank}] {words}" if rank or "\n" in words else words, file=sys.stderr, flush=True)
+            terminal.echo(f"[rank {rank}] {words}" if rank or "\n" in words else words, err=True)
             _tell_torchrun(words, now)
     os._exit(code)
 

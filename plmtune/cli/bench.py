@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from plmtune import terminal
 from plmtune.cli import import_option
 from plmtune.cli.options import dtype_option, find_device
 from plmtune.errors import UserError
@@ -148,7 +148,7 @@ def _check_output(path: Path | None, suffixes: tuple[str, ...], overwrite: bool)
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    terminal.echo(text, err=True)
 
 
 def _machine(device: torch.device, bandwidth: float, threads: int) -> dict[str, object]:

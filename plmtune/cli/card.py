@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from plmtune import hub
+from plmtune import hub, terminal
 from plmtune.errors import UserError
 
 
@@ -30,7 +30,7 @@ def card(checkpoint: str, results: tuple[Path, ...], out: Path | None, overwrite
     from plmtune.evaluation.model_card import write_card
     from plmtune.evaluation.results import load_all
 
-    found = load_all(results, lambda text: click.echo(text, err=True))
+    found = load_all(results, lambda text: terminal.echo(text, err=True))
     written = write_card(checkpoint, list(found.values()), out, overwrite=overwrite, sources=list(found))
     open_fields = written.read_text(encoding="utf-8").count("Fill in:")
-    click.echo(f"{written}: {open_fields} places say Fill in, as no file knows them")
+    terminal.echo(f"{written}: {open_fields} places say Fill in, as no file knows them")

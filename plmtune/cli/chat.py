@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -15,19 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune import hub
+from plmtune import hub, terminal
 from plmtune.atomic import writing
 from plmtune.cli import import_option
 from plmtune.cli.generate import stream, warn_of_pretrained
 from plmtune.cli.options import device_option, find_device, sampling_options
 from plmtune.errors import UserError, did_you_mean
+from plmtune.terminal import visible
 
 if TYPE_CHECKING:
     from plmtune.conversation import Conversation
 
 _BLOCK = '"""'
-# What a model writes may steer the terminal that shows it.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @click.command()
@@ -235,7 +232,7 @@ class _Talk:
         question = self.conversation.undo()
         if question is None:
             raise UserError("There is nothing to undo.")
-        _tell(f"dropped with its answer: {_visible(question.content)}", dim=True)
+        _tell(f"dropped with its answer: {visible(question.content)}", dim=True)
 
     def save(self, name: str) -> None:
         path = Path(name).expanduser() if name else self.saved
@@ -286,14 +283,12 @@ _COMMANDS = [usage.split()[0] for usage in _USAGE if usage.startswith("/")]
 def _shown(pieces: Iterator[str]) -> Iterator[str]:
     on_terminal = sys.stdout.isatty()
     for piece in pieces:
-        yield _visible(piece) if on_terminal else piece
-
-
-def _visible(text: str) -> str:
-    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+        yield visible(piece) if on_terminal else piece
 
 
 def _tell(text: str, *, dim: bool = False) -> None:
     """Say something that is no answer."""
-    dim = dim and sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    print(f"\033[2m{text}\033[0m" if dim else text, file=sys.stderr, flush=True)
+    lines = terminal.wrap(text, terminal.columns(sys.stderr))
+    if dim and terminal.coloured(sys.stderr):
+        lines = [terminal.style(line, "dim") for line in lines]
+    print("\n".join(lines), file=sys.stderr, flush=True)

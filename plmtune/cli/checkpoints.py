@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from plmtune import terminal
 from plmtune.errors import UserError
 from plmtune.tables import Cell, Column, Table, show
 from plmtune.training import manifest
@@ -46,7 +47,7 @@ def checkpoints(run: Path, quick: bool) -> None:
     plmtune checkpoints runs/demo/latest --quick
     """
     entries = [_look(path) for path in _find(run)]
-    with _progress(sum(entry.size for entry in entries), shown=not quick) as advance:
+    with _progress(sum(entry.size for entry in entries)) as advance:
         for entry in entries:
             if not entry.damage:
                 try:
@@ -124,13 +125,14 @@ def _table(entries: list[Entry], whole: str) -> Table:
 
 
 @contextlib.contextmanager
-def _progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error while bytes are read, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Show how many bytes are read."""
+    line, done = terminal.Line(), 0
 
-    columns = (TextColumn("reading"), BarColumn(bar_width=20), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda size: progress.advance(task, size)
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        line.update(f"reading {show_bytes(done)} of {show_bytes(total)}")
+
+    yield advance
+    line.close()

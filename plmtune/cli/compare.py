@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from plmtune import terminal
 from plmtune.errors import UserError
 from plmtune.tables import show
 
@@ -34,7 +35,7 @@ def compare(results: tuple[Path, ...], out: Path | None, as_json: bool, all_task
     from plmtune.evaluation.comparison_plot import draw
     from plmtune.evaluation.results import load_all, table
 
-    found = load_all(results, lambda text: click.echo(text, err=True))
+    found = load_all(results, lambda text: terminal.echo(text, err=True))
     files, loaded = list(found), list(found.values())
     rows = comparison.compare(loaded, all_tasks=all_tasks)
     if as_json:

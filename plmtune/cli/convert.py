@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from plmtune import hub
+from plmtune import hub, terminal
 from plmtune.errors import UserError
 
 
@@ -51,8 +51,8 @@ def convert(file: Path, out: Path, dtype: str, tokenizer: Path | None, overwrite
     made = convert_file(file, out, dtype=dtypes[dtype], tokenizer=other, overwrite=overwrite)
     shares = {kind: count / made.num_parameters for kind, count in sorted(made.kinds.items())}
     forms = ", ".join(f"{share:.1%} {kind}" for kind, share in shares.items() if share >= 0.001)
-    click.echo(f"{out}: {made.num_parameters:,} parameters in {dtype}, from {forms}")
+    terminal.echo(f"{out}: {made.num_parameters:,} parameters in {dtype}, from {forms}")
     for note in made.notes:
-        click.echo(note)
+        terminal.echo(note)
     if load_tokenizer(out).chat_template is not None:
-        click.echo(f'try it: plmtune generate {out} --chat --prompt "Hello"')
+        terminal.echo(f'try it: plmtune generate {out} --chat --prompt "Hello"')

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from plmtune import terminal
 from plmtune.errors import UserError, did_you_mean
 from plmtune.shipped import folder
 
@@ -38,7 +39,7 @@ def cp(name: str, target: Path, overwrite: bool) -> None:
     if not target.parent.is_dir():
         raise UserError(f"{target}: the folder {target.parent} does not exist.")
     shutil.copyfile(source, target)
-    click.echo(f"{source.name} -> {target}\n{_use(source, target)}")
+    terminal.echo(f"{source.name} -> {target}\n{_use(source, target)}")
 
 
 def _use(source: Path, target: Path) -> str:

@@ -126,7 +126,7 @@ def _prepare(sources: dict[str, Source], tokenizer: Tokenizer, root: Path, **how
         manifest = Shards.open(directory, tokenizer_fingerprint=tokenizer.fingerprint, verify=False).manifest
         train, validation = manifest.splits["train"], manifest.splits["validation"]
         skipped = f", {manifest.skipped:,} bad rows left out" if manifest.skipped else ""
-        click.echo(
+        terminal.echo(
             f"{name}: {train.tokens:,} training tokens, {validation.tokens:,} held out, "
             f"{train.documents + validation.documents:,} documents{skipped}\n{short(directory)}"
         )
@@ -198,7 +198,7 @@ def _inspect_shards(
     if seq_len < 1:
         raise UserError(f"--seq-len {seq_len} must be at least 1")
     shards = Shards.open(directory)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, width=terminal.columns(sys.stdout), soft_wrap=not sys.stdout.isatty())
     chosen: Split = getattr(shards, split)
     if document is None and window is None:
         _summary(shards)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from plmtune import hub
+from plmtune import hub, terminal
 from plmtune.cli.generate import warn_of_pretrained
 from plmtune.cli.options import device_option, dtype_option, find_device, find_dtype
 from plmtune.errors import UserError
-from plmtune.tables import show
+from plmtune.tables import Column, Table, show
 
 if TYPE_CHECKING:
     from plmtune.evaluation.run import Progress
     from plmtune.evaluation.tasks import Tasks
-
-_EVERY = 10.0  # seconds between lines where stderr is no terminal
 
 
 @click.command("eval")
@@ -124,7 +121,7 @@ def evaluate(
         measured = []
         for path in paths if loaded else []:
             try:
-                with _showing(path, tell) as progress:
+                with _showing(path, shown=runtime.is_main) as progress:
                     result, file = evaluate_checkpoint(
                         path,
                         tasks,
@@ -208,14 +205,20 @@ def _list(tasks: Tasks, words: Sequence[str]) -> None:
     if not words and sys.stdout.isatty():  # 14,000 lines are for a pipe
         suites = {name for members in SUITES.values() for name in members}
         found = [entry for entry in known if entry.kind == "suite" or entry.name in suites]
+    table = Table([Column("name", folds=True), "kind", Column("output", drop=1), Column("source", folds=True)])
     for entry in found:
-        click.echo("\t".join((entry.name, entry.kind, entry.output, entry.source)))
+        table.add(entry.name, entry.kind, entry.output, entry.source)
+    if sys.stdout.isatty():
+        show(table)
+    else:  # for cut and awk
+        for row in table.rows:
+            click.echo("\t".join(cell.text for cell in row))
     if len(found) < len(known) and not words:
-        click.echo(f"and {len(known) - len(found):,} more: plmtune eval --list WORD", err=True)
+        _tell(f"and {len(known) - len(found):,} more: plmtune eval --list WORD")
 
 
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    terminal.echo(text, err=True)
 
 
 def _say_nothing(text: str) -> None:
@@ -223,24 +226,10 @@ def _say_nothing(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _showing(what: str, tell: Callable[[str], None]) -> Iterator[Progress]:
-    """How far an evaluation is: on a terminal in place, else a line now and then."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal or tell is _say_nothing:
-        said = time.monotonic()
-
-        def say(kind: str, done: int, total: int) -> None:
-            nonlocal said
-            if time.monotonic() - said >= _EVERY or done == total:
-                said = time.monotonic()
-                tell(f"{what}: {done:,}/{total:,} {kind}")
-
-        yield say
-        return
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=30), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task(what)
-        yield lambda kind, done, total: shown.update(task, description=kind, completed=done, total=total)
+def _showing(what: str, *, shown: bool) -> Iterator[Progress]:
+    """How far an evaluation is."""
+    line = terminal.Line(shown=shown)
+    try:
+        yield lambda kind, done, total: line.update(f"{what}: {done:,}/{total:,} {kind}", now=done == total)
+    finally:
+        line.close()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
-from plmtune import hub
+from plmtune import hub, terminal
 from plmtune.tables import show
 
 
@@ -64,7 +63,7 @@ def export(
     from plmtune.export.run import NotTheModel, export
 
     def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        terminal.echo(text, err=True)
 
     try:
         for made in export(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from plmtune import hub
+from plmtune import hub, terminal
 from plmtune.cli import import_option
 from plmtune.cli.options import device_option, find_device, sampling_options
 from plmtune.errors import UserError
@@ -85,7 +85,7 @@ def generate(
         raise UserError(f"{error}. Shorten the prompt.") from error
     except FloatingPointError as error:
         raise UserError(f"{checkpoint}: {error}.") from error
-    print(speed, file=sys.stderr)
+    terminal.echo(speed, err=True)
 
 
 def stream(pieces: Iterable[str]) -> str:
@@ -113,7 +113,7 @@ def warn_of_pretrained(checkpoint: str) -> None:
             with config.open(encoding="utf-8", errors="replace") as file:
                 if any(line.rstrip() == "recipe: pretrain" for line in islice(file, 500)):
                     taught = "this model was pretrained, not taught to answer: plmtune run sft init_from="
-                    print(f"{taught}{checkpoint}", file=sys.stderr)
+                    terminal.echo(f"{taught}{checkpoint}", err=True)
             return
 
 

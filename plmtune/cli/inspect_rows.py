@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plmtune import terminal
 from plmtune.cli.tokenizer import find_tokenizer
 from plmtune.data.sources import BadRow
 from plmtune.errors import UserError
-from plmtune.terminal import visible
+from plmtune.terminal import Line, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,7 +60,7 @@ def inspect_rows(path: Path, *, row: int, tokenizer: str, template: str | None, 
     from plmtune.data.chat_template import find_template
     from plmtune.data.rows import Refused, Rows
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, width=terminal.columns(sys.stdout), soft_wrap=not sys.stdout.isatty())
     rows = Rows([str(path)])
     kind = kind_of_rows(next((held for _, held in rows if isinstance(held, dict)), {}))
     shape = _shape_of(rows) if kind == "conversations" else None
@@ -81,8 +83,7 @@ def inspect_rows(path: Path, *, row: int, tokenizer: str, template: str | None, 
     except BadRow as error:
         console.print(visible(f"cannot be used: it {error}"), markup=False)
     console.print()
-    with Console(stderr=True).status("reading all rows"):
-        count = _read_all(rows, kind, shape, found, train_on, seen, refused)
+    count = _read_all(rows, kind, shape, found, train_on, seen, refused)
     _summary(kind, count, seen, refused, found)
     if count == len(refused):
         raise UserError(f"{path}: no row can be used, for the reasons above.")
@@ -200,6 +201,7 @@ def _read_all(
     else:
         read = _chain_counter(seen)
     count = 0
+    line = Line()
     remaining = iter(rows)
     while block := list(islice(remaining, _BLOCK)):
         count += len(block)
@@ -210,6 +212,8 @@ def _read_all(
         for (place, _), error in zip(good, read(good), strict=True):
             if error is not None:
                 refused.add(place, error)
+        line.update(f"{count:,} rows read")
+    line.close()
     return count
 
 

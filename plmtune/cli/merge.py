@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from plmtune import hub
+from plmtune import hub, terminal
 from plmtune.errors import UserError
 
 
@@ -42,4 +42,4 @@ def merge(checkpoint: str, out: Path, base: Path | None, dtype: str | None, over
         model = load_model(found, dtype=dtypes[dtype], base=base)
         save_model(model, None, temporary)
         tokenizer.save(temporary)
-    click.echo(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, adapters of {found} merged")
+    terminal.echo(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, adapters of {found} merged")

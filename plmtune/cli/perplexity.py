@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune import hub
+from plmtune import hub, terminal
 from plmtune.cli import import_option
 from plmtune.cli.options import device_option, dtype_option, find_device, find_dtype
 from plmtune.errors import UserError
 
 if TYPE_CHECKING:
     from plmtune.evaluation.perplexity import Perplexity
-
-_EVERY = 10.0  # seconds between lines where stderr is no terminal
 
 
 @click.command()
@@ -122,7 +119,7 @@ def perplexity(
     if not total.tokens:
         raise UserError(f"{', '.join(files)}: there is no text to measure.")
     if source.skipped:
-        print(f"{source.skipped:,} bad rows left out", file=sys.stderr)
+        terminal.echo(f"{source.skipped:,} bad rows left out", err=True)
     how = {"checkpoint": checkpoint, "window": window, "stride": stride}
     if as_json:
         files_of = {path: _figures(found) for path, found in measured.items()}
@@ -151,29 +148,20 @@ def _in_options(message: str) -> str:
 
 @contextmanager
 def _ticker(path: str) -> Iterator[Callable[[Perplexity], None]]:
-    """Say on stderr how far it is: on a terminal in place, else a line now and then."""
-    on_terminal = sys.stderr.isatty()
-    begun = said = time.monotonic()
-    if on_terminal:
-        print(f"{path}: reading", end="", file=sys.stderr, flush=True)
+    """Show how far the reading of a file is."""
+    line, begun = terminal.Line(), time.monotonic()
+    line.update(f"{path}: reading")
 
     def tick(found: Perplexity) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said < (0.2 if on_terminal else _EVERY):
-            return
-        said = now
-        text = f"{path}: {found.tokens:,} tokens, loss {found.loss:.4f}, {found.tokens / (now - begun):,.0f} tokens/s"
-        print(f"\r\033[2K{text}" if on_terminal else text, end="" if on_terminal else "\n", file=sys.stderr, flush=True)
+        rate = found.tokens / max(time.monotonic() - begun, 1e-9)
+        line.update(f"loss {found.loss:.4f}", f"{found.tokens:,} tokens", f"{rate:,.0f} tokens/s", path)
 
     try:
         yield tick
-    except BaseException:  # an interrupt leaves what was found so far to be seen
-        if on_terminal:
-            print(file=sys.stderr)
+    except BaseException:  # an interrupt leaves what was found so far
+        line.close(keep=True)
         raise
-    if on_terminal:
-        print("\r\033[2K", end="", file=sys.stderr, flush=True)
+    line.close()
 
 
 def _figures(found: Perplexity) -> dict[str, float | None]:

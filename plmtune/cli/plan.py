@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune import hub
+from plmtune import hub, terminal
 from plmtune.cli import import_option
 from plmtune.cli.options import divide
 from plmtune.errors import UserError
@@ -364,6 +363,7 @@ def _sweep(
     from plmtune.units import show_bytes, show_count, show_number
 
     costs.check_schemes([scheme], [runtime])
+    line = terminal.Line()
     found = sweep(
         name,
         overlays,
@@ -373,8 +373,9 @@ def _sweep(
         runtime=runtime,
         context=context,
         prompt=prompt,
-        progress=_ticker,
+        progress=lambda done, total: line.update(f"{done:,} of {total:,} architectures"),
     )
+    line.close()
     best = front(found.points)
     missed = sum(map(len, found.impossible.values()))
     too_large = [point for point in found.points if not point.prediction.fits]
@@ -425,11 +426,6 @@ def _sweep(
             for point in found.points
         ]
         _write(json_path, {"config": name, "device": asdict(device), "points": points, "impossible": found.impossible})
-
-
-def _ticker(done: int, total: int) -> None:
-    if sys.stderr.isatty() and (done % 50 == 0 or done == total):
-        print(f"\r{done:,} of {total:,}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def _plain(prediction: Prediction) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from plmtune import terminal
 from plmtune.cli import import_option
 from plmtune.cli.options import divide, recipe_file
 from plmtune.cli.runs import reasons, table
@@ -108,7 +109,7 @@ def resume(arguments: tuple[str, ...], other_data: bool, recipe_path: str | None
     config_is_vouched_for(run_dir)
     record = read_record(run_dir)
     if record.get("status") == "finished":
-        click.echo(already_finished(run_dir))
+        terminal.echo(already_finished(run_dir))
         return
     command = record.get("command", [])
     words = [str(word) for word in command[2:]] if command[1:2] == ["run"] else []
@@ -137,7 +138,7 @@ def _newest_unfinished() -> Path:
     found = next(unfinished(), None)
     if found is None:
         raise UserError("There is no unfinished run under runs/ to resume. List the runs with plmtune runs")
-    click.echo(f"resuming {found}", err=True)
+    terminal.echo(f"resuming {found}", err=True)
     return found
 
 
@@ -150,7 +151,7 @@ def _go_to_its_directory(run_dir: Path, began_as: str | None, record: dict[str, 
     same_place = began_as and not Path(began_as).is_absolute() and Path(began_as).resolve() == run_dir.resolve()
     if same_place or not isinstance(there, str) or not Path(there).is_dir() or Path(there).resolve() == Path.cwd():
         return run_dir
-    click.echo(f"relative paths in {run_dir / CONFIG} are seen from {there}, where the run began", err=True)
+    terminal.echo(f"relative paths in {run_dir / CONFIG} are seen from {there}, where the run began", err=True)
     run_dir = run_dir.resolve()
     os.chdir(there)
     return run_dir

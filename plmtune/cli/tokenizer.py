@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from plmtune import hub
+from plmtune import hub, terminal
 from plmtune.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ def train(files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, tex
         raise UserError("Give FILES or --stdlib to train on, one of the two.")
     if (out / "tokenizer.json").exists():
         raise UserError(f"{out} holds a tokenizer already: choose another directory or remove it.")
-    from rich.console import Console
-
     from plmtune.data.tokenizers import train_bpe
     from plmtune.registry import load
 
@@ -52,20 +50,22 @@ def train(files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, tex
         source = load("data", "files")(paths=[str(path) for path in files], text_key=text_key)
     held_out: list[str] = []
     seen = _Count()
-    with Console(stderr=True).status("reading text") as status:
-        blocks = _reporting(_without(_blocks(source.documents(skip_bad)), held_out), seen, status.update)
-        try:
-            made = train_bpe(blocks, vocab_size)
-        except ValueError as error:
-            raise UserError(f"tokenizer train: {error}.") from error
+    line = terminal.Line()
+    blocks = _reporting(_without(_blocks(source.documents(skip_bad)), held_out), seen, line.update)
+    try:
+        made = train_bpe(blocks, vocab_size)
+    except ValueError as error:
+        raise UserError(f"tokenizer train: {error}.") from error
+    finally:
+        line.close()
     made.save(out)
-    click.echo(f"{out}: {made.num_tokens:,} tokens, learned from {seen.chars:,} characters")
+    terminal.echo(f"{out}: {made.num_tokens:,} tokens, learned from {seen.chars:,} characters")
     if held_out:
         num_bytes = sum(len(text.encode("utf-8", "replace")) for text in held_out)
         num_tokens = sum(len(ids) for ids in made.encode_batch(held_out))
-        click.echo(f"{num_bytes / num_tokens:.3f} bytes a token on {num_bytes:,} bytes of held-out text")
+        terminal.echo(f"{num_bytes / num_tokens:.3f} bytes a token on {num_bytes:,} bytes of held-out text")
     else:
-        click.echo(f"no text was held out: fewer than {_HOLDOUT_EVERY} blocks of {_BLOCK_CHARS:,} characters")
+        terminal.echo(f"no text was held out: fewer than {_HOLDOUT_EVERY} blocks of {_BLOCK_CHARS:,} characters")
 
 
 @tokenizer.command()
@@ -76,15 +76,15 @@ def inspect(name: str, text: str, specials: bool) -> None:
     """Show the ids and pieces of TEXT; NAME is bundled, byte, qwen2, or a tokenizer's file or directory."""
     found = find_tokenizer(name)
     ids = found.encode(text, specials=specials)
-    click.echo(f"{found.num_tokens:,} tokens in {found.vocab_size:,} rows, end of document {found.eos_id}")
-    click.echo(f"{len(ids)} ids for {len(text.encode('utf-8', 'replace'))} bytes")
+    terminal.echo(f"{found.num_tokens:,} tokens in {found.vocab_size:,} rows, end of document {found.eos_id}")
+    terminal.echo(f"{len(ids)} ids for {len(text.encode('utf-8', 'replace'))} bytes")
     for identity in ids:
         piece = found.decode_bytes([identity])
         try:
             shown = repr(piece.decode("utf-8"))
         except UnicodeDecodeError:
             shown = repr(piece)  # part of a character
-        click.echo(f"{identity:>8}  {shown}")
+        terminal.echo(f"{identity:>8}  {shown}")
 
 
 def find_tokenizer(text: str) -> Tokenizer:

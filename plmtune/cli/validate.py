@@ -6,6 +6,7 @@ import importlib
 
 import click
 
+from plmtune import terminal
 from plmtune.cli import import_option
 from plmtune.cli.options import divide, recipe_file
 
@@ -38,4 +39,4 @@ def validate(name: str, arguments: tuple[str, ...], show: bool) -> None:
     said = check(cfg) if check else "Keys and values are; the recipe has no check(cfg), which would look further."
     if show:
         click.echo(config.to_yaml(cfg), nl=False)
-    click.echo(f"{' '.join([name, *overlays])}: valid. {said}")
+    terminal.echo(f"{' '.join([name, *overlays])}: valid. {said}")

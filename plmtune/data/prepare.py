@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from plmtune import terminal
 from plmtune.data.lock import exclusive
 from plmtune.data.manifest import FORMAT, SPLITS, Manifest, SplitCounts, dtype_for
 from plmtune.data.shards import Shards, ShardWriter
@@ -39,7 +40,7 @@ def prepare(
     holdout_by: Literal["documents", "tail"] = "documents",
     skip_bad: bool = False,
     shard_tokens: int = 1 << 26,
-    progress: bool | None = None,
+    progress: bool = True,
 ) -> Path:
     """Encode a source into shards under `root`, or find that this was done before.
 
@@ -50,7 +51,7 @@ def prepare(
             each file.
         skip_bad: count rows that cannot be read instead of raising.
         shard_tokens: tokens a shard file.
-        progress: show a bar on standard error; None: when that is a terminal.
+        progress: show on standard error how far it is.
 
     Returns:
         The directory, NAME-HASH.
@@ -90,13 +91,12 @@ def prepare(
             temporary = root / f".{target.name}.{os.getpid()}.tmp"
             temporary.mkdir()
             try:
-                shown = sys.stderr.isatty() if progress is None else progress
                 parts = (
                     by_tail(source, holdout, skip_bad)
                     if holdout_by == "tail"
                     else by_documents(source.documents(skip_bad), holdout)
                 )
-                with _bar(source.name) if shown else _no_bar() as advance:
+                with _showing(source.name, shown=progress) as advance:
                     counts = _write(parts, tokenizer, temporary, shard_tokens, advance)
                 if counts["train"].tokens < 2:
                     skipped = f" ({source.skipped} bad rows left out)" if source.skipped else ""
@@ -241,24 +241,17 @@ def _encode(group: list[tuple[str, str, bool]], tokenizer: Tokenizer, writers: d
 
 
 @contextmanager
-def _no_bar() -> Iterator[Callable[[int, int], None]]:
-    yield lambda _characters, _tokens: None
+def _showing(name: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    line, characters, begun = terminal.Line(shown=shown), 0, time.monotonic()
 
+    def advance(more: int, tokens: int) -> None:
+        nonlocal characters
+        characters += more
+        seconds = time.monotonic() - begun
+        read = f"{characters / 1e6:.1f} million characters"
+        line.update(f"{name}: {tokens / 1e6:.1f} million tokens", read, f"{seconds:.0f} s")
 
-@contextmanager
-def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"{name}: reading")
-        characters = 0
-
-        def advance(more: int, tokens: int) -> None:
-            nonlocal characters
-            characters += more
-            done = f"{name}: {characters / 1e6:.1f} million characters, {tokens / 1e6:.1f} million tokens"
-            progress.update(task, description=done)
-
+    try:
         yield advance
+    finally:
+        line.close()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
+
+from plmtune import terminal
 
 T = TypeVar("T")
 
@@ -23,4 +24,4 @@ def ticking(items: Iterable[T], what: str, *, shown: bool, every: float = 5.0) -
         now = time.monotonic()
         if shown and now - said >= every:
             said = now
-            print(f"{number:,} {what}", file=sys.stderr, flush=True)
+            terminal.echo(f"{number:,} {what}", err=True)

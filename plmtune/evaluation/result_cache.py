@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
+from plmtune import terminal
 from plmtune.errors import UserError
 
 T = TypeVar("T")
@@ -131,10 +131,10 @@ class ResultCache:
             held = Path(f"{self.path}{end}")
             if held.exists():
                 held.replace(f"{aside}{end}")
-        print(
+        terminal.echo(
             f"plmtune: {self.path}, the results so far, is damaged: it was moved to {aside.name}, and what it held "
             "is computed again.",
-            file=sys.stderr,
+            err=True,
         )
         self._connection = self._open()
 

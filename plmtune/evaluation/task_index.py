@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Literal
 import xxhash
 import yaml
 
+from plmtune import terminal
 from plmtune.atomic import replacing
 from plmtune.errors import UserError
 
@@ -67,7 +67,7 @@ def lm_eval_index() -> dict[str, Known]:
     except (OSError, ValueError):  # none yet, or damaged: it is made again
         pass
     if os.environ.get("RANK", "0") == "0":
-        print("Reading the names of lm-eval's tasks; the next time they are known", file=sys.stderr, flush=True)
+        terminal.echo("Reading the names of lm-eval's tasks; the next time they are known", err=True)
     known = read_folder(folder, strict=False)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)

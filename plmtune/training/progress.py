@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from plmtune import terminal
 from plmtune.provenance import device_name
 from plmtune.training import distributed
 from plmtune.training.loggers import Logger
@@ -71,38 +69,25 @@ class Watch:
         self._tokens_per_step = tokens_per_step
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
-        self._every_seconds = every_seconds
         self._start_step = start_step
         said = "finishing the step and saving; a second one ends it unsaved." if run.is_main else ""
         self._signals = StopSignals(said)
         self._previous = (start_step, 0.0)  # step and seconds of the last line with a loss
         self._paused = 0.0
-        self._last_print = float("-inf")
-        self._progress: Progress | None = None
+        self._line = terminal.Line(every_seconds, shown=run.is_main)
+        self._reached, self._shown = "", False
 
     def __enter__(self) -> Watch:
         self._signals.__enter__()
         self._run.note(step=self._start_step, device=device_name(self._device))
         self._began = time.perf_counter()
-        console = Console(stderr=True)
-        if self._is_main and console.is_terminal:
-            self._progress = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[text]}"),
-                console=console,
-            )
-            self._task = self._progress.add_task("", total=self.num_steps, completed=self._start_step, text="")
-            self._progress.start()
+        self._reached = f"step {self._start_step}/{self.num_steps}"
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            with contextlib.suppress(OSError):  # the terminal is gone
-                self._progress.stop()
+        self._line.close(keep=True)
         self._signals.__exit__(kind, error, trace)
         if self._file is not None:
             with self._noting_failures(str(self._file.path)):
@@ -161,24 +146,17 @@ class Watch:
 
     def answers(self, done: int, total: int, tokens_per_second: float) -> None:
         """Show how far the writing of answers is."""
-        self.working(f"answers {done:,}/{total:,} · {show_count(tokens_per_second)} tok/s", last=done == total)
+        self.working(f"answers {done:,}/{total:,}", f"{show_count(tokens_per_second)} tok/s", last=done == total)
 
-    def working(self, text: str, *, last: bool = False) -> None:
-        """Show how far work between steps is, on a terminal in place, else now and then."""
-        now = time.perf_counter()
-        if self._progress is not None:
-            self._progress.update(self._task, text=text)
-        elif now - self._last_print >= self._every_seconds or last:
-            self._last_print = now
-            self.message(text)
+    def working(self, *parts: str, last: bool = False) -> None:
+        """Show how far work between steps is."""
+        self._line.update(self._reached, *parts, now=last)
 
     def message(self, text: str) -> None:
         """A line for the person who watches, above the progress line."""
         with contextlib.suppress(OSError):  # the terminal is gone, or the disk full that keeps the output
-            if self._progress is not None:
-                self._progress.console.print(text, highlight=False, markup=False)
-            elif self._is_main:
-                print(text, file=sys.stderr, flush=True)
+            if self._is_main:
+                terminal.echo(text, err=True)
 
     def _timing(self, step: int) -> dict[str, float | int]:
         seconds = time.perf_counter() - self._began - self._paused
@@ -202,14 +180,10 @@ class Watch:
             if shown:
                 self.message(f"step {step}: {' · '.join(shown)}")
             return
-        text = describe(entry, self._eta(step))
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, total=self.num_steps, text=text)
-            return
-        now = time.perf_counter()
-        if now - self._last_print >= self._every_seconds or step == self.num_steps:
-            self._last_print = now
-            self.message(f"step {step}/{self.num_steps} · {text}")
+        self._reached = f"step {step}/{self.num_steps}"
+        loss, *others = describe(entry, self._eta(step))
+        self._line.update(f"{self._reached} · {loss}", *others, now=not self._shown or step == self.num_steps)
+        self._shown = True
 
     def _eta(self, step: int) -> float | None:
         done = step - self._start_step
@@ -217,20 +191,20 @@ class Watch:
         return (time.perf_counter() - self._began) / done * (self.num_steps - step) if done > 0 else None
 
 
-def describe(entry: Mapping[str, Any], eta_seconds: float | None) -> str:
-    """One line of a run's state: loss, rate, speed, memory, time to go."""
+def describe(entry: Mapping[str, Any], eta_seconds: float | None) -> list[str]:
+    """A run's state, the most important first: loss, time to go, speed, rate, MFU, memory."""
     parts = [f"loss {entry['loss']:.4f}"]
-    if "lr" in entry:
-        parts.append(f"lr {entry['lr']:.2e}")
+    if eta_seconds is not None:
+        parts.append(f"ETA {_clock(eta_seconds)}")
     if "tokens_per_second" in entry:
         parts.append(f"{show_count(entry['tokens_per_second'])} tok/s")
+    if "lr" in entry:
+        parts.append(f"lr {entry['lr']:.2e}")
     if "mfu" in entry:
         parts.append(f"MFU {entry['mfu']:.1%}")
     if "memory_bytes" in entry:
         parts.append(show_bytes(entry["memory_bytes"]))
-    if eta_seconds is not None:
-        parts.append(f"ETA {_clock(eta_seconds)}")
-    return " · ".join(parts)
+    return parts
 
 
 def _clock(seconds: float) -> str:

@@ -8,7 +8,6 @@ goes in: with any other of them it is another key, so numbers of another referen
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from plmtune import sealed, tensor_files
+from plmtune import sealed, tensor_files, terminal
 from plmtune.atomic import replacing
 from plmtune.errors import UserError
 from plmtune.modules.sharding import full_tensor
@@ -113,7 +112,7 @@ def reference_log_probs(
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    terminal.echo(line, err=True)
 
 
 def _key(model_digest: str, batches: Iterable[ComparisonBatch], num: int, arithmetic: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from plmtune import terminal
 from plmtune.data import prepare as module
 from plmtune.data.files import files
 from plmtune.data.prepare import by_documents, pieces, prepare
@@ -319,11 +320,12 @@ class TestInterrupted:
 
 
 class TestProgress:
-    def test_a_bar_goes_to_standard_error_alone(self, tmp_path, tokenizer, capsys):
+    def test_a_line_goes_to_standard_error_alone(self, tmp_path, tokenizer, capsys, monkeypatch):
+        monkeypatch.setattr(terminal, "in_place", lambda stream: True)
         prepare(Texts("one " * 50_000), tokenizer, tmp_path, progress=True)
         printed = capsys.readouterr()
         assert printed.out == ""
-        assert "texts: 0.2 million characters, 0.2 million tokens" in printed.err
+        assert "texts: 0.2 million tokens · 0.2 million characters" in printed.err
 
     def test_without_a_terminal_nothing_is_printed(self, tmp_path, tokenizer, capsys):
         prepare(Texts("one", "two"), tokenizer, tmp_path)

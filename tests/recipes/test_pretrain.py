@@ -211,7 +211,7 @@ class TestCommands:
 
     def test_a_copied_recipe_runs_from_its_own_file(self, place: Path, capsys: Any) -> None:
         assert ends_with("cp", "recipes/pretrain", "mine.py") == 0
-        text = (place / "mine.py").read_text().replace('print(f"curves: ', 'print(f"MINE curves: ')
+        text = (place / "mine.py").read_text().replace('echo(f"curves: ', 'echo(f"MINE curves: ')
         (place / "mine.py").write_text(text)
         assert ends_with("run", "mine.py", *SMALL, "run_dir=run", "phases=[{name: main, steps: 2}]") == 0
         assert "MINE curves" in capsys.readouterr().out

@@ -95,7 +95,8 @@ class TestLog:
 
 def test_the_line_reads_as_a_person_expects():
     entry = {"loss": 2.34567, "lr": 3e-4, "tokens_per_second": 12345, "mfu": 0.412, "memory_bytes": 3 * 2**30}
-    assert describe(entry, 3725) == ("loss 2.3457 · lr 3.00e-04 · 12.3K tok/s · MFU 41.2% · 3.00 GiB · ETA 1:02:05")
+    parts = ["loss 2.3457", "ETA 1:02:05", "12.3K tok/s", "lr 3.00e-04", "MFU 41.2%", "3.00 GiB"]
+    assert describe(entry, 3725) == parts
 
 
 class TestSignals:
