@@ -39,8 +39,8 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
 
     \b
     plmtune run demo
-    plmtune run pretrain data.paths=[my_text/] phases='[{name: main, tokens: 2B}]'
-    plmtune run sft data.paths=[chats.jsonl] epochs=2
+    plmtune run pretrain 'data.paths=[my_text/]' phases='[{name: main, tokens: 2B}]'
+    plmtune run sft 'data.paths=[chats.jsonl]' epochs=2
     plmtune run pretrain conf/plm_1.8b.yaml model/ffn=swiglu --dry-run
     plmtune run -m demo optimizer.lr=3e-3,1e-2
     """
