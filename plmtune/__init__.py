@@ -11,8 +11,18 @@ if TYPE_CHECKING:
 
     from plmtune.data.tokenizers import Tokenizer
     from plmtune.modules.decoder import Decoder
+    from plmtune.registry import component, register
 
+__all__ = ["component", "load", "register"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name in ("component", "register"):
+        from plmtune import registry
+
+        return getattr(registry, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load(

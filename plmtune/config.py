@@ -43,12 +43,14 @@ from plmtune.config_choices import (
 from plmtune.config_errors import Given, as_typed, explain, in_hydras_form, in_words, unknown_key
 from plmtune.config_rules import check_file, check_override, check_scalar, check_value, is_option, read_yaml, resolve
 from plmtune.errors import UserError, did_you_mean, either
+from plmtune.names import where_it_belongs
 from plmtune.ranges import Rule
 from plmtune.registry import Component, Key, describe, find, keys_of
-from plmtune.schema import SCHEMAS
+from plmtune.schema import SCHEMAS, component_keys
 from plmtune.shipped import folder
 
 PRIMARY = "plmtune_primary"
+_OUR_SCHEMAS, _OUR_GROUPS = dict(SCHEMAS), component_keys()  # without what a user's recipe adds
 # The config that a person's own builds on, where it does not bear its recipe's name.
 _BASES = {"preference": "dpo"}
 
@@ -156,14 +158,47 @@ def _store_option(place: str, chosen: Component) -> None:
             _store_option(f"{place}/{key}", default)
 
 
-@cache
 def _store_components() -> None:
-    """Fill Hydra's store once. A component registered later (--import) is imported before this runs."""
+    """Fill Hydra's store with the schemas and with every component, those of a user (--import) included."""
     for recipe, schema in SCHEMAS.items():
         node = _plain_dataclass(typing.cast(Hashable, schema))
         ConfigStore.instance().store(name=f"{recipe}_schema", node=node)
-    for group in sorted(_component_keys()):
+    components = frozenset((group, name) for group, table in describe().items() for name in table)
+    _store_groups(frozenset(component_keys()), components)
+
+
+@cache
+def _store_groups(groups: frozenset[str], components: frozenset[tuple[str, str]]) -> None:
+    """Once for each set of keys and components."""
+    for group in sorted(groups):
         _store_group(group, group)
+
+
+def use_schema(name: str, schema: Any, where: str) -> None:
+    """Check and compose configs of a recipe by a user's own schema, which adds keys to ours.
+
+    Args:
+        name: the config that the user's recipe starts from (its CONFIG).
+        schema: a dataclass that extends the schema of that config's recipe.
+        where: the user's recipe file, for messages.
+
+    Raises:
+        UserError: if it is no such dataclass, or a key has no default or a type that a config cannot hold.
+    """
+    recipe = str(read_yaml(find_config(name)).get("recipe", "pretrain"))
+    ours = _OUR_SCHEMAS[recipe]
+    if not (isinstance(schema, type) and dataclasses.is_dataclass(schema) and issubclass(schema, ours)):
+        raise UserError(
+            f"{where}: Config must be a dataclass that extends plmtune.schema.{ours.__name__}, the keys of {name}."
+        )
+    bare = [f.name for f in dataclasses.fields(schema) if f.default is f.default_factory is dataclasses.MISSING]
+    if bare:
+        raise UserError(f"{where}: the key {bare[0]} of Config needs a default.")
+    try:
+        OmegaConf.structured(_plain_dataclass(typing.cast(Hashable, schema)))
+    except (NameError, TypeError, OmegaConfBaseException) as error:
+        raise UserError(f"{where}: Config cannot be a schema ({str(error).splitlines()[0]:.200}).") from error
+    SCHEMAS[recipe] = schema
 
 
 # --- composing ---------------------------------------------------------------------------------------------------
@@ -188,7 +223,8 @@ def find_config(name: str) -> Path:
         raise UserError(f"{name}: no such file.{near}")
     path = shipped / f"{name}.yaml"
     if not path.is_file():
-        raise UserError(f"There is no config {name}.{did_you_mean(name, (p.stem for p in shipped.glob('*.yaml')))}")
+        near = where_it_belongs(name) or did_you_mean(name, (p.stem for p in shipped.glob("*.yaml")))
+        raise UserError(f"There is no config {name}.{near}")
     return path
 
 
@@ -203,11 +239,11 @@ def _store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str])
     files = [find_config(name), *map(find_config, overlays)]
     contents = [read_yaml(path) for path in files]
     for path, content in zip(files, contents, strict=True):
-        check_file(content, path, _component_keys())
+        check_file(content, path, component_keys())
         recipe = content.get("recipe", "pretrain")
         if recipe not in list(SCHEMAS):  # a list: what YAML holds may have no hash
             raise UserError(f"{path}, key recipe: there is no {recipe!s:.80}.{did_you_mean(str(recipe), SCHEMAS)}")
-        refuse_preset(content, path, _component_keys())
+        refuse_preset(content, path, component_keys())
     recipe = contents[0]["recipe"] if "recipe" in contents[0] else _recipe_of(contents[0], files[0])
     for path, content in zip(files[1:], contents[1:], strict=True):
         if content.get("recipe", recipe) != recipe:
@@ -228,10 +264,13 @@ def _store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str])
             if not isinstance(content[key], dict):
                 raise UserError(f"{path}, key {key}: needs a table of its keys, not {content[key]!r:.80}.")
     for index, (key, path) in enumerate(given.files.items()):
-        normal = normalize_file(given.contents[key], path, _component_keys(), base=whole and not index)
+        normal = normalize_file(given.contents[key], path, component_keys(), base=whole and not index)
         store.store(name=key, node=OmegaConf.create(normal))
     # An overlay may ask for other components, so it is merged after the base but its choices hold from the start.
-    store.store(name=PRIMARY, node={"defaults": [*([] if whole else [base]), *given.files, "_self_"]})
+    # Groups that a user's schema adds are chosen nowhere yet.
+    added = {f.name for f in dataclasses.fields(SCHEMAS[recipe])} & component_keys() - _OUR_GROUPS
+    bases = [*([] if whole else [base]), *({group: None} for group in sorted(added))]
+    store.store(name=PRIMARY, node={"defaults": [*bases, *given.files, "_self_"]})
     return given
 
 
@@ -255,13 +294,6 @@ def _recipe_of(content: dict[str, Any], path: Path) -> str:
         f"{path}: does not say which recipe it is for, and {fit}. Name a config in front of it ({names}), or write "
         "the key recipe into it."
     )
-
-
-def _component_keys() -> set[str]:
-    """Top-level keys that hold a component, which are also Hydra's groups."""
-    return {
-        item.name for schema in SCHEMAS.values() for item in dataclasses.fields(schema) if "Component" in str(item.type)
-    }
 
 
 def _parse(text: str, following: Sequence[str] = ()) -> Override:
@@ -325,7 +357,7 @@ def _check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> lis
                 parsed.key_or_group,
                 parsed.package,
                 _plain_value(parsed._value),
-                groups=_component_keys(),
+                groups=component_keys(),
                 multirun=multirun,
             )
             key, _, value = normal.lstrip("+").partition("=")
@@ -341,7 +373,7 @@ def _check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> lis
 def _normalize(text: str, parsed: Override) -> list[str]:
     """The overrides in Hydra's form that a choice of a component stands for; any other override stays as it is."""
     key = parsed.key_or_group
-    group = group_at(key, _component_keys()) if parsed.package is None and key else None
+    group = group_at(key, component_keys()) if parsed.package is None and key else None
     if group is None or parsed.is_sweep_override() or parsed.is_delete() or parsed.is_add():
         return [text]
     place, value = key.replace(".", "/"), _plain_value(parsed._value)
@@ -351,7 +383,7 @@ def _normalize(text: str, parsed: Override) -> list[str]:
         return [f"~{place}"]
     if isinstance(value, str):
         if value.endswith((".yaml", ".yml")):
-            preset = read_preset(Path(value), place, group, _component_keys())
+            preset = read_preset(Path(value), place, group, component_keys())
             value = FILE_PRESET + re.sub(r"\W", "_", value)
             ConfigStore.instance().store(group=place, name=value, node=OmegaConf.create(preset))
         elif key == place:
@@ -392,12 +424,16 @@ def sweep(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     return plain, swept
 
 
-@cache
 def _dict_keys() -> set[str]:
     """Full keys that hold a dictionary whose names the user chooses."""
+    return _dict_keys_of(frozenset(component_keys()))
+
+
+@cache
+def _dict_keys_of(groups: frozenset[str]) -> set[str]:
     return {
         f"{group}.{key.name}"
-        for group in _component_keys()
+        for group in groups
         for name in describe().get(group, {})
         for key in keys_of(group, name).values()
         if _plain(key.type) == dict[str, Any]
@@ -665,7 +701,7 @@ def override(cfg: Any, overrides: Sequence[str]) -> Any:
             if not isinstance(section.get(name), dict):
                 section[name] = {}
             section = section[name]
-        group = group_at(parsed.key_or_group, _component_keys())
+        group = group_at(parsed.key_or_group, component_keys())
         choices: dict[str, str] = {}
         if group and isinstance(value, str | list):
             place = parsed.key_or_group.replace(".", "/")

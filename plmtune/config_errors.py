@@ -11,6 +11,7 @@ from typing import Any
 
 from plmtune.config_choices import FILE_PRESET
 from plmtune.errors import UserError, did_you_mean, either, near_names
+from plmtune.names import where_it_belongs
 from plmtune.registry import describe
 from plmtune.schema import SCHEMAS
 
@@ -138,7 +139,9 @@ def explain(
         key = "" if where.startswith("override") else f"key {group.replace('/', '.')}: "
         if option.endswith((".yaml", ".yml")):
             return UserError(f"{where}{key}{option} is a file, and a file may not choose another one.")
-        return UserError(f"{where}{key}{group or 'conf'} has no option {option}.{did_you_mean(option, known)}")
+        near = did_you_mean(option, known)
+        near = near if near.endswith("?") else where_it_belongs(option) or near
+        return UserError(f"{where}{key}{group or 'conf'} has no option {option}.{near}")
     if unmatched := re.search(r"Could not (?:override|delete) '([^']*)'\. No match in the defaults list", text):
         name = unmatched[1]
         elsewhere = _of_other_recipe(name, base, [])

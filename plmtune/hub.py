@@ -68,12 +68,13 @@ def check_path(path: str | Path) -> None:
         return
     path = Path(path)
     if not path.exists():
+        from plmtune.names import where_it_belongs
         from plmtune.training.run_summary import explain_missing
 
         raise UserError(
             explain_missing(path)
             or f"There is no {path} (seen from {Path.cwd()}). Give a checkpoint, a model directory, a run directory or "
-            "a model of the Hugging Face hub (OWNER/NAME)."
+            f"a model of the Hugging Face hub (OWNER/NAME).{where_it_belongs(str(path))}"
         )
     if is_gguf(path):
         raise UserError(f"{path} is a GGUF file. Make a model directory of it: plmtune convert {path} OUT")

@@ -59,12 +59,18 @@ def _find_origin(cfg: Any) -> tuple[str, str]:
     if cfg.init_from:
         cfg.init_from = str(without_link(Path(hub.pin(cfg.init_from))))
         return cfg.init_from, f"starting from {cfg.init_from}"
+    other = ""
     for kind in KINDS[cfg.recipe]:
         for run in finished_runs():
             with contextlib.suppress(UserError):  # a stranger's, a damaged one, or one that needs --import
                 theirs = load_config(run / CONFIG)
                 if theirs.recipe == kind and _fits(cfg.model, theirs.model):
                     return str(run), f"starting from {run}, the newest finished {kind} run (init_from=DIR for another)"
+                if theirs.recipe == kind and not other:
+                    other = (
+                        f" The newest finished {kind} run is of another model ({_size(theirs.model)}): to start "
+                        f"from it, leave the model out (plmtune run {cfg.name}), or give init_from={run}."
+                    )
     wanted = f" with this model ({cfg.model.name})" if cfg.model else ""
     nothing = f"there is no finished {' or '.join(KINDS[cfg.recipe])} run{wanted} under runs/ to start from"
     if _fits(cfg.model, Component("model", "plm", {})):
@@ -73,6 +79,8 @@ def _find_origin(cfg: Any) -> tuple[str, str]:
             return hub.pin(repository), f"{nothing}: starting from the published {repository}"
         except UserError as error:
             nothing = f"{nothing}. {str(error).rstrip('.')}"
+    if other:
+        raise UserError(f"{nothing}.{other}")
     raise UserError(
         f"{nothing}. Train one first (plmtune run demo), or name a run or a model directory with init_from=DIR "
         "(plmtune convert FILE.gguf DIR makes one of a GGUF file)."
@@ -88,6 +96,11 @@ def finished_runs() -> Iterator[Path]:
             if record.get("status") == "finished" and manifest.steps(path.parent / "checkpoints"):
                 found.append((str(record.get("ended")), path.parent.name, path.parent))
     return iter([path for *_, path in sorted(found, reverse=True)])
+
+
+def _size(model: Component) -> str:
+    settings = describe(model)
+    return f"{model.name} with {settings['num_layers']} layers of {settings['embed_dim']:,}"
 
 
 def _fits(wanted: Component | None, theirs: Component | None) -> bool:

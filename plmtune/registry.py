@@ -5,7 +5,8 @@ schema: parameters with a default are config keys, parameters without one are su
 A config can name only what stands here, so it can never import or call anything else.
 
 Two views of one truth: `load` imports the code and gives the object; `describe` reads the same signature from the
-source, and `keys_of` evaluates it there. So ``plmtune ls`` and the checks of a config need no torch.
+source, and `keys_of` evaluates it there. So ``plmtune ls`` and the checks of a config need no torch. A user's module
+is imported when it is named, so its components are described by `inspect`, however they were registered.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,7 +34,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 PACKAGES = ("modules", "models", "losses", "optim", "data", "training", "rounds", "quantization")
 
 _objects: dict[tuple[str, str], Callable[..., Any]] = {}
-_extra_modules: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -99,40 +100,80 @@ def component(group: str, name: str, **settings: Any) -> Component:
 
 
 def import_module(name: str) -> None:
-    """Import a user's module (``--import``), whose ``@register`` lines then count.
+    """Import a user's module (``--import``); what it registers, itself or by what it imports, counts from then on.
 
     Raises:
-        UserError: if it cannot be imported.
+        UserError: if it cannot be imported, or registers nothing or a name of ours.
     """
+    if not all(part.isidentifier() for part in name.split(".")):
+        path = Path(name)
+        is_file = path.is_file() and path.suffix == ".py"
+        way = f" Write --import {'.'.join(path.with_suffix('').parts)}" if is_file else ""
+        raise UserError(f"--import {name!r:.80}: takes the name of a Python module, as my_parts or my_package.x.{way}")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"--import {name}: cannot be imported ({error}). Is it on the path?") from error
-    if name not in _extra_modules:
-        _extra_modules.append(name)
+        module = importlib.import_module(name)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+            near = did_you_mean(name, [path.stem for path in Path.cwd().glob("*.py")])
+            raise UserError(f"--import {name}: there is no module {error.name} on the path or here.{near}") from error
+        raise UserError(f"--import {name}: {raised(error)}") from error
+    refuse_taken_names()
+    held = list(vars(module).values())
+    if not any(f"{target.__module__}.".startswith(f"{name}.") or target in held for target in _objects.values()):
+        raise UserError(
+            f"--import {name}: registers no component. Put @register(GROUP, NAME) of plmtune.registry over a function "
+            "or a class in it."
+        )
+
+
+def raised(error: BaseException) -> str:
+    """Where a user's module failed, and how: the last line of it that ran."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")][1:]
+    place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else "its import"
+    if isinstance(error, SyntaxError):
+        place = f"{error.filename}, line {error.lineno}"
+    return f"{place} raises {type(error).__name__} ({str(error) or 'without a message':.200})."
+
+
+def refuse_taken_names() -> None:
+    """Refuse a user's component under the name of a built-in one, which would be found or not by the order of imports.
+
+    Raises:
+        UserError: naming both modules.
+    """
+    for (group, name), target in [*_objects.items()]:
+        ours = _built_in().get(group, {}).get(name)
+        if ours is not None and target.__module__ != ours.module:
+            del _objects[group, name]
+            raise UserError(
+                f"{target.__module__}: registers {group} {name}, which is a component of {ours.module}. Choose another "
+                "name."
+            )
 
 
 @cache
-def _entry_point_modules() -> tuple[str, ...]:
-    return tuple(point.module for point in entry_points(group="plmtune.components"))
+def _import_entry_points() -> None:
+    """Import the modules of installed packages that register components (group ``plmtune.components``)."""
+    for point in entry_points(group="plmtune.components"):
+        try:
+            importlib.import_module(point.module)
+        except Exception as error:  # another package's fault must not stop every command
+            print(f"plmtune: components of {point.module} are left out: {raised(error)}", file=sys.stderr)
 
 
 def _modules() -> list[tuple[str, Path]]:
-    """(module name, source file) of every module that may register components."""
+    """(module name, source file) of every built-in module that may register components."""
     root = Path(__file__).parent
-    found = [
+    return [
         (f"plmtune.{package}.{path.stem}", path)
         for package in PACKAGES
         for path in sorted((root / package).glob("*.py"))
         if path.stem != "__init__"
     ]
-    for name in (*_entry_point_modules(), *_extra_modules):
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.origin is not None:
-            found.append((name, Path(spec.origin)))
-    return found
 
 
 def _decorations(node: ast.stmt) -> list[tuple[str, str]]:
@@ -191,12 +232,44 @@ def _describe_file(module: str, path: Path) -> tuple[Description, ...]:
     )
 
 
-def describe() -> dict[str, dict[str, Description]]:
-    """Every component as {group: {name: description}}, read from source: imports nothing."""
+@cache
+def _built_in() -> dict[str, dict[str, Description]]:
     table: dict[str, dict[str, Description]] = {}
     for module, path in _modules():
         for entry in _describe_file(module, path):
             table.setdefault(entry.group, {})[entry.name] = entry
+    return table
+
+
+def _describe_object(group: str, name: str, target: Callable[..., Any]) -> Description:
+    """The description of a registered object that is not built in: it is imported, so its signature is at hand."""
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{target.__module__}: {group} {name} has no signature that can be read ({error}).") from None
+    parameters = tuple(
+        Parameter(
+            p.name,
+            p.annotation if isinstance(p.annotation, str)
+            else "Any" if p.annotation is p.empty else inspect.formatannotation(p.annotation),
+            None if p.default is p.empty
+            else f"component({p.default.group!r}, {p.default.name!r})" if isinstance(p.default, Component)
+            else repr(p.default),
+        )
+        for p in signature.parameters.values()
+    )  # fmt: skip
+    kind = signature.return_annotation
+    kind = "" if kind is signature.empty else kind if isinstance(kind, str) else inspect.formatannotation(kind)
+    return Description(group, name, target.__module__, parameters, inspect.getdoc(target) or "", kind)
+
+
+def describe() -> dict[str, dict[str, Description]]:
+    """Every component as {group: {name: description}}: built-in ones from their source, without importing them."""
+    _import_entry_points()
+    table = {group: dict(entries) for group, entries in _built_in().items()}
+    for (group, name), target in _objects.items():
+        if name not in table.get(group, {}):
+            table.setdefault(group, {})[name] = _describe_object(group, name, target)
     return table
 
 
@@ -269,10 +342,17 @@ def keys_in_source(entry: Description) -> dict[str, Key]:
 def keys_of(group: str, name: str) -> dict[str, Key]:
     """Config keys of a component: the parameters of its signature that have a default."""
     entry = find(group, name)
-    if entry.module.startswith("plmtune."):
+    if name in _built_in().get(group, {}):
         return keys_in_source(entry)
+    return _keys_of_object(group, name)
+
+
+def _keys_of_object(group: str, name: str) -> dict[str, Key]:
     target = load(group, name)
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    try:
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    except (NameError, TypeError) as error:
+        raise UserError(f"{target.__module__}: the types of {group} {name} cannot be read ({error}).") from None
     return {
         parameter.name: Key(parameter.name, hints.get(parameter.name, Any), parameter.default)
         for parameter in inspect.signature(target).parameters.values()

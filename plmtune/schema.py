@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from plmtune.ranges import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, SHARE, NotEmpty, PathPart, Range
@@ -341,3 +341,8 @@ class Quantize:
 
 # recipe -> schema; the first field names the recipe.
 SCHEMAS: dict[str, type[Any]] = {"pretrain": Pretrain, "sft": Sft, "preference": Preference, "quantize": Quantize}
+
+
+def component_keys() -> set[str]:
+    """Top-level keys that hold a component, which are also Hydra's groups."""
+    return {item.name for schema in SCHEMAS.values() for item in fields(schema) if "Component" in str(item.type)}

@@ -1,6 +1,8 @@
 """One name, one thing; what is listed is what can be built."""
 
 import inspect
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_type_hints
 
@@ -63,9 +65,82 @@ class TestRegistry:
             assert registry.find("norm", "mine").parameters[1].default == "2.0"
             assert registry.load("norm", "mine").__module__ == "my_parts"
         finally:
-            registry._extra_modules.remove("my_parts")
             registry._objects.pop(("norm", "mine"), None)
 
     def test_a_module_that_is_not_there_is_a_sentence(self) -> None:
         with pytest.raises(UserError, match="--import no_such_module"):
             registry.import_module("no_such_module")
+
+
+FFN = (
+    'def mine(embed_dim: int, *, power: "float" = 2.0, norm: Component = component("norm", "rms_norm")) -> None:\n'
+    '    """Mine."""\n'
+)
+MODULES = {
+    "a name that is a constant": 'from plmtune.registry import *\nNAME = "mine"\n@register("ffn", NAME)\n' + FFN,
+    "of the registry": "from plmtune import registry\nfrom plmtune.registry import Component, component\n"
+    '@registry.register("ffn", "mine")\n' + FFN,
+    "of plmtune": "import plmtune\nfrom plmtune.registry import Component, component\n"
+    '@plmtune.register("ffn", "mine")\n' + FFN,
+    "a call": "from plmtune.registry import *\n" + FFN + 'register("ffn", "mine")(mine)\n',
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty directory on the path; what is imported from it is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    objects, modules = dict(registry._objects), set(sys.modules)
+    yield tmp_path
+    registry._objects.clear()
+    registry._objects.update(objects)
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+class TestUsersModules:
+    @pytest.mark.parametrize("how", MODULES)
+    @pytest.mark.parametrize("package", [False, True])
+    def test_components_are_found_however_they_are_registered(self, how: str, package: bool, place: Path) -> None:
+        name = f"parts_{list(MODULES).index(how)}{package}"
+        if package:
+            (place / name).mkdir()
+            (place / name / "__init__.py").write_text(f"from {name}.inner import mine as mine\n")
+        (place / (f"{name}/inner.py" if package else f"{name}.py")).write_text(MODULES[how])
+        registry.import_module(name)
+        entry = registry.describe()["ffn"]["mine"]
+        assert [(p.name, p.default) for p in entry.parameters] == [
+            ("embed_dim", None), ("power", "2.0"), ("norm", "component('norm', 'rms_norm')"),
+        ]  # fmt: skip
+        assert entry.doc == "Mine."
+        keys = registry._keys_of_object("ffn", "mine")
+        assert {key.name: key.type for key in keys.values()} == {"power": float, "norm": registry.Component}
+
+    @pytest.mark.parametrize(
+        ("name", "text", "said"),
+        [
+            ("./x.py", "", r"takes the name of a Python module.* Write --import x"),
+            ("", "", "takes the name of a Python module"),
+            ("a-b", "", "takes the name of a Python module"),
+            ("builtins", "", "registers no component"),
+            ("nothing_in_it", "x = 1", "registers no component"),
+            ("no_such_module", "", "there is no module no_such_module"),
+            ("no_such_package.parts", "", "there is no module no_such_package"),
+            ("raising", "x = 1\nraise KeyError('y')", r"raising.py, line 2 raises KeyError \('y'\)"),
+            ("unfinished", "x = (", r"unfinished.py, line 1 raises SyntaxError"),
+            ("needing", "import no_such_library", r"needing.py, line 1 raises ModuleNotFoundError"),
+            ("leaving", "raise SystemExit('bye')", r"raises SystemExit \(bye\)"),
+            ("taking", "from plmtune.registry import *\n@register('ffn', 'swiglu')\ndef f(): ...",
+             "taking: registers ffn swiglu, which is a component of plmtune.modules.feed_forward"),
+        ],
+    )  # fmt: skip
+    def test_a_mistake_is_a_sentence(self, name: str, text: str, said: str, place: Path) -> None:
+        (place / "x.py").write_text("")
+        if text:
+            (place / f"{name}.py").write_text(text)
+        registry._objects.pop(("ffn", "swiglu"), None)
+        with pytest.raises(UserError, match=said):
+            registry.import_module(name)
+        assert registry.describe()["ffn"]["swiglu"].module == "plmtune.modules.feed_forward"

@@ -64,7 +64,11 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise UserError(f"There is no command {args[0]}.{did_you_mean(args[0], COMMANDS)}")
+            from plmtune.names import where_it_belongs
+
+            near = did_you_mean(args[0], COMMANDS)
+            near = near if near.endswith("?") else where_it_belongs(args[0]) or near
+            raise UserError(f"There is no command {args[0]}.{near}")
         for before, word in itertools.pairwise(args):
             if not word.strip() and not before.startswith("-"):  # pathlib reads it as the current folder
                 raise UserError(f"plmtune {args[0]}: the argument after {before} is empty. Give a name or a path.")

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from plmtune import terminal
-from plmtune.errors import UserError, did_you_mean
+from plmtune.errors import UserError, either, near_names
+from plmtune.names import where_it_belongs
 from plmtune.shipped import folder
 
 
@@ -29,7 +30,9 @@ def cp(name: str, target: Path, overwrite: bool) -> None:
     known |= {f"recipes/{path.stem}": path for path in folder("recipes").glob("[a-z]*.py")}
     source = known.get(name.removeprefix("conf/").removesuffix(".yaml"))
     if source is None:
-        raise UserError(f"There is no config or recipe {name}.{did_you_mean(name, known)}")
+        near = near_names(name, known) or [full for full in known if full.rpartition("/")[2] == name]
+        hint = f" Did you mean {either(near)}?" if near else where_it_belongs(name)
+        raise UserError(f"There is no config, preset or recipe {name}. See: plmtune ls.{hint}")
     if target.is_dir():
         target = target / source.name
     if target.suffix != source.suffix:

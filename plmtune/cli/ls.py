@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from plmtune.cli import import_option
+from plmtune.names import DEVICES
 from plmtune.shipped import folder
 from plmtune.tables import Column, Table, show
 
@@ -17,16 +18,19 @@ from plmtune.tables import Column, Table, show
 @click.argument("group", required=False)
 @import_option
 def ls(group: str | None) -> None:
-    """List recipes, configs and groups; or the components of GROUP with their settings.
+    """List recipes, configs, groups and devices; or the components and presets of GROUP with their settings.
 
     \b
     plmtune ls
     plmtune ls attention
+    plmtune ls devices
     """
     from plmtune.registry import describe
 
     if group is None:
         _overview(describe())
+    elif group == "devices":
+        _devices()
     else:
         _group(group, describe())
 
@@ -47,6 +51,22 @@ def _overview(table: Any) -> None:
         (group, ", ".join([*sorted(table[group]), *sorted(path.stem for path in (conf / group).glob("*.yaml"))]))
         for group in sorted(table)
     )
+    show("devices (plmtune ls devices; predict for one with plmtune plan CONFIG --device NAME)")
+    _list([("", ", ".join(sorted(path.stem for path in DEVICES.glob("*.yaml"))))])
+
+
+def _devices() -> None:
+    """The devices that plan knows, with the figures that decide."""
+    from plmtune.devices.device import load_device, shipped
+    from plmtune.units import show_bytes, show_number
+
+    table = Table(["device", Column("", folds=True), "for a model", "reads at", "calibrated"])
+    for name in shipped():
+        device = load_device(name)
+        speed = f"{show_number(device.bandwidth.value / 1e9)} GB/s"
+        table.add(name, device.name, show_bytes(device.available), speed, "yes" if device.rates else "no")
+    show(table)
+    show("plmtune bench --calibrate FILE.yaml writes one for this machine")
 
 
 def _list(entries: Iterable[tuple[str, str]]) -> None:
@@ -60,10 +80,12 @@ def _list(entries: Iterable[tuple[str, str]]) -> None:
 
 def _group(group: str, table: Any) -> None:
     from plmtune.errors import UserError, did_you_mean
+    from plmtune.names import where_it_belongs
 
     leaf = group.rpartition("/")[2]
     if leaf not in table:
-        raise UserError(f"There is no group {group}.{did_you_mean(leaf, table)}")
+        near = did_you_mean(leaf, [*table, "devices"])
+        raise UserError(f"There is no group {group}.{near if near.endswith('?') else where_it_belongs(leaf) or near}")
     for name, entry in sorted(table[leaf].items()):
         summary = entry.doc.strip().split("\n\n")[0].replace("\n", " ")
         show(f"{name}  {summary}")

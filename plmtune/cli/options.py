@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from plmtune.errors import UserError
+from plmtune.registry import raised, refuse_taken_names
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +75,7 @@ def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
 
 def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Divide the words after a config's name into YAML files and overrides."""
-    overlays = [text for text in arguments if text.endswith((".yaml", ".yml")) and "=" not in text]
+    overlays = [t for t in arguments if t.endswith((".yaml", ".yml")) and ("=" not in t or Path(t).is_file())]
     return overlays, [text for text in arguments if text not in overlays]
 
 
@@ -86,10 +87,20 @@ def recipe_file(path: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{path}: {raised(error)}") from error
     for needed in ("main", "CONFIG"):
         if not hasattr(module, needed):
             raise UserError(
                 f"{path}: a recipe defines main(cfg) and CONFIG, the config it starts from; {needed} is missing."
             )
+    refuse_taken_names()
+    if hasattr(module, "Config"):
+        from plmtune.config import use_schema
+
+        use_schema(module.CONFIG, module.Config, path)
     return module

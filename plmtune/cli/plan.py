@@ -14,6 +14,7 @@ from plmtune import hub, terminal
 from plmtune.cli import import_option
 from plmtune.cli.options import divide
 from plmtune.errors import UserError
+from plmtune.shipped import folder
 from plmtune.tables import Table, numbers, show
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ def plan(
 ) -> None:
     """Say what a model will cost: memory, speed and training, from its config alone.
 
-    CONFIG is what plmtune run takes, or a checkpoint. Nothing is trained or allocated. Devices are YAML files, and
-    plmtune bench --calibrate FILE.yaml writes one for the machine at hand.
+    CONFIG is what plmtune run takes, a model (plmtune ls model), or a checkpoint. Nothing is trained or allocated.
+    Devices (plmtune ls devices) are YAML files, and plmtune bench --calibrate FILE.yaml writes one for this machine.
 
     \b
     plmtune plan plm_1.8b --device pi5,jetson_orin_nano
@@ -80,12 +81,25 @@ def plan(
                 raise UserError(f"--{option}: a sweep compares architectures at one, not {len(given)}.")
         if Path(name).is_dir() or hub.parse(name):
             raise UserError(f"{name} is a checkpoint: a sweep goes over what is still to be trained.")
-        _sweep(name, overlays, overrides, chosen[0], names[0], where[0], lengths[0], prompt, json_path, plot)
+        _sweep(
+            *with_preset(name, overlays, overrides), chosen[0], names[0], where[0], lengths[0], prompt, json_path, plot
+        )
         return
     anatomy, cfg = _read(name, overlays, overrides)
     if contexts is None:  # the usual ones, as far as this model goes
         lengths = sorted({min(length, anatomy.max_seq_len) for length in lengths})
     _plan(name, anatomy, cfg, chosen, names, schemes is not None, where, lengths, prompt, train_on, json_path, plot)
+
+
+def with_preset(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple[str, list[str], list[str]]:
+    """The config that a model's name alone stands for: plan needs no more of it than the model."""
+    from plmtune.config_choices import presets
+    from plmtune.registry import describe
+
+    is_model = name in describe()["model"] or name in presets("model")
+    if is_model and not (folder("conf") / f"{name}.yaml").is_file():
+        return "pretrain", [*overlays], [f"model={name}", *overrides]
+    return name, [*overlays], [*overrides]
 
 
 def _words(text: str, option: str) -> list[str]:
@@ -128,7 +142,7 @@ def _read(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple
             model = config.build("model", part, vocab_size=description["vocab_size"])
             install(model, read_formats(directory)[0] if (directory / "config.json").is_file() else {})
         return Anatomy.of(model), None
-    cfg = config.compose(name, overlays, overrides)
+    cfg = config.compose(*with_preset(name, overlays, overrides))
     if getattr(cfg, "model", None) is None:
         raise UserError(
             f"{name} names no model: it takes that of its checkpoint. Choose one (model=plm), or plan that."

@@ -120,6 +120,7 @@ def resume(arguments: tuple[str, ...], other_data: bool, recipe_path: str | None
     from plmtune.config import load_config, override
     from plmtune.identity import refuse_other_config
 
+    module = recipe_file(recipe_path) if recipe_path else None  # it may have a schema of its own
     saved = load_config(path)
     cfg = override(saved, overrides)
     for key in ("run_dir", "resume", "init_from"):
@@ -127,7 +128,7 @@ def resume(arguments: tuple[str, ...], other_data: bool, recipe_path: str | None
             raise UserError(f"key {key}: says where a run begins, and this one has begun: it cannot change on resume.")
     cfg.other_data = cfg.other_data or other_data
     refuse_other_config(run_dir, saved, cfg)
-    module = recipe_file(recipe_path) if recipe_path else importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
+    module = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
     cfg.run_dir, cfg.resume = str(_go_to_its_directory(run_dir, saved.run_dir, record)), True
     module.main(cfg)
 

@@ -93,6 +93,7 @@ def find_tokenizer(text: str) -> Tokenizer:
     Raises:
         UserError: if it is none of them.
     """
+    from plmtune.names import where_it_belongs
     from plmtune.registry import describe, load
 
     named = set(describe()["tokenizer"]) - {"file"}  # that one is reached by its path
@@ -100,9 +101,9 @@ def find_tokenizer(text: str) -> Tokenizer:
         return load("tokenizer", text)()
     if Path(text).exists() or hub.parse(text):
         return load("tokenizer", "file")(path=text)
-    raise UserError(
-        f"{text} is neither a tokenizer's name nor a file or directory with one.{did_you_mean(text, named)}"
-    )
+    near = did_you_mean(text, named)
+    near = near if near.endswith("?") else where_it_belongs(text) or near
+    raise UserError(f"{text} is neither a tokenizer's name nor a file or directory with one.{near}")
 
 
 class _Count:

@@ -16,6 +16,7 @@ import yaml
 from plmtune.atomic import writing
 from plmtune.config_rules import read_yaml
 from plmtune.errors import UserError, did_you_mean
+from plmtune.names import where_it_belongs
 
 _GIB, _GIGA, _MICRO = 2.0**30, 1e9, 1e-6
 # key -> (what one of its unit is in SI, may it be 0, is it needed)
@@ -133,7 +134,8 @@ def load_device(name: str) -> Device:
         path = Path(__file__).parent / f"{name}.yaml"
         if name not in shipped():
             near = did_you_mean(name, shipped())
-            raise UserError(f"There is no device {name}.{near} A file of your own is given as FILE.yaml.")
+            near = near if near.endswith("?") else where_it_belongs(name) or near
+            raise UserError(f"There is no device {name}; a file of your own is given as FILE.yaml.{near}")
     return _parse(read_yaml(path), path)
 
 
