@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# In bf16 a CPU's products go through oneDNN, which compiles code for each shape and keeps it: 1,024 shapes in its own
+# cache and as many in torch's, 0.3 MiB each. Texts of ever new lengths fill both (benchmarks/memory_growth.py). Read
+# once, at a process's first product.
+for _name, _capacity in {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "1"}.items():
+    os.environ.setdefault(_name, _capacity)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
