@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import xxhash
 
 from plmtune.config import to_plain
 from plmtune.errors import UserError
+from plmtune.registry import Component
+from plmtune.training.run_directory import LATEST, NEWEST, without_link
 
 # Keys that may differ on resume: they change where and how a run computes or reports, not what it learns.
 FREE = ("run_dir", "resume", "other_data", "force", "micro_batch_size", "num_workers", "log_every",
@@ -38,6 +40,23 @@ def left_to_origin(cfg: Any) -> list[str]:
     keys = [key for key in _INHERITED_OF.get(cfg.recipe, _INHERITED) if key in known]
     values = {key: getattr(cfg, key) for key in keys}
     return [key for key, v in values.items() if v is None or (isinstance(v, str) and Path(v).is_symlink())]
+
+
+def without_links(value: Any) -> Any:
+    """A config's value whose paths name runs by their own directories: runs/NAME/latest will come to name another."""
+    if isinstance(value, str) and {LATEST, NEWEST} & set(Path(value).parts):
+        path = Path(value)
+        link = next((p for p in (path, *path.parents) if p.name in (LATEST, NEWEST) and p.is_symlink()), None)
+        return str(without_link(link) / path.relative_to(link)) if link else value
+    if isinstance(value, Component):
+        return replace(value, settings=without_links(value.settings))
+    if isinstance(value, dict):
+        return {key: without_links(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(without_links(child) for child in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: without_links(getattr(value, field.name)) for field in fields(value)})
+    return value
 
 
 def config_digest(cfg: Any) -> str:
@@ -72,7 +91,7 @@ def refuse_other_config(path: Path, before: Any, now: Any) -> None:
     free = (*_free(now), *(DATA if now.other_data else ()), *left_to_origin(now))
     for key, (old, new) in differences(before, now).items():
         top = key.partition(".")[0]
-        if top not in free:
+        if top not in free and without_links(new) != old:
             new_run = "start a new run" + (f" from its weights: init_from={path}" if hasattr(now, "init_from") else "")
             way = "give other_data=true (--other-data)" if top in DATA else new_run
             raise UserError(

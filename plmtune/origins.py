@@ -20,7 +20,7 @@ from plmtune.registry import Component
 from plmtune.training import manifest
 from plmtune.training.checkpoint import newest_whole, read_document
 from plmtune.training.distributed import told_by_rank_0
-from plmtune.training.run_directory import CONFIG, read_record, without_link
+from plmtune.training.run_directory import CONFIG, read_record
 
 # What a recipe goes on from where nothing is named: the newest finished run of the first kind that has one.
 KINDS = {"sft": ("pretrain",), "preference": ("sft", "pretrain")}
@@ -57,7 +57,7 @@ def _portable(named: str, directory: Path) -> str:
 def _find_origin(cfg: Any) -> tuple[str, str]:
     """(where it is, what to say of it)"""
     if cfg.init_from:
-        cfg.init_from = str(without_link(Path(hub.pin(cfg.init_from))))
+        cfg.init_from = hub.pin(cfg.init_from)
         return cfg.init_from, f"starting from {cfg.init_from}"
     other = ""
     for kind in KINDS[cfg.recipe]:

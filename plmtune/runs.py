@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from plmtune.identity import (
     left_to_origin,
     refuse_other_config,
     refuse_other_data,
+    without_links,
 )
 from plmtune.training import distributed, manifest
 from plmtune.training.distributed import broadcast_text, told_by_rank_0
@@ -117,6 +119,9 @@ def find_run(cfg: Any) -> None:
     found, finished = told_by_rank_0(find)
     if not found:
         cfg.resume = False
+        for field in fields(cfg):
+            if field.name != "run_dir":
+                setattr(cfg, field.name, without_links(getattr(cfg, field.name)))
         return
     if finished and not cfg.resume:
         log.warning("%s: an earlier attempt of this job has finished it.", found)

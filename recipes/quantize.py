@@ -35,7 +35,7 @@ from plmtune.runs import find_run, open_run
 from plmtune.schema import Quantize as Config
 from plmtune.terminal import echo
 from plmtune.training import manifest
-from plmtune.training.run_directory import EXIT_STOPPED, read_record, without_link
+from plmtune.training.run_directory import EXIT_STOPPED, read_record
 from plmtune.training.run_summary import already_finished
 from plmtune.training.runtime import Runtime
 from plmtune.training.signals import StopSignals
@@ -201,7 +201,7 @@ def choose(cfg: Config) -> str:
                 "a model directory with checkpoint=DIR."
             )
         cfg.checkpoint, said = str(newest), f"quantizing {newest}, the newest finished run (checkpoint=DIR for another)"
-    cfg.checkpoint = str(without_link(Path(hub.pin(cfg.checkpoint))))
+    cfg.checkpoint = hub.pin(cfg.checkpoint)
     directory = checkpoint_directory(cfg.checkpoint, weights=False)
     trained_for = qat.plan_of(directory)
     if cfg.quantization is None and trained_for is not None:

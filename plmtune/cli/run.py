@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from plmtune import terminal
-from plmtune.cli import import_option
+from plmtune.cli import import_option, short
 from plmtune.cli.options import divide, recipe_file
 from plmtune.cli.runs import reasons, table
 from plmtune.errors import UserError, did_you_mean
@@ -70,7 +70,8 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
             config.multirun(base, overlays, overrides, start, directory)
         finally:  # also where a job failed: the others have run
             # A launcher may run jobs in other processes, and hydra.sweep.dir may be another directory.
-            paths = [job for job in dict.fromkeys([*jobs, *find_runs(directory)]) if (job / CONFIG).is_file()]
+            places = dict.fromkeys(path.resolve() for path in [*jobs, *find_runs(directory)])
+            paths = [Path(short(path)) for path in places if (path / CONFIG).is_file()]
             if paths:
                 found = [summarize(path) for path in paths]
                 show(table(found, differing_settings(paths)), *reasons(found))

@@ -201,13 +201,16 @@ class TestCommands:
         assert "1.65T tokens" in out and "GiB" in out
         assert not (place / "runs").exists()
 
-    def test_multirun_runs_each_value_in_its_own_directory(self, place: Path) -> None:
+    def test_multirun_runs_each_value_in_its_own_directory_and_lists_them(self, place: Path, capsys: Any) -> None:
         steps = "phases=[{name: main, steps: 2}]"
         assert ends_with("run", "-m", "pretrain", *SMALL, steps, "optimizer.lr=1e-4,3e-4") == 0
         rates = {
             config.load_config(path).optimizer.settings["lr"] for path in place.glob("runs/multirun/*/*/config.yaml")
         }
         assert rates == {1e-4, 3e-4}
+        table = capsys.readouterr().out.splitlines()[-3:]
+        assert [row.split()[1] for row in table] == ["status", "finished", "finished"]
+        assert [row.split()[-1] for row in table] == ["settings", "optimizer.lr=0.0001", "optimizer.lr=0.0003"]
 
     def test_a_copied_recipe_runs_from_its_own_file(self, place: Path, capsys: Any) -> None:
         assert ends_with("cp", "recipes/pretrain", "mine.py") == 0

@@ -296,6 +296,24 @@ class TestCheckpointsThatAreGone:
         assert "holds checkpoints" in refusal("run_dir=run", "phases=[{name: main, steps: 3}]")
 
 
+class TestLinks:
+    def test_a_run_knows_others_by_their_own_directories(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        start("phases=[{name: main, steps: 1}]")
+        first = (place / "runs/pretrain/latest").resolve().name
+        own = ["run_dir=next", "init_from=runs/pretrain/latest", "data.paths=[runs/pretrain/latest/text]"]
+        shutil.copytree(place / "corpus", place / "runs/pretrain/latest/text")
+        stop_at(monkeypatch, 2, *own)
+        saved = config.load_config(place / "next/config.yaml")
+        assert saved.init_from == f"runs/pretrain/{first}"
+        assert saved.data.settings["paths"] == (f"runs/pretrain/{first}/text",)
+        stop_at(monkeypatch, 4, *own, "resume=true")  # the same command again
+        (place / "runs/pretrain/latest").unlink()
+        (place / "runs/pretrain/other").mkdir()
+        (place / "runs/pretrain/latest").symlink_to("other")
+        assert "data.paths" in refusal(*own, "resume=true")
+        start(*own[:2], f"data.paths=[runs/pretrain/{first}/text]", "resume=true")  # its origin is what it was
+
+
 class TestInitFrom:
     def test_a_damaged_checkpoint_is_refused_or_passed_over(
         self, place: Path, caplog: pytest.LogCaptureFixture
