@@ -6,6 +6,7 @@ name with its settings. Hydra only merges YAML and overrides here; nothing a con
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -309,9 +310,17 @@ def _parse(text: str, following: Sequence[str] = ()) -> Override:
 def _quoted(words: Sequence[str]) -> str | None:
     """How the override that `words` begin with is typed; None if that cannot be guessed."""
     key, equals, value = words[0].partition("=")
-    if value.startswith("[") and not value.endswith("]"):
-        end = next((end for end, word in enumerate(words, 1) if word.endswith("]")), None)
-        value = " ".join(words[:end]).partition("=")[2] if end else value
+    close = {"[": "]", "{": "}"}.get(value[:1])
+    if close and not value.endswith(close):
+        ends = [end for end, word in enumerate(words, 1) if word.endswith(close)]
+        for end in ends:
+            whole = " ".join(words[:end])
+            with contextlib.suppress(HydraException, ValueError, RecursionError):
+                OverridesParser.create().parse_override(whole)
+                return shlex.quote(whole)
+        if "{" in value or not ends:
+            return None
+        value = " ".join(words[: ends[0]]).partition("=")[2]
     plain: Any = value
     if value.startswith("[") and value.endswith("]"):
         plain = [part.strip().strip("'\"") for part in value[1:-1].split(",")]

@@ -49,7 +49,9 @@ def unknown_key(
     prefix = f"{parent}." if parent else ""
     near = [prefix + name for name in near_names(leaf, siblings)]
     near = near or [key for key in everywhere() if key.rpartition(".")[2] == leaf and key != full_key][:3]
-    hint = f"Did you mean {either(near)}?" if near else f"Known: {', '.join(sorted(siblings))}."
+    known = sorted(siblings)
+    none = f"{parent} has no component. Choose one first: {parent}=NAME (plmtune ls {parent})"
+    hint = f"Did you mean {either(near)}?" if near else f"Known: {', '.join(known)}." if known else none
     return UserError(f"{place}key {full_key}: unknown. {hint}")
 
 
@@ -76,7 +78,8 @@ class Given:
             name, _, value = text.lstrip("+~").partition("=")
             name = name.split("@")[0].replace("/", ".")
             inside = value.lstrip()[:1] in ("[", "{") and wanted.startswith((f"{name}.", f"{name}["))
-            if name and (wanted == name or inside):
+            # An unknown section is the fault of the override that names a key in it.
+            if name and wanted and (wanted == name or inside or name.startswith(f"{wanted}.")):
                 return text
         return None
 
@@ -134,7 +137,7 @@ def explain(
     if missing := re.search(r"Could not find '([^']+)'", text):
         group, _, option = missing[1].rpartition("/")
         known = re.findall(r"^\t(\S+)$", text.split("Config search path")[0], re.MULTILINE)
-        known = [name for name in known if not name.startswith(FILE_PRESET)]
+        known = [name for name in known if not name.startswith(FILE_PRESET) and "__" not in name]
         where = given.place(group) or _place_of_choice(files, group, option) or f"conf/{base}.yaml, "
         key = "" if where.startswith("override") else f"key {group.replace('/', '.')}: "
         if option.endswith((".yaml", ".yml")):

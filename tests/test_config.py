@@ -192,7 +192,7 @@ class TestQuoting:
             assert config._parse(word).value() == value
 
     def test_words_that_the_shell_cut_are_joined(self) -> None:
-        assert "'data.paths=[\"my file.txt\"]'" in message("pretrain", "data.paths=[my", "file.txt]")
+        assert "'data.paths=[my file.txt]'" in message("pretrain", "data.paths=[my", "file.txt]")
         assert "'sample.prompt=\"Hello world\"'" in message("pretrain", "sample.prompt=Hello", "world")
 
 
