@@ -187,8 +187,8 @@ def complete(
         FloatingPointError: if the model's output is not a number.
     """
     device = model.device
-    ids = tokenizer.encode(prompt, specials=True) if isinstance(prompt, str) else list(prompt)
-    ids = ids or [tokenizer.eos_id]
+    ids = tokenizer.with_bos(tokenizer.encode(prompt, specials=True)) if isinstance(prompt, str) else list(prompt)
+    ids = ids or [tokenizer.start_id]
     ends = {tokenizer.eos_id, *end_ids}
     if len(ids) >= model.max_seq_len:
         raise ValueError(f"the prompt has {len(ids)} tokens, the model's max_seq_len is {model.max_seq_len}")

@@ -273,7 +273,7 @@ def read_text(cfg: Config, tokenizer: Tokenizer, max_seq_len: int, calibration_t
         for text in source.documents():
             if have >= share:
                 break
-            ids.append(np.asarray([*tokenizer.encode(text), tokenizer.eos_id], dtype=np.int64))
+            ids.append(np.asarray([*tokenizer.with_bos(tokenizer.encode(text)), tokenizer.eos_id], dtype=np.int64))
             have += len(ids[-1])
     joined = torch.from_numpy(np.concatenate(ids)) if ids else torch.empty(0, dtype=torch.long)
     rows = joined[: len(joined) // seq_len * seq_len].view(-1, seq_len)

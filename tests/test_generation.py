@@ -141,11 +141,14 @@ class TestSample:
 class FakeTokenizer:
     """Bytes as ids; 256 ends a text."""
 
-    eos_id = 256
+    eos_id = start_id = 256
     num_tokens = 257
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         return list(text.encode())
+
+    def with_bos(self, ids: list[int]) -> list[int]:
+        return ids
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         return bytes(i for i in ids if i < 256)

@@ -160,7 +160,8 @@ class ChatTemplate:
                 continue
             parts = [next(encoded) for _ in held]
             trained = np.repeat([flag for _, flag in held], [part.size for part in parts])
-            out.append((np.concatenate(parts), trained))
+            ids = self._with_bos(np.concatenate(parts))
+            out.append((ids, np.concatenate([np.zeros(ids.size - trained.size, np.bool_), trained])))
         return out
 
     def encode_prompt(self, messages: Sequence[Message]) -> Ids:
@@ -180,7 +181,7 @@ class ChatTemplate:
         except BadRow:
             begins = []  # nothing is learned of such a conversation, but it can be gone on with
         cuts = [0, *begins, len(text)]
-        return np.concatenate(self._encode([text[a:b] for a, b in pairwise(cuts)]))
+        return self._with_bos(np.concatenate(self._encode([text[a:b] for a, b in pairwise(cuts)])))
 
     def encode_answer(self, text: str) -> Ids:
         """Return the tokens [n] of an answer as the template writes it; the last is `end_id`.
@@ -302,6 +303,10 @@ class ChatTemplate:
         if len(answers) < len(contents) or not all(answers):
             raise BadRow("has an answer that does not stand whole, with an end token, where {% generation %} marks it")
         return answers
+
+    def _with_bos(self, ids: Ids) -> Ids:
+        """Put bos before a conversation whose tokenizer adds it to texts, unless the template has written it."""
+        return np.array(self.tokenizer.with_bos(ids.tolist()), np.int32) if self.tokenizer.adds_bos else ids
 
     def _encode(self, texts: Sequence[str]) -> list[Ids]:
         """Return the tokens of each text, in which special tokens stand for themselves."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -135,7 +135,7 @@ def _write(
     try:
         for group in _groups(parts):
             _encode(group, tokenizer, writers)
-            advance(sum(len(piece) for _, piece, _ in group), sum(w.counts.tokens for w in writers.values()))
+            advance(sum(len(piece.text) for piece in group), sum(w.counts.tokens for w in writers.values()))
     finally:
         for writer in writers.values():
             writer.close()
@@ -206,14 +206,23 @@ def pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _groups(parts: Iterable[Part]) -> Iterator[list[tuple[str, str, bool]]]:
-    """Collect (split, piece, whether it ends its document) until there is enough work for all cores."""
-    group: list[tuple[str, str, bool]] = []
+class _Piece(NamedTuple):
+    """A piece of a document; `begins` and `ends` say whether it is the first and the last."""
+
+    split: str
+    text: str
+    begins: bool
+    ends: bool
+
+
+def _groups(parts: Iterable[Part]) -> Iterator[list[_Piece]]:
+    """Collect pieces until there is enough work for all cores."""
+    group: list[_Piece] = []
     size = 0
     for split, text in parts:
         whole = list(pieces(text))
         for index, piece in enumerate(whole, 1):
-            group.append((split, piece, index == len(whole)))
+            group.append(_Piece(split, piece, index == 1, index == len(whole)))
             size += len(piece)
             if size >= GROUP:
                 yield group
@@ -222,15 +231,17 @@ def _groups(parts: Iterable[Part]) -> Iterator[list[tuple[str, str, bool]]]:
         yield group
 
 
-def _encode(group: list[tuple[str, str, bool]], tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> None:
+def _encode(group: list[_Piece], tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> None:
     eos = np.array([tokenizer.eos_id], dtype=np.uint32)
+    # Where the same token ends and begins documents, the end of one is the beginning of the next.
+    bos = np.array([tokenizer.start_id] if tokenizer.start_id != tokenizer.eos_id else [], dtype=np.uint32)
     rows: dict[str, list[NDArray[np.uint32]]] = {split: [] for split in writers}
-    encoded = tokenizer.encode_batch([piece for _, piece, _ in group])
-    for (split, piece, ends), ids in zip(group, encoded, strict=True):
+    encoded = tokenizer.encode_batch([piece.text for piece in group])
+    for (split, piece, begins, ends), ids in zip(group, encoded, strict=True):
         counts = writers[split].counts
         counts.bytes += len(piece) if piece.isascii() else len(piece.encode("utf-8"))
         counts.documents += ends
-        rows[split] += [ids, eos] if ends else [ids]
+        rows[split] += [*([bos] if begins else []), ids, *([eos] if ends else [])]
     for split, arrays in rows.items():
         if not arrays:
             continue

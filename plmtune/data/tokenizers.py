@@ -77,8 +77,9 @@ class Tokenizer:
         vocab_size: rows that a model needs, padding included.
         num_tokens: ids from here on have no text.
         eos_id: ends a document.
-        bos_id: stood before a text in what a model was trained on elsewhere, or None; `encode` never puts it there.
-        adds_bos: whether transformers puts it there.
+        bos_id: the special token named as the beginning of a text, or None.
+        adds_bos: whether each text begins with it, as transformers encodes one. `encode` never puts it there,
+            `with_bos` does.
         specials: control tokens, id by text.
         token_bytes: number of bytes that each id decodes to, int32 [vocab_size]; 0 for specials and padding.
         fingerprint: xxh3-128 of all that decides the ids.
@@ -102,7 +103,7 @@ class Tokenizer:
             vocab_size: rows that a model needs, if more than there are tokens.
             chat_template: Jinja template of a conversation.
             bos: the special token that begins a text.
-            adds_bos: whether transformers is to put it there.
+            adds_bos: whether each text begins with it.
 
         Raises:
             ValueError: if there is no such special token, a token stands twice, or vocab_size is too small.
@@ -163,6 +164,17 @@ class Tokenizer:
         """
         ids: list[int] = self._encode(text, self._always_and_specials if specials else self._always).tolist()
         return ids
+
+    @property
+    def start_id(self) -> int:
+        """What stands before a text's first token: its bos where it has one, else the end of the text before."""
+        return self.bos_id if self.adds_bos and self.bos_id is not None else self.eos_id
+
+    def with_bos(self, ids: Sequence[int]) -> list[int]:
+        """Return a text's ids as a model reads them: bos before them where the tokenizer adds it, exactly once."""
+        if not self.adds_bos or self.bos_id is None or (len(ids) and ids[0] == self.bos_id):
+            return list(ids)
+        return [self.bos_id, *ids]
 
     def encode_batch(self, texts: Sequence[str], *, specials: bool = False) -> list[Ids]:
         """Return the ids of each text, as `encode`, on all cores."""
@@ -249,6 +261,8 @@ class Tokenizer:
         digest.update(np.array([len(token) for token in held.tokens], dtype="<u4").tobytes())
         digest.update(np.array(held.ids, dtype="<u4").tobytes())
         digest.update(b"".join(held.tokens))
+        if self.adds_bos:  # then what is trained on, cached and compared differs
+            digest.update(f"bos {self.bos_id}".encode())
         return digest.hexdigest()
 
     @cached_property
@@ -347,10 +361,9 @@ def _read_json(path: Path) -> Tokenizer:
     vocabulary = tokenizer_json.parse(data, str(path))
     config = _read_config(path.with_name("tokenizer_config.json"))
     eos = _eos(vocabulary, _text_of(config.get("eos_token")), path)
-    # As transformers: what the configuration says of add_bos_token stands above the file's own post-processor.
+    # As transformers 5: the post-processor alone decides, whatever the configuration says of add_bos_token.
     first = tokenizer_json.first_token(data)
-    bos, adds_bos = _text_of(config.get("bos_token")) or first, config.get("add_bos_token")
-    adds_bos = bool(first is not None if adds_bos is None else adds_bos)
+    bos, adds_bos = first or _text_of(config.get("bos_token")), first is not None
     if bos not in vocabulary.specials and not adds_bos:
         bos = None
     template = _text_of(config.get("chat_template"))

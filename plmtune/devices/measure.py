@@ -510,7 +510,7 @@ def _open(target: str, capacity: int, threads: int, dtype: str | None, sparse: S
     model, tokenizer = plmtune.load(target, device, kind)
     # Real text, which is at hand everywhere: sparsity follows from what is read.
     text = Path(json.__file__).read_text(encoding="utf-8")[:4000]
-    return _Ours(model, capacity, sparse, tokenizer.encode(text))
+    return _Ours(model, capacity, sparse, tokenizer.with_bos(tokenizer.encode(text)))
 
 
 def _is_for_transformers(path: Path) -> bool:

@@ -102,7 +102,7 @@ class LanguageModel(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has nothing before it."""
-        return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+        return self.tokenizer.start_id
 
     @property
     def max_length(self) -> int:
@@ -223,7 +223,10 @@ class LanguageModel(TemplateLM):
         owners: list[int] = []
         for number, request in enumerate(requests):
             (text,) = request.args
-            cut = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+            ids = self.tok_encode(text, add_special_tokens=False)
+            # lm-eval's `hf` puts bos before a text and once more before its first window.
+            ids = ids[1:] if self.tokenizer.adds_bos and ids[:1] == [self.prefix_token_id] else ids
+            cut = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
             windows += [Item(*make_disjoint_window(window)) for window in cut]
             owners += [number] * (len(windows) - len(owners))
         sums = [0.0] * len(requests)

@@ -69,10 +69,10 @@ def perplexity(
 ) -> Perplexity:
     """Score every token of every document once.
 
-    A document starts from the tokenizer's bos, or the eos that training puts between documents. A longer one than
-    `window` is read in windows that each score `stride` more tokens, so that any but the first tokens of a document
-    have at least window - stride before them; the last window reaches back as far as it can. With stride = window that
-    is lm-eval's rolling log-likelihood.
+    A document starts from bos where the tokenizer adds it, else from the eos that training puts between documents. One
+    longer than `window` is read in windows that each score `stride` more tokens, so that any but the first tokens of a
+    document have at least window - stride before them; the last window reaches back as far as it can. With stride =
+    window that is lm-eval's rolling log-likelihood.
 
     Args:
         window: tokens that the model reads at once; None: its max_seq_len.
@@ -90,7 +90,7 @@ def perplexity(
     if tokenizer.num_tokens > model.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.num_tokens} tokens, the model's vocabulary {model.vocab_size}")
     scorer = scorer or Scorer(model)
-    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    start = tokenizer.start_id
     total = Perplexity()
     for block in _blocks(documents):
         items: list[Item] = []

@@ -77,6 +77,8 @@ PRE_TOKENIZERS: dict[str, tuple[str, Normalization | None, bool]] = {
     "smaug-bpe": (LLAMA3_PATTERN, None, False),
     "gpt-2": (GPT2_PATTERN, None, False),
 }
+# Of these llama.cpp puts bos before a text where the file does not say (tokenizer.ggml.add_bos_token).
+_ADDS_BOS = ("llama-bpe", "llama3", "llama-v3")
 # llama.cpp does not read a list without merges; this one of bytes that UTF-8 never uses does not act.
 NO_MERGE = "ÿ ÿ"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)
@@ -125,10 +127,7 @@ def convert(
         if tokenizer is None:
             tokenizer = read_tokenizer(file, model.vocab_size)
             if tokenizer.adds_bos:
-                notes.append(
-                    f"This model was trained with {tokenizer.bos} before each text: plmtune eval puts it there, "
-                    "training and plmtune generate put nothing."
-                )
+                notes.append(f"Each text begins with {tokenizer.bos}, in training, generation and evaluation.")
         elif tokenizer.num_tokens > model.vocab_size:
             raise UserError(f"The tokenizer has {tokenizer.num_tokens} tokens, {path} has {model.vocab_size} rows.")
         tokenizer.save(temporary)
@@ -331,8 +330,9 @@ def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
         raise UserError(f"{where}: {len(tokens)} tokens, their types and the model's {rows} rows do not fit together.")
     if not set(kinds) <= {_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED}:
         raise UserError(f"{where}: it holds tokens of types other than 1 to 5, so it is not byte-level. {remedy}")
-    eos, adds_bos = _special(file, "eos"), bool(metadata.get("tokenizer.ggml.add_bos_token"))
-    bos_id = metadata.get("tokenizer.ggml.bos_token_id")
+    eos, bos_id = _special(file, "eos"), metadata.get("tokenizer.ggml.bos_token_id")
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token")
+    adds_bos = pre in _ADDS_BOS and bos_id is not None if adds_bos is None else bool(adds_bos)
     bos = None
     if adds_bos or (type(bos_id) is int and 0 <= bos_id < len(kinds) and kinds[bos_id] in (_UNKNOWN, _CONTROL)):
         bos = _special(file, "bos")

@@ -239,7 +239,7 @@ class TestRefused:
 
     def test_a_tokenizer_that_gives_ids_beyond_its_vocabulary(self, tmp_path, tokenizer):
         class Wrong:
-            vocab_size, eos_id, fingerprint = 50, 0, "wrong"
+            vocab_size, eos_id, start_id, fingerprint = 50, 0, 0, "wrong"
             encode_batch = staticmethod(tokenizer.encode_batch)
 
         with pytest.raises(ValueError, match=r"id 122, beyond its vocab_size \(50\)"):

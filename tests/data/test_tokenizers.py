@@ -503,7 +503,7 @@ class TestTrainBpe:
 
 
 class TestBeginning:
-    """The token before a text: kept for evaluation, which needs what transformers would put there."""
+    """The token before a text: where transformers puts one, every text that a model reads begins with it."""
 
     def with_bos(self, adds_bos: bool) -> Tokenizer:
         held = bundled()
@@ -528,20 +528,34 @@ class TestBeginning:
         (tmp_path / "tokenizer_config.json").unlink()
         assert (load_tokenizer(tmp_path).bos, load_tokenizer(tmp_path).adds_bos) == ("<|im_start|>", True)
 
-    def test_add_bos_token_stands_above_the_post_processor(self, tmp_path: Path) -> None:
-        self.with_bos(True).save(tmp_path)
-        (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
-        assert not load_tokenizer(tmp_path).adds_bos
+    @pytest.mark.parametrize("flag", [False, True])
+    @pytest.mark.parametrize("processor", [False, True])
+    def test_the_post_processor_decides_and_no_flag(self, flag: bool, processor: bool, tmp_path: Path) -> None:
+        transformers = pytest.importorskip("transformers")
+        self.with_bos(processor).save(tmp_path)
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": flag}))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert load_tokenizer(tmp_path).adds_bos == processor
+        assert load_tokenizer(tmp_path).with_bos(bundled().encode("a")) == theirs("a")["input_ids"]
 
-    def test_it_decides_no_ids_so_the_fingerprint_is_the_same(self) -> None:
-        assert self.with_bos(True).fingerprint == bundled().fingerprint
+    def test_a_fingerprint_changes_only_where_it_is_put(self) -> None:
+        assert self.with_bos(False).fingerprint == bundled().fingerprint != self.with_bos(True).fingerprint
         assert self.with_bos(True).encode("a") == bundled().encode("a")
+
+    def test_it_is_put_exactly_once(self) -> None:
+        assert self.with_bos(True).with_bos([7]) == self.with_bos(True).with_bos([4094, 7]) == [4094, 7]
+        assert self.with_bos(True).with_bos([]) == [4094]
+        assert self.with_bos(False).with_bos([7]) == [7]
+        assert (self.with_bos(True).start_id, self.with_bos(False).start_id) == (4094, bundled().eos_id)
 
     def test_one_that_is_no_special_token_is_refused_where_it_would_be_put(self, tmp_path: Path) -> None:
         bundled().save(tmp_path)
         (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
         assert load_tokenizer(tmp_path).bos_id is None
-        (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "add_bos_token": true}')
+        self.with_bos(True).save(tmp_path)
+        written = (tmp_path / "tokenizer.json").read_text().replace('"id": "<|im_start|>"', '"id": "<s>"')
+        (tmp_path / "tokenizer.json").write_text(written.replace('"id":"<|im_start|>"', '"id":"<s>"'))
         with pytest.raises(UserError, match="bos '<s>' is no special token"):
             load_tokenizer(tmp_path)
 

@@ -104,10 +104,11 @@ class TestPerplexity:
         assert found.loss == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
         assert found.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
 
-    def test_documents_start_from_bos_where_the_tokenizer_has_one(self) -> None:
+    @pytest.mark.parametrize("adds_bos", [False, True])
+    def test_documents_start_from_bos_where_the_tokenizer_adds_it(self, adds_bos: bool) -> None:
         model, with_bos = small(), copy.copy(tokens())
-        with_bos.bos_id = 65
-        ids = torch.tensor([[65, *b"xyz"]])
+        with_bos.bos_id, with_bos.adds_bos = 65, adds_bos
+        ids = torch.tensor([[65 if adds_bos else with_bos.eos_id, *b"xyz"]])
         with torch.no_grad():
             expected = F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:], reduction="sum")
         assert perplexity(model, with_bos, ["xyz"]).nats == pytest.approx(float(expected), rel=1e-5)
@@ -178,7 +179,7 @@ class TestSmolLM2:
         text = WIKITEXT.read_text(encoding="utf-8")
         text = tokenizer.decode(tokenizer.encode(text[:8000])[:1024])
         ids = AutoTokenizer.from_pretrained(tmp_path / "model")(text, add_special_tokens=False).input_ids
-        start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        start = tokenizer.start_id
         nats = 0.0
         for _, item in windows(ids, start, window, stride):
             whole = torch.tensor([[*item.context, *item.continuation]])

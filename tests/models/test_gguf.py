@@ -3,6 +3,7 @@
 import importlib.util
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from plmtune.data.bpe import (
 from plmtune.data.tokenizer_json import to_chars
 from plmtune.data.tokenizers import Tokenizer, bundled
 from plmtune.errors import UserError
-from plmtune.models.gguf import convert, gguf_name, read_tokenizer
+from plmtune.models.gguf import PRE_TOKENIZERS, convert, gguf_name, read_tokenizer
 from plmtune.models.gguf_file import opened_gguf
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
@@ -267,7 +268,17 @@ class TestTokenizers:
 
         found = read(tokenizer_file(tmp_path / "a.gguf", bundled(), "qwen2", change), bundled().vocab_size)
         assert (found.bos, found.bos_id, found.adds_bos) == ("<|im_start|>", 4094, adds_bos)
-        assert found.fingerprint == bundled().fingerprint
+        assert (found.fingerprint == bundled().fingerprint) != adds_bos
+
+    @pytest.mark.parametrize(("pre", "adds_bos"), [("llama-bpe", True), ("llama3", True), ("gpt-2", False)])
+    def test_where_the_file_does_not_say_bos_is_put_where_llama_cpp_puts_it(
+        self, pre: str, adds_bos: bool, tmp_path: Path
+    ) -> None:
+        held = bundled().vocabulary
+        pattern, normalization, _ = PRE_TOKENIZERS[pre]
+        other = Tokenizer(replace(held, pattern=pattern, normalization=normalization), eos=bundled().eos)
+        path = tokenizer_file(tmp_path / "a.gguf", other, pre, lambda writer: writer.add_bos_token_id(4094))
+        assert read(path, bundled().vocab_size).adds_bos == adds_bos
 
     @pytest.mark.parametrize("identity", [5, 10**6, 2**32 - 1])
     def test_a_token_before_a_text_that_is_none_matters_only_where_it_is_put(
