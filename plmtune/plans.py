@@ -163,12 +163,12 @@ def plan(cfg: Any, runtime: Runtime, *, dry: bool = False) -> Plan:
             loss_chunk_rows=cfg.loss.settings.get("chunk_rows", 0),
             device=runtime.device,
         ),
-        _evaluations(cfg, tokenizer, runtime),
+        _evaluations(cfg, tokenizer, model.max_seq_len, runtime),
         epochs,
     )
 
 
-def _evaluations(cfg: Any, tokenizer: Any, runtime: Runtime) -> Evaluations | None:
+def _evaluations(cfg: Any, tokenizer: Any, max_seq_len: int, runtime: Runtime) -> Evaluations | None:
     """Find the tasks of `eval.tasks`, before a run begins that would want them after hours."""
     if not cfg.eval.tasks:
         return None
@@ -176,6 +176,12 @@ def _evaluations(cfg: Any, tokenizer: Any, runtime: Runtime) -> Evaluations | No
         raise UserError(
             f"key eval.tasks: tasks are measured on whole models, not under {runtime.strategy}: strategy=ddp, or "
             "plmtune eval afterwards."
+        )
+    most = cfg.eval.max_new_tokens
+    if most is not None and most >= max_seq_len:
+        raise UserError(
+            f"key eval.max_new_tokens: {most} must be below the model's max_seq_len ({max_seq_len}), which holds the "
+            "question, too."
         )
     from plmtune.evaluation.during import Evaluations  # lm-eval takes seconds to import
 

@@ -81,6 +81,7 @@ class Evaluation:
     limit: Count = 64  # documents a task; 0: all
     num_fewshot: Count | None = None  # null: each task's own
     batch_size: Size | None = None  # rows that are generated together; null: by memory
+    max_new_tokens: Size | None = None  # longest answer; null: the task's own, at most half of the model's context
     chat: bool = False  # ask in the chat template
     data: Text | None = None  # a folder or map of local files, as --data of plmtune eval
     unsafe_code: bool = False  # let tasks run what the model wrote, in a sandbox

@@ -42,6 +42,12 @@ if TYPE_CHECKING:
     metavar="N",
     help="Rows that are computed together; auto: by memory.",
 )
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Cut generated answers at N tokens; default: the task's own length, at most half of the model's context.",
+)
 @click.option("--chat", is_flag=True, help="Ask in the model's chat template.")
 @click.option("--chat-template", metavar="NAME", help="chatml, llama3, plain, or a Jinja file; with --chat.")
 @click.option("--system", metavar="TEXT", help="What the model is told first; with --chat.")
@@ -61,6 +67,7 @@ def evaluate(
     limit: int | None,
     num_fewshot: int | None,
     batch_size: str,
+    max_new_tokens: int | None,
     chat: bool,
     chat_template: str | None,
     system: str | None,
@@ -107,7 +114,7 @@ def evaluate(
     from plmtune.training.runtime import Runtime
 
     find_device(device)
-    settings = Settings(limit, num_fewshot, rows, chat, chat_template, system)
+    settings = Settings(limit, num_fewshot, rows, chat, chat_template, system, max_new_tokens)
     # Under torchrun each process takes its share of the documents.
     with Runtime.start(device=device or "auto", precision="fp32") as runtime:
         tell = _tell if runtime.is_main else _say_nothing

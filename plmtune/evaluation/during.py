@@ -49,6 +49,7 @@ class Evaluations:
             batch_size=cfg.batch_size,
             chat=cfg.chat,
             chat_template=template,
+            max_new_tokens=cfg.max_new_tokens,
         )
         try:  # in a dry run the tokenizer may not be at hand
             self.template = find_template(template, tokenizer) if cfg.chat and tokenizer else None
@@ -111,6 +112,8 @@ class Evaluations:
                         cache=cache,
                         digest=digest,
                         progress=progress,
+                        max_new_tokens=self.settings.max_new_tokens,
+                        tell=watch.message,
                     )
                     about = {**run.about(directory.name, directory, model, digest), "step": step, "run": str(directory)}
                     result = run.evaluate(

@@ -60,6 +60,9 @@ class LanguageModel(TemplateLM):
         cache: None: nothing is kept.
         digest: names the weights and their arithmetic in the cache's keys.
         progress: told the kind of request, how many are done and of how many, after each batch.
+        max_new_tokens: longest answer, whatever a task asks for; None: what the task asks for, as far as the model's
+            context allows, half of which is left to the question.
+        tell: told once for each task and length that its answers are shortened for want of context.
 
     Raises:
         ValueError: for a cache without a digest.
@@ -77,10 +80,19 @@ class LanguageModel(TemplateLM):
         cache: ResultCache | None = None,
         digest: str = "",
         progress: Callable[[str, int, int], None] = lambda kind, done, total: None,
+        max_new_tokens: int | None = None,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         super().__init__()
         if cache is not None and not digest:
             raise ValueError("a cache of results needs a digest of the model: others would get its answers")
+        if max_new_tokens is not None and not 0 < max_new_tokens < model.max_seq_len:
+            raise ValueError(
+                f"max_new_tokens ({max_new_tokens}) must be at least 1 and below the model's context "
+                f"({model.max_seq_len}), which holds the question, too"
+            )
+        self.max_new_tokens, self.tell = max_new_tokens, tell
+        self._shortened: set[tuple[str, int]] = set()
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.template, self.cache, self.progress = batch_size, template, cache, progress
         self.num_known = 0
@@ -245,7 +257,7 @@ class LanguageModel(TemplateLM):
             self._encode_ahead((request.args[0], 0) for request in chunk)
             for index, request in enumerate(chunk, start):
                 context, settings = request.args
-                options = self._options(settings, _place(request, index))
+                options = self._options(settings, _place(request, index), request.task_name or "A task")
                 room = self.max_length - options["max_new_tokens"]
                 tokens = self.tok_encode(context) or [self.prefix_token_id]
                 self.num_truncated += len(tokens) > room
@@ -328,7 +340,20 @@ class LanguageModel(TemplateLM):
             self.cache.put(values)
         found.update(values)
 
-    def _options(self, settings: Mapping[str, Any], place: str) -> dict[str, Any]:
+    def _length(self, asked: int, task: str) -> int:
+        """Return how long an answer may be."""
+        most = self.max_new_tokens or self.max_length // 2
+        if asked <= most:
+            return asked
+        if self.max_new_tokens is None and (task, asked) not in self._shortened:
+            self._shortened.add((task, asked))
+            self.tell(
+                f"{task}: its answers may have {asked:,} tokens, and the model's context has {self.max_length:,}. They "
+                f"are cut at {most:,}; the other {self.max_length - most:,} are for the question (--max-new-tokens)"
+            )
+        return most
+
+    def _options(self, settings: Mapping[str, Any], place: str, task: str) -> dict[str, Any]:
         """Return how an answer is to be written: what `Prompt` takes but its tokens and seed, as JSON holds it."""
         try:
             given: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), _MAX_NEW_TOKENS))
@@ -349,11 +374,9 @@ class LanguageModel(TemplateLM):
             )
         if drawn and temperature == 0:
             raise UserError(f"{place}: do_sample needs a temperature above 0 in its generation_kwargs.")
-        if not 0 < length < self.max_length:
-            raise UserError(
-                f"{place}: it asks for answers of up to {length:,} tokens, but the model's context holds "
-                f"{self.max_length:,}, the question among them. Set another max_gen_toks in a copy of the task."
-            )
+        if not isinstance(length, int) or length < 1:
+            raise UserError(f"{place}: max_gen_toks is {length!r:.80} in its generation_kwargs: at least 1 is needed.")
+        length = self._length(length, task)
         if not drawn:
             temperature, top_k, top_p = 0.0, None, None
         return {

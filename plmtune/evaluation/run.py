@@ -54,6 +54,7 @@ class Settings:
         chat: put questions as messages, in the model's chat template.
         chat_template: another than the tokenizer's own.
         system: what the model is told first, in a chat.
+        max_new_tokens: longest answer that is generated; None: the task's own, as far as the model's context allows.
     """
 
     limit: int | None = None
@@ -62,11 +63,15 @@ class Settings:
     chat: bool = False
     chat_template: str | None = None
     system: str | None = None
+    max_new_tokens: int | None = None
 
 
 def described(settings: Settings, names: Iterable[str]) -> dict[str, Any]:
     """What a result says of how it was made."""
-    return {"tasks": list(names), **asdict(settings)}
+    said = asdict(settings)
+    if settings.max_new_tokens is None:  # as in results of earlier versions, which can be gone on with
+        del said["max_new_tokens"]
+    return {"tasks": list(names), **said}
 
 
 def load_tasks(
@@ -131,6 +136,12 @@ def evaluate_checkpoint(
     name = _name(directory)
     file = out / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
     out.mkdir(parents=True, exist_ok=True)
+    most = settings.max_new_tokens
+    if most is not None and most >= model.max_seq_len:
+        raise UserError(
+            f"--max-new-tokens {most:,} must be below the context of {path}, {model.max_seq_len:,} tokens, which holds "
+            "the question, too."
+        )
     with ResultCache(out / "cache" / f"{digest[:16]}.sqlite") as cache:
         lm = LanguageModel(
             model,
@@ -140,6 +151,8 @@ def evaluate_checkpoint(
             cache=cache,
             digest=digest,
             progress=progress,
+            max_new_tokens=most,
+            tell=tell,
         )
         told = about(name, path, model, digest)
         if place := run_of(directory):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from plmtune.continuous import Engine
+from plmtune.continuous import Engine, Request
 from plmtune.data.chat_template import ChatTemplate, find_template
 from plmtune.data.tokenizers import CHATML_TEMPLATE, Tokenizer, bundled, load_tokenizer
 from plmtune.errors import UserError
@@ -197,7 +197,7 @@ class TestGeneration:
             ({"do_sample": True}, "needs a temperature above 0"),
             ({"temperature": -1.0}, "are impossible: temperature must not be negative, but is -1.0"),
             ({"temperature": None}, "are impossible"),
-            ({"max_gen_toks": 64}, "answers of up to 64 tokens, but the model's context holds 64"),
+            ({"max_gen_toks": 0}, "max_gen_toks is 0 in its generation_kwargs"),
             ({"until": 7}, r"are impossible: until must be texts, not \[7\]"),
         ],
     )
@@ -206,6 +206,37 @@ class TestGeneration:
     ) -> None:
         with pytest.raises(UserError, match=rf"^Task a_task, document 0: .*{message}"):
             LanguageModel(model, tokenizer).generate_until(asked("generate_until", ("a", settings)))
+
+    @pytest.mark.parametrize(
+        ("asked_for", "most", "longest"), [(1024, None, 32), (33, None, 32), (32, None, 32), (1024, 40, 40), (9, 40, 9)]
+    )
+    def test_answers_are_cut_at_half_of_a_short_context_or_at_what_is_asked_for(
+        self, asked_for: int, most: int | None, longest: int, model: Decoder, tokenizer: Tokenizer,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        lengths: list[tuple[int, int]] = []
+        submit = Engine.submit
+
+        def noted(self: Engine, request: Request) -> None:
+            lengths.append((len(request.tokens), request.max_new_tokens))
+            submit(self, request)
+
+        monkeypatch.setattr(Engine, "submit", noted)
+        told: list[str] = []
+        lm = LanguageModel(model, tokenizer, max_new_tokens=most, tell=told.append)
+        settings = {"max_gen_toks": asked_for, "until": ["\n"]}
+        lm.generate_until(asked("generate_until", ("a question " * 30, settings), ("another", settings)))
+        assert {length for _, length in lengths} == {longest}
+        assert max(prompt for prompt, _ in lengths) == 64 - longest
+        assert len(told) == (most is None and asked_for > 32)
+        assert all("a_task: its answers may have" in line and "context has 64" in line for line in told)
+
+    @pytest.mark.parametrize("most", [0, 64])
+    def test_a_longest_answer_that_leaves_no_question_is_refused(
+        self, most: int, model: Decoder, tokenizer: Tokenizer
+    ) -> None:
+        with pytest.raises(ValueError, match=rf"max_new_tokens \({most}\) must be at least 1 and below .* \(64\)"):
+            LanguageModel(model, tokenizer, max_new_tokens=most)
 
     def test_settings_that_change_nothing_are_taken(self, model: Decoder, tokenizer: Tokenizer) -> None:
         idle = {"num_beams": 1, "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 3, "until": "\n"}
