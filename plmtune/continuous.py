@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plmtune.generation import check_sampling, keep_likeliest
+from plmtune.generation import GREEDY, check_sampling, keep_likeliest, penalize
 from plmtune.modules.cache import Cache, Slots
 
 if TYPE_CHECKING:
@@ -147,6 +147,8 @@ class Engine:
         temperature: 0 takes the likeliest token.
         top_k: draw from the k likeliest.
         top_p: draw from the likeliest that together reach this probability.
+        min_p: draw from those at least this share as likely as the likeliest.
+        repetition_penalty: see `plmtune.generation.penalize`; 1 for none.
         end_ids: an answer ends at each of these.
         num_tokens: ids from here up have no text and are never drawn.
         decode_bytes: gives the bytes of ids, special tokens their text; needed for requests with `until`.
@@ -163,16 +165,19 @@ class Engine:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
         end_ids: Collection[int] = (),
         num_tokens: int | None = None,
         decode_bytes: Callable[[Sequence[int]], bytes] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        check_sampling(temperature, top_k, top_p)
+        check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         self.model = model
         self.batch_size = batch_size
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
+        self.repetition_penalty = repetition_penalty
         self.end_ids = frozenset(end_ids)
         self.num_tokens = num_tokens
         self.decode_bytes = decode_bytes
@@ -261,7 +266,7 @@ class Engine:
                 row[:rest] = torch.tensor(request.tokens[start:])
             states = self.model(tokens.to(device), cache=slots.prefill(where, start), hidden=True)
             states = states[torch.arange(len(group), device=device), torch.tensor(rests, device=device) - 1]
-            written = [[token] for token in self._draw(states, [(request, 0) for request in requests])]
+            written = [[token] for token in self._draw(states, [(request, []) for request in requests])]
         rows = [_Row(*row) for row in zip(requests, rooms, written, strict=True)]
         read = {waiting.place for waiting in group}
         self._rows, self._waiting = (
@@ -340,7 +345,7 @@ class Engine:
             mask = (torch.arange(longest + 1, device=device) <= lengths)[:, None]  # [b, 1, t]
             cache = self._slots.decode(lengths[:, 0], longest)
             states = self.model(tokens, mask=mask, input_pos=lengths, cache=cache, hidden=True)
-        drawn = self._draw(states[:, 0], [(row.request, len(row.written)) for row in rows])
+        drawn = self._draw(states[:, 0], [(row.request, row.written) for row in rows])
         for row, token in zip(rows, drawn, strict=True):
             row.written.append(token)
 
@@ -390,15 +395,18 @@ class Engine:
             return new
         return old
 
-    def _draw(self, states: Tensor, draws: list[tuple[Request, int]]) -> list[int]:
-        """Return a token for each row of states, [b, d], by its request and the number of the token in its answer."""
+    def _draw(self, states: Tensor, draws: list[tuple[Request, list[int]]]) -> list[int]:
+        """Return a token for each row of states, [b, d], by its request and what is written of its answer."""
         scores = self.model.logits(states)[:, : self.num_tokens]
-        if self.temperature != 0:
-            logits = keep_likeliest(scores / self.temperature, self.top_k, self.top_p)
+        if self.repetition_penalty != 1:
+            seen = [[*request.tokens, *written] for request, written in draws]
+            scores = penalize(scores, seen, self.repetition_penalty)
+        if self.temperature >= GREEDY:
+            logits = keep_likeliest(scores / self.temperature, self.top_k, self.top_p, self.min_p)
             # Gumbel's way (arXiv 1611.01144, eq. 1): the arrival that comes first has the softmax's distribution. Sums
             # that are rounded otherwise in another batch change a draw only where two arrivals all but tie; drawing a
             # point of the cumulative sum would move with every boundary below it.
-            seeds = [(request.seed, number) for request, number in draws]
+            seeds = [(request.seed, len(written)) for request, written in draws]
             scores = torch.softmax(logits, -1) / _exponential(seeds, logits.shape[1], logits.device)
         best = scores.argmax(-1)  # NaN counts as the largest
         drawn: list[int] = torch.where(scores.gather(1, best[:, None])[:, 0].isfinite(), best, -1).tolist()

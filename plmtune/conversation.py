@@ -60,6 +60,9 @@ class Conversation:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        until: Sequence[str] = (),
         seed: int = 0,
     ) -> Generator[str, None, None]:
         """Yield the answer to a user's message, a piece a token.
@@ -84,6 +87,9 @@ class Conversation:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            until=until,
             seed=seed,
             end_ids=ends,
             memory=self._memory,
@@ -93,7 +99,9 @@ class Conversation:
             for piece in pieces:
                 answer += piece
                 yield piece
-            self.cut = len(self._memory.ids) == len(prompt) + room and self._memory.ids[-1] not in ends
+            written = self._memory.ids[len(prompt) :]
+            whole = self.tokenizer.decode(written)
+            self.cut = len(written) == room and written[-1] not in ends and not any(stop in whole for stop in until)
         finally:
             for special in self.tokenizer.specials:  # spelled out in other tokens
                 answer = answer.partition(special)[0]

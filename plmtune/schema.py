@@ -15,6 +15,8 @@ Size = Annotated[int, AT_LEAST_1]
 Number = Annotated[float, NOT_NEGATIVE]
 Share = Annotated[float, SHARE]
 TopP = Annotated[float, Range(above=0, most=1)]
+MinP = Annotated[float, Range(least=0, most=1)]
+Factor = Annotated[float, Range(above=0)]
 Text = Annotated[str, NotEmpty()]
 Minutes = Annotated[float, Range(above=0, below=1_000_000)]
 
@@ -230,7 +232,19 @@ class Generation:
     max_new_tokens: Size = 256
     temperature: Number = 0.8
     top_p: TopP = 0.95
+    min_p: MinP | None = None  # draw from tokens at least this share as likely as the likeliest
+    repetition_penalty: Factor = 1.0  # above 1: tokens of prompt and answer become less likely; 1: none
+    stop: list[str] = field(default_factory=list)  # texts that end an answer and are no part of it
     batch_size: Size = 16  # answers written at once
+
+    def check(self) -> None:
+        """Refuse an empty stop string.
+
+        Raises:
+            ValueError: naming the key.
+        """
+        if "" in self.stop:
+            raise ValueError("stop: one of its texts is empty, so an answer would end before it begins")
 
 
 @dataclass

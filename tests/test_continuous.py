@@ -62,10 +62,10 @@ def answers(engine: Engine, wanted: Iterable[Request]) -> dict[str, Answer]:
     return {answer.key: answer for answer in engine.run()}
 
 
-def alone(model: Decoder, request: Request, end_ids: frozenset[int] = frozenset()) -> Answer:
+def alone(model: Decoder, request: Request, end_ids: frozenset[int] = frozenset(), **options: float) -> Answer:
     """The likeliest answer, written by `generate`."""
     prompt = torch.tensor([request.tokens])
-    columns = generate(model, prompt, max_new_tokens=request.max_new_tokens, temperature=0)
+    columns = generate(model, prompt, max_new_tokens=request.max_new_tokens, temperature=0, **options)
     written: list[int] = []
     for column in columns:
         if int(column) in end_ids:
@@ -121,7 +121,16 @@ class TestAutocast:
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 class TestSampling:
-    @pytest.mark.parametrize("cut", [{}, {"top_k": 20}, {"top_p": 0.8}, {"top_k": 30, "top_p": 0.9}])
+    def test_a_repetition_penalty_is_that_of_one_prompt_alone(self, make: Callable[[], Decoder]) -> None:
+        model = make()
+        found = answers(Engine(model, batch_size=4, temperature=0, repetition_penalty=3.0), requests())
+        assert found == {request.key: alone(model, request, repetition_penalty=3.0) for request in requests()}
+        assert found != answers(Engine(model, batch_size=4, temperature=0), requests())
+
+    @pytest.mark.parametrize(
+        "cut",
+        [{}, {"top_k": 20}, {"top_p": 0.8}, {"top_k": 30, "top_p": 0.9}, {"min_p": 0.2, "repetition_penalty": 1.2}],
+    )
     def test_neither_batch_size_nor_order_changes_an_answer(self, make: Callable[[], Decoder], cut: dict) -> None:
         model = make()
         first = answers(Engine(model, batch_size=1, **cut), requests())
@@ -417,6 +426,8 @@ class TestRefusals:
             ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
             ({"batch_size": 1, "temperature": -1.0}, "temperature must not be negative, but is -1"),
             ({"batch_size": 1, "top_p": 0.0}, "top_p must be above 0 and at most 1, not 0"),
+            ({"batch_size": 1, "min_p": 2.0}, "min_p must be at least 0 and at most 1, not 2"),
+            ({"batch_size": 1, "repetition_penalty": 0.0}, "repetition_penalty must be above 0 and finite, not 0"),
         ],
     )
     def test_impossible_settings_are_refused(self, options: dict, message: str) -> None:

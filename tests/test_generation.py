@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from plmtune.generation import complete, generate, keep_likeliest, sample
+from plmtune.generation import complete, generate, keep_likeliest, penalize, release, sample
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component, component
@@ -65,6 +65,12 @@ class TestEnd:
         ("options", "message"),
         [
             ({"temperature": -1}, "temperature must not be negative, but is -1"),
+            ({"temperature": float("nan")}, "temperature must be a finite number, not nan"),
+            ({"temperature": float("inf")}, "temperature must be a finite number, not inf"),
+            ({"min_p": -0.1}, "min_p must be at least 0 and at most 1, not -0.1"),
+            ({"min_p": float("nan")}, "min_p must be at least 0 and at most 1, not nan"),
+            ({"repetition_penalty": 0}, "repetition_penalty must be above 0 and finite, not 0"),
+            ({"repetition_penalty": float("nan")}, "repetition_penalty must be above 0 and finite, not nan"),
             ({"top_k": 0}, "top_k must be at least 1, not 0"),
             ({"top_p": 1.5}, "top_p must be above 0 and at most 1, not 1.5"),
             ({"max_new_tokens": -1}, "max_new_tokens must not be negative, but is -1"),
@@ -118,8 +124,46 @@ class TestSample:
         assert ((kept > float("-inf")) == expected).float().mean() > 0.9999  # of near ties either may stay
         assert torch.equal(kept[kept > float("-inf")], logits[kept > float("-inf")])
 
-    def test_temperature_zero_takes_the_likeliest(self) -> None:
-        assert self.shares(temperature=0) == [1, 0, 0, 0]
+    def test_min_p_keeps_shares_of_the_likeliest(self) -> None:
+        assert self.shares(min_p=0.4) == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=0.03)
+        assert self.shares(min_p=1.0) == [1, 0, 0, 0]
+
+    @pytest.mark.parametrize("top", [(None, None), (50, None), (None, 0.8), (50, 0.8)])
+    @pytest.mark.parametrize("min_p", [0.0, 0.05, 0.5])
+    def test_min_p_keeps_what_transformers_keeps(self, min_p: float, top: tuple[int | None, float | None]) -> None:
+        transformers = pytest.importorskip("transformers")
+        logits = 2 * torch.randn(3, 500, generator=torch.Generator().manual_seed(0))
+        theirs = transformers.MinPLogitsWarper(min_p)(None, keep_likeliest(logits, *top))
+        assert torch.equal(keep_likeliest(logits, *top, min_p), theirs)
+
+    @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3])
+    def test_a_repetition_penalty_is_that_of_transformers(self, penalty: float) -> None:
+        transformers = pytest.importorskip("transformers")
+        logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+        seen = [[3, 3, 7], [49, 0, 11]]
+        theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(seen), logits.clone())
+        assert torch.equal(penalize(logits, seen, penalty), theirs)
+        assert torch.equal(penalize(logits, [[*ids, 50] for ids in seen], penalty), theirs)  # an id without text
+
+    def test_a_repetition_penalty_counts_the_prompt_what_is_written_and_what_the_cache_holds(self) -> None:
+        model, prompt = small().eval(), [1, 2, 3, 4]
+        expected = list(prompt)
+        with torch.no_grad():
+            for _ in range(12):
+                logits = model(torch.tensor([expected]))[:, -1]
+                expected.append(int(penalize(logits, [expected], 5.0).argmax()))
+        greedy = {"max_new_tokens": 12, "temperature": 0, "repetition_penalty": 5.0}
+        found = [int(token) for token in generate(model, torch.tensor([prompt]), **greedy)]
+        cache = model.new_cache(1, 20)
+        with torch.no_grad():
+            model(torch.tensor([prompt[:2]]), cache=cache)
+        later = generate(model, torch.tensor([prompt[2:]]), cache=cache, before=prompt[:2], **greedy)
+        assert found == [int(token) for token in later] == expected[4:]
+        assert len(set(found)) > 8
+
+    @pytest.mark.parametrize("temperature", [0, 1e-40, 1e-7])
+    def test_temperature_zero_takes_the_likeliest(self, temperature: float) -> None:
+        assert self.shares(temperature=temperature) == [1, 0, 0, 0]
 
     def test_the_seed_decides(self) -> None:
         model, prompt = small(), torch.tensor([[1, 2, 3]])
@@ -152,6 +196,49 @@ class FakeTokenizer:
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         return bytes(i for i in ids if i < 256)
+
+
+class TestStops:
+    @pytest.mark.parametrize(
+        "stops", [["ab"], ["ab", "b"], ["aab", "c"], ["é"], ["\n\n"], ["aaa"], ["never"], ["ba", "abc"]]
+    )
+    @pytest.mark.parametrize("text", ["xabaabcé\n\naaa", "aaaab", "ééé", "ababab", "\n\n", "c", "plain"])
+    @pytest.mark.parametrize("size", [1, 2, 3, 100])
+    def test_cut_a_text_exactly_wherever_tokens_begin_and_end(self, stops: list[str], text: str, size: int) -> None:
+        data, until = text.encode(), [stop.encode() for stop in stops]
+        shown, held, stopped = b"", b"", False
+        for at in range(0, len(data), size):
+            new, held, stopped = release(held + data[at : at + size], until)
+            shown += new
+            if stopped:
+                break
+        # The stop that is whole first ends it, as it does where tokens are looked at one by one.
+        whole = min((at + len(stop) for stop in until if (at := data.find(stop)) >= 0), default=None)
+        assert stopped == (whole is not None)
+        if not stopped:
+            assert shown + held == data
+        elif size == 1:
+            assert shown in [data[: whole - len(stop)] for stop in until if data[:whole].endswith(stop)]
+        assert not any(stop in shown for stop in until)
+
+    def test_end_a_completion_and_are_not_given_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        columns = [torch.tensor([byte]) for byte in b"one ## two ###END three"]
+        monkeypatch.setattr("plmtune.generation.generate", lambda *args, **options: iter(columns))
+        options = {"max_new_tokens": 30, "until": ["###", "four"]}
+        pieces = list(complete(small(vocab_size=260), FakeTokenizer(), "a", **options))
+        assert "".join(pieces) == "one ## two "
+        assert pieces[4:7] == ["", "", "## "]  # held back until it is known to be no stop
+
+    def test_that_begin_and_never_end_are_given_out_at_the_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        columns = [torch.tensor([byte]) for byte in (*b"one ##", 256)]
+        monkeypatch.setattr("plmtune.generation.generate", lambda *args, **options: iter(columns))
+        assert (
+            "".join(complete(small(vocab_size=260), FakeTokenizer(), "a", max_new_tokens=9, until=["###"])) == "one ##"
+        )
+
+    def test_an_empty_one_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="a stop string is empty"):
+            next(complete(small(vocab_size=260), FakeTokenizer(), "a", max_new_tokens=1, until=["a", ""]))
 
 
 class TestComplete:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -39,12 +39,8 @@ def generate(
     chat: bool,
     system: str | None,
     chat_template: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
     device: str | None,
+    **sampling: Any,
 ) -> None:
     """Write text with a checkpoint, a model directory, a run's newest checkpoint, or a model of the hub (OWNER/NAME).
 
@@ -72,12 +68,8 @@ def generate(
         model,
         tokenizer,
         start,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
         end_ids=ends,
+        **sampling,
     )
     try:
         speed = stream(pieces)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,19 @@ def find_dtype(name: str | None) -> torch.dtype | None:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[name]
 
 
+def _number(_: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """Refuse what a range of numbers lets pass: NaN and infinity."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no finite number.", param=parameter)
+    return value
+
+
+def _stops(_: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
+    if "" in texts:
+        raise click.BadParameter("a stop string is empty: an answer would end before it begins.", param=parameter)
+    return tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in texts)
+
+
 def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
     """How text is drawn, alike for every command that writes some."""
     options = (
@@ -58,13 +72,37 @@ def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
             type=click.FloatRange(0),
             default=0.8,
             show_default=True,
+            callback=_number,
             help="0 takes the likeliest token each time.",
         ),
         click.option("--top-k", type=click.IntRange(1), help="Draw from the k likeliest tokens."),
         click.option(
             "--top-p",
             type=click.FloatRange(0, 1, min_open=True),
+            callback=_number,
             help="Draw from the likeliest tokens that reach this probability together.",
+        ),
+        click.option(
+            "--min-p",
+            type=click.FloatRange(0, 1),
+            callback=_number,
+            help="Draw from tokens at least this share as likely as the likeliest one.",
+        ),
+        click.option(
+            "--repetition-penalty",
+            type=click.FloatRange(0, min_open=True),
+            default=1.0,
+            show_default=True,
+            callback=_number,
+            help="Above 1: make tokens of the prompt and the answer less likely.",
+        ),
+        click.option(
+            "--stop",
+            "until",
+            multiple=True,
+            metavar="TEXT",
+            callback=_stops,
+            help=r"End the answer before TEXT (\n is a line end). Can be given several times.",
         ),
         click.option("--seed", type=int, default=0, show_default=True),
     )

@@ -35,7 +35,7 @@ VERSION = 1
 _MAX_NEW_TOKENS = 256
 _TOP_K = 50
 # Settings of transformers' generate at which they change nothing.
-_IDLE = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "use_cache": True}
+_IDLE = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
 # Requests that are encoded at once: enough for all cores, few enough that their texts are not all held as ids.
 _ENCODED_AT_ONCE = 1024
 # Ends what is to be gone on with, as in transformers: a template that trims its messages takes the space off.
@@ -364,13 +364,16 @@ class LanguageModel(TemplateLM):
             temperature = float(given.pop("temperature", 0.0))
             top_k, top_p = given.pop("top_k", _TOP_K), given.pop("top_p", None)
             top_k, top_p = (int(top_k) or None) if top_k is not None else None, None if top_p is None else float(top_p)
-            check_sampling(temperature, top_k, top_p)
+            min_p, penalty = given.pop("min_p", None), given.pop("repetition_penalty", None)
+            min_p, penalty = None if min_p is None else float(min_p), 1.0 if penalty is None else float(penalty)
+            check_sampling(temperature, top_k, top_p, min_p, penalty)
         except (TypeError, ValueError) as error:
             raise UserError(f"{place}: generation_kwargs {dict(settings)} are impossible: {error}.") from error
         if unknown := [name for name, value in given.items() if name not in _IDLE or _IDLE[name] != value]:
             raise UserError(
                 f"{place}: {unknown[0]}={given[unknown[0]]!r} of its generation_kwargs is not supported; do_sample, "
-                "temperature, top_k, top_p, until and max_gen_toks are. Leave it out in a copy of the task."
+                "temperature, top_k, top_p, min_p, repetition_penalty, until and max_gen_toks are. Leave it out in a "
+                "copy of the task."
             )
         if drawn and temperature == 0:
             raise UserError(f"{place}: do_sample needs a temperature above 0 in its generation_kwargs.")
@@ -378,14 +381,20 @@ class LanguageModel(TemplateLM):
             raise UserError(f"{place}: max_gen_toks is {length!r:.80} in its generation_kwargs: at least 1 is needed.")
         length = self._length(length, task)
         if not drawn:
-            temperature, top_k, top_p = 0.0, None, None
-        return {
-            "max_new_tokens": length,
-            "until": [text for text in until if text],
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-        }
+            temperature, top_k, top_p, min_p = 0.0, None, None, None
+        # Settings that change nothing stay out, so that answers which earlier versions kept are found.
+        more = {"min_p": min_p} if min_p else {}
+        return (
+            more
+            | ({"repetition_penalty": penalty} if penalty != 1 else {})
+            | {
+                "max_new_tokens": length,
+                "until": [text for text in until if text],
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+            }
+        )
 
 
 def _is_distributed() -> bool:

@@ -12,7 +12,7 @@ from plmtune import continuous
 from plmtune.continuous import Answer, Engine, Request, Why
 from plmtune.errors import UserError
 from plmtune.evaluation.scoring import NotFinite, out_of_memory
-from plmtune.generation import check_sampling
+from plmtune.generation import before_stop, check_sampling
 from plmtune.training.estimate import available_memory
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ _MOST_ROWS = {"cpu": 32}
 _MOST_ROWS_ELSEWHERE = 256
 
 
+Sampling = tuple[float, int | None, float | None, float | None, float]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What is to be continued.
@@ -35,7 +38,8 @@ class Prompt:
         max_new_tokens: the answer is cut here.
         until: the answer ends before the first of these texts. A special token's text is one, too.
         temperature: 0 takes the likeliest token.
-        top_k, top_p: see `plmtune.generation.sample`.
+        top_k, top_p, min_p: see `plmtune.generation.sample`.
+        repetition_penalty: see `plmtune.generation.penalize`; 1 for none.
         seed: decides all draws.
     """
 
@@ -45,11 +49,13 @@ class Prompt:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
     seed: int = 0
 
     @property
-    def sampling(self) -> tuple[float, int | None, float | None]:
-        return self.temperature, self.top_k, self.top_p
+    def sampling(self) -> Sampling:
+        return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class Writer:
         """Yield each prompt's index and answer, as they end.
 
         Args:
-            prompts: of any settings; those of one temperature, top_k and top_p are written together.
+            prompts: of any settings; those of equal sampling are written together.
             known: indexes that are left out.
 
         Raises:
@@ -145,16 +151,16 @@ class Writer:
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
 
-    def _run(
-        self, requests: Collection[Request], rows: int, sampling: tuple[float, int | None, float | None]
-    ) -> Iterator[Answer]:
-        temperature, top_k, top_p = sampling
+    def _run(self, requests: Collection[Request], rows: int, sampling: Sampling) -> Iterator[Answer]:
+        temperature, top_k, top_p, min_p, repetition_penalty = sampling
         engine = Engine(
             self.model,
             batch_size=min(rows, len(requests)),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
             end_ids=self.end_ids,
             num_tokens=self.tokenizer.num_tokens,
             decode_bytes=self.tokenizer.decode_bytes,
@@ -173,5 +179,4 @@ class Writer:
 
     def _written(self, answer: Answer, until: Sequence[str]) -> Written:
         text = self.tokenizer.decode([token for token in answer.tokens if token not in self._silent])
-        first = min((at for stop in until if stop and (at := text.find(stop)) >= 0), default=len(text))
-        return Written(text[:first], answer.tokens, answer.why)
+        return Written(before_stop(text, until), answer.tokens, answer.why)

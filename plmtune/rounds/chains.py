@@ -24,6 +24,7 @@ from plmtune.data.refinement import Refinement
 from plmtune.data.rows import Message
 from plmtune.data.sources import BadRow
 from plmtune.errors import UserError, unreadable
+from plmtune.generation import before_stop
 from plmtune.training import distributed
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ RHYTHM = 1.0  # seconds between two looks at whether other processes still write
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer. `ended`: the model ended it, instead of running out of tokens."""
+    """One answer. `ended`: the model or a stop string ended it, instead of running out of tokens."""
 
     text: str
     ended: bool
@@ -150,6 +151,7 @@ def write_chains(
     seed: int,
     number: int,
     model: str,
+    until: Sequence[str] = (),
     progress: Callable[[int, int, float], None] = lambda done, total, tokens_per_second: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Chain] | None:
@@ -166,6 +168,7 @@ def write_chains(
         max_len: longest prompt together with its answer, in tokens.
         number: of the round; with `seed` it decides what is drawn.
         model: digest of the weights; answers of others are not gone on from.
+        until: an answer ends before the first of these texts.
         progress: called after each answer with (answers that are there, answers of this process, tokens a second).
         stop: asked about once a second, on every process at the same times, whether to leave off.
 
@@ -194,7 +197,7 @@ def write_chains(
     }
     directory.mkdir(parents=True, exist_ok=True)
     journal = Journal(directory, settings)
-    plan = _Plan(prompts, template, refinement, turns, strategy, max_new_tokens, max_len, (seed, number))
+    plan = _Plan(prompts, template, refinement, turns, strategy, max_new_tokens, max_len, (seed, number), until)
     if not distributed.told_by_rank_0(journal.is_whole):
         if not _write(plan, journal, engine, progress, stop):
             return None
@@ -310,7 +313,9 @@ class _Plan:
         max_new_tokens: int,
         max_len: int,
         seeds: tuple[int, int],
+        until: Sequence[str],
     ) -> None:
+        self.until, self._stops = tuple(until), tuple(stop.encode("utf-8", errors="replace") for stop in until)
         self.prompts, self.template, self.refinement = prompts, template, refinement
         self.turns, self.chained, self.max_new_tokens, self.seeds = turns, strategy == "chain", max_new_tokens, seeds
         self.room = max_len - max_new_tokens
@@ -340,7 +345,7 @@ class _Plan:
         if len(ids) > self.room:
             return f"has a prompt of more than {self.room:,} tokens"
         seed = key_of(*self.seeds, index, turn) >> 1  # torch's generators take 63 bits
-        return Request(f"{index}/{turn}", ids.tolist(), self.max_new_tokens, seed)
+        return Request(f"{index}/{turn}", ids.tolist(), self.max_new_tokens, seed, self._stops)
 
     def chain(self, index: int, answers: Answers) -> Chain:
         """The prompt with its answers, once no more can be had."""
@@ -377,7 +382,8 @@ def _write(
     tokens = 0
     for answer in engine.run():
         index, turn = map(int, answer.key.split("/"))
-        answers[index, turn] = Turn(plan.template.tokenizer.decode(answer.tokens), answer.ended)
+        text = before_stop(plan.template.tokenizer.decode(answer.tokens), plan.until)
+        answers[index, turn] = Turn(text, answer.ended or answer.stopped)
         journal.add(index, turn, answers[index, turn])
         ask(index, after=turn)
         now = time.monotonic()

@@ -48,8 +48,11 @@ def writer(
                 batch_size=how.batch_size,
                 temperature=how.temperature,
                 top_p=how.top_p,
+                min_p=how.min_p,
+                repetition_penalty=how.repetition_penalty,
                 end_ids={template.end_id, tokenizer.eos_id},
                 num_tokens=tokenizer.num_tokens,
+                decode_bytes=tokenizer.decode_bytes,
             )
             return write_chains(
                 directory,
@@ -60,6 +63,7 @@ def writer(
                 turns=how.turns,
                 strategy=how.strategy,
                 max_new_tokens=how.max_new_tokens,
+                until=how.stop,
                 max_len=model.max_seq_len,
                 seed=seed,
                 number=number,

@@ -48,6 +48,20 @@ class TestGenerate:
         assert plmtune(checkpoint, "--prompt", "-", *options, "--seed", 3, stdin="héllo".encode())[1] == out
         assert plmtune(checkpoint, "--prompt", "héllo", *options, "--seed", 4)[1] != out
 
+    def test_stops_before_each_stop_string(
+        self, checkpoint: Path, plmtune: Command, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[dict] = []
+
+        def columns(model: object, tokens: torch.Tensor, **options: object) -> Iterator[torch.Tensor]:
+            seen.append(options)
+            yield from (torch.tensor([token]) for token in b"one\n\ntwo")
+
+        monkeypatch.setattr("plmtune.generation.generate", columns)
+        options = ("--min-p", "0.1", "--repetition-penalty", "1.5", "--stop", "wo", "--stop", "\\n\\n")
+        assert plmtune(checkpoint, "--prompt", "a", *options)[:2] == (0, "one\n")
+        assert (seen[0]["min_p"], seen[0]["repetition_penalty"]) == (0.1, 1.5)
+
     @pytest.mark.parametrize(
         ("arguments", "stdin", "message"),
         [
@@ -78,6 +92,10 @@ class TestGenerate:
                 "The message holds the text of the special token <|endoftext|> in turn 1 (user)",
             ),
             (("{checkpoint}/nothing", "--prompt", "a"), b"", "/nothing (seen from "),
+            (("{checkpoint}", "--prompt", "a", "--temperature", "nan"), b"", "nan is no finite number"),
+            (("{checkpoint}", "--prompt", "a", "--repetition-penalty", "0"), b"", "0.0 is not in the range x>0"),
+            (("{checkpoint}", "--prompt", "a", "--min-p", "1.5"), b"", "1.5 is not in the range 0<=x<=1"),
+            (("{checkpoint}", "--prompt", "a", "--stop", ""), b"", "a stop string is empty"),
         ],
     )
     def test_mistakes_are_one_sentence_and_exit_code_2(

@@ -348,7 +348,7 @@ class TestChat:
         self, model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         written = tokenizer.encode("Paris<|im_end|>\nAnd of", specials=True)
-        monkeypatch.setattr(Engine, "_draw", lambda self, states, draws: [written[number] for _, number in draws])
+        monkeypatch.setattr(Engine, "_draw", lambda self, states, draws: [written[len(so_far)] for _, so_far in draws])
         template = ChatTemplate(CHATML_TEMPLATE, tokenizer, "The template")
         question = ("The capital?", {"until": [], "max_gen_toks": len(written)})
         assert LanguageModel(model, tokenizer, template=template).generate_until(asked("generate_until", question)) == [

@@ -46,8 +46,8 @@ def says(model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) 
     def set_answer(ids: Sequence[int]) -> None:
         whole = [*ids, tokenizer.eos_id]
 
-        def draw(self: Engine, states: torch.Tensor, draws: list[tuple[Request, int]]) -> list[int]:
-            return [whole[number] for _, number in draws]
+        def draw(self: Engine, states: torch.Tensor, draws: list[tuple[Request, list[int]]]) -> list[int]:
+            return [whole[len(written)] for _, written in draws]
 
         monkeypatch.setattr(Engine, "_draw", draw)
 

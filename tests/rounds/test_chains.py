@@ -108,6 +108,15 @@ class TestChain:
         assert chains is not None
         assert [turn.ended for turn in chains[0].answers] == [True, False, False]
 
+    def test_an_answer_ends_before_a_stop_string(self, round_: Round, monkeypatch: pytest.MonkeyPatch) -> None:
+        engine, asked = RuleEngine(round_.template, lambda text, seed: "kept. STOP dropped"), []
+        submit = engine.submit
+        monkeypatch.setattr(engine, "submit", lambda request: asked.append(request.until) or submit(request))
+        chains = round_.write([prompt("Why?")], engine=engine, until=("STOP", "never"), turns=2, max_new_tokens=40)
+        assert chains is not None
+        assert [turn.text for turn in chains[0].answers] == ["kept. "] * 2
+        assert asked == [(b"STOP", b"never")] * 2
+
     def test_rounds_and_seeds_draw_differently(self, round_: Round) -> None:
         texts = [
             round_.write(directory=f"{seed}-{number}", seed=seed, number=number)
