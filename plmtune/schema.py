@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from plmtune.ranges import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, SHARE, NotEmpty, PathPart, Range
 from plmtune.registry import Component
-from plmtune.units import parse_count
+from plmtune.units import parse_count, unescape
 
 # What `plmtune.config.typed` checks of a value, whichever way it comes: a file, an override, a saved config.
 Count = Annotated[int, NOT_NEGATIVE]
@@ -238,13 +238,18 @@ class Generation:
     batch_size: Size = 16  # answers written at once
 
     def check(self) -> None:
-        """Refuse an empty stop string.
+        """Refuse a stop string that is empty or holds an unknown escape.
 
         Raises:
             ValueError: naming the key.
         """
         if "" in self.stop:
             raise ValueError("stop: one of its texts is empty, so an answer would end before it begins")
+        self.stop_texts()
+
+    def stop_texts(self) -> list[str]:
+        """Return the stop strings with their escapes read: ``\\n`` is a line feed."""
+        return [unescape(text, "stop") for text in self.stop]
 
 
 @dataclass

@@ -39,3 +39,19 @@ def show_bytes(value: float) -> str:
         if abs(value) >= 2**exponent:
             return f"{value / 2**exponent:.2f} {letter}"
     return f"{value:.0f} B"
+
+
+def unescape(text: str, name: str) -> str:
+    r"""Return the characters that ``\n``, ``\t``, ``\r`` and ``\\`` stand for in an option or a config.
+
+    Raises:
+        ValueError: naming the option, for another escape.
+    """
+
+    def meant(found: re.Match[str]) -> str:
+        character = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}.get(found[1])
+        if character is None:
+            raise ValueError(f"{name} {text!r} holds {found[0]}; \\n, \\t, \\r and \\\\ (a backslash) are known")
+        return character
+
+    return re.sub(r"\\(.?)", meant, text)

@@ -14,6 +14,7 @@ import click
 
 from plmtune.errors import UserError
 from plmtune.registry import raised, refuse_taken_names
+from plmtune.units import unescape
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,10 @@ def _number(_: click.Context, parameter: click.Parameter, value: float | None) -
 def _stops(_: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
     if "" in texts:
         raise click.BadParameter("a stop string is empty: an answer would end before it begins.", param=parameter)
-    return tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in texts)
+    try:
+        return tuple(unescape(text, "TEXT") for text in texts)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.", param=parameter) from error
 
 
 def sampling_options(command: click.decorators.FC) -> click.decorators.FC:

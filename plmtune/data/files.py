@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import glob
 import json
-import re
 from collections.abc import Iterator, Sequence
 from operator import methodcaller
 from pathlib import Path
@@ -17,6 +16,7 @@ from plmtune.data.sources import BadRow, Source, text_of
 from plmtune.errors import UserError, did_you_mean, unreadable
 from plmtune.ranges import NotEmpty, check
 from plmtune.registry import register
+from plmtune.units import unescape
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _JSON_LINES = {".jsonl", ".ndjson", ".json"}
@@ -395,12 +395,5 @@ def files(
     check(NotEmpty(), text_key=text_key)
     if separator == "":
         raise ValueError("separator is the empty text; leave it out (null) to keep a file one document")
-    cut = None if separator is None else re.sub(r"\\(.?)", _unescape, separator)
+    cut = None if separator is None else unescape(separator, "separator")
     return Files(tuple(paths), format=format, text_key=text_key, separator=cut, encoding=encoding)
-
-
-def _unescape(found: re.Match[str]) -> str:
-    meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}.get(found[1])
-    if meant is None:
-        raise ValueError(f"separator {found.string!r} holds {found[0]}; \\n, \\t, \\r and \\\\ (a backslash) are known")
-    return meant

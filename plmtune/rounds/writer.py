@@ -63,7 +63,7 @@ def writer(
                 turns=how.turns,
                 strategy=how.strategy,
                 max_new_tokens=how.max_new_tokens,
-                until=how.stop,
+                until=how.stop_texts(),
                 max_len=model.max_seq_len,
                 seed=seed,
                 number=number,
