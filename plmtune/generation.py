@@ -59,7 +59,7 @@ def penalize(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> T
         return logits
     logits = logits.clone()
     for row, ids in zip(logits, seen, strict=True):
-        known = torch.tensor([identity for identity in set(ids) if identity < len(row)], device=row.device)
+        known = torch.tensor([i for i in set(ids) if i < len(row)], dtype=torch.long, device=row.device)
         scores = row[known]
         row[known] = torch.where(scores < 0, scores * penalty, scores / penalty)
     return logits
@@ -216,7 +216,7 @@ def generate(
         )
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     device = model.device
-    seen = [[*before, *row] for row in tokens.tolist()]
+    seen = [[*before, *row] for row in tokens.tolist()] if repetition_penalty != 1 else []
     tokens = tokens.to(device)
     if cache is None:
         cache = model.new_cache(b, s + max_new_tokens)
@@ -233,8 +233,9 @@ def generate(
         column = sample(scores, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, generator=generator)
         yield column
         tokens = column[:, None]
-        for row, token in zip(seen, column.tolist(), strict=True):
-            row.append(token)
+        if repetition_penalty != 1:
+            for row, token in zip(seen, column.tolist(), strict=True):
+                row.append(token)
 
 
 def complete(
