@@ -1,4 +1,4 @@
-"""Decoding one token: ours in bf16, int8, int4, dense and skipping zeros, beside llama.cpp with the same weights.
+"""Decoding one token: ours in bf16, int8, int4, dense and skipping zeros (llamacpp.py compares with llama.cpp).
 
     python benchmarks/edge_decode.py [--models plm_100m] [--contexts 128,2048,4096] [--threads 2] [--json F] [--plot F]
 
@@ -7,9 +7,8 @@ plm_1.8b   PLM-1.8B's layer, four times, with a vocabulary of 32,000
 
 Weights are random, with zeros as trained ones have them: a feature that all tokens share is weighed against in each
 `up`, so that 90% of squared ReLU's outputs are zero (--sparsity); what the timed steps had is counted and printed.
-Tokens are random, read and written; ours reads some of them, which fill its cache over and over. llama.cpp has flash
-attention off, since it aborts on PLM.
-All are open at once and take turns, in an order that is turned round, so that ratios hold on a busy machine, too.
+Tokens are random, read and written; some of them are read and fill the cache over and over. All models are open at once
+and take turns; every other round reverses the order, so that ratios hold on a busy machine, too.
 """
 
 from __future__ import annotations
@@ -18,10 +17,9 @@ import argparse
 import copy
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,11 +27,7 @@ import torch
 from side_by_side import machine
 from torch import Tensor
 
-from plmtune.data.tokenizers import byte
 from plmtune.devices.sparse_decode import squared_relus, switch
-from plmtune.errors import UserError
-from plmtune.export.gguf_writer import write_gguf
-from plmtune.export.runtimes import open_runtime
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized_kernels import prepare
@@ -43,17 +37,9 @@ from plmtune.registry import component
 
 VOCABULARY = 32000
 TEXT = 256  # tokens by which zeros are made, and others that caches are filled with
-KINDS = ("F16", "Q8_0", "Q4_0")
-# (numerator, denominator), the bars of the project in the first three
-RATIOS = (
-    ("ours int4", "ours bf16"),
-    ("ours bf16 sparse", "ours bf16"),
-    ("ours bf16", "llama.cpp F16"),
-    ("ours int8", "llama.cpp Q8_0"),
-    ("ours int4", "llama.cpp Q4_0"),
-)
-COLOURS = {"ours": "#0072B2", "llama.cpp": "#D55E00"}
-LINES = {"bf16": "-", "F16": "-", "int8": "--", "Q8_0": "--", "int4": ":", "Q4_0": ":", "bf16 sparse": "-."}
+# (numerator, denominator), the bars of the project
+RATIOS = (("int4", "bf16"), ("bf16 sparse", "bf16"))
+LINES = {"bf16": "-", "int8": "--", "int4": ":", "bf16 sparse": "-."}
 
 
 def build(name: str, longest: int) -> Decoder:
@@ -151,43 +137,21 @@ class Ours:
         return statistics.fmean(shares)
 
 
-class Theirs:
-    """A GGUF file in llama.cpp."""
-
-    def __init__(self, path: Path, longest: int, threads: int, stack: ExitStack) -> None:
-        self.runtime = stack.enter_context(open_runtime(path, threads=threads, context=longest))
-        self.random = torch.Generator()
-
-    def start(self, context: int) -> None:
-        self.random.manual_seed(context)
-        self.runtime.start(torch.randint(VOCABULARY, (context,)).tolist())
-
-    def step(self) -> None:
-        self.runtime.step(int(torch.randint(VOCABULARY, (1,), generator=self.random)))
-
-
-def variants(model: Decoder, longest: int, threads: int, folder: Path, stack: ExitStack) -> dict[str, Ours | Theirs]:
+def variants(model: Decoder, longest: int) -> dict[str, Ours]:
     """Everything that is compared, with one model's weights."""
-    found: dict[str, Ours | Theirs] = {}
+    found: dict[str, Ours] = {}
     model.requires_grad_(False).eval()
     for scheme in ("int8", "int4"):
         held = copy.deepcopy(model).to(torch.bfloat16)
         quantize(held, getattr(schemes, scheme)(held))
         prepare(held)
-        found[f"ours {scheme}"] = Ours(held, longest)
-    for kind in KINDS:
-        path = folder / f"{kind}.gguf"
-        try:
-            write_gguf(model, byte(), path, kind=kind)
-            found[f"llama.cpp {kind}"] = Theirs(path, longest, threads, stack)
-        except UserError as error:
-            print(f"llama.cpp {kind} is left out: {error}")
+        found[scheme] = Ours(held, longest)
     dense = model.to(torch.bfloat16)
     sparse = copy.deepcopy(dense)
     switch(sparse, True)
     for held in (dense, sparse):
         prepare(held)  # as `plmtune.load` does
-    return {"ours bf16": Ours(dense, longest), "ours bf16 sparse": Ours(sparse, longest), **found}
+    return {"bf16": Ours(dense, longest), "bf16 sparse": Ours(sparse, longest), **found}
 
 
 def alternate(steps: dict[str, Callable[[], None]], rounds: int, tokens: int) -> dict[str, float]:
@@ -215,16 +179,16 @@ def run(name: str, contexts: Sequence[int], arguments: argparse.Namespace) -> di
     )
     speeds: dict[str, dict[str, float]] = {}
     shares: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        compared = variants(model, longest, arguments.threads, Path(folder), stack)
-        for context in contexts:
-            for variant in compared.values():
-                variant.start(context)
-            steps = {key: cast(Callable[[], None], variant.step) for key, variant in compared.items()}
-            seconds = alternate(steps, arguments.rounds, arguments.tokens)
-            speeds[str(context)] = {key: 1 / value for key, value in seconds.items()}
-            skipping = cast(Ours, compared["ours bf16 sparse"])
-            shares[str(context)] = skipping.zeros(context, arguments.rounds * (arguments.tokens + 1))
+    compared = variants(model, longest)
+    for context in contexts:
+        for variant in compared.values():
+            variant.start(context)
+        seconds = alternate(
+            {key: variant.step for key, variant in compared.items()}, arguments.rounds, arguments.tokens
+        )
+        speeds[str(context)] = {key: 1 / value for key, value in seconds.items()}
+        steps = arguments.rounds * (arguments.tokens + 1)
+        shares[str(context)] = compared["bf16 sparse"].zeros(context, steps)
     show(speeds, shares)
     return {"parameters": parameters, "sparsity": shares, "tokens_per_second": speeds}
 
@@ -237,9 +201,7 @@ def show(speeds: dict[str, dict[str, float]], shares: dict[str, float]) -> None:
         if all(over in found and under in found for found in speeds.values()):
             ratios = " | ".join(f"{found[over] / found[under]:.2f}x" for found in speeds.values())
             print(f"| {over} / {under} | {ratios} |")
-    print(
-        "| zeros in the steps of ours bf16 sparse | " + " | ".join(f"{share:.1%}" for share in shares.values()) + " |"
-    )
+    print("| zeros in the steps of bf16 sparse | " + " | ".join(f"{share:.1%}" for share in shares.values()) + " |")
 
 
 def draw(results: dict[str, dict[str, object]], path: Path) -> None:
@@ -253,9 +215,8 @@ def draw(results: dict[str, dict[str, object]], path: Path) -> None:
         speeds = cast(dict[str, dict[str, float]], result["tokens_per_second"])
         contexts = [int(context) for context in speeds]
         for key in next(iter(speeds.values())):
-            program, _, form = key.partition(" ")
             values = [found[key] for found in speeds.values()]
-            axes.plot(contexts, values, color=COLOURS[program], linestyle=LINES[form], marker="o", ms=3, label=key)
+            axes.plot(contexts, values, color="#0072B2", linestyle=LINES[key], marker="o", ms=3, label=key)
         axes.set_title(name, fontsize=10)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(contexts))

@@ -216,14 +216,7 @@ def measure_here(
         opened.warm_up()
         for context in fitting:
             tell(f"{target}: context {context:,}")
-            if not read_prompt and isinstance(opened, _Ours):
-                first = None
-                opened.fill(context)
-            else:
-                start = time.perf_counter()
-                opened.start(context)
-                first = time.perf_counter() - start
-            token = statistics.median(opened.step() for _ in range(new_tokens))
+            first, token = opened.timed(context, new_tokens, read_prompt=read_prompt)
             weights, cache = opened.weight_bytes(), opened.cache_bytes(context)
             share = None if weights is None else (weights + (cache or 0)) / token / bandwidth
             measured.append(
@@ -304,12 +297,11 @@ class _Opened(ABC):
     sparse: tuple[int, int] | None = None
 
     @abstractmethod
-    def start(self, context: int) -> None:
-        """Read that many tokens into an empty cache."""
+    def timed(self, context: int, new_tokens: int, *, read_prompt: bool = True) -> tuple[float | None, float]:
+        """Read that many tokens into an empty cache, then write some more.
 
-    @abstractmethod
-    def step(self) -> float:
-        """Write one more token; return the seconds it took."""
+        Returns: seconds to the first token, None where the cache was filled in another way, and of each later token.
+        """
 
     @abstractmethod
     def weight_bytes(self) -> int | None:
@@ -320,8 +312,7 @@ class _Opened(ABC):
         """Bytes of the cache that one token reads."""
 
     def warm_up(self) -> None:
-        self.start(8 if self.longest > 16 else 1)
-        self.step()
+        self.timed(8 if self.longest > 16 else 1, 1)
 
     @abstractmethod
     def close(self) -> None:
@@ -356,8 +347,18 @@ class _Ours(_Opened):
     def _ids(self, count: int) -> Tensor:
         return self._sample.repeat(-(-count // len(self._sample)))[None, :count].to(self.model.device)
 
+    def timed(self, context: int, new_tokens: int, *, read_prompt: bool = True) -> tuple[float | None, float]:
+        start = time.perf_counter()
+        if read_prompt:
+            self.start(context)
+        else:
+            self.fill(context)
+        first = time.perf_counter() - start if read_prompt else None
+        return first, statistics.median(self.step() for _ in range(new_tokens))
+
     @torch.inference_mode()
     def start(self, context: int) -> None:
+        """Read that many tokens into an empty cache."""
         self.cache.truncate(0)
         self._next = self._likeliest(self._ids(context))
         self._next.tolist()  # waits for the device
@@ -375,6 +376,7 @@ class _Ours(_Opened):
 
     @torch.inference_mode()
     def step(self) -> float:
+        """Write one more token; return the seconds it took."""
         start = time.perf_counter()
         self._next = self._likeliest(self._next)
         self._next.tolist()
@@ -445,16 +447,11 @@ class _Served(_Opened):
         self._opened = open_runtime(path, threads=threads, context=capacity)
         self.runtime, self.longest = self._opened.name, self._opened.context
         self._random = torch.Generator().manual_seed(0)
-        self._next = 0
 
-    def start(self, context: int) -> None:
+    def timed(self, context: int, new_tokens: int, *, read_prompt: bool = True) -> tuple[float | None, float]:
         ids = torch.randint(self._opened.vocab_size, (context,), generator=self._random).tolist()
-        self._next = self._opened.start(ids)
-
-    def step(self) -> float:
-        start = time.perf_counter()
-        self._next = self._opened.step(self._next)
-        return time.perf_counter() - start
+        found = self._opened.timed(ids, new_tokens)
+        return found.prompt, found.token
 
     def weight_bytes(self) -> int | None:
         return self._held

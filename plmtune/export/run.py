@@ -316,16 +316,26 @@ def _keep_adapters(
 
     with _in_place(path, overwrite) as temporary:
         notes = write_gguf_adapter(source, temporary, base=base)
-    yield Exported(path, _size(path), notes, None, [f"llama-cli -m BASE.gguf --lora {path} -fa off"])
+    yield Exported(path, _size(path), notes, None, [f"llama-cli -m BASE.gguf --lora {path}{_flash_attention(path)}"])
+
+
+def _flash_attention(path: Path) -> str:
+    """The option that llama.cpp needs for a file."""
+    from plmtune.export.runtimes.gguf_facts import NO_FLASH_ATTENTION
+    from plmtune.models.gguf_file import opened_gguf
+
+    with opened_gguf(path) as file:
+        return " -fa off" if file.metadata.get("general.architecture") in NO_FLASH_ATTENTION else ""
 
 
 def _commands(to: Target, path: Path, tokenizer: Tokenizer, as_: str | None) -> list[str]:
-    """How a person runs what was made. Flash attention aborts on PLM files, and auto is llama.cpp's default."""
+    """How a person runs what was made."""
     chat = tokenizer.chat_template is not None
     if to == "gguf":
+        options = _flash_attention(path)
         return [
-            f'llama-cli -m {path} -fa off -no-cnv -p "Once upon a time"',
-            *([f"llama-cli -m {path} -fa off -cnv"] * chat),
+            f'llama-cli -m {path}{options} -no-cnv -p "Once upon a time"',
+            *([f"llama-cli -m {path}{options} -cnv"] * chat),
         ]
     if to == "executorch":
         return [f"plmtune bench {path}"]

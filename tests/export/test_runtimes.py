@@ -116,6 +116,30 @@ class TestEachRuntime:
             runtime.log_probs([1, 2], 3)
 
 
+class TestTimed:
+    def test_llama_cpp_writes_by_its_own_loop_with_flash_attention_where_it_can(self, tmp_path: Path) -> None:
+        pytest.importorskip("xllamacpp")
+        write_gguf(tiny_llama(), bundled(), tmp_path / "llama.gguf", kind="F16")
+        for flash in (None, False, True):
+            with open_runtime(tmp_path / "llama.gguf", threads=1, prefer="xllamacpp", flash_attention=flash) as runtime:
+                found = runtime.timed(IDS, 64 - len(IDS))  # all that fits
+            assert found.prompt > 0 and found.token > 0
+
+    @pytest.mark.parametrize("name", ["plmtune", "xllamacpp"])
+    def test_every_token_after_the_first_is_timed(self, name: Any, files: dict[str, tuple[Path, Decoder]]) -> None:
+        pytest.importorskip(name)
+        with open_runtime(files[name][0], threads=1, prefer=name) as runtime:
+            found = runtime.timed(IDS, 5)
+        assert found.prompt > 0 and found.token > 0
+
+    def test_flash_attention_is_refused_where_llama_cpp_aborts(self, files: dict[str, tuple[Path, Decoder]]) -> None:
+        pytest.importorskip("xllamacpp")
+        with pytest.raises(UserError, match=r"the architecture plm, on which llama.cpp aborts with flash attention"):
+            open_runtime(files["xllamacpp"][0], prefer="xllamacpp", flash_attention=True)
+        with pytest.raises(ValueError, match=r"flash_attention is an option of llama\.cpp"):
+            open_runtime(files["plmtune"][0], flash_attention=True)
+
+
 class TestOpening:
     def test_what_no_runtime_serves_is_said(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"There is no .*nowhere"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plmtune.export.runtimes.base import Runtime
+from plmtune.export.runtimes.base import Runtime, Timing
 from plmtune.export.runtimes.opening import RuntimeName, open_runtime
 
-__all__ = ["Runtime", "RuntimeName", "open_runtime"]
+__all__ = ["Runtime", "RuntimeName", "Timing", "open_runtime"]

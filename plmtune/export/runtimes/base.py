@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,6 +16,19 @@ from torch import Tensor
 from plmtune.data.chat_template import ChatTemplate
 from plmtune.data.rows import Message
 from plmtune.data.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds.
+
+    Attributes:
+        prompt: of reading the prompt into an empty cache, up to the first token.
+        token: of each later token.
+    """
+
+    prompt: float
+    token: float
 
 
 class Runtime(ABC):
@@ -72,6 +88,17 @@ class Runtime(ABC):
         while len(written) < n:
             written.append(self.step(written[-1]))
         return written
+
+    def timed(self, ids: Sequence[int], n: int) -> Timing:
+        """Read ids into an empty cache and write n more tokens after the first, as the runtime does for its users."""
+        start = time.perf_counter()
+        token, taken = self.start(ids), []
+        prompt = time.perf_counter() - start
+        for _ in range(n):
+            start = time.perf_counter()
+            token = self.step(token)
+            taken.append(time.perf_counter() - start)
+        return Timing(prompt, statistics.median(taken))
 
     @abstractmethod
     def close(self) -> None:

@@ -8,14 +8,40 @@ from pathlib import Path
 from plmtune.errors import UserError
 from plmtune.models.gguf_file import opened_gguf
 
+# Architectures on which llama.cpp aborts with flash attention, which is its default.
+NO_FLASH_ATTENTION = ("plm",)
+
 
 @dataclass(frozen=True)
 class Facts:
-    """Attributes: rows of the vocabulary; context: positions the model knows; template: of a conversation."""
+    """What llama.cpp is not asked.
 
+    Attributes:
+        architecture: in llama.cpp's names.
+        rows: of the vocabulary.
+        context: positions the model knows.
+        template: of a conversation.
+    """
+
+    architecture: str
     rows: int
     context: int
     template: str | None
+
+    def flash_attention(self, asked: bool | None, path: Path) -> bool | None:
+        """Whether to switch flash attention on or off; None: llama.cpp chooses.
+
+        Raises:
+            UserError: if it is asked for where llama.cpp aborts.
+        """
+        if self.architecture in NO_FLASH_ATTENTION:
+            if asked:
+                raise UserError(
+                    f"{path} has the architecture {self.architecture}, on which llama.cpp aborts with flash attention: "
+                    "leave it off."
+                )
+            return False
+        return asked
 
 
 def read_facts(path: Path) -> Facts:
@@ -32,4 +58,4 @@ def read_facts(path: Path) -> Facts:
             what = "token_embd.weight" if embedding is None else f"a whole {architecture}.context_length"
             raise UserError(f"{path} has no {what}: it is no model that llama.cpp runs.")
         template = file.metadata.get("tokenizer.chat_template")
-        return Facts(embedding.shape[0], context, template if isinstance(template, str) else None)
+        return Facts(str(architecture), embedding.shape[0], context, template if isinstance(template, str) else None)

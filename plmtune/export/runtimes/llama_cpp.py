@@ -1,7 +1,7 @@
 """GGUF files by llama.cpp, through the C interface that llama-cpp-python binds.
 
 Its class `Llama` is left aside: it copies the logits of each token into an array for the whole context, 2.5 GB for
-PLM's vocabulary. Flash attention is off, since llama.cpp aborts on any PLM file with it.
+PLM's vocabulary.
 """
 
 from __future__ import annotations
@@ -29,15 +29,25 @@ class LlamaCpp(Runtime):
     Args:
         threads: None: llama.cpp's own choice.
         context: None: the model's, at most 4,096.
-        exact: keys and values in fp32, where llama.cpp's default is fp16.
+        exact: keys and values in fp32, where llama.cpp's default is fp16, and no flash attention.
+        flash_attention: None: as llama.cpp chooses, where it does not abort on the architecture.
     """
 
     name = "llama.cpp (llama_cpp)"
 
-    def __init__(self, path: Path, *, threads: int | None, context: int | None, exact: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int | None,
+        context: int | None,
+        exact: bool,
+        flash_attention: bool | None = None,
+    ) -> None:
         from plmtune.export.runtimes.opening import DEFAULT_CONTEXT
 
         facts = read_facts(path)
+        flash_attention = facts.flash_attention(False if exact else flash_attention, path)
         self.path = path
         self.context = min(context or DEFAULT_CONTEXT, facts.context)
         self._template = facts.template
@@ -49,7 +59,11 @@ class LlamaCpp(Runtime):
         self.vocab_size = int(lib.llama_vocab_n_tokens(self._vocab))
         settings = lib.llama_context_default_params()
         settings.n_ctx = settings.n_batch = self.context
-        settings.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        settings.flash_attn_type = {
+            None: lib.LLAMA_FLASH_ATTN_TYPE_AUTO,
+            False: lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+            True: lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+        }[flash_attention]
         if threads is not None:
             settings.n_threads = settings.n_threads_batch = threads
         if exact:

@@ -23,6 +23,7 @@ def open_runtime(
     context: int | None = None,
     prefer: RuntimeName | None = None,
     exact: bool = False,
+    flash_attention: bool | None = None,
 ) -> Runtime:
     """Open a model file or directory in the runtime that serves it.
 
@@ -33,6 +34,7 @@ def open_runtime(
         context: tokens of the cache; None: all that the model knows, at most 4,096.
         prefer: the runtime, where several serve such a file.
         exact: compute and cache in fp32 where the runtime can, to compare; else as it does for its users.
+        flash_attention: of llama.cpp, on or off; None: as it chooses, where it does not abort on the architecture.
 
     Raises:
         UserError: if nothing serves it, it is damaged, or a package is missing.
@@ -48,6 +50,8 @@ def open_runtime(
         raise UserError(f"{prefer} does not serve {path}; {' and '.join(serving)} would.{unknown}")
     found = prefer if prefer is not None else next((name for name in serving if _installed(name)), serving[-1])
     _demand(found, path)
+    if flash_attention is not None and found not in ("llama_cpp", "xllamacpp"):
+        raise ValueError(f"flash_attention is an option of llama.cpp, which does not open {path}")
     if found == "plmtune":
         from plmtune.export.runtimes.ours import Ours
 
@@ -63,10 +67,10 @@ def open_runtime(
     if found == "llama_cpp":
         from plmtune.export.runtimes.llama_cpp import LlamaCpp
 
-        return LlamaCpp(path, threads=threads, context=context, exact=exact)
+        return LlamaCpp(path, threads=threads, context=context, exact=exact, flash_attention=flash_attention)
     from plmtune.export.runtimes.xllamacpp import XLlamaCpp
 
-    return XLlamaCpp(path, threads=threads, context=context, exact=exact)
+    return XLlamaCpp(path, threads=threads, context=context, exact=exact, flash_attention=flash_attention)
 
 
 def _serving(path: Path) -> tuple[RuntimeName, ...]:

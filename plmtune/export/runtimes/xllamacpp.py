@@ -1,7 +1,7 @@
 """GGUF files by llama.cpp's server, which the ready wheel xllamacpp runs inside this process.
 
 The server answers calls and, on the loopback, HTTP; tokenizer and chat template are to be had by the latter alone, with
-a key that only this process knows. Flash attention is off, since llama.cpp aborts on any PLM file with it.
+a key that only this process knows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from plmtune.data.rows import Message
 from plmtune.errors import UserError
-from plmtune.export.runtimes.base import Runtime
+from plmtune.export.runtimes.base import Runtime, Timing
 from plmtune.export.runtimes.gguf_facts import read_facts
 
 # Requests go to this machine, whatever proxy the environment names.
@@ -29,24 +29,33 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 class XLlamaCpp(Runtime):
     """A llama.cpp server with one slot, which keeps the cache of what it read last.
 
-    A step hands the whole prompt over as JSON, of which the server reads the new token alone: about a millisecond each
-    thousand tokens beside the model's own time, so `llama_cpp` measures better. A row of log-probabilities is JSON too,
-    about a second for 50,000 ids.
+    A step hands the whole prompt over as JSON, of which the server reads the new token alone. So `timed` has the server
+    write all tokens and returns its own figures. A row of log-probabilities is JSON too, about a second for 50,000 ids.
 
     Args:
         threads: None: llama.cpp's own choice.
         context: None: the model's, at most 4,096.
-        exact: keys and values in fp32, where llama.cpp's default is fp16.
+        exact: keys and values in fp32, where llama.cpp's default is fp16, and no flash attention.
+        flash_attention: None: as llama.cpp chooses, where it does not abort on the architecture.
     """
 
     name = "llama.cpp (xllamacpp)"
 
-    def __init__(self, path: Path, *, threads: int | None, context: int | None, exact: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int | None,
+        context: int | None,
+        exact: bool,
+        flash_attention: bool | None = None,
+    ) -> None:
         import xllamacpp as lib
 
         from plmtune.export.runtimes.opening import DEFAULT_CONTEXT
 
         facts = read_facts(path)
+        flash_attention = facts.flash_attention(False if exact else flash_attention, path)
         self.path, self.vocab_size = path, facts.rows
         self.slow_rows = facts.rows > 20_000
         self._template, self._key = facts.template, secrets.token_hex(16)
@@ -55,7 +64,11 @@ class XLlamaCpp(Runtime):
         params.model.path = str(path)
         # A slot keeps a place for the token that it writes.
         params.n_ctx = self.context + 1
-        params.flash_attn_type = lib.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = {
+            None: lib.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_AUTO,
+            False: lib.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+            True: lib.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+        }[flash_attention]
         params.n_parallel, params.warmup, params.fit_params, params.verbosity = 1, False, False, -1
         params.ui, params.endpoint_slots, params.cache_ram_mib = False, False, 0
         params.n_threads_http, params.api_keys = 1, [self._key]
@@ -94,6 +107,26 @@ class XLlamaCpp(Runtime):
     def step(self, id: int) -> int:
         self._ids.append(id)
         return int(self._complete(self._ids, 1)[0]["id"])
+
+    def timed(self, ids: Sequence[int], n: int) -> Timing:
+        self.check(ids)
+        # Greedy without the samplers that the server has by default, and without log-probabilities.
+        answer = self._server.handle_completions(
+            {
+                "prompt": list(ids),
+                "n_predict": n + 1,
+                "samplers": ["top_k"],
+                "top_k": 1,
+                "ignore_eos": True,
+                "cache_prompt": False,
+            }
+        )
+        timings = answer.get("timings") if isinstance(answer, dict) else None
+        # The first token comes with the prompt; the last is missing where it fills the model's context.
+        decoded = 0 if timings is None else timings["predicted_n"] - 1
+        if decoded < max(1, n - 1):
+            raise UserError(f"llama.cpp failed on {len(ids)} tokens with {self.path}: {answer!s:.300}")
+        return Timing(timings["prompt_ms"] / 1e3, timings["predicted_ms"] / 1e3 / decoded)
 
     def _complete(self, ids: list[int], count: int, *, cached: bool = True) -> list[dict[str, Any]]:
         """The `count` likeliest ids after some, with their log-probabilities, the likeliest first."""
