@@ -11,6 +11,8 @@ and the faster of the two counts, for prompts and for tokens separately.
 llama.cpp is the package llama_cpp (compiled for this processor; its C calls) or, without it, xllamacpp (a wheel for any
 processor; the server's own loop and figures), whose features are printed. Q4_K_M needs llama_cpp. With --cpu-time the
 processor time of one thread is measured in place of the clock's, which other work on the machine disturbs less.
+llama.cpp runs in processes of its own: its AMX kernels end a process in which torch uses AMX too. Compiled with GCC 12,
+they end any process: use another compiler there.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -84,6 +88,44 @@ def theirs(runtime: Runtime, clock: Callable[[], float]) -> Timed:
     return timed
 
 
+def serve(calls: Connection, path: Path, threads: int, capacity: int, flash: bool, cpu_time: bool) -> None:
+    """Open a file, send its runtime's name or why not, and answer each (ids, tokens) with a Timing until None comes."""
+    try:
+        runtime = open_runtime(path, threads=threads, context=capacity, flash_attention=flash)
+    except UserError as error:
+        calls.send(error)
+        return
+    timed = theirs(runtime, time.process_time if cpu_time else time.perf_counter)
+    calls.send(runtime.name)
+    while (asked := calls.recv()) is not None:
+        calls.send(timed(*asked))
+
+
+def served(
+    path: Path, threads: int, capacity: int, flash: bool, cpu_time: bool, stack: ExitStack
+) -> tuple[str, Timed] | None:
+    """`theirs` in a process of its own, with the runtime's name; None where it cannot be opened so."""
+    here, there = get_context("spawn").Pipe()
+    process = get_context("spawn").Process(
+        target=serve, args=(there, path, threads, capacity, flash, cpu_time), daemon=True
+    )
+    process.start()
+    there.close()
+    answer = here.recv()
+    if isinstance(answer, UserError):
+        process.join()
+        return None
+
+    def timed(ids: list[int], tokens: int) -> Timing:
+        here.send((ids, tokens))
+        found: Timing = here.recv()
+        return found
+
+    stack.callback(process.join)
+    stack.callback(here.send, None)
+    return answer, timed
+
+
 def by_step(step: Callable[[list[int]], int], ids: list[int], tokens: int, clock: Callable[[], float]) -> Timing:
     start = clock()
     token, taken = step(ids), []
@@ -117,11 +159,8 @@ def variants(
             print(f"llama.cpp {kind} is left out: {error}")
             continue
         for flash, words in FLASH.items():
-            try:
-                runtime = open_runtime(path, threads=threads, context=capacity, flash_attention=flash)
-            except UserError:
-                continue  # the architecture's
-            found[f"{runtime.name} {kind}, {words}"] = theirs(stack.enter_context(runtime), clock)
+            if opened := served(path, threads, capacity, flash, clock is time.process_time, stack):
+                found[f"{opened[0]} {kind}, {words}"] = opened[1]
     return found
 
 

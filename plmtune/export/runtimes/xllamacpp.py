@@ -124,7 +124,7 @@ class XLlamaCpp(Runtime):
         timings = answer.get("timings") if isinstance(answer, dict) else None
         # The first token comes with the prompt; the last is missing where it fills the model's context.
         decoded = 0 if timings is None else timings["predicted_n"] - 1
-        if decoded < max(1, n - 1):
+        if timings is None or decoded < max(1, n - 1):
             raise UserError(f"llama.cpp failed on {len(ids)} tokens with {self.path}: {answer!s:.300}")
         return Timing(timings["prompt_ms"] / 1e3, timings["predicted_ms"] / 1e3 / decoded)
 
