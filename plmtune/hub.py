@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from plmtune.errors import UserError
+from plmtune.extras import missing
 from plmtune.units import show_bytes
 
 # A hub that is there answers in a tenth of this. Without a network the libraries themselves retry for 20 seconds.
@@ -108,10 +109,8 @@ def fetch(model: HubModel, *, weights: bool = True) -> Path:
     except ImportError:
         if cached is not None:
             return cached
-        raise UserError(
-            f"{model} is no directory here (seen from {Path.cwd()}), and to fetch it from the Hugging Face hub needs "
-            f"the package huggingface_hub: {sys.executable} -m pip install huggingface_hub"
-        ) from None
+        here = f"{model} is no directory here (seen from {Path.cwd()})."
+        raise missing("huggingface_hub", "Fetching it from the Hugging Face hub", here) from None
     if not reachable():
         if cached is not None:
             if not offline():

@@ -117,6 +117,7 @@ def main() -> None:
     terminal.use_plain_characters()
     words = ""
     try:
+        _check_platform()
         code = cli.main(prog_name="plmtune", standalone_mode=False)
         sys.stdout.flush()
     except UserError as error:
@@ -144,6 +145,16 @@ def main() -> None:
     if words:
         terminal.echo(words, err=True)
     sys.exit(code)
+
+
+def _check_platform() -> None:
+    try:
+        import fcntl  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "This system has no fcntl, by which a run's directory is locked: plmtune runs on Linux and macOS. "
+            "On Windows use WSL."
+        ) from None
 
 
 def _world_size() -> int:

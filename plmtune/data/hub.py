@@ -11,6 +11,7 @@ import xxhash
 import plmtune.hub
 from plmtune.data.sources import BadRow, Source, text_of
 from plmtune.errors import UserError
+from plmtune.extras import missing
 from plmtune.ranges import AT_LEAST_1, NotEmpty, check
 from plmtune.registry import register
 
@@ -62,10 +63,7 @@ class Hub(Source):
         try:
             from datasets import load_dataset
         except ImportError as error:
-            raise UserError(
-                f"data hub: {self.dataset} needs the package datasets. Install it with "
-                "pip install 'plmtune[hub]', or fetch the files by other means and use data=files"
-            ) from error
+            raise missing("datasets", f"data hub: {self.dataset}", "data=files reads files that are here.") from error
         try:
             with plmtune.hub.without_retries():
                 # data files alone are read: no code of the dataset's own is ever run
@@ -91,7 +89,7 @@ class Hub(Source):
                     raise OSError("no network")
                 commit = HfApi().dataset_info(self.dataset, revision=self.revision).sha or commit
             except ImportError as error:
-                raise UserError("data hub: install pip install 'plmtune[hub]', or use data=files") from error
+                raise missing("huggingface_hub", "data=hub", "data=files reads files that are here.") from error
             except Exception as error:  # no connection, no such dataset, no permission: one remedy
                 raise UserError(
                     f"data hub: the hub does not tell the version of {self.dataset}: "

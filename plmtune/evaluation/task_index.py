@@ -11,6 +11,8 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -54,7 +56,10 @@ def lm_eval_folder() -> Path:
     """Where lm-eval's tasks lie; it is found, not imported."""
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("Evaluation needs the package lm-eval. Install it with pip install 'lm-eval>=0.4.13'")
+        raise UserError(
+            "Evaluation needs the package lm-eval. Install it with: "
+            f"{shlex.quote(sys.executable)} -m pip install 'lm-eval>=0.4.13'"
+        )
     return Path(spec.submodule_search_locations[0]) / "tasks"
 
 

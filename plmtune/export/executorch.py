@@ -22,7 +22,6 @@ Weight-only formats are refused: XNNPACK takes them and computes nonsense, witho
 from __future__ import annotations
 
 import copy
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ from plmtune.atomic import check_room, writing
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError, did_you_mean
 from plmtune.export.huggingface import end_ids
+from plmtune.extras import installed, missing
 from plmtune.models.files import write_json
 from plmtune.modules.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from plmtune.modules.decoder import Decoder
@@ -320,8 +320,8 @@ def export_pte(
         raise ValueError(f"max_seq_len ({max_seq_len}) must be between 1 and the model's ({model.max_seq_len})")
     if path.exists() and not overwrite:
         raise UserError(f"{path} is there already. Name another place, or give --overwrite.")
-    if importlib.util.find_spec("executorch") is None:
-        raise UserError('Exporting for ExecuTorch needs its package: pip install "plmtune[executorch]".')
+    if not installed("executorch"):
+        raise missing("executorch", "Exporting for ExecuTorch")
     notes = []
     step = make_step(model, scheme, max_seq_len)
     formats = sorted({part.format.name for part in step.modules() if isinstance(part, Quantized)})

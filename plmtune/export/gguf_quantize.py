@@ -15,6 +15,7 @@ from plmtune.atomic import writing
 from plmtune.errors import UserError
 from plmtune.export.gguf_writer import check_free
 from plmtune.export.lint import QUANTIZED, WRITTEN, gguf_kind
+from plmtune.extras import missing
 from plmtune.models.gguf_file import opened_gguf
 
 _PLAIN = ("F32", "F16", "BF16")
@@ -70,10 +71,8 @@ def _library(kind: str) -> ModuleType:
     try:
         import llama_cpp
     except ImportError:
-        raise UserError(
-            f"{kind} is made by llama.cpp's own quantizer, in the package llama-cpp-python, which is not installed: "
-            f"pip install 'plmtune[llama-cpp]'. {', '.join(WRITTEN)} need no package."
-        ) from None
+        others = f"{', '.join(WRITTEN)} need no package."
+        raise missing("llama_cpp", f"{kind}, made by llama.cpp's own quantizer,", others) from None
     found: ModuleType = llama_cpp
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ import torch
 from plmtune.atomic import check_room
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError, did_you_mean
+from plmtune.extras import installed, missing
 from plmtune.hub import model_of
 from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_model, read_description
 from plmtune.models.files import checkpoint_directory, locate
@@ -246,22 +246,22 @@ def _known_kinds(to: Target) -> tuple[str, ...]:
 
 def _check_packages(to: Target, kinds: Sequence[str], verify: bool) -> None:
     """Say which package is missing before the work that needs it at its end."""
-    needed: list[tuple[tuple[str, ...], str, str]] = []
+    needed: list[tuple[tuple[str, ...], str]] = []  # any of the modules; what needs one
     if to == "gguf":
         from plmtune.export.lint import WRITTEN
 
         made = [kind for kind in kinds if kind.upper() not in WRITTEN]
         if made:
-            needed.append((("llama_cpp",), "llama-cpp", f"{made[0]} is made by llama.cpp's own quantizer"))
+            needed.append((("llama_cpp",), f"{made[0]}, made by llama.cpp's own quantizer,"))
         if verify:
-            needed.append((("llama_cpp", "xllamacpp"), "gguf", "to prove the file (or else --no-verify), llama.cpp is"))
+            needed.append((("xllamacpp", "llama_cpp"), "Verifying the file (or else --no-verify)"))
     if to == "hf" and verify:
-        needed.append((("transformers",), "transformers", "to prove it (or else --no-verify), transformers is"))
+        needed.append((("transformers",), "Verifying the directory (or else --no-verify)"))
     if to == "executorch":
-        needed.append((("executorch",), "executorch", "programs are made by ExecuTorch, which is"))
-    for modules, extra, why in needed:
-        if not any(importlib.util.find_spec(module) for module in modules):
-            raise UserError(f'{why} not installed here: pip install "plmtune[{extra}]"')
+        needed.append((("executorch",), "Exporting for ExecuTorch"))
+    for modules, why in needed:
+        if not any(installed(module) for module in modules):
+            raise missing(modules[0], why)
 
 
 def _write_gguf(model: Decoder, tokenizer: Tokenizer, path: Path, kind: str, *, name: str, **_: Any) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, Protocol
 
-from plmtune.errors import UserError
+from plmtune.extras import missing
 from plmtune.registry import Component, register
 
 
@@ -148,8 +148,4 @@ def _need(module: str, package: str, *, extra: str | None) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        install = f'pip install "plmtune[{extra}]"' if extra else f"pip install {package}"
-        raise UserError(
-            f"logger={package} needs the package {package}, which is not installed. Install it ({install}), "
-            f"or use logger=jsonl."
-        ) from error
+        raise missing(package, f"logger={package}", "logger=jsonl needs no package.") from error

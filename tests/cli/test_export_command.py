@@ -100,4 +100,4 @@ class TestMistakes:
     ) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         code, _, err = run(monkeypatch, capsys, "export", "small", "--to", "executorch")
-        assert code == 2 and 'pip install "plmtune[executorch]"' in err
+        assert code == 2 and "needs the package executorch (extra executorch)" in err

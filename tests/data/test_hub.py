@@ -62,7 +62,7 @@ class TestHub:
 
     def test_without_the_package_it_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
-        with pytest.raises(UserError, match=r"pip install 'plmtune\[hub\]'"):
+        with pytest.raises(UserError, match=r"needs the package datasets \(extra hub\)"):
             list(hub("some/set").documents())
 
     def test_a_pinned_commit_needs_no_hub_to_be_known(self, monkeypatch):

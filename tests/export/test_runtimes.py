@@ -157,9 +157,9 @@ class TestOpening:
         self, files: dict[str, tuple[Path, Decoder]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(UserError, match=r'needs the package xllamacpp: pip install "plmtune\[gguf\]"'):
+        with pytest.raises(UserError, match=r"needs the package xllamacpp \(extra gguf\)"):
             open_runtime(files["xllamacpp"][0])
-        with pytest.raises(UserError, match=r"plmtune\[transformers\]"):
+        with pytest.raises(UserError, match=r"\(extra transformers\)"):
             open_runtime(files["transformers"][0], prefer="transformers")
 
     def test_a_runtime_that_does_not_serve_a_file_is_refused(self, files: dict[str, tuple[Path, Decoder]]) -> None:

@@ -225,7 +225,7 @@ class TestLoggers:
     @pytest.mark.parametrize("name", ["wandb", "trackio"])
     def test_a_missing_package_is_named_with_its_extra(self, tmp_path, monkeypatch, name):
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(UserError, match=rf"plmtune\[{name}\]"):
+        with pytest.raises(UserError, match=rf"needs the package {name} \(extra {name}\)"):
             load("logger", name)(tmp_path, {})
 
     def test_a_resumed_run_keeps_its_wandb_chart(self, tmp_path, monkeypatch):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Literal, get_args
 
 from plmtune.errors import UserError, did_you_mean
 from plmtune.export.runtimes.base import Runtime
+from plmtune.extras import installed, missing
 from plmtune.models.files import ADAPTER_CONFIG, CONFIG, read_json
 
 RuntimeName = Literal["llama_cpp", "xllamacpp", "transformers", "executorch", "plmtune"]
@@ -93,18 +93,10 @@ def _serving(path: Path) -> tuple[RuntimeName, ...]:
     return ("transformers", "plmtune") if keys.get("model_type") == "llama" else ("transformers",)
 
 
-_EXTRAS: dict[str, str] = {
-    "llama_cpp": "llama-cpp",
-    "xllamacpp": "gguf",
-    "transformers": "transformers",
-    "executorch": "executorch",
-}
-
-
 def _installed(name: RuntimeName) -> bool:
-    return name == "plmtune" or importlib.util.find_spec(name) is not None
+    return name == "plmtune" or installed(name)
 
 
 def _demand(name: RuntimeName, path: Path) -> None:
     if not _installed(name):
-        raise UserError(f'{path} needs the package {name}: pip install "plmtune[{_EXTRAS[name]}]"')
+        raise missing(name, str(path))

@@ -1,0 +1,54 @@
+"""Packages that only some commands need, and the command that installs them where plmtune runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import sys
+from pathlib import Path
+
+from plmtune.errors import UserError
+
+# module -> the extra of pyproject.toml that brings it
+EXTRAS = {
+    "datasets": "hub",
+    "huggingface_hub": "hub",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "xllamacpp": "gguf",
+    "llama_cpp": "llama-cpp",
+    "transformers": "transformers",
+    "executorch": "executorch",
+}
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be imported; it is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # a module without a spec, or None in sys.modules
+        return False
+
+
+def missing(module: str, needs: str, otherwise: str = "") -> UserError:
+    """Return the error that names a missing package and how to install it.
+
+    Args:
+        needs: the beginning of the sentence: "logger=wandb", "a.gguf".
+        otherwise: what can be done without the package, a sentence.
+    """
+    message = f"{needs} needs the package {module} (extra {EXTRAS[module]}), which is not installed. Install it with: "
+    return UserError(f"{otherwise} {message}{install_command(EXTRAS[module])}".lstrip())
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra for the interpreter in use, into the checkout if there is one."""
+    checkout = _checkout()
+    what = f"-e {shlex.quote(f'{checkout}[{extra}]')}" if checkout else f'"plmtune[{extra}]"'
+    return f"{shlex.quote(sys.executable)} -m pip install {what}"
+
+
+def _checkout() -> Path | None:
+    """The folder that an editable installation reads the code from."""
+    folder = Path(__file__).parents[1]
+    return folder if (folder / "pyproject.toml").is_file() else None
