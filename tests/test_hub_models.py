@@ -276,9 +276,7 @@ class TestRefusals:
         checkpoint_directory("o/m")
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
         assert checkpoint_directory("o/m").name == COMMIT
-        with pytest.raises(
-            UserError, match=r"o/n is no directory here .* huggingface_hub .extra hub.*pip install"
-        ):
+        with pytest.raises(UserError, match=r"o/n is no directory here .* huggingface_hub .extra hub.*pip install"):
             checkpoint_directory("o/n")
 
 

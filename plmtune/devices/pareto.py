@@ -10,6 +10,7 @@ import numpy as np
 from plmtune.atomic import writing
 from plmtune.devices.predict import Prediction
 from plmtune.devices.sweep import Point
+from plmtune.figures import annotate, read_ticks, widen
 from plmtune.units import show_count
 
 # Colours that colour-blind readers tell apart (Okabe and Ito).
@@ -71,30 +72,32 @@ def draw_front(points: Sequence[Point], path: Path, title: str) -> None:
         s=70,
         label=f"front of speed, memory and parameters ({len(best)} of {len(fitting)})",
     )
-    for place in sorted({round(i) for i in np.linspace(0, len(best) - 1, min(_LABELLED, len(best)))}):
-        point = best[place]
-        axes.annotate(
-            f"{place + 1}: {show_count(point.parameters)}",
-            (point.prediction.memory / 2**20, point.prediction.decode or 0.0),
-            textcoords="offset points",
-            xytext=(7, 6),
-            fontsize=8,
-            bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8},
-        )
     axes.set_xlabel("peak memory, MiB")
     axes.set_ylabel("decode, tokens/s")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    widen(axes)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(_plain_numbers)
-        axis.set_minor_formatter(_plain_numbers)
-        axis.set_tick_params(which="both", labelsize=8)
-    axes.grid(alpha=0.25, linewidth=0.6, which="both")
-    axes.legend(loc="best", fontsize=9)
-    if fitting:
-        bar = figure.colorbar(shown, ax=axes, label="parameters, millions")
-        bar.ax.yaxis.set_major_formatter(_plain_numbers)
-        bar.ax.yaxis.set_minor_formatter(_plain_numbers)
+        read_ticks(axis)
+        axis.set_tick_params(labelsize=8)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    figure.legend(loc="outside lower center", fontsize=9)
+    if len(set(sizes)) > 1:
+        read_ticks(figure.colorbar(shown, ax=axes, label="parameters, millions").ax.yaxis)
+    # What is written first keeps its place: the ends of the front, then what lies between them.
+    places = sorted({round(i) for i in np.linspace(0, len(best) - 1, min(_LABELLED, len(best)))})
+    places = list(dict.fromkeys([*places[:1], *places[-1:], *places]))
+    annotate(
+        axes,
+        [
+            (
+                f"{i + 1}: {show_count(best[i].parameters)}",
+                best[i].prediction.memory / 2**20,
+                best[i].prediction.decode or 0.0,
+            )
+            for i in places
+        ],
+    )
     with writing(path) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -134,7 +137,3 @@ def draw_speeds(predictions: Sequence[Prediction], path: Path, title: str) -> No
     panels[-1].legend(fontsize=8)
     with writing(path) as temporary:
         figure.savefig(temporary, format="png")
-
-
-def _plain_numbers(value: float, _: float) -> str:
-    return f"{value:g}" if f"{value:g}"[0] in "12357" else ""

@@ -11,6 +11,7 @@ from plmtune.atomic import writing
 from plmtune.errors import UserError
 from plmtune.evaluation.comparison import Z_95, Row
 from plmtune.evaluation.results import labels, legend, metric_label
+from plmtune.figures import read_ticks, widen
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, and shapes for those who print without colour.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -95,11 +96,13 @@ def _draw_scores(panel: Any, rows: Sequence[Row], num: int) -> None:
             panel.errorbar(one.value, _place(index, i, num), xerr=[[low], [high]], **_look(i))
     values = [one.value for row in rows for one in row.scores if one and one.value is not None]
     if not shares and min(values) > 0:
-        _logarithmic(panel, values)
+        panel.set_xscale("log")
+        widen(panel)
     if shares:
         panel.set_xlim(left=min(-0.01, panel.get_xlim()[0]))
     panel.set_xlabel("score (bars: 95% interval)" if shares else "lower is better where ↓ (bars: 95% interval)")
     _finish(panel, rows)
+    read_ticks(panel.xaxis)
     panel.set_yticks(range(len(rows)), [_row_label(row) for row in rows], fontsize=9)
 
 
@@ -123,8 +126,8 @@ def _draw_differences(panel: Any, rows: Sequence[Row], names: Sequence[str]) -> 
     what = f"difference to {names[0]}" if shares else f"difference to {names[0]} in %"
     hollow = any(one and one.stderr is not None and not one.paired for row in rows for one in row.differences)
     panel.set_xlabel(what + (" (hollow: unpaired)" if hollow else ""))
-    panel.locator_params(axis="x", nbins=5)
     _finish(panel, rows)
+    read_ticks(panel.xaxis, most=5)
     panel.set_yticks(range(len(rows)), [])
 
 
@@ -135,15 +138,6 @@ def _finish(panel: Any, rows: Sequence[Row]) -> None:
     panel.grid(axis="x", alpha=0.25, linewidth=0.6)
     panel.tick_params(axis="y", length=0)
     panel.spines[["top", "right", "left"]].set_visible(False)
-
-
-def _logarithmic(panel: Any, values: Sequence[float]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    panel.set_xscale("log")
-    panel.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if max(values) / min(values) < 1000 else (1,)))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _row_label(row: Row) -> str:

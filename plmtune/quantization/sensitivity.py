@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from plmtune.atomic import replacing, writing
+from plmtune.figures import annotate
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized
 from plmtune.quantization.calibrate import inputs_seen
@@ -350,7 +351,7 @@ def draw(
     figure = Figure(figsize=(9, 5.2 + 0.3 * len(kinds)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     sizes, grid = figure.subplots(2, 1, height_ratios=[4.2, 1 + 0.3 * len(kinds)])
-    _draw_sizes(sizes, found, fixed_bytes, rules, measured or {})
+    names = _draw_sizes(sizes, found, fixed_bytes, rules, measured or {})
 
     table = [[math.nan] * layers for _ in kinds]
     for row in found:
@@ -363,6 +364,7 @@ def draw(
     figure.colorbar(mesh, ax=grid, label="nats a token", pad=0.01, fraction=0.03)
     for panel in (sizes, grid):
         panel.spines[["top", "right"]].set_visible(False)
+    annotate(sizes, names)
     with writing(path) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -373,8 +375,10 @@ def _draw_sizes(
     fixed_bytes: int,
     rules: Mapping[str, str] | None,
     measured: Mapping[str, tuple[float, float]],
-) -> None:
-    """Megabytes against perplexity: mixes from the smallest to none, uniform ones, and what was run."""
+) -> list[tuple[str, float, float]]:
+    """Megabytes against perplexity: mixes from the smallest to none, uniform ones, and what was run. Returns the names
+    of points.
+    """
     options = _options(found)
 
     def place(chosen: Mapping[str, Option]) -> tuple[float, float]:
@@ -388,22 +392,25 @@ def _draw_sizes(
         "all 8 bits": {row.module: Option(row.wide_bytes, row.wide_divergence, row.wide_format) for row in found},
         "none": {row.module: Option(row.kept_bytes, 0.0, KEEP) for row in found},
     }
+    names = []
     for label, chosen in uniform.items():
         x, y = place(chosen)
         panel.plot(x, y, color=_MIXES, marker="o", markersize=4)
-        panel.annotate(label, (x, y), xytext=(4, 5), textcoords="offset points", fontsize=8)
+        names.append((label, x, y))
     if rules is not None:
         formats = {name: [f for pattern, f in rules.items() if fnmatchcase(name, pattern)][-1] for name in options}
         x, y = place({name: next(o for o in held if o.format == formats[name]) for name, held in options.items()})
         panel.plot(x, y, color=_PROPOSED, marker="*", markersize=13, linestyle="none", label=f"proposed: {x:.3g} MB")
     for label, (size, perplexity) in measured.items():
         panel.plot(size / 1e6, perplexity, color=_MEASURED, marker="x", markersize=6, linestyle="none")
-        panel.annotate(label, (size / 1e6, perplexity), xytext=(4, -10), textcoords="offset points", fontsize=8)
+        names.append((label, size / 1e6, perplexity))
     panel.set_xlabel("weights (MB)")
-    panel.set_ylabel("perplexity" + (" (x: measured)" if measured else ""))
+    # The report's perplexity is of all the text to measure on, this one of the part that each module is tried on.
+    panel.set_ylabel(f"perplexity of {found.tokens:,} tokens" + (" (x: measured)" if measured else ""))
     panel.margins(x=0.08, y=0.12)
     panel.grid(alpha=0.25, linewidth=0.6)
     panel.legend(frameon=False, fontsize=9)
+    return names
 
 
 def _key(
