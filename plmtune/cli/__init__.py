@@ -82,7 +82,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="plmtune")
 def cli() -> None:
-    """plmtune trains small language models for edge devices.
+    """Train small language models for edge devices.
 
     \b
     plmtune run demo                            learn from the Python standard library

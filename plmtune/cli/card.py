@@ -20,6 +20,9 @@ def card(checkpoint: str, results: tuple[Path, ...], out: Path | None, overwrite
 
     RESULTs are JSON files of plmtune eval; without any, what the run measured of that checkpoint while it trained.
     What no file says stands in the card as "Fill in:".
+
+    \b
+    plmtune card runs/demo_sft/latest evaluations/
     """
     hub.check_path(checkpoint)
     if out is not None and out.is_dir():

@@ -25,6 +25,10 @@ def compare(results: tuple[Path, ...], out: Path | None, as_json: bool, all_task
     """Compare RESULTs, the JSON files of plmtune eval (or folders of them), with the first one.
 
     Where two were asked the same questions in the same words, their answers are compared question by question.
+
+    \b
+    plmtune compare evaluations/a.json evaluations/b.json
+    plmtune compare evaluations/ --out figure.png
     """
     if out is not None and out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the picture is a PNG, and its name must end in .png.")

@@ -31,6 +31,10 @@ def convert(file: Path, out: Path, dtype: str, tokenizer: Path | None, overwrite
 
     OUT then holds weights, tokenizer and chat template as Hugging Face has them, for init_from=OUT,
     plmtune generate and transformers.
+
+    \b
+    plmtune convert model.gguf models/mine
+    plmtune convert model.gguf models/mine --dtype bf16
     """
     from plmtune.models.directory import check_free
 

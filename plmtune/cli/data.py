@@ -27,10 +27,15 @@ _COLOURS = ("cyan", "yellow", "green", "magenta")
 
 @click.group()
 def data() -> None:
-    """Prepare token shards; inspect them, conversations and preference pairs."""
+    """Prepare token shards; inspect them, conversations and preference pairs.
+
+    \b
+    plmtune data prepare corpus/*.txt
+    plmtune data inspect chats.jsonl
+    """
 
 
-@data.command()
+@data.command(short_help="Turn text, JSONL or Parquet files into token shards.")
 @click.argument("files", nargs=-1, metavar="[FILE|FOLDER|GLOB]... | CONFIG.yaml [KEY=VALUE]...")
 @click.option("--stdlib", is_flag=True, help="Take the Python standard library instead of files.")
 @click.option(
@@ -132,7 +137,7 @@ def _prepare(sources: dict[str, Source], tokenizer: Tokenizer, root: Path, **how
         )
 
 
-@data.command()
+@data.command(short_help="Verify token shards, or show conversations, pairs or a round.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--split", default="train", show_default=True, type=click.Choice(["train", "validation"]))
 @click.option("--document", type=int, metavar="N", help="Show the text of document N.")

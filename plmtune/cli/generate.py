@@ -45,6 +45,10 @@ def generate(
     """Write text with a checkpoint, a model directory, a run's newest checkpoint, or a model of the hub (OWNER/NAME).
 
     The text goes to stdout as it comes, the speed to stderr.
+
+    \b
+    plmtune generate runs/demo/latest --prompt "def "
+    plmtune generate runs/demo_sft/latest --chat --prompt "What is a stack?"
     """
     hub.check_path(checkpoint)
 

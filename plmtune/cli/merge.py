@@ -21,7 +21,11 @@ from plmtune.errors import UserError
 )
 @click.option("--overwrite", is_flag=True, help="Replace a model that is at OUT.")
 def merge(checkpoint: str, out: Path, base: Path | None, dtype: str | None, overwrite: bool) -> None:
-    """Write the adapters of CHECKPOINT (or of a run's newest) and their base as the plain model directory OUT."""
+    """Write the adapters of CHECKPOINT (or of a run's newest) and their base as the plain model directory OUT.
+
+    \b
+    plmtune merge runs/sft/latest models/merged
+    """
     from plmtune.models.directory import check_free, new_directory
 
     hub.check_path(checkpoint)

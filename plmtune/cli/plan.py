@@ -31,7 +31,7 @@ _LISTED = 20  # of a front
 @click.argument("name", metavar="CONFIG")
 @click.argument("arguments", nargs=-1, metavar="[FILE.yaml] [KEY=VALUE]...")
 @click.option("--device", "devices", default="pi5", show_default=True, help="Names or FILE.yaml, with commas.")
-@click.option("--scheme", "schemes", help=f"With commas; default: {_SCHEMES}; of a sweep int4.")
+@click.option("--scheme", "schemes", help=f"With commas; default: {_SCHEMES.replace(',', ', ')}; of a sweep int4.")
 @click.option("--runtime", "runtimes", help="plmtune or llama.cpp, or both; default: both; of a sweep plmtune.")
 @click.option("--context", "contexts", help=f"Tokens in the cache; of a sweep one; default: {_CONTEXTS}, or 2048.")
 @click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens read for the first one.")

@@ -21,10 +21,15 @@ _HOLDOUT_CHARS = 4_000_000
 
 @click.group()
 def tokenizer() -> None:
-    """Train and inspect tokenizers."""
+    """Train and inspect tokenizers.
+
+    \b
+    plmtune tokenizer train corpus/*.txt --vocab-size 8192 --out tokenizers/mine
+    plmtune tokenizer inspect bundled "def main():"
+    """
 
 
-@tokenizer.command()
+@tokenizer.command(short_help="Train a byte-level BPE on files or the standard library.")
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--vocab-size", type=int, required=True, help="Tokens in all, bytes and specials included.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
@@ -36,6 +41,9 @@ def train(files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, tex
 
     Every 50th block of text is held out, and tells how many bytes a token covers. The directory then serves
     as tokenizer=file tokenizer.path=DIRECTORY.
+
+    \b
+    plmtune tokenizer train corpus/*.txt --vocab-size 8192 --out tokenizers/mine
     """
     if bool(files) == stdlib:
         raise UserError("Give FILES or --stdlib to train on, one of the two.")
@@ -68,12 +76,16 @@ def train(files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, tex
         terminal.echo(f"no text was held out: fewer than {_HOLDOUT_EVERY} blocks of {_BLOCK_CHARS:,} characters")
 
 
-@tokenizer.command()
+@tokenizer.command(short_help="Show the ids and pieces of a text.")
 @click.argument("name")
 @click.argument("text")
 @click.option("--specials", is_flag=True, help="Read special tokens in TEXT as themselves.")
 def inspect(name: str, text: str, specials: bool) -> None:
-    """Show the ids and pieces of TEXT; NAME is bundled, byte, qwen2, or a tokenizer's file or directory."""
+    """Show the ids and pieces of TEXT; NAME is bundled, byte, qwen2, or a tokenizer's file or directory.
+
+    \b
+    plmtune tokenizer inspect bundled "def main():"
+    """
     found = find_tokenizer(name)
     ids = found.encode(text, specials=specials)
     terminal.echo(f"{found.num_tokens:,} tokens in {found.vocab_size:,} rows, end of document {found.eos_id}")

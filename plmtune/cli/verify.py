@@ -33,7 +33,12 @@ _RUNTIMES = ("llama_cpp", "xllamacpp", "transformers", "executorch", "plmtune")
     show_default=True,
     help="Tokens whose log-probabilities are compared.",
 )
-@click.option("--runtime", type=click.Choice(_RUNTIMES), help="Where several serve such a file.")
+@click.option(
+    "--runtime",
+    type=click.Choice(_RUNTIMES),
+    metavar="NAME",
+    help=f"Choose among several that serve such a file: {', '.join(_RUNTIMES)}.",
+)
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Of the runtime; default: its own choice.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON.")
 def verify(
