@@ -310,7 +310,7 @@ def _training(cfg: Any, train_on: str) -> dict[str, Any]:
     dtype = torch.float32 if cfg.runtime.precision == "fp32" else torch.bfloat16
     found = plans.plan(cfg, Runtime(torch.device("cpu"), dtype, "none"), dry=True)
     estimate = found.estimate
-    memory = estimate.total - estimate.save  # which a GPU's host holds
+    memory = estimate.tensors - estimate.save  # which a GPU's host holds
     tokens = found.num_steps * found.tokens_per_step
     flops = tokens * estimate.flops_per_token
     hours = flops / (device.training.value * device.mfu.value) / 3600

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,12 @@ BF16_PEAKS = {
 
 _NF4_BYTES = 0.5 + 1 / 64
 
+# Of a CPU's process, measured: what a run imports later (dynamo, TensorBoard, matplotlib), and what oneDNN keeps of the
+# 128 shapes that plmtune.modules.linear lets it keep in bf16.
+_IMPORTED_LATER, _KERNELS_IN_BF16 = 120 << 20, 90 << 20
+# Short-lived tensors of single operations, and memory that the allocator keeps: a share of everything else.
+_SLACK = 0.1
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -52,7 +60,8 @@ class Estimate:
         logits: the loss's chunk of logits and the gradients it holds until its backward.
         save: this process's part of the copy that is written in the background; on a GPU it is not there but on the
             host, and not counted.
-        available: memory free for this process now.
+        process: libraries, and kernels that are compiled for shapes; on a GPU they are on the host, and not counted.
+        available: memory for this process: what is free now, and what it has already.
         flops_6n: 6 N, with N the parameters that are multiplied (an untied input table is only read).
         flops_per_token: 6 N + 6 s sum over layers of heads (qk + v), attention counted in full although half
             is masked: PaLM's convention (arXiv 2204.02311, appendix B), as nanoGPT and torchtitan. For MFU.
@@ -67,13 +76,24 @@ class Estimate:
     activations: int
     logits: int
     save: int
+    process: int
     available: int
     flops_6n: float
     flops_per_token: float
 
     @property
-    def total(self) -> int:
+    def tensors(self) -> int:
+        """What training itself holds."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.save
+
+    @property
+    def slack(self) -> int:
+        """Tensors of single operations, and memory that the allocator keeps."""
+        return int(_SLACK * self.tensors)
+
+    @property
+    def total(self) -> int:
+        return self.process + self.tensors + self.slack
 
     @property
     def fits(self) -> bool:
@@ -81,7 +101,7 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """A table to print."""
-        parts = ("weights", "gradients", "optimizer", "activations", "logits", "save", "total")
+        parts = ("process", "weights", "gradients", "optimizer", "activations", "logits", "save", "slack", "total")
         verdict = "fits" if self.fits else "does not fit"
         return [
             f"parameters    {self.parameters:,} ({self.non_embedding_parameters:,} without embeddings)"
@@ -111,7 +131,7 @@ def estimate(
 ) -> Estimate:
     """Estimate a training run of `model`, a `Decoder` (best on the meta device: nothing is computed).
 
-    Short-lived memory of single operations and the allocator's slack are not counted.
+    benchmarks/memory_estimate.py compares it with the peaks of processes.
 
     Args:
         optimizer: its name in the registry.
@@ -160,7 +180,8 @@ def estimate(
         ),
         logits=_loss_bytes(micro_batch_size * seq_len, head.shape, loss_chunk_rows, compute_dtype),
         save=_save_bytes(weights, moments, world_size) if background_saves and device.type == "cpu" else 0,
-        available=available_memory(device),
+        process=process_memory(compute_dtype) if device.type == "cpu" else 0,
+        available=available_memory(device) + (resident_memory() if device.type == "cpu" else 0),
         flops_6n=flops_6n,
         flops_per_token=flops_6n + attention_flops(model, seq_len),
     )
@@ -266,6 +287,18 @@ def _loss_bytes(tokens: int, head: torch.Size, chunk_rows: int, compute_dtype: t
 def _save_bytes(weights: int, moments: int, world_size: int) -> int:
     # Files are dealt to the processes one by one, so that one process holds one at least.
     return max((weights + moments) // world_size, int(min(max(weights, moments), FILE_BYTES)))
+
+
+@cache
+def resident_memory() -> int:
+    """Bytes of this process in memory, when it is first asked: mostly its libraries."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def process_memory(compute_dtype: torch.dtype) -> int:
+    """Bytes that a process on a CPU holds besides the tensors of its training."""
+    later = 0 if "torch._dynamo" in sys.modules else _IMPORTED_LATER
+    return resident_memory() + later + (_KERNELS_IN_BF16 if compute_dtype == torch.bfloat16 else 0)
 
 
 def available_memory(device: torch.device) -> int:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ class TestEstimate:
         run: dict[str, Any] = {"optimizer": "adamw", "seq_len": 64, "micro_batch_size": 1}
         e = estimate(model, **run, background_saves=True)
         assert e.save == 12 * e.parameters
-        assert e.total == estimate(model, **run).total + e.save
+        assert e.tensors == estimate(model, **run).tensors + e.save
         # Two files, weights and moments: the second process takes the moments.
         assert estimate(model, **run, background_saves=True, world_size=4).save == 8 * e.parameters
 
@@ -140,6 +141,15 @@ class TestEstimate:
         assert b.parameters - a.parameters == 300 * 128
         assert b.non_embedding_parameters == a.non_embedding_parameters
         assert b.flops_6n == a.flops_6n
+
+    def test_counts_the_process_and_a_share_for_the_allocator(self) -> None:
+        e = estimate(small(), optimizer="adamw", seq_len=64, micro_batch_size=1)
+        libraries = psutil.Process().memory_info().rss
+        assert 0.2 * libraries < e.process < libraries + (200 << 20)
+        assert e.total == e.process + e.tensors + e.slack > 1.05 * e.tensors
+        assert [line.split()[0] for line in e.lines()][1:10] == [
+            *("process", "weights", "gradients", "optimizer", "activations", "logits", "save", "slack", "total")
+        ]
 
     def test_says_whether_it_fits(self) -> None:
         e = estimate(small(), optimizer="adamw", seq_len=64, micro_batch_size=1)
