@@ -57,6 +57,7 @@ class Text:
     calibration: Tensor
     test: Tensor
     fingerprints: dict[str, str]
+    described: str  # where it comes from, for a person
 
 
 class Quantize:
@@ -87,6 +88,9 @@ class Quantize:
     def quantize(self) -> None:
         """Measure, choose, round, measure again, write. Resumed, it starts over with the sensitivities it has."""
         cfg, scheme, model = self.cfg, cfg_scheme(self.cfg), self.model
+        counts = {"calibrate": self.text.calibration.numel(), "measure": self.text.test.numel()}
+        if used := ", ".join(f"{count:,} tokens to {what} on" for what, count in counts.items() if count):
+            echo(f"text: {self.text.described}; {used}")
         before = self.loss("before")
         moments = None
         if len(self.text.calibration):
@@ -282,6 +286,7 @@ def read_text(cfg: Config, tokenizer: Tokenizer, max_seq_len: int, calibration_t
         spread(rows[0::2], calibration),
         spread(rows[1::2], test),
         {name: source.fingerprint() for name, source in sources.items()},
+        "; ".join(source.describe() for source in sources.values()),
     )
     if len(found.calibration) < calibration or len(found.test) < test:
         raise UserError(

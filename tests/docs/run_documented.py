@@ -95,7 +95,7 @@ class Place:
 
     def kill_a_run(self) -> None:
         """Start the demo and kill it in the middle."""
-        line = ["plmtune", "run", "demo", "phases=[{name: main, steps: 2000}]", "checkpoint.every=2", "log_every=1"]
+        line = ["plmtune", "run", "demo", "phases=[{name: main, steps: 30}]", "checkpoint.every=2", "log_every=1"]
         output = self.directory / "killed.log"
         with output.open("w") as file:
             process = subprocess.Popen(

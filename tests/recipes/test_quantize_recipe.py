@@ -53,8 +53,11 @@ def run(*overrides: str) -> float | None:
 
 
 class TestOneModel:
-    def test_the_directory_loads_like_any_other_and_says_what_it_lost(self, folder: Path) -> None:
+    def test_the_directory_loads_like_any_other_and_says_what_it_lost(
+        self, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         loss = run("quantization=int4")
+        assert "text.txt" in (said := capsys.readouterr().out) and "256 tokens to calibrate on" in said
         report = json.loads((folder / "out" / "quantize.json").read_text())
         assert report["loss"] == loss
         assert report["bytes"] < report["bytes_before"]
