@@ -34,13 +34,15 @@ LEFT_OUT = {
 }  # fmt: skip
 _FEW = "validation={every: 0, tokens: 2000}"
 _TUNE = [_FEW, "seq_len=256", "global_batch_size=4", "micro_batch_size=2"]
+# Four steps of training write nothing that a reward or a rule prefers.
+_ANY = ["reward=null", "selection.rules=[]"]
 # Words that make a command short, added to each that fits.
 SHORT = {
     r"run (-m )?demo( |$)": ["phases=[{name: main, steps: 4}]", _FEW, "sample.max_new_tokens=4"],
     r"run demo_sft": ["phases=[{name: main, steps: 4}]", *_TUNE, "sample.max_new_tokens=4"],
     r"run demo_(dpo|aries)": ["epochs=0.02", *_TUNE],
-    r"run demo_aries rounds|run aries rounds": ["prompts=12", "generation.turns=2", "generation.max_new_tokens=8"],
-    r"run aries rounds": ["rounds=1", *_TUNE, "selection.rules=[]"],
+    r"run demo_aries rounds|run aries rounds": ["prompts=12", "generation.turns=2", "generation.max_new_tokens=8", *_ANY],
+    r"run aries rounds": ["rounds=1", *_TUNE],
     r"run pretrain .*data\.paths": ["model=plm_tiny", "phases=[{name: main, steps: 3}]", *_TUNE],
     r"run pretrain mine\.yaml optimizer": ["model=plm_tiny", "phases=[{name: main, steps: 3}]", *_TUNE],
     r"run sft mine\.yaml": ["phases=[{name: main, steps: 3}]", *_TUNE],
