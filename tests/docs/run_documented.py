@@ -41,7 +41,7 @@ SHORT = {
     r"run (-m )?demo( |$)": ["phases=[{name: main, steps: 4}]", _FEW, "sample.max_new_tokens=4"],
     r"run demo_sft": ["phases=[{name: main, steps: 4}]", *_TUNE, "sample.max_new_tokens=4"],
     r"run demo_(dpo|aries)": ["epochs=0.02", *_TUNE],
-    r"run demo_aries rounds|run aries rounds": ["prompts=12", "generation.turns=2", "generation.max_new_tokens=8", *_ANY],
+    r"run (demo_)?aries rounds": ["prompts=12", "generation={turns: 2, max_new_tokens: 8}", *_ANY],
     r"run aries rounds": ["rounds=1", *_TUNE],
     r"run pretrain .*data\.paths": ["model=plm_tiny", "phases=[{name: main, steps: 3}]", *_TUNE],
     r"run pretrain mine\.yaml optimizer": ["model=plm_tiny", "phases=[{name: main, steps: 3}]", *_TUNE],
