@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plmtune.recipes.sft import Sft
+from plmtune.recipes.sft import Sft, preflight
 from side_by_side import machine, medians
 
 from plmtune import launch
@@ -66,7 +66,7 @@ def tune(origin: Path, seed: int, scheme: Component | None, place: Path, overrid
         return made[0]
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        launch.launch(cfg, make, lambda run, cfg: None)
+        launch.launch(cfg, preflight, make, lambda run, cfg: None)
     return made[0]
 
 

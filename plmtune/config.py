@@ -598,7 +598,8 @@ def _construct(annotation: Any, value: Any, key: str, where: str) -> Any:
             try:
                 section.check()
             except ValueError as error:
-                raise UserError(f"{place}key {key}: {str(error).rstrip('.')}.") from error
+                named = f"key {key}: " if key else "key "  # of the whole config the message begins with the key
+                raise UserError(f"{place}{named}{str(error).rstrip('.')}.") from error
         return section
     if origin is list:
         return [_construct(arguments[0], child, f"{key}[{i}]", where) for i, child in enumerate(value)]

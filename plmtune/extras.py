@@ -37,8 +37,11 @@ def missing(module: str, needs: str, otherwise: str = "") -> UserError:
         needs: the beginning of the sentence: "logger=wandb", "a.gguf".
         otherwise: what can be done without the package, a sentence.
     """
-    message = f"{needs} needs the package {module} (extra {EXTRAS[module]}), which is not installed. Install it with: "
-    return UserError(f"{otherwise} {message}{install_command(EXTRAS[module])}".lstrip())
+    extra = EXTRAS.get(module)  # None: a package that every installation has
+    what = f"{module} (extra {extra})" if extra else module
+    command = install_command(extra) if extra else f"{shlex.quote(sys.executable)} -m pip install {module}"
+    message = f"{needs} needs the package {what}, which is not installed. Install it with: {command}"
+    return UserError(f"{otherwise} {message}".lstrip())
 
 
 def install_command(extra: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,13 +12,13 @@ from plmtune import terminal
 from plmtune.config import build, to_plain
 from plmtune.errors import UserError
 from plmtune.origins import KINDS, choose_origin
-from plmtune.plans import Plan, check_numbers, plan, show_epochs
+from plmtune.plans import Plan, Show, does_not_fit, show_epochs
 from plmtune.runs import find_run
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.determinism import everything_put_back
 from plmtune.training.estimate import peak_flops
 from plmtune.training.progress import Watch
-from plmtune.training.run_directory import EXIT_STOPPED, RunDirectory
+from plmtune.training.run_directory import EXIT_STOPPED, RunDirectory, refuse_unusable
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_count
 
@@ -32,8 +32,12 @@ class Recipe(Protocol):
     def train(self) -> float | None: ...
 
 
+Preflight = Callable[..., Plan]  # (cfg, runtime, show, *, fetch): a recipe's plan, with all that it names checked
+
+
 def launch(
     cfg: Any,
+    preflight: Preflight,
     make: Callable[[Any, Plan, Runtime], Recipe],
     report: Callable[[Path, Any], None],
     *,
@@ -43,39 +47,83 @@ def launch(
 
     Args:
         cfg: the recipe's config; what it leaves to the run's origin is filled in.
+        preflight: checks the config, and finds all that it names.
         make: the recipe.
         report: says on rank 0 how a finished run was.
-        dry_run: print the estimate, and train nothing.
+        dry_run: print the estimate, refuse what a run would refuse, and train nothing.
 
     Raises:
         SystemExit: with EXIT_STOPPED if a signal stopped it; it can be resumed.
     """
-    with Runtime.start(
-        device=cfg.runtime.device,
-        precision=cfg.runtime.precision,
-        strategy=cfg.runtime.strategy,
-        shard_size=cfg.runtime.shard_size,
-        seed=cfg.seed,
-        deterministic=cfg.runtime.deterministic,
-        timeout_minutes=cfg.runtime.timeout_minutes,
-    ) as runtime:
-        if not dry_run:
-            find_run(cfg)
-        if cfg.recipe in KINDS and not cfg.resume:
-            chosen = choose_origin(cfg)
-            if runtime.is_main:
-                terminal.echo(chosen, err=True)
-        planned = plan(cfg, runtime, dry=dry_run)
-        if dry_run:
-            terminal.echo("\n".join([*runtime.reasons, *planned.lines()]))
-            return None
-        if not planned.estimate.fits and not cfg.force:
-            lines = "\n".join(planned.lines())
-            raise UserError(f"this run does not fit here. To start it all the same: --force\n{lines}")
+    if dry_run:
+        _dry_run(cfg, preflight)
+        return None
+    with Runtime.start(**_settings(cfg)) as runtime:
+        planned = prepare(cfg, runtime, preflight, fetch=True)
+        if (reason := does_not_fit(planned.estimated)) and not cfg.force:
+            raise UserError("\n".join([reason, *planned.lines()]))
         score = _run(cfg, make, report, planned, runtime)
     if score is None:
         raise SystemExit(EXIT_STOPPED)
     return score
+
+
+def prepare(
+    cfg: Any,
+    runtime: Runtime,
+    preflight: Preflight,
+    *,
+    fetch: bool = False,
+    may_be_open: bool = False,
+    show: Show = lambda lines: None,
+) -> Plan:
+    """Find what a run resumes or starts from, and check all that can be checked before a weight is allocated.
+
+    Args:
+        fetch: the run begins now: what it takes from the hub is fetched.
+        may_be_open: where there is nothing to start from, check what does not depend on it.
+        show: gets what the run takes as soon as that is known.
+
+    Raises:
+        UserError: with what a run would say; a dry run and ``plmtune validate`` say the same.
+    """
+    find_run(cfg)
+    if cfg.recipe in KINDS and not cfg.resume:
+        chosen = choose_origin(cfg, may_be_open=may_be_open)
+        if runtime.is_main:
+            terminal.echo(chosen, err=True)
+    if cfg.run_dir and not cfg.resume:
+        refuse_unusable(Path(cfg.run_dir))
+    return preflight(cfg, runtime, show, fetch=fetch)
+
+
+def _settings(cfg: Any) -> dict[str, Any]:
+    names = ("device", "precision", "strategy", "shard_size", "deterministic", "timeout_minutes")
+    return {"seed": cfg.seed, **{name: getattr(cfg.runtime, name) for name in names}}
+
+
+def _dry_run(cfg: Any, preflight: Preflight) -> None:
+    """Print what a run would take, as far as that is known, and refuse what it would refuse."""
+    runtime = Runtime.choose(**_settings(cfg))
+    if not runtime.is_main:  # under torchrun one process says it for all
+        return
+
+    def show(lines: Sequence[str]) -> None:
+        terminal.echo("\n".join([*runtime.reasons, *lines]))
+
+    planned = prepare(cfg, runtime, preflight, show=show)
+    if (reason := does_not_fit(planned.estimated)) and not cfg.force:
+        raise UserError(reason)
+
+
+def check(cfg: Any, preflight: Preflight) -> str:
+    """What ``plmtune validate`` says of a config that is right."""
+    planned = prepare(cfg, Runtime.choose(**_settings(cfg)), preflight, may_be_open=True)
+    steps = f"{planned.num_steps:,} steps" if planned.phases else show_epochs(planned.epochs or 0)
+    if planned.estimated is None:
+        return f"{steps[0].upper()}{steps[1:]} of the model that it starts from."
+    fits = f" Not on this machine: {reason}." if (reason := does_not_fit(planned.estimated)) else ""
+    return f"{show_count(planned.estimate.parameters)} parameters, {steps}.{fits}"
 
 
 def _run(
@@ -131,16 +179,3 @@ def warm_up(runtime: Runtime, trial: Callable[[], object]) -> None:
     if runtime.strategy == "ddp":
         with everything_put_back(runtime.device):
             trial()
-
-
-def check(cfg: Any) -> str:
-    """What ``plmtune validate`` says of a config that is right."""
-    with Runtime.start(device="cpu", seed=cfg.seed, timeout_minutes=cfg.runtime.timeout_minutes) as runtime:
-        if cfg.model is None or cfg.tokenizer is None:
-            check_numbers(cfg, runtime)
-            return "Model and tokenizer are those of init_from."
-        planned = plan(cfg, runtime, dry=True)
-    steps = f", {planned.num_steps:,} steps" if planned.phases else ""
-    if planned.epochs is not None:
-        steps = f", {show_epochs(planned.epochs)}"
-    return f"{show_count(planned.estimate.parameters)} parameters{steps}."

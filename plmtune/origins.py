@@ -30,14 +30,19 @@ PUBLISHED = {"sft": "PLM-Team/PLM-1.8B-Base", "preference": "PLM-Team/PLM-1.8B-I
 _FREE = ("max_seq_len", "init_std", "vocab_size")
 
 
-def choose_origin(cfg: Any) -> str:
+def choose_origin(cfg: Any, *, may_be_open: bool = False) -> str:
     """Fill in `init_from`, `model` and `tokenizer` of a new run where they are left out; returns what was chosen.
+
+    Args:
+        may_be_open: where nothing is there to start from, leave all three as they are, and look at no hub.
 
     Raises:
         UserError: if there is nothing to start from, saying what to run or pass.
     """
     # Rank 0 looks and tells: the newest run may be another one a moment later.
-    found, why = told_by_rank_0(lambda: _find_origin(cfg))
+    found, why = told_by_rank_0(lambda: _find_origin(cfg, may_be_open))
+    if not found:
+        return str(why)
     cfg.init_from = found
     directory = origin_directory(found, weights=False)
     if cfg.model is None:
@@ -54,7 +59,7 @@ def _portable(named: str, directory: Path) -> str:
     return named if hub.parse(named) else str(directory)
 
 
-def _find_origin(cfg: Any) -> tuple[str, str]:
+def _find_origin(cfg: Any, may_be_open: bool) -> tuple[str, str]:
     """(where it is, what to say of it)"""
     if cfg.init_from:
         cfg.init_from = hub.pin(cfg.init_from)
@@ -73,6 +78,8 @@ def _find_origin(cfg: Any) -> tuple[str, str]:
                     )
     wanted = f" with this model ({cfg.model.name})" if cfg.model else ""
     nothing = f"there is no finished {' or '.join(KINDS[cfg.recipe])} run{wanted} under runs/ to start from"
+    if may_be_open:
+        return "", f"{nothing}; what follows from its model and tokenizer is not checked"
     if _fits(cfg.model, Component("model", "plm", {})):
         repository = PUBLISHED[cfg.recipe]
         try:
@@ -120,8 +127,12 @@ class Origin:
     drawn: dict[str, int]  # sequences of each source that it has seen
 
 
-def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer) -> Origin | None:
+def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer | None, *, weights: bool = True) -> Origin | None:
     """Find the checkpoint of `init_from`, whole, and check that it is this model with this tokenizer.
+
+    Args:
+        tokenizer: None where only its size is known.
+        weights: False: the configuration is enough, see `checkpoint_directory`.
 
     Raises:
         UserError: naming what differs or is damaged.
@@ -130,13 +141,13 @@ def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer) -> Origin | None:
         return None
     # A branch of the hub may move on; the run keeps the commit that it starts from.
     cfg.init_from = told_by_rank_0(lambda: hub.pin(cfg.init_from))
-    directory = origin_directory(cfg.init_from)
+    directory = origin_directory(cfg.init_from, weights=weights)
     theirs, ours = read_description(directory), model.config
     if found := _difference(theirs, ours):
         key, their, our = found
         raise UserError(f"init_from={cfg.init_from}: its model has {key}={their}, this run {our}.")
     named = (directory / "tokenizer.json").is_file() or holds_adapters(directory)
-    if named and load_its_tokenizer(directory).fingerprint != tokenizer.fingerprint:
+    if named and tokenizer is not None and load_its_tokenizer(directory).fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"init_from={cfg.init_from}: its tokenizer is another one than this run's. Use its own: "
             f"tokenizer=file tokenizer.path={_portable(cfg.init_from, directory)}"

@@ -1,53 +1,95 @@
-"""What a config asks for, found out before a weight is allocated or a text is read."""
+"""What a config asks for, and whether it can be done: known before a weight is allocated or a text is read.
+
+`plmtune validate`, `run --dry-run` and `run` all make a recipe's plan, so they refuse the same configs in the same
+words. A section's own numbers were checked when the config was composed (`plmtune.schema`); here is what takes the
+model, the machine, or a look at the files that the config names.
+"""
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from plmtune.config import build
-from plmtune.data.order import Phase
+from plmtune.data.chat_template import ChatTemplate, find_template, template_source
+from plmtune.data.examples import refuse_other_kinds
+from plmtune.data.order import Phase, check_mix
+from plmtune.data.refinement import Refinement
+from plmtune.data.shards import Shards
+from plmtune.data.sources import Prepared, named_sources
 from plmtune.data.tokenizers import QWEN2_ROWS
 from plmtune.errors import UserError, did_you_mean
-from plmtune.registry import Component
+from plmtune.origins import start_from
+from plmtune.registry import Component, describe, load
 from plmtune.runs import resolve_phase
+from plmtune.student import check_student
 from plmtune.training.estimate import Estimate, estimate
 from plmtune.training.guard import Guard
+from plmtune.training.loggers import check_installed
 from plmtune.training.runtime import Runtime
 from plmtune.training.without_dynamo import without_dynamo
-from plmtune.units import show_count
+from plmtune.units import show_bytes, show_count
 
 if TYPE_CHECKING:
     from plmtune.evaluation.during import Evaluations
 
-# What the validation of each recipe measures; pretraining also sparsity/0, sparsity/1, ...
-MEASURED = {
-    "pretrain": ("validation_loss", "bits_per_byte"),
-    "sft": ("validation_loss",),
-    "preference": ("validation_loss", "validation/accuracy", "validation/margin"),
-}
+Show = Callable[[Sequence[str]], None]  # what a dry run prints
+
+# Steps of a run whose data says how many there are: a schedule's shares of them are checked, its steps as well as can.
+_MANY_STEPS = 10**9
 
 
-# Passes over the data of an SFT that says neither epochs nor phases.
-DEFAULT_EPOCHS = 3.0
+@dataclass(frozen=True)
+class Kind:
+    """What a recipe trains on, stated by the recipe.
+
+    Attributes:
+        losses: what its losses are of, see `losses`, and which classes of data serve each.
+        measures: what its validation measures, as patterns.
+        sequences: of seq_len tokens that a row holds at most.
+        epochs: passes over the data where the config says neither epochs nor phases; None: it must say phases.
+        rows: what a step's rows are, for messages.
+    """
+
+    losses: Mapping[str, tuple[type, ...]]
+    measures: tuple[str, ...]
+    sequences: int = 1
+    epochs: float | None = None
+    rows: str = "sequences"
 
 
 @dataclass
 class Plan:
-    """What a config asks for, known before a weight is allocated or a text is read."""
+    """What a config asks for, known before a weight is allocated or a text is read.
+
+    Attributes:
+        model: on the meta device; None where the config leaves it to a run that is not there yet.
+        tokenizer: None where only its size is known, or not even that.
+        sources: of the data, by name, not read yet.
+    """
 
     tokenizer: Any
-    model: Any  # on the meta device
+    model: Any
+    loss: Any
     phases: list[Phase]
     tokens_per_step: int
     guard: Guard
-    estimate: Estimate
-    evaluations: Evaluations | None  # None: there are no tasks to measure
+    estimated: Estimate | None  # None where the model is
     epochs: float | None = None  # passes over the data, which says how many steps they are
+    sources: dict[str, Any] = field(default_factory=dict)
+    template: ChatTemplate | None = None
+    refinement: Refinement | None = None
+    evaluations: Evaluations | None = None  # None: there are no tasks to measure
+
+    @property
+    def estimate(self) -> Estimate:
+        assert self.estimated is not None
+        return self.estimated
 
     @property
     def num_steps(self) -> int:
@@ -61,98 +103,65 @@ class Plan:
         ]
         if self.epochs is not None:
             rows.append(f"{show_epochs(self.epochs)}: the number of steps follows from the data")
-        return [*self.estimate.lines(), *rows]
+        return [*(self.estimated.lines() if self.estimated else ()), *rows]
 
 
 def show_epochs(epochs: float) -> str:
     return f"{epochs:g} epoch" + ("" if epochs == 1 else "s")
 
 
-def check_numbers(cfg: Any, runtime: Runtime) -> None:
-    """Check what can be checked without model and tokenizer.
-
-    Raises:
-        UserError: naming the key, for impossible numbers.
-    """
-    best, measured = cfg.checkpoint.best, MEASURED[cfg.recipe]
-    if best not in (None, *measured) and not (cfg.recipe == "pretrain" and re.fullmatch(r"sparsity/\d+", str(best))):
-        near = did_you_mean(str(best), measured)
-        raise UserError(f"key checkpoint.best: a validation does not measure {best}.{near}")
-    if cfg.recipe == "pretrain" and not cfg.phases:
-        raise UserError(
-            "key phases: is empty, so nothing says how long to train. Give it, as in: "
-            "plmtune run pretrain data.paths=[my_text/] phases='[{name: main, tokens: 2B}]'. "
-            "(plmtune run demo is a small run with all that it needs.)"
-        )
-    if cfg.recipe == "sft" and cfg.epochs is not None:
-        if not 0 < cfg.epochs < math.inf:
-            raise UserError(f"key epochs: must be above 0 and finite, not {cfg.epochs}.")
-        if cfg.phases:
-            raise UserError(
-                f"key epochs: is {cfg.epochs:g}, and phases says how long to train as well. Give one of them: "
-                "epochs=null, or phases=[]."
-            )
-    if cfg.global_batch_size % runtime.data_world_size:
-        what = "pairs" if cfg.recipe == "preference" else "sequences"
-        raise UserError(
-            f"key global_batch_size: {cfg.global_batch_size} {what} do not divide among {runtime.data_world_size} "
-            "processes."
-        )
-
-
 @without_dynamo()
-def plan(cfg: Any, runtime: Runtime, *, dry: bool = False) -> Plan:
-    """Check every number that can be checked without memory or data.
+def plan(cfg: Any, runtime: Runtime, kind: Kind, *, fetch: bool = False) -> Plan:
+    """Check a config's components, and its numbers against its model and machine; look at no file of data.
 
     Args:
-        dry: nothing will be trained, so Qwen2's tokenizer, whose size is known, need not be at hand.
+        kind: what the recipe trains on.
+        fetch: the run begins now, so Qwen2's tokenizer, whose size is known, must be there.
 
     Raises:
-        UserError: naming the key, for impossible numbers.
+        UserError: naming the key.
     """
-    check_numbers(cfg, runtime)
-    dry = dry and cfg.tokenizer == Component("tokenizer", "qwen2", {"path": None})
-    tokenizer = None if dry else build("tokenizer", cfg.tokenizer)
-    with torch.device("meta"):
-        model = build("model", cfg.model, vocab_size=tokenizer.vocab_size if tokenizer else QWEN2_ROWS)
-    if cfg.seq_len > model.max_seq_len:
+    _check_best(cfg.checkpoint.best, kind.measures)
+    if cfg.global_batch_size % runtime.data_world_size:
+        raise UserError(
+            f"key global_batch_size: {cfg.global_batch_size} {kind.rows} do not divide among "
+            f"{runtime.data_world_size} processes."
+        )
+    loss = _build_loss(cfg.loss, kind)
+    tokenizer = _find_tokenizer(cfg.tokenizer, fetch=fetch)
+    vocab_size = tokenizer.vocab_size if tokenizer else QWEN2_ROWS
+    model = _on_meta(cfg.model, vocab_size) if cfg.model else None
+    if model is not None and cfg.seq_len > model.max_seq_len:
         raise UserError(
             f"key seq_len: {cfg.seq_len} exceeds the model's max_seq_len ({model.max_seq_len}). "
             f"Give seq_len={model.max_seq_len} or less."
         )
+    if model is not None and not cfg.resume:  # a model or tokenizer that is not init_from's explains what follows
+        start_from(cfg, model, tokenizer, weights=fetch)
     tokens_per_step = cfg.global_batch_size * cfg.seq_len
-    check_loss(cfg)
-    try:
-        watchman = Guard(**vars(cfg.guard))
-    except ValueError as error:
-        raise UserError(f"key guard: {error}") from error
-    estimated = model
-    if cfg.recipe != "pretrain" and cfg.peft:  # which changes a model in place, once its weights are there
-        with torch.device("meta"):
-            estimated = build("model", cfg.model, vocab_size=model.vocab_size)
-        build("peft", cfg.peft, model=estimated)
-    optimizer = build("optimizer", cfg.optimizer, model=estimated)
-    phases: list[Phase] = []
+    trained, optimizer = _trained(cfg, vocab_size, runtime.strategy)
+    phases = [resolve_phase(index, phase, tokens_per_step) for index, phase in enumerate(getattr(cfg, "phases", ()))]
     epochs = None
-    if cfg.recipe == "preference" or (cfg.recipe == "sft" and not cfg.phases):
-        epochs = DEFAULT_EPOCHS if cfg.epochs is None else cfg.epochs
-    if epochs is None:  # else how many steps there are is known when the data is
-        phases = [resolve_phase(index, phase, tokens_per_step) for index, phase in enumerate(cfg.phases)]
-        build_scheduler(cfg, optimizer, sum(phase.steps for phase in phases), tokens_per_step)
+    if not phases:
+        if kind.epochs is None:
+            raise UserError(
+                "key phases: is empty, so nothing says how long to train. Give it, as in: "
+                "plmtune run pretrain data.paths=[my_text/] phases='[{name: main, tokens: 2B}]'. "
+                "(plmtune run demo is a small run with all that it needs.)"
+            )
+        epochs = kind.epochs if cfg.epochs is None else cfg.epochs
+    num_steps = sum(phase.steps for phase in phases) or _MANY_STEPS
+    build_scheduler(cfg, optimizer, num_steps, tokens_per_step)
+    check_installed(cfg.logger)
     rows = cfg.global_batch_size // runtime.data_world_size
-    # A row of preferences holds a prompt with two answers, and as many tokens as two of seq_len.
-    sequences = (2 if cfg.recipe == "preference" else 1) * cfg.micro_batch_size
-    return Plan(
-        tokenizer,
-        model,
-        phases,
-        tokens_per_step,
-        watchman,
-        estimate(
-            estimated,
+    rows_at_once = cfg.micro_batch_size if kind.sequences > 1 else min(cfg.micro_batch_size, rows)
+    estimated = None
+    if model is not None:
+        estimated = estimate(
+            trained,
             optimizer=cfg.optimizer.name,
             seq_len=cfg.seq_len,
-            micro_batch_size=sequences if cfg.recipe == "preference" else min(sequences, rows),
+            micro_batch_size=kind.sequences * rows_at_once,
             micro_batches=-(-rows // cfg.micro_batch_size),
             world_size=runtime.world_size,
             strategy=runtime.strategy,
@@ -162,46 +171,60 @@ def plan(cfg: Any, runtime: Runtime, *, dry: bool = False) -> Plan:
             activation_checkpointing=cfg.runtime.activation_checkpointing,
             loss_chunk_rows=cfg.loss.settings.get("chunk_rows", 0),
             device=runtime.device,
-        ),
-        _evaluations(cfg, tokenizer, model.max_seq_len, runtime),
-        epochs,
-    )
+        )
+    return Plan(tokenizer, model, loss, phases, tokens_per_step, Guard(**vars(cfg.guard)), estimated, epochs=epochs)
 
 
-def _evaluations(cfg: Any, tokenizer: Any, max_seq_len: int, runtime: Runtime) -> Evaluations | None:
-    """Find the tasks of `eval.tasks`, before a run begins that would want them after hours."""
-    if not cfg.eval.tasks:
+def _check_best(best: str | None, measures: Sequence[str]) -> None:
+    if best is not None and not any(re.fullmatch(pattern, best) for pattern in measures):
+        near = did_you_mean(best, [pattern for pattern in measures if re.fullmatch(r"[\w/]+", pattern)])
+        raise UserError(f"key checkpoint.best: a validation does not measure {best}.{near}")
+
+
+def _build_loss(chosen: Component | None, kind: Kind) -> Any:
+    loss = build("loss", chosen)
+    assert chosen is not None
+    if loss_kind(loss) not in kind.losses:
+        fitting = [n for n in describe()["loss"] if getattr(load("loss", n), "of", "tokens") in kind.losses]
+        raise UserError(f"key loss: {chosen.name} is not for this recipe, which takes {', '.join(fitting)}.")
+    return loss
+
+
+def loss_kind(loss: Any) -> str:
+    """What a loss is of: tokens, refinements or comparisons."""
+    return str(getattr(loss, "of", "tokens"))
+
+
+def _find_tokenizer(chosen: Component | None, *, fetch: bool) -> Any:
+    if chosen is None or (not fetch and chosen == Component("tokenizer", "qwen2", {"path": None})):
         return None
-    if runtime.strategy in ("fsdp", "hsdp"):
-        raise UserError(
-            f"key eval.tasks: tasks are measured on whole models, not under {runtime.strategy}: strategy=ddp, or "
-            "plmtune eval afterwards."
-        )
-    most = cfg.eval.max_new_tokens
-    if most is not None and most >= max_seq_len:
-        raise UserError(
-            f"key eval.max_new_tokens: {most} must be below the model's max_seq_len ({max_seq_len}), which holds the "
-            "question, too."
-        )
-    from plmtune.evaluation.during import Evaluations  # lm-eval takes seconds to import
-
-    return Evaluations(cfg.eval, tokenizer, template=None if cfg.recipe == "pretrain" else cfg.chat.template)
+    return build("tokenizer", chosen)
 
 
-# What the losses of each recipe are of: all tokens, answers of pairs, or pairs compared.
-_LOSSES = {"pretrain": ("tokens",), "sft": ("tokens", "refinements"), "preference": ("comparisons",)}
+def _on_meta(chosen: Component | None, vocab_size: int) -> Any:
+    with torch.device("meta"):
+        return build("model", chosen, vocab_size=vocab_size)
 
 
-def check_loss(cfg: Any) -> None:
-    """Refuse a loss that belongs to another recipe.
+def _trained(cfg: Any, vocab_size: int, strategy: str) -> tuple[nn.Module, Any]:
+    """The model as it will be trained, with its adapters, on the meta device, and its optimizer.
 
-    Raises:
-        UserError: naming it.
+    Where the config leaves the model to a run that is not there yet, its numbers are right if they are for any model.
     """
-    of = getattr(build("loss", cfg.loss), "of", "tokens")
-    if of not in _LOSSES[cfg.recipe]:
-        fitting = next(recipe for recipe, kinds in _LOSSES.items() if of in kinds)
-        raise UserError(f"key loss: {cfg.loss.name} belongs to the recipe {fitting}, not {cfg.recipe}.")
+    names = [cfg.model] if cfg.model else [Component("model", name, {}) for name in sorted(describe()["model"])]
+    refused: UserError | None = None
+    for chosen in names:
+        try:
+            model = _on_meta(chosen, vocab_size)
+            if hasattr(cfg, "peft"):
+                check_student(cfg, _on_meta(chosen, vocab_size), strategy)
+                if cfg.peft:
+                    build("peft", cfg.peft, model=model)
+            return model, build("optimizer", cfg.optimizer, model=model)
+        except UserError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def build_scheduler(cfg: Any, optimizer: Any, num_steps: int, tokens_per_step: int) -> Any:
@@ -215,3 +238,75 @@ def check_schedule(cfg: Any, num_steps: int, tokens_per_step: int) -> None:
         UserError: naming the setting.
     """
     build_scheduler(cfg, torch.optim.SGD([torch.zeros(1)]), num_steps, tokens_per_step)
+
+
+# --- what the config names: data, templates, tasks ---------------------------------------------------------------
+
+
+def open_data(planned: Plan, data: Component | None, kinds: tuple[type, ...]) -> None:
+    """Find the sources of the data, of the kind that the recipe trains on, and check the phases' mixes against them.
+
+    Raises:
+        UserError: for a path that is not there, data of another kind, or a mix of sources that are not there.
+    """
+    planned.sources = named_sources(build("data", data))
+    for name, source in planned.sources.items():
+        refuse_other_kinds(name, source, kinds)
+        if isinstance(source, Prepared) and planned.tokenizer is not None:
+            Shards.open(
+                source.directory,
+                tokenizer_fingerprint=planned.tokenizer.fingerprint,
+                vocab_size=planned.tokenizer.vocab_size,
+                verify=False,
+            )
+    try:
+        for phase in planned.phases:
+            check_mix(phase, sorted(planned.sources))
+    except ValueError as error:
+        raise UserError(f"key phases: {error}.") from error
+
+
+def open_template(planned: Plan, name: str | None) -> None:
+    """Find the chat template, and try it with the tokenizer where there is one.
+
+    Raises:
+        UserError: if there is none, or it cannot be used.
+    """
+    if planned.tokenizer is not None:
+        planned.template = find_template(name, planned.tokenizer)
+    elif name is not None:
+        template_source(name)
+
+
+def open_evaluations(planned: Plan, tasks: Any, runtime: Runtime, *, template: str | None = None) -> None:
+    """Find the tasks of `eval.tasks`, before a run begins that would want them after hours.
+
+    Raises:
+        UserError: for tasks that there are not, or a model that no process holds whole.
+    """
+    if not tasks.tasks:
+        return
+    if runtime.strategy in ("fsdp", "hsdp"):
+        raise UserError(
+            f"key eval.tasks: tasks are measured on whole models, not under {runtime.strategy}: strategy=ddp, or "
+            "plmtune eval afterwards."
+        )
+    most = tasks.max_new_tokens
+    if most is not None and planned.model is not None and most >= planned.model.max_seq_len:
+        raise UserError(
+            f"key eval.max_new_tokens: {most} must be below the model's max_seq_len ({planned.model.max_seq_len}), "
+            "which holds the question, too."
+        )
+    from plmtune.evaluation.during import Evaluations  # lm-eval takes seconds to import
+
+    planned.evaluations = Evaluations(tasks, planned.tokenizer, template=template)
+
+
+def does_not_fit(estimated: Estimate | None) -> str:
+    """A sentence if there is less memory than a run needs, else empty."""
+    if estimated is None or estimated.fits:
+        return ""
+    return (
+        f"this run does not fit here: it needs {show_bytes(estimated.total)}, and {show_bytes(estimated.available)} "
+        "are free. To start it all the same: --force"
+    )

@@ -13,11 +13,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from plmtune.config import build, load_config, to_yaml
+from plmtune.config import load_config, to_yaml
 from plmtune.data.order import Phase
 from plmtune.data.prepare import prepare
 from plmtune.data.shards import Shards
-from plmtune.data.sources import named_sources
+from plmtune.data.sources import Source
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
 from plmtune.identity import (
@@ -30,6 +30,7 @@ from plmtune.identity import (
     refuse_other_data,
     without_links,
 )
+from plmtune.schema import Preparation
 from plmtune.training import distributed, manifest
 from plmtune.training.distributed import broadcast_text, told_by_rank_0
 from plmtune.training.run_directory import (
@@ -48,37 +49,23 @@ log = logging.getLogger(__name__)
 
 
 def resolve_phase(index: int, phase: Any, tokens_per_step: int) -> Phase:
-    """Turn a config's phase, in tokens or steps, into steps.
-
-    Raises:
-        UserError: naming the key.
-    """
-    key = f"phases[{index}]"
-    if (phase.tokens is None) == (phase.steps is None):
-        raise UserError(f"key {key}: needs tokens or steps, one of the two.")
-    try:
-        if phase.steps is None:
-            steps = math.ceil(parse_count(phase.tokens, f"{key}.tokens") / tokens_per_step)
-        else:
-            steps = phase.steps
-    except ValueError as error:
-        raise UserError(f"key {error}") from None
-    if steps < 1:
-        raise UserError(f"key {key}.steps: must be at least 1, not {steps}.")
+    """Turn a config's phase, in tokens or steps, into steps."""
+    steps = phase.steps
+    if steps is None:
+        steps = math.ceil(parse_count(phase.tokens, f"phases[{index}].tokens") / tokens_per_step)
     return Phase(phase.name, steps, dict(phase.mix))
 
 
-def open_sources(cfg: Any, tokenizer: Tokenizer) -> dict[str, Shards]:
-    """Make token shards of each source of ``cfg.data``, or find them made.
+def open_sources(sources: Mapping[str, Source], settings: Preparation, tokenizer: Tokenizer) -> dict[str, Shards]:
+    """Make token shards of each source, or find them made.
 
     Every rank asks; the first to hold the lock works and the others wait for it, without a time limit.
 
     Raises:
         UserError: for text that cannot be read, shards that are damaged, or impossible settings.
     """
-    settings = cfg.preparation
     opened = {}
-    for name, source in named_sources(build("data", cfg.data)).items():
+    for name, source in sources.items():
         try:
             directory = prepare(
                 source,

@@ -18,6 +18,7 @@ TopP = Annotated[float, Range(above=0, most=1)]
 MinP = Annotated[float, Range(least=0, most=1)]
 Factor = Annotated[float, Range(above=0)]
 Text = Annotated[str, NotEmpty()]
+Epochs = Annotated[float, POSITIVE]
 Minutes = Annotated[float, Range(above=0, below=1_000_000)]
 
 
@@ -197,9 +198,7 @@ class Sft:
     seq_len: Size = 512  # tokens a packed row
     global_batch_size: Size = 16  # rows an optimizer step, over all processes
     micro_batch_size: Size = 4  # rows a forward pass, on one process
-    epochs: Annotated[float, POSITIVE] | None = (
-        None  # passes over the packed rows; default, where there are no phases: 3
-    )
+    epochs: Epochs | None = None  # passes over the packed rows; default, where there are no phases: 3
     phases: list[Phase] = field(default_factory=list)  # instead of epochs
     max_grad_norm: Number = 1.0
     log_every: Size = 10
@@ -221,6 +220,18 @@ class Sft:
     peft: Component | None = None  # null: all weights are trained
     quantization: Component | None = None  # with qat=true the model learns to bear it
     logger: Component | None = None
+
+    def check(self) -> None:
+        """Refuse two budgets.
+
+        Raises:
+            ValueError: naming both.
+        """
+        if self.epochs is not None and self.phases:
+            raise ValueError(
+                f"epochs: is {self.epochs:g}, and phases says how long to train as well. Give one of them: "
+                "epochs=null, or phases=[]"
+            )
 
 
 @dataclass
@@ -275,7 +286,7 @@ class Preference:
     seq_len: Size = 512  # longest prompt with one answer
     global_batch_size: Size = 16  # pairs an optimizer step, over all processes
     micro_batch_size: Size = 2  # rows of up to 2 x seq_len tokens a forward pass, on one process
-    epochs: Annotated[float, POSITIVE] = 1.0  # times each pair is seen, in each round
+    epochs: Epochs = 1.0  # times each pair is seen, in each round
     max_grad_norm: Number = 1.0
     log_every: Size = 10
     rounds: Count = 0  # 0: train once on the pairs of `data`; else so often generate, choose, train
@@ -351,7 +362,7 @@ class Quantize:
     force: bool = False
     device: Text = "auto"
     dtype: Literal["bf16", "fp32"] = "bf16"  # of what is computed in, and of what stays as it is
-    seq_len: Size = 512  # tokens a row of text
+    seq_len: Annotated[int, Range(least=2)] | None = None  # tokens a row of text; null: 512, or what the model reads
     calibration_tokens: Count = 16_384  # 0: every range is that of the weights alone
     test_tokens: Count = 16_384  # of text that the loss is measured on before and after; 0: it is not
     sensitivity: Sensitivity = field(default_factory=Sensitivity)

@@ -19,6 +19,7 @@ from plmtune.models.hf import hf_state, write_config
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapter_parameters, disabled, init_adapters
 from plmtune.origins import Origin
+from plmtune.registry import Component
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_bytes
@@ -110,12 +111,10 @@ def wake(
     Raises:
         UserError: if origin, adapters or scheme do not fit it.
     """
-    if cfg.peft and runtime.strategy in ("fsdp", "hsdp"):
-        raise UserError(f"key peft: adapters are trained on whole models, not under {runtime.strategy}: strategy=ddp.")
     generator = torch.Generator().manual_seed(cfg.seed)
     if score_head:
         model.add_score_head(generator)
-    scheme, notes = _prepare(cfg, model, runtime)
+    scheme, notes = _prepare(cfg.quantization, model)
     model = model.to_empty(device=runtime.device)
     model.activation_checkpointing = cfg.runtime.activation_checkpointing
     model.init_weights(generator)  # also what no file holds, such as RoPE's tables
@@ -136,21 +135,42 @@ def wake(
     return Student(cfg, model, trained, tokenizer, model.dtype, described, scheme, notes)
 
 
-def _prepare(cfg: Any, model: Decoder, runtime: Runtime) -> tuple[dict[str, Any], list[str]]:
-    """Let the model round as its scheme will, if the config asks for it; returns the scheme and notes on it."""
-    chosen = cfg.quantization
-    if chosen is None or not chosen.settings.get("qat"):
-        return {}, []
-    if cfg.peft:
+def check_student(cfg: Any, model: Decoder, strategy: str) -> None:
+    """Refuse adapters and schemes that do not go together, with the model, or with the way it is spread.
+
+    Args:
+        model: on the meta device; a scheme that is trained for is put into it.
+
+    Raises:
+        UserError: naming the key.
+    """
+    qat = _is_qat(cfg.quantization)
+    if cfg.peft and strategy in ("fsdp", "hsdp"):
+        raise UserError(f"key peft: adapters are trained on whole models, not under {strategy}: strategy=ddp.")
+    if qat and cfg.peft:
         raise UserError(
             "key quantization.qat: the weights that would be rounded are frozen under adapters. Train all weights "
             "(peft=null), or leave quantization.qat out and quantize what plmtune merge gives."
         )
-    if runtime.strategy in ("fsdp", "hsdp"):
+    if qat and strategy in ("fsdp", "hsdp"):
         raise UserError(
-            f"key quantization.qat: {runtime.strategy} shows a layer its weights in the arithmetic's dtype, and what "
+            f"key quantization.qat: {strategy} shows a layer its weights in the arithmetic's dtype, and what "
             "will be stored is rounded from fp32: strategy=ddp."
         )
+    if qat:
+        _prepare(cfg.quantization, model)
+    elif cfg.quantization:
+        build("quantization", cfg.quantization, model=model)
+
+
+def _is_qat(chosen: Component | None) -> bool:
+    return chosen is not None and bool(chosen.settings.get("qat"))
+
+
+def _prepare(chosen: Component | None, model: Decoder) -> tuple[dict[str, Any], list[str]]:
+    """Let the model round as its scheme will, if the config asks for it; returns the scheme and notes on it."""
+    if chosen is None or not _is_qat(chosen):
+        return {}, []
     plan = build("quantization", chosen, model=model)
     try:
         _qat().prepare(model, plan)

@@ -9,20 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plmtune import launch
+from plmtune import launch, plans
 from plmtune.config import build
-from plmtune.data.chat_template import find_template
 from plmtune.data.comparisons import ComparisonBatch, PreferenceBatches, make_comparisons
+from plmtune.data.conversations import Conversations
 from plmtune.data.examples import open_pairs
-from plmtune.data.preferences import Pair
+from plmtune.data.preferences import Pair, Preferences
 from plmtune.data.refinement import find_refinement
-from plmtune.data.sources import named_sources
 from plmtune.data.ticker import ticking
 from plmtune.errors import UserError
 from plmtune.identity import config_digest
 from plmtune.origins import start_from
 from plmtune.plans import Plan, build_scheduler, check_schedule
-from plmtune.rounds.rounds import Write, open_rounds
+from plmtune.rounds.rounds import Write, check_rounds, open_rounds
 from plmtune.rounds.writer import writer
 from plmtune.runs import open_run
 from plmtune.schema import Preference as Config
@@ -37,6 +36,26 @@ from plmtune.training.reference import model_digest, reference_log_probs
 from plmtune.training.runtime import Runtime
 
 CONFIG = "dpo"  # conf/dpo.yaml
+KIND = plans.Kind(
+    losses={"comparisons": (Preferences,)},
+    measures=("validation_loss", "validation/accuracy", "validation/margin"),
+    sequences=2,  # a prompt with two answers
+    epochs=1.0,
+    rows="pairs",
+)
+
+
+def preflight(cfg: Config, runtime: Runtime, show: plans.Show, *, fetch: bool) -> Plan:
+    """Check the config and find what it names: all that a run would refuse before it begins."""
+    planned = plans.plan(cfg, runtime, KIND, fetch=fetch)
+    show(planned.lines())
+    kinds = (Conversations, Preferences) if cfg.rounds else KIND.losses[plans.loss_kind(planned.loss)]
+    plans.open_data(planned, cfg.data, kinds)
+    plans.open_template(planned, cfg.chat.template)
+    planned.refinement = find_refinement(cfg.refinement.template)
+    check_rounds(cfg.rounds, cfg.reward, cfg.selection, runtime.strategy)
+    plans.open_evaluations(planned, cfg.eval, runtime, template=cfg.chat.template)
+    return planned
 
 
 class Preference:
@@ -49,14 +68,13 @@ class Preference:
         saved: dict[str, Any] = document.get("state", {})
         # A run with a checkpoint of its own no longer needs its origin, unless it holds adapters alone.
         origin = start_from(cfg, plan.model, plan.tokenizer) if cfg.peft or not saved else None
-        self.loss = build("loss", cfg.loss)
-        self.template = find_template(cfg.chat.template, self.tokenizer)
+        assert plan.template is not None and plan.refinement is not None
+        self.loss, self.template, self.refinement = plan.loss, plan.template, plan.refinement
         self.tokenizer.chat_template = self.template.source  # what the model learns is saved with it
-        self.refinement = find_refinement(cfg.refinement.template)
-        sources = named_sources(build("data", cfg.data))
+        sources = plan.sources
         self.notes: list[str] = []
         if cfg.rounds:
-            self.rounds = open_rounds(cfg, sources, runtime.strategy)
+            self.rounds = open_rounds(cfg, sources)
         else:
             self.data = self._batches(open_pairs(sources, skip_bad=cfg.chat.skip_bad))
             check_schedule(cfg, self.data.num_steps, plan.tokens_per_step)
@@ -381,7 +399,9 @@ def report(run: Path, cfg: Config) -> None:
     echo(f'try it: plmtune generate {run} --chat --prompt "{cfg.sample.prompt or "Hello"}"')
 
 
-check = launch.check  # what ``plmtune validate`` says of a config that is right
+def check(cfg: Config) -> str:
+    """What ``plmtune validate`` says of a config that is right."""
+    return launch.check(cfg, preflight)
 
 
 def main(cfg: Config, *, dry_run: bool = False) -> float | None:
@@ -390,4 +410,4 @@ def main(cfg: Config, *, dry_run: bool = False) -> float | None:
     Raises:
         SystemExit: with EXIT_STOPPED if a signal stopped it; it can be resumed.
     """
-    return launch.launch(cfg, Preference, report, dry_run=dry_run)
+    return launch.launch(cfg, preflight, Preference, report, dry_run=dry_run)

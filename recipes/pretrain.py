@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import plmtune
-from plmtune import launch
+from plmtune import launch, plans
 from plmtune.config import build
 from plmtune.data.batches import Batch, Batches
 from plmtune.data.shards import Shards
+from plmtune.data.sources import Source
 from plmtune.data.windows import open_windows
 from plmtune.errors import UserError
 from plmtune.generation import complete
@@ -32,6 +33,16 @@ from plmtune.training.progress import Watch
 from plmtune.training.runtime import Runtime
 
 CONFIG = "pretrain"  # conf/pretrain.yaml
+KIND = plans.Kind(losses={"tokens": (Source,)}, measures=("validation_loss", "bits_per_byte", r"sparsity/\d+"))
+
+
+def preflight(cfg: Config, runtime: Runtime, show: plans.Show, *, fetch: bool) -> Plan:
+    """Check the config and find what it names: all that a run would refuse before it begins."""
+    planned = plans.plan(cfg, runtime, KIND, fetch=fetch)
+    show(planned.lines())
+    plans.open_data(planned, cfg.data, KIND.losses[plans.loss_kind(planned.loss)])
+    plans.open_evaluations(planned, cfg.eval, runtime)
+    return planned
 
 
 class Pretrain:
@@ -45,7 +56,7 @@ class Pretrain:
         saved = document.get("state", {})
         origin = None if saved else start_from(cfg, plan.model, plan.tokenizer)
         self.skip: dict[str, int] = saved.get("skip", {}) if saved else origin.drawn if origin else {}
-        shards = open_sources(cfg, self.tokenizer)
+        shards = open_sources(plan.sources, cfg.preparation, self.tokenizer)
         self.data = self._batches(shards)
         self.model = plan.model.to_empty(device=runtime.device)
         self.model.activation_checkpointing = cfg.runtime.activation_checkpointing
@@ -57,7 +68,7 @@ class Pretrain:
         self.run = open_run(cfg, runtime, self.fingerprints, saved)
         self.trained = runtime.distribute(self.model, compile=cfg.runtime.compile)
         self.dtype = self.model.dtype  # of what is saved; in a step FSDP2 shows another
-        self.loss = build("loss", cfg.loss)
+        self.loss = plan.loss
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
         self.scheduler = build_scheduler(cfg, self.optimizer, plan.num_steps, plan.tokens_per_step)
         if origin and origin.goes_on:
@@ -228,7 +239,9 @@ def report(run: Path, cfg: Config) -> None:
     echo(f'try it: plmtune generate {run} --prompt "{cfg.sample.prompt or "The"}"')
 
 
-check = launch.check  # what ``plmtune validate`` says of a config that is right
+def check(cfg: Config) -> str:
+    """What ``plmtune validate`` says of a config that is right."""
+    return launch.check(cfg, preflight)
 
 
 def main(cfg: Config, *, dry_run: bool = False) -> float | None:
@@ -237,4 +250,4 @@ def main(cfg: Config, *, dry_run: bool = False) -> float | None:
     Raises:
         SystemExit: with EXIT_STOPPED if a signal stopped it; it can be resumed.
     """
-    return launch.launch(cfg, Pretrain, report, dry_run=dry_run)
+    return launch.launch(cfg, preflight, Pretrain, report, dry_run=dry_run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor
 from plmtune import hub
 from plmtune.atomic import replacing
 from plmtune.config import build
-from plmtune.data.sources import named_sources
+from plmtune.data.examples import refuse_other_kinds
+from plmtune.data.sources import Prepared, Source, named_sources
 from plmtune.data.ticker import ticking
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
@@ -35,11 +36,11 @@ from plmtune.runs import find_run, open_run
 from plmtune.schema import Quantize as Config
 from plmtune.terminal import echo
 from plmtune.training import manifest
-from plmtune.training.run_directory import EXIT_STOPPED, read_record
+from plmtune.training.run_directory import EXIT_STOPPED, read_record, refuse_unusable
 from plmtune.training.run_summary import already_finished
 from plmtune.training.runtime import Runtime
 from plmtune.training.signals import StopSignals
-from plmtune.units import parse_count, show_bytes
+from plmtune.units import show_bytes
 
 CONFIG = "quantize"  # conf/quantize.yaml
 REPORT = "quantize.json"
@@ -60,27 +61,65 @@ class Text:
     described: str  # where it comes from, for a person
 
 
+@dataclass
+class Job:
+    """What is quantized, how, and by which text: known before weights or text are read."""
+
+    source: Path
+    tokenizer: Tokenizer
+    plan: Any
+    bytes_before: int
+    bytes_after: int
+    seq_len: int
+    calibration_tokens: int
+    budget: int | None
+    sources: dict[str, Source]
+
+
+def preflight(cfg: Config) -> Job:
+    """Check the config and find what it names: all that a run would refuse before it begins.
+
+    Raises:
+        UserError: naming the key.
+    """
+    echo(choose(cfg))
+    if cfg.run_dir and not cfg.resume:
+        refuse_unusable(Path(cfg.run_dir))
+    source, dtype = checkpoint_directory(str(cfg.checkpoint), weights=False), _DTYPES[cfg.dtype]
+    meta = on_meta(source)
+    plan = plan_of(cfg, meta)
+    before, after = num_bytes(meta, {}, dtype), num_bytes(meta, plan, dtype)
+    seq_len = cfg.seq_len or min(512, meta.max_seq_len)
+    if seq_len > meta.max_seq_len:
+        raise UserError(f"key seq_len: {seq_len:,} exceeds the model's max_seq_len ({meta.max_seq_len:,}).")
+    asked = cfg.sensitivity
+    if measures(cfg) and not cfg.test_tokens:
+        raise UserError("key sensitivity: needs text to measure on, and test_tokens is 0.")
+    budget = asked.budget_bytes(before) if asked.budget is not None else None
+    if budget is not None and after > budget:
+        raise UserError(
+            f"key sensitivity.budget: {asked.budget} is {show_bytes(budget)}, and the scheme "
+            f"{cfg_scheme(cfg)['component']} alone takes {show_bytes(after)}. Give more, or a smaller scheme."
+        )
+    # A model that was trained for the scheme has learned the ranges that its weights have.
+    calibration = 0 if is_trained_for(cfg, source) else cfg.calibration_tokens
+    sources = named_sources(build("data", cfg.data))
+    for name, each in sources.items():
+        refuse_other_kinds(name, each, (Source,))
+        if isinstance(each, Prepared):
+            raise UserError(f"key data: source {name} holds tokens; this run takes text (data=files, hub, stdlib).")
+    return Job(source, load_its_tokenizer(source), plan, before, after, seq_len, calibration, budget, sources)
+
+
 class Quantize:
     """One model, from its checkpoint to a directory that loads like any other."""
 
-    def __init__(self, cfg: Config, runtime: Runtime) -> None:
+    def __init__(self, cfg: Config, job: Job, runtime: Runtime) -> None:
         self.cfg, self.dtype = cfg, _DTYPES[cfg.dtype]
-        self.source = checkpoint_directory(str(cfg.checkpoint))
-        self.tokenizer = load_its_tokenizer(self.source)
-        meta = on_meta(self.source)
-        self.plan: Any = plan_of(cfg, meta)  # a scheme that does not fit is found before weights are read
-        self.bytes_before = num_bytes(meta, {}, self.dtype)
-        self.budget = None
-        if cfg.sensitivity.budget is not None:
-            self.budget = budget_of(cfg.sensitivity.budget, self.bytes_before)
-            if (least := num_bytes(meta, self.plan, self.dtype)) > self.budget:
-                raise UserError(
-                    f"key sensitivity.budget: {cfg.sensitivity.budget} is {show_bytes(self.budget)}, and the scheme "
-                    f"{cfg_scheme(cfg)['component']} alone takes {show_bytes(least)}. Give more, or a smaller scheme."
-                )
-        # A model that was trained for the scheme has learned the ranges that its weights have.
-        calibration_tokens = 0 if is_trained_for(cfg, self.source) else cfg.calibration_tokens
-        self.text = read_text(cfg, self.tokenizer, meta.max_seq_len, calibration_tokens)
+        self.source = checkpoint_directory(str(cfg.checkpoint))  # with its weights
+        self.tokenizer, self.plan = job.tokenizer, job.plan
+        self.bytes_before, self.budget = job.bytes_before, job.budget
+        self.text = read_text(cfg, job.seq_len, job.calibration_tokens, job.sources, self.tokenizer)
         self.model = load_model(self.source, runtime.device, torch.float32).eval()
         self.run = open_run(cfg, runtime, self.text.fingerprints)
         self.signals = StopSignals("stopping; a second one ends it at once.")
@@ -258,17 +297,16 @@ def num_bytes(model: Any, plan: Any, dtype: torch.dtype) -> int:
     return whole + stored - sum(shapes[name][0] * shapes[name][1] for name in plan) * dtype.itemsize
 
 
-def read_text(cfg: Config, tokenizer: Tokenizer, max_seq_len: int, calibration_tokens: int) -> Text:
+def read_text(
+    cfg: Config, seq_len: int, calibration_tokens: int, sources: Mapping[str, Source], tokenizer: Tokenizer
+) -> Text:
     """Rows of the data, as many as are asked for, spread over its first million tokens.
 
     Raises:
-        UserError: if there are fewer, or numbers are impossible.
+        UserError: if there are fewer.
     """
-    seq_len = min(cfg.seq_len, max_seq_len)
-    if measures(cfg) and not cfg.test_tokens:
-        raise UserError("key sensitivity: needs text to measure on, and test_tokens is 0.")
     calibration, test = (-(-n // seq_len) for n in (calibration_tokens, cfg.test_tokens))
-    sources = named_sources(build("data", cfg.data)) if calibration + test else {}
+    sources = sources if calibration + test else {}
     pool = max(_POOL, 4 * seq_len * max(calibration, test))
     ids: list[Any] = []
     for left, source in zip(range(len(sources), 0, -1), sources.values(), strict=True):
@@ -302,20 +340,6 @@ def spread(rows: Tensor, count: int) -> Tensor:
     return rows[torch.arange(count) * len(rows) // max(1, count)] if count <= len(rows) else rows
 
 
-def budget_of(text: str, bytes_before: int) -> int:
-    """Bytes: 80M, or 30% of the bytes before.
-
-    Raises:
-        UserError: if it is neither.
-    """
-    try:
-        if text.endswith("%"):
-            return int(float(text[:-1]) / 100 * bytes_before)
-        return parse_count(text, "sensitivity.budget")
-    except ValueError as error:
-        raise UserError(f"key sensitivity.budget: {text!r} is neither bytes (80M) nor a share (30%).") from error
-
-
 def lines(report: dict[str, Any], path: Path) -> list[str]:
     """What to say at the end."""
     size, before = report["bytes"], report["bytes_before"]
@@ -332,26 +356,28 @@ def lines(report: dict[str, Any], path: Path) -> list[str]:
 
 def check(cfg: Config) -> str:
     """What ``plmtune validate`` says of a config that is right."""
-    if cfg.checkpoint is None:
-        return "The model is that of the newest finished run."
-    choose(cfg)
-    model = on_meta(checkpoint_directory(cfg.checkpoint, weights=False))
-    plan = plan_of(cfg, model)
-    return f"{len(plan)} matrices in integers, about {show_bytes(num_bytes(model, plan, _DTYPES[cfg.dtype]))}."
+    Runtime.choose(device=cfg.device, strategy="none")
+    find_run(cfg)
+    if cfg.checkpoint is None and next(finished_runs(), None) is None:
+        return "There is no finished run to quantize; what follows from its model is not checked."
+    job = preflight(cfg)
+    return f"{len(job.plan)} matrices in integers, about {show_bytes(job.bytes_after)}."
 
 
 def main(cfg: Config, *, dry_run: bool = False) -> float | None:
     """Run the recipe; returns the loss in nats a token, which a sweeper can minimise."""
     if dry_run:
-        echo(check(cfg))
+        Runtime.choose(device=cfg.device, strategy="none")
+        find_run(cfg)
+        job = preflight(cfg)
+        echo(f"{len(job.plan)} matrices in integers, about {show_bytes(job.bytes_after)}")
         return None
     with Runtime.start(device=cfg.device, seed=0, strategy="none") as runtime:
         find_run(cfg)
         if cfg.resume and read_record(Path(str(cfg.run_dir))).get("status") == "finished":
             echo(already_finished(Path(str(cfg.run_dir))))
             return json.loads((Path(str(cfg.run_dir)) / REPORT).read_text(encoding="utf-8"))["loss"]
-        echo(choose(cfg))
-        recipe = Quantize(cfg, runtime)
+        recipe = Quantize(cfg, preflight(cfg), runtime)
         with recipe.run, recipe.signals:
             recipe.quantize()
         report = json.loads((recipe.run.path / REPORT).read_text(encoding="utf-8"))

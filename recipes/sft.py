@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 import plmtune
-from plmtune import launch
+from plmtune import launch, plans
 from plmtune.config import build
 from plmtune.data.batches import Batch, Batches
 from plmtune.data.chat_template import find_template
+from plmtune.data.conversations import Conversations
 from plmtune.data.examples import open_examples
 from plmtune.data.order import Phase
+from plmtune.data.preferences import Preferences
 from plmtune.data.refinement import find_refinement
 from plmtune.data.rows import Message
-from plmtune.data.sources import named_sources
 from plmtune.errors import UserError
 from plmtune.generation import complete
 from plmtune.identity import config_digest
@@ -35,6 +36,23 @@ from plmtune.training.progress import Watch
 from plmtune.training.runtime import Runtime
 
 CONFIG = "sft"  # conf/sft.yaml
+KIND = plans.Kind(
+    losses={"tokens": (Conversations,), "refinements": (Preferences,)},
+    measures=("validation_loss",),
+    epochs=3.0,
+    rows="rows",
+)
+
+
+def preflight(cfg: Config, runtime: Runtime, show: plans.Show, *, fetch: bool) -> Plan:
+    """Check the config and find what it names: all that a run would refuse before it begins."""
+    planned = plans.plan(cfg, runtime, KIND, fetch=fetch)
+    show(planned.lines())
+    plans.open_data(planned, cfg.data, KIND.losses[plans.loss_kind(planned.loss)])
+    plans.open_template(planned, cfg.chat.template)
+    planned.refinement = find_refinement(cfg.refinement.template)
+    plans.open_evaluations(planned, cfg.eval, runtime, template=cfg.chat.template)
+    return planned
 
 
 class Sft:
@@ -47,12 +65,12 @@ class Sft:
         saved = document.get("state", {})
         # A run with a checkpoint of its own no longer needs its origin, unless it holds adapters alone.
         origin = start_from(cfg, plan.model, plan.tokenizer) if cfg.peft or not saved else None
-        self.loss = build("loss", cfg.loss)
-        self.template = find_template(cfg.chat.template, self.tokenizer)
+        assert plan.template is not None
+        self.loss, self.template = plan.loss, plan.template
         self.tokenizer.chat_template = self.template.source  # what the model learns is saved with it
-        refines = getattr(self.loss, "of", "tokens") == "refinements"
+        refines = plans.loss_kind(self.loss) == "refinements"
         examples = open_examples(
-            named_sources(build("data", cfg.data)),
+            plan.sources,
             self.template,
             seq_len=cfg.seq_len,
             train_on=cfg.chat.train_on,
@@ -60,7 +78,7 @@ class Sft:
             skip_bad=cfg.chat.skip_bad,
             holdout=cfg.chat.holdout,
             seed=cfg.seed,
-            refinement=find_refinement(cfg.refinement.template) if refines else None,
+            refinement=plan.refinement if refines else None,
             shown=runtime.is_main,
         )
         self.notes, self.fingerprints = examples.notes, examples.fingerprints
@@ -197,7 +215,9 @@ def report(run: Path, cfg: Config) -> None:
     echo(f'try it: plmtune generate {run} --chat --prompt "{cfg.sample.prompt or "Hello"}"')
 
 
-check = launch.check  # what ``plmtune validate`` says of a config that is right
+def check(cfg: Config) -> str:
+    """What ``plmtune validate`` says of a config that is right."""
+    return launch.check(cfg, preflight)
 
 
 def main(cfg: Config, *, dry_run: bool = False) -> float | None:
@@ -206,4 +226,4 @@ def main(cfg: Config, *, dry_run: bool = False) -> float | None:
     Raises:
         SystemExit: with EXIT_STOPPED if a signal stopped it; it can be resumed.
     """
-    return launch.launch(cfg, Sft, report, dry_run=dry_run)
+    return launch.launch(cfg, preflight, Sft, report, dry_run=dry_run)

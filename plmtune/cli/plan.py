@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -308,7 +309,11 @@ def _training(cfg: Any, train_on: str) -> dict[str, Any]:
     if device.training is None or device.mfu is None:
         raise UserError(f"--train-on {train_on}: says no training_gflop_s. Take h200 or rtx_3090, or a file that does.")
     dtype = torch.float32 if cfg.runtime.precision == "fp32" else torch.bfloat16
-    found = plans.plan(cfg, Runtime(torch.device("cpu"), dtype, "none"), dry=True)
+    found = plans.plan(
+        cfg,
+        Runtime(torch.device("cpu"), dtype, "none"),
+        importlib.import_module(f"plmtune.recipes.{cfg.recipe}").KIND,
+    )
     estimate = found.estimate
     memory = estimate.tensors - estimate.save  # which a GPU's host holds
     tokens = found.num_steps * found.tokens_per_step

@@ -342,8 +342,18 @@ def find_template(name: str | None, tokenizer: Tokenizer, option: str = "chat.te
                 f"without tokens for turns), or a file, {option}mine.jinja"
             )
         return ChatTemplate(tokenizer.chat_template, tokenizer, "The tokenizer's chat template")
+    source, where = template_source(name)
+    return ChatTemplate(source, tokenizer, where)
+
+
+def template_source(name: str) -> tuple[str, str]:
+    """Return the text of a chat template, one that comes with plmtune or a file, and where it is from.
+
+    Raises:
+        UserError: if there is none.
+    """
     if name in NAMED:
-        return ChatTemplate(NAMED[name], tokenizer, f"The chat template {name}")
+        return NAMED[name], f"The chat template {name}"
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(f"{name} is neither a chat template's name nor a file with one.{did_you_mean(name, NAMED)}")
@@ -355,4 +365,4 @@ def find_template(name: str | None, tokenizer: Tokenizer, option: str = "chat.te
         raise UserError(f"{path} is not UTF-8 at byte {error.start}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    return ChatTemplate(source, tokenizer, str(path))
+    return source, str(path)

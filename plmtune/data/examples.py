@@ -16,7 +16,7 @@ from plmtune.data.packing import Example, PackedRows, fit
 from plmtune.data.preferences import Pair, Preferences
 from plmtune.data.refinement import Refinement
 from plmtune.data.rows import Refused
-from plmtune.data.sources import BadRow
+from plmtune.data.sources import BadRow, Source
 from plmtune.data.ticker import ticking
 from plmtune.errors import UserError
 
@@ -65,16 +65,12 @@ def open_examples(
     """
     train, held_out, fingerprints, notes = {}, {}, {}, []
     for name, source in sources.items():
+        refuse_other_kinds(name, source, (Conversations,) if refinement is None else (Preferences,))
         counts = _Counts()
-        if isinstance(source, Conversations) and refinement is None:
+        if refinement is None:
             read = _conversations(source, template, train_on, seq_len, too_long, counts)
-        elif isinstance(source, Preferences) and refinement is not None:
-            read = _refinements(source, template, refinement, seq_len, too_long, counts)
         else:
-            wanted = "conversations (data=conversations, docstrings)"
-            if refinement is not None:
-                wanted = "pairs, as loss=sft_refine makes its rows of them (data=preferences, docstring_pairs)"
-            raise UserError(f"source {name} holds {kind_of(source)}; this run takes {wanted}.")
+            read = _refinements(source, template, refinement, seq_len, too_long, counts)
         digest = xxhash.xxh3_128()
         kept, held = list[Example](), list[Example]()
         for example, group in ticking(read, f"conversations of {name} encoded", shown=shown):
@@ -192,21 +188,34 @@ def open_pairs(sources: Mapping[str, Any], *, skip_bad: bool) -> list[Pair]:
     """
     pairs: list[Pair] = []
     for name, source in sources.items():
+        refuse_other_kinds(name, source, (Preferences,))
         before = len(pairs)
-        if not isinstance(source, Preferences):
-            raise UserError(
-                f"source {name} holds {kind_of(source)}; this run takes pairs (data=preferences, docstring_pairs)."
-            )
         pairs += source.pairs(skip_bad=True)
         if not skip_bad:
             source.refused.raise_if_any(_REMEDY, good=len(pairs) - before)
     return pairs
 
 
-def kind_of(source: Any) -> str:
-    """What a source holds, in a word."""
-    kinds = {Conversations: "conversations", Preferences: "pairs"}
-    return next((word for kind, word in kinds.items() if isinstance(source, kind)), "plain text")
+_KINDS: dict[type, str] = {
+    Source: "plain text (data=files, hub, shards, stdlib)",
+    Conversations: "conversations (data=conversations, docstrings)",
+    Preferences: "pairs (data=preferences, docstring_pairs)",
+}
+
+
+def refuse_other_kinds(name: str, source: Any, kinds: tuple[type, ...]) -> None:
+    """Refuse a source that holds something else than a run trains on.
+
+    Args:
+        kinds: classes of what it trains on: Source, Conversations, Preferences.
+
+    Raises:
+        UserError: naming the source, what it holds and what the run takes.
+    """
+    if not isinstance(source, kinds):
+        held = next((said for kind, said in _KINDS.items() if isinstance(source, kind)), type(source).__name__)
+        wanted = " or ".join(_KINDS[kind] for kind in kinds)
+        raise UserError(f"key data: source {name} holds {held.partition(' (')[0]}; this run takes {wanted}.")
 
 
 def _number(count: int, what: str) -> str:

@@ -93,6 +93,25 @@ def _layout_of(shares: tuple[int, ...], key: int) -> tuple[Ints, Ints]:
     return source, before
 
 
+def check_mix(phase: Phase, sources: Sequence[str]) -> None:
+    """Refuse a mix that cannot be drawn from these sources; without weights it is all of them by size.
+
+    Raises:
+        ValueError: if it names no source, an unknown one, or weights that cannot be.
+    """
+    for name, weight in phase.mix.items():
+        if name not in sources:
+            near = did_you_mean(name, sources)
+            raise ValueError(f"phase {phase.name}: its mix names {name}, which is no source.{near}")
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"phase {phase.name}: the weight of {name} is {weight}, not 0 or more")
+    positive = sum(weight > 0 for weight in phase.mix.values())
+    if phase.mix and not positive:
+        raise ValueError(f"phase {phase.name}: all weights of its mix are 0")
+    if positive > BLOCK:
+        raise ValueError(f"phase {phase.name}: its mix has {positive} sources, more than {BLOCK}")
+
+
 class Order:
     """The whole run's order of (source, window).
 
@@ -201,17 +220,7 @@ class Order:
         return _layout_of(tuple(shares.tolist()), key_of(self.seed, "block", phase, block))
 
     def _weights(self, phase: Phase) -> list[float]:
+        check_mix(phase, self.names)
         if not phase.mix:
             return [float(count) for count in self.windows]
-        for name, weight in phase.mix.items():
-            if name not in self.names:
-                near = did_you_mean(name, self.names)
-                raise ValueError(f"phase {phase.name}: its mix names {name}, which is no source.{near}")
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"phase {phase.name}: the weight of {name} is {weight}, not 0 or more")
-        positive = sum(weight > 0 for weight in phase.mix.values())
-        if not positive:
-            raise ValueError(f"phase {phase.name}: all weights of its mix are 0")
-        if positive > BLOCK:
-            raise ValueError(f"phase {phase.name}: its mix has {positive} sources, more than {BLOCK}")
         return [float(phase.mix.get(name, 0.0)) for name in self.names]

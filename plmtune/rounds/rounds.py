@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 
 from plmtune.config import build
-from plmtune.data.conversations import Conversations
 from plmtune.data.order import key_of, permute
-from plmtune.data.preferences import Pair, Preferences, Prompt, preferences, prompts_of
+from plmtune.data.preferences import Pair, Prompt, preferences, prompts_of
 from plmtune.data.rows import Message, Refused
 from plmtune.errors import UserError
+from plmtune.registry import Component
 from plmtune.rounds import selection
 from plmtune.rounds.chains import CHAINS, Chain, save_chains, write_prompts
 from plmtune.rounds.rewards import Reward
 from plmtune.rounds.rules import Rule, find_rules
+from plmtune.schema import Selection
 from plmtune.training import manifest
 from plmtune.training.distributed import told_by_rank_0
 
@@ -149,18 +150,34 @@ def _because(refused: Refused) -> str:
     return f"; the others:\n{refused.describe()}" if refused else ""
 
 
-def open_rounds(cfg: Any, sources: Mapping[str, Any], strategy: str) -> Rounds:
+def check_rounds(rounds: int, reward: Component | None, settings: Selection, strategy: str) -> None:
+    """Refuse a reward or rules that are not there or cannot work here, before the first answer is written.
+
+    Args:
+        rounds: how many; without any the reward and the rules are not used, but they must be right.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if rounds and strategy in ("fsdp", "hsdp"):
+        raise UserError(f"key rounds: each process writes answers with a whole model, not under {strategy}: use ddp.")
+    try:
+        find_rules(settings.rules)
+    except UserError as error:
+        raise UserError(f"key selection.rules: {error}") from error
+    judge: Any = build("reward", reward) if reward else None
+    if rounds and hasattr(judge, "check"):
+        judge.check()
+
+
+def open_rounds(cfg: Any, sources: Mapping[str, Any]) -> Rounds:
     """The rounds that a config asks for, with the prompts of `sources`, each once.
 
     Raises:
-        UserError: for data without prompts, unknown rules, or processes that hold no whole model.
+        UserError: for data without prompts.
     """
-    if strategy in ("fsdp", "hsdp"):
-        raise UserError(f"key rounds: each process writes answers with a whole model, not under {strategy}: use ddp.")
     prompts: dict[tuple[Message, ...], Prompt] = {}  # what two sources share is not held out in one and used in another
-    for name, source in sources.items():
-        if not isinstance(source, Conversations | Preferences):
-            raise UserError(f"source {name} holds plain text; rounds take prompts of conversations or pairs.")
+    for source in sources.values():
         for prompt in prompts_of(source, skip_bad=True):
             held = prompts.setdefault(prompt.messages, prompt)
             if held.gold is None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, Protocol
 
+from plmtune.errors import UserError
 from plmtune.extras import missing
-from plmtune.registry import Component, register
+from plmtune.registry import Component, load, register
 
 
 class Logger(Protocol):
+    """A class may name the `package` that it needs, for `check_installed`."""
+
     def log(self, step: int, values: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None: ...
@@ -37,13 +41,15 @@ class JsonLines:
 class TensorBoard:
     """Event files for TensorBoard, in the run directory's folder tensorboard."""
 
+    package = "tensorboard"
+
     def __init__(self, directory: Path, config: dict[str, Any]) -> None:
         self._directory = directory / "tensorboard"
         self._writer: Any = None
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         if self._writer is None:
-            module = _need("torch.utils.tensorboard", "tensorboard", extra=None)
+            module = _need("torch.utils.tensorboard", "tensorboard")
             # A resumed run writes some steps again; TensorBoard then hides what was written of them before.
             self._writer = module.SummaryWriter(str(self._directory), purge_step=step)
         for key, value in values.items():
@@ -65,6 +71,8 @@ class WeightsAndBiases:
         mode: "online", "offline" (upload later with wandb sync) or "disabled".
     """
 
+    package = "wandb"
+
     def __init__(
         self,
         directory: Path,
@@ -74,7 +82,7 @@ class WeightsAndBiases:
         name: str | None = None,
         mode: Literal["online", "offline", "disabled"] = "online",
     ) -> None:
-        module = _need("wandb", "wandb", extra="wandb")
+        module = _need("wandb", "wandb")
         identity = directory / "wandb_id"
         if not identity.exists():
             identity.write_text(module.util.generate_id(), encoding="utf-8")
@@ -104,10 +112,12 @@ class Trackio:
         name: of the run; None takes the run directory's.
     """
 
+    package = "trackio"
+
     def __init__(
         self, directory: Path, config: dict[str, Any], *, project: str = "plmtune", name: str | None = None
     ) -> None:
-        self._module = _need("trackio", "trackio", extra="trackio")
+        self._module = _need("trackio", "trackio")
         self._module.init(project=project, name=name or directory.name, config=config, resume="allow")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -140,12 +150,31 @@ def several(
     return [logger(directory=directory, config=config) for logger in loggers.values()]
 
 
+def check_installed(chosen: Component | None) -> None:
+    """Refuse a logger whose package is not installed, before a run begins; the logger itself is not made.
+
+    Raises:
+        UserError: naming the package.
+    """
+    if chosen is None:
+        return
+    for each in chosen.settings.get("loggers", {}).values():
+        check_installed(each)
+    package = getattr(load("logger", chosen.name), "package", None)
+    if package and importlib.util.find_spec(package) is None:
+        raise _missing(package)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _need(module: str, package: str, *, extra: str | None) -> ModuleType:
+def _need(module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise missing(package, f"logger={package}", "logger=jsonl needs no package.") from error
+        raise _missing(package) from error
+
+
+def _missing(package: str) -> UserError:
+    return missing(package, f"logger={package}", "logger=jsonl needs no package.")

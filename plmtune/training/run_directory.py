@@ -124,6 +124,23 @@ def _point(run: Path, name: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def refuse_unusable(path: Path) -> None:
+    """Refuse a directory in which no new run can begin, before anything is made.
+
+    Raises:
+        UserError: if it holds a run, or cannot be written.
+    """
+    if (path / CONFIG).exists():
+        raise UserError(
+            f"{path} already holds a run. Go on with it (plmtune resume {path}), or choose another directory."
+        )
+    if any((path / "checkpoints").glob("step-*")):
+        raise UserError(f"{path} holds checkpoints of a run without its {CONFIG}. Choose another directory.")
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise _unusable(path, OSError(0, f"{there} cannot be written" if there.is_dir() else f"{there} is a file"))
+
+
 class RunDirectory:
     """One run's directory, locked against a second process while it is open.
 
@@ -168,14 +185,11 @@ class RunDirectory:
             lock = _take_lock(path)
         except OSError as error:
             raise _unusable(path, error) from error
-        if (path / CONFIG).exists():
+        try:
+            refuse_unusable(path)
+        except UserError:
             lock.close()
-            raise UserError(
-                f"{path} already holds a run. Go on with it (plmtune resume {path}), or choose another directory."
-            )
-        if any((path / "checkpoints").glob("step-*")):
-            lock.close()
-            raise UserError(f"{path} holds checkpoints of a run without its {CONFIG}. Choose another directory.")
+            raise
         run = cls(path, lock)
         try:
             run.update(

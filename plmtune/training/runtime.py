@@ -79,19 +79,51 @@ class Runtime:
             UserError: if the device is not there, the strategy does not fit the number of processes, or one of them
                 does not come.
         """
-        rank, local_rank, world_size = distributed.environment()
-        chosen_device, device_reason = _choose_device(device, local_rank)
-        dtype, dtype_reason = _choose_precision(precision, chosen_device)
-        chosen_strategy, size, strategy_reason = _choose_strategy(strategy, shard_size, world_size)
+        runtime = cls.choose(
+            device=device,
+            precision=precision,
+            strategy=strategy,
+            shard_size=shard_size,
+            seed=seed,
+            deterministic=deterministic,
+            timeout_minutes=timeout_minutes,
+        )
         if deterministic:
             # cuBLAS reads this once, when its first handle is made.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if deterministic != torch.are_deterministic_algorithms_enabled():  # setting it imports inductor, a CPU second
             torch.use_deterministic_algorithms(deterministic)
         torch.backends.cudnn.benchmark = False
-        if chosen_device.type == "cuda":
-            torch.cuda.set_device(chosen_device)
+        if runtime.device.type == "cuda":
+            torch.cuda.set_device(runtime.device)
         seed_everything(seed)
+        if runtime.world_size > 1:
+            if not distributed.is_distributed():
+                distributed.start_process_group(runtime.device, runtime.timeout)
+            runtime.mesh = distributed.data_mesh(runtime.device, runtime.shard_size, runtime.timeout)
+        return runtime
+
+    @classmethod
+    def choose(
+        cls,
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+        strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto",
+        shard_size: int | None = None,
+        seed: int = 1,
+        deterministic: bool = False,
+        timeout_minutes: float = 10,
+    ) -> Runtime:
+        """Choose what `start` would choose; touch nothing, and wait for nobody.
+
+        Raises:
+            UserError: if the device is not there, or the strategy does not fit the number of processes.
+        """
+        rank, local_rank, world_size = distributed.environment()
+        chosen_device, device_reason = _choose_device(device, local_rank)
+        dtype, dtype_reason = _choose_precision(precision, chosen_device)
+        chosen_strategy, size, strategy_reason = _choose_strategy(strategy, shard_size, world_size)
         reasons = [
             f"device: {device_reason}",
             f"precision: {dtype_reason}",
@@ -101,10 +133,7 @@ class Runtime:
         if not 0 < timeout_minutes < 1e6:
             raise UserError(f"key runtime.timeout_minutes: must be above 0, not {timeout_minutes}.")
         timeout = timedelta(minutes=timeout_minutes)
-        if world_size > 1 and not distributed.is_distributed():
-            distributed.start_process_group(chosen_device, timeout)
-        mesh = distributed.data_mesh(chosen_device, size, timeout) if world_size > 1 else None
-        return cls(chosen_device, dtype, chosen_strategy, rank, world_size, size, timeout, mesh, reasons, seed)
+        return cls(chosen_device, dtype, chosen_strategy, rank, world_size, size, timeout, None, reasons, seed)
 
     @property
     def is_main(self) -> bool:

@@ -23,7 +23,7 @@ from documented import Command
 
 # First fit counts: why a command is not run.
 LEFT_OUT = {
-    r"torchrun|plm_1\.8b(?!.*(--dry-run|--device))": "needs a large machine",
+    r"torchrun|plm_1\.8b(?!.*--device)": "needs a large machine",
     r"model=plm_1\.8b": "needs a large machine",
     r"run pretrain \.\.\.|run pretrain model=\.\.\.|TARGET\.\.\.": "leaves something out",
     r"loss=focal": "adds a component first",

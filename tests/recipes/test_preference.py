@@ -376,7 +376,7 @@ class TestMistakes:
         )
 
     def test_a_loss_over_tokens_belongs_elsewhere(self, base: Path) -> None:
-        assert "cross_entropy belongs to the recipe pretrain" in refusal("dpo", "loss=cross_entropy")
+        assert "cross_entropy is not for this recipe, which takes aries" in refusal("dpo", "loss=cross_entropy")
 
     def test_a_round_without_pairs_says_why(self, base: Path) -> None:
         said = refusal("aries", *ROUNDS, "selection.margin=200")

@@ -196,7 +196,7 @@ class TestBadInput:
 
 class TestCommands:
     def test_dry_run_prints_the_papers_numbers_and_makes_nothing(self, place: Path, capsys: Any) -> None:
-        start("model=plm", "tokenizer=byte", "phases=[{name: general, tokens: 1650B}]", dry_run=True)
+        start("model=plm", "tokenizer=byte", "phases=[{name: general, tokens: 1650B}]", "force=true", dry_run=True)
         out = capsys.readouterr().out
         assert "1.65T tokens" in out and "GiB" in out
         assert not (place / "runs").exists()
@@ -223,5 +223,10 @@ class TestCommands:
         assert "--recipe mine.py" in capsys.readouterr().err
 
     def test_validate_checks_a_file_and_builds_nothing(self, place: Path, capsys: Any) -> None:
+        assert ends_with("validate", "conf/plm_1.8b.yaml", "tokenizer=byte") == 2
+        assert "There is no file data/english" in capsys.readouterr().err
+        for name in ("english", "chinese", "code", "math"):
+            (place / "data" / name).mkdir(parents=True)
+            (place / "data" / name / "a.txt").write_text("a")
         assert ends_with("validate", "conf/plm_1.8b.yaml", "tokenizer=byte") == 0
         assert "valid" in capsys.readouterr().out and not (place / "runs").exists()

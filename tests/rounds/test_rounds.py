@@ -53,7 +53,7 @@ class TestPrompts:
             chat=chat, prompts=0, reward=None, selection=SimpleNamespace(rules=[], margin=0.0), seed=1
         )
         sources = {"one": InMemory(pairs[:6], "one"), "two": InMemory(pairs[2:], "two")}
-        found = open_rounds(cfg, sources, "none")
+        found = open_rounds(cfg, sources)
         taken = [p.messages for p in found.prompts]
         assert len(taken) == len(set(taken)) == 4
         assert not {p.messages for p in found.held_out} & set(taken)
