@@ -24,10 +24,12 @@ from plmtune.data.shards import Shards
 from plmtune.data.sources import Prepared, named_sources
 from plmtune.data.tokenizers import QWEN2_ROWS
 from plmtune.errors import UserError, did_you_mean
+from plmtune.optim.optimizers import COMPILED
 from plmtune.origins import start_from
 from plmtune.registry import Component, describe, load
 from plmtune.runs import resolve_phase
 from plmtune.student import check_student
+from plmtune.training.compilers import check_compiler
 from plmtune.training.estimate import Estimate, estimate
 from plmtune.training.guard import Guard
 from plmtune.training.loggers import check_installed
@@ -153,6 +155,10 @@ def plan(cfg: Any, runtime: Runtime, kind: Kind, *, fetch: bool = False) -> Plan
     num_steps = sum(phase.steps for phase in phases) or _MANY_STEPS
     build_scheduler(cfg, optimizer, num_steps, tokens_per_step)
     check_installed(cfg.logger)
+    if cfg.runtime.compile:
+        check_compiler(runtime.device, "key runtime.compile", "runtime.compile=false")
+    if cfg.optimizer.name in COMPILED:
+        check_compiler(runtime.device, f"key optimizer: {cfg.optimizer.name} compiles its step", "optimizer=adamw")
     rows = cfg.global_batch_size // runtime.data_world_size
     rows_at_once = cfg.micro_batch_size if kind.sequences > 1 else min(cfg.micro_batch_size, rows)
     estimated = None

@@ -17,6 +17,7 @@ from plmtune.registry import register
 # fp32 scale per block of 256; Muon keeps one momentum for hidden matrices and AdamW's two for the rest.
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256}
 MUON_MATRIX_BYTES = 4.0
+COMPILED = ("adamw_8bit",)  # whose step goes through torch.compile
 
 
 def optimizer_bytes(name: str, model: nn.Module) -> int:

@@ -257,3 +257,16 @@ class TestMistakes:
         plain = config.to_plain(composed(recipe))
         assert said in agree(plain, key, value)
         assert agree(plain, key, right) == ""
+
+    @pytest.mark.parametrize(
+        ("key", "value", "right"),
+        [("runtime.compile", True, False), ("optimizer", {"component": "adamw_8bit"}, {"component": "adamw"})],
+    )
+    @pytest.mark.parametrize("recipe", ["pretrain", "sft", "preference"])
+    def test_what_is_compiled_needs_a_compiler_on_all_roads(
+        self, recipe: str, key: str, value: Any, right: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plain = config.to_plain(composed(recipe, "runtime.device=cpu"))
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        assert "a C++ compiler, and no-such-compiler is not on the PATH" in agree(plain, key, value)
+        assert agree(plain, key, right) == ""
