@@ -126,11 +126,20 @@ class TestStartUp:
         modules, said = imported_by(command, tmp_path)
         assert said and "torch" not in modules, said
 
-    @pytest.mark.parametrize("command", ["validate demo", "run demo --dry-run", "validate dpo"])
+    @pytest.mark.parametrize("command", ["validate demo", "run demo --dry-run", "validate demo_dpo"])
     def test_a_config_is_checked_without_what_only_training_needs(self, command: str, tmp_path: Path) -> None:
         modules, said = imported_by(command, tmp_path)
         assert "valid" in said or "fits" in said, said
         assert not modules & set(TO_CHECK)
+
+    def test_a_model_is_built_and_allocated_without_dynamo_and_sympy(self) -> None:
+        code = (
+            "import sys, torch\nfrom plmtune.registry import component\n"
+            "with torch.device('meta'): model = component('model', 'plm', embed_dim=8, num_layers=1)(vocab_size=8)\n"
+            "model.to_empty(device='cpu').init_weights()\nassert len(model.state_dict()) > 5\n"
+            "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class TestWithoutTorch:

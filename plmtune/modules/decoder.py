@@ -99,7 +99,8 @@ class Decoder(nn.Module):
         self.config: dict[str, Any] = {}
         self.quantization: dict[str, Any] = {}
         self.native: Any = None  # it imports this file
-        self.tok_embeddings = nn.Embedding(vocab_size, embed_dim)
+        # `init_weights` draws the numbers. On the meta device a draw by nn.Embedding imports dynamo: a CPU second.
+        self.tok_embeddings = nn.Embedding(vocab_size, embed_dim, _weight=torch.empty(vocab_size, embed_dim))
         self.layers = nn.ModuleList(
             DecoderLayer(attention(), ffn(), norm(embed_dim), norm(embed_dim)) for _ in range(num_layers)
         )
@@ -107,6 +108,10 @@ class Decoder(nn.Module):
         if not tie_embeddings:
             self.output = nn.Linear(embed_dim, vocab_size, bias=False)
         self.init_weights()
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Decoder:
+        """Allocate weights that were on the meta device; as torch's own, which imports sympy: half a CPU second."""
+        return self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), recurse=recurse)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -116,6 +121,8 @@ class Decoder(nn.Module):
         at a time, and keeps its shard.
         """
         for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
             if parameter.ndim < 2:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             elif generator is None and not is_sharded(parameter):
