@@ -39,9 +39,9 @@ BF16_PEAKS = {
 
 _NF4_BYTES = 0.5 + 1 / 64
 
-# Of a CPU's process, measured: what a run imports later (dynamo, TensorBoard, matplotlib), and what oneDNN keeps of the
-# 128 shapes that plmtune.modules.linear lets it keep in bf16.
-_IMPORTED_LATER, _KERNELS_IN_BF16 = 120 << 20, 90 << 20
+# Of a CPU's process, measured: what a run loads before its first step (dynamo, TensorBoard, oneDNN), and what oneDNN
+# keeps of the 128 shapes that plmtune.modules.linear lets it keep in bf16. matplotlib comes when activations are gone.
+_LOADED_LATER, _KERNELS_IN_BF16 = 50 << 20, 90 << 20
 # Short-lived tensors of single operations, and memory that the allocator keeps: a share of everything else.
 _SLACK = 0.1
 
@@ -297,7 +297,8 @@ def resident_memory() -> int:
 
 def process_memory(compute_dtype: torch.dtype) -> int:
     """Bytes that a process on a CPU holds besides the tensors of its training."""
-    later = 0 if "torch._dynamo" in sys.modules else _IMPORTED_LATER
+    # Not "torch._dynamo": without_dynamo puts a stand-in there.
+    later = 0 if "torch._dynamo.convert_frame" in sys.modules else _LOADED_LATER
     return resident_memory() + later + (_KERNELS_IN_BF16 if compute_dtype == torch.bfloat16 else 0)
 
 
