@@ -318,9 +318,10 @@ def _quoted(words: Sequence[str]) -> str | None:
             with contextlib.suppress(HydraException, ValueError, RecursionError):
                 OverridesParser.create().parse_override(whole)
                 return shlex.quote(whole)
-        if "{" in value or not ends:
+        if (ends and "{" in value) or (not ends and (close == "]" or ":" in value)):
             return None
-        value = " ".join(words[: ends[0]]).partition("=")[2]
+        if ends:
+            value = " ".join(words[: ends[0]]).partition("=")[2]
     plain: Any = value
     if value.startswith("[") and value.endswith("]"):
         plain = [part.strip().strip("'\"") for part in value[1:-1].split(",")]

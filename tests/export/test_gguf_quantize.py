@@ -90,7 +90,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("kind", "message"),
         [
-            ("Q4_K_X", r"no type Q4_K_X. Did you mean Q4_K_[MS]\?"),
+            ("Q4_K_X", r"no type Q4_K_X. Did you mean Q4_K_[MS] or Q4_K_[MS]\?"),
             ("IQ2_XS", "IQ2_XS needs a table of importances"),
             ("F16", "F16 is no quantized type"),
         ],
