@@ -400,7 +400,7 @@ def _normalize(text: str, parsed: Override) -> list[str]:
             return [text]
         if is_option(value):  # else check_override says what it is
             return [f"{place}={value}"]
-    choices: dict[str, str] = {}
+    choices: dict[str, str | None] = {}
     settings = take_choices(value, place, group, choices, f"override {text:.200}, ")
     if not choices:
         return [text]
@@ -713,7 +713,7 @@ def override(cfg: Any, overrides: Sequence[str]) -> Any:
                 section[name] = {}
             section = section[name]
         group = group_at(parsed.key_or_group, component_keys())
-        choices: dict[str, str] = {}
+        choices: dict[str, str | None] = {}
         if group and isinstance(value, str | list):
             place = parsed.key_or_group.replace(".", "/")
             settings = take_choices(value, place, group, choices, f"override {text:.200}, ")

@@ -40,7 +40,7 @@ def group_at(place: str, groups: Collection[str]) -> str | None:
     return group
 
 
-def take_choices(value: Any, place: str, group: str, choices: dict[str, str], where: str) -> Any:
+def take_choices(value: Any, place: str, group: str, choices: dict[str, str | None], where: str) -> Any:
     """Return the settings in a component's value; the names in it are added to `choices` by their place.
 
     Args:
@@ -104,16 +104,19 @@ def normalize_file(
     Raises:
         UserError: if a component is chosen in both.
     """
-    choices: dict[str, str] = {}
+    choices: dict[str, str | None] = {}
     values: dict[str, Any] = {}
     for key, value in content.items():
-        kept = take_choices(value, key, key, choices, f"{path}, ") if key in groups and value is not None else value
+        if key in groups and value is None:  # a choice as any other: a later file or an override may choose again
+            choices[key] = None
+            continue
+        kept = take_choices(value, key, key, choices, f"{path}, ") if key in groups else value
         if kept != {} or value == {}:
             values[key] = kept
     if "defaults" in values and not base:  # a copy of a shipped config is an overlay too
         entries = [entry for entry in values["defaults"] if not str(entry).endswith("_schema")]
         values["defaults"] = [
-            {f"override /{key}": entry[key] for key in entry}
+            {f"override /{key.lstrip('/')}": entry[key] for key in entry}
             if isinstance(entry, dict) and not any(" " in key for key in entry)
             else entry
             for entry in entries
@@ -122,20 +125,26 @@ def normalize_file(
     return _with_choices(values, {f"override /{place}": name for place, name in choices.items()}, path)
 
 
-def _with_choices(values: dict[str, Any], choices: Mapping[str, str], path: Path) -> dict[str, Any]:
+def _with_choices(values: dict[str, Any], choices: Mapping[str, str | None], path: Path) -> dict[str, Any]:
     if not choices:
         return values
     defaults = values.get("defaults", [])
     listed = {key.split()[-1].lstrip("/"): entry[key] for entry in defaults if isinstance(entry, dict) for key in entry}
     for place, name in choices.items():
         place = place.split()[-1].lstrip("/")
-        if listed.get(place, name) != name:
+        if listed.get(place) not in (None, name):
             raise UserError(
-                f"{path}, key {place.replace('/', '.')}: {name} is chosen here, and {listed[place]} in the defaults "
-                "list. Keep one of them."
+                f"{path}, key {place.replace('/', '.')}: {name or 'null'} is chosen here, and {listed[place]} in the "
+                "defaults list. Keep one of them."
             )
-    entries = [{key: name} for key, name in choices.items() if key.split()[-1].lstrip("/") not in listed]
-    return {**values, "defaults": [*defaults, *entries]}
+    left = {key.split()[-1].lstrip("/"): (key, name) for key, name in choices.items()}
+    entries = [
+        {key: left.pop(key.split()[-1].lstrip("/"), (key, name))[1] for key, name in entry.items()}
+        if isinstance(entry, dict)
+        else entry
+        for entry in defaults
+    ]  # a null in the list gives way to a name among the values, in its place
+    return {**values, "defaults": [*entries, *({key: name} for key, name in left.values())]}
 
 
 # --- presets ------------------------------------------------------------------------------------------------------
@@ -198,7 +207,7 @@ def read_preset(path: Path, place: str, group: str, groups: Collection[str]) -> 
             f"override {place}={path}: {path} {what}. A preset of {group} starts with defaults: [NAME], a component "
             f"or preset of plmtune ls {group}"
         )
-    choices: dict[str, str] = {}
+    choices: dict[str, str | None] = {}
     values = take_choices({k: v for k, v in content.items() if k != "defaults"}, place, group, choices, f"{path}, ")
     base = choices.pop(place, None)
     defaults = [*([base] if base else []), *content.get("defaults", [])]

@@ -102,7 +102,8 @@ def fetch(model: HubModel, *, weights: bool = True) -> Path:
         UserError: if it cannot be had, naming what to do.
     """
     cached = _cached(model, weights)
-    if cached is not None and _COMMIT.fullmatch(model.revision or ""):
+    described = cached is not None and any((cached / n).is_file() for n in ("config.json", "adapter_config.json"))
+    if cached is not None and described and _COMMIT.fullmatch(model.revision or ""):
         return cached
     try:
         import huggingface_hub  # noqa: F401

@@ -16,6 +16,7 @@ from plmtune.plans import Plan, Show, does_not_fit, show_epochs
 from plmtune.runs import find_run
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.determinism import everything_put_back
+from plmtune.training.distributed import told_by_rank_0
 from plmtune.training.estimate import peak_flops
 from plmtune.training.progress import Watch
 from plmtune.training.run_directory import EXIT_STOPPED, RunDirectory, refuse_unusable
@@ -93,7 +94,7 @@ def prepare(
         if runtime.is_main:
             terminal.echo(chosen, err=True)
     if cfg.run_dir and not cfg.resume:
-        refuse_unusable(Path(cfg.run_dir))
+        told_by_rank_0(lambda: refuse_unusable(Path(cfg.run_dir)))  # before it makes the directory
     return preflight(cfg, runtime, show, fetch=fetch)
 
 

@@ -139,7 +139,7 @@ def plan(cfg: Any, runtime: Runtime, kind: Kind, *, fetch: bool = False) -> Plan
             f"Give seq_len={model.max_seq_len} or less."
         )
     if model is not None and not cfg.resume:  # a model or tokenizer that is not init_from's explains what follows
-        start_from(cfg, model, tokenizer, weights=fetch)
+        start_from(cfg, model, tokenizer, weights=False)
     tokens_per_step = cfg.global_batch_size * cfg.seq_len
     trained, optimizer = _trained(cfg, vocab_size, runtime.strategy)
     phases = [resolve_phase(index, phase, tokens_per_step) for index, phase in enumerate(getattr(cfg, "phases", ()))]
@@ -269,7 +269,7 @@ def open_data(planned: Plan, data: Component | None, kinds: tuple[type, ...]) ->
         for phase in planned.phases:
             check_mix(phase, sorted(planned.sources))
     except ValueError as error:
-        raise UserError(f"key phases: {error}.") from error
+        raise UserError(f"key phases: {str(error).rstrip('.')}.") from error
 
 
 def open_template(planned: Plan, name: str | None) -> None:

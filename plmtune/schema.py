@@ -148,7 +148,7 @@ class Pretrain:
     phases: list[Phase] = field(default_factory=list)
     max_grad_norm: Number = 1.0
     log_every: Size = 10
-    num_workers: Count = 0
+    num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
     runtime: Runtime = field(default_factory=Runtime)
     preparation: Preparation = field(default_factory=Preparation)
     validation: Validation = field(default_factory=Validation)
@@ -202,7 +202,7 @@ class Sft:
     phases: list[Phase] = field(default_factory=list)  # instead of epochs
     max_grad_norm: Number = 1.0
     log_every: Size = 10
-    num_workers: Count = 0
+    num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
     chat: Chat = field(default_factory=Chat)
     refinement: Refinement = field(default_factory=Refinement)
     runtime: Runtime = field(default_factory=Runtime)

@@ -16,7 +16,10 @@ def parse_count(value: int | str, key: str) -> int:
     match = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*(?:[eE][0-9]+)?)\s*([KkMmBbTt]?)(?:\s*tokens?)?", str(value).strip())
     if not match or float(match[1]) <= 0:
         raise ValueError(f"{key}: {value!r} is no positive count. Write 5000000, 5M or 1650B.")
-    return round(float(match[1]) * _SCALE[match[2].upper()])
+    count = float(match[1]) * _SCALE[match[2].upper()]
+    if count >= 2**63:
+        raise ValueError(f"{key}: {value!r} is more than 64 bits can count.")
+    return round(count)
 
 
 def show_count(value: float) -> str:

@@ -38,7 +38,12 @@ from plmtune.training.runtime import Runtime
 CONFIG = "dpo"  # conf/dpo.yaml
 KIND = plans.Kind(
     losses={"comparisons": (Preferences,)},
-    measures=("validation_loss", "validation/accuracy", "validation/margin"),
+    measures=(
+        "validation_loss",
+        "validation/accuracy",
+        "validation/margin",
+        r"validation/(given_(rejected|chosen)/)?(h|accuracy|margin|(rewards|log_probs)/(chosen|rejected))",
+    ),
     sequences=2,  # a prompt with two answers
     epochs=1.0,
     rows="pairs",
@@ -212,12 +217,13 @@ class Preference:
                 other.append(model)
             return self._answers(batch, other[0])
 
-        done = 0
+        done, in_place = 0, fresh or of_first
 
         def compute(batch: ComparisonBatch) -> Tensor:
-            nonlocal done
-            if not (done or fresh or of_first):
+            nonlocal done, in_place
+            if not in_place:  # by every rank at its first batch, which may be an empty one
                 self._load_last_round()
+                in_place = True
             with torch.no_grad(), student.unrounded():
                 result = log_probs(batch)
             done += len(batch.index)

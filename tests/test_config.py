@@ -11,6 +11,7 @@ from plmtune import config
 from plmtune.config_errors import as_typed
 from plmtune.errors import UserError
 from plmtune.registry import Component
+from plmtune.shipped import folder
 
 
 def message(name: str = "pretrain", *overrides: str, overlays: tuple[str, ...] = ()) -> str:
@@ -194,6 +195,27 @@ class TestQuoting:
     def test_words_that_the_shell_cut_are_joined(self) -> None:
         assert "'data.paths=[my file.txt]'" in message("pretrain", "data.paths=[my", "file.txt]")
         assert "'sample.prompt=\"Hello world\"'" in message("pretrain", "sample.prompt=Hello", "world")
+
+
+class TestNull:
+    @pytest.mark.parametrize("group", ["peft", "logger", "quantization"])
+    def test_in_a_file_gives_way_to_a_later_choice(self, tmp_path: Path, group: str) -> None:
+        chosen = {"peft": "lora", "logger": "jsonl", "quantization": "int8"}[group]
+        first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+        first.write_text(f"recipe: sft\n{group}: null\n")
+        second.write_text(f"{group}: {chosen}\n")
+        assert getattr(config.compose("sft", [str(first)]), group) is None
+        assert getattr(config.compose("sft", [str(first)], [f"{group}={chosen}"]), group).name == chosen
+        assert getattr(config.compose("sft", [str(first), str(second)]), group).name == chosen
+
+    def test_in_the_defaults_list_of_a_copy_gives_way_to_a_name_below(self, tmp_path: Path) -> None:
+        copy = tmp_path / "mine.yaml"
+        copy.write_text((folder("conf") / "sft.yaml").read_text() + "\npeft: lora\n")
+        assert config.compose(str(copy)).peft.name == "lora"
+
+    def test_a_slash_in_front_of_a_group_changes_nothing(self, tmp_path: Path) -> None:
+        (tmp_path / "mine.yaml").write_text("defaults: [{/model: plm_tiny}]\nrecipe: pretrain\n")
+        assert config.compose(str(tmp_path / "mine.yaml")).model.settings["num_layers"] == 2
 
 
 class TestMistakes:

@@ -80,7 +80,7 @@ def perplexity(
     skip_bad, separator = reading.pop("skip_bad"), reading.pop("separator")
     where = find_device(device)
     try:
-        source = find(files, separator=separator and separator.replace("\\n", "\n").replace("\\t", "\t"), **reading)
+        source = find(files, separator=separator, **reading)
     except (UserError, ValueError) as error:
         raise UserError(f"{str(error).rstrip('.')}. Nothing was measured.") from error
     assert isinstance(source, Files)  # its paths go with its streams

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +199,8 @@ def find_base(directory: Path, base: Path | None = None) -> Path:
             raise UserError(f"{where} names no base_model_name_or_path. Give the base's directory with --base.")
         around = [Path(), directory.resolve(), *directory.resolve().parents]
         found = next((place / named for place in around if (place / named).is_dir()), None)
-        if found is None and (model := hub.parse(named)):
-            found = hub.fetch(replace(model, revision=revision if isinstance(revision, str) else None))
+        if found is None and (model := hub.parse(f"{named}@{revision}" if isinstance(revision, str) else named)):
+            found = hub.fetch(model)
         if found is None:
             raise UserError(f"{where}: the base {named!r:.200} is not a directory here. Give its place with --base.")
         base = found

@@ -129,6 +129,14 @@ class RewardModel:
         check(AT_LEAST_1, batch_size=batch_size)
         self.path, self.batch_size, self.template = path, batch_size, template
 
+    def check(self) -> None:
+        """Find the model, before answers are written for it.
+
+        Raises:
+            UserError: if nothing is there.
+        """
+        checkpoint_directory(self.path, weights=False)
+
     def score(self, items: Sequence[Item]) -> list[float]:
         """Score answers; one that the chat template cannot write, for a special token in its text, counts as empty.
 

@@ -142,12 +142,16 @@ def several(
     Raises:
         ValueError: if there are none, or one holds others itself.
     """
+    _check_several(loggers)
+    return [logger(directory=directory, config=config) for logger in loggers.values()]
+
+
+def _check_several(loggers: Mapping[str, Component]) -> None:
     if not loggers:
         raise ValueError("several needs at least one logger: logger=[tensorboard,wandb]")
     for name, logger in loggers.items():
         if logger.name == "several":
             raise ValueError(f"{name} holds loggers itself: name them in one list")
-    return [logger(directory=directory, config=config) for logger in loggers.values()]
 
 
 def check_installed(chosen: Component | None) -> None:
@@ -158,8 +162,14 @@ def check_installed(chosen: Component | None) -> None:
     """
     if chosen is None:
         return
-    for each in chosen.settings.get("loggers", {}).values():
-        check_installed(each)
+    if chosen.name == "several":
+        held = chosen.settings.get("loggers", {})
+        try:
+            _check_several(held)
+        except ValueError as error:
+            raise UserError(f"key logger: {error}") from error
+        for each in held.values():
+            check_installed(each)
     package = getattr(load("logger", chosen.name), "package", None)
     if package and importlib.util.find_spec(package) is None:
         raise _missing(package)
