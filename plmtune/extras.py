@@ -39,15 +39,20 @@ def missing(module: str, needs: str, otherwise: str = "") -> UserError:
     """
     extra = EXTRAS.get(module)  # None: a package that every installation has
     what = f"{module} (extra {extra})" if extra else module
-    command = install_command(extra) if extra else f"{shlex.quote(sys.executable)} -m pip install {module}"
-    message = f"{needs} needs the package {what}, which is not installed. Install it with: {command}"
+    message = f"{needs} needs the package {what}, which is not installed. Install it with: {install_command(module)}"
     return UserError(f"{otherwise} {message}".lstrip())
 
 
-def install_command(extra: str) -> str:
-    """Return the command that installs an extra for the interpreter in use, into the checkout if there is one."""
-    checkout = _checkout()
-    what = f"-e {shlex.quote(f'{checkout}[{extra}]')}" if checkout else f'"plmtune[{extra}]"'
+def install_command(module: str) -> str:
+    """Return the command that installs a module for the interpreter in use: with its extra, or else by its own name.
+
+    An extra is installed into the checkout, if there is one.
+    """
+    extra, checkout = EXTRAS.get(module), _checkout()
+    if extra is None:
+        what = module
+    else:
+        what = f"-e {shlex.quote(f'{checkout}[{extra}]')}" if checkout else f'"plmtune[{extra}]"'
     return f"{shlex.quote(sys.executable)} -m pip install {what}"
 
 

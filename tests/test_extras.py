@@ -55,15 +55,15 @@ class TestNames:
 
 class TestCommand:
     def test_of_a_checkout_names_the_interpreter_and_the_checkout(self) -> None:
-        assert extras.install_command("hub") == f"{sys.executable} -m pip install -e '{ROOT}[hub]'"
+        assert extras.install_command("datasets") == f"{sys.executable} -m pip install -e '{ROOT}[hub]'"
 
     def test_of_an_installed_package_names_the_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(extras, "_checkout", lambda: None)
-        assert extras.install_command("hub") == f'{sys.executable} -m pip install "plmtune[hub]"'
+        assert extras.install_command("datasets") == f'{sys.executable} -m pip install "plmtune[hub]"'
 
     def test_a_path_with_a_space_is_quoted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(extras, "_checkout", lambda: Path("/my code/plmtune"))
-        assert extras.install_command("hub").endswith("pip install -e '/my code/plmtune[hub]'")
+        assert extras.install_command("datasets").endswith("pip install -e '/my code/plmtune[hub]'")
 
     def test_a_missing_package_is_a_sentence_with_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "wandb", None)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import sys
 
 import torch
 
 from plmtune.errors import UserError
-from plmtune.extras import installed
+from plmtune.extras import install_command, installed
 
 
 def check_compiler(device: torch.device, what: str, otherwise: str) -> None:
@@ -30,8 +29,7 @@ def check_compiler(device: torch.device, what: str, otherwise: str) -> None:
     elif installed("triton"):
         missing = _missing("C", "CC", ("gcc", "clang"))  # Triton compiles what starts its kernels
     else:
-        command = f"{shlex.quote(sys.executable)} -m pip install triton"
-        missing = f"the package triton on a GPU, which is not installed. Install it with: {command}"
+        missing = f"the package triton on a GPU, which is not installed. Install it with: {install_command('triton')}"
     if missing:
         raise UserError(f"{what}: torch.compile needs {missing}. Without one: {otherwise}.")
 
