@@ -94,10 +94,10 @@ def main() -> None:
                 for precision in precisions:
                     run = Path(directory) / f"{size}-{recipe}-{precision}"
                     values = {"size": size, "start": start, "precision": precision, "run": run, "data": directory}
-                    told, peak = measure(recipe, [text.format(**values) for text in (*RECIPES[recipe], *COMMON)])
+                    estimate, peak = measure(recipe, [text.format(**values) for text in (*RECIPES[recipe], *COMMON)])
                     start = run if recipe == "pretrain" else start
                     print(
-                        f"| {size} | {recipe} | {precision} | {told:,.0f} | {peak:,.0f} | {told / peak:.2f} |",
+                        f"| {size} | {recipe} | {precision} | {estimate:,.0f} | {peak:,.0f} | {estimate / peak:.2f} |",
                         flush=True,
                     )
 
