@@ -98,7 +98,7 @@ class Checkpointing:
     keep: Count = 2
     best: Text | None = "validation_loss"  # the checkpoint with the best value of this metric is kept as well
     best_is: Literal["lowest", "highest"] = "lowest"
-    background: bool = True  # write while training goes on; takes a copy of the state in host memory
+    background: bool = True  # write while training continues; takes a copy of the state in host memory
 
 
 @dataclass
@@ -218,7 +218,7 @@ class Sft:
     optimizer: Component | None = None
     scheduler: Component | None = None
     peft: Component | None = None  # null: all weights are trained
-    quantization: Component | None = None  # with qat=true the model learns to bear it
+    quantization: Component | None = None  # with qat=true weights are fake-quantized in training
     logger: Component | None = None
 
     def check(self) -> None:
@@ -311,7 +311,7 @@ class Preference:
     optimizer: Component | None = None
     scheduler: Component | None = None
     peft: Component | None = None  # null: all weights are trained
-    quantization: Component | None = None  # with qat=true the model learns to bear it
+    quantization: Component | None = None  # with qat=true weights are fake-quantized in training
     logger: Component | None = None
 
 

@@ -1,16 +1,18 @@
-"""Commands and code of README.md, docs/*.md and the help texts, and a place in which they can be run.
+"""Commands and code of README.md, CONTRIBUTING.md, docs/*.md and the help texts, and a place to run them in.
 
-A command is a line of a block that begins with ``plmtune`` (or ``.venv/bin/plmtune``, ``torchrun ... -m plmtune``, a
-pipe into it), or an inline code span that does. What such a line leaves to the reader (CHECKPOINT, FOLDER, RUN) is
-replaced by what `make_place` makes.
+A command is a line of a block, or an inline code span, that begins with ``plmtune`` (or ``.venv/bin/plmtune``,
+``torchrun ... -m plmtune``, a pipe into it). What it needs beyond a fresh checkout is said in a comment of its line:
+``# needs: 4 GPUs``, beside an inline span ``<!-- needs: a network -->``. What it leaves to the reader (CHECKPOINT,
+FOLDER) is replaced by what `make_place` makes.
 """
 
 from __future__ import annotations
 
-import io
+import inspect
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,26 +20,24 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-_STARTS = re.compile(r"(?:echo .*\| *)?(?:\.venv/bin/)?plmtune\s|torchrun .*|python benchmarks/")
+_STARTS = re.compile(r"(?:echo .*\| *)?(?:\.venv/bin/)?plmtune\s|torchrun ")
+_NEEDS = re.compile(r"(?:#|<!--) (?:[^#]*; )?needs: ([^#<>]+?)\s*(?:-->.*)?$")
 _SHELL = ("", "bash", "sh", "console")
 
 # What stands for something of the reader's, and what it is in the place. The first that fits a whole word counts.
 PLACEHOLDERS = {
-    r"(CHECKPOINT|RUN|RUN_DIR|EXPORT)": "runs/demo_sft/latest",
-    r"RUN/rounds/01/chains\.jsonl": "runs/demo_aries/latest/rounds/01/chains.jsonl",
-    r"(OTHER|some/model/directory)": "base",
-    r"(DIR|runs/data/[\w-]+)": "prepared",
+    r"CHECKPOINT|RUN": "runs/demo_sft/latest",
+    r"OTHER|some/model/directory": "base",
+    r"DIR": "prepared",
     r"FILE": "book.txt",
-    r"(FOLDER|eval\.data=FOLDER)": "tasks",
-    r"(OUT|merged)": "out_of_merge",
+    r"FOLDER": "tasks",
+    r"OUT": "out_of_merge",
     r"TARGET\.\.\.": "base",
     r"CONFIG": "plm_1.8b",
     r"GROUP": "ffn",
     r"(FILE|SmolLM2-135M-Instruct\.Q4_1)\.gguf": "small.gguf",
-    r"exports/[\w.-]+\.gguf": "exports/export.gguf",
-    r"(evaluations/(base|RESULT|sft)|A)\.json": "results/a.json",
-    r"(evaluations/tuned|B)\.json": "results/b.json",
-    r".*/step-00000500": "base",
+    r"exports/(FILE|demo_sft-[\d-]+-Q8_0)\.gguf": "exports/export.gguf",
+    r"(.*/step-)00000500": r"\g<1>*",
 }
 
 
@@ -49,10 +49,21 @@ class Command:
     line: int
     text: str
     inline: bool = False
+    needs: str | None = None
 
     @property
     def words(self) -> list[str]:
         return shlex.split(re.split(r"\bplmtune\s", self.text + " ", maxsplit=1)[1])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it can be run as it stands: not a mention of a command, of its usage, or of a part of it."""
+        if not self.inline:
+            return "..." not in self.text
+        name = 2 if self.words[0] in ("data", "tokenizer") else 1
+        return (len(self.words) > name or self.words[0] in ("ls", "runs")) and not re.search(
+            r"\.\.\.|(?<![\w-])[A-Z]{2,}\b", " ".join(self.words[name:])
+        )
 
     def __str__(self) -> str:
         return f"{self.page.name}:{self.line}: {self.text}"
@@ -92,17 +103,21 @@ def _blocks(page: Path) -> Iterator[Code]:
 
 
 def _cut(line: str) -> str:
-    """A command without its comment, or the words that stand behind it in a column."""
-    for found in re.finditer(r"\s+#\s|\s{3,}(?=\w)", line):
+    """A command without its comment."""
+    for found in re.finditer(r"\s+#\s", line):
         before = line[: found.start()]
         if before.count("'") % 2 == 0 and before.count('"') % 2 == 0:
             return before.strip()
     return line.strip()
 
 
+def _needs(line: str) -> str | None:
+    found = _NEEDS.search(line)
+    return found[1] if found else None
+
+
 def _optional(text: str) -> str:
-    """``[--dtype bf16]`` is an option that exists; ``[DIR]`` may be left out."""
-    text = re.sub(r"(?<=\s)\[(--[^\]]*)\]", r"\1", text)
+    """``[DIR]`` may be left out."""
     return re.sub(r"\s\[[\w.= -]+\](?=\s|$)", "", text)
 
 
@@ -121,12 +136,11 @@ def commands(page: Path) -> list[Command]:
                 if not whole.endswith("\\"):
                     break
                 whole = whole[:-1].rstrip() + " " + further.strip()
-            text = _optional(_cut(whole))
-            if "plmtune" in text.replace("plmtune/", ""):
-                found.append(Command(page, block.line + index, text))
+            found.append(Command(page, block.line + index, _optional(_cut(whole)), needs=_needs(whole)))
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         if not line.startswith("    "):
-            found += [Command(page, number, _optional(span), True) for span in re.findall(r"`(plmtune [^`]+)`", line)]
+            spans = re.findall(r"`(plmtune [^`]+)`", line)
+            found += [Command(page, number, _optional(span), True, _needs(line)) for span in spans]
     return sorted(found, key=lambda command: command.line)
 
 
@@ -138,7 +152,7 @@ def help_commands() -> list[Command]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             shown = line.strip() == "\\b" or (shown and bool(line.strip()))
             if shown and _STARTS.match(line.strip()):
-                text = re.split(r"\s+then: |, plmtune", _cut(line.strip().replace("\\\\", "\\")))[0]
+                text = re.split(r"\s{2,}(?=\w)|, plmtune", _cut(line.strip().replace("\\\\", "\\")))[0]
                 found.append(Command(path, number, _optional(text)))
     return found
 
@@ -164,8 +178,11 @@ def placed(words: list[str]) -> list[str]:
         if word == "..." or word.endswith("=..."):
             continue
         key, equals, value = word.rpartition("=") if re.fullmatch(r"[\w.]+=[A-Z_/.a-z]+", word) else ("", "", word)
-        known = next((new for pattern, new in PLACEHOLDERS.items() if re.fullmatch(pattern, value)), value)
-        out.append(f"{key}{equals}{known}")
+        for pattern, new in PLACEHOLDERS.items():
+            if found := re.fullmatch(pattern, value):
+                value = found.expand(new)
+                break
+        out.append(f"{key}{equals}{value}")
     return out
 
 
@@ -174,51 +191,53 @@ def own_file(page: Path) -> str:
     for block in _blocks(page):
         if block.language == "yaml" and block.text.startswith("# mine.yaml"):
             return block.text + "\n"
-        if block.language == "yaml" and block.text.startswith("data:"):  # its page says which choice goes with it
-            return f"defaults: [override /data: mix]\n{block.text}\n"
     return "recipe: pretrain\ndata: {paths: [my_text]}\nphases: [{name: main, tokens: 2M}]\n"
 
 
-def make_place(place: Path) -> None:
-    """Make the files that the documents speak of as the reader's own."""
-    import zstandard
+def _write(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
-    sentence = "The path is a file, and the file has the number {}. A stack is a list that is used from one end.\n"
-    for folder in ("my_text", "corpus", "wiki", "evaluations", "results", "exports", "tasks"):
-        (place / folder).mkdir()
-    for index in range(40):
-        text = "".join(sentence.format(index * 40 + line) for line in range(40))
-        (place / "my_text" / f"{index:02}.txt").write_text(text)
-        (place / "corpus" / f"{index:02}.txt").write_text(text)
-    page = "".join(sentence.format(index) for index in range(200))
+
+def make_place(place: Path) -> None:
+    """Make the files that the documents speak of as the reader's own: this repository's text, questions on Python."""
+    import pyarrow
+
+    for folder in ("my_text", "corpus", "wiki", "evaluations", "exports", "tasks", "out"):
+        (place / folder).mkdir(exist_ok=True)
+    pages = [page.read_text(encoding="utf-8") for page in PAGES]
+    for index, text in enumerate(pages):
+        (place / "my_text" / f"{index:02}.txt").write_text(text, encoding="utf-8")
+        (place / "corpus" / f"{index:02}.txt").write_text(text, encoding="utf-8")
     for name in ("book.txt", "notes.txt"):
-        (place / name).write_text(page)
-    contents = [json.dumps({"text": sentence.format(index), "content": page}) for index in range(20)]
-    (place / "rows.jsonl").write_text("\n".join(contents))
+        (place / name).write_text(pages[0], encoding="utf-8")
+    _write(place / "rows.jsonl", [{"text": text, "content": text[:2000]} for text in pages])
     for name in ("dump.jsonl.zst", "wiki/a.jsonl.zst"):
-        (place / name).write_bytes(zstandard.compress("\n".join(contents).encode()))
-    asked = [(f"What has the number {i}?", f"The file of number {i}.\n#### {i}") for i in range(40)]
-    talks, pairs = io.StringIO(), io.StringIO()
-    for question, answer in asked:
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        talks.write(json.dumps({"messages": turns}) + "\n")
-        pairs.write(json.dumps({"prompt": question, "chosen": answer, "rejected": "I do not know."}) + "\n")
-    for name in ("chats.jsonl", "gsm8k_train.jsonl"):
-        (place / name).write_text(talks.getvalue())
-    (place / "pairs.jsonl").write_text(pairs.getvalue())
-    gsm8k = "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in asked)
-    for split in ("train", "test"):
-        (place / "tasks" / f"gsm8k_{split}.jsonl").write_text(gsm8k)
-    task = {
+        with pyarrow.CompressedOutputStream(str(place / name), "zstd") as packed:
+            packed.write((place / "rows.jsonl").read_bytes())
+
+    documented = [(name, inspect.getdoc(getattr(shutil, name)) or "") for name in shutil.__all__]
+    asked = [(f"What does shutil.{name} do?", text.partition("\n\n")[0]) for name, text in documented if text]
+    for name in ("chats.jsonl", "dolly.jsonl"):
+        turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in asked]
+        _write(place / name, [{"messages": messages} for messages in turns])
+    others = [answer for _, answer in asked[1:] + asked[:1]]
+    pairs = [{"prompt": q, "chosen": a, "rejected": b} for (q, a), b in zip(asked, others, strict=True)]
+    _write(place / "pairs.jsonl", pairs)
+    sums: list[dict[str, object]] = [
+        {"question": f"What is {n} plus {n}?", "answer": f"{n} plus {n} is {2 * n}.\n#### {2 * n}"} for n in range(40)
+    ]
+    for name in ("gsm8k_train.jsonl", "tasks/gsm8k_train.jsonl", "tasks/gsm8k_test.jsonl"):
+        _write(place / name, sums)
+    problem = {
         "task_id": "T/0",
         "prompt": "def one():\n",
         "canonical_solution": "    return 1\n",
         "test": "def check(f):\n    assert f() == 1\n",
         "entry_point": "one",
     }
-    (place / "tasks" / "HumanEval.jsonl").write_text("".join(json.dumps(task) + "\n" for _ in range(4)))
-    choices = {"query": "Question: Which is a number?", "choices": ["one", "path", "file", "stack"], "gold": 0}
-    (place / "tasks" / "foundry_arc_easy.jsonl").write_text((json.dumps(choices) + "\n") * 8)
+    _write(place / "tasks" / "HumanEval.jsonl", [problem] * 4)
+    choices = {"query": "Question: Which of these is a number?", "choices": ["one", "path", "file", "stack"], "gold": 0}
+    _write(place / "tasks" / "foundry_arc_easy.jsonl", [choices] * 8)
     (place / "my_map.yaml").write_text("gsm8k:\n  test: tasks/gsm8k_test.jsonl\n  train: tasks/gsm8k_train.jsonl\n")
     (place / "my_parts.py").write_text(
         "from plmtune.modules.feed_forward import SwiGLU\nfrom plmtune.registry import register\n\n\n"

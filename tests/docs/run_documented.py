@@ -1,9 +1,14 @@
-"""Run every command of README.md and docs/ in order, in a fresh directory, as one who has just run the demo.
+"""Run every command of README.md and docs/ in order, in a checkout in which the demo has run.
 
-    python tests/docs/run_documented.py DIRECTORY [PAGE...] [--whole]
+    python tests/docs/run_documented.py DIRECTORY [PAGE...] [--killed]
 
-Before them stand a finished demo run and one that was killed. Runs are shortened by further overrides (--whole: only
-what needs a large machine is). What cannot be run here is listed with its reason; the rest must end with exit code 0.
+DIRECTORY is a checkout after `make demo`; or a new name: the tracked files are then copied there, and a demo run of 4
+steps takes the place of the real one. The script adds the files that the documents call the reader's own. Commands are
+run with further overrides that make them short, which are printed. With --killed a demo run is killed with SIGKILL
+before the first command; otherwise one is killed when the documents first resume a run.
+
+A command must end with exit code 0. What is not run is listed with its reason and counted: what a page marks with
+`needs: ...`, what needs a package that is not installed, what repeats an earlier command, what a page only mentions.
 """
 
 from __future__ import annotations
@@ -12,73 +17,81 @@ import argparse
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import documented
 from documented import Command
 
-# First fit counts: why a command is not run.
-LEFT_OUT = {
-    r"torchrun|plm_1\.8b(?!.*--device)": "needs a large machine",
-    r"model=plm_1\.8b": "needs a large machine",
-    r"run pretrain \.\.\.|run pretrain model=\.\.\.|TARGET\.\.\.": "leaves something out",
-    r"loss=focal": "adds a component first",
-    r"vocab-size 4096|bench --calibrate": "takes minutes",
-    r"--tasks mmlu|--list mmlu|--suite quick": "needs data of the hub",
-    r"EXPORT|--tokenizer DIR|--base DIR": "stands for several forms",
-    r"quantize mine\.yaml": "needs modules by name",
-}  # fmt: skip
-_FEW = "validation={every: 0, tokens: 2000}"
-_TUNE = [_FEW, "seq_len=256", "global_batch_size=4", "micro_batch_size=2"]
-# Four steps of training write nothing that a reward or a rule prefers.
-_ANY = ["reward=null", "selection.rules=[]"]
-# Words that make a command short, added to each that fits.
+_FEW = ["phases=[{name: main, steps: 4}]", "validation={every: 0, tokens: 2000}", "sample.max_new_tokens=4"]
+_ANY = ["seq_len=128", "micro_batch_size=2", "global_batch_size=4", "validation.every=0"]
+_TUNE = [*_ANY, "init_from=runs/demo/latest"]
+# What makes a command short, added to each that fits.
 SHORT = {
-    r"run (-m )?demo( |$)": ["phases=[{name: main, steps: 4}]", _FEW, "sample.max_new_tokens=4"],
+    r"run (-m )?demo( |$)": _FEW,
     r"run demo_sft": ["phases=[{name: main, steps: 4}]", *_TUNE, "sample.max_new_tokens=4"],
     r"run demo_(dpo|aries)": ["epochs=0.02", *_TUNE],
     r"run (demo_)?aries rounds": ["prompts=12", "generation={turns: 2, max_new_tokens: 8}", *_ANY],
     r"run aries rounds": ["rounds=1", *_TUNE],
-    r"run pretrain .*data\.paths": ["model=plm_tiny", "phases=[{name: main, steps: 3}]", *_TUNE],
-    r"run pretrain mine\.yaml optimizer": ["model=plm_tiny", "phases=[{name: main, steps: 3}]", *_TUNE],
+    r"run pretrain .*data\.paths": ["model=plm_tiny", "phases=[{name: main, steps: 3}]", *_ANY],
+    r"run pretrain mine\.yaml optimizer": ["model=plm_tiny", "phases=[{name: main, steps: 3}]", *_ANY],
     r"run sft mine\.yaml": ["phases=[{name: main, steps: 3}]", *_TUNE],
-    r"run (sft|dpo|aries) .*data\.paths": _TUNE,
-    r"init_from=smollm2": ["phases=[{name: main, steps: 1}]", "epochs=null", "seq_len=64"],
+    r"run (sft|dpo|aries) data\.paths": _TUNE,
+    r"init_from=smollm2": ["phases=[{name: main, steps: 1}]", "epochs=null", "seq_len=64", *_ANY[1:]],
     r"eval\.tasks": ["eval.limit=2", "eval.every=0"],
     r"run quantize": ["calibration_tokens=512", "test_tokens=512", "seq_len=128"],
-    r"^eval .*(gsm8k|humaneval)": ["--limit", "2", "--data", "tasks", "--unsafe-code"],
+    r"^eval (?!--list)": ["--limit", "2", "--data", "tasks", "--unsafe-code", "--max-new-tokens", "8"],
     r"^generate|^chat": ["--max-new-tokens", "8"],
-    r"^bench": ["--contexts", "32"],
+    r"^bench(?! --calibrate)": ["--contexts", "32", "--new-tokens", "4"],
 }  # fmt: skip
+_EVALUATE = "plmtune eval {} --tasks arc_easy --limit 4 --data tasks --out made && mv made/*.json evaluations/{}.json"
+# What the reader has by then and the script makes, before the first command that speaks of it.
+BEFORE = {
+    r"evaluations/base\.json": _EVALUATE.format("runs/demo/latest", "base"),
+    r"evaluations/tuned\.json": _EVALUATE.format("runs/demo_sft/latest", "tuned"),
+    r"evaluations/(RESULT|sft)\.json": f"{_EVALUATE.format('runs/demo_sft/latest', 'sft')} && "
+    "cp evaluations/sft.json evaluations/RESULT.json",
+    r"compare A\.json": "cp evaluations/base.json A.json; cp evaluations/tuned.json B.json",
+    r"exports/(FILE|demo_sft-[\d-]+-Q8_0)\.gguf": "cp $(ls -t exports/*Q8_0.gguf | head -1) exports/export.gguf",
+    r"cp \S+ mine.yaml": "rm -f mine.yaml",
+}
 
 
-def shell(command: Command, *, whole: bool) -> str:
-    """The line that is run."""
+def shell(command: Command) -> tuple[str, list[str]]:
+    """The line that is run, and what was added to make it short."""
     words = documented.placed(command.words)
     quoted = " ".join(word if re.fullmatch(r"[\w./-]*\*[\w.]*", word) else shlex.quote(word) for word in words)
     before = command.text.split("|")[0] + "| " if command.text.startswith("echo") else ""
     text = " ".join(words)
-    if not whole:
-        further = [word for pattern, extra in SHORT.items() if re.search(pattern, text) for word in extra]
-        quoted += "".join(f" {shlex.quote(word)}" for word in further)
-    return f"{before}plmtune {quoted}"
+    further = [word for pattern, extra in SHORT.items() if re.search(pattern, text) for word in extra]
+    return f"{before}plmtune {quoted}", list(dict.fromkeys(further))
 
 
 class Place:
-    """A directory, and a shell in it in which ``plmtune`` is this interpreter's."""
+    """A checkout with the reader's files, and a shell in it in which ``plmtune`` is this interpreter's."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
+        self.is_new = not directory.exists()
+        if self.is_new:
+            tracked = subprocess.run(["git", "ls-files", "-z"], cwd=documented.ROOT, capture_output=True, check=True)
+            for name in tracked.stdout.decode().rstrip("\0").split("\0"):
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(documented.ROOT / name, directory / name)
+        elif not (directory / "runs" / "demo" / "latest").exists():
+            raise SystemExit(
+                f"{directory} exists and has no finished demo run: run make demo there, or give a new name."
+            )
         documented.make_place(directory)
-        programs = directory / "programs"
-        programs.mkdir()
-        (programs / "plmtune").write_text(f'#!/bin/sh\nexec {sys.executable} -m plmtune "$@"\n')
-        (programs / "plmtune").chmod(0o755)
+        programs = directory / ".venv" / "bin"
+        if not programs.exists():
+            programs.mkdir(parents=True)
+            (programs / "plmtune").symlink_to(Path(sys.executable).with_name("plmtune"))
         self.environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
 
     def run(self, line: str) -> tuple[int, str]:
@@ -95,6 +108,12 @@ class Place:
         )
         return done.returncode, done.stdout
 
+    def must(self, line: str) -> None:
+        """Run what is no command of a document."""
+        code, output = self.run(line)
+        if code:
+            raise SystemExit(f"{line} ended with {code}:\n{output[-3000:]}")
+
     def kill_a_run(self) -> None:
         """Start the demo and kill it in the middle."""
         line = ["plmtune", "run", "demo", "phases=[{name: main, steps: 30}]", "checkpoint.every=2", "log_every=1"]
@@ -104,33 +123,34 @@ class Place:
                 line, cwd=self.directory, env=self.environment, stdout=file, stderr=file, start_new_session=True
             )
             while process.poll() is None and "step 5/" not in output.read_text().replace("\r", "\n"):
-                time.sleep(0.5)
+                time.sleep(0.2)
+            if process.poll() is not None:
+                raise SystemExit(f"The run to be killed ended by itself:\n{output.read_text()[-3000:]}")
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        print(f"{'made':>8}  a demo run, killed with SIGKILL in training", flush=True)
 
-    def after(self, command: Command) -> None:
-        """Give what a command made the names by which later ones call it."""
-        exported = sorted((self.directory / "exports").glob("*Q8_0.gguf"), key=lambda path: path.stat().st_mtime)
-        link = self.directory / "exports" / "export.gguf"
-        if exported and not link.exists():
-            link.symlink_to(exported[-1].name)
-        results = sorted((self.directory / "evaluations").glob("*.json"))
-        for name, path in zip(("a.json", "b.json"), results, strict=False):
-            (self.directory / "results" / name).write_bytes(path.read_bytes())
+    def prepare(self, *, killed: bool) -> None:
+        """What the reader has before the first command: the demo's run, prepared text, a second model."""
+        if self.is_new:
+            self.must(f"plmtune run demo {shlex.join(_FEW)}")
+        self.must("plmtune data prepare corpus --out made && mv made/* prepared")
+        self.must("cp -r $(ls -d runs/demo/latest/checkpoints/step-* | tail -1) base")
+        if (gguf := _smollm2()) is not None:
+            (self.directory / "small.gguf").symlink_to(gguf)
+        if killed:
+            self.kill_a_run()
 
+    def before(self, command: Command) -> None:
+        """Make what the reader has by now."""
+        for pattern, line in BEFORE.items():
+            if re.search(pattern, command.text):
+                self.must(line)
+        if re.search(r"^resume|resume=true", " ".join(command.words)) and not self.has_unfinished():
+            self.kill_a_run()
 
-def prepare(place: Place) -> None:
-    """What a reader has before the first command: the demo's run, a killed one, prepared text, a second model."""
-    steps = shlex.quote("phases=[{name: main, steps: 4}]")
-    first = f"plmtune run demo {steps} {shlex.quote(_FEW)} sample.max_new_tokens=4"
-    for line in (first, "plmtune data prepare corpus --out made && mv made/* prepared"):
-        code, output = place.run(line)
-        if code:
-            raise SystemExit(f"{line} ended with {code}:\n{output[-3000:]}")
-    place.run("cp -r $(ls -d runs/demo/latest/checkpoints/step-*) base")
-    place.kill_a_run()
-    if (gguf := _smollm2()) is not None:
-        (place.directory / "small.gguf").symlink_to(gguf)
+    def has_unfinished(self) -> bool:
+        return any(word in self.run("plmtune runs")[1] for word in ("killed", "stopped", "failed"))
 
 
 def _smollm2() -> Path | None:
@@ -146,37 +166,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("pages", nargs="*", help="names, such as README.md; default: all")
-    parser.add_argument("--whole", action="store_true", help="do not shorten the runs")
+    parser.add_argument("--killed", action="store_true", help="kill a demo run before the first command")
     options = parser.parse_args()
-    place = Place(options.directory.resolve() / "place")
-    prepare(place)
-    failed, done = [], set()
+    started = time.monotonic()
+    place = Place(options.directory.resolve())
+    place.prepare(killed=options.killed)
+    failed: list[Command] = []
+    done: set[str] = set()
+    left_out: Counter[str] = Counter()
     for page in documented.PAGES:
         if options.pages and page.name not in options.pages:
             continue
         (place.directory / "mine.yaml").write_text(documented.own_file(page))
         for command in documented.commands(page):
-            words = command.words
-            why = next((why for pattern, why in LEFT_OUT.items() if re.search(pattern, command.text)), None)
-            bare = command.inline and len(words) < 3 and words[0] not in ("ls", "runs")
-            if bare or (command.inline and words[:2] == ["cp", "demo"]):
+            line, further = shell(command)
+            why = command.needs and f"needs {command.needs}"
+            if why is None and not command.is_whole:
+                why = "mentioned, not a whole command"
+            if why is None and line in done:
+                why = "repeats an earlier command"
+            if why is None:
+                done.add(line)
+                place.before(command)
+                began = time.monotonic()
+                code, output = place.run(f"{line} {shlex.join(further)}")
+                if code == 2 and "not installed here" in output:
+                    why = "needs a package that is not installed"
+                    done.remove(line)
+            if why is not None:
+                left_out[why] += 1
+                print(f"{'-':>8}  {command} ({why})", flush=True)
                 continue
-            line = shell(command, whole=options.whole)
-            if why or line in done:
-                print(f"{'left out' if why else 'done':>8}  {command}" + (f" ({why})" if why else ""), flush=True)
-                continue
-            done.add(line)
-            began = time.monotonic()
-            code, output = place.run(line)
-            place.after(command)
-            if code == 2 and "not installed here" in output:
-                print(f"left out  {command} (needs an extra)", flush=True)
-                continue
-            print(f"{'ok' if code == 0 else code:>8}  {command} ({time.monotonic() - began:.0f} s)", flush=True)
+            added = f" + {shlex.join(further)}" if further else ""
+            print(f"{'ok' if code == 0 else code:>8}  {command}{added} ({time.monotonic() - began:.0f} s)", flush=True)
             if code:
                 failed.append(command)
-                print(f"          ran: {line}\n" + "\n".join(f"          {row}" for row in output.splitlines()[-12:]))
-    print(f"{len(done)} commands were run, {len(failed)} failed" + "".join(f"\n  {command}" for command in failed))
+                print(
+                    f"          ran: {line} {shlex.join(further)}\n"
+                    + "\n".join(f"          {row}" for row in output.splitlines()[-12:])
+                )
+    print(f"{len(done)} commands were run in {(time.monotonic() - started) / 60:.0f} minutes, {len(failed)} failed")
+    print("".join(f"  {command}\n" for command in failed), end="")
+    print(f"not run: {left_out.total()}" + "".join(f"\n  {count:>3}  {why}" for why, count in left_out.most_common()))
     sys.exit(1 if failed else 0)
 
 
