@@ -1,4 +1,4 @@
-"""Prompts and tokens: ours in bf16, int8 and int4 beside llama.cpp's types, each with its own loop and best settings.
+"""Prompts and tokens: ours in bf16, int8 and int4, inputs rounded or not, beside llama.cpp's types, each with its own loop and best settings.
 
     plmtune convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2
     python benchmarks/llamacpp.py smollm2 plm_100m [--contexts 128,2048] [--threads 1,2] [--rounds 5] [--json F]
@@ -48,6 +48,7 @@ from plmtune.quantization import schemes
 from plmtune.quantization.quantize import quantize
 
 KINDS = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_K_M")
+OURS = ("bf16", "int8", "int4", "int8_dynamic", "int8_dynamic_int4")
 FLASH = {False: "fa off", True: "fa on"}
 # (ours, llama.cpp's); of several the fastest
 RATIOS = (
@@ -56,6 +57,8 @@ RATIOS = (
     ("int8", ("Q8_0",)),
     ("int4", ("Q4_0",)),
     ("int4", ("Q4_0", "Q4_K_M")),
+    ("int8_dynamic", ("Q8_0",)),
+    ("int8_dynamic_int4", ("Q4_0",)),
 )
 Timed = Callable[[list[int], int], Timing]
 
@@ -142,7 +145,7 @@ def variants(
 ) -> dict[str, Timed]:
     """Everything that is compared, of one model's fp32 weights; llama.cpp's names end with their setting."""
     found: dict[str, Timed] = {}
-    for scheme in ("bf16", "int8", "int4"):
+    for scheme in OURS:
         held = copy.deepcopy(model).to(torch.bfloat16)
         if scheme != "bf16":
             quantize(held, getattr(schemes, scheme)(held))
@@ -215,7 +218,7 @@ def show(name: str, threads: int, found: dict[str, dict[str, dict[str, float]]])
             other = best(kinds, what, context)
             cells.append("-" if other is None else f"{found[context][f'ours {form}'][what] / other:.2f}x")
         print(f"| ours {form} / llama.cpp {' or '.join(kinds)} | " + " | ".join(cells) + " |")
-    for form in ("int8", "int4"):
+    for form in OURS[1:]:
         ratios = (found[context][f"ours {form}"][what] / found[context]["ours bf16"][what] for what, context in columns)
         print(f"| ours {form} / ours bf16 | " + " | ".join(f"{ratio:.2f}x" for ratio in ratios) + " |", flush=True)
 

@@ -38,6 +38,13 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Ours fills the cache with a short text, over and over: no time to first token, but no waiting for it.",
 )
+@click.option(
+    "--flash-attention",
+    type=click.Choice(["both", "on", "off"]),
+    default="both",
+    show_default=True,
+    help="Of llama.cpp, for .gguf files; on a CPU it makes prompts faster, and tokens after long ones slower.",
+)
 @click.option("--device", help="Of ours: cpu, cuda, ...; default: cuda where there is one. Files run on the CPU.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures there.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw speeds by context.")
@@ -57,6 +64,7 @@ def bench(
     dtype: str | None,
     sparse: str,
     decode_only: bool,
+    flash_attention: str,
     device: str | None,
     json_path: Path | None,
     plot: Path | None,
@@ -76,6 +84,8 @@ def bench(
     """
     if not targets and calibrate is None:
         raise UserError("There is nothing to measure. Name a checkpoint, a file or model=NAME, or give --calibrate.")
+    if flash_attention != "both" and not any(target.endswith(".gguf") for target in targets):
+        raise UserError("--flash-attention is for .gguf files, and no TARGET is one. Leave it out.")
     lengths = _lengths(contexts)
     outputs = [(json_path, (".json",)), (plot, (".png",)), (calibrate, (".yaml", ".yml"))]
     for path, suffixes in outputs:
@@ -102,18 +112,20 @@ def bench(
     failed: list[str] = []
     for target in targets:
         try:
-            found += measure(
-                target,
-                contexts=lengths,
-                new_tokens=new_tokens,
-                threads=threads,
-                dtype=dtype,
-                sparse=sparse,  # type: ignore[arg-type]
-                read_prompt=not decode_only,
-                bandwidth=bandwidth,
-                device=str(where),
-                say=_say,
-            )
+            for setting in _flash_settings(target, flash_attention):
+                found += measure(
+                    target,
+                    contexts=lengths,
+                    new_tokens=new_tokens,
+                    threads=threads,
+                    dtype=dtype,
+                    sparse=sparse,  # type: ignore[arg-type]
+                    read_prompt=not decode_only,
+                    bandwidth=bandwidth,
+                    device=str(where),
+                    flash_attention=setting,
+                    say=_say,
+                )
         except UserError as error:  # of this target: the others are measured all the same
             failed.append(str(error))
     if found:
@@ -129,6 +141,15 @@ def bench(
             draw(found, plot, f"{machine['device']}, {found[0].threads} threads")
     if failed:
         raise UserError("\n".join([*failed, *([f"Not measured: {len(failed)} of {len(targets)}."] if found else [])]))
+
+
+def _flash_settings(target: str, asked: str) -> tuple[bool | None, ...]:
+    from plmtune.export.runtimes.gguf_facts import read_facts
+
+    if not target.endswith(".gguf") or not Path(target).is_file():
+        return (None,)
+    settings = read_facts(Path(target)).flash_settings()
+    return settings if asked == "both" else (asked == "on",)
 
 
 def _lengths(text: str) -> list[int]:

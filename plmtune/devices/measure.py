@@ -44,7 +44,7 @@ class Measurement:
     Attributes:
         target: what was measured.
         runtime: the program that ran it.
-        weights: how they are stored, such as bf16, int4_g32, Q4_0.
+        weights: how they are stored, such as bf16, int4_g32, Q4_0; behind it llama.cpp's flash attention, where set.
         context: tokens read before the first was written.
         threads: of the CPU.
         first_token: seconds from an empty cache to the first token; None where the prompt was not read.
@@ -82,6 +82,7 @@ def measure(
     read_prompt: bool = True,
     bandwidth: float | None = None,
     device: str | None = None,
+    flash_attention: bool | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Measurement]:
     """Measure a target in a process of its own.
@@ -98,6 +99,7 @@ def measure(
             decode from; other runtimes can only read.
         bandwidth: bytes/s of this machine's memory; None: it is measured.
         device: of ours; None: cuda where there is one, else the CPU.
+        flash_attention: of llama.cpp, for a .gguf file; None: as it chooses.
         say: is told what is done.
 
     Raises:
@@ -116,6 +118,7 @@ def measure(
         "read_prompt": read_prompt,
         "bandwidth": bandwidth,
         "device": device,
+        "flash_attention": flash_attention,
     }
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
@@ -190,6 +193,7 @@ def measure_here(
     read_prompt: bool = True,
     bandwidth: float | None = None,
     device: str | None = None,
+    flash_attention: bool | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Measurement]:
     """What `measure` does, in this process, whose earlier peaks of memory count as well."""
@@ -202,7 +206,7 @@ def measure_here(
     bandwidth = bandwidth or read_bandwidth(place)
     before = psutil.Process().memory_info().rss
     tell(f"{target}: opening")
-    opened = _open(target, max(contexts) + new_tokens, threads, dtype, sparse, place)
+    opened = _open(target, max(contexts) + new_tokens, threads, dtype, sparse, place, flash_attention)
     try:
         fitting = [context for context in contexts if context + new_tokens <= opened.longest]
         if not fitting:
@@ -440,11 +444,13 @@ _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 class _Served(_Opened):
     """A file that another program runs."""
 
-    def __init__(self, path: Path, capacity: int, threads: int) -> None:
+    def __init__(self, path: Path, capacity: int, threads: int, flash_attention: bool | None) -> None:
         from plmtune.export.runtimes import open_runtime
 
         self._held, self._cache_bytes, self.weights = _stored(path)
-        self._opened = open_runtime(path, threads=threads, context=capacity)
+        self._opened = open_runtime(path, threads=threads, context=capacity, flash_attention=flash_attention)
+        if flash_attention is not None:
+            self.weights += f", flash attention {'on' if flash_attention else 'off'}"
         self.runtime, self.longest = self._opened.name, self._opened.context
         self._random = torch.Generator().manual_seed(0)
 
@@ -488,7 +494,15 @@ def _stored(path: Path) -> tuple[int | None, int | None, str]:
     return read, cache or None, next(iter(kinds))
 
 
-def _open(target: str, capacity: int, threads: int, dtype: str | None, sparse: Sparse, device: torch.device) -> _Opened:
+def _open(
+    target: str,
+    capacity: int,
+    threads: int,
+    dtype: str | None,
+    sparse: Sparse,
+    device: torch.device,
+    flash_attention: bool | None,
+) -> _Opened:
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[dtype]
     if target.startswith("model=") and not Path(target).exists():
         return _Ours(_random_model(target, kind or torch.bfloat16, device), capacity, sparse, None)
@@ -501,7 +515,7 @@ def _open(target: str, capacity: int, threads: int, dtype: str | None, sparse: S
             "model of the Hugging Face hub as OWNER/NAME."
         )
     if path.is_file() or _is_for_transformers(path):
-        return _Served(path, capacity, threads)
+        return _Served(path, capacity, threads, flash_attention)
     import plmtune
 
     model, tokenizer = plmtune.load(target, device, kind)

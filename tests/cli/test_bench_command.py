@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 from in_process import run, save_small
 
@@ -45,6 +47,40 @@ class TestBench:
         code, _, err = run(monkeypatch, capsys, *words)
         assert code == 2 and "--overwrite" in err
 
+    @pytest.mark.parametrize(
+        ("architecture", "asked", "settings"),
+        [
+            ("llama", "both", [False, True]),
+            ("llama", "on", [True]),
+            ("plm", "both", [False]),
+        ],
+    )
+    def test_a_gguf_is_measured_with_each_setting_that_runs(
+        self,
+        architecture: str,
+        asked: str,
+        settings: list[bool],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        path, seen = tmp_path / "m.gguf", []
+        writer = gguf.GGUFWriter(path, architecture)
+        writer.add_context_length(64)
+        writer.add_tensor("token_embd.weight", np.zeros((8, 4), dtype=np.float32))
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            write()
+        writer.close()
+
+        def measure(target: str, **given: object) -> list[Measurement]:
+            seen.append(given["flash_attention"])
+            return []
+
+        monkeypatch.setattr(module, "measure", measure)
+        code, _, err = run(monkeypatch, capsys, "bench", path, "--flash-attention", asked)
+        assert code == 0, err
+        assert seen == settings
+
     def test_what_fails_is_said_after_the_others_are_measured(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -62,6 +98,7 @@ class TestBench:
             (("x", "--json", "a.txt"), "must be a .json file"),
             (("x", "--plot", "nowhere/a.png"), "must be a .png file in a folder"),
             (("x", "--device", "tpu:x"), "--device tpu:x"),
+            (("x", "--flash-attention", "on"), "--flash-attention is for .gguf files"),
         ],
     )
     def test_mistakes_are_sentences(

@@ -43,6 +43,10 @@ class Facts:
             return False
         return asked
 
+    def flash_settings(self) -> tuple[bool, ...]:
+        """The settings of flash attention with which llama.cpp can run it."""
+        return (False,) if self.architecture in NO_FLASH_ATTENTION else (False, True)
+
 
 def read_facts(path: Path) -> Facts:
     """Read a file's header.
