@@ -1,4 +1,4 @@
-"""Prompts and tokens: ours in bf16, int8 and int4, inputs rounded or not, beside llama.cpp's types, each with its own loop and best settings.
+"""Prompts and tokens: ours in bf16, int8 and int4 beside llama.cpp's types, each with its own loop and best settings.
 
     plmtune convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2
     python benchmarks/llamacpp.py smollm2 plm_100m [--contexts 128,2048] [--threads 1,2] [--rounds 5] [--json F]
