@@ -39,25 +39,20 @@ ADAPTERS = "adapter_model"  # the stem of the file of tensors
 _PREFIX = "base_model.model."
 _NAMES = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Keys of adapter_config.json that change what the tensors mean, where they are not empty or false.
-_REFUSED = (
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "fan_in_fan_out",
-    "layers_to_transform",
-    "layer_replication",
-    "lora_bias",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
+# Keys of adapter_config.json that are read, and those that do not change what the tensors mean; any other is refused
+# where it is not empty or false.
+_READ = (
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "plmtune", "r", "lora_alpha", "lora_dropout"),
+    *("target_modules", "modules_to_save", "use_dora", "bias", "init_lora_weights"),
 )
+_WITHOUT_EFFECT = (
+    *("auto_mapping", "peft_version", "inference_mode", "exclude_modules", "layers_pattern", "ensure_weight_tying"),
+    *("megatron_config", "megatron_core", "runtime_config", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of `init_lora_weights`
+)
+# The beginnings that leave the base's weights as they are. The others (pissa, olora, corda, loftq, lora_ga) take a part
+# out of them, so that the adapters are of weights that no file holds.
+_PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica")
 _CHUNK_BYTES = 1 << 24
 _MAX_DEPTH = 16
 
@@ -230,9 +225,16 @@ def load_adapter(model: Decoder, directory: Path) -> None:
     config = read_json(directory, ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise UserError(f"{where}: peft_type must be LORA and bias none; nothing else can be read.")
-    unknown = next((key for key in _REFUSED if config.get(key)), None)
+    unknown = next((key for key in config if config[key] and key not in _READ + _WITHOUT_EFFECT), None)
     if unknown is not None:
         raise UserError(f"{where}: {unknown} ({config[unknown]!r:.80}) is not supported.")
+    beginning = config.get("init_lora_weights")
+    if not (beginning in (True, False, None) or f"{beginning}".lower() in _PLAIN_BEGINNINGS):
+        raise UserError(
+            f"{where}: init_lora_weights is {beginning!r:.80}, with which PEFT may change the base's weights: beside "
+            "the plain base these adapters are another model. Save them with path_initial_model_for_weight_conversion "
+            "of PEFT's save_pretrained, or merge them there and save the whole model."
+        )
     kind = _ours(directory).get("component", "dora" if config.get("use_dora") else "lora")
     if kind not in ("lora", "qlora", "dora"):
         raise UserError(f"{where}, key plmtune.component: {kind!r:.80} is none of lora, qlora, dora.")

@@ -92,6 +92,17 @@ class TestNames:
         assert all(not parameter.any() for parameter in adapter_parameters(model).values())
 
 
+@torch.no_grad()
+def in_peft(tmp_path: Path) -> Tensor:
+    """The logits that PEFT computes."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    logits: Tensor = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(TOKENS).logits
+    return logits
+
+
 class TestPeft:
     @pytest.mark.parametrize("kind", ["lora", "dora"])
     def test_loads_ours_and_we_load_what_it_saves(
@@ -108,6 +119,26 @@ class TestPeft:
             theirs.save_pretrained(tmp_path / "theirs")
             loaded, _ = plmtune.load(tmp_path / "theirs", "cpu")
             close(loaded(TOKENS), model(TOKENS))
+
+    @pytest.mark.parametrize("beginning", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+    def test_reads_as_we_do_what_began_beside_the_plain_base(
+        self, beginning: str | bool | None, taught: Callable[..., Decoder], tmp_path: Path
+    ) -> None:
+        model = taught("lora", "llama", targets=("q_proj", "v_proj", "ffn"))
+        rename(tmp_path / "adapter", str(tmp_path / "base"), init_lora_weights=beginning)
+        close(in_peft(tmp_path), model(TOKENS))
+        loaded, _ = plmtune.load(tmp_path / "adapter", "cpu")
+        close(loaded(TOKENS), model(TOKENS))
+
+    @pytest.mark.parametrize("beginning", ["pissa", "pissa_niter_4", "olora"])
+    def test_makes_another_model_of_what_we_refuse(
+        self, beginning: str, taught: Callable[..., Decoder], tmp_path: Path
+    ) -> None:
+        model = taught("lora", "llama", targets=("q_proj", "v_proj", "ffn"))
+        rename(tmp_path / "adapter", str(tmp_path / "base"), init_lora_weights=beginning)
+        assert (in_peft(tmp_path) - model(TOKENS)).abs().max() > 0.1
+        with pytest.raises(UserError, match=f"init_lora_weights is '{beginning}'"):
+            plmtune.load(tmp_path / "adapter", "cpu")
 
 
 class TestLoad:
@@ -241,12 +272,26 @@ def rename(directory: Path, name: str, **keys: Any) -> None:
 
 
 class TestBadAdapters:
+    def test_a_key_nobody_knows_is_refused_where_it_says_something(
+        self, taught: Callable[..., Decoder], tmp_path: Path
+    ) -> None:
+        taught()
+        rename(tmp_path / "adapter", str(tmp_path / "base"), use_newlora=False, newlora_config=None)
+        adapters.load_model(tmp_path / "adapter")
+        rename(tmp_path / "adapter", str(tmp_path / "base"), use_newlora=True)
+        with pytest.raises(UserError, match=r"use_newlora \(True\) is not supported"):
+            adapters.load_model(tmp_path / "adapter")
+
     @pytest.mark.parametrize(
         ("keys", "message"),
         [
             ({"peft_type": "IA3"}, r"peft_type must be LORA"),
             ({"bias": "all"}, r"bias none"),
             ({"use_rslora": True}, r"use_rslora \(True\) is not supported"),
+            ({"init_lora_weights": "corda"}, r"is 'corda', with which PEFT may change the base's weights"),
+            ({"init_lora_weights": "loftq"}, r"another model. Save them with path_initial_model_for_weight_conversion"),
+            ({"init_lora_weights": "lora_ga"}, r"init_lora_weights is 'lora_ga'"),
+            ({"init_lora_weights": "unheard"}, r"init_lora_weights is 'unheard'"),
             ({"rank_pattern": {"q_proj": 2}}, r"rank_pattern .* is not supported"),
             ({"plmtune": {"component": "adapter"}}, r"'adapter' is none of lora, qlora, dora"),
             ({"plmtune": [1]}, r"key plmtune: must be a table"),
