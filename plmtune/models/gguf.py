@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from plmtune import tensor_files
+from plmtune.atomic import check_room
 from plmtune.data import tokenizer_json
 from plmtune.data.bpe import DIGITS_GPT2_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, Normalization
 from plmtune.data.tokenizers import Tokenizer
@@ -118,9 +119,11 @@ def convert(
         overwrite: replace a model that is there.
 
     Raises:
-        UserError: if the file is damaged or holds what cannot be represented exactly; nothing is left then.
+        UserError: if the file is damaged, holds what cannot be represented exactly, or the disk has no room for what
+            it becomes; nothing is left then.
     """
     with opened_gguf(path) as file, new_directory(directory, overwrite=overwrite) as temporary:
+        check_room(directory, sum(file.kinds().values()) * dtype.itemsize)
         model = _build(file)
         names = _check_tensors(model, file)
         notes = []

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,11 @@ class GGUFFile:
                     "Is the copy complete?"
                 )
             self.tensors[name] = StoredTensor(name, shape, kind, origin + offset, num_bytes)
+        # Tensors that share bytes would let a small file describe a model of any size.
+        placed = sorted(self.tensors.values(), key=lambda tensor: tensor.start)
+        for before, after in pairwise(placed):
+            if after.start < before.start + before.num_bytes:
+                raise UserError(f"{path}: {after.name} begins within {before.name}. Is the file damaged?")
 
     def kinds(self) -> dict[str, int]:
         """How many numbers are of each type, the most first."""

@@ -1,10 +1,12 @@
 """GGUF files: written by the gguf library, read back as the very model and tokenizer they were written from."""
 
 import importlib.util
+import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -415,6 +417,18 @@ class TestBadFiles:
         key = b"tokenizer.ggml.token_type"
         struct.pack_into("<Q", spoiled, whole.index(key) + len(key) + 8, 2**60)
         self.refused(tmp_path / "a.gguf", bytes(spoiled), r"claims to hold 1,152,921,504,606,846,976 values of")
+
+    def test_tensors_that_share_bytes_are_refused(self, whole: bytes, tmp_path: Path) -> None:
+        name = b"blk.1.ffn_up.weight"  # behind it: dimensions, two sizes, type, offset
+        spoiled = bytearray(whole)
+        struct.pack_into("<Q", spoiled, whole.index(name) + len(name) + 4 + 16 + 4, 0)
+        self.refused(tmp_path / "a.gguf", bytes(spoiled), r"begins within")
+
+    def test_a_disk_without_room_is_told_of_before_anything_is_written(
+        self, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+        self.refused(tmp_path / "a.gguf", whole, r"needs .* and its disk has 1,?000 B left")
 
     @pytest.mark.parametrize("seed", range(40))
     def test_random_damage_to_the_header_is_a_sentence_or_harmless(
