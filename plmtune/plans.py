@@ -314,5 +314,5 @@ def does_not_fit(estimated: Estimate | None) -> str:
         return ""
     return (
         f"this run does not fit here: it needs {show_bytes(estimated.total)}, and {show_bytes(estimated.available)} "
-        "are free. To start it all the same: --force"
+        "are free. To start it anyway: --force"
     )

@@ -177,7 +177,7 @@ def _reopen(cfg: Any, path: Path, data: Mapping[str, str], saved: Mapping[str, A
     if not cfg.other_data:
         refuse_other_data(path, before, data)
     elif changed := changed_data(before, data):
-        log.warning("%s: %s since the run began; going on all the same, as other_data=true says.", path, changed)
+        log.warning("%s: %s since the run began; resuming nevertheless, as other_data=true says.", path, changed)
     own = ("run_dir", "resume", "init_from", "force", "other_data")
     run = RunDirectory.open(
         path,
@@ -231,7 +231,7 @@ def _of_this_job(cfg: Any) -> Path | None:
             attempts = record.get("attempts")
             if isinstance(attempts, list) and attempts and attempts[-1].get("ended_by") == "guard":
                 raise UserError(
-                    f"{path}: its guard ended it, which no restart may undo. To go on: plmtune resume {path}"
+                    f"{path}: its guard ended it, which no restart may undo. To resume: plmtune resume {path}"
                 )
             return path
     return None

@@ -342,7 +342,7 @@ class Preference:
         return True
 
     def _stopped(self, watch: Watch) -> bool:
-        watch.message(f"stopped; go on with: plmtune resume {self.run.path}")
+        watch.message(f"stopped; resume with: plmtune resume {self.run.path}")
         return False
 
     def _writer(self, watch: Watch) -> Write:
@@ -381,7 +381,7 @@ class Preference:
         )
 
     def _introduce(self, watch: Watch) -> None:
-        watch.message(f"run: {self.run.path}" + (f", going on after step {self.step}" if self.step else ""))
+        watch.message(f"run: {self.run.path}" + (f", resuming after step {self.step}" if self.step else ""))
         for line in (*self.runtime.reasons, *self.student.notes, *self.plan.estimate.lines()):
             watch.message(line)
 

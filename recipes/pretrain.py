@@ -196,7 +196,7 @@ class Pretrain:
 
     def _introduce(self, watch: Watch) -> None:
         cfg, runtime = self.cfg, self.runtime
-        watch.message(f"run: {self.run.path}" + (f", going on after step {self.step}" if self.step else ""))
+        watch.message(f"run: {self.run.path}" + (f", resuming after step {self.step}" if self.step else ""))
         kernels = runtime.attention_kernels(self.model, seq_len=cfg.seq_len, segments=cfg.document_mask)
         reasons = [*runtime.reasons, f"attention: {kernels}"]
         if cfg.runtime.deterministic:

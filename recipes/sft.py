@@ -180,7 +180,7 @@ class Sft:
         )
 
     def _introduce(self, watch: Watch) -> None:
-        watch.message(f"run: {self.run.path}" + (f", going on after step {self.step}" if self.step else ""))
+        watch.message(f"run: {self.run.path}" + (f", resuming after step {self.step}" if self.step else ""))
         kernels = self.runtime.attention_kernels(self.model, seq_len=self.cfg.seq_len, segments=True)
         reasons = [*self.runtime.reasons, f"attention: {kernels}"]
         for line in (*reasons, *self.student.notes, *self.plan.estimate.lines(), *self.notes, self.data.describe()):

@@ -25,7 +25,7 @@ from plmtune.errors import UserError, did_you_mean
 # name -> (module, attribute, one line for --help); the module is imported when the command runs.
 COMMANDS = {
     "run": ("plmtune.cli.run", "run", "Run a recipe: plmtune run NAME [FILE.yaml] [key=value ...]"),
-    "resume": ("plmtune.cli.run", "resume", "Go on with a stopped run: plmtune resume RUN_DIR [key=value ...]"),
+    "resume": ("plmtune.cli.run", "resume", "Resume a stopped run: plmtune resume RUN_DIR [key=value ...]"),
     "runs": ("plmtune.cli.runs", "runs", "List runs: status, step, loss and time of each"),
     "checkpoints": ("plmtune.cli.checkpoints", "checkpoints", "List a run's checkpoints, and see that they are whole"),
     "ls": ("plmtune.cli.ls", "ls", "List recipes, configs and groups, or the components of a group"),

@@ -221,7 +221,7 @@ class _Talk:
             self.conversation.instruct(text or None)
         except BadRow as error:
             raise UserError(f"The text of /system {error}. Nothing is changed.") from error
-        _tell("told" if text else "the model is told nothing beforehand", dim=True)
+        _tell("system message set" if text else "no system message", dim=True)
 
     def reset(self, _: str) -> None:
         self.conversation.reset()
@@ -273,7 +273,7 @@ _USAGE = {
     "/reset": "begin a new conversation",
     "/undo": "drop the latest message and its answer",
     "/save FILE": "write the conversation to FILE.jsonl, as data=conversations reads it",
-    "/load FILE": "go on with the first conversation of a file",
+    "/load FILE": "resume the first conversation of a file",
     "/quit": "end, as Ctrl-D and two times Ctrl-C do; one Ctrl-C stops an answer",
     _BLOCK: "begins and ends a message of several lines; so does \\ at the end of each line but the last",
 }

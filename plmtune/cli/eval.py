@@ -142,7 +142,7 @@ def evaluate(
                         tell=tell,
                     )
             except KeyboardInterrupt:
-                tell("interrupted; the same command goes on where this one was")
+                tell("interrupted; the same command resumes it")
                 raise
             measured.append(result)
             tell(f"result: {file}")

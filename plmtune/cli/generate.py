@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("checkpoint")
-@click.option("--prompt", required=True, help="Text to go on from; - reads it from stdin.")
+@click.option("--prompt", required=True, help="Text to continue; - reads it from stdin.")
 @click.option("--chat", is_flag=True, help="The prompt is a user's message; the model answers it.")
 @click.option("--system", help="What the model is told before the message; with --chat.")
 @click.option(

@@ -81,7 +81,7 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
 
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[RUN_DIR] [KEY=VALUE]...")
-@click.option("--other-data", is_flag=True, help="Go on although the data is not what the run began with.")
+@click.option("--other-data", is_flag=True, help="Resume although the data is not what the run began with.")
 @click.option("--recipe", "recipe_path", metavar="FILE.py", help="The recipe file, if the run used your own.")
 @import_option
 def resume(arguments: tuple[str, ...], other_data: bool, recipe_path: str | None) -> None:
@@ -90,8 +90,8 @@ def resume(arguments: tuple[str, ...], other_data: bool, recipe_path: str | None
     Without RUN_DIR, resume the newest run under runs/ that is not finished. Relative paths in its config are those of
     the directory in which it began.
 
-    Keys that change where or how it computes, not what it learns, may be given anew for this time: runtime,
-    micro_batch_size, num_workers, checkpoint, guard, validation, logger, log_every, sample.
+    Keys that change where or how it computes, not what it learns, may be changed for this attempt: runtime,
+    micro_batch_size, num_workers, checkpoint, guard, validation, eval, logger, log_every, sample.
 
     \b
     plmtune resume
@@ -116,7 +116,7 @@ def resume(arguments: tuple[str, ...], other_data: bool, recipe_path: str | None
     words = [str(word) for word in command[2:]] if command[1:2] == ["run"] else []
     used = next((word for word in words if word.endswith(".py") and "=" not in word), None)
     if used and not recipe_path:
-        raise UserError(f"{run_dir} ran the recipe {used}. Go on with it: plmtune resume {run_dir} --recipe {used}")
+        raise UserError(f"{run_dir} ran the recipe {used}. Resume it: plmtune resume {run_dir} --recipe {used}")
 
     from plmtune.config import load_config, override
     from plmtune.identity import refuse_other_config

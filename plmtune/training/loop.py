@@ -108,7 +108,7 @@ def train(
 
 
 def _say_stopped(recipe: Recipe, watch: Watch) -> None:
-    watch.message(f"stopped after step {recipe.step}; go on with: plmtune resume {recipe.run.path}")
+    watch.message(f"stopped after step {recipe.step}; resume with: plmtune resume {recipe.run.path}")
 
 
 def update(recipe: Recipe, batches: Sequence[Any], count: float, loss: Callable[[Any], Tensor]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class Watch:
             reason = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
             if not self.failure:
                 self.failure = (
-                    f"{name} cannot be written: {reason}. The run has saved its state; mend this, then go on with: "
+                    f"{name} cannot be written: {reason}. The run has saved its state; fix this, then resume with: "
                     f"plmtune resume {self._run.path}"
                 )
                 self.message(f"{name} cannot be written: {reason}. Finishing the step and saving.")

@@ -131,9 +131,7 @@ def refuse_unusable(path: Path) -> None:
         UserError: if it holds a run, or cannot be written.
     """
     if (path / CONFIG).exists():
-        raise UserError(
-            f"{path} already holds a run. Go on with it (plmtune resume {path}), or choose another directory."
-        )
+        raise UserError(f"{path} already holds a run. Resume it (plmtune resume {path}), or choose another directory.")
     if any((path / "checkpoints").glob("step-*")):
         raise UserError(f"{path} holds checkpoints of a run without its {CONFIG}. Choose another directory.")
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())

@@ -114,7 +114,7 @@ class TestFourProcesses:
         shutil.copytree(place / "four", place / "alone")
         done = plmtune("resume", "four", *two, processes=2)
         assert done.returncode == 0, done.stderr
-        assert "going on after step 6" in done.stderr
+        assert "resuming after step 6" in done.stderr
         close(metrics(place / "one"), metrics(place / "four"))
         start("run_dir=alone", "resume=true")
         close(metrics(place / "one"), metrics(place / "alone"))
@@ -148,7 +148,7 @@ class TestADeadRank:
             rank(job, 1).send_signal(signal.SIGKILL)
             code, said = end(place, job)
         assert code == 0, said
-        assert "going on after step" in said
+        assert "resuming after step" in said
         assert weights(place / "cut") == weights(place / "whole")
         assert metrics(place / "cut") == metrics(place / "whole")
 
