@@ -14,14 +14,19 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from plmtune.errors import UserError
 from plmtune.extras import missing
 from plmtune.units import show_bytes
+
+T = TypeVar("T")
 
 # A hub that is there answers in a tenth of this. Without a network the libraries themselves retry for 20 seconds.
 SECONDS = 1.5
@@ -34,6 +39,9 @@ _FILES = (".gguf", ".json", ".yaml", ".yml", ".safetensors", ".bin", ".pt", ".pt
 _FOLDERS = ("runs", "exports", "evaluations", "checkpoints", "conf")
 _SMALL = (".json", ".jinja")
 _INDEX = ".safetensors.index.json"
+# Classes of errors of a network, whichever HTTP library it is: httpx's and the system's, which requests' own extend.
+_OF_NETWORK = {"NetworkError", "TimeoutException", "RemoteProtocolError"}
+_OF_NETWORK |= {"ConnectionError", "Timeout", "TimeoutError", "gaierror"}
 
 
 @dataclass(frozen=True)
@@ -112,12 +120,12 @@ def fetch(model: HubModel, *, weights: bool = True) -> Path:
             return cached
         here = f"{model} is no directory here (seen from {Path.cwd()})."
         raise missing("huggingface_hub", "Fetching it from the Hugging Face hub", here) from None
-    if not reachable():
-        if cached is not None:
-            if not offline():
-                _say(f"{endpoint()} does not answer: {model} is read from the cache, commit {cached.name[:12]}")
-            return cached
-        raise UserError(_absent(model, weights))
+    if why := silence():
+        if cached is None:
+            raise UserError(_absent(model, weights, why))
+        if not offline():
+            _say(_from_cache(model, cached, why))
+        return cached
     return _download(model, weights)
 
 
@@ -131,14 +139,31 @@ def pin(text: str) -> str:
     return text if named is None else f"{named.repository}@{fetch(named, weights=False).name}"
 
 
-def _absent(model: HubModel, weights: bool) -> str:
-    why = "HF_HUB_OFFLINE is set" if offline() else f"{endpoint()} does not answer"
+def is_pin(pinned: Any, text: Any) -> bool:
+    """Whether `pinned` is what `pin` has made of `text`: a commit of a model that `text` names without one."""
+    if not (isinstance(pinned, str) and isinstance(text, str)):
+        return False
+    ours, theirs = parse(pinned), parse(text)
+    return (
+        ours is not None
+        and theirs is not None
+        and ours.repository == theirs.repository
+        and _COMMIT.fullmatch(ours.revision or "") is not None
+        and _COMMIT.fullmatch(theirs.revision or "") is None
+    )
+
+
+def _from_cache(model: HubModel, cached: Path, why: str) -> str:
+    return f"{why}: {model} is read from the cache, commit {cached.name[:12]}"
+
+
+def _absent(model: HubModel, weights: bool, why: str) -> str:
     where = f"{model} is no directory here (seen from {Path.cwd()}), "
     if weights and (small := _cached(model, weights=False)):
         where += f"its copy in the hub's cache ({small}) lacks weights, "
     else:
         where += f"it is not in the hub's cache ({cache()}), "
-    remedy = "Unset it" if offline() else "Connect"
+    remedy = "Unset it" if offline() else "Connect" if "does not answer" in why else "Mend that"
     return f"{where}and {why}. {remedy}, or name a model directory (plmtune convert FILE.gguf DIR makes one)."
 
 
@@ -180,8 +205,20 @@ def _download(model: HubModel, weights: bool) -> Path:
     except UserError:
         raise
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise UserError(f"{model} cannot be fetched from the Hugging Face hub ({reason:.200}). Try again.") from error
+        cached = _cached(model, weights)
+        if cached is not None and (why := _unwell(error)):
+            _say(_from_cache(model, cached, why))
+            return cached
+        raise UserError(f"{model} cannot be fetched from the Hugging Face hub ({_first(error)}). Try again.") from error
+
+
+def _unwell(error: Exception) -> str:
+    """Why the hub could not serve a request that is right: too many of them, its own failure, or the network's."""
+    for one in _causes(error):
+        status = getattr(getattr(one, "response", None), "status_code", 0)
+        if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            return f"{endpoint()} answers {status}"
+    return _in_words(endpoint(), error) if _kinds(error) & _OF_NETWORK else ""
 
 
 def _choose(model: HubModel, sizes: dict[str, int], weights: bool) -> list[str]:
@@ -238,40 +275,84 @@ def offline() -> bool:
     return said.upper() in ("1", "ON", "YES", "TRUE")
 
 
-def reachable() -> bool:
-    """Whether the hub answers within SECONDS; it is asked once a process."""
-    return not offline() and _answers(endpoint())
+def silence() -> str:
+    """Return why the hub is not asked, or does not answer within SECONDS, as a clause; empty where it answers.
+
+    It is asked once a process.
+    """
+    return "HF_HUB_OFFLINE is set" if offline() else _ask(endpoint())
 
 
 @functools.cache
-def _answers(address: str) -> bool:
+def _ask(address: str) -> str:
     from huggingface_hub.utils import get_session
 
-    answered = threading.Event()
+    said: list[str] = []
 
     def ask() -> None:
-        with contextlib.suppress(Exception):  # whichever HTTP library it is: no answer is no hub
+        try:
             get_session().head(address, timeout=SECONDS)
-            answered.set()
-        finished.set()
+            said.append("")
+        except Exception as error:  # whichever HTTP library it is
+            said.append(_in_words(address, error))
 
     # In a thread: no timeout of an HTTP library covers the search for a name's address.
-    finished = threading.Event()
-    threading.Thread(target=ask, daemon=True).start()
-    finished.wait(SECONDS)
-    return answered.is_set()
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    return said[0] if said else _no_answer(address)
+
+
+def _in_words(address: str, error: Exception) -> str:
+    """What kept an address from answering. What is set up wrong is named, as no waiting and no other network helps."""
+    kinds = _kinds(error)
+    if "ProxyError" in kinds:
+        return f"the proxy{_proxy(address)} refuses to reach {address} ({_first(error)})"
+    if "SSLError" in kinds:
+        return f"the certificate of {address} is not accepted ({_first(error)}; SSL_CERT_FILE names those that are)"
+    return _no_answer(address) if kinds & _OF_NETWORK else f"{address} cannot be asked ({_first(error)})"
+
+
+def _no_answer(address: str) -> str:
+    proxy = _proxy(address)
+    return f"{address} does not answer" + (f" through the proxy{proxy}" if proxy else "")
+
+
+def _proxy(address: str) -> str:
+    """The proxy that the environment names for an address, without a password that may be in it."""
+    scheme = urlsplit(address).scheme
+    found = urlsplit(getproxies().get(scheme, ""))
+    return f" {found.hostname}:{found.port} ({scheme.upper()}_PROXY)" if found.hostname else ""
+
+
+def _first(error: Exception) -> str:
+    return f"{next(iter(str(error).strip().splitlines()), '') or type(error).__name__:.200}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _kinds(error: Exception) -> set[str]:
+    """Names of the classes of an error and of what caused it."""
+    return {kind.__name__ for one in _causes(error) for kind in type(one).__mro__}
 
 
 @contextlib.contextmanager
 def without_retries() -> Iterator[None]:
-    """Have huggingface_hub and datasets read their caches alone inside, at once, where no hub answers."""
+    """Have huggingface_hub and datasets read their caches alone inside, at once, where no hub answers.
+
+    It changes their settings for the whole process: no generator yields inside, see `drawn`.
+    """
     from huggingface_hub import constants
 
     settings: list[Any] = [constants]
     if config := getattr(sys.modules.get("datasets"), "config", None):
         settings.append(config)
     held = [place.HF_HUB_OFFLINE for place in settings]
-    if any(held) or not reachable():
+    if any(held) or silence():
         for place in settings:
             place.HF_HUB_OFFLINE = True
     try:
@@ -279,6 +360,18 @@ def without_retries() -> Iterator[None]:
     finally:
         for place, value in zip(settings, held, strict=True):
             place.HF_HUB_OFFLINE = value
+
+
+def drawn(rows: Iterable[T]) -> Iterator[T]:
+    """Yield rows, each drawn by itself inside of `without_retries`."""
+    remaining = iter(rows)
+    while True:
+        with without_retries():
+            try:
+                row = next(remaining)
+            except StopIteration:
+                return
+        yield row
 
 
 def _cached(model: HubModel, weights: bool) -> Path | None:

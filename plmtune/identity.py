@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import xxhash
 
+from plmtune import hub
 from plmtune.config import to_plain
 from plmtune.errors import UserError
 from plmtune.registry import Component
@@ -59,6 +60,18 @@ def without_links(value: Any) -> Any:
     return value
 
 
+def take_pins(cfg: Any, saved: Any) -> None:
+    """Let a config that goes on name the commits of the hub's models that its run began with, see `hub.pin`."""
+    for key, (old, new) in differences(saved, cfg).items():
+        if hub.is_pin(old, new):
+            key, _, setting = key.partition(".")
+            if setting:
+                chosen = getattr(cfg, key)
+                setattr(cfg, key, replace(chosen, settings={**chosen.settings, setting: old}))
+            else:
+                setattr(cfg, key, old)
+
+
 def config_digest(cfg: Any) -> str:
     """The xxh3-128 of what decides what a run learns; a checkpoint keeps it, should run.json be lost."""
     fixed = {key: value for key, value in to_plain(cfg).items() if key not in (*_free(cfg), *DATA, "init_from")}
@@ -91,7 +104,7 @@ def refuse_other_config(path: Path, before: Any, now: Any) -> None:
     free = (*_free(now), *(DATA if now.other_data else ()), *left_to_origin(now))
     for key, (old, new) in differences(before, now).items():
         top = key.partition(".")[0]
-        if top not in free and without_links(new) != old:
+        if top not in free and without_links(new) != old and not hub.is_pin(old, new):
             new_run = "start a new run" + (f" from its weights: init_from={path}" if hasattr(now, "init_from") else "")
             way = "give other_data=true (--other-data)" if top in DATA else new_run
             raise UserError(

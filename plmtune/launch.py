@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from plmtune import terminal
 from plmtune.config import build, to_plain
 from plmtune.errors import UserError
-from plmtune.origins import KINDS, choose_origin
+from plmtune.origins import KINDS, choose_origin, pin_names
 from plmtune.plans import Plan, Show, does_not_fit, show_epochs
 from plmtune.runs import find_run
 from plmtune.training.checkpoint import Checkpoints
@@ -89,6 +89,7 @@ def prepare(
         UserError: with what a run would say; a dry run and ``plmtune validate`` say the same.
     """
     find_run(cfg)
+    pin_names(cfg, weights=fetch)
     if cfg.recipe in KINDS and not cfg.resume:
         chosen = choose_origin(cfg, may_be_open=may_be_open)
         if runtime.is_main:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component
 from plmtune.training import manifest
 from plmtune.training.checkpoint import newest_whole, read_document
-from plmtune.training.distributed import told_by_rank_0
+from plmtune.training.distributed import once_a_machine, told_by_rank_0
 from plmtune.training.run_directory import CONFIG, read_record
 
 # What a recipe goes on from where nothing is named: the newest finished run of the first kind that has one.
@@ -52,6 +53,33 @@ def choose_origin(cfg: Any, *, may_be_open: bool = False) -> str:
         path = _portable(found, directory)
         cfg.tokenizer = Component("tokenizer", "file", {"path": path, "pattern": "qwen2"})
     return str(why)
+
+
+def pin_names(cfg: Any, *, weights: bool = False) -> None:
+    """Have a config's tokenizer and reward model name their commits on the hub, whose branches move on.
+
+    What they name is then in the cache of each machine. Every rank calls it.
+
+    Args:
+        weights: fetch also those of a reward model that a round will ask.
+
+    Raises:
+        UserError: see `hub.fetch`.
+    """
+    for group in ("tokenizer", "reward"):
+        chosen: Component | None = getattr(cfg, group, None)
+        if chosen is None or not isinstance(chosen.settings.get("path"), str):
+            continue
+        # Rank 0 looks and tells: on another machine a directory may have that name.
+        pinned = told_by_rank_0(partial(_pinned, chosen.settings["path"]))
+        if pinned:
+            model, whole = hub.HubModel(*pinned.split("@")), group == "reward" and weights and cfg.rounds > 0
+            once_a_machine(partial(hub.fetch, model, weights=whole))
+            setattr(cfg, group, replace(chosen, settings={**chosen.settings, "path": pinned}))
+
+
+def _pinned(path: str) -> str | None:
+    return hub.pin(path) if hub.parse(path) else None
 
 
 def _portable(named: str, directory: Path) -> str:
@@ -167,6 +195,10 @@ def origin_directory(init_from: str, *, weights: bool = True) -> Path:
     Raises:
         UserError: if there is none.
     """
+
+    # A commit of the hub, see `choose_origin`: each machine has a cache of its own.
+    if told_by_rank_0(lambda: bool(hub.parse(init_from))):
+        return once_a_machine(lambda: checkpoint_directory(init_from, weights=weights))
 
     def find() -> tuple[str, str]:
         given = Path(init_from)

@@ -28,6 +28,7 @@ from plmtune.identity import (
     left_to_origin,
     refuse_other_config,
     refuse_other_data,
+    take_pins,
     without_links,
 )
 from plmtune.schema import Preparation
@@ -117,6 +118,7 @@ def find_run(cfg: Any) -> None:
     saved = load_config(Path(found) / CONFIG)
     for key in left_to_origin(cfg):  # what a new run takes over from its origin, this one has taken
         setattr(cfg, key, getattr(saved, key))
+    take_pins(cfg, saved)
 
 
 def open_run(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import ssl
 import sys
 import threading
 import time
@@ -18,11 +19,12 @@ from plmtune.cli import main
 from plmtune.data.tokenizers import Tokenizer, bundled, file
 from plmtune.errors import UserError
 from plmtune.export.run import name_of as export_name
+from plmtune.identity import refuse_other_config, take_pins
 from plmtune.models import adapters
 from plmtune.models.files import checkpoint_directory, name_of
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
-from plmtune.origins import choose_origin, start_from
+from plmtune.origins import choose_origin, origin_directory, pin_names, start_from
 from plmtune.registry import component
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -107,9 +109,9 @@ def _etag(name: str) -> str:
 
 @pytest.fixture(autouse=True)
 def nothing_remembered() -> Iterator[None]:
-    hub._answers.cache_clear()
+    hub._ask.cache_clear()
     yield
-    hub._answers.cache_clear()
+    hub._ask.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +166,7 @@ class TestFetch:
     ) -> None:
         before = checkpoint_directory("o/m")
         served.close()
-        hub._answers.cache_clear()
+        hub._ask.cache_clear()
         if offline:
             monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         assert checkpoint_directory(name) == before
@@ -212,6 +214,64 @@ class TestFetch:
         (tmp_path / "adapters" / "adapter_config.json").write_text(json.dumps(base))
         assert adapters.find_base(tmp_path / "adapters") == checkpoint_directory(f"o/m@{COMMIT}")
         assert adapters._named(checkpoint_directory("o/m")) == base
+
+
+class TestAHubThatIsUnwell:
+    @pytest.mark.parametrize("status", [429, 500, 503])
+    def test_what_was_fetched_is_read_from_the_cache_with_a_notice(
+        self, served: Server, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = checkpoint_directory("o/m")
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        served.refused["o/m"] = status, ""
+        assert checkpoint_directory("o/m") == before
+        said = f"{served.address} answers {status}: o/m is read from the cache, commit {COMMIT[:12]}"
+        assert said in capsys.readouterr().err
+
+    @pytest.mark.parametrize("status", [429, 503])
+    def test_what_was_not_fetched_is_refused_with_its_answer(
+        self, served: Server, status: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        served.refused["o/m"] = status, ""
+        with pytest.raises(UserError, match=rf"o/m cannot be fetched from the Hugging Face hub \(.*{status}"):
+            checkpoint_directory("o/m")
+
+    def test_a_model_that_is_gone_is_not_read_from_the_cache(self, served: Server) -> None:
+        checkpoint_directory("o/m")
+        served.refused["o/m"] = 404, "RepoNotFound"
+        with pytest.raises(UserError, match="nor has the Hugging Face hub a model of that name"):
+            checkpoint_directory("o/m")
+
+    def test_a_certificate_that_is_not_accepted_is_named(self, served: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Session:
+            def head(self, address: str, timeout: float) -> None:
+                raise ConnectionError("failed") from ssl.SSLCertVerificationError("CERTIFICATE_VERIFY_FAILED")
+
+        monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+        with pytest.raises(UserError, match=r"and the certificate of http://.* is not accepted .* Mend that, or name"):
+            checkpoint_directory("o/m")
+
+    def test_a_proxy_that_refuses_or_does_not_answer_is_named_without_its_password(
+        self, served: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class ProxyError(OSError):
+            pass
+
+        class Session:
+            error: Exception = ProxyError("407 Proxy Authentication Required")
+
+            def head(self, address: str, timeout: float) -> None:
+                raise self.error
+
+        monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+        monkeypatch.setenv("http_proxy", "http://me:secret@proxy.example:3128")
+        with pytest.raises(UserError, match=r"the proxy proxy\.example:3128 \(HTTP_PROXY\) refuses .*\(407 Proxy"):
+            checkpoint_directory("o/m")
+        hub._ask.cache_clear()
+        Session.error = ConnectionError("refused")
+        with pytest.raises(UserError, match=r"does not answer through the proxy proxy\.example:3128 \(HTTP_PROXY\)"):
+            checkpoint_directory("o/m")
 
 
 class TestRefusals:
@@ -351,6 +411,40 @@ class TestRuns:
         tokenizer: Tokenizer = file(cfg.tokenizer.settings["path"])
         origin = start_from(cfg, cfg.model(vocab_size=tokenizer.vocab_size), tokenizer)
         assert origin is not None and origin.directory.name == COMMIT
+
+    def test_their_tokenizer_and_reward_model_keep_their_commits_too(self, served: Server) -> None:
+        words = ["tokenizer=file", "tokenizer.path=o/m", "reward=reward_model", "reward.path=o/m", "rounds=1"]
+        cfg = config.compose("dpo", (), words)
+        pin_names(cfg)
+        assert [cfg.tokenizer.settings["path"], cfg.reward.settings["path"]] == [f"o/m@{COMMIT}"] * 2
+        assert not [path for path in served.asked if path.endswith(".safetensors")]
+        pin_names(cfg, weights=True)  # a run begins: the reward model is there before it is asked
+        assert [path for path in served.asked if path.endswith(".safetensors")]
+
+    def test_go_on_with_the_commit_that_they_began_with(self, served: Server, tmp_path: Path) -> None:
+        words = ["tokenizer=file", "tokenizer.path=o/m", "init_from=o/m"]
+        began = config.compose("sft", (), words)
+        pin_names(began)
+        choose_origin(began)
+        served.commit = NEWER
+        again = config.compose("sft", (), words)
+        refuse_other_config(tmp_path, began, again)
+        take_pins(again, began)
+        assert (again.init_from, again.tokenizer) == (f"o/m@{COMMIT}", began.tokenizer)
+        for other in (f"o/m@{NEWER}", "o/n"):
+            again.init_from = other
+            with pytest.raises(UserError, match=f"was started with init_from=o/m@{COMMIT}, not {other}"):
+                refuse_other_config(tmp_path, began, again)
+
+    def test_another_machine_fetches_the_commit_into_its_own_cache(
+        self, served: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cfg = config.compose("sft", (), ["init_from=o/m"])
+        choose_origin(cfg)
+        served.commit = NEWER
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache of another"))
+        directory = origin_directory(cfg.init_from)
+        assert directory.is_relative_to(tmp_path / "cache of another") and directory.name == COMMIT
 
 
 class TestCommands:

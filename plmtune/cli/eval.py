@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -111,6 +112,7 @@ def evaluate(
     from plmtune.evaluation import results
     from plmtune.evaluation.run import Settings, check_shares, evaluate_checkpoint, load_tasks
     from plmtune.models.files import checkpoint_directory
+    from plmtune.training.distributed import once_a_machine, told_by_rank_0
     from plmtune.training.runtime import Runtime
 
     find_device(device)
@@ -118,9 +120,10 @@ def evaluate(
     # Under torchrun each process takes its share of the documents.
     with Runtime.start(device=device or "auto", precision="fp32") as runtime:
         tell = _tell if runtime.is_main else _say_nothing
-        paths = [hub.pin(path) for path in checkpoints] or [str(_newest(tell))]
+        # Rank 0 looks and tells: a branch of the hub, or the newest run, may be another one a moment later.
+        paths = told_by_rank_0(lambda: [hub.pin(path) for path in checkpoints] or [str(_newest(tell))])
         for path in paths:
-            checkpoint_directory(path)  # before the tasks, which may take a while
+            once_a_machine(functools.partial(checkpoint_directory, path))  # before the tasks, which may take a while
             if chat and runtime.is_main:
                 warn_of_pretrained(path)
         loaded, failed = load_tasks(tasks, wanted, settings, tell)

@@ -68,8 +68,8 @@ class Hub(Source):
             with plmtune.hub.without_retries():
                 # data files alone are read: no code of the dataset's own is ever run
                 rows = load_dataset(self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True)
-                for number, row in enumerate(islice(rows, self.limit), 1):
-                    yield f"{self.dataset}, row {number} of {self.split}", row
+            for number, row in enumerate(plmtune.hub.drawn(islice(rows, self.limit)), 1):
+                yield f"{self.dataset}, row {number} of {self.split}", row
         except (UserError, MemoryError):
             raise
         except Exception as error:  # datasets raises its own, requests', fsspec's and plain OSErrors alike
@@ -85,8 +85,8 @@ class Hub(Source):
             try:
                 from huggingface_hub import HfApi
 
-                if not plmtune.hub.reachable():
-                    raise OSError("no network")
+                if why := plmtune.hub.silence():
+                    raise OSError(why)
                 commit = HfApi().dataset_info(self.dataset, revision=self.revision).sha or commit
             except ImportError as error:
                 raise missing("huggingface_hub", "data=hub", "data=files reads files that are here.") from error
@@ -106,9 +106,7 @@ class Hub(Source):
 
 
 def _why(error: Exception) -> str:
-    if plmtune.hub.reachable():
-        return f"{type(error).__name__}: {error}"
-    return "HF_HUB_OFFLINE is set" if plmtune.hub.offline() else f"{plmtune.hub.endpoint()} does not answer"
+    return plmtune.hub.silence() or f"{type(error).__name__}: {error}"
 
 
 @register("data", "hub")

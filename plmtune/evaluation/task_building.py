@@ -9,6 +9,8 @@ import difflib
 import functools
 import inspect
 import re
+import shlex
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -187,15 +189,16 @@ class _Documents:
             return f"{self._where[:1].upper() + self._where[1:]} names no data: add dataset_path, or a map (--data)"
         what = ", ".join(repr(part) for part in (path, name) if part is not None)
         reason = _in_words(error)
-        if isinstance(error, OSError) and not hub.reachable():  # what libraries say of it does not help
-            reason = "the hub does not answer, and this machine's cache has none"
+        if isinstance(error, OSError) and (why := hub.silence()):  # what libraries say of it does not help
+            reason = f"{why}, and this machine's cache has none"
         missing = self._data.absent(self._name) if self._data is not None else []
         near = self._data.nearest(self._name) if self._data is not None else ""
         return (
             (f"{near}\n" if near else "")
             + f"The data of {self._where}, {path}{f' ({name})' if name else ''}, cannot be had: {reason}."
             + (f" The folder of --data has no {' and no '.join(missing)}." if missing else "")
-            + f'\nWhere there is a network, run python -c "import datasets; datasets.load_dataset({what})" and bring '
+            + f"\nWhere there is a network, run {shlex.quote(sys.executable)} -c "
+            f'"import datasets; datasets.load_dataset({what})" and bring '
             "its ~/.cache/huggingface here (HF_HOME says where it is);\nor put the rows into files and name them in a "
             f"map for --data:\n{self.entry()}"
         )

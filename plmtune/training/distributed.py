@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,8 @@ from plmtune.modules.sharding import is_sharded, shard_like
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
+
+T = TypeVar("T")
 
 Strategy = Literal["none", "ddp", "fsdp", "hsdp"]
 
@@ -336,6 +338,27 @@ def told_by_rank_0(decide: Callable[[], Any]) -> Any:
     if failure:
         raise UserError(failure)
     return answer
+
+
+def once_a_machine(do: Callable[[], T]) -> T:
+    """What `do` gives, which fetches: called on one process of each machine, then on the others, which find it there.
+
+    Every rank must call it.
+
+    Raises:
+        UserError: on every rank, if it is raised on one.
+    """
+    first, given = environment()[1] == 0, list[T]()
+    for turn in (True, False):
+        failure = ""
+        try:
+            if first is turn:
+                given.append(do())
+        except UserError as error:
+            failure = str(error)
+        if any_rank(bool(failure)):
+            raise UserError(next(filter(None, gather_texts(failure))))
+    return given[0]
 
 
 def barrier() -> None:

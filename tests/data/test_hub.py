@@ -21,7 +21,7 @@ def datasets(monkeypatch):
             raise FileNotFoundError("Dataset 'no/such' doesn't exist on the Hub")
         return iter([{"text": "one"}, {"text": " "}, {"body": "bad"}, {"text": "two"}])
 
-    monkeypatch.setattr("plmtune.hub.reachable", lambda: True)
+    monkeypatch.setattr("plmtune.hub.silence", lambda: "")
     module = types.ModuleType("datasets")
     module.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
@@ -50,7 +50,7 @@ class TestHub:
         from huggingface_hub import constants
 
         seen = []
-        monkeypatch.setattr("plmtune.hub.reachable", lambda: False)
+        monkeypatch.setattr("plmtune.hub.silence", lambda: "https://huggingface.co does not answer")
         monkeypatch.setattr(
             sys.modules["datasets"], "load_dataset", lambda *_, **__: seen.append(constants.HF_HUB_OFFLINE) or 1 / 0
         )
@@ -59,6 +59,20 @@ class TestHub:
         with pytest.raises(UserError, match=r"version of some/set: https?://.* does not answer"):
             hub("some/set").fingerprint()
         assert (seen, constants.HF_HUB_OFFLINE) == ([True], False)
+
+    def test_between_rows_the_settings_of_the_libraries_are_their_own(self, datasets, monkeypatch):
+        from huggingface_hub import constants
+
+        seen = []
+        monkeypatch.setattr("plmtune.hub.silence", lambda: "https://huggingface.co does not answer")
+        rows = ({"text": f"{seen.append(constants.HF_HUB_OFFLINE)}"} for _ in range(3))
+        monkeypatch.setattr(sys.modules["datasets"], "load_dataset", lambda *_, **__: rows)
+        documents = hub("some/set").documents()
+        next(documents)
+        assert (seen, constants.HF_HUB_OFFLINE) == ([True], False)
+        next(documents)
+        documents.close()
+        assert (seen, constants.HF_HUB_OFFLINE) == ([True, True], False)
 
     def test_without_the_package_it_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
@@ -77,7 +91,7 @@ class TestHub:
 
     def test_the_fingerprint_is_that_of_the_commit(self, monkeypatch):
         commit = "a" * 40
-        monkeypatch.setattr("plmtune.hub.reachable", lambda: True)
+        monkeypatch.setattr("plmtune.hub.silence", lambda: "")
         module = types.ModuleType("huggingface_hub")
         module.HfApi = lambda: types.SimpleNamespace(
             dataset_info=lambda name, revision: types.SimpleNamespace(sha=commit)

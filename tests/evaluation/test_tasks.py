@@ -364,7 +364,7 @@ class TestWithoutData:
     def offline(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         import datasets
 
-        monkeypatch.setattr("plmtune.hub.reachable", lambda: False)
+        monkeypatch.setattr("plmtune.hub.silence", lambda: "https://huggingface.co does not answer")
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
     def test_it_is_said_at_once_how_to_get_them(self, folder: Path) -> None:
@@ -375,7 +375,8 @@ class TestWithoutData:
         with pytest.raises(UserError) as error:
             Tasks(include=folder).load("sums")
         said = str(error.value)
-        assert "nobody/sums (small), cannot be had: the hub does not answer" in said
+        assert "nobody/sums (small), cannot be had: https://huggingface.co does not answer" in said
+        assert f"run {sys.executable} -c" in said
         assert "datasets.load_dataset('nobody/sums', 'small')" in said
         assert said.endswith(
             "sums:\n"

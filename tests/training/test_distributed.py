@@ -105,6 +105,22 @@ def start(strategy: str, precision: str = "fp32") -> Runtime:
     return Runtime.start(device="cpu", strategy=strategy, precision=precision, timeout_minutes=0.5)  # type: ignore[arg-type]
 
 
+def fetch(file: Path, rank: int) -> str:
+    """The ranks that have fetched a file when this one has."""
+
+    def write() -> str:
+        with file.open("a") as opened:
+            opened.write(str(rank))
+        return file.read_text()
+
+    return distributed.once_a_machine(write)
+
+
+def refuse_on_rank_1(rank: int) -> None:
+    if rank == 1:
+        raise UserError("no room on rank 1")
+
+
 def two(directory: Path) -> dict[str, object]:
     torch.compile = lambda function, **_: function  # 8-bit AdamW compiles each step, for seconds
     results: dict[str, object] = {}
@@ -121,6 +137,11 @@ def two(directory: Path) -> dict[str, object]:
         results["texts"] = distributed.gather_texts("é" * (runtime.rank + 1))
         results["told"] = distributed.broadcast_text(f"rank {runtime.rank}")
         results["stop"] = [distributed.any_rank(runtime.rank == 1), distributed.any_rank(False)]
+        results["fetched"], results["refused"] = fetch(directory / "fetched", runtime.rank), ""
+        try:
+            distributed.once_a_machine(lambda: refuse_on_rank_1(runtime.rank))
+        except UserError as error:
+            results["refused"] = str(error)
         results["sum"] = runtime.sum(runtime.rank + 1, torch.tensor(0.5))
         torch.manual_seed(runtime.rank)
         model = runtime.distribute(Toy())
@@ -184,6 +205,12 @@ class TestTwoProcesses:
 
     def test_one_rank_is_enough_to_stop_all(self, results):
         assert results["stop"] == results["rank 1"]["stop"] == [True, False]
+
+    def test_one_process_of_a_machine_fetches_before_the_other_looks(self, results):
+        assert (results["fetched"], results["rank 1"]["fetched"]) == ("0", "01")
+
+    def test_what_one_cannot_fetch_is_refused_on_both(self, results):
+        assert results["refused"] == results["rank 1"]["refused"] == "no room on rank 1"
 
     def test_sums_are_over_ranks(self, results):
         assert results["sum"] == [3.0, 1.0]
