@@ -198,7 +198,7 @@ class Sft:
     seq_len: Size = 512  # tokens a packed row
     global_batch_size: Size = 16  # rows an optimizer step, over all processes
     micro_batch_size: Size = 4  # rows a forward pass, on one process
-    epochs: Epochs | None = None  # passes over the packed rows; default, where there are no phases: 3
+    epochs: Epochs | None = None  # passes over all packed rows of all sources; default, where there are no phases: 3
     phases: list[Phase] = field(default_factory=list)  # instead of epochs
     max_grad_norm: Number = 1.0
     log_every: Size = 10
@@ -229,8 +229,9 @@ class Sft:
         """
         if self.epochs is not None and self.phases:
             raise ValueError(
-                f"epochs: is {self.epochs:g}, and phases says how long to train as well. Give one of them: "
-                "epochs=null, or phases=[]"
+                f"epochs: is {self.epochs:g}, and phases says how long to train as well. Give one of them: phases=[] "
+                "to see every row of every source so often, or epochs=null to draw the sources in the shares of a "
+                "phase's mix"
             )
 
 
@@ -320,7 +321,7 @@ class Sensitivity:
     """What each module loses by being quantized, and a mix of formats from that."""
 
     measure: bool = False
-    budget: Text | None = None  # of the weights: 80M (bytes), or 30% (of what they take in dtype); null: measure only
+    budget: Text | None = None  # of the weights' file: 80M (bytes), or 60% (of it in dtype); null: measure only
     tokens: Size = 2048  # of text that each module's loss is measured on
 
     def check(self) -> None:
@@ -346,7 +347,7 @@ class Sensitivity:
                 return int(share / 100 * whole)
         except ValueError:
             pass
-        raise ValueError(f"budget ({text}) must be bytes (80M), or a share of the weights (30%)")
+        raise ValueError(f"budget ({text}) must be bytes (80M), or a share of the weights (60%)")
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ class Sft:
         phases = plan.phases
         if plan.epochs is not None:
             num_rows = sum(rows.num_rows for rows in examples.train.values())
-            phases = [Phase("main", max(1, math.ceil(plan.epochs * num_rows / cfg.global_batch_size)))]
+            phases = [Phase.over(plan.epochs, num_rows, cfg.global_batch_size)]
             why = "" if cfg.epochs else " (the default; epochs=N or phases=[...] give another budget)"
             self.notes.append(f"{show_epochs(plan.epochs)}{why} of {num_rows:,} rows: {phases[0].steps:,} steps")
         self.num_steps = sum(phase.steps for phase in phases)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
@@ -114,6 +114,15 @@ def make_batch(rows: Sequence[Row]) -> Batch:
     return Batch(tokens, targets, mask, input_pos, num_valid, places if num_valid < targets.numel() else None)
 
 
+def _filled(rows: list[Row], count: int, example: Callable[[], Row]) -> list[Row]:
+    """Return `count` rows, the missing ones without a target that counts."""
+    if len(rows) == count:
+        return rows
+    nothing = example()
+    nothing = replace(nothing, targets=np.full_like(nothing.targets, IGNORE))
+    return [*rows, *[nothing] * (count - len(rows))]
+
+
 class Batches:
     """The training data of one rank, any step at once, and its share of the validation data.
 
@@ -195,8 +204,7 @@ class Batches:
     def _mine(self, step: int) -> list[tuple[str, int]]:
         """Return (source, row) of each of this rank's sequences."""
         sources, windows = self.order.step(step)
-        per_rank = self.order.global_batch_size // self.world_size
-        part = slice(self.rank * per_rank, (self.rank + 1) * per_rank)
+        part = slice(*(rank * len(sources) // self.world_size for rank in (self.rank, self.rank + 1)))
         names = self.order.names
         return [(names[s], w) for s, w in zip(sources[part].tolist(), windows[part].tolist(), strict=True)]
 
@@ -227,8 +235,14 @@ class Batches:
         return xxhash.xxh3_128_hexdigest(names.encode() + rows.tobytes())
 
     def step(self, step: int) -> list[Batch]:
-        """Return this rank's micro-batches of a step, whatever was asked before."""
-        return list(self._batches([self.rows[name].row(index) for name, index in self._mine(step)]))
+        """Return this rank's micro-batches of a step, whatever was asked before.
+
+        Equally many on every rank: of a last step with fewer rows, see `Order.step`, one may count nothing.
+        """
+        rows = [self.rows[name].row(index) for name, index in self._mine(step)]
+        per_rank = -(-len(self.order.step(step)[0]) // self.world_size)
+        example = next(source for source in self.rows.values() if source.num_rows)
+        return list(self._batches(_filled(rows, per_rank, lambda: example.row(0))))
 
     def iterate(self, start: int = 0) -> Generator[tuple[int, list[Batch]], None, None]:
         """Yield (step, micro-batches) from `start` to the end, made ahead by threads if there are any.
@@ -297,12 +311,7 @@ class Batches:
             which = int(np.searchsorted(firsts, index, side="right")) - 1
             return self.held_out[which].row(index - int(firsts[which]))
 
-        rows = [row(index) for index in mine]
-        if len(rows) < per_rank:
-            nothing = row(0)
-            nothing = replace(nothing, targets=np.full_like(nothing.targets, IGNORE))
-            rows += [nothing] * (per_rank - len(rows))
-        yield from self._batches(rows)
+        yield from self._batches(_filled([row(index) for index in mine], per_rank, lambda: row(0)))
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
         for first in range(0, len(rows), self.micro_batch_size):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from plmtune.data.chat_template import ChatTemplate
-from plmtune.data.order import key_of, permute
+from plmtune.data.order import key_of, num_drawn, permute
 from plmtune.data.packing import pack
 from plmtune.data.preferences import Pair
 from plmtune.data.refinement import Refinement
@@ -288,7 +288,7 @@ class PreferenceBatches:
         micro_batch_size: rows a forward; the last of a step may hold fewer.
         seed: of the order.
         rank, world_size: this process's share.
-        epochs: how often each pair is seen; the last step is filled up from the next epoch.
+        epochs: how often each pair is seen; the last step takes what is left.
         steps: their number, instead of `epochs`.
         holdout: share of the pairs kept for validation; pairs with one prompt stay together.
         pad_id: fills up rows.
@@ -344,7 +344,9 @@ class PreferenceBatches:
         self._train = np.array([pair for pair in range(len(self._members)) if pair not in held], dtype=np.int64)
         if not self._train.size:
             raise UserError("There is no preference pair to train on. Give other data, or a longer seq_len")
-        self.num_steps = steps or max(1, math.ceil(epochs * self._train.size / global_batch_size - 1e-9))
+        # Pairs that are drawn, over all steps; the last step takes what is left.
+        self._drawn = steps * global_batch_size if steps else num_drawn(epochs, self._train.size)
+        self.num_steps = -(-self._drawn // global_batch_size)
 
     @property
     def num_pairs(self) -> tuple[int, int]:
@@ -402,12 +404,12 @@ class PreferenceBatches:
     def describe(self) -> str:
         """Return two lines for a person."""
         train, held = self.num_pairs
-        seen = self.num_steps * self.global_batch_size / train
+        seen = self._drawn / train
         each = len(self.comparisons) / len(self._members)
         mean = sum(self._lengths) / len(self._members)
         again = ""
-        if train < self.global_batch_size:
-            often = f"{self.global_batch_size / train:.3g} times"
+        if train < (a_step := min(self.global_batch_size, self._drawn)):
+            often = f"{a_step / train:.3g} times"
             again = f" (fewer pairs than global_batch_size: each is seen {often} in a step)"
         return (
             f"{train:,} pair{_s(train)}, seen {seen:.2f} times, {held:,} held out; "
@@ -420,7 +422,8 @@ class PreferenceBatches:
         """Return the pairs of a step, over all ranks."""
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of {self.num_steps}")
-        drawn = step * self.global_batch_size + np.arange(self.global_batch_size)
+        first = step * self.global_batch_size
+        drawn = np.arange(first, min(first + self.global_batch_size, self._drawn))
         epoch, place = np.divmod(drawn, self._train.size)
         for e in np.unique(epoch).tolist():
             here = epoch == e

@@ -7,6 +7,7 @@ step can be had at once, in constant memory at any size of corpus, and a run goe
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,11 +27,28 @@ _ROUNDS = 8
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of `steps` optimizer steps with one mix of sources; an empty mix weighs them by size."""
+    """A stretch of `steps` optimizer steps with one mix of sources; an empty mix weighs them by size.
+
+    epochs: in place of a mix, every sequence of every source is drawn so often: see `over`.
+    """
 
     name: str
     steps: int
     mix: dict[str, float] = field(default_factory=dict)
+    epochs: float | None = None
+
+    @classmethod
+    def over(cls, epochs: float, num_sequences: int, global_batch_size: int) -> Phase:
+        """Return a run's only phase: `epochs` passes over all its sequences, of which the last step takes the rest.
+
+        The last pass of 2.5 draws half of them.
+        """
+        return cls("main", math.ceil(num_drawn(epochs, num_sequences) / global_batch_size), epochs=epochs)
+
+
+def num_drawn(epochs: float, num_sequences: int) -> int:
+    """Return how many sequences so many passes over `num_sequences` draw."""
+    return max(1, math.ceil(epochs * num_sequences - 1e-9))
 
 
 def key_of(*parts: object) -> int:
@@ -148,17 +166,15 @@ class Order:
         # cost of a call would be most of it.
         self._block = lru_cache(maxsize=16)(self._compute_block)
         self._first_step = [0]
-        self._shares: list[Ints] = []
+        self._shares: list[Ints] = []  # of a block; not asked for where a phase goes by epochs
         # Sequences drawn from each source before each phase: an epoch goes on where the last phase left it.
         self._drawn = [self.skipped]
         for index, phase in enumerate(self.phases):
             if phase.steps < 1:
                 raise ValueError(f"phase {phase.name} has {phase.steps} steps; it needs at least 1")
-            shares = quotas(self._weights(phase))
-            blocks, rest = divmod(phase.steps * global_batch_size, BLOCK)
-            last = np.bincount(self._layout(index, shares, blocks)[0][:rest], minlength=len(self.names))
-            self._shares.append(shares)
-            self._drawn.append(self._drawn[-1] + blocks * shares + last)
+            assert phase.epochs is None or (len(self.phases) == 1 and not phase.mix and not self.skipped.any())
+            self._shares.append(quotas(self._weights(phase)) if phase.epochs is None else self.windows)
+            self._drawn.append(self._drawn[-1] + self._counts(index, self._end(index)))
             self._first_step.append(self._first_step[-1] + phase.steps)
         for name, count, drawn in zip(self.names, self.windows, self.drawn, strict=True):
             if drawn and count < 1:
@@ -177,10 +193,8 @@ class Order:
     def drawn_before(self, step: int) -> dict[str, int]:
         """Return the sequences drawn from each source before a step, with what was skipped."""
         index = min(bisect_right(self._first_step, step) - 1, len(self.phases) - 1)
-        shares = self._shares[index]
-        blocks, rest = divmod((step - self._first_step[index]) * self.global_batch_size, BLOCK)
-        last = np.bincount(self._layout(index, shares, blocks)[0][:rest], minlength=len(self.names))
-        drawn = self._drawn[index] + blocks * shares + last
+        first = min((step - self._first_step[index]) * self.global_batch_size, self._end(index))
+        drawn = self._drawn[index] + self._counts(index, first)
         return {name: int(count) for name, count in zip(self.names, drawn, strict=True)}
 
     def phase_index(self, step: int) -> int:
@@ -191,13 +205,17 @@ class Order:
 
     def shares(self, index: int) -> dict[str, float]:
         """Return the realised share of each source in a phase."""
-        return {name: int(s) / BLOCK for name, s in zip(self.names, self._shares[index], strict=True)}
+        shares = self._shares[index]
+        return {name: int(s) / int(shares.sum()) for name, s in zip(self.names, shares, strict=True)}
 
     def step(self, step: int) -> tuple[Ints, Ints]:
-        """Return the step's sequences as (index into `names`, window), each [global_batch_size]."""
+        """Return the step's sequences as (index into `names`, window), each [global_batch_size].
+
+        The last step of a phase that goes by epochs may have fewer.
+        """
         index = self.phase_index(step)
         first = (step - self._first_step[index]) * self.global_batch_size
-        stop = first + self.global_batch_size
+        stop = min(first + self.global_batch_size, self._end(index))
         sources, windows = [], []
         for block in range(first // BLOCK, (stop - 1) // BLOCK + 1):
             part = slice(max(0, first - block * BLOCK), min(BLOCK, stop - block * BLOCK))
@@ -208,6 +226,8 @@ class Order:
 
     def _compute_block(self, phase: int, block: int) -> tuple[Ints, Ints]:
         """Return the (source, window) of each place of a block."""
+        if self.phases[phase].epochs is not None:
+            return self._shuffled(np.arange(block * BLOCK, (block + 1) * BLOCK))
         shares = self._shares[phase]
         source, before = self._layout(phase, shares, block)
         epoch, window = np.divmod(self._drawn[phase][source] + block * shares[source] + before, self.windows[source])
@@ -215,6 +235,37 @@ class Order:
             here = (source == s) & (epoch == e)
             window[here] = permute(window[here], int(self.windows[s]), key_of(self.seed, self.names[s], e))
         return source, window
+
+    def _shuffled(self, drawn: Ints) -> tuple[Ints, Ints]:
+        """Return the (source, window) of the sequences at places of a phase that goes by epochs.
+
+        Each epoch is a permutation of the windows of all sources, one behind the other. Of one source it is the
+        permutation that a mix draws it in.
+        """
+        firsts = np.cumsum([0, *self.windows])
+        epoch, place = np.divmod(drawn, firsts[-1])
+        for e in np.unique(epoch).tolist():
+            here = epoch == e
+            place[here] = permute(place[here], int(firsts[-1]), key_of(self.seed, *self.names, e))
+        source = np.searchsorted(firsts, place, side="right") - 1
+        return source, place - firsts[source]
+
+    def _end(self, index: int) -> int:
+        """Return the sequences of a phase."""
+        phase = self.phases[index]
+        if phase.epochs is None:
+            return phase.steps * self.global_batch_size
+        return num_drawn(phase.epochs, int(self.windows.sum()))
+
+    def _counts(self, index: int, first: int) -> Ints:
+        """Return how many of a phase's first sequences are of each source."""
+        if self.phases[index].epochs is not None:
+            epochs, rest = divmod(first, int(self.windows.sum()))
+            last = self._shuffled(np.arange(first - rest, first))[0]
+            return epochs * self.windows + np.bincount(last, minlength=len(self.names))
+        blocks, rest = divmod(first, BLOCK)
+        last = self._layout(index, self._shares[index], blocks)[0][:rest]
+        return blocks * self._shares[index] + np.bincount(last, minlength=len(self.names))
 
     def _layout(self, phase: int, shares: Ints, block: int) -> tuple[Ints, Ints]:
         return _layout_of(tuple(shares.tolist()), key_of(self.seed, "block", phase, block))

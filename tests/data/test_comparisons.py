@@ -295,7 +295,13 @@ class TestOrder:
         for step in range(data.num_steps):
             found = sorted(indices(data.step(step)))
             assert found == sorted(i for p in data._pairs(step) for i in range(3 * p, 3 * p + 3))
-            assert sum(batch.num_pairs for batch in data.step(step)) == 5
+        assert [sum(batch.num_pairs for batch in data.step(step)) for step in range(5)] == [5, 5, 5, 5, 3]
+
+    @pytest.mark.parametrize("epochs", [1, 2, 3])
+    def test_each_pair_is_seen_so_often_and_the_last_step_takes_what_is_left(self, epochs):
+        data = batches(epochs=epochs)
+        drawn = [pair for step in range(data.num_steps) for pair in data._pairs(step).tolist()]
+        assert sorted(drawn) == sorted([*range(23)] * epochs)
 
     def test_a_step_is_the_same_whatever_was_asked_before(self):
         data = batches(epochs=2)
@@ -367,8 +373,9 @@ class TestOrder:
         assert batches(steps=7, epochs=epochs).num_steps == 7
 
     def test_a_batch_may_hold_more_pairs_than_there_are(self):
-        data = batches(comparisons(3, (DIRECT,)), global_batch_size=8)
-        assert sorted(indices(data.step(0)))[0] == 0 and len(indices(data.step(0))) == 8
+        data = batches(comparisons(3, (DIRECT,)), global_batch_size=8, epochs=3)
+        assert sorted([*indices(data.step(0)), *indices(data.step(1))]) == sorted([0, 1, 2] * 3)
+        assert sorted(indices(batches(comparisons(3, (DIRECT,)), global_batch_size=8).step(0))) == [0, 1, 2]
 
     def test_places_name_the_rows_of_the_micro_batches_asked_for(self):
         data = batches(comparisons(kinds=(DIRECT, GIVEN_CHOSEN, MISMATCHED)), micro_batch_size=1)
@@ -461,6 +468,6 @@ class TestRefusals:
         text = batches(holdout=0.2, epochs=2).describe()
         assert "18 pairs" in text and "5 held out" in text and "8 steps of 5 pairs" in text
         assert "global_batch_size" not in text
-        text = batches(holdout=0.2, global_batch_size=40).describe()
+        text = batches(holdout=0.2, global_batch_size=40, steps=1).describe()
         assert "18 pairs, seen 2.22 times" in text and text.endswith("\n1 step of 40 pairs (fewer pairs than "
                "global_batch_size: each is seen 2.22 times in a step)")  # fmt: skip

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from plmtune.data.order import BLOCK, Order, Phase, key_of, permute, quotas
+from plmtune.data.order import BLOCK, Order, Phase, key_of, num_drawn, permute, quotas
 
 
 def order(windows, phases, batch=8, seed=1):
@@ -129,6 +129,46 @@ class TestOrder:
     def test_steps_beyond_the_run_are_refused(self):
         with pytest.raises(IndexError, match="step 5 of 5"):
             order({"a": 10}, [Phase("main", 5)]).step(5)
+
+
+def by_epochs(windows, epochs, batch=8, seed=1):
+    return order(windows, [Phase.over(epochs, sum(windows.values()), batch)], batch, seed)
+
+
+class TestEpochs:
+    @pytest.mark.parametrize("seed", range(60))
+    def test_every_row_of_every_source_is_drawn_so_often(self, seed):
+        drawn = np.random.default_rng(seed)
+        sizes = drawn.integers(1, 700, size=drawn.integers(1, 5)).tolist()
+        epochs = float(drawn.choice([drawn.integers(1, 5), drawn.uniform(0.01, 4)]))
+        batch = int(drawn.integers(1, 1500))
+        windows = {f"s{index}": size for index, size in enumerate(sizes)}
+        run = by_epochs(windows, epochs, batch, seed)
+        seen = everything(run)
+        total = sum(sizes)
+        assert len(seen) == num_drawn(epochs, total)
+        assert run.num_steps == -(-len(seen) // batch)
+        every = sorted((name, row) for name, size in windows.items() for row in range(size))
+        for first in range(0, len(seen) // total * total, total):
+            assert sorted(seen[first : first + total]) == every
+        rest = seen[len(seen) // total * total :]
+        assert len(set(rest)) == len(rest)
+        for step in range(0, run.num_steps + 1, max(1, run.num_steps // 3)):
+            names = [name for name, _ in seen[: step * batch]]
+            assert run.drawn_before(step) == {name: names.count(name) for name in windows}
+        assert run.drawn.tolist() == [sum(name == one for name, _ in seen) for one in run.names]
+
+    def test_one_source_is_drawn_in_the_order_of_a_mix(self):
+        assert everything(by_epochs({"a": 40}, 3)) == everything(order({"a": 40}, [Phase("main", 15)]))
+
+    def test_sources_are_shuffled_together(self):
+        names = [name for name, _ in everything(by_epochs({"a": 500, "b": 1500}, 1))]
+        assert all(90 < names[first : first + 500].count("a") < 160 for first in range(0, 2000, 500))
+
+    def test_the_last_step_holds_what_is_left(self):
+        run = by_epochs({"a": 5, "b": 6}, 2)
+        assert [len(run.step(step)[0]) for step in range(run.num_steps)] == [8, 8, 6]
+        assert run.shares(0) == {"a": 5 / 11, "b": 6 / 11}
 
 
 class TestRefused:

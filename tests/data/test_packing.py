@@ -225,7 +225,8 @@ class TestBatches:
         train = {n: PackedRows(conversations(60, 32, seed=s), 64, seed=1) for s, n in enumerate("ab")}
         held_out = {"b": PackedRows(conversations(9, 32, seed=5), 64, seed=1)}
         settings: dict[str, Any] = {"global_batch_size": 4, "micro_batch_size": 2, "seed": 3}
-        return Batches(train, self.PHASES, validation=held_out, **(settings | changes))
+        phases = changes.pop("phases", self.PHASES)
+        return Batches(train, phases, validation=held_out, **(settings | changes))
 
     def test_any_step_comes_as_it_would_from_the_start(self) -> None:
         whole = dict(self.batches().iterate())
@@ -256,6 +257,21 @@ class TestBatches:
         loss = cross_entropy()(counted, model.head_weight, targets)
         assert loss.item() == 0
         loss.backward()
+
+    @pytest.mark.parametrize("world", [1, 2, 4])
+    def test_epochs_train_on_every_target_so_often_whatever_the_number_of_ranks(self, world: int) -> None:
+        targets = sum(int(e.trained[1:].sum()) for seed in (0, 1) for e in conversations(60, 32, seed=seed))
+        num_rows = sum(self.batches().order.windows.tolist())
+        phase = Phase.over(3, num_rows, 16)
+        ranks = [self.batches(phases=(phase,), global_batch_size=16, rank=r, world_size=world) for r in range(world)]
+        assert (3 * num_rows) % 16 % 4  # the last step divides among no ranks
+        count = 0
+        for step in range(phase.steps):
+            parts = [data.step(step) for data in ranks]
+            assert len({len(part) for part in parts}) == 1
+            count += sum(batch.num_valid for part in parts for batch in part)
+        assert count == 3 * targets
+        assert ranks[0].epochs() == {"a": 3.0, "b": 3.0}
 
     def test_places_name_the_conversations_of_each_row(self) -> None:
         data = self.batches()
