@@ -66,6 +66,27 @@ def index(files: Mapping[str, Iterable[str]], sizes: Mapping[str, int]) -> dict[
     }
 
 
+def num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """The size of the file that `write` makes of tensors, which may be on the meta device."""
+    return len(_header(tensors)) + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _ordered(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    # Wide types first, so that each tensor stands at a multiple of its own width.
+    return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in _ordered(tensors):
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write tensors on the host to `path` and bring them to the disk.
 
@@ -75,16 +96,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         OSError: if the file cannot be written; part of it may be there.
     """
-    # Wide types first, so that each tensor stands at a multiple of its own width.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in ordered:
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    parts: list[Any] = [len(text).to_bytes(8, "little") + text, *(_bytes(tensor) for _, tensor in ordered)]
+    parts: list[Any] = [_header(tensors), *(_bytes(tensor) for _, tensor in _ordered(tensors))]
     with ThreadPoolExecutor(1) as pool, path.open("wb") as file:
         # Beside the writing, which waits for the disk: neither holds Python's lock.
         digest = pool.submit(_digest, parts)

@@ -25,12 +25,12 @@ from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_mod
 from plmtune.models.assemble import describe, from_description
 from plmtune.models.files import CONFIG as MODEL_CONFIG
 from plmtune.models.files import checkpoint_directory, read_json
-from plmtune.models.hf import save_model
+from plmtune.models.hf import num_bytes, save_model
+from plmtune.modules.quantized import install
 from plmtune.origins import finished_runs
 from plmtune.quantization import qat, sensitivity
 from plmtune.quantization.calibrate import second_moments
 from plmtune.quantization.quantize import quantize
-from plmtune.quantization.schemes import candidates
 from plmtune.registry import Component
 from plmtune.runs import find_run, open_run
 from plmtune.schema import Quantize as Config
@@ -75,6 +75,11 @@ class Job:
     budget: int | None
     sources: dict[str, Source]
 
+    def size(self) -> str:
+        """What the scheme makes of the model, for a person; a mix for a budget begins with it."""
+        share = _percent(self.bytes_after, self.bytes_before)
+        return f"{len(self.plan)} matrices in integers, {show_bytes(self.bytes_after)} of weights ({share} of before)"
+
 
 def preflight(cfg: Config) -> Job:
     """Check the config and find what it names: all that a run would refuse before it begins.
@@ -88,7 +93,7 @@ def preflight(cfg: Config) -> Job:
     source, dtype = checkpoint_directory(str(cfg.checkpoint), weights=False), _DTYPES[cfg.dtype]
     meta = on_meta(source)
     plan = plan_of(cfg, meta)
-    before, after = num_bytes(meta, {}, dtype), num_bytes(meta, plan, dtype)
+    before, after = file_bytes(on_meta(source), {}, dtype), file_bytes(on_meta(source), plan, dtype)
     seq_len = cfg.seq_len or min(512, meta.max_seq_len)
     if seq_len > meta.max_seq_len:
         raise UserError(f"key seq_len: {seq_len:,} exceeds the model's max_seq_len ({meta.max_seq_len:,}).")
@@ -99,7 +104,9 @@ def preflight(cfg: Config) -> Job:
     if budget is not None and after > budget:
         raise UserError(
             f"key sensitivity.budget: {asked.budget} is {show_bytes(budget)}, and the scheme "
-            f"{cfg_scheme(cfg)['component']} alone takes {show_bytes(after)}. Give more, or a smaller scheme."
+            f"{cfg_scheme(cfg)['component']} takes {show_bytes(after)} ({_percent(after, before)}) without a mix. Give "
+            "at least that, or a smaller scheme"
+            + (" (quantization.embedding=int4_g32)." if cfg_scheme(cfg).get("embedding") == "int8" else ".")
         )
     # A model that was trained for the scheme has learned the ranges that its weights have.
     calibration = 0 if is_trained_for(cfg, source) else cfg.calibration_tokens
@@ -118,7 +125,7 @@ class Quantize:
         self.cfg, self.dtype = cfg, _DTYPES[cfg.dtype]
         self.source = checkpoint_directory(str(cfg.checkpoint))  # with its weights
         self.tokenizer, self.plan = job.tokenizer, job.plan
-        self.bytes_before, self.budget = job.bytes_before, job.budget
+        self.bytes_before, self.bytes_after, self.budget = job.bytes_before, job.bytes_after, job.budget
         self.text = read_text(cfg, job.seq_len, job.calibration_tokens, job.sources, self.tokenizer)
         self.model = load_model(self.source, runtime.device, torch.float32).eval()
         self.run = open_run(cfg, runtime, self.text.fingerprints)
@@ -183,13 +190,14 @@ class Quantize:
 
     def teller(self, what: str) -> Callable[[str, int, int], None]:
         """Say on standard error, every few seconds, how many modules are done; stop there if asked to."""
-        said = time.monotonic()
+        said, told = time.monotonic(), False
 
         def tell(name: str, done: int, total: int) -> None:
-            nonlocal said
+            nonlocal said, told
             self.stop_if_asked()
-            if time.monotonic() - said >= 5:
-                said = time.monotonic()
+            # The last line tells that it is done, where an earlier one told that it was not.
+            if time.monotonic() - said >= 5 or (done == total and told):
+                said, told = time.monotonic(), True
                 echo(f"{done} of {total} modules {what}", err=True)
 
         return tell
@@ -207,20 +215,33 @@ class Quantize:
             second_moments=moments,
             progress=self.teller("measured"),
         )
-        kept = num_bytes(self.model, {}, self.dtype) - sum(one.kept_bytes for one in found)
+        kept = self.bytes_after - sum(one.bytes for one in found)
         if self.budget is None:
             sensitivity.draw(found, path / "sensitivity.png", fixed_bytes=kept)
             echo(f"what each module loses: {path / 'sensitivity.png'}")
             return None
-        rules = sensitivity.propose(found, self.budget - kept)
+        left, size = self.budget - kept, self.budget + 1
+        while size > self.budget:  # the header of a file depends on the mix, by some bytes
+            rules = sensitivity.propose(found, left)
+            mixed = build("quantization", Component("quantization", "mixed", {"rules": rules}), model=self.model)
+            size = file_bytes(on_meta(self.source), mixed, self.dtype)
+            left = max(left - max(size - self.budget, 1), self.bytes_after - kept)
         scheme = {"component": "mixed", "rules": rules, "qat": False}
         sensitivity.draw(found, path / "sensitivity.png", fixed_bytes=kept, rules=rules)
         listed = "".join(f"    {json.dumps(pattern)}: {name}\n" for pattern, name in rules.items())
         mix = f"defaults:\n  - override /quantization: mixed\nquantization:\n  rules:\n{listed}"
         use = f"# Use: plmtune run quantize {path / 'mix.yaml'} checkpoint={self.source}\n"
         (path / "mix.yaml").write_text(use + mix, encoding="utf-8")
-        echo(f"the mix for {show_bytes(self.budget)}: {path / 'mix.yaml'}, drawn in {path / 'sensitivity.png'}")
-        return build("quantization", Component("quantization", "mixed", {"rules": rules}), model=self.model), scheme
+        more = ""
+        if sensitivity.predict(found, rules) < sensitivity.NEGLIGIBLE:
+            more = f"; more bytes would gain less than {sensitivity.NEGLIGIBLE:g} nats a token"
+        wanted, taken = (f"{show_bytes(n)} ({_percent(n, self.bytes_before)})" for n in (self.budget, size))
+        echo(f"the mix for {wanted} takes {taken}{more}: {path / 'mix.yaml'}, drawn in {path / 'sensitivity.png'}")
+        return mixed, scheme
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}"
 
 
 def cfg_scheme(cfg: Config) -> dict[str, Any]:
@@ -289,12 +310,14 @@ def plan_of(cfg: Config, model: Any) -> Any:
     return build("quantization", cfg.quantization, model=model)
 
 
-def num_bytes(model: Any, plan: Any, dtype: torch.dtype) -> int:
-    """Bytes of a model's numbers: those that a plan names in its formats, the others in `dtype`."""
-    whole = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    shapes = candidates(model)
-    stored = sum(format.num_bytes(shapes[name]) for name, format in plan.items())
-    return whole + stored - sum(shapes[name][0] * shapes[name][1] for name in plan) * dtype.itemsize
+def file_bytes(model: Any, plan: Any, dtype: torch.dtype) -> int:
+    """Bytes of a model's files of weights, headers included: what a plan names in its formats, the rest in `dtype`.
+
+    Args:
+        model: on the meta device; it is changed to that.
+    """
+    install(model, plan)
+    return num_bytes(model.to(dtype))
 
 
 def read_text(
@@ -343,7 +366,7 @@ def spread(rows: Tensor, count: int) -> Tensor:
 def lines(report: dict[str, Any], path: Path) -> list[str]:
     """What to say at the end."""
     size, before = report["bytes"], report["bytes_before"]
-    said = [f"{path}: {show_bytes(size)}, {size / before:.0%} of the {show_bytes(before)} in {report['dtype']}"]
+    said = [f"{path}: {show_bytes(size)}, {_percent(size, before)} of the {show_bytes(before)} in {report['dtype']}"]
     if report["loss"] is not None:
         lost = report["loss"] - report["loss_before"]
         perplexities = np.exp([report["loss_before"], report["loss"]])
@@ -361,7 +384,7 @@ def check(cfg: Config) -> str:
     if cfg.checkpoint is None and next(finished_runs(), None) is None:
         return "There is no finished run to quantize; what follows from its model is not checked."
     job = preflight(cfg)
-    return f"{len(job.plan)} matrices in integers, about {show_bytes(job.bytes_after)}."
+    return f"{job.size()}."
 
 
 def main(cfg: Config, *, dry_run: bool = False) -> float | None:
@@ -370,7 +393,7 @@ def main(cfg: Config, *, dry_run: bool = False) -> float | None:
         Runtime.choose(device=cfg.device, strategy="none")
         find_run(cfg)
         job = preflight(cfg)
-        echo(f"{len(job.plan)} matrices in integers, about {show_bytes(job.bytes_after)}")
+        echo(job.size())
         return None
     with Runtime.start(device=cfg.device, seed=0, strategy="none") as runtime:
         find_run(cfg)

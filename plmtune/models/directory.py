@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from plmtune.errors import UserError
+from plmtune.training import manifest
 
 _CONFIG = "config.json"  # as in `models.files`, which imports torch: asked before that, as people wait for it
 
@@ -16,6 +17,8 @@ _CONFIG = "config.json"  # as in `models.files`, which imports torch: asked befo
 @contextmanager
 def new_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a directory beside `directory` to write into, which takes its place at the end; else nothing is left.
+
+    It has a manifest then, by which every reader finds a flipped bit in it.
 
     Args:
         overwrite: a model that is there is replaced. Nothing else ever is.
@@ -32,6 +35,7 @@ def new_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Path]
     temporary.mkdir()
     try:
         yield temporary
+        manifest.seal(temporary, 0, {})
         check_free(directory, overwrite)
         if directory.exists():
             directory.rename(old)

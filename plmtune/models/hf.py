@@ -53,6 +53,7 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_SHARD_BYTES = 5e9  # of a file of weights, as Hugging Face's libraries have it
 _STORED = {torch.int8: "I8", torch.uint8: "U8"}
 _METHOD, _VERSION = "plmtune", 1  # of quantization_config
 SCORE = "score.weight"  # of a reward model, as in transformers' models for sequence classification
@@ -183,12 +184,17 @@ def write_config(config: Mapping[str, Any], dtype: torch.dtype, directory: Path,
     write_json(directory / CONFIG, hf_config(config, dtype, score_head=score_head))
 
 
+def num_bytes(model: Decoder) -> int:
+    """The bytes of the weights' files that `save_model` writes of a model, which may be on the meta device."""
+    return sum(tensor_files.num_bytes(shard) for shard in _split(to_hf(model)[0], _SHARD_BYTES))
+
+
 def save_model(
     model_or_state: Decoder | Mapping[str, Tensor],
     config: Mapping[str, Any] | None,
     directory: str | Path,
     *,
-    max_shard_bytes: float = 5e9,
+    max_shard_bytes: float = _SHARD_BYTES,
 ) -> None:
     """Write weights and config.json into `directory`, each file whole or not at all.
 

@@ -33,6 +33,8 @@ _VERSION = 1  # of the file, and of what its key hashes
 _CHUNK = 512  # tokens whose logits are held at once
 _TOP = 64  # predictions a token by which a divergence is taken; all others count as one
 _FLOOR = 1e-7  # a divergence below it is drawn as it
+# Nats a token that are not worth a byte: a mix that loses no more in all stays as it is, whatever is left to spend.
+NEGLIGIBLE = 1e-4
 # Colours that colour-blind readers tell apart (Okabe and Ito).
 _MIXES, _PROPOSED, _MEASURED = "#0072B2", "#D55E00", "#009E73"
 
@@ -253,7 +255,8 @@ def propose(found: Found, budget: int) -> dict[str, str]:
     """Rules for `mixed` by which the modules measured take at most `budget` bytes, with about the least divergence.
 
     Each module begins in its smallest format, and bytes go where they save most a byte: the multiple-choice knapsack's
-    relaxation, which falls short of the best mix by less than one module's step.
+    relaxation, which falls short of the best mix by less than one module's step. No more are spent than it takes to
+    lose less than `NEGLIGIBLE`.
 
     Args:
         found: what `measure` gave.
@@ -262,8 +265,20 @@ def propose(found: Found, budget: int) -> dict[str, str]:
     Raises:
         ValueError: if even the smallest formats exceed the budget.
     """
-    *_, chosen = _mixes(_options(found), budget)
+    for chosen in _mixes(_options(found), budget):
+        if sum(option.divergence for option in chosen.values()) < NEGLIGIBLE:
+            break
     return _as_rules({name: option.format for name, option in chosen.items()} | dict.fromkeys(found.others, KEEP))
+
+
+def predict(found: Found, rules: Mapping[str, str]) -> float:
+    """The divergence, nats a token, that a mix of `propose` is predicted to have: the sum of its modules'."""
+    return sum(option.divergence for option in _chosen(_options(found), rules).values())
+
+
+def _chosen(options: Mapping[str, list[Option]], rules: Mapping[str, str]) -> dict[str, Option]:
+    formats = {name: [f for pattern, f in rules.items() if fnmatchcase(name, pattern)][-1] for name in options}
+    return {name: next(o for o in held if o.format == formats[name]) for name, held in options.items()}
 
 
 def _options(found: Found) -> dict[str, list[Option]]:
@@ -398,8 +413,7 @@ def _draw_sizes(
         panel.plot(x, y, color=_MIXES, marker="o", markersize=4)
         names.append((label, x, y))
     if rules is not None:
-        formats = {name: [f for pattern, f in rules.items() if fnmatchcase(name, pattern)][-1] for name in options}
-        x, y = place({name: next(o for o in held if o.format == formats[name]) for name, held in options.items()})
+        x, y = place(_chosen(options, rules))
         panel.plot(x, y, color=_PROPOSED, marker="*", markersize=13, linestyle="none", label=f"proposed: {x:.3g} MB")
     for label, (size, perplexity) in measured.items():
         panel.plot(size / 1e6, perplexity, color=_MEASURED, marker="x", markersize=6, linestyle="none")

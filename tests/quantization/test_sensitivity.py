@@ -14,7 +14,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.quantization import sensitivity
 from plmtune.quantization.quantize import quantize
 from plmtune.quantization.schemes import candidates, int4, mixed
-from plmtune.quantization.sensitivity import Found, Sensitivity, draw, loss, measure, propose
+from plmtune.quantization.sensitivity import NEGLIGIBLE, Found, Sensitivity, draw, loss, measure, predict, propose
 
 
 def made_up(*modules: tuple[str, int, float, int, float, int], others: tuple[str, ...] = ()) -> Found:
@@ -162,15 +162,19 @@ class TestPropose:
         found = measure(model, int4(model), IDS)
         sizes = {row.module: {row.format: row.bytes, row.wide_format: row.wide_bytes} for row in found}
         least, most = sum(row.bytes for row in found), sum(row.kept_bytes for row in found)
-        spent = []
+        spent, left = [], []
         for budget in range(least, most, (most - least) // 6):
-            plan = mixed(model, rules=propose(found, budget))
+            rules = propose(found, budget)
+            plan = mixed(model, rules=rules)
+            left.append(predict(found, rules))
             used = sum(
                 sizes[row.module][plan[row.module].name] if row.module in plan else row.kept_bytes for row in found
             )
             assert used <= budget
             spent.append(used)
-        assert spent == sorted(set(spent))
+        # More bytes are spent for less divergence, and none where hardly any is left.
+        enough = next(index for index, divergence in enumerate(left) if divergence < NEGLIGIBLE)
+        assert spent[: enough + 1] == sorted(set(spent)) and left[: enough + 1] == sorted(set(left), reverse=True)
 
 
 class TestDraw:

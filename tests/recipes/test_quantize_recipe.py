@@ -17,6 +17,7 @@ from plmtune.models.hf import save_model
 from plmtune.models.plm import plm
 from plmtune.modules.quantized import Quantized
 from plmtune.quantization import sensitivity
+from plmtune.quantization.schemes import int4
 from plmtune.registry import component
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 80
@@ -86,17 +87,46 @@ class TestSensitivity:
         run("quantization=int4", "sensitivity.budget=52%", "sensitivity.tokens=64")  # which cannot be spent unmeasured
         report = json.loads((folder / "out" / "quantize.json").read_text())
         assert report["scheme"]["component"] == "mixed"
-        assert report["bytes"] - 4096 <= 0.52 * report["bytes_before"]  # the file has a header
+        assert report["bytes"] <= 0.52 * report["bytes_before"]  # of files, with their headers
         assert len(set(report["formats"].values())) > 1
         assert (folder / "out" / "sensitivity.png").stat().st_size > 10_000
         # What it proposes is a config that can be given again.
         again = config.compose("quantize", ["out/mix.yaml"], [])
         assert again.quantization.name == "mixed"
 
+    @pytest.mark.parametrize("share", [26, 26.5])
+    def test_a_file_takes_no_byte_more_than_its_budget(self, folder: Path, share: float) -> None:
+        spent = [f"sensitivity.budget={share}%", "sensitivity.tokens=64", "calibration_tokens=0"]
+        run("quantization=int4", "dtype=fp32", *spent)
+        files = sum(path.stat().st_size for path in (folder / "out").glob("*.safetensors"))
+        whole = quantize.file_bytes(quantize.on_meta(folder / "base"), {}, torch.float32)
+        assert whole == (folder / "base/model.safetensors").stat().st_size
+        assert 0.98 * share / 100 * whole < files <= share / 100 * whole
+
+    def test_no_bytes_are_spent_for_nothing(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        run("quantization=int8", "sensitivity.budget=99%", "sensitivity.tokens=64")
+        report = json.loads((folder / "out" / "quantize.json").read_text())
+        said = capsys.readouterr().out
+        assert report["bytes"] < 0.7 * report["bytes_before"]
+        assert "the mix for" in said and "(99.0%) takes" in said
+        assert "more bytes would gain less than 0.0001 nats a token" in said
+
     def test_a_budget_below_the_smallest_scheme_is_refused_before_anything_is_read(self, folder: Path) -> None:
-        with pytest.raises(UserError, match=r"sensitivity.budget: 5% is .* the scheme int4 alone takes"):
+        with pytest.raises(UserError, match=r"budget: 5% is .* the scheme int4 takes .* \(\d\d\.\d%\) without a mix"):
             run("quantization=int4", "sensitivity.measure=true", "sensitivity.budget=5%")
         assert not (folder / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("preset", "share"), [("plm_demo", 38), ("plm_20m", 31), ("plm_150m", 30), ("plm_1.8b", 30)]
+    )
+    def test_the_least_share_is_what_the_documentation_says(self, preset: str, share: int) -> None:
+        cfg = config.compose("pretrain", (), [f"model={preset}"])
+        sizes = []
+        for plan in (int4, lambda model: {}):
+            with torch.device("meta"):
+                model = config.build("model", cfg.model, vocab_size=bundled().vocab_size)
+            sizes.append(quantize.file_bytes(model, plan(model), torch.bfloat16))
+        assert round(100 * sizes[0] / sizes[1]) == share
 
 
 class TestResuming:
