@@ -141,7 +141,7 @@ def main() -> None:
     if options.steps:
         clean_run(options.overrides, options.steps)
         return
-    with Runtime.start(device="cpu", precision="fp32") as runtime:
+    with Runtime.choose(device="cpu", precision="fp32").start() as runtime:
         compare(config.compose("demo", (), options.overrides), runtime, 10 if options.quick else 100)
 
 

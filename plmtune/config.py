@@ -16,7 +16,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra import main as hydra_main
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -140,30 +140,62 @@ def _store_group(place: str, group: str) -> None:
         _store_option(place, Component(group, name))
 
 
+def _nested(chosen: Component) -> dict[str, Component]:
+    """The keys of a component that hold another one, with the one that is the default."""
+    keys = keys_of(chosen.group, chosen.name)
+    return {name: key.default for name, key in keys.items() if isinstance(key.default, Component)}
+
+
 def _store_option(place: str, chosen: Component) -> None:
-    nested = {k: v.default for k, v in keys_of(chosen.group, chosen.name).items() if isinstance(v.default, Component)}
+    _store_later(_option(chosen), partial(_option_node, chosen), place)
+    for key, default in _nested(chosen).items():
+        _store_group(f"{place}/{key}", default.group)
+        if default.settings:
+            _store_option(f"{place}/{key}", default)
+
+
+def _option_node(chosen: Component) -> DictConfig:
     # The component's own values first, then the nested components' schemas take their places.
-    defaults: list[Any] = ["_self_", *({key: _option(default)} for key, default in nested.items())]
+    defaults: list[Any] = ["_self_", *({key: _option(default)} for key, default in _nested(chosen).items())]
     with_defaults = dataclasses.make_dataclass(
         f"{chosen.group}__{chosen.name}",
         [("defaults", list[Any], dataclasses.field(default_factory=lambda: defaults))],
         bases=(_component_dataclass(chosen.group, chosen.name),),
     )
     try:
-        ConfigStore.instance().store(group=place, name=_option(chosen), node=with_defaults(**chosen.settings))
+        return OmegaConf.structured(with_defaults(**chosen.settings))
     except (TypeError, OmegaConfBaseException) as error:
         raise UserError(f"{chosen.group} {chosen.name}: its signature cannot be a schema ({error}).") from error
-    for key, default in nested.items():
-        _store_group(f"{place}/{key}", default.group)
-        if default.settings:
-            _store_option(f"{place}/{key}", default)
+
+
+def _schema_node(recipe: str) -> DictConfig:
+    return OmegaConf.structured(_plain_dataclass(typing.cast(Hashable, SCHEMAS[recipe])))
+
+
+class _Later(ConfigNode):
+    """A config of Hydra's store that is made when it is asked for: of a hundred, a run takes twenty."""
+
+    def __init__(self, name: str, make: Callable[[], DictConfig], group: str | None) -> None:
+        self.name, self.group, self.package, self.provider = name, group, None, None
+        self.make = make
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "node":
+            raise AttributeError(name)
+        return self.make()
+
+
+def _store_later(name: str, make: Callable[[], DictConfig], group: str | None = None) -> None:
+    place = ConfigStore.instance().repo
+    for folder_name in group.split("/") if group else ():
+        place = place.setdefault(folder_name, {})
+    place[f"{name}.yaml"] = _Later(f"{name}.yaml", make, group)
 
 
 def _store_components() -> None:
     """Fill Hydra's store with the schemas and with every component, those of a user (--import) included."""
-    for recipe, schema in SCHEMAS.items():
-        node = _plain_dataclass(typing.cast(Hashable, schema))
-        ConfigStore.instance().store(name=f"{recipe}_schema", node=node)
+    for recipe in SCHEMAS:
+        _store_later(f"{recipe}_schema", partial(_schema_node, recipe))
     components = frozenset((group, name) for group, table in describe().items() for name in table)
     _store_groups(frozenset(component_keys()), components)
 

@@ -59,7 +59,7 @@ def launch(
     if dry_run:
         _dry_run(cfg, preflight)
         return None
-    with Runtime.start(**_settings(cfg)) as runtime:
+    with Runtime.choose(**_settings(cfg)).start() as runtime:
         planned = prepare(cfg, runtime, preflight, fetch=True)
         if (reason := does_not_fit(planned.estimated)) and not cfg.force:
             raise UserError("\n".join([reason, *planned.lines()]))

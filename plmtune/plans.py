@@ -112,7 +112,6 @@ def show_epochs(epochs: float) -> str:
     return f"{epochs:g} epoch" + ("" if epochs == 1 else "s")
 
 
-@without_dynamo()
 def plan(cfg: Any, runtime: Runtime, kind: Kind, *, fetch: bool = False) -> Plan:
     """Check a config's components, and its numbers against its model and machine; look at no file of data.
 
@@ -141,7 +140,7 @@ def plan(cfg: Any, runtime: Runtime, kind: Kind, *, fetch: bool = False) -> Plan
     if model is not None and not cfg.resume:  # a model or tokenizer that is not init_from's explains what follows
         start_from(cfg, model, tokenizer, weights=False)
     tokens_per_step = cfg.global_batch_size * cfg.seq_len
-    trained, optimizer = _trained(cfg, vocab_size, runtime.strategy)
+    trained, optimizer = _trained(cfg, model, vocab_size, runtime.strategy)
     phases = [resolve_phase(index, phase, tokens_per_step) for index, phase in enumerate(getattr(cfg, "phases", ()))]
     epochs = None
     if not phases:
@@ -163,21 +162,22 @@ def plan(cfg: Any, runtime: Runtime, kind: Kind, *, fetch: bool = False) -> Plan
     rows_at_once = cfg.micro_batch_size if kind.sequences > 1 else min(cfg.micro_batch_size, rows)
     estimated = None
     if model is not None:
-        estimated = estimate(
-            trained,
-            optimizer=cfg.optimizer.name,
-            seq_len=cfg.seq_len,
-            micro_batch_size=kind.sequences * rows_at_once,
-            micro_batches=-(-rows // cfg.micro_batch_size),
-            world_size=runtime.world_size,
-            strategy=runtime.strategy,
-            shard_size=runtime.shard_size,
-            background_saves=cfg.checkpoint.background,
-            compute_dtype=runtime.compute_dtype,
-            activation_checkpointing=cfg.runtime.activation_checkpointing,
-            loss_chunk_rows=cfg.loss.settings.get("chunk_rows", 0),
-            device=runtime.device,
-        )
+        with without_dynamo():
+            estimated = estimate(
+                trained,
+                optimizer=cfg.optimizer.name,
+                seq_len=cfg.seq_len,
+                micro_batch_size=kind.sequences * rows_at_once,
+                micro_batches=-(-rows // cfg.micro_batch_size),
+                world_size=runtime.world_size,
+                strategy=runtime.strategy,
+                shard_size=runtime.shard_size,
+                background_saves=cfg.checkpoint.background,
+                compute_dtype=runtime.compute_dtype,
+                activation_checkpointing=cfg.runtime.activation_checkpointing,
+                loss_chunk_rows=cfg.loss.settings.get("chunk_rows", 0),
+                device=runtime.device,
+            )
     return Plan(tokenizer, model, loss, phases, tokens_per_step, Guard(**vars(cfg.guard)), estimated, epochs=epochs)
 
 
@@ -212,8 +212,8 @@ def _on_meta(chosen: Component | None, vocab_size: int) -> Any:
         return build("model", chosen, vocab_size=vocab_size)
 
 
-def _trained(cfg: Any, vocab_size: int, strategy: str) -> tuple[nn.Module, Any]:
-    """The model as it will be trained, with its adapters, on the meta device, and its optimizer.
+def _trained(cfg: Any, model: Any, vocab_size: int, strategy: str) -> tuple[nn.Module, Any]:
+    """The model as it will be trained, with adapters or rounding, on the meta device, and its optimizer.
 
     Where the config leaves the model to a run that is not there yet, its numbers are right if they are for any model.
     """
@@ -221,12 +221,14 @@ def _trained(cfg: Any, vocab_size: int, strategy: str) -> tuple[nn.Module, Any]:
     refused: UserError | None = None
     for chosen in names:
         try:
-            model = _on_meta(chosen, vocab_size)
+            # What adapters and rounding change is a model of its own: the run changes the plan's later.
+            trained = model if model is not None and not hasattr(cfg, "peft") else _on_meta(chosen, vocab_size)
             if hasattr(cfg, "peft"):
-                check_student(cfg, _on_meta(chosen, vocab_size), strategy)
+                check_student(cfg, trained, strategy)
                 if cfg.peft:
-                    build("peft", cfg.peft, model=model)
-            return model, build("optimizer", cfg.optimizer, model=model)
+                    build("peft", cfg.peft, model=trained)
+            with without_dynamo():
+                return trained, build("optimizer", cfg.optimizer, model=trained)
         except UserError as error:
             refused = refused or error
     assert refused is not None

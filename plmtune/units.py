@@ -44,6 +44,12 @@ def show_bytes(value: float) -> str:
     return f"{value:.0f} B"
 
 
+def show_duration(seconds: float) -> str:
+    """Write seconds as a clock does: 3725 -> 1:02:05, 65 -> 1:05."""
+    minutes, left = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{left:02}" if minutes >= 60 else f"{minutes}:{left:02}"
+
+
 def unescape(text: str, name: str) -> str:
     r"""Return the characters that ``\n``, ``\t``, ``\r`` and ``\\`` stand for in an option or a config.
 

@@ -395,7 +395,7 @@ def main(cfg: Config, *, dry_run: bool = False) -> float | None:
         job = preflight(cfg)
         echo(job.size())
         return None
-    with Runtime.start(device=cfg.device, seed=0, strategy="none") as runtime:
+    with Runtime.choose(device=cfg.device, seed=0, strategy="none").start() as runtime:
         find_run(cfg)
         if cfg.resume and read_record(Path(str(cfg.run_dir))).get("status") == "finished":
             echo(already_finished(Path(str(cfg.run_dir))))

@@ -3,7 +3,7 @@
 import pytest
 
 from plmtune.cli.plan import _hours
-from plmtune.units import show_count, show_number
+from plmtune.units import show_count, show_duration, show_number
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,7 @@ def test_counts_beyond_the_last_letter_stay_plain() -> None:
 )
 def test_time_on_a_device_is_in_the_unit_that_suits(hours: float, text: str) -> None:
     assert _hours(hours) == text
+
+
+def test_a_duration_reads_as_a_clock() -> None:
+    assert [show_duration(seconds) for seconds in (0, 65, 3599.6, 3725)] == ["0:00", "1:05", "1:00:00", "1:02:05"]

@@ -149,7 +149,7 @@ def _checks(run: Path, data: Path) -> Iterator[tuple[Path, Check]]:
     for name in DATA:
         yield data / name, lambda name=name: refused(name, open_data)  # type: ignore[misc]
     yield run / "config.yaml", lambda: refused("config.yaml", lambda: config_is_vouched_for(run))
-    with Runtime.start(device="cpu", precision="fp32", seed=cfg.seed) as runtime:
+    with Runtime.choose(device="cpu", precision="fp32", seed=cfg.seed).start() as runtime:
         witness = _Witness(run, runtime, read_document(newest)["state"])
         yield run / "run.json", witness.of_a_damaged_record
         (run / "run.json").unlink()

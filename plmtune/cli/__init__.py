@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -218,6 +219,18 @@ def import_option(function: click.decorators.FC) -> click.decorators.FC:
         is_eager=True,
         help="Python module with your own registered components; may be repeated.",
     )(function)
+
+
+@contextlib.contextmanager
+def without_collecting() -> Iterator[None]:
+    """Import and compose without looking for cycles among what stays: 0.2 CPU seconds of torch's import alone."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def short(path: Path) -> str:

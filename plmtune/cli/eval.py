@@ -118,7 +118,7 @@ def evaluate(
     find_device(device)
     settings = Settings(limit, num_fewshot, rows, chat, chat_template, system, max_new_tokens)
     # Under torchrun each process takes its share of the documents.
-    with Runtime.start(device=device or "auto", precision="fp32") as runtime:
+    with Runtime.choose(device=device or "auto", precision="fp32").start() as runtime:
         tell = _tell if runtime.is_main else _say_nothing
         # Rank 0 looks and tells: a branch of the hub, or the newest run, may be another one a moment later.
         paths = told_by_rank_0(lambda: [hub.pin(path) for path in checkpoints] or [str(_newest(tell))])

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from plmtune import terminal
-from plmtune.cli import import_option, short
+from plmtune.cli import import_option, short, without_collecting
 from plmtune.cli.options import divide, recipe_file
 from plmtune.cli.runs import reasons, table
 from plmtune.errors import UserError, did_you_mean
@@ -49,9 +49,10 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
     for text in overrides:  # asked before torch is imported, which takes longer than all that is here
         if text.startswith("run_dir=") and not (multirun or dry_run):
             _refuse_early(Path(text.removeprefix("run_dir=").strip("'\"")))
-    module = recipe_file(name) if name.endswith(".py") else None
+    with without_collecting():
+        module = recipe_file(name) if name.endswith(".py") else None
 
-    from plmtune import config
+        from plmtune import config
 
     base = module.CONFIG if module else name
 
@@ -60,9 +61,12 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
     def start(cfg: Any) -> Any:
         jobs.extend([Path(cfg.run_dir)] if cfg.run_dir else [])
         cfg.force = cfg.force or force
-        recipe = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
+        with without_collecting():
+            recipe = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
+            if dry_run:
+                return recipe.main(cfg, dry_run=True)
         # The score is for a sweeper; a recipe that was stopped raises SystemExit(75) instead.
-        return recipe.main(cfg, dry_run=True) if dry_run else recipe.main(cfg)
+        return recipe.main(cfg)
 
     if multirun:
         directory = Path("runs") / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S}"
@@ -76,7 +80,9 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
                 found = [summarize(path) for path in paths]
                 show(table(found, differing_settings(paths)), *reasons(found))
     else:
-        start(config.compose(base, overlays, overrides))
+        with without_collecting():
+            cfg = config.compose(base, overlays, overrides)
+        start(cfg)
 
 
 @click.command()

@@ -12,7 +12,7 @@ import click
 from plmtune.errors import UserError
 from plmtune.tables import Cell, Column, Table, numbers, show
 from plmtune.training.run_summary import Summary, find_runs, summarize
-from plmtune.units import show_count
+from plmtune.units import show_count, show_duration
 
 
 @click.command()
@@ -65,7 +65,7 @@ def table(found: Sequence[Summary], settings: Sequence[str] = ()) -> Table:
             "" if one.step is None else f"{one.step:,}" + (f"/{one.steps:,}" if one.steps else ""),
             "" if one.loss is None else f"{one.loss:.4f}",
             "" if one.bits_per_byte is None else f"{one.bits_per_byte:.4f}",
-            _clock(one.seconds),
+            "" if one.seconds is None else show_duration(one.seconds),
             *([own] if any(settings) else []),
         )
     return rows
@@ -74,10 +74,3 @@ def table(found: Sequence[Summary], settings: Sequence[str] = ()) -> Table:
 def reasons(found: Sequence[Summary]) -> list[str]:
     """Why runs failed, a line each; the whole text stands in run.json, and was said when they ended."""
     return [f"{one.path}: {one.reason.partition('. ')[0]}" for one in found if one.reason]
-
-
-def _clock(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes, left = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{left:02}" if minutes >= 60 else f"{minutes}:{left:02}"

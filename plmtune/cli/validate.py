@@ -7,7 +7,7 @@ import importlib
 import click
 
 from plmtune import terminal
-from plmtune.cli import import_option
+from plmtune.cli import import_option, without_collecting
 from plmtune.cli.options import divide, recipe_file
 
 
@@ -27,16 +27,17 @@ def validate(name: str, arguments: tuple[str, ...], show: bool) -> None:
     plmtune validate mine.yaml optimizer.lr=1e-4
     """
     overlays, overrides = divide(arguments)
-    module = recipe_file(name) if name.endswith(".py") else None
+    with without_collecting():
+        module = recipe_file(name) if name.endswith(".py") else None
 
-    from plmtune import config
+        from plmtune import config
 
-    if module is None:
-        config.find_config(name)  # before components are imported, and torch with them
-    cfg = config.compose(module.CONFIG if module else name, overlays, overrides)
-    recipe = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
-    check = getattr(recipe, "check", None)
-    said = check(cfg) if check else "Keys and values are; the recipe has no check(cfg), which would look further."
+        if module is None:
+            config.find_config(name)  # before components are imported, and torch with them
+        cfg = config.compose(module.CONFIG if module else name, overlays, overrides)
+        recipe = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
+        check = getattr(recipe, "check", None)
+        said = check(cfg) if check else "Keys and values are; the recipe has no check(cfg), which would look further."
     if show:
         click.echo(config.to_yaml(cfg), nl=False)
     terminal.echo(f"{' '.join([name, *overlays])}: valid. {said}")

@@ -6,8 +6,8 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,7 @@ def estimate(
         gathered = whole_gradients = (root + 2 * layer) * compute_dtype.itemsize
     multiplied = parameters - (0 if held.tied else embedding.numel())
     flops_6n = 6.0 * multiplied
+    resident = resident_memory() if device.type == "cpu" else 0
     return Estimate(
         parameters=parameters,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -180,8 +181,8 @@ def estimate(
         ),
         logits=_loss_bytes(micro_batch_size * seq_len, head.shape, loss_chunk_rows, compute_dtype),
         save=_save_bytes(weights, moments, world_size) if background_saves and device.type == "cpu" else 0,
-        process=process_memory(compute_dtype) if device.type == "cpu" else 0,
-        available=available_memory(device) + (resident_memory() if device.type == "cpu" else 0),
+        process=process_memory(resident, compute_dtype) if device.type == "cpu" else 0,
+        available=available_memory(device) + resident,
         flops_6n=flops_6n,
         flops_per_token=flops_6n + attention_flops(model, seq_len),
     )
@@ -210,7 +211,7 @@ def activation_bytes(
     *,
     casts: bool = True,
 ) -> int:
-    """Bytes that autograd keeps for the backward of the hidden states, found by a forward on the meta device.
+    """Bytes that autograd keeps for the backward of the hidden states, found by forwards of a few tokens.
 
     Args:
         model: a Decoder on any device; its weights are not touched.
@@ -220,29 +221,66 @@ def activation_bytes(
     held: Any = model
     training = model.training
     model.eval()  # a Decoder checkpoints only in training; here both costs are taken apart
+    device, tokens = _where_to_try(held), micro_batch_size * seq_len
+
+    def ids(rows: int) -> Tensor:
+        return torch.zeros(rows, _TRIED, dtype=torch.long, device=device)
+
+    def hidden(rows: int) -> Tensor:
+        shape = rows, _TRIED, held.embed_dim
+        return torch.empty(shape, dtype=compute_dtype, device=device, requires_grad=True)
+
     try:
-        tokens = torch.zeros(micro_batch_size, seq_len, dtype=torch.long, device="meta")
-        whole = _saved_bytes(model, tokens, compute_dtype, casts, hidden=True)
+        whole = _saved_bytes(model, ids, tokens, compute_dtype, casts, hidden=True)
         if not activation_checkpointing:
             return whole
-        x = torch.empty(micro_batch_size, seq_len, held.embed_dim, dtype=compute_dtype, device="meta")
-        layers = [_saved_bytes(layer, x.requires_grad_(), compute_dtype, casts) for layer in held.layers]
-        return whole - sum(layers) + len(layers) * x.numel() * x.element_size() + max(layers)
+        layers = [_saved_bytes(layer, hidden, tokens, compute_dtype, casts) for layer in held.layers]
+        inputs = len(layers) * tokens * held.embed_dim * compute_dtype.itemsize
+        return whole - sum(layers) + inputs + max(layers)
     finally:
         model.train(training)
 
 
-def _saved_bytes(module: nn.Module, x: Tensor, dtype: torch.dtype, casts: bool, **settings: Any) -> int:
-    """Bytes of the distinct storages that a forward on meta saves; parameters and input left out."""
+_TRIED = 2  # tokens of a row; one alone is computed another way
+
+
+def _where_to_try(model: Any) -> torch.device:
+    """The CPU, where a few tokens through layers of ours take no memory; the meta device, which imports sympy (half a
+    CPU second), for models of enormous width and for modules that may compute with a whole matrix.
+    """
+    ours = all(type(m).__module__.startswith(("plmtune.modules.", "torch.nn.")) for m in model.modules())
+    numbers = sum(sum(p.shape) for p in model.parameters())  # of a token, about
+    return torch.device("cpu" if ours and numbers < 2**22 and model.max_seq_len <= 2**17 else "meta")
+
+
+def _saved_bytes(
+    module: nn.Module,
+    inputs: Callable[[int], Tensor],
+    tokens: int,
+    dtype: torch.dtype,
+    casts: bool,
+    **settings: Any,
+) -> int:
+    """Bytes that a forward of so many tokens saves: a line through those of one row of tokens and of two.
+
+    Args:
+        inputs: (rows) -> the module's input for so many rows of _TRIED tokens.
+    """
     # Autocast does not know the meta device: parameters in its dtype give the same activations, and the
     # copies that it would make of the matrices are added.
-    state = {
-        name: torch.empty(p.shape, dtype=dtype, device="meta", requires_grad=p.requires_grad)
+    ends = ("tok_embeddings.weight", "output.weight")  # one is only read, and the head's is the loss's
+    matrices = sum(p.numel() for name, p in module.named_parameters() if p.ndim > 1 and name not in ends)
+    copies = dtype.itemsize * matrices if casts and dtype != torch.float32 else 0
+    one, two = (_saved_by_forward(module, inputs(rows), dtype, settings) for rows in (1, 2))
+    return int(one + (tokens / _TRIED - 1) * (two - one)) + copies
+
+
+def _saved_by_forward(module: nn.Module, x: Tensor, dtype: torch.dtype, settings: dict[str, Any]) -> int:
+    """Bytes of the distinct storages that a forward saves; parameters and input left out."""
+    state = {  # each of one number, shown in the parameter's shape
+        name: torch.empty_strided(p.shape, [0] * p.ndim, dtype=dtype, device=x.device, requires_grad=p.requires_grad)
         for name, p in module.named_parameters()
     }
-    copies = sum(t.numel() * t.element_size() for t in state.values() if t.ndim > 1)
-    if "tok_embeddings.weight" in state:
-        copies -= state["tok_embeddings.weight"].numel() * dtype.itemsize  # only read; the loss has the head's
     own = {t.untyped_storage()._cdata for t in (*state.values(), x)}
     kept: dict[int, Tensor] = {}  # holds the tensors, so that no storage's address is used twice
 
@@ -250,22 +288,39 @@ def _saved_bytes(module: nn.Module, x: Tensor, dtype: torch.dtype, casts: bool, 
         kept.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor), _FusedAttention():
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor), _WithoutProducts():
         pack(functional_call(module, state, (x,), settings, tie_weights=True))  # the output is kept too
-    total = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-    return total + (copies if casts and dtype != torch.float32 else 0)
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention as the fused kernels keep it. On the meta device torch would keep all scores instead."""
+class _WithoutProducts(TorchFunctionMode):
+    """Linear layers and attention without their work: what they save, and an output of the right shape.
+
+    So weights need no memory, and attention keeps what the fused kernels do. On the meta device torch would keep all
+    scores instead.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            return _product(*args, **(kwargs or {}))
         if func is nn.functional.scaled_dot_product_attention:
-            return _KeepsNoScores.apply(*args[:3])
+            return _FusedAttention.apply(*args[:3])
         return func(*args, **(kwargs or {}))
 
 
-class _KeepsNoScores(torch.autograd.Function):
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    return _Product.apply(input, weight, bias)  # which takes no names
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        of_x, of_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         b, h, s, _ = q.shape
@@ -289,17 +344,16 @@ def _save_bytes(weights: int, moments: int, world_size: int) -> int:
     return max((weights + moments) // world_size, int(min(max(weights, moments), FILE_BYTES)))
 
 
-@cache
 def resident_memory() -> int:
-    """Bytes of this process in memory, when it is first asked: mostly its libraries."""
+    """Bytes of this process in memory now: mostly its libraries, and what earlier jobs of a multirun left."""
     return int(psutil.Process().memory_info().rss)
 
 
-def process_memory(compute_dtype: torch.dtype) -> int:
-    """Bytes that a process on a CPU holds besides the tensors of its training."""
+def process_memory(resident: int, compute_dtype: torch.dtype) -> int:
+    """Bytes that a process on a CPU, which has `resident` of them now, holds besides the tensors of its training."""
     # Not "torch._dynamo": without_dynamo puts a stand-in there.
     later = 0 if "torch._dynamo.convert_frame" in sys.modules else _LOADED_LATER
-    return resident_memory() + later + (_KERNELS_IN_BF16 if compute_dtype == torch.bfloat16 else 0)
+    return resident + later + (_KERNELS_IN_BF16 if compute_dtype == torch.bfloat16 else 0)
 
 
 def available_memory(device: torch.device) -> int:

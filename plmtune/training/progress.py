@@ -18,7 +18,7 @@ from plmtune.training.metrics import MetricsFile
 from plmtune.training.run_directory import RunDirectory
 from plmtune.training.runtime import peak_memory_bytes
 from plmtune.training.signals import StopSignals
-from plmtune.units import show_bytes, show_count
+from plmtune.units import show_bytes, show_count, show_duration
 
 
 class Watch:
@@ -195,7 +195,7 @@ def describe(entry: Mapping[str, Any], eta_seconds: float | None) -> list[str]:
     """A run's state, the most important first: loss, time to go, speed, rate, MFU, memory."""
     parts = [f"loss {entry['loss']:.4f}"]
     if eta_seconds is not None:
-        parts.append(f"ETA {_clock(eta_seconds)}")
+        parts.append(f"ETA {show_duration(eta_seconds)}")
     if "tokens_per_second" in entry:
         parts.append(f"{show_count(entry['tokens_per_second'])} tok/s")
     if "lr" in entry:
@@ -205,9 +205,3 @@ def describe(entry: Mapping[str, Any], eta_seconds: float | None) -> list[str]:
     if "memory_bytes" in entry:
         parts.append(show_bytes(entry["memory_bytes"]))
     return parts
-
-
-def _clock(seconds: float) -> str:
-    minutes, left = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"

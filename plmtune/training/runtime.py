@@ -29,14 +29,14 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 @dataclass
 class Runtime:
-    """The device and processes of one run. Made by `Runtime.start`, ended by `close` or a `with` block.
+    """The device and processes of one run. `choose` makes it, `start` begins, and `close` or a `with` block ends it.
 
     Attributes:
         compute_dtype: of activations and matrix products; parameters and moments stay fp32.
         strategy: how the model is spread: "none", "ddp", "fsdp" or "hsdp".
         shard_size: processes that share one copy of the model.
         timeout: how long an exchange waits for a rank.
-        mesh: the processes in their dimensions; None for one process.
+        mesh: the processes in their dimensions; None for one process, and before `start`.
         reasons: what was chosen and why, a line each.
     """
 
@@ -50,58 +50,7 @@ class Runtime:
     mesh: DeviceMesh | None = None
     reasons: list[str] = field(default_factory=list)
     seed: int = 1
-
-    @classmethod
-    def start(
-        cls,
-        *,
-        device: str = "auto",
-        precision: Precision = "auto",
-        strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto",
-        shard_size: int | None = None,
-        seed: int = 1,
-        deterministic: bool = False,
-        timeout_minutes: float = 10,
-    ) -> Runtime:
-        """Choose the device and the arithmetic, seed everything, and join the other processes of torchrun.
-
-        Args:
-            device: "auto", "cpu", "cuda" or "cuda:N".
-            precision: "auto" takes bf16 where the hardware multiplies in it, else fp32.
-            strategy: "auto" is "none" for one process and "ddp" for several.
-            shard_size: of hsdp, processes that share one copy of the model; None: those of one machine.
-            seed: of torch, numpy and python; the same on every rank, so that all build the same model. From
-                `distribute` on each data rank draws numbers of its own, so that dropout masks differ.
-            deterministic: refuse operations whose result depends on timing.
-            timeout_minutes: how long an exchange waits for a rank before the job ends.
-
-        Raises:
-            UserError: if the device is not there, the strategy does not fit the number of processes, or one of them
-                does not come.
-        """
-        runtime = cls.choose(
-            device=device,
-            precision=precision,
-            strategy=strategy,
-            shard_size=shard_size,
-            seed=seed,
-            deterministic=deterministic,
-            timeout_minutes=timeout_minutes,
-        )
-        if deterministic:
-            # cuBLAS reads this once, when its first handle is made.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        if deterministic != torch.are_deterministic_algorithms_enabled():  # setting it imports inductor, a CPU second
-            torch.use_deterministic_algorithms(deterministic)
-        torch.backends.cudnn.benchmark = False
-        if runtime.device.type == "cuda":
-            torch.cuda.set_device(runtime.device)
-        seed_everything(seed)
-        if runtime.world_size > 1:
-            if not distributed.is_distributed():
-                distributed.start_process_group(runtime.device, runtime.timeout)
-            runtime.mesh = distributed.data_mesh(runtime.device, runtime.shard_size, runtime.timeout)
-        return runtime
+    deterministic: bool = False
 
     @classmethod
     def choose(
@@ -115,7 +64,17 @@ class Runtime:
         deterministic: bool = False,
         timeout_minutes: float = 10,
     ) -> Runtime:
-        """Choose what `start` would choose; touch nothing, and wait for nobody.
+        """Choose the device and the arithmetic; touch nothing, and wait for nobody.
+
+        Args:
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            precision: "auto" takes bf16 where the hardware multiplies in it, else fp32.
+            strategy: "auto" is "none" for one process and "ddp" for several.
+            shard_size: of hsdp, processes that share one copy of the model; None: those of one machine.
+            seed: of torch, numpy and python; the same on every rank, so that all build the same model. From
+                `distribute` on each data rank draws numbers of its own, so that dropout masks differ.
+            deterministic: refuse operations whose result depends on timing.
+            timeout_minutes: how long an exchange waits for a rank before the job ends.
 
         Raises:
             UserError: if the device is not there, or the strategy does not fit the number of processes.
@@ -133,7 +92,30 @@ class Runtime:
         if not 0 < timeout_minutes < 1e6:
             raise UserError(f"key runtime.timeout_minutes: must be above 0, not {timeout_minutes}.")
         timeout = timedelta(minutes=timeout_minutes)
-        return cls(chosen_device, dtype, chosen_strategy, rank, world_size, size, timeout, None, reasons, seed)
+        return cls(
+            chosen_device, dtype, chosen_strategy, rank, world_size, size, timeout, None, reasons, seed, deterministic
+        )
+
+    def start(self) -> Runtime:
+        """Seed everything, and join the other processes of torchrun; returns itself, for a `with` block.
+
+        Raises:
+            UserError: if one of the processes does not come.
+        """
+        if self.deterministic:
+            # cuBLAS reads this once, when its first handle is made.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if self.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it imports inductor: a second
+            torch.use_deterministic_algorithms(self.deterministic)
+        torch.backends.cudnn.benchmark = False
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        seed_everything(self.seed)
+        if self.world_size > 1:
+            if not distributed.is_distributed():
+                distributed.start_process_group(self.device, self.timeout)
+            self.mesh = distributed.data_mesh(self.device, self.shard_size, self.timeout)
+        return self
 
     @property
     def is_main(self) -> bool:

@@ -46,7 +46,7 @@ class Run:
     def __init__(
         self, directory: Path, optimizer: str = "fused AdamW", *, keep: int = 2, width: int = 16, **settings: Any
     ) -> None:
-        self.runtime = Runtime.start(device="cpu", precision="fp32", seed=3)
+        self.runtime = Runtime.choose(device="cpu", precision="fp32", seed=3).start()
         self.model = Toy(width=width)
         self.optimizer = OPTIMIZERS[optimizer](self.model)
         self.scheduler = LambdaLR(self.optimizer, lambda step: 0.9**step)

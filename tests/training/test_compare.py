@@ -28,7 +28,7 @@ class TestTally:
         tally, loss = Tally(torch.device("cpu")), Dpo(beta=0.5)
         tally.add(compared([DIRECT, GIVEN_REJECTED], [3.0, 1.0], [1.0, 4.0], [1, 1]), loss)
         tally.add(compared([DIRECT], [0.0], [4.0], [1]), loss)
-        with Runtime.start(device="cpu") as runtime:
+        with Runtime.choose(device="cpu").start() as runtime:
             means = tally.means(runtime)
         assert means["h"] == pytest.approx((2 - 4) / 2)
         assert means["accuracy"] == 0.5
@@ -40,7 +40,7 @@ class TestTally:
     def test_rewards_and_log_probabilities_are_means_over_the_answers_that_there_are(self) -> None:
         tally = Tally(torch.device("cpu"))
         tally.add(compared([DIRECT, DIRECT], [3.0, 1.0], [1.0, 0.0], [1, 0]), Dpo(beta=0.5))
-        with Runtime.start(device="cpu") as runtime:
+        with Runtime.choose(device="cpu").start() as runtime:
             means, scores = tally.means(runtime), tally.means(runtime, scores=True)
         assert means["log_probs/chosen"] == 2.0 and means["log_probs/rejected"] == 1.0
         assert means["rewards/chosen"] == 1.0 and means["rewards/rejected"] == 0.5
@@ -50,7 +50,7 @@ class TestTally:
     def test_a_row_with_one_answer_has_nothing_to_compare(self) -> None:
         tally = Tally(torch.device("cpu"))
         tally.add(compared([DIRECT, GIVEN_CHOSEN], [3.0, 1.0], [0.0, 0.0], [0, 1]), Dpo())
-        with Runtime.start(device="cpu") as runtime:
+        with Runtime.choose(device="cpu").start() as runtime:
             means = tally.means(runtime)
         answers = {"rewards/chosen", "log_probs/chosen"}
         both = {"h", "accuracy", "margin", "rewards/rejected", "log_probs/rejected"}

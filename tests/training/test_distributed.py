@@ -102,7 +102,7 @@ def files(directory: Path) -> dict[str, str]:
 
 
 def start(strategy: str, precision: str = "fp32") -> Runtime:
-    return Runtime.start(device="cpu", strategy=strategy, precision=precision, timeout_minutes=0.5)  # type: ignore[arg-type]
+    return Runtime.choose(device="cpu", strategy=strategy, precision=precision, timeout_minutes=0.5).start()  # type: ignore[arg-type]
 
 
 def fetch(file: Path, rank: int) -> str:
@@ -161,13 +161,13 @@ def two(directory: Path) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     directory = tmp_path_factory.mktemp("two")
-    with Runtime.start(device="cpu", precision="fp32") as runtime:
+    with Runtime.choose(device="cpu", precision="fp32").start() as runtime:
         one = {
             "one": run(runtime, directory / "one"),
             "one tied": run(runtime, None, "tied"),
         }
     ranks = in_group(two, 2, directory)
-    with Runtime.start(device="cpu", precision="fp32") as runtime:
+    with Runtime.choose(device="cpu", precision="fp32").start() as runtime:
         for writer in ("one", *SPREAD):
             one[f"{writer} to one"] = go_on(runtime, directory / writer)
         with pytest.MonkeyPatch.context() as patch:

@@ -33,7 +33,7 @@ GROUPS = 3  # of the toy's parameters: two layers, and the root with what is lef
 
 def start(way: str, **keys: Any) -> Runtime:
     settings = {"device": "cpu", "precision": "fp32", "timeout_minutes": 0.5, **WAYS.get(way, {}), **keys}
-    return Runtime.start(strategy=way, **settings)  # type: ignore[arg-type]
+    return Runtime.choose(strategy=way, **settings).start()  # type: ignore[arg-type]
 
 
 def learn(runtime: Runtime, *, tied: bool = False) -> dict[str, Any]:

@@ -325,7 +325,7 @@ class TestModelDigest:
 
 def on_ranks(directory: Path) -> dict[str, Any]:
     comparisons_of_data._TOKENS = 1
-    with Runtime.start(device="cpu", precision="fp32", strategy="fsdp") as runtime:
+    with Runtime.choose(device="cpu", precision="fp32", strategy="fsdp").start() as runtime:
         batches = share(runtime.rank, runtime.world_size)
         counted = list[int]()
 

@@ -14,7 +14,7 @@ from plmtune.training.runtime import Runtime, peak_memory_bytes
 
 
 def start(**keys) -> Runtime:
-    return Runtime.start(**{"device": "cpu", "precision": "fp32", **keys})
+    return Runtime.choose(**{"device": "cpu", "precision": "fp32", **keys}).start()
 
 
 class TestChoices:

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import sys, torch
 from torch.optim import AdamW, Optimizer
@@ -21,12 +23,27 @@ with without_dynamo():
     import torch._dynamo.utils  # asks for more than a mark
     assert torch._dynamo.graph_break() is None
 assert sys.modules["torch._dynamo"] is torch._dynamo and torch._dynamo.__file__
+assert not hasattr(raw, "__dynamo_disable")
 graphs = []
 double = torch.compile(lambda x: x * 2, backend=lambda graph, _: graphs.append(graph) or graph.forward)
 assert double(torch.ones(1)).item() == 2 and len(graphs) == 1
 """
 
+# A torch that asks in another form, or does not ask at all.
+OTHERWISE = """
+import sys, torch
+from plmtune.training.without_dynamo import without_dynamo
 
-def test_dynamo_is_imported_only_for_what_needs_it_and_no_mark_stays() -> None:
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
+with without_dynamo():
+    f = torch._dynamo.disable(recursive=False)(lambda x: x + 1)
+    assert f(1) == 2 and torch._dynamo.__file__
+with without_dynamo():
+    pass
+assert torch._dynamo.is_compiling() is False
+"""
+
+
+@pytest.mark.parametrize("code", [CODE, OTHERWISE])
+def test_dynamo_is_imported_only_for_what_needs_it_and_no_mark_stays(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
