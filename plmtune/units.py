@@ -36,12 +36,22 @@ def show_number(value: float, digits: int = 3) -> str:
     return f"{rounded:,.0f}" if rounded.is_integer() else f"{rounded:g}"
 
 
-def show_bytes(value: float) -> str:
-    """Write bytes in powers of 1024: 1.5 GiB."""
-    for exponent, letter in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+def show_bytes(value: float, unit_of: float | None = None) -> str:
+    """Write bytes in powers of 1024: 1.50 GiB.
+
+    Args:
+        unit_of: bytes in whose unit they are written; None: their own.
+    """
+    size, name = byte_unit(value if unit_of is None else unit_of)
+    return f"{value / size:.0f} {name}" if size == 1 else f"{value / size:.2f} {name}"
+
+
+def byte_unit(value: float) -> tuple[int, str]:
+    """Return the unit in which bytes are written: its size and its name."""
+    for exponent, name in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if abs(value) >= 2**exponent:
-            return f"{value / 2**exponent:.2f} {letter}"
-    return f"{value:.0f} B"
+            return 2**exponent, name
+    return 1, "B"
 
 
 def show_duration(seconds: float) -> str:

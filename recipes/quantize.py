@@ -31,6 +31,7 @@ from plmtune.origins import finished_runs
 from plmtune.quantization import qat, sensitivity
 from plmtune.quantization.calibrate import second_moments
 from plmtune.quantization.quantize import quantize
+from plmtune.quantization.sensitivity import Found, Measured
 from plmtune.registry import Component
 from plmtune.runs import find_run, open_run
 from plmtune.schema import Quantize as Config
@@ -59,6 +60,11 @@ class Text:
     test: Tensor
     fingerprints: dict[str, str]
     described: str  # where it comes from, for a person
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that the loss is measured on: of `test`, but for the first of each row, which has none before it."""
+        return self.test.numel() - len(self.test)
 
 
 @dataclass
@@ -134,28 +140,33 @@ class Quantize:
     def quantize(self) -> None:
         """Measure, choose, round, measure again, write. Resumed, it starts over with the sensitivities it has."""
         cfg, scheme, model = self.cfg, cfg_scheme(self.cfg), self.model
-        counts = {"calibrate": self.text.calibration.numel(), "measure": self.text.test.numel()}
+        counts = {"calibrate": self.text.calibration.numel(), "measure": self.text.predicted}
         if used := ", ".join(f"{count:,} tokens to {what} on" for what, count in counts.items() if count):
             echo(f"text: {self.text.described}; {used}")
         before = self.loss("before")
         moments = None
         if len(self.text.calibration):
             moments = second_moments(model, self.batches(self.text.calibration, "read to calibrate"), self.plan)
+        found = rules = None
         if measures(cfg):
-            self.plan, scheme = self.mix(moments) or (self.plan, scheme)
+            found, rules = self.mix(moments)
+        if rules is not None:
+            self.plan = build("quantization", Component("quantization", "mixed", {"rules": rules}), model=model)
+            scheme = {"component": "mixed", "rules": rules, "qat": False}
         quantize(model, self.plan, second_moments=moments, scheme=scheme, progress=self.teller("quantized"))
         model.to(self.dtype)
         after = self.loss("after")
         self.tokenizer.save(self.run.path)
         save_model(model, None, self.run.path)
+        size = sum(path.stat().st_size for path in self.run.path.glob("*.safetensors"))
         report = {
             "checkpoint": str(self.source),
             "scheme": scheme,
             "dtype": cfg.dtype,
             "calibration_tokens": self.text.calibration.numel(),
-            "bytes": sum(path.stat().st_size for path in self.run.path.glob("*.safetensors")),
+            "bytes": size,
             "bytes_before": self.bytes_before,
-            "test_tokens": self.text.test.numel(),
+            "test_tokens": self.text.predicted,
             "loss_before": before,
             "loss": after,
             "formats": {name: format.name for name, format in self.plan.items()},
@@ -164,7 +175,13 @@ class Quantize:
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         manifest.seal(self.run.path, 0, {}, only=MODEL_FILES)
         self.run.update(parameters=sum(p.numel() for p in on_meta(self.source).parameters()))
-        echo("\n".join([*getattr(self.plan, "notes", ()), *lines(report, self.run.path)]))
+        drawn = []
+        if found is not None and before is not None and after is not None:
+            picture = self.run.path / "sensitivity.png"
+            measured = (Measured(self.bytes_before, before), Measured(size, after))
+            sensitivity.draw(found, picture, *measured, tokens=self.text.predicted, rules=rules)
+            drawn = [f"what each module loses: {picture}"]
+        echo("\n".join([*getattr(self.plan, "notes", ()), *drawn, *lines(report, self.run.path)]))
 
     def loss(self, when: str) -> float | None:
         """Nats a token of the text to measure on; None where there is none."""
@@ -202,8 +219,8 @@ class Quantize:
 
         return tell
 
-    def mix(self, moments: dict[str, Tensor] | None) -> tuple[Any, dict[str, Any]] | None:
-        """Measure what each module loses; returns the plan and scheme that the budget allows, None without one."""
+    def mix(self, moments: dict[str, Tensor] | None) -> tuple[Found, dict[str, str] | None]:
+        """Measure what each module loses; returns that and the rules that the budget allows, None without one."""
         asked, path = self.cfg.sensitivity, self.run.path
         rows = self.text.test[: max(1, asked.tokens // self.text.test.shape[1])]
         found = sensitivity.measure(
@@ -215,19 +232,15 @@ class Quantize:
             second_moments=moments,
             progress=self.teller("measured"),
         )
-        kept = self.bytes_after - sum(one.bytes for one in found)
         if self.budget is None:
-            sensitivity.draw(found, path / "sensitivity.png", fixed_bytes=kept)
-            echo(f"what each module loses: {path / 'sensitivity.png'}")
-            return None
+            return found, None
+        kept = self.bytes_after - sum(one.bytes for one in found)
         left, size = self.budget - kept, self.budget + 1
         while size > self.budget:  # the header of a file depends on the mix, by some bytes
             rules = sensitivity.propose(found, left)
             mixed = build("quantization", Component("quantization", "mixed", {"rules": rules}), model=self.model)
             size = file_bytes(on_meta(self.source), mixed, self.dtype)
             left = max(left - max(size - self.budget, 1), self.bytes_after - kept)
-        scheme = {"component": "mixed", "rules": rules, "qat": False}
-        sensitivity.draw(found, path / "sensitivity.png", fixed_bytes=kept, rules=rules)
         listed = "".join(f"    {json.dumps(pattern)}: {name}\n" for pattern, name in rules.items())
         mix = f"defaults:\n  - override /quantization: mixed\nquantization:\n  rules:\n{listed}"
         use = f"# Use: plmtune run quantize {path / 'mix.yaml'} checkpoint={self.source}\n"
@@ -235,9 +248,10 @@ class Quantize:
         more = ""
         if sensitivity.predict(found, rules) < sensitivity.NEGLIGIBLE:
             more = f"; more bytes would gain less than {sensitivity.NEGLIGIBLE:g} nats a token"
-        wanted, taken = (f"{show_bytes(n)} ({_percent(n, self.bytes_before)})" for n in (self.budget, size))
-        echo(f"the mix for {wanted} takes {taken}{more}: {path / 'mix.yaml'}, drawn in {path / 'sensitivity.png'}")
-        return mixed, scheme
+        before = self.bytes_before
+        wanted, taken = (f"{show_bytes(n, before)} ({_percent(n, before)})" for n in (self.budget, size))
+        echo(f"the mix for {wanted} takes {taken}{more}: {path / 'mix.yaml'}")
+        return found, rules
 
 
 def _percent(part: int, whole: int) -> str:
@@ -366,7 +380,8 @@ def spread(rows: Tensor, count: int) -> Tensor:
 def lines(report: dict[str, Any], path: Path) -> list[str]:
     """What to say at the end."""
     size, before = report["bytes"], report["bytes_before"]
-    said = [f"{path}: {show_bytes(size)}, {_percent(size, before)} of the {show_bytes(before)} in {report['dtype']}"]
+    share = _percent(size, before)
+    said = [f"{path}: {show_bytes(size, before)}, {share} of the {show_bytes(before)} in {report['dtype']}"]
     if report["loss"] is not None:
         lost = report["loss"] - report["loss_before"]
         perplexities = np.exp([report["loss_before"], report["loss"]])
@@ -374,7 +389,7 @@ def lines(report: dict[str, Any], path: Path) -> list[str]:
             f"loss {report['loss_before']:.4f} -> {report['loss']:.4f} nats a token ({lost:+.4f}), perplexity "
             f"{perplexities[0]:.2f} -> {perplexities[1]:.2f} on {report['test_tokens']:,} tokens of the data"
         )
-    return [*said, f"try it: plmtune generate {path} --prompt ..., plmtune bench {path}"]
+    return [*said, f"try it: plmtune generate {path} --prompt 'Hello'", f"how fast it is: plmtune bench {path}"]
 
 
 def check(cfg: Config) -> str:

@@ -7,14 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from plmtune.atomic import writing
 from plmtune.devices.predict import Prediction
 from plmtune.devices.sweep import Point
-from plmtune.figures import annotate, read_ticks, widen
+from plmtune.figures import COLOURS, finish, new_figure, widen
 from plmtune.units import show_count
 
-# Colours that colour-blind readers tell apart (Okabe and Ito).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LABELLED = 12  # more numbers than these would lie on each other
 
 
@@ -41,15 +38,11 @@ def draw_front(points: Sequence[Point], path: Path, title: str) -> None:
     Raises:
         UserError: if the file cannot be written.
     """
-    # Agg by its own canvas, not by pyplot: no window system, no global state, safe in a thread.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
 
     fitting = [point for point in points if point.prediction.decode is not None]
     best = front(points)
-    figure = Figure(figsize=(9, 6), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 6)
     axes = figure.subplots()
     axes.set_title(title, fontsize=11)
     sizes = [point.parameters / 1e6 for point in fitting]
@@ -73,33 +66,32 @@ def draw_front(points: Sequence[Point], path: Path, title: str) -> None:
         label=f"front of speed, memory and parameters ({len(best)} of {len(fitting)})",
     )
     axes.set_xlabel("peak memory, MiB")
-    axes.set_ylabel("decode, tokens/s")
+    axes.set_ylabel(_speed_label(fitting))
     axes.set_xscale("log")
     axes.set_yscale("log")
     widen(axes)
-    for axis in (axes.xaxis, axes.yaxis):
-        read_ticks(axis)
-        axis.set_tick_params(labelsize=8)
     axes.grid(alpha=0.25, linewidth=0.6)
     figure.legend(loc="outside lower center", fontsize=9)
     if len(set(sizes)) > 1:
-        read_ticks(figure.colorbar(shown, ax=axes, label="parameters, millions").ax.yaxis)
+        figure.colorbar(shown, ax=axes, label="parameters, millions")
     # What is written first keeps its place: the ends of the front, then what lies between them.
     places = sorted({round(i) for i in np.linspace(0, len(best) - 1, min(_LABELLED, len(best)))})
     places = list(dict.fromkeys([*places[:1], *places[-1:], *places]))
-    annotate(
-        axes,
-        [
-            (
-                f"{i + 1}: {show_count(best[i].parameters)}",
-                best[i].prediction.memory / 2**20,
-                best[i].prediction.decode or 0.0,
-            )
-            for i in places
-        ],
-    )
-    with writing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    labels = [
+        (
+            f"{i + 1}: {show_count(best[i].parameters)}",
+            best[i].prediction.memory / 2**20,
+            best[i].prediction.decode or 0.0,
+        )
+        for i in places
+    ]
+    finish(figure, path, labels={axes: labels})
+
+
+def _speed_label(points: Sequence[Point]) -> str:
+    """The axis of decode speeds, which are bounds where nothing was measured: as the table says it."""
+    bound = any(point.prediction.is_bound for point in points)
+    return "decode, at most tokens/s (the device is not calibrated)" if bound else "decode, tokens/s"
 
 
 def draw_speeds(predictions: Sequence[Prediction], path: Path, title: str) -> None:
@@ -108,12 +100,8 @@ def draw_speeds(predictions: Sequence[Prediction], path: Path, title: str) -> No
     Raises:
         UserError: if the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     devices = list(dict.fromkeys(prediction.device for prediction in predictions))
-    figure = Figure(figsize=(4.6 * max(len(devices), 1.6), 4.6), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.6 * max(len(devices), 1.6), 5.2)
     panels = figure.subplots(1, len(devices), squeeze=False)[0]
     figure.suptitle(title, fontsize=11)
     lines = list(dict.fromkeys((p.runtime, p.scheme) for p in predictions))
@@ -126,14 +114,18 @@ def draw_speeds(predictions: Sequence[Prediction], path: Path, title: str) -> No
             contexts = [p.context for p in held]
             speeds = np.array([p.decode for p in held], dtype=float)
             errors = np.array([p.error for p in held])
-            colour, dashed = _COLOURS[index % len(_COLOURS)], "--" if runtime != "plmtune" else "-"
-            panel.plot(contexts, speeds, dashed, color=colour, marker="o", markersize=4, label=f"{runtime} {scheme}")
-            panel.fill_between(contexts, speeds * (1 - errors), speeds * (1 + errors), color=colour, alpha=0.08)
+            colour, dashed = COLOURS[index % len(COLOURS)], "--" if runtime != "plmtune" else "-"
+            bound = held[0].is_bound
+            label = f"{runtime} {scheme}" + (", at most" if bound else "")
+            panel.plot(contexts, speeds, dashed, color=colour, marker="o", markersize=4, label=label)
+            if not bound:
+                panel.fill_between(contexts, speeds * (1 - errors), speeds * (1 + errors), color=colour, alpha=0.08)
         panel.set_title(device, fontsize=10)
         panel.set_xlabel("tokens in the cache")
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.25, linewidth=0.6)
     panels[0].set_ylabel("decode, tokens/s")
-    panels[-1].legend(fontsize=8)
-    with writing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    named = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", fontsize=8, ncols=4)
+    contexts = sorted({prediction.context for prediction in predictions})
+    finish(figure, path, at={panel.xaxis: contexts for panel in panels})

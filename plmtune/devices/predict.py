@@ -64,6 +64,11 @@ class Prediction:
     def fits(self) -> bool:
         return self.memory <= self.available
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether decode is at most what memory allows: how near a kernel comes was not measured there."""
+        return self.runtime == "plmtune" and not self.calibrated
+
 
 def predict(
     anatomy: Anatomy,

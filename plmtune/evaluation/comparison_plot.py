@@ -7,15 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plmtune.atomic import writing
 from plmtune.errors import UserError
 from plmtune.evaluation.comparison import Z_95, Row
 from plmtune.evaluation.results import labels, legend, metric_label
-from plmtune.figures import read_ticks, widen
+from plmtune.figures import finish, look, new_figure, widen
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, and shapes for those who print without colour.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^vP*"
 _ROW_INCHES = 0.28  # of one more row, and as much again for each two results in it
 _MAX_ROWS = 60
 
@@ -37,9 +33,6 @@ def draw(
     if len(rows) > _MAX_ROWS:
         raise UserError(f"{len(rows)} rows are too many for a picture, which shows {_MAX_ROWS}: leave out --all.")
 
-    # Agg by its own canvas, not by pyplot: no window system, no global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     names = labels(results)
@@ -51,8 +44,7 @@ def draw(
     text_inches = 0.2 * sum(text.count("\n") + 1 for text in texts)
     row_inches = _ROW_INCHES * (1 + len(names) / 2)
     heights = [len(part) * row_inches + 0.5 for part in parts]
-    figure = Figure(figsize=(11 if compared else 7.5, sum(heights) + 0.7 + text_inches), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11 if compared else 7.5, sum(heights) + 0.7 + text_inches)
     panels = figure.subplots(
         len(parts),
         2 if compared else 1,
@@ -66,13 +58,9 @@ def draw(
             _draw_differences(differences[0], part, names)
         elif differences:
             differences[0].set_visible(False)
-    handles = [
-        Line2D([], [], color=_COLOURS[i % 7], marker=_MARKERS[i % 7], linestyle="none", label=text)
-        for i, text in enumerate(texts)
-    ]
+    handles = [Line2D([], [], **look(i), linestyle="none", label=text) for i, text in enumerate(texts)]
     figure.legend(handles=handles, loc="outside upper left", ncols=1, frameon=False, fontsize=9)
-    with writing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    finish(figure, path)
 
 
 def _is_share(row: Row) -> bool:
@@ -102,7 +90,6 @@ def _draw_scores(panel: Any, rows: Sequence[Row], num: int) -> None:
         panel.set_xlim(left=min(-0.01, panel.get_xlim()[0]))
     panel.set_xlabel("score (bars: 95% interval)" if shares else "lower is better where ↓ (bars: 95% interval)")
     _finish(panel, rows)
-    read_ticks(panel.xaxis)
     panel.set_yticks(range(len(rows)), [_row_label(row) for row in rows], fontsize=9)
 
 
@@ -118,16 +105,15 @@ def _draw_differences(panel: Any, rows: Sequence[Row], names: Sequence[str]) -> 
                 continue
             # Other scales have no unit in common, so each is a share of its first value.
             scale = 1.0 if shares else 100.0 / abs(first or 1.0)
-            look = _look(i) | ({} if one.paired else {"markerfacecolor": "white"})
+            style = _look(i) | ({} if one.paired else {"markerfacecolor": "white"})
             low = high = Z_95 * one.stderr * scale
             if shares:  # no share can differ by more than 1
                 low, high = min(low, max(0.0, one.mean + 1)), min(high, max(0.0, 1 - one.mean))
-            panel.errorbar(one.mean * scale, _place(index, i, len(names)), xerr=[[low], [high]], **look)
+            panel.errorbar(one.mean * scale, _place(index, i, len(names)), xerr=[[low], [high]], **style)
     what = f"difference to {names[0]}" if shares else f"difference to {names[0]} in %"
     hollow = any(one and one.stderr is not None and not one.paired for row in rows for one in row.differences)
     panel.set_xlabel(what + (" (hollow: unpaired)" if hollow else ""))
     _finish(panel, rows)
-    read_ticks(panel.xaxis, most=5)
     panel.set_yticks(range(len(rows)), [])
 
 
@@ -151,8 +137,7 @@ def _place(index: int, i: int, num: int) -> float:
 
 def _look(i: int) -> dict[str, Any]:
     return {
-        "color": _COLOURS[i % 7],
-        "marker": _MARKERS[i % 7],
+        **look(i),
         "markersize": 5,
         "linestyle": "none",
         "elinewidth": 1.3,

@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from plmtune.atomic import replacing, writing
-from plmtune.figures import annotate
+from plmtune.atomic import replacing
+from plmtune.figures import COLOURS, finish, new_figure
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized
 from plmtune.quantization.calibrate import inputs_seen
 from plmtune.quantization.quantize import quantize_module
 from plmtune.quantization.schemes import EMBEDDING, HEAD, KEEP, candidates
+from plmtune.units import byte_unit, show_bytes
 
 _VERSION = 1  # of the file, and of what its key hashes
 _CHUNK = 512  # tokens whose logits are held at once
@@ -35,8 +36,7 @@ _TOP = 64  # predictions a token by which a divergence is taken; all others coun
 _FLOOR = 1e-7  # a divergence below it is drawn as it
 # Nats a token that are not worth a byte: a mix that loses no more in all stays as it is, whatever is left to spend.
 NEGLIGIBLE = 1e-4
-# Colours that colour-blind readers tell apart (Okabe and Ito).
-_MIXES, _PROPOSED, _MEASURED = "#0072B2", "#D55E00", "#009E73"
+_MIXES, _PROPOSED, _MEASURED = COLOURS[:3]
 
 
 @dataclass(frozen=True)
@@ -338,92 +338,94 @@ def _kind(name: str) -> str:
     return name if layer is None else name.replace(f"layers.{layer}.", "layers.*.", 1)
 
 
+class Measured(NamedTuple):
+    """A whole model that was run: bytes of its weights, and its loss in nats a token."""
+
+    bytes: int
+    loss: float
+
+
 def draw(
     found: Found,
     path: Path,
+    before: Measured,
+    after: Measured,
     *,
-    fixed_bytes: int = 0,
+    tokens: int,
     rules: Mapping[str, str] | None = None,
-    measured: Mapping[str, tuple[float, float]] | None = None,
 ) -> None:
     """Draw size against perplexity, and what each module loses, as a PNG.
+
+    The perplexity of a mix is predicted: that of `before`, times e to the sum of its modules' divergences.
 
     Args:
         found: what `measure` gave.
         path: where to.
-        fixed_bytes: of what is not in `found`.
-        rules: a mix to mark, as `propose` gives it.
-        measured: label -> (bytes of the weights, perplexity) of whole models, to lie beside what is predicted.
+        before, after: the model as it was, and as it was written.
+        tokens: predictions by which these two were measured.
+        rules: the mix that was chosen, as `propose` gives it.
     """
-    # Agg by its own canvas, not by pyplot: no window system, no global state, safe in a thread.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     layers = 1 + max((_layer(row.module) or 0 for row in found), default=0)
     kinds = list(dict.fromkeys(_kind(row.module) for row in found))
-    figure = Figure(figsize=(9, 5.2 + 0.3 * len(kinds)), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    sizes, grid = figure.subplots(2, 1, height_ratios=[4.2, 1 + 0.3 * len(kinds)])
-    names = _draw_sizes(sizes, found, fixed_bytes, rules, measured or {})
+    figure = new_figure(9, 5.6 + 0.3 * len(kinds))
+    sizes, grid = figure.subplots(2, 1, height_ratios=[4.4, 1 + 0.3 * len(kinds)])
+    names = _draw_sizes(sizes, found, before, after, tokens, rules)
 
     table = [[math.nan] * layers for _ in kinds]
     for row in found:
         table[kinds.index(_kind(row.module))][_layer(row.module) or 0] = max(row.divergence, _FLOOR)
     mesh = grid.imshow(table, aspect="auto", cmap="viridis", norm=LogNorm(), interpolation="nearest")
     grid.set_yticks(range(len(kinds)), [kind.removeprefix("layers.*.") for kind in kinds], fontsize=8)
-    grid.xaxis.set_major_locator(MaxNLocator(integer=True))
+    grid.set_xticks(range(0, layers, -(-layers // 16)))
     grid.set_xlabel("layer (embedding and head: at the left)")
-    grid.set_title("divergence of each module stored alone as planned", fontsize=10)
+    grid.set_title(f"divergence of each module stored alone as planned, on {found.tokens:,} tokens", fontsize=10)
     figure.colorbar(mesh, ax=grid, label="nats a token", pad=0.01, fraction=0.03)
     for panel in (sizes, grid):
         panel.spines[["top", "right"]].set_visible(False)
-    annotate(sizes, names)
-    with writing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    finish(figure, path, labels={sizes: names})
 
 
 def _draw_sizes(
-    panel: Any,
-    found: Found,
-    fixed_bytes: int,
-    rules: Mapping[str, str] | None,
-    measured: Mapping[str, tuple[float, float]],
+    panel: Any, found: Found, before: Measured, after: Measured, tokens: int, rules: Mapping[str, str] | None
 ) -> list[tuple[str, float, float]]:
-    """Megabytes against perplexity: mixes from the smallest to none, uniform ones, and what was run. Returns the names
-    of points.
+    """Bytes against perplexity: mixes from the smallest to none, uniform ones, and what was run. Returns the names of
+    points.
     """
     options = _options(found)
+    fixed = before.bytes - sum(row.kept_bytes for row in found)
+    size, unit = byte_unit(before.bytes)
 
     def place(chosen: Mapping[str, Option]) -> tuple[float, float]:
-        size = fixed_bytes + sum(option.bytes for option in chosen.values())
-        return size / 1e6, math.exp(found.loss + sum(option.divergence for option in chosen.values()))
+        nats = before.loss + sum(option.divergence for option in chosen.values())
+        return (fixed + sum(option.bytes for option in chosen.values())) / size, math.exp(nats)
 
     line = [place(chosen) for chosen in _mixes(options)]
     panel.plot(*zip(*line, strict=True), color=_MIXES, linewidth=1.5, label="best mixes, predicted")
     uniform = {
         "all as planned": {row.module: Option(row.bytes, row.divergence, row.format) for row in found},
-        "all 8 bits": {row.module: Option(row.wide_bytes, row.wide_divergence, row.wide_format) for row in found},
-        "none": {row.module: Option(row.kept_bytes, 0.0, KEEP) for row in found},
+        "all in 8 bits": {row.module: Option(row.wide_bytes, row.wide_divergence, row.wide_format) for row in found},
     }
     names = []
+    for label, model in {"before": before, "after": after}.items():
+        x, y = model.bytes / size, math.exp(model.loss)
+        panel.plot(x, y, color=_MEASURED, marker="X", markersize=8, linestyle="none")
+        names.append((f"{label}: {show_bytes(model.bytes, before.bytes)}, perplexity {y:.2f}", x, y))
     for label, chosen in uniform.items():
         x, y = place(chosen)
-        panel.plot(x, y, color=_MIXES, marker="o", markersize=4)
+        panel.plot(x, y, color=_MIXES, marker="o", markersize=5, linestyle="none")
         names.append((label, x, y))
     if rules is not None:
         x, y = place(_chosen(options, rules))
-        panel.plot(x, y, color=_PROPOSED, marker="*", markersize=13, linestyle="none", label=f"proposed: {x:.3g} MB")
-    for label, (size, perplexity) in measured.items():
-        panel.plot(size / 1e6, perplexity, color=_MEASURED, marker="x", markersize=6, linestyle="none")
-        names.append((label, size / 1e6, perplexity))
-    panel.set_xlabel("weights (MB)")
-    # The report's perplexity is of all the text to measure on, this one of the part that each module is tried on.
-    panel.set_ylabel(f"perplexity of {found.tokens:,} tokens" + (" (x: measured)" if measured else ""))
-    panel.margins(x=0.08, y=0.12)
+        panel.plot(x, y, color=_PROPOSED, marker="*", markersize=13, linestyle="none", label="the mix, predicted")
+    panel.plot([], [], color=_MIXES, marker="o", markersize=5, linestyle="none", label="all alike, predicted")
+    panel.plot([], [], color=_MEASURED, marker="X", markersize=8, linestyle="none", label="measured")
+    panel.set_xlabel(f"weights, {unit}")
+    panel.set_ylabel(f"perplexity on {tokens:,} tokens")
+    panel.margins(x=0.1, y=0.15)
     panel.grid(alpha=0.25, linewidth=0.6)
-    panel.legend(frameon=False, fontsize=9)
+    panel.figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return names
 
 

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plmtune.atomic import writing
 from plmtune.errors import UserError
+from plmtune.figures import COLOURS, finish, new_figure
 from plmtune.training import metrics
 
-# Colours that colour-blind readers tell apart (Okabe and Ito).
-_TRAIN, _VALIDATION, _RATE = "#0072B2", "#D55E00", "#009E73"
-_SHARES = (_TRAIN, _VALIDATION, _RATE, "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+_TRAIN, _VALIDATION, _RATE, _OTHER = COLOURS[:4]
 _ROOM = 1.01
+# Held-out data is hollow in every panel; what was trained on is a line, or full dots where a run is short.
+_HELD_OUT = {"marker": "o", "markersize": 4.5, "markerfacecolor": "white"}
 # What two answers were given, in the metrics of preference training, and how it is drawn.
-_CONTEXTS = {"": ("direct", _TRAIN), "given_rejected/": ("given the worse", "#CC79A7"),
+_CONTEXTS = {"": ("direct", _TRAIN), "given_rejected/": ("given the worse", _OTHER),
              "given_chosen/": ("given the better", _RATE)}  # fmt: skip
 
 
@@ -35,18 +35,13 @@ def draw_curves(source: Path, target: Path) -> None:
     if not training:
         raise UserError(f"{source} holds no training loss yet, so there is nothing to draw.")
 
-    # Agg by its own canvas, not by pyplot: no window system, no global state, safe in a thread.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     axis, unit = _x_axis(training)
     layers = sparsity_layers(validations)
     rounds = [e for e in entries if e.get("direct") is not None]
     compared = any("accuracy" in e for e in training)
     tasks = [e for e in entries if any(key.startswith("eval/") for key in e)]
     heights = [3.2, 1.0] + [1.0] * bool(layers) + [1.6] * compared + [1.6] * bool(rounds) + [1.6] * bool(tasks)
-    figure = Figure(figsize=(9, 1.1 + 1.15 * sum(heights)), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 1.1 + 1.15 * sum(heights))
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     figure.suptitle("/".join(source.resolve().parent.parts[-2:]), fontsize=12)
 
@@ -69,8 +64,7 @@ def draw_curves(source: Path, target: Path) -> None:
     panels[-1].set_xlim(0, _ROOM * max(axis(e) for e in (*training, *validations, *tasks)))
     panels[-1].set_xlabel(unit)
 
-    with writing(target) as temporary:
-        figure.savefig(temporary, format="png")
+    finish(figure, target, whole=[panels[-1].xaxis] if unit == "step" else [])
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:
@@ -103,7 +97,7 @@ def _x_axis(training: Sequence[dict[str, Any]]) -> tuple[Any, str]:
 
 def _dots(points: Sequence[Any]) -> dict[str, Any]:
     """How few points are drawn: a line of one is nothing to see."""
-    return {"marker": "o", "markersize": 4} if len(points) < 3 else {}
+    return {"marker": "o", "markersize": 3.5} if len(points) < 3 else {}
 
 
 def _draw_losses(panel: Any, training: Sequence[Any], validations: Sequence[Any], axis: Any) -> None:
@@ -125,10 +119,9 @@ def _draw_losses(panel: Any, training: Sequence[Any], validations: Sequence[Any]
             [axis(e) for e in validations],
             [e["validation_loss"] for e in validations],
             color=_VALIDATION,
-            marker="o",
-            markersize=4,
             linewidth=1,
             label=label,
+            **_HELD_OUT,
         )
         if bits and final["validation_loss"]:
             # Bits per byte is the same loss in another unit, so one curve reads on both scales.
@@ -145,15 +138,15 @@ def _draw_losses(panel: Any, training: Sequence[Any], validations: Sequence[Any]
 def _draw_rates(panel: Any, training: Sequence[Any], axis: Any) -> None:
     """The learning rate, and that of each further group of parameters."""
     names = sorted({key for e in training for key in e if key == "lr" or key.startswith("lr/")})
-    for name, colour in zip(names, itertools.cycle((_RATE, *_SHARES[3:])), strict=False):
+    for name, colour in zip(names, itertools.cycle(COLOURS[2:]), strict=False):
         there = [e for e in training if e.get(name) is not None]
         values = [e[name] for e in there]
         panel.plot([axis(e) for e in there], values, color=colour, linewidth=1.4, label=name, **_dots(there))
-    if len(names) > 1:
-        panel.legend(frameon=False, fontsize=8, ncols=len(names))
     panel.set_ylabel("learning rate")
     panel.set_ylim(bottom=0)
-    panel.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    if len(names) > 1:
+        panel.set_ylim(top=1.4 * panel.get_ylim()[1])  # above the lines
+        panel.legend(frameon=False, fontsize=8, ncols=len(names), loc="upper right")
 
 
 def _draw_accuracy(panel: Any, training: Sequence[Any], validations: Sequence[Any], axis: Any) -> None:
@@ -166,9 +159,9 @@ def _draw_accuracy(panel: Any, training: Sequence[Any], validations: Sequence[An
             panel.plot([axis(e) for e in there], drawn, color=colour, linewidth=1.4, label=label, **_dots(there))
         held_out = [e for e in validations if f"validation/{prefix}accuracy" in e]
         x, y = [axis(e) for e in held_out], [e[f"validation/{prefix}accuracy"] for e in held_out]
-        panel.plot(x, y, color=colour, linestyle="none", marker="o", markersize=4)
+        panel.plot(x, y, color=colour, linestyle="none", **_HELD_OUT)
     panel.set_ylim(-0.02, 1.02)
-    panel.set_ylabel("accuracy\n(dots: held out)")
+    panel.set_ylabel("accuracy\n(hollow: held out)")
     panel.legend(frameon=False, fontsize=8, ncols=3)
     panel.grid(alpha=0.25, linewidth=0.6)
 
@@ -177,7 +170,7 @@ def _draw_rewards(panel: Any, rounds: Sequence[Any]) -> None:
     """Rewards of direct and refined answers to held-out prompts after each round, at the step where it ended."""
     x = [e["step"] for e in rounds]
     for key, (label, colour) in {"direct": ("direct answers", _TRAIN), "refined": ("refined answers", _RATE)}.items():
-        panel.plot(x, [e[key] for e in rounds], color=colour, marker="o", markersize=4, label=label)
+        panel.plot(x, [e[key] for e in rounds], color=colour, label=label, **_HELD_OUT)
     panel.set_ylabel("reward\nafter rounds")
     panel.legend(frameon=False, fontsize=8, ncols=2)
     panel.grid(alpha=0.25, linewidth=0.6)
@@ -187,12 +180,10 @@ def _draw_tasks(panel: Any, entries: Sequence[dict[str, Any]], axis: Any) -> Non
     """What tasks measured that lies between 0 and 1, the first eight of them; perplexities are in metrics.jsonl."""
     names = dict.fromkeys(key for e in entries for key in e if key.startswith("eval/"))
     shares = [name for name in names if all(0 <= e[name] <= 1 for e in entries if name in e)]
-    for name, colour in zip(shares, _SHARES, strict=False):
+    for name, colour in zip(shares, COLOURS, strict=False):
         there = [e for e in entries if name in e]
         label = name.removeprefix("eval/").replace("/", " ")
-        panel.plot(
-            [axis(e) for e in there], [e[name] for e in there], color=colour, marker="o", markersize=4, label=label
-        )
+        panel.plot([axis(e) for e in there], [e[name] for e in there], color=colour, label=label, **_HELD_OUT)
     panel.set_ylabel("tasks")
     panel.margins(y=0.15)
     if shares:
@@ -201,13 +192,13 @@ def _draw_tasks(panel: Any, entries: Sequence[dict[str, Any]], axis: Any) -> Non
 
 
 def _draw_sparsity(figure: Any, panel: Any, entries: Sequence[Any], layers: Sequence[str], axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     x = [axis(e) for e in entries]
     rows = [[e.get(layer, float("nan")) for e in entries] for layer in layers]
-    if len(x) == 1:
-        x, rows = [0.0, x[0]], [row * 2 for row in rows]
-    mesh = panel.pcolormesh(x, range(len(layers)), rows, shading="nearest", cmap="viridis", vmin=0, vmax=1)
-    panel.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    # Each value reaches half way to those beside it, the first and the last one as far to the other side.
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(x)]
+    first, last = (2 * x[0] - middles[0], 2 * x[-1] - middles[-1]) if middles else (0.0, x[0])
+    edges = [max(first, 0.0), *middles, last], [layer - 0.5 for layer in range(len(layers) + 1)]
+    mesh = panel.pcolormesh(*edges, rows, cmap="viridis", vmin=0, vmax=1)
+    panel.set_yticks(range(0, len(layers), -(-len(layers) // 4)))
     panel.set_ylabel("layer")
     figure.colorbar(mesh, ax=panel, label="FFN zeros", pad=0.01, fraction=0.03, ticks=[0, 0.5, 1])

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.quantization import sensitivity
 from plmtune.quantization.quantize import quantize
 from plmtune.quantization.schemes import candidates, int4, mixed
-from plmtune.quantization.sensitivity import NEGLIGIBLE, Found, Sensitivity, draw, loss, measure, predict, propose
+from plmtune.quantization.sensitivity import NEGLIGIBLE, Found, Sensitivity, loss, measure, predict, propose
 
 
 def made_up(*modules: tuple[str, int, float, int, float, int], others: tuple[str, ...] = ()) -> Found:
@@ -175,17 +174,3 @@ class TestPropose:
         # More bytes are spent for less divergence, and none where hardly any is left.
         enough = next(index for index, divergence in enumerate(left) if divergence < NEGLIGIBLE)
         assert spent[: enough + 1] == sorted(set(spent)) and left[: enough + 1] == sorted(set(left), reverse=True)
-
-
-class TestDraw:
-    def test_a_picture_of_one_layer_or_many(self, tmp_path: Path) -> None:
-        embedding = TestPropose.C
-        for name, found in {
-            "one": made_up(TestPropose.A, embedding),
-            "many": made_up(TestPropose.A, TestPropose.B, embedding),
-        }.items():
-            path = tmp_path / f"{name}.png"
-            rules = propose(found, sum(row.bytes for row in found) + 100)
-            draw(found, path, fixed_bytes=500, rules=rules, measured={"int4": (1700.0, math.exp(3.5))})
-            assert path.read_bytes().startswith(b"\x89PNG")
-        assert len(list(tmp_path.iterdir())) == 2

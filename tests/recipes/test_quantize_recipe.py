@@ -1,10 +1,12 @@
 """The recipe quantize: a directory that loads like any other, told how large it is and what it lost."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from plmtune.recipes import quantize
 from tuning import stop_in
 
@@ -83,13 +85,27 @@ class TestOneModel:
 
 
 class TestSensitivity:
-    def test_a_budget_gives_a_mix_that_fits_it(self, folder: Path) -> None:
+    def test_a_budget_gives_a_mix_that_fits_it_and_what_is_drawn_is_what_is_printed(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        saved = []
+        save = Figure.savefig
+        monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k)))
         run("quantization=int4", "sensitivity.budget=52%", "sensitivity.tokens=64")  # which cannot be spent unmeasured
         report = json.loads((folder / "out" / "quantize.json").read_text())
         assert report["scheme"]["component"] == "mixed"
         assert report["bytes"] <= 0.52 * report["bytes_before"]  # of files, with their headers
         assert len(set(report["formats"].values())) > 1
         assert (folder / "out" / "sensitivity.png").stat().st_size > 10_000
+        said = capsys.readouterr().out
+        panel = saved[0].axes[0]
+        texts = " ".join(text.get_text() for text in panel.texts)
+        (size,) = re.findall(r"^out: ([\d.]+ KiB), [\d.]+% of the ([\d.]+ KiB)", said, re.MULTILINE)
+        perplexity = re.findall(r"perplexity ([\d.]+) -> ([\d.]+) on 248 tokens", said)[0]
+        for place, bytes_, number in zip(("after", "before"), size, reversed(perplexity), strict=True):
+            assert f"{place}: {bytes_}, perplexity {number}" in texts
+        assert "248 tokens to measure on" in said and panel.get_ylabel() == "perplexity on 248 tokens"
+        assert panel.get_xlabel() == "weights, KiB" and report["test_tokens"] == 248
         # What it proposes is a config that can be given again.
         again = config.compose("quantize", ["out/mix.yaml"], [])
         assert again.quantization.name == "mixed"
