@@ -15,7 +15,7 @@ from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
 from plmtune.models.adapters import holds_adapters, load_its_tokenizer, read_description
 from plmtune.models.assemble import describe, from_description
-from plmtune.models.files import checkpoint_directory
+from plmtune.models.files import checkpoint_directory, say_if_interrupted
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component
 from plmtune.training import manifest
@@ -211,6 +211,8 @@ def origin_directory(init_from: str, *, weights: bool = True) -> Path:
     folder, single = told_by_rank_0(find)
     directory = newest_whole(Path(folder), once=True) if folder else Path(single)
     assert directory is not None
+    if folder:
+        say_if_interrupted(Path(folder).parent if Path(folder).name == "checkpoints" else Path(folder), directory)
     return directory
 
 

@@ -22,7 +22,8 @@ def runs(directory: Path, as_json: bool) -> None:
     """List the runs in DIR (default: runs), the oldest first.
 
     A run that failed is listed with the reason. A run is killed where it did not say how it ended, and no process is
-    in it any more.
+    in it any more. step is the last one that was logged, saved step that of the newest checkpoint, from which the run
+    is resumed and which other commands read.
 
     \b
     plmtune runs
@@ -47,11 +48,11 @@ def table(found: Sequence[Summary], settings: Sequence[str] = ()) -> Table:
     """
     rows = Table(
         [
-            Column("run", folds=True),
+            Column("run", key=True),
             "status",
-            Column("recipe", drop=2),
+            Column("recipe", drop=1),
             Column("model", drop=3),
-            *numbers({"step": 0, "loss": 0, "bits/byte": 4, "time": 1}),
+            *numbers({"step": 0, "saved step": 0, "loss": 0, "bits a byte": 2, "time": 4}),
             *([Column("settings", folds=True)] if any(settings) else []),
         ]
     )
@@ -63,6 +64,7 @@ def table(found: Sequence[Summary], settings: Sequence[str] = ()) -> Table:
             one.recipe,
             f"{one.model} {show_count(one.parameters) if one.parameters else ''}".strip(),
             "" if one.step is None else f"{one.step:,}" + (f"/{one.steps:,}" if one.steps else ""),
+            "" if one.saved_step is None else f"{one.saved_step:,}",
             "" if one.loss is None else f"{one.loss:.4f}",
             "" if one.bits_per_byte is None else f"{one.bits_per_byte:.4f}",
             "" if one.seconds is None else show_duration(one.seconds),

@@ -6,6 +6,7 @@ Only JSON and safetensors are ever opened, and only inside the directory.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from plmtune import hub
+from plmtune import hub, terminal
 from plmtune.atomic import replacing
 from plmtune.errors import Unreadable, UserError, unreadable
 from plmtune.training import manifest, run_summary
@@ -28,6 +29,7 @@ ADAPTER_CONFIG = "adapter_config.json"  # of a directory that holds adapters and
 # Far above any real file of this kind, far below what would hurt: JSON's lists take 25 times their text in memory.
 _MAX_JSON_BYTES = 4 * 2**20
 _MAX_HEADER_BYTES = 8 * 2**20
+_said_of: set[Path] = set()  # runs that were not finished when they were read
 
 
 def locate(directory: Path, stem: str = "model") -> dict[str, Path]:
@@ -199,17 +201,27 @@ def find_checkpoint(path: str | Path, *, weights: bool = True) -> Path:
         return path
     checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     # A name only, of a directory that is there: `latest` is written after its checkpoint and may be lost.
+    run = path.parent if path.name == "checkpoints" else path
     name = _read_start(checkpoints / "latest")
     if name.startswith("step-") and Path(name).name == name and _stays_inside(checkpoints / name):
+        say_if_interrupted(run, checkpoints / name)
         return checkpoints / name
     found = (path for path in checkpoints.glob("step-*") if path.name[5:].isdecimal() and _stays_inside(path))
     steps = {int(path.name[5:25]): path for path in found}
     if not steps:
         raise UserError(
-            run_summary.explain(path if path.name != "checkpoints" else path.parent)
-            or f"{path} holds neither {CONFIG} nor checkpoints (step-00000500, ...)."
+            run_summary.explain(run) or f"{path} holds neither {CONFIG} nor checkpoints (step-00000500, ...)."
         )
+    say_if_interrupted(run, steps[max(steps)])
     return steps[max(steps)]
+
+
+def say_if_interrupted(run: Path, checkpoint: Path) -> None:
+    """Say on stderr, once a process, where a run stands for its newest checkpoint and did not come to its end."""
+    if os.environ.get("RANK", "0") == "0" and run.resolve() not in _said_of:
+        _said_of.add(run.resolve())
+        if said := run_summary.interruption(run, int(checkpoint.name[5:25])):
+            terminal.echo(said, err=True)
 
 
 def name_of(directory: Path) -> str:

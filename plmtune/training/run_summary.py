@@ -34,6 +34,7 @@ class Summary:
         model: its component; of a quantization the scheme.
         parameters: of the model; None of a run that did not come so far.
         step, steps: the newest one, and the run's last, as far as they are known.
+        saved_step: that of the newest checkpoint.
         loss: the newest validation loss, or where there is none the newest training loss.
         seconds: from begin to end, summed over its attempts.
     """
@@ -47,6 +48,7 @@ class Summary:
     started: str | None = None
     step: int | None = None
     steps: int | None = None
+    saved_step: int | None = None
     loss: float | None = None
     bits_per_byte: float | None = None
     seconds: float | None = None
@@ -78,6 +80,7 @@ def summarize(path: Path) -> Summary:
     found.reason, found.started = record.get("reason"), record.get("started")
     found.parameters, found.steps = record.get("parameters"), record.get("num_steps")
     found.seconds = _seconds(attempts, path, running=found.status == "running")
+    found.saved_step = next(reversed(manifest.steps(path / "checkpoints")), None)
     values = _newest_values(path / "metrics.jsonl")
     if found.recipe == "quantize":
         values = {"loss": _json(path / "quantize.json").get("loss")}
@@ -114,6 +117,16 @@ def explain(path: Path) -> str:
         return f"{path} is a finished run, and its checkpoints are gone. Put them back, or name another run."
     why = f" ({one.reason:.300})" if one.reason else ""
     return f"{path} is a run that {_how(one)}{why}, before it saved a model. {resume}"
+
+
+def interruption(path: Path, step: int) -> str:
+    """What to say to somebody who reads the checkpoint of `step` of the run at `path`; empty if that run finished."""
+    if not (path / CONFIG).is_file():
+        return ""
+    one = summarize(path)
+    if one.status not in ("stopped", "failed", "killed"):
+        return ""
+    return f"{path} {_how(one)}: using its checkpoint of step {step:,}. Resume it: plmtune resume {path}"
 
 
 def explain_missing(path: Path) -> str:

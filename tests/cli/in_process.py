@@ -1,8 +1,10 @@
-"""The command line in this process, where a fresh one would spend seconds on importing torch; and a small model."""
+"""The command line in this process, where a fresh one would spend seconds on importing torch; a small model, a run."""
 
 import io
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from plmtune.data.tokenizers import byte
 from plmtune.models.hf import save_model
 from plmtune.models.plm import plm
 from plmtune.registry import component
+from plmtune.training.run_directory import RunDirectory
 
 
 class Terminal(io.TextIOWrapper):
@@ -52,3 +55,16 @@ def save_small(directory: Path, *, max_seq_len: int = 64, init_std: float = 0.3)
     save_model(model, None, directory)
     byte().save(directory)
     return directory
+
+
+CONFIG = "recipe: pretrain\nmodel: {component: plm}\noptimizer: {component: adamw, lr: %s}\n"
+
+
+def begin_run(path: Path, steps: int = 0, num_steps: int = 1200, *, lr: float = 0.1, **record: Any) -> RunDirectory:
+    """A run that has logged so many steps, and whose process is this one; its metrics end in a torn line."""
+    found = RunDirectory.create(path, CONFIG % lr, ["plmtune", "run", "pretrain", "model=plm", f"run_dir={path}"])
+    found.update(num_steps=num_steps, parameters=1_430_000, **record)
+    lines = [{"step": step, "loss": 5 - step / num_steps * 1.2} for step in range(max(1, steps - 400), steps + 1)]
+    lines += [{"step": steps, "validation_loss": 4.5, "bits_per_byte": 2.25}] if steps >= num_steps else []
+    found.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9999, "lo')
+    return found

@@ -7,26 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process import run
+from in_process import begin_run, run, save_small
 
 from plmtune.cli.checkpoints import _find
 from plmtune.cli.runs import reasons, table
 from plmtune.errors import UserError
 from plmtune.models.files import checkpoint_directory
 from plmtune.origins import origin_directory
-from plmtune.training.run_directory import EXIT_STOPPED, RunDirectory
+from plmtune.training import manifest
+from plmtune.training.run_directory import EXIT_STOPPED
 from plmtune.training.run_summary import differing_settings, find_runs, summarize
-
-CONFIG = "recipe: pretrain\nmodel: {component: plm}\noptimizer: {component: adamw, lr: %s}\n"
-
-
-def begin(path: Path, steps: int = 0, lr: float = 0.1, **record: Any) -> RunDirectory:
-    found = RunDirectory.create(path, CONFIG % lr, ["plmtune", "run", "pretrain", "model=plm", f"run_dir={path}"])
-    found.update(num_steps=1200, parameters=1_430_000, **record)
-    lines = [{"step": step, "loss": 5 - step / 1000} for step in range(1, steps + 1)]
-    lines += [{"step": steps, "validation_loss": 4.5, "bits_per_byte": 2.25}] if steps >= 1200 else []
-    found.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9999, "lo')
-    return found
 
 
 @pytest.fixture
@@ -34,14 +24,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Runs that ended in every way, and one that runs."""
     monkeypatch.chdir(tmp_path)
     folder = Path("runs/pretrain")
-    with begin(folder / "20260101-000000", 1200):
+    with begin_run(folder / "20260101-000000", 1200):
         pass
-    with pytest.raises(UserError), begin(folder / "20260101-000001", 7):
+    with pytest.raises(UserError), begin_run(folder / "20260101-000001", 7):
         raise UserError("The disk is full. Make room.")
-    with pytest.raises(SystemExit), begin(folder / "20260101-000002", 300, lr=0.2):
+    with pytest.raises(SystemExit), begin_run(folder / "20260101-000002", 300, lr=0.2):
         raise SystemExit(EXIT_STOPPED)
-    begin(folder / "20260101-000003").close()  # as the kernel does for a process that dies
-    with begin(folder / "20260101-000004", 12):
+    begin_run(folder / "20260101-000003").close()  # as the kernel does for a process that dies
+    with begin_run(folder / "20260101-000004", 12):
         yield tmp_path
 
 
@@ -60,14 +50,22 @@ class TestRuns:
         assert all(one["seconds"] is not None for one in listed)
 
     @pytest.mark.parametrize("width", [60, 80, 120])
-    def test_the_table_fits_and_keeps_states_whole(self, place: Path, width: int) -> None:
+    def test_the_table_fits_and_keeps_paths_states_times_and_settings(self, place: Path, width: int) -> None:
         paths = find_runs(Path("runs"))
         found = [summarize(path) for path in paths]
         assert reasons(found) == [f"{paths[1]}: The disk is full"]
         lines = table(found, differing_settings(paths)).lines(width)
         assert all(len(line) <= width for line in lines)
-        for state in ("finished", "failed", "stopped", "killed", "running"):
-            assert any(state in line for line in lines)
+        words = " ".join(lines).split()
+        assert {*map(str, paths), "finished", "failed", "stopped", "killed", "running", "time"} <= {*words}
+        assert words.count("optimizer.lr=0.1") == 4 and words.count("optimizer.lr=0.2") == 1
+
+    def test_the_step_of_the_newest_checkpoint_stands_beside_the_last_one_that_was_logged(self, place: Path) -> None:
+        for step in (100, 200):
+            manifest.step_path(Path("runs/pretrain/20260101-000002/checkpoints"), step).mkdir(parents=True)
+        found = [summarize(path) for path in find_runs(Path("runs"))]
+        assert [(one.step, one.saved_step) for one in found][1:4] == [(7, None), (300, 200), (None, None)]
+        assert table(found).lines()[3].split()[5:7] == ["300/1,200", "200"]
 
     def test_a_pipe_gets_all_of_it(self, place: Path) -> None:
         paths = find_runs(Path("runs"))
@@ -134,6 +132,29 @@ class TestARunWithoutAModel:
         Path("runs/pretrain/latest").symlink_to("gone")
         with pytest.raises(UserError, match=r"runs/pretrain/latest leads to gone, which was removed"):
             checkpoint_directory("runs/pretrain/latest")
+
+
+class TestReadingARunThatDidNotFinish:
+    @pytest.mark.parametrize(
+        ("number", "said"),
+        [(0, ""), (1, "failed at step 7"), (2, "was stopped at step 300"), (3, "was killed"), (4, "")],
+    )
+    @pytest.mark.parametrize("read", [checkpoint_directory, origin_directory])
+    def test_which_checkpoint_is_used_is_said_once(
+        self, place: Path, number: int, said: str, read: Callable[[Any], Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = Path(f"runs/pretrain/20260101-00000{number}")
+        manifest.seal(save_small(manifest.step_path(run / "checkpoints", 5)), 5, {})
+        for _ in range(2):
+            assert read(run) == run / "checkpoints/step-00000005"
+        read(run / "checkpoints/step-00000005")  # named by itself: nothing is to be said
+        err = " ".join(capsys.readouterr().err.split())
+        if said:
+            at = " of 1,200" if "step" in said else ""
+            wanted = f"{run} {said}{at}: using its checkpoint of step 5. Resume it: plmtune resume {run}"
+            assert err == wanted
+        else:
+            assert err == ""
 
 
 class TestResumeWithoutAName:
