@@ -29,7 +29,7 @@ _PLAIN = {
 # Text of others may hold what moves a terminal's cursor or changes its title.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 # A command at the end of a line stays on one line, so that it can be copied.
-_COMMAND = re.compile(r"(?:(?<=: )|(?<=with )|(?<=: `))(?:plmtune|\S*python[\d.]* -m) .*$")
+_COMMAND = re.compile(r"(?:(?<=: )|(?<=with )|(?<=: `))(?:plmtune|\S*python[\d.]* -m) .*$|(?<=try it: ).*$")
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:

@@ -194,7 +194,7 @@ def _print(found: list[Measurement], machine: dict[str, object]) -> None:
     figures |= {"read a token": 2, "of bandwidth": 1}
     table = Table(
         [
-            Column("target", folds=True),
+            Column("target", key=True),
             Column("runtime"),
             Column("weights", folds=True),
             *numbers(figures),

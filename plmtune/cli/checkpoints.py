@@ -107,7 +107,7 @@ def _table(entries: list[Entry], whole: str) -> Table:
             Column("size", right=True),
             Column("files", right=True, drop=1),
             Column("validation loss", right=True),
-            Column("state", folds=True),
+            "state",
         ]
     )
     for entry in entries:
@@ -115,7 +115,7 @@ def _table(entries: list[Entry], whole: str) -> Table:
         known = entry.files > 0
         table.add(
             entry.step if known else entry.path.name,
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.saved)) if known else "",
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.saved)) if known else "",
             show_bytes(entry.size) if known else "",
             str(entry.files) if known else "",
             f"{loss:.4f}" if isinstance(loss, int | float) else "",

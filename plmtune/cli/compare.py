@@ -13,7 +13,7 @@ from plmtune.tables import show
 
 
 @click.command()
-@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RESULT...")
+@click.argument("results", nargs=-1, type=click.Path(path_type=Path), metavar="RESULT...")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -35,9 +35,13 @@ def compare(results: tuple[Path, ...], out: Path | None, as_json: bool, all_task
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}.")
 
+    from plmtune.evaluation.results import HOW_TO_MAKE, load_all, table
+
+    if not results:
+        raise UserError(f"Name the results to compare: plmtune compare evaluations/. {HOW_TO_MAKE}")
+
     from plmtune.evaluation import comparison
     from plmtune.evaluation.comparison_plot import draw
-    from plmtune.evaluation.results import load_all, table
 
     found = load_all(results, lambda text: terminal.echo(text, err=True))
     files, loaded = list(found), list(found.values())

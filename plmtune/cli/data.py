@@ -213,7 +213,7 @@ def _inspect_shards(
         if not 0 <= document < chosen.num_documents:
             raise UserError(f"--document {document}: {split} holds documents 0 to {chosen.num_documents - 1}")
         ids = chosen.document(document, shards.eos_id)[:-1].tolist()
-        console.print(tokenizer.decode(ids), markup=False)
+        console.print(terminal.encodable(tokenizer.decode(ids), console.encoding), markup=False)
     if window is not None:
         if not 0 <= window < chosen.num_windows(seq_len):
             raise UserError(f"--window {window}: {split} holds windows 0 to {chosen.num_windows(seq_len) - 1}")
@@ -247,14 +247,17 @@ def _coloured(ids: list[int], tokenizer: Tokenizer) -> Text:
     """Text of the ids, each document in the next colour behind the end token of the last."""
     from rich.text import Text
 
+    def said(ids: list[int]) -> str:
+        return terminal.encodable(tokenizer.decode(ids), terminal.encoding(sys.stdout))
+
     text = Text()
     start = documents = 0
     for index, token in enumerate(ids):
         if token == tokenizer.eos_id:
-            text.append(tokenizer.decode(ids[start:index]), style=_COLOURS[documents % len(_COLOURS)])
-            text.append(tokenizer.decode([token]) + "\n", style="reverse")
+            text.append(said(ids[start:index]), style=_COLOURS[documents % len(_COLOURS)])
+            text.append(said([token]) + "\n", style="reverse")
             start, documents = index + 1, documents + 1
-    text.append(tokenizer.decode(ids[start:]), style=_COLOURS[documents % len(_COLOURS)])
+    text.append(said(ids[start:]), style=_COLOURS[documents % len(_COLOURS)])
     return text
 
 

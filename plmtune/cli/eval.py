@@ -215,7 +215,7 @@ def _list(tasks: Tasks, words: Sequence[str]) -> None:
     if not words and sys.stdout.isatty():  # 14,000 lines are for a pipe
         suites = {name for members in SUITES.values() for name in members}
         found = [entry for entry in known if entry.kind == "suite" or entry.name in suites]
-    table = Table([Column("name", folds=True), "kind", Column("output", drop=1), Column("source", folds=True)])
+    table = Table([Column("name", key=True), "kind", Column("output", drop=1), Column("source", folds=True)])
     for entry in found:
         table.add(entry.name, entry.kind, entry.output, entry.source)
     if sys.stdout.isatty():
@@ -240,6 +240,6 @@ def _showing(what: str, *, shown: bool) -> Iterator[Progress]:
     """How far an evaluation is."""
     line = terminal.Line(shown=shown)
     try:
-        yield lambda kind, done, total: line.update(f"{what}: {done:,}/{total:,} {kind}", now=done == total)
+        yield lambda kind, done, total: line.update(f"{done:,}/{total:,} {kind}", what, now=done == total)
     finally:
         line.close()

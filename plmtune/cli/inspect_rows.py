@@ -334,7 +334,7 @@ def _print_runs(console: Console, runs: Sequence[tuple[list[int], bool]], templa
         said = visible(template.tokenizer.decode(ids))
         if trained and not _coloured(console):
             said = f"{_OPEN}{said}{_CLOSE}"
-        text.append(said, style=_TRAINED if trained else "")
+        text.append(terminal.encodable(said, console.encoding), style=_TRAINED if trained else "")
     console.print(text)
 
 
@@ -343,7 +343,7 @@ def _coloured(console: Console) -> bool:
 
 
 def _legend(console: Console) -> str:
-    return "green" if _coloured(console) else f"between {_OPEN} and {_CLOSE}"
+    return "green" if _coloured(console) else terminal.encodable(f"between {_OPEN} and {_CLOSE}", console.encoding)
 
 
 def _rows(count: int) -> str:

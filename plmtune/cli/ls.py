@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from plmtune.cli import import_option
+from plmtune.cli import COMMANDS, import_option
 from plmtune.names import DEVICES
 from plmtune.shipped import folder
 from plmtune.tables import Column, Table, show
@@ -60,18 +60,18 @@ def _devices() -> None:
     from plmtune.devices.device import load_device, shipped
     from plmtune.units import show_bytes, show_number
 
-    table = Table(["device", Column("", folds=True), "for a model", "reads at", "calibrated"])
+    table = Table([Column("device", key=True), "for a model", "reads at", "calibrated", Column("", folds=True)])
     for name in shipped():
         device = load_device(name)
         speed = f"{show_number(device.bandwidth.value / 1e9)} GB/s"
-        table.add(name, device.name, show_bytes(device.available), speed, "yes" if device.rates else "no")
+        table.add(name, show_bytes(device.available), speed, "yes" if device.rates else "no", device.name)
     show(table)
     show("plmtune bench --calibrate FILE.yaml writes one for this machine")
 
 
 def _list(entries: Iterable[tuple[str, str]]) -> None:
     """Names and what they are, indented."""
-    table = Table(["", Column("", folds=True)], headings=False)
+    table = Table([Column("", key=True), Column("", folds=True)], headings=False)
     for name, text in entries:
         table.add(f"  {name}", text)
     if table.rows:
@@ -85,7 +85,10 @@ def _group(group: str, table: Any) -> None:
     leaf = group.rpartition("/")[2]
     if leaf not in table:
         near = did_you_mean(leaf, [*table, "devices"])
-        raise UserError(f"There is no group {group}.{near if near.endswith('?') else where_it_belongs(leaf) or near}")
+        near = near if near.endswith("?") else where_it_belongs(leaf) or near
+        if leaf in COMMANDS:
+            near = f" {leaf} is a command: plmtune {leaf}"
+        raise UserError(f"There is no group {group}.{near}")
     for name, entry in sorted(table[leaf].items()):
         summary = entry.doc.strip().split("\n\n")[0].replace("\n", " ")
         show(f"{name}  {summary}")

@@ -150,7 +150,7 @@ def _in_options(message: str) -> str:
 def _ticker(path: str) -> Iterator[Callable[[Perplexity], None]]:
     """Show how far the reading of a file is."""
     line, begun = terminal.Line(), time.monotonic()
-    line.update(f"{path}: reading")
+    line.update("reading", path)
 
     def tick(found: Perplexity) -> None:
         rate = found.tokens / max(time.monotonic() - begun, 1e-9)
@@ -180,7 +180,7 @@ def _print(measured: dict[str, Perplexity], total: Perplexity, window: int, stri
 
     # name: the order in which a narrow terminal leaves it out; 0 stays
     figures = {"loss": 0, "perplexity": 0, "bits per byte": 0, "tokens": 3, "bytes": 1, "documents": 2}
-    table = Table([Column("text", folds=True), *numbers(figures)])
+    table = Table([Column("text", key=True), *numbers(figures)])
     rows = [*measured.items(), *([("all", total)] if len(measured) > 1 else [])]
     for name, found in rows:
         counts = (f"{count:,}" for count in (found.tokens, found.bytes, found.documents))

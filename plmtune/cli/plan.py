@@ -16,7 +16,7 @@ from plmtune.cli import import_option
 from plmtune.cli.options import divide
 from plmtune.errors import UserError
 from plmtune.shipped import folder
-from plmtune.tables import Table, numbers, show
+from plmtune.tables import Column, Table, numbers, show
 
 if TYPE_CHECKING:
     from plmtune.devices.costs import Anatomy
@@ -264,7 +264,7 @@ def _print_device(device: Device, predictions: list[Prediction], contexts: list[
     prompt = max(p.prompt for p in predictions)
     figures = {"weights": 2, f"memory at {contexts[-1]:,}": 0, "fits": 3, f"first of {prompt:,}": 1}
     figures |= {f"tokens/s at {context:,}": 0 for context in contexts}
-    table = Table(["runtime", "scheme", *numbers(figures)])
+    table = Table([Column("runtime", key=True), "scheme", *numbers(figures)])
     for first in predictions[:: len(contexts)]:
         row = [p for p in predictions if (p.runtime, p.scheme) == (first.runtime, first.scheme)]
         last = row[-1]
@@ -281,7 +281,7 @@ def _print_device(device: Device, predictions: list[Prediction], contexts: list[
     show(table)
     if any(not p.fits for p in predictions):
         show("What does not fit is read from the disk for each token, a hundred times slower: no speed is given.")
-    if any(not p.calibrated and p.runtime == "plmtune" for p in predictions):
+    if any(p.is_bound for p in predictions):
         show("plmtune's speeds are what this memory allows: how near it comes, plmtune bench --calibrate measures.")
 
 
@@ -291,8 +291,8 @@ def _speed(prediction: Prediction) -> str:
     if prediction.decode is None:
         return "does not fit"
     speed = show_number(prediction.decode)
-    if prediction.runtime == "plmtune" and not prediction.calibrated:
-        return f"at most {speed}"  # nothing was measured there: the memory alone is known
+    if prediction.is_bound:
+        return f"at most {speed}"
     return f"{speed} ± {show_number(prediction.decode * prediction.error, 2)}"
 
 
@@ -413,7 +413,7 @@ def _sweep(
         raise UserError(f"Not one of these architectures fits: the smallest takes {show_bytes(smallest)}.")
     show(f"\nThe front of speed, memory and parameters: {len(best)} that no other beats")
     keys = list(best[0].settings)
-    figures = {"": 0, **dict.fromkeys(keys, 0), "parameters": 0, "non-embedding": 2, "memory": 0}
+    figures = {"#": 0, **dict.fromkeys(keys, 0), "parameters": 0, "non-embedding": 2, "memory": 3}
     figures |= {f"first of {best[0].prediction.prompt:,}": 1, "tokens/s": 0}
     table = Table(numbers({name.removeprefix("model."): drop for name, drop in figures.items()}))
     for number, point in list(enumerate(best, 1))[:: -(-len(best) // _LISTED)]:

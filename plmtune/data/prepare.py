@@ -260,7 +260,7 @@ def _showing(name: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
         characters += more
         seconds = time.monotonic() - begun
         read = f"{characters / 1e6:.1f} million characters"
-        line.update(f"{name}: {tokens / 1e6:.1f} million tokens", read, f"{seconds:.0f} s")
+        line.update(f"{tokens / 1e6:.1f} million tokens", read, f"{seconds:.0f} s", name)
 
     try:
         yield advance

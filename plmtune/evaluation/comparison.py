@@ -84,7 +84,7 @@ def table(rows: Sequence[Row], results: Sequence[Result]) -> list[Table | str]:
     names = labels(results)
     grid = Table(
         [
-            Column("task", folds=True),
+            Column("task", key=True),
             Column("metric", folds=True),
             Column(""),
             Column("difference"),

@@ -29,6 +29,7 @@ VERSION = 1
 _PACKAGES = ("plmtune", "torch", "lm_eval", "tokenizers", "numpy")
 _PROMPTS_KEPT = 3  # of each task: to see with one's own eyes what the model was asked
 _REASON_LENGTH = 100
+HOW_TO_MAKE = "Make one: plmtune eval CHECKPOINT --suite quick writes it to evaluations/"
 _BESIDE = 2  # more results than these are shown below each other
 # Names of a result file that must hold objects, for whoever reads it.
 _OBJECTS = ("model", "settings", "environment", "tasks", "groups", "failed", "samples")
@@ -126,6 +127,8 @@ def load(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"There is no result {path} (seen from {Path.cwd()}). {HOW_TO_MAKE}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
@@ -165,7 +168,7 @@ def load_all(paths: Sequence[str | Path], tell: Callable[[str], None]) -> dict[P
             continue
         inside = sorted(path.glob("*.json"))
         if not inside:
-            raise UserError(f"{path} holds no result: it has no .json file. plmtune eval writes them.")
+            raise UserError(f"{path} holds no result: it has no .json file. {HOW_TO_MAKE}")
         # One that is also given by its own name has its place there.
         found |= _without_repeats({file: load(file) for file in inside if file.resolve() not in given}, tell)
     return found
@@ -293,7 +296,7 @@ def table(
         for label, result in zip(labels(results), results, strict=True)
     ]
     beside = len(results) <= _BESIDE
-    what = [Column("task", folds=True), Column("shots", right=True, drop=1), Column("metric", folds=True)]
+    what = [Column("task", key=True), Column("shots", right=True, drop=1), Column("metric", folds=True)]
     grid = Table([*what, Column("n", right=True, drop=2), *(names if beside else ("result", "score"))])
     before = ""
     for line in lines(results, all_tasks=all_tasks):
