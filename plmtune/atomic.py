@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from plmtune.errors import UserError
@@ -34,6 +34,18 @@ def writing(path: Path) -> Iterator[Path]:
             yield temporary
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+@contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Let `folder` be made, with those above it; afterwards remove what is new of these and empty."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    finally:
+        for place in new:
+            with suppress(OSError):  # not empty, or not made
+                place.rmdir()
 
 
 def check_room(path: Path, num_bytes: int) -> None:

@@ -29,22 +29,25 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from plmtune.atomic import making
 from plmtune.config_choices import (
     FILE_PRESET,
+    choices_of,
     group_at,
     normalize_file,
     read_preset,
-    refuse_preset,
     take_choices,
 )
-from plmtune.config_errors import Given, as_typed, explain, in_hydras_form, in_words, unknown_key
+from plmtune.config_errors import Given, explain, in_words, unknown_key
 from plmtune.config_rules import check_file, check_override, check_scalar, check_value, is_option, read_yaml, resolve
-from plmtune.errors import UserError, did_you_mean, either
-from plmtune.names import where_it_belongs
+from plmtune.errors import UserError, did_you_mean, either, near_names
+from plmtune.names import refuse_preset, where_it_belongs
+from plmtune.overrides import as_typed, in_hydras_form
 from plmtune.ranges import Rule
 from plmtune.registry import Component, Key, describe, find, keys_of
 from plmtune.schema import SCHEMAS, component_keys
@@ -76,10 +79,18 @@ def _dict_group(annotation: Any) -> str | None:
     return None
 
 
+def _is_text_list(annotation: Any) -> bool:
+    """Whether a key holds a list of texts, for which one text alone stands as well."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _is_text_list(arguments[0])
+    return origin in (list, tuple) and (typing.get_args(arguments[0]) or arguments)[0] is str
+
+
 def _plain(annotation: Any) -> Any:
     """The nearest type that OmegaConf checks: Literal becomes the type of its values, a component Any."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if _is_component(annotation):
+    if _is_component(annotation) or _is_text_list(annotation):
         return Any
     if origin is typing.Annotated:
         return dict[str, Any] if _dict_group(annotation) else _plain(arguments[0])
@@ -252,12 +263,15 @@ def find_config(name: str) -> Path:
         ):
             if path is not None and path.is_file():
                 return path
-        near = did_you_mean(name, [f"conf/{path.name}" for path in shipped.glob("*.yaml")])
-        raise UserError(f"{name}: no such file.{near}")
+        beside = {path.stem: str(path) for path in Path(name).parent.glob("*.y*ml")}
+        near = [beside[stem] for stem in near_names(Path(name).stem, beside)]
+        configs = [path.stem for path in shipped.glob("*.yaml")]
+        hint = f" Did you mean {either(near)}?" if near else did_you_mean(Path(name).stem, configs)
+        raise UserError(f"{name}: no such file.{hint}")
     path = shipped / f"{name}.yaml"
     if not path.is_file():
-        near = where_it_belongs(name) or did_you_mean(name, (p.stem for p in shipped.glob("*.yaml")))
-        raise UserError(f"There is no config {name}.{near}")
+        hint = where_it_belongs(name) or did_you_mean(name, (p.stem for p in shipped.glob("*.yaml")))
+        raise UserError(f"There is no config {name}.{hint}")
     return path
 
 
@@ -267,8 +281,13 @@ def _is_base(content: dict[str, Any]) -> bool:
     return isinstance(defaults, list) and any(isinstance(e, str) and e.endswith("_schema") for e in defaults)
 
 
-def _store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> Given:
-    """Put the primary config into Hydra's store; returns what it is composed of."""
+def _store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str], checked: Sequence[str]) -> Given:
+    """Put the primary config into Hydra's store; returns what it is composed of.
+
+    Args:
+        overrides: as they were typed.
+        checked: the same in Hydra's form.
+    """
     files = [find_config(name), *map(find_config, overlays)]
     contents = [read_yaml(path) for path in files]
     for path, content in zip(files, contents, strict=True):
@@ -276,7 +295,7 @@ def _store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str])
         recipe = content.get("recipe", "pretrain")
         if recipe not in list(SCHEMAS):  # a list: what YAML holds may have no hash
             raise UserError(f"{path}, key recipe: there is no {recipe!s:.80}.{did_you_mean(str(recipe), SCHEMAS)}")
-        refuse_preset(content, path, component_keys())
+        refuse_preset(content, path)
     recipe = contents[0]["recipe"] if "recipe" in contents[0] else _recipe_of(contents[0], files[0])
     for path, content in zip(files[1:], contents[1:], strict=True):
         if content.get("recipe", recipe) != recipe:
@@ -296,8 +315,10 @@ def _store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str])
         for key in sections.intersection(content):
             if not isinstance(content[key], dict):
                 raise UserError(f"{path}, key {key}: needs a table of its keys, not {content[key]!r:.80}.")
-    for index, (key, path) in enumerate(given.files.items()):
-        normal = normalize_file(given.contents[key], path, component_keys(), base=whole and not index)
+    later = _chosen(checked)
+    for index, (key, path) in reversed([*enumerate(given.files.items())]):
+        normal = normalize_file(given.contents[key], path, component_keys(), base=whole and not index, later=later)
+        later = {**choices_of(normal), **later}
         store.store(name=key, node=OmegaConf.create(normal))
     # An overlay may ask for other components, so it is merged after the base but its choices hold from the start.
     # Groups that a user's schema adds are chosen nowhere yet.
@@ -305,6 +326,16 @@ def _store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str])
     bases = [*([] if whole else [base]), *({group: None} for group in sorted(added))]
     store.store(name=PRIMARY, node={"defaults": [*bases, *given.files, "_self_"]})
     return given
+
+
+def _chosen(overrides: Sequence[str]) -> dict[str, str | None]:
+    """What overrides in Hydra's form choose, by place."""
+    pairs = [text.partition("=") for text in overrides]
+    return {
+        place.lstrip("+~"): None if place.startswith("~") else name.strip("'\"")
+        for place, _, name in pairs
+        if "." not in place and name[:1] != "{" and group_at(place.lstrip("+~"), component_keys())
+    }
 
 
 def _recipe_of(content: dict[str, Any], path: Path) -> str:
@@ -381,7 +412,7 @@ def _check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> lis
 
     Keys may be added to dictionaries, as ``data.sources={mine: ...}`` does.
     """
-    checked = []
+    checked: list[list[str]] = []  # what each override stands for
     for index, text in enumerate(overrides):
         # Hydra's multirun reads its own options, one of which unpickles a file, among the overrides.
         if ("=" not in text and not text.startswith("~")) or text.startswith("-"):
@@ -392,6 +423,7 @@ def _check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> lis
             raise UserError(f"override {text:.200}: has no key. Write key=value.")
         if re.match(r"[+~]*recipe\b", text):
             raise UserError(f"override {text:.200}: a config has its recipe. Run another one: plmtune run NAME")
+        part = []
         for normal in _normalize(text, _parse(text, overrides[index + 1 :])):
             parsed = _parse(normal)
             check_override(
@@ -408,8 +440,18 @@ def _check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> lis
                 raise UserError(
                     f"override {text}: choose it as {key.removesuffix('.component').replace('.', '/')}={value}."
                 )
-            checked.append(f"++{normal.lstrip('+')}" if in_dict else normal)
-    return checked
+            part.append(f"++{normal.lstrip('+')}" if in_dict else normal)
+        for place in _chosen(part):
+            checked = [_without(place, earlier) for earlier in checked]
+        checked.append(part)
+    return [text for part in checked for text in part]
+
+
+def _without(place: str, part: list[str]) -> list[str]:
+    """What one override stands for, without the component at a place, which gives way to a later one."""
+    if place not in _chosen(part):
+        return part
+    return [t for t in part if not f"{t.partition('=')[0].lstrip('+~').replace('.', '/')}/".startswith(f"{place}/")]
 
 
 def _normalize(text: str, parsed: Override) -> list[str]:
@@ -498,7 +540,7 @@ def compose(name: str, overlays: Sequence[str] = (), overrides: Sequence[str] = 
     """
     checked = _check_overrides(overrides)
     _store_components()
-    given = _store_primary(name, overlays, overrides)
+    given = _store_primary(name, overlays, overrides, checked)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(folder("conf")), version_base="1.3"):
@@ -531,19 +573,29 @@ def multirun(
 
     Args:
         directory: where each job gets a run directory, named by its number, unless the config has `run_dir`.
+
+    Raises:
+        UserError: of the first job that is refused, naming it. Of jobs that begin no run no folder is left.
     """
     checked = _check_overrides(overrides, multirun=True)
+    for text in checked:
+        directory = Path(text.removeprefix("hydra.sweep.dir=")) if text.startswith("hydra.sweep.dir=") else directory
     _store_components()
-    given = _store_primary(name, overlays, overrides)
+    given = _store_primary(name, overlays, overrides, checked)
 
     def job(composed: DictConfig) -> Any:
         try:
             cfg = typed(composed)
         except UserError as error:
             raise given.blamed(error) from None
+        place = Path(HydraConfig.get().runtime.output_dir)
         if cfg.run_dir is None:
-            cfg.run_dir = HydraConfig.get().runtime.output_dir
-        return task(cfg)
+            cfg.run_dir = str(place)
+        try:
+            return task(cfg)
+        finally:
+            with contextlib.suppress(OSError):  # not empty: a run began there
+                place.rmdir()
 
     settings = [
         "hydra.output_subdir=null",
@@ -554,14 +606,33 @@ def multirun(
     ]
     from unittest import mock  # imports asyncio
 
+    def result(done: JobReturn) -> Any:
+        if done.status is JobStatus.COMPLETED:
+            return done._return_value
+        if not isinstance(done._return_value, UserError):
+            raise done._return_value
+        number = done.hydra_cfg.hydra.job.num if done.hydra_cfg else "?"
+        own = [text for text in done.overrides or () if text not in checked]
+        raise UserError(f"job {number} ({', '.join(own)}): {done._return_value}") from done._return_value
+
     argv = ["plmtune", "--multirun", *settings, *checked]
     GlobalHydra.instance().clear()
-    try:
+    with (
+        making(directory),
+        contextlib.ExitStack() as patched,
+    ):
         # Let Hydra raise what happened instead of printing it and leaving with code 1.
-        with mock.patch.dict(os.environ, HYDRA_FULL_ERROR="1"), mock.patch.object(sys, "argv", argv):
+        patched.enter_context(mock.patch.dict(os.environ, HYDRA_FULL_ERROR="1"))
+        patched.enter_context(mock.patch.object(sys, "argv", argv))
+        told = property(result, vars(JobReturn)["return_value"].fset)  # Hydra's own prints what failed, in its words
+        patched.enter_context(mock.patch.object(JobReturn, "return_value", told))
+        try:
             hydra_main(version_base="1.3", config_path=str(folder("conf")), config_name=PRIMARY)(job)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error, given, all_keys, _fields) from None
+        except (HydraException, OmegaConfBaseException) as error:
+            raise explain(error, given, all_keys, _fields) from None
+        finally:
+            if directory.is_dir() and [path.name for path in directory.iterdir()] == ["multirun.yaml"]:
+                (directory / "multirun.yaml").unlink()
 
 
 # --- from plain values to typed objects --------------------------------------------------------------------------
@@ -601,6 +672,8 @@ def _construct(annotation: Any, value: Any, key: str, where: str) -> Any:
     """Turn a checked plain value into what its annotation says: dataclasses, Components, Literals, tuples."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     place = f"{where}, " if where else ""
+    if _is_text_list(annotation) and not isinstance(value, dict):
+        value = _texts(value, f"{place}key {key}")
     if value is None:
         return None
     if isinstance(value, int):  # from a text, which OmegaConf made a number
@@ -650,6 +723,18 @@ def _construct(annotation: Any, value: Any, key: str, where: str) -> Any:
     return value
 
 
+def _texts(value: Any, place: str) -> list[Any]:
+    """The items of a list of texts, which one text alone stands for as well."""
+    if value is None:
+        raise UserError(f"{place}: needs a list of texts, not null. An empty one is [].")
+    items = value if isinstance(value, list | tuple) else [value]
+    for item in items:
+        if not isinstance(item, str | list | dict):
+            held = in_hydras_form(item)
+            raise UserError(f"{place}: {held} is no text. Put it in quotes, inside of the shell's: '[\"{held}\"]'.")
+    return list(items)
+
+
 def _may_hold(annotation: Any, kind: type) -> bool:
     """Whether a key of this type takes a table (dict) or a list."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -669,6 +754,8 @@ def _kind(annotation: Any) -> str:
     if typing.get_origin(annotation) is Literal:
         return either([str(value) for value in typing.get_args(annotation)])
     arguments = typing.get_args(annotation) or (annotation,)
+    if _is_text_list(annotation):
+        return "a list of texts"
     words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
     return either([words.get(argument, str(argument)) for argument in arguments])
 
@@ -680,6 +767,8 @@ def to_component(group: str, value: Any, key: str, where: str = "") -> Component
         UserError: for an unknown component, an unknown setting or a wrong type.
     """
     place = f"{where}, " if where else ""
+    if isinstance(value, str):  # the name alone
+        value = {"component": value}
     if not isinstance(value, dict) or not isinstance(value.get("component"), str):
         raise UserError(f"{place}key {key}: needs the name of a component: {', '.join(sorted(describe()[group]))}.")
     name = value["component"]

@@ -14,6 +14,7 @@ from typing import Any
 
 from plmtune.config_rules import check_file, is_option, read_yaml
 from plmtune.errors import UserError, either
+from plmtune.overrides import as_typed
 from plmtune.registry import describe
 from plmtune.shipped import folder
 
@@ -53,9 +54,10 @@ def take_choices(value: Any, place: str, group: str, choices: dict[str, str | No
     key = place.replace("/", ".")
     if isinstance(value, list):
         if group != "logger":
-            hint = " Several sources are data=mix with data.sources={NAME: {component: ...}}." if key == "data" else ""
+            several = as_typed("data.sources", {"NAME": {"component": "files", "paths": ["a.txt"]}})
+            hint = f" Several sources are data=mix with {several}." if key == "data" else ""
             raise UserError(f"{where}key {key}: takes the name of one component, not a list.{hint}")
-        if len(value) == 1 and isinstance(value[0], str):
+        if len(value) == 1:
             (value,) = value
         else:
             choices[place] = SEVERAL
@@ -85,7 +87,8 @@ def _several(items: Sequence[Any], where: str) -> dict[str, Any]:
     for item in items:
         settings = {"component": item} if isinstance(item, str) else item
         if not isinstance(settings, dict) or not isinstance(settings.get("component"), str):
-            raise UserError(f"{where}{item!r:.80} is no logger. Write [tensorboard, {{component: wandb, project: x}}].")
+            form = as_typed("logger", ["tensorboard", {"component": "wandb", "project": "x"}])
+            raise UserError(f"{where}{item!r:.80} is no logger. Write {form}.")
         name = settings["component"]
         if name in found:
             raise UserError(f"{where}names {name} twice.")
@@ -94,12 +97,21 @@ def _several(items: Sequence[Any], where: str) -> dict[str, Any]:
 
 
 def normalize_file(
-    content: Mapping[str, Any], path: Path, groups: Collection[str], *, base: bool = False
+    content: Mapping[str, Any],
+    path: Path,
+    groups: Collection[str],
+    *,
+    base: bool = False,
+    later: Mapping[str, str | None],
 ) -> dict[str, Any]:
     """Move the choices in a file's values to its defaults list, where Hydra looks for them.
 
+    Settings that stand beside the name of their component, or are a list of loggers, go with it where a later file or
+    an override chooses another one.
+
     Args:
         base: the file is a copy of a shipped config that others build on; else it overrides what it builds on.
+        later: what is chosen after this file, by place.
 
     Raises:
         UserError: if a component is chosen in both.
@@ -107,10 +119,12 @@ def normalize_file(
     choices: dict[str, str | None] = {}
     values: dict[str, Any] = {}
     for key, value in content.items():
-        if key in groups and value is None:  # a choice as any other: a later file or an override may choose again
+        if key in groups and value in (None, []):  # a choice as any other: a later one may choose again
             choices[key] = None
             continue
         kept = take_choices(value, key, key, choices, f"{path}, ") if key in groups else value
+        if key in groups:
+            kept = _without_replaced(kept, key, choices, later)
         if kept != {} or value == {}:
             values[key] = kept
     if "defaults" in values and not base:  # a copy of a shipped config is an overlay too
@@ -125,11 +139,30 @@ def normalize_file(
     return _with_choices(values, {f"override /{place}": name for place, name in choices.items()}, path)
 
 
+def _without_replaced(
+    values: Any, place: str, choices: dict[str, str | None], later: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """The settings of a component without what belongs to components that give way to later ones, nor their names."""
+    if place in choices and place in later and (later[place] != choices[place] or choices[place] == SEVERAL):
+        for at in [at for at in choices if at == place or at.startswith(f"{place}/")]:
+            del choices[at]
+        return {}
+    return {
+        key: _without_replaced(child, f"{place}/{key}", choices, later) if isinstance(child, dict) else child
+        for key, child in values.items()
+    }
+
+
+def choices_of(values: Mapping[str, Any]) -> dict[str, str | None]:
+    """What the defaults list of a file chooses, by place."""
+    entries = [entry for entry in values.get("defaults", []) if isinstance(entry, dict)]
+    return {key.split()[-1].lstrip("/"): name for entry in entries for key, name in entry.items()}
+
+
 def _with_choices(values: dict[str, Any], choices: Mapping[str, str | None], path: Path) -> dict[str, Any]:
     if not choices:
         return values
-    defaults = values.get("defaults", [])
-    listed = {key.split()[-1].lstrip("/"): entry[key] for entry in defaults if isinstance(entry, dict) for key in entry}
+    defaults, listed = values.get("defaults", []), choices_of(values)
     for place, name in choices.items():
         place = place.split()[-1].lstrip("/")
         if listed.get(place) not in (None, name):
@@ -167,18 +200,6 @@ def preset_groups(content: Mapping[str, Any]) -> list[str]:
     if "recipe" in content or any((folder("conf") / f"{name}.yaml").is_file() for name in names):
         return []
     return [group for group, table in describe().items() if any(n in table or n in presets(group) for n in names)]
-
-
-def refuse_preset(content: Mapping[str, Any], path: Path, groups: Collection[str]) -> None:
-    """Refuse a preset where a config is expected.
-
-    Raises:
-        UserError: saying what the file is, and how to use it.
-    """
-    found = preset_groups(content)
-    if found:
-        use = " or ".join(f"plmtune run pretrain {place_of_group(group, groups)}={path}" for group in found)
-        raise UserError(f"{path}: is a preset of the group {either(found)}, not a config. Use it with: {use}")
 
 
 def place_of_group(group: str, groups: Collection[str]) -> str:

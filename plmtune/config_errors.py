@@ -12,8 +12,10 @@ from typing import Any
 from plmtune.config_choices import FILE_PRESET
 from plmtune.errors import UserError, did_you_mean, either, near_names
 from plmtune.names import where_it_belongs
+from plmtune.overrides import as_typed
 from plmtune.registry import describe
 from plmtune.schema import SCHEMAS
+from plmtune.units import with_point
 
 
 def _of_other_component(full_key: str, group: str, name: str) -> str | None:
@@ -32,13 +34,13 @@ def _of_other_component(full_key: str, group: str, name: str) -> str | None:
     )
 
 
-def _of_other_recipe(key: str, recipe: str, keys: Sequence[str]) -> str | None:
-    """What to say of a key that its recipe does not have, but others do."""
-    having = [name for name, schema in SCHEMAS.items() if any(item.name == key for item in fields(schema))]
+def _of_other_recipe(key: str, name: str, keys: Sequence[str]) -> str | None:
+    """What to say of a key that the recipe of a config does not have, but others do."""
+    having = [recipe for recipe, schema in SCHEMAS.items() if any(item.name == key for item in fields(schema))]
     if not having:
         return None
     near = did_you_mean(key, keys)
-    return f"{recipe} has no key {key} (it belongs to {', '.join(having)}).{near if near.endswith('?') else ''}"
+    return f"{name} has no key {key} (it belongs to {', '.join(having)}).{near if near.endswith('?') else ''}"
 
 
 def unknown_key(
@@ -153,17 +155,19 @@ def explain(
         owner = _search(r"object_type=(\w+)", text) or ""
         siblings = keys_of.get(owner, [])
         group, _, name = owner.partition("__")
-        recipe = next((recipe for recipe, schema in SCHEMAS.items() if schema.__name__ == owner), None)
+        of_recipe = any(schema.__name__ == owner for schema in SCHEMAS.values())
         if said := _of_other_component(full_key, group, name):
             return UserError(f"{place(full_key)}{said}")
-        if recipe and (said := _of_other_recipe(full_key, recipe, siblings)):
+        if of_recipe and (said := _of_other_recipe(full_key, base, siblings)):
             return UserError(f"{place(full_key)}{said}")
         return unknown_key(place(full_key), full_key, siblings, lambda: all_keys(base))
     if "Ambiguous value" in text:
         key, _, value = str(_search(r"argument '([^']+)'", text)).partition("=")
+        point, listed = with_point(value), shlex.quote(f"{key}=[{value}]")
+        number = f" As one number: {key}={point}." if point else ""
         return UserError(
-            f"override {key}={value}: several values. To run them all: plmtune run -m ...; as a list: "
-            f"{shlex.quote(f'{key}=[{value}]')}; as one text: {as_typed(key, value)}"
+            f"override {key}={value}: several values.{number} To run them all: plmtune run -m ...; as a list: "
+            f"{listed}; as one text: {as_typed(key, value)}"
         )
     merged = _search(r"Error merging override [+~]*([\w./-]+)=", text) or ""
     key = full_key or merged
@@ -174,7 +178,7 @@ def explain(
         said = "needs a list"
     if said == "needs a list" and (override := given.override(key)):
         value = override.partition("=")[2]
-        said += f". Write {key}=[{value}]" if value[:1] not in "[{" else ""
+        said += f". Write {shlex.quote(f'{key}=[{value}]')}" if value[:1] not in "[{" else ""
     where = place(key)
     return UserError(f"{where}key {key}: {said}." if key and said else f"{where}{chain[-1].splitlines()[0]:.300}")
 
@@ -188,11 +192,11 @@ _TYPES = {"Integer": "a whole number", "int": "a whole number", "Float": "a numb
 def in_words(text: str) -> str | None:
     """What OmegaConf says of a value that its key cannot take, in a sentence's second half; None if it is not that."""
     if found := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text, re.DOTALL):
-        return f"{found[1]:.80} is not {_TYPES.get(found[2], found[2])}"
+        return _is_not(found[1], found[2])
     if found := re.search(r"Cannot convert '(\w+)' to string: '(.*)'", text):
         return f"needs a text, not {_TYPES.get(found[1], found[1])}"
     if found := re.search(r"Value '(.*)' is not a valid (\w+)", text):
-        return f"{found[1]:.80} is not {_TYPES.get(found[2], found[2])}"
+        return _is_not(found[1], found[2])
     found = re.search(r"Value '(.*)' of type '\w+' is incompatible with type hint '(.*)'", text)
     if found := found or re.search(r"Cannot assign (?:container '(.*)' of type '\w+'|\w+) to (.*)", text):
         outer = re.sub(r"(Dict|List|Tuple)\[.*\]", r"\1", found[2])
@@ -211,24 +215,9 @@ def in_words(text: str) -> str | None:
     return None
 
 
-# --- how an override is typed -------------------------------------------------------------------------------------
-
-
-def as_typed(key: str, value: Any) -> str:
-    """An override as it is typed in a POSIX shell, so that Hydra reads exactly this value."""
-    return shlex.quote(f"{key}={in_hydras_form(value)}")
-
-
-def in_hydras_form(value: Any) -> str:
-    """A plain value in the grammar of Hydra's overrides; every text is quoted."""
-    if isinstance(value, str):
-        # Backslashes stand for themselves but before a quote.
-        return '"' + re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value) + '"'
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {in_hydras_form(child)}" for key, child in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(in_hydras_form, value)) + "]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+def _is_not(value: str, kind: str) -> str:
+    point = with_point(value) if kind in ("Float", "float") else None
+    return f"{value:.80} is not {_TYPES.get(kind, kind)}" + (f": write {point}" if point else "")
 
 
 def _search(pattern: str, text: str) -> str | None:

@@ -16,6 +16,7 @@ import xxhash
 from plmtune import hub
 from plmtune.config import to_plain
 from plmtune.errors import UserError
+from plmtune.overrides import in_hydras_form
 from plmtune.registry import Component
 from plmtune.training.run_directory import LATEST, NEWEST, without_link
 
@@ -108,8 +109,8 @@ def refuse_other_config(path: Path, before: Any, now: Any) -> None:
             new_run = "start a new run" + (f" from its weights: init_from={path}" if hasattr(now, "init_from") else "")
             way = "give other_data=true (--other-data)" if top in DATA else new_run
             raise UserError(
-                f"{path} was started with {key}={old}, not {new}, and that decides what a run learns. "
-                f"Leave it as it was to go on, or {way}"
+                f"{path} was started with {key}={in_hydras_form(old)}, not {in_hydras_form(new)}, and that decides "
+                f"what a run learns. Leave it as it was to go on, or {way}"
             )
 
 

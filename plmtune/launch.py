@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from plmtune import terminal
 from plmtune.config import build, to_plain
 from plmtune.errors import UserError
 from plmtune.origins import KINDS, choose_origin, pin_names
-from plmtune.plans import Plan, Show, does_not_fit, show_epochs
+from plmtune.plans import Plan, does_not_fit, show_epochs
 from plmtune.runs import find_run
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.determinism import everything_put_back
@@ -33,7 +33,7 @@ class Recipe(Protocol):
     def train(self) -> float | None: ...
 
 
-Preflight = Callable[..., Plan]  # (cfg, runtime, show, *, fetch): a recipe's plan, with all that it names checked
+Preflight = Callable[..., Plan]  # (cfg, runtime, *, fetch): a recipe's plan, with all that it names checked
 
 
 def launch(
@@ -61,8 +61,7 @@ def launch(
         return None
     with Runtime.choose(**_settings(cfg)).start() as runtime:
         planned = prepare(cfg, runtime, preflight, fetch=True)
-        if (reason := does_not_fit(planned.estimated)) and not cfg.force:
-            raise UserError("\n".join([reason, *planned.lines()]))
+        _refuse_too_large(cfg, planned)
         score = _run(cfg, make, report, planned, runtime)
     if score is None:
         raise SystemExit(EXIT_STOPPED)
@@ -76,14 +75,12 @@ def prepare(
     *,
     fetch: bool = False,
     may_be_open: bool = False,
-    show: Show = lambda lines: None,
 ) -> Plan:
     """Find what a run resumes or starts from, and check all that can be checked before a weight is allocated.
 
     Args:
         fetch: the run begins now: what it takes from the hub is fetched.
         may_be_open: where there is nothing to start from, check what does not depend on it.
-        show: gets what the run takes as soon as that is known.
 
     Raises:
         UserError: with what a run would say; a dry run and ``plmtune validate`` say the same.
@@ -96,7 +93,7 @@ def prepare(
             terminal.echo(chosen, err=True)
     if cfg.run_dir and not cfg.resume:
         told_by_rank_0(lambda: refuse_unusable(Path(cfg.run_dir)))  # before it makes the directory
-    return preflight(cfg, runtime, show, fetch=fetch)
+    return preflight(cfg, runtime, fetch=fetch)
 
 
 def _settings(cfg: Any) -> dict[str, Any]:
@@ -105,17 +102,18 @@ def _settings(cfg: Any) -> dict[str, Any]:
 
 
 def _dry_run(cfg: Any, preflight: Preflight) -> None:
-    """Print what a run would take, as far as that is known, and refuse what it would refuse."""
+    """Print what a run would take, or refuse what it would refuse."""
     runtime = Runtime.choose(**_settings(cfg))
     if not runtime.is_main:  # under torchrun one process says it for all
         return
+    planned = prepare(cfg, runtime, preflight)
+    _refuse_too_large(cfg, planned)
+    terminal.echo("\n".join([*runtime.reasons, *planned.lines()]))
 
-    def show(lines: Sequence[str]) -> None:
-        terminal.echo("\n".join([*runtime.reasons, *lines]))
 
-    planned = prepare(cfg, runtime, preflight, show=show)
+def _refuse_too_large(cfg: Any, planned: Plan) -> None:
     if (reason := does_not_fit(planned.estimated)) and not cfg.force:
-        raise UserError(reason)
+        raise UserError("\n".join([reason, *planned.lines()]))
 
 
 def check(cfg: Any, preflight: Preflight) -> str:

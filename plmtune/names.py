@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from plmtune.config_choices import place_of_group, presets
+from plmtune.config_choices import place_of_group, preset_groups, presets
+from plmtune.errors import UserError, either
+from plmtune.overrides import as_typed
 from plmtune.registry import describe
-from plmtune.schema import component_keys
+from plmtune.schema import SCHEMAS, component_keys
 from plmtune.shipped import folder
 
 DEVICES = Path(__file__).parent / "devices"
+_EXAMPLES = {"preference": "aries"}  # a config of the recipe, where none has its name
 
 
 def where_it_belongs(name: str) -> str:
@@ -22,8 +28,8 @@ def where_it_belongs(name: str) -> str:
         ("component", [group for group in table if name in table[group]]),
     ):
         if found:
-            choice = _choice(found[0], name, groups)
-            return f" {name} is a {kind} of the group {found[0]}: plmtune run pretrain {choice}"
+            place = "selection.rules" if found[0] == "rule" else place_of_group(found[0], groups)
+            return f" {name} is a {kind} of the group {found[0]}: plmtune run {use_of(place, name)}"
     if name in table:
         return f" {name} is a group: plmtune ls {name}"
     if (DEVICES / f"{name}.yaml").is_file():
@@ -37,5 +43,22 @@ def where_it_belongs(name: str) -> str:
     return ""
 
 
-def _choice(group: str, name: str, groups: set[str]) -> str:
-    return f"selection.rules=[{name}]" if group == "rule" else f"{place_of_group(group, groups)}={name}"
+def refuse_preset(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse a preset where a config is expected.
+
+    Raises:
+        UserError: saying what the file is, and how to use it.
+    """
+    found = preset_groups(content)
+    if found:
+        places = [place_of_group(group, component_keys()) for group in found]
+        use = " or ".join(f"plmtune run {use_of(place, str(path))}" for place in places)
+        raise UserError(f"{path}: is a preset of the group {either(found)}, not a config. Use it with: {use}")
+
+
+def use_of(place: str, name: str) -> str:
+    """A config that has a component at a place, and the override that chooses `name` there."""
+    top = place.partition("/")[0].partition(".")[0]
+    having = [recipe for recipe, schema in SCHEMAS.items() if any(item.name == top for item in fields(schema))]
+    recipe = having[0] if having else "pretrain"
+    return f"{_EXAMPLES.get(recipe, recipe)} {as_typed(place, name)}"

@@ -8,7 +8,7 @@ model, the machine, or a look at the files that the config names.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from plmtune.config import build
 from plmtune.data.chat_template import ChatTemplate, find_template, template_source
 from plmtune.data.examples import refuse_other_kinds
 from plmtune.data.order import Phase, check_mix
-from plmtune.data.refinement import Refinement
+from plmtune.data.refinement import Refinement, find_refinement
 from plmtune.data.shards import Shards
 from plmtune.data.sources import Prepared, named_sources
 from plmtune.data.tokenizers import QWEN2_ROWS
@@ -39,8 +39,6 @@ from plmtune.units import show_bytes, show_count
 
 if TYPE_CHECKING:
     from plmtune.evaluation.during import Evaluations
-
-Show = Callable[[Sequence[str]], None]  # what a dry run prints
 
 # Steps of a run whose data says how many there are: a schedule's shares of them are checked, its steps as well as can.
 _MANY_STEPS = 10**9
@@ -147,7 +145,7 @@ def plan(cfg: Any, runtime: Runtime, kind: Kind, *, fetch: bool = False) -> Plan
         if kind.epochs is None:
             raise UserError(
                 "key phases: is empty, so nothing says how long to train. Give it, as in: "
-                "plmtune run pretrain data.paths=[my_text/] phases='[{name: main, tokens: 2B}]'. "
+                "plmtune run pretrain data.paths=my_text/ phases='[{name: main, tokens: 2B}]'. "
                 "(plmtune run demo is a small run with all that it needs.)"
             )
         epochs = kind.epochs if cfg.epochs is None else cfg.epochs
@@ -274,8 +272,8 @@ def open_data(planned: Plan, data: Component | None, kinds: tuple[type, ...]) ->
         raise UserError(f"key phases: {str(error).rstrip('.')}.") from error
 
 
-def open_template(planned: Plan, name: str | None) -> None:
-    """Find the chat template, and try it with the tokenizer where there is one.
+def open_templates(planned: Plan, name: str | None, refinement: str | None) -> None:
+    """Find the chat template and that of refinements, and try the first with the tokenizer where there is one.
 
     Raises:
         UserError: if there is none, or it cannot be used.
@@ -284,6 +282,7 @@ def open_template(planned: Plan, name: str | None) -> None:
         planned.template = find_template(name, planned.tokenizer)
     elif name is not None:
         template_source(name)
+    planned.refinement = find_refinement(refinement)
 
 
 def open_evaluations(planned: Plan, tasks: Any, runtime: Runtime, *, template: str | None = None) -> None:

@@ -61,9 +61,13 @@ class PathPart:
 Rule = Range | NotEmpty | PathPart
 
 NOT_NEGATIVE = Range(least=0)
-POSITIVE = Range(above=0)
 AT_LEAST_1 = Range(least=1)
 SHARE = Range(least=0, below=1)
+# Far above any use; what is above is a slip of the exponent, and would end in infinity or in nothing learned.
+RATE = Range(least=0, most=10)  # of learning, and weight decay
+TINY = Range(least=0, most=1)  # what keeps a division from zero
+WEIGHT = Range(least=0, most=1000)  # of a term in a loss
+STRENGTH = Range(above=0, most=1000)  # by which a loss scales its margin
 WIDTH = Range(least=1, most=2**24)  # of a matrix: far above any real one, and what is counted of them fits into 64 bits
 
 

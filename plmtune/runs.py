@@ -128,6 +128,7 @@ def open_run(
 
     Args:
         cfg: a recipe's config; `run_dir` is filled in.
+        runtime: an error that ends its block is noted in run.json, also one before the recipe trains.
         data: fingerprint of each source.
         saved: the state in the checkpoint that the run goes on from; its "config" (`identity.config_digest`) and
             "data" count where run.json is damaged.
@@ -143,8 +144,10 @@ def open_run(
         nonlocal run
         if cfg.resume:
             run = _reopen(cfg, path, data, saved or {})
+            runtime.hold(run)
             return
         run = RunDirectory.create(path, to_yaml(cfg), sys.argv, data=data, job=job())
+        runtime.hold(run)
         run.update(starts_from=getattr(cfg, "init_from", getattr(cfg, "checkpoint", None)))
 
     told_by_rank_0(begin)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from plmtune.ranges import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, SHARE, NotEmpty, PathPart, Range
+from plmtune.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE, NotEmpty, PathPart, Range
 from plmtune.registry import Component
 from plmtune.units import parse_count, unescape
 
@@ -16,9 +16,11 @@ Number = Annotated[float, NOT_NEGATIVE]
 Share = Annotated[float, SHARE]
 TopP = Annotated[float, Range(above=0, most=1)]
 MinP = Annotated[float, Range(least=0, most=1)]
-Factor = Annotated[float, Range(above=0)]
+Factor = Annotated[float, Range(above=0, most=100)]
+Temperature = Annotated[float, Range(0, most=100)]
+Length = Annotated[int, Range(1, most=2**24)]  # rows or tokens that are in memory at once
 Text = Annotated[str, NotEmpty()]
-Epochs = Annotated[float, POSITIVE]
+Epochs = Annotated[float, Range(above=0, most=10_000)]
 Minutes = Annotated[float, Range(above=0, below=1_000_000)]
 
 
@@ -125,7 +127,7 @@ class Sample:
 
     prompt: str = ""
     max_new_tokens: Count = 0
-    temperature: Number = 0.8
+    temperature: Temperature = 0.8
     top_p: TopP = 0.95
 
 
@@ -141,9 +143,9 @@ class Pretrain:
     other_data: bool = False  # resume although the data is not what the run began with
     force: bool = False  # start although the estimate says it does not fit
     seed: Count = 1
-    seq_len: Size = 256
-    global_batch_size: Size = 32  # sequences an optimizer step, over all processes
-    micro_batch_size: Size = 8  # sequences a forward pass, on one process
+    seq_len: Length = 256
+    global_batch_size: Length = 32  # sequences an optimizer step, over all processes
+    micro_batch_size: Length = 8  # sequences a forward pass, on one process
     document_mask: bool = False  # attention stays inside a document
     phases: list[Phase] = field(default_factory=list)
     max_grad_norm: Number = 1.0
@@ -195,9 +197,9 @@ class Sft:
     other_data: bool = False
     force: bool = False
     seed: Count = 1
-    seq_len: Size = 512  # tokens a packed row
-    global_batch_size: Size = 16  # rows an optimizer step, over all processes
-    micro_batch_size: Size = 4  # rows a forward pass, on one process
+    seq_len: Length = 512  # tokens a packed row
+    global_batch_size: Length = 16  # rows an optimizer step, over all processes
+    micro_batch_size: Length = 4  # rows a forward pass, on one process
     epochs: Epochs | None = None  # passes over all packed rows of all sources; default, where there are no phases: 3
     phases: list[Phase] = field(default_factory=list)  # instead of epochs
     max_grad_norm: Number = 1.0
@@ -229,7 +231,7 @@ class Sft:
         """
         if self.epochs is not None and self.phases:
             raise ValueError(
-                f"epochs: is {self.epochs:g}, and phases says how long to train as well. Give one of them: phases=[] "
+                f"epochs: is {self.epochs:g}, and phases says how long to train as well. Give one of them: 'phases=[]' "
                 "to see every row of every source so often, or epochs=null to draw the sources in the shares of a "
                 "phase's mix"
             )
@@ -242,12 +244,12 @@ class Generation:
     strategy: Literal["chain", "samples"] = "chain"  # each answer refines the one before, or all are first answers
     turns: Size = 3  # answers a prompt
     max_new_tokens: Size = 256
-    temperature: Number = 0.8
+    temperature: Temperature = 0.8
     top_p: TopP = 0.95
     min_p: MinP | None = None  # draw from tokens at least this share as likely as the likeliest
     repetition_penalty: Factor = 1.0  # above 1: tokens of prompt and answer become less likely; 1: none
     stop: list[str] = field(default_factory=list)  # texts that end an answer and are no part of it
-    batch_size: Size = 16  # answers written at once
+    batch_size: Length = 16  # answers written at once
 
     def check(self) -> None:
         """Refuse a stop string that is empty or holds an unknown escape.
@@ -284,9 +286,9 @@ class Preference:
     other_data: bool = False
     force: bool = False
     seed: Count = 1
-    seq_len: Size = 512  # longest prompt with one answer
-    global_batch_size: Size = 16  # pairs an optimizer step, over all processes
-    micro_batch_size: Size = 2  # rows of up to 2 x seq_len tokens a forward pass, on one process
+    seq_len: Length = 512  # longest prompt with one answer
+    global_batch_size: Length = 16  # pairs an optimizer step, over all processes
+    micro_batch_size: Length = 2  # rows of up to 2 x seq_len tokens a forward pass, on one process
     epochs: Epochs = 1.0  # times each pair is seen, in each round
     max_grad_norm: Number = 1.0
     log_every: Size = 10

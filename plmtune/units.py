@@ -74,3 +74,9 @@ def unescape(text: str, name: str) -> str:
         return character
 
     return re.sub(r"\\(.?)", meant, text)
+
+
+def with_point(text: str) -> str | None:
+    """Return a number that is written with a decimal comma as it is read here, ``0,001`` -> ``0.001``; else None."""
+    found = re.fullmatch(r"\s*([+-]?\d+),(\d+(?:[eE][+-]?\d+)?)\s*", text)
+    return f"{found[1]}.{found[2]}" if found else None

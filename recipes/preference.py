@@ -15,7 +15,6 @@ from plmtune.data.comparisons import ComparisonBatch, PreferenceBatches, make_co
 from plmtune.data.conversations import Conversations
 from plmtune.data.examples import open_pairs
 from plmtune.data.preferences import Pair, Preferences
-from plmtune.data.refinement import find_refinement
 from plmtune.data.ticker import ticking
 from plmtune.errors import UserError
 from plmtune.identity import config_digest
@@ -50,14 +49,12 @@ KIND = plans.Kind(
 )
 
 
-def preflight(cfg: Config, runtime: Runtime, show: plans.Show, *, fetch: bool) -> Plan:
+def preflight(cfg: Config, runtime: Runtime, *, fetch: bool) -> Plan:
     """Check the config and find what it names: all that a run would refuse before it begins."""
     planned = plans.plan(cfg, runtime, KIND, fetch=fetch)
-    show(planned.lines())
     kinds = (Conversations, Preferences) if cfg.rounds else KIND.losses[plans.loss_kind(planned.loss)]
     plans.open_data(planned, cfg.data, kinds)
-    plans.open_template(planned, cfg.chat.template)
-    planned.refinement = find_refinement(cfg.refinement.template)
+    plans.open_templates(planned, cfg.chat.template, cfg.refinement.template)
     check_rounds(cfg.rounds, cfg.reward, cfg.selection, runtime.strategy)
     plans.open_evaluations(planned, cfg.eval, runtime, template=cfg.chat.template)
     return planned
@@ -403,11 +400,6 @@ def report(run: Path, cfg: Config) -> None:
     if cfg.rounds:
         echo(f"answers and pairs: plmtune data inspect {run / 'rounds' / '01' / 'chains.jsonl'}")
     echo(f'try it: plmtune generate {run} --chat --prompt "{cfg.sample.prompt or "Hello"}"')
-
-
-def check(cfg: Config) -> str:
-    """What ``plmtune validate`` says of a config that is right."""
-    return launch.check(cfg, preflight)
 
 
 def main(cfg: Config, *, dry_run: bool = False) -> float | None:

@@ -36,10 +36,9 @@ CONFIG = "pretrain"  # conf/pretrain.yaml
 KIND = plans.Kind(losses={"tokens": (Source,)}, measures=("validation_loss", "bits_per_byte", r"sparsity/\d+"))
 
 
-def preflight(cfg: Config, runtime: Runtime, show: plans.Show, *, fetch: bool) -> Plan:
+def preflight(cfg: Config, runtime: Runtime, *, fetch: bool) -> Plan:
     """Check the config and find what it names: all that a run would refuse before it begins."""
     planned = plans.plan(cfg, runtime, KIND, fetch=fetch)
-    show(planned.lines())
     plans.open_data(planned, cfg.data, KIND.losses[plans.loss_kind(planned.loss)])
     plans.open_evaluations(planned, cfg.eval, runtime)
     return planned
@@ -237,11 +236,6 @@ def report(run: Path, cfg: Config) -> None:
         echo(f"\n{cfg.sample.prompt}{''.join(text)}\n")
     echo(f"curves: {curves}")
     echo(f'try it: plmtune generate {run} --prompt "{cfg.sample.prompt or "The"}"')
-
-
-def check(cfg: Config) -> str:
-    """What ``plmtune validate`` says of a config that is right."""
-    return launch.check(cfg, preflight)
 
 
 def main(cfg: Config, *, dry_run: bool = False) -> float | None:

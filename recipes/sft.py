@@ -17,7 +17,6 @@ from plmtune.data.conversations import Conversations
 from plmtune.data.examples import open_examples
 from plmtune.data.order import Phase
 from plmtune.data.preferences import Preferences
-from plmtune.data.refinement import find_refinement
 from plmtune.data.rows import Message
 from plmtune.errors import UserError
 from plmtune.generation import complete
@@ -43,13 +42,11 @@ KIND = plans.Kind(
 )
 
 
-def preflight(cfg: Config, runtime: Runtime, show: plans.Show, *, fetch: bool) -> Plan:
+def preflight(cfg: Config, runtime: Runtime, *, fetch: bool) -> Plan:
     """Check the config and find what it names: all that a run would refuse before it begins."""
     planned = plans.plan(cfg, runtime, KIND, fetch=fetch)
-    show(planned.lines())
     plans.open_data(planned, cfg.data, KIND.losses[plans.loss_kind(planned.loss)])
-    plans.open_template(planned, cfg.chat.template)
-    planned.refinement = find_refinement(cfg.refinement.template)
+    plans.open_templates(planned, cfg.chat.template, cfg.refinement.template)
     plans.open_evaluations(planned, cfg.eval, runtime, template=cfg.chat.template)
     return planned
 
@@ -212,11 +209,6 @@ def report(run: Path, cfg: Config) -> None:
         echo(f"\nuser: {cfg.sample.prompt}\nassistant: {''.join(text)}\n")
     echo(f"curves: {run / 'curves.png'}")
     echo(f'try it: plmtune generate {run} --chat --prompt "{cfg.sample.prompt or "Hello"}"')
-
-
-def check(cfg: Config) -> str:
-    """What ``plmtune validate`` says of a config that is right."""
-    return launch.check(cfg, preflight)
 
 
 def main(cfg: Config, *, dry_run: bool = False) -> float | None:

@@ -4,12 +4,13 @@ import random
 import shlex
 import subprocess
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from plmtune import config
-from plmtune.config_errors import as_typed
 from plmtune.errors import UserError
+from plmtune.overrides import as_typed
 from plmtune.registry import Component
 from plmtune.shipped import folder
 
@@ -122,6 +123,83 @@ class TestChoices:
         assert config.load_config(tmp_path / "config.yaml") == config.compose("pretrain")
 
 
+class TestReplacing:
+    """A choice takes the place of an earlier one, with the settings that stand beside its name."""
+
+    FILES: ClassVar = {
+        "two.yaml": "logger: [jsonl, {component: wandb, project: x}]",
+        "one.yaml": "logger: [tensorboard]",
+        "other.yaml": "logger: [jsonl, tensorboard]",
+        "none.yaml": "logger: []",
+        "muon.yaml": "optimizer: {component: muon, ns_steps: 3, lr: 0.01}",
+        "adamw.yaml": "optimizer: {component: adamw, eps: 1.0e-7}",
+        "lr.yaml": "optimizer: {lr: 0.5}",
+        "hydra.yaml": "defaults: [override /optimizer: adamw]",
+        "ffn.yaml": "model: {component: plm_tiny, num_layers: 3, ffn: {component: swiglu, hidden_dim: 40}}",
+    }
+
+    @pytest.mark.parametrize(
+        ("files", "overrides", "same"),
+        [
+            ("two one", [], ["logger=tensorboard"]),
+            ("two other", [], ["logger=[jsonl,tensorboard]"]),
+            ("two none", [], ["logger=null"]),
+            ("none two", [], ["logger=[jsonl,{component: wandb, project: x}]"]),
+            ("none", [], ["logger=null"]),
+            ("two", ["logger=[tensorboard]"], ["logger=tensorboard"]),
+            ("two", ["logger=[jsonl,tensorboard]"], ["logger=[jsonl,tensorboard]"]),
+            ("two", ["logger=[]"], ["logger=null"]),
+            ("two", ["logger=null"], ["logger=null"]),
+            ("one", ["logger=[]"], ["logger=null"]),
+            ("none", ["logger=[jsonl]"], ["logger=jsonl"]),
+            ("", ["logger=[jsonl,tensorboard]", "logger=[tensorboard]"], ["logger=tensorboard"]),
+            ("", ["logger=[jsonl,wandb]", "logger=[tensorboard,jsonl]"], ["logger=[tensorboard,jsonl]"]),
+            ("", ["logger=[jsonl,wandb]", "logger=null"], ["logger=null"]),
+            ("", ["optimizer={component: muon, ns_steps: 3}", "optimizer=adamw"], ["optimizer=adamw"]),
+            ("muon adamw", [], ["optimizer=adamw", "optimizer.eps=1e-7"]),
+            ("muon hydra", [], ["optimizer=adamw"]),
+            ("muon", ["optimizer=adamw"], ["optimizer=adamw"]),
+            ("muon lr", [], ["optimizer=muon", "optimizer.ns_steps=3", "optimizer.lr=0.5"]),
+            ("lr adamw", [], ["optimizer=adamw", "optimizer.eps=1e-7", "optimizer.lr=0.5"]),  # of no one component
+            ("muon", ["optimizer=muon"], ["optimizer=muon", "optimizer.ns_steps=3", "optimizer.lr=0.01"]),
+            ("ffn", ["model/ffn=squared_relu"], ["model=plm_tiny", "model.num_layers=3", "model/ffn=squared_relu"]),
+            ("ffn", ["model=plm_20m"], ["model=plm_20m"]),
+        ],
+    )
+    def test_leaves_nothing_of_it_behind(
+        self, files: str, overrides: list[str], same: list[str], tmp_path: Path
+    ) -> None:
+        for name, text in self.FILES.items():
+            (tmp_path / name).write_text(text)
+        overlays = [str(tmp_path / f"{name}.yaml") for name in files.split()]
+        assert config.compose("pretrain", overlays, overrides) == config.compose("pretrain", (), same)
+
+
+class TestOneForAList:
+    """One text where a list of texts belongs is a list of one."""
+
+    @pytest.mark.parametrize(
+        ("typed", "paths"),
+        [("a.txt", ["a.txt"]), ("my text.txt", ["my text.txt"]), ("[]", []), ("[a.txt]", ["a.txt"]), ("'1'", ["1"])],
+    )
+    def test_on_the_command_line_and_in_a_file(self, typed: str, paths: list[str], tmp_path: Path) -> None:
+        (tmp_path / "mine.yaml").write_text(f"data: {{component: files, paths: {typed}}}")
+        for cfg in (
+            config.compose("pretrain", (), [f"data.paths={typed}"]),
+            config.compose("pretrain", [str(tmp_path / "mine.yaml")]),
+            config.override(config.compose("pretrain"), [f"data.paths={typed}"]),
+        ):
+            assert list(cfg.data.settings["paths"]) == paths
+        assert config.compose("pretrain", (), [f"eval.tasks={typed}"]).eval.tasks == paths
+
+    def test_in_a_source_of_several(self) -> None:
+        cfg = config.compose(
+            "pretrain", (), ["data=mix", "data.sources={a: {component: files, paths: a.txt}, b: stdlib}"]
+        )
+        a, b = cfg.data.settings["sources"].values()
+        assert list(a.settings["paths"]) == ["a.txt"] and b == Component("data", "stdlib")
+
+
 class TestSeveralLoggers:
     @pytest.mark.parametrize(
         "text",
@@ -229,7 +307,6 @@ class TestMistakes:
             ("modle=plm", ["modle", "Did you mean model?"]),
             ("runtime.precision=fp8", ["runtime.precision", "fp8", "auto, bf16, fp32"]),
             ("scheduler.decay_shape=round", ["scheduler.decay_shape", "round", "cosine"]),
-            ("data.paths=a.txt", ["data.paths"]),
             ("optimizer.lr=1,2", ["several values", "-m"]),
             ("model.attention.component=gqa", ["model/attention=gqa"]),
             ("phases=[{name: a, tokenz: 3}]", ["tokenz", "Did you mean tokens?"]),
@@ -240,7 +317,14 @@ class TestMistakes:
             ("guard={spike: 3}", ["override guard={spike: 3}, key guard.spike", "Did you mean guard.spike_factor?"]),
             ("guard=3", ["override guard=3, key guard: needs a table"]),
             ("phases={a: b}", ["override phases={a: b}, key phases: needs a list"]),
-            ("phases=3", ["key phases: needs a list. Write phases=[3]"]),
+            ("phases=3", ["key phases: needs a list. Write 'phases=[3]'"]),
+            ("optimizer.lr=0,001", ["As one number: optimizer.lr=0.001.", "as a list: 'optimizer.lr=[0,001]'"]),
+            ("optimizer.lr='0,001'", ["0,001 is not a number: write 0.001"]),
+            ("eval.tasks=null", ["key eval.tasks: needs a list of texts, not null"]),
+            ("eval.tasks=[1]", ["key eval.tasks: 1 is no text. Put it in quotes, inside of the shell's: '[\"1\"]'."]),
+            ("eval.tasks={a: b}", ["key eval.tasks: needs a list."]),
+            ("data=[jsonl]", ["takes the name of one component", "'data.sources={NAME: {component: files, paths: ["]),
+            ("logger=[3,jsonl]", ["3 is no logger. Write 'logger=[tensorboard, {component: wandb, project: x}]'"]),
             ("name=[a]", ["override name=[a], key name: needs a text, not a list"]),
             ("seq_len=1.5", ["1.5 is not a whole number"]),
             ("runtime.compile=maybe", ["maybe is not true or false"]),
@@ -338,7 +422,7 @@ class TestMistakes:
             ("demo_dpo", "data.paths=[a.jsonl]", "data is docstring_pairs, which has no key paths; components of data "
              "that have it: preferences, conversations, files (data=preferences data.paths=...)"),
             ("pretrain", "model.ffn.num_experts=3", "key model.ffn.num_experts: unknown"),
-            ("dpo", "phases=[{name: a, tokens: 3}]", "preference has no key phases (it belongs to pretrain, sft)."),
+            ("dpo", "phases=[{name: a, tokens: 3}]", "dpo has no key phases (it belongs to pretrain, sft)."),
             ("pretrain", "epochs=2", "pretrain has no key epochs (it belongs to sft, preference)."),
         ],
     )  # fmt: skip

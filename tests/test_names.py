@@ -16,7 +16,7 @@ class TestNames:
             ("llama", "component of the group model: plmtune run pretrain model=llama"),
             ("swiglu", "component of the group ffn: plmtune run pretrain model/ffn=swiglu"),
             ("bundled", "component of the group tokenizer: plmtune run pretrain tokenizer=bundled"),
-            ("not_empty", "component of the group rule: plmtune run pretrain selection.rules=[not_empty]"),
+            ("not_empty", "component of the group rule: plmtune run aries selection.rules=not_empty"),
             ("attention", "group: plmtune ls attention"),
             ("pi5", "device: plmtune plan CONFIG --device pi5"),
             ("sft", "config: plmtune run sft"),

@@ -9,7 +9,7 @@ import click
 
 from plmtune import terminal
 from plmtune.errors import UserError, either, near_names
-from plmtune.names import where_it_belongs
+from plmtune.names import use_of, where_it_belongs
 from plmtune.shipped import folder
 
 
@@ -18,19 +18,21 @@ from plmtune.shipped import folder
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--overwrite", is_flag=True, help="Replace TARGET where it exists.")
 def cp(name: str, target: Path, overwrite: bool) -> None:
-    """Copy config NAME (pretrain, model/plm_tiny) or recipe (recipes/pretrain) to TARGET.
+    """Copy a config or preset (pretrain, plm_20m) or a recipe (recipes/pretrain) to TARGET.
 
     \b
     plmtune cp plm_1.8b mine.yaml        then: plmtune run mine.yaml
-    plmtune cp model/plm_20m mine.yaml   then: plmtune run pretrain model=mine.yaml
+    plmtune cp plm_20m mine.yaml         then: plmtune run pretrain model=mine.yaml
     plmtune cp recipes/pretrain mine.py  then: plmtune run mine.py
     """
     conf = folder("conf")
     known = {str(path.relative_to(conf).with_suffix("")): path for path in conf.rglob("*.yaml")}
     known |= {f"recipes/{path.stem}": path for path in folder("recipes").glob("[a-z]*.py")}
-    source = known.get(name.removeprefix("conf/").removesuffix(".yaml"))
+    asked = name.removeprefix("conf/").removesuffix(".yaml")
+    of_that_name = [full for full in known if full.rpartition("/")[2] == asked and not full.startswith("recipes/")]
+    source = known.get(asked) or (known[of_that_name[0]] if len(of_that_name) == 1 else None)
     if source is None:
-        near = near_names(name, known) or [full for full in known if full.rpartition("/")[2] == name]
+        near = of_that_name or near_names(name, known)
         hint = f" Did you mean {either(near)}?" if near else where_it_belongs(name)
         raise UserError(f"There is no config, preset or recipe {name}. See: plmtune ls.{hint}")
     if target.is_dir():
@@ -50,4 +52,4 @@ def _use(source: Path, target: Path) -> str:
     place = source.relative_to(folder("conf")).parent if source.suffix == ".yaml" else Path()
     if place == Path():
         return f"Use it with: plmtune run {target}"
-    return f"Use it with: plmtune run pretrain {place.as_posix()}={target}"
+    return f"Use it with: plmtune run {use_of(place.as_posix(), str(target))}"

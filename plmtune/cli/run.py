@@ -14,7 +14,7 @@ from plmtune import terminal
 from plmtune.cli import import_option, short, without_collecting
 from plmtune.cli.options import divide, recipe_file
 from plmtune.cli.runs import reasons, table
-from plmtune.errors import UserError, did_you_mean
+from plmtune.errors import UserError, either, near_names
 from plmtune.tables import show
 from plmtune.training.run_directory import (
     CONFIG,
@@ -39,8 +39,8 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
 
     \b
     plmtune run demo
-    plmtune run pretrain 'data.paths=[my_text/]' phases='[{name: main, tokens: 2B}]'
-    plmtune run sft 'data.paths=[chats.jsonl]' epochs=2
+    plmtune run pretrain data.paths=my_text/ phases='[{name: main, tokens: 2B}]'
+    plmtune run sft data.paths=chats.jsonl epochs=2
     plmtune run pretrain conf/plm_1.8b.yaml model/ffn=swiglu --dry-run
     plmtune run -m demo optimizer.lr=3e-3,1e-2
     """
@@ -109,9 +109,11 @@ def resume(arguments: tuple[str, ...], other_data: bool, recipe_path: str | None
     run_dir = without_link(Path(named[0])) if named else _newest_unfinished()
     path = run_dir / CONFIG
     if not path.is_file():
-        near = sorted(str(p.parent) for p in Path("runs").glob(f"*/*/{CONFIG}"))
-        known = did_you_mean(str(run_dir), near) if near else " There are no runs under runs/."
-        raise UserError(f"{run_dir} is not a run directory: it has no {CONFIG}.{known}")
+        known = [str(path) for path in find_runs(Path("runs"))]
+        near = near_names(str(run_dir), known)
+        hint = f"Did you mean {either(near)}?" if near else "List the runs with plmtune runs"
+        hint = hint if known else "There are no runs under runs/."
+        raise UserError(f"{run_dir} is not a run directory: it has no {CONFIG}. {hint}")
     _refuse_early(run_dir)
     config_is_vouched_for(run_dir)
     record = read_record(run_dir)

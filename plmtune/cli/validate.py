@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
+from typing import Any
 
 import click
 
@@ -36,8 +38,22 @@ def validate(name: str, arguments: tuple[str, ...], show: bool) -> None:
             config.find_config(name)  # before components are imported, and torch with them
         cfg = config.compose(module.CONFIG if module else name, overlays, overrides)
         recipe = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
-        check = getattr(recipe, "check", None)
-        said = check(cfg) if check else "Keys and values are; the recipe has no check(cfg), which would look further."
+        said = check(recipe, cfg)
     if show:
         click.echo(config.to_yaml(cfg), nl=False)
     terminal.echo(f"{' '.join([name, *overlays])}: valid. {said}")
+
+
+def check(recipe: ModuleType, cfg: Any) -> str:
+    """What there is to say of a config that its recipe would run.
+
+    Raises:
+        UserError: with what the run would say.
+    """
+    if hasattr(recipe, "check"):
+        return str(recipe.check(cfg))
+    if hasattr(recipe, "preflight"):
+        from plmtune import launch
+
+        return launch.check(cfg, recipe.preflight)
+    return "Keys and values are; the recipe has neither preflight nor check(cfg), which would look further."

@@ -385,7 +385,7 @@ def files(
     """
     if not paths:
         raise UserError(
-            "data files: paths is empty. Give files, folders or globs: data.paths=[my_text/]. "
+            "data files: paths is empty. Give files, folders or globs: data.paths=my_text/. "
             "(plmtune run demo trains a small model on the standard library.)"
         )
     try:

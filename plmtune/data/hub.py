@@ -11,7 +11,7 @@ import xxhash
 import plmtune.hub
 from plmtune.data.sources import BadRow, Source, text_of
 from plmtune.errors import UserError
-from plmtune.extras import missing
+from plmtune.extras import installed, missing
 from plmtune.ranges import AT_LEAST_1, NotEmpty, check
 from plmtune.registry import register
 
@@ -31,6 +31,13 @@ class Hub(Source):
         revision: str | None,
         limit: int | None,
     ) -> None:
+        """Name the rows of a dataset; the hub is not asked yet.
+
+        Raises:
+            UserError: without the package datasets.
+        """
+        if not installed("datasets"):
+            raise missing("datasets", f"data hub: {dataset}", "data=files reads files that are here.")
         self.dataset = dataset
         self.subset = subset
         self.split = split
@@ -58,12 +65,10 @@ class Hub(Source):
         """Stream the rows, each with its place.
 
         Raises:
-            UserError: without the package datasets, or where the hub does not give the dataset.
+            UserError: where the hub does not give the dataset.
         """
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise missing("datasets", f"data hub: {self.dataset}", "data=files reads files that are here.") from error
+        from datasets import load_dataset
+
         try:
             with plmtune.hub.without_retries():
                 # data files alone are read: no code of the dataset's own is ever run

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 @contextmanager
 def exclusive(path: Path, purpose: str) -> Iterator[None]:
-    """Hold the file against other processes; the system lets go when the process ends, however it ends.
+    """Hold a file against other processes, and remove it; the system lets go when the process ends, however it ends.
 
     Args:
         purpose: what the holder does, for the message of one that waits: "prepares ...".
@@ -19,7 +21,8 @@ def exclusive(path: Path, purpose: str) -> Iterator[None]:
     Raises:
         OSError: if the file cannot be written.
     """
-    with path.open("w") as file:
+    while True:
+        file = path.open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -27,4 +30,19 @@ def exclusive(path: Path, purpose: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             pass  # a file system without locks
-        yield
+        if is_at(file, path):
+            break
+        file.close()  # who held it has removed it: there may be another one by now
+    with file:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

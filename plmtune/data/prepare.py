@@ -16,6 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from plmtune import terminal
+from plmtune.atomic import making
 from plmtune.data.lock import exclusive
 from plmtune.data.manifest import FORMAT, SPLITS, Manifest, SplitCounts, dtype_for
 from plmtune.data.shards import Shards, ShardWriter
@@ -82,8 +83,7 @@ def prepare(
     if (target / "manifest.json").is_file():
         return target
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with exclusive(root / f".{target.name}.lock", f"prepares {target.name}"):
+        with making(root), _locked(root, target.name):
             if (target / "manifest.json").is_file():
                 return target  # another process made it while this one waited
             for stale in [target, *root.glob(f".{target.name}.*.tmp")]:
@@ -121,6 +121,13 @@ def prepare(
     except OSError as error:
         raise UserError(f"{root} cannot be written: {error.strerror or error}") from error
     return target
+
+
+@contextmanager
+def _locked(root: Path, name: str) -> Iterator[None]:
+    root.mkdir(parents=True, exist_ok=True)
+    with exclusive(root / f".{name}.lock", f"prepares {name}"):
+        yield
 
 
 def _write(

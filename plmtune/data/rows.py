@@ -162,7 +162,7 @@ class Rows:
             raise UserError(f"data: give paths ({', '.join(paths)}) or hub ({hub}), not both")
         if not paths and hub is None:
             raise UserError(
-                "data: paths is empty. Give files, data.paths=[train.jsonl], or a dataset of the hub, data.hub=NAME. "
+                "data: paths is empty. Give files, data.paths=train.jsonl, or a dataset of the hub, data.hub=NAME. "
                 "(plmtune run demo_sft, demo_dpo and demo_aries bring small data of their own.)"
             )
         check(AT_LEAST_1, max_rows=max_rows)

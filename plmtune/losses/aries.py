@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plmtune.losses.preference import DIRECT, GIVEN_CHOSEN, GIVEN_REJECTED, Comparisons, PreferenceLoss
-from plmtune.ranges import POSITIVE, Range, check
+from plmtune.ranges import STRENGTH, Range, check
 from plmtune.registry import register
 
 
@@ -34,8 +34,8 @@ class Aries(PreferenceLoss):
 
     def __init__(self, *, alpha: float = 0.8, beta_dpo: float = 0.1, beta_ref: float = 0.01) -> None:
         check(Range(least=0, most=1), alpha=alpha)
-        check(POSITIVE, beta_dpo=beta_dpo)
-        check(POSITIVE, beta_ref=beta_ref)
+        check(STRENGTH, beta_dpo=beta_dpo)
+        check(STRENGTH, beta_ref=beta_ref)
         self.alpha = alpha
         self.beta_dpo = beta_dpo
         self.beta_ref = beta_ref

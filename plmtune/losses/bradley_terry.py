@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plmtune.losses.preference import Comparisons, PreferenceLoss
-from plmtune.ranges import NOT_NEGATIVE, check
+from plmtune.ranges import WEIGHT, check
 from plmtune.registry import register
 
 
@@ -27,7 +27,7 @@ class BradleyTerry(PreferenceLoss):
     scalar_head = True
 
     def __init__(self, *, margin: float = 0.0) -> None:
-        check(NOT_NEGATIVE, margin=margin)
+        check(WEIGHT, margin=margin)
         self.margin = margin
 
     def __call__(self, c: Comparisons) -> Tensor:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plmtune.losses.preference import Comparisons, PreferenceLoss, mean_per_token
-from plmtune.ranges import NOT_NEGATIVE, POSITIVE, Range, check
+from plmtune.ranges import STRENGTH, WEIGHT, Range, check
 from plmtune.registry import register
 
 
@@ -30,10 +30,10 @@ class Dpo(PreferenceLoss):
     """
 
     def __init__(self, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 0.0) -> None:
-        check(POSITIVE, beta=beta)
+        check(STRENGTH, beta=beta)
         # At one half the two terms ask for the opposite with the same force.
         check(Range(least=0, below=0.5), label_smoothing=label_smoothing)
-        check(NOT_NEGATIVE, nll_weight=nll_weight)
+        check(WEIGHT, nll_weight=nll_weight)
         self.beta = beta
         self.label_smoothing = label_smoothing
         self.nll_weight = nll_weight

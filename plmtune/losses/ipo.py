@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from plmtune.losses.preference import Comparisons, PreferenceLoss, mean_per_token
-from plmtune.ranges import POSITIVE, check
+from plmtune.ranges import STRENGTH, check
 from plmtune.registry import register
 
 
@@ -24,7 +24,7 @@ class Ipo(PreferenceLoss):
     """
 
     def __init__(self, *, beta: float = 0.1, average: bool = True) -> None:
-        check(POSITIVE, beta=beta)
+        check(STRENGTH, beta=beta)
         self.beta = beta
         self.average = average
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from plmtune.losses.preference import MISMATCHED, Comparisons, PreferenceLoss
-from plmtune.ranges import NOT_NEGATIVE, POSITIVE, check
+from plmtune.ranges import STRENGTH, WEIGHT, check
 from plmtune.registry import register
 
 
@@ -33,9 +33,9 @@ class Kto(PreferenceLoss):
     mismatched = True
 
     def __init__(self, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> None:
-        check(POSITIVE, beta=beta)
-        check(NOT_NEGATIVE, desirable_weight=desirable_weight)
-        check(NOT_NEGATIVE, undesirable_weight=undesirable_weight)
+        check(STRENGTH, beta=beta)
+        check(WEIGHT, desirable_weight=desirable_weight)
+        check(WEIGHT, undesirable_weight=undesirable_weight)
         if desirable_weight == undesirable_weight == 0:
             given = f"desirable_weight ({desirable_weight}) and undesirable_weight ({undesirable_weight})"
             raise ValueError(f"{given} must not both be 0")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plmtune.losses.preference import Comparisons, PreferenceLoss, mean_per_token
-from plmtune.ranges import NOT_NEGATIVE, POSITIVE, check
+from plmtune.ranges import STRENGTH, WEIGHT, check
 from plmtune.registry import register
 
 
@@ -26,8 +26,8 @@ class Simpo(PreferenceLoss):
     needs_reference = False
 
     def __init__(self, *, beta: float = 2.0, gamma: float = 1.0) -> None:
-        check(POSITIVE, beta=beta)
-        check(NOT_NEGATIVE, gamma=gamma)
+        check(STRENGTH, beta=beta)
+        check(WEIGHT, gamma=gamma)
         self.beta = beta
         self.gamma = gamma
 

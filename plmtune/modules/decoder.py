@@ -17,7 +17,7 @@ from plmtune.modules.peft import effective_weight
 from plmtune.modules.quantized import Quantized, QuantizedEmbedding, QuantizedLinear
 from plmtune.modules.segments import Segments
 from plmtune.modules.sharding import is_sharded, shard_like
-from plmtune.ranges import NOT_NEGATIVE, WIDTH, Range, check
+from plmtune.ranges import WIDTH, Range, check
 
 
 class DecoderLayer(nn.Module):
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
         super().__init__()
         check(WIDTH, vocab_size=vocab_size, embed_dim=embed_dim, max_seq_len=max_seq_len)
         check(Range(least=1, most=10_000), num_layers=num_layers)  # more would take minutes even on the meta device
-        check(NOT_NEGATIVE, init_std=init_std)
+        check(Range(least=0, most=10), init_std=init_std)
         self.vocab_size = vocab_size
         self.embed_dim = embed_dim
         self.max_seq_len = max_seq_len

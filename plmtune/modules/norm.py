@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plmtune.ranges import NOT_NEGATIVE, check
+from plmtune.ranges import TINY, check
 from plmtune.registry import register
 
 
@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
         super().__init__()
-        check(NOT_NEGATIVE, eps=eps)
+        check(TINY, eps=eps)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
@@ -59,7 +59,7 @@ class LayerNorm(nn.Module):
 
     def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
         super().__init__()
-        check(NOT_NEGATIVE, eps=eps)
+        check(TINY, eps=eps)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))

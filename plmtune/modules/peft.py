@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from plmtune.modules.linear import Linear
 from plmtune.modules.quantized import Quantized
 from plmtune.modules.torchtune_layers import layers
-from plmtune.ranges import POSITIVE, SHARE, WIDTH, check
+from plmtune.ranges import SHARE, WIDTH, Range, check
 from plmtune.registry import register
 
 _BLOCK = 64  # numbers that share a scale in NF4
@@ -123,7 +123,7 @@ def _adapt(
     biases: bool = True,
 ) -> None:
     check(WIDTH, rank=rank)
-    check(POSITIVE, alpha=alpha)
+    check(Range(above=0, most=1e6), alpha=alpha)
     check(SHARE, dropout=dropout)
     if adapted(model):
         raise ValueError("the model has adapters already: merge them before new ones are put in")

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from plmtune.ranges import POSITIVE, check
+from plmtune.ranges import Range, check
 
 
 class RotaryEmbedding:
@@ -29,7 +29,7 @@ class RotaryEmbedding:
     def __init__(self, dim: int, max_seq_len: int, *, theta: float, interleaved: bool) -> None:
         if dim < 2 or dim % 2:
             raise ValueError(f"RoPE turns pairs, so its width must be even and at least 2, not {dim}")
-        check(POSITIVE, rope_theta=theta)
+        check(Range(above=0, most=1e12), rope_theta=theta)
         self.settings = (dim, max_seq_len, float(theta), interleaved)
         # Viewed as pairs, the partner of each number is its neighbour along one dimension.
         self.pair_shape, self.pair_dim = ((-1, 2), -1) if interleaved else ((2, -1), -2)

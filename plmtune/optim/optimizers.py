@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from plmtune.optim.newton_schulz import CPUMuon
-from plmtune.ranges import NOT_NEGATIVE, SHARE, Range, check
+from plmtune.ranges import RATE, SHARE, TINY, WEIGHT, Range, check
 from plmtune.registry import register
 
 # Bytes of state a parameter: AdamW keeps two moments in fp32; 8-bit AdamW keeps each moment as a byte with an
@@ -57,9 +57,10 @@ def _fused(parameters: list[nn.Parameter]) -> bool:
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
 
 
-def _check(betas: Sequence[float], **settings: float | None) -> tuple[float, float]:
+def _check(betas: Sequence[float], lr: float, weight_decay: float, **eps: float) -> tuple[float, float]:
     """The betas as a pair, once they and the other settings are known to be possible."""
-    check(NOT_NEGATIVE, **settings)
+    check(RATE, lr=lr, weight_decay=weight_decay)
+    check(TINY, **eps)
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas ({', '.join(map(str, betas))}) must be two numbers in [0, 1)")
     return betas[0], betas[1]
@@ -135,9 +136,8 @@ def muon(
     Raises:
         ValueError: for a setting that is out of its range, or a model without hidden matrices.
     """
-    adamw_betas = _check(
-        adamw_betas, lr=lr, adamw_lr_factor=adamw_lr_factor, weight_decay=weight_decay, adamw_eps=adamw_eps
-    )
+    adamw_betas = _check(adamw_betas, lr=lr, weight_decay=weight_decay, adamw_eps=adamw_eps)
+    check(WEIGHT, adamw_lr_factor=adamw_lr_factor)
     check(SHARE, momentum=momentum)
     check(Range(least=1, most=99), ns_steps=ns_steps)
     matrices, others = _split_for_muon(model)

@@ -18,7 +18,7 @@ from plmtune.data.tokenizers import load_tokenizer
 from plmtune.errors import UserError
 from plmtune.models import reward
 from plmtune.models.files import checkpoint_directory
-from plmtune.ranges import AT_LEAST_1, POSITIVE, check
+from plmtune.ranges import AT_LEAST_1, Range, check
 from plmtune.registry import register
 from plmtune.rounds.chains import Chain
 from plmtune.rounds.programs import Tests, tests_of, verdict
@@ -86,7 +86,7 @@ class TestsPass:
         Raises:
             ValueError: if it is not positive.
         """
-        check(POSITIVE, seconds=seconds)
+        check(Range(above=0, most=86_400), seconds=seconds)
         self.seconds = seconds
 
     def score(self, items: Sequence[Item]) -> list[float]:

@@ -148,7 +148,7 @@ def several(
 
 def _check_several(loggers: Mapping[str, Component]) -> None:
     if not loggers:
-        raise ValueError("several needs at least one logger: logger=[tensorboard,wandb]")
+        raise ValueError("several needs at least one logger: 'logger=[tensorboard, wandb]'")
     for name, logger in loggers.items():
         if logger.name == "several":
             raise ValueError(f"{name} holds loggers itself: name them in one list")

@@ -14,6 +14,7 @@ from typing import IO, Any, Literal
 
 import xxhash
 
+from plmtune.data.lock import is_at
 from plmtune.errors import UserError, unreadable
 from plmtune.provenance import git_state, now, versions
 from plmtune.training import manifest
@@ -311,7 +312,7 @@ def _take_lock(path: Path) -> IO[str]:
         file = (path / LOCK).open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(file, path / LOCK):
+            if is_at(file, path / LOCK):
                 break
             file.close()  # a run that could not begin has removed it in between
         except BlockingIOError as error:
@@ -325,13 +326,6 @@ def _take_lock(path: Path) -> IO[str]:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
-
-
-def _is_at(file: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _in_use(path: Path, holder: str) -> UserError:

@@ -51,6 +51,7 @@ class Runtime:
     reasons: list[str] = field(default_factory=list)
     seed: int = 1
     deterministic: bool = False
+    _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False, compare=False)
 
     @classmethod
     def choose(
@@ -199,6 +200,13 @@ class Runtime:
     def barrier(self) -> None:
         distributed.barrier()
 
+    def hold(self, opened: contextlib.AbstractContextManager[object]) -> None:
+        """Leave `opened` at the end of this runtime's `with` block, with the error that ends it, if there is one.
+
+        What closed it before has done so for good.
+        """
+        self._held.push(opened)
+
     def close(self) -> None:
         """Leave the process group, as all ranks do together at the end."""
         if distributed.is_distributed():
@@ -210,6 +218,7 @@ class Runtime:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._held.__exit__(kind, error, trace)
         # After an error the others may wait in an exchange that this rank will never join, and leaving would
         # wait for them: let the error end this process, then torchrun ends theirs.
         if kind is None or kind is SystemExit:

@@ -1,4 +1,5 @@
 import builtins
+import importlib.machinery
 import sys
 import types
 
@@ -23,6 +24,7 @@ def datasets(monkeypatch):
 
     monkeypatch.setattr("plmtune.hub.silence", lambda: "")
     module = types.ModuleType("datasets")
+    module.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
     module.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
     return calls

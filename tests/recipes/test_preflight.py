@@ -15,6 +15,7 @@ from conftest import SMALL
 from tuning import PREFERENCE, SFT, compose
 
 from plmtune import config
+from plmtune.cli.validate import check
 from plmtune.data import tokenizers
 from plmtune.errors import UserError
 from plmtune.registry import Component, describe, keys_of
@@ -85,7 +86,7 @@ def verdicts(cfg: Any) -> dict[str, str]:
     """What each road says of a config."""
     recipe = importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
     return {
-        "validate": verdict(lambda: recipe.check(copy.deepcopy(cfg))),
+        "validate": verdict(lambda: check(recipe, copy.deepcopy(cfg))),
         "dry run": verdict(lambda: recipe.main(copy.deepcopy(cfg), dry_run=True)),
         "run": verdict(lambda: recipe.main(copy.deepcopy(cfg))),
     }
