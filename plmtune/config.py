@@ -305,11 +305,13 @@ def _store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str],
                 f"Use it as in plmtune run {_BASES.get(theirs, theirs)} {path}, or remove the key."
             )
     base, whole = str(_BASES.get(recipe, recipe)), _is_base(contents[0])
-    if whole and files[0].resolve().parent == folder("conf").resolve():
+    shipped = files[0].resolve().parent == folder("conf").resolve()
+    named = files[0].stem if shipped else base
+    if whole and shipped:
         base, files, contents, whole = files[0].stem, files[1:], contents[1:], False
     store = ConfigStore.instance()
     keys = [f"plmtune_overlay_{index}" for index in range(len(files))]
-    given = Given(overrides, dict(zip(keys, files, strict=True)), dict(zip(keys, contents, strict=True)), base)
+    given = Given(overrides, dict(zip(keys, files, strict=True)), dict(zip(keys, contents, strict=True)), base, named)
     sections = {f.name for f in dataclasses.fields(SCHEMAS[recipe]) if dataclasses.is_dataclass(f.default_factory)}
     for path, content in zip(files, contents, strict=True):
         for key in sections.intersection(content):

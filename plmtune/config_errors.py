@@ -66,12 +66,14 @@ class Given:
         files: name in Hydra's store -> the file it came from.
         contents: the same name -> the keys and values of that file.
         base: the shipped config that everything builds on.
+        name: the shipped config that was named, else base.
     """
 
     overrides: Sequence[str]
     files: Mapping[str, Path]
     contents: Mapping[str, Mapping[str, Any]]
     base: str
+    name: str
 
     def override(self, key: str) -> str | None:
         """The override that gives the value of a full key, alone or as a part of its table or list."""
@@ -149,7 +151,7 @@ def explain(
         return UserError(f"{where}{key}{group or 'conf'} has no option {option}.{near}")
     if unmatched := re.search(r"Could not (?:override|delete) '([^']*)'\. No match in the defaults list", text):
         name = unmatched[1]
-        elsewhere = _of_other_recipe(name, base, [])
+        elsewhere = _of_other_recipe(name, given.name, [])
         return UserError(f"{place(name)}{elsewhere or f'there is no group {name}. See: plmtune ls'}")
     if re.search(r"Key '([^']*)' (is )?not in", text) and full_key:
         owner = _search(r"object_type=(\w+)", text) or ""
@@ -158,7 +160,7 @@ def explain(
         of_recipe = any(schema.__name__ == owner for schema in SCHEMAS.values())
         if said := _of_other_component(full_key, group, name):
             return UserError(f"{place(full_key)}{said}")
-        if of_recipe and (said := _of_other_recipe(full_key, base, siblings)):
+        if of_recipe and (said := _of_other_recipe(full_key, given.name, siblings)):
             return UserError(f"{place(full_key)}{said}")
         return unknown_key(place(full_key), full_key, siblings, lambda: all_keys(base))
     if "Ambiguous value" in text:

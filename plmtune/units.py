@@ -77,6 +77,9 @@ def unescape(text: str, name: str) -> str:
 
 
 def with_point(text: str) -> str | None:
-    """Return a number that is written with a decimal comma as it is read here, ``0,001`` -> ``0.001``; else None."""
-    found = re.fullmatch(r"\s*([+-]?\d+),(\d+(?:[eE][+-]?\d+)?)\s*", text)
+    """Return a number that is written with a decimal comma as it is read here, ``0,001`` -> ``0.001``.
+
+    None where it is none, or has more than one digit before the comma: that may be two numbers.
+    """
+    found = re.fullmatch(r"\s*([+-]?\d),(\d+(?:[eE][+-]?\d+)?)\s*", text)
     return f"{found[1]}.{found[2]}" if found else None

@@ -21,6 +21,7 @@ import click
 
 from plmtune import __version__, terminal
 from plmtune.cli.help import Context, lay_out
+from plmtune.cli.usage import sentence
 from plmtune.errors import UserError, did_you_mean
 
 # name -> (module, attribute, one line for --help); the module is imported when the command runs.
@@ -127,9 +128,11 @@ def main() -> None:
         sys.stdout.flush()
     except UserError as error:
         words, code = f"plmtune: {error}", 2
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         code = 2
+    except click.ClickException as error:
+        words, code = sentence(error), 2
     except (KeyboardInterrupt, click.Abort):
         words, code = "plmtune: interrupted", 130
     except BrokenPipeError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -40,9 +41,19 @@ class Formatter(click.HelpFormatter):
 
 
 class Context(click.Context):
-    """A context whose help is laid out by `Formatter`."""
+    """A context whose help is laid out by `Formatter`, and that each mistake in its words names."""
 
     formatter_class = Formatter
+
+    @contextmanager
+    def scope(self, cleanup: bool = True) -> Iterator[click.Context]:
+        """Let what is raised in this context, which click's parser forgets to name, name it."""
+        with super().scope(cleanup) as ctx:
+            try:
+                yield ctx
+            except click.UsageError as error:
+                error.ctx = error.ctx or self
+                raise
 
 
 def lay_out(command: click.Command) -> click.Command:

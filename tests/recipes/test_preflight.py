@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib
+import sys
 import typing
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -173,7 +174,7 @@ def replaced(plain: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 # Keys whose tasks, tokenizers or packages take seconds to look up have tests of their own.
-SLOW = {"eval.tasks", "eval.data", "runtime.deterministic"}
+SLOW: set[str] = set()
 
 
 def agree(plain: dict[str, Any], key: str, value: Any) -> str:
@@ -271,3 +272,19 @@ class TestMistakes:
         monkeypatch.setenv("CXX", "no-such-compiler")
         assert "a C++ compiler, and no-such-compiler is not on the PATH" in agree(plain, key, value)
         assert agree(plain, key, right) == ""
+
+    @pytest.mark.parametrize(
+        ("recipe", "setting"),
+        [
+            ("pretrain", {"component": "hub", "name": "a/b"}),
+            ("sft", {"component": "conversations", "hub": "a/b"}),
+            ("preference", {"component": "preferences", "hub": "a/b"}),
+            ("quantize", {"component": "hub", "name": "a/b"}),
+        ],
+    )
+    def test_a_dataset_of_the_hub_needs_its_package_on_all_roads(
+        self, recipe: str, setting: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plain = config.to_plain(composed(recipe))
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        assert "data hub: a/b needs the package datasets (extra hub)" in agree(plain, "data", setting)
