@@ -87,7 +87,7 @@ def check(command: Command) -> None:
         assert given["group"].rpartition("/")[2] in {*describe(), "devices"}
     elif name == "cp":
         where = folder("recipes") if given["name"].startswith("recipes/") else folder("conf")
-        assert list(where.glob(given["name"].removeprefix("recipes/") + ".*"))
+        assert list(where.rglob(given["name"].removeprefix("recipes/") + ".*"))
 
 
 def assert_is_command(words: list[str]) -> None:
