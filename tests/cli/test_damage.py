@@ -16,6 +16,7 @@ from plmtune.cli import cli
 from plmtune.cli.inspect_rows import find as find_tokenizer
 from plmtune.data.tokenizers import byte
 from plmtune.errors import UserError
+from plmtune.export.runtimes.opening import open_runtime
 from plmtune.models.adapters import load_its_tokenizer, load_model, save_adapter
 from plmtune.models.files import checkpoint_directory
 from plmtune.models.reward import load_reward_model
@@ -117,6 +118,22 @@ class TestOneFlippedBit:
         flip(place / "adapters/adapter_model.safetensors")
         with pytest.raises(UserError, match=r"adapter_model.safetensors is damaged"):
             cli.main(["merge", "adapters", "out"], standalone_mode=False)
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+    @pytest.mark.parametrize(
+        "write", ["merge adapters out", "export . --to hf --no-verify --out . --name out", "convert x.gguf out"]
+    )
+    def test_is_found_in_what_other_commands_wrote(self, place: Path, write: str, name: str) -> None:
+        if "gguf" in write:
+            cli.main("export . --to gguf --quant f16 --no-verify --out . --name x".split(), standalone_mode=False)
+            next(place.glob("*.gguf")).rename(place / "x.gguf")
+        cli.main(write.split(), standalone_mode=False)
+        (out,) = (path.parent for path in place.glob("out*/config.json"))
+        plmtune.load(out, "cpu")
+        flip(out / name)
+        for read in (plmtune.load, open_runtime):
+            with pytest.raises(UserError, match=rf"{name} is damaged"):
+                read(out)
 
     @pytest.mark.parametrize("read", [load_reward_model, origin_directory, find_tokenizer])
     def test_is_found_where_a_run_reads_another(self, place: Path, read: Callable[[str], Any]) -> None:

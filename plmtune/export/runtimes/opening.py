@@ -9,6 +9,7 @@ from plmtune.errors import UserError, did_you_mean
 from plmtune.export.runtimes.base import Runtime
 from plmtune.extras import installed, missing
 from plmtune.models.files import ADAPTER_CONFIG, CONFIG, read_json
+from plmtune.training import manifest
 
 RuntimeName = Literal["llama_cpp", "xllamacpp", "transformers", "executorch", "plmtune"]
 
@@ -85,6 +86,7 @@ def _serving(path: Path) -> tuple[RuntimeName, ...]:
         if path.suffix not in by_ending:
             raise UserError(f"{path} is neither a .gguf nor a .pte file, nor a directory: no runtime serves it.")
         return by_ending[path.suffix]
+    manifest.verify_once(path)
     if not (path / CONFIG).is_file() or (path / ADAPTER_CONFIG).is_file():
         return ("plmtune",)
     keys = read_json(path, CONFIG)
