@@ -28,7 +28,7 @@ _FREE_OF = {"quantize": ("run_dir", "resume", "other_data", "force", "device")} 
 DATA = ("data", "preparation")
 
 # Keys that a new run fills in itself, from what it starts from, where its recipe has them.
-_INHERITED = ("init_from", "model", "tokenizer")
+_INHERITED = ("init_from", "model", "tokenizer", "seq_len")
 _INHERITED_OF = {"quantize": ("checkpoint", "quantization")}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from plmtune import terminal
+from plmtune import plans, terminal
 from plmtune.config import build, to_plain
 from plmtune.errors import UserError
 from plmtune.origins import KINDS, choose_origin, pin_names
@@ -86,6 +86,7 @@ def prepare(
         UserError: with what a run would say; a dry run and ``plmtune validate`` say the same.
     """
     find_run(cfg)
+    plans.find_sources(cfg.data)  # before a model is looked for, or fetched
     pin_names(cfg, weights=fetch)
     if cfg.recipe in KINDS and not cfg.resume:
         chosen = choose_origin(cfg, may_be_open=may_be_open)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,8 @@ from plmtune.registry import Component
 from plmtune.training import manifest
 from plmtune.training.checkpoint import newest_whole, read_document
 from plmtune.training.distributed import once_a_machine, told_by_rank_0
-from plmtune.training.run_directory import CONFIG, read_record
+from plmtune.training.run_directory import CONFIG
+from plmtune.training.run_summary import finished_runs
 
 # What a recipe goes on from where nothing is named: the newest finished run of the first kind that has one.
 KINDS = {"sft": ("pretrain",), "preference": ("sft", "pretrain")}
@@ -98,7 +98,8 @@ def _find_origin(cfg: Any, may_be_open: bool) -> tuple[str, str]:
             with contextlib.suppress(UserError):  # a stranger's, a damaged one, or one that needs --import
                 theirs = load_config(run / CONFIG)
                 if theirs.recipe == kind and _fits(cfg.model, theirs.model):
-                    return str(run), f"starting from {run}, the newest finished {kind} run (init_from=DIR for another)"
+                    found = f"{run}, the newest finished {kind} run ({_size(theirs.model)})"
+                    return str(run), f"starting from {found}; init_from=DIR for another"
                 if theirs.recipe == kind and not other:
                     other = (
                         f" The newest finished {kind} run is of another model ({_size(theirs.model)}): to start "
@@ -120,17 +121,6 @@ def _find_origin(cfg: Any, may_be_open: bool) -> tuple[str, str]:
         f"{nothing}. Train one first (plmtune run demo), or name a run or a model directory with init_from=DIR "
         "(plmtune convert FILE.gguf DIR makes one of a GGUF file)."
     )
-
-
-def finished_runs() -> Iterator[Path]:
-    """The finished runs under runs/ that have a checkpoint; the one that finished last comes first, as `latest`."""
-    found = []
-    for path in Path("runs").glob(f"*/[0-9]*/{CONFIG}"):
-        with contextlib.suppress(UserError):  # somebody else's
-            record = read_record(path.parent)
-            if record.get("status") == "finished" and manifest.steps(path.parent / "checkpoints"):
-                found.append((str(record.get("ended")), path.parent.name, path.parent))
-    return iter([path for *_, path in sorted(found, reverse=True)])
 
 
 def _size(model: Component) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from plmtune import terminal
 from plmtune.config import build
 from plmtune.data.chat_template import ChatTemplate, find_template, template_source
 from plmtune.data.examples import refuse_other_kinds
@@ -40,6 +41,7 @@ from plmtune.units import show_bytes, show_count
 if TYPE_CHECKING:
     from plmtune.evaluation.during import Evaluations
 
+SEQ_LEN = 2048  # tokens of a conversation, or of a prompt with an answer, where neither config nor model says fewer
 # Steps of a run whose data says how many there are: a schedule's shares of them are checked, its steps as well as can.
 _MANY_STEPS = 10**9
 
@@ -80,6 +82,7 @@ class Plan:
     tokens_per_step: int
     guard: Guard
     estimated: Estimate | None  # None where the model is
+    seq_len: int
     epochs: float | None = None  # passes over the data, which says how many steps they are
     sources: dict[str, Any] = field(default_factory=dict)
     template: ChatTemplate | None = None
@@ -130,6 +133,7 @@ def plan(cfg: Any, runtime: Runtime, kind: Kind, *, fetch: bool = False) -> Plan
     tokenizer = _find_tokenizer(cfg.tokenizer, fetch=fetch)
     vocab_size = tokenizer.vocab_size if tokenizer else QWEN2_ROWS
     model = _on_meta(cfg.model, vocab_size) if cfg.model else None
+    _settle_seq_len(cfg, model, runtime)
     if model is not None and cfg.seq_len > model.max_seq_len:
         raise UserError(
             f"key seq_len: {cfg.seq_len} exceeds the model's max_seq_len ({model.max_seq_len}). "
@@ -176,7 +180,19 @@ def plan(cfg: Any, runtime: Runtime, kind: Kind, *, fetch: bool = False) -> Plan
                 loss_chunk_rows=cfg.loss.settings.get("chunk_rows", 0),
                 device=runtime.device,
             )
-    return Plan(tokenizer, model, loss, phases, tokens_per_step, Guard(**vars(cfg.guard)), estimated, epochs=epochs)
+    guard = Guard(**vars(cfg.guard))
+    return Plan(tokenizer, model, loss, phases, tokens_per_step, guard, estimated, cfg.seq_len, epochs)
+
+
+def _settle_seq_len(cfg: Any, model: Any, runtime: Runtime) -> None:
+    """Fill in `seq_len` where it is left out."""
+    if cfg.seq_len is not None:
+        return
+    cfg.seq_len = SEQ_LEN
+    if model is not None and model.max_seq_len < SEQ_LEN:
+        cfg.seq_len = model.max_seq_len
+        if runtime.is_main:
+            terminal.echo(f"seq_len={cfg.seq_len}, as the model reads no more tokens at once", err=True)
 
 
 def _check_best(best: str | None, measures: Sequence[str]) -> None:
@@ -249,13 +265,22 @@ def check_schedule(cfg: Any, num_steps: int, tokens_per_step: int) -> None:
 # --- what the config names: data, templates, tasks ---------------------------------------------------------------
 
 
+def find_sources(data: Component | None) -> dict[str, Any]:
+    """Find the sources of the data by name; nothing of them is read.
+
+    Raises:
+        UserError: for none, or a path that is not there.
+    """
+    return named_sources(build("data", data))
+
+
 def open_data(planned: Plan, data: Component | None, kinds: tuple[type, ...]) -> None:
     """Find the sources of the data, of the kind that the recipe trains on, and check the phases' mixes against them.
 
     Raises:
         UserError: for a path that is not there, data of another kind, or a mix of sources that are not there.
     """
-    planned.sources = named_sources(build("data", data))
+    planned.sources = find_sources(data)
     for name, source in planned.sources.items():
         refuse_other_kinds(name, source, kinds)
         if isinstance(source, Prepared) and planned.tokenizer is not None:

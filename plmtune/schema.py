@@ -197,7 +197,7 @@ class Sft:
     other_data: bool = False
     force: bool = False
     seed: Count = 1
-    seq_len: Length = 512  # tokens a packed row
+    seq_len: Length | None = None  # tokens a packed row; null: 2,048, or the model's context where that is shorter
     global_batch_size: Length = 16  # rows an optimizer step, over all processes
     micro_batch_size: Length = 4  # rows a forward pass, on one process
     epochs: Epochs | None = None  # passes over all packed rows of all sources; default, where there are no phases: 3
@@ -286,7 +286,7 @@ class Preference:
     other_data: bool = False
     force: bool = False
     seed: Count = 1
-    seq_len: Length = 512  # longest prompt with one answer
+    seq_len: Length | None = None  # longest prompt with one answer; null: as in Sft
     global_batch_size: Length = 16  # pairs an optimizer step, over all processes
     micro_batch_size: Length = 2  # rows of up to 2 x seq_len tokens a forward pass, on one process
     epochs: Epochs = 1.0  # times each pair is seen, in each round

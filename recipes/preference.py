@@ -130,7 +130,7 @@ class Preference:
             ticking(pairs, "pairs encoded", shown=self.runtime.is_main),
             self.template,
             self.refinement,
-            cfg.seq_len,
+            self.plan.seq_len,
             contexts=self.loss.contexts,
             mismatched=self.loss.mismatched,
         )
@@ -140,7 +140,7 @@ class Preference:
         try:
             return PreferenceBatches(
                 compared,
-                seq_len=cfg.seq_len,
+                seq_len=self.plan.seq_len,
                 global_batch_size=cfg.global_batch_size,
                 micro_batch_size=cfg.micro_batch_size,
                 seed=cfg.seed,

@@ -25,12 +25,10 @@ from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_mod
 from plmtune.models.assemble import describe, from_description
 from plmtune.models.files import CONFIG as MODEL_CONFIG
 from plmtune.models.files import checkpoint_directory, read_json
-from plmtune.models.hf import num_bytes, save_model
-from plmtune.modules.quantized import install
-from plmtune.origins import finished_runs
+from plmtune.models.hf import save_model
 from plmtune.quantization import qat, sensitivity
 from plmtune.quantization.calibrate import second_moments
-from plmtune.quantization.quantize import quantize
+from plmtune.quantization.quantize import file_bytes, quantize
 from plmtune.quantization.sensitivity import Found, Measured
 from plmtune.registry import Component
 from plmtune.runs import find_run, open_run
@@ -38,7 +36,7 @@ from plmtune.schema import Quantize as Config
 from plmtune.terminal import echo
 from plmtune.training import manifest
 from plmtune.training.run_directory import EXIT_STOPPED, read_record, refuse_unusable
-from plmtune.training.run_summary import already_finished
+from plmtune.training.run_summary import already_finished, finished_runs
 from plmtune.training.runtime import Runtime
 from plmtune.training.signals import StopSignals
 from plmtune.units import show_bytes
@@ -322,16 +320,6 @@ def plan_of(cfg: Config, model: Any) -> Any:
         UserError: naming the key.
     """
     return build("quantization", cfg.quantization, model=model)
-
-
-def file_bytes(model: Any, plan: Any, dtype: torch.dtype) -> int:
-    """Bytes of a model's files of weights, headers included: what a plan names in its formats, the rest in `dtype`.
-
-    Args:
-        model: on the meta device; it is changed to that.
-    """
-    install(model, plan)
-    return num_bytes(model.to(dtype))
 
 
 def read_text(

@@ -68,7 +68,7 @@ class Sft:
         examples = open_examples(
             plan.sources,
             self.template,
-            seq_len=cfg.seq_len,
+            seq_len=plan.seq_len,
             train_on=cfg.chat.train_on,
             too_long=cfg.chat.too_long,
             skip_bad=cfg.chat.skip_bad,
@@ -177,7 +177,7 @@ class Sft:
 
     def _introduce(self, watch: Watch) -> None:
         watch.message(f"run: {self.run.path}" + (f", resuming after step {self.step}" if self.step else ""))
-        kernels = self.runtime.attention_kernels(self.model, seq_len=self.cfg.seq_len, segments=True)
+        kernels = self.runtime.attention_kernels(self.model, seq_len=self.plan.seq_len, segments=True)
         reasons = [*self.runtime.reasons, f"attention: {kernels}"]
         for line in (*reasons, *self.student.notes, *self.plan.estimate.lines(), *self.notes, self.data.describe()):
             watch.message(line)

@@ -11,7 +11,7 @@ import click
 
 from plmtune import terminal
 from plmtune.cli import import_option
-from plmtune.cli.options import dtype_option, find_device
+from plmtune.cli.options import dtype_option, find_device, newest_run
 from plmtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("targets", nargs=-1, metavar="TARGET...")
+@click.argument("targets", nargs=-1, metavar="[TARGET]...")
 @click.option("--contexts", default="128,2048", show_default=True, help="Tokens in the cache, with commas.")
 @click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Written at each.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Of the CPU; default: as torch has it.")
@@ -74,7 +74,8 @@ def bench(
     """Measure time to first token, tokens/s, peak memory and the share of this machine's bandwidth.
 
     TARGET is a checkpoint or a run, quantized or not, a .gguf or .pte file, a directory that transformers reads, or
-    model=NAME, a config with random weights. Each is measured in a process of its own, one after the other.
+    model=NAME, a config with random weights; without one: the newest finished run. Each is measured in a process of
+    its own, one after the other.
 
     \b
     plmtune bench runs/demo_sft/latest exports/sft-q4_0.gguf --contexts 128,2048
@@ -82,14 +83,15 @@ def bench(
     plmtune bench model=plm_150m --dtype bf16 --decode-only
     plmtune bench --calibrate mine.yaml
     """
-    if not targets and calibrate is None:
-        raise UserError("There is nothing to measure. Name a checkpoint, a file or model=NAME, or give --calibrate.")
     if flash_attention != "both" and not any(target.endswith(".gguf") for target in targets):
         raise UserError("--flash-attention is for .gguf files, and no TARGET is one. Leave it out.")
     lengths = _lengths(contexts)
     outputs = [(json_path, (".json",)), (plot, (".png",)), (calibrate, (".yaml", ".yml"))]
     for path, suffixes in outputs:
         _check_output(path, suffixes, overwrite)
+
+    if not targets and calibrate is None:
+        targets = (newest_run("bench TARGET..."),)
 
     import torch
 

@@ -6,25 +6,25 @@ from pathlib import Path
 
 import click
 
-from plmtune import hub, terminal
+from plmtune import terminal
+from plmtune.cli.options import model_first
 from plmtune.errors import UserError
 
 
 @click.command()
-@click.argument("checkpoint")
-@click.argument("results", nargs=-1, type=click.Path(path_type=Path), metavar="[RESULT]...")
+@click.argument("words", nargs=-1, metavar="[CHECKPOINT] [RESULT]...")
 @click.option("--out", type=click.Path(path_type=Path), help="The card; default: README.md in CHECKPOINT.")
 @click.option("--overwrite", is_flag=True, help="Replace a card and curves that are there.")
-def card(checkpoint: str, results: tuple[Path, ...], out: Path | None, overwrite: bool) -> None:
+def card(words: tuple[str, ...], out: Path | None, overwrite: bool) -> None:
     """Write the model card of CHECKPOINT: a run (its newest checkpoint), a checkpoint or a model directory.
 
-    RESULTs are JSON files of plmtune eval; without any, what the run measured of that checkpoint while it trained.
-    What no file says stands in the card as "Fill in:".
+    Without CHECKPOINT: of the newest finished run. RESULTs are JSON files of plmtune eval; without any, what the run
+    measured of that checkpoint while it trained. What no file says stands in the card as "Fill in:".
 
     \b
     plmtune card runs/demo_sft/latest evaluations/
     """
-    hub.check_path(checkpoint)
+    checkpoint, results = model_first(words, "card CHECKPOINT [RESULT]...")
     if out is not None and out.is_dir():
         out = out / "README.md"
     if out is not None and not out.absolute().parent.is_dir():
@@ -33,7 +33,7 @@ def card(checkpoint: str, results: tuple[Path, ...], out: Path | None, overwrite
     from plmtune.evaluation.model_card import write_card
     from plmtune.evaluation.results import load_all
 
-    found = load_all(results, lambda text: terminal.echo(text, err=True))
+    found = load_all([Path(result) for result in results], lambda text: terminal.echo(text, err=True))
     written = write_card(checkpoint, list(found.values()), out, overwrite=overwrite, sources=list(found))
     open_fields = written.read_text(encoding="utf-8").count("Fill in:")
     terminal.echo(f"{written}: {open_fields} places say Fill in, as no file knows them")

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune import hub, terminal
+from plmtune import terminal
 from plmtune.atomic import writing
 from plmtune.cli import import_option
 from plmtune.cli.generate import stream, warn_of_pretrained
-from plmtune.cli.options import device_option, find_device, sampling_options
+from plmtune.cli.options import device_option, find_device, find_model, sampling_options
 from plmtune.errors import UserError, did_you_mean
 from plmtune.terminal import visible
 
@@ -28,7 +28,7 @@ _BLOCK = '"""'
 
 
 @click.command()
-@click.argument("checkpoint")
+@click.argument("checkpoint", required=False)
 @click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
 @click.option(
     "--chat-template",
@@ -38,16 +38,19 @@ _BLOCK = '"""'
 @sampling_options
 @device_option
 @import_option
-def chat(checkpoint: str, system: str | None, chat_template: str | None, device: str | None, **sampling: Any) -> None:
+def chat(
+    checkpoint: str | None, system: str | None, chat_template: str | None, device: str | None, **sampling: Any
+) -> None:
     """Talk with a checkpoint, a model directory, a run's newest checkpoint, or a model of the hub (OWNER/NAME).
 
-    Through a pipe each line of stdin is a message, and stdout has the answers alone.
+    Without one: with the newest finished run. Through a pipe each line of stdin is a message, and stdout has the
+    answers alone.
 
     \b
     plmtune chat runs/demo_sft/latest
     echo "What is a stack?" | plmtune chat runs/demo_sft/latest --temperature 0
     """
-    hub.check_path(checkpoint)
+    checkpoint = find_model(checkpoint, "chat CHECKPOINT")
 
     import plmtune
     from plmtune.conversation import Conversation

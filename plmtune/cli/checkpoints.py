@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from plmtune import terminal
+from plmtune.cli.options import newest_run
 from plmtune.errors import UserError
 from plmtune.tables import Cell, Column, Table, show
 from plmtune.training import manifest
@@ -35,17 +36,18 @@ class Entry:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("run", type=click.Path(path_type=Path), required=False, metavar="[RUN]")
 @click.option("--quick", is_flag=True, help="Compare sizes only, instead of reading every byte.")
-def checkpoints(run: Path, quick: bool) -> None:
+def checkpoints(run: Path | None, quick: bool) -> None:
     """List the checkpoints of RUN (a run, its checkpoints folder, or one checkpoint) and verify them.
 
-    Exit code 2 if one of them is damaged.
+    Without RUN: those of the newest finished run. Exit code 2 if one of them is damaged.
 
     \b
     plmtune checkpoints runs/demo/latest
     plmtune checkpoints runs/demo/latest --quick
     """
+    run = run or Path(newest_run("checkpoints RUN"))
     entries = [_look(path) for path in _find(run)]
     with _progress(sum(entry.size for entry in entries)) as advance:
         for entry in entries:

@@ -13,7 +13,7 @@ from plmtune.tables import show
 
 
 @click.command()
-@click.argument("results", nargs=-1, type=click.Path(path_type=Path), metavar="RESULT...")
+@click.argument("results", nargs=-1, type=click.Path(path_type=Path), metavar="[RESULT]...")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -24,24 +24,26 @@ from plmtune.tables import show
 def compare(results: tuple[Path, ...], out: Path | None, as_json: bool, all_tasks: bool) -> None:
     """Compare RESULTs, the JSON files of plmtune eval (or folders of them), with the first one.
 
-    Where two were asked the same questions in the same words, their answers are compared question by question.
+    Without RESULTs: those in evaluations/. Where two were asked the same questions in the same words, their answers are
+    compared question by question.
 
     \b
     plmtune compare evaluations/a.json evaluations/b.json
     plmtune compare evaluations/ --out figure.png
     """
+    if not results:
+        results = (Path("evaluations"),)
+        if not results[0].is_dir():
+            raise UserError("There is no folder evaluations/ here. Name results of plmtune eval CHECKPOINT.")
+        terminal.echo("results: those in evaluations/ (for others: plmtune compare RESULT...)", err=True)
     if out is not None and out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the picture is a PNG, and its name must end in .png.")
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}.")
 
-    from plmtune.evaluation.results import HOW_TO_MAKE, load_all, table
-
-    if not results:
-        raise UserError(f"Name the results to compare: plmtune compare evaluations/. {HOW_TO_MAKE}")
-
     from plmtune.evaluation import comparison
     from plmtune.evaluation.comparison_plot import draw
+    from plmtune.evaluation.results import load_all, table
 
     found = load_all(results, lambda text: terminal.echo(text, err=True))
     files, loaded = list(found), list(found.values())

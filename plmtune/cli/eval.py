@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ import click
 
 from plmtune import hub, terminal
 from plmtune.cli.generate import warn_of_pretrained
-from plmtune.cli.options import device_option, dtype_option, find_device, find_dtype
+from plmtune.cli.options import device_option, dtype_option, find_device, find_dtype, newest_run
 from plmtune.errors import UserError
 from plmtune.tables import Column, Table, show
 
@@ -121,7 +121,7 @@ def evaluate(
     with Runtime.choose(device=device or "auto", precision="fp32").start() as runtime:
         tell = _tell if runtime.is_main else _say_nothing
         # Rank 0 looks and tells: a branch of the hub, or the newest run, may be another one a moment later.
-        paths = told_by_rank_0(lambda: [hub.pin(path) for path in checkpoints] or [str(_newest(tell))])
+        paths = told_by_rank_0(lambda: [hub.pin(path) for path in checkpoints] or [newest_run("eval CHECKPOINT")])
         for path in paths:
             once_a_machine(functools.partial(checkpoint_directory, path))  # before the tasks, which may take a while
             if chat and runtime.is_main:
@@ -170,19 +170,6 @@ def _batch_size(given: str) -> int | None:
     if not given.isdecimal() or int(given) < 1:
         raise UserError(f"--batch-size {given}: give auto, or how many answers are written at once.")
     return int(given)
-
-
-def _newest(tell: Callable[[str], None]) -> Path:
-    from plmtune.origins import finished_runs
-
-    newest = next(finished_runs(), None)
-    if newest is None:
-        raise UserError(
-            "There is no finished run under runs/ (seen from here). Name a checkpoint, a model directory or a run: "
-            "plmtune eval CHECKPOINT --tasks ..."
-        )
-    tell(f"evaluating {newest}, the newest finished run (plmtune eval CHECKPOINT for another)")
-    return newest
 
 
 def _allow_code(tasks: Tasks, names: Sequence[str], *, allowed: bool, sandboxed: bool) -> None:

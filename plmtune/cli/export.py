@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
-from plmtune import hub, terminal
+from plmtune import terminal
+from plmtune.cli.options import find_model
 from plmtune.tables import show
 
 
 @click.command()
-@click.argument("checkpoint")
+@click.argument("checkpoint", required=False)
 @click.option("--to", required=True, type=click.Choice(["gguf", "hf", "executorch"]), help="The program's form.")
 @click.option(
     "--quant",
@@ -36,7 +37,7 @@ from plmtune.tables import show
 @click.option("--no-verify", is_flag=True, help="Do not load it and compare.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 def export(
-    checkpoint: str,
+    checkpoint: str | None,
     to: str,
     quant: str | None,
     out: Path | None,
@@ -50,6 +51,8 @@ def export(
 ) -> None:
     """Write CHECKPOINT for llama.cpp (gguf), transformers and vLLM (hf), or ExecuTorch, and prove that it is the model.
 
+    Without CHECKPOINT: the newest finished run.
+
     Each file is loaded by the program that will run it and compared with the checkpoint: probabilities, greedy
     text, perplexity, token ids, the chat prompt. One that differs does not stay.
 
@@ -58,7 +61,7 @@ def export(
     plmtune export runs/demo_sft/latest --to hf --as deepseek
     plmtune export runs/demo_sft/latest --to executorch --quant int8_dynamic
     """
-    hub.check_path(checkpoint)
+    checkpoint = find_model(checkpoint, "export CHECKPOINT --to FORM")
 
     from plmtune.export.run import NotTheModel, export
 

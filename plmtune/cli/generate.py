@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune import hub, terminal
+from plmtune import terminal
 from plmtune.cli import import_option
-from plmtune.cli.options import device_option, find_device, sampling_options
+from plmtune.cli.options import device_option, find_device, find_model, sampling_options
 from plmtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("checkpoint")
+@click.argument("checkpoint", required=False)
 @click.option("--prompt", required=True, help="Text to continue; - reads it from stdin.")
 @click.option("--chat", is_flag=True, help="The prompt is a user's message; the model answers it.")
 @click.option("--system", help="What the model is told before the message; with --chat.")
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @device_option
 @import_option
 def generate(
-    checkpoint: str,
+    checkpoint: str | None,
     prompt: str,
     chat: bool,
     system: str | None,
@@ -44,13 +44,15 @@ def generate(
 ) -> None:
     """Write text with a checkpoint, a model directory, a run's newest checkpoint, or a model of the hub (OWNER/NAME).
 
+    Without one: with the newest finished run.
+
     The text goes to stdout as it comes, the speed to stderr.
 
     \b
     plmtune generate runs/demo/latest --prompt "def "
     plmtune generate runs/demo_sft/latest --chat --prompt "What is a stack?"
     """
-    hub.check_path(checkpoint)
+    checkpoint = find_model(checkpoint, "generate CHECKPOINT --prompt TEXT")
 
     import plmtune
     from plmtune.generation import complete

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from plmtune import hub, terminal
 from plmtune.errors import UserError
 from plmtune.registry import raised, refuse_taken_names
 from plmtune.units import unescape
@@ -23,6 +24,67 @@ device_option = click.option("--device", help="cpu, cuda, cuda:1, ...; default: 
 dtype_option = click.option(
     "--dtype", type=click.Choice(["fp32", "bf16"]), help="Compute in this; default: as the file has it."
 )
+
+
+def newest_run(command: str) -> str:
+    """Return the newest finished run, which a command reads where no model is named; a line on stderr says so.
+
+    Args:
+        command: how another one is named: "chat CHECKPOINT".
+
+    Raises:
+        UserError: if there is none.
+    """
+    from plmtune.training.run_summary import finished_runs
+
+    newest = next(finished_runs(), None)
+    if newest is None:
+        raise UserError(
+            f"There is no finished run under runs/ (seen from {Path.cwd()}). Name a checkpoint, a model directory, a "
+            f"run or a model of the hub: plmtune {command}"
+        )
+    terminal.echo(f"model: {newest}, the newest finished run (for another: plmtune {command})", err=True)
+    return str(newest)
+
+
+def find_model(given: str | None, command: str) -> str:
+    """Return the model that a command is given, or else the newest finished run. It imports no torch.
+
+    Raises:
+        UserError: for what can be no model.
+    """
+    if given is None:
+        return newest_run(command)
+    hub.check_path(given)
+    return given
+
+
+def model_first(words: Sequence[str], command: str) -> tuple[str, tuple[str, ...]]:
+    """Divide words into a model, which may be left out, and the files that follow it.
+
+    Raises:
+        UserError: see `find_model`.
+    """
+    if not words or _names_files(words[0]):
+        if any(Path(word).is_dir() and not _names_files(word) for word in words[1:]):
+            raise UserError(f"{words[0]} is no checkpoint, and CHECKPOINT comes first: plmtune {command}")
+        return newest_run(command), tuple(words)
+    return find_model(words[0], command), tuple(words[1:])
+
+
+def _names_files(text: str) -> bool:
+    """Whether a word names a file, a folder of files or a pattern of their names, and no model."""
+    path = Path(text)
+    if path.is_dir():
+        of_models = ("config.json", "adapter_config.json", "config.yaml", "checkpoints", "snapshots", "latest")
+        return not (
+            path.name.startswith("models--")
+            or any((path / name).exists() for name in of_models)
+            or any(path.glob("step-*"))
+        )
+    if path.is_file():
+        return not hub.is_gguf(path) and path.name not in ("latest", "best")
+    return any(sign in text for sign in "*?[")
 
 
 def find_device(name: str | None) -> torch.device:

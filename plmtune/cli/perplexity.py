@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune import hub, terminal
+from plmtune import terminal
 from plmtune.cli import import_option
-from plmtune.cli.options import device_option, dtype_option, find_device, find_dtype
+from plmtune.cli.options import device_option, dtype_option, find_device, find_dtype, model_first
 from plmtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("checkpoint")
-@click.argument("files", nargs=-1, required=True, metavar="FILE|FOLDER|GLOB...")
+@click.argument("words", nargs=-1, required=True, metavar="[CHECKPOINT] FILE|FOLDER|GLOB...")
 @click.option(
     "--window", type=click.IntRange(1), metavar="N", help="Tokens read at once; default: all the model takes."
 )
@@ -46,8 +45,7 @@ if TYPE_CHECKING:
 @device_option
 @import_option
 def perplexity(
-    checkpoint: str,
-    files: tuple[str, ...],
+    words: tuple[str, ...],
     window: int | None,
     stride: int | None,
     limit_documents: int | None,
@@ -58,17 +56,16 @@ def perplexity(
 ) -> None:
     """Measure loss, perplexity and bits per byte of text, document by document.
 
-    A text file is one document, of JSONL and Parquet each row is one; also as .gz and .zst. Each token is scored once.
+    Without CHECKPOINT: with the newest finished run. A text file is one document, of JSONL and Parquet each row is one;
+    also as .gz and .zst. Each token is scored once.
 
     \b
     plmtune perplexity runs/demo/latest book.txt
     plmtune perplexity runs/demo/latest book.txt --window 1024 --stride 512
     """
-    if Path(checkpoint).is_file() and not hub.is_gguf(Path(checkpoint)):
-        raise UserError(
-            f"{checkpoint} is a file, and no checkpoint. CHECKPOINT comes first, then what is to be measured."
-        )
-    hub.check_path(checkpoint)
+    checkpoint, files = model_first(words, "perplexity CHECKPOINT FILE...")
+    if not files:
+        raise UserError(f"Name the text to measure: plmtune perplexity {checkpoint} FILE...")
 
     import plmtune
     from plmtune.data.files import Files

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from plmtune.errors import UserError
+from plmtune.models.hf import num_bytes
+from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized, install
 from plmtune.modules.torchtune_layers import quiet
 
@@ -57,6 +59,16 @@ def quantize(
     model.quantization = dict(scheme or {})  # type: ignore[assignment]
     if progress is not None:
         progress("", len(plan), len(plan))
+
+
+def file_bytes(model: Decoder, plan: Mapping[str, Format], dtype: torch.dtype) -> int:
+    """Bytes of a model's files of weights, headers included: what a plan names in its formats, the rest in `dtype`.
+
+    Args:
+        model: on the meta device; it is changed to that.
+    """
+    install(model, plan)
+    return num_bytes(model.to(dtype))
 
 
 def quantize_module(model: nn.Module, name: str, format: Format, second_moments: Tensor | None = None) -> Quantized:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from plmtune.errors import Unreadable
+from plmtune.errors import Unreadable, UserError
 from plmtune.training import manifest
 from plmtune.training.run_directory import CONFIG, LATEST, NEWEST, read_record, state_of
 
@@ -176,6 +177,17 @@ def unfinished(directory: Path = Path("runs")) -> Iterator[Path]:
                 yield path
         except Unreadable:
             continue
+
+
+def finished_runs() -> Iterator[Path]:
+    """The finished runs under runs/ that have a checkpoint; the one that finished last comes first, as `latest`."""
+    found = []
+    for path in Path("runs").glob(f"*/[0-9]*/{CONFIG}"):
+        with contextlib.suppress(UserError):  # somebody else's
+            record = read_record(path.parent)
+            if record.get("status") == "finished" and manifest.steps(path.parent / "checkpoints"):
+                found.append((str(record.get("ended")), path.parent.name, path.parent))
+    return iter([path for *_, path in sorted(found, reverse=True)])
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -125,7 +125,8 @@ class TestOneFlippedBit:
     )
     def test_is_found_in_what_other_commands_wrote(self, place: Path, write: str, name: str) -> None:
         if "gguf" in write:
-            cli.main("export . --to gguf --quant f16 --no-verify --out . --name x".split(), standalone_mode=False)
+            made = ["export", ".", "--to", "gguf", "--quant", "f16", "--no-verify", "--out", ".", "--name", "x"]
+            cli.main(made, standalone_mode=False)
             next(place.glob("*.gguf")).rename(place / "x.gguf")
         cli.main(write.split(), standalone_mode=False)
         (out,) = (path.parent for path in place.glob("out*/config.json"))

@@ -136,7 +136,7 @@ class TestMistakes:
         (tmp_path / "a.txt").write_text("text")
         code, _, err = run(monkeypatch, capsys, "perplexity", tmp_path / "a.txt", checkpoint, "--device", "cpu")
         assert code == 2
-        assert "a.txt is a file, and no checkpoint. CHECKPOINT comes first" in err
+        assert "a.txt is no checkpoint, and CHECKPOINT comes first" in err
 
     def test_a_model_whose_output_is_no_number_is_told_with_the_place(
         self, measure: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -5,19 +5,23 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import metrics, weights
-from tuning import refusal, run, stop_in
+from tuning import SFT, refusal, run, stop_in
 
 import plmtune
+from plmtune import config, plans
 from plmtune.data.chat_template import find_template
 from plmtune.data.rows import Message
 from plmtune.errors import UserError
+from plmtune.identity import refuse_other_config
 from plmtune.models.files import checkpoint_directory
 from plmtune.models.hf import save_model
+from plmtune.training.runtime import Runtime
 
 
 def recipe() -> Any:
@@ -106,6 +110,38 @@ class TestResuming:
             (base / "base" / file).write_bytes((base / "moved" / file).read_bytes())
         run("sft", "run_dir=cut", "resume=true", "init_from=null")
         assert [entry for entry in metrics(base / "cut") if "loss" in entry][-1]["step"] == 6
+
+
+class TestSequenceLength:
+    def test_without_one_it_is_the_context_of_a_model_that_reads_no_more(
+        self, base: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run("sft", "seq_len=null", "run_dir=r", "phases=[{name: main, steps: 1}]")
+        saved = config.load_config(base / "r/config.yaml")
+        assert saved.seq_len == saved.model.settings["max_seq_len"] < 2048
+        assert f"seq_len={saved.seq_len}, as the model reads no more tokens at once" in capsys.readouterr().err
+        now = [text for text in SFT if not text.startswith(("seq_len", "phases"))] + ["phases=[{name: main, steps: 1}]"]
+        refuse_other_config(base / "r", saved, config.compose("sft", (), [*now, "seq_len=null"]))
+
+    @pytest.mark.parametrize(("context", "seq_len"), [(512, 512), (4096, 2048), (None, 2048)])
+    def test_a_longer_context_is_not_filled(self, base: Path, context: int | None, seq_len: int) -> None:
+        cfg = config.compose("sft")
+        model = SimpleNamespace(max_seq_len=context) if context else None
+        plans._settle_seq_len(cfg, model, Runtime.choose())
+        assert cfg.seq_len == seq_len
+
+    def test_one_that_was_asked_for_is_refused_where_it_exceeds_the_context(self, base: Path) -> None:
+        assert "key seq_len: 2048 exceeds the model's max_seq_len" in refusal("sft", "seq_len=2048", "run_dir=r")
+
+
+class TestWhatIsSaidFirst:
+    @pytest.mark.parametrize("name", ["sft", "dpo", "aries"])
+    def test_missing_data_are_named_before_a_model_is_looked_for(
+        self, base: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("plmtune.launch.choose_origin", lambda *_, **__: pytest.fail("a model was looked for"))
+        said = refusal(name, "data.paths=[nowhere.jsonl]", "init_from=null")
+        assert "There is no file nowhere.jsonl" in said
 
 
 class TestEpochs:
