@@ -250,7 +250,7 @@ MODELS_AND_DATA = [
     ("compare d.txt", "d.txt is damaged or no result: it is not valid JSON"),
     ("compare", "There is no folder evaluations/ here. Name results of plmtune eval"),
     ("card nowhere", "There is no nowhere"),
-    ("card m nothing.json", "nothing.json cannot be read: No such file or directory"),
+    ("card m nothing.json", "There is no result nothing.json (seen from"),
     ("convert nothing.gguf out", "There is no file nothing.gguf"),
     ("convert d.txt out", "d.txt is not a GGUF file: it does not begin with GGUF"),
     ("convert fake.gguf out", "fake.gguf is of GGUF version 774778414; 2 and 3 can be read"),
