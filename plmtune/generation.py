@@ -238,6 +238,12 @@ def generate(
                 row.append(token)
 
 
+def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+    """Return what `complete` has the model read: at least one token, with bos where the tokenizer adds it to a text."""
+    ids = tokenizer.with_bos(tokenizer.encode(prompt, specials=True)) if isinstance(prompt, str) else list(prompt)
+    return ids or [tokenizer.start_id]
+
+
 def complete(
     model: Decoder,
     tokenizer: Tokenizer,
@@ -271,8 +277,7 @@ def complete(
     """
     check_stops(until)
     device = model.device
-    ids = tokenizer.with_bos(tokenizer.encode(prompt, specials=True)) if isinstance(prompt, str) else list(prompt)
-    ids = ids or [tokenizer.start_id]
+    ids = prompt_ids(tokenizer, prompt)
     ends = {tokenizer.eos_id, *end_ids}
     if len(ids) >= model.max_seq_len:
         raise ValueError(f"the prompt has {len(ids)} tokens, the model's max_seq_len is {model.max_seq_len}")

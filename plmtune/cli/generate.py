@@ -55,7 +55,7 @@ def generate(
     checkpoint = find_model(checkpoint, "generate CHECKPOINT --prompt TEXT")
 
     import plmtune
-    from plmtune.generation import complete
+    from plmtune.generation import complete, prompt_ids
 
     for option, value in (("--system", system), ("--chat-template", chat_template)):
         if value is not None and not chat:
@@ -70,13 +70,14 @@ def generate(
     if chat:
         warn_of_pretrained(checkpoint)
     start, ends = _message(tokenizer, prompt, system, chat_template) if chat else (prompt, [])
-    pieces = complete(
-        model,
-        tokenizer,
-        start,
-        end_ids=ends,
-        **sampling,
-    )
+    read, asked = prompt_ids(tokenizer, start), sampling["max_new_tokens"]
+    if 0 < (room := model.max_seq_len - len(read)) < asked:
+        terminal.echo(
+            f"--max-new-tokens {asked:,}: at most {room:,} are written, as the context of {model.max_seq_len:,} tokens "
+            f"holds the {len(read):,} of the prompt, too",
+            err=True,
+        )
+    pieces = complete(model, tokenizer, read, end_ids=ends, **sampling)
     try:
         speed = stream(pieces)
     except ValueError as error:

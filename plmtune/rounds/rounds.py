@@ -100,10 +100,12 @@ class Rounds:
         scored, by_reward = self._judged(place, chains), self.reward is not None
         pairs, refused = selection.select(scored, self.rules, margin=self.margin, by_reward=by_reward)
         if not pairs:
+            cut = any("generation.max_new_tokens" in reason for reason in refused.counts)
             raise UserError(
-                f"round {number}: no pair was chosen from {len(chains):,} chains of answers.\n{refused.describe()}"
-                "\nOther selection.rules, a smaller selection.margin, more generation.turns or a higher "
-                "generation.temperature may give some. The chains are in " + str(place / CHAINS)
+                f"round {number}: no pair was chosen from {len(chains):,} chains of answers.\n{refused.describe()}\n"
+                + ("A larger generation.max_new_tokens, other" if cut else "Other")
+                + " selection.rules, a smaller selection.margin, more generation.turns or a higher "
+                f"generation.temperature may give some. The chains are in {place / CHAINS}"
             )
         told_by_rank_0(lambda: selection.save_pairs(place / selection.PAIRS, pairs))
         tell(f"round {number}: {len(pairs):,} pairs of {len(chains):,} prompts" + _because(refused))

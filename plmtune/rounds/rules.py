@@ -41,7 +41,7 @@ def not_empty(chain: Chain, chosen: Turn, rejected: Turn) -> str | None:
 @register("rule", "not_truncated")
 def not_truncated(chain: Chain, chosen: Turn, rejected: Turn) -> str | None:
     """The model ended the chosen answer; the rejected one may have run out of tokens."""
-    return None if chosen.ended else "has a chosen answer that was cut at max_new_tokens"
+    return None if chosen.ended else "has a chosen answer that was cut at generation.max_new_tokens"
 
 
 @register("rule", "not_repeated")

@@ -33,7 +33,7 @@ class Watch:
     Args:
         run: where metrics.jsonl is.
         loggers: further places for the same numbers; rank 0's alone.
-        num_steps: of the whole run, as far as it is known; the attribute may be changed.
+        num_steps: of the whole run, as far as it is known (0: not yet); the attribute may be changed.
         start_step: the step that was restored; lines of later steps are cut off.
         device: whose memory is shown.
         tokens_per_step: over all ranks, for the rate.
@@ -81,7 +81,7 @@ class Watch:
         self._signals.__enter__()
         self._run.note(step=self._start_step, device=device_name(self._device))
         self._began = time.perf_counter()
-        self._reached = f"step {self._start_step}/{self.num_steps}"
+        self._reached = f"step {self._start_step}/{self.num_steps}" if self.num_steps else ""
         return self
 
     def __exit__(
@@ -150,7 +150,7 @@ class Watch:
 
     def working(self, *parts: str, last: bool = False) -> None:
         """Show how far work between steps is."""
-        self._line.update(self._reached, *parts, now=last)
+        self._line.update(*([self._reached] if self._reached else []), *parts, now=last)
 
     def message(self, text: str) -> None:
         """A line for the person who watches, above the progress line."""

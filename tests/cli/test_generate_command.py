@@ -62,6 +62,14 @@ class TestGenerate:
         assert plmtune(checkpoint, "--prompt", "a", *options)[:2] == (0, "one\n")
         assert (seen[0]["min_p"], seen[0]["repetition_penalty"]) == (0.1, 1.5)
 
+    @pytest.mark.parametrize(("asked", "said"), [(100_000, True), (55, True), (54, False)])
+    def test_says_where_the_context_holds_fewer_tokens_than_are_asked_for(
+        self, checkpoint: Path, plmtune: Command, asked: int, said: bool
+    ) -> None:
+        code, _, err = plmtune(checkpoint, "--prompt", "a" * 10, "--max-new-tokens", asked)
+        wanted = f"--max-new-tokens {asked:,}: at most 54 are written, as the context of 64 tokens holds the 10 of"
+        assert (code, wanted in " ".join(err.split())) == (0, said)
+
     @pytest.mark.parametrize(
         ("arguments", "stdin", "message"),
         [

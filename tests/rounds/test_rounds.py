@@ -18,6 +18,7 @@ from plmtune.rounds import selection
 from plmtune.rounds.chains import Chain, Turn
 from plmtune.rounds.rewards import Item
 from plmtune.rounds.rounds import Rounds, open_rounds
+from plmtune.rounds.rules import find_rules
 from plmtune.training import distributed
 
 
@@ -77,6 +78,18 @@ class TestPairs:
     def test_empty_answers_give_none_even_without_rules(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="has an empty answer"):
             rounds_of(PROMPTS).make_pairs(tmp_path, 1, writing("", "b"), print)
+
+    def test_where_answers_were_cut_more_tokens_are_the_first_advice(self, tmp_path: Path) -> None:
+        def cut(place: Path, prompts: Sequence[Prompt], number: int) -> list[Chain]:
+            place.mkdir(parents=True, exist_ok=True)
+            turns = (Turn("a", False), Turn("bb", False))
+            return [Chain(p.messages, turns, p.place, p.extra, p.gold) for p in prompts]
+
+        rounds = rounds_of(PROMPTS)
+        rounds.rules = find_rules(["not_truncated"])
+        advice = r"cut at generation.max_new_tokens.*\nA larger generation.max_new_tokens, other selection.rules"
+        with pytest.raises(UserError, match=advice):
+            rounds.make_pairs(tmp_path, 1, cut, print)
 
 
 class TestEvaluation:

@@ -32,7 +32,8 @@ class TestText:
 
     def test_a_chosen_answer_that_was_cut(self) -> None:
         assert check("not_truncated", "a", "b") is None
-        assert check("not_truncated", "a", "b", ended=False) == "has a chosen answer that was cut at max_new_tokens"
+        cut = "has a chosen answer that was cut at generation.max_new_tokens"
+        assert check("not_truncated", "a", "b", ended=False) == cut
 
     @pytest.mark.parametrize(
         "text",

@@ -93,6 +93,14 @@ class TestLog:
         assert capsys.readouterr().err == ""
 
 
+def test_a_run_that_does_not_know_its_steps_yet_shows_none(run, capsys):
+    with Watch(run, [], 0) as watch:
+        watch.answers(3, 7, 100.0)
+        watch.answers(7, 7, 100.0)
+    said = capsys.readouterr().err
+    assert "answers 7/7" in said and "step" not in said
+
+
 def test_the_line_reads_as_a_person_expects():
     entry = {"loss": 2.34567, "lr": 3e-4, "tokens_per_second": 12345, "mfu": 0.412, "memory_bytes": 3 * 2**30}
     parts = ["loss 2.3457", "ETA 1:02:05", "12.3K tok/s", "lr 3.00e-04", "MFU 41.2%", "3.00 GiB"]
