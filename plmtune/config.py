@@ -586,14 +586,13 @@ def multirun(
     given = _store_primary(name, overlays, overrides, checked)
 
     def job(composed: DictConfig) -> Any:
-        try:
-            cfg = typed(composed)
-        except UserError as error:
-            raise given.blamed(error) from None
         place = Path(HydraConfig.get().runtime.output_dir)
-        if cfg.run_dir is None:
-            cfg.run_dir = str(place)
         try:
+            try:
+                cfg = typed(composed)
+            except UserError as error:
+                raise given.blamed(error) from None
+            cfg.run_dir = cfg.run_dir or str(place)
             return task(cfg)
         finally:
             with contextlib.suppress(OSError):  # not empty: a run began there

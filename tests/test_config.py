@@ -4,7 +4,7 @@ import random
 import shlex
 import subprocess
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -476,3 +476,56 @@ class TestNothingIsEverCalled:
     )
     def test_hostile_overrides_are_refused(self, override: str) -> None:
         assert "not allowed" in message("pretrain", override)
+
+
+class TestMultirun:
+    def jobs(self, *overrides: str) -> list[int]:
+        """Run jobs that leave a file, of which seed 2 is refused; returns the seeds that ran."""
+        ran = []
+
+        def task(cfg: Any) -> None:
+            if cfg.seed == 2:
+                raise UserError("key seed: not this one.")
+            ran.append(cfg.seed)
+            if cfg.seed != 3:
+                (Path(cfg.run_dir) / "file").touch()
+
+        try:
+            config.multirun("demo", (), overrides, task, Path("runs/multirun/now"))
+        finally:
+            self.ran = ran
+        return ran
+
+    def test_a_refused_job_is_named_and_the_others_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError, match=r"^job 1 \(seed=2\): key seed: not this one\.$"):
+            self.jobs("seed=1,2,4", "log_every=7")
+        assert self.ran == [1, 4]
+        assert sorted(path.name for path in Path("runs/multirun/now").iterdir()) == ["0", "2", "multirun.yaml"]
+        assert capsys.readouterr() == ("", "")
+
+    @pytest.mark.parametrize("place", ["", "hydra.sweep.dir=elsewhere/there"])
+    def test_of_jobs_that_begin_no_run_nothing_is_left(
+        self, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert self.jobs("seed=3,5", *filter(None, [place])) == [3, 5]
+        assert len([*tmp_path.glob("*/**/multirun.yaml")]) == 1
+        with pytest.raises(UserError, match="job 0"):
+            self.jobs("seed=2,3", *filter(None, [place and f"{place}2"]))
+        left = {path.name for path in tmp_path.glob("*/**/*") if "now" in str(path) or "there2" in str(path)}
+        assert left == ({"now", "1", "file", "multirun.yaml"} if not place else set())
+
+    def test_an_error_that_is_no_users_is_raised_as_it_is(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+
+        def task(cfg: Any) -> None:
+            raise KeyError("x")
+
+        with pytest.raises(KeyError):
+            config.multirun("demo", (), ["seed=1,2"], task, Path("runs/multirun/now"))
+        assert not [*tmp_path.iterdir()]

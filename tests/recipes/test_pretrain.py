@@ -9,6 +9,7 @@ import pytest
 from conftest import SMALL, Run, ends_with, kill_at, metrics, refusal, start, weights
 
 from plmtune import config
+from plmtune.training.run_directory import read_record, state_of
 
 
 class TestLearning:
@@ -230,3 +231,22 @@ class TestCommands:
             (place / "data" / name / "a.txt").write_text("a")
         assert ends_with("validate", "conf/plm_1.8b.yaml", "tokenizer=byte") == 0
         assert "valid" in capsys.readouterr().out and not (place / "runs").exists()
+
+
+class TestFailures:
+    @pytest.mark.parametrize("resumed", [False, True])
+    def test_one_between_the_run_directory_and_the_first_step_is_noted(
+        self, resumed: bool, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*arguments: Any, **options: Any) -> None:
+            raise RuntimeError("no memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("plmtune.training.runtime.Runtime.distribute", fail)
+            for options in [["run_dir=run"], ["run_dir=run", "resume=true"]][: 1 + resumed]:
+                with pytest.raises(RuntimeError, match="no memory"):
+                    start(*options)
+        record = read_record(place / "run")
+        assert (record["status"], record["reason"]) == ("failed", "RuntimeError: no memory")
+        assert state_of(place / "run") == "failed"  # and its lock is free
+        assert len(record["attempts"]) == 1 + resumed and all(one["ended"] for one in record["attempts"])
