@@ -1,6 +1,6 @@
 """Run every command of README.md and docs/ in order, in a checkout in which the demo has run.
 
-    python tests/docs/run_documented.py DIRECTORY [PAGE...] [--killed]
+    python tests/docs/run_documented.py DIRECTORY [PAGE...] [--killed] [--start PAGE:LINE]
 
 DIRECTORY is a checkout after `make demo`; or a new name: the tracked files are then copied there, and a demo run of 4
 steps takes the place of the real one. The script adds the files that the documents call the reader's own. Commands are
@@ -31,13 +31,13 @@ from documented import Command
 _FEW = ["phases=[{name: main, steps: 4}]", "validation={every: 0, tokens: 2000}", "sample.max_new_tokens=4"]
 _ANY = ["seq_len=128", "micro_batch_size=2", "global_batch_size=4", "validation.every=0"]
 _TUNE = [*_ANY, "init_from=runs/demo/latest"]
+_ANSWERS = ["prompts=12", "generation={turns: 2, max_new_tokens: 8}", "reward=null", "selection.rules=[]"]
 # What makes a command short, added to each that fits.
 SHORT = {
     r"run (-m )?demo( |$)": _FEW,
     r"run demo_sft": ["phases=[{name: main, steps: 4}]", *_TUNE, "sample.max_new_tokens=4"],
     r"run demo_(dpo|aries)": ["epochs=0.02", *_TUNE],
-    r"run (demo_)?aries rounds": ["prompts=12", "generation={turns: 2, max_new_tokens: 8}", *_ANY],
-    r"run aries rounds": ["rounds=1", *_TUNE],
+    r"run demo_aries rounds": _ANSWERS,
     r"run pretrain .*data\.paths": ["model=plm_tiny", "phases=[{name: main, steps: 3}]", *_ANY],
     r"run pretrain mine\.yaml optimizer": ["model=plm_tiny", "phases=[{name: main, steps: 3}]", *_ANY],
     r"run sft mine\.yaml": ["phases=[{name: main, steps: 3}]", *_TUNE],
@@ -115,15 +115,20 @@ class Place:
             raise SystemExit(f"{line} ended with {code}:\n{output[-3000:]}")
 
     def kill_a_run(self) -> None:
-        """Start the demo and kill it in the middle."""
-        line = ["plmtune", "run", "demo", "phases=[{name: main, steps: 30}]", "checkpoint.every=2", "log_every=1"]
+        """Start the demo and kill it in training, after its first checkpoint."""
+        newest = self.directory / "runs" / "demo" / "newest"
+        before = newest.resolve()
+        steps = ["phases=[{name: main, steps: 12}]", *_FEW[1:], "checkpoint.every=4"]
+        line = ["plmtune", "run", "demo", *steps]
         output = self.directory / "killed.log"
         with output.open("w") as file:
             process = subprocess.Popen(
                 line, cwd=self.directory, env=self.environment, stdout=file, stderr=file, start_new_session=True
             )
-            while process.poll() is None and "step 5/" not in output.read_text().replace("\r", "\n"):
-                time.sleep(0.2)
+            while process.poll() is None and (
+                newest.resolve() == before or not (newest / "checkpoints" / "latest").exists()
+            ):
+                time.sleep(0.1)
             if process.poll() is not None:
                 raise SystemExit(f"The run to be killed ended by itself:\n{output.read_text()[-3000:]}")
             os.killpg(process.pid, signal.SIGKILL)
@@ -134,7 +139,7 @@ class Place:
         """What the reader has before the first command: the demo's run, prepared text, a second model."""
         if self.is_new:
             self.must(f"plmtune run demo {shlex.join(_FEW)}")
-        self.must("plmtune data prepare corpus --out made && mv made/* prepared")
+        self.must("rm -rf prepared base small.gguf && plmtune data prepare corpus --out made && mv made/* prepared")
         self.must("cp -r $(ls -d runs/demo/latest/checkpoints/step-* | tail -1) base")
         if (gguf := _smollm2()) is not None:
             (self.directory / "small.gguf").symlink_to(gguf)
@@ -167,6 +172,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("pages", nargs="*", help="names, such as README.md; default: all")
     parser.add_argument("--killed", action="store_true", help="kill a demo run before the first command")
+    parser.add_argument("--start", metavar="PAGE:LINE", help="continue there, in a directory that was used before")
     options = parser.parse_args()
     started = time.monotonic()
     place = Place(options.directory.resolve())
@@ -174,11 +180,14 @@ def main() -> None:
     failed: list[Command] = []
     done: set[str] = set()
     left_out: Counter[str] = Counter()
+    waiting = bool(options.start)
     for page in documented.PAGES:
         if options.pages and page.name not in options.pages:
             continue
         (place.directory / "mine.yaml").write_text(documented.own_file(page))
         for command in documented.commands(page):
+            if waiting := waiting and not str(command).startswith(f"{options.start}:"):
+                continue
             line, further = shell(command)
             why = command.needs and f"needs {command.needs}"
             if why is None and not command.is_whole:
