@@ -28,8 +28,10 @@ _PLAIN = {
 }  # fmt: skip
 # Text of others may hold what moves a terminal's cursor or changes its title.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-# A command at the end of a line stays on one line, so that it can be copied.
-_COMMAND = re.compile(r"(?:(?<=: )|(?<=with )|(?<=: `))(?:plmtune|\S*python[\d.]* -m) .*$|(?<=try it: ).*$")
+# A command stays on one line, so that it can be copied. It ends with its sentence.
+_COMMAND = re.compile(
+    r"(?:(?<=: )|(?<=with )|(?<=: `))(?:plmtune|\S*python[\d.]* -m) .*?(?:\.(?= [A-Z])|$)|(?<=try it: ).*$"
+)
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:
@@ -110,12 +112,20 @@ def wrap(text: str, width: int | None) -> list[str]:
         if cell_len(line) <= width:
             found.append(line)
             continue
-        indent = " " * (len(line) - len(line.lstrip()) + 2)
-        command = _COMMAND.search(line)
-        before = line[: command.start()] if command else line
-        found += textwrap.wrap(before, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-        if command:
-            found.append(indent + command.group())
+        indent, at = " " * (len(line) - len(line.lstrip()) + 2), 0
+        for command in [*_COMMAND.finditer(line), None]:
+            prose = line[at : command.start() if command else None]
+            found += textwrap.wrap(
+                prose if at == 0 else prose.strip(),
+                width,
+                initial_indent=indent if at else "",
+                subsequent_indent=indent,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            if command:
+                found.append(indent + command.group())
+                at = command.end()
     return found
 
 

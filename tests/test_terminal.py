@@ -89,6 +89,13 @@ class TestWrap:
         assert path in wrap(f"written to {path} at last", 30)[1]
         lines = wrap("It stopped. Go on with it: plmtune resume runs/pretrain/20261121-060957 --other-data", 40)
         assert lines[-1] == "  plmtune resume runs/pretrain/20261121-060957 --other-data"
+        lines = wrap("Resume it: plmtune resume runs/pretrain/latest --other-data. Or start a new run with it", 30)
+        assert lines == [
+            "Resume it:",
+            "  plmtune resume runs/pretrain/latest --other-data.",
+            "  Or start a new run with it",
+        ]
+        assert wrap('try it: llama-cli -m a.gguf -p "Once upon"', 30)[1] == '  llama-cli -m a.gguf -p "Once upon"'
 
 
 class TestLine:

@@ -31,10 +31,12 @@ def compare(results: tuple[Path, ...], out: Path | None, as_json: bool, all_task
     plmtune compare evaluations/a.json evaluations/b.json
     plmtune compare evaluations/ --out figure.png
     """
+    from plmtune.evaluation.results import HOW_TO_MAKE, load_all, table
+
     if not results:
         results = (Path("evaluations"),)
         if not results[0].is_dir():
-            raise UserError("There is no folder evaluations/ here. Name results of plmtune eval CHECKPOINT.")
+            raise UserError(f"There is no folder evaluations/ here. {HOW_TO_MAKE}")
         terminal.echo("results: those in evaluations/ (for others: plmtune compare RESULT...)", err=True)
     if out is not None and out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the picture is a PNG, and its name must end in .png.")
@@ -43,7 +45,6 @@ def compare(results: tuple[Path, ...], out: Path | None, as_json: bool, all_task
 
     from plmtune.evaluation import comparison
     from plmtune.evaluation.comparison_plot import draw
-    from plmtune.evaluation.results import load_all, table
 
     found = load_all(results, lambda text: terminal.echo(text, err=True))
     files, loaded = list(found), list(found.values())

@@ -29,7 +29,7 @@ VERSION = 1
 _PACKAGES = ("plmtune", "torch", "lm_eval", "tokenizers", "numpy")
 _PROMPTS_KEPT = 3  # of each task: to see with one's own eyes what the model was asked
 _REASON_LENGTH = 100
-HOW_TO_MAKE = "Make one: plmtune eval CHECKPOINT --suite quick writes it to evaluations/"
+HOW_TO_MAKE = "Make results in evaluations/: plmtune eval CHECKPOINT --suite quick"
 _BESIDE = 2  # more results than these are shown below each other
 # Names of a result file that must hold objects, for whoever reads it.
 _OBJECTS = ("model", "settings", "environment", "tasks", "groups", "failed", "samples")

@@ -248,7 +248,7 @@ MODELS_AND_DATA = [
     ("eval m --tasks ''", "Name what to measure: --tasks gsm8k,arc_easy, or --suite"),
     ("compare nothing.json", "There is no result nothing.json (seen from"),
     ("compare d.txt", "d.txt is damaged or no result: it is not valid JSON"),
-    ("compare", "There is no folder evaluations/ here. Name results of plmtune eval"),
+    ("compare", "There is no folder evaluations/ here. Make results in"),
     ("card nowhere", "There is no nowhere"),
     ("card m nothing.json", "There is no result nothing.json (seen from"),
     ("convert nothing.gguf out", "There is no file nothing.gguf"),

@@ -109,7 +109,7 @@ def too_wide(text: str, width: int) -> list[str]:
     return [
         line
         for line in plain(text).splitlines()
-        if len(line) > width and len(line.split()) > 1 and not re.match(COMMAND, line)
+        if len(line) > width and len(line.split()) > 1 and (not re.match(COMMAND, line) or ". " in line)
     ]
 
 
@@ -232,3 +232,14 @@ def test_dumb_terminals_get_no_codes_and_ascii_streams_no_other_characters(words
     code, out, err = shown(words, 80, term="dumb", encoding="ascii")
     assert code == wanted and "\033" not in out + err and "\r" not in out + err
     assert (too_wide(out, 80), too_wide(err, 80)) == ([], [])
+
+
+def test_a_multirun_ends_with_its_table_on_a_narrow_terminal(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plmtune.recipes.pretrain.draw_curves", lambda *paths: None)
+    jobs = ["optimizer.lr=0.001,0.002", "phases=[{name: main, steps: 2}]", "scheduler=constant"]
+    code, out, err = shown(["run", "-m", "demo", *TINY, *jobs], 60)
+    assert (code, too_wide(out, 60), too_wide(err, 60)) == (0, [], [])
+    words = plain(out).split()
+    (first, second) = [word for word in words if re.fullmatch(r"runs/multirun/[\d-]+/[01]", word)]
+    assert first < second and {"optimizer.lr=0.001", "optimizer.lr=0.002", "2/2", "finished"} <= {*words}
+    assert "step 2/2" in plain(err)

@@ -215,7 +215,10 @@ class TestFiles:
         assert list(results.load_all(every, told.append)) == every, "what a person names is not left out"
 
     def test_a_missing_file_is_a_sentence(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"There is no result .* Make one: plmtune eval CHECKPOINT --suite quick"):
+        with pytest.raises(
+            UserError,
+            match=r"There is no result .* Make results in evaluations/: plmtune eval CHECKPOINT --suite quick",
+        ):
             results.load(tmp_path / "none.json")
 
 
