@@ -78,7 +78,9 @@ class Preference:
         if cfg.rounds:
             self.rounds = open_rounds(cfg, sources)
         else:
-            self.data = self._batches(open_pairs(sources, skip_bad=cfg.chat.skip_bad))
+            pairs, notes = open_pairs(sources, skip_bad=cfg.chat.skip_bad)
+            self.data = self._batches(pairs)
+            self.notes = [*notes, *self.notes]
             check_schedule(cfg, self.data.num_steps, plan.tokens_per_step)
         self.student: Student = wake(
             cfg, plan.model, self.tokenizer, runtime, origin, self.whole, score_head=self.loss.scalar_head

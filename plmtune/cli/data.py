@@ -46,7 +46,9 @@ def data() -> None:
     help="See: plmtune ls tokenizer.",
 )
 @click.option("--out", default="runs/data", show_default=True, type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--format", default="auto", show_default=True, type=click.Choice(["auto", "text", "jsonl", "parquet"]))
+@click.option(
+    "--format", default="auto", show_default=True, type=click.Choice(["auto", "text", "jsonl", "csv", "parquet"])
+)
 @click.option("--text-key", default="text", show_default=True, help="Key or column that holds the text.")
 @click.option("--separator", help=r"Cuts a text file into documents; \n is a line feed.")
 @click.option("--encoding", default="utf-8", show_default=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from plmtune import terminal
 from plmtune.cli.tokenizer import find_tokenizer
+from plmtune.data.rows import Unused
 from plmtune.data.sources import BadRow
 from plmtune.errors import UserError
 from plmtune.terminal import Line, visible
@@ -36,6 +37,7 @@ class _Seen:
     rewards: list[list[float]] = field(default_factory=list)  # by turn
     ended: list[int] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
+    unused: Unused = field(default_factory=Unused)  # rows by what of them nothing reads
 
     def length(self, what: str, tokens: int) -> None:
         self.lengths.setdefault(what, []).append(tokens)
@@ -91,9 +93,11 @@ def inspect_rows(path: Path, *, row: int, tokenizer: str, template: str | None, 
 
 def kind_of_rows(row: dict[str, Any]) -> str:
     """Tell conversations, pairs, chains and prompts apart by the keys of a row."""
+    from plmtune.data.preferences import is_pair
+
     if isinstance(row.get("answers"), list) and "prompt" in row:
         return "chains"
-    if ("chosen" in row and "rejected" in row) or ("label" in row and ("completion" in row or "messages" in row)):
+    if is_pair(row):
         return "pairs"
     turns = row.get("messages")
     if "place" in row and isinstance(turns, list) and turns and _role(turns[-1]) == "user":
@@ -224,13 +228,16 @@ def _conversation_counter(shape: Shape | None, template: ChatTemplate, train_on:
         messages: list[tuple[Message, ...] | BadRow] = []
         for place, row in block:
             try:
-                messages.append(conversation_of(row, place, shape or detect(row)).messages)
+                held = conversation_of(row, place, shape or detect(row))
+                seen.unused.add(held.unused)
+                messages.append(held.messages)
             except BadRow as error:
                 messages.append(error)
-        encoded = iter(template.encode_batch([held for held in messages if not isinstance(held, BadRow)], train_on))
+        good = [said for said in messages if not isinstance(said, BadRow)]
+        encoded = iter(template.encode_batch(good, train_on, seen.unused))
         errors: list[BadRow | None] = []
-        for held in messages:
-            result = held if isinstance(held, BadRow) else next(encoded)
+        for said in messages:
+            result = said if isinstance(said, BadRow) else next(encoded)
             errors.append(result if isinstance(result, BadRow) else None)
             if not isinstance(result, BadRow):
                 seen.length("conversation", result[0].size)
@@ -248,7 +255,8 @@ def _pair_counter(template: ChatTemplate, seen: _Seen) -> Any:
         for place, row in block:
             try:
                 pair = pair_of(row, place)
-                counts = {"prompt": template.encode_prompt(pair.prompt).size}
+                counts = {"prompt": template.encode_prompt(pair.prompt, seen.unused).size}
+                seen.unused.add(pair.unused)
                 for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
                     if answer is not None:
                         counts[name] = template.encode_answer(answer).size
@@ -306,6 +314,8 @@ def _summary(kind: str, count: int, seen: _Seen, refused: Refused, template: Cha
     show(f"{_rows(count)} of {kind}: {count - len(refused):,} can be used, {len(refused):,} cannot")
     for line in refused.describe().splitlines():
         show(f"  {visible(line)}")
+    if seen.unused:
+        show(f"  {visible(seen.unused.describe())}")
     if seen.lengths:
         figures = {"rows": 0, "shortest": 3, "median": 0, "90%": 2, "99%": 1, "longest": 0, "sum": 4}
         table = Table(["tokens", *numbers(figures)])

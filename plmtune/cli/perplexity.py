@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     help="Tokens that a window scores, given those before them in it; default: --window, the fastest.",
 )
 @click.option("--text-key", "--field", default="text", show_default=True, help="Key or column that holds the text.")
-@click.option("--format", default="auto", show_default=True, type=click.Choice(["auto", "text", "jsonl", "parquet"]))
+@click.option(
+    "--format", default="auto", show_default=True, type=click.Choice(["auto", "text", "jsonl", "csv", "parquet"])
+)
 @click.option("--separator", help=r"Cuts a text file into documents; \n is a line end.")
 @click.option("--encoding", default="utf-8", show_default=True)
 @click.option("--skip-bad", is_flag=True, help="Count broken rows instead of stopping.")

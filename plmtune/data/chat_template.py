@@ -9,14 +9,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from plmtune.data.rows import Message
+from plmtune.data.answers import OTHERWISE, Answers
+from plmtune.data.messages import texts_in
+from plmtune.data.rendering import MAX_TEMPLATE, Renderer
+from plmtune.data.rows import Message, Unused
 from plmtune.data.sources import BadRow
-from plmtune.data.template_sandbox import MAX_TEXT, Sandbox
 from plmtune.data.tokenizers import CHATML_TEMPLATE, Tokenizer
 from plmtune.errors import UserError, did_you_mean
 
@@ -45,10 +46,7 @@ NAMED = {
 }
 # For tokenizers whose files name no such token.
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<｜begin▁of▁sentence｜>")
-_MAX_TEMPLATE = 1 << 20
 _MAX_TURNS = 1000
-_MARKS = "mark what the model writes with {% generation %} ... {% endgeneration %} in the template"
-_OTHERWISE = f"the chat template writes otherwise than where the model is to write it (add_generation_prompt): {_MARKS}"
 
 
 class ChatTemplate:
@@ -78,16 +76,8 @@ class ChatTemplate:
         specials = sorted(tokenizer.specials, key=len, reverse=True)  # of two that start alike, the longer
         self._special_ids = {text: np.array([found], np.int32) for text, found in tokenizer.specials.items()}
         self._specials = re.compile("|".join(map(re.escape, specials)))
-        if len(source) > _MAX_TEMPLATE:
-            raise UserError(f"{where} has {len(source):,} characters; a chat template has at most {_MAX_TEMPLATE:,}")
-        self._environment = Sandbox()
-        try:
-            self._template = self._environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"{where} is no Jinja template: {error.message} (line {error.lineno})") from error
-        except Exception as error:  # what it computes at once, or nests too deeply
-            raise UserError(f"{where} is no Jinja template: {type(error).__name__}: {error}") from error
-        self._marked = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
+        self._renderer = Renderer(source, self._variables, where)
+        self._answers = Answers(self._renderer, self._specials, list(tokenizer.specials))
         self._question, end = self._try()
         self.end_id = int(self._encode([end])[0][-1])
 
@@ -106,50 +96,62 @@ class ChatTemplate:
         Raises:
             BadRow: if the template fails on them or refuses them.
         """
-        return self._render(messages, add_generation_prompt)[0]
+        return self._renderer.render(messages, add_generation_prompt)[0]
 
-    def segments(self, messages: Sequence[Message], train_on: TrainOn = "all") -> list[tuple[str, bool]]:
+    def segments(
+        self, messages: Sequence[Message], train_on: TrainOn = "all", unused: Unused | None = None
+    ) -> list[tuple[str, bool]]:
         """Cut the text of a conversation into (text, whether it is learned): answers, each with its end token.
 
         Args:
-            messages: a conversation, as `Conversation.messages`.
+            messages: a conversation, as `Conversation.messages`. What they say of being learned narrows `train_on`.
             train_on: learn all answers, or the last alone.
+            unused: counts what the template leaves out and need not write.
 
         Raises:
-            BadRow: if the template refuses it, a message holds the text of a special token, or it does not show where
-                the model begins to write and where an answer ends.
+            BadRow: if the template refuses it or leaves out what is said, a message holds the text of a special token,
+                nothing is to be learned, or it does not show where the model begins to write and an answer ends.
         """
         self._check(messages)
-        text, spans = self._render(messages)
-        answers = self._answers(messages, text, spans)
+        text, spans = self._renderer.render(messages)
+        messages, ignored = self._renderer.honoured(messages, text)
+        answers, left_out = self._answers.find(messages, text, spans)
         if not answers:
             raise BadRow("has no assistant turn")
         out, at = [], 0
-        for number, parts in enumerate(answers, 1):
+        turns = [message for message in messages if message.role == "assistant"]
+        for number, (message, parts) in enumerate(zip(turns, answers, strict=True), 1):
+            learned = message.trained is not False and (train_on == "all" or number == len(answers))
             for begin, end in parts:
-                out += [(text[at:begin], False), (text[begin:end], train_on == "all" or number == len(answers))]
+                out.append((text[at:begin], False))
+                for cut in _unmasked(message, text, begin, end) if learned else [(begin, end, False)]:
+                    out.append((text[cut[0] : cut[1]], cut[2]))
                 at = end
+        if not any(trained for _, trained in out):
+            raise BadRow("has no answer that is to be learned: its messages say so (weight 0, train false)")
+        if unused is not None:
+            unused.add([*ignored, *left_out])
         return [(text, trained) for text, trained in [*out, (text[at:], False)] if text]
 
-    def encode(self, messages: Sequence[Message], train_on: TrainOn = "all") -> Encoded:
+    def encode(self, messages: Sequence[Message], train_on: TrainOn = "all", unused: Unused | None = None) -> Encoded:
         """Return a conversation's tokens [n] int32, and which of them are learned [n] bool.
 
         Raises:
             BadRow: see `segments`.
         """
-        (encoded,) = self.encode_batch([messages], train_on)
+        (encoded,) = self.encode_batch([messages], train_on, unused)
         if isinstance(encoded, BadRow):
             raise encoded
         return encoded
 
     def encode_batch(
-        self, conversations: Sequence[Sequence[Message]], train_on: TrainOn = "all"
+        self, conversations: Sequence[Sequence[Message]], train_on: TrainOn = "all", unused: Unused | None = None
     ) -> list[Encoded | BadRow]:
         """Encode many conversations at once, as `encode`: for each its tokens, or why it has none."""
         cut: list[list[tuple[str, bool]] | BadRow] = []
         for messages in conversations:
             try:
-                cut.append(self.segments(messages, train_on))
+                cut.append(self.segments(messages, train_on, unused))
             except BadRow as error:
                 cut.append(error)
         encoded = iter(self._encode([text for held in cut if not isinstance(held, BadRow) for text, _ in held]))
@@ -164,22 +166,28 @@ class ChatTemplate:
             out.append((ids, np.concatenate([np.zeros(ids.size - trained.size, np.bool_), trained])))
         return out
 
-    def encode_prompt(self, messages: Sequence[Message]) -> Ids:
+    def encode_prompt(self, messages: Sequence[Message], unused: Unused | None = None) -> Ids:
         """Return the tokens [n] of a conversation up to where the model begins to write.
 
         Args:
-            messages: the last is the user's.
+            messages: the last is the user's, or a tool's.
+            unused: counts what the template leaves out and need not write.
 
         Raises:
-            BadRow: if the template refuses them, or a message holds the text of a special token.
+            BadRow: if the template refuses them or leaves out what is said, or a message holds the text of a special
+                token.
         """
         self._check(messages)
-        text, spans = self._render(messages, add_generation_prompt=True)
+        text, spans = self._renderer.render(messages, add_generation_prompt=True)
+        messages, ignored = self._renderer.honoured(messages, text, add_generation_prompt=True)
         # Cut as training cuts, so that earlier answers give the same tokens.
         try:
-            begins = [parts[0][0] for parts in self._answers(messages, text, spans)]
-        except BadRow:
-            begins = []  # nothing is learned of such a conversation, but it can be gone on with
+            answers, left_out = self._answers.find(messages, text, spans, add_generation_prompt=True)
+        except BadRow:  # nothing is learned of such a conversation, but it can be gone on with
+            answers, left_out = [], []
+        if unused is not None:
+            unused.add([*ignored, *left_out])
+        begins = [parts[0][0] for parts in answers]
         cuts = [0, *begins, len(text)]
         return self._with_bos(np.concatenate(self._encode([text[a:b] for a, b in pairwise(cuts)])))
 
@@ -192,10 +200,11 @@ class ChatTemplate:
         messages = (*self._question, Message("assistant", text))
         self._check(messages)
         prompt = self.render(self._question, add_generation_prompt=True)
-        written, spans = self._render(messages)
+        written, spans = self._renderer.render(messages)
         if not written.startswith(prompt):
-            raise BadRow(f"has an answer that {_OTHERWISE}")
-        end = self._answers(messages, written, spans)[-1][0][1]
+            raise BadRow(f"has an answer that {OTHERWISE}")
+        answers, _ = self._answers.find(messages, written, spans)
+        end = answers[-1][0][1]
         return self._encode([written[len(prompt) : end]])[0]
 
     def _try(self) -> tuple[tuple[Message, ...], str]:
@@ -205,6 +214,9 @@ class ChatTemplate:
         for messages in (asked, (Message("system", "c"), *asked)):
             try:
                 segments = self.segments((*messages, Message("assistant", "b")))
+                written = "".join(text for text, _ in segments)
+                if not any(written.startswith(self.render(messages, prompt)) for prompt in (True, False)):
+                    raise BadRow(f"has an answer (turn {len(messages) + 1}) that {OTHERWISE}")
                 return messages, next(text for text, trained in segments if trained)
             except BadRow as error:
                 failures.append(str(error))
@@ -214,95 +226,12 @@ class ChatTemplate:
         if len(messages) > _MAX_TURNS:  # each answer's beginning takes a rendering of all before it
             raise BadRow(f"has more than {_MAX_TURNS:,} turns")
         for number, message in enumerate(messages, 1):
-            if found := self._specials.search(message.content):
-                raise BadRow(
-                    f"holds the text of the special token {found.group()} in turn {number} ({message.role}): "
-                    "the model would take it for the token itself"
-                )
-
-    def _render(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False
-    ) -> tuple[str, list[tuple[int, str]]]:
-        said = [{"role": message.role, "content": message.content} for message in messages]
-        room = MAX_TEXT + 4 * sum(len(message.content) for message in messages)
-        environment, pieces = self._environment, []
-        environment.restart()
-        try:
-            for piece in self._template.generate(
-                messages=said, add_generation_prompt=add_generation_prompt, **self._variables
-            ):
-                pieces.append(piece)
-                environment.written += len(piece)
-                if environment.written > room:
-                    raise BadRow("is written by the chat template at more than four times its length")
-        except BadRow:
-            raise
-        except Exception as error:  # a template can fail in any way that Python can
-            kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
-            reason = kind + next(iter(str(error).splitlines()), "")
-            raise BadRow(f"is refused by the chat template ({reason:.200})") from error
-        return "".join(pieces), environment.spans
-
-    def _answers(
-        self, messages: Sequence[Message], text: str, spans: list[tuple[int, str]]
-    ) -> list[list[tuple[int, int]]]:
-        """Return for each answer where its parts begin and end; a part ends with an end token.
-
-        There is one part, but where the template marks more.
-        """
-        turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
-        begins = []
-        for index in turns:
-            prompt = self.render(messages[:index], add_generation_prompt=True)
-            begins.append(len(prompt) if text.startswith(prompt) else None)
-        if self._marked:
-            return self._marked_answers([messages[index].content for index in turns], begins, text, spans)
-        answers = []
-        for index, begin in zip(turns, begins, strict=True):
-            if begin is None:
-                raise BadRow(f"has an answer (turn {index + 1}) that {_OTHERWISE}")
-            found = self._specials.search(text, begin)
-            if found is None:
-                raise BadRow(
-                    f"has no end behind the answer of turn {index + 1}: the chat template writes none of the "
-                    f"tokenizer's special tokens there ({', '.join(list(self.tokenizer.specials)[:8])})"
-                )
-            written = text[begin : found.start()]
-            if not written.rstrip().endswith(messages[index].content.strip()):
-                raise BadRow(
-                    f"is written by the chat template without the whole answer of turn {index + 1} where the model "
-                    f"begins to write (add_generation_prompt): {_MARKS}"
-                )
-            answers.append([(begin, found.end())])
-        return answers
-
-    def _marked_answers(
-        self, contents: Sequence[str], begins: Sequence[int | None], text: str, spans: list[tuple[int, str]]
-    ) -> list[list[tuple[int, int]]]:
-        answers: list[list[tuple[int, int]]] = []
-        at = 0
-        for start, marked in spans:
-            begin, end = max(start, at), start + len(marked)
-            if text[start:end] != marked:
-                raise BadRow("has an answer that cannot be found: {% generation %} stands in a macro of the template")
-            if len(answers) < len(contents) and contents[len(answers)].strip() in marked:
-                prompt = begins[len(answers)]
-                if prompt is not None and begin < prompt < end:
-                    begin = prompt  # the block holds something that the model does not write, such as its own role
-                answers.append([])
-            if not answers or not text[begin:end].strip():
-                continue
-            # The block may hold the end token, perhaps with a line end behind it, or stand before it.
-            inside = [
-                found for found in self._specials.finditer(text, begin, end) if not text[found.end() : end].strip()
-            ]
-            closing = inside[-1] if inside else self._specials.match(text, end)
-            if closing is not None:
-                answers[-1].append((begin, closing.end()))
-                at = closing.end()
-        if len(answers) < len(contents) or not all(answers):
-            raise BadRow("has an answer that does not stand whole, with an end token, where {% generation %} marks it")
-        return answers
+            for text in (message.content, *texts_in(message.more)):
+                if found := self._specials.search(text):
+                    raise BadRow(
+                        f"holds the text of the special token {found.group()} in turn {number} ({message.role}): "
+                        "the model would take it for the token itself"
+                    )
 
     def _with_bos(self, ids: Ids) -> Ids:
         """Put bos before a conversation whose tokenizer adds it to texts, unless the template has written it."""
@@ -322,6 +251,23 @@ class ChatTemplate:
         known = self._special_ids | dict(zip(plain, encoded, strict=True))
         nothing = np.zeros(0, np.int32)
         return [np.concatenate([nothing, *(known[piece] for piece in pieces)]) for pieces in cut]
+
+
+def _unmasked(message: Message, text: str, begin: int, end: int) -> list[tuple[int, int, bool]]:
+    """Cut an answer, [begin, end) of a text, into (begin, end, whether it is learned)."""
+    if not message.masked:
+        return [(begin, end, True)]
+    said = message.content.strip()
+    start = text.rfind(said, begin, end)
+    if start < 0:
+        raise BadRow("has an answer with parts that are not to be learned, which the chat template rewrites")
+    start -= len(message.content) - len(message.content.lstrip())
+    cuts, at = [], begin
+    for first, last in message.masked:
+        first, last = (min(max(begin, start + place), end) for place in (first, last))
+        cuts += [(at, first, True), (first, last, False)]
+        at = last
+    return [cut for cut in [*cuts, (at, end, True)] if cut[0] < cut[1]]
 
 
 def find_template(name: str | None, tokenizer: Tokenizer, option: str = "chat.template=") -> ChatTemplate:
@@ -358,8 +304,8 @@ def template_source(name: str) -> tuple[str, str]:
     if not path.is_file():
         raise UserError(f"{name} is neither a chat template's name nor a file with one.{did_you_mean(name, NAMED)}")
     try:
-        if path.stat().st_size > _MAX_TEMPLATE:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes; a chat template has at most {_MAX_TEMPLATE:,}")
+        if path.stat().st_size > MAX_TEMPLATE:
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes; a chat template has at most {MAX_TEMPLATE:,}")
         source = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 at byte {error.start}") from error

@@ -19,7 +19,7 @@ from plmtune.data.order import key_of, num_drawn, permute
 from plmtune.data.packing import pack
 from plmtune.data.preferences import Pair
 from plmtune.data.refinement import Refinement
-from plmtune.data.rows import Refused
+from plmtune.data.rows import Refused, Unused
 from plmtune.data.sources import BadRow
 from plmtune.errors import UserError
 
@@ -89,11 +89,11 @@ def make_comparisons(
         The comparisons, those of a pair in a row; what was refused; remarks for a person.
     """
     made: list[Comparison] = []
-    refused = Refused()
+    refused, unused = Refused(), Unused()
     shortened = lacking = count = 0
     for pair in pairs:
         try:
-            prompt = template.encode_prompt(pair.prompt)
+            prompt = template.encode_prompt(pair.prompt, unused)
             chosen = None if pair.chosen is None else template.encode_answer(pair.chosen)
             rejected = None if pair.rejected is None else template.encode_answer(pair.rejected)
         except BadRow as error:
@@ -130,7 +130,7 @@ def make_comparisons(
         count += 1
     if mismatched and made:
         made, lacking = _with_mismatched(made, seq_len)
-    notes = []
+    notes = [unused.describe()] if unused else []
     if shortened:
         were = "earlier answer was" if shortened == 1 else "earlier answers were"
         notes.append(f"{shortened:,} {were} shortened, so that the answers that follow fit into seq_len ({seq_len})")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import xxhash
 
 from plmtune.data.functions import public_functions, question
-from plmtune.data.rows import Message, Refused, Rows
+from plmtune.data.messages import COMPLETIONS, MESSAGES, PROMPTS, Parts, joined, messages_of, text_under
+from plmtune.data.rows import Message, Refused, Rows, Unused
 from plmtune.data.sources import BadRow
-from plmtune.errors import did_you_mean
 from plmtune.ranges import NotEmpty, check
 from plmtune.registry import register
 
@@ -20,40 +20,27 @@ REMEDY = "Mend them, or leave them out with chat.skip_bad=true"
 
 Shape = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
 
-_ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-}  # fmt: skip
-_TOOLS = {
-    "tool",
-    "function",
-    "function_call",
-    "function_response",
-    "observation",
-    "tool_call",
-    "tool_response",
-    "ipython",
-}
-_MESSAGES = ("messages", "conversations", "conversation")
-_PROMPTS = ("prompt", "question", "instruction", "input", "query")
-_COMPLETIONS = ("completion", "response", "answer", "output")
-_SYSTEMS = ("system", "system_prompt")
 _PAIR = "is a preference pair, not a conversation: data=preferences reads such rows, messages_key=chosen takes one side"
+_LABELLED = (
+    "has a label that says whether its answer is good: data=preferences with loss=kto reads such rows (to train on all "
+    "of them, liked or not, name the columns: messages_key, or prompt_key and completion_key)"
+)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation that ends in an answer.
+    """A conversation with an answer, or several.
 
-    messages: perhaps one of the system, then user and assistant in turn; the last is the assistant's.
+    messages: perhaps tools, perhaps one of the system, then user, assistant and tool in the order of the row.
     place: where it stands, "FILE, line 17".
     extra: what else its row held that is JSON.
+    unused: the columns that nothing read.
     """
 
     messages: tuple[Message, ...]
     place: str
     extra: dict[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
 
 class Conversations(ABC):
@@ -61,6 +48,7 @@ class Conversations(ABC):
 
     name: str
     refused: Refused  # what the latest reading could not use
+    unused: Unused = Unused()  # columns that it did not read
 
     @abstractmethod
     def conversations(self, skip_bad: bool = False) -> Iterator[Conversation]:
@@ -94,11 +82,11 @@ class ConversationRows(Conversations):
         self.rows = rows
         self.shape = shape
         self.keys = keys
-        self.refused = Refused()
+        self.refused, self.unused = Refused(), Unused()
 
     def conversations(self, skip_bad: bool = False) -> Iterator[Conversation]:
         """Read the rows; the first that fits a shape decides the shape of all."""
-        self.refused = Refused()
+        self.refused, self.unused = Refused(), Unused()
         shape: Shape | None = None if self.shape == "auto" else self.shape
         good = 0
         for place, row in self.rows:
@@ -106,7 +94,9 @@ class ConversationRows(Conversations):
                 if isinstance(row, BadRow):
                     raise row
                 shape = shape or detect(row, self.keys)
-                yield conversation_of(row, place, shape, self.keys)
+                held = conversation_of(row, place, shape, self.keys)
+                self.unused.add(held.unused)
+                yield held
                 good += 1
             except BadRow as error:
                 self.refused.add(place, error)
@@ -136,7 +126,7 @@ def conversations(
     encoding: str = "utf-8",
     max_rows: int | None = None,
 ) -> Conversations:
-    """Read conversations from JSON, JSON lines, Parquet or the hub.
+    """Read conversations from JSON, JSON lines, CSV, TSV, Parquet or the hub.
 
     Args:
         paths: files, folders or globs.
@@ -149,7 +139,7 @@ def conversations(
         prompt_key: key of the prompt, where it has another name.
         completion_key: key of the answer, where it has another name.
         system_key: key of the system's message, where it is not system or system_prompt.
-        encoding: of JSON.
+        encoding: of JSON and CSV.
         max_rows: read so many rows and no more.
 
     Raises:
@@ -173,19 +163,19 @@ def detect(row: dict[str, Any], keys: Keys = Keys()) -> Shape:
     Raises:
         BadRow: if it fits none.
     """
-    if _is_pair(row) and keys == Keys():
-        raise BadRow(_PAIR)
-    listed = _list_key(row, keys)
+    parts = Parts(row)
+    _refuse_other_kinds(parts, keys)
+    listed = _list_key(parts, keys)
     if listed is not None:
-        first = next(iter(row[listed]), None)
+        first = next(iter(parts.row[listed]), None)
         return "sharegpt" if isinstance(first, dict) and "from" in first and "role" not in first else "messages"
     named = keys.prompt or keys.completion
     # dolly has context and response where Alpaca has input and output
-    if not named and "instruction" in row and ("output" in row or ("context" in row and "response" in row)):
+    if not named and "instruction" in parts and ("output" in parts or ("context" in parts and "response" in parts)):
         return "alpaca"
-    if _first_key(row, keys.prompt, _PROMPTS) and _first_key(row, keys.completion, _COMPLETIONS):
+    if parts.first(PROMPTS, keys.prompt) and parts.first(COMPLETIONS, keys.completion):
         return "prompt_completion"
-    held = ", ".join(map(str, list(row)[:8])) or "nothing"
+    held = ", ".join(map(str, list(parts.row)[:8])) or "nothing"
     raise BadRow(f"fits no known shape of a conversation (it holds {held:.200}); see shape, prompt_key, completion_key")
 
 
@@ -195,162 +185,54 @@ def conversation_of(row: dict[str, Any], place: str, shape: Shape, keys: Keys = 
     Raises:
         BadRow: if it is not of that shape, or no conversation that can be learned from.
     """
-    if _is_pair(row) and keys == Keys():
-        raise BadRow(_PAIR)
-    if row.get("tools"):
-        raise BadRow("has tools: conversations with tools are not supported")
-    used: set[str] = set()
-    system = keys.system or next((key for key in _SYSTEMS if isinstance(row.get(key), str)), None)
-    messages = []
-    if system is not None:
-        text = _get(row, system, "system_key")
-        used.add(system)
-        if text:
-            messages.append(Message("system", _text(text, f"under {system}")))
+    parts = Parts(row)
+    _refuse_other_kinds(parts, keys)
+    opening = parts.opening(keys.system)
     if shape in ("messages", "sharegpt"):
-        listed = _list_key(row, keys)
+        listed = _list_key(parts, keys)
         if listed is None:
-            raise BadRow(f"is not of the shape {shape}: it has no list under {keys.messages or ' or '.join(_MESSAGES)}")
-        used.add(listed)
-        messages += messages_of(row[listed])
+            raise BadRow(f"is not of the shape {shape}: it has no list under {keys.messages or ' or '.join(MESSAGES)}")
+        messages = messages_of(parts.take(listed))
     elif shape == "alpaca":
-        messages += _alpaca(row, used)
+        messages = parts.question("instruction") + _answer(parts, "output" if "output" in parts else "response")
     else:
-        messages += _prompt_completion(row, keys, used)
-    check_order(messages)
-    extra = {key: value for key, value in row.items() if key not in used and _is_json(value)}
-    return Conversation(tuple(messages), place, extra)
-
-
-def messages_of(turns: Any) -> list[Message]:
-    """Read a list of role and content, or of from and value.
-
-    Raises:
-        BadRow: for anything else than text of system, user and assistant.
-    """
-    if not isinstance(turns, list):
-        raise BadRow(f"holds {type(turns).__name__} in place of a list of messages")
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict):
-            raise BadRow(f"holds {type(turn).__name__} as turn {number}, not a message of role and content")
-        name, content = ("role", "content") if "role" in turn else ("from", "value")
-        role = turn.get(name)
-        if not isinstance(role, str):
-            raise BadRow(f"has no role in turn {number}: it needs role and content, or from and value")
-        known = _ROLES.get(role.lower())
-        if role.lower() in _TOOLS or turn.get("tool_calls"):
-            raise BadRow(f"has a turn of a tool (turn {number}): conversations with tools are not supported")
-        if known is None:
-            raise BadRow(f"has an unknown role {role[:40]!r} in turn {number}; system, user and assistant are known")
-        if content not in turn:
-            raise BadRow(f"has no {content} in turn {number}")
-        messages.append(Message(known, _text(turn[content], f"in turn {number} ({known})")))
-    return messages
-
-
-def check_order(messages: Sequence[Message]) -> None:
-    """Refuse what is no conversation: perhaps a system's message, then user and assistant in turn, ending in an answer.
-
-    Raises:
-        BadRow: which says the turn that is out of order.
-    """
+        messages = _prompt_completion(parts, keys)
+    messages = joined(opening, messages)
     if not any(message.role == "assistant" for message in messages):
         raise BadRow("has no assistant turn")
-    last = None
-    for number, message in enumerate(messages, 1):
-        if message.role == "system":
-            if number > 1:
-                raise BadRow(f"has its roles out of order: turn {number} is the system's, which can only be the first")
-            continue
-        if message.role == last:
-            raise BadRow(f"has its roles out of order: turn {number} is the {message.role}'s, as is the one before")
-        if last is None and message.role == "assistant":
-            raise BadRow(f"has its roles out of order: the assistant begins (turn {number}), without a user's message")
-        last = message.role
-    if last != "assistant":
-        raise BadRow(f"ends in a {last}'s turn: the last must be the assistant's")
+    return Conversation(tuple(messages), place, parts.extra(), parts.unused())
 
 
-def _alpaca(row: dict[str, Any], used: set[str]) -> list[Message]:
-    output = "output" if "output" in row else "response"
-    given = "input" if "input" in row else "context"
-    used |= {"instruction", given, output, "history"}
-    messages = []
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise BadRow("holds a history that is no list of question and answer")
-    for number, (asked, answer) in enumerate(history, 1):
-        messages.append(Message("user", _text(asked, f"in question {number} of its history")))
-        messages.append(Message("assistant", _text(answer, f"in answer {number} of its history")))
-    asked = _text(_get(row, "instruction", "shape"), "under instruction")
-    if row.get(given):
-        asked = f"{asked}\n{_text(row[given], f'under {given}')}"
-    answer = _text(_get(row, output, "shape"), f"under {output}")
-    return [*messages, Message("user", asked), Message("assistant", answer)]
+def _answer(parts: Parts, key: str) -> list[Message]:
+    answer = parts.take(key)
+    is_list = isinstance(answer, list) and any(isinstance(turn, dict) and "type" not in turn for turn in answer)
+    return messages_of(answer) if is_list else [Message("assistant", text_under(answer, f"under {key}"))]
 
 
-def _prompt_completion(row: dict[str, Any], keys: Keys, used: set[str]) -> list[Message]:
-    prompt, completion = _first_key(row, keys.prompt, _PROMPTS), _first_key(row, keys.completion, _COMPLETIONS)
+def _prompt_completion(parts: Parts, keys: Keys) -> list[Message]:
+    prompt, completion = parts.first(PROMPTS, keys.prompt), parts.first(COMPLETIONS, keys.completion)
     if prompt is None or completion is None:
         what, names = (
-            (keys.prompt or " or ".join(_PROMPTS), "prompt_key")
+            (keys.prompt or " or ".join(PROMPTS), "prompt_key")
             if prompt is None
-            else (keys.completion or " or ".join(_COMPLETIONS), "completion_key")
+            else (keys.completion or " or ".join(COMPLETIONS), "completion_key")
         )
         raise BadRow(f"has no {what} (see {names})")
-    used |= {prompt, completion}
-    asked, answer = row[prompt], row[completion]
-    if isinstance(asked, list) and isinstance(answer, list):
-        return messages_of(asked + answer)
-    return [
-        Message("user", _text(asked, f"under {prompt}")),
-        Message("assistant", _text(answer, f"under {completion}")),
-    ]
+    return parts.question(prompt, alone=keys.prompt is not None) + _answer(parts, completion)
 
 
-def _is_pair(row: dict[str, Any]) -> bool:
-    return "chosen" in row and "rejected" in row
+def _refuse_other_kinds(parts: Parts, keys: Keys) -> None:
+    if keys == Keys() and "chosen" in parts and "rejected" in parts:
+        raise BadRow(_PAIR)
+    if keys == Keys() and "preferred_output" in parts and "non_preferred_output" in parts:
+        raise BadRow(_PAIR)
+    if keys in (Keys(), Keys(system=keys.system)) and parts.label() is not None:
+        raise BadRow(_LABELLED)
 
 
-def _list_key(row: dict[str, Any], keys: Keys) -> str | None:
-    names = (keys.messages,) if keys.messages else _MESSAGES
-    return next((name for name in names if isinstance(row.get(name), list)), None)
-
-
-def _first_key(row: dict[str, Any], named: str | None, usual: Sequence[str]) -> str | None:
-    return next((key for key in ((named,) if named else usual) if key in row), None)
-
-
-def _get(row: dict[str, Any], key: str, setting: str) -> Any:
-    if key not in row:
-        raise BadRow(f"has no key {key}.{did_you_mean(key, map(str, row))} See {setting}")
-    return row[key]
-
-
-def _text(value: Any, where: str) -> str:
-    if isinstance(value, list) and value and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
-        parts = [part.get("text") for part in value]  # a message in parts, as chat services have it
-        value = "".join(parts) if all(isinstance(part, str) for part in parts) else parts
-    if not isinstance(value, str):
-        kind = "nothing" if value is None else f"{type(value).__name__}, not text,"
-        raise BadRow(f"holds {kind} {where}")
-    if not value or value.isspace():
-        raise BadRow(f"is empty {where}")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadRow(f"holds half a surrogate pair {where}") from error
-    return value
-
-
-def _is_json(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_json, value))
-    if isinstance(value, dict):
-        return all(isinstance(key, str) for key in value) and all(map(_is_json, value.values()))
-    return value is None or isinstance(value, str | int | float | bool)
+def _list_key(parts: Parts, keys: Keys) -> str | None:
+    names = (keys.messages,) if keys.messages else MESSAGES
+    return next((name for name in names if isinstance(parts.row.get(name), list)), None)
 
 
 class Docstrings(Conversations):
@@ -359,7 +241,7 @@ class Docstrings(Conversations):
     name = "docstrings"
 
     def __init__(self) -> None:
-        self.refused = Refused()
+        self.refused, self.unused = Refused(), Unused()
 
     def conversations(self, skip_bad: bool = False) -> Iterator[Conversation]:
         """Ask about each function; its docstring answers."""

@@ -15,7 +15,7 @@ from plmtune.data.conversations import Conversations
 from plmtune.data.packing import Example, PackedRows, fit
 from plmtune.data.preferences import Pair, Preferences
 from plmtune.data.refinement import Refinement
-from plmtune.data.rows import Refused
+from plmtune.data.rows import Refused, Unused
 from plmtune.data.sources import BadRow, Source
 from plmtune.data.ticker import ticking
 from plmtune.errors import UserError
@@ -87,6 +87,9 @@ def open_examples(
             were = "earlier answer was" if counts.shortened == 1 else "earlier answers were"
             fit_in = f"so that the answer that follows fits into seq_len ({seq_len:,} tokens)"
             notes.append(f"{name}: {counts.shortened:,} {were} shortened, {fit_in}")
+        counts.unused.merge(source.unused)
+        if counts.unused:
+            notes.append(f"{name}: {counts.unused.describe()}")
         if not kept:
             reasons = "\n".join(notes)
             found = len(held) + len(counts.refused) + len(counts.left_out)
@@ -103,11 +106,12 @@ def open_examples(
 
 @dataclass
 class _Counts:
-    """What of a source was not taken as it is: rows that are bad or too long, and answers that were shortened."""
+    """What of a source was not taken as it is: rows that are bad or too long, answers shortened, columns not used."""
 
     refused: Refused = field(default_factory=Refused)
     left_out: Refused = field(default_factory=Refused)
     cut: Refused = field(default_factory=Refused)
+    unused: Unused = field(default_factory=Unused)
     shortened: int = 0
 
     def fit(self, examples: Sequence[Example], seq_len: int, too_long: Literal["drop", "cut"]) -> list[Example]:
@@ -134,7 +138,7 @@ def _conversations(
     remaining = iter(source.conversations(skip_bad=True))
     while chunk := list(islice(remaining, _BATCH)):
         examples = []
-        found = template.encode_batch([held.messages for held in chunk], train_on)
+        found = template.encode_batch([held.messages for held in chunk], train_on, counts.unused)
         for held, encoded in zip(chunk, found, strict=True):
             if isinstance(encoded, BadRow):
                 counts.refused.add(held.place, encoded)
@@ -158,7 +162,7 @@ def _refinements(
             source.refused.add(pair.place, "has one answer only, and refining takes two")
             continue
         try:
-            prompt, answer = template.encode_prompt(pair.prompt), template.encode_answer(pair.chosen)
+            prompt, answer = template.encode_prompt(pair.prompt, counts.unused), template.encode_answer(pair.chosen)
             # Cut from the right, a long question would lose what is trained: the answer that it shows gives way.
             context = refinement.encode(template, pair.prompt, pair.rejected, max_len=seq_len - answer.size)
         except BadRow as error:
@@ -180,20 +184,23 @@ def _refinements(
             yield example, group
 
 
-def open_pairs(sources: Mapping[str, Any], *, skip_bad: bool) -> list[Pair]:
-    """Read the pairs of every source.
+def open_pairs(sources: Mapping[str, Any], *, skip_bad: bool) -> tuple[list[Pair], list[str]]:
+    """Read the pairs of every source, with remarks for a person.
 
     Raises:
         UserError: for rows that cannot be used, or a source that holds no pairs.
     """
     pairs: list[Pair] = []
+    notes: list[str] = []
     for name, source in sources.items():
         refuse_other_kinds(name, source, (Preferences,))
         before = len(pairs)
         pairs += source.pairs(skip_bad=True)
         if not skip_bad:
             source.refused.raise_if_any(_REMEDY, good=len(pairs) - before)
-    return pairs
+        if source.unused:
+            notes.append(f"{name}: {source.unused.describe()}")
+    return pairs, notes
 
 
 _KINDS: dict[type, str] = {

@@ -1,11 +1,13 @@
-"""Text on disk: plain text, JSONL and Parquet, compressed or not, in files, folders and globs."""
+"""Text on disk: plain text, JSONL, CSV and Parquet, compressed or not, in files, folders and globs."""
 
 from __future__ import annotations
 
 import codecs
+import csv
 import glob
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +22,9 @@ from plmtune.units import unescape
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _JSON_LINES = {".jsonl", ".ndjson", ".json"}
+_TABLES = {".csv", ".tsv"}
 _TEXT = {
-    ".txt", ".text", ".md", ".rst", ".tex", ".html", ".org", ".csv", ".log",
+    ".txt", ".text", ".md", ".rst", ".tex", ".html", ".org", ".log",
     ".py", ".c", ".h", ".cpp", ".hpp", ".cc", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql",
     ".toml", ".yaml",
 }  # fmt: skip
@@ -103,11 +106,15 @@ def _wrong_encoding(path: Path, encoding: str, offset: int, error: UnicodeDecode
     )
 
 
-def read_lines(path: Path) -> Iterator[bytes | None]:
-    """Read a file line by line, without the line ends; None stands for a line that is too long to hold."""
+def _read_lines(path: Path, encoding: str) -> Iterator[bytes | None]:
+    """Read a file line by line, without the line ends; None stands for a line that is too long to hold.
+
+    A line is in `encoding`, or where that has line ends of its own, as UTF-16 has, in UTF-8.
+    """
     parts: list[bytes] = []  # of the line being read, joined once, so that a very long line stays linear
     held = 0
-    for chunk in read_bytes(path):
+    wide = _is_wide(encoding)
+    for chunk in (piece.encode() for piece in read_text(path, encoding)) if wide else read_bytes(path):
         *ended, rest = chunk.split(b"\n")
         if ended:
             if held <= MAX_ROW:
@@ -124,9 +131,14 @@ def read_lines(path: Path) -> Iterator[bytes | None]:
         yield b"".join(parts)
 
 
+def _is_wide(encoding: str) -> bool:
+    return "\n".encode(encoding) != b"\n"
+
+
 def read_json_lines(path: Path, encoding: str) -> Iterator[tuple[int, Any | BadRow]]:
     """Read JSON, one value a line: (line number, the value, or why there is none); blank lines are passed over."""
-    for number, line in enumerate(read_lines(path), 1):
+    lines_in = "utf-8" if _is_wide(encoding) else encoding
+    for number, line in enumerate(_read_lines(path, encoding), 1):
         if line is None:
             yield number, BadRow(f"has more than the {MAX_ROW:,} bytes that a row can have")
             continue
@@ -138,9 +150,14 @@ def read_json_lines(path: Path, encoding: str) -> Iterator[tuple[int, Any | BadR
             yield number, BadRow(f"has more than {MAX_BRACKETS:,} brackets")
             continue
         try:
-            yield number, json.loads(line.decode(encoding))
+            yield number, json.loads(line.decode(lines_in))
         except UnicodeDecodeError as error:
-            yield number, BadRow(f"is not {encoding} at byte {error.start} of the line (see encoding, --encoding)")
+            marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            wide = "; it begins as UTF-16 does" if number == 1 and line.startswith(marks) else ""
+            yield (
+                number,
+                BadRow(f"is not {encoding} at byte {error.start} of the line (see encoding, --encoding){wide}"),
+            )
         except json.JSONDecodeError as error:
             array = " (an array? One object a line is needed)" if line.strip() == b"[" else ""
             yield number, BadRow(f"is not JSON: {error.msg} at column {error.colno}{array}")
@@ -150,13 +167,78 @@ def read_json_lines(path: Path, encoding: str) -> Iterator[tuple[int, Any | BadR
             yield number, BadRow("is JSON nested too deeply to read")
 
 
+def read_table(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, str] | BadRow]]:
+    """Read CSV or TSV: (line number, the row by the names of the first line, or why there is none).
+
+    What separates columns is a tab in .tsv, else a comma, or a semicolon where the first line has no comma. An empty
+    field is no column of its row.
+
+    Raises:
+        UserError: for a first line without names, or with one twice.
+    """
+    lines = _TableLines(path, encoding)
+    first = next(lines, "")
+    tabs = Path(path.stem if path.suffix.lower() in _COMPRESSION else path.name).suffix.lower() == ".tsv"
+    delimiter = "\t" if tabs else ";" if "," not in first and ";" in first else ","
+    rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+    csv.field_size_limit(MAX_ROW)
+    try:
+        names = next(rows, [])
+    except csv.Error as error:
+        raise UserError(f"{path}, line 1 is no row of a table: {error}") from error
+    if not names or not all(name.strip() for name in names) or len(set(names)) < len(names):
+        raise UserError(f"{path}: its first line has to name the columns, each once; it is {first.strip()[:80]!r}")
+    while True:
+        number = lines.number + 1
+        try:
+            fields = next(rows, None)
+        except csv.Error as error:
+            yield number, BadRow(f"is no row of a table ({error}): is a quotation mark open, or not doubled?")
+            continue
+        if fields is None:
+            return
+        if len(fields) == len(names):
+            yield number, {name: field for name, field in zip(names, fields, strict=True) if field}
+        elif fields:
+            yield number, BadRow(f"has {len(fields)} fields where {len(names)} columns are named")
+
+
+class _TableLines:
+    """The lines of a text with their ends, and the number of the latest."""
+
+    def __init__(self, path: Path, encoding: str) -> None:
+        self._pieces = read_text(path, encoding)
+        self._lines: list[str] = []
+        self._rest = ""
+        self.number = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        while not self._lines:
+            piece = next(self._pieces, None)
+            if piece is None:
+                self._lines, self._rest = [self._rest] if self._rest else [], ""
+                if not self._lines:
+                    raise StopIteration
+            else:
+                # Not splitlines: U+2028 and others of its kind may stand in a field.
+                *whole, self._rest = (self._rest + piece).split("\n")
+                self._lines = [line + "\n" for line in reversed(whole)]
+        self.number += 1
+        return self._lines.pop()
+
+
 def kind_of(path: Path) -> str | None:
-    """Return text, jsonl or parquet by the file's suffix (before .gz or .zst); None: unknown."""
+    """Return text, jsonl, csv (tables) or parquet by the file's suffix (before .gz or .zst); None: unknown."""
     suffix = path.suffix.lower()
     if suffix in _COMPRESSION:
         suffix = Path(path.stem).suffix.lower()
     if suffix in _JSON_LINES:
         return "jsonl"
+    if suffix in _TABLES:
+        return "csv"
     return "parquet" if suffix == ".parquet" else "text" if suffix in _TEXT else None
 
 
@@ -175,7 +257,7 @@ def find_files(paths: tuple[str, ...]) -> tuple[list[Path], set[Path]]:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if kind_of(p) and p.is_file() and not _hidden(p, path))
             if not inside:
-                raise UserError(f"The folder {text} holds no text, JSONL or Parquet file")
+                raise UserError(f"The folder {text} holds no text, JSONL, CSV or Parquet file")
         elif path.exists():
             if not path.is_file():
                 raise UserError(f"{text} is a device or a pipe, which has no end or is read only once. Name a file")
@@ -255,7 +337,7 @@ class Files(Source):
         self,
         paths: tuple[str, ...],
         *,
-        format: Literal["auto", "text", "jsonl", "parquet"],
+        format: Literal["auto", "text", "jsonl", "csv", "parquet"],
         text_key: str,
         separator: str | None,
         encoding: str,
@@ -285,7 +367,7 @@ class Files(Source):
         if kind == "text":
             yield from self._read_text(path)
             return
-        rows = self._read_jsonl(path) if kind == "jsonl" else self._read_parquet(path)
+        rows = self._read_parquet(path) if kind == "parquet" else self._read_rows(path, kind)
         for place, row in rows:
             if isinstance(row, str):
                 yield row
@@ -308,8 +390,9 @@ class Files(Source):
             yield from whole
         yield rest
 
-    def _read_jsonl(self, path: Path) -> Iterator[tuple[str, str | BadRow]]:
-        for number, row in read_json_lines(path, self.encoding):
+    def _read_rows(self, path: Path, kind: str) -> Iterator[tuple[str, str | BadRow]]:
+        read = read_json_lines if kind == "jsonl" else read_table
+        for number, row in read(path, self.encoding):
             place = f"line {number}"
             try:
                 yield place, row if isinstance(row, BadRow) else text_of(row, self.text_key)
@@ -364,20 +447,21 @@ class Files(Source):
 @register("data", "files")
 def files(
     paths: tuple[str, ...] = (),
-    format: Literal["auto", "text", "jsonl", "parquet"] = "auto",
+    format: Literal["auto", "text", "jsonl", "csv", "parquet"] = "auto",
     text_key: str = "text",
     separator: str | None = None,
     encoding: str = "utf-8",
 ) -> Source:
-    """Read text, JSONL (.jsonl, .json, .ndjson; one object a line) and Parquet, also as .gz and .zst.
+    """Read text, JSONL (.jsonl, .json, .ndjson; one object a line), CSV, TSV and Parquet, also as .gz and .zst.
 
     Args:
         paths: files, folders (read whole, in the order of names) or globs.
-        format: auto goes by the suffix; a file of unknown suffix, named singly, is text.
+        format: auto goes by the suffix; a file of unknown suffix, named singly, is text. csv: tables, whose first line
+            names the columns.
         text_key: key or column that holds the text of a row.
         separator: cuts a text file into documents; none: a file is one document. The two characters ``\\n`` are a line
             feed, ``\\t`` a tab, ``\\r`` a carriage return, ``\\\\`` a backslash.
-        encoding: of text and JSONL.
+        encoding: of text, JSONL and CSV.
 
     Raises:
         UserError: for no path, a path that is not there, an empty file.

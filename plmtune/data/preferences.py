@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import xxhash
 
-from plmtune.data.conversations import REMEDY, Conversations, check_order, detect, messages_of
+from plmtune.data.conversations import REMEDY, Conversations, detect
 from plmtune.data.functions import public_functions, question
-from plmtune.data.rows import Message, Refused, Rows
+from plmtune.data.messages import COMPLETIONS, LABELS, MESSAGES, PROMPTS, SAID, Parts, joined, messages_of
+from plmtune.data.rows import Message, Refused, Rows, Unused
 from plmtune.data.sources import BadRow, text_of
 from plmtune.registry import register
 
@@ -22,10 +23,11 @@ from plmtune.registry import register
 class Pair:
     """A prompt with two answers.
 
-    prompt: messages, the last of the user.
+    prompt: messages, the last of the user or of a tool.
     chosen, rejected: the better and the worse answer; one of them is None where a row held only one with a label.
     place: where it stands, "FILE, line 17".
     extra: what else its row held that is JSON.
+    unused: the columns, and keys of answers, that nothing read.
     """
 
     prompt: tuple[Message, ...]
@@ -33,6 +35,7 @@ class Pair:
     rejected: str | None
     place: str
     extra: dict[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Preferences(ABC):
 
     name: str
     refused: Refused  # what the latest reading could not use
+    unused: Unused = Unused()  # columns that it did not read
 
     @abstractmethod
     def pairs(self, skip_bad: bool = False) -> Iterator[Pair]:
@@ -72,17 +76,19 @@ class PreferenceRows(Preferences):
     def __init__(self, rows: Rows, shape: str) -> None:
         self.rows = rows
         self.shape = shape
-        self.refused = Refused()
+        self.refused, self.unused = Refused(), Unused()
 
     def pairs(self, skip_bad: bool = False) -> Iterator[Pair]:
         """Read the rows."""
-        self.refused = Refused()
+        self.refused, self.unused = Refused(), Unused()
         good = 0
         for place, row in self.rows:
             try:
                 if isinstance(row, BadRow):
                     raise row
-                yield pair_of(row, place, self.shape)
+                pair = pair_of(row, place, self.shape)
+                self.unused.add(pair.unused)
+                yield pair
                 good += 1
             except BadRow as error:
                 self.refused.add(place, error)
@@ -103,7 +109,7 @@ class InMemory(Preferences):
 
     def __init__(self, pairs: Iterable[Pair], name: str) -> None:
         self.name = name
-        self.refused = Refused()
+        self.refused, self.unused = Refused(), Unused()
         self._pairs = list(pairs)
 
     def pairs(self, skip_bad: bool = False) -> Iterator[Pair]:
@@ -114,7 +120,7 @@ class InMemory(Preferences):
         """Hash all texts."""
         digest = xxhash.xxh3_128()
         for pair in self._pairs:
-            messages = [(message.role, message.content) for message in pair.prompt]
+            messages = [(message.role, message.content, *message.more.items()) for message in pair.prompt]
             digest.update(json.dumps([messages, pair.chosen, pair.rejected]).encode())
         return digest.hexdigest()
 
@@ -133,18 +139,19 @@ def preferences(
     encoding: str = "utf-8",
     max_rows: int | None = None,
 ) -> Preferences:
-    """Read preference pairs from JSON, JSON lines, Parquet or the hub.
+    """Read preference pairs from JSON, JSON lines, CSV, TSV, Parquet or the hub.
 
     Args:
         paths: files, folders or globs.
         hub: a dataset of the Hugging Face hub, instead of paths.
         split: of that dataset.
-        shape: auto finds out row by row. strings: prompt (or question, or instruction with input), chosen, rejected,
-            and perhaps system. messages: chosen and rejected are lists of role and content, whole conversations or
-            what follows a prompt. sharegpt: conversations, then chosen and rejected as one message each
-            (LLaMA-Factory). dialogue: texts with Human: and Assistant: (Anthropic's HH). unpaired: prompt,
-            completion and a label, true for good ones (KTO).
-        encoding: of JSON.
+        shape: auto finds out row by row. strings: prompt (or question, instruction, input, query), chosen, rejected.
+            messages: chosen and rejected are lists of role and content, whole conversations or what follows a prompt;
+            OpenAI's input, preferred_output and non_preferred_output are read as these. sharegpt: conversations, then
+            chosen and rejected as one message each (LLaMA-Factory). dialogue: texts with Human: and Assistant:
+            (Anthropic's HH). unpaired: prompt and completion (or response, answer, output), or messages, and a label
+            (or kto_tag), true for good ones (KTO). Each may have system, tools, history, input and context.
+        encoding: of JSON and CSV.
         max_rows: read so many rows and no more.
 
     Raises:
@@ -195,7 +202,11 @@ def _prompts(data: Conversations | Preferences, skip_bad: bool) -> Iterator[Prom
             yield Prompt(pair.prompt, pair.chosen, pair.place, pair.extra)
     else:
         for held in data.conversations(skip_bad):
-            yield Prompt(held.messages[:-1], held.messages[-1].content, held.place, held.extra)
+            messages = tuple(message.asked() for message in held.messages)
+            if messages[-1].role == "assistant":
+                yield Prompt(messages[:-1], messages[-1].content or None, held.place, held.extra)
+            else:  # asked, and not answered
+                yield Prompt(messages, None, held.place, held.extra)
 
 
 _SHAPES = "prompt, chosen, rejected; conversations, chosen, rejected; prompt, completion, label"
@@ -207,108 +218,143 @@ def pair_of(row: Mapping[str, Any], place: str, shape: str = "auto") -> Pair:
 
     Raises:
         BadRow: if it fits no shape or not the one that is named, lacks an answer, has two equal ones, or a prompt
-            whose roles are out of order or which does not end in a user's message.
+            which does not end in a message of the user or a tool.
     """
-    found = _shape_of(row) if shape == "auto" else shape
-    if found is None and _is_conversation(row):
-        raise BadRow("is a conversation, not a preference pair: plmtune run sft data=conversations takes such rows")
+    parts = _unfolded(Parts(dict(row)))
+    found = _shape_of(parts) if shape == "auto" else shape
+    if found is None and _is_conversation(parts):
+        raise BadRow(
+            "is a conversation, not a preference pair: it has no chosen and rejected answers, and no label "
+            f"({', '.join(LABELS[:2])}) that is true or false. plmtune run sft data=conversations takes such rows"
+        )
     if found is None:
-        keys = ", ".join(map(str, row)) or "none"
+        keys = ", ".join(map(str, parts.row)) or "none"
         raise BadRow(f"has the keys {keys:.200}, which fit no shape of preferences ({_SHAPES})")
+    opening = parts.opening()
     try:
-        prompt, chosen, rejected, used = _READERS[found](row)
+        prompt, chosen, rejected = _READERS[found](parts)
     except KeyError as error:
         raise BadRow(f"has no key {error.args[0]}, which the shape {found} needs") from error
-    if row.get("system"):
-        prompt = [Message("system", text_of(row, "system")), *prompt]
+    prompt = [message.asked() for message in joined(opening, prompt)]
+    unused = list(parts.unused())
+    texts: list[str | None] = []
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if answer is not None and not answer.strip():
-            raise BadRow(f"has an empty {name} answer")
-    _check_prompt(prompt)
-    if chosen is not None and rejected is not None and chosen.strip() == rejected.strip():
+        if answer is not None:
+            unused += [key for key in _answer_keys(answer, name) if key not in unused]
+            if not answer.content.strip():
+                raise BadRow(f"has an empty {name} answer")
+        texts.append(None if answer is None else answer.content)
+    for number, message in enumerate(prompt, 1):
+        if not message.content.strip() and message.role != "tool" and "tool_calls" not in message.more:
+            raise BadRow(f"is empty in turn {number} ({message.role}) of its prompt")
+    if not prompt or prompt[-1].role not in ("user", "tool"):
+        raise BadRow("has a prompt that does not end in a user's message, or a tool's")
+    if texts[0] is not None and texts[1] is not None and texts[0].strip() == texts[1].strip():
         raise BadRow("has a chosen answer that equals the rejected one")
-    extra = {key: value for key, value in row.items() if key not in used | {"system"} and _is_json(value)}
-    return Pair(tuple(prompt), chosen, rejected, place, extra)
+    return Pair(tuple(prompt), texts[0], texts[1], place, parts.extra(), tuple(unused))
 
 
-_Read = tuple[list[Message], str | None, str | None, set[str]]
+def _answer_keys(answer: Message, name: str) -> list[str]:
+    """Names of the keys of an answer that are not used; refuse those that say something."""
+    for key in SAID:
+        if key in answer.more:
+            raise BadRow(f"has {key} in its {name} answer: answers of pairs are texts")
+    if answer.masked or answer.trained is False:
+        raise BadRow(f"has a {name} answer of which something is not to be learned (weight, train)")
+    return [f"{key} of messages" for key in answer.more]
 
 
-def _shape_of(row: Mapping[str, Any]) -> str | None:
-    """Tell the shape of a row by its keys and the types behind them."""
-    if "chosen" in row and "rejected" in row:
-        if isinstance(row["chosen"], dict):
-            return "sharegpt"
-        if isinstance(row["chosen"], list):
-            return "messages"
-        if isinstance(row["chosen"], str):
-            first = row["prompt"] if isinstance(row.get("prompt"), str) else row["chosen"]
-            if first.lstrip().startswith("Human:"):
-                return "dialogue"
-            return "strings" if _question_key(row) else None
-        return None
-    if "label" in row and ("messages" in row or ("prompt" in row and "completion" in row)):
-        return "unpaired"
-    return None
+_Read = tuple[list[Message], Message | None, Message | None]
 
 
-def _is_conversation(row: Mapping[str, Any]) -> bool:
+def _unfolded(parts: Parts) -> Parts:
+    """Give OpenAI's pairs the usual names: input with messages and tools, preferred_output, non_preferred_output."""
+    if "preferred_output" not in parts or "non_preferred_output" not in parts:
+        return parts
+    row = dict(parts.row)
+    given = row.pop("input", None)
+    given = {"messages": given} if isinstance(given, list) else given
+    if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
+        raise BadRow("has preferred_output, but no messages under input")
+    names = {"messages": "prompt", "preferred_output": "chosen", "non_preferred_output": "rejected"}
+    return Parts({names.get(key, key): value for key, value in {**row, **given}.items()})
+
+
+def is_pair(row: Mapping[str, Any]) -> bool:
+    """Whether a row is a pair, or an answer with a label, by its keys."""
     try:
-        detect(dict(row))
+        parts = _unfolded(Parts(dict(row)))
     except BadRow:
         return False
-    return "chosen" not in row and "rejected" not in row
+    found = _shape_of(parts)
+    return "chosen" in parts and "rejected" in parts if found != "unpaired" else parts.label() is not None
 
 
-def _question_key(row: Mapping[str, Any]) -> str | None:
-    return next((key for key in ("prompt", "question", "instruction") if key in row), None)
+def _shape_of(parts: Parts) -> str | None:
+    """Tell the shape of a row by its keys and the types behind them; None: it is no pair."""
+    if "chosen" in parts and "rejected" in parts:
+        chosen = parts.row["chosen"]
+        if isinstance(chosen, dict):
+            return "sharegpt"
+        if isinstance(chosen, list):
+            return "messages"
+        if isinstance(chosen, str):
+            first = parts.row["prompt"] if isinstance(parts.row.get("prompt"), str) else chosen
+            if first.lstrip().startswith("Human:"):
+                return "dialogue"
+            return "strings" if parts.first(PROMPTS) else None
+        return None
+    answered = parts.first(MESSAGES) or (parts.first(PROMPTS) and parts.first(COMPLETIONS))
+    return "unpaired" if answered and parts.first(LABELS) else None
 
 
-def _read_strings(row: Mapping[str, Any]) -> _Read:
-    key = _question_key(row) or "prompt"
-    used = {key, "chosen", "rejected"}
-    prompt = _prompt(row[key], key)
-    if key == "instruction":
-        used.add("input")
-        if row.get("input"):
-            prompt = [Message("user", f"{prompt[-1].content}\n{text_of(row, 'input')}")]
-    return prompt, text_of(row, "chosen"), text_of(row, "rejected"), used
+def _is_conversation(parts: Parts) -> bool:
+    try:
+        detect(parts.row)
+    except BadRow:
+        return False
+    return "chosen" not in parts and "rejected" not in parts
 
 
-def _read_messages(row: Mapping[str, Any]) -> _Read:
-    used = {"prompt", "chosen", "rejected"}
-    sides = [_messages(row["chosen"], "chosen"), _messages(row["rejected"], "rejected")]
-    prompts = [side[:-1] for side in sides]
+def _read_strings(parts: Parts) -> _Read:
+    return parts.question(parts.first(PROMPTS) or "prompt"), _text(parts, "chosen"), _text(parts, "rejected")
+
+
+def _read_messages(parts: Parts) -> _Read:
+    sides = [parts.messages("chosen"), parts.messages("rejected")]
+    prompts = [[message.asked() for message in side[:-1]] for side in sides]
     if prompts[0] != prompts[1]:
         raise BadRow("has chosen and rejected conversations that differ before their last message")
     for name, side in zip(("chosen", "rejected"), sides, strict=True):
         if side[-1].role != "assistant":
             raise BadRow(f"has a {name} conversation that ends in a message of the {side[-1].role}")
     prompt = prompts[0]
-    if not prompt or prompt[0].role == "assistant":
-        prompt = [*_prompt(row["prompt"], "prompt"), *prompt]
-    elif row.get("prompt") and isinstance(row["prompt"], list):
-        given = _messages(row["prompt"], "prompt")
-        if given[-len(prompt) :] == prompt:
-            prompt = given
-        elif given not in (prompt[: len(given)], prompt[-len(given) :]):
-            prompt = [*given, *prompt]
-    # A text under prompt beside whole conversations is their first question, which is in them already.
-    return prompt, sides[0][-1].content, sides[1][-1].content, used
+    given = parts.row.get("prompt")
+    if not prompt or prompt[0].role in ("assistant", "tool"):
+        key = parts.first((*PROMPTS, *MESSAGES)) or "prompt"
+        prompt = [*(parts.question(key) if key in parts else _missing("prompt")), *prompt]
+    elif isinstance(given, list) and given:
+        said = [message.asked() for message in parts.messages("prompt")]
+        if said[-len(prompt) :] == prompt:
+            prompt = said
+        elif said not in (prompt[: len(said)], prompt[-len(said) :]):
+            prompt = [*said, *prompt]
+    elif isinstance(given, str) and any(message.content.strip() == given.strip() for message in prompt):
+        parts.used.add("prompt")  # a text beside whole conversations is their first question
+    return prompt, sides[0][-1], sides[1][-1]
 
 
-def _read_sharegpt(row: Mapping[str, Any]) -> _Read:
-    key = "conversations" if "conversations" in row else "messages" if "messages" in row else "prompt"
-    prompt = _prompt(row[key], key)
-    answers = [_answer(row["chosen"], "chosen"), _answer(row["rejected"], "rejected")]
-    return prompt, answers[0], answers[1], {key, "chosen", "rejected"}
+def _read_sharegpt(parts: Parts) -> _Read:
+    key = parts.first((*MESSAGES, *PROMPTS)) or "prompt"
+    prompt = parts.question(key) if key in parts else _missing("prompt")
+    return prompt, _answer(parts, "chosen"), _answer(parts, "rejected")
 
 
-def _read_dialogue(row: Mapping[str, Any]) -> _Read:
-    opening = text_of(row, "prompt") if "prompt" in row else ""
+def _read_dialogue(parts: Parts) -> _Read:
+    opening = text_of({"prompt": parts.take("prompt")}, "prompt") if "prompt" in parts else ""
     sides = []
     for name in ("chosen", "rejected"):
-        before, *turns = _TURN.split("\n\n" + (opening + text_of(row, name)).lstrip())
+        before, *turns = _TURN.split("\n\n" + (opening + _text(parts, name).content).lstrip())
         if before.strip() or not turns:
             raise BadRow(f"has a {name} dialogue that does not begin with Human:")
         roles = ["user" if speaker == "Human" else "assistant" for speaker in turns[::2]]
@@ -319,22 +365,25 @@ def _read_dialogue(row: Mapping[str, Any]) -> _Read:
             raise BadRow(f"has a {name} dialogue that ends in a turn of Human:")
     if sides[0] != sides[1]:
         raise BadRow("has chosen and rejected dialogues that differ before their last answer")
-    return sides[0], answers[0].content, answers[1].content, {"prompt", "chosen", "rejected"}
+    return sides[0], answers[0], answers[1]
 
 
-def _read_unpaired(row: Mapping[str, Any]) -> _Read:
-    used = {"prompt", "completion", "label", "messages"}
-    label = row["label"]
-    if label not in (0, 1):  # True and False are 1 and 0
-        raise BadRow(f"holds {label!r:.40} under label, not true or false")
-    if "completion" in row:
-        prompt, answer = _prompt(row["prompt"], "prompt"), _answer(row["completion"], "completion")
+def _read_unpaired(parts: Parts) -> _Read:
+    key = parts.first(LABELS) or _missing("label")
+    label = parts.label()
+    if label is None:
+        raise BadRow(f"holds {parts.row[key]!r:.40} under {key}, not true or false")
+    prompt_key, answer_key = parts.first(PROMPTS), parts.first(COMPLETIONS)
+    listed = parts.first(MESSAGES)
+    if prompt_key and answer_key and prompt_key != answer_key:
+        prompt, answer = parts.question(prompt_key), _answer(parts, answer_key)
+    elif listed:
+        *prompt, answer = parts.messages(listed)
+        if answer.role != "assistant":
+            raise BadRow(f"has {listed} that end in one of the {answer.role}")
     else:
-        *prompt, last = _messages(row["messages"], "messages")
-        if last.role != "assistant":
-            raise BadRow(f"has messages that end in one of the {last.role}")
-        answer = last.content
-    return prompt, answer if label else None, None if label else answer, used
+        _missing("completion" if prompt_key else "prompt")
+    return prompt, answer if label else None, None if label else answer
 
 
 _READERS = {
@@ -346,40 +395,22 @@ _READERS = {
 }
 
 
-def _prompt(value: Any, key: str) -> list[Message]:
-    """Read a prompt that is a text of the user, or messages."""
-    return [Message("user", text_of({key: value}, key))] if isinstance(value, str) else _messages(value, key)
+def _missing(key: str) -> Any:
+    raise KeyError(key)
 
 
-def _answer(value: Any, key: str) -> str:
+def _text(parts: Parts, key: str) -> Message:
+    if key not in parts:
+        _missing(key)
+    return Message("assistant", text_of({key: parts.take(key)}, key))
+
+
+def _answer(parts: Parts, key: str) -> Message:
     """Read an answer that is a text, one message, or a list of one message."""
-    if isinstance(value, str):
-        return text_of({key: value}, key)
-    messages = _messages([value] if isinstance(value, dict) else value, key)
+    if isinstance(parts.row.get(key), str):
+        return _text(parts, key)
+    value = parts.take(key)
+    messages = messages_of([value] if isinstance(value, dict) else value)
     if len(messages) != 1 or messages[0].role != "assistant":
         raise BadRow(f"holds {', '.join(m.role for m in messages)} under {key}, not one message of the assistant")
-    return messages[0].content
-
-
-def _messages(value: Any, key: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise BadRow(f"holds no messages under {key}, but {type(value).__name__}")
-    return messages_of(value)
-
-
-def _check_prompt(prompt: list[Message]) -> None:
-    """Refuse a prompt that is not [system,] user, assistant, ..., user, or has an empty turn."""
-    for number, message in enumerate(prompt, 1):
-        if not message.content.strip():
-            raise BadRow(f"is empty in turn {number} ({message.role}) of its prompt")
-    if not prompt or prompt[-1].role != "user":
-        raise BadRow("has a prompt that does not end in a user's message")
-    check_order([*prompt, Message("assistant", "an answer")])
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        return False
-    return value is not None
+    return messages[0]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from plmtune.data.chat_template import ChatTemplate
 from plmtune.data.rows import Message
+from plmtune.data.sources import BadRow
 from plmtune.data.template_sandbox import MAX_TEXT, Sandbox
 from plmtune.errors import UserError
 
@@ -94,9 +95,11 @@ class Refinement:
             answer: what is to be improved.
 
         Raises:
+            BadRow: if the last message is another's.
             UserError: if the template fails on these texts.
         """
-        assert prompt and prompt[-1].role == "user"
+        if prompt[-1].role != "user":
+            raise BadRow(f"has a prompt that ends in a {prompt[-1].role}'s message, while a refinement asks a user's")
         return (*prompt[:-1], Message("user", self._write(prompt[-1].content, answer)))
 
     def encode(

@@ -1,10 +1,10 @@
-"""Rows of conversations and preference pairs on disk or the hub: JSON arrays, JSON lines and Parquet."""
+"""Rows of conversations and preference pairs on disk or the hub: JSON arrays, JSON lines, CSV and Parquet."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from plmtune.data.files import (
     hash_files,
     kind_of,
     read_json_lines,
+    read_table,
     read_text,
 )
 from plmtune.data.hub import Hub
@@ -29,15 +30,79 @@ from plmtune.ranges import AT_LEAST_1, NotEmpty, check
 _PARQUET_BATCH = 16  # rows: what is stored once for all of them is repeated in memory
 _MAX_DEPTH = 64  # what walks through a row calls itself for each level
 _MOST_SHOWN = 8
+_MOST_UNUSED = 40
 _BETWEEN = re.compile(r"[ \t\r\n]*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Message:
-    """One turn of a conversation: what system, user or assistant says."""
+    """One turn of a conversation.
+
+    role: system, user, assistant, tool (what a call gave back); tools for what the assistant may call, which can only
+        be the first: their definitions as JSON.
+    content: its text; empty where an assistant does nothing but call tools.
+    more: further keys that the chat template gets, as JSON: tool_calls, reasoning_content, name, ...
+    trained: whether its row says that it is learned; None: the row does not say.
+    masked: parts [begin, end) of a content, in characters, of which the row says that they are not learned.
+    """
 
     role: str
     content: str
+    more: dict[str, Any] = field(default_factory=dict, hash=False)
+    trained: bool | None = None
+    masked: tuple[tuple[int, int], ...] = ()
+
+    def __repr__(self) -> str:  # of a plain turn as it ever was: hashes of prompts are made of it
+        rest = {"more": self.more, "trained": self.trained, "masked": self.masked}
+        said = [f"{name}={value!r}" for name, value in rest.items() if value or value is False]
+        return f"Message({', '.join([f'role={self.role!r}', f'content={self.content!r}', *said])})"
+
+    def asked(self) -> Message:
+        """The message as a part of a prompt, of which nothing is learned."""
+        return self if self.trained is None and not self.masked else Message(self.role, self.content, self.more)
+
+    def row(self) -> dict[str, Any]:
+        """What a file of prompts holds of it; `Message.of` reads it."""
+        return {"role": self.role, "content": self.content, **self.more}
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Message:
+        """Read what `row` gives.
+
+        Raises:
+            TypeError: without role and content as text.
+        """
+        role, content = row.get("role"), row.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise TypeError("a message has no role and content")
+        return cls(role, content, {key: value for key, value in row.items() if key not in ("role", "content")})
+
+
+@dataclass
+class Unused:
+    """What rows hold and nothing reads: how many rows, by name."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, names: Iterable[str]) -> None:
+        """Count one row that has these."""
+        for name in names:
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def merge(self, other: Unused) -> None:
+        """Add the counts of another."""
+        for name, count in other.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def describe(self) -> str:
+        """Return one line, the most frequent first: "columns not used: id (1,000 rows), lang (3 rows)"."""
+        names = sorted(self.counts, key=lambda name: -self.counts[name])
+        shown = [f"{name:.60} ({self.counts[name]:,} row{'' if self.counts[name] == 1 else 's'})" for name in names]
+        rest = f", and {len(shown) - _MOST_UNUSED:,} more" if len(shown) > _MOST_UNUSED else ""
+        return f"columns not used: {', '.join(shown[:_MOST_UNUSED])}{rest}"
 
 
 @dataclass
@@ -85,13 +150,13 @@ class Refused:
 
 
 def read_rows(paths: Sequence[str | Path], encoding: str = "utf-8") -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """Read rows of JSON arrays (.json), JSON lines (.jsonl, .ndjson, .json) and Parquet; JSON also as .gz and .zst.
+    """Read rows of JSON arrays (.json), JSON lines (.jsonl, .ndjson, .json), tables (.csv, .tsv) and Parquet.
 
-    A row that is a bare list stands for ``{"messages": list}``.
+    All but Parquet also as .gz and .zst. A row that is a bare list stands for ``{"messages": list}``.
 
     Args:
         paths: files, folders (read whole, in the order of names) or globs.
-        encoding: of JSON.
+        encoding: of JSON and CSV.
 
     Yields:
         Where the row stands, such as "train.jsonl, line 17", and the row, or why it is none.
@@ -120,12 +185,16 @@ def find_row_files(paths: Sequence[str | Path]) -> list[Path]:
     for path in singly:
         if kind_of(path) == "text":
             suffix = "".join(path.suffixes[-2:] if path.suffix.lower() in (".gz", ".zst") else path.suffixes[-1:])
-            raise UserError(f"{path} is a {suffix} file: rows are read from .json, .jsonl, .ndjson and .parquet")
+            raise UserError(
+                f"{path} is a {suffix} file: rows are read from .json, .jsonl, .ndjson, .csv, .tsv and .parquet"
+            )
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty")
-    files = [path for path in found if path in singly or kind_of(path) in ("jsonl", "parquet")]
+    files = [path for path in found if path in singly or kind_of(path) in ("jsonl", "csv", "parquet")]
     if not files:
-        raise UserError(f"{', '.join(map(str, paths))}: no .json, .jsonl, .ndjson or .parquet file is there")
+        raise UserError(
+            f"{', '.join(map(str, paths))}: no .json, .jsonl, .ndjson, .csv, .tsv or .parquet file is there"
+        )
     return files
 
 
@@ -151,7 +220,7 @@ class Rows:
             paths: files, folders or globs; empty with a dataset of the hub.
             hub: the dataset's name, instead of paths.
             split: of the dataset.
-            encoding: of JSON.
+            encoding: of JSON and CSV.
             max_rows: read so many rows and no more.
 
         Raises:
@@ -198,6 +267,9 @@ class Rows:
 def _read_file(path: Path, encoding: str) -> Iterator[tuple[str, Any | BadRow]]:
     if kind_of(path) == "parquet":
         yield from _read_parquet(path)
+    elif kind_of(path) == "csv":
+        for number, row in read_table(path, encoding):
+            yield f"line {number}", row
     elif ".json" in path.suffixes[-2:] and _starts_with_bracket(path, encoding):
         for number, row in enumerate(_read_array(path, encoding), 1):
             yield f"row {number}", row

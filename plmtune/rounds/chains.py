@@ -84,7 +84,7 @@ def read_prompts(directory: Path) -> list[Prompt]:
         UserError: naming file and row of a line that is no prompt.
     """
 
-    def prompt(messages: list[dict[str, str]], gold: str | None = None, **rest: Any) -> Prompt:
+    def prompt(messages: list[dict[str, Any]], gold: str | None = None, **rest: Any) -> Prompt:
         return Prompt(_said(messages), gold, **rest)
 
     return _read(directory / PROMPTS, prompt)
@@ -102,20 +102,22 @@ def read_chains(path: Path) -> list[Chain]:
         UserError: naming file and row of a line that is no chain.
     """
 
-    def chain(prompt: list[dict[str, str]], answers: list[dict[str, Any]], **rest: Any) -> Chain:
+    def chain(prompt: list[dict[str, Any]], answers: list[dict[str, Any]], **rest: Any) -> Chain:
         return Chain(_said(prompt), tuple(Turn(**answer) for answer in answers), **rest)
 
     return _read(path, chain)
 
 
-def _said(messages: list[dict[str, str]]) -> tuple[Message, ...]:
-    return tuple(Message(**message) for message in messages)
+def _said(messages: list[dict[str, Any]]) -> tuple[Message, ...]:
+    return tuple(map(Message.of, messages))
 
 
 def _save(path: Path, items: Iterable[Prompt] | Iterable[Chain]) -> None:
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for item in items:
             row = {name: value for name, value in asdict(item).items() if value is not None}
+            said = "messages" if isinstance(item, Prompt) else "prompt"
+            row[said] = [message.row() for message in getattr(item, said)]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

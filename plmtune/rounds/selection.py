@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from plmtune.atomic import replacing
+from plmtune.data.messages import OPENING
 from plmtune.data.preferences import Pair
 from plmtune.data.rows import Refused
 from plmtune.errors import UserError
@@ -143,7 +144,7 @@ def save_pairs(path: Path, pairs: Iterable[Pair]) -> None:
     """Write pairs as JSONL that a person can read, and the data `preferences` too, in one step."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for pair in pairs:
-            prompt = [asdict(message) for message in pair.prompt]
-            extra = {key: value for key, value in pair.extra.items() if key != "system"}  # which is in the prompt
+            prompt = [message.row() for message in pair.prompt]
+            extra = {key: value for key, value in pair.extra.items() if key not in OPENING}
             row = {**extra, "prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

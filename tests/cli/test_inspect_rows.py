@@ -83,8 +83,23 @@ class TestConversations:
         out = inspect([chat("q", "a\x1b]0;owned\x07b [bold]c")])
         assert "a\\x1b]0;owned\\x07b [bold]c" in out
 
+    def test_what_is_not_used_is_counted(self, inspect):
+        rows = [chat("one?", "two!") | {"id": 1, "lang": None}, chat("one?", "two!") | {"id": 2, "lang": "en"}]
+        rows[0]["messages"][1]["mood"] = "good"
+        assert "columns not used: id (2 rows), lang (1 row), mood of messages (1 row)" in inspect(rows)
+        assert "not used" not in inspect([chat("one?", "two!")])
+
 
 class TestPairs:
+    def test_what_is_not_used_is_counted(self, inspect):
+        row = {"prompt": "one?", "chosen": "two!", "rejected": "three!", "score": 0.5}
+        assert "columns not used: score (1 row)" in inspect([row])
+
+    def test_columns_of_nothing_make_no_pair(self, inspect):
+        assert "1 row of conversations" in inspect(
+            [chat("one?", "two!") | {"chosen": None, "rejected": None, "label": None}]
+        )
+
     def test_prompt_and_both_answers_are_shown(self, inspect):
         rows = [{"prompt": "p?", "chosen": "good", "rejected": "bad"}, {"prompt": "p", "chosen": "x", "rejected": "x"}]
         out = inspect(rows)

@@ -1,4 +1,6 @@
 import importlib.util
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from plmtune.data.bpe import BYTE_PATTERN, SINGLE_BYTES, from_ranks
 from plmtune.data.chat_template import NAMED, ChatTemplate, find_template
 from plmtune.data.conversations import conversations
-from plmtune.data.rows import Message
+from plmtune.data.rows import Message, Unused
 from plmtune.data.sources import BadRow
 from plmtune.data.tokenizers import Tokenizer, bundled, byte
 from plmtune.errors import UserError
@@ -159,7 +161,8 @@ class TestText:
     def test_joined_segments_are_the_text(self, tokenizer):
         for source in (*NAMED.values(), MARKED, DATED, LLAMA2):
             template = ChatTemplate(source, tokenizer, "a test")
-            assert "".join(text for text, _ in template.segments(MULTI)) == template.render(MULTI)
+            messages = MULTI[1:] if source is LLAMA2 else MULTI
+            assert "".join(text for text, _ in template.segments(messages)) == template.render(messages)
 
 
 # Qwen 3's way: what the model thinks is written for the last turn alone, where the prompt does not write it.
@@ -254,6 +257,208 @@ class TestTrained:
             assert template.tokenizer.decode(ids[trained].tolist()) == messages[1].content + "<|im_end|>"
 
 
+# Qwen 3's way with thoughts: those before the last question are left out, and the prompt of a template may begin one.
+STRIPPING = (
+    "{% set ns = namespace(asked=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% set content, thought = m.content or '', m.reasoning_content or '' %}"
+    "{% if '</think>' in content %}{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if m.role == 'assistant' and loop.index0 > ns.asked %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
+    "{{ content }}"
+    "{% for call in m.tool_calls or [] %}{{ '<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+BEGUN = STRIPPING.replace("'<|im_start|>assistant\n' }}", "'<|im_start|>assistant\n<think>\n' }}")
+TOOLS = Message("tools", json.dumps([{"type": "function", "function": {"name": "add", "parameters": {}}}]))
+CALLED = Message(
+    "assistant", "", {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]}
+)
+GIVEN = Message("tool", "2")
+CALLING = STRIPPING.replace(
+    "{% for m in messages %}{{", "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{", 1
+)
+
+
+class TestThoughts:
+    def test_an_answer_is_found_where_thoughts_of_earlier_turns_are_left_out(self, tokenizer):
+        unused = Unused()
+        messages = talk("a", "<think>\nx\n</think>\n\nb", "c", "<think>\ny\n</think>\n\nd")
+        for source, begun in ((STRIPPING, "<think>\n"), (BEGUN, "")):
+            template = ChatTemplate(source, tokenizer, "a test")
+            learned = ["b<|im_end|>", f"{begun}y\n</think>\n\nd<|im_end|>"]
+            trained = [text for text, flag in template.segments(messages, "all", unused) if flag]
+            assert trained == learned
+            apart = [Message("user", "a"), Message("assistant", "b", {"reasoning_content": "x"})]
+            apart += [Message("user", "c"), Message("assistant", "d", {"reasoning_content": "y"})]
+            assert [text for text, flag in template.segments(apart, "all", unused) if flag] == learned
+        assert unused.counts == {"thoughts of earlier turns": 2, "reasoning_content of earlier turns": 2}
+
+    def test_the_prompt_of_a_turn_is_the_beginning_of_its_training_text(self, tokenizer):
+        template = ChatTemplate(STRIPPING, tokenizer, "a test")
+        messages = talk("a", "<think>\nx\n</think>\n\nb", "c", "<think>\ny\n</think>\n\nd")
+        ids, trained = template.encode(messages)
+        prompt = template.encode_prompt(messages[:-1])
+        assert ids[: prompt.size].tolist() == prompt.tolist() and trained[prompt.size]
+
+    @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "tool_calls", "refusal", "train_detail"])
+    def test_what_is_said_and_not_written_is_refused_by_name(self, tokenizer, key):
+        held = CALLED.more["tool_calls"] if key == "tool_calls" else "So."
+        messages = [Message("user", "a"), Message("assistant", "b", {key: held})]
+        with pytest.raises(BadRow, match=f"has {key} in turn 2, which the chat template does not write"):
+            find_template("chatml", tokenizer).encode(messages)
+        if key == "thinking":
+            with pytest.raises(BadRow, match="; it writes reasoning_content"):
+                ChatTemplate(STRIPPING, tokenizer, "a test").encode(messages)
+
+    def test_what_says_nothing_is_counted_and_changes_nothing(self, tokenizer):
+        template, unused = find_template(None, tokenizer), Unused()
+        messages = [Message(m.role, m.content, {"id": "7", "name": "x"}) for m in MULTI]
+        (ids, trained), (plain, learned) = template.encode(messages, "all", unused), template.encode(MULTI)
+        assert (ids.tolist(), trained.tolist()) == (plain.tolist(), learned.tolist())
+        assert template.encode_prompt(messages[:-1], unused).tolist() == template.encode_prompt(MULTI[:-1]).tolist()
+        assert unused.counts == {"id of messages": 2, "name of messages": 2}
+
+    def test_a_key_that_the_template_writes_is_written(self, tokenizer):
+        source = NAMED["plain"].replace("message['role'] | capitalize", "(message.name or message.role)")
+        template, unused = ChatTemplate(source, tokenizer, "a test"), Unused()
+        messages = [Message("user", "a", {"name": "Ann", "id": "7"}), Message("assistant", "b")]
+        assert "### Ann:\na" in "".join(text for text, _ in template.segments(messages, "all", unused))
+        assert unused.counts == {"id of messages": 1}
+
+
+class TestTools:
+    def test_calls_are_learned_and_what_comes_back_is_not(self, tokenizer):
+        template = ChatTemplate(CALLING, tokenizer, "a test")
+        messages = [TOOLS, *talk("a"), CALLED, GIVEN, Message("assistant", "b")]
+        call = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+        before = "<think>\n\n</think>\n\n"
+        assert trained_text(template, messages) == [f"{before}{call}<|im_end|>", f"{before}b<|im_end|>"]
+        assert "".join(text for text, _ in template.segments(messages)) == template.render(messages)
+        assert template.render(messages).startswith(TOOLS.content)
+        prompt = template.encode_prompt(messages[:-1])
+        assert template.encode(messages)[0][: prompt.size].tolist() == prompt.tolist()
+
+    def test_special_tokens_inside_of_a_call_are_learned_with_it(self, tokenizer):
+        source = CALLING.replace("<tool_call>", "<start_of_turn>").replace("</tool_call>", "<end_of_turn>")
+        call = '<start_of_turn>{"name": "add", "arguments": {"a": 1}}<end_of_turn><|im_end|>'
+        learned = trained_text(
+            ChatTemplate(source, tokenizer, "a test"), [TOOLS, *talk("a"), CALLED, GIVEN, *talk("b", "c")]
+        )
+        assert learned == [call, "<think>\n\n</think>\n\nc<|im_end|>"]
+
+    @pytest.mark.parametrize(
+        ("messages", "message"),
+        [
+            ([TOOLS, *talk("a", "b")], "has tools, and the chat template writes none"),
+            ([*talk("a"), CALLED], "has tool_calls in turn 2"),
+        ],
+    )
+    def test_a_template_that_knows_none_refuses_them(self, tokenizer, messages, message):
+        for name in NAMED:
+            with pytest.raises(BadRow, match=message):
+                find_template(name, tokenizer).encode(messages)
+        with pytest.raises(BadRow, match="has tools"):
+            find_template("chatml", tokenizer).encode_prompt([TOOLS, *talk("a")])
+
+    def test_a_template_that_joins_an_answer_with_what_follows_is_refused(self, tokenizer):
+        source = CALLING.replace(
+            "{{ '<|im_start|>' + m.role + '\n' }}",
+            "{% if m.role != 'tool' %}{{ '<|im_start|>' + m.role + '\n' }}{% endif %}",
+        ).replace("{{ '<|im_end|>\n' }}", "{% if not m.tool_calls %}{{ '<|im_end|>\n' }}{% endif %}")
+        with pytest.raises(BadRow, match=r"in which the chat template writes a later turn|no end behind the answer"):
+            ChatTemplate(source, tokenizer, "a test").encode(
+                [TOOLS, *talk("a"), CALLED, GIVEN, Message("assistant", "b")]
+            )
+
+    @pytest.mark.parametrize(
+        ("arguments", "content"),
+        [
+            ("call.function.arguments | tojson", "m.content or ''"),
+            ("call.function.arguments", "m.content if m.content is not none else ''"),
+        ],
+    )
+    def test_arguments_are_given_as_the_template_takes_them(self, tokenizer, arguments, content):
+        source = (
+            "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (" + content + ") }}"
+            "{% for call in m.tool_calls or [] %}{{ call.function.name + ' ' + " + arguments + " }}{% endfor %}"
+            "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        )
+        learned = trained_text(
+            ChatTemplate(source, tokenizer, "a test"), [*talk("a"), CALLED, GIVEN, Message("assistant", "b")]
+        )
+        assert learned == ['add {"a": 1}<|im_end|>', "b<|im_end|>"]
+
+
+class TestOrder:
+    @pytest.mark.parametrize(
+        ("messages", "learned"),
+        [
+            (talk("a", "b", "c"), ["b<|im_end|>"]),
+            (talk("a", "b", "c", "d")[1:], ["b<|im_end|>", "d<|im_end|>"]),
+            ([*talk("a", "b"), Message("assistant", "c")], ["b<|im_end|>", "c<|im_end|>"]),
+            ([*talk("a"), *talk("b", "c")], ["c<|im_end|>"]),
+            ([*talk("a", "b"), Message("system", "s"), *talk("c", "d")], ["b<|im_end|>", "d<|im_end|>"]),
+        ],
+    )
+    def test_is_as_the_template_decides(self, tokenizer, messages, learned):
+        assert trained_text(find_template(None, tokenizer), messages) == learned
+        assert trained_text(find_template(None, tokenizer), messages, "last") == learned[-1:]
+        strict = NAMED["chatml"].replace(
+            "{% for message in messages %}",
+            "{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+            "{{ raise_exception('must alternate') }}{% endif %}",
+        )
+        if [m.role for m in messages] != ["user", "assistant", "user"]:
+            with pytest.raises(BadRow, match="must alternate"):
+                ChatTemplate(strict, tokenizer, "a test").encode(messages)
+
+    @pytest.mark.parametrize("left_out", ["system", "tool"])
+    def test_a_template_that_leaves_out_a_turn_is_refused(self, tokenizer, left_out):
+        source = NAMED["plain"].replace(
+            "{% for message in messages %}", f"{{% for message in messages if message.role != '{left_out}' %}}"
+        )
+        template = ChatTemplate(source, tokenizer, "a test")
+        messages = [Message(left_out, "said"), *talk("a", "b")]
+        with pytest.raises(BadRow, match=rf"written by the chat template without turn 1 \({left_out}\)"):
+            template.encode(messages)
+        with pytest.raises(BadRow, match="without turn 1"):
+            template.encode_prompt(messages[:-1])
+
+
+class TestOracles:
+    """Masks of templates that TRL has marked by hand, found in the originals by comparing what they write."""
+
+    NAMES = ("qwen2_5", "qwen3_instruct_2507", "lfm2_v2", "llama3", "gemma3", "cohere")
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_are_those_of_transformers_with_marked_templates(self, name):
+        trl = pytest.importorskip("trl")
+        render = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
+        folder = Path(trl.__file__).parent / "chat_templates"
+        if not (folder / f"{name}.jinja").is_file():
+            pytest.skip("this version of TRL has other templates")
+        source, marked = ((folder / f"{name}{kind}.jinja").read_text() for kind in ("", "_training"))
+        ranks = {token: rank for rank, token in enumerate(SINGLE_BYTES)}
+        specials = sorted({*SPECIALS, *re.findall(r"<\|[A-Za-z_]+\|>", source)})
+        template = ChatTemplate(source, Tokenizer(from_ranks(ranks, BYTE_PATTERN, None, specials, "a test")), name)
+        tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+        cases = [(MULTI, None), (talk("a", "b", "c"), None)]
+        if "tool_calls" in source:
+            cases.append(((TOOLS, *talk("a"), CALLED, GIVEN, Message("assistant", "b")), json.loads(TOOLS.content)))
+        for messages, tools in cases:
+            said = [{"role": m.role, "content": m.content, **m.more} for m in messages if m.role != "tools"]
+            ((text,), (spans,)) = render(
+                [said], chat_template=marked, tools=tools, return_assistant_tokens_mask=True, **tokens
+            )
+            segments = template.segments(messages)
+            assert "".join(part for part, _ in segments) == text
+            learned = [part.strip() for part, trained in segments if trained]
+            assert learned == [text[begin:end].strip() for begin, end in spans]
+
+
 class TestRefusals:
     @pytest.mark.parametrize("role", [0, 1])
     def test_text_of_special_tokens_in_a_message_is_refused(self, tokenizer, role):
@@ -290,7 +495,7 @@ class TestRefusals:
                 "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
                 "writes otherwise",
             ),
-            (MARKED.replace("{{ message.content }}<", "<"), "does not stand whole"),
+            (MARKED.replace("{{ message.content }}<", "<"), "without turn 2"),
             ("{% if x %}", "is no Jinja template: .*line 1"),
             ("{{ messages[7].content.x }}", "is refused by the chat template"),
             ("{{ strftime_now(7) }}", "TypeError"),

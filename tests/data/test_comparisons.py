@@ -64,6 +64,19 @@ def indices(micro_batches):
 
 
 class TestMakeComparisons:
+    def test_keys_of_messages_that_the_template_does_not_write_are_told(self, template):
+        asked = Pair(
+            (Message("user", "What is it?", {"id": "7"}),), "a good answer", "a bad one", "pairs.jsonl, line 1"
+        )
+        _, refused, notes = make_comparisons([asked], template, SHORT, 200)
+        assert not refused.counts and notes == ["columns not used: id of messages (1 row)"]
+
+    def test_a_prompt_that_ends_in_what_a_tool_gave_back_has_no_refinement(self, template):
+        asked = Pair((Message("user", "What is it?"), Message("tool", "2")), "a good answer", "a bad one", "here")
+        made, refused, _ = make_comparisons([asked], template, SHORT, 200, contexts=True)
+        assert [comparison.kind for comparison in made] == [DIRECT]
+        assert "has a prompt that ends in a tool's message" in refused.describe()
+
     def test_a_pair_gives_the_question_and_both_refinements_with_the_same_answers(self, template):
         made, refused, notes = make_comparisons([pair()], template, SHORT, 200, contexts=True)
         assert [c.kind for c in made] == [DIRECT, GIVEN_REJECTED, GIVEN_CHOSEN]

@@ -93,24 +93,33 @@ class TestRefusals:
         [
             ([USER], "has no assistant turn"),
             ([], "has no assistant turn"),
-            ([ASSISTANT], "the assistant begins (turn 1)"),
-            ([USER, USER, ASSISTANT], "turn 2 is the user's, as is the one before"),
-            ([USER, ASSISTANT, ASSISTANT], "turn 3 is the assistant's"),
-            ([USER, ASSISTANT, USER], "ends in a user's turn"),
-            (
-                [USER, {"role": "system", "content": "x"}, ASSISTANT],
-                "turn 2 is the system's, which can only be the first",
-            ),
             ([USER, ASSISTANT | {"content": " \n"}], "is empty in turn 2 (assistant)"),
             ([USER, ASSISTANT | {"content": None}], "holds nothing in turn 2"),
             ([USER, ASSISTANT | {"content": {"x": 1}}], "holds dict, not text, in turn 2"),
-            ([USER, ASSISTANT | {"content": [{"type": "image"}]}], "holds list, not text, in turn 2"),
+            ([USER, ASSISTANT | {"content": [{"type": "image"}]}], "a part of the type 'image' in turn 2"),
+            (
+                [USER | {"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ASSISTANT],
+                "'image_url' in turn 1",
+            ),
+            ([USER | {"images": ["a.png"]}, ASSISTANT], "has images, audio or video (under images) in turn 1"),
+            ([USER, ASSISTANT | {"weight": 0.5}], "0.5 under weight in turn 2 (assistant): 0 and 1 are known"),
+            ([USER, ASSISTANT | {"train": "no"}], "'no' under train in turn 2 (assistant): true and false are known"),
+            (
+                [USER, ASSISTANT | {"train": True, "weight": 0}],
+                "weight and train in turn 2 (assistant), which say diff",
+            ),
+            ([USER | {"weight": 1}, ASSISTANT], "asks to learn a turn that is not the assistant's (turn 1, user)"),
             ([USER, ASSISTANT | {"content": "\ud800"}], "half a surrogate pair in turn 2"),
             ([USER, {"role": "assistant"}], "has no content in turn 2"),
             ([USER, {"content": "x"}], "has no role in turn 2"),
             ([USER, {"role": "martian", "content": "x"}], "unknown role 'martian' in turn 2"),
-            ([USER, {"role": "tool", "content": "x"}, ASSISTANT], "has a turn of a tool (turn 2)"),
-            ([USER, ASSISTANT | {"tool_calls": [{}]}], "has a turn of a tool (turn 2)"),
+            ([USER, ASSISTANT | {"tool_calls": [{"id": "1"}]}], "a call of a tool without a name in turn 2"),
+            ([USER, ASSISTANT | {"tool_calls": [{"name": "f", "arguments": "{"}]}], "arguments are no JSON in turn 2"),
+            ([USER | {"tool_calls": [{"name": "f"}]}, ASSISTANT], "has tool_calls in turn 1 (user)"),
+            (
+                [USER, {"role": "function_call", "content": "f(1)"}, ASSISTANT],
+                "text that is no JSON as a call of a tool",
+            ),
             ([USER, "hello"], "holds str as turn 2"),
         ],
     )
@@ -123,7 +132,12 @@ class TestRefusals:
         [
             ({"prompt": "x", "chosen": "a", "rejected": "b"}, "is a preference pair"),
             ({"messages": [USER], "chosen": ASSISTANT, "rejected": ASSISTANT}, "is a preference pair"),
-            ({"messages": [USER, ASSISTANT], "tools": [{}]}, "has tools"),
+            ({"messages": [USER, ASSISTANT], "tools": "x"}, "holds text that is no JSON under tools"),
+            ({"messages": [USER, ASSISTANT], "tools": [3]}, "holds int under tools, not the definition of a tool"),
+            ({"messages": [USER, ASSISTANT], "tools": [{"name": "f"}], "functions": [{"name": "f"}]}, "two names"),
+            ({"messages": [{"role": "system", "content": "x"}, USER, ASSISTANT], "system": "y"}, "system that differ"),
+            ({"messages": [USER, ASSISTANT], "images": ["a.png"]}, "has images, audio or video under images"),
+            ({"question": "x", "answer": "y", "photo": {"bytes": "...", "path": None}}, "images, audio or video under"),
             ({"instruction": "x", "output": ""}, "is empty under output"),
             ({"instruction": "x", "output": "y", "history": "z"}, "history that is no list"),
             ({}, "it holds nothing"),
@@ -138,7 +152,7 @@ class TestRefusals:
         data = written({"question": "a", "answer": "b"}, {"messages": [USER, ASSISTANT]})
         assert len(turns(data, skip_bad=True)) == 1
         assert data.refused.describe().endswith(
-            "line 2 has no prompt or question or instruction or input or query (see prompt_key)"
+            "line 2 has no prompt or question or instruction or query or input (see prompt_key)"
         )
 
     def test_all_rows_are_looked_at_before_the_error(self, written):

@@ -1,5 +1,6 @@
 """From conversations and pairs to packed rows."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from plmtune.data.chat_template import find_template
-from plmtune.data.conversations import Conversation, Conversations
+from plmtune.data.conversations import Conversation, Conversations, conversations
 from plmtune.data.examples import Examples, open_examples, open_pairs
 from plmtune.data.preferences import InMemory, Pair, preferences
 from plmtune.data.refinement import find_refinement
@@ -61,6 +62,19 @@ class TestHoldout:
         turns = [(f"Number {i}?", f"It is {i}.") for i in range(60)]
         one, other = opened(Talks(turns), holdout=0.3), opened(Talks(turns[::-1]), holdout=0.3, seed=7)
         assert set(texts(one.held_out["talks"])) == set(texts(other.held_out["talks"]))
+
+
+class TestNotes:
+    def test_columns_that_nothing_reads_are_told(self, tmp_path: Path) -> None:
+        path = tmp_path / "rows.jsonl"
+        turns = [{"role": "user", "content": "One?", "id": "7"}, {"role": "assistant", "content": "1."}]
+        path.write_text(json.dumps({"messages": turns, "source": "a book"}) + "\n")
+        assert opened(conversations((str(path),))).notes == [
+            "talks: columns not used: source (1 row), id of messages (1 row)"
+        ]
+        path.write_text(json.dumps({"prompt": "One?", "chosen": "1.", "rejected": "2.", "score": 3}) + "\n")
+        _, notes = open_pairs({"pairs": preferences((str(path),))}, skip_bad=False)
+        assert notes == ["pairs: columns not used: score (1 row)"]
 
 
 class TestFingerprints:

@@ -270,3 +270,60 @@ class TestFingerprint:
         assert source.fingerprint() == before
         os.utime(path, ns=(0, 6))
         assert source.fingerprint() != before
+
+
+class TestTables:
+    """CSV and TSV: the first line names the columns."""
+
+    ROWS = 'text,id\n"one, or ""two""?",1\n"two\nlines",2\n\n"\u2028",\n'
+
+    def test_a_column_is_read_and_not_the_file_as_prose(self, tmp_path):
+        (tmp_path / "a.csv").write_text(self.ROWS, encoding="utf-8")
+        assert read(tmp_path / "a.csv") == ['one, or "two"?', "two\nlines"]
+        assert read(tmp_path / "a.csv", text_key="id", skip_bad=True) == ["1", "2"]
+        assert read(tmp_path / "a.csv", format="text") == [self.ROWS]
+
+    @pytest.mark.parametrize(("name", "sign"), [("a.tsv", "\t"), ("a.csv", ";"), ("a.csv", ","), ("a.tsv.gz", "\t")])
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+    @pytest.mark.parametrize("end", ["\n", "\r\n"])
+    def test_signs_line_ends_and_encodings_of_many_systems(self, tmp_path, monkeypatch, name, sign, encoding, end):
+        monkeypatch.setattr("plmtune.data.files._CHUNK", 7)
+        data = end.join([f"id{sign}text", f"1{sign}caf\u00e9", f'2{sign}"a{sign}b"', ""]).encode(encoding)
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        assert read(tmp_path / name, encoding=encoding.removesuffix("-sig")) == ["caf\u00e9", f"a{sign}b"]
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("text,text\n1,2\n", r"a\.csv: its first line has to name the columns, each once"),
+            (",b\n1,2\n", "its first line has to name the columns"),
+            ("text,b\n1,2\n3\n", r"a\.csv, line 3 has 1 fields where 2 columns are named"),
+            ("text,b\n1,2\n,4\n", r"a\.csv, line 3 has no key text"),
+            ('text,b\n"1"x,2\n', r"a\.csv, line 2 is no row of a table .*quotation mark"),
+            ('text,b\n1,"2\n3,4\n', r"a\.csv, line 2 is no row of a table .*quotation mark"),
+            ("words,b\n1,2\n", r"line 2 has no key text.*text_key"),
+        ],
+    )
+    def test_what_is_none_is_told(self, tmp_path, text, message):
+        (tmp_path / "a.csv").write_text(text)
+        with pytest.raises(UserError, match=message):
+            read(tmp_path / "a.csv")
+
+
+class TestWideEncodings:
+    @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+    @pytest.mark.parametrize("chunk", [1, 3, 1 << 20])
+    def test_lines_of_json_are_cut_in_the_text(self, tmp_path, monkeypatch, encoding, chunk):
+        monkeypatch.setattr("plmtune.data.files._CHUNK", chunk)
+        # U+0A0A and U+0D0A hold the bytes of line ends.
+        rows = [{"text": f"{sign}{n}"} for n, sign in enumerate("a\u0a0a\u0d0a\u2028\U0001f600")]
+        (tmp_path / "a.jsonl").write_bytes(json_lines(*rows).decode().replace("\n", "\r\n").encode(encoding))
+        assert read(tmp_path / "a.jsonl", encoding=encoding) == [row["text"] for row in rows]
+
+    def test_what_is_none_is_told(self, tmp_path):
+        (tmp_path / "a.jsonl").write_bytes('{"text": "a"}\n{"text": "b"}\n'.encode("utf-16"))
+        with pytest.raises(UserError, match=r"line 1 is not utf-8 at byte 0 .*; it begins as UTF-16 does"):
+            read(tmp_path / "a.jsonl")
+        (tmp_path / "b.jsonl").write_bytes('{"text": "a"}\n'.encode("utf-16")[:-1])
+        with pytest.raises(UserError, match=r"b\.jsonl is not utf-16"):
+            read(tmp_path / "b.jsonl", encoding="utf-16")

@@ -118,7 +118,7 @@ class TestShapes:
         assert pair_of({**row, "label": label}, "here") == Pair((USER,), *answers, "here")
 
     def test_what_else_a_row_holds_is_kept_where_it_is_json(self):
-        row = {"prompt": "Hi?", "chosen": "yes", "rejected": "no", "tests": ["a"], "score": 2, "image": b"..."}
+        row = {"prompt": "Hi?", "chosen": "yes", "rejected": "no", "tests": ["a"], "score": 2, "digest": b"..."}
         assert pair_of(row, "here").extra == {"tests": ["a"], "score": 2}
 
 
@@ -129,7 +129,7 @@ class TestRefusals:
             ({"prompt": "a", "chosen": "x ", "rejected": "x"}, "equals the rejected"),
             ({"prompt": "a", "chosen": " ", "rejected": "x"}, "empty chosen"),
             ({"prompt": "a", "chosen": "x", "rejected": ""}, "empty rejected"),
-            ({"prompt": " ", "chosen": "x", "rejected": "y"}, "empty in turn 1"),
+            ({"prompt": " ", "chosen": "x", "rejected": "y"}, "empty under prompt"),
             ({"prompt": "a", "chosen": "x", "rejected": 3}, "holds int under rejected"),
             ({"prompt": "a", "chosen": "x"}, "has the keys prompt, chosen, which fit no shape"),
             ({"chosen": "x", "rejected": "y"}, "fit no shape"),
@@ -137,9 +137,7 @@ class TestRefusals:
             ({}, "has the keys none"),
             ({"prompt": whole("b"), "chosen": "x", "rejected": "y"}, "does not end in a user's message"),
             ({"prompt": [], "chosen": "x", "rejected": "y"}, "no messages under prompt"),
-            ({"prompt": [CHAT[0], CHAT[2]], "chosen": "x", "rejected": "y"}, "turn 2 is the user's"),
-            ({"prompt": [CHAT[1], CHAT[0]], "chosen": "x", "rejected": "y"}, "the assistant begins"),
-            ({"prompt": [say("tool", "1")], "chosen": "x", "rejected": "y"}, "tool"),
+            ({"prompt": [say("martian", "1")], "chosen": "x", "rejected": "y"}, "unknown role"),
             ({"chosen": whole("x"), "rejected": [say("user", "b"), say("assistant", "y")]}, "differ before their last"),
             ({"chosen": CHAT, "rejected": CHAT}, "ends in a message of the user"),
             ({"chosen": [say("assistant", "x")], "rejected": [say("assistant", "y")]}, "no key prompt"),
@@ -152,7 +150,7 @@ class TestRefusals:
             ({"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "y"}, "does not begin with Human:"),
             ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, "ends in a turn of Human:"),
             ({"prompt": "a", "completion": "x", "label": "maybe"}, "'maybe' under label"),
-            ({"prompt": "a", "completion": "x", "label": None}, "None under label"),
+            ({"prompt": "a", "completion": "x", "label": None}, "no label .label, kto_tag. that is true or false"),
             ({"prompt": "a", "completion": "x", "label": 2}, "2 under label"),
             ({"prompt": "a", "completion": "x", "label": [1]}, "under label"),
             ({"prompt": "a", "completion": "", "label": True}, "empty chosen"),
@@ -215,8 +213,8 @@ class TestPreferences:
         assert len(list(llama_factory.pairs())) == 300
         helpful = preferences((str(REAL / "hh_harmless_base_test.jsonl"),))
         read = list(helpful.pairs(skip_bad=True))
-        assert len(read) == 2299
-        assert len(helpful.refused) == 13
+        assert len(read) == 2303  # 4 with two turns of a role in a row, which a template may take
+        assert len(helpful.refused) == 9
         assert all(pair.chosen == pair.chosen.strip() and pair.prompt[-1].role == "user" for pair in read)
 
 

@@ -1,0 +1,338 @@
+"""Nothing in a row is dropped: columns, keys of messages and nulls are honoured, refused or counted in every shape."""
+
+import json
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from plmtune.data.bpe import SINGLE_BYTES
+from plmtune.data.chat_template import ChatTemplate
+from plmtune.data.conversations import conversation_of, conversations, detect
+from plmtune.data.messages import messages_of
+from plmtune.data.preferences import pair_of, preferences
+from plmtune.data.rows import Message, Unused
+from plmtune.data.sources import BadRow
+from plmtune.data.tokenizers import BYTE_PATTERN, CHATML_SPECIALS, CHATML_TEMPLATE, Tokenizer, from_ranks
+
+
+def say(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def shared(role, text):
+    return {"from": role, "value": text}
+
+
+ASKED, ANSWERED, WORSE = say("user", "Two?"), say("assistant", "It is 2."), say("assistant", "It is 3.")
+CHAT = [ASKED, ANSWERED]
+CONVERSATIONS = {
+    "messages": {"messages": CHAT},
+    "conversation": {"conversation": CHAT},
+    "sharegpt": {"conversations": [shared("human", "Two?"), shared("gpt", "It is 2.")]},
+    "alpaca": {"instruction": "Two?", "output": "It is 2."},
+    "dolly": {"instruction": "Two?", "context": "", "response": "It is 2."},
+    "question": {"question": "Two?", "answer": "It is 2."},
+    "query": {"query": "Two?", "response": "It is 2."},
+    "lists": {"prompt": [ASKED], "completion": [ANSWERED]},
+    "half a list": {"prompt": [ASKED], "completion": "It is 2."},
+}
+PAIRS = {
+    "strings": {"prompt": "Two?", "chosen": "It is 2.", "rejected": "It is 3."},
+    "instruction": {"instruction": "Two?", "chosen": "It is 2.", "rejected": "It is 3."},
+    "messages in front": {"prompt": [ASKED], "chosen": "It is 2.", "rejected": "It is 3."},
+    "messages": {"prompt": "Two?", "chosen": [ANSWERED], "rejected": [WORSE]},
+    "whole messages": {"chosen": CHAT, "rejected": [ASKED, WORSE]},
+    "sharegpt": {
+        "conversations": [shared("human", "Two?")],
+        "chosen": shared("gpt", "It is 2."),
+        "rejected": shared("gpt", "It is 3."),
+    },
+    "dialogue": {
+        "chosen": "\n\nHuman: Two?\n\nAssistant: It is 2.",
+        "rejected": "\n\nHuman: Two?\n\nAssistant: It is 3.",
+    },
+    "openai": {"input": {"messages": [ASKED]}, "preferred_output": [ANSWERED], "non_preferred_output": [WORSE]},
+}
+LABELLED = {
+    "prompt": {"prompt": "Two?", "completion": "It is 2.", "label": True},
+    "response": {"prompt": "Two?", "response": "It is 2.", "label": True},
+    "lists": {"prompt": [ASKED], "completion": [ANSWERED], "label": True},
+    "messages": {"messages": CHAT, "kto_tag": True},
+    "sharegpt": {"conversations": [shared("human", "Two?"), shared("gpt", "It is 2.")], "label": True},
+}
+ALL = {
+    **{("conversations", name): row for name, row in CONVERSATIONS.items()},
+    **{("preferences", name): row for name, row in PAIRS.items()},
+    **{("preferences", f"labelled {name}"): row for name, row in LABELLED.items()},
+}
+every_shape = pytest.mark.parametrize(
+    ("kind", "row"), [(kind, row) for (kind, _), row in ALL.items()], ids=map(str, ALL)
+)
+CALL = {"name": "add", "arguments": {"a": 1, "b": 1}}
+TOOL = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Write one row and read it: (the messages before the answer, the answer, columns that are not used)."""
+
+    def read(kind, row):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        data = (conversations if kind == "conversations" else preferences)((str(path),))
+        if kind == "conversations":
+            (held,) = data.conversations(skip_bad=True)
+            *asked, answer = held.messages
+            return [m.asked() for m in asked], answer.content, data.unused.counts
+        (pair,) = data.pairs(skip_bad=True)
+        return list(pair.prompt), pair.chosen, data.unused.counts
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a byte, and ChatML's."""
+    ranks = {token: rank for rank, token in enumerate(SINGLE_BYTES)}
+    return Tokenizer(from_ranks(ranks, BYTE_PATTERN, None, CHATML_SPECIALS, "a test"), chat_template=CHATML_TEMPLATE)
+
+
+def lists_of(row):
+    """The lists of messages in a row, at any depth."""
+    for value in row.values():
+        if isinstance(value, dict):
+            yield from lists_of(value)
+            if "value" in value:
+                yield [value]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            yield value
+
+
+class TestEveryShape:
+    @every_shape
+    def test_gives_one_question_and_its_answer(self, read, kind, row):
+        assert read(kind, row) == ([Message("user", "Two?")], "It is 2.", {})
+
+    @every_shape
+    def test_counts_a_column_that_nothing_reads(self, read, kind, row):
+        _, _, unused = read(kind, row | {"source": "a book", "difficulty": 3})
+        assert unused == {"source": 1, "difficulty": 1}
+
+    @every_shape
+    def test_takes_a_null_for_nothing(self, read, kind, row):
+        # As tables write one for each column that any row has.
+        for key in (
+            "system", "system_prompt", "tools", "functions", "history", "chosen", "rejected", "label", "kto_tag",
+            "input", "context", "images", "messages", "prompt", "preferred_output",
+        ):  # fmt: skip
+            assert read(kind, {key: None} | row) == read(kind, row)
+        for key in ("tools", "functions", "history", "images"):
+            assert read(kind, row | {key: []}) == read(kind, row)
+        for key in ("tools", "functions"):
+            assert read(kind, row | {key: "[]"}) == read(kind, row)
+
+    @every_shape
+    def test_takes_a_null_in_a_message_for_nothing(self, read, kind, row):
+        row = json.loads(json.dumps(row))
+        for turns in lists_of(row):
+            for turn in turns:
+                turn |= dict.fromkeys(("weight", "train", "tool_calls", "reasoning_content", "name", "images"))
+                other = ("role", "content") if "from" in turn else ("from", "value")
+                turn |= dict.fromkeys(other)
+        assert read(kind, row) == ([Message("user", "Two?")], "It is 2.", {})
+
+    @every_shape
+    def test_passes_on_or_counts_a_key_of_a_message(self, read, kind, row):
+        row = json.loads(json.dumps(row))
+        held = [turn for turns in lists_of(row) for turn in turns]
+        for turn in held:
+            turn["mood"] = "good"
+        asked, _, unused = read(kind, row)
+        is_asked = any(turn.get("role", turn.get("from")) in ("user", "human") for turn in held)
+        assert asked == [Message("user", "Two?", {"mood": "good"} if is_asked else {})]
+        # A template gets what a conversation's answer holds too; the answers of pairs are texts.
+        is_answered = kind == "preferences" and any(
+            turn.get("role", turn.get("from")) in ("assistant", "gpt") for turn in held
+        )
+        assert unused == ({"mood of messages": 1} if is_answered else {})
+
+    @every_shape
+    def test_reads_what_stands_before_the_question(self, read, kind, row):
+        system, tools = (
+            Message("system", "Be brief."),
+            Message("tools", json.dumps([{"type": "function", "function": TOOL}])),
+        )
+        earlier = [Message("user", "One?"), Message("assistant", "1.")]
+        asked = [Message("user", "Two?")]
+        for key in ("system", "system_prompt"):
+            assert read(kind, row | {key: "Be brief."})[0] == [system, *asked]
+        assert read(kind, row | {"system": "", "system_prompt": "Be brief."})[0] == [system, *asked]
+        for value in ([TOOL], json.dumps([TOOL]), [{"type": "function", "function": TOOL}], TOOL):
+            for key in ("tools", "functions"):
+                assert read(kind, row | {key: value})[0] == [tools, *asked]
+        assert read(kind, row | {"history": [["One?", "1."]]})[0] == [*earlier, *asked]
+        whole = {"history": [["One?", "1."]], "system": "Be brief.", "tools": [TOOL]}
+        assert read(kind, row | whole) == ([tools, system, *earlier, *asked], "It is 2.", {})
+
+    @every_shape
+    def test_reads_what_a_question_is_about_or_counts_it(self, read, kind, row):
+        for key in {"input", "context"} - set(row):
+            asked, _, unused = read(kind, row | {key: "Of apples."})
+            about = [Message("user", "Two?\nOf apples.")], {}
+            assert (asked, unused) in (about, ([Message("user", "Two?")], {key: 1}))
+            if (
+                isinstance(row.get("question", row.get("instruction", row.get("prompt"))), str)
+                and "messages" not in row
+            ):
+                assert (asked, unused) == about or isinstance(row.get("chosen"), list)
+
+    @every_shape
+    def test_refuses_images(self, kind, row):
+        for key, value in (("images", ["a.png"]), ("image", "a.png"), ("photo", {"bytes": "...", "path": None})):
+            with pytest.raises(BadRow, match="has images, audio or video"):
+                self._read(kind, row | {key: value})
+        row = json.loads(json.dumps(row))
+        for turns in lists_of(row):
+            for turn in turns:
+                key = "content" if "content" in turn else "value"
+                turn[key] = [{"type": "text", "text": turn[key]}, {"type": "image_url", "image_url": {"url": "a"}}]
+            with pytest.raises(BadRow, match="image_url"):
+                self._read(kind, row)
+
+    @every_shape
+    def test_is_the_same_from_parquet(self, kind, row, tmp_path):
+        path = tmp_path / "rows.parquet"
+        other = {"tools": [TOOL], "system": "Be brief.", "note": "x"}
+        # Two rows in one table, so that each has columns and keys of nothing.
+        parquet.write_table(pyarrow.Table.from_pylist([dict.fromkeys(other) | row, row | other]), path)
+        data = (conversations if kind == "conversations" else preferences)((str(path),))
+        read_back = list(data.conversations() if kind == "conversations" else data.pairs())
+        assert len(read_back) == 2 and data.unused.counts == {"note": 1}
+        messages = [held.messages if kind == "conversations" else held.prompt for held in read_back]
+        assert [m.role for m in messages[1]][:3] == ["tools", "system", "user"]
+        assert messages[0] == messages[1][2:]
+
+    @staticmethod
+    def _read(kind, row):
+        return conversation_of(row, "here", detect(row)) if kind == "conversations" else pair_of(row, "here")
+
+
+class TestLabels:
+    @pytest.mark.parametrize("row", LABELLED.values(), ids=LABELLED)
+    def test_a_labelled_answer_is_no_conversation(self, tmp_path, row):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        data = conversations((str(path),))
+        assert list(data.conversations(skip_bad=True)) == []
+        assert "label that says whether its answer is good" in data.refused.describe()
+        # Unless a person says so.
+        listed = next((key for key in ("messages", "conversations") if key in row), None)
+        named = {"messages_key": listed} if listed else {"prompt_key": "prompt", "completion_key": list(row)[1]}
+        (held,) = conversations((str(path),), **named).conversations()
+        assert held.messages[-1].content == "It is 2."
+
+    @pytest.mark.parametrize("name", ["label", "kto_tag", "desirable", "thumbs_up"])
+    @pytest.mark.parametrize(
+        ("value", "good"), [(True, True), (0, False), (1.0, True), ("true", True), ("False", False)]
+    )
+    def test_what_people_write_is_understood(self, read, name, value, good):
+        _, chosen, unused = read("preferences", {"prompt": "Two?", "response": "It is 2.", name: value})
+        assert (chosen, unused) == ("It is 2." if good else None, {})
+
+    def test_a_label_of_another_kind_is_counted(self, read):
+        row = {"question": "Two?", "answer": "It is 2.", "label": "sums"}
+        assert read("conversations", row) == ([Message("user", "Two?")], "It is 2.", {"label": 1})
+
+
+class TestFlags:
+    """weight of OpenAI, train and its other names of axolotl."""
+
+    def trained(self, tokenizer, *turns, **settings):
+        template = ChatTemplate(CHATML_TEMPLATE, tokenizer, "a test")
+        return [text for text, trained in template.segments(messages_of(list(turns)), **settings) if trained]
+
+    @pytest.mark.parametrize(
+        "flag", [{"weight": 0}, {"train": False}, {"training": 0}, {"trainable": False}, {"weight": 0.0}]
+    )
+    def test_an_answer_that_is_not_to_be_learned_is_not(self, tokenizer, flag):
+        turns = [ASKED, WORSE | flag, ASKED, ANSWERED]
+        assert self.trained(tokenizer, *turns) == ["It is 2.<|im_end|>"]
+        assert self.trained(tokenizer, ASKED | flag, ANSWERED | {"weight": 1}) == ["It is 2.<|im_end|>"]
+
+    def test_train_on_last_is_narrowed_and_nothing_to_learn_is_refused(self, tokenizer):
+        turns = [ASKED, ANSWERED | {"weight": 1}, ASKED, WORSE | {"weight": 0}]
+        assert self.trained(tokenizer, *turns) == ["It is 2.<|im_end|>"]
+        with pytest.raises(BadRow, match="no answer that is to be learned"):
+            self.trained(tokenizer, *turns, train_on="last")
+        with pytest.raises(BadRow, match=r"weight 0, train false"):
+            self.trained(tokenizer, ASKED, WORSE | {"weight": 0})
+
+    def test_parts_of_an_answer_have_weights_of_their_own(self, tokenizer):
+        parts = [
+            {"type": "text", "text": " It is"},
+            {"type": "text", "text": " er", "weight": 0},
+            {"text": " 2. ", "weight": 1},
+        ]
+        assert self.trained(tokenizer, ASKED, say("assistant", parts)) == [" It is", " 2. <|im_end|>"]
+        parts = [{"type": "text", "text": "It is 3.", "weight": 0}]
+        assert self.trained(tokenizer, ASKED, say("assistant", parts), ASKED, ANSWERED) == ["It is 2.<|im_end|>"]
+
+    def test_pairs_have_no_answers_that_are_not_to_be_learned(self):
+        row = {"prompt": "Two?", "chosen": [ANSWERED | {"weight": 0}], "rejected": [WORSE]}
+        with pytest.raises(BadRow, match=r"a chosen answer of which something is not to be learned"):
+            pair_of(row, "here")
+        row = {"prompt": "Two?", "chosen": [ANSWERED | {"reasoning_content": "1 + 1"}], "rejected": [WORSE]}
+        with pytest.raises(BadRow, match=r"reasoning_content in its chosen answer"):
+            pair_of(row, "here")
+
+
+class TestCalls:
+    @pytest.mark.parametrize(
+        "turn",
+        [
+            say("assistant", None, tool_calls=[{"id": "1", "type": "function", "function": CALL}]),
+            say(
+                "assistant", "", tool_calls=[{"id": "1", "function": {"name": "add", "arguments": '{"a": 1, "b": 1}'}}]
+            ),
+            {"role": "assistant", "tool_calls": json.dumps([{"id": "1", **CALL}])},
+            say("assistant", None, function_call={"name": "add", "arguments": '{"a": 1, "b": 1}'}),
+            say("function_call", json.dumps(CALL)),
+            shared("function_call", json.dumps([CALL])),
+            say("tool_call", json.dumps({"name": "add", "parameters": {"a": 1, "b": 1}})),
+            say(
+                "assistant", None, tool_calls=[{"function": {"name": "add", "arguments": {"a": 1, "b": 1, "c": None}}}]
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("result", [say("tool", "2"), say("function", "2", name="add"), shared("observation", "2")])
+    def test_are_the_same_in_every_shape(self, turn, result):
+        asked, called, given, answered = messages_of([ASKED, turn, result, ANSWERED])
+        assert (asked.role, called.role, given.role, answered.role) == ("user", "assistant", "tool", "assistant")
+        ((call,),) = called.more.values()
+        assert (call["type"], call["function"], called.content) == ("function", CALL, "")
+        assert (given.content, given.more) == ("2", {"name": "add"} if "name" in result else {})
+
+    def test_a_tool_may_give_back_nothing(self):
+        assert messages_of([ASKED, say("function_call", json.dumps(CALL)), say("tool", ""), ANSWERED])[2].content == ""
+
+
+class TestMessage:
+    def test_is_read_back_from_what_a_file_of_prompts_holds(self):
+        message = Message("assistant", "", {"tool_calls": [{"type": "function", "function": CALL}]})
+        assert Message.of(json.loads(json.dumps(message.row()))) == message
+        assert len({message, Message("assistant", "")}) == 2
+
+    def test_is_written_short_where_it_is_plain(self):
+        assert repr(Message("user", "Hi?")) == "Message(role='user', content='Hi?')"
+        assert (
+            repr(Message("user", "", {"id": 1}, False))
+            == "Message(role='user', content='', more={'id': 1}, trained=False)"
+        )
+
+    def test_unused_is_one_line(self):
+        unused = Unused()
+        unused.add(["id", "lang"])
+        unused.add(["id"])
+        assert unused.describe() == "columns not used: id (2 rows), lang (1 row)"
+        assert not Unused()
