@@ -99,7 +99,7 @@ class Unused:
 
     def describe(self) -> str:
         """Return one line, the most frequent first: "columns not used: id (1,000 rows), lang (3 rows)"."""
-        names = sorted(self.counts, key=lambda name: -self.counts[name])
+        names = sorted(self.counts, key=lambda name: (-self.counts[name], name))
         shown = [f"{name:.60} ({self.counts[name]:,} row{'' if self.counts[name] == 1 else 's'})" for name in names]
         rest = f", and {len(shown) - _MOST_UNUSED:,} more" if len(shown) > _MOST_UNUSED else ""
         return f"columns not used: {', '.join(shown[:_MOST_UNUSED])}{rest}"

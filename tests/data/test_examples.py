@@ -70,7 +70,7 @@ class TestNotes:
         turns = [{"role": "user", "content": "One?", "id": "7"}, {"role": "assistant", "content": "1."}]
         path.write_text(json.dumps({"messages": turns, "source": "a book"}) + "\n")
         assert opened(conversations((str(path),))).notes == [
-            "talks: columns not used: source (1 row), id of messages (1 row)"
+            "talks: columns not used: id of messages (1 row), source (1 row)"
         ]
         path.write_text(json.dumps({"prompt": "One?", "chosen": "1.", "rejected": "2.", "score": 3}) + "\n")
         _, notes = open_pairs({"pairs": preferences((str(path),))}, skip_bad=False)
