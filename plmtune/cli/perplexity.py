@@ -81,7 +81,8 @@ def perplexity(
     try:
         source = find(files, separator=separator, **reading)
     except (UserError, ValueError) as error:
-        raise UserError(f"{str(error).rstrip('.')}. Nothing was measured.") from error
+        said = _in_options(str(error).rstrip("."))
+        raise UserError(f"{said}{'' if said.endswith('?') else '.'} Nothing was measured.") from error
     assert isinstance(source, Files)  # its paths go with its streams
     model, tokenizer = plmtune.load(checkpoint, where, find_dtype(dtype))
     window = model.max_seq_len if window is None else window
@@ -142,6 +143,7 @@ def _check_text(path: Path, reading: Mapping[str, Any]) -> None:
 def _in_options(message: str) -> str:
     """Have what the reader of a config's data says name the options alone."""
     message = re.sub(r"encoding=(.*) \(--encoding\)", r"--encoding \1", message)
+    message = message.replace("separator is the empty text; leave it out (null)", "--separator is empty: leave it out")
     return re.sub(r"\b(?:text_key|skip_bad) \((--[\w-]+)\)", r"\1", message)
 
 

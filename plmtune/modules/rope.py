@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from plmtune.ranges import Range, check
 
@@ -58,8 +59,9 @@ def _cached_tables(
     dim: int, max_seq_len: int, theta: float, interleaved: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """cos and signed sin in fp32, both [max_seq_len, dim] in the order of x."""
-    # Tables made while generating must also serve training, which inference tensors cannot.
-    with torch.inference_mode(False):
+    # Tables made while generating must also serve training, which inference tensors cannot; those made while
+    # torch.export traces must hold numbers, for it and for later calls.
+    with torch.inference_mode(False), _disable_current_modes():
         frequency = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
         angle = torch.arange(max_seq_len, device=device, dtype=torch.float64)[:, None] * frequency
         cos, sin = angle.cos().float(), angle.sin().float()  # [s, dim / 2]

@@ -30,6 +30,7 @@ RECORD = "run.json"
 LOCK = "lock"
 # Links in runs/NAME: the run there that finished last, and the one that was started last.
 LATEST, NEWEST = "latest", "newest"
+_OF_MODELS = ("*.safetensors", "config.json", "adapter_config.json")  # patterns of files that a model directory has
 _LOCK_TRIES, _LOCK_PAUSE = 10, 0.03
 _PACKAGES = ("plmtune", "torch", "torchao", "hydra-core", "numpy", "safetensors", "tokenizers")
 
@@ -129,10 +130,12 @@ def refuse_unusable(path: Path) -> None:
     """Refuse a directory in which no new run can begin, before anything is made.
 
     Raises:
-        UserError: if it holds a run, or cannot be written.
+        UserError: if it holds a run or a model, or cannot be written.
     """
     if (path / CONFIG).exists():
         raise UserError(f"{path} already holds a run. Resume it (plmtune resume {path}), or choose another directory.")
+    if model := next((name for pattern in _OF_MODELS for name in path.glob(pattern)), None):
+        raise UserError(f"{path} holds a model ({model.name}), and a run would overwrite it. Choose another directory.")
     if any((path / "checkpoints").glob("step-*")):
         raise UserError(f"{path} holds checkpoints of a run without its {CONFIG}. Choose another directory.")
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())

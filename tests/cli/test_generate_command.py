@@ -101,8 +101,8 @@ class TestGenerate:
             ),
             (("{checkpoint}/nothing", "--prompt", "a"), b"", "/nothing (seen from "),
             (("{checkpoint}", "--prompt", "a", "--temperature", "nan"), b"", "nan is no finite number"),
-            (("{checkpoint}", "--prompt", "a", "--repetition-penalty", "0"), b"", "0.0 is not in the range x>0"),
-            (("{checkpoint}", "--prompt", "a", "--min-p", "1.5"), b"", "1.5 is not in the range 0<=x<=1"),
+            (("{checkpoint}", "--prompt", "a", "--repetition-penalty", "0"), b"", "must be above 0, not 0"),
+            (("{checkpoint}", "--prompt", "a", "--min-p", "1.5"), b"", "must be at least 0 and at most 1, not 1.5"),
             (("{checkpoint}", "--prompt", "a", "--stop", ""), b"", "a stop string is empty"),
         ],
     )

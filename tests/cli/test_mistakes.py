@@ -37,6 +37,11 @@ FILES = {
     "chats.jsonl": '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n',
     "pairs.jsonl": '{"prompt": "q", "chosen": "a", "rejected": "b"}\n',
     "fake.gguf": "GGUF....",
+    "broken.jinja": "{% for %}",
+    "binary.txt": b"\0\1\2" * 100,
+    "latin.txt": b"caf\xe9 " * 50,
+    "other.jsonl": '{"body": "a"}\n',
+    "noresult.json": "{}",
 }
 
 COMMANDS = [
@@ -272,6 +277,55 @@ MODELS_AND_DATA = [
     ("plan plm_20m --sweep", "--sweep: no key has several values. Write"),
     ("merge nowhere out", "There is no nowhere"),
     ("merge m out", "m holds no adapters: it is a whole model already"),
+    ("chat m", "The tokenizer has no chat template. Name one: --chat-template chatml, llama3, plain"),
+    ("chat m --chat-template nosuch", "nosuch is neither a chat template's name nor a file with one"),
+    ("chat m --chat-template broken.jinja", "broken.jinja is no Jinja template: "),
+    ("chat damaged --chat-template plain", "damaged/model.safetensors is damaged or not a safetensors"),
+    ("chat fake.gguf", "fake.gguf is a GGUF file. Make a model directory of it"),
+    ("chat m extra", "plmtune chat: too many arguments: extra. Usage: plmtune chat"),
+    ("chat m --device cuda:9 --chat-template plain", "--device cuda:9: not on this machine"),
+    ("chat m --max-new-tokens 0", "--max-new-tokens: must be at least 1"),
+    ("perplexity m", "Name the text to measure: plmtune perplexity m FILE"),
+    ("perplexity m nothing.txt", "There is no file nothing.txt (seen from"),
+    ("perplexity m d.tx", "Did you mean d.txt? Nothing was measured."),
+    ("perplexity m empty.txt", "empty.txt is empty. Nothing was measured."),
+    ("perplexity m binary.txt", "binary.txt looks binary: it holds zero bytes"),
+    ("perplexity m latin.txt", "latin.txt is not utf-8: byte 3 is 0xe9"),
+    ("perplexity m other.jsonl", "other.jsonl, line 1 has no key text. Known: body. Choose it with --text-key"),
+    ("perplexity m 'none*.txt'", "The glob none*.txt matches no file"),
+    ("perplexity m d.txt --separator ''", "--separator is empty: leave it out"),
+    ("perplexity m d.txt --window 100000", "--window 100000 is more than the 64 tokens that m takes at once"),
+    ("perplexity m d.txt --window 8 --stride 9", "--stride 9 is more than --window 8"),
+    ("perplexity d.txt m", "d.txt is no checkpoint, and CHECKPOINT comes first"),
+    ("merge m", "plmtune merge: OUT is missing. Usage: plmtune merge"),
+    ("merge d.txt out", "d.txt is not a directory. Give a checkpoint, a model"),
+    ("merge adapters out --base nowhere", "There is no nowhere"),
+    ("merge adapters out --base m", "holds neither adapter_model.safetensors nor adapter_model.safetensors.index.json"),
+    ("merge adapters m", "m holds a model already. Name another place, or give --overwrite."),
+    ("merge adapters d.txt", "d.txt is there already, and is no directory. Name another place."),
+    ("merge adapters out --dtype int8", "plmtune merge: --dtype: int8 is none of fp32, bf16, fp16."),
+    ("card m --out nowhere/x.md", "--out nowhere/x.md: there is no folder nowhere."),
+    ("card m --out d.txt", "d.txt is there already. Name another file with --out, or give --overwrite."),
+    ("card m d.txt --out c.md", "d.txt is damaged or no result: it is not valid JSON"),
+    ("card m noresult.json --out c.md", "noresult.json is no result of plmtune eval"),
+    ("card d.txt", "There is no finished run under runs/"),
+    ("card damaged --out c.md", "damaged/model.safetensors is damaged or not a safetensors"),
+    ("run quantize", "there is no finished run under runs/ to quantize"),
+    ("run quantize checkpoint=m data=files data.paths=[nothing.txt]", "There is no file nothing.txt"),
+    (
+        "run quantize checkpoint=m data=files data.paths=[d.txt]",
+        "key data: the text has 6,501 tokens, and calib",
+    ),
+    ("run quantize checkpoint=m sensitivity.budget=1%", "1% is 144 B, and the scheme int4 takes 8.58 KiB (60.7%)"),
+    ("run quantize checkpoint=m sensitivity.budget=200%", "budget (200%) must be bytes (80M), or a share of the"),
+    ("run quantize checkpoint=m --sensitivity test_tokens=0", "needs text to measure on, and test_tokens is 0"),
+    ("run quantize checkpoint=m quantization=mixed", "rules: mixed stores nothing in integers without them"),
+    ("run quantize checkpoint=m run_dir=m", "m holds a model (model.safetensors), and a run would overwrite it"),
+    ("run quantize checkpoint=m run_dir=d.txt", "d.txt is a file"),
+    ("run quantize checkpoint=m seq_len=100000", "key seq_len: 100,000 exceeds the model's max_seq_len (64)"),
+    ("run quantize checkpoint=m data=docstrings", "holds conversations; this run takes plain text"),
+    ("run quantize model=plm_tiny", "quantize has no key model (it belongs to pretrain"),
+    ("run demo run_dir=m", "m holds a model (model.safetensors), and a run would overwrite it"),
 ]
 
 # Beside each mistake is what is right, in RIGHT.
@@ -347,6 +401,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, content in FILES.items():
         (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     save_small(root / "m")
+    (root / "adapters").mkdir()
+    (root / "adapters/adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "gone"}')
     shutil.copytree(root / "m", root / "damaged")
     weights = root / "damaged/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plmtune.modules.feed_forward import SquaredReLU, SwiGLU
 from plmtune.modules.norm import LayerNorm, RMSNorm
-from plmtune.modules.rope import RotaryEmbedding
+from plmtune.modules.rope import RotaryEmbedding, rope_tables
 
 
 class TestRotaryEmbedding:
@@ -24,6 +25,12 @@ class TestRotaryEmbedding:
                 torch.testing.assert_close(out[0, position, :, a], turned, atol=1e-5, rtol=1e-5)
                 turned = x[0, position, :, b] * math.cos(angle) + x[0, position, :, a] * math.sin(angle)
                 torch.testing.assert_close(out[0, position, :, b], turned, atol=1e-5, rtol=1e-5)
+
+    def test_tables_that_are_made_while_a_program_is_traced_hold_numbers(self) -> None:
+        with FakeTensorMode():
+            tables = rope_tables(8, 6, 77.0, False, torch.device("cpu"))
+        assert {type(table) for table in tables} == {torch.Tensor}
+        assert tables[0][0].tolist() == [1.0] * 8
 
     def test_positions_may_differ_by_row(self) -> None:
         rope = RotaryEmbedding(8, 32, theta=100.0, interleaved=True)
