@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 from plmtune.data.rows import Message
+from plmtune.data.sources import BadRow
 from plmtune.generation import Memory, complete
 
 if TYPE_CHECKING:
@@ -117,10 +118,14 @@ class Conversation:
         """Go on from a transcript instead of what was said here.
 
         Raises:
-            BadRow: if the chat template refuses it, or it holds the text of a special token; then nothing changes.
+            BadRow: if it is not of user and assistant in turn, behind a system's message at most, the chat template
+                refuses it, or it holds the text of a special token; then nothing changes.
         """
-        self.template.encode_prompt([*messages, Message("user", "a")])
         systems = 1 if messages and messages[0].role == "system" else 0
+        roles = [message.role for message in messages[systems:]]
+        if roles != ["user", "assistant"] * (len(roles) // 2):
+            raise BadRow("is no talk of user and assistant in turn that ends in an answer")
+        self.template.encode_prompt([*messages, Message("user", "a")])
         self.system = messages[0].content if systems else None
         self.messages, self.forgotten = list(messages[systems:]), 0
 

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -247,7 +247,7 @@ class _Talk:
             raise UserError(f"{path}: conversations are read from .jsonl files. Name it so: /save {path.name}.jsonl")
         if path != self.saved and (path.exists() or path.is_symlink()):
             raise UserError(f"{path} exists already. Name another file.")
-        row = {"messages": [asdict(message) for message in self.conversation.transcript]}
+        row = {"messages": [message.row() for message in self.conversation.transcript]}
         with writing(path) as temporary:
             temporary.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
         self.saved = path
