@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from plmtune import terminal
 from plmtune.errors import UserError
 from plmtune.extras import missing
 from plmtune.units import show_bytes
@@ -446,4 +447,4 @@ def leads_out(path: Path) -> bool:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    terminal.echo(text, err=True)

@@ -162,7 +162,9 @@ def _import_entry_points() -> None:
         try:
             importlib.import_module(point.module)
         except Exception as error:  # another package's fault must not stop every command
-            print(f"plmtune: components of {point.module} are left out: {raised(error)}", file=sys.stderr)
+            from plmtune import terminal
+
+            terminal.echo(f"plmtune: components of {point.module} are left out: {raised(error)}", err=True)
 
 
 def _modules() -> list[tuple[str, Path]]:

@@ -169,7 +169,7 @@ class Line:
             if self._in_place:
                 self._draw()
             else:
-                print(_SEPARATOR.join(parts), file=sys.stderr, flush=True)
+                print(self._text(columns(sys.stderr)), file=sys.stderr, flush=True)
 
     def close(self, *, keep: bool = False) -> None:
         """Clear the line, or leave it as it is now."""
@@ -183,13 +183,17 @@ class Line:
 
     def _draw(self) -> None:
         room = (columns(sys.stderr) or 80) - 1  # a full line would move the cursor to the next
+        print(f"\r\033[2K{self._text(room)}", end="", file=sys.stderr, flush=True)
+        Line._drawn = self
+
+    def _text(self, room: int | None) -> str:
+        """As many parts as there is room for."""
         parts = [encodable(visible(part), encoding(sys.stderr)) for part in self._parts]
         separator = encodable(_SEPARATOR, encoding(sys.stderr))
-        while len(parts) > 1 and cell_len(separator.join(parts)) > room:
+        while room is not None and len(parts) > 1 and cell_len(separator.join(parts)) > room:
             parts.pop()
-        text = set_cell_size(parts[0], room) if cell_len(parts[0]) > room else separator.join(parts)
-        print(f"\r\033[2K{text}", end="", file=sys.stderr, flush=True)
-        Line._drawn = self
+        text = separator.join(parts)
+        return text if room is None or cell_len(text) <= room else set_cell_size(text, room)
 
     @staticmethod
     @contextlib.contextmanager

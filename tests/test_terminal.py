@@ -132,6 +132,9 @@ class TestLine:
             line.update(f"step {step}", "loss 1.0", now=step in (0, 4))
         line.close(keep=True)
         assert screen.getvalue() == "step 0 · loss 1.0\nstep 4 · loss 1.0\n"
+        monkeypatch.setenv("COLUMNS", "20")
+        line.update("step 1,234/12,000", "ETA 0:00", now=True)
+        assert screen.getvalue().splitlines()[-1] == "step 1,234/12,000"
 
     def test_one_that_is_not_shown_is_silent(self, screen: Screen) -> None:
         line = Line(shown=False)

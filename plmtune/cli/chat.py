@@ -19,6 +19,7 @@ from plmtune.cli import import_option
 from plmtune.cli.generate import stream, warn_of_pretrained
 from plmtune.cli.options import device_option, find_device, find_model, sampling_options
 from plmtune.errors import UserError, did_you_mean
+from plmtune.tables import Column, Table
 from plmtune.terminal import visible
 
 if TYPE_CHECKING:
@@ -213,9 +214,10 @@ class _Talk:
         _tell("; ".join(notes), dim=True)
 
     def help(self, _: str) -> None:
-        width = max(map(len, _USAGE))
+        table = Table([Column("", key=True), Column("", folds=True)], headings=False)
         for usage, what in _USAGE.items():
-            _tell(f"{usage:{width}}  {what}")
+            table.add(usage, what)
+        _tell(table)
 
     def system(self, text: str) -> None:
         from plmtune.data.sources import BadRow
@@ -289,9 +291,13 @@ def _shown(pieces: Iterator[str]) -> Iterator[str]:
         yield visible(piece) if on_terminal else piece
 
 
-def _tell(text: str, *, dim: bool = False) -> None:
+def _tell(text: str | Table, *, dim: bool = False) -> None:
     """Say something that is no answer."""
-    lines = terminal.wrap(text, terminal.columns(sys.stderr))
+    width, encoding = terminal.columns(sys.stderr), terminal.encoding(sys.stderr)
+    if isinstance(text, Table):
+        lines = text.lines(width, encoding=encoding)
+    else:
+        lines = terminal.wrap(terminal.encodable(text, encoding), width)
     if dim and terminal.coloured(sys.stderr):
         lines = [terminal.style(line, "dim") for line in lines]
     print("\n".join(lines), file=sys.stderr, flush=True)

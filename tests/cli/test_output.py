@@ -67,6 +67,11 @@ CASES: dict[str, tuple[list[str], list[str], int]] = {
     "generate with a killed run": (["generate", f"{RUN}3", "--prompt", "a", "--max-new-tokens", "3"], [], 0),
     "a mistake": (["run", "demo", "optimizer.lerning_rate=0.1"], [], 2),
     "resume of what is finished": (["resume", f"{RUN}0"], [f"init_from={RUN}0"], 0),
+    "verify": (["verify", "exports/model-F32.gguf", "--against", "model"], ["perplexity:"], 0),
+    "convert": (["convert", "exports/model-F32.gguf", "converted", "--overwrite"], ["converted:", "6,672"], 0),
+    "a wrong option": (["bench", "--devcie", "cpu", "--context", "128"], [], 2),
+    "no result to compare": (["compare", "folder-without-results"], [], 2),
+    "ls of a command": (["ls", "runs"], [], 2),
     "version": (["--version"], ["plmtune,"], 0),
 }  # fmt: skip
 
@@ -165,6 +170,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name, shift in (("a", 0.0), ("b", 0.0456), ("c", -0.0123)):
             results.save(result(name, shift), place / f"{name}.json")
         _make_runs(place)
+        assert shown(CASES["export"][0], None)[0] == 0
         patch.setattr(devices_measure, "measure", _measured)
         patch.setattr(devices_measure, "read_bandwidth", lambda device: 2e9)
         patch.setattr("plmtune.evaluation.comparison_plot.draw", lambda *arguments: None)
