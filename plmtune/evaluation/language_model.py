@@ -164,12 +164,7 @@ class LanguageModel(TemplateLM):
         ids = self._encoded.get(string)
         if ids is None:
             ids = self.tokenizer.encode(string, specials=True)
-        bos = self.tokenizer.bos if self.tokenizer.adds_bos else None
-        if bos is None or add_special_tokens is False:
-            return ids
-        if add_special_tokens is None and string.startswith(bos):
-            return ids
-        return [self.prefix_token_id, *ids]
+        return ids if add_special_tokens is False else self.tokenizer.with_bos(ids)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Put a conversation, as transformers' apply_chat_template.

@@ -225,8 +225,7 @@ def verify(
 
 
 def _ids(tokenizer: Tokenizer, text: str, most: int) -> list[int]:
-    before = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-    ids = [*before, *tokenizer.encode(text)][:most]
+    ids = tokenizer.with_bos(tokenizer.encode(text))[:most]
     least = _LEAST if most >= _LEAST else _LEAST // 2
     if most < least:
         raise UserError(f"{most} tokens are all that it reads at once; less than {least} prove nothing.")
