@@ -74,13 +74,17 @@ class Preference:
         self.loss, self.template, self.refinement = plan.loss, plan.template, plan.refinement
         self.tokenizer.chat_template = self.template.source  # what the model learns is saved with it
         sources = plan.sources
-        self.notes: list[str] = []
+        self.notes: list[str] = []  # on the pairs of a stage
+        self.unread: list[str] = []  # on the columns of the data
         if cfg.rounds:
             self.rounds = open_rounds(cfg, sources)
+            unused = {name: source.unused for name, source in sources.items() if source.unused}
+            self.unread = [
+                f"{name}: {found.describe()}; rules and the reward see them" for name, found in unused.items()
+            ]
         else:
-            pairs, notes = open_pairs(sources, skip_bad=cfg.chat.skip_bad)
+            pairs, self.unread = open_pairs(sources, skip_bad=cfg.chat.skip_bad)
             self.data = self._batches(pairs)
-            self.notes = [*notes, *self.notes]
             check_schedule(cfg, self.data.num_steps, plan.tokens_per_step)
         self.student: Student = wake(
             cfg, plan.model, self.tokenizer, runtime, origin, self.whole, score_head=self.loss.scalar_head
@@ -381,7 +385,7 @@ class Preference:
 
     def _introduce(self, watch: Watch) -> None:
         watch.message(f"run: {self.run.path}" + (f", resuming after step {self.step}" if self.step else ""))
-        for line in (*self.runtime.reasons, *self.student.notes, *self.plan.estimate.lines()):
+        for line in (*self.runtime.reasons, *self.student.notes, *self.plan.estimate.lines(), *self.unread):
             watch.message(line)
 
     def _trial(self) -> None:

@@ -365,6 +365,13 @@ class TestMistakes:
         assert "chat.skip_bad=true" in said
         assert not (base / "runs").exists()
 
+    def test_columns_that_nothing_reads_are_counted(self, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        path = base / "pairs.jsonl"
+        rows = [json.loads(line) | {"id": number} for number, line in enumerate(path.read_text().splitlines())]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run("dpo", "run_dir=r", "global_batch_size=32", "epochs=0.1")
+        assert "preferences: columns not used: id (40 rows)" in " ".join(capfd.readouterr().err.split())
+
     def test_a_prompt_longer_than_the_context_is_said_before_training(self, base: Path) -> None:
         said = refusal("dpo", "seq_len=16")
         assert "None of the pairs can be trained on" in said

@@ -242,6 +242,13 @@ class TestMistakes:
         assert not (base / "runs").exists()
         run("sft", "chat.skip_bad=true", "run_dir=r")
 
+    def test_columns_that_nothing_reads_are_counted(self, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        path = base / "talk.jsonl"
+        rows = [json.loads(line) | {"id": number} for number, line in enumerate(path.read_text().splitlines())]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run("sft", "run_dir=r", "phases=[{name: main, steps: 1}]")
+        assert "conversations: columns not used: id (40 rows)" in " ".join(capfd.readouterr().err.split())
+
     def test_nothing_left_to_train_on_is_said_with_the_reasons(self, base: Path) -> None:
         said = refusal("sft", "seq_len=16")
         assert "none of its 40 conversations can be trained on" in said
