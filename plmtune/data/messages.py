@@ -127,8 +127,10 @@ class Parts:
         texts = [text_under(asked, f"under {key}")]
         for given in _GIVEN:
             if not alone and given != key and isinstance(self.row.get(given), str):
-                text = self.take(given)
-                texts += [text_under(text, f"under {given}")] if text.strip() else []
+                text = self.take(given).strip()
+                # A prompt that is put together from columns has it already, in lines of its own.
+                if text and f"\n{text}\n" not in f"{texts[0]}\n":
+                    texts.append(text_under(self.row[given], f"under {given}"))
         return [Message("user", "\n".join(texts))]
 
     def messages(self, key: str) -> list[Message]:

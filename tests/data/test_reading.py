@@ -187,6 +187,10 @@ class TestEveryShape:
             ):
                 assert (asked, unused) == about or isinstance(row.get("chosen"), list)
 
+    def test_says_once_what_a_prompt_holds_already(self, read):
+        row = {"prompt": "Two?\nOf apples.", "input": "Of apples.", "completion": "It is 2."}
+        assert read("conversations", row) == ([Message("user", "Two?\nOf apples.")], "It is 2.", {})
+
     @every_shape
     def test_refuses_images(self, kind, row):
         for key, value in (("images", ["a.png"]), ("image", "a.png"), ("photo", {"bytes": "...", "path": None})):
