@@ -23,6 +23,9 @@ from plmtune.models.files import checkpoint_directory
 from plmtune.models.hf import save_model
 from plmtune.training.runtime import Runtime
 
+TALK = "{component: conversations, paths: [talk.jsonl]}"
+TWO = ("data=mix", f"data.sources={{a: {TALK}, b: {TALK}}}")
+
 
 def recipe() -> Any:
     return importlib.import_module("plmtune.recipes.sft").Sft
@@ -69,10 +72,8 @@ class TestLearning:
         assert told[0] == pytest.approx(nats / count, rel=0.02)  # of a sample of rows
 
     def test_phases_have_their_own_mix_and_budget(self, base: Path) -> None:
-        talk = "{component: conversations, paths: [talk.jsonl]}"
-        sources = f"data.sources={{a: {talk}, b: {talk}}}"
         phases = "phases=[{name: general, steps: 2, mix: {b: 1}}, {name: domain, steps: 2, mix: {a: 1}}]"
-        run("sft", "data=mix", sources, phases, "run_dir=r", "seq_len=160", "chat.too_long=drop")
+        run("sft", *TWO, phases, "run_dir=r", "seq_len=160", "chat.too_long=drop")
         entries = [entry for entry in metrics(base / "r") if "phase" in entry]
         assert [entry["phase"] for entry in entries] == ["general", "general", "domain", "domain"]
 
@@ -83,7 +84,9 @@ class TestLearning:
 
 class TestResuming:
     @pytest.mark.parametrize(
-        "extra", [(), ("peft=lora", "peft.dropout=0.1"), ("phases=[]", "epochs=1.5")], ids=["all", "lora", "epochs"]
+        "extra",
+        [(), ("peft=lora", "peft.dropout=0.1"), ("phases=[]", "epochs=1.5"), ("phases=[]", "epochs=2", *TWO)],
+        ids=["all", "lora", "epochs", "two sources"],
     )
     def test_a_stopped_run_goes_on_as_if_never_disturbed(
         self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, extra: tuple[str, ...]
@@ -157,6 +160,11 @@ class TestEpochs:
         rows = steps[1]
         assert 5 < rows < 40  # packed
         assert steps[1.5] == math.ceil(1.5 * rows)
+
+    def test_every_row_of_two_sources_is_drawn_so_often(self, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        run("sft", "phases=[]", "epochs=2", *TWO, "run_dir=r", "validation.every=0", "checkpoint.every=0")
+        said = capsys.readouterr().err
+        assert said.count("seen 2.00 times") == 2
 
     def test_without_epochs_and_phases_it_is_three_and_the_plan_says_so(
         self, base: Path, capsys: pytest.CaptureFixture[str]
