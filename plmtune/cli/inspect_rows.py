@@ -150,14 +150,15 @@ def _show_conversation(
 
 
 def _show_pair(console: Console, row: dict[str, Any], place: str, template: ChatTemplate | None) -> None:
-    from plmtune.data.preferences import pair_of
+    from plmtune.data.preferences import SIDES, pair_of
 
     assert template is not None
     pair = pair_of(row, place)
     prompt = template.encode_prompt(pair.prompt)
     _print_runs(console, [(prompt.tolist(), False)], template)
     counts = [f"prompt {prompt.size:,} tokens"]
-    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+    for name in SIDES:
+        answer = pair.answer(name)
         if answer is None:
             counts.append(f"no {name} answer")
             continue
@@ -248,7 +249,7 @@ def _conversation_counter(shape: Shape | None, template: ChatTemplate, train_on:
 
 
 def _pair_counter(template: ChatTemplate, seen: _Seen) -> Any:
-    from plmtune.data.preferences import pair_of
+    from plmtune.data.preferences import SIDES, pair_of
 
     def read(block: Sequence[tuple[str, dict[str, Any]]]) -> list[BadRow | None]:
         errors: list[BadRow | None] = []
@@ -257,9 +258,9 @@ def _pair_counter(template: ChatTemplate, seen: _Seen) -> Any:
                 pair = pair_of(row, place)
                 counts = {"prompt": template.encode_prompt(pair.prompt, seen.unused).size}
                 seen.unused.add(pair.unused)
-                for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-                    if answer is not None:
-                        counts[name] = template.encode_answer(answer).size
+                for side in SIDES:
+                    if (answer := pair.answer(side)) is not None:
+                        counts[side] = template.encode_answer(answer, seen.unused).size
             except BadRow as error:
                 errors.append(error)
                 continue

@@ -191,18 +191,28 @@ class ChatTemplate:
         cuts = [0, *begins, len(text)]
         return self._with_bos(np.concatenate(self._encode([text[a:b] for a, b in pairwise(cuts)])))
 
-    def encode_answer(self, text: str) -> Ids:
+    def encode_answer(self, answer: str | Message, unused: Unused | None = None) -> Ids:
         """Return the tokens [n] of an answer as the template writes it; the last is `end_id`.
 
+        Args:
+            answer: a text, or the assistant's message.
+            unused: counts what the template leaves out and need not write.
+
         Raises:
-            BadRow: if the answer holds the text of a special token, or the template refuses it.
+            BadRow: if the answer holds the text of a special token, or the template refuses it or leaves out what it
+                says.
         """
-        messages = (*self._question, Message("assistant", text))
+        said = Message("assistant", answer) if isinstance(answer, str) else answer
+        messages: Sequence[Message] = (*self._question, said)
         self._check(messages)
         prompt = self.render(self._question, add_generation_prompt=True)
         written, spans = self._renderer.render(messages)
         if not written.startswith(prompt):
             raise BadRow(f"has an answer that {OTHERWISE}")
+        if said.more:
+            messages, ignored = self._renderer.honoured(messages, written)
+            if unused is not None:
+                unused.add(ignored)
         answers, _ = self._answers.find(messages, written, spans)
         end = answers[-1][0][1]
         return self._encode([written[len(prompt) : end]])[0]

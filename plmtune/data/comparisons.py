@@ -18,7 +18,7 @@ from plmtune.data.chat_template import ChatTemplate
 from plmtune.data.order import key_of, num_drawn, permute
 from plmtune.data.packing import pack
 from plmtune.data.preferences import Pair
-from plmtune.data.refinement import Refinement
+from plmtune.data.refinement import UNSHOWN, Refinement
 from plmtune.data.rows import Refused, Unused
 from plmtune.data.sources import BadRow
 from plmtune.errors import UserError
@@ -94,8 +94,8 @@ def make_comparisons(
     for pair in pairs:
         try:
             prompt = template.encode_prompt(pair.prompt, unused)
-            chosen = None if pair.chosen is None else template.encode_answer(pair.chosen)
-            rejected = None if pair.rejected is None else template.encode_answer(pair.rejected)
+            answers = (pair.answer("chosen"), pair.answer("rejected"))
+            chosen, rejected = (None if said is None else template.encode_answer(said, unused) for said in answers)
         except BadRow as error:
             refused.add(pair.place, str(error))
             continue
@@ -114,6 +114,8 @@ def make_comparisons(
             assert refinement is not None
             for kind, earlier in ((GIVEN_REJECTED, pair.rejected), (GIVEN_CHOSEN, pair.chosen)):
                 try:
+                    if not pair.shows_all:
+                        raise BadRow(UNSHOWN)
                     context = refinement.encode(template, pair.prompt, earlier, max_len=room)
                 except BadRow as error:
                     refused.add(pair.place, str(error))

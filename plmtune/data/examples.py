@@ -14,7 +14,7 @@ from plmtune.data.chat_template import ChatTemplate
 from plmtune.data.conversations import Conversations
 from plmtune.data.packing import Example, PackedRows, fit
 from plmtune.data.preferences import Pair, Preferences
-from plmtune.data.refinement import Refinement
+from plmtune.data.refinement import UNSHOWN, Refinement
 from plmtune.data.rows import Refused, Unused
 from plmtune.data.sources import BadRow, Source
 from plmtune.data.ticker import ticking
@@ -162,6 +162,8 @@ def _refinements(
             source.refused.add(pair.place, "has one answer only, and refining takes two")
             continue
         try:
+            if not pair.shows_all:
+                raise BadRow(UNSHOWN)
             prompt, answer = template.encode_prompt(pair.prompt, counts.unused), template.encode_answer(pair.chosen)
             # Cut from the right, a long question would lose what is trained: the answer that it shows gives way.
             context = refinement.encode(template, pair.prompt, pair.rejected, max_len=seq_len - answer.size)

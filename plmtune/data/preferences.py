@@ -18,6 +18,9 @@ from plmtune.data.rows import Message, Refused, Rows, Unused
 from plmtune.data.sources import BadRow, text_of
 from plmtune.registry import register
 
+Side = Literal["chosen", "rejected"]
+SIDES: tuple[Side, Side] = ("chosen", "rejected")
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -27,7 +30,8 @@ class Pair:
     chosen, rejected: the better and the worse answer; one of them is None where a row held only one with a label.
     place: where it stands, "FILE, line 17".
     extra: what else its row held that is JSON.
-    unused: the columns, and keys of answers, that nothing read.
+    more: further keys of the answers, as `Message.more`: calls, thoughts, ...
+    unused: the columns that nothing read.
     """
 
     prompt: tuple[Message, ...]
@@ -35,7 +39,18 @@ class Pair:
     rejected: str | None
     place: str
     extra: dict[str, Any] = field(default_factory=dict)
+    more: dict[Side, dict[str, Any]] = field(default_factory=dict)
     unused: tuple[str, ...] = field(default=(), compare=False)
+
+    def answer(self, name: Side) -> Message | None:
+        """Return an answer as a message, if there is one."""
+        text = self.chosen if name == "chosen" else self.rejected
+        return None if text is None else Message("assistant", text, self.more.get(name, {}))
+
+    @property
+    def shows_all(self) -> bool:
+        """Whether the texts of the answers are all that they say: neither has calls or thoughts apart from it."""
+        return not any(key in SAID for more in self.more.values() for key in more)
 
 
 @dataclass(frozen=True)
@@ -121,7 +136,7 @@ class InMemory(Preferences):
         digest = xxhash.xxh3_128()
         for pair in self._pairs:
             messages = [(message.role, message.content, *message.more.items()) for message in pair.prompt]
-            digest.update(json.dumps([messages, pair.chosen, pair.rejected]).encode())
+            digest.update(json.dumps([messages, pair.chosen, pair.rejected, *pair.more.items()]).encode())
         return digest.hexdigest()
 
     def describe(self) -> str:
@@ -199,7 +214,7 @@ def prompts_of(data: Conversations | Preferences, skip_bad: bool = False) -> Ite
 def _prompts(data: Conversations | Preferences, skip_bad: bool) -> Iterator[Prompt]:
     if isinstance(data, Preferences):
         for pair in data.pairs(skip_bad):
-            yield Prompt(pair.prompt, pair.chosen, pair.place, pair.extra)
+            yield Prompt(pair.prompt, pair.chosen or None, pair.place, pair.extra)
     else:
         for held in data.conversations(skip_bad):
             messages = tuple(message.asked() for message in held.messages)
@@ -236,32 +251,23 @@ def pair_of(row: Mapping[str, Any], place: str, shape: str = "auto") -> Pair:
     except KeyError as error:
         raise BadRow(f"has no key {error.args[0]}, which the shape {found} needs") from error
     prompt = [message.asked() for message in joined(opening, prompt)]
-    unused = list(parts.unused())
-    texts: list[str | None] = []
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if answer is not None:
-            unused += [key for key in _answer_keys(answer, name) if key not in unused]
-            if not answer.content.strip():
-                raise BadRow(f"has an empty {name} answer")
-        texts.append(None if answer is None else answer.content)
+    answers: dict[Side, Message | None] = {"chosen": chosen, "rejected": rejected}
+    for name, answer in answers.items():
+        if answer is not None and not answer.content.strip() and "tool_calls" not in answer.more:
+            raise BadRow(f"has an empty {name} answer")
+        if answer is not None and (answer.masked or answer.trained is False):
+            raise BadRow(f"has a {name} answer of which something is not to be learned (weight, train)")
     for number, message in enumerate(prompt, 1):
         if not message.content.strip() and message.role != "tool" and "tool_calls" not in message.more:
             raise BadRow(f"is empty in turn {number} ({message.role}) of its prompt")
     if not prompt or prompt[-1].role not in ("user", "tool"):
         raise BadRow("has a prompt that does not end in a user's message, or a tool's")
-    if texts[0] is not None and texts[1] is not None and texts[0].strip() == texts[1].strip():
+    said = [None if answer is None else (answer.content.strip(), answer.more) for answer in answers.values()]
+    if said[0] is not None and said[0] == said[1]:
         raise BadRow("has a chosen answer that equals the rejected one")
-    return Pair(tuple(prompt), texts[0], texts[1], place, parts.extra(), tuple(unused))
-
-
-def _answer_keys(answer: Message, name: str) -> list[str]:
-    """Names of the keys of an answer that are not used; refuse those that say something."""
-    for key in SAID:
-        if key in answer.more:
-            raise BadRow(f"has {key} in its {name} answer: answers of pairs are texts")
-    if answer.masked or answer.trained is False:
-        raise BadRow(f"has a {name} answer of which something is not to be learned (weight, train)")
-    return [f"{key} of messages" for key in answer.more]
+    texts = [None if answer is None else answer.content for answer in answers.values()]
+    more = {name: answer.more for name, answer in answers.items() if answer is not None and answer.more}
+    return Pair(tuple(prompt), texts[0], texts[1], place, parts.extra(), more, parts.unused())
 
 
 _Read = tuple[list[Message], Message | None, Message | None]

@@ -20,6 +20,7 @@ from plmtune.errors import UserError
 
 _SHIPPED = Path(__file__).parent / "assets" / "refinement.jinja"
 _MAX_SOURCE = 1 << 20
+UNSHOWN = "has an answer with calls of tools or thoughts, which a refinement prompt, made of its text, does not show"
 _VARIABLES = {"prompt", "answer"}
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from plmtune.data.chat_template import find_template
+from plmtune.data.chat_template import ChatTemplate, find_template
 from plmtune.data.comparisons import (
     DIRECT,
     GIVEN_CHOSEN,
@@ -70,6 +70,24 @@ class TestMakeComparisons:
         )
         _, refused, notes = make_comparisons([asked], template, SHORT, 200)
         assert not refused.counts and notes == ["columns not used: id of messages (1 row)"]
+
+    def test_an_answer_with_what_the_template_does_not_write_is_refused(self, template):
+        asked = [Message("user", "What is it?")]
+        more = {"chosen": {"reasoning_content": "so"}, "rejected": {"id": "7"}}
+        bad, good = (Pair(tuple(asked), "a", "b", "here", {}, held) for held in (more, {"rejected": more["rejected"]}))
+        made, refused, notes = make_comparisons([bad, good], template, SHORT, 200)
+        assert "has reasoning_content in turn 2, which the chat template does not write" in refused.describe()
+        assert len(made) == 1 and notes == ["columns not used: id of messages (1 row)"]
+
+    def test_a_refinement_shows_texts_alone(self, template):
+        source = "{% for m in messages %}<|im_start|>{{ m.role + '\\n' + (m.thinking or '') + m.content }}<|im_end|>\n"
+        source += "{% endfor %}"
+        source += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        thinking = ChatTemplate(source, template.tokenizer, "a test")
+        asked = Pair((Message("user", "What is it?"),), "a", "b", "here", {}, {"chosen": {"thinking": "so "}})
+        made, refused, _ = make_comparisons([asked], thinking, SHORT, 200, contexts=True)
+        assert [thinking.tokenizer.decode(c.chosen) for c in made] == ["so a<|im_end|>"]
+        assert refused.describe().startswith("here has an answer with calls of tools or thoughts")
 
     def test_a_prompt_that_ends_in_what_a_tool_gave_back_has_no_refinement(self, template):
         asked = Pair((Message("user", "What is it?"), Message("tool", "2")), "a good answer", "a bad one", "here")

@@ -151,11 +151,7 @@ class TestEveryShape:
         asked, _, unused = read(kind, row)
         is_asked = any(turn.get("role", turn.get("from")) in ("user", "human") for turn in held)
         assert asked == [Message("user", "Two?", {"mood": "good"} if is_asked else {})]
-        # A template gets what a conversation's answer holds too; the answers of pairs are texts.
-        is_answered = kind == "preferences" and any(
-            turn.get("role", turn.get("from")) in ("assistant", "gpt") for turn in held
-        )
-        assert unused == ({"mood of messages": 1} if is_answered else {})
+        assert unused == {}  # the template gets it, and counts it where it does not write it
 
     @every_shape
     def test_reads_what_stands_before_the_question(self, read, kind, row):
@@ -286,9 +282,6 @@ class TestFlags:
         row = {"prompt": "Two?", "chosen": [ANSWERED | {"weight": 0}], "rejected": [WORSE]}
         with pytest.raises(BadRow, match=r"a chosen answer of which something is not to be learned"):
             pair_of(row, "here")
-        row = {"prompt": "Two?", "chosen": [ANSWERED | {"reasoning_content": "1 + 1"}], "rejected": [WORSE]}
-        with pytest.raises(BadRow, match=r"reasoning_content in its chosen answer"):
-            pair_of(row, "here")
 
 
 class TestCalls:
@@ -316,6 +309,17 @@ class TestCalls:
         ((call,),) = called.more.values()
         assert (call["type"], call["function"], called.content) == ("function", CALL, "")
         assert (given.content, given.more) == ("2", {"name": "add"} if "name" in result else {})
+
+    def test_an_answer_of_a_pair_may_be_a_call(self):
+        chosen = say("assistant", None, tool_calls=[{"type": "function", "function": CALL}])
+        pair = pair_of({"prompt": "Two?", "chosen": [chosen], "rejected": [WORSE | {"mood": "bad"}]}, "here")
+        assert (pair.chosen, pair.rejected, pair.shows_all) == ("", "It is 3.", False)
+        assert pair.more == {
+            "chosen": {"tool_calls": [{"type": "function", "function": CALL}]},
+            "rejected": {"mood": "bad"},
+        }
+        with pytest.raises(BadRow, match="chosen answer that equals"):
+            pair_of({"prompt": "Two?", "chosen": [chosen], "rejected": [chosen]}, "here")
 
     def test_a_tool_may_give_back_nothing(self):
         assert messages_of([ASKED, say("function_call", json.dumps(CALL)), say("tool", ""), ANSWERED])[2].content == ""
