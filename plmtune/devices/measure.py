@@ -7,6 +7,7 @@ Each target is measured in a process of its own, so that its peak of memory is i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -27,7 +28,7 @@ from torch import Tensor
 from plmtune import hub
 from plmtune.devices import sparse_decode
 from plmtune.errors import UserError
-from plmtune.models.files import checkpoint_directory
+from plmtune.models.files import checkpoint_directory, find_checkpoint
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU
 from plmtune.modules.quantized import Quantized
@@ -107,6 +108,9 @@ def measure(
         ValueError: for impossible numbers.
     """
     _check(contexts, new_tokens)
+    if Path(target).is_dir():
+        with contextlib.suppress(UserError):  # a directory of transformers, or none: the process says it
+            find_checkpoint(target)  # which says where a run was interrupted: the process says nothing on its own
     bandwidth = bandwidth or _bandwidth_with(threads, _place(device))  # here: what it reads is no memory of the target
     request = {
         "target": target,
