@@ -154,6 +154,7 @@ class Preference:
                 world_size=self.runtime.data_world_size,
                 epochs=cfg.epochs,
                 holdout=cfg.chat.holdout,
+                as_trained=self.runtime.compute_dtype != torch.float32,
             )
         except ValueError as error:  # names its setting
             raise UserError(str(error)) from error
@@ -177,6 +178,8 @@ class Preference:
             done = self.step == last  # resumed at its end
             zeros = torch.zeros(len(self.data.comparisons), 2)
             self.reference = (zeros if done else self._find_reference(fresh, watch)).to(self.runtime.device)
+            if fresh and self.loss.needs_reference and (self.round <= 1 or self.cfg.reference == "previous"):
+                watch.message(f"reference: log-probabilities of the first step differ by at most {self._apart():.2g}")
         if self.whole:
             self.checkpoints.restore(self.whole, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
             self.whole = None
@@ -247,6 +250,13 @@ class Preference:
         how = "computed, and kept in" if done else "read from"
         watch.message(f"reference: log-probabilities {how} {cfg.reference_cache}")
         return found
+
+    @torch.no_grad()
+    def _apart(self) -> float:
+        """How far this rank's first log-probabilities are from the reference's, which the model still is."""
+        batch = self.data.step(0)[0]
+        apart = (self._answers(batch).view(-1, 2) - self.reference[batch.index.to(self.runtime.device)]).abs()
+        return float(apart.max()) if apart.numel() else 0.0
 
     def _load_last_round(self) -> None:
         """Let the model be that of the last round's end until the checkpoint that the run goes on from is restored."""

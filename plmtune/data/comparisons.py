@@ -293,6 +293,8 @@ class PreferenceBatches:
         epochs: how often each pair is seen; the last step takes what is left.
         steps: their number, instead of `epochs`.
         holdout: share of the pairs kept for validation; pairs with one prompt stay together.
+        as_trained: `all` gives the batches of the first epoch's steps, in place of batches that are the same for any
+            micro_batch_size and number of ranks. bf16 rounds by a batch's shape (see `benchmarks/rounding.py`).
         pad_id: fills up rows.
 
     Raises:
@@ -313,6 +315,7 @@ class PreferenceBatches:
         epochs: float = 1.0,
         steps: int | None = None,
         holdout: float = 0.0,
+        as_trained: bool = False,
         pad_id: int = 0,
     ) -> None:
         sizes = {"seq_len": seq_len, "global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}
@@ -332,6 +335,7 @@ class PreferenceBatches:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.as_trained = as_trained
         self.pad_id = pad_id
         self._lengths = [comparison.num_tokens for comparison in comparisons]
         longest = max(self._lengths, default=0)
@@ -373,7 +377,14 @@ class PreferenceBatches:
 
         What stands together in a batch depends neither on micro_batch_size nor on the number of ranks, which take the
         batches in turn. So what is computed of them is the same to the last digit, wherever a run is resumed.
+        With `as_trained` they are the first epoch's own batches and the validation's; where its last step goes on with
+        the second epoch, or takes a pair twice, those comparisons come twice.
         """
+        if self.as_trained:
+            for step in range(min(self.num_steps, -(-self._train.size // self.global_batch_size))):
+                yield from self.step(step)
+            yield from self.validation()
+            return
         drawn = [self._pairs(step) for step in range(self.num_steps)]
         pairs = sorted({*np.concatenate(drawn).tolist(), *self._held})
         size = max(1, _TOKENS // self.row_len)

@@ -78,9 +78,8 @@ def reference_log_probs(
 
     Args:
         model_digest: what `model_digest` says of the reference.
-        batches: gives this rank's share of all comparisons, each once: of the batches, which are the same for any
-            number of ranks, every rank takes the next one in turn, and an empty one where there are no more. Asked
-            twice, to hash and to compute: so nobody holds them all.
+        batches: gives this rank's share of all comparisons, equally many batches on every rank, some perhaps empty
+            (`PreferenceBatches.all`). Asked twice, to hash and to compute: so nobody holds them all.
         compute: (batch) -> log-probabilities of its completions, [2n], in the order of `lengths`.
         directory: of the cache.
         num: comparisons in the data; `batch.index` is below it.
@@ -139,11 +138,11 @@ def _compute(batches: Iterable[ComparisonBatch], compute: Callable[[ComparisonBa
     values, times = torch.zeros(num, 2), torch.zeros(num)
     for batch in batches:
         index = batch.index.cpu()
-        values[index] = compute(batch).float().cpu().view(-1, 2)
-        times[index] += 1
+        values.index_add_(0, index, compute(batch).float().cpu().view(-1, 2))
+        times.index_add_(0, index, torch.ones(len(index)))
     reduce_sum(values)
     reduce_sum(times)
-    assert bool((times <= 1).all()), "a comparison is in one batch of one rank"
+    values /= times.clamp(min=1)[:, None]  # the mean, where a comparison is in several batches
     bad = (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if bad:
         chosen, rejected = values[bad[0]].tolist()

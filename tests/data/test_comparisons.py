@@ -3,6 +3,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from plmtune.data.chat_template import ChatTemplate, find_template
 from plmtune.data.comparisons import (
@@ -471,6 +473,32 @@ class TestAll:
     def test_rows_are_nearly_full(self):
         made = list(batches(comparisons(200)).all())
         assert sum(batch.num_tokens for batch in made) / sum(batch.tokens.numel() for batch in made) > 0.97
+
+    @given(
+        world=st.integers(1, 3),
+        micro=st.integers(1, 3),
+        step=st.integers(1, 40),
+        epochs=st.sampled_from([0.4, 1.0, 2.5]),
+        holdout=st.sampled_from([0.0, 0.2]),
+        kinds=st.sampled_from([(DIRECT,), (DIRECT, MISMATCHED), (DIRECT, GIVEN_REJECTED, GIVEN_CHOSEN)]),
+    )
+    @settings(max_examples=30, deadline=None)
+    def test_as_trained_they_are_the_first_epochs_own_batches(self, world, micro, step, epochs, holdout, kinds):
+        changes = {"micro_batch_size": micro, "global_batch_size": step, "epochs": epochs, "holdout": holdout}
+        ranks = [
+            batches(comparisons(23, kinds), as_trained=True, world_size=world, rank=rank, **changes)
+            for rank in range(world)
+        ]
+        usual = batches(comparisons(23, kinds), **changes)
+        assert {i for data in ranks for i in indices(data.all())} == set(indices(usual.all()))
+        assert len({len(list(data.all())) for data in ranks}) == 1
+        for data in ranks:
+            every = list(data.all())
+            held = list(data.validation())
+            trained = every[: len(every) - len(held)]
+            own = [batch for number in range(data.num_steps) for batch in data.step(number)][: len(trained)]
+            for batch, again in zip([*own, *held], every, strict=True):
+                assert torch.equal(batch.tokens, again.tokens) and torch.equal(batch.index, again.index)
 
 
 class TestRefusals:

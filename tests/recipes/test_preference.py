@@ -74,6 +74,37 @@ class TestLearning:
         for context in ("", "given_rejected/", "given_chosen/"):
             assert entries[-1][f"{context}h"] > 1
 
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    @pytest.mark.parametrize(
+        ("recipe", "loss", "start"),
+        [
+            ("dpo", "dpo", math.log(2)),
+            ("dpo", "ipo", 1 / (2 * 0.1) ** 2),
+            ("dpo", "kto", 1.0),
+            ("aries", "aries", 0.5 * math.log(2) + 0.5 * 0.5),
+        ],
+    )
+    def test_a_model_that_does_not_move_stays_at_the_loss_of_its_reference(
+        self, base: Path, recipe: str, loss: str, start: float, precision: str
+    ) -> None:
+        settings = ["loss.alpha=0.5"] if loss == "aries" else ["loss.beta=0.1"]
+        run(
+            recipe,
+            f"loss={loss}",
+            "run_dir=r",
+            "optimizer.lr=1e-15",  # no weight changes
+            "seq_len=128",
+            "micro_batch_size=3",
+            "chat.holdout=0.2",
+            f"runtime.precision={precision}",
+            *settings,
+        )
+        entries = metrics(base / "r")
+        losses = [entry[name] for entry in entries for name in ("loss", "validation_loss") if name in entry]
+        assert losses == pytest.approx([start] * len(losses), rel=1e-4)
+        h = [entry[name] for entry in entries for name in ("h", "validation/h") if name in entry]
+        assert h == pytest.approx([0.0] * len(h), abs=1e-6 if precision == "bf16" else 1e-4)
+
     @pytest.mark.parametrize("loss", ["ipo", "simpo", "kto"])
     def test_every_loss_trains(self, base: Path, loss: str) -> None:
         run("dpo", f"loss={loss}", "run_dir=r", "epochs=2", "optimizer.lr=3e-3")
