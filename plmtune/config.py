@@ -312,11 +312,8 @@ def _store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str],
     store = ConfigStore.instance()
     keys = [f"plmtune_overlay_{index}" for index in range(len(files))]
     given = Given(overrides, dict(zip(keys, files, strict=True)), dict(zip(keys, contents, strict=True)), base, named)
-    sections = {f.name for f in dataclasses.fields(SCHEMAS[recipe]) if dataclasses.is_dataclass(f.default_factory)}
     for path, content in zip(files, contents, strict=True):
-        for key in sections.intersection(content):
-            if not isinstance(content[key], dict):
-                raise UserError(f"{path}, key {key}: needs a table of its keys, not {content[key]!r:.80}.")
+        _check_shape(SCHEMAS[recipe], content, "", f"{path}, ")
     later = _chosen(checked)
     for index, (key, path) in reversed([*enumerate(given.files.items())]):
         normal = normalize_file(given.contents[key], path, component_keys(), base=whole and not index, later=later)
@@ -328,6 +325,42 @@ def _store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str],
     bases = [*([] if whole else [base]), *({group: None} for group in sorted(added))]
     store.store(name=PRIMARY, node={"defaults": [*bases, *given.files, "_self_"]})
     return given
+
+
+def _check_shape(annotation: Any, value: Any, key: str, place: str) -> None:
+    """Refuse a table where a list belongs, and the other way round: OmegaConf would not say at which key."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        _check_shape(arguments[0], value, key, place)
+    elif origin in (list, tuple) and isinstance(value, dict):
+        raise UserError(f"{place}key {key}: needs a list, not a table.")
+    elif (origin is dict or dataclasses.is_dataclass(annotation)) and not isinstance(value, dict | None):
+        raise UserError(f"{place}key {key}: needs a table of its keys, not {value!r:.80}.")
+    elif dataclasses.is_dataclass(annotation) and value is not None:
+        hints = typing.get_type_hints(annotation, include_extras=True)
+        for name, child in value.items():
+            full = f"{key}.{name}" if key else name
+            if _is_component(hints.get(name)):
+                _check_shape_of_component(name, child, full, place)
+            elif name in hints:
+                _check_shape(hints[name], child, full, place)
+    elif origin is list and isinstance(value, list):
+        for index, child in enumerate(value):
+            _check_shape(arguments[0], child, f"{key}[{index}]", place)
+
+
+def _check_shape_of_component(group: str, value: Any, key: str, place: str) -> None:
+    """The same for the settings of a component, by the first of its group that has them."""
+    if not isinstance(value, dict):
+        return
+    chosen = value.get("component")
+    names = [chosen] if chosen in list(describe()[group]) else list(describe()[group])
+    for name, child in value.items():
+        held = next((keys_of(group, one)[name] for one in names if name in keys_of(group, one)), None)
+        if held is not None and isinstance(held.default, Component):
+            _check_shape_of_component(held.default.group, child, f"{key}.{name}", place)
+        elif held is not None:
+            _check_shape(held.type, child, f"{key}.{name}", place)
 
 
 def _chosen(overrides: Sequence[str]) -> dict[str, str | None]:

@@ -165,8 +165,10 @@ def explain(
         return unknown_key(place(full_key), full_key, siblings, lambda: all_keys(base))
     if "Ambiguous value" in text:
         key, _, value = str(_search(r"argument '([^']+)'", text)).partition("=")
-        point, listed = with_point(value), shlex.quote(f"{key}=[{value}]")
-        number = f" As one number: {key}={point}." if point else ""
+        listed = shlex.quote(f"{key}=[{value}]")
+        thousands = value.replace(",", "") if re.fullmatch(r"[1-9]\d{0,2}(,\d{3})+", value) else None
+        numbers = [f"{key}={number}" for number in (with_point(value), thousands) if number]
+        number = f" As one number: {either(numbers)}." if numbers else ""
         return UserError(
             f"override {key}={value}: several values.{number} To run them all: plmtune run -m ...; as a list: "
             f"{listed}; as one text: {as_typed(key, value)}"
@@ -180,7 +182,10 @@ def explain(
         said = "needs a list"
     if said == "needs a list" and (override := given.override(key)):
         value = override.partition("=")[2]
-        said += f". Write {shlex.quote(f'{key}=[{value}]')}" if value[:1] not in "[{" else ""
+        if value.startswith("["):  # OmegaConf says the same of a list where a table belongs
+            said = "needs a table of its keys"
+        elif not value.startswith("{"):
+            said += f". Write {shlex.quote(f'{key}=[{value}]')}"
     where = place(key)
     return UserError(f"{where}key {key}: {said}." if key and said else f"{where}{chain[-1].splitlines()[0]:.300}")
 
@@ -203,6 +208,8 @@ def in_words(text: str) -> str | None:
     if found := found or re.search(r"Cannot assign (?:container '(.*)' of type '\w+'|\w+) to (.*)", text):
         outer = re.sub(r"(Dict|List|Tuple)\[.*\]", r"\1", found[2])
         kinds = sorted({_TYPES[name] for name in re.findall(r"\w+", outer) if name in _TYPES}, key=len)
+        if found[1] is None and kinds == ["a table"]:
+            return "needs a table of its keys"
         return f"{found[1] or 'its value':.80} is not {either(kinds or [outer])}"
     if found := re.search(r"(?:Invalid type assigned|Invalid value assigned): .* is not a (\w+)", text):
         return "needs a list" if found[1] == "ListConfig" else "needs a table of its keys"

@@ -26,7 +26,7 @@ from plmtune.data.sources import Prepared, named_sources
 from plmtune.data.tokenizers import QWEN2_ROWS
 from plmtune.errors import UserError, did_you_mean
 from plmtune.optim.optimizers import COMPILED
-from plmtune.origins import start_from
+from plmtune.origins import KINDS, start_from
 from plmtune.registry import Component, describe, load
 from plmtune.runs import resolve_phase
 from plmtune.student import check_student
@@ -130,6 +130,10 @@ def plan(cfg: Any, runtime: Runtime, kind: Kind, *, fetch: bool = False) -> Plan
             f"{runtime.data_world_size} processes."
         )
     loss = _build_loss(cfg.loss, kind)
+    if cfg.recipe not in KINDS:  # there is no origin whose they could be
+        for key in ("model", "tokenizer"):
+            if getattr(cfg, key) is None:
+                raise UserError(f"key {key}: no component chosen. See: plmtune ls {key}")
     tokenizer = _find_tokenizer(cfg.tokenizer, fetch=fetch)
     vocab_size = tokenizer.vocab_size if tokenizer else QWEN2_ROWS
     model = _on_meta(cfg.model, vocab_size) if cfg.model else None

@@ -198,7 +198,12 @@ def mix(sources: Annotated[dict[str, Component], "data"] = {}) -> Mix:  # noqa: 
     """
     if not sources:
         raise ValueError("mix needs at least one source, as sources: {name: {component: files, paths: [...]}}")
-    built = {name: source() for name, source in sources.items()}
+    built = {}
+    for name, chosen in sources.items():
+        try:
+            built[name] = chosen()
+        except (UserError, ValueError) as error:
+            raise type(error)(f"source {name}: {error}") from error
     for name, source in built.items():
         if isinstance(source, Mix):
             raise ValueError(f"source {name} of the mix is itself a mix: name its {len(source.sources)} sources here")

@@ -29,6 +29,11 @@ FILES = {
     "demo.yml": "recipe: pretrain\n",
     "good.yaml": "model: {component: plm_tiny, ffn: swiglu}\noptimizer: adamw\nlogger: [jsonl, tensorboard]\n",
     "x.py": "",
+    "sources.yaml": "data: {component: mix, sources: [a]}",
+    "phases.yaml": "phases: {name: a}",
+    "mix.yaml": "phases: [{name: a, steps: 2, mix: [a]}]",
+    "betas.yaml": "optimizer: {component: adamw, betas: {a: 1}}",
+    "head.yaml": "model: {attention: {rope_theta: {a: 1}}}",
     "two.yaml": "logger: [jsonl, {component: wandb, project: x}]",
     "none.yaml": "logger: []",
     "comma.yaml": "optimizer: {lr: '0,001'}",
@@ -330,6 +335,18 @@ MODELS_AND_DATA = [
 
 # Beside each mistake is what is right, in RIGHT.
 MORE = [
+    ("validate demo model=null", "key model: no component chosen. See: plmtune ls model"),
+    ("run demo tokenizer=null --dry-run", "key tokenizer: no component chosen. See: plmtune ls tokenizer"),
+    ("run demo model=[]", "key model: no component chosen. See: plmtune ls model"),
+    ("validate demo sources.yaml", "sources.yaml, key data.sources: needs a table of its keys, not ['a']."),
+    ("validate demo phases.yaml", "phases.yaml, key phases: needs a list, not a table."),
+    ("validate demo mix.yaml", "mix.yaml, key phases[0].mix: needs a table of its keys, not ['a']."),
+    ("validate demo betas.yaml", "betas.yaml, key optimizer.betas: needs a list, not a table."),
+    ("validate demo head.yaml", "head.yaml, key model.attention.rope_theta: {'a': 1} is not a number."),
+    ("validate demo data=mix data.sources=[d.txt]", "key data.sources: needs a table of its keys."),
+    ("validate demo data=mix data.sources=d.txt", "key data.sources: needs a table of its keys."),
+    ("validate demo data=mix data.sources.a=files", "source a: data files: paths is empty."),
+    ("validate demo seq_len=1,024", "As one number: seq_len=1.024 or seq_len=1024."),
     ("run demo two.yaml logger=[nosuch]", "logger has no option nosuch. Known: jsonl, several, "),
     ("validate demo data=mix data.sources={a: filez}", "'data.sources={a: filez}'"),
     ("validate demo data=mix 'data.sources={a: filez}'", "data has no component filez. Did you mean files?"),
@@ -365,6 +382,8 @@ RIGHT = [
     "validate demo two.yaml logger=[]",
     "validate demo none.yaml",
     "validate demo data=mix 'data.sources={a: stdlib}'",
+    "validate demo data=mix data.sources.a=stdlib",
+    "validate demo 'phases=[{name: a, steps: 2, mix: {stdlib: 1}}]'",
     "run demo --dry-run data=files data.paths=d.txt",
     "validate demo optimizer.lr=0.001 optimizer.weight_decay=0",
     "validate sft data=docstrings epochs=2",
@@ -390,7 +409,8 @@ RIGHT = [
 
 # Names of what is under the command line, which a person has not typed.
 FOREIGN = re.compile(
-    r"Traceback|omegaconf|full_key|HydraException|\w+Config\b|hydra\.core|\btorch\.|<class|\w+Exception\b", re.I
+    r"Traceback|omegaconf|full_key|HydraException|\w+Config\b|hydra\.core|\btorch\.|<class|\w+Exception\b|while composing",
+    re.I,
 )
 
 
