@@ -409,7 +409,7 @@ RIGHT = [
 
 # Names of what is under the command line, which a person has not typed.
 FOREIGN = re.compile(
-    r"Traceback|omegaconf|full_key|HydraException|\w+Config\b|hydra\.core|\btorch\.|<class|\w+Exception\b|while composing",
+    r"Traceback|omegaconf|full_key|HydraException|\w+Config\b|hydra\.core|\btorch\.|<class|\w+Exception\b|composing",
     re.I,
 )
 
