@@ -18,10 +18,12 @@ def ticking(items: Iterable[T], what: str, *, shown: bool, every: float = 5.0) -
         what: "conversations read", say.
         shown: False on all processes but one.
     """
-    said = time.monotonic()
+    said, told, number = time.monotonic(), 0, 0
     for number, item in enumerate(items, start=1):
         yield item
         now = time.monotonic()
         if shown and now - said >= every:
-            said = now
+            said, told = now, number
             terminal.echo(f"{number:,} {what}", err=True)
+    if 0 < told < number:  # the last line tells of all of them
+        terminal.echo(f"{number:,} {what}", err=True)
