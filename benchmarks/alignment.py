@@ -174,13 +174,11 @@ def trial(seed: int, options: argparse.Namespace) -> dict[str, list[tuple[float,
 
 def draw_picture(trials: list[dict[str, list[tuple[float, float]]]], path: Path) -> None:
     """Mean over seeds of both rewards after each round, with the spread from least to most."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from plmtune.figures import COLOURS, finish, new_figure
 
-    figure = Figure(figsize=(8, 3.4), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 3.4)
     for axis, kind in zip(figure.subplots(1, 2, sharey=True), ("direct", "refined"), strict=True):
-        for loss, colour in (("aries", "#0072B2"), ("dpo", "#D55E00")):
+        for loss, colour in (("aries", COLOURS[0]), ("dpo", COLOURS[1])):
             columns = list(zip(*([rewards[kind == "refined"] for rewards in t[loss]] for t in trials), strict=True))
             means = [statistics.mean(column) for column in columns]
             axis.plot(range(len(means)), means, color=colour, marker="o", label=loss)
@@ -190,7 +188,7 @@ def draw_picture(trials: list[dict[str, list[tuple[float, float]]]], path: Path)
     figure.axes[0].set_ylabel("reward of held-out prompts")
     figure.axes[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    finish(figure, path)
 
 
 def _ends(column: tuple[float, ...]) -> tuple[float, float]:

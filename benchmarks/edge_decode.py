@@ -205,28 +205,24 @@ def show(speeds: dict[str, dict[str, float]], shares: dict[str, float]) -> None:
 
 
 def draw(results: dict[str, dict[str, object]], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, StrMethodFormatter
+    from plmtune.figures import COLOURS, finish, new_figure
 
-    figure = Figure(figsize=(6 * len(results), 4.5), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure, at = new_figure(6 * len(results), 4.5), {}
     for axes, (name, result) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
         speeds = cast(dict[str, dict[str, float]], result["tokens_per_second"])
         contexts = [int(context) for context in speeds]
         for key in next(iter(speeds.values())):
             values = [found[key] for found in speeds.values()]
-            axes.plot(contexts, values, color="#0072B2", linestyle=LINES[key], marker="o", ms=3, label=key)
+            axes.plot(contexts, values, color=COLOURS[0], linestyle=LINES[key], marker="o", ms=3, label=key)
         axes.set_title(name, fontsize=10)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(FixedLocator(contexts))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.set_xscale("log")
+        at[axes.xaxis] = contexts
         axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens in the cache")
         axes.set_ylabel("tokens/s")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, handlelength=3.5)
-    figure.savefig(path, format="png")
+    finish(figure, path, at=at)
 
 
 def main() -> None:

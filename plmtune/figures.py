@@ -67,10 +67,11 @@ def finish(
             # Those of categories are chosen; a colour bar and a second scale have one axis.
             if not isinstance(axis.get_major_locator(), FixedLocator | NullLocator):
                 read_ticks(axis, whole=axis in whole, at=(at or {}).get(axis, ()))
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # what is placed now stays there
-    for panel, texts in (labels or {}).items():
-        annotate(panel, texts)
+    if labels:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # what is placed now stays there
+        for panel, texts in labels.items():
+            annotate(panel, texts)
     with writing(path) as temporary:
         figure.savefig(temporary, format="png")
 
