@@ -54,8 +54,9 @@ class Parts:
         Raises:
             BadRow: if it has images, audio or video.
         """
-        self.row = {key: value for key, value in row.items() if value is not None}
+        self.row = {key: value for key, value in row.items() if not _is_null(value)}
         self.used: set[str] = set()
+        self._nulls = row.keys() - self.row.keys()
         for key, value in self.row.items():
             if (key in _MEDIA and _is_something(value)) or _is_media(value):
                 raise BadRow(f"has images, audio or video under {key}, and only text can be learned")
@@ -94,7 +95,7 @@ class Parts:
                 raise BadRow("has tools and functions, which are two names for one thing")
             opening += [Message("tools", json.dumps(tools, ensure_ascii=False))] if tools else []
         for key in (system,) if system else _SYSTEMS:
-            if system and key not in self.row:
+            if system and key not in self.row and key not in self._nulls:
                 self.take(key, "system_key")  # raises, with the names that there are
             if text := self.take(key) if key in self.row else None:
                 opening.append(Message("system", text_under(text, f"under {key}")))
@@ -196,7 +197,7 @@ def messages_of(turns: Any) -> list[Message]:
 def _message(turn: Any, number: int) -> Message:
     if not isinstance(turn, dict):
         raise BadRow(f"holds {_kind(turn)} as turn {number}, not a message of role and content")
-    held = {key: value for key, value in turn.items() if value is not None}
+    held = {str(key): value for key, value in turn.items() if not _is_null(value)}
     role = held.pop("role" if "role" in held else "from", None)
     if not isinstance(role, str):
         raise BadRow(f"has no role in turn {number}: it needs role and content, or from and value")
@@ -221,7 +222,13 @@ def _message(turn: Any, number: int) -> Message:
         content = ""
     else:
         content, masked = _content(content, where)
-    more = {str(key): without_nulls(value) for key, value in held.items() if is_json(value) and _is_something(value)}
+    more = {key: without_nulls(value) for key, value in held.items() if _is_something(value)}
+    for key, value in more.items():
+        if not is_json(value):  # a time, say
+            if not isinstance(value, bytes | dict | list):
+                more[key] = str(value)
+            else:
+                raise BadRow(f"holds {_kind(value)} that is no JSON under {key[:40]} {where}")
     if calls:
         more["tool_calls"] = calls
     if known != "assistant" and (trained or masked):
@@ -384,11 +391,15 @@ def is_json(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)  # pandas writes NaN for a number that is none
+
+
 def _is_something(value: Any) -> bool:
     """Whether a column says anything: not null, an empty text, list or object, or a list of these."""
     if isinstance(value, list):
         return any(map(_is_something, value))
-    return value is not None and value not in ("", {})
+    return not _is_null(value) and value not in ("", {})
 
 
 def _is_media(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """Nothing in a row is dropped: columns, keys of messages and nulls are honoured, refused or counted in every shape."""
 
 import json
+from datetime import datetime
 
 import pyarrow
 import pytest
@@ -216,6 +217,40 @@ class TestEveryShape:
     @staticmethod
     def _read(kind, row):
         return conversation_of(row, "here", detect(row)) if kind == "conversations" else pair_of(row, "here")
+
+
+class TestTables:
+    def test_times_are_texts_and_numbers_that_are_none_are_nothing(self, tmp_path):
+        path = tmp_path / "rows.parquet"
+        turns = [
+            ASKED | {"time": datetime(2026, 1, 2), "weight": float("nan")},
+            ANSWERED | {"time": None, "weight": 1.0},
+        ]
+        rows = {"messages": turns, "score": float("nan"), "label": float("nan"), "day": datetime(2026, 1, 2)}
+        parquet.write_table(pyarrow.Table.from_pylist([rows]), path)
+        data = conversations((str(path),))
+        (held,) = data.conversations()
+        assert held.messages == (
+            Message("user", "Two?", {"time": "2026-01-02 00:00:00"}),
+            Message("assistant", "It is 2.", {}, True),
+        )
+        assert data.unused.counts == {"day": 1} and held.extra == {}
+
+    def test_binary_data_in_a_message_is_refused(self):
+        with pytest.raises(BadRow, match=r"holds bytes that is no JSON under voice in turn 1 \(user\)"):
+            messages_of([ASKED | {"voice": b"..."}, ANSWERED])
+
+    def test_a_named_column_may_be_null_in_some_rows(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        rows = [
+            {"who": None, "ask": "Two?", "say": "2."},
+            {"who": "Be brief.", "ask": "Two?", "say": "2."},
+            {"ask": "Two?", "say": "2."},
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = conversations((str(path),), prompt_key="ask", completion_key="say", system_key="who")
+        assert [held.messages[0].role for held in data.conversations(skip_bad=True)] == ["user", "system"]
+        assert "line 3 has no key who" in data.refused.describe()
 
 
 class TestLabels:
