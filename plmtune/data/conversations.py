@@ -10,7 +10,8 @@ from typing import Any, Literal
 import xxhash
 
 from plmtune.data.functions import public_functions, question
-from plmtune.data.messages import COMPLETIONS, MESSAGES, PROMPTS, Parts, joined, messages_of, text_under
+from plmtune.data.messages import messages_of, text_under
+from plmtune.data.parts import COMPLETIONS, MESSAGES, PROMPTS, Parts, joined
 from plmtune.data.rows import Message, Refused, Rows, Unused
 from plmtune.data.sources import BadRow
 from plmtune.ranges import NotEmpty, check

@@ -1,15 +1,13 @@
-"""The parts of a row: system, tools, history, question, messages and labels, as conversations and pairs read them."""
+"""Messages as rows hold them, of every usual shape: roles, contents, flags, calls of tools, definitions of tools."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from collections.abc import Iterable
 from typing import Any
 
 from plmtune.data.rows import Message
 from plmtune.data.sources import BadRow
-from plmtune.errors import did_you_mean
 
 _ROLES = {
     "system": "system", "developer": "system",
@@ -20,164 +18,15 @@ _ROLES = {
     "tools": "tools",
 }  # fmt: skip
 _CALLS = ("function_call", "tool_call")  # roles of LLaMA-Factory and others, whose text is a call as JSON
-MESSAGES = ("messages", "conversations", "conversation")
-PROMPTS = ("prompt", "question", "instruction", "query", "input")
-COMPLETIONS = ("completion", "response", "answer", "output")
-LABELS = ("label", "kto_tag", "kto_label", "desirable", "is_desirable", "thumbs_up", "liked")
 # Keys of a message in which somebody says something: a template that leaves them out is refused.
 THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
 SAID = ("tool_calls", *THOUGHTS, "tool_plan", "refusal", "train_detail", "training_detail")
-_SYSTEMS = ("system", "system_prompt")
-_GIVEN = ("input", "context")  # what a question is about
-_TOOLS = ("tools", "functions")
-OPENING = (*_SYSTEMS, *_TOOLS, "history")  # columns of which messages are made, whatever the shape
 _FLAGS = ("weight", "train", "training", "trainable")
-_MEDIA = tuple(
+MEDIA = tuple(
     name
     for kind in ("image", "audio", "video")
     for name in (kind, f"{kind}s", f"{kind}_path", f"{kind}_paths", f"{kind}_url", f"{kind}_urls")
 )
-_YES_NO = {"true": True, "false": False, "1": True, "0": False}
-
-
-class Parts:
-    """One row, which remembers what was read of it. A column of nothing (null) is no column.
-
-    Attributes:
-        row: its columns.
-        used: names of those that were read.
-    """
-
-    def __init__(self, row: dict[str, Any]) -> None:
-        """Look at a row.
-
-        Raises:
-            BadRow: if it has images, audio or video.
-        """
-        self.row = {key: value for key, value in row.items() if not _is_null(value)}
-        self.used: set[str] = set()
-        self._nulls = row.keys() - self.row.keys()
-        for key, value in self.row.items():
-            if (key in _MEDIA and _is_something(value)) or _is_media(value):
-                raise BadRow(f"has images, audio or video under {key}, and only text can be learned")
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.row
-
-    def take(self, key: str, setting: str = "shape") -> Any:
-        """Return what stands under a key.
-
-        Raises:
-            BadRow: if the row has no such key.
-        """
-        if key not in self.row:
-            raise BadRow(f"has no key {key}.{did_you_mean(key, map(str, self.row))} See {setting}")
-        self.used.add(key)
-        return self.row[key]
-
-    def first(self, keys: Sequence[str], named: str | None = None) -> str | None:
-        """Return the first of the keys that the row has; `named` stands in for all of them."""
-        return next((key for key in ((named,) if named else keys) if key in self.row), None)
-
-    def opening(self, system: str | None = None) -> list[Message]:
-        """Read what comes before the first question: tools, a text of the system, the turns of a history.
-
-        Args:
-            system: key of the system's text, instead of the usual names.
-
-        Raises:
-            BadRow: if one of them is not what it should be.
-        """
-        opening: list[Message] = []
-        for key in filter(self.__contains__, _TOOLS):
-            tools = tools_of(self.take(key), key)
-            if tools and opening:
-                raise BadRow("has tools and functions, which are two names for one thing")
-            opening += [Message("tools", json.dumps(tools, ensure_ascii=False))] if tools else []
-        for key in (system,) if system else _SYSTEMS:
-            if system and key not in self.row and key not in self._nulls:
-                self.take(key, "system_key")  # raises, with the names that there are
-            if text := self.take(key) if key in self.row else None:
-                opening.append(Message("system", text_under(text, f"under {key}")))
-                break
-        return opening + self.history()
-
-    def history(self) -> list[Message]:
-        """Read earlier turns: a list of question and answer, or of messages, under history."""
-        history = self.take("history") if "history" in self.row else []
-        if isinstance(history, list) and history and all(isinstance(turn, dict) for turn in history):
-            return messages_of(history)
-        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-            raise BadRow("holds a history that is no list of question and answer")
-        messages = []
-        for number, (asked, answer) in enumerate(history, 1):
-            messages.append(Message("user", text_under(asked, f"in question {number} of its history")))
-            messages.append(Message("assistant", text_under(answer, f"in answer {number} of its history")))
-        return messages
-
-    def question(self, key: str, *, alone: bool = False) -> list[Message]:
-        """Read a question: a text, behind it what it is about (input, context), or messages.
-
-        Args:
-            key: where it stands.
-            alone: it is the whole question, as for a key that a person named.
-        """
-        asked = self.take(key)
-        if not isinstance(asked, str):
-            return self.messages(key)
-        texts = [text_under(asked, f"under {key}")]
-        for given in _GIVEN:
-            if not alone and given != key and isinstance(self.row.get(given), str):
-                text = self.take(given).strip()
-                # A prompt that is put together from columns has it already, in lines of its own.
-                if text and f"\n{text}\n" not in f"{texts[0]}\n":
-                    texts.append(text_under(self.row[given], f"under {given}"))
-        return [Message("user", "\n".join(texts))]
-
-    def messages(self, key: str) -> list[Message]:
-        """Read a list of messages."""
-        value = self.take(key)
-        if not isinstance(value, list) or not value:
-            raise BadRow(f"holds no messages under {key}, but {'an empty list' if value == [] else _kind(value)}")
-        return messages_of(value)
-
-    def label(self) -> bool | None:
-        """Return whether a label says that the answer is good; None: the row has no such label, or another kind."""
-        key = self.first(LABELS)
-        value = None if key is None else self.row[key]
-        if isinstance(value, str):
-            value = _YES_NO.get(value.strip().lower())
-        if key is None or not isinstance(value, bool | int | float) or value not in (0, 1):
-            return None
-        self.used.add(key)
-        return bool(value)
-
-    def extra(self) -> dict[str, Any]:
-        """What was not read, as far as it is JSON."""
-        return {key: value for key, value in self.row.items() if key not in self.used and is_json(value)}
-
-    def unused(self) -> tuple[str, ...]:
-        """The names of all that was not read and holds something."""
-        return tuple(str(key) for key, value in self.row.items() if key not in self.used and _is_something(value))
-
-
-def joined(opening: list[Message], messages: list[Message]) -> list[Message]:
-    """Put what a row's columns say before its messages: tools, system, history, the rest.
-
-    Raises:
-        BadRow: if a column and a message say different things for tools or system.
-    """
-    lead = list(takewhile(lambda message: message.role in ("tools", "system"), messages))
-    heads = {message.role: message for message in opening if message.role in ("tools", "system")}
-    for message in lead:
-        if message.role in heads and heads[message.role].content != message.content:
-            raise BadRow(f"has a column and a message of the {message.role} that differ")
-    first = [*heads.values(), *(message for message in lead if message.role not in heads)]
-    return [
-        *sorted(first, key=lambda message: message.role != "tools"),
-        *opening[len(heads) :],
-        *messages[len(lead) :],
-    ]
 
 
 def messages_of(turns: Any) -> list[Message]:
@@ -187,7 +36,7 @@ def messages_of(turns: Any) -> list[Message]:
         BadRow: for a role that is unknown, content that is no text, flags that cannot be, images.
     """
     if not isinstance(turns, list):
-        raise BadRow(f"holds {_kind(turns)} in place of a list of messages")
+        raise BadRow(f"holds {type_name(turns)} in place of a list of messages")
     messages = [_message(turn, number) for number, turn in enumerate(turns, 1)]
     if any(message.role == "tools" for message in messages[1:]):
         raise BadRow("has tools behind its first message")
@@ -196,8 +45,8 @@ def messages_of(turns: Any) -> list[Message]:
 
 def _message(turn: Any, number: int) -> Message:
     if not isinstance(turn, dict):
-        raise BadRow(f"holds {_kind(turn)} as turn {number}, not a message of role and content")
-    held = {str(key): value for key, value in turn.items() if not _is_null(value)}
+        raise BadRow(f"holds {type_name(turn)} as turn {number}, not a message of role and content")
+    held = {str(key): value for key, value in turn.items() if not is_null(value)}
     role = held.pop("role" if "role" in held else "from", None)
     if not isinstance(role, str):
         raise BadRow(f"has no role in turn {number}: it needs role and content, or from and value")
@@ -206,8 +55,8 @@ def _message(turn: Any, number: int) -> Message:
     if known is None:
         raise BadRow(f"has an unknown role {role[:40]!r} in turn {number}; system, user, assistant and tool are known")
     where = f"in turn {number} ({known})"
-    for key in _MEDIA:
-        if _is_something(held.get(key)):
+    for key in MEDIA:
+        if is_something(held.get(key)):
             raise BadRow(f"has images, audio or video (under {key}) {where}, and only text can be learned")
     trained = _flag(held, where)
     calls = _calls_of(held, known, where)
@@ -222,13 +71,13 @@ def _message(turn: Any, number: int) -> Message:
         content = ""
     else:
         content, masked = _content(content, where)
-    more = {key: without_nulls(value) for key, value in held.items() if _is_something(value)}
+    more = {key: without_nulls(value) for key, value in held.items() if is_something(value)}
     for key, value in more.items():
         if not is_json(value):  # a time, say
             if not isinstance(value, bytes | dict | list):
                 more[key] = str(value)
             else:
-                raise BadRow(f"holds {_kind(value)} that is no JSON under {key[:40]} {where}")
+                raise BadRow(f"holds {type_name(value)} that is no JSON under {key[:40]} {where}")
     if calls:
         more["tool_calls"] = calls
     if known != "assistant" and (trained or masked):
@@ -274,7 +123,7 @@ def _calls_of(held: dict[str, Any], role: str, where: str) -> list[dict[str, Any
     """Take the calls of tools from a message: tool_calls, or function_call of old."""
     calls: list[dict[str, Any]] = []
     for key in ("tool_calls", "function_call"):
-        if _is_something(value := held.pop(key, None)):
+        if is_something(value := held.pop(key, None)):
             if role != "assistant":
                 raise BadRow(f"has {key} {where}, which only the assistant can have")
             if calls:
@@ -317,7 +166,7 @@ def tools_of(value: Any, key: str) -> list[dict[str, Any]]:
     Raises:
         BadRow: if they are none.
     """
-    if not _is_something(value) or (isinstance(value, str) and not value.strip()):
+    if not is_something(value) or (isinstance(value, str) and not value.strip()):
         return []
     value = _parsed(value, f"under {key}")
     tools = []
@@ -326,7 +175,7 @@ def tools_of(value: Any, key: str) -> list[dict[str, Any]]:
         if isinstance(tool, dict) and "function" not in tool and isinstance(tool.get("name"), str):
             tool = {"type": "function", "function": {name: tool[name] for name in tool if name != "type"}}
         if not isinstance(tool, dict) or not is_json(tool):
-            raise BadRow(f"holds {_kind(tool)} under {key}, not the definition of a tool")
+            raise BadRow(f"holds {type_name(tool)} under {key}, not the definition of a tool")
         tools.append(tool)
     return tools
 
@@ -351,7 +200,7 @@ def text_under(value: Any, where: str) -> str:
         if masked:
             raise BadRow(f"has parts that are not to be learned {where}")
     if not isinstance(value, str):
-        raise BadRow(f"holds {'nothing' if value is None else f'{_kind(value)}, not text,'} {where}")
+        raise BadRow(f"holds {'nothing' if value is None else f'{type_name(value)}, not text,'} {where}")
     if not value or value.isspace():
         raise BadRow(f"is empty {where}")
     if not value.isascii():
@@ -391,23 +240,16 @@ def is_json(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
-def _is_null(value: Any) -> bool:
+def is_null(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value)  # pandas writes NaN for a number that is none
 
 
-def _is_something(value: Any) -> bool:
+def is_something(value: Any) -> bool:
     """Whether a column says anything: not null, an empty text, list or object, or a list of these."""
     if isinstance(value, list):
-        return any(map(_is_something, value))
-    return not _is_null(value) and value not in ("", {})
+        return any(map(is_something, value))
+    return not is_null(value) and value not in ("", {})
 
 
-def _is_media(value: Any) -> bool:
-    """Whether a value is an image or a sound as tables of `datasets` hold them."""
-    if isinstance(value, list):
-        return any(map(_is_media, value[:8]))
-    return isinstance(value, dict) and set(value) == {"bytes", "path"} and any(value.values())
-
-
-def _kind(value: Any) -> str:
+def type_name(value: Any) -> str:
     return type(value).__name__

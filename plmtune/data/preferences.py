@@ -13,7 +13,8 @@ import xxhash
 
 from plmtune.data.conversations import REMEDY, Conversations, detect
 from plmtune.data.functions import public_functions, question
-from plmtune.data.messages import COMPLETIONS, LABELS, MESSAGES, PROMPTS, SAID, Parts, joined, messages_of
+from plmtune.data.messages import SAID, messages_of
+from plmtune.data.parts import COMPLETIONS, LABELS, MESSAGES, PROMPTS, Parts, joined
 from plmtune.data.rows import Message, Refused, Rows, Unused
 from plmtune.data.sources import BadRow, text_of
 from plmtune.registry import register

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from plmtune.atomic import replacing
-from plmtune.data.messages import OPENING
+from plmtune.data.parts import OPENING
 from plmtune.data.preferences import Pair
 from plmtune.data.rows import Refused
 from plmtune.errors import UserError

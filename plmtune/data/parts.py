@@ -1,0 +1,179 @@
+"""The parts of a row: system, tools, history, question, messages and labels, as conversations and pairs read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+from plmtune.data.messages import (
+    MEDIA,
+    is_json,
+    is_null,
+    is_something,
+    messages_of,
+    text_under,
+    tools_of,
+    type_name,
+)
+from plmtune.data.rows import Message
+from plmtune.data.sources import BadRow
+from plmtune.errors import did_you_mean
+
+MESSAGES = ("messages", "conversations", "conversation")
+PROMPTS = ("prompt", "question", "instruction", "query", "input")
+COMPLETIONS = ("completion", "response", "answer", "output")
+LABELS = ("label", "kto_tag", "kto_label", "desirable", "is_desirable", "thumbs_up", "liked")
+_SYSTEMS = ("system", "system_prompt")
+_GIVEN = ("input", "context")  # what a question is about
+_TOOLS = ("tools", "functions")
+OPENING = (*_SYSTEMS, *_TOOLS, "history")  # columns of which messages are made, whatever the shape
+_YES_NO = {"true": True, "false": False, "1": True, "0": False}
+
+
+class Parts:
+    """One row, which remembers what was read of it. A column of nothing (null) is no column.
+
+    Attributes:
+        row: its columns.
+        used: names of those that were read.
+    """
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        """Look at a row.
+
+        Raises:
+            BadRow: if it has images, audio or video.
+        """
+        self.row = {key: value for key, value in row.items() if not is_null(value)}
+        self.used: set[str] = set()
+        self._nulls = row.keys() - self.row.keys()
+        for key, value in self.row.items():
+            if (key in MEDIA and is_something(value)) or _is_media(value):
+                raise BadRow(f"has images, audio or video under {key}, and only text can be learned")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.row
+
+    def take(self, key: str, setting: str = "shape") -> Any:
+        """Return what stands under a key.
+
+        Raises:
+            BadRow: if the row has no such key.
+        """
+        if key not in self.row:
+            raise BadRow(f"has no key {key}.{did_you_mean(key, map(str, self.row))} See {setting}")
+        self.used.add(key)
+        return self.row[key]
+
+    def first(self, keys: Sequence[str], named: str | None = None) -> str | None:
+        """Return the first of the keys that the row has; `named` stands in for all of them."""
+        return next((key for key in ((named,) if named else keys) if key in self.row), None)
+
+    def opening(self, system: str | None = None) -> list[Message]:
+        """Read what comes before the first question: tools, a text of the system, the turns of a history.
+
+        Args:
+            system: key of the system's text, instead of the usual names.
+
+        Raises:
+            BadRow: if one of them is not what it should be.
+        """
+        opening: list[Message] = []
+        for key in filter(self.__contains__, _TOOLS):
+            tools = tools_of(self.take(key), key)
+            if tools and opening:
+                raise BadRow("has tools and functions, which are two names for one thing")
+            opening += [Message("tools", json.dumps(tools, ensure_ascii=False))] if tools else []
+        for key in (system,) if system else _SYSTEMS:
+            if system and key not in self.row and key not in self._nulls:
+                self.take(key, "system_key")  # raises, with the names that there are
+            if text := self.take(key) if key in self.row else None:
+                opening.append(Message("system", text_under(text, f"under {key}")))
+                break
+        return opening + self.history()
+
+    def history(self) -> list[Message]:
+        """Read earlier turns: a list of question and answer, or of messages, under history."""
+        history = self.take("history") if "history" in self.row else []
+        if isinstance(history, list) and history and all(isinstance(turn, dict) for turn in history):
+            return messages_of(history)
+        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+            raise BadRow("holds a history that is no list of question and answer")
+        messages = []
+        for number, (asked, answer) in enumerate(history, 1):
+            messages.append(Message("user", text_under(asked, f"in question {number} of its history")))
+            messages.append(Message("assistant", text_under(answer, f"in answer {number} of its history")))
+        return messages
+
+    def question(self, key: str, *, alone: bool = False) -> list[Message]:
+        """Read a question: a text, behind it what it is about (input, context), or messages.
+
+        Args:
+            key: where it stands.
+            alone: it is the whole question, as for a key that a person named.
+        """
+        asked = self.take(key)
+        if not isinstance(asked, str):
+            return self.messages(key)
+        texts = [text_under(asked, f"under {key}")]
+        for given in _GIVEN:
+            if not alone and given != key and isinstance(self.row.get(given), str):
+                text = self.take(given).strip()
+                # A prompt that is put together from columns has it already, in lines of its own.
+                if text and f"\n{text}\n" not in f"{texts[0]}\n":
+                    texts.append(text_under(self.row[given], f"under {given}"))
+        return [Message("user", "\n".join(texts))]
+
+    def messages(self, key: str) -> list[Message]:
+        """Read a list of messages."""
+        value = self.take(key)
+        if not isinstance(value, list) or not value:
+            raise BadRow(f"holds no messages under {key}, but {'an empty list' if value == [] else type_name(value)}")
+        return messages_of(value)
+
+    def label(self) -> bool | None:
+        """Return whether a label says that the answer is good; None: the row has no such label, or another kind."""
+        key = self.first(LABELS)
+        value = None if key is None else self.row[key]
+        if isinstance(value, str):
+            value = _YES_NO.get(value.strip().lower())
+        if key is None or not isinstance(value, bool | int | float) or value not in (0, 1):
+            return None
+        self.used.add(key)
+        return bool(value)
+
+    def extra(self) -> dict[str, Any]:
+        """What was not read, as far as it is JSON."""
+        return {key: value for key, value in self.row.items() if key not in self.used and is_json(value)}
+
+    def unused(self) -> tuple[str, ...]:
+        """The names of all that was not read and holds something."""
+        return tuple(str(key) for key, value in self.row.items() if key not in self.used and is_something(value))
+
+
+def joined(opening: list[Message], messages: list[Message]) -> list[Message]:
+    """Put what a row's columns say before its messages: tools, system, history, the rest.
+
+    Raises:
+        BadRow: if a column and a message say different things for tools or system.
+    """
+    lead = list(takewhile(lambda message: message.role in ("tools", "system"), messages))
+    heads = {message.role: message for message in opening if message.role in ("tools", "system")}
+    for message in lead:
+        if message.role in heads and heads[message.role].content != message.content:
+            raise BadRow(f"has a column and a message of the {message.role} that differ")
+    first = [*heads.values(), *(message for message in lead if message.role not in heads)]
+    return [
+        *sorted(first, key=lambda message: message.role != "tools"),
+        *opening[len(heads) :],
+        *messages[len(lead) :],
+    ]
+
+
+def _is_media(value: Any) -> bool:
+    """Whether a value is an image or a sound as tables of `datasets` hold them."""
+    if isinstance(value, list):
+        return any(map(_is_media, value[:8]))
+    return isinstance(value, dict) and set(value) == {"bytes", "path"} and any(value.values())
