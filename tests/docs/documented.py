@@ -61,8 +61,9 @@ class Command:
         if not self.inline:
             return "..." not in self.text
         name = 2 if self.words[0] in ("data", "tokenizer") else 1
-        return (len(self.words) > name or self.words[0] in ("ls", "runs")) and not re.search(
-            r"\.\.\.|(?<![\w-])[A-Z]{2,}\b", " ".join(self.words[name:])
+        named = any(not word.startswith("-") for word in self.words[name:])
+        return (named or self.words[0] in ("ls", "runs")) and not re.search(
+            r"\.\.\.|(?<![\w-])[A-Z_]{2,}\b", " ".join(self.words[name:])
         )
 
     def __str__(self) -> str:
@@ -137,10 +138,13 @@ def commands(page: Path) -> list[Command]:
                     break
                 whole = whole[:-1].rstrip() + " " + further.strip()
             found.append(Command(page, block.line + index, _optional(_cut(whole)), needs=_needs(whole)))
-    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.startswith("    "):
-            spans = re.findall(r"`(plmtune [^`]+)`", line)
-            found += [Command(page, number, _optional(span), True, _needs(line)) for span in spans]
+    text = page.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for span in re.finditer(r"`(plmtune [^`\n]+(?:\n[^`\n]+)?)`", text):  # perhaps over the end of a line
+        first, last = text.count("\n", 0, span.start()), text.count("\n", 0, span.end())
+        if not lines[first].startswith("    "):
+            words = " ".join(span[1].split())
+            found.append(Command(page, first + 1, _optional(words), True, _needs(lines[last])))
     return sorted(found, key=lambda command: command.line)
 
 
@@ -210,7 +214,8 @@ def make_place(place: Path) -> None:
         (place / "corpus" / f"{index:02}.txt").write_text(text, encoding="utf-8")
     for name in ("book.txt", "notes.txt"):
         (place / name).write_text(pages[0], encoding="utf-8")
-    _write(place / "rows.jsonl", [{"text": text, "content": text[:2000]} for text in pages])
+    sources = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "plmtune").glob("*.py"))]
+    _write(place / "rows.jsonl", [{"text": text, "content": text[:2000]} for text in pages + sources])
     for name in ("dump.jsonl.zst", "wiki/a.jsonl.zst"):
         with pyarrow.CompressedOutputStream(str(place / name), "zstd") as packed:
             packed.write((place / "rows.jsonl").read_bytes())

@@ -14,6 +14,7 @@ A command must end with exit code 0. What is not run is listed with its reason a
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -36,7 +37,7 @@ _ANSWERS = ["prompts=12", "generation={turns: 2, max_new_tokens: 8}", "reward=nu
 SHORT = {
     r"run (-m )?demo( |$)": _FEW,
     r"run demo_sft": ["phases=[{name: main, steps: 4}]", *_TUNE, "sample.max_new_tokens=4"],
-    r"run demo_(dpo|aries)": ["epochs=0.02", *_TUNE],
+    r"run demo_(dpo|aries)": ["epochs=0.004", *_TUNE],
     r"run demo_aries rounds": _ANSWERS,
     r"run pretrain .*data\.paths": ["model=plm_tiny", "phases=[{name: main, steps: 3}]", *_ANY],
     r"run pretrain mine\.yaml optimizer": ["model=plm_tiny", "phases=[{name: main, steps: 3}]", *_ANY],
@@ -59,7 +60,11 @@ BEFORE = {
     r"compare A\.json": "cp evaluations/base.json A.json; cp evaluations/tuned.json B.json",
     r"exports/(FILE|demo_sft-[\d-]+-Q8_0)\.gguf": "cp $(ls -t exports/*Q8_0.gguf | head -1) exports/export.gguf",
     r"cp \S+ mine.yaml": "rm -f mine.yaml",
+    r"demo_aries/latest/rounds": "test -e runs/demo_aries/latest/rounds || "
+    f"plmtune run demo_aries rounds=1 {shlex.join(['epochs=0.1', *_TUNE, *_ANSWERS])}",
 }
+# A model of the reader's own component would be the newest run, and every later command would need its --import.
+AFTER = {r"--import my_parts": "rm -r runs/my_demo"}
 
 
 def shell(command: Command) -> tuple[str, list[str]]:
@@ -139,23 +144,28 @@ class Place:
         """What the reader has before the first command: the demo's run, prepared text, a second model."""
         if self.is_new:
             self.must(f"plmtune run demo {shlex.join(_FEW)}")
-        self.must("rm -rf prepared base small.gguf && plmtune data prepare corpus --out made && mv made/* prepared")
+        self.must("rm -rf prepared base small.gguf; plmtune data prepare corpus --holdout 0.5 --out made")
+        self.must("mv made/* prepared")
         self.must("cp -r $(ls -d runs/demo/latest/checkpoints/step-* | tail -1) base")
         if (gguf := _smollm2()) is not None:
             (self.directory / "small.gguf").symlink_to(gguf)
         if killed:
             self.kill_a_run()
 
-    def before(self, command: Command) -> None:
-        """Make what the reader has by now."""
-        for pattern, line in BEFORE.items():
+    def make(self, lines: dict[str, str], command: Command) -> None:
+        for pattern, line in lines.items():
             if re.search(pattern, command.text):
                 self.must(line)
+
+    def before(self, command: Command) -> None:
+        """Make what the reader has by now."""
+        self.make(BEFORE, command)
         if re.search(r"^resume|resume=true", " ".join(command.words)) and not self.has_unfinished():
             self.kill_a_run()
 
     def has_unfinished(self) -> bool:
-        return any(word in self.run("plmtune runs")[1] for word in ("killed", "stopped", "failed"))
+        record = self.directory / "runs" / "demo" / "newest" / "run.json"
+        return json.loads(record.read_text(encoding="utf-8"))["status"] != "finished"
 
 
 def _smollm2() -> Path | None:
@@ -199,6 +209,7 @@ def main() -> None:
                 place.before(command)
                 began = time.monotonic()
                 code, output = place.run(f"{line} {shlex.join(further)}")
+                place.make(AFTER, command)
                 if code == 2 and "not installed here" in output:
                     why = "needs a package that is not installed"
                     done.remove(line)

@@ -85,7 +85,7 @@ def check(command: Command) -> None:
         config.override(composed("demo"), [word for word in words[1:] if "=" in word])
     elif name == "ls" and given["group"]:
         assert given["group"].rpartition("/")[2] in {*describe(), "devices"}
-    elif name == "cp":
+    elif name == "cp" and command.is_whole:
         where = folder("recipes") if given["name"].startswith("recipes/") else folder("conf")
         assert list(where.rglob(given["name"].removeprefix("recipes/") + ".*"))
 
@@ -124,7 +124,7 @@ def test_documented_python_imports_what_is_there(block: Code) -> None:
 @pytest.mark.parametrize("block", [b for b in documented.code("yaml") if b.text.startswith("# mine.yaml")], ids=str)
 def test_a_documented_config_composes(block: Code) -> None:
     Path("mine.yaml").write_text(block.text, encoding="utf-8")
-    assert config.compose(re.findall(r"plmtune run (\w+) mine\.yaml", block.text)[0], ["mine.yaml"])
+    assert config.compose(re.findall(r"(?:plmtune run|recipe:) (\w+)\b(?! *\.yaml)", block.text)[0], ["mine.yaml"])
 
 
 @pytest.mark.slow
