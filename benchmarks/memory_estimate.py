@@ -1,6 +1,6 @@
 """The memory estimate of a run against the peak that its process reaches: sizes x recipes x precisions.
 
-Each run has a few steps, a validation and a save, on small texts of the standard library:
+Each run has four steps of full rows, two validations and two saves, on small texts of the standard library:
 
     python benchmarks/memory_estimate.py [--quick] [--sizes plm_demo,plm_20m] [--recipes pretrain,sft]
 """
@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,8 +20,8 @@ from pathlib import Path
 
 from side_by_side import machine
 
-SIZES = ("plm_demo", "plm_20m", "plm_150m")
-PHASES = "phases=[{{name: main, tokens: 4096}}]"
+SIZES = {"plm_demo": 4, "plm_20m": 2, "plm_150m": 1}  # rows of a micro-batch
+PHASES = "phases=[{{name: main, steps: 4}}]"
 RECIPES = {
     "pretrain": [
         "model={size}",
@@ -28,18 +29,27 @@ RECIPES = {
         "data.paths=[{data}/text.txt]",
         "tokenizer=bundled",
         "preparation.directory={data}/shards",
+        "global_batch_size={rows}",
         PHASES,
     ],
-    "sft": ["init_from={start}", "data=conversations", "data.paths=[{data}/rows.jsonl]", "chat.holdout=0.2", PHASES],
+    "sft": [
+        "init_from={start}",
+        "data=conversations",
+        "data.paths=[{data}/rows.jsonl]",
+        "chat.holdout=0.2",
+        "global_batch_size={rows}",
+        PHASES,
+    ],
     "dpo": [
         "init_from={start}",
         "data=preferences",
-        "data.paths=[{data}/pairs.jsonl]",
+        "data.paths=[{data}/pairs-{rows}.jsonl]",
         "chat.holdout=0.2",
+        "global_batch_size={pairs}",
         "reference_cache={data}/reference",
     ],
 }
-COMMON = ["seq_len=256", "global_batch_size=4", "micro_batch_size=4", "validation.every=2", "checkpoint.every=2",
+COMMON = ["seq_len=256", "micro_batch_size={rows}", "validation.every=2", "checkpoint.every=2",
           "sample.max_new_tokens=0", "runtime.precision={precision}", "run_dir={run}"]  # fmt: skip
 UNITS = {"MiB": 1.0, "GiB": 1024.0}
 
@@ -55,7 +65,8 @@ def write_data(directory: Path) -> None:
         rows.append(json.dumps({"messages": messages}))
         pairs.append(json.dumps({"prompt": prompt, "chosen": answer, "rejected": other}))
     (directory / "rows.jsonl").write_text("\n".join(rows))
-    (directory / "pairs.jsonl").write_text("\n".join(pairs[:16]))
+    for rows in set(SIZES.values()):
+        (directory / f"pairs-{rows}.jsonl").write_text("\n".join(pairs[: 15 * rows]))
 
 
 def measure(name: str, arguments: list[str]) -> tuple[float, float]:
@@ -93,9 +104,13 @@ def main() -> None:
             for recipe in options.recipes.split(","):
                 for precision in precisions:
                     run = Path(directory) / f"{size}-{recipe}-{precision}"
+                    # Pairs of 205 tokens: three fill more than a row of 512, so that every row but the last is full.
                     values = {"size": size, "start": start, "precision": precision, "run": run, "data": directory}
+                    values |= {"rows": SIZES[size], "pairs": 3 * SIZES[size]}
                     estimate, peak = measure(recipe, [text.format(**values) for text in (*RECIPES[recipe], *COMMON)])
-                    start = run if recipe == "pretrain" else start
+                    if recipe == "pretrain" and not start.exists():
+                        run.rename(start)
+                    shutil.rmtree(run, ignore_errors=True)
                     print(
                         f"| {size} | {recipe} | {precision} | {estimate:,.0f} | {peak:,.0f} | {estimate / peak:.2f} |",
                         flush=True,

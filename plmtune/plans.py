@@ -165,15 +165,15 @@ def plan(cfg: Any, runtime: Runtime, kind: Kind, *, fetch: bool = False) -> Plan
     if cfg.optimizer.name in COMPILED:
         check_compiler(runtime.device, f"key optimizer: {cfg.optimizer.name} compiles its step", "optimizer=adamw")
     rows = cfg.global_batch_size // runtime.data_world_size
-    rows_at_once = cfg.micro_batch_size if kind.sequences > 1 else min(cfg.micro_batch_size, rows)
     estimated = None
     if model is not None:
         with without_dynamo():
             estimated = estimate(
                 trained,
                 optimizer=cfg.optimizer.name,
-                seq_len=cfg.seq_len,
-                micro_batch_size=kind.sequences * rows_at_once,
+                seq_len=kind.sequences * cfg.seq_len,
+                micro_batch_size=min(cfg.micro_batch_size, rows),
+                masked=kind.sequences > 1,
                 micro_batches=-(-rows // cfg.micro_batch_size),
                 world_size=runtime.world_size,
                 strategy=runtime.strategy,

@@ -23,10 +23,10 @@ def parse_count(value: int | str, key: str) -> int:
 
 
 def show_count(value: float) -> str:
-    """Write a count with three digits: 1,234 -> 1.23K, 1825458176 -> 1.83B."""
-    for letter in ("T", "B", "M", "K"):
-        if abs(value) >= _SCALE[letter]:
-            return f"{show_number(value / _SCALE[letter])}{letter}"
+    """Write a count with three digits: 1,234 -> 1.23K, 1825458176 -> 1.83B; 1e15 is 1P and 1e18 1E, for FLOPs."""
+    for letter, scale in {"E": 10**18, "P": 10**15, **dict(reversed(_SCALE.items()))}.items():
+        if letter and abs(value) >= scale:
+            return f"{show_number(value / scale)}{letter}"
     return show_number(value)
 
 
@@ -43,7 +43,7 @@ def show_bytes(value: float, unit_of: float | None = None) -> str:
         unit_of: bytes in whose unit they are written; None: their own.
     """
     size, name = byte_unit(value if unit_of is None else unit_of)
-    return f"{value / size:.0f} {name}" if size == 1 else f"{value / size:.2f} {name}"
+    return f"{value / size:,.0f} {name}" if size == 1 else f"{value / size:,.2f} {name}"
 
 
 def byte_unit(value: float) -> tuple[int, str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune import hub, terminal
+from plmtune import hub
 from plmtune.cli import import_option
 from plmtune.cli.options import divide
 from plmtune.errors import UserError
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _SCHEMES = "bf16,int8,int4,f16,q8_0,q4_0,q4_k_m"
 _CONTEXTS = "128,2048,4096"
-_LISTED = 20  # of a front
 
 
 @click.command()
@@ -71,25 +70,47 @@ def plan(
 
     from plmtune.devices.device import load_device
 
-    chosen = [load_device(device) for device in _words(devices, "--device")]
-    lengths = _lengths(contexts or ("2048" if sweep else _CONTEXTS))
-    names = _words(schemes or ("int4" if sweep else _SCHEMES), "--scheme")
-    where = _words(runtimes or ("plmtune" if sweep else "plmtune,llama.cpp"), "--runtime")
+    asked = Asked(
+        devices=[load_device(device) for device in _words(devices, "--device")],
+        schemes=_words(schemes or ("int4" if sweep else _SCHEMES), "--scheme"),
+        schemes_given=schemes is not None,
+        runtimes=_words(runtimes or ("plmtune" if sweep else "plmtune,llama.cpp"), "--runtime"),
+        contexts=_lengths(contexts or ("2048" if sweep else _CONTEXTS)),
+        prompt=prompt,
+        json_path=json_path,
+        plot=plot,
+    )
     overlays, overrides = divide(arguments)
     if sweep:
-        for option, given in (("device", chosen), ("scheme", names), ("runtime", where), ("context", lengths)):
-            if len(given) != 1:
-                raise UserError(f"--{option}: a sweep compares architectures at one, not {len(given)}.")
-        if Path(name).is_dir() or hub.parse(name):
-            raise UserError(f"{name} is a checkpoint: a sweep goes over what is still to be trained.")
-        _sweep(
-            *with_preset(name, overlays, overrides), chosen[0], names[0], where[0], lengths[0], prompt, json_path, plot
-        )
+        from plmtune.cli.plan_sweep import show_sweep
+
+        show_sweep(name, overlays, overrides, asked)
         return
     anatomy, cfg = _read(name, overlays, overrides)
     if contexts is None:  # the usual ones, as far as this model goes
-        lengths = sorted({min(length, anatomy.max_seq_len) for length in lengths})
-    _plan(name, anatomy, cfg, chosen, names, schemes is not None, where, lengths, prompt, train_on, json_path, plot)
+        asked = replace(asked, contexts=sorted({min(length, anatomy.max_seq_len) for length in asked.contexts}))
+    budget = cfg is not None and getattr(cfg, "phases", True)  # a preference run has none: its pairs say it
+    training = _training(cfg, train_on) if budget else None
+    _plan(name, anatomy, asked, training, without_budget=cfg is not None and not budget)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the options ask for.
+
+    Attributes:
+        contexts: tokens in the cache, the fewest first.
+        prompt: tokens read for the first one.
+    """
+
+    devices: list[Device]
+    schemes: list[str]
+    schemes_given: bool
+    runtimes: list[str]
+    contexts: list[int]
+    prompt: int
+    json_path: Path | None
+    plot: Path | None
 
 
 def with_preset(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple[str, list[str], list[str]]:
@@ -153,72 +174,33 @@ def _read(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple
     return Anatomy.of(model), cfg
 
 
-def _plan(
-    name: str,
-    anatomy: Anatomy,
-    cfg: Any,
-    devices: list[Device],
-    schemes: list[str],
-    schemes_given: bool,
-    runtimes: list[str],
-    contexts: list[int],
-    prompt: int,
-    train_on: str,
-    json_path: Path | None,
-    plot: Path | None,
-) -> None:
+def _plan(name: str, anatomy: Anatomy, asked: Asked, training: dict[str, Any] | None, *, without_budget: bool) -> None:
+    """Print what a model costs on each device, and write what was asked for."""
     from plmtune.devices import costs
     from plmtune.devices.pareto import draw_speeds
     from plmtune.devices.predict import predict
-    from plmtune.export.lint import gguf_architecture, lint_deploy
-    from plmtune.units import show_bytes, show_count
+    from plmtune.export.lint import lint_deploy
 
-    longest = [context for context in contexts if context <= anatomy.max_seq_len]
-    left_out = [context for context in contexts if context > anatomy.max_seq_len]
+    longest = [context for context in asked.contexts if context <= anatomy.max_seq_len]
+    left_out = [context for context in asked.contexts if context > anatomy.max_seq_len]
     if not longest:
-        raise UserError(f"--context: {name} takes {anatomy.max_seq_len:,} tokens at most, not {contexts[0]:,}.")
-    if anatomy.formats and not schemes_given:
-        schemes = [costs.STORED, *(s for s in schemes if s not in costs.our_schemes())]
-    if not schemes_given and len(runtimes) == 1:
-        schemes = [s for s in schemes if s == costs.STORED or s in costs.schemes_of(runtimes[0])]
-    pairs = costs.check_schemes(schemes, runtimes)
-    if not schemes_given:
-        pairs = [pair for pair in pairs if pair != ("llama.cpp", "bf16")]  # f16 is there, of the same size
-    pairs.sort(key=lambda pair: runtimes.index(pair[0]))
-    refused = ""
-    try:
-        gguf_architecture(anatomy.config)
-    except UserError as error:
-        refused = str(error)
-        pairs = [pair for pair in pairs if pair[0] != "llama.cpp"]
-        if not pairs:
-            raise
+        most, least = anatomy.max_seq_len, asked.contexts[0]
+        raise UserError(f"--context: {name} takes {most:,} tokens at most, not {least:,}.")
+    pairs, refused = _pairs(anatomy, asked)
     try:
         held = {pair: costs.weights(anatomy, *pair) for pair in pairs}
         predictions = [
-            predict(anatomy, device, scheme=scheme, runtime=runtime, context=context, prompt=prompt)
-            for device in devices
+            predict(anatomy, device, scheme=scheme, runtime=runtime, context=context, prompt=asked.prompt)
+            for device in asked.devices
             for runtime, scheme in pairs
             for context in longest
         ]
     except ValueError as error:
         raise UserError(f"{name}: {error}.") from error
-    budget = cfg is not None and getattr(cfg, "phases", True)  # a preference run has none: its pairs say it
-    training = _training(cfg, train_on) if budget else None
     findings = lint_deploy(anatomy.config)
 
-    show(
-        f"{name}: {anatomy.parameters:,} parameters ({anatomy.non_embedding_parameters:,} without embeddings), "
-        f"{anatomy.num_layers} layers of {anatomy.embed_dim:,}, {anatomy.vocab_size:,} tokens"
-    )
-    for runtime in runtimes if not refused else ["plmtune"]:
-        a_token, whole = (costs.cache_bytes(anatomy, runtime, n) for n in (1, longest[-1]))
-        flops = costs.decode_flops(anatomy, runtime, longest[-1])
-        show(
-            f"{runtime:<10} a cache of {show_bytes(a_token)} a token, {show_bytes(whole)} at {longest[-1]:,}; "
-            f"{show_count(flops)} FLOPs a token there"
-        )
-    for device in devices:
+    _print_model(name, anatomy, asked.runtimes if not refused else ["plmtune"], longest[-1])
+    for device in asked.devices:
         _print_device(device, [p for p in predictions if p.device == device.key], longest)
     if refused:
         show(f"\nNot for llama.cpp: {refused}")
@@ -226,29 +208,74 @@ def _plan(
         show(f"\nLeft out, as the model takes {anatomy.max_seq_len:,} tokens: contexts of {_joined(left_out)}.")
     if training is not None:
         show("\n" + "\n".join(training.pop("lines")))
-    elif cfg is not None:
+    elif without_budget:
         show("\nTraining is not planned: key phases is empty. Give phases='[{name: main, tokens: 2B}]'.")
     if findings:
         show("\nWhat will not deploy well")
         for finding in findings:
             show(f"  {finding.level}: {finding.text}")
-    if plot is not None:
-        draw_speeds(predictions, plot, f"{name}: predicted decode")
-        show(f"\n{plot} written")
-    if json_path is not None:
-        _write(
-            json_path,
-            {
-                "config": name,
-                "parameters": anatomy.parameters,
-                "non_embedding_parameters": anatomy.non_embedding_parameters,
-                "cache_bytes_a_token": {runtime: costs.cache_bytes(anatomy, runtime) for runtime in costs.RUNTIMES},
-                "weights": [{"runtime": r, "scheme": s, **asdict(w)} for (r, s), w in held.items()],
-                "devices": {device.key: asdict(device) for device in devices},
-                "predictions": [_plain(prediction) for prediction in predictions],
-                "training": training,
-                "lint": [asdict(finding) for finding in findings],
-            },
+    if asked.plot is not None:
+        draw_speeds(predictions, asked.plot, f"{name}: predicted decode")
+        show(f"\n{asked.plot} written")
+    if asked.json_path is not None:
+        content = {
+            "config": name,
+            "parameters": anatomy.parameters,
+            "non_embedding_parameters": anatomy.non_embedding_parameters,
+            "cache_bytes_a_token": {runtime: costs.cache_bytes(anatomy, runtime) for runtime in costs.RUNTIMES},
+            "weights": [{"runtime": r, "scheme": s, **asdict(w)} for (r, s), w in held.items()],
+            "devices": {device.key: asdict(device) for device in asked.devices},
+            "predictions": [as_plain(prediction) for prediction in predictions],
+            "training": training,
+            "lint": [asdict(finding) for finding in findings],
+        }
+        write_json(asked.json_path, content)
+
+
+def _pairs(anatomy: Anatomy, asked: Asked) -> tuple[list[tuple[str, str]], str]:
+    """The pairs of runtime and scheme to predict, and why none is llama.cpp's, if it cannot have the model.
+
+    Raises:
+        UserError: for a scheme that no runtime has, or if only llama.cpp was asked for.
+    """
+    from plmtune.devices import costs
+    from plmtune.export.lint import gguf_architecture
+
+    schemes, runtimes = asked.schemes, asked.runtimes
+    if not asked.schemes_given:
+        if anatomy.formats:
+            schemes = [costs.STORED, *(s for s in schemes if s not in costs.our_schemes())]
+        if len(runtimes) == 1:
+            schemes = [s for s in schemes if s == costs.STORED or s in costs.schemes_of(runtimes[0])]
+    pairs = costs.check_schemes(schemes, runtimes)
+    if not asked.schemes_given:
+        pairs = [pair for pair in pairs if pair != ("llama.cpp", "bf16")]  # f16 is there, of the same size
+    pairs.sort(key=lambda pair: runtimes.index(pair[0]))
+    try:
+        gguf_architecture(anatomy.config)
+    except UserError as error:
+        ours = [pair for pair in pairs if pair[0] != "llama.cpp"]
+        if not ours:
+            raise
+        return ours, str(error)
+    return pairs, ""
+
+
+def _print_model(name: str, anatomy: Anatomy, runtimes: list[str], context: int) -> None:
+    from plmtune.devices import costs
+    from plmtune.units import show_bytes, show_count
+
+    layers = f"{anatomy.num_layers} layer{'' if anatomy.num_layers == 1 else 's'}"
+    show(
+        f"{name}: {anatomy.parameters:,} parameters ({anatomy.non_embedding_parameters:,} without embeddings), "
+        f"{layers} of width {anatomy.embed_dim:,}, a vocabulary of {anatomy.vocab_size:,}"
+    )
+    for runtime in runtimes:
+        a_token, whole = (costs.cache_bytes(anatomy, runtime, n) for n in (1, context))
+        flops = costs.decode_flops(anatomy, runtime, context)
+        show(
+            f"{runtime:<10} a cache of {show_bytes(a_token)} a token, {show_bytes(whole)} at {context:,}; "
+            f"{show_count(flops)} FLOPs a token there"
         )
 
 
@@ -276,7 +303,7 @@ def _print_device(device: Device, predictions: list[Prediction], contexts: list[
             show_bytes(last.memory),
             "yes" if last.fits else "no",
             f"{show_number(waits[0])} s" if waits else "-",
-            *(_speed(p) for p in row),
+            *(show_speed(p) for p in row),
         )
     show(table)
     if any(not p.fits for p in predictions):
@@ -285,7 +312,7 @@ def _print_device(device: Device, predictions: list[Prediction], contexts: list[
         show("plmtune's speeds are what this memory allows: how near it comes, plmtune bench --calibrate measures.")
 
 
-def _speed(prediction: Prediction) -> str:
+def show_speed(prediction: Prediction) -> str:
     from plmtune.units import show_number
 
     if prediction.decode is None:
@@ -314,8 +341,8 @@ def _training(cfg: Any, train_on: str) -> dict[str, Any]:
         Runtime(torch.device("cpu"), dtype, "none"),
         importlib.import_module(f"plmtune.recipes.{cfg.recipe}").KIND,
     )
-    estimate = found.estimate
-    memory = estimate.tensors - estimate.save  # which a GPU's host holds
+    estimate = replace(found.estimate, process=0, save=0)  # which a GPU's host holds
+    memory = estimate.total
     tokens = found.num_steps * found.tokens_per_step
     flops = tokens * estimate.flops_per_token
     hours = flops / (device.training.value * device.mfu.value) / 3600
@@ -325,7 +352,7 @@ def _training(cfg: Any, train_on: str) -> dict[str, Any]:
         f"  memory  {show_bytes(memory)} with micro-batches of {cfg.micro_batch_size} x {cfg.seq_len:,}: {fits} "
         f"(weights {show_bytes(estimate.weights)}, gradients {show_bytes(estimate.gradients)}, optimizer "
         f"{show_bytes(estimate.optimizer)}, activations {show_bytes(estimate.activations)}, logits "
-        f"{show_bytes(estimate.logits)})",
+        f"{show_bytes(estimate.logits)}, slack {show_bytes(estimate.slack)})",
         f"  compute {show_count(estimate.flops_per_token)} FLOPs a token",
     ]
     phases = []
@@ -334,7 +361,7 @@ def _training(cfg: Any, train_on: str) -> dict[str, Any]:
         took = hours * count / tokens
         phases.append({"name": phase.name, "tokens": count, "flops": count * estimate.flops_per_token, "hours": took})
         lines.append(
-            f"  phase {phase.name}: {show_count(count)} tokens, {count * estimate.flops_per_token:.3g} FLOPs, "
+            f"  phase {phase.name}: {show_count(count)} tokens, {show_count(count * estimate.flops_per_token)} FLOPs, "
             f"{_hours(took)}"
         )
     if phases:
@@ -364,94 +391,11 @@ def _hours(hours: float) -> str:
     return f"{show_number(hours * 3600)} device-seconds"
 
 
-def _sweep(
-    name: str,
-    overlays: list[str],
-    overrides: list[str],
-    device: Device,
-    scheme: str,
-    runtime: str,
-    context: int,
-    prompt: int,
-    json_path: Path | None,
-    plot: Path | None,
-) -> None:
-    from plmtune.devices import costs
-    from plmtune.devices.pareto import draw_front, front
-    from plmtune.devices.sweep import sweep
-    from plmtune.units import show_bytes, show_count, show_number
-
-    costs.check_schemes([scheme], [runtime])
-    line = terminal.Line()
-    found = sweep(
-        name,
-        overlays,
-        overrides,
-        device,
-        scheme=scheme,
-        runtime=runtime,
-        context=context,
-        prompt=prompt,
-        progress=lambda done, total: line.update(f"{done:,} of {total:,} architectures"),
-    )
-    line.close()
-    best = front(found.points)
-    missed = sum(map(len, found.impossible.values()))
-    too_large = [point for point in found.points if not point.prediction.fits]
-    show(
-        f"{name} on {device.name}: {len(found.points) + missed:,} architectures, {scheme} in {runtime}, "
-        f"{context:,} tokens of context; {missed:,} are impossible, {len(too_large):,} do not fit "
-        f"{show_bytes(device.available)}"
-    )
-    for reason, settings in sorted(found.impossible.items(), key=lambda item: -len(item[1]))[:5]:
-        example = ", ".join(f"{key}={value}" for key, value in settings[0].items())
-        show(f"  impossible, {len(settings):,} times: {reason.rstrip('.')} (such as {example})")
-    if not found.points:
-        raise UserError("Not one of these architectures is possible.")
-    if not best:
-        smallest = min(point.prediction.memory for point in found.points)
-        raise UserError(f"Not one of these architectures fits: the smallest takes {show_bytes(smallest)}.")
-    show(f"\nThe front of speed, memory and parameters: {len(best)} that no other beats")
-    keys = list(best[0].settings)
-    figures = {"#": 0, **dict.fromkeys(keys, 0), "parameters": 0, "non-embedding": 2, "memory": 3}
-    figures |= {f"first of {best[0].prediction.prompt:,}": 1, "tokens/s": 0}
-    table = Table(numbers({name.removeprefix("model."): drop for name, drop in figures.items()}))
-    for number, point in list(enumerate(best, 1))[:: -(-len(best) // _LISTED)]:
-        table.add(
-            str(number),
-            *(point.settings[key] for key in keys),
-            show_count(point.parameters),
-            show_count(point.non_embedding),
-            show_bytes(point.prediction.memory),
-            "-" if point.prediction.first_token is None else f"{show_number(point.prediction.first_token)} s",
-            _speed(point.prediction),
-        )
-    show(table)
-    if len(best) > _LISTED:
-        show("Some of them; --json has all.")
-    if plot is not None:
-        draw_front(found.points, plot, f"{name} on {device.name}: {scheme} in {runtime}, {context:,} tokens of context")
-        show(f"\n{plot} written")
-    if json_path is not None:
-        on_front = {id(point) for point in best}
-        points = [
-            {
-                "settings": point.settings,
-                "parameters": point.parameters,
-                "non_embedding_parameters": point.non_embedding,
-                "front": id(point) in on_front,
-                **_plain(point.prediction),
-            }
-            for point in found.points
-        ]
-        _write(json_path, {"config": name, "device": asdict(device), "points": points, "impossible": found.impossible})
-
-
-def _plain(prediction: Prediction) -> dict[str, Any]:
+def as_plain(prediction: Prediction) -> dict[str, Any]:
     return {**asdict(prediction), "memory": prediction.memory, "fits": prediction.fits}
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     from plmtune.atomic import writing
 
     with writing(path) as temporary:

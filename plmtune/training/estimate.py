@@ -41,8 +41,10 @@ _NF4_BYTES = 0.5 + 1 / 64
 
 # Of a CPU's process, measured: what a run loads before its first step (dynamo, TensorBoard, oneDNN), and what oneDNN
 # keeps of the 128 shapes that plmtune.modules.linear lets it keep in bf16. matplotlib comes when activations are gone.
-_LOADED_LATER, _KERNELS_IN_BF16 = 50 << 20, 90 << 20
-# Short-lived tensors of single operations, and memory that the allocator keeps: a share of everything else.
+_LOADED_LATER, _KERNELS_IN_BF16 = 100 << 20, 90 << 20
+# Short-lived tensors of single operations, and memory that the allocator keeps: a share of all other tensors. Measured
+# on CPUs (benchmarks/memory_estimate.py). On a GPU the caching allocator keeps fragments and kernels take workspaces,
+# too; that they are as much is an assumption.
 _SLACK = 0.1
 
 
@@ -88,7 +90,7 @@ class Estimate:
 
     @property
     def slack(self) -> int:
-        """Tensors of single operations, and memory that the allocator keeps."""
+        """Tensors of single operations, and memory that the allocator keeps: on a GPU an assumption, not measured."""
         return int(_SLACK * self.tensors)
 
     @property
@@ -123,6 +125,7 @@ def estimate(
     strategy: Strategy = "none",
     shard_size: int = 1,
     micro_batches: int = 1,
+    masked: bool = False,
     background_saves: bool = False,
     compute_dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool = False,
@@ -135,10 +138,12 @@ def estimate(
 
     Args:
         optimizer: its name in the registry.
-        micro_batch_size: sequences of one forward on one process.
+        seq_len: tokens of a row; all rows are taken to be full.
+        micro_batch_size: rows of one forward on one process.
         strategy: "fsdp" divides weights, gradients and optimizer state by the processes, "hsdp" by `shard_size`.
         micro_batches: of a step, on one process. With more than one, FSDP2 keeps parameters gathered and gradients
             whole between them (`distributed.accumulate`).
+        masked: attention has a mask, which each layer keeps.
         background_saves: a save first copies the state.
         compute_dtype: bf16 means autocast, with fp32 weights.
         loss_chunk_rows: tokens whose logits the loss holds at once; 0: all of them.
@@ -168,6 +173,9 @@ def estimate(
         gathered = whole_gradients = (root + 2 * layer) * compute_dtype.itemsize
     multiplied = parameters - (0 if held.tied else embedding.numel())
     flops_6n = 6.0 * multiplied
+    # torch writes a boolean mask as numbers in each call of attention, and keeps them for the backward.
+    mask = micro_batch_size * seq_len**2 * compute_dtype.itemsize
+    masks = mask * (1 if activation_checkpointing else len(held.layers)) if masked else 0
     resident = resident_memory() if device.type == "cpu" else 0
     return Estimate(
         parameters=parameters,
@@ -178,7 +186,8 @@ def estimate(
         optimizer=moments // shards,
         activations=activation_bytes(
             model, micro_batch_size, seq_len, compute_dtype, activation_checkpointing, casts=shards == 1
-        ),
+        )
+        + masks,
         logits=_loss_bytes(micro_batch_size * seq_len, head.shape, loss_chunk_rows, compute_dtype),
         save=_save_bytes(weights, moments, world_size) if background_saves and device.type == "cpu" else 0,
         process=process_memory(resident, compute_dtype) if device.type == "cpu" else 0,

@@ -36,7 +36,7 @@ class TestPlan:
         save_small(tmp_path / "model")
         code, out, _ = run(monkeypatch, capsys, "plan", tmp_path / "model", "--scheme", "int8,q8_0")
         assert code == 0
-        assert "1 layers of 16" in out and "int8" in out and "q8_0" in out
+        assert "1 layer of width 16, a vocabulary of" in out and "int8" in out and "q8_0" in out
         assert "Training" not in out
 
     def test_without_a_budget_the_model_is_planned_and_its_training_is_not(
@@ -77,9 +77,19 @@ class TestPlan:
             tmp_path / "sweep.png",
         )
         assert code == 0
+        assert out.startswith("demo on Raspberry Pi 5")
         assert "4 architectures" in out and "2 are impossible" in out and "num_heads (0) must be at least 1" in out
         assert len(json.loads((tmp_path / "sweep.json").read_text())["points"]) == 2
         assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_a_sweep_of_a_preset_bears_its_name(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code, out, _ = run(
+            monkeypatch, capsys, "plan", "plm_tiny", "--sweep", "model.num_layers=1,2", "--context", "128"
+        )
+        assert code == 0
+        assert out.startswith("plm_tiny on Raspberry Pi 5") and "pretrain" not in out
 
     @pytest.mark.parametrize(
         ("words", "says"),

@@ -168,6 +168,18 @@ class TestEstimate:
             *("process", "weights", "gradients", "optimizer", "activations", "logits", "save", "slack", "total")
         ]
 
+    def test_counts_what_the_process_has_now_not_what_it_had_at_first(self) -> None:
+        run: dict[str, Any] = {"optimizer": "adamw", "seq_len": 64, "micro_batch_size": 1}
+        before = estimate(small(), **run)
+        held = torch.ones(64 << 20)  # as an earlier job of a multirun may leave it
+        assert estimate(small(), **run).process - before.process > 200 << 20
+        assert held.numel()
+
+    def test_each_layer_keeps_the_mask_of_its_attention_as_numbers(self) -> None:
+        run: dict[str, Any] = {"optimizer": "adamw", "seq_len": 64, "micro_batch_size": 2}
+        masks = estimate(small(), **run, masked=True).activations - estimate(small(), **run).activations
+        assert masks == 3 * 2 * 64 * 64 * 4
+
     def test_says_whether_it_fits(self) -> None:
         e = estimate(small(), optimizer="adamw", seq_len=64, micro_batch_size=1)
         assert e.fits
