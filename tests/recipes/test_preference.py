@@ -427,13 +427,13 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("number", "said"),
         [
-            ("batch_size=0", "key generation.batch_size: must be at least 1, not 0"),
+            ("batch_size=0", "key generation.batch_size: must be at least 1 and at most 16,777,216, not 0"),
             ("turns=0", "key generation.turns: must be at least 1, not 0"),
             ("max_new_tokens=0", "key generation.max_new_tokens: must be at least 1, not 0"),
             ("top_p=0", "key generation.top_p: must be above 0 and at most 1, not 0"),
             ("top_p=1.5", "key generation.top_p: must be above 0 and at most 1, not 1.5"),
             ("min_p=2", "key generation.min_p: must be at least 0 and at most 1, not 2"),
-            ("repetition_penalty=0", "key generation.repetition_penalty: must be above 0, not 0"),
+            ("repetition_penalty=0", "key generation.repetition_penalty: must be above 0 and at most 100, not 0"),
             ("stop=[a,'']", "one of its texts is empty"),
         ],
     )

@@ -186,7 +186,7 @@ class TestData:
         assert "the text of source files has changed" in said and "--other-data" in said
         assert len(record(place / "run")["attempts"]) == 1
         stop_at(monkeypatch, 8, "run_dir=run", "resume=true", "other_data=true")
-        assert "source files has changed since the run began; going on all the same" in caplog.text
+        assert "source files has changed since the run began; resuming nevertheless" in caplog.text
         now = record(place / "run")
         assert now["data"]["files"] != before
         assert now["attempts"][-1]["changed_data"] == {"files": [before, now["data"]["files"]]}
