@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 # Texts that Hydra reads as they are: no number, no word of its grammar, no character that divides or quotes.
-_BARE = re.compile(r"(?!(?:null|true|false|nan|inf)$)(?:[A-Za-z_]|\.{0,2}/)[\w./-]*", re.ASCII | re.IGNORECASE)
+_BARE = re.compile(r"(?!(?:null|true|false|nan|inf)$)(?:[A-Za-z_]|\.{0,2}/)[\w./@%+-]*", re.ASCII | re.IGNORECASE)
 
 
 def as_typed(key: str, value: Any) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +16,7 @@ from plmtune import terminal
 from plmtune.cli import import_option, short, without_collecting
 from plmtune.cli.options import divide, recipe_file
 from plmtune.cli.runs import reasons, table
+from plmtune.cli.validate import check
 from plmtune.errors import UserError, either, near_names
 from plmtune.tables import show
 from plmtune.training.run_directory import (
@@ -42,7 +45,7 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
     plmtune run pretrain data.paths=my_text/ phases='[{name: main, tokens: 2B}]'
     plmtune run sft data.paths=chats.jsonl epochs=2
     plmtune run pretrain conf/plm_1.8b.yaml model/ffn=swiglu --dry-run
-    plmtune run -m demo optimizer.lr=3e-3,1e-2
+    plmtune run -m demo optimizer.lr=3e-3,1e-2       all jobs are checked before the first begins
     """
     overlays, overrides = divide(arguments)
     overrides += ["sensitivity.measure=true"] if sensitivity else []
@@ -68,8 +71,14 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
         # The score is for a sweeper; a recipe that was stopped raises SystemExit(75) instead.
         return recipe.main(cfg)
 
+    def check_only(cfg: Any) -> None:
+        with without_collecting(), contextlib.redirect_stderr(io.StringIO()):  # what each starts from
+            check(module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}"), cfg)
+
     if multirun:
         directory = Path("runs") / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S}"
+        if not dry_run and not any(text.startswith("hydra/") for text in overrides):  # others draw jobs as they run
+            config.multirun(base, overlays, overrides, check_only, directory)
         try:
             config.multirun(base, overlays, overrides, start, directory)
         finally:  # also where a job failed: the others have run

@@ -357,6 +357,7 @@ MORE = [
     ("validate demo_dpo loss.beta=1e6", "key loss: beta (1000000.0) must be above 0 and at most 1,000"),
     ("validate demo global_batch_size=1000000000", "must be at least 1 and at most 16,777,216, not 1000000000"),
     ("run -m demo optimizer.lr=-1,1e9", "plmtune: job 0 (optimizer.lr=-1): key optimizer: lr (-1.0) must be at least"),
+    ("run -m demo optimizer.lr=0.01,-1", "plmtune: job 1 (optimizer.lr=-1): key optimizer: lr (-1.0) must be at least"),
     ("run -m demo model=plm_tiny,plm_tinny", "model has no option plm_tinny. Did you mean plm_tiny?"),
     ("run -m demo seed=1,x", "key seed: x is not a whole number"),
     ("data prepare bad.jsonl", "bad.jsonl, line 1 is not JSON: "),
