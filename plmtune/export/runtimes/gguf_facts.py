@@ -1,11 +1,14 @@
-"""What a GGUF file tells before llama.cpp opens it: llama.cpp itself ends the process on some that are damaged."""
+"""What a GGUF file tells before llama.cpp opens it, which itself ends the process on some that are damaged; and what
+both of its bindings begin with."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
 from plmtune.errors import UserError
+from plmtune.export.runtimes.base import Runtime
 from plmtune.models.gguf_file import opened_gguf
 
 # Architectures on which llama.cpp aborts with flash attention, which is its default.
@@ -63,3 +66,35 @@ def read_facts(path: Path) -> Facts:
             raise UserError(f"{path} has no {what}: it is no model that llama.cpp runs.")
         template = file.metadata.get("tokenizer.chat_template")
         return Facts(str(architecture), embedding.shape[0], context, template if isinstance(template, str) else None)
+
+
+class GgufRuntime(Runtime):
+    """llama.cpp with one GGUF file open.
+
+    Args:
+        threads: None: llama.cpp's own choice.
+        context: None: the model's, at most 4,096.
+        exact: keys and values in fp32, where llama.cpp's default is fp16, and no flash attention.
+        flash_attention: None: as llama.cpp chooses, where it does not abort on the architecture.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int | None,
+        context: int | None,
+        exact: bool,
+        flash_attention: bool | None = None,
+    ) -> None:
+        from plmtune.export.runtimes.opening import DEFAULT_CONTEXT
+
+        facts = read_facts(path)
+        flash_attention = facts.flash_attention(False if exact else flash_attention, path)
+        self.path, self.vocab_size, self._template = path, facts.rows, facts.template
+        self.context = min(context or DEFAULT_CONTEXT, facts.context)
+        self._open(threads, exact, flash_attention)
+
+    @abstractmethod
+    def _open(self, threads: int | None, exact: bool, flash_attention: bool | None) -> None:
+        """Load `path` with room for `context` tokens."""

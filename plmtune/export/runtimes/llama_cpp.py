@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,38 +18,16 @@ from torch import Tensor
 
 from plmtune.data.rows import Message
 from plmtune.errors import UserError
-from plmtune.export.runtimes.base import Runtime
-from plmtune.export.runtimes.gguf_facts import read_facts
+from plmtune.export.runtimes.gguf_facts import GgufRuntime
 
 
-class LlamaCpp(Runtime):
-    """A llama.cpp context of one sequence.
-
-    Args:
-        threads: None: llama.cpp's own choice.
-        context: None: the model's, at most 4,096.
-        exact: keys and values in fp32, where llama.cpp's default is fp16, and no flash attention.
-        flash_attention: None: as llama.cpp chooses, where it does not abort on the architecture.
-    """
+class LlamaCpp(GgufRuntime):
+    """A llama.cpp context of one sequence."""
 
     name = "llama.cpp (llama_cpp)"
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        threads: int | None,
-        context: int | None,
-        exact: bool,
-        flash_attention: bool | None = None,
-    ) -> None:
-        from plmtune.export.runtimes.opening import DEFAULT_CONTEXT
-
-        facts = read_facts(path)
-        flash_attention = facts.flash_attention(False if exact else flash_attention, path)
-        self.path = path
-        self.context = min(context or DEFAULT_CONTEXT, facts.context)
-        self._template = facts.template
+    def _open(self, threads: int | None, exact: bool, flash_attention: bool | None) -> None:
+        path = self.path
         self._lib = lib = _library()
         self._model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
         if not self._model:

@@ -11,7 +11,6 @@ import secrets
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,47 +18,27 @@ from torch import Tensor
 
 from plmtune.data.rows import Message
 from plmtune.errors import UserError
-from plmtune.export.runtimes.base import Runtime, Timing
-from plmtune.export.runtimes.gguf_facts import read_facts
+from plmtune.export.runtimes.base import Timing
+from plmtune.export.runtimes.gguf_facts import GgufRuntime
 
 # Requests go to this machine, whatever proxy the environment names.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-class XLlamaCpp(Runtime):
+class XLlamaCpp(GgufRuntime):
     """A llama.cpp server with one slot, which keeps the cache of what it read last.
 
     A step hands the whole prompt over as JSON, of which the server reads the new token alone. So `timed` has the server
     write all tokens and returns its own figures. A row of log-probabilities is JSON too, about a second for 50,000 ids.
-
-    Args:
-        threads: None: llama.cpp's own choice.
-        context: None: the model's, at most 4,096.
-        exact: keys and values in fp32, where llama.cpp's default is fp16, and no flash attention.
-        flash_attention: None: as llama.cpp chooses, where it does not abort on the architecture.
     """
 
     name = "llama.cpp (xllamacpp)"
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        threads: int | None,
-        context: int | None,
-        exact: bool,
-        flash_attention: bool | None = None,
-    ) -> None:
+    def _open(self, threads: int | None, exact: bool, flash_attention: bool | None) -> None:
         import xllamacpp as lib
 
-        from plmtune.export.runtimes.opening import DEFAULT_CONTEXT
-
-        facts = read_facts(path)
-        flash_attention = facts.flash_attention(False if exact else flash_attention, path)
-        self.path, self.vocab_size = path, facts.rows
-        self.slow_rows = facts.rows > 20_000
-        self._template, self._key = facts.template, secrets.token_hex(16)
-        self.context = min(context or DEFAULT_CONTEXT, facts.context)
+        path, self._key = self.path, secrets.token_hex(16)
+        self.slow_rows = self.vocab_size > 20_000
         params = lib.CommonParams()
         params.model.path = str(path)
         # A slot keeps a place for the token that it writes.
