@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -46,7 +47,8 @@ SHORT = {
     r"init_from=smollm2": ["phases=[{name: main, steps: 1}]", "epochs=null", "seq_len=64", *_ANY[1:]],
     r"eval\.tasks": ["eval.limit=2", "eval.every=0"],
     r"run quantize": ["calibration_tokens=512", "test_tokens=512", "seq_len=128"],
-    r"^eval (?!--list)": ["--limit", "2", "--data", "tasks", "--unsafe-code", "--max-new-tokens", "8"],
+    r"^eval (?!--list)": ["--limit", "2", "--unsafe-code", "--max-new-tokens", "8"],
+    r"^eval (?!--list)(?!.*--data)": ["--data", "tasks"],
     r"^generate|^chat": ["--max-new-tokens", "8"],
     r"^bench(?! --calibrate)": ["--contexts", "32", "--new-tokens", "4"],
 }  # fmt: skip
@@ -225,7 +227,9 @@ def main() -> None:
                     f"          ran: {line} {shlex.join(further)}\n"
                     + "\n".join(f"          {row}" for row in output.splitlines()[-12:])
                 )
-    print(f"{len(done)} commands were run in {(time.monotonic() - started) / 60:.0f} minutes, {len(failed)} failed")
+    minutes, used = (time.monotonic() - started) / 60, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = (used.ru_utime + used.ru_stime) / 60
+    print(f"{len(done)} commands were run in {minutes:.0f} minutes ({cpu:.0f} of CPU time), {len(failed)} failed")
     print("".join(f"  {command}\n" for command in failed), end="")
     print(f"not run: {left_out.total()}" + "".join(f"\n  {count:>3}  {why}" for why, count in left_out.most_common()))
     sys.exit(1 if failed else 0)
