@@ -159,17 +159,21 @@ def joined(opening: list[Message], messages: list[Message]) -> list[Message]:
     Raises:
         BadRow: if a column and a message say different things for tools or system.
     """
-    lead = list(takewhile(lambda message: message.role in ("tools", "system"), messages))
-    heads = {message.role: message for message in opening if message.role in ("tools", "system")}
+    heads, lead = (list(takewhile(_is_head, said)) for said in (opening, messages))
+    known = {message.role: message.content for message in heads}
     for message in lead:
-        if message.role in heads and heads[message.role].content != message.content:
+        if known.get(message.role, message.content) != message.content:
             raise BadRow(f"has a column and a message of the {message.role} that differ")
-    first = [*heads.values(), *(message for message in lead if message.role not in heads)]
+    first = [*heads, *(message for message in lead if message.role not in known)]
     return [
         *sorted(first, key=lambda message: message.role != "tools"),
         *opening[len(heads) :],
         *messages[len(lead) :],
     ]
+
+
+def _is_head(message: Message) -> bool:
+    return message.role in ("tools", "system")
 
 
 def _is_media(value: Any) -> bool:

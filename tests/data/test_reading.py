@@ -1,6 +1,8 @@
 """Nothing in a row is dropped: columns, keys of messages and nulls are honoured, refused or counted in every shape."""
 
 import json
+import random
+import re
 from datetime import datetime
 
 import pyarrow
@@ -217,6 +219,79 @@ class TestEveryShape:
     @staticmethod
     def _read(kind, row):
         return conversation_of(row, "here", detect(row)) if kind == "conversations" else pair_of(row, "here")
+
+
+class TestAnyRow:
+    """Rows drawn at random, every value a word of its own: each word is read, or its column is counted, or refused."""
+
+    COLUMNS = (
+        "messages", "conversations", "prompt", "question", "instruction", "query", "input", "context", "completion",
+        "response", "answer", "output", "chosen", "rejected", "system", "system_prompt", "tools", "functions",
+        "history", "label", "kto_tag", "note", "images", "preferred_output", "non_preferred_output",
+    )  # fmt: skip
+
+    def value(self, draw, column):
+        kind = draw.choice(["word", "word", "word", "null", "empty", "list", "turn", "turns", "number"])
+        if column in ("label", "kto_tag"):
+            return draw.choice([True, False, None, 1, self.word(draw)])
+        if column in ("tools", "functions") and kind != "null":
+            return draw.choice(
+                [
+                    [{"name": self.word(draw), "parameters": {"x": self.word(draw)}}],
+                    "[]",
+                    json.dumps([{"name": self.word(draw)}]),
+                ]
+            )
+        if column == "history" and kind != "null":
+            return draw.choice([[], [[self.word(draw), self.word(draw)]], [self.turn(draw), self.turn(draw)]])
+        if column in ("messages", "conversations", "preferred_output", "non_preferred_output") and kind not in (
+            "null",
+            "number",
+        ):
+            return [self.turn(draw) for _ in range(draw.randint(0, 4))]
+        values = {"null": None, "empty": "", "list": [self.word(draw)], "turn": self.turn(draw), "number": 7}
+        return [self.turn(draw)] if kind == "turns" else values.get(kind, self.word(draw))
+
+    def word(self, draw):
+        self.words += 1
+        return f"w{self.words}w"
+
+    def turn(self, draw):
+        names = draw.choice([("role", "content"), ("from", "value")])
+        turn = dict(
+            zip(
+                names, (draw.choice(["user", "assistant", "assistant", "system", "tool"]), self.word(draw)), strict=True
+            )
+        )
+        for key in draw.sample(
+            ["weight", "reasoning_content", "tool_calls", "name", "mood", "images", "value"], draw.choice([0, 0, 1, 2])
+        ):
+            turn[key] = {"weight": draw.choice([0, 1, None]), "images": None}.get(key, self.word(draw))
+            if key == "tool_calls":
+                turn[key] = draw.choice([None, [], [{"name": self.word(draw), "arguments": {"x": self.word(draw)}}]])
+        return turn
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_loses_no_word(self, seed):
+        draw, self.words, read = random.Random(seed), 0, 0
+        for _ in range(1500):
+            row = {column: self.value(draw, column) for column in draw.sample(self.COLUMNS, draw.randint(2, 6))}
+            for kind in ("conversations", "preferences"):
+                try:
+                    if kind == "conversations":
+                        held = conversation_of(row, "here", detect(row))
+                        said = list(held.messages)
+                    else:
+                        held = pair_of(row, "here")
+                        said = [*held.prompt, held.answer("chosen"), held.answer("rejected")]
+                except BadRow:
+                    continue
+                read += 1
+                written = json.dumps([(m.content, m.more) for m in said if m is not None])
+                for column, value in row.items():
+                    lost = [word for word in re.findall(r"w\d+w", json.dumps(value)) if word not in written]
+                    assert not lost or column in held.unused, (row, said)
+        assert read > 100
 
 
 class TestTables:
