@@ -133,14 +133,17 @@ class Answers:
             begin, end = max(start, at), start + len(marked)
             if text[start:end] != marked:
                 raise BadRow("has an answer that cannot be found: {% generation %} stands in a macro of the template")
-            if len(answers) < len(contents) and (
-                (one_each and marked.strip() and holds(marked, contents[len(answers)].rpartition("</think>")[2]))
+            if None not in begins:  # a block belongs to the turn whose prompt ends before its end
+                turn = sum(prompt is not None and prompt < end for prompt in begins)
+                opened = turn > len(answers)
+                answers += [[] for _ in range(turn - len(answers))]
+            elif opened := len(answers) < len(contents) and (
+                (one_each and bool(marked.strip()) and holds(marked, _said(contents[len(answers)])))
                 or contents[len(answers)].strip() in marked
             ):
-                prompt = begins[len(answers)]
-                if prompt is not None and begin < prompt < end:
-                    begin = prompt  # the block holds something that the model does not write, such as its own role
                 answers.append([])
+            if opened and (prompt := begins[len(answers) - 1]) is not None and begin < prompt < end:
+                begin = prompt  # the block holds something that the model does not write, such as its own role
             if not answers or not text[begin:end].strip():
                 continue
             # The block may hold the end token, perhaps with a line end behind it, or stand before it.
@@ -151,9 +154,18 @@ class Answers:
             if closing is not None:
                 answers[-1].append((begin, closing.end()))
                 at = closing.end()
-        if len(answers) < len(contents) or not all(answers):
+        whole = (
+            bool(parts) and holds("".join(text[begin:end] for begin, end in parts), _said(said))
+            for said, parts in zip(contents, answers, strict=False)
+        )
+        if len(answers) < len(contents) or not all(whole):
             raise BadRow("has an answer that does not stand whole, with an end token, where {% generation %} marks it")
         return answers
+
+
+def _said(content: str) -> str:
+    """What an answer says behind its thoughts, which templates write apart."""
+    return content.rpartition("</think>")[2]
 
 
 def _not_whole(index: int) -> str:

@@ -229,6 +229,19 @@ class TestTrained:
         assert trained_text(template, talk("a", "b", "c", "d")) == ["b<|im_end|>", "d<|im_end|>"]
         assert trained_text(template, talk("a", "b", "c", "d"), "last") == ["d<|im_end|>"]
 
+    def test_marks_in_front_of_an_answer_belong_to_it_and_not_to_the_one_before(self, tokenizer):
+        source = MARKED.replace(
+            "{{ message.content }}",
+            "{% if message.thinking %}{{ message.thinking + '<end_of_turn>' }}{% endif %}"
+            "{% endgeneration %}{% generation %}{{ message.content }}",
+        )
+        template = ChatTemplate(source, tokenizer, "a test")
+        answers = [
+            Message("assistant", text, {"thinking": f"so {text}"}, flag) for text, flag in (("b", True), ("d", False))
+        ]
+        messages = [*talk("a"), answers[0], *talk("c"), answers[1]]
+        assert "".join(trained_text(template, messages)) == "so b<end_of_turn>b<|im_end|>"
+
     def test_training_sees_the_ids_that_generation_sees(self):
         template = find_template("chatml", bundled())
         for messages in (SINGLE, MULTI, talk("a", "\n\nb", "c", "\nd")):
