@@ -29,7 +29,7 @@ class Answers:
     ) -> tuple[list[Parts], list[str]]:
         """Return for each answer where its parts begin and end, and names for what the template leaves out of them.
 
-        A part ends with an end token. There is one part, but where the template marks more.
+        The last part ends with an end token. There is one part, but where the template marks more.
 
         Args:
             messages: as `Renderer.honoured` gives them.
@@ -127,6 +127,7 @@ class Answers:
 
     def _marked(self, contents: Sequence[str], begins: Sequence[int | None], text: str, spans: Spans) -> list[Parts]:
         answers: list[Parts] = []
+        ended: list[bool] = []  # of each answer, whether its last part has an end token
         at = 0
         one_each = sum(bool(marked.strip()) for _, marked in spans) == len(contents)
         for start, marked in spans:
@@ -151,14 +152,14 @@ class Answers:
                 found for found in self._specials.finditer(text, begin, end) if not text[found.end() : end].strip()
             ]
             closing = inside[-1] if inside else self._specials.match(text, end)
-            if closing is not None:
-                answers[-1].append((begin, closing.end()))
-                at = closing.end()
+            at = end if closing is None else closing.end()
+            answers[-1].append((begin, at))
+            ended = [*ended[: len(answers) - 1], closing is not None]
         whole = (
             bool(parts) and holds("".join(text[begin:end] for begin, end in parts), _said(said))
             for said, parts in zip(contents, answers, strict=False)
         )
-        if len(answers) < len(contents) or not all(whole):
+        if len(answers) < len(contents) or not all(whole) or not all(ended):
             raise BadRow("has an answer that does not stand whole, with an end token, where {% generation %} marks it")
         return answers
 

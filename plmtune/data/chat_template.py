@@ -214,7 +214,7 @@ class ChatTemplate:
             if unused is not None:
                 unused.add(ignored)
         answers, _ = self._answers.find(messages, written, spans)
-        end = answers[-1][0][1]
+        end = answers[-1][-1][1]
         return self._encode([written[len(prompt) : end]])[0]
 
     def _try(self) -> tuple[tuple[Message, ...], str]:
@@ -227,7 +227,7 @@ class ChatTemplate:
                 written = "".join(text for text, _ in segments)
                 if not any(written.startswith(self.render(messages, prompt)) for prompt in (True, False)):
                     raise BadRow(f"has an answer (turn {len(messages) + 1}) that {OTHERWISE}")
-                return messages, next(text for text, trained in segments if trained)
+                return messages, [text for text, trained in segments if trained][-1]
             except BadRow as error:
                 failures.append(str(error))
         raise UserError(f"{self.where} cannot be used: a conversation of one question and answer {failures[0]}")

@@ -229,18 +229,22 @@ class TestTrained:
         assert trained_text(template, talk("a", "b", "c", "d")) == ["b<|im_end|>", "d<|im_end|>"]
         assert trained_text(template, talk("a", "b", "c", "d"), "last") == ["d<|im_end|>"]
 
-    def test_marks_in_front_of_an_answer_belong_to_it_and_not_to_the_one_before(self, tokenizer):
-        source = MARKED.replace(
-            "{{ message.content }}",
-            "{% if message.thinking %}{{ message.thinking + '<end_of_turn>' }}{% endif %}"
-            "{% endgeneration %}{% generation %}{{ message.content }}",
-        )
+    @pytest.mark.parametrize("end", ["<end_of_turn>", "/thought"])
+    def test_marks_in_front_of_an_answer_belong_to_it_and_not_to_the_one_before(self, tokenizer, end):
+        before = "{% if message.thinking %}{{ message.thinking + 'END' }}{% endif %}{% endgeneration %}{% generation %}"
+        source = MARKED.replace("{{ message.content }}", before + "{{ message.content }}").replace("END", end)
         template = ChatTemplate(source, tokenizer, "a test")
         answers = [
             Message("assistant", text, {"thinking": f"so {text}"}, flag) for text, flag in (("b", True), ("d", False))
         ]
         messages = [*talk("a"), answers[0], *talk("c"), answers[1]]
-        assert "".join(trained_text(template, messages)) == "so b<end_of_turn>b<|im_end|>"
+        assert "".join(trained_text(template, messages)) == f"so b{end}b<|im_end|>"
+
+    def test_an_answer_in_two_marked_blocks_is_written_whole_for_pairs(self, tokenizer):
+        source = MARKED.replace("{{ message.content }}", "{{ message.content }}{% endgeneration %}{% generation %}")
+        template = ChatTemplate(source, tokenizer, "a test")
+        assert template.end_id == tokenizer.specials["<|im_end|>"]
+        assert tokenizer.decode(template.encode_answer("b").tolist()) == "b<|im_end|>"
 
     def test_training_sees_the_ids_that_generation_sees(self):
         template = find_template("chatml", bundled())
