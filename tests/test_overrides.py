@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from plmtune import config
 from plmtune.config import _parse, _plain_value
+from plmtune.errors import UserError
+from plmtune.identity import refuse_other_config
 from plmtune.overrides import as_typed
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +59,14 @@ class TestAsTyped:
 
 
 class TestAdvice:
+    def test_what_a_run_began_with_is_said_as_an_override(self) -> None:
+        began = config.compose("demo")
+        now = config.override(began, ["phases=[{name: b, steps: 3}]"])
+        with pytest.raises(UserError) as caught:
+            refuse_other_config(Path("r"), began, now)
+        said = str(caught.value)
+        assert "r was started with phases=[{name: main, tokens: " in said and "not [{name: b, tokens: null" in said
+
     def test_brackets_and_braces_are_in_the_quotes_of_a_shell(self) -> None:
         """zsh takes a bare [ for a pattern, and every shell takes a brace with a comma for several words."""
         bare = []

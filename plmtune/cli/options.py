@@ -135,7 +135,7 @@ def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
         click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),
         click.option(
             "--temperature",
-            type=click.FloatRange(0),
+            type=click.FloatRange(0, 100),
             default=0.8,
             show_default=True,
             callback=_number,
@@ -156,7 +156,7 @@ def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
         ),
         click.option(
             "--repetition-penalty",
-            type=click.FloatRange(0, min_open=True),
+            type=click.FloatRange(0, 100, min_open=True),
             default=1.0,
             show_default=True,
             callback=_number,

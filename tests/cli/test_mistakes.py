@@ -241,7 +241,7 @@ MODELS_AND_DATA = [
     ("generate nowhere --prompt x", "There is no nowhere"),
     ("generate plm_20m --prompt x", "plm_20m is a preset of the group model: plmtune run pretrain model=plm_20m"),
     ("generate m", "--prompt is missing. Usage: plmtune generate"),
-    ("generate m --prompt x --temperature -1", "--temperature: must be at least 0, not -1.0."),
+    ("generate m --prompt x --temperature -1", "--temperature: must be at least 0 and at most 100, not -1.0."),
     ("generate m --prompt x --top-p 2", "--top-p: must be above 0 and at most 1, not 2.0."),
     ("generate m --prompt x --max-new-tokens 0", "--max-new-tokens: must be at least 1, not 0."),
     ("generate m --prompt x --device tpu", "--device tpu: unknown. Known: cpu, cuda, cuda:1, "),
