@@ -116,10 +116,15 @@ def check_sampling(
         raise ValueError(f"repetition_penalty must be above 0 and finite, not {repetition_penalty}")
 
 
-def check_stops(until: Sequence[str]) -> None:
-    """Raise ValueError for a stop that every text would hold."""
+def encode_stops(until: Sequence[str]) -> tuple[bytes, ...]:
+    """Return stop strings as they are looked for in what is written, whose tokens may end inside a character.
+
+    Raises:
+        ValueError: for an empty one, which every text would hold.
+    """
     if "" in until:
         raise ValueError("a stop string is empty: an answer would end before it begins")
+    return tuple(stop.encode("utf-8", errors="replace") for stop in until)
 
 
 def before_stop(text: str, until: Sequence[str]) -> str:
@@ -275,7 +280,7 @@ def complete(
         ValueError: if the prompt leaves no room, or for impossible settings.
         FloatingPointError: if the model's output is not a number.
     """
-    check_stops(until)
+    stops = encode_stops(until)
     device = model.device
     ids = prompt_ids(tokenizer, prompt)
     ends = {tokenizer.eos_id, *end_ids}
@@ -284,7 +289,6 @@ def complete(
     max_new_tokens = min(max_new_tokens, model.max_seq_len - len(ids))
     cache = memory.resume(ids, max_new_tokens) if memory is not None else None
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    stops = [stop.encode("utf-8", errors="replace") for stop in until]
     columns = generate(
         model,
         torch.tensor([ids[cache.length :] if cache is not None else ids], device=device),

@@ -12,7 +12,7 @@ from plmtune import continuous
 from plmtune.continuous import Answer, Engine, Request, Why
 from plmtune.errors import UserError
 from plmtune.evaluation.scoring import NotFinite, out_of_memory
-from plmtune.generation import before_stop, check_sampling
+from plmtune.generation import before_stop, check_sampling, encode_stops
 from plmtune.training.estimate import available_memory
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Writer:
             check_sampling(*prompt.sampling)
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from error
-        until = tuple(text.encode("utf-8", errors="replace") for text in prompt.until if text)
+        until = encode_stops([text for text in prompt.until if text])
         tokens = prompt.tokens[-(limit - prompt.max_new_tokens) :]
         return Request(str(index), tokens, prompt.max_new_tokens, prompt.seed, until)
 

@@ -24,7 +24,7 @@ from plmtune.data.refinement import Refinement
 from plmtune.data.rows import Message
 from plmtune.data.sources import BadRow
 from plmtune.errors import UserError, unreadable
-from plmtune.generation import before_stop
+from plmtune.generation import before_stop, encode_stops
 from plmtune.training import distributed
 
 T = TypeVar("T")
@@ -317,7 +317,7 @@ class _Plan:
         seeds: tuple[int, int],
         until: Sequence[str],
     ) -> None:
-        self.until, self._stops = tuple(until), tuple(stop.encode("utf-8", errors="replace") for stop in until)
+        self.until, self._stops = tuple(until), encode_stops(until)
         self.prompts, self.template, self.refinement = prompts, template, refinement
         self.turns, self.chained, self.max_new_tokens, self.seeds = turns, strategy == "chain", max_new_tokens, seeds
         self.room = max_len - max_new_tokens
