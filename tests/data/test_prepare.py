@@ -324,7 +324,7 @@ class TestProgress:
         prepare(Texts("one " * 50_000), tokenizer, tmp_path, progress=True)
         printed = capsys.readouterr()
         assert printed.out == ""
-        assert "texts: 0.2 million tokens · 0.2 million characters" in printed.err
+        assert "0.2 million tokens · 0.2 million characters" in printed.err and "· texts" in printed.err
 
     def test_without_a_terminal_nothing_is_printed(self, tmp_path, tokenizer, capsys):
         prepare(Texts("one", "two"), tokenizer, tmp_path)

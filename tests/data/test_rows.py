@@ -146,6 +146,7 @@ class TestRows:
         datasets = types.ModuleType("datasets")
         datasets.load_dataset = lambda *_, **__: iter([{"a": 1}, {"a": 2}, {"a": 3}])
         monkeypatch.setitem(sys.modules, "datasets", datasets)
+        monkeypatch.setattr("plmtune.data.hub.installed", lambda package: True)
         rows = Rows(hub="some/set", split="test", max_rows=2)
         assert list(rows) == [("some/set, row 1 of test", {"a": 1}), ("some/set, row 2 of test", {"a": 2})]
         assert rows.describe() == "the hub's some/set, test"
