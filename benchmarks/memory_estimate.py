@@ -79,10 +79,10 @@ def measure(name: str, arguments: list[str]) -> tuple[float, float]:
         process.returncode = os.waitstatus_to_exitcode(status)
         said.seek(0)
         text = said.read()
-    found = re.search(r"^\W*total\s+([\d.]+) (MiB|GiB)", text, re.MULTILINE)
+    found = re.search(r"^\W*total\s+([\d.,]+) (MiB|GiB)", text, re.MULTILINE)
     if process.returncode or not found:
         raise SystemExit(f"{name} {' '.join(arguments)} failed:\n{text}")
-    return float(found[1]) * UNITS[found[2]], usage.ru_maxrss / 1024
+    return float(found[1].replace(",", "")) * UNITS[found[2]], usage.ru_maxrss / 1024
 
 
 def main() -> None:
