@@ -42,10 +42,10 @@ _NF4_BYTES = 0.5 + 1 / 64
 # Of a CPU's process, measured: what a run loads before its first step (dynamo, TensorBoard, oneDNN), and what oneDNN
 # keeps of the 128 shapes that plmtune.modules.linear lets it keep in bf16. matplotlib comes when activations are gone.
 _LOADED_LATER, _KERNELS_IN_BF16 = 100 << 20, 90 << 20
-# Short-lived tensors of single operations, and memory that the allocator keeps: a share of all other tensors. Measured
-# on CPUs (benchmarks/memory_estimate.py). On a GPU the caching allocator keeps fragments and kernels take workspaces,
-# too; that they are as much is an assumption.
-_SLACK = 0.1
+# Short-lived tensors of single operations, and memory that the allocator keeps: a share of what comes and goes in a
+# step. Measured on CPUs (benchmarks/memory_estimate.py). On a GPU the caching allocator keeps fragments, too, and
+# kernels take workspaces; that they are as much is an assumption.
+_SLACK = 0.2
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Estimate:
     @property
     def slack(self) -> int:
         """Tensors of single operations, and memory that the allocator keeps: on a GPU an assumption, not measured."""
-        return int(_SLACK * self.tensors)
+        return int(_SLACK * (self.gradients + self.activations + self.logits))
 
     @property
     def total(self) -> int:
