@@ -64,6 +64,8 @@ class XLlamaCpp(GgufRuntime):
         # always writes the same one; rows are of the logits before any bias.
         whole = self._post("/tokenize", {"content": "a"})["tokens"][-1]
         self._bias = [[whole, 1e9]]
+        # A server that is closed before its loop has begun waits for it for ever; an answer shows that it runs.
+        self._complete([whole], 1)
 
     def log_probs(self, ids: Sequence[int], last: int) -> Tensor:
         self.check(ids, last)
