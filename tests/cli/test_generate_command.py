@@ -101,7 +101,7 @@ class TestGenerate:
             ),
             (("{checkpoint}/nothing", "--prompt", "a"), b"", "/nothing (seen from "),
             (("{checkpoint}", "--prompt", "a", "--temperature", "nan"), b"", "nan is no finite number"),
-            (("{checkpoint}", "--prompt", "a", "--repetition-penalty", "0"), b"", "must be above 0, not 0"),
+            (("{checkpoint}", "--prompt", "a", "--repetition-penalty", "0"), b"", "above 0 and at most 100, not 0"),
             (("{checkpoint}", "--prompt", "a", "--min-p", "1.5"), b"", "must be at least 0 and at most 1, not 1.5"),
             (("{checkpoint}", "--prompt", "a", "--stop", ""), b"", "a stop string is empty"),
         ],

@@ -218,7 +218,7 @@ class TestRefusals:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-        with pytest.raises(UserError, match=r"a.gguf needs [\d.]+ KiB, and its disk has 1000 B left"):
+        with pytest.raises(UserError, match=r"a.gguf needs [\d.]+ KiB, and its disk has 1,000 B left"):
             write_gguf(small(), byte(), tmp_path / "a.gguf", kind="F32")
 
     def test_a_type_that_the_library_does_not_write(self, tmp_path: Path) -> None:
