@@ -65,8 +65,8 @@ def write_data(directory: Path) -> None:
         rows.append(json.dumps({"messages": messages}))
         pairs.append(json.dumps({"prompt": prompt, "chosen": answer, "rejected": other}))
     (directory / "rows.jsonl").write_text("\n".join(rows))
-    for rows in set(SIZES.values()):
-        (directory / f"pairs-{rows}.jsonl").write_text("\n".join(pairs[: 15 * rows]))
+    for size in set(SIZES.values()):
+        (directory / f"pairs-{size}.jsonl").write_text("\n".join(pairs[: 15 * size]))
 
 
 def measure(name: str, arguments: list[str]) -> tuple[float, float]:
