@@ -39,10 +39,12 @@ class TestRuns:
     def test_killed_and_resumed_equal_an_undisturbed_one(self, place, generator):
         assert passed(stops.killed(place, 1, generator, fork=True))
 
+    @pytest.mark.slow
     def test_lose_no_step_to_a_signal(self, place, generator, monkeypatch):
         monkeypatch.setattr(stops, "SIGNALS", stops.SIGNALS[1:2])
         assert passed(stops.signalled(place, 1, generator))
 
+    @pytest.mark.slow
     def test_share_no_directory(self, place, generator):
         assert passed(stops.locked(place, 1, generator, fork=True))
 
@@ -51,11 +53,13 @@ class TestRuns:
         assert passed(disks.limited(place, 1, generator))
 
     @pytest.mark.skipif(not disks.can_mount(), reason="no small disk can be mounted here")
+    @pytest.mark.slow
     def test_survive_a_full_disk(self, place, generator):
         assert passed(disks.full(place, 1, generator))
 
 
 class TestSaves:
+    @pytest.mark.slow
     def test_that_are_killed_leave_no_torn_checkpoint(self, place, generator):
         tally = saves.killed_while_saving(place, 6, generator)
         assert passed(tally)
