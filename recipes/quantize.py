@@ -233,12 +233,19 @@ class Quantize:
         if self.budget is None:
             return found, None
         kept = self.bytes_after - sum(one.bytes for one in found)
-        left, size = self.budget - kept, self.budget + 1
-        while size > self.budget:  # the header of a file depends on the mix, by some bytes
+        least, left = self.bytes_after - kept, self.budget - kept
+        while True:  # the header of a file depends on the mix, by some bytes
             rules = sensitivity.propose(found, left)
             mixed = build("quantization", Component("quantization", "mixed", {"rules": rules}), model=self.model)
             size = file_bytes(on_meta(self.source), mixed, self.dtype)
-            left = max(left - max(size - self.budget, 1), self.bytes_after - kept)
+            if size <= self.budget:
+                break
+            if left == least:
+                raise UserError(
+                    f"key sensitivity.budget: {asked.budget} is {self.budget:,} bytes, and the smallest mix takes "
+                    f"{size:,}. Give at least that."
+                )
+            left = max(left - (size - self.budget), least)
         listed = "".join(f"    {json.dumps(pattern)}: {name}\n" for pattern, name in rules.items())
         mix = f"defaults:\n  - override /quantization: mixed\nquantization:\n  rules:\n{listed}"
         use = f"# Use: plmtune run quantize {path / 'mix.yaml'} checkpoint={self.source}\n"

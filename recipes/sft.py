@@ -135,7 +135,11 @@ class Sft:
         with self.student.rounded_once():
             values = loop.update(self, batches, float(sum(batch.num_valid for batch in batches)), self._loss)
         self.order = self.data.order_digest(self.order, index)
-        return {**values, "tokens": (index + 1) * self.plan.tokens_per_step, "phase": phase.name}
+        return {**values, "tokens": self._tokens(index + 1), "phase": phase.name}
+
+    def _tokens(self, steps: int) -> int:
+        """Tokens of the first steps' rows; the last step of epochs may have fewer rows."""
+        return self.data.order.num_drawn_before(steps) * self.plan.seq_len
 
     def _loss(self, batch: Batch) -> Tensor:
         """Summed loss of a micro-batch. Only what is trained on meets the vocabulary."""
@@ -165,7 +169,7 @@ class Sft:
             scheduler=self.scheduler,
             state={
                 "phase": self.data.phase(self.step - 1).name,
-                "tokens": self.step * self.plan.tokens_per_step,
+                "tokens": self._tokens(self.step),
                 "order": self.order,
                 "guard": self.guard.state_dict(),
                 "config": config_digest(self.cfg),

@@ -58,7 +58,7 @@ def _message(turn: Any, number: int) -> Message:
     for key in MEDIA:
         if is_something(held.get(key)):
             raise BadRow(f"has images, audio or video (under {key}) {where}, and only text can be learned")
-    trained = _flag(held, where)
+    trained = _flag(held, known, where)
     calls = _calls_of(held, known, where)
     name = "content" if "content" in turn and ("content" in held or "value" not in held) else "value"
     if name not in turn and not calls:
@@ -69,8 +69,10 @@ def _message(turn: Any, number: int) -> Message:
         calls, content = _calls_in(content, where), ""
     elif content in (None, "", []) and (calls or known == "tool"):
         content = ""
+    elif known == "tools":
+        content = tools_of(content, where)
     else:
-        content, masked = _content(content, where)
+        content, masked = _content(content, where, known)
     more = {key: without_nulls(value) for key, value in held.items() if is_something(value)}
     for key, value in more.items():
         if not is_json(value):  # a time, say
@@ -80,14 +82,12 @@ def _message(turn: Any, number: int) -> Message:
                 raise BadRow(f"holds {type_name(value)} that is no JSON under {key[:40]} {where}")
     if calls:
         more["tool_calls"] = calls
-    if known != "assistant" and (trained or masked):
-        raise BadRow(f"asks to learn a turn that is not the assistant's (turn {number}, {known}): only answers are")
     if masked and sum(end - begin for begin, end in masked) == len(content):
         trained, masked = False, ()
     return Message(known, content, more, trained, masked)
 
 
-def _flag(held: dict[str, Any], where: str) -> bool | None:
+def _flag(held: dict[str, Any], role: str, where: str) -> bool | None:
     """Take the flags that say whether a turn is learned: weight 0 or 1 (OpenAI), train, training, trainable."""
     found = {key: held.pop(key) for key in _FLAGS if key in held}
     for key, value in found.items():
@@ -96,11 +96,13 @@ def _flag(held: dict[str, Any], where: str) -> bool | None:
             raise BadRow(f"holds {value!r:.40} under {key} {where}: {known} are known")
     if len(set(map(bool, found.values()))) > 1:
         raise BadRow(f"has {' and '.join(found)} {where}, which say different things")
+    if role != "assistant" and any(found.values()):
+        raise BadRow(f"asks to learn what is said {where}, and only answers are learned")
     return next((bool(value) for value in found.values()), None)
 
 
-def _content(value: Any, where: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Return a text, and of its parts those that are not to be learned."""
+def _content(value: Any, where: str, role: str = "assistant") -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Return a text, and of an answer's parts those that are not to be learned."""
     if not (isinstance(value, list) and value and all(isinstance(part, dict) for part in value)):
         return text_under(value, where), ()
     text, masked = "", []
@@ -112,7 +114,8 @@ def _content(value: Any, where: str) -> tuple[str, tuple[tuple[int, int], ...]]:
         if not isinstance(held.get("text"), str):
             raise BadRow(f"has a part without text {where}")
         begin, text = len(text), text + held["text"]
-        if _flag(held, where) is False and len(text) > begin:
+        trained = _flag(held, role, where)
+        if trained is False and role == "assistant" and len(text) > begin:
             masked.append((begin, len(text)))
         if unknown := [key for key in held if key not in ("type", "text", "annotations", "cache_control")]:
             raise BadRow(f"has {', '.join(map(str, unknown))[:80]} in a part {where}, which nothing reads")
@@ -160,24 +163,26 @@ def _calls_in(value: Any, where: str) -> list[dict[str, Any]]:
     return calls
 
 
-def tools_of(value: Any, key: str) -> list[dict[str, Any]]:
+def tools_of(value: Any, where: str) -> str:
     """Read definitions of tools as OpenAI has them, or of functions alone, or JSON text of a list of them.
+
+    Returns: a list of OpenAI's as JSON text, the same for the same tools; "" where there are none.
 
     Raises:
         BadRow: if they are none.
     """
     if not is_something(value) or (isinstance(value, str) and not value.strip()):
-        return []
-    value = _parsed(value, f"under {key}")
+        return ""
+    value = _parsed(value, where)
     tools = []
     for tool in value if isinstance(value, list) else [value]:
-        tool = without_nulls(_parsed(tool, f"under {key}"))
+        tool = without_nulls(_parsed(tool, where))
         if isinstance(tool, dict) and "function" not in tool and isinstance(tool.get("name"), str):
             tool = {"type": "function", "function": {name: tool[name] for name in tool if name != "type"}}
         if not isinstance(tool, dict) or not is_json(tool):
-            raise BadRow(f"holds {type_name(tool)} under {key}, not the definition of a tool")
+            raise BadRow(f"holds {type_name(tool)} {where}, not the definition of a tool")
         tools.append(tool)
-    return tools
+    return json.dumps(tools, ensure_ascii=False) if tools else ""
 
 
 def _parsed(value: Any, where: str) -> Any:

@@ -2,7 +2,8 @@
 
 Nothing is drawn from a generator with a state, and nothing depends on numpy's streams, which may change
 between versions: every permutation is a Feistel network over xxh3 keys, computed for single indices. So any
-step can be had at once, in constant memory at any size of corpus, and a run goes on by its step alone.
+step can be had at once, in constant memory at any size of corpus, and a run goes on by its step alone. (What epochs
+have drawn of each source is counted over a whole epoch, 8 bytes a sequence.)
 """
 
 from __future__ import annotations
@@ -173,6 +174,10 @@ class Order:
             if phase.steps < 1:
                 raise ValueError(f"phase {phase.name} has {phase.steps} steps; it needs at least 1")
             assert phase.epochs is None or (len(self.phases) == 1 and not phase.mix and not self.skipped.any())
+            if phase.epochs is not None and not self.windows.any():
+                raise ValueError(
+                    f"no source has a whole window ({', '.join(self.names)}), and epochs go over all of them"
+                )
             self._shares.append(quotas(self._weights(phase)) if phase.epochs is None else self.windows)
             self._drawn.append(self._drawn[-1] + self._counts(index, self._end(index)))
             self._first_step.append(self._first_step[-1] + phase.steps)
@@ -196,6 +201,10 @@ class Order:
         first = min((step - self._first_step[index]) * self.global_batch_size, self._end(index))
         drawn = self._drawn[index] + self._counts(index, first)
         return {name: int(count) for name, count in zip(self.names, drawn, strict=True)}
+
+    def num_drawn_before(self, step: int) -> int:
+        """Return the sequences drawn from all sources before a step."""
+        return min(step * self.global_batch_size, sum(self._end(index) for index in range(len(self.phases))))
 
     def phase_index(self, step: int) -> int:
         """Return which phase a step belongs to."""

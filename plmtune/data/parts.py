@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
@@ -82,17 +81,17 @@ class Parts:
         """
         opening: list[Message] = []
         for key in filter(self.__contains__, _TOOLS):
-            tools = tools_of(self.take(key), key)
+            tools = tools_of(self.take(key), f"under {key}")
             if tools and opening:
                 raise BadRow("has tools and functions, which are two names for one thing")
-            opening += [Message("tools", json.dumps(tools, ensure_ascii=False))] if tools else []
+            opening += [Message("tools", tools)] if tools else []
         for key in (system,) if system else _SYSTEMS:
             if system and key not in self.row and key not in self._nulls:
                 self.take(key, "system_key")  # raises, with the names that there are
             if text := self.take(key) if key in self.row else None:
                 opening.append(Message("system", text_under(text, f"under {key}")))
                 break
-        return opening + self.history()
+        return joined(opening, self.history())
 
     def history(self) -> list[Message]:
         """Read earlier turns: a list of question and answer, or of messages, under history."""
@@ -135,14 +134,14 @@ class Parts:
 
     def label(self) -> bool | None:
         """Return whether a label says that the answer is good; None: the row has no such label, or another kind."""
-        key = self.first(LABELS)
-        value = None if key is None else self.row[key]
-        if isinstance(value, str):
-            value = _YES_NO.get(value.strip().lower())
-        if key is None or not isinstance(value, bool | int | float) or value not in (0, 1):
-            return None
-        self.used.add(key)
-        return bool(value)
+        for key in filter(self.__contains__, LABELS):
+            value = self.row[key]
+            if isinstance(value, str):
+                value = _YES_NO.get(value.strip().lower())
+            if isinstance(value, bool | int | float) and value in (0, 1):
+                self.used.add(key)
+                return bool(value)
+        return None
 
     def extra(self) -> dict[str, Any]:
         """What was not read, as far as it is JSON."""

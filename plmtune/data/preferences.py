@@ -284,7 +284,10 @@ def _unfolded(parts: Parts) -> Parts:
     if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
         raise BadRow("has preferred_output, but no messages under input")
     names = {"messages": "prompt", "preferred_output": "chosen", "non_preferred_output": "rejected"}
-    return Parts({names.get(key, key): value for key, value in {**row, **given}.items()})
+    outer, inner = ({names.get(key, key): held[key] for key in held} for held in (row, Parts(given).row))
+    if twice := outer.keys() & inner.keys():
+        raise BadRow(f"has {', '.join(sorted(twice))} twice, in input and beside it")
+    return Parts(outer | inner)
 
 
 def is_pair(row: Mapping[str, Any]) -> bool:
@@ -306,13 +309,18 @@ def _shape_of(parts: Parts) -> str | None:
         if isinstance(chosen, list):
             return "messages"
         if isinstance(chosen, str):
-            first = parts.row["prompt"] if isinstance(parts.row.get("prompt"), str) else chosen
-            if first.lstrip().startswith("Human:"):
+            given = parts.row.get("prompt")
+            # Behind a plain prompt an answer may begin so, too; with a turn of Assistant: it is a whole dialogue.
+            if _is_dialogue(given) or (_is_dialogue(chosen) and (given is None or "\n\nAssistant:" in chosen)):
                 return "dialogue"
             return "strings" if parts.first(PROMPTS) else None
         return None
     answered = parts.first(MESSAGES) or (parts.first(PROMPTS) and parts.first(COMPLETIONS))
     return "unpaired" if answered and parts.first(LABELS) else None
+
+
+def _is_dialogue(text: Any) -> bool:
+    return isinstance(text, str) and text.lstrip().startswith("Human:")
 
 
 def _is_conversation(parts: Parts) -> bool:
@@ -358,7 +366,9 @@ def _read_sharegpt(parts: Parts) -> _Read:
 
 
 def _read_dialogue(parts: Parts) -> _Read:
-    opening = text_of({"prompt": parts.take("prompt")}, "prompt") if "prompt" in parts else ""
+    given = _text(parts, "prompt").content if "prompt" in parts else ""
+    whole = _is_dialogue(parts.row.get("chosen"))  # then a prompt beside it is its first question, or its beginning
+    opening = "" if whole else given
     sides = []
     for name in ("chosen", "rejected"):
         before, *turns = _TURN.split("\n\n" + (opening + _text(parts, name).content).lstrip())
@@ -372,6 +382,9 @@ def _read_dialogue(parts: Parts) -> _Read:
             raise BadRow(f"has a {name} dialogue that ends in a turn of Human:")
     if sides[0] != sides[1]:
         raise BadRow("has chosen and rejected dialogues that differ before their last answer")
+    known = (message.content for message in sides[0])
+    if whole and given.strip() not in known and not parts.row["chosen"].lstrip().startswith(given.strip()):
+        parts.used.discard("prompt")  # it says something else, and is counted
     return sides[0], answers[0], answers[1]
 
 

@@ -108,7 +108,10 @@ class TestRefusals:
                 [USER, ASSISTANT | {"train": True, "weight": 0}],
                 "weight and train in turn 2 (assistant), which say diff",
             ),
-            ([USER | {"weight": 1}, ASSISTANT], "asks to learn a turn that is not the assistant's (turn 1, user)"),
+            (
+                [USER | {"weight": 1}, ASSISTANT],
+                "asks to learn what is said in turn 1 (user), and only answers are learned",
+            ),
             ([USER, ASSISTANT | {"content": "\ud800"}], "half a surrogate pair in turn 2"),
             ([USER, {"role": "assistant"}], "has no content in turn 2"),
             ([USER, {"content": "x"}], "has no role in turn 2"),

@@ -136,6 +136,16 @@ def by_epochs(windows, epochs, batch=8, seed=1):
 
 
 class TestEpochs:
+    def test_over_no_rows_are_refused(self):
+        with pytest.raises(ValueError, match=r"no source has a whole window \(a, b\)"):
+            by_epochs({"a": 0, "b": 0}, 1)
+
+    def test_sequences_are_counted_up_to_a_short_last_step(self):
+        run = by_epochs({"a": 10, "b": 3}, 1.5)
+        assert [run.num_drawn_before(step) for step in range(run.num_steps + 1)] == [0, 8, 16, 20]
+        mixed = order({"a": 10}, [Phase("one", 2), Phase("two", 1)], 8)
+        assert [mixed.num_drawn_before(step) for step in range(4)] == [0, 8, 16, 24]
+
     @pytest.mark.parametrize("seed", range(60))
     def test_every_row_of_every_source_is_drawn_so_often(self, seed):
         drawn = np.random.default_rng(seed)

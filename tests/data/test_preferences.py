@@ -102,6 +102,14 @@ class TestShapes:
         expected = Pair((USER, HELLO, AGAIN), "yes", "no", "here")
         assert pair_of({"chosen": begin + "yes", "rejected": begin + "no"}, "here") == expected
         assert pair_of({"prompt": begin, "chosen": " yes", "rejected": " no"}, "here") == expected
+        whole = {"chosen": begin + "yes", "rejected": begin + "no"}
+        for prompt in ("Hi?", begin):  # it is in the dialogues
+            assert pair_of({"prompt": prompt, **whole}, "here") == expected
+        assert pair_of({"prompt": "Else?", **whole}, "here").unused == ("prompt",)
+
+    def test_an_answer_that_begins_like_a_dialogue_is_an_answer(self):
+        row = {"prompt": "Hi?", "chosen": "Human: a person.", "rejected": "no"}
+        assert pair_of(row, "here") == Pair((USER,), "Human: a person.", "no", "here")
 
     @pytest.mark.parametrize(
         "row",

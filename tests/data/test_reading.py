@@ -355,6 +355,42 @@ class TestLabels:
         assert read("conversations", row) == ([Message("user", "Two?")], "It is 2.", {"label": 1})
 
 
+class TestTwice:
+    """What stands in two places of a row is one thing or refused."""
+
+    SYSTEM = say("system", "Be kind.")
+
+    @pytest.mark.parametrize("row", [CONVERSATIONS["question"], PAIRS["strings"]])
+    def test_a_system_message(self, row):
+        read = conversation_of if "answer" in row else pair_of
+        settings = ("prompt_completion",) if "answer" in row else ()
+        row = row | {"system": "Be kind.", "history": [self.SYSTEM, *CHAT]}
+        found = read(row, "here", *settings)
+        messages = found.messages if "answer" in row else found.prompt
+        assert [message.role for message in messages][:4] == ["system", "user", "assistant", "user"]
+        with pytest.raises(BadRow, match="a column and a message of the system that differ"):
+            read(row | {"system": "Be brief."}, "here", *settings)
+
+    def test_tools_however_they_are_written(self):
+        tools = json.dumps([{"name": "add", "parameters": {}}], indent=1)
+        row = {"tools": [{"name": "add", "parameters": {}}], "messages": [say("tools", tools), *CHAT]}
+        (first, *_) = conversation_of(row, "here", "messages").messages
+        assert json.loads(first.content) == [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+        with pytest.raises(BadRow, match=r"text that is no JSON in turn 1 \(tools\)"):
+            conversation_of({"messages": [say("tools", "none"), *CHAT]}, "here", "messages")
+
+    @pytest.mark.parametrize("more", [{"prompt": "Three?"}, {"tools": [{"name": "add"}]}])
+    def test_columns_beside_an_input_that_has_them(self, more):
+        row = PAIRS["openai"] | {"input": {"messages": [ASKED], "tools": [{"name": "sub"}]}}
+        with pytest.raises(BadRow, match=f"has {next(iter(more))} twice, in input and beside it"):
+            pair_of(row | more, "here")
+
+    def test_a_label_of_another_kind_hides_none(self):
+        row = {"prompt": "Two?", "completion": "It is 2.", "label": "sums", "kto_tag": True}
+        found = pair_of(row, "here")
+        assert (found.chosen, found.rejected, found.unused) == ("It is 2.", None, ("label",))
+
+
 class TestFlags:
     """weight of OpenAI, train and its other names of axolotl."""
 
@@ -387,6 +423,14 @@ class TestFlags:
         assert self.trained(tokenizer, ASKED, say("assistant", parts)) == [" It is", " 2. <|im_end|>"]
         parts = [{"type": "text", "text": "It is 3.", "weight": 0}]
         assert self.trained(tokenizer, ASKED, say("assistant", parts), ASKED, ANSWERED) == ["It is 2.<|im_end|>"]
+
+    def test_what_is_not_an_answer_cannot_be_learned(self):
+        parts = [{"type": "text", "text": "Two?"}]
+        for turn in (ASKED | {"train": True}, say("user", [parts[0] | {"train": True}])):
+            with pytest.raises(BadRow, match=r"asks to learn what is said in turn 1 \(user\)"):
+                messages_of([turn, ANSWERED])
+        (message, _) = messages_of([say("user", [parts[0] | {"train": False}]), ANSWERED])
+        assert message.asked() == messages_of(CHAT)[0]
 
     def test_pairs_have_no_answers_that_are_not_to_be_learned(self):
         row = {"prompt": "Two?", "chosen": [ANSWERED | {"weight": 0}], "rejected": [WORSE]}

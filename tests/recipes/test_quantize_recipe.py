@@ -119,6 +119,17 @@ class TestSensitivity:
         assert whole == (folder / "base/model.safetensors").stat().st_size
         assert 0.98 * share / 100 * whole < files <= share / 100 * whole
 
+    def test_a_mix_that_no_budget_allows_ends_the_search(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        true, asked = quantize.file_bytes, []
+
+        def file_bytes(model: object, plan: dict[str, object], dtype: torch.dtype) -> int:
+            asked.append(plan)
+            return true(model, plan, dtype) + (1 << 30 if len(asked) > 2 else 0)
+
+        monkeypatch.setattr(quantize, "file_bytes", file_bytes)
+        with pytest.raises(UserError, match=r"budget: 60% is [\d,]+ bytes, and the smallest mix takes [\d,]+\."):
+            run("quantization=int4", "sensitivity.budget=60%", "sensitivity.tokens=64", "calibration_tokens=0")
+
     def test_no_bytes_are_spent_for_nothing(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         run("quantization=int8", "sensitivity.budget=99%", "sensitivity.tokens=64")
         report = json.loads((folder / "out" / "quantize.json").read_text())

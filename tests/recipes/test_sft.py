@@ -160,6 +160,9 @@ class TestEpochs:
         rows = steps[1]
         assert 5 < rows < 40  # packed
         assert steps[1.5] == math.ceil(1.5 * rows)
+        run("sft", "run_dir=short", "epochs=1", *one, *quiet, f"global_batch_size={rows - 1}")
+        (entry, last) = (entry for entry in metrics(base / "short") if "loss" in entry)
+        assert last["tokens"] * (rows - 1) == entry["tokens"] * rows  # the last step had one row
 
     def test_every_row_of_two_sources_is_drawn_so_often(self, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
         run("sft", "phases=[]", "epochs=2", *TWO, "run_dir=r", "validation.every=0", "checkpoint.every=0")
