@@ -202,7 +202,7 @@ def origin_directory(init_from: str, *, weights: bool = True) -> Path:
     directory = newest_whole(Path(folder), once=True) if folder else Path(single)
     assert directory is not None
     if folder:
-        say_if_interrupted(Path(folder).parent if Path(folder).name == "checkpoints" else Path(folder), directory)
+        say_if_interrupted(directory)
     return directory
 
 

@@ -164,7 +164,8 @@ def plan(cfg: Any, runtime: Runtime, kind: Kind, *, fetch: bool = False) -> Plan
         check_compiler(runtime.device, "key runtime.compile", "runtime.compile=false")
     if cfg.optimizer.name in COMPILED:
         check_compiler(runtime.device, f"key optimizer: {cfg.optimizer.name} compiles its step", "optimizer=adamw")
-    rows = cfg.global_batch_size // runtime.data_world_size
+    # A pair whose answers are compared in three contexts (ARIES) may fill three rows.
+    rows = cfg.global_batch_size // runtime.data_world_size * (3 if getattr(loss, "contexts", False) else 1)
     estimated = None
     if model is not None:
         with without_dynamo():

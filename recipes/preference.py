@@ -255,7 +255,9 @@ class Preference:
     def _apart(self) -> float:
         """How far this rank's first log-probabilities are from the reference's, which the model still is."""
         batch = self.data.step(0)[0]
-        apart = (self._answers(batch).view(-1, 2) - self.reference[batch.index.to(self.runtime.device)]).abs()
+        with self.student.unrounded():
+            found = self._answers(batch)
+        apart = (found.view(-1, 2) - self.reference[batch.index.to(self.runtime.device)]).abs()
         return float(apart.max()) if apart.numel() else 0.0
 
     def _load_last_round(self) -> None:

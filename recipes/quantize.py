@@ -97,7 +97,7 @@ def preflight(cfg: Config) -> Job:
     source, dtype = checkpoint_directory(str(cfg.checkpoint), weights=False), _DTYPES[cfg.dtype]
     meta = on_meta(source)
     plan = plan_of(cfg, meta)
-    before, after = file_bytes(on_meta(source), {}, dtype), file_bytes(on_meta(source), plan, dtype)
+    before, after = file_bytes(meta, {}, dtype), file_bytes(meta, plan, dtype)
     seq_len = cfg.seq_len or min(512, meta.max_seq_len)
     if seq_len > meta.max_seq_len:
         raise UserError(f"key seq_len: {seq_len:,} exceeds the model's max_seq_len ({meta.max_seq_len:,}).")
@@ -149,7 +149,6 @@ class Quantize:
         if measures(cfg):
             found, rules = self.mix(moments)
         if rules is not None:
-            self.plan = build("quantization", Component("quantization", "mixed", {"rules": rules}), model=model)
             scheme = {"component": "mixed", "rules": rules, "qat": False}
         quantize(model, self.plan, second_moments=moments, scheme=scheme, progress=self.teller("quantized"))
         model.to(self.dtype)
@@ -218,7 +217,10 @@ class Quantize:
         return tell
 
     def mix(self, moments: dict[str, Tensor] | None) -> tuple[Found, dict[str, str] | None]:
-        """Measure what each module loses; returns that and the rules that the budget allows, None without one."""
+        """Measure what each module loses; returns that and the rules that the budget allows, None without one.
+
+        The plan is theirs then.
+        """
         asked, path = self.cfg.sensitivity, self.run.path
         rows = self.text.test[: max(1, asked.tokens // self.text.test.shape[1])]
         found = sensitivity.measure(
@@ -232,12 +234,12 @@ class Quantize:
         )
         if self.budget is None:
             return found, None
-        kept = self.bytes_after - sum(one.bytes for one in found)
-        least, left = self.bytes_after - kept, self.budget - kept
+        least = sum(one.bytes for one in found)  # of what is measured; the rest of the file is the same in any mix
+        left = self.budget - (self.bytes_after - least)
         while True:  # the header of a file depends on the mix, by some bytes
             rules = sensitivity.propose(found, left)
-            mixed = build("quantization", Component("quantization", "mixed", {"rules": rules}), model=self.model)
-            size = file_bytes(on_meta(self.source), mixed, self.dtype)
+            self.plan = build("quantization", Component("quantization", "mixed", {"rules": rules}), model=self.model)
+            size = file_bytes(on_meta(self.source), self.plan, self.dtype)
             if size <= self.budget:
                 break
             if left == least:

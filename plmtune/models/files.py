@@ -201,23 +201,29 @@ def find_checkpoint(path: str | Path, *, weights: bool = True) -> Path:
         return path
     checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     # A name only, of a directory that is there: `latest` is written after its checkpoint and may be lost.
-    run = path.parent if path.name == "checkpoints" else path
     name = _read_start(checkpoints / "latest")
     if name.startswith("step-") and Path(name).name == name and _stays_inside(checkpoints / name):
-        say_if_interrupted(run, checkpoints / name)
+        say_if_interrupted(checkpoints / name)
         return checkpoints / name
     found = (path for path in checkpoints.glob("step-*") if path.name[5:].isdecimal() and _stays_inside(path))
     steps = {int(path.name[5:25]): path for path in found}
     if not steps:
         raise UserError(
-            run_summary.explain(run) or f"{path} holds neither {CONFIG} nor checkpoints (step-00000500, ...)."
+            run_summary.explain(_run_of(checkpoints))
+            or f"{path} holds neither {CONFIG} nor checkpoints (step-00000500, ...)."
         )
-    say_if_interrupted(run, steps[max(steps)])
+    say_if_interrupted(steps[max(steps)])
     return steps[max(steps)]
 
 
-def say_if_interrupted(run: Path, checkpoint: Path) -> None:
+def _run_of(folder: Path) -> Path:
+    """The run whose checkpoints a folder holds: its parent, or itself where it is given alone."""
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
+def say_if_interrupted(checkpoint: Path) -> None:
     """Say on stderr, once a process, where a run stands for its newest checkpoint and did not come to its end."""
+    run = _run_of(checkpoint.parent)
     if os.environ.get("RANK", "0") == "0" and run.resolve() not in _said_of:
         _said_of.add(run.resolve())
         if said := run_summary.interruption(run, int(checkpoint.name[5:25])):
