@@ -37,6 +37,7 @@ from omegaconf.errors import OmegaConfBaseException
 from plmtune.atomic import making
 from plmtune.config_choices import (
     FILE_PRESET,
+    SEVERAL,
     choices_of,
     group_at,
     normalize_file,
@@ -476,16 +477,21 @@ def _check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> lis
                     f"override {text}: choose it as {key.removesuffix('.component').replace('.', '/')}={value}."
                 )
             part.append(f"++{normal.lstrip('+')}" if in_dict else normal)
-        for place in _chosen(part):
-            checked = [_without(place, earlier) for earlier in checked]
+        for place, name in _chosen(part).items():
+            checked = [_without(place, name, earlier) for earlier in checked]
         checked.append(part)
     return [text for part in checked for text in part]
 
 
-def _without(place: str, part: list[str]) -> list[str]:
-    """What one override stands for, without the component at a place, which gives way to a later one."""
-    if place not in _chosen(part):
+def _without(place: str, name: str | None, part: list[str]) -> list[str]:
+    """What one override stands for, without the component at a place, which gives way to a later choice of `name`.
+
+    Of the same component the settings stay, as they do between files; several loggers are replaced as a whole.
+    """
+    if place not in (chosen := _chosen(part)):
         return part
+    if chosen[place] == name != SEVERAL:
+        return [t for t in part if t.partition("=")[0].lstrip("+~") != place]
     return [t for t in part if not f"{t.partition('=')[0].lstrip('+~').replace('.', '/')}/".startswith(f"{place}/")]
 
 

@@ -156,6 +156,8 @@ class TestReplacing:
             ("", ["logger=[jsonl,wandb]", "logger=[tensorboard,jsonl]"], ["logger=[tensorboard,jsonl]"]),
             ("", ["logger=[jsonl,wandb]", "logger=null"], ["logger=null"]),
             ("", ["optimizer={component: muon, ns_steps: 3}", "optimizer=adamw"], ["optimizer=adamw"]),
+            ("", ["optimizer={component: adamw, lr: 0.5}", "optimizer=adamw"], ["optimizer=adamw", "optimizer.lr=0.5"]),
+            ("", ["optimizer.lr=0.5", "optimizer=adamw"], ["optimizer=adamw", "optimizer.lr=0.5"]),
             ("muon adamw", [], ["optimizer=adamw", "optimizer.eps=1e-7"]),
             ("muon hydra", [], ["optimizer=adamw"]),
             ("muon", ["optimizer=adamw"], ["optimizer=adamw"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import io
 import os
 from datetime import datetime
@@ -16,7 +17,6 @@ from plmtune import terminal
 from plmtune.cli import import_option, short, without_collecting
 from plmtune.cli.options import divide, recipe_file
 from plmtune.cli.runs import reasons, table
-from plmtune.cli.validate import check
 from plmtune.errors import UserError, either, near_names
 from plmtune.tables import show
 from plmtune.training.run_directory import (
@@ -67,13 +67,19 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
         with without_collecting():
             recipe = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
             if dry_run:
+                if not _can_be_tried(recipe):
+                    raise UserError(f"{name}: --dry-run needs a recipe with def main(cfg, *, dry_run=False).")
                 return recipe.main(cfg, dry_run=True)
         # The score is for a sweeper; a recipe that was stopped raises SystemExit(75) instead.
         return recipe.main(cfg)
 
     def check_only(cfg: Any) -> None:
-        with without_collecting(), contextlib.redirect_stderr(io.StringIO()):  # what each starts from
-            check(module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}"), cfg)
+        cfg.force = cfg.force or force
+        recipe = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
+        unsaid = io.StringIO()
+        with without_collecting(), contextlib.redirect_stdout(unsaid), contextlib.redirect_stderr(unsaid):
+            if _can_be_tried(recipe):
+                recipe.main(cfg, dry_run=True)
 
     if multirun:
         directory = Path("runs") / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S}"
@@ -92,6 +98,10 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
         with without_collecting():
             cfg = config.compose(base, overlays, overrides)
         start(cfg)
+
+
+def _can_be_tried(recipe: Any) -> bool:
+    return "dry_run" in inspect.signature(recipe.main).parameters
 
 
 @click.command()

@@ -124,7 +124,7 @@ class ChatTemplate:
             learned = message.trained is not False and (train_on == "all" or number == len(answers))
             for begin, end in parts:
                 out.append((text[at:begin], False))
-                for cut in _unmasked(message, text, begin, end) if learned else [(begin, end, False)]:
+                for cut in self._unmasked(message, text, begin, end) if learned else [(begin, end, False)]:
                     out.append((text[cut[0] : cut[1]], cut[2]))
                 at = end
         if not any(trained for _, trained in out):
@@ -243,6 +243,26 @@ class ChatTemplate:
                         "the model would take it for the token itself"
                     )
 
+    def _unmasked(self, message: Message, text: str, begin: int, end: int) -> list[tuple[int, int, bool]]:
+        """Cut an answer, [begin, end) of a text, into (begin, end, whether it is learned)."""
+        if not message.masked:
+            return [(begin, end, True)]
+        said = message.content.strip()
+        # Special tokens are no part of what is said, and are not cut.
+        marks = [found.span() for found in self._specials.finditer(text, begin, end)]
+        stop = next((first for first, last in reversed(marks) if not text[last:end].strip()), end)
+        start = text.find(said, begin, stop)
+        if start < 0 or text.find(said, start + 1, stop) >= 0:
+            times = "not at all" if start < 0 else "more than once"
+            raise BadRow(f"has an answer with parts that are not to be learned, which the chat template writes {times}")
+        start -= len(message.content) - len(message.content.lstrip())
+        cuts, at = [], begin
+        for first, last in message.masked:
+            first, last = (min(max(begin, start + place), stop) for place in (first, last))
+            cuts += [(at, first, True), (first, last, False)]
+            at = last
+        return [cut for cut in [*cuts, (at, end, True)] if cut[0] < cut[1]]
+
     def _with_bos(self, ids: Ids) -> Ids:
         """Put bos before a conversation whose tokenizer adds it to texts, unless the template has written it."""
         return np.array(self.tokenizer.with_bos(ids.tolist()), np.int32) if self.tokenizer.adds_bos else ids
@@ -261,23 +281,6 @@ class ChatTemplate:
         known = self._special_ids | dict(zip(plain, encoded, strict=True))
         nothing = np.zeros(0, np.int32)
         return [np.concatenate([nothing, *(known[piece] for piece in pieces)]) for pieces in cut]
-
-
-def _unmasked(message: Message, text: str, begin: int, end: int) -> list[tuple[int, int, bool]]:
-    """Cut an answer, [begin, end) of a text, into (begin, end, whether it is learned)."""
-    if not message.masked:
-        return [(begin, end, True)]
-    said = message.content.strip()
-    start = text.rfind(said, begin, end)
-    if start < 0:
-        raise BadRow("has an answer with parts that are not to be learned, which the chat template rewrites")
-    start -= len(message.content) - len(message.content.lstrip())
-    cuts, at = [], begin
-    for first, last in message.masked:
-        first, last = (min(max(begin, start + place), end) for place in (first, last))
-        cuts += [(at, first, True), (first, last, False)]
-        at = last
-    return [cut for cut in [*cuts, (at, end, True)] if cut[0] < cut[1]]
 
 
 def find_template(name: str | None, tokenizer: Tokenizer, option: str = "chat.template=") -> ChatTemplate:

@@ -158,13 +158,17 @@ def _refinements(
 ) -> Iterator[Grouped]:
     """Encode pairs: the chosen answer to the prompt, then to the prompt with the rejected one; one hash a prompt."""
     for pair in source.pairs(skip_bad=True):
-        if pair.chosen is None or pair.rejected is None:
+        chosen = pair.answer("chosen")
+        if chosen is None or pair.rejected is None:
             source.refused.add(pair.place, "has one answer only, and refining takes two")
             continue
         try:
             if not pair.shows_all:
                 raise BadRow(UNSHOWN)
-            prompt, answer = template.encode_prompt(pair.prompt, counts.unused), template.encode_answer(pair.chosen)
+            prompt, answer = (
+                template.encode_prompt(pair.prompt, counts.unused),
+                template.encode_answer(chosen, counts.unused),
+            )
             # Cut from the right, a long question would lose what is trained: the answer that it shows gives way.
             context = refinement.encode(template, pair.prompt, pair.rejected, max_len=seq_len - answer.size)
         except BadRow as error:

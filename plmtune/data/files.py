@@ -176,10 +176,9 @@ def read_table(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, str] 
     Raises:
         UserError: for a first line without names, or with one twice.
     """
-    lines = _TableLines(path, encoding)
+    lines = _table_lines(path, encoding)
     first = next(lines, "")
-    tabs = Path(path.stem if path.suffix.lower() in _COMPRESSION else path.name).suffix.lower() == ".tsv"
-    delimiter = "\t" if tabs else ";" if "," not in first and ";" in first else ","
+    delimiter = "\t" if _suffix(path) == ".tsv" else ";" if "," not in first and ";" in first else ","
     rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     csv.field_size_limit(MAX_ROW)
     try:
@@ -189,7 +188,7 @@ def read_table(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, str] 
     if not names or not all(name.strip() for name in names) or len(set(names)) < len(names):
         raise UserError(f"{path}: its first line has to name the columns, each once; it is {first.strip()[:80]!r}")
     while True:
-        number = lines.number + 1
+        number = rows.line_num + 1
         try:
             fields = next(rows, None)
         except csv.Error as error:
@@ -203,38 +202,30 @@ def read_table(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, str] 
             yield number, BadRow(f"has {len(fields)} fields where {len(names)} columns are named")
 
 
-class _TableLines:
-    """The lines of a text with their ends, and the number of the latest."""
+def _table_lines(path: Path, encoding: str) -> Iterator[str]:
+    """The lines of a text with their ends."""
+    lines_in = "utf-8" if _is_wide(encoding) else encoding
+    offset = 0
+    for number, line in enumerate(_read_lines(path, encoding), 1):
+        if line is None:
+            raise UserError(f"{path}, line {number}: has more than the {MAX_ROW:,} bytes that a row can have")
+        try:
+            text = line.decode(lines_in)
+        except UnicodeDecodeError as error:
+            raise UserError(_wrong_encoding(path, encoding, offset + error.start, error)) from error
+        yield (text.removeprefix("\ufeff") if number == 1 else text) + "\n"
+        offset += len(line) + 1
 
-    def __init__(self, path: Path, encoding: str) -> None:
-        self._pieces = read_text(path, encoding)
-        self._lines: list[str] = []
-        self._rest = ""
-        self.number = 0
 
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        while not self._lines:
-            piece = next(self._pieces, None)
-            if piece is None:
-                self._lines, self._rest = [self._rest] if self._rest else [], ""
-                if not self._lines:
-                    raise StopIteration
-            else:
-                # Not splitlines: U+2028 and others of its kind may stand in a field.
-                *whole, self._rest = (self._rest + piece).split("\n")
-                self._lines = [line + "\n" for line in reversed(whole)]
-        self.number += 1
-        return self._lines.pop()
+def _suffix(path: Path) -> str:
+    """A file's suffix, before .gz or .zst."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in _COMPRESSION else suffix
 
 
 def kind_of(path: Path) -> str | None:
     """Return text, jsonl, csv (tables) or parquet by the file's suffix (before .gz or .zst); None: unknown."""
-    suffix = path.suffix.lower()
-    if suffix in _COMPRESSION:
-        suffix = Path(path.stem).suffix.lower()
+    suffix = _suffix(path)
     if suffix in _JSON_LINES:
         return "jsonl"
     if suffix in _TABLES:

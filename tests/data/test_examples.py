@@ -100,6 +100,12 @@ class TestRefinement:
         trained = [example.trained.sum() for i in range(rows.num_rows) for example in rows.examples(i)]
         assert trained[0] == trained[1]  # the worse answer is read, not learned
 
+    def test_keys_of_an_answer_that_the_template_leaves_out_are_counted(self) -> None:
+        more = {"chosen": {"id": "7"}}
+        pair = Pair((Message("user", "What is 2 + 3?"),), "It is 5.", "It is 6.", "row 0", more=more)
+        found = opened(InMemory([pair], "talks"), refinement=find_refinement(None))
+        assert "talks: columns not used: id of messages (1 row)" in found.notes
+
     def test_single_answers_are_refused(self) -> None:
         single = Pair((Message("user", "Why?"),), "So.", None, "row 0")
         with pytest.raises(UserError, match="row 0 has one answer only"):

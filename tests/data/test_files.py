@@ -292,6 +292,18 @@ class TestTables:
         (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
         assert read(tmp_path / name, encoding=encoding.removesuffix("-sig")) == ["caf\u00e9", f"a{sign}b"]
 
+    def test_a_line_without_an_end_is_not_held(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("plmtune.data.files.MAX_ROW", 100)
+        monkeypatch.setattr("plmtune.data.files._CHUNK", 30)
+        (tmp_path / "a.csv").write_text("text,b\n" + "x" * 1000)
+        with pytest.raises(UserError, match=r"a\.csv, line 2: has more than the 100 bytes that a row can have"):
+            read(tmp_path / "a.csv")
+
+    def test_a_byte_of_another_encoding_is_named_by_its_place(self, tmp_path):
+        (tmp_path / "a.csv").write_bytes(b"text,b\n1,2\ncaf\xe9,2\n")
+        with pytest.raises(UserError, match=r"a\.csv is not utf-8: byte 14 is 0xe9"):
+            read(tmp_path / "a.csv")
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [

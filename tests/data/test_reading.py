@@ -424,6 +424,23 @@ class TestFlags:
         parts = [{"type": "text", "text": "It is 3.", "weight": 0}]
         assert self.trained(tokenizer, ASKED, say("assistant", parts), ASKED, ANSWERED) == ["It is 2.<|im_end|>"]
 
+    @pytest.mark.parametrize(
+        ("masked", "more"), [("Par", {}), ("e", {}), ("<|im", {}), ("Par", {"name": "Paris"}), ("is", {"name": "a"})]
+    )
+    def test_parts_are_found_where_they_are_said_or_refused(self, tokenizer, masked, more):
+        source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.name }}<|im_end|>\n{% endfor %}"
+        source += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        template = ChatTemplate(source, tokenizer, "a test")
+        answer = say("assistant", [{"type": "text", "text": masked, "train": False}, {"type": "text", "text": "is"}])
+        turns = messages_of([ASKED, answer | more])
+        if masked == "Par" and more:
+            with pytest.raises(BadRow, match="not to be learned, which the chat template writes more than once"):
+                template.segments(turns)
+            return
+        segments = template.segments(turns)
+        assert [text for text, learned in segments if learned] == [f"is{more.get('name', '')}<|im_end|>"]
+        assert "".join(text for text, _ in segments) == template.render(turns)
+
     def test_what_is_not_an_answer_cannot_be_learned(self):
         parts = [{"type": "text", "text": "Two?"}]
         for turn in (ASKED | {"train": True}, say("user", [parts[0] | {"train": True}])):

@@ -202,6 +202,13 @@ class TestCommands:
         assert "1.65T tokens" in out and "GiB" in out
         assert not (place / "runs").exists()
 
+    def test_a_job_that_does_not_fit_is_found_before_the_first_begins(self, place: Path, capsys: Any) -> None:
+        steps, sizes = "phases=[{name: main, steps: 2}]", "micro_batch_size=1,1000000"
+        sweep = ("run", "-m", "pretrain", *SMALL, steps, sizes, "global_batch_size=1000000")
+        assert ends_with(*sweep) == 2
+        assert "job 1 (micro_batch_size=1000000, " in (said := capsys.readouterr().err) and "does not fit here" in said
+        assert not list(place.glob("runs/multirun/*"))
+
     def test_multirun_runs_each_value_in_its_own_directory_and_lists_them(self, place: Path, capsys: Any) -> None:
         steps = "phases=[{name: main, steps: 2}]"
         assert ends_with("run", "-m", "pretrain", *SMALL, steps, "optimizer.lr=1e-4,3e-4") == 0
