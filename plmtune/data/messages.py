@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow
+from plmtune.data.sources import BadRow, check_unicode
 
 _ROLES = {
     "system": "system", "developer": "system",
@@ -208,11 +208,7 @@ def text_under(value: Any, where: str) -> str:
         raise BadRow(f"holds {'nothing' if value is None else f'{type_name(value)}, not text,'} {where}")
     if not value or value.isspace():
         raise BadRow(f"is empty {where}")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadRow(f"holds half a surrogate pair {where}") from error
+    check_unicode(value, where)
     return value
 
 

@@ -57,12 +57,17 @@ def text_of(row: Any, text_key: str) -> str:
     text = row[text_key]
     if not isinstance(text, str):
         raise BadRow(f"holds {type(text).__name__} under {text_key}, not text")
+    check_unicode(text, f"of {text_key}")
+    return text
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Refuse (BadRow) a text that UTF-8 cannot hold."""
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise BadRow(f"holds half a surrogate pair at character {error.start} of {text_key}") from error
-    return text
+            raise BadRow(f"holds half a surrogate pair at character {error.start} {where}") from error
 
 
 # Not prose or readable code: tables, fixtures, other people's packages, this machine's build settings.

@@ -112,7 +112,7 @@ class TestRefusals:
                 [USER | {"weight": 1}, ASSISTANT],
                 "asks to learn what is said in turn 1 (user), and only answers are learned",
             ),
-            ([USER, ASSISTANT | {"content": "\ud800"}], "half a surrogate pair in turn 2"),
+            ([USER, ASSISTANT | {"content": "\ud800"}], "half a surrogate pair at character 0 in turn 2"),
             ([USER, {"role": "assistant"}], "has no content in turn 2"),
             ([USER, {"content": "x"}], "has no role in turn 2"),
             ([USER, {"role": "martian", "content": "x"}], "unknown role 'martian' in turn 2"),
