@@ -19,7 +19,7 @@ from plmtune import terminal
 from plmtune.config import build
 from plmtune.data.chat_template import ChatTemplate, find_template, template_source
 from plmtune.data.examples import refuse_other_kinds
-from plmtune.data.order import Phase, check_mix
+from plmtune.data.order import Phase, check_mix, show_mix
 from plmtune.data.refinement import Refinement, find_refinement
 from plmtune.data.shards import Shards
 from plmtune.data.sources import Prepared, named_sources
@@ -98,12 +98,18 @@ class Plan:
     def num_steps(self) -> int:
         return sum(phase.steps for phase in self.phases)
 
+    def num_sequences(self, phase: Phase) -> int:
+        """Sequences of a phase."""
+        return phase.steps * self.tokens_per_step // self.seq_len
+
     def lines(self) -> list[str]:
-        rows = [
-            f"phase {p.name}: {show_count(p.steps * self.tokens_per_step)} tokens, {p.steps:,} steps of "
-            f"{show_count(self.tokens_per_step)} tokens"
-            for p in self.phases
-        ]
+        rows = []
+        for p in self.phases:
+            mix = show_mix(p.mix, self.num_sequences(p))
+            rows.append(
+                f"phase {p.name}: {show_count(p.steps * self.tokens_per_step)} tokens, {p.steps:,} steps of "
+                f"{show_count(self.tokens_per_step)} tokens" + (f" ({mix})" if mix else "")
+            )
         if self.epochs is not None:
             rows.append(f"{show_epochs(self.epochs)}: the number of steps follows from the data")
         return [*(self.estimated.lines() if self.estimated else ()), *rows]
@@ -297,7 +303,7 @@ def open_data(planned: Plan, data: Component | None, kinds: tuple[type, ...]) ->
             )
     try:
         for phase in planned.phases:
-            check_mix(phase, sorted(planned.sources))
+            check_mix(phase, sorted(planned.sources), planned.num_sequences(phase))
     except ValueError as error:
         raise UserError(f"key phases: {str(error).rstrip('.')}.") from error
 

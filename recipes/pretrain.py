@@ -65,6 +65,8 @@ class Pretrain:
         # From here on the directory exists; what a person can get wrong has been found by now.
         self.fingerprints = {name: shard.fingerprint for name, shard in shards.items()}
         self.run = open_run(cfg, runtime, self.fingerprints, saved)
+        if whole and not cfg.other_data:
+            self._check_drawn(whole, saved.get("drawn"), self.data.drawn_before(document["step"]))
         self.trained = runtime.distribute(self.model, compile=cfg.runtime.compile)
         self.dtype = self.model.dtype  # of what is saved; in a step FSDP2 shows another
         self.loss = plan.loss
@@ -111,6 +113,17 @@ class Pretrain:
             )
         except ValueError as error:  # names its setting
             raise UserError(str(error)) from error
+
+    @staticmethod
+    def _check_drawn(checkpoint: Path, drawn: dict[str, int] | None, expected: dict[str, int]) -> None:
+        """Refuse a checkpoint of a version that mixed sources in another order."""
+        if drawn is not None and drawn != expected:
+            saw, would = (", ".join(f"{name} {count:,}" for name, count in one.items()) for one in (drawn, expected))
+            raise UserError(
+                f"{checkpoint} has drawn other sequences ({saw}) than this version of plmtune draws up to its step "
+                f"({would}): resumed, it would see some twice and others never. Resume it with the version that began "
+                f"it, or start a new run from its weights: init_from={checkpoint}"
+            )
 
     def train(self) -> float | None:
         """Train to the last step; returns the last validation loss in nats a token, or None if it was stopped."""

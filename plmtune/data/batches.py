@@ -17,7 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from plmtune.data.order import Order, Phase
+from plmtune.data.order import Order, Phase, show_shares
 from plmtune.modules.segments import Segments
 
 IGNORE = -100  # the target that no loss counts
@@ -328,8 +328,7 @@ class Batches:
             f"{name}: {self.rows[name].describe()}, seen {epochs:.2f} times" for name, epochs in self.epochs().items()
         ]
         for index, phase in enumerate(self.order.phases):
-            tokens = phase.steps * self.order.global_batch_size * self.seq_len
-            shares = self.order.shares(index).items()
-            mix = ", ".join(f"{name} {share:.1%}" for name, share in shares if share)
+            tokens = self.order.num_sequences(index) * self.seq_len
+            mix = show_shares(self.order.shares(index), self.order.weights(index))
             lines.append(f"phase {phase.name}: {phase.steps:,} steps, {tokens:,} tokens ({mix})")
         return "\n".join(lines)

@@ -12,6 +12,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -22,7 +23,7 @@ from plmtune.errors import did_you_mean
 
 Ints = NDArray[np.int64]
 
-BLOCK = 1024  # sequences in which each source has exactly its share
+BLOCK = 1024  # sequences whose order is computed at once
 _ROUNDS = 8
 
 
@@ -90,33 +91,84 @@ def permute(index: Ints, n: int, key: int) -> Ints:
     return out.astype(np.int64)
 
 
-def quotas(weights: Sequence[float], total: int = BLOCK) -> Ints:
-    """Divide `total` in proportion by largest remainders, with at least 1 for each weight above 0."""
-    exact = np.array(weights, dtype=np.float64) / sum(weights) * total
-    counts = np.floor(exact).astype(np.int64)
-    counts[(exact > 0) & (counts == 0)] = 1
-    while counts.sum() < total:
-        counts[np.argmax(np.where(exact > 0, exact - counts, -np.inf))] += 1
-    while counts.sum() > total:
-        counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
+def quotas(weights: Sequence[float], total: int) -> list[int]:
+    """Divide `total` in proportion by largest remainders, with at least 1 for each weight above 0.
+
+    Where `total` is below their number, the largest weights get 1.
+    """
+    shares = {index: Fraction(str(weight)) for index, weight in enumerate(weights) if weight}  # 0.1 is a tenth
+    counts = [0] * len(weights)
+    by_weight = sorted(shares, key=lambda index: -shares[index])
+    if len(shares) >= total:
+        for index in by_weight[:total]:
+            counts[index] = 1
+        return counts
+    while True:  # those that get 1 whatever they weigh; what is left, the others divide
+        scale = total / sum(shares.values())
+        small = [index for index, share in shares.items() if share * scale < 1]
+        for index in small:
+            counts[index] = 1
+            del shares[index]
+        total -= len(small)
+        if not small:
+            break
+    for index, share in shares.items():
+        counts[index] = math.floor(share * scale)
+    missing = total - sum(counts[index] for index in shares)
+    for index in sorted(shares, key=lambda index: counts[index] - shares[index] * scale)[:missing]:
+        counts[index] += 1
     return counts
 
 
+@lru_cache(maxsize=128)
+def _halves(counts: tuple[int, ...], left: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Divide the counts of a stretch among its first `left` sequences and the others, by largest remainders."""
+    total = sum(counts)
+    first, rests = zip(*(divmod(count * left, total) for count in counts), strict=True)
+    larger = {*sorted(range(len(counts)), key=lambda index: -rests[index])[: left - sum(first)]}
+    here = tuple(count + (index in larger) for index, count in enumerate(first))
+    return here, tuple(count - taken for count, taken in zip(counts, here, strict=True))
+
+
+def _counts_of(counts: tuple[int, ...], block: int) -> tuple[Ints, tuple[int, ...]]:
+    """Return how many of each source stand before a block of a phase, and how many in it.
+
+    The phase's counts are halved, and again, down to the block: nothing is kept of the others, and the counts of
+    all blocks sum up to the phase's exactly.
+    """
+    before = np.zeros(len(counts), dtype=np.int64)
+    while (total := sum(counts)) > BLOCK:
+        middle = -(-total // BLOCK) // 2
+        here, there = _halves(counts, middle * BLOCK)
+        if block < middle:
+            counts = here
+        else:
+            before += np.array(here)
+            counts, block = there, block - middle
+    return before, counts
+
+
 @lru_cache(maxsize=16)
-def _layout_of(shares: tuple[int, ...], key: int) -> tuple[Ints, Ints]:
-    """Return for each place of a block its source, and how many of that source stand before it."""
-    source = np.repeat(np.arange(len(shares)), shares)[permute(np.arange(BLOCK), BLOCK, key)]
-    before = np.empty(BLOCK, dtype=np.int64)
-    for index, share in enumerate(shares):
-        before[source == index] = np.arange(share)
-    return source, before
+def _layout_of(counts: tuple[int, ...], key: int) -> tuple[Ints, Ints]:
+    """Return for each place of a block its source, and how many of that source stand before it in the block.
+
+    The k-th of a source's n falls at random into the k-th n-th of the block, so steps are near their shares, too.
+    """
+    source = np.repeat(np.arange(len(counts)), counts)
+    before = np.concatenate([np.arange(count) for count in counts])
+    size = np.array(counts, dtype=np.uint64)[source]
+    drawn = _mix64(np.arange(source.size, dtype=np.uint64) ^ np.uint64(key)) >> np.uint64(32)
+    place = ((before.astype(np.uint64) << np.uint64(32)) + drawn) // size
+    order = np.argsort(place, kind="stable")
+    return source[order], before[order]
 
 
-def check_mix(phase: Phase, sources: Sequence[str]) -> None:
+def check_mix(phase: Phase, sources: Sequence[str], num_sequences: int) -> None:
     """Refuse a mix that cannot be drawn from these sources; without weights it is all of them by size.
 
     Raises:
-        ValueError: if it names no source, an unknown one, or weights that cannot be.
+        ValueError: if it names no source, an unknown one, weights that cannot be, or more sources than the phase
+            has sequences.
     """
     for name, weight in phase.mix.items():
         if name not in sources:
@@ -124,11 +176,47 @@ def check_mix(phase: Phase, sources: Sequence[str]) -> None:
             raise ValueError(f"phase {phase.name}: its mix names {name}, which is no source.{near}")
         if not 0 <= weight < float("inf"):
             raise ValueError(f"phase {phase.name}: the weight of {name} is {weight}, not 0 or more")
-    positive = sum(weight > 0 for weight in phase.mix.values())
-    if phase.mix and not positive:
+    drawn = {name: weight for name, weight in phase.mix.items() if weight > 0}
+    if phase.mix and not drawn:
         raise ValueError(f"phase {phase.name}: all weights of its mix are 0")
-    if positive > BLOCK:
-        raise ValueError(f"phase {phase.name}: its mix has {positive} sources, more than {BLOCK}")
+    if len(drawn) > num_sequences:
+        counts = zip(drawn, quotas(list(drawn.values()), num_sequences), strict=True)
+        left = [name for name, count in counts if not count]
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        raise ValueError(
+            f"phase {phase.name}: its mix has {len(drawn)} sources, more than its sequences ({num_sequences}), so that "
+            f"nothing is drawn from {', '.join(left[:3])}{more}. Give it more steps, or these the weight 0"
+        )
+
+
+def show_shares(counts: Mapping[str, float], weights: Mapping[str, float]) -> str:
+    """Return the share that each source has of a phase, beside the one that its weight asks where they differ.
+
+    Args:
+        counts: sequences of each source, or shares.
+        weights: of each; a source that has one is shown, also if nothing is drawn from it.
+    """
+    drawn, asked = sum(counts.values()), sum(weights.values())
+    parts = []
+    for name, weight in weights.items():
+        if weight:
+            share, wanted = _percent(counts[name] / drawn), _percent(weight / asked)
+            parts.append(f"{name} {share}" + (f" instead of {wanted}" if share != wanted else ""))
+    return ", ".join(parts)
+
+
+def show_mix(mix: Mapping[str, float], num_sequences: int) -> str:
+    """Return the shares that a phase's mix has of its sequences; empty without one, or where it cannot be."""
+    weights = {name: weight for name, weight in sorted(mix.items()) if weight > 0}
+    if not weights or num_sequences < 1:
+        return ""
+    counts = quotas(list(weights.values()), num_sequences)
+    return show_shares(dict(zip(weights, counts, strict=True)), weights)
+
+
+def _percent(share: float) -> str:
+    """With one decimal place, or as many as the first digit needs."""
+    return f"{share:.1%}" if share >= 0.0005 or not share else f"{100 * share:.1g}%"
 
 
 class Order:
@@ -167,19 +255,19 @@ class Order:
         # cost of a call would be most of it.
         self._block = lru_cache(maxsize=16)(self._compute_block)
         self._first_step = [0]
-        self._shares: list[Ints] = []  # of a block; not asked for where a phase goes by epochs
+        self._quotas: list[tuple[int, ...]] = []  # sequences of each source in a phase, where it has a mix
         # Sequences drawn from each source before each phase: an epoch goes on where the last phase left it.
         self._drawn = [self.skipped]
         for index, phase in enumerate(self.phases):
             if phase.steps < 1:
                 raise ValueError(f"phase {phase.name} has {phase.steps} steps; it needs at least 1")
             assert phase.epochs is None or (len(self.phases) == 1 and not phase.mix and not self.skipped.any())
-            if phase.epochs is not None and not self.windows.any():
+            if not phase.mix and not self.windows.any():
                 raise ValueError(
-                    f"no source has a whole window ({', '.join(self.names)}), and epochs go over all of them"
+                    f"no source has a whole window ({', '.join(self.names)}), and phase {phase.name} goes over all"
                 )
-            self._shares.append(quotas(self._weights(phase)) if phase.epochs is None else self.windows)
-            self._drawn.append(self._drawn[-1] + self._counts(index, self._end(index)))
+            self._quotas.append(self._divide(index))
+            self._drawn.append(self._drawn[-1] + self._counts(index, self.num_sequences(index)))
             self._first_step.append(self._first_step[-1] + phase.steps)
         for name, count, drawn in zip(self.names, self.windows, self.drawn, strict=True):
             if drawn and count < 1:
@@ -198,13 +286,13 @@ class Order:
     def drawn_before(self, step: int) -> dict[str, int]:
         """Return the sequences drawn from each source before a step, with what was skipped."""
         index = min(bisect_right(self._first_step, step) - 1, len(self.phases) - 1)
-        first = min((step - self._first_step[index]) * self.global_batch_size, self._end(index))
+        first = min((step - self._first_step[index]) * self.global_batch_size, self.num_sequences(index))
         drawn = self._drawn[index] + self._counts(index, first)
         return {name: int(count) for name, count in zip(self.names, drawn, strict=True)}
 
     def num_drawn_before(self, step: int) -> int:
         """Return the sequences drawn from all sources before a step."""
-        return min(step * self.global_batch_size, sum(self._end(index) for index in range(len(self.phases))))
+        return min(step * self.global_batch_size, sum(self.num_sequences(index) for index in range(len(self.phases))))
 
     def phase_index(self, step: int) -> int:
         """Return which phase a step belongs to."""
@@ -213,9 +301,15 @@ class Order:
         return bisect_right(self._first_step, step) - 1
 
     def shares(self, index: int) -> dict[str, float]:
-        """Return the realised share of each source in a phase."""
-        shares = self._shares[index]
-        return {name: int(s) / int(shares.sum()) for name, s in zip(self.names, shares, strict=True)}
+        """Return the share that each source has of what a phase draws."""
+        drawn = self._drawn[index + 1] - self._drawn[index]
+        return {name: int(count) / int(drawn.sum()) for name, count in zip(self.names, drawn, strict=True)}
+
+    def weights(self, index: int) -> dict[str, float]:
+        """Return the weight of each source that a phase asks for; without a mix, its size."""
+        phase = self.phases[index]
+        mix = phase.mix or dict(zip(self.names, self.windows.tolist(), strict=True))
+        return {name: float(mix.get(name, 0)) for name in self.names}
 
     def step(self, step: int) -> tuple[Ints, Ints]:
         """Return the step's sequences as (index into `names`, window), each [global_batch_size].
@@ -224,7 +318,7 @@ class Order:
         """
         index = self.phase_index(step)
         first = (step - self._first_step[index]) * self.global_batch_size
-        stop = min(first + self.global_batch_size, self._end(index))
+        stop = min(first + self.global_batch_size, self.num_sequences(index))
         sources, windows = [], []
         for block in range(first // BLOCK, (stop - 1) // BLOCK + 1):
             part = slice(max(0, first - block * BLOCK), min(BLOCK, stop - block * BLOCK))
@@ -237,9 +331,8 @@ class Order:
         """Return the (source, window) of each place of a block."""
         if self.phases[phase].epochs is not None:
             return self._shuffled(np.arange(block * BLOCK, (block + 1) * BLOCK))
-        shares = self._shares[phase]
-        source, before = self._layout(phase, shares, block)
-        epoch, window = np.divmod(self._drawn[phase][source] + block * shares[source] + before, self.windows[source])
+        drawn, (source, before) = self._layout(phase, block)
+        epoch, window = np.divmod((self._drawn[phase] + drawn)[source] + before, self.windows[source])
         for s, e in {*zip(source.tolist(), epoch.tolist(), strict=True)}:
             here = (source == s) & (epoch == e)
             window[here] = permute(window[here], int(self.windows[s]), key_of(self.seed, self.names[s], e))
@@ -259,7 +352,7 @@ class Order:
         source = np.searchsorted(firsts, place, side="right") - 1
         return source, place - firsts[source]
 
-    def _end(self, index: int) -> int:
+    def num_sequences(self, index: int) -> int:
         """Return the sequences of a phase."""
         phase = self.phases[index]
         if phase.epochs is None:
@@ -272,15 +365,21 @@ class Order:
             epochs, rest = divmod(first, int(self.windows.sum()))
             last = self._shuffled(np.arange(first - rest, first))[0]
             return epochs * self.windows + np.bincount(last, minlength=len(self.names))
+        if first == self.num_sequences(index):
+            return np.array(self._quotas[index], dtype=np.int64)
         blocks, rest = divmod(first, BLOCK)
-        last = self._layout(index, self._shares[index], blocks)[0][:rest]
-        return blocks * self._shares[index] + np.bincount(last, minlength=len(self.names))
+        drawn, (source, _) = self._layout(index, blocks)
+        return drawn + np.bincount(source[:rest], minlength=len(self.names))
 
-    def _layout(self, phase: int, shares: Ints, block: int) -> tuple[Ints, Ints]:
-        return _layout_of(tuple(shares.tolist()), key_of(self.seed, "block", phase, block))
+    def _layout(self, phase: int, block: int) -> tuple[Ints, tuple[Ints, Ints]]:
+        """Return how many of each source the phase draws before a block, and the block's order, see `_layout_of`."""
+        before, counts = _counts_of(self._quotas[phase], block)
+        return before, _layout_of(counts, key_of(self.seed, "block", phase, block))
 
-    def _weights(self, phase: Phase) -> list[float]:
-        check_mix(phase, self.names)
-        if not phase.mix:
-            return [float(count) for count in self.windows]
-        return [float(phase.mix.get(name, 0.0)) for name in self.names]
+    def _divide(self, index: int) -> tuple[int, ...]:
+        """Return how many sequences of each source a phase with a mix has; nothing of one that goes by epochs."""
+        phase, total = self.phases[index], self.num_sequences(index)
+        if phase.epochs is not None:
+            return ()
+        check_mix(phase, self.names, total)
+        return tuple(quotas(list(self.weights(index).values()), total))

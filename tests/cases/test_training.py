@@ -19,6 +19,7 @@ READ = {
     "history_in_pairs": ([r"(?s)Which country has Machu Picchu\?.*Peru\..*And its capital\?"], []),
     "input_beside_response": ([r"Add the numbers\.\n19 and 23"], []),
     "kto_other_names": ([r"rejected='Go away\.'", r"chosen='Bye!'", r"chosen='Hi!'"], [r"is a conversation"]),
+    "mix_short_phase": ([r"drawn \{'a': 24, 'b': 8\} said \{'a': 0\.75, 'b': 0\.25\}"], []),
     "null_pair_columns": ([r"2 rows of conversations: 2 can be used"], [r"preference pair"]),
     "reasoning_content": ([r"⟦<think>three sevens are twenty-one</think>\n21<\|im_end\|>⟧"], []),
     "system_prompt_in_pairs": ([r"system\nAnswer in French\."], [r"helpful assistant"]),

@@ -1,7 +1,12 @@
+from collections import Counter
+from fractions import Fraction
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from plmtune.data.order import BLOCK, Order, Phase, key_of, num_drawn, permute, quotas
+from plmtune.data.order import BLOCK, Order, Phase, key_of, num_drawn, permute, quotas, show_mix
 
 
 def order(windows, phases, batch=8, seed=1):
@@ -50,15 +55,100 @@ class TestPermute:
 
 
 class TestQuotas:
-    def test_sum_to_the_block_and_are_nearest_to_the_weights(self):
-        assert quotas([0.5, 0.3, 0.2], 10).tolist() == [5, 3, 2]
-        assert quotas([1, 1, 1]).tolist() == [342, 341, 341]
+    def test_are_nearest_to_the_weights(self):
+        assert quotas([0.5, 0.3, 0.2], 10) == [5, 3, 2]
+        assert quotas([1, 1, 1], 1024) == [342, 341, 341]
+        assert quotas([0.75, 0.25], 32) == [24, 8]
 
     def test_the_smallest_weight_still_gets_one(self):
-        assert quotas([1e6, 1e-6, 0.0]).tolist() == [BLOCK - 1, 1, 0]
+        assert quotas([1e6, 1e-6, 0.0], 1024) == [1023, 1, 0]
+        assert quotas([1000.0] + [1e-9] * 1023, 1024) == [1] * 1024
 
-    def test_as_many_sources_as_places_get_one_each(self):
-        assert quotas([1000.0] + [1e-9] * (BLOCK - 1)).tolist() == [1] * BLOCK
+    def test_where_there_are_too_few_the_largest_weights_get_one(self):
+        assert quotas([0.1, 0.4, 0.0, 0.3, 0.2], 2) == [0, 1, 0, 1, 0]
+
+    @given(
+        st.lists(st.floats(0, 1e9), min_size=1, max_size=30).filter(any),
+        st.integers(1, 10**15),
+    )
+    def test_equal_largest_remainders_written_naively(self, weights, total):
+        counts = quotas(weights, total)
+        assert sum(counts) == total
+        shares = [Fraction(str(weight)) for weight in weights]
+        exact = [share * total / sum(shares) for share in shares]
+        if all(wanted >= 1 for wanted in exact if wanted):
+            floors = [int(wanted) for wanted in exact]
+            by_rest = sorted(range(len(exact)), key=lambda index: floors[index] - exact[index])
+            for index in by_rest[: total - sum(floors)]:
+                floors[index] += 1
+            assert counts == floors
+        elif sum(map(bool, weights)) <= total:
+            assert [bool(count) for count in counts] == [bool(weight) for weight in weights]
+
+
+def a_phase(draw, name, sources):
+    """A phase by weights, by size, or short: at least as many sequences as sources, for batches of `sources`."""
+    weight = st.one_of(st.just(0), st.floats(1e-6, 1), st.integers(1, 1000))
+    mix = draw(st.dictionaries(st.sampled_from(sources), weight, min_size=1).filter(lambda m: any(m.values())))
+    return Phase(name, draw(st.integers(1, 9)), draw(st.sampled_from([mix, {}])))
+
+
+@st.composite
+def runs(draw):
+    """An order of some sources over some phases, whose steps are smaller or larger than a block."""
+    sources = [f"s{index}" for index in range(draw(st.integers(1, 5)))]
+    sizes = {name: draw(st.integers(1, 700)) for name in sources}
+    phases = [a_phase(draw, f"p{index}", sources) for index in range(draw(st.integers(1, 3)))]
+    batch = draw(st.one_of(st.integers(5, 40), st.integers(300, 1500)))
+    return order(sizes, phases, batch, draw(st.integers(0, 99))), sizes
+
+
+class TestShares:
+    @settings(max_examples=40, deadline=None)
+    @given(runs())
+    def test_what_is_said_of_any_run_is_what_it_draws(self, made):
+        run, sizes = made
+        source, window = (np.concatenate(drawn) for drawn in zip(*map(run.step, range(run.num_steps)), strict=True))
+        is_of = source == np.arange(len(run.names))[:, None]
+        before = np.pad(is_of.cumsum(axis=1), ((0, 0), (1, 0)))
+        for step in range(run.num_steps + 1):
+            drawn = before[:, step * run.global_batch_size]
+            assert run.drawn_before(step) == dict(zip(run.names, drawn.tolist(), strict=True))
+        first = 0
+        for index, phase in enumerate(run.phases):
+            stop = first + phase.steps * run.global_batch_size
+            counted = (before[:, stop] - before[:, first]).tolist()
+            weights = [(phase.mix or sizes).get(name, 0) for name in run.names]
+            assert counted == quotas(weights, stop - first)
+            assert list(run.shares(index).values()) == [count / (stop - first) for count in counted]
+            assert [bool(count) for count in counted] == [bool(weight) for weight in weights]
+            first = stop
+        for name, mine in zip(run.names, is_of, strict=True):
+            size, windows = sizes[name], window[mine].tolist()
+            for first in range(0, len(windows), size):
+                epoch = windows[first : first + size]
+                assert len({*epoch}) == len(epoch)
+                assert len(epoch) < size or sorted(epoch) == list(range(size))
+
+    def test_a_long_phase_is_drawn_in_the_memory_of_a_block(self):
+        run = order(dict.fromkeys("abc", 10**12), [Phase("main", 10**12, {"a": 0.5, "b": 0.3, "c": 1e-9})], 1024)
+        drawn = run.drawn_before(7 * 10**11)
+        sources, _ = run.step(7 * 10**11)
+        counted = Counter(run.names[source] for source in sources.tolist())
+        assert run.drawn_before(7 * 10**11 + 1) == {name: drawn[name] + counted[name] for name in "abc"}
+        assert drawn["a"] / sum(drawn.values()) == pytest.approx(0.625)
+        assert run.shares(0)["c"] == pytest.approx(1.25e-9, rel=1e-6)
+
+    def test_each_step_is_near_its_share(self):
+        run = order(dict.fromkeys("abc", 500), [Phase("main", 400, {"a": 0.5, "b": 0.25, "c": 0.25})], 32)
+        counts = np.array([np.bincount(run.step(step)[0], minlength=3) for step in range(400)])
+        assert np.abs(counts - [16, 8, 8]).max() <= 3
+
+    def test_a_share_that_is_drawn_otherwise_than_asked_is_shown_with_both(self):
+        assert show_mix({"a": 3, "b": 1}, 32) == "a 75.0%, b 25.0%"
+        assert show_mix({"b": 0.02, "a": 0.98}, 16) == "a 93.8% instead of 98.0%, b 6.2% instead of 2.0%"
+        assert show_mix({"a": 1, "b": 1e-6}, 10**9) == "a 100.0%, b 0.0001%"
+        assert show_mix({}, 32) == ""
 
 
 class TestOrder:
@@ -95,13 +185,13 @@ class TestOrder:
         seen = everything(order(windows, [Phase("main", 3)], batch=batch))
         assert len(set(seen)) == 3 * batch
 
-    def test_every_block_holds_the_shares_of_its_phase(self):
+    def test_every_block_is_near_the_shares_of_its_phase(self):
         mixes = [{"a": 0.75, "b": 0.25}, {"a": 0.1, "b": 0.9}]
         phases = [Phase(str(i), 2 * BLOCK // 8, mix) for i, mix in enumerate(mixes)]
         names = [name for name, _ in everything(order({"a": 500, "b": 500}, phases))]
         for block, share in enumerate([0.75, 0.75, 0.1, 0.1]):
             counted = names[block * BLOCK : (block + 1) * BLOCK].count("a")
-            assert abs(counted / BLOCK - share) <= 0.5 / BLOCK
+            assert abs(counted / BLOCK - share) <= 1 / BLOCK
 
     def test_an_epoch_goes_on_across_phases_that_end_inside_a_block(self):
         phases = [Phase("one", 37, {"a": 1, "b": 3}), Phase("two", 51, {"a": 2, "b": 1}), Phase("three", 80)]
@@ -180,6 +270,11 @@ class TestEpochs:
         assert [len(run.step(step)[0]) for step in range(run.num_steps)] == [8, 8, 6]
         assert run.shares(0) == {"a": 5 / 11, "b": 6 / 11}
 
+    def test_of_a_part_of_an_epoch_the_shares_are_those_that_are_drawn(self):
+        run = by_epochs({"a": 5, "b": 6}, 0.5)
+        names = [name for name, _ in everything(run)]
+        assert run.shares(0) == {name: names.count(name) / 6 for name in "ab"}
+
 
 class TestRefused:
     @pytest.mark.parametrize(
@@ -203,10 +298,14 @@ class TestRefused:
         with pytest.raises(ValueError, match="at least one phase"):
             order({"a": 10}, [])
 
-    def test_more_sources_than_a_block_has_places(self):
+    def test_more_sources_than_the_phase_has_sequences(self):
+        mix = {"a": 5, "b": 0.1, "c": 1, "d": 0.2, "e": 0}
+        with pytest.raises(ValueError, match=r"phase main: .* 4 sources, more than .* \(2\), .* drawn from b, d"):
+            order(dict.fromkeys(mix, 5), [Phase("main", 1, mix)], 2)
+        assert len(everything(order(dict.fromkeys(mix, 5), [Phase("main", 1, mix)], 4))) == 4
         names = [f"s{i}" for i in range(BLOCK + 1)]
-        with pytest.raises(ValueError, match="1025 sources, more than 1024"):
-            order(dict.fromkeys(names, 5), [Phase("main", 1, dict.fromkeys(names, 1.0))])
+        mixed = order(dict.fromkeys(names, 5), [Phase("main", 2, dict.fromkeys(names, 1.0))], 600)
+        assert len({name for name, _ in everything(mixed)}) == BLOCK + 1
 
     def test_drawing_from_a_source_without_a_window(self):
         with pytest.raises(ValueError, match="source b has no whole window"):

@@ -1,11 +1,12 @@
 """Where a run is cut, and among how many processes and loader threads it goes on, does not change what it reads."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, Run, metrics, start, weights
+from conftest import SMALL, Run, metrics, refusal, start, weights
 
 # 26 windows of 32 tokens in `few`, which is read almost twice; 12 steps in two phases, neither of them cut at its end.
 MIXED = (
@@ -35,7 +36,9 @@ def order(run: Path) -> str:
     return str(digest)
 
 
-def test_a_run_cut_inside_an_epoch_a_block_and_a_phase_goes_on_with_the_next_batch(place: Path) -> None:
+def test_a_run_cut_inside_an_epoch_a_block_and_a_phase_goes_on_with_the_next_batch(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start("run_dir=whole", *MIXED)
     shutil.copytree(place / "whole", place / "cut")
     for step, workers in ((8, 2), (4, 0)):
@@ -44,6 +47,11 @@ def test_a_run_cut_inside_an_epoch_a_block_and_a_phase_goes_on_with_the_next_bat
         assert metrics(place / "cut") == metrics(place / "whole")
         assert weights(place / "cut") == weights(place / "whole")
         assert order(place / "cut") == order(place / "whole")
+    rewind(place / "cut", 8)
+    with monkeypatch.context() as patch:  # another version, by which less of `few` was read
+        patch.setattr("plmtune.data.order.quotas", lambda weights, n: [1, n - 1] if all(weights) else [n, 0])
+        said = refusal("run_dir=cut", "resume=true", *MIXED)
+    assert re.search(r"step-0+8 has drawn other sequences \(few 26, many 6\) than .* \(few 2\d, many", said), said
     start("run_dir=other", "seed=2", *MIXED)
     assert order(place / "other") != order(place / "whole")
 
