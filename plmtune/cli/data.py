@@ -135,7 +135,7 @@ def _prepare(sources: dict[str, Source], tokenizer: Tokenizer, root: Path, **how
         skipped = f", {manifest.skipped:,} bad rows left out" if manifest.skipped else ""
         terminal.echo(
             f"{name}: {train.tokens:,} training tokens, {validation.tokens:,} held out, "
-            f"{train.documents + validation.documents:,} documents{skipped}\n{short(directory)}"
+            f"{manifest.documents:,} documents{skipped}\n{short(directory)}"
         )
 
 
@@ -214,8 +214,9 @@ def _inspect_shards(
     if document is not None:
         if not 0 <= document < chosen.num_documents:
             raise UserError(f"--document {document}: {split} holds documents 0 to {chosen.num_documents - 1}")
-        ids = chosen.document(document, shards.eos_id)[:-1].tolist()
-        console.print(terminal.encodable(tokenizer.decode(ids), console.encoding), markup=False)
+        ids = chosen.document(document, shards.eos_id)
+        ids = ids[ids != shards.eos_id]
+        console.print(terminal.encodable(tokenizer.decode(ids.tolist()), console.encoding), markup=False)
     if window is not None:
         if not 0 <= window < chosen.num_windows(seq_len):
             raise UserError(f"--window {window}: {split} holds windows 0 to {chosen.num_windows(seq_len) - 1}")

@@ -33,12 +33,16 @@ class ShardFile:
 
 @dataclass
 class SplitCounts:
-    """What a split holds; bytes are those of the text in UTF-8, without end-of-document tokens."""
+    """What a split holds; bytes are those of the text in UTF-8, without end-of-document tokens.
+
+    breaks: tokens before which a document stops that goes on in the other split, and so has no end here.
+    """
 
     tokens: int = 0
     documents: int = 0
     bytes: int = 0
     shards: list[ShardFile] = field(default_factory=list)
+    breaks: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -56,6 +60,11 @@ class Manifest:
     settings: dict[str, Any]
     skipped: int
     splits: dict[str, SplitCounts]
+
+    @property
+    def documents(self) -> int:
+        """Documents of both splits; one whose tail is held out is one."""
+        return sum(counts.documents - len(counts.breaks) for counts in self.splits.values())
 
     @property
     def shards(self) -> list[ShardFile]:
@@ -99,6 +108,7 @@ class Manifest:
                     int(part["documents"]),
                     int(part["bytes"]),
                     [ShardFile(**shard) for shard in part["shards"]],
+                    [int(place) for place in part.get("breaks", ())],
                 )
                 for name, part in raw["splits"].items()
             }
@@ -108,6 +118,7 @@ class Manifest:
                 and manifest.dtype == dtype_for(manifest.vocab_size).str
                 and 0 <= manifest.eos_id < manifest.vocab_size
                 and all(sum(shard.tokens for shard in s.shards) == s.tokens for s in splits.values())
+                and all(sorted(s.breaks) == s.breaks for s in splits.values())
                 and all(
                     Path(shard.file).name == shard.file
                     and shard.tokens > 0

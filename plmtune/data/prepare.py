@@ -29,7 +29,18 @@ if TYPE_CHECKING:
 # Characters encoded at a time. A longer document goes in pieces, so that memory does not grow with it.
 GROUP = 1 << 22
 
-Part = tuple[str, str]  # split, document
+
+class Part(NamedTuple):
+    """A document or a piece of one; `begins` and `ends` say whether it is the first and the last.
+
+    stops: the document goes on in the other split.
+    """
+
+    split: str
+    text: str
+    begins: bool = True
+    ends: bool = True
+    stops: bool = False
 
 
 def prepare(
@@ -77,7 +88,8 @@ def prepare(
         "group": GROUP,
     }
     fingerprint = source.fingerprint()
-    key = json.dumps([FORMAT, fingerprint, tokenizer.fingerprint, tokenizer.vocab_size, settings])
+    # "breaks": before, a document whose tail was held out had an end on both sides.
+    key = json.dumps([FORMAT, "breaks", fingerprint, tokenizer.fingerprint, tokenizer.vocab_size, settings])
     root = Path(root)
     target = root / f"{source.name}-{xxhash.xxh3_128_hexdigest(key.encode())[:12]}"
     if (target / "manifest.json").is_file():
@@ -156,7 +168,7 @@ def by_documents(documents: Iterable[str], share: float) -> Iterator[Part]:
     another falls below.
     """
     if share == 0:
-        yield from (("train", text) for text in documents)
+        yield from (Part("train", text) for text in documents)
         return
     lowest, total = 2.0, 0
     waiting: list[str] = []  # the lowest so far, with its copies; empty once a document fell below the share
@@ -166,20 +178,20 @@ def by_documents(documents: Iterable[str], share: float) -> Iterator[Part]:
         value = xxhash.xxh3_64_intdigest(text.encode("utf-8"), seed=1) / 2**64
         if value < share:
             below = True
-            yield "validation", text
+            yield Part("validation", text)
         elif below or value > lowest:
-            yield "train", text
+            yield Part("train", text)
             continue
         elif value == lowest:
             waiting.append(text)
             continue
         # Whatever waited is no longer the lowest.
-        yield from (("train", held) for held in waiting)
+        yield from (Part("train", held) for held in waiting)
         waiting = [] if below else [text]
         lowest = value
     if waiting:
         *copies, last = waiting
-        yield from (("train", held) for held in copies)
+        yield from (Part("train", held) for held in copies)
         yield from _cut(last, len(last) - max(1, int(total * share)))
 
 
@@ -194,10 +206,11 @@ def by_tail(source: Source, share: float, skip_bad: bool) -> Iterator[Part]:
 
 
 def _cut(text: str, at: int) -> Iterator[Part]:
+    """A document, of which what stands from `at` on is held out: it begins on one side and ends on the other."""
     if at > 0:
-        yield "train", text[:at]
+        yield Part("train", text[:at], ends=at >= len(text), stops=at < len(text))
     if at < len(text):
-        yield "validation", text[at:]
+        yield Part("validation", text[at:], begins=at <= 0)
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -213,23 +226,15 @@ def pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-class _Piece(NamedTuple):
-    """A piece of a document; `begins` and `ends` say whether it is the first and the last."""
-
-    split: str
-    text: str
-    begins: bool
-    ends: bool
-
-
-def _groups(parts: Iterable[Part]) -> Iterator[list[_Piece]]:
+def _groups(parts: Iterable[Part]) -> Iterator[list[Part]]:
     """Collect pieces until there is enough work for all cores."""
-    group: list[_Piece] = []
+    group: list[Part] = []
     size = 0
-    for split, text in parts:
+    for split, text, begins, ends, stops in parts:
         whole = list(pieces(text))
         for index, piece in enumerate(whole, 1):
-            group.append(_Piece(split, piece, index == 1, index == len(whole)))
+            first, last = index == 1, index == len(whole)
+            group.append(Part(split, piece, begins and first, ends and last, stops and last))
             size += len(piece)
             if size >= GROUP:
                 yield group
@@ -238,21 +243,23 @@ def _groups(parts: Iterable[Part]) -> Iterator[list[_Piece]]:
         yield group
 
 
-def _encode(group: list[_Piece], tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> None:
+def _encode(group: list[Part], tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> None:
     eos = np.array([tokenizer.eos_id], dtype=np.uint32)
     # Where the same token ends and begins documents, the end of one is the beginning of the next.
     bos = np.array([tokenizer.start_id] if tokenizer.start_id != tokenizer.eos_id else [], dtype=np.uint32)
     rows: dict[str, list[NDArray[np.uint32]]] = {split: [] for split in writers}
     encoded = tokenizer.encode_batch([piece.text for piece in group])
-    for (split, piece, begins, ends), ids in zip(group, encoded, strict=True):
+    for (split, piece, begins, ends, stops), ids in zip(group, encoded, strict=True):
         counts = writers[split].counts
         counts.bytes += len(piece) if piece.isascii() else len(piece.encode("utf-8"))
-        counts.documents += ends
+        counts.documents += ends or stops
         rows[split] += [*([bos] if begins else []), ids, *([eos] if ends else [])]
+        if stops:
+            counts.breaks.append(counts.tokens + sum(map(len, rows[split])))
     for split, arrays in rows.items():
-        if not arrays:
+        ids = np.concatenate([np.empty(0, dtype=np.uint32), *arrays])
+        if not ids.size:
             continue
-        ids = np.concatenate(arrays)
         if int(ids.max()) >= tokenizer.vocab_size:
             raise ValueError(f"the tokenizer gave id {ids.max()}, beyond its vocab_size ({tokenizer.vocab_size})")
         writers[split].append(ids)

@@ -79,6 +79,7 @@ class Split:
     def __init__(self, directory: Path, counts: SplitCounts, dtype: np.dtype[Any]) -> None:
         self.num_tokens = counts.tokens
         self.num_documents = counts.documents
+        self.breaks = np.array(counts.breaks, dtype=np.int64)
         self._files = [shard.file for shard in counts.shards]
         # Plain views of the maps: slicing numpy's own class of mapped arrays takes several times as long.
         self._arrays = [np.asarray(np.memmap(directory / file, dtype=dtype, mode="r")) for file in self._files]
@@ -105,7 +106,7 @@ class Split:
         return out
 
     def document(self, index: int, eos_id: int) -> NDArray[np.int64]:
-        """Return document `index` with its end token, found by reading from the first.
+        """Return document `index`, found by reading from the first, with its end token if it ends in this split.
 
         Raises:
             IndexError: if there is no such document.
@@ -115,13 +116,19 @@ class Split:
         start = seen = 0
         for base, array in zip(self._starts, self._arrays, strict=False):
             for offset in range(0, len(array), _CHUNK):
-                ends = np.flatnonzero(array[offset : offset + _CHUNK] == eos_id) + int(base) + offset + 1
+                at = int(base) + offset
+                ends = np.flatnonzero(array[offset : offset + _CHUNK] == eos_id) + at + 1
+                ends = np.sort(np.append(ends, self.breaks_in(at, min(at + _CHUNK, int(base) + len(array)))))
                 if seen + ends.size > index:
                     first = int(ends[index - seen - 1]) if index > seen else start
                     return self.read(first, int(ends[index - seen]))
                 start = int(ends[-1]) if ends.size else start
                 seen += ends.size
         raise AssertionError("the manifest counts more documents than end tokens")
+
+    def breaks_in(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the breaks (see `SplitCounts`) behind tokens start to stop (exclusive)."""
+        return self.breaks[slice(*np.searchsorted(self.breaks, [start, stop], side="right"))]
 
     def num_windows(self, seq_len: int) -> int:
         """Return how many whole windows there are; the tokens after the last one are no target of any."""

@@ -37,16 +37,21 @@ class Windows:
         """Return window `index`, with the first token of the next as its last target.
 
         With a document mask an end-of-document token belongs to the document that it ends. Positions start again
-        behind it, and what it would predict, the first token of another document, is not counted.
+        behind it, and what it would predict, the first token of another document, is not counted. That of a document
+        which stops here and goes on in the other split is never counted.
         """
-        ids = self._split.read(index * self.seq_len, (index + 1) * self.seq_len + 1)
+        first = index * self.seq_len
+        ids = self._split.read(first, first + self.seq_len + 1)
         tokens, targets = ids[:-1], ids[1:]
         if missing := self.seq_len - len(tokens):
             tokens = np.append(tokens, np.full(missing, self._eos_id))
             targets = np.append(targets, np.full(missing, IGNORE))
+        breaks = self._split.breaks_in(first, first + self.seq_len) - first - 1
+        targets[breaks] = IGNORE
         if not self._document_mask:
             return Row(tokens, targets)
         ends = tokens == self._eos_id
+        ends[breaks] = True
         bounds = np.unique(np.concatenate(([0], np.flatnonzero(ends) + 1, [self.seq_len])))
         return Row(tokens, np.where(ends, IGNORE, targets), tuple(np.diff(bounds).tolist()))
 

@@ -27,6 +27,7 @@ def make_shards(tmp_path: Path) -> MakeShards:
         eos_id: int = 0,
         shard_tokens: int = 1 << 20,
         tokenizer: str = "a tokenizer",
+        breaks: Sequence[int] = (),
     ) -> Shards:
         directory = tmp_path / name
         directory.mkdir()
@@ -39,6 +40,8 @@ def make_shards(tmp_path: Path) -> MakeShards:
             writers[split].append(ids)
             writers[split].counts.documents = int((ids == eos_id).sum())
             writers[split].close()
+        writers["train"].counts.breaks = [*breaks]
+        writers["train"].counts.documents += len(breaks)
         Manifest(
             format=FORMAT,
             name=name,

@@ -107,6 +107,20 @@ class TestDocumentMask:
         assert batch.num_valid == 3
         assert batch.places.tolist() == [0, 2, 3]
 
+    @pytest.mark.parametrize("seq_len", range(1, 9))
+    def test_a_document_that_stops_without_an_end_predicts_none_of_the_next(self, make_shards, seq_len):
+        tokens = [5, 6, 7, 8, 0, 9, 10, 11, 12]  # 5 6 | 7 8 0 | 9 10 11 | 12
+        shards = make_shards("made", tokens, breaks=[2, 8])
+        for mask in (False, True):
+            windows = Windows(shards, shards.train, seq_len, document_mask=mask, whole=False)
+            rows = [windows.row(index) for index in range(windows.num_rows)]
+            targets = np.concatenate([row.targets for row in rows])[:8]
+            assert targets.tolist() == [6, IGNORE, 8, 0, IGNORE if mask else 9, 10, 11, IGNORE]
+            if mask:
+                wanted = {0, 2, 5, *range(0, 9, seq_len)}
+                starts = np.cumsum([0, *(length for row in rows for length in row.lengths)])[:-1]
+                assert {start for start in starts.tolist() if start < 8} == {start for start in wanted if start < 8}
+
     def test_rows_without_an_end_are_one_document(self, batch_of):
         batch = batch_of(*torch.arange(1, 13).reshape(2, 6).tolist())
         assert torch.equal(batch.mask.dense, torch.ones(2, 6, 6, dtype=torch.bool).tril())

@@ -3,10 +3,15 @@ import gzip
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from plmtune import terminal
 from plmtune.data import prepare as module
@@ -48,10 +53,9 @@ def tokenizer():
 
 
 def documents_of(split, tokenizer):
-    tokens = split.read(0, split.num_tokens).tolist()
-    text = tokenizer.decode([t if t != tokenizer.eos_id else 0 for t in tokens])
-    assert not tokens or tokens[-1] == tokenizer.eos_id
-    return text.split("\0")[:-1]
+    documents = [split.document(index, tokenizer.eos_id).tolist() for index in range(split.num_documents)]
+    assert [id for ids in documents for id in ids] == split.read(0, split.num_tokens).tolist()
+    return [tokenizer.decode([id for id in ids if id != tokenizer.eos_id]) for ids in documents]
 
 
 def left_in(root):
@@ -151,8 +155,8 @@ class TestPrepare:
 class TestHoldoutByDocuments:
     def split(self, texts, share):
         found = {"train": [], "validation": []}
-        for name, text in by_documents(texts, share):
-            found[name].append(text)
+        for part in by_documents(texts, share):
+            found[part.split].append(part.text)
         return found["train"], found["validation"]
 
     def test_a_document_stays_on_its_side_when_others_come_and_go(self):
@@ -201,6 +205,60 @@ class TestHoldoutByTail:
         opened = Shards.open(directory)
         assert documents_of(opened.train, tokenizer) == [text[: int(len(text) * 0.9)]]
         assert documents_of(opened.validation, tokenizer) == [text[int(len(text) * 0.9) :]]
+
+
+class TestEnds:
+    """Wherever a document is cut, it has one beginning and one end."""
+
+    @settings(max_examples=40, deadline=None)
+    @given(
+        texts=st.lists(st.text("ab \n界", min_size=1, max_size=60).filter(str.strip), min_size=1, max_size=6),
+        holdout=st.sampled_from([0, 1e-9, 0.1, 0.5, 0.9]),
+        by=st.sampled_from(["documents", "tail"]),
+        shard_tokens=st.sampled_from([7, 40, 1000]),
+        group=st.integers(1, 40),
+        files=st.booleans(),
+    )
+    def test_every_document_has_one(self, tokenizer, texts, holdout, by, shard_tokens, group, files):
+        class Source(Texts):
+            def streams(self, skip_bad=False):
+                yield from ([text] for text in self.texts) if files else [self.texts]
+
+        bos = 257
+        with_bos = SimpleNamespace(
+            **{key: getattr(tokenizer, key) for key in ("eos_id", "encode_batch", "save", "decode")},
+            vocab_size=258, start_id=bos, fingerprint="with bos",
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "GROUP", group)
+            how = {"holdout": holdout, "holdout_by": by, "shard_tokens": shard_tokens}
+            try:
+                opened = Shards.open(prepare(Source(*texts), with_bos, Path(root), **how))
+            except UserError:  # all is held out
+                assert holdout >= 0.5 or sum(map(len, texts)) < 3
+                return
+            splits = opened.train, opened.validation
+            ids = np.concatenate([split.read(0, split.num_tokens) for split in splits])
+            assert np.count_nonzero(ids == tokenizer.eos_id) == np.count_nonzero(ids == bos) == len(texts)
+            assert opened.manifest.documents == len(texts)
+            begun, ended, whole = [], [], []
+            for split in splits:
+                for index in range(split.num_documents):
+                    document = split.document(index, tokenizer.eos_id).tolist()
+                    assert document.count(bos) == (document[0] == bos)
+                    assert document.count(tokenizer.eos_id) == (document[-1] == tokenizer.eos_id)
+                    text = [id for id in document if id not in (bos, tokenizer.eos_id)]
+                    to = whole if document[0] == bos and document[-1] == tokenizer.eos_id else ended
+                    (begun if document[-1] != tokenizer.eos_id else to).append(text)
+            assert len(begun) == len(ended) == len(opened.train.breaks) and not len(opened.validation.breaks)
+            whole += [one + other for one, other in zip(begun, ended, strict=True)]
+            assert sorted(map(tokenizer.decode, whole)) == sorted(texts)
+
+    def test_their_names_in_a_text_are_none(self, tmp_path):
+        bundled = load("tokenizer", "bundled")()
+        text = f"one {bundled.decode([bundled.eos_id])} two"
+        train = Shards.open(prepare(Texts(text), bundled, tmp_path, holdout=0)).train
+        assert np.count_nonzero(train.read(0, train.num_tokens) == bundled.eos_id) == 1
 
 
 class TestPieces:

@@ -55,6 +55,12 @@ class TestSplit:
         with pytest.raises(IndexError, match=r"document 4 of 4"):
             train.document(4, 0)
 
+    @pytest.mark.parametrize("shard_tokens", [1, 2, 5, 100])
+    def test_a_document_that_goes_on_in_the_other_split_stops_at_its_break(self, make_shards, shard_tokens):
+        tokens = [1, 2, 0, 3, 4, 5, 0, 6, 7]  # 1 2 0 | 3 | 4 5 0 | 6 7
+        train = make_shards("a", tokens, shard_tokens=shard_tokens, breaks=[4, 9]).train
+        assert [train.document(i, 0).tolist() for i in range(4)] == [[1, 2, 0], [3], [4, 5, 0], [6, 7]]
+
     def test_a_window_is_located_in_every_file_that_it_spans(self, make_shards):
         train = make_shards("a", range(100), shard_tokens=30).train
         assert train.locate(0, 10) == [("train-00000.bin", 0, 10)]
