@@ -47,7 +47,9 @@ class Windows:
             tokens = np.append(tokens, np.full(missing, self._eos_id))
             targets = np.append(targets, np.full(missing, IGNORE))
         breaks = self._split.breaks_in(first, first + self.seq_len) - first - 1
-        targets[breaks] = IGNORE
+        if breaks.size:
+            targets = targets.copy()  # tokens are a view of the same ids
+            targets[breaks] = IGNORE
         if not self._document_mask:
             return Row(tokens, targets)
         ends = tokens == self._eos_id

@@ -116,6 +116,7 @@ class TestDocumentMask:
             rows = [windows.row(index) for index in range(windows.num_rows)]
             targets = np.concatenate([row.targets for row in rows])[:8]
             assert targets.tolist() == [6, IGNORE, 8, 0, IGNORE if mask else 9, 10, 11, IGNORE]
+            assert np.concatenate([row.tokens for row in rows])[:8].tolist() == tokens[:8]
             if mask:
                 wanted = {0, 2, 5, *range(0, 9, seq_len)}
                 starts = np.cumsum([0, *(length for row in rows for length in row.lengths)])[:-1]
