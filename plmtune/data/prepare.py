@@ -110,7 +110,7 @@ def prepare(
                 )
                 with _showing(source.name, shown=progress) as advance:
                     counts = _write(parts, tokenizer, temporary, shard_tokens, advance)
-                if counts["train"].tokens < 2:
+                if not counts["train"].tokens:
                     skipped = f" ({source.skipped} bad rows left out)" if source.skipped else ""
                     raise UserError(f"{source.describe()}: there is no text to train on{skipped}")
                 tokenizer.save(temporary / "tokenizer")  # so that the directory explains itself
