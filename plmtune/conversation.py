@@ -79,7 +79,7 @@ class Conversation:
         prompt = self._prompt(text, max_new_tokens)
         room = min(max_new_tokens, self.model.max_seq_len - len(prompt))
         # No message can hold a special token, so any of them ends an answer.
-        ends = {self.template.end_id, *self.tokenizer.specials.values()}
+        ends = {self.template.end_id, *self.tokenizer.end_ids, *self.tokenizer.specials.values()}
         pieces = complete(
             self.model,
             self.tokenizer,

@@ -273,7 +273,7 @@ def complete(
     Args:
         prompt: text, in which special tokens' text stands for themselves, or ids, as of a chat template.
         until: the text ends before the first of these, at whatever token they begin or end.
-        end_ids: end the text beside the tokenizer's eos.
+        end_ids: end the text beside the tokenizer's own.
         memory: of this model, for what the prompt has in common with an earlier one; afterwards it holds this one.
 
     Raises:
@@ -283,7 +283,7 @@ def complete(
     stops = encode_stops(until)
     device = model.device
     ids = prompt_ids(tokenizer, prompt)
-    ends = {tokenizer.eos_id, *end_ids}
+    ends = {*tokenizer.end_ids, *end_ids}
     if len(ids) >= model.max_seq_len:
         raise ValueError(f"the prompt has {len(ids)} tokens, the model's max_seq_len is {model.max_seq_len}")
     max_new_tokens = min(max_new_tokens, model.max_seq_len - len(ids))

@@ -7,14 +7,20 @@ that its merge names. (Sufficient: joins inside the span of a token never depend
 so two neighbours that together are a token have always come about as they do when the token's bytes stand
 alone.) `check_merges` proves that for a whole vocabulary in a fraction of a second, `recover_merges` finds
 the pairs from the ranks.
+
+tiktoken also takes a piece of text that is a token as a whole, whether or not its bytes join to it (`ignore_merges`
+of a tokenizer.json, as Llama 3's has it). A token that its own bytes never join to stands behind all others then:
+where they do not end in two parts, its rank never acts.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +46,7 @@ COMPLETE_PATTERNS = frozenset({GPT2_PATTERN, DIGITS_GPT2_PATTERN, QWEN2_PATTERN,
 CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SINGLE_BYTES = tuple(bytes([value]) for value in range(256))
 MAX_ID = 1 << 19  # a hostile id would size the tables; the largest public vocabularies have half as many
+_MAX_JOINS = 20_000_000  # steps of the slow way, seconds of them
 MAX_FILE_BYTES = 64 << 20
 
 
@@ -51,12 +58,13 @@ class Vocabulary:
     may be any other number.
 
     Attributes:
-        tokens: bytes of each rank.
+        tokens: bytes of each rank; after those of the merges, tokens that only a whole piece gives.
         ids: id of each rank.
         pattern: regular expression of the pieces; text it does not match becomes pieces of its own.
         normalization: Unicode form that text is brought to first.
         specials: control tokens, id by text; their text in a document stays plain text unless asked for.
         added: tokens matched in any text before it is cut, id by text.
+        normalized: those of specials and added that are sought after the others, in normalized text.
         unreachable: ids that have bytes but that no text is encoded to.
         merges: the pair of each rank after the single bytes.
     """
@@ -69,6 +77,12 @@ class Vocabulary:
     added: dict[str, int] = field(default_factory=dict)
     unreachable: dict[int, bytes] = field(default_factory=dict)
     merges: Sequence[Merge] = ()
+    normalized: frozenset[str] = frozenset()
+
+    @property
+    def whole(self) -> Sequence[bytes]:
+        """The tokens that only a piece of text which equals them gives."""
+        return self.tokens[count_single_bytes(self.tokens) + len(self.merges) :]
 
 
 def count_single_bytes(tokens: Sequence[bytes]) -> int:
@@ -115,27 +129,91 @@ def check_merges(merges: Sequence[Merge], num_bytes: int) -> int | None:
     return None
 
 
-def recover_merges(tokens: Sequence[bytes]) -> list[Merge]:
-    """Return the pair that each token after the single bytes is joined from.
+def recover_merges(tokens: Sequence[bytes]) -> tuple[list[bytes], list[Merge], list[bytes]]:
+    """Return what joining by rank makes of each token's own bytes.
+
+    Returns:
+        the tokens that are reached, in the order given; the pair of each after the single bytes, as ranks in that
+        order; and the other tokens, which no text is joined to.
 
     Raises:
-        ValueError: if a token is never reached by joining its own bytes.
+        ValueError: if that takes too long to find out.
     """
     num_bytes = count_single_bytes(tokens)
-    rank_of = {token: rank for rank, token in enumerate(tokens)}
-    merges: list[Merge] = []
-    ranks: dict[Merge, int] = {}
-    for rank in range(num_bytes, len(tokens)):
-        token = tokens[rank]
+    merges, ranks, places = list[Merge](), dict[Merge, int](), list(range(num_bytes))
+    rank_of = {token: rank for rank, token in enumerate(tokens[:num_bytes])}
+    for place in range(num_bytes, len(tokens)):
+        token = tokens[place]
         for cut in range(1, len(token)):
-            left, right = rank_of.get(token[:cut], rank), rank_of.get(token[cut:], rank)
-            if left < rank and right < rank and _meets(left, right, merges, ranks, num_bytes):
+            left, right = rank_of.get(token[:cut]), rank_of.get(token[cut:])
+            if left is not None and right is not None and _meets(left, right, merges, ranks, num_bytes):
+                rank_of[token] = ranks[left, right] = len(places)
                 merges.append((left, right))
-                ranks[left, right] = rank
+                places.append(place)
                 break
-        else:
-            raise ValueError(f"the token {token!r} of rank {rank} is never reached by joining its own bytes")
-    return merges
+    if len(places) == len(tokens):
+        return list(tokens), merges, []
+    # So far no token had parts that stand behind it.
+    pairs = {places[num_bytes + at]: (places[left], places[right]) for at, (left, right) in enumerate(merges)}
+    _join_others(tokens, {token: place for place, token in enumerate(tokens)}, pairs)
+    reached = [*range(num_bytes), *sorted(pairs)]
+    rank_at = {place: rank for rank, place in enumerate(reached)}
+    return (
+        [tokens[place] for place in reached],
+        [(rank_at[left], rank_at[right]) for left, right in map(pairs.__getitem__, reached[num_bytes:])],
+        [token for place, token in enumerate(tokens) if place not in rank_at],
+    )
+
+
+def _join_others(tokens: Sequence[bytes], place_of: dict[bytes, int], pairs: dict[int, Merge]) -> None:
+    """Add to `pairs` tokens joined from parts that stand behind them (Llama 3 has such), and what holds these."""
+    others = [token for token in tokens if len(token) > 1 and place_of[token] not in pairs]
+    joined = _join_all(others, place_of)
+    late = [token for token, parts in joined.items() if len(parts) == 2]
+    # Where such a token stands in another one, that may be joined another way than without it, or not at all.
+    text, starts = b"".join(tokens), list(accumulate(map(len, tokens), initial=0))
+    holding = set()
+    for token in late:
+        at = text.find(token)
+        while at >= 0:
+            holding.add(tokens[bisect_right(starts, at) - 1])
+            at = text.find(token, at + 1)
+    for token, parts in (joined | _join_all(holding - joined.keys(), place_of)).items():
+        pairs.pop(place_of[token], None)
+        if len(parts) == 2:
+            pairs[place_of[token]] = place_of[parts[0]], place_of[parts[1]]
+
+
+def _join_all(tokens: Collection[bytes], ranks: dict[bytes, int]) -> dict[bytes, list[bytes]]:
+    """The parts that the bytes of each token are joined to, by rank, before they are one."""
+    if sum(len(token) ** 2 for token in tokens) > _MAX_JOINS:
+        raise ValueError(f"{len(tokens):,} tokens are not reached by joining lower ones")
+    return {token: _join(token, ranks) for token in tokens}
+
+
+def _join(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    parts = [token[at : at + 1] for at in range(len(token))]
+    while len(parts) > 2:
+        found = [(ranks[pair], at) for at in range(len(parts) - 1) if (pair := parts[at] + parts[at + 1]) in ranks]
+        if not found:
+            break
+        _, at = min(found)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+def check_whole(tokens: Sequence[bytes], whole: Sequence[bytes]) -> bytes | None:
+    """Return the first of `whole` that two neighbours could be joined to where it stands behind all tokens, or None.
+
+    Args:
+        tokens: of each rank, all joined from their own bytes.
+        whole: tokens to put behind them, which only a whole piece of text is to give.
+
+    Raises:
+        ValueError: if that takes too long to find out.
+    """
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    return next((token for token, parts in _join_all(whole, ranks).items() if len(parts) == 2), None)
 
 
 def read_file(path: Path) -> bytes:
@@ -170,9 +248,10 @@ def from_ranks(
         raise UserError(f"{where}: ranks must be different numbers from 0 to {MAX_ID - 1}.")
     tokens = sorted(ranks, key=lambda token: (len(token) > 1, ranks[token]))
     try:
-        merges = recover_merges(tokens)
+        tokens, merges, whole = recover_merges(tokens)
     except ValueError as error:
         raise UserError(f"{where}: {error}; these are not the ranks of a byte-level BPE.") from error
+    tokens += whole
     first = max(ranks.values()) + 1
     return Vocabulary(
         tokens,

@@ -22,6 +22,7 @@ from plmtune.data.bpe import (
     Normalization,
     Vocabulary,
     check_merges,
+    check_whole,
     recover_merges,
 )
 from plmtune.errors import UserError
@@ -159,11 +160,11 @@ def _split_pattern(step: dict[str, Any], where: str) -> str:
     return pattern
 
 
-def _added_tokens(
-    entries: Any, normalization: Normalization | None, where: str
-) -> tuple[dict[str, int], dict[str, int]]:
+def _added_tokens(entries: Any, where: str) -> tuple[dict[str, int], dict[str, int], frozenset[str]]:
+    """(specials, the others, which of both are sought in normalized text)."""
     specials: dict[str, int] = {}
     added: dict[str, int] = {}
+    normalized = set()
     entries = entries or []
     if not isinstance(entries, list):
         raise UserError(f"{where}: added_tokens must be a list.")
@@ -177,10 +178,10 @@ def _added_tokens(
         for flag in ("lstrip", "rstrip", "single_word"):
             if entry.get(flag):
                 raise UserError(f"{where}: {flag} of the added token {content!r} is not supported.")
-        if entry.get("normalized") and normalization is not None:
-            raise UserError(f"{where}: the added token {content!r} is sought in normalized text: not supported.")
+        if entry.get("normalized"):
+            normalized.add(content)
         (specials if special else added)[content] = identity
-    return specials, added
+    return specials, added, frozenset(normalized)
 
 
 def _check_added(tokens: dict[str, int], vocab: dict[str, int], where: str) -> None:
@@ -247,7 +248,7 @@ def parse(data: Any, where: str) -> Vocabulary:
     model = _check_model(data.get("model"), where)
     normalization = _normalization(data.get("normalizer"), where)
     pattern = _pattern(data.get("pre_tokenizer"), where)
-    specials, added = _added_tokens(data.get("added_tokens"), normalization, where)
+    specials, added, normalized = _added_tokens(data.get("added_tokens"), where)
     vocab: dict[str, int] = model["vocab"]
     _check_added(specials | added, vocab, where)
 
@@ -257,23 +258,34 @@ def parse(data: Any, where: str) -> Vocabulary:
     if lacking and model.get("unk_token") is not None:
         raise UserError(f"{where}: unk_token for bytes without a token is not supported ({len(lacking)} bytes).")
     tokens, merges = _order(singles, model["merges"], vocab, where)
-    reachable = set(tokens)
-    orphans = {token: identity for token, identity in vocab.items() if token not in reachable}
-    unreachable: dict[int, bytes] = {}
-    for token, identity in orphans.items():
-        if token in specials or token in added:
-            continue
-        # With ignore_merges such a token is found when it is a whole piece: ranks cannot say that.
-        if model.get("ignore_merges"):
-            raise UserError(f"{where}: ignore_merges with a token that no merge makes ({token!r}) is not supported.")
-        try:
-            unreachable[identity] = to_bytes(token)
-        except UnicodeEncodeError:
-            unreachable[identity] = token.encode(errors="replace")
     try:
         as_bytes = [to_bytes(token) for token in tokens]
     except UnicodeEncodeError:
         raise UserError(f"{where}: model.vocab is not byte-level (characters outside its 256).") from None
+    reachable = {*tokens, *specials, *added}
+    orphans = [token for token in vocab if token not in reachable]
+    unreachable: dict[int, bytes] = {}
+    if model.get("ignore_merges"):  # then a piece of text that equals one is that token
+        try:
+            whole = [to_bytes(token) for token in orphans]
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: ignore_merges with a token that is not byte-level is not supported.") from None
+        try:
+            wrong = check_whole(as_bytes, whole)
+        except ValueError as error:
+            raise UserError(f"{where}: ignore_merges is not supported where {error}.") from error
+        if wrong is not None:
+            raise UserError(
+                f"{where}: ignore_merges with a token ({to_chars(wrong)!r}) of two parts that no merge joins is not "
+                "supported."
+            )
+        tokens, as_bytes = tokens + orphans, as_bytes + whole
+    else:
+        for token in orphans:
+            try:
+                unreachable[vocab[token]] = to_bytes(token)
+            except UnicodeEncodeError:
+                unreachable[vocab[token]] = token.encode(errors="replace")
     return Vocabulary(
         as_bytes,
         [vocab[token] for token in tokens],
@@ -283,12 +295,16 @@ def parse(data: Any, where: str) -> Vocabulary:
         added,
         unreachable,
         merges,
+        normalized,
     )
 
 
 def _order(singles: list[str], listed: list[Any], vocab: dict[str, int], where: str) -> tuple[list[str], list[Merge]]:
-    """Tokens in order of rank, with their merges, proven to act as the list of the file does."""
-    places: dict[str, dict[tuple[str, str], int]] = {}
+    """Tokens in order of rank, with their merges, proven to act as the list of the file does.
+
+    Left out are tokens whose own bytes the file's merges do not join to them: they come about nowhere.
+    """
+    places: _Places = {}
     for number, merge in enumerate(listed):
         left, right = _merge_parts(merge, number, where)
         product = left + right
@@ -300,45 +316,86 @@ def _order(singles: list[str], listed: list[Any], vocab: dict[str, int], where: 
     rank_of = {token: rank for rank, token in enumerate(tokens)}
     if len(rank_of) != len(tokens):
         raise UserError(f"{where}: a merge makes a token of one character.")
-    if any(len(pairs) > 1 for pairs in places.values()):
-        return _order_of_many(singles, places, where)
-    try:
-        merges = [(rank_of[left], rank_of[right]) for pairs in places.values() for left, right in pairs]
-    except KeyError as error:
-        raise UserError(f"{where}: a merge uses {error.args[0]!r}, which no merge makes.") from None
-    wrong = check_merges(merges, len(singles))
-    if wrong is not None:
-        raise UserError(f"{where}: the merge that makes {tokens[wrong]!r} cannot be expressed by ranks.")
-    return tokens, merges
+    if all(len(pairs) == 1 for pairs in places.values()):
+        listed_once = [pair for pairs in places.values() for pair in pairs]
+        if all(left in rank_of and right in rank_of for left, right in listed_once):
+            merges = [(rank_of[left], rank_of[right]) for left, right in listed_once]
+            if check_merges(merges, len(singles)) is None:
+                return tokens, merges
+    found = _order_of_many(singles, places) or _order_of_many(singles, _reached(places, vocab))
+    if found is None:
+        raise UserError(f"{where}: its merges cannot be expressed by ranks.")
+    return found
 
 
-def _order_of_many(
-    singles: list[str], places: dict[str, dict[tuple[str, str], int]], where: str
-) -> tuple[list[str], list[Merge]]:
+_Places = dict[str, dict[tuple[str, str], int]]  # of each pair that makes a token in the list of merges
+
+
+def _reached(places: _Places, vocab: dict[str, int]) -> _Places:
+    """The tokens that the merges of a file make of their own characters, as the `tokenizers` library joins them."""
+    import tokenizers
+
+    merges = sorted(((place, pair) for pairs in places.values() for pair, place in pairs.items()))
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[pair for _, pair in merges]))
+    made = list(places)
+    found = library.encode_batch_fast(made, add_special_tokens=False)
+    return {token: places[token] for token, encoding in zip(made, found, strict=True) if encoding.ids == [vocab[token]]}
+
+
+def _order_of_many(singles: list[str], places: _Places) -> tuple[list[str], list[Merge]] | None:
     """The same where a token has several merges, as in files converted from ranks, which list every split.
 
     Only one of them ever acts, the one its bytes are in fact joined by, so its place is the token's rank.
     Which one that is depends on the ranks: take the first ones for a start, then look whether the answer
-    bears itself out.
+    bears itself out. None: it does not.
     """
     made = sorted(places, key=lambda token: min(places[token].values()))
     for _ in range(2):
-        tokens = [*singles, *made]
         try:
-            merges = recover_merges([to_bytes(token) for token in tokens])
-        except (ValueError, UnicodeEncodeError) as error:
-            raise UserError(f"{where}: its merges cannot be expressed by ranks ({error}).") from error
-        acting = dict(zip(made, ((tokens[left], tokens[right]) for left, right in merges), strict=True))
+            reached, merges, whole = recover_merges([to_bytes(token) for token in [*singles, *made]])
+        except (ValueError, UnicodeEncodeError):
+            return None
+        tokens = list(map(to_chars, reached))
+        pairs = ((tokens[left], tokens[right]) for left, right in merges)
+        acting = dict(zip(tokens[len(singles) :], pairs, strict=True))
         if any(pair not in places[token] for token, pair in acting.items()):
-            break
-        if made == (made := sorted(made, key=lambda token: places[token][acting[token]])):
+            return None
+        # What its own bytes are not joined to is left out of both.
+        before = [token for token in made if token in acting]
+        if before == (after := sorted(before, key=lambda token: places[token][acting[token]])):
             return tokens, merges
-    raise UserError(f"{where}: its merges cannot be expressed by ranks.")
+        made = [*after, *map(to_chars, whole)]
+    return None
 
 
-def added_token(identity: int, content: str, *, special: bool) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+def added_token(identity: int, content: str, *, special: bool, normalized: bool = False) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": normalized}
     return {"id": identity, "content": content, **flags, "special": special}
+
+
+def with_added_of_config(data: Any, config: dict[str, Any], where: str) -> Any:
+    """A tokenizer.json with the added tokens of a tokenizer_config.json, which transformers adds or changes.
+
+    Raises:
+        UserError: if added_tokens_decoder does not map ids to tokens.
+    """
+    named = config.get("added_tokens_decoder") or {}
+    if not isinstance(data, dict) or not named:
+        return data
+    held = data.get("added_tokens") or []
+    if not isinstance(named, dict) or not all(
+        key.isdecimal() and len(key) < 10 and isinstance(entry, dict) and isinstance(entry.get("content"), str)
+        for key, entry in named.items()
+    ):
+        raise UserError(f"{where}: added_tokens_decoder must map ids to tokens, each with its content.")
+    if not isinstance(held, list) or not all(isinstance(entry, dict) for entry in held):
+        return data  # refused by its own reader
+    ids = {entry.get("content"): entry.get("id") for entry in held}
+    changed = {
+        entry["content"]: {"normalized": not entry.get("special"), **entry, "id": ids.get(entry["content"], int(key))}
+        for key, entry in sorted(named.items(), key=lambda item: int(item[0]))
+    }
+    return data | {"added_tokens": [e for e in held if e.get("content") not in changed] + list(changed.values())}
 
 
 def skeleton(pattern: str, normalization: Normalization | None) -> dict[str, Any]:
@@ -395,11 +452,14 @@ def render(vocabulary: Vocabulary, first: str | None = None) -> str:
         "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
         "merges": [[chars[left], chars[right]] for left, right in vocabulary.merges],
     }
-    data["added_tokens"] = sorted(
-        [added_token(identity, content, special=True) for content, identity in vocabulary.specials.items()]
-        + [added_token(identity, content, special=False) for content, identity in vocabulary.added.items()],
-        key=lambda entry: entry["id"],
-    )
+    if vocabulary.whole:
+        data["model"]["ignore_merges"] = True
+    data["added_tokens"] = [
+        added_token(
+            identity, content, special=content in vocabulary.specials, normalized=content in vocabulary.normalized
+        )
+        for content, identity in sorted((vocabulary.specials | vocabulary.added).items(), key=lambda item: item[1])
+    ]
     if first is not None:
         data["post_processor"] = _puts_before(first, vocabulary.specials[first])
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))

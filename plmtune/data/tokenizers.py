@@ -53,6 +53,7 @@ _CUT = re.compile(r"\n(?=[A-Za-z])")
 _CUTTABLE = frozenset({QWEN2_PATTERN, LLAMA3_PATTERN})
 # Far beyond any pattern that does not multiply its own tries, on any machine.
 _PATTERN_SECONDS = 30
+_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 
 # PLM's embedding has more rows than Qwen2 has tokens; known without the file, for a dry run.
@@ -80,6 +81,7 @@ class Tokenizer:
         bos_id: the special token named as the beginning of a text, or None.
         adds_bos: whether each text begins with it, as transformers encodes one. `encode` never puts it there,
             `with_bos` does.
+        end_ids: at which its model's answers end, as generation_config.json says; eos_id is the first.
         specials: control tokens, id by text.
         token_bytes: number of bytes that each id decodes to, int32 [vocab_size]; 0 for specials and padding.
         fingerprint: xxh3-128 of all that decides the ids.
@@ -94,6 +96,7 @@ class Tokenizer:
         chat_template: str | None = None,
         bos: str | None = None,
         adds_bos: bool = False,
+        ends: Sequence[int] = (),
     ) -> None:
         """Build the tables.
 
@@ -104,6 +107,7 @@ class Tokenizer:
             chat_template: Jinja template of a conversation.
             bos: the special token that begins a text.
             adds_bos: whether each text begins with it.
+            ends: ids at which an answer ends beside eos.
 
         Raises:
             ValueError: if there is no such special token, a token stands twice, or vocab_size is too small.
@@ -116,6 +120,7 @@ class Tokenizer:
         self.eos, self.eos_id = eos, vocabulary.specials[eos]
         self.bos, self.bos_id = bos, vocabulary.specials.get(bos) if bos is not None else None
         self.adds_bos = adds_bos
+        self.end_ids = tuple(dict.fromkeys((self.eos_id, *ends)))
         self.specials = dict(vocabulary.specials)
         self.chat_template = chat_template
         pieces = dict(zip(vocabulary.ids, vocabulary.tokens, strict=True)) | vocabulary.unreachable
@@ -149,8 +154,8 @@ class Tokenizer:
             raise ValueError(f"the pattern {vocabulary.pattern!r} is no regular expression ({error})") from error
         fixed = vocabulary.added | vocabulary.specials
         self._cuts_at_blanks = vocabulary.pattern in COMPLETE_PATTERNS and not any(" " in text for text in fixed)
-        self._always = _any_of(vocabulary.added)
-        self._always_and_specials = _any_of(fixed)
+        self._always = self._fixed(vocabulary.added)
+        self._always_and_specials = self._fixed(fixed)
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.num_tokens} tokens, {self.vocab_size} rows, {self.fingerprint[:8]})"
@@ -247,6 +252,8 @@ class Tokenizer:
             "tokenizer.json": self._json,
             "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
         }
+        if len(self.end_ids) > 1:
+            files["generation_config.json"] = json.dumps({"eos_token_id": self.end_ids}, indent=2) + "\n"
         for name, text in files.items():
             with replacing(directory / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
@@ -261,6 +268,8 @@ class Tokenizer:
         digest.update(np.array([len(token) for token in held.tokens], dtype="<u4").tobytes())
         digest.update(np.array(held.ids, dtype="<u4").tobytes())
         digest.update(b"".join(held.tokens))
+        if held.normalized:
+            digest.update(repr(sorted(held.normalized)).encode())
         if self.adds_bos:  # then what is trained on, cached and compared differs
             digest.update(f"bos {self.bos_id}".encode())
         return digest.hexdigest()
@@ -280,25 +289,37 @@ class Tokenizer:
             start = found.end()
         yield text[start:]
 
-    def _encode_task(self, task: list[tuple[int, str]], fixed: re.Pattern[str] | None) -> list[Ids]:
+    def _fixed(self, tokens: dict[str, int]) -> list[_Pass]:
+        """What is sought before a text is cut: tokens as they are, then in what they leave those in normalized text."""
+        late = self.vocabulary.normalized
+        passes = [_Pass(False, {text: identity for text, identity in tokens.items() if text not in late})]
+        passes += [_Pass(True, {self._normalize(text): tokens[text] for text in tokens if text in late})]
+        return [sought for sought in passes if sought.pattern is not None]
+
+    def _encode_task(self, task: list[tuple[int, str]], fixed: list[_Pass]) -> list[Ids]:
         return [self._encode(text, fixed) for _, text in task]
 
-    def _encode(self, text: str, fixed: re.Pattern[str] | None) -> Ids:
-        if fixed is None or fixed.search(text) is None:
+    def _encode(self, text: str, fixed: list[_Pass]) -> Ids:
+        if not fixed:
             return self._encode_plain(text)
-        known = self.vocabulary.added | self.specials
+        sought, *later = fixed
+        if sought.normalized:
+            text = self._normalize(text)
+        assert sought.pattern is not None
         parts, start = [], 0
-        for found in fixed.finditer(text):
-            parts.append(self._encode_plain(text[start : found.start()]))
-            parts.append(np.array([known[found.group()]], dtype=np.uint32))
+        for found in sought.pattern.finditer(text):
+            parts.append(self._encode(text[start : found.start()], later))
+            parts.append(np.array([sought.tokens[found.group()]], dtype=np.uint32))
             start = found.end()
-        parts.append(self._encode_plain(text[start:]))
-        return np.concatenate(parts)
+        parts.append(self._encode(text[start:], later))
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def _normalize(self, text: str) -> str:
+        form = self.vocabulary.normalization
+        return text if form is None or text.isascii() else unicodedata.normalize(form, text)
 
     def _encode_plain(self, text: str) -> Ids:
-        form = self.vocabulary.normalization
-        if form is not None and not text.isascii():
-            text = unicodedata.normalize(form, text)
+        text = self._normalize(text)
         try:
             ranks = self._bpe.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
@@ -334,9 +355,14 @@ def _complete(pattern: str) -> str:
     return pattern if pattern in COMPLETE_PATTERNS else rf"{pattern}|(?:(?!{pattern})[\s\S])+"
 
 
-def _any_of(texts: Iterable[str]) -> re.Pattern[str] | None:
-    # Longest first: of two that start alike, `tokenizers` takes the longer.
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None
+class _Pass:
+    """Tokens that are sought in a text, or in normalized text."""
+
+    def __init__(self, normalized: bool, tokens: dict[str, int]) -> None:
+        self.normalized, self.tokens = normalized, tokens
+        # Longest first: of two that start alike, `tokenizers` takes the longer.
+        longest = sorted(tokens, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest))) if tokens else None
 
 
 def _num_cores() -> int:
@@ -357,16 +383,17 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Tokenizer:
     """Read a tokenizer.json, with what the files beside it say of its end token, template and rows."""
-    data = tokenizer_json.load_json(read_file(path), str(path))
-    vocabulary = tokenizer_json.parse(data, str(path))
     config = _read_config(path.with_name("tokenizer_config.json"))
+    data = tokenizer_json.load_json(read_file(path), str(path))
+    data = tokenizer_json.with_added_of_config(data, config, str(path.with_name("tokenizer_config.json")))
+    vocabulary = tokenizer_json.parse(data, str(path))
     eos = _eos(vocabulary, _text_of(config.get("eos_token")), path)
     # As transformers 5: the post-processor alone decides, whatever the configuration says of add_bos_token.
     first = tokenizer_json.first_token(data)
     bos, adds_bos = first or _text_of(config.get("bos_token")), first is not None
     if bos not in vocabulary.specials and not adds_bos:
         bos = None
-    template = _text_of(config.get("chat_template"))
+    template = _default_template(config.get("chat_template"))
     jinja = path.with_name("chat_template.jinja")
     if jinja.is_file():
         template = read_file(jinja).decode("utf-8", errors="replace")
@@ -377,9 +404,37 @@ def _read_json(path: Path) -> Tokenizer:
     if rows is not None and (type(rows) is not int or not 0 < rows <= MAX_ID):
         raise UserError(f"{path.with_name(source)}: {rows!r} rows in a vocabulary are impossible.")
     try:
-        return Tokenizer(vocabulary, eos=eos, vocab_size=rows, chat_template=template, bos=bos, adds_bos=adds_bos)
+        return Tokenizer(
+            vocabulary,
+            eos=eos,
+            vocab_size=rows,
+            chat_template=template,
+            bos=bos,
+            adds_bos=adds_bos,
+            ends=_ends(path.parent),
+        )
     except ValueError as error:
         raise UserError(f"{path}: {error}.") from error
+
+
+def _default_template(found: Any) -> str | None:
+    """A template, or of a list of named ones, as transformers takes it, the one named default."""
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    return _text_of(found)
+
+
+def _ends(directory: Path) -> list[int]:
+    """The ids at which a model's answers end, as in transformers: of generation_config.json, else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        found = _read_config(directory / name).get("eos_token_id")
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(identity) is int and 0 <= identity < MAX_ID for identity in ids):
+            raise UserError(f"{directory / name}: eos_token_id {found!r:.80} is no token id, and no list of them.")
+        if ids:
+            return ids
+    return []
 
 
 def _eos(vocabulary: Vocabulary, named: str | None, path: Path) -> str:
@@ -410,14 +465,14 @@ def _read(path: Path, pattern: str = QWEN2_PATTERN, normalization: Normalization
     if named := hub.parse(path):
         path = hub.fetch(named, weights=False)
     if path.is_dir():
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
+        for name in (*_FILES, "config.json"):
             if hub.leads_out(path / name):
                 raise UserError(f"{path / name} is a link to a place outside of {path}. Copy the file into it.")
         whole = path / "tokenizer.json"
         held = [whole] if whole.is_file() else sorted(path.glob("*.tiktoken"))
         if len(held) != 1:
             raise UserError(f"{path} holds {len(held)} tokenizers: one tokenizer.json or .tiktoken file is needed.")
-        manifest.verify_once(path, only=("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
+        manifest.verify_once(path, only=_FILES)
         path = held[0]
     if hub.is_gguf(path):
         raise UserError(f"{path} is a GGUF file. Make a model directory of it, which has a tokenizer: plmtune convert")

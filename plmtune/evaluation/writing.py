@@ -89,7 +89,7 @@ class Writer:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.end_ids = frozenset({tokenizer.eos_id, *end_ids})
+        self.end_ids = frozenset({*tokenizer.end_ids, *end_ids})
         self._silent = frozenset(tokenizer.specials.values())
 
     def write(self, prompts: Sequence[Prompt], known: Collection[int] = ()) -> Iterator[tuple[int, Written]]:

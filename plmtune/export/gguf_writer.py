@@ -33,7 +33,7 @@ from plmtune.data.bpe import SINGLE_BYTES
 from plmtune.data.tokenizer_json import NEVER_IN_UTF8, to_chars
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
-from plmtune.export.huggingface import end_ids
+from plmtune.export.huggingface import answer_end
 from plmtune.export.lint import WRITTEN, gguf_architecture, stored_bytes, stored_type
 from plmtune.models.adapters import ADAPTERS, find_base, load_adapter, read_description
 from plmtune.models.assemble import from_description
@@ -256,7 +256,9 @@ def _vocabulary(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], list[s
     tokens |= {identity: (text, TokenType.CONTROL) for text, identity in held.specials.items()}
     listed = [tokens.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(rows)]
     cause = None
-    if pre is None:
+    if held.whole and pre != "llama-bpe":
+        cause = "has tokens that only a whole piece of text gives, which llama.cpp has for Llama 3's pattern alone"
+    elif pre is None:
         cause = "cuts text in a way that llama.cpp does not know"
     elif len({text for text, _ in listed}) < rows:
         cause = "has two tokens of one text, at which llama.cpp aborts"
@@ -271,7 +273,7 @@ def _vocabulary(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], list[s
         ggml.TOKEN_TYPE: [kind for _, kind in listed],
         ggml.MERGES: [f"{chars[left]} {chars[right]}" for left, right in held.merges] or [NO_MERGE],
         ggml.EOS_ID: tokenizer.eos_id,
-        ggml.EOT_ID: end_ids(tokenizer)[-1],
+        ggml.EOT_ID: answer_end(tokenizer),
         ggml.PAD_ID: tokenizer.eos_id,
         # llama.cpp would take token 11 where none is named; it is put before a text only if the next key says so.
         ggml.BOS_ID: tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id,

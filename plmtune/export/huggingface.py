@@ -147,7 +147,7 @@ def export_adapter(source: Path, directory: Path, *, base: str | None = None, ov
         raise UserError(f"{source} holds its adapters in {len(names)} files; one is expected.")
     check_room(directory, sum((source / name).stat().st_size for name in names))
     directory.mkdir(parents=True, exist_ok=True)
-    files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
     for name in sorted(names | {name for name in files if (source / name).is_file()}):
         with replacing(directory / name) as temporary:
             shutil.copyfile(source / name, temporary)
@@ -158,14 +158,18 @@ def export_adapter(source: Path, directory: Path, *, base: str | None = None, ov
 
 
 def end_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids at which a text ends: the tokenizer's eos, and what the chat template ends an answer with."""
+    """The ids at which a text ends: the tokenizer's own, and what the chat template ends an answer with."""
+    return list(dict.fromkeys((*tokenizer.end_ids, answer_end(tokenizer))))
+
+
+def answer_end(tokenizer: Tokenizer) -> int:
+    """The id that the chat template ends an answer with, or the tokenizer's eos."""
     if tokenizer.chat_template is None:
-        return [tokenizer.eos_id]
+        return tokenizer.eos_id
     try:
-        end = find_template(None, tokenizer).end_id
+        return find_template(None, tokenizer).end_id
     except UserError:  # one that cannot be trained with may still be rendered by others
-        return [tokenizer.eos_id]
-    return list(dict.fromkeys((tokenizer.eos_id, end)))
+        return tokenizer.eos_id
 
 
 def _parts(model: Decoder) -> str:

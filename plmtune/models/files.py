@@ -129,6 +129,28 @@ def read_json(directory: Path, name: str, *, max_bytes: int = _MAX_JSON_BYTES) -
     return data
 
 
+class _WithShared:
+    """An opened file with both names of a tensor that two modules share.
+
+    safetensors keeps one of them, and its header's metadata names the other.
+    """
+
+    def __init__(self, opened: Any) -> None:
+        self._opened, self._held = opened, list(opened.keys())
+        kept = set(self._held)
+        shared = (opened.metadata() or {}).items()
+        self._names = {name: other for name, other in shared if other in kept and name not in kept}
+
+    def keys(self) -> list[str]:
+        return [*self._held, *self._names]
+
+    def get_tensor(self, name: str) -> Any:
+        return self._opened.get_tensor(self._names.get(name, name))
+
+    def get_slice(self, name: str) -> Any:
+        return self._opened.get_slice(self._names.get(name, name))
+
+
 @contextmanager
 def opened_weights(path: Path) -> Iterator[Any]:
     """Map a safetensors file: only its header is read, and one that is absurd or overlaps is refused."""
@@ -138,7 +160,7 @@ def opened_weights(path: Path) -> Iterator[Any]:
         if length > _MAX_HEADER_BYTES:
             raise SafetensorError(f"a header of {length:,} bytes, of at most {_MAX_HEADER_BYTES:,}")
         with safe_open(path, framework="pt") as opened:
-            yield opened
+            yield _WithShared(opened)
     except OSError as error:
         raise unreadable(path, error) from error
     except SafetensorError as error:

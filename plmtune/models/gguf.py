@@ -123,6 +123,7 @@ def convert(
             it becomes; nothing is left then.
     """
     with opened_gguf(path) as file, new_directory(directory, overwrite=overwrite) as temporary:
+        _check_parts(file)
         check_room(directory, sum(file.kinds().values()) * dtype.itemsize)
         model = _build(file)
         names = _check_tensors(model, file)
@@ -138,6 +139,16 @@ def convert(
         write_json(temporary / CONFIG, hf_config(model.config, dtype) | _ids(file, tokenizer))
         kinds = file.kinds()
         return Converted(sum(kinds.values()), kinds, tuple(notes))
+
+
+def _check_parts(file: GGUFFile) -> None:
+    """Refuse one part of a model that llama-gguf-split cut into several files."""
+    number, count = (file.metadata.get(f"split.{name}") for name in ("no", "count"))
+    if type(number) is int and type(count) is int and count > 1:
+        raise UserError(
+            f"{file.path} is part {number + 1} of {count} of a model. Join them with llama.cpp: "
+            "llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf"
+        )
 
 
 def _ids(file: GGUFFile, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -361,7 +372,16 @@ def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
         # Through the file's own form, so that what a tokenizer.json may hold is what a GGUF may hold.
         vocabulary = tokenizer_json.parse(json.loads(json.dumps(data)), where)
         template = template if isinstance(template, str) else None
-        return Tokenizer(vocabulary, eos=eos, vocab_size=rows, chat_template=template, bos=bos, adds_bos=adds_bos)
+        ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
+        return Tokenizer(
+            vocabulary,
+            eos=eos,
+            vocab_size=rows,
+            chat_template=template,
+            bos=bos,
+            adds_bos=adds_bos,
+            ends=[identity for identity in ends if type(identity) is int and 0 <= identity < len(tokens)],
+        )
     except ValueError as error:
         raise UserError(f"{where}: {error}.") from error
 

@@ -424,7 +424,8 @@ def _build(directory: Path, num_tensors: int) -> Decoder:
 
 
 def _from_hf_keys(keys: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The description of a published PLM or Llama checkpoint."""
+    """The description of a published PLM or Llama checkpoint; a key of null is one that is not there."""
+    keys = {name: value for name, value in keys.items() if value is not None}
 
     def get(name: str, *default: Any) -> Any:
         if name not in keys and not default:
@@ -438,16 +439,16 @@ def _from_hf_keys(keys: dict[str, Any], path: Path) -> dict[str, Any]:
     rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
     if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise UserError(f"{path}: RoPE scaling ({rope!r:.80}) is not supported.")
-    theta = rope.get("rope_theta", keys.get("rope_theta", 100000.0 if model_type == "plm" else 10000.0))
+    theta = rope.get("rope_theta") or keys.get("rope_theta", 100000.0 if model_type == "plm" else 10000.0)
     heads = get("num_attention_heads")
     attention: dict[str, Any]
     if model_type == "plm":
-        _demand(keys, path, q_lora_rank=(None,), hidden_act=("relu2",), attention_bias=(False, None))
+        _demand(keys, path, q_lora_rank=(None,), hidden_act=("relu2",), attention_bias=(False,))
         attention = {"component": "mla", "rope_theta": theta} | {
             name: get(name) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         }
     else:
-        _demand(keys, path, hidden_act=("silu",), mlp_bias=(False, None))
+        _demand(keys, path, hidden_act=("silu",), mlp_bias=(False,))
         attention = {
             "component": "gqa",
             "num_kv_heads": get("num_key_value_heads", heads),
@@ -488,6 +489,8 @@ def _check(model: Decoder, directory: Path, locations: Mapping[str, Path]) -> No
     if missing:
         raise UserError(f"{directory} misses the tensor {missing[0]}{_more(missing)}. Is the copy complete?")
     # Older files carry RoPE's table; some write a tied head twice.
+    if model.tied and "lm_head.weight" in locations:
+        _check_tied(directory, locations)
     extra = [
         name
         for name in locations
@@ -511,6 +514,16 @@ def _check(model: Decoder, directory: Path, locations: Mapping[str, Path]) -> No
                 if stored is None and header.get_dtype() not in _DTYPES:
                     known = ", ".join(_DTYPES)
                     raise UserError(f"{file}: {name} is of type {header.get_dtype()}; known are {known}.")
+
+
+def _check_tied(directory: Path, locations: Mapping[str, Path]) -> None:
+    """Refuse a head of another matrix than the embedding where config.json says that they are one."""
+    pair = [tensor for _, tensor in _tensors(locations, ("model.embed_tokens.weight", "lm_head.weight"))]
+    if pair[0].data_ptr() != pair[1].data_ptr() and not torch.equal(*pair):
+        raise UserError(
+            f"{directory}: {CONFIG} ties head and embedding (tie_word_embeddings), but lm_head.weight is another "
+            "matrix than model.embed_tokens.weight. Set tie_word_embeddings to false there to use the head of the file."
+        )
 
 
 def _more(names: list[str]) -> str:

@@ -50,7 +50,7 @@ def writer(
                 top_p=how.top_p,
                 min_p=how.min_p,
                 repetition_penalty=how.repetition_penalty,
-                end_ids={template.end_id, tokenizer.eos_id},
+                end_ids={template.end_id, *tokenizer.end_ids},
                 num_tokens=tokenizer.num_tokens,
                 decode_bytes=tokenizer.decode_bytes,
             )

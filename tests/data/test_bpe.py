@@ -14,6 +14,7 @@ from plmtune.data.bpe import (
     read_tiktoken,
     recover_merges,
 )
+from plmtune.data.tokenizers import Tokenizer, load_tokenizer
 from plmtune.errors import UserError
 
 
@@ -39,39 +40,44 @@ def random_vocabulary(seed: int) -> list[bytes]:
     return tokens
 
 
-def reachable(tokens: list[bytes]) -> list[bytes]:
-    kept: list[bytes] = []
-    for token in tokens:
-        rank_of = {held: rank for rank, held in enumerate(kept)}
-        if len(token) == 1 or len(joined_by_rank(token, rank_of, len(kept))) == 2:
-            kept.append(token)
-    return kept
+def joined_by_pair(text: bytes, tokens: list[bytes], merges: list[tuple[int, int]]) -> list[bytes]:
+    """BPE written naively, where only listed pairs are joined."""
+    num_bytes = len(tokens) - len(merges)
+    places = {(tokens[a], tokens[b]): place for place, (a, b) in enumerate(merges, start=num_bytes)}
+    parts = [text[i : i + 1] for i in range(len(text))]
+    while True:
+        place, at = min(((places.get(pair, 999), i) for i, pair in enumerate(pairwise(parts))), default=(999, 0))
+        if place == 999:
+            return parts
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
 
 
 class TestRecoverMerges:
+    @pytest.mark.parametrize("shuffled", [False, True])
     @pytest.mark.parametrize("seed", range(40))
-    def test_pairs_are_the_last_two_parts_of_a_naive_join(self, seed: int) -> None:
-        tokens = reachable(random_vocabulary(seed))
-        rank_of = {token: rank for rank, token in enumerate(tokens)}
-        num_bytes = sum(len(token) == 1 for token in tokens)
-        merges = recover_merges(tokens)
-        for rank, (left, right) in enumerate(merges, start=num_bytes):
-            assert [tokens[left], tokens[right]] == joined_by_rank(tokens[rank], rank_of, rank)
-        assert check_merges(merges, num_bytes) is None
-
-    @pytest.mark.parametrize("seed", range(40))
-    def test_a_token_is_refused_exactly_when_a_naive_join_does_not_reach_it(self, seed: int) -> None:
+    def test_pairs_join_any_text_as_ranks_do(self, seed: int, shuffled: bool) -> None:
         tokens = random_vocabulary(seed)
-        if reachable(tokens) == tokens:
-            recover_merges(tokens)
-        else:
-            with pytest.raises(ValueError, match="never reached"):
-                recover_merges(tokens)
+        num_bytes = sum(len(token) == 1 for token in tokens)
+        generator = random.Random(seed)
+        if shuffled:  # parts may then rank behind what they make
+            tokens[num_bytes:] = generator.sample(tokens[num_bytes:], len(tokens) - num_bytes)
+        reached, merges, whole = recover_merges(tokens)
+        assert sorted([*reached, *whole]) == sorted(tokens) and reached == [t for t in tokens if t in set(reached)]
+        rank_of = {token: rank for rank, token in enumerate(tokens)}
+        texts = [b"".join(generator.choices(tokens[:num_bytes], k=generator.randint(1, 20))) for _ in range(30)]
+        for text in [*texts, *tokens]:
+            parts = joined_by_rank(text, rank_of, len(tokens))
+            assert parts == joined_by_pair(text, reached, merges)
+            assert not set(parts) & set(whole)
 
-    def test_a_token_that_a_lower_rank_always_breaks_is_named(self) -> None:
+    def test_a_token_that_a_lower_rank_always_breaks_is_given_apart(self) -> None:
         # b c joins first, so a b never stands beside c.
-        with pytest.raises(ValueError, match=r"b'abcd' of rank 6"):
-            recover_merges([b"a", b"b", b"c", b"d", b"bc", b"ab", b"abcd"])
+        assert recover_merges([b"a", b"b", b"c", b"d", b"bc", b"ab", b"abcd"])[2] == [b"abcd"]
+
+    def test_it_comes_to_an_end(self) -> None:
+        tokens = [b"a", b"b", *(b"a" + b"b" * 200 + str(i).encode() for i in range(2000))]
+        with pytest.raises(ValueError, match="2,000 tokens are not reached by joining lower ones"):
+            recover_merges(tokens)
 
 
 class TestCheckMerges:
@@ -91,6 +97,22 @@ class TestRanks:
         assert held.tokens[0] == b"\xff"
         assert [held.tokens[rank] for rank in held.merges[1]] == [b"ab", b"c"]
         assert (held.ids[-1], held.specials) == (301, {"<|end|>": 302})
+
+    def test_a_token_that_its_bytes_never_join_to_is_given_by_a_whole_piece(self, tmp_path) -> None:
+        ranks = {byte: byte[0] for byte in SINGLE_BYTES} | {b"bc": 256, b"ab": 257, b"abcd": 258, b"dd": 259}
+        held = from_ranks(ranks, GPT2_PATTERN, None, ["<|endoftext|>"], "here")
+        assert (held.whole, held.ids[-1]) == ([b"abcd"], 258)
+        found = Tokenizer(held)
+        assert (found.encode("abcd"), found.encode("abcddd")) == ([258], [97, 256, 259, 100])
+        found.save(tmp_path)
+        assert load_tokenizer(tmp_path).encode("abcd abcd") == [258, 32, 97, 256, 100]
+
+    def test_a_token_of_parts_that_rank_behind_it_keeps_its_rank(self, tmp_path) -> None:
+        ranks = {byte: byte[0] for byte in SINGLE_BYTES} | {b"abc": 256, b"cd": 257, b"ab": 258}
+        found = Tokenizer(from_ranks(ranks, GPT2_PATTERN, None, ["<|endoftext|>"], "here"))
+        assert (found.encode("xabc"), found.encode("xabcd")) == ([120, 256], [120, 258, 257])
+        found.save(tmp_path)
+        assert load_tokenizer(tmp_path).encode("xabc xabcd") == [120, 256, 32, 120, 258, 257]
 
     def test_a_missing_byte_is_named(self) -> None:
         with pytest.raises(UserError, match=r"1 of the 256 single bytes have no rank, the first b'\\x00'"):

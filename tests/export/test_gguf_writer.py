@@ -296,6 +296,19 @@ class TestTokenizers:
         with open_runtime(tmp_path / "a.gguf", prefer="xllamacpp", threads=1) as runtime:
             assert runtime.encode("hello") == tokenizer.encode("hello") != [285]
 
+    def test_tokens_of_whole_pieces_are_given_by_llama_cpp_too(self, tmp_path: Path) -> None:
+        held = vocabulary(LLAMA3_PATTERN)
+        whole = {"tokens": [*held.tokens, b"xqzx"], "ids": [*held.ids, ROWS - 1]}
+        tokenizer = Tokenizer(vocabulary(LLAMA3_PATTERN, **whole), vocab_size=ROWS)
+        write_gguf(small(), tokenizer, tmp_path / "a.gguf", kind="F16")
+        with open_runtime(tmp_path / "a.gguf", prefer="xllamacpp", threads=1) as runtime:
+            for text in ("xqzx", "xqzxx"):
+                assert runtime.encode(text) == tokenizer.encode(text)
+        assert tokenizer.encode("xqzx") == [ROWS - 1] != tokenizer.encode("xqzxx")[:1]
+        with pytest.raises(UserError, match="has tokens that only a whole piece of text gives"):
+            other = Tokenizer(vocabulary(GPT2_PATTERN, **whole), vocab_size=ROWS)
+            write_gguf(small(), other, tmp_path / "b.gguf", kind="F16")
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [

@@ -378,6 +378,17 @@ class TestSmolLM2:
 
 
 class TestBadFiles:
+    def test_a_part_of_a_split_model_says_so(self, tmp_path: Path) -> None:
+        writer = gguf.GGUFWriter(tmp_path / "b.gguf", "llama")
+        writer.add_uint16("split.no", 1)
+        writer.add_uint16("split.count", 3)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(UserError, match=r"b\.gguf is part 2 of 3 of a model\..* --merge"):
+            convert(tmp_path / "b.gguf", tmp_path / "m")
+
     @pytest.fixture(scope="class")
     def whole(self, tmp_path_factory: pytest.TempPathFactory) -> bytes:
         return write(tmp_path_factory.mktemp("gguf") / "a.gguf", tiny("llama")).read_bytes()

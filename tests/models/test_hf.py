@@ -198,6 +198,44 @@ class TestPublishedCheckpoints:
         tokens = torch.randint(101, (1, 20))
         assert torch.equal(model(tokens), loaded(tokens))
 
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "num_key_value_heads",
+            "head_dim",
+            "attention_bias",
+            "mlp_bias",
+            "rope_theta",
+            "rms_norm_eps",
+            "hidden_act",
+            "tie_word_embeddings",
+            "initializer_range",
+            "rope_scaling",
+            "rope_parameters",
+        ],
+    )
+    def test_a_key_of_null_is_one_that_is_not_there(self, tmp_path: Path, name: str) -> None:
+        model = llama(
+            101,
+            attention=component("attention", "mha", rope_interleaved=False, rope_theta=10000.0),
+            ffn=component("ffn", "swiglu", hidden_dim=96),
+            norm=component("norm", "rms_norm", eps=1e-6),
+            embed_dim=64,
+            num_layers=1,
+            num_heads=4,
+            tie_embeddings=False,
+        )
+        save_model(model, None, tmp_path)
+        rewrite(tmp_path, lambda keys: (keys.pop("plmtune"), keys.update({name: None})))
+        loaded, tokens = load_model(tmp_path), torch.randint(101, (1, 20))
+        assert torch.equal(model(tokens), loaded(tokens))
+
+    def test_a_needed_key_of_null_is_named(self, tmp_path: Path) -> None:
+        save_model(small(), None, tmp_path)
+        rewrite(tmp_path, lambda keys: (keys.pop("plmtune"), keys.update(hidden_size=None)))
+        with pytest.raises(UserError, match="key hidden_size is missing"):
+            load_model(tmp_path)
+
     def test_rope_scaling_is_refused(self, tmp_path: Path) -> None:
         save_model(small(), None, tmp_path)
         rewrite(tmp_path, lambda keys: (keys.pop("plmtune"), keys.update(rope_scaling={"rope_type": "yarn"})))
@@ -215,6 +253,31 @@ class TestPublishedCheckpoints:
             tmp_path / "model.safetensors",
         )
         assert_same(model, load_model(tmp_path))
+
+    def test_a_tied_head_of_other_numbers_is_refused(self, tmp_path: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_model(small(), None, tmp_path)
+        state = load_file(tmp_path / "model.safetensors")
+        other = state["model.embed_tokens.weight"].clone()
+        other[3, 3] += 1
+        save_file(state | {"lm_head.weight": other}, tmp_path / "model.safetensors")
+        for read in (load_model, lambda directory: load_state(small(), directory)):
+            with pytest.raises(UserError, match=r"lm_head\.weight is another matrix.*tie_word_embeddings to false"):
+                read(tmp_path)
+
+    def test_a_shared_tensor_is_read_by_both_of_its_names(self, tmp_path: Path) -> None:
+        from safetensors.torch import save_file
+
+        model = small()
+        save_model(model, None, tmp_path)
+        state = load_file(tmp_path / "model.safetensors")
+        state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+        # As safetensors.torch.save_model keeps one name and puts the other into the header.
+        shared = {"format": "pt", "model.embed_tokens.weight": "lm_head.weight"}
+        save_file(state, tmp_path / "model.safetensors", metadata=shared)
+        assert_same(model, load_model(tmp_path))
+        assert "tok_embeddings.weight" in read_state(tmp_path)
 
 
 def rewrite(directory: Path, change: object) -> None:
