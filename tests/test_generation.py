@@ -186,6 +186,7 @@ class FakeTokenizer:
     """Bytes as ids; 256 ends a text."""
 
     eos_id = start_id = 256
+    end_ids = (256,)
     num_tokens = 257
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
