@@ -118,7 +118,9 @@ def conversations(
     paths: tuple[str, ...] = (),
     *,
     hub: str | None = None,
+    subset: str | None = None,
     split: str = "train",
+    revision: str | None = None,
     shape: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto",
     messages_key: str | None = None,
     prompt_key: str | None = None,
@@ -132,7 +134,9 @@ def conversations(
     Args:
         paths: files, folders or globs.
         hub: a dataset of the Hugging Face hub, instead of paths.
-        split: of that dataset.
+        subset: its configuration; a dataset that has several and no default needs one.
+        split: train, validation, ...
+        revision: branch, tag or commit; a commit makes the data exact.
         shape: auto goes by the first row. messages: a list of role and content. sharegpt: a list of from and value.
             alpaca: instruction, input and output, perhaps history and system. prompt_completion: two texts, or two
             lists of messages, under the usual names (prompt, question, ...; completion, response, answer, ...).
@@ -154,7 +158,7 @@ def conversations(
         raise ValueError("prompt_key and completion_key go with shape=prompt_completion")
     if messages_key and not lists and shape != "auto":
         raise ValueError(f"messages_key goes with shape=messages or sharegpt, not {shape}")
-    rows = Rows(paths, hub=hub, split=split, encoding=encoding, max_rows=max_rows)
+    rows = Rows(paths, hub=hub, subset=subset, split=split, revision=revision, encoding=encoding, max_rows=max_rows)
     return ConversationRows(rows, shape, Keys(messages_key, prompt_key, completion_key, system_key))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -10,10 +11,12 @@ import xxhash
 
 import plmtune.hub
 from plmtune.data.sources import BadRow, Source, text_of
-from plmtune.errors import UserError
+from plmtune.errors import UserError, did_you_mean
 from plmtune.extras import installed, missing
 from plmtune.ranges import AT_LEAST_1, NotEmpty, check
 from plmtune.registry import register
+
+_MOST_SHOWN = 40  # names of subsets: some datasets have hundreds
 
 
 class Hub(Source):
@@ -44,6 +47,7 @@ class Hub(Source):
         self.text_key = text_key
         self.revision = revision
         self.limit = limit
+        self._commit: str | None = None  # that the revision was when the hub was asked
 
     def documents(self, skip_bad: bool = False) -> Iterator[str]:
         """Stream the texts of the rows."""
@@ -72,20 +76,45 @@ class Hub(Source):
         try:
             with plmtune.hub.without_retries():
                 # data files alone are read: no code of the dataset's own is ever run
-                rows = load_dataset(self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True)
+                revision = self._commit or self.revision  # the rows that the fingerprint is of
+                rows = load_dataset(self.dataset, self.subset, split=self.split, revision=revision, streaming=True)
+            where = f"{self.dataset}, {self.subset}" if self.subset else self.dataset
             for number, row in enumerate(plmtune.hub.drawn(islice(rows, self.limit)), 1):
-                yield f"{self.dataset}, row {number} of {self.split}", row
+                yield f"{where}, row {number} of {self.split}", row
         except (UserError, MemoryError):
             raise
         except Exception as error:  # datasets raises its own, requests', fsspec's and plain OSErrors alike
+            if isinstance(error, ValueError) and (said := self._what_it_has()):
+                raise UserError(f"data hub: {said}") from error
             raise UserError(
                 f"data hub: {self.dataset} (subset {self.subset}, split {self.split}) cannot be read: "
                 f"{_why(error)}. Check the name and the connection, or use data=files"
             ) from error
 
+    def _what_it_has(self) -> str:
+        """Which subsets or splits there are, where this names none of them; empty where that is not why it failed."""
+        from datasets import get_dataset_config_names, get_dataset_split_names
+
+        def ask(what: Callable[..., list[str]], *names: str) -> list[str]:
+            with contextlib.suppress(Exception), plmtune.hub.without_retries():
+                return list(what(self.dataset, *names, revision=self._commit or self.revision))
+            return []
+
+        subsets = ask(get_dataset_config_names)
+        if self.subset is None and len(subsets) > 1:
+            return f"{self.dataset} has several subsets: {_listed(subsets)}. Choose one with subset={subsets[0]}"
+        if self.subset is not None and subsets and self.subset not in subsets:
+            near = did_you_mean(self.subset, subsets)
+            return f"{self.dataset} has no subset {self.subset}, but {_listed(subsets)}.{near}"
+        chosen = self.subset or next(iter(subsets), None)
+        splits = ask(get_dataset_split_names, chosen) if chosen else []
+        if splits and self.split not in splits:
+            return f"{self.dataset} has no split {self.split}, but {_listed(splits)}: choose one with split={splits[0]}"
+        return ""
+
     def fingerprint(self) -> str:
         """Hash the dataset's commit, asked from the hub where the revision is not already one."""
-        commit = self.revision or "main"
+        commit = self._commit or self.revision or "main"
         if not (len(commit) == 40 and set(commit) <= set("0123456789abcdef")):
             try:
                 from huggingface_hub import HfApi
@@ -101,6 +130,7 @@ class Hub(Source):
                     f"{_why(error)}. "
                     "Check the name and the connection, or pin revision to a commit"
                 ) from error
+        self._commit = commit if commit != "main" else None
         what = (self.dataset, self.subset, self.split, self.text_key, commit, self.limit)
         return xxhash.xxh3_128_hexdigest(repr(what).encode())
 
@@ -108,6 +138,10 @@ class Hub(Source):
         """Return one line for a person."""
         parts = [self.dataset, self.subset, self.split, self.revision]
         return "the hub's " + ", ".join(part for part in parts if part)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_MOST_SHOWN]) + (f" and {len(names) - _MOST_SHOWN:,} more" if names[_MOST_SHOWN:] else "")
 
 
 def _why(error: Exception) -> str:
@@ -127,7 +161,7 @@ def hub(
 
     Args:
         name: the dataset, such as HuggingFaceFW/fineweb-edu.
-        subset: its configuration.
+        subset: its configuration; a dataset that has several and no default needs one.
         split: train, validation, ...
         text_key: column that holds the text.
         revision: branch, tag or commit; a commit makes the data exact.

@@ -150,7 +150,9 @@ def preferences(
     paths: tuple[str, ...] = (),
     *,
     hub: str | None = None,
+    subset: str | None = None,
     split: str = "train",
+    revision: str | None = None,
     shape: Literal["auto", "strings", "messages", "sharegpt", "dialogue", "unpaired"] = "auto",
     encoding: str = "utf-8",
     max_rows: int | None = None,
@@ -160,7 +162,9 @@ def preferences(
     Args:
         paths: files, folders or globs.
         hub: a dataset of the Hugging Face hub, instead of paths.
-        split: of that dataset.
+        subset: its configuration; a dataset that has several and no default needs one.
+        split: train, validation, ...
+        revision: branch, tag or commit; a commit makes the data exact.
         shape: auto finds out row by row. strings: prompt (or question, instruction, input, query), chosen, rejected.
             messages: chosen and rejected are lists of role and content, whole conversations or what follows a prompt;
             OpenAI's input, preferred_output and non_preferred_output are read as these. sharegpt: conversations, then
@@ -174,7 +178,9 @@ def preferences(
         UserError: for neither or both of paths and hub, or a path that is not there.
         ValueError: for an unknown encoding, or max_rows below 1.
     """
-    return PreferenceRows(Rows(paths, hub=hub, split=split, encoding=encoding, max_rows=max_rows), shape)
+    return PreferenceRows(
+        Rows(paths, hub=hub, subset=subset, split=split, revision=revision, encoding=encoding, max_rows=max_rows), shape
+    )
 
 
 @register("data", "docstring_pairs")

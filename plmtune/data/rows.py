@@ -210,7 +210,9 @@ class Rows:
         paths: Sequence[str] = (),
         *,
         hub: str | None = None,
+        subset: str | None = None,
         split: str = "train",
+        revision: str | None = None,
         encoding: str = "utf-8",
         max_rows: int | None = None,
     ) -> None:
@@ -219,12 +221,13 @@ class Rows:
         Args:
             paths: files, folders or globs; empty with a dataset of the hub.
             hub: the dataset's name, instead of paths.
-            split: of the dataset.
+            subset, split, revision: of the dataset, see `plmtune.data.hub.hub`.
             encoding: of JSON and CSV.
             max_rows: read so many rows and no more.
 
         Raises:
-            UserError: for neither or both of paths and hub, or a path that is not there.
+            UserError: for neither or both of paths and hub, what goes with hub beside paths, or a path that is not
+                there.
             ValueError: for an unknown encoding, or max_rows below 1.
         """
         if paths and hub is not None:
@@ -235,7 +238,12 @@ class Rows:
                 "(plmtune run demo_sft, demo_dpo and demo_aries bring small data of their own.)"
             )
         check(AT_LEAST_1, max_rows=max_rows)
-        check(NotEmpty(), hub=hub, split=split)
+        check(NotEmpty(), hub=hub, subset=subset, split=split, revision=revision)
+        others = {"subset": subset, "split": split if split != "train" else None, "revision": revision}
+        if given := [f"{name}={value}" for name, value in others.items() if value is not None and hub is None]:
+            raise UserError(f"data: {given[0]} goes with hub, a dataset of the Hugging Face hub; paths are read whole")
+        if hub is not None and encoding != "utf-8":
+            raise UserError(f"data: encoding={encoding} goes with paths; a dataset of the hub has none")
         try:
             "".encode(encoding)
         except LookupError as error:
@@ -247,7 +255,7 @@ class Rows:
         self.files = find_row_files(paths) if hub is None else []
         self._hub = None
         if hub is not None:
-            self._hub = Hub(hub, subset=None, split=split, text_key="", revision=None, limit=max_rows)
+            self._hub = Hub(hub, subset=subset, split=split, text_key="", revision=revision, limit=max_rows)
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
         rows = self._hub.rows() if self._hub is not None else read_rows(self.files, self.encoding)

@@ -1,13 +1,24 @@
 import builtins
+import contextlib
 import importlib.machinery
 import sys
 import types
 
 import pytest
 
+from plmtune.data.conversations import conversations
 from plmtune.data.hub import hub
+from plmtune.data.preferences import preferences
 from plmtune.errors import UserError
 
+SUBSETS = {"english": ["train"], "french": ["valid", "test"]}
+TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]
+PAIR = {"prompt": "Who?", "chosen": "I.", "rejected": "You."}
+READERS = {
+    "hub": lambda name, **how: list(hub(name, text_key="prompt", **how).documents()),
+    "conversations": lambda name, **how: list(conversations(hub=name, messages_key="messages", **how).conversations()),
+    "preferences": lambda name, **how: list(preferences(hub=name, **how).pairs()),
+}
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
@@ -20,12 +31,20 @@ def datasets(monkeypatch):
         calls.append((name, subset, settings))
         if name == "no/such":
             raise FileNotFoundError("Dataset 'no/such' doesn't exist on the Hub")
+        if name == "many/sets" and subset not in SUBSETS:
+            raise ValueError(f"Config name is missing, or BuilderConfig {subset} not found.\nPlease pick one")
+        if name == "many/sets":
+            if settings["split"] not in SUBSETS[subset]:
+                raise ValueError(f"Bad split: {settings['split']}")
+            return iter([{"messages": TALK, **PAIR}])
         return iter([{"text": "one"}, {"text": " "}, {"body": "bad"}, {"text": "two"}])
 
     monkeypatch.setattr("plmtune.hub.silence", lambda: "")
     module = types.ModuleType("datasets")
     module.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
     module.load_dataset = load_dataset
+    module.get_dataset_config_names = lambda name, revision: list(SUBSETS if name == "many/sets" else ["default"])
+    module.get_dataset_split_names = lambda name, subset, revision: SUBSETS[subset]
     monkeypatch.setitem(sys.modules, "datasets", module)
     return calls
 
@@ -75,6 +94,36 @@ class TestHub:
         next(documents)
         documents.close()
         assert (seen, constants.HF_HUB_OFFLINE) == ([True, True], False)
+
+    @pytest.mark.parametrize("kind", READERS)
+    def test_every_kind_of_data_takes_subset_split_and_revision(self, datasets, kind):
+        assert len(READERS[kind]("many/sets", subset="french", split="test", revision=COMMIT)) == 1
+        assert datasets == [("many/sets", "french", {"split": "test", "revision": COMMIT, "streaming": True})]
+
+    @pytest.mark.parametrize("kind", READERS)
+    @pytest.mark.parametrize(
+        ("how", "message"),
+        [
+            ({}, "many/sets has several subsets: english, french. Choose one with subset=english"),
+            ({"subset": "frensh"}, r"many/sets has no subset frensh, but english, french\. Did you mean french\?"),
+            ({"subset": "french"}, "many/sets has no split train, but valid, test: choose one with split=valid"),
+        ],
+    )
+    def test_what_it_does_not_have_is_said_with_what_it_has(self, datasets, kind, how, message):
+        with pytest.raises(UserError, match=f"data hub: {message}"):
+            READERS[kind]("many/sets", **how)
+
+    def test_the_rows_are_of_the_commit_that_the_fingerprint_is_of(self, datasets, monkeypatch):
+        module = types.ModuleType("huggingface_hub")
+        module.HfApi = lambda: types.SimpleNamespace(
+            dataset_info=lambda name, revision: types.SimpleNamespace(sha=COMMIT)
+        )
+        monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+        monkeypatch.setattr("plmtune.hub.without_retries", contextlib.nullcontext)
+        source = hub("some/set", revision="v1")
+        source.fingerprint()
+        next(source.documents())
+        assert datasets[0][2]["revision"] == COMMIT
 
     def test_without_the_package_it_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)

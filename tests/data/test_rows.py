@@ -157,6 +157,16 @@ class TestRows:
         with pytest.raises(UserError, match=r"paths \(a.jsonl\) or hub \(some/set\), not both"):
             Rows(paths=["a.jsonl"], hub="some/set")
 
+    @pytest.mark.parametrize("given", [{"subset": "en"}, {"split": "test"}, {"revision": "v1"}])
+    def test_what_goes_with_the_hub_is_not_dropped_beside_paths(self, tmp_path, monkeypatch, given):
+        (name, value) = next(iter(given.items()))
+        with pytest.raises(UserError, match=f"{name}={value} goes with hub"):
+            Rows([str(write(tmp_path / "a.jsonl", "{}"))], **given)
+        monkeypatch.setattr("plmtune.data.hub.installed", lambda package: True)
+        assert Rows(hub="some/set", **given)
+        with pytest.raises(UserError, match="encoding=latin-1 goes with paths"):
+            Rows(hub="some/set", encoding="latin-1")
+
     def test_impossible_settings_are_refused(self, tmp_path):
         path = str(write(tmp_path / "a.jsonl", "{}"))
         with pytest.raises(ValueError, match=r"max_rows \(0\)"):
