@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import xxhash
 
-from plmtune.data.sources import BadRow, Source, text_of
+from plmtune.data.sources import BadRow, Piece, Source, text_of
 from plmtune.errors import UserError, did_you_mean, unreadable
 from plmtune.ranges import NotEmpty, check
 from plmtune.registry import register
@@ -277,18 +277,54 @@ def _nearest(name: str, known: list[str]) -> str:
     return hint if hint.endswith("?") else ""  # a folder's whole list of names would hide the message
 
 
-def _bounded(path: Path, pieces: Iterator[str], separator: str | None) -> Iterator[str]:
-    """Pass on what is unpacked, until a document of it outgrows what a packed file may hold."""
-    held = 0
+def _cut_at(separator: str, pieces: Iterator[str]) -> Iterator[Piece]:
+    """Cut a text at each separator."""
+    rest, tail = "", len(separator) - 1
     for piece in pieces:
-        at = piece.rfind(separator) if separator else -1
-        held = held + len(piece) if at < 0 else len(piece) - at
-        if held > _MAX_DOCUMENT:
+        *whole, rest = (rest + piece).split(separator)
+        yield from ((text, True) for text in whole)
+        if len(rest) > tail:  # what stands last may be the beginning of a separator
+            yield rest[: len(rest) - tail], False
+            rest = rest[len(rest) - tail :]
+    yield rest, True
+
+
+def _with_ink(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """Leave out documents of white space alone, and empty pieces."""
+    held: list[str] = []
+    size, ink = 0, False
+    for text, ends in pieces:
+        if text:
+            held.append(text)
+            size += len(text)
+            ink = ink or not text.isspace()
+        if ends:
+            if ink:
+                yield "".join(held), True
+            held, size, ink = [], 0, False
+        elif ink and len(held) > 1:  # the last one may be the document's end
+            yield "".join(held[:-1]), False
+            held, size = held[-1:], len(held[-1])
+        elif size > _MAX_DOCUMENT:
+            raise UserError(f"a document begins with more than {_MAX_DOCUMENT:,} characters of white space")
+
+
+def _joined(path: Path, pieces: Iterator[Piece]) -> Iterator[str]:
+    """The documents whole; one of a packed file has a limit, since it may be made to fill memory."""
+    packed = path.suffix.lower() in _COMPRESSION
+    held: list[str] = []
+    size = 0
+    for text, ends in pieces:
+        held.append(text)
+        size += len(text)
+        if packed and size > _MAX_DOCUMENT:
             raise UserError(
                 f"{path} unpacks to a document of more than {_MAX_DOCUMENT:,} characters. Unpack it, or cut it into "
                 "documents with separator (--separator)"
             )
-        yield piece
+        if ends:
+            yield "".join(held)
+            held, size = [], 0
 
 
 def hash_files(paths: Sequence[Path], how: Sequence[Any]) -> str:
@@ -349,11 +385,15 @@ class Files(Source):
 
     def streams(self, skip_bad: bool = False) -> Iterator[Iterator[str]]:
         """Read every file as a stream of its own; documents of white space alone are left out."""
+        yield from map(_joined, self.paths, self.pieces(skip_bad))
+
+    def pieces(self, skip_bad: bool = False) -> Iterator[Iterator[Piece]]:
+        """Read as `streams`, text files in pieces of at most a mebibyte."""
         self.skipped = 0
         for path in self.paths:
-            yield (text for text in self._read(path, skip_bad) if text and not text.isspace())
+            yield _with_ink(self._read(path, skip_bad))
 
-    def _read(self, path: Path, skip_bad: bool) -> Iterator[str]:
+    def _read(self, path: Path, skip_bad: bool) -> Iterator[Piece]:
         kind = (kind_of(path) or "text") if self.format == "auto" else self.format
         if kind == "text":
             yield from self._read_text(path)
@@ -361,25 +401,20 @@ class Files(Source):
         rows = self._read_parquet(path) if kind == "parquet" else self._read_rows(path, kind)
         for place, row in rows:
             if isinstance(row, str):
-                yield row
+                yield row, True
             elif skip_bad:
                 self.skipped += 1
             else:
                 remedy = "Mend it, or leave such rows out with skip_bad (--skip-bad)"
                 raise UserError(f"{path}, {place} {row}. {remedy}") from row
 
-    def _read_text(self, path: Path) -> Iterator[str]:
+    def _read_text(self, path: Path) -> Iterator[Piece]:
         pieces = read_text(path, self.encoding)
-        if path.suffix.lower() in _COMPRESSION:
-            pieces = _bounded(path, pieces, self.separator)
-        if self.separator is None:
-            yield "".join(pieces)
+        if self.separator is not None:
+            yield from _cut_at(self.separator, pieces)
             return
-        rest = ""
-        for piece in pieces:
-            *whole, rest = (rest + piece).split(self.separator)
-            yield from whole
-        yield rest
+        yield from ((piece, False) for piece in pieces)
+        yield "", True
 
     def _read_rows(self, path: Path, kind: str) -> Iterator[tuple[str, str | BadRow]]:
         read = read_json_lines if kind == "jsonl" else read_table

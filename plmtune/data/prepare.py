@@ -3,44 +3,46 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from plmtune import terminal
-from plmtune.atomic import making
+from plmtune.atomic import making, replacing
 from plmtune.data.lock import exclusive
 from plmtune.data.manifest import FORMAT, SPLITS, Manifest, SplitCounts, dtype_for
 from plmtune.data.shards import Shards, ShardWriter
-from plmtune.data.sources import Prepared, Source
+from plmtune.data.sources import Piece, Prepared, Source
+from plmtune.data.spool import Document
 from plmtune.errors import UserError
+from plmtune.sealed import read, seal, unseal
+from plmtune.training.run_directory import EXIT_STOPPED
+from plmtune.training.signals import StopSignals
 
 if TYPE_CHECKING:
     from plmtune.data.tokenizers import Tokenizer
 
 # Characters encoded at a time. A longer document goes in pieces, so that memory does not grow with it.
 GROUP = 1 << 22
+# Characters of a document that are held to find a place where it may be cut.
+_MAX_UNCUT = 16 << 20
+_STATE = "progress.json"
+_log = logging.getLogger(__name__)
+
+Part = tuple[str, str, bool]  # split, a piece of a document, whether the document ends with it
 
 
-class Part(NamedTuple):
-    """A document or a piece of one; `begins` and `ends` say whether it is the first and the last.
-
-    stops: the document goes on in the other split.
-    """
-
-    split: str
-    text: str
-    begins: bool = True
-    ends: bool = True
-    stops: bool = False
+class _Stopped(Exception):
+    """A signal came."""
 
 
 def prepare(
@@ -72,6 +74,7 @@ def prepare(
         UserError: for text that cannot be read or is too little, and a `root` that cannot be written. Nothing
             half-written stays behind.
         ValueError: for a share outside [0, 1).
+        SystemExit: with EXIT_STOPPED after a signal: what is prepared stays, and the same call goes on with it.
     """
     if not 0 <= holdout < 1:
         raise ValueError(f"holdout ({holdout}) must be at least 0 and below 1: it is the share kept for validation")
@@ -85,7 +88,6 @@ def prepare(
         "holdout_by": holdout_by,
         "skip_bad": skip_bad,
         "shard_tokens": shard_tokens,
-        "group": GROUP,
     }
     fingerprint = source.fingerprint()
     # "breaks": before, a document whose tail was held out had an end on both sides.
@@ -98,38 +100,59 @@ def prepare(
         with making(root), _locked(root, target.name):
             if (target / "manifest.json").is_file():
                 return target  # another process made it while this one waited
-            for stale in [target, *root.glob(f".{target.name}.*.tmp")]:
-                shutil.rmtree(stale, ignore_errors=True)  # of a process that was killed: the lock is ours
-            temporary = root / f".{target.name}.{os.getpid()}.tmp"
-            temporary.mkdir()
+            partial = root / f"{target.name}.partial"
+            shutil.rmtree(target, ignore_errors=True)  # without a manifest
+            partial.mkdir(exist_ok=True)
+            keep = False
             try:
-                parts = (
-                    by_tail(source, holdout, skip_bad)
-                    if holdout_by == "tail"
-                    else by_documents(source.documents(skip_bad), holdout)
-                )
-                with _showing(source.name, shown=progress) as advance:
-                    counts = _write(parts, tokenizer, temporary, shard_tokens, advance)
-                if not counts["train"].tokens:
-                    skipped = f" ({source.skipped} bad rows left out)" if source.skipped else ""
-                    raise UserError(f"{source.describe()}: there is no text to train on{skipped}")
-                tokenizer.save(temporary / "tokenizer")  # so that the directory explains itself
-                Manifest(
-                    format=FORMAT,
-                    name=source.name,
-                    tokenizer=tokenizer.fingerprint,
-                    vocab_size=tokenizer.vocab_size,
-                    eos_id=tokenizer.eos_id,
-                    dtype=dtype_for(tokenizer.vocab_size).str,
-                    source=fingerprint,
-                    source_description=source.describe(),
-                    settings=settings,
-                    skipped=source.skipped,
-                    splits=counts,
-                ).save(temporary)
-                temporary.replace(target)
+                with StopSignals("keeping what is prepared; a second one ends it at once.") as stop:
+
+                    def heed(pieces: Iterator[Piece]) -> Iterator[Piece]:
+                        for piece in pieces:
+                            if stop.heard:
+                                raise _Stopped
+                            yield piece
+
+                    def streams() -> Iterator[Iterator[Piece]]:
+                        return map(heed, source.pieces(skip_bad))
+
+                    parts = (
+                        by_tail(streams, holdout)
+                        if holdout_by == "tail"
+                        else by_documents(chain.from_iterable(streams()), holdout, partial)
+                    )
+                    with _showing(source.name, shown=progress) as advance:
+                        counts = _write(parts, tokenizer, partial, shard_tokens, advance)
+                    if not counts["train"].tokens:
+                        skipped = f" ({source.skipped} bad rows left out)" if source.skipped else ""
+                        raise UserError(f"{source.describe()}: there is no text to train on{skipped}")
+                    tokenizer.save(partial / "tokenizer")  # so that the directory explains itself
+                    Manifest(
+                        format=FORMAT,
+                        name=source.name,
+                        tokenizer=tokenizer.fingerprint,
+                        vocab_size=tokenizer.vocab_size,
+                        eos_id=tokenizer.eos_id,
+                        dtype=dtype_for(tokenizer.vocab_size).str,
+                        source=fingerprint,
+                        source_description=source.describe(),
+                        settings=settings,
+                        skipped=source.skipped,
+                        splits=counts,
+                    ).save(partial)
+                    (partial / _STATE).unlink(missing_ok=True)
+                    partial.replace(target)
+                if stop.heard:
+                    terminal.echo(f"{source.name}: stopped, all of it prepared. Run the same command again.", err=True)
+                    raise SystemExit(EXIT_STOPPED)
+            except _Stopped:
+                keep = (partial / _STATE).is_file()
+                kept = f"; {partial} keeps what is prepared" if keep else ""
+                terminal.echo(f"{source.name}: stopped{kept}. Run the same command again to go on.", err=True)
+                raise SystemExit(EXIT_STOPPED) from None
             finally:
-                shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
+                if not keep:
+                    shutil.rmtree(partial, ignore_errors=True)  # gone already when all went well
     except OSError as error:
         raise UserError(f"{root} cannot be written: {error.strerror or error}") from error
     return target
@@ -149,101 +172,188 @@ def _write(
     shard_tokens: int,
     advance: Callable[[int, int], None],
 ) -> dict[str, SplitCounts]:
-    dtype = dtype_for(tokenizer.vocab_size)
-    writers = {split: ShardWriter(directory, split, dtype, shard_tokens) for split in SPLITS}
+    """Encode the parts, from where an earlier process stopped; what is done is written down with each shard."""
+    writers, done = _resume(directory, dtype_for(tokenizer.vocab_size), shard_tokens)
+    shards = 0
     try:
-        for group in _groups(parts):
-            _encode(group, tokenizer, writers)
+        for number, group in enumerate(_groups(parts, tokenizer), 1):
+            if number > done:
+                _encode(group, tokenizer, writers)
+                done = number
             advance(sum(len(piece.text) for piece in group), sum(w.counts.tokens for w in writers.values()))
-    finally:
+            if shards < (shards := sum(len(writer.counts.shards) for writer in writers.values())):
+                _save_state(directory, writers, done)
         for writer in writers.values():
             writer.close()
+    except _Stopped:
+        if done:
+            _save_state(directory, writers, done)
+        raise
+    finally:
+        for writer in writers.values():
+            writer.abandon()
     return {split: writer.counts for split, writer in writers.items()}
 
 
-def by_documents(documents: Iterable[str], share: float) -> Iterator[Part]:
+def _save_state(directory: Path, writers: dict[str, ShardWriter], done: int) -> None:
+    state = {"groups": done, "of": GROUP, "splits": {split: writer.state() for split, writer in writers.items()}}
+    with replacing(directory / _STATE) as temporary:
+        temporary.write_bytes(seal(state))
+
+
+def _resume(directory: Path, dtype: np.dtype[Any], shard_tokens: int) -> tuple[dict[str, ShardWriter], int]:
+    """Writers that go on where an earlier process stopped, and how many groups it encoded."""
+
+    def new() -> dict[str, ShardWriter]:
+        return {split: ShardWriter(directory, split, dtype, shard_tokens) for split in SPLITS}
+
+    writers = new()
+    try:
+        state = unseal(read(directory / _STATE))
+        if state["of"] != GROUP:
+            raise ValueError("it was made by another version")
+        for split, writer in writers.items():
+            writer.resume(state["splits"][split])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if (directory / _STATE).exists():
+            _log.warning("%s cannot be gone on with (%s): preparing from the beginning", directory, error)
+        writers = new()
+    else:
+        return writers, state["groups"]
+    shutil.rmtree(directory)  # of a process that was killed: the lock is ours
+    directory.mkdir()
+    return writers, 0
+
+
+def by_documents(pieces: Iterable[Piece], share: float, place: Path) -> Iterator[Part]:
     """Assign documents to splits by the hash of their text: those that fall below `share` are held out.
 
     Where none does, the tail of the one with the lowest hash is, so much that the share is held out: it waits until
-    another falls below.
+    another falls below. A long document waits in a file in `place`.
     """
     if share == 0:
-        yield from (Part("train", text) for text in documents)
+        yield from (("train", *piece) for piece in pieces)
         return
     lowest, total = 2.0, 0
-    waiting: list[str] = []  # the lowest so far, with its copies; empty once a document fell below the share
+    waiting: Document | None = None  # the lowest so far; none once a document fell below the share
+    copies = 0  # of it, beside itself
     below = False
-    for text in documents:
-        total += len(text)
-        value = xxhash.xxh3_64_intdigest(text.encode("utf-8"), seed=1) / 2**64
+    for text in _documents(pieces, place):
+        total += text.length
+        value = text.share()
         if value < share:
             below = True
-            yield Part("validation", text)
+            yield from _cut(text, 0)
         elif below or value > lowest:
-            yield Part("train", text)
+            yield from _cut(text, text.length)
             continue
         elif value == lowest:
-            waiting.append(text)
+            copies += 1
             continue
         # Whatever waited is no longer the lowest.
-        yield from (Part("train", held) for held in waiting)
-        waiting = [] if below else [text]
+        if waiting:
+            for _ in range(copies + 1):
+                yield from _cut(waiting, waiting.length)
+        waiting, copies = None if below else text, 0
         lowest = value
     if waiting:
-        *copies, last = waiting
-        yield from (Part("train", held) for held in copies)
-        yield from _cut(last, len(last) - max(1, int(total * share)))
+        for _ in range(copies):
+            yield from _cut(waiting, waiting.length)
+        yield from _cut(waiting, max(0, waiting.length - max(1, int(total * share))))
 
 
-def by_tail(source: Source, share: float, skip_bad: bool) -> Iterator[Part]:
+def _documents(pieces: Iterable[Piece], place: Path) -> Iterator[Document]:
+    document = Document(place)
+    for text, ends in pieces:
+        document.add(text)
+        if ends:
+            yield document
+            document = Document(place)
+
+
+def by_tail(read: Callable[[], Iterable[Iterable[Piece]]], share: float) -> Iterator[Part]:
     """Hold out the last share of the characters of each file. Reads twice: once to know the lengths."""
-    lengths = [sum(map(len, stream)) for stream in source.streams(skip_bad)]
-    for length, stream in zip(lengths, source.streams(skip_bad), strict=True):
+    lengths = [sum(len(text) for text, _ in stream) for stream in read()]
+    for length, stream in zip(lengths, read(), strict=True):
         left = int(length * (1 - share))
-        for text in stream:
-            yield from _cut(text, min(left, len(text)))
+        for text, ends in stream:
+            yield from _cut_piece(text, ends, left)
             left -= min(left, len(text))
 
 
-def _cut(text: str, at: int) -> Iterator[Part]:
+def _cut(document: Document, at: int) -> Iterator[Part]:
     """A document, of which what stands from `at` on is held out: it begins on one side and ends on the other."""
+    left = document.length
+    for text in document:
+        left -= len(text)
+        yield from _cut_piece(text, left == 0, at)
+        at -= min(at, len(text))
+
+
+def _cut_piece(text: str, ends: bool, at: int) -> Iterator[Part]:
     if at > 0:
-        yield Part("train", text[:at], ends=at >= len(text), stops=at < len(text))
+        yield "train", text[:at], ends and at >= len(text)
     if at < len(text):
-        yield Part("validation", text[at:], begins=at <= 0)
+        yield "validation", text[at:], ends
 
 
-def pieces(text: str) -> Iterator[str]:
-    """Cut a long text after line ends that no white space follows, where BPE patterns cut as well."""
-    start = 0
-    while len(text) - start > GROUP:
-        at = start + GROUP
-        while (at := text.rfind("\n", start, at)) > start and text[at + 1].isspace():
-            pass
-        end = at + 1 if at > start else start + GROUP
-        yield text[start:end]
-        start = end
-    yield text[start:]
+class _Piece(NamedTuple):
+    """A piece of a document; `begins` and `ends` say whether it is the first and the last.
+
+    stops: the document goes on in the other split.
+    """
+
+    split: str
+    text: str
+    begins: bool
+    ends: bool
+    stops: bool = False
 
 
-def _groups(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Collect pieces until there is enough work for all cores."""
-    group: list[Part] = []
+def _groups(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[list[_Piece]]:
+    """Collect pieces until there is enough work for all cores, cut where the tokenizer cuts."""
+    group: list[_Piece] = []
     size = 0
-    for split, text, begins, ends, stops in parts:
-        whole = list(pieces(text))
-        for index, piece in enumerate(whole, 1):
-            first, last = index == 1, index == len(whole)
-            group.append(Part(split, piece, begins and first, ends and last, stops and last))
-            size += len(piece)
-            if size >= GROUP:
-                yield group
-                group, size = [], 0
+    for piece in _pieces(parts, tokenizer):
+        group.append(piece)
+        size += len(piece.text)
+        if size >= GROUP:
+            yield group
+            group, size = [], 0
     if group:
         yield group
 
 
-def _encode(group: list[Part], tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> None:
+def _pieces(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[_Piece]:
+    held: list[str] = []
+    size, wanted, begins, before = 0, GROUP, True, ""
+    for split, text, ends in parts:
+        if held and split != before:  # the document is cut here
+            yield _Piece(before, "".join(held), begins, ends=False, stops=True)
+            held, size, wanted, begins = [], 0, GROUP, False
+        before = split
+        held.append(text)
+        size += len(text)
+        if not ends and size < wanted:
+            continue
+        whole = "".join(held)
+        if ends:
+            yield _Piece(split, whole, begins, True)
+            held, size, wanted, begins = [], 0, GROUP, True
+        elif cut := tokenizer.cuts.last(whole):
+            yield _Piece(split, whole[:cut], begins, False)
+            held, size, wanted, begins = [whole[cut:]], size - cut, GROUP, False
+        elif size > _MAX_UNCUT:
+            raise UserError(
+                f"a document has {size:,} characters in which the tokenizer gives no place to cut it, beginning with "
+                f"{whole[:40]!r}: it would be held in memory whole. Cut the text into documents with separator "
+                "(--separator), or use another tokenizer"
+            )
+        else:
+            held, wanted = [whole], size + GROUP
+
+
+def _encode(group: list[_Piece], tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> None:
     eos = np.array([tokenizer.eos_id], dtype=np.uint32)
     # Where the same token ends and begins documents, the end of one is the beginning of the next.
     bos = np.array([tokenizer.start_id] if tokenizer.start_id != tokenizer.eos_id else [], dtype=np.uint32)

@@ -11,6 +11,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,41 @@ class ShardWriter:
             self.counts.tokens += part.size
             if self._filled == self.shard_tokens:
                 self.close()
+
+    def state(self) -> dict[str, Any]:
+        """Write out what was appended; with what this returns `resume` goes on."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return {"counts": asdict(self.counts), "filled": self._filled, "digest": self._digest.hexdigest()}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was asked for.
+
+        Raises:
+            ValueError: if the files are not those of that time.
+        """
+        counts = dict(state["counts"])
+        shards = [ShardFile(**shard) for shard in counts.pop("shards")]
+        if any((self.directory / shard.file).stat().st_size != shard.size for shard in shards):
+            raise ValueError("a finished shard has another size")
+        self.counts, self._filled = SplitCounts(**counts, shards=shards), state["filled"]
+        if not self._filled:
+            return
+        path, left = self.directory / f"{self.split}-{len(shards):05d}.bin", self._filled * self.dtype.itemsize
+        self._file = path.open("r+b")
+        while left and (data := self._file.read(min(left, _CHUNK))):
+            self._digest.update(data)
+            left -= len(data)
+        if left or self._digest.hexdigest() != state["digest"]:
+            raise ValueError("the last shard holds something else")
+        self._file.truncate()
+
+    def abandon(self) -> None:
+        """Let go of the current shard's file as it is."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def close(self) -> None:
         """Finish the current shard; harmless when there is none."""

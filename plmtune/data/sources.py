@@ -16,6 +16,8 @@ import xxhash
 from plmtune.errors import UserError, did_you_mean
 from plmtune.registry import Component, register
 
+Piece = tuple[str, bool]  # of a document, and whether it ends there
+
 
 class Source(ABC):
     """Documents of text, in an order that never changes while the text does not."""
@@ -30,6 +32,11 @@ class Source(ABC):
     def streams(self, skip_bad: bool = False) -> Iterator[Iterator[str]]:
         """Read the same documents one file at a time, for a hold-out that cuts each file at its tail."""
         yield self.documents(skip_bad)
+
+    def pieces(self, skip_bad: bool = False) -> Iterator[Iterator[Piece]]:
+        """Read as `streams`, a long document in several pieces, so that memory does not grow with it."""
+        for stream in self.streams(skip_bad):
+            yield ((text, True) for text in stream)
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -37,6 +37,7 @@ from plmtune.data.bpe import (
     read_file,
     read_tiktoken,
 )
+from plmtune.data.cuts import Cuts
 from plmtune.errors import UserError, did_you_mean
 from plmtune.registry import register
 from plmtune.training import manifest
@@ -217,6 +218,12 @@ class Tokenizer:
             if "!" <= text[at - 1] <= "~" and text[at + 1 : at + 2].isalpha() and text[at + 1].isascii():
                 return at
         return 0
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        """Where a text that goes on may be cut so that the ids of its parts are its own."""
+        held = self.vocabulary
+        return Cuts(held.pattern, _complete(held.pattern), list(held.added), held.normalization)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, special tokens as their text; bytes that are no UTF-8 become U+FFFD."""

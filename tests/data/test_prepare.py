@@ -1,10 +1,12 @@
 import copy
 import gzip
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plmtune import terminal
+from plmtune.data import files as reading
 from plmtune.data import prepare as module
+from plmtune.data import spool
 from plmtune.data.files import files
-from plmtune.data.prepare import by_documents, pieces, prepare
+from plmtune.data.prepare import by_documents, prepare
 from plmtune.data.shards import Shards
 from plmtune.data.sources import Source, shards
-from plmtune.data.tokenizers import load_tokenizer
+from plmtune.data.tokenizers import Tokenizer, load_tokenizer
 from plmtune.errors import UserError
 from plmtune.registry import load
 
@@ -152,11 +156,46 @@ class TestPrepare:
         )
 
 
+class TestLongDocuments:
+    @pytest.mark.parametrize("by", ["documents", "tail"])
+    @pytest.mark.parametrize("name", ["bundled", "byte", "added"])
+    def test_in_pieces_have_the_ids_of_the_whole(self, tmp_path, monkeypatch, name, by):
+        made = load("tokenizer", "bundled" if name == "added" else name)()
+        if name == "added":
+            made = Tokenizer(replace(made.vocabulary, added={" fox": 5000, "\n\n": 5001}))
+        text = "".join(
+            f"Line {i}: the quick brown fox,  l\u2019\u00e9t\u00e9 \u4f60\u597d {'x' * i}\n\n" for i in range(150)
+        )
+        (tmp_path / "a.txt").write_text(f"{text}|{text[:70]}|  |")
+        for module_, constant, size in ((module, "GROUP", 300), (reading, "_CHUNK", 70), (spool, "MAX_HELD", 1000)):
+            monkeypatch.setattr(module_, constant, size)
+        source = files((str(tmp_path / "a.txt"),), separator="|")
+        opened = Shards.open(prepare(source, made, tmp_path / "out", holdout=0.2 if by == "tail" else 0, holdout_by=by))
+        held = opened.train.read(0, 10**6).tolist()
+        if by == "tail":
+            held += opened.validation.read(0, 10**6).tolist()
+            cut = int((len(text) + 70) * 0.8)
+            texts = [text[:cut], text[cut:], text[:70]]
+        else:
+            texts = [text, text[:70]]
+        assert [i for i in held if i != made.eos_id] == [i for one in texts for i in made.encode(one)]
+
+    def test_without_a_place_to_cut_them_are_refused_with_the_remedy(self, tmp_path, tokenizer, monkeypatch):
+        monkeypatch.setattr(module, "GROUP", 1000)
+        monkeypatch.setattr(module, "_MAX_UNCUT", 5000)
+        monkeypatch.setattr(reading, "_CHUNK", 700)
+        (tmp_path / "a.txt").write_text("x" * 9000)
+        with pytest.raises(UserError, match=r"no place to cut it.*--separator"):
+            prepare(files((str(tmp_path / "a.txt"),)), load("tokenizer", "bundled")(), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        prepare(files((str(tmp_path / "a.txt"),)), tokenizer, tmp_path / "out")
+
+
 class TestHoldoutByDocuments:
     def split(self, texts, share):
         found = {"train": [], "validation": []}
-        for part in by_documents(texts, share):
-            found[part.split].append(part.text)
+        for name, text, _ in by_documents(((text, True) for text in texts), share, Path.cwd()):
+            found[name].append(text)
         return found["train"], found["validation"]
 
     def test_a_document_stays_on_its_side_when_others_come_and_go(self):
@@ -226,7 +265,7 @@ class TestEnds:
 
         bos = 257
         with_bos = SimpleNamespace(
-            **{key: getattr(tokenizer, key) for key in ("eos_id", "encode_batch", "save", "decode")},
+            **{key: getattr(tokenizer, key) for key in ("eos_id", "encode_batch", "cuts", "save", "decode")},
             vocab_size=258, start_id=bos, fingerprint="with bos",
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
@@ -261,20 +300,6 @@ class TestEnds:
         assert np.count_nonzero(train.read(0, train.num_tokens) == bundled.eos_id) == 1
 
 
-class TestPieces:
-    def test_are_the_text_and_end_before_a_line_that_begins_with_ink(self, monkeypatch):
-        monkeypatch.setattr(module, "GROUP", 50)
-        text = "".join(f"line {i}\n\n    indented\n" for i in range(100))
-        cut = list(pieces(text))
-        assert "".join(cut) == text
-        assert all(piece.endswith("\n") and len(piece) <= 51 for piece in cut)
-        assert not any(piece[0].isspace() for piece in cut)
-
-    def test_text_without_line_ends_is_cut_all_the_same(self, monkeypatch):
-        monkeypatch.setattr(module, "GROUP", 50)
-        assert [len(piece) for piece in pieces("x" * 120)] == [50, 50, 20]
-
-
 class TestRefused:
     def test_no_text_at_all(self, tmp_path, tokenizer):
         with pytest.raises(UserError, match="0 texts: there is no text to train on"):
@@ -301,6 +326,73 @@ class TestRefused:
 
         with pytest.raises(ValueError, match=r"id 122, beyond its vocab_size \(50\)"):
             prepare(Texts("zz"), Wrong(), tmp_path)
+
+
+class TestStopped:
+    """By a signal: what is prepared stays, and the next call goes on with it."""
+
+    TEXTS = tuple(f"document {i} " + "of words " * (i % 9) + "\n" for i in range(300))
+
+    class Stopping(Texts):
+        """Has the process hear a signal in the middle."""
+
+        def documents(self, skip_bad=False):
+            for text in self.texts:
+                if self.then == 0:
+                    signal.raise_signal(self.signal)
+                self.then -= 1
+                yield text
+
+    def stopping(self, at, number=signal.SIGTERM):
+        source = self.Stopping(*self.TEXTS, then=at)
+        source.signal = number
+        return source
+
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        monkeypatch.setattr(module, "GROUP", 200)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("by", ["documents", "tail"])
+    def test_goes_on_to_the_same_shards(self, tmp_path, tokenizer, by, number, capfd, monkeypatch):
+        how = {"holdout": 0.2, "holdout_by": by, "shard_tokens": 700}
+        whole = prepare(Texts(*self.TEXTS), tokenizer, tmp_path / "whole", **how)
+        root = tmp_path / "root"
+        for at in (100, 250):
+            with pytest.raises(SystemExit) as caught:
+                # by its tail a file is read twice, first to measure it
+                prepare(self.stopping(at + (300 if by == "tail" else 0), number), tokenizer, root, **how)
+            assert caught.value.code == 75
+            said = capfd.readouterr().err
+            assert "keeping what is prepared" in said and f"{root / whole.name}.partial keeps" in said
+        encoded = []
+        encode = module._encode
+        monkeypatch.setattr(module, "_encode", lambda *a: (encoded.append(1), encode(*a)))
+        directory = prepare(Texts(*self.TEXTS), tokenizer, root, **how)
+        assert left_in(root) == [whole.name] and left_in(directory) == left_in(whole)
+        for path in whole.glob("*.*"):
+            assert path.read_bytes() == (directory / path.name).read_bytes()
+        assert len(encoded) < 20
+
+    def test_before_anything_is_prepared_leaves_nothing(self, tmp_path, tokenizer, capfd):
+        with pytest.raises(SystemExit):
+            prepare(self.stopping(1), tokenizer, tmp_path / "root")
+        assert "keeps" not in capfd.readouterr().err.split("texts:")[1]
+        assert not (tmp_path / "root").exists()
+
+    @pytest.mark.parametrize("damage", ["state", "shard", "gone"])
+    def test_what_was_kept_and_is_damaged_is_made_again(self, tmp_path, tokenizer, damage, caplog):
+        how = {"holdout": 0, "shard_tokens": 1 << 20}
+        with pytest.raises(SystemExit):
+            prepare(self.stopping(200), tokenizer, tmp_path, **how)
+        (partial,) = tmp_path.glob("*.partial")
+        path = partial / ("progress.json" if damage == "state" else "train-00000.bin")
+        data = bytearray(path.read_bytes())
+        data[100] ^= 4
+        path.unlink() if damage == "gone" else path.write_bytes(data)
+        opened = Shards.open(prepare(Texts(*self.TEXTS), tokenizer, tmp_path, **how))
+        assert documents_of(opened.train, tokenizer) == list(self.TEXTS)
+        assert "preparing from the beginning" in caplog.text
 
 
 class TestInterrupted:
@@ -338,9 +430,8 @@ class TestInterrupted:
 
     def test_remains_of_a_killed_process_are_cleared_away(self, tmp_path, tokenizer):
         target = prepare(Texts("one", "two"), tokenizer, tmp_path)
-        stale = tmp_path / f".{target.name}.12345.tmp"
+        stale = tmp_path / f"{target.name}.partial"
         target.rename(stale)
-        (stale / "manifest.json").unlink()
         assert prepare(Texts("one", "two"), tokenizer, tmp_path) == target
         assert left_in(tmp_path) == [target.name]
 

@@ -1,0 +1,231 @@
+"""Where a long text may be cut so that the ids of both parts are those of the whole, whatever follows.
+
+A pattern's matches can look far ahead. The regular expression is therefore read as an automaton whose states are its
+character classes: started in all states at once, it has no state left at a place that no match from before its start
+goes beyond or looks beyond, however far back that match begins. From there on the matches of every place are followed
+until they meet, which is where the text is cut.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import regex
+
+_WINDOW = 2048  # characters looked at for one cut
+_TRIES = 64  # windows looked at, from the end of a text
+# One character of a pattern: a class, an escape or itself.
+_ATOM = regex.compile(
+    r"\[\^?\]?(?:\\[pP]\{[^}]*\}|\\.|[^\]\\])*\]|\\[pP]\{[^}]*\}|\\[^A-Za-z0-9]|\\[rntfsSdD]|[^\\\[\]]"
+)
+_GROUP = regex.compile(r"\((?:\?(?:[=!>:]|-?[ims]+:))?(?!\?)")
+_COUNT = regex.compile(r"(?:[*+?]|\{[0-9]*,?[0-9]*\})[?+]?")
+
+
+class _Automaton:
+    """Over-approximates what a pattern consumes or looks at: a repeated part repeats without end."""
+
+    def __init__(self, pattern: str) -> None:
+        """Read a pattern.
+
+        Raises:
+            ValueError: where it has what is not read here, such as looking behind.
+        """
+        self._pattern, self._at = pattern, 0
+        self._atoms: list[Any] = []
+        self._follow: list[set[int]] = []
+        self._flags = regex.IGNORECASE if "(?i" in pattern else 0
+        _, self.first, _ = self._alternatives()
+        if self._at < len(pattern):
+            raise ValueError(f"{pattern[self._at]!r} is not read")
+        self.all = frozenset(range(len(self._atoms)))
+
+    def after(self, states: frozenset[int]) -> set[int]:
+        """What may be consumed after these."""
+        return set().union(*(self._follow[state] for state in states))
+
+    def over(self, states: set[int], character: str) -> frozenset[int]:
+        """Those of the states that consume a character."""
+        return frozenset(states & self._taking(character))
+
+    @lru_cache(1 << 12)  # noqa: B019 (an automaton lives as long as its tokenizer)
+    def _taking(self, character: str) -> frozenset[int]:
+        return frozenset(i for i, atom in enumerate(self._atoms) if atom.fullmatch(character))
+
+    def _alternatives(self) -> tuple[bool, set[int], set[int]]:
+        """(Whether it may be empty, its first states, its last) of what stands up to the end of a group."""
+        empty, first, last = self._sequence()
+        while self._pattern[self._at : self._at + 1] == "|":
+            self._at += 1
+            other = self._sequence()
+            empty, first, last = empty or other[0], first | other[1], last | other[2]
+        return empty, first, last
+
+    def _sequence(self) -> tuple[bool, set[int], set[int]]:
+        empty, first, last = True, set[int](), set[int]()
+        while self._at < len(self._pattern) and self._pattern[self._at] not in "|)":
+            part = self._counted()
+            for state in last:
+                self._follow[state] |= part[1]
+            first |= part[1] if empty else set()
+            last = part[2] | (last if part[0] else set())
+            empty = empty and part[0]
+        return empty, first, last
+
+    def _counted(self) -> tuple[bool, set[int], set[int]]:
+        looking = self._pattern.startswith(("(?=", "(?!"), self._at)
+        empty, first, last = self._one()
+        if found := _COUNT.match(self._pattern, self._at):
+            self._at = found.end()
+            count = found.group()
+            empty = empty or count[0] in "?*" or count[:2] in ("{0", "{,")
+            if count[0] != "?":
+                for state in last:
+                    self._follow[state] |= first
+        return empty or looking, first, last  # what is looked at stands beside what is consumed
+
+    def _one(self) -> tuple[bool, set[int], set[int]]:
+        if found := _GROUP.match(self._pattern, self._at):
+            self._at = found.end()
+            part = self._alternatives()
+            if self._pattern[self._at : self._at + 1] != ")":
+                raise ValueError("a group is not closed, or not read")
+            self._at += 1
+            return part
+        found = _ATOM.match(self._pattern, self._at)
+        if found is None or found.group() in tuple("()*+?{}^$"):
+            raise ValueError(f"{self._pattern[self._at :]!r:.20} is not read")
+        self._at = found.end()
+        self._atoms.append(regex.compile(found.group(), self._flags | regex.DOTALL))
+        self._follow.append(set())
+        state = len(self._atoms) - 1
+        return False, {state}, {state}
+
+
+class Cuts:
+    """The places where texts of one tokenizer may be cut.
+
+    Args:
+        pattern: regular expression of the pieces.
+        complete: the same with what it does not match.
+        fixed: texts that are found before the pattern is applied.
+        form: Unicode form that a text is brought to.
+    """
+
+    def __init__(self, pattern: str, complete: str, fixed: list[str], form: str | None) -> None:
+        self._form: Any = form
+        self._fixed = re.compile("|".join(map(re.escape, fixed))) if fixed else None
+        self._longest = max(map(len, fixed), default=0)
+        self._pattern = regex.compile(pattern) if complete != pattern else None
+        self._pieces = regex.compile(complete)
+        # Fails after every try, so that a partial match is a try that came to the end of the text.
+        self._tries = regex.compile(f"(?:{complete})(?!)")
+        try:
+            self._automaton: _Automaton | None = _Automaton(pattern)
+        except ValueError:
+            self._automaton = None
+
+    def last(self, text: str) -> int:
+        """The last place where a text may be cut, looked for from its end; 0 if there is none."""
+        if self._automaton is None:
+            return 0
+        end = len(text) - self._longest  # what begins later may be the beginning of a fixed text
+        for _ in range(_TRIES):
+            start = max(0, end - _WINDOW)
+            for low, high in self._free(text, start, end):
+                if cut := self._cut(text[low:high]):
+                    return low + cut
+            if start == 0:
+                break
+            end = start + _WINDOW // 8
+        return 0
+
+    def _free(self, text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The stretches of a window that no fixed text touches, last first."""
+        if self._fixed is None:
+            yield start, end
+            return
+        touched, at = [], max(0, start - self._longest)
+        while found := self._fixed.search(text, at):
+            if found.start() >= end:
+                break
+            touched.append(
+                (found.start(), min(len(text), found.start() + self._longest))
+            )  # a longer one may begin there
+            at = found.start() + 1
+        for first, beyond in reversed(touched):
+            if beyond < end:
+                yield max(start, beyond), end
+            end = min(end, first)
+        if start < end:
+            yield start, end
+
+    def _cut(self, raw: str) -> int:
+        """The last place in a stretch of text, whose ends may lie inside pieces; 0 if there is none."""
+        text, places = self._normalized(raw)
+        begin = next(iter(places), None)
+        if begin is None or (crossed := self._crossed(text, begin)) is None:
+            return 0
+        heads, matches = set(range(begin, crossed + 1)), dict[int, int]()
+        while len(heads) > 1 or max(heads) < crossed:
+            head = min(heads)
+            heads.remove(head)
+            found = self._pieces.match(text, head)
+            if found is None or found.end() == head or self._tries.match(text, head, partial=True):
+                return 0
+            matches[head] = found.end()
+            heads.add(found.end())
+        chain = [*heads]
+        while (found := self._pieces.match(text, chain[-1])) and not self._tries.match(text, chain[-1], partial=True):
+            if found.end() == chain[-1]:
+                return 0
+            matches[chain[-1]] = found.end()
+            chain.append(found.end())
+        for at in reversed(chain):
+            # Before a cut a piece sees the end of a text where it saw what follows.
+            if at in places and all(
+                self._pieces.match(text, head, at).end() == end for head, end in matches.items() if head < at
+            ):
+                return places[at]
+        return 0
+
+    def _crossed(self, text: str, begin: int) -> int | None:
+        """The first place that nothing from before `begin` goes or looks beyond; None if it is not in the text."""
+        automaton = self._automaton
+        assert automaton is not None
+        states = automaton.all
+        unmatched = self._pattern is not None  # what the pattern does not match goes on up to where it does
+        for at in range(begin, len(text)):
+            if not states and not unmatched:
+                return at
+            following = automaton.after(states) | (automaton.first if unmatched else set())
+            states = automaton.over(following, text[at])
+            if unmatched and self._pattern is not None and at > begin and self._pattern.match(text, at):
+                unmatched = self._tries.match(text, at, partial=True) is not None
+        return None
+
+    def _normalized(self, raw: str) -> tuple[str, dict[int, int]]:
+        """The text in its Unicode form, and where it may be cut: place in it to place in `raw`."""
+        if self._form is None:
+            return raw, {at: at for at in range(len(raw))}
+        starts = [at for at, character in enumerate(raw) if _starts(character)]
+        text, places = "", dict[int, int]()
+        for at, end in pairwise(starts):  # what stands last may join with what follows
+            places[len(text)] = at
+            text += unicodedata.normalize(self._form, raw[at:end])
+        return text, places
+
+
+@lru_cache(1 << 14)
+def _starts(character: str) -> bool:
+    """Whether a character never joins with those before it, in any Unicode form."""
+    if character.isascii():
+        return True
+    first = unicodedata.normalize("NFKD", character)[0]
+    joins = unicodedata.combining(first) or unicodedata.category(first)[0] == "M" or "\u1160" <= first <= "\u11ff"
+    return not joins and first.isprintable() | first.isspace()

@@ -1,0 +1,57 @@
+"""A document that is decided about when it has been read whole: kept in memory, or on disk where it is long."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import xxhash
+
+# Characters that are kept in memory.
+MAX_HELD = 1 << 22
+_CHUNK = 1 << 20
+
+
+class Document:
+    """Pieces of a document's text, given back as often as they are asked for.
+
+    Args:
+        place: directory for the file of a long one, which has no name there and is gone with the document.
+
+    Attributes:
+        length: its characters.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.length = 0
+        self._place = place
+        self._held: list[str] = []
+        self._file: IO[str] | None = None
+        self._digest = xxhash.xxh3_64(seed=1)
+
+    def add(self, piece: str) -> None:
+        """Append a piece."""
+        self.length += len(piece)
+        self._digest.update(piece.encode("utf-8"))
+        self._held.append(piece)
+        if self.length > MAX_HELD:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(  # noqa: SIM115 (open as long as the document is asked for)
+                    "w+", encoding="utf-8", newline="", dir=self._place
+                )
+            self._file.writelines(self._held)
+            self._held.clear()
+
+    def share(self) -> float:
+        """A number in [0, 1) that the text alone decides."""
+        return self._digest.intdigest() / 2**64
+
+    def __iter__(self) -> Iterator[str]:
+        if self._file is None:
+            yield from self._held
+            return
+        self._file.seek(0)
+        while piece := self._file.read(_CHUNK):
+            yield piece
