@@ -318,17 +318,39 @@ class TestTokenizers:
         path.write_text(json.dumps({**json.loads(path.read_text()), "padded_vocab_size": rows}))
         assert "rows" in refusal(place, lambda: load_tokenizer(place))
 
+    @pytest.mark.parametrize(
+        "pattern",
+        [
+            r"(?:x|xx)+(?=y)",  # the look-ahead takes it from the engine that is linear
+            r"(?:x|xx)+y",
+            r"(?:x+x+)+y",
+            r"(?:x|xx)+(?!x|y)(?=z)|.",
+        ],
+    )
     def test_a_pattern_that_multiplies_its_tries_comes_to_an_end(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+    ) -> None:
+        data = good_tokenizer(place)
+        set_pattern(data, pattern)
+        (place / "tokenizer.json").write_text(json.dumps(data))
+        monkeypatch.setattr("plmtune.data.tokenizers._PATTERN_SECONDS", 0.1)
+        tokenizer = load_tokenizer(place)
+        with pytest.raises(
+            UserError, match=r"tokenizer\.json, key pre_tokenizer: the pattern .* does not come to an end"
+        ):
+            tokenizer.encode("x" * 300)
+
+    def test_a_pattern_that_is_slow_on_each_of_many_texts_comes_to_an_end(
         self, place: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         data = good_tokenizer(place)
-        # The look-ahead takes it from the engine that is linear to those that try every way of cutting a run of x.
-        set_pattern(data, r"(?:x|xx)+(?=y)")
+        set_pattern(data, r"(?:x|xx)+(?=y)|.")
         (place / "tokenizer.json").write_text(json.dumps(data))
+        monkeypatch.setattr("plmtune.data.tokenizers._PATTERN_SECONDS", 0.2)
         tokenizer = load_tokenizer(place)
-        monkeypatch.setattr("plmtune.data.tokenizers._PATTERN_SECONDS", 0.5)
-        with pytest.raises(UserError, match=r"pattern .* does not come to an end on a text of 60 characters"):
-            tokenizer.encode("x" * 60)
+        assert len(tokenizer.encode("x" * 24)) == 24
+        with pytest.raises(UserError, match="does not come to an end"):
+            tokenizer.encode_batch(["x" * 24] * 1_000)
 
 
 def read_all(path: Path, **settings: Any) -> Callable[[], object]:

@@ -30,7 +30,7 @@ Normalization = Literal["NFC", "NFD", "NFKC", "NFKD"]
 Merge = tuple[int, int]  # ranks of the two parts
 
 # How text is cut into pieces that merges never cross. Each matches at every character, so that nothing
-# is left over.
+# is left over, and takes time in proportion to the text.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # GPT-2's after every digit has been cut out (SmolLM2, StarCoder): a digit then ends a run of spaces as the
 # end does.
@@ -40,8 +40,16 @@ QWEN2_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+# GPT-4o's.
+O200K_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 BYTE_PATTERN = r"[\s\S]"
-COMPLETE_PATTERNS = frozenset({GPT2_PATTERN, DIGITS_GPT2_PATTERN, QWEN2_PATTERN, LLAMA3_PATTERN, BYTE_PATTERN})
+COMPLETE_PATTERNS = frozenset(
+    {GPT2_PATTERN, DIGITS_GPT2_PATTERN, QWEN2_PATTERN, LLAMA3_PATTERN, O200K_PATTERN, BYTE_PATTERN}
+)
 
 CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SINGLE_BYTES = tuple(bytes([value]) for value in range(256))
@@ -67,6 +75,7 @@ class Vocabulary:
         normalized: those of specials and added that are sought after the others, in normalized text.
         unreachable: ids that have bytes but that no text is encoded to.
         merges: the pair of each rank after the single bytes.
+        where: the file, for messages.
     """
 
     tokens: Sequence[bytes]
@@ -78,6 +87,7 @@ class Vocabulary:
     unreachable: dict[int, bytes] = field(default_factory=dict)
     merges: Sequence[Merge] = ()
     normalized: frozenset[str] = frozenset()
+    where: str = field(default="tokenizer.json", compare=False)
 
     @property
     def whole(self) -> Sequence[bytes]:

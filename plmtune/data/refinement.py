@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from plmtune.data.chat_template import ChatTemplate
 from plmtune.data.rows import Message
 from plmtune.data.sources import BadRow
-from plmtune.data.template_sandbox import MAX_TEXT, Sandbox
+from plmtune.data.template_limits import TemplateLimit
+from plmtune.data.template_sandbox import MAX_TEMPLATE, Sandbox
 from plmtune.errors import UserError
 
 _SHIPPED = Path(__file__).parent / "assets" / "refinement.jinja"
-_MAX_SOURCE = 1 << 20
 UNSHOWN = "has an answer with calls of tools or thoughts, which a refinement prompt, made of its text, does not show"
 _VARIABLES = {"prompt", "answer"}
 
@@ -70,20 +70,13 @@ class Refinement:
         return self._environment.from_string(self.source)
 
     def _write(self, prompt: str, answer: str) -> str:
-        self._environment.restart()
-        pieces: list[str] = []
-        room = MAX_TEXT + 4 * (len(prompt) + len(answer))
+        self._environment.restart(length=len(prompt) + len(answer))
         try:
-            for piece in self._template.generate(prompt=prompt, answer=answer):
-                pieces.append(piece)
-                room -= len(piece)
-                if room < 0:
-                    break
+            text = self._template.render(prompt=prompt, answer=answer)
+        except TemplateLimit as error:
+            raise UserError(f"{self.where} {error}") from error
         except Exception as error:  # whatever a template does: undefined names, arithmetic, forbidden attributes
             raise UserError(f"{self.where} fails: {type(error).__name__}: {error}") from error
-        if room < 0:
-            raise UserError(f"{self.where} writes more than four times the length of what it is given")
-        text = "".join(pieces)
         if not text.strip():
             raise UserError(f"{self.where} writes nothing for a prompt of {len(prompt):,} characters")
         return text
@@ -140,14 +133,14 @@ def find_refinement(template: str | None) -> Refinement:
     path = _SHIPPED if template is None else Path(template).expanduser()
     try:
         with path.open("rb") as file:
-            data = file.read(_MAX_SOURCE + 1)
+            data = file.read(MAX_TEMPLATE + 1)
     except OSError as error:
         raise UserError(
             f"refinement.template={template}: cannot be read ({error.strerror or error}). "
             "Name a Jinja file, or null for the shipped template"
         ) from error
-    if len(data) > _MAX_SOURCE:
-        raise UserError(f"refinement.template={template}: has more than {_MAX_SOURCE:,} bytes, which is no template")
+    if len(data) > MAX_TEMPLATE:
+        raise UserError(f"refinement.template={template}: has more than {MAX_TEMPLATE:,} bytes, which is no template")
     try:
         source = data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -14,10 +14,10 @@ import jinja2
 from plmtune.data.messages import SAID, THOUGHTS, texts_in
 from plmtune.data.rows import Message
 from plmtune.data.sources import BadRow
-from plmtune.data.template_sandbox import MAX_TEXT, Sandbox
+from plmtune.data.template_limits import TemplateLimit
+from plmtune.data.template_sandbox import MAX_TEMPLATE, Sandbox
 from plmtune.errors import UserError
 
-MAX_TEMPLATE = 1 << 20
 _MAX_KINDS = 4096
 Spans = list[tuple[int, str]]
 
@@ -28,6 +28,7 @@ class Renderer:
     Attributes:
         source: the Jinja text.
         variables: what it gets beside the messages.
+        where: it is from, for messages.
         marked: whether it marks what the model writes with ``{% generation %}``.
     """
 
@@ -35,10 +36,11 @@ class Renderer:
         """Compile a template.
 
         Raises:
-            UserError: if it is none, naming `where` it is from.
+            UserError: if it is none, naming `where`.
         """
         self.source = source
         self.variables = variables
+        self.where = where
         if len(source) > MAX_TEMPLATE:
             raise UserError(f"{where} has {len(source):,} characters; a chat template has at most {MAX_TEMPLATE:,}")
         self._environment = Sandbox()
@@ -46,6 +48,8 @@ class Renderer:
             self._template = self._environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{where} is no Jinja template: {error.message} (line {error.lineno})") from error
+        except TemplateLimit as error:
+            raise UserError(f"{where} {error}") from error
         except Exception as error:  # what it computes at once, or nests too deeply
             raise UserError(f"{where} is no Jinja template: {type(error).__name__}: {error}") from error
         self.marked = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
@@ -56,12 +60,14 @@ class Renderer:
 
         Raises:
             BadRow: if the template fails on them or refuses them.
+            UserError: if it spends more than a chat template may.
         """
-        variables = self.variables
+        variables, length = self.variables, 0
         if messages and messages[0].role == "tools":
-            variables, messages = variables | {"tools": json.loads(messages[0].content)}, messages[1:]
+            variables, length = variables | {"tools": json.loads(messages[0].content)}, len(messages[0].content)
+            messages = messages[1:]
         said = [self._calls.said(m) if "tool_calls" in m.more else _said(m) for m in messages]
-        length = sum(len(m.content) + sum(map(len, texts_in(m.more))) for m in messages)
+        length += sum(len(m.content) + sum(map(len, texts_in(m.more))) for m in messages)
         return self._write(said, add_generation_prompt, variables, length)
 
     def tried(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str | None:
@@ -157,19 +163,16 @@ class Renderer:
     def _write(
         self, said: Sequence[dict[str, Any]], add_generation_prompt: bool, variables: dict[str, Any], length: int
     ) -> tuple[str, Spans]:
-        room = MAX_TEXT + 4 * length
         environment, pieces = self._environment, []
-        environment.restart()
+        environment.restart(len(said), length)
         try:
             for piece in self._template.generate(
                 messages=said, add_generation_prompt=add_generation_prompt, **variables
             ):
                 pieces.append(piece)
                 environment.written += len(piece)
-                if environment.written > room:
-                    raise BadRow("is written by the chat template at more than four times its length")
-        except BadRow:
-            raise
+        except TemplateLimit as error:
+            raise UserError(f"{self.where} {error}. A chat template has to be cheap: use another") from error
         except Exception as error:  # a template can fail in any way that Python can
             kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
             reason = kind + next(iter(str(error).splitlines()), "")

@@ -1,24 +1,22 @@
-"""Where a chat template runs: jinja's sandbox, set up as transformers sets it up, with an end to what it may do."""
+"""Where a template runs: jinja's sandbox, set up as transformers sets it up, with an end to what it may do."""
 
 from __future__ import annotations
 
 import json
 from datetime import datetime
+from types import BuiltinMethodType
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Macro
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 
-# A template is a stranger's program. A turn of a loop counts as one step, a range as its length, a call of a macro as
-# more, for it takes longer. What is written has MAX_TEXT characters beside four times the conversation's. Not bounded:
-# what a single filter makes, such as "x" | center(10 ** 9).
-_MAX_STEPS = 200_000
-_STEPS_A_CALL = 50
-MAX_TEXT = 1 << 20
+from plmtune.data.template_limits import BUILTIN, Limits, Rewriter, limited_filters, limited_tests
+
+MAX_TEMPLATE = 1 << 16  # characters; the largest public ones have a third of that
 # A prompt must not depend on the day it is made; Llama 3 falls back to this day where no clock is at hand.
 _TODAY = datetime(2024, 7, 26)
 
@@ -49,59 +47,71 @@ class _Namespace(jinja2.utils.Namespace):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox in which transformers runs a template too, with an end to what it may do."""
+    """The sandbox in which transformers runs a template too, with an end to what it may do.
 
-    intercepted_binops = frozenset({"*", "**"})
+    What passes a limit raises `TemplateLimit`.
+    """
+
+    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
     def __init__(self) -> None:
+        self.limits = Limits()
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self.filters["tojson"] = _tojson
+        del self.globals["lipsum"], self.filters["random"]  # a prompt is the same each time
+        filters: dict[str, Any] = {**self.filters, "tojson": _tojson}
+        tests: dict[str, Any] = {**self.tests}
+        self.filters.update(limited_filters(self.limits, filters))
+        self.tests.update(limited_tests(self.limits, tests))
         self.globals |= {
             "raise_exception": _raise_exception,
             "strftime_now": _TODAY.strftime,
             "namespace": _Namespace,
             "range": self._range,
         }
-        del self.globals["lipsum"], self.filters["random"]  # a prompt is the same each time
         self.restart()
 
-    def restart(self) -> None:
-        """Begin to count anew, before a rendering."""
-        self._steps = 0
+    def restart(self, turns: int = 1, length: int = 0) -> None:
+        """Begin to count anew, before a rendering; see `Limits.allow`."""
+        self.limits.allow(turns, length)
         self.written = 0  # characters
         self.spans: list[tuple[int, str]] = []  # where a {% generation %} begins, and its text
-
-    def tick(self, steps: int) -> None:
-        """Count a turn of a loop, or a call of a macro."""
-        self._steps += steps
-        if self._steps > _MAX_STEPS:
-            raise jinja2.TemplateError(f"it does not come to an end (more than {_MAX_STEPS:,} steps)")
 
     def generated(self, text: str) -> None:
         """Keep where a marked block lies."""
         self.spans.append((self.written, text))
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Refuse products that fill memory."""
-        if operator == "**" and (abs(left) > 1000 or abs(right) > 100):
-            raise jinja2.exceptions.SecurityError("a power is too large")
-        for value, times in ((left, right), (right, left)):
-            if operator == "*" and hasattr(value, "__len__") and len(value) * times > MAX_TEXT:
-                raise jinja2.exceptions.SecurityError("a product of a text or list is too long")
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Compute what an operator makes, once its cost is counted."""
+        self.limits.operate(operator, left, right)
         return super().call_binop(context, operator, left, right)
+
+    # The names leave all others to the arguments of what is called.
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call something, once its cost is counted."""
+        limits = __self.limits
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, BUILTIN) and not isinstance(owner, type):
+            limits.charge_call(__obj.__name__, owner, [*args, *_given(kwargs).values()])
+        elif isinstance(method := getattr(__obj, "__wrapped__", None), BuiltinMethodType):  # format, in jinja's wrapper
+            limits.format(str(method.__self__), "{", [args, _given(kwargs)])
+        elif __obj.__class__ is not Macro:
+            limits.spend(sum(limits.weigh(one) for one in (*args, *_given(kwargs).values())))
+        return limits.result(super().call(__context, __obj, *args, **kwargs))
 
     def _range(self, *bounds: int) -> range:
         made = safe_range(*bounds)
-        self.tick(len(made))
+        self.limits.tick(len(made) // 8)
         return made
 
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for node in tree.find_all((nodes.For, nodes.Macro)):
-            steps = nodes.Const(_STEPS_A_CALL if isinstance(node, nodes.Macro) else 1)
-            count = nodes.Call(nodes.EnvironmentAttribute("tick"), [steps], [], None, None)
-            node.body.insert(0, nodes.ExprStmt(count).set_lineno(node.lineno))  # type: ignore[attr-defined]
-        return tree
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        return super()._generate(Rewriter().visit(source), *args, **kwargs)
+
+
+def _given(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return what a template gives to a call; jinja adds the variables of loops."""
+    return (
+        {name: value for name, value in kwargs.items() if name not in ("_loop_vars", "_block_vars")} if kwargs else {}
+    )
 
 
 def _tojson(

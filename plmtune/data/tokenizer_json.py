@@ -108,7 +108,9 @@ def check_pattern(pattern: str, where: str) -> None:
     if found:
         raise UserError(f"{where}: {found.group()!r} in the pre-tokenizer's pattern is not read alike everywhere.")
     try:
-        empty = regex.compile(pattern).match("") is not None
+        empty = regex.compile(pattern).match("", timeout=1.0) is not None
+    except TimeoutError:
+        raise UserError(f"{where}: the pre-tokenizer's pattern {pattern!r:.80} does not come to an end.") from None
     except regex.error as error:
         raise UserError(f"{where}: the pre-tokenizer's pattern is no regular expression ({error}).") from error
     if empty:
@@ -296,6 +298,7 @@ def parse(data: Any, where: str) -> Vocabulary:
         unreachable,
         merges,
         normalized,
+        where,
     )
 
 

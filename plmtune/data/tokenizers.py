@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
@@ -52,8 +53,10 @@ _NO_SPECIAL = "\x00plmtune\x00"
 # these, white space with a newline in it always ends a piece at its last newline.
 _CUT = re.compile(r"\n(?=[A-Za-z])")
 _CUTTABLE = frozenset({QWEN2_PATTERN, LLAMA3_PATTERN})
-# Far beyond any pattern that does not multiply its own tries, on any machine.
-_PATTERN_SECONDS = 30
+# CPU time for a pattern that is not known to be linear: far beyond what any takes that does not multiply its own tries.
+_PATTERN_SECONDS = 1.0
+_PATTERN_CHARS_A_SECOND = 50_000
+_MAX_PIECES = 1 << 16  # whose ids are kept
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 
@@ -153,6 +156,10 @@ class Tokenizer:
             )
         except ValueError as error:
             raise ValueError(f"the pattern {vocabulary.pattern!r} is no regular expression ({error})") from error
+        # Others may take exponential time, in which tiktoken cannot be interrupted.
+        self._is_linear = vocabulary.pattern in COMPLETE_PATTERNS
+        self._piece_ids: dict[str, list[int]] = {}
+        self._pattern_seconds = _PATTERN_SECONDS
         fixed = vocabulary.added | vocabulary.specials
         self._cuts_at_blanks = vocabulary.pattern in COMPLETE_PATTERNS and not any(" " in text for text in fixed)
         self._always = self._fixed(vocabulary.added)
@@ -328,32 +335,63 @@ class Tokenizer:
     def _encode_plain(self, text: str) -> Ids:
         text = self._normalize(text)
         try:
-            ranks = self._bpe.encode_to_numpy(text, disallowed_special=())
+            whole = self._is_linear
+            ranks = self._bpe.encode_to_numpy(text, disallowed_special=()) if whole else self._encode_by_piece(text)
         except UnicodeEncodeError:
             return self._encode_plain(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         except ValueError:
             # The pattern's look-ahead ran out of stack: hundreds of thousands of spaces in a row do that.
             ranks = self._encode_by_piece(text)
-        if self._lacking and ranks.size and ranks.max() >= self._num_ranks:
+        if whole and self._lacking and ranks.size and ranks.max() >= self._num_ranks:
             # `tokenizers` leaves such bytes out before it joins: their neighbours may then be joined.
             ranks = self._encode_by_piece(text)
         return ranks if self._ids is None else self._ids[ranks]
 
     def _encode_by_piece(self, text: str) -> Ids:
-        """The slow way, exact for every text."""
+        """The slow way, exact for every text, and with an end for every pattern."""
         ranks: list[int] = []
-        try:
-            seconds = _PATTERN_SECONDS + len(text) / 10_000
-            for found in regex.finditer(_complete(self.vocabulary.pattern), text, timeout=seconds):
-                piece = found.group().encode().translate(None, self._lacking)
-                if piece:
-                    ranks += self._bpe._encode_single_piece(piece)
-        except TimeoutError as error:
-            raise UserError(
-                f"the tokenizer's pattern {self.vocabulary.pattern!r:.80} does not come to an end on a text of "
-                f"{len(text):,} characters. Use a tokenizer with a simpler one."
-            ) from error
+        known = self._piece_ids
+        for piece in self._pieces_of(text):
+            found = known.get(piece)
+            if found is None:
+                data = piece.encode().translate(None, self._lacking)
+                found = self._bpe._encode_single_piece(data) if data else []
+                if len(known) < _MAX_PIECES:
+                    known[piece] = found
+            ranks += found
         return np.array(ranks, dtype=np.uint32)
+
+    def _pieces_of(self, text: str) -> Iterator[str]:
+        # A pattern that is slow on each of many short texts is stopped as well: what one leaves over, the next may use.
+        room = len(text) / _PATTERN_CHARS_A_SECOND
+        seconds = min(self._pattern_seconds, _PATTERN_SECONDS) + room
+        pattern, limit = _compiled(self.vocabulary.pattern), seconds
+        begun = time.thread_time()
+        while True:
+            try:
+                spans = [found.span() for found in pattern.finditer(text, timeout=limit)]
+                break
+            except TimeoutError as error:
+                limit *= 4  # it was that of all threads
+                if time.thread_time() - begun > seconds / 2:
+                    raise UserError(
+                        f"{self.vocabulary.where}, key pre_tokenizer: the pattern {self.vocabulary.pattern!r:.80} does "
+                        f"not come to an end in {seconds:.1f} s of CPU time on a text of {len(text):,} characters. Use "
+                        "a tokenizer with a simpler one."
+                    ) from error
+        self._pattern_seconds = seconds - (time.thread_time() - begun)
+        at = 0
+        for begin, end in [*spans, (len(text), len(text))]:
+            if begin > at:  # what the pattern does not match is a piece of its own
+                yield text[at:begin]
+            if end > begin:
+                yield text[begin:end]
+            at = max(at, end)
+
+
+@cache
+def _compiled(pattern: str) -> regex.Pattern[str]:
+    return regex.compile(pattern)
 
 
 def _complete(pattern: str) -> str:

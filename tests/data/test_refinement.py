@@ -53,9 +53,12 @@ class TestRefusals:
             ("{% for i in range(10 ** 9) %}{{ prompt }}{{ answer }}{% endfor %}", "fails: OverflowError"),
             (
                 "{% for i in range(9999) %}{% set x = range(99999) %}{% endfor %}{{ prompt }}{{ answer }}",
-                "fails: TemplateError: it does not come to an end",
+                "does not come to an end",
             ),
-            ("{% for i in range(9999) %}{{ prompt }}{{ answer }}{{ 'a' * 999 }}{% endfor %}", "writes more than four"),
+            (
+                "{% for i in range(9999) %}{{ prompt }}{{ answer }}{{ 'a' * 999 }}{% endfor %}",
+                "makes or reads more than",
+            ),
             ("{{ prompt.title_of }}{{ answer }}", "fails: UndefinedError"),
             ("{% if false %}{{ prompt }}{{ answer }}{% endif %}", "writes nothing"),
         ],
@@ -71,8 +74,8 @@ class TestRefusals:
         path.write_bytes(b"{{ prompt }}{{ answer }}\xff")
         with pytest.raises(UserError, match="not UTF-8 at byte 24"):
             find_refinement(str(path))
-        path.write_bytes(b" " * (1 << 20) + b" ")
-        with pytest.raises(UserError, match="more than 1,048,576 bytes"):
+        path.write_bytes(b" " * (1 << 16) + b" ")
+        with pytest.raises(UserError, match="more than 65,536 bytes"):
             find_refinement(str(path))
 
     def test_a_file_of_ones_own_is_used(self, tmp_path):

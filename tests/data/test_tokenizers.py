@@ -14,7 +14,15 @@ import pytest
 import tokenizers as reference
 
 from plmtune.data import tokenizer_json
-from plmtune.data.bpe import CHATML_SPECIALS, COMPLETE_PATTERNS, GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, Vocabulary
+from plmtune.data.bpe import (
+    CHATML_SPECIALS,
+    COMPLETE_PATTERNS,
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    O200K_PATTERN,
+    QWEN2_PATTERN,
+    Vocabulary,
+)
 from plmtune.data.tokenizers import Tokenizer, bundled, byte, file, load_tokenizer, qwen2, train_bpe
 from plmtune.errors import UserError
 
@@ -60,10 +68,12 @@ PRE_TOKENIZERS = {
     "gpt2": byte_level(),
     "qwen2": split(QWEN2_PATTERN),
     "llama3": split(LLAMA3_PATTERN),
+    "gpt4o": split(O200K_PATTERN),
     "gpt4 as kept matches": split(LLAMA3_PATTERN, "Removed", True),
     "smollm2": sequence({"type": "Digits", "individual_digits": True}, byte_level()),
     "digits by a pattern": sequence(split(r"\p{N}")["pretokenizers"][0], byte_level()),
     "gaps between matches": split(r"\p{L}+|[0-9]{1,2}"),
+    "gaps and places ahead": split(r"\p{L}+(?=\s)|(?<=\s)[0-9]+(?!\d)"),
 }
 
 
