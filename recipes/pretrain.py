@@ -56,6 +56,7 @@ class Pretrain:
         origin = None if saved else start_from(cfg, plan.model, plan.tokenizer)
         self.skip: dict[str, int] = saved.get("skip", {}) if saved else origin.drawn if origin else {}
         shards = open_sources(plan.sources, cfg.preparation, self.tokenizer)
+        self.notes = [f"{name}{left}" for name, shard in shards.items() if (left := shard.manifest.left_out())]
         self.data = self._batches(shards)
         self.model = plan.model.to_empty(device=runtime.device)
         self.model.activation_checkpointing = cfg.runtime.activation_checkpointing
@@ -220,7 +221,7 @@ class Pretrain:
                 f"best checkpoint: only steps that are measured and saved count, each {math.lcm(between, every)}th; "
                 "let checkpoint.every be a multiple of validation.every"
             )
-        for line in (*reasons, *self.plan.estimate.lines(), self.data.describe()):
+        for line in (*reasons, *self.plan.estimate.lines(), *self.notes, self.data.describe()):
             watch.message(line)
 
     def _trial(self) -> None:

@@ -132,10 +132,9 @@ def _prepare(sources: dict[str, Source], tokenizer: Tokenizer, root: Path, **how
         directory = prepare(source, tokenizer, root, **how)
         manifest = Shards.open(directory, tokenizer_fingerprint=tokenizer.fingerprint, verify=False).manifest
         train, validation = manifest.splits["train"], manifest.splits["validation"]
-        skipped = f", {manifest.skipped:,} bad rows left out" if manifest.skipped else ""
         terminal.echo(
             f"{name}: {train.tokens:,} training tokens, {validation.tokens:,} held out, "
-            f"{manifest.documents:,} documents{skipped}\n{short(directory)}"
+            f"{manifest.documents:,} documents{terminal.visible(manifest.left_out())}\n{short(directory)}"
         )
 
 
@@ -241,7 +240,7 @@ def _summary(shards: Shards) -> None:
         table,
         f"source: {manifest.source_description} ({manifest.source})",
         f"tokenizer: {manifest.tokenizer}, {manifest.vocab_size:,} rows, {manifest.dtype}",
-        f"settings: {settings}; {manifest.skipped:,} bad rows left out",
+        f"settings: {settings}{manifest.left_out() or '; no rows left out'}",
         "every shard has its size and hash, every id is in the vocabulary",
     )
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from plmtune import terminal
 from plmtune.cli.tokenizer import find_tokenizer
-from plmtune.data.rows import Unused
-from plmtune.data.sources import BadRow
+from plmtune.data.sources import BadRow, Unused
 from plmtune.errors import UserError
 from plmtune.terminal import Line, visible
 

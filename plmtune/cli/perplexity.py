@@ -120,6 +120,8 @@ def perplexity(
         raise UserError(f"{', '.join(files)}: there is no text to measure.")
     if source.skipped:
         terminal.echo(f"{source.skipped:,} bad rows left out", err=True)
+    if source.unused:
+        terminal.echo(source.unused.describe(), err=True)
     how = {"checkpoint": checkpoint, "window": window, "stride": stride}
     if as_json:
         files_of = {path: _figures(found) for path, found in measured.items()}

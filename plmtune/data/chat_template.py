@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from plmtune.data.answers import OTHERWISE, Answers
 from plmtune.data.messages import texts_in
 from plmtune.data.rendering import Renderer
-from plmtune.data.rows import Message, Unused
-from plmtune.data.sources import BadRow
+from plmtune.data.rows import Message
+from plmtune.data.sources import BadRow, Unused
 from plmtune.data.template_sandbox import MAX_TEMPLATE
 from plmtune.data.tokenizers import CHATML_TEMPLATE, Tokenizer
 from plmtune.errors import UserError, did_you_mean

@@ -19,8 +19,8 @@ from plmtune.data.order import key_of, num_drawn, permute
 from plmtune.data.packing import pack
 from plmtune.data.preferences import Pair
 from plmtune.data.refinement import UNSHOWN, Refinement
-from plmtune.data.rows import Refused, Unused
-from plmtune.data.sources import BadRow
+from plmtune.data.rows import Refused
+from plmtune.data.sources import BadRow, Unused
 from plmtune.errors import UserError
 
 Ids = NDArray[np.int32]

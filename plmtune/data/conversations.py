@@ -12,8 +12,8 @@ import xxhash
 from plmtune.data.functions import public_functions, question
 from plmtune.data.messages import messages_of, text_under
 from plmtune.data.parts import COMPLETIONS, MESSAGES, PROMPTS, Parts, joined
-from plmtune.data.rows import Message, Refused, Rows, Unused
-from plmtune.data.sources import BadRow
+from plmtune.data.rows import Message, Refused, Rows
+from plmtune.data.sources import BadRow, Unused
 from plmtune.ranges import NotEmpty, check
 from plmtune.registry import register
 

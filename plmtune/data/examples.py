@@ -15,8 +15,8 @@ from plmtune.data.conversations import Conversations
 from plmtune.data.packing import Example, PackedRows, fit
 from plmtune.data.preferences import Pair, Preferences
 from plmtune.data.refinement import UNSHOWN, Refinement
-from plmtune.data.rows import Refused, Unused
-from plmtune.data.sources import BadRow, Source
+from plmtune.data.rows import Refused
+from plmtune.data.sources import BadRow, Source, Unused
 from plmtune.data.ticker import ticking
 from plmtune.errors import UserError
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import xxhash
 
-from plmtune.data.sources import BadRow, Piece, Source, text_of
+from plmtune.data.sources import BadRow, Piece, Source, Unused, text_of, unread
 from plmtune.errors import UserError, did_you_mean, unreadable
 from plmtune.ranges import NotEmpty, check
 from plmtune.registry import register
@@ -355,6 +355,17 @@ def describe_files(paths: Sequence[Path]) -> str:
     return f"{shown}{more} ({size:.1f} MB)"
 
 
+def _rows_with(column: str, metadata: Any) -> int:
+    """The rows of a Parquet file of which a column holds something, as far as the file says it."""
+    rows = metadata.num_rows
+    for group in range(metadata.num_row_groups):
+        for index in range(metadata.num_columns):
+            found = metadata.row_group(group).column(index)
+            if found.path_in_schema == column and found.statistics is not None and found.statistics.has_null_count:
+                rows -= found.statistics.null_count
+    return int(rows)
+
+
 class Files(Source):
     """See `files`."""
 
@@ -389,7 +400,7 @@ class Files(Source):
 
     def pieces(self, skip_bad: bool = False) -> Iterator[Iterator[Piece]]:
         """Read as `streams`, text files in pieces of at most a mebibyte."""
-        self.skipped = 0
+        self.skipped, self.unused = 0, Unused()
         for path in self.paths:
             yield _with_ink(self._read(path, skip_bad))
 
@@ -422,6 +433,7 @@ class Files(Source):
             place = f"line {number}"
             try:
                 yield place, row if isinstance(row, BadRow) else text_of(row, self.text_key)
+                self.unused.add(unread(row, self.text_key))
             except BadRow as error:
                 yield place, error
 
@@ -438,6 +450,10 @@ class Files(Source):
                         f"{_nearest(self.text_key, names)} Choose one with text_key (--text-key)"
                     )
                 kind, metadata = file.schema_arrow.field(self.text_key).type, file.metadata
+                empty = {field.name for field in file.schema_arrow if pyarrow.types.is_null(field.type)}
+            for name in names:
+                if name not in (self.text_key, *empty) and (rows := _rows_with(name, metadata)):
+                    self.unused.add([name], rows)
             for group in range(metadata.num_row_groups):
                 columns = (metadata.row_group(group).column(index) for index in range(metadata.num_columns))
                 check_ratio(path, sum(c.total_uncompressed_size for c in columns if c.path_in_schema == self.text_key))

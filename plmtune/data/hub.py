@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 import plmtune.hub
-from plmtune.data.sources import BadRow, Source, text_of
+from plmtune.data.sources import BadRow, Source, Unused, text_of, unread
 from plmtune.errors import UserError, did_you_mean
 from plmtune.extras import installed, missing
 from plmtune.ranges import AT_LEAST_1, NotEmpty, check
@@ -51,10 +51,11 @@ class Hub(Source):
 
     def documents(self, skip_bad: bool = False) -> Iterator[str]:
         """Stream the texts of the rows."""
-        self.skipped = 0
+        self.skipped, self.unused = 0, Unused()
         for place, row in self.rows():
             try:
                 text = text_of(row, self.text_key)
+                self.unused.add(unread(row, self.text_key))
             except BadRow as error:
                 if not skip_bad:
                     raise UserError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from plmtune.data.sources import Unused
 from plmtune.errors import UserError
 from plmtune.sealed import read, seal, unseal
 
@@ -60,6 +61,12 @@ class Manifest:
     settings: dict[str, Any]
     skipped: int
     splits: dict[str, SplitCounts]
+    unused: dict[str, int] = field(default_factory=dict)  # rows by the columns that were not read
+
+    def left_out(self) -> str:
+        """Say what was left out, as the end of a sentence; empty where nothing was."""
+        rows = [f"{self.skipped:,} bad rows left out"] if self.skipped else []
+        return "; ".join(["", *rows, *([Unused(self.unused).describe()] if self.unused else [])])
 
     @property
     def documents(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow, check_unicode
+from plmtune.data.sources import BadRow, check_unicode, is_null, is_something
 
 _ROLES = {
     "system": "system", "developer": "system",
@@ -239,17 +239,6 @@ def is_json(value: Any) -> bool:
     if isinstance(value, dict):
         return all(isinstance(key, str) for key in value) and all(map(is_json, value.values()))
     return value is None or isinstance(value, str | int | float | bool)
-
-
-def is_null(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and value != value)  # pandas writes NaN for a number that is none
-
-
-def is_something(value: Any) -> bool:
-    """Whether a column says anything: not null, an empty text, list or object, or a list of these."""
-    if isinstance(value, list):
-        return any(map(is_something, value))
-    return not is_null(value) and value not in ("", {})
 
 
 def type_name(value: Any) -> str:

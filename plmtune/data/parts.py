@@ -9,15 +9,13 @@ from typing import Any
 from plmtune.data.messages import (
     MEDIA,
     is_json,
-    is_null,
-    is_something,
     messages_of,
     text_under,
     tools_of,
     type_name,
 )
 from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow
+from plmtune.data.sources import BadRow, is_null, is_something
 from plmtune.errors import did_you_mean
 
 MESSAGES = ("messages", "conversations", "conversation")

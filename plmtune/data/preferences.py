@@ -15,8 +15,8 @@ from plmtune.data.conversations import REMEDY, Conversations, detect
 from plmtune.data.functions import public_functions, question
 from plmtune.data.messages import SAID, messages_of
 from plmtune.data.parts import COMPLETIONS, LABELS, MESSAGES, PROMPTS, Parts, joined
-from plmtune.data.rows import Message, Refused, Rows, Unused
-from plmtune.data.sources import BadRow, text_of
+from plmtune.data.rows import Message, Refused, Rows
+from plmtune.data.sources import BadRow, Unused, text_of
 from plmtune.registry import register
 
 Side = Literal["chosen", "rejected"]

@@ -138,6 +138,7 @@ def prepare(
                         source_description=source.describe(),
                         settings=settings,
                         skipped=source.skipped,
+                        unused=source.unused.counts,
                         splits=counts,
                     ).save(partial)
                     (partial / _STATE).unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -30,7 +30,6 @@ from plmtune.ranges import AT_LEAST_1, NotEmpty, check
 _PARQUET_BATCH = 16  # rows: what is stored once for all of them is repeated in memory
 _MAX_DEPTH = 64  # what walks through a row calls itself for each level
 _MOST_SHOWN = 8
-_MOST_UNUSED = 40
 _BETWEEN = re.compile(r"[ \t\r\n]*")
 
 
@@ -76,33 +75,6 @@ class Message:
         if not isinstance(role, str) or not isinstance(content, str):
             raise TypeError("a message has no role and content")
         return cls(role, content, {key: value for key, value in row.items() if key not in ("role", "content")})
-
-
-@dataclass
-class Unused:
-    """What rows hold and nothing reads: how many rows, by name."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, names: Iterable[str]) -> None:
-        """Count one row that has these."""
-        for name in names:
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def merge(self, other: Unused) -> None:
-        """Add the counts of another."""
-        for name, count in other.counts.items():
-            self.counts[name] = self.counts.get(name, 0) + count
-
-    def __len__(self) -> int:
-        return len(self.counts)
-
-    def describe(self) -> str:
-        """Return one line, the most frequent first: "columns not used: id (1,000 rows), lang (3 rows)"."""
-        names = sorted(self.counts, key=lambda name: (-self.counts[name], name))
-        shown = [f"{name:.60} ({self.counts[name]:,} row{'' if self.counts[name] == 1 else 's'})" for name in names]
-        rest = f", and {len(shown) - _MOST_UNUSED:,} more" if len(shown) > _MOST_UNUSED else ""
-        return f"columns not used: {', '.join(shown[:_MOST_UNUSED])}{rest}"
 
 
 @dataclass

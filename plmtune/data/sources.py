@@ -6,8 +6,8 @@ import importlib
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,34 @@ from plmtune.errors import UserError, did_you_mean
 from plmtune.registry import Component, register
 
 Piece = tuple[str, bool]  # of a document, and whether it ends there
+_MOST_UNUSED = 40
+
+
+@dataclass
+class Unused:
+    """What rows hold and nothing reads: how many rows, by name."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, names: Iterable[str], rows: int = 1) -> None:
+        """Count rows that have these."""
+        for name in names:
+            self.counts[name] = self.counts.get(name, 0) + rows
+
+    def merge(self, other: Unused) -> None:
+        """Add the counts of another."""
+        for name, count in other.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def describe(self) -> str:
+        """Return one line, the most frequent first: "columns not used: id (1,000 rows), lang (3 rows)"."""
+        names = sorted(self.counts, key=lambda name: (-self.counts[name], name))
+        shown = [f"{name:.60} ({self.counts[name]:,} row{'' if self.counts[name] == 1 else 's'})" for name in names]
+        rest = f", and {len(shown) - _MOST_UNUSED:,} more" if len(shown) > _MOST_UNUSED else ""
+        return f"columns not used: {', '.join(shown[:_MOST_UNUSED])}{rest}"
 
 
 class Source(ABC):
@@ -24,6 +52,7 @@ class Source(ABC):
 
     name: str
     skipped: int = 0  # bad rows left out by the latest reading
+    unused: Unused = Unused()  # columns that it did not read
 
     @abstractmethod
     def documents(self, skip_bad: bool = False) -> Iterator[str]:
@@ -47,6 +76,17 @@ class Source(ABC):
         """Return one line for a person."""
 
 
+def is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)  # pandas writes NaN for a number that is none
+
+
+def is_something(value: Any) -> bool:
+    """Whether a column says anything: not null, an empty text, list or object, or a list of these."""
+    if isinstance(value, list):
+        return any(map(is_something, value))
+    return not is_null(value) and value not in ("", {})
+
+
 class BadRow(ValueError):
     """A row without usable text; the reader adds where it stands."""
 
@@ -66,6 +106,12 @@ def text_of(row: Any, text_key: str) -> str:
         raise BadRow(f"holds {type(text).__name__} under {text_key}, not text")
     check_unicode(text, f"of {text_key}")
     return text
+
+
+def unread(row: Any, text_key: str) -> Iterator[str]:
+    """The columns of a row beside its text that hold something; none of a row that is bad."""
+    if isinstance(row, dict):
+        yield from (str(key) for key, value in row.items() if key != text_key and is_something(value))
 
 
 def check_unicode(text: str, where: str) -> None:

@@ -46,6 +46,14 @@ class TestPrepare:
         assert "held out, 40 documents" in out
         assert str(tmp_path / "out" / "files-") in out
 
+    def test_names_the_columns_that_are_not_read(self, tmp_path):
+        rows = [{"text": "One.", "url": "a", "id": 1}, {"text": "Two.", "url": None, "id": 2}]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        said = run("prepare", tmp_path / "a.jsonl", "--tokenizer", "byte", "--holdout", "0", "--out", tmp_path / "out")
+        assert "2 documents; columns not used: id (2 rows), url (1 row)\n" in said
+        (made,) = (path for path in (tmp_path / "out").iterdir() if not path.name.startswith("."))
+        assert "columns not used: id (2 rows), url (1 row)" in run("inspect", made)
+
     def test_counts_bad_rows_when_told_to_skip_them(self, corpus, tmp_path):
         corpus.write_text(corpus.read_text() + "broken\n")
         arguments = [
@@ -60,7 +68,7 @@ class TestPrepare:
         ]
         with pytest.raises(UserError, match="line 41 is not JSON"):
             run(*arguments)
-        assert "40 documents, 1 bad rows left out" in run(*arguments, "--skip-bad")
+        assert "40 documents; 1 bad rows left out" in run(*arguments, "--skip-bad")
 
     def test_a_separator_may_be_written_with_escapes(self, tmp_path):
         (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")

@@ -9,8 +9,8 @@ import pytest
 from plmtune.data.bpe import BYTE_PATTERN, SINGLE_BYTES, from_ranks
 from plmtune.data.chat_template import NAMED, ChatTemplate, find_template
 from plmtune.data.conversations import conversations
-from plmtune.data.rows import Message, Unused
-from plmtune.data.sources import BadRow
+from plmtune.data.rows import Message
+from plmtune.data.sources import BadRow, Unused
 from plmtune.data.tokenizers import Tokenizer, bundled, byte
 from plmtune.errors import UserError
 

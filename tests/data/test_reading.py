@@ -14,8 +14,8 @@ from plmtune.data.chat_template import ChatTemplate
 from plmtune.data.conversations import conversation_of, conversations, detect
 from plmtune.data.messages import messages_of
 from plmtune.data.preferences import pair_of, preferences
-from plmtune.data.rows import Message, Unused
-from plmtune.data.sources import BadRow
+from plmtune.data.rows import Message
+from plmtune.data.sources import BadRow, Unused
 from plmtune.data.tokenizers import BYTE_PATTERN, CHATML_SPECIALS, CHATML_TEMPLATE, Tokenizer, from_ranks
 
 
