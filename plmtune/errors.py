@@ -14,6 +14,10 @@ class Unreadable(UserError):
     """The system does not give a file's bytes: nothing is known of what it holds, so it is not damaged."""
 
 
+class NotFinite(UserError):
+    """Weights hold NaN or an infinity: they are of no use, and nothing is saved of them."""
+
+
 def unreadable(path: object, error: OSError) -> Unreadable:
     """The sentence for a file that the system refuses to read."""
     remedy = " Change its permissions, or run as its owner." if isinstance(error, PermissionError) else ""

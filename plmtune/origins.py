@@ -20,6 +20,7 @@ from plmtune.registry import Component
 from plmtune.training import manifest
 from plmtune.training.checkpoint import newest_whole, read_document
 from plmtune.training.distributed import once_a_machine, told_by_rank_0
+from plmtune.training.guard import check_weights
 from plmtune.training.run_directory import CONFIG
 from plmtune.training.run_summary import finished_runs
 
@@ -174,6 +175,21 @@ def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer | None, *, weights
     goes_on = cfg.scheduler.settings.get("start", "warmup") != "warmup"
     state = read_document(directory).get("state", {}) if goes_on else {}
     return Origin(directory, bool(state), dict(state.get("drawn", {})))
+
+
+def check_finite(model: Any, init_from: str) -> None:
+    """Refuse to start from weights that hold NaN or an infinity. Every rank calls it.
+
+    Raises:
+        UserError: naming them.
+    """
+    check_weights(
+        dict(model.named_parameters()),
+        lambda names: (
+            f"init_from={init_from}: its weights are not finite ({names}): its training diverged, or it is "
+            "damaged. Start from an earlier checkpoint or another model."
+        ),
+    )
 
 
 def origin_directory(init_from: str, *, weights: bool = True) -> Path:

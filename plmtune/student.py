@@ -18,7 +18,7 @@ from plmtune.models import adapters
 from plmtune.models.hf import hf_state, write_config
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapter_parameters, disabled, init_adapters
-from plmtune.origins import Origin
+from plmtune.origins import Origin, check_finite
 from plmtune.registry import Component
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.runtime import Runtime
@@ -120,6 +120,7 @@ def wake(
     model.init_weights(generator)  # also what no file holds, such as RoPE's tables
     if origin:
         adapters.load_state(model, origin.directory)
+        check_finite(model, cfg.init_from)
     described: dict[str, Any] = {}
     if cfg.peft:
         assert origin is not None

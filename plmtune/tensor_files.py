@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,25 @@ _DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+
+
+def not_finite(named: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that hold NaN or an infinity; of a sharded one this process's part counts.
+
+    One pass over the numbers, no memory beside them, and one wait for a device.
+    """
+    names, finite = [], []
+    for name, tensor in named.items():
+        part = tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
+        if type(part) is Tensor and part.is_floating_point() and part.element_size() > 1 and part.numel():
+            names.append(name)
+            finite.append(torch.stack(torch.aminmax(part)).isfinite().all())  # NaN is the least and the most
+    return [name for name, good in zip(names, torch.stack(finite).tolist(), strict=True) if not good] if names else []
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first names of tensors, for a message."""
+    return ", ".join(names[:2]) + (f" and {len(names) - 2:,} more tensors" if len(names) > 2 else "")
 
 
 def deal(sizes: Mapping[str, int], stem: str, max_bytes: float = FILE_BYTES) -> dict[str, list[str]]:

@@ -20,7 +20,7 @@ from plmtune.errors import UserError
 from plmtune.generation import complete
 from plmtune.identity import config_digest
 from plmtune.models.hf import hf_state, load_state, write_config
-from plmtune.origins import start_from
+from plmtune.origins import check_finite, start_from
 from plmtune.plans import Plan, build_scheduler
 from plmtune.runs import open_run, open_sources
 from plmtune.schema import Pretrain as Config
@@ -63,6 +63,7 @@ class Pretrain:
         self.model.init_weights(torch.Generator().manual_seed(cfg.seed))
         if origin:
             load_state(self.model, origin.directory)
+            check_finite(self.model, str(cfg.init_from))
         # From here on the directory exists; what a person can get wrong has been found by now.
         self.fingerprints = {name: shard.fingerprint for name, shard in shards.items()}
         self.run = open_run(cfg, runtime, self.fingerprints, saved)

@@ -33,6 +33,7 @@ from plmtune.quantization.sensitivity import Found, Measured
 from plmtune.registry import Component
 from plmtune.runs import find_run, open_run
 from plmtune.schema import Quantize as Config
+from plmtune.tensor_files import listed, not_finite
 from plmtune.terminal import echo
 from plmtune.training import manifest
 from plmtune.training.run_directory import EXIT_STOPPED, read_record, refuse_unusable
@@ -132,6 +133,11 @@ class Quantize:
         self.bytes_before, self.bytes_after, self.budget = job.bytes_before, job.bytes_after, job.budget
         self.text = read_text(cfg, job.seq_len, job.calibration_tokens, job.sources, self.tokenizer)
         self.model = load_model(self.source, runtime.device, torch.float32).eval()
+        if names := not_finite(dict(self.model.named_parameters())):
+            raise UserError(
+                f"{self.source}: its weights are not finite ({listed(names)}): its training diverged, or it is "
+                "damaged. Quantize an earlier checkpoint or another model."
+            )
         self.run = open_run(cfg, runtime, self.text.fingerprints)
         self.signals = StopSignals("stopping; a second one ends it at once.")
 
@@ -144,7 +150,10 @@ class Quantize:
         before = self.loss("before")
         moments = None
         if len(self.text.calibration):
-            moments = second_moments(model, self.batches(self.text.calibration, "read to calibrate"), self.plan)
+            try:
+                moments = second_moments(model, self.batches(self.text.calibration, "read to calibrate"), self.plan)
+            except ValueError as error:
+                raise UserError(f"{self.source}: {error}. calibration_tokens=0 rounds without them.") from error
         found = rules = None
         if measures(cfg):
             found, rules = self.mix(moments)

@@ -1,11 +1,15 @@
 """Our own writer of safetensors: the library reads every byte back, and files are dealt out by name and size."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -19,6 +23,30 @@ def every_kind() -> dict[str, torch.Tensor]:
         values = torch.rand(3, number + 1, generator=generator) * 100
         made[str(dtype)] = values > 50 if dtype == torch.bool else values.to(dtype)
     return {**made, "a scalar": torch.tensor(7.0), "nothing": torch.empty(0, 4), "turned": torch.rand(4, 5).T}
+
+
+class TestNotFinite:
+    @given(
+        st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+        st.lists(st.integers(0, 5), max_size=3),
+        st.sampled_from([math.nan, math.inf, -math.inf, None]),
+        st.data(),
+    )
+    def test_is_found_wherever_it_stands(
+        self, dtype: torch.dtype, shape: list[int], bad: float | None, data: Any
+    ) -> None:
+        tensor = torch.full(shape, torch.finfo(dtype).max, dtype=dtype)
+        expected = []
+        if bad is not None and tensor.numel():
+            tensor.view(-1)[data.draw(st.integers(0, tensor.numel() - 1))] = bad
+            expected = ["it"]
+        others = every_kind()
+        assert tensor_files.not_finite({**others, "it": tensor, "parameter": torch.nn.Parameter(tensor)}) == [
+            *expected, *(["parameter"] if expected else [])
+        ]  # fmt: skip
+
+    def test_of_nothing_is_nothing(self) -> None:
+        assert tensor_files.not_finite({}) == []
 
 
 class TestWrite:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from plmtune import hub, tensor_files
 from plmtune.atomic import replacing
-from plmtune.errors import UserError
+from plmtune.errors import NotFinite, UserError
 from plmtune.models.assemble import from_description
 from plmtune.models.files import (
     CONFIG,
@@ -204,6 +204,7 @@ def save_model(
         max_shard_bytes: larger weights are split, with an index.
 
     Raises:
+        NotFinite: if a number is NaN or infinite.
         ValueError: if a state comes without a config, integers without what they stand for, a model was prepared for
             this machine's kernels, or max_shard_bytes is not above 0.
     """
@@ -221,9 +222,14 @@ def save_model(
         raise ValueError("tensors without a config cannot be saved: give the model's config")
     if "quantization_config" not in config and any(name.endswith(".scales") for name in state):
         raise ValueError("the tensors of a quantized model need the config that to_hf gives: save the model itself")
+    directory = Path(directory)
+    if names := tensor_files.not_finite(state):
+        fp16 = " (fp16 holds no number above 65,504: bf16 does)" if state[names[0]].dtype == torch.float16 else ""
+        raise NotFinite(
+            f"weights are not finite{fp16}: {tensor_files.listed(names)}. Nothing is written to {directory}."
+        )
     if "component" in config:
         config = hf_config(config, next(iter(state.values())).dtype, score_head=SCORE in state)
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     shards = _split(state, max_shard_bytes)
     names = (

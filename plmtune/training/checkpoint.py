@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plmtune import tensor_files
-from plmtune.errors import Unreadable, UserError, unreadable
+from plmtune.errors import NotFinite, Unreadable, UserError, unreadable
 from plmtune.models.files import Stored, locate, read_json
 from plmtune.training import distributed, manifest
 from plmtune.training import state as training_state
+from plmtune.training.guard import check_weights
 from plmtune.training.manifest import step_path, steps
 from plmtune.training.snapshot import Stage
 
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 STATE = "state.json"
 LATEST = "latest"
 BEST = "best"
+TOO_HIGH = "Start again with a lower optimizer.lr or weight decay."
 # Some hundred bytes a parameter group and 20 KiB for each rank whose random numbers are its own.
 _MAX_STATE_BYTES = 16 * 2**20
 _UNFINISHED = re.compile(r"\.(?:tmp-step-|old-step-|latest\.tmp-|best\.tmp-)")
@@ -210,10 +212,12 @@ class Checkpoints:
 
         Raises:
             UserError: on every rank, if this one or one before it cannot be written; the checkpoints that were
-                there are whole, and nothing partial is left.
+                there are whole, and nothing partial is left. NotFinite, if it holds NaN or an infinity.
         """
         try:
             self.wait()  # never two at a time: host memory and the disk are for one
+        except NotFinite:
+            raise
         except UserError as error:
             log.warning("%s", error)  # what stood in its way may be gone; if not, this one says so
         tensors, optimizer_rest = training_state.optimizer_state(model, optimizer)
@@ -258,6 +262,11 @@ class Checkpoints:
         if self._save is not None and not distributed.any_rank(not self._save.job.done()):
             self._advance(self._save)
 
+    def describe_newest(self) -> str:
+        """Say which checkpoint of this run is the newest. Rank 0 knows."""
+        newest = max(self.saved, self._from)
+        return f"Its newest checkpoint is that of step {newest}." if newest else "No step was saved before."
+
     @property
     def saved(self) -> int:
         """The newest step that this object has brought to the disk; 0 if there is none. Rank 0 knows."""
@@ -295,6 +304,13 @@ class Checkpoints:
         try:
             document = read_document(path)
             distributed.load_full_tensors(self.named(model), Stored(locate(path, self.stem)))
+            check_weights(
+                self.named(model),
+                lambda names: (
+                    f"it holds weights that are not finite ({names}). Delete it, and the run resumes from "
+                    "the one before it."
+                ),
+            )
             moments = Stored(locate(path, "optimizer"))
             training_state.load_optimizer_state(model, optimizer, moments, document["optimizer"])
             training_state.load_scheduler_state(scheduler, document["scheduler"])
@@ -304,7 +320,8 @@ class Checkpoints:
             if rank and not same:  # no state of this rank was saved, and that of rank 0 would repeat its dropout masks
                 training_state.seed_everything(int(torch.randint(2**31, ())) + rank)
         except UserError as error:
-            raise UserError(f"{path} does not fit this run. {error}") from error
+            what = "cannot be resumed:" if isinstance(error, NotFinite) else "does not fit this run."
+            raise UserError(f"{path} {what} {error}") from error
         except OSError as error:
             raise unreadable(path, error) from error
         except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
@@ -344,6 +361,12 @@ class Checkpoints:
     def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], rest: Mapping[str, str]) -> dict[str, Any]:
         """Write this rank's files; returns their bytes and hashes. Runs in the background."""
         directory = self._temporary(step)
+        # Here, and not before the copy: training does not wait for it.
+        if names := [name for held in tensors.values() for name in tensor_files.not_finite(held)]:
+            raise NotFinite(
+                f"step {step}: weights or moments are not finite ({tensor_files.listed(names)}), so it is not saved. "
+                f"{self.describe_newest()} {TOO_HIGH}"
+            )
         entries = {name: tensor_files.write(directory / name, held) for name, held in tensors.items()}
         for name, text in rest.items():
             (directory / name).write_text(text, encoding="utf-8")
@@ -357,17 +380,22 @@ class Checkpoints:
         """All ranks are done with what they had to do: tell each other how it went, and go on or end."""
         error = save.job.exception()
         told = distributed.gather_texts(
-            json.dumps({"failure": self._failed(save.step, error, save.needed)} if error else save.job.result())
+            json.dumps(
+                {"failure": self._failed(save.step, error, save.needed), "finite": not isinstance(error, NotFinite)}
+                if error
+                else save.job.result()
+            )
         )
         outcomes = [json.loads(text) for text in told]
-        failures = [outcome["failure"] for outcome in outcomes if "failure" in outcome]
+        failures = sorted((outcome["finite"], outcome["failure"]) for outcome in outcomes if "failure" in outcome)
         if failures:
             self._save = None
             if distributed.rank() == 0:
                 shutil.rmtree(self._temporary(save.step), ignore_errors=True)
-            if error is not None and not isinstance(error, OSError):
+            if error is not None and not isinstance(error, OSError | NotFinite):
                 raise error
-            raise UserError(failures[0])
+            finite, said = failures[0]
+            raise UserError(said) if finite else NotFinite(said)
         if save.publishing or distributed.world_size() == 1:
             self._save = None
             return
@@ -391,6 +419,8 @@ class Checkpoints:
         return {}
 
     def _failed(self, step: int, error: BaseException, needed: int) -> str:
+        if isinstance(error, NotFinite):
+            return str(error)
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         number = error.errno if isinstance(error, OSError) else None
         remedy = {errno.EFBIG: "raise the limit on files (ulimit -f)", errno.EACCES: "let it be written"}.get(

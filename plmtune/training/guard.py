@@ -6,14 +6,15 @@ import bisect
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from plmtune.errors import UserError
+from plmtune import tensor_files
+from plmtune.errors import NotFinite, UserError
 from plmtune.training.distributed import gather_texts
 
 
@@ -153,6 +154,20 @@ def step(optimizer: Optimizer, scheduler: LRScheduler, *, accepted: bool) -> Non
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         scheduler.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def check_weights(named: Mapping[str, Tensor], message: Callable[[str], str]) -> None:
+    """Refuse weights that hold NaN or an infinity. Every rank must call it.
+
+    Args:
+        message: says it, given the tensors' names; every rank asks it, if one has such numbers.
+
+    Raises:
+        NotFinite: on every rank.
+    """
+    names = _gathered(tensor_files.not_finite(named))
+    if names:
+        raise NotFinite(message(tensor_files.listed([*dict.fromkeys(names)])))
 
 
 def find_places(losses: Sequence[Tensor], places: Callable[[Collection[int]], list[str]]) -> list[str]:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from plmtune.errors import UserError
+from plmtune.errors import NotFinite, UserError
 from plmtune.plans import Plan
 from plmtune.training import guard
-from plmtune.training.checkpoint import Checkpoints
+from plmtune.training.checkpoint import TOO_HIGH, Checkpoints
+from plmtune.training.distributed import told_by_rank_0
 from plmtune.training.guard import Guard
 from plmtune.training.progress import Watch
 from plmtune.training.run_directory import RunDirectory
@@ -81,6 +82,8 @@ def train(
         ended, measured = recipe.step == last, {}
         if ended or recipe.step % cfg.log_every == 0 or recipe.guard.reason:
             watch.log(recipe.step, entry)
+        if ended or recipe.guard.reason:
+            _check_weights(recipe)
         if recipe.guard.reason:
             _pass_over(recipe, watch, index)
         if ended or (cfg.validation.every and recipe.step % cfg.validation.every == 0):
@@ -169,6 +172,24 @@ def _evaluate(recipe: Recipe, watch: Watch, last: int) -> bool:
     return measured is not None
 
 
+def _check_weights(recipe: Recipe) -> None:
+    """End the run where an update has made weights of no use: no later one can mend them."""
+    since = recipe.step - 1 if recipe.guard.reason else recipe.step
+
+    def message(names: str) -> str:
+        kept = told_by_rank_0(recipe.checkpoints.describe_newest)
+        return (
+            f"step {recipe.step}: weights are not finite since the update of step {since} ({names}), so they are not "
+            f"saved. {kept} {TOO_HIGH}"
+        )
+
+    try:
+        guard.check_weights(dict(recipe.model.named_parameters()), message)
+    except NotFinite:
+        recipe.run.note(ended_by="guard")  # which no restart by torchrun may undo
+        raise
+
+
 def _pass_over(recipe: Recipe, watch: Watch, index: int) -> None:
     """Tell of an update that was skipped; after too many in a row, end the run."""
     watch.message(f"step {recipe.step}: update skipped, because {recipe.guard.reason}")
@@ -185,6 +206,9 @@ def _mind_saves(recipe: Recipe, watch: Watch) -> None:
     """See how the save in the background does; where it failed, try once more to keep what there is."""
     try:
         recipe.checkpoints.poll()
+    except NotFinite:
+        recipe.run.note(ended_by="guard")
+        raise
     except UserError as error:
         watch.message(f"{error}\nTrying once more, with the present state.")
         recipe.save_checkpoint({}, wait=True)

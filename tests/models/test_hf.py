@@ -285,3 +285,19 @@ def rewrite(directory: Path, change: object) -> None:
     keys = json.loads(path.read_text())
     change(keys)
     path.write_text(json.dumps(keys))
+
+
+class TestNotFinite:
+    @pytest.mark.parametrize(
+        ("value", "dtype", "message"),
+        [
+            (float("nan"), torch.float32, "not finite: model.layers.1.mlp.up_proj.weight. Nothing is written"),
+            (1e6, torch.float16, r"not finite \(fp16 holds no number above 65,504: bf16 does\): model.layers.1"),
+        ],
+    )
+    def test_is_not_written(self, tmp_path: Path, value: float, dtype: torch.dtype, message: str) -> None:
+        model = small()
+        model.get_parameter("layers.1.ffn.up_proj.weight").data[3, 2] = value
+        with pytest.raises(UserError, match=message):
+            save_model(model.to(dtype), None, tmp_path / "out")
+        assert not (tmp_path / "out").exists()

@@ -15,9 +15,12 @@ import torch
 import xxhash
 from conftest import SMALL, Run, metrics, refusal, start, weights
 from plmtune.recipes import pretrain
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from plmtune import tensor_files
 from plmtune.data.batches import Batch
+from plmtune.training import loop
 
 Fault = Callable[[Tensor], Tensor]
 
@@ -176,6 +179,77 @@ class TestStopping:
     def test_an_impossible_setting_ends_before_training(self, place: Path, setting: str) -> None:
         assert "guard" in (said := refusal(f"guard.{setting}", "run_dir=run")) and setting.split("=")[0] in said
         assert not (place / "run").exists()
+
+
+@pytest.fixture
+def spoil_weights(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let the update of one step (from 1) put a NaN into a parameter."""
+
+    def put(step: int, name: str, row: int = 0) -> None:
+        whole, done = loop.update, [0]
+
+        def update(recipe: Any, *arguments: Any) -> Any:
+            found = whole(recipe, *arguments)
+            done[0] += 1
+            if done[0] == step:
+                recipe.model.get_parameter(name).data[row] = math.nan
+            return found
+
+        monkeypatch.setattr(loop, "update", update)
+
+    return put
+
+
+class TestWeights:
+    """An update that makes weights of no use ends the run; nothing is saved of them."""
+
+    def kept(self, run: Path) -> list[str]:
+        saved = sorted(path.name for path in (run / "checkpoints").glob("[!.]*-*"))
+        for path in (run / "checkpoints").glob("step-*/*.safetensors"):
+            assert not tensor_files.not_finite(load_file(path)), path
+        return saved
+
+    def test_the_step_that_made_them_so_is_named(self, place: Path, spoil_weights: Callable[..., None]) -> None:
+        spoil_weights(5, "layers.0.ffn.up_proj.weight")
+        said = refusal("run_dir=run")
+        assert said.startswith(
+            "step 6: weights are not finite since the update of step 5 (layers.0.ffn.up_proj.weight)"
+        )
+        assert "newest checkpoint is that of step 3. Start again with a lower optimizer.lr" in said
+        assert self.kept(place / "run") == ["step-00000003"]
+        record = json.loads((place / "run/run.json").read_text())
+        assert record["status"] == "failed" and record["attempts"][-1]["ended_by"] == "guard"
+
+    @pytest.mark.parametrize("background", ["true", "false"])
+    def test_those_that_no_loss_sees_are_found_when_they_are_saved(
+        self, place: Path, spoil_weights: Callable[..., None], background: str
+    ) -> None:
+        spoil_weights(4, "tok_embeddings.weight", row=1)  # of a byte that the text does not have
+        said = refusal("run_dir=run", f"checkpoint.background={background}", "model.tie_embeddings=false")
+        assert re.match(r"step 6: weights or moments are not finite \(model\.embed_tokens\.weight\)", said), said
+        assert self.kept(place / "run") == ["step-00000003"]
+
+    def test_those_of_the_last_update_are_found_before_anything_is_made_of_them(
+        self, place: Path, spoil_weights: Callable[..., None]
+    ) -> None:
+        spoil_weights(12, "norm.weight")
+        said = refusal("run_dir=run", "sample.max_new_tokens=4")
+        assert said.startswith("step 12: weights are not finite since the update of step 12 (norm.weight)")
+        assert self.kept(place / "run") == ["step-00000003", "step-00000006", "step-00000009"]
+
+    def test_no_run_starts_from_such(self, place: Path) -> None:
+        start("run_dir=run")
+        (path,) = (place / "run/checkpoints").glob("step-00000012/model.safetensors")
+        held = load_file(path)
+        held["model.norm.weight"][3] = math.inf
+        (place / "bad").mkdir()
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(path.with_name(name), place / "bad")
+        save_file(held, place / "bad/model.safetensors")
+        assert refusal("run_dir=next", "init_from=bad").startswith(
+            "init_from=bad: its weights are not finite (norm.weight)"
+        )
+        assert not (place / "next").exists()
 
 
 FAULTY = """

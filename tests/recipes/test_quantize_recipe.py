@@ -8,6 +8,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from plmtune.recipes import quantize
+from safetensors.torch import load_file, save_file
 from tuning import stop_in
 
 import plmtune
@@ -53,6 +54,23 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(*overrides: str) -> float | None:
     own = ["checkpoint=base", "data=files", "data.paths=[text.txt]", "calibration_tokens=256", "test_tokens=256"]
     return quantize.main(config.compose("quantize", (), [*own, "seq_len=32", "run_dir=out", *overrides]))
+
+
+class TestNotFinite:
+    def test_weights_are_refused_before_a_run_begins_and_numbers_that_overflow_are_not_written(
+        self, folder: Path
+    ) -> None:
+        held = load_file(folder / "base/model.safetensors")
+        held["model.norm.weight"][0] = torch.finfo(torch.float32).max  # finite; in bf16 it is not
+        save_file(held, folder / "base/model.safetensors")
+        with pytest.raises(UserError, match=r"not finite: model.norm.weight\. Nothing is written to out"):
+            run("dtype=bf16", "calibration_tokens=0", "test_tokens=0")
+        assert not list((folder / "out").glob("*.safetensors"))
+        held["model.norm.weight"][0] = float("nan")
+        save_file(held, folder / "base/model.safetensors")
+        with pytest.raises(UserError, match=r"base: its weights are not finite \(norm.weight\).* Quantize an earlier"):
+            run("run_dir=other")
+        assert not (folder / "other").exists()
 
 
 class TestOneModel:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import metrics, weights
+from safetensors.torch import load_file, save_file
 from tuning import SFT, refusal, run, stop_in
 
 import plmtune
@@ -29,6 +30,15 @@ TWO = ("data=mix", f"data.sources={{a: {TALK}, b: {TALK}}}")
 
 def recipe() -> Any:
     return importlib.import_module("plmtune.recipes.sft").Sft
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_no_run_starts_from_weights_that_are_not_finite(base: Path, name: str) -> None:
+    held = load_file(base / "base/model.safetensors")
+    held["model.norm.weight"][0] = math.inf
+    save_file(held, base / "base/model.safetensors")
+    assert refusal(name, "run_dir=r").startswith("init_from=base: its weights are not finite (norm.weight)")
+    assert not (base / "r").exists()
 
 
 class TestLearning:

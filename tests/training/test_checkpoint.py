@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from toy import Toy, train_step
 
-from plmtune.errors import UserError
+from plmtune.errors import NotFinite, UserError
 from plmtune.sealed import seal, unseal
 from plmtune.training import manifest
 from plmtune.training import state as training_state
@@ -607,3 +607,34 @@ class TestStrangers:
     def test_a_file_that_is_not_there_is_not_vouched_for(self, tmp_path):
         with pytest.raises(FileNotFoundError):
             manifest.seal(tmp_path, 1, {"model.safetensors": {"bytes": 3, "xxh3_128": "0"}})
+
+
+class TestNotFinite:
+    @pytest.mark.parametrize("background", [True, False])
+    @pytest.mark.parametrize("where", ["weights", "moments"])
+    def test_is_never_saved_and_the_checkpoints_before_stay(self, tmp_path: Path, where: str, background: bool) -> None:
+        run = Run(tmp_path / "c", background=background)
+        run.train(0, 2)
+        run.save(2)
+        spoilt = next(run.model.parameters())
+        (spoilt if where == "weights" else run.optimizer.state[spoilt]["exp_avg"]).data.view(-1)[0] = float("inf")
+        with pytest.raises(
+            NotFinite, match=r"step 4: weights or moments are not finite \(.*newest .* that of step 2\."
+        ):
+            run.save(4)
+        assert steps(tmp_path / "c") == [2]
+        assert (tmp_path / "c/latest").read_text() == "step-00000002\n"
+        assert not list((tmp_path / "c").glob(".tmp*"))
+
+    def test_one_that_an_older_version_saved_is_not_resumed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = Run(tmp_path / "c")
+        run.train(0, 1)
+        next(run.model.parameters()).data.view(-1)[0] = float("nan")
+        with monkeypatch.context() as patch:
+            patch.setattr("plmtune.tensor_files.not_finite", lambda named: [])
+            path = run.save(1)
+        other = Run(tmp_path / "c")
+        with pytest.raises(UserError, match=r"step-00000001 cannot be resumed: it holds weights .* Delete it"):
+            other.checkpoints.restore(path, model=other.model, optimizer=other.optimizer, scheduler=other.scheduler)
