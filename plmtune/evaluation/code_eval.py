@@ -15,14 +15,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from plmtune.sandbox import Isolation, NoSandbox, Result, run_python
+from plmtune.sandbox import DISK_BYTES, MEMORY_BYTES, Isolation, NoSandbox, Result, run_python
 
 # What the modules of lm-eval's tasks run when they are imported, to see whether code may be run.
 _PROBE = ("def add(a,b): return a*b", "assert add(2, 3)==5")
 SECONDS = 5.0
-_MEMORY = 512 * 2**20
-_DISK = 16 * 2**20
-_PROCESSES = 4
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -126,16 +123,7 @@ class CodeRunner:
         return [self._known[pair] for pair in work]
 
     def _run_one(self, pair: tuple[str, str], stop: threading.Event) -> Result:
-        return run_python(
-            pair[0],
-            tests=pair[1],
-            seconds=self.seconds,
-            memory_bytes=_MEMORY,
-            disk_bytes=_DISK,
-            processes=_PROCESSES,
-            isolation=self.isolation,
-            stop=stop,
-        )
+        return run_python(pair[0], tests=pair[1], seconds=self.seconds, isolation=self.isolation, stop=stop)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -181,8 +169,8 @@ def running_code(names: Sequence[str]) -> str:
 def protection(isolation: Isolation, seconds: float = SECONDS) -> str:
     """What stands between the programs and this machine, in lines for whoever is to consent."""
     bounds = (
-        f"Each has {seconds:g} seconds, {_MEMORY // 2**20} MiB of memory a process, an empty environment and a few "
-        "files and processes."
+        f"Each has {seconds:g} seconds, {MEMORY_BYTES // 2**20} MiB of memory a process, none of your environment, and "
+        "limits of files, processes and threads."
     )
     if isolation == "limits":
         return (
@@ -191,10 +179,11 @@ def protection(isolation: Isolation, seconds: float = SECONDS) -> str:
             "  processes and leave some behind; and one that reads other processes' memory can forge a pass."
         )
     return (
-        "  They run in namespaces of their own: no network, no process of this machine, no file but Python and the\n"
-        f"  system's libraries, read-only, and an empty folder of {_DISK // 2**20} MiB in memory; no rights.\n"
+        "  They run in namespaces of their own: no network, no process of this machine, no file but Python, numpy and\n"
+        f"  the system's libraries, read-only, and an empty folder of {DISK_BYTES // 2**20} MiB in memory; no rights.\n"
         f"  {bounds}\n"
-        "  Their tests run in a process that they cannot reach. The kernel is shared: a hole in it is a hole in this."
+        "  Their tests run in the same process, as in HumanEval's own judge: one that searches it can forge a pass.\n"
+        "  The kernel is shared: a hole in it is a hole in this."
     )
 
 

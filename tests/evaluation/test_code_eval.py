@@ -94,7 +94,7 @@ class TestCompute:
             CodeRunner(seconds=0)
 
     def test_a_machine_that_cannot_isolate_is_no_failure_of_the_program(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("plmtune.sandbox.platform.system", lambda: "Darwin")
+        monkeypatch.setattr("plmtune.sandbox.run.platform.system", lambda: "Darwin")
         with pytest.raises(NoSandbox, match="this is Darwin"):
             CodeRunner().compute([TEST], [[RIGHT]])
 

@@ -43,13 +43,26 @@ class Anything({base}):
 def total(numbers):
     return Anything()
 """
-TAKE_PEER = """
-import gc, sys
-peer = next(each for each in gc.get_objects() if type(each).__name__ == "Candidate")
-frame = sys._getframe()
-while frame:
-    frame.f_locals.clear()
-    frame = frame.f_back
+SEARCH = """
+import os, sys
+def found():
+    frame, seen = sys._getframe(), []
+    while frame:
+        seen += [*frame.f_locals.values(), *frame.f_globals.values()]
+        frame = frame.f_back
+    return seen
+def everywhere(said):
+    for fd in range(3, 64):
+        try: os.write(fd, said)
+        except OSError: pass
+def heard():
+    said = b""
+    for fd in range(3, 64):
+        try:
+            os.set_blocking(fd, False)
+            said += os.read(fd, 1 << 16)
+        except OSError: pass
+    return said
 """
 
 HOSTILE = {
@@ -76,22 +89,21 @@ def total(numbers):
     os._exit(0)
 """,
     "closes every descriptor": RIGHT + "import os\nos.closerange(0, 256)",
-    "answers before it is asked": WRONG
-    + TAKE_PEER
-    + "for _ in range(50): peer._send(b'!' + peer._answer(True, 6, '', [], []))",
-    "asks its tests to end": WRONG
-    + TAKE_PEER
-    + "for wish in ('end', 'say', 'fail', 'exec', '__class__'):\n"
-    + "    try: peer.ask(wish, finished=True)\n    except BaseException: pass",
-    "calls what it was not given": WRONG
-    + TAKE_PEER
-    + "import builtins\nfor called in (exit, print, eval, 'exit', SystemExit, type, object):\n"
-    + "    try: peer.ask('call', called, 0)\n    except BaseException: pass",
-    "names objects of its tests": TAKE_PEER
-    + "import struct\ndef total(numbers):\n"
-    + "    peer._send(b'!tp' + struct.pack('<I', 3) + b'TO' + struct.pack('<I', 0) + b's' + bytes(4) + bytes(4))",
-    "announces an endless message": TAKE_PEER
-    + "import os\ndef total(numbers):\n    peer.outlet.write(b'\\xff' * 4 + b'!' * 10000)\n    peer.outlet.flush()",
+    "says all bytes of its judge's frames": WRONG
+    + SEARCH
+    + "for each in found():\n    if type(each) is bytes: everywhere(each)\nos._exit(0)",
+    "calls all functions of its judge's frames": WRONG
+    + SEARCH
+    + "for each in found():\n    if callable(each) and each not in (found, everywhere, heard):\n"
+    + "        try: each()\n        except BaseException: pass",
+    "calls what its judge calls": WRONG
+    + SEARCH
+    + "for each in found():\n    if getattr(each, '__name__', '') in ('read', 'write', 'leave', '_exit'):\n"
+    + "        try: each(0, b'')\n        except TypeError: each(0)",
+    "says all bytes of its judge's frames when called": SEARCH
+    + "def total(numbers):\n    for each in found():\n        if type(each) is bytes: everywhere(each + each)\n"
+    + "    os._exit(0)",
+    "says what is no verdict": SEARCH + "def total(numbers): everywhere(b'\\xff' * 10000)",
     "an object equal to everything": ANYTHING.format(base="object", arithmetic="0.0"),
     "an object all of whose results are it": ANYTHING.format(base="object", arithmetic="self"),
     "a list equal to everything": ANYTHING.format(base="list", arithmetic="0"),
@@ -195,10 +207,9 @@ MORE = {
     "reads every descriptor": WRONG
     + "import os\nfor fd in range(3, 256):\n    try: print(os.read(fd, 1 << 16))\n    except OSError: pass",
     "closes them when called": "import os, time\ndef total(numbers):\n    os.closerange(0, 256)\n    time.sleep(60)",
-    "announces endless values": TAKE_PEER
-    + "def total(numbers):\n    peer._send(b'!mp' + b'\\x00\\xff\\xff\\xff\\x7f' * 9)",
-    "sends what is nested without end": TAKE_PEER
-    + "def total(numbers):\n    peer._send(b'!' + b'tp\\x01\\x00\\x00\\x00' * 100000 + b'N')",
+    "says what is no verdict without end": SEARCH + "def total(numbers):\n    while True: everywhere(b'\\xff' * 9)",
+    "says what it was sent": SEARCH
+    + "everywhere(heard())\ndef total(numbers):\n    everywhere(heard()[-16:] * 2)\n    os._exit(0)",
     "a number equal to everything": ANYTHING.format(base="float", arithmetic="self"),
     "a class equal to everything": "class Meta(type):\n    def __eq__(self, other): return True\n"
     + "    def __hash__(self): return 0\nclass A(metaclass=Meta): pass\ndef total(numbers): return A",

@@ -1,26 +1,27 @@
-"""The inside of `plmtune.sandbox`, a program of its own that knows the standard library alone.
+"""Namespaces, limits and verdict: a program of its own that knows the standard library alone.
 
-Five processes. The launcher enters new namespaces and waits. Its child is the first process of the new process
-namespace: it builds the file system, starts the others, reports how they ended, and with its end the kernel ends all
-that is left. The judge (`plmtune.sandbox_judge`) is forked from it and runs the tests. The code runs in a fresh
-interpreter (`plmtune.sandbox_candidate`), in a process namespace within, whose first process waits for it: there the
-judge has no number by which it could be signalled, traced or read, whether this was started by root or not; and what
-the code leaves behind ends with that namespace. Judge and code have no rights.
+Three processes. The launcher enters new namespaces and waits. Its child is the first process of the new process
+namespace: it builds the file system, starts a fresh interpreter for code and tests (`plmtune.sandbox.program`), waits
+for the verdict and reports it; with its end the kernel ends all that is left. The interpreter has no rights: it cannot
+trace, read or signal the process that waits for it.
 
-`pathlib`, `contextlib`, `typing`, `json` and `signal` take longer to import than most code takes to run.
+`pathlib`, `contextlib`, `typing`, `json`, `socket` and `signal` take longer to import than most code takes to run.
 """
 
-# ruff: noqa: PTH102, PTH103, PTH110, PTH112, PTH114, PTH115, PTH120, PTH123, PTH211, SIM105
+# ruff: noqa: PTH102, PTH101, PTH103, PTH110, PTH112, PTH114, PTH115, PTH120, PTH123, PTH211, SIM105
 from __future__ import annotations
 
+import _signal
+import _socket
 import ctypes
+import fcntl
+import marshal
 import os
 import resource
 import select
-import sys
+import struct
 
-from plmtune.sandbox_judge import STUB
-from plmtune.sandbox_judge import main as judge
+from plmtune.sandbox.program import KEY_BYTES, READY, STUB
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,16 +34,21 @@ MS_BIND, MS_REC, MS_PRIVATE, MS_NOSUID, MS_NODEV = 0x1000, 0x4000, 0x40000, 0x2,
 MNT_DETACH = 2
 AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = -100, 0x8000, 1  # the other MOUNT_ATTRs are as MS_
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
-CLONE_NEWPID = 0x20000000
 CAPABILITY_VERSION = 0x20080522
 MOUNT_SETATTR = 442  # the same on every machine, unlike:
 PIVOT_ROOT = 155 if os.uname().machine == "x86_64" else 41
 
-SIGKILL = 9
+SIOCSIFFLAGS, IFF_UP = 0x8914, 1
+
 NOBODY = 65534
-NEW_ROOT = "/dev"  # a folder that every Linux has; hidden from the sandbox alone
-_ENDING = 1.0  # seconds that the code may take to end once it has closed the pipe to its tests
-LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
+NEW_ROOT = "/proc"  # a folder that every Linux has; hidden from the sandbox alone
+PLACES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
+DEVICES = ("null", "zero", "full", "random", "urandom")
+# Threads of OpenBLAS, and malloc's arenas a thread, would take the address space that a process may have.
+ENVIRONMENT = {"HOME": "/tmp", "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+_ENDING = 1.0  # seconds that the code may take to end once it has closed the pipe of its verdict
+_PERIOD = 0.02  # seconds between two looks whether it has ended
+_REASON_BYTES = 8000
 
 
 class Missing(Exception):
@@ -67,8 +73,12 @@ def main(order: dict[str, Any], outlet: int) -> None:
 
 def launch(order: dict[str, Any], report: Any) -> None:
     """Enter the namespaces and wait until their first process has ended."""
-    _call("prctl", PR_SET_PDEATHSIG, SIGKILL)
+    _call("prctl", PR_SET_PDEATHSIG, _signal.SIGKILL)
     os.umask(0o022)
+    try:
+        _write("/proc/self/oom_score_adj", "1000")  # the first to end where memory is short
+    except OSError:
+        pass
     enter_namespaces()
     watch, alive = os.pipe()
     first = os.fork()
@@ -77,9 +87,11 @@ def launch(order: dict[str, Any], report: Any) -> None:
         return
     os.close(alive)
     try:
-        _call("prctl", PR_SET_PDEATHSIG, SIGKILL)
+        _call("prctl", PR_SET_PDEATHSIG, _signal.SIGKILL)
+        _signal.signal(_signal.SIGINT, _signal.SIG_IGN)  # others do not reach the first process of a namespace
         if not select.select([watch], [], [], 0)[0]:  # else the launcher died before it could be noticed
-            build_root(order["prefix"], order["disk_bytes"])
+            _loop_back()
+            build_root(order["prefix"], order["packages"], order["disk_bytes"])
             _call("prctl", PR_SET_DUMPABLE, 0)  # not to be looked into by the code
             supervise(order, report)
     except Missing as error:
@@ -131,25 +143,32 @@ def enter_namespaces() -> None:
         pass  # an older kernel
 
 
-def build_root(prefix: str, disk_bytes: int) -> None:
+def build_root(prefix: str, packages: dict[str, str], disk_bytes: int) -> None:
     """Make a file system of Python and the system's libraries, read-only, and an empty /tmp the only one there is."""
+    if prefix.startswith("/tmp/"):
+        raise Missing(f"Python is installed in {prefix}, and /tmp is an empty folder in the sandbox")
     _mount("none", "/", "", MS_REC | MS_PRIVATE)
     _mount("tmpfs", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for place in _needed(prefix):
-        target = f"{NEW_ROOT}{place}"
-        os.makedirs(os.path.dirname(target), exist_ok=True)
         if os.path.islink(place):  # /lib is usr/lib, mostly
-            os.symlink(os.readlink(place), target)
-            continue
-        if os.path.isdir(place):
-            os.makedirs(target, exist_ok=True)
+            os.makedirs(os.path.dirname(f"{NEW_ROOT}{place}"), exist_ok=True)
+            os.symlink(os.readlink(place), f"{NEW_ROOT}{place}")
         else:
-            _write(target, "")
-        _mount(place, target, "", MS_BIND | MS_REC)
+            _bind(place, place)
+    for package, target in packages.items():
+        _bind(package, target)
     os.mkdir(f"{NEW_ROOT}/tmp")
+    os.mkdir(f"{NEW_ROOT}/dev")
+    os.symlink("/tmp", f"{NEW_ROOT}/dev/shm")
+    devices = [f"/dev/{name}" for name in DEVICES if os.path.exists(f"/dev/{name}")]
+    for device in devices:
+        _write(f"{NEW_ROOT}{device}", "")
+    os.chmod(f"{NEW_ROOT}/dev", 0o111)  # used by name, never listed
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)
     size = ctypes.sizeof(attributes)
     _call("syscall", MOUNT_SETATTR, AT_FDCWD, NEW_ROOT.encode(), AT_RECURSIVE, ctypes.byref(attributes), size)
+    for device in devices:
+        _mount(device, f"{NEW_ROOT}{device}", "", MS_BIND)
     _mount("tmpfs", f"{NEW_ROOT}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk_bytes},nr_inodes=4096,mode=777")
     os.chdir(NEW_ROOT)
     # Onto itself: the old root then lies above the new one, and is taken away (pivot_root(2)).
@@ -158,97 +177,118 @@ def build_root(prefix: str, disk_bytes: int) -> None:
     os.chdir("/tmp")
 
 
+def _loop_back() -> None:
+    """Let the network namespace, which has nothing else, have an address of its own: 127.0.0.1."""
+    any_socket = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
+    fcntl.ioctl(any_socket.fileno(), SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
+    any_socket.close()
+
+
 def supervise(order: dict[str, Any], report: Any) -> None:
-    """Start the tests and the code, wait for the verdict, and report it."""
-    to_code, to_judge, verdict, ended = os.pipe(), os.pipe(), os.pipe(), os.pipe()
-    tester = _fork(lambda: _be_judge(order, to_judge[0], to_code[1], verdict[1]))
-    for fd in (to_code[1], to_judge[0], verdict[1]):  # nobody else has them
-        os.close(fd)
-    if order["isolated"]:
-        _call("unshare", CLONE_NEWPID, what="a process namespace within")
-    first = _fork(lambda: _be_first(order, to_code[0], to_judge[1], ended[1]))
-    for fd in (to_code[0], to_judge[1], ended[1]):
-        os.close(fd)
-    said = b""
-    facts: dict[bytes, bytes] = {}
-    while not facts.keys() & {b"finished", b"reason", b"gone"}:
-        if verdict[0] not in select.select([verdict[0], ended[0]], [], [])[0]:
-            facts[b"gone"] = b""  # the code has ended: no verdict that is still to come could be a good one
-            break
-        piece = os.read(verdict[0], 4096)
-        if not piece:
-            break  # the tests have ended without one
-        *lines, said = (said + piece).split(b"\n")
-        for fact, _, what in (line.partition(b" ") for line in lines):
-            facts[fact] = what
-            if fact == b"ready":
-                report(ready=True)
-    os.kill(tester, SIGKILL)
-    _, how = os.waitpid(tester, 0)
-    if b"ready" not in facts:
-        return
-    status = None
-    # The pipe to the judge may have been closed by code that goes on.
-    if b"gone" in facts and select.select([ended[0]], [], [], _ENDING)[0]:
-        status = int(os.read(ended[0], 16) or str(SIGKILL))
-    os.kill(first, SIGKILL)
-    os.waitpid(first, 0)
-    if order["isolated"]:
-        try:
-            os.kill(-1, SIGKILL)  # whoever could still write
-        except ProcessLookupError:
-            pass  # it is alone
-    if b"finished" in facts:
-        report(exit_code=0, finished=True)
-    elif b"reason" in facts:
-        report(exit_code=1, finished=False, reason=facts[b"reason"].decode("unicode_escape"))
-    elif status is not None:
-        report(exit_code=os.waitstatus_to_exitcode(status), finished=False)
-    elif b"gone" not in facts:
-        code = os.waitstatus_to_exitcode(how)
-        report(exit_code=code, finished=False, reason=f"its tests ended before their end, with exit status {code}")
-    else:
-        report(exit_code=1, finished=False, reason="broke off from its tests")
-
-
-def _be_judge(order: dict[str, Any], inlet: int, outlet: int, verdict: int) -> None:
-    """Run the tests."""
-    os.dup2(os.pipe()[0], 0)  # stdin is the code's
-    for fd in range(3, 64):
-        if fd not in (inlet, outlet, verdict):
-            try:
-                os.close(fd)
-            except OSError:
-                continue
-    limit(order)
-    if order["isolated"]:
-        _give_up_rights()
-    if sys.platform == "linux":
-        _call("prctl", PR_SET_DUMPABLE, 0)  # not to be looked into, even where there is no namespace
-    judge(inlet, outlet, verdict, order["candidate"], order["code"], order["tests"])
-
-
-def _be_first(order: dict[str, Any], inlet: int, outlet: int, ended: int) -> None:
-    """Start the code and say how it ended. In a namespace of its own, all that is left ends with this process."""
-    code = _fork(lambda: _be_code(order, inlet, outlet))
+    """Start the code, send it its tests, wait for the verdict, and report it."""
+    (inlet, to_code), (verdict, outlet) = os.pipe(), os.pipe()
+    code = Code(_fork(lambda: _be_code(order, inlet, outlet)), to_code, verdict)
     os.close(inlet)
     os.close(outlet)
-    while True:
-        process, status = os.wait()  # orphans come here too
-        if process == code:
-            os.write(ended, str(status).encode())
-            return
+    key, nonce = os.urandom(KEY_BYTES), os.urandom(KEY_BYTES)
+    tests = order["tests"].encode("utf-8", "surrogatepass")
+    tested = bool(tests.strip())
+    program = {"program": order["program"], "code": order["code"], "tested": tested, "key": key, "path": order["path"]}
+    if code.hear(len(READY)) != READY:
+        return
+    report(ready=True)
+    code.send(marshal.dumps(program), b"" if tested else nonce)
+    said = b""
+    if tested:
+        said = code.hear(KEY_BYTES)
+    if said == key:
+        code.send(tests, nonce)
+        said = b""
+    if not (tested and said):
+        said = code.hear(2 * KEY_BYTES)
+    if said == key + nonce:
+        facts: dict[str, Any] = {"exit_code": 0, "finished": True}
+    else:
+        reason = (said + code.hear(_REASON_BYTES)).decode(errors="backslashreplace")
+        facts = {"exit_code": code.ended(), "finished": False, "reason": reason}
+    code.kill()
+    if order["isolated"]:
+        try:
+            os.kill(-1, _signal.SIGKILL)  # whoever could still write
+        except ProcessLookupError:
+            pass  # it is alone
+    report(**facts)
+
+
+class Code:
+    """The process of the code, and the pipes to and from it."""
+
+    def __init__(self, process: int, to_code: int, verdict: int) -> None:
+        self.process = process
+        self.to_code = to_code
+        self.verdict = verdict
+        self.status: int | None = None
+
+    def send(self, text: bytes, more: bytes = b"") -> None:
+        """Write a text with its length before it, and more behind it."""
+        data = len(text).to_bytes(4, "little") + text + more
+        try:
+            while data:
+                data = data[os.write(self.to_code, data) :]
+        except BrokenPipeError:
+            pass  # it has ended
+
+    def hear(self, count: int) -> bytes:
+        """Read so many bytes, or fewer if it ends before."""
+        said = b""
+        while len(said) < count:
+            ended = self._has_ended()
+            if select.select([self.verdict], [], [], 0 if ended else _PERIOD)[0]:
+                piece = os.read(self.verdict, count - len(said))
+                if not piece:
+                    break
+                said += piece
+            elif ended:
+                break
+        return said
+
+    def ended(self) -> int | None:
+        """Its exit code as `subprocess` gives it; None for one that goes on though it has closed its pipe."""
+        for _ in range(int(_ENDING / _PERIOD)):
+            if self._has_ended():
+                break
+            select.select([], [], [], _PERIOD)
+        return None if self.status is None else os.waitstatus_to_exitcode(self.status)
+
+    def kill(self) -> None:
+        """End it."""
+        if self.status is None:
+            os.kill(self.process, _signal.SIGKILL)
+
+    def _has_ended(self) -> bool:
+        while self.status is None:
+            try:
+                process, status = os.waitpid(-1, os.WNOHANG)  # orphans come here too
+            except ChildProcessError:
+                break
+            if not process:
+                break
+            if process == self.process:
+                self.status = status
+        return self.status is not None
 
 
 def _be_code(order: dict[str, Any], inlet: int, outlet: int) -> None:
-    """Become an interpreter that knows nothing but the code."""
+    """Become an interpreter that knows nothing but what it is sent."""
     os.set_inheritable(inlet, True)
     os.set_inheritable(outlet, True)
     limit(order)
     if order["isolated"]:
         _give_up_rights()
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     python = order["python"]
-    os.execve(python, [python, "-I", "-S", "-u", "-c", STUB, str(inlet), str(outlet)], {})
+    # Without `-I`, which would leave the seed of hashes to chance; all of the environment is ours.
+    os.execve(python, [python, "-P", "-s", "-S", "-u", "-c", STUB, str(inlet), str(outlet)], ENVIRONMENT)
 
 
 def _fork(then: Callable[[], None]) -> int:
@@ -280,12 +320,12 @@ def limit(order: dict[str, Any]) -> None:
         resource.RLIMIT_AS: order["memory_bytes"],
         resource.RLIMIT_CPU: int(order["seconds"]) + 2,
         resource.RLIMIT_FSIZE: order["disk_bytes"],
-        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_NOFILE: 256,
         resource.RLIMIT_CORE: 0,
     }
     if order["isolated"]:
-        # The tests' process counts too and, where they are of the same user, the three that started it and the code.
-        limits[resource.RLIMIT_NPROC] = order["processes"] + (4 if os.geteuid() else 1)
+        # Where they are of the same user, the two that started it count too.
+        limits[resource.RLIMIT_NPROC] = order["processes"] + (2 if os.geteuid() else 0)
         limits[resource.RLIMIT_MSGQUEUE] = 0
     for which, wanted in limits.items():
         _, hard = resource.getrlimit(which)
@@ -296,7 +336,7 @@ def limit(order: dict[str, Any]) -> None:
 def _needed(prefix: str) -> list[str]:
     """The interpreter's installation and the libraries it may load, none of them inside of another."""
     found: list[str] = []
-    for place in (prefix, *LIBRARIES):
+    for place in (prefix, *PLACES):
         if os.path.exists(place) and not any(f"{place}/".startswith(f"{other}/") for other in found):
             found.append(place)
     return found
@@ -324,6 +364,17 @@ def _read(path: str) -> str:
 def _write(path: str, text: str) -> None:
     with open(path, "w") as file:
         file.write(text)
+
+
+def _bind(place: str, target: str) -> None:
+    """Show a file or a folder in the new root."""
+    target = f"{NEW_ROOT}{target}"
+    if os.path.isdir(place):
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        _write(target, "")
+    _mount(place, target, "", MS_BIND | MS_REC)
 
 
 def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:

@@ -1,27 +1,16 @@
-"""Run Python code that a model wrote: apart from this machine, for a bounded time, with a verdict it cannot print.
+"""Run Python code that a model wrote, with its tests: apart from this machine, and for a bounded time.
 
-The code runs in user, mount, process, network and IPC namespaces of its own (`plmtune.sandbox_inside`): no network, no
-process of this machine, no file but the Python installation and the system's libraries, read-only, and an empty
-working directory in memory. Its environment is empty; memory, processor time, processes, files and output are limited,
-and after the wall-clock limit the kernel ends all of it at once.
+Code and tests run in user, mount, process, network and IPC namespaces of their own (`plmtune.sandbox.inside`): no
+network, no process of this machine, no file but the Python installation, numpy, the system's libraries and a few
+devices, read-only, and an empty working directory in memory. Memory, processor time, processes, files and output are
+limited, and after the wall-clock limit the kernel ends all of it at once.
 
-Tests run in another process than the code (`plmtune.sandbox_judge`), which alone can give the verdict. What the tests
-name and neither they nor Python define is asked of the code, by a pipe that carries plain values
-(`plmtune.sandbox_wire`): the code can do to itself what it likes, and yet only answer. So tests see
+They run in one process and one module (`plmtune.sandbox.program`), as in the judges of HumanEval and of lm-eval: what
+is right there is right here. Who started it gives the verdict, on a key and a nonce that the process has only once the
+tests have ended. So code does not pass by ending early, by printing, by its exit status, or by writing to descriptors.
 
-- numbers, texts, lists, tuples, dicts and their views, sets, ranges, arrays, namedtuples, deques, Counters, Decimals,
-  Fractions, dates: as they are; what the code changes of a list, dict or set that it was given changes. A defaultdict
-  has no factory.
-- objects of the code's own classes, functions, generators: by their attributes, methods, items and iteration. Among
-  themselves they compare as the code says; to a plain value they are never equal, and arithmetic gives no number;
-  unless their class is made of int, str, list or another plain one: then by what that holds, as an IntEnum's number.
-- its exceptions: by class and text. Its modules of plain functions, as `math`: imported anew.
-
-The code can be given the same, and functions of the tests; no objects of classes that the tests define. Tests cannot
-set its globals, inherit from its classes, or await its coroutines.
-
-What is not promised: the kernel is shared; and where a test asks the code itself whether the code is right, as by a
-second function that the answer begins with, it may lie.
+What is not promised: the kernel is shared; and code in the process of its tests decides what its own objects are equal
+to, can replace what the tests call, and can search the interpreter's frames and memory.
 """
 
 from __future__ import annotations
@@ -29,6 +18,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import importlib.util
 import marshal
 import os
 import platform
@@ -47,10 +37,11 @@ from typing import IO, Any, Literal
 from plmtune.errors import UserError
 
 Isolation = Literal["namespaces", "limits"]
+MEMORY_BYTES = 512 * 2**20
+DISK_BYTES = 16 * 2**20
 
 # The programs of the sandbox are compiled once a process, and know the standard library alone.
-_LAUNCHER = ("plmtune.sandbox_wire", "plmtune.sandbox_judge", "plmtune.sandbox_inside")
-_CANDIDATE = ("plmtune.sandbox_wire", "plmtune.sandbox_candidate")
+_LAUNCHER = ("plmtune.sandbox.program", "plmtune.sandbox.inside")
 _START = """
 import marshal, sys, types
 with open(int(sys.argv[1]), "rb") as file:
@@ -60,7 +51,8 @@ for name, code in order["launcher"]:
     exec(code, module.__dict__)
 module.main(order, int(sys.argv[2]))
 """
-_STARTING = 5.0  # seconds on top of the code's own, until which the sandbox must stand
+_PACKAGES = "/packages"  # where numpy is, inside
+_STARTING = 30.0  # seconds on top of the code's own, until which the sandbox must stand
 
 
 class NoSandbox(UserError):
@@ -97,14 +89,14 @@ def run_python(
     tests: str = "",
     stdin: str = "",
     seconds: float = 5.0,
-    memory_bytes: int = 512 * 2**20,
-    disk_bytes: int = 16 * 2**20,
+    memory_bytes: int = MEMORY_BYTES,
+    disk_bytes: int = DISK_BYTES,
     output_bytes: int = 64 * 2**10,
-    processes: int = 4,
+    processes: int = 128,
     isolation: Isolation = "namespaces",
     stop: threading.Event | None = None,
 ) -> Result:
-    """Run code, and then tests in the same module, with the standard library alone.
+    """Run code, and then tests in the same module, with the standard library and numpy, where it is installed.
 
     Args:
         seconds: of the wall clock, for everything.
@@ -132,7 +124,7 @@ def run_python(
             raise ValueError(f"{name} must be positive, but is {value:g}")
     if isolation == "namespaces" and platform.system() != "Linux":
         raise NoSandbox(f"it needs the namespaces of Linux, and this is {platform.system()}")
-    python = _interpreter()
+    python, packages = _interpreter(), _numpy()
     spec = {
         "code": code,
         "tests": tests,
@@ -143,8 +135,10 @@ def run_python(
         "isolated": isolation == "namespaces",
         "python": python,
         "prefix": os.path.realpath(sys.base_prefix),
+        "packages": {str(folder): f"{_PACKAGES}/{folder.name}" for folder in packages},
+        "path": _PACKAGES if isolation == "namespaces" or not packages else str(packages[0].parent),
         "launcher": [(name, _compiled(name)) for name in _LAUNCHER],
-        "candidate": [(name, _compiled(name)) for name in _CANDIDATE],
+        "program": _compiled("plmtune.sandbox.program"),
     }
     # Files, not pipes: nobody waits for anybody to read them. The report is written by the sandbox, not by the code.
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as order, tempfile.TemporaryFile() as report:
@@ -175,7 +169,15 @@ def run_python(
 @functools.cache
 def _compiled(name: str) -> CodeType:
     path = Path(__file__).with_name(name.rpartition(".")[2] + ".py")
-    return compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+    return compile(path.read_bytes(), f"sandbox/{path.name}", "exec", dont_inherit=True)
+
+
+@functools.cache
+def _numpy() -> list[Path]:
+    """The folders of numpy, and of the libraries that its wheel brings; none where it is not installed."""
+    found = importlib.util.find_spec("numpy")
+    folders = [Path(folder) for folder in found.submodule_search_locations or ()][:1] if found else []
+    return [each for folder in folders for each in (folder, folder.with_name("numpy.libs")) if each.is_dir()]
 
 
 def _read(

@@ -1,0 +1,5 @@
+"""Run Python code that a model wrote, with its tests, in namespaces of its own."""
+
+from plmtune.sandbox.run import DISK_BYTES, MEMORY_BYTES, Isolation, NoSandbox, Result, run_python
+
+__all__ = ["DISK_BYTES", "MEMORY_BYTES", "Isolation", "NoSandbox", "Result", "run_python"]
