@@ -6,16 +6,13 @@ import contextlib
 import functools
 import importlib
 import math
-import os
 import sys
-import threading
 import types
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from plmtune.sandbox import DISK_BYTES, MEMORY_BYTES, Isolation, NoSandbox, Result, run_python
+from plmtune.sandbox import DISK_BYTES, MEMORY_BYTES, Isolation, NoSandbox, Result, run_all, run_python
 
 # What the modules of lm-eval's tasks run when they are imported, to see whether code may be run.
 _PROBE = ("def add(a,b): return a*b", "assert add(2, 3)==5")
@@ -111,19 +108,9 @@ class CodeRunner:
             NoSandbox: if this machine cannot isolate.
         """
         todo = [pair for pair in dict.fromkeys(work) if pair not in self._known]
-        stop = threading.Event()
-        run_one = functools.partial(self._run_one, stop=stop)
-        pool = ThreadPoolExecutor(max(1, min(len(todo), _cores())))
-        try:
-            for pair, result in zip(todo, pool.map(run_one, todo), strict=True):
-                self._known[pair] = result
-        finally:
-            stop.set()  # after an error, or Ctrl-C; else all have ended
-            pool.shutdown(cancel_futures=True)
+        results = run_all(todo, seconds=self.seconds, isolation=self.isolation)
+        self._known |= dict(zip(todo, results, strict=True))
         return [self._known[pair] for pair in work]
-
-    def _run_one(self, pair: tuple[str, str], stop: threading.Event) -> Result:
-        return run_python(pair[0], tests=pair[1], seconds=self.seconds, isolation=self.isolation, stop=stop)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -195,8 +182,3 @@ def missing() -> str | None:
     except NoSandbox as error:
         return error.what
     return None if ended.passed else f"a program that is right does not pass ({ended.reason})"
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,7 +8,6 @@ import warnings
 from dataclasses import dataclass
 
 from plmtune.rounds.chains import Chain
-from plmtune.sandbox import Result, run_python
 
 # Code within a line is read over: its second fence opens nothing.
 _FENCE = re.compile(r"```[^`\n]*```|```[ \t]*(?P<language>[\w+-]*)[^`\n]*\n(?P<code>.*?)(?:```|\Z)", re.DOTALL)
@@ -62,14 +61,14 @@ def code_of(text: str) -> str:
     return text
 
 
-def verdict(text: str, tests: Tests, *, seconds: float = 5.0) -> Result:
-    """Run an answer's code and its tests in a sandbox."""
+def program(text: str, tests: Tests) -> tuple[str, str]:
+    """(the code of an answer, with what it goes on from; what runs after it)."""
     code = code_of(text)
     if not _defines(code, tests.name):
         code = tests.begun + code
     elif "from __future__" not in code:  # which nothing may stand before
         code = tests.before + code
-    return run_python(code, tests=tests.code, seconds=seconds)
+    return code, tests.code
 
 
 def _defines(code: str, name: str) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -21,8 +19,9 @@ from plmtune.models.files import checkpoint_directory
 from plmtune.ranges import AT_LEAST_1, Range, check
 from plmtune.registry import register
 from plmtune.rounds.chains import Chain
-from plmtune.rounds.programs import Tests, tests_of, verdict
+from plmtune.rounds.programs import program, tests_of
 from plmtune.rounds.rules import number_of
+from plmtune.sandbox import run_all
 
 Item = tuple[Chain, str]  # a prompt, and an answer to it
 
@@ -95,18 +94,13 @@ class TestsPass:
         Raises:
             UserError: naming the first prompt without tests; where there is no sandbox.
         """
-
-        def judge(item: tuple[str, Tests]) -> float:
-            return float(verdict(*item, seconds=self.seconds).passed)
-
         work = []
         for chain, text in items:
             tests = tests_of(chain)
             if tests is None:
                 raise UserError(f"reward=tests_pass: {chain.place} has no tests (keys test and entry_point, or tests).")
-            work.append((text, tests))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(judge, work))
+            work.append(program(text, tests))
+        return [float(result.passed) for result in run_all(work, seconds=self.seconds)]
 
 
 @register("reward", "reward_model")

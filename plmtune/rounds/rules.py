@@ -9,7 +9,8 @@ from typing import cast
 
 from plmtune.registry import load, register
 from plmtune.rounds.chains import Chain, Turn
-from plmtune.rounds.programs import tests_of, verdict
+from plmtune.rounds.programs import program, tests_of
+from plmtune.sandbox import run_python
 
 Rule = Callable[[Chain, Turn, Turn], str | None]  # (chain, chosen, rejected)
 
@@ -77,7 +78,8 @@ def tests_pass(chain: Chain, chosen: Turn, rejected: Turn) -> str | None:
     tests = tests_of(chain)
     if tests is None:
         return "has no tests for code"
-    return None if verdict(chosen.text, tests).passed else "has a chosen answer whose code fails its tests"
+    code, after = program(chosen.text, tests)
+    return None if run_python(code, tests=after).passed else "has a chosen answer whose code fails its tests"
 
 
 def number_of(text: str) -> Decimal | None:

@@ -29,6 +29,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
@@ -164,6 +166,28 @@ def run_python(
             assert launcher.stdout
             launcher.stdout.close()
         return _judge(_load(report), output.decode(errors="replace"), in_time, seconds)
+
+
+def run_all(
+    work: Sequence[tuple[str, str]], *, seconds: float = 5.0, isolation: Isolation = "namespaces"
+) -> list[Result]:
+    """Run pairs of (code, tests), as many at once as there are cores; results in their order.
+
+    Raises:
+        NoSandbox: if this machine cannot isolate.
+    """
+    stop = threading.Event()
+
+    def run(pair: tuple[str, str]) -> Result:
+        return run_python(pair[0], tests=pair[1], seconds=seconds, isolation=isolation, stop=stop)
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool = ThreadPoolExecutor(max(1, min(len(work), cores)))
+    try:
+        return list(pool.map(run, work))
+    finally:
+        stop.set()  # after an error, or Ctrl-C; else all have ended
+        pool.shutdown(cancel_futures=True)
 
 
 @functools.cache

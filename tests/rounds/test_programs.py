@@ -7,7 +7,8 @@ import pytest
 from plmtune.data.rows import Message
 from plmtune.rounds import programs
 from plmtune.rounds.chains import Chain
-from plmtune.rounds.programs import code_of, verdict
+from plmtune.rounds.programs import code_of, program
+from plmtune.sandbox import run_python
 
 HUMAN_EVAL = '''from typing import List
 
@@ -70,7 +71,8 @@ class TestHumanEval:
     def test_an_answer_may_go_on_from_what_was_asked(self, prompt: str, answer: str, passed: bool) -> None:
         tests = programs.tests_of(chain(prompt, test=TEST, entry_point="total"))
         assert tests is not None
-        assert verdict(answer, tests).passed == passed
+        code, after = program(answer, tests)
+        assert run_python(code, tests=after).passed == passed
 
     def test_a_question_without_code_begins_nothing(self) -> None:
         tests = programs.tests_of(chain("Write a def total(numbers) for me.", test=TEST, entry_point="total"))
@@ -83,4 +85,5 @@ class TestMbpp:
         row = {"test_imports": ["import math"], "test_list": ["assert math.isclose(f(), 1.0)"]}
         tests = programs.tests_of(chain("Write f.", **row))
         assert tests is not None
-        assert verdict("def f(): return 1.0", tests).passed
+        code, after = program("def f(): return 1.0", tests)
+        assert run_python(code, tests=after).passed

@@ -80,6 +80,59 @@ class TestVerdict:
         assert not run("def f(): return 1\nx = '''", "assert f() == 2 #'''").passed
         assert not run("def f(): return 1\nif False:\n  pass", "assert f() == 2").passed
 
+    def test_unittest_may_end_the_tests_and_nothing_else(self) -> None:
+        case = "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(), 1)\n"
+        assert run("def f(): return 1", case + "unittest.main()").passed
+        assert not run("def f(): return 2", case + "unittest.main()").passed
+        cheat = "import sys, unittest\ndef f(): {}\n"
+        for end in ("sys.exit(0)", "unittest.main(argv=['x'], module=None)", "raise SystemExit"):
+            assert not run(cheat.format(end), "f()\nassert False").passed, end
+
+    def test_the_code_is_a_module_and_its_tests_a_program(self) -> None:
+        code = "said = __name__\nif __name__ == '__main__':\n    print('main')\nclass Box: pass"
+        assert run(code).output == "main\n"
+        tests = "import candidate, pickle\nassert said != '__main__' == __name__ and candidate.Box is Box\n"
+        assert run(code, tests + "assert type(pickle.loads(pickle.dumps(Box()))) is Box") == Result(True, 0, "", None)
+
+    def test_the_same_program_has_the_same_verdict(self) -> None:
+        code = "def f(): return list({'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'})"
+        told = {run(code, "print(f())").output for _ in range(3)}
+        assert len(told) == 1
+
+    def test_a_reason_is_told_behind_any_output(self) -> None:
+        result = run("print('x' * 100000)\ndef f(): return {}['k']", "f()", output_bytes=100)
+        assert (result.reason, len(result.output)) == ("KeyError: 'k'", 100)
+
+    def test_an_error_is_shown_with_its_lines(self) -> None:
+        output = run("def half(x):\n    return x / 0\n", "assert half(1) == 2").output
+        assert 'File "candidate.py", line 2, in half\n    return x / 0' in output
+        assert 'File "tests.py", line 1, in <module>' in output
+        assert "program.py" not in output
+
+    def test_tests_of_any_size_are_sent(self) -> None:
+        assert run("def f(x): return x", "".join(f"assert f({n}) == {n}\n" for n in range(20000)), seconds=20).passed
+
+    @pytest.mark.parametrize(
+        "code",
+        [
+            "class Any:\n    def __eq__(self, other): return True\ndef f(): return [Any()]",
+            "import math\nmath.isclose = lambda a, b: True\ndef f(): return 2",
+            "import sys\ndef f(): return sys._getframe(1).f_code.co_consts[0]",
+        ],
+    )
+    def test_what_one_process_cannot_promise(self, code: str) -> None:
+        # docs/evaluation.md names these: it is so in every judge that runs code and tests together.
+        tests = "assert f() == [6]" if "Any" in code else "import math\nassert math.isclose(f(), 6)"
+        assert run(code, "6\nx = 6\nassert f() == x" if "_getframe" in code else tests).passed
+
+    @pytest.mark.parametrize("base", ["object", "int", "list", "Exception", "type"])
+    def test_an_object_that_equals_everything_proves_nothing(self, base: str) -> None:
+        code = f"class Any({base}):\n    def __eq__(self, other): return True\n    def __hash__(self): return 0\n"
+        code += "def f(): return Any()\n" if base != "type" else "class A(metaclass=Any): pass\ndef f(): return A\n"
+        result = run(code, "assert f() == 6\nassert 7 in [f()]")
+        assert (result.passed, result.reason) == (False, "an object of class Any equals everything")
+        assert base == "type" or run(code, "assert Any() == 6").passed  # where this is what the tests want to see
+
 
 class TestLimits:
     def test_time(self) -> None:
