@@ -9,6 +9,7 @@ until they meet, which is where the text is cut.
 from __future__ import annotations
 
 import re
+import time
 import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
@@ -17,7 +18,10 @@ from typing import Any
 
 import regex
 
+from plmtune.data.bpe import COMPLETE_PATTERNS
+
 _WINDOW = 2048  # characters looked at for one cut
+_SECONDS = 1.0  # of CPU time for one cut, by a pattern that is not known to take time in proportion to the text
 _TRIES = 64  # windows looked at, from the end of a text
 # One character of a pattern: a class, an escape or itself.
 _ATOM = regex.compile(
@@ -125,6 +129,8 @@ class Cuts:
         self._pieces = regex.compile(complete)
         # Fails after every try, so that a partial match is a try that came to the end of the text.
         self._tries = regex.compile(f"(?:{complete})(?!)")
+        self._is_linear = pattern in COMPLETE_PATTERNS
+        self._deadline = 0.0
         try:
             self._automaton: _Automaton | None = _Automaton(pattern)
         except ValueError:
@@ -134,6 +140,14 @@ class Cuts:
         """The last place where a text may be cut, looked for from its end; 0 if there is none."""
         if self._automaton is None:
             return 0
+        self._deadline = time.thread_time() + _SECONDS
+        try:
+            return self._last(text)
+        except TimeoutError:  # whoever encodes the text says so
+            self._automaton = None
+            return 0
+
+    def _last(self, text: str) -> int:
         end = len(text) - self._longest  # what begins later may be the beginning of a fixed text
         for _ in range(_TRIES):
             start = max(0, end - _WINDOW)
@@ -175,24 +189,37 @@ class Cuts:
         while len(heads) > 1 or max(heads) < crossed:
             head = min(heads)
             heads.remove(head)
-            found = self._pieces.match(text, head)
-            if found is None or found.end() == head or self._tries.match(text, head, partial=True):
+            found = self._match(self._pieces, text, head)
+            if found is None or found.end() == head or self._match(self._tries, text, head, partial=True):
                 return 0
             matches[head] = found.end()
             heads.add(found.end())
         chain = [*heads]
-        while (found := self._pieces.match(text, chain[-1])) and not self._tries.match(text, chain[-1], partial=True):
+        while (found := self._match(self._pieces, text, chain[-1])) and not self._match(
+            self._tries, text, chain[-1], partial=True
+        ):
             if found.end() == chain[-1]:
                 return 0
             matches[chain[-1]] = found.end()
             chain.append(found.end())
         for at in reversed(chain):
             # Before a cut a piece sees the end of a text where it saw what follows.
-            if at in places and all(
-                self._pieces.match(text, head, at).end() == end for head, end in matches.items() if head < at
-            ):
+            if at in places and all(self._ended(text, head, at) == end for head, end in matches.items() if head < at):
                 return places[at]
         return 0
+
+    def _match(
+        self, pattern: regex.Pattern[str], text: str, at: int, end: int | None = None, partial: bool = False
+    ) -> Any:
+        """Match a pattern, which may try exponentially many ways, before the deadline."""
+        left = None if self._is_linear else self._deadline - time.thread_time()
+        if left is not None and left <= 0:
+            raise TimeoutError
+        return pattern.match(text, at, len(text) if end is None else end, partial=partial, timeout=left)
+
+    def _ended(self, text: str, head: int, at: int) -> int:
+        """Where a piece ends if the text ends at a place."""
+        return int(self._match(self._pieces, text, head, at).end())
 
     def _crossed(self, text: str, begin: int) -> int | None:
         """The first place that nothing from before `begin` goes or looks beyond; None if it is not in the text."""
@@ -205,8 +232,8 @@ class Cuts:
                 return at
             following = automaton.after(states) | (automaton.first if unmatched else set())
             states = automaton.over(following, text[at])
-            if unmatched and self._pattern is not None and at > begin and self._pattern.match(text, at):
-                unmatched = self._tries.match(text, at, partial=True) is not None
+            if unmatched and self._pattern is not None and at > begin and self._match(self._pattern, text, at):
+                unmatched = self._match(self._tries, text, at, partial=True) is not None
         return None
 
     def _normalized(self, raw: str) -> tuple[str, dict[int, int]]:

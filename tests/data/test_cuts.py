@@ -8,15 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plmtune.data import cuts as module
-from plmtune.data.bpe import BYTE_PATTERN, DIGITS_GPT2_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN
+from plmtune.data.bpe import (
+    BYTE_PATTERN,
+    DIGITS_GPT2_PATTERN,
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    O200K_PATTERN,
+    QWEN2_PATTERN,
+)
 from plmtune.data.tokenizers import Tokenizer, bundled
 
-# GPT-4o's, and patterns that look far ahead, leave text unmatched, or take a match back.
-O200K_PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# Some look far ahead, leave text unmatched, or take a match back.
 PATTERNS = {
     "gpt2": GPT2_PATTERN,
     "digits": DIGITS_GPT2_PATTERN,
@@ -104,3 +106,11 @@ def test_characters_that_join_with_those_before_them_begin_nothing() -> None:
             first, second = (chr(int(part, 16)) for part in parts)
             joined = unicodedata.normalize("NFC", first + second) == character
             assert not (joined and module._starts(second)), hex(ord(character))
+
+
+def test_a_pattern_that_multiplies_its_tries_has_no_sure_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SECONDS", 0.1)
+    pattern = r"(?:a|aa)+(?!a|!)|\s+|."
+    cuts = module.Cuts(pattern, pattern, [], None)
+    assert cuts.last("b" * 100 + "a" * 3000) == 0
+    assert cuts.last("some words here " * 200) == 0  # it is not asked again
