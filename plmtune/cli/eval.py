@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Show suites and tasks: --list, or --list WORD... for those that contain one.",
 )
+@click.option(
+    "--map",
+    "mapping",
+    is_flag=True,
+    help="Print what a map for --data holds of --tasks; needs no network.",
+)
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Documents a task; default: all.")
 @click.option(
     "--num-fewshot", type=click.IntRange(0), metavar="K", help="Examples before each question; default: the task's own."
@@ -65,6 +71,7 @@ def evaluate(
     names: str | None,
     suite: str | None,
     listing: bool,
+    mapping: bool,
     limit: int | None,
     num_fewshot: int | None,
     batch_size: str,
@@ -100,6 +107,9 @@ def evaluate(
     tasks = Tasks(include=include, data=LocalData.open(data) if data else None)
     if listing:
         _list(tasks, checkpoints)
+        return
+    if mapping:
+        _show_map(tasks, tasks.resolve(_names(names, suite, SUITES)))
         return
     for option, value in (("--chat-template", chat_template), ("--system", system)):
         if value is not None and not chat:
@@ -212,6 +222,13 @@ def _list(tasks: Tasks, words: Sequence[str]) -> None:
             click.echo("\t".join(cell.text for cell in row))
     if len(found) < len(known) and not words:
         _tell(f"and {len(known) - len(found):,} more: plmtune eval --list WORD")
+
+
+def _show_map(tasks: Tasks, names: Sequence[str]) -> None:
+    entries = [entry for name in names for entry in tasks.map_entries(name)]
+    if not entries:
+        raise UserError(f"{', '.join(names)}: written in Python, which does not say what it reads.")
+    click.echo("\n".join(entries))
 
 
 def _tell(text: str) -> None:

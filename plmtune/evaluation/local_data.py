@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
-import functools
-import io
 import json
 import re
-import tempfile
-import zipfile
-import zlib
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 import yaml
-from jinja2 import StrictUndefined, TemplateError
-from jinja2.environment import TemplateExpression
+from jinja2 import TemplateError
 
 from plmtune.data.files import read_text
-from plmtune.data.rows import read_rows
-from plmtune.data.sources import BadRow
-from plmtune.data.template_sandbox import Sandbox
-from plmtune.errors import UserError, did_you_mean, unreadable
+from plmtune.data.template_limits import TemplateLimit
+from plmtune.errors import UserError, did_you_mean
+from plmtune.evaluation import local_rows
+from plmtune.evaluation.local_rows import CHUNK, Place, Where, compiled, open_zip, opened
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 MAP_NAME = "tasks.yaml"
 _SHIPPED = Path(__file__).with_name("known_files.yaml")
-_MOST_BYTES = 2 << 30  # unpacked; all rows of a split are held in memory
-_CHUNK = 1 << 20
 _NEAR = 0.8  # of names that are for the most part alike by themselves: mmlu_anatomy, mmlu_astronomy
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
-_KEYS = ("file", "columns", "names")
+_KEYS = ("file", "columns", "names", "where", "join")
+_JOIN_KEYS = ("file", "names")
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """A file whose rows stand beside those of another."""
+
+    file: str
+    names: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -48,24 +47,15 @@ class _Split:
     files: tuple[str, ...]
     columns: dict[str, str] | None
     names: tuple[str, ...] | None
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A file that is there, or a file in a zip."""
-
-    path: Path
-    member: str | None
-
-    def __str__(self) -> str:
-        return str(self.path if self.member is None else self.path / self.member)
+    where: Where | None
+    join: tuple[_Joined, ...]
 
 
 @dataclass(frozen=True)
 class _Entry:
     """A task as the map has it: each split with where it is, None where none of its files is there."""
 
-    splits: dict[str, tuple[_Split, _Place | None]]
+    splits: dict[str, tuple[_Split, Place | None]]
     filled: dict[str, str]  # what the placeholder stands for
 
 
@@ -81,6 +71,7 @@ class LocalData:
         self._tasks = tasks
         self._folder = folder
         self._members: dict[Path, frozenset[str]] = {}
+        self._places: dict[tuple[str, str], list[str]] = {}
         # The one with most text of its own first: mmlu_{subject}_generative before mmlu_{subject}.
         patterns = [key for key in tasks if _PLACEHOLDER.search(key)]
         self._patterns = sorted(patterns, key=lambda key: (-len(_PLACEHOLDER.sub("", key)), key))
@@ -119,10 +110,12 @@ class LocalData:
 
     def check(self, task: str) -> None:
         """Raise UserError if the map names a file for just this task, and it is not there."""
-        entry = self._find(task)
-        for name, (split, place) in (entry.splits if entry is not None and self._meant(task) else {}).items():
-            if place is None:
-                files = " and ".join(str(self._folder / file) for file in split.files)
+        entry = self._find(task) if self._meant(task) else None
+        for name, (split, place) in entry.splits.items() if entry is not None else ():
+            if place is None and entry is not None:
+                first = any(self._locate(_fill(file, entry.filled)) for file in split.files)
+                beside = [one.file for one in split.join if not self._locate(_fill(one.file, entry.filled))]
+                files = " and ".join(str(self._folder / file) for file in (beside if first else split.files))
                 raise UserError(f"{self.where} names {files} for {task}/{name}: it is not there")
 
     def absent(self, task: str) -> list[str]:
@@ -148,7 +141,7 @@ class LocalData:
             return None
         self.check(task)
         return {
-            name: self._read(f"{task}/{name}", split, place, entry.filled)
+            name: self._read(task, name, split, place, entry.filled)
             for name, (split, place) in entry.splits.items()
             if name in splits and place is not None
         }
@@ -158,7 +151,16 @@ class LocalData:
         entry = self._find(task)
         if entry is None:
             return ""
-        return ", ".join(f"{name}: {place}" for name, (_, place) in entry.splits.items() if place is not None)
+        return ", ".join(
+            " and ".join([f"{name}: {place}", *(one.file for one in split.join)])
+            for name, (split, place) in entry.splits.items()
+            if place is not None
+        )
+
+    def place(self, task: str, split: str, index: int) -> str:
+        """Say where a row of a split that `dataset` has read stands; empty where that is not known."""
+        places = self._places.get((task, split), [])
+        return places[index] if index < len(places) else ""
 
     def fingerprint(self, task: str) -> str:
         """Hash what the files of a task hold, and how the map reads them."""
@@ -167,10 +169,14 @@ class LocalData:
             return ""
         digest = xxhash.xxh3_128()
         for name, (split, place) in entry.splits.items():
-            digest.update(json.dumps([name, split.columns, split.names, entry.filled]).encode())
-            if place is not None:
-                with _opened(place) as file:
-                    while chunk := file.read(_CHUNK):
+            more = [asdict(one) for one in split.join], split.where
+            how = [name, split.columns, split.names, entry.filled, *(more if any(more) else ())]
+            digest.update(json.dumps(how, default=str).encode())
+            beside = [self._locate(_fill(one.file, entry.filled)) for one in split.join]
+            for held in [place, *beside] if place is not None else []:
+                assert held is not None
+                with opened(held) as file:
+                    while chunk := file.read(CHUNK):
                         digest.update(chunk)
         return digest.hexdigest()
 
@@ -198,39 +204,47 @@ class LocalData:
         return first
 
     def _entry(self, key: str, filled: dict[str, str]) -> _Entry:
-        return _Entry(
-            {
-                name: (split, next(filter(None, (self._locate(_fill(file, filled)) for file in split.files)), None))
-                for name, split in self._tasks[key].items()
-            },
-            filled,
-        )
+        def there(split: _Split) -> Place | None:
+            if not all(self._locate(_fill(one.file, filled)) for one in split.join):
+                return None
+            return next(filter(None, (self._locate(_fill(file, filled)) for file in split.files)), None)
 
-    def _locate(self, file: str) -> _Place | None:
+        return _Entry({name: (split, there(split)) for name, split in self._tasks[key].items()}, filled)
+
+    def _locate(self, file: str) -> Place | None:
         path = self._folder / file
         if path.is_file():
-            return _Place(path, None)
+            return Place(path, None)
         before, zipped, member = file.partition(".zip/")
         archive = self._folder / (before + ".zip")
         if not zipped or not archive.is_file():
             return None
         if archive not in self._members:
-            with _zip(archive) as opened:
+            with open_zip(archive) as opened:
                 self._members[archive] = frozenset(opened.namelist())
-        return _Place(archive, member) if member in self._members[archive] else None
+        return Place(archive, member) if member in self._members[archive] else None
 
-    def _read(self, what: str, split: _Split, place: _Place, filled: dict[str, str]) -> Dataset:
+    def _read(self, task: str, name: str, split: _Split, place: Place, filled: dict[str, str]) -> Dataset:
         import datasets
         import pyarrow
 
         where = str(place)
-        rows = _rows(place, split.names)
-        made = _columns(rows, split.columns, filled, where) if split.columns else _plain(rows, where)
-        found = list(made)
-        if not found:
-            raise UserError(f"{where} holds no rows ({what} of {self.where})")
+        rows = local_rows.rows_of(place, split.names)
+        for one in split.join:
+            beside = self._locate(_fill(one.file, filled))
+            assert beside is not None
+            rows = local_rows.joined(rows, local_rows.rows_of(beside, one.names), where, str(beside))
+        if split.where is not None:
+            rows = local_rows.filtered(rows, split.where, filled, where)
+        if split.columns:
+            made = list(local_rows.with_columns(rows, split.columns, filled, where))
+        else:
+            made = list(local_rows.plain(rows, where))
+        if not made:
+            raise UserError(f"{where} holds no rows ({task}/{name} of {self.where})")
+        self._places[task, name] = [f"{where}, {line}" for line, _ in made]
         try:
-            return datasets.Dataset.from_list(found)
+            return datasets.Dataset.from_list([row for _, row in made])
         except (pyarrow.ArrowException, TypeError, OverflowError) as error:
             raise UserError(f"{where}: a column has values of different kinds in different rows: {error}") from error
 
@@ -280,155 +294,51 @@ def _split(path: Path, key: str, value: Any, placeholders: list[str]) -> _Split:
         raise UserError(f"{path}, key {key}.columns: each column with an expression, such as text: question, in quotes")
     if names is not None and not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
         raise UserError(f"{path}, key {key}.names: a list of the names of a CSV file's columns, not {names!r}")
-    for file in files:
+    join = _joined(path, key, value.get("join"))
+    for file in [*files, *(one.file for one in join)]:
         for name in _PLACEHOLDER.findall(file):
             if name not in placeholders:
                 raise UserError(f"{path}, key {key}.file: {file} has a placeholder {{{name}}} that its task has not")
     for column, text in (columns or {}).items():
         try:
-            _compiled(text)
-        except TemplateError as error:
+            compiled(text)
+        except (TemplateError, TemplateLimit) as error:
             raise UserError(f"{path}, key {key}.columns.{column}: {text!r} is no expression: {error}") from error
-    return _Split(tuple(files), columns, tuple(names) if names is not None else None)
+    where = value.get("where")
+    values = (
+        [one for held in where.values() for one in (held if isinstance(held, list) else [held])]
+        if (isinstance(where, dict))
+        else []
+    )
+    if where is not None and not (
+        (isinstance(where, dict) and values and all(isinstance(one, str | int | float | bool) for one in values))
+        or (isinstance(where, str) and where.strip())
+    ):
+        raise UserError(
+            f"{path}, key {key}.where: columns with the values of rows to keep, such as {{split: test}}, or an "
+            f"expression, such as \"split == 'test'\", not {where!r}"
+        )
+    if isinstance(where, str):
+        try:
+            compiled(where)
+        except (TemplateError, TemplateLimit) as error:
+            raise UserError(f"{path}, key {key}.where: {where!r} is no expression: {error}") from error
+    return _Split(tuple(files), columns, tuple(names) if names is not None else None, where, join)
 
 
-# ---- rows of a file, each with its place in it
-
-
-def _rows(place: _Place, names: tuple[str, ...] | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    if place.member is None:
-        if place.path.stat().st_size > _MOST_BYTES:
-            raise UserError(f"{place} has more than the {_MOST_BYTES:,} bytes that the data of a task can have")
-        yield from _rows_of(place.path, str(place), names)
-        return
-    # The readers take files: so a file in a zip lies in a folder of its own for as long as it is read.
-    with tempfile.TemporaryDirectory(prefix="plmtune-") as folder, _opened(place) as packed:
-        unpacked = Path(folder) / Path(place.member).name
-        with unpacked.open("wb") as file:
-            while chunk := packed.read(_CHUNK):
-                if file.write(chunk) and file.tell() > _MOST_BYTES:
-                    raise UserError(f"{place} unpacks to more than {_MOST_BYTES:,} bytes")
-        yield from _rows_of(unpacked, str(place), names)
-
-
-def _rows_of(path: Path, shown: str, names: tuple[str, ...] | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    if path.suffix.lower() in (".csv", ".tsv"):
-        yield from _csv_rows(path, shown, names)
-        return
-    if names is not None:
-        raise UserError(f"{shown}: the map gives names of columns, which only a CSV or TSV file takes")
-    try:
-        for place, row in read_rows([path]):
-            line = place.removeprefix(f"{path}, ")
-            if isinstance(row, BadRow):
-                raise UserError(f"{shown}, {line} {row}")
-            yield line, row
-    except UserError as error:
-        raise UserError(str(error).replace(str(path), shown)) from error
-
-
-def _csv_rows(path: Path, shown: str, names: tuple[str, ...] | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        text = "".join(read_text(path, "utf-8"))
-    except UserError as error:
-        raise UserError(str(error).replace(str(path), shown)) from error
-    # Line ends inside of quotes are read as Python reads text, whichever system wrote them.
-    lines = csv.reader(io.StringIO(text, newline=None), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    header = list(names) if names is not None else None
-    try:
-        for row in lines:
-            if header is None:
-                header = row
-            elif len(row) != len(header):
-                raise UserError(
-                    f"{shown}, line {lines.line_num} has {len(row)} fields where {len(header)} are named "
-                    f"({', '.join(header)})"
-                )
-            else:
-                yield f"line {lines.line_num}", dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise UserError(f"{shown}, line {lines.line_num} is no CSV: {error}") from error
-
-
-def _plain(rows: Iterator[tuple[str, dict[str, Any]]], where: str) -> Iterator[dict[str, Any]]:
-    """Rows as they are, which have to have the same columns: a table has no room for others."""
-    first: dict[str, Any] | None = None
-    for place, row in rows:
-        first = row if first is None else first
-        if row.keys() != first.keys():
-            lacking, more = first.keys() - row.keys(), row.keys() - first.keys()
-            what = f"lacks {', '.join(sorted(lacking))}" if lacking else f"has {', '.join(sorted(more))} besides"
+def _joined(path: Path, key: str, value: Any) -> tuple[_Joined, ...]:
+    made = []
+    for one in [] if value is None else value if isinstance(value, list) else [value]:
+        held = {"file": one} if isinstance(one, str) else one
+        if not isinstance(held, dict) or not isinstance(held.get("file"), str):
             raise UserError(
-                f"{where}, {place} {what}: the first row has {', '.join(first)}. Where rows differ, name the columns "
-                "that the task reads in the map, under columns"
+                f"{path}, key {key}.join: a file whose rows stand beside these, such as labels.lst, or a mapping with "
+                f"file and names, not {one!r}"
             )
-        yield row
-
-
-def _columns(
-    rows: Iterator[tuple[str, dict[str, Any]]], columns: dict[str, str], filled: dict[str, str], where: str
-) -> Iterator[dict[str, Any]]:
-    """Rows with the columns of the map, computed from the file's."""
-    compiled = {column: _compiled(text) for column, text in columns.items()}
-    for place, row in rows:
-        known = filled | row
-        made = {}
-        for column, expression in compiled.items():
-            text = columns[column]
-            if text in known:
-                made[column] = known[text]
-                continue
-            _sandbox().restart()
-            try:
-                made[column] = _value(expression(known))
-            except Exception as error:  # a person's expression meets a row: whatever Python says of the two
-                kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-                raise UserError(
-                    f"{where}, {place}: the column {column} ({text}) cannot be made: {kind}{error}. "
-                    f"The row has {', '.join(known)}"
-                ) from error
-        yield made
-
-
-def _value(value: Any) -> Any:
-    if isinstance(value, StrictUndefined):
-        return str(value)  # raises, and says what is undefined
-    return list(value) if isinstance(value, Iterator) else value  # filters such as map give iterators
-
-
-@functools.cache
-def _sandbox() -> Sandbox:
-    sandbox = Sandbox()
-    sandbox.undefined = StrictUndefined
-    return sandbox
-
-
-@functools.cache
-def _compiled(text: str) -> TemplateExpression:
-    return _sandbox().compile_expression(text, undefined_to_none=False)
-
-
-# ---- zip
-
-
-def _zip(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except PermissionError as error:
-        raise unreadable(path, error) from error
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path} is damaged or not a zip file: {error}") from error
-
-
-@contextmanager
-def _opened(place: _Place) -> Iterator[BinaryIO]:
-    """A file's bytes, out of a zip where it lies in one."""
-    if place.member is None:
-        with place.path.open("rb") as file:
-            yield file
-        return
-    try:
-        with _zip(place.path) as archive, archive.open(place.member) as packed:
-            yield packed  # type: ignore[misc]
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError) as error:
-        raise UserError(f"{place} is damaged, or packed in a way that cannot be read: {error}") from error
+        for unknown in held.keys() - set(_JOIN_KEYS):
+            raise UserError(f"{path}, key {key}.join.{unknown}: unknown.{did_you_mean(str(unknown), _JOIN_KEYS)}")
+        names = held.get("names")
+        if names is not None and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
+            raise UserError(f"{path}, key {key}.join.names: a list of names of columns, not {names!r}")
+        made.append(_Joined(held["file"], tuple(names) if names is not None else None))
+    return tuple(made)

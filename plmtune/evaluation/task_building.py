@@ -18,8 +18,6 @@ from typing import Any
 
 import datasets
 import jinja2
-import jinja2.meta
-from jinja2 import nodes
 from lm_eval.api.group import Group
 from lm_eval.api.registry import metric_registry
 from lm_eval.api.task import ConfigurableTask, Task
@@ -30,11 +28,11 @@ from lm_eval.tasks._index import Entry, Kind
 from plmtune import hub
 from plmtune.errors import UserError, did_you_mean
 from plmtune.evaluation.local_data import LocalData
+from plmtune.evaluation.task_columns import TEMPLATES, columns_of
 from plmtune.evaluation.task_index import Known, lm_eval_folder
 
 _KINDS = {"task": Kind.TASK, "class": Kind.PY_TASK, "group": Kind.GROUP, "tag": Kind.TAG}
 _CONFIG_KEYS = frozenset(field.name for field in fields(TaskConfig))
-_TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
 _FOLDER = lm_eval_folder().resolve()
 
 
@@ -107,8 +105,13 @@ class Builder(TaskFactory):
         except Exception as error:  # prompts meet the first document, and functions of the task's run
             raise UserError(documents.explain(error)) from error
         if isinstance(task, ConfigurableTask) and base.process_results is ConfigurableTask.process_results:
-            _check_target(where, task)
+            _check_targets(where, task, documents)
         return task
+
+    def entry(self, name: str) -> str:
+        """Return what a map would say of a task; its data are not read."""
+        config = self._load_full_config(self._entries[name])
+        return _Documents(name, f"the task {name}", config, None).entry()
 
     @staticmethod
     def _check(where: str, config: Mapping[str, Any], with_code: bool) -> None:
@@ -133,6 +136,7 @@ class _Documents:
         self._config = config
         self._data = data
         self._columns: list[str] = []
+        self.is_local = False
         own = config.get("class")
         self.source: tuple[str | None, str | None] = (
             config.get("dataset_path") or getattr(own, "DATASET_PATH", None),
@@ -156,13 +160,22 @@ class _Documents:
             )
         found = self._data.dataset(self._name, wanted & set(have)) or {}
         self._columns = list(next(iter(found.values())).features)
-        for column in (self._config.get(key) for key in _TEMPLATES if self._config.get("process_docs") is None):
+        self.is_local = True
+        for column in (self._config.get(key) for key in TEMPLATES if self._config.get("process_docs") is None):
             # lm-eval would take the name of a column that is not there for the text itself
             if isinstance(column, str) and column.isidentifier() and column not in self._columns:
                 raise UserError(self._no_column(column))
         self.lacking = wanted - found.keys()
         # lm-eval asks for examples when a task is built, whether prompts will have any.
         return _Splits(self._where, found | {split: found[evaluated].select([]) for split in self.lacking if evaluated})
+
+    def place(self, index: int) -> str:
+        """Say in which row of a file a document stands, where that is known."""
+        split = self._config.get("test_split") or self._config.get("validation_split")
+        if self._data is None or split is None or self._config.get("process_docs") is not None:
+            return ""
+        place = self._data.place(self._name, split, index)
+        return f" ({place})" if place else ""
 
     def meant(self, split: str) -> str:
         """Ask whether a split of the map with nearly this name is the one that it lacks; empty where none is near."""
@@ -173,7 +186,7 @@ class _Documents:
         """What a map would say of the task, ready to be filled in."""
         config = self._config
         evaluated = config.get("test_split") or config.get("validation_split") or "SPLIT"
-        names, all_told = _columns(config)
+        names, all_told = columns_of(config)
         shown = ", ".join(names) if names else f"as {self.source[0]} has them"
         more = "" if all_told or not names else " and what its functions read"
         lines = [f"{self._name}:", f"  {evaluated}: {self._name}_{evaluated}.jsonl  # columns: {shown}{more}"]
@@ -292,21 +305,31 @@ def require_examples(built: Task | Group | list[Task], num_fewshot: int | None) 
             raise UserError(f"{task.task_name}: {wanted} few-shot examples are asked for, from {there} documents")
 
 
-def _check_target(where: str, task: ConfigurableTask) -> None:
-    """Refuse targets that lm-eval would mark wrong without a word, whatever a model answers, by the first of them."""
-    own = task.config.doc_to_choice is None or callable(task.config.process_results)
+def _check_targets(where: str, task: ConfigurableTask, documents: _Documents) -> None:
+    """Refuse targets that lm-eval would mark wrong without a word, whatever a model answers.
+
+    All rows of files are looked at, and of the hub's the first.
+    """
+    config = task.config
+    own = config.doc_to_choice is None or callable(config.process_results)
     if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input or own:
         return
-    document = task.task_docs[0]
-    choices, target = task.doc_to_choice(document), task.doc_to_target(document)
-    # What else there is, lists of right choices and numbers of other kinds, lm-eval compares in ways of its own.
-    if target not in choices if isinstance(target, str) else isinstance(target, int) and target < 0:
-        wanted = task.config.doc_to_target
-        near = did_you_mean(wanted, task.features) if isinstance(wanted, str) and wanted.isidentifier() else ""
-        raise UserError(
-            f"{where}: the target {target!r:.80} of document 0 is none of its {len(choices)} choices. "
-            f"Its columns: {', '.join(task.features)}.{near if near.endswith('?') else ''}"
-        )
+    # Functions may draw random numbers, whose order is lm-eval's.
+    all_of_them = documents.is_local and not callable(config.doc_to_choice) and not callable(config.doc_to_target)
+    for index, document in enumerate(task.task_docs):
+        choices, target = task.doc_to_choice(document), task.doc_to_target(document)
+        # What else there is, lists of right choices and numbers of other kinds, lm-eval compares in ways of its own.
+        wrong = isinstance(target, int) and not 0 <= target < len(choices)
+        if wrong or (isinstance(target, str) and target not in choices):
+            wanted = config.doc_to_target
+            near = did_you_mean(wanted, task.features) if isinstance(wanted, str) and wanted.isidentifier() else ""
+            raise UserError(
+                f"{where}: the target {target!r:.80} of document {index:,}{documents.place(index)} is none of its "
+                f"{len(choices)} choices. Its columns: {', '.join(task.features)}."
+                f"{near if near.endswith('?') else ''}"
+            )
+        if not all_of_them:
+            return
 
 
 def _once(process_docs: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -339,31 +362,6 @@ def _example_split(config: Mapping[str, Any]) -> str | None:
     if (split := own.get("split", config.get("fewshot_split"))) is not None or own.get("samples") is not None:
         return split
     return config.get("training_split") or config.get("validation_split") or config.get("test_split")
-
-
-def _columns(config: Mapping[str, Any]) -> tuple[list[str], bool]:
-    """Columns that the task's templates read, and whether these are all; none where documents are processed first."""
-    if config.get("process_docs") is not None:
-        return [], False
-    found: dict[str, dict[str, None]] = {}
-    for text in (config.get(key) for key in _TEMPLATES):
-        if not isinstance(text, str):
-            continue
-        if text.isidentifier():
-            found.setdefault(text, {})
-            continue
-        try:
-            tree = jinja2.Environment().parse(text)
-        except jinja2.TemplateError:
-            continue
-        called = {id(call.node) for call in tree.find_all(nodes.Call)}
-        for name in sorted(jinja2.meta.find_undeclared_variables(tree)):
-            found.setdefault(name, {})
-        for get in tree.find_all(nodes.Getattr):
-            if isinstance(get.node, nodes.Name) and get.node.name in found and id(get) not in called:
-                found[get.node.name][get.attr] = None
-    shown = [f"{name} ({', '.join(inner)})" if inner else name for name, inner in found.items()]
-    return shown, not any(callable(config.get(key)) for key in (*_TEMPLATES, "process_results"))
 
 
 def _in_words(error: Exception) -> str:

@@ -143,6 +143,15 @@ class Tasks:
             require_examples(built, num_fewshot)
         return built
 
+    def map_entries(self, name: str) -> list[str]:
+        """Say what a map for `LocalData` would hold of each task in a name, with its columns; no data are read."""
+        from plmtune.evaluation.task_building import Builder
+
+        with quiet():
+            builder = Builder(self._known, self.data)
+            inside = (self._known[inner] for inner in self._inside(name))
+            return [builder.entry(known.name) for known in inside if known.kind == "task"]
+
     def _check_code(self, name: str, known: Known) -> None:
         if known.code == "own":
             raise UserError(

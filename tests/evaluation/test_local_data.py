@@ -51,6 +51,21 @@ class TestFiles:
         data = opened(tmp_path, "sums:\n  test: a.csv\n  train: {file: b.csv, names: [question, answer]}\n")
         assert rows(data) == rows(data, split="train") == [{"question": 'one, or "two"?', "answer": "2"}]
 
+    @pytest.mark.parametrize("end", ["\n", "\r\n"])
+    def test_blank_lines_in_a_csv_file_are_no_rows_and_lines_are_counted_with_them(
+        self, tmp_path: Path, end: str
+    ) -> None:
+        written = ["", "q,p", "1,2", "", '"3', '3",4', "", "", "5", ""]
+        (tmp_path / "a.csv").write_text(end.join(written), newline="")
+        with pytest.raises(UserError, match=r"a\.csv, line 9 has 1 fields where 2 are named"):
+            rows(opened(tmp_path, "sums: {test: a.csv}"))
+        (tmp_path / "a.csv").write_text(end.join([*written[:-2], "5,6", ""]), newline="")
+        data = opened(tmp_path, "sums: {test: a.csv}")
+        assert rows(data) == [{"q": "1", "p": "2"}, {"q": "3\n3", "p": "4"}, {"q": "5", "p": "6"}]
+        assert [data.place("sums", "test", index).rpartition(", ")[2] for index in range(4)] == [
+            "line 3", "line 5", "line 9", "",
+        ]  # fmt: skip
+
     def test_a_line_end_in_a_csv_field_is_the_same_from_every_system(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_bytes(b'question\r\n"two\r\nlines"\r\n"line\xe2\x80\xa8separator"\r\n')
         assert rows(opened(tmp_path, "sums: {test: a.csv}")) == [
@@ -129,6 +144,97 @@ class TestColumns:
         data = opened(tmp_path, f'sums: {{test: {{file: a.jsonl, columns: {{question: "{expression}"}}}}}}')
         with pytest.raises(UserError, match="cannot be made"):
             rows(data)
+
+
+class TestRows:
+    """Rows of a file that holds several splits, and rows that two files share."""
+
+    @pytest.mark.parametrize(
+        "where",
+        ["{split: test}", "{split: [test, tests]}", "\"split == 'test'\"", "{split: test, n: [2, 3]}", "n is even"],
+    )
+    def test_those_that_where_names_are_read_and_no_others(self, tmp_path: Path, where: str) -> None:
+        held = [{"split": ("train", "test")[n % 2 == 0], "n": n} for n in range(1, 4)]
+        (tmp_path / "a.jsonl").write_text(lines(held))
+        (tmp_path / "a.csv").write_text("split,n\n" + "".join(f"{one['split']},{one['n']}\n" for one in held))
+        data = opened(tmp_path, f"sums: {{test: {{file: a.jsonl, where: {where}}}}}")
+        assert rows(data) == [{"split": "test", "n": 2}]
+        assert data.place("sums", "test", 0).endswith("a.jsonl, line 2")
+        if "even" not in where:  # the values of a CSV file are texts
+            assert rows(opened(tmp_path, f"sums: {{test: {{file: a.csv, where: {where}}}}}")) == [
+                {"split": "test", "n": "2"}
+            ]
+
+    def test_columns_are_made_of_those_that_are_left(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text(lines([{"s": "x", "q": None}, {"s": "y", "q": "why"}]))
+        data = opened(tmp_path, "sums: {test: {file: a.jsonl, where: {s: y}, columns: {question: q.upper()}}}")
+        assert rows(data) == [{"question": "WHY"}]
+
+    @pytest.mark.parametrize(
+        ("where", "said"),
+        [
+            ("{split: dev}", r"a\.jsonl: where .* leaves none of its 2 rows\. It has split: 'train'; split: 'test'"),
+            ("{part: test}", r"a\.jsonl, line 1 has no part, which where names\. It has split, n"),
+            ("n > 'a'", r"a\.jsonl, line 1: where \(n > 'a'\) cannot be told: TypeError"),
+            ("part == 1", r"a\.jsonl, line 1: where .* cannot be told: 'part' is undefined"),
+            ("n > 9", r"where \(n > 9\) leaves none of its 2 rows"),
+            ("n >", r"key sums\.test\.where: 'n >' is no expression"),
+            ("[test]", r"key sums\.test\.where: columns with the values of rows to keep"),
+            ("{}", r"key sums\.test\.where"),
+            ("{split: null}", r"key sums\.test\.where"),
+        ],
+    )
+    def test_a_where_that_cannot_be_is_said(self, tmp_path: Path, where: str, said: str) -> None:
+        (tmp_path / "a.jsonl").write_text(lines([{"split": "train", "n": 1}, {"split": "test", "n": 2}]))
+        with pytest.raises(UserError, match=said):
+            rows(opened(tmp_path, f"sums:\n  test:\n    file: a.jsonl\n    where: {where}\n"))
+
+    def test_of_two_files_stand_beside_each_other(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text(lines(ROWS))
+        (tmp_path / "labels.lst").write_text("0\n1\n")
+        (tmp_path / "more.csv").write_text("id\nx\ny\n")
+        data = opened(
+            tmp_path,
+            "sums:\n  test:\n    file: a.jsonl\n    join: [{file: labels.lst, names: [label]}, more.csv]\n"
+            "    where: id == 'y'\n    columns: {q: question, label: label | int, id: id}\n",
+        )
+        assert rows(data) == [{"q": "2 + 2?", "label": 1, "id": "y"}]
+        before = data.fingerprint("sums")
+        (tmp_path / "labels.lst").write_text("0\n0\n")
+        assert data.fingerprint("sums") != before
+
+    @pytest.mark.parametrize(
+        ("join", "content", "said"),
+        [
+            ("b.jsonl", lines(ROWS[:1]), r"a\.jsonl, line 2 is row 2, and .*b\.jsonl has 1"),
+            ("b.jsonl", lines(ROWS * 2), r"b\.jsonl, line 3 is row 3, and .*a\.jsonl has 2"),
+            ("b.jsonl", lines(ROWS[::-1]), r"a\.jsonl, line 1 and .*b\.jsonl, line 1 are one row, and have two values"),
+            ("c.jsonl", "", r"names .*c\.jsonl for sums/test: it is not there"),
+            ("{file: b.jsonl, name: [x]}", "", r"join\.name: unknown\. Did you mean names"),
+            ("{file: b.jsonl, names: x}", "", r"join\.names: a list"),
+            ("5", "", r"key sums\.test\.join: a file"),
+            ("{file: b.lst, names: [x, y]}", "1\n", r"b\.lst has a value a line: give the name of one column"),
+        ],
+    )
+    def test_files_that_do_not_belong_together_are_said(
+        self, tmp_path: Path, join: str, content: str, said: str
+    ) -> None:
+        (tmp_path / "a.jsonl").write_text(lines(ROWS))
+        for name in ("b.jsonl", "b.lst"):
+            (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=said):
+            rows(opened(tmp_path, f"sums: {{test: {{file: a.jsonl, join: {join}}}}}"))
+
+    @shared
+    def test_the_example_of_the_documentation_cuts_a_real_file_in_two(self, tmp_path: Path) -> None:
+        text = (Path(__file__).parents[2] / "docs" / "evaluation_data.md").read_text()
+        begin = text.index("# One file, two splits")
+        source = text[begin : text.index("```", begin)]
+        data = opened(tmp_path, source.replace("foundry_arc_easy.jsonl", str(SHARED / "foundry_arc_easy.jsonl")))
+        held = data.dataset("arc_easy", ["test", "train"])
+        assert held is not None
+        assert {name: split.num_rows for name, split in held.items()} == {"test": 2276, "train": 100}
+        assert data.place("arc_easy", "test", 0).endswith("foundry_arc_easy.jsonl, line 101")
 
 
 class TestMistakes:

@@ -255,6 +255,15 @@ class TestTargets:
         with pytest.raises(UserError, match=said):
             load(more)
 
+    @pytest.mark.parametrize("wrong", [2, -1])
+    def test_of_any_row_of_a_file_that_are_no_choice_are_refused_with_the_row(self, folder: Path, wrong: int) -> None:
+        held = [*ROWS[:2], {**ROWS[2], "answer": wrong}, ROWS[3]]
+        (folder / "test.jsonl").write_text("\n".join(json.dumps(row) + "\n" for row in held))
+        with pytest.raises(
+            UserError, match=rf"target {wrong} of document 2 \(.*test\.jsonl, line 5\) is none of its 2"
+        ):
+            tasks(folder, "sums: {test: ../test.jsonl}").load("sums")
+
     @pytest.mark.parametrize("target", ["answer", "1", "'{{answer}}'", "'b'", "[0, 1]", "'[1]'", "'{{[answer]}}'"])
     def test_may_be_places_texts_and_lists_of_places(self, load: Callable[[str], Any], target: str) -> None:
         assert load(f"doc_to_choice: [a, b]\ndoc_to_target: {target}")
@@ -392,6 +401,16 @@ class TestWithoutData:
             write(folder / "data", f"sums_{split}.jsonl", (folder / "test.jsonl").read_text())
         entry = str(error.value).partition("--data:\n")[2]
         assert tasks(folder, entry).load("sums", num_fewshot=2)
+
+    def test_the_columns_of_a_task_are_listed(self, folder: Path, only: Callable[..., None]) -> None:
+        entry = "sums:\n  test: sums_test.jsonl  # columns: question, answer, choices\n"
+        entry += "  train: sums_train.jsonl  # the same, for few-shot examples"
+        assert Tasks(include=folder).map_entries("sums") == [entry]
+        only("hellaswag")
+        (entry,) = Tasks().map_entries("hellaswag")
+        for column in ("ctx_a", "ctx_b", "activity_label", "endings", "label"):  # read by its process_docs
+            assert column in entry.partition("# columns: ")[2].partition("\n")[0]
+        assert "query" not in entry  # made by it
 
     def test_files_that_a_task_names_itself_need_no_hub(self, folder: Path) -> None:
         files = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'test.jsonl'}}}}}\n"

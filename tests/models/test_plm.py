@@ -179,6 +179,8 @@ class TestConfig:
     def test_impossible_sizes_are_refused_with_their_values(self) -> None:
         with pytest.raises(ValueError, match=r"num_layers \(0\) must be at least 1"):
             small_plm(num_layers=0)
+        with pytest.raises(ValueError, match=r"num_layers \(20000\) must be at least 1 and at most 1,024"):
+            small_plm(num_layers=20_000)
         with pytest.raises(ValueError, match="width must be even and at least 2, not 7"):
             small_plm(attention=component("attention", "mla", **(TINY_MLA | {"qk_rope_head_dim": 7})))
         with pytest.raises(ValueError, match=r"v_head_dim \(99\) exceeds the width of queries and keys \(24\)"):

@@ -1,0 +1,277 @@
+"""Rows of files, each with its place: read, joined, filtered, and made into the columns that a task reads."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.environment import TemplateExpression
+
+from plmtune.data.files import read_text
+from plmtune.data.rows import read_rows
+from plmtune.data.sources import BadRow
+from plmtune.data.template_limits import TemplateLimit
+from plmtune.data.template_sandbox import Sandbox
+from plmtune.errors import UserError, unreadable
+
+Row = tuple[str, dict[str, Any]]  # where it stands, for a person, and its fields
+Where = str | dict[str, Any]
+CHUNK = 1 << 20
+_MOST_BYTES = 2 << 30  # unpacked; all rows of a split are held in memory
+_SHOWN = 8  # values of a column
+_TABLES = (".csv", ".tsv")
+_TEXTS = (".lst", ".txt", ".labels")  # a value a line
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file that is there, or a file in a zip."""
+
+    path: Path
+    member: str | None
+
+    def __str__(self) -> str:
+        return str(self.path if self.member is None else self.path / self.member)
+
+
+def rows_of(place: Place, names: Sequence[str] | None) -> Iterator[Row]:
+    """Read the rows of a file.
+
+    Args:
+        names: of the columns of a CSV or TSV file without a line of names, or of a file with a value a line.
+
+    Raises:
+        UserError: for what is no row, with its place.
+    """
+    if place.member is None:
+        if place.path.stat().st_size > _MOST_BYTES:
+            raise UserError(f"{place} has more than the {_MOST_BYTES:,} bytes that the data of a task can have")
+        yield from _read(place.path, str(place), names)
+        return
+    # The readers take files: so a file in a zip lies in a folder of its own for as long as it is read.
+    with tempfile.TemporaryDirectory(prefix="plmtune-") as folder, opened(place) as packed:
+        unpacked = Path(folder) / Path(place.member).name
+        with unpacked.open("wb") as file:
+            while chunk := packed.read(CHUNK):
+                if file.write(chunk) and file.tell() > _MOST_BYTES:
+                    raise UserError(f"{place} unpacks to more than {_MOST_BYTES:,} bytes")
+        yield from _read(unpacked, str(place), names)
+
+
+def _read(path: Path, shown: str, names: Sequence[str] | None) -> Iterator[Row]:
+    suffix = path.suffix.lower()
+    if suffix in _TABLES or (suffix in _TEXTS and names is not None):
+        yield from _table(path, shown, names)
+        return
+    if names is not None:
+        raise UserError(
+            f"{shown}: the map gives names of columns, which only a CSV or TSV file takes, or one with a value a line "
+            f"({', '.join(_TEXTS)})"
+        )
+    try:
+        for place, row in read_rows([path]):
+            line = place.removeprefix(f"{path}, ")
+            if isinstance(row, BadRow):
+                raise UserError(f"{shown}, {line} {row}")
+            yield line, row
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), shown)) from error
+
+
+def _table(path: Path, shown: str, names: Sequence[str] | None) -> Iterator[Row]:
+    try:
+        text = "".join(read_text(path, "utf-8"))
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), shown)) from error
+    if path.suffix.lower() in _TEXTS:
+        if names is None or len(names) != 1:
+            raise UserError(f"{shown} has a value a line: give the name of one column in the map, names: [label]")
+        for number, value in enumerate(text.splitlines(), 1):
+            if value.strip():
+                yield f"line {number}", {names[0]: value}
+        return
+    # Line ends inside of quotes are read as Python reads text, whichever system wrote them.
+    lines = csv.reader(io.StringIO(text, newline=None), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    header = list(names) if names is not None else None
+    begin = 1  # of a row, which may go over several lines
+    try:
+        for row in lines:
+            line, begin = begin, lines.line_num + 1
+            if not row:  # an empty line, which is no row for any reader of CSV
+                continue
+            if header is None:
+                header = row
+            elif len(row) != len(header):
+                raise UserError(
+                    f"{shown}, line {line} has {len(row)} fields where {len(header)} are named ({', '.join(header)})"
+                )
+            else:
+                yield f"line {line}", dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{shown}, line {lines.line_num} is no CSV: {error}") from error
+
+
+def joined(rows: Iterator[Row], other: Iterator[Row], where: str, beside: str) -> Iterator[Row]:
+    """Put the columns of another file's rows beside those of a file, row by row.
+
+    Args:
+        where, beside: the files, for messages.
+
+    Raises:
+        UserError: if one has more rows, or a column of both has two values in a row.
+    """
+    for number, (one, two) in enumerate(zip_longest(rows, other), 1):
+        if one is None or two is None:
+            longer, shorter, place = (beside, where, two) if one is None else (where, beside, one)
+            more = place[0] if place is not None else ""
+            raise UserError(
+                f"{longer}, {more} is row {number:,}, and {shorter} has {number - 1:,}: files are joined row by row, "
+                "so both have to have as many"
+            )
+        for name in one[1].keys() & two[1].keys():
+            if one[1][name] != two[1][name]:
+                raise UserError(
+                    f"{where}, {one[0]} and {beside}, {two[0]} are one row, and have two values of {name}: "
+                    f"{one[1][name]!r:.40} and {two[1][name]!r:.40}"
+                )
+        yield one[0], one[1] | two[1]
+
+
+def filtered(rows: Iterator[Row], keep: Where, filled: Mapping[str, str], where: str) -> Iterator[Row]:
+    """Return the rows that the map keeps: those with certain values in columns, or for which an expression is true.
+
+    The number of a row, from 1, is row_number.
+
+    Raises:
+        UserError: if a row lacks a column, or no row is left.
+    """
+    number = kept = 0
+    seen: dict[str, None] = {}
+    for place, row in rows:
+        number += 1
+        known = {"row_number": number, **filled, **row}
+        if isinstance(keep, str):
+            kept_here = bool(_evaluated(keep, known, where, f"{place}: where ({keep}) cannot be told"))
+        else:
+            for column in keep.keys() - known.keys():
+                raise UserError(f"{where}, {place} has no {column}, which where names. It has {', '.join(row)}")
+            kept_here = all(_is_one_of(known[column], wanted) for column, wanted in keep.items())
+            if len(seen) <= _SHOWN:
+                seen[", ".join(f"{column}: {known[column]!r:.40}" for column in keep)] = None
+        if kept_here:
+            kept += 1
+            yield place, row
+    if number and not kept:
+        there = f" It has {'; '.join([*seen][:_SHOWN])}" if seen else ""
+        raise UserError(f"{where}: where ({keep}) leaves none of its {number:,} rows.{there}")
+
+
+def _is_one_of(have: Any, wanted: Any) -> bool:
+    """Whether a field has a value of the map, or one of a list; CSV files have texts alone."""
+    for value in wanted if isinstance(wanted, list) else [wanted]:
+        if (have == value and isinstance(have, bool) == isinstance(value, bool)) or (
+            isinstance(have, str) and not isinstance(value, str) and have.strip().lower() == json.dumps(value)
+        ):
+            return True
+    return False
+
+
+def plain(rows: Iterator[Row], where: str) -> Iterator[Row]:
+    """Return rows as they are, which have to have the same columns: a table has no room for others."""
+    first: dict[str, Any] | None = None
+    for place, row in rows:
+        first = row if first is None else first
+        if row.keys() != first.keys():
+            lacking, more = first.keys() - row.keys(), row.keys() - first.keys()
+            what = f"lacks {', '.join(sorted(lacking))}" if lacking else f"has {', '.join(sorted(more))} besides"
+            raise UserError(
+                f"{where}, {place} {what}: the first row has {', '.join(first)}. Where rows differ, name the columns "
+                "that the task reads in the map, under columns"
+            )
+        yield place, row
+
+
+def with_columns(
+    rows: Iterator[Row], columns: Mapping[str, str], filled: Mapping[str, str], where: str
+) -> Iterator[Row]:
+    """Return rows with the columns of the map, computed from the file's."""
+    for place, row in rows:
+        known = {**filled, **row}
+        yield (
+            place,
+            {
+                column: known[text]
+                if text in known
+                else _evaluated(text, known, where, f"{place}: the column {column} ({text}) cannot be made")
+                for column, text in columns.items()
+            },
+        )
+
+
+def _evaluated(text: str, known: dict[str, Any], where: str, what: str) -> Any:
+    _sandbox().restart(length=sum(len(value) for value in known.values() if isinstance(value, str)))
+    try:
+        return _value(compiled(text)(known))
+    except Exception as error:  # a person's expression meets a row: whatever Python says of the two
+        kind = "" if isinstance(error, TemplateError | TemplateLimit) else f"{type(error).__name__}: "
+        raise UserError(f"{where}, {what}: {kind}{error}. The row has {', '.join(known)}") from error
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, StrictUndefined):
+        return str(value)  # raises, and says what is undefined
+    return list(value) if isinstance(value, Iterator) else value  # filters such as map give iterators
+
+
+@functools.cache
+def _sandbox() -> Sandbox:
+    sandbox = Sandbox()
+    sandbox.undefined = StrictUndefined
+    return sandbox
+
+
+@functools.cache
+def compiled(text: str) -> TemplateExpression:
+    """Return an expression of the map, ready to be computed.
+
+    Raises:
+        TemplateError: if it is none.
+    """
+    _sandbox().restart()
+    return _sandbox().compile_expression(text, undefined_to_none=False)
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Open a zip file."""
+    try:
+        return zipfile.ZipFile(path)
+    except PermissionError as error:
+        raise unreadable(path, error) from error
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path} is damaged or not a zip file: {error}") from error
+
+
+@contextmanager
+def opened(place: Place) -> Iterator[BinaryIO]:
+    """A file's bytes, out of a zip where it lies in one."""
+    if place.member is None:
+        with place.path.open("rb") as file:
+            yield file
+        return
+    try:
+        with open_zip(place.path) as archive, archive.open(place.member) as packed:
+            yield packed  # type: ignore[misc]
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError) as error:
+        raise UserError(f"{place} is damaged, or packed in a way that cannot be read: {error}") from error
