@@ -5,6 +5,7 @@ Nothing is claimed that no file says. What only a person can know stands there a
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import shutil
@@ -16,15 +17,18 @@ from typing import Any
 import yaml
 
 from plmtune.atomic import writing
+from plmtune.data.order import show_mix
 from plmtune.errors import UserError
 from plmtune.evaluation import results as result_files
+from plmtune.evaluation.markdown import Markdown, code, escape, hub_link, table
 from plmtune.evaluation.model_facts import Run, Weights, base_of, family_of, is_of, read_run, read_weights
 from plmtune.hub import model_of, parse
 from plmtune.models import adapters, files
 from plmtune.training.plot import draw_curves, sparsity_layers
-from plmtune.units import show_bytes, show_count
+from plmtune.units import parse_count, show_bytes, show_count
 
 CURVES = "curves.png"
+_FILE_FORMATS = ("json", "csv", "text", "parquet", "arrow")  # the datasets library's names for files
 # A validation's numbers that the card shows, with what they are.
 _MEASURED = {
     "validation_loss": "validation loss",
@@ -143,8 +147,8 @@ def _front_matter(directory: Path, run: Run | None, weights: Weights) -> list[st
     base = base_of(directory, run)
     hub = parse(base) if base is not None else None
     kind = "text-classification" if weights.is_reward_model else "text-generation"
-    tags = ["plmtune", *([family_of(directory)] if family_of(directory) else [])]
-    tags += [str(run.config.get("recipe"))] if run else []
+    told = [family_of(directory), str(run.config.get("recipe")) if run else ""]
+    tags = ["plmtune", *(tag for tag in told if re.fullmatch(r"[\w.-]{1,60}", tag, re.ASCII))]
     return [
         "---",
         "license: ''  # Fill in: for example apache-2.0",
@@ -165,17 +169,22 @@ def _introduction(name: str, directory: Path, run: Run | None, weights: Weights)
         what = f"Adapters of {weights.parameters:,} parameters for a {kind}; they need their base."
     else:
         known = {"plm": "PLM ([arXiv 2503.12167](https://arxiv.org/abs/2503.12167))", "llama": "Llama"}
-        of = f" of the family {known.get(family, _cell(family))}" if family else ""
+        of = f" of the family {known.get(family, escape(family))}" if family else ""
         what = f"A {kind}{of} with {weights.parameters:,} parameters."
-    lines = [f"# {name}", "", what]
+    lines = [f"# {escape(name)}", "", what]
     if run is None:
         return lines
     base, recipe = base_of(directory, run), run.config.get("recipe")
-    start = f"from `{_cell(base)}`" if base else "from random weights"
-    lines[-1] += f" Trained with plmtune's recipe `{recipe}`, {start}."
+    hub = parse(base) if base else None
+    link = hub_link(hub.repository, hub.revision) if hub else None
+    start = f"from {link or code(base)}" if base else "from random weights"
+    lines[-1] += f" Trained with plmtune's recipe {code(recipe)}, {start}."
     status = run.record.get("status")
     if status != "finished":
-        lines += ["", f"**The run had not finished when this card was written** (status: {status or 'unknown'})."]
+        lines += [
+            "",
+            f"**The run had not finished when this card was written** (status: {escape(status or 'unknown')}).",
+        ]
     if run.last_step > run.step:
         lines += ["", f"This is the checkpoint of step {run.step:,}; the run went on to step {run.last_step:,}."]
     return lines
@@ -201,7 +210,7 @@ def _model(directory: Path, weights: Weights) -> list[str]:
     names |= {"num_layers": "layers", "num_heads": "heads", "tie_embeddings": "embeddings tied to the head"}
     rows += [(names[key], _show(plain[key])) for key in names if key in plain]
     rows += [(key, _component(value)) for key, value in description.items() if isinstance(value, dict)]
-    return ["## Model", "", *_table(("", ""), rows)]
+    return ["## Model", "", *table(("", ""), rows)]
 
 
 def _training(run: Run, curves: bool) -> list[str]:
@@ -209,11 +218,11 @@ def _training(run: Run, curves: bool) -> list[str]:
     rows: list[tuple[str, str]] = [("recipe", f"{config.get('recipe')}, config {config.get('name')}")]
     command = run.record.get("command")
     if isinstance(command, list) and command:
-        rows.append(("command", "`" + shlex.join([Path(str(command[0])).name, *map(str, command[1:])]) + "`"))
+        rows.append(("command", code(shlex.join([Path(str(command[0])).name, *map(str, command[1:])]))))
     rows += [("data", text) for text in _data(config.get("data"))]
     for phase in config.get("phases") or []:
         length = f"{_show(phase['tokens'])} tokens" if phase.get("tokens") else f"{_show(phase.get('steps'))} steps"
-        mix = _settings(phase.get("mix") or {})
+        mix = _mix(phase, config)
         rows.append((f"phase {phase.get('name')}", length + (f", mixed of {mix}" if mix else "")))
     if config.get("rounds"):
         rows.append(("rounds", f"{_show(config['rounds'])}, of {_settings(config.get('generation') or {})}"))
@@ -235,8 +244,20 @@ def _training(run: Run, curves: bool) -> list[str]:
             rows.append((name + of, f"{value:.4f}"))
     if (loss := run.latest("loss")) is not None:
         rows.append(("training loss, last logged", f"{loss:.4f}"))
-    lines = ["## Training", "", *_table(("", ""), rows)]
+    lines = ["## Training", "", *table(("", ""), rows)]
     return [*lines, "", f"![loss and learning rate of the run]({CURVES})"] if curves else lines
+
+
+def _mix(phase: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The shares that a phase draws of its sources."""
+    weights = phase.get("mix") or {}
+    try:
+        steps, sequences = phase.get("steps"), int(config["global_batch_size"])
+        if steps is None:
+            steps = math.ceil(parse_count(phase["tokens"], "tokens") / (sequences * int(config["seq_len"])))
+        return show_mix({str(name): float(weight) for name, weight in weights.items()}, int(steps) * sequences)
+    except (KeyError, TypeError, ValueError, UserError):  # of another recipe
+        return _settings(weights)
 
 
 def _unknown_training() -> list[str]:
@@ -287,9 +308,9 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> list[str]:
             shots = "?" if entry.get("num_fewshot") is None else str(entry["num_fewshot"])
             version = "?" if entry.get("version") is None else str(entry["version"])
             rows.append((line.task, version, shots, count, label, result_files.show_score(one)))
-        lines += ["", *_table(("task", "version", "shots", "documents", "metric", "score ± standard error"), rows)]
-        lines += [f"\nNot measured: {_cell(task)} ({_cell(reason)})" for task, reason in result["failed"].items()]
-        lines += ["", _how(result), *_local_data(result)]
+        lines += ["", *table(("task", "version", "shots", "documents", "metric", "score ± standard error"), rows)]
+        lines += [f"\nNot measured: {escape(task)} ({escape(reason)})" for task, reason in result["failed"].items()]
+        lines += ["", _how(result), *_task_data(result)]
     return lines
 
 
@@ -300,19 +321,26 @@ def _how(result: Mapping[str, Any]) -> str:
     parts += [f"on {found['device_name']}"] if found.get("device_name") else []
     # `tasks` are the table's rows; what is not set is lm-eval's own.
     given = {key: value for key, value in settings.items() if key != "tasks" and value not in (None, False)}
-    return _cell(", ".join(parts) + (f"; settings: {_settings(given)}." if given else "."))
+    return escape(", ".join(parts) + (f"; settings: {_settings(given)}." if given else "."))
 
 
-def _local_data(result: Mapping[str, Any]) -> list[str]:
-    """Which files stood in for the hub's data, without the folders of the machine that they lay on."""
-    local = {task: entry["data"] for task, entry in result["tasks"].items() if entry.get("data") not in (None, "hub")}
-    return [
-        f"\n{_cell(task)} was read from local files: {_cell(_without_folders(data))}" for task, data in local.items()
-    ]
-
-
-def _without_folders(text: Any) -> str:
-    return re.sub(r"[^\s,]*/", "", str(text))
+def _task_data(result: Mapping[str, Any]) -> list[str]:
+    """Where the tasks' documents are from: datasets of the hub, and files without the folders of their machine."""
+    local: list[str] = []
+    of_hub: dict[str, list[str]] = {}
+    for task, entry in result["tasks"].items():
+        data = str(entry.get("data") or "hub")
+        name, _, subset = data.partition(" ")
+        name, _, revision = name.partition("@")
+        if data == "hub" or not name:
+            continue
+        link = None if name in _FILE_FORMATS else hub_link(name, revision, dataset=True)
+        if link is None or name.endswith(":"):
+            files = re.sub(r"[^\s,]*/", "", data)
+            local.append(f"\n{escape(task)} was read from local files: {escape(files)}")
+        else:
+            of_hub.setdefault(link, []).append(f"{task} (subset {subset})" if subset else task)
+    return [*local, *(f"\nFrom the hub's dataset {link}: {escape(', '.join(tasks))}" for link, tasks in of_hub.items())]
 
 
 def _is_part(samples: int, entry: Mapping[str, Any]) -> bool:
@@ -334,7 +362,7 @@ def _sparsity(run: Run) -> list[str]:
         f"Zeros among the activations of the squared ReLU, in the latest validation: {sum(known) / len(known):.1%} on "
         "average over the layers.",
         "",
-        *_table(("layer", "zeros"), rows),
+        *table(("layer", "zeros"), rows),
     ]
 
 
@@ -387,7 +415,7 @@ def _provenance(run: Run | None, results: Sequence[Mapping[str, Any]]) -> list[s
     if not rows:
         return []
     note = "Commands and paths above are as they were on the machine of the run: take out what is not for the public."
-    return ["## Provenance", "", *_table(("", ""), [row for row in rows if row[1] != "unknown"]), "", note]
+    return ["## Provenance", "", *table(("", ""), [row for row in rows if row[1] != "unknown"]), "", note]
 
 
 def _git(state: Any) -> str:
@@ -401,8 +429,24 @@ def _data(data: Any) -> Iterable[str]:
     if not isinstance(data, dict):
         return []
     if data.get("component") == "mix" and isinstance(data.get("sources"), dict):
-        return [f"{name}: {_component(source)}" for name, source in data["sources"].items()]
-    return [_component(data)]
+        return [Markdown(f"{escape(name)}: {_source(source)}") for name, source in data["sources"].items()]
+    return [_source(data)]
+
+
+def _source(settings: Any) -> Markdown:
+    """A source of data; a dataset of the hub with a link to it, at its revision."""
+    if not isinstance(settings, dict):
+        return escape(settings)
+    component = settings.get("component")
+    key = "name" if component == "hub" else "hub"
+    named = settings.get(key) if component in ("hub", "conversations", "preferences") else None
+    link = hub_link(named, settings.get("revision"), dataset=True)
+    if link is None:
+        return escape(_component(settings))
+    more = _settings(
+        {name: value for name, value in settings.items() if name not in ("component", key) and value != []}
+    )
+    return Markdown(f"{escape(component)}: the hub's dataset {link}" + (f" ({escape(more)})" if more else ""))
 
 
 def _component(settings: Mapping[str, Any]) -> str:
@@ -426,13 +470,3 @@ def _show(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_show, value)) + "]"
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
-
-
-def _cell(text: Any) -> str:
-    """Text that cannot leave its place in the Markdown."""
-    return re.sub(r"\s+", " ", str(text)).replace("|", r"\|").replace("<", "&lt;").strip()

@@ -303,8 +303,11 @@ def _data(tasks: Tasks, name: str, task: Any) -> str:
     """Where a task's documents came from."""
     if tasks.data is not None and (files := tasks.data.describe(name)):
         return f"{files} ({tasks.data.fingerprint(name)})"
-    named = (task.get_config("dataset_path"), task.get_config("dataset_name"))
-    given = (task.get_config("dataset_kwargs") or {}).get("data_files")
+    kwargs = task.get_config("dataset_kwargs") or {}
+    path, given = task.get_config("dataset_path"), kwargs.get("data_files")
+    if path and kwargs.get("revision"):
+        path = f"{path}@{kwargs['revision']}"
+    named = (path, task.get_config("dataset_name"))
     return " ".join(str(part) for part in (*named, given) if part)
 
 

@@ -1,5 +1,6 @@
 """Model cards: only what files say, and every place that a person must fill."""
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,16 @@ import torch
 import xxhash
 import yaml
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 from made_up import result, task
+from markdown_it import MarkdownIt
 
 from plmtune.cli.card import card as command
 from plmtune.data.tokenizers import byte
 from plmtune.errors import UserError
 from plmtune.evaluation import model_card, results
+from plmtune.evaluation.markdown import table
 from plmtune.evaluation.model_card import write_card
 from plmtune.models.adapters import load_model, save_adapter
 from plmtune.models.hf import save_model
@@ -118,7 +123,7 @@ class TestRun:
         count = sum(p.numel() for p in model().parameters())
         assert f"| parameters | {count:,} " in text
         assert "| attention | mla (kv_lora_rank 16, " in text and "| ffn | squared_relu (hidden_dim 32) |" in text
-        assert "| phase main | 12 steps, mixed of code 0.75, prose 0.25 |" in text
+        assert "| phase main | 12 steps, mixed of code 75.0%, prose 25.0% |" in text
         assert "| optimizer | adamw (lr 0.001) |" in text and "| tokens | 1,536 (1.54K) |" in text
         assert "| validation, bits per byte | 1.5000 |" in text
         assert "| hardware | NVIDIA H200 |" in text and "| time in steps | 60.0 seconds |" in text
@@ -168,6 +173,103 @@ class TestRun:
         with pytest.raises(UserError, match="not what the run began with"):
             write_card(run, [])
         assert not (run / "README.md").exists()
+
+
+class TestData:
+    @pytest.mark.parametrize(
+        ("data", "said"),
+        [
+            (
+                {"component": "hub", "name": "org/text", "subset": "en", "split": "train", "revision": "v1/x"},
+                "hub: the hub's dataset [org/text](https://huggingface.co/datasets/org/text/tree/v1%2Fx) "
+                "(revision v1/x, split train, subset en)",
+            ),
+            (
+                {"component": "preferences", "hub": "org/pairs", "paths": [], "subset": None},
+                "preferences: the hub's dataset [org/pairs](https://huggingface.co/datasets/org/pairs)",
+            ),
+            (
+                {"component": "mix", "sources": {"a": {"component": "conversations", "hub": "talk"}, "b": {
+                    "component": "conversations", "paths": ["org/talk.jsonl"], "hub": None}}},
+                "a: conversations: the hub's dataset [talk](https://huggingface.co/datasets/talk)",
+            ),
+        ],
+    )  # fmt: skip
+    def test_of_the_hub_is_a_link_and_files_are_files(
+        self, tmp_path: Path, saved: Path, data: dict[str, Any], said: str
+    ) -> None:
+        text = text_of(make_run(tmp_path, saved, data=data, phases=[]))
+        assert f"| data | {said} |" in text
+        if "sources" in data:
+            assert "| data | b: conversations (paths [org/talk.jsonl]) |" in text
+
+    def test_a_phases_shares_are_those_that_it_draws(self, tmp_path: Path, saved: Path) -> None:
+        phase = {"name": "main", "tokens": "384", "steps": None, "mix": {"code": 0.9, "prose": 0.1}}
+        text = text_of(make_run(tmp_path, saved, phases=[phase]))  # 3 steps of 4 sequences
+        assert "384 tokens, mixed of code 91.7% instead of 90.0%, prose 8.3% instead of 10.0% |" in text
+
+    def test_a_base_of_the_hub_is_a_link(self, tmp_path: Path, saved: Path) -> None:
+        text = text_of(make_run(tmp_path, saved, init_from="some-org/some_model@abc"))
+        assert "from [some-org/some_model](https://huggingface.co/some-org/some_model/tree/abc)." in text
+
+    def test_of_tasks_is_the_hubs_or_files(self, run: Path) -> None:
+        entry, rows = task([0, 1])
+        found = result("m", {
+            "gsm8k": ({**entry, "data": "openai/gsm8k@v2 main"}, rows), "old": ({**entry, "data": "hellaswag"}, rows),
+            "mine": ({**entry, "data": "json {'test': '/home/someone/a.json'}"}, rows),
+        }, model=of(run, 12))  # fmt: skip
+        text = text_of(run, found)
+        link = "[openai/gsm8k](https://huggingface.co/datasets/openai/gsm8k/tree/v2)"
+        assert f"From the hub's dataset {link}: gsm8k (subset main)" in text
+        assert "[hellaswag](https://huggingface.co/datasets/hellaswag): old" in text
+        assert "mine was read from local files" in text and "/home/someone" not in text
+
+
+EVIL = (
+    "a\x1b[31m|b](javascript:x) ![i](data:y) <img src=x onerror=z> `c` [r]: javascript:x\n\n# H\n"
+    "[r]\u202e*e* _f_ ~~g~~ \\"
+)
+
+
+class TestTextOfOthers:
+    def rendered(self, text: str) -> list[Any]:
+        tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
+        return [*tokens, *(child for token in tokens for child in token.children or [])]
+
+    def test_neither_leaves_its_place_nor_leads_anywhere(self, tmp_path: Path, saved: Path) -> None:
+        entry, rows = task([0, 1])
+        evil = {"name": EVIL, "mix": {EVIL: 1.0}, "steps": 2}
+        run = make_run(
+            tmp_path, saved, recipe=EVIL, name=EVIL, init_from=EVIL, phases=[evil],
+            optimizer={"component": EVIL, EVIL: EVIL},
+            data={"component": "mix", "sources": {EVIL: {"component": "hub", "name": EVIL, "revision": EVIL}, "b": {
+                "component": "hub", "name": "a/b", "subset": EVIL, "revision": EVIL}}},
+        )  # fmt: skip
+        record = json.loads((run / "run.json").read_text())
+        record |= {"status": EVIL, "command": [EVIL, EVIL], "versions": {EVIL: EVIL}, "git": {"commit": EVIL}}
+        (run / "run.json").write_text(json.dumps(record))
+        found = result("m", {EVIL: ({**entry, "data": EVIL}, rows)}, failed={EVIL: EVIL}, model=of(run, 12))
+        other = make_run(tmp_path / "plain", saved)
+        plain = text_of(other, result("m", {"t": (entry, rows)}, failed={"u": "v"}, model=of(other, 12)))
+        text = text_of(run, found)
+        assert "](javascript:" not in text and "\x1b" not in text and "\u202e" not in text
+        tokens = self.rendered(text.split("---\n", 2)[2])
+        links = [token.attrs["href"] for token in tokens if token.type == "link_open"]
+        assert links and all(link.startswith("https://") for link in links), links
+        assert [token.attrs["src"] for token in tokens if token.type == "image"] == ["curves.png"]
+        kinds = {token.type for token in tokens}
+        assert not kinds & {"html_inline", "html_block", "em_open", "s_open"}
+        headings = [sum(token.type == "heading_open" for token in found) for found in (tokens, self.rendered(plain))]
+        assert headings[0] == headings[1]
+
+    @given(st.text("ab\\`*_[](){}<>#+-.!|~&:\n\x1b\u202e ", max_size=30))
+    def test_is_seen_as_it_is(self, text: str) -> None:
+        shown = " ".join(text.split()).replace("\x1b", "\\x1b").replace("\u202e", "\\u202e")
+        rows = [t for t in self.rendered("\n".join(table(["x"], [[text], ["end"]]))) if t.type == "inline"]
+        assert len(rows) == 3
+        said = "".join(child.content for child in rows[1].children)
+        assert all(child.type == "text" for child in rows[1].children)
+        assert html.unescape(said) == html.unescape(shown)
 
 
 class TestFrontMatter:

@@ -1,0 +1,54 @@
+"""Text of others in Markdown: it stays where it is put, and links lead to https pages that we name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from plmtune.terminal import visible
+
+HUB = "https://huggingface.co"
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+# Marks that turn the direction of writing show a name as another one.
+_TURNS = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# A backslash that would escape what follows, code, emphasis, tables; _ within a word is none.
+_SIGNS = re.compile(r"\\(?=[!-/:-@\[-`{-~])|[`*~|]|(?<!\w)_|_(?!\w)|(?<=\])[(\[:]")
+
+
+class Markdown(str):
+    """Text that is Markdown already."""
+
+
+def _one_line(value: Any) -> str:
+    text = visible(re.sub(r"\s+", " ", str(value)).strip())
+    return _TURNS.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
+
+
+def escape(value: Any) -> Markdown:
+    """Return text that a reader sees as it is, and that cannot leave its place."""
+    if isinstance(value, Markdown):
+        return value
+    return Markdown(_SIGNS.sub(r"\\\g<0>", _one_line(value)).replace("<", "&lt;"))
+
+
+def code(value: Any) -> Markdown:
+    """Return text as code, for a cell of a table too; as plain text where code cannot hold it."""
+    text = _one_line(value)
+    return escape(value) if not text or set(text) & {"`", "|"} or "](" in text else Markdown(f"`{text}`")
+
+
+def hub_link(name: Any, revision: Any = None, *, dataset: bool = False) -> Markdown | None:
+    """Return a link to a model or a dataset of the Hugging Face hub; None where `name` can be none of its names."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
+        return None
+    page = f"{HUB}/{'datasets/' if dataset else ''}{name}"
+    at = f"/tree/{quote(str(revision), safe='')}" if revision else ""
+    return Markdown(f"[{escape(name)}]({page}{at})")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
