@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import re
 import shutil
@@ -26,6 +25,7 @@ from plmtune import terminal
 from plmtune.errors import UserError
 from plmtune.extras import missing
 from plmtune.units import show_bytes
+from plmtune.untrusted import load_json
 
 T = TypeVar("T")
 
@@ -403,7 +403,7 @@ def _has_weights(directory: Path) -> bool:
         if (directory / f"{stem}.safetensors").exists():
             return True
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-            names = set(json.loads((directory / f"{stem}{_INDEX}").read_text(encoding="utf-8"))["weight_map"].values())
+            names = set(load_json((directory / f"{stem}{_INDEX}").read_text(encoding="utf-8"))["weight_map"].values())
             if names and all((directory / name).exists() for name in names):
                 return True
     return False

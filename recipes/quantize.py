@@ -41,6 +41,7 @@ from plmtune.training.run_summary import already_finished, finished_runs
 from plmtune.training.runtime import Runtime
 from plmtune.training.signals import StopSignals
 from plmtune.units import show_bytes
+from plmtune.untrusted import load_json
 
 CONFIG = "quantize"  # conf/quantize.yaml
 REPORT = "quantize.json"
@@ -420,9 +421,9 @@ def main(cfg: Config, *, dry_run: bool = False) -> float | None:
         find_run(cfg)
         if cfg.resume and read_record(Path(str(cfg.run_dir))).get("status") == "finished":
             echo(already_finished(Path(str(cfg.run_dir))))
-            return json.loads((Path(str(cfg.run_dir)) / REPORT).read_text(encoding="utf-8"))["loss"]
+            return load_json((Path(str(cfg.run_dir)) / REPORT).read_text(encoding="utf-8"))["loss"]
         recipe = Quantize(cfg, preflight(cfg), runtime)
         with recipe.run, recipe.signals:
             recipe.quantize()
-        report = json.loads((recipe.run.path / REPORT).read_text(encoding="utf-8"))
+        report = load_json((recipe.run.path / REPORT).read_text(encoding="utf-8"))
     return report["loss"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from plmtune.tables import Cell, Column, Table, show
 from plmtune.training import manifest
 from plmtune.training.run_summary import explain, explain_missing
 from plmtune.units import show_bytes
+from plmtune.untrusted import load_json
 
 
 @dataclass
@@ -95,8 +95,8 @@ def _look(path: Path) -> Entry:
     entry.files = len(known["files"]) + 1
     entry.size = sum(file["bytes"] for file in known["files"].values())
     entry.saved = (path / manifest.NAME).stat().st_mtime
-    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
-        metrics = json.loads((path / "state.json").read_text(encoding="utf-8")).get("metrics")
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        metrics = load_json((path / "state.json").read_text(encoding="utf-8")).get("metrics")
         entry.metrics = metrics if isinstance(metrics, dict) else {}
     return entry
 

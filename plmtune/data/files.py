@@ -19,6 +19,7 @@ from plmtune.errors import UserError, did_you_mean, unreadable
 from plmtune.ranges import NotEmpty, check
 from plmtune.registry import register
 from plmtune.units import unescape
+from plmtune.untrusted import load_json
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _JSON_LINES = {".jsonl", ".ndjson", ".json"}
@@ -150,7 +151,7 @@ def read_json_lines(path: Path, encoding: str) -> Iterator[tuple[int, Any | BadR
             yield number, BadRow(f"has more than {MAX_BRACKETS:,} brackets")
             continue
         try:
-            yield number, json.loads(line.decode(lines_in))
+            yield number, load_json(line.decode(lines_in))
         except UnicodeDecodeError as error:
             marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
             wide = "; it begins as UTF-16 does" if number == 1 and line.startswith(marks) else ""
@@ -163,8 +164,6 @@ def read_json_lines(path: Path, encoding: str) -> Iterator[tuple[int, Any | BadR
             yield number, BadRow(f"is not JSON: {error.msg} at column {error.colno}{array}")
         except ValueError as error:  # a number of thousands of digits
             yield number, BadRow(f"cannot be read as JSON ({error})")
-        except RecursionError:
-            yield number, BadRow("is JSON nested too deeply to read")
 
 
 def read_table(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, str] | BadRow]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from plmtune.data.rows import Message
 from plmtune.data.sources import BadRow, check_unicode, is_null, is_something
+from plmtune.untrusted import load_json
 
 _ROLES = {
     "system": "system", "developer": "system",
@@ -154,7 +155,7 @@ def _calls_in(value: Any, where: str) -> list[dict[str, Any]]:
         arguments = inner.get("arguments", {})
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments) if arguments.strip() else {}
+                arguments = load_json(arguments) if arguments.strip() else {}
             except ValueError as error:
                 raise BadRow(f"has a call of {inner['name'][:40]} whose arguments are no JSON {where}") from error
         if not isinstance(arguments, dict):
@@ -189,8 +190,8 @@ def _parsed(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
+        return load_json(value)
+    except ValueError as error:
         raise BadRow(f"holds text that is no JSON {where}") from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import regex
 
+from plmtune import untrusted
 from plmtune.data.bpe import (
     COMPLETE_PATTERNS,
     DIGITS_GPT2_PATTERN,
@@ -74,8 +75,8 @@ def load_json(data: bytes, where: str) -> Any:
     if values > _MAX_VALUES:
         raise UserError(f"{where} holds about {values:,} values; a tokenizer has at most {_MAX_VALUES:,}.")
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return untrusted.load_json(data)
+    except ValueError as error:
         raise UserError(f"{where} is not JSON ({str(error)[:100]}).") from error
 
 

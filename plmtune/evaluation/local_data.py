@@ -19,6 +19,7 @@ from plmtune.data.template_limits import TemplateLimit
 from plmtune.errors import UserError, did_you_mean
 from plmtune.evaluation import local_rows
 from plmtune.evaluation.local_rows import CHUNK, Place, Where, compiled, open_zip, opened
+from plmtune.untrusted import load_yaml
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,7 +30,6 @@ _NEAR = 0.8  # of names that are for the most part alike by themselves: mmlu_ana
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 _KEYS = ("file", "columns", "names", "where", "join")
 _JOIN_KEYS = ("file", "names")
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -258,11 +258,11 @@ def _fill(text: str, filled: dict[str, str]) -> str:
 
 def _read_map(path: Path) -> dict[str, dict[str, _Split]]:
     try:
-        read = yaml.load("".join(read_text(path, "utf-8")), Loader=_Loader)
+        read = load_yaml("".join(read_text(path, "utf-8")))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
         raise UserError(f"{path}, line {line}: not YAML: {error.problem}") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {error}") from error
     if not isinstance(read, dict) or not read:
         raise UserError(f"{path}: a map is task: {{split: file}}, such as gsm8k: {{test: gsm8k_test.jsonl}}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from plmtune.models.hf import SCORE
 from plmtune.training import metrics
 from plmtune.training.reference import model_digest
 from plmtune.training.run_directory import CONFIG, config_is_vouched_for, read_record
+from plmtune.untrusted import load_yaml
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,9 @@ def read_run(directory: Path) -> Run | None:
     path, number = place
     config_is_vouched_for(path)
     try:
-        config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
-        entries = metrics.read(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        config = load_yaml((path / CONFIG).read_text(encoding="utf-8"))
+        entries = _logged(path / "metrics.jsonl", config)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: its {CONFIG} or metrics.jsonl cannot be read ({error}).") from error
     phases = config.get("phases") or [] if isinstance(config, dict) else None
     if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases):
@@ -78,6 +82,14 @@ def read_run(directory: Path) -> Run | None:
     before = [entry for entry in entries if entry["step"] <= number]
     last = max((entry["step"] for entry in entries), default=number)
     return Run(path, config, read_record(path), before, number, last)
+
+
+def _logged(path: Path, config: Any) -> list[dict[str, Any]]:
+    if path.exists():
+        return metrics.read(path)
+    if isinstance(config, dict) and config.get("recipe") != "quantize":
+        _log.warning("%s is missing: what the run logged is not known", path)
+    return []
 
 
 def is_of(model: Mapping[str, Any], directory: Path, run: Run | None) -> bool:

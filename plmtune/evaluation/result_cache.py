@@ -15,6 +15,7 @@ import xxhash
 
 from plmtune import terminal
 from plmtune.errors import UserError
+from plmtune.untrusted import load_json
 
 T = TypeVar("T")
 
@@ -109,7 +110,7 @@ class ResultCache:
         while chunk := list(islice(rest, _MOST_KEYS)):
             marks = ",".join("?" * len(chunk))
             rows = self._connection.execute(f"SELECT key, value, seal FROM results WHERE key IN ({marks})", chunk)
-            found.update({held: json.loads(text) for held, text, seal in rows if _is_whole(held, text, seal)})
+            found.update({held: load_json(text) for held, text, seal in rows if _is_whole(held, text, seal)})
         return found
 
     def _whole_or_anew(self, act: Callable[[], T]) -> T:

@@ -19,6 +19,7 @@ from plmtune.atomic import writing
 from plmtune.errors import UserError
 from plmtune.provenance import device_name, versions
 from plmtune.tables import Column, Table
+from plmtune.untrusted import load_json
 
 if TYPE_CHECKING:
     import torch
@@ -126,12 +127,12 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = load_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"There is no result {path} (seen from {Path.cwd()}). {HOW_TO_MAKE}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged or no result: it is not valid JSON ({error}).") from error
     if not isinstance(result, dict) or result.get("format") != FORMAT:
         raise UserError(f"{path} is no result of plmtune eval: its key format is not {FORMAT!r}.")

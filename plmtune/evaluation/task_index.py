@@ -24,6 +24,7 @@ import yaml
 from plmtune import terminal
 from plmtune.atomic import replacing
 from plmtune.errors import UserError
+from plmtune.untrusted import load_yaml
 
 Kind = Literal["task", "class", "group", "tag"]
 # What runs code that a model wrote: nothing, the metric code_eval (which we can put into our sandbox), its own means.
@@ -101,7 +102,7 @@ def read_folder(folder: Path, *, strict: bool) -> dict[str, Known]:
         try:
             config, chain = reader.merged(path)
             kind = _kind_of(config)
-        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
             if strict:
                 raise UserError(f"{path} cannot be read as a task: {_in_words(error)}") from error
             continue
@@ -147,7 +148,7 @@ class _Reader:
             raise ValueError(f"it includes {path} twice, or itself")
         seen.add(path)
         if path not in self._parsed:
-            parsed = yaml.load(path.read_bytes(), Loader=_Loader)
+            parsed = load_yaml(path.read_text(encoding="utf-8"), _Loader)
             if not isinstance(parsed, dict):
                 raise ValueError(f"it holds a {type(parsed).__name__}, not keys and values")
             self._parsed[path] = parsed

@@ -20,6 +20,7 @@ from plmtune.atomic import replacing
 from plmtune.errors import Unreadable, UserError, unreadable
 from plmtune.training import manifest, run_summary
 from plmtune.training.run_directory import state_of
+from plmtune.untrusted import load_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -119,10 +120,10 @@ def read_json(directory: Path, name: str, *, max_bytes: int = _MAX_JSON_BYTES) -
     if size > max_bytes:
         raise UserError(f"{path} has {size:,} bytes; a real one has far fewer than {max_bytes:,}.")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = load_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise unreadable(path, error) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold a JSON object.")

@@ -40,6 +40,7 @@ from plmtune.modules.quantized import (
     round_inputs,
     round_rows,
 )
+from plmtune.untrusted import load_json
 
 _INT4_GROUPS = (32, 64, 128, 256)  # that the packed kernel of 4 bits takes
 _MEASURED_ROWS = (1, 8, 64, 256)  # which stand for up to each of ROWS, and more
@@ -355,7 +356,7 @@ def _file() -> Path:
 def _measured() -> dict[str, list[str]]:
     """What was measured before; empty where the file is absent, damaged or another version's."""
     try:
-        data = json.loads(_file().read_text(encoding="utf-8"))
+        data = load_json(_file().read_text(encoding="utf-8"))
         kept = data["kernels"] if data["version"] == _VERSION else {}
         assert all(len(names) == len(_MEASURED_ROWS) and set(names) <= set(KERNELS) for names in kept.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from plmtune.optim.newton_schulz import CPUMuon
+from plmtune.optim.newton_schulz import CPUMuon, is_sharded
 from plmtune.ranges import RATE, SHARE, TINY, WEIGHT, Range, check
 from plmtune.registry import register
 
@@ -148,9 +148,8 @@ def muon(
         )
     if not matrices:
         raise ValueError(f"muon finds no hidden matrix among {len(others)} trained parameters: use optimizer=adamw")
-    kind = (
-        CPUMuon if all(type(p.data) is torch.Tensor and p.device.type == "cpu" for p in matrices) else torch.optim.Muon
-    )
+    known = all(p.device.type == "cpu" and (type(p.data) is torch.Tensor or is_sharded(p)) for p in matrices)
+    kind = CPUMuon if known else torch.optim.Muon
     return MuonWithAdamW(
         kind(
             matrices,

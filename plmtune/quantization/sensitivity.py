@@ -29,6 +29,7 @@ from plmtune.quantization.calibrate import inputs_seen
 from plmtune.quantization.quantize import quantize_module
 from plmtune.quantization.schemes import EMBEDDING, HEAD, KEEP, candidates
 from plmtune.units import byte_unit, show_bytes
+from plmtune.untrusted import load_json
 
 _VERSION = 1  # of the file, and of what its key hashes
 _CHUNK = 512  # tokens whose logits are held at once
@@ -449,7 +450,7 @@ def _key(
 def _read(path: Path, key: str) -> dict[str, Sensitivity]:
     """What an interrupted measuring has found already; nothing of a file that is not of this model, plan and text."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path.read_text(encoding="utf-8"))
         if content["key"] != key:
             return {}
         return {row["module"]: Sensitivity(**row) for row in content["modules"]}

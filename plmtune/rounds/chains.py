@@ -26,6 +26,7 @@ from plmtune.data.sources import BadRow
 from plmtune.errors import UserError, unreadable
 from plmtune.generation import before_stop, encode_stops
 from plmtune.training import distributed
+from plmtune.untrusted import load_json
 
 T = TypeVar("T")
 
@@ -131,7 +132,7 @@ def _read(path: Path, make: Callable[..., T]) -> list[T]:
     # Not splitlines: U+2028 and others of its kind may stand in a text.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         try:
-            made.append(make(**json.loads(line)))
+            made.append(make(**load_json(line)))
         except (ValueError, TypeError) as error:
             raise UserError(
                 f"{path}, row {number}: damaged ({error}). Remove the file to have it made again."
@@ -233,7 +234,7 @@ class Journal:
             # What follows the last line break is a line that a kill tore.
             for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
                 try:
-                    row = json.loads(line)
+                    row = load_json(line)
                     if number == 1:
                         self._check(path, row["settings"])
                     else:

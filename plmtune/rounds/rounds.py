@@ -26,6 +26,7 @@ from plmtune.rounds.rules import Rule, find_rules
 from plmtune.schema import Selection
 from plmtune.training import manifest
 from plmtune.training.distributed import told_by_rank_0
+from plmtune.untrusted import load_json
 
 # (directory, prompts, number that decides the draws) -> chains, or None if the run is to stop
 Write = Callable[[Path, Sequence[Prompt], int], list[Chain] | None]
@@ -133,7 +134,7 @@ class Rounds:
                 return None
             text = json.dumps(selection.evaluate(self._judged(place, chains)), indent=1) + "\n"
             told_by_rank_0(lambda: manifest.write_text(found, text))
-        measured: dict[str, float] = told_by_rank_0(lambda: json.loads(found.read_text(encoding="utf-8")))
+        measured: dict[str, float] = told_by_rank_0(lambda: load_json(found.read_text(encoding="utf-8")))
         if "direct" not in measured:
             tell(f"evaluation: none of {measured['num']:,} held-out prompts could be answered")
             return {}

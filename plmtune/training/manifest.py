@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +16,7 @@ import xxhash
 from plmtune import sealed
 from plmtune.atomic import replacing
 from plmtune.errors import UserError, unreadable
+from plmtune.untrusted import load_json
 
 NAME = "manifest.json"
 VERIFIED = ".verified.json"  # states of the files whose hashes were found right, see `verify_once`
@@ -139,10 +139,10 @@ def verify_once(directory: Path, only: Iterable[str] | None = None) -> None:
 def _is_of_others(path: Path) -> bool:
     """Whether a manifest.json is another program's. One of ours with a flipped bit keeps two of its three keys."""
     try:
-        content = json.loads(sealed.read(path))
+        content = load_json(sealed.read(path))
     except OSError as error:
         raise unreadable(path, error) from error
-    except (ValueError, RecursionError):
+    except ValueError:
         return False
     return not isinstance(content, dict) or len({"files", "format", "xxh3_128"} & content.keys()) < 2
 

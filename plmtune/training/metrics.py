@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -12,9 +13,14 @@ from types import TracebackType
 from typing import Any
 
 from plmtune.training import manifest
+from plmtune.untrusted import load_json
 
 # What depends on the clock and the machine. All other keys are equal in two runs of one seed.
 TIMING = ("time", "tokens_per_second", "mfu", "memory_bytes")
+
+_NO_NUMBERS = ("phase", "not_finite")
+_LARGEST = 1e300
+_log = logging.getLogger(__name__)
 
 # A line with this key comes between a checkpoint and the next step: a run resumed from there writes it again.
 BETWEEN = "after_round"
@@ -37,6 +43,8 @@ class MetricsFile:
         self.pending = ""
         if path.exists():
             _cut(path, start_step)
+        elif start_step:
+            _log.warning("%s is missing: what was logged up to step %d is lost", path, start_step)
         self._file = path.open("ab", buffering=0)
 
     def append(self, step: int, values: Mapping[str, Any]) -> None:
@@ -92,16 +100,45 @@ def line(step: int, values: Mapping[str, Any]) -> str:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file. A last line that a kill tore is left out."""
-    entries = []
-    for text in path.read_bytes().splitlines():
+    """The lines of a metrics file, without a last one that a kill tore; others that are none are counted in a warning.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    return parse(path.read_bytes(), path)
+
+
+def parse(data: bytes, path: Path) -> list[dict[str, Any]]:
+    """The lines of what a metrics file holds, as `read`."""
+    *lines, torn = data.split(b"\n")
+    entries, wrong = [], []
+    for number, text in enumerate(lines, 1):
         try:
-            entry = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            entries.append(entry)
+            entries.append(_entry(text))
+        except ValueError as error:
+            wrong.append((number, error))
+    with contextlib.suppress(ValueError):
+        entries.append(_entry(torn))
+    if wrong:
+        _log.warning(
+            "%s: %d of %d lines are no metrics and left out, the first of them line %d (%s)",
+            path, len(wrong), len(lines), *wrong[0],
+        )  # fmt: skip
     return entries
+
+
+def _entry(text: bytes) -> dict[str, Any]:
+    entry = load_json(text)
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+        raise ValueError("it is no object with a step")
+    for key, value in entry.items():
+        if key not in _NO_NUMBERS and value is not None and not _is_number(value):
+            raise ValueError(f"its {key:.40} is no number")
+    return entry
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -_LARGEST <= value <= _LARGEST
 
 
 def without_timing(entry: Mapping[str, Any]) -> dict[str, Any]:

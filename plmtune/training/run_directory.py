@@ -18,6 +18,7 @@ from plmtune.data.lock import is_at
 from plmtune.errors import UserError, unreadable
 from plmtune.provenance import git_state, now, versions
 from plmtune.training import manifest
+from plmtune.untrusted import load_json
 
 Status = Literal["running", "finished", "stopped", "failed"]  # as run.json says it
 State = Literal["running", "finished", "stopped", "failed", "killed"]  # killed: run.json says running, and nobody is
@@ -42,10 +43,10 @@ def read_record(path: Path) -> dict[str, Any]:
         UserError: if it may not be read.
     """
     try:
-        entry = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        entry = load_json((path / RECORD).read_text(encoding="utf-8"))
     except PermissionError as error:
         raise unreadable(path / RECORD, error) from error
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return {}
     return entry if isinstance(entry, dict) else {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import os
 import re
 import shlex
@@ -16,9 +16,11 @@ from typing import Any
 import yaml
 
 from plmtune.errors import Unreadable, UserError
-from plmtune.training import manifest
+from plmtune.training import manifest, metrics
 from plmtune.training.run_directory import CONFIG, LATEST, NEWEST, read_record, state_of
+from plmtune.untrusted import load_json, load_yaml
 
+_log = logging.getLogger(__name__)
 _TAIL = 1 << 20  # bytes at the end of metrics.jsonl in which the newest values are looked for
 _MAX_CONFIG = 1 << 20
 _ENDED = {"running": "is running", "stopped": "was stopped", "failed": "failed", "killed": "was killed"}
@@ -82,7 +84,10 @@ def summarize(path: Path) -> Summary:
     found.parameters, found.steps = record.get("parameters"), record.get("num_steps")
     found.seconds = _seconds(attempts, path, running=found.status == "running")
     found.saved_step = next(reversed(manifest.steps(path / "checkpoints")), None)
-    values = _newest_values(path / "metrics.jsonl")
+    log = path / "metrics.jsonl"
+    values = _newest_values(log)
+    if found.saved_step and found.recipe != "quantize" and not log.exists():
+        _log.warning("%s is missing: what the run logged is not known", log)
     if found.recipe == "quantize":
         values = {"loss": _json(path / "quantize.json").get("loss")}
     found.step, found.bits_per_byte = values.get("step"), values.get("bits_per_byte")
@@ -200,8 +205,8 @@ def _record(path: Path) -> dict[str, Any]:
 def _config(path: Path) -> dict[str, Any]:
     try:
         with (path / CONFIG).open(encoding="utf-8") as file:
-            content = yaml.load(file.read(_MAX_CONFIG), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            content = load_yaml(file.read(_MAX_CONFIG))
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -216,8 +221,8 @@ def _model(config: dict[str, Any]) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = load_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -226,20 +231,18 @@ def _newest_values(path: Path) -> dict[str, Any]:
     """The newest step, and the newest value of each metric that is shown."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL))
-            lines = file.read().splitlines()
+            begin = max(0, path.stat().st_size - _TAIL)
+            file.seek(begin)
+            data = file.read()
     except OSError:
         return {}
+    if begin:
+        data = data[data.find(b"\n") + 1 :]  # the first is half a line
     found: dict[str, Any] = {}
-    for line in reversed(lines):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # the first is half a line, and a kill may have torn the last
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            for name in ("step", *_SHOWN):
-                if isinstance(entry.get(name), int | float):
-                    found.setdefault(name, entry[name])
+    for entry in reversed(metrics.parse(data, path)):
+        for name in ("step", *_SHOWN):
+            if entry.get(name) is not None:
+                found.setdefault(name, entry[name])
         if all(name in found for name in _SHOWN):
             break
     return found
