@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -111,6 +111,32 @@ class _Automaton:
         return False, {state}, {state}
 
 
+class _Fixed:
+    """Texts that are found before a pattern is applied.
+
+    Attributes:
+        longest: characters of the longest.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        held = list(texts)
+        self.longest = max(map(len, held), default=0)
+        self._any = re.compile("|".join(map(re.escape, held))) if held else None
+
+    def between(self, text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The stretches of a part of a text that none of them touches, last first."""
+        touched, at = [], max(0, start - self.longest)
+        while self._any is not None and (found := self._any.search(text, at)) and found.start() < end:
+            touched.append((found.start(), found.start() + self.longest))  # a longer one may begin there
+            at = found.start() + 1
+        for first, beyond in reversed(touched):
+            if beyond < end:
+                yield max(start, beyond), end
+            end = min(end, first)
+        if start < end:
+            yield start, end
+
+
 class Cuts:
     """The places where texts of one tokenizer may be cut.
 
@@ -118,13 +144,15 @@ class Cuts:
         pattern: regular expression of the pieces.
         complete: the same with what it does not match.
         fixed: texts that are found before the pattern is applied.
+        late: those that are found after them, in normalized text.
         form: Unicode form that a text is brought to.
     """
 
-    def __init__(self, pattern: str, complete: str, fixed: list[str], form: str | None) -> None:
+    def __init__(
+        self, pattern: str, complete: str, fixed: Iterable[str], late: Iterable[str], form: str | None
+    ) -> None:
         self._form: Any = form
-        self._fixed = re.compile("|".join(map(re.escape, fixed))) if fixed else None
-        self._longest = max(map(len, fixed), default=0)
+        self._fixed, self._late = _Fixed(fixed), _Fixed(late)
         self._pattern = regex.compile(pattern) if complete != pattern else None
         self._pieces = regex.compile(complete)
         # Fails after every try, so that a partial match is a try that came to the end of the text.
@@ -148,10 +176,10 @@ class Cuts:
             return 0
 
     def _last(self, text: str) -> int:
-        end = len(text) - self._longest  # what begins later may be the beginning of a fixed text
+        end = len(text) - self._fixed.longest  # what begins later may be the beginning of a fixed text
         for _ in range(_TRIES):
             start = max(0, end - _WINDOW)
-            for low, high in self._free(text, start, end):
+            for low, high in self._fixed.between(text, start, end):
                 if cut := self._cut(text[low:high]):
                     return low + cut
             if start == 0:
@@ -159,53 +187,37 @@ class Cuts:
             end = start + _WINDOW // 8
         return 0
 
-    def _free(self, text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """The stretches of a window that no fixed text touches, last first."""
-        if self._fixed is None:
-            yield start, end
-            return
-        touched, at = [], max(0, start - self._longest)
-        while found := self._fixed.search(text, at):
-            if found.start() >= end:
-                break
-            touched.append(
-                (found.start(), min(len(text), found.start() + self._longest))
-            )  # a longer one may begin there
-            at = found.start() + 1
-        for first, beyond in reversed(touched):
-            if beyond < end:
-                yield max(start, beyond), end
-            end = min(end, first)
-        if start < end:
-            yield start, end
-
     def _cut(self, raw: str) -> int:
         """The last place in a stretch of text, whose ends may lie inside pieces; 0 if there is none."""
         text, places = self._normalized(raw)
-        begin = next(iter(places), None)
+        reach = self._late.longest
+        for low, high in self._late.between(text, reach, len(text) - reach):
+            if at := self._cut_between(text[low:high], {at - low for at in places if low <= at < high}):
+                return places[low + at]
+        return 0
+
+    def _cut_between(self, text: str, places: set[int]) -> int:
+        """The same in a stretch in which nothing is fixed, at one of the places."""
+        begin = min(places, default=None)
         if begin is None or (crossed := self._crossed(text, begin)) is None:
             return 0
         heads, matches = set(range(begin, crossed + 1)), dict[int, int]()
         while len(heads) > 1 or max(heads) < crossed:
             head = min(heads)
             heads.remove(head)
-            found = self._match(self._pieces, text, head)
-            if found is None or found.end() == head or self._match(self._tries, text, head, partial=True):
+            end = self._end(text, head)
+            if end is None:
                 return 0
-            matches[head] = found.end()
-            heads.add(found.end())
+            matches[head] = end
+            heads.add(end)
         chain = [*heads]
-        while (found := self._match(self._pieces, text, chain[-1])) and not self._match(
-            self._tries, text, chain[-1], partial=True
-        ):
-            if found.end() == chain[-1]:
-                return 0
-            matches[chain[-1]] = found.end()
-            chain.append(found.end())
+        while (end := self._end(text, chain[-1])) is not None:
+            matches[chain[-1]] = end
+            chain.append(end)
         for at in reversed(chain):
             # Before a cut a piece sees the end of a text where it saw what follows.
             if at in places and all(self._ended(text, head, at) == end for head, end in matches.items() if head < at):
-                return places[at]
+                return at
         return 0
 
     def _match(
@@ -216,6 +228,12 @@ class Cuts:
         if left is not None and left <= 0:
             raise TimeoutError
         return pattern.match(text, at, len(text) if end is None else end, partial=partial, timeout=left)
+
+    def _end(self, text: str, at: int) -> int | None:
+        """Where the piece ends that begins at a place; None where that is not sure or there is none."""
+        found = self._match(self._pieces, text, at)
+        sure = found is not None and self._match(self._tries, text, at, partial=True) is None
+        return int(found.end()) if sure and found.end() > at else None
 
     def _ended(self, text: str, head: int, at: int) -> int:
         """Where a piece ends if the text ends at a place."""
@@ -232,8 +250,9 @@ class Cuts:
                 return at
             following = automaton.after(states) | (automaton.first if unmatched else set())
             states = automaton.over(following, text[at])
-            if unmatched and self._pattern is not None and at > begin and self._match(self._pattern, text, at):
-                unmatched = self._match(self._tries, text, at, partial=True) is not None
+            if unmatched and self._pattern is not None and at > begin:
+                found = self._match(self._pattern, text, at)
+                unmatched = not found or self._match(self._tries, text, at, partial=True) is not None
         return None
 
     def _normalized(self, raw: str) -> tuple[str, dict[int, int]]:

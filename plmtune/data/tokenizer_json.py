@@ -81,8 +81,11 @@ def load_json(data: bytes, where: str) -> Any:
 
 
 def _normalization(entry: Any, where: str) -> Normalization | None:
-    if isinstance(entry, dict) and entry.get("type") == "Sequence" and len(entry.get("normalizers") or []) <= 1:
-        entry = next(iter(entry.get("normalizers") or []), None)
+    if isinstance(entry, dict) and entry.get("type") == "Sequence":
+        steps = entry.get("normalizers") or []
+        if not isinstance(steps, list):
+            raise UserError(f"{where}: normalizer.normalizers must be a list, not {steps!r:.40}.")
+        entry = entry if len(steps) > 1 else next(iter(steps), None)
     if entry is None:
         return None
     kind = entry.get("type") if isinstance(entry, dict) else entry
@@ -122,10 +125,10 @@ def _pattern(entry: Any, where: str) -> str:
     steps = entry.get("pretokenizers") if isinstance(entry, dict) and entry.get("type") == "Sequence" else [entry]
     if not isinstance(steps, list) or not steps or not all(isinstance(step, dict) for step in steps):
         raise UserError(f"{where} has no ByteLevel pre-tokenizer: only byte-level BPE is supported.")
-    kinds = [step.get("type") for step in steps]
+    kinds = [str(step.get("type")) for step in steps]
     *cuts, last = steps
     if last.get("type") != "ByteLevel" or not set(kinds[:-1]) <= {"Split", "Digits"}:
-        raise UserError(f"{where}: the pre-tokenizer {' + '.join(map(str, kinds))} is not supported.")
+        raise UserError(f"{where}: the pre-tokenizer {' + '.join(kinds)} is not supported.")
     if last.get("add_prefix_space"):
         raise UserError(f"{where}: add_prefix_space of the ByteLevel pre-tokenizer is not supported.")
     if last.get("use_regex", True):
@@ -135,7 +138,7 @@ def _pattern(entry: Any, where: str) -> str:
             return DIGITS_GPT2_PATTERN
     elif len(cuts) == 1 and cuts[0].get("type") == "Split":
         return _split_pattern(cuts[0], where)
-    raise UserError(f"{where}: the pre-tokenizer {' + '.join(map(str, kinds))} is not one regular expression.")
+    raise UserError(f"{where}: the pre-tokenizer {' + '.join(kinds)} is not one regular expression.")
 
 
 def _cuts_digits(step: dict[str, Any]) -> bool:

@@ -230,7 +230,9 @@ class Tokenizer:
     def cuts(self) -> Cuts:
         """Where a text that goes on may be cut so that the ids of its parts are its own."""
         held = self.vocabulary
-        return Cuts(held.pattern, _complete(held.pattern), list(held.added), held.normalization)
+        late = [self._normalize(text) for text in held.added if text in held.normalized]
+        fixed = held.added.keys() - held.normalized
+        return Cuts(held.pattern, _complete(held.pattern), fixed, late, held.normalization)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, special tokens as their text; bytes that are no UTF-8 become U+FFFD."""

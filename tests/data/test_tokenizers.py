@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
@@ -729,3 +730,88 @@ class TestCuts:
     def test_of_unknown_patterns_nothing_is_sure(self) -> None:
         tokenizer = Tokenizer(replace(bundled().vocabulary, pattern=r"[a-z ]+|."))
         assert (tokenizer.last_cut("one two three"), bundled().last_cut("one two three ")) == (0, 7)
+
+
+WRONG = (None, True, -1, 1.5, "x", [1], {"x": 1}, [{}])
+
+
+def _places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where something stands in a tokenizer.json; of its tables and lists the first entries."""
+    yield place
+    if isinstance(value, dict | list):
+        for key in [*value][:30] if isinstance(value, dict) else range(min(2, len(value))):
+            yield from _places(value[key], (*place, key))
+
+
+def _put(value: Any, place: tuple[Any, ...], new: Any) -> Any:
+    if not place:
+        return new
+    value = copy.copy(value)
+    value[place[0]] = _put(value[place[0]], place[1:], new)
+    return value
+
+
+class TestWrongTypes:
+    """Whatever stands under whichever key: a tokenizer, or a sentence that names the file."""
+
+    @pytest.fixture(scope="class")
+    def place(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        directory = tmp_path_factory.mktemp("wrong")
+        byte().save(directory)
+        return directory
+
+    def tried(self, place: Path, name: str, content: Any) -> None:
+        before = (place / name).read_bytes()
+        (place / name).write_text(json.dumps(content))
+        try:
+            load_tokenizer(place)
+        except UserError as error:
+            assert str(place) in str(error)
+        finally:
+            (place / name).write_bytes(before)
+
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "version",
+            "truncation",
+            "padding",
+            "added_tokens",
+            "normalizer",
+            "pre_tokenizer",
+            "post_processor",
+            "decoder",
+            "model",
+        ],
+    )
+    def test_of_each_key_of_a_tokenizer_json(self, place: Path, key: str) -> None:
+        held = json.loads((place / "tokenizer.json").read_text())
+        (eos,) = held["added_tokens"]
+        held["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
+        held["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": eos["content"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {eos["content"]: {"id": eos["content"], "ids": [eos["id"]], "tokens": [eos["content"]]}},
+        }
+        for where in _places(held.get(key), (key,)):
+            if where[1:2] in (("vocab",), ("merges",)) and len(where) > 3:
+                continue
+            for wrong in WRONG:
+                self.tried(place, "tokenizer.json", _put({key: None} | held, where, wrong))
+
+    def test_of_each_key_of_its_configuration(self, place: Path) -> None:
+        held = json.loads((place / "tokenizer_config.json").read_text())
+        more = ("bos_token", "add_bos_token", "chat_template", "added_tokens_decoder", "model_max_length")
+        for key in (*held, *more):
+            for wrong in (*WRONG, {"content": 5}, {"content": "<|im_end|>"}):
+                self.tried(place, "tokenizer_config.json", held | {key: wrong})
+
+    def test_a_normalizer_that_is_a_number_is_named(self, place: Path) -> None:
+        held = json.loads((place / "tokenizer.json").read_text())
+        held["normalizer"] = {"type": "Sequence", "normalizers": 5}
+        before = (place / "tokenizer.json").read_bytes()
+        (place / "tokenizer.json").write_text(json.dumps(held))
+        with pytest.raises(UserError, match=r"tokenizer.json: normalizer.normalizers must be a list, not 5"):
+            load_tokenizer(place)
+        (place / "tokenizer.json").write_bytes(before)
