@@ -46,7 +46,7 @@ from plmtune.config_choices import (
 )
 from plmtune.config_errors import Given, explain, in_words, unknown_key
 from plmtune.config_rules import check_file, check_override, check_scalar, check_value, is_option, read_yaml, resolve
-from plmtune.errors import UserError, did_you_mean, either, near_names
+from plmtune.errors import UserError, did_you_mean, either, near_names, refuse_pipe
 from plmtune.names import refuse_preset, where_it_belongs
 from plmtune.overrides import as_typed, in_hydras_form
 from plmtune.ranges import Rule
@@ -268,6 +268,7 @@ def find_config(name: str) -> Path:
         near = [beside[stem] for stem in near_names(Path(name).stem, beside)]
         configs = [path.stem for path in shipped.glob("*.yaml")]
         hint = f" Did you mean {either(near)}?" if near else did_you_mean(Path(name).stem, configs)
+        refuse_pipe(Path(name))
         raise UserError(f"{name}: no such file.{hint}")
     path = shipped / f"{name}.yaml"
     if not path.is_file():

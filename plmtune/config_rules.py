@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from plmtune.errors import UserError, did_you_mean
+from plmtune.errors import UserError, did_you_mean, refuse_pipe
 
 # Far above any real config, far below what would hurt.
 MAX_BYTES = 1 << 20
@@ -98,6 +98,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: naming the file and, where there is one, the line.
     """
+    refuse_pipe(path)
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)

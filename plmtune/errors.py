@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -22,6 +23,12 @@ def unreadable(path: object, error: OSError) -> Unreadable:
     """The sentence for a file that the system refuses to read."""
     remedy = " Change its permissions, or run as its owner." if isinstance(error, PermissionError) else ""
     return Unreadable(f"{path} cannot be read: {error.strerror or error}.{remedy}")
+
+
+def refuse_pipe(path: Path) -> None:
+    """Refuse what is there and is neither a file nor a folder: reading it may wait without an end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a device or a pipe, which has no end or is read only once. Name a file")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

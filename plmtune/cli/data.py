@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from plmtune import terminal
 from plmtune.cli import import_option, short
 from plmtune.cli.tokenizer import find_tokenizer
-from plmtune.errors import UserError
+from plmtune.errors import UserError, refuse_pipe
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -176,6 +176,7 @@ def inspect(
     """
     given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     of_files = {"row", "tokenizer", "template", "train_on"}
+    refuse_pipe(path)
     is_file = path.is_file() or (bool(path.suffix) and not path.exists())
     if wrong := sorted(given - {"path"} - of_files if is_file else given & of_files):
         flag = "--" + wrong[0].replace("_", "-")

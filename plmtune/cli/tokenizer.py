@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,11 @@ from plmtune import hub, terminal
 from plmtune.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from plmtune.data.sources import Piece
     from plmtune.data.tokenizers import Tokenizer
 
 _BLOCK_CHARS = 16_384
+_LINE_CHARS = 1 << 22  # a longer line is cut
 _HOLDOUT_EVERY = 50
 _HOLDOUT_CHARS = 4_000_000
 
@@ -59,7 +62,7 @@ def train(files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, tex
     held_out: list[str] = []
     seen = _Count()
     line = terminal.Line()
-    blocks = _reporting(_without(_blocks(source.documents(skip_bad)), held_out), seen, line.update)
+    blocks = _reporting(_without(_blocks(chain.from_iterable(source.pieces(skip_bad))), held_out), seen, line.update)
     try:
         made = train_bpe(blocks, vocab_size)
     except ValueError as error:
@@ -122,14 +125,18 @@ class _Count:
     chars = 0
 
 
-def _blocks(documents: Iterable[str]) -> Iterator[str]:
+def _blocks(pieces: Iterable[Piece]) -> Iterator[str]:
     """Cut documents after the line that fills a block, so that a part of one large file can be held out."""
-    for document in documents:
-        start = 0
-        while start < len(document):
-            end = document.find("\n", start + _BLOCK_CHARS) + 1 or len(document)
-            yield document[start:end]
+    rest = ""
+    for text, ends in pieces:
+        rest, start = rest + text, 0
+        while end := rest.find("\n", start + _BLOCK_CHARS) + 1:
+            yield rest[start:end]
             start = end
+        rest = rest[start:]
+        if rest and (ends or len(rest) > _LINE_CHARS):
+            yield rest
+            rest = ""
 
 
 def _without(blocks: Iterable[str], held_out: list[str]) -> Iterator[str]:

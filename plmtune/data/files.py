@@ -15,7 +15,7 @@ from typing import Any, Literal
 import xxhash
 
 from plmtune.data.sources import BadRow, Piece, Source, Unused, text_of, unread
-from plmtune.errors import UserError, did_you_mean, unreadable
+from plmtune.errors import UserError, did_you_mean, refuse_pipe, unreadable
 from plmtune.ranges import NotEmpty, check
 from plmtune.registry import register
 from plmtune.units import unescape
@@ -249,8 +249,7 @@ def find_files(paths: tuple[str, ...]) -> tuple[list[Path], set[Path]]:
             if not inside:
                 raise UserError(f"The folder {text} holds no text, JSONL, CSV or Parquet file")
         elif path.exists():
-            if not path.is_file():
-                raise UserError(f"{text} is a device or a pipe, which has no end or is read only once. Name a file")
+            refuse_pipe(path)
             inside = [path]
             singly.add(path)
         else:

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 
 from plmtune.data.files import read_text
 from plmtune.data.template_limits import TemplateLimit
-from plmtune.errors import UserError, did_you_mean
+from plmtune.errors import UserError, did_you_mean, refuse_pipe
 from plmtune.evaluation import local_rows
 from plmtune.evaluation.local_rows import CHUNK, Place, Where, compiled, open_zip, opened
 from plmtune.untrusted import load_yaml
@@ -257,6 +257,7 @@ def _fill(text: str, filled: dict[str, str]) -> str:
 
 
 def _read_map(path: Path) -> dict[str, dict[str, _Split]]:
+    refuse_pipe(path)
     try:
         read = load_yaml("".join(read_text(path, "utf-8")))
     except yaml.MarkedYAMLError as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plmtune.atomic import writing
-from plmtune.errors import UserError
+from plmtune.errors import UserError, refuse_pipe
 from plmtune.provenance import device_name, versions
 from plmtune.tables import Column, Table
 from plmtune.untrusted import load_json
@@ -126,6 +126,7 @@ def load(path: str | Path) -> dict[str, Any]:
         UserError: if it is missing, damaged, of another kind or of a newer version.
     """
     path = Path(path)
+    refuse_pipe(path)
     try:
         result = load_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

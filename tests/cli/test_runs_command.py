@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from in_process import begin_run, run, save_small
 
+from plmtune.cli import cli
 from plmtune.cli.checkpoints import _find
 from plmtune.cli.runs import reasons, table
 from plmtune.errors import UserError
@@ -180,3 +181,19 @@ class TestResumeWithoutAName:
         path = "runs/pretrain/20260101-000000"
         assert code == 0 and out.startswith(f"{path} is finished: there is nothing to resume.")
         assert out.strip().endswith(f"plmtune run pretrain model=plm init_from={path}")
+
+
+@pytest.mark.parametrize("command", ["runs", "card"])
+@pytest.mark.parametrize("damage", ["gone", "garbage"])
+def test_metrics_that_are_gone_or_garbage_are_said(
+    command: str, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with begin_run(Path("one"), 100) as found:
+        directory = save_small(found.path / "checkpoints/step-00000100")
+        manifest.seal(directory, 100, {})
+        found.metrics.write_text("garbage\n" * 3)
+        if damage == "gone":
+            found.metrics.unlink()
+    cli.main([command, "one"], standalone_mode=False)
+    assert ("metrics.jsonl is missing" if damage == "gone" else "3 of 3 lines are no metrics") in caplog.text

@@ -75,3 +75,35 @@ class TestResume:
         write(tmp_path / "metrics.jsonl", 1, 4)
         MetricsFile(tmp_path / "metrics.jsonl", start_step=0).close()
         assert read(tmp_path / "metrics.jsonl") == []
+
+
+class TestDamage:
+    """What is no line of metrics is counted, with the first line and what is wrong there."""
+
+    @pytest.mark.parametrize(
+        ("text", "why"),
+        [
+            ("garbage", "Expecting value"),
+            ("[" * 100_000, "nested too deeply"),
+            ("[1]", "no object with a step"),
+            ('{"loss": 1}', "no object with a step"),
+            ('{"step": true}', "no object with a step"),
+            ('{"step": 3, "loss": "low"}', "its loss is no number"),
+            ('{"step": 3, "loss": NaN}', "its loss is no number"),
+            ('{"step": 3, "loss": 1e999}', "its loss is no number"),
+            ("", "Expecting value"),
+        ],
+    )
+    def test_of_a_line_is_said_and_the_others_are_read(self, tmp_path, text, why, caplog):
+        path = tmp_path / "metrics.jsonl"
+        path.write_text(f'{{"step": 1, "loss": 2.0}}\n{text}\n{{"step": 3, "loss": null, "phase": "a"}}\n')
+        assert [entry["step"] for entry in read(path)] == [1, 3]
+        assert f"{path}: 1 of 3 lines are no metrics and left out, the first of them line 2" in caplog.text
+        assert why in caplog.text
+
+    def test_a_file_that_is_gone_is_said_when_a_run_goes_on(self, tmp_path, caplog):
+        MetricsFile(tmp_path / "metrics.jsonl", start_step=7).close()
+        assert "metrics.jsonl is missing: what was logged up to step 7 is lost" in caplog.text
+        caplog.clear()
+        MetricsFile(tmp_path / "new.jsonl").close()
+        assert not caplog.text
