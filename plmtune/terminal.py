@@ -130,9 +130,9 @@ def wrap(text: str, width: int | None) -> list[str]:
 
 
 def echo(text: str = "", *, err: bool = False) -> None:
-    """Print prose to stdout or stderr, wrapped at words where that is a terminal."""
+    """Print prose to stdout or stderr, wrapped at words where that is a terminal; control characters spelled out."""
     stream = sys.stderr if err else sys.stdout
-    lines = wrap(encodable(text, encoding(stream)), columns(stream))
+    lines = wrap(encodable(visible(text), encoding(stream)), columns(stream))
     with Line.aside():
         print("\n".join(lines), file=stream, flush=True)
 

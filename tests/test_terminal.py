@@ -60,6 +60,10 @@ class TestStreams:
     def test_what_ascii_lacks_is_spelled_out(self, text: str, shown: str) -> None:
         assert encodable(text, "ascii") == shown
 
+    def test_what_is_said_neither_moves_a_cursor_nor_sets_a_title(self, screen: Screen) -> None:
+        terminal.echo("no file a\x1b[2K\x1b]0;title\x07\rb\x9b31m.txt\nsecond line\tend")
+        assert screen.getvalue() == "no file a\\x1b[2K\\x1b]0;title\\x07\\x0db\\x9b31m.txt\nsecond line\tend\n"
+
     @pytest.mark.parametrize(
         "environment",
         [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
