@@ -62,11 +62,12 @@ def trainer(cfg: Any, runtime: Runtime) -> Callable[[str], float]:
             (total,) = runtime.sum(loss)
             accepted = watchman.accepts(total / tokens[:, 1:].numel(), float(norm))
             own = time.perf_counter() - begin
-            guard.step(optimizer, scheduler, accepted=accepted)
         else:
+            accepted = True
+        if accepted:
             optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
         return own
 
     return step

@@ -132,6 +132,25 @@ def refuse_other_data(path: Path, before: Mapping[str, str], now: Mapping[str, s
         )
 
 
+def refuse_other_order(checkpoint: Path, before: Mapping[str, int] | None, now: Mapping[str, int]) -> None:
+    """Refuse a checkpoint of a version that mixed sources in another order.
+
+    Args:
+        before, now: sequences of each source that are drawn up to the checkpoint's step.
+
+    Raises:
+        UserError: with both counts.
+    """
+    if before is None or before == now:
+        return
+    saw, would = (", ".join(f"{name} {count:,}" for name, count in drawn.items()) for drawn in (before, now))
+    raise UserError(
+        f"{checkpoint} has drawn other sequences ({saw}) than this version of plmtune draws up to its step ({would}): "
+        "resumed, it would see some twice and others never. Resume it with the version that began it, or start a new "
+        f"run from its weights: init_from={checkpoint}"
+    )
+
+
 def changed_data(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Which sources differ, in words; empty if none does."""
     parts = []

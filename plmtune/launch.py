@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from plmtune import plans, terminal
 from plmtune.config import build, to_plain
-from plmtune.errors import UserError
+from plmtune.errors import NotFinite, UserError
 from plmtune.origins import KINDS, choose_origin, pin_names
 from plmtune.plans import Plan, does_not_fit, show_epochs
 from plmtune.runs import find_run
@@ -18,7 +19,7 @@ from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.determinism import everything_put_back
 from plmtune.training.distributed import told_by_rank_0
 from plmtune.training.estimate import peak_flops
-from plmtune.training.progress import Watch
+from plmtune.training.progress import RunMonitor
 from plmtune.training.run_directory import EXIT_STOPPED, RunDirectory, refuse_unusable
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_count
@@ -141,8 +142,14 @@ def _run(
     """
     recipe = make(cfg, planned, runtime)
     # However training ends, the directory's lock is held until the last file is written.
-    with recipe.run, contextlib.closing(recipe.checkpoints):
-        score = recipe.train()
+    with recipe.run, contextlib.closing(recipe.checkpoints), warnings.catch_warnings():
+        # Where the guard skips the first update, torch takes the scheduler's step for calls in the wrong order.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        try:
+            score = recipe.train()
+        except NotFinite:
+            recipe.run.note(ended_by="guard")  # a restart by torchrun must not undo it
+            raise
         if score is None:
             recipe.run.finish("stopped")
         elif runtime.is_main:
@@ -153,18 +160,30 @@ def _run(
     return score
 
 
-def watch(recipe: Any, last: int, *, tokens_per_step: int | None = None, flops_per_token: float | None = None) -> Watch:
-    """Watch a recipe's run up to step `last`."""
-    cfg, runtime = recipe.cfg, recipe.runtime
-    # Built on rank 0 alone: some begin a run of their own when they are made.
+def open_monitor(
+    cfg: Any,
+    run: RunDirectory,
+    runtime: Runtime,
+    num_steps: int,
+    start_step: int,
+    *,
+    tokens_per_step: int | None = None,
+    flops_per_token: float | None = None,
+) -> RunMonitor:
+    """Build the loggers of a config, and the monitor that writes to them.
+
+    Args:
+        cfg: a recipe's config.
+        num_steps, start_step, tokens_per_step, flops_per_token: see `RunMonitor`.
+    """
+    # Built on rank 0 alone: some loggers begin a run of their own when they are made.
     wanted = cfg.logger and runtime.is_main
-    built = build("logger", cfg.logger, directory=recipe.run.path, config=to_plain(cfg)) if wanted else []
-    loggers = built if isinstance(built, list) else [built]
-    return Watch(
-        recipe.run,
-        loggers,
-        last,
-        recipe.step,
+    built = build("logger", cfg.logger, directory=run.path, config=to_plain(cfg)) if wanted else []
+    return RunMonitor(
+        run,
+        built if isinstance(built, list) else [built],
+        num_steps,
+        start_step,
         device=runtime.device,
         tokens_per_step=tokens_per_step,
         flops_per_token=flops_per_token,
@@ -172,11 +191,14 @@ def watch(recipe: Any, last: int, *, tokens_per_step: int | None = None, flops_p
     )
 
 
-def warm_up(runtime: Runtime, trial: Callable[[], object]) -> None:
-    """Let DDP have its first backward before the first step.
+def warm_up(runtime: Runtime, step: Callable[[], object]) -> None:
+    """Run DDP's first backward before the first step.
 
-    It decides in what order later ones add ranks up: a resumed run has its own first one here too, not in a step.
+    It decides in which order later ones sum over ranks. A resumed run does its first backward here too, not in a step.
+
+    Args:
+        step: a forward and a backward that change no weight.
     """
     if runtime.strategy == "ddp":
         with everything_put_back(runtime.device):
-            trial()
+            step()

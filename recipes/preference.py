@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from plmtune.data.preferences import Pair, Preferences
 from plmtune.data.ticker import ticking
 from plmtune.errors import UserError
 from plmtune.identity import config_digest
+from plmtune.losses.preference import Comparisons
+from plmtune.modules.decoder import Decoder
+from plmtune.optim.schedules import learning_rates
 from plmtune.origins import start_from
 from plmtune.plans import Plan, build_scheduler, check_schedule
 from plmtune.rounds.rounds import Write, check_rounds, open_rounds
@@ -26,12 +30,13 @@ from plmtune.runs import open_run
 from plmtune.schema import Preference as Config
 from plmtune.student import Student, first_model, wake
 from plmtune.terminal import echo
-from plmtune.training import loop, metrics
-from plmtune.training.checkpoint import newest_whole, read_document
-from plmtune.training.compare import Tally, answers, comparisons
+from plmtune.training import metrics as metrics_file
+from plmtune.training.checkpoint import TrainerState
+from plmtune.training.compare import PreferenceMetrics, answers, comparisons
+from plmtune.training.guard import handle_skip, sample_locations
 from plmtune.training.plot import draw_curves
-from plmtune.training.progress import Watch
-from plmtune.training.reference import model_digest, reference_log_probs
+from plmtune.training.progress import RunMonitor, is_due
+from plmtune.training.reference_model import ReferenceModel
 from plmtune.training.runtime import Runtime
 
 CONFIG = "dpo"  # conf/dpo.yaml
@@ -65,11 +70,9 @@ class Preference:
 
     def __init__(self, cfg: Config, plan: Plan, runtime: Runtime) -> None:
         self.cfg, self.plan, self.runtime, self.tokenizer = cfg, plan, runtime, plan.tokenizer
-        self.whole = newest_whole(Path(str(cfg.run_dir)) / "checkpoints") if cfg.resume else None
-        document = read_document(self.whole) if self.whole else {}
-        saved: dict[str, Any] = document.get("state", {})
-        # A run with a checkpoint of its own no longer needs its origin, unless it holds adapters alone.
-        origin = start_from(cfg, plan.model, plan.tokenizer) if cfg.peft or not saved else None
+        saved = TrainerState.latest(str(cfg.run_dir)) if cfg.resume else TrainerState()
+        # A run with a checkpoint of its own needs no other one, unless it holds adapters alone.
+        origin = start_from(cfg, plan.model, plan.tokenizer) if cfg.peft or not saved.checkpoint else None
         assert plan.template is not None and plan.refinement is not None
         self.loss, self.template, self.refinement = plan.loss, plan.template, plan.refinement
         self.tokenizer.chat_template = self.template.source  # what the model learns is saved with it
@@ -87,46 +90,54 @@ class Preference:
             self.data = self._batches(pairs)
             check_schedule(cfg, self.data.num_steps, plan.tokens_per_step)
         self.student: Student = wake(
-            cfg, plan.model, self.tokenizer, runtime, origin, self.whole, score_head=self.loss.scalar_head
+            cfg, plan.model, self.tokenizer, runtime, origin, saved.checkpoint, score_head=self.loss.scalar_head
         )
         # From here on the directory exists; what a person can get wrong has been found by now.
         self.fingerprints = {name: source.fingerprint() for name, source in sources.items()}
         self.fingerprints["the chat template"] = self.template.fingerprint
         self.fingerprints["the refinement template"] = self.refinement.fingerprint
-        self.run = open_run(cfg, runtime, self.fingerprints, saved)
+        self.run = open_run(cfg, runtime, self.fingerprints, saved.state)
         self.model, self.trained = self.student.model, self.student.trained
         self.checkpoints = self.student.checkpoints(self.run.checkpoints)
-        self.step: int = document.get("step", 0)
-        self.first: int = saved.get("first", 0)  # the step before this stage's first
-        self.round: int = saved.get("round", min(cfg.rounds, 1))
-        self.order: str = saved.get("order", "")  # a running hash of what was drawn, in which order
-        self.reference_digest: str = saved.get("reference", "")  # of the weights that this stage is measured against
-        self.first_digest: str = saved.get("first_reference", "")  # of those that the run began with
+        self.restore_from = saved.checkpoint  # until the stage has its optimizer
+        self.step = saved.step
+        self.first: int = saved.state.get("first", 0)  # the step before this stage's first
+        self.round: int = saved.state.get("round", min(cfg.rounds, 1))
+        self.validation_loss: float = saved.metrics.get("validation_loss", float("nan"))
+        self.order: str = saved.state.get("order", "")  # a running hash of what was drawn, in which order
+        self.reference = ReferenceModel(
+            self.student,
+            cfg.reference,
+            self._answers,
+            self._load_first_model,
+            self.checkpoints,
+            self.run.path,
+            digest=saved.state.get("reference", ""),
+            first_digest=saved.state.get("first_reference", ""),
+        )
         self.guard = plan.guard
-        if "guard" in saved:
-            self.guard.load_state_dict(saved["guard"])
+        self.guard.load_state_dict(saved.state.get("guard", {}))
         self.losses: list[Tensor] = []  # of the latest step's micro-batches
-        self.score: float = document.get("metrics", {}).get("validation_loss", float("nan"))
 
     def train(self) -> float | None:
-        """Train to the end; returns the last validation loss, or None if it was stopped."""
-        with launch.watch(self, self.first + (0 if self.cfg.rounds else self.data.num_steps)) as watch:
-            self._introduce(watch)
-            if not self.cfg.rounds:
-                return self._stage(watch)
-            score: float | None = None
-            for number in range(self.round, self.cfg.rounds + 1):
+        """Train to the end; return the last validation loss, or None if a signal stopped it."""
+        cfg = self.cfg
+        steps = self.first + (0 if cfg.rounds else self.data.num_steps)
+        with launch.open_monitor(cfg, self.run, self.runtime, steps, self.step) as monitor:
+            self._log_startup(monitor)
+            if not cfg.rounds:
+                return self.train_stage(monitor)
+            for number in range(self.round, cfg.rounds + 1):
                 # Where nothing of this round is trained yet, the policy is still the last round's.
-                fresh = self.step == self.first
-                if fresh and not (self._measure(watch, number - 1) and self._choose(watch, number)):
+                untrained = self.step == self.first
+                if untrained and not (self._evaluate_round(monitor, number - 1) and self._make_pairs(monitor, number)):
                     return None
                 self.round, self.data = number, self._batches(self.rounds.pairs(self.run.path, number))
-                watch.message(f"round {number} of {self.cfg.rounds}")
-                score = self._stage(watch)
-                if score is None:
+                monitor.message(f"round {number} of {cfg.rounds}")
+                if self.train_stage(monitor) is None:
                     return None
                 self.first = self.step
-            return score if self._measure(watch, self.cfg.rounds) else None
+            return self.validation_loss if self._evaluate_round(monitor, cfg.rounds) else None
 
     # --- a stage: one set of pairs, one reference ----------------------------------------------------------------
 
@@ -159,123 +170,187 @@ class Preference:
         except ValueError as error:  # names its setting
             raise UserError(str(error)) from error
 
-    def _stage(self, watch: Watch) -> float | None:
-        """Train on `data` from `step`; its last validation loss, or None if stopped."""
-        last = self.first + self.data.num_steps
-        watch.num_steps = last
-        for line in (*self.notes, self.data.describe()):
-            watch.message(line)
-        self.optimizer = build("optimizer", self.cfg.optimizer, model=self.model)
-        self.scheduler = build_scheduler(self.cfg, self.optimizer, self.data.num_steps, self.plan.tokens_per_step)
-        fresh = self.step == self.first
-        # What a later round is measured against, should its log-probabilities be lost from the cache.
-        of_last = self.round > 1 and self.cfg.reference == "previous" and self.loss.needs_reference
-        self.checkpoints.pinned = self.first if of_last else None
-        if fresh:
-            self.guard.forget()
-            self.whole = None
-        with watch.paused():
-            done = self.step == last  # resumed at its end
-            zeros = torch.zeros(len(self.data.comparisons), 2)
-            self.reference = (zeros if done else self._find_reference(fresh, watch)).to(self.runtime.device)
-            if fresh and self.loss.needs_reference and (self.round <= 1 or self.cfg.reference == "previous"):
-                watch.message(f"reference: log-probabilities of the first step differ by at most {self._apart():.2g}")
-        if self.whole:
-            self.checkpoints.restore(self.whole, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
-            self.whole = None
-        launch.warm_up(self.runtime, self._trial)
-        return loop.train(self, watch, last, value=self.score)
+    def train_stage(self, monitor: RunMonitor) -> float | None:
+        """Train on the pairs of `data` from `step`; return the last validation loss, or None if a signal stopped it."""
+        cfg, plan, runtime, run, data, tasks = (
+            self.cfg, self.plan, self.runtime, self.run, self.data, self.plan.evaluations
+        )  # fmt: skip
+        monitor.num_steps = num_steps = self.first + data.num_steps
+        run.update(num_steps=num_steps, parameters=plan.estimate.parameters)
+        for line in (*self.notes, data.describe()):
+            monitor.message(line)
+        self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
+        self.scheduler = build_scheduler(cfg, self.optimizer, data.num_steps, plan.tokens_per_step)
+        if self.step == self.first:
+            self.guard.reset()
+            self.restore_from = None
+        with monitor.paused():
+            reference = self._reference_log_probs(monitor)
+        if self.restore_from:
+            self.checkpoints.restore(
+                self.restore_from, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler
+            )
+            self.restore_from = None
+        launch.warm_up(runtime, lambda: self._warmup_step(reference))
+        # A run that was stopped while it measured its tasks measures them first.
+        if (
+            tasks
+            and tasks.unfinished(run.path, self.step, num_steps)
+            and not tasks.measure(self.model, runtime, run.path, self.step, monitor)
+        ):
+            monitor.stopped(self.step)
+            return None
+        for index, batches in data.iterate(self.step - self.first):
+            values = self.train_step(index, batches, reference)
+            self.step = self.first + index + 1
+            last = self.step == num_steps
+            if last or is_due(self.step, cfg.log_every) or self.guard.reason:
+                monitor.log(self.step, values)
+            if last or self.guard.reason:
+                self.checkpoints.check_weights(self.model, self.step, since=self.step - bool(self.guard.reason))
+            if self.guard.reason:
+                handle_skip(
+                    self.guard,
+                    run,
+                    self.step,
+                    message=monitor.message,
+                    locations=lambda: sample_locations(self.losses, partial(data.places, self.step - self.first - 1)),
+                    save=lambda: self.save_checkpoint({}, wait=True),
+                )
+            metrics: dict[str, float] = {}
+            if last or is_due(self.step, cfg.validation.every):
+                with monitor.paused():
+                    metrics = self.validate(reference)
+                if metrics:
+                    monitor.log(self.step, metrics)
+                self.validation_loss = metrics.get("validation_loss", self.validation_loss)
+            measured = True
+            if tasks and tasks.due(self.step, num_steps):
+                measured = tasks.measure(self.model, runtime, run.path, self.step, monitor)
+            stop = monitor.should_stop()
+            if last or stop or is_due(self.step, cfg.checkpoint.every):
+                with monitor.paused():
+                    self.save_checkpoint(metrics, wait=last or stop)
+            elif failure := self.checkpoints.failure():
+                monitor.message(f"{failure}\nTrying once more, with the present state.")
+                self.save_checkpoint({}, wait=True)
+            run.note_saved(self.checkpoints.saved)
+            monitor.raise_failure()
+            if stop and not (last and measured):
+                monitor.stopped(self.step)
+                return None
+        return self.validation_loss
 
-    def _find_reference(self, fresh: bool, watch: Watch) -> Tensor:
-        """Log-probabilities of every answer under this stage's reference, [comparisons, 2]; zeros without one.
+    def train_step(self, index: int, batches: list[ComparisonBatch], reference: Tensor) -> dict[str, Any]:
+        """Make one optimizer step on this rank's comparisons of a global batch; return what is logged of it.
 
-        Computed by the model itself, which at the start of a stage still is the reference; with adapters, by what
-        they stand beside; with quantization-aware training, by its weights as they are. Later they come from the disk,
-        or from the same weights, which a checkpoint has.
+        Args:
+            reference (Tensor): log-probabilities of every answer of the stage under the reference, [comparisons, 2].
         """
-        cfg, student = self.cfg, self.student
-        num = len(self.data.comparisons)
-        if not self.loss.needs_reference:
-            return torch.zeros(num, 2)
-        of_first = self.round <= 1 or cfg.reference == "first"
-        if fresh:
-            if of_first and (self.round <= 1 or student.adapters):
-                self.first_digest = model_digest(self.model, without=student.adapter_names)
-            self.reference_digest = self.first_digest if of_first else model_digest(self.model)
-        other: list[Any] = []  # a second model, loaded only if something is to be computed
+        runtime, metrics = self.runtime, PreferenceMetrics(self.runtime.device)
+        pairs = [batch for batch in batches if not batch.kl_only]
+        rates = learning_rates(self.optimizer)
+        with self.student.rounded_once():
+            kl = self._kl(batches, reference)
+            # The mean over pairs, not over micro-batches: packed rows differ in what they hold.
+            (num_pairs,) = runtime.sum(float(sum(batch.num_pairs for batch in pairs)))
+            self.losses = []
+            for number, batch in enumerate(pairs):
+                with runtime.accumulate(self.trained, first=number == 0, last=number == len(pairs) - 1):
+                    compared = self._compare(batch.to(runtime.device), reference, kl)
+                    loss = self.loss(compared).sum()
+                    (loss * (runtime.gradient_scale / num_pairs)).backward()
+                metrics.add(compared, self.loss)
+                self.losses.append(loss.detach())
+        norm = runtime.clip_grad_norm(self.model, self.cfg.max_grad_norm)
+        # The only wait for the device. All ranks get the same numbers, so that their guards decide alike.
+        total, norms = runtime.sum(torch.stack(self.losses).sum(), norm)
+        values = {"loss": total / num_pairs, "grad_norm": norms / runtime.world_size}
+        if self.guard.accepts(values["loss"], values["grad_norm"]):
+            self.optimizer.step()
+        else:
+            values["skipped"] = self.guard.skipped
+        self.scheduler.step()  # also after a skipped update: the schedule is a function of the step
+        self.optimizer.zero_grad(set_to_none=True)
+        self.order = self.data.order_digest(self.order, index)
+        seen = (self.first + index + 1) * self.cfg.global_batch_size
+        stage = {"round": self.round} if self.cfg.rounds else {}
+        means = metrics.means(runtime, scores=self.loss.scalar_head)
+        return {**values, **rates, **means, "pairs": seen, **stage}
 
-        def log_probs(batch: ComparisonBatch) -> Tensor:
-            if of_first and student.adapters:
-                with student.base():
-                    return self._answers(batch)
-            if not of_first or (fresh and self.round <= 1):
-                return self._answers(batch)
-            if not other:
-                origin = start_from(cfg, self.plan.model, self.tokenizer)
-                assert origin is not None
-                model = first_model(self.runtime, origin)
-                model.config = self.model.config  # its context may differ; the weights count
-                if model_digest(model) != self.first_digest:
-                    raise UserError(
-                        f"init_from={cfg.init_from} no longer holds the weights that {self.run.path} began with, which "
-                        "it is measured against. Put them back."
-                    )
-                other.append(model)
-            return self._answers(batch, other[0])
+    def _compare(self, batch: ComparisonBatch, reference: Tensor, kl: Tensor) -> Comparisons:
+        """What the loss sees of a micro-batch."""
+        return comparisons(batch, self._answers(batch), reference, kl)
 
-        done, in_place = 0, fresh or of_first
+    @torch.no_grad()
+    def _kl(self, batches: Sequence[ComparisonBatch], reference: Tensor) -> Tensor:
+        """KTO's KL term: the mean log-ratio of a step's mismatched answers over all ranks; 0 for other losses."""
+        if not self.loss.mismatched:
+            return torch.zeros((), device=self.runtime.device)
+        total, count = torch.zeros((), device=self.runtime.device), 0
+        for batch in (batch for batch in batches if batch.kl_only):
+            ratios = self._answers(batch)[::2] - reference[batch.index, 0]
+            total, count = total + ratios.sum(), count + len(ratios)
+        ratio, number = self.runtime.sum(total, float(count))
+        return torch.tensor(ratio / max(number, 1.0), device=self.runtime.device)
 
-        def compute(batch: ComparisonBatch) -> Tensor:
-            nonlocal done, in_place
-            if not in_place:  # by every rank at its first batch, which may be an empty one
-                self._load_last_round()
-                in_place = True
-            with torch.no_grad(), student.unrounded():
-                result = log_probs(batch)
-            done += len(batch.index)
-            watch.working(f"reference: log-probabilities of {done:,} comparisons")
-            return result
-
+    @torch.no_grad()
+    def validate(self, reference: Tensor) -> dict[str, float]:
+        """Loss a held-out pair; how often, and by how much, its chosen answer is preferred."""
         self.model.eval()
-        found = reference_log_probs(
-            self.reference_digest,
-            self.data.all,
-            compute,
-            cfg.reference_cache,
-            num,
-            arithmetic=f"{self.runtime.device.type} {self.runtime.compute_dtype}",
-            tell=watch.message,
-        )
+        batches, metrics = list(self.data.validation()), PreferenceMetrics(self.runtime.device)
+        kl, nats, pairs = self._kl(batches, reference), torch.zeros((), device=self.runtime.device), 0
+        for batch in (batch for batch in batches if not batch.kl_only):
+            compared = self._compare(batch.to(self.runtime.device), reference, kl)
+            metrics.add(compared, self.loss)
+            nats, pairs = nats + self.loss(compared).sum(), pairs + batch.num_pairs
         self.model.train()
-        how = "computed, and kept in" if done else "read from"
-        watch.message(f"reference: log-probabilities {how} {cfg.reference_cache}")
+        total, count = self.runtime.sum(nats, float(pairs))
+        if not count:
+            return {}
+        means = metrics.means(self.runtime, scores=self.loss.scalar_head)
+        return {"validation_loss": total / count, **{f"validation/{name}": value for name, value in means.items()}}
+
+    # --- the reference -------------------------------------------------------------------------------------------
+
+    def _reference_log_probs(self, monitor: RunMonitor) -> Tensor:
+        """Log-probabilities of every answer under this stage's reference, [comparisons, 2]; zeros without one."""
+        reference, untrained = self.reference, self.step == self.first
+        needed = self.loss.needs_reference
+        # The cache may lose what a later round is compared with: its weights are kept.
+        self.checkpoints.pinned = self.first if needed and not reference.is_first(self.round) else None
+        found = torch.zeros(len(self.data.comparisons), 2)
+        if needed and self.step < self.first + self.data.num_steps:  # else the run resumes at the end of the stage
+            found = reference.log_probs(
+                self.data,
+                self.round,
+                first_step=self.first,
+                untrained=untrained,
+                cache=self.cfg.reference_cache,
+                arithmetic=f"{self.runtime.device.type} {self.runtime.compute_dtype}",
+                monitor=monitor,
+            )
+        found = found.to(self.runtime.device)
+        if needed and untrained and reference.is_policy(self.round):
+            difference = self._first_difference(found)
+            monitor.message(f"reference: log-probabilities of the first step differ by at most {difference:.2g}")
         return found
 
     @torch.no_grad()
-    def _apart(self) -> float:
-        """How far this rank's first log-probabilities are from the reference's, which the model still is."""
+    def _first_difference(self, reference: Tensor) -> float:
+        """How far this rank's first log-probabilities are from those of the reference, which the policy still is."""
         batch = self.data.step(0)[0]
         with self.student.unrounded():
             found = self._answers(batch)
-        apart = (found.view(-1, 2) - self.reference[batch.index.to(self.runtime.device)]).abs()
-        return float(apart.max()) if apart.numel() else 0.0
+        difference = (found.view(-1, 2) - reference[batch.index.to(self.runtime.device)]).abs()
+        return float(difference.max()) if difference.numel() else 0.0
 
-    def _load_last_round(self) -> None:
-        """Let the model be that of the last round's end until the checkpoint that the run goes on from is restored."""
-        try:
-            self.checkpoints.load_weights(self.first, self.model)
-        except UserError as error:
-            raise UserError(
-                f"{self.run.path}: the log-probabilities of round {self.round}'s reference are no longer in "
-                f"{self.cfg.reference_cache}, and cannot be computed again: {error} Put them back, or start a new run."
-            ) from error
-        if model_digest(self.model) != self.reference_digest:
-            raise UserError(
-                f"{self.run.path}: the checkpoint of step {self.first} is not that of round {self.round - 1}'s end, "
-                f"which round {self.round} is measured against. Put it back, or start a new run."
-            )
+    def _load_first_model(self) -> Decoder:
+        origin = start_from(self.cfg, self.plan.model, self.tokenizer)
+        assert origin is not None
+        return first_model(self.runtime, origin)
 
-    def _answers(self, batch: ComparisonBatch, model: Any = None) -> Tensor:
+    def _answers(self, batch: ComparisonBatch, model: Decoder | None = None) -> Tensor:
         """What the loss compares of each answer, [2n]: its log-probability, or its score."""
         batch = batch.to(self.runtime.device)
         dtype = self.runtime.compute_dtype
@@ -284,83 +359,33 @@ class Preference:
         with casts if model else self.runtime.autocast():
             return answers(model or self.trained, model or self.model, batch, scores=self.loss.scalar_head)
 
-    def update(self, index: int, batches: list[ComparisonBatch]) -> dict[str, Any]:
-        """One optimizer step on this rank's comparisons of a global batch: the mean over its pairs."""
-        main = [batch for batch in batches if not batch.aside]
-        self.tally = Tally(self.runtime.device)
-        with self.student.rounded_once():
-            self.baseline = self._baseline([batch for batch in batches if batch.aside])
-            values = loop.update(self, main, float(sum(batch.num_pairs for batch in main)), self._loss)
-        self.order = self.data.order_digest(self.order, index)
-        pairs = (self.first + index + 1) * self.cfg.global_batch_size
-        stage = {"round": self.round} if self.cfg.rounds else {}
-        return {**values, **self._means(), "pairs": pairs, **stage}
-
-    @torch.no_grad()
-    def _baseline(self, batches: list[ComparisonBatch]) -> Tensor:
-        """KTO's: the mean log-ratio of the step's mismatched answers, over all ranks."""
-        if not self.loss.mismatched:
-            return torch.zeros((), device=self.runtime.device)
-        total, count = torch.zeros((), device=self.runtime.device), 0
-        for batch in batches:
-            ratios = self._answers(batch)[::2] - self.reference[batch.index, 0]
-            total, count = total + ratios.sum(), count + len(ratios)
-        ratio, number = self.runtime.sum(total, float(count))
-        return torch.tensor(ratio / max(number, 1.0), device=self.runtime.device)
-
-    def _loss(self, batch: ComparisonBatch) -> Tensor:
-        """Summed loss of a micro-batch's comparisons."""
-        compared = comparisons(batch, self._answers(batch), self.reference, self.baseline)
-        self.tally.add(compared, self.loss)
-        summed: Tensor = self.loss(compared).sum()
-        return summed
-
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Loss a held-out pair; how often, and by how much, its chosen answer is preferred."""
-        self.model.eval()
-        batches = list(self.data.validation())
-        self.baseline = self._baseline([batch for batch in batches if batch.aside])
-        self.tally, nats, pairs = Tally(self.runtime.device), torch.zeros((), device=self.runtime.device), 0
-        for batch in (batch for batch in batches if not batch.aside):
-            nats, pairs = nats + self._loss(batch.to(self.runtime.device)), pairs + batch.num_pairs
-        self.model.train()
-        total, count = self.runtime.sum(nats, float(pairs))
-        if not count:
-            return {}
-        means = {f"validation/{name}": value for name, value in self._means().items()}
-        return {"validation_loss": total / count, **means}
-
-    def _means(self) -> dict[str, float]:
-        return self.tally.means(self.runtime, scores=self.loss.scalar_head)
-
     # --- a round: write, judge, choose ---------------------------------------------------------------------------
 
-    def _choose(self, watch: Watch, number: int) -> bool:
+    def _make_pairs(self, monitor: RunMonitor, number: int) -> bool:
         """Make the pairs of a round; False if the run is to stop."""
-        with watch.paused():
-            done = self.rounds.make_pairs(self.run.path, number, self._writer(watch), watch.message)
-        return done or self._stopped(watch)
+        with monitor.paused():
+            done = self.rounds.make_pairs(self.run.path, number, self._writer(monitor), monitor.message)
+        return done or self._stopped(monitor)
 
-    def _measure(self, watch: Watch, number: int) -> bool:
+    def _evaluate_round(self, monitor: RunMonitor, number: int) -> bool:
         """Measure the model as it stands after a round, direct and refined answers apart; False to stop."""
-        with watch.paused():
-            measured = self.rounds.evaluate(self.run.path, number, self._writer(watch), watch.message)
+        with monitor.paused():
+            measured = self.rounds.evaluate(self.run.path, number, self._writer(monitor), monitor.message)
         if measured is None:
-            return self._stopped(watch)
+            return self._stopped(monitor)
         if measured:
-            watch.log(self.step, {metrics.BETWEEN: number, **measured})
-            watch.message(
+            monitor.log(self.step, {metrics_file.BETWEEN: number, **measured})
+            monitor.message(
                 f"after round {number}: reward of direct answers {measured['direct']:.4f}, "
                 f"of refined {measured['refined']:.4f}"
             )
         return True
 
-    def _stopped(self, watch: Watch) -> bool:
-        watch.message(f"stopped; resume with: plmtune resume {self.run.path}")
+    def _stopped(self, monitor: RunMonitor) -> bool:
+        monitor.message(f"stopped; resume with: plmtune resume {self.run.path}")
         return False
 
-    def _writer(self, watch: Watch) -> Write:
+    def _writer(self, monitor: RunMonitor) -> Write:
         """Let the model as it stands answer prompts."""
         return writer(
             self.model,
@@ -369,8 +394,8 @@ class Preference:
             self.refinement,
             self.cfg.generation,
             seed=self.cfg.seed,
-            progress=watch.answers,
-            stop=watch.should_stop,
+            progress=monitor.answers,
+            stop=monitor.should_stop,
         )
 
     # --- what every recipe has -----------------------------------------------------------------------------------
@@ -384,8 +409,8 @@ class Preference:
             state={
                 "round": self.round,
                 "first": self.first,
-                "reference": self.reference_digest,
-                "first_reference": self.first_digest,
+                "reference": self.reference.digest,
+                "first_reference": self.reference.first_digest,
                 "order": self.order,
                 "guard": self.guard.state_dict(),
                 "config": config_digest(self.cfg),
@@ -395,16 +420,16 @@ class Preference:
             wait=wait,
         )
 
-    def _introduce(self, watch: Watch) -> None:
-        watch.message(f"run: {self.run.path}" + (f", resuming after step {self.step}" if self.step else ""))
+    def _log_startup(self, monitor: RunMonitor) -> None:
+        monitor.message(f"run: {self.run.path}" + (f", resuming after step {self.step}" if self.step else ""))
         for line in (*self.runtime.reasons, *self.student.notes, *self.plan.estimate.lines(), *self.unread):
-            watch.message(line)
+            monitor.message(line)
 
-    def _trial(self) -> None:
+    def _warmup_step(self, reference: Tensor) -> None:
         """A forward and a backward that change nothing."""
-        self.baseline, self.tally = torch.zeros((), device=self.runtime.device), Tally(self.runtime.device)
-        batch = next(batch for batch in self.data.step(0) if not batch.aside)
-        self._loss(batch.to(self.runtime.device)).backward()
+        batch = next(batch for batch in self.data.step(0) if not batch.kl_only)
+        kl = torch.zeros((), device=self.runtime.device)
+        self.loss(self._compare(batch.to(self.runtime.device), reference, kl)).sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,19 @@ from plmtune.data.sources import Source
 from plmtune.data.windows import open_windows
 from plmtune.errors import UserError
 from plmtune.generation import complete
-from plmtune.identity import config_digest
+from plmtune.identity import config_digest, refuse_other_order
 from plmtune.models.hf import hf_state, load_state, write_config
+from plmtune.optim.schedules import learning_rates
 from plmtune.origins import check_finite, start_from
 from plmtune.plans import Plan, build_scheduler
 from plmtune.runs import open_run, open_sources
 from plmtune.schema import Pretrain as Config
 from plmtune.terminal import echo
-from plmtune.training import loop
-from plmtune.training.checkpoint import Checkpoints, load_moments, newest_whole, read_document
+from plmtune.training.checkpoint import Checkpoints, TrainerState, load_moments
 from plmtune.training.determinism import measure_cost
+from plmtune.training.guard import handle_skip, sample_locations
 from plmtune.training.plot import draw_curves
-from plmtune.training.progress import Watch
+from plmtune.training.progress import RunMonitor, is_due
 from plmtune.training.runtime import Runtime
 
 CONFIG = "pretrain"  # conf/pretrain.yaml
@@ -49,12 +51,10 @@ class Pretrain:
 
     def __init__(self, cfg: Config, plan: Plan, runtime: Runtime) -> None:
         self.cfg, self.plan, self.runtime, self.tokenizer = cfg, plan, runtime, plan.tokenizer
-        # A run with a checkpoint of its own no longer needs the one that it started from.
-        whole = newest_whole(Path(str(cfg.run_dir)) / "checkpoints") if cfg.resume else None
-        document = read_document(whole) if whole else {}
-        saved = document.get("state", {})
-        origin = None if saved else start_from(cfg, plan.model, plan.tokenizer)
-        self.skip: dict[str, int] = saved.get("skip", {}) if saved else origin.drawn if origin else {}
+        saved = TrainerState.latest(str(cfg.run_dir)) if cfg.resume else TrainerState()
+        # A run with a checkpoint of its own needs no other one.
+        origin = None if saved.checkpoint else start_from(cfg, plan.model, plan.tokenizer)
+        self.skip: dict[str, int] = saved.state.get("skip", origin.drawn if origin else {})
         shards = open_sources(plan.sources, cfg.preparation, self.tokenizer)
         self.notes = [f"{name}{left}" for name, shard in shards.items() if (left := shard.manifest.left_out())]
         self.data = self._batches(shards)
@@ -66,9 +66,9 @@ class Pretrain:
             check_finite(self.model, str(cfg.init_from))
         # From here on the directory exists; what a person can get wrong has been found by now.
         self.fingerprints = {name: shard.fingerprint for name, shard in shards.items()}
-        self.run = open_run(cfg, runtime, self.fingerprints, saved)
-        if whole and not cfg.other_data:
-            self._check_drawn(whole, saved.get("drawn"), self.data.drawn_before(document["step"]))
+        self.run = open_run(cfg, runtime, self.fingerprints, saved.state)
+        if saved.checkpoint and not cfg.other_data:
+            refuse_other_order(saved.checkpoint, saved.state.get("drawn"), self.data.drawn_before(saved.step))
         self.trained = runtime.distribute(self.model, compile=cfg.runtime.compile)
         self.dtype = self.model.dtype  # of what is saved; in a step FSDP2 shows another
         self.loss = plan.loss
@@ -85,16 +85,16 @@ class Pretrain:
             named=hf_state,
             describe=self._describe,
         )
-        self.step = self.first = 0
-        self.losses: list[Tensor] = []  # of the latest step's micro-batches
-        self.score: float = document.get("metrics", {}).get("validation_loss", float("nan"))
-        if whole:
-            self.checkpoints.restore(whole, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
-            self.step = document["step"]
-        self.order: str = saved.get("order", "")  # a running hash of what was drawn, in which order
+        if saved.checkpoint:
+            self.checkpoints.restore(
+                saved.checkpoint, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler
+            )
+        self.step = saved.step
+        self.validation_loss: float = saved.metrics.get("validation_loss", float("nan"))
+        self.order: str = saved.state.get("order", "")  # a running hash of what was drawn, in which order
         self.guard = plan.guard
-        if "guard" in saved:
-            self.guard.load_state_dict(saved["guard"])
+        self.guard.load_state_dict(saved.state.get("guard", {}))
+        self.losses: list[Tensor] = []  # of the latest step's micro-batches
         # Bits per byte need the length of each token's text; special tokens have none.
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes).to(runtime.device)
 
@@ -116,35 +116,96 @@ class Pretrain:
         except ValueError as error:  # names its setting
             raise UserError(str(error)) from error
 
-    @staticmethod
-    def _check_drawn(checkpoint: Path, drawn: dict[str, int] | None, expected: dict[str, int]) -> None:
-        """Refuse a checkpoint of a version that mixed sources in another order."""
-        if drawn is not None and drawn != expected:
-            saw, would = (", ".join(f"{name} {count:,}" for name, count in one.items()) for one in (drawn, expected))
-            raise UserError(
-                f"{checkpoint} has drawn other sequences ({saw}) than this version of plmtune draws up to its step "
-                f"({would}): resumed, it would see some twice and others never. Resume it with the version that began "
-                f"it, or start a new run from its weights: init_from={checkpoint}"
-            )
-
     def train(self) -> float | None:
-        """Train to the last step; returns the last validation loss in nats a token, or None if it was stopped."""
-        plan = self.plan
-        with launch.watch(
-            self, plan.num_steps, tokens_per_step=plan.tokens_per_step, flops_per_token=plan.estimate.flops_per_token
-        ) as watch:
-            self._introduce(watch)
-            launch.warm_up(self.runtime, self._trial)
-            return loop.train(self, watch, plan.num_steps, value=self.score)
+        """Train to the last step; return the last validation loss in nats a token, or None if a signal stopped it."""
+        cfg, plan, runtime, run, tasks = self.cfg, self.plan, self.runtime, self.run, self.plan.evaluations
+        with launch.open_monitor(
+            cfg,
+            run,
+            runtime,
+            plan.num_steps,
+            self.step,
+            tokens_per_step=plan.tokens_per_step,
+            flops_per_token=plan.estimate.flops_per_token,
+        ) as monitor:
+            run.update(num_steps=plan.num_steps, parameters=plan.estimate.parameters)
+            self._log_startup(monitor)
+            launch.warm_up(runtime, self._warmup_step)
+            # A run that was stopped while it measured its tasks measures them first.
+            if (
+                tasks
+                and tasks.unfinished(run.path, self.step, plan.num_steps)
+                and not tasks.measure(self.model, runtime, run.path, self.step, monitor)
+            ):
+                monitor.stopped(self.step)
+                return None
+            for index, batches in self.data.iterate(self.step):
+                values = self.train_step(index, batches)
+                self.step = index + 1
+                last = self.step == plan.num_steps
+                if last or is_due(self.step, cfg.log_every) or self.guard.reason:
+                    monitor.log(self.step, values)
+                if last or self.guard.reason:
+                    self.checkpoints.check_weights(self.model, self.step, since=self.step - bool(self.guard.reason))
+                if self.guard.reason:
+                    handle_skip(
+                        self.guard,
+                        run,
+                        self.step,
+                        message=monitor.message,
+                        locations=lambda: sample_locations(self.losses, partial(self.data.places, self.step - 1)),
+                        save=lambda: self.save_checkpoint({}, wait=True),
+                    )
+                metrics: dict[str, float] = {}
+                if last or is_due(self.step, cfg.validation.every):
+                    with monitor.paused():
+                        metrics = self.validate()
+                    if metrics:
+                        monitor.log(self.step, metrics)
+                    self.validation_loss = metrics.get("validation_loss", self.validation_loss)
+                measured = True
+                if tasks and tasks.due(self.step, plan.num_steps):
+                    measured = tasks.measure(self.model, runtime, run.path, self.step, monitor)
+                stop = monitor.should_stop()
+                if last or stop or is_due(self.step, cfg.checkpoint.every):
+                    with monitor.paused():
+                        self.save_checkpoint(metrics, wait=last or stop)
+                elif failure := self.checkpoints.failure():
+                    monitor.message(f"{failure}\nTrying once more, with the present state.")
+                    self.save_checkpoint({}, wait=True)
+                run.note_saved(self.checkpoints.saved)
+                monitor.raise_failure()
+                if stop and not (last and measured):
+                    monitor.stopped(self.step)
+                    return None
+        return self.validation_loss
 
-    def update(self, index: int, batches: list[Batch]) -> dict[str, Any]:
-        """One optimizer step on this rank's micro-batches of a global batch."""
-        phase = self.data.phase(index)
+    def train_step(self, index: int, batches: list[Batch]) -> dict[str, Any]:
+        """Make one optimizer step on this rank's micro-batches of a global batch; return what is logged of it."""
+        runtime, phase = self.runtime, self.data.phase(index)
         if index and phase is not self.data.phase(index - 1):
-            self.guard.forget()  # other text, other norms
-        values = loop.update(self, batches, float(sum(batch.num_valid for batch in batches)), self._loss)
+            self.guard.reset()  # other text, other norms
+        rates = learning_rates(self.optimizer)
+        # The mean over tokens, not over micro-batches: packed rows differ in what they hold.
+        (num_tokens,) = runtime.sum(float(sum(batch.num_valid for batch in batches)))
+        self.losses = []
+        for number, batch in enumerate(batches):
+            with runtime.accumulate(self.trained, first=number == 0, last=number == len(batches) - 1):
+                loss = self._loss(batch.to(runtime.device))
+                (loss * (runtime.gradient_scale / num_tokens)).backward()
+            self.losses.append(loss.detach())
+        norm = runtime.clip_grad_norm(self.model, self.cfg.max_grad_norm)
+        # The only wait for the device. All ranks get the same numbers, so that their guards decide alike.
+        total, norms = runtime.sum(torch.stack(self.losses).sum(), norm)
+        values = {"loss": total / num_tokens, "grad_norm": norms / runtime.world_size}
+        if self.guard.accepts(values["loss"], values["grad_norm"]):
+            self.optimizer.step()
+        else:
+            values["skipped"] = self.guard.skipped
+        self.scheduler.step()  # also after a skipped update: the schedule is a function of the step
+        self.optimizer.zero_grad(set_to_none=True)
         self.order = self.data.order_digest(self.order, index)
-        return {**values, "tokens": (index + 1) * self.plan.tokens_per_step, "phase": phase.name}
+        return {**values, **rates, "tokens": (index + 1) * self.plan.tokens_per_step, "phase": phase.name}
 
     def _loss(self, batch: Batch) -> Tensor:
         """Summed loss of a micro-batch; the vocabulary projection happens inside the loss, in chunks."""
@@ -208,13 +269,13 @@ class Pretrain:
         write_config(self.model.config, self.dtype, directory)
         self.tokenizer.save(directory)
 
-    def _introduce(self, watch: Watch) -> None:
+    def _log_startup(self, monitor: RunMonitor) -> None:
         cfg, runtime = self.cfg, self.runtime
-        watch.message(f"run: {self.run.path}" + (f", resuming after step {self.step}" if self.step else ""))
+        monitor.message(f"run: {self.run.path}" + (f", resuming after step {self.step}" if self.step else ""))
         kernels = runtime.attention_kernels(self.model, seq_len=cfg.seq_len, segments=cfg.document_mask)
         reasons = [*runtime.reasons, f"attention: {kernels}"]
         if cfg.runtime.deterministic:
-            cost = measure_cost(self._trial, runtime.device)
+            cost = measure_cost(self._warmup_step, runtime.device)
             reasons.append(f"deterministic algorithms: {cost:.2f}x the time of a forward and backward, measured now")
         between, every = cfg.checkpoint.every, cfg.validation.every
         if cfg.checkpoint.best and between and every and between % every:
@@ -223,9 +284,9 @@ class Pretrain:
                 "let checkpoint.every be a multiple of validation.every"
             )
         for line in (*reasons, *self.plan.estimate.lines(), *self.notes, self.data.describe()):
-            watch.message(line)
+            monitor.message(line)
 
-    def _trial(self) -> None:
+    def _warmup_step(self) -> None:
         """A forward and a backward that change nothing."""
         batch = self.data.step(min(self.step, self.plan.num_steps - 1))[0]
         self._loss(batch.to(self.runtime.device)).backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,17 @@ from plmtune.data.rows import Message
 from plmtune.errors import UserError
 from plmtune.generation import complete
 from plmtune.identity import config_digest
+from plmtune.optim.schedules import learning_rates
 from plmtune.origins import start_from
 from plmtune.plans import Plan, build_scheduler, check_schedule, show_epochs
 from plmtune.runs import open_run
 from plmtune.schema import Sft as Config
 from plmtune.student import Student, wake
 from plmtune.terminal import echo
-from plmtune.training import loop
-from plmtune.training.checkpoint import newest_whole, read_document
+from plmtune.training.checkpoint import TrainerState
+from plmtune.training.guard import handle_skip, sample_locations
 from plmtune.training.plot import draw_curves
-from plmtune.training.progress import Watch
+from plmtune.training.progress import RunMonitor, is_due
 from plmtune.training.runtime import Runtime
 
 CONFIG = "sft"  # conf/sft.yaml
@@ -56,11 +58,9 @@ class Sft:
 
     def __init__(self, cfg: Config, plan: Plan, runtime: Runtime) -> None:
         self.cfg, self.plan, self.runtime, self.tokenizer = cfg, plan, runtime, plan.tokenizer
-        whole = newest_whole(Path(str(cfg.run_dir)) / "checkpoints") if cfg.resume else None
-        document = read_document(whole) if whole else {}
-        saved = document.get("state", {})
-        # A run with a checkpoint of its own no longer needs its origin, unless it holds adapters alone.
-        origin = start_from(cfg, plan.model, plan.tokenizer) if cfg.peft or not saved else None
+        saved = TrainerState.latest(str(cfg.run_dir)) if cfg.resume else TrainerState()
+        # A run with a checkpoint of its own needs no other one, unless it holds adapters alone.
+        origin = start_from(cfg, plan.model, plan.tokenizer) if cfg.peft or not saved.checkpoint else None
         assert plan.template is not None
         self.loss, self.template = plan.loss, plan.template
         self.tokenizer.chat_template = self.template.source  # what the model learns is saved with it
@@ -100,42 +100,110 @@ class Sft:
             )
         except ValueError as error:  # names its setting
             raise UserError(str(error)) from error
-        self.student: Student = wake(cfg, plan.model, self.tokenizer, runtime, origin, whole)
+        self.student: Student = wake(cfg, plan.model, self.tokenizer, runtime, origin, saved.checkpoint)
         # From here on the directory exists; what a person can get wrong has been found by now.
-        self.run = open_run(cfg, runtime, self.fingerprints, saved)
+        self.run = open_run(cfg, runtime, self.fingerprints, saved.state)
         self.model, self.trained = self.student.model, self.student.trained
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
         self.scheduler = build_scheduler(cfg, self.optimizer, self.num_steps, plan.tokens_per_step)
         self.checkpoints = self.student.checkpoints(self.run.checkpoints)
-        self.step = self.first = 0
-        self.losses: list[Tensor] = []  # of the latest step's micro-batches
-        self.score: float = document.get("metrics", {}).get("validation_loss", float("nan"))
-        if whole:
-            self.checkpoints.restore(whole, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
-            self.step = document["step"]
-        self.order: str = saved.get("order", "")  # a running hash of what was drawn, in which order
+        if saved.checkpoint:
+            self.checkpoints.restore(
+                saved.checkpoint, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler
+            )
+        self.step = saved.step
+        self.validation_loss: float = saved.metrics.get("validation_loss", float("nan"))
+        self.order: str = saved.state.get("order", "")  # a running hash of what was drawn, in which order
         self.guard = plan.guard
-        if "guard" in saved:
-            self.guard.load_state_dict(saved["guard"])
+        self.guard.load_state_dict(saved.state.get("guard", {}))
+        self.losses: list[Tensor] = []  # of the latest step's micro-batches
 
     def train(self) -> float | None:
-        """Train to the last step; returns the last validation loss in nats a token, or None if it was stopped."""
-        plan = self.plan
-        # No FLOPs a token: how many of them meet the vocabulary depends on the data.
-        with launch.watch(self, self.num_steps, tokens_per_step=plan.tokens_per_step) as watch:
-            self._introduce(watch)
-            launch.warm_up(self.runtime, self._trial)
-            return loop.train(self, watch, self.num_steps, value=self.score)
+        """Train to the last step; return the last validation loss in nats a token, or None if a signal stopped it."""
+        cfg, plan, runtime, run, tasks = self.cfg, self.plan, self.runtime, self.run, self.plan.evaluations
+        # No FLOPs a token: how many tokens meet the vocabulary depends on the data.
+        with launch.open_monitor(
+            cfg, run, runtime, self.num_steps, self.step, tokens_per_step=plan.tokens_per_step
+        ) as monitor:
+            run.update(num_steps=self.num_steps, parameters=plan.estimate.parameters)
+            self._log_startup(monitor)
+            launch.warm_up(runtime, self._warmup_step)
+            # A run that was stopped while it measured its tasks measures them first.
+            if (
+                tasks
+                and tasks.unfinished(run.path, self.step, self.num_steps)
+                and not tasks.measure(self.model, runtime, run.path, self.step, monitor)
+            ):
+                monitor.stopped(self.step)
+                return None
+            for index, batches in self.data.iterate(self.step):
+                values = self.train_step(index, batches)
+                self.step = index + 1
+                last = self.step == self.num_steps
+                if last or is_due(self.step, cfg.log_every) or self.guard.reason:
+                    monitor.log(self.step, values)
+                if last or self.guard.reason:
+                    self.checkpoints.check_weights(self.model, self.step, since=self.step - bool(self.guard.reason))
+                if self.guard.reason:
+                    handle_skip(
+                        self.guard,
+                        run,
+                        self.step,
+                        message=monitor.message,
+                        locations=lambda: sample_locations(self.losses, partial(self.data.places, self.step - 1)),
+                        save=lambda: self.save_checkpoint({}, wait=True),
+                    )
+                metrics: dict[str, float] = {}
+                if last or is_due(self.step, cfg.validation.every):
+                    with monitor.paused():
+                        metrics = self.validate()
+                    if metrics:
+                        monitor.log(self.step, metrics)
+                    self.validation_loss = metrics.get("validation_loss", self.validation_loss)
+                measured = True
+                if tasks and tasks.due(self.step, self.num_steps):
+                    measured = tasks.measure(self.model, runtime, run.path, self.step, monitor)
+                stop = monitor.should_stop()
+                if last or stop or is_due(self.step, cfg.checkpoint.every):
+                    with monitor.paused():
+                        self.save_checkpoint(metrics, wait=last or stop)
+                elif failure := self.checkpoints.failure():
+                    monitor.message(f"{failure}\nTrying once more, with the present state.")
+                    self.save_checkpoint({}, wait=True)
+                run.note_saved(self.checkpoints.saved)
+                monitor.raise_failure()
+                if stop and not (last and measured):
+                    monitor.stopped(self.step)
+                    return None
+        return self.validation_loss
 
-    def update(self, index: int, batches: list[Batch]) -> dict[str, Any]:
-        """One optimizer step on this rank's micro-batches: the mean over all trained tokens of the global batch."""
-        phase = self.data.phase(index)
+    def train_step(self, index: int, batches: list[Batch]) -> dict[str, Any]:
+        """Make one optimizer step on this rank's micro-batches of a global batch; return what is logged of it."""
+        runtime, phase = self.runtime, self.data.phase(index)
         if index and phase is not self.data.phase(index - 1):
-            self.guard.forget()  # other text, other norms
+            self.guard.reset()  # other text, other norms
+        rates = learning_rates(self.optimizer)
+        # The mean over trained tokens, not over micro-batches: packed rows differ in what they hold.
+        (num_tokens,) = runtime.sum(float(sum(batch.num_valid for batch in batches)))
+        self.losses = []
         with self.student.rounded_once():
-            values = loop.update(self, batches, float(sum(batch.num_valid for batch in batches)), self._loss)
+            for number, batch in enumerate(batches):
+                with runtime.accumulate(self.trained, first=number == 0, last=number == len(batches) - 1):
+                    loss = self._loss(batch.to(runtime.device))
+                    (loss * (runtime.gradient_scale / num_tokens)).backward()
+                self.losses.append(loss.detach())
+        norm = runtime.clip_grad_norm(self.model, self.cfg.max_grad_norm)
+        # The only wait for the device. All ranks get the same numbers, so that their guards decide alike.
+        total, norms = runtime.sum(torch.stack(self.losses).sum(), norm)
+        values = {"loss": total / num_tokens, "grad_norm": norms / runtime.world_size}
+        if self.guard.accepts(values["loss"], values["grad_norm"]):
+            self.optimizer.step()
+        else:
+            values["skipped"] = self.guard.skipped
+        self.scheduler.step()  # also after a skipped update: the schedule is a function of the step
+        self.optimizer.zero_grad(set_to_none=True)
         self.order = self.data.order_digest(self.order, index)
-        return {**values, "tokens": self._tokens(index + 1), "phase": phase.name}
+        return {**values, **rates, "tokens": self._tokens(index + 1), "phase": phase.name}
 
     def _tokens(self, steps: int) -> int:
         """Tokens of the first steps' rows; the last step of epochs may have fewer rows."""
@@ -179,14 +247,14 @@ class Sft:
             wait=wait,
         )
 
-    def _introduce(self, watch: Watch) -> None:
-        watch.message(f"run: {self.run.path}" + (f", resuming after step {self.step}" if self.step else ""))
+    def _log_startup(self, monitor: RunMonitor) -> None:
+        monitor.message(f"run: {self.run.path}" + (f", resuming after step {self.step}" if self.step else ""))
         kernels = self.runtime.attention_kernels(self.model, seq_len=self.plan.seq_len, segments=True)
         reasons = [*self.runtime.reasons, f"attention: {kernels}"]
         for line in (*reasons, *self.student.notes, *self.plan.estimate.lines(), *self.notes, self.data.describe()):
-            watch.message(line)
+            monitor.message(line)
 
-    def _trial(self) -> None:
+    def _warmup_step(self) -> None:
         """A forward and a backward that change nothing."""
         batch = self.data.step(min(self.step, self.num_steps - 1))[0]
         self._loss(batch.to(self.runtime.device)).backward()

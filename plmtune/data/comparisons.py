@@ -138,7 +138,7 @@ def make_comparisons(
         notes.append(f"{shortened:,} {were} shortened, so that the answers that follow fit into seq_len ({seq_len})")
     if lacking:
         have = "pair has" if lacking == 1 else "pairs have"
-        notes.append(f"{lacking:,} {have} no mismatched answer for the baseline: none fits behind the prompt")
+        notes.append(f"{lacking:,} {have} no mismatched answer for the kl: none fits behind the prompt")
     return made, refused, notes
 
 
@@ -181,7 +181,7 @@ class ComparisonBatch:
     index: [n] int64, place of the comparison in the list that the batches were made of.
     num_pairs: pairs whose direct comparison is here.
     num_tokens: tokens that are no padding.
-    aside: its comparisons are mismatched: measured before the others, not trained on. Ranks agree on it, also where
+    kl_only: its comparisons are mismatched: measured before the others, not trained on. Ranks agree on it, also where
         one of them has none.
     """
 
@@ -197,7 +197,7 @@ class ComparisonBatch:
     index: Tensor
     num_pairs: int
     num_tokens: int
-    aside: bool = False
+    kl_only: bool = False
 
     def to(self, device: torch.device | str) -> ComparisonBatch:
         """Return the batch on a device; the copy may still be under way."""
@@ -212,7 +212,7 @@ class ComparisonBatch:
 
 
 def make_batch(
-    comparisons: Sequence[Comparison], rows: Sequence[Sequence[int]], *, aside: bool = False, pad_id: int = 0
+    comparisons: Sequence[Comparison], rows: Sequence[Sequence[int]], *, kl_only: bool = False, pad_id: int = 0
 ) -> ComparisonBatch:
     """Lay out rows of comparisons, given by their indices; rows are as long as the longest.
 
@@ -269,7 +269,7 @@ def make_batch(
         ends=torch.from_numpy(np.array(ends, dtype=np.int64)),
         kind=torch.from_numpy(kind),
         index=torch.from_numpy(np.array(order, dtype=np.int64)),
-        aside=aside,
+        kl_only=kl_only,
         num_pairs=int((kind == DIRECT).sum()),
         num_tokens=sum(widths),
     )
@@ -388,22 +388,22 @@ class PreferenceBatches:
         drawn = [self._pairs(step) for step in range(self.num_steps)]
         pairs = sorted({*np.concatenate(drawn).tolist(), *self._held})
         size = max(1, _TOKENS // self.row_len)
-        for aside in (True, False):
-            rows = self._pack(sorted(self._members_of(pairs, aside), key=lambda index: -self._lengths[index]))
+        for kl_only in (True, False):
+            rows = self._pack(sorted(self._members_of(pairs, kl_only), key=lambda index: -self._lengths[index]))
             batches = [rows[at : at + size] for at in range(0, len(rows), size)]
             batches += [[]] * (-len(batches) % self.world_size)  # ranks may have to meet in each forward
             for mine in batches[self.rank :: self.world_size]:
-                yield make_batch(self.comparisons, mine, aside=aside, pad_id=self.pad_id)
+                yield make_batch(self.comparisons, mine, kl_only=kl_only, pad_id=self.pad_id)
 
     def places(self, step: int, micro_batches: Collection[int] | None = None) -> list[str]:
         """Return where the pairs of this rank's comparisons of a step stand, for messages about a bad step.
 
         Args:
-            micro_batches: the indices of those that are asked for, among the ones that are not aside; None: all.
+            micro_batches: the indices of those that are asked for, among the ones that are not kl_only; None: all.
         """
         found = {
             self.comparisons[index].place: None
-            for number, rows in enumerate(self._divide(self._pairs(step).tolist(), aside=False))
+            for number, rows in enumerate(self._divide(self._pairs(step).tolist(), kl_only=False))
             if micro_batches is None or number in micro_batches
             for row in rows
             for index in row
@@ -461,21 +461,21 @@ class PreferenceBatches:
         return sorted(held)
 
     def _batches(self, pairs: Collection[int]) -> Iterator[ComparisonBatch]:
-        for aside in (True, False):
-            for rows in self._divide(pairs, aside=aside):
-                yield make_batch(self.comparisons, rows, aside=aside, pad_id=self.pad_id)
+        for kl_only in (True, False):
+            for rows in self._divide(pairs, kl_only=kl_only):
+                yield make_batch(self.comparisons, rows, kl_only=kl_only, pad_id=self.pad_id)
 
-    def _divide(self, pairs: Collection[int], *, aside: bool) -> list[list[list[int]]]:
+    def _divide(self, pairs: Collection[int], *, kl_only: bool) -> list[list[list[int]]]:
         """Return this rank's micro-batches of some pairs, of each its rows: mismatched comparisons, or the others."""
-        ranks = self._pack_ranks(self._members_of(pairs, aside))
+        ranks = self._pack_ranks(self._members_of(pairs, kl_only))
         size = self.micro_batch_size
         number = max(-(-len(rows) // size) for rows in ranks)
         return [ranks[self.rank][size * i : size * (i + 1)] for i in range(number)]
 
-    def _members_of(self, pairs: Collection[int], aside: bool) -> list[int]:
+    def _members_of(self, pairs: Collection[int], kl_only: bool) -> list[int]:
         """Return the comparisons of some pairs: the mismatched ones, or the others."""
         every = (index for pair in pairs for index in self._members[pair])
-        return [index for index in every if (self.comparisons[index].kind == MISMATCHED) is aside]
+        return [index for index in every if (self.comparisons[index].kind == MISMATCHED) is kl_only]
 
     def _pack_ranks(self, chosen: list[int]) -> list[list[list[int]]]:
         """Deal comparisons out to the ranks, about equal in tokens, and pack each rank's into rows."""

@@ -21,7 +21,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.schema import Evaluation
 from plmtune.training import distributed
 from plmtune.training.determinism import everything_put_back
-from plmtune.training.progress import Watch
+from plmtune.training.progress import RunMonitor
 from plmtune.training.reference import model_digest
 from plmtune.training.runtime import Runtime
 
@@ -42,6 +42,7 @@ class Evaluations:
     """
 
     def __init__(self, cfg: Evaluation, tokenizer: Tokenizer | None, *, template: str | None = None) -> None:
+        self.every = cfg.every
         self.tokenizer = tokenizer
         self.settings = run.Settings(
             limit=cfg.limit or None,
@@ -65,29 +66,36 @@ class Evaluations:
         except UserError as error:
             raise UserError(f"key eval.tasks: {error}") from error
 
-    def measure(
-        self,
-        model: Decoder,
-        runtime: Runtime,
-        directory: Path,
-        step: int,
-        watch: Watch,
-    ) -> dict[str, float] | None:
-        """Measure a model as it stands; every rank must call it.
+    def due(self, step: int, num_steps: int) -> bool:
+        """Whether the tasks are measured after `step`."""
+        return step == num_steps or bool(self.every and step and step % self.every == 0)
+
+    def measure(self, model: Decoder, runtime: Runtime, directory: Path, step: int, monitor: RunMonitor) -> bool:
+        """Measure the tasks, and log ``eval/TASK/METRIC``. Every rank must call it.
 
         Args:
-            directory: the run's; it gets the result, and meanwhile what an interrupted evaluation goes on from.
-            watch: shows how far it is; asked whether to stop where there is one process.
+            directory: the run's. It gets the result, and meanwhile the answers so far of an interrupted evaluation.
+            monitor: shows the progress; asked whether to stop where there is one process.
 
         Returns:
-            ``eval/TASK/METRIC``: value, the same on every rank; None when asked to stop.
+            Whether all tasks are measured; False where a signal asks the run to stop.
         """
+        with monitor.paused():
+            measured = self._measure(model, runtime, directory, step, monitor)
+        if measured:
+            monitor.log(step, measured)
+        return measured is not None
+
+    def _measure(
+        self, model: Decoder, runtime: Runtime, directory: Path, step: int, monitor: RunMonitor
+    ) -> dict[str, float] | None:
+        """Return the values to log, the same on every rank; None when asked to stop."""
         file = results.step_file(directory, step)
         pending = file.parent / "pending" / f"rank{runtime.rank}.sqlite"
 
         def progress(kind: str, done: int, total: int) -> None:
-            watch.working(f"evaluating: {done:,}/{total:,} {kind}")
-            if runtime.world_size == 1 and watch.should_stop():
+            monitor.working(f"evaluating: {done:,}/{total:,} {kind}")
+            if runtime.world_size == 1 and monitor.should_stop():
                 raise _Stopped
 
         # Of weights in bf16 and of fp32 computed in bf16 the numbers differ.
@@ -113,7 +121,7 @@ class Evaluations:
                         digest=digest,
                         progress=progress,
                         max_new_tokens=self.settings.max_new_tokens,
-                        tell=watch.message,
+                        tell=monitor.message,
                     )
                     about = {**run.about(directory.name, directory, model, digest), "step": step, "run": str(directory)}
                     result = run.evaluate(
@@ -124,7 +132,7 @@ class Evaluations:
                         about=about,
                         failed={},
                         file=file,
-                        tell=watch.message,
+                        tell=monitor.message,
                     )
             except _Stopped:
                 return None
@@ -137,10 +145,12 @@ class Evaluations:
         values: dict[str, float] = distributed.told_by_rank_0(lambda: _values(result))
         return values
 
-    def is_done(self, directory: Path, step: int) -> bool:
-        """Whether the run has a whole result of this step."""
+    def unfinished(self, directory: Path, step: int, num_steps: int) -> bool:
+        """Whether the tasks were due after `step`, and the run in `directory` has no complete result of them."""
+        if not self.due(step, num_steps):
+            return False
         done: bool = distributed.told_by_rank_0(lambda: bool(self._known(results.step_file(directory, step))))
-        return done
+        return not done
 
     def _known(self, file: Path, digest: str | None = None) -> dict[str, float]:
         """The values of a whole result of these tasks; empty if there is none, or one of another model."""

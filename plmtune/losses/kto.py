@@ -12,7 +12,7 @@ from plmtune.registry import register
 
 @register("loss", "kto")
 class Kto(PreferenceLoss):
-    """KTO (arXiv 2402.01306, equation 8): each answer against a baseline z, not against the other one.
+    """KTO (arXiv 2402.01306, equation 8): each answer against a kl z, not against the other one.
 
     loss = desirable_weight (1 - sigmoid(beta (log-ratio of chosen - z)))
          + undesirable_weight (1 - sigmoid(beta (z - log-ratio of rejected)))
@@ -44,7 +44,7 @@ class Kto(PreferenceLoss):
         self.undesirable_weight = undesirable_weight
 
     def __call__(self, c: Comparisons) -> Tensor:
-        z = c.baseline.detach().clamp(min=0)
+        z = c.kl.detach().clamp(min=0)
         # 1 - sigmoid(x) = sigmoid(-x), which keeps its digits where x is large.
         good = self.desirable_weight * torch.sigmoid(-self.beta * (c.chosen_ratio - z))
         bad = self.undesirable_weight * torch.sigmoid(-self.beta * (z - c.rejected_ratio))

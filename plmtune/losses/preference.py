@@ -23,7 +23,7 @@ class Comparisons:
             `needs_reference` alone.
         chosen_tokens, rejected_tokens (Tensor): lengths, [n]; 0 where there is no such answer.
         kind (Tensor): DIRECT, GIVEN_REJECTED, GIVEN_CHOSEN or MISMATCHED, [n].
-        baseline (Tensor): mean log-ratio of the chosen answers of the whole step's MISMATCHED comparisons, a
+        kl (Tensor): mean log-ratio of the chosen answers of the whole step's MISMATCHED comparisons, a
             scalar; read by losses with `mismatched` alone.
     """
 
@@ -34,7 +34,7 @@ class Comparisons:
     chosen_tokens: Tensor
     rejected_tokens: Tensor
     kind: Tensor
-    baseline: Tensor
+    kl: Tensor
 
     @property
     def chosen_ratio(self) -> Tensor:
@@ -59,7 +59,7 @@ class PreferenceLoss(ABC):
         of: what tells it from a loss over tokens.
         needs_reference: it reads the reference's log-probabilities.
         contexts: it wants the comparisons given the rejected and the chosen answer too (ARIES).
-        mismatched: it wants the prompts with another prompt's answer too (KTO's baseline), and takes rows with one
+        mismatched: it wants the prompts with another prompt's answer too (KTO's kl), and takes rows with one
             answer.
         scalar_head: it compares scores of one number a sequence instead of log-probabilities.
     """

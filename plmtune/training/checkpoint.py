@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,6 +103,36 @@ def read_document(directory: Path) -> dict[str, Any]:
     if not isinstance(document.get("state"), dict) or not isinstance(document.get("step"), int):
         raise UserError(f"{directory / STATE} is damaged: it lacks step or state. Use an earlier checkpoint.")
     return document
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What the checkpoint that a run resumes from holds besides tensors; a new run has an empty one.
+
+    Attributes:
+        checkpoint: its directory.
+        step: optimizer steps that it has made.
+        state: what the recipe saved, as `Checkpoints.save` was given it.
+        metrics: what was measured at that step.
+    """
+
+    checkpoint: Path | None = None
+    step: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def latest(cls, run_dir: str | Path) -> TrainerState:
+        """Read the newest valid checkpoint of a run; empty if it has saved none. Every rank must call it.
+
+        Raises:
+            UserError: see `newest_whole`.
+        """
+        checkpoint = newest_whole(Path(run_dir) / "checkpoints")
+        if checkpoint is None:
+            return cls()
+        document = read_document(checkpoint)
+        return cls(checkpoint, document["step"], document["state"], document.get("metrics", {}))
 
 
 def load_moments(directory: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
@@ -266,6 +296,39 @@ class Checkpoints:
         """Say which checkpoint of this run is the newest. Rank 0 knows."""
         newest = max(self.saved, self._from)
         return f"Its newest checkpoint is that of step {newest}." if newest else "No step was saved before."
+
+    def failure(self) -> str:
+        """Return why a save in the background failed; empty if none did. Every rank must call it, after each step.
+
+        Raises:
+            NotFinite: if it holds NaN or an infinity.
+        """
+        try:
+            self.poll()
+        except NotFinite:
+            raise
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def check_weights(self, model: nn.Module, step: int, *, since: int) -> None:
+        """Refuse weights that hold NaN or an infinity: no later update can mend them. Every rank must call it.
+
+        Args:
+            step: the last step; since: the step whose update made them.
+
+        Raises:
+            NotFinite: on every rank.
+        """
+
+        def message(names: str) -> str:
+            kept = distributed.told_by_rank_0(self.describe_newest)
+            return (
+                f"step {step}: weights are not finite since the update of step {since} ({names}), so they are not "
+                f"saved. {kept} {TOO_HIGH}"
+            )
+
+        check_weights(dict(model.named_parameters()), message)
 
     @property
     def saved(self) -> int:

@@ -30,7 +30,7 @@ def answers(trained: nn.Module, model: Any, batch: ComparisonBatch, *, scores: b
     return log_probs(hidden[batch.places], model.head_weight, batch.targets, batch.completion, num)
 
 
-def comparisons(batch: ComparisonBatch, found: Tensor, reference: Tensor, baseline: Tensor) -> Comparisons:
+def comparisons(batch: ComparisonBatch, found: Tensor, reference: Tensor, kl: Tensor) -> Comparisons:
     """What a loss sees of a batch.
 
     Args:
@@ -46,11 +46,11 @@ def comparisons(batch: ComparisonBatch, found: Tensor, reference: Tensor, baseli
         chosen_tokens=batch.lengths[::2],
         rejected_tokens=batch.lengths[1::2],
         kind=batch.kind,
-        baseline=baseline,
+        kl=kl,
     )
 
 
-class Tally:
+class PreferenceMetrics:
     """Means over comparisons, for each of what they were given apart: what a person reads of preference training.
 
     h, accuracy and margin of rewards are of comparisons with both answers; rewards and log-probabilities of each

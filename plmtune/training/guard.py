@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import bisect
 import math
-import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from plmtune import tensor_files
 from plmtune.errors import NotFinite, UserError
 from plmtune.training.distributed import gather_texts
+from plmtune.training.run_directory import RunDirectory
 
 
 class Guard:
@@ -39,7 +37,7 @@ class Guard:
 
     Attributes:
         skipped: updates refused so far.
-        in_a_row: updates refused since the last accepted one.
+        consecutive_skips: updates refused since the last accepted one.
         reason: why the latest was refused, as a part of a sentence.
 
     Raises:
@@ -57,7 +55,7 @@ class Guard:
         self.window = window
         self.patience = patience
         self.skipped = 0
-        self.in_a_row = 0
+        self.consecutive_skips = 0
         self.reason = ""
         self._norms: deque[float] = deque()  # accepted, oldest first
         self._sorted: list[float] = []  # the same, by size
@@ -72,16 +70,16 @@ class Guard:
         self.reason = self._fault(loss, norm)
         if self.reason:
             self.skipped += 1
-            self.in_a_row += 1
+            self.consecutive_skips += 1
             return False
-        self.in_a_row = 0
+        self.consecutive_skips = 0
         self._remember(norm)
         return True
 
     @property
     def exhausted(self) -> bool:
         """Whether so many updates in a row were refused that the run should stop."""
-        return self.in_a_row >= self.patience
+        return self.consecutive_skips >= self.patience
 
     def _fault(self, loss: float, norm: float) -> str:
         if not math.isfinite(loss):
@@ -99,14 +97,14 @@ class Guard:
                 )
         return ""
 
-    def forget(self) -> None:
-        """Begin a new history, as for a phase of other text."""
+    def reset(self) -> None:
+        """Start a new history of norms, as for a phase of other text."""
         self._norms.clear()
         self._sorted.clear()
 
     def reset_consecutive(self) -> None:
         """Count refused updates in a row from 0, as a run does that resumes after this guard has stopped it."""
-        self.in_a_row = 0
+        self.consecutive_skips = 0
 
     def _remember(self, norm: float) -> None:
         self._norms.append(norm)
@@ -116,11 +114,14 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: JSON gives each float back exactly."""
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "norms": list(self._norms)}
+        return {"skipped": self.skipped, "consecutive_skips": self.consecutive_skips, "norms": list(self._norms)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as the guard that gave `state`; a smaller window keeps the newest norms."""
-        self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
+        """Restore a guard's state; a smaller window keeps the newest norms, and an empty state changes nothing."""
+        if not state:
+            return
+        self.skipped = int(state["skipped"])
+        self.consecutive_skips = int(state.get("consecutive_skips", state.get("in_a_row", 0)))  # "in_a_row": old name
         self._norms = deque(state["norms"][-self.window :])
         self._sorted = sorted(self._norms)
 
@@ -131,11 +132,11 @@ class Guard:
             step: the last refused one, counted from 1 as in the metrics.
             places: where the tokens of its batch stand, of all ranks.
         """
-        first = step - self.in_a_row + 1
-        if self.in_a_row == 1:
+        first = step - self.consecutive_skips + 1
+        if self.consecutive_skips == 1:
             what = "the update was skipped, because"
         else:
-            what = f"{self.in_a_row} updates in a row were skipped (steps {first} to {step}), the last because"
+            what = f"{self.consecutive_skips} updates in a row were skipped (steps {first} to {step}), the last because"
         kept = f"those after step {first - 1}" if first > 1 else "those that the run began with"
         return UserError(
             f"step {step}: {what} {self.reason}. Parameters and moments are {kept}, and saved. The batch of step "
@@ -145,15 +146,34 @@ class Guard:
         )
 
 
-def step(optimizer: Optimizer, scheduler: LRScheduler, *, accepted: bool) -> None:
-    """Make an update, or pass over it: parameters and moments stay as they are, and the schedule goes on."""
-    if accepted:
-        optimizer.step()
-    with warnings.catch_warnings():
-        # If the very first update is refused, torch takes the schedule's move for calls in the wrong order.
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-        scheduler.step()
-    optimizer.zero_grad(set_to_none=True)
+def handle_skip(
+    guard: Guard,
+    run: RunDirectory,
+    step: int,
+    *,
+    message: Callable[[str], None],
+    locations: Callable[[], list[str]],
+    save: Callable[[], None],
+) -> None:
+    """Report an update that the guard skipped; after `patience` of them in a row, save and end the run.
+
+    Args:
+        step: the skipped one, counted from 1.
+        message: shows a line.
+        locations: gives the files and offsets of the step's tokens, over all ranks, see `sample_locations`.
+        save: saves the state after the last accepted update.
+
+    Raises:
+        UserError: after `patience` skipped updates in a row.
+    """
+    message(f"step {step}: update skipped, because {guard.reason}")
+    if not guard.exhausted:
+        return
+    error = guard.stop(step, locations())
+    guard.reset_consecutive()  # a resumed run has the whole patience
+    save()  # a resumed run starts after this step
+    run.note(ended_by="guard")  # a restart by torchrun must not undo it
+    raise error
 
 
 def check_weights(named: Mapping[str, Tensor], message: Callable[[str], str]) -> None:
@@ -170,18 +190,19 @@ def check_weights(named: Mapping[str, Tensor], message: Callable[[str], str]) ->
         raise NotFinite(message(tensor_files.listed([*dict.fromkeys(names)])))
 
 
-def find_places(losses: Sequence[Tensor], places: Callable[[Collection[int]], list[str]]) -> list[str]:
-    """Where the text of a refused update stands, over all ranks. Every rank must call it.
+def sample_locations(losses: Sequence[Tensor], locate: Callable[[Collection[int]], list[str]]) -> list[str]:
+    """Return where the text of a skipped update stands, over all ranks. Every rank must call it.
 
     Args:
         losses: of this rank's micro-batches.
-        places: gives the places of micro-batches, by their indices.
+        locate: gives the locations of micro-batches, by their indices.
 
     Returns:
-        Those of micro-batches whose loss is not finite; of all, if none's is, since a norm is of all together.
+        The locations of micro-batches whose loss is not finite; if all are finite, those of all micro-batches, since
+        the gradient norm is of all together.
     """
     bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
-    return _gathered(places(bad)) or _gathered(places(range(len(losses))))
+    return _gathered(locate(bad)) or _gathered(locate(range(len(losses))))
 
 
 def _gathered(lines: list[str]) -> list[str]:

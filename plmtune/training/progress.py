@@ -1,4 +1,4 @@
-"""Watching a run: the progress line, metrics.jsonl and loggers, and whether it should stop."""
+"""The monitor of a run: its progress line, metrics.jsonl, loggers, and signals that ask it to stop."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from plmtune import terminal
+from plmtune.errors import UserError
 from plmtune.provenance import device_name
 from plmtune.training import distributed
 from plmtune.training.loggers import Logger
@@ -21,7 +22,12 @@ from plmtune.training.signals import StopSignals
 from plmtune.units import show_bytes, show_count, show_duration
 
 
-class Watch:
+def is_due(step: int, every: int) -> bool:
+    """Whether something that is done every so many steps is done after `step`; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+class RunMonitor:
     """Shows and records what a run measures, and hears when it should stop.
 
     Every rank makes one and calls `should_stop` at the same steps; rank 0 writes.
@@ -77,7 +83,7 @@ class Watch:
         self._line = terminal.Line(every_seconds, shown=run.is_main)
         self._reached, self._shown = "", False
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> RunMonitor:
         self._signals.__enter__()
         self._run.note(step=self._start_step, device=device_name(self._device))
         self._began = time.perf_counter()
@@ -111,6 +117,19 @@ class Watch:
             with self._noting_failures(type(logger).__name__):
                 logger.log(step, entry)
         self._show(step, entry)
+
+    def raise_failure(self) -> None:
+        """End the run where metrics can no longer be written. Call it after `should_stop`, once the state is saved.
+
+        Raises:
+            UserError: with the reason, on every rank.
+        """
+        if self.failure:
+            raise UserError(self.failure)
+
+    def stopped(self, step: int) -> None:
+        """Show how to resume a run that stops after `step`."""
+        self.message(f"stopped after step {step}; resume with: plmtune resume {self._run.path}")
 
     def should_stop(self) -> bool:
         """Whether to stop: a signal came to any rank, or metrics cannot be written. The same on every rank, which

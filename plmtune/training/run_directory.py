@@ -159,6 +159,7 @@ class RunDirectory:
         self.path = path
         self.is_main = lock is not None
         self._lock = lock
+        self._saved = 0  # the newest step that `note_saved` has noted
 
     @classmethod
     def create(
@@ -268,6 +269,12 @@ class RunDirectory:
         """Add to what run.json says of this attempt."""
         *before, last = self._attempts() or [{}]
         self.update(attempts=[*before, {**last, **entries}])
+
+    def note_saved(self, step: int) -> None:
+        """Note the newest step that has a checkpoint. Where the checkpoints are lost later, a resume says so."""
+        if step and step != self._saved:
+            self._saved = step
+            self.note(saved=step)
 
     def _attempts(self) -> list[dict[str, Any]]:
         attempts = self.record().get("attempts")

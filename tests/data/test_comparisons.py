@@ -381,16 +381,16 @@ class TestOrder:
 
     def test_mismatched_comparisons_come_first_and_by_themselves(self):
         made = batches(comparisons(kinds=(DIRECT, MISMATCHED))).step(0)
-        aside = [batch.aside for batch in made]
-        assert aside == sorted(aside, reverse=True)
-        assert aside[0] and not aside[-1]
-        assert all((kind == MISMATCHED) == batch.aside for batch in made for kind in batch.kind.tolist())
+        kl_only = [batch.kl_only for batch in made]
+        assert kl_only == sorted(kl_only, reverse=True)
+        assert kl_only[0] and not kl_only[-1]
+        assert all((kind == MISMATCHED) == batch.kl_only for batch in made for kind in batch.kind.tolist())
 
     def test_ranks_agree_on_what_is_aside(self):
         data = [c for c in comparisons(kinds=(DIRECT, MISMATCHED)) if c.kind == DIRECT or c.pair == 0]
         parts = [batches(data, global_batch_size=23, rank=rank, world_size=2).step(0) for rank in range(2)]
-        assert len({tuple(batch.aside for batch in part) for part in parts}) == 1
-        assert sorted(batch.kind.tolist() for part in parts for batch in part if batch.aside) == [[], [MISMATCHED]]
+        assert len({tuple(batch.kl_only for batch in part) for part in parts}) == 1
+        assert sorted(batch.kind.tolist() for part in parts for batch in part if batch.kl_only) == [[], [MISMATCHED]]
 
     def test_pairs_that_no_step_takes_need_no_reference(self):
         data = batches(epochs=0.5, holdout=0.2)
@@ -412,7 +412,7 @@ class TestOrder:
 
     def test_places_name_the_rows_of_the_micro_batches_asked_for(self):
         data = batches(comparisons(kinds=(DIRECT, GIVEN_CHOSEN, MISMATCHED)), micro_batch_size=1)
-        made = [batch for batch in data.step(1) if not batch.aside]
+        made = [batch for batch in data.step(1) if not batch.kl_only]
         for number, batch in enumerate(made):
             assert set(data.places(1, [number])) == {data.comparisons[i].place for i in batch.index.tolist()}
         assert sorted(data.places(1)) == sorted(f"pairs.jsonl, line {p + 1}" for p in data._pairs(1))

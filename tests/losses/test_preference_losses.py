@@ -23,7 +23,7 @@ from plmtune.registry import load
 LOSSES = [Dpo(), Ipo(), Simpo(), Kto(), Aries(), BradleyTerry()]
 
 
-def example(n: int = 7, kind: int | None = DIRECT, baseline: float = 0.8) -> Comparisons:
+def example(n: int = 7, kind: int | None = DIRECT, kl: float = 0.8) -> Comparisons:
     """Numbers of the size that real answers have; fp64, so that formulas agree to the last digits."""
     generator = torch.Generator().manual_seed(0)
 
@@ -39,7 +39,7 @@ def example(n: int = 7, kind: int | None = DIRECT, baseline: float = 0.8) -> Com
         chosen_tokens=torch.randint(1, 80, (n,), generator=generator),
         rejected_tokens=torch.randint(1, 80, (n,), generator=generator),
         kind=torch.arange(n) % 3 if kind is None else torch.full((n,), kind),
-        baseline=torch.tensor(baseline, dtype=torch.float64),
+        kl=torch.tensor(kl, dtype=torch.float64),
     )
 
 
@@ -90,9 +90,9 @@ class TestFormulas:
         expected = [-math.log(sigmoid(2.5 * p / nw - 2.5 * q / nl - 1.4)) for _, _, p, q, nw, nl in numbers(c)]
         assert close(Simpo(beta=2.5, gamma=1.4)(c), expected)
 
-    @pytest.mark.parametrize("baseline", [0.8, -0.8])
-    def test_kto_whose_baseline_is_never_negative(self, baseline: float) -> None:
-        c, z = example(baseline=baseline), max(baseline, 0.0)
+    @pytest.mark.parametrize("kl", [0.8, -0.8])
+    def test_kto_whose_baseline_is_never_negative(self, kl: float) -> None:
+        c, z = example(kl=kl), max(kl, 0.0)
         expected = [
             1.5 * (1 - sigmoid(0.1 * (w - z))) + 0.7 * (1 - sigmoid(0.1 * (z - li))) for w, li, *_ in numbers(c)
         ]
@@ -183,9 +183,9 @@ class TestKto:
 
     def test_the_baseline_carries_no_gradient(self) -> None:
         c = example()
-        c.baseline.requires_grad_()
+        c.kl.requires_grad_()
         Kto()(c).sum().backward()
-        assert c.baseline.grad is None and c.chosen.grad is not None
+        assert c.kl.grad is None and c.chosen.grad is not None
 
 
 class TestAll:
@@ -405,8 +405,8 @@ class TestAgainstTrl:
             batch,
             return_outputs=False,
         )
-        baseline = (mismatched.sum(1) - ref_mismatched).mean()
-        ours = Comparisons(**{**vars(a.ours), "baseline": baseline})
+        kl = (mismatched.sum(1) - ref_mismatched).mean()
+        ours = Comparisons(**{**vars(a.ours), "kl": kl})
         loss = Kto(beta=0.1, desirable_weight=1.5, undesirable_weight=0.7)(ours)
         self.agree(loss.sum() / 12, theirs, a.leaf)  # TRL's mean is over answers, ours over pairs
 

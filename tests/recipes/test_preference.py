@@ -146,7 +146,7 @@ class TestReference:
     ) -> None:
         whole = undisturbed("dpo")
         with monkeypatch.context() as patch:
-            stop_in(patch, recipe(), "update", 3)
+            stop_in(patch, recipe(), "train_step", 3)
             with pytest.raises(SystemExit):
                 run("dpo", "run_dir=cut")
         for path in (base / "runs" / "reference").iterdir():
@@ -160,7 +160,7 @@ class TestReference:
 
     def test_another_model_in_the_origins_place_is_refused(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
-            stop_in(patch, recipe(), "update", 3)
+            stop_in(patch, recipe(), "train_step", 3)
             with pytest.raises(SystemExit):
                 run("dpo", "run_dir=cut")
         for path in (base / "runs" / "reference").iterdir():
@@ -180,7 +180,7 @@ class TestResuming:
     ) -> None:
         whole = undisturbed("dpo", *extra)
         with monkeypatch.context() as patch:
-            stop_in(patch, recipe(), "update", 3)
+            stop_in(patch, recipe(), "train_step", 3)
             with pytest.raises(SystemExit) as stopped:
                 run("dpo", "run_dir=cut", *extra)
         assert stopped.value.code == 75
@@ -210,10 +210,10 @@ class TestRounds:
     @pytest.mark.parametrize(
         ("method", "call"),
         [
-            ("update", 1),
-            ("_choose", 2),
-            pytest.param("_measure", 2, marks=pytest.mark.slow),
-            pytest.param("_stage", 2, marks=pytest.mark.slow),
+            ("train_step", 1),
+            ("_make_pairs", 2),
+            pytest.param("_evaluate_round", 2, marks=pytest.mark.slow),
+            pytest.param("train_stage", 2, marks=pytest.mark.slow),
         ],
     )
     def test_a_stopped_round_goes_on_as_if_never_disturbed(
@@ -272,7 +272,7 @@ class TestRounds:
 
     def stop_in_round_2(self, monkeypatch: pytest.MonkeyPatch, *extra: str) -> None:
         with monkeypatch.context() as patch:
-            stop_in(patch, recipe(), "update", 3)
+            stop_in(patch, recipe(), "train_step", 3)
             with pytest.raises(SystemExit):
                 run("aries", *ROUNDS, "run_dir=cut", ONLY_THE_NEWEST, *extra)
         kept = sorted(path.name for path in Path("cut/checkpoints").glob("step-*"))
@@ -329,7 +329,7 @@ class TestRounds:
             monkeypatch.setattr(owner, method, noted)
 
         noting(Engine, "_advance", drawing)
-        noting(recipe(), "update", training)
+        noting(recipe(), "train_step", training)
         try:
             run("aries", *ROUNDS, "rounds=1", "run_dir=r", "runtime.deterministic=true")
         finally:

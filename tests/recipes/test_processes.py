@@ -20,14 +20,14 @@ STEPS = "phases=[{name: main, steps: 40}]"
 QUIET = ["validation={every: 0, tokens: 100}", "checkpoint={every: 5, keep: 0}"]
 
 BREAKS = """
-whole = Pretrain.update
+whole = Pretrain.train_step
 
 def breaks(self, *arguments):
     if self.step == 4 and self.runtime.rank == 1:
         raise KeyError("of mine")
     return whole(self, *arguments)
 
-Pretrain.update = breaks
+Pretrain.train_step = breaks
 """
 
 

@@ -38,7 +38,7 @@ class TestSft:
         assert keys.pop("qat") == {"scheme": scheme}
         assert keys == json.loads((base / "base" / "config.json").read_text())
         model = load_model(saved)
-        recipe = recipes[0]
+        recipe = recipes[0][0]
         recipe.model = recipe.trained = model  # the same validation, by the checkpoint
         unrounded = recipe.validate()["validation_loss"]
         quantize(model, from_description("quantization", scheme, "")(model=model))
@@ -51,7 +51,7 @@ class TestSft:
     ) -> None:
         whole = undisturbed("sft", *QAT)
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-            stop_in(patch, Sft, "update", 3)
+            stop_in(patch, Sft, "train_step", 3)
             run("sft", "run_dir=out", *QAT)
         assert stopped.value.code == 75
         run("sft", "run_dir=out", "resume=true", *QAT)
@@ -70,26 +70,26 @@ class TestPreference:
     def test_the_reference_is_the_plain_model_and_the_policy_is_rounded(
         self, base: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        recipes = kept(monkeypatch, Preference, "_stage")
+        steps = kept(monkeypatch, Preference, "train_step")
         run("dpo", "run_dir=out", "validation.every=0", "checkpoint={every: 0}", "epochs=0.2", *QAT)
         plain = load_model("base")
         with torch.no_grad():
-            for batch in recipes[0].data.all():
-                expected = recipes[0]._answers(batch, plain).view(-1, 2)
-                torch.testing.assert_close(recipes[0].reference[batch.index], expected)
+            recipe, _, _, reference = steps[0]
+            for batch in recipe.data.all():
+                torch.testing.assert_close(reference[batch.index], recipe._answers(batch, plain).view(-1, 2))
         first = next(entry["loss"] for entry in metrics(base / "out") if "loss" in entry)
         assert abs(first - math.log(2)) > 1e-4  # what DPO gives while policy and reference are one
         assert qat.plan_of("out") is not None
 
 
-def kept(monkeypatch: pytest.MonkeyPatch, recipe: Any, method: str) -> list[Any]:
-    """Where the recipes of the runs to come can be found."""
-    found: list[Any] = []
+def kept(monkeypatch: pytest.MonkeyPatch, recipe: Any, method: str) -> list[tuple[Any, ...]]:
+    """The arguments of each call of a method, the recipe first."""
+    found: list[tuple[Any, ...]] = []
     whole = getattr(recipe, method)
 
-    def keeping(self: Any, *arguments: Any) -> Any:
-        found.append(self)
-        return whole(self, *arguments)
+    def keeping(*arguments: Any) -> Any:
+        found.append(arguments)
+        return whole(*arguments)
 
     monkeypatch.setattr(recipe, method, keeping)
     return found

@@ -103,7 +103,7 @@ class TestResuming:
     ) -> None:
         whole = undisturbed("sft", *extra)
         with monkeypatch.context() as patch:
-            stop_in(patch, recipe(), "update", 3)
+            stop_in(patch, recipe(), "train_step", 3)
             with pytest.raises(SystemExit) as stopped:
                 run("sft", "run_dir=cut", *extra)
         assert stopped.value.code == 75
@@ -114,7 +114,7 @@ class TestResuming:
 
     def test_a_resume_needs_not_name_what_the_run_took_over(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
-            stop_in(patch, recipe(), "update", 3)
+            stop_in(patch, recipe(), "train_step", 3)
             with pytest.raises(SystemExit):
                 run("sft", "run_dir=cut")
         (base / "base").rename(base / "moved")  # a run of full weights no longer needs its origin
@@ -229,7 +229,7 @@ class TestAdapters:
 
     def test_another_base_in_its_place_is_refused(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
-            stop_in(patch, recipe(), "update", 3)
+            stop_in(patch, recipe(), "train_step", 3)
             with pytest.raises(SystemExit):
                 run("sft", "peft=lora", "run_dir=cut")
         model, _ = plmtune.load(base / "base")

@@ -115,10 +115,10 @@ class TestStopping:
     @pytest.mark.parametrize(
         ("number", "moment", "step", "saved"),
         [
-            (signal.SIGUSR1, "update", 4, 4),
+            (signal.SIGUSR1, "train_step", 4, 4),
             (signal.SIGTERM, "validate", 6, 6),
             (signal.SIGINT, "save_checkpoint", 3, 4),  # the step after the one that was being saved
-            (signal.SIGHUP, "update", 12, 12),  # the last one: there is nothing to stop
+            (signal.SIGHUP, "train_step", 12, 12),  # the last one: there is nothing to stop
         ],
     )
     def test_no_step_is_lost_whatever_the_moment(

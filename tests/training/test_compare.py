@@ -5,7 +5,7 @@ import torch
 
 from plmtune.losses.dpo import Dpo
 from plmtune.losses.preference import DIRECT, GIVEN_CHOSEN, GIVEN_REJECTED, Comparisons
-from plmtune.training.compare import Tally
+from plmtune.training.compare import PreferenceMetrics
 from plmtune.training.runtime import Runtime
 
 
@@ -19,13 +19,13 @@ def compared(kind: list[int], chosen: list[float], rejected: list[float], reject
         chosen_tokens=torch.ones(n, dtype=torch.long),
         rejected_tokens=torch.tensor(rejected_tokens),
         kind=torch.tensor(kind),
-        baseline=torch.zeros(()),
+        kl=torch.zeros(()),
     )
 
 
 class TestTally:
     def test_means_are_of_each_context_apart_and_over_batches(self) -> None:
-        tally, loss = Tally(torch.device("cpu")), Dpo(beta=0.5)
+        tally, loss = PreferenceMetrics(torch.device("cpu")), Dpo(beta=0.5)
         tally.add(compared([DIRECT, GIVEN_REJECTED], [3.0, 1.0], [1.0, 4.0], [1, 1]), loss)
         tally.add(compared([DIRECT], [0.0], [4.0], [1]), loss)
         with Runtime.choose(device="cpu").start() as runtime:
@@ -38,7 +38,7 @@ class TestTally:
         assert not [name for name in means if name.startswith("given_chosen")]
 
     def test_rewards_and_log_probabilities_are_means_over_the_answers_that_there_are(self) -> None:
-        tally = Tally(torch.device("cpu"))
+        tally = PreferenceMetrics(torch.device("cpu"))
         tally.add(compared([DIRECT, DIRECT], [3.0, 1.0], [1.0, 0.0], [1, 0]), Dpo(beta=0.5))
         with Runtime.choose(device="cpu").start() as runtime:
             means, scores = tally.means(runtime), tally.means(runtime, scores=True)
@@ -48,7 +48,7 @@ class TestTally:
         assert set(means) - set(scores) == {"log_probs/chosen", "log_probs/rejected"}
 
     def test_a_row_with_one_answer_has_nothing_to_compare(self) -> None:
-        tally = Tally(torch.device("cpu"))
+        tally = PreferenceMetrics(torch.device("cpu"))
         tally.add(compared([DIRECT, GIVEN_CHOSEN], [3.0, 1.0], [0.0, 0.0], [0, 1]), Dpo())
         with Runtime.choose(device="cpu").start() as runtime:
             means = tally.means(runtime)

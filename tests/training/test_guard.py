@@ -1,24 +1,20 @@
 """The guard refuses what is no number and what is far beyond its history; a refused update changes nothing."""
 
+import contextlib
 import json
 import math
 import random
 import statistics
-import warnings
 from collections.abc import Collection
+from pathlib import Path
 
 import pytest
 import torch
-import xxhash
-from torch import nn
-from torch.optim import Optimizer
 
-from plmtune.models.plm import plm
-from plmtune.optim.optimizers import adamw, adamw_8bit, muon
-from plmtune.optim.schedules import wsdc
-from plmtune.registry import component
+from plmtune.errors import UserError
 from plmtune.training import guard as module
-from plmtune.training.guard import Guard, find_places, step
+from plmtune.training.guard import Guard, handle_skip, sample_locations
+from plmtune.training.run_directory import RunDirectory
 
 
 def fed(count: int, **settings: float) -> Guard:
@@ -43,7 +39,7 @@ class TestAccepts:
     def test_refuses_what_is_not_finite_from_the_first_step(self, loss: float, norm: float, reason: str) -> None:
         guard = Guard(spike_factor=0)
         assert not guard.accepts(loss, norm)
-        assert (guard.skipped, guard.in_a_row, guard.reason) == (1, 1, reason)
+        assert (guard.skipped, guard.consecutive_skips, guard.reason) == (1, 1, reason)
 
     def test_refuses_a_norm_far_beyond_the_median_of_the_window(self) -> None:
         guard = Guard()
@@ -92,9 +88,9 @@ class TestAccepts:
             guard.accepts(2.0, usual * draw.lognormvariate(0, 0.4))
         assert guard.skipped == 0
 
-    def test_forgetting_lets_a_new_phase_have_its_own_norms(self) -> None:
+    def test_a_reset_lets_a_new_phase_have_its_own_norms(self) -> None:
         guard = fed(200)
-        guard.forget()
+        guard.reset()
         for _ in range(40):
             assert guard.accepts(2.0, 50.0)
         assert not guard.accepts(2.0, 600.0)
@@ -105,7 +101,7 @@ class TestPatience:
         guard = Guard(patience=3)
         for loss in (math.nan, math.nan, 1.0, math.nan, math.nan):
             guard.accepts(loss, 1.0)
-        assert (guard.skipped, guard.in_a_row, guard.exhausted) == (4, 2, False)
+        assert (guard.skipped, guard.consecutive_skips, guard.exhausted) == (4, 2, False)
         guard.accepts(math.nan, 1.0)
         assert guard.exhausted
 
@@ -180,69 +176,35 @@ class TestPlaces:
 
     def test_are_of_the_micro_batches_that_are_not_finite(self) -> None:
         losses = [torch.tensor(value) for value in (1.0, math.nan, 2.0, math.inf)]
-        assert find_places(losses, self.places) == ["shard, row 1", "shard, row 3"]
+        assert sample_locations(losses, self.places) == ["shard, row 1", "shard, row 3"]
 
     def test_are_all_where_every_loss_is_finite(self) -> None:
-        assert find_places([torch.tensor(1.0)] * 2, self.places) == ["shard, row 0", "shard, row 1"]
+        assert sample_locations([torch.tensor(1.0)] * 2, self.places) == ["shard, row 0", "shard, row 1"]
 
     def test_of_a_healthy_rank_are_left_out_when_another_has_the_fault(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "gather_texts", lambda text: [text, "shard of rank 1, row 7"])
-        assert find_places([torch.tensor(1.0)] * 2, self.places) == ["shard of rank 1, row 7"]
+        assert sample_locations([torch.tensor(1.0)] * 2, self.places) == ["shard of rank 1, row 7"]
 
 
-def tiny() -> nn.Module:
-    torch.manual_seed(0)
-    widths = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
-    return plm(
-        128,
-        attention=component("attention", "mla", **widths),
-        ffn=component("ffn", "squared_relu", hidden_dim=64),
-        embed_dim=64,
-        num_layers=1,
-        num_heads=2,
-        max_seq_len=32,
-    )
+class TestHandleSkip:
+    """Recipes call it after each skipped update; tests/recipes/test_guards.py has whole runs."""
 
-
-def hashed(model: nn.Module, optimizer: Optimizer) -> str:
-    """Of every parameter and everything the optimizer keeps of it."""
-    digest = xxhash.xxh3_128()
-    for parameter in model.parameters():
-        tensors = [parameter.detach()]
-        for _, value in sorted(optimizer.state.get(parameter, {}).items()):
-            tensors += [value.codes, value.scale] if hasattr(value, "codes") else [torch.as_tensor(value)]
-        for tensor in tensors:
-            digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def backward(model: nn.Module, factor: float) -> None:
-    model(torch.arange(32).view(2, 16)).square().mean().mul(factor).backward()
-
-
-class TestStep:
-    @pytest.mark.parametrize("build", [adamw, muon, pytest.param(adamw_8bit, marks=pytest.mark.slow)])
-    @pytest.mark.parametrize("accepted_before", [0, 2])
-    def test_a_refused_update_leaves_parameters_and_moments_as_they_are(
-        self, build: type[Optimizer], accepted_before: int
-    ) -> None:
-        model = tiny()
-        optimizer = build(model)
-        scheduler = wsdc(optimizer, 10, 1, warmup=4, decay=0, constant=0)
-        for _ in range(accepted_before):
-            backward(model, 1.0)
-            step(optimizer, scheduler, accepted=True)
-        before, rate = hashed(model, optimizer), float(optimizer.param_groups[0]["lr"])
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            for factor in (math.nan, math.inf, 1e30):
-                backward(model, factor)
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                step(optimizer, scheduler, accepted=False)
-                assert all(parameter.grad is None for parameter in model.parameters())
-        assert hashed(model, optimizer) == before
-        assert scheduler.last_epoch == accepted_before + 3 and float(optimizer.param_groups[0]["lr"]) != rate
-        backward(model, 1.0)
-        step(optimizer, scheduler, accepted=True)
-        assert hashed(model, optimizer) != before
-        assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    def test_a_skip_is_shown_and_the_last_of_patience_ends_the_run_saved(self, tmp_path: Path) -> None:
+        guard, shown, saved = Guard(patience=2), list[str](), list[int]()
+        with RunDirectory.create(tmp_path / "run", "", []) as run:
+            run.begin()
+            for step in (5, 6):
+                guard.accepts(math.nan, 1.0)
+                ended = pytest.raises(UserError, match="steps 5 to 6") if step == 6 else contextlib.nullcontext()
+                with ended:
+                    handle_skip(
+                        guard,
+                        run,
+                        step,
+                        message=shown.append,
+                        locations=lambda: ["a.bin, tokens 0 to 4"],
+                        save=lambda: saved.append(guard.consecutive_skips),
+                    )
+            assert run.record()["attempts"][-1]["ended_by"] == "guard"
+        assert shown == [f"step {n}: update skipped, because the loss is nan" for n in (5, 6)]
+        assert saved == [0]  # with the whole patience for a resumed run

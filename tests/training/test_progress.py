@@ -17,7 +17,7 @@ from plmtune.errors import UserError
 from plmtune.registry import load
 from plmtune.training import loggers, progress
 from plmtune.training.metrics import MetricsFile, read, without_timing
-from plmtune.training.progress import Watch, describe
+from plmtune.training.progress import RunMonitor, describe
 from plmtune.training.run_directory import RunDirectory
 
 
@@ -42,9 +42,9 @@ def run(tmp_path):
 class TestLog:
     def test_the_file_and_every_logger_get_the_same(self, run):
         recorder = Recorder()
-        with Watch(run, [recorder], 2, tokens_per_step=100, flops_per_token=6.0, peak_flops=1e9) as watch:
-            watch.log(1, {"loss": 2.0, "lr": 0.1})
-            watch.log(1, {"validation_loss": 2.5})
+        with RunMonitor(run, [recorder], 2, tokens_per_step=100, flops_per_token=6.0, peak_flops=1e9) as monitor:
+            monitor.log(1, {"loss": 2.0, "lr": 0.1})
+            monitor.log(1, {"validation_loss": 2.5})
         entries = read(run.metrics)
         assert [(e.pop("step"), e) for e in entries] == recorder.lines
         assert recorder.closed
@@ -55,23 +55,23 @@ class TestLog:
     def test_rates_follow_from_their_definitions(self, run, monkeypatch):
         clock = SimpleNamespace(now=0.0)
         monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-        with Watch(run, [], 100, tokens_per_step=500, flops_per_token=6.0, peak_flops=3000.0) as watch:
+        with RunMonitor(run, [], 100, tokens_per_step=500, flops_per_token=6.0, peak_flops=3000.0) as monitor:
             clock.now = 10.0
-            watch.log(10, {"loss": 2.0})
-            with watch.paused():
+            monitor.log(10, {"loss": 2.0})
+            with monitor.paused():
                 clock.now += 4.0
             clock.now += 6.0
-            watch.log(16, {"loss": 1.0})
+            monitor.log(16, {"loss": 1.0})
         first, second = read(run.metrics)
         assert first["tokens_per_second"] == 500.0  # 10 steps of 500 tokens in 10 seconds
         assert first["mfu"] == 1.0  # 500 tokens x 6 FLOPs a second of 3000
         assert second["tokens_per_second"] == 6 * 500 / 6.0  # the pause does not count
 
     def test_lines_are_shown_where_there_is_no_terminal(self, run, capsys):
-        with Watch(run, [], 4, every_seconds=1000) as watch:
+        with RunMonitor(run, [], 4, every_seconds=1000) as monitor:
             for step in range(1, 5):
-                watch.log(step, {"loss": 2.0 / step})
-            watch.log(4, {"validation_loss": 0.75, "bits_per_byte": 0.5})
+                monitor.log(step, {"loss": 2.0 / step})
+            monitor.log(4, {"validation_loss": 0.75, "bits_per_byte": 0.5})
         assert [line.split(" · ")[0] for line in capsys.readouterr().err.splitlines()] == [
             "step 1/4",
             "step 4/4",
@@ -79,24 +79,24 @@ class TestLog:
         ]
 
     def test_a_nan_loss_is_shown_and_recorded(self, run, capsys):
-        with Watch(run, [], 1) as watch:
-            watch.log(1, {"loss": float("nan")})
+        with RunMonitor(run, [], 1) as monitor:
+            monitor.log(1, {"loss": float("nan")})
         assert "loss nan" in capsys.readouterr().err
         assert read(run.metrics)[0]["not_finite"] == {"loss": "nan"}
 
     def test_other_ranks_write_nothing(self, tmp_path, capsys):
         other = RunDirectory(tmp_path / "other")
-        with Watch(other, [], 1) as watch:
-            watch.log(1, {"loss": 1.0})
-            watch.message("hello")
+        with RunMonitor(other, [], 1) as monitor:
+            monitor.log(1, {"loss": 1.0})
+            monitor.message("hello")
         assert not (tmp_path / "other").exists()
         assert capsys.readouterr().err == ""
 
 
 def test_a_run_that_does_not_know_its_steps_yet_shows_none(run, capsys):
-    with Watch(run, [], 0) as watch:
-        watch.answers(3, 7, 100.0)
-        watch.answers(7, 7, 100.0)
+    with RunMonitor(run, [], 0) as monitor:
+        monitor.answers(3, 7, 100.0)
+        monitor.answers(7, 7, 100.0)
     said = capsys.readouterr().err
     assert "answers 7/7" in said and "step" not in said
 
@@ -111,27 +111,27 @@ class TestSignals:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
     def test_one_asks_to_stop_and_the_step_goes_on(self, run, number):
         before = signal.getsignal(number)
-        with Watch(run, [], 2) as watch:
-            assert not watch.should_stop()
+        with RunMonitor(run, [], 2) as monitor:
+            assert not monitor.should_stop()
             os.kill(os.getpid(), number)
-            assert watch.should_stop()
-            watch.log(1, {"loss": 1.0})
+            assert monitor.should_stop()
+            monitor.log(1, {"loss": 1.0})
         assert signal.getsignal(number) is before
 
     def test_one_that_torchrun_sends_on_is_not_a_second_one(self, run, monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-        with Watch(run, [], 2) as watch:
+        with RunMonitor(run, [], 2) as monitor:
             monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: 5.0))
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-            assert watch.should_stop()
+            assert monitor.should_stop()
 
     def test_a_second_one_ends_at_once(self, tmp_path):
         code = f"""
 import time
-from plmtune.training.progress import Watch
+from plmtune.training.progress import RunMonitor
 from plmtune.training.run_directory import RunDirectory
-with Watch(RunDirectory.create({str(tmp_path / "run")!r}, "", []), [], 2):
+with RunMonitor(RunDirectory.create({str(tmp_path / "run")!r}, "", []), [], 2):
     print("watching", flush=True)
     while True: time.sleep(0.01)
 """
@@ -152,13 +152,13 @@ with Watch(RunDirectory.create({str(tmp_path / "run")!r}, "", []), [], 2):
     def test_a_terminal_that_goes_away_asks_to_stop_unless_the_run_is_to_outlive_it(self, run):
         before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
         try:
-            with Watch(run, [], 2) as watch:
+            with RunMonitor(run, [], 2) as monitor:
                 os.kill(os.getpid(), signal.SIGHUP)
-                assert watch.should_stop()
+                assert monitor.should_stop()
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-            with Watch(run, [], 2) as watch:
+            with RunMonitor(run, [], 2) as monitor:
                 os.kill(os.getpid(), signal.SIGHUP)
-                assert not watch.should_stop()
+                assert not monitor.should_stop()
         finally:
             signal.signal(signal.SIGHUP, before)
 
@@ -168,14 +168,14 @@ class TestFailures:
         def full(self: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        with Watch(run, [], 3) as watch:
-            watch.log(1, {"validation_loss": 1.0})
+        with RunMonitor(run, [], 3) as monitor:
+            monitor.log(1, {"validation_loss": 1.0})
             with monkeypatch.context() as patch:
                 patch.setattr(MetricsFile, "flush", full)
-                watch.log(2, {"validation_loss": 1.0})
-            assert watch.should_stop()
-            assert watch.failure.startswith(f"{run.metrics} cannot be written: No space left on device")
-            assert f"plmtune resume {run.path}" in watch.failure
+                monitor.log(2, {"validation_loss": 1.0})
+            assert monitor.should_stop()
+            assert monitor.failure.startswith(f"{run.metrics} cannot be written: No space left on device")
+            assert f"plmtune resume {run.path}" in monitor.failure
         assert [entry["step"] for entry in read(run.metrics)] == [1, 2]
 
     def test_the_other_loggers_go_on_when_one_fails_at_any_time(self, run):
@@ -187,20 +187,20 @@ class TestFailures:
                 raise ConnectionError("gone for good")
 
         recorder = Recorder()
-        with Watch(run, [Broken(), recorder], 3) as watch:
-            watch.log(1, {"validation_loss": 1.0})
+        with RunMonitor(run, [Broken(), recorder], 3) as monitor:
+            monitor.log(1, {"validation_loss": 1.0})
         assert recorder.lines == [(1, {"validation_loss": 1.0})]
         assert recorder.closed
-        assert watch.failure.startswith("Broken cannot be written: ConnectionError: gone.")
+        assert monitor.failure.startswith("Broken cannot be written: ConnectionError: gone.")
 
     def test_what_cannot_be_shown_ends_no_run(self, run, monkeypatch):
         full = Path("/dev/full").open("w")  # noqa: SIM115 (it cannot be closed without an error)
-        with Watch(run, [], 3) as watch:
+        with RunMonitor(run, [], 3) as monitor:
             monkeypatch.setattr(sys, "stderr", full)
-            watch.log(1, {"loss": 1.0})
-            watch.message("hello")
+            monitor.log(1, {"loss": 1.0})
+            monitor.message("hello")
             monkeypatch.undo()
-            assert not watch.should_stop()
+            assert not monitor.should_stop()
         with pytest.raises(OSError, match="No space left"):
             full.close()
 
