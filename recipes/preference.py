@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plmtune import launch, plans
 from plmtune.config import build
@@ -19,9 +19,6 @@ from plmtune.data.preferences import Pair, Preferences
 from plmtune.data.ticker import ticking
 from plmtune.errors import UserError
 from plmtune.identity import config_digest
-from plmtune.losses.preference import Comparisons
-from plmtune.modules.decoder import Decoder
-from plmtune.optim.schedules import learning_rates
 from plmtune.origins import start_from
 from plmtune.plans import Plan, build_scheduler, check_schedule
 from plmtune.rounds.rounds import Write, check_rounds, open_rounds
@@ -32,10 +29,10 @@ from plmtune.student import Student, first_model, wake
 from plmtune.terminal import echo
 from plmtune.training import metrics as metrics_file
 from plmtune.training.checkpoint import TrainerState
-from plmtune.training.compare import PreferenceMetrics, answers, comparisons
+from plmtune.training.compare import Comparisons, PreferenceMetrics, answers, comparisons
 from plmtune.training.guard import handle_skip, sample_locations
 from plmtune.training.plot import draw_curves
-from plmtune.training.progress import RunMonitor, is_due
+from plmtune.training.progress import RunMonitor, is_due, learning_rates
 from plmtune.training.reference_model import ReferenceModel
 from plmtune.training.runtime import Runtime
 
@@ -345,12 +342,12 @@ class Preference:
         difference = (found.view(-1, 2) - reference[batch.index.to(self.runtime.device)]).abs()
         return float(difference.max()) if difference.numel() else 0.0
 
-    def _load_first_model(self) -> Decoder:
+    def _load_first_model(self) -> Any:
         origin = start_from(self.cfg, self.plan.model, self.tokenizer)
         assert origin is not None
         return first_model(self.runtime, origin)
 
-    def _answers(self, batch: ComparisonBatch, model: Decoder | None = None) -> Tensor:
+    def _answers(self, batch: ComparisonBatch, model: nn.Module | None = None) -> Tensor:
         """What the loss compares of each answer, [2n]: its log-probability, or its score."""
         batch = batch.to(self.runtime.device)
         dtype = self.runtime.compute_dtype

@@ -21,7 +21,6 @@ from plmtune.errors import UserError
 from plmtune.generation import complete
 from plmtune.identity import config_digest, refuse_other_order
 from plmtune.models.hf import hf_state, load_state, write_config
-from plmtune.optim.schedules import learning_rates
 from plmtune.origins import check_finite, start_from
 from plmtune.plans import Plan, build_scheduler
 from plmtune.runs import open_run, open_sources
@@ -31,7 +30,7 @@ from plmtune.training.checkpoint import Checkpoints, TrainerState, load_moments
 from plmtune.training.determinism import measure_cost
 from plmtune.training.guard import handle_skip, sample_locations
 from plmtune.training.plot import draw_curves
-from plmtune.training.progress import RunMonitor, is_due
+from plmtune.training.progress import RunMonitor, is_due, learning_rates
 from plmtune.training.runtime import Runtime
 
 CONFIG = "pretrain"  # conf/pretrain.yaml

@@ -22,7 +22,6 @@ from plmtune.data.rows import Message
 from plmtune.errors import UserError
 from plmtune.generation import complete
 from plmtune.identity import config_digest
-from plmtune.optim.schedules import learning_rates
 from plmtune.origins import start_from
 from plmtune.plans import Plan, build_scheduler, check_schedule, show_epochs
 from plmtune.runs import open_run
@@ -32,7 +31,7 @@ from plmtune.terminal import echo
 from plmtune.training.checkpoint import TrainerState
 from plmtune.training.guard import handle_skip, sample_locations
 from plmtune.training.plot import draw_curves
-from plmtune.training.progress import RunMonitor, is_due
+from plmtune.training.progress import RunMonitor, is_due, learning_rates
 from plmtune.training.runtime import Runtime
 
 CONFIG = "sft"  # conf/sft.yaml

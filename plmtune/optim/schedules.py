@@ -237,18 +237,3 @@ def _decay_after_warmup(
     if w > num_steps:
         raise ValueError(f"warmup ({w} steps) exceeds the run's {num_steps}")
     return _schedule(optimizer, w, 0, num_steps - w, shape, final_factor)
-
-
-def learning_rates(optimizer: Optimizer) -> dict[str, float]:
-    """The learning rates of the next step: `lr` of the first group, `lr/NAME` of each other named one.
-
-    A group without a name is logged by its index where its rate differs from the first's.
-    """
-    found: dict[str, float] = {}
-    for index, group in enumerate(optimizer.param_groups):
-        rate = float(group["lr"])  # torchao's is a tensor that the scheduler changes in place
-        if index == 0:
-            found["lr"] = rate
-        elif "name" in group or rate != found["lr"]:
-            found[f"lr/{group.get('name', index)}"] = rate
-    return found

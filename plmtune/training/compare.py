@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from plmtune.data.comparisons import DIRECT, GIVEN_CHOSEN, GIVEN_REJECTED, ComparisonBatch
 from plmtune.losses.log_probs import log_probs
-from plmtune.losses.preference import Comparisons, PreferenceLoss
+from plmtune.losses.preference import Comparisons as Comparisons
+from plmtune.losses.preference import PreferenceLoss
 from plmtune.models.reward import head_scores
 from plmtune.training.runtime import Runtime
 

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from plmtune import terminal
 from plmtune.errors import UserError
@@ -20,6 +21,21 @@ from plmtune.training.run_directory import RunDirectory
 from plmtune.training.runtime import peak_memory_bytes
 from plmtune.training.signals import StopSignals
 from plmtune.units import show_bytes, show_count, show_duration
+
+
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """The learning rates of the next step: `lr` of the first group, `lr/NAME` of each other named one.
+
+    A group without a name is logged by its index where its rate differs from the first's.
+    """
+    found: dict[str, float] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        rate = float(group["lr"])  # torchao's is a tensor that the scheduler changes in place
+        if index == 0:
+            found["lr"] = rate
+        elif "name" in group or rate != found["lr"]:
+            found[f"lr/{group.get('name', index)}"] = rate
+    return found
 
 
 def is_due(step: int, every: int) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plmtune.data.comparisons import ComparisonBatch, PreferenceBatches
 from plmtune.errors import UserError
@@ -18,7 +18,7 @@ from plmtune.training.progress import RunMonitor
 from plmtune.training.reference import model_digest, reference_log_probs
 
 # (batch, model; None: the policy) -> log-probabilities of the batch's answers, [2n]
-Answers = Callable[[ComparisonBatch, Decoder | None], Tensor]
+Answers = Callable[[ComparisonBatch, nn.Module | None], Tensor]
 
 
 class ReferenceModel:
