@@ -194,13 +194,13 @@ def kill_all(process: "subprocess.Popen[Any]") -> None:
     process.wait()
 
 
-def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object], place: str = "update") -> None:
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object], place: str = "train_step") -> None:
     """Do something in the middle of a recipe's method, where its step is `step`."""
     recipe = importlib.import_module("plmtune.recipes.pretrain").Pretrain
     original = getattr(recipe, place)
 
     def wrapped(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        if self.step + (place == "update") == step:  # an update makes the step that comes next
+        if self.step + (place == "train_step") == step:  # an update makes the step that comes next
             act()
         return original(self, *arguments, **keywords)
 
