@@ -14,13 +14,12 @@ import pytest
 import torch
 import xxhash
 from conftest import SMALL, Run, metrics, refusal, start, weights
-from plmtune.recipes import pretrain
+from plmtune.recipes import preference, pretrain, sft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plmtune import tensor_files
 from plmtune.data.batches import Batch
-from plmtune.training import loop
 
 Fault = Callable[[Tensor], Tensor]
 
@@ -186,16 +185,20 @@ def spoil_weights(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let the update of one step (from 1) put a NaN into a parameter."""
 
     def put(step: int, name: str, row: int = 0) -> None:
-        whole, done = loop.update, [0]
+        done = [0]
 
-        def update(recipe: Any, *arguments: Any) -> Any:
-            found = whole(recipe, *arguments)
-            done[0] += 1
-            if done[0] == step:
-                recipe.model.get_parameter(name).data[row] = math.nan
-            return found
+        def spoiling(whole: Callable[..., Any]) -> Callable[..., Any]:
+            def train_step(recipe: Any, *arguments: Any) -> Any:
+                found = whole(recipe, *arguments)
+                done[0] += 1
+                if done[0] == step:
+                    recipe.model.get_parameter(name).data[row] = math.nan
+                return found
 
-        monkeypatch.setattr(loop, "update", update)
+            return train_step
+
+        for recipe in (pretrain.Pretrain, sft.Sft, preference.Preference):
+            monkeypatch.setattr(recipe, "train_step", spoiling(recipe.train_step))
 
     return put
 
