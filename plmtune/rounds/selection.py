@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from plmtune.data.rows import Refused
 from plmtune.errors import UserError
 from plmtune.rounds.chains import RHYTHM, Chain, Turn
 from plmtune.rounds.rewards import Reward
-from plmtune.rounds.rules import Rule
+from plmtune.rounds.rules import Rule, tests_pass
+from plmtune.sandbox import num_cores
 from plmtune.training import distributed
 
 PAIRS = "pairs.jsonl"
@@ -55,7 +57,15 @@ def select(
         The pairs, and which prompts gave none, by reason.
     """
     pairs, refused = [], Refused()
-    choices = _shared(chains, lambda share: [_choose(chain, rules, margin, by_reward) for chain in share])
+
+    def choose(share: Sequence[Chain]) -> list[tuple[int, int] | str]:
+        one = partial(_choose, rules=rules, margin=margin, by_reward=by_reward)
+        if tests_pass not in rules:
+            return list(map(one, share))
+        with ThreadPoolExecutor(num_cores()) as pool:  # programs run side by side
+            return list(pool.map(one, share))
+
+    choices = _shared(chains, choose)
     for chain, found in zip(chains, choices, strict=True):
         if isinstance(found, str):
             refused.add(chain.place, found)

@@ -45,7 +45,14 @@ NEW_ROOT = "/proc"  # a folder that every Linux has; hidden from the sandbox alo
 PLACES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 DEVICES = ("null", "zero", "full", "random", "urandom")
 # Threads of OpenBLAS, and malloc's arenas a thread, would take the address space that a process may have.
-ENVIRONMENT = {"HOME": "/tmp", "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+ENVIRONMENT = {
+    "HOME": "/tmp",
+    "MALLOC_ARENA_MAX": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "PYTHONHASHSEED": "0",
+    "USER": "nobody",
+}
+NAMES = {"hosts": "127.0.0.1 localhost\n", "nsswitch.conf": "hosts: files\n"}
 _ENDING = 1.0  # seconds that the code may take to end once it has closed the pipe of its verdict
 _PERIOD = 0.02  # seconds between two looks whether it has ended
 _REASON_BYTES = 8000
@@ -160,6 +167,9 @@ def build_root(prefix: str, packages: dict[str, str], disk_bytes: int) -> None:
     os.mkdir(f"{NEW_ROOT}/tmp")
     os.mkdir(f"{NEW_ROOT}/dev")
     os.symlink("/tmp", f"{NEW_ROOT}/dev/shm")
+    os.makedirs(f"{NEW_ROOT}/etc", exist_ok=True)
+    for name, text in NAMES.items():
+        _write(f"{NEW_ROOT}/etc/{name}", text)
     devices = [f"/dev/{name}" for name in DEVICES if os.path.exists(f"/dev/{name}")]
     for device in devices:
         _write(f"{NEW_ROOT}{device}", "")

@@ -9,6 +9,7 @@ also not passed by an object that they get from a call, and whose class they do 
 from __future__ import annotations
 
 import _thread
+import builtins
 import os
 import sys
 import types
@@ -60,6 +61,7 @@ def main(read: Callable[[int], bytes], outlet: int, *, code: str, tested: bool, 
     sys.modules[module.__name__] = sys.modules["__main__"] = module
     sys.argv[:] = ["candidate.py"]
     sys.path.append(path)
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # which the module `site` would bring
     _thread.stack_size(_STACK)
     texts = {"candidate.py": code}
     calls = Calls() if tested and "__eq__" in code else None

@@ -181,13 +181,17 @@ def run_all(
     def run(pair: tuple[str, str]) -> Result:
         return run_python(pair[0], tests=pair[1], seconds=seconds, isolation=isolation, stop=stop)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool = ThreadPoolExecutor(max(1, min(len(work), cores)))
+    pool = ThreadPoolExecutor(num_cores())
     try:
         return list(pool.map(run, work))
     finally:
         stop.set()  # after an error, or Ctrl-C; else all have ended
         pool.shutdown(cancel_futures=True)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache
