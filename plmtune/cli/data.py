@@ -211,6 +211,11 @@ def _inspect_shards(
         _summary(shards)
         return
     tokenizer = load_tokenizer(directory / "tokenizer")
+    if tokenizer.fingerprint != shards.manifest.tokenizer:
+        raise UserError(
+            f"{directory / 'tokenizer'} is damaged or another: its fingerprint is {tokenizer.fingerprint}, and the "
+            f"manifest says {shards.manifest.tokenizer}. Prepare the text again"
+        )
     if document is not None:
         if not 0 <= document < chosen.num_documents:
             raise UserError(f"--document {document}: {split} holds documents 0 to {chosen.num_documents - 1}")

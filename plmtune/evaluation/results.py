@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from plmtune.atomic import writing
 from plmtune.errors import UserError, refuse_pipe
 from plmtune.provenance import device_name, versions
@@ -32,6 +34,8 @@ _PROMPTS_KEPT = 3  # of each task: to see with one's own eyes what the model was
 _REASON_LENGTH = 100
 HOW_TO_MAKE = "Make results in evaluations/: plmtune eval CHECKPOINT --suite quick"
 _BESIDE = 2  # more results than these are shown below each other
+_CHECKSUM = "xxh3_128"
+_END = re.compile(rb',\n "[^"]{8}": "[^"]{32}"\n\}\n$')
 # Names of a result file that must hold objects, for whoever reads it.
 _OBJECTS = ("model", "settings", "environment", "tasks", "groups", "failed", "samples")
 
@@ -99,19 +103,26 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def save(result: Mapping[str, Any], path: Path) -> None:
-    """Write a result in one step: its head for people, its samples a line each.
+    """Write a result in one step: its head for people, its samples a line each, the hash of all that last.
 
     Raises:
         UserError: if it cannot be written.
     """
     head = {key: value for key, value in result.items() if key != "samples"}
-    with writing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}"))
-        file.write(',\n "samples": {')
+    digest = xxhash.xxh3_128()
+    with writing(path) as temporary, temporary.open("wb") as file:
+
+        def write(text: str) -> None:
+            digest.update(text.encode())
+            file.write(text.encode())
+
+        write(json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}"))
+        write(',\n "samples": {')
         for index, (task, rows) in enumerate((result.get("samples") or {}).items()):
             lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
-            file.write(("," if index else "") + f"\n  {json.dumps(task)}: [\n   " + ",\n   ".join(lines) + "\n  ]")
-        file.write("\n }\n}\n")
+            write(("," if index else "") + f"\n  {json.dumps(task)}: [\n   " + ",\n   ".join(lines) + "\n  ]")
+        write("\n }")
+        file.write(f',\n "{_CHECKSUM}": "{digest.hexdigest()}"\n}}\n'.encode())
 
 
 def step_file(run: Path, step: int) -> Path:
@@ -128,7 +139,8 @@ def load(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     refuse_pipe(path)
     try:
-        result = load_json(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        result = load_json(data)
     except FileNotFoundError:
         raise UserError(f"There is no result {path} (seen from {Path.cwd()}). {HOW_TO_MAKE}") from None
     except OSError as error:
@@ -143,6 +155,7 @@ def load(path: str | Path) -> dict[str, Any]:
             "Read it with the plmtune that wrote it, or evaluate again."
         )
     try:
+        _check_whole(data, result)
         _check(result)
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}. Evaluate again with plmtune eval.") from error
@@ -416,6 +429,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple | set):
         return [_plain(one) for one in value]
     return str(value)
+
+
+def _check_whole(data: bytes, result: dict[str, Any]) -> None:
+    """Refuse (ValueError) what has another hash than it says; files of earlier versions say none."""
+    found = _END.search(data)
+    said = result.pop(_CHECKSUM, None)
+    if found is None and said is None:
+        return
+    if found is None or said != xxhash.xxh3_128_hexdigest(data[: found.start()]):
+        raise ValueError("it does not match its own checksum")
 
 
 def _check(result: dict[str, Any]) -> None:

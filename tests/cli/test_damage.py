@@ -1,6 +1,7 @@
 """A checkpoint with one flipped bit is refused by name by every command that reads one; a whole one passes."""
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from plmtune.cli import cli
 from plmtune.cli.inspect_rows import find as find_tokenizer
 from plmtune.data.tokenizers import byte
 from plmtune.errors import UserError
+from plmtune.evaluation import results
 from plmtune.export.runtimes.opening import open_runtime
 from plmtune.models.adapters import load_its_tokenizer, load_model, save_adapter
 from plmtune.models.files import checkpoint_directory
@@ -107,12 +109,17 @@ class TestOneFlippedBit:
     def test_is_found_by_every_command(
         self, place: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        file = "tokenizer.json" if "inspect" in command else "model.safetensors"
-        flip(place / "checkpoints/step-00000002" / file)
-        before = _visible(place)
-        code, _, said = run(monkeypatch, capsys, *command.format("checkpoints/step-00000002").split(), stdin=b"hi\n")
-        assert code == 2 and f"step-00000002/{file} is damaged" in said, said
-        assert _visible(place) == before
+        directory = place / "checkpoints/step-00000002"
+        # What shows rows reads the tokenizer alone, and says nothing of files that it does not read.
+        for file in ("tokenizer.json", "tokenizer_config.json", "manifest.json") if "inspect" in command else WHOLE:
+            whole = (directory / file).read_bytes()
+            flip(directory / file)
+            before = _visible(place)
+            words = command.format("checkpoints/step-00000002").split()
+            code, _, said = run(monkeypatch, capsys, *words, stdin=b"hi\n")
+            assert code == 2 and f"step-00000002/{file} is damaged" in said, (file, said)
+            assert _visible(place) == before
+            (directory / file).write_bytes(whole)
 
     def test_is_found_by_merge_in_adapters(self, place: Path) -> None:
         flip(place / "adapters/adapter_model.safetensors")
@@ -147,6 +154,47 @@ class TestOneFlippedBit:
         os.truncate(place / "checkpoints/step-00000002/model.safetensors", 1000)
         with pytest.raises(UserError, match=r"model.safetensors has 1000 bytes, and its manifest says"):
             checkpoint_directory("checkpoints")
+
+
+class TestOtherFiles:
+    """metrics.jsonl is not among them: it has no checksum, and a digit that changed there is a number like another."""
+
+    def test_of_prepared_tokens_are_found_by_what_reads_them(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("a.txt").write_text("The quick brown fox. " * 40)
+        cli.main(["data", "prepare", "a.txt", "--tokenizer", "bundled", "--out", "out"], standalone_mode=False)
+        (made,) = Path("out").glob("files-*")
+        for file in ("train-00000.bin", "validation-00000.bin", "manifest.json", "tokenizer/tokenizer.json"):
+            whole = (made / file).read_bytes()
+            for where in (0.1, 0.5, 0.9):
+                flip(made / file, where)
+                code, _, said = run(monkeypatch, capsys, "data", "inspect", made, "--window", "0", "--seq-len", "8")
+                assert code == 2 and file.split("/")[0] in said, (file, said)
+                (made / file).write_bytes(whole)
+        assert run(monkeypatch, capsys, "data", "inspect", made, "--window", "0", "--seq-len", "8")[0] == 0
+
+    def test_of_results_are_found_wherever_the_bit_is(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.json"
+        content = {key: {} for key in ("model", "settings", "environment", "tasks", "groups", "failed")}
+        rows = [{"metrics": {"acc": 1.0}, "doc_hash": "a", "prompt_hash": "b"}]
+        results.save(
+            {"format": results.FORMAT, "version": 1, "status": "complete", **content, "samples": {"t": rows}}, path
+        )
+        whole = path.read_bytes()
+        assert results.load(path)["samples"] == {"t": rows}
+        for place in range(len(whole)):
+            for bit in (0, 1, 2, 5) if place < len(whole) - 60 else range(8):
+                path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+                with pytest.raises(UserError, match=r"a\.json"):
+                    results.load(path)
+
+    def test_of_results_of_earlier_versions_have_no_checksum_and_are_read(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.json"
+        content = {key: {} for key in ("model", "settings", "environment", "tasks", "groups", "failed", "samples")}
+        path.write_text(json.dumps({"format": results.FORMAT, "version": 1, "status": "complete", **content}))
+        assert results.load(path)["status"] == "complete"
 
 
 class TestWhatIsWhole:
