@@ -117,6 +117,11 @@ class ReferenceModel:
             self.digest, data.all, compute, cache, len(data.comparisons), arithmetic=arithmetic, tell=monitor.message
         )
         policy.model.train()
+        if done and not untrained:
+            monitor.message(
+                f"reference: {cache} has no log-probabilities for this resume (in bf16 they depend on micro_batch_size "
+                f"and the number of processes); computed again {'from init_from' if second else 'from kept weights'}"
+            )
         how = "computed, and kept in" if done else "read from"
         monitor.message(f"reference: log-probabilities {how} {cache}")
         return found

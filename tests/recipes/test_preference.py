@@ -172,6 +172,34 @@ class TestReference:
             run("dpo", "run_dir=cut", "resume=true")
         assert not list((base / "runs" / "reference").iterdir())
 
+    @pytest.mark.parametrize("precision", ["bf16", "fp32"])
+    def test_a_resume_in_other_batches_says_that_bf16_needs_other_numbers(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], precision: str
+    ) -> None:
+        words = ["dpo", "run_dir=cut", "optimizer.lr=1e-15", "chat.holdout=0", f"runtime.precision={precision}"]
+        with monkeypatch.context() as patch:
+            stop_in(patch, recipe(), "update", 3)
+            with pytest.raises(SystemExit):
+                run(*words)
+        capfd.readouterr()
+        kept, origin = sorted((base / "runs" / "reference").iterdir()), base / "base"
+        if precision == "bf16":
+            origin.rename(base / "gone")
+            with pytest.raises(UserError, match="base does not exist"):
+                run(*words, "resume=true", "micro_batch_size=1")
+            (base / "gone").rename(origin)
+            capfd.readouterr()
+        run(*words, "resume=true", "micro_batch_size=1")
+        said = " ".join(capfd.readouterr().err.split())
+        if precision == "fp32":  # its pairs share forwards of a fixed size
+            assert "reference: log-probabilities read from runs/reference" in said
+            assert sorted((base / "runs" / "reference").iterdir()) == kept
+        else:
+            assert "(in bf16 they depend on micro_batch_size and the number of processes)" in said
+            assert "computed again from init_from" in said
+        h = [entry["h"] for entry in losses(base / "cut")]
+        assert h == pytest.approx([0.0] * len(h), abs=1e-6 if precision == "bf16" else 1e-4)
+
 
 class TestResuming:
     @pytest.mark.parametrize("extra", [(), ("peft=lora", "peft.dropout=0.1")])
