@@ -187,6 +187,11 @@ def inspect(
 
         on: Literal["all", "last"] = "last" if train_on == "last" else "all"
         inspect_rows(path, row=row, tokenizer=tokenizer, template=template, train_on=on)
+    elif path.is_dir() and not (path / "manifest.json").exists():
+        raise UserError(
+            f"{path} is no directory of prepared tokens: it has no manifest.json. To look at rows, name "
+            "one of its files"
+        )
     else:
         _inspect_shards(path, split, document, window, seq_len, mask)
 

@@ -68,7 +68,8 @@ def inspect_rows(path: Path, *, row: int, tokenizer: str, template: str | None, 
     found = find_template(template, find(tokenizer)) if kind in ("conversations", "pairs") else None
     place, asked = next(islice(rows, row - 1, None), (None, None))
     if place is None:
-        raise UserError(f"--row {row}: {path} has {_rows(sum(1 for _ in rows))}")
+        held = sum(1 for _ in rows)
+        raise UserError(f"--row {row}: {path} has {_rows(held)}" if held else f"{path} holds no rows")
     refused, seen = Refused(), _Seen()
     console.print(visible(place), style="bold", markup=False)
     try:

@@ -13,7 +13,7 @@ from plmtune.data.functions import public_functions, question
 from plmtune.data.messages import messages_of, text_under
 from plmtune.data.parts import COMPLETIONS, MESSAGES, PROMPTS, Parts, joined
 from plmtune.data.rows import Message, Refused, Rows
-from plmtune.data.sources import BadRow, Unused
+from plmtune.data.sources import BadRow, Unused, type_name
 from plmtune.ranges import NotEmpty, check
 from plmtune.registry import register
 
@@ -21,6 +21,7 @@ REMEDY = "Mend them, or leave them out with chat.skip_bad=true"
 
 Shape = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
 
+_NAMES = frozenset((*MESSAGES, *PROMPTS, *COMPLETIONS))
 _PAIR = "is a preference pair, not a conversation: data=preferences reads such rows, messages_key=chosen takes one side"
 _LABELLED = (
     "has a label that says whether its answer is good: data=preferences with loss=kto reads such rows (to train on all "
@@ -180,8 +181,14 @@ def detect(row: dict[str, Any], keys: Keys = Keys()) -> Shape:
         return "alpaca"
     if parts.first(PROMPTS, keys.prompt) and parts.first(COMPLETIONS, keys.completion):
         return "prompt_completion"
+    if (key := parts.first(MESSAGES, keys.messages)) is not None:
+        raise BadRow(f"holds {type_name(parts.row[key])} under {key}, not a list of messages")
     held = ", ".join(map(str, list(parts.row)[:8])) or "nothing"
-    raise BadRow(f"fits no known shape of a conversation (it holds {held:.200}); see shape, prompt_key, completion_key")
+    near = [key for key in parts.row if str(key) not in _NAMES and str(key).strip().lower() in _NAMES]
+    hint = f" ({', '.join(repr(str(key).strip().lower()) for key in near[:4])} would be read)" if near else ""
+    raise BadRow(
+        f"fits no known shape of a conversation (it holds {held:.200}){hint}; see shape, prompt_key, completion_key"
+    )
 
 
 def conversation_of(row: dict[str, Any], place: str, shape: Shape, keys: Keys = Keys()) -> Conversation:

@@ -160,7 +160,8 @@ def read_json_lines(path: Path, encoding: str) -> Iterator[tuple[int, Any | BadR
                 BadRow(f"is not {encoding} at byte {error.start} of the line (see encoding, --encoding){wide}"),
             )
         except json.JSONDecodeError as error:
-            array = " (an array? One object a line is needed)" if line.strip() == b"[" else ""
+            array = {b"[": " (an array? ", b"{": " (an object of several lines? "}.get(line.strip(), "")
+            array += "One object a line is needed)" if array else ""
             yield number, BadRow(f"is not JSON: {error.msg} at column {error.colno}{array}")
         except ValueError as error:  # a number of thousands of digits
             yield number, BadRow(f"cannot be read as JSON ({error})")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow, check_unicode, is_null, is_something
+from plmtune.data.sources import BadRow, check_unicode, is_null, is_something, type_name
 from plmtune.untrusted import load_json
 
 _ROLES = {
@@ -206,7 +206,7 @@ def text_under(value: Any, where: str) -> str:
         if masked:
             raise BadRow(f"has parts that are not to be learned {where}")
     if not isinstance(value, str):
-        raise BadRow(f"holds {'nothing' if value is None else f'{type_name(value)}, not text,'} {where}")
+        raise BadRow(f"holds {type_name(value)}{', not text,' if value is not None else ''} {where}")
     if not value or value.isspace():
         raise BadRow(f"is empty {where}")
     check_unicode(value, where)
@@ -240,7 +240,3 @@ def is_json(value: Any) -> bool:
     if isinstance(value, dict):
         return all(isinstance(key, str) for key in value) and all(map(is_json, value.values()))
     return value is None or isinstance(value, str | int | float | bool)
-
-
-def type_name(value: Any) -> str:
-    return type(value).__name__

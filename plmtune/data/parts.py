@@ -12,10 +12,9 @@ from plmtune.data.messages import (
     messages_of,
     text_under,
     tools_of,
-    type_name,
 )
 from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow, is_null, is_something
+from plmtune.data.sources import BadRow, is_null, is_something, type_name
 from plmtune.errors import did_you_mean
 
 MESSAGES = ("messages", "conversations", "conversation")

@@ -23,7 +23,7 @@ from plmtune.data.files import (
     read_text,
 )
 from plmtune.data.hub import Hub
-from plmtune.data.sources import BadRow
+from plmtune.data.sources import BadRow, type_name
 from plmtune.errors import UserError, unreadable
 from plmtune.ranges import AT_LEAST_1, NotEmpty, check
 
@@ -141,7 +141,7 @@ def read_rows(paths: Sequence[str | Path], encoding: str = "utf-8") -> Iterator[
             if isinstance(row, list):
                 row = {"messages": row}
             elif not isinstance(row, dict | BadRow):
-                row = BadRow(f"is a {type(row).__name__}, not an object")
+                row = BadRow(f"is {type_name(row)}, not an object")
             if isinstance(row, dict) and _is_deep(row):
                 row = BadRow(f"is nested deeper than {_MAX_DEPTH} levels")
             yield f"{path}, {place}", row
@@ -162,12 +162,34 @@ def find_row_files(paths: Sequence[str | Path]) -> list[Path]:
             )
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty")
+        if kind_of(path) is None:
+            _refuse_archive(path)
     files = [path for path in found if path in singly or kind_of(path) in ("jsonl", "csv", "parquet")]
     if not files:
         raise UserError(
             f"{', '.join(map(str, paths))}: no .json, .jsonl, .ndjson, .csv, .tsv or .parquet file is there"
         )
     return files
+
+
+_ARCHIVES = {
+    b"PK\x03\x04": "a ZIP archive, as .zip and .xlsx files are. Unpack it, or save the table as CSV",
+    b"\x1f\x8b": "packed by gzip. Let its name end in .jsonl.gz or .csv.gz",
+    b"\x28\xb5\x2f\xfd": "packed by zstd. Let its name end in .jsonl.zst or .csv.zst",
+    b"PAR1": "a Parquet file. Let its name end in .parquet",
+}
+
+
+def _refuse_archive(path: Path) -> None:
+    """Refuse a file whose name does not say what it is, and whose first bytes say that it is no text."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(4)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    for mark, what in _ARCHIVES.items():
+        if begin.startswith(mark):
+            raise UserError(f"{path} is {what}")
 
 
 class Rows:

@@ -87,6 +87,16 @@ def is_something(value: Any) -> bool:
     return not is_null(value) and value not in ("", {})
 
 
+def type_name(value: Any) -> str:
+    """What a value of JSON is, in words."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    names = {int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
 class BadRow(ValueError):
     """A row without usable text; the reader adds where it stands."""
 
@@ -98,12 +108,12 @@ def text_of(row: Any, text_key: str) -> str:
         BadRow: if the row is not an object, lacks the key, or holds something else than text there.
     """
     if not isinstance(row, dict):
-        raise BadRow(f"is a {type(row).__name__}, not an object with the key {text_key}")
+        raise BadRow(f"is {type_name(row)}, not an object with the key {text_key}")
     if text_key not in row:
         raise BadRow(f"has no key {text_key}.{did_you_mean(text_key, row)} Choose it with text_key (--text-key)")
     text = row[text_key]
     if not isinstance(text, str):
-        raise BadRow(f"holds {type(text).__name__} under {text_key}, not text")
+        raise BadRow(f"holds {type_name(text)} under {text_key}, not text")
     check_unicode(text, f"of {text_key}")
     return text
 

@@ -127,7 +127,7 @@ class TestMistakes:
         code, out, err = measure(tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.txt", "--json")
         assert code == 2
         assert list(json.loads(out)["files"]) == [str(tmp_path / "a.txt"), str(tmp_path / "c.txt")]
-        assert "b.jsonl, line 1 holds int under text" in err
+        assert "b.jsonl, line 1 holds a number under text" in err
         assert "Not measured: 1 of 3 files." in err
 
     def test_files_before_the_checkpoint_are_told_the_order(

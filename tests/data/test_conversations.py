@@ -95,7 +95,7 @@ class TestRefusals:
             ([], "has no assistant turn"),
             ([USER, ASSISTANT | {"content": " \n"}], "is empty in turn 2 (assistant)"),
             ([USER, ASSISTANT | {"content": None}], "holds nothing in turn 2"),
-            ([USER, ASSISTANT | {"content": {"x": 1}}], "holds dict, not text, in turn 2"),
+            ([USER, ASSISTANT | {"content": {"x": 1}}], "holds an object, not text, in turn 2"),
             ([USER, ASSISTANT | {"content": [{"type": "image"}]}], "a part of the type 'image' in turn 2"),
             (
                 [USER | {"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ASSISTANT],
@@ -123,7 +123,7 @@ class TestRefusals:
                 [USER, {"role": "function_call", "content": "f(1)"}, ASSISTANT],
                 "text that is no JSON as a call of a tool",
             ),
-            ([USER, "hello"], "holds str as turn 2"),
+            ([USER, "hello"], "holds a text as turn 2"),
         ],
     )
     def test_each_says_what_is_wrong_and_in_which_turn(self, written, messages, reason):
@@ -136,7 +136,7 @@ class TestRefusals:
             ({"prompt": "x", "chosen": "a", "rejected": "b"}, "is a preference pair"),
             ({"messages": [USER], "chosen": ASSISTANT, "rejected": ASSISTANT}, "is a preference pair"),
             ({"messages": [USER, ASSISTANT], "tools": "x"}, "holds text that is no JSON under tools"),
-            ({"messages": [USER, ASSISTANT], "tools": [3]}, "holds int under tools, not the definition of a tool"),
+            ({"messages": [USER, ASSISTANT], "tools": [3]}, "holds a number under tools, not the definition of a tool"),
             ({"messages": [USER, ASSISTANT], "tools": [{"name": "f"}], "functions": [{"name": "f"}]}, "two names"),
             ({"messages": [{"role": "system", "content": "x"}, USER, ASSISTANT], "system": "y"}, "system that differ"),
             ({"messages": [USER, ASSISTANT], "images": ["a.png"]}, "has images, audio or video under images"),
@@ -144,7 +144,12 @@ class TestRefusals:
             ({"instruction": "x", "output": ""}, "is empty under output"),
             ({"instruction": "x", "output": "y", "history": "z"}, "history that is no list"),
             ({}, "it holds nothing"),
-            (7, "is a int, not an object"),
+            (7, "is a number, not an object"),
+            (True, "is true, not an object"),
+            (None, "is nothing, not an object"),
+            ({"messages": "hi"}, "holds a text under messages, not a list of messages"),
+            ({"conversations": {"role": "user"}}, "holds an object under conversations, not a list of messages"),
+            ({"Prompt": "a", "completion ": "b"}, "('prompt', 'completion' would be read)"),
         ],
     )
     def test_rows_of_other_kinds_are_told_apart(self, written, row, reason):

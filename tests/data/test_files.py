@@ -136,8 +136,8 @@ class TestJsonLines:
             (b"[", "One object a line is needed"),
             (b'["a"]', "is a list, not an object with the key text"),
             (b'{"txt": "a"}', "has no key text. Did you mean txt?"),
-            (b'{"text": 5}', "holds int under text, not text"),
-            (b'{"text": null}', "holds NoneType under text"),
+            (b'{"text": 5}', "holds a number under text, not text"),
+            (b'{"text": null}', "holds nothing under text"),
             (b'{"text": "\xff"}', "is not utf-8 at byte 10 of the line"),
             (b'{"text": "\\ud800"}', "holds half a surrogate pair at character 0"),
             (b"[" * 100_000, "nested too deeply"),
@@ -167,7 +167,7 @@ class TestParquet:
 
     def test_a_row_without_text_is_named_or_counted(self, tmp_path):
         write_parquet(tmp_path / "a.parquet", [{"text": "one"}, {"text": None}, {"text": "two"}])
-        with pytest.raises(UserError, match=r"a.parquet, row 2 holds NoneType"):
+        with pytest.raises(UserError, match=r"a.parquet, row 2 holds nothing"):
             read(tmp_path / "a.parquet")
         assert read(tmp_path / "a.parquet", skip_bad=True) == ["one", "two"]
 

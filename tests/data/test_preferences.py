@@ -138,7 +138,7 @@ class TestRefusals:
             ({"prompt": "a", "chosen": " ", "rejected": "x"}, "empty chosen"),
             ({"prompt": "a", "chosen": "x", "rejected": ""}, "empty rejected"),
             ({"prompt": " ", "chosen": "x", "rejected": "y"}, "empty under prompt"),
-            ({"prompt": "a", "chosen": "x", "rejected": 3}, "holds int under rejected"),
+            ({"prompt": "a", "chosen": "x", "rejected": 3}, "holds a number under rejected"),
             ({"prompt": "a", "chosen": "x"}, "has the keys prompt, chosen, which fit no shape"),
             ({"chosen": "x", "rejected": "y"}, "fit no shape"),
             ({"chosen": 1, "rejected": 2}, "fit no shape"),
@@ -175,7 +175,7 @@ class TestRefusals:
         assert pair_of(row, "here", "strings").chosen == "yes"
         with pytest.raises(BadRow, match="no key label, which the shape unpaired needs"):
             pair_of(row, "here", "unpaired")
-        with pytest.raises(BadRow, match="no messages under chosen, but str"):
+        with pytest.raises(BadRow, match="no messages under chosen, but a text"):
             pair_of(row, "here", "messages")
 
     def test_bad_rows_are_counted_with_file_and_line_and_raised_at_the_end(self, tmp_path):

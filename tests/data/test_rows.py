@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from plmtune.data import rows as module
-from plmtune.data.rows import BadRow, Refused, Rows, read_rows
+from plmtune.data.rows import BadRow, Refused, Rows, find_row_files, read_rows
 from plmtune.errors import UserError
 
 
@@ -45,7 +45,7 @@ class TestJson:
         (_, first), (place, second) = read(path)
         assert first == {"messages": [{"role": "user"}]}
         assert place == f"{path}, line 2"
-        assert str(second) == "is a int, not an object"
+        assert str(second) == "is a number, not an object"
 
     def test_a_row_nested_beyond_reason_is_told(self, tmp_path):
         path = write(tmp_path / "a.jsonl", '{"a":' + "[" * 900 + "]" * 900 + '}\n{"a":' + "[" * 60 + "]" * 60 + "}\n")
@@ -126,6 +126,25 @@ class TestFiles:
         write(tmp_path / "folder" / "a.md", "text")
         with pytest.raises(UserError, match=r"no \.json"):
             read(tmp_path / "folder")
+
+    @pytest.mark.parametrize(
+        ("begin", "said"),
+        [
+            (b"PK\x03\x04", r"is a ZIP archive, as \.zip and \.xlsx files are"),
+            (b"\x1f\x8b\x08\x00", r"is packed by gzip"),
+            (b"\x28\xb5\x2f\xfd", r"is packed by zstd"),
+            (b"PAR1", r"is a Parquet file"),
+        ],
+    )
+    def test_what_its_name_does_not_say_is_told_by_its_first_bytes(self, tmp_path, begin, said):
+        (tmp_path / "rows.data").write_bytes(begin + bytes(20))
+        with pytest.raises(UserError, match=rf"rows\.data {said}"):
+            find_row_files([tmp_path / "rows.data"])
+
+    def test_an_object_of_several_lines_is_told(self, tmp_path):
+        (tmp_path / "a.json").write_text(json.dumps({"prompt": "a"}, indent=1))
+        (_, row), *_ = read_rows([tmp_path / "a.json"])
+        assert "an object of several lines? One object a line is needed" in str(row)
 
 
 class TestRows:

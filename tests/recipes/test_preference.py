@@ -178,7 +178,7 @@ class TestReference:
     ) -> None:
         words = ["dpo", "run_dir=cut", "optimizer.lr=1e-15", "chat.holdout=0", f"runtime.precision={precision}"]
         with monkeypatch.context() as patch:
-            stop_in(patch, recipe(), "update", 3)
+            stop_in(patch, recipe(), "train_step", 3)
             with pytest.raises(SystemExit):
                 run(*words)
         capfd.readouterr()
