@@ -54,9 +54,10 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass
 class Text:
-    """Rows of ids, [n, s], to fit ranges by and to measure on; no row is in both."""
+    """Rows of ids, [n, s]: to fit ranges by, to choose a mix by, and to measure on; no row is in two of them."""
 
     calibration: Tensor
+    choice: Tensor
     test: Tensor
     fingerprints: dict[str, str]
     described: str  # where it comes from, for a person
@@ -145,7 +146,9 @@ class Quantize:
     def quantize(self) -> None:
         """Measure, choose, round, measure again, write. Resumed, it starts over with the sensitivities it has."""
         cfg, scheme, model = self.cfg, cfg_scheme(self.cfg), self.model
-        counts = {"calibrate": self.text.calibration.numel(), "measure": self.text.predicted}
+        modules = "choose the mix" if self.budget is not None else "measure modules"
+        choice = self.text.choice.numel() - len(self.text.choice)
+        counts = {"calibrate": self.text.calibration.numel(), modules: choice, "measure": self.text.predicted}
         if used := ", ".join(f"{count:,} tokens to {what} on" for what, count in counts.items() if count):
             echo(f"text: {self.text.described}; {used}")
         before = self.loss("before")
@@ -173,6 +176,7 @@ class Quantize:
             "calibration_tokens": self.text.calibration.numel(),
             "bytes": size,
             "bytes_before": self.bytes_before,
+            "sensitivity_tokens": choice,
             "test_tokens": self.text.predicted,
             "loss_before": before,
             "loss": after,
@@ -229,14 +233,14 @@ class Quantize:
     def mix(self, moments: dict[str, Tensor] | None) -> tuple[Found, dict[str, str] | None]:
         """Measure what each module loses; returns that and the rules that the budget allows, None without one.
 
-        The plan is theirs then.
+        The plan is theirs then. The rows are others than those that the loss is measured on: a mix loses least on those
+        that it was chosen by.
         """
         asked, path = self.cfg.sensitivity, self.run.path
-        rows = self.text.test[: max(1, asked.tokens // self.text.test.shape[1])]
         found = sensitivity.measure(
             self.model,
             self.plan,
-            rows.to(self.model.device),
+            self.text.choice.to(self.model.device),
             path / "sensitivity.json",
             dtype=self.dtype,
             second_moments=moments,
@@ -350,8 +354,9 @@ def read_text(
         UserError: if there are fewer.
     """
     calibration, test = (-(-n // seq_len) for n in (calibration_tokens, cfg.test_tokens))
+    choice = max(1, cfg.sensitivity.tokens // seq_len) if measures(cfg) else 0
     sources = sources if calibration + test else {}
-    pool = max(_POOL, 4 * seq_len * max(calibration, test))
+    pool = max(_POOL, 4 * seq_len * max(calibration, test + choice))
     ids: list[Any] = []
     for left, source in zip(range(len(sources), 0, -1), sources.values(), strict=True):
         have = sum(map(len, ids))
@@ -364,16 +369,21 @@ def read_text(
     joined = torch.from_numpy(np.concatenate(ids)) if ids else torch.empty(0, dtype=torch.long)
     rows = joined[: len(joined) // seq_len * seq_len].view(-1, seq_len)
     # Every other row is for measuring, whatever is calibrated on: so losses of several schemes are of one text.
+    held_out = rows[1::2]
+    places = spread(torch.arange(len(held_out)), test)
+    others = torch.ones(len(held_out), dtype=torch.bool).index_fill(0, places, False)
     found = Text(
         spread(rows[0::2], calibration),
-        spread(rows[1::2], test),
+        spread(held_out[others], choice),
+        held_out[places],
         {name: source.fingerprint() for name, source in sources.items()},
         "; ".join(source.describe() for source in sources.values()),
     )
-    if len(found.calibration) < calibration or len(found.test) < test:
+    if len(found.calibration) < calibration or len(found.test) < test or len(found.choice) < choice:
+        more = f" with sensitivity.tokens ({cfg.sensitivity.tokens:,})" if choice else ""
         raise UserError(
             f"key data: the text has {len(joined):,} tokens, and calibration_tokens ({calibration_tokens:,}) and "
-            f"test_tokens ({cfg.test_tokens:,}) are taken of one half of it each, in rows of {seq_len}. Give "
+            f"test_tokens ({cfg.test_tokens:,}){more} are taken of one half of it each, in rows of {seq_len}. Give "
             "more text, or ask for fewer."
         )
     return found

@@ -1,4 +1,4 @@
-"""``plmtune export``: a checkpoint in the form that another program runs, proved before it is there."""
+"""``plmtune export``: a checkpoint in the form that another program runs, verified."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def export(
     no_verify: bool,
     overwrite: bool,
 ) -> None:
-    """Write CHECKPOINT for llama.cpp (gguf), transformers and vLLM (hf), or ExecuTorch, and prove that it is the model.
+    """Write CHECKPOINT for llama.cpp (gguf), transformers and vLLM (hf), or ExecuTorch, and verify each file.
 
     Without CHECKPOINT: the newest finished run.
 
-    Each file is loaded by the program that will run it and compared with the checkpoint: probabilities, greedy
-    text, perplexity, token ids, the chat prompt. One that differs does not stay.
+    Each file is read and loaded by the program that will run it, and compared with the checkpoint: tensors, settings,
+    probabilities, token ids, the chat prompt. One that fails is kept as NAME.unverified, and the exit code is 1.
 
     \b
     plmtune export runs/demo_sft/latest --to gguf --quant q8_0,q4_k_m
@@ -63,29 +63,31 @@ def export(
     """
     checkpoint = find_model(checkpoint, "export CHECKPOINT --to FORM")
 
-    from plmtune.export.run import NotTheModel, export
+    from plmtune.export.run import export
 
     def say(text: str) -> None:
         terminal.echo(text, err=True)
 
-    try:
-        for made in export(
-            checkpoint,
-            to,  # type: ignore[arg-type]
-            quant=quant.split(",") if quant else (),
-            out=out,
-            name=name,
-            as_=as_,
-            adapters=adapters,  # type: ignore[arg-type]
-            base=base,
-            context=context,
-            overwrite=overwrite,
-            verify=not no_verify,
-            say=say,
-        ):
-            if made.report is not None:
-                show(made.report.table())
-            show(*made.lines())
-    except NotTheModel as error:
-        show(error.report.table())
-        raise
+    failed = False
+    for made in export(
+        checkpoint,
+        to,  # type: ignore[arg-type]
+        quant=quant.split(",") if quant else (),
+        out=out,
+        name=name,
+        as_=as_,
+        adapters=adapters,  # type: ignore[arg-type]
+        base=base,
+        context=context,
+        overwrite=overwrite,
+        verify=not no_verify,
+        say=say,
+    ):
+        if made.report is not None:
+            show(made.report.table())
+        show(*made.lines())
+        if made.report is not None and not made.passed:
+            failed = True
+            say(f"plmtune: {made.path} is not the model of {checkpoint}: {made.report.verdict}")
+    if failed:
+        click.get_current_context().exit(1)

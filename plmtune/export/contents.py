@@ -6,22 +6,28 @@ import contextlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from gguf import LlamaFileType
 from torch import Tensor
 
 from plmtune.data.tokenizers import Tokenizer, load_tokenizer
 from plmtune.errors import UserError
+from plmtune.export.huggingface import GATE
+from plmtune.export.runtimes import form_of
 from plmtune.models.files import CONFIG, Stored, checkpoint_directory, locate, opened_weights, read_json
 from plmtune.models.gguf import gguf_name, heads_of_halves, to_halves
 from plmtune.models.gguf_file import GGUFFile, opened_gguf
 from plmtune.models.hf import hf_config, hf_name, read_formats
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized
+
+T = TypeVar("T")
 
 # What llama.cpp and transformers take where a file has none.
 _DEFAULT_THETA = 10000.0
@@ -32,23 +38,33 @@ class Contents:
     """What a file or directory holds.
 
     Attributes:
-        kind: how most of its numbers are written, such as F32, Q4_K, int8: what decides how near it can come.
+        kind: how most of its matrices' numbers are written, such as F32, Q4_K, int8.
         settings: what changes a model's numbers: our key -> value.
         tensors: our name -> the numbers it stands for, fp32, in our layout, read when asked for; empty where the file
             cannot be read that way.
         kinds: our name -> how that tensor's numbers are written, where it is not `kind`.
-        tokenizer: tokens, merges and pre-tokenizer, as far as they are known.
+        declared: the type that the file says it is of, such as Q4_K_M; None: it does not say.
+        missing, unknown: tensors of the checkpoint that it lacks, and those that it has and the checkpoint has not, by
+            its own names.
+        rows: of the embedding; None: not known.
+        tokenizer: tokens and merges, as far as they are known.
+        pre: llama.cpp's name for how text is cut; None: the file does not say.
         template: of conversations; None: none, or not known.
-        adds_bos: whether the runtime is told to put bos before a text; None: not known.
+        ends: the id that the file says ends a text; None: it does not say.
     """
 
     kind: str
     settings: dict[str, float] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     kinds: Mapping[str, str] = field(default_factory=dict)
+    declared: str | None = None
+    missing: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    rows: int | None = None
     tokenizer: dict[str, list[str]] = field(default_factory=dict)
+    pre: str | None = None
     template: str | None = None
-    adds_bos: bool | None = None
+    ends: int | None = None
 
 
 def read_contents(path: Path, model: Decoder) -> Contents:
@@ -61,13 +77,14 @@ def read_contents(path: Path, model: Decoder) -> Contents:
     Raises:
         UserError: if it is damaged.
     """
-    if path.suffix == ".gguf" and path.is_file():
+    form = form_of(path) if path.is_file() else ""
+    if form == ".gguf":
         return _of_gguf(path, model)
-    if path.suffix == ".pte" and path.is_file():
+    if form == ".pte":
         from plmtune.export.runtimes.executorch import read_facts
 
-        formats = read_facts(path).formats
-        return Contents("F32" if formats == ("fp32",) else _coarsest(list(formats)))
+        facts = read_facts(path)
+        return Contents("F32" if facts.formats == ("fp32",) else _coarsest(list(facts.formats)), rows=facts.vocab_size)
     return _of_directory(checkpoint_directory(path), model)
 
 
@@ -97,6 +114,7 @@ _KEYS = {
     "attention.kv_lora_rank": ("kv_lora_rank", "attention.kv_lora_rank"),
     "attention.qk_rope_head_dim": ("qk_rope_head_dim", "rope.dimension_count"),
     "attention.v_head_dim": ("v_head_dim", "attention.value_length"),
+    "attention.head_dim": ("head_dim", "attention.key_length"),
     "embed_dim": ("hidden_size", "embedding_length"),
     "ffn.hidden_dim": ("intermediate_size", "feed_forward_length"),
     "max_seq_len": ("max_position_embeddings", "context_length"),
@@ -106,6 +124,8 @@ _KEYS = {
 def _of_keys(keys: Mapping[str, Any]) -> dict[str, float]:
     rope = keys.get("rope_parameters") or {}
     keys = {**keys, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
+    if "qk_nope_head_dim" in keys and "qk_rope_head_dim" in keys:
+        keys["head_dim"] = keys["qk_nope_head_dim"] + keys["qk_rope_head_dim"]
     return {
         ours: float(keys[theirs])
         for ours, (theirs, _) in _KEYS.items()
@@ -159,29 +179,43 @@ def _of_gguf(path: Path, model: Decoder) -> Contents:
             names.append("output.weight")
         there = [ours for ours in names if gguf_name(ours) in file.tensors]
         tables = {key: metadata.get(f"tokenizer.ggml.{key}") for key in ("merges", "tokens")}
-        template, adds_bos = metadata.get("tokenizer.chat_template"), metadata.get("tokenizer.ggml.add_bos_token")
+        known = {gguf_name(ours) for ours in names}
+        embedding = file.tensors.get("token_embd.weight")
         return Contents(
-            _kind_of_gguf(file),
-            settings,
-            _Lazy(there, lambda ours: _gguf_tensor(file, model, ours)),
-            {ours: file.tensors[gguf_name(ours)].kind.name for ours in there},
-            {key: value for key, value in tables.items() if isinstance(value, list)},
-            template if isinstance(template, str) else None,
-            bool(adds_bos) if adds_bos is not None else None,
+            kind=_kind_of_gguf(file),
+            settings=settings,
+            tensors=_Lazy(there, lambda ours: _gguf_tensor(file, model, ours)),
+            kinds={ours: file.tensors[gguf_name(ours)].kind.name for ours in there},
+            declared=_declared(metadata.get("general.file_type")),
+            missing=tuple(sorted(known - set(file.tensors))),
+            unknown=tuple(sorted(set(file.tensors) - known)),
+            rows=embedding.shape[0] if embedding is not None else None,
+            tokenizer={key: value for key, value in tables.items() if isinstance(value, list)},
+            pre=_of_type(metadata.get("tokenizer.ggml.pre"), str),
+            template=_of_type(metadata.get("tokenizer.chat_template"), str),
+            ends=_of_type(metadata.get("tokenizer.ggml.eos_token_id"), int),
         )
 
 
+def _of_type(value: Any, kind: type[T]) -> T | None:
+    return value if type(value) is kind else None
+
+
+def _declared(file_type: Any) -> str | None:
+    """The name of a GGUF file's type: 15 is Q4_K_M."""
+    try:
+        return LlamaFileType(file_type).name.removeprefix("MOSTLY_").removeprefix("ALL_").replace("GUESSED", "") or None
+    except ValueError:
+        return None
+
+
 def _kind_of_gguf(file: GGUFFile) -> str:
-    """The coarsest type that a tenth or more of the numbers in matrices have."""
-    counts: dict[str, int] = {}
-    widths: dict[str, float] = {}
+    """The type that most numbers of matrices have."""
+    counts: Counter[str] = Counter()
     for tensor in file.tensors.values():
         if len(tensor.shape) > 1:
-            size = math.prod(tensor.shape)
-            counts[tensor.kind.name] = counts.get(tensor.kind.name, 0) + size
-            widths[tensor.kind.name] = tensor.num_bytes / size
-    common = [kind for kind, count in counts.items() if count >= sum(counts.values()) / 10]
-    return min(common, key=lambda kind: widths[kind], default="F32")
+            counts[tensor.kind.name] += math.prod(tensor.shape)
+    return counts.most_common(1)[0][0] if counts else "F32"
 
 
 def _gguf_tensor(file: GGUFFile, model: Decoder, name: str) -> Tensor:
@@ -200,25 +234,47 @@ def _of_directory(directory: Path, model: Decoder) -> Contents:
     if not model.tied or keys.get("model_type") not in ("llama", "plm"):
         names.setdefault("output.weight", "lm_head.weight")
     there = [ours for ours, theirs in names.items() if theirs in locations]
-    if keys.get("model_type") == "deepseek_v3":  # its gate takes a factor of up: see export.huggingface
-        there = [name for name in there if "ffn.up_proj" not in name]
+    deepseek = keys.get("model_type") == "deepseek_v3"
+    # Its gate takes a factor of up: see export.huggingface.
+    factor = GATE if deepseek and keys.get("hidden_act") != "relu" else 1.0
     settings = _of_keys(keys)
+    if deepseek:
+        settings.pop("attention.head_dim", None)  # of RoPE alone there
     if keys.get("model_type") != "plm":
         settings.setdefault("attention.rope_theta", _DEFAULT_THETA)
-    tables, template, adds_bos = {}, None, None
+    tables, template = {}, None
     with contextlib.suppress(UserError):  # one that only transformers can read is not looked into
         tokenizer = load_tokenizer(directory)
-        tables, template, adds_bos = tokenizer_tables(tokenizer), tokenizer.chat_template, tokenizer.adds_bos
+        tables, template = tokenizer_tables(tokenizer), tokenizer.chat_template
     quantized = read_formats(directory)[0] if formats else {}
+
+    def read(ours: str) -> Tensor:
+        found = _stored_tensor(stored, names[ours], quantized.get(ours.removesuffix(".weight")))
+        return found * factor if ours.endswith("up_proj.weight") else found
+
+    known = {*names.values(), "lm_head.weight"}
+    known |= {f"{hf_name(name)}.{leaf}" for name in quantized for leaf in ("scales", "zeros")}
+    known |= {name.replace("up_proj", "gate_proj") for name in names.values()} if deepseek else set()
     return Contents(
-        _coarsest(formats) if formats else _dtype_of(directory, locations),
-        settings,
-        _Lazy(there, lambda ours: _stored_tensor(stored, names[ours], quantized.get(ours.removesuffix(".weight")))),
-        _kinds_of(quantized, {ours: names[ours] for ours in there}, locations) if formats else {},
-        tables,
-        template,
-        adds_bos,
+        kind=_coarsest(formats) if formats else _dtype_of(directory, locations),
+        settings=settings,
+        tensors=_Lazy(there, read),
+        kinds=_kinds_of(quantized, {ours: names[ours] for ours in there}, locations),
+        missing=tuple(sorted(names[ours] for ours in names if ours in model.state_dict() and ours not in there)),
+        # Older files carry RoPE's table.
+        unknown=tuple(sorted(name for name in set(locations) - known if not name.endswith("rotary_emb.inv_freq"))),
+        rows=_rows(locations.get("model.embed_tokens.weight")),
+        tokenizer=tables,
+        template=template,
     )
+
+
+def _rows(path: Path | None) -> int | None:
+    """Rows of the embedding."""
+    if path is None:
+        return None
+    with opened_weights(path) as opened:
+        return int(opened.get_slice("model.embed_tokens.weight").get_shape()[0])
 
 
 def _stored_tensor(stored: Stored, name: str, format: Format | None) -> Tensor:

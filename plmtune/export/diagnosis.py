@@ -1,13 +1,12 @@
-"""Why an export gives other numbers than its checkpoint: each suspicion is tried on the checkpoint, in memory.
+"""Why a runtime gives other numbers than its export holds: each suspicion is tried on our model, in memory.
 
-A cause is named when, with the same mistake made in our model, the difference to the export all but vanishes. Nothing
+A cause is named when, with the same mistake made in our model, the difference to the runtime all but vanishes. Nothing
 here is a guess: what no trial explains is said to be unexplained, with what was seen.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -15,24 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plmtune.export.contents import Contents, bits_of, differing, settings_of
+from plmtune.export.contents import Contents, differing, settings_of
+from plmtune.export.stored import weight_of
 from plmtune.modules.attention import MultiHeadLatentAttention
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.norm import RMSNorm
-from plmtune.modules.peft import effective_weight
 from plmtune.modules.quantized import Quantized, QuantizedEmbedding
 
 # A trial explains a difference that it brings below this share. What rounding leaves is rarely that much of a mistake.
 _EXPLAINED = 1 / 3
-# How far a matrix may be off, as a share of its norm: about three times what normally distributed weights are. Norms
-# and biases are never rounded further than to 16 bits.
-_ROUNDING = {"F32": 1e-6, "F16": 2e-3, "BF16": 0.01}
-_ROUNDING_OF_BITS = {8: 0.02, 6: 0.06, 5: 0.12, 4: 0.25, 3: 0.5, 2: 0.9}
-_VECTOR = 0.01
-# A right file's numbers, of 4 bits or more, are 0.992 to 1.003 times the checkpoint's, by `_slope`.
-_SLOPE = 0.02
 # Beyond it a probability is zero for fp32, and its logarithm noise.
-_LOWEST = -80.0
+LOWEST = -80.0
+# What programs take where a file does not say.
+_USUAL = {"norm.eps": (1e-5, 1e-6, 1e-8), "attention.rope_theta": (1e4, 1e5, 5e5, 1e6)}
 
 
 @torch.inference_mode()
@@ -42,23 +36,31 @@ def log_probs(model: Decoder, ids: Sequence[int], last: int) -> Tensor:
     return model.logits(hidden).log_softmax(-1).cpu()
 
 
+def among_told(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as log-probabilities, [n, v] in fp64, of the tokens that the runtime tells of; the others are -inf."""
+    told = theirs > float("-inf")
+    ours, theirs = (rows.double().masked_fill(~told, float("-inf")).log_softmax(-1) for rows in (ours, theirs))
+    return ours, theirs
+
+
 def distance(one: Tensor, other: Tensor) -> float:
-    """Mean absolute difference of log-probabilities, [n, v]."""
-    return float((one.clamp(min=_LOWEST) - other.clamp(min=_LOWEST)).abs().double().mean())
+    """Mean absolute difference of log-probabilities, [n, v], of the tokens that the other tells of."""
+    one, other = among_told(one, other)
+    told = other > float("-inf")
+    return float((one[told].clamp(min=LOWEST) - other[told].clamp(min=LOWEST)).abs().mean())
 
 
-def find_cause(model: Decoder, ids: Sequence[int], theirs: Tensor, contents: Contents) -> str:
+def find_cause(model: Decoder, ids: Sequence[int], theirs: Tensor) -> str:
     """Say why a runtime gives `theirs` (Tensor), [n, v], where the model gives something else.
 
     Args:
-        model: the checkpoint's, in fp32; changed while suspicions are tried, and put back.
+        model: with the export's numbers, in fp32; changed while suspicions are tried, and put back.
         ids: what was read; the rows of `theirs` follow its last n prefixes.
-        contents: of the export.
     """
     last = len(theirs)
     before = distance(log_probs(model, ids, last), theirs)
     tried = []
-    for cause, mistake in _suspicions(model, contents):
+    for cause, mistake in _suspicions(model):
         with mistake():
             after = distance(log_probs(model, ids, last), theirs)
         if not after > before * _EXPLAINED:  # so that NaN, which a broken tensor may give in both, explains too
@@ -66,36 +68,26 @@ def find_cause(model: Decoder, ids: Sequence[int], theirs: Tensor, contents: Con
         tried.append((after, cause))
     best = f"; the nearest was: {min(tried)[1]} ({before:.2g} -> {min(tried)[0]:.2g})" if tried else ""
     return (
-        "No single mistake explains it: RoPE's pairs and base, norms' eps, the order of rows, a tied head and the "
-        f"tensors that could be read were each tried on the checkpoint{best}."
+        "The runtime computes something else than the export's numbers. No single mistake explains it: RoPE's pairs "
+        f"and base, norms' eps, the order of rows and a tied head were each tried{best}."
     )
 
 
 Suspicion = tuple[str, Callable[[], AbstractContextManager[None]]]
 
 
-def _suspicions(model: Decoder, contents: Contents) -> Iterator[Suspicion]:
+def _suspicions(model: Decoder) -> Iterator[Suspicion]:
     """What may have gone wrong, the most particular first, and how it is done to our model."""
-    wrong = differing(contents.settings, settings_of(model))
-    usable = {key: held for key, (held, _) in wrong.items() if key in ("norm.eps", "attention.rope_theta")}
-    for keys in [[key] for key in usable] + ([list(usable)] if len(usable) > 1 else []):
-        said = " and ".join(f"{key} is {wrong[key][0]:g} in the export, {wrong[key][1]:g} here" for key in keys)
-        yield said, partial(_with_settings, model, {key: usable[key] for key in keys})
     yield from _rope_suspicions(model)
+    for key, values in _USUAL.items():
+        held = settings_of(model)[key]
+        for value in values:
+            if value != held:
+                said = f"the runtime takes {value:g} for {key}, which is {held:g}"
+                yield said, partial(with_settings, model, {key: value})
     if not model.tied:
-        said = "the export takes the embedding for the head, which in the checkpoint is a matrix of its own"
+        said = "the runtime takes the embedding for the head, which in the checkpoint is a matrix of its own"
         yield said, partial(_with_tied_head, model)
-    suspects = suspect_tensors(model, contents)
-    if suspects:
-        said = "; ".join(f"{name}: {what}" for name, what in list(suspects.items())[:4])
-        more = f" (and {len(suspects) - 4} more tensors)" if len(suspects) > 4 else ""
-        yield f"The export holds other numbers. {said}{more}", partial(with_tensors, model, contents, list(suspects))
-    if contents.tensors and contents.kind not in ("F32", "F64"):
-        said = (
-            f"The export holds the checkpoint's numbers as well as {contents.kind} can, and it is this rounding that "
-            "moves the model: take a type of more bits, or train with quantization.qat=true"
-        )
-        yield said, partial(with_tensors, model, contents, list(contents.tensors))
 
 
 def _rope_suspicions(model: Decoder) -> Iterator[Suspicion]:
@@ -124,7 +116,7 @@ def _rope_suspicions(model: Decoder) -> Iterator[Suspicion]:
 
 
 @contextmanager
-def _with_settings(model: Decoder, settings: dict[str, float]) -> Iterator[None]:
+def with_settings(model: Decoder, settings: Mapping[str, float]) -> Iterator[None]:
     norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
     layers: list[Any] = list(model.layers)
     ropes = [layer.attention.rope for layer in layers]
@@ -178,69 +170,30 @@ def _with_tied_head(model: Decoder) -> Iterator[None]:
         model.tied = False
 
 
-def suspect_tensors(model: Decoder, contents: Contents) -> dict[str, str]:
-    """{our name: what is wrong with it} of the export's tensors that are further off than rounding takes them."""
-    found = {}
-    for name, theirs in contents.tensors.items():
-        ours, kind = _weight(model, name), contents.kinds.get(name, contents.kind)
-        if ours.shape != theirs.shape:
-            found[name] = f"it is {list(theirs.shape)}, not {list(ours.shape)}"
-            continue
-        error = float((theirs - ours).norm() / ours.norm().clamp(min=1e-30))
-        if not error <= (limit := min(_rounding(kind), _VECTOR if ours.ndim == 1 else math.inf)):
-            found[name] = _relation(theirs, ours) or f"off by {error:.1%} of its norm, where {kind} allows {limit:.2g}"
-            continue
-        # Rounding errs to both sides, so however coarse it is, a factor shows.
-        slope = _slope(theirs, ours)
-        if limit <= _ROUNDING_OF_BITS[4] and ours.any() and not abs(slope - 1) <= _SLOPE:
-            found[name] = f"it is about {slope:.3g} times the checkpoint's"
-    return found
-
-
-def _slope(theirs: Tensor, ours: Tensor) -> float:
-    """By what theirs (Tensor) are larger than ours, by least squares, outliers apart, since some types clip them."""
-    usual = ours * (ours.abs() <= 1.5 * ours.square().mean().sqrt())
-    return float((theirs * usual).sum() / usual.square().sum().clamp(min=1e-30))
-
-
-def _rounding(kind: str) -> float:
-    """How far rounding to this kind may take a matrix, as a share of its norm; infinite where it is not known."""
-    bits = bits_of(kind)
-    return _ROUNDING.get(kind, _ROUNDING_OF_BITS.get(bits or 0, math.inf))
-
-
-def _relation(theirs: Tensor, ours: Tensor) -> str:
-    """What was done to a tensor, where it is one of the usual mistakes; empty: none of them."""
-    if not torch.isfinite(theirs).all():
-        return "it holds numbers that are not finite"
-    if not theirs.any():
-        return "all its numbers are zero"
-    scale = ours.norm() * theirs.norm()
-    if (theirs * ours).sum() > 0.9999 * scale and abs(float(theirs.norm() / ours.norm()) - 1) > _VECTOR:
-        return f"it is {float(theirs.norm() / ours.norm()):.4g} times the checkpoint's"
-    if ours.ndim == 2 and ours.shape[0] == ours.shape[1] and (theirs.T * ours).sum() > 0.99 * scale:
-        return "it is transposed"
-    if (theirs * ours).sum() < -0.99 * scale:
-        return "its sign is turned"
-    return ""
-
-
-def _weight(model: Decoder, name: str) -> Tensor:
-    """The numbers of one of our tensors, [out, in] or [n], fp32; of a tied head, the embedding's."""
-    if name == "output.weight" and model.tied:
-        name = "tok_embeddings.weight"
-    module_name, _, leaf = name.rpartition(".")
-    module = model.get_submodule(module_name)
-    weight = effective_weight(module) if isinstance(module, Quantized) and leaf == "weight" else getattr(module, leaf)
-    return weight.detach().float().cpu()
+@contextmanager
+def as_exported(model: Decoder, contents: Contents) -> Iterator[None]:
+    """The model with the numbers and settings of an export, as far as they fit into it."""
+    wrong = differing(contents.settings, settings_of(model))
+    with ExitStack() as stack:
+        stack.enter_context(with_settings(model, {key: held for key, (held, _) in wrong.items() if key in _USUAL}))
+        held = dict.fromkeys(contents.tensors)
+        if held:
+            stack.enter_context(with_tensors(model, contents.tensors, list(held)))
+            if not model.tied and "output.weight" not in held:
+                stack.enter_context(_with_tied_head(model))
+            for name in model.state_dict():
+                if name.endswith(".bias") and name not in held:
+                    none = {name: torch.zeros_like(weight_of(model, name))}
+                    stack.enter_context(with_tensors(model, none, [name]))
+        yield
 
 
 @contextmanager
-def with_tensors(model: Decoder, contents: Contents, names: Sequence[str]) -> Iterator[None]:
-    """The export's numbers in place of ours."""
+def with_tensors(model: Decoder, tensors: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[None]:
+    """Other numbers in place of the model's."""
     with ExitStack() as stack:
         for name in names:
-            if _weight(model, name).shape != (theirs := contents.tensors[name]).shape:
+            if weight_of(model, name).shape != (theirs := tensors[name]).shape:
                 continue
             module_name, _, leaf = name.rpartition(".")
             if name == "output.weight" and model.tied:

@@ -49,7 +49,7 @@ from plmtune.units import show_bytes
 
 Form = Literal["deepseek", "deepseek-relu"]
 
-_GATE = 4096.0  # a power of two: silu(_GATE * h) / _GATE is relu(h) but for 3e-8
+GATE = 4096.0  # a power of two: silu(GATE * h) / GATE is relu(h) but for 3e-8
 _LATENT_EPS = 1e-6
 
 
@@ -225,7 +225,7 @@ def _deepseek_keys(model: Decoder, keys: dict[str, Any], form: Form, dtype: torc
 
 
 def _deepseek_state(state: dict[str, Tensor], form: Form) -> dict[str, Tensor]:
-    gate = _GATE if form == "deepseek" else 1.0
+    gate = GATE if form == "deepseek" else 1.0
     written: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.endswith(".mlp.up_proj.weight"):

@@ -1,4 +1,4 @@
-"""An export from beginning to end: what stands against it is said first, and no file takes its place unproved."""
+"""An export from beginning to end: what stands against it is said first, and no file takes its place unverified."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Exported:
 
     Attributes:
         notes: what a person should know.
-        report: the proof; None where it was not asked for.
+        report: of the verification; None where it was not asked for. Of one that failed, `path` ends in .unverified.
         commands: how it is run.
     """
 
@@ -50,12 +50,20 @@ class Exported:
     report: Report | None
     commands: list[str]
 
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was found against it."""
+        return self.report is None or self.report.passed
+
     def lines(self) -> list[str]:
         """What to say of it."""
-        proof = "" if self.report is None else ", proved: it behaves as the checkpoint does"
+        verified = "" if self.report is None else ", verified: it is the checkpoint's model"
+        if not self.passed:
+            verified = ", kept under this name because its verification failed"
         return [
-            f"{self.path}: {show_bytes(self.num_bytes)}{proof}",
+            f"{self.path}: {show_bytes(self.num_bytes)}{verified}",
             *(f"note: {note}" for note in self.notes),
+            *(f"warning: {warning}" for warning in (self.report.warnings if self.report else [])),
             *(f"try it: {command}" for command in self.commands),
         ]
 
@@ -75,7 +83,8 @@ def export(
     verify: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Exported]:
-    """Write a checkpoint in another program's form and prove it, one file at a time.
+    """Write a checkpoint in another program's form and verify it, one file at a time. One that fails is kept as
+    NAME.unverified.
 
     Args:
         checkpoint: a run, a checkpoint or a model directory.
@@ -90,7 +99,7 @@ def export(
         say: told what is being done.
 
     Raises:
-        UserError: for what cannot be exported, before anything is written; and for an export that is not the model.
+        UserError: for what cannot be exported, before anything is written.
     """
     source = checkpoint_directory(checkpoint)
     wanted = [kind.strip().lower() for kind in quant if kind.strip()] or [_default(to, source)]
@@ -121,13 +130,18 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     for kind, path in paths.items():
         say(f"writing {path}" + (", which takes minutes" if to == "executorch" else ""))
-        with _in_place(path, overwrite) as temporary:
+        with _temporary(path) as temporary:
             notes = writers[to](model, tokenizer, temporary, kind, name=name, as_=as_, context=context)
             report = None
             if verify:
-                say(f"proving {path}")
-                report = _proved(temporary, source, path)
-        yield Exported(path, _size(path), notes, report, _commands(to, path, tokenizer, as_))
+                say(f"verifying {path}")
+                report = _verified(temporary, source, path, kind)
+            made = Exported(path, 0, notes, report, _commands(to, temporary, path, tokenizer, as_))
+            if not made.passed:
+                made.path, made.commands = _unverified(path), []
+            _move(temporary, made.path, overwrite)
+        made.num_bytes = _size(made.path)
+        yield made
 
 
 def _default(to: Target, source: Path) -> str:
@@ -177,7 +191,7 @@ def _check(
     _check_packages(to, kinds, verify)
     from plmtune.export.lint import lint
 
-    for path in paths.values():
+    for path in (place for each in paths.values() for place in (each, _unverified(each))):
         if path.exists() and not overwrite:
             raise UserError(f"{path} is there already. Name another place with --out, or give --overwrite.")
     for finding in lint(description, to, [kind.upper() if to == "gguf" else kind for kind in kinds]):
@@ -191,17 +205,12 @@ def _check(
 
 
 @contextmanager
-def _in_place(path: Path, overwrite: bool) -> Iterator[Path]:
-    """Give a place beside `path` whose content takes its place at the end; after an error nothing is left."""
+def _temporary(path: Path) -> Iterator[Path]:
+    """Give a place beside `path`; nothing is left there."""
     # The same suffix, since programs go by it.
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         yield temporary
-        for made in (temporary, *temporary.parent.glob(f"{temporary.name}.*")):  # and what lies beside a program
-            place = path.with_name(path.name + made.name.removeprefix(temporary.name))
-            if place.is_dir() and overwrite:
-                shutil.rmtree(place)
-            made.replace(place)
     finally:
         for left in (temporary, *temporary.parent.glob(f"{temporary.name}.*")):
             if left.is_dir():
@@ -210,23 +219,31 @@ def _in_place(path: Path, overwrite: bool) -> Iterator[Path]:
                 left.unlink(missing_ok=True)
 
 
-def _proved(temporary: Path, source: Path, path: Path) -> Report:
-    from plmtune.export.verify import verify
+def _move(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Give what was written its name, and what lies beside a program."""
+    for made in (temporary, *temporary.parent.glob(f"{temporary.name}.*")):
+        place = path.with_name(path.name + made.name.removeprefix(temporary.name))
+        if place.is_dir() and overwrite:
+            shutil.rmtree(place)
+        made.replace(place)
 
-    report = verify(temporary, source)
-    report.export = str(path)
-    if not report.passed:
-        raise NotTheModel(path, report)
+
+def _unverified(path: Path) -> Path:
+    from plmtune.export.runtimes import UNVERIFIED
+
+    return path.with_name(path.name + UNVERIFIED)
+
+
+def _verified(temporary: Path, source: Path, path: Path, kind: str) -> Report:
+    from plmtune.export.verify import Report, verify
+
+    try:
+        report = verify(temporary, source, kind=kind)
+    except UserError as error:  # of what was just written: it is kept, and the reason said
+        report = Report(str(path), str(source), "no runtime", kind, 0)
+        report.add("verified: failures", 1, 0, None, str(error).replace(str(temporary), str(path)))
+    report.export = str(path if report.passed else _unverified(path))
     return report
-
-
-class NotTheModel(UserError):
-    """An export that does not behave as its checkpoint did; it has been removed."""
-
-    def __init__(self, path: Path, report: Report) -> None:
-        failed = "; ".join(f"{check.name}: {check.value:.3g}, at most {check.threshold:.3g}" for check in report.failed)
-        super().__init__(f"{path} did not behave as the checkpoint does, and was removed ({failed}). {report.cause}")
-        self.report = report
 
 
 def _size(path: Path) -> int:
@@ -314,8 +331,9 @@ def _keep_adapters(
         return
     from plmtune.export.gguf_writer import write_gguf_adapter
 
-    with _in_place(path, overwrite) as temporary:
+    with _temporary(path) as temporary:
         notes = write_gguf_adapter(source, temporary, base=base)
+        _move(temporary, path, overwrite)
     yield Exported(path, _size(path), notes, None, [f"llama-cli -m BASE.gguf --lora {path}{_flash_attention(path)}"])
 
 
@@ -328,11 +346,11 @@ def _flash_attention(path: Path) -> str:
         return " -fa off" if file.metadata.get("general.architecture") in NO_FLASH_ATTENTION else ""
 
 
-def _commands(to: Target, path: Path, tokenizer: Tokenizer, as_: str | None) -> list[str]:
-    """How a person runs what was made."""
+def _commands(to: Target, written: Path, path: Path, tokenizer: Tokenizer, as_: str | None) -> list[str]:
+    """How a person runs what was written, once it has its name."""
     chat = tokenizer.chat_template is not None
     if to == "gguf":
-        options = _flash_attention(path)
+        options = _flash_attention(written)
         return [
             f'llama-cli -m {path}{options} -no-cnv -p "Once upon a time"',
             *([f"llama-cli -m {path}{options} -cnv"] * chat),

@@ -1,420 +1,265 @@
-"""The proof that an export is the model that it was made from, in the program that will serve it."""
+"""Whether an export is the model that it was made from, in the program that will serve it.
+
+The verdict is on what the export itself can do wrong: its tensors are what their types can hold of the checkpoint's
+numbers; the runtime says what our model says with those very numbers; type, names, settings, token ids and prompts are
+the checkpoint's. What the type costs is a figure beside it.
+"""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from plmtune.data.chat_template import ChatTemplate
-from plmtune.data.sources import BadRow
-from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
 from plmtune.export import hard_texts
-from plmtune.export.contents import Contents, bits_of, differing, read_contents, settings_of, tokenizer_tables
-from plmtune.export.diagnosis import find_cause, log_probs, suspect_tensors, with_tensors
-from plmtune.export.runtimes import Runtime, RuntimeName, open_runtime
+from plmtune.export.arithmetic import with_rounded_inputs
+from plmtune.export.contents import Contents, bits_of, differing, read_contents, settings_of
+from plmtune.export.diagnosis import LOWEST, among_told, as_exported, find_cause, log_probs
+from plmtune.export.report import Check, Report
+from plmtune.export.runtimes import Runtime, RuntimeName, choose_runtime, open_runtime
+from plmtune.export.stored import in_words, suspect_tensors, wrong_rows, wrong_type
+from plmtune.export.verify_text import compare_ids, compare_prompts
 from plmtune.models.adapters import load_its_tokenizer, load_model
 from plmtune.models.files import checkpoint_directory
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized
-from plmtune.tables import Column, Table
 
-# Tokens that are read in all, so that RoPE is tried on more positions than are compared.
-_WINDOW = 256
+__all__ = ["Check", "Report", "verify"]
+
+# One token is 0.4% of them.
+POSITIONS = 256
+# Tokens that are read at once.
+_WINDOW = 257
 # Of a text's tokens, half of it where the model takes no more.
 _LEAST = 32
-_NO_TEMPLATES = "llama.cpp (llama_cpp)"
 _PROMPT, _WRITTEN = 16, 24
-# Two to three times what was measured: 1e-4 of a PLM of `make demo`, 4e-3 of SmolLM2-135M, of 4 bits as of 8, since
-# llama.cpp rounds inputs too, in blocks; 0.03 of SmolLM2-135M where a whole token's inputs share a scale.
-_FROM_OWN, _FROM_OWN_DYNAMIC = 0.01, 0.1
-# Where a row of log-probabilities costs a second.
-_SLOW_POSITIONS = 12
-_LOWEST = -80.0
-# Below one in a million rounding in fp32, of a deep model, may be more than 1e-4 in a log-probability.
-_LIKELY = math.log(1e-6)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How far an export of some kind may be from its checkpoint.
-
-    Attributes:
-        difference: of any log-probability, in nats; None: nothing is asked, since unlikely tokens move freely.
-        kl: mean KL divergence of the checkpoint's distribution from the export's, in nats.
-        tie: nats by which one token must be likelier than another before it counts that the export prefers the other.
-        choices: share of tokens that the export prefers otherwise.
-        perplexity: relative difference.
-    """
-
-    difference: float | None
-    kl: float
-    tie: float
-    choices: float
-    perplexity: float
-
-
-# Two to three times the largest that was measured in llama.cpp on 64 positions of the shipped page, of two models: a
-# PLM of `make demo` (1.4M parameters) and SmolLM2-135M, whose weights had been rounded to Q4_1 before. KL of the two in
-# nats: F32 1e-12, 1e-11; F16 2e-7, 5e-6; BF16 1e-5, 2e-4; Q8_0 2e-4, 5e-3; Q6_K 3e-4, 0.013; Q5_K 1e-3, 0.08;
-# Q4_K 3e-3, 0.07; Q4_0 7e-3, 0.35; Q3_K 0.013, 0.56. The largest difference: F32 2e-5, 7e-5; F16 0.007, 0.04; BF16
-# 0.06, 0.3.
-LIMITS: dict[str, Limits] = {
-    "F32": Limits(1e-4, 1e-7, 2e-4, 0.0, 1e-4),
-    "F16": Limits(0.1, 2e-5, 0.02, 0.0, 2e-3),
-    "BF16": Limits(1.0, 1e-3, 0.1, 0.02, 0.03),
-}
-_LIMITS_OF_BITS = {
-    8: Limits(None, 0.015, 0.1, 0.1, 0.03),
-    6: Limits(None, 0.04, 0.1, 0.15, 0.06),
-    5: Limits(None, 0.2, 0.1, 0.3, 0.12),
-    4: Limits(None, 0.8, 0.1, 0.45, 0.5),
-    3: Limits(None, 1.5, 0.1, 0.6, 1.0),
-    2: Limits(None, 3.0, 0.1, 0.8, 3.0),
-}
-
-
-def limits_of(kind: str) -> Limits:
-    """How far an export of this kind may be off.
-
-    Raises:
-        UserError: for a kind that is not known.
-    """
-    found = LIMITS.get(kind) or _LIMITS_OF_BITS.get(bits_of(kind) or 0)
-    if found is None:
-        raise UserError(f"no limits are known for {kind}: it cannot be said whether such an export is right.")
-    return found
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison.
-
-    Attributes:
-        value: what was found; smaller is better.
-        threshold: what it may be at most; None: it is only shown.
-        cause: why it failed; of one that passed, what is to be known of it.
-    """
-
-    name: str
-    value: float
-    threshold: float | None
-    passed: bool
-    cause: str | None = None
-
-
-@dataclass
-class Report:
-    """All comparisons of an export.
-
-    Attributes:
-        runtime: the program that ran it.
-        kind: how most of the export's numbers are written.
-        positions: of how many tokens the log-probabilities were compared.
-    """
-
-    export: str
-    against: str
-    runtime: str
-    kind: str
-    positions: int
-    checks: list[Check] = field(default_factory=list)
-
-    @property
-    def failed(self) -> list[Check]:
-        """The checks that did not pass."""
-        return [check for check in self.checks if not check.passed]
-
-    @property
-    def passed(self) -> bool:
-        """Whether the export is the model, as far as its kind allows."""
-        return not self.failed
-
-    @property
-    def cause(self) -> str:
-        """Why it failed, each cause once."""
-        return " ".join(dict.fromkeys(check.cause for check in self.failed if check.cause))
-
-    def table(self) -> Table:
-        """The checks as a table."""
-        title = f"{self.export} in {self.runtime}, {self.kind}, {self.positions} positions"
-        numbers = (Column("value", right=True), Column("at most", right=True))
-        table = Table([Column("check", folds=True), *numbers, "result", Column("remark", folds=True)], title=title)
-        for check in self.checks:
-            limit = "-" if check.threshold is None else f"{check.threshold:.3g}"
-            table.add(check.name, f"{check.value:.3g}", limit, "ok" if check.passed else "FAILED", check.cause or "")
-        return table
-
-    def as_json(self) -> str:
-        """The report as JSON."""
-        data = asdict(self) | {"passed": self.passed}
-        for check in data["checks"]:
-            check["value"] = check["value"] if math.isfinite(check["value"]) else None
-        return json.dumps(data, indent=2, allow_nan=False) + "\n"
-
-    def add(self, name: str, value: float, threshold: float | None, cause: str | None = None) -> Check:
-        """Append a check; a value that is not a number fails."""
-        passed = threshold is None or value <= threshold
-        self.checks.append(Check(name, value, threshold, passed, cause))
-        return self.checks[-1]
+# The likeliest tokens of each position, where a runtime takes time to tell of more.
+_TOLD = 1024
+# A right program's divergence, of what the rounding of inputs makes in our model; of 57 right files the most was 1.2.
+_OF_ROUNDING = 4.0
+# Log-probabilities are fp32 numbers, which some runtimes write as text.
+_LEAST_KL = 1e-9
+# A token that the runtime writes may be less likely in our model by as many times what rounding moves logarithms.
+_TIE, _LEAST_TIE = 8.0, 1e-3
+# Of the tokens that the runtime writes by itself, the share that our model, by more than its rounding, would not.
+_WRITTEN_OTHERWISE = 0.05
+# From here on what the type costs is warned of: nats, share of tokens, relative change.
+_MUCH_KL, _MUCH_OTHER, _MUCH_PERPLEXITY = 0.1, 0.15, 0.1
+# transformers norms a DeepSeek's latent with it, whatever config.json says.
+_LATENT_EPS = 1e-6
 
 
 def verify(
     export: str | Path,
     against: str | Path,
     *,
+    kind: str | None = None,
     text: str | None = None,
-    positions: int = 64,
+    positions: int = POSITIONS,
     threads: int | None = None,
     prefer: RuntimeName | None = None,
     base: Path | None = None,
 ) -> Report:
-    """Run an export in the program that serves it, and lay what it says beside what the checkpoint says.
+    """Look into an export and run it in the program that serves it, and compare both with the checkpoint.
 
     Args:
         export: a .gguf or .pte file, or a directory in Hugging Face's form, quantized or not.
         against: a checkpoint, a model directory or a run: what the export was made from.
+        kind: the type that it was made as; None: what its name and the file itself say.
         text: to predict; None: a page of prose, code and several languages.
-        positions: tokens whose log-probabilities are compared; fewer where the runtime takes a second for each.
+        positions: tokens whose log-probabilities are compared, where the text has as many.
         threads: of the runtime; None: its own choice.
         prefer: the runtime, where several serve such a file.
         base: of a checkpoint that is adapters; None: what it names.
 
     Raises:
-        UserError: if something cannot be read or opened. What is read and differs is a failed check of the report.
+        UserError: if something cannot be read, or a package is missing. What is read and differs is a failed check of
+            the report, and so is a file that the runtime does not open.
         ValueError: if positions is below 1.
     """
     if positions < 1:
         raise ValueError(f"positions must be at least 1, not {positions}")
     export, source = Path(export), checkpoint_directory(against)
+    name = choose_runtime(export, prefer)
     model = load_model(source, "cpu", torch.float32, base=base).eval()
     tokenizer = load_its_tokenizer(source, base)
     contents = read_contents(export, model)
-    limits = limits_of(contents.kind)
-    context = min(model.max_seq_len, _WINDOW + 1)
-    with open_runtime(export, threads=threads, context=context, prefer=prefer, exact=True) as runtime:
-        ids = _ids(tokenizer, text if text is not None else hard_texts.PAGE, min(context, runtime.context))
-        last = min(positions, len(ids) - 1, _SLOW_POSITIONS if runtime.slow_rows else positions)
-        report = Report(str(export), str(against), runtime.name, contents.kind, last)
-        wrong = differing(contents.settings, settings_of(model))
-        said = "; ".join(f"{key} is {held:g} in the export, {wanted:g} here" for key, (held, wanted) in wrong.items())
-        report.add("settings that differ", len(wrong), 0, said or None)
-        if contents.tensors:
-            suspects = suspect_tensors(model, contents)
-            said = "; ".join(f"{name}: {what}" for name, what in list(suspects.items())[:4])
-            report.add("tensors that differ", len(suspects), 0, said or f"of {len(contents.tensors)}, beyond rounding")
+    report = Report(str(export), str(against), name, contents.declared or contents.kind, 0)
+    _compare_contents(report, model, contents, export.name, kind)
+    most = min(model.max_seq_len, _WINDOW)
+    try:
+        opened = open_runtime(export, threads=threads, context=most, prefer=name, exact=True)
+    except UserError as error:
+        report.add("opened by the runtime: failures", 1, 0, None, str(error) if report.passed else None)
+        return report
+    with opened as runtime:
+        report.runtime = runtime.name
+        ids = tokenizer.with_bos(tokenizer.encode(text if text is not None else hard_texts.PAGE))
+        windows = _windows(ids, min(most, runtime.context), positions)
+        report.positions = sum(last for _, last in windows)
         if runtime.vocab_size == model.vocab_size:
-            if export.suffix == ".pte" and bits_of(contents.kind) is not None:
-                _compare_with_rounded(report, runtime, _rounded_alike(model, contents), ids, last)
-            _compare_numbers(report, runtime, model, ids, last, limits, contents)
-        else:
-            said = f"the export has {runtime.vocab_size} rows of the vocabulary, the checkpoint {model.vocab_size}"
-            report.add("rows of the vocabulary that differ", abs(runtime.vocab_size - model.vocab_size), 0, said)
-        _compare_ids(report, runtime, tokenizer, contents)
-        _compare_prompts(report, runtime, tokenizer, contents)
+            _compare_numbers(report, runtime, model, windows, contents)
+        elif report.passed:
+            said = f"the runtime has {runtime.vocab_size:,} rows of the vocabulary, the checkpoint {model.vocab_size:,}"
+            report.add("rows of the vocabulary: that differ", 1, 0, None, said)
+        compare_ids(report, runtime, tokenizer, contents, told=runtime.vocab_size != model.vocab_size)
+        compare_prompts(report, runtime, tokenizer, contents)
     return report
 
 
-def _ids(tokenizer: Tokenizer, text: str, most: int) -> list[int]:
-    ids = tokenizer.with_bos(tokenizer.encode(text))[:most]
+def _windows(ids: Sequence[int], most: int, positions: int) -> list[tuple[list[int], int]]:
+    """Pieces of a text and how many of the last tokens of each are compared: as many in all as are asked for, or as
+    the text has."""
     least = _LEAST if most >= _LEAST else _LEAST // 2
     if most < least:
         raise UserError(f"{most} tokens are all that it reads at once; less than {least} prove nothing.")
     if len(ids) < least:
         raise UserError(f"a text of {len(ids)} tokens is too short to prove anything. Give one of a page or more.")
-    return ids
+    pieces = [list(ids[at : at + most]) for at in range(0, len(ids), most - 1)]
+    whole = [piece for piece in pieces if len(piece) == most] or pieces[:1]
+    count = min(len(whole), -(-positions // (most - 1)))
+    last = min(-(-positions // count), len(whole[0]) - 1)
+    return [(piece, last) for piece in whole[:count]]
+
+
+def _compare_contents(report: Report, model: Decoder, contents: Contents, name: str, kind: str | None) -> None:
+    """What can be said of the export without running it."""
+    said = wrong_type(contents, name, kind, model)
+    report.add("type: that differs", int(said is not None), 0, contents.declared or contents.kind, said)
+    lacking = [*contents.missing, *contents.unknown]
+    parts = []
+    if contents.missing:
+        head = ", so the embedding is taken for the head" if contents.missing[0].startswith(("output.", "lm_")) else ""
+        parts.append(f"the export lacks {contents.missing[0]}{_more(contents.missing)}{head}")
+    if contents.unknown:
+        parts.append(f"the export holds {contents.unknown[0]}{_more(contents.unknown)}, which the checkpoint has not")
+    report.add("names of tensors: that differ", len(lacking), 0, None, "; ".join(parts))
+    wrong = differing(contents.settings, settings_of(model))
+    said = "; ".join(f"{key} is {held:g} in the export, {wanted:g} here" for key, (held, wanted) in wrong.items())
+    report.add("settings: that differ", len(wrong), 0, None, said)
+    said = wrong_rows(contents, model)
+    report.add("rows of the vocabulary: that differ", int(said is not None), 0, None, said)
+    if contents.tensors:
+        suspects = suspect_tensors(model, contents)
+        if said is not None:  # which is told already
+            suspects = {name: what for name, what in suspects.items() if name.startswith("layers.")}
+        remark = f"of {len(contents.tensors)}, beyond rounding"
+        report.add("tensors: that differ", len(suspects), 0, remark, in_words(suspects))
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _compare_numbers(
-    report: Report,
-    runtime: Runtime,
-    model: Decoder,
-    ids: Sequence[int],
-    last: int,
-    limits: Limits,
-    contents: Contents,
+    report: Report, runtime: Runtime, model: Decoder, windows: Sequence[tuple[list[int], int]], contents: Contents
 ) -> None:
-    read, targets = ids[:-1], torch.tensor(ids[-last:])
-    ours, theirs = log_probs(model, read, last), runtime.log_probs(read, last)
-    gap = (ours.clamp(min=_LOWEST) - theirs.clamp(min=_LOWEST)).abs()
-    first = len(report.checks)
-    largest = float(gap.where(ours > _LIKELY, 0.0).max())
-    report.add("log-probabilities: largest difference", largest, limits.difference, "of tokens above one in a million")
-    report.add("KL divergence: mean, nats", _divergence(ours, theirs), limits.kl)
-    if contents.tensors:
-        with with_tensors(model, contents, list(contents.tensors)):
-            own = log_probs(model, read, last)
-        dynamic = any("dynamic" in kind for kind in (contents.kind, *contents.kinds.values()))
-        most = _FROM_OWN_DYNAMIC if dynamic else _FROM_OWN
-        said = "of its tensors in the checkpoint's model: rounding is in both"
-        report.add("from the export's own numbers: KL", _divergence(own, theirs), min(limits.kl, most), said)
-    lost = (_margins(ours, theirs.argmax(-1)) > limits.tie).double()
-    report.add("likeliest tokens that differ", float(lost.mean()), limits.choices, f"by more than {limits.tie:g} nats")
-    nats = [-rows.gather(1, targets[:, None]).double().mean() for rows in (ours, theirs)]
-    said = f"{float(nats[0].exp()):.5g} -> {float(nats[1].exp()):.5g}"
-    report.add("perplexity: relative change", abs(math.expm1(float(nats[1] - nats[0]))), limits.perplexity, said)
-
+    """Lay what the runtime says beside what our model says: with the export's numbers, a check; without, its cost."""
+    targets = torch.tensor([id for ids, last in windows for id in ids[-last:]])
+    theirs = torch.cat([runtime.log_probs(ids[:-1], last, _TOLD) for ids, last in windows])
+    prompt = windows[0][0][: min(_PROMPT, len(windows[0][0]) - 1)]
+    written = runtime.greedy(prompt, min(_WRITTEN, runtime.context - len(prompt)))
+    read = [*windows, ([*prompt, *written], len(written))]
+    ours = _log_probs(model, windows)
+    if not contents.tensors and bits_of(contents.kind) is not None:
+        model, contents = _rounded_alike(model, contents)
+    dynamic = any("dynamic" in kind for kind in contents.kinds.values())
+    with as_exported(model, contents), _with_latent_norm(model, runtime):
+        own = _log_probs(model, read)
+        with with_rounded_inputs(model, contents.kinds if runtime.rounds_inputs or dynamic else {}):
+            rounded = _log_probs(model, read)
+        many = len(theirs)
+        rounding = divergence(own[:many], rounded[:many].masked_fill(theirs == -math.inf, -math.inf))
+        most = max(_OF_ROUNDING * rounding, _LEAST_KL)
+        if dynamic:  # the format itself rounds inputs, so that is what the runtime must compute
+            own = rounded
+        found = divergence(own[:many], theirs)
+        known = found <= most or _cannot_hold(contents, model)
+        cause = None if known else find_cause(model, windows[0][0][:-1], theirs[: windows[0][1]])
+    said = f"nats; rounding inputs as the runtime does makes {rounding:.2g} in our model"
+    report.add("KL from the export's own numbers", found, most, said, cause)
     # Each token that the runtime writes is looked at given what it wrote before, so one near tie is one, not a
     # continuation that has gone another way.
-    prompt = list(ids[: min(_PROMPT, len(ids) - 1)])
-    written = runtime.greedy(prompt, min(_WRITTEN, runtime.context - len(prompt)))
-    rows = log_probs(model, [*prompt, *written[:-1]], len(written))
-    margins = _margins(rows, torch.tensor(written))
-    ties = int(((margins > 0) & (margins <= limits.tie)).sum())
-    said = f"of {len(written)}, by more than {limits.tie:g} nats; {ties} near ties"
-    report.add("greedy tokens that differ", float((margins > limits.tie).float().mean()), limits.choices, said)
-
-    if any(not check.passed for check in report.checks[first:]):
-        cause = find_cause(model, read, theirs, contents)
-        for index, check in enumerate(report.checks[first:], first):
-            if not check.passed:
-                report.checks[index] = replace(check, cause=cause)
+    margins = own[many:].amax(-1) - own[many:].gather(1, torch.tensor(written)[:, None])[:, 0]
+    tie = max(_LEAST_TIE, _TIE * math.sqrt(2 * most))
+    said = f"share of {len(written)}, by more than {tie:.2g} nats in our model with the export's numbers"
+    cause = "token by token the runtime computes something else than at once" if found <= most else None
+    report.add("written tokens: that differ", float((margins > tie).float().mean()), _WRITTEN_OTHERWISE, said, cause)
+    _add_cost(report, ours, theirs, targets)
 
 
-def _divergence(ours: Tensor, theirs: Tensor) -> float:
-    """Mean KL divergence of theirs (Tensor), log-probabilities [n, v], from ours, in nats."""
-    # Normalized once more in double precision, or sums of 50,000 rounded numbers would be most of a small divergence.
-    log_p, log_q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1).clamp(min=_LOWEST)
-    return abs(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
+def _log_probs(model: Decoder, windows: Sequence[tuple[list[int], int]]) -> Tensor:
+    """What follows each of the last tokens of windows, [n, v]."""
+    return torch.cat([log_probs(model, ids[:-1], last) for ids, last in windows])
 
 
-def _rounded_alike(model: Decoder, contents: Contents) -> Decoder:
-    """The checkpoint quantized as the program is; itself where it is quantized already."""
-    if any(isinstance(module, Quantized) for module in model.modules()):
-        return model
-    from plmtune.export.executorch import rounding_plan
-    from plmtune.quantization.quantize import quantize
-
-    rounded = copy.deepcopy(model)
-    scheme = "int8_dynamic" if bits_of(contents.kind) == 8 else "int8_dynamic_int4"
-    quantize(rounded, rounding_plan(rounded, scheme))
-    return rounded
+def divergence(ours: Tensor, theirs: Tensor) -> float:
+    """Mean KL divergence of theirs (Tensor), log-probabilities [n, v], from ours, in nats, of the tokens told of."""
+    nats = 0.0
+    for log_p, log_q in (among_told(*rows) for rows in zip(ours.split(64), theirs.split(64), strict=True)):
+        gaps = log_p.clamp(min=LOWEST) - log_q.clamp(min=LOWEST)
+        nats += float((log_p.exp() * gaps).sum())
+    return abs(nats) / len(ours)
 
 
-def _compare_with_rounded(report: Report, runtime: Runtime, rounded: Decoder, ids: Sequence[int], last: int) -> None:
-    """What rounding does to the model is one thing; that the program computes the rounded model is another."""
-    ours, theirs = log_probs(rounded, ids[:-1], last), runtime.log_probs(ids[:-1], last)
-    said = "the program does not compute what the quantized model does; weight-only integers would be such a case"
-    # Not to the last bit: an input halfway between two steps of 8 bits goes to the other one in sums of another order,
-    # and what follows it differs by such steps: 2e-4 nats after 200 tokens of a PLM of `make demo`, in a right program.
-    most = min(limits_of(report.kind).kl, _FROM_OWN_DYNAMIC)
-    check = report.add("from the quantized model: KL", _divergence(ours, theirs), most)
-    if not check.passed:
-        report.checks[-1] = replace(check, cause=said)
+def _add_cost(report: Report, ours: Tensor, theirs: Tensor, targets: Tensor) -> None:
+    """Add the figures of how far rounding takes the checkpoint; no verdict."""
+    kl, other = divergence(ours, theirs), float((ours.argmax(-1) != theirs.argmax(-1)).double().mean())
+    told = theirs.gather(1, targets[:, None])[:, 0] > -math.inf
+    nats = [-rows.gather(1, targets[:, None])[told].mean() for rows in among_told(ours, theirs)]
+    change = math.expm1(float(nats[1] - nats[0]))
+    few = "" if told.all() else f", of {int(told.sum())} tokens"
+    report.add("cost: KL from the checkpoint", kl, None, "nats")
+    report.add("cost: likeliest tokens that are others", other, None, "share")
+    said = f"relative change: {float(nats[0].exp()):.5g} -> {float(nats[1].exp()):.5g}{few}"
+    if told.any():
+        report.add("cost: perplexity", change, None, said)
+    if kl > _MUCH_KL or other > _MUCH_OTHER or change > _MUCH_PERPLEXITY:
+        report.warnings.append(
+            f"{report.kind} costs much here: perplexity {change:+.0%}, {other:.0%} other likeliest tokens, KL {kl:.2g} "
+            "nats. Take a type of more bits, or train with quantization.qat=true."
+        )
 
 
-def _margins(rows: Tensor, chosen: Tensor) -> Tensor:
-    """By how much the likeliest token of each of rows (Tensor), [n, v], is likelier than the chosen one, [n]."""
-    return rows.amax(-1) - rows.gather(1, chosen[:, None])[:, 0]
+def _cannot_hold(contents: Contents, model: Decoder) -> bool:
+    """Whether an export differs in what our model cannot be given, which is told already."""
+    wrong = differing(contents.settings, settings_of(model))
+    lacking = [name for name in contents.missing if not name.endswith(".bias")]
+    return bool(contents.unknown or lacking or set(wrong) - {"norm.eps", "attention.rope_theta", "max_seq_len"})
 
 
-def _compare_ids(report: Report, runtime: Runtime, tokenizer: Tokenizer, contents: Contents) -> None:
-    specials = tuple(tokenizer.specials)
-    lines = hard_texts.lines(specials)
-    before = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-    found: list[tuple[str, list[int], list[int]]] = []
-    for line in lines:
-        theirs = runtime.encode(line)
-        if theirs is None:
-            return
-        ours = before + tokenizer.encode(line, specials=True)
-        if theirs != ours:
-            found.append((line, ours, theirs))
-    cause = _tokenizer_cause(found, runtime, tokenizer, contents) if found else None
-    report.add("token ids: texts that differ", len(found), 0, cause or f"of {len(lines)}")
-    if tokenizer.vocabulary.normalization is None:
-        return
-    decomposed = hard_texts.decomposed_lines()
-    others = [line for line in decomposed if runtime.encode(line) != before + tokenizer.encode(line, specials=True)]
-    # llama.cpp has no normalization at all, so no file can ask for it.
-    known = len(decomposed) if runtime.name.startswith("llama.cpp") else 0
-    said = f"{runtime.name} does not normalize to NFC, the checkpoint's tokenizer does: normalize text before it"
-    report.add("token ids: texts not in NFC that differ", len(others), known, said if others else None)
+def _rounded_alike(model: Decoder, contents: Contents) -> tuple[Decoder, Contents]:
+    """The checkpoint quantized as a program is (itself where it is quantized already), and the numbers of that."""
+    if not any(isinstance(module, Quantized) for module in model.modules()):
+        from plmtune.export.executorch import rounding_plan
+        from plmtune.quantization.quantize import quantize
 
-
-def _tokenizer_cause(
-    found: Sequence[tuple[str, list[int], list[int]]], runtime: Runtime, tokenizer: Tokenizer, contents: Contents
-) -> str:
-    """Why the texts of `found` have other ids: (text, ours, theirs)."""
-    line, ours, theirs = found[0]
-    if all(theirs[1:] == ours for _, ours, theirs in found):
-        return f"the runtime puts {theirs[0]} before each text, the checkpoint's tokenizer nothing (add_bos_token)"
-    if all(theirs == ours[1:] for _, ours, theirs in found):
-        return f"the checkpoint's tokenizer puts {ours[0]} before each text, the runtime nothing (add_bos_token)"
-    wanted = tokenizer_tables(tokenizer)
-    for name, what in (("tokens", "token"), ("merges", "merge")):
-        held = contents.tokenizer.get(name)
-        if held is None or not wanted[name]:
-            continue
-        pairs = enumerate(zip(held, wanted[name], strict=False))
-        other = next(((at, a, b) for at, (a, b) in pairs if a != b and b), None)
-        if other is not None:
-            return f"{what} {other[0]} is {other[1]!r} in the export, {other[2]!r} in the checkpoint"
-        if len(held) < len(wanted[name]):
-            return f"the export has {len(held)} {name}, the checkpoint {len(wanted[name])}"
-    if all(theirs == tokenizer.encode(text) for text, _, theirs in found):
-        return "the text of special tokens is not taken for the tokens: their types in the export are wrong"
-    at = next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    return (
-        f"tokens and merges are the same, so text is cut otherwise (the pre-tokenizer): {line[:40]!r} has "
-        f"{ours[at : at + 4]} here and {theirs[at : at + 4]} in {runtime.name}, from token {at}"
-    )
-
-
-def _compare_prompts(report: Report, runtime: Runtime, tokenizer: Tokenizer, contents: Contents) -> None:
-    source = tokenizer.chat_template
-    first = hard_texts.CONVERSATIONS[0]
-    if source is None:
-        if (theirs := runtime.render(first)) is not None:
-            report.add(
-                "chat prompts that differ", 1, 0, f"the checkpoint has no chat template, the export {theirs!r:.80}"
-            )
-        return
-    template = ChatTemplate(source, tokenizer, report.against)
-    differ: list[tuple[str, str | None]] = []
-    with _renderer(runtime) as renderer:
-        for messages in hard_texts.CONVERSATIONS:
-            try:
-                ours = template.render(messages, add_generation_prompt=True)
-            except BadRow:
-                continue  # the template takes no system message, or wants none to be empty
-            theirs = renderer.render(messages)
-            if theirs is None and runtime.encode("") is None:
-                return  # a runtime without text
-            if theirs != ours:
-                differ.append((ours, theirs))
-    cause = None
-    if differ:
-        ours, theirs = differ[0]
-        if theirs is None:
-            cause = "the export has no chat template"
-        elif contents.template is not None and contents.template != source:
-            cause = (
-                f"the export's chat template is another one: it writes {theirs!r:.120}, the checkpoint's {ours!r:.120}"
-            )
-        else:
-            cause = f"{renderer.name} renders the same template otherwise: {theirs!r:.120}, not {ours!r:.120}"
-    said = f"of {len(hard_texts.CONVERSATIONS)}"
-    if renderer.name == _NO_TEMPLATES:
-        said += ", by Python's Jinja: llama.cpp's own engine comes with xllamacpp, which is not installed"
-    report.add("chat prompts that differ", len(differ), 0, cause or said)
+        model = copy.deepcopy(model)
+        scheme = "int8_dynamic" if bits_of(contents.kind) == 8 else "int8_dynamic_int4"
+        quantize(model, rounding_plan(model, scheme))
+    held = {f"{name}.weight": part for name, part in model.named_modules() if isinstance(part, Quantized)}
+    numbers = {name: part.dequantize() for name, part in held.items()}
+    kinds = {name: part.format.name for name, part in held.items()}
+    return model, replace(contents, tensors=numbers, kinds=kinds)
 
 
 @contextmanager
-def _renderer(runtime: Runtime) -> Iterator[Runtime]:
-    """What renders a runtime's prompts as its program does: itself, or for llama_cpp, which binds nothing that
-    renders templates, llama.cpp's own engine in xllamacpp where that is installed."""
-    if runtime.name != _NO_TEMPLATES or importlib.util.find_spec("xllamacpp") is None:
-        yield runtime
-        return
-    with open_runtime(runtime.path, threads=1, context=_LEAST, prefer="xllamacpp") as other:
-        yield other
+def _with_latent_norm(model: Decoder, runtime: Runtime) -> Iterator[None]:
+    """The latent's norm as transformers has it in a DeepSeek."""
+    norms = [module for name, module in model.named_modules() if name.endswith("kv_a_norm")]
+    norms = norms if runtime.name == "transformers" else []
+    kept = [norm.eps for norm in norms]
+    for norm in norms:
+        norm.eps = _LATENT_EPS
+    try:
+        yield
+    finally:
+        for norm, eps in zip(norms, kept, strict=True):
+            norm.eps = eps

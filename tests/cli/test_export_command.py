@@ -1,10 +1,12 @@
-"""plmtune export: files that other programs run, proved, and mistakes told before work starts."""
+"""plmtune export: files that other programs run, verified, and mistakes told before work starts."""
 
+import copy
 from pathlib import Path
 
 import pytest
 from in_process import run, save_small
 
+from plmtune.errors import UserError
 from plmtune.export import run as export_run
 
 
@@ -20,33 +22,55 @@ def files(folder: Path) -> list[str]:
 
 
 class TestGguf:
-    def test_an_export_is_proved_and_says_how_it_is_run(
+    def test_an_export_is_verified_and_says_how_it_is_run(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         code, out, err = run(monkeypatch, capsys, "export", "small", "--to", "gguf", "--quant", "f32")
         assert code == 0, err
         assert files(folder / "exports") == ["small-F32.gguf"]
-        assert "KL divergence" in out and "proved" in out and "-fa off" in out
+        assert "KL from the export's own numbers" in out and "verified: it is" in out and "-fa off" in out
 
-    def test_a_drift_fails_the_export_and_leaves_nothing(
+    def test_a_file_that_fails_is_kept_under_another_name_beside_those_that_pass(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         write = export_run._write_gguf
 
         def broken(model, *rest, **settings):  # type: ignore[no-untyped-def]
-            model.layers[0].attention.o_proj.weight.data.mul_(1.5)
+            factor = 1.5 if rest[2] == "f32" else 1.0
+            model = copy.deepcopy(model)
+            model.layers[0].attention.o_proj.weight.data.mul_(factor)
             return write(model, *rest, **settings)
 
         monkeypatch.setattr(export_run, "_write_gguf", broken)
-        code, out, err = run(monkeypatch, capsys, "export", "small", "--to", "gguf", "--quant", "f32")
-        assert code == 2
-        assert "did not behave as the checkpoint does, and was removed" in err
-        assert "FAIL" in out.upper()
-        assert files(folder / "exports") == []
+        words = ("export", "small", "--to", "gguf", "--quant", "f32,f16")
+        code, out, err = run(monkeypatch, capsys, *words)
+        assert code == 1
+        assert files(folder / "exports") == ["small-F16.gguf", "small-F32.gguf.unverified"]
+        assert "kept under this name because its verification failed" in out and "FAILED" in out
+        cause = "layers.0.attention.o_proj.weight: it is 1.5 times the checkpoint's"
+        assert (out + err).count(cause) == err.count(cause) == 1
+        # It can be verified again under that name, and is not written over without a word.
+        failed = folder / "exports" / "small-F32.gguf.unverified"
+        code, out, err = run(monkeypatch, capsys, "verify", failed, "--against", "small", "--positions", 8)
+        assert (code, cause in err) == (1, True)
+        (folder / "exports" / "small-F16.gguf").unlink()
+        code, out, err = run(monkeypatch, capsys, *words)
+        assert (code, "small-F32.gguf.unverified is there already" in err) == (2, True)
+
+    def test_a_file_that_cannot_be_verified_is_kept_with_the_reason(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fails(path: Path, *rest: object, **settings: object) -> None:
+            raise UserError(f"{path} holds numbers that are not finite.")
+
+        monkeypatch.setattr("plmtune.export.verify.verify", fails)
+        code, _, err = run(monkeypatch, capsys, "export", "small", "--to", "gguf", "--quant", "f32")
+        assert code == 1 and "small-F32.gguf holds numbers that are not finite" in err
+        assert files(folder / "exports") == ["small-F32.gguf.unverified"]
 
 
 class TestHuggingFace:
-    def test_a_plm_as_a_deepseek_is_proved_in_transformers(
+    def test_a_plm_as_a_deepseek_is_verified_in_transformers(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         words = ("export", "small", "--to", "hf", "--as", "deepseek", "--quant", "fp32")

@@ -166,7 +166,7 @@ class TestStep:
         step = make_step(model, "int8_dynamic_int4", CONTEXT)
         assert step.layers[0].down_proj.format.name == DYNAMIC  # type: ignore[union-attr]
         assert step.layers[1].down_proj.format.name == "int8_dynamic_int4_g32"  # type: ignore[union-attr]
-        rounded = _rounded_alike(model, Contents("int8_dynamic_int4_g32"))
+        rounded, _ = _rounded_alike(model, Contents("int8_dynamic_int4_g32"))
         held = {name: part.format for name, part in rounded.named_modules() if isinstance(part, Quantized)}
         assert held == plan
 

@@ -122,11 +122,43 @@ class TestSensitivity:
         perplexity = re.findall(r"perplexity ([\d.]+) -> ([\d.]+) on 248 tokens", said)[0]
         for place, bytes_, number in zip(("after", "before"), size, reversed(perplexity), strict=True):
             assert f"{place}: {bytes_}, perplexity {number}" in texts
-        assert "248 tokens to measure on" in said and panel.get_ylabel() == "perplexity on 248 tokens"
+        assert (
+            "62 tokens to choose the mix on, 248 tokens to measure on" in said
+            and panel.get_ylabel() == "perplexity on 248 tokens"
+        )
         assert panel.get_xlabel() == "weights, KiB" and report["test_tokens"] == 248
         # What it proposes is a config that can be given again.
         again = config.compose("quantize", ["out/mix.yaml"], [])
         assert again.quantization.name == "mixed"
+
+    def test_the_rows_that_a_mix_is_chosen_by_are_others_than_the_loss_is_measured_on(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        numbers = " ".join(str(number**2) for number in range(3000))
+        (folder / "text.txt").write_text(numbers, encoding="utf-8")
+        own = {"measure": torch.empty(0), "loss": []}  # type: ignore[var-annotated]
+        measure, loss = sensitivity.measure, sensitivity.loss
+
+        def kept(model, plan, rows, *rest, **more):  # type: ignore[no-untyped-def]
+            own["measure"] = rows
+            return measure(model, plan, rows, *rest, **more)
+
+        def seen(model, batches):  # type: ignore[no-untyped-def]
+            own["loss"] = list(batches)
+            return loss(model, own["loss"])
+
+        monkeypatch.setattr(sensitivity, "measure", kept)
+        monkeypatch.setattr(sensitivity, "loss", seen)
+        run("quantization=int4", "sensitivity.budget=60%", "sensitivity.tokens=96")
+        chosen, reported = own["measure"].tolist(), torch.cat(own["loss"]).tolist()
+        assert (len(chosen), len(reported)) == (3, 8)
+        assert not any(row in reported for row in chosen)
+        assert json.loads((folder / "out/quantize.json").read_text())["sensitivity_tokens"] == 3 * 31
+        # What is measured on does not depend on it, so that losses of several schemes are of one text.
+        run("quantization=int4", "run_dir=plain")
+        assert torch.cat(own["loss"]).tolist() == reported
+        with pytest.raises(UserError, match=r"test_tokens \(256\) with sensitivity.tokens \(1,000,000\) are taken"):
+            run("sensitivity.measure=true", "sensitivity.tokens=1000000", "run_dir=more")
 
     @pytest.mark.parametrize("share", [26, 26.5])
     def test_a_file_takes_no_byte_more_than_its_budget(self, folder: Path, share: float) -> None:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from plmtune.export.runtimes.base import Runtime, Timing
-from plmtune.export.runtimes.opening import RuntimeName, open_runtime
+from plmtune.export.runtimes.opening import UNVERIFIED, RuntimeName, choose_runtime, form_of, open_runtime
 
-__all__ = ["Runtime", "RuntimeName", "Timing", "open_runtime"]
+__all__ = ["UNVERIFIED", "Runtime", "RuntimeName", "Timing", "choose_runtime", "form_of", "open_runtime"]

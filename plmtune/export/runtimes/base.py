@@ -39,7 +39,7 @@ class Runtime(ABC):
         path: what was opened.
         vocab_size: rows of the vocabulary.
         context: tokens that fit into the cache.
-        slow_rows: whether each row of `log_probs` costs a second rather than a millisecond.
+        rounds_inputs: whether it multiplies by inputs that it rounds as the matrix's type has it.
         tokenizer: ours, where the program has none of its own.
     """
 
@@ -47,14 +47,18 @@ class Runtime(ABC):
     path: Path
     vocab_size: int
     context: int
-    slow_rows = False
+    rounds_inputs = False
     tokenizer: Tokenizer | None = None
 
     @abstractmethod
-    def log_probs(self, ids: Sequence[int], last: int) -> Tensor:
+    def log_probs(self, ids: Sequence[int], last: int, told: int | None = None) -> Tensor:
         """What follows each of the last `last` prefixes of ids: fp32 log-probabilities on the CPU, [last, v].
 
         The first row follows ids[: len(ids) - last + 1], the last row follows all of them.
+
+        Args:
+            told: the likeliest tokens that do; where the others cost time they are -inf, and a row is of what follows
+                given that it is one of those told. None: all.
         """
 
     @abstractmethod

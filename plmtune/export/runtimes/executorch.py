@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plmtune.data.ticker import ticking
 from plmtune.data.tokenizers import load_tokenizer
 from plmtune.errors import UserError
 from plmtune.export.runtimes.base import Runtime
@@ -73,9 +74,10 @@ class ExecuTorch(Runtime):
         self.tokenizer = load_tokenizer(beside) if beside.is_dir() else None
         self._length = 0
 
-    def log_probs(self, ids: Sequence[int], last: int) -> Tensor:
+    def log_probs(self, ids: Sequence[int], last: int, told: int | None = None) -> Tensor:
         self.check(ids, last)
-        rows = [self._logits(id, place) for place, id in enumerate(ids)][-last:]
+        places = ticking(list(enumerate(ids)), f"of {len(ids)} positions computed", shown=True)
+        rows = [self._logits(id, place) for place, id in places][-last:]
         return torch.stack(rows).log_softmax(-1)
 
     def start(self, ids: Sequence[int]) -> int:

@@ -78,6 +78,8 @@ class GgufRuntime(Runtime):
         flash_attention: None: as llama.cpp chooses, where it does not abort on the architecture.
     """
 
+    rounds_inputs = True
+
     def __init__(
         self,
         path: Path,

@@ -51,7 +51,7 @@ class Transformers(Runtime):
         self._cache: Any = None
 
     @torch.inference_mode()
-    def log_probs(self, ids: Sequence[int], last: int) -> Tensor:
+    def log_probs(self, ids: Sequence[int], last: int, told: int | None = None) -> Tensor:
         self.check(ids, last)
         logits: Tensor = self._model(self._row(ids), use_cache=False, logits_to_keep=last).logits[0]
         return logits.float().log_softmax(-1).cpu()

@@ -51,7 +51,7 @@ class LlamaCpp(GgufRuntime):
             raise UserError(f"llama.cpp has no room for a context of {self.context} tokens with {path}.")
         self._length = 0
 
-    def log_probs(self, ids: Sequence[int], last: int) -> Tensor:
+    def log_probs(self, ids: Sequence[int], last: int, told: int | None = None) -> Tensor:
         self.check(ids, last)
         self._clear()
         return torch.from_numpy(self._decode(ids, last).copy()).log_softmax(-1)

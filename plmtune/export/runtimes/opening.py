@@ -13,6 +13,9 @@ from plmtune.training import manifest
 
 RuntimeName = Literal["llama_cpp", "xllamacpp", "transformers", "executorch", "plmtune"]
 
+# Ends the name of an export that failed its verification.
+UNVERIFIED = ".unverified"
+
 # A cache for all positions that a model knows may be larger than the memory; more is taken where it is asked for.
 DEFAULT_CONTEXT = 4096
 
@@ -45,12 +48,7 @@ def open_runtime(
     for name, value in (("threads", threads), ("context", context)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
-    serving = _serving(path)
-    if prefer is not None and prefer not in serving:
-        unknown = "" if prefer in get_args(RuntimeName) else did_you_mean(prefer, get_args(RuntimeName))
-        raise UserError(f"{prefer} does not serve {path}; {' and '.join(serving)} would.{unknown}")
-    found = prefer if prefer is not None else next((name for name in serving if _installed(name)), serving[-1])
-    _demand(found, path)
+    found = choose_runtime(path, prefer)
     if flash_attention is not None and found not in ("llama_cpp", "xllamacpp"):
         raise ValueError(f"flash_attention is an option of llama.cpp, which does not open {path}")
     if found == "plmtune":
@@ -74,6 +72,26 @@ def open_runtime(
     return XLlamaCpp(path, threads=threads, context=context, exact=exact, flash_attention=flash_attention)
 
 
+def choose_runtime(path: Path, prefer: RuntimeName | None = None) -> RuntimeName:
+    """The runtime that opens a file or directory.
+
+    Raises:
+        UserError: if nothing serves it, or a package is missing.
+    """
+    serving = _serving(path)
+    if prefer is not None and prefer not in serving:
+        unknown = "" if prefer in get_args(RuntimeName) else did_you_mean(prefer, get_args(RuntimeName))
+        raise UserError(f"{prefer} does not serve {path}; {' and '.join(serving)} would.{unknown}")
+    found = prefer if prefer is not None else next((name for name in serving if _installed(name)), serving[-1])
+    _demand(found, path)
+    return found
+
+
+def form_of(path: Path) -> str:
+    """The ending by which a file's form is known, also of one that failed its verification."""
+    return path.with_name(path.name.removesuffix(UNVERIFIED)).suffix
+
+
 def _serving(path: Path) -> tuple[RuntimeName, ...]:
     """The runtimes for such a path, the best first."""
     if not path.exists():
@@ -83,9 +101,9 @@ def _serving(path: Path) -> tuple[RuntimeName, ...]:
             ".gguf": ("llama_cpp", "xllamacpp"),
             ".pte": ("executorch",),
         }
-        if path.suffix not in by_ending:
+        if form_of(path) not in by_ending:
             raise UserError(f"{path} is neither a .gguf nor a .pte file, nor a directory: no runtime serves it.")
-        return by_ending[path.suffix]
+        return by_ending[form_of(path)]
     manifest.verify_once(path)
     if not (path / CONFIG).is_file() or (path / ADAPTER_CONFIG).is_file():
         return ("plmtune",)

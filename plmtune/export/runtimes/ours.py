@@ -36,7 +36,7 @@ class Ours(Runtime):
         self._cache: Cache | None = None
 
     @torch.inference_mode()
-    def log_probs(self, ids: Sequence[int], last: int) -> Tensor:
+    def log_probs(self, ids: Sequence[int], last: int, told: int | None = None) -> Tensor:
         self.check(ids, last)
         hidden = self.model(self._row(ids), hidden=True)[0, -last:]
         return self.model.logits(hidden).log_softmax(-1).cpu()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from plmtune.data.rows import Message
+from plmtune.data.ticker import ticking
 from plmtune.errors import UserError
 from plmtune.export.runtimes.base import Timing
 from plmtune.export.runtimes.gguf_facts import GgufRuntime
@@ -29,7 +30,8 @@ class XLlamaCpp(GgufRuntime):
     """A llama.cpp server with one slot, which keeps the cache of what it read last.
 
     A step hands the whole prompt over as JSON, of which the server reads the new token alone. So `timed` has the server
-    write all tokens and returns its own figures. A row of log-probabilities is JSON too, about a second for 50,000 ids.
+    write all tokens and returns its own figures. A row of log-probabilities is JSON too: 0.7 s for
+    50,000 ids, 0.03 s for 1,000.
     """
 
     name = "llama.cpp (xllamacpp)"
@@ -38,7 +40,6 @@ class XLlamaCpp(GgufRuntime):
         import xllamacpp as lib
 
         path, self._key = self.path, secrets.token_hex(16)
-        self.slow_rows = self.vocab_size > 20_000
         params = lib.CommonParams()
         params.model.path = str(path)
         # A slot keeps a place for the token that it writes.
@@ -67,15 +68,16 @@ class XLlamaCpp(GgufRuntime):
         # A server that is closed before its loop has begun waits for it for ever; an answer shows that it runs.
         self._complete([whole], 1)
 
-    def log_probs(self, ids: Sequence[int], last: int) -> Tensor:
+    def log_probs(self, ids: Sequence[int], last: int, told: int | None = None) -> Tensor:
         self.check(ids, last)
         held = list(ids)
+        ends = ticking(range(len(held) - last + 1, len(held) + 1), f"of {last} positions computed", shown=True)
         # Growing prompts: of each the server reads the one new token.
-        return torch.stack([self._row(held[:end]) for end in range(len(held) - last + 1, len(held) + 1)])
+        return torch.stack([self._row(held[:end], min(told or self.vocab_size, self.vocab_size)) for end in ends])
 
-    def _row(self, ids: list[int]) -> Tensor:
+    def _row(self, ids: list[int], told: int) -> Tensor:
         row = torch.full((self.vocab_size,), float("-inf"))
-        found = self._complete(ids, self.vocab_size)
+        found = self._complete(ids, told)
         row[[entry["id"] for entry in found]] = torch.tensor([entry["logprob"] for entry in found])
         # The server sums 50,000 probabilities in fp32, one after the other: off by 1e-4 in all of a row alike.
         return row.log_softmax(-1)

@@ -1,0 +1,139 @@
+"""Whether an export cuts text and renders conversations as the checkpoint does, in the program that serves it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from plmtune.data.chat_template import ChatTemplate
+from plmtune.data.sources import BadRow
+from plmtune.data.tokenizers import Tokenizer
+from plmtune.export import hard_texts
+from plmtune.export.contents import Contents, tokenizer_tables
+from plmtune.export.huggingface import end_ids
+from plmtune.export.report import Report
+from plmtune.export.runtimes import Runtime, open_runtime
+from plmtune.models.gguf import PRE_TOKENIZERS
+
+_NO_TEMPLATES = "llama.cpp (llama_cpp)"
+_RENDERING_CONTEXT = 32
+
+
+def compare_ids(
+    report: Report, runtime: Runtime, tokenizer: Tokenizer, contents: Contents, *, told: bool = False
+) -> None:
+    """Add checks of the ids of texts, and of the one that ends a text.
+
+    Args:
+        told: why ids differ has been said: the vocabulary is another one.
+    """
+    if contents.ends is not None:
+        wrong = contents.ends not in (tokenizer.eos_id, *end_ids(tokenizer))
+        said = f"the export ends a text at token {contents.ends}, the checkpoint at {tokenizer.eos_id}"
+        report.add("ids that end a text: that differ", int(wrong), 0, cause=said)
+    specials = tuple(tokenizer.specials)
+    lines = hard_texts.lines(specials)
+    before = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    found: list[tuple[str, list[int], list[int]]] = []
+    for line in lines:
+        theirs = runtime.encode(line)
+        if theirs is None:
+            return
+        ours = before + tokenizer.encode(line, specials=True)
+        if theirs != ours:
+            found.append((line, ours, theirs))
+    cause = _tokenizer_cause(found, runtime, tokenizer, contents) if found and not told else None
+    report.add("token ids: texts that differ", len(found), 0, f"of {len(lines)}", cause)
+    if tokenizer.vocabulary.normalization is None:
+        return
+    decomposed = hard_texts.decomposed_lines()
+    others = [line for line in decomposed if runtime.encode(line) != before + tokenizer.encode(line, specials=True)]
+    # llama.cpp has no normalization at all, so no file can ask for it.
+    known = len(decomposed) if runtime.name.startswith("llama.cpp") else 0
+    said = f"{runtime.name} does not normalize to NFC, the checkpoint's tokenizer does: normalize text before it"
+    report.add("token ids: texts not in NFC that differ", len(others), known, said if known else None, said)
+
+
+def _tokenizer_cause(
+    found: Sequence[tuple[str, list[int], list[int]]], runtime: Runtime, tokenizer: Tokenizer, contents: Contents
+) -> str:
+    """Why the texts of `found` have other ids: (text, ours, theirs)."""
+    line, ours, theirs = found[0]
+    if all(theirs[1:] == ours for _, ours, theirs in found):
+        return f"the runtime puts {theirs[0]} before each text, the checkpoint's tokenizer nothing (add_bos_token)"
+    if all(theirs == ours[1:] for _, ours, theirs in found):
+        return f"the checkpoint's tokenizer puts {ours[0]} before each text, the runtime nothing (add_bos_token)"
+    wanted = tokenizer_tables(tokenizer)
+    for name, what in (("tokens", "token"), ("merges", "merge")):
+        held = contents.tokenizer.get(name)
+        if held is None or not wanted[name]:
+            continue
+        pairs = enumerate(zip(held, wanted[name], strict=False))
+        other = next(((at, a, b) for at, (a, b) in pairs if a != b and b), None)
+        if other is not None:
+            return f"{what} {other[0]} is {other[1]!r} in the export, {other[2]!r} in the checkpoint"
+        if len(held) < len(wanted[name]):
+            return f"the export has {len(held)} {name}, the checkpoint {len(wanted[name])}"
+    if all(theirs == tokenizer.encode(text) for text, _, theirs in found):
+        return "the text of special tokens is not taken for the tokens: their types in the export are wrong"
+    at = next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    pattern = tokenizer.vocabulary.pattern
+    wanted_pre = [name for name, (known, _, _) in PRE_TOKENIZERS.items() if known == pattern]
+    pre = "the pre-tokenizer"
+    if contents.pre is not None and wanted_pre and contents.pre not in wanted_pre:
+        pre = f"tokenizer.ggml.pre is {contents.pre}, the checkpoint's is {' or '.join(wanted_pre[:2])}"
+    return (
+        f"tokens and merges are the same, so text is cut otherwise ({pre}): {line[:40]!r} has "
+        f"{ours[at : at + 4]} here and {theirs[at : at + 4]} in {runtime.name}, from token {at}"
+    )
+
+
+def compare_prompts(report: Report, runtime: Runtime, tokenizer: Tokenizer, contents: Contents) -> None:
+    """Add a check of rendered conversations."""
+    source = tokenizer.chat_template
+    first = hard_texts.CONVERSATIONS[0]
+    if source is None:
+        if (theirs := runtime.render(first)) is not None:
+            said = f"the checkpoint has no chat template, the export writes {theirs!r:.80}"
+            report.add("chat prompts that differ", 1, 0, cause=said)
+        return
+    template = ChatTemplate(source, tokenizer, report.against)
+    differ: list[tuple[str, str | None]] = []
+    with _renderer(runtime) as renderer:
+        for messages in hard_texts.CONVERSATIONS:
+            try:
+                ours = template.render(messages, add_generation_prompt=True)
+            except BadRow:
+                continue  # the template takes no system message, or wants none to be empty
+            theirs = renderer.render(messages)
+            if theirs is None and runtime.encode("") is None:
+                return  # a runtime without text
+            if theirs != ours:
+                differ.append((ours, theirs))
+    cause = None
+    if differ:
+        ours, theirs = differ[0]
+        if theirs is None:
+            cause = "the export has no chat template"
+        elif contents.template is not None and contents.template != source:
+            cause = (
+                f"the export's chat template is another one: it writes {theirs!r:.120}, the checkpoint's {ours!r:.120}"
+            )
+        else:
+            cause = f"{renderer.name} renders the same template otherwise: {theirs!r:.120}, not {ours!r:.120}"
+    said = f"of {len(hard_texts.CONVERSATIONS)}"
+    if renderer.name == _NO_TEMPLATES:
+        said += ", by Python's Jinja: llama.cpp's own engine comes with xllamacpp, which is not installed"
+    report.add("chat prompts that differ", len(differ), 0, said, cause)
+
+
+@contextmanager
+def _renderer(runtime: Runtime) -> Iterator[Runtime]:
+    """What renders a runtime's prompts as its program does: itself, or for llama_cpp, which binds nothing that
+    renders templates, llama.cpp's own engine in xllamacpp where that is installed."""
+    if runtime.name != _NO_TEMPLATES or importlib.util.find_spec("xllamacpp") is None:
+        yield runtime
+        return
+    with open_runtime(runtime.path, threads=1, context=_RENDERING_CONTEXT, prefer="xllamacpp") as other:
+        yield other
