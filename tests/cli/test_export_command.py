@@ -1,6 +1,7 @@
 """plmtune export: files that other programs run, verified, and mistakes told before work starts."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,13 @@ from in_process import run, save_small
 
 from plmtune.errors import UserError
 from plmtune.export import run as export_run
+from plmtune.export import verify
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(verify, "verify", partial(verify.verify, positions=16, threads=1))
     save_small(tmp_path / "small")
     return tmp_path
 
@@ -63,7 +66,7 @@ class TestGguf:
         def fails(path: Path, *rest: object, **settings: object) -> None:
             raise UserError(f"{path} holds numbers that are not finite.")
 
-        monkeypatch.setattr("plmtune.export.verify.verify", fails)
+        monkeypatch.setattr(verify, "verify", fails)
         code, _, err = run(monkeypatch, capsys, "export", "small", "--to", "gguf", "--quant", "f32")
         assert code == 1 and "small-F32.gguf holds numbers that are not finite" in err
         assert files(folder / "exports") == ["small-F32.gguf.unverified"]
