@@ -68,6 +68,7 @@ class TestHumanEval:
             ("    return sum(numbers)", False),
         ],
     )
+    @pytest.mark.usefixtures("sandbox")
     def test_an_answer_may_go_on_from_what_was_asked(self, prompt: str, answer: str, passed: bool) -> None:
         tests = programs.tests_of(chain(prompt, test=TEST, entry_point="total"))
         assert tests is not None
@@ -81,6 +82,7 @@ class TestHumanEval:
 
 
 class TestMbpp:
+    @pytest.mark.usefixtures("sandbox")
     def test_imports_of_sanitized_rows_are_there_for_the_tests(self) -> None:
         row = {"test_imports": ["import math"], "test_list": ["assert math.isclose(f(), 1.0)"]}
         tests = programs.tests_of(chain("Write f.", **row))

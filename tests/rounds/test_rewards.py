@@ -46,6 +46,7 @@ class TestOverlap:
 
 
 class TestTestsPass:
+    @pytest.mark.usefixtures("sandbox")
     def test_code_that_passes_is_one(self) -> None:
         row = chain(tests=["assert f() == 1"])
         items = [(row, "def f(): return 1"), (row, "def f(): return 2"), (row, "```py\nf = lambda: 1\n```"), (row, "?")]

@@ -103,6 +103,7 @@ class TestNumbers:
 
 
 class TestCode:
+    @pytest.mark.usefixtures("sandbox")
     def test_tests_decide_in_whichever_form(self) -> None:
         good, bad = "Here:\n```python\ndef add(a, b):\n    return a + b\n```\nDone.", "def add(a, b):\n    return a - b"
         human_eval: dict[str, Any] = {
