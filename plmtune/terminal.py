@@ -26,8 +26,8 @@ _PLAIN = {
     "·": "|", "±": "+-", "…": "...", "—": "-", "─": "-", "→": "->", "↑": "^", "↓": "v", "█": "#", "×": "x",
     "≤": "<=", "≥": ">=", "⟦": "[[", "⟧": "]]",
 }  # fmt: skip
-# Text of others may hold what moves a terminal's cursor or changes its title.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+# Text of others may hold what moves a terminal's cursor, changes its title, or turns the order of letters round.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 # A command stays on one line, so that it can be copied. It ends with its sentence.
 _COMMAND = re.compile(
     r"(?:(?<=: )|(?<=with )|(?<=: `))(?:plmtune|\S*python[\d.]* -m) .*?(?:\.(?= [A-Z])|$)|(?<=try it: ).*$"
@@ -95,8 +95,17 @@ def encodable(text: str, encoding: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Return `text` with its control characters spelled out."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+    """Return `text` with its control characters, but line ends and tabs, spelled out."""
+    return _CONTROL.sub(lambda found: _spelled(ord(found.group())), text)
+
+
+def shown(text: str, stream: TextIO) -> str:
+    """Return `text` as `stream` gets it: a pipe as it is, a terminal with its control characters spelled out."""
+    return visible(text) if stream.isatty() else text
+
+
+def _spelled(character: int) -> str:
+    return f"\\x{character:02x}" if character < 256 else f"\\u{character:04x}"
 
 
 def wrap(text: str, width: int | None) -> list[str]:

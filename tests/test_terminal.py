@@ -5,11 +5,17 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from plmtune import terminal
+from plmtune import cli, terminal
+from plmtune.cli.generate import stream
+from plmtune.tables import Table, show
 from plmtune.terminal import Line, encodable, wrap
 
 
@@ -145,3 +151,57 @@ class TestLine:
         line.update("step 1", now=True)
         line.close(keep=True)
         assert screen.getvalue() == ""
+
+
+CONTROLS = [
+    "\x1b[2J", "\x1b]0;title\x07", "\r", "\b", "\x00", "\x7f", "\x9b31m",
+    "\u202e", "\u2066", "\u200f", "\u2028", "\ud800",
+]  # fmt: skip
+
+
+class TestControls:
+    """Names and texts of others cannot move the cursor of a terminal or turn the order of letters round."""
+
+    @given(st.lists(st.one_of(st.text(max_size=5), st.sampled_from(CONTROLS))).map("".join))
+    def test_none_is_left_and_all_else_stays(self, text: str) -> None:
+        said = terminal.visible(text)
+        assert all(ch in "\n\t" or unicodedata.category(ch) not in ("Cc", "Cs", "Zl", "Zp") for ch in said)
+        assert not set(said) & set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+        assert terminal.visible(said) == said
+        if text.isprintable():
+            assert said == text
+
+    @pytest.mark.parametrize("control", CONTROLS)
+    def test_prose_errors_and_tables_spell_them_out(self, control: str, capsys: pytest.CaptureFixture[str]) -> None:
+        terminal.echo(f"a{control}b")
+        terminal.echo(f"a{control}b", err=True)
+        table = Table(["name"], title=f"t{control}t")
+        table.add(f"a{control}b")
+        show(table)
+        said = "".join(capsys.readouterr())
+        assert not set(control) & set(said) - set("[2J]0;title31m")
+        assert said.count("\\x" if ord(control[0]) < 256 else "\\u") >= 4
+
+    @pytest.mark.parametrize("is_terminal", [True, False])
+    def test_what_a_model_writes_is_spelled_out_for_a_terminal_alone(
+        self, is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+        stream(["one\n\t", "\x1b[31m", "\u202e"])
+        assert capsys.readouterr().out == ("one\n\t\\x1b[31m\\u202e\n" if is_terminal else "one\n\t\x1b[31m\u202e\n")
+
+    @pytest.mark.parametrize(
+        "words",
+        [["generate"], ["validate"], ["runs"], ["data", "inspect"], ["tokenizer", "inspect"], ["checkpoints"], ["card"],
+         ["eval", "--tasks"], ["eval", "--suite"], ["plan"], ["verify"], ["convert"], ["ls"], ["cp"], ["perplexity"]],
+    )  # fmt: skip
+    def test_no_command_prints_those_of_its_arguments(
+        self, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["plmtune", *words, "x\x1b[2J\u202ey"])
+        monkeypatch.setattr(terminal, "use_plain_characters", lambda: None)
+        with pytest.raises(SystemExit):
+            cli.main()
+        said = "".join(capsys.readouterr())
+        assert said and "\x1b" not in said and "\u202e" not in said

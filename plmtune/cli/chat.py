@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +194,7 @@ class _Talk:
         self.answers += 1
         try:
             with closing(talk.ask(text, **sampling)) as pieces:
-                speed = stream(_shown(pieces))
+                speed = stream(pieces)
         except BadRow as error:
             raise UserError(f"The message {error}. The conversation goes on without it.") from error
         except ValueError as error:
@@ -237,7 +236,7 @@ class _Talk:
         question = self.conversation.undo()
         if question is None:
             raise UserError("There is nothing to undo.")
-        _tell(f"dropped with its answer: {visible(question.content)}", dim=True)
+        _tell(f"dropped with its answer: {question.content}", dim=True)
 
     def save(self, name: str) -> None:
         path = Path(name).expanduser() if name else self.saved
@@ -285,19 +284,13 @@ _USAGE = {
 _COMMANDS = [usage.split()[0] for usage in _USAGE if usage.startswith("/")]
 
 
-def _shown(pieces: Iterator[str]) -> Iterator[str]:
-    on_terminal = sys.stdout.isatty()
-    for piece in pieces:
-        yield visible(piece) if on_terminal else piece
-
-
 def _tell(text: str | Table, *, dim: bool = False) -> None:
     """Say something that is no answer."""
     width, encoding = terminal.columns(sys.stderr), terminal.encoding(sys.stderr)
     if isinstance(text, Table):
         lines = text.lines(width, encoding=encoding)
     else:
-        lines = terminal.wrap(terminal.encodable(text, encoding), width)
+        lines = terminal.wrap(terminal.encodable(visible(text), encoding), width)
     if dim and terminal.coloured(sys.stderr):
         lines = [terminal.style(line, "dim") for line in lines]
     print("\n".join(lines), file=sys.stderr, flush=True)

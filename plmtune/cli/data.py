@@ -134,7 +134,7 @@ def _prepare(sources: dict[str, Source], tokenizer: Tokenizer, root: Path, **how
         train, validation = manifest.splits["train"], manifest.splits["validation"]
         terminal.echo(
             f"{name}: {train.tokens:,} training tokens, {validation.tokens:,} held out, "
-            f"{manifest.documents:,} documents{terminal.visible(manifest.left_out())}\n{short(directory)}"
+            f"{manifest.documents:,} documents{manifest.left_out()}\n{short(directory)}"
         )
 
 
@@ -226,7 +226,8 @@ def _inspect_shards(
             raise UserError(f"--document {document}: {split} holds documents 0 to {chosen.num_documents - 1}")
         ids = chosen.document(document, shards.eos_id)
         ids = ids[ids != shards.eos_id]
-        console.print(terminal.encodable(tokenizer.decode(ids.tolist()), console.encoding), markup=False)
+        text = terminal.shown(tokenizer.decode(ids.tolist()), sys.stdout)
+        console.print(terminal.encodable(text, console.encoding), markup=False)
     if window is not None:
         if not 0 <= window < chosen.num_windows(seq_len):
             raise UserError(f"--window {window}: {split} holds windows 0 to {chosen.num_windows(seq_len) - 1}")
@@ -261,7 +262,8 @@ def _coloured(ids: list[int], tokenizer: Tokenizer) -> Text:
     from rich.text import Text
 
     def said(ids: list[int]) -> str:
-        return terminal.encodable(tokenizer.decode(ids), terminal.encoding(sys.stdout))
+        text = terminal.shown(tokenizer.decode(ids), sys.stdout)
+        return terminal.encodable(text, terminal.encoding(sys.stdout))
 
     text = Text()
     start = documents = 0

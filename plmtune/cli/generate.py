@@ -88,10 +88,13 @@ def generate(
 
 
 def stream(pieces: Iterable[str]) -> str:
-    """Write what `complete` yields to stdout as it comes, and a line end; return how much and how fast it was."""
+    """Write what `complete` yields to stdout as it comes, and a line end; return how much and how fast it was.
+
+    A terminal gets control characters spelled out.
+    """
     count, first = 0, 0.0
     for piece in pieces:
-        sys.stdout.write(piece)
+        sys.stdout.write(terminal.shown(piece, sys.stdout))
         sys.stdout.flush()
         count += 1
         # Counted from the second token on: the first carries the prompt and the start of the kernels.

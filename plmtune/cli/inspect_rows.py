@@ -145,7 +145,7 @@ def _show_conversation(
     starts = [0, *(i for i in range(1, ids.size) if trained[i] != trained[i - 1])]
     runs = [(ids[a:b].tolist(), bool(trained[a])) for a, b in zip(starts, [*starts[1:], ids.size], strict=True)]
     _print_runs(console, runs, template)
-    turns = ", ".join(message.role for message in messages)
+    turns = visible(", ".join(message.role for message in messages))
     console.print(f"{ids.size:,} tokens, {int(trained.sum()):,} of them trained ({_legend(console)}); turns: {turns}")
 
 
@@ -172,7 +172,7 @@ def _show_pair(console: Console, row: dict[str, Any], place: str, template: Chat
 def _show_chain(console: Console, row: dict[str, Any]) -> None:
     messages, answers = _chain(row)
     for message in messages:
-        console.print(f"{message.role}:", style="bold")
+        console.print(f"{visible(message.role)}:", style="bold")
         console.print(visible(message.content), markup=False)
     if isinstance(gold := row.get("gold"), str):
         console.print("the data's answer:", style="bold")
@@ -314,9 +314,9 @@ def _summary(kind: str, count: int, seen: _Seen, refused: Refused, template: Cha
 
     show(f"{_rows(count)} of {kind}: {count - len(refused):,} can be used, {len(refused):,} cannot")
     for line in refused.describe().splitlines():
-        show(f"  {visible(line)}")
+        show(f"  {line}")
     if seen.unused:
-        show(f"  {visible(seen.unused.describe())}")
+        show(f"  {seen.unused.describe()}")
     if seen.lengths:
         figures = {"rows": 0, "shortest": 3, "median": 0, "90%": 2, "99%": 1, "longest": 0, "sum": 4}
         table = Table(["tokens", *numbers(figures)])

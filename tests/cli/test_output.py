@@ -75,8 +75,16 @@ CASES: dict[str, tuple[list[str], list[str], int]] = {
 }  # fmt: skip
 
 
-# What a pipe gets in another form: tabs in place of a table, signs in place of colours, another scale.
-OTHERWISE = ("eval --list", "data inspect of chats", "data inspect of pairs", "data inspect --window")
+# What a pipe gets in another form: tabs in place of a table, signs in place of colours, another scale, what a model
+# writes as it is.
+OTHERWISE = (
+    "eval --list",
+    "generate",
+    "generate with a killed run",
+    "data inspect of chats",
+    "data inspect of pairs",
+    "data inspect --window",
+)
 
 
 class Screen(io.TextIOWrapper):
