@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +32,12 @@ def importers(package: str) -> set[str]:
         for path in SOURCES
         if any(name == package or name.startswith(package + ".") for name in imports(path))
     }
+
+
+def test_an_installed_package_has_every_folder() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "plmtune").rglob("*.py")}
+    assert listed == {".".join(folder.parts) for folder in folders} | {"plmtune.recipes", "plmtune.conf"}
 
 
 class TestDirections:
