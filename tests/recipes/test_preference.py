@@ -3,8 +3,10 @@
 import importlib
 import json
 import math
+import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +36,21 @@ ROUNDS = [
 ]
 
 
+# Prints whether oneDNN has bf16, and the first loss of each preference loss.
+FIRST_LOSSES = """
+import json, torch
+from conftest import metrics, nothing_beside
+from pathlib import Path
+from tuning import run
+
+has_bf16, found = torch.ops.mkldnn._is_mkldnn_bf16_supported(), {}
+with nothing_beside():
+    for loss in () if has_bf16 else ("dpo", "ipo", "kto", "aries"):
+        run("dpo", f"loss={loss}", f"run_dir={loss}", "runtime.precision=bf16", "data.max_rows=4", "chat.holdout=0",
+            "seq_len=128", "validation.every=0", "checkpoint.every=0", "optimizer.lr=1e-9")
+        found[loss] = next(entry["loss"] for entry in metrics(Path(loss)) if "loss" in entry)
+print(json.dumps([has_bf16, found]))
+"""
 ONLY_THE_NEWEST = "checkpoint={every: 1, keep: 1, best: null}"
 
 
@@ -104,6 +121,17 @@ class TestLearning:
         assert losses == pytest.approx([start] * len(losses), rel=1e-4)
         h = [entry[name] for entry in entries for name in ("h", "validation/h") if name in entry]
         assert h == pytest.approx([0.0] * len(h), abs=1e-6 if precision == "bf16" else 1e-4)
+
+    def test_the_first_losses_are_those_of_the_reference_without_bf16_units(self, base: Path) -> None:
+        hidden = {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(Path(__file__).parent)}
+        done = subprocess.run(
+            [sys.executable, "-c", FIRST_LOSSES], env=os.environ | hidden, capture_output=True, text=True, check=True
+        )
+        has_bf16, found = json.loads(done.stdout.splitlines()[-1])
+        if has_bf16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            pytest.skip("ONEDNN_MAX_CPU_ISA=AVX2 hides nothing from oneDNN on this machine")
+        theory = {"dpo": math.log(2), "ipo": 25.0, "kto": 1.0, "aries": 0.2 * math.log(2) + 0.8 * 2 * 0.25}
+        assert found == pytest.approx(theory, abs=1e-3)
 
     @pytest.mark.parametrize("loss", ["ipo", "simpo", "kto"])
     def test_every_loss_trains(self, base: Path, loss: str) -> None:
