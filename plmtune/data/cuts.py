@@ -43,7 +43,8 @@ class _Automaton:
         self._pattern, self._at = pattern, 0
         self._atoms: list[Any] = []
         self._follow: list[set[int]] = []
-        self._flags = regex.IGNORECASE if "(?i" in pattern else 0
+        # Where case is ignored somewhere: a negated class then takes less, and any other one more.
+        self._flags = (0, regex.IGNORECASE) if "(?i" in pattern else (0,)
         _, self.first, _ = self._alternatives()
         if self._at < len(pattern):
             raise ValueError(f"{pattern[self._at]!r} is not read")
@@ -59,7 +60,7 @@ class _Automaton:
 
     @lru_cache(1 << 12)  # noqa: B019 (an automaton lives as long as its tokenizer)
     def _taking(self, character: str) -> frozenset[int]:
-        return frozenset(i for i, atom in enumerate(self._atoms) if atom.fullmatch(character))
+        return frozenset(i for i, atom in enumerate(self._atoms) if any(form.fullmatch(character) for form in atom))
 
     def _alternatives(self) -> tuple[bool, set[int], set[int]]:
         """(Whether it may be empty, its first states, its last) of what stands up to the end of a group."""
@@ -105,7 +106,7 @@ class _Automaton:
         if found is None or found.group() in tuple("()*+?{}^$"):
             raise ValueError(f"{self._pattern[self._at :]!r:.20} is not read")
         self._at = found.end()
-        self._atoms.append(regex.compile(found.group(), self._flags | regex.DOTALL))
+        self._atoms.append([regex.compile(found.group(), flags | regex.DOTALL) for flags in self._flags])
         self._follow.append(set())
         state = len(self._atoms) - 1
         return False, {state}, {state}

@@ -230,7 +230,8 @@ def by_documents(pieces: Iterable[Piece], share: float, place: Path) -> Iterator
     """Assign documents to splits by the hash of their text: those that fall below `share` are held out.
 
     Where none does, the tail of the one with the lowest hash is, so much that the share is held out: it waits until
-    another falls below. A long document waits in a file in `place`.
+    another falls below. Where all do, the first is trained on up to its tail. A long document waits in a file in
+    `place`.
     """
     if share == 0:
         yield from (("train", *piece) for piece in pieces)
@@ -238,10 +239,18 @@ def by_documents(pieces: Iterable[Piece], share: float, place: Path) -> Iterator
     lowest, total = 2.0, 0
     waiting: Document | None = None  # the lowest so far; none once a document fell below the share
     copies = 0  # of it, beside itself
-    below = False
+    below = trained = False
+    alone: list[Document] = []  # those below the share before there is any other
     for text in _documents(pieces, place):
         total += text.length
         value = text.share()
+        if not trained and value < share:
+            below = True
+            alone.append(text)
+            continue
+        for held in alone:
+            yield from _cut(held, 0)
+        alone, trained = [], True
         if value < share:
             below = True
             yield from _cut(text, 0)
@@ -261,6 +270,10 @@ def by_documents(pieces: Iterable[Piece], share: float, place: Path) -> Iterator
         for _ in range(copies):
             yield from _cut(waiting, waiting.length)
         yield from _cut(waiting, max(0, waiting.length - max(1, int(total * share))))
+    for held in alone[1:]:
+        yield from _cut(held, held.length if held.share() == alone[0].share() else 0)
+    for held in alone[:1]:
+        yield from _cut(held, held.length - max(1, int(held.length * share)))
 
 
 def _documents(pieces: Iterable[Piece], place: Path) -> Iterator[Document]:

@@ -62,13 +62,15 @@ class Renderer:
             BadRow: if the template fails on them or refuses them.
             UserError: if it spends more than a chat template may.
         """
-        variables, length = self.variables, 0
+        variables, length, tools = self.variables, 0, None
         if messages and messages[0].role == "tools":
-            variables, length = variables | {"tools": json.loads(messages[0].content)}, len(messages[0].content)
-            messages = messages[1:]
+            tools, length = json.loads(messages[0].content), len(messages[0].content)
+            variables, messages = variables | {"tools": tools}, messages[1:]
         said = [self._calls.said(m) if "tool_calls" in m.more else _said(m) for m in messages]
         length += sum(len(m.content) + sum(map(len, texts_in(m.more))) for m in messages)
-        return self._write(said, add_generation_prompt, variables, length)
+        items = _num_items([tools, *(m.more for m in messages)])
+        turns = len(said) + (len(tools) if isinstance(tools, list) else 0)
+        return self._write(said, add_generation_prompt, variables, (turns, length, items))
 
     def tried(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str | None:
         """Return the text of messages; None where the template refuses them."""
@@ -151,7 +153,7 @@ class Renderer:
         for calls in (_Calls(content, as_text) for as_text in (False, True) for content in (None, "")):
             said = calls.said(Message("assistant", "", {"tool_calls": [call]}))
             try:
-                text, _ = self._write([asked, said], False, self.variables, 100)
+                text, _ = self._write([asked, said], False, self.variables, (2, 100, 10))
             except BadRow:
                 continue
             # Not: None for a content that is not there, Python's quotes, JSON in JSON.
@@ -161,10 +163,14 @@ class Renderer:
         return _Calls("", False)  # it writes none
 
     def _write(
-        self, said: Sequence[dict[str, Any]], add_generation_prompt: bool, variables: dict[str, Any], length: int
+        self,
+        said: Sequence[dict[str, Any]],
+        add_generation_prompt: bool,
+        variables: dict[str, Any],
+        size: tuple[int, int, int],
     ) -> tuple[str, Spans]:
         environment, pieces = self._environment, []
-        environment.restart(len(said), length)
+        environment.restart(*size)
         try:
             for piece in self._template.generate(
                 messages=said, add_generation_prompt=add_generation_prompt, **variables
@@ -201,6 +207,17 @@ class _Calls:
 
 def _said(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": message.content, **message.more}
+
+
+def _num_items(value: Any) -> int:
+    """Count the items of lists and mappings in a value of JSON, at all depths."""
+    total, held = 0, [value]
+    while held:
+        one = held.pop()
+        if isinstance(one, dict | list):
+            total += len(one)
+            held += one.values() if isinstance(one, dict) else one
+    return total
 
 
 def _json(value: Any) -> str:

@@ -9,6 +9,7 @@ of texts, numbers and lists, and `Rewriter` puts the counting into the template 
 from __future__ import annotations
 
 import functools
+import operator
 import re
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
 from typing import Any
@@ -23,6 +24,14 @@ _MOST_BITS = 4096  # of a number in arithmetic
 _NODES_A_STEP = 8
 _CHARS_A_STEP = 256
 _CALL_STEPS = 10
+_CHARS_A_TURN = 128  # that a template writes around what is said
+_STEPS_AN_ITEM = 100
+# By the names of jinja's operators.
+_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "lteq": operator.le, "gt": operator.gt,
+    "gteq": operator.ge,
+}  # fmt: skip
+_COMPARING = frozenset(_COMPARISONS.values())
 
 # Filters that look at no more than the first level of what they get, by what a look at an item costs.
 _NO_WIDTHS = frozenset({"items", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr"})
@@ -60,19 +69,22 @@ class Limits:
     def __init__(self) -> None:
         self.allow()
 
-    def allow(self, turns: int = 1, length: int = 0) -> None:
+    def allow(self, turns: int = 1, length: int = 0, items: int = 0) -> None:
         """Begin to count anew.
 
         A right template takes a few hundred steps a turn, reads each text a few times, may look back over all turns
-        from each of them, and may collect what it writes in one text that grows.
+        from each of them, may collect what it writes in one text that grows by several parts a turn, and may write each
+        part of a tool in its own words.
 
         Args:
-            turns: of the conversation.
+            turns: of the conversation, and its tools.
             length: characters of all that the template is given.
+            items: of the lists and mappings in it.
         """
         self._turns, self._length = turns, length
-        self._most_steps = self.steps = 10_000 + 500 * turns + 4 * turns**2 + length // 2
-        self._most_chars = self.chars = (1 << 20) + length * (64 + turns)
+        size = length + _ITEM * items + _CHARS_A_TURN * turns
+        self._most_steps = self.steps = 10_000 + 500 * turns + 4 * turns**2 + length // 2 + _STEPS_AN_ITEM * items
+        self._most_chars = self.chars = (1 << 20) + size * (64 + 4 * turns)
 
     def tick(self, steps: int) -> None:
         """Count steps."""
@@ -89,14 +101,16 @@ class Limits:
     def _given(self) -> str:
         return f"for {self._turns:,} turns with {self._length:,} characters"
 
-    def weigh(self, value: Any, sizes: bool = False) -> int:
+    def weigh(self, value: Any, sizes: bool = False, most: int | None = None) -> int:
         """Return how many characters it costs to read all of a value; what stands in it twice counts twice.
 
         Args:
             sizes: an integer costs its value, as where it may be a width.
+            most: a larger value is not looked at further; None: what is left.
         """
         if value.__class__ is str:
             return len(value)
+        most = self.chars if most is None else most
         total, held = 0, [value]
         while held:
             one = held.pop()
@@ -107,24 +121,42 @@ class Limits:
                 total += (abs(one) if sizes and one.__class__ is not bool else 0) + (_ITEM if bits < 64 else bits**2)
             elif isinstance(one, Mapping):
                 total += 2 * _ITEM * len(one)
-                held += [*one.keys(), *one.values()]
+                held += [*one.keys(), *one.values()] if total <= most else []
             elif isinstance(one, list | tuple | set | frozenset | KeysView | ValuesView | ItemsView):
                 total += _ITEM * (1 + len(one))
-                held += one
+                held += one if total <= most else []
             elif isinstance(one, Namespace):
                 total += _ITEM
                 held.append(object.__getattribute__(one, "_Namespace__attrs"))
             else:
                 total += _ITEM
-            if total > self.chars:
+            if total > most:
                 break  # what asks is about to spend it
         return total
+
+    def compare(self, left: Any, right: Any) -> None:
+        """Count what a comparison reads: of both values no more than the smaller has."""
+        most, last = 1 << 8, self.chars // 4  # more than that cannot be spent
+        while (size := min(self.weigh(left, most=most), self.weigh(right, most=most))) > most and most < last:
+            most = min(8 * most, last)
+        self.spend(4 * size)
 
     def shallow(self, value: Any) -> int:
         """Return what it costs to look at each item of a value."""
         if isinstance(value, str | bytes):
             return len(value)
         return _ITEM * (1 + len(value)) if hasattr(value, "__len__") else _ITEM
+
+    def indents(self, value: Any) -> int:
+        """Return the indents of all lines of a value, of one that has been weighed, as JSON is written with them."""
+        total, held = 0, [(value, 1)]
+        while held:
+            one, level = held.pop()
+            if isinstance(one, Mapping | list | tuple):
+                inside = one.values() if isinstance(one, Mapping) else one
+                total += level * (1 + len(one))
+                held += [(item, level + 1) for item in inside]
+        return total
 
     def depth(self, value: Any) -> int:
         """Return how deep lists and mappings stand in each other, of a value that has been weighed."""
@@ -267,7 +299,7 @@ def _tojson(
 ) -> int:
     size = limits.weigh(value)
     extra = limits.weigh(separators) * size // _ITEM if separators is not None else 0
-    return extra + (limits.weigh(indent, sizes=True) * limits.depth(value) * size // _ITEM if indent else 0)
+    return extra + (limits.weigh(indent, sizes=True) * limits.indents(value) if indent else 0)
 
 
 def _sum(limits: Limits, iterable: Any, attribute: Any = None, start: Any = 0) -> int:
@@ -337,8 +369,13 @@ def limited_tests(limits: Limits, tests: Mapping[str, Callable[..., Any]]) -> di
     """Return tests that count what they read."""
 
     def limited(function: Callable[..., Any]) -> Callable[..., Any]:
+        compares = function in _COMPARING
+
         def test(value: Any, *args: Any) -> Any:
-            limits.spend(limits.weigh(value) + sum(map(limits.weigh, args)))
+            if compares and len(args) == 1:
+                limits.compare(value, args[0])
+            else:
+                limits.spend(limits.weigh(value) + sum(map(limits.weigh, args)))
             return function(value, *args)
 
         return test
@@ -347,8 +384,8 @@ def limited_tests(limits: Limits, tests: Mapping[str, Callable[..., Any]]) -> di
 
 
 # No template can write these names.
-_TICK, _CONCAT, _ADD, _READ, _COPIED, _SEARCHED = (
-    f"{name} (counted)" for name in ("step", "~", "+", "read", "copy", "search")
+_TICK, _CONCAT, _ADD, _READ, _COPIED, _SEARCHED, _COMPARED = (
+    f"{name} (counted)" for name in ("step", "~", "+", "read", "copy", "search", "compare")
 )
 
 
@@ -404,7 +441,15 @@ def _counters(limits: Limits) -> dict[str, Callable[..., Any]]:
             spend(len(value) if value.__class__ is str else weigh(value))
         return value
 
-    return {_TICK: step, _CONCAT: concat, _ADD: add, _READ: read, _COPIED: copied, _SEARCHED: searched}
+    @pass_context
+    def compared(context: Context, left: Any, right: Any, how: str) -> Any:
+        limits.compare(left, right)
+        return _COMPARISONS[how](left, right)
+
+    return {
+        _TICK: step, _CONCAT: concat, _ADD: add, _READ: read, _COPIED: copied, _SEARCHED: searched,
+        _COMPARED: compared,
+    }  # fmt: skip
 
 
 def _through(name: str, node: Any) -> Any:
@@ -452,8 +497,12 @@ class Rewriter(NodeTransformer):
         visited = [self.visit(part) for part in (first, *parts)]
         return _through(_ADD, nodes.List(visited).set_lineno(node.lineno))
 
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+    def visit_Compare(self, node: nodes.Compare) -> Any:
         self.generic_visit(node)
+        first, constant = node.ops[0], isinstance(node.expr, nodes.Const) or isinstance(node.ops[0].expr, nodes.Const)
+        if len(node.ops) == 1 and first.op in _COMPARISONS and not constant:
+            given = [first.expr, nodes.Const(first.op).set_lineno(node.lineno)]
+            return nodes.Filter(node.expr, _COMPARED, given, [], None, None).set_lineno(node.lineno)
         sides: list[Any] = [node, *node.ops]
         searches = any(side.op in ("in", "notin") for side in node.ops)
         # A text is read no further than a constant one is long.

@@ -70,9 +70,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         }
         self.restart()
 
-    def restart(self, turns: int = 1, length: int = 0) -> None:
+    def restart(self, turns: int = 1, length: int = 0, items: int = 0) -> None:
         """Begin to count anew, before a rendering; see `Limits.allow`."""
-        self.limits.allow(turns, length)
+        self.limits.allow(turns, length, items)
         self.written = 0  # characters
         self.spans: list[tuple[int, str]] = []  # where a {% generation %} begins, and its text
 

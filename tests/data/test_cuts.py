@@ -103,6 +103,14 @@ def test_nothing_is_cut_inside_a_piece_or_where_a_pattern_looks_behind() -> None
     assert behind.cuts.last("a b " * 1000) == 0
 
 
+def test_a_negated_class_takes_what_it_takes_where_case_counts() -> None:
+    """A pattern that ignores case in one part does not in others."""
+    quoted = Tokenizer(replace(bundled().vocabulary, pattern=r"""(?i:'s)|"[^a-z"]*"|[\s\S]"""))
+    text, more = '"' + "AB CD " * 1000, '" x'
+    cut = quoted.cuts.last(text)
+    assert quoted.encode(text[:cut]) + quoted.encode((text + more)[cut:]) == quoted.encode(text + more)
+
+
 def test_characters_that_join_with_those_before_them_begin_nothing() -> None:
     for character in map(chr, range(sys.maxunicode + 1)):
         parts = unicodedata.decomposition(character).split()

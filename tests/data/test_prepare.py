@@ -223,6 +223,14 @@ class TestHoldoutByDocuments:
         assert self.split(["0123456789"], 0.2) == (["01234567"], ["89"])
         assert self.split(["0123456789"] * 3, 0.2) == (["0123456789"] * 2 + ["0123"], ["456789"])
 
+    @pytest.mark.parametrize("copies", [1, 3])
+    def test_there_is_text_to_train_on_whatever_its_hash_is(self, copies):
+        for number in range(40):
+            text = f"the only document {number}"
+            train, held_out = self.split([text] * copies, 0.3)
+            assert train[: copies - 1] == [text] * (copies - 1)
+            assert train[-1] + "".join(held_out) == text and held_out
+
     def test_a_share_of_zero_holds_nothing_out(self):
         assert self.split(["a", "b"], 0) == (["a", "b"], [])
 

@@ -171,6 +171,62 @@ class TestRightTemplates:
         messages = [Message("tools", json.dumps(tools)), Message("user", "hello")]
         assert Renderer(source, {}, "t").render(messages)[0].count('"p8"') == 600
 
+    @pytest.mark.parametrize("long", [0, -2, -1])
+    @pytest.mark.parametrize("number", [20, 400])
+    def test_a_turn_that_is_compared_with_each_other(self, number, long):
+        """As templates find the first or last turn, one of which holds a whole file."""
+        source = (
+            "{% set asked = messages | selectattr('role', 'eq', 'user') | list %}{% for m in messages %}"
+            "{% if m == asked[-1] %}[{% endif %}{{ m.role ~ m.content }}"
+            "{% if m != messages | last and m is ne(messages[0]) %}\n{% endif %}{% endfor %}"
+        )
+        messages = [Message(("user", "assistant")[i % 2], str(i)) for i in range(number)]
+        messages[long] = Message(messages[long].role, "word " * 30_000)
+        assert Renderer(source, {}, "t").render(messages)[0].count("[") == 1
+
+    def test_a_text_that_collects_short_turns_with_what_stands_around_them(self):
+        around = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>\n"
+        head, middle, end = around.split("{}")
+        source = (
+            "{% set ns = namespace(all='') %}{% for m in messages %}"
+            f"{{% set ns.all = ns.all + '{head}' + m.role %}}{{% set ns.all = ns.all ~ '{middle}' %}}"
+            f"{{% set ns.all = ns.all + m.content + '{end}' %}}"
+            "{% endfor %}{{ ns.all }}"
+        )
+        messages = [Message("user", "word " * 30_000), *[Message("user", "y")] * 899]
+        assert Renderer(source, {}, "t").render(messages)[0].count("user") == 900
+
+    @pytest.mark.parametrize("number", [1, 300])
+    def test_tools_in_words_of_the_template(self, number):
+        """As TypeScript: a macro for each type, with all of them collected in one text."""
+        source = (
+            "{% macro kind(of) %}{% if of.type == 'array' %}{{ kind(of['items']) + '[]' }}{% elif of.enum %}"
+            "{{ of.enum | join(' | ') }}{% elif of.type == 'object' %}{{ '{' }}{% for name, inner in "
+            "of.properties.items() %}{{ name + ('' if name in (of.required or []) else '?') + ': ' }}{{ kind(inner) }}"
+            "{% if not loop.last %}{{ ', ' }}{% endif %}{% endfor %}{{ '}' }}{% else %}{{ of.type }}{% endif %}"
+            "{% endmacro %}{% set ns = namespace(all='') %}{% for tool in tools %}"
+            "{% set ns.all = ns.all ~ (tool | string) ~ kind(tool.parameters) ~ '\n' %}{% endfor %}"
+            "{{ ns.all }}{{ messages[0].content }}"
+        )
+        properties = {f"p{i}": {"type": "array", "items": {"type": "x"}} for i in range(3_000 // number)}
+        tools = [{"name": f"f{i}", "parameters": {"type": "object", "properties": properties}} for i in range(number)]
+        messages = [Message("tools", json.dumps(tools)), Message("user", "hello")]
+        assert Renderer(source, {}, "t").render(messages)[0].count("x[]") == len(properties) * number
+
+    def test_deep_json_with_an_indent_and_calls_with_many_numbers(self):
+        deep: object = {"type": "x"}
+        for _ in range(20):
+            deep = {"type": "object", "properties": {"a": {"type": "x"}, "b": deep}}
+        call = {"type": "function", "function": {"name": "f", "arguments": {"x": list(range(20_000))}}}
+        source = (
+            "{% for tool in tools %}{{ tool | tojson(indent=4) }}{% endfor %}{% for m in messages %}{{ m.content }}"
+            "{% for call in m.tool_calls or [] %}{{ call.function.name }}"
+            "{{ call.function.arguments | tojson(indent=2) }}{% endfor %}{% endfor %}"
+        )
+        messages = [Message("tools", json.dumps([deep] * 50)), Message("user", "a")]
+        messages.append(Message("assistant", "", {"tool_calls": [call]}))
+        assert Renderer(source, {}, "t").render(messages)[0].endswith("19999\n  ]\n}")
+
     @pytest.mark.parametrize("name", NAMED)
     def test_spend_a_hundredth_of_what_they_may(self, name):
         template = ChatTemplate(NAMED[name], bundled(), name) if name == "plain" else None
