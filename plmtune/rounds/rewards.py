@@ -21,7 +21,7 @@ from plmtune.registry import register
 from plmtune.rounds.chains import Chain
 from plmtune.rounds.programs import program, tests_of
 from plmtune.rounds.rules import number_of
-from plmtune.sandbox import run_all
+from plmtune.sandbox import run_all, with_calls
 
 Item = tuple[Chain, str]  # a prompt, and an answer to it
 
@@ -92,13 +92,15 @@ class TestsPass:
         """Score answers, as many at once as there are cores.
 
         Raises:
-            UserError: naming the first prompt without tests; where there is no sandbox.
+            UserError: naming the first prompt without tests, or whose tests are never run; where there is no sandbox.
         """
         work = []
         for chain, text in items:
             tests = tests_of(chain)
             if tests is None:
                 raise UserError(f"reward=tests_pass: {chain.place} has no tests (keys test and entry_point, or tests).")
+            if (never := with_calls(tests.code).never) is not None:
+                raise UserError(f"reward=tests_pass: {chain.place} has tests that are never run: {never}. Call them.")
             work.append(program(text, tests))
         return [float(result.passed) for result in run_all(work, seconds=self.seconds)]
 

@@ -10,7 +10,7 @@ from typing import cast
 from plmtune.registry import load, register
 from plmtune.rounds.chains import Chain, Turn
 from plmtune.rounds.programs import program, tests_of
-from plmtune.sandbox import run_python
+from plmtune.sandbox import run_python, with_calls
 
 Rule = Callable[[Chain, Turn, Turn], str | None]  # (chain, chosen, rejected)
 
@@ -78,6 +78,8 @@ def tests_pass(chain: Chain, chosen: Turn, rejected: Turn) -> str | None:
     tests = tests_of(chain)
     if tests is None:
         return "has no tests for code"
+    if with_calls(tests.code).never is not None:
+        return "has tests for code that are never run"
     code, after = program(chosen.text, tests)
     return None if run_python(code, tests=after).passed else "has a chosen answer whose code fails its tests"
 

@@ -3,7 +3,8 @@
 Who started it sends the tests, and behind them a nonce, once the code has run to its end; the nonce stays in the pipe
 until the tests have ended. The verdict is a key that was sent with the code, and that nonce. So no descriptor has all
 of it before the end, and neither has a frame; nor is an exit status, or anything that is printed, a verdict. Tests are
-also not passed by an object that they get from a call, and whose class they do not name, if it equals everything.
+also not passed by an object that they get from a call or compare, and whose class they do not name, if it equals
+everything. This program keeps builtins of its own, which the code does not change by setting those of Python.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ READY = b"ready"  # an interpreter stands, and has not been sent any code
 KEY_BYTES = 16
 _REASON = 2000  # characters
 _FUTURE = 0x1FE0000  # flags of code that `from __future__ import` sets (CO_FUTURE_* in CPython's code.h)
+_EQUALITY = ("__eq__", "mock", "ALWAYS_EQ")  # code without any of them hardly has an object that equals everything
+_SLOT = type(object.__eq__)
 _STACK = 2 * 2**20  # of a thread: all that there may be fit into the memory
 
 # The source of the fresh interpreter: read this program, and call its main.
 STUB = f"""
-import marshal, os, sys
+import builtins, marshal, os, sys
 
-def read(count):
+def read(count, read=os.read):
     data = b""
     while len(data) < count:
-        piece = os.read(inlet, count - len(data))
+        piece = read(inlet, count - len(data))
         if not piece:
             raise EOFError
         data += piece
@@ -41,7 +44,7 @@ def read(count):
 inlet, outlet = map(int, sys.argv[1:])
 os.write(outlet, {READY!r})
 order = marshal.loads(read(int.from_bytes(read(4), "little")))
-names = dict(__name__="plmtune.sandbox.program")
+names = dict(__name__="plmtune.sandbox.program", __builtins__=dict(vars(builtins)))
 exec(order.pop("program"), names)
 names["main"](read, outlet, **order)
 """
@@ -56,22 +59,23 @@ def main(read: Callable[[int], bytes], outlet: int, *, code: str, tested: bool, 
         path: where packages are found beside the standard library.
     """
     write, leave, getpid, me = os.write, os._exit, os.getpid, os.getpid()
+    settrace, setprofile = sys.settrace, sys.setprofile
     module = types.ModuleType("candidate" if tested else "__main__")  # its `if __name__ == "__main__":` is no test
-    module.__dict__["__file__"] = "candidate.py"
+    module.__dict__.update(__file__="candidate.py", __builtins__=builtins)
     sys.modules[module.__name__] = sys.modules["__main__"] = module
     sys.argv[:] = ["candidate.py"]
     sys.path.append(path)
     vars(builtins).update(exit=sys.exit, quit=sys.exit)  # which the module `site` would bring
     _thread.stack_size(_STACK)
     texts = {"candidate.py": code}
-    calls = Calls() if tested and "__eq__" in code else None
+    calls = Calls() if tested and any(word in code for word in _EQUALITY) else None
     try:
         _show_lines(texts)
         compiled = compile(code, "candidate.py", "exec", dont_inherit=True)
         exec(compiled, module.__dict__)
         if tested and getpid() == me:
-            sys.settrace(None)  # which could skip lines of the tests
-            sys.setprofile(None)
+            settrace(None)  # which could skip lines of the tests
+            setprofile(None)
             write(outlet, key)
             tests = texts["tests.py"] = read(int.from_bytes(read(4), "little")).decode("utf-8", "surrogatepass")
             _show_lines(texts)
@@ -106,8 +110,17 @@ class _Other:
     __slots__ = ("other",)
 
 
+class _Full:
+    """It has whatever attribute is asked for, each time another one."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> object:
+        return object()
+
+
 class Calls:
-    """What the tests get from calls."""
+    """What the tests get from calls, and what they compare and pass on."""
 
     NAME = "__see__"
 
@@ -115,23 +128,41 @@ class Calls:
         import ast  # before the code could replace it
 
         self.ast: Any = ast
-        self.functions: dict[types.FunctionType, str] = {}
+        self.compares: dict[int, tuple[Any, str]] = {}
         self.named: set[str] = set()
 
     def watch(self, tests: str) -> Any:
-        """The syntax tree of tests in which every call's result is seen; tests nested too deep for one stay a text."""
+        """The syntax tree of tests in which such values are seen; tests nested too deep for one stay a text."""
         ast, named, name = self.ast, self.named, self.NAME
+
+        def seen(node: Any) -> Any:
+            return ast.copy_location(ast.Call(ast.Name(name, ast.Load()), [node], []), node)
+
+        def seen_if_held(node: Any) -> Any:
+            return seen(node) if isinstance(node, (ast.Name, ast.Attribute, ast.Subscript)) else node
 
         class Watched(ast.NodeTransformer):  # type: ignore[name-defined]
             def visit_Name(self, node: Any) -> Any:
                 named.add(node.id)
                 return node
 
-            def visit_Call(self, node: Any) -> Any:
-                call = ast.Call(ast.Name(name, ast.Load()), [self.generic_visit(node)], [])
-                return ast.copy_location(call, node)
+            def visit_Attribute(self, node: Any) -> Any:
+                named.add(node.attr)
+                return self.generic_visit(node)
 
-            visit_Await = visit_Call
+            def visit_Call(self, node: Any) -> Any:
+                self.generic_visit(node)
+                node.args = [seen_if_held(each) for each in node.args]
+                return seen(node)
+
+            def visit_Compare(self, node: Any) -> Any:
+                self.generic_visit(node)
+                node.left = seen_if_held(node.left)
+                node.comparators = [seen_if_held(each) for each in node.comparators]
+                return node
+
+            def visit_Await(self, node: Any) -> Any:
+                return seen(self.generic_visit(node))
 
         try:
             return ast.fix_missing_locations(Watched().visit(ast.parse(tests, "tests.py")))
@@ -139,24 +170,31 @@ class Calls:
             return tests
 
     def see(self, value: Any) -> Any:
-        """Keep how the class of a value compares, if the code says it."""
-        function = getattr(type(value), "__eq__", None)
-        if type(function) is types.FunctionType and function.__code__.co_filename == "candidate.py":
-            self.functions[function] = type(value).__name__
+        """Keep how the class of a value compares, unless the interpreter says it."""
+        for base in type(value).__mro__:
+            how = base.__dict__.get("__eq__")
+            if how is not None:
+                if type(how) is not _SLOT:
+                    self.compares[id(how)] = how, type(value).__name__
+                break
         return value
 
     def equal_everything(self) -> str | None:
         """The class of a value that says that whatever it is equals whatever there is; None if there is none."""
-        for function, name in self.functions.items():
-            if name in self.named:
+        for how, name in self.compares.values():
+            if name in self.named or name.strip("_") in self.named:
                 continue  # tests may want to see that of it
             try:
-                answer = function(_One(), _Other())
-                if answer is not NotImplemented and answer:
+                if all(self._equal(how, one(), other()) for one in (_One, _Full) for other in (_Other, _Full)):
                     return name
-            except Exception:  # it looks at what it compares
+            except BaseException:  # it looks at what it compares
                 continue
         return None
+
+    def _equal(self, how: Any, one: object, other: object) -> bool:
+        bind = getattr(type(how), "__get__", None)
+        answer = (bind(how, one, type(one)) if bind else how)(other)
+        return answer is not NotImplemented and bool(answer)
 
 
 def _show_lines(texts: dict[str, str], *, always: bool = False) -> None:

@@ -37,6 +37,7 @@ from types import CodeType
 from typing import IO, Any, Literal
 
 from plmtune.errors import UserError
+from plmtune.sandbox.uncalled import with_calls
 
 Isolation = Literal["namespaces", "limits"]
 MEMORY_BYTES = 512 * 2**20
@@ -100,6 +101,8 @@ def run_python(
 ) -> Result:
     """Run code, and then tests in the same module, with the standard library and numpy, where it is installed.
 
+    Tests that are defined and never called are called; tests that cannot be are never passed.
+
     Args:
         seconds: of the wall clock, for everything.
         memory_bytes: address space of a process.
@@ -126,10 +129,13 @@ def run_python(
             raise ValueError(f"{name} must be positive, but is {value:g}")
     if isolation == "namespaces" and platform.system() != "Linux":
         raise NoSandbox(f"it needs the namespaces of Linux, and this is {platform.system()}")
+    called = with_calls(tests)
+    if called.never is not None:
+        return Result(False, None, "", f"its tests are never run: {called.never}")
     python, packages = _interpreter(), _numpy()
     spec = {
         "code": code,
-        "tests": tests,
+        "tests": called.text,
         "seconds": seconds,
         "memory_bytes": memory_bytes,
         "disk_bytes": disk_bytes,

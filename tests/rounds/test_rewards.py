@@ -55,6 +55,9 @@ class TestTestsPass:
     def test_a_row_without_tests_is_named(self) -> None:
         with pytest.raises(UserError, match=r"x.jsonl, line 3 has no tests"):
             load("reward", "tests_pass")().score([(chain(), "a")])
+        never = chain(tests="def check(f):\n    assert f(2) == 4\n")
+        with pytest.raises(UserError, match=r"line 3 has tests that are never run: they define check and call nothing"):
+            load("reward", "tests_pass")().score([(never, "a")])
 
     def test_no_time_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"seconds \(0\) must be above 0"):

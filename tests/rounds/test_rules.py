@@ -119,3 +119,7 @@ class TestCode:
 
     def test_a_row_without_tests(self) -> None:
         assert check("tests_pass", "a", "b") == "has no tests for code"
+
+    def test_a_row_whose_tests_never_run(self) -> None:
+        row = {"tests": "def check(f):\n    assert f(2) == 4\n"}
+        assert check("tests_pass", "a", "b", **row) == "has tests for code that are never run"

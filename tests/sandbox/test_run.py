@@ -118,12 +118,15 @@ class TestVerdict:
             "class Any:\n    def __eq__(self, other): return True\ndef f(): return [Any()]",
             "import math\nmath.isclose = lambda a, b: True\ndef f(): return 2",
             "import sys\ndef f(): return sys._getframe(1).f_code.co_consts[0]",
+            "class f:\n    def __eq__(self, other): return True",
         ],
     )
     def test_what_one_process_cannot_promise(self, code: str) -> None:
         # docs/evaluation.md names these: it is so in every judge that runs code and tests together.
-        tests = "assert f() == [6]" if "Any" in code else "import math\nassert math.isclose(f(), 6)"
-        assert run(code, "6\nx = 6\nassert f() == x" if "_getframe" in code else tests).passed
+        tests = "6\nx = 6\nassert f() == x"
+        tests = "assert f() == [6]" if "Any" in code else tests
+        tests = "import math\nassert math.isclose(f(), 6)" if "isclose" in code else tests
+        assert run(code, tests).passed
 
     @pytest.mark.parametrize("base", ["object", "int", "list", "Exception", "type"])
     def test_an_object_that_equals_everything_proves_nothing(self, base: str) -> None:
@@ -132,6 +135,38 @@ class TestVerdict:
         result = run(code, "assert f() == 6\nassert 7 in [f()]")
         assert (result.passed, result.reason) == (False, "an object of class Any equals everything")
         assert base == "type" or run(code, "assert Any() == 6").passed  # where this is what the tests want to see
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            "from unittest.mock import ANY as it",
+            "from unittest.mock import MagicMock\nit = MagicMock()\nit.__eq__.return_value = True",
+            "class T:\n    def __call__(self, other): return True\nclass A: __eq__ = T()\nit = A()",
+            "import functools\nclass A: __eq__ = functools.partialmethod(lambda *a: 1)\nit = A()",
+            "class A: __eq__ = staticmethod(lambda other: True)\nit = A()",
+            "names = {}\nexec('def __eq__(a, b): return True', names)\nit = type('A', (), names)()",
+            "import builtins\nbuiltins.type = lambda *a: int\nclass A:\n    def __eq__(a, b): return True\nit = A()",
+        ],
+    )
+    @pytest.mark.parametrize(
+        "tests",
+        ["assert f() == 6", "assert f.it == 6", "assert f.all[0] == 6", "for x in f.all: assert x == 6"],
+    )
+    def test_however_it_is_made_and_given(self, answer: str, tests: str) -> None:
+        result = run(f"{answer}\ndef f(): return it\nf.it, f.all = it, [it]", tests)
+        assert not result.passed and "equals everything" in str(result.reason)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            "import builtins\nbuiltins.exec = lambda *a: None",
+            "import builtins\nreal = compile\nbuiltins.compile = lambda text, *a, **k: real('pass', *a, **k)",
+            "import os\nos.read = lambda descriptor, count: b'\\1\\0\\0\\0' if count == 4 else b'1'",
+            "import sys\nsys.settrace = sys.setprofile = lambda function: None",
+        ],
+    )
+    def test_what_judges_is_not_replaced_by_name(self, change: str) -> None:
+        assert not run(f"{change}\ndef f(): return 1", "assert f() == 2").passed
 
 
 class TestLimits:
