@@ -20,6 +20,25 @@ READ = {
     "input_beside_response": ([r"Add the numbers\.\n19 and 23"], []),
     "kto_other_names": ([r"rejected='Go away\.'", r"chosen='Bye!'", r"chosen='Hi!'"], [r"is a conversation"]),
     "mix_short_phase": ([r"drawn \{'a': 24, 'b': 8\} said \{'a': 0\.75, 'b': 0\.25\}"], []),
+    "paths_of_tables": (
+        [r"key data\.paths\[0\]: a table where", r"key data\.paths\[0\]: a list where", r"prepare is empty"],
+        [r"Traceback"],
+    ),
+    "pissa_adapter": (
+        [
+            r"true PEFT .* plmtune against PEFT \d\.\d+e-0[5-9]",
+            r"gaussian PEFT .* plmtune against PEFT \d\.\d+e-0[5-9]",
+            r"pissa refused: UserError .*init_lora_weights is 'pissa'",
+            r"olora refused: UserError .*init_lora_weights is 'olora'",
+        ],
+        [],
+    ),
+    "separator_override": (
+        [r"(?s)(data\.separator=\S+\nfiles: [^\n]* 3 documents.*){2}--separator\n.* 3 documents"],
+        [],
+    ),
+    "yaml_duplicate_keys": ([r"plmtune: mine\.yaml, line 3: .*the key optimizer is there twice, first in line 1"], []),
+    "yaml_one_beta": ([r"needs 2 values, not 1\.", r"needs 2 values, not 3\."], [r"Traceback"]),
     "null_pair_columns": ([r"2 rows of conversations: 2 can be used"], [r"preference pair"]),
     "reasoning_content": ([r"⟦<think>three sevens are twenty-one</think>\n21<\|im_end\|>⟧"], []),
     "system_prompt_in_pairs": ([r"system\nAnswer in French\."], [r"helpful assistant"]),
@@ -32,7 +51,12 @@ READ = {
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="no ../shared/cases")
 class TestData:
-    @pytest.mark.parametrize("name", READ)
+    @pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=pytest.mark.slow if name == "pissa_adapter" else ()) for name in READ
+        ],  # PEFT, four times
+    )
     def test_is_read_or_refused_by_name(self, tmp_path: Path, name: str) -> None:
         folder = shutil.copytree(CASES / name, tmp_path / name)
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
