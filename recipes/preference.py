@@ -190,13 +190,12 @@ class Preference:
             self.restore_from = None
         launch.warm_up(runtime, lambda: self._warmup_step(reference))
         # A run that was stopped while it measured its tasks measures them first.
-        if (
-            tasks
-            and tasks.unfinished(run.path, self.step, num_steps)
-            and not tasks.measure(self.model, runtime, run.path, self.step, monitor)
-        ):
-            monitor.stopped(self.step)
-            return None
+        if tasks and tasks.unfinished(run.path, self.step, num_steps):
+            if not tasks.measure(self.model, runtime, run.path, self.step, monitor):
+                monitor.stopped(self.step)
+                return None
+            if monitor.should_stop():
+                monitor.raise_failure()  # there may be no further step that raises it
         for index, batches in data.iterate(self.step - self.first):
             values = self.train_step(index, batches, reference)
             self.step = self.first + index + 1

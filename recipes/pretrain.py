@@ -131,13 +131,12 @@ class Pretrain:
             self._log_startup(monitor)
             launch.warm_up(runtime, self._warmup_step)
             # A run that was stopped while it measured its tasks measures them first.
-            if (
-                tasks
-                and tasks.unfinished(run.path, self.step, plan.num_steps)
-                and not tasks.measure(self.model, runtime, run.path, self.step, monitor)
-            ):
-                monitor.stopped(self.step)
-                return None
+            if tasks and tasks.unfinished(run.path, self.step, plan.num_steps):
+                if not tasks.measure(self.model, runtime, run.path, self.step, monitor):
+                    monitor.stopped(self.step)
+                    return None
+                if monitor.should_stop():
+                    monitor.raise_failure()  # there may be no further step that raises it
             for index, batches in self.data.iterate(self.step):
                 values = self.train_step(index, batches)
                 self.step = index + 1

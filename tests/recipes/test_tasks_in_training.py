@@ -1,6 +1,9 @@
 """Tasks of lm-eval that are measured while a model is trained."""
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from conftest import metrics, refusal, start, stop_at, weights
 from tuning import run, stop_in
 
 from plmtune.evaluation import prefixes, results, scoring
+from plmtune.training.metrics import MetricsFile
 
 TASKS = ["eval.tasks=[arc_easy]", "eval.data=map.yaml", "eval.every=4", "eval.limit=3"]
 SHORT = [*TASKS[:2], "eval.every=2", "eval.limit=3", "phases=[{name: main, steps: 6}]"]
@@ -90,8 +94,16 @@ class TestTasksInTraining:
             with pytest.raises(SystemExit):
                 start(*last)
         (loss,) = [entry["validation_loss"] for entry in metrics(questions / "run")[-1:]]
+        shutil.copytree(questions / "run", questions / "copy")
         assert start(*last, "resume=true") == loss
         assert list(scored(questions / "run")) == [12]
+
+        def full(*given: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(MetricsFile, "append", full)
+        said = refusal("run_dir=copy", *last[1:], "resume=true")
+        assert "copy/metrics.jsonl cannot be written: No space left on device" in said
 
     def test_every_recipe_has_them(self, base: Path) -> None:
         write_questions(base)
