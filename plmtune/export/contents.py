@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from gguf import LlamaFileType
+from gguf import LlamaFileType, TokenType
 from torch import Tensor
 
 from plmtune.data.tokenizers import Tokenizer, load_tokenizer
@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 # What llama.cpp and transformers take where a file has none.
 _DEFAULT_THETA = 10000.0
+# The token that ends a text for llama.cpp where a file of this tokenizer names none.
+_DEFAULT_EOS = {"gpt2": 11}
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,11 @@ class Contents:
             its own names.
         rows: of the embedding; None: not known.
         tokenizer: tokens and merges, as far as they are known.
+        ordinary: of each token whether a GGUF file says that it is text like any other, not special; empty: not known.
         pre: llama.cpp's name for how text is cut; None: the file does not say.
         template: of conversations; None: none, or not known.
         ends: the id that the file says ends a text; None: it does not say.
+        ends_turn: the id that it says ends a turn; None: it does not say.
     """
 
     kind: str
@@ -62,9 +66,11 @@ class Contents:
     unknown: tuple[str, ...] = ()
     rows: int | None = None
     tokenizer: dict[str, list[str]] = field(default_factory=dict)
+    ordinary: tuple[bool, ...] = ()
     pre: str | None = None
     template: str | None = None
     ends: int | None = None
+    ends_turn: int | None = None
 
 
 def read_contents(path: Path, model: Decoder) -> Contents:
@@ -94,16 +100,17 @@ def settings_of(model: Decoder) -> dict[str, float]:
 
 
 def tokenizer_tables(tokenizer: Tokenizer) -> dict[str, list[str]]:
-    """A tokenizer's tokens by id (empty where it has none that merges make) and merges, as a GGUF file has them."""
+    """A tokenizer's tokens by id (empty where it has none) and merges, as a GGUF file has them."""
     held = json.loads(tokenizer._json)["model"]
     tokens = [""] * tokenizer.vocab_size
-    for token, identity in held["vocab"].items():
+    for token, identity in (held["vocab"] | tokenizer.vocabulary.added | tokenizer.vocabulary.specials).items():
         tokens[identity] = token
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in held["merges"]]
     return {"tokens": tokens, "merges": merges}
 
 
 _BITS = re.compile(r"(?:IQ|TQ|Q|(?:int8_dynamic_)?int)(\d)(?:_\w+)?")
+_SCALING = "attention.rope_scaling"  # a factor of positions; our models have none
 # Our key: Hugging Face's, and GGUF's without the architecture.
 _KEYS = {
     "norm.eps": ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
@@ -122,15 +129,21 @@ _KEYS = {
 
 
 def _of_keys(keys: Mapping[str, Any]) -> dict[str, float]:
-    rope = keys.get("rope_parameters") or {}
+    rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
     keys = {**keys, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
     if "qk_nope_head_dim" in keys and "qk_rope_head_dim" in keys:
         keys["head_dim"] = keys["qk_nope_head_dim"] + keys["qk_rope_head_dim"]
-    return {
+    settings = {
         ours: float(keys[theirs])
         for ours, (theirs, _) in _KEYS.items()
         if isinstance(keys.get(theirs), (int, float)) and not isinstance(keys[theirs], bool)
     }
+    return settings | {_SCALING: _number(rope.get("factor"))}
+
+
+def _number(value: Any) -> float:
+    """A factor; 1 where there is none."""
+    return float(value) if isinstance(value, (int, float)) and value else 1.0
 
 
 def differing(held: Mapping[str, float], wanted: Mapping[str, float]) -> dict[str, tuple[float, float]]:
@@ -174,6 +187,8 @@ def _of_gguf(path: Path, model: Decoder) -> Contents:
             if isinstance(metadata.get(f"{name}.{theirs}"), (int, float))
         }
         settings.setdefault("attention.rope_theta", _DEFAULT_THETA)
+        scaled = metadata.get(f"{name}.rope.scaling.factor", metadata.get(f"{name}.rope.scale_linear"))
+        settings[_SCALING] = _number(scaled if metadata.get(f"{name}.rope.scaling.type") != "none" else None)
         names = [ours for ours in model.state_dict() if ours.endswith((".weight", ".bias"))]
         if "output.weight" in file.tensors and "output.weight" not in names:
             names.append("output.weight")
@@ -181,6 +196,8 @@ def _of_gguf(path: Path, model: Decoder) -> Contents:
         tables = {key: metadata.get(f"tokenizer.ggml.{key}") for key in ("merges", "tokens")}
         known = {gguf_name(ours) for ours in names}
         embedding = file.tensors.get("token_embd.weight")
+        types = metadata.get("tokenizer.ggml.token_type")
+        default = _DEFAULT_EOS.get(str(metadata.get("tokenizer.ggml.model")))
         return Contents(
             kind=_kind_of_gguf(file),
             settings=settings,
@@ -191,9 +208,11 @@ def _of_gguf(path: Path, model: Decoder) -> Contents:
             unknown=tuple(sorted(set(file.tensors) - known)),
             rows=embedding.shape[0] if embedding is not None else None,
             tokenizer={key: value for key, value in tables.items() if isinstance(value, list)},
+            ordinary=tuple(each == TokenType.NORMAL for each in types) if isinstance(types, list) else (),
             pre=_of_type(metadata.get("tokenizer.ggml.pre"), str),
             template=_of_type(metadata.get("tokenizer.chat_template"), str),
-            ends=_of_type(metadata.get("tokenizer.ggml.eos_token_id"), int),
+            ends=_of_type(metadata.get("tokenizer.ggml.eos_token_id", default), int),
+            ends_turn=_of_type(metadata.get("tokenizer.ggml.eot_token_id"), int),
         )
 
 

@@ -131,7 +131,10 @@ def _relation(model: Decoder, name: str, theirs: Tensor, ours: Tensor) -> str:
             numbers = weight_of(model, other)
             if numbers.shape == ours.shape and _alike(theirs, numbers):
                 return f"it holds {other}"
-    return _order(theirs, ours)
+    gap = theirs - ours
+    if gap.numel() > 1 and gap.std() < 1e-3 * gap.mean().abs():
+        return f"its numbers are the checkpoint's {float(gap.mean()):+.3g}"
+    return _order(theirs, ours) if theirs.ndim == 2 else ""
 
 
 def _alike(one: Tensor, other: Tensor, least: float = _SAME) -> bool:
@@ -141,7 +144,7 @@ def _alike(one: Tensor, other: Tensor, least: float = _SAME) -> bool:
 def _order(theirs: Tensor, ours: Tensor) -> str:
     """Where its rows or columns are the checkpoint's in another order, which; else empty."""
     for what, one, other in (("rows", theirs, ours), ("columns", theirs.T, ours.T)):
-        if one.ndim == 2 and one.shape[1] > 2 and len(one) <= _MOST_ROWS:
+        if one.shape[1] > 2 and len(one) <= _MOST_ROWS:
             places = (torch.nn.functional.normalize(one) @ torch.nn.functional.normalize(other).T).argmax(1)
             if _alike(one, other[places]) and len(places.unique()) == len(places):
                 moved = (places != torch.arange(len(places))).nonzero()

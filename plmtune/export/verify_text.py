@@ -29,8 +29,12 @@ def compare_ids(
         told: why ids differ has been said: the vocabulary is another one.
     """
     if contents.ends is not None:
-        wrong = contents.ends not in (tokenizer.eos_id, *end_ids(tokenizer))
+        ends = (tokenizer.eos_id, *end_ids(tokenizer))
         said = f"the export ends a text at token {contents.ends}, the checkpoint at {tokenizer.eos_id}"
+        wrong = contents.ends not in ends
+        # Other programs name a special token by its text, though no template of the checkpoint's ends with it.
+        if not wrong and contents.ends_turn not in (None, *ends, *tokenizer.specials.values()):
+            wrong, said = True, f"the export ends a turn at token {contents.ends_turn}, which is ordinary text"
         report.add("ids that end a text: that differ", int(wrong), 0, cause=said)
     specials = tuple(tokenizer.specials)
     lines = hard_texts.lines(specials)
@@ -45,6 +49,9 @@ def compare_ids(
             found.append((line, ours, theirs))
     cause = _tokenizer_cause(found, runtime, tokenizer, contents) if found and not told else None
     report.add("token ids: texts that differ", len(found), 0, f"of {len(lines)}", cause)
+    if not found and not told and contents.tokenizer:  # a token that none of the texts has
+        cause = _table_cause(tokenizer, contents) or _type_cause(tokenizer, contents)
+        report.add("vocabulary: that differs", int(cause is not None), 0, cause=cause)
     if tokenizer.vocabulary.normalization is None:
         return
     decomposed = hard_texts.decomposed_lines()
@@ -64,17 +71,10 @@ def _tokenizer_cause(
         return f"the runtime puts {theirs[0]} before each text, the checkpoint's tokenizer nothing (add_bos_token)"
     if all(theirs == ours[1:] for _, ours, theirs in found):
         return f"the checkpoint's tokenizer puts {ours[0]} before each text, the runtime nothing (add_bos_token)"
-    wanted = tokenizer_tables(tokenizer)
-    for name, what in (("tokens", "token"), ("merges", "merge")):
-        held = contents.tokenizer.get(name)
-        if held is None or not wanted[name]:
-            continue
-        pairs = enumerate(zip(held, wanted[name], strict=False))
-        other = next(((at, a, b) for at, (a, b) in pairs if a != b and b), None)
-        if other is not None:
-            return f"{what} {other[0]} is {other[1]!r} in the export, {other[2]!r} in the checkpoint"
-        if len(held) < len(wanted[name]):
-            return f"the export has {len(held)} {name}, the checkpoint {len(wanted[name])}"
+    if all(theirs[:-1] == ours for _, ours, theirs in found):
+        return f"the runtime puts {theirs[-1]} behind each text, the checkpoint's tokenizer nothing (add_eos_token)"
+    if (cause := _table_cause(tokenizer, contents)) is not None:
+        return cause
     if all(theirs == tokenizer.encode(text) for text, _, theirs in found):
         return "the text of special tokens is not taken for the tokens: their types in the export are wrong"
     at = next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
@@ -87,6 +87,33 @@ def _tokenizer_cause(
         f"tokens and merges are the same, so text is cut otherwise ({pre}): {line[:40]!r} has "
         f"{ours[at : at + 4]} here and {theirs[at : at + 4]} in {runtime.name}, from token {at}"
     )
+
+
+def _table_cause(tokenizer: Tokenizer, contents: Contents) -> str | None:
+    """The first token or merge that is another one; None: all are the same, or not known."""
+    wanted = tokenizer_tables(tokenizer)
+    for name, what in (("tokens", "token"), ("merges", "merge")):
+        held = contents.tokenizer.get(name)
+        if held is None or not wanted[name]:
+            continue
+        pairs = enumerate(zip(held, wanted[name], strict=False))
+        other = next(((at, a, b) for at, (a, b) in pairs if a != b and b), None)
+        if other is not None:
+            return f"{what} {other[0]} is {other[1]!r} in the export, {other[2]!r} in the checkpoint"
+        if len(held) < len(wanted[name]):
+            return f"the export has {len(held)} {name}, the checkpoint {len(wanted[name])}"
+    return None
+
+
+def _type_cause(tokenizer: Tokenizer, contents: Contents) -> str | None:
+    """The first token that is special on one side alone; None: there is none."""
+    vocabulary = tokenizer.vocabulary
+    special = {*vocabulary.added.values(), *vocabulary.specials.values()}
+    for at, text in enumerate(tokenizer_tables(tokenizer)["tokens"]):
+        if text and at < len(contents.ordinary) and contents.ordinary[at] == (at in special):
+            sides = ("ordinary text", "special") if at in special else ("special", "ordinary text")
+            return f"token {at}, {text!r:.80}, is {sides[0]} in the export, {sides[1]} in the checkpoint"
+    return None
 
 
 def compare_prompts(report: Report, runtime: Runtime, tokenizer: Tokenizer, contents: Contents) -> None:

@@ -27,7 +27,7 @@ from plmtune.data.chat_template import ChatTemplate
 from plmtune.data.rows import Message
 from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
-from plmtune.export import hard_texts, verify_text
+from plmtune.export import gguf_writer, hard_texts, verify_text
 from plmtune.export import verify as verifying
 from plmtune.export.arithmetic import with_rounded_inputs
 from plmtune.export.contents import Contents, read_contents, settings_of
@@ -38,7 +38,7 @@ from plmtune.export.lint import WRITTEN
 from plmtune.export.runtimes import Runtime
 from plmtune.export.stored import BOUNDS, bound_of, suspect_tensors, wrong_type
 from plmtune.export.verify import Check, Report, divergence, verify
-from plmtune.export.verify_text import compare_prompts
+from plmtune.export.verify_text import compare_ids, compare_prompts
 from plmtune.models.gguf import to_halves
 from plmtune.models.hf import load_model, save_model
 from plmtune.models.llama import llama
@@ -165,6 +165,16 @@ def with_a_transposed_matrix(model: Decoder) -> None:
     projection.weight.data = projection.weight.data.T.contiguous()
 
 
+def with_heads_of_a_layer_swapped(model: Decoder) -> None:
+    weight = parts(model)[1].attention.q_proj.weight
+    weight.data = weight.data.roll(len(weight) // parts(model)[1].attention.num_heads, dims=0)
+
+
+def with_a_row_of_a_rare_token(model: Decoder) -> None:
+    weight = model.tok_embeddings.weight.data
+    weight[3777] = weight[12]
+
+
 BROKEN: dict[Callable[[Decoder], None], str] = {
     with_another_eps: "norm.eps is 0.001 in the export, 1e-06 here",
     with_another_theta: "attention.rope_theta is 10000 in the export, 100000 here",
@@ -176,6 +186,8 @@ BROKEN: dict[Callable[[Decoder], None], str] = {
     with_tensors_swapped: "layers.0.ffn.down_proj.weight: it holds layers.1.ffn.down_proj.weight",
     with_a_norm_doubled: "layers.0.ffn_norm.weight: it is 2 times the checkpoint's",
     with_a_transposed_matrix: "layers.0.attention.o_proj.weight: it is transposed",
+    with_heads_of_a_layer_swapped: "layers.1.attention.q_proj.weight: its rows .* .row 0 is the checkpoint's",
+    with_a_row_of_a_rare_token: "tok_embeddings.weight: 32 of its .* numbers are not the checkpoint's in F32",
 }
 EPS = {"plm": "1e-06", "llama": "1e-05"}
 
@@ -392,6 +404,10 @@ class TestStored:
         found = self.suspects(theirs, ours, kind)
         assert found == {"x.weight": f"1 of its 512 blocks of 32 are further off than {kind} rounds"}
 
+    def test_a_norm_without_its_one_is_named(self) -> None:
+        ours = 1 + drawn("normal", torch.Generator().manual_seed(0))[0]
+        assert self.suspects(ours - 1, ours, "F32") == {"x.weight": "its numbers are the checkpoint's -1"}
+
     def test_fewer_bits_than_the_types_do_not(self) -> None:
         ours = drawn("normal", torch.Generator().manual_seed(0))
         for coarse, fine in itertools.pairwise(["Q4_0", "Q5_0", "Q8_0"]):
@@ -551,6 +567,46 @@ def with_another_template() -> Tokenizer:
     assert tokenizer.chat_template is not None
     template = tokenizer.chat_template.replace("You are a helpful assistant.", "")
     return Tokenizer(tokenizer.vocabulary, eos=tokenizer.eos, vocab_size=tokenizer.vocab_size, chat_template=template)
+
+
+def swapped(values: list[Any]) -> list[Any]:
+    return [*values[:1500], values[1501], values[1500], *values[1502:]]
+
+
+# A key of a GGUF file: (what becomes of its value, None for no key; words of the cause).
+KEYS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "tokens": (swapped, "token 1500 is '.*' in the export, 'gis' in the checkpoint"),
+    "merges": (lambda merges: [*merges[:-1], "x y"], "merge .* is 'x y' in the export"),
+    "token_type": (lambda kinds: [*kinds[:1500], 3, *kinds[1501:]], "token 1500, 'gis', is special in the export"),
+    "eos_token_id": (lambda value: 77, "the export ends a text at token 77"),
+    "eos_token_id ": (lambda value: None, "the export ends a text at token 11"),  # llama.cpp's own
+    "eot_token_id": (lambda value: 99, "the export ends a turn at token 99, which is ordinary text"),
+    "rope.scaling.factor": (lambda value: 4, "attention.rope_scaling is 4 in the export, 1 here"),
+    "pre": (lambda value: value, ""),
+}
+
+
+class TestKeys:
+    """Keys of a file that no text shows."""
+
+    @pytest.mark.parametrize("key", KEYS)
+    def test_what_differs_is_named(self, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        right, (change, words), model = gguf_writer._vocabulary, KEYS[key], make_llama()
+
+        def spoilt(*args: Any) -> Any:
+            keys, notes = right(*args)
+            name = key.strip() if key.startswith("rope") else f"tokenizer.ggml.{key.strip()}"
+            name = f"llama.{name}" if key.startswith("rope") else name
+            value = change(keys.pop(name, None))
+            return keys | ({} if value is None else {name: value}), notes
+
+        monkeypatch.setattr(gguf_writer, "_vocabulary", spoilt)
+        write_gguf(model, bundled(), tmp_path / "a.gguf", kind="F16")
+        contents = read_contents(tmp_path / "a.gguf", model)
+        report = found_in(model, contents)
+        runtime = Fake(model, ids=lambda text: bundled().encode(text, specials=True))
+        compare_ids(report, runtime, bundled(), contents)
+        assert re.search(words, report.cause) and bool(report.failed) == bool(words)
 
 
 class TestGguf:
@@ -731,6 +787,7 @@ class TestOfATokenizer:
         ("ids", "words"),
         [
             (lambda text: [7, *bundled().encode(text, specials=True)], "puts 7 before each text"),
+            (lambda text: [*bundled().encode(text, specials=True), 7], "puts 7 behind each text"),
             (lambda text: bundled().encode(text), "special tokens is not taken for the tokens"),
             (lambda text: bundled().encode(text, specials=True)[::-1], "so text is cut otherwise"),
         ],
