@@ -1,14 +1,14 @@
 """How far log-probabilities of the same answers are apart between batches of other shapes, in bf16 and fp32.
 
     python benchmarks/rounding.py MODEL_DIR pairs.json [--pairs 12] [--seq-len 512]
-    python benchmarks/rounding.py MODEL_DIR pairs.json --first-loss [--isa AVX2] [--pairs 4] [--losses dpo ...]
+    python benchmarks/rounding.py MODEL_DIR pairs.json --first-loss [--isa AVX512_CORE] [--pairs 2]
 
 For each comparison h = log p(chosen) - log p(rejected) is computed alone in a batch, two in one row, and two rows in a
 batch. Printed: the root mean square and the mean of the differences of h to that alone.
 
-With --first-loss each loss trains for one step of all pairs at a rate of 1e-9. Printed: its first loss, what theory
-says of a model that is its reference, and their difference. --isa hides newer instructions from oneDNN and ATen: with
-AVX2 the CPU has no bf16 units.
+With --first-loss each loss trains for one step of the file's shortest pairs. Printed is a table of the first losses in
+bf16 and fp32 beside what theory says of a model that is its reference. --isa hides newer instructions from oneDNN: with
+AVX512_CORE or AVX2 the CPU has no bf16 units.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from side_by_side import machine
@@ -49,28 +51,41 @@ THEORY = {
 }
 
 
-def first_loss(model: Path, data: str, loss: str, precision: str, pairs: int, seq_len: int, isa: str | None) -> float:
-    """The loss of the only step of a run."""
-    hidden = {"ONEDNN_MAX_CPU_ISA": isa, "ATEN_CPU_CAPABILITY": isa.lower()} if isa else {}
+def first_loss(model: Path, rows: list[Any], loss: str, precision: str, isa: str | None) -> float:
+    """The loss of the only step of a run, which is ended there: its checkpoint would take most of the time."""
+    hidden = {"ONEDNN_MAX_CPU_ISA": isa} if isa else {}
     with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "pairs.json").write_text(json.dumps(rows))
         words = [
             f"init_from={model.resolve()}",
-            f"data.paths=[{Path(data).resolve()}]",
-            f"data.max_rows={pairs}",
+            f"data.paths=[{place}/pairs.json]",
             f"loss={loss}",
             f"runtime.precision={precision}",
-            f"seq_len={seq_len}",
-            f"global_batch_size={pairs}",
+            "seq_len=512",
+            f"global_batch_size={len(rows)}",
             "micro_batch_size=2",
             "chat.holdout=0",
-            "optimizer.lr=1e-9",
             f"run_dir={place}/run",
             f"reference_cache={place}/reference",
         ]
         command = [sys.executable, "-m", "plmtune", "run", "dpo", *words]
-        subprocess.run(command, check=True, env=os.environ | hidden, capture_output=True)
-        lines = (Path(place) / "run" / "metrics.jsonl").read_text().splitlines()
-    return float(next(entry["loss"] for entry in map(json.loads, lines) if "loss" in entry))
+        logged, said = Path(place) / "run" / "metrics.jsonl", Path(place) / "said"
+        with (
+            said.open("w") as file,
+            subprocess.Popen(command, env=os.environ | hidden, stdout=file, stderr=file) as process,
+        ):
+            while not (found := losses(logged)) and process.poll() is None:
+                time.sleep(0.2)
+            process.kill()
+        if not found:
+            raise SystemExit(said.read_text())
+    return found[0]
+
+
+def losses(logged: Path) -> list[float]:
+    """What a run has logged by now."""
+    lines = logged.read_text().split("\n")[:-1] if logged.exists() else []
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
 
 
 @torch.no_grad()
@@ -94,16 +109,15 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--first-loss", action="store_true")
     parser.add_argument("--isa")
-    parser.add_argument("--losses", nargs="+", default=list(THEORY), choices=list(THEORY))
-    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"])
     arguments = parser.parse_args()
     if arguments.first_loss:
-        print(f"{machine()}; --isa {arguments.isa}")
-        for precision in arguments.precisions:
-            for loss in arguments.losses:
-                how = (arguments.pairs or 4, arguments.seq_len, arguments.isa)
-                value, theory = first_loss(arguments.model, arguments.data, loss, precision, *how), THEORY[loss]
-                print(f"{loss}, {precision}: {value:.7f}, theory {theory:.7f}, {value - theory:+.1g}", flush=True)
+        rows, isa = json.loads(Path(arguments.data).read_text(encoding="utf-8")), arguments.isa
+        rows = sorted(rows, key=lambda row: len(json.dumps(row)))[: arguments.pairs or 2]
+        print(f"{machine()}; {len(rows)} pairs; oneDNN {f'up to {isa}' if isa else 'uses all that the CPU has'}\n")
+        print("| loss | theory | bf16 | fp32 |\n|---|---|---|---|")
+        for loss, theory in THEORY.items():
+            bf16, fp32 = (first_loss(arguments.model, rows, loss, precision, isa) for precision in ("bf16", "fp32"))
+            print(f"| `{loss}` | {theory:.7f} | {bf16:.7f} | {fp32:.7f} |", flush=True)
         return
     model, tokenizer = plmtune.load(arguments.model, "cpu", torch.float32)
     template = find_template(None, tokenizer)

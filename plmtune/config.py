@@ -332,7 +332,10 @@ def _store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str],
 def _check_shape(annotation: Any, value: Any, key: str, place: str) -> None:
     """Refuse a table where a list belongs, and the other way round: OmegaConf would not say at which key."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
+    if (group := _dict_group(annotation)) and isinstance(value, dict):
+        for name, child in value.items():
+            _check_shape_of_component(group, child, f"{key}.{name}", place)
+    elif origin is typing.Annotated:
         _check_shape(arguments[0], value, key, place)
     elif origin in (list, tuple) and isinstance(value, dict):
         raise UserError(f"{place}key {key}: needs a list, not a table.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import io
+import logging
 import os
 import re
 import sys
@@ -144,6 +145,16 @@ def echo(text: str = "", *, err: bool = False) -> None:
     lines = wrap(encodable(visible(text), encoding(stream)), columns(stream))
     with Line.aside():
         print("\n".join(lines), file=stream, flush=True)
+
+
+class Warnings(logging.Handler):
+    """Prints what is logged as `echo` prints prose."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            echo(self.format(record), err=True)
+        except Exception:  # as logging's own handlers: a warning ends nothing
+            self.handleError(record)
 
 
 class Line:

@@ -30,6 +30,11 @@ def show_count(value: float) -> str:
     return show_number(value)
 
 
+def show_number_of(count: int, what: str) -> str:
+    """``1 row``, ``1,024 rows``."""
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
+
+
 def show_number(value: float, digits: int = 3) -> str:
     """Write a number with three digits and no power of ten: 1954 -> 1,950, 0.03419 -> 0.0342."""
     rounded = float(f"{value:.{digits}g}")

@@ -1,6 +1,7 @@
 """What a stream can show, and the line that says how far work is."""
 
 import io
+import logging
 import os
 import re
 import subprocess
@@ -175,12 +176,13 @@ class TestControls:
     def test_prose_errors_and_tables_spell_them_out(self, control: str, capsys: pytest.CaptureFixture[str]) -> None:
         terminal.echo(f"a{control}b")
         terminal.echo(f"a{control}b", err=True)
+        terminal.Warnings().handle(logging.makeLogRecord({"msg": "a%sb", "args": (control,)}))
         table = Table(["name"], title=f"t{control}t")
         table.add(f"a{control}b")
         show(table)
         said = "".join(capsys.readouterr())
         assert not set(control) & set(said) - set("[2J]0;title31m")
-        assert said.count("\\x" if ord(control[0]) < 256 else "\\u") >= 4
+        assert said.count("\\x" if ord(control[0]) < 256 else "\\u") >= 5
 
     @pytest.mark.parametrize("is_terminal", [True, False])
     def test_what_a_model_writes_is_spelled_out_for_a_terminal_alone(

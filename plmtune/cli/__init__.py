@@ -9,6 +9,7 @@ import gc
 import importlib
 import itertools
 import json
+import logging
 import os
 import sys
 import time
@@ -123,6 +124,7 @@ WAIT_FOR_RANK_0 = 3.0
 def main() -> None:
     """Entry point: mistakes are one sentence on stderr and exit code 2, never a traceback."""
     terminal.use_plain_characters()
+    logging.lastResort = terminal.Warnings(logging.WARNING)
     # At exit Python looks for cycles among all that torch and its packages made: half a CPU second for nothing.
     atexit.register(gc.freeze)
     words = ""

@@ -75,6 +75,7 @@ def perplexity(
     from plmtune.evaluation.perplexity import Perplexity
     from plmtune.evaluation.perplexity import perplexity as measure
     from plmtune.evaluation.scoring import Scorer
+    from plmtune.units import show_number_of
 
     skip_bad, separator = reading.pop("skip_bad"), reading.pop("separator")
     where = find_device(device)
@@ -119,7 +120,7 @@ def perplexity(
     if not total.tokens:
         raise UserError(f"{', '.join(files)}: there is no text to measure.")
     if source.skipped:
-        terminal.echo(f"{source.skipped:,} bad rows left out", err=True)
+        terminal.echo(f"{show_number_of(source.skipped, 'bad row')} left out", err=True)
     if source.unused:
         terminal.echo(source.unused.describe(), err=True)
     how = {"checkpoint": checkpoint, "window": window, "stride": stride}

@@ -263,9 +263,9 @@ def _pairs(anatomy: Anatomy, asked: Asked) -> tuple[list[tuple[str, str]], str]:
 
 def _print_model(name: str, anatomy: Anatomy, runtimes: list[str], context: int) -> None:
     from plmtune.devices import costs
-    from plmtune.units import show_bytes, show_count
+    from plmtune.units import show_bytes, show_count, show_number_of
 
-    layers = f"{anatomy.num_layers} layer{'' if anatomy.num_layers == 1 else 's'}"
+    layers = show_number_of(anatomy.num_layers, "layer")
     show(
         f"{name}: {anatomy.parameters:,} parameters ({anatomy.non_embedding_parameters:,} without embeddings), "
         f"{layers} of width {anatomy.embed_dim:,}, a vocabulary of {anatomy.vocab_size:,}"

@@ -19,6 +19,7 @@ from plmtune.data.rows import Refused
 from plmtune.data.sources import BadRow, Source, Unused
 from plmtune.data.ticker import ticking
 from plmtune.errors import UserError
+from plmtune.units import show_number_of
 
 _BATCH = 1024  # conversations encoded at once
 _REMEDY = "Mend them, or leave such rows out: chat.skip_bad=true"
@@ -82,7 +83,7 @@ def open_examples(
             counts.refused.raise_if_any(_REMEDY, good=len(kept) + len(held) + len(counts.left_out))
         for word, counted in (("left out", counts.refused), ("left out", counts.left_out), ("cut", counts.cut)):
             if counted:
-                notes.append(f"{name}: {_number(len(counted), 'conversation')} {word}:\n{counted.describe()}")
+                notes.append(f"{name}: {show_number_of(len(counted), 'conversation')} {word}:\n{counted.describe()}")
         if counts.shortened:
             were = "earlier answer was" if counts.shortened == 1 else "earlier answers were"
             fit_in = f"so that the answer that follows fits into seq_len ({seq_len:,} tokens)"
@@ -94,7 +95,7 @@ def open_examples(
             reasons = "\n".join(notes)
             found = len(held) + len(counts.refused) + len(counts.left_out)
             raise UserError(
-                f"source {name}: none of its {_number(found, 'conversation')} can be trained on."
+                f"source {name}: none of its {show_number_of(found, 'conversation')} can be trained on."
                 + (f"\n{reasons}" if reasons else " It is empty." if not found else " All are held out: chat.holdout.")
             )
         fingerprints[name] = digest.hexdigest()
@@ -229,10 +230,6 @@ def refuse_other_kinds(name: str, source: Any, kinds: tuple[type, ...]) -> None:
         held = next((said for kind, said in _KINDS.items() if isinstance(source, kind)), type(source).__name__)
         wanted = " or ".join(_KINDS[kind] for kind in kinds)
         raise UserError(f"key data: source {name} holds {held.partition(' (')[0]}; this run takes {wanted}.")
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
 def _merge(into: Refused, other: Refused) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from plmtune.data.sources import Unused
 from plmtune.errors import UserError
 from plmtune.sealed import read, seal, unseal
+from plmtune.units import show_number_of
 
 FORMAT = 2  # 2: the manifest has a checksum of its own
 SPLITS = ("train", "validation")
@@ -65,7 +66,7 @@ class Manifest:
 
     def left_out(self) -> str:
         """Say what was left out, as the end of a sentence; empty where nothing was."""
-        rows = [f"{self.skipped:,} bad rows left out"] if self.skipped else []
+        rows = [f"{show_number_of(self.skipped, 'bad row')} left out"] if self.skipped else []
         return "; ".join(["", *rows, *([Unused(self.unused).describe()] if self.unused else [])])
 
     @property

@@ -27,6 +27,7 @@ from plmtune.errors import UserError
 from plmtune.sealed import read, seal, unseal
 from plmtune.training.run_directory import EXIT_STOPPED
 from plmtune.training.signals import StopSignals
+from plmtune.units import show_number_of
 
 if TYPE_CHECKING:
     from plmtune.data.tokenizers import Tokenizer
@@ -124,7 +125,7 @@ def prepare(
                     with _showing(source.name, shown=progress) as advance:
                         counts = _write(parts, tokenizer, partial, shard_tokens, advance)
                     if not counts["train"].tokens:
-                        skipped = f" ({source.skipped} bad rows left out)" if source.skipped else ""
+                        skipped = f" ({show_number_of(source.skipped, 'bad row')} left out)" if source.skipped else ""
                         raise UserError(f"{source.describe()}: there is no text to train on{skipped}")
                     tokenizer.save(partial / "tokenizer")  # so that the directory explains itself
                     Manifest(
@@ -217,7 +218,7 @@ def _resume(directory: Path, dtype: np.dtype[Any], shard_tokens: int) -> tuple[d
             writer.resume(state["splits"][split])
     except (OSError, ValueError, TypeError, KeyError) as error:
         if (directory / _STATE).exists():
-            _log.warning("%s cannot be gone on with (%s): preparing from the beginning", directory, error)
+            _log.warning("%s cannot be resumed (%s): preparing from the beginning", directory, error)
         writers = new()
     else:
         return writers, state["groups"]

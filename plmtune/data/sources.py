@@ -15,6 +15,7 @@ import xxhash
 
 from plmtune.errors import UserError, did_you_mean
 from plmtune.registry import Component, register
+from plmtune.units import show_number_of
 
 Piece = tuple[str, bool]  # of a document, and whether it ends there
 _MOST_UNUSED = 40
@@ -42,7 +43,7 @@ class Unused:
     def describe(self) -> str:
         """Return one line, the most frequent first: "columns not used: id (1,000 rows), lang (3 rows)"."""
         names = sorted(self.counts, key=lambda name: (-self.counts[name], name))
-        shown = [f"{name:.60} ({self.counts[name]:,} row{'' if self.counts[name] == 1 else 's'})" for name in names]
+        shown = [f"{name:.60} ({show_number_of(self.counts[name], 'row')})" for name in names]
         rest = f", and {len(shown) - _MOST_UNUSED:,} more" if len(shown) > _MOST_UNUSED else ""
         return f"columns not used: {', '.join(shown[:_MOST_UNUSED])}{rest}"
 

@@ -77,7 +77,7 @@ def newest_whole(directory: Path, *, once: bool = False) -> Path | None:
                 refused.append(str(error))
                 continue
             if refused:
-                log.warning("Going on from %s instead.", path)
+                log.warning("Resuming from %s instead.", path)
             return path.name
         if refused:
             raise UserError(

@@ -23,6 +23,7 @@ from plmtune.modules.sharding import full_tensor
 from plmtune.training import distributed
 from plmtune.training.distributed import Strategy
 from plmtune.training.state import seed_everything
+from plmtune.units import show_number_of
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -244,10 +245,8 @@ def _choose_device(device: str, local_rank: int) -> tuple[torch.device, str]:
         raise UserError(f"device={device} is no device. Use auto, cpu, cuda or cuda:0.") from error
     if chosen.type == "cpu":
         why = "no GPU found" if device == "auto" else "asked for"
-        return (
-            chosen,
-            f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads ({why})",
-        )
+        threads = show_number_of(torch.get_num_threads(), "thread")
+        return chosen, f"{platform.processor() or platform.machine()} CPU, {threads} ({why})"
     if chosen.type != "cuda":
         raise UserError(f"device={device} is not supported. Use auto, cpu, cuda or cuda:0.")
     index = local_rank if chosen.index is None else chosen.index

@@ -68,7 +68,7 @@ class TestPrepare:
         ]
         with pytest.raises(UserError, match="line 41 is not JSON"):
             run(*arguments)
-        assert "40 documents; 1 bad rows left out" in run(*arguments, "--skip-bad")
+        assert "40 documents; 1 bad row left out" in run(*arguments, "--skip-bad")
 
     def test_a_separator_may_be_written_with_escapes(self, tmp_path):
         (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")

@@ -89,7 +89,7 @@ class TestFiles:
         (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": 3}\n')
         code, out, err = measure(tmp_path / "a.jsonl", "--skip-bad", "--json")
         assert code == 0 and json.loads(out)["total"]["documents"] == 1
-        assert "1 bad rows left out" in err
+        assert "1 bad row left out" in err
 
 
 class TestMistakes:

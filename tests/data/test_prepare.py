@@ -313,7 +313,7 @@ class TestRefused:
         with pytest.raises(UserError, match="0 texts: there is no text to train on"):
             prepare(Texts(), tokenizer, tmp_path)
         (tmp_path / "bad.jsonl").write_text("broken\n")
-        with pytest.raises(UserError, match=r"no text to train on \(1 bad rows left out\)"):
+        with pytest.raises(UserError, match=r"no text to train on \(1 bad row left out\)"):
             prepare(files((str(tmp_path / "bad.jsonl"),)), tokenizer, tmp_path / "out", skip_bad=True)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl"]
 

@@ -341,7 +341,7 @@ class TestDamage:
                 verify(file.parent)
         assert run.restore() == {"step": 1, "which": "older"}
         assert name in caplog.text
-        assert "Going on from" in caplog.text
+        assert "Resuming from" in caplog.text
 
     @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
     @pytest.mark.parametrize("share", [0, 0.5, 0.999])
