@@ -110,7 +110,7 @@ def refuse_other_config(path: Path, before: Any, now: Any) -> None:
             way = "give other_data=true (--other-data)" if top in DATA else new_run
             raise UserError(
                 f"{path} was started with {key}={in_hydras_form(old)}, not {in_hydras_form(new)}, and that decides "
-                f"what a run learns. Leave it as it was to go on, or {way}"
+                f"what a run learns. Leave it as it was to resume, or {way}"
             )
 
 

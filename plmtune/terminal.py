@@ -32,6 +32,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 # A command stays on one line, so that it can be copied. It ends with its sentence.
 _COMMAND = re.compile(
     r"(?:(?<=: )|(?<=with )|(?<=: `))(?:plmtune|\S*python[\d.]* -m) .*?(?:\.(?= [A-Z])|$)|(?<=try it: ).*$"
+    r"|\S*python[\d.]* -c \"[^\"]*\""
 )
 
 
@@ -112,7 +113,7 @@ def _spelled(character: int) -> str:
 def wrap(text: str, width: int | None) -> list[str]:
     """Break lines at spaces; a continued line is indented by two more than the line it continues.
 
-    A word that is longer than `width`, such as a path, and a command to copy stay whole.
+    A word that is longer than `width`, such as a path, and a command to copy stay whole. A comment of YAML stays one.
     """
     lines = text.split("\n")
     if width is None:
@@ -123,13 +124,14 @@ def wrap(text: str, width: int | None) -> list[str]:
             found.append(line)
             continue
         indent, at = " " * (len(line) - len(line.lstrip()) + 2), 0
+        begin = indent + "# " if "  # " in line else indent
         for command in [*_COMMAND.finditer(line), None]:
             prose = line[at : command.start() if command else None]
             found += textwrap.wrap(
                 prose if at == 0 else prose.strip(),
                 width,
                 initial_indent=indent if at else "",
-                subsequent_indent=indent,
+                subsequent_indent=begin,
                 break_long_words=False,
                 break_on_hyphens=False,
             )

@@ -35,6 +35,7 @@ from plmtune.training.plot import draw_curves
 from plmtune.training.progress import RunMonitor, is_due, learning_rates
 from plmtune.training.reference_model import ReferenceModel
 from plmtune.training.runtime import Runtime
+from plmtune.units import show_number_of
 
 CONFIG = "dpo"  # conf/dpo.yaml
 KIND = plans.Kind(
@@ -148,7 +149,8 @@ class Preference:
             contexts=self.loss.contexts,
             mismatched=self.loss.mismatched,
         )
-        self.notes = [*notes, *([f"{len(refused):,} left out:\n{refused.describe()}"] if refused else [])]
+        left_out = show_number_of(len(refused), "comparison" if self.loss.contexts else "pair")
+        self.notes = [*notes, *([f"{left_out} left out:\n{refused.describe()}"] if refused else [])]
         if not compared:
             raise UserError("None of the pairs can be trained on.\n" + "\n".join(self.notes))
         try:

@@ -106,7 +106,17 @@ class TestWrap:
             "  plmtune resume runs/pretrain/latest --other-data.",
             "  Or start a new run with it",
         ]
+        command = """/opt/python3.11 -c "import datasets; datasets.load_dataset('piqa')\""""
+        assert wrap(f"Run {command} and bring it", 40) == [
+            "Run",
+            f"  {command}",
+            "  and bring it",
+        ]
         assert wrap('try it: llama-cli -m a.gguf -p "Once upon"', 30)[1] == '  llama-cli -m a.gguf -p "Once upon"'
+
+    def test_a_comment_of_yaml_stays_one(self) -> None:
+        wrapped = wrap("  test: a.jsonl  # columns: question, answerKey", 36)
+        assert wrapped == ["  test: a.jsonl  # columns:", "    # question, answerKey"]
 
 
 class TestLine:

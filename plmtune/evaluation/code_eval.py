@@ -156,18 +156,19 @@ def running_code(names: Sequence[str]) -> str:
 def protection(isolation: Isolation, seconds: float = SECONDS) -> str:
     """What stands between the programs and this machine, in lines for whoever is to consent."""
     bounds = (
-        f"Each has {seconds:g} seconds, {MEMORY_BYTES // 2**20} MiB of memory a process, none of your environment, and "
-        "limits of files, processes and threads."
+        f"Each program has {seconds:g} seconds, {MEMORY_BYTES // 2**20} MiB of memory a process, none of your "
+        "environment, and limits of files, processes and threads."
     )
     if isolation == "limits":
         return (
             f"  {bounds}\n"
-            "  Nothing else: they run as you, can read, change and delete your files, use the network, end your\n"
-            "  processes and leave some behind; and one that reads other processes' memory can forge a pass."
+            "  Nothing else: the programs run as you, can read, change and delete your files, use the network, end "
+            "your processes and leave some behind; and one that reads other processes' memory can forge a pass."
         )
     return (
-        "  They run in namespaces of their own: no network, no process of this machine, no file but Python, numpy and\n"
-        f"  the system's libraries, read-only, and an empty folder of {DISK_BYTES // 2**20} MiB in memory; no rights.\n"
+        "  The programs run in namespaces of their own: no network, no process of this machine, no rights, and no file "
+        "but Python, numpy and the system's libraries, read-only, and an empty folder of "
+        f"{DISK_BYTES // 2**20} MiB in memory.\n"
         f"  {bounds}\n"
         "  Their tests run in the same process, as in HumanEval's own judge: one that searches it can forge a pass.\n"
         "  The kernel is shared: a hole in it is a hole in this."

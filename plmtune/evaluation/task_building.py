@@ -208,7 +208,7 @@ class _Documents:
         near = self._data.nearest(self._name) if self._data is not None else ""
         return (
             (f"{near}\n" if near else "")
-            + f"The data of {self._where}, {path}{f' ({name})' if name else ''}, cannot be had: {reason}."
+            + f"The data of {self._where}, {path}{f' ({name})' if name else ''}, cannot be read: {reason}."
             + (f" The folder of --data has no {' and no '.join(missing)}." if missing else "")
             + f"\nWhere there is a network, run {shlex.quote(sys.executable)} -c "
             f'"import datasets; datasets.load_dataset({what})" and bring '

@@ -60,7 +60,7 @@ def test_is_read_and_named(
     code, _, said = run(monkeypatch, capsys, *command.split(), stdin=b"hi\n")
     said = " ".join(said.split())
     assert f"model: {NEWEST}, the newest finished run (for another: plmtune {other}" in said, said
-    assert code == 0 or "arc_easy, allenai/ai2_arc (ARC-Easy), cannot be had" in said, said
+    assert code == 0 or "arc_easy, allenai/ai2_arc (ARC-Easy), cannot be read" in said, said
 
 
 @pytest.mark.parametrize(("command", "other"), COMMANDS, ids=lambda value: value)

@@ -384,7 +384,7 @@ class TestWithoutData:
         with pytest.raises(UserError) as error:
             Tasks(include=folder).load("sums")
         said = str(error.value)
-        assert "nobody/sums (small), cannot be had: https://huggingface.co does not answer" in said
+        assert "nobody/sums (small), cannot be read: https://huggingface.co does not answer" in said
         assert f"run {sys.executable} -c" in said
         assert "datasets.load_dataset('nobody/sums', 'small')" in said
         assert said.endswith(
@@ -422,7 +422,7 @@ class TestWithoutData:
     def test_what_a_function_of_the_task_says_is_not_hidden(self, folder: Path) -> None:
         write(folder, "made.py", "def rows(**settings): raise KeyError('nobody thought of this')\n")
         write(folder, "made.yaml", "include: sums.yaml\ntask: made\ncustom_dataset: !function made.rows\n")
-        with pytest.raises(UserError, match="cannot be had: KeyError: 'nobody thought of this'"):
+        with pytest.raises(UserError, match="cannot be read: KeyError: 'nobody thought of this'"):
             Tasks(include=folder).load("made")
 
     def test_an_entry_with_a_slip_in_its_name_is_asked_about_first(self, folder: Path) -> None:
