@@ -13,6 +13,7 @@ from plmtune import terminal
 from plmtune.cli import import_option
 from plmtune.cli.options import dtype_option, find_device, newest_run
 from plmtune.errors import UserError
+from plmtune.units import show_number_of
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +141,7 @@ def bench(
         if plot is not None:
             from plmtune.devices.measure_plot import draw
 
-            draw(found, plot, f"{machine['device']}, {found[0].threads} threads")
+            draw(found, plot, f"{machine['device']}, {show_number_of(found[0].threads, 'thread')}")
     if failed:
         raise UserError("\n".join([*failed, *([f"Not measured: {len(failed)} of {len(targets)}."] if found else [])]))
 
@@ -217,12 +218,12 @@ def _print(found: list[Measurement], machine: dict[str, object]) -> None:
             "-" if read is None else show_bytes(read),
             "-" if entry.share is None else f"{entry.share:.0%}",
         )
-    bandwidth = machine["bandwidth"]
-    assert isinstance(bandwidth, float)
+    bandwidth, threads = machine["bandwidth"], machine["threads"]
+    assert isinstance(bandwidth, float) and isinstance(threads, int)
     show(
         table,
-        f"{machine['device']}, {machine['threads']} threads, reads {bandwidth / 1e9:.1f} GB/s; decode/s from the median"
-        " token; peak memory is what the process took on top of its start",
+        f"{machine['device']}, {show_number_of(threads, 'thread')}, reads {bandwidth / 1e9:.1f} GB/s; "
+        "decode/s from the median token; peak memory is what the process took on top of its start",
     )
     if why := native.missing():
         show(f"ours decodes without its own kernels: {why}")

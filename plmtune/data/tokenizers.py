@@ -579,6 +579,8 @@ def file(path: str = "", *, pattern: Literal["qwen2", "llama3", "gpt2"] = "qwen2
     """
     if not path:
         raise UserError("tokenizer=file needs a path: tokenizer.path=FILE_OR_DIRECTORY.")
+    if not Path(path).expanduser().exists() and not hub.parse(path):
+        raise UserError(f"key tokenizer.path: there is no file or directory {path} (seen from {Path.cwd()}).")
     patterns = {"qwen2": QWEN2_PATTERN, "llama3": LLAMA3_PATTERN, "gpt2": GPT2_PATTERN}
     return _read(Path(path), patterns[pattern], "NFC" if pattern == "qwen2" else None)
 

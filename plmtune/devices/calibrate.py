@@ -35,6 +35,7 @@ from plmtune.modules.quantized import Quantized, install
 from plmtune.modules.quantized_kernels import prepare
 from plmtune.registry import Component, component
 from plmtune.training.estimate import available_memory, peak_flops
+from plmtune.units import show_number_of
 
 SCHEMES = ("bf16", "int8", "int4")
 GGUF_KINDS = ("F16", "Q8_0", "Q4_0")
@@ -119,8 +120,9 @@ def calibrate(
     """
     say = progress or (lambda text: None)
     threads = torch.get_num_threads()
-    title = name or f"{provenance.device_name(torch.device('cpu'))}, {threads} threads"
-    measured = f"measured by plmtune bench --calibrate, torch {torch.__version__}, {threads} threads"
+    shown = show_number_of(threads, "thread")
+    title = name or f"{provenance.device_name(torch.device('cpu'))}, {shown}"
+    measured = f"measured by plmtune bench --calibrate, torch {torch.__version__}, {shown}"
     say("reading memory")
     bandwidth = read_bandwidth()
     say("multiplying matrices")

@@ -283,7 +283,9 @@ def _vocabulary(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], list[s
         keys[ggml.CHAT_TEMPLATE] = tokenizer.chat_template
     notes = []
     if held.normalization is not None:
-        notes.append(f"llama.cpp does not bring text to {held.normalization}, as this tokenizer does: give it such.")
+        notes.append(
+            f"llama.cpp does not bring text to {held.normalization}, as this tokenizer does: normalize it before."
+        )
     lacking = sorted({byte[0] for byte in set(SINGLE_BYTES) - set(held.tokens)} - NEVER_IN_UTF8)
     if lacking:
         notes.append(

@@ -214,7 +214,8 @@ def _gguf(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Finding]:
     if key % 32 or value % 32:
         yield Finding(
             "warning",
-            f"Heads of {key} and {value} numbers are no multiples of 32: llama.cpp cannot quantize their cache.",
+            f"Heads have {key} numbers of keys and {value} of values, which are not both multiples of 32: llama.cpp "
+            "cannot quantize their cache.",
         )
     yield from _odd_vocabulary(config)
 

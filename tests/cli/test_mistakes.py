@@ -174,7 +174,10 @@ CONFIGS = [
         "key data.format: 'xml' is none of auto, text, jsonl, csv",
     ),
     ("validate demo tokenizer=nosuch", "tokenizer has no option nosuch. Known: bundled, byte, file"),
-    ("validate demo tokenizer=file tokenizer.path=nothing", "Tokenizer file nothing does not exist or is no file"),
+    (
+        "validate demo tokenizer=file tokenizer.path=nothing",
+        "key tokenizer.path: there is no file or directory nothing",
+    ),
     ("validate demo phases=[]", "key phases: is empty, so nothing says how long to train"),
     ("validate demo phases=3", "key phases: needs a list. Write 'phases=[3]'"),
     ("validate demo seq_len=0", "key seq_len: must be at least 1 and at most 16,777,216, not 0"),

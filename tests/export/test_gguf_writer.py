@@ -267,7 +267,7 @@ class TestTokenizers:
     def test_say_how_texts_and_answers_end_and_what_a_conversation_is(self, tmp_path: Path) -> None:
         tokenizer = bundled_of(ROWS)
         notes = write_gguf(small(), tokenizer, tmp_path / "a.gguf", kind="F16")
-        assert notes == ["llama.cpp does not bring text to NFC, as this tokenizer does: give it such."]
+        assert notes == ["llama.cpp does not bring text to NFC, as this tokenizer does: normalize it before."]
         keys, ggml = keys_of(tmp_path / "a.gguf"), "tokenizer.ggml."
         assert (keys[ggml + "model"], keys[ggml + "pre"]) == ("gpt2", "qwen2")
         assert keys[ggml + "eos_token_id"] == tokenizer.specials["<|endoftext|>"]

@@ -124,7 +124,7 @@ class TestGguf:
     def test_odd_heads_and_vocabularies(self) -> None:
         attention = plm_config()["attention"] | {"v_head_dim": 100}
         found = texts(lint(plm_config(attention=attention, vocab_size=151_646), "gguf"), "warning")
-        assert "Heads of 192 and 100 numbers" in found
+        assert "Heads have 192 numbers of keys and 100 of values" in found
         assert "vocabulary of 151,646 rows is no multiple of 32" in found and "151,648 rows would do" in found
 
 
