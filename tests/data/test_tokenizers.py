@@ -598,7 +598,7 @@ class TestRefusals:
     def test_a_directory_without_a_tokenizer_and_a_path_that_is_none(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="holds 0 tokenizers"):
             load_tokenizer(tmp_path)
-        with pytest.raises(UserError, match="does not exist"):
+        with pytest.raises(UserError, match="there is no file or directory"):
             file(str(tmp_path / "tokenizer.json"))
         with pytest.raises(UserError, match="needs a path"):
             file()
