@@ -213,7 +213,7 @@ class TestReference:
         kept, origin = sorted((base / "runs" / "reference").iterdir()), base / "base"
         if precision == "bf16":
             origin.rename(base / "gone")
-            with pytest.raises(UserError, match="base does not exist"):
+            with pytest.raises(UserError, match="there is no file or directory base"):
                 run(*words, "resume=true", "micro_batch_size=1")
             (base / "gone").rename(origin)
             capfd.readouterr()
