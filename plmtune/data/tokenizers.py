@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 import unicodedata
@@ -40,6 +39,7 @@ from plmtune.data.bpe import (
 )
 from plmtune.data.cuts import Cuts
 from plmtune.errors import UserError, did_you_mean
+from plmtune.provenance import num_cores
 from plmtune.registry import register
 from plmtune.training import manifest
 
@@ -206,7 +206,7 @@ class Tokenizer:
             done: Iterable[list[Ids]] = [self._encode_task(tasks[0], fixed)]
         else:
             # A pool of its own for each call: threads would not survive a fork. tiktoken lets go of the GIL.
-            with ThreadPoolExecutor(min(len(tasks), _num_cores())) as pool:
+            with ThreadPoolExecutor(min(len(tasks), num_cores())) as pool:
                 done = list(pool.map(self._encode_task, tasks, repeat(fixed)))
         parts: list[list[Ids]] = [[] for _ in texts]
         for task, results in zip(tasks, done, strict=True):
@@ -410,10 +410,6 @@ class _Pass:
         # Longest first: of two that start alike, `tokenizers` takes the longer.
         longest = sorted(tokens, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest))) if tokens else None
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _text_of(token: Any) -> str | None:

@@ -17,10 +17,10 @@ from plmtune.data.parts import OPENING
 from plmtune.data.preferences import Pair
 from plmtune.data.rows import Refused
 from plmtune.errors import UserError
+from plmtune.provenance import num_cores
 from plmtune.rounds.chains import RHYTHM, Chain, Turn
 from plmtune.rounds.rewards import Reward
 from plmtune.rounds.rules import Rule, tests_pass
-from plmtune.sandbox import num_cores
 from plmtune.training import distributed
 
 PAIRS = "pairs.jsonl"

@@ -37,6 +37,7 @@ from types import CodeType
 from typing import IO, Any, Literal
 
 from plmtune.errors import UserError
+from plmtune.provenance import num_cores
 from plmtune.sandbox.uncalled import with_calls
 
 Isolation = Literal["namespaces", "limits"]
@@ -193,11 +194,6 @@ def run_all(
     finally:
         stop.set()  # after an error, or Ctrl-C; else all have ended
         pool.shutdown(cancel_futures=True)
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache
