@@ -39,7 +39,7 @@ COMMANDS = (
     "verify exports/x.gguf --against {0}",
     "plan {0} --device pi5",
     "run quantize checkpoint={0} run_dir=out",
-    "run sft init_from={0} run_dir=out data=docstrings",
+    "run sft init_from={0} run_dir=out data=conversations data.paths=[rows.jsonl]",
     "data inspect rows.jsonl --tokenizer {0}",
 )
 

@@ -30,7 +30,7 @@ COMMANDS = (
     "plan model --device {pipe}.yaml",
     "validate {pipe}.yaml",
     "run demo {pipe}.yaml",
-    "run sft init_from={pipe} data=docstrings",
+    "run sft init_from={pipe} data=conversations data.paths=[rows.jsonl]",
     "resume {pipe}",
     "runs {pipe}",
     "checkpoints {pipe}",
