@@ -25,11 +25,11 @@ from pathlib import Path
 import torch
 from side_by_side import machine
 
-from plmtune import config
-from plmtune.data.tokenizers import train_bpe
+from plmtune.config import compose
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
 from plmtune.registry import component
+from plmtune.tokenizers.tokenizer import train_bpe
 from plmtune.training.metrics import read
 
 LETTERS = "abcdefghijklmnop"
@@ -86,7 +86,7 @@ def prepare(directory: Path, seed: int, *, pairs: int, asked: int) -> None:
 def run(recipe: str, name: str, directory: Path, run_name: str, overrides: list[str]) -> Path:
     """As ``plmtune run NAME overrides...``; the run's directory."""
     where = directory / run_name
-    cfg = config.compose(
+    cfg = compose.compose(
         name,
         [],
         [
@@ -174,7 +174,7 @@ def trial(seed: int, options: argparse.Namespace) -> dict[str, list[tuple[float,
 
 def draw_picture(trials: list[dict[str, list[tuple[float, float]]]], path: Path) -> None:
     """Mean over seeds of both rewards after each round, with the spread from least to most."""
-    from plmtune.figures import COLOURS, finish, new_figure
+    from plmtune.io.figures import COLOURS, finish, new_figure
 
     figure = new_figure(8, 3.4)
     for axis, kind in zip(figure.subplots(1, 2, sharey=True), ("direct", "refined"), strict=True):

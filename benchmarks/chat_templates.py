@@ -19,10 +19,10 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from side_by_side import machine
 
-from plmtune.data.chat_template import NAMED, ChatTemplate
 from plmtune.data.conversations import conversations
 from plmtune.data.rows import Message
-from plmtune.data.tokenizers import bundled
+from plmtune.tokenizers.chat_template import NAMED, ChatTemplate
+from plmtune.tokenizers.tokenizer import bundled
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 # As Qwen3's: it looks back for the last question, and splits answers at </think>.

@@ -27,12 +27,11 @@ import torch
 from side_by_side import machine
 from torch.optim.lr_scheduler import LambdaLR
 
-from plmtune import tensor_files
+from plmtune.io import manifest, safetensors_writer
 from plmtune.losses.cross_entropy import cross_entropy
 from plmtune.models.plm import plm
 from plmtune.optim.optimizers import adamw
 from plmtune.registry import component
-from plmtune.training import manifest
 from plmtune.training.checkpoint import Checkpoints, step_path
 
 VOCAB, BATCH, SEQ_LEN = 8192, 1, 16
@@ -136,7 +135,7 @@ def hashing(trainer: Trainer, rounds: int) -> tuple[float, float]:
                 taken[hashed].append(trainer.save(background=False))
                 continue
             with (
-                mock.patch.object(tensor_files, "_digest", lambda parts: constant),
+                mock.patch.object(safetensors_writer, "_digest", lambda parts: constant),
                 mock.patch.object(manifest, "digest", lambda path: constant),
             ):
                 taken[hashed].append(trainer.save(background=False))

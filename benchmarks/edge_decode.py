@@ -205,7 +205,7 @@ def show(speeds: dict[str, dict[str, float]], shares: dict[str, float]) -> None:
 
 
 def draw(results: dict[str, dict[str, object]], path: Path) -> None:
-    from plmtune.figures import COLOURS, finish, new_figure
+    from plmtune.io.figures import COLOURS, finish, new_figure
 
     figure, at = new_figure(6 * len(results), 4.5), {}
     for axes, (name, result) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):

@@ -26,10 +26,10 @@ import torch
 from side_by_side import machine
 
 import plmtune
-from plmtune.continuous import Engine, Request
-from plmtune.data.tokenizers import Tokenizer
+from plmtune.inference.batching import Engine, Request
 from plmtune.models.gguf import convert
 from plmtune.modules.decoder import Decoder
+from plmtune.tokenizers.tokenizer import Tokenizer
 
 Answers = list[list[int]]
 

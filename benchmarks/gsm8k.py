@@ -21,12 +21,12 @@ import torch
 from side_by_side import machine
 
 import plmtune
-from plmtune import config
-from plmtune.continuous import Engine, Request
-from plmtune.data.chat_template import find_template
+from plmtune.config import compose
 from plmtune.data.rows import Message
+from plmtune.inference.batching import Engine, Request
 from plmtune.models.gguf import convert
-from plmtune.rounds.rules import number_of
+from plmtune.preference.rounds.rules import number_of
+from plmtune.tokenizers.chat_template import find_template
 from plmtune.training.metrics import read
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -81,7 +81,7 @@ def train(directory: Path, base: Path, data: Path, steps: int, *overrides: str) 
         f"run_dir={directory}",
         *overrides,
     ]
-    sft.main(config.compose("sft", (), settings))
+    sft.main(compose.compose("sft", (), settings))
     return read(directory / "metrics.jsonl")
 
 

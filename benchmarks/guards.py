@@ -28,7 +28,7 @@ from plmtune.recipes import pretrain
 from side_by_side import machine
 from torch import nn
 
-from plmtune import config
+from plmtune.config import compose
 from plmtune.training import guard
 from plmtune.training.metrics import read
 from plmtune.training.runtime import Runtime
@@ -41,12 +41,12 @@ def trainer(cfg: Any, runtime: Runtime) -> Callable[[str], float]:
 
     It gives the seconds of what only the guard does.
     """
-    tokenizer = config.build("tokenizer", cfg.tokenizer)
-    model = config.build("model", cfg.model, vocab_size=tokenizer.vocab_size)
+    tokenizer = compose.build("tokenizer", cfg.tokenizer)
+    model = compose.build("model", cfg.model, vocab_size=tokenizer.vocab_size)
     model.init_weights(torch.Generator().manual_seed(0))
-    optimizer = config.build("optimizer", cfg.optimizer, model=model)
-    scheduler = config.build("scheduler", cfg.scheduler, optimizer=optimizer, num_steps=10**6, tokens_per_step=2048)
-    loss_sum = config.build("loss", cfg.loss)
+    optimizer = compose.build("optimizer", cfg.optimizer, model=model)
+    scheduler = compose.build("scheduler", cfg.scheduler, optimizer=optimizer, num_steps=10**6, tokens_per_step=2048)
+    loss_sum = compose.build("loss", cfg.loss)
     tokens = torch.randint(tokenizer.vocab_size, (cfg.global_batch_size, cfg.seq_len + 1))
     watchman = guard.Guard(**vars(cfg.guard))
 
@@ -113,7 +113,7 @@ def clean_run(overrides: list[str], steps: int) -> None:
         phases = f"phases=[{{name: main, steps: {steps}}}]"
         quiet = ["logger=jsonl", "sample.max_new_tokens=0", "validation.every=0", "checkpoint.every=0"]
         settings = [f"run_dir={directory}/run", phases, "log_every=1", "runtime.device=cpu", *quiet]
-        cfg = config.compose("demo", (), [*settings, *overrides])
+        cfg = compose.compose("demo", (), [*settings, *overrides])
         pretrain.main(cfg)
         entries = [entry for entry in read(Path(directory) / "run/metrics.jsonl") if "loss" in entry]
     history: deque[float] = deque(maxlen=cfg.guard.window)
@@ -143,7 +143,7 @@ def main() -> None:
         clean_run(options.overrides, options.steps)
         return
     with Runtime.choose(device="cpu", precision="fp32").start() as runtime:
-        compare(config.compose("demo", (), options.overrides), runtime, 10 if options.quick else 100)
+        compare(compose.compose("demo", (), options.overrides), runtime, 10 if options.quick else 100)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from statistics import median
 import torch
 from side_by_side import machine
 
-from plmtune.data.tokenizers import load_tokenizer
 from plmtune.export.runtimes import RuntimeName, open_runtime
+from plmtune.tokenizers.tokenizer import load_tokenizer
 
 SCHEMES = {
     "int8": ["quantization=int8"],

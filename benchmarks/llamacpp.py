@@ -36,7 +36,6 @@ from edge_decode import VOCABULARY, build
 from side_by_side import machine
 
 import plmtune
-from plmtune.data.tokenizers import byte
 from plmtune.errors import UserError
 from plmtune.export.gguf_quantize import quantize_gguf
 from plmtune.export.gguf_writer import write_gguf
@@ -46,6 +45,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized_kernels import prepare
 from plmtune.quantization import schemes
 from plmtune.quantization.quantize import quantize
+from plmtune.tokenizers.tokenizer import byte
 
 KINDS = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_K_M")
 OURS = ("bf16", "int8", "int4", "int8_dynamic", "int8_dynamic_int4")

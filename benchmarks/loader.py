@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from side_by_side import machine
 
-from plmtune import config
+from plmtune.config import compose
 from plmtune.data.batches import Batch, Batches, Phase
 from plmtune.data.prepare import prepare
 from plmtune.data.shards import Shards
@@ -33,17 +33,17 @@ SIDES = {"cached batch": None, "num_workers=0": 0, "num_workers=2": 2}
 
 def open_demo(cfg: Any, tokenizer: Any, directory: Path) -> dict[str, Shards]:
     """Prepare the demo's text, or find it prepared."""
-    sources = named_sources(config.build("data", cfg.data))
+    sources = named_sources(compose.build("data", cfg.data))
     return {name: Shards.open(prepare(source, tokenizer, directory)) for name, source in sources.items()}
 
 
 def trainer(cfg: Any, tokenizer: Any) -> Callable[[list[Batch]], None]:
     """Return a function that takes one optimizer step, as the recipe does on one process in fp32."""
     torch.manual_seed(0)
-    model = config.build("model", cfg.model, vocab_size=tokenizer.vocab_size)
+    model = compose.build("model", cfg.model, vocab_size=tokenizer.vocab_size)
     model.init_weights(torch.Generator().manual_seed(0))
-    optimizer = config.build("optimizer", cfg.optimizer, model=model)
-    loss_sum = config.build("loss", cfg.loss)
+    optimizer = compose.build("optimizer", cfg.optimizer, model=model)
+    loss_sum = compose.build("loss", cfg.loss)
 
     def update(batches: list[Batch]) -> None:
         num_valid = sum(batch.num_valid for batch in batches)
@@ -87,8 +87,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rounds, steps = (5, 2) if options.quick else (15, 8)
-    cfg = config.compose("demo", (), [])
-    tokenizer = config.build("tokenizer", cfg.tokenizer)
+    cfg = compose.compose("demo", (), [])
+    tokenizer = compose.build("tokenizer", cfg.tokenizer)
     shards = open_demo(cfg, tokenizer, options.data)
     train, _ = open_windows(shards, cfg.seq_len, document_mask=cfg.document_mask)
     update = trainer(cfg, tokenizer)

@@ -31,16 +31,16 @@ from side_by_side import machine
 from torch import Tensor, nn
 
 from plmtune.data.batches import IGNORE, Batch, Row, make_batch
-from plmtune.data.chat_template import find_template
 from plmtune.data.conversations import conversations
 from plmtune.data.packing import Example, PackedRows, fit
 from plmtune.data.sources import BadRow
-from plmtune.data.tokenizers import Tokenizer, bundled
 from plmtune.losses.cross_entropy import cross_entropy
 from plmtune.models.gguf import read_tokenizer
 from plmtune.models.gguf_file import opened_gguf
 from plmtune.models.llama import llama
 from plmtune.optim.optimizers import adamw
+from plmtune.tokenizers.chat_template import find_template
+from plmtune.tokenizers.tokenizer import Tokenizer, bundled
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SETS = {"Dolly": "dolly_hhrlhf_1k.jsonl", "Alpaca": "lf_alpaca_en_demo.json", "GSM8K": "gsm8k_train.jsonl"}

@@ -24,13 +24,12 @@ import psutil
 import torch
 
 import plmtune
-from plmtune import provenance
-from plmtune.data.tokenizers import byte
 from plmtune.devices.calibrate import calibrate
 from plmtune.devices.costs import Anatomy
 from plmtune.devices.device import load_device, save_device
 from plmtune.devices.measure import SAMPLE, measure
 from plmtune.devices.predict import predict
+from plmtune.io import provenance
 from plmtune.models.adapters import read_description
 from plmtune.models.hf import load_model, save_model
 from plmtune.models.llama import llama
@@ -38,6 +37,7 @@ from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.quantization.quantize import quantize
 from plmtune.registry import Component, component
+from plmtune.tokenizers.tokenizer import byte
 
 
 def plm_100m() -> Decoder:

@@ -25,15 +25,15 @@ import torch
 from side_by_side import machine
 from torch import Tensor, nn
 
-from plmtune.data.chat_template import find_template
-from plmtune.data.comparisons import Comparison, PreferenceBatches, make_comparisons
 from plmtune.data.preferences import preferences
-from plmtune.data.tokenizers import load_tokenizer
 from plmtune.losses.dpo import Dpo
 from plmtune.models.gguf import convert
 from plmtune.models.hf import load_model, save_model
 from plmtune.optim.optimizers import adamw
-from plmtune.training.compare import answers, comparisons
+from plmtune.preference.batches import Comparison, PreferenceBatches, make_comparisons
+from plmtune.preference.metrics import answers, comparisons
+from plmtune.tokenizers.chat_template import find_template
+from plmtune.tokenizers.tokenizer import load_tokenizer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SEQ_LEN = 512

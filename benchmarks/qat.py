@@ -32,14 +32,14 @@ import torch
 from plmtune.recipes.sft import Sft, preflight
 from side_by_side import machine, medians
 
-from plmtune import launch
-from plmtune.config import build, compose
+from plmtune.config.compose import build, compose
 from plmtune.models.files import checkpoint_directory
 from plmtune.models.hf import load_model
 from plmtune.quantization import qat
 from plmtune.quantization.calibrate import second_moments
 from plmtune.quantization.quantize import quantize
 from plmtune.registry import Component, component
+from plmtune.training import launcher
 
 SCHEMES = {
     "int4": component("quantization", "int4"),
@@ -66,7 +66,7 @@ def tune(origin: Path, seed: int, scheme: Component | None, place: Path, overrid
         return made[0]
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        launch.launch(cfg, preflight, make, lambda run, cfg: None)
+        launcher.launch(cfg, preflight, make, lambda run, cfg: None)
     return made[0]
 
 

@@ -29,11 +29,11 @@ from side_by_side import machine
 from torch import Tensor
 
 import plmtune
-from plmtune.data.chat_template import find_template
-from plmtune.data.comparisons import Comparison, make_batch, make_comparisons
 from plmtune.data.preferences import preferences
 from plmtune.modules.decoder import Decoder
-from plmtune.training.compare import answers
+from plmtune.preference.batches import Comparison, make_batch, make_comparisons
+from plmtune.preference.metrics import answers
+from plmtune.tokenizers.chat_template import find_template
 
 GROUPS = {
     "alone": lambda num: [[[i]] for i in range(num)],

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from side_by_side import machine
 from torch import Tensor, nn
 
-from plmtune import config
-from plmtune.data.tokenizers import train_bpe
+from plmtune.config import compose
+from plmtune.tokenizers.tokenizer import train_bpe
 from plmtune.training.metrics import read
 
 STEPS, BATCH, LENGTH = 2000, 12, 64
@@ -107,7 +107,7 @@ def ours(path: Path, steps: int, overrides: list[str]) -> tuple[float, float]:
     text = path.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as directory:
         train_bpe([text[: int(len(text) * 0.9)]], 1024).save(Path(directory) / "tokenizer")
-        cfg = config.compose(
+        cfg = compose.compose(
             "pretrain",
             [str(overlay)],
             [

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from side_by_side import machine
 
-from plmtune.data.tokenizers import Tokenizer, bundled, load_tokenizer
 from plmtune.export.gguf_quantize import quantize_gguf
 from plmtune.export.gguf_writer import write_gguf
 from plmtune.export.lint import WRITTEN
@@ -34,6 +33,7 @@ from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
+from plmtune.tokenizers.tokenizer import Tokenizer, bundled, load_tokenizer
 
 TYPES = "f32,f16,bf16,q8_0,q6_k,q5_1,q5_k_m,q4_k_m,q4_0"
 OF_RANDOM = "f32,f16,bf16,q8_0,q5_1,q4_0"
@@ -171,7 +171,7 @@ def nothing(model: Decoder) -> None:
 
 
 def other_pre_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    from plmtune.data.bpe import GPT2_PATTERN
+    from plmtune.tokenizers.bpe import GPT2_PATTERN
 
     return like(tokenizer, vocabulary=replace(tokenizer.vocabulary, pattern=GPT2_PATTERN))
 

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from plmtune.data.tokenizers import Tokenizer
     from plmtune.modules.decoder import Decoder
     from plmtune.registry import component, register
+    from plmtune.tokenizers.tokenizer import Tokenizer
 
 __all__ = ["component", "load", "register"]
 __version__ = "0.1.0"

@@ -162,7 +162,7 @@ def _import_entry_points() -> None:
         try:
             importlib.import_module(point.module)
         except Exception as error:  # another package's fault must not stop every command
-            from plmtune import terminal
+            from plmtune.io import terminal
 
             terminal.echo(f"plmtune: components of {point.module} are left out: {raised(error)}", err=True)
 

@@ -10,30 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plmtune import launch, plans
-from plmtune.config import build
-from plmtune.data.comparisons import ComparisonBatch, PreferenceBatches, make_comparisons
+from plmtune.config.compose import build
+from plmtune.config.schema import Preference as Config
 from plmtune.data.conversations import Conversations
 from plmtune.data.examples import open_pairs
 from plmtune.data.preferences import Pair, Preferences
-from plmtune.data.ticker import ticking
 from plmtune.errors import UserError
-from plmtune.identity import config_digest
-from plmtune.origins import start_from
-from plmtune.plans import Plan, build_scheduler, check_schedule
-from plmtune.rounds.rounds import Write, check_rounds, open_rounds
-from plmtune.rounds.writer import writer
-from plmtune.runs import open_run
-from plmtune.schema import Preference as Config
-from plmtune.student import Student, first_model, wake
-from plmtune.terminal import echo
+from plmtune.io.progress import ticking
+from plmtune.io.terminal import echo
+from plmtune.preference.batches import ComparisonBatch, PreferenceBatches, make_comparisons
+from plmtune.preference.metrics import Comparisons, PreferenceMetrics, answers, comparisons
+from plmtune.preference.reference_model import ReferenceModel
+from plmtune.preference.rounds.rounds import Write, check_rounds, open_rounds
+from plmtune.preference.rounds.writer import writer
+from plmtune.training import launcher, plans
 from plmtune.training import metrics as metrics_file
 from plmtune.training.checkpoint import TrainerState
-from plmtune.training.compare import Comparisons, PreferenceMetrics, answers, comparisons
+from plmtune.training.finetune_model import Student, first_model, wake
 from plmtune.training.guard import handle_skip, sample_locations
+from plmtune.training.init_from import start_from
+from plmtune.training.monitor import RunMonitor, is_due, learning_rates
+from plmtune.training.plans import Plan, build_scheduler, check_schedule
 from plmtune.training.plot import draw_curves
-from plmtune.training.progress import RunMonitor, is_due, learning_rates
-from plmtune.training.reference_model import ReferenceModel
+from plmtune.training.resume_checks import config_digest
+from plmtune.training.run_setup import open_run
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_number_of
 
@@ -121,7 +121,7 @@ class Preference:
         """Train to the end; return the last validation loss, or None if a signal stopped it."""
         cfg = self.cfg
         steps = self.first + (0 if cfg.rounds else self.data.num_steps)
-        with launch.open_monitor(cfg, self.run, self.runtime, steps, self.step) as monitor:
+        with launcher.open_monitor(cfg, self.run, self.runtime, steps, self.step) as monitor:
             self._log_startup(monitor)
             if not cfg.rounds:
                 return self.train_stage(monitor)
@@ -190,7 +190,7 @@ class Preference:
                 self.restore_from, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler
             )
             self.restore_from = None
-        launch.warm_up(runtime, lambda: self._warmup_step(reference))
+        launcher.warm_up(runtime, lambda: self._warmup_step(reference))
         # A run that was stopped while it measured its tasks measures them first.
         if tasks and tasks.unfinished(run.path, self.step, num_steps):
             if not tasks.measure(self.model, runtime, run.path, self.step, monitor):
@@ -449,4 +449,4 @@ def main(cfg: Config, *, dry_run: bool = False) -> float | None:
     Raises:
         SystemExit: with EXIT_STOPPED if a signal stopped it; it can be resumed.
     """
-    return launch.launch(cfg, preflight, Preference, report, dry_run=dry_run)
+    return launcher.launch(cfg, preflight, Preference, report, dry_run=dry_run)

@@ -11,26 +11,26 @@ import torch
 from torch import Tensor
 
 import plmtune
-from plmtune import launch, plans
-from plmtune.config import build
+from plmtune.config.compose import build
+from plmtune.config.schema import Pretrain as Config
 from plmtune.data.batches import Batch, Batches
 from plmtune.data.shards import Shards
 from plmtune.data.sources import Source
 from plmtune.data.windows import open_windows
 from plmtune.errors import UserError
-from plmtune.generation import complete
-from plmtune.identity import config_digest, refuse_other_order
+from plmtune.inference.sampling import complete
+from plmtune.io.terminal import echo
 from plmtune.models.hf import hf_state, load_state, write_config
-from plmtune.origins import check_finite, start_from
-from plmtune.plans import Plan, build_scheduler
-from plmtune.runs import open_run, open_sources
-from plmtune.schema import Pretrain as Config
-from plmtune.terminal import echo
+from plmtune.training import launcher, plans
 from plmtune.training.checkpoint import Checkpoints, TrainerState, load_moments
 from plmtune.training.determinism import measure_cost
 from plmtune.training.guard import handle_skip, sample_locations
+from plmtune.training.init_from import check_finite, start_from
+from plmtune.training.monitor import RunMonitor, is_due, learning_rates
+from plmtune.training.plans import Plan, build_scheduler
 from plmtune.training.plot import draw_curves
-from plmtune.training.progress import RunMonitor, is_due, learning_rates
+from plmtune.training.resume_checks import config_digest, refuse_other_order
+from plmtune.training.run_setup import open_run, open_sources
 from plmtune.training.runtime import Runtime
 
 CONFIG = "pretrain"  # conf/pretrain.yaml
@@ -118,7 +118,7 @@ class Pretrain:
     def train(self) -> float | None:
         """Train to the last step; return the last validation loss in nats a token, or None if a signal stopped it."""
         cfg, plan, runtime, run, tasks = self.cfg, self.plan, self.runtime, self.run, self.plan.evaluations
-        with launch.open_monitor(
+        with launcher.open_monitor(
             cfg,
             run,
             runtime,
@@ -129,7 +129,7 @@ class Pretrain:
         ) as monitor:
             run.update(num_steps=plan.num_steps, parameters=plan.estimate.parameters)
             self._log_startup(monitor)
-            launch.warm_up(runtime, self._warmup_step)
+            launcher.warm_up(runtime, self._warmup_step)
             # A run that was stopped while it measured its tasks measures them first.
             if tasks and tasks.unfinished(run.path, self.step, plan.num_steps):
                 if not tasks.measure(self.model, runtime, run.path, self.step, monitor):
@@ -318,4 +318,4 @@ def main(cfg: Config, *, dry_run: bool = False) -> float | None:
     Raises:
         SystemExit: with EXIT_STOPPED if a signal stopped it; it can be resumed.
     """
-    return launch.launch(cfg, preflight, Pretrain, report, dry_run=dry_run)
+    return launcher.launch(cfg, preflight, Pretrain, report, dry_run=dry_run)

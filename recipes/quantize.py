@@ -13,14 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plmtune import hub
-from plmtune.atomic import replacing
-from plmtune.config import build
+from plmtune.config.compose import build
+from plmtune.config.schema import Quantize as Config
 from plmtune.data.examples import refuse_other_kinds
 from plmtune.data.sources import Prepared, Source, named_sources
-from plmtune.data.ticker import ticking
-from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
+from plmtune.io import hub, manifest
+from plmtune.io.atomic import replacing
+from plmtune.io.progress import ticking
+from plmtune.io.safetensors_writer import listed, not_finite
+from plmtune.io.signals import StopSignals
+from plmtune.io.terminal import echo
+from plmtune.io.untrusted import load_json
 from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_model, read_description
 from plmtune.models.assemble import describe, from_description
 from plmtune.models.files import CONFIG as MODEL_CONFIG
@@ -31,17 +35,12 @@ from plmtune.quantization.calibrate import second_moments
 from plmtune.quantization.quantize import file_bytes, quantize
 from plmtune.quantization.sensitivity import Found, Measured
 from plmtune.registry import Component
-from plmtune.runs import find_run, open_run
-from plmtune.schema import Quantize as Config
-from plmtune.tensor_files import listed, not_finite
-from plmtune.terminal import echo
-from plmtune.training import manifest
+from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training.run_directory import EXIT_STOPPED, read_record, refuse_unusable
+from plmtune.training.run_setup import find_run, open_run
 from plmtune.training.run_summary import already_finished, finished_runs
 from plmtune.training.runtime import Runtime
-from plmtune.training.signals import StopSignals
 from plmtune.units import show_bytes
-from plmtune.untrusted import load_json
 
 CONFIG = "quantize"  # conf/quantize.yaml
 REPORT = "quantize.json"

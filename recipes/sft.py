@@ -10,28 +10,28 @@ import torch
 from torch import Tensor
 
 import plmtune
-from plmtune import launch, plans
-from plmtune.config import build
+from plmtune.config.compose import build
+from plmtune.config.schema import Sft as Config
 from plmtune.data.batches import Batch, Batches
-from plmtune.data.chat_template import find_template
 from plmtune.data.conversations import Conversations
 from plmtune.data.examples import open_examples
 from plmtune.data.order import Phase
 from plmtune.data.preferences import Preferences
 from plmtune.data.rows import Message
 from plmtune.errors import UserError
-from plmtune.generation import complete
-from plmtune.identity import config_digest
-from plmtune.origins import start_from
-from plmtune.plans import Plan, build_scheduler, check_schedule, show_epochs
-from plmtune.runs import open_run
-from plmtune.schema import Sft as Config
-from plmtune.student import Student, wake
-from plmtune.terminal import echo
+from plmtune.inference.sampling import complete
+from plmtune.io.terminal import echo
+from plmtune.tokenizers.chat_template import find_template
+from plmtune.training import launcher, plans
 from plmtune.training.checkpoint import TrainerState
+from plmtune.training.finetune_model import Student, wake
 from plmtune.training.guard import handle_skip, sample_locations
+from plmtune.training.init_from import start_from
+from plmtune.training.monitor import RunMonitor, is_due, learning_rates
+from plmtune.training.plans import Plan, build_scheduler, check_schedule, show_epochs
 from plmtune.training.plot import draw_curves
-from plmtune.training.progress import RunMonitor, is_due, learning_rates
+from plmtune.training.resume_checks import config_digest
+from plmtune.training.run_setup import open_run
 from plmtune.training.runtime import Runtime
 
 CONFIG = "sft"  # conf/sft.yaml
@@ -121,12 +121,12 @@ class Sft:
         """Train to the last step; return the last validation loss in nats a token, or None if a signal stopped it."""
         cfg, plan, runtime, run, tasks = self.cfg, self.plan, self.runtime, self.run, self.plan.evaluations
         # No FLOPs a token: how many tokens meet the vocabulary depends on the data.
-        with launch.open_monitor(
+        with launcher.open_monitor(
             cfg, run, runtime, self.num_steps, self.step, tokens_per_step=plan.tokens_per_step
         ) as monitor:
             run.update(num_steps=self.num_steps, parameters=plan.estimate.parameters)
             self._log_startup(monitor)
-            launch.warm_up(runtime, self._warmup_step)
+            launcher.warm_up(runtime, self._warmup_step)
             # A run that was stopped while it measured its tasks measures them first.
             if tasks and tasks.unfinished(run.path, self.step, self.num_steps):
                 if not tasks.measure(self.model, runtime, run.path, self.step, monitor):
@@ -287,4 +287,4 @@ def main(cfg: Config, *, dry_run: bool = False) -> float | None:
     Raises:
         SystemExit: with EXIT_STOPPED if a signal stopped it; it can be resumed.
     """
-    return launch.launch(cfg, preflight, Sft, report, dry_run=dry_run)
+    return launcher.launch(cfg, preflight, Sft, report, dry_run=dry_run)

@@ -8,22 +8,22 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from plmtune.continuous import Engine
-from plmtune.conversation import Conversation
-from plmtune.data.bpe import BYTE_PATTERN, SINGLE_BYTES, from_ranks
-from plmtune.data.chat_template import NAMED, ChatTemplate
-from plmtune.data.comparisons import make_comparisons
 from plmtune.data.files import files
 from plmtune.data.preferences import Pair
 from plmtune.data.prepare import prepare
 from plmtune.data.rows import Message
 from plmtune.data.shards import Shards
-from plmtune.data.tokenizers import Tokenizer
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.perplexity import perplexity
-from plmtune.generation import complete
+from plmtune.inference.batching import Engine
+from plmtune.inference.chat_session import Conversation
+from plmtune.inference.sampling import complete
 from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
+from plmtune.preference.batches import make_comparisons
+from plmtune.tokenizers.bpe import BYTE_PATTERN, SINGLE_BYTES, from_ranks
+from plmtune.tokenizers.chat_template import NAMED, ChatTemplate
+from plmtune.tokenizers.tokenizer import Tokenizer
 
 SPECIALS = ["<|endoftext|>", "<s>", "<|im_start|>", "<|im_end|>"]
 EOS, BOS = 256, 257

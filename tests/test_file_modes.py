@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from plmtune import sealed, tensor_files
-from plmtune.atomic import replacing, writing
 from plmtune.data.files import files
 from plmtune.data.prepare import prepare
-from plmtune.data.tokenizers import byte
+from plmtune.io import checksummed_json, manifest, safetensors_writer
+from plmtune.io.atomic import replacing, writing
 from plmtune.models.adapters import load_model, save_adapter
 from plmtune.models.directory import new_directory
 from plmtune.models.hf import save_model
@@ -23,7 +22,7 @@ from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import init_adapters
 from plmtune.registry import component, load
-from plmtune.training import manifest
+from plmtune.tokenizers.tokenizer import byte
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.metrics import MetricsFile
 from plmtune.training.run_directory import RunDirectory
@@ -90,8 +89,8 @@ def small_files(place: Path) -> None:
             temporary.write_text("x")
     manifest.write_text(place / "c", "x")
     with replacing(place / "d") as temporary:
-        temporary.write_bytes(sealed.seal({}))
-    tensor_files.write(place / "e", {"x": torch.ones(2)})
+        temporary.write_bytes(checksummed_json.seal({}))
+    safetensors_writer.write(place / "e", {"x": torch.ones(2)})
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])

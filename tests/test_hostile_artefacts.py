@@ -25,12 +25,12 @@ from pyarrow import parquet
 
 import plmtune
 from plmtune.data.files import files
-from plmtune.data.tokenizers import byte, load_tokenizer
 from plmtune.errors import UserError
 from plmtune.models.files import checkpoint_directory
 from plmtune.models.hf import load_model, save_model
 from plmtune.models.plm import plm
 from plmtune.registry import component
+from plmtune.tokenizers.tokenizer import byte, load_tokenizer
 
 # Python's objects for the largest texts that are looked into: 4 MiB of JSON, a row of 16 MiB, a tokenizer's values.
 ALLOWANCE = 320 << 20
@@ -333,7 +333,7 @@ class TestTokenizers:
         data = good_tokenizer(place)
         set_pattern(data, pattern)
         (place / "tokenizer.json").write_text(json.dumps(data))
-        monkeypatch.setattr("plmtune.data.tokenizers._PATTERN_SECONDS", 0.1)
+        monkeypatch.setattr("plmtune.tokenizers.tokenizer._PATTERN_SECONDS", 0.1)
         tokenizer = load_tokenizer(place)
         with pytest.raises(
             UserError, match=r"tokenizer\.json, key pre_tokenizer: the pattern .* does not come to an end"
@@ -346,7 +346,7 @@ class TestTokenizers:
         data = good_tokenizer(place)
         set_pattern(data, r"(?:x|xx)+(?=y)|.")
         (place / "tokenizer.json").write_text(json.dumps(data))
-        monkeypatch.setattr("plmtune.data.tokenizers._PATTERN_SECONDS", 0.2)
+        monkeypatch.setattr("plmtune.tokenizers.tokenizer._PATTERN_SECONDS", 0.2)
         tokenizer = load_tokenizer(place)
         assert len(tokenizer.encode("x" * 24)) == 24
         with pytest.raises(UserError, match="does not come to an end"):

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from plmtune import config
 from plmtune.cli import cli
+from plmtune.config import compose
 from plmtune.errors import UserError
 
 CALLS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class", "socket.connect",
@@ -54,7 +54,7 @@ def saved() -> str:
     for recipe in RECIPES:
         importlib.import_module(f"plmtune.recipes.{recipe}")
 
-    return config.to_yaml(config.compose("pretrain", (), ["data=mix", "data.sources={a: {component: stdlib}}"]))
+    return compose.to_yaml(compose.compose("pretrain", (), ["data=mix", "data.sources={a: {component: stdlib}}"]))
 
 
 @pytest.fixture
@@ -278,7 +278,7 @@ class TestFiles:
         self, case: str, road: str, place: Path, saved: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for entry in ("hydra_compose", "hydra_main"):
-            monkeypatch.setattr(config, entry, never)
+            monkeypatch.setattr(compose, entry, never)
         write(place, saved, FILES[case])
         refusal(place, run(*ROADS[road]))
 
@@ -308,9 +308,9 @@ class TestFiles:
         (place / "good.yaml").write_text(
             "recipe: pretrain\ndefaults: [override /optimizer: adamw]\nseed: 5\nname: a${seed}"
         )
-        assert config.compose("good.yaml").name == config.compose("pretrain", ["good.yaml"]).name == "a5"
+        assert compose.compose("good.yaml").name == compose.compose("pretrain", ["good.yaml"]).name == "a5"
         (place / "config.yaml").write_text(saved)
-        assert config.to_yaml(config.load_config(place / "config.yaml")) == saved
+        assert compose.to_yaml(compose.load_config(place / "config.yaml")) == saved
 
     @pytest.mark.parametrize("name", ["evil.yaml", "run/config.yaml"])
     def test_that_are_no_files_are_not_opened(self, name: str, place: Path) -> None:
@@ -377,7 +377,7 @@ class TestOverrides:
 
     def test_hydras_launchers_and_sweepers_can_be_set_for_a_multirun(self, place: Path) -> None:
         seeds: list[int] = []
-        config.multirun(
+        compose.multirun(
             "pretrain",
             (),
             ["seed=1,2", "hydra/launcher=basic", "hydra.sweep.dir=sweep", "hydra.sweep.subdir='s${hydra.job.num}'"],
@@ -391,7 +391,7 @@ class TestEnvironment:
     def test_variables_meant_for_plmtune_are_read(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PLMTUNE_LENGTH", "64")
         (place / "mine.yaml").write_text("seq_len: ${oc.env:PLMTUNE_LENGTH}\nname: '${oc.env:PLMTUNE_NO,a b}'")
-        cfg = config.compose("pretrain", ["mine.yaml"])
+        cfg = compose.compose("pretrain", ["mine.yaml"])
         assert (cfg.seq_len, cfg.name) == (64, "a b")
 
     def test_what_a_variable_holds_is_text_and_no_reference(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,8 +421,8 @@ class TestDevices:
         os.mkfifo(place / "fifo")
         (place / "link").symlink_to("fifo")
         group, overrides = DEVICES[case]
-        cfg = config.compose("pretrain", (), overrides)
-        refusal(place, lambda: config.build(group, getattr(cfg, group)))
+        cfg = compose.compose("pretrain", (), overrides)
+        refusal(place, lambda: compose.build(group, getattr(cfg, group)))
 
 
 class TestCommandLine:

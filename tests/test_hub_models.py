@@ -14,18 +14,19 @@ import pytest
 import torch
 
 import plmtune
-from plmtune import config, hub
 from plmtune.cli import main
-from plmtune.data.tokenizers import Tokenizer, bundled, file
+from plmtune.config import compose
 from plmtune.errors import UserError
 from plmtune.export.run import name_of as export_name
-from plmtune.identity import refuse_other_config, take_pins
+from plmtune.io import hub
 from plmtune.models import adapters
 from plmtune.models.files import checkpoint_directory, name_of
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
-from plmtune.origins import choose_origin, origin_directory, pin_names, start_from
 from plmtune.registry import component
+from plmtune.tokenizers.tokenizer import Tokenizer, bundled, file
+from plmtune.training.init_from import choose_origin, origin_directory, pin_names, start_from
+from plmtune.training.resume_checks import refuse_other_config, take_pins
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NEWER = COMMIT[::-1]
@@ -402,7 +403,7 @@ class TestSnapshots:
 
 class TestRuns:
     def test_keep_the_commit_that_they_start_from(self, served: Server) -> None:
-        cfg = config.compose("sft", (), ["init_from=o/m"])
+        cfg = compose.compose("sft", (), ["init_from=o/m"])
         said = choose_origin(cfg)
         assert said == f"starting from o/m@{COMMIT}"
         assert (cfg.init_from, cfg.tokenizer.settings["path"]) == (f"o/m@{COMMIT}", f"o/m@{COMMIT}")
@@ -414,7 +415,7 @@ class TestRuns:
 
     def test_their_tokenizer_and_reward_model_keep_their_commits_too(self, served: Server) -> None:
         words = ["tokenizer=file", "tokenizer.path=o/m", "reward=reward_model", "reward.path=o/m", "rounds=1"]
-        cfg = config.compose("dpo", (), words)
+        cfg = compose.compose("dpo", (), words)
         pin_names(cfg)
         assert [cfg.tokenizer.settings["path"], cfg.reward.settings["path"]] == [f"o/m@{COMMIT}"] * 2
         assert not [path for path in served.asked if path.endswith(".safetensors")]
@@ -423,11 +424,11 @@ class TestRuns:
 
     def test_go_on_with_the_commit_that_they_began_with(self, served: Server, tmp_path: Path) -> None:
         words = ["tokenizer=file", "tokenizer.path=o/m", "init_from=o/m"]
-        began = config.compose("sft", (), words)
+        began = compose.compose("sft", (), words)
         pin_names(began)
         choose_origin(began)
         served.commit = NEWER
-        again = config.compose("sft", (), words)
+        again = compose.compose("sft", (), words)
         refuse_other_config(tmp_path, began, again)
         take_pins(again, began)
         assert (again.init_from, again.tokenizer) == (f"o/m@{COMMIT}", began.tokenizer)
@@ -439,7 +440,7 @@ class TestRuns:
     def test_another_machine_fetches_the_commit_into_its_own_cache(
         self, served: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        cfg = config.compose("sft", (), ["init_from=o/m"])
+        cfg = compose.compose("sft", (), ["init_from=o/m"])
         choose_origin(cfg)
         served.commit = NEWER
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache of another"))

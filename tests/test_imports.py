@@ -42,7 +42,7 @@ def test_an_installed_package_has_every_folder() -> None:
 
 class TestDirections:
     def test_only_config_imports_hydra(self) -> None:
-        assert importers("hydra") == {"plmtune/config.py"}
+        assert importers("hydra") == {"plmtune/config/compose.py"}
 
     def test_only_cli_imports_click(self) -> None:
         assert all(path.startswith("plmtune/cli/") for path in importers("click"))
@@ -72,8 +72,8 @@ class TestDirections:
     def test_components_know_no_config(self) -> None:
         places = ("plmtune/modules/", "plmtune/losses/", "plmtune/optim/")
         for package in (
-            "plmtune.config",
-            "plmtune.schema",
+            "plmtune.config.compose",
+            "plmtune.config.schema",
             "plmtune.cli",
             "plmtune.recipes",
             "plmtune.training",

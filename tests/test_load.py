@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import plmtune
-from plmtune.data.tokenizers import byte
 from plmtune.errors import UserError
 from plmtune.models.hf import save_model
 from plmtune.models.plm import plm
 from plmtune.registry import component
+from plmtune.tokenizers.tokenizer import byte
 
 
 def save(directory: Path, seed: int = 0) -> torch.Tensor:

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from plmtune.config import build, load_config
+from plmtune.config.compose import build, load_config
 from plmtune.data.shards import Shards
 from plmtune.errors import UserError
-from plmtune.identity import config_digest
+from plmtune.io import manifest
 from plmtune.models.files import checkpoint_directory
-from plmtune.runs import open_run
-from plmtune.training import manifest
 from plmtune.training.checkpoint import newest_whole, read_document
+from plmtune.training.resume_checks import config_digest
 from plmtune.training.run_directory import config_is_vouched_for, read_record
+from plmtune.training.run_setup import open_run
 from plmtune.training.runtime import Runtime
 
 from .place import Place, differing, last_step, outcome

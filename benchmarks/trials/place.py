@@ -17,9 +17,9 @@ import xxhash
 
 from plmtune.cli import main as plmtune
 from plmtune.errors import UserError
-from plmtune.training import manifest
+from plmtune.io import manifest
+from plmtune.io.manifest import step_path, steps
 from plmtune.training.checkpoint import newest_whole
-from plmtune.training.manifest import step_path, steps
 from plmtune.training.metrics import read, without_timing
 from plmtune.training.run_directory import read_record
 

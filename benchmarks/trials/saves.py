@@ -19,8 +19,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from plmtune.errors import UserError
+from plmtune.io.manifest import step_path, steps
 from plmtune.training.checkpoint import Checkpoints, newest_whole
-from plmtune.training.manifest import step_path, steps
 
 from .place import FORKS, Place, torn
 from .tally import Tally

@@ -20,10 +20,11 @@ from typing import NoReturn
 
 import click
 
-from plmtune import __version__, terminal
+from plmtune import __version__
 from plmtune.cli.help import Context, lay_out
 from plmtune.cli.usage import sentence
 from plmtune.errors import UserError, did_you_mean
+from plmtune.io import terminal
 
 # name -> (module, attribute, one line for --help); the module is imported when the command runs.
 COMMANDS = {
@@ -73,7 +74,7 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            from plmtune.names import where_it_belongs
+            from plmtune.config.names import where_it_belongs
 
             near = did_you_mean(args[0], COMMANDS)
             near = near if near.endswith("?") else where_it_belongs(args[0]) or near

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from plmtune import terminal
 from plmtune.cli import import_option
 from plmtune.cli.options import dtype_option, find_device, newest_run
 from plmtune.errors import UserError
+from plmtune.io import terminal
 from plmtune.units import show_number_of
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ def bench(
 
     import torch
 
-    from plmtune.atomic import writing
     from plmtune.devices.measure import measure, read_bandwidth
+    from plmtune.io.atomic import writing
 
     where = find_device(device)
     if threads is not None:
@@ -176,7 +176,7 @@ def _say(text: str) -> None:
 
 
 def _machine(device: torch.device, bandwidth: float, threads: int) -> dict[str, object]:
-    from plmtune import provenance
+    from plmtune.io import provenance
 
     return {
         "when": provenance.now(),
@@ -189,7 +189,7 @@ def _machine(device: torch.device, bandwidth: float, threads: int) -> dict[str, 
 
 def _print(found: list[Measurement], machine: dict[str, object]) -> None:
     from plmtune import native
-    from plmtune.tables import Column, Table, numbers, show
+    from plmtune.io.tables import Column, Table, numbers, show
     from plmtune.units import show_bytes
 
     # name: the order in which a narrow terminal leaves it out; 0 stays

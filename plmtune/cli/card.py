@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from plmtune import terminal
 from plmtune.cli.options import model_first
 from plmtune.errors import UserError
+from plmtune.io import terminal
 
 
 @click.command()

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune import terminal
-from plmtune.atomic import writing
 from plmtune.cli import import_option
 from plmtune.cli.generate import stream, warn_of_pretrained
 from plmtune.cli.options import device_option, find_device, find_model, sampling_options
 from plmtune.errors import UserError, did_you_mean
-from plmtune.tables import Column, Table
-from plmtune.terminal import visible
+from plmtune.io import terminal
+from plmtune.io.atomic import writing
+from plmtune.io.tables import Column, Table
+from plmtune.io.terminal import visible
 
 if TYPE_CHECKING:
-    from plmtune.conversation import Conversation
+    from plmtune.inference.chat_session import Conversation
 
 _BLOCK = '"""'
 
@@ -53,9 +53,9 @@ def chat(
     checkpoint = find_model(checkpoint, "chat CHECKPOINT")
 
     import plmtune
-    from plmtune.conversation import Conversation
-    from plmtune.data.chat_template import find_template
     from plmtune.data.sources import BadRow
+    from plmtune.inference.chat_session import Conversation
+    from plmtune.tokenizers.chat_template import find_template
 
     where = find_device(device)
     model, tokenizer = plmtune.load(checkpoint, where)

@@ -11,14 +11,13 @@ from typing import Any
 
 import click
 
-from plmtune import terminal
 from plmtune.cli.options import newest_run
 from plmtune.errors import UserError
-from plmtune.tables import Cell, Column, Table, show
-from plmtune.training import manifest
+from plmtune.io import manifest, terminal
+from plmtune.io.tables import Cell, Column, Table, show
+from plmtune.io.untrusted import load_json
 from plmtune.training.run_summary import explain, explain_missing
 from plmtune.units import show_bytes
-from plmtune.untrusted import load_json
 
 
 @dataclass

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from plmtune import terminal
 from plmtune.errors import UserError
-from plmtune.tables import show
+from plmtune.io import terminal
+from plmtune.io.tables import show
 
 
 @click.command()

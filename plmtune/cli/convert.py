@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from plmtune import hub, terminal
 from plmtune.errors import UserError
+from plmtune.io import hub, terminal
 
 
 @click.command()
@@ -47,8 +47,8 @@ def convert(file: Path, out: Path, dtype: str, tokenizer: Path | None, overwrite
 
     import torch  # which takes longer than all before it
 
-    from plmtune.data.tokenizers import load_tokenizer
     from plmtune.models.gguf import convert as convert_file
+    from plmtune.tokenizers.tokenizer import load_tokenizer
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     other = load_tokenizer(tokenizer) if tokenizer else None

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from plmtune import terminal
+from plmtune.config.builtin import folder
+from plmtune.config.names import use_of, where_it_belongs
 from plmtune.errors import UserError, either, near_names
-from plmtune.names import use_of, where_it_belongs
-from plmtune.shipped import folder
+from plmtune.io import terminal
 
 
 @click.command()

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 from click.core import ParameterSource
 
-from plmtune import terminal
 from plmtune.cli import import_option, short
 from plmtune.cli.tokenizer import find_tokenizer
 from plmtune.errors import UserError, refuse_pipe
+from plmtune.io import terminal
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from plmtune.data.batches import Row
     from plmtune.data.shards import Shards, Split
     from plmtune.data.sources import Source
-    from plmtune.data.tokenizers import Tokenizer
+    from plmtune.tokenizers.tokenizer import Tokenizer
 
 _COLOURS = ("cyan", "yellow", "green", "magenta")
 
@@ -106,15 +106,15 @@ def prepare(context: click.Context, files: tuple[str, ...], **options: Any) -> N
 
 def prepare_from_config(path: str, overrides: tuple[str, ...]) -> None:
     """Prepare every source of a run's config, as the run itself would."""
-    from plmtune import config
+    from plmtune.config import compose
     from plmtune.data.sources import named_sources
 
-    cfg = config.compose(path, (), overrides)
+    cfg = compose.compose(path, (), overrides)
     how = cfg.preparation
     try:
         _prepare(
-            named_sources(config.build("data", cfg.data)),
-            config.build("tokenizer", cfg.tokenizer),
+            named_sources(compose.build("data", cfg.data)),
+            compose.build("tokenizer", cfg.tokenizer),
             Path(how.directory),
             holdout=how.holdout,
             holdout_by=how.holdout_by,
@@ -202,8 +202,8 @@ def _inspect_shards(
     from rich.console import Console
 
     from plmtune.data.shards import Shards
-    from plmtune.data.tokenizers import load_tokenizer
     from plmtune.data.windows import Windows
+    from plmtune.tokenizers.tokenizer import load_tokenizer
 
     if mask and window is None:
         raise UserError("--mask needs --window N")
@@ -238,7 +238,7 @@ def _inspect_shards(
 
 
 def _summary(shards: Shards) -> None:
-    from plmtune.tables import Table, numbers, show
+    from plmtune.io.tables import Table, numbers, show
 
     manifest = shards.manifest
     figures = {"tokens": 0, "documents": 0, "bytes": 0, "bytes/token": 1, "shards": 2}

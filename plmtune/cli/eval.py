@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from plmtune import hub, terminal
 from plmtune.cli.generate import warn_of_pretrained
 from plmtune.cli.options import device_option, dtype_option, find_device, find_dtype, newest_run
 from plmtune.errors import UserError
-from plmtune.tables import Column, Table, show
+from plmtune.io import hub, terminal
+from plmtune.io.tables import Column, Table, show
 
 if TYPE_CHECKING:
     from plmtune.evaluation.run import Progress

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from plmtune import terminal
 from plmtune.cli.options import find_model
-from plmtune.tables import show
+from plmtune.io import terminal
+from plmtune.io.tables import show
 
 
 @click.command()

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune import terminal
 from plmtune.cli import import_option
 from plmtune.cli.options import device_option, find_device, find_model, sampling_options
 from plmtune.errors import UserError
+from plmtune.io import terminal
 
 if TYPE_CHECKING:
-    from plmtune.data.tokenizers import Tokenizer
+    from plmtune.tokenizers.tokenizer import Tokenizer
 
 
 @click.command()
@@ -55,7 +55,7 @@ def generate(
     checkpoint = find_model(checkpoint, "generate CHECKPOINT --prompt TEXT")
 
     import plmtune
-    from plmtune.generation import complete, prompt_ids
+    from plmtune.inference.sampling import complete, prompt_ids
 
     for option, value in (("--system", system), ("--chat-template", chat_template)):
         if value is not None and not chat:
@@ -123,9 +123,9 @@ def _message(
     tokenizer: Tokenizer, prompt: str, system: str | None, chat_template: str | None
 ) -> tuple[list[int], list[int]]:
     """Return the tokens of a user's message up to where the model begins to write, and the ids that end an answer."""
-    from plmtune.data.chat_template import find_template
     from plmtune.data.rows import Message
     from plmtune.data.sources import BadRow
+    from plmtune.tokenizers.chat_template import find_template
 
     template = find_template(chat_template, tokenizer, "--chat-template ")
     messages = [Message("system", system)] if system is not None else []

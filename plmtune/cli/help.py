@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import click
 
-from plmtune.terminal import wrap
+from plmtune.io.terminal import wrap
 
 _HYPHEN = "\u2011"  # where a hyphen must not end a line
 _WORD = re.compile(r"""(?:--[a-z-]+ (?=[^-\s]))?(?:[^\s'"]|'[^']*'|"[^"]*")+""")  # an option keeps its value

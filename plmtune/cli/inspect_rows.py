@@ -9,19 +9,19 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plmtune import terminal
 from plmtune.cli.tokenizer import find_tokenizer
 from plmtune.data.sources import BadRow, Unused
 from plmtune.errors import UserError
-from plmtune.terminal import Line, visible
+from plmtune.io import terminal
+from plmtune.io.terminal import Line, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from plmtune.data.chat_template import ChatTemplate, TrainOn
     from plmtune.data.conversations import Shape
     from plmtune.data.rows import Message, Refused, Rows
-    from plmtune.data.tokenizers import Tokenizer
+    from plmtune.tokenizers.chat_template import ChatTemplate, TrainOn
+    from plmtune.tokenizers.tokenizer import Tokenizer
 
 _TRAINED = "bold green"
 _OPEN, _CLOSE = "⟦", "⟧"
@@ -58,8 +58,8 @@ def inspect_rows(path: Path, *, row: int, tokenizer: str, template: str | None, 
     """
     from rich.console import Console
 
-    from plmtune.data.chat_template import find_template
     from plmtune.data.rows import Refused, Rows
+    from plmtune.tokenizers.chat_template import find_template
 
     console = Console(highlight=False, width=terminal.columns(sys.stdout), soft_wrap=not sys.stdout.isatty())
     rows = Rows([str(path)])
@@ -310,7 +310,7 @@ def _chain(row: dict[str, Any]) -> tuple[list[Message], list[dict[str, Any]]]:
 
 
 def _summary(kind: str, count: int, seen: _Seen, refused: Refused, template: ChatTemplate | None) -> None:
-    from plmtune.tables import Table, numbers, show
+    from plmtune.io.tables import Table, numbers, show
 
     show(f"{_rows(count)} of {kind}: {count - len(refused):,} can be used, {len(refused):,} cannot")
     for line in refused.describe().splitlines():

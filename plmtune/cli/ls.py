@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from plmtune.cli import COMMANDS, import_option
-from plmtune.names import DEVICES
-from plmtune.shipped import folder
-from plmtune.tables import Column, Table, show
+from plmtune.config.builtin import folder
+from plmtune.config.names import DEVICES
+from plmtune.io.tables import Column, Table, show
 
 
 @click.command()
@@ -79,8 +79,8 @@ def _list(entries: Iterable[tuple[str, str]]) -> None:
 
 
 def _group(group: str, table: Any) -> None:
+    from plmtune.config.names import where_it_belongs
     from plmtune.errors import UserError, did_you_mean
-    from plmtune.names import where_it_belongs
 
     leaf = group.rpartition("/")[2]
     if leaf not in table:

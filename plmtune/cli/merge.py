@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from plmtune import hub, terminal
 from plmtune.errors import UserError
+from plmtune.io import hub, terminal
 
 
 @click.command()

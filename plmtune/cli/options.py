@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from plmtune import hub, terminal
 from plmtune.errors import UserError
+from plmtune.io import hub, terminal
 from plmtune.registry import raised, refuse_taken_names
 from plmtune.units import unescape
 
@@ -204,7 +204,7 @@ def recipe_file(path: str) -> ModuleType:
             )
     refuse_taken_names()
     if hasattr(module, "Config"):
-        from plmtune.config import use_schema
+        from plmtune.config.compose import use_schema
 
         use_schema(module.CONFIG, module.Config, path)
     return module

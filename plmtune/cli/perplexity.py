@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune import terminal
 from plmtune.cli import import_option
 from plmtune.cli.options import device_option, dtype_option, find_device, find_dtype, model_first
 from plmtune.errors import UserError
+from plmtune.io import terminal
 
 if TYPE_CHECKING:
     from plmtune.evaluation.perplexity import Perplexity
@@ -180,7 +180,7 @@ def _figures(found: Perplexity) -> dict[str, float | None]:
 
 
 def _print(measured: dict[str, Perplexity], total: Perplexity, window: int, stride: int) -> None:
-    from plmtune.tables import Column, Table, numbers, show
+    from plmtune.io.tables import Column, Table, numbers, show
 
     # name: the order in which a narrow terminal leaves it out; 0 stays
     figures = {"loss": 0, "perplexity": 0, "bits per byte": 0, "tokens": 3, "bytes": 1, "documents": 2}

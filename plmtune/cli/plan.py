@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune import hub
 from plmtune.cli import import_option
 from plmtune.cli.options import divide
+from plmtune.config.builtin import folder
 from plmtune.errors import UserError
-from plmtune.shipped import folder
-from plmtune.tables import Column, Table, numbers, show
+from plmtune.io import hub
+from plmtune.io.tables import Column, Table, numbers, show
 
 if TYPE_CHECKING:
     from plmtune.devices.costs import Anatomy
@@ -115,7 +115,7 @@ class Asked:
 
 def with_preset(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple[str, list[str], list[str]]:
     """The config that a model's name alone stands for: plan needs no more of it than the model."""
-    from plmtune.config_choices import presets
+    from plmtune.config.choices import presets
     from plmtune.registry import describe
 
     is_model = name in describe()["model"] or name in presets("model")
@@ -142,7 +142,7 @@ def _read(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple
     """A config's or a checkpoint's model, on the meta device, and the config."""
     import torch
 
-    from plmtune import config
+    from plmtune.config import compose
     from plmtune.devices.costs import Anatomy
     from plmtune.devices.sweep import vocabulary
 
@@ -161,16 +161,16 @@ def _read(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple
         description = read_description(directory)
         with torch.device("meta"):
             part = from_description("model", description, str(directory))
-            model = config.build("model", part, vocab_size=description["vocab_size"])
+            model = compose.build("model", part, vocab_size=description["vocab_size"])
             install(model, read_formats(directory)[0] if (directory / "config.json").is_file() else {})
         return Anatomy.of(model), None
-    cfg = config.compose(*with_preset(name, overlays, overrides))
+    cfg = compose.compose(*with_preset(name, overlays, overrides))
     if getattr(cfg, "model", None) is None:
         raise UserError(
             f"{name} names no model: it takes that of its checkpoint. Choose one (model=plm), or plan that."
         )
     with torch.device("meta"):
-        model = config.build("model", cfg.model, vocab_size=vocabulary(cfg))
+        model = compose.build("model", cfg.model, vocab_size=vocabulary(cfg))
     return Anatomy.of(model), cfg
 
 
@@ -327,8 +327,8 @@ def _training(cfg: Any, train_on: str) -> dict[str, Any]:
     """Memory, FLOPs and hours of the config's own training."""
     import torch
 
-    from plmtune import plans
     from plmtune.devices.device import load_device
+    from plmtune.training import plans
     from plmtune.training.runtime import Runtime
     from plmtune.units import show_bytes, show_count
 
@@ -396,7 +396,7 @@ def as_plain(prediction: Prediction) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    from plmtune.atomic import writing
+    from plmtune.io.atomic import writing
 
     with writing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from plmtune import hub, terminal
 from plmtune.cli.plan import Asked, as_plain, show_speed, with_preset, write_json
 from plmtune.devices import costs
 from plmtune.devices.pareto import draw_front, front
 from plmtune.devices.sweep import Point, sweep
 from plmtune.errors import UserError
-from plmtune.tables import Table, numbers, show
+from plmtune.io import hub, terminal
+from plmtune.io.tables import Table, numbers, show
 from plmtune.units import show_bytes, show_count, show_number
 
 _LISTED = 20  # of a front

@@ -13,12 +13,12 @@ from typing import Any
 
 import click
 
-from plmtune import terminal
 from plmtune.cli import import_option, short, without_collecting
 from plmtune.cli.options import divide, recipe_file
 from plmtune.cli.runs import reasons, table
 from plmtune.errors import UserError, either, near_names
-from plmtune.tables import show
+from plmtune.io import terminal
+from plmtune.io.tables import show
 from plmtune.training.run_directory import (
     CONFIG,
     config_is_vouched_for,
@@ -55,7 +55,7 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
     with without_collecting():
         module = recipe_file(name) if name.endswith(".py") else None
 
-        from plmtune import config
+        from plmtune.config import compose
 
     base = module.CONFIG if module else name
 
@@ -84,9 +84,9 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
     if multirun:
         directory = Path("runs") / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S}"
         if not dry_run and not any(text.startswith("hydra/") for text in overrides):  # others draw jobs as they run
-            config.multirun(base, overlays, overrides, check_only, directory)
+            compose.multirun(base, overlays, overrides, check_only, directory)
         try:
-            config.multirun(base, overlays, overrides, start, directory)
+            compose.multirun(base, overlays, overrides, start, directory)
         finally:  # also where a job failed: the others have run
             # A launcher may run jobs in other processes, and hydra.sweep.dir may be another directory.
             places = dict.fromkeys(path.resolve() for path in [*jobs, *find_runs(directory)])
@@ -96,7 +96,7 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
                 show(table(found, differing_settings(paths)), *reasons(found))
     else:
         with without_collecting():
-            cfg = config.compose(base, overlays, overrides)
+            cfg = compose.compose(base, overlays, overrides)
         start(cfg)
 
 
@@ -145,8 +145,8 @@ def resume(arguments: tuple[str, ...], other_data: bool, recipe_path: str | None
     if used and not recipe_path:
         raise UserError(f"{run_dir} ran the recipe {used}. Resume it: plmtune resume {run_dir} --recipe {used}")
 
-    from plmtune.config import load_config, override
-    from plmtune.identity import refuse_other_config
+    from plmtune.config.compose import load_config, override
+    from plmtune.training.resume_checks import refuse_other_config
 
     module = recipe_file(recipe_path) if recipe_path else None  # it may have a schema of its own
     saved = load_config(path)

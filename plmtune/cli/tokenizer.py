@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from plmtune import hub, terminal
 from plmtune.errors import UserError, did_you_mean
+from plmtune.io import hub, terminal
 
 if TYPE_CHECKING:
     from plmtune.data.sources import Piece
-    from plmtune.data.tokenizers import Tokenizer
+    from plmtune.tokenizers.tokenizer import Tokenizer
 
 _BLOCK_CHARS = 16_384
 _LINE_CHARS = 1 << 22  # a longer line is cut
@@ -52,8 +52,8 @@ def train(files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, tex
         raise UserError("Give FILES or --stdlib to train on, one of the two.")
     if (out / "tokenizer.json").exists():
         raise UserError(f"{out} holds a tokenizer already: choose another directory or remove it.")
-    from plmtune.data.tokenizers import train_bpe
     from plmtune.registry import load
+    from plmtune.tokenizers.tokenizer import train_bpe
 
     if stdlib:
         source = load("data", "stdlib")()
@@ -108,7 +108,7 @@ def find_tokenizer(text: str) -> Tokenizer:
     Raises:
         UserError: if it is none of them.
     """
-    from plmtune.names import where_it_belongs
+    from plmtune.config.names import where_it_belongs
     from plmtune.registry import describe, load
 
     named = set(describe()["tokenizer"]) - {"file"}  # that one is reached by its path

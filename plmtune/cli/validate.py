@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from plmtune import terminal
 from plmtune.cli import import_option, without_collecting
 from plmtune.cli.options import divide, recipe_file
+from plmtune.io import terminal
 
 
 @click.command()
@@ -32,15 +32,15 @@ def validate(name: str, arguments: tuple[str, ...], show: bool) -> None:
     with without_collecting():
         module = recipe_file(name) if name.endswith(".py") else None
 
-        from plmtune import config
+        from plmtune.config import compose
 
         if module is None:
-            config.find_config(name)  # before components are imported, and torch with them
-        cfg = config.compose(module.CONFIG if module else name, overlays, overrides)
+            compose.find_config(name)  # before components are imported, and torch with them
+        cfg = compose.compose(module.CONFIG if module else name, overlays, overrides)
         recipe = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
         said = check(recipe, cfg)
     if show:
-        click.echo(config.to_yaml(cfg), nl=False)
+        click.echo(compose.to_yaml(cfg), nl=False)
     terminal.echo(f"{' '.join([name, *overlays])}: valid. {said}")
 
 
@@ -53,7 +53,7 @@ def check(recipe: ModuleType, cfg: Any) -> str:
     if hasattr(recipe, "check"):
         return str(recipe.check(cfg))
     if hasattr(recipe, "preflight"):
-        from plmtune import launch
+        from plmtune.training import launcher
 
-        return launch.check(cfg, recipe.preflight)
+        return launcher.check(cfg, recipe.preflight)
     return "Keys and values are; the recipe has neither preflight nor check(cfg), which would look further."

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from plmtune import hub, terminal
 from plmtune.errors import UserError
-from plmtune.tables import show
+from plmtune.io import hub, terminal
+from plmtune.io.tables import show
 
 if TYPE_CHECKING:
     from plmtune.export.runtimes import RuntimeName
@@ -61,8 +61,8 @@ def verify(
     hub.check_path(against)
     page = _read(text) if text is not None else None
 
-    from plmtune.atomic import writing
     from plmtune.export.verify import verify as prove
+    from plmtune.io.atomic import writing
 
     report = prove(export, against, text=page, positions=positions, threads=threads, prefer=runtime)
     show(report.table(), *(f"warning: {warning}" for warning in report.warnings))

@@ -10,15 +10,15 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from plmtune.data.chat_template import ChatTemplate
 from plmtune.data.conversations import Conversations
 from plmtune.data.packing import Example, PackedRows, fit
 from plmtune.data.preferences import Pair, Preferences
-from plmtune.data.refinement import UNSHOWN, Refinement
 from plmtune.data.rows import Refused
 from plmtune.data.sources import BadRow, Source, Unused
-from plmtune.data.ticker import ticking
 from plmtune.errors import UserError
+from plmtune.io.progress import ticking
+from plmtune.preference.refinement import UNSHOWN, Refinement
+from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.units import show_number_of
 
 _BATCH = 1024  # conversations encoded at once

@@ -16,10 +16,10 @@ import xxhash
 
 from plmtune.data.sources import BadRow, Piece, Source, Unused, text_of, unread
 from plmtune.errors import UserError, did_you_mean, refuse_pipe, unreadable
+from plmtune.io.untrusted import load_json
 from plmtune.ranges import NotEmpty, check
 from plmtune.registry import register
 from plmtune.units import unescape
-from plmtune.untrusted import load_json
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _JSON_LINES = {".jsonl", ".ndjson", ".json"}

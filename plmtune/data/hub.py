@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-import plmtune.hub
+import plmtune.io.hub
 from plmtune.data.sources import BadRow, Source, Unused, text_of, unread
 from plmtune.errors import UserError, did_you_mean
 from plmtune.extras import installed, missing
@@ -75,12 +75,12 @@ class Hub(Source):
         from datasets import load_dataset
 
         try:
-            with plmtune.hub.without_retries():
+            with plmtune.io.hub.without_retries():
                 # data files alone are read: no code of the dataset's own is ever run
                 revision = self._commit or self.revision  # the rows that the fingerprint is of
                 rows = load_dataset(self.dataset, self.subset, split=self.split, revision=revision, streaming=True)
             where = f"{self.dataset}, {self.subset}" if self.subset else self.dataset
-            for number, row in enumerate(plmtune.hub.drawn(islice(rows, self.limit)), 1):
+            for number, row in enumerate(plmtune.io.hub.drawn(islice(rows, self.limit)), 1):
                 yield f"{where}, row {number} of {self.split}", row
         except (UserError, MemoryError):
             raise
@@ -97,7 +97,7 @@ class Hub(Source):
         from datasets import get_dataset_config_names, get_dataset_split_names
 
         def ask(what: Callable[..., list[str]], *names: str) -> list[str]:
-            with contextlib.suppress(Exception), plmtune.hub.without_retries():
+            with contextlib.suppress(Exception), plmtune.io.hub.without_retries():
                 return list(what(self.dataset, *names, revision=self._commit or self.revision))
             return []
 
@@ -120,7 +120,7 @@ class Hub(Source):
             try:
                 from huggingface_hub import HfApi
 
-                if why := plmtune.hub.silence():
+                if why := plmtune.io.hub.silence():
                     raise OSError(why)
                 commit = HfApi().dataset_info(self.dataset, revision=self.revision).sha or commit
             except ImportError as error:
@@ -146,7 +146,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _why(error: Exception) -> str:
-    return plmtune.hub.silence() or f"{type(error).__name__}: {error}"
+    return plmtune.io.hub.silence() or f"{type(error).__name__}: {error}"
 
 
 @register("data", "hub")

@@ -11,7 +11,7 @@ import numpy as np
 
 from plmtune.data.sources import Unused
 from plmtune.errors import UserError
-from plmtune.sealed import read, seal, unseal
+from plmtune.io.checksummed_json import read, seal, unseal
 from plmtune.units import show_number_of
 
 FORMAT = 2  # 2: the manifest has a checksum of its own

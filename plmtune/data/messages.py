@@ -8,7 +8,7 @@ from typing import Any
 
 from plmtune.data.rows import Message
 from plmtune.data.sources import BadRow, check_unicode, is_null, is_something, type_name
-from plmtune.untrusted import load_json
+from plmtune.io.untrusted import load_json
 
 _ROLES = {
     "system": "system", "developer": "system",

@@ -16,21 +16,21 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from plmtune import terminal
-from plmtune.atomic import making, replacing
-from plmtune.data.lock import exclusive
 from plmtune.data.manifest import FORMAT, SPLITS, Manifest, SplitCounts, dtype_for
 from plmtune.data.shards import Shards, ShardWriter
 from plmtune.data.sources import Piece, Prepared, Source
-from plmtune.data.spool import Document
 from plmtune.errors import UserError
-from plmtune.sealed import read, seal, unseal
+from plmtune.io import terminal
+from plmtune.io.atomic import making, replacing
+from plmtune.io.checksummed_json import read, seal, unseal
+from plmtune.io.lock import exclusive
+from plmtune.io.signals import StopSignals
+from plmtune.io.spool import Document
 from plmtune.training.run_directory import EXIT_STOPPED
-from plmtune.training.signals import StopSignals
 from plmtune.units import show_number_of
 
 if TYPE_CHECKING:
-    from plmtune.data.tokenizers import Tokenizer
+    from plmtune.tokenizers.tokenizer import Tokenizer
 
 # Characters encoded at a time. A longer document goes in pieces, so that memory does not grow with it.
 GROUP = 1 << 22

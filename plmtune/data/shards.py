@@ -19,11 +19,11 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from plmtune.atomic import replacing
-from plmtune.data.lock import exclusive
 from plmtune.data.manifest import SPLITS, Manifest, ShardFile, SplitCounts, again
 from plmtune.errors import UserError
-from plmtune.sealed import read, seal, unseal
+from plmtune.io.atomic import replacing
+from plmtune.io.checksummed_json import read, seal, unseal
+from plmtune.io.lock import exclusive
 
 _CHUNK = 1 << 18  # bytes read at a time, few enough that they are hashed and compared while in the cache
 # Up to this size every opening reads every byte. A larger corpus is read once and then known by size

@@ -20,13 +20,12 @@ import numpy.typing as npt
 import psutil
 import torch
 
-from plmtune import provenance
-from plmtune.data.tokenizers import byte
 from plmtune.devices import costs
 from plmtune.devices.costs import Anatomy
 from plmtune.devices.device import Device, Figure, KernelRate, RuntimeRates
 from plmtune.devices.predict import cache_kind, cache_share, decode_seconds
 from plmtune.errors import UserError
+from plmtune.io import provenance
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.attention import attend
@@ -34,6 +33,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized, install
 from plmtune.modules.quantized_kernels import prepare
 from plmtune.registry import Component, component
+from plmtune.tokenizers.tokenizer import byte
 from plmtune.training.estimate import available_memory, peak_flops
 from plmtune.units import show_number_of
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from plmtune.atomic import writing
-from plmtune.config_rules import read_yaml
+from plmtune.config.names import where_it_belongs
+from plmtune.config.rules import read_yaml
 from plmtune.errors import UserError, did_you_mean
-from plmtune.names import where_it_belongs
+from plmtune.io.atomic import writing
 
 _GIB, _GIGA, _MICRO = 2.0**30, 1e9, 1e-6
 # key -> (what one of its unit is in SI, may it be 0, is it needed)

@@ -25,9 +25,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from plmtune import hub
 from plmtune.devices import sparse_decode
 from plmtune.errors import UserError
+from plmtune.io import hub
 from plmtune.models.files import checkpoint_directory, find_checkpoint
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU
@@ -539,12 +539,12 @@ def _is_for_transformers(path: Path) -> bool:
 
 def _random_model(target: str, dtype: torch.dtype, device: torch.device) -> Decoder:
     """The model that a config describes, with weights as training begins with."""
-    from plmtune import config
+    from plmtune.config import compose
     from plmtune.devices.sweep import vocabulary
 
-    cfg = config.compose("pretrain", (), [target])
+    cfg = compose.compose("pretrain", (), [target])
     with torch.device("meta"):
-        model: Decoder = config.build("model", cfg.model, vocab_size=vocabulary(cfg))
+        model: Decoder = compose.build("model", cfg.model, vocab_size=vocabulary(cfg))
     model = model.to(dtype).to_empty(device=device)
     model.init_weights(torch.Generator(device).manual_seed(0))
     model.requires_grad_(False).eval()

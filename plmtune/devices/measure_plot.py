@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plmtune.devices.measure import Measurement
-from plmtune.figures import finish, look, new_figure, widen
+from plmtune.io.figures import finish, look, new_figure, widen
 
 
 def draw(found: Sequence[Measurement], path: Path, title: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from plmtune.devices.predict import Prediction
 from plmtune.devices.sweep import Point
-from plmtune.figures import COLOURS, finish, new_figure, widen
+from plmtune.io.figures import COLOURS, finish, new_figure, widen
 from plmtune.units import show_count
 
 _LABELLED = 12  # more numbers than these would lie on each other

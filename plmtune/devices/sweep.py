@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from plmtune import config
-from plmtune.data.tokenizers import QWEN2_ROWS
+from plmtune.config import compose
 from plmtune.devices.costs import Anatomy
 from plmtune.devices.device import Device
 from plmtune.devices.predict import Prediction, predict
 from plmtune.errors import UserError
 from plmtune.registry import Component
+from plmtune.tokenizers.tokenizer import QWEN2_ROWS
 
 MOST = 20_000  # combinations; the thousands are seconds
 
@@ -57,7 +57,7 @@ def vocabulary(cfg: Any) -> int:
     """
     if cfg.tokenizer == Component("tokenizer", "qwen2", {"path": None}):
         return QWEN2_ROWS
-    return int(config.build("tokenizer", cfg.tokenizer).vocab_size)
+    return int(compose.build("tokenizer", cfg.tokenizer).vocab_size)
 
 
 def sweep(
@@ -83,7 +83,7 @@ def sweep(
     Raises:
         UserError: if nothing is swept, a key is not of the model, or there are too many combinations.
     """
-    plain, swept = config.sweep(overrides)
+    plain, swept = compose.sweep(overrides)
     for key in swept:
         if not (key == "tokenizer" or key.split(".")[0].split("/")[0] == "model"):
             raise UserError(f"--sweep: {key} is no key of the model, so it changes neither its size nor its speed.")
@@ -99,7 +99,7 @@ def sweep(
     keys = [key for key in swept if key not in choices]
     found, done = Sweep(), 0
     for chosen in itertools.product(*(swept[key] for key in choices)):
-        cfg = config.compose(name, overlays, [*plain, *chosen])
+        cfg = compose.compose(name, overlays, [*plain, *chosen])
         if cfg.model is None:
             raise UserError(f"{name} names no model to sweep over. Choose one: model=plm")
         rows, anatomies = vocabulary(cfg), _Anatomies()
@@ -132,7 +132,7 @@ def sweep(
 def _value(cfg: Any, text: str) -> Any:
     """What an override makes of its key, checked by the schema; an error where it cannot be."""
     try:
-        changed: Any = config.override(cfg, [text])
+        changed: Any = compose.override(cfg, [text])
     except UserError as error:
         return error
     for name in _parts(text):
@@ -162,7 +162,7 @@ class _Anatomies:
         if key not in self.seen:
             try:
                 with torch.device("meta"):
-                    self.seen[key] = Anatomy.of(config.build("model", one, vocab_size=rows))
+                    self.seen[key] = Anatomy.of(compose.build("model", one, vocab_size=rows))
             except (UserError, ValueError) as error:
                 self.seen[key] = error
         found = self.seen[key]

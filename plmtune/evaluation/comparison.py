@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from plmtune.evaluation.results import Line, Score, direction, labels, lines, metric_label, score, show_number
-from plmtune.tables import Cell, Column, Table
+from plmtune.io.tables import Cell, Column, Table
 
 Result = Mapping[str, Any]
 Test = Literal["McNemar", "sign flips", "z"]

@@ -10,7 +10,7 @@ from typing import Any
 from plmtune.errors import UserError
 from plmtune.evaluation.comparison import Z_95, Row
 from plmtune.evaluation.results import labels, legend, metric_label
-from plmtune.figures import finish, look, new_figure, widen
+from plmtune.io.figures import finish, look, new_figure, widen
 
 _ROW_INCHES = 0.28  # of one more row, and as much again for each two results in it
 _MAX_ROWS = 60

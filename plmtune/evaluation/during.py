@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from plmtune.data.chat_template import find_template
-from plmtune.data.tokenizers import Tokenizer
+from plmtune.config.schema import Evaluation
 from plmtune.errors import UserError
 from plmtune.evaluation import results, run
 from plmtune.evaluation.code_eval import CodeRunner, missing, running_code
@@ -18,11 +17,12 @@ from plmtune.evaluation.local_data import LocalData
 from plmtune.evaluation.result_cache import ResultCache
 from plmtune.evaluation.tasks import Tasks
 from plmtune.modules.decoder import Decoder
-from plmtune.schema import Evaluation
+from plmtune.preference.reference import model_digest
+from plmtune.tokenizers.chat_template import find_template
+from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training import distributed
 from plmtune.training.determinism import everything_put_back
-from plmtune.training.progress import RunMonitor
-from plmtune.training.reference import model_digest
+from plmtune.training.monitor import RunMonitor
 from plmtune.training.runtime import Runtime
 
 

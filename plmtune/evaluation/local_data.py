@@ -15,11 +15,11 @@ import yaml
 from jinja2 import TemplateError
 
 from plmtune.data.files import read_text
-from plmtune.data.template_limits import TemplateLimit
 from plmtune.errors import UserError, did_you_mean, refuse_pipe
 from plmtune.evaluation import local_rows
 from plmtune.evaluation.local_rows import CHUNK, Place, Where, compiled, open_zip, opened
-from plmtune.untrusted import load_yaml
+from plmtune.io.untrusted import load_yaml
+from plmtune.tokenizers.template_limits import TemplateLimit
 
 if TYPE_CHECKING:
     from datasets import Dataset

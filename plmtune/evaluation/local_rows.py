@@ -22,9 +22,9 @@ from jinja2.environment import TemplateExpression
 from plmtune.data.files import read_text
 from plmtune.data.rows import read_rows
 from plmtune.data.sources import BadRow
-from plmtune.data.template_limits import TemplateLimit
-from plmtune.data.template_sandbox import Sandbox
 from plmtune.errors import UserError, unreadable
+from plmtune.tokenizers.template_limits import TemplateLimit
+from plmtune.tokenizers.template_sandbox import Sandbox
 
 Row = tuple[str, dict[str, Any]]  # where it stands, for a person, and its fields
 Where = str | dict[str, Any]

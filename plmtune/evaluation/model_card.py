@@ -16,13 +16,13 @@ from typing import Any
 
 import yaml
 
-from plmtune.atomic import writing
 from plmtune.data.order import show_mix
 from plmtune.errors import UserError
 from plmtune.evaluation import results as result_files
 from plmtune.evaluation.markdown import Markdown, code, escape, hub_link, table
 from plmtune.evaluation.model_facts import Run, Weights, base_of, family_of, is_of, read_run, read_weights
-from plmtune.hub import model_of, parse
+from plmtune.io.atomic import writing
+from plmtune.io.hub import model_of, parse
 from plmtune.models import adapters, files
 from plmtune.training.plot import draw_curves, sparsity_layers
 from plmtune.units import parse_count, show_bytes, show_count

@@ -14,13 +14,13 @@ import torch
 import yaml
 
 from plmtune.errors import UserError
+from plmtune.io.untrusted import load_yaml
 from plmtune.models import adapters, files
 from plmtune.models.adapters import load_model
 from plmtune.models.hf import SCORE
+from plmtune.preference.reference import model_digest
 from plmtune.training import metrics
-from plmtune.training.reference import model_digest
 from plmtune.training.run_directory import CONFIG, config_is_vouched_for, read_record
-from plmtune.untrusted import load_yaml
 
 _log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from plmtune.evaluation.scoring import Item, NotFinite, Scorer
 
 if TYPE_CHECKING:
-    from plmtune.data.tokenizers import Tokenizer
     from plmtune.modules.decoder import Decoder
+    from plmtune.tokenizers.tokenizer import Tokenizer
 
 # Characters whose documents are scored together: enough that batches are even, few enough to be at hand soon.
 _BLOCK = 1 << 20

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from plmtune import terminal
 from plmtune.errors import UserError
-from plmtune.untrusted import load_json
+from plmtune.io import terminal
+from plmtune.io.untrusted import load_json
 
 T = TypeVar("T")
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from plmtune.atomic import writing
 from plmtune.errors import UserError, refuse_pipe
-from plmtune.provenance import device_name, versions
-from plmtune.tables import Column, Table
-from plmtune.untrusted import load_json
+from plmtune.io.atomic import writing
+from plmtune.io.provenance import device_name, versions
+from plmtune.io.tables import Column, Table
+from plmtune.io.untrusted import load_json
 
 if TYPE_CHECKING:
     import torch

@@ -18,19 +18,19 @@ import torch
 from lm_eval.api.model import LM
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-from plmtune.data.chat_template import find_template
 from plmtune.errors import UserError
 from plmtune.evaluation import results
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.model_facts import run_of
 from plmtune.evaluation.result_cache import ResultCache
 from plmtune.evaluation.tasks import Tasks, quiet
+from plmtune.io.provenance import git_state, now
 from plmtune.models.adapters import load_its_tokenizer, load_model
 from plmtune.models.files import checkpoint_directory, name_of
 from plmtune.modules.quantized_kernels import prepare
-from plmtune.provenance import git_state, now
+from plmtune.preference.reference import model_digest
+from plmtune.tokenizers.chat_template import find_template
 from plmtune.training import distributed
-from plmtune.training.reference import model_digest
 from plmtune.training.state import seed_everything
 
 if TYPE_CHECKING:

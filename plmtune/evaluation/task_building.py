@@ -25,11 +25,11 @@ from lm_eval.config.task import TaskConfig
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind
 
-from plmtune import hub
 from plmtune.errors import UserError, did_you_mean
 from plmtune.evaluation.local_data import LocalData
 from plmtune.evaluation.task_columns import TEMPLATES, columns_of
 from plmtune.evaluation.task_index import Known, lm_eval_folder
+from plmtune.io import hub
 
 _KINDS = {"task": Kind.TASK, "class": Kind.PY_TASK, "group": Kind.GROUP, "tag": Kind.TAG}
 _CONFIG_KEYS = frozenset(field.name for field in fields(TaskConfig))

@@ -21,10 +21,10 @@ from typing import Any, Literal
 import xxhash
 import yaml
 
-from plmtune import terminal
-from plmtune.atomic import replacing
 from plmtune.errors import UserError
-from plmtune.untrusted import load_yaml
+from plmtune.io import terminal
+from plmtune.io.atomic import replacing
+from plmtune.io.untrusted import load_yaml
 
 Kind = Literal["task", "class", "group", "tag"]
 # What runs code that a model wrote: nothing, the metric code_eval (which we can put into our sandbox), its own means.

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from plmtune import continuous
-from plmtune.continuous import Answer, Engine, Request, Why
 from plmtune.errors import UserError
 from plmtune.evaluation.scoring import NotFinite, out_of_memory
-from plmtune.generation import before_stop, check_sampling, encode_stops
+from plmtune.inference import batching
+from plmtune.inference.batching import Answer, Engine, Request, Why
+from plmtune.inference.sampling import before_stop, check_sampling, encode_stops
 from plmtune.training.estimate import available_memory
 
 if TYPE_CHECKING:
-    from plmtune.data.tokenizers import Tokenizer
     from plmtune.modules.decoder import Decoder
+    from plmtune.tokenizers.tokenizer import Tokenizer
 
 # Of the memory that is free, what the cache may take; the rest is for reading prompts.
 _SHARE = 0.5
@@ -38,8 +38,8 @@ class Prompt:
         max_new_tokens: the answer is cut here.
         until: the answer ends before the first of these texts. A special token's text is one, too.
         temperature: 0 takes the likeliest token.
-        top_k, top_p, min_p: see `plmtune.generation.sample`.
-        repetition_penalty: see `plmtune.generation.penalize`; 1 for none.
+        top_k, top_p, min_p: see `plmtune.inference.sampling.sample`.
+        repetition_penalty: see `plmtune.inference.sampling.penalize`; 1 for none.
         seed: decides all draws.
     """
 
@@ -135,7 +135,7 @@ class Writer:
                         index = int(answer.key)
                         del alike[index]
                         yield index, self._written(answer, prompts[index].until)
-                except continuous.NotFinite as error:
+                except batching.NotFinite as error:
                     raise NotFinite(int(error.key)) from error
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):

@@ -16,7 +16,6 @@ import torch
 from gguf import LlamaFileType, TokenType
 from torch import Tensor
 
-from plmtune.data.tokenizers import Tokenizer, load_tokenizer
 from plmtune.errors import UserError
 from plmtune.export.huggingface import GATE
 from plmtune.export.runtimes import form_of
@@ -26,6 +25,7 @@ from plmtune.models.gguf_file import GGUFFile, opened_gguf
 from plmtune.models.hf import hf_config, hf_name, read_formats
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized
+from plmtune.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 T = TypeVar("T")
 

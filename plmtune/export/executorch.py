@@ -33,11 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plmtune.atomic import check_room, writing
-from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError, did_you_mean
 from plmtune.export.huggingface import end_ids
 from plmtune.extras import installed, missing
+from plmtune.io.atomic import check_room, writing
 from plmtune.models.files import write_json
 from plmtune.modules.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from plmtune.modules.decoder import Decoder
@@ -48,6 +47,7 @@ from plmtune.modules.quantized import Format, Quantized, QuantizedEmbedding, Qua
 from plmtune.modules.rope import RotaryEmbedding
 from plmtune.modules.torchtune_layers import quiet
 from plmtune.registry import load
+from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.units import show_bytes
 
 Scheme = Literal["fp32", "int8_dynamic", "int8_dynamic_int4"]

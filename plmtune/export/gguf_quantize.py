@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from plmtune.atomic import writing
 from plmtune.errors import UserError
 from plmtune.export.gguf_writer import check_free
 from plmtune.export.lint import QUANTIZED, WRITTEN, gguf_kind
 from plmtune.extras import missing
+from plmtune.io.atomic import writing
 from plmtune.models.gguf_file import opened_gguf
 
 _PLAIN = ("F32", "F16", "BF16")

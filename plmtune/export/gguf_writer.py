@@ -28,13 +28,10 @@ from gguf import (
 from gguf.quants import quantize
 from torch import Tensor
 
-from plmtune.atomic import check_room, writing
-from plmtune.data.bpe import SINGLE_BYTES
-from plmtune.data.tokenizer_json import NEVER_IN_UTF8, to_chars
-from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
 from plmtune.export.huggingface import answer_end
 from plmtune.export.lint import WRITTEN, gguf_architecture, stored_bytes, stored_type
+from plmtune.io.atomic import check_room, writing
 from plmtune.models.adapters import ADAPTERS, find_base, load_adapter, read_description
 from plmtune.models.assemble import from_description
 from plmtune.models.files import ADAPTER_CONFIG, Stored, locate, name_of, read_json
@@ -43,6 +40,9 @@ from plmtune.models.hf import our_name
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapted
 from plmtune.modules.quantized import Quantized
+from plmtune.tokenizers.bpe import SINGLE_BYTES
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_json import NEVER_IN_UTF8, to_chars
 
 _CHUNK = 1 << 24  # numbers that are converted at a time
 _MOST_FP16 = 65504.0

@@ -34,10 +34,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from plmtune.atomic import check_room, replacing
-from plmtune.data.chat_template import find_template
-from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
+from plmtune.io.atomic import check_room, replacing
 from plmtune.models.adapters import ADAPTERS, holds_adapters
 from plmtune.models.directory import new_directory
 from plmtune.models.files import ADAPTER_CONFIG, locate, read_json, write_json
@@ -45,6 +43,8 @@ from plmtune.models.hf import SCORE, hf_config, hf_name, save_model
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import effective_weight
 from plmtune.modules.quantized import Quantized
+from plmtune.tokenizers.chat_template import find_template
+from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.units import show_bytes
 
 Form = Literal["deepseek", "deepseek-relu"]

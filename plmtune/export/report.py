@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 
-from plmtune.tables import Column, Table
+from plmtune.io.tables import Column, Table
 
 
 @dataclass(frozen=True)

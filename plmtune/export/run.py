@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from plmtune.atomic import check_room
-from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError, did_you_mean
 from plmtune.extras import installed, missing
-from plmtune.hub import model_of
+from plmtune.io.atomic import check_room
+from plmtune.io.hub import model_of
 from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_model, read_description
 from plmtune.models.files import checkpoint_directory, locate
 from plmtune.models.files import name_of as model_name
 from plmtune.models.hf import read_formats
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized
+from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.units import show_bytes
 
 if TYPE_CHECKING:

@@ -6,15 +6,15 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from plmtune.data.chat_template import ChatTemplate
 from plmtune.data.sources import BadRow
-from plmtune.data.tokenizers import Tokenizer
 from plmtune.export import hard_texts
 from plmtune.export.contents import Contents, tokenizer_tables
 from plmtune.export.huggingface import end_ids
 from plmtune.export.report import Report
 from plmtune.export.runtimes import Runtime, open_runtime
 from plmtune.models.gguf import PRE_TOKENIZERS
+from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.tokenizers.tokenizer import Tokenizer
 
 _NO_TEMPLATES = "llama.cpp (llama_cpp)"
 _RENDERING_CONTEXT = 32

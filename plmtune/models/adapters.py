@@ -15,9 +15,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from plmtune import hub, tensor_files
-from plmtune.data.tokenizers import Tokenizer, load_tokenizer
 from plmtune.errors import UserError
+from plmtune.io import hub, safetensors_writer
 from plmtune.models import hf
 from plmtune.models.files import (
     ADAPTER_CONFIG,
@@ -33,6 +32,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapted, adapter_parameters, merge
 from plmtune.modules.quantized import Quantized
 from plmtune.registry import load
+from plmtune.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 ADAPTERS = "adapter_model"  # the stem of the file of tensors
 
@@ -128,7 +128,7 @@ def save_adapter(model: Decoder, directory: Path, base: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".{ADAPTERS}.tmp-{os.getpid()}"
     try:
-        tensor_files.write(temporary, {name: tensor.cpu() for name, tensor in adapter_state(model).items()})
+        safetensors_writer.write(temporary, {name: tensor.cpu() for name, tensor in adapter_state(model).items()})
         temporary.replace(directory / f"{ADAPTERS}.safetensors")
     finally:
         temporary.unlink(missing_ok=True)

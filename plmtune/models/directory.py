@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from plmtune.errors import UserError
-from plmtune.training import manifest
+from plmtune.io import manifest
 
 _CONFIG = "config.json"  # as in `models.files`, which imports torch: asked before that, as people wait for it
 

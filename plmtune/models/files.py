@@ -15,12 +15,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from plmtune import hub, terminal
-from plmtune.atomic import replacing
 from plmtune.errors import Unreadable, UserError, unreadable
-from plmtune.training import manifest, run_summary
+from plmtune.io import hub, manifest, terminal
+from plmtune.io.atomic import replacing
+from plmtune.io.untrusted import load_json
+from plmtune.training import run_summary
 from plmtune.training.run_directory import state_of
-from plmtune.untrusted import load_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

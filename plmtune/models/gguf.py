@@ -17,12 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plmtune import tensor_files
-from plmtune.atomic import check_room
-from plmtune.data import tokenizer_json
-from plmtune.data.bpe import DIGITS_GPT2_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, Normalization
-from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
+from plmtune.io import safetensors_writer
+from plmtune.io.atomic import check_room
 from plmtune.models.assemble import from_description
 from plmtune.models.directory import new_directory
 from plmtune.models.files import CONFIG, INDEX, write_json
@@ -30,6 +27,9 @@ from plmtune.models.gguf_file import GGUFFile, opened_gguf
 from plmtune.models.hf import hf_config, hf_name
 from plmtune.modules.attention import default_kv_heads
 from plmtune.modules.decoder import Decoder
+from plmtune.tokenizers import tokenizer_json
+from plmtune.tokenizers.bpe import DIGITS_GPT2_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, Normalization
+from plmtune.tokenizers.tokenizer import Tokenizer
 
 # Our names, and those of the format without ".weight".
 _NAMES = {
@@ -301,12 +301,12 @@ def _write_weights(
     meta = model.state_dict()
     sizes = {hf_name(name): tensor.numel() * dtype.itemsize for name, tensor in meta.items()}
     ours = {hf_name(name): name for name in meta}
-    dealt = tensor_files.deal(sizes, "model")
+    dealt = safetensors_writer.deal(sizes, "model")
     for written, held in dealt.items():
         tensors = {name: _tensor(model, file, ours[name], names[ours[name]], dtype) for name in held}
-        tensor_files.write(directory / written, tensors)
+        safetensors_writer.write(directory / written, tensors)
     if len(dealt) > 1:
-        write_json(directory / INDEX, tensor_files.index(dealt, sizes))
+        write_json(directory / INDEX, safetensors_writer.index(dealt, sizes))
 
 
 def _tensor(model: Decoder, file: GGUFFile, name: str, theirs: str, dtype: torch.dtype) -> Tensor:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plmtune import hub, tensor_files
-from plmtune.atomic import replacing
 from plmtune.errors import NotFinite, UserError
+from plmtune.io import hub, safetensors_writer
+from plmtune.io.atomic import replacing
 from plmtune.models.assemble import from_description
 from plmtune.models.files import (
     CONFIG,
@@ -186,7 +186,7 @@ def write_config(config: Mapping[str, Any], dtype: torch.dtype, directory: Path,
 
 def num_bytes(model: Decoder) -> int:
     """The bytes of the weights' files that `save_model` writes of a model, which may be on the meta device."""
-    return sum(tensor_files.num_bytes(shard) for shard in _split(to_hf(model)[0], _SHARD_BYTES))
+    return sum(safetensors_writer.num_bytes(shard) for shard in _split(to_hf(model)[0], _SHARD_BYTES))
 
 
 def save_model(
@@ -223,10 +223,10 @@ def save_model(
     if "quantization_config" not in config and any(name.endswith(".scales") for name in state):
         raise ValueError("the tensors of a quantized model need the config that to_hf gives: save the model itself")
     directory = Path(directory)
-    if names := tensor_files.not_finite(state):
+    if names := safetensors_writer.not_finite(state):
         fp16 = " (fp16 holds no number above 65,504: bf16 does)" if state[names[0]].dtype == torch.float16 else ""
         raise NotFinite(
-            f"weights are not finite{fp16}: {tensor_files.listed(names)}. Nothing is written to {directory}."
+            f"weights are not finite{fp16}: {safetensors_writer.listed(names)}. Nothing is written to {directory}."
         )
     if "component" in config:
         config = hf_config(config, next(iter(state.values())).dtype, score_head=SCORE in state)
@@ -239,7 +239,7 @@ def save_model(
     )
     for name, shard in zip(names, shards, strict=True):
         with replacing(directory / name) as temporary:
-            tensor_files.write(temporary, {key: tensor.cpu() for key, tensor in shard.items()})
+            safetensors_writer.write(temporary, {key: tensor.cpu() for key, tensor in shard.items()})
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())},

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plmtune.atomic import replacing
+from plmtune.io.atomic import replacing
+from plmtune.io.untrusted import load_json
 from plmtune.modules.attention import MultiHeadLatentAttention
 from plmtune.modules.quantized import (
     ROWS,
@@ -40,7 +41,6 @@ from plmtune.modules.quantized import (
     round_inputs,
     round_rows,
 )
-from plmtune.untrusted import load_json
 
 _INT4_GROUPS = (32, 64, 128, 256)  # that the packed kernel of 4 bits takes
 _MEASURED_ROWS = (1, 8, 64, 256)  # which stand for up to each of ROWS, and more

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from plmtune.atomic import replacing
+from plmtune.io.atomic import replacing
 
 SOURCE = Path(__file__).with_name("decode.c")
 _FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fopenmp", "-shared", "-fPIC")

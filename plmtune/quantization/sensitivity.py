@@ -21,15 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from plmtune.atomic import replacing
-from plmtune.figures import COLOURS, finish, new_figure
+from plmtune.io.atomic import replacing
+from plmtune.io.figures import COLOURS, finish, new_figure
+from plmtune.io.untrusted import load_json
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized
 from plmtune.quantization.calibrate import inputs_seen
 from plmtune.quantization.quantize import quantize_module
 from plmtune.quantization.schemes import EMBEDDING, HEAD, KEEP, candidates
 from plmtune.units import byte_unit, show_bytes
-from plmtune.untrusted import load_json
 
 _VERSION = 1  # of the file, and of what its key hashes
 _CHUNK = 512  # tokens whose logits are held at once
@@ -436,7 +436,7 @@ def _key(
     """Hash of all that the figures follow from."""
     import xxhash
 
-    from plmtune.training.reference import model_digest
+    from plmtune.preference.reference import model_digest
 
     digest = xxhash.xxh3_128(model_digest(model).encode())
     formats = {name: format.name for name, format in sorted(plan.items())}

@@ -37,7 +37,7 @@ from types import CodeType
 from typing import IO, Any, Literal
 
 from plmtune.errors import UserError
-from plmtune.provenance import num_cores
+from plmtune.io.provenance import num_cores
 from plmtune.sandbox.uncalled import with_calls
 
 Isolation = Literal["namespaces", "limits"]

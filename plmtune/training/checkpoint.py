@@ -28,13 +28,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plmtune import tensor_files
 from plmtune.errors import NotFinite, Unreadable, UserError, unreadable
+from plmtune.io import manifest, safetensors_writer
+from plmtune.io.manifest import step_path, steps
 from plmtune.models.files import Stored, locate, read_json
-from plmtune.training import distributed, manifest
+from plmtune.training import distributed
 from plmtune.training import state as training_state
 from plmtune.training.guard import check_weights
-from plmtune.training.manifest import step_path, steps
 from plmtune.training.snapshot import Stage
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ class Checkpoints:
         named: Callable[[Any], Mapping[str, Tensor]] = nn.Module.state_dict,
         stem: str = "model",
         describe: Callable[[Path], object] = lambda directory: None,
-        file_bytes: float = tensor_files.FILE_BYTES,
+        file_bytes: float = safetensors_writer.FILE_BYTES,
     ) -> None:
         if keep < 0:
             raise ValueError(f"keep ({keep}) must be 0, which keeps all checkpoints, or more")
@@ -425,12 +425,13 @@ class Checkpoints:
         """Write this rank's files; returns their bytes and hashes. Runs in the background."""
         directory = self._temporary(step)
         # Here, and not before the copy: training does not wait for it.
-        if names := [name for held in tensors.values() for name in tensor_files.not_finite(held)]:
+        if names := [name for held in tensors.values() for name in safetensors_writer.not_finite(held)]:
             raise NotFinite(
-                f"step {step}: weights or moments are not finite ({tensor_files.listed(names)}), so it is not saved. "
+                f"step {step}: weights or moments are not finite ({safetensors_writer.listed(names)}), so it is not "
+                f"saved. "
                 f"{self.describe_newest()} {TOO_HIGH}"
             )
-        entries = {name: tensor_files.write(directory / name, held) for name, held in tensors.items()}
+        entries = {name: safetensors_writer.write(directory / name, held) for name, held in tensors.items()}
         for name, text in rest.items():
             (directory / name).write_text(text, encoding="utf-8")
         if distributed.rank() == 0:

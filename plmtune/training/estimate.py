@@ -18,8 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from plmtune.io.safetensors_writer import FILE_BYTES
 from plmtune.optim.optimizers import optimizer_bytes
-from plmtune.tensor_files import FILE_BYTES
 from plmtune.training.distributed import Strategy
 from plmtune.units import show_bytes, show_count
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from plmtune import tensor_files
 from plmtune.errors import NotFinite, UserError
+from plmtune.io import safetensors_writer
 from plmtune.training.distributed import gather_texts
 from plmtune.training.run_directory import RunDirectory
 
@@ -185,9 +185,9 @@ def check_weights(named: Mapping[str, Tensor], message: Callable[[str], str]) ->
     Raises:
         NotFinite: on every rank.
     """
-    names = _gathered(tensor_files.not_finite(named))
+    names = _gathered(safetensors_writer.not_finite(named))
     if names:
-        raise NotFinite(message(tensor_files.listed([*dict.fromkeys(names)])))
+        raise NotFinite(message(safetensors_writer.listed([*dict.fromkeys(names)])))
 
 
 def sample_locations(losses: Sequence[Tensor], locate: Callable[[Collection[int]], list[str]]) -> list[str]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from plmtune.training import manifest
-from plmtune.untrusted import load_json
+from plmtune.io import manifest
+from plmtune.io.untrusted import load_json
 
 # What depends on the clock and the machine. All other keys are equal in two runs of one seed.
 TIMING = ("time", "tokens_per_second", "mfu", "memory_bytes")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plmtune.errors import UserError
-from plmtune.figures import COLOURS, finish, new_figure
+from plmtune.io.figures import COLOURS, finish, new_figure
 from plmtune.training import metrics
 
 _TRAIN, _VALIDATION, _RATE, _OTHER = COLOURS[:4]

@@ -14,11 +14,11 @@ from typing import IO, Any, Literal
 
 import xxhash
 
-from plmtune.data.lock import is_at
 from plmtune.errors import UserError, unreadable
-from plmtune.provenance import git_state, now, versions
-from plmtune.training import manifest
-from plmtune.untrusted import load_json
+from plmtune.io import manifest
+from plmtune.io.lock import is_at
+from plmtune.io.provenance import git_state, now, versions
+from plmtune.io.untrusted import load_json
 
 Status = Literal["running", "finished", "stopped", "failed"]  # as run.json says it
 State = Literal["running", "finished", "stopped", "failed", "killed"]  # killed: run.json says running, and nobody is
@@ -177,7 +177,7 @@ class RunDirectory:
             config_yaml: the resolved configuration, as text.
             command: what was typed.
             data: fingerprints of the data by name.
-            job: what started it, see `plmtune.identity.job`.
+            job: what started it, see `plmtune.training.resume_checks.job`.
 
         Raises:
             UserError: if the directory holds a run, is in use, or cannot be written.

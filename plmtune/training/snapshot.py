@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plmtune import tensor_files
+from plmtune.io import safetensors_writer
 from plmtune.modules.sharding import full_tensor
 from plmtune.training import distributed
 
@@ -58,9 +58,9 @@ class Stage:
         rank = distributed.rank()
         for stem, named in stems.items():
             sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in named.items()}
-            files = tensor_files.deal(sizes, stem, max_bytes)
+            files = safetensors_writer.deal(sizes, stem, max_bytes)
             if len(files) > 1:
-                indexes[f"{stem}.safetensors.index.json"] = tensor_files.index(files, sizes)
+                indexes[f"{stem}.safetensors.index.json"] = safetensors_writer.index(files, sizes)
             for file, names in files.items():
                 mine = writers[turn % len(writers)] == rank
                 turn += 1

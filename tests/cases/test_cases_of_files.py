@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from plmtune import config
-from plmtune.data.tokenizers import bundled
+from plmtune.config import compose
 from plmtune.models.hf import save_model
+from plmtune.tokenizers.tokenizer import bundled
 
 FILES = Path(__file__).parents[3] / "shared" / "cases" / "files"
 pytestmark = pytest.mark.skipif(not FILES.is_dir(), reason="no ../shared/cases/files")
@@ -69,7 +69,7 @@ def test_is_refused_in_a_sentence(tmp_path: Path, name: str) -> None:
     words, sentence = REFUSED[name]
     if "init_from=base" in words:
         tokenizer = bundled()
-        model = config.compose("pretrain", (), ["model=plm_tiny"]).model(vocab_size=tokenizer.vocab_size)
+        model = compose.compose("pretrain", (), ["model=plm_tiny"]).model(vocab_size=tokenizer.vocab_size)
         save_model(model, None, tmp_path / "base")
         tokenizer.save(tmp_path / "base")
     code, _, said, peak = limited(tmp_path, words)

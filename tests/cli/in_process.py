@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from plmtune.cli import main
-from plmtune.data.tokenizers import byte
 from plmtune.models.hf import save_model
 from plmtune.models.plm import plm
 from plmtune.registry import component
+from plmtune.tokenizers.tokenizer import byte
 from plmtune.training.run_directory import RunDirectory
 
 

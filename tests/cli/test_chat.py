@@ -16,7 +16,7 @@ import torch
 from in_process import run, save_small
 
 from plmtune.data.conversations import conversations
-from plmtune.data.tokenizers import byte
+from plmtune.tokenizers.tokenizer import byte
 
 OPTIONS = ("--device", "cpu", "--chat-template", "plain", "--temperature", "1", "--max-new-tokens", "6")
 
@@ -48,7 +48,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         prompts.append(bytes(token for token in tokens[0].tolist() if token < 256).decode())
         yield from (torch.tensor([token]) for token in (*f"No{len(prompts)}".encode(), byte().eos_id))
 
-    monkeypatch.setattr("plmtune.generation.generate", columns)
+    monkeypatch.setattr("plmtune.inference.sampling.generate", columns)
     return prompts
 
 

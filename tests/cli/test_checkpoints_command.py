@@ -10,7 +10,7 @@ import pytest
 
 from plmtune.cli import cli
 from plmtune.errors import UserError
-from plmtune.training import manifest
+from plmtune.io import manifest
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import torch
 
 import plmtune
 from plmtune.cli import main
-from plmtune.data.tokenizers import byte
 from plmtune.models.adapters import save_adapter
 from plmtune.models.hf import load_model, save_model
 from plmtune.models.llama import llama
 from plmtune.modules.peft import adapter_parameters
 from plmtune.registry import component, load
+from plmtune.tokenizers.tokenizer import byte
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from in_process import run
 
-from plmtune import config
-from plmtune.shipped import folder
+from plmtune.config import compose
+from plmtune.config.builtin import folder
 
 CONF = folder("conf")
 
@@ -26,12 +26,15 @@ class TestCp:
         words = shlex.split(re.search(r"Use it with: plmtune run (.*)", out)[1])
         place = name.rpartition("/")[0]
         base = ["pretrain", (), [f"{place}={Path(name).name}"]] if place else [name]
-        assert config.compose(words[0], (), words[1:]) == config.compose(*base)
+        assert compose.compose(words[0], (), words[1:]) == compose.compose(*base)
 
     def test_a_changed_copy_of_a_config_runs_alone_and_over_another(self, tmp_path: Path) -> None:
         text = (CONF / "aries.yaml").read_text().replace("scheduler: cosine_finetune", "scheduler: wsd")
         (tmp_path / "mine.yaml").write_text(text.replace("name: aries", "name: mine"))
-        for cfg in (config.compose(str(tmp_path / "mine.yaml")), config.compose("dpo", [str(tmp_path / "mine.yaml")])):
+        for cfg in (
+            compose.compose(str(tmp_path / "mine.yaml")),
+            compose.compose("dpo", [str(tmp_path / "mine.yaml")]),
+        ):
             assert (cfg.scheduler.name, cfg.loss.name, cfg.reward.name, cfg.name) == ("wsd", "aries", "overlap", "mine")
 
     def test_a_recipe_is_run_by_its_file(

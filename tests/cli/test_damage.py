@@ -15,17 +15,17 @@ from in_process import run, save_small
 import plmtune
 from plmtune.cli import cli
 from plmtune.cli.inspect_rows import find as find_tokenizer
-from plmtune.data.tokenizers import byte
 from plmtune.errors import UserError
 from plmtune.evaluation import results
 from plmtune.export.runtimes.opening import open_runtime
+from plmtune.io import manifest
 from plmtune.models.adapters import load_its_tokenizer, load_model, save_adapter
 from plmtune.models.files import checkpoint_directory
 from plmtune.models.reward import load_reward_model
 from plmtune.modules.peft import init_adapters
-from plmtune.origins import origin_directory
 from plmtune.registry import load
-from plmtune.training import manifest
+from plmtune.tokenizers.tokenizer import byte
+from plmtune.training.init_from import origin_directory
 
 WHOLE = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "state.json", "manifest.json")
 ADAPTERS = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "manifest.json")

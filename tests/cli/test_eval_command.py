@@ -136,7 +136,7 @@ class TestEval:
     def test_weights_that_are_no_numbers_end_a_task_in_words(
         self, model: Path, place: Path, plmtune: Command, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("plmtune.tensor_files.not_finite", lambda named: [])  # which would not write them
+        monkeypatch.setattr("plmtune.io.safetensors_writer.not_finite", lambda named: [])  # which would not write them
         shutil.copytree(model, place / "broken")
         made = load_model(model)
         with torch.no_grad():

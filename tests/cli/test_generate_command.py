@@ -9,7 +9,7 @@ import pytest
 import torch
 from in_process import run, save_small
 
-from plmtune.data.tokenizers import byte
+from plmtune.tokenizers.tokenizer import byte
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ class TestGenerate:
             seen.append(options)
             yield from (torch.tensor([token]) for token in b"one\n\ntwo")
 
-        monkeypatch.setattr("plmtune.generation.generate", columns)
+        monkeypatch.setattr("plmtune.inference.sampling.generate", columns)
         options = ("--min-p", "0.1", "--repetition-penalty", "1.5", "--stop", "wo", "--stop", "\\n\\n")
         assert plmtune(checkpoint, "--prompt", "a", *options)[:2] == (0, "one\n")
         assert (seen[0]["min_p"], seen[0]["repetition_penalty"]) == (0.1, 1.5)
@@ -131,7 +131,7 @@ class TestChat:
             seen.append(bytes(tokens[0].tolist()))
             yield from (torch.tensor([token]) for token in (*b"yes", byte().eos_id, *b"no"))
 
-        monkeypatch.setattr("plmtune.generation.generate", columns)
+        monkeypatch.setattr("plmtune.inference.sampling.generate", columns)
         options = ("--chat", "--chat-template", template, "--system", "be kind", "--device", "cpu")
         code, out, err = plmtune(checkpoint, "--prompt", "go?", *options)
         assert code == 0, err

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from in_process import run, save_small
 
-from plmtune import config
-from plmtune.training import manifest
+from plmtune.config import compose
+from plmtune.io import manifest
 
 NEWEST = "runs/sft/20260102-000000"
 
@@ -22,7 +22,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_small(directory / "checkpoints/step-00000001")
         (directory / "checkpoints/step-00000001/state.json").write_text("{}")
         manifest.seal(directory / "checkpoints/step-00000001", 1, {})
-        (directory / "config.yaml").write_text(config.to_yaml(config.compose("pretrain", (), ["model=plm_tiny"])))
+        (directory / "config.yaml").write_text(compose.to_yaml(compose.compose("pretrain", (), ["model=plm_tiny"])))
         (directory / "run.json").write_text(json.dumps({"status": status, "ended": name[-8:]}))
     (place / "texts").mkdir()
     (place / "texts/book.txt").write_text("The quick brown fox. " * 9)
@@ -54,7 +54,7 @@ COMMANDS = [
 def test_is_read_and_named(
     place: Path, command: str, other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("plmtune.hub.silence", lambda: "no hub is asked in tests")
+    monkeypatch.setattr("plmtune.io.hub.silence", lambda: "no hub is asked in tests")
     monkeypatch.setattr("plmtune.devices.measure.read_bandwidth", lambda device: 1.0)
     monkeypatch.setattr("plmtune.devices.measure.measure", lambda target, **_: [])
     code, _, said = run(monkeypatch, capsys, *command.split(), stdin=b"hi\n")

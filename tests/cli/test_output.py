@@ -20,7 +20,7 @@ from plmtune.devices import measure as devices_measure
 from plmtune.devices.measure import Measurement
 from plmtune.errors import UserError
 from plmtune.evaluation import results
-from plmtune.training import manifest
+from plmtune.io import manifest
 
 WIDTHS = (60, 80, 120)
 COMMAND = r"\s+(plmtune|\S*python[\d.]* -m|llama-cli) "

@@ -7,8 +7,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from plmtune.cli.tokenizer import tokenizer
-from plmtune.data.tokenizers import load_tokenizer
 from plmtune.errors import UserError
+from plmtune.tokenizers.tokenizer import load_tokenizer
 
 
 def call(*args: object) -> Result:

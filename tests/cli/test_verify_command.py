@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from in_process import run, save_small
 
-from plmtune.data.tokenizers import byte
 from plmtune.export.gguf_writer import write_gguf
 from plmtune.models.hf import load_model
+from plmtune.tokenizers.tokenizer import byte
 
 
 def test_a_right_export_passes_and_a_broken_one_does_not(

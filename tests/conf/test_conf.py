@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from plmtune import config
+from plmtune.config import compose
+from plmtune.config.builtin import folder
 from plmtune.errors import UserError
 from plmtune.registry import describe
-from plmtune.shipped import folder
 
 CONF = folder("conf")
 RUNNABLE = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -15,13 +15,13 @@ PRESETS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rg
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_config_composes_and_builds(name: str) -> None:
-    cfg = config.compose(name)
+    cfg = compose.compose(name)
     if cfg.recipe == "quantize":
         return  # its model is a checkpoint's
     base = "demo" if name.startswith("demo") else "pretrain"  # fine-tuning starts from the newest run
-    chosen = cfg.model or config.compose(base).model
+    chosen = cfg.model or compose.compose(base).model
     with torch.device("meta"):
-        model = config.build("model", chosen, vocab_size=1024)
+        model = compose.build("model", chosen, vocab_size=1024)
     assert model.max_seq_len >= (cfg.seq_len or 1)  # None: as the model has it
 
 
@@ -29,9 +29,9 @@ def test_config_composes_and_builds(name: str) -> None:
 def test_preset_composes_and_builds(name: str) -> None:
     group, _, option = name.rpartition("/")
     parent = ["model=plm_150m"] if option == "mla_150m" else []
-    cfg = config.compose("pretrain", (), [*parent, f"{group}={option}"])
+    cfg = compose.compose("pretrain", (), [*parent, f"{group}={option}"])
     with torch.device("meta"):
-        config.build("model", cfg.model, vocab_size=1024)
+        compose.build("model", cfg.model, vocab_size=1024)
 
 
 def test_no_preset_bears_a_components_name() -> None:
@@ -45,13 +45,13 @@ def test_no_preset_bears_a_components_name() -> None:
 )
 def test_sizes_are_what_their_names_say(preset: str, low: float, high: float) -> None:
     with torch.device("meta"):
-        model = config.build("model", config.compose("pretrain", (), [f"model={preset}"]).model, vocab_size=4096)
+        model = compose.build("model", compose.compose("pretrain", (), [f"model={preset}"]).model, vocab_size=4096)
     assert low < sum(p.numel() for p in model.parameters()) < high
 
 
 def test_plm_1_8b_is_the_papers_model() -> None:
     with torch.device("meta"):
-        model = config.build("model", config.compose("plm_1.8b").model, vocab_size=151936)
+        model = compose.build("model", compose.compose("plm_1.8b").model, vocab_size=151936)
     parameters = list(model.parameters())
     assert sum(p.numel() for p in parameters) == 1_825_458_176
     assert len(parameters) == 290
@@ -65,15 +65,15 @@ class TestBases:
         text = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
         choices = text.split("defaults:")[1].split("_self_")[0]
         assert "demo" not in choices and "stdlib" not in choices and "docstring" not in choices
-        assert config.compose(name).optimizer.name == "adamw"
+        assert compose.compose(name).optimizer.name == "adamw"
 
     def test_data_must_be_given_and_the_sentence_says_how(self, name: str) -> None:
         with pytest.raises(UserError, match=r"data\.paths=.*plmtune run demo"):
-            config.build("data", config.compose(name).data)
+            compose.build("data", compose.compose(name).data)
 
 
 def test_a_model_of_its_own_trains_by_the_base_configs_optimizer() -> None:
-    cfg = config.compose(
+    cfg = compose.compose(
         "pretrain", (), ["model=plm_1.8b", "model/ffn=swiglu", "scheduler=cosine", "optimizer.lr=3e-4"]
     )
     assert cfg.optimizer.name == "adamw" and cfg.optimizer.settings["lr"] == 3e-4 and not cfg.phases
@@ -81,7 +81,7 @@ def test_a_model_of_its_own_trains_by_the_base_configs_optimizer() -> None:
 
 @pytest.mark.parametrize("name", ["demo", "demo_sft", "demo_dpo", "demo_aries"])
 def test_a_demo_brings_its_data_and_has_runs_of_its_own(name: str) -> None:
-    cfg = config.compose(name)
+    cfg = compose.compose(name)
     assert cfg.name == name
     assert cfg.data.name in ("stdlib", "docstrings", "docstring_pairs")
 

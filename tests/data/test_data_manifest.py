@@ -6,7 +6,7 @@ import pytest
 
 from plmtune.data.manifest import Manifest
 from plmtune.errors import UserError
-from plmtune.sealed import seal, unseal
+from plmtune.io.checksummed_json import seal, unseal
 
 
 def rewrite(directory, **changes):

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from plmtune.data.chat_template import find_template
 from plmtune.data.conversations import Conversation, Conversations, conversations
 from plmtune.data.examples import Examples, open_examples, open_pairs
 from plmtune.data.preferences import InMemory, Pair, preferences
-from plmtune.data.refinement import find_refinement
 from plmtune.data.rows import Message, Refused
-from plmtune.data.tokenizers import bundled
 from plmtune.errors import UserError
+from plmtune.preference.refinement import find_refinement
+from plmtune.tokenizers.chat_template import find_template
+from plmtune.tokenizers.tokenizer import bundled
 
 TOKENIZER = bundled()
 

@@ -6,7 +6,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from plmtune import config
+from plmtune.config import compose
 from plmtune.data.files import files
 from plmtune.errors import UserError
 
@@ -51,7 +51,7 @@ class TestText:
             overlays = [str(tmp_path / "mine.yaml")]
         else:
             overrides.append(road)
-        source = config.build("data", config.compose("pretrain", overlays, overrides).data)
+        source = compose.build("data", compose.compose("pretrain", overlays, overrides).data)
         assert list(source.documents()) == ["one", "two", "three"]
 
     def test_other_escapes_in_a_separator_are_refused_and_a_backslash_is_two(self, tmp_path):

@@ -15,17 +15,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plmtune import terminal
 from plmtune.data import files as reading
 from plmtune.data import prepare as module
-from plmtune.data import spool
 from plmtune.data.files import files
 from plmtune.data.prepare import by_documents, prepare
 from plmtune.data.shards import Shards
 from plmtune.data.sources import Source, shards
-from plmtune.data.tokenizers import Tokenizer, load_tokenizer
 from plmtune.errors import UserError
+from plmtune.io import spool, terminal
 from plmtune.registry import load
+from plmtune.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 SHAKESPEARE = Path(__file__).parents[2].parent / "shared/data/pretrain/tinyshakespeare.txt"
 

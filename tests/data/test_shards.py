@@ -10,7 +10,7 @@ from plmtune.data import shards as shards_module
 from plmtune.data.manifest import dtype_for
 from plmtune.data.shards import Shards
 from plmtune.errors import UserError
-from plmtune.sealed import seal, unseal
+from plmtune.io.checksummed_json import seal, unseal
 
 
 class TestDtype:
@@ -259,7 +259,7 @@ class TestLargeCorpora:
                     waiting.set()
 
         monkeypatch.setattr(shards_module, "_read_shard", slow)
-        logging.getLogger("plmtune.data.lock").addHandler(handler := Waiting())
+        logging.getLogger("plmtune.io.lock").addHandler(handler := Waiting())
         opened = []
         threads = [threading.Thread(target=lambda: opened.append(Shards.open(directory))) for _ in range(3)]
         threads[0].start()
@@ -268,7 +268,7 @@ class TestLargeCorpora:
             thread.start()
         for thread in threads:
             thread.join()
-        logging.getLogger("plmtune.data.lock").removeHandler(handler)
+        logging.getLogger("plmtune.io.lock").removeHandler(handler)
         assert len(opened) == 3
         assert read == list(self.FILES)
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import plmtune
-from plmtune.data.tokenizers import byte
 from plmtune.devices import measure as module
 from plmtune.devices.measure import measure, measure_here
 from plmtune.errors import UserError
@@ -20,6 +19,7 @@ from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, install
 from plmtune.registry import component
+from plmtune.tokenizers.tokenizer import byte
 
 
 def small() -> Decoder:

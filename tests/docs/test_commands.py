@@ -17,11 +17,11 @@ import documented
 import pytest
 from documented import Code, Command
 
-from plmtune import config
 from plmtune.cli import cli
+from plmtune.config import compose
+from plmtune.config.builtin import folder
 from plmtune.devices.device import load_device
 from plmtune.registry import describe
-from plmtune.shipped import folder
 
 COMMANDS = [command for page in documented.PAGES for command in documented.commands(page)]
 # One of each wording: a page repeats another's.
@@ -55,8 +55,8 @@ def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
 @cache
 def composed(name: str, *arguments: str) -> Any:
     overlays = [text for text in arguments if text.endswith(".yaml") and "=" not in text]
-    plain, swept = config.sweep([text for text in arguments if text not in overlays])
-    return config.compose(name, overlays, [*plain, *(values[0] for values in swept.values())])
+    plain, swept = compose.sweep([text for text in arguments if text not in overlays])
+    return compose.compose(name, overlays, [*plain, *(values[0] for values in swept.values())])
 
 
 def check(command: Command) -> None:
@@ -76,13 +76,13 @@ def check(command: Command) -> None:
             cfg = composed(given["name"], *arguments)
             assert not (name == "run" and cfg.recipe == "pretrain") or cfg.phases or not command.is_whole
             if name == "run" and "paths" in cfg.data.settings and command.is_whole and not command.inline:
-                config.build("data", cfg.data)
+                compose.build("data", cfg.data)
     if name == "plan":
         for device in given["devices"].split(","):
             if device != "mine.yaml":
                 load_device(device)
     elif name == "resume":
-        config.override(composed("demo"), [word for word in words[1:] if "=" in word])
+        compose.override(composed("demo"), [word for word in words[1:] if "=" in word])
     elif name == "ls" and given["group"]:
         assert given["group"].rpartition("/")[2] in {*describe(), "devices"}
     elif name == "cp" and command.is_whole:
@@ -124,7 +124,7 @@ def test_documented_python_imports_what_is_there(block: Code) -> None:
 @pytest.mark.parametrize("block", [b for b in documented.code("yaml") if b.text.startswith("# mine.yaml")], ids=str)
 def test_a_documented_config_composes(block: Code) -> None:
     Path("mine.yaml").write_text(block.text, encoding="utf-8")
-    assert config.compose(re.findall(r"(?:plmtune run|recipe:) (\w+)\b(?! *\.yaml)", block.text)[0], ["mine.yaml"])
+    assert compose.compose(re.findall(r"(?:plmtune run|recipe:) (\w+)\b(?! *\.yaml)", block.text)[0], ["mine.yaml"])
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import documented
 import pytest
 
-from plmtune.schema import Pretrain
+from plmtune.config.schema import Pretrain
 
 PAGES = [*documented.PAGES, documented.ROOT / "benchmarks" / "README.md"]
 

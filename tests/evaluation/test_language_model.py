@@ -9,15 +9,15 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from plmtune.continuous import Engine, Request
-from plmtune.data.chat_template import ChatTemplate, find_template
-from plmtune.data.tokenizers import CHATML_TEMPLATE, Tokenizer, bundled, load_tokenizer
 from plmtune.errors import UserError
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.result_cache import ResultCache
+from plmtune.inference.batching import Engine, Request
 from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
+from plmtune.tokenizers.chat_template import ChatTemplate, find_template
+from plmtune.tokenizers.tokenizer import CHATML_TEMPLATE, Tokenizer, bundled, load_tokenizer
 
 EXAMPLES = "Question: what is 2 and 2?\nAnswer: 4\n\nQuestion: who?\nAnswer: me\n\n"
 PAIRS = [

@@ -16,7 +16,6 @@ from made_up import result, task
 from markdown_it import MarkdownIt
 
 from plmtune.cli.card import card as command
-from plmtune.data.tokenizers import byte
 from plmtune.errors import UserError
 from plmtune.evaluation import model_card, results
 from plmtune.evaluation.markdown import table
@@ -26,8 +25,9 @@ from plmtune.models.hf import save_model
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import lora
+from plmtune.preference.reference import model_digest
 from plmtune.registry import component
-from plmtune.training.reference import model_digest
+from plmtune.tokenizers.tokenizer import byte
 
 CONFIG: dict[str, Any] = {
     "recipe": "pretrain",

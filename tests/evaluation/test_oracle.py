@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from plmtune.config import compose
-from plmtune.continuous import Answer, Request
-from plmtune.data.tokenizers import bundled
+from plmtune.config.compose import compose
 from plmtune.evaluation import results, writing
 from plmtune.evaluation.code_eval import CodeRunner, missing
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.local_data import LocalData
 from plmtune.evaluation.run import Settings, about, evaluate
 from plmtune.evaluation.tasks import Tasks
+from plmtune.inference.batching import Answer, Request
+from plmtune.tokenizers.tokenizer import bundled
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "eval"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not there")

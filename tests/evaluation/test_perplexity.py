@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 import plmtune
-from plmtune.data.tokenizers import Tokenizer, byte
 from plmtune.evaluation import perplexity as module
 from plmtune.evaluation.perplexity import Perplexity, perplexity, windows
 from plmtune.losses.cross_entropy import cross_entropy
@@ -19,6 +18,7 @@ from plmtune.models.gguf import convert
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
+from plmtune.tokenizers.tokenizer import Tokenizer, byte
 
 TEXTS = ["héllo wörld, 你好", "a", "The quick brown fox jumps over the lazy dog"]
 

@@ -11,8 +11,8 @@ from made_up import result, task
 
 from plmtune.errors import UserError
 from plmtune.evaluation import results
-from plmtune.tables import Table
-from plmtune.terminal import wrap
+from plmtune.io.tables import Table
+from plmtune.io.terminal import wrap
 
 
 def shown(*found: dict[str, Any], width: int = 120, **options: Any) -> str:

@@ -7,16 +7,16 @@ import pytest
 import torch
 from lm_eval.models.utils import postprocess_generated_text
 
-from plmtune.continuous import Engine, Request
-from plmtune.data.tokenizers import Tokenizer, bundled
 from plmtune.errors import UserError
 from plmtune.evaluation import writing
 from plmtune.evaluation.scoring import NotFinite
 from plmtune.evaluation.writing import Prompt, Writer, Written
-from plmtune.generation import generate
+from plmtune.inference.batching import Engine, Request
+from plmtune.inference.sampling import generate
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
+from plmtune.tokenizers.tokenizer import Tokenizer, bundled
 
 
 @pytest.fixture(scope="module")

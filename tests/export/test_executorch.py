@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plmtune.data.tokenizers import byte, load_tokenizer
 from plmtune.errors import UserError
 from plmtune.export.contents import Contents
 from plmtune.export.executorch import check_scheme, export_pte, make_step, rounding_plan
@@ -20,6 +19,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized, QuantizedLinear
 from plmtune.quantization.quantize import quantize
 from plmtune.registry import component, load
+from plmtune.tokenizers.tokenizer import byte, load_tokenizer
 
 CONTEXT = 32
 DYNAMIC = "int8_dynamic_int8"

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from plmtune.data.tokenizers import byte
 from plmtune.errors import UserError
 from plmtune.export.gguf_quantize import quantize_gguf
 from plmtune.export.gguf_writer import write_gguf
@@ -17,6 +16,7 @@ from plmtune.models.gguf_file import opened_gguf
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
+from plmtune.tokenizers.tokenizer import byte
 
 
 def wide() -> Decoder:

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 import plmtune
-from plmtune.data.bpe import DIGITS_GPT2_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, SINGLE_BYTES, Vocabulary, from_ranks
-from plmtune.data.tokenizers import Tokenizer, bundled, byte, file
 from plmtune.errors import UserError
 from plmtune.export import gguf_writer
 from plmtune.export.gguf_writer import write_gguf, write_gguf_adapter
@@ -31,6 +29,15 @@ from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapter_parameters, merge
 from plmtune.modules.quantized import Format, Quantized, install
 from plmtune.registry import component, load
+from plmtune.tokenizers.bpe import (
+    DIGITS_GPT2_PATTERN,
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    SINGLE_BYTES,
+    Vocabulary,
+    from_ranks,
+)
+from plmtune.tokenizers.tokenizer import Tokenizer, bundled, byte, file
 
 ROWS = 288  # the 257 tokens of `byte`, and padding
 IDS = [5, 77, 3, 250, 9, 100, 32, 256, 1, 44]

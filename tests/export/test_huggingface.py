@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from plmtune.data.tokenizers import CHATML_TEMPLATE, Tokenizer, bundled, load_tokenizer
 from plmtune.errors import UserError
 from plmtune.export.huggingface import Form, end_ids, export_adapter, export_hf
 from plmtune.models.adapters import load_adapter, save_adapter
@@ -16,6 +15,7 @@ from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, install
 from plmtune.registry import component, load
+from plmtune.tokenizers.tokenizer import CHATML_TEMPLATE, Tokenizer, bundled, load_tokenizer
 
 ROWS = 4096
 

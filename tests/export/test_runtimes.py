@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from plmtune.data.rows import Message
-from plmtune.data.tokenizers import bundled, byte
 from plmtune.errors import UserError
 from plmtune.export.diagnosis import log_probs
 from plmtune.export.gguf_writer import write_gguf
@@ -20,6 +19,7 @@ from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
+from plmtune.tokenizers.tokenizer import bundled, byte
 
 IDS = [84, 104, 101, 32, 115, 101, 97, 32, 97, 116, 32, 110, 105, 103, 104, 116, 46]
 PROMPT = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi\n there<|im_end|>\n<|im_start|>assistant\n"

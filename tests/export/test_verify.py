@@ -22,10 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plmtune.data import tokenizers
-from plmtune.data.chat_template import ChatTemplate
 from plmtune.data.rows import Message
-from plmtune.data.tokenizers import Tokenizer
 from plmtune.errors import UserError
 from plmtune.export import gguf_writer, hard_texts, verify_text
 from plmtune.export import verify as verifying
@@ -48,6 +45,9 @@ from plmtune.modules.norm import RMSNorm
 from plmtune.modules.quantized import Format
 from plmtune.quantization.quantize import quantize, quantize_module
 from plmtune.registry import component, load
+from plmtune.tokenizers import tokenizer as tokenizers
+from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.tokenizers.tokenizer import Tokenizer
 
 bundled = cache(tokenizers.bundled)
 IDS = bundled().encode("def read(path):\n    with open(path) as file:\n        return file.read()\n")

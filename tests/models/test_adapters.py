@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import plmtune
-from plmtune.data.tokenizers import byte
 from plmtune.errors import UserError
 from plmtune.models import adapters, hf
 from plmtune.models.llama import llama
@@ -21,6 +20,7 @@ from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapter_parameters, init_adapters
 from plmtune.registry import component, load
+from plmtune.tokenizers.tokenizer import byte
 from plmtune.training.checkpoint import Checkpoints
 
 TOKENS = torch.randint(0, 257, (2, 9), generator=torch.Generator().manual_seed(1))

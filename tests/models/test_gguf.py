@@ -15,16 +15,6 @@ import pytest
 import torch
 
 import plmtune
-from plmtune.data.bpe import (
-    DIGITS_GPT2_PATTERN,
-    GPT2_PATTERN,
-    LLAMA3_PATTERN,
-    QWEN2_PATTERN,
-    SINGLE_BYTES,
-    from_ranks,
-)
-from plmtune.data.tokenizer_json import to_chars
-from plmtune.data.tokenizers import Tokenizer, bundled
 from plmtune.errors import UserError
 from plmtune.models.gguf import PRE_TOKENIZERS, convert, gguf_name, read_tokenizer
 from plmtune.models.gguf_file import opened_gguf
@@ -32,6 +22,16 @@ from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
+from plmtune.tokenizers.bpe import (
+    DIGITS_GPT2_PATTERN,
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    QWEN2_PATTERN,
+    SINGLE_BYTES,
+    from_ranks,
+)
+from plmtune.tokenizers.tokenizer import Tokenizer, bundled
+from plmtune.tokenizers.tokenizer_json import to_chars
 
 KINDS = gguf.GGMLQuantizationType
 ROWS = 264  # the 258 tokens of `small`, and padding
@@ -180,7 +180,7 @@ class TestModels:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model = tiny("llama")
-        monkeypatch.setattr("plmtune.tensor_files.deal.__defaults__", (100_000,))
+        monkeypatch.setattr("plmtune.io.safetensors_writer.deal.__defaults__", (100_000,))
         convert(write(tmp_path / "a.gguf", model), tmp_path / "out")
         assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
         tokens = torch.randint(0, ROWS, (1, 20))

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import plmtune
-from plmtune.data.tokenizers import byte
 from plmtune.errors import UserError
 from plmtune.models.adapters import load_adapter
 from plmtune.models.hf import load_model, load_state, read_description, read_formats, read_state, save_model
@@ -18,6 +17,7 @@ from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized, install
 from plmtune.registry import component
+from plmtune.tokenizers.tokenizer import byte
 
 FORMATS = {
     "tok_embeddings": Format(8),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plmtune.generation import generate
+from plmtune.inference.sampling import generate
 from plmtune.models.plm import plm
 from plmtune.modules import quantized_kernels
 from plmtune.modules.decoder import Decoder

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plmtune import native
-from plmtune.generation import generate
+from plmtune.inference.sampling import generate
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.cache import Cache

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plmtune.config import build
+from plmtune.config.compose import build
 from plmtune.errors import UserError
 from plmtune.models.hf import load_model, save_model
 from plmtune.models.llama import llama

@@ -18,8 +18,8 @@ from plmtune.recipes import preference, pretrain, sft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from plmtune import tensor_files
 from plmtune.data.batches import Batch
+from plmtune.io import safetensors_writer
 
 Fault = Callable[[Tensor], Tensor]
 
@@ -209,7 +209,7 @@ class TestWeights:
     def kept(self, run: Path) -> list[str]:
         saved = sorted(path.name for path in (run / "checkpoints").glob("[!.]*-*"))
         for path in (run / "checkpoints").glob("step-*/*.safetensors"):
-            assert not tensor_files.not_finite(load_file(path)), path
+            assert not safetensors_writer.not_finite(load_file(path)), path
         return saved
 
     def test_the_step_that_made_them_so_is_named(self, place: Path, spoil_weights: Callable[..., None]) -> None:

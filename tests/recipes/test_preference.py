@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from tuning import PREFERENCE, refusal, run, stop_in
 
 import plmtune
-from plmtune.continuous import Engine
 from plmtune.errors import UserError
+from plmtune.inference.batching import Engine
 from plmtune.models.hf import save_model
 from plmtune.models.reward import load_reward_model
-from plmtune.rounds import chains
+from plmtune.preference.rounds import chains
 
 ROUNDS = [
     "rounds=2",

@@ -15,12 +15,12 @@ import torch
 from conftest import SMALL
 from tuning import PREFERENCE, SFT, compose
 
-from plmtune import config
 from plmtune.cli.validate import check
-from plmtune.data import tokenizers
+from plmtune.config import compose as config
+from plmtune.config.schema import SCHEMAS
 from plmtune.errors import UserError
 from plmtune.registry import Component, describe, keys_of
-from plmtune.schema import SCHEMAS
+from plmtune.tokenizers import tokenizer
 from plmtune.training.estimate import estimate
 
 CONFIGS = {
@@ -62,11 +62,11 @@ def place(base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(importlib.import_module(f"plmtune.recipes.{recipe}"), name, begin)
     # What takes time, or depends on what else this machine does.
     monkeypatch.setattr("plmtune.training.runtime.seed_everything", lambda seed: None)
-    monkeypatch.setattr("plmtune.data.tokenizers._read", cache(tokenizers._read))
+    monkeypatch.setattr("plmtune.tokenizers.tokenizer._read", cache(tokenizer._read))
     estimated = estimate(
         Component("model", "plm", TINY)(vocab_size=8), optimizer="adamw", seq_len=8, micro_batch_size=1
     )
-    monkeypatch.setattr("plmtune.plans.estimate", lambda *arguments, **keywords: estimated)
+    monkeypatch.setattr("plmtune.training.plans.estimate", lambda *arguments, **keywords: estimated)
     return base
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import SMALL, Run, ends_with, kill_at, metrics, refusal, start, weights
 
-from plmtune import config
+from plmtune.config import compose
 from plmtune.training.run_directory import read_record, state_of
 
 
@@ -85,7 +85,7 @@ class TestLearning:
         start("run_dir=first", "phases=[{name: main, steps: 2}]")
         said = refusal("init_from=first", "model.attention.rope_theta=10")
         assert "attention" in said and "first" in said
-        from plmtune.data.tokenizers import train_bpe
+        from plmtune.tokenizers.tokenizer import train_bpe
 
         train_bpe(["some text"], 260).save(place / "bpe")
         assert "init_from=first" in refusal("init_from=first", "tokenizer=file", "tokenizer.path=bpe")
@@ -213,7 +213,7 @@ class TestCommands:
         steps = "phases=[{name: main, steps: 2}]"
         assert ends_with("run", "-m", "pretrain", *SMALL, steps, "optimizer.lr=1e-4,3e-4") == 0
         rates = {
-            config.load_config(path).optimizer.settings["lr"] for path in place.glob("runs/multirun/*/*/config.yaml")
+            compose.load_config(path).optimizer.settings["lr"] for path in place.glob("runs/multirun/*/*/config.yaml")
         }
         assert rates == {1e-4, 3e-4}
         table = capsys.readouterr().out.splitlines()[-3:]

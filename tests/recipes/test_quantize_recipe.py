@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from tuning import stop_in
 
 import plmtune
-from plmtune import config
 from plmtune.cli import cli
-from plmtune.data.tokenizers import bundled
+from plmtune.config import compose
 from plmtune.errors import UserError
 from plmtune.models.hf import save_model
 from plmtune.models.plm import plm
@@ -22,6 +21,7 @@ from plmtune.modules.quantized import Quantized
 from plmtune.quantization import sensitivity
 from plmtune.quantization.schemes import int4
 from plmtune.registry import component
+from plmtune.tokenizers.tokenizer import bundled
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 80
 
@@ -53,7 +53,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(*overrides: str) -> float | None:
     own = ["checkpoint=base", "data=files", "data.paths=[text.txt]", "calibration_tokens=256", "test_tokens=256"]
-    return quantize.main(config.compose("quantize", (), [*own, "seq_len=32", "run_dir=out", *overrides]))
+    return quantize.main(compose.compose("quantize", (), [*own, "seq_len=32", "run_dir=out", *overrides]))
 
 
 class TestNotFinite:
@@ -96,7 +96,7 @@ class TestOneModel:
     def test_a_rule_leaves_a_module_as_it_is(self, folder: Path) -> None:
         (folder / "mine.yaml").write_text('# rules\nquantization: {rules: {"*.down_proj": keep}}\n')
         own = ["quantization=int8", "checkpoint=base", "run_dir=out", "calibration_tokens=0", "test_tokens=0"]
-        quantize.main(config.compose("quantize", ["mine.yaml"], own))
+        quantize.main(compose.compose("quantize", ["mine.yaml"], own))
         model, _ = plmtune.load(folder / "out", "cpu")
         assert isinstance(model.get_submodule("layers.0.ffn.down_proj"), torch.nn.Linear)
         assert isinstance(model.get_submodule("layers.0.ffn.up_proj"), Quantized)
@@ -128,7 +128,7 @@ class TestSensitivity:
         )
         assert panel.get_xlabel() == "weights, KiB" and report["test_tokens"] == 248
         # What it proposes is a config that can be given again.
-        again = config.compose("quantize", ["out/mix.yaml"], [])
+        again = compose.compose("quantize", ["out/mix.yaml"], [])
         assert again.quantization.name == "mixed"
 
     def test_the_rows_that_a_mix_is_chosen_by_are_others_than_the_loss_is_measured_on(
@@ -197,11 +197,11 @@ class TestSensitivity:
         ("preset", "share"), [("plm_demo", 38), ("plm_20m", 31), ("plm_150m", 30), ("plm_1.8b", 30)]
     )
     def test_the_least_share_is_what_the_documentation_says(self, preset: str, share: int) -> None:
-        cfg = config.compose("pretrain", (), [f"model={preset}"])
+        cfg = compose.compose("pretrain", (), [f"model={preset}"])
         sizes = []
         for plan in (int4, lambda model: {}):
             with torch.device("meta"):
-                model = config.build("model", cfg.model, vocab_size=bundled().vocab_size)
+                model = compose.build("model", cfg.model, vocab_size=bundled().vocab_size)
             sizes.append(quantize.file_bytes(model, plan(model), torch.bfloat16))
         assert round(100 * sizes[0] / sizes[1]) == share
 

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from tuning import SFT, refusal, run, stop_in
 
 import plmtune
-from plmtune import config, plans
-from plmtune.data.chat_template import find_template
+from plmtune.config import compose
 from plmtune.data.rows import Message
 from plmtune.errors import UserError
-from plmtune.identity import refuse_other_config
 from plmtune.models.files import checkpoint_directory
 from plmtune.models.hf import save_model
+from plmtune.tokenizers.chat_template import find_template
+from plmtune.training import plans
+from plmtune.training.resume_checks import refuse_other_config
 from plmtune.training.runtime import Runtime
 
 TALK = "{component: conversations, paths: [talk.jsonl]}"
@@ -60,7 +61,7 @@ class TestLearning:
         run("sft", "run_dir=r", "phases=[{name: main, steps: 1}]", "optimizer.lr=0", "chat.holdout=0")
         model, tokenizer = plmtune.load(base / "base")
         template = find_template(None, tokenizer)
-        cfg = plmtune.config.load_config(base / "r" / "config.yaml")  # type: ignore[attr-defined]
+        cfg = plmtune.config.compose.load_config(base / "r" / "config.yaml")  # type: ignore[attr-defined]
         data = recipe()  # the class is imported, so that its module is
         assert data is not None
         nats = count = 0.0
@@ -130,15 +131,15 @@ class TestSequenceLength:
         self, base: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         run("sft", "seq_len=null", "run_dir=r", "phases=[{name: main, steps: 1}]")
-        saved = config.load_config(base / "r/config.yaml")
+        saved = compose.load_config(base / "r/config.yaml")
         assert saved.seq_len == saved.model.settings["max_seq_len"] < 2048
         assert f"seq_len={saved.seq_len}, as the model reads no more tokens at once" in capsys.readouterr().err
         now = [text for text in SFT if not text.startswith(("seq_len", "phases"))] + ["phases=[{name: main, steps: 1}]"]
-        refuse_other_config(base / "r", saved, config.compose("sft", (), [*now, "seq_len=null"]))
+        refuse_other_config(base / "r", saved, compose.compose("sft", (), [*now, "seq_len=null"]))
 
     @pytest.mark.parametrize(("context", "seq_len"), [(512, 512), (4096, 2048), (None, 2048)])
     def test_a_longer_context_is_not_filled(self, base: Path, context: int | None, seq_len: int) -> None:
-        cfg = config.compose("sft")
+        cfg = compose.compose("sft")
         model = SimpleNamespace(max_seq_len=context) if context else None
         plans._settle_seq_len(cfg, model, Runtime.choose())
         assert cfg.seq_len == seq_len
@@ -152,7 +153,9 @@ class TestWhatIsSaidFirst:
     def test_missing_data_are_named_before_a_model_is_looked_for(
         self, base: Path, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("plmtune.launch.choose_origin", lambda *_, **__: pytest.fail("a model was looked for"))
+        monkeypatch.setattr(
+            "plmtune.training.launcher.choose_origin", lambda *_, **__: pytest.fail("a model was looked for")
+        )
         said = refusal(name, "data.paths=[nowhere.jsonl]", "init_from=null")
         assert "There is no file nowhere.jsonl" in said
 

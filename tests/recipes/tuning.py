@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from plmtune import config
-from plmtune.data.tokenizers import bundled
+from plmtune.config import compose as config
 from plmtune.errors import UserError
 from plmtune.models.hf import save_model
 from plmtune.registry import import_module
+from plmtune.tokenizers.tokenizer import bundled
 
 QUICK = [
     "init_from=base",

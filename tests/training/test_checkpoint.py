@@ -22,11 +22,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from toy import Toy, train_step
 
 from plmtune.errors import NotFinite, UserError
-from plmtune.sealed import seal, unseal
-from plmtune.training import manifest
+from plmtune.io import manifest
+from plmtune.io.checksummed_json import seal, unseal
+from plmtune.io.manifest import steps, verify
 from plmtune.training import state as training_state
 from plmtune.training.checkpoint import Checkpoints, newest_whole
-from plmtune.training.manifest import steps, verify
 from plmtune.training.runtime import Runtime
 
 OPTIMIZERS = {
@@ -633,7 +633,7 @@ class TestNotFinite:
         run.train(0, 1)
         next(run.model.parameters()).data.view(-1)[0] = float("nan")
         with monkeypatch.context() as patch:
-            patch.setattr("plmtune.tensor_files.not_finite", lambda named: [])
+            patch.setattr("plmtune.io.safetensors_writer.not_finite", lambda named: [])
             path = run.save(1)
         other = Run(tmp_path / "c")
         with pytest.raises(UserError, match=r"step-00000001 cannot be resumed: it holds weights .* Delete it"):

@@ -14,7 +14,7 @@ from threading import Timer
 import pytest
 
 from plmtune.errors import UserError
-from plmtune.training import manifest
+from plmtune.io import manifest
 from plmtune.training.run_directory import (
     EXIT_STOPPED,
     RunDirectory,

@@ -13,9 +13,9 @@ from typing import Self
 
 from torch import Tensor
 
-from plmtune.data.chat_template import ChatTemplate
 from plmtune.data.rows import Message
-from plmtune.data.tokenizers import Tokenizer
+from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

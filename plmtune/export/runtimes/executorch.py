@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plmtune.data.ticker import ticking
-from plmtune.data.tokenizers import load_tokenizer
 from plmtune.errors import UserError
 from plmtune.export.runtimes.base import Runtime
+from plmtune.io.progress import ticking
 from plmtune.models.files import read_json
+from plmtune.tokenizers.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,13 @@
+"""Where the shipped configs and recipes are. Light, so that ``plmtune ls`` and ``cp`` need not import hydra."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+
+def folder(name: Literal["conf", "recipes"]) -> Path:
+    """The shipped configs or recipes: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name

@@ -1,0 +1,238 @@
+"""Choices of components by plain values: a name where a component belongs, several loggers, presets in files.
+
+Hydra chooses a component by a defaults list or by an override of a group. A person also writes ``model: plm_20m``,
+``model.ffn=swiglu`` or ``logger: [tensorboard, wandb]``. Each of these has one meaning, so it is rewritten to Hydra's
+form before Hydra reads it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plmtune.config.builtin import folder
+from plmtune.config.overrides import as_typed
+from plmtune.config.rules import check_file, is_option, read_yaml
+from plmtune.errors import UserError, either
+from plmtune.registry import describe
+
+SEVERAL = "several"  # the logger that holds others
+FILE_PRESET = "plmtune_file_"  # what the names of presets from files begin with in Hydra's store
+
+
+def nested_groups(group: str) -> dict[str, str]:
+    """Keys of a group's components that hold a component themselves, and the group of each."""
+    return {
+        parameter.name: parameter.default.split("(", 1)[1].split(",")[0].strip("'\" ")
+        for entry in describe().get(group, {}).values()
+        for parameter in entry.parameters
+        if parameter.default is not None and parameter.default.startswith("component(")
+    }
+
+
+def group_at(place: str, groups: Collection[str]) -> str | None:
+    """The group of the component at a place, with dots or slashes: ``model/ffn`` -> ``ffn``."""
+    first, *rest = re.split(r"[./]", place)
+    group = first if first in groups else None
+    for part in rest:
+        group = nested_groups(group).get(part) if group else None
+    return group
+
+
+def take_choices(value: Any, place: str, group: str, choices: dict[str, str | None], where: str) -> Any:
+    """Return the settings in a component's value; the names in it are added to `choices` by their place.
+
+    Args:
+        place: of the component, with slashes.
+        where: file or override, in front of a message.
+
+    Raises:
+        UserError: for a list of names where one component is used.
+    """
+    key = place.replace("/", ".")
+    if isinstance(value, list):
+        if group != "logger":
+            several = as_typed("data.sources", {"NAME": {"component": "files", "paths": ["a.txt"]}})
+            hint = f" Several sources are data=mix with {several}." if key == "data" else ""
+            raise UserError(f"{where}key {key}: takes the name of one component, not a list.{hint}")
+        if len(value) == 1:
+            (value,) = value
+        else:
+            choices[place] = SEVERAL
+            return {"loggers": _several(value, f"{where}key {key}: ")}
+    if isinstance(value, str):
+        value = {"component": value}
+    if not isinstance(value, dict):
+        raise UserError(f"{where}key {key}: {value!r:.80} is no name of a component. See: plmtune ls {group}")
+    rest = dict(value)
+    if "component" in rest:
+        name = rest.pop("component")
+        if isinstance(name, str) and name.endswith((".yaml", ".yml")):
+            raise UserError(f"{where}key {key}: {name} is a file. Give it on the command line: {place}={name}")
+        if not isinstance(name, str) or not is_option(name):
+            raise UserError(f"{where}key {key}: {name!r:.80} is no name of a component. See: plmtune ls {group}")
+        choices[place] = name
+    for child, nested in nested_groups(group).items():
+        if rest.get(child) is not None:
+            rest[child] = take_choices(rest[child], f"{place}/{child}", nested, choices, where)
+            if rest[child] == {}:
+                del rest[child]
+    return rest
+
+
+def _several(items: Sequence[Any], where: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for item in items:
+        settings = {"component": item} if isinstance(item, str) else item
+        if not isinstance(settings, dict) or not isinstance(settings.get("component"), str):
+            form = as_typed("logger", ["tensorboard", {"component": "wandb", "project": "x"}])
+            raise UserError(f"{where}{item!r:.80} is no logger. Write {form}.")
+        name = settings["component"]
+        if name in found:
+            raise UserError(f"{where}names {name} twice.")
+        found[name] = settings
+    return found
+
+
+def normalize_file(
+    content: Mapping[str, Any],
+    path: Path,
+    groups: Collection[str],
+    *,
+    base: bool = False,
+    later: Mapping[str, str | None],
+) -> dict[str, Any]:
+    """Move the choices in a file's values to its defaults list, where Hydra looks for them.
+
+    Settings that stand beside the name of their component, or are a list of loggers, go with it where a later file or
+    an override chooses another one.
+
+    Args:
+        base: the file is a copy of a shipped config that others build on; else it overrides what it builds on.
+        later: what is chosen after this file, by place.
+
+    Raises:
+        UserError: if a component is chosen in both.
+    """
+    choices: dict[str, str | None] = {}
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        if key in groups and value in (None, []):  # a choice as any other: a later one may choose again
+            choices[key] = None
+            continue
+        kept = take_choices(value, key, key, choices, f"{path}, ") if key in groups else value
+        if key in groups:
+            kept = _without_replaced(kept, key, choices, later)
+        if kept != {} or value == {}:
+            values[key] = kept
+    if "defaults" in values and not base:  # a copy of a shipped config is an overlay too
+        entries = [entry for entry in values["defaults"] if not str(entry).endswith("_schema")]
+        values["defaults"] = [
+            {f"override /{key.lstrip('/')}": entry[key] for key in entry}
+            if isinstance(entry, dict) and not any(" " in key for key in entry)
+            else entry
+            for entry in entries
+        ]
+        values["defaults"].sort(key=lambda entry: isinstance(entry, dict))  # Hydra wants overrides last
+    return _with_choices(values, {f"override /{place}": name for place, name in choices.items()}, path)
+
+
+def _without_replaced(
+    values: Any, place: str, choices: dict[str, str | None], later: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """The settings of a component without what belongs to components that give way to later ones, nor their names."""
+    if place in choices and place in later and (later[place] != choices[place] or choices[place] == SEVERAL):
+        for at in [at for at in choices if at == place or at.startswith(f"{place}/")]:
+            del choices[at]
+        return {}
+    return {
+        key: _without_replaced(child, f"{place}/{key}", choices, later) if isinstance(child, dict) else child
+        for key, child in values.items()
+    }
+
+
+def choices_of(values: Mapping[str, Any]) -> dict[str, str | None]:
+    """What the defaults list of a file chooses, by place."""
+    entries = [entry for entry in values.get("defaults", []) if isinstance(entry, dict)]
+    return {key.split()[-1].lstrip("/"): name for entry in entries for key, name in entry.items()}
+
+
+def _with_choices(values: dict[str, Any], choices: Mapping[str, str | None], path: Path) -> dict[str, Any]:
+    if not choices:
+        return values
+    defaults, listed = values.get("defaults", []), choices_of(values)
+    for place, name in choices.items():
+        place = place.split()[-1].lstrip("/")
+        if listed.get(place) not in (None, name):
+            raise UserError(
+                f"{path}, key {place.replace('/', '.')}: {name or 'null'} is chosen here, and {listed[place]} in the "
+                "defaults list. Keep one of them."
+            )
+    left = {key.split()[-1].lstrip("/"): (key, name) for key, name in choices.items()}
+    entries = [
+        {key: left.pop(key.split()[-1].lstrip("/"), (key, name))[1] for key, name in entry.items()}
+        if isinstance(entry, dict)
+        else entry
+        for entry in defaults
+    ]  # a null in the list gives way to a name among the values, in its place
+    return {**values, "defaults": [*entries, *({key: name} for key, name in left.values())]}
+
+
+# --- presets ------------------------------------------------------------------------------------------------------
+
+
+def presets(group: str) -> list[str]:
+    """Names of the presets of a group, also where it is nested in others."""
+    conf = folder("conf")
+    return sorted({path.stem for path in [*conf.glob(f"{group}/*.yaml"), *conf.glob(f"*/{group}/*.yaml")]})
+
+
+def preset_groups(content: Mapping[str, Any]) -> list[str]:
+    """The groups that a file is a preset of; empty if it is a config.
+
+    A preset starts from a component or another preset, by a plain name in its defaults list or by `component`.
+    """
+    defaults = content.get("defaults")
+    names = [entry for entry in defaults if isinstance(entry, str)] if isinstance(defaults, list) else []
+    names = [content["component"]] if "component" in content else names
+    if "recipe" in content or any((folder("conf") / f"{name}.yaml").is_file() for name in names):
+        return []
+    return [group for group, table in describe().items() if any(n in table or n in presets(group) for n in names)]
+
+
+def place_of_group(group: str, groups: Collection[str]) -> str:
+    """Where a group's component is chosen: ``ffn`` -> ``model/ffn``."""
+    if group in groups:
+        return group
+    owners = [owner for owner in sorted(groups) if group in nested_groups(owner).values()]
+    key = next((key for key, nested in nested_groups(owners[0]).items() if nested == group), group) if owners else group
+    return f"{owners[0]}/{key}" if owners else group
+
+
+def read_preset(path: Path, place: str, group: str, groups: Collection[str]) -> dict[str, Any]:
+    """Read a preset of `group` from a file, as Hydra's store holds it.
+
+    Raises:
+        UserError: if the file is none, or is a preset of another group.
+    """
+    if not path.is_file():
+        raise UserError(f"override {place}={path}: no such file. A preset to start from: plmtune ls {group}")
+    content = read_yaml(path)
+    check_file(content, path, groups)
+    found = preset_groups(content)
+    if group not in found:
+        what = f"is a preset of the group {either(found)}" if found else f"is no preset of the group {group}"
+        raise UserError(
+            f"override {place}={path}: {path} {what}. A preset of {group} starts with defaults: [NAME], a component "
+            f"or preset of plmtune ls {group}"
+        )
+    choices: dict[str, str | None] = {}
+    values = take_choices({k: v for k, v in content.items() if k != "defaults"}, place, group, choices, f"{path}, ")
+    base = choices.pop(place, None)
+    defaults = [*([base] if base else []), *content.get("defaults", [])]
+    if not any(isinstance(entry, str) and entry != "_self_" for entry in defaults):
+        raise UserError(f"{path}: says no component that its keys belong to. Add defaults: [NAME, _self_].")
+    relative = {f"override {at.removeprefix(place + '/')}": name for at, name in choices.items()}
+    return _with_choices({**values, "defaults": defaults}, relative, path)

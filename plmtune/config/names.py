@@ -1,0 +1,64 @@
+"""What a name is: a config, a preset, a component, a group, a device, a recipe. For names in the wrong place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from plmtune.config.builtin import folder
+from plmtune.config.choices import place_of_group, preset_groups, presets
+from plmtune.config.overrides import as_typed
+from plmtune.config.schema import SCHEMAS, component_keys
+from plmtune.errors import UserError, either
+from plmtune.registry import describe
+
+DEVICES = Path(__file__).parents[1] / "devices"
+_EXAMPLES = {"preference": "aries"}  # a config of the recipe, where none has its name
+
+
+def where_it_belongs(name: str) -> str:
+    """A sentence that says what `name` is and which command takes it; empty if it is nothing that plmtune knows."""
+    if (folder("conf") / f"{name}.yaml").is_file():
+        return f" {name} is a config: plmtune run {name}"
+    table, groups = describe(), component_keys()
+    for kind, found in (
+        ("preset", [group for group in table if name in presets(group)]),
+        ("component", [group for group in table if name in table[group]]),
+    ):
+        if found:
+            place = "selection.rules" if found[0] == "rule" else place_of_group(found[0], groups)
+            return f" {name} is a {kind} of the group {found[0]}: plmtune run {use_of(place, name)}"
+    if name in table:
+        return f" {name} is a group: plmtune ls {name}"
+    if (DEVICES / f"{name}.yaml").is_file():
+        return f" {name} is a device: plmtune plan CONFIG --device {name}"
+    if (folder("recipes") / f"{name}.py").is_file():
+        texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder("conf").glob("*.yaml"))}
+        configs = [config for config, text in texts.items() if f"\nrecipe: {name}\n" in text]
+        return f" {name} is a recipe, which the configs {', '.join(configs)} run: plmtune run {configs[0]}"
+    if name and Path(name).is_dir():
+        return f" {name} is a directory: plmtune generate {name} writes with a checkpoint"
+    return ""
+
+
+def refuse_preset(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse a preset where a config is expected.
+
+    Raises:
+        UserError: saying what the file is, and how to use it.
+    """
+    found = preset_groups(content)
+    if found:
+        places = [place_of_group(group, component_keys()) for group in found]
+        use = " or ".join(f"plmtune run {use_of(place, str(path))}" for place in places)
+        raise UserError(f"{path}: is a preset of the group {either(found)}, not a config. Use it with: {use}")
+
+
+def use_of(place: str, name: str) -> str:
+    """A config that has a component at a place, and the override that chooses `name` there."""
+    top = place.partition("/")[0].partition(".")[0]
+    having = [recipe for recipe, schema in SCHEMAS.items() if any(item.name == top for item in fields(schema))]
+    recipe = having[0] if having else "pretrain"
+    return f"{_EXAMPLES.get(recipe, recipe)} {as_typed(place, name)}"

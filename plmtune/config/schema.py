@@ -1,0 +1,382 @@
+"""The typed keys that recipes read. A component's own keys come from its signature, see `plmtune.registry`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
+
+from plmtune.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE, NotEmpty, PathPart, Range
+from plmtune.registry import Component
+from plmtune.units import parse_count, unescape
+
+# What `plmtune.config.compose.typed` checks of a value, whichever way it comes: a file, an override, a saved config.
+Count = Annotated[int, NOT_NEGATIVE]
+Size = Annotated[int, AT_LEAST_1]
+Number = Annotated[float, NOT_NEGATIVE]
+Share = Annotated[float, SHARE]
+TopP = Annotated[float, Range(above=0, most=1)]
+MinP = Annotated[float, Range(least=0, most=1)]
+Factor = Annotated[float, Range(above=0, most=100)]
+Temperature = Annotated[float, Range(0, most=100)]
+Length = Annotated[int, Range(1, most=2**24)]  # rows or tokens that are in memory at once
+Text = Annotated[str, NotEmpty()]
+Epochs = Annotated[float, Range(above=0, most=10_000)]
+Minutes = Annotated[float, Range(above=0, below=1_000_000)]
+
+
+@dataclass
+class Phase:
+    """One stretch of training with its own mix of sources; give `tokens` or `steps`."""
+
+    name: Text = "main"
+    tokens: int | str | None = None  # 5000000, "5M", "1650B"
+    steps: Size | None = None
+    mix: dict[str, Number] = field(default_factory=dict)  # source: weight; empty means by size
+
+    def check(self) -> None:
+        """Refuse a phase without an end, or with two.
+
+        Raises:
+            ValueError: naming what is wrong.
+        """
+        if (self.tokens is None) == (self.steps is None):
+            raise ValueError("needs tokens or steps, one of the two")
+        if self.tokens is not None:
+            parse_count(self.tokens, "tokens")
+
+
+@dataclass
+class Runtime:
+    """Where and how to compute."""
+
+    device: Text = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    shard_size: Size | None = None  # hsdp: processes that share one copy of the model; default: those of a machine
+    deterministic: bool = False
+    compile: bool = False
+    activation_checkpointing: bool = False
+    timeout_minutes: Minutes = 10.0  # a silent process ends the job after this long
+
+
+@dataclass
+class Preparation:
+    """How text becomes token shards."""
+
+    directory: Text = "runs/data"
+    holdout: Share = 0.01  # share kept for validation
+    holdout_by: Literal["documents", "tail"] = "documents"
+    skip_bad: bool = False  # count broken lines instead of stopping
+
+
+@dataclass
+class Validation:
+    """When to measure the held-out loss; 0 means only at the end."""
+
+    every: Count = 0
+    tokens: Size = 100_000
+
+
+@dataclass
+class Evaluation:
+    """Tasks of lm-eval to measure while training; every=0 means only at the end."""
+
+    tasks: list[Text] = field(default_factory=list)  # empty: none
+    every: Count = 0  # steps
+    limit: Count = 64  # documents a task; 0: all
+    num_fewshot: Count | None = None  # null: each task's own
+    batch_size: Size | None = None  # rows that are generated together; null: by memory
+    max_new_tokens: Size | None = None  # longest answer; null: the task's own, at most half of the model's context
+    chat: bool = False  # ask in the chat template
+    data: Text | None = None  # a folder or map of local files, as --data of plmtune eval
+    unsafe_code: bool = False  # let tasks run what the model wrote, in a sandbox
+
+
+@dataclass
+class Checkpointing:
+    """When to save and how many to keep; every=0 means only at the end, keep=0 keeps all."""
+
+    every: Count = 0
+    keep: Count = 2
+    best: Text | None = "validation_loss"  # the checkpoint with the best value of this metric is kept as well
+    best_is: Literal["lowest", "highest"] = "lowest"
+    background: bool = True  # write while training continues; takes a copy of the state in host memory
+
+
+@dataclass
+class Guard:
+    """Which updates to skip: a loss or gradient norm that is not finite, or a norm far beyond its history."""
+
+    spike_factor: Number = 10.0  # times the median norm of the window; 0 asks only for finite numbers
+    window: Size = 128  # accepted steps that make the history
+    patience: Size = 3  # skipped steps in a row that stop the run
+
+    def check(self) -> None:
+        """Refuse a factor that would skip half of all updates.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if 0 < self.spike_factor <= 1:
+            raise ValueError(f"spike_factor ({self.spike_factor:g}) must be above 1, or 0 for none")
+
+
+@dataclass
+class Sample:
+    """What to write at the end of a run, for a person to read."""
+
+    prompt: str = ""
+    max_new_tokens: Count = 0
+    temperature: Temperature = 0.8
+    top_p: TopP = 0.95
+
+
+@dataclass
+class Pretrain:
+    """Keys of the `pretrain` recipe."""
+
+    recipe: str = "pretrain"
+    name: Annotated[str, PathPart()] = "pretrain"
+    run_dir: Text | None = None  # default: runs/NAME/DATE-TIME
+    resume: bool = False
+    init_from: Text | None = None  # weights to start from: a run or a checkpoint directory
+    other_data: bool = False  # resume although the data is not what the run began with
+    force: bool = False  # start although the estimate says it does not fit
+    seed: Count = 1
+    seq_len: Length = 256
+    global_batch_size: Length = 32  # sequences an optimizer step, over all processes
+    micro_batch_size: Length = 8  # sequences a forward pass, on one process
+    document_mask: bool = False  # attention stays inside a document
+    phases: list[Phase] = field(default_factory=list)
+    max_grad_norm: Number = 1.0
+    log_every: Size = 10
+    num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
+    runtime: Runtime = field(default_factory=Runtime)
+    preparation: Preparation = field(default_factory=Preparation)
+    validation: Validation = field(default_factory=Validation)
+    eval: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
+    guard: Guard = field(default_factory=Guard)
+    sample: Sample = field(default_factory=Sample)
+    model: Component | None = None
+    tokenizer: Component | None = None
+    data: Component | None = None
+    loss: Component | None = None
+    optimizer: Component | None = None
+    scheduler: Component | None = None
+    logger: Component | None = None
+
+
+@dataclass
+class Chat:
+    """How conversations become tokens."""
+
+    template: Text | None = None  # null: the tokenizer's own; chatml; or a file: mine.jinja
+    train_on: Literal["all", "last"] = "all"  # answers that count: every one, or each conversation's last
+    too_long: Literal["drop", "cut"] = "drop"  # a conversation longer than seq_len: left out, or cut at its end
+    skip_bad: bool = False  # count rows that cannot be used instead of stopping
+    holdout: Share = 0.02  # share of the conversations or pairs kept for validation
+
+
+@dataclass
+class Refinement:
+    """What asks for a better answer than the one at hand."""
+
+    template: Text | None = None  # null: the shipped one; or a file: mine.jinja, which uses prompt and answer
+
+
+@dataclass
+class Sft:
+    """Keys of the `sft` recipe."""
+
+    recipe: str = "sft"
+    name: Annotated[str, PathPart()] = "sft"
+    run_dir: Text | None = None  # default: runs/NAME/DATE-TIME
+    resume: bool = False
+    init_from: Text | None = None  # default: the newest finished pretraining with this model
+    other_data: bool = False
+    force: bool = False
+    seed: Count = 1
+    seq_len: Length | None = None  # tokens a packed row; null: 2,048, or the model's context where that is shorter
+    global_batch_size: Length = 16  # rows an optimizer step, over all processes
+    micro_batch_size: Length = 4  # rows a forward pass, on one process
+    epochs: Epochs | None = None  # passes over all packed rows of all sources; default, where there are no phases: 3
+    phases: list[Phase] = field(default_factory=list)  # instead of epochs
+    max_grad_norm: Number = 1.0
+    log_every: Size = 10
+    num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
+    chat: Chat = field(default_factory=Chat)
+    refinement: Refinement = field(default_factory=Refinement)
+    runtime: Runtime = field(default_factory=Runtime)
+    validation: Validation = field(default_factory=Validation)
+    eval: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
+    guard: Guard = field(default_factory=Guard)
+    sample: Sample = field(default_factory=Sample)
+    model: Component | None = None  # null: that of init_from
+    tokenizer: Component | None = None  # null: that of init_from
+    data: Component | None = None
+    loss: Component | None = None
+    optimizer: Component | None = None
+    scheduler: Component | None = None
+    peft: Component | None = None  # null: all weights are trained
+    quantization: Component | None = None  # with qat=true weights are fake-quantized in training
+    logger: Component | None = None
+
+    def check(self) -> None:
+        """Refuse two budgets.
+
+        Raises:
+            ValueError: naming both.
+        """
+        if self.epochs is not None and self.phases:
+            raise ValueError(
+                f"epochs: is {self.epochs:g}, and phases says how long to train as well. Give one of them: 'phases=[]' "
+                "to see every row of every source so often, or epochs=null to draw the sources in the shares of a "
+                "phase's mix"
+            )
+
+
+@dataclass
+class Generation:
+    """How a round writes its answers."""
+
+    strategy: Literal["chain", "samples"] = "chain"  # each answer refines the one before, or all are first answers
+    turns: Size = 3  # answers a prompt
+    max_new_tokens: Size = 256
+    temperature: Temperature = 0.8
+    top_p: TopP = 0.95
+    min_p: MinP | None = None  # draw from tokens at least this share as likely as the likeliest
+    repetition_penalty: Factor = 1.0  # above 1: tokens of prompt and answer become less likely; 1: none
+    stop: list[str] = field(default_factory=list)  # texts that end an answer and are no part of it
+    batch_size: Length = 16  # answers written at once
+
+    def check(self) -> None:
+        """Refuse a stop string that is empty or holds an unknown escape.
+
+        Raises:
+            ValueError: naming the key.
+        """
+        if "" in self.stop:
+            raise ValueError("stop: one of its texts is empty, so an answer would end before it begins")
+        self.stop_texts()
+
+    def stop_texts(self) -> list[str]:
+        """Return the stop strings with their escapes read: ``\\n`` is a line feed."""
+        return [unescape(text, "stop") for text in self.stop]
+
+
+@dataclass
+class Selection:
+    """How a round chooses its pairs: best and worst by `reward`, or without one last and first where rules pass."""
+
+    rules: list[Text] = field(default_factory=lambda: ["not_empty", "not_truncated", "not_repeated"])
+    margin: Number = 0.0  # least difference of rewards
+
+
+@dataclass
+class Preference:
+    """Keys of the `preference` recipe."""
+
+    recipe: str = "preference"
+    name: Annotated[str, PathPart()] = "preference"
+    run_dir: Text | None = None  # default: runs/NAME/DATE-TIME
+    resume: bool = False
+    init_from: Text | None = None  # default: the newest finished SFT, else pretraining, with this model
+    other_data: bool = False
+    force: bool = False
+    seed: Count = 1
+    seq_len: Length | None = None  # longest prompt with one answer; null: as in Sft
+    global_batch_size: Length = 16  # pairs an optimizer step, over all processes
+    micro_batch_size: Length = 2  # rows of up to 2 x seq_len tokens a forward pass, on one process
+    epochs: Epochs = 1.0  # times each pair is seen, in each round
+    max_grad_norm: Number = 1.0
+    log_every: Size = 10
+    rounds: Count = 0  # 0: train once on the pairs of `data`; else so often generate, choose, train
+    prompts: Count = 0  # prompts a round takes from `data`; 0: all
+    reference: Literal["previous", "first"] = "previous"  # model that a round's answers are measured against
+    reference_cache: Text = "runs/reference"
+    chat: Chat = field(default_factory=Chat)
+    refinement: Refinement = field(default_factory=Refinement)
+    generation: Generation = field(default_factory=Generation)
+    selection: Selection = field(default_factory=Selection)
+    runtime: Runtime = field(default_factory=Runtime)
+    validation: Validation = field(default_factory=Validation)
+    eval: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
+    guard: Guard = field(default_factory=Guard)
+    sample: Sample = field(default_factory=Sample)
+    model: Component | None = None  # null: that of init_from
+    tokenizer: Component | None = None  # null: that of init_from
+    data: Component | None = None
+    loss: Component | None = None
+    reward: Component | None = None  # judges a round's answers
+    optimizer: Component | None = None
+    scheduler: Component | None = None
+    peft: Component | None = None  # null: all weights are trained
+    quantization: Component | None = None  # with qat=true weights are fake-quantized in training
+    logger: Component | None = None
+
+
+@dataclass
+class Sensitivity:
+    """What each module loses by being quantized, and a mix of formats from that."""
+
+    measure: bool = False
+    budget: Text | None = None  # of the weights' file: 80M (bytes), or 60% (of it in dtype); null: measure only
+    tokens: Size = 2048  # of text that each module's loss is measured on
+
+    def check(self) -> None:
+        """Refuse a budget that is no size.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if self.budget is not None:
+            self.budget_bytes(1 << 40)
+
+    def budget_bytes(self, whole: int) -> int:
+        """The budget in bytes, of a model whose weights take `whole` bytes.
+
+        Raises:
+            ValueError: if it is neither bytes nor a share.
+        """
+        text = str(self.budget)
+        try:
+            if not text.endswith("%"):
+                return parse_count(text, "budget")
+            if 0 < (share := float(text[:-1])) <= 100:
+                return int(share / 100 * whole)
+        except ValueError:
+            pass
+        raise ValueError(f"budget ({text}) must be bytes (80M), or a share of the weights (60%)")
+
+
+@dataclass
+class Quantize:
+    """Keys of the `quantize` recipe."""
+
+    recipe: str = "quantize"
+    name: Annotated[str, PathPart()] = "quantize"
+    checkpoint: Text | None = None  # a run, a checkpoint or a model directory; default: the newest finished run
+    run_dir: Text | None = None  # where the model goes; default: runs/NAME/DATE-TIME
+    resume: bool = False
+    other_data: bool = False
+    force: bool = False
+    device: Text = "auto"
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of what is computed in, and of what stays as it is
+    seq_len: Annotated[int, Range(least=2)] | None = None  # tokens a row of text; null: 512, or what the model reads
+    calibration_tokens: Count = 16_384  # 0: every range is that of the weights alone
+    test_tokens: Count = 16_384  # of text that the loss is measured on before and after; 0: it is not
+    sensitivity: Sensitivity = field(default_factory=Sensitivity)
+    quantization: Component | None = None  # null: what the model was trained for, else int4
+    data: Component | None = None  # text to calibrate and measure on
+
+
+# recipe -> schema; the first field names the recipe.
+SCHEMAS: dict[str, type[Any]] = {"pretrain": Pretrain, "sft": Sft, "preference": Preference, "quantize": Quantize}
+
+
+def component_keys() -> set[str]:
+    """Top-level keys that hold a component, which are also Hydra's groups."""
+    return {item.name for schema in SCHEMAS.values() for item in fields(schema) if "Component" in str(item.type)}

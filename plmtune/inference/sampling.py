@@ -1,0 +1,317 @@
+"""Sampling text: a prompt in, a token at a time out, over a cache."""
+
+from __future__ import annotations
+
+import codecs
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from plmtune.modules.cache import Cache
+
+if TYPE_CHECKING:
+    from plmtune.modules.decoder import Decoder
+    from plmtune.tokenizers.tokenizer import Tokenizer
+
+
+# Below it the likeliest token is taken: logits divided by less leave the range of fp32.
+GREEDY = 1e-6
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one id a row from logits (Tensor), [b, v]; the likeliest where temperature is 0.
+
+    Args:
+        top_k: keep the k likeliest.
+        top_p: of those keep the likeliest that together reach this probability (arXiv 1904.09751).
+        min_p: of those keep what is at least this share as likely as the likeliest (arXiv 2407.01082).
+
+    Returns:
+        Tensor: [b]
+    """
+    if temperature < GREEDY:
+        return logits.argmax(-1)
+    kept = keep_likeliest(logits / temperature, top_k, top_p, min_p)
+    return torch.multinomial(kept.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def penalize(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
+    """Return logits, [b, v], with those of the ids that each row has seen made less likely (arXiv 1909.05858, 4.1).
+
+    As transformers' RepetitionPenaltyLogitsProcessor: a positive logit is divided by the penalty, a negative one is
+    multiplied by it, however often the id was seen.
+
+    Args:
+        seen: of each row the ids of its prompt and of what is written.
+    """
+    if penalty == 1:
+        return logits
+    logits = logits.clone()
+    for row, ids in zip(logits, seen, strict=True):
+        known = torch.tensor([i for i in set(ids) if i < len(row)], dtype=torch.long, device=row.device)
+        scores = row[known]
+        row[known] = torch.where(scores < 0, scores * penalty, scores / penalty)
+    return logits
+
+
+def keep_likeliest(logits: Tensor, top_k: int | None, top_p: float | None, min_p: float | None = None) -> Tensor:
+    """Return logits, [b, v], with -inf where `sample` is not to draw."""
+    if min_p:
+        logits = _top(logits, top_k, top_p)
+        # Shares of the likeliest are differences of logits, so that nothing has to be normalized.
+        return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), float("-inf"))
+    return _top(logits, top_k, top_p)
+
+
+def _top(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    if top_k is None and top_p in (None, 1):
+        return logits
+    v = logits.shape[-1]
+    # To sort a vocabulary takes longer than a forward of a small model; a few hundred mostly reach top_p.
+    k = min(top_k or 256, v)
+    while True:
+        kept, ids = logits.topk(k)
+        if top_p is not None:
+            whole = kept if top_k is not None else logits
+            probability = (kept - whole.logsumexp(-1, keepdim=True)).exp()
+            # What stands before a token decides, so the likeliest always stays.
+            before = probability.cumsum(-1) - probability
+            kept = kept.masked_fill(before >= top_p, float("-inf"))
+            if top_k is None and k < v and not bool((before[:, -1] >= top_p).all()):
+                k = min(8 * k, v)
+                continue
+        return torch.full_like(logits, float("-inf")).scatter_(-1, ids, kept)
+
+
+def check_sampling(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+) -> None:
+    """Raise ValueError for impossible settings."""
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative, but is {temperature}")
+    if not math.isfinite(temperature):
+        raise ValueError(f"temperature must be a finite number, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must be at least 0 and at most 1, not {min_p}")
+    if not 0 < repetition_penalty < math.inf:
+        raise ValueError(f"repetition_penalty must be above 0 and finite, not {repetition_penalty}")
+
+
+def encode_stops(until: Sequence[str]) -> tuple[bytes, ...]:
+    """Return stop strings as they are looked for in what is written, whose tokens may end inside a character.
+
+    Raises:
+        ValueError: for an empty one, which every text would hold.
+    """
+    if "" in until:
+        raise ValueError("a stop string is empty: an answer would end before it begins")
+    return tuple(stop.encode("utf-8", errors="replace") for stop in until)
+
+
+def before_stop(text: str, until: Sequence[str]) -> str:
+    """Return a text up to the first of the stop strings in it."""
+    return text[: min((at for stop in until if stop and (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def release(data: bytes, until: Sequence[bytes]) -> tuple[bytes, bytes, bool]:
+    """Return what of a text's newest bytes can be shown, what may be the beginning of a stop, and whether one came."""
+    found = [at for stop in until if (at := data.find(stop)) >= 0]
+    if found:
+        return data[: min(found)], b"", True
+    lengths = (length for stop in until for length in range(1, len(stop)) if data.endswith(stop[:length]))
+    shown = len(data) - max(lengths, default=0)
+    return data[:shown], data[shown:], False
+
+
+class Memory:
+    """One text's cache, kept from prompt to prompt: what the next has in common with it is not computed again.
+
+    Attributes:
+        ids: the text; the cache holds its first `cache.length`, also after an interrupt anywhere.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+        self.ids: list[int] = []
+        self.cache = model.new_cache(1, 0)
+
+    def resume(self, ids: Sequence[int], room: int) -> Cache:
+        """Return the cache with what `ids` and the text have in common, and room for all of ids and `room` more.
+
+        The last of ids is never in it: the model has to read something, to say what follows.
+        """
+        common, limit = 0, min(self.cache.length, len(ids) - 1)
+        while common < limit and self.ids[common] == ids[common]:
+            common += 1
+        self.cache.truncate(common)
+        self.ids = list(ids)
+        needed = len(ids) + room
+        if needed > self.cache.max_seq_len:
+            old = self.cache
+            # Conversations grow turn by turn; half as much again keeps the copies few.
+            longer = max(needed, min(old.max_seq_len * 3 // 2, self.model.max_seq_len))
+            new = self.model.new_cache(1, longer)
+            for mine, theirs in zip(new.layers, old.layers, strict=True):
+                for buffer, held in zip(mine, theirs, strict=True):
+                    buffer[:, :, :common] = held[:, :, :common]
+            new.length = common
+            self.cache = new
+        return self.cache
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder,
+    tokens: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    generator: torch.Generator | None = None,
+    num_tokens: int | None = None,
+    cache: Cache | None = None,
+    before: Sequence[int] = (),
+) -> Iterator[Tensor]:
+    """Yield a column of new tokens, [b], at a time.
+
+    Args:
+        tokens (Tensor): prompts, [b, s].
+        temperature: 0 takes the likeliest token.
+        top_k, top_p, min_p: see `sample`.
+        repetition_penalty: see `penalize`; 1 for none.
+        num_tokens: ids from here up have no text and are never drawn.
+        cache: what came before the prompts, with room for them and the new tokens; None: nothing did.
+        before: ids in the cache, which a repetition penalty counts.
+
+    Raises:
+        ValueError: for an empty prompt, a sum longer than the model's max_seq_len, or impossible settings.
+        FloatingPointError: if the model's output is not a number.
+    """
+    b, s = tokens.shape
+    if s == 0:
+        raise ValueError("the prompt is empty: at least one token is needed to start from")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must not be negative, but is {max_new_tokens}")
+    cached = cache.length if cache is not None else 0
+    if cached + s + max_new_tokens > model.max_seq_len:
+        raise ValueError(
+            f"{cached + s} prompt and {max_new_tokens} new tokens exceed the model's max_seq_len ({model.max_seq_len})"
+        )
+    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    device = model.device
+    seen = [[*before, *row] for row in tokens.tolist()] if repetition_penalty != 1 else []
+    tokens = tokens.to(device)
+    if cache is None:
+        cache = model.new_cache(b, s + max_new_tokens)
+    for _ in range(max_new_tokens):
+        states = model(tokens, cache=cache, hidden=True)
+        # Only the last position is sampled; the logits of a whole prompt would fill memory for nothing.
+        logits = model.logits(states[:, -1])
+        if not bool(logits.isfinite().all()):
+            raise FloatingPointError(
+                f"the model's output after {cache.length} tokens is not a number: its weights are damaged, or its "
+                "training diverged"
+            )
+        scores = penalize(logits[:, :num_tokens], seen, repetition_penalty)
+        column = sample(scores, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, generator=generator)
+        yield column
+        tokens = column[:, None]
+        if repetition_penalty != 1:
+            for row, token in zip(seen, column.tolist(), strict=True):
+                row.append(token)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+    """Return what `complete` has the model read: at least one token, with bos where the tokenizer adds it to a text."""
+    ids = tokenizer.with_bos(tokenizer.encode(prompt, specials=True)) if isinstance(prompt, str) else list(prompt)
+    return ids or [tokenizer.start_id]
+
+
+def complete(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    until: Sequence[str] = (),
+    seed: int = 0,
+    end_ids: Collection[int] = (),
+    memory: Memory | None = None,
+) -> Iterator[str]:
+    """Yield the text that follows `prompt`, a piece a token, until its end, max_new_tokens or the model's end.
+
+    A piece may be empty: a character is not given out before all of its bytes are there, nor what may be the beginning
+    of a stop string before it is known to be none.
+
+    Args:
+        prompt: text, in which special tokens' text stands for themselves, or ids, as of a chat template.
+        until: the text ends before the first of these, at whatever token they begin or end.
+        end_ids: end the text beside the tokenizer's own.
+        memory: of this model, for what the prompt has in common with an earlier one; afterwards it holds this one.
+
+    Raises:
+        ValueError: if the prompt leaves no room, or for impossible settings.
+        FloatingPointError: if the model's output is not a number.
+    """
+    stops = encode_stops(until)
+    device = model.device
+    ids = prompt_ids(tokenizer, prompt)
+    ends = {*tokenizer.end_ids, *end_ids}
+    if len(ids) >= model.max_seq_len:
+        raise ValueError(f"the prompt has {len(ids)} tokens, the model's max_seq_len is {model.max_seq_len}")
+    max_new_tokens = min(max_new_tokens, model.max_seq_len - len(ids))
+    cache = memory.resume(ids, max_new_tokens) if memory is not None else None
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    columns = generate(
+        model,
+        torch.tensor([ids[cache.length :] if cache is not None else ids], device=device),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        generator=torch.Generator(device).manual_seed(seed),
+        num_tokens=tokenizer.num_tokens,
+        cache=cache,
+        before=ids[: cache.length] if cache is not None else (),
+    )
+    held, stopped = b"", False
+    for column in columns:
+        token = int(column)
+        if memory is not None:
+            memory.ids.append(token)
+        if token in ends:
+            break
+        shown, held, stopped = release(held + tokenizer.decode_bytes([token]), stops)
+        yield decoder.decode(shown)
+        if stopped:
+            break
+    yield decoder.decode(held, final=True)

@@ -1,0 +1,190 @@
+"""Log-probabilities of a fixed reference: computed once, kept on disk under a key of all that they follow from.
+
+A directory holds for each key KEY.safetensors, the numbers, and KEY.json, sealed, written last, with the former's
+length and checksum. The key is a hash of the weights themselves, the arithmetic, and each id, position and mask that
+goes in: with any other of them it is another key, so numbers of another reference are never found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from plmtune.errors import UserError
+from plmtune.io import checksummed_json, safetensors_writer, terminal
+from plmtune.io.atomic import replacing
+from plmtune.modules.sharding import full_tensor
+from plmtune.training.distributed import gather_texts, reduce_sum, told_by_rank_0
+
+if TYPE_CHECKING:
+    from plmtune.preference.batches import ComparisonBatch
+
+_VERSION = 2  # of the files, and of what the key hashes
+_INPUTS = ("tokens", "input_pos", "mask", "places", "targets", "completion", "index")
+
+
+def model_digest(model: nn.Module, *, without: Container[str] = ()) -> str:
+    """xxh3-128 over the name, shape, dtype and bytes of each tensor of `model`, and its `config` where it has one.
+
+    The same for one process and for many, on any device. Every rank must call it.
+
+    Args:
+        without: names of tensors that are switched off in the reference: adapters.
+    """
+    digest = xxhash.xxh3_128()
+    digest.update(json.dumps(getattr(model, "config", {}), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if name not in without:
+            _add(digest, name, full_tensor(tensor))
+    return digest.hexdigest()
+
+
+def _add(digest: xxhash.xxh3_128, name: str, tensor: Tensor) -> None:
+    """Hash a tensor so that no other sequence of names, shapes and bytes gives the same stream."""
+    if is_traceable_wrapper_subclass(tensor):  # quantized: the tensors that it is made of
+        inner, context = tensor.__tensor_flatten__()
+        digest.update(f"{name} {type(tensor).__name__} {context} {len(inner)}\n".encode())
+        for part in inner:
+            _add(digest, part, getattr(tensor, part))
+        return
+    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))  # a single number may have any stride
+    data: Any = flat.view(torch.uint8).numpy()
+    digest.update(data)
+
+
+def reference_log_probs(
+    model_digest: str,
+    batches: Callable[[], Iterable[ComparisonBatch]],
+    compute: Callable[[ComparisonBatch], Tensor],
+    directory: str | Path,
+    num: int,
+    *,
+    arithmetic: str,
+    tell: Callable[[str], None] | None = None,
+) -> Tensor:
+    """The reference's log-probabilities of each comparison's answers, from the disk or computed and written.
+
+    Every rank must call it; rank 0 alone reads and writes.
+
+    Args:
+        model_digest: what `model_digest` says of the reference.
+        batches: gives this rank's share of all comparisons, equally many batches on every rank, some perhaps empty
+            (`PreferenceBatches.all`). Asked twice, to hash and to compute: so nobody holds them all.
+        compute: (batch) -> log-probabilities of its completions, [2n], in the order of `lengths`.
+        directory: of the cache.
+        num: comparisons in the data; `batch.index` is below it.
+        arithmetic: what else the numbers follow from: device and dtype of the computation.
+        tell: takes a line about what is done; None: to standard error.
+
+    Returns:
+        Tensor: fp32 on the CPU, [num, 2]: chosen, rejected; 0 for an answer without tokens, NaN for a comparison that
+        no batch holds.
+
+    Raises:
+        UserError: if the reference gives a number that is not finite, or the directory cannot be written.
+    """
+    tell = tell or _to_stderr
+    path = Path(directory) / f"{_key(model_digest, batches(), num, arithmetic)}.safetensors"
+    values = torch.zeros(num, 2)
+
+    def find() -> bool:
+        held = _read(path, num, tell)
+        if held is not None:
+            values.copy_(held)
+        return held is not None
+
+    if told_by_rank_0(find):
+        return reduce_sum(values)  # the others hold zeros
+    values = _compute(batches(), compute, num)
+    told_by_rank_0(lambda: _write(path, values))
+    return values
+
+
+def _to_stderr(line: str) -> None:
+    terminal.echo(line, err=True)
+
+
+def _key(model_digest: str, batches: Iterable[ComparisonBatch], num: int, arithmetic: str) -> str:
+    """The same on every rank and for any number of them.
+
+    Another one where rows are grouped otherwise, which decides the last digits.
+    """
+    mine = []
+    for batch in batches:
+        digest = xxhash.xxh3_128()
+        for name in _INPUTS:
+            _add(digest, name, getattr(batch, name))
+        mine.append(digest.hexdigest() if len(batch.index) else "")
+    shares = [json.loads(text) for text in gather_texts(json.dumps(mine))]
+    in_turn = [digest for digests in zip(*shares, strict=True) for digest in digests if digest]
+    # Another version of torch may round otherwise.
+    parts = [_VERSION, model_digest, arithmetic, torch.__version__, num, *in_turn]
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+
+
+@torch.no_grad()
+def _compute(batches: Iterable[ComparisonBatch], compute: Callable[[ComparisonBatch], Tensor], num: int) -> Tensor:
+    """[num, 2] on every rank."""
+    values, times = torch.zeros(num, 2), torch.zeros(num)
+    for batch in batches:
+        index = batch.index.cpu()
+        values.index_add_(0, index, compute(batch).float().cpu().view(-1, 2))
+        times.index_add_(0, index, torch.ones(len(index)))
+    reduce_sum(values)
+    reduce_sum(times)
+    values /= times.clamp(min=1)[:, None]  # the mean, where a comparison is in several batches
+    bad = (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        chosen, rejected = values[bad[0]].tolist()
+        raise UserError(
+            f"The reference gives the answers of comparison {bad[0]} the log-probabilities {chosen} and {rejected}; "
+            f"{len(bad)} of {num} comparisons have one that is not finite. Has the model's training diverged?"
+        )
+    values[times == 0] = float("nan")  # of a comparison that no batch holds; it must not pass for a number
+    return values
+
+
+def _read(path: Path, num: int, tell: Callable[[str], None]) -> Tensor | None:
+    """What an earlier run wrote, or None, with a line about a file that is there and cannot be used."""
+    note = path.with_suffix(".json")
+    if not note.exists():  # written last
+        return None
+    try:
+        document = checksummed_json.unseal(checksummed_json.read(note))
+        if document.get("key") != path.stem:
+            raise ValueError(f"it is of the key {document.get('key')}")
+        file, size = document["file"], path.stat().st_size
+        if size != file["bytes"]:
+            raise ValueError(f"{path.name} has {size:,} bytes instead of {file['bytes']:,}")
+        data = path.read_bytes()
+        if xxhash.xxh3_128_hexdigest(data) != file["xxh3_128"]:
+            raise ValueError(f"{path.name} does not match its checksum")
+        values = load_tensors(data)["log_probs"]
+        if values.shape != (num, 2) or values.dtype != torch.float32:
+            raise ValueError(f"{path.name} holds {values.dtype} {list(values.shape)}, not {[num, 2]}")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        tell(f"{note}: the reference's log-probabilities kept here cannot be used ({error}); they are computed again.")
+        return None
+    return values
+
+
+def _write(path: Path, values: Tensor) -> dict[str, Any]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            file = safetensors_writer.write(temporary, {"log_probs": values})
+        with replacing(path.with_suffix(".json")) as temporary:
+            temporary.write_bytes(checksummed_json.seal({"key": path.stem, "file": file}))
+    except OSError as error:
+        raise UserError(f"The reference's log-probabilities cannot be kept: {error}. See reference_cache.") from error
+    return file

@@ -1,0 +1,152 @@
+"""The reference of preference training: a fixed model with whose log-probabilities the policy's are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from plmtune.errors import UserError
+from plmtune.modules.decoder import Decoder
+from plmtune.preference.batches import ComparisonBatch, PreferenceBatches
+from plmtune.preference.reference import model_digest, reference_log_probs
+from plmtune.training.checkpoint import Checkpoints
+from plmtune.training.finetune_model import Student
+from plmtune.training.monitor import RunMonitor
+
+# (batch, model; None: the policy) -> log-probabilities of the batch's answers, [2n]
+Answers = Callable[[ComparisonBatch, nn.Module | None], Tensor]
+
+
+class ReferenceModel:
+    """Computes the reference's log-probabilities at the start of a stage: of all pairs, or of one round's pairs.
+
+    The reference is the model that the run began with, or with ``which="previous"`` the policy at the start of each
+    round. Its weights are those of the policy while nothing of the stage is trained, of the policy without its
+    adapters, of a checkpoint of the run, or of `init_from`.
+
+    Args:
+        policy: the model under training.
+        which: the config's `reference`.
+        answers: computes log-probabilities.
+        load_first: loads a second model with the weights that the run began with.
+        checkpoints: of the run.
+        run: its directory, for messages.
+        digest: `model_digest` of this stage's reference, as the checkpoint has it; empty for a new run.
+        first_digest: that of the weights that the run began with.
+    """
+
+    def __init__(
+        self,
+        policy: Student,
+        which: Literal["previous", "first"],
+        answers: Answers,
+        load_first: Callable[[], Decoder],
+        checkpoints: Checkpoints,
+        run: Path,
+        *,
+        digest: str = "",
+        first_digest: str = "",
+    ) -> None:
+        self.policy, self.which, self.answers = policy, which, answers
+        self.load_first, self.checkpoints, self.run = load_first, checkpoints, run
+        self.digest, self.first_digest = digest, first_digest
+
+    def is_first(self, round_number: int) -> bool:
+        """Whether the reference of a round is the model that the run began with; 0 is a run without rounds."""
+        return round_number <= 1 or self.which == "first"
+
+    def is_policy(self, round_number: int) -> bool:
+        """Whether the policy at the start of a round is its reference."""
+        return round_number <= 1 or self.which == "previous"
+
+    def log_probs(
+        self,
+        data: PreferenceBatches,
+        round_number: int,
+        *,
+        first_step: int,
+        untrained: bool,
+        cache: str,
+        arithmetic: str,
+        monitor: RunMonitor,
+    ) -> Tensor:
+        """Return the log-probabilities of every answer, [comparisons, 2], computed or read from the cache.
+
+        Every rank must call it.
+
+        Args:
+            first_step: step of the run at which the stage begins.
+            untrained: nothing of the stage is trained, so the policy is what it was at that step.
+            cache: directory that keeps the numbers.
+            arithmetic: see `reference_log_probs`.
+
+        Raises:
+            UserError: if the weights are no longer there.
+        """
+        policy, is_first = self.policy, self.is_first(round_number)
+        if untrained:
+            if is_first and (round_number <= 1 or policy.adapters):
+                self.first_digest = model_digest(policy.model, without=policy.adapter_names)
+            self.digest = self.first_digest if is_first else model_digest(policy.model)
+        second: list[Decoder] = []  # loaded only if something is to be computed
+        done, restored = 0, untrained or is_first
+
+        @torch.no_grad()
+        def compute(batch: ComparisonBatch) -> Tensor:
+            nonlocal done, restored
+            if not restored:  # by every rank at its first batch, which may be an empty one
+                self._restore_policy(round_number, first_step)
+                restored = True
+            done += len(batch.index)
+            monitor.working(f"reference: log-probabilities of {done:,} comparisons")
+            with policy.unrounded():
+                if is_first and policy.adapters:
+                    with policy.base():
+                        return self.answers(batch, None)
+                if not is_first or (untrained and round_number <= 1):
+                    return self.answers(batch, None)
+                second[:] = second or [self._first()]
+                return self.answers(batch, second[0])
+
+        policy.model.eval()
+        found = reference_log_probs(
+            self.digest, data.all, compute, cache, len(data.comparisons), arithmetic=arithmetic, tell=monitor.message
+        )
+        policy.model.train()
+        if done and not untrained:
+            monitor.message(
+                f"reference: {cache} has no log-probabilities for this resume (in bf16 they depend on micro_batch_size "
+                f"and the number of processes); computed again {'from init_from' if second else 'from kept weights'}"
+            )
+        how = "computed, and kept in" if done else "read from"
+        monitor.message(f"reference: log-probabilities {how} {cache}")
+        return found
+
+    def _first(self) -> Decoder:
+        model = self.load_first()
+        model.config = self.policy.model.config  # its context may differ; the weights count
+        if model_digest(model) != self.first_digest:
+            raise UserError(
+                f"init_from no longer holds the weights that {self.run} began with, and its reference is that model. "
+                "Put them back, or start a new run."
+            )
+        return model
+
+    def _restore_policy(self, round_number: int, first_step: int) -> None:
+        """Load the weights of the last round's end, until the checkpoint that the run resumes from is restored."""
+        try:
+            self.checkpoints.load_weights(first_step, self.policy.model)
+        except UserError as error:
+            raise UserError(
+                f"{self.run}: the log-probabilities of round {round_number}'s reference are no longer in the "
+                f"reference_cache, and cannot be computed again: {error} Put them back, or start a new run."
+            ) from error
+        if model_digest(self.policy.model) != self.digest:
+            raise UserError(
+                f"{self.run}: the checkpoint of step {first_step} is not that of round {round_number - 1}'s end, "
+                f"which is the reference of round {round_number}. Put it back, or start a new run."
+            )

@@ -1,0 +1,148 @@
+"""Refinement prompts: T(x, y) of ARIES (arXiv 2502.05605), the question again with an earlier answer to better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from jinja2 import StrictUndefined, Template, TemplateError, meta
+from numpy.typing import NDArray
+
+from plmtune.data.rows import Message
+from plmtune.data.sources import BadRow
+from plmtune.errors import UserError
+from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.tokenizers.template_limits import TemplateLimit
+from plmtune.tokenizers.template_sandbox import MAX_TEMPLATE, Sandbox
+
+_SHIPPED = Path(__file__).with_name("refinement.jinja")
+UNSHOWN = "has an answer with calls of tools or thoughts, which a refinement prompt, made of its text, does not show"
+_VARIABLES = {"prompt", "answer"}
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """A Jinja template of the two variables `prompt`, the last user message, and `answer`, what was answered to it.
+
+    Args:
+        source: the template.
+        where: its file, for messages.
+
+    Raises:
+        UserError: if it is no template, does not use both variables, uses another, or fails on a plain text.
+    """
+
+    source: str
+    where: str
+
+    def __post_init__(self) -> None:
+        try:
+            used = meta.find_undeclared_variables(self._environment.parse(self.source))
+        except TemplateError as error:
+            raise UserError(f"{self.where} is no Jinja template: {error}") from error
+        if used != _VARIABLES:
+            missing, unknown = sorted(_VARIABLES - used), sorted(used - _VARIABLES)
+            wrong = [f"does not use {' and '.join(missing)}"] if missing else []
+            wrong += [f"uses {', '.join(unknown)}, which nobody gives it"] if unknown else []
+            raise UserError(
+                f"{self.where} {', and '.join(wrong)}. A refinement template has two variables: "
+                "prompt (the question) and answer (the one to improve)"
+            )
+        self._write("What is 2 + 3?", "6")
+
+    @cached_property
+    def _environment(self) -> Sandbox:
+        environment = Sandbox()
+        environment.undefined = StrictUndefined
+        return environment
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the template does."""
+        return xxhash.xxh3_128_hexdigest(self.source.encode())
+
+    @cached_property
+    def _template(self) -> Template:
+        return self._environment.from_string(self.source)
+
+    def _write(self, prompt: str, answer: str) -> str:
+        self._environment.restart(length=len(prompt) + len(answer))
+        try:
+            text = self._template.render(prompt=prompt, answer=answer)
+        except TemplateLimit as error:
+            raise UserError(f"{self.where} {error}") from error
+        except Exception as error:  # whatever a template does: undefined names, arithmetic, forbidden attributes
+            raise UserError(f"{self.where} fails: {type(error).__name__}: {error}") from error
+        if not text.strip():
+            raise UserError(f"{self.where} writes nothing for a prompt of {len(prompt):,} characters")
+        return text
+
+    def fill(self, prompt: Sequence[Message], answer: str) -> tuple[Message, ...]:
+        """Return T(x, y): the prompt, its last user message replaced by the template filled with it and the answer.
+
+        Args:
+            prompt: messages, the last of the user; earlier turns stay as they are.
+            answer: what is to be improved.
+
+        Raises:
+            BadRow: if the last message is another's.
+            UserError: if the template fails on these texts.
+        """
+        if prompt[-1].role != "user":
+            raise BadRow(f"has a prompt that ends in a {prompt[-1].role}'s message, while a refinement asks a user's")
+        return (*prompt[:-1], Message("user", self._write(prompt[-1].content, answer)))
+
+    def encode(
+        self, template: ChatTemplate, prompt: Sequence[Message], answer: str, *, max_len: int
+    ) -> tuple[NDArray[np.int32], bool] | None:
+        """Return the ids of T(x, y) and whether the answer was cut from its end to make them fit into max_len.
+
+        None: there is no room for any of the answer.
+
+        Raises:
+            BadRow: if the chat template refuses the messages.
+            UserError: if this template fails.
+        """
+        ids = template.encode_prompt(self.fill(prompt, answer))
+        if ids.size <= max_len:
+            return ids, False
+        held = template.tokenizer.encode(answer)
+        while ids.size > max_len:
+            # What is cut may join with what follows into other tokens, hence not at once.
+            held = held[: max(0, len(held) - (ids.size - max_len))]
+            shorter = template.tokenizer.decode(held).rstrip("\ufffd")  # half a character at the cut
+            if not shorter.strip():
+                return None
+            ids = template.encode_prompt(self.fill(prompt, shorter))
+        return ids, True
+
+
+def find_refinement(template: str | None) -> Refinement:
+    """Read a refinement template.
+
+    Args:
+        template: a Jinja file; None: the one that is shipped, whose words are ours, as the paper's are not public.
+
+    Raises:
+        UserError: if there is no such file, or it is no usable template.
+    """
+    path = _SHIPPED if template is None else Path(template).expanduser()
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_TEMPLATE + 1)
+    except OSError as error:
+        raise UserError(
+            f"refinement.template={template}: cannot be read ({error.strerror or error}). "
+            "Name a Jinja file, or null for the shipped template"
+        ) from error
+    if len(data) > MAX_TEMPLATE:
+        raise UserError(f"refinement.template={template}: has more than {MAX_TEMPLATE:,} bytes, which is no template")
+    try:
+        source = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"refinement.template={template}: is not UTF-8 at byte {error.start}") from error
+    return Refinement(source, "the shipped refinement template" if template is None else str(path))

@@ -1,0 +1,627 @@
+"""Tokenizers: byte-level BPE run by tiktoken, whatever file the vocabulary came from."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property
+from itertools import repeat
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import regex
+import tiktoken
+import xxhash
+
+from plmtune.errors import UserError, did_you_mean
+from plmtune.io import hub, manifest
+from plmtune.io.atomic import replacing
+from plmtune.io.provenance import num_cores
+from plmtune.registry import register
+from plmtune.tokenizers import tokenizer_json
+from plmtune.tokenizers.bpe import (
+    BYTE_PATTERN,
+    CHATML_SPECIALS,
+    COMPLETE_PATTERNS,
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    MAX_ID,
+    QWEN2_PATTERN,
+    SINGLE_BYTES,
+    Normalization,
+    Vocabulary,
+    from_ranks,
+    read_file,
+    read_tiktoken,
+)
+from plmtune.tokenizers.cuts import Cuts
+
+Ids = npt.NDArray[np.uint32]
+
+# Below this many characters a second thread costs more than it saves.
+_TASK_CHARS = 1 << 17
+# tiktoken wants at least one special token; this one is never allowed in a text, so it never acts.
+_NO_SPECIAL = "\x00plmtune\x00"
+# A document may be cut between a newline and an ASCII letter where the pattern never looks across: in
+# these, white space with a newline in it always ends a piece at its last newline.
+_CUT = re.compile(r"\n(?=[A-Za-z])")
+_CUTTABLE = frozenset({QWEN2_PATTERN, LLAMA3_PATTERN})
+# CPU time for a pattern that is not known to be linear: far beyond what any takes that does not multiply its own tries.
+_PATTERN_SECONDS = 1.0
+_PATTERN_CHARS_A_SECOND = 50_000
+_MAX_PIECES = 1 << 16  # whose ids are kept
+_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+_EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
+
+# PLM's embedding has more rows than Qwen2 has tokens; known without the file, for a dry run.
+QWEN2_ROWS = 151936
+
+# ChatML with the default system prompt of PLM's authors.
+CHATML_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+class Tokenizer:
+    """Text to ids and back; safe to use from several threads and to fork with.
+
+    Attributes:
+        vocab_size: rows that a model needs, padding included.
+        num_tokens: ids from here on have no text.
+        eos_id: ends a document.
+        bos_id: the special token named as the beginning of a text, or None.
+        adds_bos: whether each text begins with it, as transformers encodes one. `encode` never puts it there,
+            `with_bos` does.
+        end_ids: at which its model's answers end, as generation_config.json says; eos_id is the first.
+        specials: control tokens, id by text.
+        token_bytes: number of bytes that each id decodes to, int32 [vocab_size]; 0 for specials and padding.
+        fingerprint: xxh3-128 of all that decides the ids.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        eos: str = "<|endoftext|>",
+        vocab_size: int | None = None,
+        chat_template: str | None = None,
+        bos: str | None = None,
+        adds_bos: bool = False,
+        ends: Sequence[int] = (),
+    ) -> None:
+        """Build the tables.
+
+        Args:
+            vocabulary: what decides the ids.
+            eos: the special token that ends a document.
+            vocab_size: rows that a model needs, if more than there are tokens.
+            chat_template: Jinja template of a conversation.
+            bos: the special token that begins a text.
+            adds_bos: whether each text begins with it.
+            ends: ids at which an answer ends beside eos.
+
+        Raises:
+            ValueError: if there is no such special token, a token stands twice, or vocab_size is too small.
+        """
+        if eos not in vocabulary.specials:
+            raise ValueError(f"eos {eos!r} is no special token.{did_you_mean(eos, vocabulary.specials)}")
+        if bos not in vocabulary.specials and (bos is not None or adds_bos):
+            raise ValueError(f"bos {bos!r} is no special token.{did_you_mean(bos or '', vocabulary.specials)}")
+        self.vocabulary = vocabulary
+        self.eos, self.eos_id = eos, vocabulary.specials[eos]
+        self.bos, self.bos_id = bos, vocabulary.specials.get(bos) if bos is not None else None
+        self.adds_bos = adds_bos
+        self.end_ids = tuple(dict.fromkeys((self.eos_id, *ends)))
+        self.specials = dict(vocabulary.specials)
+        self.chat_template = chat_template
+        pieces = dict(zip(vocabulary.ids, vocabulary.tokens, strict=True)) | vocabulary.unreachable
+        pieces |= {identity: text.encode() for text, identity in (vocabulary.specials | vocabulary.added).items()}
+        self.num_tokens = max(pieces) + 1
+        self.vocab_size = self.num_tokens if vocab_size is None else vocab_size
+        if self.vocab_size < self.num_tokens:
+            raise ValueError(f"vocab_size ({vocab_size}) is below the tokenizer's {self.num_tokens} tokens")
+        self._pieces = [pieces.get(identity, b"") for identity in range(self.vocab_size)]
+        self.token_bytes: npt.NDArray[np.int32] = np.array([len(piece) for piece in self._pieces], dtype=np.int32)
+        self.token_bytes[list(self.specials.values())] = 0
+
+        # Bytes without a token get ranks past all others, so that tiktoken can run; their ids are dropped
+        # after.
+        num_ranks = len(vocabulary.tokens)
+        ranks = {token: rank for rank, token in enumerate(vocabulary.tokens)}
+        lacking = [byte for byte in SINGLE_BYTES if byte not in ranks]
+        ranks |= {byte: num_ranks + index for index, byte in enumerate(lacking)}
+        self._lacking = b"".join(lacking)
+        self._num_ranks = num_ranks
+        ids = np.array(vocabulary.ids, dtype=np.uint32)
+        self._ids = None if np.array_equal(ids, np.arange(num_ranks)) else ids
+        try:
+            self._bpe = tiktoken.Encoding(
+                "plmtune",
+                pat_str=_complete(vocabulary.pattern),
+                mergeable_ranks=ranks,
+                special_tokens={_NO_SPECIAL: len(ranks)},
+            )
+        except ValueError as error:
+            raise ValueError(f"the pattern {vocabulary.pattern!r} is no regular expression ({error})") from error
+        # Others may take exponential time, in which tiktoken cannot be interrupted.
+        self._is_linear = vocabulary.pattern in COMPLETE_PATTERNS
+        self._piece_ids: dict[str, list[int]] = {}
+        self._pattern_seconds = _PATTERN_SECONDS
+        fixed = vocabulary.added | vocabulary.specials
+        self._cuts_at_blanks = vocabulary.pattern in COMPLETE_PATTERNS and not any(" " in text for text in fixed)
+        self._always = self._fixed(vocabulary.added)
+        self._always_and_specials = self._fixed(fixed)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.num_tokens} tokens, {self.vocab_size} rows, {self.fingerprint[:8]})"
+
+    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+        """Return the ids of a text; nothing is put before or after them.
+
+        Args:
+            text: any text; half a surrogate pair becomes U+FFFD.
+            specials: take the text of special tokens for the tokens themselves. Never for text from outside.
+        """
+        ids: list[int] = self._encode(text, self._always_and_specials if specials else self._always).tolist()
+        return ids
+
+    @property
+    def start_id(self) -> int:
+        """What stands before a text's first token: its bos where it has one, else the end of the text before."""
+        return self.bos_id if self.adds_bos and self.bos_id is not None else self.eos_id
+
+    def with_bos(self, ids: Sequence[int]) -> list[int]:
+        """Return a text's ids as a model reads them: bos before them where the tokenizer adds it, exactly once."""
+        if not self.adds_bos or self.bos_id is None or (len(ids) and ids[0] == self.bos_id):
+            return list(ids)
+        return [self.bos_id, *ids]
+
+    def encode_batch(self, texts: Sequence[str], *, specials: bool = False) -> list[Ids]:
+        """Return the ids of each text, as `encode`, on all cores."""
+        fixed = self._always_and_specials if specials else self._always
+        # Each task is a run of cuts of about equal length: small texts together, a large one in several.
+        tasks: list[list[tuple[int, str]]] = [[]]
+        room = _TASK_CHARS
+        for index, text in enumerate(texts):
+            for cut in [text] if specials else self._cuts(text):
+                if room <= 0:
+                    tasks.append([])
+                    room = _TASK_CHARS
+                tasks[-1].append((index, cut))
+                room -= len(cut)
+        if len(tasks) == 1:
+            done: Iterable[list[Ids]] = [self._encode_task(tasks[0], fixed)]
+        else:
+            # A pool of its own for each call: threads would not survive a fork. tiktoken lets go of the GIL.
+            with ThreadPoolExecutor(min(len(tasks), num_cores())) as pool:
+                done = list(pool.map(self._encode_task, tasks, repeat(fixed)))
+        parts: list[list[Ids]] = [[] for _ in texts]
+        for task, results in zip(tasks, done, strict=True):
+            for (index, _), ids in zip(task, results, strict=True):
+                parts[index].append(ids)
+        return [held[0] if len(held) == 1 else np.concatenate(held) for held in parts]
+
+    def last_cut(self, text: str) -> int:
+        """Return the last place where a text may be cut so that the ids of its parts are its own; 0 if none is sure.
+
+        It is before a blank between a printable ASCII character and an ASCII letter, where no piece goes on, whatever
+        stands further away. What begins with the same part need not encode it again.
+        """
+        at = len(text) if self._cuts_at_blanks else 0
+        while (at := text.rfind(" ", 1, at)) > 0:
+            if "!" <= text[at - 1] <= "~" and text[at + 1 : at + 2].isalpha() and text[at + 1].isascii():
+                return at
+        return 0
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        """Where a text that goes on may be cut so that the ids of its parts are its own."""
+        held = self.vocabulary
+        late = [self._normalize(text) for text in held.added if text in held.normalized]
+        fixed = held.added.keys() - held.normalized
+        return Cuts(held.pattern, _complete(held.pattern), fixed, late, held.normalization)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids, special tokens as their text; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the bytes of ids; those of padding rows have none.
+
+        Raises:
+            ValueError: for an id outside of [0, vocab_size).
+        """
+        ids = list(ids)
+        wrong = next((identity for identity in ids if not 0 <= identity < self.vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"id {wrong} is outside of the tokenizer's {self.vocab_size} rows")
+        return b"".join([self._pieces[identity] for identity in ids])
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as `tokenizers` and transformers read them."""
+        directory.mkdir(parents=True, exist_ok=True)
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.eos,
+            "pad_token": self.eos,
+            "clean_up_tokenization_spaces": False,
+            "padded_vocab_size": self.vocab_size,
+        }
+        if self.bos is not None:
+            config |= {"bos_token": self.bos} | ({"add_bos_token": True} if self.adds_bos else {})
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        files = {
+            "tokenizer.json": self._json,
+            "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
+        }
+        if len(self.end_ids) > 1:
+            files["generation_config.json"] = json.dumps({"eos_token_id": self.end_ids}, indent=2) + "\n"
+        for name, text in files.items():
+            with replacing(directory / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The xxh3-128 of all that decides the ids, as hex."""
+        held = self.vocabulary
+        digest = xxhash.xxh3_128()
+        added = sorted(held.added.items()), sorted(held.specials.items())
+        digest.update(repr((held.pattern, held.normalization, added, self.eos_id)).encode())
+        digest.update(np.array([len(token) for token in held.tokens], dtype="<u4").tobytes())
+        digest.update(np.array(held.ids, dtype="<u4").tobytes())
+        digest.update(b"".join(held.tokens))
+        if held.normalized:
+            digest.update(repr(sorted(held.normalized)).encode())
+        if self.adds_bos:  # then what is trained on, cached and compared differs
+            digest.update(f"bos {self.bos_id}".encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def _json(self) -> str:
+        # Kept: a run saves the same tokenizer with every checkpoint.
+        return tokenizer_json.render(self.vocabulary, self.bos if self.adds_bos else None)
+
+    def _cuts(self, text: str) -> Iterator[str]:
+        if len(text) <= 2 * _TASK_CHARS or self.vocabulary.pattern not in _CUTTABLE or self.vocabulary.added:
+            yield text
+            return
+        start = 0
+        while len(text) - start > 2 * _TASK_CHARS and (found := _CUT.search(text, start + _TASK_CHARS)):
+            yield text[start : found.end()]
+            start = found.end()
+        yield text[start:]
+
+    def _fixed(self, tokens: dict[str, int]) -> list[_Pass]:
+        """What is sought before a text is cut: tokens as they are, then in what they leave those in normalized text."""
+        late = self.vocabulary.normalized
+        passes = [_Pass(False, {text: identity for text, identity in tokens.items() if text not in late})]
+        passes += [_Pass(True, {self._normalize(text): tokens[text] for text in tokens if text in late})]
+        return [sought for sought in passes if sought.pattern is not None]
+
+    def _encode_task(self, task: list[tuple[int, str]], fixed: list[_Pass]) -> list[Ids]:
+        return [self._encode(text, fixed) for _, text in task]
+
+    def _encode(self, text: str, fixed: list[_Pass]) -> Ids:
+        if not fixed:
+            return self._encode_plain(text)
+        sought, *later = fixed
+        if sought.normalized:
+            text = self._normalize(text)
+        assert sought.pattern is not None
+        parts, start = [], 0
+        for found in sought.pattern.finditer(text):
+            parts.append(self._encode(text[start : found.start()], later))
+            parts.append(np.array([sought.tokens[found.group()]], dtype=np.uint32))
+            start = found.end()
+        parts.append(self._encode(text[start:], later))
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def _normalize(self, text: str) -> str:
+        form = self.vocabulary.normalization
+        return text if form is None or text.isascii() else unicodedata.normalize(form, text)
+
+    def _encode_plain(self, text: str) -> Ids:
+        text = self._normalize(text)
+        try:
+            whole = self._is_linear
+            ranks = self._bpe.encode_to_numpy(text, disallowed_special=()) if whole else self._encode_by_piece(text)
+        except UnicodeEncodeError:
+            return self._encode_plain(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        except ValueError:
+            # The pattern's look-ahead ran out of stack: hundreds of thousands of spaces in a row do that.
+            ranks = self._encode_by_piece(text)
+        if whole and self._lacking and ranks.size and ranks.max() >= self._num_ranks:
+            # `tokenizers` leaves such bytes out before it joins: their neighbours may then be joined.
+            ranks = self._encode_by_piece(text)
+        return ranks if self._ids is None else self._ids[ranks]
+
+    def _encode_by_piece(self, text: str) -> Ids:
+        """The slow way, exact for every text, and with an end for every pattern."""
+        ranks: list[int] = []
+        known = self._piece_ids
+        for piece in self._pieces_of(text):
+            found = known.get(piece)
+            if found is None:
+                data = piece.encode().translate(None, self._lacking)
+                found = self._bpe._encode_single_piece(data) if data else []
+                if len(known) < _MAX_PIECES:
+                    known[piece] = found
+            ranks += found
+        return np.array(ranks, dtype=np.uint32)
+
+    def _pieces_of(self, text: str) -> Iterator[str]:
+        # A pattern that is slow on each of many short texts is stopped as well: what one leaves over, the next may use.
+        room = len(text) / _PATTERN_CHARS_A_SECOND
+        seconds = min(self._pattern_seconds, _PATTERN_SECONDS) + room
+        pattern, limit = _compiled(self.vocabulary.pattern), seconds
+        begun = time.thread_time()
+        while True:
+            try:
+                spans = [found.span() for found in pattern.finditer(text, timeout=limit)]
+                break
+            except TimeoutError as error:
+                limit *= 4  # it was that of all threads
+                if time.thread_time() - begun > seconds / 2:
+                    raise UserError(
+                        f"{self.vocabulary.where}, key pre_tokenizer: the pattern {self.vocabulary.pattern!r:.80} does "
+                        f"not come to an end in {seconds:.1f} s of CPU time on a text of {len(text):,} characters. Use "
+                        "a tokenizer with a simpler one."
+                    ) from error
+        self._pattern_seconds = seconds - (time.thread_time() - begun)
+        at = 0
+        for begin, end in [*spans, (len(text), len(text))]:
+            if begin > at:  # what the pattern does not match is a piece of its own
+                yield text[at:begin]
+            if end > begin:
+                yield text[begin:end]
+            at = max(at, end)
+
+
+@cache
+def _compiled(pattern: str) -> regex.Pattern[str]:
+    return regex.compile(pattern)
+
+
+def _complete(pattern: str) -> str:
+    # tiktoken drops what the pattern does not match; as a piece of its own it is what `tokenizers` makes of
+    # it.
+    return pattern if pattern in COMPLETE_PATTERNS else rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+
+
+class _Pass:
+    """Tokens that are sought in a text, or in normalized text."""
+
+    def __init__(self, normalized: bool, tokens: dict[str, int]) -> None:
+        self.normalized, self.tokens = normalized, tokens
+        # Longest first: of two that start alike, `tokenizers` takes the longer.
+        longest = sorted(tokens, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest))) if tokens else None
+
+
+def _text_of(token: Any) -> str | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = tokenizer_json.load_json(read_file(path), str(path)) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold one JSON object.")
+    return config
+
+
+def _read_json(path: Path) -> Tokenizer:
+    """Read a tokenizer.json, with what the files beside it say of its end token, template and rows."""
+    config = _read_config(path.with_name("tokenizer_config.json"))
+    data = tokenizer_json.load_json(read_file(path), str(path))
+    data = tokenizer_json.with_added_of_config(data, config, str(path.with_name("tokenizer_config.json")))
+    vocabulary = tokenizer_json.parse(data, str(path))
+    eos = _eos(vocabulary, _text_of(config.get("eos_token")), path)
+    # As transformers 5: the post-processor alone decides, whatever the configuration says of add_bos_token.
+    first = tokenizer_json.first_token(data)
+    bos, adds_bos = first or _text_of(config.get("bos_token")), first is not None
+    if bos not in vocabulary.specials and not adds_bos:
+        bos = None
+    template = _default_template(config.get("chat_template"))
+    jinja = path.with_name("chat_template.jinja")
+    if jinja.is_file():
+        template = read_file(jinja).decode("utf-8", errors="replace")
+    rows, source = config.get("padded_vocab_size"), "tokenizer_config.json"
+    if rows is None:
+        # A model's own config.json, in a checkpoint of another program, counts the padding rows.
+        rows, source = _read_config(path.with_name("config.json")).get("vocab_size"), "config.json"
+    if rows is not None and (type(rows) is not int or not 0 < rows <= MAX_ID):
+        raise UserError(f"{path.with_name(source)}: {rows!r} rows in a vocabulary are impossible.")
+    try:
+        return Tokenizer(
+            vocabulary,
+            eos=eos,
+            vocab_size=rows,
+            chat_template=template,
+            bos=bos,
+            adds_bos=adds_bos,
+            ends=_ends(path.parent),
+        )
+    except ValueError as error:
+        raise UserError(f"{path}: {error}.") from error
+
+
+def _default_template(found: Any) -> str | None:
+    """A template, or of a list of named ones, as transformers takes it, the one named default."""
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    return _text_of(found)
+
+
+def _ends(directory: Path) -> list[int]:
+    """The ids at which a model's answers end, as in transformers: of generation_config.json, else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        found = _read_config(directory / name).get("eos_token_id")
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(identity) is int and 0 <= identity < MAX_ID for identity in ids):
+            raise UserError(f"{directory / name}: eos_token_id {found!r:.80} is no token id, and no list of them.")
+        if ids:
+            return ids
+    return []
+
+
+def _eos(vocabulary: Vocabulary, named: str | None, path: Path) -> str:
+    specials = vocabulary.specials
+    if named is not None and named not in specials:
+        where = path.with_name("tokenizer_config.json")
+        raise UserError(f"{where}: eos_token {named!r} is no special token.{did_you_mean(named, specials)}")
+    found = named or next((name for name in _EOS_NAMES if name in specials), None)
+    if found is None:
+        raise UserError(
+            f"{path} does not say which token ends a document. Name one of its special tokens "
+            f"({', '.join(specials) or 'it has none'}) as eos_token in tokenizer_config.json beside it."
+        )
+    return found
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Read the tokenizer of a directory: one that `Tokenizer.save` wrote, or any checkpoint's.
+
+    Raises:
+        UserError: if it holds none, or one that cannot be represented exactly.
+    """
+    return _read(Path(directory))
+
+
+def _read(path: Path, pattern: str = QWEN2_PATTERN, normalization: Normalization | None = "NFC") -> Tokenizer:
+    path = hub.open_folder(path.expanduser())
+    if named := hub.parse(path):
+        path = hub.fetch(named, weights=False)
+    if path.is_dir():
+        for name in (*_FILES, "config.json"):
+            if hub.leads_out(path / name):
+                raise UserError(f"{path / name} is a link to a place outside of {path}. Copy the file into it.")
+        whole = path / "tokenizer.json"
+        held = [whole] if whole.is_file() else sorted(path.glob("*.tiktoken"))
+        if len(held) != 1:
+            raise UserError(f"{path} holds {len(held)} tokenizers: one tokenizer.json or .tiktoken file is needed.")
+        manifest.verify_once(path, only=_FILES)
+        path = held[0]
+    if hub.is_gguf(path):
+        raise UserError(f"{path} is a GGUF file. Make a model directory of it, which has a tokenizer: plmtune convert")
+    if path.suffix == ".tiktoken":
+        return Tokenizer(read_tiktoken(path, pattern, normalization), chat_template=CHATML_TEMPLATE)
+    return _read_json(path)
+
+
+@register("tokenizer", "bundled")
+def bundled() -> Tokenizer:
+    """The BPE that comes with plmtune: 4,096 tokens, trained on the Python standard library."""
+    return load_tokenizer(Path(__file__).parent / "assets")
+
+
+@register("tokenizer", "qwen2")
+def qwen2(path: str | None = None) -> Tokenizer:
+    """Qwen2's tokenizer, which PLM uses: 151,646 tokens in 151,936 rows, ChatML.
+
+    Args:
+        path: its ranks (qwen.tiktoken), its tokenizer.json or a directory with one; none: Hugging Face's hub.
+
+    Raises:
+        UserError: if there is no such file, or no hub.
+    """
+    found = _read(Path(path) if path is not None else _qwen2_of_hub())
+    vocabulary = found.vocabulary
+    if [vocabulary.specials.get(name) for name in CHATML_SPECIALS] != [151643, 151644, 151645]:
+        raise UserError(
+            f"{path or 'Qwen/Qwen2-1.5B'} is not Qwen2's tokenizer: its special tokens are "
+            f"{vocabulary.specials}, not <|endoftext|> at 151643 and the two after it. Use tokenizer=file."
+        )
+    rows = max(QWEN2_ROWS, found.num_tokens)
+    return Tokenizer(vocabulary, eos=found.eos, vocab_size=rows, chat_template=CHATML_TEMPLATE)
+
+
+def _qwen2_of_hub() -> Path:
+    try:
+        return hub.fetch(hub.HubModel("Qwen/Qwen2-1.5B"), weights=False)
+    except UserError as error:
+        raise UserError(
+            f"{error} Or pass a local file: tokenizer.path=FILE (its qwen.tiktoken or tokenizer.json)."
+        ) from error
+
+
+@register("tokenizer", "file")
+def file(path: str = "", *, pattern: Literal["qwen2", "llama3", "gpt2"] = "qwen2") -> Tokenizer:
+    """A byte-level BPE from a tokenizer.json, a .tiktoken file, or a directory with one (any checkpoint).
+
+    Args:
+        path: the file or directory, or a model of the Hugging Face hub (OWNER/NAME).
+        pattern: how a .tiktoken file's text is cut, which the file does not say; a tokenizer.json does.
+        With qwen2
+            text is brought to NFC first; the three ChatML tokens follow the last rank.
+
+    Raises:
+        UserError: if it cannot be read, or would not give the same ids.
+    """
+    if not path:
+        raise UserError("tokenizer=file needs a path: tokenizer.path=FILE_OR_DIRECTORY.")
+    if not Path(path).expanduser().exists() and not hub.parse(path):
+        raise UserError(f"key tokenizer.path: there is no file or directory {path} (seen from {Path.cwd()}).")
+    patterns = {"qwen2": QWEN2_PATTERN, "llama3": LLAMA3_PATTERN, "gpt2": GPT2_PATTERN}
+    return _read(Path(path), patterns[pattern], "NFC" if pattern == "qwen2" else None)
+
+
+@register("tokenizer", "byte")
+def byte() -> Tokenizer:
+    """One token a byte, and <|endoftext|>: 257 tokens."""
+    ranks = {token: rank for rank, token in enumerate(SINGLE_BYTES)}
+    return Tokenizer(from_ranks(ranks, BYTE_PATTERN, None, ["<|endoftext|>"], "byte"))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE with the `tokenizers` library: the same texts give the same tokenizer.
+
+    Qwen2's pattern, NFC, and the three ChatML tokens last.
+
+    Args:
+        texts: documents; read once.
+        vocab_size: tokens in all, the 256 bytes and the ChatML tokens included.
+
+    Raises:
+        ValueError: if vocab_size leaves no room for a merge, or the texts do not hold that many.
+    """
+    import tokenizers
+
+    specials = CHATML_SPECIALS
+    num_learned = vocab_size - len(specials)
+    if num_learned <= len(SINGLE_BYTES):
+        raise ValueError(f"vocab_size ({vocab_size}) must exceed 256 bytes and {len(specials)} special tokens")
+    learner = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json.skeleton(QWEN2_PATTERN, "NFC")))
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=num_learned,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[],
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    learned = learner.get_vocab_size()
+    if learned < num_learned:
+        raise ValueError(
+            f"vocab_size ({vocab_size}) is more than this text gives ({learned + len(specials)}): "
+            "train on more text or ask for fewer"
+        )
+    data = json.loads(learner.to_str())
+    data["added_tokens"] = [
+        tokenizer_json.added_token(learned + index, special, special=True) for index, special in enumerate(specials)
+    ]
+    vocabulary = tokenizer_json.parse(data, "the trained tokenizer")
+    return Tokenizer(vocabulary, chat_template=CHATML_TEMPLATE)

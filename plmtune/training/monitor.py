@@ -1,0 +1,242 @@
+"""The monitor of a run: its progress line, metrics.jsonl, loggers, and signals that ask it to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from plmtune.errors import UserError
+from plmtune.io import terminal
+from plmtune.io.provenance import device_name
+from plmtune.io.signals import StopSignals
+from plmtune.training import distributed
+from plmtune.training.loggers import Logger
+from plmtune.training.metrics import MetricsFile
+from plmtune.training.run_directory import RunDirectory
+from plmtune.training.runtime import peak_memory_bytes
+from plmtune.units import show_bytes, show_count, show_duration
+
+
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """The learning rates of the next step: `lr` of the first group, `lr/NAME` of each other named one.
+
+    A group without a name is logged by its index where its rate differs from the first's.
+    """
+    found: dict[str, float] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        rate = float(group["lr"])  # torchao's is a tensor that the scheduler changes in place
+        if index == 0:
+            found["lr"] = rate
+        elif "name" in group or rate != found["lr"]:
+            found[f"lr/{group.get('name', index)}"] = rate
+    return found
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that is done every so many steps is done after `step`; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+class RunMonitor:
+    """Shows and records what a run measures, and hears when it should stop.
+
+    Every rank makes one and calls `should_stop` at the same steps; rank 0 writes.
+
+    Keys of values: loss, lr, grad_norm and tokens (so far) of training; validation_loss, bits_per_byte and
+    sparsity/0, sparsity/1, ... of a validation. Lines with a loss also get time (seconds of training in
+    this process), tokens_per_second, mfu and memory_bytes, the keys of `metrics.TIMING`.
+
+    Args:
+        run: where metrics.jsonl is.
+        loggers: further places for the same numbers; rank 0's alone.
+        num_steps: of the whole run, as far as it is known (0: not yet); the attribute may be changed.
+        start_step: the step that was restored; lines of later steps are cut off.
+        device: whose memory is shown.
+        tokens_per_step: over all ranks, for the rate.
+        flops_per_token: forward and backward, for MFU.
+        peak_flops: of all devices together in the run's arithmetic, for MFU; None shows no MFU.
+        every_seconds: between lines where stderr is no terminal.
+
+    Attributes:
+        failure: why metrics cannot be written any more, a sentence for the end of the run; empty if they can.
+            Such a failure asks to stop, as a signal does, and every rank has it once `should_stop` was true.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        loggers: Sequence[Logger],
+        num_steps: int,
+        start_step: int = 0,
+        *,
+        device: torch.device | None = None,
+        tokens_per_step: int | None = None,
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
+        every_seconds: float = 10.0,
+    ) -> None:
+        self.num_steps = num_steps
+        self.failure = ""
+        self._run = run
+        self._is_main = run.is_main
+        self._loggers = loggers
+        self._file = MetricsFile(run.metrics, start_step=start_step) if run.is_main else None
+        self._device = device or torch.device("cpu")
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._start_step = start_step
+        said = "finishing the step and saving; a second one ends it unsaved." if run.is_main else ""
+        self._signals = StopSignals(said)
+        self._previous = (start_step, 0.0)  # step and seconds of the last line with a loss
+        self._paused = 0.0
+        self._line = terminal.Line(every_seconds, shown=run.is_main)
+        self._reached, self._shown = "", False
+
+    def __enter__(self) -> RunMonitor:
+        self._signals.__enter__()
+        self._run.note(step=self._start_step, device=device_name(self._device))
+        self._began = time.perf_counter()
+        self._reached = f"step {self._start_step}/{self.num_steps}" if self.num_steps else ""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._line.close(keep=True)
+        self._signals.__exit__(kind, error, trace)
+        if self._file is not None:
+            with self._noting_failures(str(self._file.path)):
+                self._file.flush()
+            self._file.close()
+        for logger in self._loggers:
+            with self._noting_failures(type(logger).__name__):
+                logger.close()
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Record the values of `step`."""
+        if not self._is_main:
+            return
+        assert self._file is not None
+        entry = dict(values)
+        if "loss" in entry:
+            entry |= self._timing(step)
+        with self._noting_failures(str(self._file.path)):
+            self._file.append(step, entry)
+        for logger in self._loggers:
+            with self._noting_failures(type(logger).__name__):
+                logger.log(step, entry)
+        self._show(step, entry)
+
+    def raise_failure(self) -> None:
+        """End the run where metrics can no longer be written. Call it after `should_stop`, once the state is saved.
+
+        Raises:
+            UserError: with the reason, on every rank.
+        """
+        if self.failure:
+            raise UserError(self.failure)
+
+    def stopped(self, step: int) -> None:
+        """Show how to resume a run that stops after `step`."""
+        self.message(f"stopped after step {step}; resume with: plmtune resume {self._run.path}")
+
+    def should_stop(self) -> bool:
+        """Whether to stop: a signal came to any rank, or metrics cannot be written. The same on every rank, which
+        all must call it.
+        """
+        stop = distributed.any_rank(self._signals.heard or bool(self.failure))
+        if stop:
+            self.failure = distributed.broadcast_text(self.failure)
+        return stop
+
+    @contextlib.contextmanager
+    def _noting_failures(self, name: str) -> Iterator[None]:
+        """Days of training are worth more than a line that cannot be written: let the run save first."""
+        try:
+            yield
+        except Exception as error:  # a logger's own: of a network, a disk, a server
+            reason = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
+            if not self.failure:
+                self.failure = (
+                    f"{name} cannot be written: {reason}. The run has saved its state; fix this, then resume with: "
+                    f"plmtune resume {self._run.path}"
+                )
+                self.message(f"{name} cannot be written: {reason}. Finishing the step and saving.")
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around a validation or a save: its time does not count as training."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - began
+
+    def answers(self, done: int, total: int, tokens_per_second: float) -> None:
+        """Show how far the writing of answers is."""
+        self.working(f"answers {done:,}/{total:,}", f"{show_count(tokens_per_second)} tok/s", last=done == total)
+
+    def working(self, *parts: str, last: bool = False) -> None:
+        """Show how far work between steps is."""
+        self._line.update(*([self._reached] if self._reached else []), *parts, now=last)
+
+    def message(self, text: str) -> None:
+        """A line for the person who watches, above the progress line."""
+        with contextlib.suppress(OSError):  # the terminal is gone, or the disk full that keeps the output
+            if self._is_main:
+                terminal.echo(text, err=True)
+
+    def _timing(self, step: int) -> dict[str, float | int]:
+        seconds = time.perf_counter() - self._began - self._paused
+        last_step, last_seconds = self._previous
+        self._previous = (step, seconds)
+        timing: dict[str, float | int] = {
+            "time": round(seconds, 3),
+            "memory_bytes": peak_memory_bytes(self._device),
+        }
+        if self._tokens_per_step and step > last_step and seconds > last_seconds:
+            rate = (step - last_step) * self._tokens_per_step / (seconds - last_seconds)
+            timing["tokens_per_second"] = round(rate, 1)
+            if self._flops_per_token and self._peak_flops:
+                timing["mfu"] = round(rate * self._flops_per_token / self._peak_flops, 4)
+        return timing
+
+    def _show(self, step: int, entry: Mapping[str, Any]) -> None:
+        if "loss" not in entry:
+            shown = [f"{k} {entry[k]:.4f}" for k in ("validation_loss", "bits_per_byte") if entry.get(k) is not None]
+            shown += [f"{k.removeprefix('eval/')} {v:.4f}" for k, v in entry.items() if k.startswith("eval/")]
+            if shown:
+                self.message(f"step {step}: {' · '.join(shown)}")
+            return
+        self._reached = f"step {step}/{self.num_steps}"
+        loss, *others = describe(entry, self._eta(step))
+        self._line.update(f"{self._reached} · {loss}", *others, now=not self._shown or step == self.num_steps)
+        self._shown = True
+
+    def _eta(self, step: int) -> float | None:
+        done = step - self._start_step
+        # Pauses count here: the person waits for validations and saves too.
+        return (time.perf_counter() - self._began) / done * (self.num_steps - step) if done > 0 else None
+
+
+def describe(entry: Mapping[str, Any], eta_seconds: float | None) -> list[str]:
+    """A run's state, the most important first: loss, time to go, speed, rate, MFU, memory."""
+    parts = [f"loss {entry['loss']:.4f}"]
+    if eta_seconds is not None:
+        parts.append(f"ETA {show_duration(eta_seconds)}")
+    if "tokens_per_second" in entry:
+        parts.append(f"{show_count(entry['tokens_per_second'])} tok/s")
+    if "lr" in entry:
+        parts.append(f"lr {entry['lr']:.2e}")
+    if "mfu" in entry:
+        parts.append(f"MFU {entry['mfu']:.1%}")
+    if "memory_bytes" in entry:
+        parts.append(show_bytes(entry["memory_bytes"]))
+    return parts

@@ -1,0 +1,175 @@
+"""What makes a run the same run when it goes on: its config, its data, and the job that began it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import xxhash
+
+from plmtune.config.compose import to_plain
+from plmtune.config.overrides import in_hydras_form
+from plmtune.errors import UserError
+from plmtune.io import hub
+from plmtune.registry import Component
+from plmtune.training.run_directory import LATEST, NEWEST, without_link
+
+# Keys that may differ on resume: they change where and how a run computes or reports, not what it learns.
+FREE = ("run_dir", "resume", "other_data", "force", "micro_batch_size", "num_workers", "log_every",
+        "runtime", "checkpoint", "guard", "validation", "eval", "sample", "logger")  # fmt: skip
+_FREE_OF = {"quantize": ("run_dir", "resume", "other_data", "force", "device")}  # its checkpoint is what it quantizes
+# Keys that say where the data is. Its fingerprints say what it is, and other_data=true lets it differ.
+DATA = ("data", "preparation")
+
+# Keys that a new run fills in itself, from what it starts from, where its recipe has them.
+_INHERITED = ("init_from", "model", "tokenizer", "seq_len")
+_INHERITED_OF = {"quantize": ("checkpoint", "quantization")}
+
+
+def _free(cfg: Any) -> tuple[str, ...]:
+    return _FREE_OF.get(cfg.recipe, FREE)
+
+
+def left_to_origin(cfg: Any) -> list[str]:
+    """Keys that a config leaves to what its run starts from: empty, or a link such as runs/NAME/latest, which moves."""
+    known = {field.name for field in fields(cfg)}
+    keys = [key for key in _INHERITED_OF.get(cfg.recipe, _INHERITED) if key in known]
+    values = {key: getattr(cfg, key) for key in keys}
+    return [key for key, v in values.items() if v is None or (isinstance(v, str) and Path(v).is_symlink())]
+
+
+def without_links(value: Any) -> Any:
+    """A config's value whose paths name runs by their own directories: runs/NAME/latest will come to name another."""
+    if isinstance(value, str) and {LATEST, NEWEST} & set(Path(value).parts):
+        path = Path(value)
+        link = next((p for p in (path, *path.parents) if p.name in (LATEST, NEWEST) and p.is_symlink()), None)
+        return str(without_link(link) / path.relative_to(link)) if link else value
+    if isinstance(value, Component):
+        return replace(value, settings=without_links(value.settings))
+    if isinstance(value, dict):
+        return {key: without_links(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(without_links(child) for child in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: without_links(getattr(value, field.name)) for field in fields(value)})
+    return value
+
+
+def take_pins(cfg: Any, saved: Any) -> None:
+    """Let a config that goes on name the commits of the hub's models that its run began with, see `hub.pin`."""
+    for key, (old, new) in differences(saved, cfg).items():
+        if hub.is_pin(old, new):
+            key, _, setting = key.partition(".")
+            if setting:
+                chosen = getattr(cfg, key)
+                setattr(cfg, key, replace(chosen, settings={**chosen.settings, setting: old}))
+            else:
+                setattr(cfg, key, old)
+
+
+def config_digest(cfg: Any) -> str:
+    """The xxh3-128 of what decides what a run learns; a checkpoint keeps it, should run.json be lost."""
+    fixed = {key: value for key, value in to_plain(cfg).items() if key not in (*_free(cfg), *DATA, "init_from")}
+    return xxhash.xxh3_128_hexdigest(json.dumps(fixed, sort_keys=True).encode())
+
+
+def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+    """Full keys whose values differ between two typed configs, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+
+    def compare(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> None:
+        for key in [*old, *(key for key in new if key not in old)]:
+            a, b = old.get(key), new.get(key)
+            if isinstance(a, dict) and isinstance(b, dict):
+                compare(a, b, f"{prefix}{key}.")
+            elif a != b:
+                found[prefix + key] = a, b
+
+    compare(to_plain(before), to_plain(now), "")
+    return found
+
+
+def refuse_other_config(path: Path, before: Any, now: Any) -> None:
+    """Refuse a config that learns something else than the one that the run at `path` began with.
+
+    Raises:
+        UserError: naming the first key that must not differ, with both values.
+    """
+    # A key that `now` leaves to the run's origin is what it was.
+    free = (*_free(now), *(DATA if now.other_data else ()), *left_to_origin(now))
+    for key, (old, new) in differences(before, now).items():
+        top = key.partition(".")[0]
+        if top not in free and without_links(new) != old and not hub.is_pin(old, new):
+            new_run = "start a new run" + (f" from its weights: init_from={path}" if hasattr(now, "init_from") else "")
+            way = "give other_data=true (--other-data)" if top in DATA else new_run
+            raise UserError(
+                f"{path} was started with {key}={in_hydras_form(old)}, not {in_hydras_form(new)}, and that decides "
+                f"what a run learns. Leave it as it was to resume, or {way}"
+            )
+
+
+def refuse_other_data(path: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse data that is not what the run at `path` saw.
+
+    Args:
+        before, now: fingerprint of each source.
+
+    Raises:
+        UserError: naming every source that has changed, is new, or is gone.
+    """
+    changed = changed_data(before, now)
+    if changed:
+        raise UserError(
+            f"{path}: {changed} since the run began. Put it back; or go on with other data, whose order and hold-out "
+            f"are then others: plmtune resume {path} --other-data; or start a new run from its weights: "
+            f"init_from={path}"
+        )
+
+
+def refuse_other_order(checkpoint: Path, before: Mapping[str, int] | None, now: Mapping[str, int]) -> None:
+    """Refuse a checkpoint of a version that mixed sources in another order.
+
+    Args:
+        before, now: sequences of each source that are drawn up to the checkpoint's step.
+
+    Raises:
+        UserError: with both counts.
+    """
+    if before is None or before == now:
+        return
+    saw, would = (", ".join(f"{name} {count:,}" for name, count in drawn.items()) for drawn in (before, now))
+    raise UserError(
+        f"{checkpoint} has drawn other sequences ({saw}) than this version of plmtune draws up to its step ({would}): "
+        "resumed, it would see some twice and others never. Resume it with the version that began it, or start a new "
+        f"run from its weights: init_from={checkpoint}"
+    )
+
+
+def changed_data(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Which sources differ, in words; empty if none does."""
+    parts = []
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            how = "is new" if name not in before else "is gone" if name not in now else "has changed"
+            what = name if name.startswith("the ") else f"the text of source {name}"
+            parts.append(f"{what} {how}")
+    return ", ".join(parts)
+
+
+def job() -> str:
+    """Names the torchrun that started this process, alike before and after it restarts its workers; else empty.
+
+    The run id alone is "none" by default, so the process that starts the workers is told as well.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run_id is None:
+        return ""
+    # Of one number there are many processes in time: in a container each torchrun may be the first.
+    began = psutil.Process(os.getppid()).create_time()
+    return f"{run_id}, process {os.getppid()} of {began:.2f} on {socket.gethostname()}"

@@ -1,0 +1,257 @@
+"""What a run has: its phases in steps, its data, and its directory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from plmtune.config.compose import load_config, to_yaml
+from plmtune.config.schema import Preparation
+from plmtune.data.order import Phase
+from plmtune.data.prepare import prepare
+from plmtune.data.shards import Shards
+from plmtune.data.sources import Source
+from plmtune.errors import UserError
+from plmtune.io import manifest
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.training import distributed
+from plmtune.training.distributed import broadcast_text, told_by_rank_0
+from plmtune.training.resume_checks import (
+    changed_data,
+    config_digest,
+    differences,
+    job,
+    left_to_origin,
+    refuse_other_config,
+    refuse_other_data,
+    take_pins,
+    without_links,
+)
+from plmtune.training.run_directory import (
+    CONFIG,
+    RECORD,
+    RunDirectory,
+    config_is_vouched_for,
+    read_record,
+    refuse_if_in_use,
+    without_link,
+)
+from plmtune.training.runtime import Runtime
+from plmtune.units import parse_count
+
+log = logging.getLogger(__name__)
+
+
+def resolve_phase(index: int, phase: Any, tokens_per_step: int) -> Phase:
+    """Turn a config's phase, in tokens or steps, into steps."""
+    steps = phase.steps
+    if steps is None:
+        steps = math.ceil(parse_count(phase.tokens, f"phases[{index}].tokens") / tokens_per_step)
+    return Phase(phase.name, steps, dict(phase.mix))
+
+
+def open_sources(sources: Mapping[str, Source], settings: Preparation, tokenizer: Tokenizer) -> dict[str, Shards]:
+    """Make token shards of each source, or find them made.
+
+    Every rank asks; the first to hold the lock works and the others wait for it, without a time limit.
+
+    Raises:
+        UserError: for text that cannot be read, shards that are damaged, or impossible settings.
+    """
+    opened = {}
+    for name, source in sources.items():
+        try:
+            directory = prepare(
+                source,
+                tokenizer,
+                Path(settings.directory),
+                holdout=settings.holdout,
+                holdout_by=settings.holdout_by,
+                skip_bad=settings.skip_bad,
+            )
+        except ValueError as error:
+            raise UserError(f"key preparation: {error}") from error
+        opened[name] = Shards.open(
+            directory, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size
+        )
+    return opened
+
+
+def find_run(cfg: Any) -> None:
+    """Find the run to go on with, if there is one: `run_dir` and `resume` of `cfg` then say so, on every rank.
+
+    With ``resume=true`` that is the run in `run_dir`, or the newest unfinished one of this name and config. A process
+    that torchrun started in the place of a dead one goes on with what the same job began, asked or not. Call it
+    before anything depends on whether this is a new run.
+
+    Raises:
+        UserError: if there is nothing to resume, or what is there was started with another config.
+        SystemExit: with 0, if a restarted job has finished its run.
+    """
+
+    def find() -> tuple[str, bool]:
+        found = _named(cfg) if cfg.resume and cfg.run_dir else _newest_alike(cfg) if cfg.resume else _of_this_job(cfg)
+        if found is None:
+            return "", False
+        refuse_if_in_use(found)
+        return str(found), read_record(found).get("status") == "finished"
+
+    # Rank 0 looks and tells: a later rank would already see what rank 0 is about to make.
+    found, finished = told_by_rank_0(find)
+    if not found:
+        cfg.resume = False
+        for field in fields(cfg):
+            if field.name != "run_dir":
+                setattr(cfg, field.name, without_links(getattr(cfg, field.name)))
+        return
+    if finished and not cfg.resume:
+        log.warning("%s: an earlier attempt of this job has finished it.", found)
+        raise SystemExit(0)
+    cfg.run_dir, cfg.resume = found, True
+    saved = load_config(Path(found) / CONFIG)
+    for key in left_to_origin(cfg):  # what a new run takes over from its origin, this one has taken
+        setattr(cfg, key, getattr(saved, key))
+    take_pins(cfg, saved)
+
+
+def open_run(
+    cfg: Any, runtime: Runtime, data: Mapping[str, str], saved: Mapping[str, Any] | None = None
+) -> RunDirectory:
+    """Open the run that `find_run` found, or create a new one. Every rank calls it.
+
+    Args:
+        cfg: a recipe's config; `run_dir` is filled in.
+        runtime: an error that ends its block is noted in run.json, also one before the recipe trains.
+        data: fingerprint of each source.
+        saved: the state in the checkpoint that the run goes on from; its "config" (`identity.config_digest`) and
+            "data" count where run.json is damaged.
+
+    Raises:
+        UserError: if the run was started with another config or other data, or is in use.
+    """
+    path = Path(cfg.run_dir) if cfg.run_dir else _fresh(cfg.name, runtime)
+    cfg.run_dir = str(path)
+    run = RunDirectory(path)
+
+    def begin() -> None:
+        nonlocal run
+        if cfg.resume:
+            run = _reopen(cfg, path, data, saved or {})
+            runtime.hold(run)
+            return
+        run = RunDirectory.create(path, to_yaml(cfg), sys.argv, data=data, job=job())
+        runtime.hold(run)
+        run.update(starts_from=getattr(cfg, "init_from", getattr(cfg, "checkpoint", None)))
+
+    told_by_rank_0(begin)
+    return run
+
+
+def _reopen(cfg: Any, path: Path, data: Mapping[str, str], saved: Mapping[str, Any]) -> RunDirectory:
+    """Go on in `path`, if config.yaml and the data are what the run began with."""
+    began_with = load_config(path / CONFIG)
+    if not config_is_vouched_for(path):
+        if "config" not in saved:
+            log.warning(
+                "%s is missing or damaged: nothing says what config and data the run began with.", path / RECORD
+            )
+        elif saved["config"] != config_digest(began_with):
+            raise UserError(
+                f"{path / CONFIG} is not what the run began with, says its checkpoint, and {RECORD} is missing or "
+                f"damaged. Put {CONFIG} back, or start a new run from its weights: init_from={path}"
+            )
+        else:
+            log.warning("%s is missing or damaged: the checkpoint says what the run began with.", path / RECORD)
+    attempts = read_record(path).get("attempts")
+    reached = [a.get("saved", 0) for a in attempts if isinstance(a, dict)] if isinstance(attempts, list) else []
+    if not saved and any(reached):
+        raise UserError(
+            f"{path} has saved step {max(reached)}, and {path / 'checkpoints'} holds no checkpoint. Is its disk there? "
+            "Put them back, or start a new run."
+        )
+    # Either witness will do: what the checkpoint saw, or what the latest attempt was told to go on with.
+    known = [saw for saw in (read_record(path).get("data"), saved.get("data")) if isinstance(saw, dict)]
+    before = data if data in known or not known else known[0]
+    if not cfg.other_data:
+        refuse_other_data(path, before, data)
+    elif changed := changed_data(before, data):
+        log.warning("%s: %s since the run began; resuming nevertheless, as other_data=true says.", path, changed)
+    own = ("run_dir", "resume", "init_from", "force", "other_data")
+    run = RunDirectory.open(
+        path,
+        command=sys.argv,
+        changed={key: pair for key, pair in differences(began_with, cfg).items() if key not in own},
+        changed_data={n: [before.get(n), data.get(n)] for n in {*before, *data} if before.get(n) != data.get(n)},
+    )
+    run.update(data=dict(data), config=manifest.digest(path / CONFIG))
+    return run
+
+
+def _named(cfg: Any) -> Path | None:
+    """The run in `run_dir`; None if there is none yet."""
+    path = without_link(Path(cfg.run_dir))
+    if not (path / CONFIG).is_file():
+        return None
+    config_is_vouched_for(path)
+    refuse_other_config(path, load_config(path / CONFIG), cfg)
+    return path
+
+
+def _newest_alike(cfg: Any) -> Path:
+    """The newest unfinished run of this name and config."""
+    for path in _runs_of(cfg.name):
+        if read_record(path).get("status") == "finished":
+            continue
+        try:
+            config_is_vouched_for(path)
+        except UserError as error:
+            log.warning("Passed over: %s", error)
+            continue
+        with contextlib.suppress(UserError):  # of another config, a stranger's, or one that needs --import
+            refuse_other_config(path, load_config(path / CONFIG), cfg)
+            return path
+    raise UserError(
+        f"resume=true: there is no unfinished run with this config under runs/{cfg.name}. "
+        "Start one without resume=true, or name it: plmtune resume RUN_DIR."
+    )
+
+
+def _of_this_job(cfg: Any) -> Path | None:
+    """The run that this job began before torchrun restarted it; None if it is not restarted, or died before that."""
+    if distributed.restarted():
+        for path in [Path(cfg.run_dir)] if cfg.run_dir else _runs_of(cfg.name):
+            record = read_record(path)
+            if record.get("job") != job() or not (path / CONFIG).is_file():
+                continue
+            # The file that the command names may have been edited since.
+            config_is_vouched_for(path)
+            refuse_other_config(path, load_config(path / CONFIG), cfg)
+            attempts = record.get("attempts")
+            if isinstance(attempts, list) and attempts and attempts[-1].get("ended_by") == "guard":
+                raise UserError(
+                    f"{path}: its guard ended it, which no restart may undo. To resume: plmtune resume {path}"
+                )
+            return path
+    return None
+
+
+def _runs_of(name: str) -> list[Path]:
+    """The runs in runs/NAME, newest first."""
+    return sorted((path.parent for path in (Path("runs") / name).glob(f"[0-9]*/{CONFIG}")), reverse=True)
+
+
+def _fresh(name: str, runtime: Runtime) -> Path:
+    """runs/NAME/DATE-TIME of rank 0, the same on every rank."""
+    path = Path("runs") / name / f"{datetime.now():%Y%m%d-%H%M%S}"
+    while runtime.is_main and path.exists():
+        time.sleep(0.2)
+        path = path.with_name(f"{datetime.now():%Y%m%d-%H%M%S}")
+    return path.with_name(broadcast_text(path.name))

@@ -1,0 +1,37 @@
+"""A name in the wrong place is answered with what it is and which command takes it."""
+
+import pytest
+
+from plmtune.config.names import where_it_belongs
+from plmtune.devices.device import load_device
+from plmtune.errors import UserError
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("plm_20m", "preset of the group model: plmtune run pretrain model=plm_20m"),
+            ("mla_20m", "preset of the group attention: plmtune run pretrain model/attention=mla_20m"),
+            ("llama", "component of the group model: plmtune run pretrain model=llama"),
+            ("swiglu", "component of the group ffn: plmtune run pretrain model/ffn=swiglu"),
+            ("bundled", "component of the group tokenizer: plmtune run pretrain tokenizer=bundled"),
+            ("not_empty", "component of the group rule: plmtune run aries selection.rules=not_empty"),
+            ("attention", "group: plmtune ls attention"),
+            ("pi5", "device: plmtune plan CONFIG --device pi5"),
+            ("sft", "config: plmtune run sft"),
+            ("plm_1.8b", "config: plmtune run plm_1.8b"),
+            ("preference", "recipe, which the configs aries, demo_aries, demo_dpo, dpo run: plmtune run aries"),
+        ],
+    )
+    def test_a_name_is_said_to_be_what_it_is(self, name: str, said: str) -> None:
+        found = where_it_belongs(name)
+        assert found.startswith(f" {name} is a") and said in found
+
+    @pytest.mark.parametrize("name", ["", "no_such_name", "../pretrain"])
+    def test_of_other_names_nothing_is_said(self, name: str) -> None:
+        assert where_it_belongs(name) == ""
+
+    def test_a_preset_is_no_device(self) -> None:
+        with pytest.raises(UserError, match="plm_20m is a preset of the group model"):
+            load_device("plm_20m")
