@@ -36,10 +36,10 @@ from lm_eval.models.huggingface import HFLM
 from side_by_side import machine
 
 import plmtune
+from plmtune.evaluation.evaluate import Settings, run_task
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.local_data import LocalData
 from plmtune.evaluation.result_cache import ResultCache
-from plmtune.evaluation.run import Settings, run_task
 from plmtune.evaluation.tasks import Tasks, quiet
 from plmtune.io.atomic import replacing
 from plmtune.models.gguf import convert

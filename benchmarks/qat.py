@@ -33,7 +33,7 @@ from plmtune.recipes.sft import Sft, preflight
 from side_by_side import machine, medians
 
 from plmtune.config.compose import build, compose
-from plmtune.models.files import checkpoint_directory
+from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.models.hf import load_model
 from plmtune.quantization import qat
 from plmtune.quantization.calibrate import second_moments

@@ -48,7 +48,7 @@ def load(
     import torch
 
     from plmtune.models.adapters import load_its_tokenizer, load_model
-    from plmtune.models.files import checkpoint_directory
+    from plmtune.models.checkpoint_files import checkpoint_directory
     from plmtune.modules import quantized_kernels
 
     directory = checkpoint_directory(path)

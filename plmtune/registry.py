@@ -31,7 +31,8 @@ from plmtune.errors import UserError, did_you_mean
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Where built-in components live; a file there that registers something is found by itself.
-PACKAGES = ("modules", "models", "losses", "optim", "data", "training", "rounds", "quantization")
+PACKAGES = ("modules", "models", "losses", "optim", "tokenizers", "data", "training", "preference.rounds",
+            "quantization")  # fmt: skip
 
 _objects: dict[tuple[str, str], Callable[..., Any]] = {}
 
@@ -173,7 +174,7 @@ def _modules() -> list[tuple[str, Path]]:
     return [
         (f"plmtune.{package}.{path.stem}", path)
         for package in PACKAGES
-        for path in sorted((root / package).glob("*.py"))
+        for path in sorted(root.joinpath(*package.split(".")).glob("*.py"))
         if path.stem != "__init__"
     ]
 

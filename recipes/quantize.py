@@ -27,8 +27,8 @@ from plmtune.io.terminal import echo
 from plmtune.io.untrusted import load_json
 from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_model, read_description
 from plmtune.models.assemble import describe, from_description
-from plmtune.models.files import CONFIG as MODEL_CONFIG
-from plmtune.models.files import checkpoint_directory, read_json
+from plmtune.models.checkpoint_files import CONFIG as MODEL_CONFIG
+from plmtune.models.checkpoint_files import checkpoint_directory, read_json
 from plmtune.models.hf import save_model
 from plmtune.quantization import qat, sensitivity
 from plmtune.quantization.calibrate import second_moments

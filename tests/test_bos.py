@@ -8,9 +8,9 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from plmtune.data.files import files
 from plmtune.data.preferences import Pair
 from plmtune.data.prepare import prepare
+from plmtune.data.row_files import files
 from plmtune.data.rows import Message
 from plmtune.data.shards import Shards
 from plmtune.evaluation.language_model import LanguageModel

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from plmtune.data.files import files
 from plmtune.data.prepare import prepare
+from plmtune.data.row_files import files
 from plmtune.io import checksummed_json, manifest, safetensors_writer
 from plmtune.io.atomic import replacing, writing
 from plmtune.models.adapters import load_model, save_adapter

@@ -24,9 +24,9 @@ import zstandard
 from pyarrow import parquet
 
 import plmtune
-from plmtune.data.files import files
+from plmtune.data.row_files import files
 from plmtune.errors import UserError
-from plmtune.models.files import checkpoint_directory
+from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.models.hf import load_model, save_model
 from plmtune.models.plm import plm
 from plmtune.registry import component

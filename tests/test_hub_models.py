@@ -17,10 +17,10 @@ import plmtune
 from plmtune.cli import main
 from plmtune.config import compose
 from plmtune.errors import UserError
-from plmtune.export.run import name_of as export_name
+from plmtune.export.export_model import name_of as export_name
 from plmtune.io import hub
 from plmtune.models import adapters
-from plmtune.models.files import checkpoint_directory, name_of
+from plmtune.models.checkpoint_files import checkpoint_directory, name_of
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
 from plmtune.registry import component

@@ -48,7 +48,7 @@ class TestDirections:
         assert all(path.startswith("plmtune/cli/") for path in importers("click"))
 
     def test_only_evaluation_imports_lm_eval_and_only_where_it_must(self) -> None:
-        names = ("language_model", "run", "task_building", "tasks")
+        names = ("language_model", "evaluate", "task_building", "tasks")
         assert importers("lm_eval") == {f"plmtune/evaluation/{name}.py" for name in names}
 
     def test_only_quantization_imports_torchao_but_for_an_optimizer(self) -> None:

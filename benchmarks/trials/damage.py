@@ -15,7 +15,7 @@ from plmtune.config.compose import build, load_config
 from plmtune.data.shards import Shards
 from plmtune.errors import UserError
 from plmtune.io import manifest
-from plmtune.models.files import checkpoint_directory
+from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.training.checkpoint import newest_whole, read_document
 from plmtune.training.resume_checks import config_digest
 from plmtune.training.run_directory import config_is_vouched_for, read_record

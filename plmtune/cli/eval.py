@@ -18,7 +18,7 @@ from plmtune.io import hub, terminal
 from plmtune.io.tables import Column, Table, show
 
 if TYPE_CHECKING:
-    from plmtune.evaluation.run import Progress
+    from plmtune.evaluation.evaluate import Progress
     from plmtune.evaluation.tasks import Tasks
 
 
@@ -120,8 +120,8 @@ def evaluate(
         _allow_code(tasks, needing, allowed=unsafe_code, sandboxed=not no_sandbox)
 
     from plmtune.evaluation import results
-    from plmtune.evaluation.run import Settings, check_shares, evaluate_checkpoint, load_tasks
-    from plmtune.models.files import checkpoint_directory
+    from plmtune.evaluation.evaluate import Settings, check_shares, evaluate_checkpoint, load_tasks
+    from plmtune.models.checkpoint_files import checkpoint_directory
     from plmtune.training.distributed import once_a_machine, told_by_rank_0
     from plmtune.training.runtime import Runtime
 

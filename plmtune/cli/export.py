@@ -63,7 +63,7 @@ def export(
     """
     checkpoint = find_model(checkpoint, "export CHECKPOINT --to FORM")
 
-    from plmtune.export.run import export
+    from plmtune.export.export_model import export
 
     def say(text: str) -> None:
         terminal.echo(text, err=True)

@@ -122,7 +122,7 @@ def find(text: str) -> Tokenizer:
     """Return the tokenizer of a name, a file or directory, or a run's newest checkpoint."""
     path = Path(text)
     if path.is_dir() and not (path / "tokenizer.json").exists() and (path / "checkpoints").is_dir():
-        from plmtune.models.files import checkpoint_directory
+        from plmtune.models.checkpoint_files import checkpoint_directory
 
         return find_tokenizer(str(checkpoint_directory(path)))
     return find_tokenizer(text)

@@ -34,7 +34,7 @@ def merge(checkpoint: str, out: Path, base: Path | None, dtype: str | None, over
     import torch  # which takes longer than all before it
 
     from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_model
-    from plmtune.models.files import checkpoint_directory
+    from plmtune.models.checkpoint_files import checkpoint_directory
     from plmtune.models.hf import save_model
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}

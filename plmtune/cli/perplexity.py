@@ -70,8 +70,8 @@ def perplexity(
         raise UserError(f"Name the text to measure: plmtune perplexity {checkpoint} FILE...")
 
     import plmtune
-    from plmtune.data.files import Files
-    from plmtune.data.files import files as find
+    from plmtune.data.row_files import Files
+    from plmtune.data.row_files import files as find
     from plmtune.evaluation.perplexity import Perplexity
     from plmtune.evaluation.perplexity import perplexity as measure
     from plmtune.evaluation.scoring import Scorer
@@ -135,7 +135,7 @@ def perplexity(
 
 def _check_text(path: Path, reading: Mapping[str, Any]) -> None:
     """Refuse a binary file by its first bytes, before it is said to have an encoding of its own."""
-    from plmtune.data.files import kind_of, read_bytes
+    from plmtune.data.row_files import kind_of, read_bytes
 
     kind = kind_of(path) if reading["format"] == "auto" else reading["format"]
     wide = any(size in reading["encoding"] for size in ("16", "32"))

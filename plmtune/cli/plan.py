@@ -153,7 +153,7 @@ def _read(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple
             )
         from plmtune.models.adapters import read_description
         from plmtune.models.assemble import from_description
-        from plmtune.models.files import checkpoint_directory
+        from plmtune.models.checkpoint_files import checkpoint_directory
         from plmtune.models.hf import read_formats
         from plmtune.modules.quantized import install
 

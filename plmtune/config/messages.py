@@ -26,7 +26,7 @@ def _of_other_component(full_key: str, group: str, name: str) -> str | None:
     if name not in table or not having:
         return None
     # A loss of pairs is replaced by another loss of pairs first.
-    having.sort(key=lambda other: table[other].returns != table[name].returns)
+    having.sort(key=lambda other: (table[other].returns != table[name].returns, other))
     choice = f"{parent.replace('.', '/')}={having[0]} {full_key}=..."
     return (
         f"{parent} is {name}, which has no key {leaf}; components of {group} that have it: "

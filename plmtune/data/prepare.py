@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from plmtune.data.manifest import FORMAT, SPLITS, Manifest, SplitCounts, dtype_for
+from plmtune.data.shard_manifest import FORMAT, SPLITS, Manifest, SplitCounts, dtype_for
 from plmtune.data.shards import Shards, ShardWriter
 from plmtune.data.sources import Piece, Prepared, Source
 from plmtune.errors import UserError

@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from plmtune.data.files import (
+from plmtune.data.hub import Hub
+from plmtune.data.row_files import (
     MAX_BRACKETS,
     MAX_ROW,
     check_ratio,
@@ -22,7 +23,6 @@ from plmtune.data.files import (
     read_table,
     read_text,
 )
-from plmtune.data.hub import Hub
 from plmtune.data.sources import BadRow, type_name
 from plmtune.errors import UserError, unreadable
 from plmtune.ranges import AT_LEAST_1, NotEmpty, check

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from plmtune.data.manifest import SPLITS, Manifest, ShardFile, SplitCounts, again
+from plmtune.data.shard_manifest import SPLITS, Manifest, ShardFile, SplitCounts, again
 from plmtune.errors import UserError
 from plmtune.io.atomic import replacing
 from plmtune.io.checksummed_json import read, seal, unseal

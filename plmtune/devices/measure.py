@@ -28,7 +28,7 @@ from torch import Tensor
 from plmtune.devices import sparse_decode
 from plmtune.errors import UserError
 from plmtune.io import hub
-from plmtune.models.files import checkpoint_directory, find_checkpoint
+from plmtune.models.checkpoint_files import checkpoint_directory, find_checkpoint
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU
 from plmtune.modules.quantized import Quantized
@@ -529,7 +529,7 @@ def _open(
 
 
 def _is_for_transformers(path: Path) -> bool:
-    from plmtune.models.files import CONFIG, read_json
+    from plmtune.models.checkpoint_files import CONFIG, read_json
 
     if not (path / CONFIG).is_file():
         return False

@@ -10,7 +10,7 @@ import torch
 
 from plmtune.config.schema import Evaluation
 from plmtune.errors import UserError
-from plmtune.evaluation import results, run
+from plmtune.evaluation import evaluate, results
 from plmtune.evaluation.code_eval import CodeRunner, missing, running_code
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.local_data import LocalData
@@ -44,7 +44,7 @@ class Evaluations:
     def __init__(self, cfg: Evaluation, tokenizer: Tokenizer | None, *, template: str | None = None) -> None:
         self.every = cfg.every
         self.tokenizer = tokenizer
-        self.settings = run.Settings(
+        self.settings = evaluate.Settings(
             limit=cfg.limit or None,
             num_fewshot=cfg.num_fewshot,
             batch_size=cfg.batch_size,
@@ -62,7 +62,7 @@ class Evaluations:
             if needing := [name for name in names if self.tasks.needs_code(name)]:
                 self.tasks.code = _code_runner(needing, allowed=cfg.unsafe_code)
             self.loaded = {name: self.tasks.load(name, num_fewshot=cfg.num_fewshot) for name in names}
-            run.check_shares(self.tasks, self.loaded, self.settings.limit)
+            evaluate.check_shares(self.tasks, self.loaded, self.settings.limit)
         except UserError as error:
             raise UserError(f"key eval.tasks: {error}") from error
 
@@ -123,8 +123,12 @@ class Evaluations:
                         max_new_tokens=self.settings.max_new_tokens,
                         tell=monitor.message,
                     )
-                    about = {**run.about(directory.name, directory, model, digest), "step": step, "run": str(directory)}
-                    result = run.evaluate(
+                    about = {
+                        **evaluate.about(directory.name, directory, model, digest),
+                        "step": step,
+                        "run": str(directory),
+                    }
+                    result = evaluate.evaluate(
                         lm,
                         self.tasks,
                         self.loaded,
@@ -160,7 +164,7 @@ class Evaluations:
             result = results.load(file)
         except UserError:  # damaged: it is made again
             return {}
-        alike = result["status"] == "complete" and result["settings"] == run.described(self.settings, self.loaded)
+        alike = result["status"] == "complete" and result["settings"] == evaluate.described(self.settings, self.loaded)
         return _values(result) if alike and digest in (None, result["model"]["digest"]) else {}
 
 

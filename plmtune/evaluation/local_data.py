@@ -14,7 +14,7 @@ import xxhash
 import yaml
 from jinja2 import TemplateError
 
-from plmtune.data.files import read_text
+from plmtune.data.row_files import read_text
 from plmtune.errors import UserError, did_you_mean, refuse_pipe
 from plmtune.evaluation import local_rows
 from plmtune.evaluation.local_rows import CHUNK, Place, Where, compiled, open_zip, opened

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.environment import TemplateExpression
 
-from plmtune.data.files import read_text
+from plmtune.data.row_files import read_text
 from plmtune.data.rows import read_rows
 from plmtune.data.sources import BadRow
 from plmtune.errors import UserError, unreadable

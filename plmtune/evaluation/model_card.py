@@ -23,7 +23,7 @@ from plmtune.evaluation.markdown import Markdown, code, escape, hub_link, table
 from plmtune.evaluation.model_facts import Run, Weights, base_of, family_of, is_of, read_run, read_weights
 from plmtune.io.atomic import writing
 from plmtune.io.hub import model_of, parse
-from plmtune.models import adapters, files
+from plmtune.models import adapters, checkpoint_files
 from plmtune.training.plot import draw_curves, sparsity_layers
 from plmtune.units import parse_count, show_bytes, show_count
 
@@ -61,7 +61,7 @@ def write_card(
     Raises:
         UserError: if there is no checkpoint, a result is of another one, or a file is there already.
     """
-    directory = files.checkpoint_directory(checkpoint)
+    directory = checkpoint_files.checkpoint_directory(checkpoint)
     if path is None and model_of(directory.resolve()):
         raise UserError(f"{checkpoint} is in the hub's cache. Name the card's file: --out FILE.md")
     path = path or Path(checkpoint) / "README.md"
@@ -139,7 +139,7 @@ def _place_curves(run: Run, card: Path, overwrite: bool) -> bool:
 
 def _name(directory: Path, run: Run | None) -> str:
     if run is None:
-        return files.name_of(directory)
+        return checkpoint_files.name_of(directory)
     return f"{run.path.parent.name}-{run.path.name}, step {run.step:,}"
 
 
@@ -193,7 +193,7 @@ def _introduction(name: str, directory: Path, run: Run | None, weights: Weights)
 def _model(directory: Path, weights: Weights) -> list[str]:
     rows = []
     if adapters.holds_adapters(directory):
-        config = files.read_json(directory, files.ADAPTER_CONFIG)
+        config = checkpoint_files.read_json(directory, checkpoint_files.ADAPTER_CONFIG)
         keys = {"r": "rank", "lora_alpha": "alpha", "use_dora": "DoRA", "target_modules": "layers"}
         rows += [("adapters", _settings({new: config.get(old) for old, new in keys.items()}))]
     rows += [
@@ -336,8 +336,8 @@ def _task_data(result: Mapping[str, Any]) -> list[str]:
             continue
         link = None if name in _FILE_FORMATS else hub_link(name, revision, dataset=True)
         if link is None or name.endswith(":"):
-            files = re.sub(r"[^\s,]*/", "", data)
-            local.append(f"\n{escape(task)} was read from local files: {escape(files)}")
+            checkpoint_files = re.sub(r"[^\s,]*/", "", data)
+            local.append(f"\n{escape(task)} was read from local files: {escape(checkpoint_files)}")
         else:
             of_hub.setdefault(link, []).append(f"{task} (subset {subset})" if subset else task)
     return [*local, *(f"\nFrom the hub's dataset {link}: {escape(', '.join(tasks))}" for link, tasks in of_hub.items())]
@@ -372,7 +372,7 @@ def _use(directory: Path, weights: Weights) -> list[str]:
     lines = ["## Use", "", "```python", "import plmtune", "", 'model, tokenizer = plmtune.load("DIRECTORY")', "```", ""]
     lines.append('    plmtune generate DIRECTORY --prompt "..."')
     name = "tokenizer_config.json"
-    if (directory / name).is_file() and files.read_json(directory, name).get("chat_template"):
+    if (directory / name).is_file() and checkpoint_files.read_json(directory, name).get("chat_template"):
         lines.append("    plmtune chat DIRECTORY")
     if adapters.holds_adapters(directory):
         lines += ["", "The adapters find their base where `adapter_config.json` says; `plmtune merge DIRECTORY OUT` "

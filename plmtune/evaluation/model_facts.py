@@ -15,7 +15,7 @@ import yaml
 
 from plmtune.errors import UserError
 from plmtune.io.untrusted import load_yaml
-from plmtune.models import adapters, files
+from plmtune.models import adapters, checkpoint_files
 from plmtune.models.adapters import load_model
 from plmtune.models.hf import SCORE
 from plmtune.preference.reference import model_digest
@@ -126,10 +126,10 @@ def read_weights(directory: Path) -> Weights:
         UserError: if there are none, or they are damaged.
     """
     held = adapters.holds_adapters(directory)
-    locations = files.locate(directory, adapters.ADAPTERS if held else "model")
+    locations = checkpoint_files.locate(directory, adapters.ADAPTERS if held else "model")
     parameters, dtypes = 0, set()
     for path in set(locations.values()):
-        with files.opened_weights(path) as opened:
+        with checkpoint_files.opened_weights(path) as opened:
             for tensor in opened.keys():  # noqa: SIM118 - no dict
                 header = opened.get_slice(tensor)
                 kind = header.get_dtype()
@@ -145,7 +145,7 @@ def base_of(directory: Path, run: Run | None) -> str | None:
     """What the model was trained from, as the files name it."""
     named = run.config.get("init_from") if run else None
     if named is None and adapters.holds_adapters(directory):
-        named = files.read_json(directory, files.ADAPTER_CONFIG).get("base_model_name_or_path")
+        named = checkpoint_files.read_json(directory, checkpoint_files.ADAPTER_CONFIG).get("base_model_name_or_path")
     return str(named) if named else None
 
 
@@ -153,4 +153,4 @@ def family_of(directory: Path) -> str:
     """The model_type of config.json, as "plm" or "llama"; nothing of adapters."""
     if adapters.holds_adapters(directory):
         return ""
-    return str(files.read_json(directory, files.CONFIG).get("model_type") or "")
+    return str(checkpoint_files.read_json(directory, checkpoint_files.CONFIG).get("model_type") or "")

@@ -19,7 +19,7 @@ from torch import Tensor
 from plmtune.errors import UserError
 from plmtune.export.huggingface import GATE
 from plmtune.export.runtimes import form_of
-from plmtune.models.files import CONFIG, Stored, checkpoint_directory, locate, opened_weights, read_json
+from plmtune.models.checkpoint_files import CONFIG, Stored, checkpoint_directory, locate, opened_weights, read_json
 from plmtune.models.gguf import gguf_name, heads_of_halves, to_halves
 from plmtune.models.gguf_file import GGUFFile, opened_gguf
 from plmtune.models.hf import hf_config, hf_name, read_formats

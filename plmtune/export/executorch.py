@@ -37,7 +37,7 @@ from plmtune.errors import UserError, did_you_mean
 from plmtune.export.huggingface import end_ids
 from plmtune.extras import installed, missing
 from plmtune.io.atomic import check_room, writing
-from plmtune.models.files import write_json
+from plmtune.models.checkpoint_files import write_json
 from plmtune.modules.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU, SwiGLU

@@ -34,7 +34,7 @@ from plmtune.export.lint import WRITTEN, gguf_architecture, stored_bytes, stored
 from plmtune.io.atomic import check_room, writing
 from plmtune.models.adapters import ADAPTERS, find_base, load_adapter, read_description
 from plmtune.models.assemble import from_description
-from plmtune.models.files import ADAPTER_CONFIG, Stored, locate, name_of, read_json
+from plmtune.models.checkpoint_files import ADAPTER_CONFIG, Stored, locate, name_of, read_json
 from plmtune.models.gguf import NO_MERGE, PRE_TOKENIZERS, gguf_name, heads_of_halves, kv_heads, to_neighbours
 from plmtune.models.hf import our_name
 from plmtune.modules.decoder import Decoder

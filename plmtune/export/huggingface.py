@@ -37,8 +37,8 @@ from torch import Tensor
 from plmtune.errors import UserError
 from plmtune.io.atomic import check_room, replacing
 from plmtune.models.adapters import ADAPTERS, holds_adapters
+from plmtune.models.checkpoint_files import ADAPTER_CONFIG, locate, read_json, write_json
 from plmtune.models.directory import new_directory
-from plmtune.models.files import ADAPTER_CONFIG, locate, read_json, write_json
 from plmtune.models.hf import SCORE, hf_config, hf_name, save_model
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import effective_weight

@@ -27,7 +27,7 @@ from plmtune.export.runtimes import Runtime, RuntimeName, choose_runtime, open_r
 from plmtune.export.stored import in_words, suspect_tensors, wrong_rows, wrong_type
 from plmtune.export.verify_text import compare_ids, compare_prompts
 from plmtune.models.adapters import load_its_tokenizer, load_model
-from plmtune.models.files import checkpoint_directory
+from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized
 

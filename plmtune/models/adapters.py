@@ -18,7 +18,7 @@ from torch import Tensor
 from plmtune.errors import UserError
 from plmtune.io import hub, safetensors_writer
 from plmtune.models import hf
-from plmtune.models.files import (
+from plmtune.models.checkpoint_files import (
     ADAPTER_CONFIG,
     CONFIG,
     checkpoint_directory,

@@ -11,7 +11,9 @@ from pathlib import Path
 from plmtune.errors import UserError
 from plmtune.io import manifest
 
-_CONFIG = "config.json"  # as in `models.files`, which imports torch: asked before that, as people wait for it
+_CONFIG = (
+    "config.json"  # as in `models.checkpoint_files`, which imports torch: asked before that, as people wait for it
+)
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from plmtune.errors import UserError
 from plmtune.io import safetensors_writer
 from plmtune.io.atomic import check_room
 from plmtune.models.assemble import from_description
+from plmtune.models.checkpoint_files import CONFIG, INDEX, write_json
 from plmtune.models.directory import new_directory
-from plmtune.models.files import CONFIG, INDEX, write_json
 from plmtune.models.gguf_file import GGUFFile, opened_gguf
 from plmtune.models.hf import hf_config, hf_name
 from plmtune.modules.attention import default_kv_heads

@@ -21,15 +21,7 @@ from plmtune.errors import NotFinite, UserError
 from plmtune.io import hub, safetensors_writer
 from plmtune.io.atomic import replacing
 from plmtune.models.assemble import from_description
-from plmtune.models.files import (
-    CONFIG,
-    INDEX,
-    WEIGHTS,
-    locate,
-    opened_weights,
-    read_json,
-    write_json,
-)
+from plmtune.models.checkpoint_files import CONFIG, INDEX, WEIGHTS, locate, opened_weights, read_json, write_json
 from plmtune.modules.attention import default_kv_heads
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized, install

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from plmtune.errors import UserError
 from plmtune.models.assemble import describe, from_description
-from plmtune.models.files import CONFIG, checkpoint_directory, read_json, write_json
+from plmtune.models.checkpoint_files import CONFIG, checkpoint_directory, read_json, write_json
 from plmtune.modules.quantized import Format, round_inputs
 from plmtune.modules.torchtune_layers import quiet
 from plmtune.registry import Component

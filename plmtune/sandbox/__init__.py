@@ -1,6 +1,6 @@
 """Run Python code that a model wrote, with its tests, in namespaces of its own."""
 
-from plmtune.sandbox.run import DISK_BYTES, MEMORY_BYTES, Isolation, NoSandbox, Result, run_all, run_python
+from plmtune.sandbox.execute import DISK_BYTES, MEMORY_BYTES, Isolation, NoSandbox, Result, run_all, run_python
 from plmtune.sandbox.uncalled import with_calls
 
 __all__ = [

@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from plmtune.errors import NotFinite, Unreadable, UserError, unreadable
 from plmtune.io import manifest, safetensors_writer
 from plmtune.io.manifest import step_path, steps
-from plmtune.models.files import Stored, locate, read_json
+from plmtune.models.checkpoint_files import Stored, locate, read_json
 from plmtune.training import distributed
 from plmtune.training import state as training_state
 from plmtune.training.guard import check_weights

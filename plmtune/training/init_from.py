@@ -13,7 +13,7 @@ from plmtune.errors import UserError
 from plmtune.io import hub, manifest
 from plmtune.models.adapters import holds_adapters, load_its_tokenizer, read_description
 from plmtune.models.assemble import describe, from_description
-from plmtune.models.files import checkpoint_directory, say_if_interrupted
+from plmtune.models.checkpoint_files import checkpoint_directory, say_if_interrupted
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component
 from plmtune.tokenizers.tokenizer import Tokenizer

@@ -20,7 +20,7 @@ from plmtune.evaluation import results
 from plmtune.export.runtimes.opening import open_runtime
 from plmtune.io import manifest
 from plmtune.models.adapters import load_its_tokenizer, load_model, save_adapter
-from plmtune.models.files import checkpoint_directory
+from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.models.reward import load_reward_model
 from plmtune.modules.peft import init_adapters
 from plmtune.registry import load

@@ -8,7 +8,7 @@ import pytest
 from in_process import run, save_small
 
 from plmtune.errors import UserError
-from plmtune.export import run as export_run
+from plmtune.export import export_model as export_run
 from plmtune.export import verify
 
 

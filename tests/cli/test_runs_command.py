@@ -14,7 +14,7 @@ from plmtune.cli.checkpoints import _find
 from plmtune.cli.runs import reasons, table
 from plmtune.errors import UserError
 from plmtune.io import manifest
-from plmtune.models.files import checkpoint_directory
+from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.training.init_from import origin_directory
 from plmtune.training.run_directory import EXIT_STOPPED
 from plmtune.training.run_summary import differing_settings, find_runs, summarize

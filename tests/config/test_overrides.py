@@ -15,7 +15,7 @@ from plmtune.config.overrides import as_typed
 from plmtune.errors import UserError
 from plmtune.training.resume_checks import refuse_other_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WORDS = ["null", "True", "nan", "-inf", "1e5", "0x1", "a b", "./a.txt", "../x", "a=b", "a,b", "~x", "1_0", ".5", "e1"]
 SIGNS = """ab09 "'\\$`()[]{}=,:#%@+-_./?|é日~!*\n"""
 # An override with a bracket or a brace, its value in no quotes.

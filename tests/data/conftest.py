@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from plmtune.data.manifest import FORMAT, Manifest, dtype_for
+from plmtune.data.shard_manifest import FORMAT, Manifest, dtype_for
 from plmtune.data.shards import Shards, ShardWriter
 
 MakeShards = Callable[..., Shards]

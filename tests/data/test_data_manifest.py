@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from plmtune.data.manifest import Manifest
+from plmtune.data.shard_manifest import Manifest
 from plmtune.errors import UserError
 from plmtune.io.checksummed_json import seal, unseal
 

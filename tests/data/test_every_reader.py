@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plmtune.data.conversations import Keys, conversation_of, conversations, detect
-from plmtune.data.files import files
 from plmtune.data.parts import COMPLETIONS, LABELS, MESSAGES, OPENING, PROMPTS
 from plmtune.data.preferences import pair_of, preferences
+from plmtune.data.row_files import files
 from plmtune.data.sources import BadRow, Unused, is_something
 from plmtune.tokenizers.chat_template import ChatTemplate, find_template
 from plmtune.tokenizers.tokenizer import bundled

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plmtune.data import files as reading
 from plmtune.data import prepare as module
-from plmtune.data.files import files
+from plmtune.data import row_files as reading
 from plmtune.data.prepare import by_documents, prepare
+from plmtune.data.row_files import files
 from plmtune.data.shards import Shards
 from plmtune.data.sources import Source, shards
 from plmtune.errors import UserError
@@ -416,7 +416,7 @@ class TestInterrupted:
         code = (
             "import resource, signal, sys\n"
             "from pathlib import Path\n"
-            "from plmtune.data.files import files\n"
+            "from plmtune.data.row_files import files\n"
             "from plmtune.data.prepare import prepare\n"
             "from plmtune.registry import load\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

@@ -30,7 +30,7 @@ class TestJson:
         rows = [{"n": i, "text": 'é\\]",' * (i % 7)} for i in range(50)]
         path = write(tmp_path / "a.json", json.dumps(rows, ensure_ascii=False))
         for size in (1, 2, 7, 64):
-            monkeypatch.setattr("plmtune.data.files._CHUNK", size)
+            monkeypatch.setattr("plmtune.data.row_files._CHUNK", size)
             assert [row for _, row in read(path)] == rows
 
     def test_an_empty_array_has_no_rows(self, tmp_path):
@@ -75,7 +75,7 @@ class TestJson:
 
     def test_rows_too_large_to_hold_are_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "MAX_ROW", 100)
-        monkeypatch.setattr("plmtune.data.files._CHUNK", 64)
+        monkeypatch.setattr("plmtune.data.row_files._CHUNK", 64)
         path = write(tmp_path / "a.json", json.dumps([{"a": 1}, {"a": "x" * 1000}]))
         with pytest.raises(UserError, match="row 2 has more than the 100 characters"):
             read(path)

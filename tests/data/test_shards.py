@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from plmtune.data import shards as shards_module
-from plmtune.data.manifest import dtype_for
+from plmtune.data.shard_manifest import dtype_for
 from plmtune.data.shards import Shards
 from plmtune.errors import UserError
 from plmtune.io.checksummed_json import seal, unseal

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from plmtune.evaluation.code_eval import CodeRunner, missing, pass_at_k, protection
-from plmtune.sandbox import NoSandbox, Result, run, run_python
+from plmtune.sandbox import NoSandbox, Result, execute, run_python
 
 HUMAN_EVAL = Path(__file__).parents[3] / "shared/data/eval/HumanEval.jsonl"
 RIGHT, WRONG = "def add(a, b): return a + b", "def add(a, b): return a - b"
@@ -66,7 +66,7 @@ class TestCompute:
 
     def test_a_program_is_run_once(self, runner: CodeRunner, monkeypatch: pytest.MonkeyPatch) -> None:
         ran: list[str] = []
-        monkeypatch.setattr(run, "run_python", lambda code, **how: ran.append(code) or run_python(code, **how))
+        monkeypatch.setattr(execute, "run_python", lambda code, **how: ran.append(code) or run_python(code, **how))
         first = runner.compute([TEST], [[RIGHT, RIGHT]])
         assert runner.compute([TEST], [[RIGHT, RIGHT]]) == first
         assert ran == [RIGHT]
@@ -77,7 +77,7 @@ class TestCompute:
                 raise KeyboardInterrupt
             return run_python(code, **how)
 
-        monkeypatch.setattr(run, "run_python", interrupted)
+        monkeypatch.setattr(execute, "run_python", interrupted)
         runner.seconds = 600.0
         before = threading.active_count()
         with pytest.raises(KeyboardInterrupt):
@@ -93,7 +93,7 @@ class TestCompute:
             CodeRunner(seconds=0)
 
     def test_a_machine_that_cannot_isolate_is_no_failure_of_the_program(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("plmtune.sandbox.run.platform.system", lambda: "Darwin")
+        monkeypatch.setattr("plmtune.sandbox.execute.platform.system", lambda: "Darwin")
         with pytest.raises(NoSandbox, match="this is Darwin"):
             CodeRunner().compute([TEST], [[RIGHT]])
 
@@ -134,7 +134,7 @@ class TestInstalled:
         assert sys.modules.pop("evaluate").__file__ == str(tmp_path / "evaluate.py")
 
     def test_the_self_test_of_lm_eval_s_tasks_starts_no_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(run, "run_python", None)
+        monkeypatch.setattr(execute, "run_python", None)
         scores, _ = CodeRunner().compute(["assert add(2, 3)==5"], [["def add(a,b): return a*b"]], k=[1])
         assert scores == {"pass@1": 0.0}
 

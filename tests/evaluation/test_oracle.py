@@ -12,9 +12,9 @@ import torch
 from plmtune.config.compose import compose
 from plmtune.evaluation import results, writing
 from plmtune.evaluation.code_eval import CodeRunner, missing
+from plmtune.evaluation.evaluate import Settings, about, evaluate
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.local_data import LocalData
-from plmtune.evaluation.run import Settings, about, evaluate
 from plmtune.evaluation.tasks import Tasks
 from plmtune.inference.batching import Answer, Request
 from plmtune.tokenizers.tokenizer import bundled

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tuning import refusal, run, stop_in
 
 from plmtune.models.assemble import from_description
-from plmtune.models.files import checkpoint_directory
+from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.models.hf import load_model
 from plmtune.quantization import qat
 from plmtune.quantization.quantize import quantize

@@ -18,7 +18,7 @@ import plmtune
 from plmtune.config import compose
 from plmtune.data.rows import Message
 from plmtune.errors import UserError
-from plmtune.models.files import checkpoint_directory
+from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.models.hf import save_model
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.training import plans

@@ -13,7 +13,7 @@ from torch import Tensor
 from plmtune.errors import UserError
 from plmtune.export.runtimes.base import Runtime
 from plmtune.io.progress import ticking
-from plmtune.models.files import read_json
+from plmtune.models.checkpoint_files import read_json
 from plmtune.tokenizers.tokenizer import load_tokenizer
 
 

@@ -9,7 +9,7 @@ from plmtune.errors import UserError, did_you_mean
 from plmtune.export.runtimes.base import Runtime
 from plmtune.extras import installed, missing
 from plmtune.io import manifest
-from plmtune.models.files import ADAPTER_CONFIG, CONFIG, read_json
+from plmtune.models.checkpoint_files import ADAPTER_CONFIG, CONFIG, read_json
 
 RuntimeName = Literal["llama_cpp", "xllamacpp", "transformers", "executorch", "plmtune"]
 

@@ -13,7 +13,7 @@ import torch
 from plmtune.data.sources import BadRow
 from plmtune.errors import UserError
 from plmtune.models import reward
-from plmtune.models.files import checkpoint_directory
+from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.preference.rounds.chains import Chain
 from plmtune.preference.rounds.programs import program, tests_of
 from plmtune.preference.rounds.rules import number_of

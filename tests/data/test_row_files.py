@@ -7,7 +7,7 @@ import zstandard
 from pyarrow import parquet
 
 from plmtune.config import compose
-from plmtune.data.files import files
+from plmtune.data.row_files import files
 from plmtune.errors import UserError
 
 
@@ -261,7 +261,7 @@ class TestFingerprint:
     def test_a_large_file_is_known_by_its_ends_and_time(self, tmp_path, monkeypatch):
         import os
 
-        monkeypatch.setattr("plmtune.data.files._HASHED_WHOLE", 1000)
+        monkeypatch.setattr("plmtune.data.row_files._HASHED_WHOLE", 1000)
         path = tmp_path / "a.txt"
         path.write_bytes(b"a" * (3 << 20))
         os.utime(path, ns=(0, 5))
@@ -287,14 +287,14 @@ class TestTables:
     @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
     @pytest.mark.parametrize("end", ["\n", "\r\n"])
     def test_signs_line_ends_and_encodings_of_many_systems(self, tmp_path, monkeypatch, name, sign, encoding, end):
-        monkeypatch.setattr("plmtune.data.files._CHUNK", 7)
+        monkeypatch.setattr("plmtune.data.row_files._CHUNK", 7)
         data = end.join([f"id{sign}text", f"1{sign}caf\u00e9", f'2{sign}"a{sign}b"', ""]).encode(encoding)
         (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
         assert read(tmp_path / name, encoding=encoding.removesuffix("-sig")) == ["caf\u00e9", f"a{sign}b"]
 
     def test_a_line_without_an_end_is_not_held(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("plmtune.data.files.MAX_ROW", 100)
-        monkeypatch.setattr("plmtune.data.files._CHUNK", 30)
+        monkeypatch.setattr("plmtune.data.row_files.MAX_ROW", 100)
+        monkeypatch.setattr("plmtune.data.row_files._CHUNK", 30)
         (tmp_path / "a.csv").write_text("text,b\n" + "x" * 1000)
         with pytest.raises(UserError, match=r"a\.csv, line 2: has more than the 100 bytes that a row can have"):
             read(tmp_path / "a.csv")
@@ -326,7 +326,7 @@ class TestWideEncodings:
     @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
     @pytest.mark.parametrize("chunk", [1, 3, 1 << 20])
     def test_lines_of_json_are_cut_in_the_text(self, tmp_path, monkeypatch, encoding, chunk):
-        monkeypatch.setattr("plmtune.data.files._CHUNK", chunk)
+        monkeypatch.setattr("plmtune.data.row_files._CHUNK", chunk)
         # U+0A0A and U+0D0A hold the bytes of line ends.
         rows = [{"text": f"{sign}{n}"} for n, sign in enumerate("a\u0a0a\u0d0a\u2028\U0001f600")]
         (tmp_path / "a.jsonl").write_bytes(json_lines(*rows).decode().replace("\n", "\r\n").encode(encoding))

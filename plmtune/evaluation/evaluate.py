@@ -26,7 +26,7 @@ from plmtune.evaluation.result_cache import ResultCache
 from plmtune.evaluation.tasks import Tasks, quiet
 from plmtune.io.provenance import git_state, now
 from plmtune.models.adapters import load_its_tokenizer, load_model
-from plmtune.models.files import checkpoint_directory, name_of
+from plmtune.models.checkpoint_files import checkpoint_directory, name_of
 from plmtune.modules.quantized_kernels import prepare
 from plmtune.preference.reference import model_digest
 from plmtune.tokenizers.chat_template import find_template

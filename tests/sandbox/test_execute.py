@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import plmtune
-import plmtune.sandbox.run
+import plmtune.sandbox.execute
 from plmtune.errors import UserError
 from plmtune.sandbox import Result, run_python
 
@@ -274,7 +274,7 @@ for call in (
 
 class TestRefusal:
     def test_a_machine_that_cannot_isolate_says_what_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(plmtune.sandbox.run.platform, "system", lambda: "Darwin")
+        monkeypatch.setattr(plmtune.sandbox.execute.platform, "system", lambda: "Darwin")
         with pytest.raises(UserError, match="needs the namespaces of Linux, and this is Darwin"):
             run("pass")
 

@@ -17,8 +17,8 @@ from plmtune.extras import installed, missing
 from plmtune.io.atomic import check_room
 from plmtune.io.hub import model_of
 from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_model, read_description
-from plmtune.models.files import checkpoint_directory, locate
-from plmtune.models.files import name_of as model_name
+from plmtune.models.checkpoint_files import checkpoint_directory, locate
+from plmtune.models.checkpoint_files import name_of as model_name
 from plmtune.models.hf import read_formats
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized
