@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from plmtune.config.compose import build
-from plmtune.config.schema import Preference as Config
+from plmtune.config.schema import PreferenceConfig as Config
 from plmtune.data.conversations import Conversations
 from plmtune.data.examples import open_pairs
 from plmtune.data.preferences import Pair, Preferences

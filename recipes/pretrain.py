@@ -12,7 +12,7 @@ from torch import Tensor
 
 import plmtune
 from plmtune.config.compose import build
-from plmtune.config.schema import Pretrain as Config
+from plmtune.config.schema import PretrainConfig as Config
 from plmtune.data.batches import Batch, Batches
 from plmtune.data.shards import Shards
 from plmtune.data.sources import Source

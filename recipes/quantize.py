@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from plmtune.config.compose import build
-from plmtune.config.schema import Quantize as Config
+from plmtune.config.schema import QuantizeConfig as Config
 from plmtune.data.examples import refuse_other_kinds
 from plmtune.data.sources import Prepared, Source, named_sources
 from plmtune.errors import UserError

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import plmtune
 from plmtune.config.compose import build
-from plmtune.config.schema import Sft as Config
+from plmtune.config.schema import SftConfig as Config
 from plmtune.data.batches import Batch, Batches
 from plmtune.data.conversations import Conversations
 from plmtune.data.examples import open_examples

@@ -572,7 +572,7 @@ def compose(name: str, overlays: Sequence[str] = (), overrides: Sequence[str] = 
         overrides: Hydra overrides, values (``optimizer.lr=1e-4``) and groups (``model/ffn=swiglu``).
 
     Returns:
-        the recipe's schema, for example `plmtune.config.schema.Pretrain`.
+        the recipe's schema, for example `plmtune.config.schema.PretrainConfig`.
 
     Raises:
         UserError: naming the file or the override, the key, and the nearest right name.

@@ -25,7 +25,7 @@ Minutes = Annotated[float, Range(above=0, below=1_000_000)]
 
 
 @dataclass
-class Phase:
+class PhaseConfig:
     """One stretch of training with its own mix of sources; give `tokens` or `steps`."""
 
     name: Text = "main"
@@ -46,7 +46,7 @@ class Phase:
 
 
 @dataclass
-class Runtime:
+class RuntimeConfig:
     """Where and how to compute."""
 
     device: Text = "auto"
@@ -60,7 +60,7 @@ class Runtime:
 
 
 @dataclass
-class Preparation:
+class PreparationConfig:
     """How text becomes token shards."""
 
     directory: Text = "runs/data"
@@ -70,7 +70,7 @@ class Preparation:
 
 
 @dataclass
-class Validation:
+class ValidationConfig:
     """When to measure the held-out loss; 0 means only at the end."""
 
     every: Count = 0
@@ -78,7 +78,7 @@ class Validation:
 
 
 @dataclass
-class Evaluation:
+class EvaluationConfig:
     """Tasks of lm-eval to measure while training; every=0 means only at the end."""
 
     tasks: list[Text] = field(default_factory=list)  # empty: none
@@ -93,7 +93,7 @@ class Evaluation:
 
 
 @dataclass
-class Checkpointing:
+class CheckpointConfig:
     """When to save and how many to keep; every=0 means only at the end, keep=0 keeps all."""
 
     every: Count = 0
@@ -104,7 +104,7 @@ class Checkpointing:
 
 
 @dataclass
-class Guard:
+class GuardConfig:
     """Which updates to skip: a loss or gradient norm that is not finite, or a norm far beyond its history."""
 
     spike_factor: Number = 10.0  # times the median norm of the window; 0 asks only for finite numbers
@@ -122,7 +122,7 @@ class Guard:
 
 
 @dataclass
-class Sample:
+class SampleConfig:
     """What to write at the end of a run, for a person to read."""
 
     prompt: str = ""
@@ -132,7 +132,7 @@ class Sample:
 
 
 @dataclass
-class Pretrain:
+class PretrainConfig:
     """Keys of the `pretrain` recipe."""
 
     recipe: str = "pretrain"
@@ -147,17 +147,17 @@ class Pretrain:
     global_batch_size: Length = 32  # sequences an optimizer step, over all processes
     micro_batch_size: Length = 8  # sequences a forward pass, on one process
     document_mask: bool = False  # attention stays inside a document
-    phases: list[Phase] = field(default_factory=list)
+    phases: list[PhaseConfig] = field(default_factory=list)
     max_grad_norm: Number = 1.0
     log_every: Size = 10
     num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
-    runtime: Runtime = field(default_factory=Runtime)
-    preparation: Preparation = field(default_factory=Preparation)
-    validation: Validation = field(default_factory=Validation)
-    eval: Evaluation = field(default_factory=Evaluation)
-    checkpoint: Checkpointing = field(default_factory=Checkpointing)
-    guard: Guard = field(default_factory=Guard)
-    sample: Sample = field(default_factory=Sample)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    preparation: PreparationConfig = field(default_factory=PreparationConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    eval: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
     model: Component | None = None
     tokenizer: Component | None = None
     data: Component | None = None
@@ -168,7 +168,7 @@ class Pretrain:
 
 
 @dataclass
-class Chat:
+class ChatConfig:
     """How conversations become tokens."""
 
     template: Text | None = None  # null: the tokenizer's own; chatml; or a file: mine.jinja
@@ -179,14 +179,14 @@ class Chat:
 
 
 @dataclass
-class Refinement:
+class RefinementConfig:
     """What asks for a better answer than the one at hand."""
 
     template: Text | None = None  # null: the shipped one; or a file: mine.jinja, which uses prompt and answer
 
 
 @dataclass
-class Sft:
+class SftConfig:
     """Keys of the `sft` recipe."""
 
     recipe: str = "sft"
@@ -201,18 +201,18 @@ class Sft:
     global_batch_size: Length = 16  # rows an optimizer step, over all processes
     micro_batch_size: Length = 4  # rows a forward pass, on one process
     epochs: Epochs | None = None  # passes over all packed rows of all sources; default, where there are no phases: 3
-    phases: list[Phase] = field(default_factory=list)  # instead of epochs
+    phases: list[PhaseConfig] = field(default_factory=list)  # instead of epochs
     max_grad_norm: Number = 1.0
     log_every: Size = 10
     num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
-    chat: Chat = field(default_factory=Chat)
-    refinement: Refinement = field(default_factory=Refinement)
-    runtime: Runtime = field(default_factory=Runtime)
-    validation: Validation = field(default_factory=Validation)
-    eval: Evaluation = field(default_factory=Evaluation)
-    checkpoint: Checkpointing = field(default_factory=Checkpointing)
-    guard: Guard = field(default_factory=Guard)
-    sample: Sample = field(default_factory=Sample)
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    refinement: RefinementConfig = field(default_factory=RefinementConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    eval: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
     model: Component | None = None  # null: that of init_from
     tokenizer: Component | None = None  # null: that of init_from
     data: Component | None = None
@@ -238,7 +238,7 @@ class Sft:
 
 
 @dataclass
-class Generation:
+class GenerationConfig:
     """How a round writes its answers."""
 
     strategy: Literal["chain", "samples"] = "chain"  # each answer refines the one before, or all are first answers
@@ -267,7 +267,7 @@ class Generation:
 
 
 @dataclass
-class Selection:
+class SelectionConfig:
     """How a round chooses its pairs: best and worst by `reward`, or without one last and first where rules pass."""
 
     rules: list[Text] = field(default_factory=lambda: ["not_empty", "not_truncated", "not_repeated"])
@@ -275,7 +275,7 @@ class Selection:
 
 
 @dataclass
-class Preference:
+class PreferenceConfig:
     """Keys of the `preference` recipe."""
 
     recipe: str = "preference"
@@ -286,7 +286,7 @@ class Preference:
     other_data: bool = False
     force: bool = False
     seed: Count = 1
-    seq_len: Length | None = None  # longest prompt with one answer; null: as in Sft
+    seq_len: Length | None = None  # longest prompt with one answer; null: as in SftConfig
     global_batch_size: Length = 16  # pairs an optimizer step, over all processes
     micro_batch_size: Length = 2  # rows of up to 2 x seq_len tokens a forward pass, on one process
     epochs: Epochs = 1.0  # times each pair is seen, in each round
@@ -296,16 +296,16 @@ class Preference:
     prompts: Count = 0  # prompts a round takes from `data`; 0: all
     reference: Literal["previous", "first"] = "previous"  # model that a round's answers are measured against
     reference_cache: Text = "runs/reference"
-    chat: Chat = field(default_factory=Chat)
-    refinement: Refinement = field(default_factory=Refinement)
-    generation: Generation = field(default_factory=Generation)
-    selection: Selection = field(default_factory=Selection)
-    runtime: Runtime = field(default_factory=Runtime)
-    validation: Validation = field(default_factory=Validation)
-    eval: Evaluation = field(default_factory=Evaluation)
-    checkpoint: Checkpointing = field(default_factory=Checkpointing)
-    guard: Guard = field(default_factory=Guard)
-    sample: Sample = field(default_factory=Sample)
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    refinement: RefinementConfig = field(default_factory=RefinementConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    eval: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
     model: Component | None = None  # null: that of init_from
     tokenizer: Component | None = None  # null: that of init_from
     data: Component | None = None
@@ -319,7 +319,7 @@ class Preference:
 
 
 @dataclass
-class Sensitivity:
+class SensitivityConfig:
     """What each module loses by being quantized, and a mix of formats from that."""
 
     measure: bool = False
@@ -353,7 +353,7 @@ class Sensitivity:
 
 
 @dataclass
-class Quantize:
+class QuantizeConfig:
     """Keys of the `quantize` recipe."""
 
     recipe: str = "quantize"
@@ -368,13 +368,18 @@ class Quantize:
     seq_len: Annotated[int, Range(least=2)] | None = None  # tokens a row of text; null: 512, or what the model reads
     calibration_tokens: Count = 16_384  # 0: every range is that of the weights alone
     test_tokens: Count = 16_384  # of text that the loss is measured on before and after; 0: it is not
-    sensitivity: Sensitivity = field(default_factory=Sensitivity)
+    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     quantization: Component | None = None  # null: what the model was trained for, else int4
     data: Component | None = None  # text to calibrate and measure on
 
 
 # recipe -> schema; the first field names the recipe.
-SCHEMAS: dict[str, type[Any]] = {"pretrain": Pretrain, "sft": Sft, "preference": Preference, "quantize": Quantize}
+SCHEMAS: dict[str, type[Any]] = {
+    "pretrain": PretrainConfig,
+    "sft": SftConfig,
+    "preference": PreferenceConfig,
+    "quantize": QuantizeConfig,
+}
 
 
 def component_keys() -> set[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from plmtune.config.schema import Evaluation
+from plmtune.config.schema import EvaluationConfig
 from plmtune.errors import UserError
 from plmtune.evaluation import evaluate, results
 from plmtune.evaluation.code_eval import CodeRunner, missing, running_code
@@ -41,7 +41,7 @@ class Evaluations:
         UserError: for tasks that there are not, or whose data cannot be had.
     """
 
-    def __init__(self, cfg: Evaluation, tokenizer: Tokenizer | None, *, template: str | None = None) -> None:
+    def __init__(self, cfg: EvaluationConfig, tokenizer: Tokenizer | None, *, template: str | None = None) -> None:
         self.every = cfg.every
         self.tokenizer = tokenizer
         self.settings = evaluate.Settings(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plmtune.config.compose import load_config, to_yaml
-from plmtune.config.schema import Preparation
+from plmtune.config.schema import PreparationConfig
 from plmtune.data.order import Phase
 from plmtune.data.prepare import prepare
 from plmtune.data.shards import Shards
@@ -58,7 +58,7 @@ def resolve_phase(index: int, phase: Any, tokens_per_step: int) -> Phase:
     return Phase(phase.name, steps, dict(phase.mix))
 
 
-def open_sources(sources: Mapping[str, Source], settings: Preparation, tokenizer: Tokenizer) -> dict[str, Shards]:
+def open_sources(sources: Mapping[str, Source], settings: PreparationConfig, tokenizer: Tokenizer) -> dict[str, Shards]:
     """Make token shards of each source, or find them made.
 
     Every rank asks; the first to hold the lock works and the others wait for it, without a time limit.

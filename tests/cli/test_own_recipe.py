@@ -62,9 +62,9 @@ class TestOwnRecipe:
         ("old", "new", "said"),
         [
             (
-                "class Config(Pretrain):",
+                "class Config(PretrainConfig):",
                 "class Config:",
-                "must be a dataclass that extends plmtune.config.schema.Pretrain",
+                "must be a dataclass that extends plmtune.config.schema.PretrainConfig",
             ),
             (" = 0.0", "", "TypeError"),
             ("Annotated[float, Range(least=0)]", "set", "Config cannot be a schema"),

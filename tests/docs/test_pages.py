@@ -9,7 +9,7 @@ from pathlib import Path
 import documented
 import pytest
 
-from plmtune.config.schema import Pretrain
+from plmtune.config.schema import PretrainConfig
 
 PAGES = [*documented.PAGES, documented.ROOT / "benchmarks" / "README.md"]
 
@@ -38,8 +38,8 @@ def test_the_config_page_names_every_key_of_pretrain() -> None:
         for key in re.findall(r"`([\w.]+)`", row):  # `guard.window`, `patience`: the section holds for those behind it
             section = key.rpartition(".")[0] or section
             named.add(key if "." in key else f"{section}.{key}".strip("."))
-    for field in fields(Pretrain):
-        value = getattr(Pretrain(), field.name)
+    for field in fields(PretrainConfig):
+        value = getattr(PretrainConfig(), field.name)
         keys = [f"{field.name}.{inner.name}" for inner in fields(value)] if is_dataclass(value) else [field.name]
         if field.name != "runtime":  # described in words
             assert named.issuperset(keys), set(keys) - named

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from plmtune.config.compose import build
-from plmtune.config.schema import Selection
+from plmtune.config.schema import SelectionConfig
 from plmtune.data.order import key_of, permute
 from plmtune.data.preferences import Pair, Prompt, preferences, prompts_of
 from plmtune.data.rows import Message, Refused
@@ -153,7 +153,7 @@ def _because(refused: Refused) -> str:
     return f"; the others:\n{refused.describe()}" if refused else ""
 
 
-def check_rounds(rounds: int, reward: Component | None, settings: Selection, strategy: str) -> None:
+def check_rounds(rounds: int, reward: Component | None, settings: SelectionConfig, strategy: str) -> None:
     """Refuse a reward or rules that are not there or cannot work here, before the first answer is written.
 
     Args:

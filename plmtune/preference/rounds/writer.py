@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from plmtune.config.schema import Generation
+from plmtune.config.schema import GenerationConfig
 from plmtune.data.preferences import Prompt
 from plmtune.errors import UserError
 from plmtune.inference.batching import Engine
@@ -25,7 +25,7 @@ def writer(
     tokenizer: Tokenizer,
     template: ChatTemplate,
     refinement: Refinement,
-    how: Generation,
+    how: GenerationConfig,
     *,
     seed: int,
     progress: Callable[[int, int, float], None],
