@@ -26,9 +26,9 @@ from plmtune.preference.rounds.writer import writer
 from plmtune.training import launcher, plans
 from plmtune.training import metrics as metrics_file
 from plmtune.training.checkpoint import TrainerState
-from plmtune.training.finetune_model import Student, first_model, wake
+from plmtune.training.finetune_model import FinetuneModel, load_init_model, setup_model
 from plmtune.training.guard import handle_skip, sample_locations
-from plmtune.training.init_from import start_from
+from plmtune.training.init_from import find_init_checkpoint
 from plmtune.training.monitor import RunMonitor, is_due, learning_rates
 from plmtune.training.plans import Plan, build_scheduler, check_schedule
 from plmtune.training.plot import draw_curves
@@ -70,7 +70,7 @@ class Preference:
         self.cfg, self.plan, self.runtime, self.tokenizer = cfg, plan, runtime, plan.tokenizer
         saved = TrainerState.latest(str(cfg.run_dir)) if cfg.resume else TrainerState()
         # A run with a checkpoint of its own needs no other one, unless it holds adapters alone.
-        origin = start_from(cfg, plan.model, plan.tokenizer) if cfg.peft or not saved.checkpoint else None
+        origin = find_init_checkpoint(cfg, plan.model, plan.tokenizer) if cfg.peft or not saved.checkpoint else None
         assert plan.template is not None and plan.refinement is not None
         self.loss, self.template, self.refinement = plan.loss, plan.template, plan.refinement
         self.tokenizer.chat_template = self.template.source  # what the model learns is saved with it
@@ -87,7 +87,7 @@ class Preference:
             pairs, self.unread = open_pairs(sources, skip_bad=cfg.chat.skip_bad)
             self.data = self._batches(pairs)
             check_schedule(cfg, self.data.num_steps, plan.tokens_per_step)
-        self.student: Student = wake(
+        self.finetune_model: FinetuneModel = setup_model(
             cfg, plan.model, self.tokenizer, runtime, origin, saved.checkpoint, score_head=self.loss.scalar_head
         )
         # From here on the directory exists; what a person can get wrong has been found by now.
@@ -95,8 +95,8 @@ class Preference:
         self.fingerprints["the chat template"] = self.template.fingerprint
         self.fingerprints["the refinement template"] = self.refinement.fingerprint
         self.run = open_run(cfg, runtime, self.fingerprints, saved.state)
-        self.model, self.trained = self.student.model, self.student.trained
-        self.checkpoints = self.student.checkpoints(self.run.checkpoints)
+        self.model, self.trained = self.finetune_model.model, self.finetune_model.trained
+        self.checkpoints = self.finetune_model.checkpoints(self.run.checkpoints)
         self.restore_from = saved.checkpoint  # until the stage has its optimizer
         self.step = saved.step
         self.first: int = saved.state.get("first", 0)  # the step before this stage's first
@@ -104,7 +104,7 @@ class Preference:
         self.validation_loss: float = saved.metrics.get("validation_loss", float("nan"))
         self.order: str = saved.state.get("order", "")  # a running hash of what was drawn, in which order
         self.reference = ReferenceModel(
-            self.student,
+            self.finetune_model,
             cfg.reference,
             self._answers,
             self._load_first_model,
@@ -248,7 +248,7 @@ class Preference:
         runtime, metrics = self.runtime, PreferenceMetrics(self.runtime.device)
         pairs = [batch for batch in batches if not batch.kl_only]
         rates = learning_rates(self.optimizer)
-        with self.student.rounded_once():
+        with self.finetune_model.fake_quant_frozen():
             kl = self._kl(batches, reference)
             # The mean over pairs, not over micro-batches: packed rows differ in what they hold.
             (num_pairs,) = runtime.sum(float(sum(batch.num_pairs for batch in pairs)))
@@ -338,15 +338,15 @@ class Preference:
     def _first_difference(self, reference: Tensor) -> float:
         """How far this rank's first log-probabilities are from those of the reference, which the policy still is."""
         batch = self.data.step(0)[0]
-        with self.student.unrounded():
+        with self.finetune_model.fake_quant_disabled():
             found = self._answers(batch)
         difference = (found.view(-1, 2) - reference[batch.index.to(self.runtime.device)]).abs()
         return float(difference.max()) if difference.numel() else 0.0
 
     def _load_first_model(self) -> Any:
-        origin = start_from(self.cfg, self.plan.model, self.tokenizer)
+        origin = find_init_checkpoint(self.cfg, self.plan.model, self.tokenizer)
         assert origin is not None
-        return first_model(self.runtime, origin)
+        return load_init_model(self.runtime, origin)
 
     def _answers(self, batch: ComparisonBatch, model: nn.Module | None = None) -> Tensor:
         """What the loss compares of each answer, [2n]: its log-probability, or its score."""
@@ -372,7 +372,7 @@ class Preference:
         if measured is None:
             return self._stopped(monitor)
         if measured:
-            monitor.log(self.step, {metrics_file.BETWEEN: number, **measured})
+            monitor.log(self.step, {metrics_file.AFTER_ROUND: number, **measured})
             monitor.message(
                 f"after round {number}: reward of direct answers {measured['direct']:.4f}, "
                 f"of refined {measured['refined']:.4f}"
@@ -420,7 +420,7 @@ class Preference:
 
     def _log_startup(self, monitor: RunMonitor) -> None:
         monitor.message(f"run: {self.run.path}" + (f", resuming after step {self.step}" if self.step else ""))
-        for line in (*self.runtime.reasons, *self.student.notes, *self.plan.estimate.lines(), *self.unread):
+        for line in (*self.runtime.reasons, *self.finetune_model.notes, *self.plan.estimate.lines(), *self.unread):
             monitor.message(line)
 
     def _warmup_step(self, reference: Tensor) -> None:

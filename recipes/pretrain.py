@@ -22,10 +22,10 @@ from plmtune.inference.sampling import complete
 from plmtune.io.terminal import echo
 from plmtune.models.hf import hf_state, load_state, write_config
 from plmtune.training import launcher, plans
-from plmtune.training.checkpoint import Checkpoints, TrainerState, load_moments
+from plmtune.training.checkpoint import Checkpoints, TrainerState, load_optimizer_state
 from plmtune.training.determinism import measure_cost
 from plmtune.training.guard import handle_skip, sample_locations
-from plmtune.training.init_from import check_finite, start_from
+from plmtune.training.init_from import check_finite, find_init_checkpoint
 from plmtune.training.monitor import RunMonitor, is_due, learning_rates
 from plmtune.training.plans import Plan, build_scheduler
 from plmtune.training.plot import draw_curves
@@ -52,8 +52,8 @@ class Pretrain:
         self.cfg, self.plan, self.runtime, self.tokenizer = cfg, plan, runtime, plan.tokenizer
         saved = TrainerState.latest(str(cfg.run_dir)) if cfg.resume else TrainerState()
         # A run with a checkpoint of its own needs no other one.
-        origin = None if saved.checkpoint else start_from(cfg, plan.model, plan.tokenizer)
-        self.skip: dict[str, int] = saved.state.get("skip", origin.drawn if origin else {})
+        origin = None if saved.checkpoint else find_init_checkpoint(cfg, plan.model, plan.tokenizer)
+        self.skip: dict[str, int] = saved.state.get("skip", origin.samples_seen if origin else {})
         shards = open_sources(plan.sources, cfg.preparation, self.tokenizer)
         self.notes = [f"{name}{left}" for name, shard in shards.items() if (left := shard.manifest.left_out())]
         self.data = self._batches(shards)
@@ -67,14 +67,18 @@ class Pretrain:
         self.fingerprints = {name: shard.fingerprint for name, shard in shards.items()}
         self.run = open_run(cfg, runtime, self.fingerprints, saved.state)
         if saved.checkpoint and not cfg.other_data:
-            refuse_other_order(saved.checkpoint, saved.state.get("drawn"), self.data.drawn_before(saved.step))
+            refuse_other_order(
+                saved.checkpoint,
+                saved.state.get("samples_seen", saved.state.get("drawn")),
+                self.data.drawn_before(saved.step),
+            )
         self.trained = runtime.distribute(self.model, compile=cfg.runtime.compile)
         self.dtype = self.model.dtype  # of what is saved; in a step FSDP2 shows another
         self.loss = plan.loss
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
         self.scheduler = build_scheduler(cfg, self.optimizer, plan.num_steps, plan.tokens_per_step)
-        if origin and origin.goes_on:
-            load_moments(origin.directory, model=self.model, optimizer=self.optimizer)
+        if origin and origin.continue_schedule:
+            load_optimizer_state(origin.directory, model=self.model, optimizer=self.optimizer)
         self.checkpoints = Checkpoints(
             self.run.checkpoints,
             keep=cfg.checkpoint.keep,
@@ -252,7 +256,7 @@ class Pretrain:
             state={
                 "phase": self.data.phase(self.step - 1).name,
                 "tokens": self.step * self.plan.tokens_per_step,
-                "drawn": self.data.drawn_before(self.step),  # where a branched decay reads on
+                "samples_seen": self.data.drawn_before(self.step),  # where a branched decay resumes reading
                 "skip": self.skip,
                 "order": self.order,
                 "guard": self.guard.state_dict(),

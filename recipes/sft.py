@@ -24,9 +24,9 @@ from plmtune.io.terminal import echo
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.training import launcher, plans
 from plmtune.training.checkpoint import TrainerState
-from plmtune.training.finetune_model import Student, wake
+from plmtune.training.finetune_model import FinetuneModel, setup_model
 from plmtune.training.guard import handle_skip, sample_locations
-from plmtune.training.init_from import start_from
+from plmtune.training.init_from import find_init_checkpoint
 from plmtune.training.monitor import RunMonitor, is_due, learning_rates
 from plmtune.training.plans import Plan, build_scheduler, check_schedule, show_epochs
 from plmtune.training.plot import draw_curves
@@ -59,7 +59,7 @@ class Sft:
         self.cfg, self.plan, self.runtime, self.tokenizer = cfg, plan, runtime, plan.tokenizer
         saved = TrainerState.latest(str(cfg.run_dir)) if cfg.resume else TrainerState()
         # A run with a checkpoint of its own needs no other one, unless it holds adapters alone.
-        origin = start_from(cfg, plan.model, plan.tokenizer) if cfg.peft or not saved.checkpoint else None
+        origin = find_init_checkpoint(cfg, plan.model, plan.tokenizer) if cfg.peft or not saved.checkpoint else None
         assert plan.template is not None
         self.loss, self.template = plan.loss, plan.template
         self.tokenizer.chat_template = self.template.source  # what the model learns is saved with it
@@ -99,13 +99,15 @@ class Sft:
             )
         except ValueError as error:  # names its setting
             raise UserError(str(error)) from error
-        self.student: Student = wake(cfg, plan.model, self.tokenizer, runtime, origin, saved.checkpoint)
+        self.finetune_model: FinetuneModel = setup_model(
+            cfg, plan.model, self.tokenizer, runtime, origin, saved.checkpoint
+        )
         # From here on the directory exists; what a person can get wrong has been found by now.
         self.run = open_run(cfg, runtime, self.fingerprints, saved.state)
-        self.model, self.trained = self.student.model, self.student.trained
+        self.model, self.trained = self.finetune_model.model, self.finetune_model.trained
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
         self.scheduler = build_scheduler(cfg, self.optimizer, self.num_steps, plan.tokens_per_step)
-        self.checkpoints = self.student.checkpoints(self.run.checkpoints)
+        self.checkpoints = self.finetune_model.checkpoints(self.run.checkpoints)
         if saved.checkpoint:
             self.checkpoints.restore(
                 saved.checkpoint, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler
@@ -184,7 +186,7 @@ class Sft:
         # The mean over trained tokens, not over micro-batches: packed rows differ in what they hold.
         (num_tokens,) = runtime.sum(float(sum(batch.num_valid for batch in batches)))
         self.losses = []
-        with self.student.rounded_once():
+        with self.finetune_model.fake_quant_frozen():
             for number, batch in enumerate(batches):
                 with runtime.accumulate(self.trained, first=number == 0, last=number == len(batches) - 1):
                     loss = self._loss(batch.to(runtime.device))
@@ -249,7 +251,13 @@ class Sft:
         monitor.message(f"run: {self.run.path}" + (f", resuming after step {self.step}" if self.step else ""))
         kernels = self.runtime.attention_kernels(self.model, seq_len=self.plan.seq_len, segments=True)
         reasons = [*self.runtime.reasons, f"attention: {kernels}"]
-        for line in (*reasons, *self.student.notes, *self.plan.estimate.lines(), *self.notes, self.data.describe()):
+        for line in (
+            *reasons,
+            *self.finetune_model.notes,
+            *self.plan.estimate.lines(),
+            *self.notes,
+            self.data.describe(),
+        ):
             monitor.message(line)
 
     def _warmup_step(self) -> None:

@@ -25,8 +25,13 @@ from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
 from plmtune.registry import component
 from plmtune.tokenizers.tokenizer import Tokenizer, bundled, file
-from plmtune.training.init_from import choose_origin, origin_directory, pin_names, start_from
-from plmtune.training.resume_checks import refuse_other_config, take_pins
+from plmtune.training.init_from import (
+    choose_init_checkpoint,
+    find_init_checkpoint,
+    init_checkpoint_directory,
+    pin_revisions,
+)
+from plmtune.training.resume_checks import keep_pinned_revisions, refuse_other_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NEWER = COMMIT[::-1]
@@ -404,33 +409,33 @@ class TestSnapshots:
 class TestRuns:
     def test_keep_the_commit_that_they_start_from(self, served: Server) -> None:
         cfg = compose.compose("sft", (), ["init_from=o/m"])
-        said = choose_origin(cfg)
+        said = choose_init_checkpoint(cfg)
         assert said == f"starting from o/m@{COMMIT}"
         assert (cfg.init_from, cfg.tokenizer.settings["path"]) == (f"o/m@{COMMIT}", f"o/m@{COMMIT}")
         assert not [path for path in served.asked if path.endswith(".safetensors")]
         served.commit = NEWER  # main moves on meanwhile
         tokenizer: Tokenizer = file(cfg.tokenizer.settings["path"])
-        origin = start_from(cfg, cfg.model(vocab_size=tokenizer.vocab_size), tokenizer)
+        origin = find_init_checkpoint(cfg, cfg.model(vocab_size=tokenizer.vocab_size), tokenizer)
         assert origin is not None and origin.directory.name == COMMIT
 
     def test_their_tokenizer_and_reward_model_keep_their_commits_too(self, served: Server) -> None:
         words = ["tokenizer=file", "tokenizer.path=o/m", "reward=reward_model", "reward.path=o/m", "rounds=1"]
         cfg = compose.compose("dpo", (), words)
-        pin_names(cfg)
+        pin_revisions(cfg)
         assert [cfg.tokenizer.settings["path"], cfg.reward.settings["path"]] == [f"o/m@{COMMIT}"] * 2
         assert not [path for path in served.asked if path.endswith(".safetensors")]
-        pin_names(cfg, weights=True)  # a run begins: the reward model is there before it is asked
+        pin_revisions(cfg, weights=True)  # a run begins: the reward model is there before it is asked
         assert [path for path in served.asked if path.endswith(".safetensors")]
 
     def test_go_on_with_the_commit_that_they_began_with(self, served: Server, tmp_path: Path) -> None:
         words = ["tokenizer=file", "tokenizer.path=o/m", "init_from=o/m"]
         began = compose.compose("sft", (), words)
-        pin_names(began)
-        choose_origin(began)
+        pin_revisions(began)
+        choose_init_checkpoint(began)
         served.commit = NEWER
         again = compose.compose("sft", (), words)
         refuse_other_config(tmp_path, began, again)
-        take_pins(again, began)
+        keep_pinned_revisions(again, began)
         assert (again.init_from, again.tokenizer) == (f"o/m@{COMMIT}", began.tokenizer)
         for other in (f"o/m@{NEWER}", "o/n"):
             again.init_from = other
@@ -441,10 +446,10 @@ class TestRuns:
         self, served: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         cfg = compose.compose("sft", (), ["init_from=o/m"])
-        choose_origin(cfg)
+        choose_init_checkpoint(cfg)
         served.commit = NEWER
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache of another"))
-        directory = origin_directory(cfg.init_from)
+        directory = init_checkpoint_directory(cfg.init_from)
         assert directory.is_relative_to(tmp_path / "cache of another") and directory.name == COMMIT
 
 

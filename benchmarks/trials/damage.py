@@ -16,9 +16,9 @@ from plmtune.data.shards import Shards
 from plmtune.errors import UserError
 from plmtune.io import manifest
 from plmtune.models.checkpoint_files import checkpoint_directory
-from plmtune.training.checkpoint import newest_whole, read_document
+from plmtune.training.checkpoint import latest_valid, read_trainer_state
 from plmtune.training.resume_checks import config_digest
-from plmtune.training.run_directory import config_is_vouched_for, read_record
+from plmtune.training.run_directory import read_record, verify_config
 from plmtune.training.run_setup import open_run
 from plmtune.training.runtime import Runtime
 
@@ -125,13 +125,13 @@ def _checks(run: Path, data: Path) -> Iterator[tuple[Path, Check]]:
 
     def falls_back(name: str) -> list[str]:
         with _warnings() as said:
-            found = newest_whole(newest.parent)
+            found = latest_valid(newest.parent)
         complaints = [] if found == older else [f"{found} was taken"]
         return complaints if any(name in text for text in said) else [*complaints, f"it is not named: {said}"]
 
     def is_a_hint() -> list[str]:
         manifest.verify(checkpoint_directory(run))  # what is generated with is whole
-        return [] if newest_whole(newest.parent) == newest else ["the newest was not taken"]
+        return [] if latest_valid(newest.parent) == newest else ["the newest was not taken"]
 
     def refused(name: str, start: Callable[[], Any]) -> list[str]:
         try:
@@ -148,9 +148,9 @@ def _checks(run: Path, data: Path) -> Iterator[tuple[Path, Check]]:
     yield newest.parent / "latest", is_a_hint
     for name in DATA:
         yield data / name, lambda name=name: refused(name, open_data)  # type: ignore[misc]
-    yield run / "config.yaml", lambda: refused("config.yaml", lambda: config_is_vouched_for(run))
+    yield run / "config.yaml", lambda: refused("config.yaml", lambda: verify_config(run))
     with Runtime.choose(device="cpu", precision="fp32", seed=cfg.seed).start() as runtime:
-        witness = _Witness(run, runtime, read_document(newest)["state"])
+        witness = _Witness(run, runtime, read_trainer_state(newest)["state"])
         yield run / "run.json", witness.of_a_damaged_record
         (run / "run.json").unlink()
         yield run / "config.yaml", witness.of_a_damaged_config

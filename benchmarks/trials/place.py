@@ -19,7 +19,7 @@ from plmtune.cli import main as plmtune
 from plmtune.errors import UserError
 from plmtune.io import manifest
 from plmtune.io.manifest import step_path, steps
-from plmtune.training.checkpoint import newest_whole
+from plmtune.training.checkpoint import latest_valid
 from plmtune.training.metrics import read, without_timing
 from plmtune.training.run_directory import read_record
 
@@ -189,7 +189,7 @@ def attempts(run: Path) -> int:
 
 def outcome(run: Path) -> dict[str, str]:
     """Hashes of all that must be equal in two runs of one config, of the newest checkpoint that is whole."""
-    newest = newest_whole(run / "checkpoints")
+    newest = latest_valid(run / "checkpoints")
     if newest is None:
         return {"checkpoint": "none"}
     document = json.loads((newest / "state.json").read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from plmtune.errors import UserError
 from plmtune.io.manifest import step_path, steps
-from plmtune.training.checkpoint import Checkpoints, newest_whole
+from plmtune.training.checkpoint import Checkpoints, latest_valid
 
 from .place import FORKS, Place, torn
 from .tally import Tally
@@ -69,7 +69,7 @@ class Saver:
 
     def restore(self) -> int:
         """The step of the newest whole checkpoint, 0 if there is none."""
-        path = newest_whole(self.checkpoints.directory)
+        path = latest_valid(self.checkpoints.directory)
         given: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
         self.state = self.checkpoints.restore(path, **given) if path else {}
         return int(self.state.get("step", 0))

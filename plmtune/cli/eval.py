@@ -122,7 +122,7 @@ def evaluate(
     from plmtune.evaluation import results
     from plmtune.evaluation.evaluate import Settings, check_shares, evaluate_checkpoint, load_tasks
     from plmtune.models.checkpoint_files import checkpoint_directory
-    from plmtune.training.distributed import once_a_machine, told_by_rank_0
+    from plmtune.training.distributed import broadcast_from_rank0, once_per_machine
     from plmtune.training.runtime import Runtime
 
     find_device(device)
@@ -131,9 +131,9 @@ def evaluate(
     with Runtime.choose(device=device or "auto", precision="fp32").start() as runtime:
         tell = _tell if runtime.is_main else _say_nothing
         # Rank 0 looks and tells: a branch of the hub, or the newest run, may be another one a moment later.
-        paths = told_by_rank_0(lambda: [hub.pin(path) for path in checkpoints] or [newest_run("eval CHECKPOINT")])
+        paths = broadcast_from_rank0(lambda: [hub.pin(path) for path in checkpoints] or [newest_run("eval CHECKPOINT")])
         for path in paths:
-            once_a_machine(functools.partial(checkpoint_directory, path))  # before the tasks, which may take a while
+            once_per_machine(functools.partial(checkpoint_directory, path))  # before the tasks, which may take a while
             if chat and runtime.is_main:
                 warn_of_pretrained(path)
         loaded, failed = load_tasks(tasks, wanted, settings, tell)

@@ -21,10 +21,10 @@ from plmtune.io import terminal
 from plmtune.io.tables import show
 from plmtune.training.run_directory import (
     CONFIG,
-    config_is_vouched_for,
     read_record,
     refuse_if_in_use,
-    without_link,
+    resolve_link,
+    verify_config,
 )
 from plmtune.training.run_summary import already_finished, differing_settings, find_runs, summarize, unfinished
 
@@ -125,7 +125,7 @@ def resume(arguments: tuple[str, ...], other_data: bool, recipe_path: str | None
     """
     named = arguments[:1] if arguments and ("=" not in arguments[0] or Path(arguments[0]).is_dir()) else ()
     overrides = arguments[len(named) :]
-    run_dir = without_link(Path(named[0])) if named else _newest_unfinished()
+    run_dir = resolve_link(Path(named[0])) if named else _newest_unfinished()
     path = run_dir / CONFIG
     if not path.is_file():
         known = [str(path) for path in find_runs(Path("runs"))]
@@ -134,7 +134,7 @@ def resume(arguments: tuple[str, ...], other_data: bool, recipe_path: str | None
         hint = hint if known else "There are no runs under runs/."
         raise UserError(f"{run_dir} is not a run directory: it has no {CONFIG}. {hint}")
     _refuse_early(run_dir)
-    config_is_vouched_for(run_dir)
+    verify_config(run_dir)
     record = read_record(run_dir)
     if record.get("status") == "finished":
         terminal.echo(already_finished(run_dir))

@@ -21,7 +21,7 @@ from plmtune.preference.reference import model_digest
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training import distributed
-from plmtune.training.determinism import everything_put_back
+from plmtune.training.determinism import preserve_random_state
 from plmtune.training.monitor import RunMonitor
 from plmtune.training.runtime import Runtime
 
@@ -100,13 +100,13 @@ class Evaluations:
 
         # Of weights in bf16 and of fp32 computed in bf16 the numbers differ.
         digest = f"{model_digest(model)} {runtime.compute_dtype}"
-        if known := distributed.told_by_rank_0(lambda: self._known(file, digest)):
+        if known := distributed.broadcast_from_rank0(lambda: self._known(file, digest)):
             return dict(known)
         assert self.tokenizer is not None
         training = model.training
         model.eval()
         # lm-eval seeds the generators that training draws from.
-        with everything_put_back(runtime.device), runtime.autocast():
+        with preserve_random_state(runtime.device), runtime.autocast():
             torch.use_deterministic_algorithms(
                 False
             )  # drawing has no deterministic kernel on a GPU, and trains nothing
@@ -146,14 +146,14 @@ class Evaluations:
             old.unlink()
         with contextlib.suppress(OSError):  # other ranks are not done
             pending.parent.rmdir()
-        values: dict[str, float] = distributed.told_by_rank_0(lambda: _values(result))
+        values: dict[str, float] = distributed.broadcast_from_rank0(lambda: _values(result))
         return values
 
     def unfinished(self, directory: Path, step: int, num_steps: int) -> bool:
         """Whether the tasks were due after `step`, and the run in `directory` has no complete result of them."""
         if not self.due(step, num_steps):
             return False
-        done: bool = distributed.told_by_rank_0(lambda: bool(self._known(results.step_file(directory, step))))
+        done: bool = distributed.broadcast_from_rank0(lambda: bool(self._known(results.step_file(directory, step))))
         return not done
 
     def _known(self, file: Path, digest: str | None = None) -> dict[str, float]:

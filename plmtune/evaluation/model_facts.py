@@ -20,7 +20,7 @@ from plmtune.models.adapters import load_model
 from plmtune.models.hf import SCORE
 from plmtune.preference.reference import model_digest
 from plmtune.training import metrics
-from plmtune.training.run_directory import CONFIG, config_is_vouched_for, read_record
+from plmtune.training.run_directory import CONFIG, read_record, verify_config
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def read_run(directory: Path) -> Run | None:
     if place is None:
         return None
     path, number = place
-    config_is_vouched_for(path)
+    verify_config(path)
     try:
         config = load_yaml((path / CONFIG).read_text(encoding="utf-8"))
         entries = _logged(path / "metrics.jsonl", config)

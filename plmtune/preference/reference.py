@@ -23,7 +23,7 @@ from plmtune.errors import UserError
 from plmtune.io import checksummed_json, safetensors_writer, terminal
 from plmtune.io.atomic import replacing
 from plmtune.modules.sharding import full_tensor
-from plmtune.training.distributed import gather_texts, reduce_sum, told_by_rank_0
+from plmtune.training.distributed import broadcast_from_rank0, gather_texts, reduce_sum
 
 if TYPE_CHECKING:
     from plmtune.preference.batches import ComparisonBatch
@@ -103,10 +103,10 @@ def reference_log_probs(
             values.copy_(held)
         return held is not None
 
-    if told_by_rank_0(find):
+    if broadcast_from_rank0(find):
         return reduce_sum(values)  # the others hold zeros
     values = _compute(batches(), compute, num)
-    told_by_rank_0(lambda: _write(path, values))
+    broadcast_from_rank0(lambda: _write(path, values))
     return values
 
 

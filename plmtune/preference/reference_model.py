@@ -14,7 +14,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.preference.batches import ComparisonBatch, PreferenceBatches
 from plmtune.preference.reference import model_digest, reference_log_probs
 from plmtune.training.checkpoint import Checkpoints
-from plmtune.training.finetune_model import Student
+from plmtune.training.finetune_model import FinetuneModel
 from plmtune.training.monitor import RunMonitor
 
 # (batch, model; None: the policy) -> log-probabilities of the batch's answers, [2n]
@@ -41,7 +41,7 @@ class ReferenceModel:
 
     def __init__(
         self,
-        policy: Student,
+        policy: FinetuneModel,
         which: Literal["previous", "first"],
         answers: Answers,
         load_first: Callable[[], Decoder],
@@ -103,9 +103,9 @@ class ReferenceModel:
                 restored = True
             done += len(batch.index)
             monitor.working(f"reference: log-probabilities of {done:,} comparisons")
-            with policy.unrounded():
+            with policy.fake_quant_disabled():
                 if is_first and policy.adapters:
-                    with policy.base():
+                    with policy.adapters_disabled():
                         return self.answers(batch, None)
                 if not is_first or (untrained and round_number <= 1):
                     return self.answers(batch, None)

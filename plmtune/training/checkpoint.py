@@ -48,7 +48,7 @@ _MAX_STATE_BYTES = 16 * 2**20
 _UNFINISHED = re.compile(r"\.(?:tmp-step-|old-step-|latest\.tmp-|best\.tmp-)")
 
 
-def newest_whole(directory: Path, *, once: bool = False) -> Path | None:
+def latest_valid(directory: Path, *, once: bool = False) -> Path | None:
     """The newest checkpoint whose every file matches its manifest. Rank 0 reads and tells the others.
 
     Those that are damaged are passed over, with a warning that names the file.
@@ -87,11 +87,11 @@ def newest_whole(directory: Path, *, once: bool = False) -> Path | None:
             raise UserError(f"{directory} leads to {directory.readlink()}, which is not there. Is its disk mounted?")
         return ""
 
-    found = distributed.told_by_rank_0(find)
+    found = distributed.broadcast_from_rank0(find)
     return directory / found if found else None
 
 
-def read_document(directory: Path) -> dict[str, Any]:
+def read_trainer_state(directory: Path) -> dict[str, Any]:
     """The state.json of a checkpoint; empty for a model without training state.
 
     Raises:
@@ -126,16 +126,16 @@ class TrainerState:
         """Read the newest valid checkpoint of a run; empty if it has saved none. Every rank must call it.
 
         Raises:
-            UserError: see `newest_whole`.
+            UserError: see `latest_valid`.
         """
-        checkpoint = newest_whole(Path(run_dir) / "checkpoints")
+        checkpoint = latest_valid(Path(run_dir) / "checkpoints")
         if checkpoint is None:
             return cls()
-        document = read_document(checkpoint)
+        document = read_trainer_state(checkpoint)
         return cls(checkpoint, document["step"], document["state"], document.get("metrics", {}))
 
 
-def load_moments(directory: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
+def load_optimizer_state(directory: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
     """Give a new optimizer another run's state (moments), but not that run's settings. Every rank must call it.
 
     Args:
@@ -145,10 +145,10 @@ def load_moments(directory: Path, *, model: nn.Module, optimizer: Optimizer) -> 
         UserError: if that run's optimizer is another one.
     """
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    document = read_document(directory)
+    document = read_trainer_state(directory)
     try:
         moments = Stored(locate(directory, "optimizer"))
-        training_state.load_optimizer_state(model, optimizer, moments, document["optimizer"])
+        training_state.load_optimizer_state_dict(model, optimizer, moments, document["optimizer"])
     except UserError as error:
         raise UserError(f"{directory} does not fit this run. {error}") from error
     for group, own in zip(optimizer.param_groups, settings, strict=True):
@@ -250,11 +250,11 @@ class Checkpoints:
             raise
         except UserError as error:
             log.warning("%s", error)  # what stood in its way may be gone; if not, this one says so
-        tensors, optimizer_rest = training_state.optimizer_state(model, optimizer)
+        tensors, optimizer_rest = training_state.optimizer_state_dict(model, optimizer)
         random_states = distributed.gather_texts(json.dumps(training_state.random_state()))
         stems = {self.stem: self.named(model), "optimizer": tensors}
         needed = sum(t.numel() * t.element_size() for named in stems.values() for t in named.values())
-        distributed.told_by_rank_0(lambda: self._make_room(step, needed))
+        distributed.broadcast_from_rank0(lambda: self._make_room(step, needed))
         snapshot = self._stage.take(stems, max_bytes=self.file_bytes, writers=self._writers(step))
         rest: dict[str, str] = {}
         if distributed.rank() == 0:
@@ -263,7 +263,7 @@ class Checkpoints:
                 "step": step,
                 "state": dict(state or {}),
                 "metrics": dict(metrics or {}),
-                "scheduler": training_state.scheduler_state(scheduler),
+                "scheduler": training_state.scheduler_state_dict(scheduler),
                 "optimizer": optimizer_rest,
                 # Ranks in the same state share one.
                 "random": {
@@ -322,7 +322,7 @@ class Checkpoints:
         """
 
         def message(names: str) -> str:
-            kept = distributed.told_by_rank_0(self.describe_newest)
+            kept = distributed.broadcast_from_rank0(self.describe_newest)
             return (
                 f"step {step}: weights are not finite since the update of step {since} ({names}), so they are not "
                 f"saved. {kept} {TOO_HIGH}"
@@ -356,7 +356,7 @@ class Checkpoints:
         Every rank must call it and see the same files, whatever the number of processes that wrote them.
 
         Args:
-            path: what `newest_whole` found.
+            path: what `latest_valid` found.
 
         Returns:
             The `state` that was saved with it and its "step".
@@ -365,7 +365,7 @@ class Checkpoints:
             UserError: if it does not fit this run.
         """
         try:
-            document = read_document(path)
+            document = read_trainer_state(path)
             distributed.load_full_tensors(self.named(model), Stored(locate(path, self.stem)))
             check_weights(
                 self.named(model),
@@ -375,8 +375,8 @@ class Checkpoints:
                 ),
             )
             moments = Stored(locate(path, "optimizer"))
-            training_state.load_optimizer_state(model, optimizer, moments, document["optimizer"])
-            training_state.load_scheduler_state(scheduler, document["scheduler"])
+            training_state.load_optimizer_state_dict(model, optimizer, moments, document["optimizer"])
+            training_state.load_scheduler_state_dict(scheduler, document["scheduler"])
             which, rank = document["random"]["of"], distributed.rank()
             same = len(which) == distributed.world_size()
             training_state.load_random_state(document["random"]["states"][which[rank if same else 0]])
@@ -401,7 +401,7 @@ class Checkpoints:
             UserError: if its checkpoint is not there, is damaged, or does not fit.
         """
         path = step_path(self.directory, step)
-        distributed.told_by_rank_0(lambda: manifest.verify(path)["step"])
+        distributed.broadcast_from_rank0(lambda: manifest.verify(path)["step"])
         distributed.load_full_tensors(self.named(model), Stored(locate(path, self.stem)))
 
     def _make_room(self, step: int, needed: int) -> None:
@@ -533,7 +533,7 @@ class Checkpoints:
         """What the checkpoint at `path` has of the metric `best`; None of one whose word does not count."""
         try:
             whole = manifest.read(path)["files"][STATE]["xxh3_128"] == manifest.digest(path / STATE)
-            return read_document(path)["metrics"].get(self.best) if whole else None
+            return read_trainer_state(path)["metrics"].get(self.best) if whole else None
         except (UserError, LookupError, TypeError, AttributeError, OSError):
             return None
 

@@ -24,7 +24,7 @@ def measure_cost(step: Callable[[], object], device: torch.device, *, rounds: in
         The median over rounds of (seconds deterministic) / (seconds without).
     """
     ratios = []
-    with everything_put_back(device):
+    with preserve_random_state(device):
         for index in range(rounds + 1):
             seconds = {}
             for deterministic in (True, False) if index % 2 else (False, True):
@@ -48,7 +48,7 @@ def _wait(device: torch.device) -> None:
 
 
 @contextmanager
-def everything_put_back(device: torch.device) -> Iterator[None]:
+def preserve_random_state(device: torch.device) -> Iterator[None]:
     """Keep the random generators and what `torch.use_deterministic_algorithms` set."""
     python, numpy = random.getstate(), np.random.get_state()
     enabled = torch.are_deterministic_algorithms_enabled()

@@ -36,9 +36,9 @@ T = TypeVar("T")
 Strategy = Literal["none", "ddp", "fsdp", "hsdp"]
 
 # Seconds that a rank whose exchange failed waits for the others to say that theirs failed too.
-ROLL_CALL = 3.0
+PEER_REPORT_SECONDS = 3.0
 
-ROUND = "plmtune"  # the key of torchrun's store that names the round, see _meet
+RENDEZVOUS_KEY = "plmtune"  # the key of torchrun's store that names the round, see _rendezvous
 
 _store: dist.Store | None = None  # where ranks leave notes for each other while no exchange works
 _restarted = False
@@ -64,8 +64,8 @@ def start_process_group(device: torch.device, timeout: timedelta) -> None:
     try:
         store, *_ = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
-        _restarted = "TORCHELASTIC_RUN_ID" in os.environ and store.check([ROUND])
-        _store = _meet(store, rank, world, timeout)
+        _restarted = "TORCHELASTIC_RUN_ID" in os.environ and store.check([RENDEZVOUS_KEY])
+        _store = _rendezvous(store, rank, world, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=_store,
@@ -84,7 +84,7 @@ def start_process_group(device: torch.device, timeout: timedelta) -> None:
         ) from error
 
 
-def _meet(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.Store:
+def _rendezvous(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.Store:
     """A part of `store` for these processes alone.
 
     torchrun's store outlives its workers, and nothing that workers are told says how often all of them were started:
@@ -97,10 +97,10 @@ def _meet(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.
     mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     places, round_ = [f"here/{other}" for other in range(world)], None
     if rank == 0:
-        store.set(ROUND, mine)
+        store.set(RENDEZVOUS_KEY, mine)
     while time.monotonic() < deadline:
-        if store.check([ROUND]):  # it may name an earlier round, as long as rank 0 is not there
-            round_ = dist.PrefixStore(store.get(ROUND).decode(), store)
+        if store.check([RENDEZVOUS_KEY]):  # it may name an earlier round, as long as rank 0 is not there
+            round_ = dist.PrefixStore(store.get(RENDEZVOUS_KEY).decode(), store)
             round_.set(places[rank], mine)
             if rank == 0 and round_.check(places):
                 round_.set("all", " ".join(round_.get(place).decode() for place in places))
@@ -146,7 +146,7 @@ def explain(error: BaseException, timeout: timedelta) -> None:
     places: dict[int, str] = {}
     with contextlib.suppress(RuntimeError):  # the store is gone if the process that holds it is
         _store.set(f"failed/{rank()}", _place(error))
-        deadline = time.monotonic() + ROLL_CALL
+        deadline = time.monotonic() + PEER_REPORT_SECONDS
         while len(places) < len(others) and time.monotonic() < deadline:
             time.sleep(0.05)
             places |= {o: _store.get(f"failed/{o}").decode() for o in others if _store.check([f"failed/{o}"])}
@@ -322,7 +322,7 @@ def broadcast_text(text: str) -> str:
     return bytes(data.numpy()).decode()
 
 
-def told_by_rank_0(decide: Callable[[], Any]) -> Any:
+def broadcast_from_rank0(decide: Callable[[], Any]) -> Any:
     """What `decide` gives on rank 0, by way of JSON, on every rank. Every rank must call it.
 
     Raises:
@@ -340,7 +340,7 @@ def told_by_rank_0(decide: Callable[[], Any]) -> Any:
     return answer
 
 
-def once_a_machine(do: Callable[[], T]) -> T:
+def once_per_machine(do: Callable[[], T]) -> T:
     """What `do` gives, which fetches: called on one process of each machine, then on the others, which find it there.
 
     Every rank must call it.

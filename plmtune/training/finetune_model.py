@@ -20,13 +20,13 @@ from plmtune.modules.peft import adapter_parameters, disabled, init_adapters
 from plmtune.registry import Component
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training.checkpoint import Checkpoints
-from plmtune.training.init_from import Origin, check_finite
+from plmtune.training.init_from import InitCheckpoint, check_finite
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_bytes
 
 
 @dataclass
-class Student:
+class FinetuneModel:
     """A model under training; `trained` is what is called, perhaps a wrapper of `model`."""
 
     cfg: Any
@@ -54,23 +54,23 @@ class Student:
 
     @property
     def adapter_names(self) -> set[str]:
-        """Parameters that `base` does without."""
+        """Parameters that `adapters_disabled` leaves out."""
         return set(adapter_parameters(self.model)) if self.adapters else set()
 
     @contextmanager
-    def base(self) -> Iterator[None]:
+    def adapters_disabled(self) -> Iterator[None]:
         """Let the model be what its adapters stand beside for a while; without adapters, what it is."""
         with disabled(self.model):
             yield
 
     @contextmanager
-    def unrounded(self) -> Iterator[None]:
+    def fake_quant_disabled(self) -> Iterator[None]:
         """Let a model that is trained for quantization compute with its weights as they are for a while."""
         with _qat().disabled(self.model) if self.scheme else nullcontext():
             yield
 
     @contextmanager
-    def rounded_once(self) -> Iterator[None]:
+    def fake_quant_frozen(self) -> Iterator[None]:
         """Weights that are trained for quantization do not change inside: they are rounded once."""
         with _qat().once(self.model) if self.scheme else nullcontext():
             yield
@@ -91,16 +91,16 @@ def _qat() -> Any:
     return qat
 
 
-def wake(
+def setup_model(
     cfg: Any,
     model: Decoder,
     tokenizer: Tokenizer,
     runtime: Runtime,
-    origin: Origin | None,
+    origin: InitCheckpoint | None,
     whole: Path | None,
     *,
     score_head: bool = False,
-) -> Student:
+) -> FinetuneModel:
     """Fill a model from its origin (None: a checkpoint will follow), add adapters, and spread it over the processes.
 
     Args:
@@ -133,10 +133,10 @@ def wake(
                 "beside. Put them back."
             )
     trained = runtime.distribute(model, compile=cfg.runtime.compile)
-    return Student(cfg, model, trained, tokenizer, model.dtype, described, scheme, notes)
+    return FinetuneModel(cfg, model, trained, tokenizer, model.dtype, described, scheme, notes)
 
 
-def check_student(cfg: Any, model: Decoder, strategy: str) -> None:
+def check_finetuning(cfg: Any, model: Decoder, strategy: str) -> None:
     """Refuse adapters and schemes that do not go together, with the model, or with the way it is spread.
 
     Args:
@@ -185,7 +185,7 @@ def _prepare(chosen: Component | None, model: Decoder) -> tuple[dict[str, Any], 
     return _qat().scheme_of(chosen), [note, *getattr(plan, "notes", [])]
 
 
-def first_model(runtime: Runtime, origin: Origin) -> Decoder:
+def load_init_model(runtime: Runtime, origin: InitCheckpoint) -> Decoder:
     """A second model, with the weights that a run began with; for numbers only, not for training."""
     model: Decoder = adapters.load_model(origin.directory, runtime.device, torch.float32)
     return model.eval().requires_grad_(False)

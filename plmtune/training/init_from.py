@@ -17,35 +17,35 @@ from plmtune.models.checkpoint_files import checkpoint_directory, say_if_interru
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component
 from plmtune.tokenizers.tokenizer import Tokenizer
-from plmtune.training.checkpoint import newest_whole, read_document
-from plmtune.training.distributed import once_a_machine, told_by_rank_0
+from plmtune.training.checkpoint import latest_valid, read_trainer_state
+from plmtune.training.distributed import broadcast_from_rank0, once_per_machine
 from plmtune.training.guard import check_weights
 from plmtune.training.run_directory import CONFIG
 from plmtune.training.run_summary import finished_runs
 
 # What a recipe goes on from where nothing is named: the newest finished run of the first kind that has one.
-KINDS = {"sft": ("pretrain",), "preference": ("sft", "pretrain")}
+DEFAULT_INIT_RECIPES = {"sft": ("pretrain",), "preference": ("sft", "pretrain")}
 # With none, what the authors of PLM published (arXiv 2503.12167).
 PUBLISHED = {"sft": "PLM-Team/PLM-1.8B-Base", "preference": "PLM-Team/PLM-1.8B-Instruct"}
 # Alike in these, two models compute alike: a context may be shorter, and an initialisation is over.
-_FREE = ("max_seq_len", "init_std", "vocab_size")
+_IGNORED_KEYS = ("max_seq_len", "init_std", "vocab_size")
 
 
-def choose_origin(cfg: Any, *, may_be_open: bool = False) -> str:
+def choose_init_checkpoint(cfg: Any, *, allow_missing: bool = False) -> str:
     """Fill in `init_from`, `model` and `tokenizer` of a new run where they are left out; returns what was chosen.
 
     Args:
-        may_be_open: where nothing is there to start from, leave all three as they are, and look at no hub.
+        allow_missing: where nothing is there to start from, leave all three as they are, and look at no hub.
 
     Raises:
         UserError: if there is nothing to start from, saying what to run or pass.
     """
     # Rank 0 looks and tells: the newest run may be another one a moment later.
-    found, why = told_by_rank_0(lambda: _find_origin(cfg, may_be_open))
+    found, why = broadcast_from_rank0(lambda: _find_init_checkpoint(cfg, allow_missing))
     if not found:
         return str(why)
     cfg.init_from = found
-    directory = origin_directory(found, weights=False)
+    directory = init_checkpoint_directory(found, weights=False)
     if cfg.model is None:
         description = read_description(directory)
         cfg.model = from_description("model", description, str(directory))
@@ -55,7 +55,7 @@ def choose_origin(cfg: Any, *, may_be_open: bool = False) -> str:
     return str(why)
 
 
-def pin_names(cfg: Any, *, weights: bool = False) -> None:
+def pin_revisions(cfg: Any, *, weights: bool = False) -> None:
     """Have a config's tokenizer and reward model name their commits on the hub, whose branches move on.
 
     What they name is then in the cache of each machine. Every rank calls it.
@@ -71,14 +71,14 @@ def pin_names(cfg: Any, *, weights: bool = False) -> None:
         if chosen is None or not isinstance(chosen.settings.get("path"), str):
             continue
         # Rank 0 looks and tells: on another machine a directory may have that name.
-        pinned = told_by_rank_0(partial(_pinned, chosen.settings["path"]))
+        pinned = broadcast_from_rank0(partial(_pinned_revision, chosen.settings["path"]))
         if pinned:
             model, whole = hub.HubModel(*pinned.split("@")), group == "reward" and weights and cfg.rounds > 0
-            once_a_machine(partial(hub.fetch, model, weights=whole))
+            once_per_machine(partial(hub.fetch, model, weights=whole))
             setattr(cfg, group, replace(chosen, settings={**chosen.settings, "path": pinned}))
 
 
-def _pinned(path: str) -> str | None:
+def _pinned_revision(path: str) -> str | None:
     return hub.pin(path) if hub.parse(path) else None
 
 
@@ -87,13 +87,13 @@ def _portable(named: str, directory: Path) -> str:
     return named if hub.parse(named) else str(directory)
 
 
-def _find_origin(cfg: Any, may_be_open: bool) -> tuple[str, str]:
+def _find_init_checkpoint(cfg: Any, allow_missing: bool) -> tuple[str, str]:
     """(where it is, what to say of it)"""
     if cfg.init_from:
         cfg.init_from = hub.pin(cfg.init_from)
         return cfg.init_from, f"starting from {cfg.init_from}"
     other = ""
-    for kind in KINDS[cfg.recipe]:
+    for kind in DEFAULT_INIT_RECIPES[cfg.recipe]:
         for run in finished_runs():
             with contextlib.suppress(UserError):  # a stranger's, a damaged one, or one that needs --import
                 theirs = load_config(run / CONFIG)
@@ -106,8 +106,10 @@ def _find_origin(cfg: Any, may_be_open: bool) -> tuple[str, str]:
                         f"from it, leave the model out (plmtune run {cfg.name}), or give init_from={run}."
                     )
     wanted = f" with this model ({cfg.model.name})" if cfg.model else ""
-    nothing = f"there is no finished {' or '.join(KINDS[cfg.recipe])} run{wanted} under runs/ to start from"
-    if may_be_open:
+    nothing = (
+        f"there is no finished {' or '.join(DEFAULT_INIT_RECIPES[cfg.recipe])} run{wanted} under runs/ to start from"
+    )
+    if allow_missing:
         return "", f"{nothing}; what follows from its model and tokenizer is not checked"
     if _fits(cfg.model, Component("model", "plm", {})):
         repository = PUBLISHED[cfg.recipe]
@@ -133,19 +135,21 @@ def _fits(wanted: Component | None, theirs: Component | None) -> bool:
     if wanted is None or theirs is None:
         return wanted is None
     ours, others = describe(wanted), describe(theirs)
-    return all(ours[key] == others.get(key) for key in ours if key not in _FREE)
+    return all(ours[key] == others.get(key) for key in ours if key not in _IGNORED_KEYS)
 
 
 @dataclass
-class Origin:
+class InitCheckpoint:
     """The checkpoint that `init_from` names; a run that enters the schedule after its warmup goes on from there."""
 
     directory: Path
-    goes_on: bool
-    drawn: dict[str, int]  # sequences of each source that it has seen
+    continue_schedule: bool
+    samples_seen: dict[str, int]  # sequences of each source that it has seen
 
 
-def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer | None, *, weights: bool = True) -> Origin | None:
+def find_init_checkpoint(
+    cfg: Any, model: Decoder, tokenizer: Tokenizer | None, *, weights: bool = True
+) -> InitCheckpoint | None:
     """Find the checkpoint of `init_from`, whole, and check that it is this model with this tokenizer.
 
     Args:
@@ -158,8 +162,8 @@ def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer | None, *, weights
     if not cfg.init_from:
         return None
     # A branch of the hub may move on; the run keeps the commit that it starts from.
-    cfg.init_from = told_by_rank_0(lambda: hub.pin(cfg.init_from))
-    directory = origin_directory(cfg.init_from, weights=weights)
+    cfg.init_from = broadcast_from_rank0(lambda: hub.pin(cfg.init_from))
+    directory = init_checkpoint_directory(cfg.init_from, weights=weights)
     theirs, ours = read_description(directory), model.config
     if found := _difference(theirs, ours):
         key, their, our = found
@@ -171,9 +175,9 @@ def start_from(cfg: Any, model: Decoder, tokenizer: Tokenizer | None, *, weights
             f"tokenizer=file tokenizer.path={_portable(cfg.init_from, directory)}"
         )
     # A branched decay anneals that very run: it keeps the optimizer's moments and reads on where the other stopped.
-    goes_on = cfg.scheduler.settings.get("start", "warmup") != "warmup"
-    state = read_document(directory).get("state", {}) if goes_on else {}
-    return Origin(directory, bool(state), dict(state.get("drawn", {})))
+    continue_schedule = cfg.scheduler.settings.get("start", "warmup") != "warmup"
+    state = read_trainer_state(directory).get("state", {}) if continue_schedule else {}
+    return InitCheckpoint(directory, bool(state), dict(state.get("samples_seen", state.get("drawn", {}))))
 
 
 def check_finite(model: Any, init_from: str) -> None:
@@ -191,7 +195,7 @@ def check_finite(model: Any, init_from: str) -> None:
     )
 
 
-def origin_directory(init_from: str, *, weights: bool = True) -> Path:
+def init_checkpoint_directory(init_from: str, *, weights: bool = True) -> Path:
     """The checkpoint that `init_from` names; of a run the newest one that is whole. Every rank calls it.
 
     Args:
@@ -201,9 +205,9 @@ def origin_directory(init_from: str, *, weights: bool = True) -> Path:
         UserError: if there is none.
     """
 
-    # A commit of the hub, see `choose_origin`: each machine has a cache of its own.
-    if told_by_rank_0(lambda: bool(hub.parse(init_from))):
-        return once_a_machine(lambda: checkpoint_directory(init_from, weights=weights))
+    # A commit of the hub, see `choose_init_checkpoint`: each machine has a cache of its own.
+    if broadcast_from_rank0(lambda: bool(hub.parse(init_from))):
+        return once_per_machine(lambda: checkpoint_directory(init_from, weights=weights))
 
     def find() -> tuple[str, str]:
         given = Path(init_from)
@@ -213,8 +217,8 @@ def origin_directory(init_from: str, *, weights: bool = True) -> Path:
         return "", str(checkpoint_directory(given, weights=weights))
 
     # Rank 0 looks and tells: the newest of a run that is still training may be another a moment later.
-    folder, single = told_by_rank_0(find)
-    directory = newest_whole(Path(folder), once=True) if folder else Path(single)
+    folder, single = broadcast_from_rank0(find)
+    directory = latest_valid(Path(folder), once=True) if folder else Path(single)
     assert directory is not None
     if folder:
         say_if_interrupted(directory)
@@ -226,7 +230,7 @@ def _difference(theirs: Any, ours: Any, key: str = "") -> tuple[str, Any, Any] |
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return None if ours == theirs else (key, theirs, ours)
     for name in sorted(ours, key=lambda name: isinstance(ours[name], dict)):  # plain ones first: they say more
-        if name in _FREE and name != "vocab_size":
+        if name in _IGNORED_KEYS and name != "vocab_size":
             continue
         if found := _difference(theirs.get(name), ours[name], f"{key}.{name}" if key else name):
             return found

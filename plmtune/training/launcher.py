@@ -14,10 +14,10 @@ from plmtune.errors import NotFinite, UserError
 from plmtune.io import terminal
 from plmtune.training import plans
 from plmtune.training.checkpoint import Checkpoints
-from plmtune.training.determinism import everything_put_back
-from plmtune.training.distributed import told_by_rank_0
+from plmtune.training.determinism import preserve_random_state
+from plmtune.training.distributed import broadcast_from_rank0
 from plmtune.training.estimate import peak_flops
-from plmtune.training.init_from import KINDS, choose_origin, pin_names
+from plmtune.training.init_from import DEFAULT_INIT_RECIPES, choose_init_checkpoint, pin_revisions
 from plmtune.training.monitor import RunMonitor
 from plmtune.training.plans import Plan, does_not_fit, show_epochs
 from plmtune.training.run_directory import EXIT_STOPPED, RunDirectory, refuse_unusable
@@ -76,26 +76,26 @@ def prepare(
     preflight: Preflight,
     *,
     fetch: bool = False,
-    may_be_open: bool = False,
+    allow_missing: bool = False,
 ) -> Plan:
     """Find what a run resumes or starts from, and check all that can be checked before a weight is allocated.
 
     Args:
         fetch: the run begins now: what it takes from the hub is fetched.
-        may_be_open: where there is nothing to start from, check what does not depend on it.
+        allow_missing: where there is nothing to start from, check what does not depend on it.
 
     Raises:
         UserError: with what a run would say; a dry run and ``plmtune validate`` say the same.
     """
     find_run(cfg)
     plans.find_sources(cfg.data)  # before a model is looked for, or fetched
-    pin_names(cfg, weights=fetch)
-    if cfg.recipe in KINDS and not cfg.resume:
-        chosen = choose_origin(cfg, may_be_open=may_be_open)
+    pin_revisions(cfg, weights=fetch)
+    if cfg.recipe in DEFAULT_INIT_RECIPES and not cfg.resume:
+        chosen = choose_init_checkpoint(cfg, allow_missing=allow_missing)
         if runtime.is_main:
             terminal.echo(chosen, err=True)
     if cfg.run_dir and not cfg.resume:
-        told_by_rank_0(lambda: refuse_unusable(Path(cfg.run_dir)))  # before it makes the directory
+        broadcast_from_rank0(lambda: refuse_unusable(Path(cfg.run_dir)))  # before it makes the directory
     return preflight(cfg, runtime, fetch=fetch)
 
 
@@ -121,7 +121,7 @@ def _refuse_too_large(cfg: Any, planned: Plan) -> None:
 
 def check(cfg: Any, preflight: Preflight) -> str:
     """What ``plmtune validate`` says of a config that is right."""
-    planned = prepare(cfg, Runtime.choose(**_settings(cfg)), preflight, may_be_open=True)
+    planned = prepare(cfg, Runtime.choose(**_settings(cfg)), preflight, allow_missing=True)
     steps = f"{planned.num_steps:,} steps" if planned.phases else show_epochs(planned.epochs or 0)
     if planned.estimated is None:
         return f"{steps[0].upper()}{steps[1:]} of the model that it starts from."
@@ -201,5 +201,5 @@ def warm_up(runtime: Runtime, step: Callable[[], object]) -> None:
         step: a forward and a backward that change no weight.
     """
     if runtime.strategy == "ddp":
-        with everything_put_back(runtime.device):
+        with preserve_random_state(runtime.device):
             step()

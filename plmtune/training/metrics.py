@@ -23,7 +23,7 @@ _LARGEST = 1e300
 _log = logging.getLogger(__name__)
 
 # A line with this key comes between a checkpoint and the next step: a run resumed from there writes it again.
-BETWEEN = "after_round"
+AFTER_ROUND = "after_round"
 
 
 class MetricsFile:
@@ -32,7 +32,7 @@ class MetricsFile:
     Args:
         path: made if missing.
         start_step: lines beyond it are cut off, as a resumed run writes them again; so is one torn by a kill, and one
-            of this step that was measured after its checkpoint (`BETWEEN`).
+            of this step that was measured after its checkpoint (`AFTER_ROUND`).
 
     Attributes:
         pending: lines that could not be written yet; the next `append` tries again.
@@ -148,5 +148,5 @@ def without_timing(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cut(path: Path, start_step: int) -> None:
     lines = [entry for entry in read(path) if entry["step"] <= start_step]
-    kept = [json.dumps(entry) for entry in lines if not (entry["step"] == start_step and BETWEEN in entry)]
+    kept = [json.dumps(entry) for entry in lines if not (entry["step"] == start_step and AFTER_ROUND in entry)]
     manifest.write_text(path, "".join(text + "\n" for text in kept))

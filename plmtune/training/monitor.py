@@ -216,7 +216,7 @@ class RunMonitor:
                 self.message(f"step {step}: {' · '.join(shown)}")
             return
         self._reached = f"step {step}/{self.num_steps}"
-        loss, *others = describe(entry, self._eta(step))
+        loss, *others = format_metrics(entry, self._eta(step))
         self._line.update(f"{self._reached} · {loss}", *others, now=not self._shown or step == self.num_steps)
         self._shown = True
 
@@ -226,7 +226,7 @@ class RunMonitor:
         return (time.perf_counter() - self._began) / done * (self.num_steps - step) if done > 0 else None
 
 
-def describe(entry: Mapping[str, Any], eta_seconds: float | None) -> list[str]:
+def format_metrics(entry: Mapping[str, Any], eta_seconds: float | None) -> list[str]:
     """A run's state, the most important first: loss, time to go, speed, rate, MFU, memory."""
     parts = [f"loss {entry['loss']:.4f}"]
     if eta_seconds is not None:

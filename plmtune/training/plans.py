@@ -29,9 +29,9 @@ from plmtune.tokenizers.chat_template import ChatTemplate, find_template, templa
 from plmtune.tokenizers.tokenizer import QWEN2_ROWS
 from plmtune.training.compilers import check_compiler
 from plmtune.training.estimate import Estimate, estimate
-from plmtune.training.finetune_model import check_student
+from plmtune.training.finetune_model import check_finetuning
 from plmtune.training.guard import Guard
-from plmtune.training.init_from import KINDS, start_from
+from plmtune.training.init_from import DEFAULT_INIT_RECIPES, find_init_checkpoint
 from plmtune.training.loggers import check_installed
 from plmtune.training.run_setup import resolve_phase
 from plmtune.training.runtime import Runtime
@@ -136,7 +136,7 @@ def plan(cfg: Any, runtime: Runtime, kind: Kind, *, fetch: bool = False) -> Plan
             f"{runtime.data_world_size} processes."
         )
     loss = _build_loss(cfg.loss, kind)
-    if cfg.recipe not in KINDS:  # there is no origin whose they could be
+    if cfg.recipe not in DEFAULT_INIT_RECIPES:  # there is no origin whose they could be
         for key in ("model", "tokenizer"):
             if getattr(cfg, key) is None:
                 raise UserError(f"key {key}: no component chosen. See: plmtune ls {key}")
@@ -150,7 +150,7 @@ def plan(cfg: Any, runtime: Runtime, kind: Kind, *, fetch: bool = False) -> Plan
             f"Give seq_len={model.max_seq_len} or less."
         )
     if model is not None and not cfg.resume:  # a model or tokenizer that is not init_from's explains what follows
-        start_from(cfg, model, tokenizer, weights=False)
+        find_init_checkpoint(cfg, model, tokenizer, weights=False)
     tokens_per_step = cfg.global_batch_size * cfg.seq_len
     trained, optimizer = _trained(cfg, model, vocab_size, runtime.strategy)
     phases = [resolve_phase(index, phase, tokens_per_step) for index, phase in enumerate(getattr(cfg, "phases", ()))]
@@ -249,7 +249,7 @@ def _trained(cfg: Any, model: Any, vocab_size: int, strategy: str) -> tuple[nn.M
             # What adapters and rounding change is a model of its own: the run changes the plan's later.
             trained = model if model is not None and not hasattr(cfg, "peft") else _on_meta(chosen, vocab_size)
             if hasattr(cfg, "peft"):
-                check_student(cfg, trained, strategy)
+                check_finetuning(cfg, trained, strategy)
                 if cfg.peft:
                     build("peft", cfg.peft, model=trained)
             with without_dynamo():

@@ -18,12 +18,14 @@ from plmtune.config.overrides import in_hydras_form
 from plmtune.errors import UserError
 from plmtune.io import hub
 from plmtune.registry import Component
-from plmtune.training.run_directory import LATEST, NEWEST, without_link
+from plmtune.training.run_directory import LATEST, NEWEST, resolve_link
 
 # Keys that may differ on resume: they change where and how a run computes or reports, not what it learns.
-FREE = ("run_dir", "resume", "other_data", "force", "micro_batch_size", "num_workers", "log_every",
+RESUME_MUTABLE = ("run_dir", "resume", "other_data", "force", "micro_batch_size", "num_workers", "log_every",
         "runtime", "checkpoint", "guard", "validation", "eval", "sample", "logger")  # fmt: skip
-_FREE_OF = {"quantize": ("run_dir", "resume", "other_data", "force", "device")}  # its checkpoint is what it quantizes
+_RESUME_MUTABLE_OF = {
+    "quantize": ("run_dir", "resume", "other_data", "force", "device")
+}  # its checkpoint is what it quantizes
 # Keys that say where the data is. Its fingerprints say what it is, and other_data=true lets it differ.
 DATA = ("data", "preparation")
 
@@ -33,10 +35,10 @@ _INHERITED_OF = {"quantize": ("checkpoint", "quantization")}
 
 
 def _free(cfg: Any) -> tuple[str, ...]:
-    return _FREE_OF.get(cfg.recipe, FREE)
+    return _RESUME_MUTABLE_OF.get(cfg.recipe, RESUME_MUTABLE)
 
 
-def left_to_origin(cfg: Any) -> list[str]:
+def keys_from_init_checkpoint(cfg: Any) -> list[str]:
     """Keys that a config leaves to what its run starts from: empty, or a link such as runs/NAME/latest, which moves."""
     known = {field.name for field in fields(cfg)}
     keys = [key for key in _INHERITED_OF.get(cfg.recipe, _INHERITED) if key in known]
@@ -44,24 +46,24 @@ def left_to_origin(cfg: Any) -> list[str]:
     return [key for key, v in values.items() if v is None or (isinstance(v, str) and Path(v).is_symlink())]
 
 
-def without_links(value: Any) -> Any:
+def resolve_links(value: Any) -> Any:
     """A config's value whose paths name runs by their own directories: runs/NAME/latest will come to name another."""
     if isinstance(value, str) and {LATEST, NEWEST} & set(Path(value).parts):
         path = Path(value)
         link = next((p for p in (path, *path.parents) if p.name in (LATEST, NEWEST) and p.is_symlink()), None)
-        return str(without_link(link) / path.relative_to(link)) if link else value
+        return str(resolve_link(link) / path.relative_to(link)) if link else value
     if isinstance(value, Component):
-        return replace(value, settings=without_links(value.settings))
+        return replace(value, settings=resolve_links(value.settings))
     if isinstance(value, dict):
-        return {key: without_links(child) for key, child in value.items()}
+        return {key: resolve_links(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(without_links(child) for child in value)
+        return type(value)(resolve_links(child) for child in value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: without_links(getattr(value, field.name)) for field in fields(value)})
+        return replace(value, **{field.name: resolve_links(getattr(value, field.name)) for field in fields(value)})
     return value
 
 
-def take_pins(cfg: Any, saved: Any) -> None:
+def keep_pinned_revisions(cfg: Any, saved: Any) -> None:
     """Let a config that goes on name the commits of the hub's models that its run began with, see `hub.pin`."""
     for key, (old, new) in differences(saved, cfg).items():
         if hub.is_pin(old, new):
@@ -102,10 +104,10 @@ def refuse_other_config(path: Path, before: Any, now: Any) -> None:
         UserError: naming the first key that must not differ, with both values.
     """
     # A key that `now` leaves to the run's origin is what it was.
-    free = (*_free(now), *(DATA if now.other_data else ()), *left_to_origin(now))
+    free = (*_free(now), *(DATA if now.other_data else ()), *keys_from_init_checkpoint(now))
     for key, (old, new) in differences(before, now).items():
         top = key.partition(".")[0]
-        if top not in free and without_links(new) != old and not hub.is_pin(old, new):
+        if top not in free and resolve_links(new) != old and not hub.is_pin(old, new):
             new_run = "start a new run" + (f" from its weights: init_from={path}" if hasattr(now, "init_from") else "")
             way = "give other_data=true (--other-data)" if top in DATA else new_run
             raise UserError(
@@ -162,7 +164,7 @@ def changed_data(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     return ", ".join(parts)
 
 
-def job() -> str:
+def torchrun_job_id() -> str:
     """Names the torchrun that started this process, alike before and after it restarts its workers; else empty.
 
     The run id alone is "none" by default, so the process that starts the workers is told as well.

@@ -51,7 +51,7 @@ def read_record(path: Path) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {}
 
 
-def config_is_vouched_for(path: Path) -> bool:
+def verify_config(path: Path) -> bool:
     """Whether run.json says that config.yaml is what the run at `path` began with.
 
     Returns:
@@ -79,12 +79,12 @@ def refuse_if_in_use(path: Path) -> None:
     Raises:
         UserError: naming that process.
     """
-    holder = _holder(path)
+    holder = _lock_holder(path)
     if holder:
         raise _in_use(path, holder)
 
 
-def _holder(path: Path) -> str:
+def _lock_holder(path: Path) -> str:
     """The process that holds the lock of the run at `path`; empty if there is none, or none that can be seen."""
     try:
         file = (path / LOCK).open("r", encoding="utf-8")
@@ -103,13 +103,13 @@ def _holder(path: Path) -> str:
 
 def state_of(path: Path) -> State | None:
     """How it stands with the run at `path`; None if nothing says so."""
-    if _holder(path):
+    if _lock_holder(path):
         return "running"
     status = read_record(path).get("status")
     return "killed" if status == "running" else status if status in ("finished", "stopped", "failed") else None
 
 
-def without_link(path: Path) -> Path:
+def resolve_link(path: Path) -> Path:
     """The run that a link such as runs/NAME/newest names: while a run trains, the link may come to name another."""
     return path.parent / path.readlink() if path.is_symlink() else path
 
@@ -177,7 +177,7 @@ class RunDirectory:
             config_yaml: the resolved configuration, as text.
             command: what was typed.
             data: fingerprints of the data by name.
-            job: what started it, see `plmtune.training.resume_checks.job`.
+            job: what started it, see `plmtune.training.resume_checks.torchrun_job_id`.
 
         Raises:
             UserError: if the directory holds a run, is in use, or cannot be written.

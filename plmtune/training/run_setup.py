@@ -23,26 +23,26 @@ from plmtune.errors import UserError
 from plmtune.io import manifest
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training import distributed
-from plmtune.training.distributed import broadcast_text, told_by_rank_0
+from plmtune.training.distributed import broadcast_from_rank0, broadcast_text
 from plmtune.training.resume_checks import (
     changed_data,
     config_digest,
     differences,
-    job,
-    left_to_origin,
+    keep_pinned_revisions,
+    keys_from_init_checkpoint,
     refuse_other_config,
     refuse_other_data,
-    take_pins,
-    without_links,
+    resolve_links,
+    torchrun_job_id,
 )
 from plmtune.training.run_directory import (
     CONFIG,
     RECORD,
     RunDirectory,
-    config_is_vouched_for,
     read_record,
     refuse_if_in_use,
-    without_link,
+    resolve_link,
+    verify_config,
 )
 from plmtune.training.runtime import Runtime
 from plmtune.units import parse_count
@@ -98,28 +98,34 @@ def find_run(cfg: Any) -> None:
     """
 
     def find() -> tuple[str, bool]:
-        found = _named(cfg) if cfg.resume and cfg.run_dir else _newest_alike(cfg) if cfg.resume else _of_this_job(cfg)
+        found = (
+            _named(cfg)
+            if cfg.resume and cfg.run_dir
+            else _newest_with_config(cfg)
+            if cfg.resume
+            else _run_of_this_job(cfg)
+        )
         if found is None:
             return "", False
         refuse_if_in_use(found)
         return str(found), read_record(found).get("status") == "finished"
 
     # Rank 0 looks and tells: a later rank would already see what rank 0 is about to make.
-    found, finished = told_by_rank_0(find)
+    found, finished = broadcast_from_rank0(find)
     if not found:
         cfg.resume = False
         for field in fields(cfg):
             if field.name != "run_dir":
-                setattr(cfg, field.name, without_links(getattr(cfg, field.name)))
+                setattr(cfg, field.name, resolve_links(getattr(cfg, field.name)))
         return
     if finished and not cfg.resume:
         log.warning("%s: an earlier attempt of this job has finished it.", found)
         raise SystemExit(0)
     cfg.run_dir, cfg.resume = found, True
     saved = load_config(Path(found) / CONFIG)
-    for key in left_to_origin(cfg):  # what a new run takes over from its origin, this one has taken
+    for key in keys_from_init_checkpoint(cfg):  # what a new run takes over from its origin, this one has taken
         setattr(cfg, key, getattr(saved, key))
-    take_pins(cfg, saved)
+    keep_pinned_revisions(cfg, saved)
 
 
 def open_run(
@@ -147,18 +153,18 @@ def open_run(
             run = _reopen(cfg, path, data, saved or {})
             runtime.hold(run)
             return
-        run = RunDirectory.create(path, to_yaml(cfg), sys.argv, data=data, job=job())
+        run = RunDirectory.create(path, to_yaml(cfg), sys.argv, data=data, job=torchrun_job_id())
         runtime.hold(run)
         run.update(starts_from=getattr(cfg, "init_from", getattr(cfg, "checkpoint", None)))
 
-    told_by_rank_0(begin)
+    broadcast_from_rank0(begin)
     return run
 
 
 def _reopen(cfg: Any, path: Path, data: Mapping[str, str], saved: Mapping[str, Any]) -> RunDirectory:
     """Go on in `path`, if config.yaml and the data are what the run began with."""
     began_with = load_config(path / CONFIG)
-    if not config_is_vouched_for(path):
+    if not verify_config(path):
         if "config" not in saved:
             log.warning(
                 "%s is missing or damaged: nothing says what config and data the run began with.", path / RECORD
@@ -197,21 +203,21 @@ def _reopen(cfg: Any, path: Path, data: Mapping[str, str], saved: Mapping[str, A
 
 def _named(cfg: Any) -> Path | None:
     """The run in `run_dir`; None if there is none yet."""
-    path = without_link(Path(cfg.run_dir))
+    path = resolve_link(Path(cfg.run_dir))
     if not (path / CONFIG).is_file():
         return None
-    config_is_vouched_for(path)
+    verify_config(path)
     refuse_other_config(path, load_config(path / CONFIG), cfg)
     return path
 
 
-def _newest_alike(cfg: Any) -> Path:
+def _newest_with_config(cfg: Any) -> Path:
     """The newest unfinished run of this name and config."""
     for path in _runs_of(cfg.name):
         if read_record(path).get("status") == "finished":
             continue
         try:
-            config_is_vouched_for(path)
+            verify_config(path)
         except UserError as error:
             log.warning("Passed over: %s", error)
             continue
@@ -224,15 +230,15 @@ def _newest_alike(cfg: Any) -> Path:
     )
 
 
-def _of_this_job(cfg: Any) -> Path | None:
+def _run_of_this_job(cfg: Any) -> Path | None:
     """The run that this job began before torchrun restarted it; None if it is not restarted, or died before that."""
     if distributed.restarted():
         for path in [Path(cfg.run_dir)] if cfg.run_dir else _runs_of(cfg.name):
             record = read_record(path)
-            if record.get("job") != job() or not (path / CONFIG).is_file():
+            if record.get("job") != torchrun_job_id() or not (path / CONFIG).is_file():
                 continue
             # The file that the command names may have been edited since.
-            config_is_vouched_for(path)
+            verify_config(path)
             refuse_other_config(path, load_config(path / CONFIG), cfg)
             attempts = record.get("attempts")
             if isinstance(attempts, list) and attempts and attempts[-1].get("ended_by") == "guard":

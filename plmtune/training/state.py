@@ -31,7 +31,7 @@ _SUBCLASSES = {"OptimState8bit": "torchao.optim.subclass_8bit"}
 _SHARDED_PARTS = ("codes", "scale")
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_state_dict(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of `optimizer` as it stands, sharded or not. Every rank gets the same names in the same order.
 
     Returns:
@@ -65,10 +65,10 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, T
     return tensors, rest
 
 
-def load_optimizer_state(
+def load_optimizer_state_dict(
     model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
 ) -> None:
-    """Put back what `optimizer_state` took, sharded as the model is. Every rank must call it.
+    """Put back what `optimizer_state_dict` took, sharded as the model is. Every rank must call it.
 
     Raises:
         UserError: if the groups or parameters are not those of this optimizer.
@@ -112,13 +112,13 @@ def load_optimizer_state(
                 optimizer.state.pop(parameter, None)
 
 
-def scheduler_state(scheduler: Any) -> dict[str, Any]:
+def scheduler_state_dict(scheduler: Any) -> dict[str, Any]:
     """The JSON-able state of a learning-rate scheduler."""
     return {key: _plain(value) for key, value in scheduler.state_dict().items()}
 
 
-def load_scheduler_state(scheduler: Any, state: Mapping[str, Any]) -> None:
-    """Put back what `scheduler_state` took; rates that are tensors in this run stay tensors."""
+def load_scheduler_state_dict(scheduler: Any, state: Mapping[str, Any]) -> None:
+    """Put back what `scheduler_state_dict` took; rates that are tensors in this run stay tensors."""
     current = scheduler.state_dict()
     scheduler.load_state_dict({key: _as(value, current.get(key)) for key, value in state.items()})
 

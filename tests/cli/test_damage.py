@@ -25,7 +25,7 @@ from plmtune.models.reward import load_reward_model
 from plmtune.modules.peft import init_adapters
 from plmtune.registry import load
 from plmtune.tokenizers.tokenizer import byte
-from plmtune.training.init_from import origin_directory
+from plmtune.training.init_from import init_checkpoint_directory
 
 WHOLE = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "state.json", "manifest.json")
 ADAPTERS = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "manifest.json")
@@ -143,7 +143,7 @@ class TestOneFlippedBit:
             with pytest.raises(UserError, match=rf"{name} is damaged"):
                 read(out)
 
-    @pytest.mark.parametrize("read", [load_reward_model, origin_directory, find_tokenizer])
+    @pytest.mark.parametrize("read", [load_reward_model, init_checkpoint_directory, find_tokenizer])
     def test_is_found_where_a_run_reads_another(self, place: Path, read: Callable[[str], Any]) -> None:
         file = "tokenizer.json" if read is find_tokenizer else "config.json"
         flip(place / "checkpoints/step-00000002" / file)
@@ -278,7 +278,7 @@ class TestPermissions:
     ) -> None:
         monkeypatch.setattr(Path, "open", _forbidding(Path.open, "state.json"))
         with pytest.raises(UserError, match=r"step-00000002/state.json cannot be read"):
-            origin_directory(".")
+            init_checkpoint_directory(".")
 
 
 def _visible(place: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from plmtune.cli.runs import reasons, table
 from plmtune.errors import UserError
 from plmtune.io import manifest
 from plmtune.models.checkpoint_files import checkpoint_directory
-from plmtune.training.init_from import origin_directory
+from plmtune.training.init_from import init_checkpoint_directory
 from plmtune.training.run_directory import EXIT_STOPPED
 from plmtune.training.run_summary import differing_settings, find_runs, summarize
 
@@ -119,7 +119,7 @@ class TestARunWithoutAModel:
             (4, ["is running at step 12 of 1,200 and has saved no model yet"]),
         ],
     )
-    @pytest.mark.parametrize("read", [checkpoint_directory, origin_directory, _find])
+    @pytest.mark.parametrize("read", [checkpoint_directory, init_checkpoint_directory, _find])
     def test_says_how_it_stands(self, place: Path, number: int, parts: list[str], read: Callable[[Any], Any]) -> None:
         with pytest.raises(UserError) as caught:
             read(Path(f"runs/pretrain/20260101-00000{number}"))
@@ -140,7 +140,7 @@ class TestReadingARunThatDidNotFinish:
         ("number", "said"),
         [(0, ""), (1, "failed at step 7"), (2, "was stopped at step 300"), (3, "was killed"), (4, "")],
     )
-    @pytest.mark.parametrize("read", [checkpoint_directory, origin_directory])
+    @pytest.mark.parametrize("read", [checkpoint_directory, init_checkpoint_directory])
     def test_which_checkpoint_is_used_is_said_once(
         self, place: Path, number: int, said: str, read: Callable[[Any], Any], capsys: pytest.CaptureFixture[str]
     ) -> None:

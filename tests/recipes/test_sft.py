@@ -154,7 +154,7 @@ class TestWhatIsSaidFirst:
         self, base: Path, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(
-            "plmtune.training.launcher.choose_origin", lambda *_, **__: pytest.fail("a model was looked for")
+            "plmtune.training.launcher.choose_init_checkpoint", lambda *_, **__: pytest.fail("a model was looked for")
         )
         said = refusal(name, "data.paths=[nowhere.jsonl]", "init_from=null")
         assert "There is no file nowhere.jsonl" in said

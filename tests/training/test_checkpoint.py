@@ -26,7 +26,7 @@ from plmtune.io import manifest
 from plmtune.io.checksummed_json import seal, unseal
 from plmtune.io.manifest import steps, verify
 from plmtune.training import state as training_state
-from plmtune.training.checkpoint import Checkpoints, newest_whole
+from plmtune.training.checkpoint import Checkpoints, latest_valid
 from plmtune.training.runtime import Runtime
 
 OPTIMIZERS = {
@@ -70,15 +70,15 @@ class Run:
         )
 
     def restore(self) -> dict | None:
-        path = newest_whole(self.checkpoints.directory)
+        path = latest_valid(self.checkpoints.directory)
         if path is None:
             return None
         return self.checkpoints.restore(path, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
 
     def bytes(self) -> list[bytes]:
-        tensors, rest = training_state.optimizer_state(self.model, self.optimizer)
+        tensors, rest = training_state.optimizer_state_dict(self.model, self.optimizer)
         everything = {**self.model.state_dict(), **tensors}
-        return [f"{rest}{training_state.scheduler_state(self.scheduler)}".encode()] + [
+        return [f"{rest}{training_state.scheduler_state_dict(self.scheduler)}".encode()] + [
             name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(everything.items())
         ]
 

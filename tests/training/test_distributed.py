@@ -21,7 +21,7 @@ from toy import Toy, global_batch, train_step
 from plmtune.errors import UserError
 from plmtune.modules.sharding import full_tensor
 from plmtune.training import distributed
-from plmtune.training.checkpoint import Checkpoints, newest_whole
+from plmtune.training.checkpoint import Checkpoints, latest_valid
 from plmtune.training.runtime import Runtime
 
 CASES = ("ddp", "fsdp", "fsdp tied", "fsdp bf16", "fsdp 8bit")
@@ -73,7 +73,7 @@ def go_on(runtime: Runtime, directory: Path, variant: str = "") -> dict[str, obj
     trained = runtime.distribute(model)
     optimizer = build_optimizer(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    path = newest_whole(directory)
+    path = latest_valid(directory)
     assert path is not None
     state = Checkpoints(directory).restore(path, model=model, optimizer=optimizer, scheduler=scheduler)
     restored = digest(whole(model))
@@ -113,7 +113,7 @@ def fetch(file: Path, rank: int) -> str:
             opened.write(str(rank))
         return file.read_text()
 
-    return distributed.once_a_machine(write)
+    return distributed.once_per_machine(write)
 
 
 def refuse_on_rank_1(rank: int) -> None:
@@ -139,7 +139,7 @@ def two(directory: Path) -> dict[str, object]:
         results["stop"] = [distributed.any_rank(runtime.rank == 1), distributed.any_rank(False)]
         results["fetched"], results["refused"] = fetch(directory / "fetched", runtime.rank), ""
         try:
-            distributed.once_a_machine(lambda: refuse_on_rank_1(runtime.rank))
+            distributed.once_per_machine(lambda: refuse_on_rank_1(runtime.rank))
         except UserError as error:
             results["refused"] = str(error)
         results["sum"] = runtime.sum(runtime.rank + 1, torch.tensor(0.5))
@@ -285,9 +285,9 @@ class TestStart:
 
     def test_those_who_did_not_come_are_named(self, store):
         def come() -> None:
-            while not store.check([distributed.ROUND]):
+            while not store.check([distributed.RENDEZVOUS_KEY]):
                 time.sleep(0.01)
-            store.set(store.get(distributed.ROUND).decode() + "/here/2", "")
+            store.set(store.get(distributed.RENDEZVOUS_KEY).decode() + "/here/2", "")
 
         other = threading.Thread(target=come)
         other.start()
@@ -299,7 +299,7 @@ class TestStart:
     @pytest.mark.parametrize("left_over", [False, True])
     def test_who_waits_for_rank_0_is_not_misled_by_what_dead_processes_left(self, store, place, left_over):
         if left_over:
-            store.set(distributed.ROUND, "earlier")
+            store.set(distributed.RENDEZVOUS_KEY, "earlier")
             for rank in range(4):
                 store.set(f"earlier/here/{rank}", "dead")
             store.set("earlier/all", "dead dead dead dead")
@@ -347,7 +347,12 @@ class TestExplain:
     @pytest.fixture
     def store(self, monkeypatch: pytest.MonkeyPatch) -> dist.HashStore:
         store = dist.HashStore()
-        for name, value in {"_store": store, "ROLL_CALL": 0.2, "rank": lambda: 0, "world_size": lambda: 3}.items():
+        for name, value in {
+            "_store": store,
+            "PEER_REPORT_SECONDS": 0.2,
+            "rank": lambda: 0,
+            "world_size": lambda: 3,
+        }.items():
             monkeypatch.setattr(distributed, name, value)
         return store
 

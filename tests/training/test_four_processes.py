@@ -23,9 +23,9 @@ from toy import Toy, global_batch, train_step
 
 from plmtune.modules.sharding import full_tensor
 from plmtune.training import distributed
-from plmtune.training.checkpoint import Checkpoints, newest_whole
+from plmtune.training.checkpoint import Checkpoints, latest_valid
 from plmtune.training.runtime import Runtime
-from plmtune.training.state import optimizer_state
+from plmtune.training.state import optimizer_state_dict
 
 WAYS = {"ddp": {}, "fsdp": {}, "hsdp": {"shard_size": 2}}
 GROUPS = 3  # of the toy's parameters: two layers, and the root with what is left
@@ -142,10 +142,10 @@ def go_on(runtime: Runtime, reads: Path | None, writes: Path | None) -> dict[str
     if reads is None:
         steps(0, 1)
     else:
-        path = newest_whole(reads)
+        path = latest_valid(reads)
         assert path is not None
         Checkpoints(reads).restore(path, **state)
-    moments, _ = optimizer_state(model, optimizer)
+    moments, _ = optimizer_state_dict(model, optimizer)
     digest = xxhash.xxh3_128()
     for name, tensor in sorted({**model.state_dict(), **moments}.items()):
         digest.update(name.encode())

@@ -12,7 +12,7 @@ from plmtune.errors import UserError
 from plmtune.io import manifest
 from plmtune.models.hf import save_model
 from plmtune.tokenizers.tokenizer import bundled
-from plmtune.training.init_from import choose_origin
+from plmtune.training.init_from import choose_init_checkpoint
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def copy(runs: Path, name: str, recipe: str = "pretrain", status: str = "finishe
 class TestChooseOrigin:
     def test_model_and_tokenizer_are_taken_over(self, runs: Path) -> None:
         cfg = compose.compose("sft")
-        said = choose_origin(cfg)
+        said = choose_init_checkpoint(cfg)
         assert cfg.init_from == "runs/pretrain/20260101-000000"
         assert "starting from runs/pretrain/20260101-000000, the newest finished pretrain run" in said
         assert cfg.model.settings["embed_dim"] == 64
@@ -61,27 +61,27 @@ class TestChooseOrigin:
         copy(runs, "pretrain/20260102-000000")
         copy(runs, "pretrain/20260104-000000", status="stopped")
         cfg = compose.compose("sft")
-        choose_origin(cfg)
+        choose_init_checkpoint(cfg)
         assert cfg.init_from == "runs/other/20260103-000000"
 
     def test_preference_training_goes_on_from_an_sft_if_there_is_one(self, runs: Path) -> None:
         cfg = compose.compose("aries")
-        choose_origin(cfg)
+        choose_init_checkpoint(cfg)
         assert cfg.init_from == "runs/pretrain/20260101-000000"
         copy(runs, "sft/20250101-000000", recipe="sft")
         copy(runs, "dpo/20260105-000000", recipe="preference")
         cfg = compose.compose("aries")
-        choose_origin(cfg)
+        choose_init_checkpoint(cfg)
         assert cfg.init_from == "runs/sft/20250101-000000"  # older, and of the fitting kind
 
     def test_a_named_model_must_be_the_runs(self, runs: Path) -> None:
         copy(runs, "pretrain/20260102-000000", preset="plm_demo")
         cfg = compose.compose("sft", (), ["model=plm_tiny"])
-        choose_origin(cfg)
+        choose_init_checkpoint(cfg)
         assert cfg.init_from == "runs/pretrain/20260101-000000"
         with pytest.raises(UserError, match=r"no finished pretrain run with this model \(plm\)"):
-            choose_origin(compose.compose("sft", (), ["model=plm_20m"]))
+            choose_init_checkpoint(compose.compose("sft", (), ["model=plm_20m"]))
 
     def test_what_is_named_is_taken(self, runs: Path) -> None:
         cfg = compose.compose("sft", (), ["init_from=runs/pretrain/20260101-000000/checkpoints/step-00000005"])
-        assert choose_origin(cfg) == "starting from runs/pretrain/20260101-000000/checkpoints/step-00000005"
+        assert choose_init_checkpoint(cfg) == "starting from runs/pretrain/20260101-000000/checkpoints/step-00000005"

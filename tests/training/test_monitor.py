@@ -21,7 +21,7 @@ from plmtune.registry import load
 from plmtune.training import loggers
 from plmtune.training import monitor as module
 from plmtune.training.metrics import MetricsFile, read, without_timing
-from plmtune.training.monitor import RunMonitor, describe, learning_rates
+from plmtune.training.monitor import RunMonitor, format_metrics, learning_rates
 from plmtune.training.run_directory import RunDirectory
 
 
@@ -108,7 +108,7 @@ def test_a_run_that_does_not_know_its_steps_yet_shows_none(run, capsys):
 def test_the_line_reads_as_a_person_expects():
     entry = {"loss": 2.34567, "lr": 3e-4, "tokens_per_second": 12345, "mfu": 0.412, "memory_bytes": 3 * 2**30}
     parts = ["loss 2.3457", "ETA 1:02:05", "12.3K tok/s", "lr 3.00e-04", "MFU 41.2%", "3.00 GiB"]
-    assert describe(entry, 3725) == parts
+    assert format_metrics(entry, 3725) == parts
 
 
 class TestSignals:

@@ -18,9 +18,9 @@ from plmtune.io import manifest
 from plmtune.training.run_directory import (
     EXIT_STOPPED,
     RunDirectory,
-    config_is_vouched_for,
     refuse_if_in_use,
-    without_link,
+    resolve_link,
+    verify_config,
 )
 
 
@@ -160,26 +160,26 @@ class TestLinks:
 
     def test_a_run_is_not_known_by_a_link_that_may_come_to_name_another(self, tmp_path):
         create(tmp_path / "runs" / "a" / "1").close()
-        assert without_link(tmp_path / "runs/a/newest") == tmp_path / "runs/a/1"
-        assert without_link(tmp_path / "runs/a/1") == tmp_path / "runs/a/1"
+        assert resolve_link(tmp_path / "runs/a/newest") == tmp_path / "runs/a/1"
+        assert resolve_link(tmp_path / "runs/a/1") == tmp_path / "runs/a/1"
 
 
 class TestConfig:
     def test_a_run_vouches_for_its_own(self, tmp_path):
         create(tmp_path).close()
-        assert config_is_vouched_for(tmp_path)
+        assert verify_config(tmp_path)
 
     def test_one_that_was_changed_is_refused_with_both_hashes(self, tmp_path):
         create(tmp_path).close()
         (tmp_path / "config.yaml").write_text("seed: 2\n")
         with pytest.raises(UserError, match=rf"config.yaml is not what.*{manifest.digest(tmp_path / 'config.yaml')}"):
-            config_is_vouched_for(tmp_path)
+            verify_config(tmp_path)
 
     @pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000, b'{"status": "running"}'])
     def test_a_record_that_says_nothing_vouches_for_nothing(self, tmp_path, text):
         create(tmp_path).close()
         (tmp_path / "run.json").write_bytes(text)
-        assert not config_is_vouched_for(tmp_path)
+        assert not verify_config(tmp_path)
 
 
 class TestLock:

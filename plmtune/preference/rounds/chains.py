@@ -201,7 +201,7 @@ def write_chains(
     directory.mkdir(parents=True, exist_ok=True)
     journal = Journal(directory, settings)
     plan = _Plan(prompts, template, refinement, turns, strategy, max_new_tokens, max_len, (seed, number), until)
-    if not distributed.told_by_rank_0(journal.is_whole):
+    if not distributed.broadcast_from_rank0(journal.is_whole):
         if not _write(plan, journal, engine, progress, stop):
             return None
         if distributed.rank() == 0:

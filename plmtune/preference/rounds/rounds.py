@@ -26,7 +26,7 @@ from plmtune.preference.rounds.chains import CHAINS, Chain, save_chains, write_p
 from plmtune.preference.rounds.rewards import Reward
 from plmtune.preference.rounds.rules import Rule, find_rules
 from plmtune.registry import Component
-from plmtune.training.distributed import told_by_rank_0
+from plmtune.training.distributed import broadcast_from_rank0
 
 # (directory, prompts, number that decides the draws) -> chains, or None if the run is to stop
 Write = Callable[[Path, Sequence[Prompt], int], list[Chain] | None]
@@ -90,10 +90,10 @@ class Rounds:
             UserError: if no pair was chosen, with the reasons.
         """
         place = of(run, number)
-        if told_by_rank_0((place / selection.PAIRS).is_file):
+        if broadcast_from_rank0((place / selection.PAIRS).is_file):
             return True
         prompts = self.prompts_of(number)
-        told_by_rank_0(lambda: write_prompts(place, prompts))
+        broadcast_from_rank0(lambda: write_prompts(place, prompts))
         chains = write(place, prompts, number)
         if chains is None:
             return False
@@ -108,7 +108,7 @@ class Rounds:
                 + " selection.rules, a smaller selection.margin, more generation.turns or a higher "
                 f"generation.temperature may give some. The chains are in {place / CHAINS}"
             )
-        told_by_rank_0(lambda: selection.save_pairs(place / selection.PAIRS, pairs))
+        broadcast_from_rank0(lambda: selection.save_pairs(place / selection.PAIRS, pairs))
         tell(f"round {number}: {len(pairs):,} pairs of {len(chains):,} prompts" + _because(refused))
         return True
 
@@ -125,7 +125,7 @@ class Rounds:
             return {}
         place = of(run, number) / EVALUATION
         found = place / "evaluation.json"
-        if not told_by_rank_0(found.is_file):
+        if not broadcast_from_rank0(found.is_file):
             when = f"after round {number}" if number else "before round 1"
             tell(f"evaluation {when}: {len(self.held_out):,} held-out prompts")
             # Their draws are the same after each round: what differs is the model.
@@ -133,8 +133,8 @@ class Rounds:
             if chains is None:
                 return None
             text = json.dumps(selection.evaluate(self._judged(place, chains)), indent=1) + "\n"
-            told_by_rank_0(lambda: manifest.write_text(found, text))
-        measured: dict[str, float] = told_by_rank_0(lambda: load_json(found.read_text(encoding="utf-8")))
+            broadcast_from_rank0(lambda: manifest.write_text(found, text))
+        measured: dict[str, float] = broadcast_from_rank0(lambda: load_json(found.read_text(encoding="utf-8")))
         if "direct" not in measured:
             tell(f"evaluation: none of {measured['num']:,} held-out prompts could be answered")
             return {}
@@ -145,7 +145,7 @@ class Rounds:
         if self.reward is None:
             return chains
         scored = selection.score(chains, self.reward)
-        told_by_rank_0(lambda: save_chains(place / CHAINS, scored))
+        broadcast_from_rank0(lambda: save_chains(place / CHAINS, scored))
         return scored
 
 
