@@ -30,7 +30,7 @@ from torch import Tensor
 from plmtune.devices.sparse_decode import squared_relus, switch
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.quantized_kernels import prepare
+from plmtune.modules.quantized_kernels import prepack
 from plmtune.quantization import schemes
 from plmtune.quantization.quantize import quantize
 from plmtune.registry import component
@@ -144,13 +144,13 @@ def variants(model: Decoder, longest: int) -> dict[str, Ours]:
     for scheme in ("int8", "int4"):
         held = copy.deepcopy(model).to(torch.bfloat16)
         quantize(held, getattr(schemes, scheme)(held))
-        prepare(held)
+        prepack(held)
         found[scheme] = Ours(held, longest)
     dense = model.to(torch.bfloat16)
     sparse = copy.deepcopy(dense)
     switch(sparse, True)
     for held in (dense, sparse):
-        prepare(held)  # as `plmtune.load` does
+        prepack(held)  # as `plmtune.load` does
     return {"bf16": Ours(dense, longest), "bf16 sparse": Ours(sparse, longest), **found}
 
 

@@ -40,9 +40,9 @@ from plmtune.errors import UserError
 from plmtune.export.gguf_quantize import quantize_gguf
 from plmtune.export.gguf_writer import write_gguf
 from plmtune.export.lint import WRITTEN
-from plmtune.export.runtimes import Runtime, Timing, open_runtime
+from plmtune.export.runtimes import InferenceRuntime, Timing, open_runtime
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.quantized_kernels import prepare
+from plmtune.modules.quantized_kernels import prepack
 from plmtune.quantization import schemes
 from plmtune.quantization.quantize import quantize
 from plmtune.tokenizers.tokenizer import byte
@@ -78,7 +78,7 @@ def ours(model: Decoder, capacity: int, clock: Callable[[], float]) -> Timed:
     return timed
 
 
-def theirs(runtime: Runtime, clock: Callable[[], float]) -> Timed:
+def theirs(runtime: InferenceRuntime, clock: Callable[[], float]) -> Timed:
     if "xllamacpp" in runtime.name:
         return runtime.timed  # a step of it is a whole request
 
@@ -149,7 +149,7 @@ def variants(
         held = copy.deepcopy(model).to(torch.bfloat16)
         if scheme != "bf16":
             quantize(held, getattr(schemes, scheme)(held))
-        prepare(held)
+        prepack(held)
         found[f"ours {scheme}"] = ours(held, capacity, clock)
     for kind in KINDS:
         path = folder / f"{kind}.gguf"

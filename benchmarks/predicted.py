@@ -25,12 +25,12 @@ import torch
 
 import plmtune
 from plmtune.devices.calibrate import calibrate
-from plmtune.devices.costs import Anatomy
+from plmtune.devices.costs import ModelShape
 from plmtune.devices.device import load_device, save_device
 from plmtune.devices.measure import SAMPLE, measure
 from plmtune.devices.predict import predict
 from plmtune.io import provenance
-from plmtune.models.adapters import read_description
+from plmtune.models.adapters import read_model_config
 from plmtune.models.hf import load_model, save_model
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
@@ -105,7 +105,7 @@ def main() -> None:
     makers: dict[str, Callable[[], Decoder]] = {"plm_100m": plm_100m, "llama_100m": llama_100m}
     if given.checkpoint:
         directory = given.checkpoint
-        read_description(directory)  # a mistake is said before minutes have passed
+        read_model_config(directory)  # a mistake is said before minutes have passed
         makers[directory.name] = lambda: load_model(directory)
     machine = (
         f"{provenance.device_name(torch.device('cpu'))}, {given.threads} threads, torch {torch.__version__}, plmtune "
@@ -116,8 +116,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     before = bytes_before()
     for name, make in makers.items():
-        anatomy = Anatomy.of(make())
-        fitting = [context for context in contexts if context + given.new_tokens <= anatomy.max_seq_len]
+        model_shape = ModelShape.of(make())
+        fitting = [context for context in contexts if context + given.new_tokens <= model_shape.max_seq_len]
         for scheme in given.schemes.split(","):
             folder = Path(tempfile.mkdtemp(prefix="predicted-"))
             try:
@@ -134,7 +134,7 @@ def main() -> None:
             finally:
                 shutil.rmtree(folder)
             for found in measured:
-                guess = predict(anatomy, device, scheme=scheme, context=found.context, prompt=SAMPLE)
+                guess = predict(model_shape, device, scheme=scheme, context=found.context, prompt=SAMPLE)
                 assert guess.decode is not None
                 memory = guess.peak - before
                 row = {

@@ -25,8 +25,8 @@ from plmtune.io.safetensors_writer import listed, not_finite
 from plmtune.io.signals import StopSignals
 from plmtune.io.terminal import echo
 from plmtune.io.untrusted import load_json
-from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_model, read_description
-from plmtune.models.assemble import describe, from_description
+from plmtune.models.adapters import holds_adapters, load_model, load_model_tokenizer, read_model_config
+from plmtune.models.assemble import component_config, component_from_config
 from plmtune.models.checkpoint_files import CONFIG as MODEL_CONFIG
 from plmtune.models.checkpoint_files import checkpoint_directory, read_json
 from plmtune.models.hf import save_model
@@ -121,7 +121,7 @@ def preflight(cfg: Config) -> Job:
         refuse_other_kinds(name, each, (Source,))
         if isinstance(each, Prepared):
             raise UserError(f"key data: source {name} holds tokens; this run takes text (data=files, hub, stdlib).")
-    return Job(source, load_its_tokenizer(source), plan, before, after, seq_len, calibration, budget, sources)
+    return Job(source, load_model_tokenizer(source), plan, before, after, seq_len, calibration, budget, sources)
 
 
 class Quantize:
@@ -281,7 +281,7 @@ def _percent(part: int, whole: int) -> str:
 def cfg_scheme(cfg: Config) -> dict[str, Any]:
     """The scheme of a config as plain data."""
     assert cfg.quantization is not None
-    return describe(cfg.quantization)
+    return component_config(cfg.quantization)
 
 
 def choose(cfg: Config) -> str:
@@ -303,7 +303,7 @@ def choose(cfg: Config) -> str:
     directory = checkpoint_directory(cfg.checkpoint, weights=False)
     trained_for = qat.plan_of(directory)
     if cfg.quantization is None and trained_for is not None:
-        cfg.quantization = from_description("quantization", trained_for, f"{directory}, key qat")
+        cfg.quantization = component_from_config("quantization", trained_for, f"{directory}, key qat")
     cfg.quantization = cfg.quantization or Component("quantization", "int4", {})
     rules = cfg.quantization.settings.get("rules")
     said += f" as {cfg.quantization.name}" + (f" with {len(rules)} rules" if rules else "")
@@ -330,9 +330,9 @@ def on_meta(source: Path) -> Any:
     """
     if not holds_adapters(source) and "quantization_config" in read_json(source, MODEL_CONFIG):
         raise UserError(f"{source} is quantized already. Quantize what it was made from (quantize.json names it).")
-    description = read_description(source)
+    description = read_model_config(source)
     with torch.device("meta"):
-        return from_description("model", description, str(source))(vocab_size=description["vocab_size"])
+        return component_from_config("model", description, str(source))(vocab_size=description["vocab_size"])
 
 
 def plan_of(cfg: Config, model: Any) -> Any:

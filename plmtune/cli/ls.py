@@ -57,11 +57,11 @@ def _overview(table: Any) -> None:
 
 def _devices() -> None:
     """The devices that plan knows, with the figures that decide."""
-    from plmtune.devices.device import load_device, shipped
+    from plmtune.devices.device import builtin_devices, load_device
     from plmtune.units import show_bytes, show_number
 
     table = Table([Column("device", key=True), "for a model", "reads at", "calibrated", Column("", folds=True)])
-    for name in shipped():
+    for name in builtin_devices():
         device = load_device(name)
         speed = f"{show_number(device.bandwidth.value / 1e9)} GB/s"
         table.add(name, show_bytes(device.available), speed, "yes" if device.rates else "no", device.name)

@@ -33,7 +33,7 @@ def merge(checkpoint: str, out: Path, base: Path | None, dtype: str | None, over
 
     import torch  # which takes longer than all before it
 
-    from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_model
+    from plmtune.models.adapters import holds_adapters, load_model, load_model_tokenizer
     from plmtune.models.checkpoint_files import checkpoint_directory
     from plmtune.models.hf import save_model
 
@@ -42,7 +42,7 @@ def merge(checkpoint: str, out: Path, base: Path | None, dtype: str | None, over
     if not holds_adapters(found):
         raise UserError(f"{found} holds no adapters: it is a whole model already, or none.")
     with new_directory(out, overwrite=overwrite) as temporary:
-        tokenizer = load_its_tokenizer(found, base)
+        tokenizer = load_model_tokenizer(found, base)
         model = load_model(found, dtype=dtypes[dtype], base=base)
         save_model(model, None, temporary)
         tokenizer.save(temporary)

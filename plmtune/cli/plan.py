@@ -19,7 +19,7 @@ from plmtune.io import hub
 from plmtune.io.tables import Column, Table, numbers, show
 
 if TYPE_CHECKING:
-    from plmtune.devices.costs import Anatomy
+    from plmtune.devices.costs import ModelShape
     from plmtune.devices.device import Device
     from plmtune.devices.predict import Prediction
 
@@ -86,12 +86,12 @@ def plan(
 
         show_sweep(name, overlays, overrides, asked)
         return
-    anatomy, cfg = _read(name, overlays, overrides)
+    model_shape, cfg = _read(name, overlays, overrides)
     if contexts is None:  # the usual ones, as far as this model goes
-        asked = replace(asked, contexts=sorted({min(length, anatomy.max_seq_len) for length in asked.contexts}))
+        asked = replace(asked, contexts=sorted({min(length, model_shape.max_seq_len) for length in asked.contexts}))
     budget = cfg is not None and getattr(cfg, "phases", True)  # a preference run has none: its pairs say it
     training = _training(cfg, train_on) if budget else None
-    _plan(name, anatomy, asked, training, without_budget=cfg is not None and not budget)
+    _plan(name, model_shape, asked, training, without_budget=cfg is not None and not budget)
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,12 @@ def _lengths(text: str) -> list[int]:
     return sorted(map(int, words))
 
 
-def _read(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple[Anatomy, Any]:
+def _read(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple[ModelShape, Any]:
     """A config's or a checkpoint's model, on the meta device, and the config."""
     import torch
 
     from plmtune.config import compose
-    from plmtune.devices.costs import Anatomy
+    from plmtune.devices.costs import ModelShape
     from plmtune.devices.sweep import vocabulary
 
     if Path(name).is_dir() or hub.parse(name) or Path(name).suffix == ".gguf":
@@ -151,19 +151,19 @@ def _read(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple
             raise UserError(
                 f"{name} is a checkpoint, whose model is as it is: {[*overlays, *overrides][0]} has no place."
             )
-        from plmtune.models.adapters import read_description
-        from plmtune.models.assemble import from_description
+        from plmtune.models.adapters import read_model_config
+        from plmtune.models.assemble import component_from_config
         from plmtune.models.checkpoint_files import checkpoint_directory
         from plmtune.models.hf import read_formats
         from plmtune.modules.quantized import install
 
         directory = checkpoint_directory(name, weights=False)
-        description = read_description(directory)
+        description = read_model_config(directory)
         with torch.device("meta"):
-            part = from_description("model", description, str(directory))
+            part = component_from_config("model", description, str(directory))
             model = compose.build("model", part, vocab_size=description["vocab_size"])
             install(model, read_formats(directory)[0] if (directory / "config.json").is_file() else {})
-        return Anatomy.of(model), None
+        return ModelShape.of(model), None
     cfg = compose.compose(*with_preset(name, overlays, overrides))
     if getattr(cfg, "model", None) is None:
         raise UserError(
@@ -171,41 +171,43 @@ def _read(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple
         )
     with torch.device("meta"):
         model = compose.build("model", cfg.model, vocab_size=vocabulary(cfg))
-    return Anatomy.of(model), cfg
+    return ModelShape.of(model), cfg
 
 
-def _plan(name: str, anatomy: Anatomy, asked: Asked, training: dict[str, Any] | None, *, without_budget: bool) -> None:
+def _plan(
+    name: str, model_shape: ModelShape, asked: Asked, training: dict[str, Any] | None, *, without_budget: bool
+) -> None:
     """Print what a model costs on each device, and write what was asked for."""
     from plmtune.devices import costs
     from plmtune.devices.pareto import draw_speeds
     from plmtune.devices.predict import predict
     from plmtune.export.lint import lint_deploy
 
-    longest = [context for context in asked.contexts if context <= anatomy.max_seq_len]
-    left_out = [context for context in asked.contexts if context > anatomy.max_seq_len]
+    longest = [context for context in asked.contexts if context <= model_shape.max_seq_len]
+    left_out = [context for context in asked.contexts if context > model_shape.max_seq_len]
     if not longest:
-        most, least = anatomy.max_seq_len, asked.contexts[0]
+        most, least = model_shape.max_seq_len, asked.contexts[0]
         raise UserError(f"--context: {name} takes {most:,} tokens at most, not {least:,}.")
-    pairs, refused = _pairs(anatomy, asked)
+    pairs, refused = _pairs(model_shape, asked)
     try:
-        held = {pair: costs.weights(anatomy, *pair) for pair in pairs}
+        held = {pair: costs.weights(model_shape, *pair) for pair in pairs}
         predictions = [
-            predict(anatomy, device, scheme=scheme, runtime=runtime, context=context, prompt=asked.prompt)
+            predict(model_shape, device, scheme=scheme, runtime=runtime, context=context, prompt=asked.prompt)
             for device in asked.devices
             for runtime, scheme in pairs
             for context in longest
         ]
     except ValueError as error:
         raise UserError(f"{name}: {error}.") from error
-    findings = lint_deploy(anatomy.config)
+    findings = lint_deploy(model_shape.config)
 
-    _print_model(name, anatomy, asked.runtimes if not refused else ["plmtune"], longest[-1])
+    _print_model(name, model_shape, asked.runtimes if not refused else ["plmtune"], longest[-1])
     for device in asked.devices:
         _print_device(device, [p for p in predictions if p.device == device.key], longest)
     if refused:
         show(f"\nNot for llama.cpp: {refused}")
     if left_out:
-        show(f"\nLeft out, as the model takes {anatomy.max_seq_len:,} tokens: contexts of {_joined(left_out)}.")
+        show(f"\nLeft out, as the model takes {model_shape.max_seq_len:,} tokens: contexts of {_joined(left_out)}.")
     if training is not None:
         show("\n" + "\n".join(training.pop("lines")))
     elif without_budget:
@@ -220,9 +222,9 @@ def _plan(name: str, anatomy: Anatomy, asked: Asked, training: dict[str, Any] | 
     if asked.json_path is not None:
         content = {
             "config": name,
-            "parameters": anatomy.parameters,
-            "non_embedding_parameters": anatomy.non_embedding_parameters,
-            "cache_bytes_a_token": {runtime: costs.cache_bytes(anatomy, runtime) for runtime in costs.RUNTIMES},
+            "parameters": model_shape.parameters,
+            "non_embedding_parameters": model_shape.non_embedding_parameters,
+            "cache_bytes_a_token": {runtime: costs.cache_bytes(model_shape, runtime) for runtime in costs.RUNTIMES},
             "weights": [{"runtime": r, "scheme": s, **asdict(w)} for (r, s), w in held.items()],
             "devices": {device.key: asdict(device) for device in asked.devices},
             "predictions": [as_plain(prediction) for prediction in predictions],
@@ -232,7 +234,7 @@ def _plan(name: str, anatomy: Anatomy, asked: Asked, training: dict[str, Any] | 
         write_json(asked.json_path, content)
 
 
-def _pairs(anatomy: Anatomy, asked: Asked) -> tuple[list[tuple[str, str]], str]:
+def _pairs(model_shape: ModelShape, asked: Asked) -> tuple[list[tuple[str, str]], str]:
     """The pairs of runtime and scheme to predict, and why none is llama.cpp's, if it cannot have the model.
 
     Raises:
@@ -243,7 +245,7 @@ def _pairs(anatomy: Anatomy, asked: Asked) -> tuple[list[tuple[str, str]], str]:
 
     schemes, runtimes = asked.schemes, asked.runtimes
     if not asked.schemes_given:
-        if anatomy.formats:
+        if model_shape.formats:
             schemes = [costs.STORED, *(s for s in schemes if s not in costs.our_schemes())]
         if len(runtimes) == 1:
             schemes = [s for s in schemes if s == costs.STORED or s in costs.schemes_of(runtimes[0])]
@@ -252,7 +254,7 @@ def _pairs(anatomy: Anatomy, asked: Asked) -> tuple[list[tuple[str, str]], str]:
         pairs = [pair for pair in pairs if pair != ("llama.cpp", "bf16")]  # f16 is there, of the same size
     pairs.sort(key=lambda pair: runtimes.index(pair[0]))
     try:
-        gguf_architecture(anatomy.config)
+        gguf_architecture(model_shape.config)
     except UserError as error:
         ours = [pair for pair in pairs if pair[0] != "llama.cpp"]
         if not ours:
@@ -261,18 +263,18 @@ def _pairs(anatomy: Anatomy, asked: Asked) -> tuple[list[tuple[str, str]], str]:
     return pairs, ""
 
 
-def _print_model(name: str, anatomy: Anatomy, runtimes: list[str], context: int) -> None:
+def _print_model(name: str, model_shape: ModelShape, runtimes: list[str], context: int) -> None:
     from plmtune.devices import costs
     from plmtune.units import show_bytes, show_count, show_number_of
 
-    layers = show_number_of(anatomy.num_layers, "layer")
+    layers = show_number_of(model_shape.num_layers, "layer")
     show(
-        f"{name}: {anatomy.parameters:,} parameters ({anatomy.non_embedding_parameters:,} without embeddings), "
-        f"{layers} of width {anatomy.embed_dim:,}, a vocabulary of {anatomy.vocab_size:,}"
+        f"{name}: {model_shape.parameters:,} parameters ({model_shape.non_embedding_parameters:,} without embeddings), "
+        f"{layers} of width {model_shape.embed_dim:,}, a vocabulary of {model_shape.vocab_size:,}"
     )
     for runtime in runtimes:
-        a_token, whole = (costs.cache_bytes(anatomy, runtime, n) for n in (1, context))
-        flops = costs.decode_flops(anatomy, runtime, context)
+        a_token, whole = (costs.cache_bytes(model_shape, runtime, n) for n in (1, context))
+        flops = costs.decode_flops(model_shape, runtime, context)
         show(
             f"{runtime:<10} a cache of {show_bytes(a_token)} a token, {show_bytes(whole)} at {context:,}; "
             f"{show_count(flops)} FLOPs a token there"

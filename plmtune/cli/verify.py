@@ -61,10 +61,10 @@ def verify(
     hub.check_path(against)
     page = _read(text) if text is not None else None
 
-    from plmtune.export.verify import verify as prove
+    from plmtune.export.verify import verify as verify_export
     from plmtune.io.atomic import writing
 
-    report = prove(export, against, text=page, positions=positions, threads=threads, prefer=runtime)
+    report = verify_export(export, against, text=page, positions=positions, threads=threads, prefer=runtime)
     show(report.table(), *(f"warning: {warning}" for warning in report.warnings))
     if json_file is not None:
         with writing(json_file) as temporary:

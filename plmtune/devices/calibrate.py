@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from plmtune.devices import costs
-from plmtune.devices.costs import Anatomy
+from plmtune.devices.costs import ModelShape
 from plmtune.devices.device import Device, Figure, KernelRate, RuntimeRates
 from plmtune.devices.predict import cache_kind, cache_share, decode_seconds
 from plmtune.errors import UserError
@@ -31,7 +31,7 @@ from plmtune.models.plm import plm
 from plmtune.modules.attention import attend
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized, install
-from plmtune.modules.quantized_kernels import prepare
+from plmtune.modules.quantized_kernels import prepack
 from plmtune.registry import Component, component
 from plmtune.tokenizers.tokenizer import byte
 from plmtune.training.estimate import available_memory, peak_flops
@@ -52,7 +52,7 @@ _FASTEST, _SLOWEST = 4.0, 0.02  # of the measured bandwidth
 class _Timing:
     """One measured decode."""
 
-    anatomy: Anatomy
+    model_shape: ModelShape
     scheme: str
     depth: int
     seconds: float
@@ -175,7 +175,7 @@ def build(make: Callable[[], Decoder], scheme: str) -> Decoder:
             if hasattr(module, "zeros"):
                 module.zeros.fill_(8)
     model = model.to(torch.float32 if scheme == "fp32" else torch.bfloat16).eval()
-    prepare(model)
+    prepack(model)
     return model
 
 
@@ -208,13 +208,13 @@ def _prompt_time(model: Decoder, tokens: int = _PROMPT) -> float:
 
 
 def _ours(bandwidth: float, say: Callable[[str], None]) -> RuntimeRates:
-    held: list[tuple[Anatomy, str, Decoder]] = []
+    held: list[tuple[ModelShape, str, Decoder]] = []
     for name, make in small_decoders().items():
         with torch.device("meta"):
-            anatomy = Anatomy.of(make())
+            model_shape = ModelShape.of(make())
         for scheme in SCHEMES:
             say(f"plmtune: {name}, {scheme}")
-            held.append((anatomy, scheme, build(make, scheme)))
+            held.append((model_shape, scheme, build(make, scheme)))
     # All in turns, so that what else the machine does meets each alike.
     taken: list[list[list[float]]] = [[] for _ in held]
     for number in range(_STEPS):
@@ -222,12 +222,12 @@ def _ours(bandwidth: float, say: Callable[[str], None]) -> RuntimeRates:
         for times, (_, _, model) in zip(taken, held, strict=True):
             times.append(_decode_times(model, _DEPTHS))
     timings = [
-        _Timing(anatomy, scheme, depth, statistics.median(found))
-        for times, (anatomy, scheme, _) in zip(taken, held, strict=True)
+        _Timing(model_shape, scheme, depth, statistics.median(found))
+        for times, (model_shape, scheme, _) in zip(taken, held, strict=True)
         for depth, found in zip(_DEPTHS, zip(*times, strict=True), strict=True)
     ]
     say("plmtune: prompts")
-    prompts = [_Timing(anatomy, scheme, _PROMPT, _prompt_time(model)) for anatomy, scheme, model in held]
+    prompts = [_Timing(model_shape, scheme, _PROMPT, _prompt_time(model)) for model_shape, scheme, model in held]
     return _rates("plmtune", timings, prompts, bandwidth, _attention_rate(), costs.PROGRAM["plmtune"])
 
 
@@ -257,7 +257,7 @@ def _llama_cpp(bandwidth: float, compute: float, threads: int, say: Callable[[st
     with tempfile.TemporaryDirectory() as folder:
         for name, make in small_decoders().items():
             model = make()
-            anatomy = Anatomy.of(model)
+            model_shape = ModelShape.of(model)
             for kind in GGUF_KINDS:
                 say(f"llama.cpp: {name}, {kind}")
                 path = Path(folder) / f"{kind}.gguf"
@@ -277,8 +277,8 @@ def _llama_cpp(bandwidth: float, compute: float, threads: int, say: Callable[[st
                             start = time.perf_counter()
                             opened.step(1)
                             taken.append(time.perf_counter() - start)
-                        timings.append(_Timing(anatomy, kind.lower(), depth, statistics.median(taken[1:])))
-                    prompts.append(_Timing(anatomy, kind.lower(), _GGUF_DEPTHS[-1], took))
+                        timings.append(_Timing(model_shape, kind.lower(), depth, statistics.median(taken[1:])))
+                    prompts.append(_Timing(model_shape, kind.lower(), _GGUF_DEPTHS[-1], took))
                 path.unlink()
     return _rates("llama.cpp", timings, prompts, bandwidth, compute, costs.PROGRAM["llama.cpp"])
 
@@ -298,14 +298,14 @@ def _rates(
     rows: list[dict[tuple[str, str], float]] = []
     columns: dict[tuple[str, str], None] = {}
     for timing in timings:
-        held = costs.weights(timing.anatomy, runtime, timing.scheme)
+        held = costs.weights(timing.model_shape, runtime, timing.scheme)
         # What a token costs apart from its layers is a fraction of one, and cannot be told from them.
         row: dict[tuple[str, str], float] = {}
         for form, size in held.read.items():
             row["weights", form] = size / bandwidth
             if form.lower() not in (*costs.FLOATS, "f16"):  # a plain product's call is in the layers' overhead
                 row["product", form] = float(held.products[form])
-        for part in timing.anatomy.attention:
+        for part in timing.model_shape.attention:
             kind = cache_kind(part, runtime)
             row["layer", kind] = row.get(("layer", kind), 0.0) + 1.0
             read = cache_share(part, runtime, held.cached) * timing.depth
@@ -340,8 +340,8 @@ def _with_error(rates: RuntimeRates, runtime: str, timings: Sequence[_Timing], b
     )
     errors = []
     for timing in timings:
-        held = costs.weights(timing.anatomy, runtime, timing.scheme)
-        errors.append(abs(decode_seconds(timing.anatomy, device, runtime, held, timing.depth) / timing.seconds - 1))
+        held = costs.weights(timing.model_shape, runtime, timing.scheme)
+        errors.append(abs(decode_seconds(timing.model_shape, device, runtime, held, timing.depth) / timing.seconds - 1))
     return replace(rates, error=max(float(np.quantile(errors, 0.9)), 0.05))
 
 
@@ -351,9 +351,9 @@ def _compute(runtime: str, prompts: Sequence[_Timing], attention: float) -> dict
     columns: dict[str, None] = {}
     seconds: list[float] = []
     for timing in prompts:
-        held = costs.weights(timing.anatomy, runtime, timing.scheme)
+        held = costs.weights(timing.model_shape, runtime, timing.scheme)
         row = {form: 2.0 * timing.depth * numbers for form, numbers in held.numbers.items() if numbers}
-        over = costs.prompt_attention_flops(timing.anatomy, timing.depth) / attention
+        over = costs.prompt_attention_flops(timing.model_shape, timing.depth) / attention
         rows.append(row)
         columns |= dict.fromkeys(held.numbers)
         seconds.append(max(timing.seconds - over, timing.seconds / 2))

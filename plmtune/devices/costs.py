@@ -73,8 +73,8 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Anatomy:
-    """What a decoder is made of, as far as it costs: `Anatomy.of(model)`, on the meta device for choice.
+class ModelShape:
+    """What a decoder is made of, as far as it costs: `ModelShape.of(model)`, on the meta device for choice.
 
     Attributes:
         model: what was looked at.
@@ -92,7 +92,7 @@ class Anatomy:
     config: dict[str, Any]
 
     @classmethod
-    def of(cls, model: Decoder) -> Anatomy:
+    def of(cls, model: Decoder) -> ModelShape:
         """Raises ValueError for an attention that does not say its shapes."""
         matrices = []
         for name, module in model.named_modules():
@@ -127,7 +127,7 @@ class Anatomy:
             config=model.config,
         )
 
-    def repeated(self, num_layers: int) -> Anatomy:
+    def repeated(self, num_layers: int) -> ModelShape:
         """The same with so many layers, of one that has a single one: a sweep need not build each."""
         assert self.num_layers == 1
         inside = [m for m in self.matrices if m.layer is not None]
@@ -260,20 +260,20 @@ class Weights:
     cached: int
 
 
-def weights(anatomy: Anatomy, runtime: str, scheme: str) -> Weights:
+def weights(model_shape: ModelShape, runtime: str, scheme: str) -> Weights:
     """Cost of a model's weights.
 
     Raises:
         UserError, ValueError: for a scheme that the model cannot have.
     """
-    forms = _our_forms(anatomy, scheme) if runtime == "plmtune" else _gguf_forms(anatomy, scheme)
+    forms = _our_forms(model_shape, scheme) if runtime == "plmtune" else _gguf_forms(model_shape, scheme)
     width = 4 if runtime == "llama.cpp" else FLOATS.get(scheme, 2)  # norms: llama.cpp keeps them in F32
-    file = memory = anatomy.other * width
+    file = memory = model_shape.other * width
     read: dict[str, int] = {}
     products: dict[str, int] = {}
     numbers: dict[str, int] = {}
-    multiplied = {matrix.name for matrix in anatomy.multiplied}
-    for matrix in anatomy.matrices:
+    multiplied = {matrix.name for matrix in model_shape.multiplied}
+    for matrix in model_shape.matrices:
         form, size = forms[matrix.name]
         file += size
         memory += size
@@ -285,47 +285,47 @@ def weights(anatomy: Anatomy, runtime: str, scheme: str) -> Weights:
             form, size = "bf16", 2 * matrix.numel
         read[form] = read.get(form, 0) + size
         products[form] = products.get(form, 0) + 1
-        numbers[form] = numbers.get(form, 0) + (matrix.numel if matrix is not anatomy.head else 0)
+        numbers[form] = numbers.get(form, 0) + (matrix.numel if matrix is not model_shape.head else 0)
     cached = FLOATS.get(scheme, 2) if runtime == "plmtune" else 2
-    return Weights(file, memory, read, products, numbers, forms[anatomy.head.name][0], cached)
+    return Weights(file, memory, read, products, numbers, forms[model_shape.head.name][0], cached)
 
 
-def _our_forms(anatomy: Anatomy, scheme: str) -> dict[str, tuple[str, int]]:
+def _our_forms(model_shape: ModelShape, scheme: str) -> dict[str, tuple[str, int]]:
     if scheme in FLOATS:
-        return {m.name: (scheme, m.numel * FLOATS[scheme]) for m in anatomy.matrices}
+        return {m.name: (scheme, m.numel * FLOATS[scheme]) for m in model_shape.matrices}
     if scheme == STORED:
-        plan = anatomy.formats
-    elif anatomy.formats:
+        plan = model_shape.formats
+    elif model_shape.formats:
         raise UserError(
             f"The checkpoint is quantized already, so it cannot be planned as {scheme}: take the one before."
         )
     else:
-        plan = Component("quantization", scheme)(model=anatomy.model)
+        plan = Component("quantization", scheme)(model=model_shape.model)
     forms = {}
-    for matrix in anatomy.matrices:
+    for matrix in model_shape.matrices:
         format = plan.get(matrix.like)
         shape = (matrix.rows, matrix.width)
         forms[matrix.name] = (format.name, format.num_bytes(shape)) if format else ("bf16", 2 * matrix.numel)
     return forms
 
 
-def _gguf_forms(anatomy: Anatomy, scheme: str) -> dict[str, tuple[str, int]]:
+def _gguf_forms(model_shape: ModelShape, scheme: str) -> dict[str, tuple[str, int]]:
     kind = scheme.upper()
     forms = {}
-    for matrix in anatomy.matrices:
-        form = _gguf_type(kind, matrix, anatomy)
+    for matrix in model_shape.matrices:
+        form = _gguf_type(kind, matrix, model_shape)
         forms[matrix.name] = (form, stored_bytes(form, matrix.numel))
     return forms
 
 
-def _gguf_type(kind: str, matrix: Matrix, anatomy: Anatomy) -> str:
+def _gguf_type(kind: str, matrix: Matrix, model_shape: ModelShape) -> str:
     """What llama.cpp's quantizer (llama_tensor_get_type) stores a matrix as; one type for all where ours writes."""
     if kind in QUANTIZED:
         # The vocabulary's projection, and of a mix (_M) what errors hurt most in half of the layers, get 6 bits.
         delicate = matrix.name.endswith(("v_proj", "down_proj")) and kind in ("Q4_K_M", "Q5_K_M")
-        if matrix is anatomy.head or (delicate and _gets_more_bits(matrix.layer or 0, anatomy.num_layers)):
+        if matrix is model_shape.head or (delicate and _gets_more_bits(matrix.layer or 0, model_shape.num_layers)):
             return stored_type("Q6_K", matrix.width)
-    return stored_type(kind, matrix.width, head=matrix is anatomy.head)
+    return stored_type(kind, matrix.width, head=matrix is model_shape.head)
 
 
 def _gets_more_bits(layer: int, num_layers: int) -> bool:
@@ -336,35 +336,35 @@ def _gets_more_bits(layer: int, num_layers: int) -> bool:
 # --- cache, work, memory -----------------------------------------------------------------------------------------
 
 
-def cache_bytes(anatomy: Anatomy, runtime: str, tokens: int = 1, *, dtype_bytes: int = 2) -> int:
+def cache_bytes(model_shape: ModelShape, runtime: str, tokens: int = 1, *, dtype_bytes: int = 2) -> int:
     """Bytes that a cache of so many tokens takes; 16 bits a number unless said otherwise."""
-    numbers = sum(a.latent if runtime == "plmtune" else a.expanded for a in anatomy.attention)
+    numbers = sum(a.latent if runtime == "plmtune" else a.expanded for a in model_shape.attention)
     return numbers * dtype_bytes * tokens
 
 
-def attention_flops(anatomy: Anatomy, runtime: str, tokens: int) -> int:
+def attention_flops(model_shape: ModelShape, runtime: str, tokens: int) -> int:
     """FLOPs that one new token's attention over so many cached ones takes."""
-    return tokens * sum(a.decode if runtime == "plmtune" else a.decode_expanded for a in anatomy.attention)
+    return tokens * sum(a.decode if runtime == "plmtune" else a.decode_expanded for a in model_shape.attention)
 
 
-def prompt_attention_flops(anatomy: Anatomy, tokens: int) -> int:
+def prompt_attention_flops(model_shape: ModelShape, tokens: int) -> int:
     """FLOPs of attention over a prompt, whose tokens see half of it each."""
-    return tokens * tokens // 2 * sum(a.prompt for a in anatomy.attention)
+    return tokens * tokens // 2 * sum(a.prompt for a in model_shape.attention)
 
 
-def decode_flops(anatomy: Anatomy, runtime: str, context: int) -> int:
+def decode_flops(model_shape: ModelShape, runtime: str, context: int) -> int:
     """FLOPs of one new token after `context` others."""
-    return 2 * sum(m.numel for m in anatomy.multiplied) + attention_flops(anatomy, runtime, context)
+    return 2 * sum(m.numel for m in model_shape.multiplied) + attention_flops(model_shape, runtime, context)
 
 
-def workspace_bytes(anatomy: Anatomy, runtime: str, prompt: int, context: int) -> int:
+def workspace_bytes(model_shape: ModelShape, runtime: str, prompt: int, context: int) -> int:
     """Bytes of intermediate results while a prompt is read: the widest place of a layer, and one row of logits."""
     rows = prompt if runtime == "plmtune" else min(prompt, _LLAMA_CPP_BATCH)
-    residual = 3 * anatomy.embed_dim
-    attended = max(a.prompt for a in anatomy.attention)  # queries, keys and values of all heads: 2 h (qk + v)
-    inside = max(2 * anatomy.widest, attended)
+    residual = 3 * model_shape.embed_dim
+    attended = max(a.prompt for a in model_shape.attention)  # queries, keys and values of all heads: 2 h (qk + v)
+    inside = max(2 * model_shape.widest, attended)
     if runtime == "plmtune":
-        return 2 * rows * (residual + inside) + 4 * anatomy.vocab_size
+        return 2 * rows * (residual + inside) + 4 * model_shape.vocab_size
     # Without flash attention, which cannot be had for MLA there, the scores of a batch are there as a whole.
-    scores = anatomy.heads * context
-    return 4 * rows * (residual + max(inside, scores)) + 4 * anatomy.vocab_size
+    scores = model_shape.heads * context
+    return 4 * rows * (residual + max(inside, scores)) + 4 * model_shape.vocab_size

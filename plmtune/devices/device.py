@@ -115,7 +115,7 @@ class Device:
         return self.memory.value - self.system.value
 
 
-def shipped() -> list[str]:
+def builtin_devices() -> list[str]:
     """Names of the devices that come with plmtune."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
 
@@ -132,8 +132,8 @@ def load_device(name: str) -> Device:
             raise UserError(f"{name}: no such file. Write one with plmtune bench --calibrate {name}.")
     else:
         path = Path(__file__).parent / f"{name}.yaml"
-        if name not in shipped():
-            near = did_you_mean(name, shipped())
+        if name not in builtin_devices():
+            near = did_you_mean(name, builtin_devices())
             near = near if near.endswith("?") else where_it_belongs(name) or near
             raise UserError(f"There is no device {name}; a file of your own is given as FILE.yaml.{near}")
     return _parse(read_yaml(path), path)

@@ -32,7 +32,7 @@ from plmtune.models.checkpoint_files import checkpoint_directory, find_checkpoin
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU
 from plmtune.modules.quantized import Quantized
-from plmtune.modules.quantized_kernels import prepare
+from plmtune.modules.quantized_kernels import prepack
 
 Sparse = Literal["auto", "on", "off"]
 SAMPLE = 256  # tokens of text that are read where no prompt is, and repeated to fill the cache
@@ -548,7 +548,7 @@ def _random_model(target: str, dtype: torch.dtype, device: torch.device) -> Deco
     model = model.to(dtype).to_empty(device=device)
     model.init_weights(torch.Generator(device).manual_seed(0))
     model.requires_grad_(False).eval()
-    prepare(model)  # as `plmtune.load` does
+    prepack(model)  # as `plmtune.load` does
     return model
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from plmtune.devices import costs
-from plmtune.devices.costs import Anatomy, Weights
+from plmtune.devices.costs import ModelShape, Weights
 from plmtune.devices.device import Device, KernelRate, RuntimeRates
 
 
@@ -71,7 +71,7 @@ class Prediction:
 
 
 def predict(
-    anatomy: Anatomy,
+    model_shape: ModelShape,
     device: Device,
     *,
     scheme: str,
@@ -82,7 +82,7 @@ def predict(
     """Predict one model in one scheme, one text at a time.
 
     Args:
-        anatomy: of the model, `Anatomy.of(model)`.
+        model_shape: of the model, `ModelShape.of(model)`.
         device: where it shall run.
         scheme: of the runtime, such as int4 or q8_0.
         runtime: plmtune or llama.cpp.
@@ -92,7 +92,7 @@ def predict(
     Raises:
         UserError, ValueError: for a scheme that the model cannot have.
     """
-    held = costs.weights(anatomy, runtime, scheme)
+    held = costs.weights(model_shape, runtime, scheme)
     prompt = min(prompt, context)
     rates = device.rates.get(runtime)
     found = Prediction(
@@ -103,8 +103,8 @@ def predict(
         prompt=prompt,
         file=held.file,
         weights=held.memory,
-        cache=costs.cache_bytes(anatomy, runtime, context, dtype_bytes=held.cached),
-        workspace=costs.workspace_bytes(anatomy, runtime, prompt, context),
+        cache=costs.cache_bytes(model_shape, runtime, context, dtype_bytes=held.cached),
+        workspace=costs.workspace_bytes(model_shape, runtime, prompt, context),
         program=int(rates.program) if rates else costs.PROGRAM[runtime],
         available=int(device.available),
         first_token=None,
@@ -115,50 +115,50 @@ def predict(
     )
     if not found.fits:  # weights would be read from the disk for each token: any speed would be a lie
         return found
-    seconds = prompt_seconds(anatomy, device, runtime, held, prompt)
+    seconds = prompt_seconds(model_shape, device, runtime, held, prompt)
     return replace(
         found,
         first_token=seconds,
         prefill=prompt / seconds,
-        decode=1 / decode_seconds(anatomy, device, runtime, held, context),
+        decode=1 / decode_seconds(model_shape, device, runtime, held, context),
     )
 
 
-def decode_seconds(anatomy: Anatomy, device: Device, runtime: str, held: Weights, context: int) -> float:
+def decode_seconds(model_shape: ModelShape, device: Device, runtime: str, held: Weights, context: int) -> float:
     """Seconds of one token after `context` others."""
     rates = device.rates.get(runtime)
-    cache = costs.cache_bytes(anatomy, runtime, context, dtype_bytes=held.cached)
+    cache = costs.cache_bytes(model_shape, runtime, context, dtype_bytes=held.cached)
     if rates is None:
         reading = sum(held.read.values()) / device.bandwidth.value
-        attending = costs.attention_flops(anatomy, runtime, context) / device.compute.value
+        attending = costs.attention_flops(model_shape, runtime, context) / device.compute.value
         over_cache = max(cache / device.bandwidth.value, attending)
-        return reading + over_cache + anatomy.num_layers * device.layer.value + device.token.value
+        return reading + over_cache + model_shape.num_layers * device.layer.value + device.token.value
     seconds = rates.token
     for form, size in held.read.items():
         rate = kernel_rate(rates, form)
         seconds += size / rate.weights + held.products[form] * rate.product
-    for attention in anatomy.attention:
+    for attention in model_shape.attention:
         kind, share = cache_kind(attention, runtime), cache_share(attention, runtime, held.cached) * context
         seconds += share / rates.cache.get(kind, device.bandwidth.value) + rates.layers.get(kind, device.layer.value)
     return seconds
 
 
-def prompt_seconds(anatomy: Anatomy, device: Device, runtime: str, held: Weights, prompt: int) -> float:
+def prompt_seconds(model_shape: ModelShape, device: Device, runtime: str, held: Weights, prompt: int) -> float:
     """Seconds to read a prompt, whose products are bound by compute, or by reading where it is short."""
     rates = device.rates.get(runtime)
-    attention = costs.prompt_attention_flops(anatomy, prompt)
+    attention = costs.prompt_attention_flops(model_shape, prompt)
     # Only the last token's logits are wanted.
     flops = {form: 2.0 * prompt * numbers for form, numbers in held.numbers.items()}
-    flops[held.head] += 2.0 * anatomy.head.numel
+    flops[held.head] += 2.0 * model_shape.head.numel
     if rates is None:
         work = (sum(flops.values()) + attention) / device.compute.value
         reading = sum(held.read.values()) / device.bandwidth.value
-        return max(work, reading) + anatomy.num_layers * device.layer.value + device.token.value
+        return max(work, reading) + model_shape.num_layers * device.layer.value + device.token.value
     seconds = rates.token + attention / rates.attention
     for form, work in flops.items():
         rate = kernel_rate(rates, form)
         seconds += max(work / rate.compute, held.read[form] / rate.weights) + held.products[form] * rate.product
-    return seconds + sum(rates.layers.get(cache_kind(a, runtime), device.layer.value) for a in anatomy.attention)
+    return seconds + sum(rates.layers.get(cache_kind(a, runtime), device.layer.value) for a in model_shape.attention)
 
 
 def cache_kind(attention: costs.Attention, runtime: str) -> str:

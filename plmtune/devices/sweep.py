@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from plmtune.config import compose
-from plmtune.devices.costs import Anatomy
+from plmtune.devices.costs import ModelShape
 from plmtune.devices.device import Device
 from plmtune.devices.predict import Prediction, predict
 from plmtune.errors import UserError
@@ -102,7 +102,7 @@ def sweep(
         cfg = compose.compose(name, overlays, [*plain, *chosen])
         if cfg.model is None:
             raise UserError(f"{name} names no model to sweep over. Choose one: model=plm")
-        rows, anatomies = vocabulary(cfg), _Anatomies()
+        rows, model_shapes = vocabulary(cfg), _ModelShapes()
         values = {text: _value(cfg, text) for key in keys for text in swept[key]}
         for texts in itertools.product(*(swept[key] for key in keys)):
             settings = dict(text.partition("=")[::2] for text in (*chosen, *texts))
@@ -113,16 +113,20 @@ def sweep(
                     if isinstance(value, UserError):
                         raise value
                     model = _put(model, text.partition("=")[0].split(".")[1:], value)
-                anatomy = anatomies.of(model, rows)
-                prediction = predict(anatomy, device, scheme=scheme, runtime=runtime, context=context, prompt=prompt)
-                if context > anatomy.max_seq_len:
+                model_shape = model_shapes.of(model, rows)
+                prediction = predict(
+                    model_shape, device, scheme=scheme, runtime=runtime, context=context, prompt=prompt
+                )
+                if context > model_shape.max_seq_len:
                     raise UserError(
-                        f"a context of {context:,} exceeds the model's max_seq_len ({anatomy.max_seq_len:,})"
+                        f"a context of {context:,} exceeds the model's max_seq_len ({model_shape.max_seq_len:,})"
                     )
             except (UserError, ValueError) as error:
                 found.impossible.setdefault(str(error), []).append(settings)
             else:
-                found.points.append(Point(settings, anatomy.parameters, anatomy.non_embedding_parameters, prediction))
+                found.points.append(
+                    Point(settings, model_shape.parameters, model_shape.non_embedding_parameters, prediction)
+                )
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -149,20 +153,20 @@ def _put(held: Component, path: Sequence[str], value: Any) -> Component:
     return replace(held, settings=held.settings | {name: _put(held.settings[name], below, value) if below else value})
 
 
-class _Anatomies:
-    """Anatomies of models whose layers are alike, from one layer each: depth costs nothing to sweep."""
+class _ModelShapes:
+    """Shapes of models whose layers are alike, from one layer each: depth costs nothing to sweep."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, Anatomy | Exception] = {}
+        self.seen: dict[str, ModelShape | Exception] = {}
 
-    def of(self, model: Component, rows: int) -> Anatomy:
+    def of(self, model: Component, rows: int) -> ModelShape:
         layers = model.settings.get("num_layers")
         one = model if layers is None else replace(model, settings=model.settings | {"num_layers": min(layers, 1)})
         key = repr(one)
         if key not in self.seen:
             try:
                 with torch.device("meta"):
-                    self.seen[key] = Anatomy.of(compose.build("model", one, vocab_size=rows))
+                    self.seen[key] = ModelShape.of(compose.build("model", one, vocab_size=rows))
             except (UserError, ValueError) as error:
                 self.seen[key] = error
         found = self.seen[key]

@@ -25,9 +25,9 @@ from plmtune.evaluation.model_facts import run_of
 from plmtune.evaluation.result_cache import ResultCache
 from plmtune.evaluation.tasks import Tasks, quiet
 from plmtune.io.provenance import git_state, now
-from plmtune.models.adapters import load_its_tokenizer, load_model
+from plmtune.models.adapters import load_model, load_model_tokenizer
 from plmtune.models.checkpoint_files import checkpoint_directory, name_of
-from plmtune.modules.quantized_kernels import prepare
+from plmtune.modules.quantized_kernels import prepack
 from plmtune.preference.reference import model_digest
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.training import distributed
@@ -120,7 +120,7 @@ def evaluate_checkpoint(
         UserError: if there is no such checkpoint, or no chat template where one is wanted.
     """
     directory = checkpoint_directory(path)
-    tokenizer = load_its_tokenizer(directory)
+    tokenizer = load_model_tokenizer(directory)
     try:
         template = find_template(settings.chat_template, tokenizer, "--chat-template ") if settings.chat else None
     except UserError as error:
@@ -132,7 +132,7 @@ def evaluate_checkpoint(
             f"{model.vocab_size:,}. They are not of one model."
         )
     digest = model_digest(model)
-    prepare(model)
+    prepack(model)
     name = _name(directory)
     file = out / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
     out.mkdir(parents=True, exist_ok=True)

@@ -201,7 +201,7 @@ def _model(directory: Path, weights: Weights) -> list[str]:
         ("weights", f"{', '.join(weights.dtypes)}, {show_bytes(weights.bytes)}"),
     ]
     try:
-        description = adapters.read_description(directory)
+        description = adapters.read_model_config(directory)
     except UserError:
         rows.append(("architecture", "that of the base, which was not at hand when this card was written"))
         description = {}

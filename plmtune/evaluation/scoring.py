@@ -19,7 +19,7 @@ from torch import Tensor
 
 from plmtune.errors import UserError
 from plmtune.evaluation.prefixes import Batch, Ids, Text, layout, plan, weigh
-from plmtune.modules.cache import Stem
+from plmtune.modules.cache import SharedPrefix
 
 if TYPE_CHECKING:
     from plmtune.modules.decoder import Decoder
@@ -79,7 +79,7 @@ class Scorer:
         self.model = model
         self.token_budget = token_budget
         self._at_most: int | None = None
-        self._stem: tuple[Ids, Stem] | None = None
+        self._stem: tuple[Ids, SharedPrefix] | None = None
 
     def score(self, items: Sequence[Item], known: Collection[int] = ()) -> Iterator[list[tuple[int, Score]]]:
         """Yield (number, score) of a batch of items at a time.
@@ -255,13 +255,13 @@ class Scorer:
         back[order] = np.arange(order.size)
         return log_probs[back], hits[back] > 0
 
-    def _stem_of(self, tokens: Ids) -> Stem:
+    def _stem_of(self, tokens: Ids) -> SharedPrefix:
         """Compute a stem, or return the newest again."""
         if self._stem is None or not np.array_equal(self._stem[0], tokens):
             self._stem = None  # before the next is there
             cache = self.model.new_cache(1, tokens.size)
             self.model(torch.from_numpy(tokens).to(self.device)[None], cache=cache, hidden=True)
-            self._stem = tokens, Stem(cache)
+            self._stem = tokens, SharedPrefix(cache)
         return self._stem[1]
 
 

@@ -31,12 +31,12 @@ _USUAL = {"norm.eps": (1e-5, 1e-6, 1e-8), "attention.rope_theta": (1e4, 1e5, 5e5
 
 @torch.inference_mode()
 def log_probs(model: Decoder, ids: Sequence[int], last: int) -> Tensor:
-    """Our model's answer to what `Runtime.log_probs` is asked."""
+    """Our model's answer to what `InferenceRuntime.log_probs` is asked."""
     hidden = model(torch.tensor([list(ids)], device=model.device), hidden=True)[0, -last:]
     return model.logits(hidden).log_softmax(-1).cpu()
 
 
-def among_told(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+def reported_only(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
     """Both as log-probabilities, [n, v] in fp64, of the tokens that the runtime tells of; the others are -inf."""
     told = theirs > float("-inf")
     ours, theirs = (rows.double().masked_fill(~told, float("-inf")).log_softmax(-1) for rows in (ours, theirs))
@@ -45,7 +45,7 @@ def among_told(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
 
 def distance(one: Tensor, other: Tensor) -> float:
     """Mean absolute difference of log-probabilities, [n, v], of the tokens that the other tells of."""
-    one, other = among_told(one, other)
+    one, other = reported_only(one, other)
     told = other > float("-inf")
     return float((one[told].clamp(min=LOWEST) - other[told].clamp(min=LOWEST)).abs().mean())
 

@@ -393,11 +393,11 @@ def make_step(model: Decoder, scheme: str | None, max_seq_len: int) -> Step:
     if scheme not in (None, "fp32") and not quantized:
         from plmtune.quantization.quantize import quantize
 
-        quantize(model, rounding_plan(model, scheme))
+        quantize(model, executorch_formats(model, scheme))
     return Step(model, max_seq_len).requires_grad_(False)
 
 
-def rounding_plan(model: Decoder, scheme: str) -> dict[str, Format]:
+def executorch_formats(model: Decoder, scheme: str) -> dict[str, Format]:
     """How a program of this scheme stores the matrices of a model of floating-point numbers."""
     eight = Format(8, dynamic=True)
     plan = load("quantization", scheme)(model=model, embedding=eight.name)

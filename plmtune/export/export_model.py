@@ -16,7 +16,7 @@ from plmtune.errors import UserError, did_you_mean
 from plmtune.extras import installed, missing
 from plmtune.io.atomic import check_room
 from plmtune.io.hub import model_of
-from plmtune.models.adapters import holds_adapters, load_its_tokenizer, load_model, read_description
+from plmtune.models.adapters import holds_adapters, load_model, load_model_tokenizer, read_model_config
 from plmtune.models.checkpoint_files import checkpoint_directory, locate
 from plmtune.models.checkpoint_files import name_of as model_name
 from plmtune.models.hf import read_formats
@@ -114,11 +114,11 @@ def export(
     if adapters == "keep":
         yield from _keep_adapters(source, to, folder, name, base, overwrite)
         return
-    description = read_description(source)
+    description = read_model_config(source)
     paths = {kind: folder / _file_name(to, name, kind, as_) for kind in wanted}
     _check(description, source, to, wanted, paths, as_, overwrite, say, verify)
     say(f"reading {source}")
-    tokenizer = load_its_tokenizer(source, base)
+    tokenizer = load_model_tokenizer(source, base)
     model = load_model(source, dtype=None, base=base).eval()
     if any(isinstance(module, Quantized) for module in model.modules()):
         model = model.float()  # its numbers are products of integers and bf16 scales, which bf16 would round

@@ -32,8 +32,8 @@ from plmtune.errors import UserError
 from plmtune.export.huggingface import answer_end
 from plmtune.export.lint import WRITTEN, gguf_architecture, stored_bytes, stored_type
 from plmtune.io.atomic import check_room, writing
-from plmtune.models.adapters import ADAPTERS, find_base, load_adapter, read_description
-from plmtune.models.assemble import from_description
+from plmtune.models.adapters import ADAPTERS, find_base, load_adapter, read_model_config
+from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import ADAPTER_CONFIG, Stored, locate, name_of, read_json
 from plmtune.models.gguf import NO_MERGE, PRE_TOKENIZERS, gguf_name, heads_of_halves, kv_heads, to_neighbours
 from plmtune.models.hf import our_name
@@ -103,7 +103,7 @@ def write_gguf(
 
     Raises:
         UserError: if the format has no such model or numbers, something is there already, or the disk has no room.
-        ValueError: if the model was prepared for kernels, or bears adapters.
+        ValueError: if the model is prepacked or has adapters.
     """
     kind, config = kind.upper(), model.config
     if kind not in WRITTEN:
@@ -122,18 +122,18 @@ def write_gguf(
         notes.append(f"Matrices with rows of {', '.join(map(str, odd))} numbers are F16: {kind} takes multiples of 32.")
     vocabulary, more = _vocabulary(tokenizer, model.vocab_size)
 
-    def describe(writer: GGUFWriter) -> None:
+    def write_metadata(writer: GGUFWriter) -> None:
         writer.add_type(GGUFType.MODEL)
         writer.add_name(name or path.stem)
         writer.add_file_type(LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
         writer.add_quantization_version(2)
-        _describe(writer, config)
+        _write_model_keys(writer, config)
         for key, value in vocabulary.items():
             # The library looks through a list for its items' type, unless it is told.
             items = _VALUES[type(value[0])] if isinstance(value, list) else None
             writer.add_key_value(key, value, _VALUES[type(value)], items)
 
-    _write(path, architecture, parts, describe, overwrite=overwrite, header=64 * model.vocab_size)
+    _write(path, architecture, parts, write_metadata, overwrite=overwrite, header=64 * model.vocab_size)
     return notes + more
 
 
@@ -156,10 +156,10 @@ def write_gguf_adapter(
             no room.
     """
     remedy = f"Merge them: plmtune merge {directory} OUT, and export OUT."
-    config = read_description(find_base(directory, base))
+    config = read_model_config(find_base(directory, base))
     architecture = gguf_architecture(config)
     with torch.device("meta"):
-        model = from_description("model", config, f"{directory}, its base")(vocab_size=config["vocab_size"])
+        model = component_from_config("model", config, f"{directory}, its base")(vocab_size=config["vocab_size"])
     load_adapter(model, directory)  # on the meta device: names, shapes and settings are checked
     layers = adapted(model)
     if any(hasattr(layer, "magnitude") or layer._quantize_base for layer in layers.values()):
@@ -184,13 +184,13 @@ def write_gguf_adapter(
         in_file = f"{gguf_name(layer)}.{side.lower()}"
         parts.append(_Part(in_file, shape, "F32", _in_order(partial(tensors.__getitem__, name), heads)))
 
-    def describe(writer: GGUFWriter) -> None:
+    def write_metadata(writer: GGUFWriter) -> None:
         writer.add_type(GGUFType.ADAPTER)
         writer.add_name(name or name_of(directory))
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, float(settings["lora_alpha"]))
 
-    _write(path, architecture, parts, describe, overwrite=overwrite)
+    _write(path, architecture, parts, write_metadata, overwrite=overwrite)
     return [f"It stands beside a GGUF file of {settings.get('base_model_name_or_path')}, which is not in it."]
 
 
@@ -200,11 +200,11 @@ def _parts(model: Decoder, kind: str) -> Iterator[_Part]:
     for owner, module in model.named_modules():
         tensors: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {}
         if isinstance(module, Quantized):
-            if module.prepared:
-                raise ValueError("a model that was prepared for this machine's kernels: load it with prepare=False")
+            if module.prepacked:
+                raise ValueError("a model that is prepacked for kernels cannot be exported: load it with prepare=False")
             tensors["weight"] = (module.num_rows, module.width), module.dequantize
         if hasattr(module, "lora_a"):
-            raise ValueError(f"{owner} bears adapters: merge them first")
+            raise ValueError(f"{owner} has adapters: merge them first")
         for leaf, parameter in module.named_parameters(recurse=False):
             tensors[leaf] = tuple(parameter.shape), parameter.detach
         for leaf, (shape, numbers) in tensors.items():
@@ -219,7 +219,7 @@ def _in_order(numbers: Callable[[], Tensor], heads: int | None) -> Callable[[], 
     return numbers if heads is None else lambda: to_neighbours(numbers(), heads)
 
 
-def _describe(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
+def _write_model_keys(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     """The keys of the architecture: all, since llama.cpp's defaults for widths of heads are wrong for a PLM."""
     attention, heads = config["attention"], config["num_heads"]
     writer.add_context_length(config["max_seq_len"])
@@ -299,7 +299,7 @@ def _write(
     path: Path,
     architecture: str,
     parts: Sequence[_Part],
-    describe: Callable[[GGUFWriter], None],
+    write_metadata: Callable[[GGUFWriter], None],
     *,
     overwrite: bool,
     header: int = 0,
@@ -309,7 +309,7 @@ def _write(
     with writing(path) as temporary:
         writer = GGUFWriter(temporary, architecture)
         try:
-            describe(writer)
+            write_metadata(writer)
             for part in parts:
                 kind = GGMLQuantizationType[part.kind]
                 writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), part.num_bytes, kind)

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from plmtune.errors import UserError
-from plmtune.export import hard_texts
+from plmtune.export import probe_texts
 from plmtune.export.arithmetic import with_rounded_inputs
 from plmtune.export.contents import Contents, bits_of, differing, read_contents, settings_of
-from plmtune.export.diagnosis import LOWEST, among_told, as_exported, find_cause, log_probs
+from plmtune.export.diagnosis import LOWEST, as_exported, find_cause, log_probs, reported_only
 from plmtune.export.report import Check, Report
-from plmtune.export.runtimes import Runtime, RuntimeName, choose_runtime, open_runtime
+from plmtune.export.runtimes import InferenceRuntime, RuntimeName, choose_runtime, open_runtime
 from plmtune.export.stored import in_words, suspect_tensors, wrong_rows, wrong_type
 from plmtune.export.verify_text import compare_ids, compare_prompts
-from plmtune.models.adapters import load_its_tokenizer, load_model
+from plmtune.models.adapters import load_model, load_model_tokenizer
 from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized
@@ -40,8 +40,8 @@ _WINDOW = 257
 # Of a text's tokens, half of it where the model takes no more.
 _LEAST = 32
 _PROMPT, _WRITTEN = 16, 24
-# The likeliest tokens of each position, where a runtime takes time to tell of more.
-_TOLD = 1024
+# The likeliest tokens of each position that a slow runtime is asked for.
+_TOP_K = 1024
 # A right program's divergence, of what the rounding of inputs makes in our model; of 57 right files the most was 1.2.
 _OF_ROUNDING = 4.0
 # Log-probabilities are fp32 numbers, which some runtimes write as text.
@@ -89,7 +89,7 @@ def verify(
     export, source = Path(export), checkpoint_directory(against)
     name = choose_runtime(export, prefer)
     model = load_model(source, "cpu", torch.float32, base=base).eval()
-    tokenizer = load_its_tokenizer(source, base)
+    tokenizer = load_model_tokenizer(source, base)
     contents = read_contents(export, model)
     report = Report(str(export), str(against), name, contents.declared or contents.kind, 0)
     _compare_contents(report, model, contents, export.name, kind)
@@ -101,7 +101,7 @@ def verify(
         return report
     with opened as runtime:
         report.runtime = runtime.name
-        ids = tokenizer.with_bos(tokenizer.encode(text if text is not None else hard_texts.PAGE))
+        ids = tokenizer.with_bos(tokenizer.encode(text if text is not None else probe_texts.PAGE))
         windows = _windows(ids, min(most, runtime.context), positions)
         report.positions = sum(last for _, last in windows)
         if runtime.vocab_size == model.vocab_size:
@@ -109,7 +109,7 @@ def verify(
         elif report.passed:
             said = f"the runtime has {runtime.vocab_size:,} rows of the vocabulary, the checkpoint {model.vocab_size:,}"
             report.add("rows of the vocabulary: that differ", 1, 0, None, said)
-        compare_ids(report, runtime, tokenizer, contents, told=runtime.vocab_size != model.vocab_size)
+        compare_ids(report, runtime, tokenizer, contents, vocabulary_differs=runtime.vocab_size != model.vocab_size)
         compare_prompts(report, runtime, tokenizer, contents)
     return report
 
@@ -159,17 +159,21 @@ def _more(names: Sequence[str]) -> str:
 
 
 def _compare_numbers(
-    report: Report, runtime: Runtime, model: Decoder, windows: Sequence[tuple[list[int], int]], contents: Contents
+    report: Report,
+    runtime: InferenceRuntime,
+    model: Decoder,
+    windows: Sequence[tuple[list[int], int]],
+    contents: Contents,
 ) -> None:
     """Lay what the runtime says beside what our model says: with the export's numbers, a check; without, its cost."""
     targets = torch.tensor([id for ids, last in windows for id in ids[-last:]])
-    theirs = torch.cat([runtime.log_probs(ids[:-1], last, _TOLD) for ids, last in windows])
+    theirs = torch.cat([runtime.log_probs(ids[:-1], last, _TOP_K) for ids, last in windows])
     prompt = windows[0][0][: min(_PROMPT, len(windows[0][0]) - 1)]
     written = runtime.greedy(prompt, min(_WRITTEN, runtime.context - len(prompt)))
     read = [*windows, ([*prompt, *written], len(written))]
     ours = _log_probs(model, windows)
     if not contents.tensors and bits_of(contents.kind) is not None:
-        model, contents = _rounded_alike(model, contents)
+        model, contents = _quantized_like(model, contents)
     dynamic = any("dynamic" in kind for kind in contents.kinds.values())
     with as_exported(model, contents), _with_latent_norm(model, runtime):
         own = _log_probs(model, read)
@@ -203,7 +207,7 @@ def _log_probs(model: Decoder, windows: Sequence[tuple[list[int], int]]) -> Tens
 def divergence(ours: Tensor, theirs: Tensor) -> float:
     """Mean KL divergence of theirs (Tensor), log-probabilities [n, v], from ours, in nats, of the tokens told of."""
     nats = 0.0
-    for log_p, log_q in (among_told(*rows) for rows in zip(ours.split(64), theirs.split(64), strict=True)):
+    for log_p, log_q in (reported_only(*rows) for rows in zip(ours.split(64), theirs.split(64), strict=True)):
         gaps = log_p.clamp(min=LOWEST) - log_q.clamp(min=LOWEST)
         nats += float((log_p.exp() * gaps).sum())
     return abs(nats) / len(ours)
@@ -213,7 +217,7 @@ def _add_cost(report: Report, ours: Tensor, theirs: Tensor, targets: Tensor) -> 
     """Add the figures of how far rounding takes the checkpoint; no verdict."""
     kl, other = divergence(ours, theirs), float((ours.argmax(-1) != theirs.argmax(-1)).double().mean())
     told = theirs.gather(1, targets[:, None])[:, 0] > -math.inf
-    nats = [-rows.gather(1, targets[:, None])[told].mean() for rows in among_told(ours, theirs)]
+    nats = [-rows.gather(1, targets[:, None])[told].mean() for rows in reported_only(ours, theirs)]
     change = math.expm1(float(nats[1] - nats[0]))
     few = "" if told.all() else f", of {int(told.sum())} tokens"
     report.add("cost: KL from the checkpoint", kl, None, "nats")
@@ -235,15 +239,15 @@ def _cannot_hold(contents: Contents, model: Decoder) -> bool:
     return bool(contents.unknown or lacking or set(wrong) - {"norm.eps", "attention.rope_theta", "max_seq_len"})
 
 
-def _rounded_alike(model: Decoder, contents: Contents) -> tuple[Decoder, Contents]:
+def _quantized_like(model: Decoder, contents: Contents) -> tuple[Decoder, Contents]:
     """The checkpoint quantized as a program is (itself where it is quantized already), and the numbers of that."""
     if not any(isinstance(module, Quantized) for module in model.modules()):
-        from plmtune.export.executorch import rounding_plan
+        from plmtune.export.executorch import executorch_formats
         from plmtune.quantization.quantize import quantize
 
         model = copy.deepcopy(model)
         scheme = "int8_dynamic" if bits_of(contents.kind) == 8 else "int8_dynamic_int4"
-        quantize(model, rounding_plan(model, scheme))
+        quantize(model, executorch_formats(model, scheme))
     held = {f"{name}.weight": part for name, part in model.named_modules() if isinstance(part, Quantized)}
     numbers = {name: part.dequantize() for name, part in held.items()}
     kinds = {name: part.format.name for name, part in held.items()}
@@ -251,7 +255,7 @@ def _rounded_alike(model: Decoder, contents: Contents) -> tuple[Decoder, Content
 
 
 @contextmanager
-def _with_latent_norm(model: Decoder, runtime: Runtime) -> Iterator[None]:
+def _with_latent_norm(model: Decoder, runtime: InferenceRuntime) -> Iterator[None]:
     """The latent's norm as transformers has it in a DeepSeek."""
     norms = [module for name, module in model.named_modules() if name.endswith("kv_a_norm")]
     norms = norms if runtime.name == "transformers" else []

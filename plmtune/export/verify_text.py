@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from plmtune.data.sources import BadRow
-from plmtune.export import hard_texts
+from plmtune.export import probe_texts
 from plmtune.export.contents import Contents, tokenizer_tables
 from plmtune.export.huggingface import end_ids
 from plmtune.export.report import Report
-from plmtune.export.runtimes import Runtime, open_runtime
+from plmtune.export.runtimes import InferenceRuntime, open_runtime
 from plmtune.models.gguf import PRE_TOKENIZERS
 from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.tokenizers.tokenizer import Tokenizer
@@ -21,12 +21,17 @@ _RENDERING_CONTEXT = 32
 
 
 def compare_ids(
-    report: Report, runtime: Runtime, tokenizer: Tokenizer, contents: Contents, *, told: bool = False
+    report: Report,
+    runtime: InferenceRuntime,
+    tokenizer: Tokenizer,
+    contents: Contents,
+    *,
+    vocabulary_differs: bool = False,
 ) -> None:
     """Add checks of the ids of texts, and of the one that ends a text.
 
     Args:
-        told: why ids differ has been said: the vocabulary is another one.
+        vocabulary_differs: the report already says so, so no other cause is looked for.
     """
     if contents.ends is not None:
         ends = (tokenizer.eos_id, *end_ids(tokenizer))
@@ -37,7 +42,7 @@ def compare_ids(
             wrong, said = True, f"the export ends a turn at token {contents.ends_turn}, which is ordinary text"
         report.add("ids that end a text: that differ", int(wrong), 0, cause=said)
     specials = tuple(tokenizer.specials)
-    lines = hard_texts.lines(specials)
+    lines = probe_texts.lines(specials)
     before = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     found: list[tuple[str, list[int], list[int]]] = []
     for line in lines:
@@ -47,14 +52,14 @@ def compare_ids(
         ours = before + tokenizer.encode(line, specials=True)
         if theirs != ours:
             found.append((line, ours, theirs))
-    cause = _tokenizer_cause(found, runtime, tokenizer, contents) if found and not told else None
+    cause = _tokenizer_cause(found, runtime, tokenizer, contents) if found and not vocabulary_differs else None
     report.add("token ids: texts that differ", len(found), 0, f"of {len(lines)}", cause)
-    if not found and not told and contents.tokenizer:  # a token that none of the texts has
+    if not found and not vocabulary_differs and contents.tokenizer:  # a token that none of the texts has
         cause = _table_cause(tokenizer, contents) or _type_cause(tokenizer, contents)
         report.add("vocabulary: that differs", int(cause is not None), 0, cause=cause)
     if tokenizer.vocabulary.normalization is None:
         return
-    decomposed = hard_texts.decomposed_lines()
+    decomposed = probe_texts.decomposed_lines()
     others = [line for line in decomposed if runtime.encode(line) != before + tokenizer.encode(line, specials=True)]
     # llama.cpp has no normalization at all, so no file can ask for it.
     known = len(decomposed) if runtime.name.startswith("llama.cpp") else 0
@@ -63,7 +68,10 @@ def compare_ids(
 
 
 def _tokenizer_cause(
-    found: Sequence[tuple[str, list[int], list[int]]], runtime: Runtime, tokenizer: Tokenizer, contents: Contents
+    found: Sequence[tuple[str, list[int], list[int]]],
+    runtime: InferenceRuntime,
+    tokenizer: Tokenizer,
+    contents: Contents,
 ) -> str:
     """Why the texts of `found` have other ids: (text, ours, theirs)."""
     line, ours, theirs = found[0]
@@ -116,10 +124,10 @@ def _type_cause(tokenizer: Tokenizer, contents: Contents) -> str | None:
     return None
 
 
-def compare_prompts(report: Report, runtime: Runtime, tokenizer: Tokenizer, contents: Contents) -> None:
+def compare_prompts(report: Report, runtime: InferenceRuntime, tokenizer: Tokenizer, contents: Contents) -> None:
     """Add a check of rendered conversations."""
     source = tokenizer.chat_template
-    first = hard_texts.CONVERSATIONS[0]
+    first = probe_texts.CONVERSATIONS[0]
     if source is None:
         if (theirs := runtime.render(first)) is not None:
             said = f"the checkpoint has no chat template, the export writes {theirs!r:.80}"
@@ -128,7 +136,7 @@ def compare_prompts(report: Report, runtime: Runtime, tokenizer: Tokenizer, cont
     template = ChatTemplate(source, tokenizer, report.against)
     differ: list[tuple[str, str | None]] = []
     with _renderer(runtime) as renderer:
-        for messages in hard_texts.CONVERSATIONS:
+        for messages in probe_texts.CONVERSATIONS:
             try:
                 ours = template.render(messages, add_generation_prompt=True)
             except BadRow:
@@ -149,14 +157,14 @@ def compare_prompts(report: Report, runtime: Runtime, tokenizer: Tokenizer, cont
             )
         else:
             cause = f"{renderer.name} renders the same template otherwise: {theirs!r:.120}, not {ours!r:.120}"
-    said = f"of {len(hard_texts.CONVERSATIONS)}"
+    said = f"of {len(probe_texts.CONVERSATIONS)}"
     if renderer.name == _NO_TEMPLATES:
         said += ", by Python's Jinja: llama.cpp's own engine comes with xllamacpp, which is not installed"
     report.add("chat prompts that differ", len(differ), 0, said, cause)
 
 
 @contextmanager
-def _renderer(runtime: Runtime) -> Iterator[Runtime]:
+def _renderer(runtime: InferenceRuntime) -> Iterator[InferenceRuntime]:
     """What renders a runtime's prompts as its program does: itself, or for llama_cpp, which binds nothing that
     renders templates, llama.cpp's own engine in xllamacpp where that is installed."""
     if runtime.name != _NO_TEMPLATES or importlib.util.find_spec("xllamacpp") is None:

@@ -339,7 +339,7 @@ class Engine:
         tokens, lengths = torch.tensor([[row.newest for row in rows], places], device=device)[:, :, None]
         if min(places) == longest:
             # One row is the common case of it; slices take less time than lists of places.
-            cache = self._slots.decode_alike(len(rows), longest)
+            cache = self._slots.decode_same_length(len(rows), longest)
             states = self.model(tokens, cache=cache, hidden=True)
         else:
             mask = (torch.arange(longest + 1, device=device) <= lengths)[:, None]  # [b, 1, t]

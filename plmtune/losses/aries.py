@@ -41,12 +41,12 @@ class Aries(PreferenceLoss):
         self.beta_ref = beta_ref
 
     def __call__(self, c: Comparisons) -> Tensor:
-        direct = -(1 - self.alpha) * F.logsigmoid(self.beta_dpo * c.h)
-        refined = self.alpha * (0.5 - self.beta_ref * c.h).square()
+        direct = -(1 - self.alpha) * F.logsigmoid(self.beta_dpo * c.logratio_margin)
+        refined = self.alpha * (0.5 - self.beta_ref * c.logratio_margin).square()
         given = (c.kind == GIVEN_REJECTED) | (c.kind == GIVEN_CHOSEN)
         return direct.where(c.kind == DIRECT, refined.where(given, 0))
 
     def rewards(self, c: Comparisons) -> tuple[Tensor, Tensor]:
         """The log-ratios times the beta of their term."""
-        beta = c.h.new_full((), self.beta_dpo).where(c.kind == DIRECT, self.beta_ref)
+        beta = c.logratio_margin.new_full((), self.beta_dpo).where(c.kind == DIRECT, self.beta_ref)
         return beta * c.chosen_ratio.detach(), beta * c.rejected_ratio.detach()

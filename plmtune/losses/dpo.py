@@ -39,7 +39,7 @@ class Dpo(PreferenceLoss):
         self.nll_weight = nll_weight
 
     def __call__(self, c: Comparisons) -> Tensor:
-        margin = self.beta * c.h
+        margin = self.beta * c.logratio_margin
         loss = -(1 - self.label_smoothing) * F.logsigmoid(margin) - self.label_smoothing * F.logsigmoid(-margin)
         return loss - self.nll_weight * mean_per_token(c.chosen, c.chosen_tokens) if self.nll_weight else loss
 

@@ -47,7 +47,7 @@ class Comparisons:
         return self.rejected - self.reference_rejected
 
     @property
-    def h(self) -> Tensor:
+    def logratio_margin(self) -> Tensor:
         """How much more than its reference the model prefers the chosen answer: a difference of log-ratios, [n]."""
         return self.chosen_ratio - self.rejected_ratio
 
@@ -56,7 +56,7 @@ class PreferenceLoss(ABC):
     """A loss over comparisons; a recipe reads from its attributes what it must be given.
 
     Attributes:
-        of: what tells it from a loss over tokens.
+        data_kind: what tells it from a loss over tokens.
         needs_reference: it reads the reference's log-probabilities.
         contexts: it wants the comparisons given the rejected and the chosen answer too (ARIES).
         mismatched: it wants the prompts with another prompt's answer too (KTO's kl), and takes rows with one
@@ -64,7 +64,7 @@ class PreferenceLoss(ABC):
         scalar_head: it compares scores of one number a sequence instead of log-probabilities.
     """
 
-    of: ClassVar[str] = "comparisons"
+    data_kind: ClassVar[str] = "comparisons"
     needs_reference: ClassVar[bool] = True
     contexts: ClassVar[bool] = False
     mismatched: ClassVar[bool] = False

@@ -25,7 +25,7 @@ class SftRefine:
         ValueError: if chunk_rows is not positive.
     """
 
-    of: ClassVar[str] = "refinements"
+    data_kind: ClassVar[str] = "refinements"
 
     def __init__(self, *, chunk_rows: int = 1024) -> None:
         self._cross_entropy = cross_entropy(chunk_rows=chunk_rows)

@@ -329,16 +329,16 @@ def load_model(
     return model.to(dtype) if dtype is not None else model
 
 
-def read_description(directory: Path) -> dict[str, Any]:
+def read_model_config(directory: Path) -> dict[str, Any]:
     """The `config` of the model that a directory holds, or that its adapters belong to.
 
     Raises:
         UserError: if it is no checkpoint, or the adapters' base is not to be found.
     """
-    return hf.read_description(_chain(directory, None)[0])
+    return hf.read_model_config(_chain(directory, None)[0])
 
 
-def load_its_tokenizer(directory: Path, base: Path | None = None) -> Tokenizer:
+def load_model_tokenizer(directory: Path, base: Path | None = None) -> Tokenizer:
     """The tokenizer of a directory; where adapters came without one, their base's."""
     if holds_adapters(directory) and not (directory / "tokenizer.json").exists():
         return load_tokenizer(_chain(directory, base)[0])

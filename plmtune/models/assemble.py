@@ -26,7 +26,7 @@ def assemble(
     tie_embeddings: bool,
     init_std: float,
 ) -> Decoder:
-    """Build the decoder of the registered model `name`; its `config` describes it in full."""
+    """Build the decoder of the registered model `name`; its `config` component_configs it in full."""
     decoder = Decoder(
         vocab_size=vocab_size,
         embed_dim=embed_dim,
@@ -43,9 +43,9 @@ def assemble(
     decoder.config = {
         "component": name,
         "vocab_size": vocab_size,
-        "attention": describe(attention),
-        "ffn": describe(ffn),
-        "norm": describe(norm),
+        "attention": component_config(attention),
+        "ffn": component_config(ffn),
+        "norm": component_config(norm),
         "embed_dim": embed_dim,
         "num_layers": num_layers,
         "num_heads": num_heads,
@@ -56,16 +56,16 @@ def assemble(
     return decoder
 
 
-def describe(part: Component) -> dict[str, Any]:
+def component_config(part: Component) -> dict[str, Any]:
     """Return a component as plain data, defaults written out: a new default must not change a saved model."""
     settings = {key: part.settings.get(key, k.default) for key, k in keys_of(part.group, part.name).items()}
     return {"component": part.name} | {
-        key: describe(value) if isinstance(value, Component) else value for key, value in settings.items()
+        key: component_config(value) if isinstance(value, Component) else value for key, value in settings.items()
     }
 
 
-def from_description(group: str, data: Any, where: str) -> Component:
-    """Return the component that `describe` described, checking names and types against its signature.
+def component_from_config(group: str, data: Any, where: str) -> Component:
+    """Return the component that `component_config` component_configd, checking names and types against its signature.
 
     Only the registry is asked, so a description from a stranger can name nothing that is not registered.
 
@@ -89,7 +89,7 @@ def from_description(group: str, data: Any, where: str) -> Component:
         if key not in keys:
             raise UserError(f"{where}.{key}: {group} {name} has no such setting.{did_you_mean(key, keys)}")
         if isinstance(keys[key].default, Component):
-            settings[key] = from_description(keys[key].default.group, value, f"{where}.{key}")
+            settings[key] = component_from_config(keys[key].default.group, value, f"{where}.{key}")
         elif not _fits(value, keys[key].type):
             raise UserError(f"{where}.{key}: {value!r:.80} is not of type {_type_name(keys[key].type)}")
         else:

@@ -20,7 +20,7 @@ from torch import Tensor
 from plmtune.errors import UserError
 from plmtune.io import safetensors_writer
 from plmtune.io.atomic import check_room
-from plmtune.models.assemble import from_description
+from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import CONFIG, INDEX, write_json
 from plmtune.models.directory import new_directory
 from plmtune.models.gguf_file import GGUFFile, opened_gguf
@@ -158,17 +158,17 @@ def _ids(file: GGUFFile, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _build(file: GGUFFile) -> Decoder:
     """The model that the metadata describe, on the meta device."""
-    description = _describe(file)
+    description = _model_config(file)
     try:
         with torch.device("meta"):
-            model = from_description("model", description, str(file.path))(vocab_size=description["vocab_size"])
+            model = component_from_config("model", description, str(file.path))(vocab_size=description["vocab_size"])
     except (ValueError, RuntimeError, OverflowError, TypeError) as error:
         raise UserError(f"{file.path} describes no possible model: {str(error).splitlines()[0]}.") from error
     assert isinstance(model, Decoder)
     return model
 
 
-def _describe(file: GGUFFile) -> dict[str, Any]:
+def _model_config(file: GGUFFile) -> dict[str, Any]:
     metadata, path = file.metadata, file.path
     name = metadata.get("general.architecture")
     if name not in ("llama", "plm"):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from plmtune.errors import NotFinite, UserError
 from plmtune.io import hub, safetensors_writer
 from plmtune.io.atomic import replacing
-from plmtune.models.assemble import from_description
+from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import CONFIG, INDEX, WEIGHTS, locate, opened_weights, read_json, write_json
 from plmtune.modules.attention import default_kv_heads
 from plmtune.modules.decoder import Decoder
@@ -92,10 +92,9 @@ def to_hf(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     formats: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
-            if module.prepared:
+            if module.prepacked:
                 raise ValueError(
-                    "a model that was prepared for this machine's kernels holds its integers in their order and cannot "
-                    "be saved: load it with prepare=False"
+                    "a model that is prepacked for this machine's kernels cannot be saved: load it with prepare=False"
                 )
             formats.setdefault(module.format.name, []).append(hf_name(name))
             # A scale is a bf16 number in whatever dtype the model computes.
@@ -197,7 +196,7 @@ def save_model(
 
     Raises:
         NotFinite: if a number is NaN or infinite.
-        ValueError: if a state comes without a config, integers without what they stand for, a model was prepared for
+        ValueError: if a state comes without a config, integers without what they stand for, a model was prepacked for
             this machine's kernels, or max_shard_bytes is not above 0.
     """
     if max_shard_bytes <= 0:
@@ -380,7 +379,7 @@ def read_formats(directory: str | Path) -> tuple[dict[str, Format], dict[str, An
     return formats, scheme
 
 
-def read_description(directory: str | Path) -> dict[str, Any]:
+def read_model_config(directory: str | Path) -> dict[str, Any]:
     """Return the `config` of the model that a directory holds: its components and settings.
 
     Raises:
@@ -396,7 +395,7 @@ def _build(directory: Path, num_tensors: int) -> Decoder:
     keys = read_json(directory, CONFIG)
     formats, scheme = read_formats(directory)
     description = keys["plmtune"] if "plmtune" in keys else _from_hf_keys(keys, path)
-    part = from_description("model", description, f"{path}, key plmtune")
+    part = component_from_config("model", description, f"{path}, key plmtune")
     vocab_size = description.get("vocab_size")
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
         raise UserError(f"{path}, key vocab_size: must be a whole number, not {vocab_size!r:.80}")

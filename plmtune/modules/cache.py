@@ -128,7 +128,7 @@ class Slots:
         """
         return SlotView(self.layers, longest, torch.arange(len(lengths), device=lengths.device), lengths)
 
-    def decode_alike(self, count: int, length: int) -> Cache:
+    def decode_same_length(self, count: int, length: int) -> Cache:
         """Return a cache for one forward that gives each of the first slots its next token, all having `length`."""
         return Cache([tuple(buffer[:count] for buffer in layer) for layer in self.layers], length)
 
@@ -158,7 +158,7 @@ class SlotView(Cache):
         return LayerCache(self.layers[index], self.length, self.slots, self.lengths)
 
 
-class Stem(Cache):
+class SharedPrefix(Cache):
     """Tokens that all rows of a batch begin with, computed once: any number of rows attend over them and add nothing.
 
     Args:
@@ -173,14 +173,14 @@ class Stem(Cache):
             [tuple(buffer[:, :, : cache.length] for buffer in layer) for layer in cache.layers], cache.length
         )
 
-    def layer(self, index: int) -> StemLayer:
-        return StemLayer(self.layers[index], self.length)
+    def layer(self, index: int) -> SharedPrefixLayer:
+        return SharedPrefixLayer(self.layers[index], self.length)
 
     def advance(self, num_tokens: int) -> None:
         """Stay as it is."""
 
 
-class StemLayer(LayerCache):
+class SharedPrefixLayer(LayerCache):
     """One layer's share of a stem during one forward."""
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from plmtune.modules.attention import mark_for_compile
-from plmtune.modules.cache import Cache, LayerCache, Stem
+from plmtune.modules.cache import Cache, LayerCache, SharedPrefix
 from plmtune.modules.linear import linear
 from plmtune.modules.norm import autocast_active
 from plmtune.modules.peft import effective_weight
@@ -235,7 +235,7 @@ class Decoder(nn.Module):
         t = s + (cache.length if cache is not None else 0)
         if isinstance(mask, Segments) and cache is not None:
             raise ValueError("segments say where whole texts lie, so they cannot be read piece by piece into a cache")
-        if input_pos is not None and (cache is None or isinstance(cache, Stem)):
+        if input_pos is not None and (cache is None or isinstance(cache, SharedPrefix)):
             if isinstance(mask, Segments):
                 t = mask.longest
             else:  # a GPU is not asked, since the answer would have to be waited for

@@ -116,7 +116,7 @@ class Quantized(nn.Module):
             self.register_buffer("zeros", torch.zeros(num_rows, width // group, dtype=torch.int8))
 
     @property
-    def prepared(self) -> bool:
+    def prepacked(self) -> bool:
         """It is as a kernel of this machine wants it, and no longer as files have it."""
         return self.kernels is not None or self.dense is not None
 

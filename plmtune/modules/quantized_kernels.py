@@ -1,4 +1,4 @@
-"""Products with integers: the ways there are, which of them is fastest here, and layers that are made ready for it.
+"""Products with integers: the ways there are, which of them is fastest here, and layers that are ready for it.
 
 torch and `plmtune.native` have kernels that read integers as they are: the fastest for few rows, such as one token.
 For many rows, such as a prompt, the matrix is written out part by part and multiplied as any other. The fastest kernel
@@ -244,7 +244,8 @@ def _choose(format: Format, dtype: torch.dtype, device: str, shape: tuple[int, i
     able = [
         name
         for name, kernel in KERNELS.items()
-        if kernel.takes(format, dtype, device, shape) and (kernel.tiled is None or _sound(name, format, dtype))
+        if kernel.takes(format, dtype, device, shape)
+        and (kernel.tiled is None or _matches_reference(name, format, dtype))
     ]
     if "native" in able:
         able = [name for name in able if not KERNELS[name].tiled]  # a decoder's integers lie as in files
@@ -292,7 +293,7 @@ def example(format: Format, dtype: torch.dtype, shape: tuple[int, int]) -> Quant
 
 @functools.cache
 @torch.no_grad()
-def _sound(name: str, format: Format, dtype: torch.dtype) -> bool:
+def _matches_reference(name: str, format: Format, dtype: torch.dtype) -> bool:
     """Whether a kernel says what the reference says on this processor, also of the largest numbers there are.
 
     Some processors add products of 8 bits up in 16, which overflow.
@@ -303,14 +304,14 @@ def _sound(name: str, format: Format, dtype: torch.dtype) -> bool:
     x[0] = 1.0
     expected = reference(module, x).float()
     try:
-        found = torch.cat([ready(module, name).multiply(rows) for rows in (x[:1], x[1:])]).float()
+        found = torch.cat([use_kernel(module, name).multiply(rows) for rows in (x[:1], x[1:])]).float()
     except RuntimeError:  # not built for this processor
         return False
     bound = expected.abs().max() * (2e-2 if dtype != torch.float32 else 1e-4)
     return bool((found - expected).abs().max() <= bound)
 
 
-def ready(module: Quantized, name: str) -> Quantized:
+def use_kernel(module: Quantized, name: str) -> Quantized:
     """Have a module multiply by this kernel always, in place.
 
     Raises:
@@ -330,7 +331,7 @@ def _measure(names: list[str], format: Format, dtype: torch.dtype, shape: tuple[
     first_copy = example(format, dtype, shape)
     seconds = {(name, rows): math.inf for name in names for rows in _MEASURED_ROWS}
     for name in names:
-        modules = [ready(copy.deepcopy(first_copy), name) for _ in range(_COPIES)]
+        modules = [use_kernel(copy.deepcopy(first_copy), name) for _ in range(_COPIES)]
         for rows in _MEASURED_ROWS:
             x, best = torch.randn(rows, shape[1]).to(dtype), min(seconds[other, rows] for other in names)
             modules[0].multiply(x)
@@ -375,27 +376,27 @@ def _keep(kept: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def prepare(model: nn.Module) -> None:
+def prepack(model: nn.Module) -> None:
     """Give each quantized layer the kernels that are fastest here, in place, and its integers in their order.
 
     A decoder on a CPU gets `plmtune.native` too, where it can be had, which wants integers as they are in files. The
     expansion of MLA's latent, which each decoded token needs as a matrix, is written out, and its integers go. A model
-    without quantized layers keeps all that it has; a prepared one stays on its device and in its dtype, and cannot be
+    without quantized layers keeps all that it has; a prepacked one stays on its device and in its dtype, and cannot be
     saved.
     """
     from plmtune import native  # imports this package
 
     for module in model.modules():
         held = getattr(module, "kv_b_proj", None)
-        if isinstance(module, MultiHeadLatentAttention) and isinstance(held, Quantized) and not held.prepared:
+        if isinstance(module, MultiHeadLatentAttention) and isinstance(held, Quantized) and not held.prepacked:
             held.keep_dense()
     native.attach(model)
     for module in model.modules():
-        if isinstance(module, QuantizedLinear | QuantizedEmbedding) and not module.prepared:
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding) and not module.prepacked:
             shape = (module.num_rows, module.width)
             names = _choose(module.format, module.scales.dtype, module.scales.device.type, shape)
             if KERNELS[names[0]].tiled:
-                ready(module, names[0])
+                use_kernel(module, names[0])
             elif "int8_integer" in names:
-                ready(module, "int8_integer")
+                use_kernel(module, "int8_integer")
             module.kernels = tuple(KERNELS[name].multiply for name in names)

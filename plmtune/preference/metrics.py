@@ -69,7 +69,7 @@ class PreferenceMetrics:
         margin = chosen - rejected
         one = torch.ones_like(margin)
         parts = (
-            (has_chosen & has_rejected, (one, c.h, (margin > 0).to(margin.dtype), margin)),
+            (has_chosen & has_rejected, (one, c.logratio_margin, (margin > 0).to(margin.dtype), margin)),
             (has_chosen, (one, chosen, c.chosen)),
             (has_rejected, (one, rejected, c.rejected)),
         )

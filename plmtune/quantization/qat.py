@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from plmtune.errors import UserError
-from plmtune.models.assemble import describe, from_description
+from plmtune.models.assemble import component_config, component_from_config
 from plmtune.models.checkpoint_files import CONFIG, checkpoint_directory, read_json, write_json
 from plmtune.modules.quantized import Format, round_inputs
 from plmtune.modules.torchtune_layers import quiet
@@ -231,7 +231,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def scheme_of(chosen: Component) -> dict[str, Any]:
     """What config.json says of a scheme: its name and all its settings, defaults written out."""
-    return {key: value for key, value in describe(chosen).items() if key != "qat"}
+    return {key: value for key, value in component_config(chosen).items() if key != "qat"}
 
 
 def note(directory: Path, scheme: Mapping[str, Any]) -> None:
@@ -257,4 +257,4 @@ def plan_of(checkpoint: str | Path) -> dict[str, Any] | None:
     where = f"{directory / CONFIG}, key {KEY}"
     if not isinstance(noted, dict):
         raise UserError(f"{where}: must be a table with the key scheme, not {noted!r:.80}")
-    return scheme_of(from_description("quantization", noted.get("scheme"), f"{where}.scheme"))
+    return scheme_of(component_from_config("quantization", noted.get("scheme"), f"{where}.scheme"))

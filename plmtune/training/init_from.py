@@ -11,8 +11,8 @@ from typing import Any
 from plmtune.config.compose import load_config
 from plmtune.errors import UserError
 from plmtune.io import hub, manifest
-from plmtune.models.adapters import holds_adapters, load_its_tokenizer, read_description
-from plmtune.models.assemble import describe, from_description
+from plmtune.models.adapters import holds_adapters, load_model_tokenizer, read_model_config
+from plmtune.models.assemble import component_config, component_from_config
 from plmtune.models.checkpoint_files import checkpoint_directory, say_if_interrupted
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component
@@ -47,8 +47,8 @@ def choose_init_checkpoint(cfg: Any, *, allow_missing: bool = False) -> str:
     cfg.init_from = found
     directory = init_checkpoint_directory(found, weights=False)
     if cfg.model is None:
-        description = read_description(directory)
-        cfg.model = from_description("model", description, str(directory))
+        description = read_model_config(directory)
+        cfg.model = component_from_config("model", description, str(directory))
     if cfg.tokenizer is None:
         path = _portable(found, directory)
         cfg.tokenizer = Component("tokenizer", "file", {"path": path, "pattern": "qwen2"})
@@ -126,7 +126,7 @@ def _find_init_checkpoint(cfg: Any, allow_missing: bool) -> tuple[str, str]:
 
 
 def _size(model: Component) -> str:
-    settings = describe(model)
+    settings = component_config(model)
     return f"{model.name} with {settings['num_layers']} layers of {settings['embed_dim']:,}"
 
 
@@ -134,7 +134,7 @@ def _fits(wanted: Component | None, theirs: Component | None) -> bool:
     """Whether two models compute alike; all fit where none is wanted."""
     if wanted is None or theirs is None:
         return wanted is None
-    ours, others = describe(wanted), describe(theirs)
+    ours, others = component_config(wanted), component_config(theirs)
     return all(ours[key] == others.get(key) for key in ours if key not in _IGNORED_KEYS)
 
 
@@ -164,12 +164,12 @@ def find_init_checkpoint(
     # A branch of the hub may move on; the run keeps the commit that it starts from.
     cfg.init_from = broadcast_from_rank0(lambda: hub.pin(cfg.init_from))
     directory = init_checkpoint_directory(cfg.init_from, weights=weights)
-    theirs, ours = read_description(directory), model.config
+    theirs, ours = read_model_config(directory), model.config
     if found := _difference(theirs, ours):
         key, their, our = found
         raise UserError(f"init_from={cfg.init_from}: its model has {key}={their}, this run {our}.")
     named = (directory / "tokenizer.json").is_file() or holds_adapters(directory)
-    if named and tokenizer is not None and load_its_tokenizer(directory).fingerprint != tokenizer.fingerprint:
+    if named and tokenizer is not None and load_model_tokenizer(directory).fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"init_from={cfg.init_from}: its tokenizer is another one than this run's. Use its own: "
             f"tokenizer=file tokenizer.path={_portable(cfg.init_from, directory)}"

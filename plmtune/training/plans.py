@@ -216,14 +216,14 @@ def _build_loss(chosen: Component | None, kind: Kind) -> Any:
     loss = build("loss", chosen)
     assert chosen is not None
     if loss_kind(loss) not in kind.losses:
-        fitting = [n for n in describe()["loss"] if getattr(load("loss", n), "of", "tokens") in kind.losses]
+        fitting = [n for n in describe()["loss"] if getattr(load("loss", n), "data_kind", "tokens") in kind.losses]
         raise UserError(f"key loss: {chosen.name} is not for this recipe, which takes {', '.join(fitting)}.")
     return loss
 
 
 def loss_kind(loss: Any) -> str:
     """What a loss is of: tokens, refinements or comparisons."""
-    return str(getattr(loss, "of", "tokens"))
+    return str(getattr(loss, "data_kind", "tokens"))
 
 
 def _find_tokenizer(chosen: Component | None, *, fetch: bool) -> Any:

@@ -19,7 +19,7 @@ from plmtune.errors import UserError
 from plmtune.evaluation import results
 from plmtune.export.runtimes.opening import open_runtime
 from plmtune.io import manifest
-from plmtune.models.adapters import load_its_tokenizer, load_model, save_adapter
+from plmtune.models.adapters import load_model, load_model_tokenizer, save_adapter
 from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.models.reward import load_reward_model
 from plmtune.modules.peft import init_adapters
@@ -267,7 +267,7 @@ class TestPermissions:
         monkeypatch.setattr(Path, "open", _forbidding(Path.open, name))  # root may read all
         with pytest.raises(UserError) as caught:
             load_model(directory)
-            load_its_tokenizer(directory)
+            load_model_tokenizer(directory)
             checkpoint_directory(directory)
             manifest.read(directory)
         said = str(caught.value)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from plmtune.devices.device import KernelRate, RuntimeRates, load_device, save_device, shipped
+from plmtune.devices.device import KernelRate, RuntimeRates, builtin_devices, load_device, save_device
 from plmtune.errors import UserError
 
 GOOD = """
@@ -29,8 +29,10 @@ def refusal(folder: Path, text: str) -> str:
 
 class TestShipped:
     def test_each_reads_and_every_figure_names_its_source(self) -> None:
-        assert {"pi5", "jetson_orin_nano", "jetson_orin_nx", "oneplus_12", "macbook_air_m3", "h200"} <= set(shipped())
-        for name in shipped():
+        assert {"pi5", "jetson_orin_nano", "jetson_orin_nx", "oneplus_12", "macbook_air_m3", "h200"} <= set(
+            builtin_devices()
+        )
+        for name in builtin_devices():
             device = load_device(name)
             figures = (device.memory, device.system, device.bandwidth, device.compute, device.layer, device.error)
             assert all(len(figure.source) > 5 for figure in figures), name

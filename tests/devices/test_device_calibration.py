@@ -5,7 +5,7 @@ import torch
 
 from plmtune.devices import calibrate, costs
 from plmtune.devices.calibrate import SCHEMES, _fit, _rates, _Timing, build, small_decoders
-from plmtune.devices.costs import Anatomy
+from plmtune.devices.costs import ModelShape
 from plmtune.devices.device import Device, Figure, KernelRate, RuntimeRates
 from plmtune.devices.predict import decode_seconds
 from plmtune.models.plm import plm
@@ -33,12 +33,12 @@ class TestFit:
         timings = []
         for make in small_decoders().values():
             with torch.device("meta"):
-                anatomy = Anatomy.of(make())
+                model_shape = ModelShape.of(make())
             for scheme in SCHEMES:
-                held = costs.weights(anatomy, "plmtune", scheme)
+                held = costs.weights(model_shape, "plmtune", scheme)
                 for depth in (32, 3072):
-                    seconds = decode_seconds(anatomy, device, "plmtune", held, depth)
-                    timings.append(_Timing(anatomy, scheme, depth, seconds))
+                    seconds = decode_seconds(model_shape, device, "plmtune", held, depth)
+                    timings.append(_Timing(model_shape, scheme, depth, seconds))
         found = _rates("plmtune", timings, timings, 10e9, 1e11, 0.0)
         for name, kernel in kernels.items():
             assert found.kernels[name].weights == pytest.approx(kernel.weights, rel=1e-3)

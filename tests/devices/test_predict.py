@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plmtune.devices import costs
-from plmtune.devices.costs import Anatomy
+from plmtune.devices.costs import ModelShape
 from plmtune.devices.device import Figure, KernelRate, RuntimeRates, load_device
 from plmtune.devices.predict import decode_seconds, predict
 from plmtune.models.llama import llama
@@ -14,9 +14,9 @@ from plmtune.models.plm import plm
 from plmtune.registry import component
 
 
-def qwen_like(rows: int, width: int, layers: int, heads: int, kv_heads: int, hidden: int) -> Anatomy:
+def qwen_like(rows: int, width: int, layers: int, heads: int, kv_heads: int, hidden: int) -> ModelShape:
     with torch.device("meta"):
-        return Anatomy.of(
+        return ModelShape.of(
             llama(
                 rows,
                 embed_dim=width,
@@ -29,9 +29,9 @@ def qwen_like(rows: int, width: int, layers: int, heads: int, kv_heads: int, hid
 
 
 @pytest.fixture(scope="module")
-def paper() -> Anatomy:
+def paper() -> ModelShape:
     with torch.device("meta"):
-        return Anatomy.of(plm(151936))
+        return ModelShape.of(plm(151936))
 
 
 class TestPublicMeasurements:
@@ -54,21 +54,21 @@ class TestPublicMeasurements:
 
 
 class TestMemory:
-    def test_fit_comes_before_speed(self, paper: Anatomy) -> None:
+    def test_fit_comes_before_speed(self, paper: ModelShape) -> None:
         device = replace(load_device("pi5"), memory=Figure(2 * 2.0**30, "a smaller one"))
         found = predict(paper, device, scheme="bf16", context=128)
         assert not found.fits
         assert (found.decode, found.prefill, found.first_token) == (None, None, None)
         assert predict(paper, device, scheme="int4", runtime="plmtune", context=64, prompt=16).memory < found.memory
 
-    def test_parts_add_up(self, paper: Anatomy) -> None:
+    def test_parts_add_up(self, paper: ModelShape) -> None:
         found = predict(paper, load_device("pi5"), scheme="int8", context=4096)
         assert found.memory == found.weights + found.cache + found.workspace + found.program
         assert found.cache == 144 * 2**20
 
 
 class TestSpeed:
-    def test_a_long_context_costs_llama_cpp_more(self, paper: Anatomy) -> None:
+    def test_a_long_context_costs_llama_cpp_more(self, paper: ModelShape) -> None:
         def slowdown(runtime: str, scheme: str) -> float:
             short, long = (
                 predict(paper, load_device("jetson_orin_nano"), scheme=scheme, runtime=runtime, context=context).decode
@@ -80,7 +80,7 @@ class TestSpeed:
         assert slowdown("llama.cpp", "f16") > 1.25
         assert slowdown("plmtune", "bf16") < 1.1
 
-    def test_a_calibrated_device_adds_up_its_own_rates(self, paper: Anatomy) -> None:
+    def test_a_calibrated_device_adds_up_its_own_rates(self, paper: ModelShape) -> None:
         rates = RuntimeRates(
             kernels={"bf16": KernelRate(1e10, 1e-6, 1e12)},
             layers={"latent": 1e-4},
@@ -98,7 +98,7 @@ class TestSpeed:
         assert (found.calibrated, found.error) == (True, 0.07)
 
     @pytest.mark.parametrize("calibrated", [False, True])
-    def test_a_cache_in_fp32_is_read_at_4_bytes_a_number(self, paper: Anatomy, calibrated: bool) -> None:
+    def test_a_cache_in_fp32_is_read_at_4_bytes_a_number(self, paper: ModelShape, calibrated: bool) -> None:
         device = load_device("h200")
         device = replace(device, compute=replace(device.compute, value=1e30))
         if calibrated:
@@ -111,14 +111,14 @@ class TestSpeed:
             read = costs.cache_bytes(paper, "plmtune", 1000, dtype_bytes=width)
             assert long - short == pytest.approx(read / device.bandwidth.value)
 
-    def test_a_kernel_that_was_not_measured_widens_the_error(self, paper: Anatomy) -> None:
+    def test_a_kernel_that_was_not_measured_widens_the_error(self, paper: ModelShape) -> None:
         rate = KernelRate(1e10, 0.0, 1e12)
         rates = RuntimeRates({"bf16": rate, "int8": rate}, {}, 0.0, {}, 1e12, 0.0, 0.05)
         device = replace(load_device("pi5"), rates={"plmtune": rates})
         assert predict(paper, device, scheme="int8").error == 0.05
         assert predict(paper, device, scheme="int4").error == 0.3
 
-    def test_prompts_are_bound_by_compute(self, paper: Anatomy) -> None:
+    def test_prompts_are_bound_by_compute(self, paper: ModelShape) -> None:
         slow = load_device("pi5")
         fast = replace(slow, compute=Figure(10 * slow.compute.value, "ten of them"))
         waits = [predict(paper, device, scheme="int8", prompt=2048).first_token for device in (slow, fast)]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from plmtune.errors import UserError
 from plmtune.export.contents import Contents
-from plmtune.export.executorch import check_scheme, export_pte, make_step, rounding_plan
-from plmtune.export.verify import _rounded_alike
+from plmtune.export.executorch import check_scheme, executorch_formats, export_pte, make_step
+from plmtune.export.verify import _quantized_like
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
@@ -159,14 +159,14 @@ class TestStep:
     def test_rows_that_xnnpack_has_no_groups_for_are_of_8_bits_by_the_plan_itself(self) -> None:
         model = small_plm()
         model.layers[0].ffn.down_proj = nn.Linear(80, 64, bias=False)  # type: ignore[union-attr]
-        plan = rounding_plan(model, "int8_dynamic_int4")
+        plan = executorch_formats(model, "int8_dynamic_int4")
         assert plan["layers.0.ffn.down_proj"].name == DYNAMIC
         assert plan["layers.1.ffn.down_proj"].name == "int8_dynamic_int4_g32"
         # the program and the reference of its proof alike
         step = make_step(model, "int8_dynamic_int4", CONTEXT)
         assert step.layers[0].down_proj.format.name == DYNAMIC  # type: ignore[union-attr]
         assert step.layers[1].down_proj.format.name == "int8_dynamic_int4_g32"  # type: ignore[union-attr]
-        rounded, _ = _rounded_alike(model, Contents("int8_dynamic_int4_g32"))
+        rounded, _ = _quantized_like(model, Contents("int8_dynamic_int4_g32"))
         held = {name: part.format for name, part in rounded.named_modules() if isinstance(part, Quantized)}
         assert held == plan
 

@@ -13,7 +13,7 @@ from plmtune.errors import UserError
 from plmtune.export.diagnosis import log_probs
 from plmtune.export.gguf_writer import write_gguf
 from plmtune.export.huggingface import export_hf
-from plmtune.export.runtimes import Runtime, open_runtime
+from plmtune.export.runtimes import InferenceRuntime, open_runtime
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
@@ -79,7 +79,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Dec
     scope="module",
     params=["xllamacpp", pytest.param("llama_cpp", marks=pytest.mark.slow), "plmtune", "transformers", "deepseek"],
 )
-def opened(request: pytest.FixtureRequest, files: dict[str, tuple[Path, Decoder]]) -> Iterator[tuple[Runtime, Decoder]]:
+def opened(
+    request: pytest.FixtureRequest, files: dict[str, tuple[Path, Decoder]]
+) -> Iterator[tuple[InferenceRuntime, Decoder]]:
     package: Any = "transformers" if request.param == "deepseek" else request.param
     pytest.importorskip(package)
     path, model = files[request.param]
@@ -88,27 +90,31 @@ def opened(request: pytest.FixtureRequest, files: dict[str, tuple[Path, Decoder]
 
 
 class TestEachRuntime:
-    def test_gives_the_models_log_probabilities_after_each_prefix(self, opened: tuple[Runtime, Decoder]) -> None:
+    def test_gives_the_models_log_probabilities_after_each_prefix(
+        self, opened: tuple[InferenceRuntime, Decoder]
+    ) -> None:
         runtime, model = opened
         assert (runtime.vocab_size, runtime.context) == (model.vocab_size, 64)
         found = runtime.log_probs(IDS, 5)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, log_probs(model, IDS, 5), atol=1e-4, rtol=0)
 
-    def test_writes_what_its_log_probabilities_say_token_by_token(self, opened: tuple[Runtime, Decoder]) -> None:
+    def test_writes_what_its_log_probabilities_say_token_by_token(
+        self, opened: tuple[InferenceRuntime, Decoder]
+    ) -> None:
         runtime, model = opened
         written = runtime.greedy(IDS, 6)
         assert written == log_probs(model, IDS + written[:-1], 6).argmax(-1).tolist()
         assert runtime.start(IDS) == written[0]  # begins anew
         assert runtime.step(written[0]) == written[1]
 
-    def test_has_the_checkpoints_ids_and_prompt(self, opened: tuple[Runtime, Decoder]) -> None:
+    def test_has_the_checkpoints_ids_and_prompt(self, opened: tuple[InferenceRuntime, Decoder]) -> None:
         runtime, _ = opened
         text = "def f(x):\n    return 'é 你好'<|endoftext|>"
         assert runtime.encode(text) == bundled().encode(text, specials=True)
         assert runtime.render(ASKED) == PROMPT
 
-    def test_refuses_more_tokens_than_it_has_room_for(self, opened: tuple[Runtime, Decoder]) -> None:
+    def test_refuses_more_tokens_than_it_has_room_for(self, opened: tuple[InferenceRuntime, Decoder]) -> None:
         runtime, _ = opened
         with pytest.raises(ValueError, match="65 tokens exceed the context of 64"):
             runtime.start([1] * 65)

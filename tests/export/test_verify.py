@@ -24,7 +24,7 @@ from torch import Tensor
 
 from plmtune.data.rows import Message
 from plmtune.errors import UserError
-from plmtune.export import gguf_writer, hard_texts, verify_text
+from plmtune.export import gguf_writer, probe_texts, verify_text
 from plmtune.export import verify as verifying
 from plmtune.export.arithmetic import with_rounded_inputs
 from plmtune.export.contents import Contents, read_contents, settings_of
@@ -32,7 +32,7 @@ from plmtune.export.diagnosis import find_cause, log_probs
 from plmtune.export.gguf_writer import write_gguf
 from plmtune.export.huggingface import export_hf
 from plmtune.export.lint import WRITTEN
-from plmtune.export.runtimes import Runtime
+from plmtune.export.runtimes import InferenceRuntime
 from plmtune.export.stored import BOUNDS, bound_of, suspect_tensors, wrong_type
 from plmtune.export.verify import Check, Report, divergence, verify
 from plmtune.export.verify_text import compare_ids, compare_prompts
@@ -213,7 +213,7 @@ def found_in(model: Decoder, contents: Contents) -> Report:
 
 
 class TestCauses:
-    """What is wrong is told by what the export holds, where it can be read, and else by what a runtime says."""
+    """What is wrong is seen in what the export holds, where it can be read, else in what a runtime says."""
 
     @pytest.mark.parametrize(
         ("name", "breaking"),
@@ -473,9 +473,9 @@ class TestQuantized:
         assert suspect_tensors(make_plm(), contents) == {}
 
     @pytest.mark.parametrize("kind", ["F32", "Q4_0"])
-    @pytest.mark.parametrize("told", [None, 64])
+    @pytest.mark.parametrize("top_k", [None, 64])
     def test_a_runtime_that_computes_something_else_is_found_however_coarse_the_type(
-        self, kind: str, told: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, kind: str, top_k: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         save_model(make_plm(), None, tmp_path / "plm")
         bundled().save(tmp_path / "plm")
@@ -489,7 +489,7 @@ class TestQuantized:
                 if isinstance(module, RMSNorm):
                     module.eps = eps
             runtime = Fake(runs, ids=lambda text: bundled().encode(text, specials=True))
-            runtime.rounds_inputs, runtime.told = True, told
+            runtime.rounds_inputs, runtime.top_k = True, top_k
             monkeypatch.setattr(verifying, "open_runtime", lambda *args, **options: runtime)
             return verify(tmp_path / "a.gguf", tmp_path / "plm", positions=16)
 
@@ -642,7 +642,7 @@ class TestGguf:
         bundled().save(tmp_path / "plm")
         write_gguf(make_plm(), bundled(), tmp_path / "a.gguf", kind="F32")
 
-        def refuse(*args: Any, **options: Any) -> Runtime:
+        def refuse(*args: Any, **options: Any) -> InferenceRuntime:
             raise UserError("llama.cpp cannot load it: its tokens are too few")
 
         monkeypatch.setattr(verifying, "open_runtime", refuse)
@@ -698,19 +698,19 @@ class TestMatrix:
         assert len([check for check in report.failed if check.cause]) == 1
 
 
-class Fake(Runtime):
+class Fake(InferenceRuntime):
     """A runtime that is our model, but for what is put in its place."""
 
     name, vocab_size, context = "fake", bundled().vocab_size, 128
-    told: int | None = None
+    top_k: int | None = None
 
     def __init__(self, model: Decoder, *, ids: Callable[[str], list[int]], writes: Sequence[int] | None = None) -> None:
         self.model, self.ids, self.writes = model, ids, writes
         self.path = Path("fake")
 
-    def log_probs(self, ids: Sequence[int], last: int, told: int | None = None) -> Tensor:
+    def log_probs(self, ids: Sequence[int], last: int, top_k: int | None = None) -> Tensor:
         rows = log_probs(self.model, ids, last)
-        return rows if self.told is None else rows.masked_fill(rows < rows.topk(self.told).values[:, -1:], -torch.inf)
+        return rows if self.top_k is None else rows.masked_fill(rows < rows.topk(self.top_k).values[:, -1:], -torch.inf)
 
     def start(self, ids: Sequence[int]) -> int:
         self.read = list(ids)
@@ -759,7 +759,7 @@ class TestPrompts:
         runtime.name = "llama.cpp (llama_cpp)"
         return runtime
 
-    def compared(self, runtime: Runtime) -> Check:
+    def compared(self, runtime: InferenceRuntime) -> Check:
         report = Report("a", "b", runtime.name, "F32", 4)
         compare_prompts(report, runtime, bundled(), Contents("F32"))
         return report.checks[-1]
@@ -854,7 +854,7 @@ class TestReport:
         for text, count in (("", 0), ("Hello world", 3)):
             with pytest.raises(UserError, match=f"a text of {count} tokens is too short"):
                 verify(tmp_path / "a", tmp_path / "a", text=text)
-        ids = bundled().encode(hard_texts.PAGE)
+        ids = bundled().encode(probe_texts.PAGE)
         for most, held in ((100, 100), (32, 32), (16, 16)):
             ((piece, last),) = verifying._windows(ids[:held], most, 256)
             assert (len(piece), last) == (held, held - 1)

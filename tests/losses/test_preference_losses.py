@@ -212,7 +212,7 @@ class TestAll:
         assert value.isfinite().all() and grad.isfinite().all()
 
     def test_say_what_they_must_be_given(self) -> None:
-        assert all(loss.of == "comparisons" for loss in LOSSES)
+        assert all(loss.data_kind == "comparisons" for loss in LOSSES)
         wanted = {
             type(loss): (loss.needs_reference, loss.contexts, loss.mismatched, loss.scalar_head) for loss in LOSSES
         }
@@ -262,7 +262,7 @@ class TestSftRefine:
         generator = torch.Generator().manual_seed(0)
         hidden, weight = torch.randn(9, 4, generator=generator), torch.randn(11, 4, generator=generator)
         targets = torch.tensor([1, -100, 3, 4, 5, -100, 7, 8, 9])
-        assert SftRefine.of == "refinements"
+        assert SftRefine.data_kind == "refinements"
         assert torch.equal(SftRefine()(hidden, weight, targets), cross_entropy()(hidden, weight, targets))
 
 

@@ -165,8 +165,8 @@ class TestLoad:
         second = teach(adapters.load_model(tmp_path / "adapter"), "dora", targets=("ffn",))
         adapters.save_adapter(second, tmp_path / "second", tmp_path / "adapter")
         close(adapters.load_model(tmp_path / "second")(TOKENS), second(TOKENS))
-        assert adapters.read_description(tmp_path / "second") == second.config
-        assert adapters.load_its_tokenizer(tmp_path / "second").fingerprint == byte().fingerprint
+        assert adapters.read_model_config(tmp_path / "second") == second.config
+        assert adapters.load_model_tokenizer(tmp_path / "second").fingerprint == byte().fingerprint
 
     def test_a_score_head_comes_along(self, tmp_path: Path) -> None:
         model = base("plm", tmp_path / "base")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import plmtune
 from plmtune.errors import UserError
 from plmtune.models.adapters import load_adapter
-from plmtune.models.hf import load_model, load_state, read_description, read_formats, read_state, save_model
+from plmtune.models.hf import load_model, load_state, read_formats, read_model_config, read_state, save_model
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized, install
@@ -77,7 +77,7 @@ class TestSaving:
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
         assert {n: m.format for n, m in loaded.named_modules() if isinstance(m, Quantized)} == FORMATS
         assert read_formats(saved) == (FORMATS, model.quantization)
-        assert read_description(saved) == model.config
+        assert read_model_config(saved) == model.config
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_saved_again_every_byte_is_the_same(self, saved: Path, tmp_path: Path, dtype: torch.dtype) -> None:
@@ -123,7 +123,7 @@ class TestSaving:
 class TestLoading:
     def test_load_prepares_and_a_prepared_model_is_not_saved(self, saved: Path, tmp_path: Path) -> None:
         model, tokenizer = plmtune.load(saved, "cpu")
-        assert all(module.prepared for module in model.modules() if isinstance(module, Quantized))
+        assert all(module.prepacked for module in model.modules() if isinstance(module, Quantized))
         tokens = torch.tensor([tokenizer.encode("hello")])
         assert torch.allclose(model(tokens), quantized()(tokens), atol=1e-5)
         with pytest.raises(ValueError, match="prepare=False"):

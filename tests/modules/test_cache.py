@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from plmtune.models.plm import plm
-from plmtune.modules.cache import Stem
+from plmtune.modules.cache import SharedPrefix
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component, component
 
@@ -28,10 +28,10 @@ def tokens(b: int, s: int, seed: int = 1) -> Tensor:
     return torch.randint(101, (b, s), generator=torch.Generator().manual_seed(seed))
 
 
-def stem_of(model: Decoder, ids: Tensor) -> Stem:
+def stem_of(model: Decoder, ids: Tensor) -> SharedPrefix:
     cache = model.new_cache(1, 32)
     model(ids, cache=cache)
-    return Stem(cache)
+    return SharedPrefix(cache)
 
 
 def close(a: Tensor, b: Tensor) -> None:

@@ -13,7 +13,7 @@ from plmtune.models.plm import plm
 from plmtune.modules import quantized_kernels
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized, QuantizedEmbedding, QuantizedLinear, install, reference
-from plmtune.modules.quantized_kernels import KERNELS, choose, prepare
+from plmtune.modules.quantized_kernels import KERNELS, choose, prepack
 from plmtune.registry import component
 
 NAMES = ["int8", "int8_g32", "int4_g32", "int4_g128", "int8_dynamic_int8", "int8_dynamic_int4_g32"]
@@ -42,9 +42,9 @@ def linear(name: str, dtype: torch.dtype, out: int = 96, width: int = 256) -> Qu
     return module
 
 
-def ready(module: Quantized, kernel: str) -> Quantized:
-    """As `prepare` leaves it where this kernel was the fastest."""
-    return quantized_kernels.ready(module, kernel)
+def use_kernel(module: Quantized, kernel: str) -> Quantized:
+    """As `prepack` leaves it where this kernel was the fastest."""
+    return quantized_kernels.use_kernel(module, kernel)
 
 
 def pairs() -> list[tuple[str, str, torch.dtype]]:
@@ -61,11 +61,11 @@ def pairs() -> list[tuple[str, str, torch.dtype]]:
 class TestKernels:
     @pytest.mark.parametrize(("name", "kernel", "dtype"), pairs())
     def test_say_what_the_reference_says(self, name: str, kernel: str, dtype: torch.dtype) -> None:
-        if not quantized_kernels._sound(kernel, Format.parse(name), dtype):
+        if not quantized_kernels._matches_reference(kernel, Format.parse(name), dtype):
             pytest.skip(f"this processor's {kernel} is not taken")
         for out, width in ((96, 256), (64, 128), (200, 384)):
             plain = linear(name, dtype, out, width)
-            found = ready(linear(name, dtype, out, width), kernel)
+            found = use_kernel(linear(name, dtype, out, width), kernel)
             for rows in (1, 3, 64):
                 x = torch.randn(1, rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
                 expected, y = reference(plain, x), found.multiply(x)
@@ -87,14 +87,14 @@ class TestKernels:
     @pytest.mark.parametrize("name", NAMES)
     def test_what_is_no_number_stays_none(self, name: str) -> None:
         module = linear(name, torch.bfloat16)
-        prepare(module)
+        prepack(module)
         assert module(torch.full((1, 256), float("nan"), dtype=torch.bfloat16)).isnan().all()
 
     def test_a_bias_is_added_and_no_rows_give_none(self) -> None:
         module = QuantizedLinear(64, 32, Format(8, None, True), bias=True)
         fill(module, torch.float32)
         torch.nn.init.ones_(module.bias)  # type: ignore[arg-type]
-        prepare(module)
+        prepack(module)
         assert torch.equal(module(torch.zeros(2, 1, 64)), torch.ones(2, 1, 32))
         assert module(torch.zeros(0, 64)).shape == (0, 32)
 
@@ -197,15 +197,15 @@ class TestPrepare:
     def test_greedy_tokens_are_the_references_in_fp32(self, name: str) -> None:
         expected = greedy(small(name, torch.float32))
         model = small(name, torch.float32)
-        prepare(model)
-        assert all(module.prepared for module in model.modules() if isinstance(module, Quantized))
+        prepack(model)
+        assert all(module.prepacked for module in model.modules() if isinstance(module, Quantized))
         assert torch.equal(greedy(model), expected)
 
     def test_takes_no_more_memory_than_the_file_and_the_matrix_of_mla(self) -> None:
         model = small("int4_g32", torch.bfloat16)
         before = {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
         sizes = {name: sum(buffer.nbytes for buffer in module.buffers()) for name, module in before.items()}
-        prepare(model)
+        prepack(model)
         for name, module in before.items():
             after = sum(buffer.nbytes for buffer in module.buffers())
             if name.endswith("kv_b_proj"):
@@ -220,15 +220,15 @@ class TestPrepare:
         assert isinstance(embedding, QuantizedEmbedding)
         ids, hidden = torch.arange(256)[None], torch.randn(1, 5, 128).to(torch.bfloat16)
         rows, logits = embedding(ids), embedding.project(hidden)
-        prepare(model)
+        prepack(model)
         assert embedding.tile and torch.equal(embedding(ids), rows)
         assert (embedding.project(hidden) - logits).abs().max() <= 2e-2 * logits.abs().max()
 
     def test_twice_is_once(self) -> None:
         model = small("int4_g32", torch.bfloat16)
-        prepare(model)
+        prepack(model)
         logits = model(torch.arange(9)[None])
-        prepare(model)
+        prepack(model)
         assert torch.equal(model(torch.arange(9)[None]), logits)
 
 
@@ -237,7 +237,7 @@ class TestSeveralRowsOfAView:
     def test_inputs_that_are_not_contiguous_are_multiplied_as_their_copies(self, format: str, kernel: str) -> None:
         module = quantized_kernels.example(Format.parse(format), torch.bfloat16, (128, 64))
         try:
-            quantized_kernels.ready(module, kernel)
+            quantized_kernels.use_kernel(module, kernel)
         except RuntimeError as error:
             pytest.skip(str(error))
         x = torch.randn(64, 3, dtype=torch.bfloat16).t()  # [3, 64], by columns

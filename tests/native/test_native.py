@@ -16,7 +16,7 @@ from plmtune.modules.cache import Cache
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU
 from plmtune.modules.quantized import Format, Quantized, install, reference, round_inputs
-from plmtune.modules.quantized_kernels import KERNELS, example, prepare
+from plmtune.modules.quantized_kernels import KERNELS, example, prepack
 from plmtune.native import library
 from plmtune.registry import component
 
@@ -64,7 +64,7 @@ def build(
         install(model, dict.fromkeys(names, Format.parse(format)))
         for seed, module in enumerate(module for module in model.modules() if isinstance(module, Quantized)):
             fill(module, seed)
-    prepare(model.to(dtype))
+    prepack(model.to(dtype))
     return model
 
 

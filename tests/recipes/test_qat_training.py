@@ -14,7 +14,7 @@ from plmtune.recipes.sft import Sft
 from safetensors import safe_open
 from tuning import refusal, run, stop_in
 
-from plmtune.models.assemble import from_description
+from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.models.hf import load_model
 from plmtune.quantization import qat
@@ -41,7 +41,7 @@ class TestSft:
         recipe = recipes[0][0]
         recipe.model = recipe.trained = model  # the same validation, by the checkpoint
         unrounded = recipe.validate()["validation_loss"]
-        quantize(model, from_description("quantization", scheme, "")(model=model))
+        quantize(model, component_from_config("quantization", scheme, "")(model=model))
         assert recipe.validate()["validation_loss"] == pytest.approx(measured, abs=1e-4)
         assert abs(unrounded - measured) > 1e-3
 

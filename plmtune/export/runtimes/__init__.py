@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plmtune.export.runtimes.base import Runtime, Timing
+from plmtune.export.runtimes.base import InferenceRuntime, Timing
 from plmtune.export.runtimes.opening import UNVERIFIED, RuntimeName, choose_runtime, form_of, open_runtime
 
-__all__ = ["UNVERIFIED", "Runtime", "RuntimeName", "Timing", "choose_runtime", "form_of", "open_runtime"]
+__all__ = ["UNVERIFIED", "InferenceRuntime", "RuntimeName", "Timing", "choose_runtime", "form_of", "open_runtime"]

@@ -31,7 +31,7 @@ class Timing:
     token: float
 
 
-class Runtime(ABC):
+class InferenceRuntime(ABC):
     """A model, opened by the program that serves it. A context manager: at its end the memory is let go of.
 
     Attributes:
@@ -51,14 +51,14 @@ class Runtime(ABC):
     tokenizer: Tokenizer | None = None
 
     @abstractmethod
-    def log_probs(self, ids: Sequence[int], last: int, told: int | None = None) -> Tensor:
+    def log_probs(self, ids: Sequence[int], last: int, top_k: int | None = None) -> Tensor:
         """What follows each of the last `last` prefixes of ids: fp32 log-probabilities on the CPU, [last, v].
 
         The first row follows ids[: len(ids) - last + 1], the last row follows all of them.
 
         Args:
-            told: the likeliest tokens that do; where the others cost time they are -inf, and a row is of what follows
-                given that it is one of those told. None: all.
+            top_k: how many of the likeliest tokens are needed. A runtime for which others cost time gives them -inf
+                and normalizes over the top k. None: all.
         """
 
     @abstractmethod

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from plmtune.errors import UserError
-from plmtune.export.runtimes.base import Runtime
+from plmtune.export.runtimes.base import InferenceRuntime
 from plmtune.io.progress import ticking
 from plmtune.models.checkpoint_files import read_json
 from plmtune.tokenizers.tokenizer import load_tokenizer
@@ -42,7 +42,7 @@ def read_facts(path: Path) -> Facts:
     return Facts(rows, positions, tuple(map(str, formats)))
 
 
-class ExecuTorch(Runtime):
+class ExecuTorchRuntime(InferenceRuntime):
     """A program of one token a call, its cache inside.
 
     Args:
@@ -74,7 +74,7 @@ class ExecuTorch(Runtime):
         self.tokenizer = load_tokenizer(beside) if beside.is_dir() else None
         self._length = 0
 
-    def log_probs(self, ids: Sequence[int], last: int, told: int | None = None) -> Tensor:
+    def log_probs(self, ids: Sequence[int], last: int, top_k: int | None = None) -> Tensor:
         self.check(ids, last)
         places = ticking(list(enumerate(ids)), f"of {len(ids)} positions computed", shown=True)
         rows = [self._logits(id, place) for place, id in places][-last:]

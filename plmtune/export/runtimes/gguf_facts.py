@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plmtune.errors import UserError
-from plmtune.export.runtimes.base import Runtime
+from plmtune.export.runtimes.base import InferenceRuntime
 from plmtune.models.gguf_file import opened_gguf
 
 # Architectures on which llama.cpp aborts with flash attention, which is its default.
@@ -68,7 +68,7 @@ def read_facts(path: Path) -> Facts:
         return Facts(str(architecture), embedding.shape[0], context, template if isinstance(template, str) else None)
 
 
-class GgufRuntime(Runtime):
+class GgufRuntime(InferenceRuntime):
     """llama.cpp with one GGUF file open.
 
     Args:

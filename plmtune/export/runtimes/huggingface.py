@@ -12,11 +12,11 @@ from torch import Tensor
 
 from plmtune.data.rows import Message
 from plmtune.errors import UserError
-from plmtune.export.runtimes.base import Runtime
+from plmtune.export.runtimes.base import InferenceRuntime
 from plmtune.modules.torchtune_layers import quiet
 
 
-class Transformers(Runtime):
+class TransformersRuntime(InferenceRuntime):
     """A model and a tokenizer of transformers, from local files alone and without any code of theirs.
 
     Args:
@@ -51,7 +51,7 @@ class Transformers(Runtime):
         self._cache: Any = None
 
     @torch.inference_mode()
-    def log_probs(self, ids: Sequence[int], last: int, told: int | None = None) -> Tensor:
+    def log_probs(self, ids: Sequence[int], last: int, top_k: int | None = None) -> Tensor:
         self.check(ids, last)
         logits: Tensor = self._model(self._row(ids), use_cache=False, logits_to_keep=last).logits[0]
         return logits.float().log_softmax(-1).cpu()

@@ -21,7 +21,7 @@ from plmtune.errors import UserError
 from plmtune.export.runtimes.gguf_facts import GgufRuntime
 
 
-class LlamaCpp(GgufRuntime):
+class LlamaCppRuntime(GgufRuntime):
     """A llama.cpp context of one sequence."""
 
     name = "llama.cpp (llama_cpp)"
@@ -51,7 +51,7 @@ class LlamaCpp(GgufRuntime):
             raise UserError(f"llama.cpp has no room for a context of {self.context} tokens with {path}.")
         self._length = 0
 
-    def log_probs(self, ids: Sequence[int], last: int, told: int | None = None) -> Tensor:
+    def log_probs(self, ids: Sequence[int], last: int, top_k: int | None = None) -> Tensor:
         self.check(ids, last)
         self._clear()
         return torch.from_numpy(self._decode(ids, last).copy()).log_softmax(-1)

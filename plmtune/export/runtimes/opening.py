@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from plmtune.errors import UserError, did_you_mean
-from plmtune.export.runtimes.base import Runtime
+from plmtune.export.runtimes.base import InferenceRuntime
 from plmtune.extras import installed, missing
 from plmtune.io import manifest
 from plmtune.models.checkpoint_files import ADAPTER_CONFIG, CONFIG, read_json
@@ -28,7 +28,7 @@ def open_runtime(
     prefer: RuntimeName | None = None,
     exact: bool = False,
     flash_attention: bool | None = None,
-) -> Runtime:
+) -> InferenceRuntime:
     """Open a model file or directory in the runtime that serves it.
 
     Args:
@@ -52,24 +52,24 @@ def open_runtime(
     if flash_attention is not None and found not in ("llama_cpp", "xllamacpp"):
         raise ValueError(f"flash_attention is an option of llama.cpp, which does not open {path}")
     if found == "plmtune":
-        from plmtune.export.runtimes.ours import Ours
+        from plmtune.export.runtimes.pytorch import PyTorchRuntime
 
-        return Ours(path, threads=threads, context=context, exact=exact)
+        return PyTorchRuntime(path, threads=threads, context=context, exact=exact)
     if found == "transformers":
-        from plmtune.export.runtimes.huggingface import Transformers
+        from plmtune.export.runtimes.huggingface import TransformersRuntime
 
-        return Transformers(path, threads=threads, context=context, exact=exact)
+        return TransformersRuntime(path, threads=threads, context=context, exact=exact)
     if found == "executorch":
-        from plmtune.export.runtimes.executorch import ExecuTorch
+        from plmtune.export.runtimes.executorch import ExecuTorchRuntime
 
-        return ExecuTorch(path, threads=threads, context=context)
+        return ExecuTorchRuntime(path, threads=threads, context=context)
     if found == "llama_cpp":
-        from plmtune.export.runtimes.llama_cpp import LlamaCpp
+        from plmtune.export.runtimes.llama_cpp import LlamaCppRuntime
 
-        return LlamaCpp(path, threads=threads, context=context, exact=exact, flash_attention=flash_attention)
-    from plmtune.export.runtimes.xllamacpp import XLlamaCpp
+        return LlamaCppRuntime(path, threads=threads, context=context, exact=exact, flash_attention=flash_attention)
+    from plmtune.export.runtimes.xllamacpp import XLlamaCppRuntime
 
-    return XLlamaCpp(path, threads=threads, context=context, exact=exact, flash_attention=flash_attention)
+    return XLlamaCppRuntime(path, threads=threads, context=context, exact=exact, flash_attention=flash_attention)
 
 
 def choose_runtime(path: Path, prefer: RuntimeName | None = None) -> RuntimeName:

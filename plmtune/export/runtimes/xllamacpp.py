@@ -26,7 +26,7 @@ from plmtune.io.progress import ticking
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-class XLlamaCpp(GgufRuntime):
+class XLlamaCppRuntime(GgufRuntime):
     """A llama.cpp server with one slot, which keeps the cache of what it read last.
 
     A step hands the whole prompt over as JSON, of which the server reads the new token alone. So `timed` has the server
@@ -68,18 +68,18 @@ class XLlamaCpp(GgufRuntime):
         # A server that is closed before its loop has begun waits for it for ever; an answer shows that it runs.
         self._complete([whole], 1)
 
-    def log_probs(self, ids: Sequence[int], last: int, told: int | None = None) -> Tensor:
+    def log_probs(self, ids: Sequence[int], last: int, top_k: int | None = None) -> Tensor:
         self.check(ids, last)
         held = list(ids)
         ends = ticking(range(len(held) - last + 1, len(held) + 1), f"of {last} positions computed", shown=True)
         # Growing prompts: of each the server reads the one new token.
-        return torch.stack([self._row(held[:end], min(told or self.vocab_size, self.vocab_size)) for end in ends])
+        return torch.stack([self._row(held[:end], min(top_k or self.vocab_size, self.vocab_size)) for end in ends])
 
-    def _row(self, ids: list[int], told: int) -> Tensor:
+    def _row(self, ids: list[int], top_k: int) -> Tensor:
         row = torch.full((self.vocab_size,), float("-inf"))
-        found = self._complete(ids, told)
+        found = self._complete(ids, top_k)
         row[[entry["id"] for entry in found]] = torch.tensor([entry["logprob"] for entry in found])
-        # The server sums 50,000 probabilities in fp32, one after the other: off by 1e-4 in all of a row alike.
+        # The server sums 50,000 probabilities in fp32, one after the other: off by 1e-4 in the whole row.
         return row.log_softmax(-1)
 
     def start(self, ids: Sequence[int]) -> int:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import plmtune
-from plmtune.export.runtimes.base import Runtime
+from plmtune.export.runtimes.base import InferenceRuntime
 from plmtune.modules.cache import Cache
 
 
-class Ours(Runtime):
+class PyTorchRuntime(InferenceRuntime):
     """What `plmtune.load` gives; decoding over its cache.
 
     Args:
@@ -36,7 +36,7 @@ class Ours(Runtime):
         self._cache: Cache | None = None
 
     @torch.inference_mode()
-    def log_probs(self, ids: Sequence[int], last: int, told: int | None = None) -> Tensor:
+    def log_probs(self, ids: Sequence[int], last: int, top_k: int | None = None) -> Tensor:
         self.check(ids, last)
         hidden = self.model(self._row(ids), hidden=True)[0, -last:]
         return self.model.logits(hidden).log_softmax(-1).cpu()
