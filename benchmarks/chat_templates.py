@@ -20,8 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from side_by_side import machine
 
 from plmtune.data.conversations import conversations
-from plmtune.data.rows import Message
 from plmtune.tokenizers.chat_template import NAMED, ChatTemplate
+from plmtune.tokenizers.message import Message
 from plmtune.tokenizers.tokenizer import bundled
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -33,13 +33,13 @@ from torch import Tensor, nn
 from plmtune.data.batches import IGNORE, Batch, Row, make_batch
 from plmtune.data.conversations import conversations
 from plmtune.data.packing import Example, PackedRows, fit
-from plmtune.data.sources import BadRow
 from plmtune.losses.cross_entropy import cross_entropy
 from plmtune.models.gguf import read_tokenizer
 from plmtune.models.gguf_file import opened_gguf
 from plmtune.models.llama import llama
 from plmtune.optim.optimizers import adamw
 from plmtune.tokenizers.chat_template import find_template
+from plmtune.tokenizers.message import BadRow
 from plmtune.tokenizers.tokenizer import Tokenizer, bundled
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

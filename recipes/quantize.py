@@ -22,7 +22,7 @@ from plmtune.io import hub, manifest
 from plmtune.io.atomic import replacing
 from plmtune.io.progress import ticking
 from plmtune.io.safetensors_writer import listed, not_finite
-from plmtune.io.signals import StopSignals
+from plmtune.io.signals import EXIT_STOPPED, StopSignals
 from plmtune.io.terminal import echo
 from plmtune.io.untrusted import load_json
 from plmtune.models.adapters import holds_adapters, load_model, load_model_tokenizer, read_model_config
@@ -36,7 +36,7 @@ from plmtune.quantization.quantize import file_bytes, quantize
 from plmtune.quantization.sensitivity import Found, Measured
 from plmtune.registry import Component
 from plmtune.tokenizers.tokenizer import Tokenizer
-from plmtune.training.run_directory import EXIT_STOPPED, read_record, refuse_unusable
+from plmtune.training.run_directory import read_record, refuse_unusable
 from plmtune.training.run_setup import find_run, open_run
 from plmtune.training.run_summary import already_finished, finished_runs
 from plmtune.training.runtime import Runtime

@@ -17,11 +17,12 @@ from plmtune.data.conversations import Conversations
 from plmtune.data.examples import open_examples
 from plmtune.data.order import Phase
 from plmtune.data.preferences import Preferences
-from plmtune.data.rows import Message
 from plmtune.errors import UserError
 from plmtune.inference.sampling import complete
 from plmtune.io.terminal import echo
+from plmtune.preference.refinement import encode_pairs
 from plmtune.tokenizers.chat_template import find_template
+from plmtune.tokenizers.message import Message
 from plmtune.training import launcher, plans
 from plmtune.training.checkpoint import TrainerState
 from plmtune.training.finetune_model import FinetuneModel, setup_model
@@ -60,7 +61,7 @@ class Sft:
         saved = TrainerState.latest(str(cfg.run_dir)) if cfg.resume else TrainerState()
         # A run with a checkpoint of its own needs no other one, unless it holds adapters alone.
         origin = find_init_checkpoint(cfg, plan.model, plan.tokenizer) if cfg.peft or not saved.checkpoint else None
-        assert plan.template is not None
+        assert plan.template is not None and plan.refinement is not None
         self.loss, self.template = plan.loss, plan.template
         self.tokenizer.chat_template = self.template.source  # what the model learns is saved with it
         refines = plans.loss_kind(self.loss) == "refinements"
@@ -73,7 +74,7 @@ class Sft:
             skip_bad=cfg.chat.skip_bad,
             holdout=cfg.chat.holdout,
             seed=cfg.seed,
-            refinement=plan.refinement if refines else None,
+            encode=partial(encode_pairs, refinement=plan.refinement) if refines else None,
             shown=runtime.is_main,
         )
         self.notes, self.fingerprints = examples.notes, examples.fingerprints

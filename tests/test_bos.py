@@ -11,7 +11,6 @@ from lm_eval.api.instance import Instance
 from plmtune.data.preferences import Pair
 from plmtune.data.prepare import prepare
 from plmtune.data.row_files import files
-from plmtune.data.rows import Message
 from plmtune.data.shards import Shards
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.perplexity import perplexity
@@ -23,6 +22,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.preference.batches import make_comparisons
 from plmtune.tokenizers.bpe import BYTE_PATTERN, SINGLE_BYTES, from_ranks
 from plmtune.tokenizers.chat_template import NAMED, ChatTemplate
+from plmtune.tokenizers.message import Message
 from plmtune.tokenizers.tokenizer import Tokenizer
 
 SPECIALS = ["<|endoftext|>", "<s>", "<|im_start|>", "<|im_end|>"]

@@ -9,7 +9,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from plmtune.training.run_directory import EXIT_STOPPED, read_record
+from plmtune.io.signals import EXIT_STOPPED
+from plmtune.training.run_directory import read_record
 
 from .place import (
     SMALL,

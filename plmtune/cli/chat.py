@@ -53,9 +53,9 @@ def chat(
     checkpoint = find_model(checkpoint, "chat CHECKPOINT")
 
     import plmtune
-    from plmtune.data.sources import BadRow
     from plmtune.inference.chat_session import Conversation
     from plmtune.tokenizers.chat_template import find_template
+    from plmtune.tokenizers.message import BadRow
 
     where = find_device(device)
     model, tokenizer = plmtune.load(checkpoint, where)
@@ -185,7 +185,7 @@ class _Talk:
         return False
 
     def ask(self, text: str) -> None:
-        from plmtune.data.sources import BadRow
+        from plmtune.tokenizers.message import BadRow
 
         talk = self.conversation
         said, forgotten = len(talk.messages), talk.forgotten
@@ -219,7 +219,7 @@ class _Talk:
         _tell(table)
 
     def system(self, text: str) -> None:
-        from plmtune.data.sources import BadRow
+        from plmtune.tokenizers.message import BadRow
 
         try:
             self.conversation.instruct(text or None)
@@ -256,7 +256,7 @@ class _Talk:
 
     def load(self, name: str) -> None:
         from plmtune.data.conversations import conversations
-        from plmtune.data.sources import BadRow
+        from plmtune.tokenizers.message import BadRow
 
         if not name:
             raise UserError("Name the file: /load talk.jsonl")

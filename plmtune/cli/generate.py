@@ -123,9 +123,8 @@ def _message(
     tokenizer: Tokenizer, prompt: str, system: str | None, chat_template: str | None
 ) -> tuple[list[int], list[int]]:
     """Return the tokens of a user's message up to where the model begins to write, and the ids that end an answer."""
-    from plmtune.data.rows import Message
-    from plmtune.data.sources import BadRow
     from plmtune.tokenizers.chat_template import find_template
+    from plmtune.tokenizers.message import BadRow, Message
 
     template = find_template(chat_template, tokenizer, "--chat-template ")
     messages = [Message("system", system)] if system is not None else []

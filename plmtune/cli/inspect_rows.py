@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plmtune.cli.tokenizer import find_tokenizer
-from plmtune.data.sources import BadRow, Unused
 from plmtune.errors import UserError
 from plmtune.io import terminal
 from plmtune.io.terminal import Line, visible
+from plmtune.tokenizers.message import BadRow, Unused
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from plmtune.data.conversations import Shape
-    from plmtune.data.rows import Message, Refused, Rows
+    from plmtune.data.rows import Refused, Rows
     from plmtune.tokenizers.chat_template import ChatTemplate, TrainOn
+    from plmtune.tokenizers.message import Message
     from plmtune.tokenizers.tokenizer import Tokenizer
 
 _TRAINED = "bold green"

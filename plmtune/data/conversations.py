@@ -12,10 +12,11 @@ import xxhash
 from plmtune.data.functions import public_functions, question
 from plmtune.data.messages import messages_of, text_under
 from plmtune.data.parts import COMPLETIONS, MESSAGES, PROMPTS, Parts, joined
-from plmtune.data.rows import Message, Refused, Rows
-from plmtune.data.sources import BadRow, Unused, type_name
+from plmtune.data.rows import Refused, Rows
+from plmtune.data.sources import type_name
 from plmtune.ranges import NotEmpty, check
 from plmtune.registry import register
+from plmtune.tokenizers.message import BadRow, Message, Unused
 
 REMEDY = "Mend them, or leave them out with chat.skip_bad=true"
 

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
-import numpy as np
 import xxhash
 
 from plmtune.data.conversations import Conversations
 from plmtune.data.packing import Example, PackedRows, fit
 from plmtune.data.preferences import Pair, Preferences
 from plmtune.data.rows import Refused
-from plmtune.data.sources import BadRow, Source, Unused
+from plmtune.data.sources import Source
 from plmtune.errors import UserError
 from plmtune.io.progress import ticking
-from plmtune.preference.refinement import UNSHOWN, Refinement
-from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.tokenizers.chat_template import ChatTemplate, TrainOn
+from plmtune.tokenizers.message import BadRow, Unused
 from plmtune.units import show_number_of
 
 _BATCH = 1024  # conversations encoded at once
-_REMEDY = "Mend them, or leave such rows out: chat.skip_bad=true"
+_REMEDY = "Correct them, or leave such rows out: chat.skip_bad=true"
+
+TooLong = Literal["drop", "cut"]
+Grouped = tuple[Example, bytes]  # the hash decides whether the example is held out
+Encode = Callable[[Any, "Collected"], Iterator[Grouped]]
 
 
 @dataclass(frozen=True)
@@ -40,60 +43,46 @@ def open_examples(
     template: ChatTemplate,
     *,
     seq_len: int,
-    train_on: Literal["all", "last"],
-    too_long: Literal["drop", "cut"],
+    train_on: TrainOn,
+    too_long: TooLong,
     skip_bad: bool,
     holdout: float,
     seed: int,
-    refinement: Refinement | None = None,
+    encode: Encode | None = None,
     shown: bool = False,
 ) -> Examples:
     """Read, encode and pack every source.
 
     Args:
-        sources: by name; conversations, or with `refinement` preferences.
-        skip_bad: leave out rows that cannot be used, and say so.
-        holdout: share of the conversations kept for validation, chosen by their ids: equal ones stay together, and
-            of pairs all that have one prompt.
-        refinement: make of each pair the two conversations of ARIES's first stage (arXiv 2502.05605): the chosen
-            answer to the prompt, and the chosen answer to the prompt with the rejected one to better, which is
-            shortened where both do not fit into seq_len. Prompts are not trained, nor are the answers that they hold,
-            whatever `train_on` says.
-        shown: say now and then how far it is.
+        sources: by name; conversations, or with `encode` pairs.
+        skip_bad: leave out rows that cannot be used, and report them in `notes`.
+        holdout: share of the conversations kept for validation. The hash of a group decides, so the examples of one
+            group stay together; equal conversations are one group.
+        encode: makes examples of sources of pairs; see `plmtune.preference.refinement.encode_pairs`.
+        shown: print progress.
 
     Raises:
         UserError: for rows that cannot be used, or where nothing is left to train on.
     """
     train, held_out, fingerprints, notes = {}, {}, {}, []
     for name, source in sources.items():
-        refuse_other_kinds(name, source, (Conversations,) if refinement is None else (Preferences,))
-        counts = _Counts()
-        if refinement is None:
-            read = _conversations(source, template, train_on, seq_len, too_long, counts)
-        else:
-            read = _refinements(source, template, refinement, seq_len, too_long, counts)
+        refuse_other_kinds(name, source, (Conversations,) if encode is None else (Preferences,))
+        collected = Collected(template, seq_len, train_on, too_long)
+        read = (encode or _encode_conversations)(source, collected)
         digest = xxhash.xxh3_128()
         kept, held = list[Example](), list[Example]()
         for example, group in ticking(read, f"conversations of {name} encoded", shown=shown):
             digest.update(xxhash.xxh3_128_digest(example.tokens.tobytes()) + example.trained.tobytes())
             share = int.from_bytes(group[:8], "little") / 2**64
             (held if share < holdout else kept).append(example)
-        _merge(counts.refused, source.refused)
+        collected.refused.merge(source.refused)
         if not skip_bad:
-            counts.refused.raise_if_any(_REMEDY, good=len(kept) + len(held) + len(counts.left_out))
-        for word, counted in (("left out", counts.refused), ("left out", counts.left_out), ("cut", counts.cut)):
-            if counted:
-                notes.append(f"{name}: {show_number_of(len(counted), 'conversation')} {word}:\n{counted.describe()}")
-        if counts.shortened:
-            were = "earlier answer was" if counts.shortened == 1 else "earlier answers were"
-            fit_in = f"so that the answer that follows fits into seq_len ({seq_len:,} tokens)"
-            notes.append(f"{name}: {counts.shortened:,} {were} shortened, {fit_in}")
-        counts.unused.merge(source.unused)
-        if counts.unused:
-            notes.append(f"{name}: {counts.unused.describe()}")
+            collected.refused.raise_if_any(_REMEDY, good=len(kept) + len(held) + len(collected.left_out))
+        collected.unused.merge(source.unused)
+        notes += [f"{name}: {note}" for note in collected.notes()]
         if not kept:
             reasons = "\n".join(notes)
-            found = len(held) + len(counts.refused) + len(counts.left_out)
+            found = len(held) + len(collected.refused) + len(collected.left_out)
             raise UserError(
                 f"source {name}: none of its {show_number_of(found, 'conversation')} can be trained on."
                 + (f"\n{reasons}" if reasons else " It is empty." if not found else " All are held out: chat.holdout.")
@@ -106,89 +95,50 @@ def open_examples(
 
 
 @dataclass
-class _Counts:
-    """What of a source was not taken as it is: rows that are bad or too long, answers shortened, columns not used."""
+class Collected:
+    """How the conversations of one source are encoded, and which of them were not used unchanged."""
 
+    template: ChatTemplate
+    seq_len: int
+    train_on: TrainOn
+    too_long: TooLong
     refused: Refused = field(default_factory=Refused)
     left_out: Refused = field(default_factory=Refused)
     cut: Refused = field(default_factory=Refused)
     unused: Unused = field(default_factory=Unused)
-    shortened: int = 0
+    shortened: int = 0  # earlier answers in refinement prompts
 
-    def fit(self, examples: Sequence[Example], seq_len: int, too_long: Literal["drop", "cut"]) -> list[Example]:
+    def fit(self, examples: Sequence[Example]) -> list[Example]:
         """Return the examples that fit, see `packing.fit`; count the others."""
-        fitting, left_out, cut = fit(examples, seq_len, too_long)
-        _merge(self.left_out, left_out)
-        _merge(self.cut, cut)
+        fitting, left_out, cut = fit(examples, self.seq_len, self.too_long)
+        self.left_out.merge(left_out)
+        self.cut.merge(cut)
         return fitting
 
+    def notes(self) -> list[str]:
+        """Return what a person should know about what was not used."""
+        counted = (("left out", self.refused), ("left out", self.left_out), ("cut", self.cut))
+        notes = [f"{show_number_of(len(n), 'conversation')} {word}:\n{n.describe()}" for word, n in counted if n]
+        if self.shortened:
+            were = "earlier answer was" if self.shortened == 1 else "earlier answers were"
+            fit_in = f"so that the answer that follows fits into seq_len ({self.seq_len:,} tokens)"
+            notes.append(f"{self.shortened:,} {were} shortened, {fit_in}")
+        return [*notes, self.unused.describe()] if self.unused else notes
 
-# An example, and the hash that decides whether it is held out.
-Grouped = tuple[Example, bytes]
 
-
-def _conversations(
-    source: Conversations,
-    template: ChatTemplate,
-    train_on: Literal["all", "last"],
-    seq_len: int,
-    too_long: Literal["drop", "cut"],
-    counts: _Counts,
-) -> Iterator[Grouped]:
+def _encode_conversations(source: Conversations, collected: Collected) -> Iterator[Grouped]:
     """Encode conversations; equal ones have one hash."""
     remaining = iter(source.conversations(skip_bad=True))
     while chunk := list(islice(remaining, _BATCH)):
         examples = []
-        found = template.encode_batch([held.messages for held in chunk], train_on, counts.unused)
-        for held, encoded in zip(chunk, found, strict=True):
+        found = collected.template.encode_batch([c.messages for c in chunk], collected.train_on, collected.unused)
+        for conversation, encoded in zip(chunk, found, strict=True):
             if isinstance(encoded, BadRow):
-                counts.refused.add(held.place, encoded)
+                collected.refused.add(conversation.place, encoded)
             else:
-                examples.append(Example(*encoded, held.place))
-        for example in counts.fit(examples, seq_len, too_long):
+                examples.append(Example(*encoded, conversation.place))
+        for example in collected.fit(examples):
             yield example, xxhash.xxh3_128_digest(example.tokens.tobytes())
-
-
-def _refinements(
-    source: Preferences,
-    template: ChatTemplate,
-    refinement: Refinement,
-    seq_len: int,
-    too_long: Literal["drop", "cut"],
-    counts: _Counts,
-) -> Iterator[Grouped]:
-    """Encode pairs: the chosen answer to the prompt, then to the prompt with the rejected one; one hash a prompt."""
-    for pair in source.pairs(skip_bad=True):
-        chosen = pair.answer("chosen")
-        if chosen is None or pair.rejected is None:
-            source.refused.add(pair.place, "has one answer only, and refining takes two")
-            continue
-        try:
-            if not pair.shows_all:
-                raise BadRow(UNSHOWN)
-            prompt, answer = (
-                template.encode_prompt(pair.prompt, counts.unused),
-                template.encode_answer(chosen, counts.unused),
-            )
-            # Cut from the right, a long question would lose what is trained: the answer that it shows gives way.
-            context = refinement.encode(template, pair.prompt, pair.rejected, max_len=seq_len - answer.size)
-        except BadRow as error:
-            counts.refused.add(pair.place, error)
-            continue
-        asked = [prompt]
-        if context is None:
-            counts.left_out.add(pair.place, f"leaves no room in seq_len ({seq_len:,}) for an earlier answer to refine")
-        else:
-            asked.append(context[0])
-            counts.shortened += context[1]
-        examples = [
-            Example(np.concatenate([ids, answer]), np.arange(ids.size + answer.size) >= ids.size, pair.place)
-            for ids in asked
-        ]
-        said = repr([(message.role, message.content) for message in pair.prompt])
-        group = xxhash.xxh3_128_digest(said.encode("utf-8", "surrogatepass"))
-        for example in counts.fit(examples, seq_len, too_long):
-            yield example, group
 
 
 def open_pairs(sources: Mapping[str, Any], *, skip_bad: bool) -> tuple[list[Pair], list[str]]:
@@ -230,9 +180,3 @@ def refuse_other_kinds(name: str, source: Any, kinds: tuple[type, ...]) -> None:
         held = next((said for kind, said in _KINDS.items() if isinstance(source, kind)), type(source).__name__)
         wanted = " or ".join(_KINDS[kind] for kind in kinds)
         raise UserError(f"key data: source {name} holds {held.partition(' (')[0]}; this run takes {wanted}.")
-
-
-def _merge(into: Refused, other: Refused) -> None:
-    for reason, count in other.counts.items():
-        into.counts[reason] = into.counts.get(reason, 0) + count
-        into.first.setdefault(reason, other.first[reason])

@@ -10,11 +10,12 @@ from typing import Any
 import xxhash
 
 import plmtune.io.hub
-from plmtune.data.sources import BadRow, Source, Unused, text_of, unread
+from plmtune.data.sources import Source, text_of, unread
 from plmtune.errors import UserError, did_you_mean
 from plmtune.extras import installed, missing
 from plmtune.ranges import AT_LEAST_1, NotEmpty, check
 from plmtune.registry import register
+from plmtune.tokenizers.message import BadRow, Unused
 
 _MOST_SHOWN = 40  # names of subsets: some datasets have hundreds
 

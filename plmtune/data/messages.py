@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
-from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow, check_unicode, is_null, is_something, type_name
+from plmtune.data.sources import check_unicode, is_null, is_something, type_name
 from plmtune.io.untrusted import load_json
+from plmtune.tokenizers.message import BadRow, Message
 
 _ROLES = {
     "system": "system", "developer": "system",
@@ -19,9 +18,6 @@ _ROLES = {
     "tools": "tools",
 }  # fmt: skip
 _CALLS = ("function_call", "tool_call")  # roles of LLaMA-Factory and others, whose text is a call as JSON
-# Keys of a message in which somebody says something: a template that leaves them out is refused.
-THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
-SAID = ("tool_calls", *THOUGHTS, "tool_plan", "refusal", "train_detail", "training_detail")
 _FLAGS = ("weight", "train", "training", "trainable")
 MEDIA = tuple(
     name
@@ -211,19 +207,6 @@ def text_under(value: Any, where: str) -> str:
         raise BadRow(f"is empty {where}")
     check_unicode(value, where)
     return value
-
-
-def texts_in(value: Any) -> Iterable[str]:
-    """All texts in a value of JSON, names too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, inside in value.items():
-            yield key
-            yield from texts_in(inside)
-    elif isinstance(value, list):
-        for inside in value:
-            yield from texts_in(inside)
 
 
 def without_nulls(value: Any) -> Any:

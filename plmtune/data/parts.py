@@ -13,9 +13,9 @@ from plmtune.data.messages import (
     text_under,
     tools_of,
 )
-from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow, is_null, is_something, type_name
+from plmtune.data.sources import is_null, is_something, type_name
 from plmtune.errors import did_you_mean
+from plmtune.tokenizers.message import BadRow, Message
 
 MESSAGES = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "question", "instruction", "query", "input")

@@ -13,11 +13,12 @@ import xxhash
 
 from plmtune.data.conversations import REMEDY, Conversations, detect
 from plmtune.data.functions import public_functions, question
-from plmtune.data.messages import SAID, messages_of
+from plmtune.data.messages import messages_of
 from plmtune.data.parts import COMPLETIONS, LABELS, MESSAGES, PROMPTS, Parts, joined
-from plmtune.data.rows import Message, Refused, Rows
-from plmtune.data.sources import BadRow, Unused, text_of
+from plmtune.data.rows import Refused, Rows
+from plmtune.data.sources import text_of
 from plmtune.registry import register
+from plmtune.tokenizers.message import SAID, BadRow, Message, Unused
 
 Side = Literal["chosen", "rejected"]
 SIDES: tuple[Side, Side] = ("chosen", "rejected")

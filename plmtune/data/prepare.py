@@ -24,9 +24,8 @@ from plmtune.io import terminal
 from plmtune.io.atomic import making, replacing
 from plmtune.io.checksummed_json import read, seal, unseal
 from plmtune.io.lock import exclusive
-from plmtune.io.signals import StopSignals
+from plmtune.io.signals import EXIT_STOPPED, StopSignals
 from plmtune.io.spool import Document
-from plmtune.training.run_directory import EXIT_STOPPED
 from plmtune.units import show_number_of
 
 if TYPE_CHECKING:

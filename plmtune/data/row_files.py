@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import xxhash
 
-from plmtune.data.sources import BadRow, Piece, Source, Unused, text_of, unread
+from plmtune.data.sources import Piece, Source, text_of, unread
 from plmtune.errors import UserError, did_you_mean, refuse_pipe, unreadable
 from plmtune.io.untrusted import load_json
 from plmtune.ranges import NotEmpty, check
 from plmtune.registry import register
+from plmtune.tokenizers.message import BadRow, Unused
 from plmtune.units import unescape
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}

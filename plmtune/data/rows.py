@@ -23,58 +23,15 @@ from plmtune.data.row_files import (
     read_table,
     read_text,
 )
-from plmtune.data.sources import BadRow, type_name
+from plmtune.data.sources import type_name
 from plmtune.errors import UserError, unreadable
 from plmtune.ranges import AT_LEAST_1, NotEmpty, check
+from plmtune.tokenizers.message import BadRow
 
 _PARQUET_BATCH = 16  # rows: what is stored once for all of them is repeated in memory
 _MAX_DEPTH = 64  # what walks through a row calls itself for each level
 _MOST_SHOWN = 8
 _BETWEEN = re.compile(r"[ \t\r\n]*")
-
-
-@dataclass(frozen=True, repr=False)
-class Message:
-    """One turn of a conversation.
-
-    role: system, user, assistant, tool (what a call gave back); tools for what the assistant may call, which can only
-        be the first: their definitions as JSON.
-    content: its text; empty where an assistant does nothing but call tools.
-    more: further keys that the chat template gets, as JSON: tool_calls, reasoning_content, name, ...
-    trained: whether its row says that it is learned; None: the row does not say.
-    masked: parts [begin, end) of a content, in characters, of which the row says that they are not learned.
-    """
-
-    role: str
-    content: str
-    more: dict[str, Any] = field(default_factory=dict, hash=False)
-    trained: bool | None = None
-    masked: tuple[tuple[int, int], ...] = ()
-
-    def __repr__(self) -> str:  # of a plain turn as it ever was: hashes of prompts are made of it
-        rest = {"more": self.more, "trained": self.trained, "masked": self.masked}
-        said = [f"{name}={value!r}" for name, value in rest.items() if value or value is False]
-        return f"Message({', '.join([f'role={self.role!r}', f'content={self.content!r}', *said])})"
-
-    def asked(self) -> Message:
-        """The message as a part of a prompt, of which nothing is learned."""
-        return self if self.trained is None and not self.masked else Message(self.role, self.content, self.more)
-
-    def row(self) -> dict[str, Any]:
-        """What a file of prompts holds of it; `Message.of` reads it."""
-        return {"role": self.role, "content": self.content, **self.more}
-
-    @classmethod
-    def of(cls, row: dict[str, Any]) -> Message:
-        """Read what `row` gives.
-
-        Raises:
-            TypeError: without role and content as text.
-        """
-        role, content = row.get("role"), row.get("content")
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise TypeError("a message has no role and content")
-        return cls(role, content, {key: value for key, value in row.items() if key not in ("role", "content")})
 
 
 @dataclass
@@ -89,6 +46,12 @@ class Refused:
         reason = str(reason)
         self.counts[reason] = self.counts.get(reason, 0) + 1
         self.first.setdefault(reason, place)
+
+    def merge(self, other: Refused) -> None:
+        """Add the counts of another."""
+        for reason, count in other.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            self.first.setdefault(reason, other.first[reason])
 
     def __len__(self) -> int:
         return sum(self.counts.values())

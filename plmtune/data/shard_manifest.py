@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from plmtune.data.sources import Unused
 from plmtune.errors import UserError
 from plmtune.io.checksummed_json import read, seal, unseal
+from plmtune.tokenizers.message import Unused
 from plmtune.units import show_number_of
 
 FORMAT = 2  # 2: the manifest has a checksum of its own

@@ -6,8 +6,8 @@ import importlib
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,37 +15,9 @@ import xxhash
 
 from plmtune.errors import UserError, did_you_mean
 from plmtune.registry import Component, register
-from plmtune.units import show_number_of
+from plmtune.tokenizers.message import BadRow, Unused
 
 Piece = tuple[str, bool]  # of a document, and whether it ends there
-_MOST_UNUSED = 40
-
-
-@dataclass
-class Unused:
-    """What rows hold and nothing reads: how many rows, by name."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, names: Iterable[str], rows: int = 1) -> None:
-        """Count rows that have these."""
-        for name in names:
-            self.counts[name] = self.counts.get(name, 0) + rows
-
-    def merge(self, other: Unused) -> None:
-        """Add the counts of another."""
-        for name, count in other.counts.items():
-            self.counts[name] = self.counts.get(name, 0) + count
-
-    def __len__(self) -> int:
-        return len(self.counts)
-
-    def describe(self) -> str:
-        """Return one line, the most frequent first: "columns not used: id (1,000 rows), lang (3 rows)"."""
-        names = sorted(self.counts, key=lambda name: (-self.counts[name], name))
-        shown = [f"{name:.60} ({show_number_of(self.counts[name], 'row')})" for name in names]
-        rest = f", and {len(shown) - _MOST_UNUSED:,} more" if len(shown) > _MOST_UNUSED else ""
-        return f"columns not used: {', '.join(shown[:_MOST_UNUSED])}{rest}"
 
 
 class Source(ABC):
@@ -96,10 +68,6 @@ def type_name(value: Any) -> str:
         return str(value).lower()
     names = {int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
-
-
-class BadRow(ValueError):
-    """A row without usable text; the reader adds where it stands."""
 
 
 def text_of(row: Any, text_key: str) -> str:

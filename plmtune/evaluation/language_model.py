@@ -16,14 +16,13 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow
 from plmtune.errors import UserError
 from plmtune.evaluation.result_cache import ResultCache, key
 from plmtune.evaluation.scoring import Item, NotFinite, Scorer
 from plmtune.evaluation.writing import Prompt, Writer
 from plmtune.inference.sampling import check_sampling
 from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.tokenizers.message import BadRow, Message
 from plmtune.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from jinja2.environment import TemplateExpression
 
 from plmtune.data.row_files import read_text
 from plmtune.data.rows import read_rows
-from plmtune.data.sources import BadRow
 from plmtune.errors import UserError, unreadable
+from plmtune.tokenizers.message import BadRow
 from plmtune.tokenizers.template_limits import TemplateLimit
 from plmtune.tokenizers.template_sandbox import Sandbox
 

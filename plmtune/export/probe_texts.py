@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plmtune.data.rows import Message
+from plmtune.tokenizers.message import Message
 
 PAGE = '''The lighthouse had stood on the rock since 1847, and in all that time its lamp had failed only twice. The
 first time was the great storm of 1901, when the sea broke the windows of the lantern room; the second was the night the

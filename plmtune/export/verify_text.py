@@ -6,7 +6,6 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from plmtune.data.sources import BadRow
 from plmtune.export import probe_texts
 from plmtune.export.contents import Contents, tokenizer_tables
 from plmtune.export.huggingface import end_ids
@@ -14,6 +13,7 @@ from plmtune.export.report import Report
 from plmtune.export.runtimes import InferenceRuntime, open_runtime
 from plmtune.models.gguf import PRE_TOKENIZERS
 from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.tokenizers.message import BadRow
 from plmtune.tokenizers.tokenizer import Tokenizer
 
 _NO_TEMPLATES = "llama.cpp (llama_cpp)"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
-from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow
 from plmtune.inference.sampling import Memory, complete
+from plmtune.tokenizers.message import BadRow, Message
 
 if TYPE_CHECKING:
     from plmtune.modules.decoder import Decoder

@@ -18,10 +18,10 @@ from plmtune.data.order import key_of, num_drawn, permute
 from plmtune.data.packing import pack
 from plmtune.data.preferences import Pair
 from plmtune.data.rows import Refused
-from plmtune.data.sources import BadRow, Unused
 from plmtune.errors import UserError
 from plmtune.preference.refinement import UNSHOWN, Refinement
 from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.tokenizers.message import BadRow, Unused
 
 Ids = NDArray[np.int32]
 Ints = NDArray[np.int64]

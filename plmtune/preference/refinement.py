@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +12,12 @@ import xxhash
 from jinja2 import StrictUndefined, Template, TemplateError, meta
 from numpy.typing import NDArray
 
-from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow
+from plmtune.data.examples import Collected, Grouped
+from plmtune.data.packing import Example
+from plmtune.data.preferences import Preferences
 from plmtune.errors import UserError
 from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.tokenizers.message import BadRow, Message
 from plmtune.tokenizers.template_limits import TemplateLimit
 from plmtune.tokenizers.template_sandbox import MAX_TEMPLATE, Sandbox
 
@@ -146,3 +148,44 @@ def find_refinement(template: str | None) -> Refinement:
     except UnicodeDecodeError as error:
         raise UserError(f"refinement.template={template}: is not UTF-8 at byte {error.start}") from error
     return Refinement(source, "the shipped refinement template" if template is None else str(path))
+
+
+def encode_pairs(source: Preferences, collected: Collected, *, refinement: Refinement) -> Iterator[Grouped]:
+    """Make of each pair the two conversations of ARIES's first stage (arXiv 2502.05605).
+
+    The chosen answer follows the prompt, and it follows the refinement prompt with the rejected answer, which is
+    shortened where both do not fit into seq_len. Pairs of one prompt are a group. Prompts are not trained, nor are
+    the answers in them, whatever `train_on` says.
+    """
+    template, seq_len = collected.template, collected.seq_len
+    for pair in source.pairs(skip_bad=True):
+        chosen = pair.answer("chosen")
+        if chosen is None or pair.rejected is None:
+            source.refused.add(pair.place, "has one answer only, and refining takes two")
+            continue
+        try:
+            if not pair.shows_all:
+                raise BadRow(UNSHOWN)
+            prompt = template.encode_prompt(pair.prompt, collected.unused)
+            answer = template.encode_answer(chosen, collected.unused)
+            # The answer in the prompt is shortened: cut from the right, a long question would lose the trained answer.
+            context = refinement.encode(template, pair.prompt, pair.rejected, max_len=seq_len - answer.size)
+        except BadRow as error:
+            collected.refused.add(pair.place, error)
+            continue
+        prompts = [prompt]
+        if context is None:
+            collected.left_out.add(
+                pair.place, f"leaves no room in seq_len ({seq_len:,}) for an earlier answer to refine"
+            )
+        else:
+            prompts.append(context[0])
+            collected.shortened += context[1]
+        examples = [
+            Example(np.concatenate([ids, answer]), np.arange(ids.size + answer.size) >= ids.size, pair.place)
+            for ids in prompts
+        ]
+        said = repr([(message.role, message.content) for message in pair.prompt])
+        group = xxhash.xxh3_128_digest(said.encode("utf-8", "surrogatepass"))
+        for example in collected.fit(examples):
+            yield example, group

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow
+from plmtune.tokenizers.message import BadRow, Message
 from plmtune.tokenizers.rendering import Renderer, Spans, holds, renamed_turn
 
 MARKS = "mark what the model writes with {% generation %} ... {% endgeneration %} in the template"

@@ -13,11 +13,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from plmtune.data.messages import texts_in
-from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow, Unused
 from plmtune.errors import UserError, did_you_mean
 from plmtune.tokenizers.answers import OTHERWISE, Answers
+from plmtune.tokenizers.message import BadRow, Message, Unused, texts_in
 from plmtune.tokenizers.rendering import Renderer
 from plmtune.tokenizers.template_sandbox import MAX_TEMPLATE
 from plmtune.tokenizers.tokenizer import CHATML_TEMPLATE, Tokenizer

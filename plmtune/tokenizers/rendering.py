@@ -11,10 +11,8 @@ from typing import Any
 
 import jinja2
 
-from plmtune.data.messages import SAID, THOUGHTS, texts_in
-from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow
 from plmtune.errors import UserError
+from plmtune.tokenizers.message import SAID, THOUGHTS, BadRow, Message, texts_in
 from plmtune.tokenizers.template_limits import TemplateLimit
 from plmtune.tokenizers.template_sandbox import MAX_TEMPLATE, Sandbox
 

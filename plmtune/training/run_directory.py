@@ -18,13 +18,11 @@ from plmtune.errors import UserError, unreadable
 from plmtune.io import manifest
 from plmtune.io.lock import is_at
 from plmtune.io.provenance import git_state, now, versions
+from plmtune.io.signals import EXIT_STOPPED
 from plmtune.io.untrusted import load_json
 
 Status = Literal["running", "finished", "stopped", "failed"]  # as run.json says it
 State = Literal["running", "finished", "stopped", "failed", "killed"]  # killed: run.json says running, and nobody is
-
-# The exit code of a run that a signal stopped after saving: it can be resumed (EX_TEMPFAIL of sysexits.h).
-EXIT_STOPPED = 75
 
 CONFIG = "config.yaml"
 RECORD = "run.json"

@@ -14,8 +14,9 @@ from plmtune.data.conversations import Keys, conversation_of, conversations, det
 from plmtune.data.parts import COMPLETIONS, LABELS, MESSAGES, OPENING, PROMPTS
 from plmtune.data.preferences import pair_of, preferences
 from plmtune.data.row_files import files
-from plmtune.data.sources import BadRow, Unused, is_something
+from plmtune.data.sources import is_something
 from plmtune.tokenizers.chat_template import ChatTemplate, find_template
+from plmtune.tokenizers.message import BadRow, Unused
 from plmtune.tokenizers.tokenizer import bundled
 
 ASK, SAY = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}

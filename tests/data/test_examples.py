@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import pytest
 from plmtune.data.conversations import Conversation, Conversations, conversations
 from plmtune.data.examples import Examples, open_examples, open_pairs
 from plmtune.data.preferences import InMemory, Pair, preferences
-from plmtune.data.rows import Message, Refused
+from plmtune.data.rows import Refused
 from plmtune.errors import UserError
-from plmtune.preference.refinement import find_refinement
+from plmtune.preference.refinement import encode_pairs, find_refinement
 from plmtune.tokenizers.chat_template import find_template
+from plmtune.tokenizers.message import Message
 from plmtune.tokenizers.tokenizer import bundled
 
 TOKENIZER = bundled()
+REFINE = partial(encode_pairs, refinement=find_refinement(None))
 
 
 class Talks(Conversations):
@@ -90,7 +93,7 @@ class TestRefinement:
     def test_each_pair_gives_the_answer_and_the_improved_answer(self) -> None:
         pair = Pair((Message("user", "What is 2 + 3?"),), "It is 5.", "It is 6.", "row 0")
         refinement = find_refinement(None)
-        found = opened(InMemory([pair], "talks"), refinement=refinement)
+        found = opened(InMemory([pair], "talks"), encode=partial(encode_pairs, refinement=refinement))
         direct, refined = sorted(texts(found.train["talks"]), key=len)
         assert "It is 6." not in direct
         assert direct.endswith("assistant\nIt is 5.<|im_end|>")
@@ -103,13 +106,13 @@ class TestRefinement:
     def test_keys_of_an_answer_that_the_template_leaves_out_are_counted(self) -> None:
         more = {"chosen": {"id": "7"}}
         pair = Pair((Message("user", "What is 2 + 3?"),), "It is 5.", "It is 6.", "row 0", more=more)
-        found = opened(InMemory([pair], "talks"), refinement=find_refinement(None))
+        found = opened(InMemory([pair], "talks"), encode=REFINE)
         assert "talks: columns not used: id of messages (1 row)" in found.notes
 
     def test_single_answers_are_refused(self) -> None:
         single = Pair((Message("user", "Why?"),), "So.", None, "row 0")
         with pytest.raises(UserError, match="row 0 has one answer only"):
-            opened(InMemory([single], "talks"), refinement=find_refinement(None))
+            opened(InMemory([single], "talks"), encode=REFINE)
 
     def test_what_is_held_out_of_a_pair_is_all_of_its_prompt(self) -> None:
         pairs = [
@@ -117,7 +120,7 @@ class TestRefinement:
             for i in range(40)
             for sign in ".!"
         ]
-        found = opened(InMemory(pairs, "talks"), refinement=find_refinement(None), holdout=0.3, seq_len=256)
+        found = opened(InMemory(pairs, "talks"), encode=REFINE, holdout=0.3, seq_len=256)
 
         def prompts(rows: Any) -> list[str]:
             return [text.split(" + 3?")[0].rpartition(" ")[2] for text in texts(rows)]
@@ -131,7 +134,7 @@ class TestRefinement:
     def test_answers_in_the_prompt_are_not_trained(self, train_on: str) -> None:
         prompt = (Message("user", "Two?"), Message("assistant", "It is two."), Message("user", "And three?"))
         source = InMemory([Pair(prompt, "Three.", "Four.", "row 0")], "talks")
-        rows = opened(source, refinement=find_refinement(None), train_on=train_on).train["talks"]
+        rows = opened(source, encode=REFINE, train_on=train_on).train["talks"]
         examples = [example for i in range(rows.num_rows) for example in rows.examples(i)]
         assert len(examples) == 2
         for example in examples:
@@ -141,7 +144,7 @@ class TestRefinement:
     @pytest.mark.parametrize("too_long", ["drop", "cut"])
     def test_a_long_earlier_answer_is_shortened_and_the_one_to_learn_is_whole(self, too_long: str) -> None:
         pair = Pair((Message("user", "Why?"),), "It is so.", "word " * 300, "row 0")
-        found = opened(InMemory([pair], "talks"), refinement=find_refinement(None), too_long=too_long)
+        found = opened(InMemory([pair], "talks"), encode=REFINE, too_long=too_long)
         _, refined = sorted(texts(found.train["talks"]), key=len)
         assert refined.endswith("It is so.<|im_end|>") and "word word" in refined
         assert found.notes == ["talks: 1 earlier answer was shortened, so that the answer that follows fits into "
@@ -149,7 +152,7 @@ class TestRefinement:
 
     def test_where_no_earlier_answer_fits_the_answer_alone_is_learned(self) -> None:
         pair = Pair((Message("user", "Why?"),), "It is so.", "word " * 300, "row 0")
-        found = opened(InMemory([pair], "talks"), refinement=find_refinement(None), seq_len=50)
+        found = opened(InMemory([pair], "talks"), encode=REFINE, seq_len=50)
         (direct,) = texts(found.train["talks"])
         assert "word" not in direct
         assert "1 conversation left out:\nrow 0 leaves no room in seq_len (50)" in found.notes[0]

@@ -7,9 +7,8 @@ from plmtune.data import preferences as module
 from plmtune.data.conversations import conversations
 from plmtune.data.functions import Function, question
 from plmtune.data.preferences import InMemory, Pair, docstring_pairs, pair_of, preferences, prompts_of
-from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow
 from plmtune.errors import UserError
+from plmtune.tokenizers.message import BadRow, Message
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "preference"
 

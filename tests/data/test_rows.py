@@ -8,8 +8,9 @@ import pytest
 from pyarrow import parquet
 
 from plmtune.data import rows as module
-from plmtune.data.rows import BadRow, Refused, Rows, find_row_files, read_rows
+from plmtune.data.rows import Refused, Rows, find_row_files, read_rows
 from plmtune.errors import UserError
+from plmtune.tokenizers.message import BadRow
 
 
 def write(path, text):

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from plmtune.data.rows import Message
 from plmtune.errors import UserError
 from plmtune.export.diagnosis import log_probs
 from plmtune.export.gguf_writer import write_gguf
@@ -19,6 +18,7 @@ from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
+from plmtune.tokenizers.message import Message
 from plmtune.tokenizers.tokenizer import bundled, byte
 
 IDS = [84, 104, 101, 32, 115, 101, 97, 32, 97, 116, 32, 110, 105, 103, 104, 116, 46]

@@ -22,7 +22,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plmtune.data.rows import Message
 from plmtune.errors import UserError
 from plmtune.export import gguf_writer, probe_texts, verify_text
 from plmtune.export import verify as verifying
@@ -47,6 +46,7 @@ from plmtune.quantization.quantize import quantize, quantize_module
 from plmtune.registry import component, load
 from plmtune.tokenizers import tokenizer as tokenizers
 from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.tokenizers.message import Message
 from plmtune.tokenizers.tokenizer import Tokenizer
 
 bundled = cache(tokenizers.bundled)

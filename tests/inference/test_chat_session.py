@@ -7,8 +7,6 @@ import pytest
 import torch
 
 import plmtune.inference.chat_session
-from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow
 from plmtune.inference.chat_session import Conversation
 from plmtune.inference.sampling import Memory, complete
 from plmtune.models.llama import llama
@@ -16,6 +14,7 @@ from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
 from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.tokenizers.message import BadRow, Message
 from plmtune.tokenizers.tokenizer import Tokenizer, byte
 
 SHAPE = {"embed_dim": 32, "num_layers": 2, "num_heads": 2, "init_std": 0.2}

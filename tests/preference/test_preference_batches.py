@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plmtune.data.preferences import Pair
-from plmtune.data.rows import Message
 from plmtune.errors import UserError
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
@@ -24,6 +23,7 @@ from plmtune.preference.batches import (
 from plmtune.preference.refinement import Refinement, find_refinement
 from plmtune.registry import component
 from plmtune.tokenizers.chat_template import ChatTemplate, find_template
+from plmtune.tokenizers.message import Message
 from plmtune.tokenizers.tokenizer import bundled
 
 

@@ -1,8 +1,8 @@
 import pytest
 
-from plmtune.data.rows import Message
 from plmtune.errors import UserError
 from plmtune.preference.refinement import Refinement, find_refinement
+from plmtune.tokenizers.message import Message
 
 PROMPT = (
     Message("system", "Be kind."),

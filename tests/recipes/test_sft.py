@@ -16,11 +16,11 @@ from tuning import SFT, refusal, run, stop_in
 
 import plmtune
 from plmtune.config import compose
-from plmtune.data.rows import Message
 from plmtune.errors import UserError
 from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.models.hf import save_model
 from plmtune.tokenizers.chat_template import find_template
+from plmtune.tokenizers.message import Message
 from plmtune.training import plans
 from plmtune.training.resume_checks import refuse_other_config
 from plmtune.training.runtime import Runtime

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from plmtune.data.conversations import conversations
-from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow, Unused
 from plmtune.errors import UserError
 from plmtune.tokenizers.bpe import BYTE_PATTERN, SINGLE_BYTES, from_ranks
 from plmtune.tokenizers.chat_template import NAMED, ChatTemplate, find_template
+from plmtune.tokenizers.message import BadRow, Message, Unused
 from plmtune.tokenizers.tokenizer import Tokenizer, bundled, byte
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow
 from plmtune.errors import UserError
 from plmtune.tokenizers.chat_template import NAMED, ChatTemplate, find_template
+from plmtune.tokenizers.message import BadRow, Message
 from plmtune.tokenizers.rendering import Renderer
 from plmtune.tokenizers.template_limits import TemplateLimit
 from plmtune.tokenizers.template_sandbox import MAX_TEMPLATE, Sandbox

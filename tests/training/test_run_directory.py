@@ -15,13 +15,8 @@ import pytest
 
 from plmtune.errors import UserError
 from plmtune.io import manifest
-from plmtune.training.run_directory import (
-    EXIT_STOPPED,
-    RunDirectory,
-    refuse_if_in_use,
-    resolve_link,
-    verify_config,
-)
+from plmtune.io.signals import EXIT_STOPPED
+from plmtune.training.run_directory import RunDirectory, refuse_if_in_use, resolve_link, verify_config
 
 
 def create(path: Path, **keys) -> RunDirectory:

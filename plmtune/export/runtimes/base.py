@@ -13,8 +13,8 @@ from typing import Self
 
 from torch import Tensor
 
-from plmtune.data.rows import Message
 from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.tokenizers.message import Message
 from plmtune.tokenizers.tokenizer import Tokenizer
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plmtune.data.rows import Message
 from plmtune.errors import UserError
 from plmtune.export.runtimes.base import InferenceRuntime
 from plmtune.modules.torchtune_layers import quiet
+from plmtune.tokenizers.message import Message
 
 
 class TransformersRuntime(InferenceRuntime):

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from plmtune.data.rows import Message
 from plmtune.errors import UserError
 from plmtune.export.runtimes.gguf_facts import GgufRuntime
+from plmtune.tokenizers.message import Message
 
 
 class LlamaCppRuntime(GgufRuntime):

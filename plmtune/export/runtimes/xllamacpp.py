@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plmtune.data.rows import Message
 from plmtune.errors import UserError
 from plmtune.export.runtimes.base import Timing
 from plmtune.export.runtimes.gguf_facts import GgufRuntime
 from plmtune.io.progress import ticking
+from plmtune.tokenizers.message import Message
 
 # Requests go to this machine, whatever proxy the environment names.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))

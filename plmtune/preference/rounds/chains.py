@@ -16,8 +16,6 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from plmtune.data.order import key_of
 from plmtune.data.preferences import Prompt
-from plmtune.data.rows import Message
-from plmtune.data.sources import BadRow
 from plmtune.errors import UserError, unreadable
 from plmtune.inference.batching import Answer, Request
 from plmtune.inference.sampling import before_stop, encode_stops
@@ -26,6 +24,7 @@ from plmtune.io.atomic import replacing
 from plmtune.io.untrusted import load_json
 from plmtune.preference.refinement import Refinement
 from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.tokenizers.message import BadRow, Message
 from plmtune.training import distributed
 
 T = TypeVar("T")

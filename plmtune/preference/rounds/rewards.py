@@ -10,7 +10,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from plmtune.data.sources import BadRow
 from plmtune.errors import UserError
 from plmtune.models import reward
 from plmtune.models.checkpoint_files import checkpoint_directory
@@ -21,6 +20,7 @@ from plmtune.ranges import AT_LEAST_1, Range, check
 from plmtune.registry import register
 from plmtune.sandbox import run_all, with_calls
 from plmtune.tokenizers.chat_template import find_template
+from plmtune.tokenizers.message import BadRow
 from plmtune.tokenizers.tokenizer import load_tokenizer
 
 Item = tuple[Chain, str]  # a prompt, and an answer to it

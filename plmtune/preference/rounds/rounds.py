@@ -17,7 +17,7 @@ from plmtune.config.compose import build
 from plmtune.config.schema import SelectionConfig
 from plmtune.data.order import key_of, permute
 from plmtune.data.preferences import Pair, Prompt, preferences, prompts_of
-from plmtune.data.rows import Message, Refused
+from plmtune.data.rows import Refused
 from plmtune.errors import UserError
 from plmtune.io import manifest
 from plmtune.io.untrusted import load_json
@@ -26,6 +26,7 @@ from plmtune.preference.rounds.chains import CHAINS, Chain, save_chains, write_p
 from plmtune.preference.rounds.rewards import Reward
 from plmtune.preference.rounds.rules import Rule, find_rules
 from plmtune.registry import Component
+from plmtune.tokenizers.message import Message
 from plmtune.training.distributed import broadcast_from_rank0
 
 # (directory, prompts, number that decides the draws) -> chains, or None if the run is to stop

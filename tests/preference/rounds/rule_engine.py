@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 
 from plmtune.data.preferences import Prompt
-from plmtune.data.rows import Message
 from plmtune.inference.batching import Answer, Request
 from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.tokenizers.message import Message
 
 
 def prompt(text: str, gold: str | None = None, **extra: object) -> Prompt:

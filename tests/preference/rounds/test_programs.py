@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from plmtune.data.rows import Message
 from plmtune.preference.rounds import programs
 from plmtune.preference.rounds.chains import Chain
 from plmtune.preference.rounds.programs import code_of, program
 from plmtune.sandbox import run_python
+from plmtune.tokenizers.message import Message
 
 HUMAN_EVAL = '''from typing import List
 

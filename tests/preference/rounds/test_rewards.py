@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from plmtune.data.rows import Message
 from plmtune.errors import UserError
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
 from plmtune.preference.rounds.chains import Chain
 from plmtune.preference.rounds.rewards import overlap
 from plmtune.registry import component, load
+from plmtune.tokenizers.message import Message
 from plmtune.tokenizers.tokenizer import bundled
 
 

@@ -11,7 +11,6 @@ import pytest
 from rule_engine import prompt
 
 from plmtune.data.preferences import InMemory, Pair, Prompt
-from plmtune.data.rows import Message
 from plmtune.errors import UserError
 from plmtune.preference.rounds import rounds as module
 from plmtune.preference.rounds import selection
@@ -19,6 +18,7 @@ from plmtune.preference.rounds.chains import Chain, Turn
 from plmtune.preference.rounds.rewards import Item
 from plmtune.preference.rounds.rounds import Rounds, open_rounds
 from plmtune.preference.rounds.rules import find_rules
+from plmtune.tokenizers.message import Message
 from plmtune.training import distributed
 
 

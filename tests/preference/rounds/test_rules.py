@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from plmtune.data.rows import Message
 from plmtune.errors import UserError
 from plmtune.preference.rounds.chains import Chain, Turn
 from plmtune.preference.rounds.rules import find_rules, number_of
+from plmtune.tokenizers.message import Message
 
 
 def check(name: str, *texts: str, ended: bool = True, gold: str | None = None, **extra: Any) -> str | None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from plmtune.data.preferences import preferences
-from plmtune.data.rows import Message
 from plmtune.preference.rounds.chains import Chain, Turn
 from plmtune.preference.rounds.rewards import Item
 from plmtune.preference.rounds.rules import find_rules
 from plmtune.preference.rounds.selection import evaluate, save_pairs, score, select
+from plmtune.tokenizers.message import Message
 
 
 def chain(*texts: str, rewards: Sequence[float | None] = (), place: str = "x, row 1") -> Chain:
