@@ -26,7 +26,7 @@ import torch
 from side_by_side import machine
 
 import plmtune
-from plmtune.inference.batching import Engine, Request
+from plmtune.inference.batching import BatchedGenerator, Request
 from plmtune.models.gguf import convert
 from plmtune.modules.decoder import Decoder
 from plmtune.tokenizers.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ class Ours:
         then: Callable[[list[int], list[int]], list[int] | None],
     ) -> Answers:
         """The answers to the prompts, and after them those to what `then` makes of each."""
-        engine = Engine(self.model, batch_size=self.batch_size, temperature=0, end_ids=end)
+        engine = BatchedGenerator(self.model, batch_size=self.batch_size, temperature=0, end_ids=end)
         for index, prompt in enumerate(wanted):
             engine.submit(Request(str(index), prompt, max_new_tokens))
         found = {}

@@ -22,7 +22,7 @@ from side_by_side import machine
 
 import plmtune
 from plmtune.config import compose
-from plmtune.inference.batching import Engine, Request
+from plmtune.inference.batching import BatchedGenerator, Request
 from plmtune.models.gguf import convert
 from plmtune.preference.rounds.rules import number_of
 from plmtune.tokenizers.chat_template import find_template
@@ -45,7 +45,7 @@ def ask(directory: Path, questions: Sequence[dict[str, str]], max_new_tokens: in
     model, tokenizer = plmtune.load(directory)
     template = find_template(None, tokenizer)
     ends = {template.end_id, tokenizer.eos_id}
-    engine = Engine(model, batch_size=8, temperature=0, end_ids=ends, num_tokens=tokenizer.num_tokens)
+    engine = BatchedGenerator(model, batch_size=8, temperature=0, end_ids=ends, num_tokens=tokenizer.num_tokens)
     for index, row in enumerate(questions):
         ids = template.encode_prompt((Message("user", row["question"]),)).tolist()
         engine.submit(Request(str(index), ids, max_new_tokens))

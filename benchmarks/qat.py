@@ -90,7 +90,7 @@ def compare(origin: Path, seed: int, schemes: list[str], overrides: list[str], s
             quantize(fitted, plan, second_moments=moments)
             quantize(rounded, plan)
             trained = tune(origin, seed, SCHEMES[name], Path(scratch) / name, overrides).model
-            plan = qat.convert(trained)
+            plan = qat.remove_fake_quantize(trained)
             without = loss(recipe, trained)
             quantize(trained, plan)
             row: dict[str, Any] = {"scheme": name, "seed": seed, "float": unrounded, "rounded": loss(recipe, rounded)}
@@ -107,12 +107,12 @@ def cost(origin: Path, seq_len: int, rounds: int) -> dict[str, float]:
     sides: dict[str, Any] = {}
     for name, around in (
         ("plain", None),
-        ("rounded once a step", qat.once),
+        ("rounded once a step", qat.fake_quant_frozen),
         ("in each forward", contextlib.nullcontext),
     ):
         model: Any = load_model(checkpoint_directory(origin), dtype=torch.float32)
         if around is not None:
-            qat.prepare(model, SCHEMES["int4"](model=model))
+            qat.insert_fake_quantize(model, SCHEMES["int4"](model=model))
         sides[name] = _step(model, around or contextlib.nullcontext, ids)
     return medians(sides, rounds=rounds, seconds=0.1)
 

@@ -44,7 +44,8 @@ KIND = plans.Kind(
         "validation_loss",
         "validation/accuracy",
         "validation/margin",
-        r"validation/(given_(rejected|chosen)/)?(h|accuracy|margin|(rewards|log_probs)/(chosen|rejected))",
+        r"validation/(given_(rejected|chosen)/)?(logratio_margin|accuracy|margin)",
+        r"validation/(given_(rejected|chosen)/)?(rewards|log_probs)/(chosen|rejected)",
     ),
     sequences=2,  # a prompt with two answers
     epochs=1.0,

@@ -301,7 +301,7 @@ def choose(cfg: Config) -> str:
         cfg.checkpoint, said = str(newest), f"quantizing {newest}, the newest finished run (checkpoint=DIR for another)"
     cfg.checkpoint = hub.pin(cfg.checkpoint)
     directory = checkpoint_directory(cfg.checkpoint, weights=False)
-    trained_for = qat.plan_of(directory)
+    trained_for = qat.read_scheme(directory)
     if cfg.quantization is None and trained_for is not None:
         cfg.quantization = component_from_config("quantization", trained_for, f"{directory}, key qat")
     cfg.quantization = cfg.quantization or Component("quantization", "int4", {})
@@ -312,9 +312,9 @@ def choose(cfg: Config) -> str:
 
 def is_trained_for(cfg: Config, directory: Path) -> bool:
     """Whether the model in `directory` was trained for the scheme of the config."""
-    trained_for = qat.plan_of(directory)
+    trained_for = qat.read_scheme(directory)
     assert cfg.quantization is not None
-    return trained_for is not None and qat.scheme_of(cfg.quantization) == trained_for
+    return trained_for is not None and qat.scheme_settings(cfg.quantization) == trained_for
 
 
 def measures(cfg: Config) -> bool:

@@ -14,8 +14,8 @@ from plmtune.data.row_files import files
 from plmtune.data.shards import Shards
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.perplexity import perplexity
-from plmtune.inference.batching import Engine
-from plmtune.inference.chat_session import Conversation
+from plmtune.inference.batching import BatchedGenerator
+from plmtune.inference.chat_session import ChatSession
 from plmtune.inference.sampling import complete
 from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
@@ -81,7 +81,7 @@ def test_generation(model: Decoder, tokenizer: Tokenizer, read: list[list[int]],
 @pytest.mark.parametrize("source", [NAMED["chatml"], WRITES_BOS], ids=["plain", "writes bos"])
 def test_chat_and_fine_tuning(model: Decoder, tokenizer: Tokenizer, read: list[list[int]], source: str) -> None:
     template = ChatTemplate(source, tokenizer, "The template")
-    list(Conversation(model, tokenizer, template).ask("a question", max_new_tokens=1))
+    list(ChatSession(model, tokenizer, template).ask("a question", max_new_tokens=1))
     ids, trained = template.encode(CHAT)
     asked = template.encode_prompt(CHAT[:1])
     pair = Pair(CHAT[:1], "an answer", "another", "here", {})
@@ -105,8 +105,8 @@ def test_evaluation(
     if kind == "loglikelihood_rolling" and context in ("", "<s>a context" * (not tokenizer.adds_bos)):
         return  # there is nothing to score, or bos is a token of the document
     prompts: list[list[int]] = []
-    submit = Engine.submit
-    monkeypatch.setattr(Engine, "submit", lambda self, r: prompts.append(list(r.tokens)) or submit(self, r))
+    submit = BatchedGenerator.submit
+    monkeypatch.setattr(BatchedGenerator, "submit", lambda self, r: prompts.append(list(r.tokens)) or submit(self, r))
     arguments = {
         "loglikelihood": (context, " and more"),
         "loglikelihood_rolling": (context,),

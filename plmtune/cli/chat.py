@@ -22,7 +22,7 @@ from plmtune.io.tables import Column, Table
 from plmtune.io.terminal import visible
 
 if TYPE_CHECKING:
-    from plmtune.inference.chat_session import Conversation
+    from plmtune.inference.chat_session import ChatSession
 
 _BLOCK = '"""'
 
@@ -53,13 +53,13 @@ def chat(
     checkpoint = find_model(checkpoint, "chat CHECKPOINT")
 
     import plmtune
-    from plmtune.inference.chat_session import Conversation
+    from plmtune.inference.chat_session import ChatSession
     from plmtune.tokenizers.chat_template import find_template
     from plmtune.tokenizers.message import BadRow
 
     where = find_device(device)
     model, tokenizer = plmtune.load(checkpoint, where)
-    conversation = Conversation(model, tokenizer, find_template(chat_template, tokenizer, "--chat-template "))
+    conversation = ChatSession(model, tokenizer, find_template(chat_template, tokenizer, "--chat-template "))
     warn_of_pretrained(checkpoint)
     try:
         conversation.instruct(system)
@@ -153,7 +153,7 @@ class _Lines:
 class _Talk:
     """What is done with a message or a command."""
 
-    conversation: Conversation
+    conversation: ChatSession
     sampling: dict[str, Any]
     answers: int = 0
     saved: Path | None = None  # the file that holds this conversation

@@ -79,7 +79,7 @@ class Scorer:
         self.model = model
         self.token_budget = token_budget
         self._at_most: int | None = None
-        self._stem: tuple[Ids, SharedPrefix] | None = None
+        self._shared_prefix: tuple[Ids, SharedPrefix] | None = None
 
     def score(self, items: Sequence[Item], known: Collection[int] = ()) -> Iterator[list[tuple[int, Score]]]:
         """Yield (number, score) of a batch of items at a time.
@@ -164,7 +164,7 @@ class Scorer:
                 if scores:
                     yield sorted(scores.items())
         finally:
-            self._stem = None
+            self._shared_prefix = None
 
     def _halves(self, part: list[list[Text]], stem: Ids) -> list[list[list[Text]]]:
         """Divide rows that did not fit into memory, and remember how many tokens that were."""
@@ -214,7 +214,7 @@ class Scorer:
                     targets.append(np.asarray(continuation, dtype=np.int64))
                     owners.append(np.full(len(continuation), len(numbers)))
                     numbers.append(number)
-        cache = self._stem_of(stem) if stem.size else None
+        cache = self._shared_prefix_of(stem) if stem.size else None
         hidden = self.model(
             torch.from_numpy(tokens).to(self.device),
             mask=None if mask is None else torch.from_numpy(mask).to(self.device),
@@ -255,14 +255,14 @@ class Scorer:
         back[order] = np.arange(order.size)
         return log_probs[back], hits[back] > 0
 
-    def _stem_of(self, tokens: Ids) -> SharedPrefix:
+    def _shared_prefix_of(self, tokens: Ids) -> SharedPrefix:
         """Compute a stem, or return the newest again."""
-        if self._stem is None or not np.array_equal(self._stem[0], tokens):
-            self._stem = None  # before the next is there
+        if self._shared_prefix is None or not np.array_equal(self._shared_prefix[0], tokens):
+            self._shared_prefix = None  # before the next is there
             cache = self.model.new_cache(1, tokens.size)
             self.model(torch.from_numpy(tokens).to(self.device)[None], cache=cache, hidden=True)
-            self._stem = tokens, SharedPrefix(cache)
-        return self._stem[1]
+            self._shared_prefix = tokens, SharedPrefix(cache)
+        return self._shared_prefix[1]
 
 
 def out_of_memory(error: Exception) -> bool:

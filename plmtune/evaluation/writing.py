@@ -11,7 +11,7 @@ import torch
 from plmtune.errors import UserError
 from plmtune.evaluation.scoring import NotFinite, out_of_memory
 from plmtune.inference import batching
-from plmtune.inference.batching import Answer, Engine, Request, Why
+from plmtune.inference.batching import Answer, BatchedGenerator, FinishReason, Request
 from plmtune.inference.sampling import before_stop, check_sampling, encode_stops
 from plmtune.training.estimate import available_memory
 
@@ -70,7 +70,7 @@ class Written:
 
     text: str
     tokens: list[int]
-    why: Why
+    why: FinishReason
 
 
 class Writer:
@@ -153,7 +153,7 @@ class Writer:
 
     def _run(self, requests: Collection[Request], rows: int, sampling: Sampling) -> Iterator[Answer]:
         temperature, top_k, top_p, min_p, repetition_penalty = sampling
-        engine = Engine(
+        engine = BatchedGenerator(
             self.model,
             batch_size=min(rows, len(requests)),
             temperature=temperature,
@@ -179,4 +179,4 @@ class Writer:
 
     def _written(self, answer: Answer, until: Sequence[str]) -> Written:
         text = self.tokenizer.decode([token for token in answer.tokens if token not in self._silent])
-        return Written(before_stop(text, until), answer.tokens, answer.why)
+        return Written(before_stop(text, until), answer.tokens, answer.finish_reason)

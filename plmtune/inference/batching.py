@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plmtune.inference.sampling import GREEDY, check_sampling, keep_likeliest, penalize
+from plmtune.inference.sampling import GREEDY, check_sampling, penalize, top_k_top_p
 from plmtune.modules.cache import Cache, Slots
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ _PADDING = 0.15
 _PREFILL_TOKENS = 4096
 # What prompts share is read once where it is so long, and so many tokens need not be read then: it takes a forward of
 # its own, which costs as much as some dozens of tokens. Prompts that are the same share all of it, however short.
-_STEM = 32
-_SPARED = 256
+_MIN_SHARED = 32
+_MIN_SAVED = 256
 
-Why = Literal["stop", "end", "length"]
+FinishReason = Literal["stop", "end", "length"]
 
 
 class NotFinite(ValueError):
@@ -78,7 +78,7 @@ class Answer:
     stopped: bool = False
 
     @property
-    def why(self) -> Why:
+    def finish_reason(self) -> FinishReason:
         return "end" if self.ended else "stop" if self.stopped else "length"
 
 
@@ -109,7 +109,7 @@ _IDS, _PLACE, _TURN = attrgetter("ids"), attrgetter("place"), attrgetter("turn")
 
 
 @dataclass(frozen=True)
-class _Stem:
+class _SharedPrefix:
     """What several prompts begin with, read once."""
 
     ids: bytes
@@ -133,7 +133,7 @@ class _Row:
         return len(self.request.tokens) + len(self.written) - 1
 
 
-class Engine:
+class BatchedGenerator:
     """Answer requests, `batch_size` at a time; an answer is yielded as soon as it is whole.
 
     Longer prompts go first: those read together are then of similar length, and so are those that decode together.
@@ -187,7 +187,7 @@ class Engine:
         self._rows: dict[int, _Row] = {}  # by slot
         self._finished: list[Answer] = []
         self._slots: Slots | None = None
-        self._stems: tuple[_Stem, ...] = ()  # each goes on from the one before
+        self._shared_prefixes: tuple[_SharedPrefix, ...] = ()  # each goes on from the one before
 
     def submit(self, request: Request) -> None:
         """Let a request wait for its turn; also while `run` is under way.
@@ -254,8 +254,8 @@ class Engine:
         device = self.model.device
         where = torch.tensor(free[: len(group)], device=device)
         start = self._start
-        if self._stems:
-            slots.put(self._stems[-1].cache, where)
+        if self._shared_prefixes:
+            slots.put(self._shared_prefixes[-1].cache, where)
         rests = [waiting.length - start for waiting in group]
         written: list[list[int]] = [[] for _ in group]
         # Of one token alone nothing is read here: the next step of all rows begins with it.
@@ -276,15 +276,15 @@ class Engine:
 
     @property
     def _start(self) -> int:
-        return self._stems[-1].cache.length if self._stems else 0
+        return self._shared_prefixes[-1].cache.length if self._shared_prefixes else 0
 
     def _choose(self, most: int) -> list[_Waiting]:
-        """Return which are read next, at most so many, the longest first; the last of `_stems` is their beginning."""
+        """Return at most so many requests to read next, longest first; all begin with the last shared prefix."""
         while not (alike := self._begin_alike()):
-            self._stems = self._stems[:-1]
+            self._shared_prefixes = self._shared_prefixes[:-1]
         longest = min(alike, key=_TURN)
         while length := self._worth_sharing(longest):
-            self._stems = (*self._stems, self._read_stem(longest, length))
+            self._shared_prefixes = (*self._shared_prefixes, self._read_shared_prefix(longest, length))
             alike = self._begin_alike()
             longest = min(alike, key=_TURN)
         group = heapq.nsmallest(most, alike, key=_TURN)
@@ -293,9 +293,9 @@ class Engine:
 
     def _begin_alike(self) -> list[_Waiting]:
         """Return those that go on from the last stem; without one all."""
-        if not self._stems:
+        if not self._shared_prefixes:
             return self._waiting
-        ids = self._stems[-1].ids
+        ids = self._shared_prefixes[-1].ids
         first = bisect_right(self._waiting, ids, key=_IDS)
         # No id begins with this byte.
         end = bisect_left(self._waiting, ids + b"\xff", key=_IDS)
@@ -309,7 +309,7 @@ class Engine:
             for index in others:
                 other = self._waiting[index]
                 common = _common(first.ids, other.ids)
-                if common - self._start < _STEM and other.ids != first.ids:
+                if common - self._start < _MIN_SHARED and other.ids != first.ids:
                     break
                 # A token at least is left to go on with.
                 shared.append(min(common, first.length - 1, other.length - 1))
@@ -317,18 +317,18 @@ class Engine:
         spared, length = max(
             (((length - self._start) * others, length) for others, length in enumerate(shared, start=1)), default=(0, 0)
         )
-        return length if spared >= _SPARED or (spared > 0 and length == first.length - 1) else 0
+        return length if spared >= _MIN_SAVED or (spared > 0 and length == first.length - 1) else 0
 
-    def _read_stem(self, first: _Waiting, length: int) -> _Stem:
+    def _read_shared_prefix(self, first: _Waiting, length: int) -> _SharedPrefix:
         """Read a prompt up to `length`, after what is read of it already."""
         device = self.model.device
         cache = self.model.new_cache(1, length)
-        if self._stems:
-            Slots(cache.layers).put(self._stems[-1].cache, torch.zeros(1, dtype=torch.long, device=device))
+        if self._shared_prefixes:
+            Slots(cache.layers).put(self._shared_prefixes[-1].cache, torch.zeros(1, dtype=torch.long, device=device))
             cache.advance(self._start)
         tokens = torch.tensor(first.request.tokens[self._start : length], device=device)
         self.model(tokens[None], cache=cache, hidden=True)
-        return _Stem(first.ids[: 4 * length], cache)
+        return _SharedPrefix(first.ids[: 4 * length], cache)
 
     def _step(self) -> None:
         rows = [self._rows[slot] for slot in range(len(self._rows))]
@@ -402,7 +402,7 @@ class Engine:
             seen = [[*request.tokens, *written] for request, written in draws]
             scores = penalize(scores, seen, self.repetition_penalty)
         if self.temperature >= GREEDY:
-            logits = keep_likeliest(scores / self.temperature, self.top_k, self.top_p, self.min_p)
+            logits = top_k_top_p(scores / self.temperature, self.top_k, self.top_p, self.min_p)
             # Gumbel's way (arXiv 1611.01144, eq. 1): the arrival that comes first has the softmax's distribution. Sums
             # that are rounded otherwise in another batch change a draw only where two arrivals all but tie; drawing a
             # point of the cumulative sum would move with every boundary below it.

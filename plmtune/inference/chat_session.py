@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
-from plmtune.inference.sampling import Memory, complete
+from plmtune.inference.sampling import PrefixCache, complete
 from plmtune.tokenizers.message import BadRow, Message
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _MOST_MESSAGES = 400
 
 
-class Conversation:
+class ChatSession:
     """Questions and answers over one cache: of each turn only what is new is computed.
 
     Attributes:
@@ -36,11 +36,11 @@ class Conversation:
         self.messages: list[Message] = []
         self.forgotten = 0
         self.cut = False
-        self._memory = Memory(model)
+        self._prefix_cache = PrefixCache(model)
 
     @property
     def context(self) -> int:
-        return len(self._memory.ids)
+        return len(self._prefix_cache.ids)
 
     def instruct(self, system: str | None) -> None:
         """Put `system` before all that was and will be said.
@@ -92,14 +92,14 @@ class Conversation:
             until=until,
             seed=seed,
             end_ids=ends,
-            memory=self._memory,
+            prefix_cache=self._prefix_cache,
         )
         answer = ""
         try:
             for piece in pieces:
                 answer += piece
                 yield piece
-            written = self._memory.ids[len(prompt) :]
+            written = self._prefix_cache.ids[len(prompt) :]
             whole = self.tokenizer.decode(written)
             self.cut = len(written) == room and written[-1] not in ends and not any(stop in whole for stop in until)
         finally:

@@ -42,7 +42,7 @@ def sample(
     """
     if temperature < GREEDY:
         return logits.argmax(-1)
-    kept = keep_likeliest(logits / temperature, top_k, top_p, min_p)
+    kept = top_k_top_p(logits / temperature, top_k, top_p, min_p)
     return torch.multinomial(kept.softmax(-1), 1, generator=generator)[:, 0]
 
 
@@ -65,7 +65,7 @@ def penalize(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> T
     return logits
 
 
-def keep_likeliest(logits: Tensor, top_k: int | None, top_p: float | None, min_p: float | None = None) -> Tensor:
+def top_k_top_p(logits: Tensor, top_k: int | None, top_p: float | None, min_p: float | None = None) -> Tensor:
     """Return logits, [b, v], with -inf where `sample` is not to draw."""
     if min_p:
         logits = _top(logits, top_k, top_p)
@@ -142,7 +142,7 @@ def release(data: bytes, until: Sequence[bytes]) -> tuple[bytes, bytes, bool]:
     return data[:shown], data[shown:], False
 
 
-class Memory:
+class PrefixCache:
     """One text's cache, kept from prompt to prompt: what the next has in common with it is not computed again.
 
     Attributes:
@@ -227,7 +227,7 @@ def generate(
         cache = model.new_cache(b, s + max_new_tokens)
     for _ in range(max_new_tokens):
         states = model(tokens, cache=cache, hidden=True)
-        # Only the last position is sampled; the logits of a whole prompt would fill memory for nothing.
+        # Only the last position is sampled; the logits of a whole prompt would fill prefix_cache for nothing.
         logits = model.logits(states[:, -1])
         if not bool(logits.isfinite().all()):
             raise FloatingPointError(
@@ -263,7 +263,7 @@ def complete(
     until: Sequence[str] = (),
     seed: int = 0,
     end_ids: Collection[int] = (),
-    memory: Memory | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> Iterator[str]:
     """Yield the text that follows `prompt`, a piece a token, until its end, max_new_tokens or the model's end.
 
@@ -274,7 +274,7 @@ def complete(
         prompt: text, in which special tokens' text stands for themselves, or ids, as of a chat template.
         until: the text ends before the first of these, at whatever token they begin or end.
         end_ids: end the text beside the tokenizer's own.
-        memory: of this model, for what the prompt has in common with an earlier one; afterwards it holds this one.
+        prefix_cache: cache of an earlier prompt of this model, reused where the prompts agree; afterwards of this one.
 
     Raises:
         ValueError: if the prompt leaves no room, or for impossible settings.
@@ -287,7 +287,7 @@ def complete(
     if len(ids) >= model.max_seq_len:
         raise ValueError(f"the prompt has {len(ids)} tokens, the model's max_seq_len is {model.max_seq_len}")
     max_new_tokens = min(max_new_tokens, model.max_seq_len - len(ids))
-    cache = memory.resume(ids, max_new_tokens) if memory is not None else None
+    cache = prefix_cache.resume(ids, max_new_tokens) if prefix_cache is not None else None
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     columns = generate(
         model,
@@ -306,8 +306,8 @@ def complete(
     held, stopped = b"", False
     for column in columns:
         token = int(column)
-        if memory is not None:
-            memory.ids.append(token)
+        if prefix_cache is not None:
+            prefix_cache.ids.append(token)
         if token in ends:
             break
         shown, held, stopped = release(held + tokenizer.decode_bytes([token]), stops)

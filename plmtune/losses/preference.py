@@ -56,7 +56,7 @@ class PreferenceLoss(ABC):
     """A loss over comparisons; a recipe reads from its attributes what it must be given.
 
     Attributes:
-        data_kind: what tells it from a loss over tokens.
+        data_kind: what it is a loss over: "tokens" (any loss that does not say), "refinements" or "comparisons".
         needs_reference: it reads the reference's log-probabilities.
         contexts: it wants the comparisons given the rejected and the chosen answer too (ARIES).
         mismatched: it wants the prompts with another prompt's answer too (KTO's kl), and takes rows with one

@@ -54,8 +54,8 @@ def comparisons(batch: ComparisonBatch, found: Tensor, reference: Tensor, kl: Te
 class PreferenceMetrics:
     """Means over comparisons, for each of what they were given apart: what a person reads of preference training.
 
-    h, accuracy and margin of rewards are of comparisons with both answers; rewards and log-probabilities of each
-    answer that there is.
+    logratio_margin, accuracy and margin count comparisons with both answers; rewards and log-probabilities count every
+    answer.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -86,10 +86,10 @@ class PreferenceMetrics:
         sums = runtime.sum(*self._sums.flatten())
         found: dict[str, float] = {}
         for row, prefix in enumerate(_PREFIXES.values()):
-            both, h, accuracy, margin, *answers = sums[10 * row : 10 * row + 10]
+            both, logratio_margin, accuracy, margin, *answers = sums[10 * row : 10 * row + 10]
             if both:
                 found |= {
-                    f"{prefix}h": h / both,
+                    f"{prefix}logratio_margin": logratio_margin / both,
                     f"{prefix}accuracy": accuracy / both,
                     f"{prefix}margin": margin / both,
                 }

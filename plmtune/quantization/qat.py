@@ -1,13 +1,13 @@
 """Quantization-aware training: a forward that computes what the quantized model will compute.
 
-`prepare` puts torchao's fake-quantized layers in the place of a model's own, with rounding of ours in them: torchao's
-own quantizers have no integer zero points for weights of 4 bits, and the numbers here are those of
-`quantize.round_weight`, bit for bit. Gradients pass straight through the rounding (arXiv 1308.3432). No weight lies
-more than half a step outside of its group's range, which follows the weights, so no gradient is cut off: torchao's
-quantizers cut it for each group's greatest number, which then learns nothing.
+`insert_fake_quantize` replaces a model's layers by torchao's fake-quantized layers, with fake quantizers of our own:
+torchao's have no integer zero points for weights of 4 bits, and ours equal `quantize.round_weight` bit for bit.
+Gradients pass straight through the rounding (arXiv 1308.3432). Each group's range follows its weights, so no weight
+lies more than half a step outside of it and no gradient is cut off; torchao's quantizers cut off the gradient of each
+group's greatest number, which then learns nothing.
 
-The parameters keep their names and stay fp32, so a checkpoint of a prepared model is a plain one. Its config.json says
-in the key `qat` what it was trained for.
+The parameters keep their names and stay fp32, so a checkpoint of a model in training is an ordinary one. Its
+config.json names the scheme in the key `qat`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ with quiet():
 KEY = "qat"  # of config.json
 
 
-def prepare(model: Any, plan: Mapping[str, Format]) -> None:
+def insert_fake_quantize(model: Any, plan: Mapping[str, Format]) -> None:
     """Let a decoder compute with the numbers that its quantized form will have.
 
     Args:
@@ -64,7 +64,7 @@ def prepare(model: Any, plan: Mapping[str, Format]) -> None:
                 new = FakeQuantizedEmbedding(held.num_embeddings, held.embedding_dim)
         new.weight = held.weight
         new.weight_fake_quantizer = WeightRounding(format)
-        new.stands_for = (held,)  # in a tuple it is no submodule
+        new.original = (held,)  # in a tuple it is no submodule
         _replace(model, name, new)
     head = plan.get("tok_embeddings" if model.tied else "output")
     if head is not None and head.dynamic and not hasattr(model, "score"):
@@ -78,13 +78,13 @@ def _round_output(norm: Any, inputs: Any, out: Tensor) -> Tensor:
     return rounded
 
 
-def convert(model: Any) -> dict[str, Format]:
-    """Undo `prepare`; returns the plan, by which `quantize.quantize` gives what the prepared model computed."""
+def remove_fake_quantize(model: Any) -> dict[str, Format]:
+    """Undo `insert_fake_quantize`; return the formats with which `quantize.quantize` gives the same outputs."""
     plan: dict[str, Format] = {}
-    prepared: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if hasattr(m, "stands_for")]
+    prepared: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if hasattr(m, "original")]
     for name, layer in prepared:
         plan[name] = layer.weight_fake_quantizer.config
-        (held,) = layer.stands_for
+        (held,) = layer.original
         held.weight = layer.weight
         if isinstance(held, nn.Linear):
             held.bias = layer.bias
@@ -120,7 +120,7 @@ class _Straight(torch.autograd.Function):
 class WeightRounding(FakeQuantizerBase):
     """A matrix [out, in] -> the numbers that its stored form will stand for.
 
-    While the model is in eval mode, and inside of `once`, a weight is rounded at its first use alone.
+    While the model is in eval mode, and inside of `fake_quant_frozen`, a weight is rounded at its first use alone.
 
     Args:
         format: how it will be stored.
@@ -130,7 +130,7 @@ class WeightRounding(FakeQuantizerBase):
         super().__init__()
         self.config = format
         self.enabled = True
-        self.once = False
+        self.frozen = False
         self._held: tuple[int, Tensor] | None = None  # the weight's version, its rounded form
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -140,18 +140,18 @@ class WeightRounding(FakeQuantizerBase):
         return out
 
     def _rounded(self, weight: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or (self.training and not self.once):
+        if torch.compiler.is_compiling() or (self.training and not self.frozen):
             return round_as_stored(weight, self.config)
         # The version alone does not tell: fused optimizers write without a new one, but never in eval mode.
         if self._held is None or self._held[0] != weight._version:
             self._held = weight._version, round_as_stored(weight, self.config)
         return self._held[1]
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         self._held = None
 
     def train(self, mode: bool = True) -> WeightRounding:
-        self.forget()
+        self.reset()
         super().train(mode)
         return self
 
@@ -203,21 +203,21 @@ def round_as_stored(weight: Tensor, format: Format) -> Tensor:
 
 
 @contextmanager
-def once(model: nn.Module) -> Iterator[None]:
+def fake_quant_frozen(model: nn.Module) -> Iterator[None]:
     """Round each weight once for all forwards inside; none may change meanwhile."""
     found = [module for module in model.modules() if isinstance(module, WeightRounding)]
     for module in found:
-        module.once = True
+        module.frozen = True
     try:
         yield
     finally:
         for module in found:
-            module.once = False
-            module.forget()
+            module.frozen = False
+            module.reset()
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def fake_quant_disabled(model: nn.Module) -> Iterator[None]:
     """Let a prepared model compute with its weights as they are for a while."""
     found: list[Any] = [module for module in model.modules() if isinstance(module, FakeQuantizerBase)]
     for module in found:
@@ -229,18 +229,18 @@ def disabled(model: nn.Module) -> Iterator[None]:
             module.enabled = True
 
 
-def scheme_of(chosen: Component) -> dict[str, Any]:
+def scheme_settings(chosen: Component) -> dict[str, Any]:
     """What config.json says of a scheme: its name and all its settings, defaults written out."""
     return {key: value for key, value in component_config(chosen).items() if key != "qat"}
 
 
-def note(directory: Path, scheme: Mapping[str, Any]) -> None:
+def write_scheme(directory: Path, scheme: Mapping[str, Any]) -> None:
     """Add to a model directory's config.json what the model was trained for."""
     write_json(directory / CONFIG, read_json(directory, CONFIG) | {KEY: {"scheme": dict(scheme)}})
 
 
-def plan_of(checkpoint: str | Path) -> dict[str, Any] | None:
-    """The scheme that a checkpoint was trained for, as `scheme_of` gave it; None where it was for none.
+def read_scheme(checkpoint: str | Path) -> dict[str, Any] | None:
+    """The scheme that a checkpoint was trained for, as `scheme_settings` gave it; None where it was for none.
 
     Args:
         checkpoint: a model directory, a checkpoint or a run, whose newest checkpoint counts.
@@ -257,4 +257,4 @@ def plan_of(checkpoint: str | Path) -> dict[str, Any] | None:
     where = f"{directory / CONFIG}, key {KEY}"
     if not isinstance(noted, dict):
         raise UserError(f"{where}: must be a table with the key scheme, not {noted!r:.80}")
-    return scheme_of(component_from_config("quantization", noted.get("scheme"), f"{where}.scheme"))
+    return scheme_settings(component_from_config("quantization", noted.get("scheme"), f"{where}.scheme"))

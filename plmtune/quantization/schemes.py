@@ -21,7 +21,7 @@ KEEP = "keep"
 EMBEDDING, HEAD = "tok_embeddings", "output"
 
 
-class Plan(dict[str, Format]):
+class LayerFormats(dict[str, Format]):
     """Module name -> how it is stored; what is not named stays as it is.
 
     Attributes:
@@ -175,7 +175,7 @@ def _plan(model: nn.Module, linear: Format | None, embedding: str, rules: Mappin
             near = did_you_mean(pattern, shapes)
             raise ValueError(f"rules: no module's name matches {pattern!r:.80}.{near if len(near) < 400 else ''}")
         chosen |= dict.fromkeys(matched, format)
-    plan = Plan()
+    plan = LayerFormats()
     replaced: dict[tuple[Format, Format | None, int], list[str]] = {}
     for name, format in chosen.items():
         if format is None:

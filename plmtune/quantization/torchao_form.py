@@ -24,7 +24,7 @@ def to_torchao(model: nn.Module) -> None:
     They become `nn.Linear` over `IntxUnpackedToInt8Tensor`, with inputs rounded to 8 bits where the format is dynamic.
 
     Args:
-        model: not `prepare`d.
+        model: not `insert_fake_quantize`d.
     """
     for name, module in list(model.named_modules()):
         if not isinstance(module, QuantizedLinear):

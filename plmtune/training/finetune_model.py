@@ -66,13 +66,13 @@ class FinetuneModel:
     @contextmanager
     def fake_quant_disabled(self) -> Iterator[None]:
         """Let a model that is trained for quantization compute with its weights as they are for a while."""
-        with _qat().disabled(self.model) if self.scheme else nullcontext():
+        with _qat().fake_quant_disabled(self.model) if self.scheme else nullcontext():
             yield
 
     @contextmanager
     def fake_quant_frozen(self) -> Iterator[None]:
         """Weights that are trained for quantization do not change inside: they are rounded once."""
-        with _qat().once(self.model) if self.scheme else nullcontext():
+        with _qat().fake_quant_frozen(self.model) if self.scheme else nullcontext():
             yield
 
     def _describe(self, directory: Path) -> None:
@@ -81,7 +81,7 @@ class FinetuneModel:
         else:
             write_config(self.model.config, self.dtype, directory, score_head=hasattr(self.model, "score"))
             if self.scheme:
-                _qat().note(directory, self.scheme)
+                _qat().write_scheme(directory, self.scheme)
         self.tokenizer.save(directory)
 
 
@@ -174,7 +174,7 @@ def _prepare(chosen: Component | None, model: Decoder) -> tuple[dict[str, Any], 
         return {}, []
     plan = build("quantization", chosen, model=model)
     try:
-        _qat().prepare(model, plan)
+        _qat().insert_fake_quantize(model, plan)
     except ValueError as error:
         raise UserError(f"key quantization: {error}") from error
     numbers = sum(p.numel() for name in plan for p in model.get_submodule(name).parameters() if p.ndim == 2)
@@ -182,7 +182,7 @@ def _prepare(chosen: Component | None, model: Decoder) -> tuple[dict[str, Any], 
         f"quantization: {len(plan)} matrices are rounded in the forward as {chosen.name} stores them "
         f"({show_bytes(4 * numbers)} more memory); checkpoints hold them unrounded, for plmtune run quantize"
     )
-    return _qat().scheme_of(chosen), [note, *getattr(plan, "notes", [])]
+    return _qat().scheme_settings(chosen), [note, *getattr(plan, "notes", [])]
 
 
 def load_init_model(runtime: Runtime, origin: InitCheckpoint) -> Decoder:

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from plmtune.errors import UserError
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.result_cache import ResultCache
-from plmtune.inference.batching import Engine, Request
+from plmtune.inference.batching import BatchedGenerator, Request
 from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
@@ -215,13 +215,13 @@ class TestGeneration:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         lengths: list[tuple[int, int]] = []
-        submit = Engine.submit
+        submit = BatchedGenerator.submit
 
-        def noted(self: Engine, request: Request) -> None:
+        def noted(self: BatchedGenerator, request: Request) -> None:
             lengths.append((len(request.tokens), request.max_new_tokens))
             submit(self, request)
 
-        monkeypatch.setattr(Engine, "submit", noted)
+        monkeypatch.setattr(BatchedGenerator, "submit", noted)
         told: list[str] = []
         lm = LanguageModel(model, tokenizer, max_new_tokens=most, tell=told.append)
         settings = {"max_gen_toks": asked_for, "until": ["\n"]}
@@ -348,7 +348,9 @@ class TestChat:
         self, model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         written = tokenizer.encode("Paris<|im_end|>\nAnd of", specials=True)
-        monkeypatch.setattr(Engine, "_draw", lambda self, states, draws: [written[len(so_far)] for _, so_far in draws])
+        monkeypatch.setattr(
+            BatchedGenerator, "_draw", lambda self, states, draws: [written[len(so_far)] for _, so_far in draws]
+        )
         template = ChatTemplate(CHATML_TEMPLATE, tokenizer, "The template")
         question = ("The capital?", {"until": [], "max_gen_toks": len(written)})
         assert LanguageModel(model, tokenizer, template=template).generate_until(asked("generate_until", question)) == [

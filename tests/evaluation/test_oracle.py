@@ -51,7 +51,7 @@ def score(
                 text = knows(tokenizer.decode(request.tokens)) + f"{request.until[0].decode()} and more"
                 yield Answer(request.key, tokenizer.encode(text), ended=False, stopped=True)
 
-    monkeypatch.setattr(writing, "Engine", Knowing)
+    monkeypatch.setattr(writing, "BatchedGenerator", Knowing)
     model = compose("pretrain", (), ["model=plm_tiny", "model.max_seq_len=16384"]).model(tokenizer.vocab_size)
     model.init_weights(torch.Generator().manual_seed(0))
     lm = LanguageModel(model.eval(), tokenizer)

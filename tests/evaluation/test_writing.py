@@ -11,7 +11,7 @@ from plmtune.errors import UserError
 from plmtune.evaluation import writing
 from plmtune.evaluation.scoring import NotFinite
 from plmtune.evaluation.writing import Prompt, Writer, Written
-from plmtune.inference.batching import Engine, Request
+from plmtune.inference.batching import BatchedGenerator, Request
 from plmtune.inference.sampling import generate
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
@@ -46,10 +46,10 @@ def says(model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) 
     def set_answer(ids: Sequence[int]) -> None:
         whole = [*ids, tokenizer.eos_id]
 
-        def draw(self: Engine, states: torch.Tensor, draws: list[tuple[Request, list[int]]]) -> list[int]:
+        def draw(self: BatchedGenerator, states: torch.Tensor, draws: list[tuple[Request, list[int]]]) -> list[int]:
             return [whole[len(written)] for _, written in draws]
 
-        monkeypatch.setattr(Engine, "_draw", draw)
+        monkeypatch.setattr(BatchedGenerator, "_draw", draw)
 
     return set_answer
 
@@ -87,7 +87,7 @@ class TestText:
         says(ids)
         (found,) = write(Writer(model, tokenizer), [Prompt([1, 2], 40, until)]).values()
         assert found.text == text == postprocess_generated_text(spoken, list(until), None)
-        assert found.why == ("stop" if text != spoken else "end")
+        assert found.finish_reason == ("stop" if text != spoken else "end")
         # Nothing is written past the token that completes the stop.
         written = [tokenizer.decode(ids[:n]) for n in range(len(ids) + 1)]
         ends = [n for n, said in enumerate(written) if any(stop and stop in said for stop in until)]
@@ -107,7 +107,7 @@ class TestText:
         says(tokenizer.encode("a你"))
         whole = tokenizer.encode("a你")
         cut = write(Writer(model, tokenizer), [Prompt([1], len(whole) - 1)])[0]
-        assert cut.why == "length"
+        assert cut.finish_reason == "length"
         assert cut.text == "a\ufffd"
 
 

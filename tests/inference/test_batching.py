@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from plmtune.inference import batching
-from plmtune.inference.batching import Answer, Engine, NotFinite, Request, _exponential
+from plmtune.inference.batching import Answer, BatchedGenerator, NotFinite, Request, _exponential
 from plmtune.inference.sampling import generate
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
@@ -56,7 +56,7 @@ def requests() -> list[Request]:
     return [Request(f"q{i}", prompt, 1 + 7 * i % 20, seed=i) for i, prompt in enumerate(prompts)]
 
 
-def answers(engine: Engine, wanted: Iterable[Request]) -> dict[str, Answer]:
+def answers(engine: BatchedGenerator, wanted: Iterable[Request]) -> dict[str, Answer]:
     for request in wanted:
         engine.submit(request)
     return {answer.key: answer for answer in engine.run()}
@@ -79,19 +79,19 @@ class TestGreedy:
     @pytest.mark.parametrize("batch_size", [1, 3, 16])
     def test_answers_are_those_of_one_at_a_time(self, make: Callable[[], Decoder], batch_size: int) -> None:
         model = make()
-        found = answers(Engine(model, batch_size=batch_size, temperature=0), requests())
+        found = answers(BatchedGenerator(model, batch_size=batch_size, temperature=0), requests())
         assert found == {request.key: alone(model, request) for request in requests()}
 
     def test_each_ends_at_its_own_end_and_ids_after_it_are_not_read(self, make: Callable[[], Decoder]) -> None:
         model = make()
         ends = frozenset(alone(model, request).tokens[-1] for request in requests()[4:8])
-        found = answers(Engine(model, batch_size=4, temperature=0, end_ids=ends), requests())
+        found = answers(BatchedGenerator(model, batch_size=4, temperature=0, end_ids=ends), requests())
         assert found == {request.key: alone(model, request, ends) for request in requests()}
         assert {answer.ended for answer in found.values()} == {True, False}
 
     def test_a_slot_shows_nothing_of_who_had_it_before(self, make: Callable[[], Decoder]) -> None:
         model = make()
-        engine = Engine(model, batch_size=2, temperature=0)
+        engine = BatchedGenerator(model, batch_size=2, temperature=0)
         last = Request("last", [5, 6, 7], 20)
         found = answers(engine, [Request(f"long{i}", [i] * 40, 20) for i in range(5)] + [last])
         assert found["last"] == alone(model, last)
@@ -102,7 +102,7 @@ class TestGreedy:
         model = make()
         empty = torch.empty
         monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
-        found = answers(Engine(model, batch_size=3, temperature=0), requests()[:3])
+        found = answers(BatchedGenerator(model, batch_size=3, temperature=0), requests()[:3])
         monkeypatch.undo()
         assert found == {request.key: alone(model, request) for request in requests()[:3]}
 
@@ -111,7 +111,7 @@ class TestAutocast:
     @pytest.mark.parametrize("name", MODELS)
     def test_a_model_under_training_in_bf16_writes_answers_too(self, name: str) -> None:
         # Weights and cache are fp32, what is to be kept is bf16.
-        engine = Engine(MODELS[name](), batch_size=4, temperature=0)
+        engine = BatchedGenerator(MODELS[name](), batch_size=4, temperature=0)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = answers(engine, requests())
         assert {key: len(answer.tokens) for key, answer in found.items()} == {
@@ -123,9 +123,9 @@ class TestAutocast:
 class TestSampling:
     def test_a_repetition_penalty_is_that_of_one_prompt_alone(self, make: Callable[[], Decoder]) -> None:
         model = make()
-        found = answers(Engine(model, batch_size=4, temperature=0, repetition_penalty=3.0), requests())
+        found = answers(BatchedGenerator(model, batch_size=4, temperature=0, repetition_penalty=3.0), requests())
         assert found == {request.key: alone(model, request, repetition_penalty=3.0) for request in requests()}
-        assert found != answers(Engine(model, batch_size=4, temperature=0), requests())
+        assert found != answers(BatchedGenerator(model, batch_size=4, temperature=0), requests())
 
     @pytest.mark.parametrize(
         "cut",
@@ -133,13 +133,15 @@ class TestSampling:
     )
     def test_neither_batch_size_nor_order_changes_an_answer(self, make: Callable[[], Decoder], cut: dict) -> None:
         model = make()
-        first = answers(Engine(model, batch_size=1, **cut), requests())
-        assert answers(Engine(model, batch_size=5, **cut), reversed(requests())) == first
-        assert answers(Engine(model, batch_size=16, **cut), requests()[::2])["q4"] == first["q4"]
+        first = answers(BatchedGenerator(model, batch_size=1, **cut), requests())
+        assert answers(BatchedGenerator(model, batch_size=5, **cut), reversed(requests())) == first
+        assert answers(BatchedGenerator(model, batch_size=16, **cut), requests()[::2])["q4"] == first["q4"]
 
     def test_the_seed_decides(self, make: Callable[[], Decoder]) -> None:
         model = make()
-        found = answers(Engine(model, batch_size=4), [Request(str(i), [1, 2, 3], 15, seed=i // 2) for i in range(4)])
+        found = answers(
+            BatchedGenerator(model, batch_size=4), [Request(str(i), [1, 2, 3], 15, seed=i // 2) for i in range(4)]
+        )
         assert found["0"].tokens == found["1"].tokens
         assert found["2"].tokens == found["3"].tokens
         assert found["0"].tokens != found["2"].tokens
@@ -150,8 +152,8 @@ def letters(ids: Sequence[int]) -> bytes:
     return b"".join(bytes([97 + i % 26, *b"\xe4\xbd"[: i // 26 % 3]]) for i in ids)
 
 
-def stopping(model: Decoder, **options: Any) -> Engine:
-    return Engine(model, batch_size=4, temperature=0, decode_bytes=letters, **options)
+def stopping(model: Decoder, **options: Any) -> BatchedGenerator:
+    return BatchedGenerator(model, batch_size=4, temperature=0, decode_bytes=letters, **options)
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
@@ -171,7 +173,7 @@ class TestUntil:
             for key, whole in wholes.items():
                 first = next(n for n in range(1, len(whole) + 1) if stops[key] in letters(whole[:n]))
                 assert found[key] == Answer(key, whole[:first], False, stopped=True)
-                assert found[key].why == "stop"
+                assert found[key].finish_reason == "stop"
 
     def test_what_the_prompt_ends_in_is_no_part_of_a_stop(self, make: Callable[[], Decoder]) -> None:
         model = make()
@@ -191,9 +193,9 @@ class TestWhy:
         asked = [Request("a", request.tokens, 12)]
         ended = answers(stopping(model, end_ids={whole[5]}), asked)["a"]
         cut = answers(stopping(model), asked)["a"]
-        assert cut.why == "length"
+        assert cut.finish_reason == "length"
         assert cut.tokens == whole
-        assert ended.why == "end"
+        assert ended.finish_reason == "end"
         assert ended.tokens == whole[: whole.index(whole[5])]
 
     def test_a_stop_that_comes_with_the_last_token_is_one(self) -> None:
@@ -221,8 +223,8 @@ def tokens_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 class TestSharedPrefixes:
     @pytest.fixture(autouse=True)
     def short(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(batching, "_STEM", 8)
-        monkeypatch.setattr(batching, "_SPARED", 20)
+        monkeypatch.setattr(batching, "_MIN_SHARED", 8)
+        monkeypatch.setattr(batching, "_MIN_SAVED", 20)
 
     def test_are_read_once_and_change_no_answer(
         self, make: Callable[[], Decoder], tokens_read: list[tuple[int, int]]
@@ -232,7 +234,7 @@ class TestSharedPrefixes:
         alike = [Request(f"s{i}", [*examples, *request.tokens[:9]], 8) for i, request in enumerate(requests())]
         expected = {request.key: alone(model, request) for request in [*alike, *requests()]}
         tokens_read.clear()
-        assert answers(Engine(model, batch_size=4, temperature=0), [*requests(), *alike]) == expected
+        assert answers(BatchedGenerator(model, batch_size=4, temperature=0), [*requests(), *alike]) == expected
         longer = [shape for shape in tokens_read if shape[1] > 1]
         assert longer.count((1, 30)) == 1
         # All else is what follows the examples, at most 9 tokens, and the dozen others.
@@ -246,7 +248,7 @@ class TestSharedPrefixes:
         shots = [Request(f"{i}/{j}", [*range(20), *[50 + i] * 12, i, j], 3) for i in range(4) for j in range(5)]
         expected = {request.key: alone(model, request) for request in shots}
         tokens_read.clear()
-        assert answers(Engine(model, batch_size=5, temperature=0), shots) == expected
+        assert answers(BatchedGenerator(model, batch_size=5, temperature=0), shots) == expected
         stems = [tokens for rows, tokens in tokens_read if rows == 1 and tokens > 2]
         assert stems == [20, 13, 13, 13, 13]
 
@@ -256,10 +258,12 @@ class TestSharedPrefixes:
         model = make()
         prompt = list(range(40))
         again = [Request(f"{i}", prompt, 10, seed=i) for i in range(8)]
-        expected = {request.key: answers(Engine(model, batch_size=1), [request])[request.key] for request in again}
+        expected = {
+            request.key: answers(BatchedGenerator(model, batch_size=1), [request])[request.key] for request in again
+        }
         assert len({tuple(answer.tokens) for answer in expected.values()}) == 8
         tokens_read.clear()
-        assert answers(Engine(model, batch_size=3), again) == expected
+        assert answers(BatchedGenerator(model, batch_size=3), again) == expected
         assert [shape for shape in tokens_read if shape[1] > 1] == [(1, 39)]
         # The prompt's last token is read with the step that writes the first of the answer.
         assert sum(rows for rows, tokens in tokens_read if tokens == 1) == 8 * 10
@@ -267,7 +271,7 @@ class TestSharedPrefixes:
     def test_prompts_of_which_one_begins_the_other(self, make: Callable[[], Decoder]) -> None:
         model = make()
         nested = [Request(f"{i}", list(range(i)), 5) for i in (40, 12, 13, 40, 39, 1, 12)]
-        found = answers(Engine(model, batch_size=2, temperature=0), nested)
+        found = answers(BatchedGenerator(model, batch_size=2, temperature=0), nested)
         assert found == {request.key: alone(model, request) for request in nested}
 
     def test_an_interrupt_while_they_are_read_leaves_nothing_half_done(
@@ -288,7 +292,7 @@ class TestSharedPrefixes:
             return states
 
         monkeypatch.setattr(Decoder, "forward", every_other)
-        engine = Engine(model, batch_size=4, temperature=0)
+        engine = BatchedGenerator(model, batch_size=4, temperature=0)
         for request in shots:
             engine.submit(request)
         found = {}
@@ -309,7 +313,7 @@ class TestNotFinite:
         with torch.no_grad():
             model.tok_embeddings.weight[77] = float("nan")
             model.tok_embeddings.weight[78] = float("nan")
-        engine = Engine(model, batch_size=3, temperature=temperature, num_tokens=70)
+        engine = BatchedGenerator(model, batch_size=3, temperature=temperature, num_tokens=70)
         with pytest.raises(NotFinite, match="request bad: the model gives numbers that are NaN") as caught:
             answers(engine, [Request("good", [1, 2], 3), Request("bad", [5, 77], 3), Request("fine", [3, 4], 3)])
         assert caught.value.key == "bad"
@@ -318,7 +322,7 @@ class TestNotFinite:
 class TestRun:
     def test_what_is_submitted_while_running_is_answered(self) -> None:
         model = small_plm()
-        engine = Engine(model, batch_size=3, temperature=0)
+        engine = BatchedGenerator(model, batch_size=3, temperature=0)
         for request in requests()[:5]:
             engine.submit(request)
         turns = {}
@@ -333,7 +337,7 @@ class TestRun:
             assert turns[follow.key] == alone(model, follow)
 
     def test_answers_come_as_they_end_and_a_waiting_prompt_takes_the_place(self) -> None:
-        engine = Engine(small_plm(), batch_size=2, temperature=0)
+        engine = BatchedGenerator(small_plm(), batch_size=2, temperature=0)
         for key, new in (("long", 30), ("a", 3), ("b", 3), ("c", 3)):
             engine.submit(Request(key, [1, 2], new))
         order = [answer.key for answer in engine.run()]
@@ -341,8 +345,8 @@ class TestRun:
 
     def test_goes_on_after_an_interrupt_as_if_there_had_been_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = small_plm()
-        expected = answers(Engine(model, batch_size=3), requests())
-        engine = Engine(model, batch_size=3)
+        expected = answers(BatchedGenerator(model, batch_size=3), requests())
+        engine = BatchedGenerator(model, batch_size=3)
         for request in requests():
             engine.submit(request)
         found: dict[str, Answer] = {}
@@ -370,24 +374,24 @@ class TestRun:
 
     def test_a_consumer_that_stops_reading_can_read_on(self) -> None:
         model = small_plm()
-        engine = Engine(model, batch_size=3)
+        engine = BatchedGenerator(model, batch_size=3)
         for request in requests():
             engine.submit(request)
         found = [next(engine.run()) for _ in requests()]
-        assert {answer.key: answer for answer in found} == answers(Engine(model, batch_size=3), requests())
+        assert {answer.key: answer for answer in found} == answers(BatchedGenerator(model, batch_size=3), requests())
         assert list(engine.run()) == []
 
     def test_a_model_in_training_answers_as_in_evaluation_and_stays_in_training(self) -> None:
         model = small_plm().eval()
-        expected = answers(Engine(model, batch_size=3), requests()[:3])
+        expected = answers(BatchedGenerator(model, batch_size=3), requests()[:3])
         layer: Any = model.layers[0]
         layer.ffn = torch.nn.Sequential(layer.ffn, torch.nn.Dropout(0.5))
         model.train()
-        assert answers(Engine(model, batch_size=3), requests()[:3]) == expected
+        assert answers(BatchedGenerator(model, batch_size=3), requests()[:3]) == expected
         assert model.training
 
     def test_an_answer_goes_no_further_than_the_model(self) -> None:
-        found = answers(Engine(small_plm(), batch_size=1), [Request("a", [1] * 60, 1000)])
+        found = answers(BatchedGenerator(small_plm(), batch_size=1), [Request("a", [1] * 60, 1000)])
         assert len(found["a"].tokens) == 4
         assert not found["a"].ended
 
@@ -396,7 +400,7 @@ class TestRun:
         with torch.no_grad():
             model.tok_embeddings.weight[90:] *= 100
         for temperature in (0, 1):
-            engine = Engine(model, batch_size=4, temperature=temperature, num_tokens=90)
+            engine = BatchedGenerator(model, batch_size=4, temperature=temperature, num_tokens=90)
             found = answers(engine, requests())
             assert max(max(answer.tokens) for answer in found.values()) < 90
 
@@ -415,7 +419,7 @@ class TestRefusals:
         ],
     )
     def test_a_request_that_cannot_be_answered_is_refused_at_once(self, request_: Request, message: str) -> None:
-        engine = Engine(small_plm(), batch_size=1)
+        engine = BatchedGenerator(small_plm(), batch_size=1)
         with pytest.raises(ValueError, match=message):
             engine.submit(request_)
         assert list(engine.run()) == []
@@ -432,7 +436,7 @@ class TestRefusals:
     )
     def test_impossible_settings_are_refused(self, options: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            Engine(small_plm(), **options)
+            BatchedGenerator(small_plm(), **options)
 
 
 class TestDraws:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import plmtune.inference.chat_session
-from plmtune.inference.chat_session import Conversation
-from plmtune.inference.sampling import Memory, complete
+from plmtune.inference.chat_session import ChatSession
+from plmtune.inference.sampling import PrefixCache, complete
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
@@ -44,11 +44,11 @@ def small_llama(max_seq_len: int = 256) -> Decoder:
     return llama(tokenizer().vocab_size, attention=gqa, ffn=ffn, max_seq_len=max_seq_len, **SHAPE).eval()
 
 
-def begin(model: Decoder | None = None) -> Conversation:
-    return Conversation(model or small_plm(), tokenizer(), ChatTemplate(TEMPLATE, tokenizer(), "the test's template"))
+def begin(model: Decoder | None = None) -> ChatSession:
+    return ChatSession(model or small_plm(), tokenizer(), ChatTemplate(TEMPLATE, tokenizer(), "the test's template"))
 
 
-def ask(talk: Conversation, text: str, n: int = 8, **options: float) -> str:
+def ask(talk: ChatSession, text: str, n: int = 8, **options: float) -> str:
     return "".join(talk.ask(text, max_new_tokens=n, **({"temperature": 0} | options)))
 
 
@@ -59,11 +59,11 @@ def says(monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[list[int]]:
 
     def pretend(model: Decoder, tokenizer: Tokenizer, prompt: list[int], **options: object) -> Iterator[str]:
         prompts.append(prompt)
-        memory = options["memory"]
-        assert isinstance(memory, Memory)
-        memory.ids = list(prompt)
+        prefix_cache = options["prefix_cache"]
+        assert isinstance(prefix_cache, PrefixCache)
+        prefix_cache.ids = list(prompt)
         for letter in waiting.pop(0):
-            memory.ids.append(ord(letter))
+            prefix_cache.ids.append(ord(letter))
             yield letter
 
     monkeypatch.setattr(plmtune.inference.chat_session, "complete", pretend)
@@ -74,29 +74,29 @@ class TestMemory:
     @pytest.mark.parametrize("make", [small_plm, small_llama])
     def test_answers_are_those_of_a_model_that_reads_all_anew(self, make) -> None:
         model, options = make(), {"max_new_tokens": 12, "temperature": 0}
-        memory = Memory(model)
+        prefix_cache = PrefixCache(model)
         prompts = ["How are you", "How are you? And", "How", "", "Something else, much longer than before" * 2, "How"]
         for prompt in prompts:
             anew = "".join(complete(model, tokenizer(), prompt, **options))
-            assert "".join(complete(model, tokenizer(), prompt, memory=memory, **options)) == anew
+            assert "".join(complete(model, tokenizer(), prompt, prefix_cache=prefix_cache, **options)) == anew
 
     def test_only_what_is_new_is_computed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, read = small_plm(), []
         forward = model.forward
         monkeypatch.setattr(model, "forward", lambda t, **how: read.append(t.shape[1]) or forward(t, **how))
-        memory = Memory(model)
-        list(complete(model, tokenizer(), "a" * 50, max_new_tokens=3, temperature=0, memory=memory))
+        prefix_cache = PrefixCache(model)
+        list(complete(model, tokenizer(), "a" * 50, max_new_tokens=3, temperature=0, prefix_cache=prefix_cache))
         assert read == [50, 1, 1]
         read.clear()
-        list(complete(model, tokenizer(), [*memory.ids, *b"bcd"], max_new_tokens=1, memory=memory))
+        list(complete(model, tokenizer(), [*prefix_cache.ids, *b"bcd"], max_new_tokens=1, prefix_cache=prefix_cache))
         assert read == [1 + 3]  # the last token that was written, which nothing followed, and the new ones
         read.clear()
-        list(complete(model, tokenizer(), "a" * 50, max_new_tokens=1, memory=memory))
+        list(complete(model, tokenizer(), "a" * 50, max_new_tokens=1, prefix_cache=prefix_cache))
         assert read == [1]
 
     def test_survives_an_interrupt_in_the_middle_of_a_forward(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = small_plm()
-        memory = Memory(model)
+        prefix_cache = PrefixCache(model)
         layer, calls = model.layers[1].forward, []
 
         def interrupted(*args, **options):
@@ -108,8 +108,8 @@ class TestMemory:
         options = {"max_new_tokens": 8, "temperature": 0}
         monkeypatch.setattr(model.layers[1], "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            list(complete(model, tokenizer(), "What is", memory=memory, **options))
-        again = "".join(complete(model, tokenizer(), "What is it", memory=memory, **options))
+            list(complete(model, tokenizer(), "What is", prefix_cache=prefix_cache, **options))
+        again = "".join(complete(model, tokenizer(), "What is it", prefix_cache=prefix_cache, **options))
         assert again == "".join(complete(model, tokenizer(), "What is it", **options))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from plmtune.inference.sampling import complete, generate, keep_likeliest, penalize, release, sample
+from plmtune.inference.sampling import complete, generate, penalize, release, sample, top_k_top_p
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component, component
@@ -120,7 +120,7 @@ class TestSample:
         probability, ids = logits.softmax(-1).sort(descending=True)
         before = probability.cumsum(-1) - probability
         expected = torch.zeros(3, 5000, dtype=torch.bool).scatter(-1, ids, before < 0.9)
-        kept = keep_likeliest(logits, None, 0.9)
+        kept = top_k_top_p(logits, None, 0.9)
         assert ((kept > float("-inf")) == expected).float().mean() > 0.9999  # of near ties either may stay
         assert torch.equal(kept[kept > float("-inf")], logits[kept > float("-inf")])
 
@@ -133,8 +133,8 @@ class TestSample:
     def test_min_p_keeps_what_transformers_keeps(self, min_p: float, top: tuple[int | None, float | None]) -> None:
         transformers = pytest.importorskip("transformers")
         logits = 2 * torch.randn(3, 500, generator=torch.Generator().manual_seed(0))
-        theirs = transformers.MinPLogitsWarper(min_p)(None, keep_likeliest(logits, *top))
-        assert torch.equal(keep_likeliest(logits, *top, min_p), theirs)
+        theirs = transformers.MinPLogitsWarper(min_p)(None, top_k_top_p(logits, *top))
+        assert torch.equal(top_k_top_p(logits, *top, min_p), theirs)
 
     @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3])
     def test_a_repetition_penalty_is_that_of_transformers(self, penalty: float) -> None:

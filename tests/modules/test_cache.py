@@ -28,7 +28,7 @@ def tokens(b: int, s: int, seed: int = 1) -> Tensor:
     return torch.randint(101, (b, s), generator=torch.Generator().manual_seed(seed))
 
 
-def stem_of(model: Decoder, ids: Tensor) -> SharedPrefix:
+def shared_prefix_of(model: Decoder, ids: Tensor) -> SharedPrefix:
     cache = model.new_cache(1, 32)
     model(ids, cache=cache)
     return SharedPrefix(cache)
@@ -45,12 +45,12 @@ class TestStem:
     def test_rows_after_a_stem_are_those_of_whole_texts(self, attention: Component, new: int) -> None:
         model, begin, rows = small(attention), tokens(1, 20), tokens(3, new, seed=2)
         whole = model(torch.cat((begin.expand(3, -1), rows), dim=1))
-        close(model(rows, cache=stem_of(model, begin)), whole[:, 20:])
+        close(model(rows, cache=shared_prefix_of(model, begin)), whole[:, 20:])
 
     @torch.no_grad()
     def test_a_forward_leaves_it_as_it_was(self, attention: Component) -> None:
         model = small(attention)
-        stem = stem_of(model, tokens(1, 20))
+        stem = shared_prefix_of(model, tokens(1, 20))
         before = stem.clone()
         first = model(tokens(3, 5, seed=2), cache=stem)
         assert stem.length == 20
@@ -71,20 +71,20 @@ class TestStem:
         mask[:, :, :20] = True
         mask[0, :, 20:] = torch.block_diag(*[torch.ones(10, 10).tril()] * 3).bool()
         input_pos = torch.arange(20, 30).repeat(3)[None]
-        packed = model(texts.view(1, -1), mask=mask, input_pos=input_pos, cache=stem_of(model, begin))
+        packed = model(texts.view(1, -1), mask=mask, input_pos=input_pos, cache=shared_prefix_of(model, begin))
         close(packed.view(3, 10, -1), whole[:, 20:])
 
     def test_a_position_behind_the_models_last_is_refused(self, attention: Component) -> None:
         model = small(attention)
         with pytest.raises(ValueError, match=r"a sequence of 33 tokens exceeds the model's max_seq_len \(32\)"):
-            model(tokens(2, 13), cache=stem_of(model, tokens(1, 20)))
+            model(tokens(2, 13), cache=shared_prefix_of(model, tokens(1, 20)))
 
 
 class TestLatents:
     @torch.no_grad()
     def test_keys_and_values_of_a_stem_are_expanded_for_one_row_alone(self) -> None:
         model = small(ATTENTIONS["mla"])
-        stem = stem_of(model, tokens(1, 20))
+        stem = shared_prefix_of(model, tokens(1, 20))
         layer: Any = model.layers[0]
         seen: list[int] = []
         layer.attention.kv_b_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:2].numel()))

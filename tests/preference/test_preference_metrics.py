@@ -30,10 +30,10 @@ class TestTally:
         tally.add(compared([DIRECT], [0.0], [4.0], [1]), loss)
         with Runtime.choose(device="cpu").start() as runtime:
             means = tally.means(runtime)
-        assert means["h"] == pytest.approx((2 - 4) / 2)
+        assert means["logratio_margin"] == pytest.approx((2 - 4) / 2)
         assert means["accuracy"] == 0.5
         assert means["margin"] == pytest.approx(0.5 * (2 - 4) / 2)
-        assert means["given_rejected/h"] == pytest.approx(-3)
+        assert means["given_rejected/logratio_margin"] == pytest.approx(-3)
         assert means["given_rejected/accuracy"] == 0
         assert not [name for name in means if name.startswith("given_chosen")]
 
@@ -53,5 +53,5 @@ class TestTally:
         with Runtime.choose(device="cpu").start() as runtime:
             means = tally.means(runtime)
         answers = {"rewards/chosen", "log_probs/chosen"}
-        both = {"h", "accuracy", "margin", "rewards/rejected", "log_probs/rejected"}
+        both = {"logratio_margin", "accuracy", "margin", "rewards/rejected", "log_probs/rejected"}
         assert set(means) == answers | {f"given_chosen/{name}" for name in answers | both}

@@ -79,13 +79,13 @@ class TestPreparedModel:
         model = make().eval()
         plain = model(IDS)
         plan = chosen(model=model)
-        qat.prepare(model, plan)
+        qat.insert_fake_quantize(model, plan)
         prepared = model(IDS)
         hidden = model(IDS, hidden=True)
         by_the_loss = hidden @ model.head_weight.T
         cache = model.new_cache(2, 16)
         decoded = [model(IDS[:, i : i + 1], cache=cache) for i in range(3)]  # absorbed, in MLA
-        assert qat.convert(model) == plan
+        assert qat.remove_fake_quantize(model) == plan
         quantize(model, plan)
         expected = model(IDS)
         cache = model.new_cache(2, 16)
@@ -98,29 +98,31 @@ class TestPreparedModel:
     def test_keeps_the_names_and_the_memory_of_its_parameters(self) -> None:
         model = small_plm()
         before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-        qat.prepare(model, scheme("int4", group_size=16)(model=model))
+        qat.insert_fake_quantize(model, scheme("int4", group_size=16)(model=model))
         assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
 
     def test_preparing_draws_no_random_numbers(self) -> None:
         model = small_plm()
         before = torch.get_rng_state()
-        qat.prepare(model, scheme("int8")(model=model))
+        qat.insert_fake_quantize(model, scheme("int8")(model=model))
         assert torch.equal(torch.get_rng_state(), before)
 
     def test_converted_it_is_the_model_that_it_was(self) -> None:
         model = small_plm()
         before, parts = model(IDS), [type(module) for module in model.modules()]
-        qat.prepare(model, scheme("int8_dynamic", embedding="int8_dynamic_int8")(model=model))
+        qat.insert_fake_quantize(model, scheme("int8_dynamic", embedding="int8_dynamic_int8")(model=model))
         assert not torch.equal(model(IDS), before)
-        qat.convert(model)
+        qat.remove_fake_quantize(model)
         assert torch.equal(model(IDS), before) and [type(module) for module in model.modules()] == parts
 
     def test_switched_off_it_computes_with_the_weights_as_they_are(self) -> None:
         model = small_plm()
         before = model(IDS)
-        qat.prepare(model, scheme("int8_dynamic_int4", group_size=16, embedding="int8_dynamic_int8")(model=model))
+        qat.insert_fake_quantize(
+            model, scheme("int8_dynamic_int4", group_size=16, embedding="int8_dynamic_int8")(model=model)
+        )
         rounded = model(IDS)
-        with qat.disabled(model):
+        with qat.fake_quant_disabled(model):
             assert torch.equal(model(IDS), before)
         assert torch.equal(model(IDS), rounded)
 
@@ -129,12 +131,12 @@ class TestPreparedModel:
         model.add_score_head(torch.Generator().manual_seed(2))
         plan = scheme("int8_dynamic", embedding="int8_dynamic_int8")(model=model)
         assert "score" not in plan
-        qat.prepare(model, plan)
+        qat.insert_fake_quantize(model, plan)
         assert type(model.score) is nn.Linear and not model.norm._forward_hooks
 
     def test_under_bf16_autocast_weights_are_rounded_from_fp32(self) -> None:
         model = small_plm().eval()
-        qat.prepare(model, scheme("int4", group_size=16)(model=model))
+        qat.insert_fake_quantize(model, scheme("int4", group_size=16)(model=model))
         layer = model.layers[0].ffn.up_proj
         with torch.autocast("cpu", torch.bfloat16):
             inside = effective_weight(layer)
@@ -151,7 +153,7 @@ class TestPreparedModel:
     )
     def test_a_plan_that_does_not_fit_is_refused(self, name: str, format: Format, said: str) -> None:
         with pytest.raises(ValueError, match=said):
-            qat.prepare(small_plm(), {name: format})
+            qat.insert_fake_quantize(small_plm(), {name: format})
 
 
 class TestRounding:
@@ -170,7 +172,7 @@ class TestRounding:
         model = small_plm()
         layer_name = "layers.0.ffn.up_proj"
         format = Format.parse(name)
-        qat.prepare(model, {layer_name: format})
+        qat.insert_fake_quantize(model, {layer_name: format})
         layer = model.get_submodule(layer_name)
         x = torch.randn(5, 32, generator=torch.Generator().manual_seed(3), requires_grad=True)
         out = layer(x)
@@ -182,18 +184,18 @@ class TestRounding:
 
     def test_both_uses_of_a_tied_embedding_give_it_gradients(self) -> None:
         model = small_plm()
-        qat.prepare(model, {"tok_embeddings": Format(4, 16)})
+        qat.insert_fake_quantize(model, {"tok_embeddings": Format(4, 16)})
         weight = model.tok_embeddings.weight
         rounded = qat.round_as_stored(weight, Format(4, 16)).requires_grad_()
         model(IDS).logsumexp(-1).sum().backward()
-        qat.convert(model)
+        qat.remove_fake_quantize(model)
         out = torch.func.functional_call(model, {"tok_embeddings.weight": rounded}, (IDS,))
         out.logsumexp(-1).sum().backward()
         torch.testing.assert_close(weight.grad, rounded.grad)
 
     def test_training_lowers_the_loss_of_the_quantized_model(self) -> None:
         model = small_plm()
-        qat.prepare(model, scheme("int4", group_size=32, embedding="int4_g32")(model=model))
+        qat.insert_fake_quantize(model, scheme("int4", group_size=32, embedding="int4_g32")(model=model))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         losses = []
         for _ in range(12):
@@ -203,7 +205,7 @@ class TestRounding:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        quantize(model, qat.convert(model))
+        quantize(model, qat.remove_fake_quantize(model))
         out = model(IDS[:, :-1]).detach()
         assert float(nn.functional.cross_entropy(out.flatten(0, 1), IDS[:, 1:].flatten())) < losses[0] / 2
 
@@ -222,7 +224,7 @@ def naive_inputs(x: Tensor) -> Tensor:
 class TestOnce:
     def counted(self, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[int]]:
         model = small_plm()
-        qat.prepare(model, {"tok_embeddings": Format(8)})
+        qat.insert_fake_quantize(model, {"tok_embeddings": Format(8)})
         calls: list[int] = []
         rounding = qat.round_as_stored
 
@@ -235,7 +237,7 @@ class TestOnce:
 
     def test_micro_batches_of_a_step_share_rounded_weights(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, calls = self.counted(monkeypatch)
-        with qat.once(model):
+        with qat.fake_quant_frozen(model):
             for _ in range(3):
                 model(IDS).sum().backward()
         assert len(calls) == 1
@@ -244,9 +246,9 @@ class TestOnce:
 
     def test_gradients_are_the_same_as_when_each_forward_rounds(self) -> None:
         gradients = []
-        for context in (qat.once, qat.disabled, None):
+        for context in (qat.fake_quant_frozen, qat.fake_quant_disabled, None):
             model = small_plm()
-            qat.prepare(model, scheme("int4", group_size=16)(model=model))
+            qat.insert_fake_quantize(model, scheme("int4", group_size=16)(model=model))
             if context is None:
                 model(IDS).square().sum().backward()
             else:
@@ -258,11 +260,11 @@ class TestOnce:
     @pytest.mark.parametrize("name", ["adamw", "muon"])
     def test_an_optimizer_step_is_seen_by_the_next_step(self, name: str) -> None:
         model = small_plm()
-        qat.prepare(model, scheme("int4", group_size=16)(model=model))
+        qat.insert_fake_quantize(model, scheme("int4", group_size=16)(model=model))
         optimizer = build("optimizer", component("optimizer", name, lr=0.1), model=model)
         outputs = []
         for _ in range(2):
-            with qat.once(model):
+            with qat.fake_quant_frozen(model):
                 out = model(IDS)
                 out.square().sum().backward()
             outputs.append(out.detach())
@@ -278,7 +280,7 @@ class TestOnce:
 
     def test_weights_that_are_loaded_while_evaluating_are_seen(self) -> None:
         model = small_plm().eval()
-        qat.prepare(model, {"tok_embeddings": Format(8)})
+        qat.insert_fake_quantize(model, {"tok_embeddings": Format(8)})
         before = model(IDS)
         model.load_state_dict({name: tensor * 2 for name, tensor in model.state_dict().items()})
         assert not torch.equal(model(IDS), before)
@@ -287,7 +289,7 @@ class TestOnce:
 class TestMuon:
     def test_an_untied_head_that_is_rounded_is_not_muons(self) -> None:
         model = small_llama()
-        qat.prepare(model, scheme("int8")(model=model))
+        qat.insert_fake_quantize(model, scheme("int8")(model=model))
         optimizer = build("optimizer", component("optimizer", "muon"), model=model)
         matrices = {id(p) for group in optimizer.muon.param_groups for p in group["params"]}
         assert id(model.output.weight) not in matrices and id(model.tok_embeddings.weight) not in matrices
@@ -300,10 +302,10 @@ class TestNotes:
 
     def test_config_json_says_what_a_model_was_trained_for(self, tmp_path: Path) -> None:
         directory = self.saved(tmp_path)
-        assert qat.plan_of(directory) is None
-        noted = qat.scheme_of(scheme("int4", group_size=16, qat=True, rules={"*.down_proj": "int8"}))
-        qat.note(directory, noted)
-        assert qat.plan_of(directory) == noted
+        assert qat.read_scheme(directory) is None
+        noted = qat.scheme_settings(scheme("int4", group_size=16, qat=True, rules={"*.down_proj": "int8"}))
+        qat.write_scheme(directory, noted)
+        assert qat.read_scheme(directory) == noted
         assert noted["component"] == "int4" and noted["group_size"] == 16 and "qat" not in noted
         assert torch.equal(load_model(directory)(IDS), small_plm()(IDS))
 
@@ -316,4 +318,4 @@ class TestNotes:
         keys = json.loads((directory / "config.json").read_text())
         (directory / "config.json").write_text(json.dumps(keys | {"qat": held}))
         with pytest.raises(UserError, match=r"config\.json, key qat"):
-            qat.plan_of(directory)
+            qat.read_scheme(directory)

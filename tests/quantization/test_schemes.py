@@ -9,7 +9,16 @@ from small import MODELS, small_llama, small_plm
 from plmtune.models.plm import plm
 from plmtune.modules.quantized import Format
 from plmtune.quantization.quantize import quantize
-from plmtune.quantization.schemes import Plan, candidates, fit, int4, int8, int8_dynamic, int8_dynamic_int4, mixed
+from plmtune.quantization.schemes import (
+    LayerFormats,
+    candidates,
+    fit,
+    int4,
+    int8,
+    int8_dynamic,
+    int8_dynamic_int4,
+    mixed,
+)
 from plmtune.registry import component, load
 
 
@@ -94,7 +103,7 @@ class TestRules:
 class TestGroups:
     def test_rows_that_a_group_does_not_divide_get_the_largest_that_does_and_it_is_said(self) -> None:
         plan = int4(small_plm())
-        assert isinstance(plan, Plan)
+        assert isinstance(plan, LayerFormats)
         assert formats(plan)["layers.1.attention.o_proj"] == "int4_g16"
         assert plan.notes == [
             "layers.0.attention.o_proj and 1 more: rows of 48 numbers do not divide as int4_g32 wants; stored as "

@@ -20,7 +20,7 @@ from tuning import PREFERENCE, refusal, run, stop_in
 
 import plmtune
 from plmtune.errors import UserError
-from plmtune.inference.batching import Engine
+from plmtune.inference.batching import BatchedGenerator
 from plmtune.models.hf import save_model
 from plmtune.models.reward import load_reward_model
 from plmtune.preference.rounds import chains
@@ -78,7 +78,7 @@ class TestLearning:
         run("dpo", "run_dir=r", "epochs=4", "optimizer.lr=3e-3")
         entries = losses(base / "r")
         assert entries[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # the policy is its reference
-        assert entries[0]["h"] == pytest.approx(0, abs=1e-3)
+        assert entries[0]["logratio_margin"] == pytest.approx(0, abs=1e-3)
         assert entries[-1]["loss"] < 0.4
         assert entries[-1]["accuracy"] == 1
         last = [entry for entry in metrics(base / "r") if "validation_loss" in entry][-1]
@@ -89,7 +89,7 @@ class TestLearning:
         entries = losses(base / "r")
         assert entries[0]["loss"] == pytest.approx(0.5 * math.log(2) + 0.5 * 0.5, abs=1e-4)
         for context in ("", "given_rejected/", "given_chosen/"):
-            assert entries[-1][f"{context}h"] > 1
+            assert entries[-1][f"{context}logratio_margin"] > 1
 
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
     @pytest.mark.parametrize(
@@ -119,7 +119,12 @@ class TestLearning:
         entries = metrics(base / "r")
         losses = [entry[name] for entry in entries for name in ("loss", "validation_loss") if name in entry]
         assert losses == pytest.approx([start] * len(losses), rel=1e-4)
-        h = [entry[name] for entry in entries for name in ("h", "validation/h") if name in entry]
+        h = [
+            entry[name]
+            for entry in entries
+            for name in ("logratio_margin", "validation/logratio_margin")
+            if name in entry
+        ]
         assert h == pytest.approx([0.0] * len(h), abs=1e-6 if precision == "bf16" else 1e-4)
 
     def test_the_first_losses_are_those_of_the_reference_without_bf16_units(self, base: Path) -> None:
@@ -225,7 +230,7 @@ class TestReference:
         else:
             assert "(in bf16 they depend on micro_batch_size and the number of processes)" in said
             assert "computed again from init_from" in said
-        h = [entry["h"] for entry in losses(base / "cut")]
+        h = [entry["logratio_margin"] for entry in losses(base / "cut")]
         assert h == pytest.approx([0.0] * len(h), abs=1e-6 if precision == "bf16" else 1e-4)
 
 
@@ -384,7 +389,7 @@ class TestRounds:
 
             monkeypatch.setattr(owner, method, noted)
 
-        noting(Engine, "_advance", drawing)
+        noting(BatchedGenerator, "_advance", drawing)
         noting(recipe(), "train_step", training)
         try:
             run("aries", *ROUNDS, "rounds=1", "run_dir=r", "runtime.deterministic=true")

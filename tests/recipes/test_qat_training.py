@@ -32,7 +32,7 @@ class TestSft:
         measured = run("sft", "run_dir=out", *SHORT, *QAT)
         saved = checkpoint_directory("out")
         assert shapes(saved) == shapes(base / "base")
-        scheme = qat.plan_of("out")
+        scheme = qat.read_scheme("out")
         assert scheme is not None and scheme["component"] == "int4" and scheme["embedding"] == "int4_g32"
         keys = json.loads((saved / "config.json").read_text())
         assert keys.pop("qat") == {"scheme": scheme}
@@ -79,7 +79,7 @@ class TestPreference:
                 torch.testing.assert_close(reference[batch.index], recipe._answers(batch, plain).view(-1, 2))
         first = next(entry["loss"] for entry in metrics(base / "out") if "loss" in entry)
         assert abs(first - math.log(2)) > 1e-4  # what DPO gives while policy and reference are one
-        assert qat.plan_of("out") is not None
+        assert qat.read_scheme("out") is not None
 
 
 def kept(monkeypatch: pytest.MonkeyPatch, recipe: Any, method: str) -> list[tuple[Any, ...]]:

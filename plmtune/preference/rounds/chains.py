@@ -63,8 +63,8 @@ class Chain:
     short: str | None = None
 
 
-class Engine(Protocol):
-    """Of `plmtune.inference.batching.Engine` what a round needs."""
+class RolloutEngine(Protocol):
+    """Of `plmtune.inference.batching.BatchedGenerator` what a round needs."""
 
     def submit(self, request: Request) -> None: ...
 
@@ -142,7 +142,7 @@ def _read(path: Path, make: Callable[..., T]) -> list[T]:
 def write_chains(
     directory: Path,
     prompts: Sequence[Prompt],
-    engine: Engine,
+    engine: RolloutEngine,
     template: ChatTemplate,
     refinement: Refinement,
     *,
@@ -362,7 +362,7 @@ class _Plan:
 def _write(
     plan: _Plan,
     journal: Journal,
-    engine: Engine,
+    engine: RolloutEngine,
     progress: Callable[[int, int, float], None],
     stop: Callable[[], bool],
 ) -> bool:

@@ -10,7 +10,7 @@ import torch
 from plmtune.config.schema import GenerationConfig
 from plmtune.data.preferences import Prompt
 from plmtune.errors import UserError
-from plmtune.inference.batching import Engine
+from plmtune.inference.batching import BatchedGenerator
 from plmtune.modules.decoder import Decoder
 from plmtune.preference.reference import model_digest
 from plmtune.preference.refinement import Refinement
@@ -43,7 +43,7 @@ def writer(
         model.eval()
         try:
             torch.use_deterministic_algorithms(False)  # sampling has no deterministic kernel on a GPU
-            engine = Engine(
+            engine = BatchedGenerator(
                 model,
                 batch_size=how.batch_size,
                 temperature=how.temperature,

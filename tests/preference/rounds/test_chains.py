@@ -11,7 +11,7 @@ from rule_engine import RuleEngine, prompt
 
 from plmtune.data.preferences import Prompt
 from plmtune.errors import UserError
-from plmtune.inference.batching import Answer, Engine
+from plmtune.inference.batching import Answer, BatchedGenerator
 from plmtune.models.llama import llama
 from plmtune.preference.refinement import Refinement
 from plmtune.preference.rounds.chains import (
@@ -303,7 +303,7 @@ class TestRealEngine:
             max_seq_len=200,
         )
 
-        class Counting(Engine):
+        class Counting(BatchedGenerator):
             def __init__(self) -> None:
                 super().__init__(
                     model,
