@@ -26,11 +26,11 @@ import torch
 from side_by_side import machine
 
 from plmtune.config import compose
+from plmtune.io.metrics import read
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
 from plmtune.registry import component
 from plmtune.tokenizers.tokenizer import train_bpe
-from plmtune.training.metrics import read
 
 LETTERS = "abcdefghijklmnop"
 LENGTH = 4

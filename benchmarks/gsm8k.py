@@ -23,11 +23,11 @@ from side_by_side import machine
 import plmtune
 from plmtune.config import compose
 from plmtune.inference.batching import BatchedGenerator, Request
+from plmtune.io.metrics import read
 from plmtune.models.gguf import convert
 from plmtune.preference.rounds.rules import number_of
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.message import Message
-from plmtune.training.metrics import read
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

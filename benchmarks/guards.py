@@ -29,8 +29,8 @@ from side_by_side import machine
 from torch import nn
 
 from plmtune.config import compose
+from plmtune.io.metrics import read
 from plmtune.training import guard
-from plmtune.training.metrics import read
 from plmtune.training.runtime import Runtime
 
 SIDES = ("unguarded", "guarded", "no clipping")

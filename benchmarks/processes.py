@@ -14,7 +14,7 @@ from pathlib import Path
 
 from side_by_side import machine
 
-from plmtune.training import metrics
+from plmtune.io import metrics
 
 
 def losses(place: Path, name: str, processes: int, *overrides: str) -> list[float]:

@@ -16,6 +16,7 @@ from plmtune.data.conversations import Conversations
 from plmtune.data.examples import open_pairs
 from plmtune.data.preferences import Pair, Preferences
 from plmtune.errors import UserError
+from plmtune.io import metrics as metrics_file
 from plmtune.io.progress import ticking
 from plmtune.io.terminal import echo
 from plmtune.preference.batches import ComparisonBatch, PreferenceBatches, make_comparisons
@@ -24,7 +25,6 @@ from plmtune.preference.reference_model import ReferenceModel
 from plmtune.preference.rounds.rounds import Write, check_rounds, open_rounds
 from plmtune.preference.rounds.writer import writer
 from plmtune.training import launcher, plans
-from plmtune.training import metrics as metrics_file
 from plmtune.training.checkpoint import TrainerState
 from plmtune.training.finetune_model import FinetuneModel, load_init_model, setup_model
 from plmtune.training.guard import handle_skip, sample_locations

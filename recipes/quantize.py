@@ -21,6 +21,8 @@ from plmtune.errors import UserError
 from plmtune.io import hub, manifest
 from plmtune.io.atomic import replacing
 from plmtune.io.progress import ticking
+from plmtune.io.run_directory import read_record, refuse_unusable
+from plmtune.io.run_summary import already_finished, finished_runs
 from plmtune.io.safetensors_writer import listed, not_finite
 from plmtune.io.signals import EXIT_STOPPED, StopSignals
 from plmtune.io.terminal import echo
@@ -36,9 +38,7 @@ from plmtune.quantization.quantize import file_bytes, quantize
 from plmtune.quantization.sensitivity import Found, Measured
 from plmtune.registry import Component
 from plmtune.tokenizers.tokenizer import Tokenizer
-from plmtune.training.run_directory import read_record, refuse_unusable
 from plmtune.training.run_setup import find_run, open_run
-from plmtune.training.run_summary import already_finished, finished_runs
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_bytes
 

@@ -15,6 +15,8 @@ from plmtune.data.prepare import prepare
 from plmtune.data.row_files import files
 from plmtune.io import checksummed_json, manifest, safetensors_writer
 from plmtune.io.atomic import replacing, writing
+from plmtune.io.metrics import MetricsFile
+from plmtune.io.run_directory import RunDirectory
 from plmtune.models.adapters import load_model, save_adapter
 from plmtune.models.directory import new_directory
 from plmtune.models.hf import save_model
@@ -24,8 +26,6 @@ from plmtune.modules.peft import init_adapters
 from plmtune.registry import component, load
 from plmtune.tokenizers.tokenizer import byte
 from plmtune.training.checkpoint import Checkpoints
-from plmtune.training.metrics import MetricsFile
-from plmtune.training.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 

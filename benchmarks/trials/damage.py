@@ -15,10 +15,10 @@ from plmtune.config.compose import build, load_config
 from plmtune.data.shards import Shards
 from plmtune.errors import UserError
 from plmtune.io import manifest
+from plmtune.io.run_directory import read_record, verify_config
 from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.training.checkpoint import latest_valid, read_trainer_state
 from plmtune.training.resume_checks import config_digest
-from plmtune.training.run_directory import read_record, verify_config
 from plmtune.training.run_setup import open_run
 from plmtune.training.runtime import Runtime
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from plmtune.io.manifest import step_path
-from plmtune.training.run_directory import read_record
+from plmtune.io.run_directory import read_record
 
 from .place import SMALL, Job, Place, differing, last_step, left_behind, newest_step, outcome, reach, torn
 from .tally import Tally

@@ -19,9 +19,9 @@ from plmtune.cli import main as plmtune
 from plmtune.errors import UserError
 from plmtune.io import manifest
 from plmtune.io.manifest import step_path, steps
+from plmtune.io.metrics import read, without_timing
+from plmtune.io.run_directory import read_record
 from plmtune.training.checkpoint import latest_valid
-from plmtune.training.metrics import read, without_timing
-from plmtune.training.run_directory import read_record
 
 STEPS = 24
 SMALL = [

@@ -9,8 +9,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+from plmtune.io.run_directory import read_record
 from plmtune.io.signals import EXIT_STOPPED
-from plmtune.training.run_directory import read_record
 
 from .place import (
     SMALL,

@@ -14,9 +14,9 @@ import click
 from plmtune.cli.options import newest_run
 from plmtune.errors import UserError
 from plmtune.io import manifest, terminal
+from plmtune.io.run_summary import explain, explain_missing
 from plmtune.io.tables import Cell, Column, Table, show
 from plmtune.io.untrusted import load_json
-from plmtune.training.run_summary import explain, explain_missing
 from plmtune.units import show_bytes
 
 

@@ -35,7 +35,7 @@ def newest_run(command: str) -> str:
     Raises:
         UserError: if there is none.
     """
-    from plmtune.training.run_summary import finished_runs
+    from plmtune.io.run_summary import finished_runs
 
     newest = next(finished_runs(), None)
     if newest is None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from plmtune.errors import UserError
+from plmtune.io.run_summary import Summary, find_runs, summarize
 from plmtune.io.tables import Cell, Column, Table, numbers, show
-from plmtune.training.run_summary import Summary, find_runs, summarize
 from plmtune.units import show_count, show_duration
 
 

@@ -14,13 +14,13 @@ import torch
 import yaml
 
 from plmtune.errors import UserError
+from plmtune.io import metrics
+from plmtune.io.run_directory import CONFIG, read_record, verify_config
 from plmtune.io.untrusted import load_yaml
 from plmtune.models import adapters, checkpoint_files
 from plmtune.models.adapters import load_model
 from plmtune.models.hf import SCORE
 from plmtune.preference.reference import model_digest
-from plmtune.training import metrics
-from plmtune.training.run_directory import CONFIG, read_record, verify_config
 
 _log = logging.getLogger(__name__)
 

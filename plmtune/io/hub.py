@@ -79,7 +79,7 @@ def check_path(path: str | Path) -> None:
     path = Path(path)
     if not path.exists():
         from plmtune.config.names import where_it_belongs
-        from plmtune.training.run_summary import explain_missing
+        from plmtune.io.run_summary import explain_missing
 
         raise UserError(
             explain_missing(path)

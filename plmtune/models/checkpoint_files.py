@@ -16,11 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from plmtune.errors import Unreadable, UserError, unreadable
-from plmtune.io import hub, manifest, terminal
+from plmtune.io import hub, manifest, run_summary, terminal
 from plmtune.io.atomic import replacing
+from plmtune.io.run_directory import state_of
 from plmtune.io.untrusted import load_json
-from plmtune.training import run_summary
-from plmtune.training.run_directory import state_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

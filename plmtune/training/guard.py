@@ -12,8 +12,8 @@ from torch import Tensor
 
 from plmtune.errors import NotFinite, UserError
 from plmtune.io import safetensors_writer
+from plmtune.io.run_directory import RunDirectory
 from plmtune.training.distributed import gather_texts
-from plmtune.training.run_directory import RunDirectory
 
 
 class Guard:

@@ -11,6 +11,8 @@ from typing import Any
 from plmtune.config.compose import load_config
 from plmtune.errors import UserError
 from plmtune.io import hub, manifest
+from plmtune.io.run_directory import CONFIG
+from plmtune.io.run_summary import finished_runs
 from plmtune.models.adapters import holds_adapters, load_model_tokenizer, read_model_config
 from plmtune.models.assemble import component_config, component_from_config
 from plmtune.models.checkpoint_files import checkpoint_directory, say_if_interrupted
@@ -20,8 +22,6 @@ from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training.checkpoint import latest_valid, read_trainer_state
 from plmtune.training.distributed import broadcast_from_rank0, once_per_machine
 from plmtune.training.guard import check_weights
-from plmtune.training.run_directory import CONFIG
-from plmtune.training.run_summary import finished_runs
 
 # What a recipe goes on from where nothing is named: the newest finished run of the first kind that has one.
 DEFAULT_INIT_RECIPES = {"sft": ("pretrain",), "preference": ("sft", "pretrain")}

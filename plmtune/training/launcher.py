@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from plmtune.config.compose import build, to_plain
 from plmtune.errors import NotFinite, UserError
 from plmtune.io import terminal
+from plmtune.io.run_directory import RunDirectory, refuse_unusable
 from plmtune.io.signals import EXIT_STOPPED
 from plmtune.training import plans
 from plmtune.training.checkpoint import Checkpoints
@@ -21,7 +22,6 @@ from plmtune.training.estimate import peak_flops
 from plmtune.training.init_from import DEFAULT_INIT_RECIPES, choose_init_checkpoint, pin_revisions
 from plmtune.training.monitor import RunMonitor
 from plmtune.training.plans import Plan, does_not_fit, show_epochs
-from plmtune.training.run_directory import RunDirectory, refuse_unusable
 from plmtune.training.run_setup import find_run
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_count

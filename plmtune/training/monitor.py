@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 
 from plmtune.errors import UserError
 from plmtune.io import terminal
+from plmtune.io.metrics import MetricsFile
 from plmtune.io.provenance import device_name
+from plmtune.io.run_directory import RunDirectory
 from plmtune.io.signals import StopSignals
 from plmtune.training import distributed
 from plmtune.training.loggers import Logger
-from plmtune.training.metrics import MetricsFile
-from plmtune.training.run_directory import RunDirectory
 from plmtune.training.runtime import peak_memory_bytes
 from plmtune.units import show_bytes, show_count, show_duration
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from plmtune.errors import UserError
+from plmtune.io import metrics
 from plmtune.io.figures import COLOURS, finish, new_figure
-from plmtune.training import metrics
 
 _TRAIN, _VALIDATION, _RATE, _OTHER = COLOURS[:4]
 _ROOM = 1.01

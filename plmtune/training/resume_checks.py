@@ -17,8 +17,8 @@ from plmtune.config.compose import to_plain
 from plmtune.config.overrides import in_hydras_form
 from plmtune.errors import UserError
 from plmtune.io import hub
+from plmtune.io.run_directory import LATEST, NEWEST, resolve_link
 from plmtune.registry import Component
-from plmtune.training.run_directory import LATEST, NEWEST, resolve_link
 
 # Keys that may differ on resume: they change where and how a run computes or reports, not what it learns.
 RESUME_MUTABLE = ("run_dir", "resume", "other_data", "force", "micro_batch_size", "num_workers", "log_every",

@@ -21,6 +21,15 @@ from plmtune.data.shards import Shards
 from plmtune.data.sources import Source
 from plmtune.errors import UserError
 from plmtune.io import manifest
+from plmtune.io.run_directory import (
+    CONFIG,
+    RECORD,
+    RunDirectory,
+    read_record,
+    refuse_if_in_use,
+    resolve_link,
+    verify_config,
+)
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training import distributed
 from plmtune.training.distributed import broadcast_from_rank0, broadcast_text
@@ -34,15 +43,6 @@ from plmtune.training.resume_checks import (
     refuse_other_data,
     resolve_links,
     torchrun_job_id,
-)
-from plmtune.training.run_directory import (
-    CONFIG,
-    RECORD,
-    RunDirectory,
-    read_record,
-    refuse_if_in_use,
-    resolve_link,
-    verify_config,
 )
 from plmtune.training.runtime import Runtime
 from plmtune.units import parse_count

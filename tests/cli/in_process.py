@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from plmtune.cli import main
+from plmtune.io.run_directory import RunDirectory
 from plmtune.models.hf import save_model
 from plmtune.models.plm import plm
 from plmtune.registry import component
 from plmtune.tokenizers.tokenizer import byte
-from plmtune.training.run_directory import RunDirectory
 
 
 class Terminal(io.TextIOWrapper):

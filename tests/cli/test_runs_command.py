@@ -14,10 +14,10 @@ from plmtune.cli.checkpoints import _find
 from plmtune.cli.runs import reasons, table
 from plmtune.errors import UserError
 from plmtune.io import manifest
+from plmtune.io.run_summary import differing_settings, find_runs, summarize
 from plmtune.io.signals import EXIT_STOPPED
 from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.training.init_from import init_checkpoint_directory
-from plmtune.training.run_summary import differing_settings, find_runs, summarize
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from plmtune.devices.sweep import Point
 from plmtune.evaluation.comparison import compare
 from plmtune.evaluation.comparison_plot import draw as draw_comparison
 from plmtune.io.figures import annotate, look, new_figure, panels_of, point_boxes, read_ticks, shown_labels, widen
+from plmtune.io.metrics import MetricsFile
 from plmtune.quantization.sensitivity import Found, Measured, Sensitivity, propose
 from plmtune.quantization.sensitivity import draw as draw_sensitivity
-from plmtune.training.metrics import MetricsFile
 from plmtune.training.plot import draw_curves
 
 

@@ -63,12 +63,11 @@ def _readers(place: Path) -> dict[str, tuple[str, Callable[[], object]]]:
     from plmtune.devices.device import load_device
     from plmtune.evaluation import results
     from plmtune.evaluation.local_data import _read_map
-    from plmtune.io import manifest
+    from plmtune.io import manifest, metrics
+    from plmtune.io.run_directory import read_record
+    from plmtune.io.run_summary import summarize
     from plmtune.models.checkpoint_files import read_json
     from plmtune.tokenizers.tokenizer import load_tokenizer
-    from plmtune.training import metrics
-    from plmtune.training.run_directory import read_record
-    from plmtune.training.run_summary import summarize
 
     return {
         "metrics": ("metrics.jsonl", lambda: metrics.read(place / "metrics.jsonl")),

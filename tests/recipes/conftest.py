@@ -19,7 +19,7 @@ from tuning import base, compose, origin, undisturbed  # noqa: F401  (fixtures)
 
 from plmtune import cli
 from plmtune.errors import UserError
-from plmtune.training.metrics import read, without_timing
+from plmtune.io.metrics import read, without_timing
 from plmtune.training.plot import draw_curves
 
 SMALL = [

@@ -9,7 +9,7 @@ import pytest
 from conftest import SMALL, Run, ends_with, kill_at, metrics, refusal, start, weights
 
 from plmtune.config import compose
-from plmtune.training.run_directory import read_record, state_of
+from plmtune.io.run_directory import read_record, state_of
 
 
 class TestLearning:

@@ -16,7 +16,7 @@ from plmtune.config import compose
 from plmtune.errors import UserError
 from plmtune.io.checksummed_json import seal, unseal
 from plmtune.io.manifest import digest
-from plmtune.training.run_directory import RunDirectory
+from plmtune.io.run_directory import RunDirectory
 
 
 def plmtune(*arguments: str) -> None:

@@ -11,7 +11,7 @@ from conftest import metrics, refusal, start, stop_at, weights
 from tuning import run, stop_in
 
 from plmtune.evaluation import prefixes, results, scoring
-from plmtune.training.metrics import MetricsFile
+from plmtune.io.metrics import MetricsFile
 
 TASKS = ["eval.tasks=[arc_easy]", "eval.data=map.yaml", "eval.every=4", "eval.limit=3"]
 SHORT = [*TASKS[:2], "eval.every=2", "eval.limit=3", "phases=[{name: main, steps: 6}]"]

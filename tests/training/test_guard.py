@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from plmtune.errors import UserError
+from plmtune.io.run_directory import RunDirectory
 from plmtune.training import guard as module
 from plmtune.training.guard import Guard, handle_skip, sample_locations
-from plmtune.training.run_directory import RunDirectory
 
 
 def fed(count: int, **settings: float) -> Guard:

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from plmtune.errors import UserError
+from plmtune.io.metrics import MetricsFile, read, without_timing
+from plmtune.io.run_directory import RunDirectory
 from plmtune.optim.optimizers import adamw, muon
 from plmtune.registry import load
 from plmtune.training import loggers
 from plmtune.training import monitor as module
-from plmtune.training.metrics import MetricsFile, read, without_timing
 from plmtune.training.monitor import RunMonitor, format_metrics, learning_rates
-from plmtune.training.run_directory import RunDirectory
 
 
 class Recorder:
@@ -134,7 +134,7 @@ class TestSignals:
         code = f"""
 import time
 from plmtune.training.monitor import RunMonitor
-from plmtune.training.run_directory import RunDirectory
+from plmtune.io.run_directory import RunDirectory
 with RunMonitor(RunDirectory.create({str(tmp_path / "run")!r}, "", []), [], 2):
     print("watching", flush=True)
     while True: time.sleep(0.01)

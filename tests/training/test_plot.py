@@ -7,7 +7,7 @@ import math
 import pytest
 
 from plmtune.errors import UserError
-from plmtune.training.metrics import MetricsFile
+from plmtune.io.metrics import MetricsFile
 from plmtune.training.plot import draw_curves, smooth, sparsity_layers
 
 

@@ -15,8 +15,8 @@ import pytest
 
 from plmtune.errors import UserError
 from plmtune.io import manifest
+from plmtune.io.run_directory import RunDirectory, refuse_if_in_use, resolve_link, verify_config
 from plmtune.io.signals import EXIT_STOPPED
-from plmtune.training.run_directory import RunDirectory, refuse_if_in_use, resolve_link, verify_config
 
 
 def create(path: Path, **keys) -> RunDirectory:
@@ -182,7 +182,7 @@ class TestLock:
         with create(tmp_path):
             code = (
                 "import sys; from plmtune.errors import UserError\n"
-                "from plmtune.training.run_directory import RunDirectory\n"
+                "from plmtune.io.run_directory import RunDirectory\n"
                 "try: RunDirectory.open(sys.argv[1])\n"
                 "except UserError as error: print(error)"
             )
@@ -192,7 +192,7 @@ class TestLock:
     def test_a_killed_process_gives_its_lock_back(self, tmp_path):
         create(tmp_path).close()
         code = (
-            "import sys, time; from plmtune.training.run_directory import RunDirectory\n"
+            "import sys, time; from plmtune.io.run_directory import RunDirectory\n"
             "run = RunDirectory.open(sys.argv[1]); print('locked', flush=True); time.sleep(60)"
         )
         child = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)

@@ -7,7 +7,7 @@ import resource
 
 import pytest
 
-from plmtune.training.metrics import MetricsFile, line, read
+from plmtune.io.metrics import MetricsFile, line, read
 
 
 def write(path, first: int, last: int, *, start_step: int = 0) -> None:

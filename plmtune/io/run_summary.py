@@ -16,10 +16,9 @@ from typing import Any
 import yaml
 
 from plmtune.errors import Unreadable, UserError
-from plmtune.io import manifest
+from plmtune.io import manifest, metrics
+from plmtune.io.run_directory import CONFIG, LATEST, NEWEST, read_record, state_of
 from plmtune.io.untrusted import load_json, load_yaml
-from plmtune.training import metrics
-from plmtune.training.run_directory import CONFIG, LATEST, NEWEST, read_record, state_of
 
 _log = logging.getLogger(__name__)
 _TAIL = 1 << 20  # bytes at the end of metrics.jsonl in which the newest values are looked for
