@@ -213,7 +213,7 @@ class Preference:
                     run,
                     self.step,
                     message=monitor.message,
-                    locations=lambda: sample_locations(self.losses, partial(data.places, self.step - self.first - 1)),
+                    locations=lambda: sample_locations(self.losses, partial(data.locate, self.step - self.first - 1)),
                     save=lambda: self.save_checkpoint({}, wait=True),
                 )
             metrics: dict[str, float] = {}

@@ -70,7 +70,7 @@ class Pretrain:
             refuse_other_order(
                 saved.checkpoint,
                 saved.state.get("samples_seen", saved.state.get("drawn")),
-                self.data.drawn_before(saved.step),
+                self.data.samples_seen(saved.step),
             )
         self.trained = runtime.distribute(self.model, compile=cfg.runtime.compile)
         self.dtype = self.model.dtype  # of what is saved; in a step FSDP2 shows another
@@ -155,7 +155,7 @@ class Pretrain:
                         run,
                         self.step,
                         message=monitor.message,
-                        locations=lambda: sample_locations(self.losses, partial(self.data.places, self.step - 1)),
+                        locations=lambda: sample_locations(self.losses, partial(self.data.locate, self.step - 1)),
                         save=lambda: self.save_checkpoint({}, wait=True),
                     )
                 metrics: dict[str, float] = {}
@@ -256,7 +256,7 @@ class Pretrain:
             state={
                 "phase": self.data.phase(self.step - 1).name,
                 "tokens": self.step * self.plan.tokens_per_step,
-                "samples_seen": self.data.drawn_before(self.step),  # where a branched decay resumes reading
+                "samples_seen": self.data.samples_seen(self.step),  # where a branched decay resumes reading
                 "skip": self.skip,
                 "order": self.order,
                 "guard": self.guard.state_dict(),

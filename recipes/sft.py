@@ -151,7 +151,7 @@ class Sft:
                         run,
                         self.step,
                         message=monitor.message,
-                        locations=lambda: sample_locations(self.losses, partial(self.data.places, self.step - 1)),
+                        locations=lambda: sample_locations(self.losses, partial(self.data.locate, self.step - 1)),
                         save=lambda: self.save_checkpoint({}, wait=True),
                     )
                 metrics: dict[str, float] = {}
@@ -208,7 +208,7 @@ class Sft:
 
     def _tokens(self, steps: int) -> int:
         """Tokens of the first steps' rows; the last step of epochs may have fewer rows."""
-        return self.data.order.num_drawn_before(steps) * self.plan.seq_len
+        return self.data.order.num_samples_seen(steps) * self.plan.seq_len
 
     def _loss(self, batch: Batch) -> Tensor:
         """Summed loss of a micro-batch. Only what is trained on meets the vocabulary."""

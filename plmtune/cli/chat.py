@@ -248,7 +248,7 @@ class _Talk:
             raise UserError(f"{path}: conversations are read from .jsonl files. Name it so: /save {path.name}.jsonl")
         if path != self.saved and (path.exists() or path.is_symlink()):
             raise UserError(f"{path} exists already. Name another file.")
-        row = {"messages": [message.row() for message in self.conversation.transcript]}
+        row = {"messages": [message.to_row() for message in self.conversation.transcript]}
         with writing(path) as temporary:
             temporary.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
         self.saved = path

@@ -37,7 +37,7 @@ class Row:
     lengths: tuple[int, ...] | None = None
 
 
-class Rows(Protocol):
+class EncodedRows(Protocol):
     """What a source of rows has: windows over token shards (`windows`), packed conversations (`packing`).
 
     seq_len: tokens of each row. num_tokens: of all rows, without padding.
@@ -70,7 +70,7 @@ class Batch:
     mask: where the texts lie that do not see each other, or None for plain causal attention.
     input_pos: [b, s] int64 positions inside those texts, or None for 0 to s - 1.
     num_valid: targets that count, known without asking the device.
-    places: [num_valid] int64, where in `targets.flatten()` they stand, so that no other hidden state meets the
+    positions: [num_valid] int64, where in `targets.flatten()` they stand, so that no other hidden state meets the
         vocabulary; None: all count.
     """
 
@@ -79,12 +79,12 @@ class Batch:
     mask: Segments | None
     input_pos: Tensor | None
     num_valid: int
-    places: Tensor | None = None
+    positions: Tensor | None = None
 
     def counted(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return hidden states [n, d], of hidden (Tensor), [b, s, d], and targets [n], of the targets that count."""
         hidden, targets = hidden.flatten(0, 1), self.targets.flatten()
-        return (hidden, targets) if self.places is None else (hidden[self.places], targets[self.places])
+        return (hidden, targets) if self.positions is None else (hidden[self.positions], targets[self.positions])
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device; the copy may still be under way."""
@@ -92,7 +92,7 @@ class Batch:
         pin = torch.device(device).type == "cuda" and self.tokens.device.type == "cpu"
         move = {
             name: (value.pin_memory() if pin else value).to(device, non_blocking=True)
-            for name in ("tokens", "targets", "input_pos", "places")
+            for name in ("tokens", "targets", "input_pos", "positions")
             if (value := getattr(self, name)) is not None
         }
         return replace(self, mask=self.mask.to(device) if self.mask else None, **move)
@@ -104,14 +104,14 @@ def make_batch(rows: Sequence[Row]) -> Batch:
         torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in ("tokens", "targets")
     )
     counted = targets.flatten() != IGNORE
-    places = counted.nonzero()[:, 0]
-    num_valid = len(places)
+    positions = counted.nonzero()[:, 0]
+    num_valid = len(positions)
     mask = input_pos = None
     if rows[0].lengths is not None:
         mask = Segments.of(row.lengths or () for row in rows)
         starts = mask.offsets[:-1].long().repeat_interleave(mask.offsets.diff())
         input_pos = (torch.arange(len(starts)) - starts).view_as(tokens)
-    return Batch(tokens, targets, mask, input_pos, num_valid, places if num_valid < targets.numel() else None)
+    return Batch(tokens, targets, mask, input_pos, num_valid, positions if num_valid < targets.numel() else None)
 
 
 def _filled(rows: list[Row], count: int, example: Callable[[], Row]) -> list[Row]:
@@ -144,10 +144,10 @@ class Batches:
 
     def __init__(
         self,
-        rows: Mapping[str, Rows],
+        rows: Mapping[str, EncodedRows],
         phases: Sequence[Phase],
         *,
-        validation: Mapping[str, Rows] | None = None,
+        validation: Mapping[str, EncodedRows] | None = None,
         global_batch_size: int,
         micro_batch_size: int,
         seed: int,
@@ -193,9 +193,9 @@ class Batches:
         """Steps of the whole run."""
         return self.order.num_steps
 
-    def drawn_before(self, step: int) -> dict[str, int]:
+    def samples_seen(self, step: int) -> dict[str, int]:
         """Return the sequences that the run drew from each source before a step."""
-        return self.order.drawn_before(step)
+        return self.order.samples_seen(step)
 
     def phase(self, step: int) -> Phase:
         """Return the phase of a step."""
@@ -208,7 +208,7 @@ class Batches:
         names = self.order.names
         return [(names[s], w) for s, w in zip(sources[part].tolist(), windows[part].tolist(), strict=True)]
 
-    def places(self, step: int, micro_batches: Collection[int] | None = None) -> list[str]:
+    def locate(self, step: int, micro_batches: Collection[int] | None = None) -> list[str]:
         """Return where each of this rank's rows of a step lies, for messages about a bad step.
 
         Such as "runs/data/stdlib-ae3f084abd98/train-00003.bin, tokens 12,288 to 12,544".
@@ -319,7 +319,7 @@ class Batches:
 
     def epochs(self) -> dict[str, float]:
         """Return how often the run sees each source."""
-        drawn, rows = self.order.drawn - self.order.skipped, self.order.windows
+        drawn, rows = self.order.num_samples - self.order.skipped, self.order.windows
         return {name: int(drawn[i]) / int(rows[i]) for i, name in enumerate(self.order.names)}
 
     def describe(self) -> str:

@@ -45,10 +45,10 @@ class Phase:
 
         The last pass of 2.5 draws half of them.
         """
-        return cls("main", math.ceil(num_drawn(epochs, num_sequences) / global_batch_size), epochs=epochs)
+        return cls("main", math.ceil(num_samples(epochs, num_sequences) / global_batch_size), epochs=epochs)
 
 
-def num_drawn(epochs: float, num_sequences: int) -> int:
+def num_samples(epochs: float, num_sequences: int) -> int:
     """Return how many sequences so many passes over `num_sequences` draw."""
     return max(1, math.ceil(epochs * num_sequences - 1e-9))
 
@@ -257,7 +257,7 @@ class Order:
         self._first_step = [0]
         self._quotas: list[tuple[int, ...]] = []  # sequences of each source in a phase, where it has a mix
         # Sequences drawn from each source before each phase: an epoch goes on where the last phase left it.
-        self._drawn = [self.skipped]
+        self._samples_before = [self.skipped]
         for index, phase in enumerate(self.phases):
             if phase.steps < 1:
                 raise ValueError(f"phase {phase.name} has {phase.steps} steps; it needs at least 1")
@@ -267,9 +267,9 @@ class Order:
                     f"no source has a whole window ({', '.join(self.names)}), and phase {phase.name} goes over all"
                 )
             self._quotas.append(self._divide(index))
-            self._drawn.append(self._drawn[-1] + self._counts(index, self.num_sequences(index)))
+            self._samples_before.append(self._samples_before[-1] + self._counts(index, self.num_sequences(index)))
             self._first_step.append(self._first_step[-1] + phase.steps)
-        for name, count, drawn in zip(self.names, self.windows, self.drawn, strict=True):
+        for name, count, drawn in zip(self.names, self.windows, self.num_samples, strict=True):
             if drawn and count < 1:
                 raise ValueError(f"source {name} has no whole window, yet a phase's mix draws from it")
 
@@ -279,18 +279,18 @@ class Order:
         return self._first_step[-1]
 
     @property
-    def drawn(self) -> Ints:
+    def num_samples(self) -> Ints:
         """Sequences that the whole run draws from each source."""
-        return self._drawn[-1]
+        return self._samples_before[-1]
 
-    def drawn_before(self, step: int) -> dict[str, int]:
+    def samples_seen(self, step: int) -> dict[str, int]:
         """Return the sequences drawn from each source before a step, with what was skipped."""
         index = min(bisect_right(self._first_step, step) - 1, len(self.phases) - 1)
         first = min((step - self._first_step[index]) * self.global_batch_size, self.num_sequences(index))
-        drawn = self._drawn[index] + self._counts(index, first)
+        drawn = self._samples_before[index] + self._counts(index, first)
         return {name: int(count) for name, count in zip(self.names, drawn, strict=True)}
 
-    def num_drawn_before(self, step: int) -> int:
+    def num_samples_seen(self, step: int) -> int:
         """Return the sequences drawn from all sources before a step."""
         return min(step * self.global_batch_size, sum(self.num_sequences(index) for index in range(len(self.phases))))
 
@@ -302,7 +302,7 @@ class Order:
 
     def shares(self, index: int) -> dict[str, float]:
         """Return the share that each source has of what a phase draws."""
-        drawn = self._drawn[index + 1] - self._drawn[index]
+        drawn = self._samples_before[index + 1] - self._samples_before[index]
         return {name: int(count) / int(drawn.sum()) for name, count in zip(self.names, drawn, strict=True)}
 
     def weights(self, index: int) -> dict[str, float]:
@@ -332,7 +332,7 @@ class Order:
         if self.phases[phase].epochs is not None:
             return self._shuffled(np.arange(block * BLOCK, (block + 1) * BLOCK))
         drawn, (source, before) = self._layout(phase, block)
-        epoch, window = np.divmod((self._drawn[phase] + drawn)[source] + before, self.windows[source])
+        epoch, window = np.divmod((self._samples_before[phase] + drawn)[source] + before, self.windows[source])
         for s, e in {*zip(source.tolist(), epoch.tolist(), strict=True)}:
             here = (source == s) & (epoch == e)
             window[here] = permute(window[here], int(self.windows[s]), key_of(self.seed, self.names[s], e))
@@ -357,7 +357,7 @@ class Order:
         phase = self.phases[index]
         if phase.epochs is None:
             return phase.steps * self.global_batch_size
-        return num_drawn(phase.epochs, int(self.windows.sum()))
+        return num_samples(phase.epochs, int(self.windows.sum()))
 
     def _counts(self, index: int, first: int) -> Ints:
         """Return how many of a phase's first sequences are of each source."""

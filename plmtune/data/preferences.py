@@ -225,7 +225,7 @@ def _prompts(data: Conversations | Preferences, skip_bad: bool) -> Iterator[Prom
             yield Prompt(pair.prompt, pair.chosen or None, pair.place, pair.extra)
     else:
         for held in data.conversations(skip_bad):
-            messages = tuple(message.asked() for message in held.messages)
+            messages = tuple(message.as_prompt() for message in held.messages)
             if messages[-1].role == "assistant":
                 yield Prompt(messages[:-1], messages[-1].content or None, held.place, held.extra)
             else:  # asked, and not answered
@@ -258,7 +258,7 @@ def pair_of(row: Mapping[str, Any], place: str, shape: str = "auto") -> Pair:
         prompt, chosen, rejected = _READERS[found](parts)
     except KeyError as error:
         raise BadRow(f"has no key {error.args[0]}, which the shape {found} needs") from error
-    prompt = [message.asked() for message in joined(opening, prompt)]
+    prompt = [message.as_prompt() for message in joined(opening, prompt)]
     answers: dict[Side, Message | None] = {"chosen": chosen, "rejected": rejected}
     for name, answer in answers.items():
         if answer is not None and not answer.content.strip() and "tool_calls" not in answer.more:
@@ -344,7 +344,7 @@ def _read_strings(parts: Parts) -> _Read:
 
 def _read_messages(parts: Parts) -> _Read:
     sides = [parts.messages("chosen"), parts.messages("rejected")]
-    prompts = [[message.asked() for message in side[:-1]] for side in sides]
+    prompts = [[message.as_prompt() for message in side[:-1]] for side in sides]
     if prompts[0] != prompts[1]:
         raise BadRow("has chosen and rejected conversations that differ before their last message")
     for name, side in zip(("chosen", "rejected"), sides, strict=True):
@@ -356,7 +356,7 @@ def _read_messages(parts: Parts) -> _Read:
         key = parts.first((*PROMPTS, *MESSAGES)) or "prompt"
         prompt = [*(parts.question(key) if key in parts else _missing("prompt")), *prompt]
     elif isinstance(given, list) and given:
-        said = [message.asked() for message in parts.messages("prompt")]
+        said = [message.as_prompt() for message in parts.messages("prompt")]
         if said[-len(prompt) :] == prompt:
             prompt = said
         elif said not in (prompt[: len(said)], prompt[-len(said) :]):

@@ -14,7 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from plmtune.data.order import key_of, num_drawn, permute
+from plmtune.data.order import key_of, num_samples, permute
 from plmtune.data.packing import pack
 from plmtune.data.preferences import Pair
 from plmtune.data.rows import Refused
@@ -172,7 +172,7 @@ class ComparisonBatch:
 
     tokens, input_pos: [b, s] int64.
     mask: [b, s, s] bool, True where a query (row) may attend.
-    places: [t] int64, flat positions in [b * s] whose hidden states predict the answers' tokens.
+    positions: [t] int64, flat positions in [b * s] whose hidden states predict the answers' tokens.
     targets: [t] int64, those tokens.
     completion: [t] int64, whose they are: 2i is the chosen answer of comparison i, 2i + 1 its rejected one.
     lengths: [2n] int64, tokens of each answer; 0: there is none.
@@ -188,7 +188,7 @@ class ComparisonBatch:
     tokens: Tensor
     input_pos: Tensor
     mask: Tensor
-    places: Tensor
+    positions: Tensor
     targets: Tensor
     completion: Tensor
     lengths: Tensor
@@ -225,7 +225,7 @@ def make_batch(
     input_pos = np.zeros((b, s), dtype=np.int64)
     mask = np.zeros((b, s, s), dtype=np.bool_)
     triangle = np.tri(max([1, *(comparisons[index].longest for index in order)]), dtype=np.bool_)
-    places, targets, lengths, ends = [], [], [], []
+    positions, targets, lengths, ends = [], [], [], []
     for number, row in enumerate(rows):
         at = 0
         for index in row:
@@ -246,7 +246,7 @@ def make_batch(
                 mask[number, here, here] = triangle[: ids.size, : ids.size]
                 before = number * s + at - 1 + np.arange(ids.size)
                 before[:1] = last
-                places.append(before)
+                positions.append(before)
                 targets.append(ids)
                 lengths.append(ids.size)
                 at += ids.size
@@ -262,7 +262,7 @@ def make_batch(
         tokens=torch.from_numpy(tokens),
         input_pos=torch.from_numpy(input_pos),
         mask=torch.from_numpy(mask),
-        places=torch.from_numpy(np.concatenate([nothing, *places])),
+        positions=torch.from_numpy(np.concatenate([nothing, *positions])),
         targets=torch.from_numpy(np.concatenate([nothing, *targets])),
         completion=torch.from_numpy(np.repeat(np.arange(counts.size), counts)),
         lengths=torch.from_numpy(counts),
@@ -351,7 +351,7 @@ class PreferenceBatches:
         if not self._train.size:
             raise UserError("There is no preference pair to train on. Give other data, or a longer seq_len")
         # Pairs that are drawn, over all steps; the last step takes what is left.
-        self._drawn = steps * global_batch_size if steps else num_drawn(epochs, self._train.size)
+        self._drawn = steps * global_batch_size if steps else num_samples(epochs, self._train.size)
         self.num_steps = -(-self._drawn // global_batch_size)
 
     @property
@@ -395,7 +395,7 @@ class PreferenceBatches:
             for mine in batches[self.rank :: self.world_size]:
                 yield make_batch(self.comparisons, mine, kl_only=kl_only, pad_id=self.pad_id)
 
-    def places(self, step: int, micro_batches: Collection[int] | None = None) -> list[str]:
+    def locate(self, step: int, micro_batches: Collection[int] | None = None) -> list[str]:
         """Return where the pairs of this rank's comparisons of a step stand, for messages about a bad step.
 
         Args:

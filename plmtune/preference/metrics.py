@@ -28,7 +28,7 @@ def answers(trained: nn.Module, model: Any, batch: ComparisonBatch, *, scores: b
     if scores:
         return head_scores(model, hidden, batch.ends)
     num = batch.lengths.numel()
-    return log_probs(hidden[batch.places], model.head_weight, batch.targets, batch.completion, num)
+    return log_probs(hidden[batch.positions], model.head_weight, batch.targets, batch.completion, num)
 
 
 def comparisons(batch: ComparisonBatch, found: Tensor, reference: Tensor, kl: Tensor) -> Comparisons:

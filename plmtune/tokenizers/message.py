@@ -37,17 +37,17 @@ class Message:
         said = [f"{name}={value!r}" for name, value in rest.items() if value or value is False]
         return f"Message({', '.join([f'role={self.role!r}', f'content={self.content!r}', *said])})"
 
-    def asked(self) -> Message:
+    def as_prompt(self) -> Message:
         """The message as a part of a prompt, of which nothing is learned."""
         return self if self.trained is None and not self.masked else Message(self.role, self.content, self.more)
 
-    def row(self) -> dict[str, Any]:
-        """What a file of prompts holds of it; `Message.of` reads it."""
+    def to_row(self) -> dict[str, Any]:
+        """What a file of prompts holds of it; `Message.from_row` reads it."""
         return {"role": self.role, "content": self.content, **self.more}
 
     @classmethod
-    def of(cls, row: dict[str, Any]) -> Message:
-        """Read what `row` gives.
+    def from_row(cls, row: dict[str, Any]) -> Message:
+        """Read what `to_row` gives.
 
         Raises:
             TypeError: without role and content as text.

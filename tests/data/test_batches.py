@@ -105,7 +105,7 @@ class TestDocumentMask:
         batch = batch_of([5, 0, 7, 8])
         assert batch.targets.tolist() == [[0, IGNORE, 8, 3]]
         assert batch.num_valid == 3
-        assert batch.places.tolist() == [0, 2, 3]
+        assert batch.positions.tolist() == [0, 2, 3]
 
     @pytest.mark.parametrize("seq_len", range(1, 9))
     def test_a_document_that_stops_without_an_end_predicts_none_of_the_next(self, make_shards, seq_len):
@@ -127,7 +127,7 @@ class TestDocumentMask:
         assert torch.equal(batch.mask.dense, torch.ones(2, 6, 6, dtype=torch.bool).tril())
         assert batch.input_pos.tolist() == [list(range(6))] * 2
         assert batch.num_valid == 12
-        assert batch.places is None
+        assert batch.positions is None
 
     def test_rows_do_not_mix(self, batch_of):
         batch = batch_of([1, 0, 2], [1, 2, 3])
@@ -156,25 +156,25 @@ class TestPlaces:
             for batch in data.step(4)
             for tokens, target in zip(batch.tokens.tolist(), batch.targets[:, -1].tolist(), strict=True)
         ]
-        assert [self.written(place) for place in data.places(4)] == expected
+        assert [self.written(place) for place in data.locate(4)] == expected
 
     def test_only_the_micro_batches_asked_for_are_named(self, sources):
         data = batches(sources)
-        every = data.places(7)
+        every = data.locate(7)
         assert len(every) == 12
-        assert data.places(7, {0}) == every[:5]
-        assert data.places(7, [2]) == every[10:]
-        assert data.places(7, (0, 2)) == every[:5] + every[10:]
-        assert data.places(7, []) == []
+        assert data.locate(7, {0}) == every[:5]
+        assert data.locate(7, [2]) == every[10:]
+        assert data.locate(7, (0, 2)) == every[:5] + every[10:]
+        assert data.locate(7, []) == []
 
     def test_a_place_is_a_file_and_the_tokens_in_it(self, make_shards):
         made = make_shards("a", range(1, 3000), vocab_size=3000)
-        (place,) = batches({"a": made}, [Phase("main", 1)], seq_len=2998, global_batch_size=1).places(0)
+        (place,) = batches({"a": made}, [Phase("main", 1)], seq_len=2998, global_batch_size=1).locate(0)
         assert place == f"{made.directory}/train-00000.bin, tokens 0 to 2,998"
 
     def test_a_sequence_that_spans_files_names_both(self, make_shards):
         made = make_shards("a", range(30), shard_tokens=18)
-        (place,) = batches({"a": made}, [Phase("main", 1)], seq_len=29, global_batch_size=1).places(0)
+        (place,) = batches({"a": made}, [Phase("main", 1)], seq_len=29, global_batch_size=1).locate(0)
         first, second = (made.directory / f"train-0000{index}.bin" for index in (0, 1))
         assert place == f"{first}, tokens 0 to 17, and {second}, tokens 0 to 11"
 
@@ -247,7 +247,7 @@ class TestResume:
     )
     def test_goes_on_with_the_very_next_batch(self, packed, start, where, workers):
         data = batches(packed, self.PHASES, document_mask=True, num_workers=workers)
-        drawn = data.drawn_before(start)
+        drawn = data.samples_seen(start)
         assert drawn["a"] % 49 and drawn["b"] % 124 and start * 12 % 1024  # nothing is at its beginning
         whole = dict(batches(packed, self.PHASES, document_mask=True).iterate(0))
         after = dict(data.iterate(start))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plmtune.data.order import BLOCK, Order, Phase, key_of, num_drawn, permute, quotas, show_mix
+from plmtune.data.order import BLOCK, Order, Phase, key_of, num_samples, permute, quotas, show_mix
 
 
 def order(windows, phases, batch=8, seed=1):
@@ -113,7 +113,7 @@ class TestShares:
         before = np.pad(is_of.cumsum(axis=1), ((0, 0), (1, 0)))
         for step in range(run.num_steps + 1):
             drawn = before[:, step * run.global_batch_size]
-            assert run.drawn_before(step) == dict(zip(run.names, drawn.tolist(), strict=True))
+            assert run.samples_seen(step) == dict(zip(run.names, drawn.tolist(), strict=True))
         first = 0
         for index, phase in enumerate(run.phases):
             stop = first + phase.steps * run.global_batch_size
@@ -132,10 +132,10 @@ class TestShares:
 
     def test_a_long_phase_is_drawn_in_the_memory_of_a_block(self):
         run = order(dict.fromkeys("abc", 10**12), [Phase("main", 10**12, {"a": 0.5, "b": 0.3, "c": 1e-9})], 1024)
-        drawn = run.drawn_before(7 * 10**11)
+        drawn = run.samples_seen(7 * 10**11)
         sources, _ = run.step(7 * 10**11)
         counted = Counter(run.names[source] for source in sources.tolist())
-        assert run.drawn_before(7 * 10**11 + 1) == {name: drawn[name] + counted[name] for name in "abc"}
+        assert run.samples_seen(7 * 10**11 + 1) == {name: drawn[name] + counted[name] for name in "abc"}
         assert drawn["a"] / sum(drawn.values()) == pytest.approx(0.625)
         assert run.shares(0)["c"] == pytest.approx(1.25e-9, rel=1e-6)
 
@@ -205,7 +205,7 @@ class TestOrder:
     def test_drawn_counts_what_is_drawn(self):
         run = order({"a": 97, "b": 203}, [Phase("one", 37, {"a": 1, "b": 3}), Phase("two", 151)])
         names = [name for name, _ in everything(run)]
-        assert run.drawn.tolist() == [names.count("a"), names.count("b")]
+        assert run.num_samples.tolist() == [names.count("a"), names.count("b")]
 
     def test_an_empty_mix_weighs_sources_by_size(self):
         names = [n for n, _ in everything(order({"a": 100, "b": 300}, [Phase("main", BLOCK // 8)]))]
@@ -232,9 +232,9 @@ class TestEpochs:
 
     def test_sequences_are_counted_up_to_a_short_last_step(self):
         run = by_epochs({"a": 10, "b": 3}, 1.5)
-        assert [run.num_drawn_before(step) for step in range(run.num_steps + 1)] == [0, 8, 16, 20]
+        assert [run.num_samples_seen(step) for step in range(run.num_steps + 1)] == [0, 8, 16, 20]
         mixed = order({"a": 10}, [Phase("one", 2), Phase("two", 1)], 8)
-        assert [mixed.num_drawn_before(step) for step in range(4)] == [0, 8, 16, 24]
+        assert [mixed.num_samples_seen(step) for step in range(4)] == [0, 8, 16, 24]
 
     @pytest.mark.parametrize("seed", range(60))
     def test_every_row_of_every_source_is_drawn_so_often(self, seed):
@@ -246,7 +246,7 @@ class TestEpochs:
         run = by_epochs(windows, epochs, batch, seed)
         seen = everything(run)
         total = sum(sizes)
-        assert len(seen) == num_drawn(epochs, total)
+        assert len(seen) == num_samples(epochs, total)
         assert run.num_steps == -(-len(seen) // batch)
         every = sorted((name, row) for name, size in windows.items() for row in range(size))
         for first in range(0, len(seen) // total * total, total):
@@ -255,8 +255,8 @@ class TestEpochs:
         assert len(set(rest)) == len(rest)
         for step in range(0, run.num_steps + 1, max(1, run.num_steps // 3)):
             names = [name for name, _ in seen[: step * batch]]
-            assert run.drawn_before(step) == {name: names.count(name) for name in windows}
-        assert run.drawn.tolist() == [sum(name == one for name, _ in seen) for one in run.names]
+            assert run.samples_seen(step) == {name: names.count(name) for name in windows}
+        assert run.num_samples.tolist() == [sum(name == one for name, _ in seen) for one in run.names]
 
     def test_one_source_is_drawn_in_the_order_of_a_mix(self):
         assert everything(by_epochs({"a": 40}, 3)) == everything(order({"a": 40}, [Phase("main", 15)]))

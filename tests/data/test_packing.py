@@ -90,8 +90,8 @@ class TestPackedRows:
         batch = make_batch([row])
         assert batch.input_pos is not None
         assert batch.input_pos.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1]]
-        assert batch.places is not None
-        assert batch.places.tolist() == [1, 2, 4, 5, 6, 7]
+        assert batch.positions is not None
+        assert batch.positions.tolist() == [1, 2, 4, 5, 6, 7]
         assert batch.num_valid == 6
 
     def test_a_full_row_has_no_padding(self) -> None:
@@ -275,7 +275,7 @@ class TestBatches:
 
     def test_places_name_the_conversations_of_each_row(self) -> None:
         data = self.batches()
-        places = data.places(2)
+        places = data.locate(2)
         assert len(places) == 4
         assert all("made, row" in place for place in places)
 

@@ -86,7 +86,7 @@ def read(tmp_path):
         if kind == "conversations":
             (held,) = data.conversations(skip_bad=True)
             *asked, answer = held.messages
-            return [m.asked() for m in asked], answer.content, data.unused.counts
+            return [m.as_prompt() for m in asked], answer.content, data.unused.counts
         (pair,) = data.pairs(skip_bad=True)
         return list(pair.prompt), pair.chosen, data.unused.counts
 
@@ -446,7 +446,7 @@ class TestFlags:
             with pytest.raises(BadRow, match=r"asks to learn what is said in turn 1 \(user\)"):
                 messages_of([turn, ANSWERED])
         (message, _) = messages_of([say("user", [parts[0] | {"train": False}]), ANSWERED])
-        assert message.asked() == messages_of(CHAT)[0]
+        assert message.as_prompt() == messages_of(CHAT)[0]
 
     def test_pairs_have_no_answers_that_are_not_to_be_learned(self):
         row = {"prompt": "Two?", "chosen": [ANSWERED | {"weight": 0}], "rejected": [WORSE]}
@@ -498,7 +498,7 @@ class TestCalls:
 class TestMessage:
     def test_is_read_back_from_what_a_file_of_prompts_holds(self):
         message = Message("assistant", "", {"tool_calls": [{"type": "function", "function": CALL}]})
-        assert Message.of(json.loads(json.dumps(message.row()))) == message
+        assert Message.from_row(json.loads(json.dumps(message.to_row()))) == message
         assert len({message, Message("assistant", "")}) == 2
 
     def test_is_written_short_where_it_is_plain(self):

@@ -220,7 +220,7 @@ class TestMakeBatch:
                     ids = [] if answer is None else answer
                     for i, t in enumerate(ids):
                         place = last_of_prompt if i == 0 else r * s + len(cells) - 1
-                        assert batch.places[seen] == place
+                        assert batch.positions[seen] == place
                         assert batch.targets[seen] == t
                         assert batch.completion[seen] == 2 * n + side
                         seen += 1
@@ -241,7 +241,7 @@ class TestMakeBatch:
                     else:
                         sees = j <= i and cells[i][0] == cells[j][0] and cells[j][1] in ("p", cells[i][1])
                     assert batch.mask[r, i, j] == sees, (r, i, j)
-        assert seen == batch.targets.numel() == batch.places.numel()
+        assert seen == batch.targets.numel() == batch.positions.numel()
         assert batch.num_pairs == sum(data[i].kind == DIRECT for row in rows for i in row)
         assert batch.num_tokens == sum(data[i].num_tokens for row in rows for i in row)
         assert max(data[i].num_tokens for i in (7,)) < s == max(sum(data[i].num_tokens for i in row) for row in rows)
@@ -294,7 +294,7 @@ class TestLogProbabilities:
             for batch in batches(data).all():
                 assert batch.tokens.shape[1] > 32, "rows are longer than any sequence"
                 hidden = model(batch.tokens, mask=batch.mask, input_pos=batch.input_pos, hidden=True).flatten(0, 1)
-                logits = (hidden[batch.places] @ model.head_weight.T).log_softmax(-1)
+                logits = (hidden[batch.positions] @ model.head_weight.T).log_softmax(-1)
                 each = logits.gather(1, batch.targets[:, None]).squeeze(1)
                 sums = torch.zeros(batch.lengths.numel()).index_add(0, batch.completion, each)
                 found[batch.index] = sums.view(-1, 2)
@@ -414,8 +414,8 @@ class TestOrder:
         data = batches(comparisons(kinds=(DIRECT, GIVEN_CHOSEN, MISMATCHED)), micro_batch_size=1)
         made = [batch for batch in data.step(1) if not batch.kl_only]
         for number, batch in enumerate(made):
-            assert set(data.places(1, [number])) == {data.comparisons[i].place for i in batch.index.tolist()}
-        assert sorted(data.places(1)) == sorted(f"pairs.jsonl, line {p + 1}" for p in data._pairs(1))
+            assert set(data.locate(1, [number])) == {data.comparisons[i].place for i in batch.index.tolist()}
+        assert sorted(data.locate(1)) == sorted(f"pairs.jsonl, line {p + 1}" for p in data._pairs(1))
 
     def test_a_step_past_the_end_is_an_error(self):
         with pytest.raises(IndexError, match="step 5 of 5"):

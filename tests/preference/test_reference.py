@@ -71,7 +71,7 @@ def share(rank: int = 0, world_size: int = 1, size: int = 1) -> Callable[[], Ite
 
 def compute(batch: ComparisonBatch) -> Tensor:
     hidden = model()(batch.tokens, mask=batch.mask, input_pos=batch.input_pos, hidden=True)
-    at = hidden.flatten(0, 1)[batch.places]
+    at = hidden.flatten(0, 1)[batch.positions]
     return log_probs(at, model().head_weight, batch.targets, batch.completion, 2 * len(batch.index))
 
 

@@ -109,7 +109,7 @@ def read_chains(path: Path) -> list[Chain]:
 
 
 def _said(messages: list[dict[str, Any]]) -> tuple[Message, ...]:
-    return tuple(map(Message.of, messages))
+    return tuple(map(Message.from_row, messages))
 
 
 def _save(path: Path, items: Iterable[Prompt] | Iterable[Chain]) -> None:
@@ -117,7 +117,7 @@ def _save(path: Path, items: Iterable[Prompt] | Iterable[Chain]) -> None:
         for item in items:
             row = {name: value for name, value in asdict(item).items() if value is not None}
             said = "messages" if isinstance(item, Prompt) else "prompt"
-            row[said] = [message.row() for message in getattr(item, said)]
+            row[said] = [message.to_row() for message in getattr(item, said)]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -154,7 +154,7 @@ def save_pairs(path: Path, pairs: Iterable[Pair]) -> None:
     """Write pairs as JSONL that a person can read, and the data `preferences` too, in one step."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for pair in pairs:
-            prompt = [message.row() for message in pair.prompt]
+            prompt = [message.to_row() for message in pair.prompt]
             extra = {key: value for key, value in pair.extra.items() if key not in OPENING}
             row = {**extra, "prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
