@@ -66,7 +66,7 @@ class Pretrain:
         # From here on the directory exists; what a person can get wrong has been found by now.
         self.fingerprints = {name: shard.fingerprint for name, shard in shards.items()}
         self.run = open_run(cfg, runtime, self.fingerprints, saved.state)
-        if saved.checkpoint and not cfg.other_data:
+        if saved.checkpoint and not cfg.allow_data_change:
             refuse_other_order(
                 saved.checkpoint,
                 saved.state.get("samples_seen", saved.state.get("drawn")),
@@ -83,7 +83,7 @@ class Pretrain:
             self.run.checkpoints,
             keep=cfg.checkpoint.keep,
             best=cfg.checkpoint.best,
-            best_is=cfg.checkpoint.best_is,
+            mode=cfg.checkpoint.mode,
             background=cfg.checkpoint.background,
             named=hf_state,
             describe=self._describe,

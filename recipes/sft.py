@@ -70,7 +70,7 @@ class Sft:
             self.template,
             seq_len=plan.seq_len,
             train_on=cfg.chat.train_on,
-            too_long=cfg.chat.too_long,
+            truncation=cfg.chat.truncation,
             skip_bad=cfg.chat.skip_bad,
             holdout=cfg.chat.holdout,
             seed=cfg.seed,

@@ -106,10 +106,10 @@ def _can_be_tried(recipe: Any) -> bool:
 
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[RUN_DIR] [KEY=VALUE]...")
-@click.option("--other-data", is_flag=True, help="Resume although the data is not what the run began with.")
+@click.option("--allow-data-change", is_flag=True, help="Resume although the data is not what the run began with.")
 @click.option("--recipe", "recipe_path", metavar="FILE.py", help="The recipe file, if the run used your own.")
 @import_option
-def resume(arguments: tuple[str, ...], other_data: bool, recipe_path: str | None) -> None:
+def resume(arguments: tuple[str, ...], allow_data_change: bool, recipe_path: str | None) -> None:
     """Resume the run in RUN_DIR from its newest whole checkpoint, with the config saved there.
 
     Without RUN_DIR, resume the newest run under runs/ that is not finished. Relative paths in its config are those of
@@ -154,7 +154,7 @@ def resume(arguments: tuple[str, ...], other_data: bool, recipe_path: str | None
     for key in ("run_dir", "resume", "init_from"):
         if hasattr(cfg, key) and getattr(cfg, key) != getattr(saved, key):
             raise UserError(f"key {key}: says where a run begins, and this one has begun: it cannot change on resume.")
-    cfg.other_data = cfg.other_data or other_data
+    cfg.allow_data_change = cfg.allow_data_change or allow_data_change
     refuse_other_config(run_dir, saved, cfg)
     module = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
     cfg.run_dir, cfg.resume = str(_go_to_its_directory(run_dir, saved.run_dir, record)), True

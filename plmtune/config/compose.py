@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import os
 import re
@@ -40,6 +41,7 @@ from plmtune.config.choices import FILE_PRESET, SEVERAL, choices_of, group_at, n
 from plmtune.config.messages import Given, explain, in_words, unknown_key
 from plmtune.config.names import refuse_preset, where_it_belongs
 from plmtune.config.overrides import as_typed, in_hydras_form
+from plmtune.config.renamed import with_new_keys
 from plmtune.config.rules import check_file, check_override, check_scalar, check_value, is_option, read_yaml, resolve
 from plmtune.config.schema import SCHEMAS, component_keys
 from plmtune.errors import UserError, did_you_mean, either, near_names, refuse_pipe
@@ -385,7 +387,7 @@ def _recipe_of(content: dict[str, Any], path: Path) -> str:
         return fitting[0]
     for key in keys:
         if not any(key in names for names in known.values()):
-            raise UserError(f"{path}, key {key}: no recipe has it.{did_you_mean(key, set().union(*known.values()))}")
+            raise unknown_key(f"{path}, ", key, set().union(*known.values()))
     fit = f"its keys fit {', '.join(fitting)}" if fitting else "no recipe has all of its keys"
     names = ", ".join(_BASES.get(recipe, recipe) for recipe in fitting or SCHEMAS)
     raise UserError(
@@ -846,8 +848,22 @@ def to_yaml(cfg: Any) -> str:
 
 
 def load_config(path: Path) -> Any:
-    """Read a resolved ``config.yaml`` back, through the same checks; nothing is composed again."""
-    return typed(read_yaml(path), where=str(path))
+    """Read a resolved ``config.yaml`` back, through the same checks; nothing is composed again.
+
+    Keys that an earlier version named otherwise are read, with a notice.
+    """
+    content = read_yaml(path)
+    schema = SCHEMAS.get(str(content.get("recipe")))
+    content, renamed = with_new_keys(content, [f.name for f in dataclasses.fields(schema)] if schema else ())
+    if renamed:
+        _notice_once(f"{path}: written by an earlier version: {', '.join(renamed)}.")
+    return typed(content, where=str(path))
+
+
+@cache
+def _notice_once(text: str) -> None:
+    """Log a notice once in a process: a run's config is read several times."""
+    logging.getLogger(__name__).warning(text)
 
 
 def override(cfg: Any, overrides: Sequence[str]) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from plmtune.config.choices import FILE_PRESET
 from plmtune.config.names import where_it_belongs
 from plmtune.config.overrides import as_typed
+from plmtune.config.renamed import new_key
 from plmtune.config.schema import SCHEMAS
 from plmtune.errors import UserError, did_you_mean, either, near_names
 from plmtune.registry import describe
@@ -47,6 +48,8 @@ def unknown_key(
     place: str, full_key: str, siblings: Iterable[str], everywhere: Callable[[], Iterable[str]] = list
 ) -> UserError:
     """An unknown key, with the nearest ones beside it, or the same name elsewhere in the config."""
+    if renamed := new_key(full_key):
+        return UserError(f"{place}key {full_key}: unknown. Did you mean {renamed}?")
     parent, _, leaf = full_key.rpartition(".")
     prefix = f"{parent}." if parent else ""
     near = [prefix + name for name in near_names(leaf, siblings)]

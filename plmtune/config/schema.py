@@ -99,7 +99,7 @@ class CheckpointConfig:
     every: Count = 0
     keep: Count = 2
     best: Text | None = "validation_loss"  # the checkpoint with the best value of this metric is kept as well
-    best_is: Literal["lowest", "highest"] = "lowest"
+    mode: Literal["min", "max"] = "min"
     background: bool = True  # write while training continues; takes a copy of the state in host memory
 
 
@@ -140,7 +140,7 @@ class PretrainConfig:
     run_dir: Text | None = None  # default: runs/NAME/DATE-TIME
     resume: bool = False
     init_from: Text | None = None  # weights to start from: a run or a checkpoint directory
-    other_data: bool = False  # resume although the data is not what the run began with
+    allow_data_change: bool = False  # resume although the data is not what the run began with
     force: bool = False  # start although the estimate says it does not fit
     seed: Count = 1
     seq_len: Length = 256
@@ -173,7 +173,7 @@ class ChatConfig:
 
     template: Text | None = None  # null: the tokenizer's own; chatml; or a file: mine.jinja
     train_on: Literal["all", "last"] = "all"  # answers that count: every one, or each conversation's last
-    too_long: Literal["drop", "cut"] = "drop"  # a conversation longer than seq_len: left out, or cut at its end
+    truncation: Literal["drop", "right"] = "drop"  # a conversation longer than seq_len: left out, or cut at its end
     skip_bad: bool = False  # count rows that cannot be used instead of stopping
     holdout: Share = 0.02  # share of the conversations or pairs kept for validation
 
@@ -194,7 +194,7 @@ class SftConfig:
     run_dir: Text | None = None  # default: runs/NAME/DATE-TIME
     resume: bool = False
     init_from: Text | None = None  # default: the newest finished pretraining with this model
-    other_data: bool = False
+    allow_data_change: bool = False
     force: bool = False
     seed: Count = 1
     seq_len: Length | None = None  # tokens a packed row; null: 2,048, or the model's context where that is shorter
@@ -241,7 +241,7 @@ class SftConfig:
 class GenerationConfig:
     """How a round writes its answers."""
 
-    strategy: Literal["chain", "samples"] = "chain"  # each answer refines the one before, or all are first answers
+    mode: Literal["chain", "samples"] = "chain"  # each answer refines the one before, or all are first answers
     turns: Size = 3  # answers a prompt
     max_new_tokens: Size = 256
     temperature: Temperature = 0.8
@@ -283,7 +283,7 @@ class PreferenceConfig:
     run_dir: Text | None = None  # default: runs/NAME/DATE-TIME
     resume: bool = False
     init_from: Text | None = None  # default: the newest finished SFT, else pretraining, with this model
-    other_data: bool = False
+    allow_data_change: bool = False
     force: bool = False
     seed: Count = 1
     seq_len: Length | None = None  # longest prompt with one answer; null: as in SftConfig
@@ -293,7 +293,7 @@ class PreferenceConfig:
     max_grad_norm: Number = 1.0
     log_every: Size = 10
     rounds: Count = 0  # 0: train once on the pairs of `data`; else so often generate, choose, train
-    prompts: Count = 0  # prompts a round takes from `data`; 0: all
+    prompts_per_round: Count = 0  # prompts a round takes from `data`; 0: all
     reference: Literal["previous", "first"] = "previous"  # model that a round's answers are measured against
     reference_cache: Text = "runs/reference"
     chat: ChatConfig = field(default_factory=ChatConfig)
@@ -361,7 +361,7 @@ class QuantizeConfig:
     checkpoint: Text | None = None  # a run, a checkpoint or a model directory; default: the newest finished run
     run_dir: Text | None = None  # where the model goes; default: runs/NAME/DATE-TIME
     resume: bool = False
-    other_data: bool = False
+    allow_data_change: bool = False
     force: bool = False
     device: Text = "auto"
     dtype: Literal["bf16", "fp32"] = "bf16"  # of what is computed in, and of what stays as it is

@@ -23,7 +23,7 @@ from plmtune.units import show_number_of
 _BATCH = 1024  # conversations encoded at once
 _REMEDY = "Correct them, or leave such rows out: chat.skip_bad=true"
 
-TooLong = Literal["drop", "cut"]
+Truncation = Literal["drop", "right"]
 Grouped = tuple[Example, bytes]  # the hash decides whether the example is held out
 Encode = Callable[[Any, "Collected"], Iterator[Grouped]]
 
@@ -44,7 +44,7 @@ def open_examples(
     *,
     seq_len: int,
     train_on: TrainOn,
-    too_long: TooLong,
+    truncation: Truncation,
     skip_bad: bool,
     holdout: float,
     seed: int,
@@ -67,7 +67,7 @@ def open_examples(
     train, held_out, fingerprints, notes = {}, {}, {}, []
     for name, source in sources.items():
         refuse_other_kinds(name, source, (Conversations,) if encode is None else (Preferences,))
-        collected = Collected(template, seq_len, train_on, too_long)
+        collected = Collected(template, seq_len, train_on, truncation)
         read = (encode or _encode_conversations)(source, collected)
         digest = xxhash.xxh3_128()
         kept, held = list[Example](), list[Example]()
@@ -101,7 +101,7 @@ class Collected:
     template: ChatTemplate
     seq_len: int
     train_on: TrainOn
-    too_long: TooLong
+    truncation: Truncation
     refused: Refused = field(default_factory=Refused)
     left_out: Refused = field(default_factory=Refused)
     cut: Refused = field(default_factory=Refused)
@@ -110,7 +110,7 @@ class Collected:
 
     def fit(self, examples: Sequence[Example]) -> list[Example]:
         """Return the examples that fit, see `packing.fit`; count the others."""
-        fitting, left_out, cut = fit(examples, self.seq_len, self.too_long)
+        fitting, left_out, cut = fit(examples, self.seq_len, self.truncation)
         self.left_out.merge(left_out)
         self.cut.merge(cut)
         return fitting

@@ -28,7 +28,7 @@ class Example:
 
 
 def fit(
-    examples: Sequence[Example], seq_len: int, how: Literal["drop", "cut"]
+    examples: Sequence[Example], seq_len: int, truncation: Literal["drop", "right"]
 ) -> tuple[list[Example], Refused, Refused]:
     """Drop examples longer than `seq_len`, or cut them there; drop those that have nothing to train on.
 
@@ -44,7 +44,7 @@ def fit(
             left_out.add(example.place, "has no answer to train on")
         elif not too_long:
             kept.append(example)
-        elif how == "drop":
+        elif truncation == "drop":
             left_out.add(example.place, f"is longer than seq_len ({seq_len:,} tokens)")
         elif not example.trained[1:seq_len].any():
             left_out.add(example.place, f"has no answer within its first {seq_len:,} tokens (seq_len)")

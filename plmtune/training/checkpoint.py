@@ -174,7 +174,7 @@ class Checkpoints:
         directory: where they are, made at the first save.
         keep: how many to keep; 0 keeps all.
         best: the metric by whose value one more is kept; None keeps none.
-        best_is: "lowest" or "highest".
+        mode: "min" or "max".
         background: write while training goes on, from a copy in host memory.
         named: a model's tensors that are saved, by their names in the file; they are written into on `restore`.
         stem: of their files.
@@ -191,7 +191,7 @@ class Checkpoints:
         *,
         keep: int = 2,
         best: str | None = None,
-        best_is: Literal["lowest", "highest"] = "lowest",
+        mode: Literal["min", "max"] = "min",
         background: bool = True,
         named: Callable[[Any], Mapping[str, Tensor]] = nn.Module.state_dict,
         stem: str = "model",
@@ -203,7 +203,7 @@ class Checkpoints:
         self.directory = Path(directory)
         self.keep = keep
         self.best = best
-        self.best_is = best_is
+        self.mode = mode
         self.background = background
         self.named = named
         self.stem = stem
@@ -524,7 +524,7 @@ class Checkpoints:
     def _best(self, past: list[int]) -> int | None:
         """The step with the best value of the metric `best`; of equal ones the newest."""
         values = {step: self._metric(step_path(self.directory, step)) for step in past} if self.best else {}
-        sign = -1 if self.best_is == "lowest" else 1
+        sign = -1 if self.mode == "min" else 1
         # A value that is not finite, or is missing, is no value.
         ranked = [(sign * v, step) for step, v in values.items() if isinstance(v, int | float) and math.isfinite(v)]
         return max(ranked)[1] if ranked else None

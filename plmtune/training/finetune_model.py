@@ -45,7 +45,7 @@ class FinetuneModel:
             directory,
             keep=how.keep,
             best=how.best,
-            best_is=how.best_is,
+            mode=how.mode,
             background=how.background,
             named=adapters.adapter_state if self.adapters else hf_state,
             stem=adapters.ADAPTERS if self.adapters else "model",

@@ -15,18 +15,19 @@ import xxhash
 
 from plmtune.config.compose import to_plain
 from plmtune.config.overrides import in_hydras_form
+from plmtune.config.renamed import with_first_keys
 from plmtune.errors import UserError
 from plmtune.io import hub
 from plmtune.io.run_directory import LATEST, NEWEST, resolve_link
 from plmtune.registry import Component
 
 # Keys that may differ on resume: they change where and how a run computes or reports, not what it learns.
-RESUME_MUTABLE = ("run_dir", "resume", "other_data", "force", "micro_batch_size", "num_workers", "log_every",
+RESUME_MUTABLE = ("run_dir", "resume", "allow_data_change", "force", "micro_batch_size", "num_workers", "log_every",
         "runtime", "checkpoint", "guard", "validation", "eval", "sample", "logger")  # fmt: skip
 _RESUME_MUTABLE_OF = {
-    "quantize": ("run_dir", "resume", "other_data", "force", "device")
+    "quantize": ("run_dir", "resume", "allow_data_change", "force", "device")
 }  # its checkpoint is what it quantizes
-# Keys that say where the data is. Its fingerprints say what it is, and other_data=true lets it differ.
+# Keys that say where the data is. Its fingerprints say what it is, and allow_data_change=true lets it differ.
 DATA = ("data", "preparation")
 
 # Keys that a new run fills in itself, from what it starts from, where its recipe has them.
@@ -78,7 +79,7 @@ def keep_pinned_revisions(cfg: Any, saved: Any) -> None:
 def config_digest(cfg: Any) -> str:
     """The xxh3-128 of what decides what a run learns; a checkpoint keeps it, should run.json be lost."""
     fixed = {key: value for key, value in to_plain(cfg).items() if key not in (*_free(cfg), *DATA, "init_from")}
-    return xxhash.xxh3_128_hexdigest(json.dumps(fixed, sort_keys=True).encode())
+    return xxhash.xxh3_128_hexdigest(json.dumps(with_first_keys(fixed), sort_keys=True).encode())
 
 
 def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
@@ -104,12 +105,12 @@ def refuse_other_config(path: Path, before: Any, now: Any) -> None:
         UserError: naming the first key that must not differ, with both values.
     """
     # A key that `now` leaves to the run's origin is what it was.
-    free = (*_free(now), *(DATA if now.other_data else ()), *keys_from_init_checkpoint(now))
+    free = (*_free(now), *(DATA if now.allow_data_change else ()), *keys_from_init_checkpoint(now))
     for key, (old, new) in differences(before, now).items():
         top = key.partition(".")[0]
         if top not in free and resolve_links(new) != old and not hub.is_pin(old, new):
             new_run = "start a new run" + (f" from its weights: init_from={path}" if hasattr(now, "init_from") else "")
-            way = "give other_data=true (--other-data)" if top in DATA else new_run
+            way = "give allow_data_change=true (--allow-data-change)" if top in DATA else new_run
             raise UserError(
                 f"{path} was started with {key}={in_hydras_form(old)}, not {in_hydras_form(new)}, and that decides "
                 f"what a run learns. Leave it as it was to resume, or {way}"
@@ -129,7 +130,7 @@ def refuse_other_data(path: Path, before: Mapping[str, str], now: Mapping[str, s
     if changed:
         raise UserError(
             f"{path}: {changed} since the run began. Put it back; or go on with other data, whose order and hold-out "
-            f"are then others: plmtune resume {path} --other-data; or start a new run from its weights: "
+            f"are then others: plmtune resume {path} --allow-data-change; or start a new run from its weights: "
             f"init_from={path}"
         )
 

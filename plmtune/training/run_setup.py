@@ -186,11 +186,11 @@ def _reopen(cfg: Any, path: Path, data: Mapping[str, str], saved: Mapping[str, A
     # Either witness will do: what the checkpoint saw, or what the latest attempt was told to go on with.
     known = [saw for saw in (read_record(path).get("data"), saved.get("data")) if isinstance(saw, dict)]
     before = data if data in known or not known else known[0]
-    if not cfg.other_data:
+    if not cfg.allow_data_change:
         refuse_other_data(path, before, data)
     elif changed := changed_data(before, data):
-        log.warning("%s: %s since the run began; resuming nevertheless, as other_data=true says.", path, changed)
-    own = ("run_dir", "resume", "init_from", "force", "other_data")
+        log.warning("%s: %s since the run began; resuming nevertheless, as allow_data_change=true says.", path, changed)
+    own = ("run_dir", "resume", "init_from", "force", "allow_data_change")
     run = RunDirectory.open(
         path,
         command=sys.argv,

@@ -43,7 +43,7 @@ class Talks(Conversations):
 
 def opened(source: Any, **options: Any) -> Examples:
     settings: dict[str, Any] = {
-        "seq_len": 128, "train_on": "all", "too_long": "drop", "skip_bad": False, "holdout": 0.0, "seed": 1,
+        "seq_len": 128, "train_on": "all", "truncation": "drop", "skip_bad": False, "holdout": 0.0, "seed": 1,
     }  # fmt: skip
     return open_examples({"talks": source}, find_template(None, TOKENIZER), **{**settings, **options})
 
@@ -141,10 +141,10 @@ class TestRefinement:
             assert "It is two." in TOKENIZER.decode(example.tokens.tolist())
             assert TOKENIZER.decode(example.tokens[example.trained].tolist()) == "Three.<|im_end|>"
 
-    @pytest.mark.parametrize("too_long", ["drop", "cut"])
-    def test_a_long_earlier_answer_is_shortened_and_the_one_to_learn_is_whole(self, too_long: str) -> None:
+    @pytest.mark.parametrize("truncation", ["drop", "right"])
+    def test_a_long_earlier_answer_is_shortened_and_the_one_to_learn_is_whole(self, truncation: str) -> None:
         pair = Pair((Message("user", "Why?"),), "It is so.", "word " * 300, "row 0")
-        found = opened(InMemory([pair], "talks"), encode=REFINE, too_long=too_long)
+        found = opened(InMemory([pair], "talks"), encode=REFINE, truncation=truncation)
         _, refined = sorted(texts(found.train["talks"]), key=len)
         assert refined.endswith("It is so.<|im_end|>") and "word word" in refined
         assert found.notes == ["talks: 1 earlier answer was shortened, so that the answer that follows fits into "

@@ -134,16 +134,16 @@ class TestFit:
         assert len(cut) == 0
 
     def test_what_is_too_long_is_cut_where_an_answer_is_left(self) -> None:
-        kept, left_out, cut = fit([example(12, trained=5), example(13, trained=3)], 10, "cut")
+        kept, left_out, cut = fit([example(12, trained=5), example(13, trained=3)], 10, "right")
         assert [e.tokens.tolist() for e in kept] == [example(12).tokens[:10].tolist()]
         assert kept[0].trained.sum() == 3
         assert cut.first == {"is cut at 10 tokens (seq_len)": "a.jsonl, line 12"}
         assert left_out.first == {"has no answer within its first 10 tokens (seq_len)": "a.jsonl, line 13"}
 
-    @pytest.mark.parametrize("how", ["drop", "cut"])
-    def test_one_with_nothing_to_train_on_is_left_out(self, how: Any) -> None:
+    @pytest.mark.parametrize("truncation", ["drop", "right"])
+    def test_one_with_nothing_to_train_on_is_left_out(self, truncation: Any) -> None:
         only_first = Example(np.arange(3, dtype=np.int32), np.array([True, False, False]), "there")
-        kept, left_out, _ = fit([example(4, trained=0), only_first, example(4)], 10, how)
+        kept, left_out, _ = fit([example(4, trained=0), only_first, example(4)], 10, truncation)
         assert len(kept) == 1
         assert left_out.counts == {"has no answer to train on": 2}
 

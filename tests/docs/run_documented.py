@@ -33,7 +33,7 @@ from documented import Command
 _FEW = ["phases=[{name: main, steps: 4}]", "validation={every: 0, tokens: 2000}", "sample.max_new_tokens=4"]
 _ANY = ["seq_len=128", "micro_batch_size=2", "global_batch_size=4", "validation.every=0"]
 _TUNE = [*_ANY, "init_from=runs/demo/latest"]
-_ANSWERS = ["prompts=12", "generation={turns: 2, max_new_tokens: 8}", "reward=null", "selection.rules=[]"]
+_ANSWERS = ["prompts_per_round=12", "generation={turns: 2, max_new_tokens: 8}", "reward=null", "selection.rules=[]"]
 # What makes a command short, added to each that fits.
 SHORT = {
     r"run (-m )?demo( |$)": _FEW,

@@ -99,13 +99,13 @@ class TestWrap:
     def test_a_path_and_a_command_stay_whole_to_be_copied(self) -> None:
         path = "runs/" + "a" * 40
         assert path in wrap(f"written to {path} at last", 30)[1]
-        lines = wrap("It stopped. Go on with it: plmtune resume runs/pretrain/20261121-060957 --other-data", 40)
-        assert lines[-1] == "  plmtune resume runs/pretrain/20261121-060957 --other-data"
-        lines = wrap("Resume it: plmtune resume runs/pretrain/latest --other-data. Or start a new run with it", 30)
+        lines = wrap("It stopped. Go on with it: plmtune resume runs/pretrain/20261121-060957 --allow-data-change", 40)
+        assert lines[-1] == "  plmtune resume runs/pretrain/20261121-060957 --allow-data-change"
+        lines = wrap("Resume it: plmtune resume runs/pretrain/latest --allow-data-change. Or start a new run", 30)
         assert lines == [
             "Resume it:",
-            "  plmtune resume runs/pretrain/latest --other-data.",
-            "  Or start a new run with it",
+            "  plmtune resume runs/pretrain/latest --allow-data-change.",
+            "  Or start a new run",
         ]
         command = """/opt/python3.11 -c "import datasets; datasets.load_dataset('piqa')\""""
         assert wrap(f"Run {command} and bring it", 40) == [

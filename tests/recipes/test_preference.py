@@ -27,7 +27,7 @@ from plmtune.preference.rounds import chains
 
 ROUNDS = [
     "rounds=2",
-    "prompts=6",
+    "prompts_per_round=6",
     "reward=vowels",
     "chat.holdout=0.1",
     "generation={turns: 2, max_new_tokens: 8, batch_size: 3}",
@@ -409,10 +409,14 @@ class TestRounds:
             *PREFERENCE,
             *ROUNDS,
             "generation.max_new_tokens=24",
-            "prompts=20",
+            "prompts_per_round=20",
             "rounds=1",
         ]
-        kept = [text for text in arguments if text not in ("chat.holdout=0.2", "seq_len=96", "prompts=6", "rounds=2")]
+        kept = [
+            text
+            for text in arguments
+            if text not in ("chat.holdout=0.2", "seq_len=96", "prompts_per_round=6", "rounds=2")
+        ]
         subprocess.run(command(*kept, "run_dir=whole"), cwd=base, env=with_rewards(), check=True, capture_output=True)
         for _ in range(2):
             go_on = ["resume=true"] if (base / "cut").exists() else []

@@ -71,7 +71,7 @@ class TestOverrides:
             ("optimizer.lr=0.5", ["optimizer.lr=0.0003, not 0.5", "init_from=run"]),
             ("seed=2", ["seed=1, not 2", "decides what a run learns"]),
             ("model/ffn=swiglu", ["model.ffn"]),
-            ("data.paths=[other]", ["data.paths", "--other-data"]),
+            ("data.paths=[other]", ["data.paths", "--allow-data-change"]),
             ("init_from=other", ["init_from", "has begun"]),
             ("run_dir=other", ["run_dir", "has begun"]),
             ("checkpoint.evry=1", ["checkpoint.evry", "Did you mean checkpoint.every?"]),
@@ -124,7 +124,7 @@ class TestConfig:
         assert "source files has changed" in refused("resume", "run")
         damage(place / "run/config.yaml", "lr: 0.0003", "lr: 0.0007")
         assert "run/config.yaml is not what the run began with, says its checkpoint" in refused(
-            "resume", "run", "--other-data"
+            "resume", "run", "--allow-data-change"
         )
 
     def test_a_fingerprint_that_was_garbled_in_the_record_stops_nothing(
@@ -183,9 +183,9 @@ class TestData:
         before = record(place / "run")["data"]["files"]
         (place / "corpus/00.txt").write_text("another text")
         said = refused("resume", "run")
-        assert "the text of source files has changed" in said and "--other-data" in said
+        assert "the text of source files has changed" in said and "--allow-data-change" in said
         assert len(record(place / "run")["attempts"]) == 1
-        stop_at(monkeypatch, 8, "run_dir=run", "resume=true", "other_data=true")
+        stop_at(monkeypatch, 8, "run_dir=run", "resume=true", "allow_data_change=true")
         assert "source files has changed since the run began; resuming nevertheless" in caplog.text
         now = record(place / "run")
         assert now["data"]["files"] != before
@@ -201,7 +201,7 @@ class TestData:
                             "c: {component: files, paths: [corpus/2*.txt]}}"]  # fmt: skip
         stop_at(monkeypatch, 3, "run_dir=run", *first)
         assert "data.sources" in refusal("run_dir=run", "resume=true", *then)
-        start("run_dir=run", "resume=true", "other_data=true", *then)
+        start("run_dir=run", "resume=true", "allow_data_change=true", *then)
         changed = record(place / "run")["attempts"][-1]["changed_data"]
         assert changed.keys() == {"b", "c"}
         assert changed["b"][1] is None and changed["c"][0] is None

@@ -84,7 +84,7 @@ class TestLearning:
 
     def test_phases_have_their_own_mix_and_budget(self, base: Path) -> None:
         phases = "phases=[{name: general, steps: 2, mix: {b: 1}}, {name: domain, steps: 2, mix: {a: 1}}]"
-        run("sft", *TWO, phases, "run_dir=r", "seq_len=160", "chat.too_long=drop")
+        run("sft", *TWO, phases, "run_dir=r", "seq_len=160", "chat.truncation=drop")
         entries = [entry for entry in metrics(base / "r") if "phase" in entry]
         assert [entry["phase"] for entry in entries] == ["general", "general", "domain", "domain"]
 

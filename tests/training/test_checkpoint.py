@@ -302,7 +302,7 @@ class TestBest:
         assert self.scores(tmp_path, [3.0, 1.0, 2.0, 2.5]) == ([2, 4], "step-00000002")
 
     def test_may_be_the_highest(self, tmp_path):
-        assert self.scores(tmp_path, [3.0, 1.0, 2.0], best_is="highest") == ([1, 3], "step-00000001")
+        assert self.scores(tmp_path, [3.0, 1.0, 2.0], mode="max") == ([1, 3], "step-00000001")
 
     def test_a_step_that_was_not_measured_or_gave_nan_is_none(self, tmp_path):
         assert self.scores(tmp_path, [None, 5.0, None, float("nan")]) == ([2, 4], "step-00000002")

@@ -147,7 +147,7 @@ def write_chains(
     refinement: Refinement,
     *,
     turns: int,
-    strategy: Literal["chain", "samples"],
+    mode: Literal["chain", "samples"],
     max_new_tokens: int,
     max_len: int,
     seed: int,
@@ -166,7 +166,7 @@ def write_chains(
         directory: of this round, the same for all processes; what a killed call left there is gone on from.
         engine: writes the answers; empty.
         turns: answers a prompt.
-        strategy: "chain": each answer refines the one before; "samples": all are answers to the prompt itself.
+        mode: "chain": each answer refines the one before; "samples": all are answers to the prompt itself.
         max_len: longest prompt together with its answer, in tokens.
         number: of the round; with `seed` it decides what is drawn.
         model: digest of the weights; answers of others are not gone on from.
@@ -191,7 +191,7 @@ def write_chains(
         "refinement": refinement.source,
         "prompts": f"{key_of(*(prompt.messages for prompt in prompts)):016x}",
         "turns": turns,
-        "strategy": strategy,
+        "strategy": mode,  # named so in the settings of earlier versions
         "max_new_tokens": max_new_tokens,
         "max_len": max_len,
         "seed": seed,
@@ -199,7 +199,7 @@ def write_chains(
     }
     directory.mkdir(parents=True, exist_ok=True)
     journal = Journal(directory, settings)
-    plan = _Plan(prompts, template, refinement, turns, strategy, max_new_tokens, max_len, (seed, number), until)
+    plan = _Plan(prompts, template, refinement, turns, mode, max_new_tokens, max_len, (seed, number), until)
     if not distributed.broadcast_from_rank0(journal.is_whole):
         if not _write(plan, journal, engine, progress, stop):
             return None
@@ -311,7 +311,7 @@ class _Plan:
         template: ChatTemplate,
         refinement: Refinement,
         turns: int,
-        strategy: str,
+        mode: str,
         max_new_tokens: int,
         max_len: int,
         seeds: tuple[int, int],
@@ -319,7 +319,7 @@ class _Plan:
     ) -> None:
         self.until, self._stops = tuple(until), encode_stops(until)
         self.prompts, self.template, self.refinement = prompts, template, refinement
-        self.turns, self.chained, self.max_new_tokens, self.seeds = turns, strategy == "chain", max_new_tokens, seeds
+        self.turns, self.chained, self.max_new_tokens, self.seeds = turns, mode == "chain", max_new_tokens, seeds
         self.room = max_len - max_new_tokens
 
     def due(self, index: int, answers: Answers, after: int = -1) -> list[tuple[int, Request | str]]:

@@ -191,7 +191,7 @@ def open_rounds(cfg: Any, sources: Mapping[str, Any]) -> Rounds:
     return Rounds(
         list(prompts.values()),
         holdout=cfg.chat.holdout,
-        per_round=cfg.prompts,
+        per_round=cfg.prompts_per_round,
         reward=build("reward", cfg.reward) if cfg.reward else None,
         rules=find_rules(cfg.selection.rules),
         margin=cfg.selection.margin,

@@ -61,7 +61,7 @@ def writer(
                 template,
                 refinement,
                 turns=how.turns,
-                strategy=how.strategy,
+                mode=how.mode,
                 max_new_tokens=how.max_new_tokens,
                 until=how.stop_texts(),
                 max_len=model.max_seq_len,

@@ -95,7 +95,7 @@ class TestChain:
         assert "Why?\nEarlier: answer 2" in seen[2]
 
     def test_samples_all_answer_the_prompt_itself_by_other_seeds(self, round_: Round) -> None:
-        chains = round_.write(strategy="samples")
+        chains = round_.write(mode="samples")
         assert chains is not None
         for chain in chains:
             assert {turn.text.split(".")[0] for turn in chain.answers} == {"0"}
@@ -170,16 +170,14 @@ class TestRoom:
 
 
 class TestKilled:
-    @pytest.mark.parametrize("strategy", ["chain", "samples"])
+    @pytest.mark.parametrize("mode", ["chain", "samples"])
     @pytest.mark.parametrize("count", [1, 8, 20])
-    def test_goes_on_to_the_same_chains_and_writes_no_answer_twice(
-        self, round_: Round, strategy: str, count: int
-    ) -> None:
-        whole = round_.write(directory="unkilled", strategy=strategy)
+    def test_goes_on_to_the_same_chains_and_writes_no_answer_twice(self, round_: Round, mode: str, count: int) -> None:
+        whole = round_.write(directory="unkilled", mode=mode)
         asked = set(round_.engine.asked)
-        round_.write_until(count, strategy=strategy)
+        round_.write_until(count, mode=mode)
         before = set(round_.engine.asked)
-        chains = round_.write(strategy=strategy)
+        chains = round_.write(mode=mode)
         assert chains == whole
         assert not before & set(round_.engine.asked)
         assert before | set(round_.engine.asked) == asked

@@ -51,7 +51,7 @@ class TestPrompts:
         pairs = [Pair((Message("user", "?" * (n + 1)),), "yes", "no", f"row {n}") for n in range(8)]
         chat = SimpleNamespace(holdout=0.5, skip_bad=False)
         cfg = SimpleNamespace(
-            chat=chat, prompts=0, reward=None, selection=SimpleNamespace(rules=[], margin=0.0), seed=1
+            chat=chat, prompts_per_round=0, reward=None, selection=SimpleNamespace(rules=[], margin=0.0), seed=1
         )
         sources = {"one": InMemory(pairs[:6], "one"), "two": InMemory(pairs[2:], "two")}
         found = open_rounds(cfg, sources)

@@ -1,0 +1,65 @@
+"""Config keys that earlier versions knew by another name.
+
+A run directory of an earlier version is still read: `with_new_keys` moves its values and says so. A new config or
+override with an old key is refused, and `new_key` gives the hint.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container, Iterable, Mapping
+from typing import Any, NamedTuple
+
+
+class Renamed(NamedTuple):
+    """One key that has another name now. Both names are full keys of the same section."""
+
+    old: str
+    new: str
+    values: Mapping[str, str] = {}  # old value -> new value
+
+
+RENAMED = (
+    Renamed("other_data", "allow_data_change"),
+    Renamed("checkpoint.best_is", "checkpoint.mode", {"lowest": "min", "highest": "max"}),
+    Renamed("chat.too_long", "chat.truncation", {"cut": "right"}),
+    Renamed("prompts", "prompts_per_round"),
+    Renamed("generation.strategy", "generation.mode"),
+)
+
+
+def new_key(old: str) -> str | None:
+    """Return today's name of a full key with the values that changed, for "did you mean"; None if it has none."""
+    for renamed in RENAMED:
+        if renamed.old == old:
+            values = ", ".join(f"{new} for {before}" for before, new in renamed.values.items())
+            return renamed.new + (f" ({values})" if values else "")
+    return None
+
+
+def with_new_keys(config: dict[str, Any], keys: Container[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return a config under today's names, and "OLD is now NEW" for each key that was renamed.
+
+    Args:
+        keys: top-level keys of the recipe's schema. An old name that a user's own schema defines is left alone.
+    """
+    return _rename(config, [renamed for renamed in RENAMED if renamed.old not in keys])
+
+
+def with_first_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config under the names that keys had first: digests made of these hold in every version."""
+    back = (Renamed(r.new, r.old, {new: old for old, new in r.values.items()}) for r in RENAMED)
+    return _rename(config, back)[0]
+
+
+def _rename(config: dict[str, Any], table: Iterable[Renamed]) -> tuple[dict[str, Any], list[str]]:
+    config, notices = copy.deepcopy(config), []
+    for old, new, values in table:
+        parent, _, leaf = old.rpartition(".")
+        section = config.get(parent) if parent else config
+        renamed = new.rpartition(".")[2]
+        if isinstance(section, dict) and leaf in section and renamed not in section:
+            value = section.pop(leaf)
+            section[renamed] = values.get(value, value) if isinstance(value, str) else value
+            notices.append(f"{old} is now {new}")
+    return config, notices
