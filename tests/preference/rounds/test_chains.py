@@ -51,7 +51,7 @@ class Round:
         self.engine = engine or RuleEngine(self.template, say)
         settings: dict[str, Any] = {
             "turns": 3,
-            "strategy": "chain",
+            "mode": "chain",
             "max_new_tokens": 16,
             "max_len": 200,
             "seed": 1,
