@@ -30,7 +30,7 @@ from plmtune.io.metrics import read
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
 from plmtune.registry import component
-from plmtune.tokenizers.tokenizer import train_bpe
+from plmtune.tokenizers.train_bpe import train_bpe
 
 LETTERS = "abcdefghijklmnop"
 LENGTH = 4

@@ -20,9 +20,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from side_by_side import machine
 
 from plmtune.data.conversations import conversations
-from plmtune.tokenizers.chat_template import NAMED, ChatTemplate
+from plmtune.tokenizers.builtin_templates import NAMED
+from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.tokenizers.message import Message
-from plmtune.tokenizers.tokenizer import bundled
+from plmtune.tokenizers.tokenizer_files import bundled
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 # As Qwen3's: it looks back for the last question, and splits answers at </think>.

@@ -23,7 +23,7 @@ import torch
 from side_by_side import machine
 
 from plmtune.export.runtimes import RuntimeName, open_runtime
-from plmtune.tokenizers.tokenizer import load_tokenizer
+from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
 SCHEMES = {
     "int8": ["quantization=int8"],

@@ -45,7 +45,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized_kernels import prepack
 from plmtune.quantization import schemes
 from plmtune.quantization.quantize import quantize
-from plmtune.tokenizers.tokenizer import byte
+from plmtune.tokenizers.tokenizer_files import byte
 
 KINDS = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_K_M")
 OURS = ("bf16", "int8", "int4", "int8_dynamic", "int8_dynamic_int4")

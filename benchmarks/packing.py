@@ -40,7 +40,8 @@ from plmtune.models.llama import llama
 from plmtune.optim.optimizers import adamw
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.message import BadRow
-from plmtune.tokenizers.tokenizer import Tokenizer, bundled
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import bundled
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SETS = {"Dolly": "dolly_hhrlhf_1k.jsonl", "Alpaca": "lf_alpaca_en_demo.json", "GSM8K": "gsm8k_train.jsonl"}

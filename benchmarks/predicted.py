@@ -37,7 +37,7 @@ from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.quantization.quantize import quantize
 from plmtune.registry import Component, component
-from plmtune.tokenizers.tokenizer import byte
+from plmtune.tokenizers.tokenizer_files import byte
 
 
 def plm_100m() -> Decoder:

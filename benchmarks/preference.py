@@ -33,7 +33,7 @@ from plmtune.optim.optimizers import adamw
 from plmtune.preference.batches import Comparison, PreferenceBatches, make_comparisons
 from plmtune.preference.metrics import answers, comparisons
 from plmtune.tokenizers.chat_template import find_template
-from plmtune.tokenizers.tokenizer import load_tokenizer
+from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SEQ_LEN = 512

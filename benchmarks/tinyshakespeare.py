@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from plmtune.config import compose
 from plmtune.io.metrics import read
-from plmtune.tokenizers.tokenizer import train_bpe
+from plmtune.tokenizers.train_bpe import train_bpe
 
 STEPS, BATCH, LENGTH = 2000, 12, 64
 OUR_STEPS = 1100  # a PLM step takes longer than a GPT step; this many take less time than the GPT's 2,000

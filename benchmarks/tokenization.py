@@ -20,7 +20,8 @@ import tokenizers
 from side_by_side import machine, medians
 
 from plmtune.registry import load
-from plmtune.tokenizers.tokenizer import Tokenizer, bundled, qwen2
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import bundled, qwen2
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 DOCUMENT_CHARS = 4_000  # about the mean of a web corpus

@@ -33,7 +33,8 @@ from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
-from plmtune.tokenizers.tokenizer import Tokenizer, bundled, load_tokenizer
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import bundled, load_tokenizer
 
 TYPES = "f32,f16,bf16,q8_0,q6_k,q5_1,q5_k_m,q4_k_m,q4_0"
 OF_RANDOM = "f32,f16,bf16,q8_0,q5_1,q4_0"

@@ -21,7 +21,8 @@ from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
 from plmtune.preference.batches import make_comparisons
 from plmtune.tokenizers.bpe import BYTE_PATTERN, SINGLE_BYTES, from_ranks
-from plmtune.tokenizers.chat_template import NAMED, ChatTemplate
+from plmtune.tokenizers.builtin_templates import NAMED
+from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.tokenizers.message import Message
 from plmtune.tokenizers.tokenizer import Tokenizer
 

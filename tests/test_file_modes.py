@@ -24,7 +24,7 @@ from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import init_adapters
 from plmtune.registry import component, load
-from plmtune.tokenizers.tokenizer import byte
+from plmtune.tokenizers.tokenizer_files import byte
 from plmtune.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]

@@ -30,7 +30,7 @@ from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.models.hf import load_model, save_model
 from plmtune.models.plm import plm
 from plmtune.registry import component
-from plmtune.tokenizers.tokenizer import byte, load_tokenizer
+from plmtune.tokenizers.tokenizer_files import byte, load_tokenizer
 
 # Python's objects for the largest texts that are looked into: 4 MiB of JSON, a row of 16 MiB, a tokenizer's values.
 ALLOWANCE = 320 << 20

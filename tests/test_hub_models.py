@@ -24,7 +24,8 @@ from plmtune.models.checkpoint_files import checkpoint_directory, name_of
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
 from plmtune.registry import component
-from plmtune.tokenizers.tokenizer import Tokenizer, bundled, file
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import bundled, file
 from plmtune.training.init_from import (
     choose_init_checkpoint,
     find_init_checkpoint,

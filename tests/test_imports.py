@@ -106,8 +106,8 @@ class TestDirections:
 TO_CHECK = ("torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy", "torch.distributed.tensor",
             "torch.distributed.fsdp", "torch.utils.tensorboard", "lm_eval", "transformers", "torchao", "torchtune",
             "datasets", "tokenizers", "matplotlib", "pandas", "scipy")  # fmt: skip
-# Beyond those of torch itself (with numpy), how many modules a check may import: now 350 to 366.
-MOST_TO_CHECK = 380
+# How many modules of other packages a check may import beyond those of torch itself (with numpy): now 235 to 250.
+MOST_TO_CHECK = 260
 
 
 @cache
@@ -147,7 +147,8 @@ class TestStartUp:
         modules, said = imported_by(command, tmp_path)
         assert "valid" in said or "fits" in said, said
         assert not modules & set(TO_CHECK)
-        assert len(modules - modules_of_torch()) < MOST_TO_CHECK
+        others = {name for name in modules - modules_of_torch() if name.partition(".")[0] != "plmtune"}
+        assert len(others) < MOST_TO_CHECK
 
     def test_a_model_is_built_and_allocated_without_dynamo_and_sympy(self) -> None:
         code = (

@@ -10,7 +10,7 @@ from plmtune.errors import UserError
 from plmtune.models.hf import save_model
 from plmtune.models.plm import plm
 from plmtune.registry import component
-from plmtune.tokenizers.tokenizer import byte
+from plmtune.tokenizers.tokenizer_files import byte
 
 
 def save(directory: Path, seed: int = 0) -> torch.Tensor:

@@ -48,7 +48,7 @@ def convert(file: Path, out: Path, dtype: str, tokenizer: Path | None, overwrite
     import torch  # which takes longer than all before it
 
     from plmtune.models.gguf import convert as convert_file
-    from plmtune.tokenizers.tokenizer import load_tokenizer
+    from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     other = load_tokenizer(tokenizer) if tokenizer else None

@@ -203,7 +203,7 @@ def _inspect_shards(
 
     from plmtune.data.shards import Shards
     from plmtune.data.windows import Windows
-    from plmtune.tokenizers.tokenizer import load_tokenizer
+    from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
     if mask and window is None:
         raise UserError("--mask needs --window N")

@@ -53,7 +53,7 @@ def train(files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, tex
     if (out / "tokenizer.json").exists():
         raise UserError(f"{out} holds a tokenizer already: choose another directory or remove it.")
     from plmtune.registry import load
-    from plmtune.tokenizers.tokenizer import train_bpe
+    from plmtune.tokenizers.train_bpe import train_bpe
 
     if stdlib:
         source = load("data", "stdlib")()

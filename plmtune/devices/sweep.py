@@ -16,7 +16,7 @@ from plmtune.devices.device import Device
 from plmtune.devices.predict import Prediction, predict
 from plmtune.errors import UserError
 from plmtune.registry import Component
-from plmtune.tokenizers.tokenizer import QWEN2_ROWS
+from plmtune.tokenizers.tokenizer_files import QWEN2_ROWS
 
 MOST = 20_000  # combinations; the thousands are seconds
 

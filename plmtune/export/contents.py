@@ -25,7 +25,8 @@ from plmtune.models.gguf_file import GGUFFile, opened_gguf
 from plmtune.models.hf import hf_config, hf_name, read_formats
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized
-from plmtune.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
 T = TypeVar("T")
 

@@ -32,7 +32,8 @@ from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapted, adapter_parameters, merge
 from plmtune.modules.quantized import Quantized
 from plmtune.registry import load
-from plmtune.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
 ADAPTERS = "adapter_model"  # the stem of the file of tensors
 

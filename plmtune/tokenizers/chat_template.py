@@ -15,34 +15,16 @@ from numpy.typing import NDArray
 
 from plmtune.errors import UserError, did_you_mean
 from plmtune.tokenizers.answers import OTHERWISE, Answers
+from plmtune.tokenizers.builtin_templates import NAMED
 from plmtune.tokenizers.message import BadRow, Message, Unused, texts_in
 from plmtune.tokenizers.rendering import Renderer
 from plmtune.tokenizers.template_sandbox import MAX_TEMPLATE
-from plmtune.tokenizers.tokenizer import CHATML_TEMPLATE, Tokenizer
+from plmtune.tokenizers.tokenizer import Tokenizer
 
 TrainOn = Literal["all", "last"]
 Ids = NDArray[np.int32]
 Encoded = tuple[Ids, NDArray[np.bool_]]
 
-NAMED = {
-    "chatml": CHATML_TEMPLATE,
-    "llama3": (
-        "{% for message in messages %}"
-        "{% if loop.first %}{{ bos_token }}{% endif %}"
-        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
-        "{{ message['content'] | trim + '<|eot_id|>' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-    ),
-    # For tokenizers whose only special token ends a document.
-    "plain": (
-        "{% for message in messages %}"
-        "{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}"
-        "{{ (eos_token if message['role'] == 'assistant' else '') + '\\n' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
-    ),
-}
 # For tokenizers whose files name no such token.
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<｜begin▁of▁sentence｜>")
 _MAX_TURNS = 1000

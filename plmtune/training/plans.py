@@ -26,7 +26,7 @@ from plmtune.optim.optimizers import COMPILED
 from plmtune.preference.refinement import Refinement, find_refinement
 from plmtune.registry import Component, describe, load
 from plmtune.tokenizers.chat_template import ChatTemplate, find_template, template_source
-from plmtune.tokenizers.tokenizer import QWEN2_ROWS
+from plmtune.tokenizers.tokenizer_files import QWEN2_ROWS
 from plmtune.training.compilers import check_compiler
 from plmtune.training.estimate import Estimate, estimate
 from plmtune.training.finetune_model import check_finetuning

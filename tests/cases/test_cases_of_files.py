@@ -9,7 +9,7 @@ import pytest
 
 from plmtune.config import compose
 from plmtune.models.hf import save_model
-from plmtune.tokenizers.tokenizer import bundled
+from plmtune.tokenizers.tokenizer_files import bundled
 
 FILES = Path(__file__).parents[3] / "shared" / "cases" / "files"
 pytestmark = pytest.mark.skipif(not FILES.is_dir(), reason="no ../shared/cases/files")

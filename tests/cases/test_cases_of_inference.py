@@ -12,7 +12,7 @@ from plmtune.cli import main
 from plmtune.errors import UserError
 from plmtune.models.adapters import load_model
 from plmtune.models.gguf import convert
-from plmtune.tokenizers.tokenizer import load_tokenizer
+from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
 CASES = Path(__file__).parents[3] / "shared" / "cases" / "inference"
 pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason="no ../shared/cases")

@@ -14,7 +14,7 @@ from plmtune.io.run_directory import RunDirectory
 from plmtune.models.hf import save_model
 from plmtune.models.plm import plm
 from plmtune.registry import component
-from plmtune.tokenizers.tokenizer import byte
+from plmtune.tokenizers.tokenizer_files import byte
 
 
 class Terminal(io.TextIOWrapper):

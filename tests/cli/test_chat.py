@@ -16,7 +16,7 @@ import torch
 from in_process import run, save_small
 
 from plmtune.data.conversations import conversations
-from plmtune.tokenizers.tokenizer import byte
+from plmtune.tokenizers.tokenizer_files import byte
 
 OPTIONS = ("--device", "cpu", "--chat-template", "plain", "--temperature", "1", "--max-new-tokens", "6")
 

@@ -16,7 +16,7 @@ from plmtune.models.hf import load_model, save_model
 from plmtune.models.llama import llama
 from plmtune.modules.peft import adapter_parameters
 from plmtune.registry import component, load
-from plmtune.tokenizers.tokenizer import byte
+from plmtune.tokenizers.tokenizer_files import byte
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -24,7 +24,7 @@ from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.models.reward import load_reward_model
 from plmtune.modules.peft import init_adapters
 from plmtune.registry import load
-from plmtune.tokenizers.tokenizer import byte
+from plmtune.tokenizers.tokenizer_files import byte
 from plmtune.training.init_from import init_checkpoint_directory
 
 WHOLE = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "state.json", "manifest.json")

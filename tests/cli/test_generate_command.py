@@ -9,7 +9,7 @@ import pytest
 import torch
 from in_process import run, save_small
 
-from plmtune.tokenizers.tokenizer import byte
+from plmtune.tokenizers.tokenizer_files import byte
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 
 from plmtune.cli.tokenizer import tokenizer
 from plmtune.errors import UserError
-from plmtune.tokenizers.tokenizer import load_tokenizer
+from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
 
 def call(*args: object) -> Result:

@@ -8,7 +8,7 @@ from in_process import run, save_small
 
 from plmtune.export.gguf_writer import write_gguf
 from plmtune.models.hf import load_model
-from plmtune.tokenizers.tokenizer import byte
+from plmtune.tokenizers.tokenizer_files import byte
 
 
 def test_a_right_export_passes_and_a_broken_one_does_not(

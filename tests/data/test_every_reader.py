@@ -17,7 +17,7 @@ from plmtune.data.row_files import files
 from plmtune.data.sources import is_something
 from plmtune.tokenizers.chat_template import ChatTemplate, find_template
 from plmtune.tokenizers.message import BadRow, Unused
-from plmtune.tokenizers.tokenizer import bundled
+from plmtune.tokenizers.tokenizer_files import bundled
 
 ASK, SAY = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}
 NO = {"role": "assistant", "content": "You."}

@@ -16,7 +16,7 @@ from plmtune.errors import UserError
 from plmtune.preference.refinement import encode_pairs, find_refinement
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.message import Message
-from plmtune.tokenizers.tokenizer import bundled
+from plmtune.tokenizers.tokenizer_files import bundled
 
 TOKENIZER = bundled()
 REFINE = partial(encode_pairs, refinement=find_refinement(None))

@@ -24,7 +24,8 @@ from plmtune.data.sources import Source, shards
 from plmtune.errors import UserError
 from plmtune.io import spool, terminal
 from plmtune.registry import load
-from plmtune.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
 SHAKESPEARE = Path(__file__).parents[2].parent / "shared/data/pretrain/tinyshakespeare.txt"
 

@@ -12,10 +12,11 @@ from pyarrow import parquet
 from plmtune.data.conversations import conversation_of, conversations, detect
 from plmtune.data.messages import messages_of
 from plmtune.data.preferences import pair_of, preferences
-from plmtune.tokenizers.bpe import SINGLE_BYTES
+from plmtune.tokenizers.bpe import BYTE_PATTERN, CHATML_SPECIALS, SINGLE_BYTES, from_ranks
+from plmtune.tokenizers.builtin_templates import CHATML_TEMPLATE
 from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.tokenizers.message import BadRow, Message, Unused
-from plmtune.tokenizers.tokenizer import BYTE_PATTERN, CHATML_SPECIALS, CHATML_TEMPLATE, Tokenizer, from_ranks
+from plmtune.tokenizers.tokenizer import Tokenizer
 
 
 def say(role, content, **more):

@@ -16,8 +16,10 @@ from plmtune.inference.batching import BatchedGenerator, Request
 from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
+from plmtune.tokenizers.builtin_templates import CHATML_TEMPLATE
 from plmtune.tokenizers.chat_template import ChatTemplate, find_template
-from plmtune.tokenizers.tokenizer import CHATML_TEMPLATE, Tokenizer, bundled, load_tokenizer
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import bundled, load_tokenizer
 
 EXAMPLES = "Question: what is 2 and 2?\nAnswer: 4\n\nQuestion: who?\nAnswer: me\n\n"
 PAIRS = [

@@ -27,7 +27,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import lora
 from plmtune.preference.reference import model_digest
 from plmtune.registry import component
-from plmtune.tokenizers.tokenizer import byte
+from plmtune.tokenizers.tokenizer_files import byte
 
 CONFIG: dict[str, Any] = {
     "recipe": "pretrain",

@@ -17,7 +17,7 @@ from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.local_data import LocalData
 from plmtune.evaluation.tasks import Tasks
 from plmtune.inference.batching import Answer, Request
-from plmtune.tokenizers.tokenizer import bundled
+from plmtune.tokenizers.tokenizer_files import bundled
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "eval"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not there")

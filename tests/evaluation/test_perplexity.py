@@ -18,7 +18,8 @@ from plmtune.models.gguf import convert
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
-from plmtune.tokenizers.tokenizer import Tokenizer, byte
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import byte
 
 TEXTS = ["héllo wörld, 你好", "a", "The quick brown fox jumps over the lazy dog"]
 

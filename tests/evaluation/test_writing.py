@@ -16,7 +16,8 @@ from plmtune.inference.sampling import generate
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
-from plmtune.tokenizers.tokenizer import Tokenizer, bundled
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import bundled
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized, QuantizedLinear
 from plmtune.quantization.quantize import quantize
 from plmtune.registry import component, load
-from plmtune.tokenizers.tokenizer import byte, load_tokenizer
+from plmtune.tokenizers.tokenizer_files import byte, load_tokenizer
 
 CONTEXT = 32
 DYNAMIC = "int8_dynamic_int8"

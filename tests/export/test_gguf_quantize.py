@@ -16,7 +16,7 @@ from plmtune.models.gguf_file import opened_gguf
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
-from plmtune.tokenizers.tokenizer import byte
+from plmtune.tokenizers.tokenizer_files import byte
 
 
 def wide() -> Decoder:

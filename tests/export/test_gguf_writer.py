@@ -37,7 +37,8 @@ from plmtune.tokenizers.bpe import (
     Vocabulary,
     from_ranks,
 )
-from plmtune.tokenizers.tokenizer import Tokenizer, bundled, byte, file
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import bundled, byte, file
 
 ROWS = 288  # the 257 tokens of `byte`, and padding
 IDS = [5, 77, 3, 250, 9, 100, 32, 256, 1, 44]

@@ -15,7 +15,9 @@ from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, install
 from plmtune.registry import component, load
-from plmtune.tokenizers.tokenizer import CHATML_TEMPLATE, Tokenizer, bundled, load_tokenizer
+from plmtune.tokenizers.builtin_templates import CHATML_TEMPLATE
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import bundled, load_tokenizer
 
 ROWS = 4096
 

@@ -19,7 +19,7 @@ from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
 from plmtune.tokenizers.message import Message
-from plmtune.tokenizers.tokenizer import bundled, byte
+from plmtune.tokenizers.tokenizer_files import bundled, byte
 
 IDS = [84, 104, 101, 32, 115, 101, 97, 32, 97, 116, 32, 110, 105, 103, 104, 116, 46]
 PROMPT = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi\n there<|im_end|>\n<|im_start|>assistant\n"

@@ -44,12 +44,12 @@ from plmtune.modules.norm import RMSNorm
 from plmtune.modules.quantized import Format
 from plmtune.quantization.quantize import quantize, quantize_module
 from plmtune.registry import component, load
-from plmtune.tokenizers import tokenizer as tokenizers
+from plmtune.tokenizers import tokenizer_files
 from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.tokenizers.message import Message
 from plmtune.tokenizers.tokenizer import Tokenizer
 
-bundled = cache(tokenizers.bundled)
+bundled = cache(tokenizer_files.bundled)
 IDS = bundled().encode("def read(path):\n    with open(path) as file:\n        return file.read()\n")
 
 

@@ -15,7 +15,8 @@ from plmtune.modules.decoder import Decoder
 from plmtune.registry import component
 from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.tokenizers.message import BadRow, Message
-from plmtune.tokenizers.tokenizer import Tokenizer, byte
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import byte
 
 SHAPE = {"embed_dim": 32, "num_layers": 2, "num_heads": 2, "init_std": 0.2}
 TEMPLATE = (

@@ -67,7 +67,7 @@ def _readers(place: Path) -> dict[str, tuple[str, Callable[[], object]]]:
     from plmtune.io.run_directory import read_record
     from plmtune.io.run_summary import summarize
     from plmtune.models.checkpoint_files import read_json
-    from plmtune.tokenizers.tokenizer import load_tokenizer
+    from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
     return {
         "metrics": ("metrics.jsonl", lambda: metrics.read(place / "metrics.jsonl")),

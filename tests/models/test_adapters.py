@@ -20,7 +20,7 @@ from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapter_parameters, init_adapters
 from plmtune.registry import component, load
-from plmtune.tokenizers.tokenizer import byte
+from plmtune.tokenizers.tokenizer_files import byte
 from plmtune.training.checkpoint import Checkpoints
 
 TOKENS = torch.randint(0, 257, (2, 9), generator=torch.Generator().manual_seed(1))

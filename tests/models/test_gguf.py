@@ -30,7 +30,8 @@ from plmtune.tokenizers.bpe import (
     SINGLE_BYTES,
     from_ranks,
 )
-from plmtune.tokenizers.tokenizer import Tokenizer, bundled
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import bundled
 from plmtune.tokenizers.tokenizer_json import to_chars
 
 KINDS = gguf.GGMLQuantizationType

@@ -17,7 +17,7 @@ from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized, install
 from plmtune.registry import component
-from plmtune.tokenizers.tokenizer import byte
+from plmtune.tokenizers.tokenizer_files import byte
 
 FORMATS = {
     "tok_embeddings": Format(8),

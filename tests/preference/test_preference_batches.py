@@ -24,7 +24,7 @@ from plmtune.preference.refinement import Refinement, find_refinement
 from plmtune.registry import component
 from plmtune.tokenizers.chat_template import ChatTemplate, find_template
 from plmtune.tokenizers.message import Message
-from plmtune.tokenizers.tokenizer import bundled
+from plmtune.tokenizers.tokenizer_files import bundled
 
 
 @pytest.fixture(scope="module")

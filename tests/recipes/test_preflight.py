@@ -20,7 +20,7 @@ from plmtune.config import compose as config
 from plmtune.config.schema import SCHEMAS
 from plmtune.errors import UserError
 from plmtune.registry import Component, describe, keys_of
-from plmtune.tokenizers import tokenizer
+from plmtune.tokenizers import tokenizer_files
 from plmtune.training.estimate import estimate
 
 CONFIGS = {
@@ -62,7 +62,7 @@ def place(base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(importlib.import_module(f"plmtune.recipes.{recipe}"), name, begin)
     # What takes time, or depends on what else this machine does.
     monkeypatch.setattr("plmtune.training.runtime.seed_everything", lambda seed: None)
-    monkeypatch.setattr("plmtune.tokenizers.tokenizer._read", cache(tokenizer._read))
+    monkeypatch.setattr("plmtune.tokenizers.tokenizer_files._read", cache(tokenizer_files._read))
     estimated = estimate(
         Component("model", "plm", TINY)(vocab_size=8), optimizer="adamw", seq_len=8, micro_batch_size=1
     )

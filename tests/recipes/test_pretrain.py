@@ -85,7 +85,7 @@ class TestLearning:
         start("run_dir=first", "phases=[{name: main, steps: 2}]")
         said = refusal("init_from=first", "model.attention.rope_theta=10")
         assert "attention" in said and "first" in said
-        from plmtune.tokenizers.tokenizer import train_bpe
+        from plmtune.tokenizers.train_bpe import train_bpe
 
         train_bpe(["some text"], 260).save(place / "bpe")
         assert "init_from=first" in refusal("init_from=first", "tokenizer=file", "tokenizer.path=bpe")

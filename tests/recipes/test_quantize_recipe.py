@@ -21,7 +21,7 @@ from plmtune.modules.quantized import Quantized
 from plmtune.quantization import sensitivity
 from plmtune.quantization.schemes import int4
 from plmtune.registry import component
-from plmtune.tokenizers.tokenizer import bundled
+from plmtune.tokenizers.tokenizer_files import bundled
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 80
 

@@ -19,7 +19,7 @@ from plmtune.config import compose as config
 from plmtune.errors import UserError
 from plmtune.models.hf import save_model
 from plmtune.registry import import_module
-from plmtune.tokenizers.tokenizer import bundled
+from plmtune.tokenizers.tokenizer_files import bundled
 
 QUICK = [
     "init_from=base",

@@ -15,7 +15,8 @@ from plmtune.tokenizers.bpe import (
     read_tiktoken,
     recover_merges,
 )
-from plmtune.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
 
 def joined_by_rank(token: bytes, rank_of: dict[bytes, int], limit: int) -> list[bytes]:

@@ -9,9 +9,11 @@ import pytest
 from plmtune.data.conversations import conversations
 from plmtune.errors import UserError
 from plmtune.tokenizers.bpe import BYTE_PATTERN, SINGLE_BYTES, from_ranks
-from plmtune.tokenizers.chat_template import NAMED, ChatTemplate, find_template
+from plmtune.tokenizers.builtin_templates import NAMED
+from plmtune.tokenizers.chat_template import ChatTemplate, find_template
 from plmtune.tokenizers.message import BadRow, Message, Unused
-from plmtune.tokenizers.tokenizer import Tokenizer, bundled, byte
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import bundled, byte
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 

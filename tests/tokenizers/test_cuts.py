@@ -16,7 +16,8 @@ from plmtune.tokenizers.bpe import (
     O200K_PATTERN,
     QWEN2_PATTERN,
 )
-from plmtune.tokenizers.tokenizer import Tokenizer, bundled
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import bundled
 
 # Also patterns that look far ahead, leave text unmatched, or take a match back.
 PATTERNS = {

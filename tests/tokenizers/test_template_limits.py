@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from plmtune.errors import UserError
-from plmtune.tokenizers.chat_template import NAMED, ChatTemplate, find_template
+from plmtune.tokenizers.builtin_templates import NAMED
+from plmtune.tokenizers.chat_template import ChatTemplate, find_template
 from plmtune.tokenizers.message import BadRow, Message
 from plmtune.tokenizers.rendering import Renderer
 from plmtune.tokenizers.template_limits import TemplateLimit
 from plmtune.tokenizers.template_sandbox import MAX_TEMPLATE, Sandbox
-from plmtune.tokenizers.tokenizer import bundled
+from plmtune.tokenizers.tokenizer_files import bundled
 
 FILES = Path(__file__).parents[3] / "shared" / "cases" / "files"
 SAID = [Message("user", "hello"), Message("assistant", "world")]

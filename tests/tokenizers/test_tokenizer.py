@@ -25,7 +25,9 @@ from plmtune.tokenizers.bpe import (
     QWEN2_PATTERN,
     Vocabulary,
 )
-from plmtune.tokenizers.tokenizer import Tokenizer, bundled, byte, file, load_tokenizer, qwen2, train_bpe
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.tokenizers.tokenizer_files import bundled, byte, file, load_tokenizer, qwen2
+from plmtune.tokenizers.train_bpe import train_bpe
 
 QWEN = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "qwen.tiktoken"
 needs_qwen = pytest.mark.skipif(not QWEN.is_file(), reason="needs ../shared/data/tokenizers/qwen.tiktoken")

@@ -11,7 +11,7 @@ from plmtune.config import compose
 from plmtune.errors import UserError
 from plmtune.io import manifest
 from plmtune.models.hf import save_model
-from plmtune.tokenizers.tokenizer import bundled
+from plmtune.tokenizers.tokenizer_files import bundled
 from plmtune.training.init_from import choose_init_checkpoint
 
 

@@ -14,7 +14,7 @@ from plmtune.errors import UserError
 from plmtune.export.runtimes.base import InferenceRuntime
 from plmtune.io.progress import ticking
 from plmtune.models.checkpoint_files import read_json
-from plmtune.tokenizers.tokenizer import load_tokenizer
+from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from plmtune.registry import register
 from plmtune.sandbox import run_all, with_calls
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.message import BadRow
-from plmtune.tokenizers.tokenizer import load_tokenizer
+from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
 Item = tuple[Chain, str]  # a prompt, and an answer to it
 

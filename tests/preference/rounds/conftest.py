@@ -3,7 +3,7 @@ import pytest
 from plmtune.evaluation.code_eval import missing
 from plmtune.preference.refinement import Refinement
 from plmtune.tokenizers.chat_template import ChatTemplate, find_template
-from plmtune.tokenizers.tokenizer import bundled
+from plmtune.tokenizers.tokenizer_files import bundled
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from plmtune.preference.rounds.chains import Chain
 from plmtune.preference.rounds.rewards import overlap
 from plmtune.registry import component, load
 from plmtune.tokenizers.message import Message
-from plmtune.tokenizers.tokenizer import bundled
+from plmtune.tokenizers.tokenizer_files import bundled
 
 
 def chain(gold: str | None = None, **extra: object) -> Chain:

@@ -1,0 +1,209 @@
+"""Tokenizers by name and from files: tokenizer.json, .tiktoken, model directories, the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from plmtune.errors import UserError, did_you_mean
+from plmtune.io import hub, manifest
+from plmtune.registry import register
+from plmtune.tokenizers import tokenizer_json
+from plmtune.tokenizers.bpe import (
+    BYTE_PATTERN,
+    CHATML_SPECIALS,
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    MAX_ID,
+    QWEN2_PATTERN,
+    SINGLE_BYTES,
+    Normalization,
+    Vocabulary,
+    from_ranks,
+    read_file,
+    read_tiktoken,
+)
+from plmtune.tokenizers.builtin_templates import CHATML_TEMPLATE
+from plmtune.tokenizers.tokenizer import Tokenizer
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+_EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
+
+# PLM's embedding has more rows than Qwen2 has tokens; known without the file, for a dry run.
+QWEN2_ROWS = 151936
+
+
+def _text_of(token: Any) -> str | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = tokenizer_json.load_json(read_file(path), str(path)) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold one JSON object.")
+    return config
+
+
+def _read_json(path: Path) -> Tokenizer:
+    """Read a tokenizer.json, with what the files beside it say of its end token, template and rows."""
+    config = _read_config(path.with_name("tokenizer_config.json"))
+    data = tokenizer_json.load_json(read_file(path), str(path))
+    data = tokenizer_json.with_added_of_config(data, config, str(path.with_name("tokenizer_config.json")))
+    vocabulary = tokenizer_json.parse(data, str(path))
+    eos = _eos(vocabulary, _text_of(config.get("eos_token")), path)
+    # As transformers 5: the post-processor alone decides, whatever the configuration says of add_bos_token.
+    first = tokenizer_json.first_token(data)
+    bos, adds_bos = first or _text_of(config.get("bos_token")), first is not None
+    if bos not in vocabulary.specials and not adds_bos:
+        bos = None
+    template = _default_template(config.get("chat_template"))
+    jinja = path.with_name("chat_template.jinja")
+    if jinja.is_file():
+        template = read_file(jinja).decode("utf-8", errors="replace")
+    rows, source = config.get("padded_vocab_size"), "tokenizer_config.json"
+    if rows is None:
+        # A model's own config.json, in a checkpoint of another program, counts the padding rows.
+        rows, source = _read_config(path.with_name("config.json")).get("vocab_size"), "config.json"
+    if rows is not None and (type(rows) is not int or not 0 < rows <= MAX_ID):
+        raise UserError(f"{path.with_name(source)}: {rows!r} rows in a vocabulary are impossible.")
+    try:
+        return Tokenizer(
+            vocabulary,
+            eos=eos,
+            vocab_size=rows,
+            chat_template=template,
+            bos=bos,
+            adds_bos=adds_bos,
+            ends=_ends(path.parent),
+        )
+    except ValueError as error:
+        raise UserError(f"{path}: {error}.") from error
+
+
+def _default_template(found: Any) -> str | None:
+    """A template, or of a list of named ones, as transformers takes it, the one named default."""
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    return _text_of(found)
+
+
+def _ends(directory: Path) -> list[int]:
+    """The ids at which a model's answers end, as in transformers: of generation_config.json, else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        found = _read_config(directory / name).get("eos_token_id")
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(identity) is int and 0 <= identity < MAX_ID for identity in ids):
+            raise UserError(f"{directory / name}: eos_token_id {found!r:.80} is no token id, and no list of them.")
+        if ids:
+            return ids
+    return []
+
+
+def _eos(vocabulary: Vocabulary, named: str | None, path: Path) -> str:
+    specials = vocabulary.specials
+    if named is not None and named not in specials:
+        where = path.with_name("tokenizer_config.json")
+        raise UserError(f"{where}: eos_token {named!r} is no special token.{did_you_mean(named, specials)}")
+    found = named or next((name for name in _EOS_NAMES if name in specials), None)
+    if found is None:
+        raise UserError(
+            f"{path} does not say which token ends a document. Name one of its special tokens "
+            f"({', '.join(specials) or 'it has none'}) as eos_token in tokenizer_config.json beside it."
+        )
+    return found
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Read the tokenizer of a directory: one that `Tokenizer.save` wrote, or any checkpoint's.
+
+    Raises:
+        UserError: if it holds none, or one that cannot be represented exactly.
+    """
+    return _read(Path(directory))
+
+
+def _read(path: Path, pattern: str = QWEN2_PATTERN, normalization: Normalization | None = "NFC") -> Tokenizer:
+    path = hub.open_folder(path.expanduser())
+    if named := hub.parse(path):
+        path = hub.fetch(named, weights=False)
+    if path.is_dir():
+        for name in (*_FILES, "config.json"):
+            if hub.leads_out(path / name):
+                raise UserError(f"{path / name} is a link to a place outside of {path}. Copy the file into it.")
+        whole = path / "tokenizer.json"
+        held = [whole] if whole.is_file() else sorted(path.glob("*.tiktoken"))
+        if len(held) != 1:
+            raise UserError(f"{path} holds {len(held)} tokenizers: one tokenizer.json or .tiktoken file is needed.")
+        manifest.verify_once(path, only=_FILES)
+        path = held[0]
+    if hub.is_gguf(path):
+        raise UserError(f"{path} is a GGUF file. Make a model directory of it, which has a tokenizer: plmtune convert")
+    if path.suffix == ".tiktoken":
+        return Tokenizer(read_tiktoken(path, pattern, normalization), chat_template=CHATML_TEMPLATE)
+    return _read_json(path)
+
+
+@register("tokenizer", "bundled")
+def bundled() -> Tokenizer:
+    """The BPE that comes with plmtune: 4,096 tokens, trained on the Python standard library."""
+    return load_tokenizer(Path(__file__).parent / "assets")
+
+
+@register("tokenizer", "qwen2")
+def qwen2(path: str | None = None) -> Tokenizer:
+    """Qwen2's tokenizer, which PLM uses: 151,646 tokens in 151,936 rows, ChatML.
+
+    Args:
+        path: its ranks (qwen.tiktoken), its tokenizer.json or a directory with one; none: Hugging Face's hub.
+
+    Raises:
+        UserError: if there is no such file, or no hub.
+    """
+    found = _read(Path(path) if path is not None else _qwen2_of_hub())
+    vocabulary = found.vocabulary
+    if [vocabulary.specials.get(name) for name in CHATML_SPECIALS] != [151643, 151644, 151645]:
+        raise UserError(
+            f"{path or 'Qwen/Qwen2-1.5B'} is not Qwen2's tokenizer: its special tokens are "
+            f"{vocabulary.specials}, not <|endoftext|> at 151643 and the two after it. Use tokenizer=file."
+        )
+    rows = max(QWEN2_ROWS, found.num_tokens)
+    return Tokenizer(vocabulary, eos=found.eos, vocab_size=rows, chat_template=CHATML_TEMPLATE)
+
+
+def _qwen2_of_hub() -> Path:
+    try:
+        return hub.fetch(hub.HubModel("Qwen/Qwen2-1.5B"), weights=False)
+    except UserError as error:
+        raise UserError(
+            f"{error} Or pass a local file: tokenizer.path=FILE (its qwen.tiktoken or tokenizer.json)."
+        ) from error
+
+
+@register("tokenizer", "file")
+def file(path: str = "", *, pattern: Literal["qwen2", "llama3", "gpt2"] = "qwen2") -> Tokenizer:
+    """A byte-level BPE from a tokenizer.json, a .tiktoken file, or a directory with one (any checkpoint).
+
+    Args:
+        path: the file or directory, or a model of the Hugging Face hub (OWNER/NAME).
+        pattern: how a .tiktoken file's text is cut, which the file does not say; a tokenizer.json does.
+        With qwen2
+            text is brought to NFC first; the three ChatML tokens follow the last rank.
+
+    Raises:
+        UserError: if it cannot be read, or would not give the same ids.
+    """
+    if not path:
+        raise UserError("tokenizer=file needs a path: tokenizer.path=FILE_OR_DIRECTORY.")
+    if not Path(path).expanduser().exists() and not hub.parse(path):
+        raise UserError(f"key tokenizer.path: there is no file or directory {path} (seen from {Path.cwd()}).")
+    patterns = {"qwen2": QWEN2_PATTERN, "llama3": LLAMA3_PATTERN, "gpt2": GPT2_PATTERN}
+    return _read(Path(path), patterns[pattern], "NFC" if pattern == "qwen2" else None)
+
+
+@register("tokenizer", "byte")
+def byte() -> Tokenizer:
+    """One token a byte, and <|endoftext|>: 257 tokens."""
+    ranks = {token: rank for rank, token in enumerate(SINGLE_BYTES)}
+    return Tokenizer(from_ranks(ranks, BYTE_PATTERN, None, ["<|endoftext|>"], "byte"))
