@@ -41,7 +41,7 @@ from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.local_data import LocalData
 from plmtune.evaluation.result_cache import ResultCache
 from plmtune.evaluation.tasks import Tasks, quiet
-from plmtune.io.atomic import replacing
+from plmtune.io.atomic import atomic_write
 from plmtune.models.gguf import convert
 
 TASKS = "arc_easy,lambada_openai,gsm8k"
@@ -66,7 +66,7 @@ class Kept(LM):
             chunk = waiting[start : start + self.at_once]
             found = getattr(self.inner, kind)([firsts[name] for name in chunk], disable_tqdm=True)
             self.answers |= zip(chunk, found, strict=True)
-            with replacing(self.path) as temporary:
+            with atomic_write(self.path) as temporary:
                 temporary.write_text(json.dumps(self.answers))
             print(f"  {kind}: {start + len(chunk)} of {len(waiting)}", flush=True)
         return [self.answers[name] for name in names]
@@ -275,7 +275,7 @@ def main() -> None:
             Measured(make(), tasks, arguments.tasks.split(",")[0], 1)  # imports, and memory that is touched first
     for name in arguments.tasks.split(","):
         rows |= measure(lms, hf, tasks, name, limit, rounds, not arguments.accuracy)
-        with replacing(arguments.out) as temporary_file:
+        with atomic_write(arguments.out) as temporary_file:
             temporary_file.write_text(json.dumps({"machine": about, "tasks": rows}, indent=1))
     print(f"\n{table(rows)}")
     for name, row in rows.items():

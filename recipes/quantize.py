@@ -19,7 +19,7 @@ from plmtune.data.examples import refuse_other_kinds
 from plmtune.data.sources import Prepared, Source, named_sources
 from plmtune.errors import UserError
 from plmtune.io import hub, manifest
-from plmtune.io.atomic import replacing
+from plmtune.io.atomic import atomic_write
 from plmtune.io.progress import ticking
 from plmtune.io.run_directory import read_record, refuse_unusable
 from plmtune.io.run_summary import already_finished, finished_runs
@@ -181,9 +181,9 @@ class Quantize:
             "loss": after,
             "formats": {name: format.name for name, format in self.plan.items()},
         }
-        with replacing(self.run.path / REPORT) as temporary:
+        with atomic_write(self.run.path / REPORT) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        manifest.seal(self.run.path, 0, {}, only=MODEL_FILES)
+        manifest.write(self.run.path, 0, {}, only=MODEL_FILES)
         self.run.update(parameters=sum(p.numel() for p in on_meta(self.source).parameters()))
         drawn = []
         if found is not None and before is not None and after is not None:

@@ -14,7 +14,7 @@ import torch
 from plmtune.data.prepare import prepare
 from plmtune.data.row_files import files
 from plmtune.io import checksummed_json, manifest, safetensors_writer
-from plmtune.io.atomic import replacing, writing
+from plmtune.io.atomic import atomic_write
 from plmtune.io.metrics import MetricsFile
 from plmtune.io.run_directory import RunDirectory
 from plmtune.models.adapters import load_model, save_adapter
@@ -68,7 +68,7 @@ def checkpoint(place: Path) -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     with contextlib.closing(Checkpoints(place / "checkpoints")) as checkpoints:
         checkpoints.save(1, model=held, optimizer=optimizer, scheduler=scheduler, wait=True)
-    manifest.verify_once(place / "checkpoints/step-00000001")
+    manifest.check_files_once(place / "checkpoints/step-00000001")
 
 
 def run(place: Path) -> None:
@@ -84,12 +84,10 @@ def shards(place: Path) -> None:
 
 
 def small_files(place: Path) -> None:
-    for how, name in ((replacing, "a"), (writing, "b")):
-        with how(place / name) as temporary:
-            temporary.write_text("x")
+    with atomic_write(place / "a") as temporary:
+        temporary.write_text("x")
     manifest.write_text(place / "c", "x")
-    with replacing(place / "d") as temporary:
-        temporary.write_bytes(checksummed_json.seal({}))
+    checksummed_json.save(place / "d", {})
     safetensors_writer.write(place / "e", {"x": torch.ones(2)})
 
 

@@ -130,7 +130,7 @@ def _checks(run: Path, data: Path) -> Iterator[tuple[Path, Check]]:
         return complaints if any(name in text for text in said) else [*complaints, f"it is not named: {said}"]
 
     def is_a_hint() -> list[str]:
-        manifest.verify(checkpoint_directory(run))  # what is generated with is whole
+        manifest.check_files(checkpoint_directory(run))  # what is generated with is whole
         return [] if latest_valid(newest.parent) == newest else ["the newest was not taken"]
 
     def refused(name: str, start: Callable[[], Any]) -> list[str]:

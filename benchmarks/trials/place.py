@@ -229,7 +229,7 @@ def torn(checkpoints: Path) -> list[str]:
     complaints = []
     for step in steps(checkpoints):
         try:
-            manifest.verify(step_path(checkpoints, step))
+            manifest.check_files(step_path(checkpoints, step))
         except UserError as error:
             complaints.append(f"torn under its own name: {error}")
     return complaints

@@ -33,7 +33,7 @@ COMMANDS = {
     "runs": ("plmtune.cli.runs", "runs", "List runs: status, step, loss and time of each"),
     "checkpoints": ("plmtune.cli.checkpoints", "checkpoints", "List a run's checkpoints, and see that they are whole"),
     "ls": ("plmtune.cli.ls", "ls", "List recipes, configs and groups, or the components of a group"),
-    "cp": ("plmtune.cli.cp", "cp", "Copy a shipped config or recipe, to change it"),
+    "cp": ("plmtune.cli.cp", "cp", "Copy a built-in config or recipe, to change it"),
     "validate": ("plmtune.cli.validate", "validate", "Check a config and build its model without memory"),
     "data": ("plmtune.cli.data", "data", "Prepare and inspect token shards"),
     "tokenizer": ("plmtune.cli.tokenizer", "tokenizer", "Train and inspect tokenizers"),

@@ -97,7 +97,7 @@ def bench(
     import torch
 
     from plmtune.devices.measure import measure, read_bandwidth
-    from plmtune.io.atomic import writing
+    from plmtune.io.atomic import atomic_write
 
     where = find_device(device)
     if threads is not None:
@@ -136,7 +136,7 @@ def bench(
         _print(found, machine)
         if json_path is not None:
             entries = {**machine, "new_tokens": new_tokens, "measurements": [asdict(entry) for entry in found]}
-            with writing(json_path) as temporary:
+            with atomic_write(json_path, user_error=True) as temporary:
                 temporary.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
         if plot is not None:
             from plmtune.devices.measure_plot import draw

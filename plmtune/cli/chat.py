@@ -17,7 +17,7 @@ from plmtune.cli.generate import stream, warn_of_pretrained
 from plmtune.cli.options import device_option, find_device, find_model, sampling_options
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io import terminal
-from plmtune.io.atomic import writing
+from plmtune.io.atomic import atomic_write
 from plmtune.io.tables import Column, Table
 from plmtune.io.terminal import visible
 
@@ -249,7 +249,7 @@ class _Talk:
         if path != self.saved and (path.exists() or path.is_symlink()):
             raise UserError(f"{path} exists already. Name another file.")
         row = {"messages": [message.to_row() for message in self.conversation.transcript]}
-        with writing(path) as temporary:
+        with atomic_write(path, user_error=True) as temporary:
             temporary.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
         self.saved = path
         _tell(f"{path}: {len(row['messages'])} messages, as data=conversations reads them", dim=True)

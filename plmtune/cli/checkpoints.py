@@ -52,7 +52,7 @@ def checkpoints(run: Path | None, quick: bool) -> None:
         for entry in entries:
             if not entry.damage:
                 try:
-                    manifest.verify(entry.path, hashes=not quick, seen=advance)
+                    manifest.check_files(entry.path, hashes=not quick, seen=advance)
                 except UserError as error:
                     entry.damage = str(error)
     damaged = [entry for entry in entries if entry.damage]
@@ -64,7 +64,7 @@ def checkpoints(run: Path | None, quick: bool) -> None:
 
 
 def _find(run: Path) -> list[Path]:
-    run = manifest.marked(run)
+    run = manifest.resolve_pointer(run)
     if (run / manifest.NAME).is_file():
         return [run]
     directory = run / "checkpoints" if (run / "checkpoints").is_dir() else run

@@ -1,4 +1,4 @@
-"""``plmtune cp``: a shipped config or recipe as the start of your own."""
+"""``plmtune cp``: a built-in config or recipe as the start of your own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from plmtune.config.builtin import folder
+from plmtune.config.builtin import builtin_folder
 from plmtune.config.names import use_of, where_it_belongs
 from plmtune.errors import UserError, either, near_names
 from plmtune.io import terminal
@@ -25,9 +25,9 @@ def cp(name: str, target: Path, overwrite: bool) -> None:
     plmtune cp plm_20m mine.yaml         then: plmtune run pretrain model=mine.yaml
     plmtune cp recipes/pretrain mine.py  then: plmtune run mine.py
     """
-    conf = folder("conf")
+    conf = builtin_folder("conf")
     known = {str(path.relative_to(conf).with_suffix("")): path for path in conf.rglob("*.yaml")}
-    known |= {f"recipes/{path.stem}": path for path in folder("recipes").glob("[a-z]*.py")}
+    known |= {f"recipes/{path.stem}": path for path in builtin_folder("recipes").glob("[a-z]*.py")}
     asked = name.removeprefix("conf/").removesuffix(".yaml")
     of_that_name = [full for full in known if full.rpartition("/")[2] == asked and not full.startswith("recipes/")]
     source = known.get(asked) or (known[of_that_name[0]] if len(of_that_name) == 1 else None)
@@ -49,7 +49,7 @@ def cp(name: str, target: Path, overwrite: bool) -> None:
 
 def _use(source: Path, target: Path) -> str:
     """How the copy is used."""
-    place = source.relative_to(folder("conf")).parent if source.suffix == ".yaml" else Path()
+    place = source.relative_to(builtin_folder("conf")).parent if source.suffix == ".yaml" else Path()
     if place == Path():
         return f"Use it with: plmtune run {target}"
     return f"Use it with: plmtune run {use_of(place.as_posix(), str(target))}"

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from plmtune.cli import COMMANDS, import_option
-from plmtune.config.builtin import folder
+from plmtune.config.builtin import builtin_folder
 from plmtune.config.names import DEVICES
 from plmtune.io.tables import Column, Table, show
 
@@ -41,9 +41,9 @@ def _first_comment(path: Path) -> str:
 
 
 def _overview(table: Any) -> None:
-    conf = folder("conf")
+    conf = builtin_folder("conf")
     show("recipes (single files; plmtune cp recipes/NAME my.py)")
-    _list((path.stem, "") for path in sorted(folder("recipes").glob("[a-z]*.py")))
+    _list((path.stem, "") for path in sorted(builtin_folder("recipes").glob("[a-z]*.py")))
     show("configs (plmtune run NAME)")
     _list((path.stem, _first_comment(path)) for path in sorted(conf.glob("*.yaml")))
     show("groups (plmtune ls GROUP; choose with GROUP=NAME)")
@@ -100,7 +100,7 @@ def _group(group: str, table: Any) -> None:
                     kind = kind.removeprefix("Annotated[").rpartition(",")[0]
                 settings.append((f"  {parameter.name}", f"{kind} = {_nested_default(parameter.default)}"))
         _list(settings)
-    conf = folder("conf")
+    conf = builtin_folder("conf")
     places = sorted({*conf.glob(f"{leaf}/*.yaml"), *conf.glob(f"*/{leaf}/*.yaml")})
     if places:
         show("presets")

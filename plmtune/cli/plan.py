@@ -13,7 +13,7 @@ import click
 
 from plmtune.cli import import_option
 from plmtune.cli.options import divide
-from plmtune.config.builtin import folder
+from plmtune.config.builtin import builtin_folder
 from plmtune.errors import UserError
 from plmtune.io import hub
 from plmtune.io.tables import Column, Table, numbers, show
@@ -119,7 +119,7 @@ def with_preset(name: str, overlays: Sequence[str], overrides: Sequence[str]) ->
     from plmtune.registry import describe
 
     is_model = name in describe()["model"] or name in presets("model")
-    if is_model and not (folder("conf") / f"{name}.yaml").is_file():
+    if is_model and not (builtin_folder("conf") / f"{name}.yaml").is_file():
         return "pretrain", [*overlays], [f"model={name}", *overrides]
     return name, [*overlays], [*overrides]
 
@@ -398,8 +398,8 @@ def as_plain(prediction: Prediction) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    from plmtune.io.atomic import writing
+    from plmtune.io.atomic import atomic_write
 
-    with writing(path) as temporary:
+    with atomic_write(path, user_error=True) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     show(f"{path} written")

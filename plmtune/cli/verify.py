@@ -25,7 +25,7 @@ _RUNTIMES = ("llama_cpp", "xllamacpp", "transformers", "executorch", "plmtune")
     metavar="CHECKPOINT",
     help="A checkpoint, a model directory, a run or a model of the hub.",
 )
-@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="To predict; default: a shipped page.")
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="To predict; default: a built-in page.")
 @click.option(
     "--positions",
     type=click.IntRange(1),
@@ -62,12 +62,12 @@ def verify(
     page = _read(text) if text is not None else None
 
     from plmtune.export.verify import verify as verify_export
-    from plmtune.io.atomic import writing
+    from plmtune.io.atomic import atomic_write
 
     report = verify_export(export, against, text=page, positions=positions, threads=threads, prefer=runtime)
     show(report.table(), *(f"warning: {warning}" for warning in report.warnings))
     if json_file is not None:
-        with writing(json_file) as temporary:
+        with atomic_write(json_file, user_error=True) as temporary:
             temporary.write_text(report.as_json(), encoding="utf-8")
     if not report.passed:
         terminal.echo(f"plmtune: {export} is not the model of {against}: {report.verdict}", err=True)

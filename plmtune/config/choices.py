@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plmtune.config.builtin import folder
+from plmtune.config.builtin import builtin_folder
 from plmtune.config.overrides import as_typed
 from plmtune.config.rules import check_file, is_option, read_yaml
 from plmtune.errors import UserError, either
@@ -110,7 +110,7 @@ def normalize_file(
     an override chooses another one.
 
     Args:
-        base: the file is a copy of a shipped config that others build on; else it overrides what it builds on.
+        base: the file is a copy of a built-in config that others build on; else it overrides what it builds on.
         later: what is chosen after this file, by place.
 
     Raises:
@@ -127,7 +127,7 @@ def normalize_file(
             kept = _without_replaced(kept, key, choices, later)
         if kept != {} or value == {}:
             values[key] = kept
-    if "defaults" in values and not base:  # a copy of a shipped config is an overlay too
+    if "defaults" in values and not base:  # a copy of a built-in config is an overlay too
         entries = [entry for entry in values["defaults"] if not str(entry).endswith("_schema")]
         values["defaults"] = [
             {f"override /{key.lstrip('/')}": entry[key] for key in entry}
@@ -185,7 +185,7 @@ def _with_choices(values: dict[str, Any], choices: Mapping[str, str | None], pat
 
 def presets(group: str) -> list[str]:
     """Names of the presets of a group, also where it is nested in others."""
-    conf = folder("conf")
+    conf = builtin_folder("conf")
     return sorted({path.stem for path in [*conf.glob(f"{group}/*.yaml"), *conf.glob(f"*/{group}/*.yaml")]})
 
 
@@ -197,7 +197,7 @@ def preset_groups(content: Mapping[str, Any]) -> list[str]:
     defaults = content.get("defaults")
     names = [entry for entry in defaults if isinstance(entry, str)] if isinstance(defaults, list) else []
     names = [content["component"]] if "component" in content else names
-    if "recipe" in content or any((folder("conf") / f"{name}.yaml").is_file() for name in names):
+    if "recipe" in content or any((builtin_folder("conf") / f"{name}.yaml").is_file() for name in names):
         return []
     return [group for group, table in describe().items() if any(n in table or n in presets(group) for n in names)]
 

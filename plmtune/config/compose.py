@@ -36,7 +36,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from plmtune.config.builtin import folder
+from plmtune.config.builtin import builtin_folder
 from plmtune.config.choices import FILE_PRESET, SEVERAL, choices_of, group_at, normalize_file, read_preset, take_choices
 from plmtune.config.messages import Given, explain, in_words, unknown_key
 from plmtune.config.names import refuse_preset, where_it_belongs
@@ -45,7 +45,7 @@ from plmtune.config.renamed import with_new_keys
 from plmtune.config.rules import check_file, check_override, check_scalar, check_value, is_option, read_yaml, resolve
 from plmtune.config.schema import SCHEMAS, component_keys
 from plmtune.errors import UserError, did_you_mean, either, near_names, refuse_pipe
-from plmtune.io.atomic import making
+from plmtune.io.atomic import remove_empty_folders
 from plmtune.ranges import Rule
 from plmtune.registry import Component, Key, describe, find, keys_of
 
@@ -246,35 +246,35 @@ def use_schema(name: str, schema: Any, where: str) -> None:
 
 
 def find_config(name: str) -> Path:
-    """Path of a shipped config by name (``pretrain``) or of a file (``mine.yaml``, ``conf/plm_1.8b.yaml``).
+    """Path of a built-in config by name (``pretrain``) or of a file (``mine.yaml``, ``conf/plm_1.8b.yaml``).
 
     Raises:
         UserError: if there is none, with the nearest name.
     """
-    shipped = folder("conf")
+    builtin = builtin_folder("conf")
     if name.endswith((".yaml", ".yml")):
-        # conf/NAME.yaml names the shipped file from any directory, as the documentation writes it.
+        # conf/NAME.yaml names the built-in file from any directory, as the documentation writes it.
         for path in (
             Path(name),
-            shipped / Path(name).relative_to("conf") if name.startswith("conf/") else None,
+            builtin / Path(name).relative_to("conf") if name.startswith("conf/") else None,
         ):
             if path is not None and path.is_file():
                 return path
         beside = {path.stem: str(path) for path in Path(name).parent.glob("*.y*ml")}
         near = [beside[stem] for stem in near_names(Path(name).stem, beside)]
-        configs = [path.stem for path in shipped.glob("*.yaml")]
+        configs = [path.stem for path in builtin.glob("*.yaml")]
         hint = f" Did you mean {either(near)}?" if near else did_you_mean(Path(name).stem, configs)
         refuse_pipe(Path(name))
         raise UserError(f"{name}: no such file.{hint}")
-    path = shipped / f"{name}.yaml"
+    path = builtin / f"{name}.yaml"
     if not path.is_file():
-        hint = where_it_belongs(name) or did_you_mean(name, (p.stem for p in shipped.glob("*.yaml")))
+        hint = where_it_belongs(name) or did_you_mean(name, (p.stem for p in builtin.glob("*.yaml")))
         raise UserError(f"There is no config {name}.{hint}")
     return path
 
 
 def _is_base(content: dict[str, Any]) -> bool:
-    """Whether a config names its schema, as the shipped ones and their copies do; any other builds on one of them."""
+    """Whether a config names its schema, as the built-in ones and their copies do; any other builds on one of them."""
     defaults = content.get("defaults")
     return isinstance(defaults, list) and any(isinstance(e, str) and e.endswith("_schema") for e in defaults)
 
@@ -303,9 +303,9 @@ def _store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str],
                 f"Use it as in plmtune run {_BASES.get(theirs, theirs)} {path}, or remove the key."
             )
     base, whole = str(_BASES.get(recipe, recipe)), _is_base(contents[0])
-    shipped = files[0].resolve().parent == folder("conf").resolve()
-    named = files[0].stem if shipped else base
-    if whole and shipped:
+    is_builtin = files[0].resolve().parent == builtin_folder("conf").resolve()
+    named = files[0].stem if is_builtin else base
+    if whole and is_builtin:
         base, files, contents, whole = files[0].stem, files[1:], contents[1:], False
     store = ConfigStore.instance()
     keys = [f"plmtune_overlay_{index}" for index in range(len(files))]
@@ -569,7 +569,7 @@ def compose(name: str, overlays: Sequence[str] = (), overrides: Sequence[str] = 
     """Compose one run's config.
 
     Args:
-        name: a shipped config (``pretrain``) or a YAML file; one without a base of its own builds on its `recipe`.
+        name: a built-in config (``pretrain``) or a YAML file; one without a base of its own builds on its `recipe`.
         overlays: YAML files, later ones win.
         overrides: Hydra overrides, values (``optimizer.lr=1e-4``) and groups (``model/ffn=swiglu``).
 
@@ -584,7 +584,7 @@ def compose(name: str, overlays: Sequence[str] = (), overrides: Sequence[str] = 
     given = _store_primary(name, overlays, overrides, checked)
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(folder("conf")), version_base="1.3"):
+        with initialize_config_dir(str(builtin_folder("conf")), version_base="1.3"):
             composed = hydra_compose(PRIMARY, overrides=checked)
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error, given, all_keys, _fields) from None
@@ -595,8 +595,8 @@ def compose(name: str, overlays: Sequence[str] = (), overrides: Sequence[str] = 
 
 
 def all_keys(base: str) -> list[str]:
-    """Every full key of a shipped config, for "did you mean"."""
-    with initialize_config_dir(str(folder("conf")), version_base="1.3"):
+    """Every full key of a built-in config, for "did you mean"."""
+    with initialize_config_dir(str(builtin_folder("conf")), version_base="1.3"):
         return list(_flat(OmegaConf.to_container(hydra_compose(base), resolve=False)))
 
 
@@ -658,7 +658,7 @@ def multirun(
     argv = ["plmtune", "--multirun", *settings, *checked]
     GlobalHydra.instance().clear()
     with (
-        making(directory),
+        remove_empty_folders(directory),
         contextlib.ExitStack() as patched,
     ):
         # Let Hydra raise what happened instead of printing it and leaving with code 1.
@@ -667,7 +667,7 @@ def multirun(
         told = property(result, vars(JobReturn)["return_value"].fset)  # Hydra's own prints what failed, in its words
         patched.enter_context(mock.patch.object(JobReturn, "return_value", told))
         try:
-            hydra_main(version_base="1.3", config_path=str(folder("conf")), config_name=PRIMARY)(job)()
+            hydra_main(version_base="1.3", config_path=str(builtin_folder("conf")), config_name=PRIMARY)(job)()
         except (HydraException, OmegaConfBaseException) as error:
             raise explain(error, given, all_keys, _fields) from None
         finally:

@@ -68,8 +68,8 @@ class Given:
         overrides: what was typed on the command line.
         files: name in Hydra's store -> the file it came from.
         contents: the same name -> the keys and values of that file.
-        base: the shipped config that everything builds on.
-        name: the shipped config that was named, else base.
+        base: the built-in config that everything builds on.
+        name: the built-in config that was named, else base.
     """
 
     overrides: Sequence[str]
@@ -118,7 +118,7 @@ def explain(
     """Translate an error of Hydra's composition.
 
     Args:
-        all_keys: gives every full key of a shipped config.
+        all_keys: gives every full key of a built-in config.
         keys_of: type name -> its keys.
     """
     chain: list[str] = []

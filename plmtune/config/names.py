@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from plmtune.config.builtin import folder
+from plmtune.config.builtin import builtin_folder
 from plmtune.config.choices import place_of_group, preset_groups, presets
 from plmtune.config.overrides import as_typed
 from plmtune.config.schema import SCHEMAS, component_keys
@@ -20,7 +20,7 @@ _EXAMPLES = {"preference": "aries"}  # a config of the recipe, where none has it
 
 def where_it_belongs(name: str) -> str:
     """A sentence that says what `name` is and which command takes it; empty if it is nothing that plmtune knows."""
-    if (folder("conf") / f"{name}.yaml").is_file():
+    if (builtin_folder("conf") / f"{name}.yaml").is_file():
         return f" {name} is a config: plmtune run {name}"
     table, groups = describe(), component_keys()
     for kind, found in (
@@ -34,8 +34,8 @@ def where_it_belongs(name: str) -> str:
         return f" {name} is a group: plmtune ls {name}"
     if (DEVICES / f"{name}.yaml").is_file():
         return f" {name} is a device: plmtune plan CONFIG --device {name}"
-    if (folder("recipes") / f"{name}.py").is_file():
-        texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder("conf").glob("*.yaml"))}
+    if (builtin_folder("recipes") / f"{name}.py").is_file():
+        texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(builtin_folder("conf").glob("*.yaml"))}
         configs = [config for config, text in texts.items() if f"\nrecipe: {name}\n" in text]
         return f" {name} is a recipe, which the configs {', '.join(configs)} run: plmtune run {configs[0]}"
     if name and Path(name).is_dir():

@@ -182,7 +182,7 @@ class ChatConfig:
 class RefinementConfig:
     """What asks for a better answer than the one at hand."""
 
-    template: Text | None = None  # null: the shipped one; or a file: mine.jinja, which uses prompt and answer
+    template: Text | None = None  # null: the built-in one; or a file: mine.jinja, which uses prompt and answer
 
 
 @dataclass

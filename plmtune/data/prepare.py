@@ -20,9 +20,8 @@ from plmtune.data.shard_manifest import FORMAT, SPLITS, Manifest, SplitCounts, d
 from plmtune.data.shards import Shards, ShardWriter
 from plmtune.data.sources import Piece, Prepared, Source
 from plmtune.errors import UserError
-from plmtune.io import terminal
-from plmtune.io.atomic import making, replacing
-from plmtune.io.checksummed_json import read, seal, unseal
+from plmtune.io import checksummed_json, terminal
+from plmtune.io.atomic import remove_empty_folders
 from plmtune.io.lock import exclusive
 from plmtune.io.signals import EXIT_STOPPED, StopSignals
 from plmtune.io.spool import Document
@@ -97,7 +96,7 @@ def prepare(
     if (target / "manifest.json").is_file():
         return target
     try:
-        with making(root), _locked(root, target.name):
+        with remove_empty_folders(root), _locked(root, target.name):
             if (target / "manifest.json").is_file():
                 return target  # another process made it while this one waited
             partial = root / f"{target.name}.partial"
@@ -198,8 +197,7 @@ def _write(
 
 def _save_state(directory: Path, writers: dict[str, ShardWriter], done: int) -> None:
     state = {"groups": done, "of": GROUP, "splits": {split: writer.state() for split, writer in writers.items()}}
-    with replacing(directory / _STATE) as temporary:
-        temporary.write_bytes(seal(state))
+    checksummed_json.save(directory / _STATE, state)
 
 
 def _resume(directory: Path, dtype: np.dtype[Any], shard_tokens: int) -> tuple[dict[str, ShardWriter], int]:
@@ -210,7 +208,7 @@ def _resume(directory: Path, dtype: np.dtype[Any], shard_tokens: int) -> tuple[d
 
     writers = new()
     try:
-        state = unseal(read(directory / _STATE))
+        state = checksummed_json.load(directory / _STATE)
         if state["of"] != GROUP:
             raise ValueError("it was made by another version")
         for split, writer in writers.items():

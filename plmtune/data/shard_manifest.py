@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from plmtune.errors import UserError
-from plmtune.io.checksummed_json import read, seal, unseal
+from plmtune.io import checksummed_json
 from plmtune.tokenizers.message import Unused
 from plmtune.units import show_number_of
 
@@ -82,7 +82,7 @@ class Manifest:
     def save(self, directory: Path) -> None:
         """Write it beside its shards."""
         with (directory / "manifest.json").open("wb") as file:
-            file.write(seal(asdict(self)))
+            file.write(checksummed_json.dumps(asdict(self)))
             file.flush()
             os.fsync(file.fileno())
 
@@ -96,13 +96,13 @@ class Manifest:
         path = directory / "manifest.json"
         remedy = again(directory)
         try:
-            data = read(path)
+            data = checksummed_json.read_bytes(path)
         except FileNotFoundError as error:
             raise UserError(f"{directory} is no directory of prepared tokens: it has no manifest.json") from error
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
         try:
-            raw = unseal(data)
+            raw = checksummed_json.loads(data)
         except ValueError as error:
             if data.startswith(b'{\n "format": 1,'):  # the only one without a checksum
                 raise UserError(f"{path} has format 1; this version reads {FORMAT}. {remedy}") from error

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from plmtune.data.shard_manifest import SPLITS, Manifest, ShardFile, SplitCounts, again
 from plmtune.errors import UserError
-from plmtune.io.atomic import replacing
-from plmtune.io.checksummed_json import read, seal, unseal
+from plmtune.io import checksummed_json
 from plmtune.io.lock import exclusive
 
 _CHUNK = 1 << 18  # bytes read at a time, few enough that they are hashed and compared while in the cache
@@ -295,15 +294,14 @@ def _state(directory: Path, shard: ShardFile) -> list[Any]:
 def _read_record(directory: Path) -> dict[str, list[Any]]:
     """Return what verified.json remembers of each shard: its state, its highest id and where that stands."""
     try:
-        return unseal(read(directory / "verified.json"))
+        return checksummed_json.load(directory / "verified.json")
     except (OSError, ValueError):
         return {}  # only a note: without it everything is read again
 
 
 def _write_record(directory: Path, known: dict[str, list[Any]]) -> None:
     try:
-        with replacing(directory / "verified.json") as temporary:
-            temporary.write_bytes(seal(known))
+        checksummed_json.save(directory / "verified.json", known)
     except OSError as error:
         _log.warning("%s: verified.json cannot be written (%s), so the next start reads everything again", directory,
                      error.strerror)  # fmt: skip

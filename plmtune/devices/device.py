@@ -16,7 +16,7 @@ import yaml
 from plmtune.config.names import where_it_belongs
 from plmtune.config.rules import read_yaml
 from plmtune.errors import UserError, did_you_mean
-from plmtune.io.atomic import writing
+from plmtune.io.atomic import atomic_write
 
 _GIB, _GIGA, _MICRO = 2.0**30, 1e9, 1e-6
 # key -> (what one of its unit is in SI, may it be 0, is it needed)
@@ -284,5 +284,5 @@ def save_device(device: Device, path: Path) -> None:
             for name, rates in device.rates.items()
         }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path) as temporary:
+    with atomic_write(path, user_error=True) as temporary:
         temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -187,7 +187,7 @@ class LocalData:
         return entry if any(place is not None for _, place in entry.splits.values()) else None
 
     def _meant(self, task: str) -> bool:
-        """What a person wrote for one task has to be there; the shipped map, and patterns, serve what is."""
+        """What a person wrote for one task has to be there; the built-in map, and patterns, serve what is."""
         return task in self._tasks and self.where != _SHIPPED
 
     def _match(self, task: str) -> _Entry | None:

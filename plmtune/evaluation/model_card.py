@@ -21,7 +21,7 @@ from plmtune.errors import UserError
 from plmtune.evaluation import results as result_files
 from plmtune.evaluation.markdown import Markdown, code, escape, hub_link, table
 from plmtune.evaluation.model_facts import Run, Weights, base_of, family_of, is_of, read_run, read_weights
-from plmtune.io.atomic import writing
+from plmtune.io.atomic import atomic_write
 from plmtune.io.hub import model_of, parse
 from plmtune.models import adapters, checkpoint_files
 from plmtune.training.plot import draw_curves, sparsity_layers
@@ -88,7 +88,7 @@ def write_card(
         _provenance(run, found),
     ]
     text = "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
-    with writing(path) as temporary:
+    with atomic_write(path, user_error=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
 
@@ -128,7 +128,7 @@ def _place_curves(run: Run, card: Path, overwrite: bool) -> bool:
     if target.exists() and not overwrite:
         raise UserError(f"{target} is there already. Name another folder with --out, or give --overwrite.")
     if source.is_file():
-        with writing(target) as temporary:
+        with atomic_write(target, user_error=True) as temporary:
             shutil.copyfile(source, temporary)
         return True
     if not any(entry.get("loss") is not None for entry in run.entries):

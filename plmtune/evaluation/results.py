@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from plmtune.errors import UserError, refuse_pipe
-from plmtune.io.atomic import writing
+from plmtune.io.atomic import atomic_write
 from plmtune.io.provenance import device_name, versions
 from plmtune.io.tables import Column, Table
 from plmtune.io.untrusted import load_json
@@ -110,7 +110,7 @@ def save(result: Mapping[str, Any], path: Path) -> None:
     """
     head = {key: value for key, value in result.items() if key != "samples"}
     digest = xxhash.xxh3_128()
-    with writing(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path, user_error=True) as temporary, temporary.open("wb") as file:
 
         def write(text: str) -> None:
             digest.update(text.encode())

@@ -85,8 +85,8 @@ class Builder(TaskFactory):
         config = self._load_full_config(entry, overrides)
         for key in ("tag", "group", "task_list"):
             config.pop(key, None)
-        shipped = entry.yaml_path is None or entry.yaml_path.is_relative_to(_FOLDER)
-        where = f"the task {config['task']}" + ("" if shipped else f" ({entry.yaml_path})")
+        builtin = entry.yaml_path is None or entry.yaml_path.is_relative_to(_FOLDER)
+        where = f"the task {config['task']}" + ("" if builtin else f" ({entry.yaml_path})")
         if config.get("unsafe_code") and entry.name not in self._with_code:
             raise UserError(f"{where} has unsafe_code inside a group: give it a YAML file of its own")
         base = config.get("class", ConfigurableTask)

@@ -23,7 +23,7 @@ import yaml
 
 from plmtune.errors import UserError
 from plmtune.io import terminal
-from plmtune.io.atomic import replacing
+from plmtune.io.atomic import atomic_write
 from plmtune.io.untrusted import load_yaml
 
 Kind = Literal["task", "class", "group", "tag"]
@@ -77,7 +77,7 @@ def lm_eval_index() -> dict[str, Known]:
     known = read_folder(folder, strict=False)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(kept) as temporary:
+        with atomic_write(kept) as temporary:
             temporary.write_bytes(_pack(known))
     except OSError:  # no home, or not writable: then it takes seconds each time
         pass

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from plmtune.errors import UserError, did_you_mean
 from plmtune.export.huggingface import end_ids
 from plmtune.extras import installed, missing
-from plmtune.io.atomic import check_room, writing
+from plmtune.io.atomic import atomic_write, check_room
 from plmtune.models.checkpoint_files import write_json
 from plmtune.modules.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from plmtune.modules.decoder import Decoder
@@ -347,7 +347,7 @@ def export_pte(
     check_room(path, sum(tensor.nbytes for tensor in step.state_dict().values()))
     path.parent.mkdir(parents=True, exist_ok=True)
     program = _lower(step, facts)
-    with writing(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path, user_error=True) as temporary, temporary.open("wb") as file:
         program.write_to_file(file)
     facts["file_bytes"] = path.stat().st_size
     write_json(path.with_name(f"{path.name}.json"), facts)

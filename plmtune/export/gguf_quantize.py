@@ -15,7 +15,7 @@ from plmtune.errors import UserError
 from plmtune.export.gguf_writer import check_free
 from plmtune.export.lint import QUANTIZED, WRITTEN, gguf_kind
 from plmtune.extras import missing
-from plmtune.io.atomic import writing
+from plmtune.io.atomic import atomic_write
 from plmtune.models.gguf_file import opened_gguf
 
 _PLAIN = ("F32", "F16", "BF16")
@@ -54,7 +54,7 @@ def quantize_gguf(
     settings = library.llama_model_quantize_default_params()
     settings.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}")
     settings.nthread = threads or 0
-    with writing(path) as temporary:
+    with atomic_write(path, user_error=True) as temporary:
         with _listening(library) as said:
             failed = library.llama_model_quantize(bytes(source), bytes(temporary), ctypes.byref(settings))
         if failed:

@@ -31,7 +31,7 @@ from torch import Tensor
 from plmtune.errors import UserError
 from plmtune.export.huggingface import answer_end
 from plmtune.export.lint import WRITTEN, gguf_architecture, stored_bytes, stored_type
-from plmtune.io.atomic import check_room, writing
+from plmtune.io.atomic import atomic_write, check_room
 from plmtune.models.adapters import ADAPTERS, find_base, load_adapter, read_model_config
 from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import ADAPTER_CONFIG, Stored, locate, name_of, read_json
@@ -306,7 +306,7 @@ def _write(
 ) -> None:
     """Write a file, whole or not at all."""
     check_free(path, sum(part.num_bytes for part in parts) + header, overwrite)
-    with writing(path) as temporary:
+    with atomic_write(path, user_error=True) as temporary:
         writer = GGUFWriter(temporary, architecture)
         try:
             write_metadata(writer)

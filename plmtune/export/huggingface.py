@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from plmtune.errors import UserError
-from plmtune.io.atomic import check_room, replacing
+from plmtune.io.atomic import atomic_write, check_room
 from plmtune.models.adapters import ADAPTERS, holds_adapters
 from plmtune.models.checkpoint_files import ADAPTER_CONFIG, locate, read_json, write_json
 from plmtune.models.directory import new_directory
@@ -149,7 +149,7 @@ def export_adapter(source: Path, directory: Path, *, base: str | None = None, ov
     directory.mkdir(parents=True, exist_ok=True)
     files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
     for name in sorted(names | {name for name in files if (source / name).is_file()}):
-        with replacing(directory / name) as temporary:
+        with atomic_write(directory / name) as temporary:
             shutil.copyfile(source / name, temporary)
     if base is not None:
         config["base_model_name_or_path"] = base

@@ -1,4 +1,4 @@
-"""JSON under a checksum of its own, in which any flipped bit is found."""
+"""JSON that holds its own checksum, so that any flipped bit is found."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import xxhash
 
+from plmtune.io.atomic import atomic_write
 from plmtune.io.untrusted import load_json
 
 _CHECKSUM = "xxh3_128"
@@ -15,18 +16,18 @@ _CHECKSUM = "xxh3_128"
 _MAX_BYTES = 4 * 2**20
 
 
-def seal(content: dict[str, Any]) -> bytes:
-    """Spell an object as JSON for people with its checksum last; only this spelling of it is whole."""
+def dumps(content: dict[str, Any]) -> bytes:
+    """Encode an object as indented JSON with its checksum last; `loads` accepts this encoding alone."""
     body = json.dumps(content, indent=1, ensure_ascii=False)
-    sealed = {**content, _CHECKSUM: xxhash.xxh3_128_hexdigest(body.encode())}
-    return json.dumps(sealed, indent=1, ensure_ascii=False).encode()
+    with_checksum = {**content, _CHECKSUM: xxhash.xxh3_128_hexdigest(body.encode())}
+    return json.dumps(with_checksum, indent=1, ensure_ascii=False).encode()
 
 
-def unseal(data: bytes) -> dict[str, Any]:
-    """Return what `seal` was given.
+def loads(data: bytes) -> dict[str, Any]:
+    """Return the object that `dumps` encoded.
 
     Raises:
-        ValueError: if a single bit is another one.
+        ValueError: if a single bit differs.
     """
     if len(data) > _MAX_BYTES:
         raise ValueError(f"it has more than {_MAX_BYTES:,} bytes")
@@ -35,7 +36,7 @@ def unseal(data: bytes) -> dict[str, Any]:
         if not isinstance(content, dict) or _CHECKSUM not in content:
             raise ValueError("it has no checksum")
         del content[_CHECKSUM]
-        again = seal(content)
+        again = dumps(content)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from error
     if again != data:
@@ -43,7 +44,23 @@ def unseal(data: bytes) -> dict[str, Any]:
     return content
 
 
-def read(path: Path) -> bytes:
-    """The bytes of a sealed file; of one too large to be any, only so many that `unseal` refuses them."""
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Replace a file by an object with its checksum, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(dumps(content))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read the object that a file holds.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if a single bit differs.
+    """
+    return loads(read_bytes(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file; of one that is too large, only so many that `loads` refuses them."""
     with path.open("rb") as file:
         return file.read(_MAX_BYTES + 1)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plmtune.io.atomic import writing
+from plmtune.io.atomic import atomic_write
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, and shapes for those who print without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -72,7 +72,7 @@ def finish(
         figure.set_layout_engine("none")  # what is placed now stays there
         for panel, texts in labels.items():
             annotate(panel, texts)
-    with writing(path) as temporary:
+    with atomic_write(path, user_error=True) as temporary:
         figure.savefig(temporary, format="png")
 
 

@@ -15,11 +15,11 @@ import xxhash
 
 from plmtune.errors import UserError, unreadable
 from plmtune.io import checksummed_json
-from plmtune.io.atomic import replacing
+from plmtune.io.atomic import atomic_write
 from plmtune.io.untrusted import load_json
 
 NAME = "manifest.json"
-VERIFIED = ".verified.json"  # states of the files whose hashes were found right, see `verify_once`
+VERIFIED = ".verified.json"  # states of the files whose hashes were found right, see `check_files_once`
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -35,7 +35,7 @@ def step_path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}"
 
 
-def marked(path: Path) -> Path:
+def resolve_pointer(path: Path) -> Path:
     """The checkpoint that the file RUN/checkpoints/latest or RUN/checkpoints/best names; any other path as it is."""
     if path.name not in ("latest", "best") or path.is_symlink() or not path.is_file():
         return path
@@ -47,7 +47,7 @@ def marked(path: Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step: a reader sees the old file or the new one."""
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -69,7 +69,7 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
-def seal(directory: Path, step: int, known: Mapping[str, Any], only: Iterable[str] = ("*",)) -> None:
+def write(directory: Path, step: int, known: Mapping[str, Any], only: Iterable[str] = ("*",)) -> None:
     """Write the manifest of `directory`, last of its files.
 
     Args:
@@ -85,10 +85,10 @@ def seal(directory: Path, step: int, known: Mapping[str, Any], only: Iterable[st
         found = (directory / name).stat().st_size
         if found != entry["bytes"]:
             raise OSError(errno.EIO, f"{name} has {found:,} bytes where {entry['bytes']:,} were written")
-    write_text(directory / NAME, checksummed_json.seal({"files": files, "format": 1, "step": step}).decode())
+    write_text(directory / NAME, checksummed_json.dumps({"files": files, "format": 1, "step": step}).decode())
 
 
-def verify(
+def check_files(
     directory: Path, *, hashes: bool = True, seen: Callable[[int], object] = lambda size: None
 ) -> dict[str, Any]:
     """Check every file of `directory` against its manifest and return the manifest.
@@ -105,12 +105,12 @@ def verify(
         if path.name not in manifest["files"]:  # loading might take it for the weights
             raise UserError(f"{path} is not in {NAME}: somebody put it there. Move it away.")
     for name, expected in manifest["files"].items():
-        _verify_file(directory / name, expected["bytes"], expected["xxh3_128"] if hashes else None)
+        _check_file(directory / name, expected["bytes"], expected["xxh3_128"] if hashes else None)
         seen(expected["bytes"])
     return manifest
 
 
-def verify_once(directory: Path, only: Iterable[str] | None = None) -> None:
+def check_files_once(directory: Path, only: Iterable[str] | None = None) -> None:
     """Check a directory against its manifest before it is read: sizes always, hashes once for each state of a file.
 
     A state is size, time of change and inode, so each write, copy or replacement is read again. What was found right
@@ -121,16 +121,16 @@ def verify_once(directory: Path, only: Iterable[str] | None = None) -> None:
         only: names of the files whose hashes count; None: all.
 
     Raises:
-        UserError: as `verify`.
+        UserError: as `check_files`.
     """
     if not (directory / NAME).is_file() or _is_of_others(directory / NAME):
         return
-    files = verify(directory, hashes=False)["files"]
+    files = check_files(directory, hashes=False)["files"]
     known, states = _read_verified(directory), {name: _state(directory / name, files[name]) for name in files}
     wanted = [name for name in files if only is None or name in only]
     todo = [name for name in wanted if known.get(name) != states[name]]
     for name in todo:
-        _verify_file(directory / name, files[name]["bytes"], files[name]["xxh3_128"])
+        _check_file(directory / name, files[name]["bytes"], files[name]["xxh3_128"])
     if todo:
         right = {name: state for name, state in states.items() if name in wanted or known.get(name) == state}
         _write_verified(directory, right)
@@ -139,7 +139,7 @@ def verify_once(directory: Path, only: Iterable[str] | None = None) -> None:
 def _is_of_others(path: Path) -> bool:
     """Whether a manifest.json is another program's. One of ours with a flipped bit keeps two of its three keys."""
     try:
-        content = load_json(checksummed_json.read(path))
+        content = load_json(checksummed_json.read_bytes(path))
     except OSError as error:
         raise unreadable(path, error) from error
     except ValueError:
@@ -162,7 +162,7 @@ def _verified_files(directory: Path) -> tuple[Path, Path]:
 def _read_verified(directory: Path) -> dict[str, Any]:
     for path in _verified_files(directory):
         with contextlib.suppress(OSError, ValueError):  # only a note: without it everything is read again
-            return checksummed_json.unseal(checksummed_json.read(path))
+            return checksummed_json.load(path)
     return {}
 
 
@@ -170,8 +170,7 @@ def _write_verified(directory: Path, states: Mapping[str, Any]) -> None:
     for path in _verified_files(directory):
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                temporary.write_bytes(checksummed_json.seal(dict(states)))
+            checksummed_json.save(path, dict(states))
             return
 
 
@@ -185,7 +184,7 @@ def read(directory: Path) -> dict[str, Any]:
     if not path.is_file() or path.is_symlink():
         raise UserError(f"{directory} has no {NAME}: it is not a checkpoint, or was never finished.")
     try:
-        manifest = checksummed_json.unseal(checksummed_json.read(path))
+        manifest = checksummed_json.load(path)
         files = manifest["files"]
         for name, entry in files.items():
             # A manifest may come from anywhere; it must not lead out of its own directory.
@@ -205,7 +204,7 @@ def read(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _verify_file(path: Path, size: int, expected: str | None) -> None:
+def _check_file(path: Path, size: int, expected: str | None) -> None:
     if path.is_symlink() or not path.is_file():
         raise UserError(f"{path} is missing or not a plain file.")
     found = path.stat().st_size

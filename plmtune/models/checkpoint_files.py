@@ -17,7 +17,7 @@ from torch import Tensor
 
 from plmtune.errors import Unreadable, UserError, unreadable
 from plmtune.io import hub, manifest, run_summary, terminal
-from plmtune.io.atomic import replacing
+from plmtune.io.atomic import atomic_write
 from plmtune.io.run_directory import state_of
 from plmtune.io.untrusted import load_json
 
@@ -182,7 +182,7 @@ def checkpoint_directory(path: str | Path, *, weights: bool = True) -> Path:
     """
     directory = find_checkpoint(path, weights=weights)
     try:
-        manifest.verify_once(directory)
+        manifest.check_files_once(directory)
     except Unreadable:
         raise
     except UserError as error:
@@ -197,7 +197,7 @@ def _another(damaged: Path) -> str:
         directory = manifest.step_path(damaged.parent, step)
         if directory != damaged:
             try:
-                manifest.verify_once(directory)
+                manifest.check_files_once(directory)
             except UserError:
                 continue
             return f"{meant} Use another of its run, which is whole: {directory}"
@@ -213,7 +213,7 @@ def find_checkpoint(path: str | Path, *, weights: bool = True) -> Path:
     if named := hub.parse(path):
         return hub.fetch(named, weights=weights)
     path = hub.open_folder(Path(path))
-    path = manifest.marked(path)
+    path = manifest.resolve_pointer(path)
     hub.check_path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a directory. Give a checkpoint, a model directory or a run directory.")
@@ -271,5 +271,5 @@ def _stays_inside(path: Path) -> bool:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -37,7 +37,7 @@ def new_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Path]
     temporary.mkdir()
     try:
         yield temporary
-        manifest.seal(temporary, 0, {})
+        manifest.write(temporary, 0, {})
         check_free(directory, overwrite)
         if directory.exists():
             directory.rename(old)

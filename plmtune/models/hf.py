@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from plmtune.errors import NotFinite, UserError
 from plmtune.io import hub, safetensors_writer
-from plmtune.io.atomic import replacing
+from plmtune.io.atomic import atomic_write
 from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import CONFIG, INDEX, WEIGHTS, locate, opened_weights, read_json, write_json
 from plmtune.modules.attention import default_kv_heads
@@ -229,7 +229,7 @@ def save_model(
         else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     )
     for name, shard in zip(names, shards, strict=True):
-        with replacing(directory / name) as temporary:
+        with atomic_write(directory / name) as temporary:
             safetensors_writer.write(temporary, {key: tensor.cpu() for key, tensor in shard.items()})
     if len(shards) > 1:
         index = {

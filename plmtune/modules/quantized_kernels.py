@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plmtune.io.atomic import replacing
+from plmtune.io.atomic import atomic_write
 from plmtune.io.untrusted import load_json
 from plmtune.modules.attention import MultiHeadLatentAttention
 from plmtune.modules.quantized import (
@@ -369,7 +369,7 @@ def _keep(kept: Mapping[str, Any]) -> None:
     path = _file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps({"version": _VERSION, "kernels": kept}, indent=2) + "\n", encoding="utf-8")
     except OSError:
         pass  # a folder that cannot be written: it is measured again next time

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from plmtune.io.atomic import replacing
+from plmtune.io.atomic import atomic_write
 
 SOURCE = Path(__file__).with_name("decode.c")
 _FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fopenmp", "-shared", "-fPIC")
@@ -81,7 +81,7 @@ def _path(compiler: str) -> Path:
 
 def _compile(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         command = [*_command(compiler), "-o", str(temporary), str(SOURCE), "-lm"]
         subprocess.run(command, capture_output=True, timeout=_SECONDS, check=True, text=True, errors="replace")
 

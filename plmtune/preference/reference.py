@@ -1,6 +1,6 @@
 """Log-probabilities of a fixed reference: computed once, kept on disk under a key of all that they follow from.
 
-A directory holds for each key KEY.safetensors, the numbers, and KEY.json, sealed, written last, with the former's
+A directory holds for each key KEY.safetensors, the numbers, and KEY.json, checksummed, written last, with the former's
 length and checksum. The key is a hash of the weights themselves, the arithmetic, and each id, position and mask that
 goes in: with any other of them it is another key, so numbers of another reference are never found.
 """
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from plmtune.errors import UserError
 from plmtune.io import checksummed_json, safetensors_writer, terminal
-from plmtune.io.atomic import replacing
+from plmtune.io.atomic import atomic_write
 from plmtune.modules.sharding import full_tensor
 from plmtune.training.distributed import broadcast_from_rank0, gather_texts, reduce_sum
 
@@ -160,7 +160,7 @@ def _read(path: Path, num: int, tell: Callable[[str], None]) -> Tensor | None:
     if not note.exists():  # written last
         return None
     try:
-        document = checksummed_json.unseal(checksummed_json.read(note))
+        document = checksummed_json.load(note)
         if document.get("key") != path.stem:
             raise ValueError(f"it is of the key {document.get('key')}")
         file, size = document["file"], path.stat().st_size
@@ -181,10 +181,9 @@ def _read(path: Path, num: int, tell: Callable[[str], None]) -> Tensor | None:
 def _write(path: Path, values: Tensor) -> dict[str, Any]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             file = safetensors_writer.write(temporary, {"log_probs": values})
-        with replacing(path.with_suffix(".json")) as temporary:
-            temporary.write_bytes(checksummed_json.seal({"key": path.stem, "file": file}))
+        checksummed_json.save(path.with_suffix(".json"), {"key": path.stem, "file": file})
     except OSError as error:
         raise UserError(f"The reference's log-probabilities cannot be kept: {error}. See reference_cache.") from error
     return file

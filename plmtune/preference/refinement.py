@@ -127,7 +127,7 @@ def find_refinement(template: str | None) -> Refinement:
     """Read a refinement template.
 
     Args:
-        template: a Jinja file; None: the one that is shipped, whose words are ours, as the paper's are not public.
+        template: a Jinja file; None: the built-in one, whose words are ours, as the paper's are not public.
 
     Raises:
         UserError: if there is no such file, or it is no usable template.
@@ -139,7 +139,7 @@ def find_refinement(template: str | None) -> Refinement:
     except OSError as error:
         raise UserError(
             f"refinement.template={template}: cannot be read ({error.strerror or error}). "
-            "Name a Jinja file, or null for the shipped template"
+            "Name a Jinja file, or null for the built-in template"
         ) from error
     if len(data) > MAX_TEMPLATE:
         raise UserError(f"refinement.template={template}: has more than {MAX_TEMPLATE:,} bytes, which is no template")
@@ -147,7 +147,7 @@ def find_refinement(template: str | None) -> Refinement:
         source = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"refinement.template={template}: is not UTF-8 at byte {error.start}") from error
-    return Refinement(source, "the shipped refinement template" if template is None else str(path))
+    return Refinement(source, "the built-in refinement template" if template is None else str(path))
 
 
 def encode_pairs(source: Preferences, collected: Collected, *, refinement: Refinement) -> Iterator[Grouped]:

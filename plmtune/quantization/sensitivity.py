@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from plmtune.io.atomic import replacing
+from plmtune.io.atomic import atomic_write
 from plmtune.io.figures import COLOURS, finish, new_figure
 from plmtune.io.untrusted import load_json
 from plmtune.modules.decoder import Decoder
@@ -466,5 +466,5 @@ def _write(path: Path, key: str, found: Found) -> None:
         "others": found.others,
         "modules": [asdict(row) for row in found],
     }
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ import tiktoken
 import xxhash
 
 from plmtune.errors import UserError, did_you_mean
-from plmtune.io.atomic import replacing
+from plmtune.io.atomic import atomic_write
 from plmtune.io.provenance import num_cores
 from plmtune.tokenizers import tokenizer_json
 from plmtune.tokenizers.bpe import (
@@ -244,7 +244,7 @@ class Tokenizer:
         if len(self.end_ids) > 1:
             files["generation_config.json"] = json.dumps({"eos_token_id": self.end_ids}, indent=2) + "\n"
         for name, text in files.items():
-            with replacing(directory / name) as temporary:
+            with atomic_write(directory / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
 
     @cached_property

@@ -136,7 +136,7 @@ def _read(path: Path, pattern: str = QWEN2_PATTERN, normalization: Normalization
         held = [whole] if whole.is_file() else sorted(path.glob("*.tiktoken"))
         if len(held) != 1:
             raise UserError(f"{path} holds {len(held)} tokenizers: one tokenizer.json or .tiktoken file is needed.")
-        manifest.verify_once(path, only=_FILES)
+        manifest.check_files_once(path, only=_FILES)
         path = held[0]
     if hub.is_gguf(path):
         raise UserError(f"{path} is a GGUF file. Make a model directory of it, which has a tokenizer: plmtune convert")

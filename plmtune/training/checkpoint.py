@@ -54,7 +54,7 @@ def latest_valid(directory: Path, *, once: bool = False) -> Path | None:
     Those that are damaged are passed over, with a warning that names the file.
 
     Args:
-        once: hash a file that is as it was when it was last found right no more, see `manifest.verify_once`.
+        once: hash a file that is as it was when it was last found right no more, see `manifest.check_files_once`.
 
     Raises:
         UserError: on every rank, if there are checkpoints and none is whole.
@@ -67,9 +67,9 @@ def latest_valid(directory: Path, *, once: bool = False) -> Path | None:
             try:
                 if once:
                     manifest.read(path)  # it must have one
-                    manifest.verify_once(path)
+                    manifest.check_files_once(path)
                 else:
-                    manifest.verify(path)
+                    manifest.check_files(path)
             except Unreadable:
                 raise  # steps would be lost that are perhaps whole
             except UserError as error:
@@ -401,7 +401,7 @@ class Checkpoints:
             UserError: if its checkpoint is not there, is damaged, or does not fit.
         """
         path = step_path(self.directory, step)
-        distributed.broadcast_from_rank0(lambda: manifest.verify(path)["step"])
+        distributed.broadcast_from_rank0(lambda: manifest.check_files(path)["step"])
         distributed.load_full_tensors(self.named(model), Stored(locate(path, self.stem)))
 
     def _make_room(self, step: int, needed: int) -> None:
@@ -471,7 +471,7 @@ class Checkpoints:
     def _publish(self, step: int, entries: Mapping[str, Any]) -> dict[str, Any]:
         """Seal what was written, give it its name, and drop what is no longer wanted."""
         final, temporary = step_path(self.directory, step), self._temporary(step)
-        manifest.seal(temporary, step, entries)
+        manifest.write(temporary, step, entries)
         manifest.sync(temporary)
         if final.exists():  # a damaged one that was passed over, or the same step saved again
             final.rename(self.directory / f".old-{final.name}")
@@ -556,7 +556,7 @@ class Checkpoints:
 def _bring_back(moved: Path, name: Path) -> None:
     """Undo the first half of an exchange that was cut short, unless what was moved away is not whole."""
     try:
-        manifest.verify(moved)
+        manifest.check_files(moved)
         moved.rename(name)
     except Unreadable:
         log.warning("%s cannot be read, and is left as it is.", moved)

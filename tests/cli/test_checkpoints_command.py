@@ -21,7 +21,7 @@ def run(tmp_path: Path) -> Path:
         directory.mkdir(parents=True)
         (directory / "model.safetensors").write_bytes(bytes(step) * 1000)
         (directory / "state.json").write_text(json.dumps({"step": step, "metrics": {"validation_loss": loss}}))
-        manifest.seal(directory, step, {})
+        manifest.write(directory, step, {})
     (tmp_path / "run/checkpoints/latest").write_text("step-00000100\n")
     (tmp_path / "run/checkpoints/best").write_text("step-00000010\n")
     return tmp_path / "run"

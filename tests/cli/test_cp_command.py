@@ -8,9 +8,9 @@ import pytest
 from in_process import run
 
 from plmtune.config import compose
-from plmtune.config.builtin import folder
+from plmtune.config.builtin import builtin_folder
 
-CONF = folder("conf")
+CONF = builtin_folder("conf")
 
 
 class TestCp:

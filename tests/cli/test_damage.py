@@ -18,7 +18,7 @@ from plmtune.cli.inspect_rows import find as find_tokenizer
 from plmtune.errors import UserError
 from plmtune.evaluation import results
 from plmtune.export.runtimes.opening import open_runtime
-from plmtune.io import manifest
+from plmtune.io import checksummed_json, manifest
 from plmtune.models.adapters import load_model, load_model_tokenizer, save_adapter
 from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.models.reward import load_reward_model
@@ -57,14 +57,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (1, 2):
         directory = save_small(place / "checkpoints" / f"step-{step:08d}")
         (directory / "state.json").write_text("{}")
-        manifest.seal(directory, step, {})
+        manifest.write(directory, step, {})
     base = place / "checkpoints/step-00000002"
     model = load_model(base)
     load("peft", "lora")(model=model, rank=2)
     init_adapters(model, torch.Generator().manual_seed(0))
     save_adapter(model, place / "adapters", base)
     byte().save(place / "adapters")
-    manifest.seal(place / "adapters", 3, {})
+    manifest.write(place / "adapters", 3, {})
     (place / "text.txt").write_text("The quick brown fox. " * 40)
     (place / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     (place / "exports").mkdir()
@@ -78,7 +78,7 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     config = tmp_path / "adapters/adapter_config.json"
     config.write_text(config.read_text().replace(str(made.resolve()), str(tmp_path.resolve())))
-    manifest.seal(tmp_path / "adapters", 3, {})
+    manifest.write(tmp_path / "adapters", 3, {})
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -214,20 +214,20 @@ class TestWhatIsWhole:
         os.utime(directory / "config.json")
         checkpoint_directory(directory)
         assert hashed[len(WHOLE) - 1 :] == ["config.json"]
-        manifest.verify(directory)  # the note changes nothing of what the manifest says
+        manifest.check_files(directory)  # the note changes nothing of what the manifest says
 
     def test_is_remembered_in_the_users_cache_where_its_directory_cannot_be_written(
         self, place: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
-        replacing = manifest.replacing
+        atomic_write = checksummed_json.atomic_write
 
         def refused(path: Path) -> Any:
             if path.name == manifest.VERIFIED:
                 raise PermissionError(errno.EACCES, "Permission denied")
-            return replacing(path)
+            return atomic_write(path)
 
-        monkeypatch.setattr(manifest, "replacing", refused)
+        monkeypatch.setattr(checksummed_json, "atomic_write", refused)
         checkpoint_directory(place)
         monkeypatch.setattr(manifest, "digest", lambda path: pytest.fail("hashed again"))
         checkpoint_directory(place)

@@ -21,7 +21,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         directory = place / f"runs/{name}-000000"
         save_small(directory / "checkpoints/step-00000001")
         (directory / "checkpoints/step-00000001/state.json").write_text("{}")
-        manifest.seal(directory / "checkpoints/step-00000001", 1, {})
+        manifest.write(directory / "checkpoints/step-00000001", 1, {})
         (directory / "config.yaml").write_text(compose.to_yaml(compose.compose("pretrain", (), ["model=plm_tiny"])))
         (directory / "run.json").write_text(json.dumps({"status": status, "ended": name[-8:]}))
     (place / "texts").mkdir()

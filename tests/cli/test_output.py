@@ -195,7 +195,7 @@ def _make_runs(place: Path) -> None:
         run = begin_run(Path(f"{RUN}{number}"), 345, 12000)
         for step in (100, 200, 300):
             directory = save_small(manifest.step_path(run.checkpoints, step))
-            manifest.seal(directory, step, {})
+            manifest.write(directory, step, {})
         (run.checkpoints / "latest").write_text("step-00000300\n")
         run.close()
     (place / f"{RUN}2/checkpoints/step-00000200/config.json").write_text("{}")

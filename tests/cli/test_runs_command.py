@@ -145,7 +145,7 @@ class TestReadingARunThatDidNotFinish:
         self, place: Path, number: int, said: str, read: Callable[[Any], Any], capsys: pytest.CaptureFixture[str]
     ) -> None:
         run = Path(f"runs/pretrain/20260101-00000{number}")
-        manifest.seal(save_small(manifest.step_path(run / "checkpoints", 5)), 5, {})
+        manifest.write(save_small(manifest.step_path(run / "checkpoints", 5)), 5, {})
         for _ in range(2):
             assert read(run) == run / "checkpoints/step-00000005"
         read(run / "checkpoints/step-00000005")  # named by itself: nothing is to be said
@@ -191,7 +191,7 @@ def test_metrics_that_are_gone_or_garbage_are_said(
     monkeypatch.chdir(tmp_path)
     with begin_run(Path("one"), 100) as found:
         directory = save_small(found.path / "checkpoints/step-00000100")
-        manifest.seal(directory, 100, {})
+        manifest.write(directory, 100, {})
         found.metrics.write_text("garbage\n" * 3)
         if damage == "gone":
             found.metrics.unlink()

@@ -1,14 +1,14 @@
-"""Every YAML that ships is a test: it composes, validates and builds on the meta device."""
+"""Every built-in YAML is a test: it composes, validates and builds on the meta device."""
 
 import pytest
 import torch
 
 from plmtune.config import compose
-from plmtune.config.builtin import folder
+from plmtune.config.builtin import builtin_folder
 from plmtune.errors import UserError
 from plmtune.registry import describe
 
-CONF = folder("conf")
+CONF = builtin_folder("conf")
 RUNNABLE = sorted(path.stem for path in CONF.glob("*.yaml"))
 PRESETS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglob("*/*.yaml"))
 

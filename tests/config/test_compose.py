@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 from plmtune.config import compose
-from plmtune.config.builtin import folder
+from plmtune.config.builtin import builtin_folder
 from plmtune.config.overrides import as_typed
 from plmtune.errors import UserError
 from plmtune.registry import Component
@@ -290,7 +290,7 @@ class TestNull:
 
     def test_in_the_defaults_list_of_a_copy_gives_way_to_a_name_below(self, tmp_path: Path) -> None:
         copy = tmp_path / "mine.yaml"
-        copy.write_text((folder("conf") / "sft.yaml").read_text() + "\npeft: lora\n")
+        copy.write_text((builtin_folder("conf") / "sft.yaml").read_text() + "\npeft: lora\n")
         assert compose.compose(str(copy)).peft.name == "lora"
 
     def test_a_slash_in_front_of_a_group_changes_nothing(self, tmp_path: Path) -> None:

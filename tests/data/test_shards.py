@@ -10,7 +10,7 @@ from plmtune.data import shards as shards_module
 from plmtune.data.shard_manifest import dtype_for
 from plmtune.data.shards import Shards
 from plmtune.errors import UserError
-from plmtune.io.checksummed_json import seal, unseal
+from plmtune.io import checksummed_json
 
 
 class TestDtype:
@@ -166,7 +166,7 @@ class TestOpen:
 
     def test_ids_beyond_the_manifests_own_vocabulary_are_refused(self, directory):
         path = directory / "manifest.json"
-        path.write_bytes(seal({**unseal(path.read_bytes()), "vocab_size": 998}))
+        path.write_bytes(checksummed_json.dumps({**checksummed_json.loads(path.read_bytes()), "vocab_size": 998}))
         with pytest.raises(UserError, match=r"holds id 998"):
             Shards.open(directory)
 
@@ -227,7 +227,7 @@ class TestLargeCorpora:
         record.write_bytes(record.read_bytes().replace(b"899", b"199"))
         assert Shards.open(directory).train.num_tokens == 899
         assert read == [*self.FILES, *self.FILES]
-        assert set(unseal(record.read_bytes())) == set(self.FILES)
+        assert set(checksummed_json.loads(record.read_bytes())) == set(self.FILES)
 
     def test_an_interrupted_reading_goes_on_where_it_was(self, directory, read, monkeypatch):
         counted = shards_module._read_shard

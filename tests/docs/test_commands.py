@@ -19,7 +19,7 @@ from documented import Code, Command
 
 from plmtune.cli import cli
 from plmtune.config import compose
-from plmtune.config.builtin import folder
+from plmtune.config.builtin import builtin_folder
 from plmtune.devices.device import load_device
 from plmtune.registry import describe
 
@@ -86,7 +86,7 @@ def check(command: Command) -> None:
     elif name == "ls" and given["group"]:
         assert given["group"].rpartition("/")[2] in {*describe(), "devices"}
     elif name == "cp" and command.is_whole:
-        where = folder("recipes") if given["name"].startswith("recipes/") else folder("conf")
+        where = builtin_folder("recipes") if given["name"].startswith("recipes/") else builtin_folder("conf")
         assert list(where.rglob(given["name"].removeprefix("recipes/") + ".*"))
 
 

@@ -225,10 +225,10 @@ class TestDamage:
             assert torch.equal(cache.ask(never), first)
         assert len(cache.told) == 2
 
-    def test_numbers_that_a_kill_left_without_their_seal_count_for_nothing(self, cache: Cache) -> None:
+    def test_numbers_that_a_kill_left_without_their_note_count_for_nothing(self, cache: Cache) -> None:
         first = cache.ask(compute)
-        seal, numbers = cache.files()
-        seal.unlink()
+        note, numbers = cache.files()
+        note.unlink()
         save_file({"log_probs": torch.zeros(NUM, 2)}, numbers)
         assert torch.equal(cache.ask(compute), first) and not cache.told
 

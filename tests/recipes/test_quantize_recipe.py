@@ -252,7 +252,7 @@ class TestResuming:
             def dies(*given: object, **more: object) -> None:
                 raise KeyboardInterrupt
 
-            patch.setattr(quantize.manifest, "seal", dies)
+            patch.setattr(quantize.manifest, "write", dies)
             run("quantization=int8")
         assert (folder / "out/config.json").exists()
         with pytest.raises(UserError, match=r"out is a run that failed \(KeyboardInterrupt\), before it saved a model"):

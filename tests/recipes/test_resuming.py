@@ -14,7 +14,7 @@ from conftest import SMALL, command, environment, metrics, refusal, start, stop_
 from plmtune.cli import cli
 from plmtune.config import compose
 from plmtune.errors import UserError
-from plmtune.io.checksummed_json import seal, unseal
+from plmtune.io import checksummed_json
 from plmtune.io.manifest import digest
 from plmtune.io.run_directory import RunDirectory
 
@@ -213,9 +213,9 @@ class TestData:
     def vouch(self, shard: Path) -> None:
         """Let the manifest say that the shard is what it should be, as no accident would."""
         path = shard.with_name("manifest.json")
-        content = unseal(path.read_bytes())
+        content = checksummed_json.loads(path.read_bytes())
         content["splits"]["train"]["shards"][0]["xxh3"] = digest(shard)
-        path.write_bytes(seal(content))
+        path.write_bytes(checksummed_json.dumps(content))
 
     @pytest.mark.parametrize(
         ("kind", "part"),

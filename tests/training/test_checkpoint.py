@@ -22,8 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from toy import Toy, train_step
 
 from plmtune.errors import NotFinite, UserError
-from plmtune.io import manifest
-from plmtune.io.checksummed_json import seal, unseal
+from plmtune.io import checksummed_json, manifest
 from plmtune.io.manifest import steps, verify
 from plmtune.training import state as training_state
 from plmtune.training.checkpoint import Checkpoints, latest_valid
@@ -475,9 +474,9 @@ while True:
 class TestManifest:
     def test_a_name_that_leads_out_is_refused(self, tmp_path):
         path = Run(tmp_path).save(1)
-        content = unseal((path / "manifest.json").read_bytes())
+        content = checksummed_json.loads((path / "manifest.json").read_bytes())
         content["files"]["../latest"] = content["files"].pop("state.json")
-        (path / "manifest.json").write_bytes(seal(content))
+        (path / "manifest.json").write_bytes(checksummed_json.dumps(content))
         with pytest.raises(UserError, match="not a plain file name"):
             verify(path)
 
@@ -492,7 +491,7 @@ class TestManifest:
         ],
     )
     def test_one_that_is_well_sealed_nonsense_is_refused(self, tmp_path, content):
-        (tmp_path / "manifest.json").write_bytes(seal(content))
+        (tmp_path / "manifest.json").write_bytes(checksummed_json.dumps(content))
         with pytest.raises(UserError, match=r"manifest\.json is damaged"):
             verify(tmp_path)
 
@@ -520,7 +519,7 @@ class TestHostileState:
     def put(self, path: Path, name: str, data: bytes) -> None:
         (path / name).write_bytes(data)
         (path / "manifest.json").unlink()
-        manifest.seal(path, 1, {})
+        manifest.write(path, 1, {})
 
     @pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors", "model.safetensors"])
     def test_a_pickle_runs_nothing_and_is_refused_by_name(self, path, tmp_path, name):
@@ -606,7 +605,7 @@ class TestStrangers:
 
     def test_a_file_that_is_not_there_is_not_vouched_for(self, tmp_path):
         with pytest.raises(FileNotFoundError):
-            manifest.seal(tmp_path, 1, {"model.safetensors": {"bytes": 3, "xxh3_128": "0"}})
+            manifest.write(tmp_path, 1, {"model.safetensors": {"bytes": 3, "xxh3_128": "0"}})
 
 
 class TestNotFinite:

@@ -27,7 +27,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     step = manifest.step_path(run / "checkpoints", 5)
     save_model(model, None, step)
     bundled().save(step)
-    manifest.seal(step, 5, {path.name: _entry(path) for path in step.iterdir()})
+    manifest.write(step, 5, {path.name: _entry(path) for path in step.iterdir()})
     (run / "config.yaml").write_text(compose.to_yaml(cfg))
     (run / "run.json").write_text(json.dumps({"status": "finished"}))
     return tmp_path / "runs"

@@ -104,7 +104,7 @@ def _serving(path: Path) -> tuple[RuntimeName, ...]:
         if form_of(path) not in by_ending:
             raise UserError(f"{path} is neither a .gguf nor a .pte file, nor a directory: no runtime serves it.")
         return by_ending[form_of(path)]
-    manifest.verify_once(path)
+    manifest.check_files_once(path)
     if not (path / CONFIG).is_file() or (path / ADAPTER_CONFIG).is_file():
         return ("plmtune",)
     keys = read_json(path, CONFIG)

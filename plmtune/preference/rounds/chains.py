@@ -20,7 +20,7 @@ from plmtune.errors import UserError, unreadable
 from plmtune.inference.batching import Answer, Request
 from plmtune.inference.sampling import before_stop, encode_stops
 from plmtune.io import checksummed_json
-from plmtune.io.atomic import replacing
+from plmtune.io.atomic import atomic_write
 from plmtune.io.untrusted import load_json
 from plmtune.preference.refinement import Refinement
 from plmtune.tokenizers.chat_template import ChatTemplate
@@ -113,7 +113,7 @@ def _said(messages: list[dict[str, Any]]) -> tuple[Message, ...]:
 
 
 def _save(path: Path, items: Iterable[Prompt] | Iterable[Chain]) -> None:
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for item in items:
             row = {name: value for name, value in asdict(item).items() if value is not None}
             said = "messages" if isinstance(item, Prompt) else "prompt"
@@ -254,7 +254,7 @@ class Journal:
             return False
         path = self.directory / SETTINGS
         try:
-            other = checksummed_json.unseal(checksummed_json.read(path))
+            other = checksummed_json.load(path)
         except PermissionError as error:
             raise unreadable(path, error) from error
         except (OSError, ValueError) as error:
@@ -266,8 +266,7 @@ class Journal:
         return True
 
     def keep_settings(self) -> None:
-        with replacing(self.directory / SETTINGS) as temporary:
-            temporary.write_bytes(checksummed_json.seal(self.settings))
+        checksummed_json.save(self.directory / SETTINGS, self.settings)
 
     def open(self) -> None:
         """Make this process' file ready for `add`: a torn line goes."""

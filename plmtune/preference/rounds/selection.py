@@ -16,7 +16,7 @@ from plmtune.data.parts import OPENING
 from plmtune.data.preferences import Pair
 from plmtune.data.rows import Refused
 from plmtune.errors import UserError
-from plmtune.io.atomic import replacing
+from plmtune.io.atomic import atomic_write
 from plmtune.io.provenance import num_cores
 from plmtune.preference.rounds.chains import RHYTHM, Chain, Turn
 from plmtune.preference.rounds.rewards import Reward
@@ -152,7 +152,7 @@ def evaluate(chains: Iterable[Chain]) -> dict[str, float]:
 
 def save_pairs(path: Path, pairs: Iterable[Pair]) -> None:
     """Write pairs as JSONL that a person can read, and the data `preferences` too, in one step."""
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for pair in pairs:
             prompt = [message.to_row() for message in pair.prompt]
             extra = {key: value for key, value in pair.extra.items() if key not in OPENING}
