@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MAP_NAME = "tasks.yaml"
-_SHIPPED = Path(__file__).with_name("known_files.yaml")
+_BUILTIN = Path(__file__).with_name("known_files.yaml")
 _NEAR = 0.8  # of names that are for the most part alike by themselves: mmlu_anatomy, mmlu_astronomy
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 _KEYS = ("file", "columns", "names", "where", "join")
@@ -85,7 +85,7 @@ class LocalData:
         """
         if path.is_dir():
             own = path / MAP_NAME
-            return cls(_read_map(own if own.is_file() else _SHIPPED), path, own if own.is_file() else _SHIPPED)
+            return cls(_read_map(own if own.is_file() else _BUILTIN), path, own if own.is_file() else _BUILTIN)
         if not path.exists():
             raise UserError(
                 f"--data {path} is not there (seen from {Path.cwd()}). Give a folder with data files, or a YAML file "
@@ -104,7 +104,7 @@ class LocalData:
 
     def nearest(self, task: str) -> str:
         """Say which entry of a person's map may be meant for a task that has none; empty where none is near."""
-        entries = self._tasks if self.where != _SHIPPED else {}
+        entries = self._tasks if self.where != _BUILTIN else {}
         near = difflib.get_close_matches(task, entries, n=1, cutoff=_NEAR) if self._match(task) is None else []
         return f"{self.where} has no entry for {task}; it has {near[0]}. Did you mean that?" if near else ""
 
@@ -188,7 +188,7 @@ class LocalData:
 
     def _meant(self, task: str) -> bool:
         """What a person wrote for one task has to be there; the built-in map, and patterns, serve what is."""
-        return task in self._tasks and self.where != _SHIPPED
+        return task in self._tasks and self.where != _BUILTIN
 
     def _match(self, task: str) -> _Entry | None:
         if task in self._tasks:

@@ -21,7 +21,7 @@ from plmtune.tokenizers.message import BadRow, Message
 from plmtune.tokenizers.template_limits import TemplateLimit
 from plmtune.tokenizers.template_sandbox import MAX_TEMPLATE, Sandbox
 
-_SHIPPED = Path(__file__).with_name("refinement.jinja")
+_BUILTIN = Path(__file__).with_name("refinement.jinja")
 UNSHOWN = "has an answer with calls of tools or thoughts, which a refinement prompt, made of its text, does not show"
 _VARIABLES = {"prompt", "answer"}
 
@@ -132,7 +132,7 @@ def find_refinement(template: str | None) -> Refinement:
     Raises:
         UserError: if there is no such file, or it is no usable template.
     """
-    path = _SHIPPED if template is None else Path(template).expanduser()
+    path = _BUILTIN if template is None else Path(template).expanduser()
     try:
         with path.open("rb") as file:
             data = file.read(MAX_TEMPLATE + 1)
