@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from plmtune.preference.batches import ComparisonBatch
 
 _VERSION = 2  # of the files, and of what the key hashes
-_INPUTS = ("tokens", "input_pos", "mask", "places", "targets", "completion", "index")
+# Field of a batch -> the name under which it is hashed, so that caches of earlier versions fit.
+_INPUTS = {name: name for name in ("tokens", "input_pos", "mask", "positions", "targets", "completion", "index")}
+_INPUTS["positions"] = "places"
 
 
 def model_digest(model: nn.Module, *, without: Container[str] = ()) -> str:
@@ -122,8 +124,8 @@ def _key(model_digest: str, batches: Iterable[ComparisonBatch], num: int, arithm
     mine = []
     for batch in batches:
         digest = xxhash.xxh3_128()
-        for name in _INPUTS:
-            _add(digest, name, getattr(batch, name))
+        for field, name in _INPUTS.items():
+            _add(digest, name, getattr(batch, field))
         mine.append(digest.hexdigest() if len(batch.index) else "")
     shares = [json.loads(text) for text in gather_texts(json.dumps(mine))]
     in_turn = [digest for digests in zip(*shares, strict=True) for digest in digests if digest]
