@@ -1,41 +1,38 @@
-"""Quantization after training: a checkpoint's matrices as integers, their ranges fitted to text, the loss told."""
+"""Quantization after training: fit the ranges of a checkpoint's matrices to text, round them, and measure the loss."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from plmtune.config.compose import build
 from plmtune.config.schema import QuantizeConfig as Config
-from plmtune.data.examples import refuse_other_kinds
-from plmtune.data.sources import Prepared, Source, named_sources
+from plmtune.data.sources import Source
 from plmtune.errors import UserError
 from plmtune.io import hub, manifest
-from plmtune.io.atomic import atomic_write
 from plmtune.io.progress import ticking
 from plmtune.io.run_directory import read_record, refuse_unusable
 from plmtune.io.run_summary import already_finished, finished_runs
-from plmtune.io.safetensors_writer import listed, not_finite
 from plmtune.io.signals import EXIT_STOPPED, StopSignals
 from plmtune.io.terminal import echo
-from plmtune.io.untrusted import load_json
-from plmtune.models.adapters import holds_adapters, load_model, load_model_tokenizer, read_model_config
+from plmtune.models.adapters import load_model_tokenizer
 from plmtune.models.assemble import component_config, component_from_config
 from plmtune.models.checkpoint_files import CONFIG as MODEL_CONFIG
 from plmtune.models.checkpoint_files import checkpoint_directory, read_json
 from plmtune.models.hf import save_model
-from plmtune.quantization import qat, sensitivity
+from plmtune.quantization import mixes, qat, sensitivity
 from plmtune.quantization.calibrate import second_moments
-from plmtune.quantization.quantize import file_bytes, quantize
-from plmtune.quantization.sensitivity import Found, Measured
+from plmtune.quantization.quantize import build_on_meta, file_bytes, load_finite, quantize
+from plmtune.quantization.report import FILE, Report
+from plmtune.quantization.schemes import LayerFormats
+from plmtune.quantization.sensitivity import Sensitivities
+from plmtune.quantization.sensitivity_plot import Measured, draw
+from plmtune.quantization.text_rows import read_rows, text_sources
 from plmtune.registry import Component
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training.run_setup import find_run, open_run
@@ -43,254 +40,91 @@ from plmtune.training.runtime import Runtime
 from plmtune.units import show_bytes
 
 CONFIG = "quantize"  # conf/quantize.yaml
-REPORT = "quantize.json"
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", MODEL_CONFIG, "tokenizer.json", "tokenizer_config.json")
 
-_BATCH = 4  # rows of text that are read together
-_POOL = 1_000_000  # tokens of the data that rows are spread over
+_BATCH = 4  # rows of text in a forward
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-
-@dataclass
-class Text:
-    """Rows of ids, [n, s]: to fit ranges by, to choose a mix by, and to measure on; no row is in two of them."""
-
-    calibration: Tensor
-    choice: Tensor
-    test: Tensor
-    fingerprints: dict[str, str]
-    described: str  # where it comes from, for a person
-
-    @property
-    def predicted(self) -> int:
-        """Tokens that the loss is measured on: of `test`, but for the first of each row, which has none before it."""
-        return self.test.numel() - len(self.test)
+T = TypeVar("T")
 
 
-@dataclass
-class Job:
-    """What is quantized, how, and by which text: known before weights or text are read."""
+@dataclass(frozen=True)
+class Inputs:
+    """What is quantized, how, and on which text: checked before weights or text are read."""
 
-    source: Path
+    checkpoint: Path
     tokenizer: Tokenizer
-    plan: Any
+    scheme: Component
+    formats: LayerFormats
     bytes_before: int
     bytes_after: int
     seq_len: int
     calibration_tokens: int
-    budget: int | None
+    mix_tokens: int  # 0: no sensitivities are measured
+    budget: int | None  # bytes
     sources: dict[str, Source]
 
     def size(self) -> str:
-        """What the scheme makes of the model, for a person; a mix for a budget begins with it."""
-        share = _percent(self.bytes_after, self.bytes_before)
-        return f"{len(self.plan)} matrices in integers, {show_bytes(self.bytes_after)} of weights ({share} of before)"
+        """The size that the scheme gives, for a person; a mix for a budget begins with it."""
+        share = f"{self.bytes_after / self.bytes_before:.1%}"
+        count = len(self.formats)
+        return f"{count} matrices in integers, {show_bytes(self.bytes_after)} of weights ({share} of before)"
 
 
-def preflight(cfg: Config) -> Job:
+def preflight(cfg: Config) -> Inputs:
     """Check the config and find what it names: all that a run would refuse before it begins.
 
     Raises:
         UserError: naming the key.
     """
-    echo(choose(cfg))
+    checkpoint, origin = choose_checkpoint(cfg)
+    scheme, trained_for = choose_scheme(cfg, checkpoint)
+    rules = f" with {len(scheme.settings['rules'])} rules" if scheme.settings.get("rules") else ""
+    echo(f"{origin} as {scheme.name}{rules}" + (", which it was trained for" if trained_for else ""))
     if cfg.run_dir and not cfg.resume:
         refuse_unusable(Path(cfg.run_dir))
-    source, dtype = checkpoint_directory(str(cfg.checkpoint), weights=False), _DTYPES[cfg.dtype]
-    meta = on_meta(source)
-    plan = plan_of(cfg, meta)
-    before, after = file_bytes(meta, {}, dtype), file_bytes(meta, plan, dtype)
-    seq_len = cfg.seq_len or min(512, meta.max_seq_len)
-    if seq_len > meta.max_seq_len:
-        raise UserError(f"key seq_len: {seq_len:,} exceeds the model's max_seq_len ({meta.max_seq_len:,}).")
+    dtype, model = _DTYPES[cfg.dtype], build_on_meta(checkpoint)
+    formats = build("quantization", scheme, model=model)
+    before, after = file_bytes(model, {}, dtype), file_bytes(model, formats, dtype)
+    seq_len = cfg.seq_len or min(512, model.max_seq_len)
+    if seq_len > model.max_seq_len:
+        raise UserError(f"key seq_len: {seq_len:,} exceeds the model's max_seq_len ({model.max_seq_len:,}).")
     asked = cfg.sensitivity
-    if measures(cfg) and not cfg.test_tokens:
+    measured = asked.measure or asked.budget is not None
+    if measured and not cfg.test_tokens:
         raise UserError("key sensitivity: needs text to measure on, and test_tokens is 0.")
     budget = asked.budget_bytes(before) if asked.budget is not None else None
     if budget is not None and after > budget:
+        smaller = component_config(scheme).get("embedding") == "int8"
         raise UserError(
-            f"key sensitivity.budget: {asked.budget} is {show_bytes(budget)}, and the scheme "
-            f"{cfg_scheme(cfg)['component']} takes {show_bytes(after)} ({_percent(after, before)}) without a mix. Give "
-            "at least that, or a smaller scheme"
-            + (" (quantization.embedding=int4_g32)." if cfg_scheme(cfg).get("embedding") == "int8" else ".")
+            f"key sensitivity.budget: {asked.budget} is {show_bytes(budget)}, and the scheme {scheme.name} takes "
+            f"{show_bytes(after)} ({after / before:.1%}) without a mix. Give at least that, or a smaller scheme"
+            + (" (quantization.embedding=int4_g32)." if smaller else ".")
         )
-    # A model that was trained for the scheme has learned the ranges that its weights have.
-    calibration = 0 if is_trained_for(cfg, source) else cfg.calibration_tokens
-    sources = named_sources(build("data", cfg.data))
-    for name, each in sources.items():
-        refuse_other_kinds(name, each, (Source,))
-        if isinstance(each, Prepared):
-            raise UserError(f"key data: source {name} holds tokens; this run takes text (data=files, hub, stdlib).")
-    return Job(source, load_model_tokenizer(source), plan, before, after, seq_len, calibration, budget, sources)
+    return Inputs(
+        checkpoint,
+        load_model_tokenizer(checkpoint),
+        scheme,
+        formats,
+        before,
+        after,
+        seq_len,
+        calibration_tokens=0
+        if trained_for
+        else cfg.calibration_tokens,  # training has fitted the weights to the ranges
+        mix_tokens=asked.tokens if measured else 0,
+        budget=budget,
+        sources=text_sources(build("data", cfg.data)),
+    )
 
 
-class Quantize:
-    """One model, from its checkpoint to a directory that loads like any other."""
-
-    def __init__(self, cfg: Config, job: Job, runtime: Runtime) -> None:
-        self.cfg, self.dtype = cfg, _DTYPES[cfg.dtype]
-        self.source = checkpoint_directory(str(cfg.checkpoint))  # with its weights
-        self.tokenizer, self.plan = job.tokenizer, job.plan
-        self.bytes_before, self.bytes_after, self.budget = job.bytes_before, job.bytes_after, job.budget
-        self.text = read_text(cfg, job.seq_len, job.calibration_tokens, job.sources, self.tokenizer)
-        self.model = load_model(self.source, runtime.device, torch.float32).eval()
-        if names := not_finite(dict(self.model.named_parameters())):
-            raise UserError(
-                f"{self.source}: its weights are not finite ({listed(names)}): its training diverged, or it is "
-                "damaged. Quantize an earlier checkpoint or another model."
-            )
-        self.run = open_run(cfg, runtime, self.text.fingerprints)
-        self.signals = StopSignals("stopping; a second one ends it at once.")
-
-    def quantize(self) -> None:
-        """Measure, choose, round, measure again, write. Resumed, it starts over with the sensitivities it has."""
-        cfg, scheme, model = self.cfg, cfg_scheme(self.cfg), self.model
-        modules = "choose the mix" if self.budget is not None else "measure modules"
-        choice = self.text.choice.numel() - len(self.text.choice)
-        counts = {"calibrate": self.text.calibration.numel(), modules: choice, "measure": self.text.predicted}
-        if used := ", ".join(f"{count:,} tokens to {what} on" for what, count in counts.items() if count):
-            echo(f"text: {self.text.described}; {used}")
-        before = self.loss("before")
-        moments = None
-        if len(self.text.calibration):
-            try:
-                moments = second_moments(model, self.batches(self.text.calibration, "read to calibrate"), self.plan)
-            except ValueError as error:
-                raise UserError(f"{self.source}: {error}. calibration_tokens=0 rounds without them.") from error
-        found = rules = None
-        if measures(cfg):
-            found, rules = self.mix(moments)
-        if rules is not None:
-            scheme = {"component": "mixed", "rules": rules, "qat": False}
-        quantize(model, self.plan, second_moments=moments, scheme=scheme, progress=self.teller("quantized"))
-        model.to(self.dtype)
-        after = self.loss("after")
-        self.tokenizer.save(self.run.path)
-        save_model(model, None, self.run.path)
-        size = sum(path.stat().st_size for path in self.run.path.glob("*.safetensors"))
-        report = {
-            "checkpoint": str(self.source),
-            "scheme": scheme,
-            "dtype": cfg.dtype,
-            "calibration_tokens": self.text.calibration.numel(),
-            "bytes": size,
-            "bytes_before": self.bytes_before,
-            "sensitivity_tokens": choice,
-            "test_tokens": self.text.predicted,
-            "loss_before": before,
-            "loss": after,
-            "formats": {name: format.name for name, format in self.plan.items()},
-        }
-        with atomic_write(self.run.path / REPORT) as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        manifest.write(self.run.path, 0, {}, only=MODEL_FILES)
-        self.run.update(parameters=sum(p.numel() for p in on_meta(self.source).parameters()))
-        drawn = []
-        if found is not None and before is not None and after is not None:
-            picture = self.run.path / "sensitivity.png"
-            measured = (Measured(self.bytes_before, before), Measured(size, after))
-            sensitivity.draw(found, picture, *measured, tokens=self.text.predicted, rules=rules)
-            drawn = [f"what each module loses: {picture}"]
-        echo("\n".join([*getattr(self.plan, "notes", ()), *drawn, *lines(report, self.run.path)]))
-
-    def loss(self, when: str) -> float | None:
-        """Nats a token of the text to measure on; None where there is none."""
-        test = self.text.test
-        return sensitivity.loss(self.model, self.batches(test, f"measured {when} quantizing")) if len(test) else None
-
-    def batches(self, rows: Tensor, what: str) -> Iterator[Tensor]:
-        """Rows a few at a time, on the model's device."""
-        batches = rows.split(_BATCH)
-        for batch in ticking(batches, f"of {len(batches)} batches of text {what}", shown=True):
-            self.stop_if_asked()
-            yield batch.to(self.model.device)
-
-    def stop_if_asked(self) -> None:
-        """End the process where a signal came.
-
-        Raises:
-            SystemExit: with EXIT_STOPPED.
-        """
-        if self.signals.heard:
-            echo(f"stopped; resume it with: plmtune resume {self.run.path}", err=True)
-            raise SystemExit(EXIT_STOPPED)
-
-    def teller(self, what: str) -> Callable[[str, int, int], None]:
-        """Say on standard error, every few seconds, how many modules are done; stop there if asked to."""
-        said, told = time.monotonic(), False
-
-        def tell(name: str, done: int, total: int) -> None:
-            nonlocal said, told
-            self.stop_if_asked()
-            # The last line tells that it is done, where an earlier one told that it was not.
-            if time.monotonic() - said >= 5 or (done == total and told):
-                said, told = time.monotonic(), True
-                echo(f"{done} of {total} modules {what}", err=True)
-
-        return tell
-
-    def mix(self, moments: dict[str, Tensor] | None) -> tuple[Found, dict[str, str] | None]:
-        """Measure what each module loses; returns that and the rules that the budget allows, None without one.
-
-        The plan is theirs then. The rows are others than those that the loss is measured on: a mix loses least on those
-        that it was chosen by.
-        """
-        asked, path = self.cfg.sensitivity, self.run.path
-        found = sensitivity.measure(
-            self.model,
-            self.plan,
-            self.text.choice.to(self.model.device),
-            path / "sensitivity.json",
-            dtype=self.dtype,
-            second_moments=moments,
-            progress=self.teller("measured"),
-        )
-        if self.budget is None:
-            return found, None
-        least = sum(one.bytes for one in found)  # of what is measured; the rest of the file is the same in any mix
-        left = self.budget - (self.bytes_after - least)
-        while True:  # the header of a file depends on the mix, by some bytes
-            rules = sensitivity.propose(found, left)
-            self.plan = build("quantization", Component("quantization", "mixed", {"rules": rules}), model=self.model)
-            size = file_bytes(on_meta(self.source), self.plan, self.dtype)
-            if size <= self.budget:
-                break
-            if left == least:
-                raise UserError(
-                    f"key sensitivity.budget: {asked.budget} is {self.budget:,} bytes, and the smallest mix takes "
-                    f"{size:,}. Give at least that."
-                )
-            left = max(left - (size - self.budget), least)
-        listed = "".join(f"    {json.dumps(pattern)}: {name}\n" for pattern, name in rules.items())
-        mix = f"defaults:\n  - override /quantization: mixed\nquantization:\n  rules:\n{listed}"
-        use = f"# Use: plmtune run quantize {path / 'mix.yaml'} checkpoint={self.source}\n"
-        (path / "mix.yaml").write_text(use + mix, encoding="utf-8")
-        more = ""
-        if sensitivity.predict(found, rules) < sensitivity.NEGLIGIBLE:
-            more = f"; more bytes would gain less than {sensitivity.NEGLIGIBLE:g} nats a token"
-        before = self.bytes_before
-        wanted, taken = (f"{show_bytes(n, before)} ({_percent(n, before)})" for n in (self.budget, size))
-        echo(f"the mix for {wanted} takes {taken}{more}: {path / 'mix.yaml'}")
-        return found, rules
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}"
-
-
-def cfg_scheme(cfg: Config) -> dict[str, Any]:
-    """The scheme of a config as plain data."""
-    assert cfg.quantization is not None
-    return component_config(cfg.quantization)
-
-
-def choose(cfg: Config) -> str:
-    """Fill in `checkpoint` and `quantization` where they are left out; returns what was chosen.
+def choose_checkpoint(cfg: Config) -> tuple[Path, str]:
+    """The checkpoint to quantize, by default that of the newest finished run, and a phrase that names it.
 
     Raises:
-        UserError: if there is nothing to quantize.
+        UserError: if there is none.
     """
-    said = f"quantizing {cfg.checkpoint}"
+    phrase = f"quantizing {cfg.checkpoint}"
     if cfg.checkpoint is None:
         newest = next(finished_runs(), None)
         if newest is None:
@@ -298,124 +132,181 @@ def choose(cfg: Config) -> str:
                 "there is no finished run under runs/ to quantize. Train one (plmtune run demo), or name a run or "
                 "a model directory with checkpoint=DIR."
             )
-        cfg.checkpoint, said = str(newest), f"quantizing {newest}, the newest finished run (checkpoint=DIR for another)"
+        cfg.checkpoint = str(newest)
+        phrase = f"quantizing {newest}, the newest finished run (checkpoint=DIR for another)"
     cfg.checkpoint = hub.pin(cfg.checkpoint)
-    directory = checkpoint_directory(cfg.checkpoint, weights=False)
-    trained_for = qat.read_scheme(directory)
+    return checkpoint_directory(cfg.checkpoint, weights=False), phrase
+
+
+def choose_scheme(cfg: Config, checkpoint: Path) -> tuple[Component, bool]:
+    """The scheme, by default that of the model's quantization-aware training or int4; whether it was trained for it."""
+    trained_for = qat.read_scheme(checkpoint)
     if cfg.quantization is None and trained_for is not None:
-        cfg.quantization = component_from_config("quantization", trained_for, f"{directory}, key qat")
+        cfg.quantization = component_from_config("quantization", trained_for, f"{checkpoint}, key qat")
     cfg.quantization = cfg.quantization or Component("quantization", "int4", {})
-    rules = cfg.quantization.settings.get("rules")
-    said += f" as {cfg.quantization.name}" + (f" with {len(rules)} rules" if rules else "")
-    return said + (", which it was trained for" if is_trained_for(cfg, directory) else "")
+    return cfg.quantization, trained_for is not None and qat.scheme_settings(cfg.quantization) == trained_for
 
 
-def is_trained_for(cfg: Config, directory: Path) -> bool:
-    """Whether the model in `directory` was trained for the scheme of the config."""
-    trained_for = qat.read_scheme(directory)
-    assert cfg.quantization is not None
-    return trained_for is not None and qat.scheme_settings(cfg.quantization) == trained_for
+class Quantize:
+    """One model, from its checkpoint to a directory that loads like any other."""
 
-
-def measures(cfg: Config) -> bool:
-    """Whether sensitivities are measured: a budget cannot be spent without them."""
-    return cfg.sensitivity.measure or cfg.sensitivity.budget is not None
-
-
-def on_meta(source: Path) -> Any:
-    """The model of a checkpoint without its weights.
-
-    Raises:
-        UserError: if it is quantized already.
-    """
-    if not holds_adapters(source) and "quantization_config" in read_json(source, MODEL_CONFIG):
-        raise UserError(f"{source} is quantized already. Quantize what it was made from (quantize.json names it).")
-    description = read_model_config(source)
-    with torch.device("meta"):
-        return component_from_config("model", description, str(source))(vocab_size=description["vocab_size"])
-
-
-def plan_of(cfg: Config, model: Any) -> Any:
-    """Which matrix is stored how, by the scheme of the config.
-
-    Raises:
-        UserError: naming the key.
-    """
-    return build("quantization", cfg.quantization, model=model)
-
-
-def read_text(
-    cfg: Config, seq_len: int, calibration_tokens: int, sources: Mapping[str, Source], tokenizer: Tokenizer
-) -> Text:
-    """Rows of the data, as many as are asked for, spread over its first million tokens.
-
-    Raises:
-        UserError: if there are fewer.
-    """
-    calibration, test = (-(-n // seq_len) for n in (calibration_tokens, cfg.test_tokens))
-    choice = max(1, cfg.sensitivity.tokens // seq_len) if measures(cfg) else 0
-    sources = sources if calibration + test else {}
-    pool = max(_POOL, 4 * seq_len * max(calibration, test + choice))
-    ids: list[Any] = []
-    for left, source in zip(range(len(sources), 0, -1), sources.values(), strict=True):
-        have = sum(map(len, ids))
-        share = have + -(-(pool - have) // left)  # of each source alike; what one lacks the later ones give
-        for text in source.documents():
-            if have >= share:
-                break
-            ids.append(np.asarray([*tokenizer.with_bos(tokenizer.encode(text)), tokenizer.eos_id], dtype=np.int64))
-            have += len(ids[-1])
-    joined = torch.from_numpy(np.concatenate(ids)) if ids else torch.empty(0, dtype=torch.long)
-    rows = joined[: len(joined) // seq_len * seq_len].view(-1, seq_len)
-    # Every other row is for measuring, whatever is calibrated on: so losses of several schemes are of one text.
-    held_out = rows[1::2]
-    places = spread(torch.arange(len(held_out)), test)
-    others = torch.ones(len(held_out), dtype=torch.bool).index_fill(0, places, False)
-    found = Text(
-        spread(rows[0::2], calibration),
-        spread(held_out[others], choice),
-        held_out[places],
-        {name: source.fingerprint() for name, source in sources.items()},
-        "; ".join(source.describe() for source in sources.values()),
-    )
-    if len(found.calibration) < calibration or len(found.test) < test or len(found.choice) < choice:
-        more = f" with sensitivity.tokens ({cfg.sensitivity.tokens:,})" if choice else ""
-        raise UserError(
-            f"key data: the text has {len(joined):,} tokens, and calibration_tokens ({calibration_tokens:,}) and "
-            f"test_tokens ({cfg.test_tokens:,}){more} are taken of one half of it each, in rows of {seq_len}. Give "
-            "more text, or ask for fewer."
+    def __init__(self, cfg: Config, inputs: Inputs, runtime: Runtime) -> None:
+        self.cfg, self.inputs, self.dtype = cfg, inputs, _DTYPES[cfg.dtype]
+        self.checkpoint = checkpoint_directory(str(cfg.checkpoint))  # with its weights
+        self.text = read_rows(
+            inputs.sources,
+            inputs.tokenizer,
+            inputs.seq_len,
+            calibration_tokens=inputs.calibration_tokens,
+            mix_tokens=inputs.mix_tokens,
+            test_tokens=cfg.test_tokens,
         )
-    return found
+        self.model = load_finite(self.checkpoint, runtime.device)
+        self.run = open_run(cfg, runtime, self.text.fingerprints)
+        self.signals = StopSignals("stopping; a second one ends it at once.")
 
+    def quantize(self) -> Report:
+        """Measure, choose the formats, round, measure again, save; return the report.
 
-def spread(rows: Tensor, count: int) -> Tensor:
-    """`count` of rows, evenly spread over them; all, where they are fewer."""
-    return rows[torch.arange(count) * len(rows) // max(1, count)] if count <= len(rows) else rows
-
-
-def lines(report: dict[str, Any], path: Path) -> list[str]:
-    """What to say at the end."""
-    size, before = report["bytes"], report["bytes_before"]
-    share = _percent(size, before)
-    said = [f"{path}: {show_bytes(size, before)}, {share} of the {show_bytes(before)} in {report['dtype']}"]
-    if report["loss"] is not None:
-        lost = report["loss"] - report["loss_before"]
-        perplexities = np.exp([report["loss_before"], report["loss"]])
-        said.append(
-            f"loss {report['loss_before']:.4f} -> {report['loss']:.4f} nats a token ({lost:+.4f}), perplexity "
-            f"{perplexities[0]:.2f} -> {perplexities[1]:.2f} on {report['test_tokens']:,} tokens of the data"
+        A resumed run starts over with the sensitivities that it has.
+        """
+        inputs, text, model = self.inputs, self.text, self.model
+        formats, scheme = inputs.formats, component_config(inputs.scheme)
+        self.log_text()
+        before = self.mean_loss("before")
+        moments = self.second_moments() if len(text.calibration) else None
+        found = rules = None
+        if inputs.mix_tokens:
+            found = sensitivity.measure(
+                model,
+                formats,
+                text.mix.to(model.device),
+                self.run.path / "sensitivity.json",
+                dtype=self.dtype,
+                second_moments=moments,
+                progress=lambda names: self.progress(names, "modules measured"),
+            )
+        if found is not None and inputs.budget is not None:
+            rules = self.choose_mix(found, inputs.budget)
+            formats, scheme = self.formats_of(rules), {"component": "mixed", "rules": rules, "qat": False}
+        quantize(
+            model,
+            formats,
+            second_moments=moments,
+            scheme=scheme,
+            progress=lambda names: self.progress(names, "modules quantized"),
         )
-    return [*said, f"try it: plmtune generate {path} --prompt 'Hello'", f"how fast it is: plmtune bench {path}"]
+        model.to(self.dtype)
+        after = self.mean_loss("after")
+        inputs.tokenizer.save(self.run.path)
+        save_model(model, None, self.run.path)
+        report = Report(
+            str(self.checkpoint),
+            scheme,
+            self.cfg.dtype,
+            calibration_tokens=text.calibration.numel(),
+            bytes=sum(path.stat().st_size for path in self.run.path.glob("*.safetensors")),
+            bytes_before=inputs.bytes_before,
+            sensitivity_tokens=text.mix.numel() - len(text.mix),
+            test_tokens=text.num_test_predictions,
+            loss_before=before,
+            loss=after,
+            formats={name: format.name for name, format in formats.items()},
+        )
+        report.write(self.run.path)
+        manifest.write(self.run.path, 0, {}, only=MODEL_FILES)
+        self.run.update(parameters=sum(p.numel() for p in build_on_meta(self.checkpoint).parameters()))
+        for note in getattr(formats, "notes", ()):
+            echo(note)
+        if found is not None and before is not None and after is not None:
+            picture = self.run.path / "sensitivity.png"
+            models = (Measured(report.bytes_before, before), Measured(report.bytes, after))
+            draw(found, picture, *models, tokens=report.test_tokens, rules=rules)
+            echo(f"loss of each module: {picture}")
+        return report
+
+    def log_text(self) -> None:
+        text = self.text
+        counts = {
+            "calibrate": text.calibration.numel(),
+            "measure modules" if self.inputs.budget is None else "choose the mix": text.mix.numel() - len(text.mix),
+            "measure": text.num_test_predictions,
+        }
+        if used := ", ".join(f"{count:,} tokens to {what} on" for what, count in counts.items() if count):
+            echo(f"text: {text.description}; {used}")
+
+    def mean_loss(self, when: str) -> float | None:
+        """Nats a token of the text to measure on; None where there is none."""
+        rows = self.text.test
+        return (
+            sensitivity.mean_loss(self.model, self.batches(rows, f"measured {when} quantizing")) if len(rows) else None
+        )
+
+    def second_moments(self) -> dict[str, Tensor]:
+        batches = self.batches(self.text.calibration, "read to calibrate")
+        try:
+            return second_moments(self.model, batches, self.inputs.formats)
+        except ValueError as error:
+            raise UserError(f"{self.checkpoint}: {error}. calibration_tokens=0 rounds without them.") from error
+
+    def choose_mix(self, found: Sensitivities, budget: int) -> dict[str, str]:
+        """The rules of the mix for a budget; written as mix.yaml, a config that can be run again.
+
+        The rows that it is chosen by are not those that the loss is measured on: on its own rows a mix loses least.
+        """
+        inputs, path = self.inputs, self.run.path / "mix.yaml"
+        asked = self.cfg.sensitivity.budget
+
+        def bytes_of(rules: dict[str, str]) -> int:
+            return file_bytes(build_on_meta(self.checkpoint), self.formats_of(rules), self.dtype)
+
+        try:
+            rules, size = mixes.fit_budget(found, budget, file_bytes=bytes_of, smallest_file=inputs.bytes_after)
+        except ValueError as error:
+            message = f"key sensitivity.budget: {asked} is {budget:,} bytes, and {error}. Give at least that."
+            raise UserError(message) from error
+        mixes.write_config(path, rules, self.checkpoint)
+        enough = mixes.predict(found, rules) < mixes.NEGLIGIBLE
+        more = f"; more bytes would gain less than {mixes.NEGLIGIBLE:g} nats a token" if enough else ""
+        whole = inputs.bytes_before
+        wanted, taken = (f"{show_bytes(n, whole)} ({n / whole:.1%})" for n in (budget, size))
+        echo(f"the mix for {wanted} takes {taken}{more}: {path}")
+        return rules
+
+    def formats_of(self, rules: dict[str, str]) -> LayerFormats:
+        mixed: LayerFormats = build(
+            "quantization", Component("quantization", "mixed", {"rules": rules}), model=self.model
+        )
+        return mixed
+
+    def batches(self, rows: Tensor, what: str) -> Iterator[Tensor]:
+        """Yield a few rows at a time, on the model's device."""
+        for batch in self.progress(rows.split(_BATCH), f"batches of text {what}"):
+            yield batch.to(self.model.device)
+
+    def progress(self, items: Sequence[T], what: str) -> Iterable[T]:
+        """Yield the items; report their number every few seconds.
+
+        Raises:
+            SystemExit: with EXIT_STOPPED, after a signal.
+        """
+        for item in ticking(items, f"of {len(items)} {what}", shown=True):
+            self.stop_if_asked()
+            yield item
+
+    def stop_if_asked(self) -> None:
+        if self.signals.heard:
+            echo(f"stopped; resume it with: plmtune resume {self.run.path}", err=True)
+            raise SystemExit(EXIT_STOPPED)
 
 
 def check(cfg: Config) -> str:
-    """What ``plmtune validate`` says of a config that is right."""
+    """The line that ``plmtune validate`` prints for a valid config."""
     Runtime.choose(device=cfg.device, strategy="none")
     find_run(cfg)
     if cfg.checkpoint is None and next(finished_runs(), None) is None:
         return "There is no finished run to quantize; what follows from its model is not checked."
-    job = preflight(cfg)
-    return f"{job.size()}."
+    return f"{preflight(cfg).size()}."
 
 
 def main(cfg: Config, *, dry_run: bool = False) -> float | None:
@@ -423,16 +314,16 @@ def main(cfg: Config, *, dry_run: bool = False) -> float | None:
     if dry_run:
         Runtime.choose(device=cfg.device, strategy="none")
         find_run(cfg)
-        job = preflight(cfg)
-        echo(job.size())
+        echo(preflight(cfg).size())
         return None
     with Runtime.choose(device=cfg.device, seed=0, strategy="none").start() as runtime:
         find_run(cfg)
         if cfg.resume and read_record(Path(str(cfg.run_dir))).get("status") == "finished":
             echo(already_finished(Path(str(cfg.run_dir))))
-            return load_json((Path(str(cfg.run_dir)) / REPORT).read_text(encoding="utf-8"))["loss"]
+            loss: float | None = read_json(Path(str(cfg.run_dir)), FILE)["loss"]
+            return loss
         recipe = Quantize(cfg, preflight(cfg), runtime)
         with recipe.run, recipe.signals:
-            recipe.quantize()
-        report = load_json((recipe.run.path / REPORT).read_text(encoding="utf-8"))
-    return report["loss"]
+            report = recipe.quantize()
+            echo("\n".join(report.lines(recipe.run.path)))
+        return report.loss

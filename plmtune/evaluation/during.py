@@ -16,8 +16,8 @@ from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.local_data import LocalData
 from plmtune.evaluation.result_cache import ResultCache
 from plmtune.evaluation.tasks import Tasks
+from plmtune.models.digest import model_digest
 from plmtune.modules.decoder import Decoder
-from plmtune.preference.reference import model_digest
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training import distributed

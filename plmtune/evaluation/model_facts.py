@@ -19,8 +19,8 @@ from plmtune.io.run_directory import CONFIG, read_record, verify_config
 from plmtune.io.untrusted import load_yaml
 from plmtune.models import adapters, checkpoint_files
 from plmtune.models.adapters import load_model
+from plmtune.models.digest import model_digest
 from plmtune.models.hf import SCORE
-from plmtune.preference.reference import model_digest
 
 _log = logging.getLogger(__name__)
 

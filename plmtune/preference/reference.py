@@ -8,7 +8,7 @@ goes in: with any other of them it is another key, so numbers of another referen
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,12 @@ import torch
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch import Tensor
 
 from plmtune.errors import UserError
 from plmtune.io import checksummed_json, safetensors_writer, terminal
 from plmtune.io.atomic import atomic_write
-from plmtune.modules.sharding import full_tensor
+from plmtune.models.digest import add_tensor
 from plmtune.training.distributed import broadcast_from_rank0, gather_texts, reduce_sum
 
 if TYPE_CHECKING:
@@ -32,36 +31,6 @@ _VERSION = 2  # of the files, and of what the key hashes
 # Field of a batch -> the name under which it is hashed, so that caches of earlier versions fit.
 _INPUTS = {name: name for name in ("tokens", "input_pos", "mask", "positions", "targets", "completion", "index")}
 _INPUTS["positions"] = "places"
-
-
-def model_digest(model: nn.Module, *, without: Container[str] = ()) -> str:
-    """xxh3-128 over the name, shape, dtype and bytes of each tensor of `model`, and its `config` where it has one.
-
-    The same for one process and for many, on any device. Every rank must call it.
-
-    Args:
-        without: names of tensors that are switched off in the reference: adapters.
-    """
-    digest = xxhash.xxh3_128()
-    digest.update(json.dumps(getattr(model, "config", {}), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if name not in without:
-            _add(digest, name, full_tensor(tensor))
-    return digest.hexdigest()
-
-
-def _add(digest: xxhash.xxh3_128, name: str, tensor: Tensor) -> None:
-    """Hash a tensor so that no other sequence of names, shapes and bytes gives the same stream."""
-    if is_traceable_wrapper_subclass(tensor):  # quantized: the tensors that it is made of
-        inner, context = tensor.__tensor_flatten__()
-        digest.update(f"{name} {type(tensor).__name__} {context} {len(inner)}\n".encode())
-        for part in inner:
-            _add(digest, part, getattr(tensor, part))
-        return
-    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-    flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))  # a single number may have any stride
-    data: Any = flat.view(torch.uint8).numpy()
-    digest.update(data)
 
 
 def reference_log_probs(
@@ -125,7 +94,7 @@ def _key(model_digest: str, batches: Iterable[ComparisonBatch], num: int, arithm
     for batch in batches:
         digest = xxhash.xxh3_128()
         for field, name in _INPUTS.items():
-            _add(digest, name, getattr(batch, field))
+            add_tensor(digest, name, getattr(batch, field))
         mine.append(digest.hexdigest() if len(batch.index) else "")
     shares = [json.loads(text) for text in gather_texts(json.dumps(mine))]
     in_turn = [digest for digests in zip(*shares, strict=True) for digest in digests if digest]

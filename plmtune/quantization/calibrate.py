@@ -1,4 +1,4 @@
-"""What a model's matrices are multiplied by, on text: which of their columns matter."""
+"""Calibration: the second moments of the inputs of a model's matrices, on text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from plmtune.quantization.schemes import EMBEDDING, HEAD
 
 @contextmanager
 def inputs_seen(model: Decoder, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call see(name, inputs [n, in]) for each product of the named modules while the context lasts.
+    """Inside the context, call see(name, inputs [n, in]) for each product of the named modules.
 
-    A head's inputs are the model's normed hidden states, so that no logits need be computed. An embedding that is not
-    tied is multiplied by nothing and never seen.
+    The inputs of the head are the model's normed hidden states, so that no logits need be computed. An embedding that
+    is not tied has no product.
     """
     handles = []
 
@@ -46,17 +46,14 @@ def inputs_seen(model: Decoder, names: Iterable[str], see: Callable[[str, Tensor
 def second_moments(
     model: Decoder,
     batches: Iterable[Tensor],
-    plan: Iterable[str],
-    *,
-    progress: Callable[[int], None] | None = None,
+    names: Iterable[str],
 ) -> dict[str, Tensor]:
     """Mean of the squared inputs of each module, [in] in fp32, by its name.
 
     Args:
-        model: not quantized yet.
-        batches: token ids, [b, s], of text like what the model will read; some tens of thousands of tokens do.
-        plan: names of modules; an embedding that is not tied has no inputs and is left out.
-        progress: is told how many tokens have been read.
+        model: unquantized.
+        batches: token ids, [b, s], of text like that of the model's use; some tens of thousands of tokens suffice.
+        names: of modules; an embedding that is not tied has no inputs and is left out.
 
     Raises:
         ValueError: if there are no batches, or inputs that are not finite.
@@ -68,12 +65,10 @@ def second_moments(
         squares = x.float().square().sum(0)
         sums[name] = sums[name] + squares if name in sums else squares
 
-    with inputs_seen(model, plan, see):
+    with inputs_seen(model, names, see):
         for ids in batches:
             model(ids.to(model.device), hidden=True)
             tokens += ids.numel()
-            if progress is not None:
-                progress(tokens)
     if not tokens:
         raise ValueError("calibration needs at least one row of tokens")
     for name, total in sums.items():

@@ -25,6 +25,7 @@ from plmtune.models.assemble import component_config, component_from_config
 from plmtune.models.checkpoint_files import CONFIG, checkpoint_directory, read_json, write_json
 from plmtune.modules.quantized import Format, round_inputs
 from plmtune.modules.torchtune_layers import quiet
+from plmtune.quantization.quantize import bounds
 from plmtune.registry import Component
 
 with quiet():
@@ -33,17 +34,17 @@ with quiet():
 KEY = "qat"  # of config.json
 
 
-def insert_fake_quantize(model: Any, plan: Mapping[str, Format]) -> None:
-    """Let a decoder compute with the numbers that its quantized form will have.
+def insert_fake_quantize(model: Any, formats: Mapping[str, Format]) -> None:
+    """Replace layers of a decoder, so that it computes with the numbers of its quantized form.
 
     Args:
         model: changed in place; its parameters and their names stay. On the meta device nothing is allocated.
-        plan: module name -> format, as a scheme gives it.
+        formats: module name -> format, as a scheme returns it.
 
     Raises:
         ValueError: naming the module, if there is none, it is of another kind, or the format does not fit it.
     """
-    for name, format in plan.items():
+    for name, format in formats.items():
         try:
             held: Any = model.get_submodule(name)
         except AttributeError:
@@ -64,11 +65,11 @@ def insert_fake_quantize(model: Any, plan: Mapping[str, Format]) -> None:
                 new = FakeQuantizedEmbedding(held.num_embeddings, held.embedding_dim)
         new.weight = held.weight
         new.weight_fake_quantizer = WeightRounding(format)
-        new.original = (held,)  # in a tuple it is no submodule
+        new.original = (held,)  # a tuple, so that it is no submodule
         _replace(model, name, new)
-    head = plan.get("tok_embeddings" if model.tied else "output")
+    head = formats.get("tok_embeddings" if model.tied else "output")
     if head is not None and head.dynamic and not hasattr(model, "score"):
-        # The loss takes hidden states and the head's weight: so what the head would round is rounded before.
+        # The loss multiplies hidden states by the head's weight without calling the head: round the states before.
         model.norm.head_input = InputRounding()
         model.norm.register_forward_hook(_round_output)
 
@@ -80,10 +81,10 @@ def _round_output(norm: Any, inputs: Any, out: Tensor) -> Tensor:
 
 def remove_fake_quantize(model: Any) -> dict[str, Format]:
     """Undo `insert_fake_quantize`; return the formats with which `quantize.quantize` gives the same outputs."""
-    plan: dict[str, Format] = {}
-    prepared: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if hasattr(m, "original")]
-    for name, layer in prepared:
-        plan[name] = layer.weight_fake_quantizer.config
+    formats: dict[str, Format] = {}
+    replaced: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if hasattr(m, "original")]
+    for name, layer in replaced:
+        formats[name] = layer.weight_fake_quantizer.config
         (held,) = layer.original
         held.weight = layer.weight
         if isinstance(held, nn.Linear):
@@ -93,7 +94,7 @@ def remove_fake_quantize(model: Any) -> dict[str, Format]:
         del model.norm.head_input
         for key in [key for key, hook in model.norm._forward_hooks.items() if hook is _round_output]:
             del model.norm._forward_hooks[key]
-    return plan
+    return formats
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -101,8 +102,8 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, new.train(model.training))
 
 
-class _Straight(torch.autograd.Function):
-    """Other numbers forward, the gradient as it comes backward."""
+class _StraightThrough(torch.autograd.Function):
+    """Returns the rounded numbers; its gradient is that of the identity."""
 
     @staticmethod
     def forward(x: Tensor, rounded: Tensor) -> Tensor:
@@ -118,12 +119,9 @@ class _Straight(torch.autograd.Function):
 
 
 class WeightRounding(FakeQuantizerBase):
-    """A matrix [out, in] -> the numbers that its stored form will stand for.
+    """A matrix [out, in] -> the numbers of its stored form.
 
-    While the model is in eval mode, and inside of `fake_quant_frozen`, a weight is rounded at its first use alone.
-
-    Args:
-        format: how it will be stored.
+    In eval mode and inside `fake_quant_frozen` a weight is rounded only at its first use.
     """
 
     def __init__(self, format: Format) -> None:
@@ -131,24 +129,24 @@ class WeightRounding(FakeQuantizerBase):
         self.config = format
         self.enabled = True
         self.frozen = False
-        self._held: tuple[int, Tensor] | None = None  # the weight's version, its rounded form
+        self._cached: tuple[int, Tensor] | None = None  # the weight's version, its rounded form
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.enabled:
             return weight
-        out: Tensor = _Straight.apply(weight, self._rounded(weight))
+        out: Tensor = _StraightThrough.apply(weight, self._rounded(weight))
         return out
 
     def _rounded(self, weight: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or (self.training and not self.frozen):
             return round_as_stored(weight, self.config)
-        # The version alone does not tell: fused optimizers write without a new one, but never in eval mode.
-        if self._held is None or self._held[0] != weight._version:
-            self._held = weight._version, round_as_stored(weight, self.config)
-        return self._held[1]
+        # Fused optimizers write without a new version, but never in eval mode.
+        if self._cached is None or self._cached[0] != weight._version:
+            self._cached = weight._version, round_as_stored(weight, self.config)
+        return self._cached[1]
 
     def reset(self) -> None:
-        self._held = None
+        self._cached = None
 
     def train(self, mode: bool = True) -> WeightRounding:
         self.reset()
@@ -169,24 +167,24 @@ class InputRounding(FakeQuantizerBase):
             return x
         with torch.no_grad():
             rounded = round_inputs(x)
-        out: Tensor = _Straight.apply(x, rounded)
+        out: Tensor = _StraightThrough.apply(x, rounded)
         return out
 
 
 @torch.no_grad()
 def round_as_stored(weight: Tensor, format: Format) -> Tensor:
-    """What a matrix's stored form stands for: `quantize.round_weight` and back, in a third of its time.
+    """The numbers of a matrix's stored form: `quantize.round_weight` and back, in a third of the time.
 
-    It is computed in each training step, and the integers themselves are not needed.
+    Each training step needs them, but not the integers themselves.
 
     Args:
         weight (Tensor): [out, in].
-        format: how it will be stored.
+        format: of the stored form.
 
     Returns:
         Tensor: [out, in], in the weight's dtype.
     """
-    low, high = (-128, 127) if format.bits == 8 else (-8, 7) if format.symmetric else (0, 15)
+    low, high = bounds(format)
     groups = weight.float().unflatten(-1, (-1, format.group_size or weight.shape[-1]))  # [out, groups, size]
     least, most = torch.aminmax(groups, dim=-1, keepdim=True)
     least, most = least.clamp(max=0), most.clamp(min=0)
@@ -204,7 +202,7 @@ def round_as_stored(weight: Tensor, format: Format) -> Tensor:
 
 @contextmanager
 def fake_quant_frozen(model: nn.Module) -> Iterator[None]:
-    """Round each weight once for all forwards inside; none may change meanwhile."""
+    """Round each weight once for all forwards inside the context; no weight may change there."""
     found = [module for module in model.modules() if isinstance(module, WeightRounding)]
     for module in found:
         module.frozen = True
@@ -218,7 +216,7 @@ def fake_quant_frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def fake_quant_disabled(model: nn.Module) -> Iterator[None]:
-    """Let a prepared model compute with its weights as they are for a while."""
+    """Inside the context, compute with unrounded weights and inputs."""
     found: list[Any] = [module for module in model.modules() if isinstance(module, FakeQuantizerBase)]
     for module in found:
         module.enabled = False
@@ -230,31 +228,31 @@ def fake_quant_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def scheme_settings(chosen: Component) -> dict[str, Any]:
-    """What config.json says of a scheme: its name and all its settings, defaults written out."""
+    """A scheme as config.json stores it: its name and all its settings, with defaults."""
     return {key: value for key, value in component_config(chosen).items() if key != "qat"}
 
 
 def write_scheme(directory: Path, scheme: Mapping[str, Any]) -> None:
-    """Add to a model directory's config.json what the model was trained for."""
+    """Add the scheme to a model directory's config.json."""
     write_json(directory / CONFIG, read_json(directory, CONFIG) | {KEY: {"scheme": dict(scheme)}})
 
 
 def read_scheme(checkpoint: str | Path) -> dict[str, Any] | None:
-    """The scheme that a checkpoint was trained for, as `scheme_settings` gave it; None where it was for none.
+    """The scheme that a checkpoint was trained for, as `scheme_settings` returned it; None without one.
 
     Args:
         checkpoint: a model directory, a checkpoint or a run, whose newest checkpoint counts.
 
     Raises:
-        UserError: naming the file, if what it says of it is no scheme.
+        UserError: naming the file, if the key holds no scheme.
     """
     directory = checkpoint_directory(checkpoint)
     if not (directory / CONFIG).exists():  # adapters
         return None
-    noted = read_json(directory, CONFIG).get(KEY)
-    if noted is None:
+    stored = read_json(directory, CONFIG).get(KEY)
+    if stored is None:
         return None
     where = f"{directory / CONFIG}, key {KEY}"
-    if not isinstance(noted, dict):
-        raise UserError(f"{where}: must be a table with the key scheme, not {noted!r:.80}")
-    return scheme_settings(component_from_config("quantization", noted.get("scheme"), f"{where}.scheme"))
+    if not isinstance(stored, dict):
+        raise UserError(f"{where}: must be a table with the key scheme, not {stored!r:.80}")
+    return scheme_settings(component_from_config("quantization", stored.get("scheme"), f"{where}.scheme"))

@@ -1,14 +1,19 @@
-"""From a model's weights to integers, in place, a matrix at a time."""
+"""Rounding a model's weights to integers, in place, one matrix at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from plmtune.errors import UserError
+from plmtune.io.safetensors_writer import listed, not_finite
+from plmtune.models.adapters import holds_adapters, load_model, read_model_config
+from plmtune.models.assemble import component_from_config
+from plmtune.models.checkpoint_files import CONFIG, read_json
 from plmtune.models.hf import num_bytes
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized, install
@@ -21,58 +26,82 @@ with quiet():
         quantize_affine,
     )
 
-# Numbers worked on at once: a vocabulary's matrix in fp32, and what rounding makes of it, would be gigabytes.
+# Numbers rounded at once: a whole vocabulary's matrix in fp32, with its intermediate results, would take gigabytes.
 _CHUNK = 1 << 22
 
-# Of the range a group's numbers have, what is tried with calibration. Wider than the range never pays; what is
-# narrower than this clips more than finer steps give back.
+# Shares of a group's range that calibration tries. A wider range never helps; a narrower one clips more than its finer
+# steps give back.
 _SHRINK = tuple(1 - i / 40 for i in range(17))
 
 
 @torch.no_grad()
 def quantize(
     model: nn.Module,
-    plan: Mapping[str, Format],
+    formats: Mapping[str, Format],
     *,
     second_moments: Mapping[str, Tensor] | None = None,
     scheme: Mapping[str, Any] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> None:
-    """Store the matrices that a plan names as integers. Each weight is let go as soon as its integers are there.
+    """Store matrices as integers. Each weight is freed as soon as its integers exist.
 
     Args:
-        model: changed in place, and given the attribute `quantization`, what config.json says of the scheme.
-        plan: module name -> format.
-        second_moments: module name -> mean of the squared inputs, [in] (`calibrate.second_moments`). Where they are
-            given each group's range is the one with the least error of the products, not the whole.
-        scheme: the scheme's name and settings, to be kept with the model.
-        progress: is told (module, done, of how many).
+        model: changed in place; its attribute `quantization` becomes the scheme, which config.json will name.
+        formats: module name -> format.
+        second_moments: module name -> mean of the squared inputs, [in] (`calibrate.second_moments`). With them each
+            group gets the range with the least error of the products; without, the range of its weights.
+        scheme: the scheme's name and settings.
+        progress: wraps the iteration over the modules' names.
 
     Raises:
-        ValueError: if the plan does not fit the model.
+        ValueError: if a format does not fit the model.
         UserError: naming the tensor, if a weight is not a number.
     """
-    for done, (name, format) in enumerate(plan.items()):
-        if progress is not None:
-            progress(name, done, len(plan))
-        quantize_module(model, name, format, second_moments.get(name) if second_moments else None)
+    for name in progress(list(formats)):
+        quantize_module(model, name, formats[name], second_moments.get(name) if second_moments else None)
     model.quantization = dict(scheme or {})  # type: ignore[assignment]
-    if progress is not None:
-        progress("", len(plan), len(plan))
 
 
-def file_bytes(model: Decoder, plan: Mapping[str, Format], dtype: torch.dtype) -> int:
-    """Bytes of a model's files of weights, headers included: what a plan names in its formats, the rest in `dtype`.
+def build_on_meta(checkpoint: Path) -> Any:
+    """The model of a checkpoint on the meta device.
+
+    Raises:
+        UserError: if it is quantized.
+    """
+    if not holds_adapters(checkpoint) and "quantization_config" in read_json(checkpoint, CONFIG):
+        raise UserError(f"{checkpoint} is quantized already. Quantize its original (quantize.json names it).")
+    config = read_model_config(checkpoint)
+    with torch.device("meta"):
+        return component_from_config("model", config, str(checkpoint))(vocab_size=config["vocab_size"])
+
+
+def load_finite(checkpoint: Path, device: torch.device) -> Decoder:
+    """Load a checkpoint's model in fp32.
+
+    Raises:
+        UserError: if a weight is NaN or infinite.
+    """
+    model: Decoder = load_model(checkpoint, device, torch.float32).eval()
+    if names := not_finite(dict(model.named_parameters())):
+        raise UserError(
+            f"{checkpoint}: its weights are not finite ({listed(names)}): its training diverged, or it is damaged. "
+            "Quantize an earlier checkpoint or another model."
+        )
+    return model
+
+
+def file_bytes(model: Decoder, formats: Mapping[str, Format], dtype: torch.dtype) -> int:
+    """Bytes of a model's files of weights, headers included: some modules in their formats, the rest in `dtype`.
 
     Args:
-        model: on the meta device; it is changed to that.
+        model: on the meta device; changed to these formats.
     """
-    install(model, plan)
+    install(model, formats)
     return num_bytes(model.to(dtype))
 
 
 def quantize_module(model: nn.Module, name: str, format: Format, second_moments: Tensor | None = None) -> Quantized:
-    """Put one module's integers in its place; returns what holds them. See `quantize`."""
+    """Replace one module by its quantized form and return that. See `quantize`."""
     try:
         held: Any = model.get_submodule(name)
     except AttributeError:
@@ -88,12 +117,12 @@ def quantize_module(model: nn.Module, name: str, format: Format, second_moments:
 
 
 def fill(module: Quantized, q: Tensor, scales: Tensor, zeros: Tensor | None, *, dtype: torch.dtype) -> None:
-    """Give an installed module its numbers.
+    """Set the numbers of an installed module.
 
     Args:
         q (Tensor): int8 [out, in], as `round_weight` gives it.
         scales (Tensor): bf16 [out, groups]. zeros (Tensor | None): int8 [out, groups].
-        dtype: what is computed in.
+        dtype: of the computation.
     """
     if module.format.bits == 4:
         pairs = (q + 8 if module.format.symmetric else q).to(torch.uint8).unflatten(-1, (-1, 2))
@@ -110,7 +139,7 @@ def round_weight(
 
     Args:
         weight (Tensor): [out, in].
-        format: how it will be stored.
+        format: of the integers.
         second_moments (Tensor | None): mean of the squared inputs, [in].
         name: for errors.
 
@@ -148,7 +177,7 @@ def _round_rows(w: Tensor, format: Format, moments: Tensor | None) -> tuple[Tens
     )
     # The integers are chosen for the scales that will be stored, or the rounding of scales would be a second error.
     scales = scales.bfloat16().float()
-    # Of 8 bits the whole range is within a per mille of the best one.
+    # With 8 bits the whole range is within a per mille of the best one.
     if moments is not None and format.bits == 4:
         scales, zeros = _search(w, scales, zeros, block, format, moments.to(w))
     q = quantize_affine(w, block, scales, zeros, torch.int8, low, high)
@@ -158,9 +187,9 @@ def _round_rows(w: Tensor, format: Format, moments: Tensor | None) -> tuple[Tens
 def _search(
     w: Tensor, scales: Tensor, zeros: Tensor, block: tuple[int, int], format: Format, moments: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The scales and zeros, [out, groups], with the least sum over a group of moment * (error of w)^2.
+    """The scales and zeros, [out, groups], with the least sum of moment * (error of w)^2 over each group.
 
-    That is the error of the product where inputs do not depend on each other (as in llama.cpp's importance matrix).
+    This is the error of the product for independent inputs (as in llama.cpp's importance matrix).
     """
     low, high = bounds(format)
     groups, weights = w.unflatten(-1, (-1, block[1])), moments.unflatten(-1, (-1, block[1]))
@@ -169,20 +198,20 @@ def _search(
     best_scales, best_zeros = scales, zeros
     for shrink in _SHRINK:
         tried = (scales * shrink).bfloat16().float()
-        places = [zeros]
+        candidates = [zeros]
         if not format.symmetric:
-            # A range narrower than the numbers may give up its lower end, its upper end, or some of both.
+            # A range narrower than the numbers cuts off its lower end, its upper end, or some of both.
             at_low = (-least / tried).round().clamp(low, high)
             at_high = (high - most / tried).round().clamp(low, high)
-            places = [place.to(zeros) for place in (at_low, ((at_low + at_high) / 2).round(), at_high)]
-        # As quantize_affine and back again, in a fraction of its time: rounded once for all zeros.
+            candidates = [zero.to(zeros) for zero in (at_low, ((at_low + at_high) / 2).round(), at_high)]
+        # Equal to quantize_affine and back, in a fraction of the time: rounded once for all zeros.
         steps = (groups * (1 / tried)[..., None]).round_()
-        for place in places:
-            floor = low - place.to(w)[..., None]  # not in int8, which clamp would be slow with
+        for zero in candidates:
+            floor = low - zero.to(w)[..., None]  # not in int8, which clamp would be slow with
             q = steps.clamp(floor, floor + (high - low))
             error = torch.addcmul(groups, q, tried[..., None], value=-1)
             cost = torch.einsum("ogk,gk->og", error.square_(), weights)
             better = cost < best
             best = torch.where(better, cost, best)
-            best_scales, best_zeros = torch.where(better, tried, best_scales), torch.where(better, place, best_zeros)
+            best_scales, best_zeros = torch.where(better, tried, best_scales), torch.where(better, zero, best_zeros)
     return best_scales, best_zeros

@@ -1,7 +1,7 @@
-"""Schemes: which matrix of a model is stored how. Each gives {module name: Format} for a model.
+"""Schemes: the format of each matrix of a model. A scheme returns {module name: Format} for a model.
 
-The model may lie on the meta device: only names and shapes are looked at. Linear layers and the embedding are
-candidates; norms and a reward model's score head never are. A scheme's rules are patterns (fnmatch) on module names:
+The model may be on the meta device: only names and shapes are used. Candidates are the linear layers and the embedding;
+norms and a reward model's score head are never quantized. Rules are patterns (fnmatch) on module names:
 
     rules: {"layers.0.*": int8, "*.ffn.down_proj": int4_g32, output: keep}     # later ones win
 """
@@ -22,7 +22,7 @@ EMBEDDING, HEAD = "tok_embeddings", "output"
 
 
 class LayerFormats(dict[str, Format]):
-    """Module name -> how it is stored; what is not named stays as it is.
+    """Module name -> its format; other modules stay unquantized.
 
     Attributes:
         notes: sentences on formats that did not fit a module and were replaced.
@@ -44,15 +44,15 @@ def int8(
     """Weights of 8 bits, a scale a row: half of bf16's bytes, hardly any loss.
 
     Args:
-        model: whose layers are meant.
+        model: with these layers.
         embedding: format of the embedding and of the head, or keep.
         rules: pattern of module names -> format or keep; later ones win.
-        qat: fine-tuning rounds as this scheme does, so that the weights learn to live with it.
+        qat: fake-quantize weights (and inputs) with this scheme during fine-tuning.
 
     Raises:
-        ValueError: for a format that is none, or a pattern that no module's name matches.
+        ValueError: for an unknown format, or a pattern that matches no module's name.
     """
-    return _plan(model, Format(8), embedding, rules)
+    return _choose(model, Format(8), embedding, rules)
 
 
 @register("quantization", "int8_dynamic")
@@ -66,15 +66,15 @@ def int8_dynamic(
     """Weights of 8 bits, and inputs rounded to 8 bits token by token: what integer units and XNNPACK multiply.
 
     Args:
-        model: whose layers are meant.
+        model: with these layers.
         embedding: format of the embedding and of the head, or keep.
         rules: pattern of module names -> format or keep; later ones win.
-        qat: fine-tuning rounds as this scheme does, so that the weights learn to live with it.
+        qat: fake-quantize weights (and inputs) with this scheme during fine-tuning.
 
     Raises:
-        ValueError: for a format that is none, or a pattern that no module's name matches.
+        ValueError: for an unknown format, or a pattern that matches no module's name.
     """
-    return _plan(model, Format(8, dynamic=True), embedding, rules)
+    return _choose(model, Format(8, dynamic=True), embedding, rules)
 
 
 @register("quantization", "int8_dynamic_int4")
@@ -89,16 +89,16 @@ def int8_dynamic_int4(
     """Weights of 4 bits around zero in groups, and inputs rounded to 8 bits token by token (8da4w).
 
     Args:
-        model: whose layers are meant.
+        model: with these layers.
         group_size: neighbours in a row that share a scale.
         embedding: format of the embedding and of the head, or keep.
         rules: pattern of module names -> format or keep; later ones win.
-        qat: fine-tuning rounds as this scheme does, so that the weights learn to live with it.
+        qat: fake-quantize weights (and inputs) with this scheme during fine-tuning.
 
     Raises:
-        ValueError: for a format that is none, or a pattern that no module's name matches.
+        ValueError: for an unknown format, or a pattern that matches no module's name.
     """
-    return _plan(model, Format(4, group_size, dynamic=True), embedding, rules)
+    return _choose(model, Format(4, group_size, dynamic=True), embedding, rules)
 
 
 @register("quantization", "int4")
@@ -113,16 +113,16 @@ def int4(
     """Weights of 4 bits in groups, each with a scale and a zero: the smallest.
 
     Args:
-        model: whose layers are meant.
+        model: with these layers.
         group_size: neighbours in a row that share a scale and a zero.
         embedding: format of the embedding and of the head, or keep.
         rules: pattern of module names -> format or keep; later ones win.
-        qat: fine-tuning rounds as this scheme does, so that the weights learn to live with it.
+        qat: fake-quantize weights (and inputs) with this scheme during fine-tuning.
 
     Raises:
-        ValueError: for a format that is none, or a pattern that no module's name matches.
+        ValueError: for an unknown format, or a pattern that matches no module's name.
     """
-    return _plan(model, Format(4, group_size), embedding, rules)
+    return _choose(model, Format(4, group_size), embedding, rules)
 
 
 @register("quantization", "mixed")
@@ -132,26 +132,26 @@ def mixed(
     rules: dict[str, str] = {},  # noqa: B006 - read only
     qat: bool = False,
 ) -> dict[str, Format]:
-    """What the rules say and nothing else, such as those that `--sensitivity` proposes.
+    """The formats of the rules alone, such as those that `--sensitivity` proposes.
 
     Args:
-        model: whose layers are meant.
+        model: with these layers.
         rules: pattern of module names -> format or keep; later ones win.
-        qat: fine-tuning rounds as this scheme does, so that the weights learn to live with it.
+        qat: fake-quantize weights (and inputs) with this scheme during fine-tuning.
 
     Raises:
-        ValueError: without rules, for a format that is none, or a pattern that no module's name matches.
+        ValueError: without rules, for an unknown format, or a pattern that matches no module's name.
     """
     if not rules:
         raise ValueError("rules: mixed stores nothing in integers without them, such as {'*.ffn.*': int4_g32}")
-    return _plan(model, None, KEEP, rules)
+    return _choose(model, None, KEEP, rules)
 
 
 def candidates(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Shape [out, in] of each matrix that can be stored in integers, by its module's name.
+    """Shape [out, in] of each matrix that can be quantized, by its module's name.
 
     Raises:
-        ValueError: if the model holds integers already.
+        ValueError: if the model is quantized.
     """
     found: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
@@ -164,7 +164,7 @@ def candidates(model: nn.Module) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _plan(model: nn.Module, linear: Format | None, embedding: str, rules: Mapping[str, str]) -> dict[str, Format]:
+def _choose(model: nn.Module, linear: Format | None, embedding: str, rules: Mapping[str, str]) -> dict[str, Format]:
     shapes = candidates(model)
     rows = _parse("embedding", embedding)
     chosen = {name: rows if name in (EMBEDDING, HEAD) else linear for name in shapes}
@@ -175,7 +175,7 @@ def _plan(model: nn.Module, linear: Format | None, embedding: str, rules: Mappin
             near = did_you_mean(pattern, shapes)
             raise ValueError(f"rules: no module's name matches {pattern!r:.80}.{near if len(near) < 400 else ''}")
         chosen |= dict.fromkeys(matched, format)
-    plan = LayerFormats()
+    formats = LayerFormats()
     replaced: dict[tuple[Format, Format | None, int], list[str]] = {}
     for name, format in chosen.items():
         if format is None:
@@ -183,14 +183,14 @@ def _plan(model: nn.Module, linear: Format | None, embedding: str, rules: Mappin
         width = shapes[name][1]
         fitting = fit(format, width)
         if fitting is not None:
-            plan[name] = fitting
+            formats[name] = fitting
         if fitting != format:
             replaced.setdefault((format, fitting, width), []).append(name)
     for (format, fitting, width), names in replaced.items():
         which = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         instead = f"stored as {fitting.name}" if fitting else "kept as it is"
-        plan.notes.append(f"{which}: rows of {width} numbers do not divide as {format.name} wants; {instead}")
-    return plan
+        formats.notes.append(f"{which}: rows of {width} numbers do not divide as {format.name} wants; {instead}")
+    return formats
 
 
 def _parse(key: str, name: str) -> Format | None:
@@ -201,8 +201,8 @@ def _parse(key: str, name: str) -> Format | None:
 
 
 def fit(format: Format, width: int) -> Format | None:
-    """The format that rows of `width` numbers get: the largest group that divides them, else 8 bits with a scale a
-    row, else (an odd width) none."""
+    """The nearest format that fits rows of `width` numbers: with the largest group that divides them, else 8 bits with
+    one scale a row, else (an odd width) None."""
     if width % 2:
         return None
     if format.group_size is None or width % format.group_size == 0:

@@ -1,6 +1,6 @@
-"""Quantized linear layers with torchao's tensors in place of ours: the form that torch.export and XNNPACK know.
+"""Quantized linear layers with torchao's tensors, which torch.export and XNNPACK accept.
 
-The integers, scales and zeros are the very same ones.
+Integers, scales and zeros are unchanged.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ with quiet():
 
 @torch.no_grad()
 def to_torchao(model: nn.Module) -> None:
-    """Replace, in place, a model's quantized linear layers by ones that torch.export lowers.
+    """Replace a model's quantized linear layers, in place, by layers that torch.export lowers.
 
     They become `nn.Linear` over `IntxUnpackedToInt8Tensor`, with inputs rounded to 8 bits where the format is dynamic.
 
     Args:
-        model: not `insert_fake_quantize`d.
+        model: quantized, without fake-quantized layers.
     """
     for name, module in list(model.named_modules()):
         if not isinstance(module, QuantizedLinear):

@@ -21,11 +21,11 @@ from plmtune.evaluation import model_card, results
 from plmtune.evaluation.markdown import table
 from plmtune.evaluation.model_card import write_card
 from plmtune.models.adapters import load_model, save_adapter
+from plmtune.models.digest import model_digest
 from plmtune.models.hf import save_model
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import lora
-from plmtune.preference.reference import model_digest
 from plmtune.registry import component
 from plmtune.tokenizers.tokenizer_files import byte
 

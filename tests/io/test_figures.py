@@ -18,8 +18,10 @@ from plmtune.evaluation.comparison import compare
 from plmtune.evaluation.comparison_plot import draw as draw_comparison
 from plmtune.io.figures import annotate, look, new_figure, panels_of, point_boxes, read_ticks, shown_labels, widen
 from plmtune.io.metrics import MetricsFile
-from plmtune.quantization.sensitivity import Found, Measured, Sensitivity, propose
-from plmtune.quantization.sensitivity import draw as draw_sensitivity
+from plmtune.quantization.mixes import propose
+from plmtune.quantization.sensitivity import Sensitivities, Sensitivity
+from plmtune.quantization.sensitivity_plot import Measured
+from plmtune.quantization.sensitivity_plot import draw as draw_sensitivity
 from plmtune.training.plot import draw_curves
 
 
@@ -122,7 +124,7 @@ def sensitivity(layers: int, kinds: int, *, mix: bool) -> Draw:
         )
         for name in [f"layers.{i}.ffn.m{k}_proj" for i in range(layers) for k in range(kinds)] + ["tok_embeddings"]
     ]
-    found = Found(rows, loss=3.0, tokens=1022, others=[])
+    found = Sensitivities(rows, loss=3.0, tokens=1022, others=[])
     size, lost = sum(row.bytes for row in rows), sum(row.divergence for row in rows)
     before, after = Measured(sum(row.kept_bytes for row in rows), 3.0), Measured(size + 900, 3.0 + 1.1 * lost)
     rules = propose(found, int(1.2 * size)) if mix else None

@@ -11,16 +11,17 @@ import pytest
 import torch
 from group import in_group
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from plmtune.errors import UserError
 from plmtune.losses.log_probs import log_probs
+from plmtune.models.digest import model_digest
 from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
 from plmtune.preference import batches as comparisons_of_data
 from plmtune.preference.batches import Comparison, ComparisonBatch, PreferenceBatches
-from plmtune.preference.reference import model_digest, reference_log_probs
-from plmtune.registry import component, load
+from plmtune.preference.reference import reference_log_probs
+from plmtune.registry import component
 from plmtune.training.runtime import Runtime
 
 NUM = 7
@@ -252,75 +253,6 @@ class TestDamage:
         with pytest.raises(UserError, match="No space left"):
             cache.ask(compute)
         assert not cache.files()
-
-
-class TestModelDigest:
-    def test_changes_with_any_bit_of_any_weight(self) -> None:
-        before, held = model_digest(model()), model().state_dict()
-        for tensor in held.values():
-            bits = tensor.view(torch.int32).view(-1)
-            bits[-1] ^= 1
-            assert model_digest(model()) != before
-            bits[-1] ^= 1
-        assert model_digest(model()) == before
-
-    def test_changes_with_a_name_a_shape_and_a_type(self) -> None:
-        def of(name: str, tensor: Tensor) -> str:
-            module = nn.Module()
-            module.register_parameter(name, nn.Parameter(tensor))
-            return model_digest(module)
-
-        ones = torch.zeros(2, 6)
-        others = [of("b", ones), of("a", ones.view(3, 4)), of("a", ones.bfloat16()), of("a", ones.view(12))]
-        assert len({of("a", ones), *others}) == 5
-
-    def test_changes_with_what_the_weights_are_used_for(self) -> None:
-        small = functools.partial(llama, 40, embed_dim=16, num_layers=1, num_heads=2, max_seq_len=32)
-        digests = set()
-        for theta in (1e4, 1e5):
-            attention = component("attention", "gqa", num_kv_heads=1, rope_theta=theta)
-            made = small(attention=attention, ffn=component("ffn", "swiglu", hidden_dim=16))
-            made.init_weights(torch.Generator().manual_seed(0))
-            digests.add(model_digest(made))
-        assert len(digests) == 2
-
-    def test_of_a_base_does_not_depend_on_its_adapters(self) -> None:
-        base = llama(
-            40,
-            attention=component("attention", "gqa", num_kv_heads=1),
-            ffn=component("ffn", "swiglu", hidden_dim=16),
-            embed_dim=16,
-            num_layers=1,
-            num_heads=2,
-            max_seq_len=32,
-        )
-        alone = model_digest(base)
-        load("peft", "lora")(model=base, rank=2)
-        adapters = {name for name in base.state_dict() if ".lora_" in name}
-        assert adapters
-        assert model_digest(base, without=adapters) == alone != model_digest(base)
-
-    def test_of_quantized_weights_changes_with_their_numbers(self) -> None:
-        digests = []
-        for seed in (0, 0, 1):
-            torch.manual_seed(seed)
-            base = llama(
-                40,
-                attention=component("attention", "gqa", num_kv_heads=1),
-                ffn=component("ffn", "swiglu", hidden_dim=256),
-                embed_dim=64,
-                num_layers=1,
-                num_heads=1,
-                max_seq_len=32,
-            )
-            load("peft", "qlora")(model=base, rank=2, targets=("ffn",))
-            for name, parameter in base.named_parameters():
-                if name.endswith(("lora_a.weight", "lora_b.weight")):
-                    nn.init.ones_(parameter)
-                elif "ffn" not in name:
-                    nn.init.zeros_(parameter)
-            digests.append(model_digest(base))
-        assert digests[0] == digests[1] != digests[2]
 
 
 def on_ranks(directory: Path) -> dict[str, Any]:

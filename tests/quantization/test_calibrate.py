@@ -48,10 +48,9 @@ class TestSecondMoments:
         }
         quantize(model, plan, second_moments=found)
 
-    def test_leave_no_hooks_and_tell_how_far_they_are(self) -> None:
-        model, told = small_plm(), list[int]()
-        second_moments(model, IDS.split(1), candidates(model), progress=told.append)
-        assert told == [24, 48, 72]
+    def test_leave_no_hooks(self) -> None:
+        model = small_plm()
+        second_moments(model, IDS.split(1), candidates(model))
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
     def test_no_text_and_inputs_that_are_no_numbers_are_refused(self) -> None:

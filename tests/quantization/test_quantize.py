@@ -180,10 +180,3 @@ class TestQuantize:
     def test_a_module_that_is_not_there_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"no module 'layers\.9\.ffn'"):
             quantize(small_plm(), {"layers.9.ffn": Format(8)})
-
-    def test_progress_goes_through_all_modules(self) -> None:
-        told: list[tuple[str, int, int]] = []
-        model = small_plm()
-        plan = int8(model)
-        quantize(model, plan, progress=lambda *step: told.append(step))
-        assert told == [(name, i, len(plan)) for i, name in enumerate([*plan, ""])]

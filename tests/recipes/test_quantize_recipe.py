@@ -137,7 +137,7 @@ class TestSensitivity:
         numbers = " ".join(str(number**2) for number in range(3000))
         (folder / "text.txt").write_text(numbers, encoding="utf-8")
         own = {"measure": torch.empty(0), "loss": []}  # type: ignore[var-annotated]
-        measure, loss = sensitivity.measure, sensitivity.loss
+        measure, loss = sensitivity.measure, sensitivity.mean_loss
 
         def kept(model, plan, rows, *rest, **more):  # type: ignore[no-untyped-def]
             own["measure"] = rows
@@ -148,7 +148,7 @@ class TestSensitivity:
             return loss(model, own["loss"])
 
         monkeypatch.setattr(sensitivity, "measure", kept)
-        monkeypatch.setattr(sensitivity, "loss", seen)
+        monkeypatch.setattr(sensitivity, "mean_loss", seen)
         run("quantization=int4", "sensitivity.budget=60%", "sensitivity.tokens=96")
         chosen, reported = own["measure"].tolist(), torch.cat(own["loss"]).tolist()
         assert (len(chosen), len(reported)) == (3, 8)
@@ -165,7 +165,7 @@ class TestSensitivity:
         spent = [f"sensitivity.budget={share}%", "sensitivity.tokens=64", "calibration_tokens=0"]
         run("quantization=int4", "dtype=fp32", *spent)
         files = sum(path.stat().st_size for path in (folder / "out").glob("*.safetensors"))
-        whole = quantize.file_bytes(quantize.on_meta(folder / "base"), {}, torch.float32)
+        whole = quantize.file_bytes(quantize.build_on_meta(folder / "base"), {}, torch.float32)
         assert whole == (folder / "base/model.safetensors").stat().st_size
         assert 0.98 * share / 100 * whole < files <= share / 100 * whole
 

@@ -11,8 +11,8 @@ from plmtune.config.schema import GenerationConfig
 from plmtune.data.preferences import Prompt
 from plmtune.errors import UserError
 from plmtune.inference.batching import BatchedGenerator
+from plmtune.models.digest import model_digest
 from plmtune.modules.decoder import Decoder
-from plmtune.preference.reference import model_digest
 from plmtune.preference.refinement import Refinement
 from plmtune.preference.rounds.chains import Chain, write_chains
 from plmtune.preference.rounds.rounds import Write
