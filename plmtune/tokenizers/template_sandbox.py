@@ -1,4 +1,4 @@
-"""Where a template runs: jinja's sandbox, set up as transformers sets it up, with an end to what it may do."""
+"""The sandbox of templates: jinja's, with the extensions and globals of transformers, and with `Limits`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 
-from plmtune.tokenizers.template_limits import BUILTIN, Limits, Rewriter, limited_filters, limited_tests
+from plmtune.tokenizers.template_limits import BUILTIN, Limits, limited_filters, limited_tests
+from plmtune.tokenizers.template_rewriter import Rewriter, counters
 
 MAX_TEMPLATE = 1 << 16  # characters; the largest public ones have a third of that
-# A prompt must not depend on the day it is made; Llama 3 falls back to this day where no clock is at hand.
+# A prompt must not depend on the date. Llama 3's template falls back to this one where it has no clock.
 _TODAY = datetime(2024, 7, 26)
 
 
 class _Generation(Extension):
-    """``{% generation %}``: what stands in it is what the model writes; transformers has the same."""
+    """``{% generation %}``, as in transformers: marks the text that the model writes."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja's own name for it)
 
@@ -38,7 +39,7 @@ class _Generation(Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """As transformers': no names that lead to Python's own."""
+    """As in transformers: without names that lead to Python's internals."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -47,10 +48,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox in which transformers runs a template too, with an end to what it may do.
-
-    What passes a limit raises `TemplateLimit`.
-    """
+    """jinja's immutable sandbox; a template that passes a limit raises `TemplateLimit`."""
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
@@ -60,7 +58,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"], self.filters["random"]  # a prompt is the same each time
         filters: dict[str, Any] = {**self.filters, "tojson": _tojson}
         tests: dict[str, Any] = {**self.tests}
-        self.filters.update(limited_filters(self.limits, filters))
+        self.filters.update(limited_filters(self.limits, filters) | counters(self.limits))
         self.tests.update(limited_tests(self.limits, tests))
         self.globals |= {
             "raise_exception": _raise_exception,
@@ -71,29 +69,29 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.restart()
 
     def restart(self, turns: int = 1, length: int = 0, items: int = 0) -> None:
-        """Begin to count anew, before a rendering; see `Limits.allow`."""
+        """Reset the counts before a rendering; see `Limits.allow`."""
         self.limits.allow(turns, length, items)
         self.written = 0  # characters
         self.spans: list[tuple[int, str]] = []  # where a {% generation %} begins, and its text
 
     def generated(self, text: str) -> None:
-        """Keep where a marked block lies."""
+        """Record where a marked block lies."""
         self.spans.append((self.written, text))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Compute what an operator makes, once its cost is counted."""
+        """Compute an operator after its cost is counted."""
         self.limits.operate(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
-    # The names leave all others to the arguments of what is called.
+    # With these names any other can be an argument of the call.
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call something, once its cost is counted."""
+        """Call something after its cost is counted."""
         limits = __self.limits
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, BUILTIN) and not isinstance(owner, type):
             limits.charge_call(__obj.__name__, owner, [*args, *_given(kwargs).values()])
         elif isinstance(method := getattr(__obj, "__wrapped__", None), BuiltinMethodType):  # format, in jinja's wrapper
-            limits.format(str(method.__self__), "{", [args, _given(kwargs)])
+            limits.spend(limits.format(str(method.__self__), "{", [args, _given(kwargs)]))
         elif __obj.__class__ is not Macro:
             limits.spend(sum(limits.weigh(one) for one in (*args, *_given(kwargs).values())))
         return limits.result(super().call(__context, __obj, *args, **kwargs))
@@ -108,7 +106,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _given(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return what a template gives to a call; jinja adds the variables of loops."""
+    """Return the arguments of a call without the variables of loops, which jinja adds."""
     return (
         {name: value for name, value in kwargs.items() if name not in ("_loop_vars", "_block_vars")} if kwargs else {}
     )
