@@ -10,8 +10,8 @@ from lm_eval.api.instance import Instance
 
 from plmtune.data.preferences import Pair
 from plmtune.data.prepare import prepare
-from plmtune.data.row_files import files
 from plmtune.data.shards import Shards
+from plmtune.data.text_files import files
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.perplexity import perplexity
 from plmtune.inference.batching import BatchedGenerator

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from plmtune.data.prepare import prepare
-from plmtune.data.row_files import files
+from plmtune.data.text_files import files
 from plmtune.io import checksummed_json, manifest, safetensors_writer
 from plmtune.io.atomic import atomic_write
 from plmtune.io.metrics import MetricsFile

@@ -24,7 +24,7 @@ import zstandard
 from pyarrow import parquet
 
 import plmtune
-from plmtune.data.row_files import files
+from plmtune.data.text_files import files
 from plmtune.errors import UserError
 from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.models.hf import load_model, save_model

@@ -70,8 +70,8 @@ def perplexity(
         raise UserError(f"Name the text to measure: plmtune perplexity {checkpoint} FILE...")
 
     import plmtune
-    from plmtune.data.row_files import Files
-    from plmtune.data.row_files import files as find
+    from plmtune.data.text_files import Files
+    from plmtune.data.text_files import files as find
     from plmtune.evaluation.perplexity import Perplexity
     from plmtune.evaluation.perplexity import perplexity as measure
     from plmtune.evaluation.scoring import Scorer

@@ -1,4 +1,4 @@
-"""Batches of rows: this rank's slices of an order that no rank or batch size can change."""
+"""Batches of rows: this rank's part of an order that depends on neither ranks nor micro-batch size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from plmtune.data.order import Order, Phase, show_shares
 from plmtune.modules.segments import Segments
 
 IGNORE = -100  # the target that no loss counts
-_PATIENCE = 2.0  # seconds that a stop waits for a thread, which may hang in a read of a dead file system
+_PATIENCE = 2.0  # seconds that a stop waits for a thread, which may hang in a read
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Row:
     """One row of training data.
 
     tokens, targets: [s] int64; a target of -100 is not counted.
-    lengths: tokens of each text in the row, which does not see the others, padding included; None: the row is one.
+    lengths: tokens of each text in the row (attention does not cross texts), padding included; None: the row is one.
     """
 
     tokens: NDArray[np.int64]
@@ -38,7 +38,7 @@ class Row:
 
 
 class EncodedRows(Protocol):
-    """What a source of rows has: windows over token shards (`windows`), packed conversations (`packing`).
+    """Rows of ids: windows over token shards (`windows`), packed conversations (`packing`).
 
     seq_len: tokens of each row. num_tokens: of all rows, without padding.
     """
@@ -67,10 +67,10 @@ class Batch:
     """One micro-batch.
 
     tokens, targets: [b, s] int64; a target of -100 is not counted.
-    mask: where the texts lie that do not see each other, or None for plain causal attention.
+    mask: where the texts lie between which there is no attention, or None for plain causal attention.
     input_pos: [b, s] int64 positions inside those texts, or None for 0 to s - 1.
     num_valid: targets that count, known without asking the device.
-    positions: [num_valid] int64, where in `targets.flatten()` they stand, so that no other hidden state meets the
+    positions: [num_valid] int64, theirs in `targets.flatten()`, so that no other hidden state is multiplied with the
         vocabulary; None: all count.
     """
 
@@ -82,13 +82,13 @@ class Batch:
     positions: Tensor | None = None
 
     def counted(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return hidden states [n, d], of hidden (Tensor), [b, s, d], and targets [n], of the targets that count."""
+        """Select from hidden (Tensor), [b, s, d]: the hidden states [n, d] of the targets that count, and these [n]."""
         hidden, targets = hidden.flatten(0, 1), self.targets.flatten()
         return (hidden, targets) if self.positions is None else (hidden[self.positions], targets[self.positions])
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on a device; the copy may still be under way."""
-        # From pageable memory a copy to a GPU would first wait for all work that is queued there.
+        """Return the batch on a device; the copy may still be in progress."""
+        # A copy from pageable memory to a GPU waits for all work that is queued there.
         pin = torch.device(device).type == "cuda" and self.tokens.device.type == "cpu"
         move = {
             name: (value.pin_memory() if pin else value).to(device, non_blocking=True)
@@ -99,7 +99,7 @@ class Batch:
 
 
 def make_batch(rows: Sequence[Row]) -> Batch:
-    """Stack rows of one length, which all say where their texts lie or all do not."""
+    """Stack rows of one length; all have `lengths`, or none."""
     tokens, targets = (
         torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in ("tokens", "targets")
     )
@@ -115,7 +115,7 @@ def make_batch(rows: Sequence[Row]) -> Batch:
 
 
 def _filled(rows: list[Row], count: int, example: Callable[[], Row]) -> list[Row]:
-    """Return `count` rows, the missing ones without a target that counts."""
+    """Return `count` rows; those that are added have no target that counts."""
     if len(rows) == count:
         return rows
     nothing = example()
@@ -124,7 +124,7 @@ def _filled(rows: list[Row], count: int, example: Callable[[], Row]) -> list[Row
 
 
 class Batches:
-    """The training data of one rank, any step at once, and its share of the validation data.
+    """The training data of one rank, by step, and its share of the validation data.
 
     Args:
         rows: sources by name; all with rows of one length.
@@ -134,12 +134,12 @@ class Batches:
         micro_batch_size: rows a forward; the last of a step may hold fewer.
         seed: of the order.
         rank, world_size: this process takes the rank-th equal part of each step.
-        num_workers: threads that prepare steps ahead; 0: none. They only copy out of mapped files and memory, which
-            needs no process of its own.
-        skip: rows of each source to pass over, as seen by the run that this one goes on from.
+        num_workers: threads that prepare steps ahead; 0: none. They only copy from mapped files and memory, which
+            needs no processes.
+        skip: samples of each source that the run of the init checkpoint has seen.
 
     Raises:
-        ValueError: for sizes that do not divide, a mix that cannot be (see `Order`).
+        ValueError: for sizes that do not divide, or an impossible mix (see `Order`).
     """
 
     def __init__(
@@ -190,11 +190,10 @@ class Batches:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole run."""
         return self.order.num_steps
 
     def samples_seen(self, step: int) -> dict[str, int]:
-        """Return the sequences that the run drew from each source before a step."""
+        """Return the samples of each source before a step."""
         return self.order.samples_seen(step)
 
     def phase(self, step: int) -> Phase:
@@ -211,10 +210,10 @@ class Batches:
     def locate(self, step: int, micro_batches: Collection[int] | None = None) -> list[str]:
         """Return where each of this rank's rows of a step lies, for messages about a bad step.
 
-        Such as "runs/data/stdlib-ae3f084abd98/train-00003.bin, tokens 12,288 to 12,544".
+        For example "runs/data/stdlib-ae3f084abd98/train-00003.bin, tokens 12,288 to 12,544".
 
         Args:
-            micro_batches: the indices of those that are asked for; None: all.
+            micro_batches: indices; None: all.
         """
         size = self.micro_batch_size
         return [
@@ -226,8 +225,8 @@ class Batches:
     def order_digest(self, previous: str, step: int) -> str:
         """Return the running hash of the order: of `previous` and all ranks' (source, window) of this step.
 
-        Two runs that began with the same `previous` and have the same hash saw the same sequences in the same order,
-        whatever the number of processes and the sizes of their micro-batches.
+        Two runs with the same hash saw the same sequences in the same order, whatever their numbers of processes and
+        micro-batch sizes.
         """
         sources, windows = self.order.step(step)
         names = "\0".join([previous, *self.order.names, ""])
@@ -235,9 +234,9 @@ class Batches:
         return xxhash.xxh3_128_hexdigest(names.encode() + rows.tobytes())
 
     def step(self, step: int) -> list[Batch]:
-        """Return this rank's micro-batches of a step, whatever was asked before.
+        """Return this rank's micro-batches of a step.
 
-        Equally many on every rank: of a last step with fewer rows, see `Order.step`, one may count nothing.
+        Every rank gets the same number. In a last step with fewer rows, see `Order.step`, one may count nothing.
         """
         rows = [self.rows[name].row(index) for name, index in self._mine(step)]
         per_rank = -(-len(self.order.step(step)[0]) // self.world_size)
@@ -245,17 +244,17 @@ class Batches:
         return list(self._batches(_filled(rows, per_rank, lambda: example.row(0))))
 
     def iterate(self, start: int = 0) -> Generator[tuple[int, list[Batch]], None, None]:
-        """Yield (step, micro-batches) from `start` to the end, made ahead by threads if there are any.
+        """Yield (step, micro-batches) from `start` to the end; threads, if any, prepare them ahead.
 
-        An error in a thread is raised here, at its step. Closing the iterator ends the threads, and a thread that
-        hangs in a read keeps no one waiting.
+        An error in a thread is raised here, at its step. Closing the iterator ends the threads, and does not wait for
+        one that hangs in a read.
         """
         if self.num_workers == 0:
             for step in range(start, self.num_steps):
                 yield step, self.step(step)
             return
-        # Daemons, not an executor: the interpreter would not end before an executor's threads have, and one that
-        # hangs in a read would keep a stopped run alive.
+        # Daemons, not an executor: the interpreter waits for an executor's threads, and one that hangs in a read would
+        # keep a stopped run alive.
         asked: SimpleQueue[tuple[int, Future[list[Batch]]] | None] = SimpleQueue()
         threads = [
             Thread(target=self._serve, args=(asked,), name=f"batches-{index}", daemon=True)
@@ -271,7 +270,7 @@ class Batches:
                     asked.put((later, ahead[-1]))
                 due = ahead.popleft()
                 while not wait([due], timeout=1).done:
-                    pass  # in turns: a signal that comes just before a wait is heard only after it
+                    pass  # with a timeout: Python handles a signal that comes just before a wait only after it
                 yield step, due.result()
         finally:
             for future in ahead:
@@ -283,22 +282,21 @@ class Batches:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
     def _serve(self, asked: SimpleQueue[tuple[int, Future[list[Batch]]] | None]) -> None:
-        """Make the steps that are asked for until None is."""
+        """Prepare the steps in the queue, until None."""
         while task := asked.get():
             step, future = task
             if not future.set_running_or_notify_cancel():
                 continue
             try:
                 future.set_result(self.step(step))
-            except BaseException as error:  # raised where the step is waited for
+            except BaseException as error:  # raised in `iterate`
                 future.set_exception(error)
 
     def validation(self, max_tokens: int | None = None) -> Iterator[Batch]:
-        """Yield this rank's share of the held-out rows, in an order that is always the same.
+        """Yield this rank's share of the held-out rows, always in the same order.
 
-        Without a limit every held-out target is there once; with one the rows are spread evenly. Every rank gets
-        equally many batches, since they may have to meet in each forward: where the rows do not divide, some count
-        nothing.
+        Without a limit every held-out target occurs once; with one the rows are spread evenly. Every rank gets the same
+        number of batches, since a forward may be collective: where the rows do not divide, some count nothing.
         """
         total = sum(source.num_rows for source in self.held_out)
         wanted = total if max_tokens is None else min(total, max(1, max_tokens // self.seq_len))
@@ -318,7 +316,7 @@ class Batches:
             yield make_batch(rows[first : first + self.micro_batch_size])
 
     def epochs(self) -> dict[str, float]:
-        """Return how often the run sees each source."""
+        """Return how often the run sees each row of a source."""
         drawn, rows = self.order.num_samples - self.order.skipped, self.order.windows
         return {name: int(drawn[i]) / int(rows[i]) for i, name in enumerate(self.order.names)}
 

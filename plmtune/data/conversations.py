@@ -1,8 +1,8 @@
-"""Conversations: what system, user and assistant say, from the shapes of rows that people have."""
+"""Conversations of system, user and assistant, from rows of every usual shape."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,13 +12,11 @@ import xxhash
 from plmtune.data.functions import public_functions, question
 from plmtune.data.messages import messages_of, text_under
 from plmtune.data.parts import COMPLETIONS, MESSAGES, PROMPTS, Parts, joined
-from plmtune.data.rows import Refused, Rows
-from plmtune.data.sources import type_name
+from plmtune.data.rows import FromRows, Refused, Rows
+from plmtune.data.sources import Dataset, type_name
 from plmtune.ranges import NotEmpty, check
 from plmtune.registry import register
 from plmtune.tokenizers.message import BadRow, Message, Unused
-
-REMEDY = "Mend them, or leave them out with chat.skip_bad=true"
 
 Shape = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
 
@@ -34,10 +32,10 @@ _LABELLED = (
 class Conversation:
     """A conversation with an answer, or several.
 
-    messages: perhaps tools, perhaps one of the system, then user, assistant and tool in the order of the row.
-    place: where it stands, "FILE, line 17".
-    extra: what else its row held that is JSON.
-    unused: the columns that nothing read.
+    messages: optional tools, an optional system message, then user, assistant and tool in the order of the row.
+    place: "FILE, line 17".
+    extra: the other columns of its row, as far as they are JSON.
+    unused: the columns that nothing reads.
     """
 
     messages: tuple[Message, ...]
@@ -46,29 +44,19 @@ class Conversation:
     unused: tuple[str, ...] = field(default=(), compare=False)
 
 
-class Conversations(ABC):
-    """Conversations, in an order that never changes while the data does not."""
+class Conversations(Dataset):
+    """A source of conversations."""
 
-    name: str
-    refused: Refused  # what the latest reading could not use
-    unused: Unused = Unused()  # columns that it did not read
+    refused: Refused  # rows that the latest reading could not use
 
     @abstractmethod
     def conversations(self, skip_bad: bool = False) -> Iterator[Conversation]:
-        """Read them; what cannot be used is collected in `refused`, and without `skip_bad` raised at the end."""
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Return a hash that changes when the conversations do."""
-
-    @abstractmethod
-    def describe(self) -> str:
-        """Return one line for a person."""
+        """Read them; bad rows are collected in `refused`, and without `skip_bad` raised at the end."""
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys of a row that a person named, instead of the usual names."""
+    """Keys of a row that replace the usual names."""
 
     messages: str | None = None
     prompt: str | None = None
@@ -76,43 +64,29 @@ class Keys:
     system: str | None = None
 
 
-class ConversationRows(Conversations):
+class ConversationRows(FromRows, Conversations):
     """See `conversations`."""
 
     name = "conversations"
 
     def __init__(self, rows: Rows, shape: Literal["auto"] | Shape, keys: Keys) -> None:
-        self.rows = rows
+        super().__init__(rows)
         self.shape = shape
         self.keys = keys
-        self.refused, self.unused = Refused(), Unused()
 
     def conversations(self, skip_bad: bool = False) -> Iterator[Conversation]:
         """Read the rows; the first that fits a shape decides the shape of all."""
-        self.refused, self.unused = Refused(), Unused()
         shape: Shape | None = None if self.shape == "auto" else self.shape
-        good = 0
-        for place, row in self.rows:
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                shape = shape or detect(row, self.keys)
-                held = conversation_of(row, place, shape, self.keys)
-                self.unused.add(held.unused)
-                yield held
-                good += 1
-            except BadRow as error:
-                self.refused.add(place, error)
-        if not skip_bad:
-            self.refused.raise_if_any(REMEDY, good=good)
+
+        def convert(row: dict[str, Any], place: str) -> Conversation:
+            nonlocal shape
+            shape = shape or detect(row, self.keys)
+            return conversation_of(row, place, shape, self.keys)
+
+        return self._read(convert, skip_bad)
 
     def fingerprint(self) -> str:
-        """Hash the files, and how they are read."""
         return xxhash.xxh3_128_hexdigest(f"{self.rows.fingerprint()} {self.shape} {self.keys}".encode())
-
-    def describe(self) -> str:
-        """Return one line for a person."""
-        return f"conversations of {self.rows.describe()}"
 
 
 @register("data", "conversations")
@@ -136,12 +110,12 @@ def conversations(
     Args:
         paths: files, folders or globs.
         hub: a dataset of the Hugging Face hub, instead of paths.
-        subset: its configuration; a dataset that has several and no default needs one.
+        subset: its configuration; needed for a dataset with several and no default.
         split: train, validation, ...
-        revision: branch, tag or commit; a commit makes the data exact.
-        shape: auto goes by the first row. messages: a list of role and content. sharegpt: a list of from and value.
-            alpaca: instruction, input and output, perhaps history and system. prompt_completion: two texts, or two
-            lists of messages, under the usual names (prompt, question, ...; completion, response, answer, ...).
+        revision: branch, tag or commit; a commit pins the data.
+        shape: auto detects it from the first row. messages: a list of role and content. sharegpt: a list of from and
+            value. alpaca: instruction, input and output, perhaps history and system. prompt_completion: two texts, or
+            two lists of messages, under the usual names (prompt, question, ...; completion, response, answer, ...).
         messages_key: key of the list, where it is not messages, conversations or conversation.
         prompt_key: key of the prompt, where it has another name.
         completion_key: key of the answer, where it has another name.
@@ -235,10 +209,9 @@ def _prompt_completion(parts: Parts, keys: Keys) -> list[Message]:
 
 
 def _refuse_other_kinds(parts: Parts, keys: Keys) -> None:
-    if keys == Keys() and "chosen" in parts and "rejected" in parts:
-        raise BadRow(_PAIR)
-    if keys == Keys() and "preferred_output" in parts and "non_preferred_output" in parts:
-        raise BadRow(_PAIR)
+    for pair in (("chosen", "rejected"), ("preferred_output", "non_preferred_output")):
+        if keys == Keys() and all(key in parts for key in pair):
+            raise BadRow(_PAIR)
     if keys in (Keys(), Keys(system=keys.system)) and parts.label() is not None:
         raise BadRow(_LABELLED)
 
@@ -257,17 +230,14 @@ class Docstrings(Conversations):
         self.refused, self.unused = Refused(), Unused()
 
     def conversations(self, skip_bad: bool = False) -> Iterator[Conversation]:
-        """Ask about each function; its docstring answers."""
         for function in public_functions():
             messages = (Message("user", question(function)), Message("assistant", function.doc))
             yield Conversation(messages, f"docstring of {function.module}.{function.name}")
 
     def fingerprint(self) -> str:
-        """Hash every function and what it says."""
         return xxhash.xxh3_128_hexdigest(repr(public_functions()).encode("utf-8", "surrogatepass"))
 
     def describe(self) -> str:
-        """Return one line for a person."""
         return f"docstrings of {len(public_functions()):,} functions of the standard library"
 
 
@@ -275,7 +245,7 @@ class Docstrings(Conversations):
 def docstrings() -> Conversations:
     """Ask what each public function of the standard library does; its docstring's first paragraph answers.
 
-    Honest and checkable, and at hand wherever Python is; other data takes its place by one override.
+    The data can be checked, and is part of every Python.
 
     Raises:
         UserError: if this Python comes without its sources.

@@ -1,4 +1,4 @@
-"""What a fine-tuning run learns from: conversations and pairs, read, encoded, held out and packed."""
+"""Examples of a fine-tuning run: conversations are read, encoded, held out and packed; pairs are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import xxhash
 from plmtune.data.conversations import Conversations
 from plmtune.data.packing import Example, PackedRows, fit
 from plmtune.data.preferences import Pair, Preferences
-from plmtune.data.rows import Refused
+from plmtune.data.rows import REMEDY, Refused
 from plmtune.data.sources import Source
 from plmtune.errors import UserError
 from plmtune.io.progress import ticking
@@ -21,7 +21,6 @@ from plmtune.tokenizers.message import BadRow, Unused
 from plmtune.units import show_number_of
 
 _BATCH = 1024  # conversations encoded at once
-_REMEDY = "Correct them, or leave such rows out: chat.skip_bad=true"
 
 Truncation = Literal["drop", "right"]
 Grouped = tuple[Example, bytes]  # the hash decides whether the example is held out
@@ -30,7 +29,7 @@ Encode = Callable[[Any, "Collected"], Iterator[Grouped]]
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows to train on and held-out rows by source, what the ids hash to, and remarks for a person."""
+    """Training rows and held-out rows by source, hashes of the ids, and notes for a person."""
 
     train: dict[str, PackedRows]
     held_out: dict[str, PackedRows]
@@ -77,7 +76,7 @@ def open_examples(
             (held if share < holdout else kept).append(example)
         collected.refused.merge(source.refused)
         if not skip_bad:
-            collected.refused.raise_if_any(_REMEDY, good=len(kept) + len(held) + len(collected.left_out))
+            collected.refused.raise_if_any(REMEDY, good=len(kept) + len(held) + len(collected.left_out))
         collected.unused.merge(source.unused)
         notes += [f"{name}: {note}" for note in collected.notes()]
         if not kept:
@@ -142,7 +141,7 @@ def _encode_conversations(source: Conversations, collected: Collected) -> Iterat
 
 
 def open_pairs(sources: Mapping[str, Any], *, skip_bad: bool) -> tuple[list[Pair], list[str]]:
-    """Read the pairs of every source, with remarks for a person.
+    """Read the pairs of every source; return them with notes for a person.
 
     Raises:
         UserError: for rows that cannot be used, or a source that holds no pairs.
@@ -154,7 +153,7 @@ def open_pairs(sources: Mapping[str, Any], *, skip_bad: bool) -> tuple[list[Pair
         before = len(pairs)
         pairs += source.pairs(skip_bad=True)
         if not skip_bad:
-            source.refused.raise_if_any(_REMEDY, good=len(pairs) - before)
+            source.refused.raise_if_any(REMEDY, good=len(pairs) - before)
         if source.unused:
             notes.append(f"{name}: {source.unused.describe()}")
     return pairs, notes
@@ -168,14 +167,7 @@ _KINDS: dict[type, str] = {
 
 
 def refuse_other_kinds(name: str, source: Any, kinds: tuple[type, ...]) -> None:
-    """Refuse a source that holds something else than a run trains on.
-
-    Args:
-        kinds: classes of what it trains on: Source, Conversations, Preferences.
-
-    Raises:
-        UserError: naming the source, what it holds and what the run takes.
-    """
+    """Raise UserError for a source that is none of `kinds`, which are of Source, Conversations and Preferences."""
     if not isinstance(source, kinds):
         held = next((said for kind, said in _KINDS.items() if isinstance(source, kind)), type(source).__name__)
         wanted = " or ".join(_KINDS[kind] for kind in kinds)

@@ -1,4 +1,4 @@
-"""Public functions of the standard library and what their docstrings say, read from its sources."""
+"""Public functions of the standard library and their docstrings, read from its sources."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from plmtune.errors import UserError
 
-# Not meant for users of the library, or without an answer worth learning.
+# Not meant for users of the library, or without useful docstrings.
 _SKIPPED_FOLDERS = {
     "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "lib-dynload", "ensurepip", "turtledemo",
     "pydoc_data", "encodings", "msilib", "config", "__pycache__", "distutils",
@@ -34,13 +34,13 @@ class Function:
 
 
 def question(function: Function) -> str:
-    """Return what a user asks about a function."""
+    """Return a user's question about a function."""
     return f"What does {function.module}.{function.name}{function.signature} do?"
 
 
 @cache
 def public_functions() -> tuple[Function, ...]:
-    """List the standard library's public functions that say what they do, from its sources: nothing is imported.
+    """List the standard library's public functions with a docstring, from its sources: nothing is imported.
 
     Raises:
         UserError: if this Python comes without its sources.
@@ -94,5 +94,5 @@ def _functions_in(body: list[ast.stmt], module: str, owner: str = "") -> Iterato
 
 def _first_paragraph(docstring: str) -> str:
     text = inspect.cleandoc(docstring).split("\n\n")[0]
-    # A paragraph that shows code or is a signature says nothing in words.
+    # A paragraph of code or a signature is no explanation.
     return "" if ">>>" in text or "->" in text else " ".join(text.split())

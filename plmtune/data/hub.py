@@ -1,4 +1,4 @@
-"""Text from the Hugging Face hub, streamed through `datasets` where that is installed and the hub answers."""
+"""Text from the Hugging Face hub, streamed through `datasets`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Hub(Source):
         revision: str | None,
         limit: int | None,
     ) -> None:
-        """Name the rows of a dataset; the hub is not asked yet.
+        """Name a dataset; the hub is not queried yet.
 
         Raises:
             UserError: without the package datasets.
@@ -48,7 +48,7 @@ class Hub(Source):
         self.text_key = text_key
         self.revision = revision
         self.limit = limit
-        self._commit: str | None = None  # that the revision was when the hub was asked
+        self._commit: str | None = None  # of the revision, when the hub was queried
 
     def documents(self, skip_bad: bool = False) -> Iterator[str]:
         """Stream the texts of the rows."""
@@ -85,16 +85,16 @@ class Hub(Source):
                 yield f"{where}, row {number} of {self.split}", row
         except (UserError, MemoryError):
             raise
-        except Exception as error:  # datasets raises its own, requests', fsspec's and plain OSErrors alike
-            if isinstance(error, ValueError) and (said := self._what_it_has()):
+        except Exception as error:  # errors of datasets, requests and fsspec, and OSErrors
+            if isinstance(error, ValueError) and (said := self._list_choices()):
                 raise UserError(f"data hub: {said}") from error
             raise UserError(
                 f"data hub: {self.dataset} (subset {self.subset}, split {self.split}) cannot be read: "
                 f"{_why(error)}. Check the name and the connection, or use data=files"
             ) from error
 
-    def _what_it_has(self) -> str:
-        """Which subsets or splits there are, where this names none of them; empty where that is not why it failed."""
+    def _list_choices(self) -> str:
+        """List the subsets or splits if the named one does not exist; empty if that is not the reason of a failure."""
         from datasets import get_dataset_config_names, get_dataset_split_names
 
         def ask(what: Callable[..., list[str]], *names: str) -> list[str]:
@@ -115,7 +115,7 @@ class Hub(Source):
         return ""
 
     def fingerprint(self) -> str:
-        """Hash the dataset's commit, asked from the hub where the revision is not already one."""
+        """Hash the dataset's commit, which the hub gives unless the revision is one."""
         commit = self._commit or self.revision or "main"
         if not (len(commit) == 40 and set(commit) <= set("0123456789abcdef")):
             try:
@@ -128,7 +128,7 @@ class Hub(Source):
                 raise missing("huggingface_hub", "data=hub", "data=files reads files that are here.") from error
             except Exception as error:  # no connection, no such dataset, no permission: one remedy
                 raise UserError(
-                    f"data hub: the hub does not tell the version of {self.dataset}: "
+                    f"data hub: the hub does not give the version of {self.dataset}: "
                     f"{_why(error)}. "
                     "Check the name and the connection, or pin revision to a commit"
                 ) from error
@@ -137,7 +137,6 @@ class Hub(Source):
         return xxhash.xxh3_128_hexdigest(repr(what).encode())
 
     def describe(self) -> str:
-        """Return one line for a person."""
         parts = [self.dataset, self.subset, self.split, self.revision]
         return "the hub's " + ", ".join(part for part in parts if part)
 
@@ -163,10 +162,10 @@ def hub(
 
     Args:
         name: the dataset, such as HuggingFaceFW/fineweb-edu.
-        subset: its configuration; a dataset that has several and no default needs one.
+        subset: its configuration; needed for a dataset with several and no default.
         split: train, validation, ...
         text_key: column that holds the text.
-        revision: branch, tag or commit; a commit makes the data exact.
+        revision: branch, tag or commit; a commit pins the data.
         limit: read so many rows and no more.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Messages as rows hold them, of every usual shape: roles, contents, flags, calls of tools, definitions of tools."""
+"""Reads the messages of rows in every usual shape: roles, contents, flags, tool calls, definitions of tools."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROLES = {
     "tool_result": "tool", "ipython": "tool",
     "tools": "tools",
 }  # fmt: skip
-_CALLS = ("function_call", "tool_call")  # roles of LLaMA-Factory and others, whose text is a call as JSON
+_CALLS = ("function_call", "tool_call")  # roles in LLaMA-Factory and others whose text is a call as JSON
 _FLAGS = ("weight", "train", "training", "trainable")
 MEDIA = tuple(
     name
@@ -85,7 +85,7 @@ def _message(turn: Any, number: int) -> Message:
 
 
 def _flag(held: dict[str, Any], role: str, where: str) -> bool | None:
-    """Take the flags that say whether a turn is learned: weight 0 or 1 (OpenAI), train, training, trainable."""
+    """Remove and return the flag that a turn is trained on: weight 0 or 1 (OpenAI), train, training, trainable."""
     found = {key: held.pop(key) for key in _FLAGS if key in held}
     for key, value in found.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
@@ -99,11 +99,11 @@ def _flag(held: dict[str, Any], role: str, where: str) -> bool | None:
 
 
 def _content(value: Any, where: str, role: str = "assistant") -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Return a text, and of an answer's parts those that are not to be learned."""
+    """Return a text, and the parts of an answer that are not trained on."""
     if not (isinstance(value, list) and value and all(isinstance(part, dict) for part in value)):
         return text_under(value, where), ()
     text, masked = "", []
-    for part in value:  # a message in parts, as chat services have it
+    for part in value:  # a message in parts, as in chat APIs
         held = {key: inside for key, inside in part.items() if inside is not None}
         kind = held.get("type", "text")
         if kind not in ("text", "input_text", "output_text"):
@@ -120,7 +120,7 @@ def _content(value: Any, where: str, role: str = "assistant") -> tuple[str, tupl
 
 
 def _calls_of(held: dict[str, Any], role: str, where: str) -> list[dict[str, Any]]:
-    """Take the calls of tools from a message: tool_calls, or function_call of old."""
+    """Remove and return the tool calls of a message: tool_calls, or the older function_call."""
     calls: list[dict[str, Any]] = []
     for key in ("tool_calls", "function_call"):
         if is_something(value := held.pop(key, None)):
@@ -161,9 +161,9 @@ def _calls_in(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def tools_of(value: Any, where: str) -> str:
-    """Read definitions of tools as OpenAI has them, or of functions alone, or JSON text of a list of them.
+    """Read definitions of tools in OpenAI's form, or of functions alone, or JSON text of a list of them.
 
-    Returns: a list of OpenAI's as JSON text, the same for the same tools; "" where there are none.
+    Returns: OpenAI's list as JSON text, equal for equal tools; "" without tools.
 
     Raises:
         BadRow: if they are none.
@@ -192,11 +192,7 @@ def _parsed(value: Any, where: str) -> Any:
 
 
 def text_under(value: Any, where: str) -> str:
-    """Return a text.
-
-    Raises:
-        BadRow: if it is none, empty, or holds half a surrogate pair.
-    """
+    """Return `value`, or raise BadRow: if it is no text, empty, or holds half a surrogate pair."""
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         value, masked = _content(value, where)
         if masked:
@@ -210,7 +206,7 @@ def text_under(value: Any, where: str) -> str:
 
 
 def without_nulls(value: Any) -> Any:
-    """Leave out keys of nothing at all depths: tables write one for each key that any row has."""
+    """Remove null keys at all depths: tables write one for each key that any row has."""
     if isinstance(value, dict):
         return {key: without_nulls(inside) for key, inside in value.items() if inside is not None}
     return [without_nulls(inside) for inside in value] if isinstance(value, list) else value

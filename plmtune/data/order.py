@@ -1,9 +1,9 @@
-"""Which window of which source stands where in a run: a pure function of (seed, step).
+"""The order of a run: which window of which source each step trains on, a pure function of (seed, step).
 
-Nothing is drawn from a generator with a state, and nothing depends on numpy's streams, which may change
-between versions: every permutation is a Feistel network over xxh3 keys, computed for single indices. So any
-step can be had at once, in constant memory at any size of corpus, and a run goes on by its step alone. (What epochs
-have drawn of each source is counted over a whole epoch, 8 bytes a sequence.)
+No generator has a state, and nothing depends on numpy's streams, which may change between versions: every permutation
+is a Feistel network over xxh3 keys, computed for single indices. Any step is computed directly, in constant memory at
+any size of corpus, and a run resumes from its step alone. (Counting the samples of a part of an epoch takes 8 bytes a
+sequence.)
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _ROUNDS = 8
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of `steps` optimizer steps with one mix of sources; an empty mix weighs them by size.
+    """`steps` optimizer steps with one mix of sources; an empty mix weighs them by size.
 
-    epochs: in place of a mix, every sequence of every source is drawn so often: see `over`.
+    epochs: replaces a mix: how often every sequence of every source is sampled, see `over`.
     """
 
     name: str
@@ -41,15 +41,15 @@ class Phase:
 
     @classmethod
     def over(cls, epochs: float, num_sequences: int, global_batch_size: int) -> Phase:
-        """Return a run's only phase: `epochs` passes over all its sequences, of which the last step takes the rest.
+        """Return a run's only phase: `epochs` passes over all its sequences; the last step may be smaller.
 
-        The last pass of 2.5 draws half of them.
+        The last pass of 2.5 samples half of them.
         """
         return cls("main", math.ceil(num_samples(epochs, num_sequences) / global_batch_size), epochs=epochs)
 
 
 def num_samples(epochs: float, num_sequences: int) -> int:
-    """Return how many sequences so many passes over `num_sequences` draw."""
+    """Return how many sequences `epochs` passes over `num_sequences` sample."""
     return max(1, math.ceil(epochs * num_sequences - 1e-9))
 
 
@@ -59,14 +59,14 @@ def key_of(*parts: object) -> int:
 
 
 def _mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Steele et al. 2014, SplitMix64's finalizer: each bit in reaches each bit out."""
+    """SplitMix64's finalizer (Steele et al. 2014): each input bit affects each output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def permute(index: Ints, n: int, key: int) -> Ints:
-    """Map each index in [0, n) to its place under the permutation of [0, n) that `key` names.
+    """Map each index in [0, n) to its image under the permutation of [0, n) that `key` selects.
 
     A Feistel network is a bijection on the next power of four whatever its round function is; an image of n
     or above is mapped again until it falls below (cycle walking, Black and Rogaway 2002): on average 4 times
@@ -94,7 +94,7 @@ def permute(index: Ints, n: int, key: int) -> Ints:
 def quotas(weights: Sequence[float], total: int) -> list[int]:
     """Divide `total` in proportion by largest remainders, with at least 1 for each weight above 0.
 
-    Where `total` is below their number, the largest weights get 1.
+    If `total` is below their number, the largest weights get 1.
     """
     shares = {index: Fraction(str(weight)) for index, weight in enumerate(weights) if weight}  # 0.1 is a tenth
     counts = [0] * len(weights)
@@ -103,7 +103,7 @@ def quotas(weights: Sequence[float], total: int) -> list[int]:
         for index in by_weight[:total]:
             counts[index] = 1
         return counts
-    while True:  # those that get 1 whatever they weigh; what is left, the others divide
+    while True:  # these get 1 whatever their weight; the others divide the rest
         scale = total / sum(shares.values())
         small = [index for index, share in shares.items() if share * scale < 1]
         for index in small:
@@ -131,10 +131,10 @@ def _halves(counts: tuple[int, ...], left: int) -> tuple[tuple[int, ...], tuple[
 
 
 def _counts_of(counts: tuple[int, ...], block: int) -> tuple[Ints, tuple[int, ...]]:
-    """Return how many of each source stand before a block of a phase, and how many in it.
+    """Return how many sequences of each source are before a block of a phase, and how many in it.
 
-    The phase's counts are halved, and again, down to the block: nothing is kept of the others, and the counts of
-    all blocks sum up to the phase's exactly.
+    The phase's counts are halved repeatedly, down to the block, so the counts of all blocks sum up to the phase's
+    exactly and no other block is kept.
     """
     before = np.zeros(len(counts), dtype=np.int64)
     while (total := sum(counts)) > BLOCK:
@@ -150,9 +150,9 @@ def _counts_of(counts: tuple[int, ...], block: int) -> tuple[Ints, tuple[int, ..
 
 @lru_cache(maxsize=16)
 def _layout_of(counts: tuple[int, ...], key: int) -> tuple[Ints, Ints]:
-    """Return for each place of a block its source, and how many of that source stand before it in the block.
+    """Return for each place of a block its source, and how many of that source precede it in the block.
 
-    The k-th of a source's n falls at random into the k-th n-th of the block, so steps are near their shares, too.
+    The k-th of a source's n falls at random into the k-th n-th of the block, so each step is near the shares, too.
     """
     source = np.repeat(np.arange(len(counts)), counts)
     before = np.concatenate([np.arange(count) for count in counts])
@@ -164,11 +164,10 @@ def _layout_of(counts: tuple[int, ...], key: int) -> tuple[Ints, Ints]:
 
 
 def check_mix(phase: Phase, sources: Sequence[str], num_sequences: int) -> None:
-    """Refuse a mix that cannot be drawn from these sources; without weights it is all of them by size.
+    """Check the mix of a phase; one without weights takes all sources by size.
 
     Raises:
-        ValueError: if it names no source, an unknown one, weights that cannot be, or more sources than the phase
-            has sequences.
+        ValueError: for an unknown source, impossible weights, or more sources than the phase has sequences.
     """
     for name, weight in phase.mix.items():
         if name not in sources:
@@ -190,11 +189,11 @@ def check_mix(phase: Phase, sources: Sequence[str], num_sequences: int) -> None:
 
 
 def show_shares(counts: Mapping[str, float], weights: Mapping[str, float]) -> str:
-    """Return the share that each source has of a phase, beside the one that its weight asks where they differ.
+    """Return the share of each source in a phase, and the one that its weight asks for if they differ.
 
     Args:
         counts: sequences of each source, or shares.
-        weights: of each; a source that has one is shown, also if nothing is drawn from it.
+        weights: a source with a weight is shown, even if nothing is sampled from it.
     """
     drawn, asked = sum(counts.values()), sum(weights.values())
     parts = []
@@ -206,7 +205,7 @@ def show_shares(counts: Mapping[str, float], weights: Mapping[str, float]) -> st
 
 
 def show_mix(mix: Mapping[str, float], num_sequences: int) -> str:
-    """Return the shares that a phase's mix has of its sequences; empty without one, or where it cannot be."""
+    """Return the shares of a phase's mix; empty without a mix or sequences."""
     weights = {name: weight for name, weight in sorted(mix.items()) if weight > 0}
     if not weights or num_sequences < 1:
         return ""
@@ -215,7 +214,7 @@ def show_mix(mix: Mapping[str, float], num_sequences: int) -> str:
 
 
 def _percent(share: float) -> str:
-    """With one decimal place, or as many as the first digit needs."""
+    """Format with one decimal place, or as many as the first digit needs."""
     return f"{share:.1%}" if share >= 0.0005 or not share else f"{100 * share:.1g}%"
 
 
@@ -227,11 +226,10 @@ class Order:
         phases: in the order of training.
         global_batch_size: sequences a step, over all ranks.
         seed: another seed, another order.
-        skip: sequences of each source that a run before this one has seen, when this one goes on from it.
+        skip: samples of each source that the run of the init checkpoint has seen.
 
     Raises:
-        ValueError: for a phase without steps, or a mix that names no source, an unknown one, or weights that
-            cannot be.
+        ValueError: for a phase without steps, or a mix that `check_mix` refuses.
     """
 
     def __init__(
@@ -245,18 +243,17 @@ class Order:
     ) -> None:
         if not phases:
             raise ValueError("a run needs at least one phase")
-        self.names = sorted(windows)  # not the order in which a config happens to name them
+        self.names = sorted(windows)  # whatever the order in the config
         self.windows = np.array([windows[name] for name in self.names], dtype=np.int64)
         self.phases = list(phases)
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.skipped = np.array([(skip or {}).get(name, 0) for name in self.names], dtype=np.int64)
-        # A block is computed at once and kept while its steps are asked for: for a few windows at a time numpy's
-        # cost of a call would be most of it.
+        # A block is computed at once and cached: numpy's cost of a call is large for a few windows.
         self._block = lru_cache(maxsize=16)(self._compute_block)
         self._first_step = [0]
         self._quotas: list[tuple[int, ...]] = []  # sequences of each source in a phase, where it has a mix
-        # Sequences drawn from each source before each phase: an epoch goes on where the last phase left it.
+        # Samples of each source before each phase: an epoch continues over the end of a phase.
         self._samples_before = [self.skipped]
         for index, phase in enumerate(self.phases):
             if phase.steps < 1:
@@ -280,18 +277,18 @@ class Order:
 
     @property
     def num_samples(self) -> Ints:
-        """Sequences that the whole run draws from each source."""
+        """Samples of each source in the whole run."""
         return self._samples_before[-1]
 
     def samples_seen(self, step: int) -> dict[str, int]:
-        """Return the sequences drawn from each source before a step, with what was skipped."""
+        """Return the samples of each source before a step, including the skipped ones."""
         index = min(bisect_right(self._first_step, step) - 1, len(self.phases) - 1)
         first = min((step - self._first_step[index]) * self.global_batch_size, self.num_sequences(index))
         drawn = self._samples_before[index] + self._counts(index, first)
         return {name: int(count) for name, count in zip(self.names, drawn, strict=True)}
 
     def num_samples_seen(self, step: int) -> int:
-        """Return the sequences drawn from all sources before a step."""
+        """Return the samples of all sources before a step."""
         return min(step * self.global_batch_size, sum(self.num_sequences(index) for index in range(len(self.phases))))
 
     def phase_index(self, step: int) -> int:
@@ -301,12 +298,12 @@ class Order:
         return bisect_right(self._first_step, step) - 1
 
     def shares(self, index: int) -> dict[str, float]:
-        """Return the share that each source has of what a phase draws."""
+        """Return the share of each source in a phase."""
         drawn = self._samples_before[index + 1] - self._samples_before[index]
         return {name: int(count) / int(drawn.sum()) for name, count in zip(self.names, drawn, strict=True)}
 
     def weights(self, index: int) -> dict[str, float]:
-        """Return the weight of each source that a phase asks for; without a mix, its size."""
+        """Return the weight of each source in a phase; without a mix, its size."""
         phase = self.phases[index]
         mix = phase.mix or dict(zip(self.names, self.windows.tolist(), strict=True))
         return {name: float(mix.get(name, 0)) for name in self.names}
@@ -314,7 +311,7 @@ class Order:
     def step(self, step: int) -> tuple[Ints, Ints]:
         """Return the step's sequences as (index into `names`, window), each [global_batch_size].
 
-        The last step of a phase that goes by epochs may have fewer.
+        The last step of a phase by epochs may have fewer.
         """
         index = self.phase_index(step)
         first = (step - self._first_step[index]) * self.global_batch_size
@@ -339,10 +336,10 @@ class Order:
         return source, window
 
     def _shuffled(self, drawn: Ints) -> tuple[Ints, Ints]:
-        """Return the (source, window) of the sequences at places of a phase that goes by epochs.
+        """Return the (source, window) at places of a phase by epochs.
 
-        Each epoch is a permutation of the windows of all sources, one behind the other. Of one source it is the
-        permutation that a mix draws it in.
+        Each epoch is a permutation of the concatenated windows of all sources. For a single source it is the
+        permutation that a mix uses.
         """
         firsts = np.cumsum([0, *self.windows])
         epoch, place = np.divmod(drawn, firsts[-1])
@@ -360,7 +357,7 @@ class Order:
         return num_samples(phase.epochs, int(self.windows.sum()))
 
     def _counts(self, index: int, first: int) -> Ints:
-        """Return how many of a phase's first sequences are of each source."""
+        """Return how many of a phase's first sequences each source has."""
         if self.phases[index].epochs is not None:
             epochs, rest = divmod(first, int(self.windows.sum()))
             last = self._shuffled(np.arange(first - rest, first))[0]
@@ -372,12 +369,12 @@ class Order:
         return drawn + np.bincount(source[:rest], minlength=len(self.names))
 
     def _layout(self, phase: int, block: int) -> tuple[Ints, tuple[Ints, Ints]]:
-        """Return how many of each source the phase draws before a block, and the block's order, see `_layout_of`."""
+        """Return the samples of each source before a block of a phase, and the block's order, see `_layout_of`."""
         before, counts = _counts_of(self._quotas[phase], block)
         return before, _layout_of(counts, key_of(self.seed, "block", phase, block))
 
     def _divide(self, index: int) -> tuple[int, ...]:
-        """Return how many sequences of each source a phase with a mix has; nothing of one that goes by epochs."""
+        """Return the sequences of each source in a phase with a mix; () for a phase by epochs."""
         phase, total = self.phases[index], self.num_sequences(index)
         if phase.epochs is not None:
             return ()

@@ -1,4 +1,4 @@
-"""Whole conversations packed into rows of one length: nothing is padded that another one could fill."""
+"""Packing: whole conversations are combined into rows of one length with as little padding as possible."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from plmtune.data.rows import Refused
 class Example:
     """One conversation as ids.
 
-    tokens: [n] int32. trained: [n] bool, True for what the model is to write itself. place: where it stands, for a
-    person, such as "train.jsonl, line 17".
+    tokens: [n] int32. trained: [n] bool, True for targets. place: for a person, such as "train.jsonl, line 17".
     """
 
     tokens: NDArray[np.int32]
@@ -30,12 +29,12 @@ class Example:
 def fit(
     examples: Sequence[Example], seq_len: int, truncation: Literal["drop", "right"]
 ) -> tuple[list[Example], Refused, Refused]:
-    """Drop examples longer than `seq_len`, or cut them there; drop those that have nothing to train on.
+    """Drop examples longer than `seq_len`, or cut them there; drop those without a target.
 
-    The first token of an example has none before it that would predict it, so it is nothing to train on.
+    The first token of an example is no target, since no token predicts it.
 
     Returns:
-        Those that fit, those that were left out and those that were cut, the last two counted with their places.
+        The examples that fit, and counts of those that were left out and of those that were cut.
     """
     kept, left_out, cut = [], Refused(), Refused()
     for example in examples:
@@ -55,18 +54,18 @@ def fit(
 
 
 def pack(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
-    """Return the row of each length, [n]: rows take what comes next, until one or two others fill them exactly.
+    """Return the row of each length, [n]: a row takes lengths in order, until one or two others fill it exactly.
 
-    Decreasing best fit fills rows less (of GSM8K 97% of 512 tokens, to 98% here) and puts like to like, so that some
-    steps of training would see long conversations alone. Which lengths are left, and what each would need beside it,
-    stand in the bits of two numbers: so a row's end is found in a few operations however many there are.
+    Decreasing best fit fills rows less (97% of 512 tokens of GSM8K, against 98% here) and groups similar lengths, so
+    some steps would train on long conversations alone. The bits of two numbers hold which lengths are left and what
+    each needs beside it, so the end of a row is found in a few operations for any number of lengths.
 
     Args:
         lengths: [n], each from 1 to `capacity`, in random order.
     """
     rows = np.empty(len(lengths), dtype=np.int64)
     left: list[list[int]] = [[] for _ in range(capacity + 1)]  # by length
-    there = mirrored = 0  # bit l, and bit capacity - l: there are some of length l
+    there = mirrored = 0  # bit l, and bit capacity - l: whether length l is left
     for index, length in enumerate(lengths.tolist()):
         left[length].append(index)
         there |= 1 << length
@@ -86,16 +85,16 @@ def pack(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
         row, room = row + 1, capacity
         longest = there.bit_length() - 1
         take(next((length for length in drawn if left[length]), longest))
-        while fits := there & ((2 << room) - 1):  # none has length 0, so a full row takes none
+        while fits := there & ((2 << room) - 1):  # no length is 0, so a full row takes none
             longest = fits.bit_length() - 1
-            pairs = fits & mirrored >> capacity - room  # lengths whose difference from the room is there too
+            pairs = fits & mirrored >> capacity - room  # lengths whose difference from the room is also left
             half = room // 2
             if room % 2 == 0 and len(left[half]) < 2:
                 pairs &= ~(1 << half)
             if longest == room:
                 take(room)
             elif pairs:
-                # The two most alike, since the shortest are wanted where little room is left.
+                # The two most similar lengths, to keep the shortest for small rooms.
                 shorter = (pairs & (2 << half) - 1).bit_length() - 1
                 longer = room - shorter
                 take(shorter)
@@ -107,15 +106,15 @@ def pack(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
 
 
 class PackedRows:
-    """Rows of whole examples. Each example sees itself alone, and its last token predicts nothing.
+    """Rows of whole examples. Attention stays inside each example, and its last token predicts nothing.
 
-    Positions begin again with each example. What a row has left at its end is filled with zeros, which see no example
-    and are not counted.
+    Positions start at 0 in each example. The end of a row is padded with zeros, which attend to no example and are not
+    counted.
 
     Args:
         examples: none longer than `seq_len`; see `fit`.
         seq_len: tokens a row.
-        seed: of which examples meet in a row.
+        seed: decides which examples share a row.
 
     Attributes:
         num_rows: rows. num_tokens: of all examples. num_trained: targets that count.
@@ -148,7 +147,6 @@ class PackedRows:
         return [self._examples[member] for member in self._members[first:end]]
 
     def row(self, index: int) -> Row:
-        """Return row `index`."""
         tokens = np.zeros(self.seq_len, dtype=np.int64)
         targets = np.full(self.seq_len, IGNORE, dtype=np.int64)
         lengths, filled = [], 0
@@ -163,11 +161,9 @@ class PackedRows:
         return Row(tokens, targets, tuple(lengths))
 
     def locate(self, index: int) -> str:
-        """Return the places of the row's examples."""
         return "; ".join(example.place for example in self.examples(index))
 
     def describe(self) -> str:
-        """Return how many conversations and tokens there are, and how full the rows."""
         full = self.num_tokens / (self.num_rows * self.seq_len) if self.num_rows else 0.0
         return (
             f"{len(self._examples):,} conversations of {self.num_tokens:,} tokens ({self.num_trained:,} trained), "

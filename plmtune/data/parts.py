@@ -1,4 +1,4 @@
-"""The parts of a row: system, tools, history, question, messages and labels, as conversations and pairs read them."""
+"""The parts of a row that conversations and pairs read: system, tools, history, question, messages and labels."""
 
 from __future__ import annotations
 
@@ -6,13 +6,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from plmtune.data.messages import (
-    MEDIA,
-    is_json,
-    messages_of,
-    text_under,
-    tools_of,
-)
+from plmtune.data.messages import MEDIA, is_json, messages_of, text_under, tools_of
 from plmtune.data.sources import is_null, is_something, type_name
 from plmtune.errors import did_you_mean
 from plmtune.tokenizers.message import BadRow, Message
@@ -22,26 +16,22 @@ PROMPTS = ("prompt", "question", "instruction", "query", "input")
 COMPLETIONS = ("completion", "response", "answer", "output")
 LABELS = ("label", "kto_tag", "kto_label", "desirable", "is_desirable", "thumbs_up", "liked")
 _SYSTEMS = ("system", "system_prompt")
-_GIVEN = ("input", "context")  # what a question is about
+_GIVEN = ("input", "context")  # material of a question
 _TOOLS = ("tools", "functions")
-OPENING = (*_SYSTEMS, *_TOOLS, "history")  # columns of which messages are made, whatever the shape
+OPENING = (*_SYSTEMS, *_TOOLS, "history")  # columns that become messages in every shape
 _YES_NO = {"true": True, "false": False, "1": True, "0": False}
 
 
 class Parts:
-    """One row, which remembers what was read of it. A column of nothing (null) is no column.
+    """One row, which records what was read of it. A null column is no column.
 
     Attributes:
         row: its columns.
-        used: names of those that were read.
+        used: names of the columns that were read.
     """
 
     def __init__(self, row: dict[str, Any]) -> None:
-        """Look at a row.
-
-        Raises:
-            BadRow: if it has images, audio or video.
-        """
+        """Raise BadRow if the row has images, audio or video."""
         self.row = {key: value for key, value in row.items() if not is_null(value)}
         self.used: set[str] = set()
         self._nulls = row.keys() - self.row.keys()
@@ -53,28 +43,21 @@ class Parts:
         return key in self.row
 
     def take(self, key: str, setting: str = "shape") -> Any:
-        """Return what stands under a key.
-
-        Raises:
-            BadRow: if the row has no such key.
-        """
+        """Return the value of a key; raise BadRow if the row has no such key."""
         if key not in self.row:
             raise BadRow(f"has no key {key}.{did_you_mean(key, map(str, self.row))} See {setting}")
         self.used.add(key)
         return self.row[key]
 
     def first(self, keys: Sequence[str], named: str | None = None) -> str | None:
-        """Return the first of the keys that the row has; `named` stands in for all of them."""
+        """Return the first of the keys that the row has; `named` replaces all of them."""
         return next((key for key in ((named,) if named else keys) if key in self.row), None)
 
     def opening(self, system: str | None = None) -> list[Message]:
-        """Read what comes before the first question: tools, a text of the system, the turns of a history.
+        """Read what precedes the first question: tools, a system message, the turns of a history.
 
         Args:
-            system: key of the system's text, instead of the usual names.
-
-        Raises:
-            BadRow: if one of them is not what it should be.
+            system: key of the system message, instead of the usual names.
         """
         opening: list[Message] = []
         for key in filter(self.__contains__, _TOOLS):
@@ -104,11 +87,10 @@ class Parts:
         return messages
 
     def question(self, key: str, *, alone: bool = False) -> list[Message]:
-        """Read a question: a text, behind it what it is about (input, context), or messages.
+        """Read a question: a text, followed by its material (input, context), or messages.
 
         Args:
-            key: where it stands.
-            alone: it is the whole question, as for a key that a person named.
+            alone: the text is the whole question.
         """
         asked = self.take(key)
         if not isinstance(asked, str):
@@ -117,7 +99,7 @@ class Parts:
         for given in _GIVEN:
             if not alone and given != key and isinstance(self.row.get(given), str):
                 text = self.take(given).strip()
-                # A prompt that is put together from columns has it already, in lines of its own.
+                # A prompt that was built from columns already contains it, in lines of its own.
                 if text and f"\n{text}\n" not in f"{texts[0]}\n":
                     texts.append(text_under(self.row[given], f"under {given}"))
         return [Message("user", "\n".join(texts))]
@@ -130,7 +112,7 @@ class Parts:
         return messages_of(value)
 
     def label(self) -> bool | None:
-        """Return whether a label says that the answer is good; None: the row has no such label, or another kind."""
+        """Return whether the answer is labelled good; None: the row has no label, or another kind of label."""
         for key in filter(self.__contains__, LABELS):
             value = self.row[key]
             if isinstance(value, str):
@@ -141,19 +123,19 @@ class Parts:
         return None
 
     def extra(self) -> dict[str, Any]:
-        """What was not read, as far as it is JSON."""
+        """Return the columns that were not read, as far as they are JSON."""
         return {key: value for key, value in self.row.items() if key not in self.used and is_json(value)}
 
     def unused(self) -> tuple[str, ...]:
-        """The names of all that was not read and holds something."""
+        """Return the names of columns that were not read and hold something."""
         return tuple(str(key) for key, value in self.row.items() if key not in self.used and is_something(value))
 
 
 def joined(opening: list[Message], messages: list[Message]) -> list[Message]:
-    """Put what a row's columns say before its messages: tools, system, history, the rest.
+    """Join the messages of a row's columns with its messages: tools, system, history, the rest.
 
     Raises:
-        BadRow: if a column and a message say different things for tools or system.
+        BadRow: if a column and a message differ in tools or system.
     """
     heads, lead = (list(takewhile(_is_head, said)) for said in (opening, messages))
     known = {message.role: message.content for message in heads}
@@ -173,7 +155,7 @@ def _is_head(message: Message) -> bool:
 
 
 def _is_media(value: Any) -> bool:
-    """Whether a value is an image or a sound as tables of `datasets` hold them."""
+    """Whether a value is an image or a sound in the form of `datasets`."""
     if isinstance(value, list):
         return any(map(_is_media, value[:8]))
     return isinstance(value, dict) and set(value) == {"bytes", "path"} and any(value.values())

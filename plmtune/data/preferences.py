@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import xxhash
 
-from plmtune.data.conversations import REMEDY, Conversations, detect
+from plmtune.data.conversations import Conversations, detect
 from plmtune.data.functions import public_functions, question
 from plmtune.data.messages import messages_of
 from plmtune.data.parts import COMPLETIONS, LABELS, MESSAGES, PROMPTS, Parts, joined
-from plmtune.data.rows import Refused, Rows
-from plmtune.data.sources import text_of
+from plmtune.data.rows import FromRows, Refused, Rows
+from plmtune.data.sources import Dataset, text_of
 from plmtune.registry import register
 from plmtune.tokenizers.message import SAID, BadRow, Message, Unused
 
@@ -30,10 +30,10 @@ class Pair:
 
     prompt: messages, the last of the user or of a tool.
     chosen, rejected: the better and the worse answer; one of them is None where a row held only one with a label.
-    place: where it stands, "FILE, line 17".
-    extra: what else its row held that is JSON.
+    place: "FILE, line 17".
+    extra: the other columns of its row, as far as they are JSON.
     more: further keys of the answers, as `Message.more`: calls, thoughts, ...
-    unused: the columns that nothing read.
+    unused: the columns that nothing reads.
     """
 
     prompt: tuple[Message, ...]
@@ -51,13 +51,13 @@ class Pair:
 
     @property
     def shows_all(self) -> bool:
-        """Whether the texts of the answers are all that they say: neither has calls or thoughts apart from it."""
+        """Whether the answers are text alone: neither has calls or thoughts beside its text."""
         return not any(key in SAID for more in self.more.values() for key in more)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a round asks: messages, the last of the user, and an answer known to be good, if there is one."""
+    """A prompt of a round: messages, the last of the user, and a reference answer where the data has one."""
 
     messages: tuple[Message, ...]
     gold: str | None
@@ -65,64 +65,34 @@ class Prompt:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-class Preferences(ABC):
-    """Pairs, in an order that never changes while the data does not."""
+class Preferences(Dataset):
+    """A source of pairs."""
 
-    name: str
-    refused: Refused  # what the latest reading could not use
-    unused: Unused = Unused()  # columns that it did not read
+    refused: Refused  # rows that the latest reading could not use
 
     @abstractmethod
     def pairs(self, skip_bad: bool = False) -> Iterator[Pair]:
-        """Read the pairs; what cannot be used is collected in `refused`, and without `skip_bad` raised at the end."""
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Return a hash that changes when the pairs do."""
-
-    @abstractmethod
-    def describe(self) -> str:
-        """Return one line for a person."""
+        """Read the pairs; bad rows are collected in `refused`, and without `skip_bad` raised at the end."""
 
 
-class PreferenceRows(Preferences):
+class PreferenceRows(FromRows, Preferences):
     """See `preferences`."""
 
     name = "preferences"
 
     def __init__(self, rows: Rows, shape: str) -> None:
-        self.rows = rows
+        super().__init__(rows)
         self.shape = shape
-        self.refused, self.unused = Refused(), Unused()
 
     def pairs(self, skip_bad: bool = False) -> Iterator[Pair]:
-        """Read the rows."""
-        self.refused, self.unused = Refused(), Unused()
-        good = 0
-        for place, row in self.rows:
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                pair = pair_of(row, place, self.shape)
-                self.unused.add(pair.unused)
-                yield pair
-                good += 1
-            except BadRow as error:
-                self.refused.add(place, error)
-        if not skip_bad:
-            self.refused.raise_if_any(REMEDY, good=good)
+        return self._read(lambda row, place: pair_of(row, place, self.shape), skip_bad)
 
     def fingerprint(self) -> str:
-        """Hash the files, and how they are read."""
         return xxhash.xxh3_128_hexdigest(f"{self.rows.fingerprint()} {self.shape}".encode())
-
-    def describe(self) -> str:
-        """Return one line for a person."""
-        return f"preferences of {self.rows.describe()}"
 
 
 class InMemory(Preferences):
-    """Pairs that are at hand, such as a round's."""
+    """Pairs in memory, such as a round's."""
 
     def __init__(self, pairs: Iterable[Pair], name: str) -> None:
         self.name = name
@@ -130,11 +100,9 @@ class InMemory(Preferences):
         self._pairs = list(pairs)
 
     def pairs(self, skip_bad: bool = False) -> Iterator[Pair]:
-        """Give the pairs."""
         yield from self._pairs
 
     def fingerprint(self) -> str:
-        """Hash all texts."""
         digest = xxhash.xxh3_128()
         for pair in self._pairs:
             messages = [(message.role, message.content, *message.more.items()) for message in pair.prompt]
@@ -142,7 +110,6 @@ class InMemory(Preferences):
         return digest.hexdigest()
 
     def describe(self) -> str:
-        """Return one line for a person."""
         return f"{len(self._pairs):,} pairs of {self.name}"
 
 
@@ -163,10 +130,10 @@ def preferences(
     Args:
         paths: files, folders or globs.
         hub: a dataset of the Hugging Face hub, instead of paths.
-        subset: its configuration; a dataset that has several and no default needs one.
+        subset: its configuration; needed for a dataset with several and no default.
         split: train, validation, ...
-        revision: branch, tag or commit; a commit makes the data exact.
-        shape: auto finds out row by row. strings: prompt (or question, instruction, input, query), chosen, rejected.
+        revision: branch, tag or commit; a commit pins the data.
+        shape: auto detects it row by row. strings: prompt (or question, instruction, input, query), chosen, rejected.
             messages: chosen and rejected are lists of role and content, whole conversations or what follows a prompt;
             OpenAI's input, preferred_output and non_preferred_output are read as these. sharegpt: conversations, then
             chosen and rejected as one message each (LLaMA-Factory). dialogue: texts with Human: and Assistant:
@@ -188,8 +155,8 @@ def preferences(
 def docstring_pairs() -> Preferences:
     """Make pairs of the standard library: a function's own docstring is preferred to that of another one.
 
-    The other is of about the same length, so that length tells nothing. Honest and checkable, and at hand wherever
-    Python is; other data takes its place by one override.
+    The other has about the same length, so that length does not give it away. The pairs can be checked, and are part
+    of every Python.
 
     Raises:
         UserError: if this Python comes without its sources.
@@ -206,10 +173,10 @@ def docstring_pairs() -> Preferences:
 
 
 def prompts_of(data: Conversations | Preferences, skip_bad: bool = False) -> Iterator[Prompt]:
-    """Give the prompts of conversations or pairs, each once, with the answer that the data has for it.
+    """Yield the distinct prompts of conversations or pairs, each with its reference answer, if any.
 
-    Of a conversation the prompt is all before its last answer, and that answer is the gold one; of pairs it is the
-    first chosen one.
+    The prompt of a conversation is everything before its last answer, which is the reference; for pairs it is the
+    first chosen answer.
     """
     found: dict[tuple[Message, ...], Prompt] = {}
     for prompt in _prompts(data, skip_bad):
@@ -228,7 +195,7 @@ def _prompts(data: Conversations | Preferences, skip_bad: bool) -> Iterator[Prom
             messages = tuple(message.as_prompt() for message in held.messages)
             if messages[-1].role == "assistant":
                 yield Prompt(messages[:-1], messages[-1].content or None, held.place, held.extra)
-            else:  # asked, and not answered
+            else:  # a question without an answer
                 yield Prompt(messages, None, held.place, held.extra)
 
 
@@ -282,7 +249,7 @@ _Read = tuple[list[Message], Message | None, Message | None]
 
 
 def _unfolded(parts: Parts) -> Parts:
-    """Give OpenAI's pairs the usual names: input with messages and tools, preferred_output, non_preferred_output."""
+    """Rename the keys of OpenAI's pairs: input with messages and tools, preferred_output, non_preferred_output."""
     if "preferred_output" not in parts or "non_preferred_output" not in parts:
         return parts
     row = dict(parts.row)
@@ -308,7 +275,7 @@ def is_pair(row: Mapping[str, Any]) -> bool:
 
 
 def _shape_of(parts: Parts) -> str | None:
-    """Tell the shape of a row by its keys and the types behind them; None: it is no pair."""
+    """Detect the shape of a row from its keys and their types; None: it is no pair."""
     if "chosen" in parts and "rejected" in parts:
         chosen = parts.row["chosen"]
         if isinstance(chosen, dict):
@@ -317,7 +284,7 @@ def _shape_of(parts: Parts) -> str | None:
             return "messages"
         if isinstance(chosen, str):
             given = parts.row.get("prompt")
-            # Behind a plain prompt an answer may begin so, too; with a turn of Assistant: it is a whole dialogue.
+            # After a plain prompt an answer may begin like this, too; with an Assistant: turn it is a whole dialogue.
             if _is_dialogue(given) or (_is_dialogue(chosen) and (given is None or "\n\nAssistant:" in chosen)):
                 return "dialogue"
             return "strings" if parts.first(PROMPTS) else None
@@ -362,7 +329,7 @@ def _read_messages(parts: Parts) -> _Read:
         elif said not in (prompt[: len(said)], prompt[-len(said) :]):
             prompt = [*said, *prompt]
     elif isinstance(given, str) and any(message.content.strip() == given.strip() for message in prompt):
-        parts.used.add("prompt")  # a text beside whole conversations is their first question
+        parts.used.add("prompt")  # a text beside whole conversations repeats their first question
     return prompt, sides[0][-1], sides[1][-1]
 
 
@@ -374,7 +341,7 @@ def _read_sharegpt(parts: Parts) -> _Read:
 
 def _read_dialogue(parts: Parts) -> _Read:
     given = _text(parts, "prompt").content if "prompt" in parts else ""
-    whole = _is_dialogue(parts.row.get("chosen"))  # then a prompt beside it is its first question, or its beginning
+    whole = _is_dialogue(parts.row.get("chosen"))  # then a prompt beside it repeats its first question or its beginning
     opening = "" if whole else given
     sides = []
     for name in ("chosen", "rejected"):
@@ -391,7 +358,7 @@ def _read_dialogue(parts: Parts) -> _Read:
         raise BadRow("has chosen and rejected dialogues that differ before their last answer")
     known = (message.content for message in sides[0])
     if whole and given.strip() not in known and not parts.row["chosen"].lstrip().startswith(given.strip()):
-        parts.used.discard("prompt")  # it says something else, and is counted
+        parts.used.discard("prompt")  # it is another text, and is counted as unused
     return sides[0], answers[0], answers[1]
 
 
@@ -413,13 +380,8 @@ def _read_unpaired(parts: Parts) -> _Read:
     return prompt, answer if label else None, None if label else answer
 
 
-_READERS = {
-    "strings": _read_strings,
-    "messages": _read_messages,
-    "sharegpt": _read_sharegpt,
-    "dialogue": _read_dialogue,
-    "unpaired": _read_unpaired,
-}
+_READERS = {"strings": _read_strings, "messages": _read_messages, "sharegpt": _read_sharegpt,
+            "dialogue": _read_dialogue, "unpaired": _read_unpaired}  # fmt: skip
 
 
 def _missing(key: str) -> Any:

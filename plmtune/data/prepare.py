@@ -1,4 +1,4 @@
-"""Text to token shards, once: the directory's name is a hash of everything that decides its content."""
+"""Text to token shards: the directory's name is a hash of everything that decides its content."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from plmtune.units import show_number_of
 if TYPE_CHECKING:
     from plmtune.tokenizers.tokenizer import Tokenizer
 
-# Characters encoded at a time. A longer document goes in pieces, so that memory does not grow with it.
+# Characters encoded at a time. A longer document is split, so that memory does not grow with it.
 GROUP = 1 << 22
-# Characters of a document that are held to find a place where it may be cut.
+# Characters of a document that are searched for a place where it may be cut.
 _MAX_UNCUT = 16 << 20
 _STATE = "progress.json"
 _log = logging.getLogger(__name__)
@@ -55,25 +55,24 @@ def prepare(
     shard_tokens: int = 1 << 26,
     progress: bool = True,
 ) -> Path:
-    """Encode a source into shards under `root`, or find that this was done before.
+    """Encode a source into shards under `root`, unless they are there already.
 
     Args:
         holdout: share kept for validation.
-        holdout_by: documents: each goes by the hash of its text, so equal documents never stand on both
-            sides; the only document of a corpus is cut at its tail. tail: the last share of the characters of
-            each file.
+        holdout_by: documents: the hash of its text decides for each, so equal documents are in one split; the only
+            document of a corpus is cut at its tail. tail: the last share of the characters of each file.
         skip_bad: count rows that cannot be read instead of raising.
         shard_tokens: tokens a shard file.
-        progress: show on standard error how far it is.
+        progress: show the progress on standard error.
 
     Returns:
         The directory, NAME-HASH.
 
     Raises:
-        UserError: for text that cannot be read or is too little, and a `root` that cannot be written. Nothing
-            half-written stays behind.
+        UserError: for text that cannot be read or is too short, and a `root` that cannot be written. Partial files
+            are removed.
         ValueError: for a share outside [0, 1).
-        SystemExit: with EXIT_STOPPED after a signal: what is prepared stays, and the same call goes on with it.
+        SystemExit: with EXIT_STOPPED after a signal. Finished work is kept, and the same call resumes it.
     """
     if not 0 <= holdout < 1:
         raise ValueError(f"holdout ({holdout}) must be at least 0 and below 1: it is the share kept for validation")
@@ -82,87 +81,81 @@ def prepare(
     if isinstance(source, Prepared):
         Shards.open(source.directory, tokenizer_fingerprint=tokenizer.fingerprint, verify=False)
         return source.directory
-    settings = {
-        "holdout": holdout,
-        "holdout_by": holdout_by,
-        "skip_bad": skip_bad,
-        "shard_tokens": shard_tokens,
-    }
+    settings = {"holdout": holdout, "holdout_by": holdout_by, "skip_bad": skip_bad, "shard_tokens": shard_tokens}
     fingerprint = source.fingerprint()
-    # "breaks": before, a document whose tail was held out had an end on both sides.
+    # "breaks": in earlier versions a document whose tail was held out had an end in both splits.
     key = json.dumps([FORMAT, "breaks", fingerprint, tokenizer.fingerprint, tokenizer.vocab_size, settings])
-    root = Path(root)
     target = root / f"{source.name}-{xxhash.xxh3_128_hexdigest(key.encode())[:12]}"
     if (target / "manifest.json").is_file():
         return target
-    try:
-        with remove_empty_folders(root), _locked(root, target.name):
-            if (target / "manifest.json").is_file():
-                return target  # another process made it while this one waited
-            partial = root / f"{target.name}.partial"
-            shutil.rmtree(target, ignore_errors=True)  # without a manifest
-            partial.mkdir(exist_ok=True)
-            keep = False
-            try:
-                with StopSignals("keeping what is prepared; a second one ends it at once.") as stop:
+    partial = root / f"{target.name}.partial"
 
-                    def heed(pieces: Iterator[Piece]) -> Iterator[Piece]:
-                        for piece in pieces:
-                            if stop.heard:
-                                raise _Stopped
-                            yield piece
-
-                    def streams() -> Iterator[Iterator[Piece]]:
-                        return map(heed, source.pieces(skip_bad))
-
-                    parts = (
-                        by_tail(streams, holdout)
-                        if holdout_by == "tail"
-                        else by_documents(chain.from_iterable(streams()), holdout, partial)
-                    )
-                    with _showing(source.name, shown=progress) as advance:
-                        counts = _write(parts, tokenizer, partial, shard_tokens, advance)
-                    if not counts["train"].tokens:
-                        skipped = f" ({show_number_of(source.skipped, 'bad row')} left out)" if source.skipped else ""
-                        raise UserError(f"{source.describe()}: there is no text to train on{skipped}")
-                    tokenizer.save(partial / "tokenizer")  # so that the directory explains itself
-                    Manifest(
-                        format=FORMAT,
-                        name=source.name,
-                        tokenizer=tokenizer.fingerprint,
-                        vocab_size=tokenizer.vocab_size,
-                        eos_id=tokenizer.eos_id,
-                        dtype=dtype_for(tokenizer.vocab_size).str,
-                        source=fingerprint,
-                        source_description=source.describe(),
-                        settings=settings,
-                        skipped=source.skipped,
-                        unused=source.unused.counts,
-                        splits=counts,
-                    ).save(partial)
-                    (partial / _STATE).unlink(missing_ok=True)
-                    partial.replace(target)
+    def encode(stop: StopSignals) -> None:
+        def heed(pieces: Iterator[Piece]) -> Iterator[Piece]:
+            for piece in pieces:
                 if stop.heard:
-                    terminal.echo(f"{source.name}: stopped, all of it prepared. Run the same command again.", err=True)
-                    raise SystemExit(EXIT_STOPPED)
-            except _Stopped:
-                keep = (partial / _STATE).is_file()
-                kept = f"; {partial} keeps what is prepared" if keep else ""
-                terminal.echo(f"{source.name}: stopped{kept}. Run the same command again to go on.", err=True)
-                raise SystemExit(EXIT_STOPPED) from None
-            finally:
-                if not keep:
-                    shutil.rmtree(partial, ignore_errors=True)  # gone already when all went well
+                    raise _Stopped
+                yield piece
+
+        def streams() -> Iterator[Iterator[Piece]]:
+            return map(heed, source.pieces(skip_bad))
+
+        tail = holdout_by == "tail"
+        parts = by_tail(streams, holdout) if tail else by_documents(chain.from_iterable(streams()), holdout, partial)
+        with _show_progress(source.name, shown=progress) as advance:
+            counts = _write(parts, tokenizer, partial, shard_tokens, advance)
+        if not counts["train"].tokens:
+            skipped = f" ({show_number_of(source.skipped, 'bad row')} left out)" if source.skipped else ""
+            raise UserError(f"{source.describe()}: there is no text to train on{skipped}")
+        tokenizer.save(partial / "tokenizer")  # the directory can be read without its config
+        Manifest(
+            format=FORMAT,
+            name=source.name,
+            tokenizer=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            dtype=dtype_for(tokenizer.vocab_size).str,
+            source=fingerprint,
+            source_description=source.describe(),
+            settings=settings,
+            skipped=source.skipped,
+            unused=source.unused.counts,
+            splits=counts,
+        ).save(partial)
+        (partial / _STATE).unlink(missing_ok=True)
+        partial.replace(target)
+
+    try:
+        with remove_empty_folders(root):
+            root.mkdir(parents=True, exist_ok=True)
+            with exclusive(root / f".{target.name}.lock", f"prepares {target.name}"):
+                if (target / "manifest.json").is_file():
+                    return target  # another process prepared it while this one waited
+                shutil.rmtree(target, ignore_errors=True)  # without a manifest
+                partial.mkdir(exist_ok=True)
+                _resumably(encode, source.name, partial)
     except OSError as error:
         raise UserError(f"{root} cannot be written: {error.strerror or error}") from error
     return target
 
 
-@contextmanager
-def _locked(root: Path, name: str) -> Iterator[None]:
-    root.mkdir(parents=True, exist_ok=True)
-    with exclusive(root / f".{name}.lock", f"prepares {name}"):
-        yield
+def _resumably(encode: Callable[[StopSignals], None], name: str, partial: Path) -> None:
+    """Encode into a directory that is removed at the end, unless a signal stops the encoding."""
+    keep = False
+    try:
+        with StopSignals("keeping what is prepared; a second signal ends it at once.") as stop:
+            encode(stop)
+        if stop.heard:
+            terminal.echo(f"{name}: stopped, all of it prepared. Run the same command again.", err=True)
+            raise SystemExit(EXIT_STOPPED)
+    except _Stopped:
+        keep = (partial / _STATE).is_file()
+        kept = f"; {partial} keeps what is prepared" if keep else ""
+        terminal.echo(f"{name}: stopped{kept}. Run the same command again to resume.", err=True)
+        raise SystemExit(EXIT_STOPPED) from None
+    finally:
+        if not keep:
+            shutil.rmtree(partial, ignore_errors=True)  # not there after success
 
 
 def _write(
@@ -172,7 +165,7 @@ def _write(
     shard_tokens: int,
     advance: Callable[[int, int], None],
 ) -> dict[str, SplitCounts]:
-    """Encode the parts, from where an earlier process stopped; what is done is written down with each shard."""
+    """Encode the parts from where an earlier process stopped; the progress is saved with each shard."""
     writers, done = _resume(directory, dtype_for(tokenizer.vocab_size), shard_tokens)
     shards = 0
     try:
@@ -201,7 +194,7 @@ def _save_state(directory: Path, writers: dict[str, ShardWriter], done: int) -> 
 
 
 def _resume(directory: Path, dtype: np.dtype[Any], shard_tokens: int) -> tuple[dict[str, ShardWriter], int]:
-    """Writers that go on where an earlier process stopped, and how many groups it encoded."""
+    """Return writers that resume where an earlier process stopped, and how many groups it encoded."""
 
     def new() -> dict[str, ShardWriter]:
         return {split: ShardWriter(directory, split, dtype, shard_tokens) for split in SPLITS}
@@ -219,23 +212,23 @@ def _resume(directory: Path, dtype: np.dtype[Any], shard_tokens: int) -> tuple[d
         writers = new()
     else:
         return writers, state["groups"]
-    shutil.rmtree(directory)  # of a process that was killed: the lock is ours
+    shutil.rmtree(directory)  # left by a process that was killed: this one holds the lock
     directory.mkdir()
     return writers, 0
 
 
 def by_documents(pieces: Iterable[Piece], share: float, place: Path) -> Iterator[Part]:
-    """Assign documents to splits by the hash of their text: those that fall below `share` are held out.
+    """Assign documents to splits by the hash of their text: those below `share` are held out.
 
-    Where none does, the tail of the one with the lowest hash is, so much that the share is held out: it waits until
-    another falls below. Where all do, the first is trained on up to its tail. A long document waits in a file in
-    `place`.
+    If none is below, the tail of the document with the lowest hash is held out, of the length that gives the share;
+    this document waits until another is below. If all are below, the first is trained on up to its tail. A long
+    document waits in a file in `place`.
     """
     if share == 0:
         yield from (("train", *piece) for piece in pieces)
         return
     lowest, total = 2.0, 0
-    waiting: Document | None = None  # the lowest so far; none once a document fell below the share
+    waiting: Document | None = None  # the lowest so far; none after a document fell below the share
     copies = 0  # of it, beside itself
     below = trained = False
     alone: list[Document] = []  # those below the share before there is any other
@@ -258,7 +251,7 @@ def by_documents(pieces: Iterable[Piece], share: float, place: Path) -> Iterator
         elif value == lowest:
             copies += 1
             continue
-        # Whatever waited is no longer the lowest.
+        # The waiting document is no longer the lowest.
         if waiting:
             for _ in range(copies + 1):
                 yield from _cut(waiting, waiting.length)
@@ -284,7 +277,7 @@ def _documents(pieces: Iterable[Piece], place: Path) -> Iterator[Document]:
 
 
 def by_tail(read: Callable[[], Iterable[Iterable[Piece]]], share: float) -> Iterator[Part]:
-    """Hold out the last share of the characters of each file. Reads twice: once to know the lengths."""
+    """Hold out the last share of the characters of each file. The first of two readings gives the lengths."""
     lengths = [sum(len(text) for text, _ in stream) for stream in read()]
     for length, stream in zip(lengths, read(), strict=True):
         left = int(length * (1 - share))
@@ -294,7 +287,7 @@ def by_tail(read: Callable[[], Iterable[Iterable[Piece]]], share: float) -> Iter
 
 
 def _cut(document: Document, at: int) -> Iterator[Part]:
-    """A document, of which what stands from `at` on is held out: it begins on one side and ends on the other."""
+    """Yield a document whose text from `at` on is held out."""
     left = document.length
     for text in document:
         left -= len(text)
@@ -310,9 +303,9 @@ def _cut_piece(text: str, ends: bool, at: int) -> Iterator[Part]:
 
 
 class _Piece(NamedTuple):
-    """A piece of a document; `begins` and `ends` say whether it is the first and the last.
+    """A piece of a document; `begins` and `ends` mark the first and the last.
 
-    stops: the document goes on in the other split.
+    stops: the rest of the document is in the other split.
     """
 
     split: str
@@ -323,7 +316,7 @@ class _Piece(NamedTuple):
 
 
 def _groups(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[list[_Piece]]:
-    """Collect pieces until there is enough work for all cores, cut where the tokenizer cuts."""
+    """Collect pieces until there is enough work for all cores."""
     group: list[_Piece] = []
     size = 0
     for piece in _pieces(parts, tokenizer):
@@ -337,6 +330,7 @@ def _groups(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[list[_Piece
 
 
 def _pieces(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[_Piece]:
+    """Join the parts of documents into pieces of at least `GROUP` characters, cut where the tokenizer cuts."""
     held: list[str] = []
     size, wanted, begins, before = 0, GROUP, True, ""
     for split, text, ends in parts:
@@ -367,7 +361,7 @@ def _pieces(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[_Piece]:
 
 def _encode(group: list[_Piece], tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> None:
     eos = np.array([tokenizer.eos_id], dtype=np.uint32)
-    # Where the same token ends and begins documents, the end of one is the beginning of the next.
+    # Where one token both ends and begins documents, it stands between them once.
     bos = np.array([tokenizer.start_id] if tokenizer.start_id != tokenizer.eos_id else [], dtype=np.uint32)
     rows: dict[str, list[NDArray[np.uint32]]] = {split: [] for split in writers}
     encoded = tokenizer.encode_batch([piece.text for piece in group])
@@ -388,15 +382,14 @@ def _encode(group: list[_Piece], tokenizer: Tokenizer, writers: dict[str, ShardW
 
 
 @contextmanager
-def _showing(name: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
+def _show_progress(name: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
     line, characters, begun = terminal.Line(shown=shown), 0, time.monotonic()
 
     def advance(more: int, tokens: int) -> None:
         nonlocal characters
         characters += more
-        seconds = time.monotonic() - begun
         read = f"{characters / 1e6:.1f} million characters"
-        line.update(f"{tokens / 1e6:.1f} million tokens", read, f"{seconds:.0f} s", name)
+        line.update(f"{tokens / 1e6:.1f} million tokens", read, f"{time.monotonic() - begun:.0f} s", name)
 
     try:
         yield advance

@@ -1,4 +1,4 @@
-"""Text on disk: plain text, JSONL, CSV and Parquet, compressed or not, in files, folders and globs."""
+"""Files of text and rows, compressed or not: finding them, decoding them, reading lines, JSON and tables."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ import glob
 import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from operator import methodcaller
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import xxhash
 
-from plmtune.data.sources import Piece, Source, text_of, unread
 from plmtune.errors import UserError, did_you_mean, refuse_pipe, unreadable
 from plmtune.io.untrusted import load_json
-from plmtune.ranges import NotEmpty, check
-from plmtune.registry import register
-from plmtune.tokenizers.message import BadRow, Unused
-from plmtune.units import unescape
+from plmtune.tokenizers.message import BadRow
 
-_COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _JSON_LINES = {".jsonl", ".ndjson", ".json"}
 _TABLES = {".csv", ".tsv"}
 _TEXT = {
@@ -31,14 +26,13 @@ _TEXT = {
     ".toml", ".yaml",
 }  # fmt: skip
 _CHUNK = 1 << 20
-# Larger files are known by size, time and both ends: reading hundreds of gigabytes to find that nothing
-# changed would cost more than it saves.
+# Larger files are recognized by size, time and both ends: reading hundreds of gigabytes takes too long.
 _HASHED_WHOLE = 256 << 20
-# A row, or a document of a packed file, is held in memory several times over.
+# A row, or a document of a compressed file, takes several times its size in memory.
 MAX_ROW = 16 << 20
-_MAX_DOCUMENT = 64 << 20
+MAX_DOCUMENT = 64 << 20
 MAX_BRACKETS = 1 << 20  # each takes 25 times its text in memory
-# Text packs to a tenth; a file of a few bytes that unpacks without an end is made to fill memory or disk.
+# Text compresses to a tenth; a small file that unpacks to far more is made to fill memory or disk.
 _MAX_RATIO = 200
 
 
@@ -48,7 +42,7 @@ def read_bytes(path: Path) -> Iterator[bytes]:
     Raises:
         UserError: if it cannot be read, or is damaged as an archive.
     """
-    compression = _COMPRESSION.get(path.suffix.lower())
+    compression = COMPRESSION.get(path.suffix.lower())
     try:
         if compression is None:
             with path.open("rb") as plain:
@@ -57,7 +51,7 @@ def read_bytes(path: Path) -> Iterator[bytes]:
             return
         import pyarrow
 
-        # pyarrow finds truncated streams, which the zstandard package's reader passes over in silence
+        # pyarrow detects truncated streams, which the zstandard package's reader does not
         with pyarrow.input_stream(str(path), compression=compression) as stream:
             unpacked = 0
             while chunk := stream.read(_CHUNK):
@@ -71,8 +65,8 @@ def read_bytes(path: Path) -> Iterator[bytes]:
 
 
 def check_ratio(path: Path, unpacked: int) -> None:
-    """Refuse (UserError) a file that unpacks to more than text can have been packed from."""
-    if unpacked > _MAX_DOCUMENT and unpacked > _MAX_RATIO * (packed := path.stat().st_size):
+    """Raise UserError for a file that unpacks to far more than text does."""
+    if unpacked > MAX_DOCUMENT and unpacked > _MAX_RATIO * (packed := path.stat().st_size):
         raise UserError(
             f"{path} has {packed:,} bytes and unpacks to more than {unpacked:,}: text does not pack to less than one "
             f"part in {_MAX_RATIO}. Unpack it yourself if you trust it"
@@ -100,7 +94,7 @@ def read_text(path: Path, encoding: str) -> Iterator[str]:
 
 
 def _wrong_encoding(path: Path, encoding: str, offset: int, error: UnicodeDecodeError) -> str:
-    packed = " of the unpacked text" if path.suffix.lower() in _COMPRESSION else ""
+    packed = " of the unpacked text" if path.suffix.lower() in COMPRESSION else ""
     return (
         f"{path} is not {encoding}: byte {offset}{packed} is 0x{error.object[error.start]:02x} "
         f"({error.reason}). "
@@ -109,11 +103,11 @@ def _wrong_encoding(path: Path, encoding: str, offset: int, error: UnicodeDecode
 
 
 def _read_lines(path: Path, encoding: str) -> Iterator[bytes | None]:
-    """Read a file line by line, without the line ends; None stands for a line that is too long to hold.
+    """Read a file line by line, without line ends; None stands for a line that is too long.
 
-    A line is in `encoding`, or where that has line ends of its own, as UTF-16 has, in UTF-8.
+    A line is in `encoding`, or in UTF-8 if `encoding` has other line ends, as UTF-16 has.
     """
-    parts: list[bytes] = []  # of the line being read, joined once, so that a very long line stays linear
+    parts: list[bytes] = []  # of the current line, joined once, so that a very long line takes linear time
     held = 0
     wide = _is_wide(encoding)
     for chunk in (piece.encode() for piece in read_text(path, encoding)) if wide else read_bytes(path):
@@ -124,7 +118,7 @@ def _read_lines(path: Path, encoding: str) -> Iterator[bytes | None]:
             yield from ended[1:]
             parts, held = [], 0
         if held <= MAX_ROW < held + len(rest):
-            yield None  # said once; the rest of the line is passed over
+            yield None  # once; the rest of the line is skipped
             parts = []
         held += len(rest)
         if held <= MAX_ROW:
@@ -138,7 +132,7 @@ def _is_wide(encoding: str) -> bool:
 
 
 def read_json_lines(path: Path, encoding: str) -> Iterator[tuple[int, Any | BadRow]]:
-    """Read JSON, one value a line: (line number, the value, or why there is none); blank lines are passed over."""
+    """Read JSON, one value a line: (line number, the value or why it is bad); blank lines are skipped."""
     lines_in = "utf-8" if _is_wide(encoding) else encoding
     for number, line in enumerate(_read_lines(path, encoding), 1):
         if line is None:
@@ -169,10 +163,10 @@ def read_json_lines(path: Path, encoding: str) -> Iterator[tuple[int, Any | BadR
 
 
 def read_table(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, str] | BadRow]]:
-    """Read CSV or TSV: (line number, the row by the names of the first line, or why there is none).
+    """Read CSV or TSV: (line number, the row by the names of the first line, or why it is bad).
 
-    What separates columns is a tab in .tsv, else a comma, or a semicolon where the first line has no comma. An empty
-    field is no column of its row.
+    The delimiter is a tab in .tsv, else a comma, or a semicolon if the first line has no comma. An empty field is no
+    column of its row.
 
     Raises:
         UserError: for a first line without names, or with one twice.
@@ -204,7 +198,7 @@ def read_table(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, str] 
 
 
 def _table_lines(path: Path, encoding: str) -> Iterator[str]:
-    """The lines of a text with their ends."""
+    """Yield the lines of a text with their ends."""
     lines_in = "utf-8" if _is_wide(encoding) else encoding
     offset = 0
     for number, line in enumerate(_read_lines(path, encoding), 1):
@@ -219,9 +213,9 @@ def _table_lines(path: Path, encoding: str) -> Iterator[str]:
 
 
 def _suffix(path: Path) -> str:
-    """A file's suffix, before .gz or .zst."""
+    """Return a file's suffix, without .gz or .zst."""
     suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in _COMPRESSION else suffix
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSION else suffix
 
 
 def kind_of(path: Path) -> str | None:
@@ -235,7 +229,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def find_files(paths: tuple[str, ...]) -> tuple[list[Path], set[Path]]:
-    """Resolve files, folders and globs to (files in a stable order, those of them that were named singly).
+    """Resolve files, folders and globs to (files in a stable order, those that were named one by one).
 
     Raises:
         UserError: for a path that is not there, a glob or folder without a file.
@@ -262,7 +256,7 @@ def find_files(paths: tuple[str, ...]) -> tuple[list[Path], set[Path]]:
                 raise UserError(f"The glob {text} matches no file (seen from {Path.cwd()})")
             if not inside:
                 siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-                near = _nearest(path.name, siblings)
+                near = nearest(path.name, siblings)
                 raise UserError(f"There is no file {text} (seen from {Path.cwd()}).{near}")
         found.update(dict.fromkeys(inside))
     return list(found), singly
@@ -272,63 +266,13 @@ def _hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
     hint = did_you_mean(name, known)
     return hint if hint.endswith("?") else ""  # a folder's whole list of names would hide the message
 
 
-def _cut_at(separator: str, pieces: Iterator[str]) -> Iterator[Piece]:
-    """Cut a text at each separator."""
-    rest, tail = "", len(separator) - 1
-    for piece in pieces:
-        *whole, rest = (rest + piece).split(separator)
-        yield from ((text, True) for text in whole)
-        if len(rest) > tail:  # what stands last may be the beginning of a separator
-            yield rest[: len(rest) - tail], False
-            rest = rest[len(rest) - tail :]
-    yield rest, True
-
-
-def _with_ink(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """Leave out documents of white space alone, and empty pieces."""
-    held: list[str] = []
-    size, ink = 0, False
-    for text, ends in pieces:
-        if text:
-            held.append(text)
-            size += len(text)
-            ink = ink or not text.isspace()
-        if ends:
-            if ink:
-                yield "".join(held), True
-            held, size, ink = [], 0, False
-        elif ink and len(held) > 1:  # the last one may be the document's end
-            yield "".join(held[:-1]), False
-            held, size = held[-1:], len(held[-1])
-        elif size > _MAX_DOCUMENT:
-            raise UserError(f"a document begins with more than {_MAX_DOCUMENT:,} characters of white space")
-
-
-def _joined(path: Path, pieces: Iterator[Piece]) -> Iterator[str]:
-    """The documents whole; one of a packed file has a limit, since it may be made to fill memory."""
-    packed = path.suffix.lower() in _COMPRESSION
-    held: list[str] = []
-    size = 0
-    for text, ends in pieces:
-        held.append(text)
-        size += len(text)
-        if packed and size > _MAX_DOCUMENT:
-            raise UserError(
-                f"{path} unpacks to a document of more than {_MAX_DOCUMENT:,} characters. Unpack it, or cut it into "
-                "documents with separator (--separator)"
-            )
-        if ends:
-            yield "".join(held)
-            held, size = [], 0
-
-
 def hash_files(paths: Sequence[Path], how: Sequence[Any]) -> str:
-    """Hash what files hold and how it is read (JSON); not where they lie, so that a moved corpus stays the same."""
+    """Hash contents and how they are read (JSON), but not folders, so that a moved corpus keeps its hash."""
     digest = xxhash.xxh3_128()
     digest.update(json.dumps(how).encode())
     for path in paths:
@@ -353,173 +297,3 @@ def describe_files(paths: Sequence[Path]) -> str:
     shown = ", ".join(path.name for path in paths[:3])
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return f"{shown}{more} ({size:.1f} MB)"
-
-
-def _rows_with(column: str, metadata: Any) -> int:
-    """The rows of a Parquet file of which a column holds something, as far as the file says it."""
-    rows = metadata.num_rows
-    for group in range(metadata.num_row_groups):
-        for index in range(metadata.num_columns):
-            found = metadata.row_group(group).column(index)
-            if found.path_in_schema == column and found.statistics is not None and found.statistics.has_null_count:
-                rows -= found.statistics.null_count
-    return int(rows)
-
-
-class Files(Source):
-    """See `files`."""
-
-    name = "files"
-
-    def __init__(
-        self,
-        paths: tuple[str, ...],
-        *,
-        format: Literal["auto", "text", "jsonl", "csv", "parquet"],
-        text_key: str,
-        separator: str | None,
-        encoding: str,
-    ) -> None:
-        self.paths, singly = find_files(paths)
-        self.format = format
-        self.text_key = text_key
-        self.separator = separator
-        self.encoding = encoding
-        for path in self.paths:
-            if path in singly and path.is_file() and path.stat().st_size == 0:
-                raise UserError(f"{path} is empty")
-
-    def documents(self, skip_bad: bool = False) -> Iterator[str]:
-        """Read every file in turn."""
-        for stream in self.streams(skip_bad):
-            yield from stream
-
-    def streams(self, skip_bad: bool = False) -> Iterator[Iterator[str]]:
-        """Read every file as a stream of its own; documents of white space alone are left out."""
-        yield from map(_joined, self.paths, self.pieces(skip_bad))
-
-    def pieces(self, skip_bad: bool = False) -> Iterator[Iterator[Piece]]:
-        """Read as `streams`, text files in pieces of at most a mebibyte."""
-        self.skipped, self.unused = 0, Unused()
-        for path in self.paths:
-            yield _with_ink(self._read(path, skip_bad))
-
-    def _read(self, path: Path, skip_bad: bool) -> Iterator[Piece]:
-        kind = (kind_of(path) or "text") if self.format == "auto" else self.format
-        if kind == "text":
-            yield from self._read_text(path)
-            return
-        rows = self._read_parquet(path) if kind == "parquet" else self._read_rows(path, kind)
-        for place, row in rows:
-            if isinstance(row, str):
-                yield row, True
-            elif skip_bad:
-                self.skipped += 1
-            else:
-                remedy = "Mend it, or leave such rows out with skip_bad (--skip-bad)"
-                raise UserError(f"{path}, {place} {row}. {remedy}") from row
-
-    def _read_text(self, path: Path) -> Iterator[Piece]:
-        pieces = read_text(path, self.encoding)
-        if self.separator is not None:
-            yield from _cut_at(self.separator, pieces)
-            return
-        yield from ((piece, False) for piece in pieces)
-        yield "", True
-
-    def _read_rows(self, path: Path, kind: str) -> Iterator[tuple[str, str | BadRow]]:
-        read = read_json_lines if kind == "jsonl" else read_table
-        for number, row in read(path, self.encoding):
-            place = f"line {number}"
-            try:
-                yield place, row if isinstance(row, BadRow) else text_of(row, self.text_key)
-                self.unused.add(unread(row, self.text_key))
-            except BadRow as error:
-                yield place, error
-
-    def _read_parquet(self, path: Path) -> Iterator[tuple[str, str | BadRow]]:
-        import pyarrow
-        from pyarrow import parquet
-
-        try:
-            with parquet.ParquetFile(path) as file:
-                names = file.schema_arrow.names
-                if self.text_key not in names:
-                    raise UserError(
-                        f"{path} has no column {self.text_key}, only {', '.join(names)}."
-                        f"{_nearest(self.text_key, names)} Choose one with text_key (--text-key)"
-                    )
-                kind, metadata = file.schema_arrow.field(self.text_key).type, file.metadata
-                empty = {field.name for field in file.schema_arrow if pyarrow.types.is_null(field.type)}
-            for name in names:
-                if name not in (self.text_key, *empty) and (rows := _rows_with(name, metadata)):
-                    self.unused.add([name], rows)
-            for group in range(metadata.num_row_groups):
-                columns = (metadata.row_group(group).column(index) for index in range(metadata.num_columns))
-                check_ratio(path, sum(c.total_uncompressed_size for c in columns if c.path_in_schema == self.text_key))
-            # Read as it is stored: a text that stands there once for all rows is not repeated in memory.
-            text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-            with parquet.ParquetFile(path, read_dictionary=[self.text_key] if text else None) as file:
-                number = unpacked = 0
-                for batch in file.iter_batches(batch_size=1024, columns=[self.text_key]):
-                    for value in map(methodcaller("as_py"), batch.column(0)):
-                        number += 1
-                        unpacked += len(value) if isinstance(value, str) else 0
-                        check_ratio(path, unpacked)
-                        try:
-                            if isinstance(value, str) and len(value) > MAX_ROW:
-                                raise BadRow(f"has more than the {MAX_ROW:,} characters that a row can have")
-                            yield f"row {number}", text_of({self.text_key: value}, self.text_key)
-                        except BadRow as error:
-                            yield f"row {number}", error
-        except PermissionError as error:
-            raise unreadable(path, error) from error
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is damaged or not Parquet: {error}") from error
-
-    def fingerprint(self) -> str:
-        """Hash what is read and how; not where it lies, so that a moved corpus stays prepared."""
-        return hash_files(self.paths, [self.format, self.text_key, self.separator, self.encoding])
-
-    def describe(self) -> str:
-        """Return one line for a person."""
-        return describe_files(self.paths)
-
-
-@register("data", "files")
-def files(
-    paths: tuple[str, ...] = (),
-    format: Literal["auto", "text", "jsonl", "csv", "parquet"] = "auto",
-    text_key: str = "text",
-    separator: str | None = None,
-    encoding: str = "utf-8",
-) -> Source:
-    """Read text, JSONL (.jsonl, .json, .ndjson; one object a line), CSV, TSV and Parquet, also as .gz and .zst.
-
-    Args:
-        paths: files, folders (read whole, in the order of names) or globs.
-        format: auto goes by the suffix; a file of unknown suffix, named singly, is text. csv: tables, whose first line
-            names the columns.
-        text_key: key or column that holds the text of a row.
-        separator: cuts a text file into documents; none: a file is one document. The two characters ``\\n`` are a line
-            feed, ``\\t`` a tab, ``\\r`` a carriage return, ``\\\\`` a backslash.
-        encoding: of text, JSONL and CSV.
-
-    Raises:
-        UserError: for no path, a path that is not there, an empty file.
-        ValueError: for an unknown encoding, an empty separator or one with another escape.
-    """
-    if not paths:
-        raise UserError(
-            "data files: paths is empty. Give files, folders or globs: data.paths=my_text/. "
-            "(plmtune run demo trains a small model on the standard library.)"
-        )
-    try:
-        "".encode(encoding)  # not codecs.lookup: some codecs make bytes of bytes, such as zip
-    except LookupError as error:
-        raise ValueError(f"encoding {encoding!r} is unknown to Python; utf-8, latin-1, gb18030 are known") from error
-    check(NotEmpty(), text_key=text_key)
-    if separator == "":
-        raise ValueError("separator is the empty text; leave it out (null) to keep a file one document")
-    cut = None if separator is None else unescape(separator, "separator")
-    return Files(tuple(paths), format=format, text_key=text_key, separator=cut, encoding=encoding)

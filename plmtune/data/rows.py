@@ -1,48 +1,44 @@
-"""Rows of conversations and preference pairs on disk or the hub: JSON arrays, JSON lines, CSV and Parquet."""
+"""Rows of conversations and preference pairs, from files or the hub, and the rows that cannot be used."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from plmtune.data.hub import Hub
 from plmtune.data.row_files import (
-    MAX_BRACKETS,
-    MAX_ROW,
-    check_ratio,
     describe_files,
-    find_files,
     hash_files,
-    kind_of,
-    read_json_lines,
-    read_table,
-    read_text,
 )
-from plmtune.data.sources import type_name
-from plmtune.errors import UserError, unreadable
+from plmtune.data.row_readers import find_row_files, read_rows
+from plmtune.data.sources import Dataset
+from plmtune.errors import UserError
 from plmtune.ranges import AT_LEAST_1, NotEmpty, check
-from plmtune.tokenizers.message import BadRow
+from plmtune.tokenizers.message import BadRow, Unused
 
-_PARQUET_BATCH = 16  # rows: what is stored once for all of them is repeated in memory
-_MAX_DEPTH = 64  # what walks through a row calls itself for each level
+REMEDY = "Correct them, or leave such rows out: chat.skip_bad=true"
 _MOST_SHOWN = 8
-_BETWEEN = re.compile(r"[ \t\r\n]*")
+
+
+class _Made(Protocol):
+    @property
+    def unused(self) -> tuple[str, ...]: ...
+
+
+T = TypeVar("T", bound=_Made)
 
 
 @dataclass
 class Refused:
-    """What cannot be used, by reason: a sentence's end that begins with a verb, as `BadRow` holds it."""
+    """Rows that cannot be used, by reason: the end of a sentence that begins with a verb, as in `BadRow`."""
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
 
     def add(self, place: str, reason: str | BadRow) -> None:
-        """Count one that stands at `place`, such as "train.jsonl, line 17"."""
+        """Count a row at `place`, such as "train.jsonl, line 17"."""
         reason = str(reason)
         self.counts[reason] = self.counts.get(reason, 0) + 1
         self.first.setdefault(reason, place)
@@ -68,11 +64,11 @@ class Refused:
         return "\n".join(lines)
 
     def raise_if_any(self, remedy: str, good: int | None = None) -> None:
-        """Say all of it at once.
+        """Raise one error that lists all reasons.
 
         Args:
-            remedy: how the others can be used all the same.
-            good: how many others there are, where that is known; without any the remedy is none.
+            remedy: how the other rows can be used.
+            good: the number of other rows, if known; with 0 the message has no remedy.
 
         Raises:
             UserError: if anything was refused.
@@ -82,77 +78,6 @@ class Refused:
             if good == 0:
                 rows, remedy = ("the only row" if len(self) == 1 else f"all {rows}"), ""
             raise UserError("\n".join(filter(None, [f"{rows} cannot be used:", self.describe(), remedy])))
-
-
-def read_rows(paths: Sequence[str | Path], encoding: str = "utf-8") -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """Read rows of JSON arrays (.json), JSON lines (.jsonl, .ndjson, .json), tables (.csv, .tsv) and Parquet.
-
-    All but Parquet also as .gz and .zst. A row that is a bare list stands for ``{"messages": list}``.
-
-    Args:
-        paths: files, folders (read whole, in the order of names) or globs.
-        encoding: of JSON and CSV.
-
-    Yields:
-        Where the row stands, such as "train.jsonl, line 17", and the row, or why it is none.
-
-    Raises:
-        UserError: for a file that is not there or cannot be read as a whole.
-    """
-    for path in find_row_files(paths):
-        for place, row in _read_file(path, encoding):
-            if isinstance(row, list):
-                row = {"messages": row}
-            elif not isinstance(row, dict | BadRow):
-                row = BadRow(f"is {type_name(row)}, not an object")
-            if isinstance(row, dict) and _is_deep(row):
-                row = BadRow(f"is nested deeper than {_MAX_DEPTH} levels")
-            yield f"{path}, {place}", row
-
-
-def find_row_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Resolve files, folders and globs to the files with rows.
-
-    Raises:
-        UserError: for a path that is not there, an empty file, or one that can hold no rows.
-    """
-    found, singly = find_files(tuple(str(path) for path in paths))
-    for path in singly:
-        if kind_of(path) == "text":
-            suffix = "".join(path.suffixes[-2:] if path.suffix.lower() in (".gz", ".zst") else path.suffixes[-1:])
-            raise UserError(
-                f"{path} is a {suffix} file: rows are read from .json, .jsonl, .ndjson, .csv, .tsv and .parquet"
-            )
-        if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty")
-        if kind_of(path) is None:
-            _refuse_archive(path)
-    files = [path for path in found if path in singly or kind_of(path) in ("jsonl", "csv", "parquet")]
-    if not files:
-        raise UserError(
-            f"{', '.join(map(str, paths))}: no .json, .jsonl, .ndjson, .csv, .tsv or .parquet file is there"
-        )
-    return files
-
-
-_ARCHIVES = {
-    b"PK\x03\x04": "a ZIP archive, as .zip and .xlsx files are. Unpack it, or save the table as CSV",
-    b"\x1f\x8b": "packed by gzip. Let its name end in .jsonl.gz or .csv.gz",
-    b"\x28\xb5\x2f\xfd": "packed by zstd. Let its name end in .jsonl.zst or .csv.zst",
-    b"PAR1": "a Parquet file. Let its name end in .parquet",
-}
-
-
-def _refuse_archive(path: Path) -> None:
-    """Refuse a file whose name does not say what it is, and whose first bytes say that it is no text."""
-    try:
-        with path.open("rb") as file:
-            begin = file.read(4)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    for mark, what in _ARCHIVES.items():
-        if begin.startswith(mark):
-            raise UserError(f"{path} is {what}")
 
 
 class Rows:
@@ -225,163 +150,39 @@ class Rows:
         return hash_files(self.files, [self.encoding, self.max_rows])
 
     def describe(self) -> str:
-        """Return one line for a person."""
         return self._hub.describe() if self._hub is not None else describe_files(self.files)
 
 
-def _read_file(path: Path, encoding: str) -> Iterator[tuple[str, Any | BadRow]]:
-    if kind_of(path) == "parquet":
-        yield from _read_parquet(path)
-    elif kind_of(path) == "csv":
-        for number, row in read_table(path, encoding):
-            yield f"line {number}", row
-    elif ".json" in path.suffixes[-2:] and _starts_with_bracket(path, encoding):
-        for number, row in enumerate(_read_array(path, encoding), 1):
-            yield f"row {number}", row
-    else:
-        hint: str | None = None
-        for number, row in read_json_lines(path, encoding):
-            if isinstance(row, BadRow):
-                if hint is None:  # asked at the first bad line: most files have none
-                    hint = " (the file looks like CSV)" if _looks_like_csv(path, encoding) else ""
-                row = BadRow(f"{row}{hint}")
-            yield f"line {number}", row
+class FromRows(Dataset):
+    """Data that is made of rows.
 
+    Attributes:
+        refused: rows that the latest reading could not use.
+    """
 
-def _looks_like_csv(path: Path, encoding: str) -> bool:
-    try:
-        first = next((piece for piece in read_text(path, encoding) if piece.strip()), "").strip().partition("\n")[0]
-    except UserError:  # not in that encoding, as its reader says
-        return False
-    return "," in first and "{" not in first and not first.startswith("[")
+    refused: Refused
 
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.refused, self.unused = Refused(), Unused()
 
-def _starts_with_bracket(path: Path, encoding: str) -> bool:
-    return next((piece.lstrip()[0] for piece in read_text(path, encoding) if piece.strip()), "") == "["
+    def describe(self) -> str:
+        return f"{self.name} of {self.rows.describe()}"
 
-
-def _read_array(path: Path, encoding: str) -> Iterator[Any]:
-    """Read the elements of an array one by one, so that a file may be larger than memory."""
-    decoder = json.JSONDecoder()
-    pieces = read_text(path, encoding)
-    held, at, number = "", 0, 0
-    whole = False  # all that the file has is in `held`
-
-    def more() -> None:
-        nonlocal held, at, whole
-        # As much again as is there: an element of many pieces is then read in few tries.
-        parts, wanted = [held[at:]], max(len(held) - at, 1)
-        for piece in pieces:
-            parts.append(piece)
-            wanted -= len(piece)
-            if wanted <= 0:
-                break
-        else:
-            whole = True
-        held, at = "".join(parts), 0
-
-    def next_sign() -> str:
-        """The next sign that is no white space; it is not passed over."""
-        nonlocal at
-        while True:
-            at = _BETWEEN.match(held, at).end()  # type: ignore[union-attr]
-            if at < len(held):
-                return held[at]
-            if whole:
-                return ""
-            more()
-
-    def wrong(what: str) -> UserError:
-        after = f"after row {number}" if number else "at its beginning"
-        return UserError(f"{path} is no JSON array of rows {after}: {what}. One object a line belongs in a .jsonl file")
-
-    next_sign()
-    at += 1  # the bracket that brought us here
-    if next_sign() == "]":
-        at += 1
-    else:
-        while True:
-            next_sign()
-            value, end = _decode(decoder, held, at, whole)
-            while end < 0:
-                if whole:
-                    raise wrong(str(value))
-                if len(held) - at > MAX_ROW:
-                    raise wrong(f"row {number + 1} has more than the {MAX_ROW:,} characters that a row can have")
-                more()
-                if held.count("[") + held.count("{") > MAX_BRACKETS:
-                    raise wrong(f"row {number + 1} has more than {MAX_BRACKETS:,} brackets")
-                value, end = _decode(decoder, held, at, whole)
-            number, at = number + 1, end
-            yield value
-            sign = next_sign()
-            at += 1
-            if sign == "]":
-                break
-            if sign != ",":
-                raise wrong(f"a comma or a closing bracket is missing, {sign!r} stands there")
-    if sign := next_sign():
-        raise wrong(f"{sign!r} stands behind the array")
-
-
-def _decode(decoder: json.JSONDecoder, held: str, at: int, whole: bool) -> tuple[Any, int]:
-    """Return (value, its end), or (what is wrong, -1) for text that is no JSON, perhaps because it is cut off."""
-    try:
-        value, end = decoder.raw_decode(held, at)
-    except json.JSONDecodeError as error:
-        return f"{error.msg} {error.pos - at:,} characters into the row", -1
-    except ValueError as error:  # a number of thousands of digits
-        return str(error), -1
-    except RecursionError:
-        return "the row is nested too deeply to read", -1
-    # A number at the very end may go on in the next piece.
-    return (value, end) if end < len(held) or whole else ("it is cut off", -1)
-
-
-def _is_deep(row: dict[str, Any]) -> bool:
-    level: list[Any] = [row]
-    for _ in range(_MAX_DEPTH):
-        inside = [value for held in level for value in (held.values() if isinstance(held, dict) else held)]
-        level = [value for value in inside if isinstance(value, dict | list)]
-        if not level:
-            return False
-    return True
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any | BadRow]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    number = unpacked = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            metadata = file.metadata
-            for group in range(metadata.num_row_groups):
-                columns = (metadata.row_group(group).column(index) for index in range(metadata.num_columns))
-                check_ratio(path, sum(column.total_uncompressed_size for column in columns))
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
-                unpacked += batch.nbytes
-                check_ratio(path, unpacked)
-                for index in range(batch.num_rows):
-                    number += 1
-                    row = batch.slice(index, 1)
-                    if row.nbytes > MAX_ROW or sum(map(_num_values, row.columns)) > MAX_BRACKETS:
-                        yield f"row {number}", BadRow(f"has more than the {MAX_ROW:,} bytes that a row can have")
-                    else:
-                        yield f"row {number}", row.to_pylist()[0]
-    except PermissionError as error:
-        raise unreadable(path, error) from error
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged or not Parquet: {error}") from error
-
-
-def _num_values(array: Any) -> int:
-    """Count the values at all depths: a list of nothings takes a bit for each on disk, and an object in memory."""
-    import pyarrow
-
-    count = len(array)
-    if pyarrow.types.is_struct(array.type):
-        return count + sum(map(_num_values, array.flatten()))
-    if pyarrow.types.is_list(array.type) or pyarrow.types.is_large_list(array.type):
-        return count + _num_values(array.flatten())
-    return count
+    def _read(self, convert: Callable[[dict[str, Any], str], T], skip_bad: bool) -> Iterator[T]:
+        """Yield what `convert` makes of each row and its place; without `skip_bad` raise at the end for bad rows."""
+        self.refused, self.unused = Refused(), Unused()
+        good = 0
+        for place, row in self.rows:
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                made = convert(row, place)
+            except BadRow as error:
+                self.refused.add(place, error)
+                continue
+            self.unused.add(made.unused)
+            yield made
+            good += 1
+        if not skip_bad:
+            self.refused.raise_if_any(REMEDY, good=good)

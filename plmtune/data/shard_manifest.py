@@ -1,4 +1,4 @@
-"""The manifest of a directory of prepared tokens: what each file must be, under a checksum of its own."""
+"""The manifest of a directory of prepared tokens: sizes and hashes of the files, with its own checksum."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dtype_for(vocab_size: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One shard as the manifest knows it."""
+    """One shard in the manifest."""
 
     file: str
     tokens: int
@@ -35,9 +35,9 @@ class ShardFile:
 
 @dataclass
 class SplitCounts:
-    """What a split holds; bytes are those of the text in UTF-8, without end-of-document tokens.
+    """Counts of a split; `bytes` are those of the text in UTF-8, without end-of-document tokens.
 
-    breaks: tokens before which a document stops that goes on in the other split, and so has no end here.
+    breaks: positions where a document stops without an end token, because its rest is in the other split.
     """
 
     tokens: int = 0
@@ -62,16 +62,16 @@ class Manifest:
     settings: dict[str, Any]
     skipped: int
     splits: dict[str, SplitCounts]
-    unused: dict[str, int] = field(default_factory=dict)  # rows by the columns that were not read
+    unused: dict[str, int] = field(default_factory=dict)  # number of rows by unused column
 
     def left_out(self) -> str:
-        """Say what was left out, as the end of a sentence; empty where nothing was."""
+        """Return what was left out, as the end of a sentence; empty if nothing was."""
         rows = [f"{show_number_of(self.skipped, 'bad row')} left out"] if self.skipped else []
         return "; ".join(["", *rows, *([Unused(self.unused).describe()] if self.unused else [])])
 
     @property
     def documents(self) -> int:
-        """Documents of both splits; one whose tail is held out is one."""
+        """Documents of both splits; a document with a held-out tail counts once."""
         return sum(counts.documents - len(counts.breaks) for counts in self.splits.values())
 
     @property
@@ -80,7 +80,6 @@ class Manifest:
         return [shard for name in SPLITS for shard in self.splits[name].shards]
 
     def save(self, directory: Path) -> None:
-        """Write it beside its shards."""
         with (directory / "manifest.json").open("wb") as file:
             file.write(checksummed_json.dumps(asdict(self)))
             file.flush()
@@ -88,7 +87,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Read and check it.
+        """Read and check the manifest.
 
         Raises:
             UserError: if it is missing, damaged, of another format, or names a file outside its directory.
@@ -142,5 +141,5 @@ class Manifest:
 
 
 def again(directory: Path) -> str:
-    """Say how a person gets rid of damage."""
+    """Return the remedy for a damaged directory."""
     return f"Delete {directory} and run the same command (or plmtune data prepare) again"

@@ -1,7 +1,7 @@
-"""Token shards: memory-mapped arrays of ids, opened only if they are what the manifest says.
+"""Token shards: memory-mapped arrays of ids, opened only if they match the manifest.
 
-A shard is nothing but little-endian ids, uint16 where the vocabulary allows it and uint32 where not, so any
-tool can read it. Everything else stands in ``manifest.json``, which is written last.
+A shard is a plain array of little-endian ids, uint16 if the vocabulary allows it and else uint32, so any tool can read
+it. Everything else is in ``manifest.json``, which is written last.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from plmtune.errors import UserError
 from plmtune.io import checksummed_json
 from plmtune.io.lock import exclusive
 
-_CHUNK = 1 << 18  # bytes read at a time, few enough that they are hashed and compared while in the cache
-# Up to this size every opening reads every byte. A larger corpus is read once and then known by size
-# and time of change, remembered in verified.json: hashing hundreds of gigabytes at each start costs an hour.
+_CHUNK = 1 << 18  # bytes read at a time, so few that they are hashed and compared in the cache
+# Up to this size every opening reads every byte. A larger corpus is read once and then recognized by size and time of
+# change, which verified.json records: hashing hundreds of gigabytes at each start takes an hour.
 _READ_ALWAYS = 4 << 30
 _log = logging.getLogger(__name__)
 
 
 class ShardWriter:
-    """Append token arrays to one split's shards, counting and hashing on the way."""
+    """Append token arrays to one split's shards; count and hash them."""
 
     def __init__(self, directory: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self.directory = directory
@@ -45,7 +45,7 @@ class ShardWriter:
         self._filled = 0
 
     def append(self, ids: NDArray[Any]) -> None:
-        """Write ids; they may span shards."""
+        """Write ids, over several shards if necessary."""
         ids = ids.astype(self.dtype)
         while ids.size:
             if self._file is None:
@@ -60,17 +60,17 @@ class ShardWriter:
                 self.close()
 
     def state(self) -> dict[str, Any]:
-        """Write out what was appended; with what this returns `resume` goes on."""
+        """Flush what was appended; return a state for `resume`."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
         return {"counts": asdict(self.counts), "filled": self._filled, "digest": self._digest.hexdigest()}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was asked for.
+        """Continue from a `state`.
 
         Raises:
-            ValueError: if the files are not those of that time.
+            ValueError: if the files do not match it.
         """
         counts = dict(state["counts"])
         shards = [ShardFile(**shard) for shard in counts.pop("shards")]
@@ -89,13 +89,13 @@ class ShardWriter:
         self._file.truncate()
 
     def abandon(self) -> None:
-        """Let go of the current shard's file as it is."""
+        """Close the current shard's file without finishing the shard."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def close(self) -> None:
-        """Finish the current shard; harmless when there is none."""
+        """Finish the current shard, if any."""
         if self._file is None:
             return
         self._file.flush()
@@ -109,14 +109,14 @@ class ShardWriter:
 
 
 class Split:
-    """The tokens of one split, one after another over all its shards, mapped and never loaded whole."""
+    """The tokens of one split over all its shards, memory-mapped."""
 
     def __init__(self, directory: Path, counts: SplitCounts, dtype: np.dtype[Any]) -> None:
         self.num_tokens = counts.tokens
         self.num_documents = counts.documents
         self.breaks = np.array(counts.breaks, dtype=np.int64)
         self._files = [shard.file for shard in counts.shards]
-        # Plain views of the maps: slicing numpy's own class of mapped arrays takes several times as long.
+        # Plain views of the maps: slicing a numpy.memmap takes several times as long.
         self._arrays = [np.asarray(np.memmap(directory / file, dtype=dtype, mode="r")) for file in self._files]
         self._starts = [0]
         for shard in counts.shards:
@@ -141,7 +141,7 @@ class Split:
         return out
 
     def document(self, index: int, eos_id: int) -> NDArray[np.int64]:
-        """Return document `index`, found by reading from the first, with its end token if it ends in this split.
+        """Return document `index`, searched from the first, with its end token if it ends in this split.
 
         Raises:
             IndexError: if there is no such document.
@@ -166,13 +166,11 @@ class Split:
         return self.breaks[slice(*np.searchsorted(self.breaks, [start, stop], side="right"))]
 
     def num_windows(self, seq_len: int) -> int:
-        """Return how many whole windows there are; the tokens after the last one are no target of any."""
+        """Return the number of whole windows; the tokens after the last one are no targets."""
         return max(0, (self.num_tokens - 1) // seq_len)
 
     def window(self, index: int, seq_len: int) -> NDArray[np.int64]:
-        """Return window `index`: seq_len + 1 tokens, the last of which begins the next window.
-
-        So every token but the first is a target exactly once.
+        """Return window `index`: seq_len + 1 tokens, the last of which is the first of the next window.
 
         Raises:
             IndexError: if there is no such window.
@@ -213,20 +211,20 @@ class Shards:
         vocab_size: int | None = None,
         verify: bool = True,
     ) -> Shards:
-        """Open a prepared directory and see that it is what it says.
+        """Open a prepared directory and check it against its manifest.
 
-        Sizes are always compared. With `verify` every byte is hashed and every id compared with the
-        vocabulary; beyond 4 GiB once, and again only for shards that changed. Of many processes that open
-        such a corpus one reads, and the others wait for it, without a limit.
+        Sizes are always compared. With `verify` every byte is hashed and every id compared with the vocabulary; beyond
+        4 GiB once, and again only for shards that changed. If several processes open such a corpus, one reads and the
+        others wait for it.
 
         Args:
-            tokenizer_fingerprint: the tokenizer that the tokens must come from; None: any.
-            vocab_size: rows of the model's embedding, which every id must be below; None: the manifest's.
+            tokenizer_fingerprint: of the tokenizer that the tokens must come from; None: any.
+            vocab_size: rows of the model's embedding, above every id; None: the manifest's.
             verify: read everything. Each process of a job does, since it may have its own copy of the files.
 
         Raises:
-            UserError: naming the file, for a shard that is missing, truncated or garbled, holds ids beyond
-                the vocabulary, or was made by another tokenizer.
+            UserError: naming the file, for a shard that is missing, truncated or damaged, holds ids beyond the
+                vocabulary, or was made by another tokenizer.
         """
         directory = Path(directory)
         manifest = Manifest.read(directory)
@@ -281,22 +279,22 @@ def _verify(directory: Path, manifest: Manifest, limit: int) -> None:
                     known[shard.file] = [*new[shard.file], *_read_shard(directory, shard, manifest)]
                 _check_ids(directory, shard, limit, *known[shard.file][3:])
         finally:
-            if todo and writable:  # also after an interruption: what was read need not be read again
+            if todo and writable:  # also after an interruption, to keep what was verified
                 _write_record(directory, known)
 
 
 def _state(directory: Path, shard: ShardFile) -> list[Any]:
-    # Not the time of modification, which copying tools set back; nothing can set this one.
+    # Not the time of modification, which copying tools can set.
     status = (directory / shard.file).stat()
     return [status.st_size, status.st_ctime_ns, shard.xxh3]
 
 
 def _read_record(directory: Path) -> dict[str, list[Any]]:
-    """Return what verified.json remembers of each shard: its state, its highest id and where that stands."""
+    """Return the record of each shard in verified.json: its state, its highest id and the position of that."""
     try:
         return checksummed_json.load(directory / "verified.json")
     except (OSError, ValueError):
-        return {}  # only a note: without it everything is read again
+        return {}  # without it everything is read again
 
 
 def _write_record(directory: Path, known: dict[str, list[Any]]) -> None:
@@ -308,7 +306,7 @@ def _write_record(directory: Path, known: dict[str, list[Any]]) -> None:
 
 
 def _read_shard(directory: Path, shard: ShardFile, manifest: Manifest) -> tuple[int, int]:
-    """Hash a shard; returns its highest id and the first token that has it."""
+    """Hash a shard; return its highest id and the position of its first occurrence."""
     path = directory / shard.file
     dtype = np.dtype(manifest.dtype)
     digest = xxhash.xxh3_128()

@@ -1,4 +1,4 @@
-"""Where text comes from: a `Source` gives documents, a `Mix` names several, a `Prepared` holds tokens."""
+"""Sources of text: a `Source` yields documents, a `Mix` names several sources, `Prepared` holds tokens."""
 
 from __future__ import annotations
 
@@ -20,12 +20,25 @@ from plmtune.tokenizers.message import BadRow, Unused
 Piece = tuple[str, bool]  # of a document, and whether it ends there
 
 
-class Source(ABC):
-    """Documents of text, in an order that never changes while the text does not."""
+class Dataset(ABC):
+    """Data whose order changes only with its content."""
 
     name: str
+    unused: Unused = Unused()  # columns that the latest reading did not use
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a hash that changes when the content does."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return one line for a person."""
+
+
+class Source(Dataset):
+    """Documents of text."""
+
     skipped: int = 0  # bad rows left out by the latest reading
-    unused: Unused = Unused()  # columns that it did not read
 
     @abstractmethod
     def documents(self, skip_bad: bool = False) -> Iterator[str]:
@@ -40,28 +53,20 @@ class Source(ABC):
         for stream in self.streams(skip_bad):
             yield ((text, True) for text in stream)
 
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Return a hash that changes when the documents do."""
-
-    @abstractmethod
-    def describe(self) -> str:
-        """Return one line for a person."""
-
 
 def is_null(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value)  # pandas writes NaN for a number that is none
 
 
 def is_something(value: Any) -> bool:
-    """Whether a column says anything: not null, an empty text, list or object, or a list of these."""
+    """Whether a column holds more than null, an empty text, list or object, or a list of these."""
     if isinstance(value, list):
         return any(map(is_something, value))
     return not is_null(value) and value not in ("", {})
 
 
 def type_name(value: Any) -> str:
-    """What a value of JSON is, in words."""
+    """Return the type of a JSON value in words."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -88,7 +93,7 @@ def text_of(row: Any, text_key: str) -> str:
 
 
 def unread(row: Any, text_key: str) -> Iterator[str]:
-    """The columns of a row beside its text that hold something; none of a row that is bad."""
+    """Yield the columns of a row, other than its text, that hold something; none of a bad row."""
     if isinstance(row, dict):
         yield from (str(key) for key, value in row.items() if key != text_key and is_something(value))
 
@@ -102,7 +107,7 @@ def check_unicode(text: str, where: str) -> None:
             raise BadRow(f"holds half a surrogate pair at character {error.start} {where}") from error
 
 
-# Not prose or readable code: tables, fixtures, other people's packages, this machine's build settings.
+# Neither prose nor readable code: tables, fixtures, installed packages, build settings of this machine.
 _STDLIB_SKIP = {
     "site-packages", "dist-packages", "encodings", "idlelib", "lib2to3", "lib-dynload", "ensurepip",
     "pydoc_data", "turtledemo", "msilib", "__pycache__",
@@ -138,7 +143,6 @@ class StandardLibrary(Source):
                 yield path
 
     def fingerprint(self) -> str:
-        """Hash every document: it is a few tens of megabytes."""
         digest = xxhash.xxh3_128()
         for text in self.documents():
             digest.update(text.encode("utf-8"))
@@ -146,7 +150,6 @@ class StandardLibrary(Source):
         return digest.hexdigest()
 
     def describe(self) -> str:
-        """Return one line for a person."""
         return f"the standard library: {len(self.topics)} reference topics, sources in {self.folder}"
 
 
@@ -181,19 +184,12 @@ class Prepared(Source):
         self.directory = directory
 
     def documents(self, skip_bad: bool = False) -> Iterator[str]:
-        """Refuse: tokens are not turned back into text.
-
-        Raises:
-            UserError: always.
-        """
         raise UserError(f"{self.directory} holds tokens, not text: it needs no preparing")
 
     def fingerprint(self) -> str:
-        """Hash the manifest, which holds the hash of every shard."""
         return xxhash.xxh3_128_hexdigest((self.directory / "manifest.json").read_bytes())
 
     def describe(self) -> str:
-        """Return one line for a person."""
         return f"prepared tokens in {self.directory}"
 
 

@@ -1,4 +1,4 @@
-"""Token shards as rows of training: windows of seq_len tokens, one after another."""
+"""Token shards as training rows: consecutive windows of seq_len tokens."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from plmtune.errors import UserError
 
 
 class Windows:
-    """The windows of one split; what a window lacks at the end of the text is filled with `eos_id` and not counted.
+    """The windows of one split; a window at the end of the text is padded with `eos_id`, which is not counted.
 
     Args:
-        shards: a prepared directory.
-        split: the train or the validation split of it.
-        seq_len: tokens a window.
+        split: of `shards`.
         document_mask: keep attention and counted targets inside documents.
         whole: leave the last window out if it is not full.
     """
@@ -36,9 +34,9 @@ class Windows:
     def row(self, index: int) -> Row:
         """Return window `index`, with the first token of the next as its last target.
 
-        With a document mask an end-of-document token belongs to the document that it ends. Positions start again
-        behind it, and what it would predict, the first token of another document, is not counted. That of a document
-        which stops here and goes on in the other split is never counted.
+        With a document mask an end-of-document token belongs to the document that it ends. Positions restart after
+        it, and its target, the first token of another document, is not counted. The target after a document whose
+        rest is in the other split is never counted.
         """
         first = index * self.seq_len
         ids = self._split.read(first, first + self.seq_len + 1)
@@ -58,10 +56,7 @@ class Windows:
         return Row(tokens, np.where(ends, IGNORE, targets), tuple(np.diff(bounds).tolist()))
 
     def locate(self, index: int) -> str:
-        """Return the tokens of window `index` in its files, counted from 0 inside the file.
-
-        The last one is only a target. A window that spans files names each.
-        """
+        """Return the files of window `index` and its tokens in each, counted from 0; the last is only a target."""
         return ", and ".join(
             f"{self._directory / file}, tokens {first:,} to {last:,}"
             for file, first, last in self._split.locate(index, self.seq_len)
@@ -76,8 +71,8 @@ def open_windows(
 ) -> tuple[dict[str, Windows], dict[str, Windows]]:
     """Return the training and the held-out windows of each source.
 
-    Of the training text the tokens after the last whole window are no target. Of the held-out text every token but
-    each source's first is a target once.
+    In the training text the tokens after the last whole window are no targets. In the held-out text every token but
+    the first of each source is a target once.
 
     Raises:
         ValueError: if the sources are by different tokenizers, or seq_len is below 1.

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from plmtune.data.conversations import Keys, conversation_of, conversations, detect
 from plmtune.data.parts import COMPLETIONS, LABELS, MESSAGES, OPENING, PROMPTS
 from plmtune.data.preferences import pair_of, preferences
-from plmtune.data.row_files import files
 from plmtune.data.sources import is_something
+from plmtune.data.text_files import files
 from plmtune.tokenizers.chat_template import ChatTemplate, find_template
 from plmtune.tokenizers.message import BadRow, Unused
 from plmtune.tokenizers.tokenizer_files import bundled

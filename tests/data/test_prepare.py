@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from plmtune.data import prepare as module
 from plmtune.data import row_files as reading
 from plmtune.data.prepare import by_documents, prepare
-from plmtune.data.row_files import files
 from plmtune.data.shards import Shards
 from plmtune.data.sources import Source, shards
+from plmtune.data.text_files import files
 from plmtune.errors import UserError
 from plmtune.io import spool, terminal
 from plmtune.registry import load
@@ -417,7 +417,7 @@ class TestInterrupted:
         code = (
             "import resource, signal, sys\n"
             "from pathlib import Path\n"
-            "from plmtune.data.row_files import files\n"
+            "from plmtune.data.text_files import files\n"
             "from plmtune.data.prepare import prepare\n"
             "from plmtune.registry import load\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

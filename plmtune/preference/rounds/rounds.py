@@ -17,7 +17,7 @@ from plmtune.config.compose import build
 from plmtune.config.schema import SelectionConfig
 from plmtune.data.order import key_of, permute
 from plmtune.data.preferences import Pair, Prompt, preferences, prompts_of
-from plmtune.data.rows import Refused
+from plmtune.data.rows import REMEDY, Refused
 from plmtune.errors import UserError
 from plmtune.io import manifest
 from plmtune.io.untrusted import load_json
@@ -187,7 +187,7 @@ def open_rounds(cfg: Any, sources: Mapping[str, Any]) -> Rounds:
             if held.gold is None:
                 prompts[prompt.messages] = prompt
         if not cfg.chat.skip_bad:
-            source.refused.raise_if_any("Mend them, or leave such rows out: chat.skip_bad=true")
+            source.refused.raise_if_any(REMEDY)
     return Rounds(
         list(prompts.values()),
         holdout=cfg.chat.holdout,

@@ -7,7 +7,7 @@ import zstandard
 from pyarrow import parquet
 
 from plmtune.config import compose
-from plmtune.data.row_files import files
+from plmtune.data.text_files import files
 from plmtune.errors import UserError
 
 
