@@ -1,4 +1,4 @@
-"""Links between the documents lead somewhere, and tables of keys are complete."""
+"""Links and paths in the documents exist, their tables are complete, and their words are the field's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import documented
 import pytest
 
 from plmtune.config.schema import PretrainConfig
+from plmtune.registry import describe
 
 PAGES = [*documented.PAGES, documented.ROOT / "benchmarks" / "README.md"]
 
@@ -43,3 +44,36 @@ def test_the_config_page_names_every_key_of_pretrain() -> None:
         keys = [f"{field.name}.{inner.name}" for inner in fields(value)] if is_dataclass(value) else [field.name]
         if field.name != "runtime":  # described in words
             assert named.issuperset(keys), set(keys) - named
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_of_the_repository_exist(page: Path) -> None:
+    spans = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+    named = {
+        word
+        for span in spans
+        for word in re.findall(r"(?:^|(?<= ))(?:plmtune|recipes|conf|tests|docs|benchmarks)/[\w./-]*", span)
+    }
+    missing = [name for name in sorted(named) if not list(documented.ROOT.glob(f"{name}*"))]
+    assert [name for name in missing if "focal" not in name] == []  # the loss that CONTRIBUTING.md adds
+
+
+@pytest.mark.parametrize(
+    ("name", "heading"), [("CONTRIBUTING.md", "## The tour"), ("docs/design.md", "## The house")], ids=["tour", "house"]
+)
+def test_the_maps_of_the_repository_name_every_package(name: str, heading: str) -> None:
+    section = (documented.ROOT / name).read_text(encoding="utf-8").partition(f"{heading}\n")[2].partition("\n## ")[0]
+    assert section.count("\n") <= 60
+    packages = {path.parent.name for path in (documented.ROOT / "plmtune").glob("*/__init__.py")} | {"recipes"}
+    assert [each for each in sorted(packages) if f"{each}/" not in section] == []
+
+
+def test_the_design_page_names_every_group_of_the_registry() -> None:
+    text = (documented.ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    assert [group for group in describe() if f"\n| `{group}` |" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_sentences_use_the_terms_of_the_field(page: Path) -> None:
+    odd = r"told|tells?|alike|go(?:es)? on|mends?|strangers?|bears?|of what|let it be|who is to|shipped|anew"
+    assert re.findall(rf"\b(?:{odd})\b", page.read_text(encoding="utf-8"), re.IGNORECASE) == []
