@@ -28,9 +28,9 @@ from side_by_side import machine
 from torch import Tensor
 
 from plmtune.devices.sparse_decode import squared_relus, switch
+from plmtune.inference.kernel_choice import prepack
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.quantized_kernels import prepack
 from plmtune.quantization import schemes
 from plmtune.quantization.quantize import quantize
 from plmtune.registry import component

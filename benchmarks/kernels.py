@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from side_by_side import machine
 
+from plmtune.inference.kernel_choice import choose
+from plmtune.inference.quantized_kernels import KERNELS, example, use_kernel
 from plmtune.modules.quantized import Format, Quantized
-from plmtune.modules.quantized_kernels import KERNELS, choose, example, use_kernel
 
 SHAPES = "2048x8192,8192x2048,2048x576,768x3072,3072x768,768x32000"
 FORMATS = "int8,int4_g32,int4_g128,int8_dynamic_int8,int8_dynamic_int4_g32"
@@ -34,7 +35,7 @@ def ways(formats: list[str], out: int, width: int, num_bytes: float) -> dict[tup
     for name in formats:
         format = Format.parse(name)
         for kernel, kind in KERNELS.items():
-            if kind.takes(format, torch.bfloat16, "cpu", (out, width)):
+            if kind.supports(format, torch.bfloat16, "cpu", (out, width)):
                 first = example(format, torch.bfloat16, (out, width))
                 count = min(max(2, int(num_bytes / format.num_bytes((out, width)))), 64)
                 found[name, kernel] = [use_kernel(copy.deepcopy(first), kernel) for _ in range(count)]

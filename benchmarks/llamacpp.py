@@ -41,8 +41,8 @@ from plmtune.export.gguf_quantize import quantize_gguf
 from plmtune.export.gguf_writer import write_gguf
 from plmtune.export.lint import WRITTEN
 from plmtune.export.runtimes import InferenceRuntime, Timing, open_runtime
+from plmtune.inference.kernel_choice import prepack
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.quantized_kernels import prepack
 from plmtune.quantization import schemes
 from plmtune.quantization.quantize import quantize
 from plmtune.tokenizers.tokenizer_files import byte

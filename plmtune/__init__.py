@@ -47,14 +47,14 @@ def load(
     """
     import torch
 
+    from plmtune.inference.kernel_choice import prepack
     from plmtune.models.adapters import load_model, load_model_tokenizer
     from plmtune.models.checkpoint_files import checkpoint_directory
-    from plmtune.modules import quantized_kernels
 
     directory = checkpoint_directory(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_model_tokenizer(directory)
     model = load_model(directory, device, dtype).eval()
     if prepare:
-        quantized_kernels.prepack(model)
+        prepack(model)
     return model, tokenizer

@@ -225,5 +225,5 @@ def _print(found: list[Measurement], machine: dict[str, object]) -> None:
         f"{machine['device']}, {show_number_of(threads, 'thread')}, reads {bandwidth / 1e9:.1f} GB/s; "
         "decode/s from the median token; peak memory is what the process took on top of its start",
     )
-    if why := native.missing():
+    if why := native.unavailable_reason():
         show(f"ours decodes without its own kernels: {why}")

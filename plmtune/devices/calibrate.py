@@ -25,13 +25,13 @@ from plmtune.devices.costs import ModelShape
 from plmtune.devices.device import Device, Figure, KernelRate, RuntimeRates
 from plmtune.devices.predict import cache_kind, cache_share, decode_seconds
 from plmtune.errors import UserError
+from plmtune.inference.kernel_choice import prepack
 from plmtune.io import provenance
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.attention import attend
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized, install
-from plmtune.modules.quantized_kernels import prepack
 from plmtune.registry import Component, component
 from plmtune.tokenizers.tokenizer_files import byte
 from plmtune.training.estimate import available_memory, peak_flops

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from plmtune.devices import sparse_decode
 from plmtune.errors import UserError
+from plmtune.inference.kernel_choice import prepack
 from plmtune.io import hub
 from plmtune.models.checkpoint_files import checkpoint_directory, find_checkpoint
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU
 from plmtune.modules.quantized import Quantized
-from plmtune.modules.quantized_kernels import prepack
 
 Sparse = Literal["auto", "on", "off"]
 SAMPLE = 256  # tokens of text that are read where no prompt is, and repeated to fill the cache

@@ -24,11 +24,11 @@ from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.model_facts import run_of
 from plmtune.evaluation.result_cache import ResultCache
 from plmtune.evaluation.tasks import Tasks, quiet
+from plmtune.inference.kernel_choice import prepack
 from plmtune.io.provenance import git_state, now
 from plmtune.models.adapters import load_model, load_model_tokenizer
 from plmtune.models.checkpoint_files import checkpoint_directory, name_of
 from plmtune.models.digest import model_digest
-from plmtune.modules.quantized_kernels import prepack
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.training import distributed
 from plmtune.training.state import seed_everything

@@ -1,8 +1,8 @@
 """Linear layers and embeddings that hold integers and scales in place of their weights.
 
 How a matrix is stored is a `Format`; `plmtune.quantization` makes the numbers, `models.hf` reads and writes them, and
-`modules.quantized_kernels` multiplies. A stored number stands for (q - zero) * scale; a scale is always a bf16 number,
-so that casting a model to another dtype and back changes nothing.
+`inference.quantized_kernels` multiplies. A stored number q stands for (q - zero) * scale; a scale is always a bf16
+number, so that casting a model to another dtype and back changes nothing.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Quantized(nn.Module):
         scales (Tensor): [out, groups], in the dtype that is computed in.
         zeros (Tensor): int8 [out, groups], what stands for 0; only where the format is not symmetric (4 bits: 0 to 15).
         kernels: what multiplies up to as many rows as each of ROWS, and more; None: the reference below.
-        tile: rows that are interleaved in `weight`, as a kernel wants them; 0: none (`quantized_kernels`).
+        tile: rows that are interleaved in `weight`, as a kernel wants them; 0: none (`inference.quantized_kernels`).
         dense: the whole matrix written out, in place of the integers.
 
     Raises:

@@ -1,9 +1,13 @@
-"""One token through a whole decoder in one call of machine code, which a C compiler makes here when it is first needed.
+"""A fast preview of a model on a PC: one token through a whole decoder in one call of machine code.
 
-What eager torch spends on a token of a small model is mostly its hundreds of small operations; here there are none.
-Without a compiler, or with `PLMTUNE_NATIVE=0` or `PLMTUNE_KERNELS=reference`, decoding is eager, and all else is alike.
+A C compiler makes the code at the first use. Eager PyTorch spends most of a small model's token on hundreds of small
+operations, which this saves. It is not a runtime to deploy: models are served from exports (`plmtune.export`). Without
+a compiler, or with `PLMTUNE_NATIVE=0` or `PLMTUNE_KERNELS=reference`, decoding is eager, with the same results up to
+rounding.
 """
 
-from plmtune.native.decoder import NativeDecoder, attach, dequantize, missing, multiply, round_inputs, takes
+from plmtune.native.availability import attach, supports, unavailable_reason
+from plmtune.native.decoder import NativeDecoder
+from plmtune.native.products import dequantize, multiply, round_inputs
 
-__all__ = ["NativeDecoder", "attach", "dequantize", "missing", "multiply", "round_inputs", "takes"]
+__all__ = ["NativeDecoder", "attach", "dequantize", "multiply", "round_inputs", "supports", "unavailable_reason"]

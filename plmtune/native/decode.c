@@ -31,7 +31,7 @@ typedef uint8_t N_at __attribute__((vector_size(16), aligned(1), may_alias));
 enum { F32, BF16, INT8, INT4 };               /* how numbers lie */
 enum { SET, ADD, SQUARED_RELU, GATED };       /* what becomes of a product */
 
-/* The structures are written by decoder.py, field by field. */
+/* structs.py declares the same structures; plmtune_sizes lets it compare their sizes. */
 typedef struct {
     const void *at; /* none: NULL */
     int64_t kind;   /* F32 or BF16 */
@@ -669,6 +669,11 @@ static float *scratch_of(scratch *s, int64_t longest, int64_t width, int64_t hea
     s->sums = at + 5 * n, s->scales = s->sums + groups;
     s->keys = s->scales + ROWS * groups, s->values = s->keys + block, s->scores = s->values + block;
     return at;
+}
+
+/* Bytes of vector, matrix, layer and model. */
+void plmtune_sizes(int64_t *out) {
+    out[0] = sizeof(vector), out[1] = sizeof(matrix), out[2] = sizeof(layer), out[3] = sizeof(model);
 }
 
 /* y = a x + bias; 0, or -1 without memory. */

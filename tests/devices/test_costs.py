@@ -78,7 +78,7 @@ class TestAgainstRealModels:
             model = model.to(torch.bfloat16)
         for name, module in model.named_modules():
             if name.endswith("kv_b_proj") and isinstance(module, Quantized):
-                module.keep_dense()  # as `quantized_kernels.prepare` does
+                module.keep_dense()  # as `prepack` does
         held = sum(tensor.nbytes for tensor in model.state_dict().values())
         held += sum(m.dense.nbytes for m in model.modules() if isinstance(m, Quantized) and m.dense is not None)
         assert costs.weights(model_shape, "plmtune", scheme).memory == held

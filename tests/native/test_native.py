@@ -1,6 +1,11 @@
 """One token in one native call: what eager torch says, in each format, and whatever becomes of the model."""
 
 import copy
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from plmtune import native
+from plmtune.inference.kernel_choice import prepack
+from plmtune.inference.quantized_kernels import KERNELS, example
 from plmtune.inference.sampling import generate
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
@@ -16,12 +23,11 @@ from plmtune.modules.cache import Cache
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU
 from plmtune.modules.quantized import Format, Quantized, install, reference, round_inputs
-from plmtune.modules.quantized_kernels import KERNELS, example, prepack
-from plmtune.native import library
+from plmtune.native import availability, library, structs
 from plmtune.registry import component
 
 # For a test that forbids it, it would be None for all.
-REASON = native.missing()
+REASON = native.unavailable_reason()
 needs_native = pytest.mark.skipif(REASON is not None, reason=f"decoding is eager here: {REASON}")
 
 FORMATS = [None, "int8", "int8_g32", "int4_g32", "int8_dynamic_int8", "int8_dynamic_int4_g32"]
@@ -246,10 +252,15 @@ class TestBinding:
         assert step(model, token, cache) is None
         assert cache.length == 6
 
-    def test_a_model_of_other_parts_stays_eager(self) -> None:
+    def test_a_model_of_other_parts_stays_eager_and_says_so_once(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(availability, "_logged", set())
         model = plm(64, norm=component("norm", "layer_norm"), embed_dim=64, num_layers=1, num_heads=2, max_seq_len=8)
         assert not native.attach(model.eval()) and model.native is None
         assert not native.attach(build("plm").half())
+        (sentence,) = caplog.messages
+        assert sentence.startswith("tokens are decoded by eager PyTorch") and "does not support" in sentence
 
 
 class TestLibrary:
@@ -260,7 +271,7 @@ class TestLibrary:
 
     def test_without_a_compiler_decoding_is_eager(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CC", "no-such-compiler")
-        assert "no-such-compiler" in (native.missing() or "")
+        assert "no-such-compiler" in (native.unavailable_reason() or "")
         assert build("plm").native is None
 
     def test_a_compiler_that_fails_is_quoted(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -268,19 +279,82 @@ class TestLibrary:
         compiler.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho sorry >&2\nexit 1\n")
         compiler.chmod(0o755)
         monkeypatch.setenv("CC", str(compiler))
-        assert "sorry" in (native.missing() or "")
+        assert "sorry" in (native.unavailable_reason() or "")
         assert not list((tmp_path / "plmtune").glob("*"))
 
     @pytest.mark.parametrize(("name", "value"), [("PLMTUNE_NATIVE", "0"), ("PLMTUNE_KERNELS", "reference")])
     def test_it_can_be_left_out(self, name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
-        assert name in (native.missing() or "")
+        assert name in (native.unavailable_reason() or "")
+
+    @needs_native
+    def test_a_compiler_may_have_arguments(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("CC", f"{shutil.which('cc')} -m64 -O1")
+        assert library.unavailable() is None
+        assert len(list((tmp_path / "plmtune").glob("native-*.so"))) == 1
+
+    def test_a_compiler_that_cannot_be_read_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CC", "'cc")
+        assert "CC='cc" in (native.unavailable_reason() or "")
+
+    @needs_native
+    def test_structures_of_another_size_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Wider(ctypes.Structure):
+            _fields_ = (("model", structs.Model), ("added", ctypes.c_int64))
+
+        monkeypatch.setattr(library, "Model", Wider)
+        assert "its structures have" in (library.unavailable() or "")
+
+    @needs_native
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("right", "wrong", "found"),
+        [
+            ("return (V){rest};", "return (V){rest * 1.01f};", "int4_g32"),
+            ("signed_bytes(w[r] + c), V) * in", "bytes(w[r] + c), V) * in", "int8"),
+            ("total[h] *= by;", "total[h] *= 1;", "MLA, squared ReLU"),
+            ("(power(-in) + 1.0f)", "(power(in) + 1.0f)", "GQA, SwiGLU"),
+            ("count += hidden[i] != 0;", "count += hidden[i] > 0.01f;", "skipped zeros"),
+            ("if (f != f) return 0x7fc0;", "if (f == f) return 0x7fc0;", "bf16"),
+            ("zero = zero < -128.0f ? -128.0f", "zero = zero < 128.0f ? -128.0f", "int8_dynamic_int8"),
+        ],
+    )
+    def test_a_fault_in_the_code_is_found_by_the_self_check(
+        self, right: str, wrong: str, found: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        source = library.SOURCE.read_text()
+        assert right in source
+        (tmp_path / "decode.c").write_text(source.replace(right, wrong))
+        monkeypatch.setattr(library, "SOURCE", tmp_path / "decode.c")
+        opened = library._open()
+        monkeypatch.setattr(library, "_open", lambda: opened)
+        assert availability._failed_check.__wrapped__() == found
+
+    @needs_native
+    @pytest.mark.slow
+    def test_sanitizers_find_nothing(self, tmp_path: Path) -> None:
+        compiler = "cc -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+        preloaded = [
+            subprocess.run(["cc", f"-print-file-name={name}.so"], capture_output=True, text=True, check=True).stdout
+            for name in ("libasan", "libubsan")
+        ]
+        environment = {**os.environ, "CC": compiler, "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "2"}
+        environment |= {
+            "LD_PRELOAD": " ".join("".join(preloaded).split()),
+            "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+        }
+        program = [sys.executable, "-c", "import torch; print('works')"]
+        if "works" not in subprocess.run(program, capture_output=True, text=True, env=environment, check=False).stdout:
+            pytest.skip("PyTorch cannot be run with this compiler's sanitizers")
+        program[-1] = "from plmtune import native; print(native.unavailable_reason())"
+        done = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
+        assert (done.stdout.strip(), done.returncode) == ("None", 0), done.stdout + done.stderr[-3000:]
 
     @needs_native
     def test_a_damaged_library_is_made_anew(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(library, "_FLAGS", tuple("-O1" if flag == "-O3" else flag for flag in library._FLAGS))
-        path = library._path(str(library.shutil.which("cc")))
+        path = library._path(["cc"])
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"\x7fELF and nothing more")
-        assert native.missing() is None
+        assert native.unavailable_reason() is None
         assert path.stat().st_size > 1000

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from plmtune.inference import kernel_choice, quantized_kernels
+from plmtune.inference.kernel_choice import choose, prepack
+from plmtune.inference.quantized_kernels import KERNELS
 from plmtune.inference.sampling import generate
 from plmtune.models.plm import plm
-from plmtune.modules import quantized_kernels
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized, QuantizedEmbedding, QuantizedLinear, install, reference
-from plmtune.modules.quantized_kernels import KERNELS, choose, prepack
 from plmtune.registry import component
 
 NAMES = ["int8", "int8_g32", "int4_g32", "int4_g128", "int8_dynamic_int8", "int8_dynamic_int4_g32"]
@@ -54,14 +55,14 @@ def pairs() -> list[tuple[str, str, torch.dtype]]:
         for name in NAMES
         for dtype in (torch.float32, torch.bfloat16)
         for kernel in KERNELS
-        if kernel != "reference" and KERNELS[kernel].takes(Format.parse(name), dtype, "cpu", (96, 256))
+        if kernel != "reference" and KERNELS[kernel].supports(Format.parse(name), dtype, "cpu", (96, 256))
     ]
 
 
 class TestKernels:
     @pytest.mark.parametrize(("name", "kernel", "dtype"), pairs())
     def test_say_what_the_reference_says(self, name: str, kernel: str, dtype: torch.dtype) -> None:
-        if not quantized_kernels._matches_reference(kernel, Format.parse(name), dtype):
+        if not quantized_kernels.matches_reference(kernel, Format.parse(name), dtype):
             pytest.skip(f"this processor's {kernel} is not taken")
         for out, width in ((96, 256), (64, 128), (200, 384)):
             plain = linear(name, dtype, out, width)
@@ -108,14 +109,14 @@ class TestChoose:
         def never(*_: object) -> list[str]:
             raise AssertionError("measured again")
 
-        monkeypatch.setattr(quantized_kernels, "_measure", never)
+        monkeypatch.setattr(kernel_choice, "_measure", never)
         assert choose(Format(4, 32), torch.bfloat16, "cpu", shape, 1) == first
 
     @pytest.mark.parametrize(
         "text", ["", "{", "[]", '{"version": 2, "kernels": {"a": ["rm", "-rf", "/", "*"]}}', "\x00"]
     )
     def test_a_damaged_file_is_measured_anew(self, cache: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(quantized_kernels, "_measure", lambda names, *_: [names[0]] * 4)
+        monkeypatch.setattr(kernel_choice, "_measure", lambda names, *_: [names[0]] * 4)
         cache.parent.mkdir()
         cache.write_text(text)
         choose(Format(8), torch.bfloat16, "cpu", (1024, 256), 1)
@@ -124,7 +125,7 @@ class TestChoose:
     def test_a_file_that_names_a_kernel_for_another_format_is_not_believed(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(quantized_kernels, "_measure", lambda names, *_: [names[0]] * 4)
+        monkeypatch.setattr(kernel_choice, "_measure", lambda names, *_: [names[0]] * 4)
         choose(Format(8), torch.bfloat16, "cpu", (1024, 256), 1)
         kept = json.loads(cache.read_text())
         kept["kernels"] = dict.fromkeys(kept["kernels"], ["int4_tiles"] * 4)
@@ -151,15 +152,16 @@ class TestChoose:
             return quantized_kernels.Kernel(multiply, lambda *_: True, tiled=None)
 
         kernels = {"by_row": taking(lambda rows: rows), "by_matrix": taking(lambda rows: 30 + rows / 100)}
-        monkeypatch.setattr(quantized_kernels, "KERNELS", kernels)
-        monkeypatch.setattr(quantized_kernels.time, "perf_counter", lambda: now[0])
+        for module in (quantized_kernels, kernel_choice):
+            monkeypatch.setattr(module, "KERNELS", kernels)
+        monkeypatch.setattr(kernel_choice.time, "perf_counter", lambda: now[0])
         found = [choose(Format(8), torch.float32, "cpu", (512, 512), rows) for rows in (1, 2, 16, 17, 128, 129, 4096)]
         assert found == ["by_row"] * 3 + ["by_matrix"] * 4
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("name", NAMES)
     def test_every_format_may_multiply_many_rows_in_the_dtype_of_the_model(self, name: str, dtype: torch.dtype) -> None:
-        assert KERNELS["parts"].takes(Format.parse(name), dtype, "cpu", (1024, 256))
+        assert KERNELS["parts"].supports(Format.parse(name), dtype, "cpu", (1024, 256))
         # Nothing is measured for a small matrix, whose prompts can be long all the same.
         assert choose(Format.parse(name), dtype, "cpu", (96, 256), 2048) == "parts"
 

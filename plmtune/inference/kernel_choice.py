@@ -1,0 +1,157 @@
+"""Which kernel multiplies by a quantized layer: measured once a machine, and set up by `prepack`.
+
+The fastest kernel depends on processor, threads, shape and rows. Measurements are kept in a file of the user's cache.
+`PLMTUNE_KERNELS=reference` uses the reference everywhere, so that numbers do not depend on the machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+import os
+import platform
+import time
+from bisect import bisect_left
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from plmtune import native
+from plmtune.inference.quantized_kernels import KERNELS, example, matches_reference, use_kernel
+from plmtune.io.atomic import atomic_write
+from plmtune.io.untrusted import load_json
+from plmtune.modules.attention import MultiHeadLatentAttention
+from plmtune.modules.quantized import ROWS, Format, Quantized
+
+_MEASURED_ROWS = (1, 8, 64, 256)  # each stands for the rows up to one of ROWS, and for more
+_FEW = 8  # measured rows up to which no matrix is dequantized
+_SMALL = 2**16  # numbers of a matrix below which nothing is measured
+_MAX_MEASURED = 2**21  # numbers of a matrix that is measured
+_RUNS, _COPIES, _SECONDS = 10, 4, 0.05
+_VERSION = 2  # of the file
+
+
+def choose(format: Format, dtype: torch.dtype, device: torch.device | str, shape: tuple[int, int], rows: int) -> str:
+    """Return which of KERNELS multiplies `rows` rows by a matrix [out, in] of this shape fastest here."""
+    return _choose(format, dtype, torch.device(device).type, shape)[bisect_left(ROWS, rows)]
+
+
+def _choose(format: Format, dtype: torch.dtype, device: str, shape: tuple[int, int]) -> tuple[str, ...]:
+    """The kernel for each number of rows; all of them can read the order of integers that the first needs."""
+    if os.environ.get("PLMTUNE_KERNELS") == "reference":
+        return ("reference",) * len(_MEASURED_ROWS)
+    candidates = [
+        name
+        for name, kernel in KERNELS.items()
+        if kernel.supports(format, dtype, device, shape)
+        and (kernel.tiled is None or matches_reference(name, format, dtype))
+    ]
+    if "native" in candidates:
+        candidates = [name for name in candidates if not KERNELS[name].tiled]  # which a native decoder cannot read
+    if len(candidates) == 1:
+        return (candidates[0],) * len(_MEASURED_ROWS)
+    if shape[0] * shape[1] < _SMALL:
+        return tuple(candidates[0] if rows <= _FEW else "parts" for rows in _MEASURED_ROWS)
+    # Rows of W behave the same, so a few are enough to measure.
+    shape = (min(shape[0], max(_MAX_MEASURED // shape[1] // 64, 1) * 64), shape[1])
+    key = (
+        f"{_machine()} | {format.name} | {str(dtype).removeprefix('torch.')} | {shape[0]}x{shape[1]} | "
+        f"{', '.join(candidates)}"
+    )
+    kept = _measured()
+    if key not in kept or any(name not in candidates for name in kept[key]):
+        kept[key] = _measure(candidates, format, dtype, shape)
+        _keep(kept)
+    return tuple(kept[key])
+
+
+@functools.cache
+def _machine() -> str:
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return (
+        f"{name} | {torch.backends.cpu.get_cpu_capability()} | {torch.get_num_threads()} threads | {torch.__version__}"
+    )
+
+
+@torch.no_grad()
+def _measure(names: list[str], format: Format, dtype: torch.dtype, shape: tuple[int, int]) -> list[str]:
+    """The fastest for each number of rows; several matrices take turns, so that no cache holds one."""
+    first_copy = example(format, dtype, shape)
+    seconds = {(name, rows): math.inf for name in names for rows in _MEASURED_ROWS}
+    for name in names:
+        modules = [use_kernel(copy.deepcopy(first_copy), name) for _ in range(_COPIES)]
+        for rows in _MEASURED_ROWS:
+            x, best = torch.randn(rows, shape[1]).to(dtype), min(seconds[other, rows] for other in names)
+            modules[0].multiply(x)
+            until = time.perf_counter() + _SECONDS
+            for number in range(1, _RUNS):
+                start = time.perf_counter()
+                modules[number % _COPIES].multiply(x)
+                end = time.perf_counter()
+                # The minimum: other work on the machine only adds.
+                seconds[name, rows] = min(seconds[name, rows], end - start)
+                if seconds[name, rows] > 3 * best or end > until:
+                    break
+    first = min(names, key=lambda name: seconds[name, 1])
+    fit = [name for name in names if KERNELS[name].tiled in (None, bool(KERNELS[first].tiled))]
+    return [first, *(min(fit, key=lambda name: seconds[name, rows]) for rows in _MEASURED_ROWS[1:])]
+
+
+def _file() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return base / "plmtune" / "kernels.json"
+
+
+def _measured() -> dict[str, list[str]]:
+    """Earlier measurements; empty where the file is missing, damaged or of another version."""
+    try:
+        data = load_json(_file().read_text(encoding="utf-8"))
+        kept = data["kernels"] if data["version"] == _VERSION else {}
+        assert all(len(names) == len(_MEASURED_ROWS) and set(names) <= set(KERNELS) for names in kept.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        return {}
+    return dict(kept)
+
+
+def _keep(kept: Mapping[str, Any]) -> None:
+    path = _file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps({"version": _VERSION, "kernels": kept}, indent=2) + "\n", encoding="utf-8")
+    except OSError:
+        pass  # an unwritable folder: measured again next time
+
+
+@torch.no_grad()
+def prepack(model: nn.Module) -> None:
+    """Give each quantized layer the kernels that are fastest here, in place, and its integers in their order.
+
+    A decoder on a CPU also gets `plmtune.native` where it is available. MLA's kv_b_proj, which each decoded token needs
+    as a matrix, is dequantized for good. A prepacked model stays on its device and in its dtype, and cannot be saved; a
+    model without quantized layers changes only in how it decodes.
+    """
+    for module in model.modules():
+        held = getattr(module, "kv_b_proj", None)
+        if isinstance(module, MultiHeadLatentAttention) and isinstance(held, Quantized) and not held.prepacked:
+            held.keep_dense()
+    native.attach(model)
+    for module in model.modules():
+        if isinstance(module, Quantized) and not module.prepacked:
+            shape = (module.num_rows, module.width)
+            names = _choose(module.format, module.scales.dtype, module.scales.device.type, shape)
+            if KERNELS[names[0]].tiled:
+                use_kernel(module, names[0])
+            elif "int8_integer" in names:
+                use_kernel(module, "int8_integer")
+            module.kernels = tuple(KERNELS[name].multiply for name in names)
