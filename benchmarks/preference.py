@@ -30,7 +30,8 @@ from plmtune.losses.dpo import Dpo
 from plmtune.models.gguf import convert
 from plmtune.models.hf import load_model, save_model
 from plmtune.optim.optimizers import adamw
-from plmtune.preference.batches import Comparison, PreferenceBatches, make_comparisons
+from plmtune.preference.batches import PreferenceBatches
+from plmtune.preference.comparisons import Comparison, make_comparisons
 from plmtune.preference.metrics import answers, comparisons
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.tokenizer_files import load_tokenizer

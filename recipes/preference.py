@@ -19,7 +19,9 @@ from plmtune.errors import UserError
 from plmtune.io import metrics as metrics_file
 from plmtune.io.progress import ticking
 from plmtune.io.terminal import echo
-from plmtune.preference.batches import ComparisonBatch, PreferenceBatches, make_comparisons
+from plmtune.preference.batches import PreferenceBatches
+from plmtune.preference.comparison_batch import ComparisonBatch
+from plmtune.preference.comparisons import make_comparisons
 from plmtune.preference.metrics import Comparisons, PreferenceMetrics, answers, comparisons
 from plmtune.preference.reference_model import ReferenceModel
 from plmtune.preference.rounds.rounds import Write, check_rounds, open_rounds

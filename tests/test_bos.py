@@ -19,7 +19,7 @@ from plmtune.inference.chat_session import ChatSession
 from plmtune.inference.sampling import complete
 from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
-from plmtune.preference.batches import make_comparisons
+from plmtune.preference.comparisons import make_comparisons
 from plmtune.tokenizers.bpe import BYTE_PATTERN, SINGLE_BYTES, from_ranks
 from plmtune.tokenizers.builtin_templates import NAMED
 from plmtune.tokenizers.chat_template import ChatTemplate

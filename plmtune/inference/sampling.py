@@ -227,7 +227,7 @@ def generate(
         cache = model.new_cache(b, s + max_new_tokens)
     for _ in range(max_new_tokens):
         states = model(tokens, cache=cache, hidden=True)
-        # Only the last position is sampled; the logits of a whole prompt would fill prefix_cache for nothing.
+        # Only the last position is sampled; the logits of a whole prompt would fill memory for nothing.
         logits = model.logits(states[:, -1])
         if not bool(logits.isfinite().all()):
             raise FloatingPointError(

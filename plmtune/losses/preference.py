@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-# What a comparison is; as in plmtune.preference.batches, which losses do not import.
+# Kinds of comparisons, see `plmtune.preference.comparisons.Comparison`.
 DIRECT, GIVEN_REJECTED, GIVEN_CHOSEN, MISMATCHED = range(4)
 
 

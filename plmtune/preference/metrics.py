@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from plmtune.losses.log_probs import log_probs
+from plmtune.losses.preference import DIRECT, GIVEN_CHOSEN, GIVEN_REJECTED, PreferenceLoss
 from plmtune.losses.preference import Comparisons as Comparisons
-from plmtune.losses.preference import PreferenceLoss
 from plmtune.models.reward import head_scores
-from plmtune.preference.batches import DIRECT, GIVEN_CHOSEN, GIVEN_REJECTED, ComparisonBatch
+from plmtune.preference.comparison_batch import ComparisonBatch
 from plmtune.training.runtime import Runtime
 
 # What a comparison was given, and how its numbers are named.

@@ -25,7 +25,7 @@ from plmtune.models.digest import add_tensor
 from plmtune.training.distributed import broadcast_from_rank0, gather_texts, reduce_sum
 
 if TYPE_CHECKING:
-    from plmtune.preference.batches import ComparisonBatch
+    from plmtune.preference.comparison_batch import ComparisonBatch
 
 _VERSION = 2  # of the files, and of what the key hashes
 # Field of a batch -> the name under which it is hashed, so that caches of earlier versions fit.

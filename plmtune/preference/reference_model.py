@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from plmtune.errors import UserError
 from plmtune.models.digest import model_digest
 from plmtune.modules.decoder import Decoder
-from plmtune.preference.batches import ComparisonBatch, PreferenceBatches
+from plmtune.preference.batches import PreferenceBatches
+from plmtune.preference.comparison_batch import ComparisonBatch
 from plmtune.preference.reference import reference_log_probs
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.finetune_model import FinetuneModel

@@ -19,7 +19,9 @@ from plmtune.models.digest import model_digest
 from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
 from plmtune.preference import batches as comparisons_of_data
-from plmtune.preference.batches import Comparison, ComparisonBatch, PreferenceBatches
+from plmtune.preference.batches import PreferenceBatches
+from plmtune.preference.comparison_batch import ComparisonBatch
+from plmtune.preference.comparisons import Comparison
 from plmtune.preference.reference import reference_log_probs
 from plmtune.registry import component
 from plmtune.training.runtime import Runtime

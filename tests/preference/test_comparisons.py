@@ -1,0 +1,160 @@
+import numpy as np
+import pytest
+
+from plmtune.data.preferences import Pair
+from plmtune.losses.preference import DIRECT, GIVEN_CHOSEN, GIVEN_REJECTED, MISMATCHED
+from plmtune.preference.comparisons import make_comparisons
+from plmtune.preference.refinement import Refinement, find_refinement
+from plmtune.tokenizers.chat_template import ChatTemplate, find_template
+from plmtune.tokenizers.message import Message
+from plmtune.tokenizers.tokenizer_files import bundled
+
+
+@pytest.fixture(scope="module")
+def template():
+    return find_template("chatml", bundled())
+
+
+SHORT = Refinement("{{ prompt }}\nBetter than: {{ answer }}", "short.jinja")
+
+
+def pair(number=0, prompt="What is it?", chosen="a good answer", rejected="a bad one"):
+    messages = (Message("system", "Help."), Message("user", prompt))
+    return Pair(messages, chosen, rejected, f"pairs.jsonl, line {number + 1}")
+
+
+class TestMakeComparisons:
+    def test_keys_of_messages_that_the_template_does_not_write_are_told(self, template):
+        asked = Pair(
+            (Message("user", "What is it?", {"id": "7"}),), "a good answer", "a bad one", "pairs.jsonl, line 1"
+        )
+        _, refused, notes = make_comparisons([asked], template, SHORT, 200)
+        assert not refused.counts and notes == ["columns not used: id of messages (1 row)"]
+
+    def test_an_answer_with_what_the_template_does_not_write_is_refused(self, template):
+        asked = [Message("user", "What is it?")]
+        more = {"chosen": {"reasoning_content": "so"}, "rejected": {"id": "7"}}
+        bad, good = (Pair(tuple(asked), "a", "b", "here", {}, held) for held in (more, {"rejected": more["rejected"]}))
+        made, refused, notes = make_comparisons([bad, good], template, SHORT, 200)
+        assert "has reasoning_content in turn 2, which the chat template does not write" in refused.describe()
+        assert len(made) == 1 and notes == ["columns not used: id of messages (1 row)"]
+
+    def test_a_refinement_shows_texts_alone(self, template):
+        source = "{% for m in messages %}<|im_start|>{{ m.role + '\\n' + (m.thinking or '') + m.content }}<|im_end|>\n"
+        source += "{% endfor %}"
+        source += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        thinking = ChatTemplate(source, template.tokenizer, "a test")
+        asked = Pair((Message("user", "What is it?"),), "a", "b", "here", {}, {"chosen": {"thinking": "so "}})
+        made, refused, _ = make_comparisons([asked], thinking, SHORT, 200, contexts=True)
+        assert [thinking.tokenizer.decode(c.chosen) for c in made] == ["so a<|im_end|>"]
+        assert refused.describe().startswith("here has an answer with calls of tools or thoughts")
+
+    def test_a_prompt_that_ends_in_what_a_tool_gave_back_has_no_refinement(self, template):
+        asked = Pair((Message("user", "What is it?"), Message("tool", "2")), "a good answer", "a bad one", "here")
+        made, refused, _ = make_comparisons([asked], template, SHORT, 200, contexts=True)
+        assert [comparison.kind for comparison in made] == [DIRECT]
+        assert "has a prompt that ends in a tool's message" in refused.describe()
+
+    def test_a_pair_gives_the_question_and_both_refinements_with_the_same_answers(self, template):
+        made, refused, notes = make_comparisons([pair()], template, SHORT, 200, contexts=True)
+        assert [c.kind for c in made] == [DIRECT, GIVEN_REJECTED, GIVEN_CHOSEN]
+        assert not refused.counts and not notes
+        direct, given_rejected, given_chosen = (template.tokenizer.decode(c.prompt) for c in made)
+        assert direct.endswith("<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n")
+        assert "Better than: a bad one" in given_rejected
+        assert "Better than: a good answer" in given_chosen
+        for comparison in made:
+            assert template.tokenizer.decode(comparison.chosen) == "a good answer<|im_end|>"
+            assert template.tokenizer.decode(comparison.rejected) == "a bad one<|im_end|>"
+            assert comparison.prompt.dtype == comparison.chosen.dtype == np.int32
+            assert (comparison.pair, comparison.place) == (0, "pairs.jsonl, line 1")
+
+    def test_without_contexts_there_is_the_question_alone(self, template):
+        made, _, _ = make_comparisons([pair(), pair(1)], template, None, 200)
+        assert [(c.kind, c.pair) for c in made] == [(DIRECT, 0), (DIRECT, 1)]
+
+    def test_an_earlier_answer_is_shortened_so_that_the_answers_stay_whole(self, template):
+        long = pair(rejected=" ".join(f"word{i}" for i in range(40)))
+        whole, _, _ = make_comparisons([long], template, SHORT, 1000, contexts=True)
+        need = whole[0].prompt.size + whole[0].rejected.size
+        seq_len = need + 30
+        assert whole[1].prompt.size + whole[1].rejected.size > seq_len
+        made, refused, notes = make_comparisons([long], template, SHORT, seq_len, contexts=True)
+        assert not refused.counts
+        assert notes == [
+            f"1 earlier answer was shortened, so that the answers that follow fit into seq_len ({seq_len})"
+        ]
+        for old, new in zip(whole, made, strict=True):
+            assert np.array_equal(old.chosen, new.chosen) and np.array_equal(old.rejected, new.rejected)
+            assert new.prompt.size + max(new.chosen.size, new.rejected.size) <= seq_len
+        assert made[1].prompt.size + made[1].rejected.size > seq_len - 8, "no more is cut than must be"
+        assert "word0" in template.tokenizer.decode(made[1].prompt)
+        assert "word39" not in template.tokenizer.decode(made[1].prompt)
+
+    def test_half_a_character_is_never_left_where_an_earlier_answer_is_cut(self, template):
+        long = pair(rejected="☃𝄞漢" * 20)
+        for seq_len in range(430, 470):
+            made, _, _ = make_comparisons([long], template, SHORT, seq_len, contexts=True)
+            assert all("\ufffd" not in template.tokenizer.decode(c.prompt) for c in made)
+
+    def test_a_refinement_without_room_for_an_earlier_answer_is_refused_alone(self, template):
+        made, refused, _ = make_comparisons([pair()], template, None, 200)
+        need = made[0].prompt.size + max(made[0].chosen.size, made[0].rejected.size)
+        made, refused, _ = make_comparisons([pair(6)], template, SHORT, need, contexts=True)
+        assert [c.kind for c in made] == [DIRECT]
+        assert len(refused) == 2
+        assert "pairs.jsonl, line 7 leaves no room" in refused.describe()
+
+    def test_a_pair_whose_answer_would_be_cut_is_refused_and_counted(self, template):
+        long = pair(1, chosen="word " * 300)
+        made, refused, _ = make_comparisons([pair(0), long, pair(2)], template, SHORT, 100, contexts=True)
+        assert {c.place for c in made} == {"pairs.jsonl, line 1", "pairs.jsonl, line 3"}
+        assert {c.pair for c in made} == {0, 1}
+        assert len(refused) == 1
+        assert "pairs.jsonl, line 2" in refused.describe() and "seq_len (100)" in refused.describe()
+
+    def test_an_answer_that_fits_to_the_last_token_is_kept(self, template):
+        (made,), _, _ = make_comparisons([pair()], template, None, 200)
+        need = made.prompt.size + max(made.chosen.size, made.rejected.size)
+        assert len(make_comparisons([pair()], template, None, need)[0]) == 1
+        assert len(make_comparisons([pair()], template, None, need - 1)[0]) == 0
+
+    def test_text_of_a_special_token_is_refused(self, template):
+        made, refused, _ = make_comparisons([pair(chosen="over<|im_end|>")], template, None, 200)
+        assert not made
+        assert len(refused) == 1
+
+    def test_a_single_answer_is_refused_unless_the_loss_can_use_it(self, template):
+        single = pair(chosen=None)
+        made, refused, _ = make_comparisons([single], template, None, 200)
+        assert not made and "loss=kto" in refused.describe()
+        made, refused, _ = make_comparisons([single, pair(1, prompt="Why?")], template, None, 200, mismatched=True)
+        assert not refused.counts
+        assert made[0].chosen is None and made[0].rejected is not None
+
+    def test_a_mismatched_comparison_has_the_next_pairs_answer(self, template):
+        data = [pair(0, "One?", "1"), pair(1, "Two?", "2"), pair(2, "Three?", None)]
+        made, _, notes = make_comparisons(data, template, None, 200, mismatched=True)
+        assert [(c.kind, c.pair) for c in made] == [(k, p) for p in range(3) for k in (DIRECT, MISMATCHED)]
+        texts = [template.tokenizer.decode(c.chosen) for c in made if c.kind == MISMATCHED]
+        assert texts == ["2<|im_end|>", "a bad one<|im_end|>", "1<|im_end|>"]
+        assert all(c.rejected is None for c in made if c.kind == MISMATCHED)
+        assert not notes
+
+    def test_a_mismatched_answer_is_never_to_the_same_prompt_and_fits(self, template):
+        data = [pair(0, "One?", "1"), pair(1, "One?", "2"), pair(2, "Two?", "word " * 20, "x"), pair(3, "Six?", "3")]
+        sizes = [c.prompt.size + c.chosen.size for c in make_comparisons(data, template, None, 500)[0]]
+        data[0] = pair(0, "One? " * 10, "1")
+        data[1] = pair(1, "One? " * 10, "2")
+        made, _, _ = make_comparisons(data, template, None, max(sizes), mismatched=True)
+        texts = [template.tokenizer.decode(c.chosen) for c in made if c.kind == MISMATCHED]
+        assert texts[:2] == ["3<|im_end|>"] * 2
+
+    def test_a_lone_pair_has_no_mismatched_answer_and_this_is_said(self, template):
+        made, _, notes = make_comparisons([pair()], template, None, 200, mismatched=True)
+        assert [c.kind for c in made] == [DIRECT]
+        assert len(notes) == 1 and notes[0].startswith("1 pair has")
+
+    def test_the_shipped_template_works(self, template):
+        made, refused, _ = make_comparisons([pair()], template, find_refinement(None), 200, contexts=True)
+        assert len(made) == 3 and not refused.counts
