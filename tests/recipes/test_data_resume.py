@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, Run, metrics, refusal, start, weights
+from cli_runs import SMALL, Run, metrics, refusal, start, weights
 
 # 26 windows of 32 tokens in `few`, which is read almost twice; 12 steps in two phases, neither of them cut at its end.
 MIXED = (

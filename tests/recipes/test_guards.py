@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from conftest import SMALL, Run, metrics, refusal, start, weights
+from cli_runs import SMALL, Run, metrics, refusal, start, weights
 from plmtune.recipes import preference, pretrain, sft
 from safetensors.torch import load_file, save_file
 from torch import Tensor

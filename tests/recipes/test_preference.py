@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import command, environment, kill_all, metrics, weights
+from cli_runs import command, environment, kill_all, metrics, weights
 from safetensors.torch import load_file
 from tuning import PREFERENCE, refusal, run, stop_in
 
@@ -39,7 +39,7 @@ ROUNDS = [
 # Prints whether oneDNN has bf16, and the first loss of each preference loss.
 FIRST_LOSSES = """
 import json, torch
-from conftest import metrics, nothing_beside
+from cli_runs import metrics, nothing_beside
 from pathlib import Path
 from tuning import run
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL
+from cli_runs import SMALL
 from tuning import PREFERENCE, SFT, compose
 
 from plmtune.cli.validate import check

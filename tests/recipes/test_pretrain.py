@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, Run, ends_with, kill_at, metrics, refusal, start, weights
+from cli_runs import SMALL, Run, ends_with, kill_at, metrics, refusal, start, weights
 
 from plmtune.config import compose
 from plmtune.io.run_directory import read_record, state_of

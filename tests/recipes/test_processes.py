@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import SMALL, Run, environment, kill_all, metrics, start, weights
+from cli_runs import SMALL, Run, environment, kill_all, metrics, start, weights
 
 STEPS = "phases=[{name: main, steps: 40}]"
 QUIET = ["validation={every: 0, tokens: 100}", "checkpoint={every: 5, keep: 0}"]

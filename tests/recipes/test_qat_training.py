@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import metrics, weights
+from cli_runs import metrics, weights
 from plmtune.recipes.preference import Preference
 from plmtune.recipes.sft import Sft
 from safetensors import safe_open

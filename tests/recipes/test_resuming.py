@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, command, environment, metrics, refusal, start, stop_at, weights
+from cli_runs import SMALL, command, environment, metrics, refusal, start, stop_at, weights
 
 from plmtune.cli import cli
 from plmtune.config import compose

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import metrics, weights
+from cli_runs import metrics, weights
 from safetensors.torch import load_file, save_file
 from tuning import SFT, refusal, run, stop_in
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import (
+from cli_runs import (
     SMALL,
     Run,
     at_step,

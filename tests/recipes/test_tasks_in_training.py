@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import metrics, refusal, start, stop_at, weights
+from cli_runs import metrics, refusal, start, stop_at, weights
 from tuning import run, stop_in
 
 from plmtune.evaluation import prefixes, results, scoring
