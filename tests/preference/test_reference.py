@@ -167,7 +167,7 @@ class TestStaleness:
         self.is_another_key(cache, batches=self.changed(**{name: self.one_more}))
 
     def test_where_an_answer_is_predicted_and_whose_it_is(self, cache: Cache) -> None:
-        self.is_another_key(cache, batches=self.changed(places=lambda places: places.roll(1)))
+        self.is_another_key(cache, batches=self.changed(positions=lambda places: places.roll(1)))
         self.is_another_key(cache, batches=self.changed(completion=lambda owner: owner ^ 1))
 
     def test_a_bit_of_a_mask(self, cache: Cache) -> None:
