@@ -184,12 +184,12 @@ class _Later(ConfigNode):
 
     def __init__(self, name: str, make: Callable[[], DictConfig], group: str | None) -> None:
         self.name, self.group, self.package, self.provider = name, group, None, None
-        self.make = make
+        self.make = cache(make)
 
     def __getattr__(self, name: str) -> Any:
         if name != "node":
             raise AttributeError(name)
-        return self.make()
+        return self.make()  # of which Hydra takes a copy
 
 
 def _store_later(name: str, make: Callable[[], DictConfig], group: str | None = None) -> None:
@@ -693,9 +693,12 @@ def typed(source: DictConfig | dict[str, Any], where: str = "") -> Any:
     return _construct(schema, _merge(_plain_dataclass(schema), plain, "", where), "", where)
 
 
+_structured = cache(OmegaConf.structured)
+
+
 def _merge(schema: Any, values: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), values)
+        merged = OmegaConf.merge(_structured(schema), values)
     except OmegaConfBaseException as error:
         full = ".".join(part for part in (key, str(getattr(error, "full_key", "") or "")) if part)
         place = f"{where}, " if where else ""
