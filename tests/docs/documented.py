@@ -144,7 +144,8 @@ def commands(page: Path) -> list[Command]:
         first, last = text.count("\n", 0, span.start()), text.count("\n", 0, span.end())
         if not lines[first].startswith("    "):
             words = " ".join(span[1].split())
-            found.append(Command(page, first + 1, _optional(words), True, _needs(lines[last])))
+            needs = "the reader's files" if lines[first].startswith("|") else _needs(lines[last])  # a row maps terms
+            found.append(Command(page, first + 1, _optional(words), True, needs))
     return sorted(found, key=lambda command: command.line)
 
 
@@ -250,3 +251,5 @@ def make_place(place: Path) -> None:
         '    """A gate."""\n    return SwiGLU(embed_dim, hidden_dim=hidden_dim)\n'
     )
     (place / "mine.yaml").write_text(own_file(ROOT / "README.md"))
+    recipe = (ROOT / "recipes" / "pretrain.py").read_text(encoding="utf-8")
+    (place / "mine.py").write_text(recipe.replace('CONFIG = "pretrain"', 'CONFIG = "demo"'), encoding="utf-8")

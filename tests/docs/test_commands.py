@@ -73,7 +73,7 @@ def check(command: Command) -> None:
         Path("mine.yaml").write_text(documented.own_file(command.page), encoding="utf-8")
         arguments = given.get("arguments", given.get("overrides", ()))
         if "loss=focal" not in arguments:  # the component that CONTRIBUTING.md adds
-            cfg = composed(given["name"], *arguments)
+            cfg = composed("demo" if given["name"] == "mine.py" else given["name"], *arguments)
             assert not (name == "run" and cfg.recipe == "pretrain") or cfg.phases or not command.is_whole
             if name == "run" and "paths" in cfg.data.settings and command.is_whole and not command.inline:
                 compose.build("data", cfg.data)
