@@ -1,4 +1,4 @@
-"""Where in the text of a conversation its answers stand: what the model writes, each with its end token."""
+"""Finds the answers in the text of a conversation, each with its end token."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from collections.abc import Sequence
 from plmtune.tokenizers.message import BadRow, Message
 from plmtune.tokenizers.rendering import Renderer, Spans, holds, renamed_turn
 
-MARKS = "mark what the model writes with {% generation %} ... {% endgeneration %} in the template"
-OTHERWISE = f"the chat template writes otherwise than where the model is to write it (add_generation_prompt): {MARKS}"
-_OTHER = "\u2047plmtune\u2047"  # an answer that nobody gives
+MARKS = "mark answers with {% generation %} ... {% endgeneration %} in the template"
+OTHERWISE = f"the chat template does not write after the generation prompt (add_generation_prompt): {MARKS}"
+_OTHER = "\u2047plmtune\u2047"  # an answer that no data has
 Parts = list[tuple[int, int]]
 
 
 class Answers:
-    """Finds answers: by the template's marks, by its generation prompts, or by comparing what it writes."""
+    """Finds answers by the template's marks, by its generation prompts, or by comparing renderings."""
 
     def __init__(self, renderer: Renderer, specials: re.Pattern[str], names: Sequence[str]) -> None:
-        """Take a template and the special tokens, as a pattern and by name."""
         self._renderer = renderer
         self._specials = specials
         self._names = names
@@ -26,16 +25,16 @@ class Answers:
     def find(
         self, messages: Sequence[Message], text: str, spans: Spans, add_generation_prompt: bool = False
     ) -> tuple[list[Parts], list[str]]:
-        """Return for each answer where its parts begin and end, and names for what the template leaves out of them.
+        """Return the begin and end of each answer's parts, and names for content that the template leaves out of them.
 
-        The last part ends with an end token. There is one part, but where the template marks more.
+        The last part ends with an end token. An answer has one part, unless the template marks more.
 
         Args:
-            messages: as `Renderer.honoured` gives them.
-            text, spans: what the template writes of them.
+            messages: from `Renderer.honoured`.
+            text, spans: their rendering.
 
         Raises:
-            BadRow: if the text does not show where an answer begins or ends, or does not hold it.
+            BadRow: if the text does not show where an answer begins or ends, or does not contain it.
         """
         turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
         begins: list[int | None] = []
@@ -60,7 +59,7 @@ class Answers:
         return answers, names
 
     def _plain(self, message: Message, begin: int | None, text: str) -> tuple[int, int] | None:
-        """Return where an answer that is nothing but a text stands behind its prompt; None: it does not."""
+        """Return the place of an answer that is plain text after its prompt; None: it is not."""
         if begin is None or message.more:
             return None
         found = self._specials.search(text, begin)
@@ -77,12 +76,12 @@ class Answers:
         text: str,
         add_generation_prompt: bool,
     ) -> tuple[int, int]:
-        """Find an answer by comparing the text with that of another answer in its place.
+        """Find an answer by comparing the text with a rendering of another answer in its place.
 
         Args:
             index: of its message.
-            begin: where its prompt ends, if that is how the text begins.
-            after: where the answer before ended.
+            begin: the end of its prompt, if the text begins with it.
+            after: the end of the previous answer.
         """
         tried = self._renderer.tried
 
@@ -90,7 +89,7 @@ class Answers:
             return tried([*messages[:index], by, *messages[index + 1 :]], add_generation_prompt)
 
         plain = replaced(Message("assistant", _OTHER))
-        # Without the call, what a tool gave back may be refused: then another call stands there.
+        # Without the call the template may refuse the tool's result: replace the call by another.
         other = replaced(renamed_turn(messages[index], _OTHER)) if plain is None else plain
         before, prompt = tried(messages[:index]) or "", tried(messages[:index], add_generation_prompt=True) or ""
         header = prompt[_common(prompt, before) :]
@@ -101,7 +100,7 @@ class Answers:
                 raise BadRow(f"has an answer (turn {index + 1}) that {OTHERWISE}")
             begin = differs if at < 0 else at + len(header)
         elif not header and plain is not None and self._specials.search(text, begin, _common(text, plain)):
-            raise BadRow(_not_whole(index))  # what begins the turn is no part of the prompt, and no answer
+            raise BadRow(_not_whole(index))  # text between the prompt and the answer
         end = self._end(tried(messages[: index + 1]), begin, text, None if differs is None else other)
         if end is None:
             raise BadRow(
@@ -114,7 +113,7 @@ class Answers:
         return begin, end
 
     def _end(self, through: str | None, begin: int, text: str, other: str | None) -> int | None:
-        """Return where an answer ends: with the text of all up to it, or where another answer in its place ends."""
+        """Return the end of an answer: that of the rendering up to it, or that of another answer in its place."""
         if through is not None and len(through) > begin and text.startswith(through):
             ends = list(self._specials.finditer(text, begin, len(through)))
             if ends and not text[ends[-1].end() : len(through)].strip():
@@ -126,14 +125,14 @@ class Answers:
 
     def _marked(self, contents: Sequence[str], begins: Sequence[int | None], text: str, spans: Spans) -> list[Parts]:
         answers: list[Parts] = []
-        ended: list[bool] = []  # of each answer, whether its last part has an end token
+        ended: list[bool] = []  # whether the last part of each answer has an end token
         at = 0
         one_each = sum(bool(marked.strip()) for _, marked in spans) == len(contents)
         for start, marked in spans:
             begin, end = max(start, at), start + len(marked)
             if text[start:end] != marked:
                 raise BadRow("has an answer that cannot be found: {% generation %} stands in a macro of the template")
-            if None not in begins:  # a block belongs to the turn whose prompt ends before its end
+            if None not in begins:  # a block belongs to the last turn whose prompt ends before it
                 turn = sum(prompt is not None and prompt < end for prompt in begins)
                 opened = turn > len(answers)
                 answers += [[] for _ in range(turn - len(answers))]
@@ -143,10 +142,10 @@ class Answers:
             ):
                 answers.append([])
             if opened and (prompt := begins[len(answers) - 1]) is not None and begin < prompt < end:
-                begin = prompt  # the block holds something that the model does not write, such as its own role
+                begin = prompt  # the block contains text that the model does not write, such as its role
             if not answers or not text[begin:end].strip():
                 continue
-            # The block may hold the end token, perhaps with a line end behind it, or stand before it.
+            # The end token may be in the block, perhaps followed by a line end, or right after it.
             inside = [
                 found for found in self._specials.finditer(text, begin, end) if not text[found.end() : end].strip()
             ]
@@ -164,19 +163,19 @@ class Answers:
 
 
 def _said(content: str) -> str:
-    """What an answer says behind its thoughts, which templates write apart."""
+    """Return an answer without its thoughts, which templates write separately."""
     return content.rpartition("</think>")[2]
 
 
 def _not_whole(index: int) -> str:
     return (
-        f"is written by the chat template without the whole answer of turn {index + 1} where the model begins to write "
+        f"is written by the chat template without the whole answer of turn {index + 1} after the generation prompt "
         f"(add_generation_prompt): {MARKS}"
     )
 
 
 def _common(one: str, other: str) -> int:
-    """Return how many characters two texts begin with alike."""
+    """Return the length of the common beginning of two texts."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

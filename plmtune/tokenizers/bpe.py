@@ -1,4 +1,4 @@
-"""Byte-level BPE as ranks: what decides the ids of a text, and when ranks and a list of merges say the same.
+"""Byte-level BPE as ranks: what decides the ids of a text, and when ranks and a list of merges are equivalent.
 
 A tokenizer.json lists merges, (left, right) pairs in order of priority. tiktoken knows only tokens and
 their ranks: it joins any two neighbours whose bytes together are a token, lowest rank first. The two agree
@@ -8,9 +8,9 @@ so two neighbours that together are a token have always come about as they do wh
 alone.) `check_merges` proves that for a whole vocabulary in a fraction of a second, `recover_merges` finds
 the pairs from the ranks.
 
-tiktoken also takes a piece of text that is a token as a whole, whether or not its bytes join to it (`ignore_merges`
-of a tokenizer.json, as Llama 3's has it). A token that its own bytes never join to stands behind all others then:
-where they do not end in two parts, its rank never acts.
+tiktoken also encodes a piece of text that equals a token as this token, whether or not its bytes join to it
+(`ignore_merges` in Llama 3's tokenizer.json). A token that its own bytes never join to then gets a rank after all
+others; if the join does not end in two parts, that rank never applies.
 """
 
 from __future__ import annotations
@@ -29,18 +29,15 @@ from plmtune.errors import UserError
 Normalization = Literal["NFC", "NFD", "NFKC", "NFKD"]
 Merge = tuple[int, int]  # ranks of the two parts
 
-# How text is cut into pieces that merges never cross. Each matches at every character, so that nothing
-# is left over, and takes time in proportion to the text.
+# Pre-tokenizers: merges never cross pieces. Each pattern matches at every character, in linear time.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# GPT-2's after every digit has been cut out (SmolLM2, StarCoder): a digit then ends a run of spaces as the
-# end does.
+# GPT-2's pattern after digits are split off (SmolLM2, StarCoder): a digit ends a run of spaces as the end does.
 DIGITS_GPT2_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-# GPT-4o's.
 O200K_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -53,27 +50,26 @@ COMPLETE_PATTERNS = frozenset(
 
 CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SINGLE_BYTES = tuple(bytes([value]) for value in range(256))
-MAX_ID = 1 << 19  # a hostile id would size the tables; the largest public vocabularies have half as many
-_MAX_JOINS = 20_000_000  # steps of the slow way, seconds of them
+MAX_ID = 1 << 19  # the size of tables; the largest public vocabularies have half as many
+_MAX_JOINS = 20_000_000  # steps, which take seconds
 MAX_FILE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """All that decides the ids of a text.
+    """Everything that decides the ids of a text.
 
-    Ranks count from the single bytes (in the order of their ids) through the merges in order; a token's id
-    may be any other number.
+    Ranks count the single bytes (in the order of their ids), then the merges in order; ids are independent of ranks.
 
     Attributes:
-        tokens: bytes of each rank; after those of the merges, tokens that only a whole piece gives.
+        tokens: bytes of each rank; after those of the merges, tokens that only a whole piece encodes to.
         ids: id of each rank.
-        pattern: regular expression of the pieces; text it does not match becomes pieces of its own.
-        normalization: Unicode form that text is brought to first.
-        specials: control tokens, id by text; their text in a document stays plain text unless asked for.
-        added: tokens matched in any text before it is cut, id by text.
-        normalized: those of specials and added that are sought after the others, in normalized text.
-        unreachable: ids that have bytes but that no text is encoded to.
+        pattern: regular expression of the pieces; text that it does not match becomes pieces.
+        normalization: Unicode form that text is normalized to first.
+        specials: control tokens, id by text; in a document their text stays plain text by default.
+        added: tokens that are found in any text before it is cut, id by text.
+        normalized: those of specials and added that are found after the others, in normalized text.
+        unreachable: ids with bytes that no text is encoded to.
         merges: the pair of each rank after the single bytes.
         where: the file, for messages.
     """
@@ -91,7 +87,7 @@ class Vocabulary:
 
     @property
     def whole(self) -> Sequence[bytes]:
-        """The tokens that only a piece of text which equals them gives."""
+        """The tokens that only an equal piece of text encodes to."""
         return self.tokens[count_single_bytes(self.tokens) + len(self.merges) :]
 
 
@@ -100,10 +96,10 @@ def count_single_bytes(tokens: Sequence[bytes]) -> int:
 
 
 def _meets(left: int, right: int, merges: Sequence[Merge], ranks: dict[Merge, int], num_bytes: int) -> bool:
-    """Whether joining by rank the bytes of two tokens ends in just these two, side by side.
+    """Whether joining the bytes of two tokens by rank ends in these two.
 
-    Walks back through both tokens' merges, latest first, and looks whether a join across the border would
-    have come first (the test of a valid pair in GitHub's `bpe` crate).
+    Walks back through both tokens' merges, latest first, to check that no join across the border comes earlier (the
+    test of a valid pair in GitHub's `bpe` crate).
     """
     limit = len(merges) + num_bytes
     while True:
@@ -143,11 +139,11 @@ def recover_merges(tokens: Sequence[bytes]) -> tuple[list[bytes], list[Merge], l
     """Return what joining by rank makes of each token's own bytes.
 
     Returns:
-        the tokens that are reached, in the order given; the pair of each after the single bytes, as ranks in that
+        the tokens that are reached, in the given order; the pair of each after the single bytes, as ranks in that
         order; and the other tokens, which no text is joined to.
 
     Raises:
-        ValueError: if that takes too long to find out.
+        ValueError: if that takes too long.
     """
     num_bytes = count_single_bytes(tokens)
     merges, ranks, places = list[Merge](), dict[Merge, int](), list(range(num_bytes))
@@ -163,7 +159,7 @@ def recover_merges(tokens: Sequence[bytes]) -> tuple[list[bytes], list[Merge], l
                 break
     if len(places) == len(tokens):
         return list(tokens), merges, []
-    # So far no token had parts that stand behind it.
+    # Up to here each token has parts of lower rank.
     pairs = {places[num_bytes + at]: (places[left], places[right]) for at, (left, right) in enumerate(merges)}
     _join_others(tokens, {token: place for place, token in enumerate(tokens)}, pairs)
     reached = [*range(num_bytes), *sorted(pairs)]
@@ -176,11 +172,11 @@ def recover_merges(tokens: Sequence[bytes]) -> tuple[list[bytes], list[Merge], l
 
 
 def _join_others(tokens: Sequence[bytes], place_of: dict[bytes, int], pairs: dict[int, Merge]) -> None:
-    """Add to `pairs` tokens joined from parts that stand behind them (Llama 3 has such), and what holds these."""
+    """Add to `pairs` tokens joined from parts of higher rank (as in Llama 3), and tokens that contain these."""
     others = [token for token in tokens if len(token) > 1 and place_of[token] not in pairs]
     joined = _join_all(others, place_of)
     late = [token for token, parts in joined.items() if len(parts) == 2]
-    # Where such a token stands in another one, that may be joined another way than without it, or not at all.
+    # A token that contains such a token may be joined in another way, or not at all.
     text, starts = b"".join(tokens), list(accumulate(map(len, tokens), initial=0))
     holding = set()
     for token in late:
@@ -195,7 +191,7 @@ def _join_others(tokens: Sequence[bytes], place_of: dict[bytes, int], pairs: dic
 
 
 def _join_all(tokens: Collection[bytes], ranks: dict[bytes, int]) -> dict[bytes, list[bytes]]:
-    """The parts that the bytes of each token are joined to, by rank, before they are one."""
+    """Return the last parts before the bytes of each token are joined to one, by rank."""
     if sum(len(token) ** 2 for token in tokens) > _MAX_JOINS:
         raise ValueError(f"{len(tokens):,} tokens are not reached by joining lower ones")
     return {token: _join(token, ranks) for token in tokens}
@@ -213,21 +209,21 @@ def _join(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def check_whole(tokens: Sequence[bytes], whole: Sequence[bytes]) -> bytes | None:
-    """Return the first of `whole` that two neighbours could be joined to where it stands behind all tokens, or None.
+    """Return the first of `whole` that two neighbours would be joined to if it followed all tokens, or None.
 
     Args:
         tokens: of each rank, all joined from their own bytes.
-        whole: tokens to put behind them, which only a whole piece of text is to give.
+        whole: tokens that only a whole piece of text may encode to.
 
     Raises:
-        ValueError: if that takes too long to find out.
+        ValueError: if that takes too long.
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return next((token for token, parts in _join_all(whole, ranks).items() if len(parts) == 2), None)
 
 
 def read_file(path: Path) -> bytes:
-    """Read a tokenizer's file, whose size is looked at first."""
+    """Read a tokenizer's file of limited size."""
     try:
         if not path.is_file():
             raise UserError(f"Tokenizer file {path} does not exist or is no file.")
@@ -246,7 +242,7 @@ def from_ranks(
     specials: Sequence[str],
     where: str,
 ) -> Vocabulary:
-    """Make a vocabulary from tiktoken's ranks, which are ids too; the specials follow the last.
+    """Make a vocabulary from tiktoken's ranks, which are also the ids; the specials follow the last.
 
     Raises:
         UserError: if a byte is missing, an id is impossible or a token cannot be reached.

@@ -1,4 +1,4 @@
-"""Chat templates: Jinja that turns a conversation into text, and that text into tokens and what is learned of them."""
+"""Chat templates: a conversation becomes text, tokens, and a mask of the tokens to train on."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class ChatTemplate:
 
     Attributes:
         source: the Jinja text.
-        where: where it comes from, for a person.
+        where: its origin, for messages.
         end_id: the token that ends an answer.
-        fingerprint: xxh3-128 of all that decides the text.
+        fingerprint: xxh3-128 of everything that decides the text.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, where: str) -> None:
         """Compile the template and try it on a question and an answer.
 
         Raises:
-            UserError: if it is no template, fails, or does not show where an answer begins and ends.
+            UserError: if it is no template, fails, or does not mark where an answer begins and ends.
         """
         self.source = source
         self.tokenizer = tokenizer
@@ -54,7 +54,7 @@ class ChatTemplate:
         bos = tokenizer.bos or next((name for name in _BOS_NAMES if name in tokenizer.specials), None)
         if bos is not None:
             self._variables["bos_token"] = bos
-        specials = sorted(tokenizer.specials, key=len, reverse=True)  # of two that start alike, the longer
+        specials = sorted(tokenizer.specials, key=len, reverse=True)  # of two with a common beginning, the longer
         self._special_ids = {text: np.array([found], np.int32) for text, found in tokenizer.specials.items()}
         self._specials = re.compile("|".join(map(re.escape, specials)))
         self._renderer = Renderer(source, self._variables, where)
@@ -64,34 +64,26 @@ class ChatTemplate:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The xxh3-128 of all that decides the text."""
+        """The xxh3-128 of everything that decides the text."""
         return xxhash.xxh3_128_hexdigest(repr((self.source, sorted(self._variables.items(), key=str))).encode())
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """Return the text of a conversation, as transformers' apply_chat_template.
-
-        Args:
-            messages: any of the roles that the template knows.
-            add_generation_prompt: go on to where the model begins to write.
-
-        Raises:
-            BadRow: if the template fails on them or refuses them.
-        """
+        """Return the text of a conversation, as apply_chat_template of transformers; BadRow if the template fails."""
         return self._renderer.render(messages, add_generation_prompt)[0]
 
     def segments(
         self, messages: Sequence[Message], train_on: TrainOn = "all", unused: Unused | None = None
     ) -> list[tuple[str, bool]]:
-        """Cut the text of a conversation into (text, whether it is learned): answers, each with its end token.
+        """Cut the text of a conversation into (text, whether it is trained on): answers, each with its end token.
 
         Args:
-            messages: a conversation, as `Conversation.messages`. What they say of being learned narrows `train_on`.
-            train_on: learn all answers, or the last alone.
-            unused: counts what the template leaves out and need not write.
+            messages: a conversation, as `Conversation.messages`. Their flags narrow `train_on`.
+            train_on: all answers, or the last one.
+            unused: counts keys that the template does not write and need not write.
 
         Raises:
-            BadRow: if the template refuses it or leaves out what is said, a message holds the text of a special token,
-                nothing is to be learned, or it does not show where the model begins to write and an answer ends.
+            BadRow: if the template refuses it or leaves out content, a message contains the text of a special token,
+                there is nothing to train on, or the text does not show where answers begin and end.
         """
         self._check(messages)
         text, spans = self._renderer.render(messages)
@@ -115,7 +107,7 @@ class ChatTemplate:
         return [(text, trained) for text, trained in [*out, (text[at:], False)] if text]
 
     def encode(self, messages: Sequence[Message], train_on: TrainOn = "all", unused: Unused | None = None) -> Encoded:
-        """Return a conversation's tokens [n] int32, and which of them are learned [n] bool.
+        """Return a conversation's tokens [n] int32, and the mask of those to train on [n] bool.
 
         Raises:
             BadRow: see `segments`.
@@ -128,7 +120,7 @@ class ChatTemplate:
     def encode_batch(
         self, conversations: Sequence[Sequence[Message]], train_on: TrainOn = "all", unused: Unused | None = None
     ) -> list[Encoded | BadRow]:
-        """Encode many conversations at once, as `encode`: for each its tokens, or why it has none."""
+        """Encode many conversations at once, as `encode`; a bad one gives its BadRow."""
         cut: list[list[tuple[str, bool]] | BadRow] = []
         for messages in conversations:
             try:
@@ -148,23 +140,23 @@ class ChatTemplate:
         return out
 
     def encode_prompt(self, messages: Sequence[Message], unused: Unused | None = None) -> Ids:
-        """Return the tokens [n] of a conversation up to where the model begins to write.
+        """Return the tokens [n] of a conversation with the generation prompt.
 
         Args:
             messages: the last is the user's, or a tool's.
-            unused: counts what the template leaves out and need not write.
+            unused: see `segments`.
 
         Raises:
-            BadRow: if the template refuses them or leaves out what is said, or a message holds the text of a special
+            BadRow: if the template refuses them or leaves out content, or a message contains the text of a special
                 token.
         """
         self._check(messages)
         text, spans = self._renderer.render(messages, add_generation_prompt=True)
         messages, ignored = self._renderer.honoured(messages, text, add_generation_prompt=True)
-        # Cut as training cuts, so that earlier answers give the same tokens.
+        # Cut as in training, so that earlier answers give the same tokens.
         try:
             answers, left_out = self._answers.find(messages, text, spans, add_generation_prompt=True)
-        except BadRow:  # nothing is learned of such a conversation, but it can be gone on with
+        except BadRow:  # it cannot be trained on, but continued
             answers, left_out = [], []
         if unused is not None:
             unused.add([*ignored, *left_out])
@@ -177,11 +169,10 @@ class ChatTemplate:
 
         Args:
             answer: a text, or the assistant's message.
-            unused: counts what the template leaves out and need not write.
+            unused: see `segments`.
 
         Raises:
-            BadRow: if the answer holds the text of a special token, or the template refuses it or leaves out what it
-                says.
+            BadRow: if the answer contains the text of a special token, or the template refuses or shortens it.
         """
         said = Message("assistant", answer) if isinstance(answer, str) else answer
         messages: Sequence[Message] = (*self._question, said)
@@ -199,7 +190,7 @@ class ChatTemplate:
         return self._encode([written[len(prompt) : end]])[0]
 
     def _try(self) -> tuple[tuple[Message, ...], str]:
-        """Return a question that the template takes, and how it writes an answer to it."""
+        """Return a question that the template accepts, and the text of an answer to it."""
         asked = (Message("user", "a"),)
         failures = []
         for messages in (asked, (Message("system", "c"), *asked)):
@@ -214,7 +205,7 @@ class ChatTemplate:
         raise UserError(f"{self.where} cannot be used: a conversation of one question and answer {failures[0]}")
 
     def _check(self, messages: Sequence[Message]) -> None:
-        if len(messages) > _MAX_TURNS:  # each answer's beginning takes a rendering of all before it
+        if len(messages) > _MAX_TURNS:  # each answer takes a rendering of all turns before it
             raise BadRow(f"has more than {_MAX_TURNS:,} turns")
         for number, message in enumerate(messages, 1):
             for text in (message.content, *texts_in(message.more)):
@@ -225,11 +216,11 @@ class ChatTemplate:
                     )
 
     def _unmasked(self, message: Message, text: str, begin: int, end: int) -> list[tuple[int, int, bool]]:
-        """Cut an answer, [begin, end) of a text, into (begin, end, whether it is learned)."""
+        """Cut an answer, [begin, end) of a text, into (begin, end, whether it is trained on)."""
         if not message.masked:
             return [(begin, end, True)]
         said = message.content.strip()
-        # Special tokens are no part of what is said, and are not cut.
+        # Special tokens are no part of the content, and are not cut.
         marks = [found.span() for found in self._specials.finditer(text, begin, end)]
         stop = next((first for first, last in reversed(marks) if not text[last:end].strip()), end)
         start = text.find(said, begin, stop)
@@ -245,11 +236,11 @@ class ChatTemplate:
         return [cut for cut in [*cuts, (at, end, True)] if cut[0] < cut[1]]
 
     def _with_bos(self, ids: Ids) -> Ids:
-        """Put bos before a conversation whose tokenizer adds it to texts, unless the template has written it."""
+        """Put bos before a conversation if the tokenizer adds it and the template has not written it."""
         return np.array(self.tokenizer.with_bos(ids.tolist()), np.int32) if self.tokenizer.adds_bos else ids
 
     def _encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the tokens of each text, in which special tokens stand for themselves."""
+        """Return the tokens of each text, special tokens included."""
         cut: list[list[str]] = []
         for text in texts:
             pieces, at = [], 0
@@ -269,8 +260,7 @@ def find_template(name: str | None, tokenizer: Tokenizer, option: str = "chat.te
 
     Args:
         name: chatml, llama3, plain, or a file; None: the tokenizer's own.
-        tokenizer: what its text is turned into tokens with.
-        option: how a person names one, for messages.
+        option: the option for a name, for messages.
 
     Raises:
         UserError: if there is none, or it cannot be used; see `ChatTemplate`.
@@ -287,11 +277,7 @@ def find_template(name: str | None, tokenizer: Tokenizer, option: str = "chat.te
 
 
 def template_source(name: str) -> tuple[str, str]:
-    """Return the text of a chat template, one that comes with plmtune or a file, and where it is from.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """Return the text of a builtin chat template or of a file, and its origin; UserError if there is none."""
     if name in NAMED:
         return NAMED[name], f"The chat template {name}"
     path = Path(name).expanduser()

@@ -1,9 +1,8 @@
-"""Where a long text may be cut so that the ids of both parts are those of the whole, whatever follows.
+"""Finds places where a long text may be cut without changing its ids, whatever follows.
 
 A pattern's matches can look far ahead. The regular expression is therefore read as an automaton whose states are its
-character classes: started in all states at once, it has no state left at a place that no match from before its start
-goes beyond or looks beyond, however far back that match begins. From there on the matches of every place are followed
-until they meet, which is where the text is cut.
+character classes. Started in all states at once, it has no state left at a place that no earlier match reaches or looks
+beyond. From there on the matches from every place are followed until they meet; there the text is cut.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ import regex
 
 from plmtune.tokenizers.bpe import COMPLETE_PATTERNS
 
-_WINDOW = 2048  # characters looked at for one cut
-_SECONDS = 1.0  # of CPU time for one cut, by a pattern that is not known to take time in proportion to the text
-_TRIES = 64  # windows looked at, from the end of a text
+_WINDOW = 2048  # characters searched for one cut
+_SECONDS = 1.0  # of CPU time for one cut, with a pattern that is not known to be linear
+_TRIES = 64  # windows searched, from the end of a text
 # One character of a pattern: a class, an escape or itself.
 _ATOM = regex.compile(
     r"\[\^?\]?(?:\\[pP]\{[^}]*\}|\\.|[^\]\\])*\]|\\[pP]\{[^}]*\}|\\[^A-Za-z0-9]|\\[rntfsSdD]|[^\\\[\]]"
@@ -32,18 +31,14 @@ _COUNT = regex.compile(r"(?:[*+?]|\{[0-9]*,?[0-9]*\})[?+]?")
 
 
 class _Automaton:
-    """Over-approximates what a pattern consumes or looks at: a repeated part repeats without end."""
+    """Over-approximates the text that a pattern consumes or looks at: repeats are unbounded."""
 
     def __init__(self, pattern: str) -> None:
-        """Read a pattern.
-
-        Raises:
-            ValueError: where it has what is not read here, such as looking behind.
-        """
+        """Read a pattern; ValueError for unsupported syntax such as look-behind."""
         self._pattern, self._at = pattern, 0
         self._atoms: list[Any] = []
         self._follow: list[set[int]] = []
-        # Where case is ignored somewhere: a negated class then takes less, and any other one more.
+        # If case is ignored somewhere: a negated class then matches less, and any other class more.
         self._flags = (0, regex.IGNORECASE) if "(?i" in pattern else (0,)
         _, self.first, _ = self._alternatives()
         if self._at < len(pattern):
@@ -51,11 +46,11 @@ class _Automaton:
         self.all = frozenset(range(len(self._atoms)))
 
     def after(self, states: frozenset[int]) -> set[int]:
-        """What may be consumed after these."""
+        """Return the states that may follow these."""
         return set().union(*(self._follow[state] for state in states))
 
     def over(self, states: set[int], character: str) -> frozenset[int]:
-        """Those of the states that consume a character."""
+        """Return those of the states that consume a character."""
         return frozenset(states & self._taking(character))
 
     @lru_cache(1 << 12)  # noqa: B019 (an automaton lives as long as its tokenizer)
@@ -63,7 +58,7 @@ class _Automaton:
         return frozenset(i for i, atom in enumerate(self._atoms) if any(form.fullmatch(character) for form in atom))
 
     def _alternatives(self) -> tuple[bool, set[int], set[int]]:
-        """(Whether it may be empty, its first states, its last) of what stands up to the end of a group."""
+        """Return whether the pattern up to the end of a group may be empty, its first states, its last states."""
         empty, first, last = self._sequence()
         while self._pattern[self._at : self._at + 1] == "|":
             self._at += 1
@@ -92,7 +87,7 @@ class _Automaton:
             if count[0] != "?":
                 for state in last:
                     self._follow[state] |= first
-        return empty or looking, first, last  # what is looked at stands beside what is consumed
+        return empty or looking, first, last  # a look-ahead consumes nothing
 
     def _one(self) -> tuple[bool, set[int], set[int]]:
         if found := _GROUP.match(self._pattern, self._at):
@@ -125,7 +120,7 @@ class _Fixed:
         self._any = re.compile("|".join(map(re.escape, held))) if held else None
 
     def between(self, text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """The stretches of a part of a text that none of them touches, last first."""
+        """Yield the stretches of a part of a text that none of them touches, last first."""
         touched, at = [], max(0, start - self.longest)
         while self._any is not None and (found := self._any.search(text, at)) and found.start() < end:
             touched.append((found.start(), found.start() + self.longest))  # a longer one may begin there
@@ -143,10 +138,10 @@ class Cuts:
 
     Args:
         pattern: regular expression of the pieces.
-        complete: the same with what it does not match.
+        complete: the same, extended to match any text.
         fixed: texts that are found before the pattern is applied.
-        late: those that are found after them, in normalized text.
-        form: Unicode form that a text is brought to.
+        late: texts that are found after them, in normalized text.
+        form: Unicode normalization form.
     """
 
     def __init__(
@@ -156,7 +151,7 @@ class Cuts:
         self._fixed, self._late = _Fixed(fixed), _Fixed(late)
         self._pattern = regex.compile(pattern) if complete != pattern else None
         self._pieces = regex.compile(complete)
-        # Fails after every try, so that a partial match is a try that came to the end of the text.
+        # Always fails, so that a partial match is a try that reached the end of the text.
         self._tries = regex.compile(f"(?:{complete})(?!)")
         self._is_linear = pattern in COMPLETE_PATTERNS
         self._deadline = 0.0
@@ -166,18 +161,18 @@ class Cuts:
             self._automaton = None
 
     def last(self, text: str) -> int:
-        """The last place where a text may be cut, looked for from its end; 0 if there is none."""
+        """Return the last place where a text may be cut; 0 if there is none."""
         if self._automaton is None:
             return 0
         self._deadline = time.thread_time() + _SECONDS
         try:
             return self._last(text)
-        except TimeoutError:  # whoever encodes the text says so
+        except TimeoutError:  # the encoding reports it
             self._automaton = None
             return 0
 
     def _last(self, text: str) -> int:
-        end = len(text) - self._fixed.longest  # what begins later may be the beginning of a fixed text
+        end = len(text) - self._fixed.longest  # the text after it may be the beginning of a fixed one
         for _ in range(_TRIES):
             start = max(0, end - _WINDOW)
             for low, high in self._fixed.between(text, start, end):
@@ -189,7 +184,7 @@ class Cuts:
         return 0
 
     def _cut(self, raw: str) -> int:
-        """The last place in a stretch of text, whose ends may lie inside pieces; 0 if there is none."""
+        """Return the last place in a stretch of text whose ends may lie inside pieces; 0 if there is none."""
         text, places = self._normalized(raw)
         reach = self._late.longest
         for low, high in self._late.between(text, reach, len(text) - reach):
@@ -198,7 +193,7 @@ class Cuts:
         return 0
 
     def _cut_between(self, text: str, places: set[int]) -> int:
-        """The same in a stretch in which nothing is fixed, at one of the places."""
+        """Do the same in a stretch without fixed texts, at one of `places`."""
         begin = min(places, default=None)
         if begin is None or (crossed := self._crossed(text, begin)) is None:
             return 0
@@ -216,7 +211,7 @@ class Cuts:
             matches[chain[-1]] = end
             chain.append(end)
         for at in reversed(chain):
-            # Before a cut a piece sees the end of a text where it saw what follows.
+            # A piece before a cut sees the end of a text instead of what follows.
             if at in places and all(self._ended(text, head, at) == end for head, end in matches.items() if head < at):
                 return at
         return 0
@@ -224,28 +219,28 @@ class Cuts:
     def _match(
         self, pattern: regex.Pattern[str], text: str, at: int, end: int | None = None, partial: bool = False
     ) -> Any:
-        """Match a pattern, which may try exponentially many ways, before the deadline."""
+        """Match a pattern, which may backtrack exponentially, before the deadline."""
         left = None if self._is_linear else self._deadline - time.thread_time()
         if left is not None and left <= 0:
             raise TimeoutError
         return pattern.match(text, at, len(text) if end is None else end, partial=partial, timeout=left)
 
     def _end(self, text: str, at: int) -> int | None:
-        """Where the piece ends that begins at a place; None where that is not sure or there is none."""
+        """Return the end of the piece that begins at a place; None if it is not certain or there is none."""
         found = self._match(self._pieces, text, at)
         sure = found is not None and self._match(self._tries, text, at, partial=True) is None
         return int(found.end()) if sure and found.end() > at else None
 
     def _ended(self, text: str, head: int, at: int) -> int:
-        """Where a piece ends if the text ends at a place."""
+        """Return the end of a piece if the text ended at a place."""
         return int(self._match(self._pieces, text, head, at).end())
 
     def _crossed(self, text: str, begin: int) -> int | None:
-        """The first place that nothing from before `begin` goes or looks beyond; None if it is not in the text."""
+        """Return the first place that no match from before `begin` reaches or looks beyond; None if there is none."""
         automaton = self._automaton
         assert automaton is not None
         states = automaton.all
-        unmatched = self._pattern is not None  # what the pattern does not match goes on up to where it does
+        unmatched = self._pattern is not None  # text that the pattern does not match extends to the next match
         for at in range(begin, len(text)):
             if not states and not unmatched:
                 return at
@@ -257,12 +252,12 @@ class Cuts:
         return None
 
     def _normalized(self, raw: str) -> tuple[str, dict[int, int]]:
-        """The text in its Unicode form, and where it may be cut: place in it to place in `raw`."""
+        """Return the normalized text, and places where it may be cut: place in it -> place in `raw`."""
         if self._form is None:
             return raw, {at: at for at in range(len(raw))}
         starts = [at for at, character in enumerate(raw) if _starts(character)]
         text, places = "", dict[int, int]()
-        for at, end in pairwise(starts):  # what stands last may join with what follows
+        for at, end in pairwise(starts):  # the last may combine with what follows
             places[len(text)] = at
             text += unicodedata.normalize(self._form, raw[at:end])
         return text, places
@@ -270,7 +265,7 @@ class Cuts:
 
 @lru_cache(1 << 14)
 def _starts(character: str) -> bool:
-    """Whether a character never joins with those before it, in any Unicode form."""
+    """Whether a character never combines with those before it, in any Unicode form."""
     if character.isascii():
         return True
     first = unicodedata.normalize("NFKD", character)[0]

@@ -1,4 +1,4 @@
-"""A message of a conversation, and what becomes of rows that hold one: bad ones, and columns that nothing reads."""
+"""Messages of conversations, bad rows, and counts of unused columns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from plmtune.units import show_number_of
 
-# Keys of a message in which somebody says something: a template that leaves them out is refused.
+# Keys of a message that are content: a template that leaves them out is refused.
 THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
 SAID = ("tool_calls", *THOUGHTS, "tool_plan", "refusal", "train_detail", "training_detail")
 _MOST_UNUSED = 40
@@ -18,12 +18,12 @@ _MOST_UNUSED = 40
 class Message:
     """One turn of a conversation.
 
-    role: system, user, assistant, tool (what a call gave back); tools for what the assistant may call, which can only
-        be the first: their definitions as JSON.
-    content: its text; empty where an assistant does nothing but call tools.
-    more: further keys that the chat template gets, as JSON: tool_calls, reasoning_content, name, ...
-    trained: whether its row says that it is learned; None: the row does not say.
-    masked: parts [begin, end) of a content, in characters, of which the row says that they are not learned.
+    role: system, user, assistant, tool (the result of a call); the first message may have the role tools, whose
+        content is the definitions of tools as JSON.
+    content: its text; empty if an assistant only calls tools.
+    more: further keys for the chat template, as JSON: tool_calls, reasoning_content, name, ...
+    trained: the row's flag whether to train on it; None: the row has none.
+    masked: parts [begin, end) of the content, in characters, that the row excludes from training.
     """
 
     role: str
@@ -32,26 +32,22 @@ class Message:
     trained: bool | None = None
     masked: tuple[tuple[int, int], ...] = ()
 
-    def __repr__(self) -> str:  # of a plain turn as it ever was: hashes of prompts are made of it
+    def __repr__(self) -> str:  # must not change for a plain turn: hashes of prompts use it
         rest = {"more": self.more, "trained": self.trained, "masked": self.masked}
         said = [f"{name}={value!r}" for name, value in rest.items() if value or value is False]
         return f"Message({', '.join([f'role={self.role!r}', f'content={self.content!r}', *said])})"
 
     def as_prompt(self) -> Message:
-        """The message as a part of a prompt, of which nothing is learned."""
+        """Return the message as part of a prompt, without flags for training."""
         return self if self.trained is None and not self.masked else Message(self.role, self.content, self.more)
 
     def to_row(self) -> dict[str, Any]:
-        """What a file of prompts holds of it; `Message.from_row` reads it."""
+        """Return the form in files of prompts, which `from_row` reads."""
         return {"role": self.role, "content": self.content, **self.more}
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Message:
-        """Read what `to_row` gives.
-
-        Raises:
-            TypeError: without role and content as text.
-        """
+        """Read the result of `to_row`; TypeError without role and content as text."""
         role, content = row.get("role"), row.get("content")
         if not isinstance(role, str) or not isinstance(content, str):
             raise TypeError("a message has no role and content")
@@ -59,17 +55,17 @@ class Message:
 
 
 class BadRow(ValueError):
-    """A row without usable text; the reader adds where it stands."""
+    """A row that cannot be used; the reader adds its place."""
 
 
 @dataclass
 class Unused:
-    """What rows hold and nothing reads: how many rows, by name."""
+    """Numbers of rows by the columns that nothing reads."""
 
     counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, names: Iterable[str], rows: int = 1) -> None:
-        """Count rows that have these."""
+        """Count rows with these columns."""
         for name in names:
             self.counts[name] = self.counts.get(name, 0) + rows
 
@@ -82,7 +78,7 @@ class Unused:
         return len(self.counts)
 
     def describe(self) -> str:
-        """Return one line, the most frequent first: "columns not used: id (1,000 rows), lang (3 rows)"."""
+        """Return a line such as "columns not used: id (1,000 rows), lang (3 rows)", the most frequent first."""
         names = sorted(self.counts, key=lambda name: (-self.counts[name], name))
         shown = [f"{name:.60} ({show_number_of(self.counts[name], 'row')})" for name in names]
         rest = f", and {len(shown) - _MOST_UNUSED:,} more" if len(shown) > _MOST_UNUSED else ""
@@ -90,7 +86,7 @@ class Unused:
 
 
 def texts_in(value: Any) -> Iterable[str]:
-    """All texts in a value of JSON, names too."""
+    """Yield all texts in a JSON value, including names."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

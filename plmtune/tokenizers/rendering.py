@@ -1,4 +1,4 @@
-"""What a chat template writes of messages, and what of them it leaves out."""
+"""Rendering of messages by a chat template, and checks that it leaves nothing out."""
 
 from __future__ import annotations
 
@@ -25,17 +25,13 @@ class Renderer:
 
     Attributes:
         source: the Jinja text.
-        variables: what it gets beside the messages.
-        where: it is from, for messages.
-        marked: whether it marks what the model writes with ``{% generation %}``.
+        variables: of the template, besides the messages.
+        where: its origin, for messages.
+        marked: whether it marks answers with ``{% generation %}``.
     """
 
     def __init__(self, source: str, variables: dict[str, Any], where: str) -> None:
-        """Compile a template.
-
-        Raises:
-            UserError: if it is none, naming `where`.
-        """
+        """Compile a template; UserError if it is none."""
         self.source = source
         self.variables = variables
         self.where = where
@@ -48,17 +44,17 @@ class Renderer:
             raise UserError(f"{where} is no Jinja template: {error.message} (line {error.lineno})") from error
         except TemplateLimit as error:
             raise UserError(f"{where} {error}") from error
-        except Exception as error:  # what it computes at once, or nests too deeply
+        except Exception as error:  # in constant expressions, or nested too deeply
             raise UserError(f"{where} is no Jinja template: {type(error).__name__}: {error}") from error
         self.marked = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
-        self._drops: dict[Any, list[int]] = {}  # turns that it leaves out, by roles
+        self._drops: dict[Any, list[int]] = {}  # turns that it leaves out, by roles of the conversation
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[str, Spans]:
-        """Return the text of messages, and where blocks that the template marks begin, each with its text.
+        """Return the text of messages, and the begin and text of each block that the template marks.
 
         Raises:
             BadRow: if the template fails on them or refuses them.
-            UserError: if it spends more than a chat template may.
+            UserError: if it passes a limit of templates.
         """
         variables, length, tools = self.variables, 0, None
         if messages and messages[0].role == "tools":
@@ -71,7 +67,7 @@ class Renderer:
         return self._write(said, add_generation_prompt, variables, (turns, length, items))
 
     def tried(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str | None:
-        """Return the text of messages; None where the template refuses them."""
+        """Return the text of messages; None if the template refuses them."""
         try:
             return self.render(messages, add_generation_prompt)[0]
         except BadRow:
@@ -80,20 +76,22 @@ class Renderer:
     def honoured(
         self, messages: Sequence[Message], text: str, add_generation_prompt: bool = False
     ) -> tuple[list[Message], list[str]]:
-        """Return the messages without the keys that the template ignores and may ignore, and names for what it ignores.
+        """Return the messages without the keys that the template may ignore and does, and names for these keys.
 
         Args:
-            text: what the template writes of them.
+            text: the rendering of the messages.
 
         Raises:
-            BadRow: if it leaves out what somebody says: a whole turn, tools, calls, thoughts.
+            BadRow: if it leaves out content: a whole turn, tools, calls, thoughts.
         """
         if messages and messages[0].role == "tools" and self.tried(messages[1:], add_generation_prompt) == text:
             raise BadRow("has tools, and the chat template writes none")
         keys = list(dict.fromkeys(key for message in messages for key in message.more))
         ignored: list[str] = []
         spare = [key for key in keys if key not in SAID]
-        for some in [spare, *([key] for key in spare)] if spare else []:  # mostly all are, and one rendering says so
+        for some in (
+            [spare, *([key] for key in spare)] if spare else []
+        ):  # usually all are ignored, which one rendering shows
             if not ignored and self.tried(without(messages, some), add_generation_prompt) == text:
                 ignored += some
         messages = without(messages, ignored) if ignored else list(messages)
@@ -106,7 +104,7 @@ class Renderer:
         return messages, names
 
     def _is_partly_silent(self, messages: Sequence[Message], key: str, text: str, add_generation_prompt: bool) -> bool:
-        """Whether the template leaves out a key in earlier turns, as thoughts are; BadRow where it never writes it."""
+        """Whether the template leaves out a key in earlier turns, such as thoughts; BadRow if it never writes it."""
         silent = [
             index
             for index, message in enumerate(messages)
@@ -125,7 +123,7 @@ class Renderer:
         return bool(silent)
 
     def _dropped(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        """Return the turns that the template does not write at all: the same for all conversations of these roles."""
+        """Return the turns that the template leaves out, which depend only on the roles of the conversation."""
         kinds = tuple((m.role, bool(m.content), len(m.more.get("tool_calls", ()))) for m in messages)
         known = self._drops.get((kinds, add_generation_prompt))
         if known is None:
@@ -144,7 +142,7 @@ class Renderer:
 
     @cached_property
     def _calls(self) -> _Calls:
-        """How the template takes calls of tools: it is tried on one."""
+        """The form in which the template accepts tool calls, found by trying one."""
         function = {"name": "plmtune_f", "arguments": {"plmtune_x": 1}}
         call = {"id": "plmtune01", "type": "function", "function": function}
         asked = {"role": "user", "content": "a"}
@@ -154,11 +152,11 @@ class Renderer:
                 text, _ = self._write([asked, said], False, self.variables, (2, 100, 10))
             except BadRow:
                 continue
-            # Not: None for a content that is not there, Python's quotes, JSON in JSON.
+            # Wrong are None for missing content, Python's quotes, JSON in JSON.
             wrong = re.search(r"None|'plmtune_x'|\\\"plmtune_x", text)
             if "plmtune_x" in text.partition("plmtune_f")[2] and not wrong:
                 return calls
-        return _Calls("", False)  # it writes none
+        return _Calls("", False)  # it writes no calls
 
     def _write(
         self,
@@ -177,7 +175,7 @@ class Renderer:
                 environment.written += len(piece)
         except TemplateLimit as error:
             raise UserError(f"{self.where} {error}. A chat template has to be cheap: use another") from error
-        except Exception as error:  # a template can fail in any way that Python can
+        except Exception as error:  # a template can raise any exception
             kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
             reason = kind + next(iter(str(error).splitlines()), "")
             raise BadRow(f"is refused by the chat template ({reason:.200})") from error
@@ -186,7 +184,7 @@ class Renderer:
 
 @dataclass(frozen=True)
 class _Calls:
-    """How a template takes calls: what stands for no content, and whether arguments are JSON text or an object."""
+    """The form of tool calls: the value for missing content, and whether arguments are JSON text or an object."""
 
     content: str | None
     as_text: bool
@@ -197,8 +195,9 @@ class _Calls:
             said["content"] = self.content
         if self.as_text:
             said["tool_calls"] = [
-                call | {"function": call["function"] | {"arguments": _json(call["function"]["arguments"])}}
+                call | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
                 for call in message.more["tool_calls"]
+                if (function := call["function"])
             ]
         return said
 
@@ -208,7 +207,7 @@ def _said(message: Message) -> dict[str, Any]:
 
 
 def _num_items(value: Any) -> int:
-    """Count the items of lists and mappings in a value of JSON, at all depths."""
+    """Count the items of lists and mappings in a JSON value, at all depths."""
     total, held = 0, [value]
     while held:
         one = held.pop()
@@ -218,12 +217,8 @@ def _num_items(value: Any) -> int:
     return total
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
 def without(messages: Sequence[Message], keys: Sequence[str], turns: Sequence[int] | None = None) -> list[Message]:
-    """Return the messages without some keys, in all turns or in those that are named."""
+    """Return the messages without some keys, in all turns or in `turns`."""
     return [
         replace(message, more={key: value for key, value in message.more.items() if key not in keys})
         if turns is None or index in turns
@@ -233,7 +228,7 @@ def without(messages: Sequence[Message], keys: Sequence[str], turns: Sequence[in
 
 
 def renamed_turn(message: Message, name: str) -> Message:
-    """Return the message with a name in place of what it says and calls."""
+    """Return the message with a name in place of its content and of the functions that it calls."""
     calls = [
         call | {"function": call["function"] | {"name": f"{name}call{number}x"}}
         for number, call in enumerate(message.more.get("tool_calls", ()))
@@ -243,5 +238,5 @@ def renamed_turn(message: Message, name: str) -> Message:
 
 
 def holds(written: str, content: str) -> bool:
-    """Whether a text holds another, but for white space."""
+    """Whether a text contains another, except for white space."""
     return "".join(content.split()) in "".join(written.split())

@@ -1,4 +1,4 @@
-"""Tokenizers: byte-level BPE run by tiktoken, whatever file the vocabulary came from."""
+"""The tokenizer: byte-level BPE run by tiktoken."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -36,32 +35,31 @@ Ids = npt.NDArray[np.uint32]
 
 # Below this many characters a second thread costs more than it saves.
 _TASK_CHARS = 1 << 17
-# tiktoken wants at least one special token; this one is never allowed in a text, so it never acts.
+# tiktoken requires a special token; this one is never allowed in a text, so it never applies.
 _NO_SPECIAL = "\x00plmtune\x00"
-# A document may be cut between a newline and an ASCII letter where the pattern never looks across: in
-# these, white space with a newline in it always ends a piece at its last newline.
+# A document may be cut between a newline and an ASCII letter if the pattern never looks across: in these patterns white
+# space with a newline in it ends a piece at its last newline.
 _CUT = re.compile(r"\n(?=[A-Za-z])")
 _CUTTABLE = frozenset({QWEN2_PATTERN, LLAMA3_PATTERN})
-# CPU time for a pattern that is not known to be linear: far beyond what any takes that does not multiply its own tries.
+# CPU time for a pattern that is not known to be linear: far more than any needs without exponential backtracking.
 _PATTERN_SECONDS = 1.0
 _PATTERN_CHARS_A_SECOND = 50_000
-_MAX_PIECES = 1 << 16  # whose ids are kept
+_MAX_PIECES = 1 << 16  # whose ids are cached
 
 
 class Tokenizer:
     """Text to ids and back; safe to use from several threads and to fork with.
 
     Attributes:
-        vocab_size: rows that a model needs, padding included.
+        vocab_size: rows of the embedding, padding included.
         num_tokens: ids from here on have no text.
         eos_id: ends a document.
-        bos_id: the special token named as the beginning of a text, or None.
-        adds_bos: whether each text begins with it, as transformers encodes one. `encode` never puts it there,
-            `with_bos` does.
-        end_ids: at which its model's answers end, as generation_config.json says; eos_id is the first.
+        bos_id: the special token that begins a text, or None.
+        adds_bos: whether each text begins with it, as in transformers. `with_bos` adds it, `encode` never does.
+        end_ids: ids at which the model's answers end, from generation_config.json; eos_id is the first.
         specials: control tokens, id by text.
         token_bytes: number of bytes that each id decodes to, int32 [vocab_size]; 0 for specials and padding.
-        fingerprint: xxh3-128 of all that decides the ids.
+        fingerprint: xxh3-128 of everything that decides the ids.
     """
 
     def __init__(
@@ -78,16 +76,12 @@ class Tokenizer:
         """Build the tables.
 
         Args:
-            vocabulary: what decides the ids.
-            eos: the special token that ends a document.
-            vocab_size: rows that a model needs, if more than there are tokens.
+            vocab_size: rows of the embedding, if more than the tokens.
             chat_template: Jinja template of a conversation.
-            bos: the special token that begins a text.
-            adds_bos: whether each text begins with it.
-            ends: ids at which an answer ends beside eos.
+            ends: ids at which an answer ends, besides eos.
 
         Raises:
-            ValueError: if there is no such special token, a token stands twice, or vocab_size is too small.
+            ValueError: if eos or bos is no special token, a token occurs twice, or vocab_size is too small.
         """
         if eos not in vocabulary.specials:
             raise ValueError(f"eos {eos!r} is no special token.{did_you_mean(eos, vocabulary.specials)}")
@@ -110,8 +104,7 @@ class Tokenizer:
         self.token_bytes: npt.NDArray[np.int32] = np.array([len(piece) for piece in self._pieces], dtype=np.int32)
         self.token_bytes[list(self.specials.values())] = 0
 
-        # Bytes without a token get ranks past all others, so that tiktoken can run; their ids are dropped
-        # after.
+        # Bytes without a token get ranks past all others, because tiktoken needs them; their ids are dropped later.
         num_ranks = len(vocabulary.tokens)
         ranks = {token: rank for rank, token in enumerate(vocabulary.tokens)}
         lacking = [byte for byte in SINGLE_BYTES if byte not in ranks]
@@ -129,7 +122,7 @@ class Tokenizer:
             )
         except ValueError as error:
             raise ValueError(f"the pattern {vocabulary.pattern!r} is no regular expression ({error})") from error
-        # Others may take exponential time, in which tiktoken cannot be interrupted.
+        # Other patterns may take exponential time, in which tiktoken cannot be interrupted.
         self._is_linear = vocabulary.pattern in COMPLETE_PATTERNS
         self._piece_ids: dict[str, list[int]] = {}
         self._pattern_seconds = _PATTERN_SECONDS
@@ -142,22 +135,22 @@ class Tokenizer:
         return f"Tokenizer({self.num_tokens} tokens, {self.vocab_size} rows, {self.fingerprint[:8]})"
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
-        """Return the ids of a text; nothing is put before or after them.
+        """Return the ids of a text, without bos or eos.
 
         Args:
             text: any text; half a surrogate pair becomes U+FFFD.
-            specials: take the text of special tokens for the tokens themselves. Never for text from outside.
+            specials: encode the text of special tokens as these tokens. Never use it for untrusted text.
         """
         ids: list[int] = self._encode(text, self._always_and_specials if specials else self._always).tolist()
         return ids
 
     @property
     def start_id(self) -> int:
-        """What stands before a text's first token: its bos where it has one, else the end of the text before."""
+        """The token before a text's first one: bos if the tokenizer adds it, else the eos of the text before."""
         return self.bos_id if self.adds_bos and self.bos_id is not None else self.eos_id
 
     def with_bos(self, ids: Sequence[int]) -> list[int]:
-        """Return a text's ids as a model reads them: bos before them where the tokenizer adds it, exactly once."""
+        """Return the ids with exactly one bos before them, if the tokenizer adds it."""
         if not self.adds_bos or self.bos_id is None or (len(ids) and ids[0] == self.bos_id):
             return list(ids)
         return [self.bos_id, *ids]
@@ -165,7 +158,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], *, specials: bool = False) -> list[Ids]:
         """Return the ids of each text, as `encode`, on all cores."""
         fixed = self._always_and_specials if specials else self._always
-        # Each task is a run of cuts of about equal length: small texts together, a large one in several.
+        # Tasks of about equal length: several small texts, or a part of a large one.
         tasks: list[list[tuple[int, str]]] = [[]]
         room = _TASK_CHARS
         for index, text in enumerate(texts):
@@ -175,12 +168,16 @@ class Tokenizer:
                     room = _TASK_CHARS
                 tasks[-1].append((index, cut))
                 room -= len(cut)
+
+        def encode(task: list[tuple[int, str]]) -> list[Ids]:
+            return [self._encode(text, fixed) for _, text in task]
+
         if len(tasks) == 1:
-            done: Iterable[list[Ids]] = [self._encode_task(tasks[0], fixed)]
+            done = [encode(tasks[0])]
         else:
-            # A pool of its own for each call: threads would not survive a fork. tiktoken lets go of the GIL.
+            # A new pool for each call, because threads do not survive a fork. tiktoken releases the GIL.
             with ThreadPoolExecutor(min(len(tasks), num_cores())) as pool:
-                done = list(pool.map(self._encode_task, tasks, repeat(fixed)))
+                done = list(pool.map(encode, tasks))
         parts: list[list[Ids]] = [[] for _ in texts]
         for task, results in zip(tasks, done, strict=True):
             for (index, _), ids in zip(task, results, strict=True):
@@ -188,10 +185,10 @@ class Tokenizer:
         return [held[0] if len(held) == 1 else np.concatenate(held) for held in parts]
 
     def last_cut(self, text: str) -> int:
-        """Return the last place where a text may be cut so that the ids of its parts are its own; 0 if none is sure.
+        """Return the last place where a text may be cut without changing its ids; 0 if none is certain.
 
-        It is before a blank between a printable ASCII character and an ASCII letter, where no piece goes on, whatever
-        stands further away. What begins with the same part need not encode it again.
+        It is before a blank between a printable ASCII character and an ASCII letter, where every piece ends. Texts with
+        a common beginning encode it once.
         """
         at = len(text) if self._cuts_at_blanks else 0
         while (at := text.rfind(" ", 1, at)) > 0:
@@ -201,18 +198,18 @@ class Tokenizer:
 
     @cached_property
     def cuts(self) -> Cuts:
-        """Where a text that goes on may be cut so that the ids of its parts are its own."""
+        """Finds places where a text may be cut without changing its ids, whatever follows."""
         held = self.vocabulary
         late = [self._normalize(text) for text in held.added if text in held.normalized]
         fixed = held.added.keys() - held.normalized
         return Cuts(held.pattern, _complete(held.pattern), fixed, late, held.normalization)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids, special tokens as their text; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of ids, including special tokens; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the bytes of ids; those of padding rows have none.
+        """Return the bytes of ids; padding rows have none.
 
         Raises:
             ValueError: for an id outside of [0, vocab_size).
@@ -224,7 +221,7 @@ class Tokenizer:
         return b"".join([self._pieces[identity] for identity in ids])
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as `tokenizers` and transformers read them."""
+        """Write tokenizer.json and tokenizer_config.json, for `tokenizers` and transformers."""
         directory.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -249,7 +246,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The xxh3-128 of all that decides the ids, as hex."""
+        """The xxh3-128 of everything that decides the ids, as hex."""
         held = self.vocabulary
         digest = xxhash.xxh3_128()
         added = sorted(held.added.items()), sorted(held.specials.items())
@@ -259,13 +256,13 @@ class Tokenizer:
         digest.update(b"".join(held.tokens))
         if held.normalized:
             digest.update(repr(sorted(held.normalized)).encode())
-        if self.adds_bos:  # then what is trained on, cached and compared differs
+        if self.adds_bos:  # the token sequences differ
             digest.update(f"bos {self.bos_id}".encode())
         return digest.hexdigest()
 
     @cached_property
     def _json(self) -> str:
-        # Kept: a run saves the same tokenizer with every checkpoint.
+        # Cached: a run saves the same tokenizer with every checkpoint.
         return tokenizer_json.render(self.vocabulary, self.bos if self.adds_bos else None)
 
     def _cuts(self, text: str) -> Iterator[str]:
@@ -279,14 +276,11 @@ class Tokenizer:
         yield text[start:]
 
     def _fixed(self, tokens: dict[str, int]) -> list[_Pass]:
-        """What is sought before a text is cut: tokens as they are, then in what they leave those in normalized text."""
+        """Return the passes that find added tokens: first in the text, then in the rest of it, normalized."""
         late = self.vocabulary.normalized
         passes = [_Pass(False, {text: identity for text, identity in tokens.items() if text not in late})]
         passes += [_Pass(True, {self._normalize(text): tokens[text] for text in tokens if text in late})]
         return [sought for sought in passes if sought.pattern is not None]
-
-    def _encode_task(self, task: list[tuple[int, str]], fixed: list[_Pass]) -> list[Ids]:
-        return [self._encode(text, fixed) for _, text in task]
 
     def _encode(self, text: str, fixed: list[_Pass]) -> Ids:
         if not fixed:
@@ -315,15 +309,15 @@ class Tokenizer:
         except UnicodeEncodeError:
             return self._encode_plain(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         except ValueError:
-            # The pattern's look-ahead ran out of stack: hundreds of thousands of spaces in a row do that.
+            # The pattern's look-ahead ran out of stack, for example in hundreds of thousands of spaces.
             ranks = self._encode_by_piece(text)
         if whole and self._lacking and ranks.size and ranks.max() >= self._num_ranks:
-            # `tokenizers` leaves such bytes out before it joins: their neighbours may then be joined.
+            # `tokenizers` drops such bytes before it merges, so that their neighbours may be merged.
             ranks = self._encode_by_piece(text)
         return ranks if self._ids is None else self._ids[ranks]
 
     def _encode_by_piece(self, text: str) -> Ids:
-        """The slow way, exact for every text, and with an end for every pattern."""
+        """Encode piece by piece: slow, exact for every text, and with a time limit for the pattern."""
         ranks: list[int] = []
         known = self._piece_ids
         for piece in self._pieces_of(text):
@@ -337,7 +331,7 @@ class Tokenizer:
         return np.array(ranks, dtype=np.uint32)
 
     def _pieces_of(self, text: str) -> Iterator[str]:
-        # A pattern that is slow on each of many short texts is stopped as well: what one leaves over, the next may use.
+        # A pattern that is slow on each of many short texts is stopped, too: the time that one leaves is for the next.
         room = len(text) / _PATTERN_CHARS_A_SECOND
         seconds = min(self._pattern_seconds, _PATTERN_SECONDS) + room
         pattern, limit = _compiled(self.vocabulary.pattern), seconds
@@ -347,7 +341,7 @@ class Tokenizer:
                 spans = [found.span() for found in pattern.finditer(text, timeout=limit)]
                 break
             except TimeoutError as error:
-                limit *= 4  # it was that of all threads
+                limit *= 4  # the time of all threads counts for `timeout`
                 if time.thread_time() - begun > seconds / 2:
                     raise UserError(
                         f"{self.vocabulary.where}, key pre_tokenizer: the pattern {self.vocabulary.pattern!r:.80} does "
@@ -357,7 +351,7 @@ class Tokenizer:
         self._pattern_seconds = seconds - (time.thread_time() - begun)
         at = 0
         for begin, end in [*spans, (len(text), len(text))]:
-            if begin > at:  # what the pattern does not match is a piece of its own
+            if begin > at:  # text that the pattern does not match is a piece
                 yield text[at:begin]
             if end > begin:
                 yield text[begin:end]
@@ -370,16 +364,15 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
 
 
 def _complete(pattern: str) -> str:
-    # tiktoken drops what the pattern does not match; as a piece of its own it is what `tokenizers` makes of
-    # it.
+    # tiktoken drops text that the pattern does not match; `tokenizers` makes a piece of it.
     return pattern if pattern in COMPLETE_PATTERNS else rf"{pattern}|(?:(?!{pattern})[\s\S])+"
 
 
 class _Pass:
-    """Tokens that are sought in a text, or in normalized text."""
+    """One pass over a text, normalized or not, that finds added tokens."""
 
     def __init__(self, normalized: bool, tokens: dict[str, int]) -> None:
         self.normalized, self.tokens = normalized, tokens
-        # Longest first: of two that start alike, `tokenizers` takes the longer.
+        # Longest first, as in `tokenizers`.
         longest = sorted(tokens, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest))) if tokens else None

@@ -46,13 +46,13 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Tokenizer:
-    """Read a tokenizer.json, with what the files beside it say of its end token, template and rows."""
+    """Read a tokenizer.json; the files beside it name its end token, chat template and rows."""
     config = _read_config(path.with_name("tokenizer_config.json"))
     data = tokenizer_json.load_json(read_file(path), str(path))
     data = tokenizer_json.with_added_of_config(data, config, str(path.with_name("tokenizer_config.json")))
     vocabulary = tokenizer_json.parse(data, str(path))
     eos = _eos(vocabulary, _text_of(config.get("eos_token")), path)
-    # As transformers 5: the post-processor alone decides, whatever the configuration says of add_bos_token.
+    # As in transformers 5, the post-processor alone decides, not add_bos_token of the configuration.
     first = tokenizer_json.first_token(data)
     bos, adds_bos = first or _text_of(config.get("bos_token")), first is not None
     if bos not in vocabulary.specials and not adds_bos:
@@ -63,7 +63,7 @@ def _read_json(path: Path) -> Tokenizer:
         template = read_file(jinja).decode("utf-8", errors="replace")
     rows, source = config.get("padded_vocab_size"), "tokenizer_config.json"
     if rows is None:
-        # A model's own config.json, in a checkpoint of another program, counts the padding rows.
+        # In checkpoints of other programs the model's config.json counts the padding rows.
         rows, source = _read_config(path.with_name("config.json")).get("vocab_size"), "config.json"
     if rows is not None and (type(rows) is not int or not 0 < rows <= MAX_ID):
         raise UserError(f"{path.with_name(source)}: {rows!r} rows in a vocabulary are impossible.")
@@ -82,7 +82,7 @@ def _read_json(path: Path) -> Tokenizer:
 
 
 def _default_template(found: Any) -> str | None:
-    """A template, or of a list of named ones, as transformers takes it, the one named default."""
+    """Return a template, or the one named default of a list, as transformers does."""
     if isinstance(found, list):
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         found = named.get("default")
@@ -90,7 +90,7 @@ def _default_template(found: Any) -> str | None:
 
 
 def _ends(directory: Path) -> list[int]:
-    """The ids at which a model's answers end, as in transformers: of generation_config.json, else of config.json."""
+    """Return the ids that end a model's answers, as transformers does: of generation_config.json, else config.json."""
     for name in ("generation_config.json", "config.json"):
         found = _read_config(directory / name).get("eos_token_id")
         ids = found if isinstance(found, list) else [] if found is None else [found]
@@ -116,10 +116,10 @@ def _eos(vocabulary: Vocabulary, named: str | None, path: Path) -> str:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Read the tokenizer of a directory: one that `Tokenizer.save` wrote, or any checkpoint's.
+    """Read the tokenizer of a directory that `Tokenizer.save` wrote, or of any checkpoint.
 
     Raises:
-        UserError: if it holds none, or one that cannot be represented exactly.
+        UserError: if there is none, or it cannot be represented exactly.
     """
     return _read(Path(directory))
 
@@ -161,7 +161,11 @@ def qwen2(path: str | None = None) -> Tokenizer:
     Raises:
         UserError: if there is no such file, or no hub.
     """
-    found = _read(Path(path) if path is not None else _qwen2_of_hub())
+    try:
+        found = _read(Path(path) if path is not None else hub.fetch(hub.HubModel("Qwen/Qwen2-1.5B"), weights=False))
+    except UserError as error:
+        local = " Or pass a local file: tokenizer.path=FILE (its qwen.tiktoken or tokenizer.json)."
+        raise UserError(f"{error}{local if path is None else ''}") from error
     vocabulary = found.vocabulary
     if [vocabulary.specials.get(name) for name in CHATML_SPECIALS] != [151643, 151644, 151645]:
         raise UserError(
@@ -172,27 +176,17 @@ def qwen2(path: str | None = None) -> Tokenizer:
     return Tokenizer(vocabulary, eos=found.eos, vocab_size=rows, chat_template=CHATML_TEMPLATE)
 
 
-def _qwen2_of_hub() -> Path:
-    try:
-        return hub.fetch(hub.HubModel("Qwen/Qwen2-1.5B"), weights=False)
-    except UserError as error:
-        raise UserError(
-            f"{error} Or pass a local file: tokenizer.path=FILE (its qwen.tiktoken or tokenizer.json)."
-        ) from error
-
-
 @register("tokenizer", "file")
 def file(path: str = "", *, pattern: Literal["qwen2", "llama3", "gpt2"] = "qwen2") -> Tokenizer:
     """A byte-level BPE from a tokenizer.json, a .tiktoken file, or a directory with one (any checkpoint).
 
     Args:
         path: the file or directory, or a model of the Hugging Face hub (OWNER/NAME).
-        pattern: how a .tiktoken file's text is cut, which the file does not say; a tokenizer.json does.
-        With qwen2
-            text is brought to NFC first; the three ChatML tokens follow the last rank.
+        pattern: pre-tokenizer of a .tiktoken file, which does not contain one. With qwen2 text is normalized to NFC.
+            The three ChatML tokens follow the last rank.
 
     Raises:
-        UserError: if it cannot be read, or would not give the same ids.
+        UserError: if it cannot be read, or would give other ids.
     """
     if not path:
         raise UserError("tokenizer=file needs a path: tokenizer.path=FILE_OR_DIRECTORY.")

@@ -1,7 +1,7 @@
 """Hugging Face's tokenizer.json, read into a `Vocabulary` and written from one.
 
-Read are byte-level BPE files whose pre-tokenizer comes down to one regular expression. What would give
-other ids than the `tokenizers` library is refused, by the name of the feature.
+It reads byte-level BPE files whose pre-tokenizer is equivalent to one regular expression. A feature that would give
+other ids than the `tokenizers` library is refused by name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from plmtune.tokenizers.bpe import (
 
 # Bytes that UTF-8 never uses: a vocabulary may lack them.
 NEVER_IN_UTF8 = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
-# Far above any real tokenizer, far below what would hurt. Merges are checked cut by cut, added tokens sought at once.
+# Far above any real tokenizer, and cheap enough.
 _MAX_VALUES = 3 << 20
 _MAX_MERGES = 1 << 20
 _MAX_ADDED = 1 << 14
@@ -52,16 +52,12 @@ def byte_chars() -> dict[int, str]:
 
 @cache
 def _to_latin() -> dict[int, int]:
-    # A raw character below 256 that is not in the alphabet (a space) must not pass for a byte.
+    # A raw character below 256 that is not in the alphabet (a space) is no byte.
     return dict.fromkeys(range(256), 0x10FFFF) | {ord(char): byte for byte, char in byte_chars().items()}
 
 
 def to_bytes(token: str) -> bytes:
-    """The bytes that a token of the file stands for.
-
-    Raises:
-        UnicodeEncodeError: if a character is not one of the 256.
-    """
+    """Return the bytes of a token in the file; UnicodeEncodeError if a character is not one of the 256."""
     return token.translate(_to_latin()).encode("latin-1")
 
 
@@ -70,7 +66,7 @@ def to_chars(token: bytes) -> str:
 
 
 def load_json(data: bytes, where: str) -> Any:
-    # A list of empty lists takes 25 times its text in memory.
+    # In memory a list of empty lists takes 25 times the size of its text.
     values = sum(map(data.count, (b",", b"[", b"{")))
     if values > _MAX_VALUES:
         raise UserError(f"{where} holds about {values:,} values; a tokenizer has at most {_MAX_VALUES:,}.")
@@ -103,14 +99,14 @@ def check_pattern(pattern: str, where: str) -> None:
         raise UserError(
             f"{where}: the pre-tokenizer's pattern has {len(pattern):,} of {_MAX_PATTERN_CHARS:,} characters."
         )
-    # Engines write a{9} out as aaaaaaaaa, and one such in another multiplies: five of {999} take all memory.
+    # Engines expand a{9} to aaaaaaaaa, and nested repeats multiply: five of {999} take all memory.
     bounds = [max(int(low), int(high or 0), 1) for low, high in _COUNTED.findall(pattern)]
     if math.prod(bounds) > _MAX_REPEATS:
         raise UserError(f"{where}: the pre-tokenizer's pattern repeats parts of it more than {_MAX_REPEATS:,} times.")
     bare = regex.sub(r"\[\^", "[", pattern)  # the ^ of a class is no anchor
     found = _NOT_SHARED.search(bare)
     if found:
-        raise UserError(f"{where}: {found.group()!r} in the pre-tokenizer's pattern is not read alike everywhere.")
+        raise UserError(f"{where}: {found.group()!r} in the pre-tokenizer's pattern differs between regex engines.")
     try:
         empty = regex.compile(pattern).match("", timeout=1.0) is not None
     except TimeoutError:
@@ -144,10 +140,8 @@ def _pattern(entry: Any, where: str) -> str:
 def _cuts_digits(step: dict[str, Any]) -> bool:
     if step.get("type") == "Digits":
         return bool(step.get("individual_digits"))
-    return step.get("pattern") == {"Regex": r"\p{N}"} and (step.get("behavior"), step.get("invert")) == (
-        "Isolated",
-        False,
-    )
+    cuts = {"pattern": {"Regex": r"\p{N}"}, "behavior": "Isolated", "invert": False}
+    return all(step.get(key) == value for key, value in cuts.items())
 
 
 def _split_pattern(step: dict[str, Any], where: str) -> str:
@@ -157,17 +151,17 @@ def _split_pattern(step: dict[str, Any], where: str) -> str:
         raise UserError(f"{where}: the Split pre-tokenizer has no regular expression but {form!r}.")
     check_pattern(pattern, where)
     behavior, invert = step.get("behavior"), bool(step.get("invert"))
-    # Keeping the matches and dropping what lies between is the same where nothing lies between.
+    # Dropping the text between matches changes nothing if there is none.
     if (behavior, invert) == ("Removed", True) and pattern in COMPLETE_PATTERNS:
         return pattern
-    # With Isolated, invert only changes which part is called the match: both stay as pieces.
+    # With Isolated, invert changes nothing: matches and the text between them are pieces.
     if behavior != "Isolated":
         raise UserError(f"{where}: the Split pre-tokenizer's behaviour {behavior} is not supported (Isolated is).")
     return pattern
 
 
 def _added_tokens(entries: Any, where: str) -> tuple[dict[str, int], dict[str, int], frozenset[str]]:
-    """(specials, the others, which of both are sought in normalized text)."""
+    """Return (specials, the others, those of both that are found in normalized text)."""
     specials: dict[str, int] = {}
     added: dict[str, int] = {}
     normalized = set()
@@ -191,7 +185,7 @@ def _added_tokens(entries: Any, where: str) -> tuple[dict[str, int], dict[str, i
 
 
 def _check_added(tokens: dict[str, int], vocab: dict[str, int], where: str) -> None:
-    # The library looks a token up in the model, and numbers those it does not find on from the model's size.
+    # The library takes a token's id from the model, and gives the others ids from the model's size on.
     next_id, held = len(vocab), set(vocab.values())
     for content, identity in sorted(tokens.items(), key=lambda item: item[1]):
         expected = vocab.get(content)
@@ -209,7 +203,7 @@ def _check_added(tokens: dict[str, int], vocab: dict[str, int], where: str) -> N
 def _check_model(model: Any, where: str) -> dict[str, Any]:
     if not isinstance(model, dict):
         raise UserError(f"{where} has no model: not a tokenizer.json.")
-    # Old files leave the type out; only BPE has merges.
+    # Old files have no type; only BPE has merges.
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise UserError(f"{where}: the model type {model.get('type')} is not supported, only BPE is.")
     for feature in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -244,14 +238,8 @@ def _merge_parts(merge: Any, number: int, where: str) -> tuple[str, str]:
 
 
 def parse(data: Any, where: str) -> Vocabulary:
-    """Make a vocabulary from the contents of a tokenizer.json.
-
-    Raises:
-        UserError: naming what is missing or cannot be represented with identical ids.
-    """
-    if not isinstance(data, dict):
-        raise UserError(f"{where} has no model: not a tokenizer.json.")
-    model = _check_model(data.get("model"), where)
+    """Make a vocabulary from a tokenizer.json; UserError for what is missing or cannot give identical ids."""
+    model = _check_model(data.get("model") if isinstance(data, dict) else None, where)
     normalization = _normalization(data.get("normalizer"), where)
     pattern = _pattern(data.get("pre_tokenizer"), where)
     specials, added, normalized = _added_tokens(data.get("added_tokens"), where)
@@ -264,18 +252,12 @@ def parse(data: Any, where: str) -> Vocabulary:
     if lacking and model.get("unk_token") is not None:
         raise UserError(f"{where}: unk_token for bytes without a token is not supported ({len(lacking)} bytes).")
     tokens, merges = _order(singles, model["merges"], vocab, where)
-    try:
-        as_bytes = [to_bytes(token) for token in tokens]
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: model.vocab is not byte-level (characters outside its 256).") from None
+    as_bytes = _all_bytes(tokens, where, "model.vocab")
     reachable = {*tokens, *specials, *added}
     orphans = [token for token in vocab if token not in reachable]
     unreachable: dict[int, bytes] = {}
-    if model.get("ignore_merges"):  # then a piece of text that equals one is that token
-        try:
-            whole = [to_bytes(token) for token in orphans]
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: ignore_merges with a token that is not byte-level is not supported.") from None
+    if model.get("ignore_merges"):  # an equal piece of text is encoded to the token
+        whole = _all_bytes(orphans, where, "ignore_merges with a token that")
         try:
             wrong = check_whole(as_bytes, whole)
         except ValueError as error:
@@ -292,24 +274,21 @@ def parse(data: Any, where: str) -> Vocabulary:
                 unreachable[vocab[token]] = to_bytes(token)
             except UnicodeEncodeError:
                 unreachable[vocab[token]] = token.encode(errors="replace")
-    return Vocabulary(
-        as_bytes,
-        [vocab[token] for token in tokens],
-        pattern,
-        normalization,
-        specials,
-        added,
-        unreachable,
-        merges,
-        normalized,
-        where,
-    )
+    ids = [vocab[token] for token in tokens]
+    return Vocabulary(as_bytes, ids, pattern, normalization, specials, added, unreachable, merges, normalized, where)
+
+
+def _all_bytes(tokens: list[str], where: str, what: str) -> list[bytes]:
+    try:
+        return [to_bytes(token) for token in tokens]
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {what} is not byte-level (characters outside its 256).") from None
 
 
 def _order(singles: list[str], listed: list[Any], vocab: dict[str, int], where: str) -> tuple[list[str], list[Merge]]:
-    """Tokens in order of rank, with their merges, proven to act as the list of the file does.
+    """Return the tokens in order of rank with their merges, which are proven equivalent to the file's list.
 
-    Left out are tokens whose own bytes the file's merges do not join to them: they come about nowhere.
+    Tokens that the file's merges do not make of their own bytes are left out: no text is encoded to them.
     """
     places: _Places = {}
     for number, merge in enumerate(listed):
@@ -335,11 +314,11 @@ def _order(singles: list[str], listed: list[Any], vocab: dict[str, int], where: 
     return found
 
 
-_Places = dict[str, dict[tuple[str, str], int]]  # of each pair that makes a token in the list of merges
+_Places = dict[str, dict[tuple[str, str], int]]  # token -> pair -> index in the list of merges
 
 
 def _reached(places: _Places, vocab: dict[str, int]) -> _Places:
-    """The tokens that the merges of a file make of their own characters, as the `tokenizers` library joins them."""
+    """Return the tokens that the `tokenizers` library makes of their own characters with a file's merges."""
     import tokenizers
 
     merges = sorted(((place, pair) for pairs in places.values() for pair, place in pairs.items()))
@@ -350,11 +329,10 @@ def _reached(places: _Places, vocab: dict[str, int]) -> _Places:
 
 
 def _order_of_many(singles: list[str], places: _Places) -> tuple[list[str], list[Merge]] | None:
-    """The same where a token has several merges, as in files converted from ranks, which list every split.
+    """Do the same where a token has several merges, as in files converted from ranks, which list every split.
 
-    Only one of them ever acts, the one its bytes are in fact joined by, so its place is the token's rank.
-    Which one that is depends on the ranks: take the first ones for a start, then look whether the answer
-    bears itself out. None: it does not.
+    Only the merge that joins the token's bytes ever applies, so its index is the token's rank. Which one that is
+    depends on the ranks: start with the first ones and check that the result is consistent. None: it is not.
     """
     made = sorted(places, key=lambda token: min(places[token].values()))
     for _ in range(2):
@@ -367,7 +345,7 @@ def _order_of_many(singles: list[str], places: _Places) -> tuple[list[str], list
         acting = dict(zip(tokens[len(singles) :], pairs, strict=True))
         if any(pair not in places[token] for token, pair in acting.items()):
             return None
-        # What its own bytes are not joined to is left out of both.
+        # Tokens that their own bytes are not joined to are left out of both.
         before = [token for token in made if token in acting]
         if before == (after := sorted(before, key=lambda token: places[token][acting[token]])):
             return tokens, merges
@@ -381,7 +359,7 @@ def added_token(identity: int, content: str, *, special: bool, normalized: bool 
 
 
 def with_added_of_config(data: Any, config: dict[str, Any], where: str) -> Any:
-    """A tokenizer.json with the added tokens of a tokenizer_config.json, which transformers adds or changes.
+    """Return a tokenizer.json with the added tokens of a tokenizer_config.json, as transformers merges them.
 
     Raises:
         UserError: if added_tokens_decoder does not map ids to tokens.
@@ -396,7 +374,7 @@ def with_added_of_config(data: Any, config: dict[str, Any], where: str) -> Any:
     ):
         raise UserError(f"{where}: added_tokens_decoder must map ids to tokens, each with its content.")
     if not isinstance(held, list) or not all(isinstance(entry, dict) for entry in held):
-        return data  # refused by its own reader
+        return data  # `parse` refuses it
     ids = {entry.get("content"): entry.get("id") for entry in held}
     changed = {
         entry["content"]: {"normalized": not entry.get("special"), **entry, "id": ids.get(entry["content"], int(key))}
@@ -406,7 +384,7 @@ def with_added_of_config(data: Any, config: dict[str, Any], where: str) -> Any:
 
 
 def skeleton(pattern: str, normalization: Normalization | None) -> dict[str, Any]:
-    """A tokenizer.json without tokens."""
+    """Return a tokenizer.json without tokens."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return {
@@ -423,7 +401,7 @@ def skeleton(pattern: str, normalization: Normalization | None) -> dict[str, Any
 
 
 def first_token(data: dict[str, Any]) -> str | None:
-    """The special token that a tokenizer.json puts before each text, if any."""
+    """Return the special token that a tokenizer.json puts before each text, if any."""
     entry = data.get("post_processor")
     steps = (entry.get("processors") or [entry]) if isinstance(entry, dict) else []
     for step in steps if isinstance(steps, list) else []:
@@ -448,11 +426,11 @@ def _puts_before(token: str, identity: int) -> dict[str, Any]:
 
 
 def render(vocabulary: Vocabulary, first: str | None = None) -> str:
-    """Return the tokenizer.json of a vocabulary; `first` is a special token that readers put before each text."""
+    """Return the tokenizer.json of a vocabulary; `first` is a special token before each text."""
     chars = [to_chars(token) for token in vocabulary.tokens]
     vocab = dict(zip(chars, vocabulary.ids, strict=True))
     vocab |= {to_chars(token): identity for identity, token in vocabulary.unreachable.items()}
-    # In the model as well, where the library finds the ids of these whatever numbers are free.
+    # They are in the model as well, so that the library gives them these ids.
     vocab |= vocabulary.specials | vocabulary.added
     data = skeleton(vocabulary.pattern, vocabulary.normalization)
     data["model"] |= {
@@ -461,11 +439,10 @@ def render(vocabulary: Vocabulary, first: str | None = None) -> str:
     }
     if vocabulary.whole:
         data["model"]["ignore_merges"] = True
+    specials, normalized = vocabulary.specials, vocabulary.normalized
     data["added_tokens"] = [
-        added_token(
-            identity, content, special=content in vocabulary.specials, normalized=content in vocabulary.normalized
-        )
-        for content, identity in sorted((vocabulary.specials | vocabulary.added).items(), key=lambda item: item[1])
+        added_token(identity, content, special=content in specials, normalized=content in normalized)
+        for content, identity in sorted((specials | vocabulary.added).items(), key=lambda item: item[1])
     ]
     if first is not None:
         data["post_processor"] = _puts_before(first, vocabulary.specials[first])

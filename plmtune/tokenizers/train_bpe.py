@@ -12,16 +12,16 @@ from plmtune.tokenizers.tokenizer import Tokenizer
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE with the `tokenizers` library: the same texts give the same tokenizer.
+    """Train a byte-level BPE with the `tokenizers` library; equal texts give equal tokenizers.
 
-    Qwen2's pattern, NFC, and the three ChatML tokens last.
+    It has Qwen2's pattern and NFC, and the three ChatML tokens last.
 
     Args:
         texts: documents; read once.
-        vocab_size: tokens in all, the 256 bytes and the ChatML tokens included.
+        vocab_size: all tokens, including the 256 bytes and the ChatML tokens.
 
     Raises:
-        ValueError: if vocab_size leaves no room for a merge, or the texts do not hold that many.
+        ValueError: if vocab_size leaves no room for a merge, or the texts do not give that many.
     """
     import tokenizers
 

@@ -511,7 +511,7 @@ class TestRefusals:
             ),
             (
                 "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
-                "writes otherwise",
+                "does not write after the generation prompt",
             ),
             (MARKED.replace("{{ message.content }}<", "<"), "without turn 2"),
             ("{% if x %}", "is no Jinja template: .*line 1"),

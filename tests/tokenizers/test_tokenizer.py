@@ -506,7 +506,7 @@ def broken(change: str) -> dict[str, Any]:
             )
         case "Removed":
             data["pre_tokenizer"] = split(r"\s+", "Removed")
-        case "read alike":
+        case "differs":
             data["pre_tokenizer"] = split(r"\w+")
         case "empty text":
             data["pre_tokenizer"] = split(r"\p{L}*")
@@ -553,7 +553,7 @@ class TestRefusals:
             ("add_prefix_space", None),
             ("one regular expression", None),
             ("Removed", None),
-            ("read alike", r"'\\\\w' in the pre-tokenizer's pattern is not read alike"),
+            ("differs", r"'\\\\w' in the pre-tokenizer's pattern differs between"),
             ("empty text", None),
             ("no regular expression", None),
             ("lstrip", None),
