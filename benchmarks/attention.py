@@ -15,7 +15,7 @@ import torch
 from side_by_side import machine, medians
 from torch import Tensor
 
-from plmtune.modules.attention import attend, choose_kernel
+from plmtune.modules.attention_kernels import attend, choose_kernel
 
 HEADS, QK, V = 16, 192, 128
 

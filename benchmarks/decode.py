@@ -21,9 +21,10 @@ from side_by_side import machine, medians
 from torch import Tensor
 
 from plmtune.models.plm import plm
-from plmtune.modules.attention import MultiHeadLatentAttention, attend
+from plmtune.modules.attention_kernels import attend
 from plmtune.modules.cache import LayerCache
 from plmtune.modules.decoder import DecoderLayer
+from plmtune.modules.mla import MultiHeadLatentAttention
 
 
 class Bench:

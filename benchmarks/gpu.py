@@ -175,7 +175,7 @@ def attention(bench: Bench) -> list[dict[str, Any]]:
             row["error"] = str(error).splitlines()[0]
             say(f"  {name:<22} does not run: {row['error']}")
         rows.append(row)
-    from plmtune.modules.attention import choose_kernel
+    from plmtune.modules.attention_kernels import choose_kernel
 
     say(f"  plmtune chooses: {choose_kernel(bench.device, bench.dtype, qk, v)}")
     return rows

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from saved_adapters import save_adapter
 
 from plmtune.data.prepare import prepare
 from plmtune.data.text_files import files
@@ -17,7 +18,7 @@ from plmtune.io import checksummed_json, manifest, safetensors_writer
 from plmtune.io.atomic import atomic_write
 from plmtune.io.metrics import MetricsFile
 from plmtune.io.run_directory import RunDirectory
-from plmtune.models.adapters import load_model, save_adapter
+from plmtune.models.adapters import load_model
 from plmtune.models.directory import new_directory
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama

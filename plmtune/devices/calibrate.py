@@ -29,7 +29,7 @@ from plmtune.inference.kernel_choice import prepack
 from plmtune.io import provenance
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
-from plmtune.modules.attention import attend
+from plmtune.modules.attention_kernels import attend
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized, install
 from plmtune.registry import Component, component

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from plmtune.export.contents import Contents, differing, settings_of
 from plmtune.export.stored import weight_of
-from plmtune.modules.attention import MultiHeadLatentAttention
 from plmtune.modules.decoder import Decoder
+from plmtune.modules.mla import MultiHeadLatentAttention
 from plmtune.modules.norm import RMSNorm
 from plmtune.modules.quantized import Quantized, QuantizedEmbedding
 

@@ -38,9 +38,10 @@ from plmtune.export.huggingface import end_ids
 from plmtune.extras import installed, missing
 from plmtune.io.atomic import atomic_write, check_room
 from plmtune.models.checkpoint_files import write_json
-from plmtune.modules.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU, SwiGLU
+from plmtune.modules.gqa import GroupedQueryAttention
+from plmtune.modules.mla import MultiHeadLatentAttention
 from plmtune.modules.norm import RMSNorm
 from plmtune.modules.peft import effective_weight
 from plmtune.modules.quantized import Format, Quantized, QuantizedEmbedding, QuantizedLinear

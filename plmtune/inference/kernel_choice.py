@@ -25,7 +25,7 @@ from plmtune import native
 from plmtune.inference.quantized_kernels import KERNELS, example, matches_reference, use_kernel
 from plmtune.io.atomic import atomic_write
 from plmtune.io.untrusted import load_json
-from plmtune.modules.attention import MultiHeadLatentAttention
+from plmtune.modules.mla import MultiHeadLatentAttention
 from plmtune.modules.quantized import ROWS, Format, Quantized
 
 _MEASURED_ROWS = (1, 8, 64, 256)  # each stands for the rows up to one of ROWS, and for more

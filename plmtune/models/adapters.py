@@ -6,7 +6,6 @@ hashed to, so that another base is refused. A base may itself be a directory of 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from plmtune.errors import UserError
-from plmtune.io import hub, safetensors_writer
+from plmtune.io import hub
 from plmtune.models import hf
 from plmtune.models.checkpoint_files import (
     ADAPTER_CONFIG,
@@ -121,19 +120,6 @@ def _leaf(name: str) -> str:
 def write_adapter_config(directory: Path, config: Mapping[str, Any]) -> None:
     """Write what `adapter_config` returned beside tensors that others write."""
     write_json(directory / ADAPTER_CONFIG, config)
-
-
-def save_adapter(model: Decoder, directory: Path, base: Path) -> None:
-    """Write a model's adapters into `directory`, each file whole or not at all."""
-    config = adapter_config(model, base)
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{ADAPTERS}.tmp-{os.getpid()}"
-    try:
-        safetensors_writer.write(temporary, {name: tensor.cpu() for name, tensor in adapter_state(model).items()})
-        temporary.replace(directory / f"{ADAPTERS}.safetensors")
-    finally:
-        temporary.unlink(missing_ok=True)
-    write_adapter_config(directory, config)
 
 
 def weights_digest(directory: Path) -> str:

@@ -25,8 +25,8 @@ from plmtune.models.checkpoint_files import CONFIG, INDEX, write_json
 from plmtune.models.directory import new_directory
 from plmtune.models.gguf_file import GGUFFile, opened_gguf
 from plmtune.models.hf import hf_config, hf_name
-from plmtune.modules.attention import default_kv_heads
 from plmtune.modules.decoder import Decoder
+from plmtune.modules.gqa import default_kv_heads
 from plmtune.tokenizers import tokenizer_json
 from plmtune.tokenizers.bpe import DIGITS_GPT2_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, Normalization
 from plmtune.tokenizers.tokenizer import Tokenizer

@@ -22,8 +22,8 @@ from plmtune.io import hub, safetensors_writer
 from plmtune.io.atomic import atomic_write
 from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import CONFIG, INDEX, WEIGHTS, locate, opened_weights, read_json, write_json
-from plmtune.modules.attention import default_kv_heads
 from plmtune.modules.decoder import Decoder
+from plmtune.modules.gqa import default_kv_heads
 from plmtune.modules.quantized import Format, Quantized, install
 from plmtune.modules.sharding import full_tensor, is_sharded, shard_like
 
@@ -316,16 +316,6 @@ def _fill(model: Decoder, locations: Mapping[str, Path]) -> None:
             if is_sharded(parameter):
                 tensor = shard_like(tensor, parameter)  # each process reads the file
             parameter.copy_(tensor)
-
-
-def read_state(directory: str | Path) -> dict[str, Tensor]:
-    """Return a directory's weights under our names, on the CPU, in the file's dtype.
-
-    Raises:
-        UserError: if it is no checkpoint.
-    """
-    locations = locate(Path(directory))
-    return {our_name(name): tensor for name, tensor in _tensors(locations, locations)}
 
 
 def _tensors(locations: Mapping[str, Path], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

@@ -84,10 +84,6 @@ class Cache:
             raise ValueError(f"a cache of {self.length} tokens cannot be truncated to {length}")
         self.length = length
 
-    def reorder(self, rows: Tensor) -> None:
-        """Let row i go on from what row rows[i] held; rows (Tensor): [b'], so b may change."""
-        self.layers = [tuple(buffer.index_select(0, rows) for buffer in layer) for layer in self.layers]
-
 
 class Slots:
     """A cache whose rows begin and end each on its own; who holds it counts what is in them.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from plmtune.modules.attention import mark_for_compile
+from plmtune.modules.attention_kernels import mark_for_compile
 from plmtune.modules.cache import Cache, LayerCache, SharedPrefix
 from plmtune.modules.linear import linear
 from plmtune.modules.norm import autocast_active

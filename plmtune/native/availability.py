@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from plmtune.modules.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU, SwiGLU
+from plmtune.modules.gqa import GroupedQueryAttention
+from plmtune.modules.mla import MultiHeadLatentAttention
 from plmtune.modules.norm import RMSNorm
 from plmtune.modules.quantized import Format, Quantized, install
 from plmtune.native.decoder import NativeDecoder

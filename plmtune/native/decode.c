@@ -790,7 +790,7 @@ int plmtune_decode(const model *m, int64_t token, int64_t position, char *const 
                 float *to = query + h * long_key;
                 const float *from = q + h * query_dim;
                 memset(to, 0, sizeof(float) * long_key);
-                if (l->latent) { /* q (W_uk c) = (q W_uk) c, as in modules.attention */
+                if (l->latent) { /* q (W_uk c) = (q W_uk) c, as in modules.mla */
                     float factors[l->nope]; /* of the rows that `some` names */
                     for (int64_t c = 0; c < l->nope; c++) s.kept[c] = (int32_t)c, factors[c] = from[c];
                     matrix some = l->v;

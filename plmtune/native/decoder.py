@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from plmtune.modules.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from plmtune.modules.cache import Cache
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU, SwiGLU
+from plmtune.modules.gqa import GroupedQueryAttention
+from plmtune.modules.mla import MultiHeadLatentAttention
 from plmtune.modules.norm import RMSNorm, autocast_active
 from plmtune.modules.quantized import Quantized
 from plmtune.modules.rope import RotaryEmbedding, rope_tables

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from plmtune.errors import UserError
-from plmtune.modules.attention import kernel_names
+from plmtune.modules.kernel_names import kernel_names
 from plmtune.modules.sharding import full_tensor
 from plmtune.training import distributed
 from plmtune.training.distributed import Strategy

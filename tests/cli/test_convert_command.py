@@ -8,10 +8,10 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from saved_adapters import save_adapter
 
 import plmtune
 from plmtune.cli import main
-from plmtune.models.adapters import save_adapter
 from plmtune.models.hf import load_model, save_model
 from plmtune.models.llama import llama
 from plmtune.modules.peft import adapter_parameters

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from in_process import run, save_small
+from saved_adapters import save_adapter
 
 import plmtune
 from plmtune.cli import cli
@@ -19,7 +20,7 @@ from plmtune.errors import UserError
 from plmtune.evaluation import results
 from plmtune.export.runtimes.opening import open_runtime
 from plmtune.io import checksummed_json, manifest
-from plmtune.models.adapters import load_model, load_model_tokenizer, save_adapter
+from plmtune.models.adapters import load_model, load_model_tokenizer
 from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.models.reward import load_reward_model
 from plmtune.modules.peft import init_adapters

@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up import result, task
 from markdown_it import MarkdownIt
+from saved_adapters import save_adapter
 
 from plmtune.cli.card import card as command
 from plmtune.errors import UserError
 from plmtune.evaluation import model_card, results
 from plmtune.evaluation.markdown import table
 from plmtune.evaluation.model_card import write_card
-from plmtune.models.adapters import load_model, save_adapter
+from plmtune.models.adapters import load_model
 from plmtune.models.digest import model_digest
 from plmtune.models.hf import save_model
 from plmtune.models.plm import plm

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from saved_adapters import save_adapter
 from torch import Tensor
 
 import plmtune
@@ -19,7 +20,6 @@ from plmtune.errors import UserError
 from plmtune.export import gguf_writer
 from plmtune.export.gguf_writer import write_gguf, write_gguf_adapter
 from plmtune.export.runtimes import open_runtime
-from plmtune.models.adapters import save_adapter
 from plmtune.models.gguf import convert, gguf_name, read_tokenizer, to_halves, to_neighbours
 from plmtune.models.gguf_file import opened_gguf
 from plmtune.models.hf import save_model

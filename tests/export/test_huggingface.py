@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from saved_adapters import save_adapter
 
 from plmtune.errors import UserError
 from plmtune.export.huggingface import Form, end_ids, export_adapter, export_hf
-from plmtune.models.adapters import load_adapter, save_adapter
+from plmtune.models.adapters import load_adapter
 from plmtune.models.hf import load_model, save_model
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from saved_adapters import save_adapter
 from torch import Tensor
 
 import plmtune
@@ -59,7 +60,7 @@ def taught(tmp_path: Path) -> Callable[..., Decoder]:
 
     def make(kind: str = "lora", architecture: str = "plm", **settings: Any) -> Decoder:
         model = teach(base(architecture, tmp_path / "base"), kind, **settings)
-        adapters.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+        save_adapter(model, tmp_path / "adapter", tmp_path / "base")
         byte().save(tmp_path / "adapter")
         return model
 
@@ -163,7 +164,7 @@ class TestLoad:
     def test_adapters_of_a_model_with_adapters_have_both(self, taught: Callable[..., Decoder], tmp_path: Path) -> None:
         taught()
         second = teach(adapters.load_model(tmp_path / "adapter"), "dora", targets=("ffn",))
-        adapters.save_adapter(second, tmp_path / "second", tmp_path / "adapter")
+        save_adapter(second, tmp_path / "second", tmp_path / "adapter")
         close(adapters.load_model(tmp_path / "second")(TOKENS), second(TOKENS))
         assert adapters.read_model_config(tmp_path / "second") == second.config
         assert adapters.load_model_tokenizer(tmp_path / "second").fingerprint == byte().fingerprint
@@ -172,7 +173,7 @@ class TestLoad:
         model = base("plm", tmp_path / "base")
         model.add_score_head()
         teach(model, "lora")
-        adapters.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+        save_adapter(model, tmp_path / "adapter", tmp_path / "base")
         config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
         assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
         loaded = adapters.load_model(tmp_path / "adapter")

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from plmtune.errors import UserError
-from plmtune.models.hf import hf_name, load_model, load_state, our_name, read_state, save_model, to_hf
+from plmtune.models.checkpoint_files import Stored, locate
+from plmtune.models.hf import hf_name, load_model, load_state, our_name, save_model, to_hf
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
@@ -152,9 +153,9 @@ class TestRoundTrip:
     def test_is_read_as_a_state_under_our_names(self, tmp_path: Path) -> None:
         model = small(tied=False)
         save_model(model, None, tmp_path, max_shard_bytes=60_000)
-        state, expected = read_state(tmp_path), model.state_dict()
-        assert state.keys() == expected.keys()
-        assert all(torch.equal(state[name], expected[name]) for name in state)
+        locations, expected = locate(tmp_path), model.state_dict()
+        assert {our_name(name) for name in locations} == expected.keys()
+        assert all(torch.equal(tensor, expected[our_name(name)]) for name, tensor in Stored(locations).items())
 
     def test_saving_again_in_fewer_files_leaves_no_stale_shard(self, tmp_path: Path) -> None:
         save_model(small(), None, tmp_path, max_shard_bytes=60_000)
@@ -277,7 +278,7 @@ class TestPublishedCheckpoints:
         shared = {"format": "pt", "model.embed_tokens.weight": "lm_head.weight"}
         save_file(state, tmp_path / "model.safetensors", metadata=shared)
         assert_same(model, load_model(tmp_path))
-        assert "tok_embeddings.weight" in read_state(tmp_path)
+        assert "model.embed_tokens.weight" in locate(tmp_path)
 
 
 def rewrite(directory: Path, change: object) -> None:

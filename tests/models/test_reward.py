@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from plmtune.errors import UserError
-from plmtune.models.hf import load_model, load_state, read_state, save_model
+from plmtune.models.checkpoint_files import locate
+from plmtune.models.hf import load_model, load_state, save_model
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.models.reward import head_scores, load_reward_model, score
@@ -58,7 +59,7 @@ class TestScoreHead:
     def test_is_saved_and_loaded_as_score_weight(self, tmp_path: Path, tie_embeddings: bool) -> None:
         model = tiny(tie_embeddings)
         save_model(model, None, tmp_path)
-        assert "score.weight" in read_state(tmp_path)
+        assert "score.weight" in locate(tmp_path)
         again = load_model(tmp_path)
         assert torch.equal(again.score.weight, model.score.weight)
         assert score(again, ids(4, 9)) == score(model, ids(4, 9))

@@ -69,16 +69,6 @@ class TestCache:
         close(model(ids[:, 20:], cache=other), expected)
 
     @torch.no_grad()
-    def test_reordered_rows_go_on_from_what_they_took(self, attention: Component) -> None:
-        model, ids = small(attention), tokens(3, 20)
-        cache = model.new_cache(3, 21)
-        model(ids, cache=cache)
-        rows = torch.tensor([2, 0])
-        cache.reorder(rows)
-        new = tokens(2, 1)
-        close(model(new, cache=cache), model(torch.cat((ids[rows], new), 1))[:, -1:])
-
-    @torch.no_grad()
     def test_a_document_mask_keeps_documents_apart(self, attention: Component) -> None:
         model, ids = small(attention), tokens(1, 24)
         document = torch.tensor([[0] * 9 + [1] * 15])

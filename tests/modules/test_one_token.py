@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from plmtune.modules.attention import MultiHeadLatentAttention, _attend_latent
 from plmtune.modules.linear import Linear
+from plmtune.modules.mla import MultiHeadLatentAttention, _attend_latent
 from plmtune.modules.norm import RMSNorm
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from plmtune.models.plm import plm
-from plmtune.modules import attention as module
-from plmtune.modules.attention import attend
+from plmtune.modules import attention_kernels as module
+from plmtune.modules.attention_kernels import attend
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.segments import Segments
 from plmtune.registry import component

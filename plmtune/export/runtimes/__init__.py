@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plmtune.export.runtimes.base import InferenceRuntime, Timing
-from plmtune.export.runtimes.opening import UNVERIFIED, RuntimeName, choose_runtime, form_of, open_runtime
+from plmtune.export.runtimes.base import UNVERIFIED, InferenceRuntime, Timing, form_of
+from plmtune.export.runtimes.opening import RuntimeName, choose_runtime, open_runtime
 
 __all__ = ["UNVERIFIED", "InferenceRuntime", "RuntimeName", "Timing", "choose_runtime", "form_of", "open_runtime"]

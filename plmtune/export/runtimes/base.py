@@ -17,6 +17,14 @@ from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.tokenizers.message import Message
 from plmtune.tokenizers.tokenizer import Tokenizer
 
+UNVERIFIED = ".unverified"  # ends the name of an export that failed its verification
+DEFAULT_CONTEXT = 4096  # a cache for all positions of a model may exceed the memory
+
+
+def form_of(path: Path) -> str:
+    """The ending by which a file's form is known, also of one that failed its verification."""
+    return path.with_name(path.name.removesuffix(UNVERIFIED)).suffix
+
 
 @dataclass(frozen=True)
 class Timing:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plmtune.errors import UserError
-from plmtune.export.runtimes.base import InferenceRuntime
+from plmtune.export.runtimes.base import DEFAULT_CONTEXT, InferenceRuntime
 from plmtune.models.gguf_file import opened_gguf
 
 # Architectures on which llama.cpp aborts with flash attention, which is its default.
@@ -89,8 +89,6 @@ class GgufRuntime(InferenceRuntime):
         exact: bool,
         flash_attention: bool | None = None,
     ) -> None:
-        from plmtune.export.runtimes.opening import DEFAULT_CONTEXT
-
         facts = read_facts(path)
         flash_attention = facts.flash_attention(False if exact else flash_attention, path)
         self.path, self.vocab_size, self._template = path, facts.rows, facts.template

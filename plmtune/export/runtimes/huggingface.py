@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from plmtune.errors import UserError
-from plmtune.export.runtimes.base import InferenceRuntime
+from plmtune.export.runtimes.base import DEFAULT_CONTEXT, InferenceRuntime
 from plmtune.modules.torchtune_layers import quiet
 from plmtune.tokenizers.message import Message
 
@@ -28,8 +28,6 @@ class TransformersRuntime(InferenceRuntime):
     name = "transformers"
 
     def __init__(self, path: Path, *, threads: int | None, context: int | None, exact: bool) -> None:
-        from plmtune.export.runtimes.opening import DEFAULT_CONTEXT
-
         if threads is not None:
             torch.set_num_threads(threads)
         self.path = path

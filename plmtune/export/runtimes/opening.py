@@ -6,18 +6,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from plmtune.errors import UserError, did_you_mean
-from plmtune.export.runtimes.base import InferenceRuntime
+from plmtune.export.runtimes.base import InferenceRuntime, form_of
 from plmtune.extras import installed, missing
 from plmtune.io import manifest
 from plmtune.models.checkpoint_files import ADAPTER_CONFIG, CONFIG, read_json
 
 RuntimeName = Literal["llama_cpp", "xllamacpp", "transformers", "executorch", "plmtune"]
-
-# Ends the name of an export that failed its verification.
-UNVERIFIED = ".unverified"
-
-# A cache for all positions that a model knows may be larger than the memory; more is taken where it is asked for.
-DEFAULT_CONTEXT = 4096
 
 
 def open_runtime(
@@ -85,11 +79,6 @@ def choose_runtime(path: Path, prefer: RuntimeName | None = None) -> RuntimeName
     found = prefer if prefer is not None else next((name for name in serving if _installed(name)), serving[-1])
     _demand(found, path)
     return found
-
-
-def form_of(path: Path) -> str:
-    """The ending by which a file's form is known, also of one that failed its verification."""
-    return path.with_name(path.name.removesuffix(UNVERIFIED)).suffix
 
 
 def _serving(path: Path) -> tuple[RuntimeName, ...]:

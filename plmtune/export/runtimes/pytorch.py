@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import plmtune
-from plmtune.export.runtimes.base import InferenceRuntime
+from plmtune.export.runtimes.base import DEFAULT_CONTEXT, InferenceRuntime
 from plmtune.modules.cache import Cache
 
 
@@ -25,8 +25,6 @@ class PyTorchRuntime(InferenceRuntime):
     name = "plmtune"
 
     def __init__(self, path: Path, *, threads: int | None, context: int | None, exact: bool) -> None:
-        from plmtune.export.runtimes.opening import DEFAULT_CONTEXT
-
         if threads is not None:
             torch.set_num_threads(threads)
         self.path = path

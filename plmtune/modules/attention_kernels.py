@@ -1,0 +1,134 @@
+"""Fused attention: which kernel computes softmax(q k^T) v, and calls to it.
+
+Shape suffixes: b batch, s new tokens, t all tokens (cached + new), h heads, g query heads a KV head,
+n qk_nope_head_dim, r qk_rope_head_dim, v v_head_dim, c kv_lora_rank.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from plmtune.modules.rope import rope_tables
+from plmtune.modules.segments import Segments
+
+Kernel = Literal["cudnn", "padded", "plain"]
+
+_CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def choose_kernel(device: torch.device, dtype: torch.dtype, qk_dim: int, v_dim: int) -> Kernel:
+    """Return how `attend` calls scaled_dot_product_attention.
+
+    cudnn: Hopper and newer; cuDNN supports queries and values of different width.
+    padded: values are padded with zeros to the queries' width, as torch's flash kernels need.
+    plain: widths are equal; torch chooses.
+    """
+    if qk_dim == v_dim:
+        return "plain"
+    # cuDNN's backward sums in no fixed order: a deterministic run uses flash.
+    if torch.are_deterministic_algorithms_enabled():
+        return "padded"
+    return "cudnn" if _cudnn_supports_unequal_widths(device) and dtype != torch.float32 else "padded"
+
+
+def _cudnn_supports_unequal_widths(device: torch.device) -> bool:
+    if device.type != "cuda" or not torch.backends.cudnn.is_available():
+        return False
+    # torch allows heads wider than 128, forward and backward, from cuDNN 9.10 on.
+    return torch.cuda.get_device_capability(device)[0] >= 9 and (torch.backends.cudnn.version() or 0) >= 91000
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None, scale: float) -> Tensor:
+    """softmax(q k^T * scale) v through a fused kernel, causal where there is no mask.
+
+    Args:
+        q (Tensor): [b, h, s, n]. k (Tensor): [b, h / g, t, n]. v (Tensor): [b, h / g, t, v].
+        mask (Tensor | Segments | None): boolean [b, s, t], True where a query may attend; or segments, causal
+            inside each; None: causal, the last query sees all.
+
+    Returns:
+        Tensor: [b, h, s, v]
+    """
+    if isinstance(mask, Segments):
+        return _attend_segments(q, k, v, mask, scale)
+    s, t = q.shape[2], k.shape[2]
+    if mask is not None:
+        mask = mask[:, None]
+    elif 1 < s < t:
+        # is_causal aligns at the first token; new tokens after a cache need the diagonal at the last.
+        mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)
+    kernel = choose_kernel(q.device, q.dtype, q.shape[3], v.shape[3])
+    width = v.shape[3]
+    if kernel == "padded":
+        v = F.pad(v, (0, q.shape[3] - width))
+    context: AbstractContextManager[None] = (
+        sdpa_kernel(_CUDNN_FIRST, set_priority=True) if kernel == "cudnn" else nullcontext()
+    )
+    with context:
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None and s > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return out[..., :width]
+
+
+def _varlen_supports(q: Tensor) -> bool:
+    """Whether torch's variable-length flash kernels support such heads, forward and backward: Ampere and newer."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if q.device.type != "cuda" or not half or q.shape[3] % 8 or q.shape[3] > 192:
+        return False
+    return torch.cuda.get_device_capability(q.device)[0] >= 8
+
+
+# Overhead of a call on a CPU, in scores that could be computed in that time (measured: 15,000 to 25,000).
+_SCORES_A_CALL = 20_000
+
+
+def _attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+    """Attention inside each segment, which costs the sum of their squared lengths instead of the row's square."""
+    b, h, s, width = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
+    on_gpu = _varlen_supports(q)
+    if len(segments.lengths) == b:
+        return attend(q, k, v, None, scale)  # each row is one segment
+    # On a CPU each segment is a call, which does not pay for many short ones.
+    calls = len(segments.lengths) * _SCORES_A_CALL + segments.num_pairs * h
+    if not on_gpu and (q.device.type != "cpu" or calls > b * s * s * h):
+        return attend(q, k, v, segments.dense, scale)
+    if width < q.shape[3]:
+        v = F.pad(v, (0, q.shape[3] - width))  # both kernels need values of the same width
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [b s, h, n]
+    if on_gpu:
+        from torch.nn.attention.varlen import varlen_attn  # half a CPU second
+
+        longest, offsets = segments.longest, segments.offsets
+        out = varlen_attn(
+            q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=h != k.shape[1]
+        )
+        assert isinstance(out, Tensor)
+    else:
+        # split, not slices: the gradient of each slice would be a tensor of the whole's size.
+        parts = zip(*(x.transpose(0, 1).split(segments.lengths, dim=1) for x in (q, k, v)), strict=True)
+        out = torch.cat([attend(q[None], k[None], v[None], None, scale)[0].transpose(0, 1) for q, k, v in parts])
+    return out.view(b, s, h, -1)[..., :width].transpose(1, 2)
+
+
+@cache
+def mark_for_compile() -> None:
+    """Mark what torch.compile must not trace. As decorators, these would import dynamo where nothing is compiled."""
+    global _attend_segments
+    # Lengths differ in each batch: compiled code would be made anew for each.
+    _attend_segments = torch.compiler.disable(_attend_segments)
+    # Compiled code has the answer, and RoPE's tables, as constants.
+    torch.compiler.assume_constant_result(_cudnn_supports_unequal_widths)
+    torch.compiler.assume_constant_result(rope_tables)
