@@ -17,7 +17,7 @@ from plmtune.data.examples import open_pairs
 from plmtune.data.preferences import Pair, Preferences
 from plmtune.errors import UserError
 from plmtune.io import metrics as metrics_file
-from plmtune.io.progress import ticking
+from plmtune.io.progress import track
 from plmtune.io.terminal import echo
 from plmtune.preference.batches import PreferenceBatches
 from plmtune.preference.comparison_batch import ComparisonBatch
@@ -145,7 +145,7 @@ class Preference:
     def _batches(self, pairs: Sequence[Pair]) -> PreferenceBatches:
         cfg = self.cfg
         compared, refused, notes = make_comparisons(
-            ticking(pairs, "pairs encoded", shown=self.runtime.is_main),
+            track(pairs, "pairs encoded", shown=self.runtime.is_main),
             self.template,
             self.refinement,
             self.plan.seq_len,

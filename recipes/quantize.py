@@ -15,7 +15,7 @@ from plmtune.config.schema import QuantizeConfig as Config
 from plmtune.data.sources import Source
 from plmtune.errors import UserError
 from plmtune.io import hub, manifest
-from plmtune.io.progress import ticking
+from plmtune.io.progress import track
 from plmtune.io.run_directory import read_record, refuse_unusable
 from plmtune.io.run_summary import already_finished, finished_runs
 from plmtune.io.signals import EXIT_STOPPED, StopSignals
@@ -290,7 +290,7 @@ class Quantize:
         Raises:
             SystemExit: with EXIT_STOPPED, after a signal.
         """
-        for item in ticking(items, f"of {len(items)} {what}", shown=True):
+        for item in track(items, f"of {len(items)} {what}", shown=True):
             self.stop_if_asked()
             yield item
 

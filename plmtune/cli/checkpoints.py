@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import click
 
 from plmtune.cli.options import newest_run
 from plmtune.errors import UserError
-from plmtune.io import manifest, terminal
+from plmtune.io import manifest
+from plmtune.io.progress import Progress
 from plmtune.io.run_summary import explain, explain_missing
 from plmtune.io.tables import Cell, Column, Table, show
 from plmtune.io.untrusted import load_json
@@ -48,7 +48,14 @@ def checkpoints(run: Path | None, quick: bool) -> None:
     """
     run = run or Path(newest_run("checkpoints RUN"))
     entries = [_look(path) for path in _find(run)]
-    with _progress(sum(entry.size for entry in entries)) as advance:
+    total, read = sum(entry.size for entry in entries), 0
+    with Progress() as progress:
+
+        def advance(size: int) -> None:
+            nonlocal read
+            read += size
+            progress.update(f"reading {show_bytes(read)} of {show_bytes(total)}")
+
         for entry in entries:
             if not entry.damage:
                 try:
@@ -123,17 +130,3 @@ def _table(entries: list[Entry], whole: str) -> Table:
             Cell(", ".join(["damaged" if entry.damage else whole, *entry.marks]), "red" if entry.damage else "green"),
         )
     return table
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Show how many bytes are read."""
-    line, done = terminal.Line(), 0
-
-    def advance(size: int) -> None:
-        nonlocal done
-        done += size
-        line.update(f"reading {show_bytes(done)} of {show_bytes(total)}")
-
-    yield advance
-    line.close()

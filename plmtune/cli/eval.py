@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from plmtune.cli.generate import warn_of_pretrained
 from plmtune.cli.options import device_option, dtype_option, find_device, find_dtype, newest_run
 from plmtune.errors import UserError
 from plmtune.io import hub, terminal
+from plmtune.io.progress import Progress
 from plmtune.io.tables import Column, Table, show
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def evaluate(
         measured = []
         for path in paths if loaded else []:
             try:
-                with _showing(path, shown=runtime.is_main) as progress:
+                with Progress(shown=runtime.is_main) as line:
                     result, file = evaluate_checkpoint(
                         path,
                         tasks,
@@ -151,7 +151,7 @@ def evaluate(
                         failed=failed,
                         device=runtime.device,
                         dtype=find_dtype(dtype),
-                        progress=progress,
+                        progress=functools.partial(_update, line, path),
                         tell=tell,
                     )
             except KeyboardInterrupt:
@@ -239,11 +239,5 @@ def _say_nothing(text: str) -> None:
     """What processes but the first say."""
 
 
-@contextlib.contextmanager
-def _showing(what: str, *, shown: bool) -> Iterator[Progress]:
-    """How far an evaluation is."""
-    line = terminal.Line(shown=shown)
-    try:
-        yield lambda kind, done, total: line.update(f"{done:,}/{total:,} {kind}", what, now=done == total)
-    finally:
-        line.close()
+def _update(line: Progress, path: str, kind: str, done: int, total: int) -> None:
+    line.update(f"{done:,}/{total:,} {kind}", path, now=done == total)

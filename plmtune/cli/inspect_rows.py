@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from plmtune.cli.tokenizer import find_tokenizer
 from plmtune.errors import UserError
 from plmtune.io import terminal
-from plmtune.io.terminal import Line, visible
+from plmtune.io.progress import Progress
+from plmtune.io.terminal import visible
 from plmtune.tokenizers.message import BadRow, Unused
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def _read_all(
     else:
         read = _chain_counter(seen)
     count = 0
-    line = Line()
+    progress = Progress()
     remaining = iter(rows)
     while block := list(islice(remaining, _BLOCK)):
         count += len(block)
@@ -218,8 +219,8 @@ def _read_all(
         for (place, _), error in zip(good, read(good), strict=True):
             if error is not None:
                 refused.add(place, error)
-        line.update(f"{count:,} rows read")
-    line.close()
+        progress.update(f"{count:,} rows read")
+    progress.close()
     return count
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from plmtune.cli import import_option
 from plmtune.cli.options import device_option, dtype_option, find_device, find_dtype, model_first
 from plmtune.errors import UserError
 from plmtune.io import terminal
+from plmtune.io.progress import Progress
 
 if TYPE_CHECKING:
     from plmtune.evaluation.perplexity import Perplexity
@@ -100,7 +101,8 @@ def perplexity(
     for path, documents in zip(source.paths, source.streams(skip_bad), strict=True):
         try:
             _check_text(path, reading)
-            with _ticker(str(path)) as tick:
+            with Progress() as line:
+                line.update("reading", str(path))
                 measured[str(path)] = measure(
                     model,
                     tokenizer,
@@ -108,7 +110,7 @@ def perplexity(
                     window=window,
                     stride=stride,
                     scorer=scorer,
-                    progress=tick,
+                    progress=functools.partial(_update, line, str(path), time.monotonic()),
                 )
         except UserError as error:  # of this file: the others are measured all the same
             unread.append(_in_options(str(error)))
@@ -150,22 +152,9 @@ def _in_options(message: str) -> str:
     return re.sub(r"\b(?:text_key|skip_bad) \((--[\w-]+)\)", r"\1", message)
 
 
-@contextmanager
-def _ticker(path: str) -> Iterator[Callable[[Perplexity], None]]:
-    """Show how far the reading of a file is."""
-    line, begun = terminal.Line(), time.monotonic()
-    line.update("reading", path)
-
-    def tick(found: Perplexity) -> None:
-        rate = found.tokens / max(time.monotonic() - begun, 1e-9)
-        line.update(f"loss {found.loss:.4f}", f"{found.tokens:,} tokens", f"{rate:,.0f} tokens/s", path)
-
-    try:
-        yield tick
-    except BaseException:  # an interrupt leaves what was found so far
-        line.close(keep=True)
-        raise
-    line.close()
+def _update(line: Progress, path: str, began: float, found: Perplexity) -> None:
+    rate = found.tokens / max(time.monotonic() - began, 1e-9)
+    line.update(f"loss {found.loss:.4f}", f"{found.tokens:,} tokens", f"{rate:,.0f} tokens/s", path)
 
 
 def _figures(found: Perplexity) -> dict[str, float | None]:

@@ -10,7 +10,8 @@ from plmtune.devices import costs
 from plmtune.devices.pareto import draw_front, front
 from plmtune.devices.sweep import Point, sweep
 from plmtune.errors import UserError
-from plmtune.io import hub, terminal
+from plmtune.io import hub
+from plmtune.io.progress import Progress
 from plmtune.io.tables import Table, numbers, show
 from plmtune.units import show_bytes, show_count, show_number
 
@@ -27,17 +28,16 @@ def show_sweep(name: str, overlays: list[str], overrides: list[str], asked: Aske
         raise UserError(f"{name} is a checkpoint: a sweep goes over what is still to be trained.")
     device, scheme, runtime, context = asked.devices[0], asked.schemes[0], asked.runtimes[0], asked.contexts[0]
     costs.check_schemes([scheme], [runtime])
-    line = terminal.Line()
-    found = sweep(
-        *with_preset(name, overlays, overrides),
-        device,
-        scheme=scheme,
-        runtime=runtime,
-        context=context,
-        prompt=asked.prompt,
-        progress=lambda done, total: line.update(f"{done:,} of {total:,} architectures"),
-    )
-    line.close()
+    with Progress() as line:
+        found = sweep(
+            *with_preset(name, overlays, overrides),
+            device,
+            scheme=scheme,
+            runtime=runtime,
+            context=context,
+            prompt=asked.prompt,
+            progress=lambda done, total: line.update(f"{done:,} of {total:,} architectures"),
+        )
     best = front(found.points)
     missed = sum(map(len, found.impossible.values()))
     too_large = [point for point in found.points if not point.prediction.fits]

@@ -11,6 +11,7 @@ import click
 
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io import hub, terminal
+from plmtune.io.progress import Progress
 
 if TYPE_CHECKING:
     from plmtune.data.sources import Piece
@@ -61,14 +62,14 @@ def train(files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, tex
         source = load("data", "files")(paths=[str(path) for path in files], text_key=text_key)
     held_out: list[str] = []
     seen = _Count()
-    line = terminal.Line()
-    blocks = _reporting(_without(_blocks(chain.from_iterable(source.pieces(skip_bad))), held_out), seen, line.update)
-    try:
-        made = train_bpe(blocks, vocab_size)
-    except ValueError as error:
-        raise UserError(f"tokenizer train: {error}.") from error
-    finally:
-        line.close()
+    with Progress() as line:
+        blocks = _reporting(
+            _without(_blocks(chain.from_iterable(source.pieces(skip_bad))), held_out), seen, line.update
+        )
+        try:
+            made = train_bpe(blocks, vocab_size)
+        except ValueError as error:
+            raise UserError(f"tokenizer train: {error}.") from error
     made.save(out)
     terminal.echo(f"{out}: {made.num_tokens:,} tokens, learned from {seen.chars:,} characters")
     if held_out:

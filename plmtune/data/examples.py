@@ -15,7 +15,7 @@ from plmtune.data.preferences import Pair, Preferences
 from plmtune.data.rows import REMEDY, Refused
 from plmtune.data.sources import Source
 from plmtune.errors import UserError
-from plmtune.io.progress import ticking
+from plmtune.io.progress import track
 from plmtune.tokenizers.chat_template import ChatTemplate, TrainOn
 from plmtune.tokenizers.message import BadRow, Unused
 from plmtune.units import show_number_of
@@ -70,7 +70,7 @@ def open_examples(
         read = (encode or _encode_conversations)(source, collected)
         digest = xxhash.xxh3_128()
         kept, held = list[Example](), list[Example]()
-        for example, group in ticking(read, f"conversations of {name} encoded", shown=shown):
+        for example, group in track(read, f"conversations of {name} encoded", shown=shown):
             digest.update(xxhash.xxh3_128_digest(example.tokens.tobytes()) + example.trained.tobytes())
             share = int.from_bytes(group[:8], "little") / 2**64
             (held if share < holdout else kept).append(example)

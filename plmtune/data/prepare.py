@@ -23,6 +23,7 @@ from plmtune.errors import UserError
 from plmtune.io import checksummed_json, terminal
 from plmtune.io.atomic import remove_empty_folders
 from plmtune.io.lock import exclusive
+from plmtune.io.progress import Progress
 from plmtune.io.signals import EXIT_STOPPED, StopSignals
 from plmtune.io.spool import Document
 from plmtune.units import show_number_of
@@ -383,7 +384,7 @@ def _encode(group: list[_Piece], tokenizer: Tokenizer, writers: dict[str, ShardW
 
 @contextmanager
 def _show_progress(name: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    line, characters, begun = terminal.Line(shown=shown), 0, time.monotonic()
+    characters, begun = 0, time.monotonic()
 
     def advance(more: int, tokens: int) -> None:
         nonlocal characters
@@ -391,7 +392,5 @@ def _show_progress(name: str, *, shown: bool) -> Iterator[Callable[[int, int], N
         read = f"{characters / 1e6:.1f} million characters"
         line.update(f"{tokens / 1e6:.1f} million tokens", read, f"{time.monotonic() - begun:.0f} s", name)
 
-    try:
+    with Progress(shown=shown) as line:
         yield advance
-    finally:
-        line.close()

@@ -6,21 +6,17 @@ A pipe or a file has no width, so nothing is wrapped there, and gets no colours.
 from __future__ import annotations
 
 import codecs
-import contextlib
 import io
 import logging
 import os
 import re
 import sys
 import textwrap
-import time
-from collections.abc import Iterator
-from typing import ClassVar, TextIO
+from typing import Protocol, TextIO
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 
 _NARROWEST = 20
-_SEPARATOR = " · "
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32"}
 # What stands for a character that the stream's encoding lacks.
 _PLAIN = {
@@ -34,6 +30,17 @@ _COMMAND = re.compile(
     r"(?:(?<=: )|(?<=with )|(?<=: `))(?:plmtune|\S*python[\d.]* -m) .*?(?:\.(?= [A-Z])|$)|(?<=try it: ).*$"
     r"|\S*python[\d.]* -c \"[^\"]*\""
 )
+
+
+class StatusLine(Protocol):
+    """A line at the bottom of the terminal, for which other output makes room."""
+
+    def draw(self) -> None: ...
+
+    def clear(self) -> None: ...
+
+
+status: StatusLine | None = None  # what is drawn now, see `plmtune.io.progress`
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:
@@ -145,8 +152,12 @@ def echo(text: str = "", *, err: bool = False) -> None:
     """Print prose to stdout or stderr, wrapped at words where that is a terminal; control characters spelled out."""
     stream = sys.stderr if err else sys.stdout
     lines = wrap(encodable(visible(text), encoding(stream)), columns(stream))
-    with Line.aside():
-        print("\n".join(lines), file=stream, flush=True)
+    line = status
+    if line is not None:
+        line.clear()
+    print("\n".join(lines), file=stream, flush=True)
+    if line is not None:
+        line.draw()
 
 
 class Warnings(logging.Handler):
@@ -157,73 +168,3 @@ class Warnings(logging.Handler):
             echo(self.format(record), err=True)
         except Exception:  # as logging's own handlers: a warning ends nothing
             self.handleError(record)
-
-
-class Line:
-    """How far work is: one line of stderr that is drawn over; a line now and then where a stream cannot do that.
-
-    Args:
-        every: seconds between lines of a pipe or a dumb terminal.
-        shown: False shows nothing, on processes but the first.
-    """
-
-    _drawn: ClassVar[Line | None] = None  # the one that stands at the bottom of the terminal
-
-    def __init__(self, every: float = 10.0, *, shown: bool = True) -> None:
-        self._in_place = in_place(sys.stderr)
-        self._every = 0.1 if self._in_place else every
-        self._shown = shown
-        self._parts: tuple[str, ...] = ()
-        self._at = float("-inf") if self._in_place else time.monotonic()
-
-    def update(self, *parts: str, now: bool = False) -> None:
-        """Show the parts, as many of them from the left as there is room for; the first one always.
-
-        Args:
-            now: whether or not something was shown just before.
-        """
-        self._parts = parts
-        moment = time.monotonic()
-        if not self._shown or (moment - self._at < self._every and not now):
-            return
-        self._at = moment
-        with contextlib.suppress(OSError):  # the terminal is gone, or the disk full that keeps the output
-            if self._in_place:
-                self._draw()
-            else:
-                print(self._text(columns(sys.stderr)), file=sys.stderr, flush=True)
-
-    def close(self, *, keep: bool = False) -> None:
-        """Clear the line, or leave it as it is now."""
-        if Line._drawn is not self:
-            return
-        with contextlib.suppress(OSError):
-            if keep:
-                self._draw()
-            print("" if keep else "\r\033[2K", end="\n" if keep else "", file=sys.stderr, flush=True)
-        Line._drawn = None
-
-    def _draw(self) -> None:
-        room = (columns(sys.stderr) or 80) - 1  # a full line would move the cursor to the next
-        print(f"\r\033[2K{self._text(room)}", end="", file=sys.stderr, flush=True)
-        Line._drawn = self
-
-    def _text(self, room: int | None) -> str:
-        """As many parts as there is room for."""
-        parts = [encodable(visible(part), encoding(sys.stderr)) for part in self._parts]
-        separator = encodable(_SEPARATOR, encoding(sys.stderr))
-        while room is not None and len(parts) > 1 and cell_len(separator.join(parts)) > room:
-            parts.pop()
-        text = separator.join(parts)
-        return text if room is None or cell_len(text) <= room else set_cell_size(text, room)
-
-    @staticmethod
-    @contextlib.contextmanager
-    def aside() -> Iterator[None]:
-        """Around other output: the line makes room for it, and is drawn below it."""
-        line = Line._drawn
-        if line is not None:
-            line.close()
-        yield
-        if line is not None:
-            line._draw()

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from plmtune.errors import UserError
 from plmtune.io import terminal
 from plmtune.io.metrics import MetricsFile
+from plmtune.io.progress import Progress
 from plmtune.io.provenance import device_name
 from plmtune.io.run_directory import RunDirectory
 from plmtune.io.signals import StopSignals
@@ -96,7 +97,7 @@ class RunMonitor:
         self._signals = StopSignals(said)
         self._previous = (start_step, 0.0)  # step and seconds of the last line with a loss
         self._paused = 0.0
-        self._line = terminal.Line(every_seconds, shown=run.is_main)
+        self._line = Progress(every_seconds, shown=run.is_main)
         self._reached, self._shown = "", False
 
     def __enter__(self) -> RunMonitor:

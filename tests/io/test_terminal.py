@@ -1,44 +1,23 @@
-"""What a stream can show, and the line that says how far work is."""
+"""What a stream can show."""
 
 import io
 import logging
 import os
-import re
 import subprocess
 import sys
 import unicodedata
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from screen import Screen
 
 from plmtune import cli
 from plmtune.cli.generate import stream
 from plmtune.io import terminal
 from plmtune.io.tables import Table, show
-from plmtune.io.terminal import Line, encodable, wrap
-
-
-class Screen(io.StringIO):
-    """A terminal that remembers everything."""
-
-    def isatty(self) -> bool:
-        return True
-
-    @property
-    def drawn(self) -> list[str]:
-        """Every text that stood on a line, without the codes that clear it."""
-        return [text for text in re.split(r"\r\033\[2K|\n", self.getvalue()) if text]
-
-
-@pytest.fixture
-def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
-    screen = Screen()
-    monkeypatch.setattr(terminal, "sys", SimpleNamespace(stdout=screen, stderr=screen))  # pytest sets its own again
-    monkeypatch.setenv("TERM", "xterm-256color")
-    return screen
+from plmtune.io.terminal import encodable, wrap
 
 
 class TestStreams:
@@ -118,51 +97,6 @@ class TestWrap:
     def test_a_comment_of_yaml_stays_one(self) -> None:
         wrapped = wrap("  test: a.jsonl  # columns: question, answerKey", 36)
         assert wrapped == ["  test: a.jsonl  # columns:", "    # question, answerKey"]
-
-
-class TestLine:
-    @pytest.mark.parametrize("width", [30, 60, 80, 120])
-    def test_it_never_wraps_and_always_shows_its_first_part(
-        self, screen: Screen, monkeypatch: pytest.MonkeyPatch, width: int
-    ) -> None:
-        monkeypatch.setenv("COLUMNS", str(width))
-        Line().update("step 635/635 · loss 4.1187", "ETA 0:00", "5.35K tok/s", "lr 2.00e-04", "MFU 35.3%", "569.06 MiB")
-        (drawn,) = screen.drawn
-        assert len(drawn) < width and drawn.startswith("step 635/635 · loss 4.1187")
-        assert ("MiB" in drawn) == (width == 120) and ("ETA" in drawn) == (width > 30)
-
-    def test_other_output_stands_above_it(self, screen: Screen) -> None:
-        line = Line()
-        line.update("step 1")
-        terminal.echo("a message", err=True)
-        line.close(keep=True)
-        assert screen.drawn == ["step 1", "a message", "step 1", "step 1"]
-        assert screen.getvalue().endswith("step 1\n")
-
-    def test_it_leaves_nothing_when_it_is_cleared(self, screen: Screen) -> None:
-        line = Line()
-        line.update("reading")
-        line.close()
-        assert screen.getvalue().endswith("\r\033[2K")
-
-    def test_a_dumb_terminal_and_a_pipe_get_plain_lines_now_and_then(
-        self, screen: Screen, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("TERM", "dumb")
-        line = Line(every=1000)
-        for step in range(5):
-            line.update(f"step {step}", "loss 1.0", now=step in (0, 4))
-        line.close(keep=True)
-        assert screen.getvalue() == "step 0 · loss 1.0\nstep 4 · loss 1.0\n"
-        monkeypatch.setenv("COLUMNS", "20")
-        line.update("step 1,234/12,000", "ETA 0:00", now=True)
-        assert screen.getvalue().splitlines()[-1] == "step 1,234/12,000"
-
-    def test_one_that_is_not_shown_is_silent(self, screen: Screen) -> None:
-        line = Line(shown=False)
-        line.update("step 1", now=True)
-        line.close(keep=True)
-        assert screen.getvalue() == ""
 
 
 CONTROLS = [

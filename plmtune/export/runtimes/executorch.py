@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plmtune.errors import UserError
 from plmtune.export.runtimes.base import InferenceRuntime
-from plmtune.io.progress import ticking
+from plmtune.io.progress import track
 from plmtune.models.checkpoint_files import read_json
 from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
@@ -76,7 +76,7 @@ class ExecuTorchRuntime(InferenceRuntime):
 
     def log_probs(self, ids: Sequence[int], last: int, top_k: int | None = None) -> Tensor:
         self.check(ids, last)
-        places = ticking(list(enumerate(ids)), f"of {len(ids)} positions computed", shown=True)
+        places = track(list(enumerate(ids)), f"of {len(ids)} positions computed")
         rows = [self._logits(id, place) for place, id in places][-last:]
         return torch.stack(rows).log_softmax(-1)
 

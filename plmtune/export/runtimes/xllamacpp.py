@@ -19,7 +19,7 @@ from torch import Tensor
 from plmtune.errors import UserError
 from plmtune.export.runtimes.base import Timing
 from plmtune.export.runtimes.gguf_facts import GgufRuntime
-from plmtune.io.progress import ticking
+from plmtune.io.progress import track
 from plmtune.tokenizers.message import Message
 
 # Requests go to this machine, whatever proxy the environment names.
@@ -71,7 +71,7 @@ class XLlamaCppRuntime(GgufRuntime):
     def log_probs(self, ids: Sequence[int], last: int, top_k: int | None = None) -> Tensor:
         self.check(ids, last)
         held = list(ids)
-        ends = ticking(range(len(held) - last + 1, len(held) + 1), f"of {last} positions computed", shown=True)
+        ends = track(range(len(held) - last + 1, len(held) + 1), f"of {last} positions computed")
         # Growing prompts: of each the server reads the one new token.
         return torch.stack([self._row(held[:end], min(top_k or self.vocab_size, self.vocab_size)) for end in ends])
 
