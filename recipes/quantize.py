@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
+from plmtune import dtypes
 from plmtune.config.compose import build
 from plmtune.config.schema import QuantizeConfig as Config
 from plmtune.data.sources import Source
@@ -43,7 +43,6 @@ CONFIG = "quantize"  # conf/quantize.yaml
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", MODEL_CONFIG, "tokenizer.json", "tokenizer_config.json")
 
 _BATCH = 4  # rows of text in a forward
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 T = TypeVar("T")
 
@@ -83,7 +82,7 @@ def preflight(cfg: Config) -> Inputs:
     echo(f"{origin} as {scheme.name}{rules}" + (", which it was trained for" if trained_for else ""))
     if cfg.run_dir and not cfg.resume:
         refuse_unusable(Path(cfg.run_dir))
-    dtype, model = _DTYPES[cfg.dtype], build_on_meta(checkpoint)
+    dtype, model = dtypes.from_name(cfg.dtype), build_on_meta(checkpoint)
     formats = build("quantization", scheme, model=model)
     before, after = file_bytes(model, {}, dtype), file_bytes(model, formats, dtype)
     seq_len = cfg.seq_len or min(512, model.max_seq_len)
@@ -151,7 +150,7 @@ class Quantize:
     """One model, from its checkpoint to a directory that loads like any other."""
 
     def __init__(self, cfg: Config, inputs: Inputs, runtime: Runtime) -> None:
-        self.cfg, self.inputs, self.dtype = cfg, inputs, _DTYPES[cfg.dtype]
+        self.cfg, self.inputs, self.dtype = cfg, inputs, dtypes.from_name(cfg.dtype)
         self.checkpoint = checkpoint_directory(str(cfg.checkpoint))  # with its weights
         self.text = read_rows(
             inputs.sources,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from plmtune import dtypes
 from plmtune.errors import UserError
 from plmtune.io import hub, terminal
 
@@ -15,7 +16,7 @@ from plmtune.io import hub, terminal
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
+    type=click.Choice(dtypes.NAMES),
     default="fp32",
     show_default=True,
     help="Of the weights that are written.",
@@ -45,14 +46,11 @@ def convert(file: Path, out: Path, dtype: str, tokenizer: Path | None, overwrite
         raise UserError(f"There is no file {file} (seen from {Path.cwd()}).{hint}")
     check_free(out, overwrite)
 
-    import torch  # which takes longer than all before it
-
     from plmtune.models.gguf import convert as convert_file
     from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     other = load_tokenizer(tokenizer) if tokenizer else None
-    made = convert_file(file, out, dtype=dtypes[dtype], tokenizer=other, overwrite=overwrite)
+    made = convert_file(file, out, dtype=dtypes.from_name(dtype), tokenizer=other, overwrite=overwrite)
     shares = {kind: count / made.num_parameters for kind, count in sorted(made.kinds.items())}
     forms = ", ".join(f"{share:.1%} {kind}" for kind, share in shares.items() if share >= 0.001)
     terminal.echo(f"{out}: {made.num_parameters:,} parameters in {dtype}, from {forms}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from plmtune import dtypes
 from plmtune.errors import UserError
 from plmtune.io import hub, terminal
 
@@ -16,7 +17,7 @@ from plmtune.io import hub, terminal
 @click.option("--base", type=click.Path(path_type=Path), help="Directory of the base; default: what the adapters name.")
 @click.option(
     "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
+    type=click.Choice(dtypes.NAMES),
     help="Of the weights that are written; default: the adapters'.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a model that is at OUT.")
@@ -31,19 +32,16 @@ def merge(checkpoint: str, out: Path, base: Path | None, dtype: str | None, over
     hub.check_path(checkpoint)
     check_free(out, overwrite)
 
-    import torch  # which takes longer than all before it
-
     from plmtune.models.adapters import holds_adapters, load_model, load_model_tokenizer
     from plmtune.models.checkpoint_files import checkpoint_directory
     from plmtune.models.hf import save_model
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
     found = checkpoint_directory(checkpoint)
     if not holds_adapters(found):
         raise UserError(f"{found} holds no adapters: it is a whole model already, or none.")
     with new_directory(out, overwrite=overwrite) as temporary:
         tokenizer = load_model_tokenizer(found, base)
-        model = load_model(found, dtype=dtypes[dtype], base=base)
+        model = load_model(found, dtype=dtypes.from_name(dtype) if dtype else None, base=base)
         save_model(model, None, temporary)
         tokenizer.save(temporary)
     terminal.echo(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, adapters of {found} merged")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from plmtune import dtypes
 from plmtune.errors import UserError
 from plmtune.io import hub, terminal
 from plmtune.registry import raised, refuse_taken_names
@@ -108,9 +109,7 @@ def find_device(name: str | None) -> torch.device:
 
 def find_dtype(name: str | None) -> torch.dtype | None:
     """Return what `dtype_option` names."""
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[name]
+    return dtypes.from_name(name) if name else None
 
 
 def _number(_: click.Context, parameter: click.Parameter, value: float | None) -> float | None:

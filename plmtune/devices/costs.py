@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from plmtune import dtypes
 from plmtune.errors import UserError, did_you_mean
 from plmtune.export.lint import QUANTIZED, WRITTEN, stored_bytes, stored_type
 from plmtune.modules.decoder import Decoder
@@ -20,7 +21,7 @@ from plmtune.quantization.schemes import EMBEDDING, HEAD
 from plmtune.registry import Component, describe
 
 RUNTIMES = ("plmtune", "llama.cpp")
-FLOATS = {"fp32": 4, "bf16": 2}
+FLOATS = {name: dtypes.BYTES[name] for name in ("fp32", "bf16")}
 STORED = "stored"  # the scheme of a checkpoint that is quantized already
 
 # Tokens that llama.cpp computes at once, by default (n_ubatch).

@@ -25,6 +25,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from plmtune import dtypes
 from plmtune.devices import sparse_decode
 from plmtune.errors import UserError
 from plmtune.inference.kernel_choice import prepack
@@ -437,12 +438,9 @@ def _form(model: Decoder) -> str:
             sizes[name] = sizes.get(name, 0) + module.num_rows * module.width
         else:
             for parameter in module.parameters(recurse=False):
-                name = _DTYPES.get(parameter.dtype, str(parameter.dtype).removeprefix("torch."))
+                name = dtypes.name_of(parameter.dtype)
                 sizes[name] = sizes.get(name, 0) + parameter.numel()
     return max(sizes, key=lambda name: sizes[name])
-
-
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class _Served(_Opened):
@@ -507,7 +505,7 @@ def _open(
     device: torch.device,
     flash_attention: bool | None,
 ) -> _Opened:
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[dtype]
+    kind = dtypes.from_name(dtype) if dtype else None
     if target.startswith("model=") and not Path(target).exists():
         return _Ours(_random_model(target, kind or torch.bfloat16, device), capacity, sparse, None)
     path = checkpoint_directory(target) if hub.parse(target) else hub.open_folder(Path(target))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from plmtune import dtypes
 from plmtune.errors import UserError, did_you_mean
 from plmtune.extras import installed, missing
 from plmtune.io.atomic import check_room
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from plmtune.export.verify import Report
 
 SCHEMES = ("fp32", "int8_dynamic", "int8_dynamic_int4")  # of ExecuTorch
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 _DEFAULT = {"gguf": "f16", "hf": "bf16", "executorch": "int8_dynamic"}
 
 
@@ -253,7 +253,7 @@ def _size(path: Path) -> int:
 
 def _known_kinds(to: Target) -> tuple[str, ...]:
     if to == "hf":
-        return tuple(_DTYPES)
+        return dtypes.NAMES
     if to == "executorch":
         return SCHEMES
     from plmtune.export.lint import QUANTIZED, WRITTEN
@@ -300,7 +300,7 @@ def _write_gguf(model: Decoder, tokenizer: Tokenizer, path: Path, kind: str, *, 
 def _write_hf(model: Decoder, tokenizer: Tokenizer, path: Path, kind: str, *, as_: str | None, **_: Any) -> list[str]:
     from plmtune.export.huggingface import export_hf
 
-    return export_hf(model, tokenizer, path, as_=as_, dtype=_DTYPES[kind])  # type: ignore[arg-type]
+    return export_hf(model, tokenizer, path, as_=as_, dtype=dtypes.from_name(kind))  # type: ignore[arg-type]
 
 
 def _write_executorch(

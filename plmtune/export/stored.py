@@ -10,6 +10,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
+from plmtune import dtypes
 from plmtune.export.contents import Contents
 from plmtune.export.lint import QUANTIZED, WRITTEN, matrices, stored_type
 from plmtune.export.runtimes import UNVERIFIED
@@ -45,7 +46,7 @@ BOUNDS = {
     "int8": Bound(0.0085, 0.0045),
     "int4": Bound(1.0, 0.2),  # ranges that are fitted to text clip
 }
-_EXACT = {"F32": torch.float32, "F64": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_EXACT = {code: torch.float32 if code == "F64" else dtypes.from_code(code) for code in dtypes.FLOAT_CODES}
 # Blocks have scales in F16, whose smallest step is 2^-24: 127 half steps of it, of two scales that multiply.
 _LEAST = 127 * 2.0**-25 * 2.1
 _SLOPE = 0.02  # of a factor that is told of
@@ -187,8 +188,8 @@ def wrong_type(contents: Contents, name: str, asked: str | None, model: Decoder)
     if asked is not None and asked.lower() in ("fp32", "int8_dynamic") and not contents.kinds:  # a program
         wanted = {"fp32": "F32", "int8_dynamic": "int8_dynamic_int8"}[asked.lower()]
         return None if contents.kind == wanted else f"{asked} was asked for, and its numbers are {contents.kind}"
-    if asked is not None and asked.lower() in ("bf16", "fp32", "fp16"):
-        wanted = {"fp32": "F32", "fp16": "F16"}.get(asked.lower(), "BF16")
+    if asked is not None and asked.lower() in dtypes.NAMES:
+        wanted = dtypes.code_of(dtypes.from_name(asked.lower()))
         return (
             None if contents.kind == wanted else f"{asked} was asked for, and most of its numbers are {contents.kind}"
         )

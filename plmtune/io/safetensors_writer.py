@@ -18,22 +18,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-FILE_BYTES = 1 << 30
+from plmtune import dtypes
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
+FILE_BYTES = 1 << 30
 
 
 def not_finite(named: Mapping[str, Tensor]) -> list[str]:
@@ -100,7 +87,11 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
     end = 0
     for name, tensor in _ordered(tensors):
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": dtypes.code_of(tensor.dtype),
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

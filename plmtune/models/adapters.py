@@ -14,6 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from plmtune import dtypes
 from plmtune.errors import UserError
 from plmtune.io import hub
 from plmtune.models import hf
@@ -38,7 +39,7 @@ ADAPTERS = "adapter_model"  # the stem of the file of tensors
 
 _PREFIX = "base_model.model."
 _NAMES = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CODES = ("F32", "F16", "BF16")  # of the tensors in a file of adapters
 # Keys of adapter_config.json that are read, and those that do not change what the tensors mean; any other is refused
 # where it is not empty or false.
 _READ = (
@@ -272,10 +273,10 @@ def _restore(state: Mapping[str, Tensor], locations: Mapping[str, Path], directo
             for name in (name for name in state if locations[name] == path):
                 header = opened.get_slice(name)
                 shape = tuple(header.get_shape())
-                if shape != tuple(state[name].shape) or header.get_dtype() not in _DTYPES:
+                if shape != tuple(state[name].shape) or header.get_dtype() not in _CODES:
                     raise UserError(
                         f"{path}: {name} has shape {list(shape)} and type {header.get_dtype()}; the model needs "
-                        f"{list(state[name].shape)} in one of {', '.join(_DTYPES)}."
+                        f"{list(state[name].shape)} in one of {', '.join(_CODES)}."
                     )
                 state[name].copy_(opened.get_tensor(name))
 
@@ -348,4 +349,5 @@ def _dtype(directory: Path) -> torch.dtype:
         raise UserError(f"{directory} holds no tensors.")
     name, path = next(iter(locations.items()))
     with opened_weights(path) as opened:
-        return _DTYPES.get(opened.get_slice(name).get_dtype(), torch.float32)
+        code = opened.get_slice(name).get_dtype()
+    return dtypes.from_code(code) if code in _CODES else torch.float32

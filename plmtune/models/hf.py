@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plmtune import dtypes
 from plmtune.errors import NotFinite, UserError
 from plmtune.io import hub, safetensors_writer
 from plmtune.io.atomic import atomic_write
@@ -39,14 +40,7 @@ _NAMES = {
     "ffn": "mlp",
 }
 _HF_NAMES = {theirs: ours for ours, theirs in _NAMES.items()}
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 _SHARD_BYTES = 5e9  # of a file of weights, as Hugging Face's libraries have it
-_STORED = {torch.int8: "I8", torch.uint8: "U8"}
 _METHOD, _VERSION = "plmtune", 1  # of quantization_config
 SCORE = "score.weight"  # of a reward model, as in transformers' models for sequence classification
 # Far above any real model's, far below what would hurt.
@@ -276,7 +270,7 @@ def load_model(directory: str | Path, device: torch.device | str = "cpu", dtype:
         # A quantized embedding says nothing of what is computed in.
         theirs = hf_name("norm.weight" if isinstance(model.tok_embeddings, Quantized) else "tok_embeddings.weight")
         with opened_weights(locations[theirs]) as opened:
-            dtype = _DTYPES[opened.get_slice(theirs).get_dtype()]
+            dtype = dtypes.from_code(opened.get_slice(theirs).get_dtype())
     model.to(dtype).to_empty(device=device)
     _fill(model, locations)
     return model
@@ -495,11 +489,12 @@ def _check(model: Decoder, directory: Path, locations: Mapping[str, Path]) -> No
                 shape = tuple(header.get_shape())
                 if shape != shapes[name]:
                     raise UserError(f"{file}: {name} has shape {list(shape)}, the model needs {list(shapes[name])}.")
-                stored = _STORED.get(state[name].dtype, "BF16" if name.endswith(".scales") else None)
-                if stored is not None and header.get_dtype() != stored:
+                stored = "BF16" if name.endswith(".scales") else dtypes.code_of(state[name].dtype)
+                quantized = name.endswith(".scales") or not state[name].dtype.is_floating_point
+                if quantized and header.get_dtype() != stored:
                     raise UserError(f"{file}: {name} is of type {header.get_dtype()}, its format needs {stored}.")
-                if stored is None and header.get_dtype() not in _DTYPES:
-                    known = ", ".join(_DTYPES)
+                if not quantized and header.get_dtype() not in dtypes.FLOAT_CODES:
+                    known = ", ".join(dtypes.FLOAT_CODES)
                     raise UserError(f"{file}: {name} is of type {header.get_dtype()}; known are {known}.")
 
 

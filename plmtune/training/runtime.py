@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from plmtune import dtypes
 from plmtune.errors import UserError
 from plmtune.modules.kernel_names import kernel_names
 from plmtune.modules.sharding import full_tensor
@@ -261,7 +262,7 @@ def _choose_precision(precision: Precision, device: torch.device) -> tuple[torch
     if precision not in ("auto", "bf16", "fp32"):
         raise UserError(f"precision={precision} is unknown. Use auto, bf16 or fp32.")
     if precision != "auto":
-        return (torch.bfloat16 if precision == "bf16" else torch.float32), f"{precision} (asked for)"
+        return dtypes.from_name(precision), f"{precision} (asked for)"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "bf16 (this GPU multiplies in it)"

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from plmtune import dtypes
 from plmtune.io import safetensors_writer
 
 
 def every_kind() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     made = {}
-    for number, dtype in enumerate(safetensors_writer._DTYPES):
+    for number, dtype in enumerate(map(dtypes.from_code, dtypes.CODES)):
         values = torch.rand(3, number + 1, generator=generator) * 100
         made[str(dtype)] = values > 50 if dtype == torch.bool else values.to(dtype)
     return {**made, "a scalar": torch.tensor(7.0), "nothing": torch.empty(0, 4), "turned": torch.rand(4, 5).T}
