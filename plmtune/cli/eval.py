@@ -12,6 +12,7 @@ import click
 
 from plmtune.cli.generate import warn_of_pretrained
 from plmtune.cli.options import device_option, dtype_option, find_device, find_dtype, newest_run
+from plmtune.config.names import check_model_path
 from plmtune.errors import UserError
 from plmtune.io import hub, terminal
 from plmtune.io.progress import Progress
@@ -99,7 +100,7 @@ def evaluate(
     plmtune eval --list mmlu
     """
     for path in () if listing else checkpoints:
-        hub.check_path(path)
+        check_model_path(path)
 
     from plmtune.evaluation.local_data import LocalData
     from plmtune.evaluation.tasks import SUITES, Tasks

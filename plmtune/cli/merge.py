@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from plmtune import dtypes
+from plmtune.config.names import check_model_path
 from plmtune.errors import UserError
-from plmtune.io import hub, terminal
+from plmtune.io import terminal
 
 
 @click.command()
@@ -29,7 +30,7 @@ def merge(checkpoint: str, out: Path, base: Path | None, dtype: str | None, over
     """
     from plmtune.models.directory import check_free, new_directory
 
-    hub.check_path(checkpoint)
+    check_model_path(checkpoint)
     check_free(out, overwrite)
 
     from plmtune.models.adapters import holds_adapters, load_model, load_model_tokenizer

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from plmtune import dtypes
+from plmtune.config.names import check_model_path
 from plmtune.errors import UserError
 from plmtune.io import hub, terminal
 from plmtune.registry import raised, refuse_taken_names
@@ -56,7 +57,7 @@ def find_model(given: str | None, command: str) -> str:
     """
     if given is None:
         return newest_run(command)
-    hub.check_path(given)
+    check_model_path(given)
     return given
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from plmtune.config.names import check_model_path
 from plmtune.errors import UserError
-from plmtune.io import hub, terminal
+from plmtune.io import terminal
 from plmtune.io.tables import show
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def verify(
     \b
     plmtune verify exports/plm-q8_0.gguf --against runs/demo/latest
     """
-    hub.check_path(against)
+    check_model_path(against)
     page = _read(text) if text is not None else None
 
     from plmtune.export.verify import verify as verify_export

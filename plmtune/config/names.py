@@ -12,6 +12,8 @@ from plmtune.config.choices import place_of_group, preset_groups, presets
 from plmtune.config.overrides import as_typed
 from plmtune.config.schema import SCHEMAS, component_keys
 from plmtune.errors import UserError, either
+from plmtune.io import hub
+from plmtune.io.run_summary import explain_missing
 from plmtune.registry import describe
 
 DEVICES = Path(__file__).parents[1] / "devices"
@@ -62,3 +64,24 @@ def use_of(place: str, name: str) -> str:
     having = [recipe for recipe, schema in SCHEMAS.items() if any(item.name == top for item in fields(schema))]
     recipe = having[0] if having else "pretrain"
     return f"{_EXAMPLES.get(recipe, recipe)} {as_typed(place, name)}"
+
+
+def check_model_path(path: str | Path) -> None:
+    """Refuse what cannot be a model: a path that does not exist, or a file. Asks no hub and imports no torch.
+
+    Raises:
+        UserError: naming what to give instead.
+    """
+    if hub.parse(path):
+        return
+    path = Path(path)
+    if not path.exists():
+        raise UserError(
+            explain_missing(path)
+            or f"There is no {path} (seen from {Path.cwd()}). Give a checkpoint, a model directory, a run directory or "
+            f"a model of the Hugging Face hub (OWNER/NAME).{where_it_belongs(str(path))}"
+        )
+    if hub.is_gguf(path):
+        raise UserError(f"{path} is a GGUF file. Convert it to a model directory: plmtune convert {path} OUT")
+    if not path.is_dir() and path.name not in ("latest", "best"):  # which name a checkpoint of their folder
+        raise UserError(f"{path} is not a directory. Give a checkpoint, a model directory or a run directory.")

@@ -68,30 +68,6 @@ def parse(text: str | Path) -> HubModel | None:
     return HubModel(found[1], found[2])
 
 
-def check_path(path: str | Path) -> None:
-    """Refuse what can be no model: a path that is not there, or a file. It asks no hub and imports nothing.
-
-    Raises:
-        UserError: naming what to give instead.
-    """
-    if parse(path):
-        return
-    path = Path(path)
-    if not path.exists():
-        from plmtune.config.names import where_it_belongs
-        from plmtune.io.run_summary import explain_missing
-
-        raise UserError(
-            explain_missing(path)
-            or f"There is no {path} (seen from {Path.cwd()}). Give a checkpoint, a model directory, a run directory or "
-            f"a model of the Hugging Face hub (OWNER/NAME).{where_it_belongs(str(path))}"
-        )
-    if is_gguf(path):
-        raise UserError(f"{path} is a GGUF file. Make a model directory of it: plmtune convert {path} OUT")
-    if not path.is_dir() and path.name not in ("latest", "best"):  # which name a checkpoint of their folder
-        raise UserError(f"{path} is not a directory. Give a checkpoint, a model directory or a run directory.")
-
-
 def is_gguf(path: Path) -> bool:
     """Whether a file is one of llama.cpp's, by its first bytes or, where it is empty or damaged, its name."""
     if not path.is_file() or path.suffix.lower() == ".gguf":

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from plmtune.config.names import check_model_path
 from plmtune.errors import Unreadable, UserError, unreadable
 from plmtune.io import hub, manifest, run_summary, terminal
 from plmtune.io.atomic import atomic_write
@@ -214,7 +215,7 @@ def find_checkpoint(path: str | Path, *, weights: bool = True) -> Path:
         return hub.fetch(named, weights=weights)
     path = hub.open_folder(Path(path))
     path = manifest.resolve_pointer(path)
-    hub.check_path(path)
+    check_model_path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a directory. Give a checkpoint, a model directory or a run directory.")
     if _exists(path / CONFIG) or _exists(path / ADAPTER_CONFIG):

@@ -73,7 +73,7 @@ class TestInspect:
         assert call("inspect", "bundled", "<|im_end|>", "--specials").output.splitlines()[1].startswith("1 ids")
 
     def test_a_directory_is_a_name_too(self, tmp_path: Path) -> None:
-        load_tokenizer(Path(__file__).parents[2] / "plmtune" / "data" / "assets").save(tmp_path)
+        load_tokenizer(Path(__file__).parents[2] / "plmtune" / "tokenizers" / "assets").save(tmp_path)
         assert "4,096 tokens" in call("inspect", tmp_path, "x").output
 
     def test_an_unknown_name_is_refused_with_the_known_ones(self) -> None:
