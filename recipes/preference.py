@@ -24,8 +24,8 @@ from plmtune.preference.comparison_batch import ComparisonBatch
 from plmtune.preference.comparisons import make_comparisons
 from plmtune.preference.metrics import Comparisons, PreferenceMetrics, answers, comparisons
 from plmtune.preference.reference_model import ReferenceModel
-from plmtune.preference.rounds.rounds import Write, check_rounds, open_rounds
-from plmtune.preference.rounds.writer import writer
+from plmtune.preference.rounds.rollout import Rollout, policy_rollout
+from plmtune.preference.rounds.rounds import check_rounds, open_rounds
 from plmtune.training import launcher, plans
 from plmtune.training.checkpoint import TrainerState
 from plmtune.training.finetune_model import FinetuneModel, load_init_model, setup_model
@@ -386,9 +386,9 @@ class Preference:
         monitor.message(f"stopped; resume with: plmtune resume {self.run.path}")
         return False
 
-    def _writer(self, monitor: RunMonitor) -> Write:
+    def _writer(self, monitor: RunMonitor) -> Rollout:
         """Let the model as it stands answer prompts."""
-        return writer(
+        return policy_rollout(
             self.model,
             self.tokenizer,
             self.template,

@@ -22,15 +22,13 @@ from plmtune.errors import UserError
 from plmtune.io import manifest
 from plmtune.io.untrusted import load_json
 from plmtune.preference.rounds import selection
-from plmtune.preference.rounds.chains import CHAINS, Chain, save_chains, write_prompts
+from plmtune.preference.rounds.chains import CHAINS, Chain, save_chains, save_prompts
 from plmtune.preference.rounds.rewards import Reward
+from plmtune.preference.rounds.rollout import Rollout
 from plmtune.preference.rounds.rules import Rule, find_rules
 from plmtune.registry import Component
 from plmtune.tokenizers.message import Message
 from plmtune.training.distributed import broadcast_from_rank0
-
-# (directory, prompts, number that decides the draws) -> chains, or None if the run is to stop
-Write = Callable[[Path, Sequence[Prompt], int], list[Chain] | None]
 
 EVALUATION = "evaluation"
 
@@ -84,7 +82,7 @@ class Rounds:
         first = (number - 1) * self.per_round
         return [self.prompts[(first + index) % len(self.prompts)] for index in range(self.per_round)]
 
-    def make_pairs(self, run: Path, number: int, write: Write, tell: Callable[[str], None]) -> bool:
+    def make_pairs(self, run: Path, number: int, rollout: Rollout, tell: Callable[[str], None]) -> bool:
         """Write, judge and choose, unless it is done; False if the run is to stop. Every rank calls it.
 
         Raises:
@@ -94,8 +92,8 @@ class Rounds:
         if broadcast_from_rank0((place / selection.PAIRS).is_file):
             return True
         prompts = self.prompts_of(number)
-        broadcast_from_rank0(lambda: write_prompts(place, prompts))
-        chains = write(place, prompts, number)
+        broadcast_from_rank0(lambda: save_prompts(place, prompts))
+        chains = rollout(place, prompts, number)
         if chains is None:
             return False
 
@@ -117,7 +115,9 @@ class Rounds:
         """The pairs of a round that `make_pairs` made."""
         return list(preferences((str(of(run, number) / selection.PAIRS),), shape="strings").pairs())
 
-    def evaluate(self, run: Path, number: int, write: Write, tell: Callable[[str], None]) -> dict[str, float] | None:
+    def evaluate(
+        self, run: Path, number: int, rollout: Rollout, tell: Callable[[str], None]
+    ) -> dict[str, float] | None:
         """Direct and refined rewards on held-out prompts after a round (0: before any); None if the run is to stop.
 
         Empty without a reward, held-out prompts, or answers to them. Every rank calls it.
@@ -130,7 +130,7 @@ class Rounds:
             when = f"after round {number}" if number else "before round 1"
             tell(f"evaluation {when}: {len(self.held_out):,} held-out prompts")
             # Their draws are the same after each round: what differs is the model.
-            chains = write(place, self.held_out, 0)
+            chains = rollout(place, self.held_out, 0)
             if chains is None:
                 return None
             text = json.dumps(selection.evaluate(self._judged(place, chains)), indent=1) + "\n"

@@ -18,8 +18,9 @@ from plmtune.data.rows import Refused
 from plmtune.errors import UserError
 from plmtune.io.atomic import atomic_write
 from plmtune.io.provenance import num_cores
-from plmtune.preference.rounds.chains import RHYTHM, Chain, Turn
+from plmtune.preference.rounds.chains import Chain, Turn
 from plmtune.preference.rounds.rewards import Reward
+from plmtune.preference.rounds.rollout import POLL_SECONDS
 from plmtune.preference.rounds.rules import Rule, tests_pass
 from plmtune.training import distributed
 
@@ -99,7 +100,7 @@ def _shared(chains: Sequence[Chain], work: Callable[[Sequence[Chain]], list[Any]
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(do)
         while distributed.any_rank(not future.done()):
-            wait([future], RHYTHM)
+            wait([future], POLL_SECONDS)
     parts = [json.loads(text) for text in distributed.gather_texts(json.dumps(future.result()))]
     for _, failure in parts:
         if failure:

@@ -179,7 +179,7 @@ class TestManyProcesses:
         assert all(len(pairs) == 7 and pairs == found[0] for pairs in found)
 
     def test_meanwhile_they_exchange_again_and_again(self, group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(selection, "RHYTHM", 0.0)
+        monkeypatch.setattr(selection, "POLL_SECONDS", 0.0)
         exchanges, enough = [0], threading.Event()
         gather = group.gather
 

@@ -1,0 +1,275 @@
+"""Rollouts of a round: the policy answers every prompt in turns.
+
+An answer depends on (seed, round, prompt, turn) alone, and is journaled as soon as it is complete. So a round that was
+killed resumes with the answers that it has, and ends with the same chains as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+
+from plmtune.config.schema import GenerationConfig
+from plmtune.data.order import key_of
+from plmtune.data.preferences import Prompt
+from plmtune.errors import UserError
+from plmtune.inference.batching import Answer, BatchedGenerator, Request
+from plmtune.inference.sampling import before_stop, encode_stops
+from plmtune.models.digest import model_digest
+from plmtune.modules.decoder import Decoder
+from plmtune.preference.refinement import Refinement
+from plmtune.preference.rounds.chains import CHAINS, Chain, read_chains, save_chains
+from plmtune.preference.rounds.journal import Answers, Journal, Turn
+from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.tokenizers.message import BadRow
+from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.training import distributed
+
+# (directory, prompts, number of the round) -> chains, or None if the run is to stop
+Rollout = Callable[[Path, Sequence[Prompt], int], list[Chain] | None]
+Progress = Callable[[int, int, float], None]  # (answers so far, answers of this process, tokens a second)
+
+POLL_SECONDS = 1.0  # between two exchanges with other processes, and two checks for a stop
+
+
+class RolloutEngine(Protocol):
+    """The part of `plmtune.inference.batching.BatchedGenerator` that a round uses."""
+
+    def submit(self, request: Request) -> None: ...
+
+    def run(self) -> Iterator[Answer]: ...
+
+
+def policy_rollout(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    refinement: Refinement,
+    settings: GenerationConfig,
+    *,
+    seed: int,
+    progress: Progress,
+    stop: Callable[[], bool],
+) -> Rollout:
+    """Return a function that answers prompts with the weights that `model` has when it is called.
+
+    Args:
+        progress, stop: see `generate_chains`.
+    """
+
+    def rollout(directory: Path, prompts: Sequence[Prompt], number: int) -> list[Chain] | None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        model.eval()
+        try:
+            torch.use_deterministic_algorithms(False)  # sampling has no deterministic kernel on a GPU
+            engine = BatchedGenerator(
+                model,
+                batch_size=settings.batch_size,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                min_p=settings.min_p,
+                repetition_penalty=settings.repetition_penalty,
+                end_ids={template.end_id, *tokenizer.end_ids},
+                num_tokens=tokenizer.num_tokens,
+                decode_bytes=tokenizer.decode_bytes,
+            )
+            return generate_chains(
+                directory,
+                prompts,
+                engine,
+                template,
+                refinement,
+                turns=settings.turns,
+                mode=settings.mode,
+                max_new_tokens=settings.max_new_tokens,
+                until=settings.stop_texts(),
+                max_len=model.max_seq_len,
+                seed=seed,
+                number=number,
+                model=model_digest(model),
+                progress=progress,
+                stop=stop,
+            )
+        except ValueError as error:
+            raise UserError(f"key generation: {error}") from error
+        finally:
+            model.train()
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+    return rollout
+
+
+def generate_chains(
+    directory: Path,
+    prompts: Sequence[Prompt],
+    engine: RolloutEngine,
+    template: ChatTemplate,
+    refinement: Refinement,
+    *,
+    turns: int,
+    mode: Literal["chain", "samples"],
+    max_new_tokens: int,
+    max_len: int,
+    seed: int,
+    number: int,
+    model: str,
+    until: Sequence[str] = (),
+    progress: Progress = lambda done, total, tokens_per_second: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[Chain] | None:
+    """Answer every prompt in turns, and save the chains as ``chains.jsonl`` in `directory`.
+
+    The settings are saved in ``settings.json``. Every process calls it with the same prompts and answers its share.
+
+    Args:
+        directory: of this round, the same for all processes. Answers that a killed call left there are reused.
+        engine: generates the answers; without requests.
+        turns: answers a prompt.
+        mode: "chain": each answer refines the one before; "samples": all are answers to the prompt itself.
+        max_len: most tokens of a prompt with its answer.
+        number: of the round; with `seed` it decides the samples.
+        model: digest of the weights; answers of other weights are refused.
+        until: an answer ends before the first of these texts.
+        progress: called after each answer.
+        stop: asked once a second, on every process at the same times; True ends the call.
+
+    Returns:
+        The chains in the order of the prompts, or None after `stop`.
+
+    Raises:
+        ValueError: for numbers out of their range.
+        UserError: if the directory's answers have other settings.
+    """
+    if turns < 1 or max_new_tokens < 1:
+        raise ValueError(f"turns and max_new_tokens must be at least 1, but are {turns} and {max_new_tokens}")
+    if max_new_tokens >= max_len:
+        raise ValueError(f"max_new_tokens ({max_new_tokens}) leaves no room for a prompt in {max_len} tokens")
+    settings = {
+        "model": model,
+        "template": template.fingerprint,
+        "refinement": refinement.source,
+        "prompts": f"{key_of(*(prompt.messages for prompt in prompts)):016x}",
+        "turns": turns,
+        "strategy": mode,  # the name of the first version, which saved settings have
+        "max_new_tokens": max_new_tokens,
+        "max_len": max_len,
+        "seed": seed,
+        "number": number,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    journal = Journal(directory, settings)
+    asked = _Requests(
+        prompts,
+        template,
+        refinement,
+        turns=turns,
+        chained=mode == "chain",
+        max_new_tokens=max_new_tokens,
+        max_prompt=max_len - max_new_tokens,
+        seeds=(seed, number),
+        until=tuple(until),
+    )
+    if not distributed.broadcast_from_rank0(journal.is_complete):
+        if not _generate(asked, journal, engine, progress, stop):
+            return None
+        if distributed.rank() == 0:
+            answers = journal.read()
+            journal.save_settings()
+            save_chains(directory / CHAINS, (asked.chain(index, answers) for index in range(len(prompts))))
+            journal.remove()
+        distributed.barrier()
+    return read_chains(directory / CHAINS)
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """The request for each (prompt, turn): a pure function of the answers before it."""
+
+    prompts: Sequence[Prompt]
+    template: ChatTemplate
+    refinement: Refinement
+    turns: int
+    chained: bool
+    max_new_tokens: int
+    max_prompt: int
+    seeds: tuple[int, int]
+    until: tuple[str, ...]
+
+    def due(self, index: int, answers: Answers, after: int = -1) -> list[Request | str]:
+        """The requests that are possible once turn `after` is answered (-1: all), or why one is impossible."""
+        missing = [turn for turn in range(self.turns) if (index, turn) not in answers]
+        if self.chained:
+            missing = missing[:1]  # the others depend on it
+        elif after >= 0:
+            missing = []  # all were requested at once
+        return [self._request(index, turn, answers) for turn in missing]
+
+    def _request(self, index: int, turn: int, answers: Answers) -> Request | str:
+        prompt = self.prompts[index].messages
+        try:
+            if turn == 0 or not self.chained:
+                ids = self.template.encode_prompt(prompt)
+            else:
+                earlier = answers[index, turn - 1].text
+                found = self.refinement.encode(self.template, prompt, earlier, max_len=self.max_prompt)
+                if found is None:
+                    return f"leaves no room in {self.max_prompt:,} tokens for an answer to refine"
+                ids = found[0]
+        except BadRow as error:
+            return str(error)
+        if len(ids) > self.max_prompt:
+            return f"has a prompt of more than {self.max_prompt:,} tokens"
+        seed = key_of(*self.seeds, index, turn) >> 1  # torch's generators take 63 bits
+        return Request(f"{index}/{turn}", ids.tolist(), self.max_new_tokens, seed, encode_stops(self.until))
+
+    def chain(self, index: int, answers: Answers) -> Chain:
+        """The prompt with its answers, once all possible ones exist."""
+        given = tuple(answers[index, turn] for turn in range(self.turns) if (index, turn) in answers)
+        reasons = [reason for reason in self.due(index, answers) if isinstance(reason, str)]
+        prompt = self.prompts[index]
+        return Chain(prompt.messages, given, prompt.place, prompt.extra, prompt.gold, reasons[0] if reasons else None)
+
+
+def _generate(
+    asked: _Requests, journal: Journal, engine: RolloutEngine, progress: Progress, stop: Callable[[], bool]
+) -> bool:
+    """Generate the answers that this process's journal lacks; True once all processes have finished."""
+    answers = journal.read()
+    mine = range(distributed.rank(), len(asked.prompts), distributed.world_size())
+    done = sum((index, turn) in answers for index in mine for turn in range(asked.turns))
+    distributed.barrier()  # another process must not append to a file while it is read
+    journal.open()
+
+    def submit(index: int, after: int = -1) -> None:
+        for request in asked.due(index, answers, after):
+            if isinstance(request, Request):
+                engine.submit(request)
+
+    for index in mine:
+        submit(index)
+    began = polled = time.monotonic()
+    tokens = 0
+    for answer in engine.run():
+        index, turn = map(int, answer.key.split("/"))
+        text = before_stop(asked.template.tokenizer.decode(answer.tokens), asked.until)
+        answers[index, turn] = Turn(text, answer.ended or answer.stopped)
+        journal.add(index, turn, answers[index, turn])
+        submit(index, after=turn)
+        now = time.monotonic()
+        done, tokens = done + 1, tokens + len(answer.tokens)
+        progress(done, len(mine) * asked.turns, tokens / max(now - began, 1e-9))
+        if now - polled >= POLL_SECONDS:
+            polled = now
+            distributed.any_rank(True)
+            if distributed.any_rank(stop()):
+                return False
+    while distributed.any_rank(False):
+        if distributed.any_rank(stop()):
+            return False
+    return True
