@@ -2,7 +2,7 @@
 
 import pytest
 
-from plmtune.cli.plan import _hours
+from plmtune.cli.plan_report import _hours
 from plmtune.units import show_count, show_duration, show_number
 
 
