@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import documented
 import pytest
@@ -10,10 +12,11 @@ import torch
 from documented import Code
 
 from plmtune.config.compose import build, compose
+from plmtune.losses.cross_entropy import cross_entropy
 from plmtune.models.hf import save_model
 from plmtune.tokenizers.tokenizer_files import bundled
 
-# The recipe of config.md runs in tests/cli/test_own_recipe.py; the loss of CONTRIBUTING.md is a sketch.
+# The recipe of config.md runs in tests/cli/test_own_recipe.py; CONTRIBUTING.md's loss is tested below.
 EXAMPLES = [block for block in documented.code("python") if block.page.name not in ("config.md", "CONTRIBUTING.md")]
 
 
@@ -36,6 +39,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_runs(place: Path, example: Code, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     exec(compile(example.text, example.page.name, "exec"), {"__name__": "example"})
+
+
+def test_the_loss_that_contributing_adds_is_cross_entropy_at_gamma_0() -> None:
+    text = textwrap.dedent(next(b.text for b in documented.code("python") if 'loss", "focal' in b.text))
+    defined: dict[str, Any] = {}
+    exec(text.replace('@register("loss", "focal")\n', ""), defined)
+    hidden, weight, targets = torch.randn(5, 4), torch.randn(7, 4), torch.tensor([1, 6, -100, 0, 3])
+    loss = defined["focal"](gamma=0.0)(hidden, weight, targets)
+    torch.testing.assert_close(loss, cross_entropy()(hidden, weight, targets))
 
 
 def test_every_page_with_python_is_among_them() -> None:
