@@ -31,7 +31,8 @@ def compare(results: tuple[Path, ...], out: Path | None, as_json: bool, all_task
     plmtune compare evaluations/a.json evaluations/b.json
     plmtune compare evaluations/ --out figure.png
     """
-    from plmtune.evaluation.results import HOW_TO_MAKE, load_all, table
+    from plmtune.evaluation.result_table import table
+    from plmtune.evaluation.results import HOW_TO_MAKE, load_all
 
     if not results:
         results = (Path("evaluations"),)

@@ -120,7 +120,7 @@ def evaluate(
     if needing := [name for name in wanted if tasks.needs_code(name)]:
         _allow_code(tasks, needing, allowed=unsafe_code, sandboxed=not no_sandbox)
 
-    from plmtune.evaluation import results
+    from plmtune.evaluation import result_table
     from plmtune.evaluation.evaluate import Settings, check_shares, evaluate_checkpoint, load_tasks
     from plmtune.models.checkpoint_files import checkpoint_directory
     from plmtune.training.distributed import broadcast_from_rank0, once_per_machine
@@ -153,7 +153,7 @@ def evaluate(
                         device=runtime.device,
                         dtype=find_dtype(dtype),
                         progress=functools.partial(_update, line, path),
-                        tell=tell,
+                        log=tell,
                     )
             except KeyboardInterrupt:
                 tell("interrupted; the same command resumes it")
@@ -161,7 +161,7 @@ def evaluate(
             measured.append(result)
             tell(f"result: {file}")
         if measured and runtime.is_main:
-            show(*results.table(measured, all_tasks=members))
+            show(*result_table.table(measured, all_tasks=members))
     if missing := sorted({name for result in measured for name in result["failed"]} | set(failed)):
         raise UserError(f"not measured, for the reasons above: {', '.join(missing)}.")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from plmtune.sandbox import DISK_BYTES, MEMORY_BYTES, Isolation, NoSandbox, Result, run_all, run_python
 
-# What the modules of lm-eval's tasks run when they are imported, to see whether code may be run.
+# lm-eval's task modules run this when they are imported, to check whether code may be run.
 _PROBE = ("def add(a,b): return a*b", "assert add(2, 3)==5")
 SECONDS = 5.0
 
@@ -37,15 +37,15 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 class CodeRunner:
     """Runs programs against their tests, as many at a time as there are cores.
 
-    A program and its tests that were run before are not run again.
+    A program with its tests runs only once.
     """
 
     def __init__(self, isolation: Isolation = "namespaces", seconds: float = SECONDS) -> None:
-        """Set how programs are run; nothing is run yet.
+        """Set how programs are run.
 
         Args:
             isolation: "limits" has no namespaces: see `protection`.
-            seconds: of the wall clock, for one program with its tests.
+            seconds: wall-clock limit of one program with its tests.
 
         Raises:
             ValueError: if seconds is not positive.
@@ -55,7 +55,7 @@ class CodeRunner:
         self.isolation: Isolation = isolation
         self.seconds = seconds
         self._known: dict[tuple[str, str], Result] = {
-            _PROBE: Result(False, 1, "", "AssertionError")  # no need to run it: 2 * 3 is not 5
+            _PROBE: Result(False, 1, "", "AssertionError")  # known without running: 2 * 3 is not 5
         }
 
     def compute(
@@ -64,12 +64,12 @@ class CodeRunner:
         predictions: Sequence[Sequence[str]],
         k: Sequence[int] = (1, 10, 100),
     ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
-        """Return ({"pass@k": mean over problems}, {problem: [(number of the program, what became of it)]}).
+        """Return ({"pass@k": mean over problems}, {problem: [(number of the program, its result)]}).
 
         Args:
             references: of each problem, the tests.
             predictions: of each problem, whole programs.
-            k: those that exceed a problem's number of programs are left out, as the metric does.
+            k: values above a problem's number of programs are left out, as in the original metric.
 
         Raises:
             ValueError: if there are not as many references as predictions, or a problem has no program.
@@ -114,10 +114,10 @@ class CodeRunner:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Let `evaluate.load("code_eval")` give this metric while it lasts; other names go where they went.
+        """Let `evaluate.load("code_eval")` return this metric inside the context; other names load as before.
 
-        Where the package is not imported yet, a module of its name stands in for it: its own import takes ten seconds,
-        and brings transformers along.
+        If the package is not imported yet, a module of its name replaces it: the real import takes ten seconds and
+        imports transformers.
         """
         before = sys.modules.get("evaluate")
         stand_in = types.ModuleType("evaluate")
@@ -149,12 +149,12 @@ class CodeRunner:
 
 
 def running_code(names: Sequence[str]) -> str:
-    """How a sentence on these tasks begins."""
+    """Return the beginning of a sentence about these tasks."""
     return f"{', '.join(names)} run{'s' if len(names) == 1 else ''} code that the model writes"
 
 
 def protection(isolation: Isolation, seconds: float = SECONDS) -> str:
-    """What stands between the programs and this machine, in lines for whoever is to consent."""
+    """Return lines that describe how programs are isolated from this machine, for the user's consent."""
     bounds = (
         f"Each program has {seconds:g} seconds, {MEMORY_BYTES // 2**20} MiB of memory a process, none of your "
         "environment, and limits of files, processes and threads."
@@ -177,7 +177,7 @@ def protection(isolation: Isolation, seconds: float = SECONDS) -> str:
 
 @functools.cache
 def missing() -> str | None:
-    """What this machine lacks to run programs apart from itself, None if nothing. Asked once."""
+    """Return what this machine lacks to isolate programs, None if nothing. It is tested once."""
     try:
         ended = run_python("x = 1", tests="assert x == 1")
     except NoSandbox as error:

@@ -1,9 +1,9 @@
-"""Whether one checkpoint is better than another: differences with their errors, paired where the questions agree.
+"""Comparison of results: differences with standard errors, paired if the questions are the same.
 
-Two results are paired document by document where both were asked the same (`doc_hash` and `prompt_hash` agree), which
-takes the difficulty of the questions out of the error. Right or wrong (0 and 1) is tested by McNemar's exact test,
-anything else by flipping the signs of the differences. Where the prompts differ only the scores are compared. All
-p-values of one comparison are corrected together by Holm's method (Scandinavian Journal of Statistics 6, 1979).
+Two results are paired document by document if both had the same prompt (`doc_hash` and `prompt_hash` agree), which
+removes the difficulty of the questions from the error. Scores of 0 and 1 are tested by McNemar's exact test, others by
+flipping the signs of the differences. If the prompts differ, only the scores are compared. All p-values of one
+comparison are corrected together by Holm's method (Scandinavian Journal of Statistics 6, 1979).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from plmtune.evaluation.results import Line, Score, direction, labels, lines, metric_label, score, show_number
+from plmtune.evaluation.result_table import Line, Score, direction, labels, lines, metric_label, score, show_number
 from plmtune.io.tables import Cell, Column, Table
 
 Result = Mapping[str, Any]
 Test = Literal["McNemar", "sign flips", "z"]
 
-Z_95 = 1.959963984540054  # of a normal distribution, 95% lie within so many standard deviations
+Z_95 = 1.959963984540054  # standard deviations that contain 95% of a normal distribution
 _FLIPS = 10_000
-_EXACT_FLIPS = 12  # so few documents that all 2^n flips are tried
-_CHUNK = 1 << 22  # signs drawn at a time
-# How near a score computed from the samples must be to the one reported, to be the same.
+_EXACT_FLIPS = 12  # up to so many documents all 2^n flips are tried
+_CHUNK = 1 << 22  # signs sampled at a time
+# Largest difference between a score that is computed from the samples and the reported one.
 _TOLERANCE = 1e-6
 
 
@@ -37,11 +37,11 @@ class Difference:
 
     Attributes:
         mean: over the shared documents if paired, else of the two scores.
-        stderr: None where lm-eval gives no error of the scores and the documents cannot be paired.
-        p: of so great a difference, either way, if there were none in truth; None as `stderr`.
-        corrected: `p` for all tests of the comparison together.
-        shared: documents that both were asked in the same words.
-        paired: whether these alone were compared.
+        stderr: None if lm-eval gives no errors of the scores and the documents cannot be paired.
+        p: two-sided p-value of no difference; None if `stderr` is.
+        corrected: `p` corrected for all tests of the comparison.
+        shared: documents with the same prompt in both.
+        paired: whether only these were compared.
         note: why they are not paired, or that only some are.
     """
 
@@ -80,7 +80,7 @@ def compare(results: Sequence[Result], *, all_tasks: bool = False) -> list[Row]:
 
 
 def table(rows: Sequence[Row], results: Sequence[Result]) -> list[Table | str]:
-    """The differences to the first result, a line each."""
+    """Return the differences to the first result, one a line."""
     names = labels(results)
     grid = Table(
         [
@@ -118,7 +118,7 @@ def show_p(p: float | None) -> str:
 
 
 def as_json(rows: Sequence[Row], files: Sequence[Path]) -> dict[str, Any]:
-    """The comparison for programs; `files` are the results' own, in their order."""
+    """Return the comparison as JSON values; `files` are those of the results."""
     return {
         "results": [str(file) for file in files],
         "rows": [
@@ -160,14 +160,14 @@ def _difference(first: Result, other: Result, line: Line) -> Difference | None:
 
 
 def _samples(result: Result, line: Line) -> dict[Hashable, Any]:
-    """What each document gave for a metric, of all tasks of a group; the key tells what the model was asked."""
+    """Return each document's value of a metric, for all tasks of a group, by task and prompt."""
     found: dict[Hashable, Any] = {}
     seen: Counter[Hashable] = Counter()
     for task in _leaves(result, line.task):
         for row in result["samples"].get(task, ()):
             if line.metric in row["metrics"]:
                 key = (task, row.get("doc_hash"), row.get("prompt_hash"))
-                found[(*key, seen[key])] = row["metrics"][line.metric]  # data sets hold some documents twice
+                found[(*key, seen[key])] = row["metrics"][line.metric]  # data sets contain some documents twice
                 seen[key] += 1
     return found
 
@@ -182,16 +182,16 @@ def _leaves(result: Result, name: str, depth: int = 0) -> list[str]:
 def _unpaired_because(a: Mapping[Hashable, Any], b: Mapping[Hashable, Any], shared: Sequence[Hashable]) -> str:
     if not a or not b:
         return "unpaired: a result has no samples"
-    # A few prompts that are alike by chance are no sample of the rest; those of a smaller limit are all of the smaller.
+    # A few prompts that are equal by chance are no sample of the rest.
     if len(shared) >= 2 and 2 * len(shared) >= min(len(a), len(b)):
         return ""
     if len(shared) >= 2:
-        return f"unpaired: only {len(shared)} documents were asked alike"
+        return f"unpaired: only {len(shared)} documents have the same prompt"
     same_documents = {key[:2] for key in a} & {key[:2] for key in b}  # type: ignore[index]
     return "unpaired: the prompts differ" if same_documents else "unpaired: the documents differ"
 
 
-# How a score comes of its samples, and how far each moves it: samples [n] or [n, 2] -> (score, influences [n]).
+# A score and the influence of each sample on it: samples [n] or [n, 2] -> (score, influences [n]).
 _Measure = Callable[[np.ndarray], tuple[float, np.ndarray]]
 
 
@@ -216,14 +216,14 @@ def _bits(x: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def _rate(x: np.ndarray) -> tuple[float, np.ndarray]:
-    """Of (log-probability, words or bytes) a document: the sum of the one over the sum of the other."""
+    """For (log-probability, words or bytes) a document: the ratio of the sums."""
     log_probs, weights = x[:, 0], x[:, 1]
     rate = float(log_probs.sum() / weights.sum())
     return rate, (log_probs - rate * weights) / weights.sum()
 
 
 def _measure(samples: Mapping[Hashable, Any], reported: float) -> _Measure | None:
-    """Which of lm-eval's aggregations gives the reported score: asked of the numbers, so that none is ever assumed."""
+    """Find lm-eval's aggregation that gives the reported score, by computing each."""
     try:
         x = np.array(list(samples.values()), dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -246,7 +246,7 @@ def _measure(samples: Mapping[Hashable, Any], reported: float) -> _Measure | Non
 
 
 def _paired(first: Sequence[Any], other: Sequence[Any], measure: _Measure) -> Difference | None:
-    """The difference over the same documents; None if their words or bytes differ."""
+    """Return the difference over the same documents; None if their words or bytes differ."""
     a, b = np.array(first, dtype=np.float64), np.array(other, dtype=np.float64)
     n = len(a)
     differences = b - a
@@ -260,7 +260,7 @@ def _paired(first: Sequence[Any], other: Sequence[Any], measure: _Measure) -> Di
         test: Test = "McNemar"
         p = mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
     else:
-        # The scores are monotone in the sums of their samples, so the sums can be tested in their place.
+        # The scores are monotone in the sums of their samples, so the sums are tested instead.
         test, p = "sign flips", sign_flips(differences)
     return Difference(value_b - value_a, stderr, p, n, True, test)
 
@@ -280,18 +280,15 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def sign_flips(differences: np.ndarray) -> float:
-    """The two-sided p-value of a paired permutation test: how often flipped signs give so great a sum.
+    """The two-sided p-value of a paired permutation test of differences [n]: the share of flips with as large a sum.
 
-    All flips of few documents are tried; of more, `_FLIPS` drawn by a fixed seed, the given one counted among them.
-
-    Args:
-        differences: [n].
+    For few documents all flips are tried, else `_FLIPS` with a fixed seed, and the given signs.
     """
     d = differences[differences != 0]
     n = len(d)
     if n == 0:
         return 1.0
-    # Sums that are equal but for the order of additions count as equal.
+    # Sums that differ only by the order of additions count as equal.
     least = abs(d.sum()) - 1e-9 * np.abs(d).sum()
     if n <= _EXACT_FLIPS:
         signs = 1 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)  # [2^n, n]

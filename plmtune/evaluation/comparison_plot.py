@@ -1,4 +1,4 @@
-"""One picture of a comparison: scores with their 95% intervals, and beside them the differences to the first result."""
+"""A picture of a comparison: scores with 95% intervals, and the differences to the first result beside them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 from plmtune.errors import UserError
 from plmtune.evaluation.comparison import Z_95, Row
-from plmtune.evaluation.results import labels, legend, metric_label
+from plmtune.evaluation.result_table import labels, legend, metric_label
 from plmtune.io.figures import finish, look, new_figure, widen
 
-_ROW_INCHES = 0.28  # of one more row, and as much again for each two results in it
+_ROW_INCHES = 0.28  # of a row, and again for each two results in it
 _MAX_ROWS = 60
 
 
 def draw(
     rows: Sequence[Row], results: Sequence[Mapping[str, Any]], path: Path, files: Sequence[Path] | None = None
 ) -> None:
-    """Draw a comparison into a PNG: shares of right answers above, perplexities and other scales below.
+    """Draw a comparison into a PNG: accuracies above, perplexities and other scales below.
 
     Args:
-        files: where the results were read from, if from files.
+        files: of the results, if any.
 
     Raises:
         UserError: if there is nothing to draw, too much of it, or the file cannot be written.
@@ -64,7 +64,7 @@ def draw(
 
 
 def _is_share(row: Row) -> bool:
-    """Whether a row's scores are shares between 0 and 1 of which more is better, which can lie on one axis."""
+    """Whether a row's scores are between 0 and 1 and higher is better, so that they fit on one axis."""
     values = [one.value for one in row.scores if one and one.value is not None]
     return row.higher_is_better is not False and all(0 <= value <= 1 for value in values)
 
@@ -80,7 +80,7 @@ def _draw_scores(panel: Any, rows: Sequence[Row], num: int) -> None:
             if shares:
                 low, high = min(reach, one.value), min(reach, 1 - one.value)
             elif one.value > 0:
-                low = min(reach, one.value * 0.9)  # on a logarithmic axis one that reaches 0 would have no end
+                low = min(reach, one.value * 0.9)  # a logarithmic axis has no 0
             panel.errorbar(one.value, _place(index, i, num), xerr=[[low], [high]], **_look(i))
     values = [one.value for row in rows for one in row.scores if one and one.value is not None]
     if not shares and min(values) > 0:
@@ -103,7 +103,7 @@ def _draw_differences(panel: Any, rows: Sequence[Row], names: Sequence[str]) -> 
             first = row.scores[0].value if row.scores[0] else None
             if not shares and not first:
                 continue
-            # Other scales have no unit in common, so each is a share of its first value.
+            # Other scales have no common unit, so each is relative to its first value.
             scale = 1.0 if shares else 100.0 / abs(first or 1.0)
             style = _look(i) | ({} if one.paired else {"markerfacecolor": "white"})
             low = high = Z_95 * one.stderr * scale
@@ -131,15 +131,9 @@ def _row_label(row: Row) -> str:
 
 
 def _place(index: int, i: int, num: int) -> float:
-    """The height of result `i` in row `index`: the first on top, as in the legend."""
+    """Return the height of result `i` in row `index`: the first on top, as in the legend."""
     return index + (i - (num - 1) / 2) * 0.7 / max(num, 2)
 
 
 def _look(i: int) -> dict[str, Any]:
-    return {
-        **look(i),
-        "markersize": 5,
-        "linestyle": "none",
-        "elinewidth": 1.3,
-        "capsize": 2,
-    }
+    return {**look(i), "markersize": 5, "linestyle": "none", "elinewidth": 1.3, "capsize": 2}

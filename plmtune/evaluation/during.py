@@ -1,4 +1,4 @@
-"""Tasks that are measured while a model is trained."""
+"""Evaluation on tasks during training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from plmtune.config.schema import EvaluationConfig
 from plmtune.errors import UserError
-from plmtune.evaluation import evaluate, results
+from plmtune.evaluation import evaluate, result_table, results
 from plmtune.evaluation.code_eval import CodeRunner, missing, running_code
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.local_data import LocalData
@@ -27,18 +27,18 @@ from plmtune.training.runtime import Runtime
 
 
 class _Stopped(BaseException):
-    """Asked to stop: no error of a task."""
+    """The run was asked to stop; not an error of a task."""
 
 
 class Evaluations:
-    """The tasks of `eval.tasks`, found before the training begins.
+    """The tasks of `eval.tasks`, loaded before training starts.
 
     Args:
-        cfg: the config's `eval`.
-        template: how a conversation is put, with `eval.chat`.
+        cfg: the section `eval`.
+        template: chat template, with `eval.chat`.
 
     Raises:
-        UserError: for tasks that there are not, or whose data cannot be had.
+        UserError: for unknown tasks, or data that is not available.
     """
 
     def __init__(self, cfg: EvaluationConfig, tokenizer: Tokenizer | None, *, template: str | None = None) -> None:
@@ -67,18 +67,18 @@ class Evaluations:
             raise UserError(f"key eval.tasks: {error}") from error
 
     def due(self, step: int, num_steps: int) -> bool:
-        """Whether the tasks are measured after `step`."""
+        """Whether to evaluate after `step`."""
         return step == num_steps or bool(self.every and step and step % self.every == 0)
 
     def measure(self, model: Decoder, runtime: Runtime, directory: Path, step: int, monitor: RunMonitor) -> bool:
-        """Measure the tasks, and log ``eval/TASK/METRIC``. Every rank must call it.
+        """Evaluate the tasks, and log ``eval/TASK/METRIC``. Collective: every rank must call it.
 
         Args:
-            directory: the run's. It gets the result, and meanwhile the answers so far of an interrupted evaluation.
-            monitor: shows the progress; asked whether to stop where there is one process.
+            directory: the run's; it gets the result and, after an interruption, the answers so far.
+            monitor: shows the progress; a single process also stops when it says so.
 
         Returns:
-            Whether all tasks are measured; False where a signal asks the run to stop.
+            Whether all tasks are measured; False if a signal asks the run to stop.
         """
         with monitor.paused():
             measured = self._measure(model, runtime, directory, step, monitor)
@@ -98,18 +98,16 @@ class Evaluations:
             if runtime.world_size == 1 and monitor.should_stop():
                 raise _Stopped
 
-        # Of weights in bf16 and of fp32 computed in bf16 the numbers differ.
+        # Results of bf16 weights differ from those of fp32 weights computed in bf16.
         digest = f"{model_digest(model)} {runtime.compute_dtype}"
         if known := distributed.broadcast_from_rank0(lambda: self._known(file, digest)):
             return dict(known)
         assert self.tokenizer is not None
         training = model.training
         model.eval()
-        # lm-eval seeds the generators that training draws from.
+        # lm-eval seeds the generators that training uses.
         with preserve_random_state(runtime.device), runtime.autocast():
-            torch.use_deterministic_algorithms(
-                False
-            )  # drawing has no deterministic kernel on a GPU, and trains nothing
+            torch.use_deterministic_algorithms(False)  # sampling has no deterministic kernel on a GPU
             try:
                 with ResultCache(pending) as cache:
                     lm = LanguageModel(
@@ -121,10 +119,10 @@ class Evaluations:
                         digest=digest,
                         progress=progress,
                         max_new_tokens=self.settings.max_new_tokens,
-                        tell=monitor.message,
+                        log=monitor.message,
                     )
                     about = {
-                        **evaluate.about(directory.name, directory, model, digest),
+                        **evaluate.describe_model(directory.name, directory, model, digest),
                         "step": step,
                         "run": str(directory),
                     }
@@ -136,7 +134,7 @@ class Evaluations:
                         about=about,
                         failed={},
                         file=file,
-                        tell=monitor.message,
+                        log=monitor.message,
                     )
             except _Stopped:
                 return None
@@ -150,22 +148,24 @@ class Evaluations:
         return values
 
     def unfinished(self, directory: Path, step: int, num_steps: int) -> bool:
-        """Whether the tasks were due after `step`, and the run in `directory` has no complete result of them."""
+        """Whether the tasks were due after `step`, and the run in `directory` has no complete result."""
         if not self.due(step, num_steps):
             return False
         done: bool = distributed.broadcast_from_rank0(lambda: bool(self._known(results.step_file(directory, step))))
         return not done
 
     def _known(self, file: Path, digest: str | None = None) -> dict[str, float]:
-        """The values of a whole result of these tasks; empty if there is none, or one of another model."""
+        """Return the values of a complete result of these tasks; empty if there is none, or one of another model."""
         if not file.is_file():
             return {}
         try:
             result = results.load(file)
-        except UserError:  # damaged: it is made again
+        except UserError:  # damaged: evaluate again
             return {}
-        alike = result["status"] == "complete" and result["settings"] == evaluate.described(self.settings, self.loaded)
-        return _values(result) if alike and digest in (None, result["model"]["digest"]) else {}
+        matches = result["status"] == "complete" and result["settings"] == evaluate.describe_settings(
+            self.settings, self.loaded
+        )
+        return _values(result) if matches and digest in (None, result["model"]["digest"]) else {}
 
 
 def _code_runner(names: list[str], *, allowed: bool) -> CodeRunner:
@@ -178,10 +178,10 @@ def _code_runner(names: list[str], *, allowed: bool) -> CodeRunner:
 
 
 def _values(result: dict[str, Any]) -> dict[str, float]:
-    """What is logged: of a group its own numbers, not those of each of its tasks."""
+    """Return the metrics to log: those of a group, not of each of its tasks."""
     values = {}
-    for line in results.lines([result]):
-        found = results.score(result, line)
+    for line in result_table.lines([result]):
+        found = result_table.score(result, line)
         if found is not None and found.value is not None:
             values[f"eval/{line.task}/{line.metric.removesuffix(',none')}"] = found.value
     return values

@@ -1,4 +1,4 @@
-"""What ``plmtune eval`` does: tasks over a checkpoint, with a result file that is written after each of them."""
+"""Evaluation of a checkpoint on tasks; the result file is written after each task."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lm_eval.api.model import LM
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 from plmtune.errors import UserError
-from plmtune.evaluation import results
+from plmtune.evaluation import lm_eval_output, results
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.model_facts import run_of
 from plmtune.evaluation.result_cache import ResultCache
@@ -36,25 +36,25 @@ from plmtune.training.state import seed_everything
 if TYPE_CHECKING:
     from plmtune.modules.decoder import Decoder
 
-# Draws of the bootstrap where a metric has no formula for its standard error; lm-eval's 100,000 take minutes.
+# Samples of the bootstrap for metrics without a formula for the standard error; lm-eval's 100,000 take minutes.
 _BOOTSTRAP = 1000
 
-Progress = Callable[[str, int, int], None]  # what is done, how many, of how many
-Tell = Callable[[str], None]
+Progress = Callable[[str, int, int], None]  # kind, number done, total
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """Settings of an evaluation.
 
     Attributes:
         limit: documents a task; None: all.
         num_fewshot: examples before each question; None: the task's own number.
         batch_size: rows that are generated together; None: by memory.
-        chat: put questions as messages, in the model's chat template.
-        chat_template: another than the tokenizer's own.
-        system: what the model is told first, in a chat.
-        max_new_tokens: longest answer that is generated; None: the task's own, as far as the model's context allows.
+        chat: ask questions as messages in the model's chat template.
+        chat_template: replaces the tokenizer's own.
+        system: the system message, with `chat`.
+        max_new_tokens: longest answer; None: the task's own, as far as the model's context allows.
     """
 
     limit: int | None = None
@@ -66,21 +66,21 @@ class Settings:
     max_new_tokens: int | None = None
 
 
-def described(settings: Settings, names: Iterable[str]) -> dict[str, Any]:
-    """What a result says of how it was made."""
-    said = asdict(settings)
-    if settings.max_new_tokens is None:  # as in results of earlier versions, which can be gone on with
-        del said["max_new_tokens"]
-    return {"tasks": list(names), **said}
+def describe_settings(settings: Settings, names: Iterable[str]) -> dict[str, Any]:
+    """Return the settings for a result."""
+    values = asdict(settings)
+    if settings.max_new_tokens is None:  # as in results of earlier versions, which can be resumed
+        del values["max_new_tokens"]
+    return {"tasks": list(names), **values}
 
 
 def load_tasks(
-    tasks: Tasks, names: Sequence[str], settings: Settings, tell: Tell
+    tasks: Tasks, names: Sequence[str], settings: Settings, log: Log
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Build each task with its data.
 
     Returns:
-        What `run_task` takes, by name, and why the others cannot be had.
+        Tasks for `run_task` by name, and the reasons why the others cannot be built.
     """
     loaded, failed = {}, {}
     for name in names:
@@ -88,7 +88,7 @@ def load_tasks(
             loaded[name] = tasks.load(name, num_fewshot=settings.num_fewshot)
         except UserError as error:
             failed[name] = str(error)
-            tell(f"{name}: {error}")
+            log(f"{name}: {error}")
     return loaded, failed
 
 
@@ -103,21 +103,21 @@ def evaluate_checkpoint(
     device: torch.device,
     dtype: torch.dtype | None,
     progress: Progress,
-    tell: Tell,
+    log: Log,
 ) -> tuple[dict[str, Any], Path]:
-    """Measure a checkpoint; the result so far is on the disk after each task.
+    """Evaluate a checkpoint; the result so far is written after each task.
 
     Args:
         path: a checkpoint, a model directory or a run.
-        loaded: what `load_tasks` returned.
-        out: the folder of results, and of the cache that an interrupted evaluation goes on from.
-        failed: tasks that cannot be measured, and why; kept in the result.
+        loaded: from `load_tasks`.
+        out: the folder of results and of the cache, from which an interrupted evaluation resumes.
+        failed: tasks that cannot be measured, with reasons, for the result.
 
     Returns:
         The result (see `plmtune.evaluation.results`), and its file.
 
     Raises:
-        UserError: if there is no such checkpoint, or no chat template where one is wanted.
+        UserError: if there is no such checkpoint, or no chat template although one is needed.
     """
     directory = checkpoint_directory(path)
     tokenizer = load_model_tokenizer(directory)
@@ -152,12 +152,12 @@ def evaluate_checkpoint(
             digest=digest,
             progress=progress,
             max_new_tokens=most,
-            tell=tell,
+            log=log,
         )
-        told = about(name, path, model, digest)
+        described = describe_model(name, path, model, digest)
         if place := run_of(directory):
-            told |= {"run": str(place[0]), "step": place[1]}
-        result = evaluate(lm, tasks, loaded, settings, about=told, failed=failed, file=file, tell=tell)
+            described |= {"run": str(place[0]), "step": place[1]}
+        result = evaluate(lm, tasks, loaded, settings, about=described, failed=failed, file=file, log=log)
     return result, file
 
 
@@ -170,15 +170,15 @@ def evaluate(
     about: Mapping[str, Any],
     failed: Mapping[str, str],
     file: Path,
-    tell: Tell,
+    log: Log,
 ) -> dict[str, Any]:
-    """Measure one task after the other, and write the result after each."""
+    """Evaluate one task after the other, and write the result after each."""
     result: dict[str, Any] = {
         "format": results.FORMAT,
         "version": results.VERSION,
         "status": "partial",
         "model": dict(about),
-        "settings": described(settings, [*loaded, *failed]),
+        "settings": describe_settings(settings, [*loaded, *failed]),
         "environment": results.environment(lm.device, lm.model.dtype),
         "git": git_state(),
         "started": now(),
@@ -194,24 +194,26 @@ def evaluate(
         start, cut = time.perf_counter(), lm.num_truncated
         try:
             raw = run_task(lm, tasks, task, settings)
-            measured = results.collect(raw) if raw else ({}, {}, {})
+            measured = lm_eval_output.collect(raw) if raw else ({}, {}, {})
         except MemoryError:
             raise
-        except Exception as error:  # a function of a task may raise anything; the other tasks, and a training, go on
+        except (
+            Exception
+        ) as error:  # a task's function may raise anything; the other tasks, and a training run, continue
             if lm.world_size > 1:  # the others wait for this one
                 raise
             result["failed"][name] = _in_words(error)
-            tell(f"{name}: {result['failed'][name]}")
+            log(f"{name}: {result['failed'][name]}")
             measured = {}, {}, {}
         seconds = time.perf_counter() - start
         truncated = sum(lm.gather_object(lm.num_truncated - cut) or ())
         if truncated:
-            tell(f"{name}: {truncated:,} requests were longer than the model's context and lost their beginning")
+            log(f"{name}: {truncated:,} requests were longer than the model's context and lost their beginning")
         built = _flat(tasks, task)["tasks"]
         for inner, entry in measured[0].items():
             entry["data"] = _data(tasks, inner, built[inner])
         for entry in (*measured[0].values(), *measured[1].values()):
-            # Those of a group are measured together: what they took is the group's.
+            # Tasks of a group are measured together: the time is the group's.
             alone = len(measured[0]) == 1 or entry is measured[1].get(name)
             entry |= {"seconds": round(seconds, 2) if alone else None, "truncated": truncated if alone else None}
         for key, part in zip(("tasks", "groups", "samples"), measured, strict=True):
@@ -228,11 +230,7 @@ def _show(progress: Progress, name: str, kind: str, done: int, total: int) -> No
 
 
 def check_shares(tasks: Tasks, loaded: Mapping[str, Any], limit: int | None) -> None:
-    """Refuse tasks with fewer documents than processes: one without any would leave the others waiting.
-
-    Raises:
-        UserError: on every rank alike.
-    """
+    """Raise UserError, on every rank, for tasks with fewer documents than processes, which would wait for ever."""
     world_size = distributed.world_size()
     for task in loaded.values() if world_size > 1 else ():
         for name, each in _flat(tasks, task)["tasks"].items():
@@ -245,21 +243,21 @@ def check_shares(tasks: Tasks, loaded: Mapping[str, Any], limit: int | None) -> 
 
 
 def run_task(lm: LM, tasks: Tasks, task: Any, settings: Settings) -> Any:
-    """What lm-eval's `simple_evaluate` would return of a task (a group, a tag); None on ranks but the first.
+    """Return the output of lm-eval's `simple_evaluate` for a task, group or tag; None on ranks other than 0.
 
-    What that does besides, looking at the machine, takes 10 seconds.
+    `simple_evaluate` itself also inspects the machine, which takes 10 seconds.
     """
     loaded = _flat(tasks, task)
     for each in loaded["tasks"].values():
         own = each.get_config("num_fewshot")
-        if settings.num_fewshot is not None and own != 0:  # 0: the task is made for none
+        if settings.num_fewshot is not None and own != 0:  # 0: the task allows none
             each.set_config("num_fewshot", settings.num_fewshot)
         elif own is None:
             each.set_config("num_fewshot", 0)
         each.set_fewshot_seed(DEFAULT_OTHER_SEED)
     seed_everything(DEFAULT_OTHER_SEED)
     random.seed(DEFAULT_RANDOM_SEED)
-    os.environ["DISABLE_MULTIPROC"] = "1"  # to draw for a standard error it would fork this process, model and all
+    os.environ["DISABLE_MULTIPROC"] = "1"  # the bootstrap would fork this process with the model
     with quiet():
         return lm_eval.evaluator.evaluate(
             lm,
@@ -269,25 +267,25 @@ def run_task(lm: LM, tasks: Tasks, task: Any, settings: Settings) -> Any:
             system_instruction=settings.system,
             apply_chat_template=settings.chat,
             fewshot_as_multiturn=True,
-            confirm_run_unsafe_code=True,  # who may run code was asked before the task was loaded
+            confirm_run_unsafe_code=True,  # permission was checked before the task was loaded
         )
 
 
 def _flat(tasks: Tasks, task: Any) -> Any:
-    """A task, a group or the tasks of a tag as lm-eval runs them: each task by its name, and the groups."""
+    """Return a task, a group or the tasks of a tag in lm-eval's form: tasks by name, and groups."""
     return tasks.manager.load(list(task) if isinstance(task, list) else [task])
 
 
 def _in_words(error: Exception) -> str:
-    """What an error says; of one that is not meant for people also its kind and place."""
+    """Return the message of an error; with kind and place unless it is a UserError."""
     if isinstance(error, UserError):
         return str(error)
     *_, last = traceback.extract_tb(error.__traceback__)
     return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
 
 
-def about(name: str, path: str | Path, model: Decoder, digest: str) -> dict[str, Any]:
-    """What a result says of its model; step and run are for the caller."""
+def describe_model(name: str, path: str | Path, model: Decoder, digest: str) -> dict[str, Any]:
+    """Return the description of a model for a result; the caller sets step and run."""
     return {
         "name": name,
         "path": str(path),
@@ -300,7 +298,7 @@ def about(name: str, path: str | Path, model: Decoder, digest: str) -> dict[str,
 
 
 def _data(tasks: Tasks, name: str, task: Any) -> str:
-    """Where a task's documents came from."""
+    """Return the origin of a task's documents."""
     if tasks.data is not None and (files := tasks.data.describe(name)):
         return f"{files} ({tasks.data.fingerprint(name)})"
     kwargs = task.get_config("dataset_kwargs") or {}
@@ -312,7 +310,7 @@ def _data(tasks: Tasks, name: str, task: Any) -> str:
 
 
 def _name(directory: Path) -> str:
-    """What a checkpoint is called in tables and file names: pretrain-20261121-101500-step500, or its folder."""
+    """Return a checkpoint's name for tables and files: pretrain-20261121-101500-step500, or its folder."""
     place = run_of(directory)
     if place is None:
         return name_of(directory)

@@ -1,4 +1,4 @@
-"""A model of ours as lm-eval's language model: its requests become ids here, and what comes back is kept."""
+"""A plmtune model as lm-eval's language model: requests are encoded, and results are cached."""
 
 from __future__ import annotations
 
@@ -28,40 +28,39 @@ from plmtune.tokenizers.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from plmtune.modules.decoder import Decoder
 
-# Part of every key: another number where the arithmetic, or what a kept value holds, has changed.
+# Part of every key of the cache: increased when the arithmetic or the cached values change.
 VERSION = 1
-# What lm-eval's `hf` does where a task does not say: the longest answer, and transformers' own cut of a draw.
+# Defaults of lm-eval's `hf`: the longest answer, and transformers' top_k.
 _MAX_NEW_TOKENS = 256
 _TOP_K = 50
-# Settings of transformers' generate at which they change nothing.
+# Settings of transformers' generate without effect.
 _IDLE = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
-# Requests that are encoded at once: enough for all cores, few enough that their texts are not all held as ids.
+# Requests that are encoded at once: enough for all cores, few enough for the memory.
 _ENCODED_AT_ONCE = 1024
-# Ends what is to be gone on with, as in transformers: a template that trims its messages takes the space off.
+# Marks the end of a message to continue, as in transformers; a template that trims messages removes the space.
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 class LanguageModel(TemplateLM):
-    """What lm-eval asks of a model, over `Scorer` and `Writer`.
+    """lm-eval's interface to a model, over `Scorer` and `Writer`.
 
-    Prompts are made of ids as by lm-eval's `hf`, the text of special tokens standing for the tokens. Each batch that is
-    done is in the cache before the next begins, and a request that is there is not computed again. Under torchrun each
-    rank has its own, and lm-eval gives it its share of the documents.
+    Prompts are encoded as by lm-eval's `hf`, including special tokens in the text. Each finished batch is in the cache
+    before the next starts, and cached requests are not computed again. Under torchrun each rank has its own instance,
+    and lm-eval gives it its share of the documents.
 
     Attributes:
         num_known: requests that the cache answered.
-        num_truncated: requests that lost their beginning, being longer than the model's context.
+        num_truncated: requests longer than the model's context, which lost their beginning.
 
     Args:
-        model: the model, in evaluation mode, the same on every rank.
-        batch_size: rows that go through the model together; None: by memory.
-        template: how a conversation is put; None where tasks are plain text.
-        cache: None: nothing is kept.
-        digest: names the weights and their arithmetic in the cache's keys.
-        progress: told the kind of request, how many are done and of how many, after each batch.
-        max_new_tokens: longest answer, whatever a task asks for; None: what the task asks for, as far as the model's
-            context allows, half of which is left to the question.
-        tell: told once for each task and length that its answers are shortened for want of context.
+        model: in evaluation mode, equal on every rank.
+        batch_size: rows in a forward; None: by memory.
+        template: chat template; None: tasks are plain text.
+        cache: None: results are not cached.
+        digest: identifies the weights and their arithmetic in the cache's keys.
+        progress: called with the kind of request, the number done and the total after each batch.
+        max_new_tokens: longest answer; None: as the task asks, up to half of the model's context.
+        log: called once for each task and length whose answers are shortened to fit the context.
 
     Raises:
         ValueError: for a cache without a digest.
@@ -80,7 +79,7 @@ class LanguageModel(TemplateLM):
         digest: str = "",
         progress: Callable[[str, int, int], None] = lambda kind, done, total: None,
         max_new_tokens: int | None = None,
-        tell: Callable[[str], None] = lambda text: None,
+        log: Callable[[str], None] = lambda text: None,
     ) -> None:
         super().__init__()
         if cache is not None and not digest:
@@ -90,7 +89,7 @@ class LanguageModel(TemplateLM):
                 f"max_new_tokens ({max_new_tokens}) must be at least 1 and below the model's context "
                 f"({model.max_seq_len}), which holds the question, too"
             )
-        self.max_new_tokens, self.tell = max_new_tokens, tell
+        self.max_new_tokens, self.log = max_new_tokens, log
         self._shortened: set[tuple[str, int]] = set()
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.template, self.cache, self.progress = batch_size, template, cache, progress
@@ -100,11 +99,11 @@ class LanguageModel(TemplateLM):
         self._scorer = Scorer(model)
         ends = () if template is None else (template.end_id,)
         self._writer = Writer(model, tokenizer, batch_size=batch_size, end_ids=ends)
-        # Weights alone do not say how positions are turned, nor how long a context is, nor what adds up the sums.
+        # The weights do not determine RoPE, the length of the context, or the order of sums.
         self._base = key(digest, self._device.type, model.config, tokenizer.fingerprint, VERSION).hex()
         self._encoded: dict[str, list[int]] = {}
 
-    # What lm-eval reads of a model.
+    # What lm-eval reads.
 
     @property
     def eot_token_id(self) -> int:
@@ -112,7 +111,7 @@ class LanguageModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it."""
+        """The context of a text without one."""
         return self.tokenizer.start_id
 
     @property
@@ -137,7 +136,7 @@ class LanguageModel(TemplateLM):
         return dist.get_world_size() if _is_distributed() else 1
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Return the tensors of all ranks, one behind the other."""
+        """Return the tensors of all ranks, concatenated."""
         if self.world_size == 1:
             return tensor
         held = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -159,20 +158,20 @@ class LanguageModel(TemplateLM):
     # Texts to ids.
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the ids of a text, with the token before it where the tokenizer puts one and it is not there yet."""
+        """Return the ids of a text, with bos if the tokenizer adds it and it is not there yet."""
         ids = self._encoded.get(string)
         if ids is None:
             ids = self.tokenizer.encode(string, specials=True)
         return ids if add_special_tokens is False else self.tokenizer.with_bos(ids)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Put a conversation, as transformers' apply_chat_template.
+        """Return the text of a conversation, as transformers' apply_chat_template.
 
         Args:
-            add_generation_prompt: end where the model begins to write; else go on with the last message.
+            add_generation_prompt: end with the generation prompt; else the model continues the last message.
 
         Raises:
-            UserError: if the template refuses it, also without what the system says.
+            UserError: if the template refuses it, even without the system message.
         """
         if self.template is None:
             raise UserError("The model has no chat template, so that questions cannot be put as messages.")
@@ -182,7 +181,7 @@ class LanguageModel(TemplateLM):
         except BadRow as error:
             rest = [message for message in messages if message.role != "system"]
             try:
-                return self._render(rest, add_generation_prompt)  # as `hf` does: some templates know no system
+                return self._render(rest, add_generation_prompt)  # as `hf` does: some templates have no system role
             except BadRow:
                 raise UserError(f"{self.template.where} cannot put a question: the conversation {error}.") from error
 
@@ -198,7 +197,7 @@ class LanguageModel(TemplateLM):
         return text[:at] if text.startswith(_TAG, at) else text[:at].rstrip()
 
     def _encode_ahead(self, texts: Iterable[tuple[str, int]]) -> None:
-        """Encode texts, each with a place to cut it, on all cores, and what several begin with once."""
+        """Encode texts, each with a place to cut it, on all cores; common beginnings are encoded once."""
         cut = {text: (text[:at], text[at:]) for text, at in texts}
         parts = list(dict.fromkeys(part for pair in cut.values() for part in pair))
         encoded = self.tokenizer.encode_batch(parts, specials=True)
@@ -208,11 +207,11 @@ class LanguageModel(TemplateLM):
     # The three kinds of requests.
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Return for each (context, continuation) its log-probability, and whether greedy decoding would write it."""
+        """Return for each (context, continuation) its log-probability, and whether greedy decoding gives it."""
         items: list[Item] = []
         for start in range(0, len(requests), _ENCODED_AT_ONCE):
             pairs = [request.args for request in requests[start : start + _ENCODED_AT_ONCE]]
-            # What `_encode_pair` will ask for, and where it may be cut.
+            # The texts that `_encode_pair` encodes, and where they may be cut.
             cuts = [(context.rstrip(), self.tokenizer.last_cut(context.rstrip())) for context, _ in pairs]
             self._encode_ahead(
                 (text, cut)
@@ -224,13 +223,13 @@ class LanguageModel(TemplateLM):
         return self._score("loglikelihood", items, requests)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Return the log-probability of each text, every token predicted once, in windows of the model's length."""
+        """Return the log-probability of each text, every token predicted once, in windows of the model's context."""
         windows: list[Item] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
             (text,) = request.args
             ids = self.tok_encode(text, add_special_tokens=False)
-            # lm-eval's `hf` puts bos before a text and once more before its first window.
+            # lm-eval's `hf` puts bos before a text and again before its first window.
             ids = ids[1:] if self.tokenizer.adds_bos and ids[:1] == [self.prefix_token_id] else ids
             cut = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
             windows += [Item(*make_disjoint_window(window)) for window in cut]
@@ -242,7 +241,7 @@ class LanguageModel(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Return what the model writes after each context, up to the first of the request's stop texts."""
+        """Return the answer to each context, up to the first of the request's stop texts."""
         prompts: list[Prompt] = []
         keys: list[bytes] = []
         seen: Counter[Hashable] = Counter()
@@ -257,7 +256,7 @@ class LanguageModel(TemplateLM):
                 self.num_truncated += len(tokens) > room
                 tokens = tokens[-room:]
                 held = key(self._base, "generate_until", _hash(tokens), options, sorted(self._writer.end_ids))
-                # Drawn answers to one question differ, and are the same in the next run.
+                # Sampled answers to one question differ, and are reproducible.
                 drawn = options["temperature"] > 0
                 seed = int.from_bytes(key(held.hex(), seen[held])[:6]) if drawn else 0
                 seen[held] += 1
@@ -282,7 +281,7 @@ class LanguageModel(TemplateLM):
         return self._score("loglikelihood", [Item(context, answer) for _, context, answer in requests], [])
 
     def _item(self, context: str, continuation: str) -> Item:
-        """The ids of a pair, as lm-eval's `TemplateLM` makes them."""
+        """Return the ids of a pair, as lm-eval's `TemplateLM` encodes it."""
         first = self.prefix_token_id
         if context:
             before, ids = self._encode_pair(context, continuation)
@@ -291,7 +290,7 @@ class LanguageModel(TemplateLM):
         return Item(ids[:1], ids[1:]) if ids[:1] == [first] else Item([first], ids)
 
     def _score(self, kind: str, items: Sequence[Item], requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Score items; `requests` are whose they are, for messages."""
+        """Score items of `requests`, which messages name."""
 
         def place(index: int) -> str:
             return _place(requests[index] if requests else None, index)
@@ -307,7 +306,7 @@ class LanguageModel(TemplateLM):
         firsts, found = self._known(keys)
         order = list(firsts)
         if self.batch_size is not None:
-            # So many of the longest rows: what they take is what `hf` takes for so many.
+            # `batch_size` of the longest rows, so that the memory is that of `hf`.
             longest = max((len(item.context) + len(item.continuation) for item in items), default=1)
             self._scorer.token_budget = self.batch_size * min(longest, self.max_length)
         known = {number for number, held in enumerate(order) if held in found}
@@ -321,7 +320,7 @@ class LanguageModel(TemplateLM):
         return [(found[held][0], found[held][1]) for held in keys]
 
     def _known(self, keys: Sequence[bytes]) -> tuple[dict[bytes, int], dict[bytes, Any]]:
-        """Return where each key stands first, and what the cache holds of them."""
+        """Return the first index of each key, and the cached values."""
         firsts: dict[bytes, int] = {}
         for index, held in enumerate(keys):
             firsts.setdefault(held, index)
@@ -335,20 +334,20 @@ class LanguageModel(TemplateLM):
         found.update(values)
 
     def _length(self, asked: int, task: str) -> int:
-        """Return how long an answer may be."""
+        """Return the longest answer for a task that asks for `asked` tokens."""
         most = self.max_new_tokens or self.max_length // 2
         if asked <= most:
             return asked
         if self.max_new_tokens is None and (task, asked) not in self._shortened:
             self._shortened.add((task, asked))
-            self.tell(
+            self.log(
                 f"{task}: its answers may have {asked:,} tokens, and the model's context has {self.max_length:,}. They "
                 f"are cut at {most:,}; the other {self.max_length - most:,} are for the question (--max-new-tokens)"
             )
         return most
 
     def _options(self, settings: Mapping[str, Any], place: str, task: str) -> dict[str, Any]:
-        """Return how an answer is to be written: what `Prompt` takes but its tokens and seed, as JSON holds it."""
+        """Return the arguments of `Prompt` except its tokens and seed, as JSON values."""
         try:
             given: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), _MAX_NEW_TOKENS))
             until = handle_stop_sequences(given.pop("until"), eos=self.tokenizer.eos)
@@ -356,10 +355,12 @@ class LanguageModel(TemplateLM):
                 raise TypeError(f"until must be texts, not {until[:-1]}")
             length, drawn = given.pop("max_gen_toks"), given.pop("do_sample")
             temperature = float(given.pop("temperature", 0.0))
-            top_k, top_p = given.pop("top_k", _TOP_K), given.pop("top_p", None)
-            top_k, top_p = (int(top_k) or None) if top_k is not None else None, None if top_p is None else float(top_p)
-            min_p, penalty = given.pop("min_p", None), given.pop("repetition_penalty", None)
-            min_p, penalty = None if min_p is None else float(min_p), 1.0 if penalty is None else float(penalty)
+            top_k = int(given.pop("top_k", _TOP_K) or 0) or None
+            top_p, min_p, penalty = (
+                None if (value := given.pop(name, None)) is None else float(value)
+                for name in ("top_p", "min_p", "repetition_penalty")
+            )
+            penalty = 1.0 if penalty is None else penalty
             check_sampling(temperature, top_k, top_p, min_p, penalty)
         except (TypeError, ValueError) as error:
             raise UserError(f"{place}: generation_kwargs {dict(settings)} are impossible: {error}.") from error
@@ -376,19 +377,16 @@ class LanguageModel(TemplateLM):
         length = self._length(length, task)
         if not drawn:
             temperature, top_k, top_p, min_p = 0.0, None, None, None
-        # Settings that change nothing stay out, so that answers which earlier versions kept are found.
-        more = {"min_p": min_p} if min_p else {}
-        return (
-            more
-            | ({"repetition_penalty": penalty} if penalty != 1 else {})
-            | {
-                "max_new_tokens": length,
-                "until": [text for text in until if text],
-                "temperature": temperature,
-                "top_k": top_k,
-                "top_p": top_p,
-            }
-        )
+        # Settings without effect are left out, so that cached answers of earlier versions are found.
+        return {
+            **({"min_p": min_p} if min_p else {}),
+            **({"repetition_penalty": penalty} if penalty != 1 else {}),
+            "max_new_tokens": length,
+            "until": [text for text in until if text],
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        }
 
 
 def _is_distributed() -> bool:
@@ -401,7 +399,7 @@ def _hash(ids: Sequence[int]) -> str:
 
 
 def _place(request: Instance | None, index: int) -> str:
-    """Whose request it is, for a person."""
+    """Return the task and document of a request, for a person."""
     if request is None or request.task_name is None:
         return f"Request {index}"
     return f"Task {request.task_name}, document {request.doc_id}"

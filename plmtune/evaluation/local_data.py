@@ -1,4 +1,4 @@
-"""Data of tasks from files, where there is no hub: a map says which file is which split (docs/evaluation_data.md)."""
+"""Data of tasks from files instead of the hub: a map assigns files to splits (docs/evaluation_data.md)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MAP_NAME = "tasks.yaml"
 _BUILTIN = Path(__file__).with_name("known_files.yaml")
-_NEAR = 0.8  # of names that are for the most part alike by themselves: mmlu_anatomy, mmlu_astronomy
+_NEAR = 0.8  # high, since names are similar: mmlu_anatomy, mmlu_astronomy
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 _KEYS = ("file", "columns", "names", "where", "join")
 _JOIN_KEYS = ("file", "names")
@@ -34,7 +34,7 @@ _JOIN_KEYS = ("file", "names")
 
 @dataclass(frozen=True)
 class _Joined:
-    """A file whose rows stand beside those of another."""
+    """A file whose columns are joined to those of another, row by row."""
 
     file: str
     names: tuple[str, ...] | None
@@ -42,7 +42,7 @@ class _Joined:
 
 @dataclass(frozen=True)
 class _Split:
-    """What the map says of one split."""
+    """A split in the map."""
 
     files: tuple[str, ...]
     columns: dict[str, str] | None
@@ -53,14 +53,14 @@ class _Split:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A task as the map has it: each split with where it is, None where none of its files is there."""
+    """A task in the map: each split with its place, None if none of its files exists."""
 
     splits: dict[str, tuple[_Split, Place | None]]
-    filled: dict[str, str]  # what the placeholder stands for
+    filled: dict[str, str]  # values of placeholders
 
 
 class LocalData:
-    """Files that stand in for the hub's data sets.
+    """Files that replace the hub's data sets.
 
     Attributes:
         where: the map's file.
@@ -72,17 +72,13 @@ class LocalData:
         self._folder = folder
         self._members: dict[Path, frozenset[str]] = {}
         self._places: dict[tuple[str, str], list[str]] = {}
-        # The one with most text of its own first: mmlu_{subject}_generative before mmlu_{subject}.
+        # The pattern with most literal text first: mmlu_{subject}_generative before mmlu_{subject}.
         patterns = [key for key in tasks if _PLACEHOLDER.search(key)]
         self._patterns = sorted(patterns, key=lambda key: (-len(_PLACEHOLDER.sub("", key)), key))
 
     @classmethod
     def open(cls, path: Path) -> LocalData:
-        """Read a map: a YAML file, or a folder with tasks.yaml, or a folder with files of usual names.
-
-        Raises:
-            UserError: if there is none, or it is wrong.
-        """
+        """Read a map: a YAML file, a folder with tasks.yaml, or a folder with files of usual names."""
         if path.is_dir():
             own = path / MAP_NAME
             return cls(_read_map(own if own.is_file() else _BUILTIN), path, own if own.is_file() else _BUILTIN)
@@ -98,18 +94,18 @@ class LocalData:
         return cls(_read_map(path), path.parent, path)
 
     def splits(self, task: str) -> tuple[str, ...]:
-        """Name the splits of a task that are at hand; none for a task that is not in the map."""
+        """Return the splits of a task whose files exist; none for a task that is not in the map."""
         entry = self._find(task)
         return () if entry is None else tuple(name for name, (_, place) in entry.splits.items() if place is not None)
 
     def nearest(self, task: str) -> str:
-        """Say which entry of a person's map may be meant for a task that has none; empty where none is near."""
+        """Suggest an entry of a user's map for a task without one; empty if no name is similar."""
         entries = self._tasks if self.where != _BUILTIN else {}
         near = difflib.get_close_matches(task, entries, n=1, cutoff=_NEAR) if self._match(task) is None else []
         return f"{self.where} has no entry for {task}; it has {near[0]}. Did you mean that?" if near else ""
 
     def check(self, task: str) -> None:
-        """Raise UserError if the map names a file for just this task, and it is not there."""
+        """Raise UserError if the user's map names a file for this task that does not exist."""
         entry = self._find(task) if self._meant(task) else None
         for name, (split, place) in entry.splits.items() if entry is not None else ():
             if place is None and entry is not None:
@@ -119,7 +115,7 @@ class LocalData:
                 raise UserError(f"{self.where} names {files} for {task}/{name}: it is not there")
 
     def absent(self, task: str) -> list[str]:
-        """Files that would serve a task if they were in the folder."""
+        """Return files that would give a task its data if they were in the folder."""
         entry = self._match(task)
         return [split.files[0] for split, place in entry.splits.values() if place is None] if entry is not None else []
 
@@ -127,8 +123,8 @@ class LocalData:
         """Read splits of a task.
 
         Args:
-            task: its name in lm-eval, of a single task.
-            splits: those wanted; those that the map lacks are left out.
+            task: the name of a single task in lm-eval.
+            splits: those that the map lacks are left out.
 
         Returns:
             The rows of each split, None if the map does not have the task.
@@ -147,7 +143,7 @@ class LocalData:
         }
 
     def describe(self, task: str) -> str:
-        """Say in a line where the data of a task come from."""
+        """Describe the origin of a task's data in one line."""
         entry = self._find(task)
         if entry is None:
             return ""
@@ -158,12 +154,12 @@ class LocalData:
         )
 
     def place(self, task: str, split: str, index: int) -> str:
-        """Say where a row of a split that `dataset` has read stands; empty where that is not known."""
+        """Return the place of a row of a split that `dataset` has read; empty if unknown."""
         places = self._places.get((task, split), [])
         return places[index] if index < len(places) else ""
 
     def fingerprint(self, task: str) -> str:
-        """Hash what the files of a task hold, and how the map reads them."""
+        """Hash the files of a task, and how the map reads them."""
         entry = self._find(task)
         if entry is None:
             return ""
@@ -187,7 +183,7 @@ class LocalData:
         return entry if any(place is not None for _, place in entry.splits.values()) else None
 
     def _meant(self, task: str) -> bool:
-        """What a person wrote for one task has to be there; the built-in map, and patterns, serve what is."""
+        """Whether the files must exist: those that a user names for one task, unlike patterns and the builtin map."""
         return task in self._tasks and self.where != _BUILTIN
 
     def _match(self, task: str) -> _Entry | None:
@@ -284,47 +280,49 @@ def _split(path: Path, key: str, value: Any, placeholders: list[str]) -> _Split:
         value = {"file": value}
     if not isinstance(value, dict) or "file" not in value:
         raise UserError(f"{path}, key {key}: give a file, or a mapping with file, columns and names, not {value!r}")
-    for unknown in value.keys() - set(_KEYS):
-        raise UserError(f"{path}, key {key}.{unknown}: unknown.{did_you_mean(str(unknown), _KEYS)}")
+    _check_keys(path, key, value, _KEYS)
     files = [value["file"]] if isinstance(value["file"], str) else value["file"]
-    columns, names = value.get("columns"), value.get("names")
+    columns = value.get("columns")
     if not isinstance(files, list) or not files or not all(isinstance(file, str) for file in files):
         raise UserError(f"{path}, key {key}.file: a file or a list of files, not {files!r}")
     texts = [text for pair in columns.items() for text in pair] if isinstance(columns, dict) else []
     if columns is not None and not (texts and all(isinstance(text, str) for text in texts)):
         raise UserError(f"{path}, key {key}.columns: each column with an expression, such as text: question, in quotes")
-    if names is not None and not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-        raise UserError(f"{path}, key {key}.names: a list of the names of a CSV file's columns, not {names!r}")
-    join = _joined(path, key, value.get("join"))
+    names, join = _names(path, key, value), _joined(path, key, value.get("join"))
     for file in [*files, *(one.file for one in join)]:
         for name in _PLACEHOLDER.findall(file):
             if name not in placeholders:
                 raise UserError(f"{path}, key {key}.file: {file} has a placeholder {{{name}}} that its task has not")
-    for column, text in (columns or {}).items():
-        try:
-            compiled(text)
-        except (TemplateError, TemplateLimit) as error:
-            raise UserError(f"{path}, key {key}.columns.{column}: {text!r} is no expression: {error}") from error
     where = value.get("where")
-    values = (
-        [one for held in where.values() for one in (held if isinstance(held, list) else [held])]
-        if (isinstance(where, dict))
-        else []
-    )
-    if where is not None and not (
-        (isinstance(where, dict) and values and all(isinstance(one, str | int | float | bool) for one in values))
-        or (isinstance(where, str) and where.strip())
-    ):
+    expressions = {f"columns.{column}": text for column, text in (columns or {}).items()}
+    if isinstance(where, dict):
+        values = [one for held in where.values() for one in (held if isinstance(held, list) else [held])]
+        usable = bool(values) and all(isinstance(one, str | int | float | bool) for one in values)
+    else:
+        usable = where is None or (isinstance(where, str) and bool(where.strip()))
+    if not usable:
         raise UserError(
             f"{path}, key {key}.where: columns with the values of rows to keep, such as {{split: test}}, or an "
             f"expression, such as \"split == 'test'\", not {where!r}"
         )
-    if isinstance(where, str):
+    for name, text in (expressions | ({"where": where} if isinstance(where, str) else {})).items():
         try:
-            compiled(where)
+            compiled(text)
         except (TemplateError, TemplateLimit) as error:
-            raise UserError(f"{path}, key {key}.where: {where!r} is no expression: {error}") from error
-    return _Split(tuple(files), columns, tuple(names) if names is not None else None, where, join)
+            raise UserError(f"{path}, key {key}.{name}: {text!r} is no expression: {error}") from error
+    return _Split(tuple(files), columns, names, where, join)
+
+
+def _check_keys(path: Path, key: str, given: dict[str, Any], known: tuple[str, ...]) -> None:
+    for unknown in given.keys() - set(known):
+        raise UserError(f"{path}, key {key}.{unknown}: unknown.{did_you_mean(str(unknown), known)}")
+
+
+def _names(path: Path, key: str, given: dict[str, Any]) -> tuple[str, ...] | None:
+    names = given.get("names")
+    if names is not None and not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{path}, key {key}.names: a list of names of columns, not {names!r}")
+    return None if names is None else tuple(names)
 
 
 def _joined(path: Path, key: str, value: Any) -> tuple[_Joined, ...]:
@@ -336,10 +334,6 @@ def _joined(path: Path, key: str, value: Any) -> tuple[_Joined, ...]:
                 f"{path}, key {key}.join: a file whose rows stand beside these, such as labels.lst, or a mapping with "
                 f"file and names, not {one!r}"
             )
-        for unknown in held.keys() - set(_JOIN_KEYS):
-            raise UserError(f"{path}, key {key}.join.{unknown}: unknown.{did_you_mean(str(unknown), _JOIN_KEYS)}")
-        names = held.get("names")
-        if names is not None and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
-            raise UserError(f"{path}, key {key}.join.names: a list of names of columns, not {names!r}")
-        made.append(_Joined(held["file"], tuple(names) if names is not None else None))
+        _check_keys(path, f"{key}.join", held, _JOIN_KEYS)
+        made.append(_Joined(held["file"], _names(path, f"{key}.join", held)))
     return tuple(made)

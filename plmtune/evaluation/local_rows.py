@@ -1,4 +1,4 @@
-"""Rows of files, each with its place: read, joined, filtered, and made into the columns that a task reads."""
+"""Rows of local files, each with its place: reading, joining, filtering, and computing a task's columns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from plmtune.tokenizers.message import BadRow
 from plmtune.tokenizers.template_limits import TemplateLimit
 from plmtune.tokenizers.template_sandbox import Sandbox
 
-Row = tuple[str, dict[str, Any]]  # where it stands, for a person, and its fields
+Row = tuple[str, dict[str, Any]]  # its place, for a person, and its fields
 Where = str | dict[str, Any]
 CHUNK = 1 << 20
 _MOST_BYTES = 2 << 30  # unpacked; all rows of a split are held in memory
@@ -50,17 +50,17 @@ def rows_of(place: Place, names: Sequence[str] | None) -> Iterator[Row]:
     """Read the rows of a file.
 
     Args:
-        names: of the columns of a CSV or TSV file without a line of names, or of a file with a value a line.
+        names: of the columns of a CSV or TSV file without a header, or of a file with a value a line.
 
     Raises:
-        UserError: for what is no row, with its place.
+        UserError: for a bad row, with its place.
     """
     if place.member is None:
         if place.path.stat().st_size > _MOST_BYTES:
             raise UserError(f"{place} has more than the {_MOST_BYTES:,} bytes that the data of a task can have")
         yield from _read(place.path, str(place), names)
         return
-    # The readers take files: so a file in a zip lies in a folder of its own for as long as it is read.
+    # The readers need files, so a file in a zip is extracted to a temporary folder.
     with tempfile.TemporaryDirectory(prefix="plmtune-") as folder, opened(place) as packed:
         unpacked = Path(folder) / Path(place.member).name
         with unpacked.open("wb") as file:
@@ -102,14 +102,14 @@ def _table(path: Path, shown: str, names: Sequence[str] | None) -> Iterator[Row]
             if value.strip():
                 yield f"line {number}", {names[0]: value}
         return
-    # Line ends inside of quotes are read as Python reads text, whichever system wrote them.
+    # Line ends inside quotes are normalized as Python does in text files.
     lines = csv.reader(io.StringIO(text, newline=None), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     header = list(names) if names is not None else None
-    begin = 1  # of a row, which may go over several lines
+    begin = 1  # of a row, which may span several lines
     try:
         for row in lines:
             line, begin = begin, lines.line_num + 1
-            if not row:  # an empty line, which is no row for any reader of CSV
+            if not row:  # an empty line is no row
                 continue
             if header is None:
                 header = row
@@ -124,7 +124,7 @@ def _table(path: Path, shown: str, names: Sequence[str] | None) -> Iterator[Row]
 
 
 def joined(rows: Iterator[Row], other: Iterator[Row], where: str, beside: str) -> Iterator[Row]:
-    """Put the columns of another file's rows beside those of a file, row by row.
+    """Join the columns of two files row by row.
 
     Args:
         where, beside: the files, for messages.
@@ -150,9 +150,9 @@ def joined(rows: Iterator[Row], other: Iterator[Row], where: str, beside: str) -
 
 
 def filtered(rows: Iterator[Row], keep: Where, filled: Mapping[str, str], where: str) -> Iterator[Row]:
-    """Return the rows that the map keeps: those with certain values in columns, or for which an expression is true.
+    """Yield the rows with the values of `keep` in columns, or for which the expression `keep` is true.
 
-    The number of a row, from 1, is row_number.
+    row_number is the number of a row, from 1.
 
     Raises:
         UserError: if a row lacks a column, or no row is left.
@@ -163,7 +163,7 @@ def filtered(rows: Iterator[Row], keep: Where, filled: Mapping[str, str], where:
         number += 1
         known = {"row_number": number, **filled, **row}
         if isinstance(keep, str):
-            kept_here = bool(_evaluated(keep, known, where, f"{place}: where ({keep}) cannot be told"))
+            kept_here = bool(_evaluated(keep, known, where, f"{place}: where ({keep}) cannot be computed"))
         else:
             for column in keep.keys() - known.keys():
                 raise UserError(f"{where}, {place} has no {column}, which where names. It has {', '.join(row)}")
@@ -179,7 +179,7 @@ def filtered(rows: Iterator[Row], keep: Where, filled: Mapping[str, str], where:
 
 
 def _is_one_of(have: Any, wanted: Any) -> bool:
-    """Whether a field has a value of the map, or one of a list; CSV files have texts alone."""
+    """Whether a field equals a value of the map, or one of a list; fields of CSV files are texts."""
     for value in wanted if isinstance(wanted, list) else [wanted]:
         if (have == value and isinstance(have, bool) == isinstance(value, bool)) or (
             isinstance(have, str) and not isinstance(value, str) and have.strip().lower() == json.dumps(value)
@@ -189,7 +189,7 @@ def _is_one_of(have: Any, wanted: Any) -> bool:
 
 
 def plain(rows: Iterator[Row], where: str) -> Iterator[Row]:
-    """Return rows as they are, which have to have the same columns: a table has no room for others."""
+    """Yield rows unchanged; all must have the columns of the first, since they become a table."""
     first: dict[str, Any] | None = None
     for place, row in rows:
         first = row if first is None else first
@@ -206,7 +206,7 @@ def plain(rows: Iterator[Row], where: str) -> Iterator[Row]:
 def with_columns(
     rows: Iterator[Row], columns: Mapping[str, str], filled: Mapping[str, str], where: str
 ) -> Iterator[Row]:
-    """Return rows with the columns of the map, computed from the file's."""
+    """Yield rows with the columns of the map, computed from those of the file."""
     for place, row in rows:
         known = {**filled, **row}
         yield (
@@ -224,15 +224,15 @@ def _evaluated(text: str, known: dict[str, Any], where: str, what: str) -> Any:
     _sandbox().restart(length=sum(len(value) for value in known.values() if isinstance(value, str)))
     try:
         return _value(compiled(text)(known))
-    except Exception as error:  # a person's expression meets a row: whatever Python says of the two
+    except Exception as error:  # an expression may raise anything
         kind = "" if isinstance(error, TemplateError | TemplateLimit) else f"{type(error).__name__}: "
         raise UserError(f"{where}, {what}: {kind}{error}. The row has {', '.join(known)}") from error
 
 
 def _value(value: Any) -> Any:
     if isinstance(value, StrictUndefined):
-        return str(value)  # raises, and says what is undefined
-    return list(value) if isinstance(value, Iterator) else value  # filters such as map give iterators
+        return str(value)  # raises, and names the undefined value
+    return list(value) if isinstance(value, Iterator) else value  # filters such as map return iterators
 
 
 @functools.cache
@@ -244,17 +244,12 @@ def _sandbox() -> Sandbox:
 
 @functools.cache
 def compiled(text: str) -> TemplateExpression:
-    """Return an expression of the map, ready to be computed.
-
-    Raises:
-        TemplateError: if it is none.
-    """
+    """Compile an expression of the map; TemplateError if it is none."""
     _sandbox().restart()
     return _sandbox().compile_expression(text, undefined_to_none=False)
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """Open a zip file."""
     try:
         return zipfile.ZipFile(path)
     except PermissionError as error:
@@ -265,7 +260,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 @contextmanager
 def opened(place: Place) -> Iterator[BinaryIO]:
-    """A file's bytes, out of a zip where it lies in one."""
+    """Open a file, or a file in a zip, for reading bytes."""
     if place.member is None:
         with place.path.open("rb") as file:
             yield file

@@ -1,4 +1,4 @@
-"""Text of others in Markdown: it stays where it is put, and links lead to https pages that we name."""
+"""Untrusted text in Markdown: it cannot leave its place, and links lead only to pages of the hub."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from plmtune.io.terminal import visible
 
 HUB = "https://huggingface.co"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
-# Marks that turn the direction of writing show a name as another one.
+# Marks of writing direction can disguise a name.
 _TURNS = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-# A backslash that would escape what follows, code, emphasis, tables; _ within a word is none.
+# An escaping backslash, code, emphasis, tables; _ within a word has no meaning.
 _SIGNS = re.compile(r"\\(?=[!-/:-@\[-`{-~])|[`*~|]|(?<!\w)_|_(?!\w)|(?<=\])[(\[:]")
 
 
@@ -27,20 +27,20 @@ def _one_line(value: Any) -> str:
 
 
 def escape(value: Any) -> Markdown:
-    """Return text that a reader sees as it is, and that cannot leave its place."""
+    """Escape text so that it is shown as it is."""
     if isinstance(value, Markdown):
         return value
     return Markdown(_SIGNS.sub(r"\\\g<0>", _one_line(value)).replace("<", "&lt;"))
 
 
 def code(value: Any) -> Markdown:
-    """Return text as code, for a cell of a table too; as plain text where code cannot hold it."""
+    """Return text as code, also for cells of tables; as plain text if code cannot contain it."""
     text = _one_line(value)
     return escape(value) if not text or set(text) & {"`", "|"} or "](" in text else Markdown(f"`{text}`")
 
 
 def hub_link(name: Any, revision: Any = None, *, dataset: bool = False) -> Markdown | None:
-    """Return a link to a model or a dataset of the Hugging Face hub; None where `name` can be none of its names."""
+    """Return a link to a model or a dataset of the Hugging Face hub; None if `name` is no valid name."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
         return None
     page = f"{HUB}/{'datasets/' if dataset else ''}{name}"

@@ -1,4 +1,4 @@
-"""What the files of a run or a model directory say of a model, for its card."""
+"""Facts for a model card from the files of a run or a model directory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Weights:
-    """What the headers of a directory's weight files say."""
+    """Facts from the headers of weight files."""
 
     parameters: int
     dtypes: list[str]
@@ -37,7 +37,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left behind, as far as the checkpoint: `entries` are the lines of metrics.jsonl up to `step`."""
+    """A run up to a checkpoint: `entries` are the lines of metrics.jsonl up to `step`."""
 
     path: Path
     config: dict[str, Any]
@@ -47,12 +47,12 @@ class Run:
     last_step: int
 
     def latest(self, key: str) -> int | float | None:
-        """The newest value of a metric."""
+        """Return the latest value of a metric."""
         return next((entry[key] for entry in reversed(self.entries) if isinstance(entry.get(key), int | float)), None)
 
 
 def run_of(directory: Path) -> tuple[Path, int] | None:
-    """The run that a checkpoint belongs to, if any, and its step."""
+    """Return the run of a checkpoint, if any, and its step."""
     directory = directory.resolve()  # runs/NAME/latest is a link to a run
     run, step = directory.parent.parent, re.fullmatch(r"step-(\d+)", directory.name)
     if directory.parent.name != "checkpoints" or not step or not (run / CONFIG).is_file():
@@ -61,7 +61,7 @@ def run_of(directory: Path) -> tuple[Path, int] | None:
 
 
 def read_run(directory: Path) -> Run | None:
-    """The run that a checkpoint belongs to, if any.
+    """Return the run of a checkpoint, if any.
 
     Raises:
         UserError: if its config was changed or damaged.
@@ -88,23 +88,23 @@ def _logged(path: Path, config: Any) -> list[dict[str, Any]]:
     if path.exists():
         return metrics.read(path)
     if isinstance(config, dict) and config.get("recipe") != "quantize":
-        _log.warning("%s is missing: what the run logged is not known", path)
+        _log.warning("%s is missing: the metrics of the run are unknown", path)
     return []
 
 
 def is_of(model: Mapping[str, Any], directory: Path, run: Run | None) -> bool:
-    """Whether a result is of a checkpoint: of the same run and step, or folder, or else of the very same weights.
+    """Whether a result is of a checkpoint: of the same run and step, or folder, or else of equal weights.
 
     Args:
-        model: what the result says of its model.
-        run: that of `directory`, if any.
+        model: the section `model` of the result.
+        run: of `directory`, if any.
     """
     if run is not None or model.get("run"):
         place = (Path(model["run"]).resolve(), model.get("step")) if model.get("run") else None
         here = place is not None and run is not None and place == (run.path.resolve(), run.step)
     else:
         here = bool(model.get("path")) and Path(model["path"]).resolve() == directory.resolve()
-    # A folder may have been moved or copied. The weights are read only then.
+    # A folder may have been moved or copied; only then the weights are read.
     return here or _has_weights(model, directory)
 
 
@@ -114,13 +114,15 @@ def _has_weights(model: Mapping[str, Any], directory: Path) -> bool:
         return False
     try:
         digest = model_digest(load_model(directory, "cpu", dtype))
-    except (UserError, MemoryError):  # it cannot be told
+    except (UserError, MemoryError):  # unknown
         return False
-    return digest == str(model["digest"]).partition(" ")[0]  # that of a training says how it computed, too
+    return (
+        digest == str(model["digest"]).partition(" ")[0]
+    )  # in training the dtype of the computation follows the digest
 
 
 def read_weights(directory: Path) -> Weights:
-    """Count what the weight files hold, from their headers alone.
+    """Read the headers of the weight files.
 
     Raises:
         UserError: if there are none, or they are damaged.
@@ -134,7 +136,7 @@ def read_weights(directory: Path) -> Weights:
                 header = opened.get_slice(tensor)
                 kind = header.get_dtype()
                 dtypes.add(kind)
-                # Of a quantized matrix the integers count, two to a byte of 4 bits; its scales and zeros do not.
+                # A quantized matrix counts its integers, two in a byte for 4 bits, not its scales and zeros.
                 if not tensor.endswith((".scales", ".zeros")):
                     parameters += prod(header.get_shape()) * (2 if kind == "U8" else 1)
     size = sum(path.stat().st_size for path in set(locations.values()))
@@ -142,7 +144,7 @@ def read_weights(directory: Path) -> Weights:
 
 
 def base_of(directory: Path, run: Run | None) -> str | None:
-    """What the model was trained from, as the files name it."""
+    """Return the init checkpoint or base model that the files name."""
     named = run.config.get("init_from") if run else None
     if named is None and adapters.holds_adapters(directory):
         named = checkpoint_files.read_json(directory, checkpoint_files.ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -150,7 +152,7 @@ def base_of(directory: Path, run: Run | None) -> str | None:
 
 
 def family_of(directory: Path) -> str:
-    """The model_type of config.json, as "plm" or "llama"; nothing of adapters."""
+    """Return model_type of config.json, such as "plm" or "llama"; empty for adapters."""
     if adapters.holds_adapters(directory):
         return ""
     return str(checkpoint_files.read_json(directory, checkpoint_files.CONFIG).get("model_type") or "")

@@ -1,10 +1,10 @@
-"""Perplexity: how well a model predicts text, document by document."""
+"""Perplexity of a model on documents."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 from plmtune.evaluation.scoring import Item, NotFinite, Scorer
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from plmtune.modules.decoder import Decoder
     from plmtune.tokenizers.tokenizer import Tokenizer
 
-# Characters whose documents are scored together: enough that batches are even, few enough to be at hand soon.
+# Characters of documents that are scored together: enough for even batches, few enough for quick progress.
 _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What predicting some text cost.
+    """Sums over documents.
 
     Attributes:
-        nats: summed -log p of the text's tokens, each given those before it in its document.
-        tokens: of the text; neither the token that a document starts from nor its end is counted.
+        nats: -log p of the tokens, each given those before it in its document.
+        tokens: of the text, without the start token and the end of a document.
         bytes: of the text in UTF-8.
-        documents: with text in them.
+        documents: that contain text.
     """
 
     nats: float = 0.0
@@ -34,12 +34,7 @@ class Perplexity:
     documents: int = 0
 
     def __add__(self, other: Perplexity) -> Perplexity:
-        return Perplexity(
-            self.nats + other.nats,
-            self.tokens + other.tokens,
-            self.bytes + other.bytes,
-            self.documents + other.documents,
-        )
+        return Perplexity(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def loss(self) -> float:
@@ -48,12 +43,12 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); it compares models of one tokenizer alone."""
+        """exp(loss); comparable between models with one tokenizer."""
         return math.exp(self.loss) if not self.loss > 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """Compares models of any tokenizers."""
+        """Comparable between models with any tokenizers."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
 
@@ -69,16 +64,16 @@ def perplexity(
 ) -> Perplexity:
     """Score every token of every document once.
 
-    A document starts from bos where the tokenizer adds it, else from the eos that training puts between documents. One
-    longer than `window` is read in windows that each score `stride` more tokens, so that any but the first tokens of a
-    document have at least window - stride before them; the last window reaches back as far as it can. With stride =
-    window that is lm-eval's rolling log-likelihood.
+    A document starts with bos if the tokenizer adds it, else with the eos that separates documents in training. A
+    document longer than `window` is read in windows that each score `stride` more tokens, so that all but its first
+    tokens have at least window - stride tokens before them; the last window reaches back as far as possible. With
+    stride = window this is lm-eval's rolling log-likelihood.
 
     Args:
         window: tokens that the model reads at once; None: its max_seq_len.
-        stride: tokens that a window scores; None: window, each token read once.
+        stride: tokens that a window scores; None: window, each token is read once.
         scorer: of this model; None: a new one.
-        progress: is told what has been scored so far, a batch at a time.
+        progress: called with the sums so far after each batch.
 
     Raises:
         ValueError: for an impossible window or stride, a vocabulary larger than the model's, or an output of the model
@@ -94,12 +89,12 @@ def perplexity(
     total = Perplexity()
     for block in _blocks(documents):
         items: list[Item] = []
-        places: list[tuple[int, int]] = []  # of each item: its document in the block, the first of its tokens
+        origins: list[tuple[int, int]] = []  # of each item: its document in the block, the first of its tokens
         held = [ids.tolist() for ids in tokenizer.encode_batch(block)]
         for number, ids in enumerate(held):
             for first, item in windows(ids, start, window, stride):
                 items.append(item)
-                places.append((number, first))
+                origins.append((number, first))
         seen = total
         try:
             for batch in scorer.score(items):
@@ -108,7 +103,7 @@ def perplexity(
                 if progress is not None:
                     progress(seen)
         except NotFinite as error:
-            number, first = places[error.index]
+            number, first = origins[error.index]
             last = first + len(items[error.index].continuation) - 1
             raise ValueError(
                 f"document {total.documents + number + 1:,}, tokens {first:,} to {last:,}: the model's output is not a "
@@ -121,7 +116,7 @@ def perplexity(
 
 
 def windows(ids: list[int], start: int, window: int, stride: int) -> Iterator[tuple[int, Item]]:
-    """Yield what is scored of one document: the place of its first token in `ids`, the context and the tokens."""
+    """Yield the windows of one document: the index of the first scored token in `ids`, context and scored tokens."""
     text = [start, *ids]
     done = min(window, len(ids))
     if ids:
@@ -133,7 +128,7 @@ def windows(ids: list[int], start: int, window: int, stride: int) -> Iterator[tu
 
 
 def check_windows(max_seq_len: int, window: int, stride: int) -> None:
-    """Raise ValueError where windows are longer than the model, or would leave tokens out."""
+    """Raise ValueError if windows are longer than the model's context, or would leave tokens out."""
     if not 1 <= window <= max_seq_len:
         raise ValueError(f"window ({window}) must be at least 1 and at most the model's max_seq_len ({max_seq_len})")
     if not 1 <= stride <= window:

@@ -1,7 +1,7 @@
-"""Texts that begin alike, arranged so that what they share is computed once.
+"""Arranges texts in batches so that common prefixes are computed once.
 
-A question and its continuations lie in one row as a tree, under a mask; what many rows begin with (few-shot examples)
-is a stem, computed apart, that they attend to.
+A question and its continuations are one row, as a tree with a mask; the common prefix of many rows (few-shot examples)
+is computed separately, and they attend to it.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
-# Tokens of a row besides those that all its items share: what one branch computes of scores with another is wasted.
+# Tokens of a row that not all its items share: attention scores between branches are wasted.
 _BRANCHES = 256
-# A shorter stem is left to the rows.
-_SHORTEST_STEM = 32
-# Of a stem each row holds keys and values only, about a quarter of what a token's own activations take.
-_STEM_SHARE = 4
+# A shorter prefix is not shared between rows.
+_SHORTEST_PREFIX = 32
+# Of a prefix each row holds only keys and values, about a quarter of the memory of activations.
+_PREFIX_SHARE = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """What goes into the model for one or several items: context and continuation without the last token.
+    """The model's input for one or several items: context and continuation without the last token.
 
     tokens: ids, [n].
     items: their numbers.
-    fixed: tokens before the first place that predicts something for any of them.
+    fixed: tokens before the first position whose prediction any of them needs.
     """
 
     tokens: Ids
@@ -39,12 +39,12 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows that one forward computes: each is several texts in lexical order that lie in it as a tree.
+    """Rows of one forward; each is a tree of texts in lexical order.
 
-    stem: tokens that all texts begin with and that are computed apart, [p]; often none.
+    prefix: common prefix of all texts that is computed separately, [p]; often empty.
     """
 
-    stem: Ids
+    prefix: Ids
     rows: tuple[tuple[Text, ...], ...]
 
 
@@ -53,9 +53,9 @@ def plan(texts: Sequence[Text], *, token_budget: int, token_cost: int, forward_c
 
     Args:
         texts: distinct, in lexical order.
-        token_budget: of rows x tokens of the longest, where a stem counts for a quarter. One row may exceed it.
-        token_cost: scores of attention that could be computed in the time of one token's linear layers.
-        forward_cost: tokens that could be computed in the time that a forward takes besides.
+        token_budget: of rows x tokens of the longest; a prefix counts a quarter. A single row may exceed it.
+        token_cost: time of one token's linear layers, in attention scores.
+        forward_cost: fixed time of a forward, in tokens.
     """
     rows = _rows(texts, token_cost)
     roots = [_root(row) for row in rows]
@@ -63,10 +63,10 @@ def plan(texts: Sequence[Text], *, token_budget: int, token_cost: int, forward_c
         min(count_shared(above[-1].tokens, below[0].tokens), *sizes)
         for (above, below), sizes in zip(pairwise(rows), pairwise(roots), strict=True)
     ]
-    stems = _stems(links, forward_cost)
-    groups = [(rows[first:end], depth) for first, end, depth in stems]
+    prefixes = _choose_prefixes(links, forward_cost)
+    groups = [(rows[first:end], depth) for first, end, depth in prefixes]
     alone = np.ones(len(rows), dtype=np.bool_)
-    for first, end, _ in stems:
+    for first, end, _ in prefixes:
         alone[first:end] = False
     groups.append(([row for row, is_alone in zip(rows, alone, strict=True) if is_alone], 0))
     batches: list[tuple[int, Batch]] = []
@@ -75,22 +75,22 @@ def plan(texts: Sequence[Text], *, token_budget: int, token_cost: int, forward_c
         order = sorted(range(len(group)), key=lambda number: -sizes[number])
         while order:
             longest = sizes[order[0]]
-            # Another forward is better than padding that takes longer.
+            # Another forward is better than padding that costs more.
             padding = np.cumsum([longest - sizes[number] for number in order])
-            count = min(token_budget // (longest + depth // _STEM_SHARE), int((padding <= forward_cost).sum()))
+            count = min(token_budget // (longest + depth // _PREFIX_SHARE), int((padding <= forward_cost).sum()))
             count = max(1, count)
             batch = Batch(group[0][0].tokens[:depth], tuple(tuple(group[number]) for number in order[:count]))
             batches.append((depth + longest, batch))
             order = order[count:]
-    # Batches of one stem stay together, so that it is needed once; a sort of groups by their longest does that.
+    # Batches of one prefix stay together, so that it is computed once: sort groups by their longest row.
     longest_of: dict[bytes, int] = {}
     for size, batch in batches:
-        longest_of.setdefault(batch.stem.tobytes(), size)
-    return [batch for _, batch in sorted(batches, key=lambda entry: -longest_of[entry[1].stem.tobytes()])]
+        longest_of.setdefault(batch.prefix.tobytes(), size)
+    return [batch for _, batch in sorted(batches, key=lambda entry: -longest_of[entry[1].prefix.tobytes()])]
 
 
 def _rows(texts: Sequence[Text], token_cost: int) -> list[list[Text]]:
-    """Put neighbours into one row where what they share takes longer than the scores between them, which are wasted."""
+    """Put neighbours into one row if sharing saves more than the wasted scores between them cost."""
     rows: list[list[Text]] = []
     size = root = 0
     for text in texts:
@@ -109,21 +109,21 @@ def _rows(texts: Sequence[Text], token_cost: int) -> list[list[Text]]:
 
 
 def count_shared(a: Ids, b: Ids) -> int:
-    """Return how many tokens both begin with."""
+    """Return the length of the common prefix."""
     length = min(a.size, b.size)
     differ = a[:length] != b[:length]
     return int(differ.argmax()) if differ.any() else length
 
 
 def _root(row: Sequence[Text]) -> int:
-    """Return how many tokens all texts of a row begin with and none needs a prediction from."""
-    # Between the first and the last in lexical order the others cannot share less.
+    """Return the length of the common prefix of a row from which no item needs a prediction."""
+    # In lexical order the first and the last share least.
     return min(count_shared(row[0].tokens, row[-1].tokens), *(text.fixed for text in row))
 
 
-def size_of(row: Sequence[Text], stem: int) -> int:
-    """Return the tokens that a row computes after its stem."""
-    new = row[0].tokens.size - stem
+def size_of(row: Sequence[Text], prefix: int) -> int:
+    """Return the tokens that a row computes after its prefix."""
+    new = row[0].tokens.size - prefix
     for above, below in pairwise(row):
         new += below.tokens.size - count_shared(above.tokens, below.tokens)
     return new
@@ -131,7 +131,7 @@ def size_of(row: Sequence[Text], stem: int) -> int:
 
 @dataclass
 class _Run:
-    """Neighbouring rows, from `first` on, that share `depth` tokens; and the best that can be done inside them."""
+    """Neighbouring rows, from `first` on, that share `depth` tokens, and the best choice of prefixes inside them."""
 
     depth: int
     first: int
@@ -139,11 +139,11 @@ class _Run:
     chosen: tuple[tuple[int, int, int], ...] = ()
 
 
-def _stems(links: Sequence[int], forward_cost: int) -> list[tuple[int, int, int]]:
-    """Choose stems: (first row, row after the last, tokens), none inside another.
+def _choose_prefixes(links: Sequence[int], forward_cost: int) -> list[tuple[int, int, int]]:
+    """Choose prefixes: (first row, row after the last, tokens), none inside another.
 
-    Runs of rows that share so many tokens form a tree, whose branches share more; each either is a stem or leaves
-    that to its branches, whichever spares more tokens.
+    Runs of rows that share tokens form a tree whose branches share more. Either the run gets a prefix or its branches
+    do, whichever saves more tokens.
 
     Args:
         links: tokens that each row shares with the one before.
@@ -156,7 +156,7 @@ def _stems(links: Sequence[int], forward_cost: int) -> list[tuple[int, int, int]
             run = open_runs.pop()
             run.spared, run.chosen = run.spared + spared, run.chosen + chosen
             own = (end - run.first - 1) * run.depth - forward_cost
-            if run.depth >= _SHORTEST_STEM and own > run.spared:
+            if run.depth >= _SHORTEST_PREFIX and own > run.spared:
                 run.spared, run.chosen = own, ((run.first, end, run.depth),)
             first, spared, chosen = run.first, run.spared, run.chosen
         if open_runs[-1].depth < link:
@@ -166,43 +166,45 @@ def _stems(links: Sequence[int], forward_cost: int) -> list[tuple[int, int, int]
     return list(open_runs[0].chosen)
 
 
-def weigh(rows: Sequence[Sequence[Text]], stem: Ids) -> int:
+def weigh(rows: Sequence[Sequence[Text]], prefix: Ids) -> int:
     """Return what of a budget of tokens such rows take."""
-    return len(rows) * (max((size_of(row, stem.size) for row in rows), default=0) + stem.size // _STEM_SHARE)
+    return len(rows) * (max((size_of(row, prefix.size) for row in rows), default=0) + prefix.size // _PREFIX_SHARE)
 
 
 def layout(
-    rows: Sequence[Sequence[Text]], stem: int
+    rows: Sequence[Sequence[Text]], prefix: int
 ) -> tuple[list[tuple[Text, Ids]], Ids, Ids, NDArray[np.bool_] | None]:
-    """Lay out rows of texts, less `stem` tokens of each.
+    """Lay out rows of texts, less `prefix` tokens of each.
 
     Returns:
         Each text with the flat places in [b * s] of its tokens; ids and positions, [b, s]; and what may attend to
-        what, [b, s, stem + s], or None where each row is one text, so that causal attention is right.
+        what, [b, s, prefix + s], or None where each row is one text, so that causal attention is right.
     """
-    size = max(size_of(row, stem) for row in rows)
+    size = max(size_of(row, prefix) for row in rows)
     tokens = np.zeros((len(rows), size), dtype=np.int64)
     input_pos = np.zeros_like(tokens)
-    mask = np.zeros((len(rows), size, stem + size), dtype=np.bool_) if any(len(row) > 1 for row in rows) else None
+    mask = np.zeros((len(rows), size, prefix + size), dtype=np.bool_) if any(len(row) > 1 for row in rows) else None
     paths = []
     for number, row in enumerate(rows):
         at = 0
         path = np.empty(0, dtype=np.int64)
-        previous = row[0].tokens[stem:stem]
+        previous = row[0].tokens[prefix:prefix]
         for text in row:
-            ids = text.tokens[stem:]
+            ids = text.tokens[prefix:]
             shared = count_shared(previous, ids)
             new = np.arange(at, at + ids.size - shared)
             tokens[number, new] = ids[shared:]
-            input_pos[number, new] = np.arange(stem + shared, stem + ids.size)
+            input_pos[number, new] = np.arange(prefix + shared, prefix + ids.size)
             if mask is not None and new.size:
-                mask[number, at : at + new.size, stem + path[:shared]] = True
-                mask[number, at : at + new.size, stem + at : stem + at + new.size] = np.tri(new.size, dtype=np.bool_)
+                mask[number, at : at + new.size, prefix + path[:shared]] = True
+                mask[number, at : at + new.size, prefix + at : prefix + at + new.size] = np.tri(
+                    new.size, dtype=np.bool_
+                )
             path = np.concatenate((path[:shared], new))
             paths.append((text, number * size + path))
             previous, at = ids, at + new.size
         if mask is not None:
             # Padding sees itself alone, so that no row of attention is empty.
-            mask[number, np.arange(at, size), stem + np.arange(at, size)] = True
-            mask[number, :, :stem] = True
+            mask[number, np.arange(at, size), prefix + np.arange(at, size)] = True
+            mask[number, :, :prefix] = True
     return paths, tokens, input_pos, mask

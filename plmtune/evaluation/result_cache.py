@@ -1,4 +1,4 @@
-"""What a model answered, kept by the content of the question, so that nothing is computed twice."""
+"""A cache of a model's answers by the content of the request."""
 
 from __future__ import annotations
 
@@ -27,23 +27,22 @@ _CREATE = "CREATE TABLE IF NOT EXISTS results (key BLOB PRIMARY KEY, value BLOB,
 
 
 def key(*parts: Any) -> bytes:
-    """Hash parts that JSON can hold: the same content gives the same key, in any process."""
+    """Hash JSON values: equal content gives equal keys in any process."""
     return xxhash.xxh3_128_digest(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode())
 
 
 class ResultCache:
-    """Values by key in one file, which any number of processes of one machine may use at once.
+    """Values by key in one file, which several processes of one machine may use at once.
 
-    SQLite with a write-ahead log: what `put` returned from is there after a kill at any moment, and no `put` waits for
-    the disk, which a rollback journal does two times for each. A loss of power may cost the newest values, never the
-    file. A value whose own checksum is wrong counts as missing.
+    SQLite with a write-ahead log: values survive a kill after `put` returns, and no `put` waits for the disk, unlike
+    with a rollback journal. A power failure may lose the newest values, never the file. A value with a wrong checksum
+    counts as missing.
 
     Args:
-        path: the file; made with its folders where it is missing. One that is damaged is moved aside, which is said on
-            stderr, and a new one begun.
+        path: the file, created if missing. A damaged one is moved aside with a message on stderr.
 
     Raises:
-        UserError: if nothing can be written there.
+        UserError: if the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,13 +51,13 @@ class ResultCache:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{path.parent} cannot be made to keep results in: {error.strerror}.") from error
-        with self._told():
+        with self._as_user_error():
             try:
                 self._connection = self._open()
             except sqlite3.DatabaseError as error:
                 if not _is_damaged(error):
                     raise
-                self._begin_anew()
+                self._recreate()
 
     def __enter__(self) -> ResultCache:
         return self
@@ -70,10 +69,10 @@ class ResultCache:
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, Any]:
         """Return the values of those keys that are known."""
-        return self._whole_or_anew(lambda: self._read(keys))
+        return self._or_recreate(lambda: self._read(keys))
 
     def put(self, values: Mapping[bytes, Any]) -> None:
-        """Keep values that JSON can hold, all or none; numbers come back exactly as they were."""
+        """Keep JSON values, all or none; numbers are read back exactly."""
         texts = [(held, json.dumps(value).encode()) for held, value in values.items()]
         rows = [(held, text, _seal(held, text)) for held, text in texts]
 
@@ -81,10 +80,10 @@ class ResultCache:
             with self._connection:
                 self._connection.executemany("INSERT OR REPLACE INTO results VALUES (?, ?, ?)", rows)
 
-        self._whole_or_anew(write)
+        self._or_recreate(write)
 
     def close(self) -> None:
-        """Let go of the file; a second call does nothing."""
+        """Close the file; a second call does nothing."""
         self._connection.close()
 
     def _open(self) -> sqlite3.Connection:
@@ -113,34 +112,34 @@ class ResultCache:
             found.update({held: load_json(text) for held, text, seal in rows if _is_whole(held, text, seal)})
         return found
 
-    def _whole_or_anew(self, act: Callable[[], T]) -> T:
-        """Do something with the file; where it turns out damaged, begin a new one and go on."""
-        with self._told():
+    def _or_recreate(self, act: Callable[[], T]) -> T:
+        """Access the file; if it is damaged, create a new one and try again."""
+        with self._as_user_error():
             try:
                 return act()
             except sqlite3.DatabaseError as error:
                 if not _is_damaged(error):
                     raise
                 self._connection.close()
-                self._begin_anew()
+                self._recreate()
                 return act()
 
-    def _begin_anew(self) -> None:
+    def _recreate(self) -> None:
         aside = self.path.with_name(self.path.name + ".damaged")
-        # The log first: beside a new file it would be taken for that one's.
+        # The log first: beside a new file SQLite would apply it.
         for end in ("-wal", "-shm", ""):
             held = Path(f"{self.path}{end}")
             if held.exists():
                 held.replace(f"{aside}{end}")
         terminal.echo(
-            f"plmtune: {self.path}, the results so far, is damaged: it was moved to {aside.name}, and what it held "
-            "is computed again.",
+            f"plmtune: {self.path}, the results so far, is damaged: it was moved to {aside.name}, and its results "
+            "are computed again.",
             err=True,
         )
         self._connection = self._open()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _as_user_error(self) -> Iterator[None]:
         try:
             yield
         except (sqlite3.Error, OSError) as error:

@@ -1,7 +1,7 @@
-"""Log-probabilities of many continuations, in which tokens that items begin with are computed once.
+"""Log-probabilities of many continuations; common prefixes are computed once.
 
-Three ways to share: items whose tokens are all the same but the last are read off one place; a question and its
-continuations lie in one row, under a mask; what many rows begin with (few-shot examples) is a stem that they attend to.
+There are three ways to share: items that differ only in the last token are read at one position; a question and its
+continuations are one row, with a mask; the common prefix of many rows (few-shot examples) is a shared prefix.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from plmtune.modules.cache import SharedPrefix
 if TYPE_CHECKING:
     from plmtune.modules.decoder import Decoder
 
-# What a forward costs besides its tokens, in tokens: on a CPU reading the weights, on a GPU launching all its kernels.
+# Fixed cost of a forward, in tokens: on a CPU reading the weights, on a GPU launching the kernels.
 _FORWARD_CPU, _FORWARD_GPU = 128, 2048
-# Logits held at once; in fp32 these are 32 MB and 256 MB. On a CPU more is slower, for they leave the caches.
+# Logits held at once; in fp32 these are 32 MB and 256 MB. On a CPU more is slower, since they do not fit the caches.
 _LOGITS_CPU, _LOGITS_GPU = 2**23, 2**26
 # Measured with 135M weights in fp32: from 1,024 to 4,096 all take the same time.
 _BUDGET_CPU = 2048
@@ -34,17 +34,17 @@ _BUDGET_CPU = 2048
 
 @dataclass(frozen=True)
 class Item:
-    """A continuation whose probability after a context is asked for; both are ids, and neither is empty."""
+    """A continuation whose probability after a context is computed; both are non-empty ids."""
 
     context: Sequence[int]
     continuation: Sequence[int]
 
 
 class Score(NamedTuple):
-    """What the model says of an item.
+    """The score of an item.
 
-    log_prob: natural logarithm of the continuation's probability, the sum over its tokens.
-    greedy: each of its tokens was the likeliest of all rows of the vocabulary.
+    log_prob: natural logarithm of the continuation's probability, summed over its tokens.
+    greedy: whether each of its tokens was the likeliest of the vocabulary.
     """
 
     log_prob: float
@@ -52,7 +52,7 @@ class Score(NamedTuple):
 
 
 class NotFinite(ValueError):
-    """Logits were NaN or infinite; `index` is the first item of its batch that met them."""
+    """Logits were NaN or infinite; `index` is the first such item of its batch."""
 
     def __init__(self, index: int) -> None:
         super().__init__(f"the log-probability of item {index} is not a finite number")
@@ -60,14 +60,13 @@ class NotFinite(ValueError):
 
 
 class Scorer:
-    """Score items; the model computes as in evaluation, and autocast is the caller's.
+    """Score items in evaluation mode; autocast is set by the caller.
 
-    Equal to taking each item by itself but for how sums are rounded: the last max_seq_len + 1 tokens of context and
+    Up to rounding, scores equal those of each item by itself: the last max_seq_len + 1 tokens of context and
     continuation, log_softmax in fp32 over all rows of the vocabulary.
 
     Args:
-        model: the model.
-        token_budget: most tokens a forward, halved when memory runs out; None: by the device.
+        token_budget: most tokens in a forward, halved when memory runs out; None: by the device.
 
     Raises:
         ValueError: for a budget below 1.
@@ -85,8 +84,7 @@ class Scorer:
         """Yield (number, score) of a batch of items at a time.
 
         Args:
-            items: what is asked.
-            known: numbers of items that need no score. The batches are those that all items make, without them.
+            known: numbers of items that need no score; they do not change the batches of the others.
 
         Raises:
             NotFinite: while it runs.
@@ -99,7 +97,7 @@ class Scorer:
         batches = plan(
             texts,
             token_budget=self.token_budget or self._default_budget(),
-            # A linear layer is 12 d^2 products a token, a score 2 d: one for the query, one for the value.
+            # A layer has 12 d^2 products a token, a score of attention 2 d: d for the query, d for the value.
             token_cost=6 * self.model.embed_dim,
             forward_cost=_FORWARD_GPU if gpu else _FORWARD_CPU,
         )
@@ -112,10 +110,10 @@ class Scorer:
     def _default_budget(self) -> int:
         if self.device.type != "cuda":
             return _BUDGET_CPU
-        # A token's activations are some eight widths of the FFN, four times embed_dim; half the memory is for the rest.
+        # Activations of a token take about eight widths of the FFN, four times embed_dim; half the memory is reserved.
         free, _ = torch.cuda.mem_get_info(self.device)
         tokens = min(max(free // 2 // (8 * 4 * 4 * self.model.embed_dim), 1024), 65536)
-        return 1 << (tokens.bit_length() - 1)  # rounded, so that the next time finds the same
+        return 1 << (tokens.bit_length() - 1)  # rounded, so that the next run finds the same
 
     def _texts(self, items: Sequence[Item]) -> list[Text]:
         """Return the distinct texts of items, in lexical order."""
@@ -153,12 +151,12 @@ class Scorer:
                 while waiting:
                     part = waiting.pop()
                     limit = self._at_most
-                    if limit and weigh(part, batch.stem) > limit and len(part) > 1:
+                    if limit and weigh(part, batch.prefix) > limit and len(part) > 1:
                         waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
                     elif part:
-                        done = self._attempt(items, batch.stem, part, known)
+                        done = self._attempt(items, batch.prefix, part, known)
                         if done is None:
-                            waiting += self._halves(part, batch.stem)
+                            waiting += self._halves(part, batch.prefix)
                         else:
                             scores |= done
                 if scores:
@@ -166,44 +164,44 @@ class Scorer:
         finally:
             self._shared_prefix = None
 
-    def _halves(self, part: list[list[Text]], stem: Ids) -> list[list[list[Text]]]:
-        """Divide rows that did not fit into memory, and remember how many tokens that were."""
+    def _halves(self, part: list[list[Text]], prefix: Ids) -> list[list[list[Text]]]:
+        """Divide rows that did not fit into memory, and record the number of their tokens."""
         if len(part) == 1 and len(part[0]) == 1:
             raise UserError(
                 f"memory does not suffice for one text of {part[0][0].tokens.size} tokens on {self.device}: "
                 "end other programs, or load the model with a smaller dtype"
             )
-        self._at_most = max(1, weigh(part, stem) // 2)
+        self._at_most = max(1, weigh(part, prefix) // 2)
         if len(part) == 1:
             (row,) = part
             return [[row[len(row) // 2 :]], [row[: len(row) // 2]]]
         return [part[len(part) // 2 :], part[: len(part) // 2]]
 
     def _attempt(
-        self, items: Sequence[Item], stem: Ids, rows: list[list[Text]], known: frozenset[int]
+        self, items: Sequence[Item], prefix: Ids, rows: list[list[Text]], known: frozenset[int]
     ) -> dict[int, Score] | None:
-        """Return the scores of rows, or None when memory ran out; what it held is free again then."""
+        """Return the scores of rows, or None when memory ran out; that memory is then free again."""
         training = self.model.training
         if training:
             self.model.eval()
         try:
-            return self._compute(items, stem, rows, known)
+            return self._compute(items, prefix, rows, known)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
         finally:
             if training:
                 self.model.train()
-        # Only here is the exception gone, which held the tensors of every frame.
+        # Only here is the exception released, which holds the tensors of every frame.
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
 
     @torch.no_grad()
     def _compute(
-        self, items: Sequence[Item], stem: Ids, rows: list[list[Text]], known: frozenset[int]
+        self, items: Sequence[Item], prefix: Ids, rows: list[list[Text]], known: frozenset[int]
     ) -> dict[int, Score]:
-        paths, tokens, input_pos, mask = layout(rows, stem.size)
+        paths, tokens, input_pos, mask = layout(rows, prefix.size)
         places, targets, owners = [], [], []
         numbers: list[int] = []
         for text, path in paths:
@@ -214,7 +212,7 @@ class Scorer:
                     targets.append(np.asarray(continuation, dtype=np.int64))
                     owners.append(np.full(len(continuation), len(numbers)))
                     numbers.append(number)
-        cache = self._shared_prefix_of(stem) if stem.size else None
+        cache = self._shared_prefix_of(prefix) if prefix.size else None
         hidden = self.model(
             torch.from_numpy(tokens).to(self.device),
             mask=None if mask is None else torch.from_numpy(mask).to(self.device),
@@ -228,17 +226,17 @@ class Scorer:
         greedy = np.bincount(owner, weights=~hits, minlength=len(numbers)) == 0
         bad = sorted(n for n, s in zip(numbers, sums, strict=True) if not np.isfinite(s))
         if bad and len(paths) > 1:
-            # What a mask hides is multiplied by 0, so NaN spreads in a row: only alone is an item's own.
+            # Masked values are multiplied by 0, so NaN spreads in a row: score each text alone to find its item.
             for text in sorted((text for text, _ in paths), key=lambda text: text.items):
-                self._compute(items, stem[:0], [[text]], known)
+                self._compute(items, prefix[:0], [[text]], known)
         if bad:
             raise NotFinite(bad[0])
         return {n: Score(float(s), bool(g)) for n, s, g in zip(numbers, sums, greedy, strict=True)}
 
     def _predict(self, hidden: Tensor, places: Ids, targets: Ids) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Return log p of each target, [t], and whether it is the likeliest, from the hidden state at its place."""
+        """Return log p of each target, [t], and whether it is the likeliest, from the hidden state at its position."""
         step = max(1, (_LOGITS_CPU if self.device.type == "cpu" else _LOGITS_GPU) // self.model.vocab_size)
-        # Several items may ask one place: its logits are computed once.
+        # Several items may share a position, whose logits are computed once.
         asked, which = np.unique(places, return_inverse=True)
         order = np.argsort(which, kind="stable")
         bounds = np.searchsorted(which[order], np.arange(0, asked.size + step, step))
@@ -256,7 +254,7 @@ class Scorer:
         return log_probs[back], hits[back] > 0
 
     def _shared_prefix_of(self, tokens: Ids) -> SharedPrefix:
-        """Compute a stem, or return the newest again."""
+        """Compute a prefix, or return the latest."""
         if self._shared_prefix is None or not np.array_equal(self._shared_prefix[0], tokens):
             self._shared_prefix = None  # before the next is there
             cache = self.model.new_cache(1, tokens.size)
@@ -266,7 +264,7 @@ class Scorer:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: a GPU's has a class of its own, mostly, a CPU's only a text."""
+    """Whether an allocation failed; PyTorch has an exception of its own only for most failures of a GPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         sign in str(error) for sign in ("not enough memory", "can't allocate memory", "CUDA out of memory")
     )

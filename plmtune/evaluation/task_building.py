@@ -1,6 +1,6 @@
-"""From a name to lm-eval's own task: its prompts, filters and metrics stay, the data come from files or the hub.
+"""Builds lm-eval's tasks with their own prompts, filters and metrics, and data from files or the hub.
 
-The one place that knows lm-eval's private names (`lm_eval.tasks._factory`, `_index`); tests hold them.
+Only this module uses lm-eval's private names (`lm_eval.tasks._factory`, `_index`); tests check that they exist.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FOLDER = lm_eval_folder().resolve()
 
 
 class Builder(TaskFactory):
-    """lm-eval's factory, whose tasks take their documents from `data` where that has them."""
+    """lm-eval's factory, whose tasks take their documents from `data` if it has them."""
 
     def __init__(self, known: Mapping[str, Known], data: LocalData | None) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Builder(TaskFactory):
             return super()._load_full_config(entry, overrides)
         except (UserError, MemoryError):
             raise
-        except Exception as error:  # its YAML, or a function's module: a person's own code
+        except Exception as error:  # its YAML, or a function's module, which is user code
             raise UserError(f"{entry.yaml_path}: {entry.name} cannot be read: {_in_words(error)}") from error
 
     def _build_group_members(
@@ -70,7 +70,7 @@ class Builder(TaskFactory):
     ) -> list[Task | Group]:
         members = []
         for item in member_list:
-            # A task written out in its group gets an entry of its own, so that it is built as all others are.
+            # A task that is defined in its group gets an entry, so that it is built like all others.
             if isinstance(item, dict) and "group" not in item and item.get("task") not in registry:
                 name = f"{group_name}::{item.get('task')}"
                 registry[name] = Entry(name, Kind.TASK, None, cfg={**item, "task": name})
@@ -102,14 +102,14 @@ class Builder(TaskFactory):
                 task.config.task = config["task"]
         except (UserError, MemoryError):
             raise
-        except Exception as error:  # prompts meet the first document, and functions of the task's run
+        except Exception as error:  # prompts are made of the first document, and the task's functions run
             raise UserError(documents.explain(error)) from error
         if isinstance(task, ConfigurableTask) and base.process_results is ConfigurableTask.process_results:
             _check_targets(where, task, documents)
         return task
 
     def entry(self, name: str) -> str:
-        """Return what a map would say of a task; its data are not read."""
+        """Return the entry of a map for a task; its data are not read."""
         config = self._load_full_config(self._entries[name])
         return _Documents(name, f"the task {name}", config, None).entry()
 
@@ -121,16 +121,16 @@ class Builder(TaskFactory):
         for name in (metric.get("metric") for metric in metrics or () if isinstance(metric, dict)):
             if isinstance(name, str) and name not in metric_registry and not (with_code and name == "code_eval"):
                 raise UserError(
-                    f"{where}: {name} is none of lm-eval's metrics. One of the hub is a program, which is not run; "
+                    f"{where}: {name} is none of lm-eval's metrics. Metrics of the hub are programs and are not run; "
                     f"write it as a function (!function FILE.NAME).{did_you_mean(name, metric_registry)}"
                 )
 
 
 class _Documents:
-    """Where the documents of one task come from."""
+    """The documents of one task."""
 
     def __init__(self, name: str, where: str, config: dict[str, Any], data: LocalData | None) -> None:
-        self.lacking: set[str] = set()  # splits that the map does not have, for which nothing stands in
+        self.lacking: set[str] = set()  # splits that the map does not have, which are empty
         self._name = name
         self._where = where
         self._config = config
@@ -144,15 +144,15 @@ class _Documents:
         )
 
     def local(self) -> dict[str, datasets.Dataset] | None:
-        """The splits that the map has, None if it does not have the task.
+        """Return the splits in the map, None if it does not have the task.
 
         Raises:
-            UserError: if it lacks the one that the task is evaluated on, or a row cannot be used.
+            UserError: if it lacks the split that the task is evaluated on, or a row cannot be used.
         """
         if self._data is None or not (have := self._data.splits(self._name)):
             return None
         evaluated = self._config.get("test_split") or self._config.get("validation_split")
-        wanted = set(_splits(self._config)) if evaluated else set(have)  # a class of its own reads what it likes
+        wanted = set(_splits(self._config)) if evaluated else set(have)  # a task's own class may read any split
         if evaluated and evaluated not in have:
             raise UserError(
                 f"{self._data.where} has {', '.join(have)} of {self._where}, which is evaluated on its split "
@@ -162,15 +162,15 @@ class _Documents:
         self._columns = list(next(iter(found.values())).features)
         self.is_local = True
         for column in (self._config.get(key) for key in TEMPLATES if self._config.get("process_docs") is None):
-            # lm-eval would take the name of a column that is not there for the text itself
+            # lm-eval takes the name of a missing column as the text
             if isinstance(column, str) and column.isidentifier() and column not in self._columns:
                 raise UserError(self._no_column(column))
         self.lacking = wanted - found.keys()
-        # lm-eval asks for examples when a task is built, whether prompts will have any.
+        # lm-eval reads examples when a task is built, even if prompts have none.
         return _Splits(self._where, found | {split: found[evaluated].select([]) for split in self.lacking if evaluated})
 
     def place(self, index: int) -> str:
-        """Say in which row of a file a document stands, where that is known."""
+        """Return the row of a file with a document, if known."""
         split = self._config.get("test_split") or self._config.get("validation_split")
         if self._data is None or split is None or self._config.get("process_docs") is not None:
             return ""
@@ -178,17 +178,17 @@ class _Documents:
         return f" ({place})" if place else ""
 
     def meant(self, split: str) -> str:
-        """Ask whether a split of the map with nearly this name is the one that it lacks; empty where none is near."""
+        """Suggest a split of the map with a similar name; empty if there is none."""
         near = difflib.get_close_matches(split, self._data.splits(self._name) if self._data is not None else (), n=1)
         return f" Is {near[0]} meant to be it?" if near else ""
 
     def entry(self) -> str:
-        """What a map would say of the task, ready to be filled in."""
+        """Return an entry of a map for the task, to be filled in."""
         config = self._config
         evaluated = config.get("test_split") or config.get("validation_split") or "SPLIT"
-        names, all_told = columns_of(config)
+        names, complete = columns_of(config)
         shown = ", ".join(names) if names else f"as {self.source[0]} has them"
-        more = "" if all_told or not names else " and what its functions read"
+        more = "" if complete or not names else " and what its functions read"
         lines = [f"{self._name}:", f"  {evaluated}: {self._name}_{evaluated}.jsonl  # columns: {shown}{more}"]
         examples = _example_split(config)
         if examples not in (None, evaluated):
@@ -196,13 +196,13 @@ class _Documents:
         return "\n".join(lines)
 
     def how_to_get(self, error: Exception) -> str:
-        """Say what is missing, and both ways to get it."""
+        """Return a message with the missing data, and both ways to get them."""
         path, name = self.source
         if path is None:
             return f"{self._where[:1].upper() + self._where[1:]} names no data: add dataset_path, or a map (--data)"
         what = ", ".join(repr(part) for part in (path, name) if part is not None)
         reason = _in_words(error)
-        if isinstance(error, OSError) and (why := hub.silence()):  # what libraries say of it does not help
+        if isinstance(error, OSError) and (why := hub.silence()):  # the messages of libraries do not help
             reason = f"{why}, and this machine's cache has none"
         missing = self._data.absent(self._name) if self._data is not None else []
         near = self._data.nearest(self._name) if self._data is not None else ""
@@ -217,7 +217,7 @@ class _Documents:
         )
 
     def explain(self, error: Exception) -> str:
-        """Say why a task cannot be built."""
+        """Return the reason why a task cannot be built."""
         undefined = (
             re.fullmatch(r"'(\w+)' is undefined", str(error)) if isinstance(error, jinja2.UndefinedError) else None
         )
@@ -241,7 +241,7 @@ class _Documents:
 
 
 class _WithDocuments:
-    """Mixed into a task's class: asks for its documents here before it asks the hub."""
+    """Mixin of a task's class: takes documents from `documents` before the hub."""
 
     documents: _Documents
     dataset: Any
@@ -249,11 +249,11 @@ class _WithDocuments:
 
     @property
     def eval_docs(self) -> Any:
-        """What lm-eval asks for both when it makes requests and when it marks them: one order of choices for both."""
+        """Documents for making and for marking requests, so that both have the same order of choices."""
         return super().eval_docs if self.task_docs is None else self.task_docs  # type: ignore[misc]
 
     def download(self, *arguments: Any, **settings: Any) -> None:
-        """What lm-eval calls when a task is built."""
+        """Called by lm-eval when a task is built."""
         local = self.documents.local()
         if local is not None:
             self.dataset = local
@@ -263,7 +263,7 @@ class _WithDocuments:
                 super().download(*arguments, **settings)  # type: ignore[misc]
         except (UserError, MemoryError):
             raise
-        except Exception as error:  # the hub's, requests' and plain OSErrors alike, or a task's own function
+        except Exception as error:  # errors of the hub and requests, OSErrors, or those of a task's function
             raise UserError(self.documents.how_to_get(error)) from error
 
 
@@ -277,11 +277,11 @@ class _Splits(dict[str, datasets.Dataset]):
 
 
 def require_examples(built: Task | Group | list[Task], num_fewshot: int | None) -> None:
-    """Refuse tasks whose prompts shall have more examples than there are.
+    """Check that tasks have enough examples for their prompts.
 
     Args:
-        built: what `Builder` gave.
-        num_fewshot: for all tasks but those that are made for none; None: each as it is made.
+        built: from `Builder`.
+        num_fewshot: for all tasks that allow examples; None: each task's own number.
 
     Raises:
         UserError: for the first task that has too few.
@@ -333,9 +333,9 @@ def _check_targets(where: str, task: ConfigurableTask, documents: _Documents) ->
 
 
 def _once(process_docs: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Have a task's function, which may shuffle, meet each split once, for questions and examples alike.
+    """Call a task's function, which may shuffle, only once for each split, for questions and examples.
 
-    In lm-eval the cache of files behind `Dataset.map` sees to it, which documents from memory do not have.
+    In lm-eval the file cache of `Dataset.map` does this, which datasets in memory do not have.
     """
     done: list[tuple[Any, Any]] = []
 
@@ -351,13 +351,13 @@ def _once(process_docs: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _splits(config: Mapping[str, Any]) -> list[str]:
-    """Splits that lm-eval may read when it builds a task."""
+    """Return the splits that lm-eval may read when it builds a task."""
     found = [config.get(key) for key in ("test_split", "validation_split", "training_split")]
     return list(dict.fromkeys(split for split in (*found, _example_split(config)) if split is not None))
 
 
 def _example_split(config: Mapping[str, Any]) -> str | None:
-    """Where few-shot examples come from, as `ConfigurableTask.fewshot_docs` has it."""
+    """Return the split of few-shot examples, as `ConfigurableTask.fewshot_docs` does."""
     own = config.get("fewshot_config") or {}
     if (split := own.get("split", config.get("fewshot_split"))) is not None or own.get("samples") is not None:
         return split

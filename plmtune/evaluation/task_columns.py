@@ -1,4 +1,4 @@
-"""Which columns a task reads, found in its templates and its functions' source: no data are needed."""
+"""Columns that a task reads, from its templates and the source of its functions; no data are needed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
 
 
 def columns_of(config: Mapping[str, Any]) -> tuple[list[str], bool]:
-    """Columns that the task's templates and functions read, and whether these are all."""
+    """Return the columns that the task's templates and functions read, and whether these are all."""
     found: dict[str, dict[str, None]] = {}
     processed = config.get("process_docs")
-    # Behind process_docs templates read what that makes.
+    # With process_docs templates read its output.
     for text in (config.get(key) for key in TEMPLATES if processed is None):
         if not isinstance(text, str):
             continue
@@ -46,7 +46,7 @@ def columns_of(config: Mapping[str, Any]) -> tuple[list[str], bool]:
 
 
 def _read_by(function: Callable[..., Any]) -> list[str]:
-    """Return the columns that a function's source reads of what it, or a function in it, is given."""
+    """Return the columns that a function, or a function in it, reads of its arguments."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     except (OSError, TypeError, SyntaxError):
@@ -68,7 +68,7 @@ def _names(expressions: list[ast.expr]) -> set[str]:
 
 
 def _subscripts(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """The name and the key of ``name["key"]`` and ``name.get("key")``."""
+    """Yield the name and the key of ``name["key"]`` and ``name.get("key")``."""
     match node:
         case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=str(key)), ctx=ast.Load()):
             yield name, key

@@ -1,8 +1,8 @@
-"""What lm-eval's tasks, groups and tags are called, without importing lm-eval.
+"""Names of lm-eval's tasks, groups and tags, without importing lm-eval.
 
-Its own index parses 14,000 files, each with what it includes, in about 20 seconds a process. Here every file is
-parsed once, in about two seconds, and what came out is kept in the user's cache folder. The rules of which name
-means what are lm-eval's (`lm_eval.tasks._index`); a test holds the two against each other.
+lm-eval's own index parses 14,000 files and their includes in about 20 seconds a process. Here every file is parsed
+once, in about two seconds, and the result is cached in the user's cache folder. The rules are those of
+`lm_eval.tasks._index`; a test compares the two.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from plmtune.io.atomic import atomic_write
 from plmtune.io.untrusted import load_yaml
 
 Kind = Literal["task", "class", "group", "tag"]
-# What runs code that a model wrote: nothing, the metric code_eval (which we can put into our sandbox), its own means.
+# Whether a task runs model-written code: no, with the metric code_eval (in our sandbox), or by its own means.
 Code = Literal["no", "code_eval", "own"]
 
 _FORMAT = 3  # of the cached index
@@ -41,7 +41,7 @@ class Known:
 
     Attributes:
         path: of its YAML; None for a tag.
-        output: output_type of a task, "" where its class decides.
+        output: output_type of a task, "" if its class decides.
         members: names in a group or a tag.
     """
 
@@ -54,7 +54,7 @@ class Known:
 
 
 def lm_eval_folder() -> Path:
-    """Where lm-eval's tasks lie; it is found, not imported."""
+    """Return the folder of lm-eval's tasks without importing lm-eval."""
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -65,12 +65,12 @@ def lm_eval_folder() -> Path:
 
 
 def lm_eval_index() -> dict[str, Known]:
-    """All names of lm-eval's own tasks, from the cache where that is whole and of this version."""
+    """Return all names of lm-eval's own tasks, from the cache if it is valid and of this version."""
     folder = lm_eval_folder()
     kept = _cache_file(folder)
     try:
         return _unpack(kept.read_bytes())
-    except (OSError, ValueError):  # none yet, or damaged: it is made again
+    except (OSError, ValueError):  # missing or damaged
         pass
     if os.environ.get("RANK", "0") == "0":
         terminal.echo("Reading the names of lm-eval's tasks; the next time they are known", err=True)
@@ -79,7 +79,7 @@ def lm_eval_index() -> dict[str, Known]:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(kept) as temporary:
             temporary.write_bytes(_pack(known))
-    except OSError:  # no home, or not writable: then it takes seconds each time
+    except OSError:  # no home, or not writable: it takes seconds each time
         pass
     return known
 
@@ -88,11 +88,11 @@ def read_folder(folder: Path, *, strict: bool) -> dict[str, Known]:
     """Read the names that the YAML files below a folder define.
 
     Args:
-        folder: searched with all that is in it.
-        strict: a file that cannot be read is an error; else it is passed over, as lm-eval does.
+        folder: searched recursively.
+        strict: a file that cannot be read is an error; else it is skipped, as in lm-eval.
 
     Raises:
-        UserError: if the folder is not there, or `strict` and a file is wrong.
+        UserError: if the folder does not exist, or `strict` and a file is wrong.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; --include takes one with the YAML files of your tasks")
@@ -133,7 +133,7 @@ def read_folder(folder: Path, *, strict: bool) -> dict[str, Known]:
 
 
 class _Reader:
-    """Reads YAML files as lm-eval does, without its functions, each file once."""
+    """Reads each YAML file once, as lm-eval does, but without functions."""
 
     def __init__(self) -> None:
         self._places: dict[tuple[Path, str], Path] = {}  # most files include one of a few
@@ -142,7 +142,7 @@ class _Reader:
         self.nameless: dict[Path, set[str]] = {}
 
     def merged(self, path: Path, seen: set[Path] | None = None) -> tuple[dict[str, Any], list[Path]]:
-        """Return a file with what it includes, and all files that took part."""
+        """Return a file merged with its includes, and all these files."""
         seen = set() if seen is None else seen
         if path in seen:
             raise ValueError(f"it includes {path} twice, or itself")
@@ -191,7 +191,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _members(value: Any) -> Iterator[str]:
-    """Names that a group lists: plain, with settings of their own, or in a group that is written out in it."""
+    """Yield the names in a group: plain, with settings, or in a nested group."""
     for item in [value] if isinstance(value, str | dict) else value or []:
         if isinstance(item, str):
             yield item
@@ -206,7 +206,7 @@ def _members(value: Any) -> Iterator[str]:
 def _code_of(config: dict[str, Any], chain: list[Path]) -> Code:
     if not config.get("unsafe_code"):
         return "no"
-    # Its functions lie beside the YAML that names them.
+    # Its functions are beside the YAML that names them.
     sources = [*chain, *(path for folder in {path.parent for path in chain} for path in folder.glob("*.py"))]
     return "code_eval" if any(b"code_eval" in path.read_bytes() for path in sources) else "own"
 

@@ -1,4 +1,4 @@
-"""lm-eval's tasks by name: found quickly, with data from files or the hub, and code only where it is caught."""
+"""lm-eval's tasks by name, with data from files or the hub, and model-written code only in a sandbox."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from plmtune.evaluation.code_eval import CodeRunner
 
 SUITES: dict[str, tuple[str, ...]] = {
-    # What the PLM paper reports (arXiv 2503.12167); its shots are not public, so each task's own stand.
+    # Those of the PLM paper (arXiv 2503.12167); its shots are not public, so each task has its own.
     "plm": (
         "arc_challenge", "arc_easy", "mmlu", "cmmlu", "ceval-valid", "gsm8k", "mathqa",
         "humaneval", "mbpp", "boolq", "hellaswag", "logiqa", "piqa",
     ),
-    # One task a faculty, each of short texts, each one on which a small model leaves chance early: knowledge, common
-    # sense, text with a long context (and its perplexity). What must be written, not scored, takes hours on a CPU.
+    # One task each for knowledge, common sense and long context, with short texts, on which a small model soon exceeds
+    # chance. Tasks that generate text take hours on a CPU.
     "quick": ("arc_easy", "piqa", "lambada_openai"),
 }  # fmt: skip
 _SHOWN = 5  # near names
@@ -57,9 +57,9 @@ class Tasks:
         """Read the names.
 
         Args:
-            include: folder with YAML files of tasks of one's own; they take the place of lm-eval's of the same name.
+            include: folder with YAML files of own tasks, which replace lm-eval's of the same name.
             data: files for tasks.
-            code: what runs code that a model wrote; without it tasks that need it are refused.
+            code: runs code that a model wrote; without it tasks that need it are refused.
 
         Raises:
             UserError: if a file of `include` is wrong.
@@ -77,10 +77,10 @@ class Tasks:
             names: exact, or patterns with ``*``, ``?`` and ``[...]``.
 
         Returns:
-            Each name once, in their order; none that a group or tag before or behind it already holds.
+            Each name once, in their order, without those that are in one of the groups or tags.
 
         Raises:
-            UserError: for a name that matches nothing, with the nearest ones.
+            UserError: for a name that matches nothing, with similar names.
         """
         found: dict[str, None] = {}
         for name in names:
@@ -114,7 +114,7 @@ class Tasks:
 
     @functools.cached_property
     def manager(self) -> TaskManager:
-        """An empty manager: another would read lm-eval's tasks again, for 20 seconds."""
+        """An empty manager: the default one reads lm-eval's tasks for 20 seconds."""
         from lm_eval.tasks import TaskManager
 
         return TaskManager(include_defaults=False)
@@ -123,12 +123,12 @@ class Tasks:
         """Build a task, a group or the tasks of a tag, with its data.
 
         Args:
-            name: as `resolve` gives it.
-            num_fewshot: examples that the prompts will have; None: as the task has it.
+            name: from `resolve`.
+            num_fewshot: examples in the prompts; None: the task's own number.
 
         Raises:
-            UserError: if its data cannot be had (with how to get them), it is wrong, it needs code and there is no
-                runner, or it lacks examples.
+            UserError: if its data are not available (with how to get them), it is wrong, it needs code and there is no
+                runner, or it has too few examples.
         """
         for inner in self._inside(name):
             self._check_code(name, self._known[inner])
@@ -144,7 +144,7 @@ class Tasks:
         return built
 
     def map_entries(self, name: str) -> list[str]:
-        """Say what a map for `LocalData` would hold of each task in a name, with its columns; no data are read."""
+        """Return entries of a map for `LocalData` for the tasks of a name, with their columns; no data are read."""
         from plmtune.evaluation.task_building import Builder
 
         with quiet():
@@ -155,14 +155,14 @@ class Tasks:
     def _check_code(self, name: str, known: Known) -> None:
         if known.code == "own":
             raise UserError(
-                f"{name}: {known.name} runs what the model writes by means of its own ({known.path}), which cannot be "
-                "put into a sandbox. It is not run"
+                f"{name}: {known.name} runs code that the model writes by its own means ({known.path}), which "
+                "cannot be put into a sandbox. It is not run"
             )
         if known.code != "no" and self.code is None:
             raise UserError(f"{name} runs code that the model writes: allow it with --unsafe-code")
 
     def _inside(self, name: str, seen: set[str] | None = None) -> Iterator[str]:
-        """A name and all that it holds, as far as they are known."""
+        """Yield a name and all known names in it."""
         seen = set() if seen is None else seen
         if name in seen or name not in self._known:
             return
@@ -181,18 +181,18 @@ class Tasks:
 
 
 def _forget_others(code: CodeRunner | None) -> None:
-    """Have lm-eval import modules again that took another runner for their metric, when they were imported."""
+    """Make lm-eval import modules again that were imported with another runner."""
     for name, module in list(sys.modules.items()) if code is not None else ():
-        held = vars(module).values() if hasattr(module, "__mtime__") else ()  # lm-eval's mark on what it imported
+        held = vars(module).values() if hasattr(module, "__mtime__") else ()  # lm-eval's mark on its imports
         if any(isinstance(value, type(code)) and value is not code for value in list(held)):
             del sys.modules[name]
 
 
 @contextlib.contextmanager
 def _seeded() -> Iterator[None]:
-    """Have tasks that shuffle when they are built do so as under lm-eval's `simple_evaluate`, on every rank alike.
+    """Seed tasks that shuffle when they are built as lm-eval's `simple_evaluate` does, equally on every rank.
 
-    None of them draws from torch, whose import takes longer than all else here.
+    None of them uses torch, whose import is slow.
     """
     import numpy as np
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -209,19 +209,19 @@ def _seeded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what lm-eval and its libraries log and print, and their progress bars, off the terminal."""
+    """Silence logging, printing and progress bars of lm-eval and its libraries."""
     import datasets
     import lm_eval.api.metrics
     import lm_eval.api.task
     import tqdm
 
     held = logging.root.manager.disable
-    bars = (tqdm.tqdm, lm_eval.api.task.tqdm)  # lm-eval offers no way to turn its bars off
+    bars = (tqdm.tqdm, lm_eval.api.task.tqdm)  # lm-eval has no option to turn its bars off
     shown = datasets.are_progress_bars_disabled()
     logging.disable(logging.CRITICAL)
     silent = functools.partial(tqdm.tqdm, disable=True)
     tqdm.tqdm, lm_eval.api.task.tqdm = silent, silent
-    vars(lm_eval.api.metrics)["print"] = lambda *said, **how: None  # that it draws samples for a standard error
+    vars(lm_eval.api.metrics)["print"] = lambda *said, **how: None  # the message about the bootstrap
     datasets.disable_progress_bars()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Answers as text: prompts of ids in, what the model writes up to a stop out."""
+"""Generation of answers: prompts of ids in, text up to a stop out."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from plmtune.modules.decoder import Decoder
     from plmtune.tokenizers.tokenizer import Tokenizer
 
-# Of the memory that is free, what the cache may take; the rest is for reading prompts.
+# The cache's share of the free memory; the rest is for prefill.
 _SHARE = 0.5
-# Above so many rows a step takes longer in proportion, so that nothing is gained.
+# With more rows the time of a step grows in proportion.
 _MOST_ROWS = {"cpu": 32}
 _MOST_ROWS_ELSEWHERE = 256
 
@@ -31,16 +31,16 @@ Sampling = tuple[float, int | None, float | None, float | None, float]
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is to be continued.
+    """A prompt and how to continue it.
 
     Attributes:
-        tokens: ids; where they leave too little room, the first are left out.
-        max_new_tokens: the answer is cut here.
-        until: the answer ends before the first of these texts. A special token's text is one, too.
-        temperature: 0 takes the likeliest token.
+        tokens: ids; the first are dropped if they leave too little room.
+        max_new_tokens: longest answer.
+        until: the answer ends before the first of these texts, which may be the texts of special tokens.
+        temperature: 0 for greedy decoding.
         top_k, top_p, min_p: see `plmtune.inference.sampling.sample`.
         repetition_penalty: see `plmtune.inference.sampling.penalize`; 1 for none.
-        seed: decides all draws.
+        seed: of the sampling.
     """
 
     tokens: Sequence[int]
@@ -63,24 +63,23 @@ class Written:
     """An answer.
 
     Attributes:
-        text: without special tokens, cut before the first of `until`; bytes that are no UTF-8 are U+FFFD.
-        tokens: all that was written for it, without the id that ended it.
-        why: one of `until` came, an id that ends texts, or neither.
+        text: without special tokens, up to the first of `until`; bytes that are no UTF-8 become U+FFFD.
+        tokens: all generated ids, without the one that ended the answer.
+        finish_reason: one of `until` came, an id that ends texts, or neither.
     """
 
     text: str
     tokens: list[int]
-    why: FinishReason
+    finish_reason: FinishReason
 
 
 class Writer:
     """Continue prompts, many at a time.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer; its end of a text ends an answer.
-        batch_size: rows that are written together; None: as many as memory has room for. Halved when it runs out.
-        end_ids: these end an answer, too.
+        tokenizer: the model's; its end tokens end an answer.
+        batch_size: rows that are generated together, halved when memory runs out; None: as many as fit.
+        end_ids: further ids that end an answer.
     """
 
     def __init__(
@@ -93,11 +92,11 @@ class Writer:
         self._silent = frozenset(tokenizer.specials.values())
 
     def write(self, prompts: Sequence[Prompt], known: Collection[int] = ()) -> Iterator[tuple[int, Written]]:
-        """Yield each prompt's index and answer, as they end.
+        """Yield each prompt's index and answer, in the order in which they end.
 
         Args:
-            prompts: of any settings; those of equal sampling are written together.
-            known: indexes that are left out.
+            prompts: with any settings; those with equal sampling are generated together.
+            known: indices to leave out.
 
         Raises:
             ValueError: for a prompt that cannot be continued.
@@ -127,13 +126,13 @@ class Writer:
         device = self.model.device
         waiting = {int(request.key): request for request in requests}
         for sampling in dict.fromkeys(prompts[index].sampling for index in waiting):
-            alike = {index: request for index, request in waiting.items() if prompts[index].sampling == sampling}
-            rows = self.batch_size or self._rows(list(alike.values()))
-            while alike:
+            batch = {index: request for index, request in waiting.items() if prompts[index].sampling == sampling}
+            rows = self.batch_size or self._rows(list(batch.values()))
+            while batch:
                 try:
-                    for answer in self._run(alike.values(), rows, sampling):
+                    for answer in self._run(batch.values(), rows, sampling):
                         index = int(answer.key)
-                        del alike[index]
+                        del batch[index]
                         yield index, self._written(answer, prompts[index].until)
                 except batching.NotFinite as error:
                     raise NotFinite(int(error.key)) from error
@@ -142,12 +141,12 @@ class Writer:
                         raise
                     if rows == 1:
                         raise UserError(
-                            f"Memory does not suffice for one prompt of {len(next(iter(alike.values())).tokens):,} "
+                            f"Memory does not suffice for one prompt of {len(next(iter(batch.values())).tokens):,} "
                             f"tokens on {device}. End other programs, or load the model with a smaller dtype."
                         ) from error
-                    # What is not answered yet begins anew; its seed makes it the same.
-                    rows = min(rows // 2, len(alike))
-                # Only here is the exception gone, which held what the engine had.
+                    # Unfinished answers start again; with their seeds they are the same.
+                    rows = min(rows // 2, len(batch))
+                # Only here is the exception released, which holds the engine's memory.
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
 
@@ -170,7 +169,7 @@ class Writer:
         yield from engine.run()
 
     def _rows(self, requests: Sequence[Request]) -> int:
-        """Return how many rows the cache has room for, where all are as long as the longest."""
+        """Return how many rows of the longest length fit into the cache."""
         device = self.model.device
         longest = max(len(request.tokens) + request.max_new_tokens for request in requests)
         row = self.model.new_cache(1, 1).nbytes * longest

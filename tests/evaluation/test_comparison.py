@@ -127,7 +127,7 @@ class TestPairing:
         b = result("b", {"t": (entry, asked_alike[50:52] + rows[2:])})
         found = difference(a, b)
         assert not found.paired and found.mean == pytest.approx(0.0)
-        assert found.note == "unpaired: only 2 documents were asked alike"
+        assert found.note == "unpaired: only 2 documents have the same prompt"
 
     def test_half_of_the_smaller_asked_alike_is_enough(self) -> None:
         (entry, rows), (_, others) = task([0.0, 1.0] * 10), task([0.0, 1.0] * 10, asked="other q")

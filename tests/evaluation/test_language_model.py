@@ -225,7 +225,7 @@ class TestGeneration:
 
         monkeypatch.setattr(BatchedGenerator, "submit", noted)
         told: list[str] = []
-        lm = LanguageModel(model, tokenizer, max_new_tokens=most, tell=told.append)
+        lm = LanguageModel(model, tokenizer, max_new_tokens=most, log=told.append)
         settings = {"max_gen_toks": asked_for, "until": ["\n"]}
         lm.generate_until(asked("generate_until", ("a question " * 30, settings), ("another", settings)))
         assert {length for _, length in lengths} == {longest}

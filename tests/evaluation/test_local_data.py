@@ -175,8 +175,8 @@ class TestRows:
         [
             ("{split: dev}", r"a\.jsonl: where .* leaves none of its 2 rows\. It has split: 'train'; split: 'test'"),
             ("{part: test}", r"a\.jsonl, line 1 has no part, which where names\. It has split, n"),
-            ("n > 'a'", r"a\.jsonl, line 1: where \(n > 'a'\) cannot be told: TypeError"),
-            ("part == 1", r"a\.jsonl, line 1: where .* cannot be told: 'part' is undefined"),
+            ("n > 'a'", r"a\.jsonl, line 1: where \(n > 'a'\) cannot be computed: TypeError"),
+            ("part == 1", r"a\.jsonl, line 1: where .* cannot be computed: 'part' is undefined"),
             ("n > 9", r"where \(n > 9\) leaves none of its 2 rows"),
             ("n >", r"key sums\.test\.where: 'n >' is no expression"),
             ("[test]", r"key sums\.test\.where: columns with the values of rows to keep"),

@@ -310,7 +310,7 @@ class TestModelDirectory:
         gone = json.dumps(config | {"base_model_name_or_path": "/nowhere"})
         (tmp_path / "adapters" / "adapter_config.json").write_text(gone)
         text = text_of(tmp_path / "adapters")
-        assert "not at hand" in text and "| layers | 2 |" not in text
+        assert "not available" in text and "| layers | 2 |" not in text
 
 
 class TestScores:

@@ -12,7 +12,7 @@ import torch
 from plmtune.config.compose import compose
 from plmtune.evaluation import results, writing
 from plmtune.evaluation.code_eval import CodeRunner, missing
-from plmtune.evaluation.evaluate import Settings, about, evaluate
+from plmtune.evaluation.evaluate import Settings, describe_model, evaluate
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.local_data import LocalData
 from plmtune.evaluation.tasks import Tasks
@@ -62,10 +62,10 @@ def score(
         tasks,
         {task: wanted},
         Settings(limit=limit),
-        about=about("oracle", place, model, "0"),
+        about=describe_model("oracle", place, model, "0"),
         failed={},
         file=file,
-        tell=print,
+        log=print,
     )
     return results.load(file)
 

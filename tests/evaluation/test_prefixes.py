@@ -1,4 +1,4 @@
-"""Arranging texts that begin alike: nothing is lost, a stem is common to its rows, the order is always the same."""
+"""Arranging texts that begin alike: nothing is lost, a prefix is common to its rows, the order is always the same."""
 
 import random
 from itertools import groupby
@@ -29,7 +29,7 @@ def arranged(seed: int, budget: int = 300) -> list[Batch]:
 
 
 def described(batches: list[Batch]) -> list[object]:
-    return [(batch.stem.tolist(), [[text.items for text in row] for row in batch.rows]) for batch in batches]
+    return [(batch.prefix.tolist(), [[text.items for text in row] for row in batch.rows]) for batch in batches]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -40,14 +40,14 @@ class TestPlan:
 
     def test_a_stem_begins_all_texts_of_its_rows_and_predicts_for_none(self, seed: int) -> None:
         batches = arranged(seed)
-        assert any(batch.stem.size for batch in batches)
+        assert any(batch.prefix.size for batch in batches)
         for batch in batches:
             for text in (text for row in batch.rows for text in row):
-                assert batch.stem.tolist() == text.tokens[: batch.stem.size].tolist()
-                assert batch.stem.size <= text.fixed
+                assert batch.prefix.tolist() == text.tokens[: batch.prefix.size].tolist()
+                assert batch.prefix.size <= text.fixed
 
     def test_batches_of_one_stem_follow_each_other(self, seed: int) -> None:
-        runs = [stem for stem, _ in groupby(arranged(seed, budget=60), key=lambda batch: batch.stem.tobytes())]
+        runs = [prefix for prefix, _ in groupby(arranged(seed, budget=60), key=lambda batch: batch.prefix.tobytes())]
         assert len(runs) == len(set(runs))
 
     def test_equal_texts_make_equal_batches(self, seed: int) -> None:

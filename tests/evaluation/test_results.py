@@ -1,7 +1,6 @@
-"""The files of results: what lm-eval returns, kept, read back and shown."""
+"""Result files: written, read back and checked."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,128 +10,6 @@ from made_up import result, task
 
 from plmtune.errors import UserError
 from plmtune.evaluation import results
-from plmtune.io.tables import Table
-from plmtune.io.terminal import wrap
-
-
-def shown(*found: dict[str, Any], width: int = 120, **options: Any) -> str:
-    return "\n".join(
-        "\n".join(block.lines(width) if isinstance(block, Table) else wrap(block, width))
-        for block in results.table(found, **options)
-    )
-
-
-@pytest.fixture(scope="module")
-def raw() -> dict[str, Any]:
-    """What lm-eval itself returns for a model that we know: two tasks in a group, one of texts, one of perplexity."""
-    import datasets
-    from lm_eval.api.group import AggMetricConfig, Group
-    from lm_eval.api.model import LM
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.evaluator import evaluate
-
-    class Known(LM):
-        def loglikelihood(self, requests: Any) -> Any:  # prefers the answer "b"
-            return [(-0.5 if request.args[1] == " b" else -1.0, False) for request in requests]
-
-        def loglikelihood_rolling(self, requests: Any) -> Any:
-            return [-2.0 * len(request.args[0]) for request in requests]
-
-        def generate_until(self, requests: Any) -> Any:
-            return [f"I say {request.args[0][-1]}. #### 4" for request in requests]
-
-    def config(name: str, rows: list[dict[str, Any]], **more: Any) -> Any:
-        data = {"test": datasets.Dataset.from_list(rows)}
-        given = {"task": name, "test_split": "test", "custom_dataset": lambda **_: data, "num_fewshot": 0, **more}
-        return ConfigurableTask(config={"metadata": {"version": 2.0}, **given})
-
-    choice = {
-        "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": ["a", "b"], "doc_to_target": "gold",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }  # fmt: skip
-    tasks = {
-        "first": config("first", [{"q": f"q{i}", "gold": i % 2} for i in range(4)], **choice),
-        "second": config("second", [{"q": f"r{i}", "gold": 1} for i in range(2)], **choice),
-        "written": config(
-            "written",
-            [{"q": f"{i}", "answer": "4"} for i in range(5)],
-            output_type="generate_until",
-            doc_to_text="{{q}}",
-            doc_to_target="answer",
-            generation_kwargs={"until": ["\n"]},
-            metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-            filter_list=[
-                {"name": "strict", "filter": [{"function": "regex", "regex_pattern": r"#### (\d)"},
-                                              {"function": "take_first"}]},
-                {"name": "loose", "filter": [{"function": "regex", "regex_pattern": r"(\d)"},
-                                             {"function": "take_first"}]},
-            ],
-        ),
-        "text": config(
-            "text",
-            [{"q": "one two"}, {"q": "three"}],
-            output_type="loglikelihood_rolling",
-            doc_to_text="",
-            doc_to_target="{{q}}",
-            metric_list=[{"metric": "word_perplexity"}],
-        ),
-    }  # fmt: skip
-    group = Group("both", aggregate_metric_list=[AggMetricConfig(metric="acc")], metadata={"version": 3})
-    group.add(tasks["first"])
-    group.add(tasks["second"])
-    found = evaluate(Known(), {"tasks": tasks, "groups": {"both": group}}, limit=4, bootstrap_iters=10)
-    assert found is not None
-    return dict(found)
-
-
-class TestCollect:
-    def test_scores_are_lm_evals_own_with_their_errors_and_direction(self, raw: dict[str, Any]) -> None:
-        tasks, _, _ = results.collect(raw)
-        right = tasks["first"]["metrics"]["acc,none"]
-        assert right == {"value": 0.5, "stderr": pytest.approx(math.sqrt(0.25 / 3)), "higher_is_better": True}
-        assert set(tasks) == {"first", "second", "written", "text"}
-        entry = tasks["written"]
-        assert (entry["version"], entry["num_fewshot"], entry["samples"], entry["documents"]) == (2.0, 0, 4, 5)
-        assert set(entry["metrics"]) == {"exact_match,strict", "exact_match,loose"}
-        assert tasks["text"]["metrics"]["word_perplexity,none"]["higher_is_better"] is False
-
-    def test_a_group_names_its_tasks_and_has_its_own_score(self, raw: dict[str, Any]) -> None:
-        _, groups, _ = results.collect(raw)
-        assert groups["both"]["tasks"] == ["first", "second"]
-        assert groups["both"]["metrics"]["acc,none"]["value"] == pytest.approx(4 / 6)
-
-    def test_a_document_is_one_row_with_the_metrics_of_all_filters(self, raw: dict[str, Any]) -> None:
-        rows = results.collect(raw)[2]["written"]
-        assert [row["id"] for row in rows] == [0, 1, 2, 3]
-        assert rows[0]["metrics"] == {"exact_match,strict": 1.0, "exact_match,loose": 0.0}
-        assert rows[0]["responses"] == ["I say 0. #### 4"]
-        assert rows[0]["filtered"] == {"strict": ["4"], "loose": ["0"]}
-        assert rows[0]["target"] == "4"
-
-    def test_log_probabilities_are_pairs_and_perplexities_keep_their_words(self, raw: dict[str, Any]) -> None:
-        samples = results.collect(raw)[2]
-        assert samples["first"][0]["responses"] == [[-1.0, False], [-0.5, False]]
-        assert samples["text"][0]["metrics"]["word_perplexity,none"] == [-14.0, 2]
-
-    def test_the_first_three_prompts_are_kept(self, raw: dict[str, Any]) -> None:
-        rows = results.collect(raw)[2]["first"]
-        assert [row.get("prompt") for row in rows] == ["q0", "q1", "q2", None]
-
-    def test_tasks_of_other_prompts_have_another_hash(self, raw: dict[str, Any]) -> None:
-        tasks, _, _ = results.collect(raw)
-        hashes = {entry["prompt_hash"] for entry in tasks.values()}
-        assert len(hashes) == 4 and None not in hashes
-
-    def test_what_comes_out_is_json_and_comes_back_as_it_was(self, raw: dict[str, Any], tmp_path: Path) -> None:
-        tasks, groups, samples = results.collect(raw)
-        whole = result("model", {}) | {"tasks": tasks, "groups": groups, "samples": samples}
-        results.save(whole, tmp_path / "r.json")
-        assert results.load(tmp_path / "r.json") == whole
-
-    def test_a_number_that_is_not_finite_becomes_null(self, raw: dict[str, Any]) -> None:
-        broken = raw | {"results": raw["results"] | {"first": {"acc,none": float("nan"), "acc_stderr,none": "N/A"}}}
-        found = results.collect(broken)[0]["first"]["metrics"]["acc,none"]
-        assert found["value"] is None and found["stderr"] is None
 
 
 class TestFiles:
@@ -184,19 +61,19 @@ class TestFiles:
     def test_a_folder_stands_for_the_results_in_it(self, tmp_path: Path) -> None:
         for name in ("b", "a"):
             results.save(result(name, {}, model={"name": name, "digest": name}), tmp_path / f"{name}.json")
-        found = results.load_all([tmp_path], tell=print)
+        found = results.load_all([tmp_path], log=print)
         assert [file.name for file in found] == ["a.json", "b.json"]
         assert [one["model"]["name"] for one in found.values()] == ["a", "b"]
         assert [file.name for file in results.load_all([tmp_path / "b.json", tmp_path], print)] == ["b.json", "a.json"]
         (tmp_path / "empty").mkdir()
         with pytest.raises(UserError, match=r"has no \.json file"):
-            results.load_all([tmp_path / "empty"], tell=print)
+            results.load_all([tmp_path / "empty"], log=print)
 
     def test_a_file_given_twice_is_refused_however_it_is_written(self, tmp_path: Path) -> None:
         results.save(result("m", {}), tmp_path / "r.json")
         (tmp_path / "link.json").symlink_to("r.json")
         with pytest.raises(UserError, match=r"link\.json is given twice"):
-            results.load_all([tmp_path / "r.json", tmp_path / "link.json"], tell=print)
+            results.load_all([tmp_path / "r.json", tmp_path / "link.json"], log=print)
 
     def test_of_repeats_in_a_folder_only_the_newest_counts_and_it_is_said(self, tmp_path: Path) -> None:
         def put(name: str, hour: int, **changes: Any) -> None:
@@ -220,70 +97,6 @@ class TestFiles:
             match=r"There is no result .* Make results in evaluations/: plmtune eval CHECKPOINT --suite quick",
         ):
             results.load(tmp_path / "none.json")
-
-
-class TestTable:
-    def test_metrics_come_with_error_direction_and_filter(self) -> None:
-        text = shown(result("m", {"gsm8k": task([0, 1, 1, 1], metric="exact_match,strict-match")}))
-        assert "0.7500 ± 0.2500" in text
-        assert "exact_match (strict-match) ↑" in text
-
-    def test_two_results_stand_side_by_side_and_more_below_each_other(self) -> None:
-        a, b = result("a", {"t": task([0, 1])}), result("b", {"t": task([1, 1])})
-        row = next(line for line in shown(a, b).splitlines() if line.startswith("t "))
-        assert "0.5000" in row and "1.0000" in row
-        rows = [line for line in shown(a, b, result("c", {"t": task([0, 0])})).splitlines() if "±" in line]
-        assert [line.split()[-4] for line in rows] == ["A", "B", "C"]
-
-    def test_above_several_stands_what_each_is_and_two_fit_80_columns(self) -> None:
-        long = result("pretrain-20250317-093000-step6", {"arc_challenge": task([0, 1])}, settings={"limit": 2})
-        files = [Path("evaluations/base.json"), Path("evaluations/tuned.json")]
-        lines = shown(long, long, files=files, width=80).splitlines()
-        assert lines[0].rstrip() == "A  evaluations/base.json · limit 2 · 2025-03-17 09:30"
-        assert lines[1].startswith("B  evaluations/tuned.json")
-        assert lines[3].split() == ["task", "shots", "metric", "n", "A", "B"]
-        assert any(line.split().count("±") == 2 for line in lines)
-        assert shown(long, long).startswith("A  pretrain-20250317-093000-step6 · limit 2 · 2025-03-17 09:30")
-        assert "·" not in shown(long)
-
-    def test_a_group_hides_its_tasks_until_all_are_asked_for(self) -> None:
-        entry, _ = task([0, 1])
-        group = {"sum": {**entry, "tasks": ["one", "two"]}}
-        whole = result("m", {"one": task([0, 0]), "two": task([1, 1]), "other": task([0, 1])}, groups=group)
-        names = [line.split()[0] for line in shown(whole).splitlines() if "±" in line]
-        assert names == ["sum", "other"]
-        names = [line.split()[0] for line in shown(whole, all_tasks=True).splitlines() if "±" in line]
-        assert names == ["sum", "one", "two", "other"]
-
-    def test_what_failed_is_there_with_the_first_sentence_of_why(self) -> None:
-        text = shown(result("m", {}, failed={"humaneval": "[no] data. Fetch it:\n  plmtune fetch"}))
-        assert text.endswith("humaneval failed: [no] data.") and "etch" not in text
-        text = shown(result("m", {}, failed={"humaneval": "no data" + " word" * 100}))
-        assert "…" in text and text.count("word") < 20
-
-    def test_counts_that_differ_are_all_shown(self) -> None:
-        text = shown(result("a", {"t": task([0, 1])}), result("b", {"t": task([0, 1, 1])}))
-        assert "2/3" in text
-
-    @pytest.mark.parametrize(
-        ("name", "step", "label"),
-        [
-            ("m", 100, "m, step 100"),
-            ("run-step100", 100, "run-step100"),
-            ("run-step1000", 100, "run-step1000, step 100"),
-            ("step-00000100", 100, "step-00000100"),
-            ("m", None, "m"),
-        ],
-    )
-    def test_a_lone_result_has_its_models_name_and_says_the_step_once(
-        self, name: str, step: int | None, label: str
-    ) -> None:
-        assert results.labels([result(name, {}, model={"name": name, "step": step})]) == [label]
-
-    def test_a_group_that_holds_itself_ends(self) -> None:
-        entry, _ = task([0, 1])
-        loop = {"g": {**entry, "tasks": ["h"]}, "h": {**entry, "tasks": ["g"]}, "top": {**entry, "tasks": ["g"]}}
-        assert "top" in shown(result("m", {}, groups=loop), all_tasks=True)
 
 
 def test_the_environment_says_what_was_measured_with() -> None:

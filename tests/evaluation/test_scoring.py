@@ -110,7 +110,7 @@ class TestScores:
     def test_a_tree_of_prefixes_scores_as_each_item_alone(
         self, make: Callable[[], Decoder], seed: int, budget: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(scoring, "_FORWARD_CPU", 1)  # stems wherever they spare a token
+        monkeypatch.setattr(scoring, "_FORWARD_CPU", 1)  # prefixes wherever they spare a token
         model, items = make(), tree_of_items(seed)
         got = scores(Scorer(model, token_budget=budget), items)
         assert sorted(got) == list(range(len(items)))

@@ -468,7 +468,7 @@ class TestCode:
         write(folder, "code.yaml", self.CODE)
         write(folder, "metric.py", "import subprocess\nraise SystemExit")
         known = Tasks(include=folder, code=Runner())  # type: ignore[arg-type]
-        with pytest.raises(UserError, match="by means of its own"):
+        with pytest.raises(UserError, match="by its own means"):
             known.load("code")
 
     def test_one_that_is_hidden_in_a_group_is_refused(self, folder: Path) -> None:
