@@ -110,70 +110,107 @@ TO_CHECK = ("torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy", "
 MOST_TO_CHECK = 260
 
 
-@cache
-def modules_of_torch() -> set[str]:
-    code = "import json, sys, torch; print(json.dumps(list(sys.modules)))"
-    return set(json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout))
+# Runs every program of its standard input in a fork of a process that has imported some modules, and prints what those
+# are, then for each program what it prints and what is imported at its end.
+FORKS = """
+import contextlib, importlib, io, json, os, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+found = [[None, list(sys.modules)]]
+for program in json.load(sys.stdin):
+    reading, writing = os.pipe()
+    if not os.fork():
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(program, {"__name__": "__main__"})
+        with open(writing, "w") as pipe:
+            json.dump([printed.getvalue(), list(sys.modules)], pipe)
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as pipe:
+        found.append(json.load(pipe))
+    os.wait()
+print(json.dumps(found))
+"""
+COMMAND = """
+from plmtune.cli import cli
+from plmtune.errors import UserError
+try:
+    cli.main({!r}, standalone_mode=False)
+except UserError as error:
+    print("refused:", error)
+"""
+MISTAKES = [
+    *("run pretran", "run pretrain modle=plm", "run pretrain optimizer.lrr=1", "run dpo model/ffn=swigluu"),
+    *("run pretrain optimizer.lr=fast --dry-run", "run sft loss.beta=1", "run pretrain nonsense"),
+    *("validate pretran", "validate dpo loss.betaa=1", "validate pretrain scheduler.decay_shape=round"),
+]
+CHECKS = ["validate demo", "run demo --dry-run", "validate demo_dpo"]
+READING = [
+    *("--help", "ls", "ls attention", "cp pretrain mine.yaml", "data prepare --help"),
+    *("eval --help", "chat --help", "perplexity --help"),
+    *("export --help", "verify --help", "bench --help", "plan --help"),
+]
+BUILD = """
+import torch
+from plmtune.registry import component
+with torch.device("meta"):
+    model = component("model", "plm", embed_dim=8, num_layers=1)(vocab_size=8)
+model.to_empty(device="cpu").init_weights()
+print(len(model.state_dict()))
+"""
+
+Answers = dict[str, tuple[str, set[str]]]  # of each command: (what it printed, what a process has imported after it)
 
 
-def imported_by(command: str, directory: Path) -> tuple[set[str], str]:
-    """(modules that a process has imported after a command, what it said)."""
-    code = (
-        "import json, sys\nfrom plmtune.errors import UserError\nfrom plmtune.cli import cli\n"
-        f"try: cli.main({command.split()!r}, standalone_mode=False)\n"
-        "except UserError as error: print(error)\n"
-        "print(json.dumps(list(sys.modules)))"
+def answers(directory: Path, commands: list[str], *imported: str) -> Answers:
+    """Answers of commands that start from a process with some imports, under "" those imports themselves."""
+    programs = [BUILD if command == BUILD else COMMAND.format(command.split()) for command in commands]
+    command = [sys.executable, "-c", FORKS, *imported]
+    done = subprocess.run(
+        command, cwd=directory, input=json.dumps(programs), stdout=subprocess.PIPE, text=True, check=True
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=directory, capture_output=True, text=True, check=True)
-    said, _, modules = done.stdout.rstrip().rpartition("\n")
-    return set(json.loads(modules)), said
+    found = [(printed, set(modules)) for printed, modules in json.loads(done.stdout)]
+    return dict(zip(["", *commands], found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def after_torch(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    return answers(tmp_path_factory.mktemp("torch"), [*CHECKS, BUILD], "torch")
+
+
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    return answers(tmp_path_factory.mktemp("mistakes"), MISTAKES, "plmtune.config.compose")
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    return answers(tmp_path_factory.mktemp("reading"), READING)
 
 
 class TestStartUp:
-    @pytest.mark.parametrize(
-        "command",
-        [
-            *("run pretran", "run pretrain modle=plm", "run pretrain optimizer.lrr=1", "run dpo model/ffn=swigluu"),
-            *("run pretrain optimizer.lr=fast --dry-run", "run sft loss.beta=1", "run pretrain nonsense"),
-            *("validate pretran", "validate dpo loss.betaa=1", "validate pretrain scheduler.decay_shape=round"),
-        ],
-    )
-    def test_a_mistake_in_a_name_or_key_costs_no_torch(self, command: str, tmp_path: Path) -> None:
-        modules, said = imported_by(command, tmp_path)
-        assert said and "torch" not in modules, said
+    @pytest.mark.parametrize("command", MISTAKES)
+    def test_a_mistake_in_a_name_or_key_costs_no_torch(self, command: str, mistakes: Answers) -> None:
+        printed, modules = mistakes[command]
+        assert printed.startswith("refused: ") and "torch" not in modules, printed
 
-    @pytest.mark.parametrize("command", ["validate demo", "run demo --dry-run", "validate demo_dpo"])
-    def test_a_config_is_checked_without_what_only_training_needs(self, command: str, tmp_path: Path) -> None:
-        modules, said = imported_by(command, tmp_path)
-        assert "valid" in said or "fits" in said, said
+    @pytest.mark.parametrize("command", CHECKS)
+    def test_a_config_is_checked_without_what_only_training_needs(self, command: str, after_torch: Answers) -> None:
+        printed, modules = after_torch[command]
+        assert "valid" in printed or "fits" in printed, printed
         assert not modules & set(TO_CHECK)
-        others = {name for name in modules - modules_of_torch() if name.partition(".")[0] != "plmtune"}
+        others = {name for name in modules - after_torch[""][1] if name.partition(".")[0] != "plmtune"}
         assert len(others) < MOST_TO_CHECK
 
-    def test_a_model_is_built_and_allocated_without_dynamo_and_sympy(self) -> None:
-        code = (
-            "import sys, torch\nfrom plmtune.registry import component\n"
-            "with torch.device('meta'): model = component('model', 'plm', embed_dim=8, num_layers=1)(vocab_size=8)\n"
-            "model.to_empty(device='cpu').init_weights()\nassert len(model.state_dict()) > 5\n"
-            "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
-        )
-        subprocess.run([sys.executable, "-c", code], check=True)
+    def test_a_model_is_built_and_allocated_without_dynamo_and_sympy(self, after_torch: Answers) -> None:
+        printed, modules = after_torch[BUILD]
+        assert int(printed) > 5
+        assert not {"torch._dynamo", "sympy"} & modules
 
 
 class TestWithoutTorch:
-    @pytest.mark.parametrize(
-        "command",
-        [
-            *("--help", "ls", "ls attention", "cp pretrain {tmp}/mine.yaml", "data prepare --help"),
-            *("eval --help", "chat --help", "perplexity --help"),
-            *("export --help", "verify --help", "bench --help", "plan --help"),
-        ],
-    )
-    def test_commands_that_read_do_not_import_torch(self, command: str, tmp_path: Path) -> None:
-        code = (
-            "import sys\nfrom plmtune.cli import cli\n"
-            f"cli.main({command.format(tmp=tmp_path).split()!r}, standalone_mode=False)\n"
-            "assert 'torch' not in sys.modules and 'hydra' not in sys.modules"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    @pytest.mark.parametrize("command", READING)
+    def test_commands_that_read_do_not_import_torch(self, command: str, reading: Answers) -> None:
+        printed, modules = reading[command]
+        assert not printed.startswith("refused")
+        assert not {"torch", "hydra"} & modules
