@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -19,8 +18,6 @@ def in_group(work: Callable[[Path], dict[str, Any]], world_size: int, directory:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Each process is forked from one that has imported what takes seconds to import.
-    multiprocessing.set_forkserver_preload(["plmtune.training.checkpoint", "plmtune.training.runtime"])
     start_processes(_rank, (work, world_size, port, directory), nprocs=world_size, start_method="forkserver")
     return [json.loads(path.read_text()) for path in (directory / f"{work.__name__}-{r}" for r in range(world_size))]
 

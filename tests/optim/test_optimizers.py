@@ -260,7 +260,6 @@ def _two_process_losses(rank: int, store: str, queue: Any) -> None:
 class TestMuonOnTwoProcesses:
     def test_sharded_losses_equal_one_process(self, tmp_path: Any) -> None:
         context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["plmtune.optim.optimizers", "torch.distributed.fsdp"])  # imported once for both
         queue = context.Queue()
         processes = [
             context.Process(target=_two_process_losses, args=(rank, str(tmp_path / "store"), queue))

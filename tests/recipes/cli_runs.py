@@ -1,6 +1,7 @@
 """A small corpus, and the command line as a person uses it."""
 
 import contextlib
+import copy
 import importlib
 import json
 import os
@@ -20,6 +21,8 @@ from tuning import compose
 from plmtune import cli
 from plmtune.errors import UserError
 from plmtune.io.metrics import read, without_timing
+from plmtune.tokenizers import tokenizer_files
+from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training.plot import draw_curves
 
 SMALL = [
@@ -47,6 +50,21 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 DRAWING = [f"plmtune.recipes.{name}.draw_curves" for name in ("pretrain", "sft", "preference")]
 
 
+def reading_once() -> Callable[[Path], Tokenizer]:
+    """What reads a tokenizer.json, but the same one once; a run of few steps spends a third of its time on it."""
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
+    read, known = tokenizer_files._read_json, {}
+
+    def find(path: Path) -> Tokenizer:
+        files = [path.with_name(name) for name in names]
+        key = (path.name, *(file.read_bytes() if file.is_file() else None for file in files))
+        if key not in known:
+            known[key] = read(path)
+        return copy.copy(known[key])
+
+    return find
+
+
 @contextlib.contextmanager
 def nothing_beside() -> Iterator[None]:
     """No curves, which take longer to draw than most of these runs to train, and no measured matrix product."""
@@ -54,6 +72,7 @@ def nothing_beside() -> Iterator[None]:
         for name in DRAWING:
             patch.setattr(name, lambda *arguments: None)
         patch.setattr("plmtune.training.estimate._measured_flops", lambda *arguments: 1e11)
+        patch.setattr(tokenizer_files, "_read_json", reading_once())
         yield
 
 

@@ -1,12 +1,25 @@
 """The recipe as a person runs it: it learns, on one process and on two, and it refuses what cannot be."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_runs import SMALL, Run, ends_with, kill_at, metrics, refusal, start, weights
+from cli_runs import (
+    SMALL,
+    Run,
+    ends_with,
+    kill_at,
+    metrics,
+    nothing_beside,
+    refusal,
+    start,
+    weights,
+    write_corpus,
+)
+from group import in_group
 
 from plmtune.config import compose
 from plmtune.io.run_directory import read_record, state_of
@@ -101,13 +114,28 @@ class TestLearning:
         assert metrics(place / "cut") == metrics(place / "whole")
 
 
+STRATEGIES = ("ddp", "fsdp")
+
+
+def train_by_each_strategy(place: Path) -> dict[str, Any]:
+    with contextlib.chdir(place), nothing_beside():
+        for strategy in STRATEGIES:
+            start(f"run_dir={strategy}", f"runtime.strategy={strategy}")
+    return {}
+
+
 class TestTwoProcesses:
-    @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
-    def test_losses_equal_one_process(self, place: Path, plmtune: Run, strategy: str) -> None:
-        start("run_dir=one", "runtime.strategy=auto")
-        two = plmtune("run", "pretrain", *SMALL, "run_dir=two", f"runtime.strategy={strategy}", processes=2)
-        assert two.returncode == 0, two.stderr
-        for alone, shared in zip(metrics(place / "one"), metrics(place / "two"), strict=True):
+    @pytest.fixture(scope="class")
+    def trained(self, tmp_path_factory: pytest.TempPathFactory, corpus_text: str) -> Path:
+        """The directory of runs of one configuration, named by their strategies."""
+        place = tmp_path_factory.mktemp("strategies")
+        write_corpus(place, corpus_text)
+        in_group(train_by_each_strategy, 2, place)
+        return place
+
+    @pytest.mark.parametrize("strategy", STRATEGIES)
+    def test_losses_equal_one_process(self, trained: Path, whole: Path, strategy: str) -> None:
+        for alone, shared in zip(metrics(whole), metrics(trained / strategy), strict=True):
             for key in ("loss", "validation_loss", "bits_per_byte", "grad_norm"):
                 if key in alone:
                     assert shared[key] == pytest.approx(alone[key], rel=1e-6 if key != "grad_norm" else 1e-5)
