@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	# One thread a worker: two workers of two threads each would wait for each other on two cores.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # What takes minutes each: kills under torchrun, full counts of benchmarks/reliability.py.
 test-slow: $(VENV)/installed-dev
