@@ -26,9 +26,16 @@ def packages() -> dict[str, list[str]]:
 
 
 def reference(package: str, modules: list[str]) -> str:
-    """The page of one package: each module with what its docstrings describe."""
-    shown = [name for name in modules if name == package or ast.get_docstring(ast.parse(source(name)))]
-    return f"# {package}\n\n" + "\n".join(f"::: {name}\n    options: {{heading_level: 2}}\n" for name in shown)
+    """The page of one package: a table of its modules, then each with what its docstrings describe."""
+    described = {name: text for name in modules if (text := ast.get_docstring(ast.parse(source(name))))}
+    first_lines = {name: text.partition("\n")[0].replace("|", "\\|") for name, text in described.items()}
+    rows = [
+        f"| {f'[{name[len(package) + 1 :]}][{name}]' if name != package else package} | {line} |"
+        for name, line in first_lines.items()
+    ]
+    table = "\n".join(["| module | |", "|---|---|", *rows])
+    entries = "\n".join(f"::: {name}\n    options: {{heading_level: 2}}\n" for name in described)
+    return f"# {package}\n\n{table}\n\n{entries}"
 
 
 def commands() -> str:

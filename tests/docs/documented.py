@@ -251,5 +251,3 @@ def make_place(place: Path) -> None:
         '    """A gate."""\n    return SwiGLU(embed_dim, hidden_dim=hidden_dim)\n'
     )
     (place / "mine.yaml").write_text(own_file(ROOT / "README.md"))
-    recipe = (ROOT / "recipes" / "pretrain.py").read_text(encoding="utf-8")
-    (place / "mine.py").write_text(recipe.replace('CONFIG = "pretrain"', 'CONFIG = "demo"'), encoding="utf-8")

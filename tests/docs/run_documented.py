@@ -61,7 +61,7 @@ BEFORE = {
     "cp evaluations/sft.json evaluations/RESULT.json",
     r"compare A\.json": "cp evaluations/base.json A.json; cp evaluations/tuned.json B.json",
     r"exports/(FILE|demo_sft-[\d-]+-Q8_0)\.gguf": "cp $(ls -t exports/*Q8_0.gguf | head -1) exports/export.gguf",
-    r"cp \S+ mine.yaml": "rm -f mine.yaml",
+    r"cp \S+ mine\.(yaml|py)": "rm -f mine.yaml mine.py",
     r"demo_aries/latest/rounds": "test -e runs/demo_aries/latest/rounds || "
     f"plmtune run demo_aries rounds=1 {shlex.join(['epochs=0.1', *_TUNE, *_ANSWERS])}",
 }
