@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from plmtune.data.conversations import Conversations
 from plmtune.data.examples import open_pairs
 from plmtune.data.preferences import Pair, Preferences
 from plmtune.errors import UserError
+from plmtune.evaluation.training_tasks import open_evaluations
 from plmtune.io import metrics as metrics_file
 from plmtune.io.progress import track
 from plmtune.io.terminal import echo
@@ -24,60 +26,93 @@ from plmtune.preference.comparison_batch import ComparisonBatch
 from plmtune.preference.comparisons import make_comparisons
 from plmtune.preference.metrics import Comparisons, PreferenceMetrics, answers, comparisons
 from plmtune.preference.reference_model import ReferenceModel
+from plmtune.preference.refinement import Refinement, find_refinement
 from plmtune.preference.rounds.rollout import Rollout, policy_rollout
 from plmtune.preference.rounds.rounds import check_rounds, open_rounds
-from plmtune.training import launcher, plans
+from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.training import launcher
+from plmtune.training import preflight as checks
 from plmtune.training.checkpoint import TrainerState
 from plmtune.training.finetune_model import FinetuneModel, load_init_model, setup_model
-from plmtune.training.guard import handle_skip, sample_locations
+from plmtune.training.guard import Guard, handle_skip, sample_locations
 from plmtune.training.init_from import find_init_checkpoint
 from plmtune.training.monitor import RunMonitor, is_due, learning_rates
-from plmtune.training.plans import Plan, build_scheduler, check_schedule
 from plmtune.training.plot import draw_curves
+from plmtune.training.preflight import TrainingPlan
 from plmtune.training.resume_checks import config_digest
 from plmtune.training.run_setup import open_run
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_number_of
 
+if TYPE_CHECKING:
+    from plmtune.evaluation.during import Evaluations
+
 CONFIG = "dpo"  # conf/dpo.yaml
-KIND = plans.Kind(
-    losses={"comparisons": (Preferences,)},
-    measures=(
-        "validation_loss",
-        "validation/accuracy",
-        "validation/margin",
-        r"validation/(given_(rejected|chosen)/)?(logratio_margin|accuracy|margin)",
-        r"validation/(given_(rejected|chosen)/)?(rewards|log_probs)/(chosen|rejected)",
-    ),
-    sequences=2,  # a prompt with two answers
-    epochs=1.0,
-    rows="pairs",
+METRICS = (  # of a validation, as patterns
+    "validation_loss",
+    "validation/accuracy",
+    "validation/margin",
+    r"validation/(given_(rejected|chosen)/)?(h|accuracy|margin|(rewards|log_probs)/(chosen|rejected))",
 )
 
 
-def preflight(cfg: Config, runtime: Runtime, *, fetch: bool) -> Plan:
-    """Check the config and find what it names: all that a run would refuse before it begins."""
-    planned = plans.plan(cfg, runtime, KIND, fetch=fetch)
-    kinds = (Conversations, Preferences) if cfg.rounds else KIND.losses[plans.loss_kind(planned.loss)]
-    plans.open_data(planned, cfg.data, kinds)
-    plans.open_templates(planned, cfg.chat.template, cfg.refinement.template)
+def plan(cfg: Config, runtime: Runtime, *, fetch: bool = False) -> TrainingPlan:
+    """Check components and numbers of a config, and plan its steps and memory; look at no file of its data."""
+    checks.check_best_metric(cfg.checkpoint.best, METRICS)
+    pairs = checks.rows_per_process(cfg.global_batch_size, runtime.data_world_size, "pairs")
+    loss = checks.build_loss(cfg.loss, ["comparisons"])
+    tokenizer, model, finetuned = checks.build_finetuned(cfg, runtime, fetch=fetch)
+    assert cfg.seq_len is not None
+    tokens_per_step = cfg.global_batch_size * cfg.seq_len
+    checks.check_schedule(cfg.scheduler, 0, tokens_per_step)
+    checks.check_packages(cfg, runtime.device)
+    estimated = None
+    if model is not None:
+        # A pair that is compared in three contexts (ARIES) may fill three rows; a row is a prompt with two answers.
+        rows = pairs * (3 if loss.contexts else 1)
+        estimated = checks.estimate_run(cfg, finetuned, runtime, rows=rows, seq_len=2 * cfg.seq_len, masked=True)
+    return TrainingPlan(tokenizer, model, loss, [], tokens_per_step, cfg.seq_len, estimated, cfg.epochs)
+
+
+@dataclass
+class Inputs:
+    """What a config names, found and checked before a weight is allocated or a text is read."""
+
+    plan: TrainingPlan
+    sources: dict[str, Any]
+    template: ChatTemplate | None  # None: the tokenizer is not there yet
+    refinement: Refinement
+    evaluations: Evaluations | None  # None: there are no tasks to measure
+
+
+def preflight(cfg: Config, runtime: Runtime, *, fetch: bool) -> Inputs:
+    """Check all that a run would refuse before it begins."""
+    planned = plan(cfg, runtime, fetch=fetch)
+    sources = checks.find_sources(cfg.data)
+    checks.check_sources(sources, (Conversations, Preferences) if cfg.rounds else (Preferences,), planned)
+    template = checks.find_chat_template(cfg.chat.template, planned.tokenizer)
+    refinement = find_refinement(cfg.refinement.template)
     check_rounds(cfg.rounds, cfg.reward, cfg.selection, runtime.strategy)
-    plans.open_evaluations(planned, cfg.eval, runtime, template=cfg.chat.template)
-    return planned
+    evaluations = open_evaluations(
+        cfg.eval, planned.model, planned.tokenizer, runtime.strategy, template=cfg.chat.template
+    )
+    return Inputs(planned, sources, template, refinement, evaluations)
 
 
 class Preference:
     """One run: a stage on the pairs of the data, or one for each round, with optimizer and schedule of its own."""
 
-    def __init__(self, cfg: Config, plan: Plan, runtime: Runtime) -> None:
-        self.cfg, self.plan, self.runtime, self.tokenizer = cfg, plan, runtime, plan.tokenizer
+    def __init__(self, cfg: Config, inputs: Inputs, runtime: Runtime) -> None:
+        self.cfg, self.plan, self.tasks, self.runtime = cfg, inputs.plan, inputs.evaluations, runtime
+        plan, self.tokenizer = inputs.plan, inputs.plan.tokenizer
         saved = TrainerState.latest(str(cfg.run_dir)) if cfg.resume else TrainerState()
         # A run with a checkpoint of its own needs no other one, unless it holds adapters alone.
-        origin = find_init_checkpoint(cfg, plan.model, plan.tokenizer) if cfg.peft or not saved.checkpoint else None
-        assert plan.template is not None and plan.refinement is not None
-        self.loss, self.template, self.refinement = plan.loss, plan.template, plan.refinement
+        init_from = cfg.init_from if cfg.peft or not saved.checkpoint else None
+        init = find_init_checkpoint(init_from, plan.model, plan.tokenizer, cfg.scheduler)
+        assert inputs.template is not None
+        self.loss, self.template, self.refinement = plan.loss, inputs.template, inputs.refinement
         self.tokenizer.chat_template = self.template.source  # what the model learns is saved with it
-        sources = plan.sources
+        sources = inputs.sources
         self.notes: list[str] = []  # on the pairs of a stage
         self.unread: list[str] = []  # on the columns of the data
         if cfg.rounds:
@@ -89,9 +124,18 @@ class Preference:
         else:
             pairs, self.unread = open_pairs(sources, skip_bad=cfg.chat.skip_bad)
             self.data = self._batches(pairs)
-            check_schedule(cfg, self.data.num_steps, plan.tokens_per_step)
+            checks.check_schedule(cfg.scheduler, self.data.num_steps, plan.tokens_per_step)
         self.finetune_model: FinetuneModel = setup_model(
-            cfg, plan.model, self.tokenizer, runtime, origin, saved.checkpoint, score_head=self.loss.scalar_head
+            plan.model,
+            self.tokenizer,
+            runtime,
+            cfg.runtime,
+            init=init,
+            resumed=saved.checkpoint,
+            seed=cfg.seed,
+            peft=cfg.peft,
+            quantization=cfg.quantization,
+            score_head=self.loss.scalar_head,
         )
         # From here on the directory exists; what a person can get wrong has been found by now.
         self.fingerprints = {name: source.fingerprint() for name, source in sources.items()}
@@ -99,7 +143,7 @@ class Preference:
         self.fingerprints["the refinement template"] = self.refinement.fingerprint
         self.run = open_run(cfg, runtime, self.fingerprints, saved.state)
         self.model, self.trained = self.finetune_model.model, self.finetune_model.trained
-        self.checkpoints = self.finetune_model.checkpoints(self.run.checkpoints)
+        self.checkpoints = self.finetune_model.open_checkpoints(self.run.checkpoints, cfg.checkpoint)
         self.restore_from = saved.checkpoint  # until the stage has its optimizer
         self.step = saved.step
         self.first: int = saved.state.get("first", 0)  # the step before this stage's first
@@ -116,7 +160,7 @@ class Preference:
             digest=saved.state.get("reference", ""),
             first_digest=saved.state.get("first_reference", ""),
         )
-        self.guard = plan.guard
+        self.guard = Guard(**vars(cfg.guard))
         self.guard.load_state_dict(saved.state.get("guard", {}))
         self.losses: list[Tensor] = []  # of the latest step's micro-batches
 
@@ -175,14 +219,14 @@ class Preference:
     def train_stage(self, monitor: RunMonitor) -> float | None:
         """Train on the pairs of `data` from `step`; return the last validation loss, or None if a signal stopped it."""
         cfg, plan, runtime, run, data, tasks = (
-            self.cfg, self.plan, self.runtime, self.run, self.data, self.plan.evaluations
+            self.cfg, self.plan, self.runtime, self.run, self.data, self.tasks
         )  # fmt: skip
         monitor.num_steps = num_steps = self.first + data.num_steps
         run.update(num_steps=num_steps, parameters=plan.estimate.parameters)
         for line in (*self.notes, data.describe()):
             monitor.message(line)
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
-        self.scheduler = build_scheduler(cfg, self.optimizer, data.num_steps, plan.tokens_per_step)
+        self.scheduler = checks.build_scheduler(cfg.scheduler, self.optimizer, data.num_steps, plan.tokens_per_step)
         if self.step == self.first:
             self.guard.reset()
             self.restore_from = None
@@ -195,12 +239,9 @@ class Preference:
             self.restore_from = None
         launcher.warm_up(runtime, lambda: self._warmup_step(reference))
         # A run that was stopped while it measured its tasks measures them first.
-        if tasks and tasks.unfinished(run.path, self.step, num_steps):
-            if not tasks.measure(self.model, runtime, run.path, self.step, monitor):
-                monitor.stopped(self.step)
-                return None
-            if monitor.should_stop():
-                monitor.raise_failure()  # there may be no further step that raises it
+        if tasks and not tasks.catch_up(self.model, runtime, run.path, self.step, num_steps, monitor):
+            monitor.stopped(self.step)
+            return None
         for index, batches in data.iterate(self.step - self.first):
             values = self.train_step(index, batches, reference)
             self.step = self.first + index + 1
@@ -347,9 +388,9 @@ class Preference:
         return float(difference.max()) if difference.numel() else 0.0
 
     def _load_first_model(self) -> Any:
-        origin = find_init_checkpoint(self.cfg, self.plan.model, self.tokenizer)
-        assert origin is not None
-        return load_init_model(self.runtime, origin)
+        init = find_init_checkpoint(self.cfg.init_from, self.plan.model, self.tokenizer, self.cfg.scheduler)
+        assert init is not None
+        return load_init_model(self.runtime, init)
 
     def _answers(self, batch: ComparisonBatch, model: nn.Module | None = None) -> Tensor:
         """What the loss compares of each answer, [2n]: its log-probability, or its score."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,75 +19,107 @@ from plmtune.data.shards import Shards
 from plmtune.data.sources import Source
 from plmtune.data.windows import open_windows
 from plmtune.errors import UserError
+from plmtune.evaluation.training_tasks import open_evaluations
 from plmtune.inference.sampling import complete
 from plmtune.io.terminal import echo
 from plmtune.models.hf import hf_state, load_state, write_config
-from plmtune.training import launcher, plans
-from plmtune.training.checkpoint import Checkpoints, TrainerState, load_optimizer_state
+from plmtune.training import launcher
+from plmtune.training import preflight as checks
+from plmtune.training.checkpoint import TrainerState, best_checkpoint_notes, load_optimizer_state, open_checkpoints
 from plmtune.training.determinism import measure_cost
-from plmtune.training.guard import handle_skip, sample_locations
+from plmtune.training.guard import Guard, handle_skip, sample_locations
 from plmtune.training.init_from import check_finite, find_init_checkpoint
 from plmtune.training.monitor import RunMonitor, is_due, learning_rates
-from plmtune.training.plans import Plan, build_scheduler
 from plmtune.training.plot import draw_curves
+from plmtune.training.preflight import TrainingPlan
 from plmtune.training.resume_checks import config_digest, refuse_other_order
 from plmtune.training.run_setup import open_run, open_sources
 from plmtune.training.runtime import Runtime
 
+if TYPE_CHECKING:
+    from plmtune.evaluation.during import Evaluations
+
 CONFIG = "pretrain"  # conf/pretrain.yaml
-KIND = plans.Kind(losses={"tokens": (Source,)}, measures=("validation_loss", "bits_per_byte", r"sparsity/\d+"))
+METRICS = ("validation_loss", "bits_per_byte", r"sparsity/\d+")  # of a validation, as patterns
 
 
-def preflight(cfg: Config, runtime: Runtime, *, fetch: bool) -> Plan:
-    """Check the config and find what it names: all that a run would refuse before it begins."""
-    planned = plans.plan(cfg, runtime, KIND, fetch=fetch)
-    plans.open_data(planned, cfg.data, KIND.losses[plans.loss_kind(planned.loss)])
-    plans.open_evaluations(planned, cfg.eval, runtime)
-    return planned
+def plan(cfg: Config, runtime: Runtime, *, fetch: bool = False) -> TrainingPlan:
+    """Check components and numbers of a config, and plan its steps and memory; look at no file of its data."""
+    checks.check_best_metric(cfg.checkpoint.best, METRICS)
+    rows = checks.rows_per_process(cfg.global_batch_size, runtime.data_world_size, "sequences")
+    loss = checks.build_loss(cfg.loss, ["tokens"])
+    tokenizer = checks.find_tokenizer(cfg.tokenizer, fetch=fetch)
+    model = checks.build_on_meta(cfg.model, tokenizer)
+    checks.check_seq_len(cfg.seq_len, model)
+    if not cfg.resume:  # an init_from with another model or tokenizer explains what follows
+        find_init_checkpoint(cfg.init_from, model, tokenizer, cfg.scheduler, weights=False)
+    checks.check_optimizer(cfg.optimizer, model)
+    tokens_per_step = cfg.global_batch_size * cfg.seq_len
+    phases = checks.resolve_phases(cfg.phases, tokens_per_step)
+    if not phases:
+        raise UserError(
+            "key phases: is empty, so nothing says how long to train. Give it, as in: "
+            "plmtune run pretrain data.paths=my_text/ phases='[{name: main, tokens: 2B}]'. "
+            "(plmtune run demo is a small run with all that it needs.)"
+        )
+    checks.check_schedule(cfg.scheduler, sum(phase.steps for phase in phases), tokens_per_step)
+    checks.check_packages(cfg, runtime.device)
+    estimated = checks.estimate_run(cfg, model, runtime, rows=rows, seq_len=cfg.seq_len)
+    return TrainingPlan(tokenizer, model, loss, phases, tokens_per_step, cfg.seq_len, estimated)
+
+
+@dataclass
+class Inputs:
+    """What a config names, found and checked before a weight is allocated or a text is read."""
+
+    plan: TrainingPlan
+    sources: dict[str, Source]
+    evaluations: Evaluations | None  # None: there are no tasks to measure
+
+
+def preflight(cfg: Config, runtime: Runtime, *, fetch: bool) -> Inputs:
+    """Check all that a run would refuse before it begins."""
+    planned = plan(cfg, runtime, fetch=fetch)
+    sources = checks.find_sources(cfg.data)
+    checks.check_sources(sources, (Source,), planned)
+    return Inputs(planned, sources, open_evaluations(cfg.eval, planned.model, planned.tokenizer, runtime.strategy))
 
 
 class Pretrain:
-    """One run. Data order and schedule are pure functions of the step, so that any step can be gone on from."""
+    """One run. The order of the data and the schedule are pure functions of the step, so any step can be resumed."""
 
-    def __init__(self, cfg: Config, plan: Plan, runtime: Runtime) -> None:
-        self.cfg, self.plan, self.runtime, self.tokenizer = cfg, plan, runtime, plan.tokenizer
+    def __init__(self, cfg: Config, inputs: Inputs, runtime: Runtime) -> None:
+        self.cfg, self.plan, self.tasks, self.runtime = cfg, inputs.plan, inputs.evaluations, runtime
+        plan, self.tokenizer = inputs.plan, inputs.plan.tokenizer
         saved = TrainerState.latest(str(cfg.run_dir)) if cfg.resume else TrainerState()
         # A run with a checkpoint of its own needs no other one.
-        origin = None if saved.checkpoint else find_init_checkpoint(cfg, plan.model, plan.tokenizer)
-        self.skip: dict[str, int] = saved.state.get("skip", origin.samples_seen if origin else {})
-        shards = open_sources(plan.sources, cfg.preparation, self.tokenizer)
+        init_from = None if saved.checkpoint else cfg.init_from
+        init = find_init_checkpoint(init_from, plan.model, plan.tokenizer, cfg.scheduler)
+        self.skip: dict[str, int] = saved.state.get("skip", init.samples_seen if init else {})
+        shards = open_sources(inputs.sources, cfg.preparation, self.tokenizer)
         self.notes = [f"{name}{left}" for name, shard in shards.items() if (left := shard.manifest.left_out())]
         self.data = self._batches(shards)
         self.model = plan.model.to_empty(device=runtime.device)
         self.model.activation_checkpointing = cfg.runtime.activation_checkpointing
         self.model.init_weights(torch.Generator().manual_seed(cfg.seed))
-        if origin:
-            load_state(self.model, origin.directory)
-            check_finite(self.model, str(cfg.init_from))
-        # From here on the directory exists; what a person can get wrong has been found by now.
+        if init:
+            load_state(self.model, init.directory)
+            check_finite(self.model, init.name)
+        # From here on the directory exists; a user's mistakes have been found by now.
         self.fingerprints = {name: shard.fingerprint for name, shard in shards.items()}
         self.run = open_run(cfg, runtime, self.fingerprints, saved.state)
         if saved.checkpoint and not cfg.allow_data_change:
-            refuse_other_order(
-                saved.checkpoint,
-                saved.state.get("samples_seen", saved.state.get("drawn")),
-                self.data.samples_seen(saved.step),
-            )
+            seen = saved.state.get("samples_seen", saved.state.get("drawn"))
+            refuse_other_order(saved.checkpoint, seen, self.data.samples_seen(saved.step))
         self.trained = runtime.distribute(self.model, compile=cfg.runtime.compile)
         self.dtype = self.model.dtype  # of what is saved; in a step FSDP2 shows another
         self.loss = plan.loss
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
-        self.scheduler = build_scheduler(cfg, self.optimizer, plan.num_steps, plan.tokens_per_step)
-        if origin and origin.continue_schedule:
-            load_optimizer_state(origin.directory, model=self.model, optimizer=self.optimizer)
-        self.checkpoints = Checkpoints(
-            self.run.checkpoints,
-            keep=cfg.checkpoint.keep,
-            best=cfg.checkpoint.best,
-            mode=cfg.checkpoint.mode,
-            background=cfg.checkpoint.background,
-            named=hf_state,
-            describe=self._describe,
+        self.scheduler = checks.build_scheduler(cfg.scheduler, self.optimizer, plan.num_steps, plan.tokens_per_step)
+        if init and init.continue_schedule:
+            load_optimizer_state(init.directory, model=self.model, optimizer=self.optimizer)
+        self.checkpoints = open_checkpoints(
+            self.run.checkpoints, cfg.checkpoint, state_dict=hf_state, write_metadata=self._write_metadata
         )
         if saved.checkpoint:
             self.checkpoints.restore(
@@ -94,8 +127,8 @@ class Pretrain:
             )
         self.step = saved.step
         self.validation_loss: float = saved.metrics.get("validation_loss", float("nan"))
-        self.order: str = saved.state.get("order", "")  # a running hash of what was drawn, in which order
-        self.guard = plan.guard
+        self.order: str = saved.state.get("order", "")  # a running hash of the samples, in their order
+        self.guard = Guard(**vars(cfg.guard))
         self.guard.load_state_dict(saved.state.get("guard", {}))
         self.losses: list[Tensor] = []  # of the latest step's micro-batches
         # Bits per byte need the length of each token's text; special tokens have none.
@@ -121,7 +154,7 @@ class Pretrain:
 
     def train(self) -> float | None:
         """Train to the last step; return the last validation loss in nats a token, or None if a signal stopped it."""
-        cfg, plan, runtime, run, tasks = self.cfg, self.plan, self.runtime, self.run, self.plan.evaluations
+        cfg, plan, runtime, run, tasks = self.cfg, self.plan, self.runtime, self.run, self.tasks
         with launcher.open_monitor(
             cfg,
             run,
@@ -135,12 +168,9 @@ class Pretrain:
             self._log_startup(monitor)
             launcher.warm_up(runtime, self._warmup_step)
             # A run that was stopped while it measured its tasks measures them first.
-            if tasks and tasks.unfinished(run.path, self.step, plan.num_steps):
-                if not tasks.measure(self.model, runtime, run.path, self.step, monitor):
-                    monitor.stopped(self.step)
-                    return None
-                if monitor.should_stop():
-                    monitor.raise_failure()  # there may be no further step that raises it
+            if tasks and not tasks.catch_up(self.model, runtime, run.path, self.step, plan.num_steps, monitor):
+                monitor.stopped(self.step)
+                return None
             for index, batches in self.data.iterate(self.step):
                 values = self.train_step(index, batches)
                 self.step = index + 1
@@ -183,7 +213,7 @@ class Pretrain:
         return self.validation_loss
 
     def train_step(self, index: int, batches: list[Batch]) -> dict[str, Any]:
-        """Make one optimizer step on this rank's micro-batches of a global batch; return what is logged of it."""
+        """Make one optimizer step on this rank's micro-batches of a global batch; return its metrics."""
         runtime, phase = self.runtime, self.data.phase(index)
         if index and phase is not self.data.phase(index - 1):
             self.guard.reset()  # other text, other norms
@@ -267,7 +297,7 @@ class Pretrain:
             wait=wait,
         )
 
-    def _describe(self, directory: Path) -> None:
+    def _write_metadata(self, directory: Path) -> None:
         write_config(self.model.config, self.dtype, directory)
         self.tokenizer.save(directory)
 
@@ -279,12 +309,7 @@ class Pretrain:
         if cfg.runtime.deterministic:
             cost = measure_cost(self._warmup_step, runtime.device)
             reasons.append(f"deterministic algorithms: {cost:.2f}x the time of a forward and backward, measured now")
-        between, every = cfg.checkpoint.every, cfg.validation.every
-        if cfg.checkpoint.best and between and every and between % every:
-            reasons.append(
-                f"best checkpoint: only steps that are measured and saved count, each {math.lcm(between, every)}th; "
-                "let checkpoint.every be a multiple of validation.every"
-            )
+        reasons += best_checkpoint_notes(cfg.checkpoint, cfg.validation)
         for line in (*reasons, *self.plan.estimate.lines(), *self.notes, self.data.describe()):
             monitor.message(line)
 
@@ -296,7 +321,7 @@ class Pretrain:
 
 
 def report(run: Path, cfg: Config) -> None:
-    """Draw the curves, and let the finished checkpoint write something, for a person to judge."""
+    """Draw the curves, and generate a sample with the finished checkpoint."""
     torch.use_deterministic_algorithms(False)  # sampling has no deterministic kernel on a GPU, and trains nothing
     curves = run / "curves.png"
     draw_curves(run / "metrics.jsonl", curves)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,55 +19,93 @@ from plmtune.data.examples import open_examples
 from plmtune.data.order import Phase
 from plmtune.data.preferences import Preferences
 from plmtune.errors import UserError
+from plmtune.evaluation.training_tasks import open_evaluations
 from plmtune.inference.sampling import complete
 from plmtune.io.terminal import echo
-from plmtune.preference.refinement import encode_pairs
-from plmtune.tokenizers.chat_template import find_template
+from plmtune.preference.refinement import Refinement, encode_pairs, find_refinement
+from plmtune.tokenizers.chat_template import ChatTemplate, find_template
 from plmtune.tokenizers.message import Message
-from plmtune.training import launcher, plans
+from plmtune.training import launcher
+from plmtune.training import preflight as checks
 from plmtune.training.checkpoint import TrainerState
 from plmtune.training.finetune_model import FinetuneModel, setup_model
-from plmtune.training.guard import handle_skip, sample_locations
+from plmtune.training.guard import Guard, handle_skip, sample_locations
 from plmtune.training.init_from import find_init_checkpoint
 from plmtune.training.monitor import RunMonitor, is_due, learning_rates
-from plmtune.training.plans import Plan, build_scheduler, check_schedule, show_epochs
 from plmtune.training.plot import draw_curves
+from plmtune.training.preflight import TrainingPlan
 from plmtune.training.resume_checks import config_digest
 from plmtune.training.run_setup import open_run
 from plmtune.training.runtime import Runtime
 
+if TYPE_CHECKING:
+    from plmtune.evaluation.during import Evaluations
+
 CONFIG = "sft"  # conf/sft.yaml
-KIND = plans.Kind(
-    losses={"tokens": (Conversations,), "refinements": (Preferences,)},
-    measures=("validation_loss",),
-    epochs=3.0,
-    rows="rows",
-)
+DATA: dict[str, tuple[type, ...]] = {"tokens": (Conversations,), "refinements": (Preferences,)}  # by kind of loss
+METRICS = ("validation_loss",)  # of a validation
+EPOCHS = 3.0  # where the config gives neither epochs nor phases
 
 
-def preflight(cfg: Config, runtime: Runtime, *, fetch: bool) -> Plan:
-    """Check the config and find what it names: all that a run would refuse before it begins."""
-    planned = plans.plan(cfg, runtime, KIND, fetch=fetch)
-    plans.open_data(planned, cfg.data, KIND.losses[plans.loss_kind(planned.loss)])
-    plans.open_templates(planned, cfg.chat.template, cfg.refinement.template)
-    plans.open_evaluations(planned, cfg.eval, runtime, template=cfg.chat.template)
-    return planned
+def plan(cfg: Config, runtime: Runtime, *, fetch: bool = False) -> TrainingPlan:
+    """Check components and numbers of a config, and plan its steps and memory; look at no file of its data."""
+    checks.check_best_metric(cfg.checkpoint.best, METRICS)
+    rows = checks.rows_per_process(cfg.global_batch_size, runtime.data_world_size, "rows")
+    loss = checks.build_loss(cfg.loss, DATA)
+    tokenizer, model, finetuned = checks.build_finetuned(cfg, runtime, fetch=fetch)
+    assert cfg.seq_len is not None
+    tokens_per_step = cfg.global_batch_size * cfg.seq_len
+    phases = checks.resolve_phases(cfg.phases, tokens_per_step)
+    checks.check_schedule(cfg.scheduler, sum(phase.steps for phase in phases), tokens_per_step)
+    checks.check_packages(cfg, runtime.device)
+    estimated = None
+    if model is not None:
+        estimated = checks.estimate_run(cfg, finetuned, runtime, rows=rows, seq_len=cfg.seq_len)
+    epochs = None if phases else cfg.epochs or EPOCHS
+    return TrainingPlan(tokenizer, model, loss, phases, tokens_per_step, cfg.seq_len, estimated, epochs)
+
+
+@dataclass
+class Inputs:
+    """What a config names, found and checked before a weight is allocated or a text is read."""
+
+    plan: TrainingPlan
+    sources: dict[str, Any]
+    template: ChatTemplate | None  # None: the tokenizer is not there yet
+    refinement: Refinement
+    evaluations: Evaluations | None  # None: there are no tasks to measure
+
+
+def preflight(cfg: Config, runtime: Runtime, *, fetch: bool) -> Inputs:
+    """Check all that a run would refuse before it begins."""
+    planned = plan(cfg, runtime, fetch=fetch)
+    sources = checks.find_sources(cfg.data)
+    checks.check_sources(sources, DATA[checks.data_kind(planned.loss)], planned)
+    return Inputs(
+        planned,
+        sources,
+        checks.find_chat_template(cfg.chat.template, planned.tokenizer),
+        find_refinement(cfg.refinement.template),
+        open_evaluations(cfg.eval, planned.model, planned.tokenizer, runtime.strategy, template=cfg.chat.template),
+    )
 
 
 class Sft:
     """One run. Rows, their order and the schedule are pure functions of the data and the step, as in pretraining."""
 
-    def __init__(self, cfg: Config, plan: Plan, runtime: Runtime) -> None:
-        self.cfg, self.plan, self.runtime, self.tokenizer = cfg, plan, runtime, plan.tokenizer
+    def __init__(self, cfg: Config, inputs: Inputs, runtime: Runtime) -> None:
+        self.cfg, self.plan, self.tasks, self.runtime = cfg, inputs.plan, inputs.evaluations, runtime
+        plan, self.tokenizer = inputs.plan, inputs.plan.tokenizer
         saved = TrainerState.latest(str(cfg.run_dir)) if cfg.resume else TrainerState()
         # A run with a checkpoint of its own needs no other one, unless it holds adapters alone.
-        origin = find_init_checkpoint(cfg, plan.model, plan.tokenizer) if cfg.peft or not saved.checkpoint else None
-        assert plan.template is not None and plan.refinement is not None
-        self.loss, self.template = plan.loss, plan.template
-        self.tokenizer.chat_template = self.template.source  # what the model learns is saved with it
-        refines = plans.loss_kind(self.loss) == "refinements"
+        init_from = cfg.init_from if cfg.peft or not saved.checkpoint else None
+        init = find_init_checkpoint(init_from, plan.model, plan.tokenizer, cfg.scheduler)
+        assert inputs.template is not None
+        self.loss, self.template = plan.loss, inputs.template
+        self.tokenizer.chat_template = self.template.source  # saved with the model, which learns it
+        refines = checks.data_kind(self.loss) == "refinements"
         examples = open_examples(
-            plan.sources,
+            inputs.sources,
             self.template,
             seq_len=plan.seq_len,
             train_on=cfg.chat.train_on,
@@ -74,7 +113,7 @@ class Sft:
             skip_bad=cfg.chat.skip_bad,
             holdout=cfg.chat.holdout,
             seed=cfg.seed,
-            encode=partial(encode_pairs, refinement=plan.refinement) if refines else None,
+            encode=partial(encode_pairs, refinement=inputs.refinement) if refines else None,
             shown=runtime.is_main,
         )
         self.notes, self.fingerprints = examples.notes, examples.fingerprints
@@ -83,9 +122,9 @@ class Sft:
             num_rows = sum(rows.num_rows for rows in examples.train.values())
             phases = [Phase.over(plan.epochs, num_rows, cfg.global_batch_size)]
             why = "" if cfg.epochs else " (the default; epochs=N or phases=[...] give another budget)"
-            self.notes.append(f"{show_epochs(plan.epochs)}{why} of {num_rows:,} rows: {phases[0].steps:,} steps")
+            self.notes.append(f"{checks.show_epochs(plan.epochs)}{why} of {num_rows:,} rows: {phases[0].steps:,} steps")
         self.num_steps = sum(phase.steps for phase in phases)
-        check_schedule(cfg, self.num_steps, plan.tokens_per_step)
+        checks.check_schedule(cfg.scheduler, self.num_steps, plan.tokens_per_step)
         try:
             self.data = Batches(
                 examples.train,
@@ -101,28 +140,36 @@ class Sft:
         except ValueError as error:  # names its setting
             raise UserError(str(error)) from error
         self.finetune_model: FinetuneModel = setup_model(
-            cfg, plan.model, self.tokenizer, runtime, origin, saved.checkpoint
+            plan.model,
+            self.tokenizer,
+            runtime,
+            cfg.runtime,
+            init=init,
+            resumed=saved.checkpoint,
+            seed=cfg.seed,
+            peft=cfg.peft,
+            quantization=cfg.quantization,
         )
-        # From here on the directory exists; what a person can get wrong has been found by now.
+        # From here on the directory exists; a user's mistakes have been found by now.
         self.run = open_run(cfg, runtime, self.fingerprints, saved.state)
         self.model, self.trained = self.finetune_model.model, self.finetune_model.trained
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
-        self.scheduler = build_scheduler(cfg, self.optimizer, self.num_steps, plan.tokens_per_step)
-        self.checkpoints = self.finetune_model.checkpoints(self.run.checkpoints)
+        self.scheduler = checks.build_scheduler(cfg.scheduler, self.optimizer, self.num_steps, plan.tokens_per_step)
+        self.checkpoints = self.finetune_model.open_checkpoints(self.run.checkpoints, cfg.checkpoint)
         if saved.checkpoint:
             self.checkpoints.restore(
                 saved.checkpoint, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler
             )
         self.step = saved.step
         self.validation_loss: float = saved.metrics.get("validation_loss", float("nan"))
-        self.order: str = saved.state.get("order", "")  # a running hash of what was drawn, in which order
-        self.guard = plan.guard
+        self.order: str = saved.state.get("order", "")  # a running hash of the samples, in their order
+        self.guard = Guard(**vars(cfg.guard))
         self.guard.load_state_dict(saved.state.get("guard", {}))
         self.losses: list[Tensor] = []  # of the latest step's micro-batches
 
     def train(self) -> float | None:
         """Train to the last step; return the last validation loss in nats a token, or None if a signal stopped it."""
-        cfg, plan, runtime, run, tasks = self.cfg, self.plan, self.runtime, self.run, self.plan.evaluations
+        cfg, plan, runtime, run, tasks = self.cfg, self.plan, self.runtime, self.run, self.tasks
         # No FLOPs a token: how many tokens meet the vocabulary depends on the data.
         with launcher.open_monitor(
             cfg, run, runtime, self.num_steps, self.step, tokens_per_step=plan.tokens_per_step
@@ -131,12 +178,9 @@ class Sft:
             self._log_startup(monitor)
             launcher.warm_up(runtime, self._warmup_step)
             # A run that was stopped while it measured its tasks measures them first.
-            if tasks and tasks.unfinished(run.path, self.step, self.num_steps):
-                if not tasks.measure(self.model, runtime, run.path, self.step, monitor):
-                    monitor.stopped(self.step)
-                    return None
-                if monitor.should_stop():
-                    monitor.raise_failure()  # there may be no further step that raises it
+            if tasks and not tasks.catch_up(self.model, runtime, run.path, self.step, self.num_steps, monitor):
+                monitor.stopped(self.step)
+                return None
             for index, batches in self.data.iterate(self.step):
                 values = self.train_step(index, batches)
                 self.step = index + 1
@@ -179,7 +223,7 @@ class Sft:
         return self.validation_loss
 
     def train_step(self, index: int, batches: list[Batch]) -> dict[str, Any]:
-        """Make one optimizer step on this rank's micro-batches of a global batch; return what is logged of it."""
+        """Make one optimizer step on this rank's micro-batches of a global batch; return its metrics."""
         runtime, phase = self.runtime, self.data.phase(index)
         if index and phase is not self.data.phase(index - 1):
             self.guard.reset()  # other text, other norms
@@ -269,7 +313,7 @@ class Sft:
 
 
 def report(run: Path, cfg: Config) -> None:
-    """Draw the curves, and let the finished checkpoint answer something, for a person to judge."""
+    """Draw the curves, and generate an answer with the finished checkpoint."""
     torch.use_deterministic_algorithms(False)  # sampling has no deterministic kernel on a GPU, and trains nothing
     draw_curves(run / "metrics.jsonl", run / "curves.png")
     if cfg.sample.max_new_tokens:

@@ -410,14 +410,16 @@ class TestSnapshots:
 class TestRuns:
     def test_keep_the_commit_that_they_start_from(self, served: Server) -> None:
         cfg = compose.compose("sft", (), ["init_from=o/m"])
+        pin_revisions(cfg)
         said = choose_init_checkpoint(cfg)
         assert said == f"starting from o/m@{COMMIT}"
         assert (cfg.init_from, cfg.tokenizer.settings["path"]) == (f"o/m@{COMMIT}", f"o/m@{COMMIT}")
         assert not [path for path in served.asked if path.endswith(".safetensors")]
         served.commit = NEWER  # main moves on meanwhile
         tokenizer: Tokenizer = file(cfg.tokenizer.settings["path"])
-        origin = find_init_checkpoint(cfg, cfg.model(vocab_size=tokenizer.vocab_size), tokenizer)
-        assert origin is not None and origin.directory.name == COMMIT
+        model = cfg.model(vocab_size=tokenizer.vocab_size)
+        init = find_init_checkpoint(cfg.init_from, model, tokenizer, cfg.scheduler)
+        assert init is not None and init.directory.name == COMMIT
 
     def test_their_tokenizer_and_reward_model_keep_their_commits_too(self, served: Server) -> None:
         words = ["tokenizer=file", "tokenizer.path=o/m", "reward=reward_model", "reward.path=o/m", "rounds=1"]
@@ -428,7 +430,7 @@ class TestRuns:
         pin_revisions(cfg, weights=True)  # a run begins: the reward model is there before it is asked
         assert [path for path in served.asked if path.endswith(".safetensors")]
 
-    def test_go_on_with_the_commit_that_they_began_with(self, served: Server, tmp_path: Path) -> None:
+    def test_resume_with_the_commit_that_they_began_with(self, served: Server, tmp_path: Path) -> None:
         words = ["tokenizer=file", "tokenizer.path=o/m", "init_from=o/m"]
         began = compose.compose("sft", (), words)
         pin_revisions(began)
@@ -447,7 +449,7 @@ class TestRuns:
         self, served: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         cfg = compose.compose("sft", (), ["init_from=o/m"])
-        choose_init_checkpoint(cfg)
+        pin_revisions(cfg)
         served.commit = NEWER
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache of another"))
         directory = init_checkpoint_directory(cfg.init_from)

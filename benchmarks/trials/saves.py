@@ -40,7 +40,7 @@ class Saver:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()  # makes the moments
         self.scheduler = LambdaLR(self.optimizer, lambda step: 1.0)
-        self.checkpoints = Checkpoints(directory, keep=KEEP, background=background, describe=_describe)
+        self.checkpoints = Checkpoints(directory, keep=KEEP, background=background, write_metadata=_write_metadata)
 
     def tensors(self) -> list[torch.Tensor]:
         moments = [self.optimizer.state[parameter] for parameter in self.model.parameters()]
@@ -91,7 +91,7 @@ def _number(step: int, index: int) -> float:
     return float(step * 64 + index)
 
 
-def _describe(directory: Path) -> None:
+def _write_metadata(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps({"saver": WIDTH}), encoding="utf-8")
 
 

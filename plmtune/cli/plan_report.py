@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from plmtune.devices.costs import ModelShape
     from plmtune.devices.device import Device
     from plmtune.devices.predict import Prediction
+    from plmtune.training.run_config import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -237,12 +238,11 @@ def show_speed(prediction: Prediction) -> str:
     return f"{speed} ± {show_number(prediction.decode * prediction.error, 2)}"
 
 
-def predict_training(cfg: Any, train_on: str) -> dict[str, Any]:
+def predict_training(cfg: TrainingConfig, train_on: str) -> dict[str, Any]:
     """Memory, FLOPs and hours of the config's own training."""
     import torch
 
     from plmtune.devices.device import load_device
-    from plmtune.training import plans
     from plmtune.training.runtime import Runtime
     from plmtune.units import show_bytes, show_count
 
@@ -250,11 +250,8 @@ def predict_training(cfg: Any, train_on: str) -> dict[str, Any]:
     if device.training is None or device.mfu is None:
         raise UserError(f"--train-on {train_on}: says no training_gflop_s. Take h200 or rtx_3090, or a file that does.")
     dtype = torch.float32 if cfg.runtime.precision == "fp32" else torch.bfloat16
-    found = plans.plan(
-        cfg,
-        Runtime(torch.device("cpu"), dtype, "none"),
-        importlib.import_module(f"plmtune.recipes.{cfg.recipe}").KIND,
-    )
+    recipe = importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
+    found = recipe.plan(cfg, Runtime(torch.device("cpu"), dtype, "none"))
     estimate = replace(found.estimate, process=0, save=0)  # which a GPU's host holds
     memory = estimate.total
     tokens = found.num_steps * found.tokens_per_step
@@ -263,7 +260,7 @@ def predict_training(cfg: Any, train_on: str) -> dict[str, Any]:
     fits = "fits" if memory <= device.available else "does not fit one"
     lines = [
         f"Training on {device.name}",
-        f"  memory  {show_bytes(memory)} with micro-batches of {cfg.micro_batch_size} x {cfg.seq_len:,}: {fits} "
+        f"  memory  {show_bytes(memory)} with micro-batches of {cfg.micro_batch_size} x {found.seq_len:,}: {fits} "
         f"(weights {show_bytes(estimate.weights)}, gradients {show_bytes(estimate.gradients)}, optimizer "
         f"{show_bytes(estimate.optimizer)}, activations {show_bytes(estimate.activations)}, logits "
         f"{show_bytes(estimate.logits)}, slack {show_bytes(estimate.slack)})",

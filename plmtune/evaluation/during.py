@@ -147,12 +147,21 @@ class Evaluations:
         values: dict[str, float] = distributed.broadcast_from_rank0(lambda: _values(result))
         return values
 
-    def unfinished(self, directory: Path, step: int, num_steps: int) -> bool:
-        """Whether the tasks were due after `step`, and the run in `directory` has no complete result."""
-        if not self.due(step, num_steps):
-            return False
-        done: bool = distributed.broadcast_from_rank0(lambda: bool(self._known(results.step_file(directory, step))))
-        return not done
+    def catch_up(
+        self, model: Decoder, runtime: Runtime, directory: Path, step: int, num_steps: int, monitor: RunMonitor
+    ) -> bool:
+        """Measure the tasks that were due after `step` if a stopped run has no complete result of them; see `measure`.
+
+        Raises:
+            UserError: if their metrics cannot be written, as there may be no further step that raises it.
+        """
+        file = results.step_file(directory, step)
+        if not self.due(step, num_steps) or distributed.broadcast_from_rank0(lambda: bool(self._known(file))):
+            return True
+        measured = self.measure(model, runtime, directory, step, monitor)
+        if measured and monitor.should_stop():
+            monitor.raise_failure()
+        return measured
 
     def _known(self, file: Path, digest: str | None = None) -> dict[str, float]:
         """Return the values of a complete result of these tasks; empty if there is none, or one of another model."""

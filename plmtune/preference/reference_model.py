@@ -91,7 +91,7 @@ class ReferenceModel:
         """
         policy, is_first = self.policy, self.is_first(round_number)
         if untrained:
-            if is_first and (round_number <= 1 or policy.adapters):
+            if is_first and (round_number <= 1 or policy.adapter_config):
                 self.first_digest = model_digest(policy.model, without=policy.adapter_names)
             self.digest = self.first_digest if is_first else model_digest(policy.model)
         second: list[Decoder] = []  # loaded only if something is to be computed
@@ -106,7 +106,7 @@ class ReferenceModel:
             done += len(batch.index)
             monitor.working(f"reference: log-probabilities of {done:,} comparisons")
             with policy.fake_quant_disabled():
-                if is_first and policy.adapters:
+                if is_first and policy.adapter_config:
                     with policy.adapters_disabled():
                         return self.answers(batch, None)
                 if not is_first or (untrained and round_number <= 1):

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from plmtune.config.schema import CheckpointConfig, ValidationConfig
 from plmtune.errors import NotFinite, Unreadable, UserError, unreadable
 from plmtune.io import manifest, safetensors_writer
 from plmtune.io.manifest import step_path, steps
@@ -176,9 +177,9 @@ class Checkpoints:
         best: the metric by whose value one more is kept; None keeps none.
         mode: "min" or "max".
         background: write while training goes on, from a copy in host memory.
-        named: a model's tensors that are saved, by their names in the file; they are written into on `restore`.
+        state_dict: gives a model's tensors by their names in the file; `restore` writes into them.
         stem: of their files.
-        describe: writes what a directory needs, besides weights, to be loaded alone: config.json, tokenizer.
+        write_metadata: writes what a directory needs, besides weights, to be loaded alone: config.json, tokenizer.
         file_bytes: larger weights and moments are split; several ranks share the files.
 
     Raises:
@@ -193,9 +194,9 @@ class Checkpoints:
         best: str | None = None,
         mode: Literal["min", "max"] = "min",
         background: bool = True,
-        named: Callable[[Any], Mapping[str, Tensor]] = nn.Module.state_dict,
+        state_dict: Callable[[Any], Mapping[str, Tensor]] = nn.Module.state_dict,
         stem: str = "model",
-        describe: Callable[[Path], object] = lambda directory: None,
+        write_metadata: Callable[[Path], object] = lambda directory: None,
         file_bytes: float = safetensors_writer.FILE_BYTES,
     ) -> None:
         if keep < 0:
@@ -205,9 +206,9 @@ class Checkpoints:
         self.best = best
         self.mode = mode
         self.background = background
-        self.named = named
+        self.state_dict = state_dict
         self.stem = stem
-        self.describe = describe
+        self.write_metadata = write_metadata
         self.file_bytes = file_bytes
         self._stage = Stage(copies=background)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -252,7 +253,7 @@ class Checkpoints:
             log.warning("%s", error)  # what stood in its way may be gone; if not, this one says so
         tensors, optimizer_rest = training_state.optimizer_state_dict(model, optimizer)
         random_states = distributed.gather_texts(json.dumps(training_state.random_state()))
-        stems = {self.stem: self.named(model), "optimizer": tensors}
+        stems = {self.stem: self.state_dict(model), "optimizer": tensors}
         needed = sum(t.numel() * t.element_size() for named in stems.values() for t in named.values())
         distributed.broadcast_from_rank0(lambda: self._make_room(step, needed))
         snapshot = self._stage.take(stems, max_bytes=self.file_bytes, writers=self._writers(step))
@@ -366,9 +367,9 @@ class Checkpoints:
         """
         try:
             document = read_trainer_state(path)
-            distributed.load_full_tensors(self.named(model), Stored(locate(path, self.stem)))
+            distributed.load_full_tensors(self.state_dict(model), Stored(locate(path, self.stem)))
             check_weights(
-                self.named(model),
+                self.state_dict(model),
                 lambda names: (
                     f"it holds weights that are not finite ({names}). Delete it, and the run resumes from "
                     "the one before it."
@@ -402,7 +403,7 @@ class Checkpoints:
         """
         path = step_path(self.directory, step)
         distributed.broadcast_from_rank0(lambda: manifest.check_files(path)["step"])
-        distributed.load_full_tensors(self.named(model), Stored(locate(path, self.stem)))
+        distributed.load_full_tensors(self.state_dict(model), Stored(locate(path, self.stem)))
 
     def _make_room(self, step: int, needed: int) -> None:
         """Make the directory to write into."""
@@ -435,7 +436,7 @@ class Checkpoints:
         for name, text in rest.items():
             (directory / name).write_text(text, encoding="utf-8")
         if distributed.rank() == 0:
-            self.describe(directory)
+            self.write_metadata(directory)
         if distributed.world_size() == 1:
             self._publish(step, entries)
         return entries
@@ -562,3 +563,35 @@ def _bring_back(moved: Path, name: Path) -> None:
         log.warning("%s cannot be read, and is left as it is.", moved)
     except UserError:
         shutil.rmtree(moved, ignore_errors=True)
+
+
+def open_checkpoints(
+    directory: Path,
+    settings: CheckpointConfig,
+    *,
+    state_dict: Callable[[Any], Mapping[str, Tensor]],
+    write_metadata: Callable[[Path], object],
+    stem: str = "model",
+) -> Checkpoints:
+    """The checkpoints of a run by its config, see `Checkpoints`."""
+    return Checkpoints(
+        directory,
+        keep=settings.keep,
+        best=settings.best,
+        mode=settings.mode,
+        background=settings.background,
+        state_dict=state_dict,
+        write_metadata=write_metadata,
+        stem=stem,
+    )
+
+
+def best_checkpoint_notes(settings: CheckpointConfig, validation: ValidationConfig) -> list[str]:
+    """A line to print where a run saves at steps that it does not validate."""
+    save, validate = settings.every, validation.every
+    if not (settings.best and save and validate and save % validate):
+        return []
+    return [
+        f"best checkpoint: only steps that are measured and saved count, each {math.lcm(save, validate)}th; "
+        "set checkpoint.every to a multiple of validation.every"
+    ]

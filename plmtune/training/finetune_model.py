@@ -1,9 +1,8 @@
-"""The model that a run fine-tunes: filled from its origin, with adapters where they are asked for."""
+"""The model that a run fine-tunes: its initial weights, its adapters, and fake quantization of its matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from plmtune.config.compose import build
+from plmtune.config.schema import CheckpointConfig, RuntimeConfig
 from plmtune.errors import UserError
 from plmtune.models import adapters
 from plmtune.models.hf import hf_state, write_config
@@ -19,7 +19,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapter_parameters, disabled, init_adapters
 from plmtune.registry import Component
 from plmtune.tokenizers.tokenizer import Tokenizer
-from plmtune.training.checkpoint import Checkpoints
+from plmtune.training.checkpoint import Checkpoints, open_checkpoints
 from plmtune.training.init_from import InitCheckpoint, check_finite
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_bytes
@@ -27,57 +27,54 @@ from plmtune.units import show_bytes
 
 @dataclass
 class FinetuneModel:
-    """A model under training; `trained` is what is called, perhaps a wrapper of `model`."""
+    """A model under training.
 
-    cfg: Any
+    Attributes:
+        trained: what to call in a step: the model, or a wrapper of it.
+        dtype: of what is saved; in a step FSDP2 shows another.
+        adapter_config: adapter_config.json; empty: all weights are trained.
+        scheme: of quantization-aware training; empty without it.
+        notes: a line each, to print when the run starts.
+    """
+
     model: Decoder
     trained: nn.Module
     tokenizer: Tokenizer
-    dtype: torch.dtype  # of what is saved; in a step FSDP2 shows another
-    adapters: dict[str, Any] = field(default_factory=dict)  # adapter_config.json; empty: all weights are trained
-    scheme: dict[str, Any] = field(default_factory=dict)  # of quantization-aware training; empty: it is none
-    notes: list[str] = field(default_factory=list)  # what a person should know of it, a line each
+    dtype: torch.dtype
+    adapter_config: dict[str, Any] = field(default_factory=dict)
+    scheme: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
-    def checkpoints(self, directory: Path) -> Checkpoints:
+    def open_checkpoints(self, directory: Path, settings: CheckpointConfig) -> Checkpoints:
         """The checkpoints of a run of this model: of its adapters alone, where it has them."""
-        how = self.cfg.checkpoint
-        return Checkpoints(
+        return open_checkpoints(
             directory,
-            keep=how.keep,
-            best=how.best,
-            mode=how.mode,
-            background=how.background,
-            named=adapters.adapter_state if self.adapters else hf_state,
-            stem=adapters.ADAPTERS if self.adapters else "model",
-            describe=self._describe,
+            settings,
+            state_dict=adapters.adapter_state if self.adapter_config else hf_state,
+            stem=adapters.ADAPTERS if self.adapter_config else "model",
+            write_metadata=self._write_metadata,
         )
 
     @property
     def adapter_names(self) -> set[str]:
-        """Parameters that `adapters_disabled` leaves out."""
-        return set(adapter_parameters(self.model)) if self.adapters else set()
+        """The names of the adapters' parameters."""
+        return set(adapter_parameters(self.model)) if self.adapter_config else set()
 
-    @contextmanager
-    def adapters_disabled(self) -> Iterator[None]:
-        """Let the model be what its adapters stand beside for a while; without adapters, what it is."""
-        with disabled(self.model):
-            yield
+    def adapters_disabled(self) -> AbstractContextManager[None]:
+        """Compute with the base model's weights alone inside the block."""
+        return disabled(self.model)
 
-    @contextmanager
-    def fake_quant_disabled(self) -> Iterator[None]:
-        """Let a model that is trained for quantization compute with its weights as they are for a while."""
-        with _qat().fake_quant_disabled(self.model) if self.scheme else nullcontext():
-            yield
+    def fake_quant_disabled(self) -> AbstractContextManager[None]:
+        """Compute with unrounded weights inside the block."""
+        return _qat().fake_quant_disabled(self.model) if self.scheme else nullcontext()
 
-    @contextmanager
-    def fake_quant_frozen(self) -> Iterator[None]:
-        """Weights that are trained for quantization do not change inside: they are rounded once."""
-        with _qat().fake_quant_frozen(self.model) if self.scheme else nullcontext():
-            yield
+    def fake_quant_frozen(self) -> AbstractContextManager[None]:
+        """Round each weight once for the whole block, in which weights must not change."""
+        return _qat().fake_quant_frozen(self.model) if self.scheme else nullcontext()
 
-    def _describe(self, directory: Path) -> None:
-        if self.adapters:
-            adapters.write_adapter_config(directory, self.adapters)
+    def _write_metadata(self, directory: Path) -> None:
+        if self.adapter_config:
+            adapters.write_adapter_config(directory, self.adapter_config)
         else:
             write_config(self.model.config, self.dtype, directory, score_head=hasattr(self.model, "score"))
             if self.scheme:
@@ -92,100 +89,104 @@ def _qat() -> Any:
 
 
 def setup_model(
-    cfg: Any,
     model: Decoder,
     tokenizer: Tokenizer,
     runtime: Runtime,
-    origin: InitCheckpoint | None,
-    whole: Path | None,
+    settings: RuntimeConfig,
     *,
+    init: InitCheckpoint | None,
+    resumed: Path | None,
+    seed: int,
+    peft: Component | None,
+    quantization: Component | None,
     score_head: bool = False,
 ) -> FinetuneModel:
-    """Fill a model from its origin (None: a checkpoint will follow), add adapters, and spread it over the processes.
+    """Allocate a model, load its initial weights, add adapters or fake quantization, and distribute it.
 
     Args:
         model: on the meta device.
-        whole: the checkpoint that the run goes on from, if there is one.
-        score_head: a reward model's head is added, where the origin has none.
+        init: what the run starts from; None: the weights come from the checkpoint that the run resumes from.
+        resumed: the checkpoint that the run resumes from, if there is one.
+        score_head: add a reward model's head, where the initial checkpoint has none.
 
     Raises:
-        UserError: if origin, adapters or scheme do not fit it.
+        UserError: if the initial checkpoint, the adapters or the scheme do not fit the model.
     """
-    generator = torch.Generator().manual_seed(cfg.seed)
+    generator = torch.Generator().manual_seed(seed)
     if score_head:
         model.add_score_head(generator)
-    scheme, notes = _prepare(cfg.quantization, model)
+    scheme, notes = _insert_fake_quantize(quantization, model)
     model = model.to_empty(device=runtime.device)
-    model.activation_checkpointing = cfg.runtime.activation_checkpointing
+    model.activation_checkpointing = settings.activation_checkpointing
     model.init_weights(generator)  # also what no file holds, such as RoPE's tables
-    if origin:
-        adapters.load_state(model, origin.directory)
-        check_finite(model, cfg.init_from)
-    described: dict[str, Any] = {}
-    if cfg.peft:
-        assert origin is not None
-        build("peft", cfg.peft, model=model)
+    if init:
+        adapters.load_state(model, init.directory)
+        check_finite(model, init.name)
+    adapter_config: dict[str, Any] = {}
+    if peft:
+        assert init is not None
+        build("peft", peft, model=model)
         init_adapters(model, generator)
-        described = adapters.adapter_config(model, origin.directory)
-        if whole and adapters.base_digest(whole) != described["plmtune"]["base"]:
+        adapter_config = adapters.adapter_config(model, init.directory)
+        if resumed and adapters.base_digest(resumed) != adapter_config["plmtune"]["base"]:
             raise UserError(
-                f"init_from={cfg.init_from} no longer holds the weights that the adapters in {whole} were trained "
-                "beside. Put them back."
+                f"init_from={init.name} no longer holds the base weights of the adapters in {resumed}. Put them back."
             )
-    trained = runtime.distribute(model, compile=cfg.runtime.compile)
-    return FinetuneModel(cfg, model, trained, tokenizer, model.dtype, described, scheme, notes)
+    trained = runtime.distribute(model, compile=settings.compile)
+    return FinetuneModel(model, trained, tokenizer, model.dtype, adapter_config, scheme, notes)
 
 
-def check_finetuning(cfg: Any, model: Decoder, strategy: str) -> None:
-    """Refuse adapters and schemes that do not go together, with the model, or with the way it is spread.
+def check_finetuning(model: Decoder, peft: Component | None, quantization: Component | None, strategy: str) -> None:
+    """Refuse adapters and schemes that do not fit each other, the model, or the strategy.
 
     Args:
-        model: on the meta device; a scheme that is trained for is put into it.
+        model: on the meta device; fake quantization is inserted into it, if the scheme asks for it.
 
     Raises:
         UserError: naming the key.
     """
-    qat = _is_qat(cfg.quantization)
-    if cfg.peft and strategy in ("fsdp", "hsdp"):
+    qat = _is_qat(quantization)
+    sharded = strategy in ("fsdp", "hsdp")
+    if peft and sharded:
         raise UserError(f"key peft: adapters are trained on whole models, not under {strategy}: strategy=ddp.")
-    if qat and cfg.peft:
+    if qat and peft:
         raise UserError(
             "key quantization.qat: the weights that would be rounded are frozen under adapters. Train all weights "
             "(peft=null), or leave quantization.qat out and quantize what plmtune merge gives."
         )
-    if qat and strategy in ("fsdp", "hsdp"):
+    if qat and sharded:
         raise UserError(
             f"key quantization.qat: {strategy} shows a layer its weights in the arithmetic's dtype, and what "
             "will be stored is rounded from fp32: strategy=ddp."
         )
     if qat:
-        _prepare(cfg.quantization, model)
-    elif cfg.quantization:
-        build("quantization", cfg.quantization, model=model)
+        _insert_fake_quantize(quantization, model)
+    elif quantization:
+        build("quantization", quantization, model=model)
 
 
 def _is_qat(chosen: Component | None) -> bool:
     return chosen is not None and bool(chosen.settings.get("qat"))
 
 
-def _prepare(chosen: Component | None, model: Decoder) -> tuple[dict[str, Any], list[str]]:
-    """Let the model round as its scheme will, if the config asks for it; returns the scheme and notes on it."""
+def _insert_fake_quantize(chosen: Component | None, model: Decoder) -> tuple[dict[str, Any], list[str]]:
+    """Insert the fake quantization of a scheme with qat=true; returns the scheme and notes on it."""
     if chosen is None or not _is_qat(chosen):
         return {}, []
-    plan = build("quantization", chosen, model=model)
+    formats = build("quantization", chosen, model=model)
     try:
-        _qat().insert_fake_quantize(model, plan)
+        _qat().insert_fake_quantize(model, formats)
     except ValueError as error:
         raise UserError(f"key quantization: {error}") from error
-    numbers = sum(p.numel() for name in plan for p in model.get_submodule(name).parameters() if p.ndim == 2)
+    numbers = sum(p.numel() for name in formats for p in model.get_submodule(name).parameters() if p.ndim == 2)
     note = (
-        f"quantization: {len(plan)} matrices are rounded in the forward as {chosen.name} stores them "
+        f"quantization: {len(formats)} matrices are rounded in the forward as {chosen.name} stores them "
         f"({show_bytes(4 * numbers)} more memory); checkpoints hold them unrounded, for plmtune run quantize"
     )
-    return _qat().scheme_settings(chosen), [note, *getattr(plan, "notes", [])]
+    return _qat().scheme_settings(chosen), [note, *getattr(formats, "notes", [])]
 
 
-def load_init_model(runtime: Runtime, origin: InitCheckpoint) -> Decoder:
-    """A second model, with the weights that a run began with; for numbers only, not for training."""
-    model: Decoder = adapters.load_model(origin.directory, runtime.device, torch.float32)
+def load_init_model(runtime: Runtime, init: InitCheckpoint) -> Decoder:
+    """Load the weights that a run began with as a second model, for numbers only, not for training."""
+    model: Decoder = adapters.load_model(init.directory, runtime.device, torch.float32)
     return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What a run starts from: the checkpoint of `init_from`, or the one that fits where none is named."""
+"""What a run starts from: the checkpoint that `init_from` names, or a default where it names none."""
 
 from __future__ import annotations
 
@@ -22,59 +22,62 @@ from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training.checkpoint import latest_valid, read_trainer_state
 from plmtune.training.distributed import broadcast_from_rank0, once_per_machine
 from plmtune.training.guard import check_weights
+from plmtune.training.run_config import TrainingConfig
 
-# What a recipe goes on from where nothing is named: the newest finished run of the first kind that has one.
+# Where init_from is empty, a run of a recipe starts from the newest finished run of the first recipe that has one.
 DEFAULT_INIT_RECIPES = {"sft": ("pretrain",), "preference": ("sft", "pretrain")}
-# With none, what the authors of PLM published (arXiv 2503.12167).
+# Without such a run, from what the authors of PLM published (arXiv 2503.12167).
 PUBLISHED = {"sft": "PLM-Team/PLM-1.8B-Base", "preference": "PLM-Team/PLM-1.8B-Instruct"}
-# Alike in these, two models compute alike: a context may be shorter, and an initialisation is over.
+# Keys in which a checkpoint may differ from the run's model: a shorter context computes the same, and the
+# initialisation no longer matters.
 _IGNORED_KEYS = ("max_seq_len", "init_std", "vocab_size")
 
 
-def choose_init_checkpoint(cfg: Any, *, allow_missing: bool = False) -> str:
-    """Fill in `init_from`, `model` and `tokenizer` of a new run where they are left out; returns what was chosen.
+def choose_init_checkpoint(cfg: TrainingConfig, *, allow_missing: bool = False) -> str:
+    """Fill in `init_from`, `model` and `tokenizer` of a new run where they are empty; returns what was chosen.
 
     Args:
-        allow_missing: where nothing is there to start from, leave all three as they are, and look at no hub.
+        allow_missing: if there is nothing to start from, leave all three empty, and ask no hub.
 
     Raises:
-        UserError: if there is nothing to start from, saying what to run or pass.
+        UserError: if there is nothing to start from, with what to run or pass.
     """
-    # Rank 0 looks and tells: the newest run may be another one a moment later.
-    found, why = broadcast_from_rank0(lambda: _find_init_checkpoint(cfg, allow_missing))
+    # Rank 0 decides for all: the newest run may be another one a moment later.
+    found, message = broadcast_from_rank0(lambda: _find_init_checkpoint(cfg, allow_missing))
     if not found:
-        return str(why)
+        return str(message)
     cfg.init_from = found
     directory = init_checkpoint_directory(found, weights=False)
     if cfg.model is None:
-        description = read_model_config(directory)
-        cfg.model = component_from_config("model", description, str(directory))
+        cfg.model = component_from_config("model", read_model_config(directory), str(directory))
     if cfg.tokenizer is None:
-        path = _portable(found, directory)
+        path = _path_on_any_machine(found, directory)
         cfg.tokenizer = Component("tokenizer", "file", {"path": path, "pattern": "qwen2"})
-    return str(why)
+    return str(message)
 
 
-def pin_revisions(cfg: Any, *, weights: bool = False) -> None:
-    """Have a config's tokenizer and reward model name their commits on the hub, whose branches move on.
+def pin_revisions(cfg: TrainingConfig, *, weights: bool = False) -> None:
+    """Replace the hub's models that a config names by their present commits, and fetch what is read of them.
 
-    What they name is then in the cache of each machine. Every rank calls it.
+    Every rank calls it.
 
     Args:
-        weights: fetch also those of a reward model that a round will ask.
+        weights: fetch also the weights of a reward model that a round needs.
 
     Raises:
         UserError: see `hub.fetch`.
     """
+    # Rank 0 decides for all: on another machine a directory may have that name.
+    if cfg.init_from and not cfg.resume:
+        cfg.init_from = broadcast_from_rank0(partial(hub.pin, cfg.init_from))
     for group in ("tokenizer", "reward"):
         chosen: Component | None = getattr(cfg, group, None)
         if chosen is None or not isinstance(chosen.settings.get("path"), str):
             continue
-        # Rank 0 looks and tells: on another machine a directory may have that name.
         pinned = broadcast_from_rank0(partial(_pinned_revision, chosen.settings["path"]))
         if pinned:
-            model, whole = hub.HubModel(*pinned.split("@")), group == "reward" and weights and cfg.rounds > 0
-            once_per_machine(partial(hub.fetch, model, weights=whole))
+            whole = group == "reward" and weights and getattr(cfg, "rounds", 0) > 0
+            once_per_machine(partial(hub.fetch, hub.HubModel(*pinned.split("@")), weights=whole))
             setattr(cfg, group, replace(chosen, settings={**chosen.settings, "path": pinned}))
 
 
@@ -82,36 +85,35 @@ def _pinned_revision(path: str) -> str | None:
     return hub.pin(path) if hub.parse(path) else None
 
 
-def _portable(named: str, directory: Path) -> str:
-    """Return the name of a model of the hub, whose cache is elsewhere on other machines; else its directory."""
-    return named if hub.parse(named) else str(directory)
+def _path_on_any_machine(name: str, directory: Path) -> str:
+    """The name of a model of the hub, whose cache is elsewhere on other machines; else its directory."""
+    return name if hub.parse(name) else str(directory)
 
 
-def _find_init_checkpoint(cfg: Any, allow_missing: bool) -> tuple[str, str]:
-    """(where it is, what to say of it)"""
+def _find_init_checkpoint(cfg: TrainingConfig, allow_missing: bool) -> tuple[str, str]:
+    """(init_from, a message for the user)"""
     if cfg.init_from:
-        cfg.init_from = hub.pin(cfg.init_from)
         return cfg.init_from, f"starting from {cfg.init_from}"
+    recipes = DEFAULT_INIT_RECIPES[cfg.recipe]
     other = ""
-    for kind in DEFAULT_INIT_RECIPES[cfg.recipe]:
+    for recipe in recipes:
         for run in finished_runs():
-            with contextlib.suppress(UserError):  # a stranger's, a damaged one, or one that needs --import
-                theirs = load_config(run / CONFIG)
-                if theirs.recipe == kind and _fits(cfg.model, theirs.model):
-                    found = f"{run}, the newest finished {kind} run ({_size(theirs.model)})"
+            with contextlib.suppress(UserError):  # another user's, a damaged one, or one that needs --import
+                saved = load_config(run / CONFIG)
+                if saved.recipe != recipe:
+                    continue
+                if _is_same_model(cfg.model, saved.model):
+                    found = f"{run}, the newest finished {recipe} run ({_size(saved.model)})"
                     return str(run), f"starting from {found}; init_from=DIR for another"
-                if theirs.recipe == kind and not other:
-                    other = (
-                        f" The newest finished {kind} run is of another model ({_size(theirs.model)}): to start "
-                        f"from it, leave the model out (plmtune run {cfg.name}), or give init_from={run}."
-                    )
+                other = other or (
+                    f" The newest finished {recipe} run is of another model ({_size(saved.model)}): to start "
+                    f"from it, leave the model out (plmtune run {cfg.name}), or give init_from={run}."
+                )
     wanted = f" with this model ({cfg.model.name})" if cfg.model else ""
-    nothing = (
-        f"there is no finished {' or '.join(DEFAULT_INIT_RECIPES[cfg.recipe])} run{wanted} under runs/ to start from"
-    )
+    nothing = f"there is no finished {' or '.join(recipes)} run{wanted} under runs/ to start from"
     if allow_missing:
         return "", f"{nothing}; what follows from its model and tokenizer is not checked"
-    if _fits(cfg.model, Component("model", "plm", {})):
+    if _is_same_model(cfg.model, Component("model", "plm", {})):
         repository = PUBLISHED[cfg.recipe]
         try:
             return hub.pin(repository), f"{nothing}: starting from the published {repository}"
@@ -130,27 +132,38 @@ def _size(model: Component) -> str:
     return f"{model.name} with {settings['num_layers']} layers of {settings['embed_dim']:,}"
 
 
-def _fits(wanted: Component | None, theirs: Component | None) -> bool:
-    """Whether two models compute alike; all fit where none is wanted."""
-    if wanted is None or theirs is None:
+def _is_same_model(wanted: Component | None, saved: Component | None) -> bool:
+    """Whether a saved model computes what is wanted; every model does where none is wanted."""
+    if wanted is None or saved is None:
         return wanted is None
-    ours, others = component_config(wanted), component_config(theirs)
-    return all(ours[key] == others.get(key) for key in ours if key not in _IGNORED_KEYS)
+    return _difference(component_config(saved), component_config(wanted), ignored=_IGNORED_KEYS) is None
 
 
 @dataclass
 class InitCheckpoint:
-    """The checkpoint that `init_from` names; a run that enters the schedule after its warmup goes on from there."""
+    """The checkpoint that `init_from` names.
 
+    Attributes:
+        name: the value of `init_from`.
+        continue_schedule: the run enters its schedule after the warmup, with this checkpoint's optimizer state.
+        samples_seen: sequences of each source that were trained on, which the run then skips.
+    """
+
+    name: str
     directory: Path
     continue_schedule: bool
-    samples_seen: dict[str, int]  # sequences of each source that it has seen
+    samples_seen: dict[str, int]
 
 
 def find_init_checkpoint(
-    cfg: Any, model: Decoder, tokenizer: Tokenizer | None, *, weights: bool = True
+    init_from: str | None,
+    model: Decoder,
+    tokenizer: Tokenizer | None,
+    scheduler: Component | None,
+    *,
+    weights: bool = True,
 ) -> InitCheckpoint | None:
-    """Find the checkpoint of `init_from`, whole, and check that it is this model with this tokenizer.
+    """Find the checkpoint of `init_from`, verify it, and check that it is of this model and tokenizer.
 
     Args:
         tokenizer: None where only its size is known.
@@ -159,25 +172,22 @@ def find_init_checkpoint(
     Raises:
         UserError: naming what differs or is damaged.
     """
-    if not cfg.init_from:
+    if not init_from:
         return None
-    # A branch of the hub may move on; the run keeps the commit that it starts from.
-    cfg.init_from = broadcast_from_rank0(lambda: hub.pin(cfg.init_from))
-    directory = init_checkpoint_directory(cfg.init_from, weights=weights)
-    theirs, ours = read_model_config(directory), model.config
-    if found := _difference(theirs, ours):
-        key, their, our = found
-        raise UserError(f"init_from={cfg.init_from}: its model has {key}={their}, this run {our}.")
+    directory = init_checkpoint_directory(init_from, weights=weights)
+    if found := _difference(read_model_config(directory), model.config, ignored=_IGNORED_KEYS[:2]):
+        key, saved, own = found
+        raise UserError(f"init_from={init_from}: its model has {key}={saved}, this run {own}.")
     named = (directory / "tokenizer.json").is_file() or holds_adapters(directory)
     if named and tokenizer is not None and load_model_tokenizer(directory).fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"init_from={cfg.init_from}: its tokenizer is another one than this run's. Use its own: "
-            f"tokenizer=file tokenizer.path={_portable(cfg.init_from, directory)}"
+            f"init_from={init_from}: its tokenizer differs from this run's. Use its own: "
+            f"tokenizer=file tokenizer.path={_path_on_any_machine(init_from, directory)}"
         )
-    # A branched decay anneals that very run: it keeps the optimizer's moments and reads on where the other stopped.
-    continue_schedule = cfg.scheduler.settings.get("start", "warmup") != "warmup"
-    state = read_trainer_state(directory).get("state", {}) if continue_schedule else {}
-    return InitCheckpoint(directory, bool(state), dict(state.get("samples_seen", state.get("drawn", {}))))
+    continues = scheduler is not None and scheduler.settings.get("start", "warmup") != "warmup"
+    state = read_trainer_state(directory).get("state", {}) if continues else {}
+    seen = state.get("samples_seen", state.get("drawn", {}))  # "drawn": the key of checkpoints written before
+    return InitCheckpoint(init_from, directory, bool(state), dict(seen))
 
 
 def check_finite(model: Any, init_from: str) -> None:
@@ -196,7 +206,7 @@ def check_finite(model: Any, init_from: str) -> None:
 
 
 def init_checkpoint_directory(init_from: str, *, weights: bool = True) -> Path:
-    """The checkpoint that `init_from` names; of a run the newest one that is whole. Every rank calls it.
+    """The directory of the checkpoint that `init_from` names; of a run its newest valid one. Every rank calls it.
 
     Args:
         weights: False: the configuration is enough, see `checkpoint_directory`.
@@ -204,7 +214,6 @@ def init_checkpoint_directory(init_from: str, *, weights: bool = True) -> Path:
     Raises:
         UserError: if there is none.
     """
-
     # A commit of the hub, see `choose_init_checkpoint`: each machine has a cache of its own.
     if broadcast_from_rank0(lambda: bool(hub.parse(init_from))):
         return once_per_machine(lambda: checkpoint_directory(init_from, weights=weights))
@@ -216,7 +225,7 @@ def init_checkpoint_directory(init_from: str, *, weights: bool = True) -> Path:
             return str(folder), ""
         return "", str(checkpoint_directory(given, weights=weights))
 
-    # Rank 0 looks and tells: the newest of a run that is still training may be another a moment later.
+    # Rank 0 decides for all: the newest of a run that is still training may be another one a moment later.
     folder, single = broadcast_from_rank0(find)
     directory = latest_valid(Path(folder), once=True) if folder else Path(single)
     assert directory is not None
@@ -225,13 +234,12 @@ def init_checkpoint_directory(init_from: str, *, weights: bool = True) -> Path:
     return directory
 
 
-def _difference(theirs: Any, ours: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first key in which two models compute otherwise, with both values."""
-    if not isinstance(ours, dict) or not isinstance(theirs, dict):
-        return None if ours == theirs else (key, theirs, ours)
-    for name in sorted(ours, key=lambda name: isinstance(ours[name], dict)):  # plain ones first: they say more
-        if name in _IGNORED_KEYS and name != "vocab_size":
-            continue
-        if found := _difference(theirs.get(name), ours[name], f"{key}.{name}" if key else name):
+def _difference(saved: Any, own: Any, key: str = "", *, ignored: tuple[str, ...]) -> tuple[str, Any, Any] | None:
+    """The first key in which two descriptions of a model differ, with both values."""
+    if not isinstance(own, dict) or not isinstance(saved, dict):
+        return None if own == saved else (key, saved, own)
+    for name in sorted(own, key=lambda name: isinstance(own[name], dict)):  # plain values first: they say more
+        inner = f"{key}.{name}" if key else name
+        if name not in ignored and (found := _difference(saved.get(name), own[name], inner, ignored=ignored)):
             return found
     return None

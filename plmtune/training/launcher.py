@@ -1,4 +1,4 @@
-"""From a config to a run that ended well, was stopped, or never began: what every recipe's main() does."""
+"""The body of every training recipe's main(): set the run up, train, and record how it ended."""
 
 from __future__ import annotations
 
@@ -7,28 +7,34 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from plmtune.config.compose import build, to_plain
 from plmtune.errors import NotFinite, UserError
 from plmtune.io import terminal
 from plmtune.io.run_directory import RunDirectory, refuse_unusable
 from plmtune.io.signals import EXIT_STOPPED
-from plmtune.training import plans
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.determinism import preserve_random_state
 from plmtune.training.distributed import broadcast_from_rank0
 from plmtune.training.estimate import peak_flops
 from plmtune.training.init_from import DEFAULT_INIT_RECIPES, choose_init_checkpoint, pin_revisions
 from plmtune.training.monitor import RunMonitor
-from plmtune.training.plans import Plan, does_not_fit, show_epochs
+from plmtune.training.preflight import TrainingPlan, does_not_fit, find_sources, show_epochs
+from plmtune.training.run_config import TrainingConfig
 from plmtune.training.run_setup import find_run
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_count
 
 
-class Recipe(Protocol):
-    """What is made of a config, its plan and the runtime: an open run directory, and how to train in it."""
+class Inputs(Protocol):
+    """What a recipe's preflight finds."""
+
+    plan: TrainingPlan
+
+
+class Trainer(Protocol):
+    """A recipe's class: an open run directory, and how to train in it."""
 
     run: RunDirectory
     checkpoints: Checkpoints
@@ -36,113 +42,114 @@ class Recipe(Protocol):
     def train(self) -> float | None: ...
 
 
-Preflight = Callable[..., Plan]  # (cfg, runtime, *, fetch): a recipe's plan, with all that it names checked
+C = TypeVar("C", bound=TrainingConfig)
+I = TypeVar("I", bound=Inputs)  # noqa: E741
+Preflight = Callable[..., I]  # (cfg, runtime, *, fetch)
 
 
 def launch(
-    cfg: Any,
-    preflight: Preflight,
-    make: Callable[[Any, Plan, Runtime], Recipe],
-    report: Callable[[Path, Any], None],
+    cfg: C,
+    preflight: Preflight[I],
+    make: Callable[[C, I, Runtime], Trainer],
+    report: Callable[[Path, C], None],
     *,
     dry_run: bool = False,
 ) -> float | None:
     """Run a recipe; returns its score, which a sweeper can minimise.
 
     Args:
-        cfg: the recipe's config; what it leaves to the run's origin is filled in.
+        cfg: the recipe's config; what it leaves to the initial checkpoint is filled in.
         preflight: checks the config, and finds all that it names.
-        make: the recipe.
-        report: says on rank 0 how a finished run was.
+        make: the recipe's class.
+        report: prints the result of a finished run, on rank 0.
         dry_run: print the estimate, refuse what a run would refuse, and train nothing.
 
     Raises:
         SystemExit: with EXIT_STOPPED if a signal stopped it; it can be resumed.
     """
+    runtime = _choose_runtime(cfg)
     if dry_run:
-        _dry_run(cfg, preflight)
+        if runtime.is_main:  # under torchrun one process prints for all
+            plan = setup_run(cfg, runtime, preflight).plan
+            _refuse_too_large(plan, force=cfg.force)
+            terminal.echo("\n".join([*runtime.reasons, *plan.lines()]))
         return None
-    with Runtime.choose(**_settings(cfg)).start() as runtime:
-        planned = prepare(cfg, runtime, preflight, fetch=True)
-        _refuse_too_large(cfg, planned)
-        score = _run(cfg, make, report, planned, runtime)
+    with runtime.start():
+        inputs = setup_run(cfg, runtime, preflight, fetch=True)
+        _refuse_too_large(inputs.plan, force=cfg.force)
+        score = _run(cfg, make, report, inputs, runtime)
     if score is None:
         raise SystemExit(EXIT_STOPPED)
     return score
 
 
-def prepare(
-    cfg: Any,
+def setup_run(
+    cfg: TrainingConfig,
     runtime: Runtime,
-    preflight: Preflight,
+    preflight: Preflight[I],
     *,
     fetch: bool = False,
     allow_missing: bool = False,
-) -> Plan:
+) -> I:
     """Find what a run resumes or starts from, and check all that can be checked before a weight is allocated.
 
     Args:
         fetch: the run begins now: what it takes from the hub is fetched.
-        allow_missing: where there is nothing to start from, check what does not depend on it.
+        allow_missing: if there is nothing to start from, check what does not depend on it.
 
     Raises:
-        UserError: with what a run would say; a dry run and ``plmtune validate`` say the same.
+        UserError: what a run would refuse; a dry run and ``plmtune validate`` refuse the same.
     """
     find_run(cfg)
-    plans.find_sources(cfg.data)  # before a model is looked for, or fetched
+    find_sources(cfg.data)  # before a model is looked for, or fetched
     pin_revisions(cfg, weights=fetch)
     if cfg.recipe in DEFAULT_INIT_RECIPES and not cfg.resume:
         chosen = choose_init_checkpoint(cfg, allow_missing=allow_missing)
         if runtime.is_main:
             terminal.echo(chosen, err=True)
     if cfg.run_dir and not cfg.resume:
-        broadcast_from_rank0(lambda: refuse_unusable(Path(cfg.run_dir)))  # before it makes the directory
+        path = Path(cfg.run_dir)
+        broadcast_from_rank0(lambda: refuse_unusable(path))  # before it makes the directory
     return preflight(cfg, runtime, fetch=fetch)
 
 
-def _settings(cfg: Any) -> dict[str, Any]:
-    names = ("device", "precision", "strategy", "shard_size", "deterministic", "timeout_minutes")
-    return {"seed": cfg.seed, **{name: getattr(cfg.runtime, name) for name in names}}
+def _choose_runtime(cfg: TrainingConfig) -> Runtime:
+    where = cfg.runtime
+    return Runtime.choose(
+        device=where.device,
+        precision=where.precision,
+        strategy=where.strategy,
+        shard_size=where.shard_size,
+        deterministic=where.deterministic,
+        timeout_minutes=where.timeout_minutes,
+        seed=cfg.seed,
+    )
 
 
-def _dry_run(cfg: Any, preflight: Preflight) -> None:
-    """Print what a run would take, or refuse what it would refuse."""
-    runtime = Runtime.choose(**_settings(cfg))
-    if not runtime.is_main:  # under torchrun one process says it for all
-        return
-    planned = prepare(cfg, runtime, preflight)
-    _refuse_too_large(cfg, planned)
-    terminal.echo("\n".join([*runtime.reasons, *planned.lines()]))
+def _refuse_too_large(plan: TrainingPlan, *, force: bool) -> None:
+    if (reason := does_not_fit(plan.estimated)) and not force:
+        raise UserError("\n".join([reason, *plan.lines()]))
 
 
-def _refuse_too_large(cfg: Any, planned: Plan) -> None:
-    if (reason := does_not_fit(planned.estimated)) and not cfg.force:
-        raise UserError("\n".join([reason, *planned.lines()]))
-
-
-def check(cfg: Any, preflight: Preflight) -> str:
-    """What ``plmtune validate`` says of a config that is right."""
-    planned = prepare(cfg, Runtime.choose(**_settings(cfg)), preflight, allow_missing=True)
-    steps = f"{planned.num_steps:,} steps" if planned.phases else show_epochs(planned.epochs or 0)
-    if planned.estimated is None:
+def check(cfg: TrainingConfig, preflight: Preflight[Inputs]) -> str:
+    """What ``plmtune validate`` prints about a valid config."""
+    plan = setup_run(cfg, _choose_runtime(cfg), preflight, allow_missing=True).plan
+    steps = f"{plan.num_steps:,} steps" if plan.phases else show_epochs(plan.epochs or 0)
+    if plan.estimated is None:
         return f"{steps[0].upper()}{steps[1:]} of the model that it starts from."
-    fits = f" Not on this machine: {reason}." if (reason := does_not_fit(planned.estimated)) else ""
-    return f"{show_count(planned.estimate.parameters)} parameters, {steps}.{fits}"
+    fits = f" Not on this machine: {reason}." if (reason := does_not_fit(plan.estimated)) else ""
+    return f"{show_count(plan.estimate.parameters)} parameters, {steps}.{fits}"
 
 
 def _run(
-    cfg: Any,
-    make: Callable[[Any, Plan, Runtime], Recipe],
-    report: Callable[[Path, Any], None],
-    planned: Plan,
-    runtime: Runtime,
+    cfg: C, make: Callable[[C, I, Runtime], Trainer], report: Callable[[Path, C], None], inputs: I, runtime: Runtime
 ) -> float | None:
     """Train and report; None if a signal stopped it.
 
     A function of its own, so that the model's wrappers are gone before the process group is: DDP would otherwise
     end the group itself, under Python's lock, and wait for a thread that wants the lock.
     """
-    recipe = make(cfg, planned, runtime)
+    recipe = make(cfg, inputs, runtime)
     # However training ends, the directory's lock is held until the last file is written.
     with recipe.run, contextlib.closing(recipe.checkpoints), warnings.catch_warnings():
         # Where the guard skips the first update, torch takes the scheduler's step for calls in the wrong order.
@@ -157,13 +164,13 @@ def _run(
         elif runtime.is_main:
             report(recipe.run.path, cfg)
     if score is None:
-        runtime.barrier()  # torchrun ends the others when one leaves: let the lead have written how the run stopped
+        runtime.barrier()  # torchrun ends the others when one leaves: rank 0 first records how the run stopped
     sys.stdout.flush()
     return score
 
 
 def open_monitor(
-    cfg: Any,
+    cfg: TrainingConfig,
     run: RunDirectory,
     runtime: Runtime,
     num_steps: int,
@@ -175,7 +182,6 @@ def open_monitor(
     """Build the loggers of a config, and the monitor that writes to them.
 
     Args:
-        cfg: a recipe's config.
         num_steps, start_step, tokens_per_step, flops_per_token: see `RunMonitor`.
     """
     # Built on rank 0 alone: some loggers begin a run of their own when they are made.

@@ -1,4 +1,4 @@
-"""What makes a run the same run when it goes on: its config, its data, and the job that began it."""
+"""Whether a run may be resumed: with which config, which data, and by which job."""
 
 from __future__ import annotations
 
@@ -20,35 +20,32 @@ from plmtune.errors import UserError
 from plmtune.io import hub
 from plmtune.io.run_directory import LATEST, NEWEST, resolve_link
 from plmtune.registry import Component
+from plmtune.training.run_config import RunConfig
 
-# Keys that may differ on resume: they change where and how a run computes or reports, not what it learns.
+# Keys that may change on resume: they say where and how a run computes or reports, not what it learns.
 RESUME_MUTABLE = ("run_dir", "resume", "allow_data_change", "force", "micro_batch_size", "num_workers", "log_every",
         "runtime", "checkpoint", "guard", "validation", "eval", "sample", "logger")  # fmt: skip
-_RESUME_MUTABLE_OF = {
-    "quantize": ("run_dir", "resume", "allow_data_change", "force", "device")
-}  # its checkpoint is what it quantizes
-# Keys that say where the data is. Its fingerprints say what it is, and allow_data_change=true lets it differ.
+_RESUME_MUTABLE_OF = {"quantize": ("run_dir", "resume", "allow_data_change", "force", "device")}
+# Keys that say where the data is. Its fingerprints say what it is, and allow_data_change=true lets it change.
 DATA = ("data", "preparation")
-
-# Keys that a new run fills in itself, from what it starts from, where its recipe has them.
+# Keys that a new run fills in from the checkpoint that it starts from.
 _INHERITED = ("init_from", "model", "tokenizer", "seq_len")
 _INHERITED_OF = {"quantize": ("checkpoint", "quantization")}
 
 
-def _free(cfg: Any) -> tuple[str, ...]:
+def _resume_mutable(cfg: RunConfig) -> tuple[str, ...]:
     return _RESUME_MUTABLE_OF.get(cfg.recipe, RESUME_MUTABLE)
 
 
-def keys_from_init_checkpoint(cfg: Any) -> list[str]:
-    """Keys that a config leaves to what its run starts from: empty, or a link such as runs/NAME/latest, which moves."""
-    known = {field.name for field in fields(cfg)}
-    keys = [key for key in _INHERITED_OF.get(cfg.recipe, _INHERITED) if key in known]
+def keys_from_init_checkpoint(cfg: RunConfig) -> list[str]:
+    """Keys that a config leaves to the checkpoint: empty, or a link such as runs/NAME/latest, which moves."""
+    keys = [key for key in _INHERITED_OF.get(cfg.recipe, _INHERITED) if hasattr(cfg, key)]
     values = {key: getattr(cfg, key) for key in keys}
     return [key for key, v in values.items() if v is None or (isinstance(v, str) and Path(v).is_symlink())]
 
 
 def resolve_links(value: Any) -> Any:
-    """A config's value whose paths name runs by their own directories: runs/NAME/latest will come to name another."""
+    """A config's value in which links such as runs/NAME/latest, which move, are replaced by the runs' directories."""
     if isinstance(value, str) and {LATEST, NEWEST} & set(Path(value).parts):
         path = Path(value)
         link = next((p for p in (path, *path.parents) if p.name in (LATEST, NEWEST) and p.is_symlink()), None)
@@ -64,8 +61,8 @@ def resolve_links(value: Any) -> Any:
     return value
 
 
-def keep_pinned_revisions(cfg: Any, saved: Any) -> None:
-    """Let a config that goes on name the commits of the hub's models that its run began with, see `hub.pin`."""
+def keep_pinned_revisions(cfg: RunConfig, saved: RunConfig) -> None:
+    """Give a resumed config the commits of the hub's models that its run began with, see `hub.pin`."""
     for key, (old, new) in differences(saved, cfg).items():
         if hub.is_pin(old, new):
             key, _, setting = key.partition(".")
@@ -76,13 +73,14 @@ def keep_pinned_revisions(cfg: Any, saved: Any) -> None:
                 setattr(cfg, key, old)
 
 
-def config_digest(cfg: Any) -> str:
-    """The xxh3-128 of what decides what a run learns; a checkpoint keeps it, should run.json be lost."""
-    fixed = {key: value for key, value in to_plain(cfg).items() if key not in (*_free(cfg), *DATA, "init_from")}
+def config_digest(cfg: RunConfig) -> str:
+    """The xxh3-128 of the keys that decide what a run learns. A checkpoint keeps it, in case run.json is lost."""
+    mutable = (*_resume_mutable(cfg), *DATA, "init_from")
+    fixed = {key: value for key, value in to_plain(cfg).items() if key not in mutable}
     return xxhash.xxh3_128_hexdigest(json.dumps(with_first_keys(fixed), sort_keys=True).encode())
 
 
-def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+def differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Full keys whose values differ between two typed configs, with both values."""
     found: dict[str, tuple[Any, Any]] = {}
 
@@ -98,19 +96,18 @@ def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def refuse_other_config(path: Path, before: Any, now: Any) -> None:
-    """Refuse a config that learns something else than the one that the run at `path` began with.
+def refuse_other_config(path: Path, before: RunConfig, now: RunConfig) -> None:
+    """Refuse a config with which the run at `path` would learn something else than with its own.
 
     Raises:
         UserError: naming the first key that must not differ, with both values.
     """
-    # A key that `now` leaves to the run's origin is what it was.
-    free = (*_free(now), *(DATA if now.allow_data_change else ()), *keys_from_init_checkpoint(now))
+    mutable = (*_resume_mutable(now), *(DATA if now.allow_data_change else ()), *keys_from_init_checkpoint(now))
     for key, (old, new) in differences(before, now).items():
         top = key.partition(".")[0]
-        if top not in free and resolve_links(new) != old and not hub.is_pin(old, new):
-            new_run = "start a new run" + (f" from its weights: init_from={path}" if hasattr(now, "init_from") else "")
-            way = "give allow_data_change=true (--allow-data-change)" if top in DATA else new_run
+        if top not in mutable and resolve_links(new) != old and not hub.is_pin(old, new):
+            way = "start a new run" + (f" from its weights: init_from={path}" if hasattr(now, "init_from") else "")
+            way = "give allow_data_change=true (--allow-data-change)" if top in DATA else way
             raise UserError(
                 f"{path} was started with {key}={in_hydras_form(old)}, not {in_hydras_form(new)}, and that decides "
                 f"what a run learns. Leave it as it was to resume, or {way}"
@@ -129,8 +126,8 @@ def refuse_other_data(path: Path, before: Mapping[str, str], now: Mapping[str, s
     changed = changed_data(before, now)
     if changed:
         raise UserError(
-            f"{path}: {changed} since the run began. Put it back; or go on with other data, whose order and hold-out "
-            f"are then others: plmtune resume {path} --allow-data-change; or start a new run from its weights: "
+            f"{path}: {changed} since the run began. Put it back; or resume with other data, in another order and with "
+            f"another hold-out: plmtune resume {path} --allow-data-change; or start a new run from its weights: "
             f"init_from={path}"
         )
 
@@ -139,14 +136,14 @@ def refuse_other_order(checkpoint: Path, before: Mapping[str, int] | None, now: 
     """Refuse a checkpoint of a version that mixed sources in another order.
 
     Args:
-        before, now: sequences of each source that are drawn up to the checkpoint's step.
+        before, now: samples of each source up to the checkpoint's step.
 
     Raises:
         UserError: with both counts.
     """
     if before is None or before == now:
         return
-    saw, would = (", ".join(f"{name} {count:,}" for name, count in drawn.items()) for drawn in (before, now))
+    saw, would = (", ".join(f"{name} {count:,}" for name, count in seen.items()) for seen in (before, now))
     raise UserError(
         f"{checkpoint} has drawn other sequences ({saw}) than this version of plmtune draws up to its step ({would}): "
         "resumed, it would see some twice and others never. Resume it with the version that began it, or start a new "
@@ -166,13 +163,13 @@ def changed_data(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 
 def torchrun_job_id() -> str:
-    """Names the torchrun that started this process, alike before and after it restarts its workers; else empty.
+    """A name of the torchrun job that started this process, the same after torchrun restarts its workers; else empty.
 
-    The run id alone is "none" by default, so the process that starts the workers is told as well.
+    The run id alone is "none" by default, so the name includes the process that starts the workers.
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id is None:
         return ""
-    # Of one number there are many processes in time: in a container each torchrun may be the first.
+    # Process ids repeat: in a container each torchrun may be process 1.
     began = psutil.Process(os.getppid()).create_time()
     return f"{run_id}, process {os.getppid()} of {began:.2f} on {socket.gethostname()}"

@@ -1,10 +1,9 @@
-"""What a run has: its phases in steps, its data, and its directory."""
+"""Finding the run to resume, and opening a run's directory and its token shards."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ from typing import Any
 
 from plmtune.config.compose import load_config, to_yaml
 from plmtune.config.schema import PreparationConfig
-from plmtune.data.order import Phase
 from plmtune.data.prepare import prepare
 from plmtune.data.shards import Shards
 from plmtune.data.sources import Source
@@ -44,27 +42,19 @@ from plmtune.training.resume_checks import (
     resolve_links,
     torchrun_job_id,
 )
+from plmtune.training.run_config import RunConfig
 from plmtune.training.runtime import Runtime
-from plmtune.units import parse_count
 
 log = logging.getLogger(__name__)
 
 
-def resolve_phase(index: int, phase: Any, tokens_per_step: int) -> Phase:
-    """Turn a config's phase, in tokens or steps, into steps."""
-    steps = phase.steps
-    if steps is None:
-        steps = math.ceil(parse_count(phase.tokens, f"phases[{index}].tokens") / tokens_per_step)
-    return Phase(phase.name, steps, dict(phase.mix))
-
-
 def open_sources(sources: Mapping[str, Source], settings: PreparationConfig, tokenizer: Tokenizer) -> dict[str, Shards]:
-    """Make token shards of each source, or find them made.
+    """Open the token shards of each source, and make them first where they do not exist.
 
-    Every rank asks; the first to hold the lock works and the others wait for it, without a time limit.
+    Every rank calls it; the first to hold the lock makes them and the others wait, without a time limit.
 
     Raises:
-        UserError: for text that cannot be read, shards that are damaged, or impossible settings.
+        UserError: for text that cannot be read, damaged shards, or impossible settings.
     """
     opened = {}
     for name, source in sources.items():
@@ -85,32 +75,29 @@ def open_sources(sources: Mapping[str, Source], settings: PreparationConfig, tok
     return opened
 
 
-def find_run(cfg: Any) -> None:
-    """Find the run to go on with, if there is one: `run_dir` and `resume` of `cfg` then say so, on every rank.
+def find_run(cfg: RunConfig) -> None:
+    """Find the run to resume, if there is one, and set `run_dir` and `resume` of `cfg` accordingly on every rank.
 
-    With ``resume=true`` that is the run in `run_dir`, or the newest unfinished one of this name and config. A process
-    that torchrun started in the place of a dead one goes on with what the same job began, asked or not. Call it
-    before anything depends on whether this is a new run.
+    With ``resume=true`` it is the run in `run_dir`, or the newest unfinished one of this name and config. A process
+    that torchrun restarted resumes the run that its job began, whatever `resume` says. Call it before anything depends
+    on whether this is a new run.
 
     Raises:
-        UserError: if there is nothing to resume, or what is there was started with another config.
+        UserError: if there is nothing to resume, or the run was started with another config.
         SystemExit: with 0, if a restarted job has finished its run.
     """
 
     def find() -> tuple[str, bool]:
-        found = (
-            _named(cfg)
-            if cfg.resume and cfg.run_dir
-            else _newest_with_config(cfg)
-            if cfg.resume
-            else _run_of_this_job(cfg)
-        )
+        if not cfg.resume:
+            found = _run_of_this_job(cfg)
+        else:
+            found = _run_in(Path(cfg.run_dir), cfg) if cfg.run_dir else _newest_with_config(cfg)
         if found is None:
             return "", False
         refuse_if_in_use(found)
         return str(found), read_record(found).get("status") == "finished"
 
-    # Rank 0 looks and tells: a later rank would already see what rank 0 is about to make.
+    # Rank 0 decides for all: a later rank would already see what rank 0 is about to make.
     found, finished = broadcast_from_rank0(find)
     if not found:
         cfg.resume = False
@@ -123,13 +110,13 @@ def find_run(cfg: Any) -> None:
         raise SystemExit(0)
     cfg.run_dir, cfg.resume = found, True
     saved = load_config(Path(found) / CONFIG)
-    for key in keys_from_init_checkpoint(cfg):  # what a new run takes over from its origin, this one has taken
+    for key in keys_from_init_checkpoint(cfg):  # the run filled these in when it began
         setattr(cfg, key, getattr(saved, key))
     keep_pinned_revisions(cfg, saved)
 
 
 def open_run(
-    cfg: Any, runtime: Runtime, data: Mapping[str, str], saved: Mapping[str, Any] | None = None
+    cfg: RunConfig, runtime: Runtime, data: Mapping[str, str], saved: Mapping[str, Any] | None = None
 ) -> RunDirectory:
     """Open the run that `find_run` found, or create a new one. Every rank calls it.
 
@@ -137,13 +124,13 @@ def open_run(
         cfg: a recipe's config; `run_dir` is filled in.
         runtime: an error that ends its block is noted in run.json, also one before the recipe trains.
         data: fingerprint of each source.
-        saved: the state in the checkpoint that the run goes on from; its "config" (`identity.config_digest`) and
-            "data" count where run.json is damaged.
+        saved: the state in the checkpoint that the run resumes from; its "config" (`config_digest`) and "data" count
+            where run.json is damaged.
 
     Raises:
         UserError: if the run was started with another config or other data, or is in use.
     """
-    path = Path(cfg.run_dir) if cfg.run_dir else _fresh(cfg.name, runtime)
+    path = Path(cfg.run_dir) if cfg.run_dir else _new_path(cfg.name, runtime)
     cfg.run_dir = str(path)
     run = RunDirectory(path)
 
@@ -161,8 +148,8 @@ def open_run(
     return run
 
 
-def _reopen(cfg: Any, path: Path, data: Mapping[str, str], saved: Mapping[str, Any]) -> RunDirectory:
-    """Go on in `path`, if config.yaml and the data are what the run began with."""
+def _reopen(cfg: RunConfig, path: Path, data: Mapping[str, str], saved: Mapping[str, Any]) -> RunDirectory:
+    """Open the run at `path` again, if config.yaml and the data are what the run began with."""
     began_with = load_config(path / CONFIG)
     if not verify_config(path):
         if "config" not in saved:
@@ -183,13 +170,15 @@ def _reopen(cfg: Any, path: Path, data: Mapping[str, str], saved: Mapping[str, A
             f"{path} has saved step {max(reached)}, and {path / 'checkpoints'} holds no checkpoint. Is its disk there? "
             "Put them back, or start a new run."
         )
-    # Either witness will do: what the checkpoint saw, or what the latest attempt was told to go on with.
-    known = [saw for saw in (read_record(path).get("data"), saved.get("data")) if isinstance(saw, dict)]
+    # The latest attempt may have changed the data after the checkpoint was written, so either of the two counts.
+    known = [seen for seen in (read_record(path).get("data"), saved.get("data")) if isinstance(seen, dict)]
     before = data if data in known or not known else known[0]
     if not cfg.allow_data_change:
         refuse_other_data(path, before, data)
     elif changed := changed_data(before, data):
-        log.warning("%s: %s since the run began; resuming nevertheless, as allow_data_change=true says.", path, changed)
+        log.warning(
+            "%s: %s since the run began; resuming all the same, because of allow_data_change=true.", path, changed
+        )
     own = ("run_dir", "resume", "init_from", "force", "allow_data_change")
     run = RunDirectory.open(
         path,
@@ -201,9 +190,9 @@ def _reopen(cfg: Any, path: Path, data: Mapping[str, str], saved: Mapping[str, A
     return run
 
 
-def _named(cfg: Any) -> Path | None:
+def _run_in(run_dir: Path, cfg: RunConfig) -> Path | None:
     """The run in `run_dir`; None if there is none yet."""
-    path = resolve_link(Path(cfg.run_dir))
+    path = resolve_link(run_dir)
     if not (path / CONFIG).is_file():
         return None
     verify_config(path)
@@ -211,7 +200,7 @@ def _named(cfg: Any) -> Path | None:
     return path
 
 
-def _newest_with_config(cfg: Any) -> Path:
+def _newest_with_config(cfg: RunConfig) -> Path:
     """The newest unfinished run of this name and config."""
     for path in _runs_of(cfg.name):
         if read_record(path).get("status") == "finished":
@@ -219,9 +208,9 @@ def _newest_with_config(cfg: Any) -> Path:
         try:
             verify_config(path)
         except UserError as error:
-            log.warning("Passed over: %s", error)
+            log.warning("Skipped: %s", error)
             continue
-        with contextlib.suppress(UserError):  # of another config, a stranger's, or one that needs --import
+        with contextlib.suppress(UserError):  # of another config, another user's, or one that needs --import
             refuse_other_config(path, load_config(path / CONFIG), cfg)
             return path
     raise UserError(
@@ -230,7 +219,7 @@ def _newest_with_config(cfg: Any) -> Path:
     )
 
 
-def _run_of_this_job(cfg: Any) -> Path | None:
+def _run_of_this_job(cfg: RunConfig) -> Path | None:
     """The run that this job began before torchrun restarted it; None if it is not restarted, or died before that."""
     if distributed.restarted():
         for path in [Path(cfg.run_dir)] if cfg.run_dir else _runs_of(cfg.name):
@@ -243,7 +232,7 @@ def _run_of_this_job(cfg: Any) -> Path | None:
             attempts = record.get("attempts")
             if isinstance(attempts, list) and attempts and attempts[-1].get("ended_by") == "guard":
                 raise UserError(
-                    f"{path}: its guard ended it, which no restart may undo. To resume: plmtune resume {path}"
+                    f"{path}: its guard ended it, so a restart by torchrun does not resume it: plmtune resume {path}"
                 )
             return path
     return None
@@ -254,7 +243,7 @@ def _runs_of(name: str) -> list[Path]:
     return sorted((path.parent for path in (Path("runs") / name).glob(f"[0-9]*/{CONFIG}")), reverse=True)
 
 
-def _fresh(name: str, runtime: Runtime) -> Path:
+def _new_path(name: str, runtime: Runtime) -> Path:
     """runs/NAME/DATE-TIME of rank 0, the same on every rank."""
     path = Path("runs") / name / f"{datetime.now():%Y%m%d-%H%M%S}"
     while runtime.is_main and path.exists():

@@ -206,7 +206,9 @@ class TestCheckpoints:
                 adapters.write_adapter_config(directory, config)
                 byte().save(directory)
 
-            kept = Checkpoints(directory, named=adapters.adapter_state, stem=adapters.ADAPTERS, describe=describe)
+            kept = Checkpoints(
+                directory, state_dict=adapters.adapter_state, stem=adapters.ADAPTERS, write_metadata=describe
+            )
             return model, optimizer, scheduler, kept
 
         def train(model: Any, optimizer: Any, steps: int) -> None:

@@ -66,7 +66,7 @@ def place(base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     estimated = estimate(
         Component("model", "plm", TINY)(vocab_size=8), optimizer="adamw", seq_len=8, micro_batch_size=1
     )
-    monkeypatch.setattr("plmtune.training.plans.estimate", lambda *arguments, **keywords: estimated)
+    monkeypatch.setattr("plmtune.training.preflight.estimate", lambda *arguments, **keywords: estimated)
     return base
 
 

@@ -148,7 +148,7 @@ class TestConfig:
         (run,) = place.glob("runs/pretrain/[0-9]*")
         damage(run / "config.yaml", "lr: 0.0003", "lr: 0.0007")
         assert "no unfinished run" in refusal("resume=true")
-        assert "Passed over" in caplog.text
+        assert "Skipped: " in caplog.text
 
 
 class TestFromAnotherDirectory:
@@ -185,8 +185,8 @@ class TestData:
         said = refused("resume", "run")
         assert "the text of source files has changed" in said and "--allow-data-change" in said
         assert len(record(place / "run")["attempts"]) == 1
-        stop_at(monkeypatch, 8, "run_dir=run", "resume=true", "allow_data_change=true")
-        assert "source files has changed since the run began; resuming nevertheless" in caplog.text
+        stop_at(monkeypatch, 8, "run_dir=run", "resume=true", "other_data=true")
+        assert "source files has changed since the run began; resuming all the same" in caplog.text
         now = record(place / "run")
         assert now["data"]["files"] != before
         assert now["attempts"][-1]["changed_data"] == {"files": [before, now["data"]["files"]]}

@@ -21,9 +21,8 @@ from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.models.hf import save_model
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.message import Message
-from plmtune.training import plans
+from plmtune.training.preflight import choose_seq_len
 from plmtune.training.resume_checks import refuse_other_config
-from plmtune.training.runtime import Runtime
 
 TALK = "{component: conversations, paths: [talk.jsonl]}"
 TWO = ("data=mix", f"data.sources={{a: {TALK}, b: {TALK}}}")
@@ -135,11 +134,9 @@ class TestSequenceLength:
         refuse_other_config(base / "r", saved, compose.compose("sft", (), [*now, "seq_len=null"]))
 
     @pytest.mark.parametrize(("context", "seq_len"), [(512, 512), (4096, 2048), (None, 2048)])
-    def test_a_longer_context_is_not_filled(self, base: Path, context: int | None, seq_len: int) -> None:
-        cfg = compose.compose("sft")
+    def test_a_longer_context_is_not_filled(self, context: int | None, seq_len: int) -> None:
         model = SimpleNamespace(max_seq_len=context) if context else None
-        plans._settle_seq_len(cfg, model, Runtime.choose())
-        assert cfg.seq_len == seq_len
+        assert choose_seq_len(None, model, shown=False) == seq_len
 
     def test_one_that_was_asked_for_is_refused_where_it_exceeds_the_context(self, base: Path) -> None:
         assert "key seq_len: 2048 exceeds the model's max_seq_len" in refusal("sft", "seq_len=2048", "run_dir=r")
@@ -235,7 +232,7 @@ class TestAdapters:
         model, _ = plmtune.load(base / "base")
         model.norm.weight.data *= 1.01
         save_model(model, None, base / "base")
-        with pytest.raises(UserError, match="no longer holds the weights that the adapters"):
+        with pytest.raises(UserError, match="no longer holds the base weights of the adapters"):
             run("sft", "peft=lora", "run_dir=cut", "resume=true")
 
 

@@ -47,7 +47,7 @@ def copy(runs: Path, name: str, recipe: str = "pretrain", status: str = "finishe
     (target / "run.json").write_text(json.dumps({"status": status}))
 
 
-class TestChooseOrigin:
+class TestChooseInitCheckpoint:
     def test_model_and_tokenizer_are_taken_over(self, runs: Path) -> None:
         cfg = compose.compose("sft")
         said = choose_init_checkpoint(cfg)
@@ -64,7 +64,7 @@ class TestChooseOrigin:
         choose_init_checkpoint(cfg)
         assert cfg.init_from == "runs/other/20260103-000000"
 
-    def test_preference_training_goes_on_from_an_sft_if_there_is_one(self, runs: Path) -> None:
+    def test_preference_training_starts_from_an_sft_run_if_there_is_one(self, runs: Path) -> None:
         cfg = compose.compose("aries")
         choose_init_checkpoint(cfg)
         assert cfg.init_from == "runs/pretrain/20260101-000000"
