@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, ends_with, metrics
+from cli_runs import SMALL, ends_with, metrics
 
 from plmtune.config.schema import SCHEMAS
 

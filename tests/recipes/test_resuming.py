@@ -185,7 +185,7 @@ class TestData:
         said = refused("resume", "run")
         assert "the text of source files has changed" in said and "--allow-data-change" in said
         assert len(record(place / "run")["attempts"]) == 1
-        stop_at(monkeypatch, 8, "run_dir=run", "resume=true", "other_data=true")
+        stop_at(monkeypatch, 8, "run_dir=run", "resume=true", "allow_data_change=true")
         assert "source files has changed since the run began; resuming all the same" in caplog.text
         now = record(place / "run")
         assert now["data"]["files"] != before

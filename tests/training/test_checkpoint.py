@@ -23,7 +23,7 @@ from toy import Toy, train_step
 
 from plmtune.errors import NotFinite, UserError
 from plmtune.io import checksummed_json, manifest
-from plmtune.io.manifest import steps, verify
+from plmtune.io.manifest import check_files, steps
 from plmtune.training import state as training_state
 from plmtune.training.checkpoint import Checkpoints, latest_valid
 from plmtune.training.runtime import Runtime
@@ -230,7 +230,7 @@ class TestInTheBackground:
         run.checkpoints.let_go.set()
         run.checkpoints.wait()
         assert steps(tmp_path) == [1]
-        verify(tmp_path / "step-00000001")
+        check_files(tmp_path / "step-00000001")
 
     def test_there_are_never_two_at_a_time(self, run, tmp_path):
         self.begin(run, 1)
@@ -337,7 +337,7 @@ class TestDamage:
             data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
             file.write_bytes(data)
             with pytest.raises(UserError, match=name):
-                verify(file.parent)
+                check_files(file.parent)
         assert run.restore() == {"step": 1, "which": "older"}
         assert name in caplog.text
         assert "Resuming from" in caplog.text
@@ -429,7 +429,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
         def fail(directory: Path) -> None:
             raise RuntimeError("a bug in the writer")
 
-        run.checkpoints.describe = fail
+        run.checkpoints.write_metadata = fail
         with pytest.raises(RuntimeError, match="a bug"):
             run.save(1)
         assert list(tmp_path.iterdir()) == []
@@ -467,7 +467,7 @@ while True:
             state = Run(tmp_path).restore()
             assert state is not None
             assert state["step"] >= saved
-            verify(tmp_path / f"step-{state['step']:08d}")
+            check_files(tmp_path / f"step-{state['step']:08d}")
         assert not list(tmp_path.glob(".*"))
 
 
@@ -478,7 +478,7 @@ class TestManifest:
         content["files"]["../latest"] = content["files"].pop("state.json")
         (path / "manifest.json").write_bytes(checksummed_json.dumps(content))
         with pytest.raises(UserError, match="not a plain file name"):
-            verify(path)
+            check_files(path)
 
     @pytest.mark.parametrize(
         "content",
@@ -493,13 +493,13 @@ class TestManifest:
     def test_one_that_is_well_sealed_nonsense_is_refused(self, tmp_path, content):
         (tmp_path / "manifest.json").write_bytes(checksummed_json.dumps(content))
         with pytest.raises(UserError, match=r"manifest\.json is damaged"):
-            verify(tmp_path)
+            check_files(tmp_path)
 
     @pytest.mark.parametrize("text", ["[" * 100_000, " " * 5_000_000, "\x80\x04]q\x00.", "[]", "{}"])
     def test_one_that_is_no_manifest_is_refused(self, tmp_path, text):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=r"manifest\.json is damaged"):
-            verify(tmp_path)
+            check_files(tmp_path)
 
     def test_a_checkpoint_that_is_a_link_is_passed_over(self, tmp_path):
         Run(tmp_path / "elsewhere").save(5)
@@ -601,7 +601,7 @@ class TestStrangers:
         path = run.save(1)
         (path / "model.safetensors").write_bytes(b"planted")
         with pytest.raises(UserError, match=r"model\.safetensors is not in manifest\.json"):
-            verify(path)
+            check_files(path)
 
     def test_a_file_that_is_not_there_is_not_vouched_for(self, tmp_path):
         with pytest.raises(FileNotFoundError):
