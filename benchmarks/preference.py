@@ -32,7 +32,7 @@ from plmtune.models.hf import load_model, save_model
 from plmtune.optim.optimizers import adamw
 from plmtune.preference.batches import PreferenceBatches
 from plmtune.preference.comparisons import Comparison, make_comparisons
-from plmtune.preference.metrics import answers, comparisons
+from plmtune.preference.scorer import answer_scores, compare
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
@@ -97,15 +97,15 @@ class Ours:
     def _reference(self) -> Tensor:
         found = torch.zeros(self.num, 2)
         for batch in self.batches:
-            found[batch.index] = answers(self.reference, self.reference, batch, scores=False).view(-1, 2)
+            found[batch.index] = answer_scores(self.reference, self.reference, batch, scalar_head=False).view(-1, 2)
         return found
 
     def _forward_backward(self) -> float:
         reference = self.kept if self.kept is not None else self._reference()
         total = 0.0
         for batch in self.batches:
-            found = answers(self.policy, self.policy, batch, scores=False)
-            loss = self.loss(comparisons(batch, found, reference, torch.zeros(()))).sum() / self.num
+            found = answer_scores(self.policy, self.policy, batch, scalar_head=False)
+            loss = self.loss(compare(batch, found, reference, torch.zeros(()))).sum() / self.num
             loss.backward()
             total += loss.item()
         return total

@@ -33,7 +33,7 @@ from plmtune.data.preferences import preferences
 from plmtune.modules.decoder import Decoder
 from plmtune.preference.comparison_batch import make_batch
 from plmtune.preference.comparisons import Comparison, make_comparisons
-from plmtune.preference.metrics import answers
+from plmtune.preference.scorer import answer_scores
 from plmtune.tokenizers.chat_template import find_template
 
 GROUPS = {
@@ -98,7 +98,7 @@ def differences(
     for rows in groups:
         batch = make_batch(compared, rows)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            out[batch.index] = answers(model, model, batch, scores=False).view(-1, 2)
+            out[batch.index] = answer_scores(model, model, batch, scalar_head=False).view(-1, 2)
     return out[:, 0] - out[:, 1]
 
 

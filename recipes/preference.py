@@ -1,34 +1,30 @@
-"""Preference training: on pairs as they are, or in rounds that write, judge and choose their own (ARIES)."""
+"""Preference training: on the pairs of the data, or in rounds that generate, score and select their own (ARIES)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from plmtune.config.compose import build
 from plmtune.config.schema import PreferenceConfig as Config
 from plmtune.data.conversations import Conversations
 from plmtune.data.examples import open_pairs
-from plmtune.data.preferences import Pair, Preferences
-from plmtune.errors import UserError
+from plmtune.data.preferences import Preferences
 from plmtune.evaluation.training_tasks import open_evaluations
-from plmtune.io import metrics as metrics_file
-from plmtune.io.progress import track
 from plmtune.io.terminal import echo
-from plmtune.preference.batches import PreferenceBatches
+from plmtune.preference.batches import open_batches
 from plmtune.preference.comparison_batch import ComparisonBatch
-from plmtune.preference.comparisons import make_comparisons
-from plmtune.preference.metrics import Comparisons, PreferenceMetrics, answers, comparisons
+from plmtune.preference.metrics import PreferenceMetrics
 from plmtune.preference.reference_model import ReferenceModel
 from plmtune.preference.refinement import Refinement, find_refinement
-from plmtune.preference.rounds.rollout import Rollout, policy_rollout
+from plmtune.preference.rounds.rollout import policy_rollout
 from plmtune.preference.rounds.rounds import check_rounds, open_rounds
+from plmtune.preference.scorer import AnswerScorer
 from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.training import launcher
 from plmtune.training import preflight as checks
@@ -42,7 +38,6 @@ from plmtune.training.preflight import TrainingPlan
 from plmtune.training.resume_checks import config_digest
 from plmtune.training.run_setup import open_run
 from plmtune.training.runtime import Runtime
-from plmtune.units import show_number_of
 
 if TYPE_CHECKING:
     from plmtune.evaluation.during import Evaluations
@@ -52,7 +47,8 @@ METRICS = (  # of a validation, as patterns
     "validation_loss",
     "validation/accuracy",
     "validation/margin",
-    r"validation/(given_(rejected|chosen)/)?(h|accuracy|margin|(rewards|log_probs)/(chosen|rejected))",
+    r"validation/(given_(rejected|chosen)/)?(logratio_margin|accuracy|margin)",
+    r"validation/(given_(rejected|chosen)/)?(rewards|log_probs)/(chosen|rejected)",
 )
 
 
@@ -92,11 +88,16 @@ def preflight(cfg: Config, runtime: Runtime, *, fetch: bool) -> Inputs:
     checks.check_sources(sources, (Conversations, Preferences) if cfg.rounds else (Preferences,), planned)
     template = checks.find_chat_template(cfg.chat.template, planned.tokenizer)
     refinement = find_refinement(cfg.refinement.template)
-    check_rounds(cfg.rounds, cfg.reward, cfg.selection, runtime.strategy)
+    check_rounds(cfg.rounds, build_reward(cfg), cfg.selection, runtime.strategy)
     evaluations = open_evaluations(
         cfg.eval, planned.model, planned.tokenizer, runtime.strategy, template=cfg.chat.template
     )
     return Inputs(planned, sources, template, refinement, evaluations)
+
+
+def build_reward(cfg: Config) -> Any:
+    """The reward of the rounds; None: pairs are selected by rules alone."""
+    return build("reward", cfg.reward) if cfg.reward else None
 
 
 class Preference:
@@ -113,17 +114,26 @@ class Preference:
         self.loss, self.template, self.refinement = plan.loss, inputs.template, inputs.refinement
         self.tokenizer.chat_template = self.template.source  # what the model learns is saved with it
         sources = inputs.sources
-        self.notes: list[str] = []  # on the pairs of a stage
-        self.unread: list[str] = []  # on the columns of the data
+        self.open_batches = partial(
+            open_batches,
+            template=self.template,
+            refinement=self.refinement,
+            loss=self.loss,
+            runtime=runtime,
+            seq_len=plan.seq_len,
+            global_batch_size=cfg.global_batch_size,
+            micro_batch_size=cfg.micro_batch_size,
+            seed=cfg.seed,
+            epochs=cfg.epochs,
+            holdout=cfg.chat.holdout,
+        )
         if cfg.rounds:
-            self.rounds = open_rounds(cfg, sources)
-            unused = {name: source.unused for name, source in sources.items() if source.unused}
-            self.unread = [
-                f"{name}: {found.describe()}; rules and the reward see them" for name, found in unused.items()
-            ]
+            self.rounds, self.notes = open_rounds(
+                sources, cfg.chat, cfg.selection, build_reward(cfg), per_round=cfg.prompts_per_round, seed=cfg.seed
+            )
         else:
-            pairs, self.unread = open_pairs(sources, skip_bad=cfg.chat.skip_bad)
-            self.data = self._batches(pairs)
+            pairs, self.notes = open_pairs(sources, skip_bad=cfg.chat.skip_bad)
+            self.data, self.stage_notes = self.open_batches(pairs)
             checks.check_schedule(cfg.scheduler, self.data.num_steps, plan.tokens_per_step)
         self.finetune_model: FinetuneModel = setup_model(
             plan.model,
@@ -146,15 +156,16 @@ class Preference:
         self.checkpoints = self.finetune_model.open_checkpoints(self.run.checkpoints, cfg.checkpoint)
         self.restore_from = saved.checkpoint  # until the stage has its optimizer
         self.step = saved.step
-        self.first: int = saved.state.get("first", 0)  # the step before this stage's first
+        self.first: int = saved.state.get("first", 0)  # step at which the stage begins
         self.round: int = saved.state.get("round", min(cfg.rounds, 1))
         self.validation_loss: float = saved.metrics.get("validation_loss", float("nan"))
         self.order: str = saved.state.get("order", "")  # a running hash of what was drawn, in which order
+        self.scorer = AnswerScorer(self.model, self.trained, self.loss, runtime)
         self.reference = ReferenceModel(
             self.finetune_model,
             cfg.reference,
-            self._answers,
-            self._load_first_model,
+            self.scorer,
+            self.load_first_model,
             self.checkpoints,
             self.run.path,
             digest=saved.state.get("reference", ""),
@@ -173,48 +184,30 @@ class Preference:
             if not cfg.rounds:
                 return self.train_stage(monitor)
             for number in range(self.round, cfg.rounds + 1):
-                # Where nothing of this round is trained yet, the policy is still the last round's.
-                untrained = self.step == self.first
-                if untrained and not (self._evaluate_round(monitor, number - 1) and self._make_pairs(monitor, number)):
+                if self.step == self.first and not self.begin_round(monitor, number):
                     return None
-                self.round, self.data = number, self._batches(self.rounds.pairs(self.run.path, number))
+                self.round = number
+                self.data, self.stage_notes = self.open_batches(self.rounds.pairs(self.run.path, number))
                 monitor.message(f"round {number} of {cfg.rounds}")
                 if self.train_stage(monitor) is None:
                     return None
                 self.first = self.step
-            return self.validation_loss if self._evaluate_round(monitor, cfg.rounds) else None
+            return self.validation_loss if self.begin_round(monitor, cfg.rounds + 1) else None
 
-    # --- a stage: one set of pairs, one reference ----------------------------------------------------------------
-
-    def _batches(self, pairs: Sequence[Pair]) -> PreferenceBatches:
-        cfg = self.cfg
-        compared, refused, notes = make_comparisons(
-            track(pairs, "pairs encoded", shown=self.runtime.is_main),
+    def begin_round(self, monitor: RunMonitor, number: int) -> bool:
+        """Evaluate the policy, then make the pairs of the round, if there is another one; False if a signal came."""
+        rollout = policy_rollout(
+            self.model,
+            self.tokenizer,
             self.template,
             self.refinement,
-            self.plan.seq_len,
-            contexts=self.loss.contexts,
-            mismatched=self.loss.mismatched,
+            self.cfg.generation,
+            seed=self.cfg.seed,
+            progress=monitor.answers,
+            stop=monitor.should_stop,
         )
-        left_out = show_number_of(len(refused), "comparison" if self.loss.contexts else "pair")
-        self.notes = [*notes, *([f"{left_out} left out:\n{refused.describe()}"] if refused else [])]
-        if not compared:
-            raise UserError("None of the pairs can be trained on.\n" + "\n".join(self.notes))
-        try:
-            return PreferenceBatches(
-                compared,
-                seq_len=self.plan.seq_len,
-                global_batch_size=cfg.global_batch_size,
-                micro_batch_size=cfg.micro_batch_size,
-                seed=cfg.seed,
-                rank=self.runtime.data_rank,
-                world_size=self.runtime.data_world_size,
-                epochs=cfg.epochs,
-                holdout=cfg.chat.holdout,
-                as_trained=self.runtime.compute_dtype != torch.float32,
-            )
-        except ValueError as error:  # names its setting
-            raise UserError(str(error)) from error
+        last = number > self.cfg.rounds
+        return self.rounds.begin(self.run.path, number, rollout, monitor, step=self.step, make_pairs=not last)
 
     def train_stage(self, monitor: RunMonitor) -> float | None:
         """Train on the pairs of `data` from `step`; return the last validation loss, or None if a signal stopped it."""
@@ -223,7 +216,7 @@ class Preference:
         )  # fmt: skip
         monitor.num_steps = num_steps = self.first + data.num_steps
         run.update(num_steps=num_steps, parameters=plan.estimate.parameters)
-        for line in (*self.notes, data.describe()):
+        for line in (*self.stage_notes, data.describe()):
             monitor.message(line)
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
         self.scheduler = checks.build_scheduler(cfg.scheduler, self.optimizer, data.num_steps, plan.tokens_per_step)
@@ -231,7 +224,9 @@ class Preference:
             self.guard.reset()
             self.restore_from = None
         with monitor.paused():
-            reference = self._reference_log_probs(monitor)
+            reference = self.reference.log_probs(
+                data, self.round, first_step=self.first, step=self.step, cache=cfg.reference_cache, monitor=monitor
+            )
         if self.restore_from:
             self.checkpoints.restore(
                 self.restore_from, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler
@@ -293,13 +288,13 @@ class Preference:
         pairs = [batch for batch in batches if not batch.kl_only]
         rates = learning_rates(self.optimizer)
         with self.finetune_model.fake_quant_frozen():
-            kl = self._kl(batches, reference)
+            kl = self.scorer.mean_kl(batches, reference)
             # The mean over pairs, not over micro-batches: packed rows differ in what they hold.
             (num_pairs,) = runtime.sum(float(sum(batch.num_pairs for batch in pairs)))
             self.losses = []
             for number, batch in enumerate(pairs):
                 with runtime.accumulate(self.trained, first=number == 0, last=number == len(pairs) - 1):
-                    compared = self._compare(batch.to(runtime.device), reference, kl)
+                    compared = self.scorer.compare(batch, reference, kl)
                     loss = self.loss(compared).sum()
                     (loss * (runtime.gradient_scale / num_pairs)).backward()
                 metrics.add(compared, self.loss)
@@ -320,30 +315,14 @@ class Preference:
         means = metrics.means(runtime, scores=self.loss.scalar_head)
         return {**values, **rates, **means, "pairs": seen, **stage}
 
-    def _compare(self, batch: ComparisonBatch, reference: Tensor, kl: Tensor) -> Comparisons:
-        """What the loss sees of a micro-batch."""
-        return comparisons(batch, self._answers(batch), reference, kl)
-
-    @torch.no_grad()
-    def _kl(self, batches: Sequence[ComparisonBatch], reference: Tensor) -> Tensor:
-        """KTO's KL term: the mean log-ratio of a step's mismatched answers over all ranks; 0 for other losses."""
-        if not self.loss.mismatched:
-            return torch.zeros((), device=self.runtime.device)
-        total, count = torch.zeros((), device=self.runtime.device), 0
-        for batch in (batch for batch in batches if batch.kl_only):
-            ratios = self._answers(batch)[::2] - reference[batch.index, 0]
-            total, count = total + ratios.sum(), count + len(ratios)
-        ratio, number = self.runtime.sum(total, float(count))
-        return torch.tensor(ratio / max(number, 1.0), device=self.runtime.device)
-
     @torch.no_grad()
     def validate(self, reference: Tensor) -> dict[str, float]:
         """Loss a held-out pair; how often, and by how much, its chosen answer is preferred."""
         self.model.eval()
         batches, metrics = list(self.data.validation()), PreferenceMetrics(self.runtime.device)
-        kl, nats, pairs = self._kl(batches, reference), torch.zeros((), device=self.runtime.device), 0
+        kl, nats, pairs = self.scorer.mean_kl(batches, reference), torch.zeros((), device=self.runtime.device), 0
         for batch in (batch for batch in batches if not batch.kl_only):
-            compared = self._compare(batch.to(self.runtime.device), reference, kl)
+            compared = self.scorer.compare(batch, reference, kl)
             metrics.add(compared, self.loss)
             nats, pairs = nats + self.loss(compared).sum(), pairs + batch.num_pairs
         self.model.train()
@@ -353,94 +332,10 @@ class Preference:
         means = metrics.means(self.runtime, scores=self.loss.scalar_head)
         return {"validation_loss": total / count, **{f"validation/{name}": value for name, value in means.items()}}
 
-    # --- the reference -------------------------------------------------------------------------------------------
-
-    def _reference_log_probs(self, monitor: RunMonitor) -> Tensor:
-        """Log-probabilities of every answer under this stage's reference, [comparisons, 2]; zeros without one."""
-        reference, untrained = self.reference, self.step == self.first
-        needed = self.loss.needs_reference
-        # The cache may lose what a later round is compared with: its weights are kept.
-        self.checkpoints.pinned = self.first if needed and not reference.is_first(self.round) else None
-        found = torch.zeros(len(self.data.comparisons), 2)
-        if needed and self.step < self.first + self.data.num_steps:  # else the run resumes at the end of the stage
-            found = reference.log_probs(
-                self.data,
-                self.round,
-                first_step=self.first,
-                untrained=untrained,
-                cache=self.cfg.reference_cache,
-                arithmetic=f"{self.runtime.device.type} {self.runtime.compute_dtype}",
-                monitor=monitor,
-            )
-        found = found.to(self.runtime.device)
-        if needed and untrained and reference.is_policy(self.round):
-            difference = self._first_difference(found)
-            monitor.message(f"reference: log-probabilities of the first step differ by at most {difference:.2g}")
-        return found
-
-    @torch.no_grad()
-    def _first_difference(self, reference: Tensor) -> float:
-        """How far this rank's first log-probabilities are from those of the reference, which the policy still is."""
-        batch = self.data.step(0)[0]
-        with self.finetune_model.fake_quant_disabled():
-            found = self._answers(batch)
-        difference = (found.view(-1, 2) - reference[batch.index.to(self.runtime.device)]).abs()
-        return float(difference.max()) if difference.numel() else 0.0
-
-    def _load_first_model(self) -> Any:
+    def load_first_model(self) -> Any:
         init = find_init_checkpoint(self.cfg.init_from, self.plan.model, self.tokenizer, self.cfg.scheduler)
         assert init is not None
         return load_init_model(self.runtime, init)
-
-    def _answers(self, batch: ComparisonBatch, model: nn.Module | None = None) -> Tensor:
-        """What the loss compares of each answer, [2n]: its log-probability, or its score."""
-        batch = batch.to(self.runtime.device)
-        dtype = self.runtime.compute_dtype
-        # A second model is not FSDP2's, which casts by itself.
-        casts = torch.autocast(batch.tokens.device.type, dtype, enabled=dtype != torch.float32)
-        with casts if model else self.runtime.autocast():
-            return answers(model or self.trained, model or self.model, batch, scores=self.loss.scalar_head)
-
-    # --- a round: write, judge, choose ---------------------------------------------------------------------------
-
-    def _make_pairs(self, monitor: RunMonitor, number: int) -> bool:
-        """Make the pairs of a round; False if the run is to stop."""
-        with monitor.paused():
-            done = self.rounds.make_pairs(self.run.path, number, self._writer(monitor), monitor.message)
-        return done or self._stopped(monitor)
-
-    def _evaluate_round(self, monitor: RunMonitor, number: int) -> bool:
-        """Measure the model as it stands after a round, direct and refined answers apart; False to stop."""
-        with monitor.paused():
-            measured = self.rounds.evaluate(self.run.path, number, self._writer(monitor), monitor.message)
-        if measured is None:
-            return self._stopped(monitor)
-        if measured:
-            monitor.log(self.step, {metrics_file.AFTER_ROUND: number, **measured})
-            monitor.message(
-                f"after round {number}: reward of direct answers {measured['direct']:.4f}, "
-                f"of refined {measured['refined']:.4f}"
-            )
-        return True
-
-    def _stopped(self, monitor: RunMonitor) -> bool:
-        monitor.message(f"stopped; resume with: plmtune resume {self.run.path}")
-        return False
-
-    def _writer(self, monitor: RunMonitor) -> Rollout:
-        """Let the model as it stands answer prompts."""
-        return policy_rollout(
-            self.model,
-            self.tokenizer,
-            self.template,
-            self.refinement,
-            self.cfg.generation,
-            seed=self.cfg.seed,
-            progress=monitor.answers,
-            stop=monitor.should_stop,
-        )
-
-    # --- what every recipe has -----------------------------------------------------------------------------------
 
     def save_checkpoint(self, metrics: dict[str, float], *, wait: bool) -> None:
         self.checkpoints.save(
@@ -464,14 +359,14 @@ class Preference:
 
     def _log_startup(self, monitor: RunMonitor) -> None:
         monitor.message(f"run: {self.run.path}" + (f", resuming after step {self.step}" if self.step else ""))
-        for line in (*self.runtime.reasons, *self.finetune_model.notes, *self.plan.estimate.lines(), *self.unread):
+        for line in (*self.runtime.reasons, *self.finetune_model.notes, *self.plan.estimate.lines(), *self.notes):
             monitor.message(line)
 
     def _warmup_step(self, reference: Tensor) -> None:
         """A forward and a backward that change nothing."""
         batch = next(batch for batch in self.data.step(0) if not batch.kl_only)
         kl = torch.zeros((), device=self.runtime.device)
-        self.loss(self._compare(batch.to(self.runtime.device), reference, kl)).sum().backward()
+        self.loss(self.scorer.compare(batch, reference, kl)).sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
 
 

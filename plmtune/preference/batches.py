@@ -7,19 +7,80 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
+import torch
 import xxhash
 from numpy.typing import NDArray
 
 from plmtune.data.order import key_of, num_samples, permute
 from plmtune.data.packing import pack
+from plmtune.data.preferences import Pair
 from plmtune.errors import UserError
-from plmtune.losses.preference import MISMATCHED
+from plmtune.io.progress import track
+from plmtune.losses.preference import MISMATCHED, PreferenceLoss
 from plmtune.preference.comparison_batch import ComparisonBatch, make_batch
-from plmtune.preference.comparisons import Comparison
+from plmtune.preference.comparisons import Comparison, make_comparisons
+from plmtune.preference.refinement import Refinement
+from plmtune.tokenizers.chat_template import ChatTemplate
+from plmtune.training.runtime import Runtime
+from plmtune.units import show_number_of
 
 Ints = NDArray[np.int64]
 
 _TOKENS = 4096  # of a batch of `PreferenceBatches.all`, unless one row is longer
+
+
+def open_batches(
+    pairs: Sequence[Pair],
+    template: ChatTemplate,
+    refinement: Refinement,
+    loss: PreferenceLoss,
+    runtime: Runtime,
+    *,
+    seq_len: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    seed: int,
+    epochs: float,
+    holdout: float,
+) -> tuple[PreferenceBatches, list[str]]:
+    """The batches that a loss needs of pairs, and notes for a person on what was left out.
+
+    Args:
+        seq_len: most tokens of a prompt with one answer.
+        global_batch_size, micro_batch_size, seed, epochs, holdout: see `PreferenceBatches`.
+
+    Raises:
+        UserError: if no pair can be used, or a number is out of its range.
+    """
+    comparisons, refused, notes = make_comparisons(
+        track(pairs, "pairs encoded", shown=runtime.is_main),
+        template,
+        refinement,
+        seq_len,
+        contexts=loss.contexts,
+        mismatched=loss.mismatched,
+    )
+    if refused:
+        left_out = show_number_of(len(refused), "comparison" if loss.contexts else "pair")
+        notes.append(f"{left_out} left out:\n{refused.describe()}")
+    if not comparisons:
+        raise UserError("None of the pairs can be trained on.\n" + "\n".join(notes))
+    try:
+        batches = PreferenceBatches(
+            comparisons,
+            seq_len=seq_len,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            seed=seed,
+            rank=runtime.data_rank,
+            world_size=runtime.data_world_size,
+            epochs=epochs,
+            holdout=holdout,
+            as_trained=runtime.compute_dtype != torch.float32,
+        )
+    except ValueError as error:  # names its setting
+        raise UserError(str(error)) from error
+    return batches, notes
 
 
 class PreferenceBatches:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,35 +42,35 @@ def reference_log_probs(
     num: int,
     *,
     arithmetic: str,
-    tell: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> Tensor:
-    """The reference's log-probabilities of each comparison's answers, from the disk or computed and written.
+    """The reference's log-probabilities of each comparison's answers, read from the cache or computed and cached.
 
-    Every rank must call it; rank 0 alone reads and writes.
+    Every rank must call it; only rank 0 reads and writes.
 
     Args:
-        model_digest: what `model_digest` says of the reference.
-        batches: gives this rank's share of all comparisons, equally many batches on every rank, some perhaps empty
-            (`PreferenceBatches.all`). Asked twice, to hash and to compute: so nobody holds them all.
-        compute: (batch) -> log-probabilities of its completions, [2n], in the order of `lengths`.
+        model_digest: `plmtune.models.digest.model_digest` of the reference.
+        batches: returns this rank's share of all comparisons (`PreferenceBatches.all`): the same number of batches on
+            every rank, some perhaps empty. Called twice, to hash and to compute, so that they are never all in memory.
+        compute: (batch) -> log-probabilities of its answers, [2n], in the order of `lengths`.
         directory: of the cache.
         num: comparisons in the data; `batch.index` is below it.
-        arithmetic: what else the numbers follow from: device and dtype of the computation.
-        tell: takes a line about what is done; None: to standard error.
+        arithmetic: device and dtype of the computation.
+        log: takes a line about a damaged file; None: print it to standard error.
 
     Returns:
-        Tensor: fp32 on the CPU, [num, 2]: chosen, rejected; 0 for an answer without tokens, NaN for a comparison that
-        no batch holds.
+        Tensor: fp32 on the CPU, [num, 2]: chosen, rejected; 0 for an answer without tokens, NaN for a comparison
+        that is in no batch.
 
     Raises:
-        UserError: if the reference gives a number that is not finite, or the directory cannot be written.
+        UserError: if a number is not finite, or the directory cannot be written.
     """
-    tell = tell or _to_stderr
+    log = log or partial(terminal.echo, err=True)
     path = Path(directory) / f"{_key(model_digest, batches(), num, arithmetic)}.safetensors"
     values = torch.zeros(num, 2)
 
     def find() -> bool:
-        held = _read(path, num, tell)
+        held = _read(path, num, log)
         if held is not None:
             values.copy_(held)
         return held is not None
@@ -81,15 +82,8 @@ def reference_log_probs(
     return values
 
 
-def _to_stderr(line: str) -> None:
-    terminal.echo(line, err=True)
-
-
 def _key(model_digest: str, batches: Iterable[ComparisonBatch], num: int, arithmetic: str) -> str:
-    """The same on every rank and for any number of them.
-
-    Another one where rows are grouped otherwise, which decides the last digits.
-    """
+    """The key, equal on every rank and for any number of ranks. It depends on the rows, as rounding does."""
     mine = []
     for batch in batches:
         digest = xxhash.xxh3_128()
@@ -98,7 +92,7 @@ def _key(model_digest: str, batches: Iterable[ComparisonBatch], num: int, arithm
         mine.append(digest.hexdigest() if len(batch.index) else "")
     shares = [json.loads(text) for text in gather_texts(json.dumps(mine))]
     in_turn = [digest for digests in zip(*shares, strict=True) for digest in digests if digest]
-    # Another version of torch may round otherwise.
+    # Versions of torch may round differently.
     parts = [_VERSION, model_digest, arithmetic, torch.__version__, num, *in_turn]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
@@ -121,12 +115,12 @@ def _compute(batches: Iterable[ComparisonBatch], compute: Callable[[ComparisonBa
             f"The reference gives the answers of comparison {bad[0]} the log-probabilities {chosen} and {rejected}; "
             f"{len(bad)} of {num} comparisons have one that is not finite. Has the model's training diverged?"
         )
-    values[times == 0] = float("nan")  # of a comparison that no batch holds; it must not pass for a number
+    values[times == 0] = float("nan")  # it is in no batch
     return values
 
 
-def _read(path: Path, num: int, tell: Callable[[str], None]) -> Tensor | None:
-    """What an earlier run wrote, or None, with a line about a file that is there and cannot be used."""
+def _read(path: Path, num: int, log: Callable[[str], None]) -> Tensor | None:
+    """The cached numbers; None if there are none, or, with a logged line, if they cannot be used."""
     note = path.with_suffix(".json")
     if not note.exists():  # written last
         return None
@@ -144,7 +138,7 @@ def _read(path: Path, num: int, tell: Callable[[str], None]) -> Tensor | None:
         if values.shape != (num, 2) or values.dtype != torch.float32:
             raise ValueError(f"{path.name} holds {values.dtype} {list(values.shape)}, not {[num, 2]}")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        tell(f"{note}: the reference's log-probabilities kept here cannot be used ({error}); they are computed again.")
+        log(f"{note}: the reference's log-probabilities kept here cannot be used ({error}); they are computed again.")
         return None
     return values
 

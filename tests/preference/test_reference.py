@@ -104,7 +104,7 @@ class Cache:
 
     def ask(self, how: Callable[[ComparisonBatch], Tensor] = never, **other: Any) -> Tensor:
         asked = {"model_digest": "m", "batches": share(), "num": NUM, "arithmetic": "cpu float32", **other}
-        return reference_log_probs(compute=how, directory=self.directory, tell=self.told.append, **asked)
+        return reference_log_probs(compute=how, directory=self.directory, log=self.told.append, **asked)
 
     def files(self) -> list[Path]:
         return sorted(self.directory.iterdir())

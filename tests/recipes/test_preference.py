@@ -23,7 +23,8 @@ from plmtune.errors import UserError
 from plmtune.inference.batching import BatchedGenerator
 from plmtune.models.hf import save_model
 from plmtune.models.reward import load_reward_model
-from plmtune.preference.rounds import chains
+from plmtune.preference.rounds.journal import Journal
+from plmtune.preference.rounds.rounds import Rounds
 
 ROUNDS = [
     "rounds=2",
@@ -270,17 +271,17 @@ class TestRounds:
         ("method", "call"),
         [
             ("train_step", 1),
-            ("_make_pairs", 2),
-            pytest.param("_evaluate_round", 2, marks=pytest.mark.slow),
+            ("make_pairs", 2),
+            pytest.param("evaluate", 2, marks=pytest.mark.slow),
             pytest.param("train_stage", 2, marks=pytest.mark.slow),
         ],
     )
-    def test_a_stopped_round_goes_on_as_if_never_disturbed(
+    def test_a_stopped_round_resumes_to_the_same_result(
         self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, method: str, call: int
     ) -> None:
         whole = undisturbed("aries", *ROUNDS)
         with monkeypatch.context() as patch:
-            stop_in(patch, recipe(), method, call)
+            stop_in(patch, recipe() if method.startswith("train") else Rounds, method, call)
             with pytest.raises(SystemExit):
                 run("aries", *ROUNDS, "run_dir=cut")
         run("aries", *ROUNDS, "run_dir=cut", "resume=true")
@@ -351,7 +352,7 @@ class TestRounds:
     ) -> None:
         whole = undisturbed("aries", *ROUNDS)
         with monkeypatch.context() as patch:
-            add, kept = chains.Journal.add, list[Any]()
+            add, kept = Journal.add, list[Any]()
 
             def dies(self: Any, *answer: Any) -> None:
                 add(self, *answer)
@@ -359,13 +360,11 @@ class TestRounds:
                 if len(kept) == 11:  # in the second of three evaluations and rounds
                     raise KeyboardInterrupt
 
-            patch.setattr(chains.Journal, "add", dies)
+            patch.setattr(Journal, "add", dies)
             with pytest.raises(KeyboardInterrupt):
                 run("aries", *ROUNDS, "run_dir=cut")
             again = list[Any]()
-            patch.setattr(
-                chains.Journal, "add", lambda self, *answer: (again.append(answer[:2]), add(self, *answer))[1]
-            )
+            patch.setattr(Journal, "add", lambda self, *answer: (again.append(answer[:2]), add(self, *answer))[1])
             run("aries", *ROUNDS, "run_dir=cut", "resume=true")
         num_held, per_round, turns = 4, 6, 2
         assert len(kept) + len(again) == (3 * num_held + 2 * per_round) * turns  # none twice

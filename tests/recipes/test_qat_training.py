@@ -76,7 +76,7 @@ class TestPreference:
         with torch.no_grad():
             recipe, _, _, reference = steps[0]
             for batch in recipe.data.all():
-                torch.testing.assert_close(reference[batch.index], recipe._answers(batch, plain).view(-1, 2))
+                torch.testing.assert_close(reference[batch.index], recipe.scorer(batch, plain).view(-1, 2))
         first = next(entry["loss"] for entry in metrics(base / "out") if "loss" in entry)
         assert abs(first - math.log(2)) > 1e-4  # what DPO gives while policy and reference are one
         assert qat.read_scheme("out") is not None

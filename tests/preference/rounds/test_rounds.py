@@ -4,12 +4,12 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rule_engine import prompt
 
+from plmtune.config.schema import ChatConfig, SelectionConfig
 from plmtune.data.preferences import InMemory, Pair, Prompt
 from plmtune.errors import UserError
 from plmtune.preference.rounds import rounds as module
@@ -33,7 +33,7 @@ def rounds_of(prompts: Sequence[Prompt], *, holdout: float = 0.0, per_round: int
 
 
 def writing(*texts: str) -> Callable[..., list[Chain]]:
-    """All prompts are answered alike, but for their own text."""
+    """All prompts get the same answers, with their own text at the end."""
 
     def write(place: Path, prompts: Sequence[Prompt], number: int) -> list[Chain]:
         place.mkdir(parents=True, exist_ok=True)
@@ -49,12 +49,9 @@ PROMPTS = [prompt("a" * (n + 1)) for n in range(7)]
 class TestPrompts:
     def test_one_that_sources_share_is_there_once(self) -> None:
         pairs = [Pair((Message("user", "?" * (n + 1)),), "yes", "no", f"row {n}") for n in range(8)]
-        chat = SimpleNamespace(holdout=0.5, skip_bad=False)
-        cfg = SimpleNamespace(
-            chat=chat, prompts_per_round=0, reward=None, selection=SimpleNamespace(rules=[], margin=0.0), seed=1
-        )
         sources = {"one": InMemory(pairs[:6], "one"), "two": InMemory(pairs[2:], "two")}
-        found = open_rounds(cfg, sources)
+        found, notes = open_rounds(sources, ChatConfig(holdout=0.5), SelectionConfig([]), None, per_round=0, seed=1)
+        assert not notes
         taken = [p.messages for p in found.prompts]
         assert len(taken) == len(set(taken)) == 4
         assert not {p.messages for p in found.held_out} & set(taken)
@@ -94,20 +91,24 @@ class TestPairs:
 
 class TestEvaluation:
     def test_is_announced_and_says_of_how_many_it_is(self, tmp_path: Path) -> None:
-        told: list[str] = []
+        logged: list[str] = []
         rounds = rounds_of(PROMPTS, holdout=0.3)
-        measured = rounds.evaluate(tmp_path, 1, writing("a", "bcd"), told.append)
+        measured = rounds.evaluate(tmp_path, 1, writing("a", "bcd"), logged.append)
         assert measured is not None
         assert (measured["num"], measured["answered"]) == (2, 2)
         assert measured["refined"] == measured["direct"] + 2
-        assert rounds.evaluate(tmp_path, 1, writing("changed"), told.append) == measured
-        rounds.evaluate(tmp_path, 0, writing("a"), told.append)
-        assert told == ["evaluation after round 1: 2 held-out prompts", "evaluation before round 1: 2 held-out prompts"]
+        assert rounds.evaluate(tmp_path, 1, writing("changed"), logged.append) == measured
+        rounds.evaluate(tmp_path, 0, writing("a"), logged.append)
+        announced = [line for line in logged if line.startswith("evaluation")]
+        assert announced == [
+            "evaluation after round 1: 2 held-out prompts",
+            "evaluation before round 1: 2 held-out prompts",
+        ]
 
     def test_without_any_answer_is_empty(self, tmp_path: Path) -> None:
-        told: list[str] = []
-        assert rounds_of(PROMPTS, holdout=0.3).evaluate(tmp_path, 1, writing(), told.append) == {}
-        assert told[-1] == "evaluation: none of 2 held-out prompts could be answered"
+        logged: list[str] = []
+        assert rounds_of(PROMPTS, holdout=0.3).evaluate(tmp_path, 1, writing(), logged.append) == {}
+        assert logged[-1] == "evaluation: none of 2 held-out prompts could be answered"
 
 
 class Group:
@@ -211,19 +212,17 @@ class TestManyProcesses:
             ["line 2 has no known answer"] * 3
         )
 
-    def test_whether_all_is_done_is_told_by_the_first(
-        self, tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        place = module.of(tmp_path, 1)
+    def test_rank_0_decides_what_is_done(self, tmp_path: Path, group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+        place = module.round_directory(tmp_path, 1)
         (place / "evaluation").mkdir(parents=True)
-        (place / "evaluation" / "evaluation.json").write_text(json.dumps({"direct": 1.0, "num": 2}))
+        (place / "evaluation" / "evaluation.json").write_text(json.dumps({"direct": 1.0, "refined": 2.0, "num": 2}))
         (place / "pairs.jsonl").write_text("")
         is_file = Path.is_file
         monkeypatch.setattr(Path, "is_file", lambda path: group.mine.rank == 0 and is_file(path))
         rounds = rounds_of(PROMPTS, holdout=0.3)
         assert group.run(lambda rank: rounds.make_pairs(tmp_path, 1, writing("x"), print)) == [True] * 3
-        told = group.run(lambda rank: rounds.evaluate(tmp_path, 1, writing("x"), print))
-        assert told == [{"direct": 1.0, "num": 2}] * 3
+        logged = group.run(lambda rank: rounds.evaluate(tmp_path, 1, writing("x"), print))
+        assert logged == [{"direct": 1.0, "refined": 2.0, "num": 2}] * 3
 
 
 def selection_alone(chains: Sequence[Chain]) -> list[Chain]:
