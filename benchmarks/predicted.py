@@ -27,7 +27,8 @@ import plmtune
 from plmtune.devices.calibrate import calibrate
 from plmtune.devices.costs import ModelShape
 from plmtune.devices.device import load_device, save_device
-from plmtune.devices.measure import SAMPLE, measure
+from plmtune.devices.measure import measure
+from plmtune.devices.measured_models import SAMPLE
 from plmtune.devices.predict import predict
 from plmtune.io import provenance
 from plmtune.models.adapters import read_model_config

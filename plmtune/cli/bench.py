@@ -96,7 +96,8 @@ def bench(
 
     import torch
 
-    from plmtune.devices.measure import measure, read_bandwidth
+    from plmtune.devices.bandwidth import read_bandwidth
+    from plmtune.devices.measure import measure
     from plmtune.io.atomic import atomic_write
 
     where = find_device(device)
@@ -122,12 +123,12 @@ def bench(
                     new_tokens=new_tokens,
                     threads=threads,
                     dtype=dtype,
-                    sparse=sparse,  # type: ignore[arg-type]
+                    sparse=sparse,
                     read_prompt=not decode_only,
                     bandwidth=bandwidth,
                     device=str(where),
                     flash_attention=setting,
-                    say=_say,
+                    log=_say,
                 )
         except UserError as error:  # of this target: the others are measured all the same
             failed.append(str(error))

@@ -21,6 +21,7 @@ import psutil
 import torch
 
 from plmtune.devices import costs
+from plmtune.devices.bandwidth import READ_BYTES, read_bandwidth
 from plmtune.devices.costs import ModelShape
 from plmtune.devices.device import Device, Figure, KernelRate, RuntimeRates
 from plmtune.devices.predict import cache_kind, cache_share, decode_seconds
@@ -43,7 +44,6 @@ _DEPTHS = (32, 1024, 3072)
 _GGUF_DEPTHS = (32, 512)  # llama.cpp has to read what is in its cache
 _PROMPT = 128
 _STEPS = 5
-_READ_BYTES = 256 * 2**20
 # A form that is fitted from few bytes beside others could come out as free or as endless: bounds on what is believed.
 _FASTEST, _SLOWEST = 4.0, 0.02  # of the measured bandwidth
 
@@ -138,23 +138,12 @@ def calibrate(
         name=title,
         memory=Figure(float(total), f"psutil, {platform.system()}"),
         system=Figure(max(float(total - available_memory(torch.device("cpu"))), 0.0), "in use when it was calibrated"),
-        bandwidth=Figure(bandwidth, f"{measured}: a sum over {_READ_BYTES >> 20} MiB"),
+        bandwidth=Figure(bandwidth, f"{measured}: a sum over {READ_BYTES >> 20} MiB"),
         compute=Figure(compute, f"{measured}: a product of square matrices in bf16"),
         layer=Figure(statistics.fmean(rates["plmtune"].layers.values()), f"{measured}: fitted"),
         error=Figure(max(found.error for found in rates.values()), f"{measured}: what the fit leaves"),
         rates=rates,
     )
-
-
-def read_bandwidth(num_bytes: int = _READ_BYTES) -> float:
-    """Bytes/s of reading memory that no cache holds, with torch's threads; the best of a few."""
-    numbers = torch.ones(num_bytes // 4)
-    best = float("inf")
-    for _ in range(6):
-        start = time.perf_counter()
-        numbers.sum()
-        best = min(best, time.perf_counter() - start)
-    return num_bytes / best
 
 
 # --- plmtune -----------------------------------------------------------------------------------------------------

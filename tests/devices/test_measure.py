@@ -12,6 +12,7 @@ import torch
 
 import plmtune
 from plmtune.devices import measure as module
+from plmtune.devices import measured_models
 from plmtune.devices.measure import measure, measure_here
 from plmtune.errors import UserError
 from plmtune.models.hf import save_model
@@ -73,10 +74,10 @@ class TestMeasureHere:
         assert 0 < dense.weight_bytes - sparse.weight_bytes < 32 * 16 * 4  # type: ignore[operator]
 
     def test_a_cache_that_is_filled_holds_the_sample_over_and_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "SAMPLE", 5)
+        monkeypatch.setattr(measured_models, "SAMPLE", 5)
         torch.manual_seed(0)
         sample = [3, 1, 4, 1, 5, 9, 2, 6]
-        ours = module._Ours(small().eval(), 64, "off", sample)
+        ours = measured_models.PyTorchModel(small().eval(), 64, "off", sample)
         ours.fill(13)
         with torch.inference_mode():
             read = ours.model.new_cache(1, 5)
@@ -95,7 +96,7 @@ class TestMeasureHere:
         model = model.to(torch.bfloat16)
         attention.kv_b_proj.keep_dense()
         attention.q_proj.bias = torch.nn.Parameter(torch.zeros(24, dtype=torch.bfloat16))
-        ours = module._Ours(model.eval(), 64, "off", [1, 2, 3])
+        ours = measured_models.PyTorchModel(model.eval(), 64, "off", [1, 2, 3])
         ours.start(3)
         # q_proj [24, 16] in 8 bits has a scale of 2 bytes a row.
         assert ours.weight_bytes() == floats - 2 * 24 * 16 + 24 * (16 + 2) + 24 * 2
@@ -103,7 +104,7 @@ class TestMeasureHere:
     def test_contexts_that_do_not_fit_are_left_out_and_said(self, tmp_path: Path) -> None:
         said: list[str] = []
         target = str(save_small(tmp_path / "m"))
-        (found,) = measure_here(target, contexts=[8, 63], new_tokens=2, bandwidth=1e9, say=said.append)
+        (found,) = measure_here(target, contexts=[8, 63], new_tokens=2, bandwidth=1e9, log=said.append)
         assert found.context == 8
         assert any("63 and 2 tokens are more than the 64" in text for text in said)
         with pytest.raises(UserError, match=r"holds 64 tokens, .* shortest context \(100\)"):
@@ -144,7 +145,7 @@ class TestStored:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        weights, cache, form = module._stored(path)
+        weights, cache, form = measured_models._stored(path)
         assert weights == 2 * 64 * (10 + 32)
         assert cache == 2 * 3 * 4 * (24 + 16)
         assert form == "F16"
@@ -153,7 +154,7 @@ class TestStored:
 class TestMeasure:
     def test_bandwidth_is_measured_before_the_targets_process_starts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[str] = []
-        monkeypatch.setattr(module, "read_bandwidth", lambda device: 123.0)
+        monkeypatch.setattr(module, "read_bandwidth", lambda device, **_: 123.0)
 
         class Pipe(io.StringIO):
             def close(self) -> None:
@@ -177,7 +178,7 @@ class TestMeasure:
     def test_a_target_has_a_process_of_its_own_whose_mistakes_come_back_in_words(self, tmp_path: Path) -> None:
         said: list[str] = []
         target = str(save_small(tmp_path / "m"))
-        (found,) = measure(target, contexts=[8], new_tokens=2, bandwidth=1e9, threads=1, say=said.append)
+        (found,) = measure(target, contexts=[8], new_tokens=2, bandwidth=1e9, threads=1, log=said.append)
         assert found.threads == 1 and found.sparse == (0, 1)
         assert found.peak_memory < 2**30
         assert any("context 8" in text for text in said)
