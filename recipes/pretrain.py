@@ -22,7 +22,8 @@ from plmtune.errors import UserError
 from plmtune.evaluation.training_tasks import open_evaluations
 from plmtune.inference.sampling import complete
 from plmtune.io.terminal import echo
-from plmtune.models.hf import hf_state, load_state, write_config
+from plmtune.models.hf import hf_state, load_state
+from plmtune.models.hf_config import write_config
 from plmtune.training import launcher
 from plmtune.training import preflight as checks
 from plmtune.training.checkpoint import TrainerState, best_checkpoint_notes, load_optimizer_state, open_checkpoints

@@ -67,7 +67,7 @@ def read_model_shape(name: str, overlays: Sequence[str], overrides: Sequence[str
         from plmtune.models.adapters import read_model_config
         from plmtune.models.assemble import component_from_config
         from plmtune.models.checkpoint_files import checkpoint_directory
-        from plmtune.models.hf import read_formats
+        from plmtune.models.hf_config import read_formats
         from plmtune.modules.quantized import install
 
         directory = checkpoint_directory(name, weights=False)

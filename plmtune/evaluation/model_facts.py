@@ -20,7 +20,7 @@ from plmtune.io.untrusted import load_yaml
 from plmtune.models import adapters, checkpoint_files
 from plmtune.models.adapters import load_model
 from plmtune.models.digest import model_digest
-from plmtune.models.hf import SCORE
+from plmtune.models.hf_names import SCORE
 
 _log = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from plmtune.export.runtimes import form_of
 from plmtune.models.checkpoint_files import CONFIG, Stored, checkpoint_directory, locate, opened_weights, read_json
 from plmtune.models.gguf import gguf_name, heads_of_halves, to_halves
 from plmtune.models.gguf_file import GGUFFile, opened_gguf
-from plmtune.models.hf import hf_config, hf_name, read_formats
+from plmtune.models.hf_config import hf_config, read_formats
+from plmtune.models.hf_names import hf_name
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized
 from plmtune.tokenizers.tokenizer import Tokenizer

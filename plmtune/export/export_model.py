@@ -20,7 +20,7 @@ from plmtune.io.hub import model_of
 from plmtune.models.adapters import holds_adapters, load_model, load_model_tokenizer, read_model_config
 from plmtune.models.checkpoint_files import checkpoint_directory, locate
 from plmtune.models.checkpoint_files import name_of as model_name
-from plmtune.models.hf import read_formats
+from plmtune.models.hf_config import read_formats
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized
 from plmtune.tokenizers.tokenizer import Tokenizer

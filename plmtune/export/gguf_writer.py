@@ -36,7 +36,7 @@ from plmtune.models.adapters import ADAPTERS, find_base, load_adapter, read_mode
 from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import ADAPTER_CONFIG, Stored, locate, name_of, read_json
 from plmtune.models.gguf import NO_MERGE, PRE_TOKENIZERS, gguf_name, heads_of_halves, kv_heads, to_neighbours
-from plmtune.models.hf import our_name
+from plmtune.models.hf_names import our_name
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapted
 from plmtune.modules.quantized import Quantized

@@ -39,7 +39,9 @@ from plmtune.io.atomic import atomic_write, check_room
 from plmtune.models.adapters import ADAPTERS, holds_adapters
 from plmtune.models.checkpoint_files import ADAPTER_CONFIG, locate, read_json, write_json
 from plmtune.models.directory import new_directory
-from plmtune.models.hf import SCORE, hf_config, hf_name, save_model
+from plmtune.models.hf import save_model
+from plmtune.models.hf_config import hf_config
+from plmtune.models.hf_names import SCORE, hf_name
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import effective_weight
 from plmtune.modules.quantized import Quantized

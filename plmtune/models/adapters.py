@@ -17,7 +17,7 @@ from torch import Tensor
 from plmtune import dtypes
 from plmtune.errors import UserError
 from plmtune.io import hub
-from plmtune.models import hf
+from plmtune.models import hf, hf_config
 from plmtune.models.checkpoint_files import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -27,7 +27,7 @@ from plmtune.models.checkpoint_files import (
     read_json,
     write_json,
 )
-from plmtune.models.hf import hf_name
+from plmtune.models.hf_names import hf_name
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapted, adapter_parameters, merge
 from plmtune.modules.quantized import Quantized
@@ -323,7 +323,7 @@ def read_model_config(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: if it is no checkpoint, or the adapters' base is not to be found.
     """
-    return hf.read_model_config(_chain(directory, None)[0])
+    return hf_config.read_model_config(_chain(directory, None)[0])
 
 
 def load_model_tokenizer(directory: Path, base: Path | None = None) -> Tokenizer:

@@ -24,7 +24,8 @@ from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import CONFIG, INDEX, write_json
 from plmtune.models.directory import new_directory
 from plmtune.models.gguf_file import GGUFFile, opened_gguf
-from plmtune.models.hf import hf_config, hf_name
+from plmtune.models.hf_config import hf_config
+from plmtune.models.hf_names import hf_name
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.gqa import default_kv_heads
 from plmtune.tokenizers import tokenizer_json

@@ -1,11 +1,7 @@
-"""Hugging Face's names and files: safetensors and config.json, written so that others can read them.
+"""Weights in Hugging Face's form: safetensors and config.json, written so that others can read them.
 
-A directory has `model.safetensors`, or shards and `model.safetensors.index.json`, and `config.json`. The
-latter's key `plmtune` describes the model by registered components, so that any combination comes back; a
-directory without it is read as the PLM or Llama checkpoint that its other keys tell of.
-
-A quantized matrix is three tensors: NAME.weight (integers), NAME.scales and, where its format has them, NAME.zeros;
-config.json's key `quantization_config` says which modules are held in which format.
+A directory has `model.safetensors`, or shards and `model.safetensors.index.json`, and `config.json` (`hf_config`). A
+quantized matrix is three tensors: NAME.weight (integers), NAME.scales and, where its format has them, NAME.zeros.
 """
 
 from __future__ import annotations
@@ -19,56 +15,16 @@ from torch import Tensor, nn
 
 from plmtune import dtypes
 from plmtune.errors import NotFinite, UserError
-from plmtune.io import hub, safetensors_writer
+from plmtune.io import safetensors_writer
 from plmtune.io.atomic import atomic_write
-from plmtune.models.assemble import component_from_config
-from plmtune.models.checkpoint_files import CONFIG, INDEX, WEIGHTS, locate, opened_weights, read_json, write_json
+from plmtune.models.checkpoint_files import CONFIG, INDEX, WEIGHTS, locate, opened_weights, write_json
+from plmtune.models.hf_config import METHOD, VERSION, build_on_meta, hf_config
+from plmtune.models.hf_names import SCORE, hf_name
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.gqa import default_kv_heads
-from plmtune.modules.quantized import Format, Quantized, install
+from plmtune.modules.quantized import Quantized
 from plmtune.modules.sharding import full_tensor, is_sharded, shard_like
 
-_NAMES = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attention.kv_a_proj": "self_attn.kv_a_proj_with_mqa",
-    "attention.kv_a_norm": "self_attn.kv_a_layernorm",
-    "attention": "self_attn",
-    "ffn": "mlp",
-}
-_HF_NAMES = {theirs: ours for ours, theirs in _NAMES.items()}
-_SHARD_BYTES = 5e9  # of a file of weights, as Hugging Face's libraries have it
-_METHOD, _VERSION = "plmtune", 1  # of quantization_config
-SCORE = "score.weight"  # of a reward model, as in transformers' models for sequence classification
-# Far above any real model's, far below what would hurt.
-_MAX_POSITIONS = 2**24
-_MAX_LAYERS = 1000  # where no weights say how many there are
-
-
-def hf_name(name: str) -> str:
-    """`layers.0.ffn.up_proj.weight` -> `model.layers.0.mlp.up_proj.weight`."""
-    return _rename(name, "layers.", "model.layers.", _NAMES)
-
-
-def our_name(name: str) -> str:
-    """The inverse of `hf_name`."""
-    return _rename(name, "model.layers.", "layers.", _HF_NAMES)
-
-
-def _rename(name: str, prefix: str, new_prefix: str, names: Mapping[str, str]) -> str:
-    head, rest = "", name
-    if name.startswith(prefix):
-        number, _, rest = name.removeprefix(prefix).partition(".")
-        head = f"{new_prefix}{number}."
-    parts = rest.split(".")
-    for length in range(len(parts), 0, -1):  # the longest part of the name that is known
-        known = names.get(".".join(parts[:length]))
-        if known is not None:
-            return head + ".".join((known, *parts[length:]))
-    return head + rest
+_SHARD_BYTES = 5e9  # of a file of weights, as in Hugging Face's libraries
 
 
 def hf_state(model: nn.Module) -> dict[str, Tensor]:
@@ -98,80 +54,19 @@ def to_hf(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
         # model_type that it does not know it refuses.
         config |= {"architectures": ["PlmtuneForCausalLM"], "model_type": "plmtune"}
         config["quantization_config"] = {
-            "quant_method": _METHOD,
-            "version": _VERSION,
+            "quant_method": METHOD,
+            "version": VERSION,
             "scheme": dict(model.quantization),
             "formats": formats,
         }
     return state, config
 
 
-def hf_config(config: Mapping[str, Any], dtype: torch.dtype, *, score_head: bool = False) -> dict[str, Any]:
-    """Return config.json for a model's `config`: Hugging Face's keys where it has such a model, and ours.
-
-    Args:
-        score_head: the model is one for sequence classification, with one class.
-    """
-    attention, ffn, norm = config["attention"], config["ffn"], config["norm"]
-    parts = (attention["component"], ffn["component"], norm["component"])
-    heads = config["num_heads"]
-    keys: dict[str, Any] = {
-        "architectures": ["PlmtuneForCausalLM"],
-        "model_type": "plmtune",
-        "vocab_size": config["vocab_size"],
-        "hidden_size": config["embed_dim"],
-        "num_hidden_layers": config["num_layers"],
-        "num_attention_heads": heads,
-        "max_position_embeddings": config["max_seq_len"],
-        "tie_word_embeddings": config["tie_embeddings"],
-        "initializer_range": config["init_std"],
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "use_cache": True,
-    }
-    common = {
-        "intermediate_size": ffn.get("hidden_dim"),
-        "rms_norm_eps": norm.get("eps"),
-        "rope_theta": attention.get("rope_theta"),
-        "rope_scaling": None,
-        "attention_dropout": 0.0,
-    }
-    if parts == ("mla", "squared_relu", "rms_norm"):
-        keys |= common | {
-            "architectures": ["PLMForCausalLM"],
-            "model_type": "plm",
-            "num_key_value_heads": heads,
-            "hidden_act": "relu2",
-            "q_lora_rank": None,
-            "kv_lora_rank": attention["kv_lora_rank"],
-            "qk_nope_head_dim": attention["qk_nope_head_dim"],
-            "qk_rope_head_dim": attention["qk_rope_head_dim"],
-            "v_head_dim": attention["v_head_dim"],
-            "attention_bias": False,
-        }
-    elif parts[0] in ("gqa", "mha") and parts[1:] == ("swiglu", "rms_norm") and not attention["rope_interleaved"]:
-        keys |= common | {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "num_key_value_heads": heads if parts[0] == "mha" else attention["num_kv_heads"] or default_kv_heads(heads),
-            "head_dim": attention["head_dim"] or config["embed_dim"] // heads,
-            "hidden_act": "silu",
-            "attention_bias": attention["bias"],
-            "mlp_bias": False,
-        }
-    if score_head:
-        names = [name.replace("ForCausalLM", "ForSequenceClassification") for name in keys["architectures"]]
-        keys |= {"architectures": names, "id2label": {"0": "score"}, "label2id": {"score": 0}}
-    return keys | {"plmtune": dict(config)}
-
-
-def write_config(config: Mapping[str, Any], dtype: torch.dtype, directory: Path, *, score_head: bool = False) -> None:
-    """Write the config.json of a model's `config` beside weights of `dtype` that others write."""
-    write_json(directory / CONFIG, hf_config(config, dtype, score_head=score_head))
-
-
 def num_bytes(model: Decoder) -> int:
     """The bytes of the weights' files that `save_model` writes of a model, which may be on the meta device."""
-    return sum(safetensors_writer.num_bytes(shard) for shard in _split(to_hf(model)[0], _SHARD_BYTES))
+    state = to_hf(model)[0]
+    files = safetensors_writer.deal({name: tensor.nbytes for name, tensor in state.items()}, "model", _SHARD_BYTES)
+    return sum(safetensors_writer.num_bytes({name: state[name] for name in held}) for held in files.values())
 
 
 def save_model(
@@ -216,38 +111,18 @@ def save_model(
     if "component" in config:
         config = hf_config(config, next(iter(state.values())).dtype, score_head=SCORE in state)
     directory.mkdir(parents=True, exist_ok=True)
-    shards = _split(state, max_shard_bytes)
-    names = (
-        [WEIGHTS]
-        if len(shards) == 1
-        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    )
-    for name, shard in zip(names, shards, strict=True):
-        with atomic_write(directory / name) as temporary:
-            safetensors_writer.write(temporary, {key: tensor.cpu() for key, tensor in shard.items()})
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())},
-            "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
-        }
-        write_json(directory / INDEX, index)
+    sizes = {name: tensor.nbytes for name, tensor in state.items()}
+    files = safetensors_writer.deal(sizes, "model", max_shard_bytes)
+    for file, held in files.items():
+        with atomic_write(directory / file) as temporary:
+            safetensors_writer.write(temporary, {name: state[name].cpu() for name in held})
+    if len(files) > 1:
+        write_json(directory / INDEX, safetensors_writer.index(files, sizes))
     write_json(directory / CONFIG, config)
     # Weights of an earlier save in another number of files would contradict these.
     for path in (directory / WEIGHTS, directory / INDEX, *directory.glob("model-*-of-*.safetensors")):
-        if path.name not in (*names, INDEX if len(shards) > 1 else WEIGHTS):
+        if path.name not in files and (path.name != INDEX or len(files) == 1):
             path.unlink(missing_ok=True)
-
-
-def _split(state: Mapping[str, Tensor], max_bytes: float) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in state.items():
-        if shards[-1] and size + tensor.nbytes > max_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    return shards
 
 
 def load_model(directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Decoder:
@@ -261,7 +136,7 @@ def load_model(directory: str | Path, device: torch.device | str = "cpu", dtype:
     """
     directory = Path(directory)
     locations = locate(directory)
-    model = _build(directory, num_tensors=len(locations))
+    model = build_on_meta(directory, num_tensors=len(locations))
     if SCORE in locations:
         with torch.device("meta"):
             model.add_score_head()
@@ -321,145 +196,6 @@ def _tensors(locations: Mapping[str, Path], names: Iterable[str]) -> Iterator[tu
         with opened_weights(file) as opened:
             for name in held:
                 yield name, opened.get_tensor(name)
-
-
-def read_formats(directory: str | Path) -> tuple[dict[str, Format], dict[str, Any]]:
-    """Return how a directory's weights are quantized: (our module name -> format, the scheme that gave it).
-
-    Both are empty for weights that are plain numbers.
-
-    Raises:
-        UserError: if config.json does not say it as `save_model` does, or names another way of quantizing.
-    """
-    path = Path(directory) / CONFIG
-    found = read_json(Path(directory), CONFIG).get("quantization_config")
-    if found is None:
-        return {}, {}
-    where = f"{path}, key quantization_config"
-    if not isinstance(found, dict):
-        raise UserError(f"{where}: must be a table, not {found!r:.80}.")
-    if found.get("quant_method") != _METHOD:
-        raise UserError(
-            f"{where}: a checkpoint quantized by {found.get('quant_method')!r:.80} cannot be read. Get the original "
-            "weights and quantize them with plmtune run quantize."
-        )
-    version, scheme, named = found.get("version"), found.get("scheme", {}), found.get("formats")
-    if type(version) is not int or version != _VERSION:
-        raise UserError(f"{where}: version is {version!r:.80}, and this plmtune reads {_VERSION}. Get a newer one.")
-    if not isinstance(scheme, dict):
-        raise UserError(f"{where}.scheme: must be a table, not {scheme!r:.80}.")
-    if not isinstance(named, dict) or not all(isinstance(names, list) for names in named.values()):
-        raise UserError(f"{where}.formats: must map formats to lists of modules, not {named!r:.80}.")
-    formats: dict[str, Format] = {}
-    for format, names in named.items():
-        try:
-            parsed = Format.parse(format)
-        except ValueError as error:
-            raise UserError(f"{where}.formats: {error}.") from error
-        for name in names:
-            if not isinstance(name, str) or our_name(name) in formats:
-                raise UserError(f"{where}.formats: {name!r:.200} is named twice or no module.")
-            formats[our_name(name)] = parsed
-    return formats, scheme
-
-
-def read_model_config(directory: str | Path) -> dict[str, Any]:
-    """Return the `config` of the model that a directory holds: its components and settings.
-
-    Raises:
-        UserError: if it is no checkpoint.
-    """
-    directory = Path(directory)
-    return _build(directory, _MAX_LAYERS if hub.lacks_weights(directory) else len(locate(directory))).config
-
-
-def _build(directory: Path, num_tensors: int) -> Decoder:
-    """Build on the meta device what config.json describes; nothing is allocated."""
-    path = directory / CONFIG
-    keys = read_json(directory, CONFIG)
-    formats, scheme = read_formats(directory)
-    description = keys["plmtune"] if "plmtune" in keys else _from_hf_keys(keys, path)
-    part = component_from_config("model", description, f"{path}, key plmtune")
-    vocab_size = description.get("vocab_size")
-    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
-        raise UserError(f"{path}, key vocab_size: must be a whole number, not {vocab_size!r:.80}")
-    num_layers, positions = part.settings.get("num_layers", 0), part.settings.get("max_seq_len", 0)
-    # A layer is an object even on the meta device, so a number without tensors behind it is refused first.
-    if num_layers > num_tensors:
-        raise UserError(f"{path} names {num_layers} layers, but the weights hold {num_tensors} tensors.")
-    if positions > _MAX_POSITIONS:
-        raise UserError(f"{path} names {positions} positions; at most {_MAX_POSITIONS} can be used.")
-    try:
-        with torch.device("meta"):
-            model = part(vocab_size=vocab_size)
-    except (ValueError, RuntimeError, OverflowError, TypeError) as error:
-        raise UserError(f"{path} describes no possible model: {str(error).splitlines()[0]}.") from error
-    if not isinstance(model, Decoder):
-        raise UserError(f"{path}: {description['component']} is not a model that this version can load.")
-    try:
-        install(model, formats)
-    except ValueError as error:
-        raise UserError(f"{path}, key quantization_config: {error}.") from error
-    model.quantization = scheme
-    return model
-
-
-def _from_hf_keys(keys: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The description of a published PLM or Llama checkpoint; a key of null is one that is not there."""
-    keys = {name: value for name, value in keys.items() if value is not None}
-
-    def get(name: str, *default: Any) -> Any:
-        if name not in keys and not default:
-            raise UserError(f"{path}: key {name} is missing.")
-        return keys.get(name, *default)
-
-    model_type = keys.get("model_type")
-    if model_type not in ("plm", "llama"):
-        raise UserError(f"{path}: model_type is {model_type!r:.80}; only plm and llama can be read.")
-    # transformers 5 moved RoPE's keys into a table of their own.
-    rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"{path}: RoPE scaling ({rope!r:.80}) is not supported.")
-    theta = rope.get("rope_theta") or keys.get("rope_theta", 100000.0 if model_type == "plm" else 10000.0)
-    heads = get("num_attention_heads")
-    attention: dict[str, Any]
-    if model_type == "plm":
-        _demand(keys, path, q_lora_rank=(None,), hidden_act=("relu2",), attention_bias=(False,))
-        attention = {"component": "mla", "rope_theta": theta} | {
-            name: get(name) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        }
-    else:
-        _demand(keys, path, hidden_act=("silu",), mlp_bias=(False,))
-        attention = {
-            "component": "gqa",
-            "num_kv_heads": get("num_key_value_heads", heads),
-            "head_dim": get("head_dim", None),
-            "rope_theta": theta,
-            "rope_interleaved": False,
-            "bias": get("attention_bias", False),
-        }
-    return {
-        "component": model_type,
-        "vocab_size": get("vocab_size"),
-        "attention": attention,
-        "ffn": {
-            "component": "squared_relu" if model_type == "plm" else "swiglu",
-            "hidden_dim": get("intermediate_size"),
-        },
-        "norm": {"component": "rms_norm", "eps": get("rms_norm_eps", 1e-6)},
-        "embed_dim": get("hidden_size"),
-        "num_layers": get("num_hidden_layers"),
-        "num_heads": heads,
-        "max_seq_len": get("max_position_embeddings"),
-        "tie_embeddings": get("tie_word_embeddings", model_type == "plm"),
-        "init_std": get("initializer_range", 0.02),
-    }
-
-
-def _demand(keys: dict[str, Any], path: Path, **allowed: tuple[Any, ...]) -> None:
-    for name, values in allowed.items():
-        if name in keys and keys[name] not in values:
-            raise UserError(f"{path}: {name} is {keys[name]!r:.80}; only {values[0]!r} is supported.")
 
 
 def _check(model: Decoder, directory: Path, locations: Mapping[str, Path]) -> None:

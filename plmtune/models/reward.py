@@ -13,7 +13,7 @@ from torch import Tensor
 from plmtune.errors import UserError
 from plmtune.models.adapters import load_model
 from plmtune.models.checkpoint_files import checkpoint_directory
-from plmtune.models.hf import SCORE
+from plmtune.models.hf_names import SCORE
 from plmtune.modules.decoder import Decoder
 
 

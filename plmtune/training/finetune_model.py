@@ -14,7 +14,8 @@ from plmtune.config.compose import build
 from plmtune.config.schema import CheckpointConfig, RuntimeConfig
 from plmtune.errors import UserError
 from plmtune.models import adapters
-from plmtune.models.hf import hf_state, write_config
+from plmtune.models.hf import hf_state
+from plmtune.models.hf_config import write_config
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapter_parameters, disabled, init_adapters
 from plmtune.registry import Component

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from plmtune.errors import UserError
 from plmtune.models.checkpoint_files import Stored, locate
-from plmtune.models.hf import hf_name, load_model, load_state, our_name, save_model, to_hf
+from plmtune.models.hf import load_model, load_state, save_model, to_hf
+from plmtune.models.hf_names import hf_name, our_name
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 import plmtune
 from plmtune.errors import UserError
 from plmtune.models.adapters import load_adapter
-from plmtune.models.hf import load_model, load_state, read_formats, read_model_config, save_model
+from plmtune.models.hf import load_model, load_state, save_model
+from plmtune.models.hf_config import read_formats, read_model_config
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized, install
