@@ -1,8 +1,8 @@
 """Tensors into safetensors files: dealt out over files of bounded size, written and hashed in one pass.
 
-The format is the library's (8 bytes of length, a JSON header, the numbers); its own writer is left for three
-reasons. It holds Python's lock while it writes, so that training would wait for the disk; a file that it wrote
-must be read again to be hashed; and it makes files that only their owner can read, whatever the umask.
+The format is that of the safetensors library: 8 bytes of length, a JSON header, the numbers. The library's own writer
+is not used for two reasons. A file that it wrote must be read again to be hashed, so that a disk's fault stays unseen.
+Only the owner may read its files, whatever the umask.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""GGUF files, read without trusting what they say: every length is compared with the file before it is used.
+"""GGUF files, read without trusting them: every length is compared with the file before it is used.
 
-Types, block sizes and dequantization are the `gguf` library's. Its reader is left for two reasons: an array whose
-length a damaged file claims to be 2^60 keeps it busy for ever, and it takes seconds for a vocabulary.
+Types, block sizes and dequantization are the `gguf` library's. Its reader is not used: it accepts tensors that share
+bytes, does not end on an array that claims 2^60 values, and takes seconds for a vocabulary.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ class TestStep:
     def test_looks_up_the_rows_of_any_embedding(self) -> None:
         for name in ("int8", "int4_g32", "int8_dynamic_int4_g32"):
             model = quantized(small_plm, "int8_dynamic", embedding=name)
-            rows = make_step(model, None, CONTEXT).rows(torch.arange(9))
+            rows = make_step(model, None, CONTEXT).embedding(torch.arange(9))
             assert torch.equal(rows, model.tok_embeddings(torch.arange(9)))
 
     @pytest.mark.parametrize("embedding", ["int8", "int4_g32"])

@@ -21,7 +21,7 @@ DEEP_YAML = (*DEEP, "- " * 100_000 + "a")
 OURS = {
     "export/runtimes/xllamacpp.py", "export/contents.py", "models/gguf.py", "preference/reference.py",
     "training/checkpoint.py", "training/distributed.py", "preference/rounds/selection.py", "tokenizers/tokenizer.py",
-    "tokenizers/rendering.py", "devices/measured_models.py", "evaluation/task_index.py", "export/probe_texts.py",
+    "tokenizers/rendering.py", "devices/measure.py", "evaluation/task_index.py", "export/probe_texts.py",
 }  # fmt: skip
 
 
