@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from plmtune.cli import cli
-from plmtune.config import compose
+from plmtune.config import compose, multirun, run_config, typed_config
 from plmtune.errors import UserError
 
 CALLS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class", "socket.connect",
@@ -54,7 +54,7 @@ def saved() -> str:
     for recipe in RECIPES:
         importlib.import_module(f"plmtune.recipes.{recipe}")
 
-    return compose.to_yaml(compose.compose("pretrain", (), ["data=mix", "data.sources={a: {component: stdlib}}"]))
+    return typed_config.to_yaml(compose.compose("pretrain", (), ["data=mix", "data.sources={a: {component: stdlib}}"]))
 
 
 @pytest.fixture
@@ -310,7 +310,7 @@ class TestFiles:
         )
         assert compose.compose("good.yaml").name == compose.compose("pretrain", ["good.yaml"]).name == "a5"
         (place / "config.yaml").write_text(saved)
-        assert compose.to_yaml(compose.load_config(place / "config.yaml")) == saved
+        assert typed_config.to_yaml(run_config.load_config(place / "config.yaml")) == saved
 
     @pytest.mark.parametrize("name", ["evil.yaml", "run/config.yaml"])
     def test_that_are_no_files_are_not_opened(self, name: str, place: Path) -> None:
@@ -377,7 +377,7 @@ class TestOverrides:
 
     def test_hydras_launchers_and_sweepers_can_be_set_for_a_multirun(self, place: Path) -> None:
         seeds: list[int] = []
-        compose.multirun(
+        multirun.multirun(
             "pretrain",
             (),
             ["seed=1,2", "hydra/launcher=basic", "hydra.sweep.dir=sweep", "hydra.sweep.subdir='s${hydra.job.num}'"],

@@ -42,7 +42,8 @@ def test_an_installed_package_has_every_folder() -> None:
 
 class TestDirections:
     def test_only_config_imports_hydra(self) -> None:
-        assert importers("hydra") == {"plmtune/config/compose.py"}
+        names = ("compose", "messages", "multirun", "override_checks", "primary", "store")
+        assert importers("hydra") <= {f"plmtune/config/{name}.py" for name in names}
 
     def test_only_cli_imports_click(self) -> None:
         assert all(path.startswith("plmtune/cli/") for path in importers("click"))

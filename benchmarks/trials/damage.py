@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from plmtune.config.compose import build, load_config
+from plmtune.config.compose import build
+from plmtune.config.run_config import load_config
 from plmtune.data.shards import Shards
 from plmtune.errors import UserError
 from plmtune.io import manifest

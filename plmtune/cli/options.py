@@ -204,7 +204,7 @@ def recipe_file(path: str) -> ModuleType:
             )
     refuse_taken_names()
     if hasattr(module, "Config"):
-        from plmtune.config.compose import use_schema
+        from plmtune.config.primary import use_schema
 
         use_schema(module.CONFIG, module.Config, path)
     return module

@@ -55,7 +55,8 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
     with without_collecting():
         module = recipe_file(name) if name.endswith(".py") else None
 
-        from plmtune.config import compose
+        from plmtune.config.compose import compose
+        from plmtune.config.multirun import multirun as run_all
 
     base = module.CONFIG if module else name
 
@@ -84,9 +85,9 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
     if multirun:
         directory = Path("runs") / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S}"
         if not dry_run and not any(text.startswith("hydra/") for text in overrides):  # others draw jobs as they run
-            compose.multirun(base, overlays, overrides, check_only, directory)
+            run_all(base, overlays, overrides, check_only, directory)
         try:
-            compose.multirun(base, overlays, overrides, start, directory)
+            run_all(base, overlays, overrides, start, directory)
         finally:  # also where a job failed: the others have run
             # A launcher may run jobs in other processes, and hydra.sweep.dir may be another directory.
             places = dict.fromkeys(path.resolve() for path in [*jobs, *find_runs(directory)])
@@ -96,7 +97,7 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
                 show(table(found, differing_settings(paths)), *reasons(found))
     else:
         with without_collecting():
-            cfg = compose.compose(base, overlays, overrides)
+            cfg = compose(base, overlays, overrides)
         start(cfg)
 
 
@@ -145,7 +146,7 @@ def resume(arguments: tuple[str, ...], allow_data_change: bool, recipe_path: str
     if used and not recipe_path:
         raise UserError(f"{run_dir} ran the recipe {used}. Resume it: plmtune resume {run_dir} --recipe {used}")
 
-    from plmtune.config.compose import load_config, override
+    from plmtune.config.run_config import load_config, override
     from plmtune.training.resume_checks import refuse_other_config
 
     module = recipe_file(recipe_path) if recipe_path else None  # it may have a schema of its own

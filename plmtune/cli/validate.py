@@ -32,15 +32,15 @@ def validate(name: str, arguments: tuple[str, ...], show: bool) -> None:
     with without_collecting():
         module = recipe_file(name) if name.endswith(".py") else None
 
-        from plmtune.config import compose
+        from plmtune.config import compose, primary, typed_config
 
         if module is None:
-            compose.find_config(name)  # before components are imported, and torch with them
+            primary.find_config(name)  # before components are imported, and torch with them
         cfg = compose.compose(module.CONFIG if module else name, overlays, overrides)
         recipe = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
         said = check(recipe, cfg)
     if show:
-        click.echo(compose.to_yaml(cfg), nl=False)
+        click.echo(typed_config.to_yaml(cfg), nl=False)
     terminal.echo(f"{' '.join([name, *overlays])}: valid. {said}")
 
 

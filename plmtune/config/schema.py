@@ -9,7 +9,7 @@ from plmtune.ranges import AT_LEAST_1, NOT_NEGATIVE, SHARE, NotEmpty, PathPart, 
 from plmtune.registry import Component
 from plmtune.units import parse_count, unescape
 
-# What `plmtune.config.compose.typed` checks of a value, whichever way it comes: a file, an override, a saved config.
+# What `typed_config.from_plain` checks of a value, from wherever it comes: a file, an override, a saved config.
 Count = Annotated[int, NOT_NEGATIVE]
 Size = Annotated[int, AT_LEAST_1]
 Number = Annotated[float, NOT_NEGATIVE]

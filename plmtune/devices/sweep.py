@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from plmtune.config import compose
+from plmtune.config import compose, override_checks, run_config
 from plmtune.devices.costs import ModelShape
 from plmtune.devices.device import Device
 from plmtune.devices.predict import Prediction, predict
@@ -83,7 +83,7 @@ def sweep(
     Raises:
         UserError: if nothing is swept, a key is not of the model, or there are too many combinations.
     """
-    plain, swept = compose.sweep(overrides)
+    plain, swept = override_checks.split_sweeps(overrides)
     for key in swept:
         if not (key == "tokenizer" or key.split(".")[0].split("/")[0] == "model"):
             raise UserError(f"--sweep: {key} is no key of the model, so it changes neither its size nor its speed.")
@@ -136,7 +136,7 @@ def sweep(
 def _value(cfg: Any, text: str) -> Any:
     """What an override makes of its key, checked by the schema; an error where it cannot be."""
     try:
-        changed: Any = compose.override(cfg, [text])
+        changed: Any = run_config.override(cfg, [text])
     except UserError as error:
         return error
     for name in _parts(text):

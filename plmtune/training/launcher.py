@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from plmtune.config.compose import build, to_plain
+from plmtune.config.compose import build
+from plmtune.config.typed_config import to_plain
 from plmtune.errors import NotFinite, UserError
 from plmtune.io import terminal
 from plmtune.io.run_directory import RunDirectory, refuse_unusable

@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 import xxhash
 
-from plmtune.config.compose import to_plain
 from plmtune.config.overrides import in_hydras_form
 from plmtune.config.renamed import with_first_keys
+from plmtune.config.typed_config import to_plain
 from plmtune.errors import UserError
 from plmtune.io import hub
 from plmtune.io.run_directory import LATEST, NEWEST, resolve_link

@@ -12,8 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from plmtune.config.compose import load_config, to_yaml
+from plmtune.config.run_config import load_config
 from plmtune.config.schema import PreparationConfig
+from plmtune.config.typed_config import to_yaml
 from plmtune.data.prepare import prepare
 from plmtune.data.shards import Shards
 from plmtune.data.sources import Source

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from in_process import run, save_small
 
-from plmtune.config import compose
+from plmtune.config import compose, typed_config
 from plmtune.io import manifest
 
 NEWEST = "runs/sft/20260102-000000"
@@ -22,7 +22,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_small(directory / "checkpoints/step-00000001")
         (directory / "checkpoints/step-00000001/state.json").write_text("{}")
         manifest.write(directory / "checkpoints/step-00000001", 1, {})
-        (directory / "config.yaml").write_text(compose.to_yaml(compose.compose("pretrain", (), ["model=plm_tiny"])))
+        (directory / "config.yaml").write_text(
+            typed_config.to_yaml(compose.compose("pretrain", (), ["model=plm_tiny"]))
+        )
         (directory / "run.json").write_text(json.dumps({"status": status, "ended": name[-8:]}))
     (place / "texts").mkdir()
     (place / "texts/book.txt").write_text("The quick brown fox. " * 9)

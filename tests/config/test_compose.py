@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from plmtune.config import compose
+from plmtune.config import compose, multirun, override_checks, run_config, typed_config
 from plmtune.config.builtin import builtin_folder
 from plmtune.config.overrides import as_typed
 from plmtune.errors import UserError
@@ -64,8 +64,8 @@ class TestCompose:
 
     def test_yaml_round_trip_is_exact(self, tmp_path: Path) -> None:
         cfg = compose.compose("plm_1.8b", (), ["optimizer.lr=1.2345678901234567e-4"])
-        (tmp_path / "config.yaml").write_text(compose.to_yaml(cfg))
-        assert compose.load_config(tmp_path / "config.yaml") == cfg
+        (tmp_path / "config.yaml").write_text(typed_config.to_yaml(cfg))
+        assert run_config.load_config(tmp_path / "config.yaml") == cfg
 
     def test_composing_twice_gives_the_same(self) -> None:
         assert compose.compose("pretrain") == compose.compose("pretrain")
@@ -113,14 +113,14 @@ class TestChoices:
 
     def test_the_config_of_a_run_is_an_overlay(self, tmp_path: Path) -> None:
         cfg = compose.compose("pretrain", (), ["model=plm_tiny", "model/ffn=swiglu", "logger=[jsonl,tensorboard]"])
-        (tmp_path / "config.yaml").write_text(compose.to_yaml(cfg))
+        (tmp_path / "config.yaml").write_text(typed_config.to_yaml(cfg))
         assert compose.compose("pretrain", [str(tmp_path / "config.yaml")]) == cfg
 
     def test_the_config_of_a_run_made_before_is_read(self, tmp_path: Path) -> None:
-        text = compose.to_yaml(compose.compose("pretrain"))
+        text = typed_config.to_yaml(compose.compose("pretrain"))
         assert "logger:\n  component: tensorboard\n" in text  # as it was before several were possible
         (tmp_path / "config.yaml").write_text(text)
-        assert compose.load_config(tmp_path / "config.yaml") == compose.compose("pretrain")
+        assert run_config.load_config(tmp_path / "config.yaml") == compose.compose("pretrain")
 
 
 class TestReplacing:
@@ -189,7 +189,7 @@ class TestOneForAList:
         for cfg in (
             compose.compose("pretrain", (), [f"data.paths={typed}"]),
             compose.compose("pretrain", [str(tmp_path / "mine.yaml")]),
-            compose.override(compose.compose("pretrain"), [f"data.paths={typed}"]),
+            run_config.override(compose.compose("pretrain"), [f"data.paths={typed}"]),
         ):
             assert list(cfg.data.settings["paths"]) == paths
         assert compose.compose("pretrain", (), [f"eval.tasks={typed}"]).eval.tasks == paths
@@ -212,13 +212,13 @@ class TestSeveralLoggers:
         ours = compose.compose("pretrain", [str(tmp_path / "mine.yaml")])
         assert ours == compose.compose("pretrain", (), ["logger=[jsonl,{component: wandb, project: mine}]"])
         assert ours == compose.compose("pretrain", (), ["logger=[jsonl,wandb]", "logger.loggers.wandb.project=mine"])
-        (tmp_path / "config.yaml").write_text(compose.to_yaml(ours))
-        assert compose.load_config(tmp_path / "config.yaml") == ours
+        (tmp_path / "config.yaml").write_text(typed_config.to_yaml(ours))
+        assert run_config.load_config(tmp_path / "config.yaml") == ours
 
     def test_can_be_chosen_when_a_run_is_resumed(self) -> None:
-        cfg = compose.override(compose.compose("pretrain"), ["logger=[jsonl,tensorboard]"])
+        cfg = run_config.override(compose.compose("pretrain"), ["logger=[jsonl,tensorboard]"])
         assert cfg.logger == compose.compose("pretrain", (), ["logger=[jsonl,tensorboard]"]).logger
-        assert compose.override(cfg, ["logger=jsonl"]).logger == Component("logger", "jsonl")
+        assert run_config.override(cfg, ["logger=jsonl"]).logger == Component("logger", "jsonl")
 
     def test_are_all_built(self, tmp_path: Path) -> None:
         cfg = compose.compose("pretrain", (), ["logger=[jsonl,tensorboard]"])
@@ -270,7 +270,7 @@ class TestQuoting:
         for _ in range(300):
             value = "".join(rng.choices("ab \"'\\$`()[]{}=,:#é\n~!*", k=rng.randrange(12)))
             (word,) = shlex.split(as_typed("name", value))
-            assert compose._parse(word).value() == value
+            assert override_checks.parse(word).value() == value
 
     def test_words_that_the_shell_cut_are_joined(self) -> None:
         assert "'data.paths=[my file.txt]'" in message("pretrain", "data.paths=[my", "file.txt]")
@@ -439,10 +439,10 @@ class TestMistakes:
 
     def test_a_saved_config_with_a_stranger_in_it_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "config.yaml"
-        good = compose.to_yaml(compose.compose("pretrain"))
+        good = typed_config.to_yaml(compose.compose("pretrain"))
         path.write_text(good.replace("component: plm\n", "component: plmm\n"))
         with pytest.raises(UserError, match=r"config.yaml, key model: .*plmm.*Did you mean plm\?"):
-            compose.load_config(path)
+            run_config.load_config(path)
 
     def test_build_puts_the_key_before_impossible_numbers(self) -> None:
         chosen = Component("attention", "gqa", {"num_kv_heads": 5})
@@ -493,7 +493,7 @@ class TestMultirun:
                 (Path(cfg.run_dir) / "file").touch()
 
         try:
-            compose.multirun("demo", (), overrides, task, Path("runs/multirun/now"))
+            multirun.multirun("demo", (), overrides, task, Path("runs/multirun/now"))
         finally:
             self.ran = ran
         return ran
@@ -529,5 +529,5 @@ class TestMultirun:
             raise KeyError("x")
 
         with pytest.raises(KeyError):
-            compose.multirun("demo", (), ["seed=1,2"], task, Path("runs/multirun/now"))
+            multirun.multirun("demo", (), ["seed=1,2"], task, Path("runs/multirun/now"))
         assert not [*tmp_path.iterdir()]

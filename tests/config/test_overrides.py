@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from plmtune.config import compose
-from plmtune.config.compose import _parse, _plain_value
+from plmtune.config import compose, run_config
+from plmtune.config.override_checks import parse, plain_value
 from plmtune.config.overrides import as_typed
 from plmtune.errors import UserError
 from plmtune.training.resume_checks import refuse_other_config
@@ -39,9 +39,9 @@ class TestAsTyped:
         rng = random.Random(0)
         for value in [*(drawn(rng) for _ in range(400)), *WORDS, {"a": {"component": "files", "paths": ["a b.txt"]}}]:
             (word,) = shlex.split(as_typed("a.key", value))
-            parsed = _parse(word)
+            parsed = parse(word)
             assert parsed.key_or_group == "a.key"
-            found = _plain_value(parsed._value)
+            found = plain_value(parsed._value)
             assert found == value and type(found) is type(value), word
 
     @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ class TestAsTyped:
 class TestAdvice:
     def test_what_a_run_began_with_is_said_as_an_override(self) -> None:
         began = compose.compose("demo")
-        now = compose.override(began, ["phases=[{name: b, steps: 3}]"])
+        now = run_config.override(began, ["phases=[{name: b, steps: 3}]"])
         with pytest.raises(UserError) as caught:
             refuse_other_config(Path("r"), began, now)
         said = str(caught.value)

@@ -8,7 +8,7 @@ import pytest
 import xxhash
 import yaml
 
-from plmtune.config import compose
+from plmtune.config import compose, run_config, typed_config
 from plmtune.config.renamed import RENAMED, Renamed
 from plmtune.errors import UserError
 from plmtune.training.resume_checks import DATA, RESUME_MUTABLE, config_digest
@@ -50,9 +50,9 @@ class TestEveryRenamedKey:
     ) -> None:
         cfg = compose.compose(USES[renamed.old][0], (), [f"{renamed.new}={value}"])
         path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(of_earlier_version(renamed, compose.to_plain(cfg))), encoding="utf-8")
+        path.write_text(yaml.safe_dump(of_earlier_version(renamed, typed_config.to_plain(cfg))), encoding="utf-8")
         for _ in range(2):
-            assert compose.load_config(path) == cfg
+            assert run_config.load_config(path) == cfg
         assert [record.getMessage() for record in caplog.records] == [
             f"{path}: written by an earlier version: {renamed.old} is now {renamed.new}."
         ]
@@ -61,7 +61,7 @@ class TestEveryRenamedKey:
 @pytest.mark.parametrize("name", ["pretrain", "sft", "aries"])
 def test_a_digest_is_made_under_the_first_names_and_so_fits_the_checkpoints_of_every_version(name: str) -> None:
     cfg = compose.compose(name)
-    plain = {k: v for k, v in compose.to_plain(cfg).items() if k not in (*RESUME_MUTABLE, *DATA, "init_from")}
+    plain = {k: v for k, v in typed_config.to_plain(cfg).items() if k not in (*RESUME_MUTABLE, *DATA, "init_from")}
     for renamed in RENAMED:
         if renamed.new.partition(".")[0] in plain:
             plain = of_earlier_version(renamed, plain)
@@ -85,7 +85,7 @@ class TestNewConfigs:
     def test_a_change_of_a_saved_config_with_the_old_key_is_refused_with_the_new_one(self, renamed: Renamed) -> None:
         cfg = compose.compose(USES[renamed.old][0])
         with pytest.raises(UserError, match=f"key {renamed.old}: unknown. Did you mean {renamed.new}"):
-            compose.override(cfg, [f"{renamed.old}=1"])
+            run_config.override(cfg, [f"{renamed.old}=1"])
 
 
 def test_a_key_of_a_persons_own_that_has_an_old_name_is_left_alone(
@@ -102,4 +102,4 @@ def test_a_key_of_a_persons_own_that_has_an_old_name_is_left_alone(
     monkeypatch.setitem(SCHEMAS, "sft", Own)
     path = tmp_path / "config.yaml"
     path.write_text("recipe: sft\nprompts: 5\n", encoding="utf-8")
-    assert compose.load_config(path).prompts == 5
+    assert run_config.load_config(path).prompts == 5

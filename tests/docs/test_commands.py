@@ -18,7 +18,7 @@ import pytest
 from documented import Code, Command
 
 from plmtune.cli import cli
-from plmtune.config import compose
+from plmtune.config import compose, override_checks, run_config
 from plmtune.config.builtin import builtin_folder
 from plmtune.devices.device import load_device
 from plmtune.registry import describe
@@ -55,7 +55,7 @@ def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
 @cache
 def composed(name: str, *arguments: str) -> Any:
     overlays = [text for text in arguments if text.endswith(".yaml") and "=" not in text]
-    plain, swept = compose.sweep([text for text in arguments if text not in overlays])
+    plain, swept = override_checks.split_sweeps([text for text in arguments if text not in overlays])
     return compose.compose(name, overlays, [*plain, *(values[0] for values in swept.values())])
 
 
@@ -82,7 +82,7 @@ def check(command: Command) -> None:
             if device != "mine.yaml":
                 load_device(device)
     elif name == "resume":
-        compose.override(composed("demo"), [word for word in words[1:] if "=" in word])
+        run_config.override(composed("demo"), [word for word in words[1:] if "=" in word])
     elif name == "ls" and given["group"]:
         assert given["group"].rpartition("/")[2] in {*describe(), "devices"}
     elif name == "cp" and command.is_whole:

@@ -21,7 +21,7 @@ from cli_runs import (
 )
 from group import in_group
 
-from plmtune.config import compose
+from plmtune.config import run_config
 from plmtune.io.run_directory import read_record, state_of
 
 
@@ -240,9 +240,8 @@ class TestCommands:
     def test_multirun_runs_each_value_in_its_own_directory_and_lists_them(self, place: Path, capsys: Any) -> None:
         steps = "phases=[{name: main, steps: 2}]"
         assert ends_with("run", "-m", "pretrain", *SMALL, steps, "optimizer.lr=1e-4,3e-4") == 0
-        rates = {
-            compose.load_config(path).optimizer.settings["lr"] for path in place.glob("runs/multirun/*/*/config.yaml")
-        }
+        paths = place.glob("runs/multirun/*/*/config.yaml")
+        rates = {run_config.load_config(path).optimizer.settings["lr"] for path in paths}
         assert rates == {1e-4, 3e-4}
         table = capsys.readouterr().out.splitlines()[-3:]
         assert [row.split()[1] for row in table] == ["status", "finished", "finished"]

@@ -12,7 +12,7 @@ import pytest
 from cli_runs import SMALL, command, environment, metrics, refusal, start, stop_at, weights
 
 from plmtune.cli import cli
-from plmtune.config import compose
+from plmtune.config import compose, run_config, typed_config
 from plmtune.errors import UserError
 from plmtune.io import checksummed_json
 from plmtune.io.manifest import digest
@@ -43,7 +43,9 @@ def damage(path: Path, old: str, new: str) -> None:
 @pytest.fixture
 def begun(place: Path) -> Path:
     """A run that has begun and not trained: enough for what is refused before torch is imported."""
-    RunDirectory.create(place / "run", compose.to_yaml(compose.compose("pretrain", (), SMALL)), ["plmtune"]).close()
+    RunDirectory.create(
+        place / "run", typed_config.to_yaml(compose.compose("pretrain", (), SMALL)), ["plmtune"]
+    ).close()
     return place / "run"
 
 
@@ -303,7 +305,7 @@ class TestLinks:
         own = ["run_dir=next", "init_from=runs/pretrain/latest", "data.paths=[runs/pretrain/latest/text]"]
         shutil.copytree(place / "corpus", place / "runs/pretrain/latest/text")
         stop_at(monkeypatch, 2, *own)
-        saved = compose.load_config(place / "next/config.yaml")
+        saved = run_config.load_config(place / "next/config.yaml")
         assert saved.init_from == f"runs/pretrain/{first}"
         assert saved.data.settings["paths"] == (f"runs/pretrain/{first}/text",)
         stop_at(monkeypatch, 4, *own, "resume=true")  # the same command again

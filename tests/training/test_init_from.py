@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from plmtune.config import compose
+from plmtune.config import compose, typed_config
 from plmtune.errors import UserError
 from plmtune.io import manifest
 from plmtune.models.hf import save_model
@@ -28,7 +28,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_model(model, None, step)
     bundled().save(step)
     manifest.write(step, 5, {path.name: _entry(path) for path in step.iterdir()})
-    (run / "config.yaml").write_text(compose.to_yaml(cfg))
+    (run / "config.yaml").write_text(typed_config.to_yaml(cfg))
     (run / "run.json").write_text(json.dumps({"status": "finished"}))
     return tmp_path / "runs"
 
@@ -43,7 +43,7 @@ def copy(runs: Path, name: str, recipe: str = "pretrain", status: str = "finishe
     shutil.copytree(runs / "pretrain" / "20260101-000000", target)
     overrides = [f"model={preset}", *(["tokenizer=bundled"] if recipe != "pretrain" else [])]
     named = {"pretrain": "pretrain", "sft": "sft", "preference": "dpo"}[recipe]
-    (target / "config.yaml").write_text(compose.to_yaml(compose.compose(named, (), overrides)))
+    (target / "config.yaml").write_text(typed_config.to_yaml(compose.compose(named, (), overrides)))
     (target / "run.json").write_text(json.dumps({"status": status}))
 
 

@@ -1,0 +1,186 @@
+"""Overrides as they are typed: parsed, checked, and rewritten to Hydra's form."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from plmtune.config.choices import FILE_PRESET, SEVERAL, group_at, read_preset, take_choices
+from plmtune.config.overrides import as_typed, in_hydras_form
+from plmtune.config.rules import check_override, is_option
+from plmtune.config.schema import component_keys
+from plmtune.config.signatures import dict_keys
+from plmtune.errors import UserError
+
+
+def parse(text: str, following: Sequence[str] = ()) -> Override:
+    """Parse an override; `following` words may be the rest of it, cut off at its spaces by the shell."""
+    try:
+        return OverridesParser.create().parse_override(text)
+    except (HydraException, ValueError, RecursionError):
+        way = _quoted([text, *following])
+        hint = f" Quote it for the shell and for Hydra: {way}" if way else " Write key=value, with the value in quotes."
+        raise UserError(f"override {text:.200}: cannot be understood.{hint}") from None
+
+
+def _quoted(words: Sequence[str]) -> str | None:
+    """How the override that `words` begin with is typed; None if that cannot be guessed."""
+    key, equals, value = words[0].partition("=")
+    close = {"[": "]", "{": "}"}.get(value[:1])
+    if close and not value.endswith(close):
+        ends = [end for end, word in enumerate(words, 1) if word.endswith(close)]
+        for end in ends:
+            whole = " ".join(words[:end])
+            with contextlib.suppress(HydraException, ValueError, RecursionError):
+                OverridesParser.create().parse_override(whole)
+                return shlex.quote(whole)
+        if (ends and "{" in value) or (not ends and (close == "]" or ":" in value)):
+            return None
+        if ends:
+            value = " ".join(words[: ends[0]]).partition("=")[2]
+    plain: Any = value
+    if value.startswith("[") and value.endswith("]"):
+        plain = [part.strip().strip("'\"") for part in value[1:-1].split(",")]
+    typed = as_typed(key, plain)
+    try:
+        parsed = OverridesParser.create().parse_override(shlex.split(typed)[0])
+    except (HydraException, ValueError, RecursionError):
+        return None
+    return typed if equals and len(typed) < 500 and parsed.value() == plain else None
+
+
+def plain_value(value: Any) -> Any:
+    """A parsed override's value without Hydra's own types: what is swept over becomes a list."""
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, ChoiceSweep | list):
+        return [plain_value(child) for child in (value.list if isinstance(value, ChoiceSweep) else value)]
+    if isinstance(value, dict):
+        return {plain_value(key): plain_value(child) for key, child in value.items()}
+    return value if isinstance(value, str | int | float | None) else None  # ranges, intervals, globs hold no text
+
+
+def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list[str]:
+    """Refuse what is no override, and write choices in Hydra's form.
+
+    Keys may be added to dictionaries, as ``data.sources={mine: ...}`` does.
+    """
+    checked: list[list[str]] = []  # what each override stands for
+    for index, text in enumerate(overrides):
+        # Hydra's multirun reads its own options, one of which unpickles a file, among the overrides.
+        if ("=" not in text and not text.startswith("~")) or text.startswith("-"):
+            before, equals, value = overrides[index - 1].partition("=") if index else ("", "", "")
+            way = f" As a part of {before}: {as_typed(before, f'{value} {text}')}" if equals else ""
+            raise UserError(f"{text!r:.200} is neither a YAML file nor an override of the form key=value.{way}")
+        if text.startswith("="):
+            raise UserError(f"override {text:.200}: has no key. Write key=value.")
+        if re.match(r"[+~]*recipe\b", text):
+            raise UserError(f"override {text:.200}: a config has its recipe. Run another one: plmtune run NAME")
+        part = []
+        for normal in _normalize(text, parse(text, overrides[index + 1 :])):
+            parsed = parse(normal)
+            check_override(
+                text,
+                parsed.key_or_group,
+                parsed.package,
+                plain_value(parsed._value),
+                groups=component_keys(),
+                multirun=multirun,
+            )
+            key, _, value = normal.lstrip("+").partition("=")
+            in_dict = any(key == name or key.startswith(f"{name}.") for name in dict_keys())
+            if key.endswith(".component") and not in_dict:
+                raise UserError(
+                    f"override {text}: choose it as {key.removesuffix('.component').replace('.', '/')}={value}."
+                )
+            part.append(f"++{normal.lstrip('+')}" if in_dict else normal)
+        for place, name in chosen_components(part).items():
+            checked = [_without(place, name, earlier) for earlier in checked]
+        checked.append(part)
+    return [text for part in checked for text in part]
+
+
+def _without(place: str, name: str | None, part: list[str]) -> list[str]:
+    """What one override stands for, without the component at a place, which gives way to a later choice of `name`.
+
+    Of the same component the settings stay, as they do between files; several loggers are replaced as a whole.
+    """
+    if place not in (chosen := chosen_components(part)):
+        return part
+    if chosen[place] == name != SEVERAL:
+        return [t for t in part if t.partition("=")[0].lstrip("+~") != place]
+    return [t for t in part if not f"{t.partition('=')[0].lstrip('+~').replace('.', '/')}/".startswith(f"{place}/")]
+
+
+def _normalize(text: str, parsed: Override) -> list[str]:
+    """The overrides in Hydra's form that a choice of a component stands for; any other override stays as it is."""
+    key = parsed.key_or_group
+    group = group_at(key, component_keys()) if parsed.package is None and key else None
+    if group is None or parsed.is_sweep_override() or parsed.is_delete() or parsed.is_add():
+        return [text]
+    place, value = key.replace(".", "/"), plain_value(parsed._value)
+    if value in (None, []):
+        if "/" in place:
+            raise UserError(f"override {text}: takes the name of a component. See: plmtune ls {group}")
+        return [f"~{place}"]
+    if isinstance(value, str):
+        if value.endswith((".yaml", ".yml")):
+            preset = read_preset(Path(value), place, group, component_keys())
+            value = FILE_PRESET + re.sub(r"\W", "_", value)
+            ConfigStore.instance().store(group=place, name=value, node=OmegaConf.create(preset))
+        elif key == place:
+            return [text]
+        if is_option(value):  # else check_override says what it is
+            return [f"{place}={value}"]
+    choices: dict[str, str | None] = {}
+    settings = take_choices(value, place, group, choices, f"override {text:.200}, ")
+    if not choices:
+        return [text]
+    return [
+        *(f"{at}={name}" for at, name in choices.items()),
+        *(f"{key}.{name}={in_hydras_form(child)}" for name, child in settings.items()),
+    ]
+
+
+def chosen_components(overrides: Sequence[str]) -> dict[str, str | None]:
+    """What overrides in Hydra's form choose, by place."""
+    pairs = [text.partition("=") for text in overrides]
+    return {
+        place.lstrip("+~"): None if place.startswith("~") else name.strip("'\"")
+        for place, _, name in pairs
+        if "." not in place and name[:1] != "{" and group_at(place.lstrip("+~"), component_keys())
+    }
+
+
+def split_sweeps(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Divide overrides into those of one value and, by key, those of several: a=1,2 and range(), as Hydra has them.
+
+    Returns:
+        (plain overrides, {key: its overrides "key=value" of one value each}).
+
+    Raises:
+        UserError: naming the override.
+    """
+    plain: list[str] = []
+    swept: dict[str, list[str]] = {}
+    for text in overrides:
+        check_overrides([text], multirun=True)
+        parsed = parse(text)
+        if not parsed.is_sweep_override():
+            plain.append(text)
+        elif parsed.is_discrete_sweep():
+            key = parsed.get_key_element()
+            swept[key] = [f"{key}={value}" for value in parsed.sweep_string_iterator()]
+        else:
+            raise UserError(f"override {text}: names no single values. Write key=1,2,3 or key=range(1,10,3).")
+    return plain, swept
