@@ -31,28 +31,32 @@ COMMANDS = {
     "run": ("plmtune.cli.run", "run", "Run a recipe: plmtune run NAME [FILE.yaml] [key=value ...]"),
     "resume": ("plmtune.cli.run", "resume", "Resume a stopped run: plmtune resume RUN_DIR [key=value ...]"),
     "runs": ("plmtune.cli.runs", "runs", "List runs: status, step, loss and time of each"),
-    "checkpoints": ("plmtune.cli.checkpoints", "checkpoints", "List a run's checkpoints, and see that they are whole"),
+    "checkpoints": ("plmtune.cli.checkpoints", "checkpoints", "List a run's checkpoints and verify them"),
     "ls": ("plmtune.cli.ls", "ls", "List recipes, configs and groups, or the components of a group"),
-    "cp": ("plmtune.cli.cp", "cp", "Copy a built-in config or recipe, to change it"),
+    "cp": ("plmtune.cli.cp", "cp", "Copy a built-in config or recipe to change it"),
     "validate": ("plmtune.cli.validate", "validate", "Check a config and build its model without memory"),
     "data": ("plmtune.cli.data", "data", "Prepare and inspect token shards"),
     "tokenizer": ("plmtune.cli.tokenizer", "tokenizer", "Train and inspect tokenizers"),
     "generate": ("plmtune.cli.generate", "generate", "Write text with a checkpoint"),
-    "chat": ("plmtune.cli.chat", "chat", "Talk with a checkpoint in the terminal"),
+    "chat": ("plmtune.cli.chat", "chat", "Chat with a checkpoint in the terminal"),
     "perplexity": ("plmtune.cli.perplexity", "perplexity", "Measure how well a checkpoint predicts text"),
-    "eval": ("plmtune.cli.eval", "evaluate", "Measure checkpoints by tasks: plmtune eval --tasks gsm8k,humaneval"),
-    "convert": ("plmtune.cli.convert", "convert", "Make a model directory from a GGUF file"),
-    "compare": ("plmtune.cli.compare", "compare", "Put results of eval side by side, with what is more than chance"),
+    "eval": ("plmtune.cli.eval", "evaluate", "Evaluate checkpoints on tasks: plmtune eval --tasks gsm8k,humaneval"),
+    "convert": ("plmtune.cli.convert", "convert", "Convert a GGUF file to a model directory"),
+    "compare": (
+        "plmtune.cli.compare",
+        "compare",
+        "Compare results of eval and test their differences for significance",
+    ),
     "card": ("plmtune.cli.card", "card", "Write a model card from a run and its results"),
     "export": (
         "plmtune.cli.export",
         "export",
-        "Write a checkpoint for llama.cpp, transformers, ExecuTorch; verified",
+        "Export a checkpoint to llama.cpp, transformers or ExecuTorch and verify it",
     ),
     "verify": ("plmtune.cli.verify", "verify", "Verify that an exported file is the model of a checkpoint"),
     "bench": ("plmtune.cli.bench", "bench", "Measure time to first token, tokens/s and memory of models and files"),
-    "plan": ("plmtune.cli.plan", "plan", "Predict how fast and how large a config will be on a device"),
-    "merge": ("plmtune.cli.merge", "merge", "Make a plain model of adapters and their base"),
+    "plan": ("plmtune.cli.plan", "plan", "Predict speed and memory of a config on a device"),
+    "merge": ("plmtune.cli.merge", "merge", "Merge adapters into their base model"),
 }
 
 
@@ -227,7 +231,7 @@ def import_option(function: click.decorators.FC) -> click.decorators.FC:
         callback=load,
         expose_value=False,
         is_eager=True,
-        help="Python module with your own registered components; may be repeated.",
+        help="Import a Python module that registers your own components. Can be given several times.",
     )(function)
 
 

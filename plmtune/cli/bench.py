@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from plmtune.cli import import_option
-from plmtune.cli.options import dtype_option, find_device, newest_run
+from plmtune.cli.options import dtype_option, find_device, json_option, newest_run, overwrite_option, threads_option
 from plmtune.errors import UserError
 from plmtune.io import terminal
 from plmtune.units import show_number_of
@@ -23,39 +23,53 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("targets", nargs=-1, metavar="[TARGET]...")
-@click.option("--contexts", default="128,2048", show_default=True, help="Tokens in the cache, with commas.")
-@click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Written at each.")
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="Of the CPU; default: as torch has it.")
+@click.option(
+    "--contexts",
+    default="128,2048",
+    show_default=True,
+    help="Measure at these numbers of tokens in the cache, separated by commas.",
+)
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Write this many tokens at each context.",
+)
+@threads_option
 @dtype_option
 @click.option(
     "--sparse",
     type=click.Choice(["auto", "on", "off"]),
     default="off",
     show_default=True,
-    help="Ours skips the zeros of squared ReLU: in layers where that is measured to pay, in all, in none.",
+    help="Skip the zeros of squared ReLU; auto: in layers where that is measured to be faster.",
 )
 @click.option(
     "--decode-only",
     is_flag=True,
-    help="Ours fills the cache with a short text, over and over: no time to first token, but no waiting for it.",
+    help="Fill the cache with a repeated short text: faster, without a time to first token.",
 )
 @click.option(
     "--flash-attention",
     type=click.Choice(["both", "on", "off"]),
     default="both",
     show_default=True,
-    help="Of llama.cpp, for .gguf files; on a CPU it makes prompts faster, and tokens after long ones slower.",
+    help="Use llama.cpp's flash attention for .gguf files.",
 )
-@click.option("--device", help="Of ours: cpu, cuda, ...; default: cuda where there is one. Files run on the CPU.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures there.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw speeds by context.")
+@click.option(
+    "--device",
+    help="Run plmtune's models on this device (default: cuda if there is one). Exported files run on the CPU.",
+)
+@json_option
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Plot speed by context.")
 @click.option(
     "--calibrate",
     type=click.Path(path_type=Path),
     metavar="FILE.yaml",
-    help="Write this machine as a device for plmtune plan; a minute or so.",
+    help="Measure this machine and save it as a device for plmtune plan. Takes about a minute.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace files that are there.")
+@overwrite_option
 @import_option
 def bench(
     targets: tuple[str, ...],

@@ -14,7 +14,14 @@ import click
 
 from plmtune.cli import import_option
 from plmtune.cli.generate import stream, warn_of_pretrained
-from plmtune.cli.options import device_option, find_device, find_model, sampling_options
+from plmtune.cli.options import (
+    chat_template_option,
+    device_option,
+    find_device,
+    find_model,
+    sampling_options,
+    system_option,
+)
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io import terminal
 from plmtune.io.atomic import atomic_write
@@ -29,12 +36,8 @@ _BLOCK = '"""'
 
 @click.command()
 @click.argument("checkpoint", required=False)
-@click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
-@click.option(
-    "--chat-template",
-    metavar="NAME",
-    help="chatml, llama3, plain, or a Jinja file, in place of the tokenizer's own.",
-)
+@system_option
+@chat_template_option
 @sampling_options
 @device_option
 @import_option

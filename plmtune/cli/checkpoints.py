@@ -36,7 +36,7 @@ class Entry:
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path), required=False, metavar="[RUN]")
-@click.option("--quick", is_flag=True, help="Compare sizes only, instead of reading every byte.")
+@click.option("--quick", is_flag=True, help="Compare file sizes only, without hashing.")
 def checkpoints(run: Path | None, quick: bool) -> None:
     """List the checkpoints of RUN (a run, its checkpoints folder, or one checkpoint) and verify them.
 

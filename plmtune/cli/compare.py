@@ -17,10 +17,10 @@ from plmtune.io.tables import show
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="The picture, a PNG that is replaced if it is there; default: compare.png, and none with --json.",
+    help="Write the plot to this PNG, replacing it (default: compare.png; none with --json).",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs in place of tables.")
-@click.option("--all", "all_tasks", is_flag=True, help="Also the tasks that a group sums up (MMLU has 57).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--all", "all_tasks", is_flag=True, help="Show the tasks of groups as well (MMLU has 57).")
 def compare(results: tuple[Path, ...], out: Path | None, as_json: bool, all_tasks: bool) -> None:
     """Compare RESULTs, the JSON files of plmtune eval (or folders of them), with the first one.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from plmtune import dtypes
+from plmtune.cli.options import overwrite_option
 from plmtune.errors import UserError
 from plmtune.io import hub, terminal
 
@@ -19,14 +20,14 @@ from plmtune.io import hub, terminal
     type=click.Choice(dtypes.NAMES),
     default="fp32",
     show_default=True,
-    help="Of the weights that are written.",
+    help="Write the weights in this dtype.",
 )
 @click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),
-    help="A directory with a tokenizer.json, in place of the file's own tokenizer.",
+    help="Use the tokenizer.json of this directory instead of the file's tokenizer.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a model that is at OUT.")
+@overwrite_option
 def convert(file: Path, out: Path, dtype: str, tokenizer: Path | None, overwrite: bool) -> None:
     """Write the model of a GGUF FILE (Llama's family or PLM), dequantized, as the model directory OUT.
 

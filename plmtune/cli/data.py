@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from plmtune.cli import import_option, short
+from plmtune.cli.options import text_options
 from plmtune.cli.tokenizer import find_tokenizer
 from plmtune.errors import UserError, refuse_pipe
 from plmtune.io import terminal
@@ -37,23 +38,17 @@ def data() -> None:
 
 @data.command(short_help="Turn text, JSONL or Parquet files into token shards.")
 @click.argument("files", nargs=-1, metavar="[FILE|FOLDER|GLOB]... | CONFIG.yaml [KEY=VALUE]...")
-@click.option("--stdlib", is_flag=True, help="Take the Python standard library instead of files.")
+@click.option("--stdlib", is_flag=True, help="Read the Python standard library instead of files.")
 @click.option(
     "--tokenizer",
     default="bundled",
     show_default=True,
     metavar="NAME|PATH",
-    help="See: plmtune ls tokenizer.",
+    help="Encode with this tokenizer (plmtune ls tokenizer).",
 )
 @click.option("--out", default="runs/data", show_default=True, type=click.Path(path_type=Path), metavar="DIR")
-@click.option(
-    "--format", default="auto", show_default=True, type=click.Choice(["auto", "text", "jsonl", "csv", "parquet"])
-)
-@click.option("--text-key", default="text", show_default=True, help="Key or column that holds the text.")
-@click.option("--separator", help=r"Cuts a text file into documents; \n is a line feed.")
-@click.option("--encoding", default="utf-8", show_default=True)
-@click.option("--skip-bad", is_flag=True, help="Count broken rows instead of stopping.")
-@click.option("--holdout", default=0.01, show_default=True, help="Share kept for validation.")
+@text_options
+@click.option("--holdout", default=0.01, show_default=True, help="Keep this share for validation.")
 @click.option(
     "--holdout-by", default="documents", show_default=True, type=click.Choice(["documents", "tail"]),
     help="Hold out whole documents, or the tail of each file.",
@@ -142,15 +137,17 @@ def _prepare(sources: dict[str, Source], tokenizer: Tokenizer, root: Path, **how
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--split", default="train", show_default=True, type=click.Choice(["train", "validation"]))
 @click.option("--document", type=int, metavar="N", help="Show the text of document N.")
-@click.option("--window", type=int, metavar="N", help="Show window N, its documents in colours.")
-@click.option("--seq-len", default=128, show_default=True, help="Tokens a window.")
-@click.option("--mask", is_flag=True, help="With --window: who attends to whom, documents kept apart.")
-@click.option("--row", type=click.IntRange(1), default=1, show_default=True, help="Of a file: the row to show.")
+@click.option("--window", type=int, metavar="N", help="Show window N with a colour for each document.")
+@click.option("--seq-len", default=128, show_default=True, help="Use windows of this many tokens.")
+@click.option("--mask", is_flag=True, help="Show the attention mask of --window with documents kept apart.")
+@click.option("--row", type=click.IntRange(1), default=1, show_default=True, help="Show this row of a file.")
 @click.option(
     "--tokenizer", default="bundled", show_default=True, metavar="NAME|PATH",
-    help="Of a file: a tokenizer, checkpoint or run.",
+    help="Encode a file with this tokenizer, or that of a checkpoint or run.",
 )  # fmt: skip
-@click.option("--template", metavar="NAME|FILE", help="Of a file: the chat template; default: the tokenizer's own.")
+@click.option(
+    "--template", metavar="NAME|FILE", help="Render a file with this chat template (default: the tokenizer's own)."
+)
 @click.option("--train-on", default="all", show_default=True, type=click.Choice(["all", "last"]))
 @import_option
 @click.pass_context

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 import click
 
 from plmtune.cli.generate import warn_of_pretrained
-from plmtune.cli.options import device_option, dtype_option, find_device, find_dtype, newest_run
+from plmtune.cli.options import (
+    chat_template_option,
+    device_option,
+    dtype_option,
+    find_device,
+    find_dtype,
+    newest_run,
+    system_option,
+)
 from plmtune.config.names import check_model_path
 from plmtune.errors import UserError
 from plmtune.io import hub, terminal
@@ -25,46 +33,55 @@ if TYPE_CHECKING:
 
 @click.command("eval")
 @click.argument("checkpoints", nargs=-1, metavar="[CHECKPOINT]...")
-@click.option("--tasks", "names", metavar="A,B", help="Tasks, groups or tags of lm-eval; * is a wildcard.")
-@click.option("--suite", metavar="NAME", help="quick: minutes on a laptop; plm: the thirteen of PLM's paper.")
+@click.option("--tasks", "names", metavar="A,B", help="Run these tasks, groups or tags of lm-eval; * is a wildcard.")
+@click.option(
+    "--suite", metavar="NAME", help="Run a suite: quick (minutes on a laptop) or plm (the 13 tasks of PLM's paper)."
+)
 @click.option(
     "--list",
     "listing",
     is_flag=True,
-    help="Show suites and tasks: --list, or --list WORD... for those that contain one.",
+    help="List suites and tasks; with WORDs only those that contain one.",
 )
 @click.option(
     "--map",
     "mapping",
     is_flag=True,
-    help="Print what a map for --data holds of --tasks; needs no network.",
+    help="Print a template of the map that --data takes for --tasks. Needs no network.",
 )
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Documents a task; default: all.")
 @click.option(
-    "--num-fewshot", type=click.IntRange(0), metavar="K", help="Examples before each question; default: the task's own."
+    "--limit", type=click.IntRange(1), metavar="N", help="Use the first N documents of each task (default: all)."
+)
+@click.option(
+    "--num-fewshot",
+    type=click.IntRange(0),
+    metavar="K",
+    help="Put K examples before each question (default: the task's own number).",
 )
 @click.option(
     "--batch-size",
     default="auto",
     show_default=True,
     metavar="N",
-    help="Rows that are computed together; auto: by memory.",
+    help="Compute this many rows together; auto chooses by memory.",
 )
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
     metavar="N",
-    help="Cut generated answers at N tokens; default: the task's own length, at most half of the model's context.",
+    help="Limit generated answers to N tokens (default: the task's own limit, at most half of the context).",
 )
-@click.option("--chat", is_flag=True, help="Ask in the model's chat template.")
-@click.option("--chat-template", metavar="NAME", help="chatml, llama3, plain, or a Jinja file; with --chat.")
-@click.option("--system", metavar="TEXT", help="What the model is told first; with --chat.")
-@click.option("--data", type=click.Path(path_type=Path), help="Local files in place of the hub's: a folder or a map.")
-@click.option("--include", type=click.Path(path_type=Path), help="A folder with tasks of your own (YAML, Python).")
-@click.option("--unsafe-code", is_flag=True, help="Let tasks run what the model wrote, in a sandbox.")
-@click.option("--no-sandbox", is_flag=True, help="Run it without the sandbox: at your own risk.")
+@click.option("--chat", is_flag=True, help="Apply the model's chat template.")
+@chat_template_option
+@system_option
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Read tasks' data from a local folder or map instead of the hub."
+)
+@click.option("--include", type=click.Path(path_type=Path), help="Add a folder with tasks of your own (YAML, Python).")
+@click.option("--unsafe-code", is_flag=True, help="Let tasks run code that the model wrote, in a sandbox.")
+@click.option("--no-sandbox", is_flag=True, help="Run that code without the sandbox, at your own risk.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("evaluations"), show_default=True)
-@click.option("--all", "members", is_flag=True, help="Show the members of groups, too.")
+@click.option("--all", "members", is_flag=True, help="Show the members of groups as well.")
 @dtype_option
 @device_option
 def evaluate(

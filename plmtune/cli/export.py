@@ -6,36 +6,36 @@ from pathlib import Path
 
 import click
 
-from plmtune.cli.options import find_model
+from plmtune.cli.options import base_option, find_model, overwrite_option
 from plmtune.io import terminal
 from plmtune.io.tables import show
 
 
 @click.command()
 @click.argument("checkpoint", required=False)
-@click.option("--to", required=True, type=click.Choice(["gguf", "hf", "executorch"]), help="The program's form.")
+@click.option("--to", required=True, type=click.Choice(["gguf", "hf", "executorch"]), help="Choose the format.")
 @click.option(
     "--quant",
     metavar="TYPE[,TYPE]...",
-    help="gguf: f32, f16, bf16, q8_0, q4_0, q4_k_m, ...; hf: bf16, fp32, fp16; executorch: fp32, int8_dynamic, "
-    "int8_dynamic_int4. Default: f16, bf16, int8_dynamic.",
+    help="Store numbers in these types. gguf: f32, f16, bf16, q8_0, q4_0, q4_k_m, ...; hf: bf16, fp32, fp16; "
+    "executorch: fp32, int8_dynamic, int8_dynamic_int4. Default: f16, bf16, int8_dynamic.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder; default: exports.")
-@click.option("--name", help="Of the files; default: by the checkpoint's place.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write to this folder (default: exports).")
+@click.option("--name", help="Name the files (default: after the checkpoint's directory).")
 @click.option(
-    "--as", "as_", type=click.Choice(["deepseek"]), help="hf: a PLM as a dense DeepSeek-V3, for vLLM, SGLang."
+    "--as", "as_", type=click.Choice(["deepseek"]), help="Write a PLM as a dense DeepSeek-V3, for vLLM and SGLang (hf)."
 )
 @click.option(
     "--adapters",
     type=click.Choice(["merge", "keep"]),
     default="merge",
     show_default=True,
-    help="Into their base, or exported as adapters.",
+    help="Merge adapters into their base, or export them as adapters.",
 )
-@click.option("--base", type=click.Path(path_type=Path), help="Directory of the base; default: what the adapters name.")
-@click.option("--context", type=click.IntRange(2), metavar="N", help="executorch: tokens that its cache holds.")
-@click.option("--no-verify", is_flag=True, help="Do not load it and compare.")
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@base_option
+@click.option("--context", type=click.IntRange(2), metavar="N", help="Give the cache room for N tokens (executorch).")
+@click.option("--no-verify", is_flag=True, help="Skip loading and comparing the files.")
+@overwrite_option
 def export(
     checkpoint: str | None,
     to: str,

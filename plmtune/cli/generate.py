@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from plmtune.cli import import_option
-from plmtune.cli.options import device_option, find_device, find_model, sampling_options
+from plmtune.cli.options import (
+    chat_template_option,
+    device_option,
+    find_device,
+    find_model,
+    sampling_options,
+    system_option,
+)
 from plmtune.errors import UserError
 from plmtune.io import terminal
 
@@ -22,14 +29,10 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("checkpoint", required=False)
-@click.option("--prompt", required=True, help="Text to continue; - reads it from stdin.")
-@click.option("--chat", is_flag=True, help="The prompt is a user's message; the model answers it.")
-@click.option("--system", help="What the model is told before the message; with --chat.")
-@click.option(
-    "--chat-template",
-    metavar="NAME",
-    help="chatml, llama3, plain, or a Jinja file, in place of the tokenizer's own; with --chat.",
-)
+@click.option("--prompt", required=True, help="Continue this text; - reads it from stdin.")
+@click.option("--chat", is_flag=True, help="Send the prompt as a user's message through the chat template.")
+@system_option
+@chat_template_option
 @sampling_options
 @device_option
 @import_option

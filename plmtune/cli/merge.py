@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from plmtune import dtypes
+from plmtune.cli.options import base_option, overwrite_option
 from plmtune.config.names import check_model_path
 from plmtune.errors import UserError
 from plmtune.io import terminal
@@ -15,13 +16,13 @@ from plmtune.io import terminal
 @click.command()
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--base", type=click.Path(path_type=Path), help="Directory of the base; default: what the adapters name.")
+@base_option
 @click.option(
     "--dtype",
     type=click.Choice(dtypes.NAMES),
-    help="Of the weights that are written; default: the adapters'.",
+    help="Write the weights in this dtype (default: that of the adapters).",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a model that is at OUT.")
+@overwrite_option
 def merge(checkpoint: str, out: Path, base: Path | None, dtype: str | None, overwrite: bool) -> None:
     """Write the adapters of CHECKPOINT (or of a run's newest) and their base as the plain model directory OUT.
 

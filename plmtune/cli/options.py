@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,9 +22,50 @@ from plmtune.units import unescape
 if TYPE_CHECKING:
     import torch
 
-device_option = click.option("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one.")
+device_option = click.option(
+    "--device", help="Run on this device: cpu, cuda, cuda:1, ... (default: cuda if there is one)."
+)
 dtype_option = click.option(
-    "--dtype", type=click.Choice(["fp32", "bf16"]), help="Compute in this; default: as the file has it."
+    "--dtype", type=click.Choice(["fp32", "bf16"]), help="Compute in this dtype (default: that of the weights)."
+)
+
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing files.")
+base_option = click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    help="Read the base model from this directory (default: the one that the adapters name).",
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), metavar="N", help="Use N CPU threads (default: the runtime's own choice)."
+)
+system_option = click.option("--system", metavar="TEXT", help="Start the conversation with this system message.")
+chat_template_option = click.option(
+    "--chat-template",
+    metavar="NAME",
+    help="Use this chat template: chatml, llama3, plain, or a Jinja file (default: the tokenizer's own).",
+)
+json_option = click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures to FILE as JSON."
+)
+print_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How files of text are read."""
+    formats = click.Choice(["auto", "text", "jsonl", "csv", "parquet"])
+    for option in (
+        click.option("--skip-bad", is_flag=True, help="Skip and count broken rows instead of stopping."),
+        click.option("--encoding", default="utf-8", show_default=True, help="Decode text files in this encoding."),
+        click.option("--separator", help=r"Split text files into documents at this text (\n is a line feed)."),
+        click.option("--format", default="auto", show_default=True, type=formats, help="Read files in this format."),
+        text_key_option,
+    ):
+        command = option(command)
+    return command
+
+
+text_key_option = click.option(
+    "--text-key", "--field", default="text", show_default=True, help="Read the text from this key or column."
 )
 
 
@@ -139,20 +180,20 @@ def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
             default=0.8,
             show_default=True,
             callback=_number,
-            help="0 takes the likeliest token each time.",
+            help="Sample at this temperature; 0 is greedy.",
         ),
-        click.option("--top-k", type=click.IntRange(1), help="Draw from the k likeliest tokens."),
+        click.option("--top-k", type=click.IntRange(1), help="Sample from the k most likely tokens."),
         click.option(
             "--top-p",
             type=click.FloatRange(0, 1, min_open=True),
             callback=_number,
-            help="Draw from the likeliest tokens that reach this probability together.",
+            help="Sample from the most likely tokens whose probabilities add up to this (nucleus sampling).",
         ),
         click.option(
             "--min-p",
             type=click.FloatRange(0, 1),
             callback=_number,
-            help="Draw from tokens at least this share as likely as the likeliest one.",
+            help="Sample from tokens at least this fraction as likely as the most likely one.",
         ),
         click.option(
             "--repetition-penalty",
@@ -160,7 +201,7 @@ def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
             default=1.0,
             show_default=True,
             callback=_number,
-            help="Above 1: make tokens of the prompt and the answer less likely.",
+            help="Make tokens of the prompt and the answer less likely; 1 is off.",
         ),
         click.option(
             "--stop",

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from plmtune.cli import import_option
-from plmtune.cli.options import device_option, dtype_option, find_device, find_dtype, model_first
+from plmtune.cli.options import (
+    device_option,
+    dtype_option,
+    find_device,
+    find_dtype,
+    model_first,
+    print_json_option,
+    text_options,
+)
 from plmtune.errors import UserError
 from plmtune.io import terminal
 from plmtune.io.progress import Progress
@@ -27,24 +35,18 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("words", nargs=-1, required=True, metavar="[CHECKPOINT] FILE|FOLDER|GLOB...")
 @click.option(
-    "--window", type=click.IntRange(1), metavar="N", help="Tokens read at once; default: all the model takes."
+    "--window", type=click.IntRange(1), metavar="N", help="Read N tokens at once (default: the model's context)."
 )
 @click.option(
     "--stride",
     type=click.IntRange(1),
     metavar="N",
-    help="Tokens that a window scores, given those before them in it; default: --window, the fastest.",
+    help="Score the last N tokens of each window, given those before them (default: --window, the fastest).",
 )
-@click.option("--text-key", "--field", default="text", show_default=True, help="Key or column that holds the text.")
-@click.option(
-    "--format", default="auto", show_default=True, type=click.Choice(["auto", "text", "jsonl", "csv", "parquet"])
-)
-@click.option("--separator", help=r"Cuts a text file into documents; \n is a line end.")
-@click.option("--encoding", default="utf-8", show_default=True)
-@click.option("--skip-bad", is_flag=True, help="Count broken rows instead of stopping.")
-@click.option("--limit-documents", type=click.IntRange(1), metavar="N", help="Of each file, at most.")
+@text_options
+@click.option("--limit-documents", type=click.IntRange(1), metavar="N", help="Read at most N documents of each file.")
 @dtype_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of a table.")
+@print_json_option
 @device_option
 @import_option
 def perplexity(

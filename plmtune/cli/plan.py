@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from plmtune.cli import import_option
-from plmtune.cli.options import divide
+from plmtune.cli.options import divide, json_option
 from plmtune.cli.plan_report import Asked, predict_training, read_model_shape, show_plan
 from plmtune.errors import UserError
 
@@ -23,15 +23,39 @@ _CONTEXTS = "128,2048,4096"
 @click.command()
 @click.argument("name", metavar="CONFIG")
 @click.argument("arguments", nargs=-1, metavar="[FILE.yaml] [KEY=VALUE]...")
-@click.option("--device", "devices", default="pi5", show_default=True, help="Names or FILE.yaml, with commas.")
-@click.option("--scheme", "schemes", help=f"With commas; default: {_SCHEMES.replace(',', ', ')}; of a sweep int4.")
-@click.option("--runtime", "runtimes", help="plmtune or llama.cpp, or both; default: both; of a sweep plmtune.")
-@click.option("--context", "contexts", help=f"Tokens in the cache; of a sweep one; default: {_CONTEXTS}, or 2048.")
-@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens read for the first one.")
-@click.option("--train-on", default="h200", show_default=True, help="Device of the hours that training takes.")
+@click.option(
+    "--device",
+    "devices",
+    default="pi5",
+    show_default=True,
+    help="Predict for these devices: names or FILE.yaml, separated by commas.",
+)
+@click.option(
+    "--scheme",
+    "schemes",
+    help=f"Predict for these schemes, separated by commas (default: {_SCHEMES.replace(',', ', ')}; with --sweep int4).",
+)
+@click.option(
+    "--runtime", "runtimes", help="Predict for plmtune, llama.cpp or both (default: both; with --sweep plmtune)."
+)
+@click.option(
+    "--context",
+    "contexts",
+    help=f"Predict at these numbers of tokens in the cache (default: {_CONTEXTS}; with --sweep one: 2048).",
+)
+@click.option(
+    "--prompt",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Read a prompt of this many tokens for the time to first token.",
+)
+@click.option("--train-on", default="h200", show_default=True, help="Predict training hours on this device.")
 @click.option("--sweep", is_flag=True, help="Predict every combination of the keys that have several values.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures there.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw speeds, or a sweep's front.")
+@json_option
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Plot speeds, or the Pareto front of a sweep."
+)
 @import_option
 def plan(
     name: str,

@@ -34,8 +34,10 @@ from plmtune.io.tables import show
 @click.argument("arguments", nargs=-1, metavar="[FILE.yaml] [KEY=VALUE]...")
 @click.option("-m", "--multirun", is_flag=True, help="Run every combination of comma-separated values.")
 @click.option("--dry-run", is_flag=True, help="Build on the meta device and print the estimate; train nothing.")
-@click.option("--force", is_flag=True, help="Start although the estimate says that it does not fit.")
-@click.option("--sensitivity", is_flag=True, help="Of quantize: measure what each module loses, and choose a mix.")
+@click.option("--force", is_flag=True, help="Start even if the estimate does not fit into memory.")
+@click.option(
+    "--sensitivity", is_flag=True, help="Measure each module's loss from quantization and choose a mix (quantize)."
+)
 @import_option
 def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, force: bool, sensitivity: bool) -> None:
     """Run NAME: a config (plmtune ls), your own recipe.py, or a YAML file.
@@ -107,8 +109,8 @@ def _can_be_tried(recipe: Any) -> bool:
 
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[RUN_DIR] [KEY=VALUE]...")
-@click.option("--allow-data-change", is_flag=True, help="Resume although the data is not what the run began with.")
-@click.option("--recipe", "recipe_path", metavar="FILE.py", help="The recipe file, if the run used your own.")
+@click.option("--allow-data-change", is_flag=True, help="Resume even if the data has changed since the run began.")
+@click.option("--recipe", "recipe_path", metavar="FILE.py", help="Use this recipe file, for a run of your own recipe.")
 @import_option
 def resume(arguments: tuple[str, ...], allow_data_change: bool, recipe_path: str | None) -> None:
     """Resume the run in RUN_DIR from its newest whole checkpoint, with the config saved there.

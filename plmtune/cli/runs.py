@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from plmtune.cli.options import print_json_option
 from plmtune.errors import UserError
 from plmtune.io.run_summary import Summary, find_runs, summarize
 from plmtune.io.tables import Cell, Column, Table, numbers, show
@@ -17,7 +18,7 @@ from plmtune.units import show_count, show_duration
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path), default=Path("runs"), metavar="[DIR]")
-@click.option("--json", "as_json", is_flag=True, help="Print a list of objects instead of a table.")
+@print_json_option
 def runs(directory: Path, as_json: bool) -> None:
     """List the runs in DIR (default: runs), the oldest first.
 

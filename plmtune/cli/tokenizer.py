@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from plmtune.cli.options import text_key_option
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io import hub, terminal
 from plmtune.io.progress import Progress
@@ -35,11 +36,16 @@ def tokenizer() -> None:
 
 @tokenizer.command(short_help="Train a byte-level BPE on files or the standard library.")
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--vocab-size", type=int, required=True, help="Tokens in all, bytes and specials included.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+@click.option(
+    "--vocab-size",
+    type=int,
+    required=True,
+    help="Learn until there are this many tokens, bytes and special tokens included.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Write the tokenizer to this directory.")
 @click.option("--stdlib", is_flag=True, help="Train on the Python standard library.")
-@click.option("--text-key", default="text", show_default=True, help="Key of the text in rows.")
-@click.option("--skip-bad", is_flag=True, help="Leave out rows that cannot be read.")
+@text_key_option
+@click.option("--skip-bad", is_flag=True, help="Skip and count broken rows instead of stopping.")
 def train(files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, text_key: str, skip_bad: bool) -> None:
     """Train a byte-level BPE on FILES (text, JSONL, Parquet) or on the Python standard library.
 
@@ -83,7 +89,7 @@ def train(files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, tex
 @tokenizer.command(short_help="Show the ids and pieces of a text.")
 @click.argument("name")
 @click.argument("text")
-@click.option("--specials", is_flag=True, help="Read special tokens in TEXT as themselves.")
+@click.option("--specials", is_flag=True, help="Encode special tokens in TEXT as special tokens.")
 def inspect(name: str, text: str, specials: bool) -> None:
     """Show the ids and pieces of TEXT; NAME is bundled, byte, qwen2, or a tokenizer's file or directory.
 

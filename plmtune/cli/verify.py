@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from plmtune.cli.options import json_option, threads_option
 from plmtune.config.names import check_model_path
 from plmtune.errors import UserError
 from plmtune.io import terminal
@@ -24,24 +25,29 @@ _RUNTIMES = ("llama_cpp", "xllamacpp", "transformers", "executorch", "plmtune")
     "--against",
     required=True,
     metavar="CHECKPOINT",
-    help="A checkpoint, a model directory, a run or a model of the hub.",
+    help="Compare with this checkpoint, model directory, run or model of the hub.",
 )
-@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="To predict; default: a built-in page.")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Compare log-probabilities on the text of FILE (default: a built-in page).",
+)
 @click.option(
     "--positions",
     type=click.IntRange(1),
     default=256,
     show_default=True,
-    help="Tokens whose log-probabilities are compared.",
+    help="Compare the log-probabilities of this many tokens.",
 )
 @click.option(
     "--runtime",
     type=click.Choice(_RUNTIMES),
     metavar="NAME",
-    help=f"Choose among several that serve such a file: {', '.join(_RUNTIMES)}.",
+    help=f"Choose the runtime if several can load the file: {', '.join(_RUNTIMES)}.",
 )
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="Of the runtime; default: its own choice.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON.")
+@threads_option
+@json_option
 def verify(
     export: Path,
     against: str,
@@ -49,7 +55,7 @@ def verify(
     positions: int,
     runtime: RuntimeName | None,
     threads: int | None,
-    json_file: Path | None,
+    json_path: Path | None,
 ) -> None:
     """Run EXPORT (a .gguf, a .pte, a model directory) in the program that serves it, and compare it with CHECKPOINT.
 
@@ -67,8 +73,8 @@ def verify(
 
     report = verify_export(export, against, text=page, positions=positions, threads=threads, prefer=runtime)
     show(report.table(), *(f"warning: {warning}" for warning in report.warnings))
-    if json_file is not None:
-        with atomic_write(json_file, user_error=True) as temporary:
+    if json_path is not None:
+        with atomic_write(json_path, user_error=True) as temporary:
             temporary.write_text(report.as_json(), encoding="utf-8")
     if not report.passed:
         terminal.echo(f"plmtune: {export} is not the model of {against}: {report.verdict}", err=True)
