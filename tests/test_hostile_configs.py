@@ -277,8 +277,8 @@ class TestFiles:
     def test_are_refused_before_hydra_sees_them(
         self, case: str, road: str, place: Path, saved: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for entry in ("hydra_compose", "hydra_main"):
-            monkeypatch.setattr(compose, entry, never)
+        monkeypatch.setattr(compose, "hydra_compose", never)
+        monkeypatch.setattr(multirun, "hydra_main", never)
         write(place, saved, FILES[case])
         refusal(place, run(*ROADS[road]))
 
