@@ -1,4 +1,4 @@
-"""The one error that a person sees: a sentence that says what was wrong, where, and what to do."""
+"""Errors for users: sentences that name what was wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake that the user can correct. The command line prints it without a traceback and exits with code 2."""
+    """An error that the user can correct. The command line prints it without a traceback and exits with code 2."""
 
 
 class Unreadable(UserError):
-    """The system does not give a file's bytes: nothing is known of what it holds, so it is not damaged."""
+    """A file that the system refuses to read, which is not the same as a damaged one."""
 
 
 class NotFinite(UserError):
-    """Weights hold NaN or an infinity: they are of no use, and nothing is saved of them."""
+    """Weights hold NaN or infinity. They are not saved."""
 
 
 def unreadable(path: object, error: OSError) -> Unreadable:
-    """The sentence for a file that the system refuses to read."""
+    """Return the error for a file that the system refuses to read."""
     remedy = " Change its permissions, or run as its owner." if isinstance(error, PermissionError) else ""
     return Unreadable(f"{path} cannot be read: {error.strerror or error}.{remedy}")
 
 
 def refuse_pipe(path: Path) -> None:
-    """Refuse what is there and is neither a file nor a folder: reading it may wait without an end."""
+    """Refuse a device or a pipe: reading it may block forever."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"{path} is a device or a pipe, which has no end or is read only once. Name a file")
 
@@ -43,10 +43,10 @@ def near_names(name: str, known: Iterable[str]) -> list[str]:
     """Up to three of the known names that `name` may stand for, nearest first."""
     names = sorted(known)
     if near := difflib.get_close_matches(name, names, n=3, cutoff=0.6):
-        # Only names that are nearly as near as the nearest: the others distract from it.
+        # Only names that are nearly as close as the closest.
         least = difflib.SequenceMatcher(None, near[0], name).ratio() - 0.12
         return [one for one in near if difflib.SequenceMatcher(None, one, name).ratio() >= least]
-    # lerning_rate -> lr: people spell out what the field abbreviates; spike -> spike_factor: they cut what is long.
+    # Abbreviations (learning_rate -> lr) and prefixes (spike -> spike_factor).
     parent, dot, leaf = name.rpartition(".")
     initials = parent + dot + "".join(part[:1] for part in leaf.split("_"))
     return [initials] if initials in names else [one for one in names if len(leaf) > 2 and one.startswith(name)][:3]

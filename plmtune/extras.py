@@ -1,4 +1,4 @@
-"""Packages that only some commands need, and the command that installs them where plmtune runs."""
+"""Optional packages, and the command that installs them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from plmtune.errors import UserError
 
-# module -> the extra of pyproject.toml that brings it
+# module -> the extra of pyproject.toml that installs it
 EXTRAS = {
     "datasets": "hub",
     "huggingface_hub": "hub",
@@ -23,7 +23,7 @@ EXTRAS = {
 
 
 def installed(module: str) -> bool:
-    """Whether a module can be imported; it is not imported."""
+    """Whether a module can be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ValueError:  # a module without a spec, or None in sys.modules
@@ -35,9 +35,9 @@ def missing(module: str, needs: str, otherwise: str = "") -> UserError:
 
     Args:
         needs: the beginning of the sentence: "logger=wandb", "a.gguf".
-        otherwise: what can be done without the package, a sentence.
+        otherwise: a sentence on what works without the package.
     """
-    extra = EXTRAS.get(module)  # None: a package that every installation has
+    extra = EXTRAS.get(module)  # None: a required package
     what = f"{module} (extra {extra})" if extra else module
     message = f"{needs} needs the package {what}, which is not installed. Install it with: {install_command(module)}"
     return UserError(f"{otherwise} {message}".lstrip())
@@ -57,6 +57,6 @@ def install_command(module: str) -> str:
 
 
 def _checkout() -> Path | None:
-    """The folder that an editable installation reads the code from."""
+    """The checkout of an editable installation."""
     folder = Path(__file__).parents[1]
     return folder if (folder / "pyproject.toml").is_file() else None

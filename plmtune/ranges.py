@@ -1,4 +1,4 @@
-"""Which values a setting may have: stated in a schema's annotations, and checked by components in the same words."""
+"""Ranges of settings, used in a schema's annotations and checked by components with the same messages."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Range:
 
 
 class NotEmpty:
-    """A text with at least one character that is not a space."""
+    """A text that is not blank."""
 
     def allows(self, value: Any) -> bool:
-        """Whether the text says something."""
+        """Whether the text is not blank."""
         return bool(str(value).strip())
 
     def __str__(self) -> str:
@@ -63,16 +63,16 @@ Rule = Range | NotEmpty | PathPart
 NOT_NEGATIVE = Range(least=0)
 AT_LEAST_1 = Range(least=1)
 SHARE = Range(least=0, below=1)
-# Far above any use; what is above is a slip of the exponent, and would end in infinity or in nothing learned.
+# Far above any use; larger values are typing errors and end in infinity.
 RATE = Range(least=0, most=10)  # of learning, and weight decay
 TINY = Range(least=0, most=1)  # what keeps a division from zero
 WEIGHT = Range(least=0, most=1000)  # of a term in a loss
 STRENGTH = Range(above=0, most=1000)  # by which a loss scales its margin
-WIDTH = Range(least=1, most=2**24)  # of a matrix: far above any real one, and what is counted of them fits into 64 bits
+WIDTH = Range(least=1, most=2**24)  # of a matrix: far above any real one; products of two fit into 64 bits
 
 
 def check(rule: Rule, **settings: Any) -> None:
-    """Refuse settings that break a rule; None is not given, and breaks none.
+    """Refuse settings that break a rule. None means that a setting is not given.
 
     Raises:
         ValueError: naming the first setting, its value and the rule.

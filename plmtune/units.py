@@ -1,4 +1,4 @@
-"""Numbers as people write them: ``5M`` tokens, ``1650B``, ``3.4 GiB``."""
+"""Numbers for people: ``5M`` tokens, ``1650B``, ``3.4 GiB``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def show_bytes(value: float, unit_of: float | None = None) -> str:
     """Write bytes in powers of 1024: 1.50 GiB.
 
     Args:
-        unit_of: bytes in whose unit they are written; None: their own.
+        unit_of: number of bytes that chooses the unit; None: `value`.
     """
     size, name = byte_unit(value if unit_of is None else unit_of)
     return f"{value / size:,.0f} {name}" if size == 1 else f"{value / size:,.2f} {name}"
@@ -82,9 +82,9 @@ def unescape(text: str, name: str) -> str:
 
 
 def with_point(text: str) -> str | None:
-    """Return a number that is written with a decimal comma as it is read here, ``0,001`` -> ``0.001``.
+    """Return a number with a decimal comma in Python's form, ``0,001`` -> ``0.001``.
 
-    None where it is none, or has more than one digit before the comma: that may be two numbers.
+    None for other texts, and for several digits before the comma, which may be two numbers.
     """
     found = re.fullmatch(r"\s*([+-]?\d),(\d+(?:[eE][+-]?\d+)?)\s*", text)
     return f"{found[1]}.{found[2]}" if found else None

@@ -256,7 +256,7 @@ class TestAHubThatIsUnwell:
                 raise ConnectionError("failed") from ssl.SSLCertVerificationError("CERTIFICATE_VERIFY_FAILED")
 
         monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
-        with pytest.raises(UserError, match=r"and the certificate of http://.* is not accepted .* Mend that, or name"):
+        with pytest.raises(UserError, match=r"and the certificate of http://.* is not accepted .* Fix that, or name"):
             checkpoint_directory("o/m")
 
     def test_a_proxy_that_refuses_or_does_not_answer_is_named_without_its_password(

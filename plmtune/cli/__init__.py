@@ -112,7 +112,7 @@ def cli() -> None:
     """
 
 
-# What the system refuses for a reason that a person can mend, and how.
+# Errors of the system that a person can fix, and how.
 SYSTEM_ERRORS = {
     errno.ENOSPC: "Make room on that disk, then give the command again",
     errno.EDQUOT: "The disk quota is used up: make room, then give the command again",
@@ -122,7 +122,7 @@ SYSTEM_ERRORS = {
     errno.EPERM: "Change its permissions, or name another place",
     errno.EIO: "The device fails, or is gone: look at the system's log",
 }
-# Under torchrun: how long to wait for rank 0 to say the same, and be ended by torchrun, before saying it once more.
+# Under torchrun: how long to wait for rank 0 to report the same error before reporting it once more.
 WAIT_FOR_RANK_0 = 3.0
 
 
@@ -187,7 +187,7 @@ def _end_rank(words: str, code: int) -> NoReturn:
     """
     rank, now = int(os.environ.get("RANK", "0")), time.time()
     if rank != 0:
-        # Mostly all ranks fail alike, and rank 0 is enough to say so; else this one's word is the only one.
+        # Usually all ranks fail in the same way and rank 0 reports it; otherwise this rank's report is the only one.
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(WAIT_FOR_RANK_0)
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""``plmtune card``: a model card from what a run or a model directory says of itself."""
+"""``plmtune card``: write a model card from the files of a run or a model directory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from plmtune.io import terminal
 def card(words: tuple[str, ...], out: Path | None, overwrite: bool) -> None:
     """Write the model card of CHECKPOINT: a run (its newest checkpoint), a checkpoint or a model directory.
 
-    Without CHECKPOINT: of the newest finished run. RESULTs are JSON files of plmtune eval; without any, what the run
-    measured of that checkpoint while it trained. What no file says stands in the card as "Fill in:".
+    CHECKPOINT defaults to the newest finished run. RESULTs are JSON files of plmtune eval (default: what the run
+    measured of that checkpoint during training). What no file holds stands in the card as "Fill in:".
 
     \b
     plmtune card runs/demo_sft/latest evaluations/

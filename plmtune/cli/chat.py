@@ -44,10 +44,10 @@ _BLOCK = '"""'
 def chat(
     checkpoint: str | None, system: str | None, chat_template: str | None, device: str | None, **sampling: Any
 ) -> None:
-    """Talk with a checkpoint, a model directory, a run's newest checkpoint, or a model of the hub (OWNER/NAME).
+    """Chat with a checkpoint, a model directory, a run's newest checkpoint, or a model of the hub (OWNER/NAME).
 
-    Without one: with the newest finished run. Through a pipe each line of stdin is a message, and stdout has the
-    answers alone.
+    The default is the newest finished run. From a pipe each line of stdin is a message, and only the answers go to
+    stdout.
 
     \b
     plmtune chat runs/demo_sft/latest
@@ -69,21 +69,21 @@ def chat(
     except BadRow as error:
         raise UserError(f"The text of --system {error}.") from error
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a stranger's letters
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters
     lines = _Lines()
     talk = _Talk(conversation, sampling)
     if lines.interactive:
-        _tell(f"{checkpoint}: {model.max_seq_len:,} tokens of context. /help lists the commands, Ctrl-D ends.")
+        _print(f"{checkpoint}: {model.max_seq_len:,} tokens of context. /help lists the commands, Ctrl-D ends.")
     try:
         refused = _converse(talk, lines)
     except FloatingPointError as error:
         raise UserError(f"{checkpoint}: {error}.") from error
     if refused and not lines.interactive:
-        raise UserError(f"{refused} of the messages and commands on stdin could not be used, as said above.")
+        raise UserError(f"{refused} of the messages and commands on stdin could not be used; see above.")
 
 
 def _converse(talk: _Talk, lines: _Lines) -> int:
-    """Take one message or command after another until there is none; return how many could not be used."""
+    """Read messages and commands until stdin ends; return how many could not be used."""
     refused = 0
     interrupted = False  # by the last thing that the person did
     while True:
@@ -96,16 +96,16 @@ def _converse(talk: _Talk, lines: _Lines) -> int:
                 return refused
         except UserError as error:
             refused += 1
-            _tell(str(error))
+            _print(str(error))
         except KeyboardInterrupt as interrupt:
             if not lines.interactive or interrupted:
                 raise
             interrupted = True
-            _tell(f"\n{interrupt}Ctrl-C again ends, as /quit and Ctrl-D do")
+            _print(f"\n{interrupt}Ctrl-C again ends, as /quit and Ctrl-D do")
 
 
 class _Lines:
-    """Messages from stdin: of a person, who gets a prompt, a history and an editor of lines, or of a pipe."""
+    """Messages from stdin: a terminal gets a prompt, a history and line editing; a pipe is read line by line."""
 
     def __init__(self) -> None:
         self.interactive = sys.stdin.isatty()
@@ -114,7 +114,7 @@ class _Lines:
                 import readline  # noqa: F401 (which input() then uses)
 
     def message(self) -> tuple[str, bool] | None:
-        """Return the next message or command, and whether it can be one, since a block cannot; None: there is no more.
+        """Return the next message and whether it may be a command (a block may not); None at the end.
 
         Raises:
             UserError: for a line that is not UTF-8, or a block without an end.
@@ -143,10 +143,10 @@ class _Lines:
                 print(prompt, end="", file=sys.stderr, flush=True)
                 prompt = ""
             line = input(prompt)
-            line.encode("utf-8")  # Python lets bytes that are none pass as halves of surrogate pairs
+            line.encode("utf-8")  # Python decodes invalid bytes as surrogates
             return line
         except EOFError:
-            _tell("")
+            _print("")
             return None
         except UnicodeError as error:
             raise UserError(f"The message is not UTF-8: {error}.") from error
@@ -154,7 +154,7 @@ class _Lines:
 
 @dataclass
 class _Talk:
-    """What is done with a message or a command."""
+    """A chat session and its commands."""
 
     conversation: ChatSession
     sampling: dict[str, Any]
@@ -162,14 +162,14 @@ class _Talk:
     saved: Path | None = None  # the file that holds this conversation
 
     def take(self, text: str, command: bool) -> bool:
-        """Send a message, or do what a command says; return whether it ends the program.
+        """Send a message or run a command; return whether the program ends.
 
         Args:
-            text: without white space around it.
-            command: whether it is one where it begins with /.
+            text: stripped of white space.
+            command: whether a text that begins with / is a command.
 
         Raises:
-            UserError: if that cannot be done; the conversation is as it was.
+            UserError: if that fails; the conversation is unchanged.
         """
         if not text:
             return False
@@ -192,16 +192,16 @@ class _Talk:
 
         talk = self.conversation
         said, forgotten = len(talk.messages), talk.forgotten
-        # Asked again after /undo, a question is to get another answer; the same lines still get the same answers.
+        # A question that is repeated after /undo gets another answer; the same input still gets the same answers.
         sampling = self.sampling | {"seed": self.sampling["seed"] + self.answers}
         self.answers += 1
         try:
             with closing(talk.ask(text, **sampling)) as pieces:
                 speed = stream(pieces)
         except BadRow as error:
-            raise UserError(f"The message {error}. The conversation goes on without it.") from error
+            raise UserError(f"The message {error}. The conversation continues without it.") from error
         except ValueError as error:
-            raise UserError(f"{error}. The conversation goes on without it.") from error
+            raise UserError(f"{error}. The conversation continues without it.") from error
         except KeyboardInterrupt as interrupt:
             kept = len(talk.messages) > said
             so_far = "what came of the answer is kept, /undo drops it" if kept else "the message is dropped"
@@ -213,13 +213,13 @@ class _Talk:
             notes.append("no answer, so the message is dropped")
         if talk.forgotten > forgotten:
             notes.append(f"the model no longer sees the first {talk.forgotten} messages, for want of room")
-        _tell("; ".join(notes), dim=True)
+        _print("; ".join(notes), dim=True)
 
     def help(self, _: str) -> None:
         table = Table([Column("", key=True), Column("", folds=True)], headings=False)
         for usage, what in _USAGE.items():
             table.add(usage, what)
-        _tell(table)
+        _print(table)
 
     def system(self, text: str) -> None:
         from plmtune.tokenizers.message import BadRow
@@ -228,18 +228,18 @@ class _Talk:
             self.conversation.instruct(text or None)
         except BadRow as error:
             raise UserError(f"The text of /system {error}. Nothing is changed.") from error
-        _tell("system message set" if text else "no system message", dim=True)
+        _print("system message set" if text else "no system message", dim=True)
 
     def reset(self, _: str) -> None:
         self.conversation.reset()
         self.saved = None
-        _tell("a new conversation", dim=True)
+        _print("a new conversation", dim=True)
 
     def undo(self, _: str) -> None:
         question = self.conversation.undo()
         if question is None:
             raise UserError("There is nothing to undo.")
-        _tell(f"dropped with its answer: {question.content}", dim=True)
+        _print(f"dropped with its answer: {question.content}", dim=True)
 
     def save(self, name: str) -> None:
         path = Path(name).expanduser() if name else self.saved
@@ -255,7 +255,7 @@ class _Talk:
         with atomic_write(path, user_error=True) as temporary:
             temporary.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
         self.saved = path
-        _tell(f"{path}: {len(row['messages'])} messages, as data=conversations reads them", dim=True)
+        _print(f"{path}: {len(row['messages'])} messages, as data=conversations reads them", dim=True)
 
     def load(self, name: str) -> None:
         from plmtune.data.conversations import conversations
@@ -271,12 +271,12 @@ class _Talk:
         except BadRow as error:
             raise UserError(f"{found.place} {error}. Nothing is changed.") from error
         self.saved = None
-        _tell(f"{found.place}: {len(found.messages)} messages; the last: {found.messages[-1].content}", dim=True)
+        _print(f"{found.place}: {len(found.messages)} messages; the last: {found.messages[-1].content}", dim=True)
 
 
 _USAGE = {
     "/help": "show this",
-    "/system TEXT": "what the model is told before the conversation; without TEXT: nothing",
+    "/system TEXT": "set the system message; without TEXT: remove it",
     "/reset": "begin a new conversation",
     "/undo": "drop the latest message and its answer",
     "/save FILE": "write the conversation to FILE.jsonl, as data=conversations reads it",
@@ -287,8 +287,8 @@ _USAGE = {
 _COMMANDS = [usage.split()[0] for usage in _USAGE if usage.startswith("/")]
 
 
-def _tell(text: str | Table, *, dim: bool = False) -> None:
-    """Say something that is no answer."""
+def _print(text: str | Table, *, dim: bool = False) -> None:
+    """Print what is not an answer."""
     width, encoding = terminal.columns(sys.stderr), terminal.encoding(sys.stderr)
     if isinstance(text, Table):
         lines = text.lines(width, encoding=encoding)

@@ -1,4 +1,4 @@
-"""``plmtune checkpoints``: what a run has saved, and whether it is whole."""
+"""``plmtune checkpoints``: list what a run has saved and verify it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from plmtune.units import show_bytes
 
 @dataclass
 class Entry:
-    """One checkpoint: what it says of itself, and what is wrong with it."""
+    """One checkpoint: the content of its manifest, and what is wrong with it."""
 
     path: Path
     step: str = "?"
@@ -40,7 +40,7 @@ class Entry:
 def checkpoints(run: Path | None, quick: bool) -> None:
     """List the checkpoints of RUN (a run, its checkpoints folder, or one checkpoint) and verify them.
 
-    Without RUN: those of the newest finished run. Exit code 2 if one of them is damaged.
+    RUN defaults to the newest finished run. The exit code is 2 if a checkpoint is damaged.
 
     \b
     plmtune checkpoints runs/demo/latest
@@ -86,7 +86,7 @@ def _find(run: Path) -> list[Path]:
 
 
 def _look(path: Path) -> Entry:
-    """What the checkpoint says of itself. Its state is not trusted here: verifying comes after."""
+    """Read a checkpoint's manifest and metrics. They are not trusted here: they are verified later."""
     entry = Entry(path)
     for mark in ("latest", "best"):
         with contextlib.suppress(OSError, ValueError):

@@ -24,8 +24,8 @@ from plmtune.io.tables import show
 def compare(results: tuple[Path, ...], out: Path | None, as_json: bool, all_tasks: bool) -> None:
     """Compare RESULTs, the JSON files of plmtune eval (or folders of them), with the first one.
 
-    Without RESULTs: those in evaluations/. Where two were asked the same questions in the same words, their answers are
-    compared question by question.
+    RESULTs default to those in evaluations/. Where two have the same prompts, their answers are compared question by
+    question.
 
     \b
     plmtune compare evaluations/a.json evaluations/b.json

@@ -106,10 +106,10 @@ def evaluate(
     dtype: str | None,
     device: str | None,
 ) -> None:
-    """Measure checkpoints, model directories, runs or models of the hub; without one, the newest finished run.
+    """Evaluate checkpoints, model directories, runs or models of the hub (default: the newest finished run).
 
-    The results go to a JSON file in --out, a table to stdout. What is interrupted goes on where it was when the same
-    command is given again.
+    Write the results to a JSON file in --out, and a table to stdout. The same command resumes what was
+    interrupted.
 
     \b
     plmtune eval --tasks gsm8k,humaneval
@@ -147,14 +147,14 @@ def evaluate(
     settings = Settings(limit, num_fewshot, rows, chat, chat_template, system, max_new_tokens)
     # Under torchrun each process takes its share of the documents.
     with Runtime.choose(device=device or "auto", precision="fp32").start() as runtime:
-        tell = _tell if runtime.is_main else _say_nothing
-        # Rank 0 looks and tells: a branch of the hub, or the newest run, may be another one a moment later.
+        log = _log if runtime.is_main else _ignore
+        # Rank 0 decides for all: a branch of the hub, or the newest run, may change a moment later.
         paths = broadcast_from_rank0(lambda: [hub.pin(path) for path in checkpoints] or [newest_run("eval CHECKPOINT")])
         for path in paths:
             once_per_machine(functools.partial(checkpoint_directory, path))  # before the tasks, which may take a while
             if chat and runtime.is_main:
                 warn_of_pretrained(path)
-        loaded, failed = load_tasks(tasks, wanted, settings, tell)
+        loaded, failed = load_tasks(tasks, wanted, settings, log)
         check_shares(tasks, loaded, limit)
         measured = []
         for path in paths if loaded else []:
@@ -170,13 +170,13 @@ def evaluate(
                         device=runtime.device,
                         dtype=find_dtype(dtype),
                         progress=functools.partial(_update, line, path),
-                        log=tell,
+                        log=log,
                     )
             except KeyboardInterrupt:
-                tell("interrupted; the same command resumes it")
+                log("interrupted; the same command resumes it")
                 raise
             measured.append(result)
-            tell(f"result: {file}")
+            log(f"result: {file}")
         if measured and runtime.is_main:
             show(*result_table.table(measured, all_tasks=members))
     if missing := sorted({name for result in measured for name in result["failed"]} | set(failed)):
@@ -212,7 +212,7 @@ def _allow_code(tasks: Tasks, names: Sequence[str], *, allowed: bool, sandboxed:
             "whatever the model writes, add --no-sandbox."
         )
     if not allowed:
-        _tell(f"{who}. What protects this machine:\n{protection(runner.isolation)}")
+        _log(f"{who}. What protects this machine:\n{protection(runner.isolation)}")
         if not sys.stdin.isatty():
             raise UserError(f"{who}: add --unsafe-code to let it.")
         if not click.confirm("Run it?", err=True):
@@ -239,7 +239,7 @@ def _list(tasks: Tasks, words: Sequence[str]) -> None:
         for row in table.rows:
             click.echo("\t".join(cell.text for cell in row))
     if len(found) < len(known) and not words:
-        _tell(f"and {len(known) - len(found):,} more: plmtune eval --list WORD")
+        _log(f"and {len(known) - len(found):,} more: plmtune eval --list WORD")
 
 
 def _show_map(tasks: Tasks, names: Sequence[str]) -> None:
@@ -249,12 +249,12 @@ def _show_map(tasks: Tasks, names: Sequence[str]) -> None:
     click.echo("\n".join(entries))
 
 
-def _tell(text: str) -> None:
+def _log(text: str) -> None:
     terminal.echo(text, err=True)
 
 
-def _say_nothing(text: str) -> None:
-    """What processes but the first say."""
+def _ignore(text: str) -> None:
+    """Log nothing, on processes other than the first."""
 
 
 def _update(line: Progress, path: str, kind: str, done: int, total: int) -> None:

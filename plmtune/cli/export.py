@@ -51,7 +51,7 @@ def export(
 ) -> None:
     """Write CHECKPOINT for llama.cpp (gguf), transformers and vLLM (hf), or ExecuTorch, and verify each file.
 
-    Without CHECKPOINT: the newest finished run.
+    CHECKPOINT defaults to the newest finished run.
 
     Each file is read and loaded by the program that will run it, and compared with the checkpoint: tensors, settings,
     probabilities, token ids, the chat prompt. One that fails is kept as NAME.unverified, and the exit code is 1.

@@ -45,11 +45,11 @@ def generate(
     device: str | None,
     **sampling: Any,
 ) -> None:
-    """Write text with a checkpoint, a model directory, a run's newest checkpoint, or a model of the hub (OWNER/NAME).
+    """Generate text with a checkpoint, a model directory, a run or a model of the hub (OWNER/NAME).
 
-    Without one: with the newest finished run.
+    The default is the newest finished run.
 
-    The text goes to stdout as it comes, the speed to stderr.
+    Print the text to stdout as it is generated, and the speed to stderr.
 
     \b
     plmtune generate runs/demo/latest --prompt "def "
@@ -91,9 +91,9 @@ def generate(
 
 
 def stream(pieces: Iterable[str]) -> str:
-    """Write what `complete` yields to stdout as it comes, and a line end; return how much and how fast it was.
+    """Write what `complete` yields to stdout, and a line end; return the number of tokens and the speed.
 
-    A terminal gets control characters spelled out.
+    On a terminal control characters are escaped.
     """
     count, first = 0, 0.0
     for piece in pieces:
@@ -110,7 +110,7 @@ def stream(pieces: Iterable[str]) -> str:
 
 
 def warn_of_pretrained(checkpoint: str) -> None:
-    """Say on stderr where the config of the run that this is, or is a checkpoint of, says that it only pretrained."""
+    """Warn on stderr if the run of a checkpoint only pretrained."""
     path = Path(checkpoint)
     for directory in (path, *path.absolute().parents[:2]):
         config = directory / "config.yaml"
@@ -125,7 +125,7 @@ def warn_of_pretrained(checkpoint: str) -> None:
 def _message(
     tokenizer: Tokenizer, prompt: str, system: str | None, chat_template: str | None
 ) -> tuple[list[int], list[int]]:
-    """Return the tokens of a user's message up to where the model begins to write, and the ids that end an answer."""
+    """Return the tokens of a user's message with the generation prompt, and the ids that end an answer."""
     from plmtune.tokenizers.chat_template import find_template
     from plmtune.tokenizers.message import BadRow, Message
 

@@ -47,7 +47,7 @@ class Context(click.Context):
 
     @contextmanager
     def scope(self, cleanup: bool = True) -> Iterator[click.Context]:
-        """Let what is raised in this context, which click's parser forgets to name, name it."""
+        """Add this context to an error of click's parser, which leaves it out."""
         with super().scope(cleanup) as ctx:
             try:
                 yield ctx
@@ -57,7 +57,7 @@ class Context(click.Context):
 
 
 def lay_out(command: click.Command) -> click.Command:
-    """Let the help of a command, and of the commands in it, be laid out by `Formatter`."""
+    """Lay out the help of a command and its subcommands with `Formatter`."""
     command.context_class = Context
     for inner in command.commands.values() if isinstance(command, click.Group) else ():
         lay_out(inner)

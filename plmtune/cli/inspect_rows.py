@@ -94,7 +94,7 @@ def inspect_rows(path: Path, *, row: int, tokenizer: str, template: str | None, 
 
 
 def kind_of_rows(row: dict[str, Any]) -> str:
-    """Tell conversations, pairs, chains and prompts apart by the keys of a row."""
+    """Recognize conversations, pairs, chains and prompts by the keys of a row."""
     from plmtune.data.preferences import is_pair
 
     if isinstance(row.get("answers"), list) and "prompt" in row:
@@ -197,7 +197,7 @@ def _read_all(
     seen: _Seen,
     refused: Refused,
 ) -> int:
-    """Count every row; what cannot be used is told by its reason, and its text is not shown."""
+    """Count every row; rows that cannot be used are counted by reason, without their text."""
     read: Callable[[Sequence[tuple[str, dict[str, Any]]]], list[BadRow | None]]
     if kind == "conversations":
         assert template is not None

@@ -70,10 +70,10 @@ text_key_option = click.option(
 
 
 def newest_run(command: str) -> str:
-    """Return the newest finished run, which a command reads where no model is named; a line on stderr says so.
+    """Return the newest finished run, the default of a command's model, and name it on stderr.
 
     Args:
-        command: how another one is named: "chat CHECKPOINT".
+        command: the usage that names a model: "chat CHECKPOINT".
 
     Raises:
         UserError: if there is none.
@@ -94,7 +94,7 @@ def find_model(given: str | None, command: str) -> str:
     """Return the model that a command is given, or else the newest finished run. It imports no torch.
 
     Raises:
-        UserError: for what can be no model.
+        UserError: for what cannot be a model.
     """
     if given is None:
         return newest_run(command)
@@ -155,7 +155,7 @@ def find_dtype(name: str | None) -> torch.dtype | None:
 
 
 def _number(_: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
-    """Refuse what a range of numbers lets pass: NaN and infinity."""
+    """Refuse NaN and infinity, which a range of numbers accepts."""
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value} is no finite number.", param=parameter)
     return value
@@ -171,7 +171,7 @@ def _stops(_: click.Context, parameter: click.Parameter, texts: tuple[str, ...])
 
 
 def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
-    """How text is drawn, alike for every command that writes some."""
+    """Sampling options, shared by the commands that generate text."""
     options = (
         click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),
         click.option(

@@ -138,7 +138,7 @@ def perplexity(
 
 
 def _check_text(path: Path, reading: Mapping[str, Any]) -> None:
-    """Refuse a binary file by its first bytes, before it is said to have an encoding of its own."""
+    """Refuse a binary file by its first bytes, before its encoding is blamed."""
     from plmtune.data.row_files import kind_of, read_bytes
 
     kind = kind_of(path) if reading["format"] == "auto" else reading["format"]

@@ -19,7 +19,7 @@ _LISTED = 20  # of a front
 
 
 def show_sweep(name: str, overlays: list[str], overrides: list[str], asked: Asked) -> None:
-    """Print the front of a sweep over architectures, and write what was asked for."""
+    """Print the Pareto front of a sweep over architectures; write JSON and the plot where given."""
     for option in ("device", "scheme", "runtime", "context"):
         count = len(getattr(asked, f"{option}s"))
         if count != 1:

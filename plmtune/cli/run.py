@@ -51,7 +51,7 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
     """
     overlays, overrides = divide(arguments)
     overrides += ["sensitivity.measure=true"] if sensitivity else []
-    for text in overrides:  # asked before torch is imported, which takes longer than all that is here
+    for text in overrides:  # checked before the import of torch, which takes longer
         if text.startswith("run_dir=") and not (multirun or dry_run):
             _refuse_early(Path(text.removeprefix("run_dir=").strip("'\"")))
     with without_collecting():
@@ -190,6 +190,6 @@ def _go_to_its_directory(run_dir: Path, began_as: str | None, record: dict[str, 
 
 
 def _refuse_early(run_dir: Path) -> None:
-    """Ask long before the lock is taken whether another process is in the directory."""
+    """Refuse a directory in which another process runs, long before the lock is taken."""
     if os.environ.get("RANK", "0") == "0":  # the others would see the lock of rank 0
         refuse_if_in_use(run_dir)

@@ -75,5 +75,5 @@ def table(found: Sequence[Summary], settings: Sequence[str] = ()) -> Table:
 
 
 def reasons(found: Sequence[Summary]) -> list[str]:
-    """Why runs failed, a line each; the whole text stands in run.json, and was said when they ended."""
+    """Why runs failed, a line each. run.json holds the whole text."""
     return [f"{one.path}: {one.reason.partition('. ')[0]}" for one in found if one.reason]

@@ -49,7 +49,7 @@ def tokenizer() -> None:
 def train(files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, text_key: str, skip_bad: bool) -> None:
     """Train a byte-level BPE on FILES (text, JSONL, Parquet) or on the Python standard library.
 
-    Every 50th block of text is held out, and tells how many bytes a token covers. The directory then serves
+    Every 50th block of text is held out to measure bytes per token. The directory then serves
     as tokenizer=file tokenizer.path=DIRECTORY.
 
     \b

@@ -45,10 +45,10 @@ def validate(name: str, arguments: tuple[str, ...], show: bool) -> None:
 
 
 def check(recipe: ModuleType, cfg: Any) -> str:
-    """What there is to say of a config that its recipe would run.
+    """Run the recipe's checks of a config; return a summary.
 
     Raises:
-        UserError: with what the run would say.
+        UserError: as the run would raise it.
     """
     if hasattr(recipe, "check"):
         return str(recipe.check(cfg))

@@ -83,11 +83,13 @@ def multirun(
         remove_empty_folders(directory),
         contextlib.ExitStack() as patched,
     ):
-        # Let Hydra raise what happened instead of printing it and leaving with code 1.
+        # Hydra raises errors instead of printing them and exiting with code 1.
         patched.enter_context(mock.patch.dict(os.environ, HYDRA_FULL_ERROR="1"))
         patched.enter_context(mock.patch.object(sys, "argv", argv))
-        told = property(result, vars(JobReturn)["return_value"].fset)  # Hydra's own prints what failed, in its words
-        patched.enter_context(mock.patch.object(JobReturn, "return_value", told))
+        patched_result = property(
+            result, vars(JobReturn)["return_value"].fset
+        )  # Hydra's own prints what failed, in its words
+        patched.enter_context(mock.patch.object(JobReturn, "return_value", patched_result))
         try:
             hydra_main(version_base="1.3", config_path=str(builtin_folder("conf")), config_name=PRIMARY)(job)()
         except (HydraException, OmegaConfBaseException) as error:

@@ -29,7 +29,7 @@ PRIMARY = "plmtune_primary"
 _OUR_SCHEMAS, _OUR_GROUPS = dict(SCHEMAS), component_keys()  # without what a user's recipe adds
 
 
-# The config that a person's own builds on, where it does not bear its recipe's name.
+# Recipe -> the config that a user's own file builds on, where it has another name than its recipe.
 _BASES = {"preference": "dpo"}
 
 

@@ -1,7 +1,7 @@
-"""What a config may say. Whatever is not allowed here is refused before Hydra or OmegaConf look at it.
+"""What a config may contain. Everything else is refused before Hydra or OmegaConf read it.
 
 Hydra imports and calls what some of its keys name and finds files by names that may climb out of ``conf/``; OmegaConf
-runs resolvers; YAML's aliases and references to other keys multiply. A config can come from a stranger, so this lists
+runs resolvers; YAML's aliases and references to other keys multiply. A config can come from anywhere, so this lists
 what is allowed instead of what is known to be harmful.
 """
 
@@ -197,7 +197,7 @@ def _bad_reference(value: str, place: str, key: str) -> UserError:
     if variable:
         return UserError(
             f"{place}key {key}: {value!r:.80}: a config is saved with its run, so it may read only variables that "
-            f"begin with PLMTUNE_. For others let the shell fill it in, as in {key}=${variable[1]}."
+            f"begin with PLMTUNE_. For others use the shell, as in {key}=${variable[1]}."
         )
     return UserError(
         f"{place}key {key}: {value!r:.80} is no reference that a config can hold: only ${{key.name}} and "

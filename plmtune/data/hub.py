@@ -81,7 +81,7 @@ class Hub(Source):
                 revision = self._commit or self.revision  # the rows that the fingerprint is of
                 rows = load_dataset(self.dataset, self.subset, split=self.split, revision=revision, streaming=True)
             where = f"{self.dataset}, {self.subset}" if self.subset else self.dataset
-            for number, row in enumerate(plmtune.io.hub.drawn(islice(rows, self.limit)), 1):
+            for number, row in enumerate(plmtune.io.hub.draw_offline(islice(rows, self.limit)), 1):
                 yield f"{where}, row {number} of {self.split}", row
         except (UserError, MemoryError):
             raise

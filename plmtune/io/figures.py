@@ -1,4 +1,4 @@
-"""What the project's figures share: their canvas, colours and marks, ticks that can be read, and labels beside points.
+"""Shared parts of plots: canvas, colours and markers, readable ticks, and labels beside points.
 
 A figure is made by `new_figure` and written by `finish`, which sees to the ticks of every axis and to the labels.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from plmtune.io.atomic import atomic_write
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, and shapes for those who print without colour.
+# Okabe and Ito's colours, which colour-blind readers can distinguish, and shapes for prints without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "osD^vP*"
 
@@ -37,7 +37,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def look(number: int) -> dict[str, Any]:
-    """The colour and mark of one of several results: no two of the first 49 are alike."""
+    """The colour and marker of one of several results; the first 49 are distinct."""
     return {"color": COLOURS[number % 7], "marker": MARKS[(number + number // 7) % 7]}
 
 
@@ -106,7 +106,7 @@ def read_ticks(axis: Any, *, most: int = 6, whole: bool = False, at: Sequence[fl
 
 
 def shown_labels(axis: Any) -> list[Any]:
-    """The tick labels of an axis that are seen."""
+    """The visible tick labels of an axis."""
     low, high = sorted(axis.get_view_interval())
     room, along = (high - low) * 1e-9, "xy".index(axis.axis_name)
     return [
@@ -142,7 +142,7 @@ def _number(value: float) -> str:
 
 
 def widen(axes: Any) -> None:
-    """Give an axis whose values are all equal room on both sides."""
+    """Widen an axis whose values are all equal."""
     for axis in (axes.xaxis, axes.yaxis):
         low, high = sorted(axis.get_data_interval())
         if axis.get_scale() == "log" and 0 < low <= high < low * 1.01:

@@ -35,7 +35,7 @@ SECONDS = 1.5
 _PART = r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"({_PART}/{_PART})(?:@([\w./+-]{{1,200}}))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# What a person calls by such a name is a file, or a folder of ours, that is not there.
+# A name like this means a missing file, or a missing folder of ours, not a model of the hub.
 _FILES = (".gguf", ".json", ".yaml", ".yml", ".safetensors", ".bin", ".pt", ".pth", ".pte", ".txt", ".jinja", ".git")
 _FOLDERS = ("runs", "exports", "evaluations", "checkpoints", "conf")
 _SMALL = (".json", ".jinja")
@@ -57,7 +57,7 @@ class HubModel:
 
 
 def parse(text: str | Path) -> HubModel | None:
-    """Return the hub's model that `text` names; None where it is a path: anything there is, or no such name."""
+    """Return the hub's model that `text` names; None for a path, and for text of another form."""
     text = str(text)
     found = _NAME.fullmatch(text)
     if found is None or "--" in text or ".." in text or text.lower().endswith(_FILES):
@@ -69,22 +69,22 @@ def parse(text: str | Path) -> HubModel | None:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is one of llama.cpp's, by its first bytes or, where it is empty or damaged, its name."""
+    """Whether a file is GGUF, by its first bytes or its name."""
     if not path.is_file() or path.suffix.lower() == ".gguf":
         return path.is_file()
-    with contextlib.suppress(OSError), path.open("rb") as file:  # one that may not be read is another's to report
+    with contextlib.suppress(OSError), path.open("rb") as file:  # an unreadable file is reported where it is opened
         return file.read(4) == b"GGUF"
     return False
 
 
 def fetch(model: HubModel, *, weights: bool = True) -> Path:
-    """Return the directory of a model's files, of the hub's newest commit, or as the cache has it without a network.
+    """Return the directory of a model's files at the hub's newest commit, or from the cache without a network.
 
     Args:
         weights: False leaves the weights on the hub, where the configuration or tokenizer is enough.
 
     Raises:
-        UserError: if it cannot be had, naming what to do.
+        UserError: if it cannot be fetched, with a remedy.
     """
     cached = _cached(model, weights)
     described = cached is not None and any((cached / n).is_file() for n in ("config.json", "adapter_config.json"))
@@ -107,7 +107,7 @@ def fetch(model: HubModel, *, weights: bool = True) -> Path:
 
 
 def pin(text: str) -> str:
-    """Return what `text` names with the commit that it stands for now, OWNER/NAME@COMMIT; a path stays as it is.
+    """Return a model's name with its current commit, OWNER/NAME@COMMIT; a path is returned unchanged.
 
     Raises:
         UserError: see `fetch`.
@@ -117,7 +117,7 @@ def pin(text: str) -> str:
 
 
 def is_pin(pinned: Any, text: Any) -> bool:
-    """Whether `pinned` is what `pin` has made of `text`: a commit of a model that `text` names without one."""
+    """Whether `pinned` names a commit of the model that `text` names without one."""
     if not (isinstance(pinned, str) and isinstance(text, str)):
         return False
     ours, theirs = parse(pinned), parse(text)
@@ -140,7 +140,7 @@ def _absent(model: HubModel, weights: bool, why: str) -> str:
         where += f"its copy in the hub's cache ({small}) lacks weights, "
     else:
         where += f"it is not in the hub's cache ({cache()}), "
-    remedy = "Unset it" if offline() else "Connect" if "does not answer" in why else "Mend that"
+    remedy = "Unset it" if offline() else "Connect" if "does not answer" in why else "Fix that"
     return f"{where}and {why}. {remedy}, or name a model directory (plmtune convert FILE.gguf DIR makes one)."
 
 
@@ -161,7 +161,7 @@ def _download(model: HubModel, weights: bool) -> Path:
         total = sum(sizes[name] for name in wanted)
         _check_room(model, total)
         _say(f"fetching {model} (commit {str(info.sha)[:12]}, {show_bytes(total)}) into {cache()}")
-        # By the name and not the commit, which the cache would not know by its name afterwards.
+        # By name and not by commit, so that the cache knows the name afterwards.
         found = snapshot_download(
             model.repository,
             revision=model.revision,
@@ -190,7 +190,7 @@ def _download(model: HubModel, weights: bool) -> Path:
 
 
 def _unwell(error: Exception) -> str:
-    """Why the hub could not serve a request that is right: too many of them, its own failure, or the network's."""
+    """Why the hub did not serve a valid request: rate limit, server error or network error; empty for other errors."""
     for one in _causes(error):
         status = getattr(getattr(one, "response", None), "status_code", 0)
         if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -199,7 +199,7 @@ def _unwell(error: Exception) -> str:
 
 
 def _choose(model: HubModel, sizes: dict[str, int], weights: bool) -> list[str]:
-    """Which files of a repository make a model; a repository without safetensors is refused."""
+    """Choose the files of a model; a repository without safetensors is refused."""
     names = sorted(name for name in sizes if "/" not in name)
     small = [name for name in names if name.endswith(_SMALL) or name == "tokenizer.model"]
     if not weights:
@@ -218,7 +218,7 @@ def _choose(model: HubModel, sizes: dict[str, int], weights: bool) -> list[str]:
                 "revision (@refs/pr/N) or another repository that has one."
             )
         raise UserError(f"{model} holds no model.safetensors: it is not a model that plmtune reads.")
-    # Some keep the same weights a second time, under a name that no index has.
+    # Some repositories hold a second copy of the weights under a name that is in no index.
     chosen = [
         name for name in tensors if any(name == f"{stem}.safetensors" or name.startswith(f"{stem}-") for stem in held)
     ]
@@ -253,9 +253,9 @@ def offline() -> bool:
 
 
 def silence() -> str:
-    """Return why the hub is not asked, or does not answer within SECONDS, as a clause; empty where it answers.
+    """Return why the hub cannot be used (offline, or no answer within SECONDS) as a clause; empty if it answers.
 
-    It is asked once a process.
+    One request is made per process.
     """
     return "HF_HUB_OFFLINE is set" if offline() else _ask(endpoint())
 
@@ -273,7 +273,7 @@ def _ask(address: str) -> str:
         except Exception as error:  # whichever HTTP library it is
             said.append(_in_words(address, error))
 
-    # In a thread: no timeout of an HTTP library covers the search for a name's address.
+    # In a thread: the timeouts of HTTP libraries do not cover DNS.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(SECONDS)
@@ -281,7 +281,7 @@ def _ask(address: str) -> str:
 
 
 def _in_words(address: str, error: Exception) -> str:
-    """What kept an address from answering. What is set up wrong is named, as no waiting and no other network helps."""
+    """Describe why an address did not answer; a wrong setting (proxy, certificate) is named."""
     kinds = _kinds(error)
     if "ProxyError" in kinds:
         return f"the proxy{_proxy(address)} refuses to reach {address} ({_first(error)})"
@@ -296,7 +296,7 @@ def _no_answer(address: str) -> str:
 
 
 def _proxy(address: str) -> str:
-    """The proxy that the environment names for an address, without a password that may be in it."""
+    """The proxy that the environment sets for an address, without its password."""
     scheme = urlsplit(address).scheme
     found = urlsplit(getproxies().get(scheme, ""))
     return f" {found.hostname}:{found.port} ({scheme.upper()}_PROXY)" if found.hostname else ""
@@ -319,9 +319,9 @@ def _kinds(error: Exception) -> set[str]:
 
 @contextlib.contextmanager
 def without_retries() -> Iterator[None]:
-    """Have huggingface_hub and datasets read their caches alone inside, at once, where no hub answers.
+    """Make huggingface_hub and datasets read only their caches in this block if no hub answers.
 
-    It changes their settings for the whole process: no generator yields inside, see `drawn`.
+    This changes their settings for the whole process, so no generator may yield inside; see `draw_offline`.
     """
     from huggingface_hub import constants
 
@@ -339,8 +339,8 @@ def without_retries() -> Iterator[None]:
             place.HF_HUB_OFFLINE = value
 
 
-def drawn(rows: Iterable[T]) -> Iterator[T]:
-    """Yield rows, each drawn by itself inside of `without_retries`."""
+def draw_offline(rows: Iterable[T]) -> Iterator[T]:
+    """Yield rows, each read inside `without_retries`."""
     remaining = iter(rows)
     while True:
         with without_retries():
@@ -352,14 +352,14 @@ def drawn(rows: Iterable[T]) -> Iterator[T]:
 
 
 def _cached(model: HubModel, weights: bool) -> Path | None:
-    """Return the snapshot that the cache has of a model, with all its weights where they are wanted."""
+    """Return the cached snapshot of a model, if it has all weights where they are wanted."""
     folder = cache() / f"models--{model.repository.replace('/', '--')}"
     found = _snapshot(folder, model.revision or "main")
     return found if found is not None and (not weights or _has_weights(found)) else None
 
 
 def _snapshot(folder: Path, revision: str) -> Path | None:
-    """Return the snapshot of a commit, or of the commit that a branch or tag was when it was fetched."""
+    """Return the snapshot of a commit, or of a branch or tag as it was fetched."""
     name = revision
     ref = folder / "refs" / revision
     if ref.is_file():
@@ -389,7 +389,7 @@ def open_folder(path: Path) -> Path:
     """Return the newest snapshot of a repository's folder in a cache (models--OWNER--NAME); any other path itself.
 
     Raises:
-        UserError: if the folder does not say which one that is.
+        UserError: if the newest one is not known.
     """
     if path.name == "snapshots" and path.parent.name.startswith("models--"):
         path = path.parent

@@ -1,4 +1,4 @@
-"""A lock against other processes, waited for without a limit."""
+"""A file lock against other processes, without a timeout."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import IO
 
 @contextmanager
 def exclusive(path: Path, purpose: str) -> Iterator[None]:
-    """Hold a file against other processes, and remove it; the system lets go when the process ends, however it ends.
+    """Lock a file against other processes, and remove it on exit. The system releases the lock of a process that dies.
 
     Args:
-        purpose: what the holder does, for the message of one that waits: "prepares ...".
+        purpose: what the holder does, for the message of a process that waits: "prepares ...".
 
     Raises:
         OSError: if the file cannot be written.
@@ -32,7 +32,7 @@ def exclusive(path: Path, purpose: str) -> Iterator[None]:
             pass  # a file system without locks
         if is_at(file, path):
             break
-        file.close()  # who held it has removed it: there may be another one by now
+        file.close()  # its holder has removed it, and another file may be there
     with file:
         try:
             yield

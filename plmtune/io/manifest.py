@@ -1,4 +1,4 @@
-"""Files that are whole or not there: fsync, atomic replacement, names, and a manifest that finds any flipped bit."""
+"""Directories of checkpoints: names of steps, fsync, and a manifest of sizes and hashes that finds any damage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from plmtune.io.atomic import atomic_write
 from plmtune.io.untrusted import load_json
 
 NAME = "manifest.json"
-VERIFIED = ".verified.json"  # states of the files whose hashes were found right, see `check_files_once`
+VERIFIED = ".verified.json"  # states of the files whose hashes matched, see `check_files_once`
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -36,7 +36,7 @@ def step_path(directory: Path, step: int) -> Path:
 
 
 def resolve_pointer(path: Path) -> Path:
-    """The checkpoint that the file RUN/checkpoints/latest or RUN/checkpoints/best names; any other path as it is."""
+    """The checkpoint that the file RUN/checkpoints/latest or best names; any other path unchanged."""
     if path.name not in ("latest", "best") or path.is_symlink() or not path.is_file():
         return path
     with path.open("rb") as file:
@@ -46,7 +46,7 @@ def resolve_pointer(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: a reader sees the old file or the new one."""
+    """Replace a file by `text`, atomically and durably."""
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -55,7 +55,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a directory, to the disk."""
+    """fsync a file or a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -70,11 +70,11 @@ def digest(path: Path) -> str:
 
 
 def write(directory: Path, step: int, known: Mapping[str, Any], only: Iterable[str] = ("*",)) -> None:
-    """Write the manifest of `directory`, last of its files.
+    """Write the manifest of `directory`. Its other files must exist.
 
     Args:
-        known: "bytes" and "xxh3_128" of files that are on the disk; the others are hashed and brought there.
-        only: patterns of the names that are in it.
+        known: "bytes" and "xxh3_128" of files that are synced; the others are hashed and synced.
+        only: patterns of the files to list.
     """
     files = dict(known)
     for path in sorted({path for pattern in only for path in directory.glob(pattern)}):
@@ -95,7 +95,7 @@ def check_files(
 
     Args:
         hashes: read every byte; else compare sizes only.
-        seen: told the size of each file that was checked.
+        seen: called with the size of each file after its check.
 
     Raises:
         UserError: naming the first file that is missing, cut short, altered, or not a plain file.
@@ -103,7 +103,7 @@ def check_files(
     manifest = read(directory)
     for path in (*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")):
         if path.name not in manifest["files"]:  # loading might take it for the weights
-            raise UserError(f"{path} is not in {NAME}: somebody put it there. Move it away.")
+            raise UserError(f"{path} is not in {NAME}: it was added later. Move it away.")
     for name, expected in manifest["files"].items():
         _check_file(directory / name, expected["bytes"], expected["xxh3_128"] if hashes else None)
         seen(expected["bytes"])
@@ -113,9 +113,9 @@ def check_files(
 def check_files_once(directory: Path, only: Iterable[str] | None = None) -> None:
     """Check a directory against its manifest before it is read: sizes always, hashes once for each state of a file.
 
-    A state is size, time of change and inode, so each write, copy or replacement is read again. What was found right
-    is remembered in the directory, or in the user's cache where the directory cannot be written. A directory without
-    a manifest of ours, such as a model from elsewhere, passes.
+    A state is size, time of change and inode, so each write, copy or replacement is read again. Checked states are
+    kept in the directory, or in the user's cache if the directory is read-only. A directory without a manifest of
+    ours, such as a model from elsewhere, passes.
 
     Args:
         only: names of the files whose hashes count; None: all.
@@ -137,7 +137,7 @@ def check_files_once(directory: Path, only: Iterable[str] | None = None) -> None
 
 
 def _is_of_others(path: Path) -> bool:
-    """Whether a manifest.json is another program's. One of ours with a flipped bit keeps two of its three keys."""
+    """Whether a manifest.json is another program's. A damaged one of ours still has two of its three keys."""
     try:
         content = load_json(checksummed_json.read_bytes(path))
     except OSError as error:
@@ -153,7 +153,7 @@ def _state(path: Path, entry: Mapping[str, Any]) -> list[Any]:
 
 
 def _verified_files(directory: Path) -> tuple[Path, Path]:
-    """Where it is remembered that a directory was verified: in the directory, and in the user's cache."""
+    """Where checked states are kept: in the directory, and in the user's cache."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     key = xxhash.xxh3_128_hexdigest(str(directory.resolve()).encode())
     return directory / VERIFIED, base / "plmtune" / "verified" / f"{key}.json"
@@ -161,7 +161,7 @@ def _verified_files(directory: Path) -> tuple[Path, Path]:
 
 def _read_verified(directory: Path) -> dict[str, Any]:
     for path in _verified_files(directory):
-        with contextlib.suppress(OSError, ValueError):  # only a note: without it everything is read again
+        with contextlib.suppress(OSError, ValueError):  # without it, everything is hashed again
             return checksummed_json.load(path)
     return {}
 
@@ -187,7 +187,7 @@ def read(directory: Path) -> dict[str, Any]:
         manifest = checksummed_json.load(path)
         files = manifest["files"]
         for name, entry in files.items():
-            # A manifest may come from anywhere; it must not lead out of its own directory.
+            # A manifest is untrusted: its names must not lead out of its directory.
             if name != Path(name).name or name in (".", ".."):
                 raise UserError(f"{path} names {name!r}, which is not a plain file name.")
             if not isinstance(entry["bytes"], int) or not isinstance(entry["xxh3_128"], str):

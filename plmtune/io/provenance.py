@@ -1,4 +1,4 @@
-"""What something was made with: versions, commit, machine, and when. For run.json and for results of evaluations."""
+"""Versions, commit, machine and time, as recorded in run.json and in results of evaluations."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def git_state() -> dict[str, Any] | None:
 
 
 def device_name(device: torch.device) -> str:
-    """What a GPU or the processor calls itself; the architecture where the system does not say."""
+    """Model name of a GPU or the processor; the architecture where the system gives none."""
     if device.type == "cuda":
         import torch
 

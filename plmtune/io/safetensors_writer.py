@@ -1,4 +1,4 @@
-"""Tensors into safetensors files: dealt out over files of bounded size, written and hashed in one pass.
+"""Writes safetensors files: tensors are split over files of bounded size and hashed as they are written.
 
 The format is that of the safetensors library: 8 bytes of length, a JSON header, the numbers. The library's own writer
 is not used for two reasons. A file that it wrote must be read again to be hashed, so that a disk's fault stays unseen.
@@ -24,7 +24,7 @@ FILE_BYTES = 1 << 30
 
 
 def not_finite(named: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the tensors that hold NaN or an infinity; of a sharded one this process's part counts.
+    """Return the names of tensors with NaN or infinity; of a sharded tensor this part is checked.
 
     One pass over the numbers, no memory beside them, and one wait for a device.
     """
@@ -43,7 +43,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def deal(sizes: Mapping[str, int], stem: str, max_bytes: float = FILE_BYTES) -> dict[str, list[str]]:
-    """Deal tensors out, in their order, over files of at most `max_bytes` (or a single tensor).
+    """Split tensors, in order, over files of at most `max_bytes` (or a single tensor).
 
     Args:
         sizes: bytes of each tensor.
@@ -65,7 +65,7 @@ def deal(sizes: Mapping[str, int], stem: str, max_bytes: float = FILE_BYTES) -> 
 
 
 def index(files: Mapping[str, Iterable[str]], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """What "stem.safetensors.index.json" says of tensors in several files, in Hugging Face's form."""
+    """Content of "stem.safetensors.index.json", Hugging Face's index of tensors in several files."""
     return {
         "metadata": {"total_size": sum(sizes.values())},
         "weight_map": {name: file for file, names in files.items() for name in names},
@@ -98,7 +98,7 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write tensors on the host to `path` and bring them to the disk.
+    """Write and sync tensors of the host to `path`.
 
     Returns:
         The file's "bytes" and "xxh3_128", taken from memory: what the disk makes of them can be compared.

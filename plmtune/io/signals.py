@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: heard once, and asked about where the run can stop."""
+"""Signals that ask a run to stop. The run polls for them where it can stop."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopSignals:
-    """Hears SIGINT, SIGTERM, SIGUSR1 and SIGHUP while it is entered. A second one ends the process at once.
+    """Catches SIGINT, SIGTERM, SIGUSR1 and SIGHUP inside a ``with`` block. A second signal ends the process at once.
 
     Args:
-        doing: what is said that the run does now, after the signal's name; empty says nothing.
+        doing: message after the name of the first signal; empty: none.
 
     Attributes:
-        heard: whether one came.
+        heard: whether a signal came.
     """
 
     def __init__(self, doing: str) -> None:
@@ -31,9 +31,9 @@ class StopSignals:
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        with contextlib.suppress(ValueError):  # signals can be heard in the main thread only
+        with contextlib.suppress(ValueError):  # handlers can be set in the main thread only
             for number in _SIGNALS:
-                # A run under nohup is to live on when its terminal goes.
+                # A run under nohup survives its terminal.
                 if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                     self._handlers[number] = signal.signal(number, self._on_signal)
         return self
@@ -47,7 +47,7 @@ class StopSignals:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.perf_counter()
         if self.heard:
-            # torchrun hears a Ctrl-C too and sends it on: within a second that is still the first one.
+            # torchrun forwards a Ctrl-C: a second signal within a second is still the first one.
             if "TORCHELASTIC_RUN_ID" in os.environ and now - self._heard_at < 1.0:
                 return
             os._exit(128 + number)

@@ -1,4 +1,4 @@
-"""A document that is decided about when it has been read whole: kept in memory, or on disk where it is long."""
+"""A document whose use is decided when all of it is read: kept in memory, or on disk if it is long."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _CHUNK = 1 << 20
 
 
 class Document:
-    """Pieces of a document's text, given back as often as they are asked for.
+    """Pieces of a document's text, which can be iterated several times.
 
     Args:
-        place: directory for the file of a long one, which has no name there and is gone with the document.
+        place: directory of the unnamed temporary file of a long document.
 
     Attributes:
-        length: its characters.
+        length: number of characters.
     """
 
     def __init__(self, place: Path) -> None:
@@ -38,14 +38,14 @@ class Document:
         self._held.append(piece)
         if self.length > MAX_HELD:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(  # noqa: SIM115 (open as long as the document is asked for)
+                self._file = tempfile.TemporaryFile(  # noqa: SIM115 (open as long as the document)
                     "w+", encoding="utf-8", newline="", dir=self._place
                 )
             self._file.writelines(self._held)
             self._held.clear()
 
     def share(self) -> float:
-        """A number in [0, 1) that the text alone decides."""
+        """A number in [0, 1) from a hash of the text."""
         return self._digest.intdigest() / 2**64
 
     def __iter__(self) -> Iterator[str]:

@@ -50,7 +50,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Columns that stand side by side with their widths, and those with lines of their own, by index; None: none."""
+    """Columns side by side with their widths, and columns on lines of their own, by index; None: none."""
 
     beside: list[int]
     widths: list[int]
@@ -59,7 +59,7 @@ class _Layout:
 
 
 def numbers(names: Mapping[str, int]) -> list[Column]:
-    """Return a column of numbers for each name; the values are the order in which columns are left out, 0: never."""
+    """Return a column of numbers for each name. The values give the order in which columns are dropped; 0: never."""
     return [Column(name, right=True, drop=drop) for name, drop in names.items()]
 
 
@@ -190,7 +190,7 @@ class Table:
 
 
 def show(*blocks: Table | str) -> None:
-    """Print tables and prose to stdout, as wide as it is."""
+    """Print tables and prose to stdout in its width."""
     for block in blocks:
         if isinstance(block, Table):
             styled, encoding = terminal.coloured(sys.stdout), terminal.encoding(sys.stdout)
@@ -201,7 +201,7 @@ def show(*blocks: Table | str) -> None:
 
 
 def fold(text: str, width: int) -> list[str]:
-    """Break a text at spaces into lines of at most `width` columns; a word that is longer stays whole."""
+    """Break a text at spaces into lines of at most `width` columns. Longer words are not broken."""
     if cell_len(text) <= width:
         return [text]
     lines: list[str] = []

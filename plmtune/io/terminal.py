@@ -23,7 +23,7 @@ _PLAIN = {
     "·": "|", "±": "+-", "…": "...", "—": "-", "─": "-", "→": "->", "↑": "^", "↓": "v", "█": "#", "×": "x",
     "≤": "<=", "≥": ">=", "⟦": "[[", "⟧": "]]",
 }  # fmt: skip
-# Text of others may hold what moves a terminal's cursor, changes its title, or turns the order of letters round.
+# Untrusted text may hold control sequences that move the cursor, set the title or reverse the text direction.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 # A command stays on one line, so that it can be copied. It ends with its sentence.
 _COMMAND = re.compile(
@@ -59,7 +59,7 @@ codecs.register_error("plmtune", _replace)
 
 
 def use_plain_characters() -> None:
-    """Let the standard streams replace what their encoding lacks, instead of ending the program."""
+    """Make the standard streams replace characters that their encoding lacks, instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="plmtune")
@@ -74,7 +74,7 @@ def columns(stream: TextIO) -> int | None:
         return max(int(given), _NARROWEST)
     try:
         return max(os.get_terminal_size(stream.fileno()).columns or 80, _NARROWEST)
-    except (OSError, ValueError):  # a stream that stands for a terminal, as in an editor
+    except (OSError, ValueError):  # an emulated terminal, as in an editor
         return 80
 
 
@@ -104,12 +104,12 @@ def encodable(text: str, encoding: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Return `text` with its control characters, but line ends and tabs, spelled out."""
+    """Return `text` with control characters escaped, except line ends and tabs."""
     return _CONTROL.sub(lambda found: _spelled(ord(found.group())), text)
 
 
 def shown(text: str, stream: TextIO) -> str:
-    """Return `text` as `stream` gets it: a pipe as it is, a terminal with its control characters spelled out."""
+    """Return `text` as it is printed to `stream`: escaped on a terminal, unchanged on a pipe."""
     return visible(text) if stream.isatty() else text
 
 
@@ -149,7 +149,7 @@ def wrap(text: str, width: int | None) -> list[str]:
 
 
 def echo(text: str = "", *, err: bool = False) -> None:
-    """Print prose to stdout or stderr, wrapped at words where that is a terminal; control characters spelled out."""
+    """Print prose to stdout or stderr, wrapped on a terminal, with control characters escaped."""
     stream = sys.stderr if err else sys.stdout
     lines = wrap(encodable(visible(text), encoding(stream)), columns(stream))
     line = status
@@ -166,5 +166,5 @@ class Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             echo(self.format(record), err=True)
-        except Exception:  # as logging's own handlers: a warning ends nothing
+        except Exception:  # as in logging's own handlers
             self.handleError(record)

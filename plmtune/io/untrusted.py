@@ -1,4 +1,4 @@
-"""JSON and YAML of which nothing is known, read so that whatever stands there ends in a value or a ValueError."""
+"""Untrusted JSON and YAML: reading ends in a value or a ValueError, whatever the text holds."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 from typing import Any
 
 MAX_DEPTH = 100
-_SHALLOW = 4096  # characters that cannot nest deep enough to hurt
+_SHALLOW = 4096  # a text this short cannot nest too deeply
 
 
 def load_json(text: str | bytes) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: if it is none, or nested too deeply.
+        ValueError: if it is not JSON, or nested too deeply.
     """
     try:
         return json.loads(text)
@@ -25,10 +25,10 @@ def load_yaml(text: str, loader: Any = None) -> Any:
     """Return the value of a YAML text.
 
     Args:
-        loader: None: libyaml's, if it is there. It ends the process where a text is nested 100,000 deep.
+        loader: None: libyaml's, if there is one. It crashes the process on a text that is nested 100,000 deep.
 
     Raises:
-        yaml.YAMLError: if it is none, or nested too deeply.
+        yaml.YAMLError: if it is not YAML, or nested too deeply.
     """
     import yaml
 

@@ -71,7 +71,7 @@ class TestPipe:
         code, out, err = chat("\n".join(lines).encode() + b"\n")
         assert (code, out) == (2, "No1\n")
         assert "The message holds the text of the special token <|endoftext|>" in err
-        assert "tokens, the model's max_seq_len is 512. The conversation goes on without it." in err
+        assert "tokens, the model's max_seq_len is 512. The conversation continues without it." in err
         assert "There is no command /sav. Did you mean /save?" in err
         assert "There is nothing to undo." in err
         assert 'The message that """ opens has no """ at its end.' in err
