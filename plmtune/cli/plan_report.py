@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the options ask for.
+    """The parsed options.
 
     Attributes:
         contexts: tokens in the cache, the fewest first.
@@ -90,7 +90,7 @@ def read_model_shape(name: str, overlays: Sequence[str], overrides: Sequence[str
 def show_plan(
     name: str, model_shape: ModelShape, asked: Asked, training: dict[str, Any] | None, *, without_budget: bool
 ) -> None:
-    """Print what a model costs on each device, and write what was asked for."""
+    """Print what a model costs on each device; write JSON and the plot where given."""
     from plmtune.devices import costs
     from plmtune.devices.pareto import draw_speeds
     from plmtune.devices.predict import predict
