@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from plmtune.data.sources import STDLIB_SKIP
 from plmtune.errors import UserError
 
 # Not meant for users of the library, or without useful docstrings.
-_SKIPPED_FOLDERS = {
-    "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "lib-dynload", "ensurepip", "turtledemo",
-    "pydoc_data", "encodings", "msilib", "config", "__pycache__", "distutils",
-}  # fmt: skip
+_SKIPPED_FOLDERS = STDLIB_SKIP | {"test", "tests", "config", "distutils"}
 _LONGEST_SIGNATURE = 80
 _LONGEST_ANSWER = 300
 _SHORTEST_ANSWER = 12

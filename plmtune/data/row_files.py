@@ -7,6 +7,7 @@ import csv
 import glob
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,33 @@ def _hidden(path: Path, folder: Path) -> bool:
 def nearest(name: str, known: list[str]) -> str:
     hint = did_you_mean(name, known)
     return hint if hint.endswith("?") else ""  # a folder's whole list of names would hide the message
+
+
+def check_encoding(encoding: str) -> None:
+    """Raise ValueError for an encoding that Python does not know."""
+    try:
+        "".encode(encoding)  # not codecs.lookup: some codecs make bytes of bytes, such as zip
+    except LookupError as error:
+        raise ValueError(f"encoding {encoding!r} is unknown to Python; utf-8, latin-1, gb18030 are known") from error
+
+
+@contextmanager
+def open_parquet(path: Path, column: str | None = None, **options: Any) -> Iterator[Any]:
+    """Open a Parquet file whose columns, or one of them, unpack to a plausible size; errors become UserError."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path, **options) as file:
+            metadata = file.metadata
+            for group in range(metadata.num_row_groups):
+                columns = (metadata.row_group(group).column(index) for index in range(metadata.num_columns))
+                check_ratio(path, sum(c.total_uncompressed_size for c in columns if column in (None, c.path_in_schema)))
+            yield file
+    except PermissionError as error:
+        raise unreadable(path, error) from error
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged or not Parquet: {error}") from error
 
 
 def hash_files(paths: Sequence[Path], how: Sequence[Any]) -> str:

@@ -14,6 +14,7 @@ from plmtune.data.row_files import (
     check_ratio,
     find_files,
     kind_of,
+    open_parquet,
     read_json_lines,
     read_table,
     read_text,
@@ -218,30 +219,18 @@ def _is_deep(row: dict[str, Any]) -> bool:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any | BadRow]]:
-    import pyarrow
-    from pyarrow import parquet
-
     number = unpacked = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            metadata = file.metadata
-            for group in range(metadata.num_row_groups):
-                columns = (metadata.row_group(group).column(index) for index in range(metadata.num_columns))
-                check_ratio(path, sum(column.total_uncompressed_size for column in columns))
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
-                unpacked += batch.nbytes
-                check_ratio(path, unpacked)
-                for index in range(batch.num_rows):
-                    number += 1
-                    row = batch.slice(index, 1)
-                    if row.nbytes > MAX_ROW or sum(map(_num_values, row.columns)) > MAX_BRACKETS:
-                        yield f"row {number}", BadRow(f"has more than the {MAX_ROW:,} bytes that a row can have")
-                    else:
-                        yield f"row {number}", row.to_pylist()[0]
-    except PermissionError as error:
-        raise unreadable(path, error) from error
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged or not Parquet: {error}") from error
+    with open_parquet(path) as file:
+        for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
+            unpacked += batch.nbytes
+            check_ratio(path, unpacked)
+            for index in range(batch.num_rows):
+                number += 1
+                row = batch.slice(index, 1)
+                if row.nbytes > MAX_ROW or sum(map(_num_values, row.columns)) > MAX_BRACKETS:
+                    yield f"row {number}", BadRow(f"has more than the {MAX_ROW:,} bytes that a row can have")
+                else:
+                    yield f"row {number}", row.to_pylist()[0]
 
 
 def _num_values(array: Any) -> int:

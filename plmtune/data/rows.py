@@ -8,10 +8,7 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from plmtune.data.hub import Hub
-from plmtune.data.row_files import (
-    describe_files,
-    hash_files,
-)
+from plmtune.data.row_files import check_encoding, describe_files, hash_files
 from plmtune.data.row_readers import find_row_files, read_rows
 from plmtune.data.sources import Dataset
 from plmtune.errors import UserError
@@ -126,12 +123,7 @@ class Rows:
             raise UserError(f"data: {given[0]} goes with hub, a dataset of the Hugging Face hub; paths are read whole")
         if hub is not None and encoding != "utf-8":
             raise UserError(f"data: encoding={encoding} goes with paths; a dataset of the hub has none")
-        try:
-            "".encode(encoding)
-        except LookupError as error:
-            raise ValueError(
-                f"encoding {encoding!r} is unknown to Python; utf-8, latin-1, gb18030 are known"
-            ) from error
+        check_encoding(encoding)
         self.encoding = encoding
         self.max_rows = max_rows
         self.files = find_row_files(paths) if hub is None else []

@@ -108,7 +108,7 @@ def check_unicode(text: str, where: str) -> None:
 
 
 # Neither prose nor readable code: tables, fixtures, installed packages, build settings of this machine.
-_STDLIB_SKIP = {
+STDLIB_SKIP = {
     "site-packages", "dist-packages", "encodings", "idlelib", "lib2to3", "lib-dynload", "ensurepip",
     "pydoc_data", "turtledemo", "msilib", "__pycache__",
 }  # fmt: skip
@@ -139,7 +139,7 @@ class StandardLibrary(Source):
     def _files(self) -> Iterator[Path]:
         for path in sorted(self.folder.rglob("*.py")):
             parts = path.relative_to(self.folder).parts
-            if not _STDLIB_SKIP.intersection(parts) and not parts[-1].startswith(_STDLIB_SKIP_FILES):
+            if not STDLIB_SKIP.intersection(parts) and not parts[-1].startswith(_STDLIB_SKIP_FILES):
                 yield path
 
     def fingerprint(self) -> str:

@@ -11,18 +11,20 @@ from plmtune.data.row_files import (
     COMPRESSION,
     MAX_DOCUMENT,
     MAX_ROW,
+    check_encoding,
     check_ratio,
     describe_files,
     find_files,
     hash_files,
     kind_of,
     nearest,
+    open_parquet,
     read_json_lines,
     read_table,
     read_text,
 )
 from plmtune.data.sources import Piece, Source, text_of, unread
-from plmtune.errors import UserError, unreadable
+from plmtune.errors import UserError
 from plmtune.ranges import NotEmpty, check
 from plmtune.registry import register
 from plmtune.tokenizers.message import BadRow, Unused
@@ -162,44 +164,35 @@ class Files(Source):
                 yield place, error
 
     def _read_parquet(self, path: Path) -> Iterator[tuple[str, str | BadRow]]:
-        import pyarrow
-        from pyarrow import parquet
+        from pyarrow import types
 
-        try:
-            with parquet.ParquetFile(path) as file:
-                names = file.schema_arrow.names
-                if self.text_key not in names:
-                    raise UserError(
-                        f"{path} has no column {self.text_key}, only {', '.join(names)}."
-                        f"{nearest(self.text_key, names)} Choose one with text_key (--text-key)"
-                    )
-                kind, metadata = file.schema_arrow.field(self.text_key).type, file.metadata
-                empty = {field.name for field in file.schema_arrow if pyarrow.types.is_null(field.type)}
-            for name in names:
-                if name not in (self.text_key, *empty) and (rows := _rows_with(name, metadata)):
-                    self.unused.add([name], rows)
-            for group in range(metadata.num_row_groups):
-                columns = (metadata.row_group(group).column(index) for index in range(metadata.num_columns))
-                check_ratio(path, sum(c.total_uncompressed_size for c in columns if c.path_in_schema == self.text_key))
-            # Read as dictionary: a text that is stored once for many rows is not repeated in memory.
-            text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-            with parquet.ParquetFile(path, read_dictionary=[self.text_key] if text else None) as file:
-                number = unpacked = 0
-                for batch in file.iter_batches(batch_size=1024, columns=[self.text_key]):
-                    for value in map(methodcaller("as_py"), batch.column(0)):
-                        number += 1
-                        unpacked += len(value) if isinstance(value, str) else 0
-                        check_ratio(path, unpacked)
-                        try:
-                            if isinstance(value, str) and len(value) > MAX_ROW:
-                                raise BadRow(f"has more than the {MAX_ROW:,} characters that a row can have")
-                            yield f"row {number}", text_of({self.text_key: value}, self.text_key)
-                        except BadRow as error:
-                            yield f"row {number}", error
-        except PermissionError as error:
-            raise unreadable(path, error) from error
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is damaged or not Parquet: {error}") from error
+        with open_parquet(path, self.text_key) as file:
+            names = file.schema_arrow.names
+            if self.text_key not in names:
+                raise UserError(
+                    f"{path} has no column {self.text_key}, only {', '.join(names)}."
+                    f"{nearest(self.text_key, names)} Choose one with text_key (--text-key)"
+                )
+            kind, metadata = file.schema_arrow.field(self.text_key).type, file.metadata
+            empty = {field.name for field in file.schema_arrow if types.is_null(field.type)}
+        for name in names:
+            if name not in (self.text_key, *empty) and (rows := _rows_with(name, metadata)):
+                self.unused.add([name], rows)
+        # Read as dictionary: a text that is stored once for many rows is not repeated in memory.
+        text = types.is_string(kind) or types.is_large_string(kind)
+        with open_parquet(path, self.text_key, read_dictionary=[self.text_key] if text else None) as file:
+            number = unpacked = 0
+            for batch in file.iter_batches(batch_size=1024, columns=[self.text_key]):
+                for value in map(methodcaller("as_py"), batch.column(0)):
+                    number += 1
+                    unpacked += len(value) if isinstance(value, str) else 0
+                    check_ratio(path, unpacked)
+                    try:
+                        if isinstance(value, str) and len(value) > MAX_ROW:
+                            raise BadRow(f"has more than the {MAX_ROW:,} characters that a row can have")
+                        yield f"row {number}", text_of({self.text_key: value}, self.text_key)
+                    except BadRow as error:
+                        yield f"row {number}", error
 
     def fingerprint(self) -> str:
         return hash_files(self.paths, [self.format, self.text_key, self.separator, self.encoding])
@@ -236,10 +229,7 @@ def files(
             "data files: paths is empty. Give files, folders or globs: data.paths=my_text/. "
             "(plmtune run demo trains a small model on the standard library.)"
         )
-    try:
-        "".encode(encoding)  # not codecs.lookup: some codecs make bytes of bytes, such as zip
-    except LookupError as error:
-        raise ValueError(f"encoding {encoding!r} is unknown to Python; utf-8, latin-1, gb18030 are known") from error
+    check_encoding(encoding)
     check(NotEmpty(), text_key=text_key)
     if separator == "":
         raise ValueError("separator is the empty text; leave it out (null) to keep a file one document")

@@ -271,12 +271,9 @@ def mcnemar(gained: int, lost: int) -> float:
     Args:
         gained, lost: documents that only the second, and only the first, got right.
     """
-    n = gained + lost
-    term = total = 1
-    for k in range(1, min(gained, lost) + 1):
-        term = term * (n - k + 1) // k
-        total += term
-    return min(1.0, 2 * total / 2**n)
+    from scipy.stats import binomtest  # its import takes a second
+
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def sign_flips(differences: np.ndarray) -> float:
