@@ -52,7 +52,7 @@ class Evaluations:
             chat_template=template,
             max_new_tokens=cfg.max_new_tokens,
         )
-        try:  # in a dry run the tokenizer may not be at hand
+        try:  # a dry run may have no tokenizer
             self.template = find_template(template, tokenizer) if cfg.chat and tokenizer else None
         except UserError as error:
             raise UserError(f"key eval.chat: {error}") from error

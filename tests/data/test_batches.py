@@ -191,7 +191,7 @@ class TestOrderDigest:
         for rank, world in ((0, 2), (1, 2), (3, 4)):
             assert self.run(batches(sources, rank=rank, world_size=world, micro_batch_size=1)) == whole
 
-    def test_goes_on_from_any_step(self, sources):
+    def test_resumes_from_any_step(self, sources):
         whole = self.run(batches(sources))
         for cut in (1, 19, 20, 29):
             assert self.run(batches(sources), cut, digest=self.run(batches(sources), stop=cut)) == whole
@@ -245,7 +245,7 @@ class TestResume:
         ("start", "where"),
         [(41, "an epoch"), (85, "a block"), (86, "a block"), (99, "a phase"), (100, "a phase"), (111, "a phase")],
     )
-    def test_goes_on_with_the_very_next_batch(self, packed, start, where, workers):
+    def test_resumes_with_the_next_batch(self, packed, start, where, workers):
         data = batches(packed, self.PHASES, document_mask=True, num_workers=workers)
         drawn = data.samples_seen(start)
         assert drawn["a"] % 49 and drawn["b"] % 124 and start * 12 % 1024  # nothing is at its beginning

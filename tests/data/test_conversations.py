@@ -152,11 +152,11 @@ class TestRefusals:
             ({"Prompt": "a", "completion ": "b"}, "('prompt', 'completion' would be read)"),
         ],
     )
-    def test_rows_of_other_kinds_are_told_apart(self, written, row, reason):
+    def test_rows_of_other_kinds_are_recognized(self, written, row, reason):
         (said,) = reasons(written(row))
         assert reason in said
 
-    def test_the_first_row_decides_and_others_are_told(self, written):
+    def test_the_first_row_decides_and_others_are_refused(self, written):
         data = written({"question": "a", "answer": "b"}, {"messages": [USER, ASSISTANT]})
         assert len(turns(data, skip_bad=True)) == 1
         assert data.refused.describe().endswith(

@@ -198,7 +198,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 class TestFiles:
     @pytest.mark.parametrize("form", FORMATS)
     @pytest.mark.parametrize(("reader", "name"), FLAT)
-    def test_rows_are_read_alike_from_every_format(self, tmp_path: Path, reader: str, name: str, form: str) -> None:
+    def test_rows_of_every_format_are_equal(self, tmp_path: Path, reader: str, name: str, form: str) -> None:
         plain = row_of(reader, name)
         rows = [plain | {"mood": "glad", "image": None}, plain | {"mood": None, "image": None}]
         path = write(tmp_path / f"a.{form}", rows)

@@ -68,7 +68,7 @@ class TestHoldout:
 
 
 class TestNotes:
-    def test_columns_that_nothing_reads_are_told(self, tmp_path: Path) -> None:
+    def test_unused_columns_are_reported(self, tmp_path: Path) -> None:
         path = tmp_path / "rows.jsonl"
         turns = [{"role": "user", "content": "One?", "id": "7"}, {"role": "assistant", "content": "1."}]
         path.write_text(json.dumps({"messages": turns, "source": "a book"}) + "\n")
@@ -170,7 +170,7 @@ class TestMistakes:
             opened(Talks([("Bad?", "No <|im_end|> more."), ("Worse?", "<|im_start|>")]))
         assert "skip_bad" not in str(raised.value)
 
-    def test_conversations_given_as_pairs_are_told_where_they_belong(self, tmp_path: Path) -> None:
+    def test_conversations_given_as_pairs_are_refused_by_kind(self, tmp_path: Path) -> None:
         path = tmp_path / "c.jsonl"
         path.write_text('{"prompt": "a?", "completion": "b"}\n' * 3)
         with pytest.raises(UserError, match=r"(?s)^all 3 rows .*plmtune run sft data=conversations") as raised:

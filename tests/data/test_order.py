@@ -193,7 +193,7 @@ class TestOrder:
             counted = names[block * BLOCK : (block + 1) * BLOCK].count("a")
             assert abs(counted / BLOCK - share) <= 1 / BLOCK
 
-    def test_an_epoch_goes_on_across_phases_that_end_inside_a_block(self):
+    def test_an_epoch_continues_across_phases_that_end_inside_a_block(self):
         phases = [Phase("one", 37, {"a": 1, "b": 3}), Phase("two", 51, {"a": 2, "b": 1}), Phase("three", 80)]
         seen = everything(order({"a": 97, "b": 203}, phases))
         for name, count in (("a", 97), ("b", 203)):

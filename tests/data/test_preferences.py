@@ -121,7 +121,7 @@ class TestShapes:
     @pytest.mark.parametrize(
         ("label", "answers"), [(True, ("yes", None)), (False, (None, "yes")), (1, ("yes", None)), (0, (None, "yes"))]
     )
-    def test_a_label_tells_which_answer_an_unpaired_row_has(self, row, label, answers):
+    def test_a_label_decides_which_answer_an_unpaired_row_has(self, row, label, answers):
         assert pair_of({**row, "label": label}, "here") == Pair((USER,), *answers, "here")
 
     def test_what_else_a_row_holds_is_kept_where_it_is_json(self):
@@ -165,7 +165,7 @@ class TestRefusals:
             ({"prompt": "a \ud83d", "chosen": "x", "rejected": "y"}, "surrogate"),
         ],
     )
-    def test_each_is_told(self, row, reason):
+    def test_each_reason_is_named(self, row, reason):
         with pytest.raises(BadRow, match=reason):
             pair_of(row, "here")
 

@@ -102,7 +102,7 @@ class TestPrepare:
         assert new != old
         assert Shards.open(new).manifest.format == 2
 
-    def test_damage_is_named_and_not_mended_in_silence(self, tmp_path, tokenizer):
+    def test_damage_is_named_and_not_repaired_silently(self, tmp_path, tokenizer):
         directory = prepare(Texts("one", "two"), tokenizer, tmp_path)
         path = directory / "manifest.json"
         path.write_bytes(path.read_bytes().replace(b'"vocab_size": 257', b'"vocab_size": 256'))
@@ -362,7 +362,7 @@ class TestStopped:
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     @pytest.mark.parametrize("by", ["documents", "tail"])
-    def test_goes_on_to_the_same_shards(self, tmp_path, tokenizer, by, number, capfd, monkeypatch):
+    def test_resumes_to_the_same_shards(self, tmp_path, tokenizer, by, number, capfd, monkeypatch):
         how = {"holdout": 0.2, "holdout_by": by, "shard_tokens": 700}
         whole = prepare(Texts(*self.TEXTS), tokenizer, tmp_path / "whole", **how)
         root = tmp_path / "root"

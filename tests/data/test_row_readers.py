@@ -46,13 +46,13 @@ class TestJson:
         assert place == f"{path}, line 2"
         assert str(second) == "is a number, not an object"
 
-    def test_a_row_nested_beyond_reason_is_told(self, tmp_path):
+    def test_a_deeply_nested_row_is_refused(self, tmp_path):
         path = write(tmp_path / "a.jsonl", '{"a":' + "[" * 900 + "]" * 900 + '}\n{"a":' + "[" * 60 + "]" * 60 + "}\n")
         (_, first), (_, second) = read(path)
         assert str(first) == "is nested deeper than 64 levels"
         assert isinstance(second, dict)
 
-    def test_a_broken_line_is_told_and_the_next_ones_read(self, tmp_path):
+    def test_a_broken_line_is_reported_and_the_next_ones_are_read(self, tmp_path):
         path = write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": \n{"a": 3}\n')
         kinds = [type(row) for _, row in read(path)]
         assert kinds == [dict, BadRow, dict]
@@ -98,7 +98,7 @@ class TestParquet:
         with pytest.raises(UserError, match=r"a\.parquet is damaged or not Parquet"):
             read(tmp_path / "a.parquet")
 
-    def test_a_list_of_nothings_that_would_fill_memory_is_refused(self, tmp_path, monkeypatch):
+    def test_a_list_of_nulls_that_would_fill_memory_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "MAX_BRACKETS", 1000)
         table = pyarrow.table({"a": pyarrow.array([[None] * 2000, [None]], pyarrow.list_(pyarrow.null()))})
         parquet.write_table(table, tmp_path / "a.parquet")
@@ -135,12 +135,12 @@ class TestFiles:
             (b"PAR1", r"is a Parquet file"),
         ],
     )
-    def test_what_its_name_does_not_say_is_told_by_its_first_bytes(self, tmp_path, begin, said):
+    def test_an_archive_is_recognized_by_its_first_bytes(self, tmp_path, begin, said):
         (tmp_path / "rows.data").write_bytes(begin + bytes(20))
         with pytest.raises(UserError, match=rf"rows\.data {said}"):
             find_row_files([tmp_path / "rows.data"])
 
-    def test_an_object_of_several_lines_is_told(self, tmp_path):
+    def test_an_object_of_several_lines_is_recognized(self, tmp_path):
         (tmp_path / "a.json").write_text(json.dumps({"prompt": "a"}, indent=1))
         (_, row), *_ = read_rows([tmp_path / "a.json"])
         assert "an object of several lines? One object a line is needed" in str(row)

@@ -56,7 +56,7 @@ class TestSplit:
             train.document(4, 0)
 
     @pytest.mark.parametrize("shard_tokens", [1, 2, 5, 100])
-    def test_a_document_that_goes_on_in_the_other_split_stops_at_its_break(self, make_shards, shard_tokens):
+    def test_a_document_that_continues_in_the_other_split_stops_at_its_break(self, make_shards, shard_tokens):
         tokens = [1, 2, 0, 3, 4, 5, 0, 6, 7]  # 1 2 0 | 3 | 4 5 0 | 6 7
         train = make_shards("a", tokens, shard_tokens=shard_tokens, breaks=[4, 9]).train
         assert [train.document(i, 0).tolist() for i in range(4)] == [[1, 2, 0], [3], [4, 5, 0], [6, 7]]
@@ -229,7 +229,7 @@ class TestLargeCorpora:
         assert read == [*self.FILES, *self.FILES]
         assert set(checksummed_json.loads(record.read_bytes())) == set(self.FILES)
 
-    def test_an_interrupted_reading_goes_on_where_it_was(self, directory, read, monkeypatch):
+    def test_an_interrupted_verification_resumes(self, directory, read, monkeypatch):
         counted = shards_module._read_shard
 
         def interrupted(directory, shard, manifest):

@@ -24,7 +24,7 @@ class TestStandardLibrary:
         assert source.topics == {}
         assert "class JSONDecoder" in "".join(source.documents())
 
-    def test_a_python_without_its_sources_is_told(self, monkeypatch, tmp_path):
+    def test_a_python_without_its_sources_is_refused(self, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
         monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
         with pytest.raises(UserError, match="holds no Python sources"):

@@ -316,7 +316,7 @@ class TestTables:
             ("words,b\n1,2\n", r"line 2 has no key text.*text_key"),
         ],
     )
-    def test_what_is_none_is_told(self, tmp_path, text, message):
+    def test_what_is_no_row_is_refused(self, tmp_path, text, message):
         (tmp_path / "a.csv").write_text(text)
         with pytest.raises(UserError, match=message):
             read(tmp_path / "a.csv")
@@ -332,7 +332,7 @@ class TestWideEncodings:
         (tmp_path / "a.jsonl").write_bytes(json_lines(*rows).decode().replace("\n", "\r\n").encode(encoding))
         assert read(tmp_path / "a.jsonl", encoding=encoding) == [row["text"] for row in rows]
 
-    def test_what_is_none_is_told(self, tmp_path):
+    def test_what_is_no_row_is_refused(self, tmp_path):
         (tmp_path / "a.jsonl").write_bytes('{"text": "a"}\n{"text": "b"}\n'.encode("utf-16"))
         with pytest.raises(UserError, match=r"line 1 is not utf-8 at byte 0 .*; it begins as UTF-16 does"):
             read(tmp_path / "a.jsonl")

@@ -122,7 +122,7 @@ class TestInstalled:
             assert importlib.import_module("evaluate").load("rouge") == "the hub has rouge"
         assert sys.modules.pop("evaluate").load("code_eval") == "the hub has code_eval"
 
-    def test_who_keeps_the_stand_in_gets_the_package_s_metrics_afterwards(
+    def test_a_kept_reference_to_the_replacement_gets_the_package_s_metrics_afterwards(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         (tmp_path / "evaluate.py").write_text("def load(name): return f'the hub has {name}'\n")

@@ -44,7 +44,7 @@ class TestStatistics:
         theirs = stats.permutation_test((d,), np.sum, permutation_type="samples", n_resamples=np.inf)
         assert sign_flips(d) == pytest.approx(theirs.pvalue)
 
-    def test_many_sign_flips_are_drawn_alike_each_time_and_agree_with_the_t_test(self) -> None:
+    def test_many_sign_flips_are_reproducible_and_agree_with_the_t_test(self) -> None:
         d = np.random.default_rng(1).normal(0.05, 1, 1000)
         assert sign_flips(d) == sign_flips(d)
         assert sign_flips(d) == pytest.approx(stats.ttest_1samp(d, 0).pvalue, abs=0.02)
@@ -123,18 +123,18 @@ class TestPairing:
         errors = [one["tasks"]["t"]["metrics"]["acc,none"]["stderr"] for one in (a, b)]
         assert found.stderr == pytest.approx(math.hypot(*errors))
 
-    def test_a_few_prompts_that_are_alike_do_not_stand_for_all(self) -> None:
-        (entry, rows), (_, asked_alike) = task([0.0, 1.0] * 50, asked="five shots, then q"), task([1.0] * 100)
+    def test_a_few_equal_prompts_are_no_sample_of_all(self) -> None:
+        (entry, rows), (_, same_prompts) = task([0.0, 1.0] * 50, asked="five shots, then q"), task([1.0] * 100)
         a = result("a", {"t": task([1.0] * 50 + [0.0] * 50)})
-        b = result("b", {"t": (entry, asked_alike[50:52] + rows[2:])})
+        b = result("b", {"t": (entry, same_prompts[50:52] + rows[2:])})
         found = difference(a, b)
         assert not found.paired and found.mean == pytest.approx(0.0)
         assert found.note == "unpaired: only 2 documents have the same prompt"
 
-    def test_half_of_the_smaller_asked_alike_is_enough(self) -> None:
+    def test_equal_prompts_in_half_of_the_smaller_are_enough(self) -> None:
         (entry, rows), (_, others) = task([0.0, 1.0] * 10), task([0.0, 1.0] * 10, asked="other q")
-        for alike, paired in ((10, True), (9, False)):
-            b = result("b", {"t": (entry, rows[:alike] + others[alike:])})
+        for equal, paired in ((10, True), (9, False)):
+            b = result("b", {"t": (entry, rows[:equal] + others[equal:])})
             assert difference(result("a", {"t": task([1.0, 0.0] * 30)}), b).paired == paired
 
     def test_without_samples_only_scores_are_compared(self) -> None:

@@ -300,7 +300,7 @@ class TestMistakes:
         with pytest.raises(UserError, match=rf"tasks\.yaml.*{said}"):
             opened(tmp_path, text)
 
-    def test_a_data_file_in_the_place_of_a_map_is_told_what_a_map_says(self, tmp_path: Path) -> None:
+    def test_a_data_file_in_place_of_a_map_is_refused_with_an_example(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text(lines(ROWS))
         with pytest.raises(UserError, match=r"a\.jsonl is a data file: name it in a map.*TASK: \{test: a\.jsonl\}"):
             LocalData.open(tmp_path / "a.jsonl")

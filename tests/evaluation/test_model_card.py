@@ -279,9 +279,7 @@ class TestFrontMatter:
         assert found["license"] == "" and found["language"] == [] and "base_model" not in found
         assert found["tags"] == ["plmtune", "plm", "pretrain"] and found["pipeline_tag"] == "text-generation"
 
-    def test_a_base_of_the_hub_is_named_and_one_on_this_machine_is_to_fill_in(
-        self, tmp_path: Path, saved: Path
-    ) -> None:
+    def test_a_base_of_the_hub_is_named_and_a_local_one_is_left_to_fill_in(self, tmp_path: Path, saved: Path) -> None:
         hub = make_run(tmp_path / "a", saved, init_from="some-org/some-model")
         assert front_matter(text_of(hub))["base_model"] == "some-org/some-model"
         text = text_of(make_run(tmp_path / "b", saved, init_from=str(saved)))
@@ -342,7 +340,7 @@ class TestScores:
             write_card(run, both, sources=[Path("a.json"), Path("b.json")])
         assert not (run / "README.md").exists()
 
-    def test_of_a_run_and_a_folder_alike_in_size_one_has_no_scores_of_the_other(self, run: Path, saved: Path) -> None:
+    def test_a_run_and_a_folder_of_equal_size_do_not_share_scores(self, run: Path, saved: Path) -> None:
         for model, scores in ((run, of(saved)), (saved, of(run, 12)), (saved, of(run))):
             with pytest.raises(UserError, match="another model"):
                 write_card(model, [result("m", {}, model=scores)], run / "card.md")
@@ -368,7 +366,7 @@ class TestScores:
         assert "| own |" in text_of(run)
         assert "| own |" not in text_of(run / "checkpoints" / "step-00000006")
 
-    def test_without_scores_the_place_is_to_be_filled(self, run: Path) -> None:
+    def test_without_scores_the_section_is_left_to_fill_in(self, run: Path) -> None:
         assert "**Fill in:** not measured by tasks" in text_of(run)
 
 

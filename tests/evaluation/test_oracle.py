@@ -83,7 +83,7 @@ class TestGsm8k:
         }
         return lambda prompt: known[prompt[prompt.rindex("Question: ") :]]
 
-    def test_who_knows_all_answers_is_right_and_who_knows_half_is_half(
+    def test_a_model_that_knows_all_or_half_of_the_answers_scores_1_or_a_half(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         assert values(score(monkeypatch, tmp_path, "gsm8k", 8, self.answers(1)), "gsm8k") == [1.0, 1.0]
@@ -106,7 +106,7 @@ class TestHumanEval:
         }
         return known.__getitem__
 
-    def test_who_knows_all_answers_is_right_and_who_knows_half_is_half(
+    def test_a_model_that_knows_all_or_half_of_the_answers_scores_1_or_a_half(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         assert values(score(monkeypatch, tmp_path, "humaneval", 4, self.answers(1)), "humaneval") == [1.0]

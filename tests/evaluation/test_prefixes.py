@@ -1,4 +1,4 @@
-"""Arranging texts that begin alike: nothing is lost, a prefix is common to its rows, the order is always the same."""
+"""Arranging texts with common prefixes: nothing is lost, a prefix is common to its rows, the order is reproducible."""
 
 import random
 from itertools import groupby

@@ -182,9 +182,9 @@ class TestTokensComputed:
             scores(Scorer(model, token_budget=500), items)
         assert seen[0] == 50
         assert len(seen) > 2
-        assert sum(seen[1:]) <= 200 * 5  # some questions begin alike
+        assert sum(seen[1:]) <= 200 * 5  # some questions have a common beginning
 
-    def test_each_subject_has_its_own_stem_though_all_begin_alike(self, make: Callable[[], Decoder]) -> None:
+    def test_each_subject_has_its_own_prefix_although_all_share_a_beginning(self, make: Callable[[], Decoder]) -> None:
         model, ids = make(), Ids(9)
         begin = ids(33)
         subjects = [begin + ids(27), begin + ids(37)]
@@ -307,7 +307,7 @@ class TestRefusals:
 
 
 class TestMode:
-    def test_a_model_in_training_computes_as_in_evaluation_and_goes_on_training(self) -> None:
+    def test_a_model_in_training_mode_computes_as_in_evaluation_and_keeps_its_mode(self) -> None:
         model = small_plm().train()
         modes = []
         model.norm.register_forward_pre_hook(lambda module, _: modes.append((module.training, torch.is_grad_enabled())))

@@ -170,7 +170,7 @@ class TestMemory:
         assert max(rows) > 3
         assert max(rows[-5:]) <= 3
 
-    def test_where_not_even_one_has_room_a_person_is_told(
+    def test_a_prompt_that_does_not_fit_alone_is_an_error_of_the_user(
         self, model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def none(decoder: Decoder, tokens: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -156,7 +156,7 @@ class TestText:
                 settings = {"tokenize": False, "add_generation_prompt": prompt}
                 assert ours.render(messages, prompt) == theirs.apply_chat_template(said, **settings)
 
-    def test_a_template_that_asks_for_the_day_is_told_the_same_day_for_ever(self, tokenizer):
+    def test_a_template_that_asks_for_the_date_always_gets_the_same(self, tokenizer):
         assert "Today Date: 26 Jul 2024" in ChatTemplate(DATED, tokenizer, "dated").render(SINGLE)
 
     def test_joined_segments_are_the_text(self, tokenizer):
@@ -485,7 +485,7 @@ class TestRefusals:
         with pytest.raises(BadRow, match=rf"the special token <\|im_end\|> in turn {role + 1}"):
             find_template(None, tokenizer).encode(talk(*texts))
 
-    def test_what_the_template_raises_is_told(self, tokenizer):
+    def test_the_message_of_the_template_is_shown(self, tokenizer):
         template = ChatTemplate(GEMMA, tokenizer, "gemma")
         with pytest.raises(BadRow, match=r"is refused by the chat template \(System role not supported\)"):
             template.encode(MULTI)
@@ -542,7 +542,7 @@ class TestFindTemplate:
             find_template("chatml", byte())
         assert find_template("plain", byte()).end_id == byte().eos_id
 
-    def test_what_is_no_template_is_told(self, tokenizer, tmp_path):
+    def test_what_is_no_template_is_refused(self, tokenizer, tmp_path):
         with pytest.raises(UserError, match="Did you mean chatml"):
             find_template("chat", tokenizer)
         (tmp_path / "a.jinja").write_bytes(b"\xff\xfe")

@@ -277,7 +277,7 @@ class TestQwen2:
         assert not qwen.token_bytes[151643:].any()
 
     @needs_qwen
-    def test_saved_it_is_read_alike_by_us_and_by_the_library(self, qwen: Tokenizer, tmp_path: Path) -> None:
+    def test_a_saved_one_is_read_equally_by_us_and_by_the_library(self, qwen: Tokenizer, tmp_path: Path) -> None:
         qwen.save(tmp_path)
         again, theirs = (
             load_tokenizer(tmp_path),
@@ -415,7 +415,7 @@ class TestDirectories:
         names = sorted(path.name for path in (tmp_path / "new").iterdir())
         assert names == ["tokenizer.json", "tokenizer_config.json"]
 
-    def test_a_foreign_checkpoint_tells_end_template_and_rows_by_its_own_files(self, tmp_path: Path) -> None:
+    def test_a_foreign_checkpoint_has_end_template_and_rows_in_its_own_files(self, tmp_path: Path) -> None:
         bundled().save(tmp_path)
         config = {"eos_token": {"content": "<|im_end|>", "special": True}}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
