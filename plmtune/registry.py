@@ -1,12 +1,12 @@
-"""The registry: the only road from a name in a config to code that runs.
+"""The registry: the only way from a name in a config to code that runs.
 
 ``@register("ffn", "swiglu")`` puts a function or a class under an exact name in a group. Its signature is the
 schema: parameters with a default are config keys, parameters without one are supplied by the caller at run time.
-A config can name only what stands here, so it can never import or call anything else.
+A config can name only registered components, so it can never import or call anything else.
 
-Two views of one truth: `load` imports the code and gives the object; `describe` reads the same signature from the
-source, and `keys_of` evaluates it there. So ``plmtune ls`` and the checks of a config need no torch. A user's module
-is imported when it is named, so its components are described by `inspect`, however they were registered.
+`load` imports the code and returns the object. `describe_components` reads the same signature from the source, and
+`keys_of` evaluates it there, so that ``plmtune ls`` and the checks of a config need no torch. A user's module is
+imported when it is named, and its components are described by `inspect`.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def _describe_object(group: str, name: str, target: Callable[..., Any]) -> Descr
     return Description(group, name, target.__module__, parameters, inspect.getdoc(target) or "", kind)
 
 
-def describe() -> dict[str, dict[str, Description]]:
+def describe_components() -> dict[str, dict[str, Description]]:
     """Every component as {group: {name: description}}: built-in ones from their source, without importing them."""
     _import_entry_points()
     table = {group: dict(entries) for group, entries in _built_in().items()}
@@ -282,7 +282,7 @@ def find(group: str, name: str) -> Description:
     Raises:
         UserError: for an unknown group or name, with the nearest right one.
     """
-    table = describe()
+    table = describe_components()
     if group not in table:
         raise UserError(f"There is no group {group}.{did_you_mean(group, table)}")
     if name not in table[group]:

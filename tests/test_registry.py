@@ -14,13 +14,13 @@ from plmtune.errors import UserError
 
 class TestRegistry:
     def test_every_described_component_loads_and_has_the_described_signature(self) -> None:
-        for group, entries in registry.describe().items():
+        for group, entries in registry.describe_components().items():
             for name, entry in entries.items():
                 signature = inspect.signature(registry.load(group, name))
                 assert [p.name for p in entry.parameters] == list(signature.parameters), (group, name)
 
     def test_keys_read_from_the_source_are_those_of_the_imported_object(self) -> None:
-        for group, entries in registry.describe().items():
+        for group, entries in registry.describe_components().items():
             for name, entry in entries.items():
                 target = registry.load(group, name)
                 hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
@@ -32,7 +32,7 @@ class TestRegistry:
                 assert registry.keys_in_source(entry) == imported, (group, name)
 
     def test_every_component_says_in_one_line_what_it_is(self) -> None:
-        for group, entries in registry.describe().items():
+        for group, entries in registry.describe_components().items():
             for name, entry in entries.items():
                 assert entry.doc.strip(), f"{group} {name} has no docstring"
 
@@ -110,7 +110,7 @@ class TestUsersModules:
             (place / name / "__init__.py").write_text(f"from {name}.inner import mine as mine\n")
         (place / (f"{name}/inner.py" if package else f"{name}.py")).write_text(MODULES[how])
         registry.import_module(name)
-        entry = registry.describe()["ffn"]["mine"]
+        entry = registry.describe_components()["ffn"]["mine"]
         assert [(p.name, p.default) for p in entry.parameters] == [
             ("embed_dim", None), ("power", "2.0"), ("norm", "component('norm', 'rms_norm')"),
         ]  # fmt: skip
@@ -143,4 +143,4 @@ class TestUsersModules:
         registry._objects.pop(("ffn", "swiglu"), None)
         with pytest.raises(UserError, match=said):
             registry.import_module(name)
-        assert registry.describe()["ffn"]["swiglu"].module == "plmtune.modules.feed_forward"
+        assert registry.describe_components()["ffn"]["swiglu"].module == "plmtune.modules.feed_forward"

@@ -25,14 +25,14 @@ def ls(group: str | None) -> None:
     plmtune ls attention
     plmtune ls devices
     """
-    from plmtune.registry import describe
+    from plmtune.registry import describe_components
 
     if group is None:
-        _overview(describe())
+        _overview(describe_components())
     elif group == "devices":
         _devices()
     else:
-        _group(group, describe())
+        _group(group, describe_components())
 
 
 def _first_comment(path: Path) -> str:

@@ -43,9 +43,9 @@ class Asked:
 def with_preset(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple[str, list[str], list[str]]:
     """The config that a model's name alone stands for: plan needs no more of it than the model."""
     from plmtune.config.choices import presets
-    from plmtune.registry import describe
+    from plmtune.registry import describe_components
 
-    is_model = name in describe()["model"] or name in presets("model")
+    is_model = name in describe_components()["model"] or name in presets("model")
     if is_model and not (builtin_folder("conf") / f"{name}.yaml").is_file():
         return "pretrain", [*overlays], [f"model={name}", *overrides]
     return name, [*overlays], [*overrides]

@@ -116,9 +116,9 @@ def find_tokenizer(text: str) -> Tokenizer:
         UserError: if it is none of them.
     """
     from plmtune.config.names import where_it_belongs
-    from plmtune.registry import describe, load
+    from plmtune.registry import describe_components, load
 
-    named = set(describe()["tokenizer"]) - {"file"}  # that one is reached by its path
+    named = set(describe_components()["tokenizer"]) - {"file"}  # that one is reached by its path
     if text in named:
         return load("tokenizer", text)()
     if Path(text).exists() or hub.parse(text):

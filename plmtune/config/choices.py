@@ -16,7 +16,7 @@ from plmtune.config.builtin import builtin_folder
 from plmtune.config.overrides import as_typed
 from plmtune.config.rules import check_file, is_option, read_yaml
 from plmtune.errors import UserError, either
-from plmtune.registry import describe
+from plmtune.registry import describe_components
 
 SEVERAL = "several"  # the logger that holds others
 FILE_PRESET = "plmtune_file_"  # what the names of presets from files begin with in Hydra's store
@@ -26,7 +26,7 @@ def nested_groups(group: str) -> dict[str, str]:
     """Keys of a group's components that hold a component themselves, and the group of each."""
     return {
         parameter.name: parameter.default.split("(", 1)[1].split(",")[0].strip("'\" ")
-        for entry in describe().get(group, {}).values()
+        for entry in describe_components().get(group, {}).values()
         for parameter in entry.parameters
         if parameter.default is not None and parameter.default.startswith("component(")
     }
@@ -199,7 +199,9 @@ def preset_groups(content: Mapping[str, Any]) -> list[str]:
     names = [content["component"]] if "component" in content else names
     if "recipe" in content or any((builtin_folder("conf") / f"{name}.yaml").is_file() for name in names):
         return []
-    return [group for group, table in describe().items() if any(n in table or n in presets(group) for n in names)]
+    return [
+        group for group, table in describe_components().items() if any(n in table or n in presets(group) for n in names)
+    ]
 
 
 def place_of_group(group: str, groups: Collection[str]) -> str:

@@ -15,14 +15,14 @@ from plmtune.config.overrides import as_typed
 from plmtune.config.renamed import new_key
 from plmtune.config.schema import SCHEMAS
 from plmtune.errors import UserError, did_you_mean, either, near_names
-from plmtune.registry import describe
+from plmtune.registry import describe_components
 from plmtune.units import with_point
 
 
 def _of_other_component(full_key: str, group: str, name: str) -> str | None:
     """What to say of a key that its component does not have, but others of the same group do."""
     parent, _, leaf = full_key.rpartition(".")
-    table = describe().get(group, {})
+    table = describe_components().get(group, {})
     having = [other for other, held in table.items() if any(p.name == leaf and p.default for p in held.parameters)]
     if name not in table or not having:
         return None

@@ -14,7 +14,7 @@ from plmtune.config.schema import SCHEMAS, component_keys
 from plmtune.errors import UserError, either
 from plmtune.io import hub
 from plmtune.io.run_summary import explain_missing
-from plmtune.registry import describe
+from plmtune.registry import describe_components
 
 DEVICES = Path(__file__).parents[1] / "devices"
 _EXAMPLES = {"preference": "aries"}  # a config of the recipe, where none has its name
@@ -24,7 +24,7 @@ def where_it_belongs(name: str) -> str:
     """A sentence that says what `name` is and which command takes it; empty if it is nothing that plmtune knows."""
     if (builtin_folder("conf") / f"{name}.yaml").is_file():
         return f" {name} is a config: plmtune run {name}"
-    table, groups = describe(), component_keys()
+    table, groups = describe_components(), component_keys()
     for kind, found in (
         ("preset", [group for group in table if name in presets(group)]),
         ("component", [group for group in table if name in table[group]]),

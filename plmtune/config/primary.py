@@ -21,7 +21,7 @@ from plmtune.config.rules import check_file, read_yaml
 from plmtune.config.schema import SCHEMAS, component_keys
 from plmtune.config.signatures import dict_group, is_component, plain_schema
 from plmtune.errors import UserError, did_you_mean, either, near_names, refuse_pipe
-from plmtune.registry import Component, describe, keys_of
+from plmtune.registry import Component, describe_components, keys_of
 
 PRIMARY = "plmtune_primary"
 
@@ -143,7 +143,7 @@ def _check_shape_of_component(group: str, value: Any, key: str, place: str) -> N
     if not isinstance(value, dict):
         return
     chosen = value.get("component")
-    names = [chosen] if chosen in list(describe()[group]) else list(describe()[group])
+    names = [chosen] if chosen in list(describe_components()[group]) else list(describe_components()[group])
     for name, child in value.items():
         held = next((keys_of(group, one)[name] for one in names if name in keys_of(group, one)), None)
         if held is not None and isinstance(held.default, Component):

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, Literal
 
 from plmtune.config.schema import component_keys
-from plmtune.registry import Component, Key, describe, keys_of
+from plmtune.registry import Component, Key, describe_components, keys_of
 
 # Type name -> its keys, to find the nearest right one for a wrong one.
 FIELDS: dict[str, list[str]] = {}
@@ -98,7 +98,7 @@ def _dict_keys_of(groups: frozenset[str]) -> set[str]:
     return {
         f"{group}.{key.name}"
         for group in groups
-        for name in describe().get(group, {})
+        for name in describe_components().get(group, {})
         for key in keys_of(group, name).values()
         if plain_type(key.type) == dict[str, Any]
     }

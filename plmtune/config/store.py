@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from plmtune.config.schema import SCHEMAS, component_keys
 from plmtune.config.signatures import component_schema, plain_schema
 from plmtune.errors import UserError
-from plmtune.registry import Component, describe, keys_of
+from plmtune.registry import Component, describe_components, keys_of
 
 
 def _option(chosen: Component) -> str:
@@ -25,7 +25,7 @@ def _option(chosen: Component) -> str:
 
 def _store_group(place: str, group: str) -> None:
     """Store every component of `group` as an option at `place`, and the groups nested in them below it."""
-    for name in describe().get(group, {}):
+    for name in describe_components().get(group, {}):
         _store_option(place, Component(group, name))
 
 
@@ -85,7 +85,7 @@ def store_components() -> None:
     """Fill Hydra's store with the schemas and with every component, those of a user (--import) included."""
     for recipe in SCHEMAS:
         _store_later(f"{recipe}_schema", partial(_schema_node, recipe))
-    components = frozenset((group, name) for group, table in describe().items() for name in table)
+    components = frozenset((group, name) for group, table in describe_components().items() for name in table)
     _store_groups(frozenset(component_keys()), components)
 
 

@@ -20,7 +20,7 @@ from plmtune.config.schema import SCHEMAS
 from plmtune.config.signatures import FIELDS, component_schema, dict_group, is_component, is_text_list, plain_schema
 from plmtune.errors import UserError, did_you_mean, either
 from plmtune.ranges import Rule
-from plmtune.registry import Component, describe, find, keys_of
+from plmtune.registry import Component, describe_components, find, keys_of
 
 
 def from_plain(source: DictConfig | dict[str, Any], where: str = "") -> Any:
@@ -158,7 +158,9 @@ def to_component(group: str, value: Any, key: str, where: str = "") -> Component
     if isinstance(value, str):  # the name alone
         value = {"component": value}
     if not isinstance(value, dict) or not isinstance(value.get("component"), str):
-        raise UserError(f"{place}key {key}: needs the name of a component: {', '.join(sorted(describe()[group]))}.")
+        raise UserError(
+            f"{place}key {key}: needs the name of a component: {', '.join(sorted(describe_components()[group]))}."
+        )
     name = value["component"]
     try:
         find(group, name)

@@ -18,7 +18,7 @@ from plmtune.export.lint import QUANTIZED, WRITTEN, stored_bytes, stored_type
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized
 from plmtune.quantization.schemes import EMBEDDING, HEAD
-from plmtune.registry import Component, describe
+from plmtune.registry import Component, describe_components
 
 RUNTIMES = ("plmtune", "llama.cpp")
 FLOATS = {name: dtypes.BYTES[name] for name in ("fp32", "bf16")}
@@ -207,7 +207,7 @@ def _attention(module: Any) -> Attention:
 
 def our_schemes() -> list[str]:
     """Schemes that plmtune runs."""
-    return [*FLOATS, *(name for name in describe().get("quantization", {}) if name != "mixed")]
+    return [*FLOATS, *(name for name in describe_components().get("quantization", {}) if name != "mixed")]
 
 
 def schemes_of(runtime: str) -> list[str]:

@@ -470,7 +470,7 @@ class Checkpoints:
             save.job = self._pool.submit(self._publish, save.step, entries)
 
     def _publish(self, step: int, entries: Mapping[str, Any]) -> dict[str, Any]:
-        """Seal what was written, give it its name, and drop what is no longer wanted."""
+        """Write the manifest of what was written, give it its name, and drop what is no longer wanted."""
         final, temporary = step_path(self.directory, step), self._temporary(step)
         manifest.write(temporary, step, entries)
         manifest.sync(temporary)

@@ -21,7 +21,7 @@ from plmtune.data.sources import Prepared, named_sources
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io import terminal
 from plmtune.optim.optimizers import COMPILED
-from plmtune.registry import Component, describe, load
+from plmtune.registry import Component, describe_components, load
 from plmtune.tokenizers.chat_template import ChatTemplate, find_template, template_source
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.tokenizers.tokenizer_files import QWEN2_ROWS
@@ -106,7 +106,7 @@ def build_loss(chosen: Component | None, data_kinds: Collection[str]) -> Any:
     loss = build("loss", chosen)
     if data_kind(loss) not in data_kinds:
         assert chosen is not None
-        fitting = [name for name in describe()["loss"] if data_kind(load("loss", name)) in data_kinds]
+        fitting = [name for name in describe_components()["loss"] if data_kind(load("loss", name)) in data_kinds]
         raise UserError(f"key loss: {chosen.name} is not for this recipe, which takes {', '.join(fitting)}.")
     return loss
 
@@ -150,7 +150,9 @@ def build_finetuned(cfg: FinetuningConfig, runtime: Runtime, *, fetch: bool) -> 
     if model is not None and not cfg.resume:  # an init_from with another model or tokenizer explains what follows
         find_init_checkpoint(cfg.init_from, model, tokenizer, cfg.scheduler, weights=False)
     refused: UserError | None = None
-    for chosen in [cfg.model] if cfg.model else [Component("model", name, {}) for name in sorted(describe()["model"])]:
+    for chosen in (
+        [cfg.model] if cfg.model else [Component("model", name, {}) for name in sorted(describe_components()["model"])]
+    ):
         try:
             finetuned = build_on_meta(chosen, tokenizer)
             check_finetuning(finetuned, cfg.peft, cfg.quantization, runtime.strategy)

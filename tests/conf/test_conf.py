@@ -6,7 +6,7 @@ import torch
 from plmtune.config import compose
 from plmtune.config.builtin import builtin_folder
 from plmtune.errors import UserError
-from plmtune.registry import describe
+from plmtune.registry import describe_components
 
 CONF = builtin_folder("conf")
 RUNNABLE = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -35,7 +35,7 @@ def test_preset_composes_and_builds(name: str) -> None:
 
 
 def test_no_preset_bears_a_components_name() -> None:
-    table = describe()
+    table = describe_components()
     for path in CONF.rglob("*/*.yaml"):
         assert path.stem not in table[path.parent.name], path
 

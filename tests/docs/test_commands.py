@@ -21,7 +21,7 @@ from plmtune.cli import cli
 from plmtune.config import compose, override_checks, run_config
 from plmtune.config.builtin import builtin_folder
 from plmtune.devices.device import load_device
-from plmtune.registry import describe
+from plmtune.registry import describe_components
 
 COMMANDS = [command for page in documented.PAGES for command in documented.commands(page)]
 # One of each wording: a page repeats another's.
@@ -84,7 +84,7 @@ def check(command: Command) -> None:
     elif name == "resume":
         run_config.override(composed("demo"), [word for word in words[1:] if "=" in word])
     elif name == "ls" and given["group"]:
-        assert given["group"].rpartition("/")[2] in {*describe(), "devices"}
+        assert given["group"].rpartition("/")[2] in {*describe_components(), "devices"}
     elif name == "cp" and command.is_whole:
         where = builtin_folder("recipes") if given["name"].startswith("recipes/") else builtin_folder("conf")
         assert list(where.rglob(given["name"].removeprefix("recipes/") + ".*"))

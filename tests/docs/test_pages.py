@@ -10,7 +10,7 @@ import documented
 import pytest
 
 from plmtune.config.schema import PretrainConfig
-from plmtune.registry import describe
+from plmtune.registry import describe_components
 
 PAGES = [*documented.PAGES, documented.ROOT / "benchmarks" / "README.md"]
 
@@ -70,7 +70,7 @@ def test_the_maps_of_the_repository_name_every_package(name: str, heading: str) 
 
 def test_the_design_page_names_every_group_of_the_registry() -> None:
     text = (documented.ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    assert [group for group in describe() if f"\n| `{group}` |" not in text] == []
+    assert [group for group in describe_components() if f"\n| `{group}` |" not in text] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

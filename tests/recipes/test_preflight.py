@@ -19,7 +19,7 @@ from plmtune.cli.validate import check
 from plmtune.config import compose as config
 from plmtune.config.schema import SCHEMAS
 from plmtune.errors import UserError
-from plmtune.registry import Component, describe, keys_of
+from plmtune.registry import Component, describe_components, keys_of
 from plmtune.tokenizers import tokenizer_files
 from plmtune.training.estimate import estimate
 
@@ -126,7 +126,7 @@ def components(recipe: str) -> Iterator[tuple[str, Component]]:
     """Each registered component that a key of a recipe can choose with that key, those nested in it included."""
 
     def of(key: str, group: str) -> Iterator[tuple[str, Component]]:
-        for name in describe()[group]:
+        for name in describe_components()[group]:
             yield key, Component(group, name, TINY if group == "model" else NEEDED.get((group, name), {}))
             for nested, held in keys_of(group, name).items():
                 if isinstance(held.default, Component) and name == "plm":  # llama has the same ones
