@@ -28,11 +28,12 @@ from side_by_side import machine
 from torch.optim.lr_scheduler import LambdaLR
 
 from plmtune.io import manifest, safetensors_writer
+from plmtune.io.manifest import step_path
 from plmtune.losses.cross_entropy import cross_entropy
 from plmtune.models.plm import plm
 from plmtune.optim.optimizers import adamw
 from plmtune.registry import component
-from plmtune.training.checkpoint import Checkpoints, step_path
+from plmtune.training.checkpoint import Checkpoints
 
 VOCAB, BATCH, SEQ_LEN = 8192, 1, 16
 STALL_BAR, HASH_BAR = 0.10, 0.05

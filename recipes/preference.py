@@ -28,7 +28,6 @@ from plmtune.preference.scorer import AnswerScorer
 from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.training import launcher
 from plmtune.training import preflight as checks
-from plmtune.training.checkpoint import TrainerState
 from plmtune.training.finetune_model import FinetuneModel, load_init_model, setup_model
 from plmtune.training.guard import Guard, handle_skip, sample_locations
 from plmtune.training.init_from import find_init_checkpoint
@@ -38,6 +37,7 @@ from plmtune.training.preflight import TrainingPlan
 from plmtune.training.resume_checks import config_digest
 from plmtune.training.run_setup import open_run
 from plmtune.training.runtime import Runtime
+from plmtune.training.trainer_state import TrainerState
 
 if TYPE_CHECKING:
     from plmtune.evaluation.during import Evaluations
@@ -268,7 +268,7 @@ class Preference:
             if last or stop or is_due(self.step, cfg.checkpoint.every):
                 with monitor.paused():
                     self.save_checkpoint(metrics, wait=last or stop)
-            elif failure := self.checkpoints.failure():
+            elif failure := self.checkpoints.poll_save():
                 monitor.message(f"{failure}\nTrying once more, with the present state.")
                 self.save_checkpoint({}, wait=True)
             run.note_saved(self.checkpoints.saved)

@@ -26,7 +26,7 @@ from plmtune.models.hf import hf_state, load_state
 from plmtune.models.hf_config import write_config
 from plmtune.training import launcher
 from plmtune.training import preflight as checks
-from plmtune.training.checkpoint import TrainerState, best_checkpoint_notes, load_optimizer_state, open_checkpoints
+from plmtune.training.checkpoint import open_checkpoints
 from plmtune.training.determinism import measure_cost
 from plmtune.training.guard import Guard, handle_skip, sample_locations
 from plmtune.training.init_from import check_finite, find_init_checkpoint
@@ -34,8 +34,10 @@ from plmtune.training.monitor import RunMonitor, is_due, learning_rates
 from plmtune.training.plot import draw_curves
 from plmtune.training.preflight import TrainingPlan
 from plmtune.training.resume_checks import config_digest, refuse_other_order
+from plmtune.training.retention import best_checkpoint_notes
 from plmtune.training.run_setup import open_run, open_sources
 from plmtune.training.runtime import Runtime
+from plmtune.training.trainer_state import TrainerState, load_optimizer_state
 
 if TYPE_CHECKING:
     from plmtune.evaluation.during import Evaluations
@@ -203,7 +205,7 @@ class Pretrain:
                 if last or stop or is_due(self.step, cfg.checkpoint.every):
                     with monitor.paused():
                         self.save_checkpoint(metrics, wait=last or stop)
-                elif failure := self.checkpoints.failure():
+                elif failure := self.checkpoints.poll_save():
                     monitor.message(f"{failure}\nTrying once more, with the present state.")
                     self.save_checkpoint({}, wait=True)
                 run.note_saved(self.checkpoints.saved)

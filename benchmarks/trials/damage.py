@@ -18,10 +18,10 @@ from plmtune.errors import UserError
 from plmtune.io import manifest
 from plmtune.io.run_directory import read_record, verify_config
 from plmtune.models.checkpoint_files import checkpoint_directory
-from plmtune.training.checkpoint import latest_valid, read_trainer_state
 from plmtune.training.resume_checks import config_digest
 from plmtune.training.run_setup import open_run
 from plmtune.training.runtime import Runtime
+from plmtune.training.trainer_state import latest_valid, read_trainer_state
 
 from .place import Place, differing, last_step, outcome
 from .tally import Tally

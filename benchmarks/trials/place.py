@@ -21,7 +21,7 @@ from plmtune.io import manifest
 from plmtune.io.manifest import step_path, steps
 from plmtune.io.metrics import read, without_timing
 from plmtune.io.run_directory import read_record
-from plmtune.training.checkpoint import latest_valid
+from plmtune.training.trainer_state import latest_valid
 
 STEPS = 24
 SMALL = [

@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from plmtune.errors import UserError
 from plmtune.io.manifest import step_path, steps
-from plmtune.training.checkpoint import Checkpoints, latest_valid
+from plmtune.training.checkpoint import Checkpoints
+from plmtune.training.trainer_state import latest_valid
 
 from .place import FORKS, Place, torn
 from .tally import Tally

@@ -1,9 +1,8 @@
-"""Checkpoints: directories that are whole or not there, and from which training goes on byte for byte.
+"""Checkpoints: directories that are complete or absent, and from which training resumes bit by bit.
 
-The protocol: copy the state to the host, and let training go on; every rank writes its share of the files into
-``.tmp-step-00000500`` and brings them to the disk; ``manifest.json`` comes last, then one rename to
-``step-00000500``, then `latest`. A process killed anywhere leaves the checkpoints before as they were.
-See docs/checkpoints.md.
+The protocol: the state is copied to the host while training waits; then every rank writes its share of the files into
+``.tmp-step-00000500`` and syncs them to the disk; ``manifest.json`` comes last, then one rename to ``step-00000500``,
+then `latest`. A kill at any point leaves the earlier checkpoints as they were. See docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -12,14 +11,12 @@ import errno
 import importlib.metadata
 import json
 import logging
-import math
 import platform
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,137 +25,27 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plmtune.config.schema import CheckpointConfig, ValidationConfig
-from plmtune.errors import NotFinite, Unreadable, UserError, unreadable
+from plmtune.config.schema import CheckpointConfig
+from plmtune.errors import NotFinite, UserError, unreadable
 from plmtune.io import manifest, safetensors_writer
 from plmtune.io.manifest import step_path, steps
-from plmtune.models.checkpoint_files import Stored, locate, read_json
+from plmtune.models.checkpoint_files import Stored, locate
 from plmtune.training import distributed
 from plmtune.training import state as training_state
 from plmtune.training.guard import check_weights
-from plmtune.training.snapshot import Stage
+from plmtune.training.retention import best_step, prune, remove_unfinished
+from plmtune.training.snapshot import SnapshotBuffers
+from plmtune.training.trainer_state import STATE, read_trainer_state
 
 log = logging.getLogger(__name__)
 
-STATE = "state.json"
 LATEST = "latest"
-BEST = "best"
 TOO_HIGH = "Start again with a lower optimizer.lr or weight decay."
-# Some hundred bytes a parameter group and 20 KiB for each rank whose random numbers are its own.
-_MAX_STATE_BYTES = 16 * 2**20
-_UNFINISHED = re.compile(r"\.(?:tmp-step-|old-step-|latest\.tmp-|best\.tmp-)")
-
-
-def latest_valid(directory: Path, *, once: bool = False) -> Path | None:
-    """The newest checkpoint whose every file matches its manifest. Rank 0 reads and tells the others.
-
-    Those that are damaged are passed over, with a warning that names the file.
-
-    Args:
-        once: hash a file that is as it was when it was last found right no more, see `manifest.check_files_once`.
-
-    Raises:
-        UserError: on every rank, if there are checkpoints and none is whole.
-    """
-
-    def find() -> str:
-        refused: list[str] = []
-        for step in reversed(steps(directory)):
-            path = step_path(directory, step)
-            try:
-                if once:
-                    manifest.read(path)  # it must have one
-                    manifest.check_files_once(path)
-                else:
-                    manifest.check_files(path)
-            except Unreadable:
-                raise  # steps would be lost that are perhaps whole
-            except UserError as error:
-                log.warning("Checkpoint refused: %s", error)
-                refused.append(str(error))
-                continue
-            if refused:
-                log.warning("Resuming from %s instead.", path)
-            return path.name
-        if refused:
-            raise UserError(
-                f"No checkpoint in {directory} is whole: {' '.join(refused)} Put a whole copy back, or start anew."
-            )
-        if directory.is_symlink() and not directory.exists():
-            raise UserError(f"{directory} leads to {directory.readlink()}, which is not there. Is its disk mounted?")
-        return ""
-
-    found = distributed.broadcast_from_rank0(find)
-    return directory / found if found else None
-
-
-def read_trainer_state(directory: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint; empty for a model without training state.
-
-    Raises:
-        UserError: if it is not what a checkpoint holds.
-    """
-    if not (directory / STATE).exists():
-        return {}
-    document = read_json(directory, STATE, max_bytes=_MAX_STATE_BYTES)
-    if not isinstance(document.get("state"), dict) or not isinstance(document.get("step"), int):
-        raise UserError(f"{directory / STATE} is damaged: it lacks step or state. Use an earlier checkpoint.")
-    return document
-
-
-@dataclass(frozen=True)
-class TrainerState:
-    """What the checkpoint that a run resumes from holds besides tensors; a new run has an empty one.
-
-    Attributes:
-        checkpoint: its directory.
-        step: optimizer steps that it has made.
-        state: what the recipe saved, as `Checkpoints.save` was given it.
-        metrics: what was measured at that step.
-    """
-
-    checkpoint: Path | None = None
-    step: int = 0
-    state: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def latest(cls, run_dir: str | Path) -> TrainerState:
-        """Read the newest valid checkpoint of a run; empty if it has saved none. Every rank must call it.
-
-        Raises:
-            UserError: see `latest_valid`.
-        """
-        checkpoint = latest_valid(Path(run_dir) / "checkpoints")
-        if checkpoint is None:
-            return cls()
-        document = read_trainer_state(checkpoint)
-        return cls(checkpoint, document["step"], document["state"], document.get("metrics", {}))
-
-
-def load_optimizer_state(directory: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
-    """Give a new optimizer another run's state (moments), but not that run's settings. Every rank must call it.
-
-    Args:
-        directory: a checkpoint that was verified.
-
-    Raises:
-        UserError: if that run's optimizer is another one.
-    """
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    document = read_trainer_state(directory)
-    try:
-        moments = Stored(locate(directory, "optimizer"))
-        training_state.load_optimizer_state_dict(model, optimizer, moments, document["optimizer"])
-    except UserError as error:
-        raise UserError(f"{directory} does not fit this run. {error}") from error
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
 
 
 @dataclass
 class _Save:
-    """A save that is under way: every rank writes its files, then rank 0 publishes all of them."""
+    """A save in progress: every rank writes its files, then rank 0 publishes all of them."""
 
     step: int
     needed: int
@@ -169,14 +56,14 @@ class _Save:
 class Checkpoints:
     """The checkpoints of one run: the newest `keep` of them, and the best.
 
-    Whoever makes one holds the run's lock: what looks unfinished in the directory was left by a dead process.
+    The caller holds the run's lock, so unfinished files in the directory were left by a dead process.
 
     Args:
-        directory: where they are, made at the first save.
+        directory: made at the first save.
         keep: how many to keep; 0 keeps all.
         best: the metric by whose value one more is kept; None keeps none.
         mode: "min" or "max".
-        background: write while training goes on, from a copy in host memory.
+        background: write while training continues, from a copy in host memory.
         state_dict: gives a model's tensors by their names in the file; `restore` writes into them.
         stem: of their files.
         write_metadata: writes what a directory needs, besides weights, to be loaded alone: config.json, tokenizer.
@@ -210,14 +97,14 @@ class Checkpoints:
         self.stem = stem
         self.write_metadata = write_metadata
         self.file_bytes = file_bytes
-        self._stage = Stage(copies=background)
+        self._buffers = SnapshotBuffers(copies=background)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._save: _Save | None = None
         self.pinned: int | None = None  # a step whose checkpoint is kept as long as it stands here
         self._from = 0  # the step that was restored
         self._own: set[int] = set()  # steps saved since
         if distributed.rank() == 0:
-            self._clean()
+            remove_unfinished(self.directory)
 
     def save(
         self,
@@ -234,29 +121,29 @@ class Checkpoints:
 
         Args:
             model: the model itself, not a DDP wrapper.
-            state: whatever else the recipe needs to go on, JSON-able.
+            state: what else the recipe needs to resume, JSON-able.
             metrics: what was measured at this very step; the best checkpoint is chosen by them.
-            wait: until it is on the disk, whatever `background` says.
+            wait: return when it is on the disk, also with `background`.
 
         Returns:
             The checkpoint's directory, there at once or after `wait`.
 
         Raises:
-            UserError: on every rank, if this one or one before it cannot be written; the checkpoints that were
-                there are whole, and nothing partial is left. NotFinite, if it holds NaN or an infinity.
+            UserError: on every rank, if it cannot be written; earlier checkpoints stay valid, and nothing partial is
+                left. NotFinite, if it holds NaN or an infinity.
         """
         try:
-            self.wait()  # never two at a time: host memory and the disk are for one
+            self.wait()  # one at a time: host memory and the disk have room for one
         except NotFinite:
             raise
         except UserError as error:
-            log.warning("%s", error)  # what stood in its way may be gone; if not, this one says so
+            log.warning("%s", error)  # the cause may be gone; if not, this save fails too
         tensors, optimizer_rest = training_state.optimizer_state_dict(model, optimizer)
         random_states = distributed.gather_texts(json.dumps(training_state.random_state()))
         stems = {self.stem: self.state_dict(model), "optimizer": tensors}
-        needed = sum(t.numel() * t.element_size() for named in stems.values() for t in named.values())
+        needed = sum(t.numel() * t.element_size() for held in stems.values() for t in held.values())
         distributed.broadcast_from_rank0(lambda: self._make_room(step, needed))
-        snapshot = self._stage.take(stems, max_bytes=self.file_bytes, writers=self._writers(step))
+        snapshot = self._buffers.take(stems, max_bytes=self.file_bytes, writers=self._writers(step))
         rest: dict[str, str] = {}
         if distributed.rank() == 0:
             rest = {name: json.dumps(content) for name, content in snapshot.indexes.items()}
@@ -277,7 +164,7 @@ class Checkpoints:
                     "python": platform.python_version(),
                 },
             }
-            rest[STATE] = json.dumps(document)  # now: the recipe's own state goes on changing
+            rest[STATE] = json.dumps(document)  # now, as the recipe's state changes in the next step
         job = self._pool.submit(self._write, step, snapshot.tensors, rest)
         self._save = _Save(step, needed, job)
         if wait or not self.background:
@@ -285,7 +172,7 @@ class Checkpoints:
         return step_path(self.directory, step)
 
     def poll(self) -> None:
-        """See how a save in the background does. Every rank must call it, after each step.
+        """Continue or finish a save in the background. Every rank must call it, after each step.
 
         Raises:
             UserError: on every rank, if it failed.
@@ -293,13 +180,13 @@ class Checkpoints:
         if self._save is not None and not distributed.any_rank(not self._save.job.done()):
             self._advance(self._save)
 
-    def describe_newest(self) -> str:
-        """Say which checkpoint of this run is the newest. Rank 0 knows."""
+    def newest_message(self) -> str:
+        """A sentence that names the newest checkpoint of this run. Only rank 0 may call it."""
         newest = max(self.saved, self._from)
         return f"Its newest checkpoint is that of step {newest}." if newest else "No step was saved before."
 
-    def failure(self) -> str:
-        """Return why a save in the background failed; empty if none did. Every rank must call it, after each step.
+    def poll_save(self) -> str:
+        """Poll; return why a save in the background failed, or an empty text. Every rank must call it, after each step.
 
         Raises:
             NotFinite: if it holds NaN or an infinity.
@@ -313,17 +200,18 @@ class Checkpoints:
         return ""
 
     def check_weights(self, model: nn.Module, step: int, *, since: int) -> None:
-        """Refuse weights that hold NaN or an infinity: no later update can mend them. Every rank must call it.
+        """Refuse weights that hold NaN or an infinity, which no later update removes. Every rank must call it.
 
         Args:
-            step: the last step; since: the step whose update made them.
+            step: the last step.
+            since: the step whose update produced them.
 
         Raises:
             NotFinite: on every rank.
         """
 
         def message(names: str) -> str:
-            kept = distributed.broadcast_from_rank0(self.describe_newest)
+            kept = distributed.broadcast_from_rank0(self.newest_message)
             return (
                 f"step {step}: weights are not finite since the update of step {since} ({names}), so they are not "
                 f"saved. {kept} {TOO_HIGH}"
@@ -333,34 +221,34 @@ class Checkpoints:
 
     @property
     def saved(self) -> int:
-        """The newest step that this object has brought to the disk; 0 if there is none. Rank 0 knows."""
+        """The newest step that this object has written; 0 if there is none, and on other ranks than 0."""
         return max(self._own, default=0)
 
     def wait(self) -> None:
-        """Wait until the save under way, if there is one, is on the disk. Every rank must call it.
+        """Wait until the save in progress, if there is one, is on the disk. Every rank must call it.
 
         Raises:
             UserError: on every rank, if it failed.
         """
         while self._save is not None:
-            # In turns of a second, so that a long save is no silent process to the others.
+            # At most a second at a time: in a longer silence the other ranks would take this one for dead.
             futures.wait([self._save.job], timeout=1)
             self.poll()
 
     def close(self) -> None:
-        """Let this process's writing come to its end, without a word to other ranks: one may be gone."""
+        """Finish this process's writing, without an exchange with other ranks: one may be gone."""
         self._pool.shutdown()
 
     def restore(self, path: Path, *, model: nn.Module, optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
-        """Put a checkpoint back into model, optimizer, scheduler and random generators.
+        """Load a checkpoint into model, optimizer, scheduler and random generators.
 
-        Every rank must call it and see the same files, whatever the number of processes that wrote them.
+        Every rank must call it and see the same files. Any number of processes may have written them.
 
         Args:
-            path: what `latest_valid` found.
+            path: a checkpoint that `latest_valid` found.
 
         Returns:
-            The `state` that was saved with it and its "step".
+            Its `state`, and its "step".
 
         Raises:
             UserError: if it does not fit this run.
@@ -381,7 +269,7 @@ class Checkpoints:
             which, rank = document["random"]["of"], distributed.rank()
             same = len(which) == distributed.world_size()
             training_state.load_random_state(document["random"]["states"][which[rank if same else 0]])
-            if rank and not same:  # no state of this rank was saved, and that of rank 0 would repeat its dropout masks
+            if rank and not same:  # this rank has no saved state, and that of rank 0 would repeat its dropout masks
                 training_state.seed_everything(int(torch.randint(2**31, ())) + rank)
         except UserError as error:
             what = "cannot be resumed:" if isinstance(error, NotFinite) else "does not fit this run."
@@ -396,7 +284,7 @@ class Checkpoints:
         return {**document["state"], "step": self._from}
 
     def load_weights(self, step: int, model: nn.Module) -> None:
-        """Put the weights of `step`, and nothing else of it, into a model. Every rank must call it.
+        """Load the weights of `step`, and nothing else of it, into a model. Every rank must call it.
 
         Raises:
             UserError: if its checkpoint is not there, is damaged, or does not fit.
@@ -406,7 +294,7 @@ class Checkpoints:
         distributed.load_full_tensors(self.state_dict(model), Stored(locate(path, self.stem)))
 
     def _make_room(self, step: int, needed: int) -> None:
-        """Make the directory to write into."""
+        """Check the free space, and make the directory to write into."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.directory).free
@@ -423,14 +311,13 @@ class Checkpoints:
         return [rank for rank, text in enumerate(seen) if text]
 
     def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], rest: Mapping[str, str]) -> dict[str, Any]:
-        """Write this rank's files; returns their bytes and hashes. Runs in the background."""
+        """Write this rank's files in the background; returns their bytes and hashes."""
         directory = self._temporary(step)
-        # Here, and not before the copy: training does not wait for it.
+        # After the copy, so that training does not wait for it.
         if names := [name for held in tensors.values() for name in safetensors_writer.not_finite(held)]:
             raise NotFinite(
                 f"step {step}: weights or moments are not finite ({safetensors_writer.listed(names)}), so it is not "
-                f"saved. "
-                f"{self.describe_newest()} {TOO_HIGH}"
+                f"saved. {self.newest_message()} {TOO_HIGH}"
             )
         entries = {name: safetensors_writer.write(directory / name, held) for name, held in tensors.items()}
         for name, text in rest.items():
@@ -442,16 +329,16 @@ class Checkpoints:
         return entries
 
     def _advance(self, save: _Save) -> None:
-        """All ranks are done with what they had to do: tell each other how it went, and go on or end."""
+        """All ranks have done their part: exchange the outcomes, then publish, or fail on every rank."""
         error = save.job.exception()
-        told = distributed.gather_texts(
+        texts = distributed.gather_texts(
             json.dumps(
                 {"failure": self._failed(save.step, error, save.needed), "finite": not isinstance(error, NotFinite)}
                 if error
                 else save.job.result()
             )
         )
-        outcomes = [json.loads(text) for text in told]
+        outcomes = [json.loads(text) for text in texts]
         failures = sorted((outcome["finite"], outcome["failure"]) for outcome in outcomes if "failure" in outcome)
         if failures:
             self._save = None
@@ -459,8 +346,8 @@ class Checkpoints:
                 shutil.rmtree(self._temporary(save.step), ignore_errors=True)
             if error is not None and not isinstance(error, OSError | NotFinite):
                 raise error
-            finite, said = failures[0]
-            raise UserError(said) if finite else NotFinite(said)
+            finite, message = failures[0]
+            raise UserError(message) if finite else NotFinite(message)
         if save.publishing or distributed.world_size() == 1:
             self._save = None
             return
@@ -470,17 +357,20 @@ class Checkpoints:
             save.job = self._pool.submit(self._publish, save.step, entries)
 
     def _publish(self, step: int, entries: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the manifest of what was written, give it its name, and drop what is no longer wanted."""
+        """Write the manifest, give the directory its name, and remove checkpoints that are no longer kept."""
         final, temporary = step_path(self.directory, step), self._temporary(step)
         manifest.write(temporary, step, entries)
         manifest.sync(temporary)
-        if final.exists():  # a damaged one that was passed over, or the same step saved again
+        if final.exists():  # a damaged one that was skipped, or the same step saved again
             final.rename(self.directory / f".old-{final.name}")
         temporary.rename(final)
         manifest.sync(self.directory)
         manifest.write_text(self.directory / LATEST, f"{final.name}\n")
         self._own.add(step)
-        self._prune()
+        # Later steps of an earlier attempt were refused when this run resumed: they count for nothing.
+        own = [saved for saved in steps(self.directory) if saved <= self._from or saved in self._own]
+        kept = {*own[-self.keep :], *([] if self.pinned is None else [self.pinned])}  # with keep=0 all
+        prune(self.directory, kept, best_step(self.directory, own, self.best, self.mode))
         return {}
 
     def _failed(self, step: int, error: BaseException, needed: int) -> str:
@@ -488,7 +378,7 @@ class Checkpoints:
             return str(error)
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         number = error.errno if isinstance(error, OSError) else None
-        remedy = {errno.EFBIG: "raise the limit on files (ulimit -f)", errno.EACCES: "let it be written"}.get(
+        remedy = {errno.EFBIG: "raise the limit on files (ulimit -f)", errno.EACCES: "allow writing to it"}.get(
             number or 0, "make room"
         )
         earlier = "Earlier checkpoints are as they were" if steps(self.directory) else "No step was saved before"
@@ -499,70 +389,6 @@ class Checkpoints:
 
     def _temporary(self, step: int) -> Path:
         return self.directory / f".tmp-{step_path(self.directory, step).name}"
-
-    def _prune(self) -> None:
-        every = steps(self.directory)
-        # Others were refused when this run was resumed: they belong to a past that did not happen.
-        past = [step for step in every if step <= self._from or step in self._own]
-        kept = set(past[-self.keep :])  # with keep=0 all
-        best = self._best(past)
-        if self.pinned is not None:
-            kept.add(self.pinned)
-        if best is not None:
-            kept.add(best)
-            name = step_path(self.directory, best).name
-            manifest.write_text(self.directory / BEST, f"{name}\n")
-        else:
-            (self.directory / BEST).unlink(missing_ok=True)
-        for step in every:
-            if step not in kept:
-                path = step_path(self.directory, step)
-                # Renamed first: a kill in the middle of the removal must not leave half of it under its name.
-                path.rename(self.directory / f".old-{path.name}")
-        for path in self.directory.glob(".old-step-*"):
-            shutil.rmtree(path, ignore_errors=True)
-
-    def _best(self, past: list[int]) -> int | None:
-        """The step with the best value of the metric `best`; of equal ones the newest."""
-        values = {step: self._metric(step_path(self.directory, step)) for step in past} if self.best else {}
-        sign = -1 if self.mode == "min" else 1
-        # A value that is not finite, or is missing, is no value.
-        ranked = [(sign * v, step) for step, v in values.items() if isinstance(v, int | float) and math.isfinite(v)]
-        return max(ranked)[1] if ranked else None
-
-    def _metric(self, path: Path) -> Any:
-        """What the checkpoint at `path` has of the metric `best`; None of one whose word does not count."""
-        try:
-            whole = manifest.read(path)["files"][STATE]["xxh3_128"] == manifest.digest(path / STATE)
-            return read_trainer_state(path)["metrics"].get(self.best) if whole else None
-        except (UserError, LookupError, TypeError, AttributeError, OSError):
-            return None
-
-    def _clean(self) -> None:
-        """Remove what a killed process left behind, and undo an exchange that it did not finish."""
-        if not self.directory.is_dir():
-            return
-        for path in self.directory.iterdir():
-            if not _UNFINISHED.match(path.name):
-                continue
-            name = path.name.removeprefix(".old-")
-            if path.name.startswith(".old-") and not (self.directory / name).exists():
-                _bring_back(path, self.directory / name)
-            elif path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-
-
-def _bring_back(moved: Path, name: Path) -> None:
-    """Undo the first half of an exchange that was cut short, unless what was moved away is not whole."""
-    try:
-        manifest.check_files(moved)
-        moved.rename(name)
-    except Unreadable:
-        log.warning("%s cannot be read, and is left as it is.", moved)
-    except UserError:
-        shutil.rmtree(moved, ignore_errors=True)
 
 
 def open_checkpoints(
@@ -584,14 +410,3 @@ def open_checkpoints(
         write_metadata=write_metadata,
         stem=stem,
     )
-
-
-def best_checkpoint_notes(settings: CheckpointConfig, validation: ValidationConfig) -> list[str]:
-    """A line to print where a run saves at steps that it does not validate."""
-    save, validate = settings.every, validation.every
-    if not (settings.best and save and validate and save % validate):
-        return []
-    return [
-        f"best checkpoint: only steps that are measured and saved count, each {math.lcm(save, validate)}th; "
-        "set checkpoint.every to a multiple of validation.every"
-    ]

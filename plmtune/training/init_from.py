@@ -19,10 +19,10 @@ from plmtune.models.checkpoint_files import checkpoint_directory, say_if_interru
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component
 from plmtune.tokenizers.tokenizer import Tokenizer
-from plmtune.training.checkpoint import latest_valid, read_trainer_state
 from plmtune.training.distributed import broadcast_from_rank0, once_per_machine
 from plmtune.training.guard import check_weights
 from plmtune.training.run_config import TrainingConfig
+from plmtune.training.trainer_state import latest_valid, read_trainer_state
 
 # Where init_from is empty, a run of a recipe starts from the newest finished run of the first recipe that has one.
 DEFAULT_INIT_RECIPES = {"sft": ("pretrain",), "preference": ("sft", "pretrain")}

@@ -1,4 +1,4 @@
-"""A copy of what is to be saved, on the host, dealt out over the ranks: training may go on as soon as it is taken."""
+"""Copies of the tensors to save in host memory, divided among the ranks: training continues once they are made."""
 
 from __future__ import annotations
 
@@ -28,14 +28,12 @@ class Snapshot:
 
 
 @dataclass
-class Stage:
-    """Takes snapshots.
-
-    Its buffers stay from one snapshot to the next: memory that the system must first hand out costs ten times the copy.
+class SnapshotBuffers:
+    """Takes snapshots, in buffers that are reused: allocating them takes ten times as long as the copy.
 
     Args:
-        copies: keep copies, so that training may change the tensors while they are written. Without, tensors that
-            are whole and on the host are written as they are.
+        copies: copy, so that training may change the tensors while they are written. False: tensors that are whole
+            and on the host are written as they are.
     """
 
     copies: bool
@@ -45,7 +43,7 @@ class Stage:
     def take(self, stems: Mapping[str, Mapping[str, Tensor]], *, max_bytes: float, writers: Sequence[int]) -> Snapshot:
         """Gather sharded tensors and bring each to the rank that writes it. Every rank must call it.
 
-        What stands in which file depends on names and sizes alone: any number of processes writes the same files.
+        Which file holds a tensor depends on names and sizes alone, so any number of processes writes the same files.
 
         Args:
             stems: tensors by name, sharded or not, for each beginning of file names.
@@ -72,7 +70,7 @@ class Stage:
                 if mine:
                     tensors[file] = held
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # the copies are under way
+            torch.cuda.synchronize()  # the copies are asynchronous
         return Snapshot(tensors, indexes)
 
     def _on_host(self, name: str, tensor: Tensor) -> Tensor:

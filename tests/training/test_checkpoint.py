@@ -25,8 +25,9 @@ from plmtune.errors import NotFinite, UserError
 from plmtune.io import checksummed_json, manifest
 from plmtune.io.manifest import check_files, steps
 from plmtune.training import state as training_state
-from plmtune.training.checkpoint import Checkpoints, latest_valid
+from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.runtime import Runtime
+from plmtune.training.trainer_state import latest_valid
 
 OPTIMIZERS = {
     "fused AdamW": lambda model: torch.optim.AdamW(
@@ -360,10 +361,10 @@ class TestDamage:
         file.symlink_to(tmp_path / "elsewhere.json")
         assert run.restore() == {"step": 1, "which": "older"}
 
-    def test_when_none_is_whole_the_reasons_are_told(self, run, tmp_path):
+    def test_when_none_is_valid_the_reasons_are_given(self, run, tmp_path):
         for step in (1, 2):
             os.truncate(tmp_path / f"step-0000000{step}" / "state.json", 3)
-        with pytest.raises(UserError, match=r"No checkpoint in .* is whole: .*step-00000002.*step-00000001"):
+        with pytest.raises(UserError, match=r"No checkpoint in .* is valid: .*step-00000002.*step-00000001"):
             run.restore()
 
     def test_a_damaged_one_can_be_replaced_at_its_step(self, run, tmp_path):

@@ -21,8 +21,9 @@ from toy import Toy, global_batch, train_step
 from plmtune.errors import UserError
 from plmtune.modules.sharding import full_tensor
 from plmtune.training import distributed
-from plmtune.training.checkpoint import Checkpoints, latest_valid
+from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.runtime import Runtime
+from plmtune.training.trainer_state import latest_valid
 
 CASES = ("ddp", "fsdp", "fsdp tied", "fsdp bf16", "fsdp 8bit")
 SPREAD = ("ddp", "fsdp")

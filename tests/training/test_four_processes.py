@@ -23,9 +23,10 @@ from toy import Toy, global_batch, train_step
 
 from plmtune.modules.sharding import full_tensor
 from plmtune.training import distributed
-from plmtune.training.checkpoint import Checkpoints, latest_valid
+from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.runtime import Runtime
 from plmtune.training.state import optimizer_state_dict
+from plmtune.training.trainer_state import latest_valid
 
 WAYS = {"ddp": {}, "fsdp": {}, "hsdp": {"shard_size": 2}}
 GROUPS = 3  # of the toy's parameters: two layers, and the root with what is left
