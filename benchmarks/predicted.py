@@ -99,7 +99,7 @@ def main() -> None:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    device = load_device(given.device) if given.device else calibrate(with_llama_cpp=False, progress=say)
+    device = load_device(given.device) if given.device else calibrate(with_llama_cpp=False, log=say)
     if given.save:
         save_device(device, given.save)
     contexts = [int(word) for word in given.contexts.split(",")]

@@ -121,7 +121,7 @@ def bench(
         from plmtune.devices.calibrate import calibrate as find
         from plmtune.devices.device import save_device
 
-        save_device(find(progress=_say), calibrate)
+        save_device(find(log=_say), calibrate)
         _say(f"wrote {calibrate}: plmtune plan CONFIG --device {calibrate}")
         if not targets:
             return

@@ -81,7 +81,7 @@ def export(
         context=context,
         overwrite=overwrite,
         verify=not no_verify,
-        say=say,
+        log=say,
     ):
         if made.report is not None:
             show(made.report.table())

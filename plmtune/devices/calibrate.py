@@ -1,4 +1,4 @@
-"""The machine at hand as a device: what its memory and matrix products reach, and each runtime's kernels on it.
+"""This machine as a device: the speed of its memory, its matrix products and each runtime's kernels.
 
 Small decoders of both attentions, with random weights, decode in each form of weights at a few depths of cache. Their
 times are sums of what `devices.predict` adds up, so a least-squares fit without negative terms gives its rates.
@@ -44,7 +44,7 @@ _DEPTHS = (32, 1024, 3072)
 _GGUF_DEPTHS = (32, 512)  # llama.cpp has to read what is in its cache
 _PROMPT = 128
 _STEPS = 5
-# A form that is fitted from few bytes beside others could come out as free or as endless: bounds on what is believed.
+# Bounds of fitted speeds: a format of few bytes could come out as free or as endless.
 _FASTEST, _SLOWEST = 4.0, 0.02  # of the measured bandwidth
 
 
@@ -109,27 +109,26 @@ def calibrate(
     *,
     name: str | None = None,
     with_llama_cpp: bool = True,
-    progress: Callable[[str], None] | None = None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Device:
     """Measure the CPU of this machine, with as many threads as torch uses now; a minute or so.
 
     Args:
-        name: what the device shall be called; None: its processor's name.
+        name: of the device; None: its processor's name.
         with_llama_cpp: measure llama.cpp too, where it is installed.
-        progress: is told what is measured.
+        log: gets a line for each step.
     """
-    say = progress or (lambda text: None)
     threads = torch.get_num_threads()
     shown = show_number_of(threads, "thread")
     title = name or f"{provenance.device_name(torch.device('cpu'))}, {shown}"
     measured = f"measured by plmtune bench --calibrate, torch {torch.__version__}, {shown}"
-    say("reading memory")
+    log("reading memory")
     bandwidth = read_bandwidth()
-    say("multiplying matrices")
+    log("multiplying matrices")
     compute = peak_flops(torch.device("cpu"), torch.bfloat16)
-    rates = {"plmtune": _ours(bandwidth, say)}
+    rates = {"plmtune": _ours(bandwidth, log)}
     if with_llama_cpp:
-        found = _llama_cpp(bandwidth, compute, threads, say)
+        found = _llama_cpp(bandwidth, compute, threads, log)
         if found is not None:
             rates["llama.cpp"] = found
     total = psutil.virtual_memory().total
@@ -150,7 +149,7 @@ def calibrate(
 
 
 def build(make: Callable[[], Decoder], scheme: str) -> Decoder:
-    """A decoder with random weights in a scheme of ours, prepared as `plmtune.load` does; not for reading."""
+    """A decoder with random weights in one of our schemes, prepacked as by `plmtune.load`."""
     with torch.device("meta"):
         model = make()
         if scheme not in costs.FLOATS:
@@ -170,7 +169,7 @@ def build(make: Callable[[], Decoder], scheme: str) -> Decoder:
 
 @torch.inference_mode()
 def _decode_times(model: Decoder, depths: Sequence[int]) -> list[float]:
-    """Seconds of one token at each depth of the cache; what is in the cache are zeros."""
+    """Seconds of one token at each depth of a cache of zeros."""
     cache = model.new_cache(1, max(depths) + 1)
     for layer in cache.layers:
         for buffer in layer:
@@ -196,18 +195,18 @@ def _prompt_time(model: Decoder, tokens: int = _PROMPT) -> float:
     return best
 
 
-def _ours(bandwidth: float, say: Callable[[str], None]) -> RuntimeRates:
+def _ours(bandwidth: float, log: Callable[[str], None]) -> RuntimeRates:
     held: list[tuple[ModelShape, str, Decoder]] = []
     for name, make in small_decoders().items():
         with torch.device("meta"):
             model_shape = ModelShape.of(make())
         for scheme in SCHEMES:
-            say(f"plmtune: {name}, {scheme}")
+            log(f"plmtune: {name}, {scheme}")
             held.append((model_shape, scheme, build(make, scheme)))
-    # All in turns, so that what else the machine does meets each alike.
+    # In turns, so that other work on the machine affects all models.
     taken: list[list[list[float]]] = [[] for _ in held]
     for number in range(_STEPS):
-        say(f"plmtune: round {number + 1} of {_STEPS}")
+        log(f"plmtune: round {number + 1} of {_STEPS}")
         for times, (_, _, model) in zip(taken, held, strict=True):
             times.append(_decode_times(model, _DEPTHS))
     timings = [
@@ -215,7 +214,7 @@ def _ours(bandwidth: float, say: Callable[[str], None]) -> RuntimeRates:
         for times, (model_shape, scheme, _) in zip(taken, held, strict=True)
         for depth, found in zip(_DEPTHS, zip(*times, strict=True), strict=True)
     ]
-    say("plmtune: prompts")
+    log("plmtune: prompts")
     prompts = [_Timing(model_shape, scheme, _PROMPT, _prompt_time(model)) for model_shape, scheme, model in held]
     return _rates("plmtune", timings, prompts, bandwidth, _attention_rate(), costs.PROGRAM["plmtune"])
 
@@ -236,7 +235,7 @@ def _attention_rate() -> float:
 # --- llama.cpp ---------------------------------------------------------------------------------------------------
 
 
-def _llama_cpp(bandwidth: float, compute: float, threads: int, say: Callable[[str], None]) -> RuntimeRates | None:
+def _llama_cpp(bandwidth: float, compute: float, threads: int, log: Callable[[str], None]) -> RuntimeRates | None:
     """Its rates through files that we write; None where it is not installed."""
     from plmtune.export.gguf_writer import write_gguf
     from plmtune.export.runtimes import open_runtime
@@ -248,13 +247,13 @@ def _llama_cpp(bandwidth: float, compute: float, threads: int, say: Callable[[st
             model = make()
             model_shape = ModelShape.of(model)
             for kind in GGUF_KINDS:
-                say(f"llama.cpp: {name}, {kind}")
+                log(f"llama.cpp: {name}, {kind}")
                 path = Path(folder) / f"{kind}.gguf"
                 write_gguf(model, byte(), path, kind=kind, overwrite=True)
                 try:
                     opened = open_runtime(path, threads=threads, context=max(_GGUF_DEPTHS) + 4 * _STEPS)
                 except UserError as error:
-                    say(f"llama.cpp is left out: {error}")
+                    log(f"llama.cpp is left out: {error}")
                     return None
                 with opened:
                     for depth in _GGUF_DEPTHS:
@@ -288,7 +287,7 @@ def _rates(
     columns: dict[tuple[str, str], None] = {}
     for timing in timings:
         held = costs.weights(timing.model_shape, runtime, timing.scheme)
-        # What a token costs apart from its layers is a fraction of one, and cannot be told from them.
+        # A token's cost beside its layers is a fraction of a layer's and cannot be fitted apart from them.
         row: dict[tuple[str, str], float] = {}
         for form, size in held.read.items():
             row["weights", form] = size / bandwidth

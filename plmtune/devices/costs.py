@@ -1,4 +1,4 @@
-"""What a model costs a device, by arithmetic: bytes to hold, bytes and FLOPs a token. Nothing is computed with it.
+"""What a model costs a device, by arithmetic: bytes to hold, bytes and FLOPs a token. The model is not run.
 
 Two runtimes are known: plmtune, whose cache holds an MLA's latent, and llama.cpp, which expands it to keys and values.
 """
@@ -37,7 +37,7 @@ class Matrix:
     """A matrix [rows, width] of a model.
 
     Attributes:
-        name: its module; `like` that of the module that was looked at, where layers are alike.
+        name: its module; `like` the module that was inspected, where layers are equal.
         layer: its layer, None outside of them.
         dense: attention asks for its numbers themselves (MLA's kv_b_proj, which absorbed decoding folds into others).
     """
@@ -75,11 +75,11 @@ class Attention:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a decoder is made of, as far as it costs: `ModelShape.of(model)`, on the meta device for choice.
+    """The sizes of a decoder that its costs follow from: `ModelShape.of(model)`, best on the meta device.
 
     Attributes:
-        model: what was looked at.
-        other: numbers that are in no matrix: norms, biases.
+        model: that was inspected.
+        other: parameters outside matrices: norms, biases.
         widest: largest width inside a layer, of the FFN or of all heads.
     """
 
@@ -129,7 +129,7 @@ class ModelShape:
         )
 
     def repeated(self, num_layers: int) -> ModelShape:
-        """The same with so many layers, of one that has a single one: a sweep need not build each."""
+        """The shape with `num_layers` layers, of a model with one layer: a sweep builds one model."""
         assert self.num_layers == 1
         inside = [m for m in self.matrices if m.layer is not None]
         outside = [m for m in self.matrices if m.layer is None]

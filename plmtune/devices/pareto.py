@@ -1,4 +1,4 @@
-"""Which architectures nothing beats: the front of speed, memory and parameters, and its picture."""
+"""The Pareto front of speed, memory and parameters, and its plot."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def draw_front(points: Sequence[Point], path: Path, title: str) -> None:
-    """Draw decode speed against peak memory, parameters as colour, the front ringed; its ends and some between bear
-    their number in the front's table.
+    """Draw decode speed against peak memory, parameters as colour, the front ringed; some points, the ends among
+    them, carry their number in the front's table.
 
     Raises:
         UserError: if the file cannot be written.

@@ -21,7 +21,7 @@ from plmtune.devices.device import Device, KernelRate, RuntimeRates
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is to be expected of a model on a device.
+    """The predicted speed and size of a model on a device.
 
     Attributes:
         context: tokens in the cache, for decode and memory; prompt: those read for the first token.
@@ -83,7 +83,7 @@ def predict(
 
     Args:
         model_shape: of the model, `ModelShape.of(model)`.
-        device: where it shall run.
+        device: it runs on.
         scheme: of the runtime, such as int4 or q8_0.
         runtime: plmtune or llama.cpp.
         context: tokens in the cache.
@@ -113,7 +113,7 @@ def predict(
         error=_error(device, runtime, rates, held),
         calibrated=rates is not None,
     )
-    if not found.fits:  # weights would be read from the disk for each token: any speed would be a lie
+    if not found.fits:  # weights would be read from the disk for each token
         return found
     seconds = prompt_seconds(model_shape, device, runtime, held, prompt)
     return replace(

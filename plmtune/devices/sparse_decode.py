@@ -1,4 +1,4 @@
-"""Where decoding should skip the zeros of squared ReLU: measured, layer by layer, on real text."""
+"""Measure, layer by layer on real text, where decoding is faster if it skips the zeros of squared ReLU."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def squared_relus(model: Decoder) -> dict[int, SquaredReLU]:
 
 
 def switch(model: Decoder, on: bool) -> int:
-    """Let all layers that can skip zeros do so, or none; return how many those are."""
+    """Switch skipping on or off in all layers that can skip zeros; return how many there are."""
     found = squared_relus(model)
     for ffn in found.values():
         ffn.sparse = on
@@ -104,7 +104,7 @@ def _inputs(
     was = [ffn.sparse for ffn in found.values()]
     try:
         for ffn in found.values():
-            ffn.sparse = False  # or a text of one token would pass the hooks by
+            ffn.sparse = False  # or a text of one token would not reach the hooks
         model(text, hidden=True)
     finally:
         for hook in hooks:

@@ -1,4 +1,4 @@
-"""Architectures over a sweep of a model's keys: what each would cost and reach on a device. Nothing is trained."""
+"""A sweep over a model's keys: what each architecture costs and reaches on a device. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def sweep(
         name, overlays: a config, as `config.compose` takes it.
         overrides: Hydra's, of keys of the model: ``model.embed_dim=512,768``, ``model.num_layers=range(8,25,4)``,
             and of choices: ``model/ffn=swiglu,squared_relu``, ``tokenizer=qwen2,bundled``.
-        progress: is told (combinations done, of how many).
+        progress: gets (combinations done, all combinations).
 
     Raises:
         UserError: if nothing is swept, a key is not of the model, or there are too many combinations.
@@ -154,7 +154,7 @@ def _put(held: Component, path: Sequence[str], value: Any) -> Component:
 
 
 class _ModelShapes:
-    """Shapes of models whose layers are alike, from one layer each: depth costs nothing to sweep."""
+    """Shapes of models with equal layers, from one layer each: depth costs nothing to sweep."""
 
     def __init__(self) -> None:
         self.seen: dict[str, ModelShape | Exception] = {}

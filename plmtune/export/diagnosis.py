@@ -1,7 +1,7 @@
-"""Why a runtime gives other numbers than its export holds: each suspicion is tried on our model, in memory.
+"""Why a runtime computes other numbers than its export holds: known mistakes are tried on our model, in memory.
 
-A cause is named when, with the same mistake made in our model, the difference to the runtime all but vanishes. Nothing
-here is a guess: what no trial explains is said to be unexplained, with what was seen.
+A cause is named if our model with the same mistake agrees with the runtime. A difference that no trial explains is
+reported as unexplained, with the nearest trial.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from plmtune.modules.mla import MultiHeadLatentAttention
 from plmtune.modules.norm import RMSNorm
 from plmtune.modules.quantized import Quantized, QuantizedEmbedding
 
-# A trial explains a difference that it brings below this share. What rounding leaves is rarely that much of a mistake.
+# A trial explains a difference that it reduces below this share.
 _EXPLAINED = 1 / 3
 # Beyond it a probability is zero for fp32, and its logarithm noise.
 LOWEST = -80.0
-# What programs take where a file does not say.
+# Defaults of programs for values that a file lacks.
 _USUAL = {"norm.eps": (1e-5, 1e-6, 1e-8), "attention.rope_theta": (1e4, 1e5, 5e5, 1e6)}
 
 
 @torch.inference_mode()
 def log_probs(model: Decoder, ids: Sequence[int], last: int) -> Tensor:
-    """Our model's answer to what `InferenceRuntime.log_probs` is asked."""
+    """`InferenceRuntime.log_probs` by our model."""
     hidden = model(torch.tensor([list(ids)], device=model.device), hidden=True)[0, -last:]
     return model.logits(hidden).log_softmax(-1).cpu()
 
 
 def reported_only(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as log-probabilities, [n, v] in fp64, of the tokens that the runtime tells of; the others are -inf."""
-    told = theirs > float("-inf")
-    ours, theirs = (rows.double().masked_fill(~told, float("-inf")).log_softmax(-1) for rows in (ours, theirs))
+    """Both as log-probabilities, [n, v] in fp64, over the tokens that the runtime reports; the others are -inf."""
+    reported = theirs > float("-inf")
+    ours, theirs = (rows.double().masked_fill(~reported, float("-inf")).log_softmax(-1) for rows in (ours, theirs))
     return ours, theirs
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """Mean absolute difference of log-probabilities, [n, v], of the tokens that the other tells of."""
+    """Mean absolute difference of log-probabilities, [n, v], over the tokens that the other reports."""
     one, other = reported_only(one, other)
-    told = other > float("-inf")
-    return float((one[told].clamp(min=LOWEST) - other[told].clamp(min=LOWEST)).abs().mean())
+    reported = other > float("-inf")
+    return float((one[reported].clamp(min=LOWEST) - other[reported].clamp(min=LOWEST)).abs().mean())
 
 
 def find_cause(model: Decoder, ids: Sequence[int], theirs: Tensor) -> str:
-    """Say why a runtime gives `theirs` (Tensor), [n, v], where the model gives something else.
+    """Explain why a runtime gives `theirs` (Tensor), [n, v], and the model other numbers.
 
     Args:
-        model: with the export's numbers, in fp32; changed while suspicions are tried, and put back.
+        model: with the export's numbers, in fp32; changed during the trials and restored.
         ids: what was read; the rows of `theirs` follow its last n prefixes.
     """
     last = len(theirs)
@@ -77,7 +77,7 @@ Suspicion = tuple[str, Callable[[], AbstractContextManager[None]]]
 
 
 def _suspicions(model: Decoder) -> Iterator[Suspicion]:
-    """What may have gone wrong, the most particular first, and how it is done to our model."""
+    """Possible mistakes, the most specific first, and how our model makes them."""
     yield from _rope_suspicions(model)
     for key, values in _USUAL.items():
         held = settings_of(model)[key]

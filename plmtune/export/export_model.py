@@ -1,4 +1,4 @@
-"""An export from beginning to end: what stands against it is said first, and no file takes its place unverified."""
+"""Export a checkpoint: problems are reported first, and every file is verified before it gets its name."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Exported:
     """One file or directory that was made.
 
     Attributes:
-        notes: what a person should know.
-        report: of the verification; None where it was not asked for. Of one that failed, `path` ends in .unverified.
+        notes: for the user, a sentence each.
+        report: of the verification; None without one. If it failed, `path` ends in .unverified.
         commands: how it is run.
     """
 
@@ -52,11 +52,11 @@ class Exported:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was found against it."""
+        """Whether the verification found no difference, or there was none."""
         return self.report is None or self.report.passed
 
     def lines(self) -> list[str]:
-        """What to say of it."""
+        """Lines that describe it."""
         verified = "" if self.report is None else ", verified: it is the checkpoint's model"
         if not self.passed:
             verified = ", kept under this name because its verification failed"
@@ -81,7 +81,7 @@ def export(
     context: int | None = None,
     overwrite: bool = False,
     verify: bool = True,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Exported]:
     """Write a checkpoint in another program's form and verify it, one file at a time. One that fails is kept as
     NAME.unverified.
@@ -96,7 +96,7 @@ def export(
         base: of the adapters; None: what they name.
         context: of an executorch program, whose cache has a fixed size; None: at most 2,048.
         verify: load it in the program that will serve it, and compare.
-        say: told what is being done.
+        log: gets a line for each step.
 
     Raises:
         UserError: for what cannot be exported, before anything is written.
@@ -116,8 +116,8 @@ def export(
         return
     description = read_model_config(source)
     paths = {kind: folder / _file_name(to, name, kind, as_) for kind in wanted}
-    _check(description, source, to, wanted, paths, as_, overwrite, say, verify)
-    say(f"reading {source}")
+    _check(description, source, to, wanted, paths, as_, overwrite, log, verify)
+    log(f"reading {source}")
     tokenizer = load_model_tokenizer(source, base)
     model = load_model(source, dtype=None, base=base).eval()
     if any(isinstance(module, Quantized) for module in model.modules()):
@@ -129,12 +129,12 @@ def export(
     }
     folder.mkdir(parents=True, exist_ok=True)
     for kind, path in paths.items():
-        say(f"writing {path}" + (", which takes minutes" if to == "executorch" else ""))
+        log(f"writing {path}" + (", which takes minutes" if to == "executorch" else ""))
         with _temporary(path) as temporary:
             notes = writers[to](model, tokenizer, temporary, kind, name=name, as_=as_, context=context)
             report = None
             if verify:
-                say(f"verifying {path}")
+                log(f"verifying {path}")
                 report = _verified(temporary, source, path, kind)
             made = Exported(path, 0, notes, report, _commands(to, temporary, path, tokenizer, as_))
             if not made.passed:
@@ -178,7 +178,7 @@ def _check(
     paths: dict[str, Path],
     as_: str | None,
     overwrite: bool,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     verify: bool,
 ) -> None:
     """Refuse what would fail later: unknown kinds, parts that the form lacks, packages, files in the way, room."""
@@ -198,7 +198,7 @@ def _check(
         if finding.level == "refused":
             raise UserError(f"{source} cannot be exported to {to}: {finding.text}")
         if as_ is None or "--as" not in finding.text:
-            say(f"note: {finding.text}")
+            log(f"note: {finding.text}")
     size = sum(file.stat().st_size for file in {*locate(source).values()}) if not holds_adapters(source) else 0
     # A type of fewer bits is made of a file of more, which is there for a while.
     check_room(next(iter(paths.values())).parent, size * (1 + len(kinds)))

@@ -36,7 +36,7 @@ def quantize_gguf(
         overwrite: replace a file that is there.
 
     Returns:
-        What a person should know of it, a sentence each.
+        Notes for the user, a sentence each.
 
     Raises:
         UserError: if the package is missing, the source is none, something is there already, the disk has no room, or
@@ -55,7 +55,7 @@ def quantize_gguf(
     settings.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}")
     settings.nthread = threads or 0
     with atomic_write(path, user_error=True) as temporary:
-        with _listening(library) as said:
+        with _captured_log(library) as said:
             failed = library.llama_model_quantize(bytes(source), bytes(temporary), ctypes.byref(settings))
         if failed:
             reason = next((line for line in reversed(said) if line), "it gives no reason")
@@ -78,8 +78,8 @@ def _library(kind: str) -> ModuleType:
 
 
 @contextmanager
-def _listening(library: ModuleType) -> Iterator[list[str]]:
-    """Keep what llama.cpp says to itself; the lines are for the reason of a failure."""
+def _captured_log(library: ModuleType) -> Iterator[list[str]]:
+    """Collect llama.cpp's log lines, which explain a failure."""
     said: list[str] = []
 
     def listen(level: int, text: bytes, data: object) -> None:

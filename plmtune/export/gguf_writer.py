@@ -99,7 +99,7 @@ def write_gguf(
         overwrite: replace a file that is there.
 
     Returns:
-        What a person should know of it, a sentence each.
+        Notes for the user, a sentence each.
 
     Raises:
         UserError: if the format has no such model or numbers, something is there already, or the disk has no room.
@@ -129,7 +129,7 @@ def write_gguf(
         writer.add_quantization_version(2)
         _write_model_keys(writer, config)
         for key, value in vocabulary.items():
-            # The library looks through a list for its items' type, unless it is told.
+            # Without the items' type the library searches the whole list for it.
             items = _VALUES[type(value[0])] if isinstance(value, list) else None
             writer.add_key_value(key, value, _VALUES[type(value)], items)
 
@@ -149,7 +149,7 @@ def write_gguf_adapter(
         overwrite: replace a file that is there.
 
     Returns:
-        What a person should know of it, a sentence each.
+        Notes for the user, a sentence each.
 
     Raises:
         UserError: if llama.cpp could not apply them as they were trained, something is there already, or the disk has
@@ -166,7 +166,7 @@ def write_gguf_adapter(
         raise UserError(f"{directory}: GGUF has a form for LoRA alone, not for DoRA or a base of 4 bits. {remedy}")
     if hasattr(model, "score"):
         raise UserError(f"{directory}: GGUF has no place for a score head.")
-    # The graph of plm multiplies by these matrices itself (ggml_mul_mat), where no adapter is looked for.
+    # llama.cpp's graph of plm multiplies by these matrices directly (ggml_mul_mat), without adapters.
     ignored = sorted({name.split(".")[-1] for name in layers} & {"q_proj", "kv_a_proj", "kv_b_proj"})
     if architecture == "plm" and ignored:
         raise UserError(
@@ -243,13 +243,13 @@ def _write_model_keys(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
 
 
 def _vocabulary(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], list[str]]:
-    """The keys that say a tokenizer, and notes."""
+    """The keys of a tokenizer, and notes."""
     held, ggml = tokenizer.vocabulary, Keys.Tokenizer
     pre = next((name for name, (pattern, _, _) in PRE_TOKENIZERS.items() if pattern == held.pattern), None)
     if not held.merges:
         pre = "gpt-2"  # whatever the pieces are, each byte is a token
     if pre == "llama-bpe" and held.unreachable:
-        pre = "smaug-bpe"  # cuts alike, but never takes a whole piece for a token that no merge makes
+        pre = "smaug-bpe"  # the same pattern, but no whole piece becomes a token that merges do not make
     tokens = {identity: (to_chars(token), TokenType.NORMAL) for identity, token in held.unreachable.items()}
     tokens |= {i: (to_chars(token), TokenType.NORMAL) for i, token in zip(held.ids, held.tokens, strict=True)}
     tokens |= {identity: (text, TokenType.USER_DEFINED) for text, identity in held.added.items()}
@@ -263,7 +263,7 @@ def _vocabulary(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], list[s
     elif len({text for text, _ in listed}) < rows:
         cause = "has two tokens of one text, at which llama.cpp aborts"
     if cause is not None or pre is None:
-        # A file can be written without a tokenizer, but llama.cpp aborts when it is to turn ids into text or back.
+        # llama.cpp aborts on text if a file has no tokenizer.
         raise UserError(f"The tokenizer {cause}, so GGUF cannot hold it. Use --to hf.")
     chars = [to_chars(token) for token in held.tokens]
     keys: dict[str, Any] = {
@@ -275,7 +275,7 @@ def _vocabulary(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], list[s
         ggml.EOS_ID: tokenizer.eos_id,
         ggml.EOT_ID: answer_end(tokenizer),
         ggml.PAD_ID: tokenizer.eos_id,
-        # llama.cpp would take token 11 where none is named; it is put before a text only if the next key says so.
+        # Without this key llama.cpp uses token 11; it precedes a text only if the next key is true.
         ggml.BOS_ID: tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
         ggml.ADD_BOS: tokenizer.adds_bos,
     }
@@ -321,7 +321,7 @@ def _write(
             writer.write_padding(file, file.tell())
             for part in parts:
                 numbers = part.numbers()
-                # The library's own way takes a whole tensor, a second time in memory as fp32.
+                # The library's own function needs the whole tensor a second time in memory, as fp32.
                 for rows in numbers.split(max(1, _CHUNK // math.prod(part.shape[1:]))):
                     _stored(rows, part, path).tofile(file)
                 writer.write_padding(file, part.num_bytes)
@@ -333,7 +333,7 @@ def check_free(path: Path, num_bytes: int, overwrite: bool) -> None:
     """Make the folder of a file that is to be written.
 
     Raises:
-        UserError: if something is there that is not to be replaced, or the disk has no room.
+        UserError: if it exists and must not be replaced, or the disk has no room.
     """
     if path.is_dir():
         raise UserError(f"{path} is a directory. Name another place.")

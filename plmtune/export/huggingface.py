@@ -74,7 +74,7 @@ def export_hf(
         dtype: of all numbers; None: the model's.
 
     Returns:
-        What a person should know of it, a sentence each.
+        Notes for the user, a sentence each.
 
     Raises:
         UserError: if the form has no such parts or numbers, something is there already, or the disk has no room.
@@ -127,7 +127,7 @@ def export_adapter(source: Path, directory: Path, *, base: str | None = None, ov
         base: the base's name as others know it: a directory or a repository of Hugging Face's hub; None: as it is.
 
     Returns:
-        What a person should know of it, a sentence each.
+        Notes for the user, a sentence each.
 
     Raises:
         UserError: if `source` holds no adapters, something else is there already, or the disk has no room.

@@ -1,4 +1,4 @@
-"""Whether an export's tensors are what its types can hold of the checkpoint's, and what was done to one that is not."""
+"""Compare an export's tensors with the checkpoint's, up to the rounding of their types, and name what differs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ BOUNDS = {
 _EXACT = {code: torch.float32 if code == "F64" else dtypes.from_code(code) for code in dtypes.FLOAT_CODES}
 # Blocks have scales in F16, whose smallest step is 2^-24: 127 half steps of it, of two scales that multiply.
 _LEAST = 127 * 2.0**-25 * 2.1
-_SLOPE = 0.02  # of a factor that is told of
+_SLOPE = 0.02  # least factor that is reported
 _SAME = 0.99  # correlation of a tensor with another that it is a rounded copy of
 _MOST_ROWS = 8192  # of a matrix whose rows are looked for in another order
 
@@ -165,7 +165,7 @@ def weight_of(model: Decoder, name: str) -> Tensor:
     return weight.detach().float().cpu()
 
 
-def in_words(found: Mapping[str, str]) -> str:
+def summarize(found: Mapping[str, str]) -> str:
     """What is wrong with tensors, each kind of it once."""
     groups: dict[str, list[str]] = {}
     for name, what in found.items():

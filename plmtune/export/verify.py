@@ -1,8 +1,8 @@
-"""Whether an export is the model that it was made from, in the program that will serve it.
+"""Verify an export: compare it with its checkpoint in the program that will serve it.
 
-The verdict is on what the export itself can do wrong: its tensors are what their types can hold of the checkpoint's
-numbers; the runtime says what our model says with those very numbers; type, names, settings, token ids and prompts are
-the checkpoint's. What the type costs is a figure beside it.
+Checked are errors of the export itself. Its tensors must equal the checkpoint's up to the rounding of their types. The
+runtime must compute what our model computes with those tensors. Type, names, settings, token ids and prompts must be
+the checkpoint's. The cost of the type is reported without a verdict.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from plmtune.export.contents import Contents, bits_of, differing, read_contents,
 from plmtune.export.diagnosis import LOWEST, as_exported, find_cause, log_probs, reported_only
 from plmtune.export.report import Check, Report
 from plmtune.export.runtimes import InferenceRuntime, RuntimeName, choose_runtime, open_runtime
-from plmtune.export.stored import in_words, suspect_tensors, wrong_rows, wrong_type
+from plmtune.export.stored import summarize, suspect_tensors, wrong_rows, wrong_type
 from plmtune.export.verify_text import compare_ids, compare_prompts
 from plmtune.models.adapters import load_model, load_model_tokenizer
 from plmtune.models.checkpoint_files import checkpoint_directory
@@ -67,7 +67,7 @@ def verify(
     prefer: RuntimeName | None = None,
     base: Path | None = None,
 ) -> Report:
-    """Look into an export and run it in the program that serves it, and compare both with the checkpoint.
+    """Read an export, run it in the program that serves it, and compare both with the checkpoint.
 
     Args:
         export: a .gguf or .pte file, or a directory in Hugging Face's form, quantized or not.
@@ -119,9 +119,9 @@ def _windows(ids: Sequence[int], most: int, positions: int) -> list[tuple[list[i
     the text has."""
     least = _LEAST if most >= _LEAST else _LEAST // 2
     if most < least:
-        raise UserError(f"{most} tokens are all that it reads at once; less than {least} prove nothing.")
+        raise UserError(f"{most} tokens are all that it reads at once; fewer than {least} are too few to compare.")
     if len(ids) < least:
-        raise UserError(f"a text of {len(ids)} tokens is too short to prove anything. Give one of a page or more.")
+        raise UserError(f"a text of {len(ids)} tokens is too short to compare. Give a text of a page or more.")
     pieces = [list(ids[at : at + most]) for at in range(0, len(ids), most - 1)]
     whole = [piece for piece in pieces if len(piece) == most] or pieces[:1]
     count = min(len(whole), -(-positions // (most - 1)))
@@ -130,7 +130,7 @@ def _windows(ids: Sequence[int], most: int, positions: int) -> list[tuple[list[i
 
 
 def _compare_contents(report: Report, model: Decoder, contents: Contents, name: str, kind: str | None) -> None:
-    """What can be said of the export without running it."""
+    """Compare what the export holds, without running it."""
     said = wrong_type(contents, name, kind, model)
     report.add("type: that differs", int(said is not None), 0, contents.declared or contents.kind, said)
     lacking = [*contents.missing, *contents.unknown]
@@ -148,10 +148,10 @@ def _compare_contents(report: Report, model: Decoder, contents: Contents, name: 
     report.add("rows of the vocabulary: that differ", int(said is not None), 0, None, said)
     if contents.tensors:
         suspects = suspect_tensors(model, contents)
-        if said is not None:  # which is told already
+        if said is not None:  # reported already
             suspects = {name: what for name, what in suspects.items() if name.startswith("layers.")}
         remark = f"of {len(contents.tensors)}, beyond rounding"
-        report.add("tensors: that differ", len(suspects), 0, remark, in_words(suspects))
+        report.add("tensors: that differ", len(suspects), 0, remark, summarize(suspects))
 
 
 def _more(names: Sequence[str]) -> str:
@@ -205,7 +205,7 @@ def _log_probs(model: Decoder, windows: Sequence[tuple[list[int], int]]) -> Tens
 
 
 def divergence(ours: Tensor, theirs: Tensor) -> float:
-    """Mean KL divergence of theirs (Tensor), log-probabilities [n, v], from ours, in nats, of the tokens told of."""
+    """Mean KL divergence of theirs (Tensor), log-probabilities [n, v], from ours, in nats, over the reported tokens."""
     nats = 0.0
     for log_p, log_q in (reported_only(*rows) for rows in zip(ours.split(64), theirs.split(64), strict=True)):
         gaps = log_p.clamp(min=LOWEST) - log_q.clamp(min=LOWEST)
@@ -216,14 +216,14 @@ def divergence(ours: Tensor, theirs: Tensor) -> float:
 def _add_cost(report: Report, ours: Tensor, theirs: Tensor, targets: Tensor) -> None:
     """Add the figures of how far rounding takes the checkpoint; no verdict."""
     kl, other = divergence(ours, theirs), float((ours.argmax(-1) != theirs.argmax(-1)).double().mean())
-    told = theirs.gather(1, targets[:, None])[:, 0] > -math.inf
-    nats = [-rows.gather(1, targets[:, None])[told].mean() for rows in reported_only(ours, theirs)]
+    reported = theirs.gather(1, targets[:, None])[:, 0] > -math.inf
+    nats = [-rows.gather(1, targets[:, None])[reported].mean() for rows in reported_only(ours, theirs)]
     change = math.expm1(float(nats[1] - nats[0]))
-    few = "" if told.all() else f", of {int(told.sum())} tokens"
+    few = "" if reported.all() else f", of {int(reported.sum())} tokens"
     report.add("cost: KL from the checkpoint", kl, None, "nats")
     report.add("cost: likeliest tokens that are others", other, None, "share")
     said = f"relative change: {float(nats[0].exp()):.5g} -> {float(nats[1].exp()):.5g}{few}"
-    if told.any():
+    if reported.any():
         report.add("cost: perplexity", change, None, said)
     if kl > _MUCH_KL or other > _MUCH_OTHER or change > _MUCH_PERPLEXITY:
         report.warnings.append(
@@ -233,7 +233,7 @@ def _add_cost(report: Report, ours: Tensor, theirs: Tensor, targets: Tensor) -> 
 
 
 def _cannot_hold(contents: Contents, model: Decoder) -> bool:
-    """Whether an export differs in what our model cannot be given, which is told already."""
+    """Whether an export differs in what our model cannot be given, which is reported already."""
     wrong = differing(contents.settings, settings_of(model))
     lacking = [name for name in contents.missing if not name.endswith(".bias")]
     return bool(contents.unknown or lacking or set(wrong) - {"norm.eps", "attention.rope_theta", "max_seq_len"})

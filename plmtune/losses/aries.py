@@ -1,4 +1,4 @@
-"""ARIES: preferring, and refining what is there."""
+"""ARIES: preference and refinement in one loss."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ class BradleyTerry(PreferenceLoss):
     Trains the scalar head of a reward model and the layers below it; there is no reference.
 
     Args:
-        margin: by which the chosen answer's score shall be higher (arXiv 2307.09288, equation 2).
+        margin: by which the chosen answer's score must exceed the other's (arXiv 2307.09288, equation 2).
 
     Raises:
         ValueError: if margin is negative.

@@ -80,7 +80,7 @@ class HalfPrecision(torch.autograd.Function):
             if grad_hidden is None and grad_weight is None:
                 continue
             # d loss / d logits = p - onehot, written over the logits; the target's entry is taken in fp32,
-            # since bf16 cannot tell 0.999 from 1.
+            # since 0.999 and 1 are equal in bf16.
             grad = torch.exp(log_p, out=logits)
             grad.scatter_(1, target, torch.expm1(log_p_target).to(grad.dtype))
             if grad_hidden is not None:

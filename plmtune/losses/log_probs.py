@@ -98,5 +98,5 @@ class _TokenLogProbs(torch.autograd.Function):
 def _of_logits(logits: Tensor, targets: Tensor, normaliser: Tensor, log_p: Tensor) -> Tensor:
     """-d log p(target) / d logits = p - onehot, [c, v], written over the logits."""
     grad = torch.exp(logits.float().sub_(normaliser[:, None]), out=logits)
-    # In fp32 before it is rounded, since bf16 cannot tell 0.999 from 1.
+    # In fp32 before it is rounded, since 0.999 and 1 are equal in bf16.
     return grad.scatter_(1, targets[:, None], torch.expm1(log_p[:, None]).to(grad.dtype))

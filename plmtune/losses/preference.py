@@ -1,4 +1,4 @@
-"""What preference losses share: the numbers they see, and what a recipe asks of one."""
+"""The inputs of preference losses, and their interface."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class Comparisons:
 
 
 class PreferenceLoss(ABC):
-    """A loss over comparisons; a recipe reads from its attributes what it must be given.
+    """A loss over comparisons; its attributes declare the data that it needs.
 
     Attributes:
         data_kind: what it is a loss over: "tokens" (any loss that does not say), "refinements" or "comparisons".
         needs_reference: it reads the reference's log-probabilities.
-        contexts: it wants the comparisons given the rejected and the chosen answer too (ARIES).
-        mismatched: it wants the prompts with another prompt's answer too (KTO's kl), and takes rows with one
+        contexts: it needs the comparisons given the rejected and the chosen answer too (ARIES).
+        mismatched: it needs the prompts with another prompt's answer too (KTO's kl), and takes rows with one
             answer.
         scalar_head: it compares scores of one number a sequence instead of log-probabilities.
     """
@@ -76,7 +76,7 @@ class PreferenceLoss(ABC):
 
     @abstractmethod
     def rewards(self, c: Comparisons) -> tuple[Tensor, Tensor]:
-        """What the loss takes for the worth of the chosen and of the rejected answers, [n] each, without gradient."""
+        """The implicit rewards of the chosen and of the rejected answers, [n] each, without gradient."""
 
 
 def mean_per_token(sums: Tensor, tokens: Tensor) -> Tensor:

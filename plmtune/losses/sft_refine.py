@@ -14,8 +14,8 @@ from plmtune.registry import register
 class SftRefine:
     """Cross entropy over pairs (ARIES, arXiv 2502.05605): L_SFT = -[log pi(y_w | x) + log pi(y_w | T(x, y_l))].
 
-    Its sum is `cross_entropy`'s; what differs is what it is of. The recipe reads `of` and makes of each pair two
-    conversations: the chosen answer to the prompt, and to the refinement template filled with prompt and rejected
+    It computes `cross_entropy`; the data differ. The recipe reads `data_kind` and makes two conversations of each
+    pair: the chosen answer to the prompt, and to the refinement template filled with prompt and rejected
     answer. Prompt and rejected answer are masked.
 
     Args:

@@ -17,7 +17,7 @@ class Simpo(PreferenceLoss):
     Args:
         beta: of the mean log-probabilities a token. 2.0 and a gamma of 1.0 are among the pairs that the paper's
             search ended with.
-        gamma: margin by which the chosen answer shall win.
+        gamma: target margin of the chosen answer.
 
     Raises:
         ValueError: if beta is not above 0, or gamma negative.

@@ -267,7 +267,7 @@ def _restore(state: Mapping[str, Tensor], locations: Mapping[str, Path], directo
         raise UserError(f"{directory} misses the tensor {missing}. Is the copy complete?")
     extra = next((name for name in locations if name not in state), None)
     if extra is not None:
-        raise UserError(f"{locations[extra]} holds the tensor {extra!r:.200}, which {ADAPTER_CONFIG} does not tell of.")
+        raise UserError(f"{locations[extra]} holds the tensor {extra!r:.200}, not listed in {ADAPTER_CONFIG}.")
     for path in sorted(set(locations.values())):
         with opened_weights(path) as opened:
             for name in (name for name in state if locations[name] == path):

@@ -67,7 +67,7 @@ def component_config(part: Component) -> dict[str, Any]:
 def component_from_config(group: str, data: Any, where: str) -> Component:
     """Return the component that `component_config` component_configd, checking names and types against its signature.
 
-    Only the registry is asked, so a description from a stranger can name nothing that is not registered.
+    Only the registry is asked, so an untrusted file can name only what is registered.
 
     Args:
         where: file and key, for messages.

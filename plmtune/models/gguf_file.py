@@ -144,7 +144,7 @@ def opened_gguf(path: Path) -> Iterator[GGUFFile]:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError:
             raise UserError(f"{path} is empty.") from None
-        # Not closed here: numpy's views of it end when they are let go of, and the map with the last of them.
+        # Not closed here: numpy arrays may still view it; the last of them frees the map.
         yield GGUFFile(path, data)
 
 

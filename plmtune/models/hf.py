@@ -158,7 +158,7 @@ def load_state(model: Decoder, directory: str | Path) -> None:
     model's weights.
 
     Raises:
-        UserError: if they do not fit the model, or are integers, which no training goes on from.
+        UserError: if they do not fit the model, or are quantized, which cannot be trained.
     """
     directory = Path(directory)
     locations = locate(directory)

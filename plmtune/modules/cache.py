@@ -1,4 +1,4 @@
-"""The cache of a decoder: what attention keeps of earlier tokens."""
+"""The KV cache of a decoder."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Cache:
 
 
 class Slots:
-    """A cache whose rows begin and end each on its own; who holds it counts what is in them.
+    """A cache whose rows start and end independently; its owner counts the tokens in them.
 
     Args:
         layers: each layer's buffers, as `Decoder.new_cache` makes them.
@@ -96,7 +96,7 @@ class Slots:
         self.layers = layers
         for layer in layers:
             for buffer in layer:
-                # What a mask hides is multiplied by 0, and fresh memory may hold NaN.
+                # Masked entries are multiplied by 0, and fresh memory may hold NaN.
                 buffer.zero_()
 
     @property
@@ -107,11 +107,11 @@ class Slots:
         """Return a cache for one forward that fills these slots, [b], after `length` tokens; no row sees another."""
         return SlotView(self.layers, length, slots)
 
-    def put(self, stem: Cache, slots: Tensor) -> None:
-        """Let each of these slots, [b], begin with what a cache of one row holds."""
-        for layer, begin in zip(self.layers, stem.layers, strict=True):
+    def put(self, prefix: Cache, slots: Tensor) -> None:
+        """Copy a cache of one row to the beginning of each of these slots, [b]."""
+        for layer, begin in zip(self.layers, prefix.layers, strict=True):
             for buffer, entries in zip(layer, begin, strict=True):
-                buffer[slots, :, : stem.length] = entries[:, :, : stem.length]
+                buffer[slots, :, : prefix.length] = entries[:, :, : prefix.length]
 
     def decode(self, lengths: Tensor, longest: int) -> Cache:
         """Return a cache for one forward that gives each of the first b slots its next token.
@@ -155,13 +155,13 @@ class SlotView(Cache):
 
 
 class SharedPrefix(Cache):
-    """Tokens that all rows of a batch begin with, computed once: any number of rows attend over them and add nothing.
+    """A prefix that all rows of a batch share, computed once: rows attend to it and append nothing.
 
     Args:
-        cache: of one row; what is in it, without a copy.
+        cache: of one row; it is not copied.
     """
 
-    # A forward keeps nothing here, so there is no end that it could reach; the model's own is the decoder's to watch.
+    # A forward appends nothing, so only the model's own max_seq_len limits it.
     max_seq_len = sys.maxsize
 
     def __init__(self, cache: Cache) -> None:
@@ -173,18 +173,18 @@ class SharedPrefix(Cache):
         return SharedPrefixLayer(self.layers[index], self.length)
 
     def advance(self, num_tokens: int) -> None:
-        """Stay as it is."""
+        """Do nothing: the prefix does not grow."""
 
 
 class SharedPrefixLayer(LayerCache):
-    """One layer's share of a stem during one forward."""
+    """One layer's share of a shared prefix during one forward."""
 
     @property
     def shared(self) -> int:
         return self.start
 
     def append(self, *new: Tensor) -> tuple[Tensor, ...]:
-        """Return the stem before each row's new entries, each [b, heads, s, width]; nothing is written."""
+        """Return the prefix followed by each row's new entries, each [b, heads, s, width]; nothing is written."""
         rows = new[0].shape[0]
         return tuple(
             torch.cat((buffer.expand(rows, -1, -1, -1), entries), dim=2)

@@ -1,9 +1,8 @@
-"""Adapters: a few trained numbers beside frozen linear layers (LoRA, QLoRA, DoRA), by torchtune's layers.
+"""Adapters (LoRA, QLoRA, DoRA) by torchtune's layers.
 
-A component of this group changes a decoder in place and freezes all else; a score head, if there is one, goes on
-being trained. The base's weights must be in the decoder by then: QLoRA quantizes them, and DoRA begins at their
-norms. So: build, `to_empty`, load the base, adapt, then distribute, then the optimizer. On the meta device nothing is
-drawn or quantized, which is enough to count parameters.
+A component of this group changes a decoder in place and freezes everything but the adapters and a score head. The
+decoder must hold the base's weights: QLoRA quantizes them, and DoRA starts from their norms. So: build, `to_empty`,
+load the base, adapt, distribute, make the optimizer. On the meta device nothing is drawn or quantized.
 """
 
 from __future__ import annotations
@@ -172,7 +171,7 @@ def _choose(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:
-    """The layers of a model that bear adapters, by name."""
+    """The layers of a model that have adapters, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_a")}
 
 
@@ -195,7 +194,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def init_adapters(model: nn.Module, generator: torch.Generator | None = None) -> None:
     """Draw A from U(-1, 1) / sqrt(in), set B to 0 and DoRA's lengths to those of the base's rows.
 
-    The model then says what the base says. With a generator the numbers follow from it alone.
+    The model then equals its base. With a generator the numbers depend on it alone.
     """
     for layer in adapted(model).values():
         a, b = layer.lora_a.weight, layer.lora_b.weight
@@ -211,10 +210,9 @@ def init_adapters(model: nn.Module, generator: torch.Generator | None = None) ->
 
 
 def effective_weight(layer: Any) -> Tensor:
-    """The weight [out, in] that a linear layer acts with: its own, or the base's with the adapters in it.
+    """The weight [out, in] that a linear layer multiplies by, with adapters merged.
 
-    For what needs the matrix itself, as MLA's absorbed decoding does. Of a quantized layer: its numbers written out;
-    of one that is trained for quantization: the numbers that it will have.
+    Of a quantized layer: dequantized; in quantization-aware training: fake-quantized.
     """
     if isinstance(layer, Quantized):
         return layer.dequantize()
@@ -236,9 +234,9 @@ def effective_weight(layer: Any) -> Tensor:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Put adapters into the weights they stand beside: plain linear layers again, all of them trained.
+    """Merge adapters into their base weights: plain linear layers again, all of them trained.
 
-    QLoRA's base is what the adapters were trained beside: its 4 bits, written out.
+    QLoRA's base is its dequantized 4-bit weights, which the adapters were trained with.
     """
     for name, layer in adapted(model).items():
         weight = effective_weight(layer)
@@ -254,7 +252,7 @@ def merge(model: nn.Module) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Let the model be its base for a while: what adapters add is left out."""
+    """Disable a model's adapters inside the context."""
     found = list(adapted(model).values())
     before = [layer.disabled for layer in found]
     for layer in found:

@@ -32,7 +32,7 @@ class Format:
         bits: of a number. 4 bits lie two to a byte, the even column low, as 0 to 15; 8 bits are -128 to 127.
         group_size: neighbours in a row that share a scale; None: the whole row.
         dynamic: in a product the inputs are rounded to 8 bits too, token by token (asymmetric: a scale and a zero
-            each). Such weights are symmetric, as the kernels for it want them.
+            each). Such weights are symmetric, as their kernels need.
 
     Raises:
         ValueError: for another number of bits, or a group that is not a multiple of 16.
@@ -117,7 +117,7 @@ class Quantized(nn.Module):
 
     @property
     def prepacked(self) -> bool:
-        """It is as a kernel of this machine wants it, and no longer as files have it."""
+        """Its integers are in the order of this machine's kernel, no longer in the files'."""
         return self.kernels is not None or self.dense is not None
 
     def integers(self, rows: Tensor | slice | None = None) -> Tensor:
@@ -163,7 +163,7 @@ class Quantized(nn.Module):
         return scales, self.zeros if rows is None else self.zeros[rows]
 
     def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
-        """The numbers that rows stand for, [rows, in], in the dtype of the scales."""
+        """The dequantized rows, [rows, in], in the dtype of the scales."""
         if self.dense is not None:
             return self.dense if rows is None else self.dense[rows]
         q, (scales, zeros) = self.integers(rows), self.scales_and_zeros(rows)
@@ -173,7 +173,7 @@ class Quantized(nn.Module):
         return (q * scales[..., None]).flatten(-2)
 
     def keep_dense(self) -> None:
-        """Write the matrix out once, for what asks for it each token, and drop the integers."""
+        """Dequantize the matrix for good, where each token needs it, and drop the integers."""
         self.dense = self.dequantize()
         self.weight = self.weight.new_empty(0)
 
@@ -243,7 +243,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).eps)
     zero = (-128 - (low / scale).round()).clamp(-128, 127)
-    q = ((wide * (1 / scale)).round() + zero).clamp(-128, 127)  # a product, as torchao has it: ties fall alike
+    q = ((wide * (1 / scale)).round() + zero).clamp(-128, 127)  # a product as in torchao, so that ties round equally
     return q, scale, zero
 
 

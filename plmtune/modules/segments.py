@@ -1,4 +1,4 @@
-"""Rows that hold several texts, of which none sees another."""
+"""Rows that hold several texts, with attention inside each text only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 class Segments:
     """Where each text of a batch lies; attention is causal inside it. Given as a mask to `Decoder.forward`.
 
-    lengths: tokens of each text, one row after the other, padding counted as a text. None goes on in the next row.
+    lengths: tokens of each text, one row after the other, padding counted as a text. None spans two rows.
     seq_len: tokens a row; the lengths of each row add up to it.
     offsets: [n + 1] int32: where each text begins, and the end, all rows in one.
     """

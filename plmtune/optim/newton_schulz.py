@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plmtune.modules.sharding import full_tensor, is_sharded, shard_like
+
 
 def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Newton-Schulz iteration towards U V^T of each matrix's U S V^T (Muon, arXiv 2502.16982, eq. 2).
@@ -47,17 +49,18 @@ class CPUMuon(torch.optim.Muon):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    alike[parameter.shape].append(parameter)
-            for shape, parameters in alike.items():
+                    by_shape[parameter.shape].append(parameter)
+            for shape, parameters in by_shape.items():
                 # 0.2 sqrt(max(rows, columns)) gives the update AdamW's usual size (arXiv 2502.16982, eq. 4).
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
-                updates = torch.stack([_whole(self._momentum(parameter, group)) for parameter in parameters])
+                updates = torch.stack([full_tensor(self._momentum(parameter, group)) for parameter in parameters])
                 updates = orthogonalize(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(_as(parameter, update), alpha=-rate)
+                    part = shard_like(update, parameter) if is_sharded(parameter) else update
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(part, alpha=-rate)
         return loss
 
     def _momentum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
@@ -68,22 +71,3 @@ class CPUMuon(torch.optim.Muon):
         buffer: Tensor = state["momentum_buffer"]
         buffer.lerp_(gradient, 1 - group["momentum"])
         return gradient.lerp(buffer, group["momentum"])  # Nesterov
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, without importing what defines it, which takes half a second."""
-    return hasattr(tensor, "full_tensor")
-
-
-def _whole(tensor: Any) -> Tensor:
-    whole: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
-    return whole
-
-
-def _as(parameter: Any, tensor: Tensor) -> Tensor:
-    """A whole tensor, which every process holds, sharded as a parameter is."""
-    if not is_sharded(parameter):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from plmtune.optim.newton_schulz import CPUMuon, is_sharded
+from plmtune.modules.sharding import is_sharded
+from plmtune.optim.newton_schulz import CPUMuon
 from plmtune.ranges import RATE, SHARE, TINY, WEIGHT, Range, check
 from plmtune.registry import register
 

@@ -306,7 +306,7 @@ class TestBadAdapters:
             ({"target_modules": ["c_attn"]}, r"target_modules names 'c_attn'; the model has down_proj"),
             ({"r": 3}, r"has shape \[4, 64\]"),
             ({"use_dora": True, "plmtune": {}}, r"misses the tensor .*lora_magnitude_vector"),
-            ({"target_modules": ["q_proj"]}, r"holds the tensor .* which adapter_config.json does not tell of"),
+            ({"target_modules": ["q_proj"]}, r"holds the tensor .* not listed in adapter_config.json"),
             ({"base_model_name_or_path": None}, r"names no base_model_name_or_path"),
         ],
     )

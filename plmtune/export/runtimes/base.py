@@ -1,4 +1,4 @@
-"""What a runtime can be asked, whichever it is."""
+"""The interface of all runtimes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Timing:
 
 
 class InferenceRuntime(ABC):
-    """A model, opened by the program that serves it. A context manager: at its end the memory is let go of.
+    """A model, opened by the program that serves it. A context manager that frees the memory at its end.
 
     Attributes:
         name: of the program.
@@ -114,7 +114,7 @@ class InferenceRuntime(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the model."""
+        """Free the model."""
 
     def check(self, ids: Sequence[int], last: int = 1) -> None:
         """Raise ValueError where ids are none, too many, or fewer than the rows that are asked for."""

@@ -34,11 +34,11 @@ def read_facts(path: Path) -> Facts:
     """
     beside = path.with_name(f"{path.name}.json")
     if not beside.is_file():
-        raise UserError(f"{path} lacks {beside.name} beside it, which tells its vocabulary. Copy it along.")
+        raise UserError(f"{path} lacks {beside.name} beside it, which holds the size of its vocabulary. Copy it too.")
     facts = read_json(beside.parent, beside.name)
     rows, positions, formats = (facts.get(key) for key in ("vocab_size", "max_seq_len", "formats"))
     if type(rows) is not int or type(positions) is not int or not isinstance(formats, list) or not formats:
-        raise UserError(f"{beside} does not tell vocab_size, max_seq_len and formats: it is not of plmtune export.")
+        raise UserError(f"{beside} lacks vocab_size, max_seq_len or formats: plmtune export did not write it.")
     return Facts(rows, positions, tuple(map(str, formats)))
 
 

@@ -1,5 +1,5 @@
-"""What a GGUF file tells before llama.cpp opens it, which itself ends the process on some that are damaged; and what
-both of its bindings begin with."""
+"""What both bindings of llama.cpp share: the header of a GGUF file is read first, because llama.cpp ends the process on
+some damaged files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_FLASH_ATTENTION = ("plm",)
 
 @dataclass(frozen=True)
 class Facts:
-    """What llama.cpp is not asked.
+    """What is read from the header.
 
     Attributes:
         architecture: in llama.cpp's names.
