@@ -155,7 +155,7 @@ class TestPerson:
         assert (code, out) == (0, "No1\nNo2\n"), err
         assert err.count("> ") == 4 and err.count("... ") == 2  # stdout is no terminal, so prompts go to stderr
         assert (
-            "512 tokens of context. /help lists the commands" in err and "/system TEXT  what the model is told" in err
+            "512 tokens of context. /help lists the commands" in err and "/system TEXT  set the system message" in err
         )
 
     def test_a_mistake_does_not_decide_how_the_program_ends(self, chat: Command, asked: list[str]) -> None:
