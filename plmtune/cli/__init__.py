@@ -78,10 +78,10 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            from plmtune.config.names import where_it_belongs
+            from plmtune.config.names import name_hint
 
             near = did_you_mean(args[0], COMMANDS)
-            near = near if near.endswith("?") else where_it_belongs(args[0]) or near
+            near = near if near.endswith("?") else name_hint(args[0]) or near
             raise UserError(f"There is no command {args[0]}.{near}")
         for before, word in itertools.pairwise(args):
             if not word.strip() and not before.startswith("-"):  # pathlib reads it as the current folder

@@ -9,7 +9,7 @@ import click
 
 from plmtune.cli.options import overwrite_option
 from plmtune.config.builtin import builtin_folder
-from plmtune.config.names import use_of, where_it_belongs
+from plmtune.config.names import name_hint, usage_of
 from plmtune.errors import UserError, either, near_names
 from plmtune.io import terminal
 
@@ -34,7 +34,7 @@ def cp(name: str, target: Path, overwrite: bool) -> None:
     source = known.get(asked) or (known[of_that_name[0]] if len(of_that_name) == 1 else None)
     if source is None:
         near = of_that_name or near_names(name, known)
-        hint = f" Did you mean {either(near)}?" if near else where_it_belongs(name)
+        hint = f" Did you mean {either(near)}?" if near else name_hint(name)
         raise UserError(f"There is no config, preset or recipe {name}. See: plmtune ls.{hint}")
     if target.is_dir():
         target = target / source.name
@@ -53,4 +53,4 @@ def _use(source: Path, target: Path) -> str:
     place = source.relative_to(builtin_folder("conf")).parent if source.suffix == ".yaml" else Path()
     if place == Path():
         return f"Use it with: plmtune run {target}"
-    return f"Use it with: plmtune run {use_of(place.as_posix(), str(target))}"
+    return f"Use it with: plmtune run {usage_of(place.as_posix(), str(target))}"

@@ -79,13 +79,13 @@ def _list(entries: Iterable[tuple[str, str]]) -> None:
 
 
 def _group(group: str, table: Any) -> None:
-    from plmtune.config.names import where_it_belongs
+    from plmtune.config.names import name_hint
     from plmtune.errors import UserError, did_you_mean
 
     leaf = group.rpartition("/")[2]
     if leaf not in table:
         near = did_you_mean(leaf, [*table, "devices"])
-        near = near if near.endswith("?") else where_it_belongs(leaf) or near
+        near = near if near.endswith("?") else name_hint(leaf) or near
         if leaf in COMMANDS:
             near = f" {leaf} is a command: plmtune {leaf}"
         raise UserError(f"There is no group {group}.{near}")

@@ -115,7 +115,7 @@ def find_tokenizer(text: str) -> Tokenizer:
     Raises:
         UserError: if it is none of them.
     """
-    from plmtune.config.names import where_it_belongs
+    from plmtune.config.names import name_hint
     from plmtune.registry import describe_components, load
 
     named = set(describe_components()["tokenizer"]) - {"file"}  # that one is reached by its path
@@ -124,7 +124,7 @@ def find_tokenizer(text: str) -> Tokenizer:
     if Path(text).exists() or hub.parse(text):
         return load("tokenizer", "file")(path=text)
     near = did_you_mean(text, named)
-    near = near if near.endswith("?") else where_it_belongs(text) or near
+    near = near if near.endswith("?") else name_hint(text) or near
     raise UserError(f"{text} is neither a tokenizer's name nor a file or directory with one.{near}")
 
 

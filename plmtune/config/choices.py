@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from plmtune.config.builtin import builtin_folder
-from plmtune.config.overrides import as_typed
+from plmtune.config.overrides import quote_override
 from plmtune.config.rules import check_file, is_option, read_yaml
 from plmtune.errors import UserError, either
 from plmtune.registry import describe_components
@@ -54,7 +54,7 @@ def take_choices(value: Any, place: str, group: str, choices: dict[str, str | No
     key = place.replace("/", ".")
     if isinstance(value, list):
         if group != "logger":
-            several = as_typed("data.sources", {"NAME": {"component": "files", "paths": ["a.txt"]}})
+            several = quote_override("data.sources", {"NAME": {"component": "files", "paths": ["a.txt"]}})
             hint = f" Several sources are data=mix with {several}." if key == "data" else ""
             raise UserError(f"{where}key {key}: takes the name of one component, not a list.{hint}")
         if len(value) == 1:
@@ -87,7 +87,7 @@ def _several(items: Sequence[Any], where: str) -> dict[str, Any]:
     for item in items:
         settings = {"component": item} if isinstance(item, str) else item
         if not isinstance(settings, dict) or not isinstance(settings.get("component"), str):
-            form = as_typed("logger", ["tensorboard", {"component": "wandb", "project": "x"}])
+            form = quote_override("logger", ["tensorboard", {"component": "wandb", "project": "x"}])
             raise UserError(f"{where}{item!r:.80} is no logger. Write {form}.")
         name = settings["component"]
         if name in found:

@@ -54,7 +54,7 @@ def compose(name: str, overlays: Sequence[str] = (), overrides: Sequence[str] = 
     try:
         return from_plain(composed)
     except UserError as error:
-        raise given.blamed(error) from None
+        raise given.with_place(error) from None
 
 
 def all_keys(base: str) -> list[str]:

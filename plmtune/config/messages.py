@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from plmtune.config.choices import FILE_PRESET
-from plmtune.config.names import where_it_belongs
-from plmtune.config.overrides import as_typed
+from plmtune.config.names import name_hint
+from plmtune.config.overrides import quote_override
 from plmtune.config.renamed import new_key
 from plmtune.config.schema import SCHEMAS
 from plmtune.errors import UserError, did_you_mean, either, near_names
@@ -106,7 +106,7 @@ class Given:
                     return f"{self.files[name]}, "
         return ""
 
-    def blamed(self, error: UserError) -> UserError:
+    def with_place(self, error: UserError) -> UserError:
         """The same error with the place of its key in front."""
         key = re.match(r"key ([\w.\[\]-]+):", str(error))
         return UserError(f"{self.place(key[1])}{error}") if key else error
@@ -150,7 +150,7 @@ def explain(
         if option.endswith((".yaml", ".yml")):
             return UserError(f"{where}{key}{option} is a file, and a file may not choose another one.")
         near = did_you_mean(option, known)
-        near = near if near.endswith("?") else where_it_belongs(option) or near
+        near = near if near.endswith("?") else name_hint(option) or near
         return UserError(f"{where}{key}{group or 'conf'} has no option {option}.{near}")
     if unmatched := re.search(r"Could not (?:override|delete) '([^']*)'\. No match in the defaults list", text):
         name = unmatched[1]
@@ -174,7 +174,7 @@ def explain(
         number = f" As one number: {either(numbers)}." if numbers else ""
         return UserError(
             f"override {key}={value}: several values.{number} To run them all: plmtune run -m ...; as a list: "
-            f"{listed}; as one text: {as_typed(key, value)}"
+            f"{listed}; as one text: {quote_override(key, value)}"
         )
     merged = _search(r"Error merging override [+~]*([\w./-]+)=", text) or ""
     key = full_key or merged

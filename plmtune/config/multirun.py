@@ -52,7 +52,7 @@ def multirun(
             try:
                 cfg = from_plain(composed)
             except UserError as error:
-                raise given.blamed(error) from None
+                raise given.with_place(error) from None
             cfg.run_dir = cfg.run_dir or str(place)
             return task(cfg)
         finally:

@@ -9,7 +9,7 @@ from typing import Any
 
 from plmtune.config.builtin import builtin_folder
 from plmtune.config.choices import place_of_group, preset_groups, presets
-from plmtune.config.overrides import as_typed
+from plmtune.config.overrides import quote_override
 from plmtune.config.schema import SCHEMAS, component_keys
 from plmtune.errors import UserError, either
 from plmtune.io import hub
@@ -20,7 +20,7 @@ DEVICES = Path(__file__).parents[1] / "devices"
 _EXAMPLES = {"preference": "aries"}  # a config of the recipe, where none has its name
 
 
-def where_it_belongs(name: str) -> str:
+def name_hint(name: str) -> str:
     """A sentence that says what `name` is and which command takes it; empty if it is nothing that plmtune knows."""
     if (builtin_folder("conf") / f"{name}.yaml").is_file():
         return f" {name} is a config: plmtune run {name}"
@@ -31,7 +31,7 @@ def where_it_belongs(name: str) -> str:
     ):
         if found:
             place = "selection.rules" if found[0] == "rule" else place_of_group(found[0], groups)
-            return f" {name} is a {kind} of the group {found[0]}: plmtune run {use_of(place, name)}"
+            return f" {name} is a {kind} of the group {found[0]}: plmtune run {usage_of(place, name)}"
     if name in table:
         return f" {name} is a group: plmtune ls {name}"
     if (DEVICES / f"{name}.yaml").is_file():
@@ -54,16 +54,16 @@ def refuse_preset(content: Mapping[str, Any], path: Path) -> None:
     found = preset_groups(content)
     if found:
         places = [place_of_group(group, component_keys()) for group in found]
-        use = " or ".join(f"plmtune run {use_of(place, str(path))}" for place in places)
+        use = " or ".join(f"plmtune run {usage_of(place, str(path))}" for place in places)
         raise UserError(f"{path}: is a preset of the group {either(found)}, not a config. Use it with: {use}")
 
 
-def use_of(place: str, name: str) -> str:
+def usage_of(place: str, name: str) -> str:
     """A config that has a component at a place, and the override that chooses `name` there."""
     top = place.partition("/")[0].partition(".")[0]
     having = [recipe for recipe, schema in SCHEMAS.items() if any(item.name == top for item in fields(schema))]
     recipe = having[0] if having else "pretrain"
-    return f"{_EXAMPLES.get(recipe, recipe)} {as_typed(place, name)}"
+    return f"{_EXAMPLES.get(recipe, recipe)} {quote_override(place, name)}"
 
 
 def check_model_path(path: str | Path) -> None:
@@ -79,7 +79,7 @@ def check_model_path(path: str | Path) -> None:
         raise UserError(
             explain_missing(path)
             or f"There is no {path} (seen from {Path.cwd()}). Give a checkpoint, a model directory, a run directory or "
-            f"a model of the Hugging Face hub (OWNER/NAME).{where_it_belongs(str(path))}"
+            f"a model of the Hugging Face hub (OWNER/NAME).{name_hint(str(path))}"
         )
     if hub.is_gguf(path):
         raise UserError(f"{path} is a GGUF file. Convert it to a model directory: plmtune convert {path} OUT")

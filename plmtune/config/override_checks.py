@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from plmtune.config.choices import FILE_PRESET, SEVERAL, group_at, read_preset, take_choices
-from plmtune.config.overrides import as_typed, in_hydras_form
+from plmtune.config.overrides import hydra_literal, quote_override
 from plmtune.config.rules import check_override, is_option
 from plmtune.config.schema import component_keys
 from plmtune.config.signatures import dict_keys
@@ -51,7 +51,7 @@ def _quoted(words: Sequence[str]) -> str | None:
     plain: Any = value
     if value.startswith("[") and value.endswith("]"):
         plain = [part.strip().strip("'\"") for part in value[1:-1].split(",")]
-    typed = as_typed(key, plain)
+    typed = quote_override(key, plain)
     try:
         parsed = OverridesParser.create().parse_override(shlex.split(typed)[0])
     except (HydraException, ValueError, RecursionError):
@@ -80,7 +80,7 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list
         # Hydra's multirun reads its own options, one of which unpickles a file, among the overrides.
         if ("=" not in text and not text.startswith("~")) or text.startswith("-"):
             before, equals, value = overrides[index - 1].partition("=") if index else ("", "", "")
-            way = f" As a part of {before}: {as_typed(before, f'{value} {text}')}" if equals else ""
+            way = f" As a part of {before}: {quote_override(before, f'{value} {text}')}" if equals else ""
             raise UserError(f"{text!r:.200} is neither a YAML file nor an override of the form key=value.{way}")
         if text.startswith("="):
             raise UserError(f"override {text:.200}: has no key. Write key=value.")
@@ -148,7 +148,7 @@ def _normalize(text: str, parsed: Override) -> list[str]:
         return [text]
     return [
         *(f"{at}={name}" for at, name in choices.items()),
-        *(f"{key}.{name}={in_hydras_form(child)}" for name, child in settings.items()),
+        *(f"{key}.{name}={hydra_literal(child)}" for name, child in settings.items()),
     ]
 
 

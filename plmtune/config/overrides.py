@@ -10,12 +10,12 @@ from typing import Any
 _BARE = re.compile(r"(?!(?:null|true|false|nan|inf)$)(?:[A-Za-z_]|\.{0,2}/)[\w./@%+-]*", re.ASCII | re.IGNORECASE)
 
 
-def as_typed(key: str, value: Any) -> str:
+def quote_override(key: str, value: Any) -> str:
     """Return an override as it is typed in a POSIX shell or zsh, so that Hydra reads exactly this value."""
-    return shlex.quote(f"{key}={in_hydras_form(value)}")
+    return shlex.quote(f"{key}={hydra_literal(value)}")
 
 
-def in_hydras_form(value: Any) -> str:
+def hydra_literal(value: Any) -> str:
     """Write a plain value in the grammar of Hydra's overrides; a text is quoted where it could be read otherwise."""
     if isinstance(value, str):
         if _BARE.fullmatch(value):
@@ -23,7 +23,7 @@ def in_hydras_form(value: Any) -> str:
         # Backslashes stand for themselves but before a quote.
         return '"' + re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value) + '"'
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {in_hydras_form(child)}" for key, child in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {hydra_literal(child)}" for key, child in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(in_hydras_form, value)) + "]"
+        return "[" + ", ".join(map(hydra_literal, value)) + "]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from plmtune.config.builtin import builtin_folder
 from plmtune.config.choices import choices_of, normalize_file
 from plmtune.config.messages import Given, unknown_key
-from plmtune.config.names import refuse_preset, where_it_belongs
+from plmtune.config.names import name_hint, refuse_preset
 from plmtune.config.override_checks import chosen_components
 from plmtune.config.rules import check_file, read_yaml
 from plmtune.config.schema import SCHEMAS, component_keys
@@ -56,7 +56,7 @@ def find_config(name: str) -> Path:
         raise UserError(f"{name}: no such file.{hint}")
     path = builtin / f"{name}.yaml"
     if not path.is_file():
-        hint = where_it_belongs(name) or did_you_mean(name, (p.stem for p in builtin.glob("*.yaml")))
+        hint = name_hint(name) or did_you_mean(name, (p.stem for p in builtin.glob("*.yaml")))
         raise UserError(f"There is no config {name}.{hint}")
     return path
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from plmtune.config.messages import in_words, unknown_key
-from plmtune.config.overrides import in_hydras_form
+from plmtune.config.overrides import hydra_literal
 from plmtune.config.rules import check_scalar, check_value, resolve
 from plmtune.config.schema import SCHEMAS
 from plmtune.config.signatures import FIELDS, component_schema, dict_group, is_component, is_text_list, plain_schema
@@ -118,7 +118,7 @@ def _texts(value: Any, place: str) -> list[Any]:
     items = value if isinstance(value, list | tuple) else [value]
     for item in items:
         if not isinstance(item, str | list | dict):
-            held = in_hydras_form(item)
+            held = hydra_literal(item)
             raise UserError(f"{place}: {held} is no text. Put it in quotes, inside of the shell's: '[\"{held}\"]'.")
     return list(items)
 

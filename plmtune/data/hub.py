@@ -121,7 +121,7 @@ class Hub(Source):
             try:
                 from huggingface_hub import HfApi
 
-                if why := plmtune.io.hub.silence():
+                if why := plmtune.io.hub.unavailable_reason():
                     raise OSError(why)
                 commit = HfApi().dataset_info(self.dataset, revision=self.revision).sha or commit
             except ImportError as error:
@@ -146,7 +146,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _why(error: Exception) -> str:
-    return plmtune.io.hub.silence() or f"{type(error).__name__}: {error}"
+    return plmtune.io.hub.unavailable_reason() or f"{type(error).__name__}: {error}"
 
 
 @register("data", "hub")

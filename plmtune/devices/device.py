@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from plmtune.config.names import where_it_belongs
+from plmtune.config.names import name_hint
 from plmtune.config.rules import read_yaml
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io.atomic import atomic_write
@@ -134,7 +134,7 @@ def load_device(name: str) -> Device:
         path = Path(__file__).parent / f"{name}.yaml"
         if name not in builtin_devices():
             near = did_you_mean(name, builtin_devices())
-            near = near if near.endswith("?") else where_it_belongs(name) or near
+            near = near if near.endswith("?") else name_hint(name) or near
             raise UserError(f"There is no device {name}; a file of your own is given as FILE.yaml.{near}")
     return _parse(read_yaml(path), path)
 

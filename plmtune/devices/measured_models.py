@@ -246,7 +246,7 @@ def open_model(
     kind = dtypes.from_name(dtype) if dtype else None
     if target.startswith("model=") and not Path(target).exists():
         return PyTorchModel(_random_model(target, kind or torch.bfloat16, device), capacity, sparse, None)
-    path = checkpoint_directory(target) if hub.parse(target) else hub.open_folder(Path(target))
+    path = checkpoint_directory(target) if hub.parse(target) else hub.newest_snapshot(Path(target))
     if path.is_file() and path.suffix not in (".gguf", ".pte"):
         raise UserError(f"{target} is neither a .gguf nor a .pte file, nor a checkpoint's directory.")
     if not path.exists():

@@ -202,7 +202,7 @@ class _Documents:
             return f"{self._where[:1].upper() + self._where[1:]} names no data: add dataset_path, or a map (--data)"
         what = ", ".join(repr(part) for part in (path, name) if part is not None)
         reason = _in_words(error)
-        if isinstance(error, OSError) and (why := hub.silence()):  # the messages of libraries do not help
+        if isinstance(error, OSError) and (why := hub.unavailable_reason()):  # the messages of libraries do not help
             reason = f"{why}, and this machine's cache has none"
         missing = self._data.absent(self._name) if self._data is not None else []
         near = self._data.nearest(self._name) if self._data is not None else ""

@@ -97,7 +97,7 @@ def fetch(model: HubModel, *, weights: bool = True) -> Path:
             return cached
         here = f"{model} is no directory here (seen from {Path.cwd()})."
         raise missing("huggingface_hub", "Fetching it from the Hugging Face hub", here) from None
-    if why := silence():
+    if why := unavailable_reason():
         if cached is None:
             raise UserError(_absent(model, weights, why))
         if not offline():
@@ -183,13 +183,13 @@ def _download(model: HubModel, weights: bool) -> Path:
         raise
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's
         cached = _cached(model, weights)
-        if cached is not None and (why := _unwell(error)):
+        if cached is not None and (why := _service_error(error)):
             _say(_from_cache(model, cached, why))
             return cached
         raise UserError(f"{model} cannot be fetched from the Hugging Face hub ({_first(error)}). Try again.") from error
 
 
-def _unwell(error: Exception) -> str:
+def _service_error(error: Exception) -> str:
     """Why the hub did not serve a valid request: rate limit, server error or network error; empty for other errors."""
     for one in _causes(error):
         status = getattr(getattr(one, "response", None), "status_code", 0)
@@ -252,7 +252,7 @@ def offline() -> bool:
     return said.upper() in ("1", "ON", "YES", "TRUE")
 
 
-def silence() -> str:
+def unavailable_reason() -> str:
     """Return why the hub cannot be used (offline, or no answer within SECONDS) as a clause; empty if it answers.
 
     One request is made per process.
@@ -329,7 +329,7 @@ def without_retries() -> Iterator[None]:
     if config := getattr(sys.modules.get("datasets"), "config", None):
         settings.append(config)
     held = [place.HF_HUB_OFFLINE for place in settings]
-    if any(held) or silence():
+    if any(held) or unavailable_reason():
         for place in settings:
             place.HF_HUB_OFFLINE = True
     try:
@@ -385,7 +385,7 @@ def _has_weights(directory: Path) -> bool:
     return False
 
 
-def open_folder(path: Path) -> Path:
+def newest_snapshot(path: Path) -> Path:
     """Return the newest snapshot of a repository's folder in a cache (models--OWNER--NAME); any other path itself.
 
     Raises:
@@ -412,7 +412,7 @@ def model_of(directory: Path) -> HubModel | None:
     return HubModel(f"{owner}/{name}", commit)
 
 
-def leads_out(path: Path) -> bool:
+def links_outside(path: Path) -> bool:
     """Whether a file is a link out of its directory; the links of a snapshot into its repository's blobs are not."""
     real, directory = path.resolve(), path.parent.resolve()
     if real.parent == directory:

@@ -100,7 +100,7 @@ def _exists(path: Path) -> bool:
 def _inside(directory: Path, name: str) -> Path:
     """Return the path of a plain file of `directory`, refusing whatever leads out of it."""
     path = directory / name
-    if Path(name).name != name or hub.leads_out(path):
+    if Path(name).name != name or hub.links_outside(path):
         raise UserError(f"{directory} refers to {name!r:.80}, which lies outside of it. Copy the file into it.")
     if not path.is_file():
         raise UserError(f"{path} is missing.")
@@ -213,7 +213,7 @@ def find_checkpoint(path: str | Path, *, weights: bool = True) -> Path:
     """
     if named := hub.parse(path):
         return hub.fetch(named, weights=weights)
-    path = hub.open_folder(Path(path))
+    path = hub.newest_snapshot(Path(path))
     path = manifest.resolve_pointer(path)
     check_model_path(path)
     if not path.is_dir():

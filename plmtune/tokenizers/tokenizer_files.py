@@ -125,12 +125,12 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _read(path: Path, pattern: str = QWEN2_PATTERN, normalization: Normalization | None = "NFC") -> Tokenizer:
-    path = hub.open_folder(path.expanduser())
+    path = hub.newest_snapshot(path.expanduser())
     if named := hub.parse(path):
         path = hub.fetch(named, weights=False)
     if path.is_dir():
         for name in (*_FILES, "config.json"):
-            if hub.leads_out(path / name):
+            if hub.links_outside(path / name):
                 raise UserError(f"{path / name} is a link to a place outside of {path}. Copy the file into it.")
         whole = path / "tokenizer.json"
         held = [whole] if whole.is_file() else sorted(path.glob("*.tiktoken"))

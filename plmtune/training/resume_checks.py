@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import xxhash
 
-from plmtune.config.overrides import in_hydras_form
+from plmtune.config.overrides import hydra_literal
 from plmtune.config.renamed import with_first_keys
 from plmtune.config.typed_config import to_plain
 from plmtune.errors import UserError
@@ -109,7 +109,7 @@ def refuse_other_config(path: Path, before: RunConfig, now: RunConfig) -> None:
             way = "start a new run" + (f" from its weights: init_from={path}" if hasattr(now, "init_from") else "")
             way = "give allow_data_change=true (--allow-data-change)" if top in DATA else way
             raise UserError(
-                f"{path} was started with {key}={in_hydras_form(old)}, not {in_hydras_form(new)}, and that decides "
+                f"{path} was started with {key}={hydra_literal(old)}, not {hydra_literal(new)}, and that decides "
                 f"what a run learns. Leave it as it was to resume, or {way}"
             )
 

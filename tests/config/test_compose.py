@@ -10,7 +10,7 @@ import pytest
 
 from plmtune.config import compose, multirun, override_checks, run_config, typed_config
 from plmtune.config.builtin import builtin_folder
-from plmtune.config.overrides import as_typed
+from plmtune.config.overrides import quote_override
 from plmtune.errors import UserError
 from plmtune.registry import Component
 
@@ -269,7 +269,7 @@ class TestQuoting:
         rng = random.Random(0)
         for _ in range(300):
             value = "".join(rng.choices("ab \"'\\$`()[]{}=,:#é\n~!*", k=rng.randrange(12)))
-            (word,) = shlex.split(as_typed("name", value))
+            (word,) = shlex.split(quote_override("name", value))
             assert override_checks.parse(word).value() == value
 
     def test_words_that_the_shell_cut_are_joined(self) -> None:

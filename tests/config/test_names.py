@@ -2,7 +2,7 @@
 
 import pytest
 
-from plmtune.config.names import where_it_belongs
+from plmtune.config.names import name_hint
 from plmtune.devices.device import load_device
 from plmtune.errors import UserError
 
@@ -25,12 +25,12 @@ class TestNames:
         ],
     )
     def test_a_name_is_said_to_be_what_it_is(self, name: str, said: str) -> None:
-        found = where_it_belongs(name)
+        found = name_hint(name)
         assert found.startswith(f" {name} is a") and said in found
 
     @pytest.mark.parametrize("name", ["", "no_such_name", "../pretrain"])
     def test_of_other_names_nothing_is_said(self, name: str) -> None:
-        assert where_it_belongs(name) == ""
+        assert name_hint(name) == ""
 
     def test_a_preset_is_no_device(self) -> None:
         with pytest.raises(UserError, match="plm_20m is a preset of the group model"):

@@ -11,7 +11,7 @@ import pytest
 
 from plmtune.config import compose, run_config
 from plmtune.config.override_checks import parse, plain_value
-from plmtune.config.overrides import as_typed
+from plmtune.config.overrides import quote_override
 from plmtune.errors import UserError
 from plmtune.training.resume_checks import refuse_other_config
 
@@ -38,7 +38,7 @@ class TestAsTyped:
     def test_a_shell_and_hydra_read_the_same_value_back(self) -> None:
         rng = random.Random(0)
         for value in [*(drawn(rng) for _ in range(400)), *WORDS, {"a": {"component": "files", "paths": ["a b.txt"]}}]:
-            (word,) = shlex.split(as_typed("a.key", value))
+            (word,) = shlex.split(quote_override("a.key", value))
             parsed = parse(word)
             assert parsed.key_or_group == "a.key"
             found = plain_value(parsed._value)
@@ -55,7 +55,7 @@ class TestAsTyped:
         ],
     )
     def test_quotes_what_needs_it(self, value: Any, typed: str) -> None:
-        assert as_typed("key", value) == typed
+        assert quote_override("key", value) == typed
 
 
 class TestAdvice:

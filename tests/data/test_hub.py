@@ -39,7 +39,7 @@ def datasets(monkeypatch):
             return iter([{"messages": TALK, **PAIR}])
         return iter([{"text": "one"}, {"text": " "}, {"body": "bad"}, {"text": "two"}])
 
-    monkeypatch.setattr("plmtune.io.hub.silence", lambda: "")
+    monkeypatch.setattr("plmtune.io.hub.unavailable_reason", lambda: "")
     module = types.ModuleType("datasets")
     module.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
     module.load_dataset = load_dataset
@@ -71,7 +71,7 @@ class TestHub:
         from huggingface_hub import constants
 
         seen = []
-        monkeypatch.setattr("plmtune.io.hub.silence", lambda: "https://huggingface.co does not answer")
+        monkeypatch.setattr("plmtune.io.hub.unavailable_reason", lambda: "https://huggingface.co does not answer")
         monkeypatch.setattr(
             sys.modules["datasets"], "load_dataset", lambda *_, **__: seen.append(constants.HF_HUB_OFFLINE) or 1 / 0
         )
@@ -85,7 +85,7 @@ class TestHub:
         from huggingface_hub import constants
 
         seen = []
-        monkeypatch.setattr("plmtune.io.hub.silence", lambda: "https://huggingface.co does not answer")
+        monkeypatch.setattr("plmtune.io.hub.unavailable_reason", lambda: "https://huggingface.co does not answer")
         rows = ({"text": f"{seen.append(constants.HF_HUB_OFFLINE)}"} for _ in range(3))
         monkeypatch.setattr(sys.modules["datasets"], "load_dataset", lambda *_, **__: rows)
         documents = hub("some/set").documents()
@@ -142,7 +142,7 @@ class TestHub:
 
     def test_the_fingerprint_is_that_of_the_commit(self, monkeypatch):
         commit = "a" * 40
-        monkeypatch.setattr("plmtune.io.hub.silence", lambda: "")
+        monkeypatch.setattr("plmtune.io.hub.unavailable_reason", lambda: "")
         module = types.ModuleType("huggingface_hub")
         module.HfApi = lambda: types.SimpleNamespace(
             dataset_info=lambda name, revision: types.SimpleNamespace(sha=commit)

@@ -373,7 +373,7 @@ class TestWithoutData:
     def offline(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         import datasets
 
-        monkeypatch.setattr("plmtune.io.hub.silence", lambda: "https://huggingface.co does not answer")
+        monkeypatch.setattr("plmtune.io.hub.unavailable_reason", lambda: "https://huggingface.co does not answer")
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
     def test_it_is_said_at_once_how_to_get_them(self, folder: Path) -> None:
