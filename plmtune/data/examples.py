@@ -11,7 +11,8 @@ import xxhash
 
 from plmtune.data.conversations import Conversations
 from plmtune.data.packing import Example, PackedRows, fit
-from plmtune.data.preferences import Pair, Preferences
+from plmtune.data.pairs import Pair
+from plmtune.data.preferences import Preferences
 from plmtune.data.rows import REMEDY, Refused
 from plmtune.data.sources import Source
 from plmtune.errors import UserError

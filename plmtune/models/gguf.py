@@ -28,7 +28,7 @@ from plmtune.models.hf_config import hf_config
 from plmtune.models.hf_names import hf_name
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.gqa import default_kv_heads
-from plmtune.tokenizers import tokenizer_json
+from plmtune.tokenizers import tokenizer_json, tokenizer_json_writer
 from plmtune.tokenizers.bpe import DIGITS_GPT2_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, Normalization
 from plmtune.tokenizers.tokenizer import Tokenizer
 
@@ -363,9 +363,9 @@ def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
         vocab[token] = identity
         if kind != _NORMAL or token in (eos, bos):
             special = kind != _USER_DEFINED or token in (eos, bos)
-            added.append(tokenizer_json.added_token(identity, token, special=special))
+            added.append(tokenizer_json_writer.added_token(identity, token, special=special))
     pattern, normalization, ignore_merges = PRE_TOKENIZERS[pre]
-    data = tokenizer_json.skeleton(pattern, normalization)
+    data = tokenizer_json_writer.skeleton(pattern, normalization)
     data["model"] |= {"vocab": vocab, "merges": merges, "ignore_merges": ignore_merges}
     data["added_tokens"] = added
     template = metadata.get("tokenizer.chat_template")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from plmtune.data.order import key_of, num_samples, permute
 from plmtune.data.packing import pack
-from plmtune.data.preferences import Pair
+from plmtune.data.pairs import Pair
 from plmtune.errors import UserError
 from plmtune.io.progress import track
 from plmtune.losses.preference import MISMATCHED, PreferenceLoss

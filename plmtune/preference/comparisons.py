@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from plmtune.data.preferences import Pair
+from plmtune.data.pairs import Pair
 from plmtune.data.rows import Refused
 from plmtune.losses.preference import DIRECT, GIVEN_CHOSEN, GIVEN_REJECTED, MISMATCHED
 from plmtune.preference.refinement import UNSHOWN, Refinement

@@ -21,7 +21,7 @@ import xxhash
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io.atomic import atomic_write
 from plmtune.io.provenance import num_cores
-from plmtune.tokenizers import tokenizer_json
+from plmtune.tokenizers import tokenizer_json_writer
 from plmtune.tokenizers.bpe import (
     COMPLETE_PATTERNS,
     LLAMA3_PATTERN,
@@ -263,7 +263,7 @@ class Tokenizer:
     @cached_property
     def _json(self) -> str:
         # Cached: a run saves the same tokenizer with every checkpoint.
-        return tokenizer_json.render(self.vocabulary, self.bos if self.adds_bos else None)
+        return tokenizer_json_writer.render(self.vocabulary, self.bos if self.adds_bos else None)
 
     def _cuts(self, text: str) -> Iterator[str]:
         if len(text) <= 2 * _TASK_CHARS or self.vocabulary.pattern not in _CUTTABLE or self.vocabulary.added:

@@ -6,7 +6,6 @@ other ids than the `tokenizers` library is refused by name.
 
 from __future__ import annotations
 
-import json
 import math
 from functools import cache
 from typing import Any
@@ -353,11 +352,6 @@ def _order_of_many(singles: list[str], places: _Places) -> tuple[list[str], list
     return None
 
 
-def added_token(identity: int, content: str, *, special: bool, normalized: bool = False) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": normalized}
-    return {"id": identity, "content": content, **flags, "special": special}
-
-
 def with_added_of_config(data: Any, config: dict[str, Any], where: str) -> Any:
     """Return a tokenizer.json with the added tokens of a tokenizer_config.json, as transformers merges them.
 
@@ -383,23 +377,6 @@ def with_added_of_config(data: Any, config: dict[str, Any], where: str) -> Any:
     return data | {"added_tokens": [e for e in held if e.get("content") not in changed] + list(changed.values())}
 
 
-def skeleton(pattern: str, normalization: Normalization | None) -> dict[str, Any]:
-    """Return a tokenizer.json without tokens."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": {"type": normalization} if normalization else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": {}, "merges": []},
-    }
-
-
 def first_token(data: dict[str, Any]) -> str | None:
     """Return the special token that a tokenizer.json puts before each text, if any."""
     entry = data.get("post_processor")
@@ -411,39 +388,3 @@ def first_token(data: dict[str, Any]) -> str | None:
         if isinstance(token, dict) and isinstance(token.get("id"), str):
             return str(token["id"])
     return None
-
-
-def _puts_before(token: str, identity: int) -> dict[str, Any]:
-    """A post-processor that puts a token before each text."""
-    first, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    second = [{"SpecialToken": {"id": token, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-    return {
-        "type": "TemplateProcessing",
-        "single": [first, text],
-        "pair": [first, text, *second],
-        "special_tokens": {token: {"id": token, "ids": [identity], "tokens": [token]}},
-    }
-
-
-def render(vocabulary: Vocabulary, first: str | None = None) -> str:
-    """Return the tokenizer.json of a vocabulary; `first` is a special token before each text."""
-    chars = [to_chars(token) for token in vocabulary.tokens]
-    vocab = dict(zip(chars, vocabulary.ids, strict=True))
-    vocab |= {to_chars(token): identity for identity, token in vocabulary.unreachable.items()}
-    # They are in the model as well, so that the library gives them these ids.
-    vocab |= vocabulary.specials | vocabulary.added
-    data = skeleton(vocabulary.pattern, vocabulary.normalization)
-    data["model"] |= {
-        "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-        "merges": [[chars[left], chars[right]] for left, right in vocabulary.merges],
-    }
-    if vocabulary.whole:
-        data["model"]["ignore_merges"] = True
-    specials, normalized = vocabulary.specials, vocabulary.normalized
-    data["added_tokens"] = [
-        added_token(identity, content, special=content in specials, normalized=content in normalized)
-        for content, identity in sorted((specials | vocabulary.added).items(), key=lambda item: item[1])
-    ]
-    if first is not None:
-        data["post_processor"] = _puts_before(first, vocabulary.specials[first])
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from plmtune.tokenizers import tokenizer_json
+from plmtune.tokenizers import tokenizer_json, tokenizer_json_writer
 from plmtune.tokenizers.bpe import CHATML_SPECIALS, QWEN2_PATTERN, SINGLE_BYTES
 from plmtune.tokenizers.builtin_templates import CHATML_TEMPLATE
 from plmtune.tokenizers.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     num_learned = vocab_size - len(specials)
     if num_learned <= len(SINGLE_BYTES):
         raise ValueError(f"vocab_size ({vocab_size}) must exceed 256 bytes and {len(specials)} special tokens")
-    learner = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json.skeleton(QWEN2_PATTERN, "NFC")))
+    learner = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json_writer.skeleton(QWEN2_PATTERN, "NFC")))
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=num_learned,
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
@@ -45,7 +45,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         )
     data = json.loads(learner.to_str())
     data["added_tokens"] = [
-        tokenizer_json.added_token(learned + index, special, special=True) for index, special in enumerate(specials)
+        tokenizer_json_writer.added_token(learned + index, special, special=True)
+        for index, special in enumerate(specials)
     ]
     vocabulary = tokenizer_json.parse(data, "the trained tokenizer")
     return Tokenizer(vocabulary, chat_template=CHATML_TEMPLATE)

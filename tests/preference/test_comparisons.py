@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from plmtune.data.preferences import Pair
+from plmtune.data.pairs import Pair
 from plmtune.losses.preference import DIRECT, GIVEN_CHOSEN, GIVEN_REJECTED, MISMATCHED
 from plmtune.preference.comparisons import make_comparisons
 from plmtune.preference.refinement import Refinement, find_refinement

@@ -15,7 +15,7 @@ import pytest
 import tokenizers as reference
 
 from plmtune.errors import UserError
-from plmtune.tokenizers import tokenizer_json
+from plmtune.tokenizers import tokenizer_json, tokenizer_json_writer
 from plmtune.tokenizers.bpe import (
     CHATML_SPECIALS,
     COMPLETE_PATTERNS,
@@ -102,11 +102,11 @@ def random_file(seed: int, ignore_merges: bool, many: bool) -> dict[str, Any]:
         generator.shuffle(merges)
     if seed % 3 == 0:
         tokens += ["cabacab"] * ("cabacab" not in tokens)  # a token without a merge
-    data = tokenizer_json.skeleton(GPT2_PATTERN, None)
+    data = tokenizer_json_writer.skeleton(GPT2_PATTERN, None)
     vocab = {char: identity for identity, char in enumerate(sorted(tokenizer_json.byte_chars().values()))}
     vocab |= {token: 300 + index for index, token in enumerate(token for token in tokens if len(token) > 1)}
     data["model"] |= {"vocab": vocab, "merges": merges, "ignore_merges": ignore_merges}
-    data["added_tokens"] = [tokenizer_json.added_token(len(vocab), "<|endoftext|>", special=True)]
+    data["added_tokens"] = [tokenizer_json_writer.added_token(len(vocab), "<|endoftext|>", special=True)]
     if len(vocab) in vocab.values():
         data["model"]["vocab"]["<|endoftext|>"] = 999
         data["added_tokens"][0]["id"] = 999
@@ -180,8 +180,8 @@ class TestIdsEqualTheTokenizersLibrary:
     def test_with_added_tokens_that_are_not_special(self) -> None:
         data = whole_file()
         data["added_tokens"] += [
-            tokenizer_json.added_token(4096, "<tool>", special=False),
-            tokenizer_json.added_token(4097, "<tool>s", special=False),
+            tokenizer_json_writer.added_token(4096, "<tool>", special=False),
+            tokenizer_json_writer.added_token(4097, "<tool>s", special=False),
         ]
         ours, theirs = both(data)
         texts = ["a <tool>b<tool>s <tool", "<tool>"]
@@ -198,7 +198,7 @@ class TestIdsEqualTheTokenizersLibrary:
             ("caf\u00e9", True, True),
         ]
         data["added_tokens"] += [
-            tokenizer_json.added_token(4096 + index, text, special=special, normalized=normalized)
+            tokenizer_json_writer.added_token(4096 + index, text, special=special, normalized=normalized)
             for index, (text, special, normalized) in enumerate(new)
         ]
         ours, theirs = both(data)
@@ -518,7 +518,7 @@ def broken(change: str) -> dict[str, Any]:
             data["added_tokens"][0]["id"] = 300
         case "id 4097 of another":
             model["vocab"]["zqzqzq"] = 4097
-            data["added_tokens"].append(tokenizer_json.added_token(4097, "<tool>", special=False))
+            data["added_tokens"].append(tokenizer_json_writer.added_token(4097, "<tool>", special=False))
         case "ignore_merges":
             model["ignore_merges"] = True
             model["vocab"]["theand"] = 4999  # of "the" and "and", which no merge joins

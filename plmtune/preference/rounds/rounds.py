@@ -15,7 +15,8 @@ import numpy as np
 
 from plmtune.config.schema import ChatConfig, SelectionConfig
 from plmtune.data.order import key_of, permute
-from plmtune.data.preferences import Pair, Prompt, preferences, prompts_of
+from plmtune.data.pairs import Pair
+from plmtune.data.preferences import Prompt, preferences, prompts_of
 from plmtune.errors import UserError
 from plmtune.io import manifest
 from plmtune.io.metrics import AFTER_ROUND
