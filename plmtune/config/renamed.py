@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 
 class Renamed(NamedTuple):
-    """One key that has another name now. Both names are full keys of the same section."""
+    """One key that has another name or other values now. Both names are full keys of the same section."""
 
     old: str
     new: str
@@ -25,6 +25,18 @@ RENAMED = (
     Renamed("chat.too_long", "chat.truncation", {"cut": "right"}),
     Renamed("prompts", "prompts_per_round"),
     Renamed("generation.strategy", "generation.mode"),
+)
+_KINDS = ("", "given_rejected/", "given_chosen/")
+# Keys that keep their name and have other values.
+NEW_VALUES = (
+    Renamed(
+        "checkpoint.best",
+        "checkpoint.best",
+        {
+            f"validation/{kind}h": f"validation/{kind}logratio_margin"
+            for kind in ("", "given_rejected/", "given_chosen/")
+        },
+    ),
 )
 
 
@@ -43,12 +55,12 @@ def with_new_keys(config: dict[str, Any], keys: Container[str]) -> tuple[dict[st
     Args:
         keys: top-level keys of the recipe's schema. An old name that a user's own schema defines is left alone.
     """
-    return _rename(config, [renamed for renamed in RENAMED if renamed.old not in keys])
+    return _rename(config, [*(renamed for renamed in RENAMED if renamed.old not in keys), *NEW_VALUES])
 
 
 def with_first_keys(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config under the names that keys had first: digests made of these hold in every version."""
-    back = (Renamed(r.new, r.old, {new: old for old, new in r.values.items()}) for r in RENAMED)
+    back = (Renamed(r.new, r.old, {new: old for old, new in r.values.items()}) for r in (*RENAMED, *NEW_VALUES))
     return _rename(config, back)[0]
 
 
@@ -58,8 +70,15 @@ def _rename(config: dict[str, Any], table: Iterable[Renamed]) -> tuple[dict[str,
         parent, _, leaf = old.rpartition(".")
         section = config.get(parent) if parent else config
         renamed = new.rpartition(".")[2]
-        if isinstance(section, dict) and leaf in section and renamed not in section:
-            value = section.pop(leaf)
-            section[renamed] = values.get(value, value) if isinstance(value, str) else value
+        if not isinstance(section, dict) or leaf not in section:
+            continue
+        value = section[leaf]
+        new_value = values.get(value, value) if isinstance(value, str) else value
+        if renamed == leaf and new_value != value:
+            section[leaf] = new_value
+            notices.append(f"{old}={value} is now {new}={new_value}")
+        elif renamed not in section:
+            section[renamed] = new_value
+            del section[leaf]
             notices.append(f"{old} is now {new}")
     return config, notices

@@ -103,3 +103,15 @@ def test_a_key_of_a_persons_own_that_has_an_old_name_is_left_alone(
     path = tmp_path / "config.yaml"
     path.write_text("recipe: sft\nprompts: 5\n", encoding="utf-8")
     assert run_config.load_config(path).prompts == 5
+
+
+def test_a_metric_of_an_earlier_run_is_read_under_its_new_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = compose.compose("dpo", (), ["checkpoint.best=validation/logratio_margin"])
+    plain = compose.to_plain(cfg)
+    plain["checkpoint"]["best"] = "validation/h"
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(plain), encoding="utf-8")
+    assert run_config.load_config(path) == cfg
+    assert "checkpoint.best=validation/h is now checkpoint.best=validation/logratio_margin" in caplog.text
