@@ -26,7 +26,8 @@ import torch
 from side_by_side import machine
 
 import plmtune
-from plmtune.inference.batching import BatchedGenerator, Request
+from plmtune.inference.batching import BatchedGenerator
+from plmtune.inference.request_queue import Request
 from plmtune.models.gguf import convert
 from plmtune.modules.decoder import Decoder
 from plmtune.tokenizers.tokenizer import Tokenizer

@@ -22,7 +22,8 @@ from side_by_side import machine
 
 import plmtune
 from plmtune.config import compose
-from plmtune.inference.batching import BatchedGenerator, Request
+from plmtune.inference.batching import BatchedGenerator
+from plmtune.inference.request_queue import Request
 from plmtune.io.metrics import read
 from plmtune.models.gguf import convert
 from plmtune.preference.rounds.rules import number_of

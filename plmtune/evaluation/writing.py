@@ -11,7 +11,8 @@ import torch
 from plmtune.errors import UserError
 from plmtune.evaluation.scoring import NotFinite, out_of_memory
 from plmtune.inference import batching
-from plmtune.inference.batching import Answer, BatchedGenerator, FinishReason, Request
+from plmtune.inference.batching import Answer, BatchedGenerator, FinishReason
+from plmtune.inference.request_queue import Request
 from plmtune.inference.sampling import before_stop, check_sampling, encode_stops
 from plmtune.training.estimate import available_memory
 

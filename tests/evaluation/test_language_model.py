@@ -12,7 +12,8 @@ from lm_eval.api.instance import Instance
 from plmtune.errors import UserError
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.result_cache import ResultCache
-from plmtune.inference.batching import BatchedGenerator, Request
+from plmtune.inference.batching import BatchedGenerator
+from plmtune.inference.request_queue import Request
 from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component

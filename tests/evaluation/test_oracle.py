@@ -16,7 +16,8 @@ from plmtune.evaluation.evaluate import Settings, describe_model, evaluate
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.local_data import LocalData
 from plmtune.evaluation.tasks import Tasks
-from plmtune.inference.batching import Answer, Request
+from plmtune.inference.batching import Answer
+from plmtune.inference.request_queue import Request
 from plmtune.tokenizers.tokenizer_files import bundled
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "eval"

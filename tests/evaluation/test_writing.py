@@ -11,7 +11,8 @@ from plmtune.errors import UserError
 from plmtune.evaluation import writing
 from plmtune.evaluation.scoring import NotFinite
 from plmtune.evaluation.writing import Prompt, Writer, Written
-from plmtune.inference.batching import BatchedGenerator, Request
+from plmtune.inference.batching import BatchedGenerator
+from plmtune.inference.request_queue import Request
 from plmtune.inference.sampling import generate
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder

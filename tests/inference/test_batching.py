@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from plmtune.inference import batching
-from plmtune.inference.batching import Answer, BatchedGenerator, NotFinite, Request, _exponential
+from plmtune.inference import request_queue
+from plmtune.inference.batching import Answer, BatchedGenerator, NotFinite, _exponential
+from plmtune.inference.request_queue import Request
 from plmtune.inference.sampling import generate
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
@@ -223,8 +224,8 @@ def tokens_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 class TestSharedPrefixes:
     @pytest.fixture(autouse=True)
     def short(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(batching, "_MIN_SHARED", 8)
-        monkeypatch.setattr(batching, "_MIN_SAVED", 20)
+        monkeypatch.setattr(request_queue, "_MIN_SHARED", 8)
+        monkeypatch.setattr(request_queue, "_MIN_SAVED", 20)
 
     def test_are_read_once_and_change_no_answer(
         self, make: Callable[[], Decoder], tokens_read: list[tuple[int, int]]

@@ -18,7 +18,8 @@ from plmtune.config.schema import GenerationConfig
 from plmtune.data.order import key_of
 from plmtune.data.preferences import Prompt
 from plmtune.errors import UserError
-from plmtune.inference.batching import Answer, BatchedGenerator, Request
+from plmtune.inference.batching import Answer, BatchedGenerator
+from plmtune.inference.request_queue import Request
 from plmtune.inference.sampling import before_stop, encode_stops
 from plmtune.models.digest import model_digest
 from plmtune.modules.decoder import Decoder

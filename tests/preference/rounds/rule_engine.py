@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 
 from plmtune.data.preferences import Prompt
-from plmtune.inference.batching import Answer, Request
+from plmtune.inference.batching import Answer
+from plmtune.inference.request_queue import Request
 from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.tokenizers.message import Message
 
