@@ -109,7 +109,7 @@ def test_a_metric_of_an_earlier_run_is_read_under_its_new_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cfg = compose.compose("dpo", (), ["checkpoint.best=validation/logratio_margin"])
-    plain = compose.to_plain(cfg)
+    plain = typed_config.to_plain(cfg)
     plain["checkpoint"]["best"] = "validation/h"
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(plain), encoding="utf-8")
