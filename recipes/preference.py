@@ -300,7 +300,7 @@ class Preference:
                 metrics.add(compared, self.loss)
                 self.losses.append(loss.detach())
         norm = runtime.clip_grad_norm(self.model, self.cfg.max_grad_norm)
-        # The only wait for the device. All ranks get the same numbers, so that their guards decide alike.
+        # The only wait for the device. All ranks get equal numbers, so their guards reach equal decisions.
         total, norms = runtime.sum(torch.stack(self.losses).sum(), norm)
         values = {"loss": total / num_pairs, "grad_norm": norms / runtime.world_size}
         if self.guard.accepts(values["loss"], values["grad_norm"]):

@@ -238,7 +238,7 @@ class Sft:
                     (loss * (runtime.gradient_scale / num_tokens)).backward()
                 self.losses.append(loss.detach())
         norm = runtime.clip_grad_norm(self.model, self.cfg.max_grad_norm)
-        # The only wait for the device. All ranks get the same numbers, so that their guards decide alike.
+        # The only wait for the device. All ranks get equal numbers, so their guards reach equal decisions.
         total, norms = runtime.sum(torch.stack(self.losses).sum(), norm)
         values = {"loss": total / num_tokens, "grad_norm": norms / runtime.world_size}
         if self.guard.accepts(values["loss"], values["grad_norm"]):

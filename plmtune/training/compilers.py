@@ -1,4 +1,4 @@
-"""Whether torch.compile finds here what it needs: asked before a run begins, not at its first step."""
+"""Whether torch.compile finds its compiler, checked before a run begins."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def check_compiler(device: torch.device, what: str, otherwise: str) -> None:
     """Refuse what torch.compile cannot compile on this machine.
 
     Args:
-        what: compiles: "key runtime.compile".
-        otherwise: the override that compiles nothing.
+        what: the key that compiles, for the message.
+        otherwise: the override that avoids it.
 
     Raises:
         UserError: naming what is missing.
     """
     if device.type != "cuda":
-        # As inductor looks for it.
+        # Where inductor looks for it.
         name = "clang++" if sys.platform == "darwin" else "g++"
         missing = "" if os.environ.get("TORCH_INDUCTOR_INSTALL_GXX") else _missing("C++", "CXX", (name,))
     elif installed("triton"):
@@ -35,7 +35,7 @@ def check_compiler(device: torch.device, what: str, otherwise: str) -> None:
 
 
 def _missing(language: str, variable: str, names: tuple[str, ...]) -> str:
-    """The middle of a sentence about a compiler that is not there; empty if it is."""
+    """The middle of a sentence about a missing compiler; empty if there is one."""
     chosen = os.environ.get(variable)
     names = (chosen,) if chosen else names
     if any(shutil.which(name) for name in names):

@@ -1,4 +1,4 @@
-"""What runs that are equal to the bit cost here."""
+"""The cost of deterministic algorithms, and keeping the random state."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import torch
 
 
 def measure_cost(step: Callable[[], object], device: torch.device, *, rounds: int = 3) -> float:
-    """Time a step with and without deterministic algorithms, and leave everything as it was.
+    """Time a step with and without deterministic algorithms, and restore the random state.
+
+    Every rank must call it.
 
     Args:
-        step: a forward and a backward, as often as it is called; under many processes every rank calls it as often.
+        step: a forward and a backward.
         device: where it computes.
-        rounds: in each both are timed, in turned order.
+        rounds: in each both are timed, in alternating order.
 
     Returns:
         The median over rounds of (seconds deterministic) / (seconds without).
@@ -49,7 +51,7 @@ def _wait(device: torch.device) -> None:
 
 @contextmanager
 def preserve_random_state(device: torch.device) -> Iterator[None]:
-    """Keep the random generators and what `torch.use_deterministic_algorithms` set."""
+    """Restore the random generators and `torch.use_deterministic_algorithms` after the block."""
     python, numpy = random.getstate(), np.random.get_state()
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

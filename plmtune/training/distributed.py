@@ -1,7 +1,7 @@
-"""Many processes: the group, the device mesh, how a model is spread, and how whole tensors come and go.
+"""Many processes: the process group, the device mesh, distributing a model, and exchanges between ranks.
 
-Everything that knows of ranks lives here, so that tensor and pipeline parallelism can come as further mesh
-dimensions without a change in a recipe: docs/distributed.md says where.
+All code that depends on ranks is here, so that tensor and pipeline parallelism can be added as mesh dimensions
+without a change in a recipe, see docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ T = TypeVar("T")
 
 Strategy = Literal["none", "ddp", "fsdp", "hsdp"]
 
-# Seconds that a rank whose exchange failed waits for the others to say that theirs failed too.
+# After a failed exchange, how long a rank waits for the other ranks' reports.
 PEER_REPORT_SECONDS = 3.0
 
 RENDEZVOUS_KEY = "plmtune"  # the key of torchrun's store that names the round, see _rendezvous
 
-_store: dist.Store | None = None  # where ranks leave notes for each other while no exchange works
+_store: dist.Store | None = None  # where ranks leave reports for each other when exchanges fail
 _restarted = False
 
 
@@ -51,12 +51,12 @@ def environment() -> tuple[int, int, int]:
 
 
 def start_process_group(device: torch.device, timeout: timedelta) -> None:
-    """Join the other processes. Tensors on GPUs travel over nccl, those on the host over gloo.
+    """Join the other processes. Tensors on GPUs are exchanged over nccl, those on the host over gloo.
 
-    So the flags, texts and numbers of every step do not make the host wait for what the GPU has queued.
+    So exchanging the flags, texts and numbers of each step does not wait for the GPU's queue.
 
     Raises:
-        UserError: if a process does not come within `timeout`.
+        UserError: if a process does not join within `timeout`.
     """
     global _store, _restarted
     cuda = device.type == "cuda"
@@ -75,7 +75,7 @@ def start_process_group(device: torch.device, timeout: timedelta) -> None:
             device_id=device if cuda else None,
         )
     except (RuntimeError, ValueError) as error:
-        # Errors of torch's store go on for lines.
+        # Errors of torch's store have many lines.
         raise UserError(
             f"The {world} processes did not find each other within {timeout.total_seconds():g} seconds "
             f"(runtime.timeout_minutes) at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: "
@@ -85,21 +85,20 @@ def start_process_group(device: torch.device, timeout: timedelta) -> None:
 
 
 def _rendezvous(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.Store:
-    """A part of `store` for these processes alone.
+    """Return a part of `store` for these processes alone.
 
-    torchrun's store outlives its workers, and nothing that workers are told says how often all of them were started:
-    each machine counts its own failures. So rank 0 gives each round a name, and the others wait until rank 0 has seen
-    them under that name.
+    torchrun's store outlives its workers, and each machine counts only its own restarts. So rank 0 names each round of
+    workers, and the others wait until rank 0 has seen them under that name.
 
     Raises:
-        RuntimeError: naming who did not come.
+        RuntimeError: naming the ranks that did not join.
     """
     mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     places, round_ = [f"here/{other}" for other in range(world)], None
     if rank == 0:
         store.set(RENDEZVOUS_KEY, mine)
     while time.monotonic() < deadline:
-        if store.check([RENDEZVOUS_KEY]):  # it may name an earlier round, as long as rank 0 is not there
+        if store.check([RENDEZVOUS_KEY]):  # of an earlier round until rank 0 has joined
             round_ = dist.PrefixStore(store.get(RENDEZVOUS_KEY).decode(), store)
             round_.set(places[rank], mine)
             if rank == 0 and round_.check(places):
@@ -108,12 +107,12 @@ def _rendezvous(store: dist.Store, rank: int, world: int, timeout: timedelta) ->
                 return round_
         time.sleep(0.05)
     absent = [other for other in range(world) if round_ and not round_.check([places[other]])]
-    raise RuntimeError(f"{_ranks(absent or [0])} did not come")
+    raise RuntimeError(f"{_ranks(absent or [0])} did not join")
 
 
 def restarted() -> bool:
-    """On rank 0, whether torchrun started these processes in the place of others that it had started."""
-    # Restarts are counted on each machine; where another one began, only the processes' meeting place tells.
+    """On rank 0, whether torchrun restarted these processes."""
+    # Each machine counts its own restarts; those of another machine show in the store.
     return _restarted or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
@@ -130,15 +129,14 @@ def world_size() -> int:
 
 
 def explain(error: BaseException, timeout: timedelta) -> None:
-    """Say which rank is missing, if `error` is of an exchange between processes that failed; else do nothing.
+    """Find out which rank is missing, if `error` is a failed exchange between processes; else do nothing.
 
-    Each rank whose exchange failed notes where it was and looks for the others' notes: a rank that leaves none is
-    dead, hangs, or ended with an error of its own. After a timeout the note goes onto `error`, whose traceback shows
-    what this rank waited for.
+    Each rank whose exchange failed reports where it was, and looks for the others' reports: a rank without one is
+    dead, hangs, or ended with an error of its own. After a timeout the result is added to `error` as a note.
 
     Raises:
-        UserError: if a connection broke instead. Then torchrun reports how the other rank ended, which tells more than
-            a traceback of this one.
+        UserError: if a connection broke instead. torchrun then reports how the other rank ended, which explains more
+            than a traceback of this one.
     """
     if _store is None or not _is_of_exchange(error):
         return
@@ -185,10 +183,10 @@ def _ranks(numbers: list[int]) -> str:
 
 
 def data_mesh(device: torch.device, shard_size: int, timeout: timedelta) -> DeviceMesh:
-    """The processes in two dimensions, of which those of size one are left out; each has its own rows of data.
+    """The mesh of processes; each process has its own rows of data.
 
-    "replicate": holders of the same part of the model. "shard": `shard_size` neighbours that have it whole
-    between them. Tensor and pipeline parallelism would be further dimensions.
+    Dimension "shard" has `shard_size` processes that hold one copy of the model between them, "replicate" those with
+    the same part of it. A dimension of size one is left out.
 
     Args:
         timeout: of exchanges within a dimension; groups do not inherit it.
@@ -205,10 +203,10 @@ def data_mesh(device: torch.device, shard_size: int, timeout: timedelta) -> Devi
 
 
 def wrap(model: nn.Module, strategy: Strategy, mesh: DeviceMesh | None, dtype: torch.dtype) -> nn.Module:
-    """Spread `model` over the processes of the mesh.
+    """Distribute `model` over the processes of the mesh.
 
     Args:
-        model: on its device; rank 0's values count, the others receive them.
+        model: on its device; every rank gets rank 0's values.
         strategy: "ddp" replicates; "fsdp" shards parameters, gradients and optimizer state (FSDP2); "hsdp" does so
             within the mesh's "shard" dimension and replicates along the other (HSDP).
         mesh: of `data_mesh`; None for "none".
@@ -245,14 +243,13 @@ def wrap(model: nn.Module, strategy: Strategy, mesh: DeviceMesh | None, dtype: t
 def accumulate(model: nn.Module, *, first: bool, last: bool) -> Iterator[None]:
     """Around the forward of one micro-batch; its backward may run inside or after.
 
-    Gradients travel between ranks in the backward of the last one only. Under FSDP2 the others' are kept whole, and
-    then so are the gathered parameters, from the first forward of a step to the last backward: one all-gather and
-    one reduce-scatter (HSDP: and one all-reduce) a group of parameters and step. It costs each process 4 bytes a
-    parameter of the whole model for gradients and its compute dtype's bytes for parameters; a step of one
-    micro-batch holds a layer or two of both at a time.
+    Ranks exchange gradients in the backward of the last one only. Under FSDP2 unreduced gradients and gathered
+    parameters stay in memory from a step's first forward to its last backward: one all-gather and one reduce-scatter
+    (HSDP: and one all-reduce) for each group of parameters in a step. That takes 4 bytes a parameter of the whole
+    model for gradients, and the compute dtype's bytes for parameters; with one micro-batch a step, a layer or two.
     """
     if isinstance(model, _fsdp_module()):
-        # These two are read in backward, and the last micro-batch leaves them as they were.
+        # Backward reads these two, and the last micro-batch restores them.
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
         _reshard_layers_after_forward(model, first and last)
@@ -268,7 +265,7 @@ def accumulate(model: nn.Module, *, first: bool, last: bool) -> Iterator[None]:
 
 
 def _fsdp_module() -> tuple[type[FSDPModule], ...]:
-    """The class of what FSDP2 shards, for isinstance; none where `wrap` has not imported it."""
+    """FSDP2's class of modules, for isinstance; empty where `wrap` has not imported it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return (fsdp.FSDPModule,) if fsdp else ()
 
@@ -280,7 +277,7 @@ def _reshard_layers_after_forward(model: nn.Module, value: bool) -> None:
 
 
 def reduce_sum(values: Tensor) -> Tensor:
-    """Sum over ranks, in place, over nccl or gloo as `values` are on a GPU or not; itself for one process."""
+    """Sum over ranks, in place; one process's values stay as they are."""
     if is_distributed():
         dist.all_reduce(values)
     return values
@@ -296,7 +293,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def gather_texts(text: str) -> list[str]:
-    """One text of each rank, in order of rank. Bytes travel, not pickles."""
+    """The text of each rank, in order of rank. Bytes are exchanged, not pickles."""
     if not is_distributed():
         return [text]
     data = torch.tensor(list(text.encode()), dtype=torch.uint8)
@@ -323,10 +320,10 @@ def broadcast_text(text: str) -> str:
 
 
 def broadcast_from_rank0(decide: Callable[[], Any]) -> Any:
-    """What `decide` gives on rank 0, by way of JSON, on every rank. Every rank must call it.
+    """Call `decide` on rank 0, and return its result, as JSON, on every rank. Every rank must call it.
 
     Raises:
-        UserError: on every rank, if it is raised on rank 0: none waits for one that is gone.
+        UserError: on every rank, if `decide` raises it.
     """
     answer, failure = None, ""
     if rank() == 0:
@@ -341,12 +338,12 @@ def broadcast_from_rank0(decide: Callable[[], Any]) -> Any:
 
 
 def once_per_machine(do: Callable[[], T]) -> T:
-    """What `do` gives, which fetches: called on one process of each machine, then on the others, which find it there.
+    """Call `do`, which downloads, on one process of each machine, then on the others, which find the files there.
 
     Every rank must call it.
 
     Raises:
-        UserError: on every rank, if it is raised on one.
+        UserError: on every rank, if `do` raises it on one.
     """
     first, given = environment()[1] == 0, list[T]()
     for turn in (True, False):
@@ -369,7 +366,7 @@ def barrier() -> None:
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
     """The name of each parameter. A shared parameter has its first name."""
     if isinstance(model, _fsdp_module()):
-        # A forward without backward (a validation) leaves the root whole, with stand-ins for its parameters.
+        # After a forward without backward (a validation) the root is unsharded, and its parameters are others.
         model.reshard()
     return {parameter: name for name, parameter in model.named_parameters()}
 
@@ -381,13 +378,13 @@ def like(value: Tensor, example: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     mesh, placements = example.device_mesh, example.placements
-    # The local part is a view; its copy lets go of the whole.
+    # The local part is a view; a copy of it frees the whole tensor.
     local = shard_like(value, example).to_local().clone()
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
 
 
 def load_full_tensors(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into `targets`, a model's by name, whatever their sharding.
+    """Copy whole tensors into `targets`, a model's tensors by name, sharded or not.
 
     Raises:
         UserError: if a tensor is missing or has another shape.

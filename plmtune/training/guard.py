@@ -24,11 +24,10 @@ class Guard:
     hundred steps and drift with the rate. In clean runs of 100 to 2,000 steps the largest ratio after the first
     quarter window was 1.9 and 2.8 at 2,048 tokens a step (the demo, Muon and AdamW), 6.4 at 64 bytes a step, and 9.2
     at 256 bytes a step with a rate far too high. A new phase can do more: from one memorised page to code the ratio
-    was 11 at first and above 9 for three steps. So the factor is 10, and the history is forgotten at a phase's start.
-    Skipping is what PaLM did by hand (arXiv 2204.02311, section 5.1); to tell by the norm's own history is ZClip's
-    idea (arXiv 2504.02507), which clips where this skips.
+    was 11 at first and above 9 for three steps. So the factor is 10, and a new phase starts a new history. PaLM skipped
+    by hand (arXiv 2204.02311, section 5.1); ZClip (arXiv 2504.02507) judges by the norm's own history, but clips.
 
-    Ranks that are given equal numbers decide alike.
+    Ranks with equal numbers reach equal decisions.
 
     Args:
         spike_factor: times the median that a norm may have; 0 asks only for finite numbers.
@@ -61,7 +60,7 @@ class Guard:
         self._sorted: list[float] = []  # the same, by size
 
     def accepts(self, loss: float, norm: float) -> bool:
-        """Say whether to make this update, and remember the answer.
+        """Whether to make this update. The guard records its numbers.
 
         Args:
             loss: of the whole step, in any unit.
@@ -78,7 +77,7 @@ class Guard:
 
     @property
     def exhausted(self) -> bool:
-        """Whether so many updates in a row were refused that the run should stop."""
+        """Whether `patience` updates in a row were refused, so that the run should stop."""
         return self.consecutive_skips >= self.patience
 
     def _fault(self, loss: float, norm: float) -> str:
@@ -98,12 +97,12 @@ class Guard:
         return ""
 
     def reset(self) -> None:
-        """Start a new history of norms, as for a phase of other text."""
+        """Start a new history of norms, as for a phase with other text."""
         self._norms.clear()
         self._sorted.clear()
 
     def reset_consecutive(self) -> None:
-        """Count refused updates in a row from 0, as a run does that resumes after this guard has stopped it."""
+        """Count refused updates in a row from 0, as when a run resumes after this guard stopped it."""
         self.consecutive_skips = 0
 
     def _remember(self, norm: float) -> None:
@@ -113,7 +112,7 @@ class Guard:
             del self._sorted[bisect.bisect_left(self._sorted, self._norms.popleft())]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: JSON gives each float back exactly."""
+        """The state for a checkpoint; JSON keeps each float exactly."""
         return {"skipped": self.skipped, "consecutive_skips": self.consecutive_skips, "norms": list(self._norms)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -125,12 +124,12 @@ class Guard:
         self._norms = deque(state["norms"][-self.window :])
         self._sorted = sorted(self._norms)
 
-    def stop(self, step: int, places: Sequence[str]) -> UserError:
+    def stop(self, step: int, locations: Sequence[str]) -> UserError:
         """The error to raise when `exhausted`.
 
         Args:
             step: the last refused one, counted from 1 as in the metrics.
-            places: where the tokens of its batch stand, of all ranks.
+            locations: where the tokens of its batch come from, over all ranks.
         """
         first = step - self.consecutive_skips + 1
         if self.consecutive_skips == 1:
@@ -140,9 +139,8 @@ class Guard:
         kept = f"those after step {first - 1}" if first > 1 else "those that the run began with"
         return UserError(
             f"step {step}: {what} {self.reason}. Parameters and moments are {kept}, and saved. The batch of step "
-            f"{step} came from {_listed(places)}. Look at that text. If it is as it should be, start again with a "
-            "lower optimizer.lr, or resume, which goes on after it, with a higher guard.spike_factor or "
-            "guard.patience."
+            f"{step} came from {_listed(locations)}. Look at that text. If it is right, start again with a "
+            "lower optimizer.lr, or resume after that step with a higher guard.spike_factor or guard.patience."
         )
 
 
@@ -170,7 +168,7 @@ def handle_skip(
     if not guard.exhausted:
         return
     error = guard.stop(step, locations())
-    guard.reset_consecutive()  # a resumed run has the whole patience
+    guard.reset_consecutive()  # the resumed run counts from 0
     save()  # a resumed run starts after this step
     run.note(ended_by="guard")  # a restart by torchrun must not undo it
     raise error
@@ -180,7 +178,7 @@ def check_weights(named: Mapping[str, Tensor], message: Callable[[str], str]) ->
     """Refuse weights that hold NaN or an infinity. Every rank must call it.
 
     Args:
-        message: says it, given the tensors' names; every rank asks it, if one has such numbers.
+        message: makes the error's text from the tensors' names; called on every rank if one has such numbers.
 
     Raises:
         NotFinite: on every rank.
@@ -191,7 +189,7 @@ def check_weights(named: Mapping[str, Tensor], message: Callable[[str], str]) ->
 
 
 def sample_locations(losses: Sequence[Tensor], locate: Callable[[Collection[int]], list[str]]) -> list[str]:
-    """Return where the text of a skipped update stands, over all ranks. Every rank must call it.
+    """Where the text of a skipped update comes from, over all ranks. Every rank must call it.
 
     Args:
         losses: of this rank's micro-batches.
@@ -209,6 +207,6 @@ def _gathered(lines: list[str]) -> list[str]:
     return [line for text in gather_texts("\n".join(lines)) for line in text.splitlines()]
 
 
-def _listed(places: Sequence[str], most: int = 3) -> str:
-    shown = "; ".join(places[:most])
-    return f"{shown}; and {len(places) - most:,} more" if len(places) > most else shown
+def _listed(locations: Sequence[str], most: int = 3) -> str:
+    shown = "; ".join(locations[:most])
+    return f"{shown}; and {len(locations) - most:,} more" if len(locations) > most else shown

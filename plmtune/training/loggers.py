@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl. A logger has `log(step, values)` and `close()`."""
+"""Loggers: where metrics are written besides metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from plmtune.registry import Component, load, register
 
 
 class Logger(Protocol):
-    """A class may name the `package` that it needs, for `check_installed`."""
+    """What a logger has. Its class may name the `package` that it needs, for `check_installed`."""
 
     def log(self, step: int, values: Mapping[str, Any]) -> None: ...
 
@@ -25,7 +25,7 @@ class Logger(Protocol):
 
 @register("logger", "jsonl")
 class JsonLines:
-    """Nothing besides metrics.jsonl, which every run writes."""
+    """Write metrics.jsonl alone, as every run does."""
 
     def __init__(self, directory: Path, config: dict[str, Any]) -> None:
         pass
@@ -39,7 +39,7 @@ class JsonLines:
 
 @register("logger", "tensorboard")
 class TensorBoard:
-    """Event files for TensorBoard, in the run directory's folder tensorboard."""
+    """Write event files for TensorBoard into the folder tensorboard of the run directory."""
 
     package = "tensorboard"
 
@@ -50,7 +50,7 @@ class TensorBoard:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         if self._writer is None:
             module = _need("torch.utils.tensorboard", "tensorboard")
-            # A resumed run writes some steps again; TensorBoard then hides what was written of them before.
+            # A resumed run writes some steps again; TensorBoard hides their earlier values.
             self._writer = module.SummaryWriter(str(self._directory), purge_step=step)
         for key, value in values.items():
             if _is_number(value):
@@ -63,7 +63,7 @@ class TensorBoard:
 
 @register("logger", "wandb")
 class WeightsAndBiases:
-    """Weights & Biases; a resumed run goes on in the same chart.
+    """Log to Weights & Biases; a resumed run continues the same chart.
 
     Args:
         project: where the run appears.
@@ -105,7 +105,7 @@ class WeightsAndBiases:
 
 @register("logger", "trackio")
 class Trackio:
-    """trackio: the same charts, kept on this machine.
+    """Log to trackio: charts that stay on this machine.
 
     Args:
         project: where the run appears.
@@ -134,7 +134,7 @@ def several(
     *,
     loggers: Annotated[dict[str, Component], "logger"] = {},  # noqa: B006 (only read)
 ) -> list[Logger]:
-    """Several loggers at once: ``logger=[tensorboard,wandb]`` chooses this one with both.
+    """Use several loggers: ``logger=[tensorboard,wandb]`` chooses this one with both.
 
     Args:
         loggers: name -> a logger with its settings, as ``logger.loggers.wandb.project=mine`` sets one.

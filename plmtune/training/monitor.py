@@ -1,4 +1,4 @@
-"""The monitor of a run: its progress line, metrics.jsonl, loggers, and signals that ask it to stop."""
+"""The monitor of a run: its progress line, metrics.jsonl, loggers, and the signals that stop it."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether something that is done every so many steps is done after `step`; 0 is never."""
+    """Whether something that happens every `every` steps happens after `step`; 0 is never."""
     return every > 0 and step % every == 0
 
 
 class RunMonitor:
-    """Shows and records what a run measures, and hears when it should stop.
+    """Shows and records a run's metrics, and watches for signals to stop.
 
     Every rank makes one and calls `should_stop` at the same steps; rank 0 writes.
 
-    Keys of values: loss, lr, grad_norm and tokens (so far) of training; validation_loss, bits_per_byte and
+    Keys of metrics: loss, lr, grad_norm and tokens (so far) of training; validation_loss, bits_per_byte and
     sparsity/0, sparsity/1, ... of a validation. Lines with a loss also get time (seconds of training in
     this process), tokens_per_second, mfu and memory_bytes, the keys of `metrics.TIMING`.
 
     Args:
         run: where metrics.jsonl is.
-        loggers: further places for the same numbers; rank 0's alone.
-        num_steps: of the whole run, as far as it is known (0: not yet); the attribute may be changed.
+        loggers: on rank 0; they get the same metrics.
+        num_steps: of the run (0: not known yet); the attribute may be changed.
         start_step: the step that was restored; lines of later steps are cut off.
         device: whose memory is shown.
         tokens_per_step: over all ranks, for the rate.
@@ -65,8 +65,8 @@ class RunMonitor:
         every_seconds: between lines where stderr is no terminal.
 
     Attributes:
-        failure: why metrics cannot be written any more, a sentence for the end of the run; empty if they can.
-            Such a failure asks to stop, as a signal does, and every rank has it once `should_stop` was true.
+        failure: why metrics can no longer be written, a sentence for the end of the run; else empty. A failure stops
+            the run as a signal does, and every rank has it once `should_stop` was true.
     """
 
     def __init__(
@@ -93,8 +93,9 @@ class RunMonitor:
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
         self._start_step = start_step
-        said = "finishing the step and saving; a second one ends it unsaved." if run.is_main else ""
-        self._signals = StopSignals(said)
+        self._signals = StopSignals(
+            "finishing the step and saving; a second one ends it unsaved." if run.is_main else ""
+        )
         self._previous = (start_step, 0.0)  # step and seconds of the last line with a loss
         self._paused = 0.0
         self._line = Progress(every_seconds, shown=run.is_main)
@@ -136,7 +137,7 @@ class RunMonitor:
         self._show(step, entry)
 
     def raise_failure(self) -> None:
-        """End the run where metrics can no longer be written. Call it after `should_stop`, once the state is saved.
+        """Fail if metrics can no longer be written. Call it after `should_stop`, once the state is saved.
 
         Raises:
             UserError: with the reason, on every rank.
@@ -149,9 +150,7 @@ class RunMonitor:
         self.message(f"stopped after step {step}; resume with: plmtune resume {self._run.path}")
 
     def should_stop(self) -> bool:
-        """Whether to stop: a signal came to any rank, or metrics cannot be written. The same on every rank, which
-        all must call it.
-        """
+        """Whether to stop: any rank got a signal, or metrics cannot be written. Every rank must call it."""
         stop = distributed.any_rank(self._signals.heard or bool(self.failure))
         if stop:
             self.failure = distributed.broadcast_text(self.failure)
@@ -159,7 +158,7 @@ class RunMonitor:
 
     @contextlib.contextmanager
     def _noting_failures(self, name: str) -> Iterator[None]:
-        """Days of training are worth more than a line that cannot be written: let the run save first."""
+        """Record a failed write, so that the run first saves its state."""
         try:
             yield
         except Exception as error:  # a logger's own: of a network, a disk, a server
@@ -173,7 +172,7 @@ class RunMonitor:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around a validation or a save: its time does not count as training."""
+        """Do not count the block's time as training, as for a validation or a save."""
         began = time.perf_counter()
         try:
             yield
@@ -181,15 +180,15 @@ class RunMonitor:
             self._paused += time.perf_counter() - began
 
     def answers(self, done: int, total: int, tokens_per_second: float) -> None:
-        """Show how far the writing of answers is."""
+        """Show the progress of generating answers."""
         self.working(f"answers {done:,}/{total:,}", f"{show_count(tokens_per_second)} tok/s", last=done == total)
 
     def working(self, *parts: str, last: bool = False) -> None:
-        """Show how far work between steps is."""
+        """Show the progress of work between steps."""
         self._line.update(*([self._reached] if self._reached else []), *parts, now=last)
 
     def message(self, text: str) -> None:
-        """A line for the person who watches, above the progress line."""
+        """Print a line above the progress line."""
         with contextlib.suppress(OSError):  # the terminal is gone, or the disk full that keeps the output
             if self._is_main:
                 terminal.echo(text, err=True)
@@ -223,12 +222,12 @@ class RunMonitor:
 
     def _eta(self, step: int) -> float | None:
         done = step - self._start_step
-        # Pauses count here: the person waits for validations and saves too.
+        # Pauses count here: validations and saves are part of the time to wait.
         return (time.perf_counter() - self._began) / done * (self.num_steps - step) if done > 0 else None
 
 
 def format_metrics(entry: Mapping[str, Any], eta_seconds: float | None) -> list[str]:
-    """A run's state, the most important first: loss, time to go, speed, rate, MFU, memory."""
+    """The parts of the progress line: loss, time left, speed, learning rate, MFU, memory."""
     parts = [f"loss {entry['loss']:.4f}"]
     if eta_seconds is not None:
         parts.append(f"ETA {show_duration(eta_seconds)}")

@@ -1,4 +1,4 @@
-"""Where a recipe runs: device, arithmetic, seeds, and the processes that share the work."""
+"""Where a recipe runs: device, precision, seeds and processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Runtime:
 
     Attributes:
         compute_dtype: of activations and matrix products; parameters and moments stay fp32.
-        strategy: how the model is spread: "none", "ddp", "fsdp" or "hsdp".
+        strategy: how the model is distributed: "none", "ddp", "fsdp" or "hsdp".
         shard_size: processes that share one copy of the model.
         timeout: how long an exchange waits for a rank.
         mesh: the processes in their dimensions; None for one process, and before `start`.
@@ -67,20 +67,20 @@ class Runtime:
         deterministic: bool = False,
         timeout_minutes: float = 10,
     ) -> Runtime:
-        """Choose the device and the arithmetic; touch nothing, and wait for nobody.
+        """Choose the device, the precision and the strategy, without side effects.
 
         Args:
             device: "auto", "cpu", "cuda" or "cuda:N".
             precision: "auto" takes bf16 where the hardware multiplies in it, else fp32.
             strategy: "auto" is "none" for one process and "ddp" for several.
             shard_size: of hsdp, processes that share one copy of the model; None: those of one machine.
-            seed: of torch, numpy and python; the same on every rank, so that all build the same model. From
-                `distribute` on each data rank draws numbers of its own, so that dropout masks differ.
-            deterministic: refuse operations whose result depends on timing.
+            seed: of torch, numpy and python; equal on every rank, so that all build the same model. After
+                `distribute` each data rank has its own, so that dropout masks differ.
+            deterministic: use deterministic algorithms only.
             timeout_minutes: how long an exchange waits for a rank before the job ends.
 
         Raises:
-            UserError: if the device is not there, or the strategy does not fit the number of processes.
+            UserError: if there is no such device, or the strategy does not fit the number of processes.
         """
         rank, local_rank, world_size = distributed.environment()
         chosen_device, device_reason = _choose_device(device, local_rank)
@@ -103,7 +103,7 @@ class Runtime:
         """Seed everything, and join the other processes of torchrun; returns itself, for a `with` block.
 
         Raises:
-            UserError: if one of the processes does not come.
+            UserError: if one of the processes does not join.
         """
         if self.deterministic:
             # cuBLAS reads this once, when its first handle is made.
@@ -126,26 +126,24 @@ class Runtime:
 
     @property
     def data_rank(self) -> int:
-        """Whose rows of the global batch this process takes. Processes of one tensor dimension would share them."""
+        """Which part of the global batch this process takes. Processes of one tensor dimension would share it."""
         return self.rank
 
     @property
     def data_world_size(self) -> int:
-        """Among how many the rows of the global batch are divided."""
+        """Into how many parts the global batch is divided."""
         return self.world_size
 
     @property
     def gradient_scale(self) -> float:
-        """Factor on each rank's loss: DDP and FSDP2 average gradients over ranks, and a loss that is already
-        divided by the global count of tokens wants their sum.
-        """
+        """Factor on each rank's loss: it is divided by the global count, and DDP and FSDP2 average gradients."""
         return float(self.data_world_size)
 
     def distribute(self, model: nn.Module, *, compile: bool = False) -> nn.Module:
-        """Move `model` to the device and spread it over the processes. Call it before the optimizer is built.
+        """Move `model` to the device and distribute it. Call it before the optimizer is built.
 
         Args:
-            model: built alike on every rank; its blocks are in `model.layers`.
+            model: equal on every rank; its blocks are in `model.layers`.
             compile: compile each block by itself, which is quick as all share one graph.
 
         Returns:
@@ -156,14 +154,12 @@ class Runtime:
             for layer in getattr(model, "layers", ()):
                 layer.compile()
         trained = distributed.wrap(model, self.strategy, self.mesh, self.compute_dtype)
-        if self.data_rank:  # rows of its own want dropout masks of its own; the weights are the same on every rank
+        if self.data_rank:  # other rows, other dropout masks
             seed_everything(self.seed + self.data_rank)
         return trained
 
     def accumulate(self, trained: nn.Module, *, first: bool, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around the forward of a micro-batch, the first and the last of a step told: ranks exchange gradients only
-        for the last, and FSDP2 gathers parameters only for the first.
-        """
+        """The context of a micro-batch's forward, see `distributed.accumulate`."""
         return distributed.accumulate(trained, first=first, last=last)
 
     def attention_kernels(self, model: nn.Module, *, seq_len: int, masked: bool = False, segments: bool = False) -> str:
@@ -203,10 +199,7 @@ class Runtime:
         distributed.barrier()
 
     def hold(self, opened: contextlib.AbstractContextManager[object]) -> None:
-        """Leave `opened` at the end of this runtime's `with` block, with the error that ends it, if there is one.
-
-        What closed it before has done so for good.
-        """
+        """Exit `opened` at the end of this runtime's `with` block, with the error that ends it, if there is one."""
         self._held.push(opened)
 
     def close(self) -> None:
@@ -221,8 +214,8 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._held.__exit__(kind, error, trace)
-        # After an error the others may wait in an exchange that this rank will never join, and leaving would
-        # wait for them: let the error end this process, then torchrun ends theirs.
+        # After an error the others may wait in an exchange that this rank never joins, and leaving the group would
+        # wait for them. The error ends this process, and torchrun then ends theirs.
         if kind is None or kind is SystemExit:
             self.close()
         elif error is not None:

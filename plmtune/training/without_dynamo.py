@@ -1,7 +1,7 @@
-"""Optimizers are checked without importing dynamo, the tracer of torch.compile: it takes 0.7 CPU seconds.
+"""Checking optimizers without importing dynamo, the tracer of torch.compile, which takes 0.7 CPU seconds.
 
-It leans on two private names of torch: `torch._dynamo.disable`, and `__dynamo_disable`, in which a function keeps what
-that gave. Where a torch does otherwise, dynamo is imported as ever, and only the time is lost.
+It uses two private names of torch: `torch._dynamo.disable`, and `__dynamo_disable`, where a function keeps its result.
+A torch without them imports dynamo as usual, which costs only the time.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _NAME = "torch._dynamo"
 
 
 class _Waiting(ModuleType):
-    """Stands for torch._dynamo, and is replaced by it as soon as more is asked of it than to disable a function.
+    """A stand-in for torch._dynamo that only disables functions; any other use imports the module itself.
 
-    torch keeps dynamo out of some functions, among them those that make an optimizer and those that compute shapes on
-    the meta device, and imports dynamo at their first call for no other reason.
+    torch disables dynamo for some functions, such as those that make an optimizer or compute shapes on the meta
+    device, and imports dynamo at their first call for no other reason.
     """
 
     def __init__(self) -> None:
@@ -28,20 +28,20 @@ class _Waiting(ModuleType):
         self._called: list[Any] = []
 
     def disable(self, *arguments: Any, **named: Any) -> Any:
-        if not arguments or not isinstance(arguments[0], FunctionType):  # another call than the one that is known
+        if not arguments or not isinstance(arguments[0], FunctionType):  # not the known call
             self.leave()
             return importlib.import_module(_NAME).disable(*arguments, **named)
         self._called.append(arguments[0])
         return arguments[0]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__path__":  # of whoever looks at all modules
+        if name.startswith("__") and name != "__path__":  # asked of every module in sys.modules
             raise AttributeError(name)
         self.leave()
         return getattr(importlib.import_module(_NAME), name)
 
     def leave(self) -> None:
-        """Leave no trace, so that what is compiled later is compiled as ever."""
+        """Undo everything, so that later compilation is not affected."""
         for function in self._called:
             vars(function).pop("__dynamo_disable", None)
         self._called.clear()
@@ -52,7 +52,7 @@ class _Waiting(ModuleType):
 
 @contextlib.contextmanager
 def without_dynamo() -> Iterator[None]:
-    """Inside, torch imports dynamo only for what needs it. For checks: nothing may be computed or compiled inside."""
+    """Import dynamo only where it is needed. For checks: nothing may be computed or compiled in the block."""
     if _NAME in sys.modules:
         yield
         return

@@ -220,8 +220,8 @@ class TestASilentRank:
         with torchrun(place, "run", "pretrain", *SMALL, *keys) as job:
             rank(job, 1).send_signal(signal.SIGSTOP)  # while it imports
             deadline, said = time.monotonic() + 60, ""
-            while "did not come" not in said and time.monotonic() < deadline:
+            while "did not join" not in said and time.monotonic() < deadline:
                 said = (place / "output").read_text()
                 time.sleep(0.05)
         assert "plmtune: The 2 processes did not find each other within 3 seconds" in said
-        assert "rank 1 did not come" in said
+        assert "rank 1 did not join" in said

@@ -295,7 +295,7 @@ class TestStart:
         said = self.refusal(0.5)
         other.join()
         assert "The 4 processes did not find each other within 0.5 seconds (runtime.timeout_minutes)" in said
-        assert "ranks 1 and 3 did not come" in said
+        assert "ranks 1 and 3 did not join" in said
 
     @pytest.mark.parametrize("left_over", [False, True])
     def test_who_waits_for_rank_0_is_not_misled_by_what_dead_processes_left(self, store, place, left_over):
@@ -305,7 +305,7 @@ class TestStart:
                 store.set(f"earlier/here/{rank}", "dead")
             store.set("earlier/all", "dead dead dead dead")
         place(RANK=1, MASTER_PORT=store.port)
-        assert ": rank 0 did not come" in self.refusal(0.5)
+        assert ": rank 0 did not join" in self.refusal(0.5)
 
     def test_one_round_after_another_meets_in_the_same_store(self, store, place):
         found = []

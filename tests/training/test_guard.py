@@ -151,9 +151,8 @@ class TestStop:
         assert self.stopped(["runs/data/a/train-00003.bin, tokens 512 to 768"]) == (
             "step 812: 3 updates in a row were skipped (steps 810 to 812), the last because the loss is nan. "
             "Parameters and moments are those after step 809, and saved. The batch of step 812 came from "
-            "runs/data/a/train-00003.bin, tokens 512 to 768. Look at that text. If it is as it should be, start again "
-            "with a lower optimizer.lr, or resume, which goes on after it, with a higher guard.spike_factor or "
-            "guard.patience."
+            "runs/data/a/train-00003.bin, tokens 512 to 768. Look at that text. If it is right, start again with a "
+            "lower optimizer.lr, or resume after that step with a higher guard.spike_factor or guard.patience."
         )
 
     def test_shows_three_of_many_places_and_their_number(self) -> None:
