@@ -148,7 +148,7 @@ def resume(arguments: tuple[str, ...], allow_data_change: bool, recipe_path: str
     if used and not recipe_path:
         raise UserError(f"{run_dir} ran the recipe {used}. Resume it: plmtune resume {run_dir} --recipe {used}")
 
-    from plmtune.config.run_config import load_config, override
+    from plmtune.config.saved_config import load_config, override
     from plmtune.training.resume_checks import refuse_other_config
 
     module = recipe_file(recipe_path) if recipe_path else None  # it may have a schema of its own

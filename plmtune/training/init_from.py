@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from plmtune.config.run_config import load_config
+from plmtune.config.saved_config import load_config
 from plmtune.errors import UserError
 from plmtune.io import hub, manifest
 from plmtune.io.run_directory import CONFIG

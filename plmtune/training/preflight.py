@@ -117,12 +117,12 @@ def data_kind(loss: Any) -> str:
 
 
 def find_tokenizer(chosen: Component | None, *, fetch: bool) -> Tokenizer | None:
-    """Build the tokenizer; None where none is chosen, and for Qwen2's, whose size is known, until a run begins.
+    """Build the tokenizer; None for Qwen2's, whose size is known, until a run begins.
 
     Args:
         fetch: the run begins now.
     """
-    if chosen is None or (not fetch and chosen == Component("tokenizer", "qwen2", {"path": None})):
+    if not fetch and chosen == Component("tokenizer", "qwen2", {"path": None}):
         return None
     built: Tokenizer = build("tokenizer", chosen)
     return built
@@ -144,7 +144,7 @@ def build_finetuned(cfg: FinetuningConfig, runtime: Runtime, *, fetch: bool) -> 
     Raises:
         UserError: naming the key.
     """
-    tokenizer = find_tokenizer(cfg.tokenizer, fetch=fetch)
+    tokenizer = find_tokenizer(cfg.tokenizer, fetch=fetch) if cfg.tokenizer else None
     model = build_on_meta(cfg.model, tokenizer) if cfg.model else None
     cfg.seq_len = choose_seq_len(cfg.seq_len, model, shown=runtime.is_main)
     if model is not None and not cfg.resume:  # an init_from with another model or tokenizer explains what follows

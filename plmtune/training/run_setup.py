@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from plmtune.config.run_config import load_config
+from plmtune.config.saved_config import load_config
 from plmtune.config.schema import PreparationConfig
 from plmtune.config.typed_config import to_yaml
 from plmtune.data.prepare import prepare

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from plmtune.config import compose, multirun, override_checks, run_config, typed_config
+from plmtune.config import compose, multirun, override_checks, saved_config, typed_config
 from plmtune.config.builtin import builtin_folder
 from plmtune.config.overrides import quote_override
 from plmtune.errors import UserError
@@ -65,7 +65,7 @@ class TestCompose:
     def test_yaml_round_trip_is_exact(self, tmp_path: Path) -> None:
         cfg = compose.compose("plm_1.8b", (), ["optimizer.lr=1.2345678901234567e-4"])
         (tmp_path / "config.yaml").write_text(typed_config.to_yaml(cfg))
-        assert run_config.load_config(tmp_path / "config.yaml") == cfg
+        assert saved_config.load_config(tmp_path / "config.yaml") == cfg
 
     def test_composing_twice_gives_the_same(self) -> None:
         assert compose.compose("pretrain") == compose.compose("pretrain")
@@ -120,7 +120,7 @@ class TestChoices:
         text = typed_config.to_yaml(compose.compose("pretrain"))
         assert "logger:\n  component: tensorboard\n" in text  # as it was before several were possible
         (tmp_path / "config.yaml").write_text(text)
-        assert run_config.load_config(tmp_path / "config.yaml") == compose.compose("pretrain")
+        assert saved_config.load_config(tmp_path / "config.yaml") == compose.compose("pretrain")
 
 
 class TestReplacing:
@@ -189,7 +189,7 @@ class TestOneForAList:
         for cfg in (
             compose.compose("pretrain", (), [f"data.paths={typed}"]),
             compose.compose("pretrain", [str(tmp_path / "mine.yaml")]),
-            run_config.override(compose.compose("pretrain"), [f"data.paths={typed}"]),
+            saved_config.override(compose.compose("pretrain"), [f"data.paths={typed}"]),
         ):
             assert list(cfg.data.settings["paths"]) == paths
         assert compose.compose("pretrain", (), [f"eval.tasks={typed}"]).eval.tasks == paths
@@ -213,12 +213,12 @@ class TestSeveralLoggers:
         assert ours == compose.compose("pretrain", (), ["logger=[jsonl,{component: wandb, project: mine}]"])
         assert ours == compose.compose("pretrain", (), ["logger=[jsonl,wandb]", "logger.loggers.wandb.project=mine"])
         (tmp_path / "config.yaml").write_text(typed_config.to_yaml(ours))
-        assert run_config.load_config(tmp_path / "config.yaml") == ours
+        assert saved_config.load_config(tmp_path / "config.yaml") == ours
 
     def test_can_be_chosen_when_a_run_is_resumed(self) -> None:
-        cfg = run_config.override(compose.compose("pretrain"), ["logger=[jsonl,tensorboard]"])
+        cfg = saved_config.override(compose.compose("pretrain"), ["logger=[jsonl,tensorboard]"])
         assert cfg.logger == compose.compose("pretrain", (), ["logger=[jsonl,tensorboard]"]).logger
-        assert run_config.override(cfg, ["logger=jsonl"]).logger == Component("logger", "jsonl")
+        assert saved_config.override(cfg, ["logger=jsonl"]).logger == Component("logger", "jsonl")
 
     def test_are_all_built(self, tmp_path: Path) -> None:
         cfg = compose.compose("pretrain", (), ["logger=[jsonl,tensorboard]"])
@@ -442,7 +442,7 @@ class TestMistakes:
         good = typed_config.to_yaml(compose.compose("pretrain"))
         path.write_text(good.replace("component: plm\n", "component: plmm\n"))
         with pytest.raises(UserError, match=r"config.yaml, key model: .*plmm.*Did you mean plm\?"):
-            run_config.load_config(path)
+            saved_config.load_config(path)
 
     def test_build_puts_the_key_before_impossible_numbers(self) -> None:
         chosen = Component("attention", "gqa", {"num_kv_heads": 5})

@@ -8,7 +8,7 @@ import pytest
 import xxhash
 import yaml
 
-from plmtune.config import compose, run_config, typed_config
+from plmtune.config import compose, saved_config, typed_config
 from plmtune.config.renamed import RENAMED, Renamed
 from plmtune.errors import UserError
 from plmtune.training.resume_checks import DATA, RESUME_MUTABLE, config_digest
@@ -52,7 +52,7 @@ class TestEveryRenamedKey:
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(of_earlier_version(renamed, typed_config.to_plain(cfg))), encoding="utf-8")
         for _ in range(2):
-            assert run_config.load_config(path) == cfg
+            assert saved_config.load_config(path) == cfg
         assert [record.getMessage() for record in caplog.records] == [
             f"{path}: written by an earlier version: {renamed.old} is now {renamed.new}."
         ]
@@ -85,7 +85,7 @@ class TestNewConfigs:
     def test_a_change_of_a_saved_config_with_the_old_key_is_refused_with_the_new_one(self, renamed: Renamed) -> None:
         cfg = compose.compose(USES[renamed.old][0])
         with pytest.raises(UserError, match=f"key {renamed.old}: unknown. Did you mean {renamed.new}"):
-            run_config.override(cfg, [f"{renamed.old}=1"])
+            saved_config.override(cfg, [f"{renamed.old}=1"])
 
 
 def test_a_key_of_a_persons_own_that_has_an_old_name_is_left_alone(
@@ -102,7 +102,7 @@ def test_a_key_of_a_persons_own_that_has_an_old_name_is_left_alone(
     monkeypatch.setitem(SCHEMAS, "sft", Own)
     path = tmp_path / "config.yaml"
     path.write_text("recipe: sft\nprompts: 5\n", encoding="utf-8")
-    assert run_config.load_config(path).prompts == 5
+    assert saved_config.load_config(path).prompts == 5
 
 
 def test_a_metric_of_an_earlier_run_is_read_under_its_new_name(
@@ -113,5 +113,5 @@ def test_a_metric_of_an_earlier_run_is_read_under_its_new_name(
     plain["checkpoint"]["best"] = "validation/h"
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(plain), encoding="utf-8")
-    assert run_config.load_config(path) == cfg
+    assert saved_config.load_config(path) == cfg
     assert "checkpoint.best=validation/h is now checkpoint.best=validation/logratio_margin" in caplog.text
