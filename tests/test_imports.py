@@ -5,28 +5,49 @@ import json
 import subprocess
 import sys
 import tomllib
-from functools import cache
 from pathlib import Path
 
 import pytest
+from import_graph import ROOT, SOURCES, draw, find_cycle, imports, module_of, package_imports, package_of
 
-ROOT = Path(__file__).parents[1]
-SOURCES = sorted([*(ROOT / "plmtune").rglob("*.py"), *(ROOT / "recipes").glob("*.py")])
-
-
-@cache
-def imports(path: Path) -> set[str]:
-    """Every module that a file imports, at any depth."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-    return found
+# What a package may import, bottom up: each row names only packages of the rows above it. A file beside the packages
+# counts as a package; FREE may be imported from everywhere. An entry that nothing uses fails the test too.
+FREE = {"dtypes", "errors", "extras", "ranges", "units"}
+ALLOWED: dict[str, str] = {
+    "errors": "",
+    "ranges": "",
+    "units": "",
+    "extras": "",
+    "dtypes": "",
+    "io": "",
+    "registry": "io",
+    "config": "io registry",
+    "losses": "registry",
+    "sandbox": "io",
+    "modules": "registry",
+    "optim": "registry modules",
+    "tokenizers": "io registry",
+    "native": "io modules",
+    "models": "io registry config modules tokenizers",
+    "data": "io registry modules tokenizers",
+    "quantization": "io registry modules tokenizers models data",
+    "inference": "io modules native tokenizers",
+    "plmtune": "registry modules tokenizers models inference",  # plmtune/__init__.py
+    "training": "io registry config optim modules tokenizers models data quantization",
+    "preference": "io registry config losses sandbox modules tokenizers models data inference training",
+    "evaluation": "io config sandbox modules tokenizers models data inference training",
+    "export": "io registry modules tokenizers models plmtune quantization",
+    "devices": "io registry config modules tokenizers models quantization inference plmtune training export",
+    "recipes": "io registry config tokenizers models plmtune data quantization inference training preference "
+    "evaluation",
+    "cli": "io registry config modules tokenizers native models plmtune data inference training evaluation export "
+    "devices",
+    "__main__": "cli",
+}
 
 
 def importers(package: str) -> set[str]:
+    """Files that import a package or a module of it."""
     return {
         str(path.relative_to(ROOT))
         for path in SOURCES
@@ -41,6 +62,26 @@ def test_an_installed_package_has_every_folder() -> None:
 
 
 class TestDirections:
+    def test_a_row_names_only_rows_above_it(self) -> None:
+        rows = list(ALLOWED)
+        for number, (package, allowed) in enumerate(ALLOWED.items()):
+            assert set(allowed.split()) <= set(rows[:number]), package
+
+    def test_packages_import_what_the_table_allows_and_all_of_it(self) -> None:
+        assert {package: others - FREE for package, others in package_imports().items()} == {
+            package: set(allowed.split()) for package, allowed in ALLOWED.items()
+        }
+
+    def test_no_modules_of_a_package_import_each_other(self) -> None:
+        modules = {module_of(path): imports(path) for path in SOURCES}
+        for package in ALLOWED:
+            inside = {name for name in modules if package_of(name) == package and name.count(".") > 1}
+            assert not find_cycle({name: (modules[name] & inside) - {name} for name in inside}), package
+
+    def test_the_picture_in_the_documentation_shows_them(self) -> None:
+        shown = (ROOT / "docs" / "packages.svg").read_text(encoding="utf-8")
+        assert shown == draw(package_imports()), "run python docs/import_graph.py"
+
     def test_only_config_imports_hydra(self) -> None:
         names = ("compose", "messages", "multirun", "override_checks", "primary", "store")
         assert importers("hydra") <= {f"plmtune/config/{name}.py" for name in names}
@@ -69,31 +110,6 @@ class TestDirections:
             names = {alias.name for node in tree.body for alias in node.names}
             names |= {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
             assert not [name for name in names if name.split(".")[0] == package], path
-
-    def test_components_know_no_config(self) -> None:
-        places = ("plmtune/modules/", "plmtune/losses/", "plmtune/optim/")
-        for package in (
-            "plmtune.config.compose",
-            "plmtune.config.schema",
-            "plmtune.cli",
-            "plmtune.recipes",
-            "plmtune.training",
-        ):
-            assert not [path for path in importers(package) if path.startswith(places)], package
-
-    def test_recipes_import_no_component_and_no_other_recipe(self) -> None:
-        for package in (
-            "plmtune.modules",
-            "plmtune.losses",
-            "plmtune.optim",
-            "plmtune.recipes",
-            "plmtune.models.plm",
-        ):
-            assert not [path for path in importers(package) if path.startswith("recipes/")], package
-
-    def test_nothing_imports_the_cli_but_the_entry_point(self) -> None:
-        others = [p for p in importers("plmtune.cli") if not p.startswith("plmtune/cli/")]
-        assert others == ["plmtune/__main__.py"]
 
     def test_no_pickle_is_read_or_written(self) -> None:
         assert not importers("pickle")
