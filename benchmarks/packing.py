@@ -34,8 +34,8 @@ from plmtune.data.batches import IGNORE, Batch, Row, make_batch
 from plmtune.data.conversations import conversations
 from plmtune.data.packing import Example, PackedRows, fit
 from plmtune.losses.cross_entropy import cross_entropy
-from plmtune.models.gguf import read_tokenizer
 from plmtune.models.gguf_file import opened_gguf
+from plmtune.models.gguf_tokenizer import read_tokenizer
 from plmtune.models.llama import llama
 from plmtune.optim.optimizers import adamw
 from plmtune.tokenizers.chat_template import find_template

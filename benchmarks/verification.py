@@ -27,7 +27,7 @@ from plmtune.export.gguf_writer import write_gguf
 from plmtune.export.lint import WRITTEN
 from plmtune.export.verify import Report, verify
 from plmtune.extras import installed
-from plmtune.models.gguf import to_halves
+from plmtune.models.gguf_layout import to_halves
 from plmtune.models.hf import load_model, save_model
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm

@@ -20,8 +20,8 @@ from plmtune.errors import UserError
 from plmtune.export.huggingface import GATE
 from plmtune.export.runtimes import form_of
 from plmtune.models.checkpoint_files import CONFIG, Stored, checkpoint_directory, locate, opened_weights, read_json
-from plmtune.models.gguf import gguf_name, heads_of_halves, to_halves
 from plmtune.models.gguf_file import GGUFFile, opened_gguf
+from plmtune.models.gguf_layout import gguf_name, heads_of_halves, to_halves
 from plmtune.models.hf_config import hf_config, read_formats
 from plmtune.models.hf_names import hf_name
 from plmtune.modules.decoder import Decoder

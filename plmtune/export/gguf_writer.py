@@ -35,7 +35,8 @@ from plmtune.io.atomic import atomic_write, check_room
 from plmtune.models.adapters import ADAPTERS, find_base, load_adapter, read_model_config
 from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import ADAPTER_CONFIG, Stored, locate, name_of, read_json
-from plmtune.models.gguf import NO_MERGE, PRE_TOKENIZERS, gguf_name, heads_of_halves, kv_heads, to_neighbours
+from plmtune.models.gguf_layout import gguf_name, heads_of_halves, kv_heads, to_neighbours
+from plmtune.models.gguf_tokenizer import NO_MERGE, PRE_TOKENIZERS
 from plmtune.models.hf_names import our_name
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapted

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from plmtune.errors import UserError, did_you_mean
-from plmtune.models.gguf import kv_heads
+from plmtune.models.gguf_layout import kv_heads
 from plmtune.units import show_bytes
 
 Target = Literal["gguf", "hf", "executorch"]

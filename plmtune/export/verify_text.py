@@ -11,7 +11,7 @@ from plmtune.export.contents import Contents, tokenizer_tables
 from plmtune.export.huggingface import end_ids
 from plmtune.export.report import Report
 from plmtune.export.runtimes import InferenceRuntime, open_runtime
-from plmtune.models.gguf import PRE_TOKENIZERS
+from plmtune.models.gguf_tokenizer import PRE_TOKENIZERS
 from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.tokenizers.message import BadRow
 from plmtune.tokenizers.tokenizer import Tokenizer

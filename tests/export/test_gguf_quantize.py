@@ -11,8 +11,8 @@ from plmtune.export.gguf_quantize import quantize_gguf
 from plmtune.export.gguf_writer import write_gguf
 from plmtune.export.lint import QUANTIZED, matrices, stored_type
 from plmtune.export.runtimes import open_runtime
-from plmtune.models.gguf import gguf_name
 from plmtune.models.gguf_file import opened_gguf
+from plmtune.models.gguf_layout import gguf_name
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import component

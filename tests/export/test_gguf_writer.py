@@ -20,8 +20,10 @@ from plmtune.errors import UserError
 from plmtune.export import gguf_writer
 from plmtune.export.gguf_writer import write_gguf, write_gguf_adapter
 from plmtune.export.runtimes import open_runtime
-from plmtune.models.gguf import convert, gguf_name, read_tokenizer, to_halves, to_neighbours
+from plmtune.models.gguf import convert
 from plmtune.models.gguf_file import opened_gguf
+from plmtune.models.gguf_layout import gguf_name, to_halves, to_neighbours
+from plmtune.models.gguf_tokenizer import read_tokenizer
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm

@@ -6,7 +6,7 @@ import pytest
 
 from plmtune.errors import UserError
 from plmtune.export.lint import Finding, lint, lint_deploy, matrices, stored_type
-from plmtune.models.gguf import kv_heads
+from plmtune.models.gguf_layout import kv_heads
 
 
 def plm_config(**changes: Any) -> dict[str, Any]:

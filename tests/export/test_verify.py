@@ -35,7 +35,7 @@ from plmtune.export.runtimes import InferenceRuntime
 from plmtune.export.stored import BOUNDS, bound_of, suspect_tensors, wrong_type
 from plmtune.export.verify import Check, Report, divergence, verify
 from plmtune.export.verify_text import compare_ids, compare_prompts
-from plmtune.models.gguf import to_halves
+from plmtune.models.gguf_layout import to_halves
 from plmtune.models.hf import load_model, save_model
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm

@@ -19,7 +19,7 @@ DEEP_YAML = (*DEEP, "- " * 100_000 + "a")
 
 # Read what this process or its like have just written, or sent each other.
 OURS = {
-    "export/runtimes/xllamacpp.py", "export/contents.py", "models/gguf.py", "preference/reference.py",
+    "export/runtimes/xllamacpp.py", "export/contents.py", "models/gguf_tokenizer.py", "preference/reference.py",
     "training/checkpoint.py", "training/distributed.py", "preference/rounds/selection.py", "tokenizers/train_bpe.py",
     "tokenizers/rendering.py", "devices/measure.py", "evaluation/task_index.py", "export/probe_texts.py",
 }  # fmt: skip

@@ -16,8 +16,10 @@ import torch
 
 import plmtune
 from plmtune.errors import UserError
-from plmtune.models.gguf import PRE_TOKENIZERS, convert, gguf_name, read_tokenizer
+from plmtune.models.gguf import convert
 from plmtune.models.gguf_file import opened_gguf
+from plmtune.models.gguf_layout import gguf_name
+from plmtune.models.gguf_tokenizer import PRE_TOKENIZERS, read_tokenizer
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
@@ -308,7 +310,7 @@ class TestTokenizers:
         [
             ("tokenizer.ggml.pre", "default", r"the pre-tokenizer 'default' is not supported .*--tokenizer"),
             ("tokenizer.ggml.model", "llama", r"model 'llama' is not supported, only byte-level BPE"),
-            ("tokenizer.ggml.eos_token_id", 10**6, r"eos_token_id is 1000000, which is no token"),
+            ("tokenizer.ggml.eos_token_id", 10**6, r"eos_token_id is 1000000, which is not a token"),
             ("tokenizer.ggml.tokens", [1, 2], r"tokenizer.ggml.tokens is missing or damaged"),
             ("tokenizer.ggml.token_type", [1] * 7, r"4096 tokens, their types and the model's 4096 rows do not fit"),
             ("tokenizer.ggml.token_type", [6] * 4096, r"types other than 1 to 5"),
