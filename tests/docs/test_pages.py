@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pydoc
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -56,6 +57,13 @@ def test_paths_of_the_repository_exist(page: Path) -> None:
     }
     missing = [name for name in sorted(named) if not list(documented.ROOT.glob(f"{name}*"))]
     assert [name for name in missing if "focal" not in name] == []  # the loss that CONTRIBUTING.md adds
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_in_the_package_exist(page: Path) -> None:
+    for name in set(re.findall(r"`(plmtune(?:\.\w+)+)[`(]", page.read_text(encoding="utf-8"))):
+        if name != "plmtune.components":  # the group of entry points
+            assert pydoc.locate(name) is not None, name
 
 
 @pytest.mark.parametrize(
