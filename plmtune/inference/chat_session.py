@@ -1,4 +1,4 @@
-"""A conversation with a model: what was said, and what of it the model still sees."""
+"""A conversation with a model: its messages, and those that fit into the context."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from plmtune.tokenizers.chat_template import ChatTemplate
     from plmtune.tokenizers.tokenizer import Tokenizer
 
-# A chat template is rendered once for each answer, so that very many short turns would take longer than the model.
+# The chat template is rendered for each answer; with more messages it would take longer than the model.
 _MOST_MESSAGES = 400
 
 
 class ChatSession:
-    """Questions and answers over one cache: of each turn only what is new is computed.
+    """A chat over one KV cache: each turn computes only its new tokens.
 
     Attributes:
-        system: what the model is told before all else, or None; set by `instruct`.
-        messages: user and assistant in turn, each answer as far as it came.
-        forgotten: messages at their beginning that the model no longer sees, for want of room.
+        system: the system message, or None; set by `instruct`.
+        messages: user and assistant in turn; an interrupted answer as far as it came.
+        forgotten: number of the oldest messages that no longer fit into the context.
         cut: whether the latest answer was cut at max_new_tokens or at the model's max_seq_len.
-        context: tokens that the model has seen, the latest answer included.
+        context: tokens in the cache, with the latest answer.
     """
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, template: ChatTemplate) -> None:
@@ -43,10 +43,10 @@ class ChatSession:
         return len(self._prefix_cache.ids)
 
     def instruct(self, system: str | None) -> None:
-        """Put `system` before all that was and will be said.
+        """Set the system message.
 
         Raises:
-            BadRow: if the chat template refuses it, or it holds the text of a special token; then nothing changes.
+            BadRow: if the chat template refuses it, or it contains the text of a special token; then nothing changes.
         """
         if system is not None:
             self.template.encode_prompt([Message("system", system), Message("user", "a")])
@@ -65,19 +65,19 @@ class ChatSession:
         until: Sequence[str] = (),
         seed: int = 0,
     ) -> Generator[str, None, None]:
-        """Yield the answer to a user's message, a piece a token.
+        """Yield the answer to a user's message, one piece a token.
 
-        However it ends (all of it, an interrupt, `close`), both then belong to the conversation, the answer as far as
-        it came; but neither where there is no answer.
+        At the end, also after an interrupt or `close`, both are added to `messages`, the answer as far as it came. An
+        empty answer adds neither.
 
         Raises:
             BadRow: if the chat template refuses the message, or it holds the text of a special token.
-            ValueError: for a message longer than the model's max_seq_len, or impossible settings.
+            ValueError: for a message longer than the model's max_seq_len, or settings out of their range.
             FloatingPointError: if the model's output is not a number.
         """
         prompt = self._prompt(text, max_new_tokens)
         room = min(max_new_tokens, self.model.max_seq_len - len(prompt))
-        # No message can hold a special token, so any of them ends an answer.
+        # No message can contain a special token, so each of them ends an answer.
         ends = {self.template.end_id, *self.tokenizer.end_ids, *self.tokenizer.specials.values()}
         pieces = complete(
             self.model,
@@ -103,33 +103,33 @@ class ChatSession:
             whole = self.tokenizer.decode(written)
             self.cut = len(written) == room and written[-1] not in ends and not any(stop in whole for stop in until)
         finally:
-            for special in self.tokenizer.specials:  # spelled out in other tokens
+            for special in self.tokenizer.specials:  # written with ordinary tokens
                 answer = answer.partition(special)[0]
             if answer.strip():
                 self.messages += [Message("user", text), Message("assistant", answer)]
 
     @property
     def transcript(self) -> list[Message]:
-        """All that was said, the system's message first."""
+        """The system message and all messages."""
         return [*([Message("system", self.system)] if self.system is not None else []), *self.messages]
 
     def restore(self, messages: Sequence[Message]) -> None:
-        """Go on from a transcript instead of what was said here.
+        """Replace the messages by a transcript.
 
         Raises:
-            BadRow: if it is not of user and assistant in turn, behind a system's message at most, the chat template
-                refuses it, or it holds the text of a special token; then nothing changes.
+            BadRow: if it is not user and assistant in turn, after an optional system message; if the chat template
+                refuses it; or if it contains the text of a special token. Then nothing changes.
         """
         systems = 1 if messages and messages[0].role == "system" else 0
         roles = [message.role for message in messages[systems:]]
         if roles != ["user", "assistant"] * (len(roles) // 2):
-            raise BadRow("is no talk of user and assistant in turn that ends in an answer")
+            raise BadRow("does not have user and assistant in turn, with an answer at the end")
         self.template.encode_prompt([*messages, Message("user", "a")])
         self.system = messages[0].content if systems else None
         self.messages, self.forgotten = list(messages[systems:]), 0
 
     def undo(self) -> Message | None:
-        """Drop the latest question and its answer; return the question, or None where there is none."""
+        """Remove the latest question and its answer; return the question, or None if there is none."""
         if not self.messages:
             return None
         question = self.messages[-2]
@@ -138,11 +138,11 @@ class ChatSession:
         return question
 
     def reset(self) -> None:
-        """Drop all that was said; `system` stays."""
+        """Remove all messages but the system message."""
         self.messages, self.forgotten = [], 0
 
     def _prompt(self, text: str, max_new_tokens: int) -> list[int]:
-        """Return what the model reads; the oldest messages are forgotten where there is no room for them."""
+        """Return the ids of the conversation, without its oldest messages if there is no room for them."""
         limit = self.model.max_seq_len
         first = [Message("system", self.system)] if self.system is not None else []
         most, forgotten = limit - min(max_new_tokens, limit // 4), self.forgotten
@@ -153,11 +153,11 @@ class ChatSession:
                 ids = self.template.encode_prompt([*first, *kept, Message("user", text)]).tolist()
                 if len(ids) <= most or not kept:
                     break
-                # Then all is read again, other than in a turn that goes on: make room for more than this one.
+                # The whole prompt is then read again, so make room for more than this turn.
                 most = min(most, limit // 2)
             forgotten += 2
         if len(ids) >= limit:
-            told = ", what the system says included," if first else ""
-            raise ValueError(f"the message{told} has {len(ids)} tokens, the model's max_seq_len is {limit}")
+            with_system = " with the system message" if first else ""
+            raise ValueError(f"the message{with_system} has {len(ids)} tokens, the model's max_seq_len is {limit}")
         self.forgotten = forgotten
         return ids

@@ -1,4 +1,4 @@
-"""Sampling text: a prompt in, a token at a time out, over a cache."""
+"""Sampling of text, one token at a time, with a KV cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from plmtune.tokenizers.tokenizer import Tokenizer
 
 
-# Below it the likeliest token is taken: logits divided by less leave the range of fp32.
+# Temperatures below it are greedy: logits divided by less leave the range of fp32.
 GREEDY = 1e-6
 
 
@@ -30,12 +30,12 @@ def sample(
     min_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw one id a row from logits (Tensor), [b, v]; the likeliest where temperature is 0.
+    """Sample one id a row from logits (Tensor), [b, v]; the most likely one at temperature 0.
 
     Args:
-        top_k: keep the k likeliest.
-        top_p: of those keep the likeliest that together reach this probability (arXiv 1904.09751).
-        min_p: of those keep what is at least this share as likely as the likeliest (arXiv 2407.01082).
+        top_k: keep the k most likely tokens.
+        top_p: of these keep the most likely that together reach this probability (arXiv 1904.09751).
+        min_p: of these keep tokens with at least this share of the highest probability (arXiv 2407.01082).
 
     Returns:
         Tensor: [b]
@@ -47,13 +47,13 @@ def sample(
 
 
 def penalize(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
-    """Return logits, [b, v], with those of the ids that each row has seen made less likely (arXiv 1909.05858, 4.1).
+    """Return logits, [b, v], with lower values for ids that a row has seen (arXiv 1909.05858, 4.1).
 
     As transformers' RepetitionPenaltyLogitsProcessor: a positive logit is divided by the penalty, a negative one is
-    multiplied by it, however often the id was seen.
+    multiplied by it, regardless of how often the id was seen.
 
     Args:
-        seen: of each row the ids of its prompt and of what is written.
+        seen: of each row the ids of its prompt and its answer so far.
     """
     if penalty == 1:
         return logits
@@ -66,10 +66,10 @@ def penalize(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> T
 
 
 def top_k_top_p(logits: Tensor, top_k: int | None, top_p: float | None, min_p: float | None = None) -> Tensor:
-    """Return logits, [b, v], with -inf where `sample` is not to draw."""
+    """Return logits, [b, v], with -inf for tokens that top_k, top_p or min_p exclude."""
     if min_p:
         logits = _top(logits, top_k, top_p)
-        # Shares of the likeliest are differences of logits, so that nothing has to be normalized.
+        # A share of the highest probability is a difference of logits, so no softmax is needed.
         return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), float("-inf"))
     return _top(logits, top_k, top_p)
 
@@ -78,14 +78,14 @@ def _top(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     if top_k is None and top_p in (None, 1):
         return logits
     v = logits.shape[-1]
-    # To sort a vocabulary takes longer than a forward of a small model; a few hundred mostly reach top_p.
+    # Sorting a vocabulary takes longer than a forward of a small model; a few hundred tokens usually reach top_p.
     k = min(top_k or 256, v)
     while True:
         kept, ids = logits.topk(k)
         if top_p is not None:
             whole = kept if top_k is not None else logits
             probability = (kept - whole.logsumexp(-1, keepdim=True)).exp()
-            # What stands before a token decides, so the likeliest always stays.
+            # The probability before a token decides, so the most likely token always stays.
             before = probability.cumsum(-1) - probability
             kept = kept.masked_fill(before >= top_p, float("-inf"))
             if top_k is None and k < v and not bool((before[:, -1] >= top_p).all()):
@@ -101,7 +101,7 @@ def check_sampling(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
 ) -> None:
-    """Raise ValueError for impossible settings."""
+    """Raise ValueError for settings out of their range."""
     if temperature < 0:
         raise ValueError(f"temperature must not be negative, but is {temperature}")
     if not math.isfinite(temperature):
@@ -117,10 +117,10 @@ def check_sampling(
 
 
 def encode_stops(until: Sequence[str]) -> tuple[bytes, ...]:
-    """Return stop strings as they are looked for in what is written, whose tokens may end inside a character.
+    """Return stop strings as bytes, because tokens may end inside a character.
 
     Raises:
-        ValueError: for an empty one, which every text would hold.
+        ValueError: for an empty one, which every text contains.
     """
     if "" in until:
         raise ValueError("a stop string is empty: an answer would end before it begins")
@@ -128,12 +128,12 @@ def encode_stops(until: Sequence[str]) -> tuple[bytes, ...]:
 
 
 def before_stop(text: str, until: Sequence[str]) -> str:
-    """Return a text up to the first of the stop strings in it."""
+    """Return a text up to its first stop string."""
     return text[: min((at for stop in until if stop and (at := text.find(stop)) >= 0), default=len(text))]
 
 
 def release(data: bytes, until: Sequence[bytes]) -> tuple[bytes, bytes, bool]:
-    """Return what of a text's newest bytes can be shown, what may be the beginning of a stop, and whether one came."""
+    """Split a text's newest bytes: those that can be shown, a possible beginning of a stop string, whether one came."""
     found = [at for stop in until if (at := data.find(stop)) >= 0]
     if found:
         return data[: min(found)], b"", True
@@ -143,10 +143,10 @@ def release(data: bytes, until: Sequence[bytes]) -> tuple[bytes, bytes, bool]:
 
 
 class PrefixCache:
-    """One text's cache, kept from prompt to prompt: what the next has in common with it is not computed again.
+    """The KV cache of one text, reused by the next prompt as far as both agree.
 
     Attributes:
-        ids: the text; the cache holds its first `cache.length`, also after an interrupt anywhere.
+        ids: of the text; the cache holds the first `cache.length` of them, also after an interrupt.
     """
 
     def __init__(self, model: Decoder) -> None:
@@ -155,9 +155,9 @@ class PrefixCache:
         self.cache = model.new_cache(1, 0)
 
     def resume(self, ids: Sequence[int], room: int) -> Cache:
-        """Return the cache with what `ids` and the text have in common, and room for all of ids and `room` more.
+        """Return the cache of the common prefix of `ids` and the text, with room for all of ids and `room` more.
 
-        The last of ids is never in it: the model has to read something, to say what follows.
+        The last of ids is never in it, because the model must read at least one token.
         """
         common, limit = 0, min(self.cache.length, len(ids) - 1)
         while common < limit and self.ids[common] == ids[common]:
@@ -167,7 +167,7 @@ class PrefixCache:
         needed = len(ids) + room
         if needed > self.cache.max_seq_len:
             old = self.cache
-            # Conversations grow turn by turn; half as much again keeps the copies few.
+            # Conversations grow turn by turn; growing by half keeps the copies few.
             longer = max(needed, min(old.max_seq_len * 3 // 2, self.model.max_seq_len))
             new = self.model.new_cache(1, longer)
             for mine, theirs in zip(new.layers, old.layers, strict=True):
@@ -194,19 +194,18 @@ def generate(
     cache: Cache | None = None,
     before: Sequence[int] = (),
 ) -> Iterator[Tensor]:
-    """Yield a column of new tokens, [b], at a time.
+    """Yield columns of new tokens, [b].
 
     Args:
         tokens (Tensor): prompts, [b, s].
-        temperature: 0 takes the likeliest token.
-        top_k, top_p, min_p: see `sample`.
+        temperature, top_k, top_p, min_p: see `sample`.
         repetition_penalty: see `penalize`; 1 for none.
-        num_tokens: ids from here up have no text and are never drawn.
-        cache: what came before the prompts, with room for them and the new tokens; None: nothing did.
-        before: ids in the cache, which a repetition penalty counts.
+        num_tokens: ids from here on have no text and are never sampled.
+        cache: of the tokens before the prompts, with room for prompts and new tokens; None: there are none.
+        before: ids in the cache, for the repetition penalty.
 
     Raises:
-        ValueError: for an empty prompt, a sum longer than the model's max_seq_len, or impossible settings.
+        ValueError: for an empty prompt, more tokens than max_seq_len, or settings out of their range.
         FloatingPointError: if the model's output is not a number.
     """
     b, s = tokens.shape
@@ -244,7 +243,7 @@ def generate(
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
-    """Return what `complete` has the model read: at least one token, with bos where the tokenizer adds it to a text."""
+    """Return the ids of a prompt: at least one, with bos where the tokenizer adds it to a text."""
     ids = tokenizer.with_bos(tokenizer.encode(prompt, specials=True)) if isinstance(prompt, str) else list(prompt)
     return ids or [tokenizer.start_id]
 
@@ -265,19 +264,19 @@ def complete(
     end_ids: Collection[int] = (),
     prefix_cache: PrefixCache | None = None,
 ) -> Iterator[str]:
-    """Yield the text that follows `prompt`, a piece a token, until its end, max_new_tokens or the model's end.
+    """Yield the text that follows `prompt`, one piece a token, until an end id, max_new_tokens or max_seq_len.
 
-    A piece may be empty: a character is not given out before all of its bytes are there, nor what may be the beginning
-    of a stop string before it is known to be none.
+    A piece may be empty: a character is yielded once all of its bytes exist, and a possible beginning of a stop string
+    once it turns out to be none.
 
     Args:
-        prompt: text, in which special tokens' text stands for themselves, or ids, as of a chat template.
-        until: the text ends before the first of these, at whatever token they begin or end.
-        end_ids: end the text beside the tokenizer's own.
+        prompt: text, in which special tokens are recognized, or ids, as from a chat template.
+        until: the text ends before the first of these, at any position inside a token.
+        end_ids: ids that end the text, in addition to the tokenizer's own.
         prefix_cache: cache of an earlier prompt of this model, reused where the prompts agree; afterwards of this one.
 
     Raises:
-        ValueError: if the prompt leaves no room, or for impossible settings.
+        ValueError: if the prompt leaves no room, or for settings out of their range.
         FloatingPointError: if the model's output is not a number.
     """
     stops = encode_stops(until)

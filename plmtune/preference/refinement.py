@@ -1,4 +1,4 @@
-"""Refinement prompts: T(x, y) of ARIES (arXiv 2502.05605), the question again with an earlier answer to better."""
+"""Refinement prompts: T(x, y) of ARIES (arXiv 2502.05605), the question with an earlier answer to improve."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class Refinement:
         if used != _VARIABLES:
             missing, unknown = sorted(_VARIABLES - used), sorted(used - _VARIABLES)
             wrong = [f"does not use {' and '.join(missing)}"] if missing else []
-            wrong += [f"uses {', '.join(unknown)}, which nobody gives it"] if unknown else []
+            wrong += [f"uses {', '.join(unknown)}, which is undefined"] if unknown else []
             raise UserError(
                 f"{self.where} {', and '.join(wrong)}. A refinement template has two variables: "
                 "prompt (the question) and answer (the one to improve)"
             )
-        self._write("What is 2 + 3?", "6")
+        self._render("What is 2 + 3?", "6")
 
     @cached_property
     def _environment(self) -> Sandbox:
@@ -71,7 +71,7 @@ class Refinement:
     def _template(self) -> Template:
         return self._environment.from_string(self.source)
 
-    def _write(self, prompt: str, answer: str) -> str:
+    def _render(self, prompt: str, answer: str) -> str:
         self._environment.restart(length=len(prompt) + len(answer))
         try:
             text = self._template.render(prompt=prompt, answer=answer)
@@ -96,7 +96,7 @@ class Refinement:
         """
         if prompt[-1].role != "user":
             raise BadRow(f"has a prompt that ends in a {prompt[-1].role}'s message, while a refinement asks a user's")
-        return (*prompt[:-1], Message("user", self._write(prompt[-1].content, answer)))
+        return (*prompt[:-1], Message("user", self._render(prompt[-1].content, answer)))
 
     def encode(
         self, template: ChatTemplate, prompt: Sequence[Message], answer: str, *, max_len: int

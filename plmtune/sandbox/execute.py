@@ -1,16 +1,16 @@
-"""Run Python code that a model wrote, with its tests: apart from this machine, and for a bounded time.
+"""Run Python code of a model with its tests, isolated from this machine and for a limited time.
 
 Code and tests run in user, mount, process, network and IPC namespaces of their own (`plmtune.sandbox.inside`): no
 network, no process of this machine, no file but the Python installation, numpy, the system's libraries and a few
 devices, read-only, and an empty working directory in memory. Memory, processor time, processes, files and output are
 limited, and after the wall-clock limit the kernel ends all of it at once.
 
-They run in one process and one module (`plmtune.sandbox.program`), as in the judges of HumanEval and of lm-eval: what
-is right there is right here. Who started it gives the verdict, on a key and a nonce that the process has only once the
-tests have ended. So code does not pass by ending early, by printing, by its exit status, or by writing to descriptors.
+They run in one process and one module (`plmtune.sandbox.program`), as in the judges of HumanEval and lm-eval, so the
+verdicts agree. The parent process gives the verdict, on a key and a nonce that the process has only after the tests
+have ended. So code does not pass by ending early, by printing, by its exit status, or by writing to descriptors.
 
-What is not promised: the kernel is shared; and code in the process of its tests decides what its own objects are equal
-to, can replace what the tests call, and can search the interpreter's frames and memory.
+Limits of the protection: the kernel is shared. Code in the process of its tests defines the equality of its own
+objects, can replace functions that the tests call, and can search the interpreter's frames and memory.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Isolation = Literal["namespaces", "limits"]
 MEMORY_BYTES = 512 * 2**20
 DISK_BYTES = 16 * 2**20
 
-# The programs of the sandbox are compiled once a process, and know the standard library alone.
+# The sandbox's programs import the standard library only, and are compiled once a process.
 _LAUNCHER = ("plmtune.sandbox.program", "plmtune.sandbox.inside")
 _START = """
 import marshal, sys, types
@@ -55,8 +55,8 @@ for name, code in order["launcher"]:
     exec(code, module.__dict__)
 module.main(order, int(sys.argv[2]))
 """
-_PACKAGES = "/packages"  # where numpy is, inside
-_STARTING = 30.0  # seconds on top of the code's own, until which the sandbox must stand
+_PACKAGES = "/packages"  # folder of numpy inside the sandbox
+_STARTING = 30.0  # seconds for the start of the sandbox, beyond the code's own
 
 
 class NoSandbox(UserError):
@@ -72,12 +72,12 @@ class NoSandbox(UserError):
 
 @dataclass(frozen=True)
 class Result:
-    """What became of the code.
+    """The result of running code.
 
     Attributes:
-        passed: it came to the end of its tests, without an error.
-        exit_code: as `subprocess` gives it; None if time ran out.
-        output: the beginning of what it wrote to stdout and stderr.
+        passed: the tests ran to their end without an error.
+        exit_code: as in `subprocess`; None after a timeout.
+        output: the beginning of stdout and stderr.
         reason: why it did not pass.
     """
 
@@ -105,19 +105,19 @@ def run_python(
     Tests that are defined and never called are called; tests that cannot be are never passed.
 
     Args:
-        seconds: of the wall clock, for everything.
+        seconds: of wall-clock time for code and tests together.
         memory_bytes: address space of a process.
-        disk_bytes: of the working directory, which is in memory.
-        output_bytes: of stdout and stderr that are kept.
-        processes: and threads that it may have at once.
-        stop: once set, the code is ended as if its time were over.
-        isolation: "limits" does without namespaces and without `processes`: for code that one would run oneself. It
-            can then do what its user can, outlive its time in a session of its own, and, as root or where processes
-            may trace each other, change the verdict.
+        disk_bytes: size of the working directory, which is in memory.
+        output_bytes: of stdout and stderr that are returned.
+        processes: most processes and threads at once.
+        stop: once set, the code is ended as after a timeout.
+        isolation: "limits" uses neither namespaces nor `processes`, for trusted code: it has all rights of its user,
+            can outlive its time in another session, and can change the verdict as root or where processes may trace
+            each other.
 
     Raises:
         ValueError: for limits that are not positive.
-        NoSandbox: if this machine cannot isolate, saying what is missing.
+        NoSandbox: if this machine cannot isolate; names what is missing.
     """
     for name, value in {
         "seconds": seconds,
@@ -149,7 +149,7 @@ def run_python(
         "launcher": [(name, _compiled(name)) for name in _LAUNCHER],
         "program": _compiled("plmtune.sandbox.program"),
     }
-    # Files, not pipes: nobody waits for anybody to read them. The report is written by the sandbox, not by the code.
+    # Files, not pipes, which would block until they are read. The sandbox writes the report, not the code.
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as order, tempfile.TemporaryFile() as report:
         given.write(stdin.encode())
         given.seek(0)
@@ -178,7 +178,7 @@ def run_python(
 def run_all(
     work: Sequence[tuple[str, str]], *, seconds: float = 5.0, isolation: Isolation = "namespaces"
 ) -> list[Result]:
-    """Run pairs of (code, tests), as many at once as there are cores; results in their order.
+    """Run pairs of (code, tests), one a core at a time; the results are in the same order.
 
     Raises:
         NoSandbox: if this machine cannot isolate.
@@ -192,7 +192,7 @@ def run_all(
     try:
         return list(pool.map(run, work))
     finally:
-        stop.set()  # after an error, or Ctrl-C; else all have ended
+        stop.set()  # after an error or Ctrl-C; otherwise all have ended
         pool.shutdown(cancel_futures=True)
 
 
@@ -213,7 +213,7 @@ def _numpy() -> list[Path]:
 def _read(
     launcher: subprocess.Popen[bytes], report: IO[bytes], seconds: float, limit: int, stop: threading.Event
 ) -> tuple[bytes, bool]:
-    """(what it wrote, up to a limit; whether it ended in time)."""
+    """(the output, up to a limit; whether the code ended in time)."""
     assert launcher.stdout
     kept = bytearray()
     deadline = time.monotonic() + seconds + _STARTING
@@ -233,7 +233,7 @@ def _read(
 
 
 def _load(report: IO[bytes]) -> dict[str, Any]:
-    """What the sandbox reported, line by line."""
+    """The report of the sandbox: one dict a line."""
     report.seek(0)
     found: dict[str, Any] = {}
     for line in report:
@@ -245,8 +245,8 @@ def _judge(report: dict[str, Any], output: str, in_time: bool, seconds: float) -
     if "missing" in report:
         raise NoSandbox(report["missing"])
     if not report.get("ready"):
-        said = output.strip().splitlines()
-        raise NoSandbox(f"Python does not start there ({said[-1] if said else 'it said nothing'})")
+        lines = output.strip().splitlines()
+        raise NoSandbox(f"Python does not start there ({lines[-1] if lines else 'without any output'})")
     if not in_time:
         return Result(False, None, output, f"ran for more than {seconds:g} seconds")
     code: int | None = report.get("exit_code")
@@ -257,15 +257,15 @@ def _judge(report: dict[str, Any], output: str, in_time: bool, seconds: float) -
     if code < 0:
         return Result(False, code, output, f"was ended by {signal.Signals(-code).name}")
     if code:
-        said = output.strip().splitlines()
-        return Result(False, code, output, said[-1] if said else f"ended with exit status {code}")
+        lines = output.strip().splitlines()
+        return Result(False, code, output, lines[-1] if lines else f"ended with exit status {code}")
     if not report["finished"]:
         return Result(False, code, output, "ended before it came to its end, with exit status 0")
     return Result(True, code, output, None)
 
 
 def _interpreter() -> str:
-    """This Python itself, not a virtual environment's name for it."""
+    """The Python executable itself, not a virtual environment's link to it."""
     prefix = os.path.realpath(sys.base_prefix)
     here = os.path.realpath(sys.executable)
     if here.startswith(prefix + os.sep):

@@ -1,9 +1,9 @@
-"""Namespaces, limits and verdict: a program of its own that knows the standard library alone.
+"""Namespaces, limits and verdict of the sandbox, as a separate program that imports the standard library only.
 
-Three processes. The launcher enters new namespaces and waits. Its child is the first process of the new process
+There are three processes. The launcher enters new namespaces and waits. Its child is the first process of the new PID
 namespace: it builds the file system, starts a fresh interpreter for code and tests (`plmtune.sandbox.program`), waits
-for the verdict and reports it; with its end the kernel ends all that is left. The interpreter has no rights: it cannot
-trace, read or signal the process that waits for it.
+for the verdict and reports it. When it ends, the kernel ends all other processes of the namespace. The interpreter has
+no capabilities: it cannot trace, read or signal the process that waits for it.
 
 `pathlib`, `contextlib`, `typing`, `json`, `socket` and `signal` take longer to import than most code takes to run.
 """
@@ -41,7 +41,7 @@ PIVOT_ROOT = 155 if os.uname().machine == "x86_64" else 41
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 
 NOBODY = 65534
-NEW_ROOT = "/proc"  # a folder that every Linux has; hidden from the sandbox alone
+NEW_ROOT = "/proc"  # a folder that every Linux has; the mount is visible in the sandbox only
 PLACES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 DEVICES = ("null", "zero", "full", "random", "urandom")
 # Threads of OpenBLAS, and malloc's arenas a thread, would take the address space that a process may have.
@@ -53,17 +53,17 @@ ENVIRONMENT = {
     "USER": "nobody",
 }
 NAMES = {"hosts": "127.0.0.1 localhost\n", "nsswitch.conf": "hosts: files\n"}
-_ENDING = 1.0  # seconds that the code may take to end once it has closed the pipe of its verdict
-_PERIOD = 0.02  # seconds between two looks whether it has ended
+_ENDING = 1.0  # seconds that the code may take to end after it has closed the verdict's pipe
+_PERIOD = 0.02  # seconds between two checks whether it has ended
 _REASON_BYTES = 8000
 
 
 class Missing(Exception):
-    """What this machine does not give."""
+    """A feature that this machine lacks."""
 
 
 def main(order: dict[str, Any], outlet: int) -> None:
-    """Do what is ordered, report to a file descriptor."""
+    """Run an order, and report to a file descriptor."""
     os.set_inheritable(outlet, False)
 
     def report(**facts: Any) -> None:
@@ -95,11 +95,11 @@ def launch(order: dict[str, Any], report: Any) -> None:
     os.close(alive)
     try:
         _call("prctl", PR_SET_PDEATHSIG, _signal.SIGKILL)
-        _signal.signal(_signal.SIGINT, _signal.SIG_IGN)  # others do not reach the first process of a namespace
-        if not select.select([watch], [], [], 0)[0]:  # else the launcher died before it could be noticed
+        _signal.signal(_signal.SIGINT, _signal.SIG_IGN)  # the kernel blocks the others for a namespace's first process
+        if not select.select([watch], [], [], 0)[0]:  # otherwise the launcher died before the prctl
             _loop_back()
             build_root(order["prefix"], order["packages"], order["disk_bytes"])
-            _call("prctl", PR_SET_DUMPABLE, 0)  # not to be looked into by the code
+            _call("prctl", PR_SET_DUMPABLE, 0)  # the code cannot read its memory
             supervise(order, report)
     except Missing as error:
         report(missing=str(error))
@@ -110,18 +110,19 @@ def launch(order: dict[str, Any], report: Any) -> None:
 
 
 def enter_namespaces() -> None:
-    """Leave this machine's namespaces; ids mean the same inside.
+    """Enter new namespaces, with the same user ids inside.
 
-    Root takes nobody along, who is to run the code: the kernel limits the number of processes of all users but root.
-    Only who stays outside may map an id that is not one's own.
+    As root, the ids of nobody are mapped too, and the code runs as nobody: the kernel limits the number of processes of
+    every user but root. Only a process outside of the new user namespace may map ids other than its own, so a second
+    process writes the maps.
     """
     uid, gid, launcher = os.geteuid(), os.getegid(), os.getpid()
     users = f"{uid} {uid} 1\n" + (f"{NOBODY} {NOBODY} 1\n" if uid == 0 else "")
     groups = f"{gid} {gid} 1\n" + (f"{NOBODY} {NOBODY} 1\n" if uid == 0 else "")
-    entered, tell = os.pipe()
+    entered, notify = os.pipe()
     mapper = os.fork()
     if not mapper:
-        os.close(tell)
+        os.close(notify)
         try:
             if os.read(entered, 1):
                 if uid:
@@ -133,31 +134,31 @@ def enter_namespaces() -> None:
     os.close(entered)
     try:
         _call("unshare", NAMESPACES, what=_why_no_namespaces())
-        os.write(tell, b"!")
+        os.write(notify, b"!")
     finally:
-        os.close(tell)
+        os.close(notify)
         os.waitpid(mapper, 0)
     try:
         if not _read("/proc/self/uid_map"):
             raise Missing("user ids cannot be mapped into a user namespace")
-        # No namespaces within namespaces: they would give rights back.
+        # No nested namespaces: they would restore capabilities.
         _write("/proc/sys/user/max_user_namespaces", "0")
     except OSError as error:
         raise Missing(f"user namespaces cannot be set up ({error})") from error
     try:
-        _write("/proc/sys/kernel/shmmni", "0")  # no shared memory: it outlives whom it is counted against
+        _write("/proc/sys/kernel/shmmni", "0")  # no System V shared memory: it outlives its processes and their limits
     except OSError:
         pass  # an older kernel
 
 
 def build_root(prefix: str, packages: dict[str, str], disk_bytes: int) -> None:
-    """Make a file system of Python and the system's libraries, read-only, and an empty /tmp the only one there is."""
+    """Replace the file system by Python and the system's libraries, read-only, and an empty /tmp."""
     if prefix.startswith("/tmp/"):
         raise Missing(f"Python is installed in {prefix}, and /tmp is an empty folder in the sandbox")
     _mount("none", "/", "", MS_REC | MS_PRIVATE)
     _mount("tmpfs", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for place in _needed(prefix):
-        if os.path.islink(place):  # /lib is usr/lib, mostly
+        if os.path.islink(place):  # /lib is usr/lib on most systems
             os.makedirs(os.path.dirname(f"{NEW_ROOT}{place}"), exist_ok=True)
             os.symlink(os.readlink(place), f"{NEW_ROOT}{place}")
         else:
@@ -181,21 +182,21 @@ def build_root(prefix: str, packages: dict[str, str], disk_bytes: int) -> None:
         _mount(device, f"{NEW_ROOT}{device}", "", MS_BIND)
     _mount("tmpfs", f"{NEW_ROOT}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk_bytes},nr_inodes=4096,mode=777")
     os.chdir(NEW_ROOT)
-    # Onto itself: the old root then lies above the new one, and is taken away (pivot_root(2)).
+    # Both arguments are ".": the old root is then mounted over the new one, and is unmounted (see pivot_root(2)).
     _call("syscall", PIVOT_ROOT, b".", b".")
     _call("umount2", b".", MNT_DETACH)
     os.chdir("/tmp")
 
 
 def _loop_back() -> None:
-    """Let the network namespace, which has nothing else, have an address of its own: 127.0.0.1."""
+    """Give the network namespace its only address, 127.0.0.1."""
     any_socket = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
     fcntl.ioctl(any_socket.fileno(), SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
     any_socket.close()
 
 
 def supervise(order: dict[str, Any], report: Any) -> None:
-    """Start the code, send it its tests, wait for the verdict, and report it."""
+    """Start the code, send it the tests, wait for the verdict, and report it."""
     (inlet, to_code), (verdict, outlet) = os.pipe(), os.pipe()
     code = Code(_fork(lambda: _be_code(order, inlet, outlet)), to_code, verdict)
     os.close(inlet)
@@ -204,29 +205,29 @@ def supervise(order: dict[str, Any], report: Any) -> None:
     tests = order["tests"].encode("utf-8", "surrogatepass")
     tested = bool(tests.strip())
     program = {"program": order["program"], "code": order["code"], "tested": tested, "key": key, "path": order["path"]}
-    if code.hear(len(READY)) != READY:
+    if code.receive(len(READY)) != READY:
         return
     report(ready=True)
     code.send(marshal.dumps(program), b"" if tested else nonce)
     said = b""
     if tested:
-        said = code.hear(KEY_BYTES)
+        said = code.receive(KEY_BYTES)
     if said == key:
         code.send(tests, nonce)
         said = b""
     if not (tested and said):
-        said = code.hear(2 * KEY_BYTES)
+        said = code.receive(2 * KEY_BYTES)
     if said == key + nonce:
         facts: dict[str, Any] = {"exit_code": 0, "finished": True}
     else:
-        reason = (said + code.hear(_REASON_BYTES)).decode(errors="backslashreplace")
+        reason = (said + code.receive(_REASON_BYTES)).decode(errors="backslashreplace")
         facts = {"exit_code": code.ended(), "finished": False, "reason": reason}
     code.kill()
     if order["isolated"]:
         try:
-            os.kill(-1, _signal.SIGKILL)  # whoever could still write
+            os.kill(-1, _signal.SIGKILL)  # processes that could still write
         except ProcessLookupError:
-            pass  # it is alone
+            pass  # there is no other process
     report(**facts)
 
 
@@ -240,30 +241,30 @@ class Code:
         self.status: int | None = None
 
     def send(self, text: bytes, more: bytes = b"") -> None:
-        """Write a text with its length before it, and more behind it."""
+        """Write the length of a text, the text, and more bytes."""
         data = len(text).to_bytes(4, "little") + text + more
         try:
             while data:
                 data = data[os.write(self.to_code, data) :]
         except BrokenPipeError:
-            pass  # it has ended
+            pass  # the process has ended
 
-    def hear(self, count: int) -> bytes:
-        """Read so many bytes, or fewer if it ends before."""
-        said = b""
-        while len(said) < count:
+    def receive(self, count: int) -> bytes:
+        """Read so many bytes, or fewer if the process ends before."""
+        received = b""
+        while len(received) < count:
             ended = self._has_ended()
             if select.select([self.verdict], [], [], 0 if ended else _PERIOD)[0]:
-                piece = os.read(self.verdict, count - len(said))
+                piece = os.read(self.verdict, count - len(received))
                 if not piece:
                     break
-                said += piece
+                received += piece
             elif ended:
                 break
-        return said
+        return received
 
     def ended(self) -> int | None:
-        """Its exit code as `subprocess` gives it; None for one that goes on though it has closed its pipe."""
+        """The exit code, as in `subprocess`; None for a process that has closed its pipe and still runs."""
         for _ in range(int(_ENDING / _PERIOD)):
             if self._has_ended():
                 break
@@ -271,7 +272,6 @@ class Code:
         return None if self.status is None else os.waitstatus_to_exitcode(self.status)
 
     def kill(self) -> None:
-        """End it."""
         if self.status is None:
             os.kill(self.process, _signal.SIGKILL)
 
@@ -289,20 +289,20 @@ class Code:
 
 
 def _be_code(order: dict[str, Any], inlet: int, outlet: int) -> None:
-    """Become an interpreter that knows nothing but what it is sent."""
+    """Replace this process by a fresh interpreter, which receives its program through a pipe."""
     os.set_inheritable(inlet, True)
     os.set_inheritable(outlet, True)
     limit(order)
     if order["isolated"]:
-        _give_up_rights()
+        _drop_capabilities()
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     python = order["python"]
-    # Without `-I`, which would leave the seed of hashes to chance; all of the environment is ours.
+    # Without `-I`, which would make the hash seed random; the environment is ENVIRONMENT alone.
     os.execve(python, [python, "-P", "-s", "-S", "-u", "-c", STUB, str(inlet), str(outlet)], ENVIRONMENT)
 
 
 def _fork(then: Callable[[], None]) -> int:
-    """Start a process that does one thing."""
+    """Call a function in a new process."""
     process = os.fork()
     if not process:
         try:
@@ -314,18 +314,18 @@ def _fork(then: Callable[[], None]) -> int:
     return process
 
 
-def _give_up_rights() -> None:
+def _drop_capabilities() -> None:
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    # Who is not root keeps rights over the namespace until another program is started.
+    # A user other than root keeps capabilities in the namespace until execve.
     _call("capset", (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)())
 
 
 def limit(order: dict[str, Any]) -> None:
-    """Bound what this process and its children may take."""
+    """Set the resource limits of this process and its children."""
     limits = {
         resource.RLIMIT_AS: order["memory_bytes"],
         resource.RLIMIT_CPU: int(order["seconds"]) + 2,
@@ -334,7 +334,7 @@ def limit(order: dict[str, Any]) -> None:
         resource.RLIMIT_CORE: 0,
     }
     if order["isolated"]:
-        # Where they are of the same user, the two that started it count too.
+        # The two processes above it count as well where they have the same user.
         limits[resource.RLIMIT_NPROC] = order["processes"] + (2 if os.geteuid() else 0)
         limits[resource.RLIMIT_MSGQUEUE] = 0
     for which, wanted in limits.items():
@@ -344,7 +344,7 @@ def limit(order: dict[str, Any]) -> None:
 
 
 def _needed(prefix: str) -> list[str]:
-    """The interpreter's installation and the libraries it may load, none of them inside of another."""
+    """The interpreter's installation and its libraries; no folder lies inside another."""
     found: list[str] = []
     for place in (prefix, *PLACES):
         if os.path.exists(place) and not any(f"{place}/".startswith(f"{other}/") for other in found):
@@ -377,7 +377,7 @@ def _write(path: str, text: str) -> None:
 
 
 def _bind(place: str, target: str) -> None:
-    """Show a file or a folder in the new root."""
+    """Bind-mount a file or a folder in the new root."""
     target = f"{NEW_ROOT}{target}"
     if os.path.isdir(place):
         os.makedirs(target, exist_ok=True)

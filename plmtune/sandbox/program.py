@@ -1,10 +1,10 @@
-"""What the sandbox's interpreter executes: code, then its tests, in one module. It knows the standard library alone.
+"""The program of the sandbox's interpreter: it runs code, then its tests, in one module, with the standard library.
 
-Who started it sends the tests, and behind them a nonce, once the code has run to its end; the nonce stays in the pipe
-until the tests have ended. The verdict is a key that was sent with the code, and that nonce. So no descriptor has all
-of it before the end, and neither has a frame; nor is an exit status, or anything that is printed, a verdict. Tests are
-also not passed by an object that they get from a call or compare, and whose class they do not name, if it equals
-everything. This program keeps builtins of its own, which the code does not change by setting those of Python.
+The parent process sends the tests, followed by a nonce, after the code has run to its end; the nonce stays in the pipe
+until the tests have ended. The verdict is a key that was sent with the code, and that nonce. So no descriptor and no
+frame has all of it before the end, and neither an exit status nor printed text is a verdict. Tests also fail if they
+get from a call, or compare, an object that equals everything and whose class they do not name. This program has its own
+copy of the builtins, so the code cannot change them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-READY = b"ready"  # an interpreter stands, and has not been sent any code
+READY = b"ready"  # the interpreter has started and has received no code
 KEY_BYTES = 16
 _REASON = 2000  # characters
 _FUTURE = 0x1FE0000  # flags of code that `from __future__ import` sets (CO_FUTURE_* in CPython's code.h)
-_EQUALITY = ("__eq__", "mock", "ALWAYS_EQ")  # code without any of them hardly has an object that equals everything
+_EQUALITY = ("__eq__", "mock", "ALWAYS_EQ")  # code without these has no object that equals everything
 _SLOT = type(object.__eq__)
-_STACK = 2 * 2**20  # of a thread: all that there may be fit into the memory
+_STACK = 2 * 2**20  # of a thread: all allowed threads fit into the memory limit
 
 # The source of the fresh interpreter: read this program, and call its main.
 STUB = f"""
@@ -51,21 +51,21 @@ names["main"](read, outlet, **order)
 
 
 def main(read: Callable[[int], bytes], outlet: int, *, code: str, tested: bool, key: bytes, path: str) -> NoReturn:
-    """Run the code, ask for the tests, run them, and say how it ended.
+    """Run the code, request the tests, run them, and send the verdict.
 
     Args:
-        read: gives so many bytes of what is sent.
+        read: reads so many bytes from the parent process.
         outlet: descriptor of the verdict.
-        path: where packages are found beside the standard library.
+        path: folder of packages beside the standard library.
     """
     write, leave, getpid, me = os.write, os._exit, os.getpid, os.getpid()
     settrace, setprofile = sys.settrace, sys.setprofile
-    module = types.ModuleType("candidate" if tested else "__main__")  # its `if __name__ == "__main__":` is no test
+    module = types.ModuleType("candidate" if tested else "__main__")  # `if __name__ == "__main__":` is no test
     module.__dict__.update(__file__="candidate.py", __builtins__=builtins)
     sys.modules[module.__name__] = sys.modules["__main__"] = module
     sys.argv[:] = ["candidate.py"]
     sys.path.append(path)
-    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # which the module `site` would bring
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # as the module `site` does
     _thread.stack_size(_STACK)
     texts = {"candidate.py": code}
     calls = Calls() if tested and any(word in code for word in _EQUALITY) else None
@@ -74,7 +74,7 @@ def main(read: Callable[[int], bytes], outlet: int, *, code: str, tested: bool, 
         compiled = compile(code, "candidate.py", "exec", dont_inherit=True)
         exec(compiled, module.__dict__)
         if tested and getpid() == me:
-            settrace(None)  # which could skip lines of the tests
+            settrace(None)  # a tracer could skip lines of the tests
             setprofile(None)
             write(outlet, key)
             tests = texts["tests.py"] = read(int.from_bytes(read(4), "little")).decode("utf-8", "surrogatepass")
@@ -89,16 +89,16 @@ def main(read: Callable[[int], bytes], outlet: int, *, code: str, tested: bool, 
     except BaseException as error:
         passed, reason = _ended_by_unittest(error), b""
         if not passed:
-            reason = _told(error, texts)
+            reason = _format_error(error, texts)
     if passed and calls and (name := calls.equal_everything()):
         passed, reason = False, f"an object of class {name} equals everything".encode(errors="backslashreplace")
-    if getpid() == me:  # not a child that came to the end, too
+    if getpid() == me:  # not a forked child that also reached the end
         write(outlet, key + read(KEY_BYTES) if passed else reason)
     leave(0 if passed else 1)
 
 
 class _One:
-    """With `_Other`: nothing that a class looks at, be it class, attributes, slots or truth, is the same of both."""
+    """Differs from `_Other` in class, attributes, slots and truth value."""
 
     __slots__ = ("one",)
 
@@ -111,7 +111,7 @@ class _Other:
 
 
 class _Full:
-    """It has whatever attribute is asked for, each time another one."""
+    """Has every attribute, with another value at each access."""
 
     __slots__ = ()
 
@@ -120,19 +120,19 @@ class _Full:
 
 
 class Calls:
-    """What the tests get from calls, and what they compare and pass on."""
+    """The values that tests get from calls, compare, and pass on."""
 
     NAME = "__see__"
 
     def __init__(self) -> None:
-        import ast  # before the code could replace it
+        import ast  # before the code can replace it
 
         self.ast: Any = ast
         self.compares: dict[int, tuple[Any, str]] = {}
         self.named: set[str] = set()
 
     def watch(self, tests: str) -> Any:
-        """The syntax tree of tests in which such values are seen; tests nested too deep for one stay a text."""
+        """The syntax tree of tests that report these values; tests that are nested too deep stay text."""
         ast, named, name = self.ast, self.named, self.NAME
 
         def seen(node: Any) -> Any:
@@ -170,7 +170,7 @@ class Calls:
             return tests
 
     def see(self, value: Any) -> Any:
-        """Keep how the class of a value compares, unless the interpreter says it."""
+        """Record the `__eq__` of a value's class, unless it is the interpreter's own."""
         for base in type(value).__mro__:
             how = base.__dict__.get("__eq__")
             if how is not None:
@@ -180,14 +180,14 @@ class Calls:
         return value
 
     def equal_everything(self) -> str | None:
-        """The class of a value that says that whatever it is equals whatever there is; None if there is none."""
+        """The class of a value whose `__eq__` calls all objects equal; None if there is none."""
         for how, name in self.compares.values():
             if name in self.named or name.strip("_") in self.named:
-                continue  # tests may want to see that of it
+                continue  # the tests may test for it
             try:
                 if all(self._equal(how, one(), other()) for one in (_One, _Full) for other in (_Other, _Full)):
                     return name
-            except BaseException:  # it looks at what it compares
+            except BaseException:  # it uses what it compares
                 continue
         return None
 
@@ -198,7 +198,7 @@ class Calls:
 
 
 def _show_lines(texts: dict[str, str], *, always: bool = False) -> None:
-    """Let tracebacks and `inspect` have the lines; the module for it takes longer to import than most code to run."""
+    """Register the lines for tracebacks and `inspect`, if needed: importing linecache takes longer than most code."""
     if always or any(name in text for text in texts.values() for name in ("getsource", "linecache", "traceback")):
         import linecache
 
@@ -207,7 +207,7 @@ def _show_lines(texts: dict[str, str], *, always: bool = False) -> None:
 
 
 def _ended_by_unittest(error: BaseException) -> bool:
-    """Whether `unittest.main()`, called by the tests themselves, ended them without a failure."""
+    """Whether a call of `unittest.main()` in the tests ended them without a failure."""
     if type(error) is not SystemExit or error.code or "unittest.main" not in sys.modules:
         return False
     files, trace = [], error.__traceback__
@@ -219,14 +219,14 @@ def _ended_by_unittest(error: BaseException) -> bool:
     return {each for each in files if each != "tests.py"} == {sys.modules["unittest.main"].__file__}
 
 
-def _told(error: BaseException, texts: dict[str, str]) -> bytes:
-    """Print an error as the interpreter would, without this program's own frame; its last line."""
+def _format_error(error: BaseException, texts: dict[str, str]) -> bytes:
+    """Print an error as the interpreter does, without this program's frames; return the last line."""
     import traceback
 
     _show_lines(texts, always=True)
     here = main.__code__.co_filename
-    told: Any = traceback.TracebackException.from_exception(error)
-    told.stack = traceback.StackSummary.from_list([each for each in told.stack if each.filename != here])
-    lines = [line[:_REASON] for line in told.format(chain=False)]
+    report: Any = traceback.TracebackException.from_exception(error)
+    report.stack = traceback.StackSummary.from_list([each for each in report.stack if each.filename != here])
+    lines = [line[:_REASON] for line in report.format(chain=False)]
     os.write(2, "".join(lines).encode(errors="backslashreplace"))
     return lines[-1].strip().splitlines()[-1].encode(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Tests that are defined and that nobody calls: each is called, or the reason why none is can be told."""
+"""Tests that are defined and never called: calls are added, or the reason why none can be is returned."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Tests with one of these choose by themselves what they run.
+# Tests that use one of these names select themselves what runs.
 _CHOOSES = {
     *("main", "TextTestRunner", "TestLoader", "defaultTestLoader", "TestSuite", "TestResult", "makeSuite"),
     *("globals", "locals", "vars", "dir", "eval", "exec", "modules", "getmembers"),
@@ -18,16 +18,16 @@ _CHOOSES = {
 _DEFINES = re.compile(r"^\s*(?:async\s+def|def|class)\s", re.MULTILINE)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-_WARNINGS = threading.Lock()  # their filters are of all threads
+_WARNINGS = threading.Lock()  # warning filters are shared by all threads
 _CASES = ("TestCase", "IsolatedAsyncioTestCase")
 
 
 class Tests(NamedTuple):
-    """Tests with calls of what nobody called.
+    """Tests with the calls that were missing.
 
     Attributes:
-        text: what is to be run.
-        never: why no test is ever run; None: some are, or there is nothing that checks.
+        text: code to run.
+        never: why no test would ever run; None: some do, or there is nothing that checks.
     """
 
     text: str
@@ -36,8 +36,8 @@ class Tests(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def with_calls(tests: str) -> Tests:
-    """Call the functions `test*`, the methods `test*` of classes `Test*`, and the cases of unittest that tests define
-    and never name again, as pytest and unittest do."""
+    """Call the functions `test*`, the methods `test*` of classes `Test*`, and the unittest cases that are defined and
+    never named again, as pytest and unittest do."""
     if not _DEFINES.search(tests):
         return Tests(tests, None)
     try:
@@ -45,7 +45,7 @@ def with_calls(tests: str) -> Tests:
             warnings.simplefilter("ignore")
             body = ast.parse(tests).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return Tests(tests, None)  # running it says what is wrong
+        return Tests(tests, None)  # running it shows the error
     named = _named(body)
     if named & _CHOOSES:
         return Tests(tests, None)
@@ -75,7 +75,7 @@ def with_calls(tests: str) -> Tests:
     if cases:
         calls.append(f"__import__('unittest').main(argv=['tests'], defaultTest={cases!r})")
     if lacking:
-        return Tests(tests, f"{lacking[0]} needs arguments or a set-up that only pytest gives, and nothing calls it")
+        return Tests(tests, f"{lacking[0]} needs arguments or a set-up that only pytest provides, and nothing calls it")
     if not calls and not any(_runs(node) for node in body):
         unrun = [node.name for node in body if isinstance(node, _DEFINITIONS) and _checks(node)]
         first = [name for name in unrun if name not in named] or unrun
@@ -84,7 +84,7 @@ def with_calls(tests: str) -> Tests:
 
 
 def _named(body: list[ast.stmt]) -> set[str]:
-    """The names, attributes and texts that tests use; what a definition says of itself, and bases, are none."""
+    """The names, attributes and strings that tests use, except a definition's own name and its bases."""
     found: set[str] = set()
     for node in body:
         own = node.name if isinstance(node, _DEFINITIONS) else None
@@ -99,14 +99,14 @@ def _named(body: list[ast.stmt]) -> set[str]:
 
 
 def _lacks(function: ast.FunctionDef | ast.AsyncFunctionDef, given: int) -> bool:
-    """Whether a function needs more arguments than are given, which no decorator may give."""
+    """Whether a function needs more arguments than are given, and has no decorator that may give them."""
     a = function.args
     needed = len(a.posonlyargs) + len(a.args) - len(a.defaults) + sum(default is None for default in a.kw_defaults)
     return needed > given and not function.decorator_list
 
 
 def _is_plain(node: ast.ClassDef) -> bool:
-    """Whether a class is made without arguments, and its methods need nothing before them."""
+    """Whether a class needs no arguments, and its methods no set-up."""
     return not node.bases and not any(
         isinstance(each, _FUNCTIONS) and each.name.startswith(("__init__", "setup", "teardown", "setUp", "tearDown"))
         for each in node.body
@@ -118,7 +118,7 @@ def _call(call: str, function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
 
 
 def _runs(node: ast.stmt) -> bool:
-    """Whether a statement of a module does anything but define, import, and set what needs no call."""
+    """Whether a statement of a module calls something: it is no definition, import, or plain assignment."""
     if isinstance(node, ast.ClassDef):
         return bool(node.decorator_list) or any(_runs(each) for each in node.body)
     if isinstance(node, _FUNCTIONS):
@@ -138,7 +138,7 @@ def _outside_lambdas(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _checks(node: ast.stmt) -> bool:
-    """Whether something in it asserts."""
+    """Whether a statement contains a check."""
     return any(
         isinstance(each, ast.Assert | ast.Raise)
         or (isinstance(each, ast.Attribute) and each.attr.lower().startswith("assert"))

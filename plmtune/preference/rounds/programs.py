@@ -1,4 +1,4 @@
-"""Answers that are Python code, and the tests that their rows hold."""
+"""Answers that are Python code, and the tests of their rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from plmtune.preference.rounds.chains import Chain
 
-# Code within a line is read over: its second fence opens nothing.
+# Inline code is skipped, so that its second fence opens no block.
 _FENCE = re.compile(r"```[^`\n]*```|```[ \t]*(?P<language>[\w+-]*)[^`\n]*\n(?P<code>.*?)(?:```|\Z)", re.DOTALL)
 _PYTHON = ("python", "python3", "py", "py3")
 _BEGINS = re.compile(r"from\s|import\s|(?:async\s+)?def\s|class\s|@|[A-Za-z_]\w*\s*[:=]")  # a line of code
@@ -17,12 +17,12 @@ _BEGINS = re.compile(r"from\s|import\s|(?:async\s+)?def\s|class\s|@|[A-Za-z_]\w*
 
 @dataclass(frozen=True)
 class Tests:
-    """What runs after an answer's code.
+    """Code that runs after an answer's code.
 
     Attributes:
-        begun: code that the answer may go on from instead of writing it again.
-        before: what of it, such as imports, stands before the function; for an answer that writes only this again.
-        name: of the function that `begun` begins.
+        begun: beginning of a function, which an answer may continue instead of repeating it.
+        before: the part of `begun` before the function, such as imports, for an answer that repeats only the function.
+        name: of that function.
     """
 
     code: str
@@ -35,8 +35,8 @@ def tests_of(chain: Chain) -> Tests | None:
     """The tests in a prompt's row, in the form of HumanEval (arXiv 2107.03374) or MBPP (arXiv 2108.07732).
 
     HumanEval has ``test`` with a function check and ``entry_point``, and its prompt begins the function; MBPP has
-    ``test_list`` with ``test_setup_code``, or ``test_imports`` where it is sanitized. A row of one's own has
-    ``tests``, code or a list of lines.
+    ``test_list`` with ``test_setup_code``, or ``test_imports`` in its sanitized form. Other rows have ``tests``, code
+    or a list of lines.
     """
     extra = chain.extra
     if isinstance(extra.get("test"), str) and isinstance(extra.get("entry_point"), str):
@@ -52,9 +52,9 @@ def tests_of(chain: Chain) -> Tests | None:
 
 
 def code_of(text: str) -> str:
-    """The code in an answer: what stands between fences of Python, or of no language, else all of it."""
+    """The code in an answer: its fenced blocks of Python, else those without a language, else all of it."""
     blocks = [(found["language"].lower(), found["code"]) for found in _FENCE.finditer(text) if found["code"]]
-    # Beside blocks that say that they are Python, those that say nothing mostly show output.
+    # Beside blocks of Python, blocks without a language usually show output.
     for languages in (_PYTHON, ("",)):
         if kept := [code for language, code in blocks if language in languages]:
             return "\n".join(kept)
@@ -62,11 +62,11 @@ def code_of(text: str) -> str:
 
 
 def program(text: str, tests: Tests) -> tuple[str, str]:
-    """(the code of an answer, with what it goes on from; what runs after it)."""
+    """(the code of an answer, with the beginning that it continues; the code that runs after it)."""
     code = code_of(text)
     if not _defines(code, tests.name):
         code = tests.begun + code
-    elif "from __future__" not in code:  # which nothing may stand before
+    elif "from __future__" not in code:  # which must come first
         code = tests.before + code
     return code, tests.code
 
@@ -76,7 +76,7 @@ def _defines(code: str, name: str) -> bool:
 
 
 def _begun(texts: list[str], name: str) -> tuple[str, str]:
-    """The code that begins the function in the first of the texts that has it, and what of it stands before."""
+    """The code up to the function's end in the first text that defines it, and the part before the function."""
     for text in texts:
         lines = code_of(text).rstrip().split("\n")
         if not _defines("\n".join(lines), name):
@@ -92,7 +92,7 @@ def _begun(texts: list[str], name: str) -> tuple[str, str]:
 
 
 def _parse(code: str) -> ast.Module | None:
-    """Code whose last function may still lack its body; None for what is no code."""
+    """Parse code whose last function may lack a body; None if it is no code."""
     for end in ("", "\n    pass"):
         try:
             with warnings.catch_warnings(action="ignore"):  # of escapes in docstrings

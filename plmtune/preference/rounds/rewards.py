@@ -1,4 +1,4 @@
-"""Rewards: numbers that say how good an answer is."""
+"""Rewards: scores of answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")
 
 
 class Reward(Protocol):
-    """Judges answers; more is better."""
+    """Scores answers; higher is better."""
 
     def score(self, items: Sequence[Item]) -> list[float]: ...
 
@@ -54,7 +54,7 @@ class FinalNumber:
 
 @register("reward", "overlap")
 class Overlap:
-    """Words that an answer shares with the known one: F1, as SQuAD counts it (arXiv 1606.05250)."""
+    """F1 of the words of an answer and the known one, as in SQuAD (arXiv 1606.05250)."""
 
     def score(self, items: Sequence[Item]) -> list[float]:
         """Score answers.
@@ -89,7 +89,7 @@ class TestsPass:
         self.seconds = seconds
 
     def score(self, items: Sequence[Item]) -> list[float]:
-        """Score answers, as many at once as there are cores.
+        """Score answers, one a core at a time.
 
         Raises:
             UserError: naming the first prompt without tests, or whose tests are never run; where there is no sandbox.
@@ -100,14 +100,14 @@ class TestsPass:
             if tests is None:
                 raise UserError(f"reward=tests_pass: {chain.place} has no tests (keys test and entry_point, or tests).")
             if (never := with_calls(tests.code).never) is not None:
-                raise UserError(f"reward=tests_pass: {chain.place} has tests that are never run: {never}. Call them.")
+                raise UserError(f"reward=tests_pass: {chain.place} has tests that never run: {never}. Call them.")
             work.append(program(text, tests))
         return [float(result.passed) for result in run_all(work, seconds=self.seconds)]
 
 
 @register("reward", "reward_model")
 class RewardModel:
-    """What a model says that `loss=bradley_terry` trained. Loaded when first asked, and let go after each scoring."""
+    """The score of a model that `loss=bradley_terry` trained. It is loaded for each scoring and freed afterwards."""
 
     def __init__(self, path: str = "", *, batch_size: int = 16, template: str | None = None) -> None:
         """Name the model.
@@ -126,15 +126,15 @@ class RewardModel:
         self.path, self.batch_size, self.template = path, batch_size, template
 
     def check(self) -> None:
-        """Find the model, before answers are written for it.
+        """Check that the model exists, before answers are generated.
 
         Raises:
-            UserError: if nothing is there.
+            UserError: if it does not.
         """
         checkpoint_directory(self.path, weights=False)
 
     def score(self, items: Sequence[Item]) -> list[float]:
-        """Score answers; one that the chat template cannot write, for a special token in its text, counts as empty.
+        """Score answers; an answer that the chat template refuses, for a special token in its text, counts as empty.
 
         Raises:
             UserError: if the path holds no reward model, or a text is longer than its context.

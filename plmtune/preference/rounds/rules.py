@@ -1,4 +1,4 @@
-"""Rules that a pair must pass. Each gives None, or why the pair is dropped."""
+"""Rules for pairs. Each returns None, or why the pair is refused."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _NUMBER = re.compile(r"(?:- ?)?(?:\d{1,3}(?: \d{3})+(?!\d)|\d[\d,]*)(?:\.\d+)?|(
 _UNITS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]")  # words, marks, and signs of scripts without spaces
 
 _GRAM = 8  # units
-_MOST_REPEATED = 0.3  # of the grams may have been there before
+_MOST_REPEATED = 0.3  # largest share of repeated grams
 
 
 def find_rules(names: Sequence[str]) -> list[Rule]:
     """Look rules up by name.
 
     Raises:
-        UserError: for an unknown name, with the nearest right one.
+        UserError: for an unknown name, with the nearest known one.
     """
     return [cast(Rule, load("rule", name)) for name in names]
 
 
 @register("rule", "not_empty")
 def not_empty(chain: Chain, chosen: Turn, rejected: Turn) -> str | None:
-    """Both answers say something."""
+    """Neither answer is empty."""
     if not chosen.text.strip() or not rejected.text.strip():
         return "has an empty answer"
     return None
@@ -41,13 +41,13 @@ def not_empty(chain: Chain, chosen: Turn, rejected: Turn) -> str | None:
 
 @register("rule", "not_truncated")
 def not_truncated(chain: Chain, chosen: Turn, rejected: Turn) -> str | None:
-    """The model ended the chosen answer; the rejected one may have run out of tokens."""
+    """The model ended the chosen answer; the rejected one may have been cut."""
     return None if chosen.ended else "has a chosen answer that was cut at generation.max_new_tokens"
 
 
 @register("rule", "not_repeated")
 def not_repeated(chain: Chain, chosen: Turn, rejected: Turn) -> str | None:
-    """The chosen answer does not go in circles: most stretches of eight words are new. The rejected one may."""
+    """Most eight-word sequences of the chosen answer occur once; the rejected answer may repeat itself."""
     units = _UNITS.findall(chosen.text)
     grams = [tuple(units[start : start + _GRAM]) for start in range(len(units) - _GRAM + 1)]
     if len(grams) > _GRAM and len(set(grams)) < (1 - _MOST_REPEATED) * len(grams):
@@ -57,7 +57,7 @@ def not_repeated(chain: Chain, chosen: Turn, rejected: Turn) -> str | None:
 
 @register("rule", "last_turns_agree")
 def last_turns_agree(chain: Chain, chosen: Turn, rejected: Turn) -> str | None:
-    """The last two answers come to the same result: the number after ``####``, else the last line."""
+    """The last two answers have the same result: the number after ``####``, else the last line."""
     if len(chain.answers) < 2 or _result(chain.answers[-1].text) != _result(chain.answers[-2].text):
         return "has last two answers with different results"
     return None
@@ -65,7 +65,7 @@ def last_turns_agree(chain: Chain, chosen: Turn, rejected: Turn) -> str | None:
 
 @register("rule", "final_number")
 def final_number(chain: Chain, chosen: Turn, rejected: Turn) -> str | None:
-    """The chosen answer's number after ``####`` is the known answer's (GSM8K, arXiv 2110.14168)."""
+    """The chosen answer has the known answer's number after ``####`` (GSM8K, arXiv 2110.14168)."""
     wanted = number_of(chain.gold or "")
     if wanted is None:
         return "has no known answer that ends in #### and a number"
@@ -85,7 +85,7 @@ def tests_pass(chain: Chain, chosen: Turn, rejected: Turn) -> str | None:
 
 
 def number_of(text: str) -> Decimal | None:
-    """The number after the last ``####``; separators of thousands, currency, units and a last dot do not matter."""
+    """The number after the last ``####``; without thousands separators, currency, units and a final dot."""
     found = _HASHES.findall(text)
     number = _NUMBER.search(re.sub(r"\$ ?", "", found[-1])) if found else None
     try:

@@ -1,4 +1,4 @@
-"""From chains of answers to pairs: which answer is preferred to which, and why other prompts gave no pair."""
+"""Selection of pairs: the preferred and the rejected answer of each chain, or why it gives no pair."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ PAIRS = "pairs.jsonl"
 
 
 def score(chains: Sequence[Chain], reward: Reward) -> list[Chain]:
-    """Give each answer its reward. Every process calls it with the same chains, and judges its share of them."""
+    """Give each answer its reward. Every process calls it with the same chains, and scores its share."""
 
-    def judge(share: Sequence[Chain]) -> list[list[float]]:
+    def score_share(share: Sequence[Chain]) -> list[list[float]]:
         rewards = iter(reward.score([(chain, turn.text) for chain in share for turn in chain.answers]))
         return [[float(next(rewards)) for _ in chain.answers] for chain in share]
 
     return [
         replace(chain, answers=tuple(replace(turn, reward=r) for turn, r in zip(chain.answers, rewards, strict=True)))
-        for chain, rewards in zip(chains, _shared(chains, judge), strict=True)
+        for chain, rewards in zip(chains, _share_out(chains, score_share), strict=True)
     ]
 
 
@@ -45,17 +45,17 @@ def select(
 ) -> tuple[list[Pair], Refused]:
     """Choose one pair a chain, or none.
 
-    ARIES (arXiv 2502.05605) knows both ways: a reward model's best answer against its worst, or, without one, the
-    last refinement against the first answer. Every process calls it with the same chains, and tries the rules, which
-    may run code, on its share of them.
+    ARIES (arXiv 2502.05605) has both ways: a reward model's best answer against its worst, or, without a reward, the
+    last refinement against the first answer. Every process calls it with the same chains, and applies the rules, which
+    may run code, to its share.
 
     Args:
         rules: each can refuse a pair.
-        margin: pairs whose rewards differ by no more are left out.
+        margin: a pair's rewards must differ by more.
         by_reward: whether the answers' rewards decide.
 
     Returns:
-        The pairs, and which prompts gave none, by reason.
+        The pairs, and the prompts without a pair, by reason.
     """
     pairs, refused = [], Refused()
 
@@ -63,10 +63,10 @@ def select(
         one = partial(_choose, rules=rules, margin=margin, by_reward=by_reward)
         if tests_pass not in rules:
             return list(map(one, share))
-        with ThreadPoolExecutor(num_cores()) as pool:  # programs run side by side
+        with ThreadPoolExecutor(num_cores()) as pool:  # programs run in parallel
             return list(pool.map(one, share))
 
-    choices = _shared(chains, choose)
+    choices = _share_out(chains, choose)
     for chain, found in zip(chains, choices, strict=True):
         if isinstance(found, str):
             refused.add(chain.place, found)
@@ -76,8 +76,8 @@ def select(
     return pairs, refused
 
 
-def _shared(chains: Sequence[Chain], work: Callable[[Sequence[Chain]], list[Any]]) -> list[Any]:
-    """What `work` gives for each chain, something of JSON; each process does its share.
+def _share_out(chains: Sequence[Chain], work: Callable[[Sequence[Chain]], list[Any]]) -> list[Any]:
+    """The result of `work` for each chain, as JSON; each process works on its share.
 
     Raises:
         UserError: on every process, if `work` raises it on one.
@@ -90,13 +90,13 @@ def _shared(chains: Sequence[Chain], work: Callable[[Sequence[Chain]], list[Any]
 
     def do() -> tuple[list[Any], str]:
         if device is not None:
-            torch.cuda.set_device(device)  # a thread begins on the first
+            torch.cuda.set_device(device)  # a new thread starts on device 0
         try:
             return work(share), ""
         except UserError as error:
             return [], str(error)
 
-    # Meanwhile this thread keeps in touch: an exchange that waited for the slowest process would run out of time.
+    # This thread keeps exchanging: a single exchange that waits for the slowest process would time out.
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(do)
         while distributed.any_rank(not future.done()):
@@ -109,12 +109,12 @@ def _shared(chains: Sequence[Chain], work: Callable[[Sequence[Chain]], list[Any]
 
 
 def _choose(chain: Chain, rules: Sequence[Rule], margin: float, by_reward: bool) -> tuple[int, int] | str:
-    """Which answers are chosen and rejected, or why none are."""
+    """The indices of the chosen and the rejected answer, or why there is no pair."""
     if len(chain.answers) < 2:
         return chain.short or "has fewer than two answers"
     best, worst = len(chain.answers) - 1, 0
     if by_reward:
-        # Of equally good answers the later, of equally bad the earlier: what refinement should lead to.
+        # Of equally good answers the later one, of equally bad ones the earlier: refinement should improve answers.
         best = max(reversed(range(len(chain.answers))), key=lambda index: _reward(chain.answers[index]))
         worst = min(range(len(chain.answers)), key=lambda index: _reward(chain.answers[index]))
     chosen, rejected = chain.answers[best], chain.answers[worst]
@@ -123,7 +123,7 @@ def _choose(chain: Chain, rules: Sequence[Rule], margin: float, by_reward: bool)
     if by_reward and _reward(chosen) - _reward(rejected) <= margin:
         return f"has answers whose rewards differ by no more than {margin:g}"
     if not chosen.text.strip() or not rejected.text.strip():
-        return "has an empty answer"  # which no pair may have, whatever the rules
+        return "has an empty answer"  # refused under any rules
     for rule in rules:
         reason = rule(chain, chosen, rejected)
         if reason:
@@ -139,7 +139,7 @@ def _reward(turn: Turn) -> float:
 def evaluate(chains: Iterable[Chain]) -> dict[str, float]:
     """Mean rewards: "direct" of first answers and "refined" of last, "turn/1", "turn/2", ...
 
-    Only chains with the most answers count, so that all means are of the same prompts: "answered" of "num".
+    Only chains with the most answers count, so that all means are over the same prompts: "answered" of "num".
     """
     scored = [[_reward(turn) for turn in chain.answers] for chain in chains]
     longest = max(map(len, scored), default=0)
@@ -152,7 +152,7 @@ def evaluate(chains: Iterable[Chain]) -> dict[str, float]:
 
 
 def save_pairs(path: Path, pairs: Iterable[Pair]) -> None:
-    """Write pairs as JSONL that a person can read, and the data `preferences` too, in one step."""
+    """Write pairs as readable JSONL, which the data `preferences` reads."""
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for pair in pairs:
             prompt = [message.to_row() for message in pair.prompt]

@@ -56,7 +56,7 @@ class TestTestsPass:
         with pytest.raises(UserError, match=r"x.jsonl, line 3 has no tests"):
             load("reward", "tests_pass")().score([(chain(), "a")])
         never = chain(tests="def check(f):\n    assert f(2) == 4\n")
-        with pytest.raises(UserError, match=r"line 3 has tests that are never run: they define check and call nothing"):
+        with pytest.raises(UserError, match=r"line 3 has tests that never run: they define check and call nothing"):
             load("reward", "tests_pass")().score([(never, "a")])
 
     def test_no_time_is_refused(self) -> None:
