@@ -36,7 +36,8 @@ from plmtune.losses.cross_entropy import cross_entropy
 from plmtune.models.plm import plm
 from plmtune.optim.optimizers import adamw
 from plmtune.registry import component
-from plmtune.training.estimate import attention_flops, peak_flops
+from plmtune.training.estimate import attention_flops
+from plmtune.training.machine import peak_flops
 
 # torch 2.13 has it; our loss needs it in fp32, as the toy runs, and not in bf16.
 NATIVE_LOSS = hasattr(torch.nn, "LinearCrossEntropyOptions")

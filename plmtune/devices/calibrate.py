@@ -35,7 +35,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized, install
 from plmtune.registry import Component, component
 from plmtune.tokenizers.tokenizer_files import byte
-from plmtune.training.estimate import available_memory, peak_flops
+from plmtune.training.machine import available_memory, peak_flops
 from plmtune.units import show_number_of
 
 SCHEMES = ("bf16", "int8", "int4")

@@ -14,7 +14,7 @@ from plmtune.inference import batching
 from plmtune.inference.batching import Answer, BatchedGenerator, FinishReason
 from plmtune.inference.request_queue import Request
 from plmtune.inference.sampling import before_stop, check_sampling, encode_stops
-from plmtune.training.estimate import available_memory
+from plmtune.training.machine import available_memory
 
 if TYPE_CHECKING:
     from plmtune.modules.decoder import Decoder

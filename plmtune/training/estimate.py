@@ -1,50 +1,24 @@
-"""What a run will need, known before a weight is allocated: memory by part, and FLOPs a token."""
+"""The memory and FLOPs that a run needs, estimated before a weight is allocated."""
 
 from __future__ import annotations
 
-import os
-import re
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from plmtune.io.safetensors_writer import FILE_BYTES
 from plmtune.optim.optimizers import optimizer_bytes
+from plmtune.training.activations import activation_bytes
 from plmtune.training.distributed import Strategy
+from plmtune.training.machine import available_memory, process_memory, resident_memory
 from plmtune.units import show_bytes, show_count
-
-# Dense bf16 FLOP/s without sparsity, by the vendors' data sheets: H100/H200 SXM 989.4e12, A100 312e12,
-# RTX 4090 165.2e12 (fp32 accumulation), L40S 362e12, A10 125e12, B200 2250e12. The longest name counts.
-BF16_PEAKS = {
-    "B200": 2250e12,
-    "H200": 989.4e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989.4e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165.2e12,
-    "A10": 125e12,
-}
 
 _NF4_BYTES = 0.5 + 1 / 64
 
-# Of a CPU's process, measured: what a run loads before its first step (dynamo, TensorBoard, oneDNN), and what oneDNN
-# keeps of the 128 shapes that plmtune.modules.linear lets it keep in bf16. matplotlib comes when activations are gone.
-_LOADED_LATER, _KERNELS_IN_BF16 = 100 << 20, 90 << 20
-# Short-lived tensors of single operations, and memory that the allocator keeps: a share of what comes and goes in a
-# step. Measured on CPUs (benchmarks/memory_estimate.py). On a GPU the caching allocator keeps fragments, too, and
-# kernels take workspaces; that they are as much is an assumption.
+# Temporary tensors, and memory that the allocator keeps: a share of what a step allocates and frees. Measured on CPUs
+# (benchmarks/memory_estimate.py); that a GPU's fragments and workspaces take as much is an assumption.
 _SLACK = 0.2
 
 
@@ -54,16 +28,16 @@ class Estimate:
 
     Attributes:
         parameters: of the whole model; a tied matrix once.
-        trained: those that get gradients: with adapters theirs alone.
+        trained: parameters that get gradients.
         non_embedding_parameters: without the token embedding and the vocabulary projection.
-        weights: with what FSDP2 gathers of the other processes' parts.
-        gradients: with what FSDP2 holds whole until it is reduced.
+        weights: including what FSDP2 gathers from other processes.
+        gradients: including what FSDP2 holds until it is reduced.
         activations: what autograd keeps between forward and backward, per micro-batch.
         logits: the loss's chunk of logits and the gradients it holds until its backward.
-        save: this process's part of the copy that is written in the background; on a GPU it is not there but on the
-            host, and not counted.
-        process: libraries, and kernels that are compiled for shapes; on a GPU they are on the host, and not counted.
-        available: memory for this process: what is free now, and what it has already.
+        save: this process's part of the copy that is written in the background; of a run on a GPU it is on the host,
+            and not counted.
+        process: libraries and compiled kernels; of a run on a GPU they are on the host, and not counted.
+        available: memory for this process: what is free now, and what it holds already.
         flops_6n: 6 N, with N the parameters that are multiplied (an untied input table is only read).
         flops_per_token: 6 N + 6 s sum over layers of heads (qk + v), attention counted in full although half
             is masked: PaLM's convention (arXiv 2204.02311, appendix B), as nanoGPT and torchtitan. For MFU.
@@ -85,7 +59,7 @@ class Estimate:
 
     @property
     def tensors(self) -> int:
-        """What training itself holds."""
+        """Memory of training itself."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.save
 
     @property
@@ -211,133 +185,6 @@ def attention_flops(model: nn.Module, seq_len: int) -> float:
     return 6.0 * seq_len * widths
 
 
-def activation_bytes(
-    model: nn.Module,
-    micro_batch_size: int,
-    seq_len: int,
-    compute_dtype: torch.dtype = torch.float32,
-    activation_checkpointing: bool = False,
-    *,
-    casts: bool = True,
-) -> int:
-    """Bytes that autograd keeps for the backward of the hidden states, found by forwards of a few tokens.
-
-    Args:
-        model: a Decoder on any device; its weights are not touched.
-        activation_checkpointing: each layer keeps its input; one layer at a time holds the rest again.
-        casts: autocast keeps a copy of each matrix in `compute_dtype`; FSDP2, which gathers in it, does not.
-    """
-    held: Any = model
-    training = model.training
-    model.eval()  # a Decoder checkpoints only in training; here both costs are taken apart
-    device, tokens = _where_to_try(held), micro_batch_size * seq_len
-
-    def ids(rows: int) -> Tensor:
-        return torch.zeros(rows, _TRIED, dtype=torch.long, device=device)
-
-    def hidden(rows: int) -> Tensor:
-        shape = rows, _TRIED, held.embed_dim
-        return torch.empty(shape, dtype=compute_dtype, device=device, requires_grad=True)
-
-    try:
-        whole = _saved_bytes(model, ids, tokens, compute_dtype, casts, hidden=True)
-        if not activation_checkpointing:
-            return whole
-        layers = [_saved_bytes(layer, hidden, tokens, compute_dtype, casts) for layer in held.layers]
-        inputs = len(layers) * tokens * held.embed_dim * compute_dtype.itemsize
-        return whole - sum(layers) + inputs + max(layers)
-    finally:
-        model.train(training)
-
-
-_TRIED = 2  # tokens of a row; one alone is computed another way
-
-
-def _where_to_try(model: Any) -> torch.device:
-    """The CPU, where a few tokens through layers of ours take no memory; the meta device, which imports sympy (half a
-    CPU second), for models of enormous width and for modules that may compute with a whole matrix.
-    """
-    ours = all(type(m).__module__.startswith(("plmtune.modules.", "torch.nn.")) for m in model.modules())
-    numbers = sum(sum(p.shape) for p in model.parameters())  # of a token, about
-    return torch.device("cpu" if ours and numbers < 2**22 and model.max_seq_len <= 2**17 else "meta")
-
-
-def _saved_bytes(
-    module: nn.Module,
-    inputs: Callable[[int], Tensor],
-    tokens: int,
-    dtype: torch.dtype,
-    casts: bool,
-    **settings: Any,
-) -> int:
-    """Bytes that a forward of so many tokens saves: a line through those of one row of tokens and of two.
-
-    Args:
-        inputs: (rows) -> the module's input for so many rows of _TRIED tokens.
-    """
-    # Autocast does not know the meta device: parameters in its dtype give the same activations, and the
-    # copies that it would make of the matrices are added.
-    ends = ("tok_embeddings.weight", "output.weight")  # one is only read, and the head's is the loss's
-    matrices = sum(p.numel() for name, p in module.named_parameters() if p.ndim > 1 and name not in ends)
-    copies = dtype.itemsize * matrices if casts and dtype != torch.float32 else 0
-    one, two = (_saved_by_forward(module, inputs(rows), dtype, settings) for rows in (1, 2))
-    return int(one + (tokens / _TRIED - 1) * (two - one)) + copies
-
-
-def _saved_by_forward(module: nn.Module, x: Tensor, dtype: torch.dtype, settings: dict[str, Any]) -> int:
-    """Bytes of the distinct storages that a forward saves; parameters and input left out."""
-    state = {  # each of one number, shown in the parameter's shape
-        name: torch.empty_strided(p.shape, [0] * p.ndim, dtype=dtype, device=x.device, requires_grad=p.requires_grad)
-        for name, p in module.named_parameters()
-    }
-    own = {t.untyped_storage()._cdata for t in (*state.values(), x)}
-    kept: dict[int, Tensor] = {}  # holds the tensors, so that no storage's address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
-        return tensor
-
-    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor), _WithoutProducts():
-        pack(functional_call(module, state, (x,), settings, tie_weights=True))  # the output is kept too
-    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-
-
-class _WithoutProducts(TorchFunctionMode):
-    """Linear layers and attention without their work: what they save, and an output of the right shape.
-
-    So weights need no memory, and attention keeps what the fused kernels do. On the meta device torch would keep all
-    scores instead.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear:
-            return _product(*args, **(kwargs or {}))
-        if func is nn.functional.scaled_dot_product_attention:
-            return _FusedAttention.apply(*args[:3])
-        return func(*args, **(kwargs or {}))
-
-
-def _product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    return _Product.apply(input, weight, bias)  # which takes no names
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        of_x, of_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-class _FusedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        b, h, s, _ = q.shape
-        out = q.new_empty(b, s, h, v.shape[3]).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(b, h, s, dtype=torch.float32))  # log-sum-exp of rows
-        return out
-
-
 def _loss_bytes(tokens: int, head: torch.Size, chunk_rows: int, compute_dtype: torch.dtype) -> int:
     vocab_size, embed_dim = head
     rows = min(chunk_rows, tokens) if chunk_rows else tokens
@@ -351,70 +198,3 @@ def _loss_bytes(tokens: int, head: torch.Size, chunk_rows: int, compute_dtype: t
 def _save_bytes(weights: int, moments: int, world_size: int) -> int:
     # Files are dealt to the processes one by one, so that one process holds one at least.
     return max((weights + moments) // world_size, int(min(max(weights, moments), FILE_BYTES)))
-
-
-def resident_memory() -> int:
-    """Bytes of this process in memory now: mostly its libraries, and what earlier jobs of a multirun left."""
-    return int(psutil.Process().memory_info().rss)
-
-
-def process_memory(resident: int, compute_dtype: torch.dtype) -> int:
-    """Bytes that a process on a CPU, which has `resident` of them now, holds besides the tensors of its training."""
-    # Not "torch._dynamo": without_dynamo puts a stand-in there.
-    later = 0 if "torch._dynamo.convert_frame" in sys.modules else _LOADED_LATER
-    return resident + later + (_KERNELS_IN_BF16 if compute_dtype == torch.bfloat16 else 0)
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes free for this process: of the GPU, or this process's share of the machine or its container."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    available = psutil.virtual_memory().available
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit, used = Path(limit_file).read_text().strip(), Path(used_file).read_text().strip()
-        except OSError:
-            continue
-        if limit.isdigit():  # "max": no limit
-            available = min(available, max(int(limit) - int(used) + _reclaimable(Path(used_file).parent), 0))
-    return int(available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _reclaimable(group: Path) -> int:
-    """Page cache that a control group's usage counts, and that the kernel gives back when memory is wanted."""
-    try:
-        lines = (group / "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(n) for key, n in map(str.split, lines) if key in ("inactive_file", "active_file"))
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that `device` could do in `dtype`: MFU's denominator.
-
-    A known GPU's bf16 peak is its data sheet's; anything else is measured by a square matrix product, so
-    there MFU is a share of what this machine's matrix product reaches.
-    """
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        name = torch.cuda.get_device_name(device)
-        known = [key for key in BF16_PEAKS if re.search(rf"\b{re.escape(key)}\b", name)]
-        if known:
-            return BF16_PEAKS[max(known, key=len)]
-    return _measured_flops(device, dtype)
-
-
-def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    size = 4096 if device.type == "cuda" else 1024
-    # Not random: drawing would move the generator that a resumed run must find as it left it.
-    a = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
-    best = float("inf")
-    for _ in range(6):  # the first warms up
-        start = time.perf_counter()
-        product = a @ a
-        product[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best

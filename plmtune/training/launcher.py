@@ -18,8 +18,8 @@ from plmtune.io.signals import EXIT_STOPPED
 from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.determinism import preserve_random_state
 from plmtune.training.distributed import broadcast_from_rank0
-from plmtune.training.estimate import peak_flops
 from plmtune.training.init_from import DEFAULT_INIT_RECIPES, choose_init_checkpoint, pin_revisions
+from plmtune.training.machine import peak_flops
 from plmtune.training.monitor import RunMonitor
 from plmtune.training.preflight import TrainingPlan, does_not_fit, find_sources, show_epochs
 from plmtune.training.run_config import TrainingConfig

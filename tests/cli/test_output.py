@@ -254,7 +254,7 @@ def test_dumb_terminals_get_no_codes_and_ascii_streams_no_other_characters(words
 
 def test_a_multirun_ends_with_its_table_on_a_narrow_terminal(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("plmtune.recipes.pretrain.draw_curves", lambda *paths: None)
-    monkeypatch.setattr("plmtune.training.estimate._measured_flops", lambda *arguments: 1e11)
+    monkeypatch.setattr("plmtune.training.machine._measured_flops", lambda *arguments: 1e11)
     jobs = ["optimizer=adamw", "optimizer.lr=0.001,0.002", "phases=[{name: main, steps: 2}]", "scheduler=constant"]
     code, out, err = shown(["run", "-m", "demo", *TINY, *jobs], 60)
     assert (code, too_wide(out, 60), too_wide(err, 60)) == (0, [], [])

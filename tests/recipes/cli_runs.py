@@ -71,7 +71,7 @@ def nothing_beside() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in DRAWING:
             patch.setattr(name, lambda *arguments: None)
-        patch.setattr("plmtune.training.estimate._measured_flops", lambda *arguments: 1e11)
+        patch.setattr("plmtune.training.machine._measured_flops", lambda *arguments: 1e11)
         patch.setattr(tokenizer_files, "_read_json", reading_once())
         yield
 

@@ -1,0 +1,97 @@
+"""What this machine has: memory for a process, and FLOP/s."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+# Dense bf16 FLOP/s without sparsity, by the vendors' data sheets: H100/H200 SXM 989.4e12, A100 312e12,
+# RTX 4090 165.2e12 (fp32 accumulation), L40S 362e12, A10 125e12, B200 2250e12. The longest name counts.
+BF16_PEAKS = {
+    "B200": 2250e12,
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165.2e12,
+    "A10": 125e12,
+}
+
+# Of a CPU's process, measured: what a run loads before its first step (dynamo, TensorBoard, oneDNN), and what oneDNN
+# keeps of the 128 shapes that plmtune.modules.linear lets it keep in bf16. matplotlib comes when activations are gone.
+_LOADED_LATER, _KERNELS_IN_BF16 = 100 << 20, 90 << 20
+
+
+def resident_memory() -> int:
+    """Bytes of this process in memory now: mostly its libraries, and what earlier jobs of a multirun left."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def process_memory(resident: int, compute_dtype: torch.dtype) -> int:
+    """Bytes that a process on a CPU, which has `resident` of them now, holds besides the tensors of its training."""
+    # Not "torch._dynamo": without_dynamo puts a stand-in there.
+    later = 0 if "torch._dynamo.convert_frame" in sys.modules else _LOADED_LATER
+    return resident + later + (_KERNELS_IN_BF16 if compute_dtype == torch.bfloat16 else 0)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes free for this process: of the GPU, or this process's share of the machine or its container."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    available = psutil.virtual_memory().available
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, used = Path(limit_file).read_text().strip(), Path(used_file).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():  # "max": no limit
+            available = min(available, max(int(limit) - int(used) + _reclaimable(Path(used_file).parent), 0))
+    return int(available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _reclaimable(group: Path) -> int:
+    """Page cache that a control group's usage counts, and that the kernel gives back when memory is wanted."""
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(n) for key, n in map(str.split, lines) if key in ("inactive_file", "active_file"))
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that `device` could do in `dtype`: MFU's denominator.
+
+    A known GPU's bf16 peak is its data sheet's; anything else is measured by a square matrix product, so
+    there MFU is a share of what this machine's matrix product reaches.
+    """
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        name = torch.cuda.get_device_name(device)
+        known = [key for key in BF16_PEAKS if re.search(rf"\b{re.escape(key)}\b", name)]
+        if known:
+            return BF16_PEAKS[max(known, key=len)]
+    return _measured_flops(device, dtype)
+
+
+def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    size = 4096 if device.type == "cuda" else 1024
+    # Not random: drawing would move the generator that a resumed run must find as it left it.
+    a = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
+    best = float("inf")
+    for _ in range(6):  # the first warms up
+        start = time.perf_counter()
+        product = a @ a
+        product[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
