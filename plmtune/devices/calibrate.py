@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,47 +62,28 @@ class _Timing:
 def small_decoders() -> dict[str, Callable[[], Decoder]]:
     """The decoders that are timed: both attentions, wide and deep, 30 to 60 million parameters."""
 
-    def mla(heads: int, rank: int) -> Component:
-        return component("attention", "mla", kv_lora_rank=rank, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64)
-
-    def ffn(name: str, width: int) -> Component:
-        return component("ffn", name, hidden_dim=width)
+    def make(family: Callable[..., Decoder], rows: int, dim: int, layers: int, heads: int, hidden: int) -> Decoder:
+        if family is plm:
+            attention = component(
+                "attention", "mla", kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64
+            )
+        else:
+            attention = component("attention", "gqa", num_kv_heads=4 if layers > 3 else 8)
+        return family(
+            rows,
+            attention=attention,
+            ffn=component("ffn", "squared_relu" if family is plm else "swiglu", hidden_dim=hidden),
+            embed_dim=dim,
+            num_layers=layers,
+            num_heads=heads,
+            max_seq_len=4096,
+        )
 
     return {
-        "plm, deep": lambda: plm(
-            8192,
-            attention=mla(8, 256),
-            ffn=ffn("squared_relu", 3072),
-            embed_dim=768,
-            num_layers=8,
-            num_heads=8,
-        ),
-        "plm, wide": lambda: plm(
-            24576,
-            attention=mla(16, 256),
-            ffn=ffn("squared_relu", 4096),
-            embed_dim=1024,
-            num_layers=3,
-            num_heads=16,
-        ),
-        "llama, deep": lambda: llama(
-            8192,
-            attention=component("attention", "gqa", num_kv_heads=4),
-            ffn=ffn("swiglu", 2048),
-            embed_dim=768,
-            num_layers=8,
-            num_heads=12,
-            max_seq_len=4096,
-        ),
-        "llama, wide": lambda: llama(
-            24576,
-            attention=component("attention", "gqa", num_kv_heads=8),
-            ffn=ffn("swiglu", 2816),
-            embed_dim=1024,
-            num_layers=3,
-            num_heads=16,
-            max_seq_len=4096,
-        ),
+        "plm, deep": partial(make, plm, 8192, 768, 8, 8, 3072),
+        "plm, wide": partial(make, plm, 24576, 1024, 3, 16, 4096),
+        "llama, deep": partial(make, llama, 8192, 768, 8, 12, 2048),
+        "llama, wide": partial(make, llama, 24576, 1024, 3, 16, 2816),
     }
 
 

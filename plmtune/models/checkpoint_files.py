@@ -1,4 +1,4 @@
-"""The files of a model directory: found, opened and replaced without trusting what they say.
+"""The files of a model directory: found, opened and replaced without trusting them.
 
 Only JSON and safetensors are ever opened, and only inside the directory.
 """
@@ -27,10 +27,10 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"  # of a directory that holds adapters and no model
 
-# Far above any real file of this kind, far below what would hurt: JSON's lists take 25 times their text in memory.
+# Far above any real file's, far below what would hurt: JSON lists take 25 times their text in memory.
 _MAX_JSON_BYTES = 4 * 2**20
 _MAX_HEADER_BYTES = 8 * 2**20
-_said_of: set[Path] = set()  # runs that were not finished when they were read
+_warned: set[Path] = set()  # unfinished runs whose checkpoint was read
 
 
 def locate(directory: Path, stem: str = "model") -> dict[str, Path]:
@@ -226,7 +226,7 @@ def find_checkpoint(path: str | Path, *, weights: bool = True) -> Path:
     # A name only, of a directory that is there: `latest` is written after its checkpoint and may be lost.
     name = _read_start(checkpoints / "latest")
     if name.startswith("step-") and Path(name).name == name and _stays_inside(checkpoints / name):
-        say_if_interrupted(checkpoints / name)
+        warn_if_interrupted(checkpoints / name)
         return checkpoints / name
     found = (path for path in checkpoints.glob("step-*") if path.name[5:].isdecimal() and _stays_inside(path))
     steps = {int(path.name[5:25]): path for path in found}
@@ -235,7 +235,7 @@ def find_checkpoint(path: str | Path, *, weights: bool = True) -> Path:
             run_summary.explain(_run_of(checkpoints))
             or f"{path} holds neither {CONFIG} nor checkpoints (step-00000500, ...)."
         )
-    say_if_interrupted(steps[max(steps)])
+    warn_if_interrupted(steps[max(steps)])
     return steps[max(steps)]
 
 
@@ -244,11 +244,11 @@ def _run_of(folder: Path) -> Path:
     return folder.parent if folder.name == "checkpoints" else folder
 
 
-def say_if_interrupted(checkpoint: Path) -> None:
-    """Say on stderr, once a process, where a run stands for its newest checkpoint and did not come to its end."""
+def warn_if_interrupted(checkpoint: Path) -> None:
+    """Warn on stderr, once a process, if the run of a checkpoint did not finish."""
     run = _run_of(checkpoint.parent)
-    if os.environ.get("RANK", "0") == "0" and run.resolve() not in _said_of:
-        _said_of.add(run.resolve())
+    if os.environ.get("RANK", "0") == "0" and run.resolve() not in _warned:
+        _warned.add(run.resolve())
         if said := run_summary.interruption(run, int(checkpoint.name[5:25])):
             terminal.echo(said, err=True)
 

@@ -18,9 +18,9 @@ _CONFIG = (
 
 @contextmanager
 def new_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a directory beside `directory` to write into, which takes its place at the end; else nothing is left.
+    """Yield a temporary directory that replaces `directory` at the end of the context; after an error nothing is left.
 
-    It has a manifest then, by which every reader finds a flipped bit in it.
+    The new directory has a manifest, by which readers find damaged files.
 
     Args:
         overwrite: a model that is there is replaced. Nothing else ever is.
@@ -28,7 +28,7 @@ def new_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Path]
     Raises:
         UserError: if something is there already.
     """
-    directory = Path(os.path.abspath(directory))  # noqa: PTH100 - resolve() would follow a link that is to be refused
+    directory = Path(os.path.abspath(directory))  # noqa: PTH100 - resolve() would follow a link, which is refused
     check_free(directory, overwrite)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
@@ -50,10 +50,10 @@ def new_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Path]
 
 
 def check_free(directory: Path, overwrite: bool) -> None:
-    """Refuse a place that something else has, or a model that is not to be replaced.
+    """Refuse a path that exists, unless it is a model and `overwrite` is set.
 
     Raises:
-        UserError: which says what is there.
+        UserError: naming what exists.
     """
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise UserError(f"{directory} is there already, and is no directory. Name another place.")

@@ -46,8 +46,7 @@ def lora(
     Raises:
         ValueError: for a setting out of its range, or a target that the model lacks.
     """
-    linear = layers().lora_linear
-    _adapt(model, rank, alpha, dropout, targets, lambda **sizes: linear(**sizes))
+    _adapt(model, rank, alpha, dropout, targets, layers().lora_linear)
 
 
 @register("peft", "qlora")
@@ -62,20 +61,16 @@ def qlora(
     """QLoRA (arXiv 2305.14314): LoRA beside weights of 4 bits (NF4), about an eighth of fp32's memory.
 
     Args:
-        model: a decoder that holds the base's weights; changed in place.
-        rank: width of the adapters.
-        alpha: their weight is alpha / rank.
-        dropout: share of the adapters' inputs that training leaves out.
-        targets: attention and ffn (all linear layers of each), or layers by name (q_proj). The others stay as they are.
+        model, rank, alpha, dropout, targets: as for lora; other layers are not quantized.
 
     Raises:
         ValueError: for a setting out of its range, a target that the model lacks, or weights whose numbers are no
             multiple of 64.
     """
     found = layers()
-    _adapt(model, rank, alpha, dropout, targets, lambda **sizes: found.lora_linear(**sizes))
+    _adapt(model, rank, alpha, dropout, targets, found.lora_linear)
     for name, layer in adapted(model).items():
-        # torchtune quantizes as it builds, on memory that it has drawn; here the base's own weight is quantized.
+        # torchtune quantizes random weights as it builds; here the base's own weight is quantized.
         layer._quantize_base = True
         if layer.weight.is_meta:
             continue
@@ -95,21 +90,16 @@ def dora(
     dropout: float = 0.0,
     targets: tuple[str, ...] = ("attention", "ffn"),
 ) -> None:
-    """DoRA (arXiv 2402.09353): LoRA gives a weight's direction, and a trained number a row its length.
+    """DoRA (arXiv 2402.09353): LoRA changes the direction of a weight's rows, trained numbers their length.
 
     Args:
-        model: a decoder that holds the base's weights; changed in place.
-        rank: width of the adapters.
-        alpha: their weight is alpha / rank.
-        dropout: share of the adapters' inputs that training leaves out.
-        targets: attention and ffn (all linear layers of each), or layers by name (q_proj).
+        model, rank, alpha, dropout, targets: as for lora.
 
     Raises:
         ValueError: for a setting out of its range, a target that the model lacks, or one with a bias, which
             torchtune's layer would scale.
     """
-    linear = layers().dora_linear
-    _adapt(model, rank, alpha, dropout, targets, lambda **sizes: linear(**sizes), biases=False)
+    _adapt(model, rank, alpha, dropout, targets, layers().dora_linear, biases=False)
 
 
 def _adapt(
@@ -125,7 +115,7 @@ def _adapt(
     check(Range(above=0, most=1e6), alpha=alpha)
     check(SHARE, dropout=dropout)
     if adapted(model):
-        raise ValueError("the model has adapters already: merge them before new ones are put in")
+        raise ValueError("the model has adapters already: merge them before adding new ones")
     chosen = _choose(model, targets)
     for name, linear in chosen.items():
         if linear.bias is not None and not biases:
@@ -135,7 +125,7 @@ def _adapt(
         model.score.requires_grad_(True)
     for name, linear in chosen.items():
         sizes = {"in_dim": linear.in_features, "out_dim": linear.out_features, "use_bias": linear.bias is not None}
-        # On meta, or a second weight would be allocated and drawn.
+        # On meta, so that no second weight is allocated.
         with torch.device("meta"):
             layer = make(rank=rank, alpha=alpha, dropout=dropout, **sizes)
         like = linear.weight
@@ -151,7 +141,7 @@ def _adapt(
 
 
 def _choose(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers that `targets` name, by their whole names."""
+    """The linear layers that `targets` select, by their full names."""
     linears = {
         name: module
         for name, module in model.named_modules()
@@ -181,7 +171,7 @@ def _adapter_parameters(layer: Any) -> dict[str, nn.Parameter]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All that is trained of a model with adapters: theirs, and the score head's; by name."""
+    """The trained parameters of a model with adapters, the score head's included, by name."""
     found = {
         f"{name}.{parameter}": tensor
         for name, layer in adapted(model).items()

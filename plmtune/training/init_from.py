@@ -15,7 +15,7 @@ from plmtune.io.run_directory import CONFIG
 from plmtune.io.run_summary import finished_runs
 from plmtune.models.adapters import holds_adapters, load_model_tokenizer, read_model_config
 from plmtune.models.assemble import component_config, component_from_config
-from plmtune.models.checkpoint_files import checkpoint_directory, say_if_interrupted
+from plmtune.models.checkpoint_files import checkpoint_directory, warn_if_interrupted
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component
 from plmtune.tokenizers.tokenizer import Tokenizer
@@ -230,7 +230,7 @@ def init_checkpoint_directory(init_from: str, *, weights: bool = True) -> Path:
     directory = latest_valid(Path(folder), once=True) if folder else Path(single)
     assert directory is not None
     if folder:
-        say_if_interrupted(directory)
+        warn_if_interrupted(directory)
     return directory
 
 
