@@ -467,7 +467,9 @@ class TestJson:
             file.truncate(1 << 40)
         assert name in refusal(place, lambda: load_model(place), size=0)
 
-    @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+    @pytest.mark.parametrize(
+        "name", ["config.json", pytest.param("model.safetensors.index.json", marks=pytest.mark.slow)]
+    )
     def test_of_empty_lists_stays_small(self, place: Path, name: str) -> None:
         write_model(place)
         if "index" in name:

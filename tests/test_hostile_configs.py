@@ -271,9 +271,21 @@ def write(place: Path, saved: str, text: str) -> None:
     (place / "run/config.yaml").write_text(f"{kept}\n{text}\n")
 
 
+# These read a file by the code of "overlay": by default every eighth case takes them.
+ROADS_OF_AN_OVERLAY = ("alone", "multirun", "validate")
+
+
+def files_and_roads() -> list[Any]:
+    """Cases of FILES with ROADS."""
+    return [
+        pytest.param(case, road, marks=pytest.mark.slow if number % 8 and road in ROADS_OF_AN_OVERLAY else ())
+        for number, case in enumerate(FILES)
+        for road in ROADS
+    ]
+
+
 class TestFiles:
-    @pytest.mark.parametrize("road", ROADS)
-    @pytest.mark.parametrize("case", FILES)
+    @pytest.mark.parametrize(("case", "road"), files_and_roads())
     def test_are_refused_before_hydra_sees_them(
         self, case: str, road: str, place: Path, saved: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -47,6 +47,8 @@ REFUSED = {
         "tokenizer.json, key pre_tokenizer: the pattern '(?:a|aa)+(?!a|!)|\\\\s+|.' does not come to an end",
     ),
 }
+# Files of another one, by another command.
+SLOW = ("a template of a training run", "a pattern that tries every split, in text")
 
 
 def limited(place: Path, words: list[str]) -> tuple[int, str, str, int]:
@@ -59,7 +61,9 @@ def limited(place: Path, words: list[str]) -> tuple[int, str, str, int]:
     return done.returncode, done.stdout, said, int(peak) * 1024
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in REFUSED]
+)
 def test_is_refused_in_a_sentence(tmp_path: Path, name: str) -> None:
     text = "a" * 5_000 + "!"
     turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]

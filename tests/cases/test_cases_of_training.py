@@ -48,14 +48,15 @@ READ = {
     "weight_zero": ([r"⟦No: Lima\.<\|im_end\|>⟧", r"7 of them trained"], [r"⟦Quito"]),
 }
 
+# PEFT four times; several commands, whose subjects tests of data and config have by default too.
+SLOW = ("pissa_adapter", "paths_of_tables", "separator_override", "utf16_jsonl", "yaml_one_beta")
+
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="no ../shared/cases")
 class TestData:
     @pytest.mark.parametrize(
         "name",
-        [
-            pytest.param(name, marks=pytest.mark.slow if name == "pissa_adapter" else ()) for name in READ
-        ],  # PEFT, four times
+        [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in READ],
     )
     def test_is_read_or_refused_by_name(self, tmp_path: Path, name: str) -> None:
         folder = shutil.copytree(CASES / name, tmp_path / name)

@@ -3,6 +3,7 @@
 import random
 import shlex
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,12 @@ from plmtune.config.builtin import builtin_folder
 from plmtune.config.overrides import quote_override
 from plmtune.errors import UserError
 from plmtune.registry import Component
+
+
+@cache
+def composed(*overrides: str) -> Any:
+    """A config to compare others with."""
+    return compose.compose("pretrain", (), overrides)
 
 
 def message(name: str = "pretrain", *overrides: str, overlays: tuple[str, ...] = ()) -> str:
@@ -91,7 +98,7 @@ class TestChoices:
         (tmp_path / "a.yaml").write_text(text)
         (tmp_path / "b.yaml").write_text(f"defaults: {defaults}")
         ours, theirs = (compose.compose("pretrain", [str(tmp_path / name)]) for name in ("a.yaml", "b.yaml"))
-        assert ours == theirs != compose.compose("pretrain")
+        assert ours == theirs != composed()
 
     @pytest.mark.parametrize(
         ("override", "same"),
@@ -104,7 +111,7 @@ class TestChoices:
         ],
     )
     def test_so_it_does_on_the_command_line(self, override: str, same: list[str]) -> None:
-        assert compose.compose("pretrain", (), [override]) == compose.compose("pretrain", (), same)
+        assert compose.compose("pretrain", (), [override]) == composed(*same)
 
     def test_settings_beside_the_name_belong_to_it(self, tmp_path: Path) -> None:
         (tmp_path / "mine.yaml").write_text("optimizer: {component: adamw, betas: [0.8, 0.9]}")
@@ -174,7 +181,7 @@ class TestReplacing:
         for name, text in self.FILES.items():
             (tmp_path / name).write_text(text)
         overlays = [str(tmp_path / f"{name}.yaml") for name in files.split()]
-        assert compose.compose("pretrain", overlays, overrides) == compose.compose("pretrain", (), same)
+        assert compose.compose("pretrain", overlays, overrides) == composed(*same)
 
 
 class TestOneForAList:
@@ -189,7 +196,7 @@ class TestOneForAList:
         for cfg in (
             compose.compose("pretrain", (), [f"data.paths={typed}"]),
             compose.compose("pretrain", [str(tmp_path / "mine.yaml")]),
-            saved_config.override(compose.compose("pretrain"), [f"data.paths={typed}"]),
+            saved_config.override(composed(), [f"data.paths={typed}"]),
         ):
             assert list(cfg.data.settings["paths"]) == paths
         assert compose.compose("pretrain", (), [f"eval.tasks={typed}"]).eval.tasks == paths
@@ -210,13 +217,13 @@ class TestSeveralLoggers:
     def test_are_a_list_in_a_file_and_on_the_command_line(self, text: str, tmp_path: Path) -> None:
         (tmp_path / "mine.yaml").write_text(text)
         ours = compose.compose("pretrain", [str(tmp_path / "mine.yaml")])
-        assert ours == compose.compose("pretrain", (), ["logger=[jsonl,{component: wandb, project: mine}]"])
-        assert ours == compose.compose("pretrain", (), ["logger=[jsonl,wandb]", "logger.loggers.wandb.project=mine"])
+        assert ours == composed("logger=[jsonl,{component: wandb, project: mine}]")
+        assert ours == composed("logger=[jsonl,wandb]", "logger.loggers.wandb.project=mine")
         (tmp_path / "config.yaml").write_text(typed_config.to_yaml(ours))
         assert saved_config.load_config(tmp_path / "config.yaml") == ours
 
     def test_can_be_chosen_when_a_run_is_resumed(self) -> None:
-        cfg = saved_config.override(compose.compose("pretrain"), ["logger=[jsonl,tensorboard]"])
+        cfg = saved_config.override(composed(), ["logger=[jsonl,tensorboard]"])
         assert cfg.logger == compose.compose("pretrain", (), ["logger=[jsonl,tensorboard]"]).logger
         assert saved_config.override(cfg, ["logger=jsonl"]).logger == Component("logger", "jsonl")
 
