@@ -8,6 +8,7 @@ or called.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -21,11 +22,15 @@ from plmtune.config.builtin import builtin_folder
 from plmtune.config.messages import explain
 from plmtune.config.override_checks import check_overrides
 from plmtune.config.primary import PRIMARY, store_primary
+from plmtune.config.schema import SCHEMAS
 from plmtune.config.signatures import FIELDS
 from plmtune.config.store import store_components
 from plmtune.config.typed_config import from_plain
 from plmtune.errors import UserError
 from plmtune.registry import Component
+
+# Files of Hydra's command line and logging, which compose() does not use; reading them takes a tenth of its time.
+_UNUSED = [f"~hydra/{name}" for name in ("help", "hydra_help", "job_logging", "hydra_logging", "output", "env")]
 
 
 def compose(name: str, overlays: Sequence[str] = (), overrides: Sequence[str] = ()) -> Any:
@@ -48,7 +53,7 @@ def compose(name: str, overlays: Sequence[str] = (), overrides: Sequence[str] = 
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(builtin_folder("conf")), version_base="1.3"):
-            composed = hydra_compose(PRIMARY, overrides=checked)
+            composed = hydra_compose(PRIMARY, overrides=[*checked, *_UNUSED])
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error, given, all_keys, FIELDS) from None
     try:
@@ -59,8 +64,13 @@ def compose(name: str, overlays: Sequence[str] = (), overrides: Sequence[str] = 
 
 def all_keys(base: str) -> list[str]:
     """Every full key of a built-in config, for "did you mean"."""
+    return _all_keys(base, frozenset(SCHEMAS.values()))
+
+
+@cache
+def _all_keys(base: str, schemas: frozenset[type]) -> list[str]:
     with initialize_config_dir(str(builtin_folder("conf")), version_base="1.3"):
-        return list(_flat(OmegaConf.to_container(hydra_compose(base), resolve=False)))
+        return list(_flat(OmegaConf.to_container(hydra_compose(base, overrides=_UNUSED), resolve=False)))
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[str]:
