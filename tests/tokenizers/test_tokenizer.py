@@ -276,6 +276,7 @@ class TestQwen2:
         assert qwen.decode([9707, 151646, 151935]) == "Hello"
         assert not qwen.token_bytes[151643:].any()
 
+    @pytest.mark.slow  # 150,000 tokens, read four times
     @needs_qwen
     def test_a_saved_one_is_read_equally_by_us_and_by_the_library(self, qwen: Tokenizer, tmp_path: Path) -> None:
         qwen.save(tmp_path)
