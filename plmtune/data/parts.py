@@ -137,7 +137,7 @@ def joined(opening: list[Message], messages: list[Message]) -> list[Message]:
     Raises:
         BadRow: if a column and a message differ in tools or system.
     """
-    heads, lead = (list(takewhile(_is_head, said)) for said in (opening, messages))
+    heads, lead = (list(takewhile(lambda m: m.role in ("tools", "system"), said)) for said in (opening, messages))
     known = {message.role: message.content for message in heads}
     for message in lead:
         if known.get(message.role, message.content) != message.content:
@@ -148,10 +148,6 @@ def joined(opening: list[Message], messages: list[Message]) -> list[Message]:
         *opening[len(heads) :],
         *messages[len(lead) :],
     ]
-
-
-def _is_head(message: Message) -> bool:
-    return message.role in ("tools", "system")
 
 
 def _is_media(value: Any) -> bool:

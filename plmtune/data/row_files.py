@@ -242,7 +242,11 @@ def find_files(paths: tuple[str, ...]) -> tuple[list[Path], set[Path]]:
             raise UserError("a path is empty, which would be the current folder. Name it as . if it is meant")
         path = Path(text).expanduser()
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if kind_of(p) and p.is_file() and not _hidden(p, path))
+            inside = sorted(
+                p
+                for p in path.rglob("*")
+                if kind_of(p) and p.is_file() and not any(part[0] == "." for part in p.relative_to(path).parts)
+            )
             if not inside:
                 raise UserError(f"The folder {text} holds no text, JSONL, CSV or Parquet file")
         elif path.exists():
@@ -261,10 +265,6 @@ def find_files(paths: tuple[str, ...]) -> tuple[list[Path], set[Path]]:
                 raise UserError(f"There is no file {text} (seen from {Path.cwd()}).{near}")
         found.update(dict.fromkeys(inside))
     return list(found), singly
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def nearest(name: str, known: list[str]) -> str:

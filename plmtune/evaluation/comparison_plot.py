@@ -90,7 +90,11 @@ def _draw_scores(panel: Any, rows: Sequence[Row], num: int) -> None:
         panel.set_xlim(left=min(-0.01, panel.get_xlim()[0]))
     panel.set_xlabel("score (bars: 95% interval)" if shares else "lower is better where ↓ (bars: 95% interval)")
     _finish(panel, rows)
-    panel.set_yticks(range(len(rows)), [_row_label(row) for row in rows], fontsize=9)
+    panel.set_yticks(
+        range(len(rows)),
+        [f"{row.line.task}\n{metric_label(row.line, row.higher_is_better)}" for row in rows],
+        fontsize=9,
+    )
 
 
 def _draw_differences(panel: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
@@ -124,10 +128,6 @@ def _finish(panel: Any, rows: Sequence[Row]) -> None:
     panel.grid(axis="x", alpha=0.25, linewidth=0.6)
     panel.tick_params(axis="y", length=0)
     panel.spines[["top", "right", "left"]].set_visible(False)
-
-
-def _row_label(row: Row) -> str:
-    return f"{row.line.task}\n{metric_label(row.line, row.higher_is_better)}"
 
 
 def _place(index: int, i: int, num: int) -> float:

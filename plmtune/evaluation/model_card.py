@@ -224,13 +224,14 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> list[str]:
             if one is None:
                 continue
             entry = result_table.entry_of(result, line.task)
-            count = show_value(one.samples) + (
-                f" of {show_value(entry['documents'])}" if _is_part(one.samples, entry) else ""
-            )
+            documents = entry.get("documents")
+            part = f" of {show_value(documents)}" if isinstance(documents, int) and documents != one.samples else ""
             label = result_table.metric_label(line, one.higher_is_better)
             shots = "?" if entry.get("num_fewshot") is None else str(entry["num_fewshot"])
             version = "?" if entry.get("version") is None else str(entry["version"])
-            rows.append((line.task, version, shots, count, label, result_table.show_score(one)))
+            rows.append(
+                (line.task, version, shots, show_value(one.samples) + part, label, result_table.show_score(one))
+            )
         lines += ["", *table(("task", "version", "shots", "documents", "metric", "score ± standard error"), rows)]
         lines += [f"\nNot measured: {escape(task)} ({escape(reason)})" for task, reason in result["failed"].items()]
         lines += ["", _how(result), *_task_data(result)]
@@ -264,10 +265,6 @@ def _task_data(result: Mapping[str, Any]) -> list[str]:
         else:
             of_hub.setdefault(link, []).append(f"{task} (subset {subset})" if subset else task)
     return [*local, *(f"\nFrom the hub's dataset {link}: {escape(', '.join(tasks))}" for link, tasks in of_hub.items())]
-
-
-def _is_part(samples: int, entry: Mapping[str, Any]) -> bool:
-    return isinstance(entry.get("documents"), int) and entry["documents"] != samples
 
 
 def _use(directory: Path, weights: Weights) -> list[str]:

@@ -27,6 +27,7 @@ from plmtune.io.atomic import atomic_write
 from plmtune.io.untrusted import load_yaml
 
 Kind = Literal["task", "class", "group", "tag"]
+_KINDS: tuple[Kind, ...] = ("class", "group", "task")  # the first that is a key of a file
 # Whether a task runs model-written code: no, with the metric code_eval (in our sandbox), or by its own means.
 Code = Literal["no", "code_eval", "own"]
 
@@ -101,7 +102,7 @@ def read_folder(folder: Path, *, strict: bool) -> dict[str, Known]:
     for path in _yaml_files(folder):
         try:
             config, chain = reader.merged(path)
-            kind = _kind_of(config)
+            kind = next((kind for kind in _KINDS if kind in config), None)
         except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
             if strict:
                 raise UserError(f"{path} cannot be read as a task: {_in_words(error)}") from error
@@ -180,10 +181,6 @@ def _yaml_files(folder: Path) -> list[Path]:
         folders[:] = [name for name in folders if name not in _PASSED_OVER]
         found += [f"{parent}/{name}" for name in files if name.endswith(".yaml")]
     return [Path(path) for path in sorted(found)]
-
-
-def _kind_of(config: dict[str, Any]) -> Kind | None:
-    return next((kind for kind in ("class", "group", "task") if kind in config), None)
 
 
 def _texts(value: Any) -> list[str]:

@@ -134,7 +134,9 @@ class Writer:
                     for answer in self._run(batch.values(), rows, sampling):
                         index = int(answer.key)
                         del batch[index]
-                        yield index, self._written(answer, prompts[index].until)
+                        ids = [token for token in answer.tokens if token not in self._silent]
+                        text = before_stop(self.tokenizer.decode(ids), prompts[index].until)
+                        yield index, Written(text, answer.tokens, answer.finish_reason)
                 except batching.NotFinite as error:
                     raise NotFinite(int(error.key)) from error
                 except (RuntimeError, MemoryError) as error:
@@ -176,7 +178,3 @@ class Writer:
         row = self.model.new_cache(1, 1).nbytes * longest
         most = _MOST_ROWS.get(device.type, _MOST_ROWS_ELSEWHERE)
         return max(1, min(most, int(available_memory(device) * _SHARE) // row))
-
-    def _written(self, answer: Answer, until: Sequence[str]) -> Written:
-        text = self.tokenizer.decode([token for token in answer.tokens if token not in self._silent])
-        return Written(before_stop(text, until), answer.tokens, answer.finish_reason)

@@ -212,7 +212,9 @@ class Cuts:
             chain.append(end)
         for at in reversed(chain):
             # A piece before a cut sees the end of a text instead of what follows.
-            if at in places and all(self._ended(text, head, at) == end for head, end in matches.items() if head < at):
+            if at in places and all(
+                self._match(self._pieces, text, head, at).end() == end for head, end in matches.items() if head < at
+            ):
                 return at
         return 0
 
@@ -230,10 +232,6 @@ class Cuts:
         found = self._match(self._pieces, text, at)
         sure = found is not None and self._match(self._tries, text, at, partial=True) is None
         return int(found.end()) if sure and found.end() > at else None
-
-    def _ended(self, text: str, head: int, at: int) -> int:
-        """Return the end of a piece if the text ended at a place."""
-        return int(self._match(self._pieces, text, head, at).end())
 
     def _crossed(self, text: str, begin: int) -> int | None:
         """Return the first place that no match from before `begin` reaches or looks beyond; None if there is none."""
