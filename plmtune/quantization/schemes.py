@@ -4,6 +4,15 @@ The model may be on the meta device: only names and shapes are used. Candidates 
 norms and a reward model's score head are never quantized. Rules are patterns (fnmatch) on module names:
 
     rules: {"layers.0.*": int8, "*.ffn.down_proj": int4_g32, output: keep}     # later ones win
+
+Arguments of the schemes:
+    model: with these layers.
+    group_size: neighbours in a row that share a scale (and a zero).
+    embedding: format of the embedding and of the head, or keep.
+    rules: pattern of module names -> format or keep; later ones win.
+    qat: fake-quantize weights (and inputs) with this scheme during fine-tuning.
+
+They raise ValueError for an unknown format, or a pattern that matches no module's name.
 """
 
 from __future__ import annotations
@@ -41,17 +50,7 @@ def int8(
     rules: dict[str, str] = {},  # noqa: B006 - read only
     qat: bool = False,
 ) -> dict[str, Format]:
-    """Weights of 8 bits, a scale a row: half of bf16's bytes, hardly any loss.
-
-    Args:
-        model: with these layers.
-        embedding: format of the embedding and of the head, or keep.
-        rules: pattern of module names -> format or keep; later ones win.
-        qat: fake-quantize weights (and inputs) with this scheme during fine-tuning.
-
-    Raises:
-        ValueError: for an unknown format, or a pattern that matches no module's name.
-    """
+    """Weights of 8 bits, a scale a row: half of bf16's bytes, hardly any loss."""
     return _choose(model, Format(8), embedding, rules)
 
 
@@ -63,17 +62,7 @@ def int8_dynamic(
     rules: dict[str, str] = {},  # noqa: B006 - read only
     qat: bool = False,
 ) -> dict[str, Format]:
-    """Weights of 8 bits, and inputs rounded to 8 bits token by token: what integer units and XNNPACK multiply.
-
-    Args:
-        model: with these layers.
-        embedding: format of the embedding and of the head, or keep.
-        rules: pattern of module names -> format or keep; later ones win.
-        qat: fake-quantize weights (and inputs) with this scheme during fine-tuning.
-
-    Raises:
-        ValueError: for an unknown format, or a pattern that matches no module's name.
-    """
+    """Weights of 8 bits, and inputs rounded to 8 bits token by token: what integer units and XNNPACK multiply."""
     return _choose(model, Format(8, dynamic=True), embedding, rules)
 
 
@@ -86,18 +75,7 @@ def int8_dynamic_int4(
     rules: dict[str, str] = {},  # noqa: B006 - read only
     qat: bool = False,
 ) -> dict[str, Format]:
-    """Weights of 4 bits around zero in groups, and inputs rounded to 8 bits token by token (8da4w).
-
-    Args:
-        model: with these layers.
-        group_size: neighbours in a row that share a scale.
-        embedding: format of the embedding and of the head, or keep.
-        rules: pattern of module names -> format or keep; later ones win.
-        qat: fake-quantize weights (and inputs) with this scheme during fine-tuning.
-
-    Raises:
-        ValueError: for an unknown format, or a pattern that matches no module's name.
-    """
+    """Weights of 4 bits around zero in groups, and inputs rounded to 8 bits token by token (8da4w)."""
     return _choose(model, Format(4, group_size, dynamic=True), embedding, rules)
 
 
@@ -110,18 +88,7 @@ def int4(
     rules: dict[str, str] = {},  # noqa: B006 - read only
     qat: bool = False,
 ) -> dict[str, Format]:
-    """Weights of 4 bits in groups, each with a scale and a zero: the smallest.
-
-    Args:
-        model: with these layers.
-        group_size: neighbours in a row that share a scale and a zero.
-        embedding: format of the embedding and of the head, or keep.
-        rules: pattern of module names -> format or keep; later ones win.
-        qat: fake-quantize weights (and inputs) with this scheme during fine-tuning.
-
-    Raises:
-        ValueError: for an unknown format, or a pattern that matches no module's name.
-    """
+    """Weights of 4 bits in groups, each with a scale and a zero: the smallest."""
     return _choose(model, Format(4, group_size), embedding, rules)
 
 
@@ -132,16 +99,7 @@ def mixed(
     rules: dict[str, str] = {},  # noqa: B006 - read only
     qat: bool = False,
 ) -> dict[str, Format]:
-    """The formats of the rules alone, such as those that `--sensitivity` proposes.
-
-    Args:
-        model: with these layers.
-        rules: pattern of module names -> format or keep; later ones win.
-        qat: fake-quantize weights (and inputs) with this scheme during fine-tuning.
-
-    Raises:
-        ValueError: without rules, for an unknown format, or a pattern that matches no module's name.
-    """
+    """The formats of the rules alone, such as those that `--sensitivity` proposes."""
     if not rules:
         raise ValueError("rules: mixed stores nothing in integers without them, such as {'*.ffn.*': int4_g32}")
     return _choose(model, None, KEEP, rules)
