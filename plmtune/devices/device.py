@@ -19,20 +19,28 @@ from plmtune.errors import UserError, did_you_mean
 from plmtune.io.atomic import atomic_write
 
 _GIB, _GIGA, _MICRO = 2.0**30, 1e9, 1e-6
-# key -> (what one of its unit is in SI, may it be 0, is it needed)
+# key -> (field of Device, its unit in SI, whether it may be 0, whether it is required)
 _FIGURES = {
-    "memory_gib": (_GIB, False, True),
-    "system_gib": (_GIB, True, True),
-    "bandwidth_gb_s": (_GIGA, False, True),
-    "compute_gflop_s": (_GIGA, False, True),
-    "layer_us": (_MICRO, True, True),
-    "token_us": (_MICRO, True, False),
-    "error": (1.0, True, True),
-    "training_gflop_s": (_GIGA, False, False),
-    "training_mfu": (1.0, False, False),
+    "memory_gib": ("memory", _GIB, False, True),
+    "system_gib": ("system", _GIB, True, True),
+    "bandwidth_gb_s": ("bandwidth", _GIGA, False, True),
+    "compute_gflop_s": ("compute", _GIGA, False, True),
+    "layer_us": ("layer", _MICRO, True, True),
+    "token_us": ("token", _MICRO, True, False),
+    "error": ("error", 1.0, True, True),
+    "training_gflop_s": ("training", _GIGA, False, False),
+    "training_mfu": ("mfu", 1.0, False, False),
 }
-_RATES = ("weight_gb_s", "product_us", "compute_gflop_s")
-_COMMON = ("layer_us", "token_us", "cache_gb_s", "attention_gflop_s", "program_mib", "error")
+# key -> (field of RuntimeRates or KernelRate, its unit in SI); speeds, whose keys end in _s, must be above 0
+_RUNTIME = {
+    "layer_us": ("layers", _MICRO),
+    "token_us": ("token", _MICRO),
+    "cache_gb_s": ("cache", _GIGA),
+    "attention_gflop_s": ("attention", _GIGA),
+    "program_mib": ("program", 2.0**20),
+    "error": ("error", 1.0),
+}
+_KERNEL = {"weight_gb_s": ("weights", _GIGA), "product_us": ("product", _MICRO), "compute_gflop_s": ("compute", _GIGA)}
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,7 @@ def _parse(content: Mapping[str, Any], path: Path) -> Device:
     if not isinstance(title, str) or not title.strip():
         raise UserError(f"{path}, key name: must be the device's name, not {title!r:.80}.")
     figures: dict[str, Figure] = {}
-    for key, (unit, zero, needed) in _FIGURES.items():
+    for key, (_, unit, zero, needed) in _FIGURES.items():
         if key not in content:
             if needed:
                 raise UserError(f"{path}: the key {key} is missing. Write {key}: {{value: NUMBER, source: WHERE}}.")
@@ -172,15 +180,7 @@ def _parse(content: Mapping[str, Any], path: Path) -> Device:
     return Device(
         key=path.stem,
         name=title,
-        memory=memory,
-        system=system,
-        bandwidth=figures["bandwidth_gb_s"],
-        compute=figures["compute_gflop_s"],
-        layer=figures["layer_us"],
-        error=figures["error"],
-        token=figures.get("token_us", Figure(0.0, "none known")),
-        training=figures.get("training_gflop_s"),
-        mfu=figures.get("training_mfu"),
+        **{_FIGURES[key][0]: figure for key, figure in figures.items()},
         rates={name: _runtime_rates(found, f"{path}, key rates.{name}") for name, found in rates.items()},
     )
 
@@ -202,32 +202,31 @@ def _number(value: Any, where: str, zero: bool = True) -> float:
 
 
 def _runtime_rates(found: Any, where: str) -> RuntimeRates:
-    _check_keys(found, (*_COMMON, "kernels"), where)
+    _check_keys(found, (*_RUNTIME, "kernels"), where)
     for key in ("layer_us", "cache_gb_s", "kernels"):
         if not isinstance(found[key], dict):
             raise UserError(f"{where}.{key}: must map names to numbers, not {found[key]!r:.80}.")
+    if not found["kernels"]:
+        raise UserError(f"{where}.kernels: is empty, so the runtime need not be named.")
     kernels = {}
     for name, rate in found["kernels"].items():
-        place = f"{where}.kernels.{name}"
-        _check_keys(rate, _RATES, place)
-        kernels[str(name)] = KernelRate(
-            weights=_number(rate["weight_gb_s"], f"{place}.weight_gb_s", zero=False) * _GIGA,
-            product=_number(rate["product_us"], f"{place}.product_us") * _MICRO,
-            compute=_number(rate["compute_gflop_s"], f"{place}.compute_gflop_s", zero=False) * _GIGA,
-        )
-    if not kernels:
-        raise UserError(f"{where}.kernels: is empty, so the runtime need not be named.")
-    return RuntimeRates(
-        kernels=kernels,
-        layers={str(k): _number(v, f"{where}.layer_us.{k}") * _MICRO for k, v in found["layer_us"].items()},
-        token=_number(found["token_us"], f"{where}.token_us") * _MICRO,
-        cache={
-            str(k): _number(v, f"{where}.cache_gb_s.{k}", zero=False) * _GIGA for k, v in found["cache_gb_s"].items()
-        },
-        attention=_number(found["attention_gflop_s"], f"{where}.attention_gflop_s", zero=False) * _GIGA,
-        program=_number(found["program_mib"], f"{where}.program_mib") * 2**20,
-        error=_number(found["error"], f"{where}.error"),
-    )
+        _check_keys(rate, tuple(_KERNEL), f"{where}.kernels.{name}")
+        kernels[str(name)] = KernelRate(**_in_si(rate, _KERNEL, f"{where}.kernels.{name}"))
+    return RuntimeRates(kernels=kernels, **_in_si(found, _RUNTIME, where))
+
+
+def _in_si(found: Mapping[str, Any], units: Mapping[str, tuple[str, float]], where: str) -> dict[str, Any]:
+    """{field: number in SI units, or a table of them}."""
+
+    def number(value: Any, key: str, place: str) -> float:
+        return _number(value, place, zero=not key.endswith("_s")) * units[key][1]
+
+    return {
+        field: {str(name): number(value, key, f"{where}.{key}.{name}") for name, value in found[key].items()}
+        if isinstance(found[key], dict)
+        else number(found[key], key, f"{where}.{key}")
+        for key, (field, _) in units.items()
+    }
 
 
 def _check_keys(found: Any, keys: tuple[str, ...], where: str) -> None:
@@ -242,45 +241,26 @@ def save_device(device: Device, path: Path) -> None:
     Raises:
         UserError: if the file cannot be written.
     """
-    units = {key: unit for key, (unit, _, _) in _FIGURES.items()}
 
-    def shown(value: float) -> float:
-        return float(f"{value:.5g}")
+    def shown(value: float, unit: float) -> float:
+        return float(f"{value / unit:.5g}")
 
-    def figure(found: Figure, key: str) -> dict[str, Any]:
-        return {"value": shown(found.value / units[key]), "source": found.source}
+    def table(rates: RuntimeRates | KernelRate, units: Mapping[str, tuple[str, float]]) -> dict[str, Any]:
+        return {
+            key: {name: shown(each, unit) for name, each in value.items()}
+            if isinstance(value := getattr(rates, field), dict)
+            else shown(value, unit)
+            for key, (field, unit) in units.items()
+        }
 
     content: dict[str, Any] = {"name": device.name}
-    held = {
-        "memory_gib": device.memory,
-        "system_gib": device.system,
-        "bandwidth_gb_s": device.bandwidth,
-        "compute_gflop_s": device.compute,
-        "layer_us": device.layer,
-        "token_us": device.token,
-        "error": device.error,
-        "training_gflop_s": device.training,
-        "training_mfu": device.mfu,
-    }
-    content |= {key: figure(found, key) for key, found in held.items() if found is not None}
+    for key, (name, unit, _, _) in _FIGURES.items():
+        if (figure := getattr(device, name)) is not None:
+            content[key] = {"value": shown(figure.value, unit), "source": figure.source}
     if device.rates:
         content["rates"] = {
-            name: {
-                "layer_us": {kind: shown(value / _MICRO) for kind, value in rates.layers.items()},
-                "token_us": shown(rates.token / _MICRO),
-                "cache_gb_s": {kind: shown(value / _GIGA) for kind, value in rates.cache.items()},
-                "attention_gflop_s": shown(rates.attention / _GIGA),
-                "program_mib": shown(rates.program / 2**20),
-                "error": shown(rates.error),
-                "kernels": {
-                    form: {
-                        "weight_gb_s": shown(rate.weights / _GIGA),
-                        "product_us": shown(rate.product / _MICRO),
-                        "compute_gflop_s": shown(rate.compute / _GIGA),
-                    }
-                    for form, rate in rates.kernels.items()
-                },
-            }
+            name: table(rates, _RUNTIME)
+            | {"kernels": {form: table(rate, _KERNEL) for form, rate in rates.kernels.items()}}
             for name, rates in device.rates.items()
         }
     path.parent.mkdir(parents=True, exist_ok=True)
