@@ -95,8 +95,7 @@ class Pretrain:
         self.cfg, self.plan, self.tasks, self.runtime = cfg, inputs.plan, inputs.evaluations, runtime
         plan, self.tokenizer = inputs.plan, inputs.plan.tokenizer
         saved = TrainerState.latest(str(cfg.run_dir)) if cfg.resume else TrainerState()
-        # A run with a checkpoint of its own needs no other one.
-        init_from = None if saved.checkpoint else cfg.init_from
+        init_from = None if saved.checkpoint else cfg.init_from  # a resumed run needs no other checkpoint
         init = find_init_checkpoint(init_from, plan.model, plan.tokenizer, cfg.scheduler)
         self.skip: dict[str, int] = saved.state.get("skip", init.samples_seen if init else {})
         shards = open_sources(inputs.sources, cfg.preparation, self.tokenizer)
@@ -115,8 +114,7 @@ class Pretrain:
             seen = saved.state.get("samples_seen", saved.state.get("drawn"))
             refuse_other_order(saved.checkpoint, seen, self.data.samples_seen(saved.step))
         self.trained = runtime.distribute(self.model, compile=cfg.runtime.compile)
-        self.dtype = self.model.dtype  # of what is saved; in a step FSDP2 shows another
-        self.loss = plan.loss
+        self.loss, self.dtype = plan.loss, self.model.dtype  # the dtype to save; in a step FSDP2 shows another
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
         self.scheduler = checks.build_scheduler(cfg.scheduler, self.optimizer, plan.num_steps, plan.tokens_per_step)
         if init and init.continue_schedule:
@@ -134,7 +132,7 @@ class Pretrain:
         self.guard = Guard(**vars(cfg.guard))
         self.guard.load_state_dict(saved.state.get("guard", {}))
         self.losses: list[Tensor] = []  # of the latest step's micro-batches
-        # Bits per byte need the length of each token's text; special tokens have none.
+        # For bits per byte: the length of each token's text, which special tokens do not have.
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes).to(runtime.device)
 
     def _batches(self, shards: dict[str, Shards]) -> Batches:
@@ -326,8 +324,7 @@ class Pretrain:
 def report(run: Path, cfg: Config) -> None:
     """Draw the curves, and generate a sample with the finished checkpoint."""
     torch.use_deterministic_algorithms(False)  # sampling has no deterministic kernel on a GPU, and trains nothing
-    curves = run / "curves.png"
-    draw_curves(run / "metrics.jsonl", curves)
+    draw_curves(run / "metrics.jsonl", run / "curves.png")
     if cfg.sample.max_new_tokens:
         model, tokenizer = plmtune.load(run)
         text = complete(
@@ -340,7 +337,7 @@ def report(run: Path, cfg: Config) -> None:
             seed=cfg.seed,
         )
         echo(f"\n{cfg.sample.prompt}{''.join(text)}\n")
-    echo(f"curves: {curves}")
+    echo(f"curves: {run / 'curves.png'}")
     echo(f'try it: plmtune generate {run} --prompt "{cfg.sample.prompt or "The"}"')
 
 

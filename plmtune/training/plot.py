@@ -13,9 +13,9 @@ from plmtune.io.figures import COLOURS, finish, new_figure
 
 _TRAIN, _VALIDATION, _RATE, _OTHER = COLOURS[:4]
 _ROOM = 1.01
-# Held-out data is hollow in every panel; what was trained on is a line, or full dots where a run is short.
+# Held-out data has hollow markers in every panel; training data is a line, or full dots where a run is short.
 _HELD_OUT = {"marker": "o", "markersize": 4.5, "markerfacecolor": "white"}
-# What two answers were given, in the metrics of preference training, and how it is drawn.
+# The contexts of an answer in the metrics of preference training, and how they are drawn.
 _CONTEXTS = {"": ("direct", _TRAIN), "given_rejected/": ("given the worse", _OTHER),
              "given_chosen/": ("given the better", _RATE)}  # fmt: skip
 
@@ -85,7 +85,7 @@ def sparsity_layers(validations: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _x_axis(training: Sequence[dict[str, Any]]) -> tuple[Any, str]:
-    """What to read from a line, and the label with its unit: tokens where every line has them, else steps."""
+    """A function from a line to its place on the x axis, and the axis label: tokens where every line has them."""
     last = training[-1].get("tokens")
     if not last or not all("tokens" in e for e in training):
         return (lambda e: e["step"]), "step"
@@ -96,7 +96,7 @@ def _x_axis(training: Sequence[dict[str, Any]]) -> tuple[Any, str]:
 
 
 def _dots(points: Sequence[Any]) -> dict[str, Any]:
-    """How few points are drawn: a line of one is nothing to see."""
+    """The markers of a curve with few points, as a line of one point is invisible."""
     return {"marker": "o", "markersize": 3.5} if len(points) < 3 else {}
 
 
@@ -150,7 +150,7 @@ def _draw_rates(panel: Any, training: Sequence[Any], axis: Any) -> None:
 
 
 def _draw_accuracy(panel: Any, training: Sequence[Any], validations: Sequence[Any], axis: Any) -> None:
-    """How often the chosen answer is preferred, for each of what it was given."""
+    """How often the chosen answer is preferred, in each context."""
     for prefix, (label, colour) in _CONTEXTS.items():
         there = [e for e in training if f"{prefix}accuracy" in e]
         if there:
@@ -177,7 +177,7 @@ def _draw_rewards(panel: Any, rounds: Sequence[Any]) -> None:
 
 
 def _draw_tasks(panel: Any, entries: Sequence[dict[str, Any]], axis: Any) -> None:
-    """What tasks measured that lies between 0 and 1, the first eight of them; perplexities are in metrics.jsonl."""
+    """Metrics of tasks between 0 and 1, the first eight of them; perplexities are in metrics.jsonl."""
     names = dict.fromkeys(key for e in entries for key in e if key.startswith("eval/"))
     shares = [name for name in names if all(0 <= e[name] <= 1 for e in entries if name in e)]
     for name, colour in zip(shares, COLOURS, strict=False):
@@ -194,7 +194,7 @@ def _draw_tasks(panel: Any, entries: Sequence[dict[str, Any]], axis: Any) -> Non
 def _draw_sparsity(figure: Any, panel: Any, entries: Sequence[Any], layers: Sequence[str], axis: Any) -> None:
     x = [axis(e) for e in entries]
     rows = [[e.get(layer, float("nan")) for e in entries] for layer in layers]
-    # Each value reaches half way to those beside it, the first and the last one as far to the other side.
+    # Each value's cell ends half way to its neighbours; the first and the last cell are symmetric.
     middles = [(a + b) / 2 for a, b in itertools.pairwise(x)]
     first, last = (2 * x[0] - middles[0], 2 * x[-1] - middles[-1]) if middles else (0.0, x[0])
     edges = [max(first, 0.0), *middles, last], [layer - 0.5 for layer in range(len(layers) + 1)]

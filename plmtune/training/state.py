@@ -1,7 +1,7 @@
-"""What training remembers besides weights, as named tensors and JSON: optimizer, schedule, random numbers.
+"""State dicts of optimizer, scheduler and random generators, as named tensors and JSON.
 
-No pickle: tensors go to safetensors, everything else is numbers and strings. Names are the parameters' own,
-so that one process, DDP and FSDP2 write the same file and read each other's.
+No pickle: tensors go to safetensors, everything else is numbers and strings. Names are those of the parameters, so
+that one process, DDP and FSDP2 write the same file and read each other's.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from plmtune.training import distributed
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-# Quantized states are tensor subclasses; only those named here are ever rebuilt from a file. Of their parts,
-# codes and scale go row by row with the parameter, the others are the same on every rank.
+# Quantized states are tensor subclasses; only those named here are rebuilt from a file. Of their parts, codes and
+# scale are sharded by rows as the parameter is, and the others are the same on every rank.
 _SUBCLASSES = {"OptimState8bit": "torchao.optim.subclass_8bit"}
 _SHARDED_PARTS = ("codes", "scale")
 
 
 def optimizer_state_dict(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of `optimizer` as it stands, sharded or not. Every rank gets the same names in the same order.
+    """The state of `optimizer`, sharded or not. Every rank gets the same names in the same order.
 
     Returns:
         (tensors, rest): tensors named "parameter/key", quantized ones as "parameter/key/part"; and the rest,
@@ -68,7 +68,7 @@ def optimizer_state_dict(model: nn.Module, optimizer: Optimizer) -> tuple[dict[s
 def load_optimizer_state_dict(
     model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
 ) -> None:
-    """Put back what `optimizer_state_dict` took, sharded as the model is. Every rank must call it.
+    """Load a state of `optimizer_state_dict`, sharded as the model is. Every rank must call it.
 
     Raises:
         UserError: if the groups or parameters are not those of this optimizer.
@@ -87,7 +87,7 @@ def load_optimizer_state_dict(
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         if [names[p] for p in group["params"]] != saved["params"]:
             raise UserError(
-                "The checkpoint's optimizer groups parameters otherwise than this run's. "
+                "The checkpoint's optimizer has other groups of parameters than this run's. "
                 "Resume with the model and the optimizer that wrote it."
             )
         if sorted(saved["settings"]) != sorted(key for key in group if key != "params"):
@@ -118,7 +118,7 @@ def scheduler_state_dict(scheduler: Any) -> dict[str, Any]:
 
 
 def load_scheduler_state_dict(scheduler: Any, state: Mapping[str, Any]) -> None:
-    """Put back what `scheduler_state_dict` took; rates that are tensors in this run stay tensors."""
+    """Load a state of `scheduler_state_dict`; rates that are tensors in this run stay tensors."""
     current = scheduler.state_dict()
     scheduler.load_state_dict({key: _as(value, current.get(key)) for key, value in state.items()})
 
@@ -143,10 +143,10 @@ def random_state() -> dict[str, Any]:
 
 
 def load_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what `random_state` took.
+    """Load a state of `random_state`.
 
     Raises:
-        ValueError: if it is none, as KeyError and TypeError say too.
+        ValueError, KeyError, TypeError: if it is damaged.
     """
     try:
         torch.set_rng_state(_decode(state["torch"]))
@@ -169,7 +169,7 @@ def _decode(text: str) -> Tensor:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON carries it exactly: a tensor of one element as a number, a dtype as its name."""
+    """`value` in JSON's types, exactly: a tensor of one element as a number, a dtype as its name."""
     if isinstance(value, Tensor):
         return value.item()
     if isinstance(value, torch.dtype):
@@ -184,7 +184,7 @@ def _plain(value: Any) -> Any:
 
 
 def _as(value: Any, example: Any) -> Any:
-    """`value` from JSON in the types of `example`, which this run holds in its place."""
+    """`value` from JSON in the types of `example`, this run's own value."""
     if isinstance(example, Tensor):
         return torch.tensor(value, dtype=example.dtype, device=example.device)
     if isinstance(example, list | tuple) and isinstance(value, list) and len(value) == len(example):
@@ -222,13 +222,13 @@ def _with_local(local: Tensor, example: DTensor) -> DTensor:
 
 
 def _sharded_dimension(value: DTensor) -> int | None:
-    """The mesh dimension over which the rows of `value` are spread, the others holding copies; None if other."""
+    """The mesh dimension that shards the rows of `value`, if all others replicate; else None."""
     spread = [i for i, placement in enumerate(value.placements) if not placement.is_replicate()]
     return spread[0] if len(spread) == 1 and value.placements[spread[0]].is_shard(0) else None
 
 
 def _shards_evenly(value: DTensor) -> bool:
-    """Whether every rank holds as many rows. Only then do its quantized blocks line up with the whole's."""
+    """Whether every rank holds equally many rows. Only then are its quantized blocks those of the whole tensor."""
     dimension = _sharded_dimension(value)
     return dimension is not None and value.shape[0] % value.device_mesh.size(dimension) == 0
 
