@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from plmtune import dtypes
 from plmtune.config.names import check_model_path
 from plmtune.errors import UserError
 from plmtune.io import hub, terminal
+from plmtune.io.atomic import atomic_write
 from plmtune.registry import raised, refuse_taken_names
 from plmtune.units import unescape
 
@@ -249,3 +251,10 @@ def recipe_file(path: str) -> ModuleType:
 
         use_schema(module.CONFIG, module.Config, path)
     return module
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write the file of --json, and name it."""
+    with atomic_write(path, user_error=True) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    terminal.echo(f"{path} written")

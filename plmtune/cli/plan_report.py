@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plmtune.cli.options import write_json
 from plmtune.config.builtin import builtin_folder
 from plmtune.errors import UserError
 from plmtune.io import hub
@@ -304,11 +304,3 @@ def _hours(hours: float) -> str:
 
 def as_plain(prediction: Prediction) -> dict[str, Any]:
     return {**asdict(prediction), "memory": prediction.memory, "fits": prediction.fits}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    from plmtune.io.atomic import atomic_write
-
-    with atomic_write(path, user_error=True) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    show(f"{path} written")

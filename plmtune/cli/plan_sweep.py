@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from plmtune.cli.plan_report import Asked, as_plain, show_speed, with_preset, write_json
+from plmtune.cli.options import write_json
+from plmtune.cli.plan_report import Asked, as_plain, show_speed, with_preset
 from plmtune.devices import costs
 from plmtune.devices.pareto import draw_front, front
 from plmtune.devices.sweep import Point, sweep

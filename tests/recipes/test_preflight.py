@@ -16,8 +16,8 @@ from cli_runs import SMALL
 from tuning import PREFERENCE, SFT, compose
 
 from plmtune.cli.validate import check
-from plmtune.config import compose as config
 from plmtune.config.schema import SCHEMAS
+from plmtune.config.typed_config import from_plain, to_plain
 from plmtune.errors import UserError
 from plmtune.registry import Component, describe_components, keys_of
 from plmtune.tokenizers import tokenizer_files
@@ -180,7 +180,7 @@ SLOW: set[str] = set()
 def agree(plain: dict[str, Any], key: str, value: Any) -> str:
     """The sentence with which all roads refuse a value, empty if all accept it."""
     try:
-        cfg = config.typed(replaced(plain, key, value))
+        cfg = from_plain(replaced(plain, key, value))
     except UserError as error:  # every road composes first
         return str(error)
     said = verdicts(cfg)
@@ -198,8 +198,8 @@ def drawn(annotation: Any, index: int, every: bool) -> list[Any]:
 @pytest.mark.parametrize("recipe", SCHEMAS)
 class TestEveryKey:
     def test_of_a_schema_is_judged_alike_by_all_roads(self, recipe: str, every: bool, place: Path) -> None:
-        plain = config.to_plain(composed(recipe))
-        assert set(verdicts(config.typed(plain)).values()) == {""}
+        plain = to_plain(composed(recipe))
+        assert set(verdicts(from_plain(plain)).values()) == {""}
         earlier = {key for name in [*SCHEMAS][: [*SCHEMAS].index(recipe)] for key, _ in keys(SCHEMAS[name])}
         for index, (key, annotation) in enumerate(keys(SCHEMAS[recipe])):
             if key in SLOW or (key in earlier and not every):
@@ -210,9 +210,9 @@ class TestEveryKey:
         assert not (place / "runs").exists()
 
     def test_of_a_component_is_judged_alike_by_all_roads(self, recipe: str, every: bool, place: Path) -> None:
-        plain = config.to_plain(composed(recipe))
+        plain = to_plain(composed(recipe))
         for at, chosen in components(recipe):
-            start = replaced(plain, at, config.to_plain(chosen))
+            start = replaced(plain, at, to_plain(chosen))
             for index, (key, held) in enumerate(keys_of(chosen.group, chosen.name).items()):
                 for value in drawn(held.type, index, every) if not isinstance(held.default, Component) else ():
                     said = agree(start, f"{at}.{key}", value)
@@ -256,7 +256,7 @@ class TestMistakes:
     def test_are_refused_by_all_roads(
         self, recipe: str, key: str, value: Any, right: Any, said: str, place: Path
     ) -> None:
-        plain = config.to_plain(composed(recipe))
+        plain = to_plain(composed(recipe))
         assert said in agree(plain, key, value)
         assert agree(plain, key, right) == ""
 
@@ -268,7 +268,7 @@ class TestMistakes:
     def test_what_is_compiled_needs_a_compiler_on_all_roads(
         self, recipe: str, key: str, value: Any, right: Any, place: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        plain = config.to_plain(composed(recipe, "runtime.device=cpu"))
+        plain = to_plain(composed(recipe, "runtime.device=cpu"))
         monkeypatch.setenv("CXX", "no-such-compiler")
         assert "a C++ compiler, and no-such-compiler is not on the PATH" in agree(plain, key, value)
         assert agree(plain, key, right) == ""
@@ -285,6 +285,6 @@ class TestMistakes:
     def test_a_dataset_of_the_hub_needs_its_package_on_all_roads(
         self, recipe: str, setting: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        plain = config.to_plain(composed(recipe))
+        plain = to_plain(composed(recipe))
         monkeypatch.setitem(sys.modules, "datasets", None)
         assert "data hub: a/b needs the package datasets (extra hub)" in agree(plain, "data", setting)
