@@ -210,14 +210,7 @@ def _print(found: list[Measurement], machine: dict[str, object]) -> None:
     # name: the order in which a narrow terminal leaves it out; 0 stays
     figures = {"context": 0, "first token": 4, "prefill/s": 3, "decode/s": 0, "peak memory": 5}
     figures |= {"read a token": 2, "of bandwidth": 1}
-    table = Table(
-        [
-            Column("target", key=True),
-            Column("runtime"),
-            Column("weights", folds=True),
-            *numbers(figures),
-        ]
-    )
+    table = Table([Column("target", key=True), Column("runtime"), Column("weights", folds=True), *numbers(figures)])
     for entry in found:
         read = None if entry.weight_bytes is None else entry.weight_bytes + (entry.cache_bytes or 0)
         on = f", {entry.sparse[0]} of {entry.sparse[1]} sparse" if entry.sparse and entry.sparse[0] else ""

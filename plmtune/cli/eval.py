@@ -37,12 +37,7 @@ if TYPE_CHECKING:
 @click.option(
     "--suite", metavar="NAME", help="Run a suite: quick (minutes on a laptop) or plm (the 13 tasks of PLM's paper)."
 )
-@click.option(
-    "--list",
-    "listing",
-    is_flag=True,
-    help="List suites and tasks; with WORDs only those that contain one.",
-)
+@click.option("--list", "listing", is_flag=True, help="List suites and tasks; with WORDs only those that contain one.")
 @click.option(
     "--map",
     "mapping",

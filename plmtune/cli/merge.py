@@ -18,9 +18,7 @@ from plmtune.io import terminal
 @click.argument("out", type=click.Path(path_type=Path))
 @base_option
 @click.option(
-    "--dtype",
-    type=click.Choice(dtypes.NAMES),
-    help="Write the weights in this dtype (default: that of the adapters).",
+    "--dtype", type=click.Choice(dtypes.NAMES), help="Write the weights in this dtype (default: that of the adapters)."
 )
 @overwrite_option
 def merge(checkpoint: str, out: Path, base: Path | None, dtype: str | None, overwrite: bool) -> None:

@@ -18,13 +18,7 @@ from plmtune.cli.options import divide, recipe_file
 from plmtune.cli.runs import reasons, table
 from plmtune.errors import UserError, either, near_names
 from plmtune.io import terminal
-from plmtune.io.run_directory import (
-    CONFIG,
-    read_record,
-    refuse_if_in_use,
-    resolve_link,
-    verify_config,
-)
+from plmtune.io.run_directory import CONFIG, read_record, refuse_if_in_use, resolve_link, verify_config
 from plmtune.io.run_summary import already_finished, differing_settings, find_runs, summarize, unfinished
 from plmtune.io.tables import show
 
