@@ -1,8 +1,7 @@
-"""Choices of components by plain values: a name where a component belongs, several loggers, presets in files.
+"""Choices of components as plain values: a name, a list of loggers, a preset file.
 
-Hydra chooses a component by a defaults list or by an override of a group. A person also writes ``model: plm_20m``,
-``model.ffn=swiglu`` or ``logger: [tensorboard, wandb]``. Each of these has one meaning, so it is rewritten to Hydra's
-form before Hydra reads it.
+Hydra chooses a component by a defaults list or by an override of a group. Users also write ``model: plm_20m``,
+``model.ffn=swiglu`` or ``logger: [tensorboard, wandb]``. Each is rewritten to Hydra's form before Hydra reads it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from plmtune.config.rules import check_file, is_option, read_yaml
 from plmtune.errors import UserError, either
 from plmtune.registry import describe_components
 
-SEVERAL = "several"  # the logger that holds others
+SEVERAL = "several"  # the logger that holds other loggers
 FILE_PRESET = "plmtune_file_"  # what the names of presets from files begin with in Hydra's store
 
 

@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf say, in sentences a person can act on: which file or override, which key, what instead."""
+"""Translates errors of Hydra and OmegaConf: which file or override, which key, and what to write instead."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from plmtune.units import with_point
 
 
 def _of_other_component(full_key: str, group: str, name: str) -> str | None:
-    """What to say of a key that its component does not have, but others of the same group do."""
+    """Hint for a key that the chosen component lacks and others of its group have."""
     parent, _, leaf = full_key.rpartition(".")
     table = describe_components().get(group, {})
     having = [other for other, held in table.items() if any(p.name == leaf and p.default for p in held.parameters)]
@@ -36,7 +36,7 @@ def _of_other_component(full_key: str, group: str, name: str) -> str | None:
 
 
 def _of_other_recipe(key: str, name: str, keys: Sequence[str]) -> str | None:
-    """What to say of a key that the recipe of a config does not have, but others do."""
+    """Hint for a key that the config's recipe lacks and other recipes have."""
     having = [recipe for recipe, schema in SCHEMAS.items() if any(item.name == key for item in fields(schema))]
     if not having:
         return None
@@ -62,7 +62,7 @@ def unknown_key(
 
 @dataclass(frozen=True)
 class Given:
-    """What a config is composed of, to say where a value comes from.
+    """The sources of a config, to name where a value comes from.
 
     Attributes:
         overrides: what was typed on the command line.
@@ -85,7 +85,7 @@ class Given:
             name, _, value = text.lstrip("+~").partition("=")
             name = name.split("@")[0].replace("/", ".")
             inside = value.lstrip()[:1] in ("[", "{") and wanted.startswith((f"{name}.", f"{name}["))
-            # An unknown section is the fault of the override that names a key in it.
+            # An unknown section comes from the override that names a key in it.
             if name and wanted and (wanted == name or inside or name.startswith(f"{wanted}.")):
                 return text
         return None
@@ -200,7 +200,7 @@ _TYPES = {"Integer": "a whole number", "int": "a whole number", "Float": "a numb
 
 
 def in_words(text: str) -> str | None:
-    """What OmegaConf says of a value that its key cannot take, in a sentence's second half; None if it is not that."""
+    """Translate OmegaConf's error about a value of the wrong type; None for other errors."""
     if found := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text, re.DOTALL):
         return _is_not(found[1], found[2])
     if found := re.search(r"Cannot convert '(\w+)' to string: '(.*)'", text):

@@ -1,4 +1,4 @@
-"""What a name is: a config, a preset, a component, a group, a device, a recipe. For names in the wrong place."""
+"""Hints for names in the wrong place: a config, a preset, a component, a group, a device or a recipe."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from plmtune.errors import UserError
 
 
 def parse(text: str, following: Sequence[str] = ()) -> Override:
-    """Parse an override; `following` words may be the rest of it, cut off at its spaces by the shell."""
+    """Parse an override; `following` words may be its rest, split off at spaces by the shell."""
     try:
         return OverridesParser.create().parse_override(text)
     except (HydraException, ValueError, RecursionError):
@@ -34,7 +34,7 @@ def parse(text: str, following: Sequence[str] = ()) -> Override:
 
 
 def _quoted(words: Sequence[str]) -> str | None:
-    """How the override that `words` begin with is typed; None if that cannot be guessed."""
+    """The quoted form of the override that `words` begin with; None if it is not clear."""
     key, equals, value = words[0].partition("=")
     close = {"[": "]", "{": "}"}.get(value[:1])
     if close and not value.endswith(close):

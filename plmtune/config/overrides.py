@@ -1,4 +1,4 @@
-"""How an override is typed: the one place that writes ``key=value`` so that a shell and Hydra read what is meant."""
+"""Writes overrides, ``key=value``, so that a shell and Hydra read the intended value."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import re
 import shlex
 from typing import Any
 
-# Texts that Hydra reads as they are: no number, no word of its grammar, no character that divides or quotes.
+# Texts that need no quotes in Hydra's grammar.
 _BARE = re.compile(r"(?!(?:null|true|false|nan|inf)$)(?:[A-Za-z_]|\.{0,2}/)[\w./@%+-]*", re.ASCII | re.IGNORECASE)
 
 
 def quote_override(key: str, value: Any) -> str:
-    """Return an override as it is typed in a POSIX shell or zsh, so that Hydra reads exactly this value."""
+    """Return an override, quoted for a POSIX shell or zsh, from which Hydra reads exactly this value."""
     return shlex.quote(f"{key}={hydra_literal(value)}")
 
 
 def hydra_literal(value: Any) -> str:
-    """Write a plain value in the grammar of Hydra's overrides; a text is quoted where it could be read otherwise."""
+    """Write a plain value in the grammar of Hydra's overrides; a text is quoted if it is ambiguous."""
     if isinstance(value, str):
         if _BARE.fullmatch(value):
             return value

@@ -62,7 +62,7 @@ def find_config(name: str) -> Path:
 
 
 def _is_base(content: dict[str, Any]) -> bool:
-    """Whether a config names its schema, as the built-in ones and their copies do; any other builds on one of them."""
+    """Whether a config names its schema, as built-in configs and their copies do. Other configs extend one of them."""
     defaults = content.get("defaults")
     return isinstance(defaults, list) and any(isinstance(e, str) and e.endswith("_schema") for e in defaults)
 
@@ -114,7 +114,7 @@ def store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str], 
 
 
 def _check_shape(annotation: Any, value: Any, key: str, place: str) -> None:
-    """Refuse a table where a list belongs, and the other way round: OmegaConf would not say at which key."""
+    """Refuse a table in place of a list and the reverse; OmegaConf's own error names no key."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if (group := dict_group(annotation)) and isinstance(value, dict):
         for name, child in value.items():

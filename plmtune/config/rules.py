@@ -18,7 +18,7 @@ import yaml
 
 from plmtune.errors import UserError, did_you_mean, refuse_pipe
 
-# Far above any real config, far below what would hurt.
+# Far above any real config, far below what exhausts memory or time.
 MAX_BYTES = 1 << 20
 MAX_VALUES = 10_000  # aliases counted as often as they stand for something
 MAX_DEPTH = 32
@@ -76,7 +76,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _refuse_twice(node: yaml.MappingNode) -> None:
-    """Refuse a key that is there twice, of which YAML's loaders keep the last without a word."""
+    """Refuse a duplicate key, of which YAML's loaders silently keep the last."""
     seen: dict[tuple[str, str], yaml.Mark] = {}
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode):
@@ -93,7 +93,7 @@ def _too_much(mark: yaml.Mark) -> yaml.YAMLError:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a config file; nothing of it is trusted but that it has an end.
+    """Read a config file, which is untrusted.
 
     Raises:
         UserError: naming the file and, where there is one, the line.
@@ -122,7 +122,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def check_file(content: Mapping[str, Any], path: Path, groups: Container[str]) -> None:
-    """Refuse a file's keys, values and choices that are none of ours.
+    """Refuse keys, values and choices of a file that a config cannot have.
 
     Args:
         groups: the registry's groups, in which a component is chosen by the defaults list.
@@ -168,7 +168,7 @@ def is_option(name: str) -> bool:
 
 
 def check_value(value: Any, place: str, key: str = "") -> None:
-    """Refuse keys that are Hydra's machinery, values that YAML has and a config has not, and unknown references.
+    """Refuse keys that Hydra interprets, types of values that a config cannot hold, and unknown references.
 
     Raises:
         UserError: naming the key.
@@ -206,7 +206,7 @@ def _bad_reference(value: str, place: str, key: str) -> UserError:
 
 
 def check_scalar(value: Any, place: str, key: str) -> None:
-    """Refuse what no key can take: numbers beyond 64 bits, text that no file can hold, dates, sets.
+    """Refuse values that no key takes: numbers beyond 64 bits, text that no file can hold, dates, sets.
 
     Raises:
         UserError: naming the key.
@@ -225,7 +225,7 @@ def check_scalar(value: Any, place: str, key: str) -> None:
 def check_override(
     text: str, key: str, package: str | None, value: Any, *, groups: Container[str], multirun: bool
 ) -> None:
-    """Refuse an override that reaches for Hydra's machinery.
+    """Refuse an override of what Hydra interprets.
 
     Args:
         key, package, value: of `text`, parsed; the value a list of all where there are several.
@@ -261,7 +261,7 @@ def check_override(
 
 
 def resolve(values: dict[str, Any], place: str = "") -> dict[str, Any]:
-    """Put values in the place of references. Ours and not OmegaConf's, whose references multiply without a limit.
+    """Replace references by values, with a limit; OmegaConf's own references multiply without one.
 
     Raises:
         UserError: naming the key, for a reference to nothing, to itself, or to a table.

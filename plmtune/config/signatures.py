@@ -29,7 +29,7 @@ def dict_group(annotation: Any) -> str | None:
 
 
 def is_text_list(annotation: Any) -> bool:
-    """Whether a key holds a list of texts, for which one text alone stands as well."""
+    """Whether a key holds a list of texts, which a single text may stand for."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return is_text_list(arguments[0])

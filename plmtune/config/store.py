@@ -62,7 +62,7 @@ def _schema_node(recipe: str) -> DictConfig:
 
 
 class _Later(ConfigNode):
-    """A config of Hydra's store that is made when it is asked for: of a hundred, a run takes twenty."""
+    """A config of Hydra's store that is made on demand: a run uses twenty of a hundred."""
 
     def __init__(self, name: str, make: Callable[[], DictConfig], group: str | None) -> None:
         self.name, self.group, self.package, self.provider = name, group, None, None

@@ -112,7 +112,7 @@ def _construct(annotation: Any, value: Any, key: str, where: str) -> Any:
 
 
 def _texts(value: Any, place: str) -> list[Any]:
-    """The items of a list of texts, which one text alone stands for as well."""
+    """The items of a list of texts; a single text stands for a list of one."""
     if value is None:
         raise UserError(f"{place}: needs a list of texts, not null. An empty one is [].")
     items = value if isinstance(value, list | tuple) else [value]
