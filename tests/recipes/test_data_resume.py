@@ -36,7 +36,7 @@ def order(run: Path) -> str:
     return str(digest)
 
 
-def test_a_run_cut_inside_an_epoch_a_block_and_a_phase_goes_on_with_the_next_batch(
+def test_a_run_cut_inside_an_epoch_a_block_and_a_phase_resumes_with_the_next_batch(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start("run_dir=whole", *MIXED)

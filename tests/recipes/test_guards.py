@@ -151,7 +151,7 @@ class TestStopping:
             stored = np.fromfile(place / path, dtype=np.uint16)
             assert stored[first:last].tolist() == row.tolist()
 
-    def test_resumed_it_goes_on_behind_the_batch_and_loses_no_step(
+    def test_resumed_it_continues_after_the_batch_and_loses_no_step(
         self, place: Path, spoil: Callable[..., Any]
     ) -> None:
         spoil(nan_loss, 6, 7, 8)
@@ -161,7 +161,7 @@ class TestStopping:
         assert entry(place / "run", 9)["loss"] > 0 and entry(place / "run", 12)["loss"] > 0
         assert "skipped" not in entry(place / "run", 12)
 
-    def test_resumed_it_has_the_whole_patience_again(self, place: Path, spoil: Callable[..., Any]) -> None:
+    def test_resumed_it_counts_skips_from_0(self, place: Path, spoil: Callable[..., Any]) -> None:
         spoil(nan_loss, 3, 4, 5, 6, 7, 9, 10, 11)
         refusal("run_dir=run")
         said = refusal("run_dir=run", "resume=true")
@@ -312,7 +312,7 @@ class TestFiveRuns:
         assert len({weights(place / f"run{index}") for index in range(5)}) == 1
         assert all(metrics(place / f"run{index}") == metrics(place / "run0") for index in range(1, 5))
 
-    def test_what_determinism_costs_and_the_kernel_are_told_and_leave_no_trace(
+    def test_the_cost_of_determinism_and_the_kernel_are_printed_without_side_effects(
         self, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
     ) -> None:
         start("run_dir=measured", "runtime.deterministic=true")

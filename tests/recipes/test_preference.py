@@ -238,7 +238,7 @@ class TestReference:
 
 class TestResuming:
     @pytest.mark.parametrize("extra", [(), ("peft=lora", "peft.dropout=0.1")])
-    def test_a_stopped_run_goes_on_as_if_never_disturbed(
+    def test_a_stopped_run_resumes_bit_by_bit(
         self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, extra: tuple[str, ...]
     ) -> None:
         whole = undisturbed("dpo", *extra)
@@ -295,7 +295,7 @@ class TestRounds:
     @pytest.mark.parametrize(
         "extra", [(), ("micro_batch_size=1",), pytest.param(("peft=lora",), marks=pytest.mark.slow)]
     )
-    def test_a_second_round_goes_on_although_its_references_numbers_are_lost(
+    def test_a_second_round_resumes_without_its_references_numbers(
         self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, extra: tuple[str, ...]
     ) -> None:
         peft = [text for text in extra if text.startswith("peft")]
@@ -315,7 +315,7 @@ class TestRounds:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("lost", [False, True])
-    def test_a_second_round_goes_on_with_another_number_of_processes(
+    def test_a_second_round_resumes_with_another_number_of_processes(
         self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, lost: bool
     ) -> None:
         whole = undisturbed("aries", *ROUNDS)

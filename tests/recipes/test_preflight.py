@@ -197,7 +197,7 @@ def drawn(annotation: Any, index: int, every: bool) -> list[Any]:
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one_value", "all_values"])
 @pytest.mark.parametrize("recipe", SCHEMAS)
 class TestEveryKey:
-    def test_of_a_schema_is_judged_alike_by_all_roads(self, recipe: str, every: bool, place: Path) -> None:
+    def test_of_a_schema_is_judged_equally_by_all_commands(self, recipe: str, every: bool, place: Path) -> None:
         plain = to_plain(composed(recipe))
         assert set(verdicts(from_plain(plain)).values()) == {""}
         earlier = {key for name in [*SCHEMAS][: [*SCHEMAS].index(recipe)] for key, _ in keys(SCHEMAS[name])}
@@ -209,7 +209,7 @@ class TestEveryKey:
                 assert said or not isinstance(value, int | float) or value == 0, (key, value)
         assert not (place / "runs").exists()
 
-    def test_of_a_component_is_judged_alike_by_all_roads(self, recipe: str, every: bool, place: Path) -> None:
+    def test_of_a_component_is_judged_equally_by_all_commands(self, recipe: str, every: bool, place: Path) -> None:
         plain = to_plain(composed(recipe))
         for at, chosen in components(recipe):
             start = replaced(plain, at, to_plain(chosen))

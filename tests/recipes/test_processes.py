@@ -101,7 +101,7 @@ class TestFourProcesses:
             (["runtime.strategy=fsdp"], ["runtime.strategy=ddp"]),
         ],
     )
-    def test_learn_what_one_does_and_fewer_go_on_from_their_checkpoint(
+    def test_learn_what_one_does_and_fewer_resume_from_their_checkpoint(
         self, place: Path, plmtune: Run, four: list[str], two: list[str]
     ) -> None:
         start("run_dir=one", "runtime.strategy=auto")

@@ -46,7 +46,7 @@ class TestSft:
         assert abs(unrounded - measured) > 1e-3
 
     @pytest.mark.slow
-    def test_a_stopped_run_goes_on_byte_for_byte(
+    def test_a_stopped_run_resumes_bit_by_bit(
         self, base: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[..., Path]
     ) -> None:
         whole = undisturbed("sft", *QAT)

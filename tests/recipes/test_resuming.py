@@ -138,7 +138,7 @@ class TestConfig:
         plmtune("resume", "run")
         assert record(place / "run")["data"]["files"] == seen
 
-    def test_without_any_witness_a_run_goes_on_and_says_so(self, begun: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_without_any_record_a_run_resumes_and_warns(self, begun: Path, caplog: pytest.LogCaptureFixture) -> None:
         (begun / "run.json").unlink()
         plmtune("resume", "run")
         assert "nothing says what config and data the run began with" in caplog.text
@@ -292,7 +292,7 @@ class TestCheckpointsThatAreGone:
         assert "run/checkpoints" in said and "disk" in said
         assert (place / "run/metrics.jsonl").read_text() == before
 
-    def test_a_new_run_does_not_take_strangers_for_its_own(self, place: Path) -> None:
+    def test_a_new_run_does_not_count_other_checkpoints_as_its_own(self, place: Path) -> None:
         start("run_dir=run", "phases=[{name: main, steps: 3}]")
         (place / "run/config.yaml").unlink()
         assert "holds checkpoints" in refusal("run_dir=run", "phases=[{name: main, steps: 3}]")

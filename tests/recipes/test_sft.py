@@ -95,7 +95,7 @@ class TestResuming:
         [(), ("peft=lora", "peft.dropout=0.1"), ("phases=[]", "epochs=1.5"), ("phases=[]", "epochs=2", *TWO)],
         ids=["all", "lora", "epochs", "two sources"],
     )
-    def test_a_stopped_run_goes_on_as_if_never_disturbed(
+    def test_a_stopped_run_resumes_bit_by_bit(
         self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, extra: tuple[str, ...]
     ) -> None:
         whole = undisturbed("sft", *extra)

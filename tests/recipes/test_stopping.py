@@ -190,7 +190,7 @@ class TestRestart:
         return sorted(path.parent for path in place.glob("runs/pretrain/[0-9]*/config.yaml"))
 
     @pytest.mark.parametrize("named", [[], ["run_dir=runs/pretrain/1"]])
-    def test_goes_on_with_the_run_that_the_job_began(
+    def test_resumes_the_run_that_the_job_began(
         self, place: Path, whole: Path, torchrun: pytest.MonkeyPatch, named: list[str]
     ) -> None:
         self.die(torchrun, 5, *named)

@@ -50,7 +50,7 @@ class TestTasksInTraining:
         assert file["tasks"]["arc_easy"]["samples"] == 3
         assert not (questions / "run" / "evaluations" / "pending").exists()
 
-    def test_a_run_stopped_in_them_goes_on_with_them_and_computes_nothing_twice(
+    def test_a_run_stopped_in_them_resumes_with_them_and_computes_nothing_twice(
         self, questions: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         computed: list[int] = []

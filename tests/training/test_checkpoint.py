@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, and training goes on from them byte for byte."""
+"""Checkpoints are complete or absent, and training resumes from them bit by bit."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Run:
 
 class TestExactness:
     @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-    def test_training_goes_on_byte_for_byte(self, tmp_path, optimizer):
+    def test_training_resumes_bit_by_bit(self, tmp_path, optimizer):
         undisturbed = Run(tmp_path, optimizer)
         undisturbed.train(0, 3)
         undisturbed.save(3)
@@ -97,7 +97,7 @@ class TestExactness:
         assert resumed.train(3, 6) == losses
         assert resumed.bytes() == undisturbed.bytes()
 
-    def test_eight_bit_adamw_goes_on_byte_for_byte(self, tmp_path, monkeypatch):
+    def test_eight_bit_adamw_resumes_bit_by_bit(self, tmp_path, monkeypatch):
         optim = pytest.importorskip("torchao.optim")
         # What it compiles is elementwise; eager gives the same protocol without a compiler's seconds.
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)
@@ -117,7 +117,7 @@ class TestExactness:
         stored = load_file(path / "optimizer.safetensors")
         assert stored["layers.0.up.weight/exp_avg/codes"].dtype == torch.uint8
 
-    def test_random_generators_go_on(self, tmp_path):
+    def test_random_generators_are_restored(self, tmp_path):
         run = Run(tmp_path)
         run.save(1)
         expected = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
@@ -224,7 +224,7 @@ class TestInTheBackground:
         other.restore()
         assert other.bytes() == saved
 
-    def test_it_is_not_there_before_it_is_whole(self, run, tmp_path):
+    def test_it_has_no_name_before_it_is_complete(self, run, tmp_path):
         self.begin(run, 1)
         run.checkpoints.poll()
         assert steps(tmp_path) == []
@@ -244,7 +244,7 @@ class TestInTheBackground:
         assert run.checkpoints.most == 1
         assert steps(tmp_path) == [2, 3]
 
-    def test_a_failure_of_the_writer_surfaces_at_the_next_step_and_the_one_before_is_whole(self, run, tmp_path):
+    def test_a_failure_of_the_writer_surfaces_at_the_next_step_and_the_one_before_stays_valid(self, run, tmp_path):
         run.checkpoints.let_go.set()
         run.save(1, which="whole")
         run.checkpoints.let_go.clear()
@@ -392,7 +392,7 @@ class TestMisfits:
 
 
 class TestDiskFull:
-    def test_the_previous_checkpoint_stays_whole_and_nothing_partial_is_left(self, tmp_path):
+    def test_the_previous_checkpoint_stays_valid_and_nothing_partial_is_left(self, tmp_path):
         # In its own process: the limit on file sizes, which stands for a full disk, cannot be lifted again.
         code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -416,7 +416,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
         assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
         assert Run(tmp_path).restore() == {"step": 1, "which": "whole"}
 
-    def test_too_little_room_is_told_before_anything_is_written(self, tmp_path, monkeypatch):
+    def test_too_little_room_is_reported_before_anything_is_written(self, tmp_path, monkeypatch):
         run = Run(tmp_path)
         run.save(1)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))

@@ -136,7 +136,7 @@ def two(directory: Path) -> dict[str, object]:
     results["8bit again"] = go_on(start("fsdp"), directory / "fsdp8bit", "8bit")
     with start("fsdp") as runtime:  # the end of the process group
         results["texts"] = distributed.gather_texts("é" * (runtime.rank + 1))
-        results["told"] = distributed.broadcast_text(f"rank {runtime.rank}")
+        results["broadcast"] = distributed.broadcast_text(f"rank {runtime.rank}")
         results["stop"] = [distributed.any_rank(runtime.rank == 1), distributed.any_rank(False)]
         results["fetched"], results["refused"] = fetch(directory / "fetched", runtime.rank), ""
         try:
@@ -202,7 +202,7 @@ class TestTwoProcesses:
 
     def test_texts_of_different_lengths_arrive_in_order(self, results):
         assert results["texts"] == ["é", "éé"]
-        assert results["rank 1"]["told"] == "rank 0"
+        assert results["rank 1"]["broadcast"] == "rank 0"
 
     def test_one_rank_is_enough_to_stop_all(self, results):
         assert results["stop"] == results["rank 1"]["stop"] == [True, False]
@@ -245,13 +245,13 @@ class TestCheckpointsAcrossStrategies:
         assert resumed["restored"] == results[f"{writer} to one"]["restored"]
         assert resumed["losses"] == pytest.approx(results["one"]["losses"][2:], rel=1e-6)
 
-    def test_sharded_eight_bit_moments_are_kept_as_codes_and_go_on_byte_for_byte(self, results):
+    def test_sharded_eight_bit_moments_are_kept_as_codes_and_resume_bit_by_bit(self, results):
         assert results["8bit again"]["digest"] == results["fsdp 8bit"]["digest"]
         stored = load_file(results["directory"] / "fsdp8bit" / "step-00000002" / "optimizer.safetensors")
         assert stored["layers.0.up.weight/exp_avg/codes"].shape == (256, 64)
         assert stored["layers.0.up.weight/exp_avg/scale"].shape == (64,)
 
-    def test_one_process_goes_on_with_sharded_eight_bit_moments(self, results):
+    def test_one_process_resumes_with_sharded_eight_bit_moments(self, results):
         assert results["8bit to one"]["losses"] == pytest.approx(results["fsdp 8bit"]["losses"][2:], rel=1e-4)
 
     def test_ddp_and_fsdp_write_files_of_the_same_names(self, results):

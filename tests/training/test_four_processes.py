@@ -226,7 +226,7 @@ class TestLearning:
         found = [ranks[0][way]["placements"] for way in WAYS]
         assert found == ["whole", "(Shard(dim=0),)", "(Replicate(), Shard(dim=0))"]
 
-    def test_a_copy_lies_on_one_machine_unless_told_otherwise(self, ranks):
+    def test_a_copy_lies_on_one_machine_unless_asked_otherwise(self, ranks):
         assert ranks[0]["default"] == 2
 
 
@@ -290,7 +290,7 @@ class TestCheckpoints:
         assert [fewer["two"][saved]["digest"], fewer["one"][saved]["digest"]] == [written, written]
 
     @pytest.mark.parametrize("saved", ["fsdp", "hsdp"])
-    def test_fewer_processes_go_on_as_one_that_was_not_stopped(self, ranks, fewer, saved):
+    def test_fewer_processes_resume_as_one_that_was_not_stopped(self, ranks, fewer, saved):
         wanted = pytest.approx(fewer["undisturbed"]["losses"], rel=1e-6)
         assert ranks[2][f"{saved} saved"]["losses"] == wanted
         assert fewer["two"][saved]["losses"] == wanted

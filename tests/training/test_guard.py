@@ -206,4 +206,4 @@ class TestHandleSkip:
                     )
             assert run.record()["attempts"][-1]["ended_by"] == "guard"
         assert shown == [f"step {n}: update skipped, because the loss is nan" for n in (5, 6)]
-        assert saved == [0]  # with the whole patience for a resumed run
+        assert saved == [0]  # the resumed run counts from 0

@@ -113,7 +113,7 @@ def test_the_line_reads_as_a_person_expects():
 
 class TestSignals:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-    def test_one_asks_to_stop_and_the_step_goes_on(self, run, number):
+    def test_one_asks_to_stop_and_the_step_finishes(self, run, number):
         before = signal.getsignal(number)
         with RunMonitor(run, [], 2) as monitor:
             assert not monitor.should_stop()
@@ -182,7 +182,7 @@ class TestFailures:
             assert f"plmtune resume {run.path}" in monitor.failure
         assert [entry["step"] for entry in read(run.metrics)] == [1, 2]
 
-    def test_the_other_loggers_go_on_when_one_fails_at_any_time(self, run):
+    def test_the_other_loggers_continue_when_one_fails_at_any_time(self, run):
         class Broken(Recorder):
             def log(self, step, values) -> None:
                 raise ConnectionError("gone")

@@ -18,7 +18,7 @@ def start(**keys) -> Runtime:
 
 
 class TestChoices:
-    def test_what_was_asked_for_is_taken_and_told(self):
+    def test_what_was_asked_for_is_taken_and_printed(self):
         runtime = start(precision="bf16")
         assert runtime.compute_dtype == torch.bfloat16
         assert "precision: bf16 (asked for)" in runtime.reasons
