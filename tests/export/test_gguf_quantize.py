@@ -1,4 +1,4 @@
-"""llama.cpp's own quantizer: its types are those that the lint foretold, and what it cannot do is said in words."""
+"""llama.cpp's own quantizer: its types are those that lint predicts, and its failures are reported in its own words."""
 
 import sys
 from pathlib import Path
@@ -44,18 +44,18 @@ def source(tmp_path: Path) -> Path:
 
 class TestTypes:
     @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K_S", "Q4_K_S", "Q5_K_S", "Q6_K", "IQ4_XS", "IQ3_S"])
-    def test_are_those_foretold_and_never_smaller(self, kind: str, source: Path, tmp_path: Path) -> None:
+    def test_are_those_predicted_and_never_smaller(self, kind: str, source: Path, tmp_path: Path) -> None:
         pytest.importorskip("llama_cpp")
         (note,) = quantize_gguf(source, tmp_path / "a.gguf", kind, threads=1)
         config = wide().config
         with opened_gguf(tmp_path / "a.gguf") as file:
             found = {name: file.tensors[_in_file(name)].kind.name for name in matrices(config)}
-        foretold = {name: stored_type(kind, size[1], head=name == "tok_embeddings") for name, size in _sizes().items()}
+        predicted = {name: stored_type(kind, size[1], head=name == "tok_embeddings") for name, size in _sizes().items()}
         mix = {"kv_b_proj", "down_proj", "o_proj"}  # what some mixes give more bits
         assert {name: found[name] for name in found if name not in mix} == {
-            name: foretold[name] for name in foretold if name not in mix
+            name: predicted[name] for name in predicted if name not in mix
         }
-        assert foretold["o_proj"] != QUANTIZED[kind] and found["up_proj"] == QUANTIZED[kind]
+        assert predicted["o_proj"] != QUANTIZED[kind] and found["up_proj"] == QUANTIZED[kind]
         assert note.startswith("Of its numbers ") and QUANTIZED[kind] in note
 
     def test_compute_nearly_the_same(self, source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +105,7 @@ class TestRefusals:
         with pytest.raises(UserError, match=r"q8.gguf holds Q8_0: quantize from F32, F16 or BF16"):
             quantize_gguf(tmp_path / "q8.gguf", tmp_path / "a.gguf", "Q4_K_M")
 
-    def test_a_failure_is_told_in_llama_cpps_words_and_leaves_nothing(self, source: Path, tmp_path: Path) -> None:
+    def test_a_failure_quotes_llama_cpp_and_leaves_nothing(self, source: Path, tmp_path: Path) -> None:
         pytest.importorskip("llama_cpp")
         data = source.read_bytes().replace(b"general.architecture", b"general.architectura")
         (tmp_path / "bad.gguf").write_bytes(data)

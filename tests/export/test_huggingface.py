@@ -96,7 +96,7 @@ class TestDeepseek:
         with pytest.raises(UserError, match="float16 has too small a range"):
             export_hf(small_plm(), tokenizer(), tmp_path / "out", as_="deepseek", dtype=torch.float16)
 
-    def test_another_eps_is_told(self, tmp_path: Path) -> None:
+    def test_another_eps_is_noted(self, tmp_path: Path) -> None:
         model = small_plm(norm=component("norm", "rms_norm", eps=1e-5))
         notes = export_hf(model, tokenizer(), tmp_path / "out", as_="deepseek")
         assert any("eps 1e-05" in note for note in notes)

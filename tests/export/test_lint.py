@@ -65,7 +65,7 @@ class TestMatrices:
 
 
 class TestGguf:
-    def test_plm_is_taken_and_its_cache_is_told(self) -> None:
+    def test_plm_is_accepted_with_a_warning_about_its_cache(self) -> None:
         found = lint(plm_config(), "gguf", ("Q4_K_M", "q8_0"))
         assert texts(found, "refused") == ""
         assert "expanded (320.00 KiB a token, 1.25 GiB at 4,096 tokens), 8.9 times the latent's 36.00 KiB" in texts(

@@ -154,7 +154,7 @@ class TestLoad:
         assert loaded.state_dict().keys() == base(architecture, tmp_path / "again").state_dict().keys()
         assert tokenizer.fingerprint == byte().fingerprint
 
-    def test_fills_a_model_that_goes_on_being_trained(self, taught: Callable[..., Decoder], tmp_path: Path) -> None:
+    def test_fills_a_model_for_further_training(self, taught: Callable[..., Decoder], tmp_path: Path) -> None:
         model = taught()
         other = base("plm", tmp_path / "again")
         adapters.load_state(other, tmp_path / "adapter")
@@ -189,7 +189,7 @@ class TestLoad:
 
 class TestCheckpoints:
     @pytest.mark.parametrize("kind", ["lora", "qlora", "dora"])
-    def test_training_with_dropout_goes_on_byte_for_byte_and_any_checkpoint_can_be_loaded(
+    def test_training_with_dropout_resumes_bit_for_bit_and_any_checkpoint_can_be_loaded(
         self, kind: str, tmp_path: Path
     ) -> None:
         base("plm", tmp_path / "base")

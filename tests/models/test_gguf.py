@@ -438,7 +438,7 @@ class TestBadFiles:
         struct.pack_into("<Q", spoiled, whole.index(name) + len(name) + 4 + 16 + 4, 0)
         self.refused(tmp_path / "a.gguf", bytes(spoiled), r"begins within")
 
-    def test_a_disk_without_room_is_told_of_before_anything_is_written(
+    def test_a_full_disk_is_reported_before_anything_is_written(
         self, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))

@@ -129,7 +129,7 @@ class TestRoundTrip:
         assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
         assert_same(model, load_model(tmp_path))
 
-    def test_keeps_the_files_dtype_unless_told(self, tmp_path: Path) -> None:
+    def test_keeps_the_files_dtype_by_default(self, tmp_path: Path) -> None:
         save_model(small().to(torch.bfloat16), None, tmp_path)
         assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
         assert load_model(tmp_path).head_weight.dtype == torch.bfloat16

@@ -130,7 +130,7 @@ class TestLoading:
             save_model(model, None, tmp_path / "again")
         save_model(plmtune.load(saved, "cpu", prepare=False)[0], None, tmp_path / "again")
 
-    def test_training_does_not_go_on_from_integers(self, saved: Path) -> None:
+    def test_integers_cannot_be_trained(self, saved: Path) -> None:
         with pytest.raises(UserError, match=r"cannot be trained\. Start from the checkpoint that was quantized"):
             load_state(plain(), saved)
 

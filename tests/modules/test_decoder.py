@@ -57,7 +57,7 @@ class TestCache:
         close(torch.cat(parts, 1), model(ids))
 
     @torch.no_grad()
-    def test_truncated_and_cloned_go_on_as_if_nothing_had_been(self, attention: Component) -> None:
+    def test_truncated_and_cloned_caches_give_the_same_logits(self, attention: Component) -> None:
         model, ids = small(attention), tokens(2, 30)
         cache = model.new_cache(2, 30)
         model(ids[:, :20], cache=cache)

@@ -123,7 +123,7 @@ class TestTraining:
         assert trained == set(adapter_parameters(model))
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter_parameters(model).values())
 
-    def test_a_score_head_goes_on_being_trained(self) -> None:
+    def test_a_score_head_is_still_trained(self) -> None:
         model = base()
         model.add_score_head()
         adapt(model, "lora")

@@ -176,7 +176,7 @@ class TestMuon:
         assert [group["lr"] for group in optimizer.muon.param_groups] == pytest.approx([0.002])  # type: ignore[attr-defined]
         assert [group["lr"] for group in optimizer.adamw.param_groups] == pytest.approx([0.001] * 2)  # type: ignore[attr-defined]
 
-    def test_a_saved_state_goes_on_to_the_same_weights(self) -> None:
+    def test_a_saved_state_resumes_to_the_same_weights(self) -> None:
         model = tiny()
         optimizer = muon(model, lr=0.02)
         train(model, optimizer, 3)
