@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import xxhash
@@ -31,7 +30,7 @@ def key(*parts: Any) -> bytes:
     return xxhash.xxh3_128_digest(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode())
 
 
-class ResultCache:
+class ResultCache(AbstractContextManager["ResultCache"]):
     """Values by key in one file, which several processes of one machine may use at once.
 
     SQLite with a write-ahead log: values survive a kill after `put` returns, and no `put` waits for the disk, unlike
@@ -59,12 +58,7 @@ class ResultCache:
                     raise
                 self._recreate()
 
-    def __enter__(self) -> ResultCache:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, Any]:

@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from plmtune.io import manifest
@@ -26,7 +25,7 @@ _log = logging.getLogger(__name__)
 AFTER_ROUND = "after_round"
 
 
-class MetricsFile:
+class MetricsFile(contextlib.AbstractContextManager["MetricsFile"]):
     """Appends lines to `path`; each is on its way to the disk before `append` returns, whole or not at all.
 
     Args:
@@ -76,12 +75,7 @@ class MetricsFile:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> MetricsFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -6,7 +6,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 from typing import TypeVar
 
 from rich.cells import cell_len, set_cell_size
@@ -17,7 +16,7 @@ T = TypeVar("T")
 _SEPARATOR = " · "
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager["Progress"]):
     """One line of stderr that is drawn over. Where a stream cannot do that, a line is printed now and then.
 
     Used in a ``with`` block, the line is cleared at the end, and left as it is after an error. On a pipe the last
@@ -36,12 +35,7 @@ class Progress:
         self._printed: tuple[str, ...] | None = None
         self._at = float("-inf") if self._in_place else time.monotonic()
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(keep=kind is not None and kind is not GeneratorExit)
 
     def update(self, *parts: str, now: bool = False) -> None:

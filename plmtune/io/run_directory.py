@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -9,7 +10,6 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Literal
 
 import xxhash
@@ -142,7 +142,7 @@ def refuse_unusable(path: Path) -> None:
         raise _unusable(path, OSError(0, f"{there} cannot be written" if there.is_dir() else f"{there} is a file"))
 
 
-class RunDirectory:
+class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
     """One run's directory, locked against a second process while it is open.
 
     Made by `create` or `open`; `close` (or the end of a ``with`` block) gives the lock back. A process that
@@ -292,12 +292,7 @@ class RunDirectory:
             self._lock.close()
             self._lock = None
 
-    def __enter__(self) -> RunDirectory:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         try:
             if self._lock is not None and self.record().get("status") == "running":
                 stopped = isinstance(error, SystemExit) and error.code == EXIT_STOPPED

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 # The exit code of a run that a signal stopped after saving: it can be resumed (EX_TEMPFAIL of sysexits.h).
@@ -38,9 +38,7 @@ class StopSignals:
                     self._handlers[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -108,11 +107,9 @@ class RunMonitor:
         self._reached = f"step {self._start_step}/{self.num_steps}" if self.num_steps else ""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._line.close(keep=True)
-        self._signals.__exit__(kind, error, trace)
+        self._signals.__exit__(*error)
         if self._file is not None:
             with self._noting_failures(str(self._file.path)):
                 self._file.flush()

@@ -9,8 +9,7 @@ import resource
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,7 +29,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 
 @dataclass
-class Runtime:
+class Runtime(contextlib.AbstractContextManager["Runtime"]):
     """The device and processes of one run. `choose` makes it, `start` begins, and `close` or a `with` block ends it.
 
     Attributes:
@@ -207,13 +206,8 @@ class Runtime:
         if distributed.is_distributed():
             dist.destroy_process_group()
 
-    def __enter__(self) -> Runtime:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._held.__exit__(kind, error, trace)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: Any) -> None:
+        self._held.__exit__(kind, error, *trace)
         # After an error the others may wait in an exchange that this rank never joins, and leaving the group would
         # wait for them. The error ends this process, and torchrun then ends theirs.
         if kind is None or kind is SystemExit:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from torch import Tensor
 
@@ -39,7 +38,7 @@ class Timing:
     token: float
 
 
-class InferenceRuntime(ABC):
+class InferenceRuntime(AbstractContextManager["InferenceRuntime"]):
     """A model, opened by the program that serves it. A context manager that frees the memory at its end.
 
     Attributes:
@@ -123,10 +122,5 @@ class InferenceRuntime(ABC):
         if len(ids) > self.context:
             raise ValueError(f"{len(ids)} tokens exceed the context of {self.context} that {self.path} was opened with")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
