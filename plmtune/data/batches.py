@@ -317,7 +317,7 @@ class Batches:
 
     def epochs(self) -> dict[str, float]:
         """Return how often the run sees each row of a source."""
-        drawn, rows = self.order.num_samples - self.order.skipped, self.order.windows
+        drawn, rows = self.order.drawn - self.order.skipped, self.order.windows
         return {name: int(drawn[i]) / int(rows[i]) for i, name in enumerate(self.order.names)}
 
     def describe(self) -> str:

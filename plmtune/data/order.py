@@ -266,7 +266,7 @@ class Order:
             self._quotas.append(self._divide(index))
             self._samples_before.append(self._samples_before[-1] + self._counts(index, self.num_sequences(index)))
             self._first_step.append(self._first_step[-1] + phase.steps)
-        for name, count, drawn in zip(self.names, self.windows, self.num_samples, strict=True):
+        for name, count, drawn in zip(self.names, self.windows, self.drawn, strict=True):
             if drawn and count < 1:
                 raise ValueError(f"source {name} has no whole window, yet a phase's mix draws from it")
 
@@ -276,7 +276,7 @@ class Order:
         return self._first_step[-1]
 
     @property
-    def num_samples(self) -> Ints:
+    def drawn(self) -> Ints:
         """Samples of each source in the whole run."""
         return self._samples_before[-1]
 

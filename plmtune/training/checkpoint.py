@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -211,6 +212,8 @@ class Checkpoints:
         """
 
         def message(names: str) -> str:
+            with suppress(UserError):  # a save in progress may become the newest checkpoint
+                self.wait()
             kept = distributed.broadcast_from_rank0(self.newest_message)
             return (
                 f"step {step}: weights are not finite since the update of step {since} ({names}), so they are not "

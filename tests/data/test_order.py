@@ -205,7 +205,7 @@ class TestOrder:
     def test_drawn_counts_what_is_drawn(self):
         run = order({"a": 97, "b": 203}, [Phase("one", 37, {"a": 1, "b": 3}), Phase("two", 151)])
         names = [name for name, _ in everything(run)]
-        assert run.num_samples.tolist() == [names.count("a"), names.count("b")]
+        assert run.drawn.tolist() == [names.count("a"), names.count("b")]
 
     def test_an_empty_mix_weighs_sources_by_size(self):
         names = [n for n, _ in everything(order({"a": 100, "b": 300}, [Phase("main", BLOCK // 8)]))]
@@ -256,7 +256,7 @@ class TestEpochs:
         for step in range(0, run.num_steps + 1, max(1, run.num_steps // 3)):
             names = [name for name, _ in seen[: step * batch]]
             assert run.samples_seen(step) == {name: names.count(name) for name in windows}
-        assert run.num_samples.tolist() == [sum(name == one for name, _ in seen) for one in run.names]
+        assert run.drawn.tolist() == [sum(name == one for name, _ in seen) for one in run.names]
 
     def test_one_source_is_drawn_in_the_order_of_a_mix(self):
         assert everything(by_epochs({"a": 40}, 3)) == everything(order({"a": 40}, [Phase("main", 15)]))
