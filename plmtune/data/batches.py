@@ -19,6 +19,7 @@ from torch import Tensor
 
 from plmtune.data.order import Order, Phase, show_shares
 from plmtune.modules.segments import Segments
+from plmtune.ranges import AT_LEAST_1, NOT_NEGATIVE, check
 
 IGNORE = -100  # the target that no loss counts
 _PATIENCE = 2.0  # seconds that a stop waits for a thread, which may hang in a read
@@ -156,11 +157,8 @@ class Batches:
         num_workers: int = 0,
         skip: Mapping[str, int] | None = None,
     ) -> None:
-        for name, value in {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}.items():
-            if value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1")
-        if num_workers < 0:
-            raise ValueError(f"num_workers ({num_workers}) must be at least 0")
+        check(AT_LEAST_1, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size)
+        check(NOT_NEGATIVE, num_workers=num_workers)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank ({rank}) must be below world_size ({world_size})")
         if global_batch_size % world_size:
@@ -197,7 +195,6 @@ class Batches:
         return self.order.samples_seen(step)
 
     def phase(self, step: int) -> Phase:
-        """Return the phase of a step."""
         return self.order.phases[self.order.phase_index(step)]
 
     def _mine(self, step: int) -> list[tuple[str, int]]:

@@ -65,8 +65,6 @@ class Keys:
 
 
 class ConversationRows(FromRows, Conversations):
-    """See `conversations`."""
-
     name = "conversations"
 
     def __init__(self, rows: Rows, shape: Literal["auto"] | Shape, keys: Keys) -> None:
@@ -222,8 +220,6 @@ def _list_key(parts: Parts, keys: Keys) -> str | None:
 
 
 class Docstrings(Conversations):
-    """See `docstrings`."""
-
     name = "docstrings"
 
     def __init__(self) -> None:

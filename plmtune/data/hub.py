@@ -21,8 +21,6 @@ _MOST_SHOWN = 40  # names of subsets: some datasets have hundreds
 
 
 class Hub(Source):
-    """See `hub`."""
-
     name = "hub"
 
     def __init__(

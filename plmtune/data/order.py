@@ -272,7 +272,6 @@ class Order:
 
     @property
     def num_steps(self) -> int:
-        """Steps of all phases."""
         return self._first_step[-1]
 
     @property
@@ -292,7 +291,6 @@ class Order:
         return min(step * self.global_batch_size, sum(self.num_sequences(index) for index in range(len(self.phases))))
 
     def phase_index(self, step: int) -> int:
-        """Return which phase a step belongs to."""
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of {self.num_steps}")
         return bisect_right(self._first_step, step) - 1
@@ -350,7 +348,6 @@ class Order:
         return source, place - firsts[source]
 
     def num_sequences(self, index: int) -> int:
-        """Return the sequences of a phase."""
         phase = self.phases[index]
         if phase.epochs is None:
             return phase.steps * self.global_batch_size

@@ -105,7 +105,6 @@ class Parts:
         return [Message("user", "\n".join(texts))]
 
     def messages(self, key: str) -> list[Message]:
-        """Read a list of messages."""
         value = self.take(key)
         if not isinstance(value, list) or not value:
             raise BadRow(f"holds no messages under {key}, but {'an empty list' if value == [] else type_name(value)}")

@@ -40,8 +40,6 @@ class Preferences(Dataset):
 
 
 class PreferenceRows(FromRows, Preferences):
-    """See `preferences`."""
-
     name = "preferences"
 
     def __init__(self, rows: Rows, shape: str) -> None:

@@ -25,8 +25,6 @@ def dtype_for(vocab_size: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One shard in the manifest."""
-
     file: str
     tokens: int
     size: int  # bytes

@@ -32,7 +32,6 @@ from plmtune.units import unescape
 
 
 def _cut_at(separator: str, pieces: Iterator[str]) -> Iterator[Piece]:
-    """Cut a text at each separator."""
     rest, tail = "", len(separator) - 1
     for piece in pieces:
         *whole, rest = (rest + piece).split(separator)
@@ -93,8 +92,6 @@ def _rows_with(column: str, metadata: Any) -> int:
 
 
 class Files(Source):
-    """See `files`."""
-
     name = "files"
 
     def __init__(

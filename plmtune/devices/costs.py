@@ -211,7 +211,6 @@ def our_schemes() -> list[str]:
 
 
 def schemes_of(runtime: str) -> list[str]:
-    """Names of the schemes that a runtime has."""
     return our_schemes() if runtime == "plmtune" else [kind.lower() for kind in (*WRITTEN, *QUANTIZED)]
 
 

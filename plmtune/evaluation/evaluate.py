@@ -67,7 +67,6 @@ class Settings:
 
 
 def describe_settings(settings: Settings, names: Iterable[str]) -> dict[str, Any]:
-    """Return the settings for a result."""
     values = asdict(settings)
     if settings.max_new_tokens is None:  # as in results of earlier versions, which can be resumed
         del values["max_new_tokens"]

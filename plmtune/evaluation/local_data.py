@@ -42,8 +42,6 @@ class _Joined:
 
 @dataclass(frozen=True)
 class _Split:
-    """A split in the map."""
-
     files: tuple[str, ...]
     columns: dict[str, str] | None
     names: tuple[str, ...] | None

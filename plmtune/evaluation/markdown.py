@@ -49,6 +49,5 @@ def hub_link(name: Any, revision: Any = None, *, dataset: bool = False) -> Markd
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return lines + ["| " + " | ".join(map(escape, row)) + " |" for row in rows]

@@ -103,7 +103,8 @@ class ResultCache(AbstractContextManager["ResultCache"]):
         while chunk := list(islice(rest, _MOST_KEYS)):
             marks = ",".join("?" * len(chunk))
             rows = self._connection.execute(f"SELECT key, value, seal FROM results WHERE key IN ({marks})", chunk)
-            found.update({held: load_json(text) for held, text, seal in rows if _is_whole(held, text, seal)})
+            valid = ((held, text) for held, text, seal in rows if isinstance(text, bytes) and seal == _seal(held, text))
+            found.update({held: load_json(text) for held, text in valid})
         return found
 
     def _or_recreate(self, act: Callable[[], T]) -> T:
@@ -145,10 +146,6 @@ class ResultCache(AbstractContextManager["ResultCache"]):
 
 def _seal(held: bytes, text: bytes) -> bytes:
     return xxhash.xxh3_64_digest(held + text)
-
-
-def _is_whole(held: bytes, text: object, seal: object) -> bool:
-    return isinstance(text, bytes) and seal == _seal(held, text)
 
 
 def _damage(reason: str) -> sqlite3.DatabaseError:

@@ -61,7 +61,6 @@ def _name(result: Mapping[str, Any]) -> str:
 
 
 def score(result: Mapping[str, Any], line: Line) -> Score | None:
-    """Return a result's score for a line, if any."""
     entry = entry_of(result, line.task)
     found = entry.get("metrics", {}).get(line.metric)
     if not found:

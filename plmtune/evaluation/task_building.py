@@ -54,7 +54,6 @@ class Builder(TaskFactory):
         }
 
     def build_named(self, name: str) -> Task | Group | list[Task]:
-        """Build a task, a group or the tasks of a tag."""
         return self.build(self._entries[name], registry=self._entries)
 
     def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -127,8 +126,6 @@ class Builder(TaskFactory):
 
 
 class _Documents:
-    """The documents of one task."""
-
     def __init__(self, name: str, where: str, config: dict[str, Any], data: LocalData | None) -> None:
         self.lacking: set[str] = set()  # splits that the map does not have, which are empty
         self._name = name

@@ -291,7 +291,6 @@ def _of_directory(directory: Path, model: Decoder) -> Contents:
 
 
 def _rows(path: Path | None) -> int | None:
-    """Rows of the embedding."""
     if path is None:
         return None
     with opened_weights(path) as opened:

@@ -56,7 +56,6 @@ class Exported:
         return self.report is None or self.report.passed
 
     def lines(self) -> list[str]:
-        """Lines that describe it."""
         verified = "" if self.report is None else ", verified: it is the checkpoint's model"
         if not self.passed:
             verified = ", kept under this name because its verification failed"

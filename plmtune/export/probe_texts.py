@@ -50,7 +50,7 @@ _LINES = (
     "\U00020000\U0001f9ff\U0010fffd rare planes",
 )
 # Text that NFC changes: a tokenizer that normalizes, such as Qwen2's, has other ids for it than one that does not.
-_DECOMPOSED = (
+DECOMPOSED = (
     "cafe\u0301 Zu\u0308rich A\u030angstro\u0308m",
     "\u1112\u1161\u11ab\u1100\u1173\u11af",
     "\u212b \u2126 \uf900",
@@ -61,11 +61,6 @@ def lines(specials: tuple[str, ...]) -> list[str]:
     """What a tokenizer is tried on, the text of its special tokens included; all of it is in NFC."""
     inside = [f"before{text}after {text}{text}\n{text}" for text in specials[:16]]
     return [*_LINES, *inside, PAGE]
-
-
-def decomposed_lines() -> list[str]:
-    """Lines that are not in NFC."""
-    return list(_DECOMPOSED)
 
 
 CONVERSATIONS = (

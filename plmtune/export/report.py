@@ -69,7 +69,6 @@ class Report:
         return f"{', '.join(check.name for check in self.failed)}. {self.cause}"
 
     def table(self) -> Table:
-        """The checks as a table."""
         title = f"{self.export} in {self.runtime}, {self.kind}, {self.positions} positions"
         numbers = (Column("value", right=True), Column("at most", right=True))
         table = Table([Column("check", folds=True), *numbers, "result", Column("remark", folds=True)], title=title)
@@ -80,7 +79,6 @@ class Report:
         return table
 
     def as_json(self) -> str:
-        """The report as JSON."""
         data = asdict(self) | {"passed": self.passed}
         for check in data["checks"]:
             check["value"] = check["value"] if math.isfinite(check["value"]) else None

@@ -68,7 +68,7 @@ def suspect_tensors(model: Decoder, contents: Contents) -> dict[str, str]:
         if ours.shape != theirs.shape:
             found[name] = f"it is {list(theirs.shape)}, not {list(ours.shape)}"
         elif (beyond := _beyond(theirs, ours, kind)) is not None:
-            slope = _slope(theirs, ours)
+            slope = float((theirs * ours).sum() / ours.square().sum().clamp(min=1e-30))  # by least squares
             if abs(slope - 1) > _SLOPE and kind not in _EXACT and _beyond(theirs / slope, ours, kind) is None:
                 beyond = f"it is about {slope:.3g} times the checkpoint's"
             found[name] = _relation(model, name, theirs, ours) or beyond
@@ -104,11 +104,6 @@ def _block(kind: str, width: int) -> int:
     if kind.startswith("int"):
         return Format.parse(kind).group_size or width
     return GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]
-
-
-def _slope(theirs: Tensor, ours: Tensor) -> float:
-    """By what theirs (Tensor) are larger than ours, by least squares."""
-    return float((theirs * ours).sum() / ours.square().sum().clamp(min=1e-30))
 
 
 def _relation(model: Decoder, name: str, theirs: Tensor, ours: Tensor) -> str:

@@ -59,7 +59,7 @@ def compare_ids(
         report.add("vocabulary: that differs", int(cause is not None), 0, cause=cause)
     if tokenizer.vocabulary.normalization is None:
         return
-    decomposed = probe_texts.decomposed_lines()
+    decomposed = list(probe_texts.DECOMPOSED)
     others = [line for line in decomposed if runtime.encode(line) != before + tokenizer.encode(line, specials=True)]
     # llama.cpp has no normalization at all, so no file can ask for it.
     known = len(decomposed) if runtime.name.startswith("llama.cpp") else 0

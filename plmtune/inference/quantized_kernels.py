@@ -107,10 +107,6 @@ def _rounded(x: Tensor) -> Tensor:
     return torch.cat([round_inputs(part) for part in x.split(max(1, _CHUNK // x.shape[1]))])
 
 
-def _native(module: Quantized, x: Tensor) -> Tensor:
-    return native.multiply(module, x)
-
-
 def _parts(module: Quantized, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The reference in x's dtype, some rows of W at a time, so that caches hold what is dequantized."""
     if module.format.dynamic:
@@ -167,7 +163,7 @@ KERNELS: dict[str, Kernel] = {
         _integer,
         _on_cpu(8, _ANY, lambda format, out, width: format.dynamic and format.group_size is None and width <= 2**15),
     ),
-    "native": Kernel(_native, _by_native),
+    "native": Kernel(native.multiply, _by_native),
     "parts": Kernel(_parts, lambda format, dtype, device, shape: device == "cpu", tiled=None),
     "wide": Kernel(_wide, lambda format, dtype, device, shape: device == "cpu" and dtype != torch.float32, tiled=None),
     "reference": Kernel(reference, lambda format, dtype, device, shape: True, tiled=None),

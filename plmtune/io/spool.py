@@ -32,7 +32,6 @@ class Document:
         self._digest = xxhash.xxh3_64(seed=1)
 
     def add(self, piece: str) -> None:
-        """Append a piece."""
         self.length += len(piece)
         self._digest.update(piece.encode("utf-8"))
         self._held.append(piece)

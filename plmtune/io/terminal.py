@@ -84,7 +84,6 @@ def in_place(stream: TextIO) -> bool:
 
 
 def coloured(stream: TextIO) -> bool:
-    """Whether `stream` shows colours."""
     return in_place(stream) and not os.environ.get("NO_COLOR")
 
 
@@ -94,7 +93,6 @@ def style(text: str, name: str) -> str:
 
 
 def encoding(stream: TextIO) -> str:
-    """Return the name of the encoding of `stream`."""
     return getattr(stream, "encoding", None) or "utf-8"
 
 

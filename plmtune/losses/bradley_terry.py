@@ -34,5 +34,4 @@ class BradleyTerry(PreferenceLoss):
         return -F.logsigmoid(c.chosen - c.rejected - self.margin)
 
     def rewards(self, c: Comparisons) -> tuple[Tensor, Tensor]:
-        """The scores."""
         return c.chosen.detach(), c.rejected.detach()

@@ -235,7 +235,8 @@ def load_adapter(model: Decoder, directory: Path) -> None:
     if type(rank) is not int or not isinstance(alpha, int | float) or not isinstance(dropout, int | float):
         raise UserError(f"{where}: r, lora_alpha or lora_dropout is missing or no number.")
     locations = locate(directory, ADAPTERS)
-    if rank > max((layer for layer in (model.embed_dim, *_widths(model))), default=0):
+    widths = (max(module.weight.shape) for module in model.modules() if isinstance(module, torch.nn.Linear))
+    if rank > max(model.embed_dim, *widths):
         raise UserError(f"{where}: r is {rank}, more than any layer is wide.")
     targets = _targets(model, config.get("target_modules"), where)
     try:
@@ -243,10 +244,6 @@ def load_adapter(model: Decoder, directory: Path) -> None:
     except ValueError as error:
         raise UserError(f"{where} does not fit the model: {error}.") from error
     _restore(adapter_state(model), locations, directory)
-
-
-def _widths(model: Decoder) -> list[int]:
-    return [max(module.weight.shape) for module in model.modules() if isinstance(module, torch.nn.Linear)]
 
 
 def _targets(model: Decoder, named: Any, where: Path) -> tuple[str, ...]:

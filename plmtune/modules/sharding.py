@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 
 def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
-    """Whether `tensor` is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")  # without it nobody has made one
     return module is not None and isinstance(tensor, module.DTensor)
 

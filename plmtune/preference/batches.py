@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
@@ -20,6 +19,7 @@ from plmtune.losses.preference import MISMATCHED, PreferenceLoss
 from plmtune.preference.comparison_batch import ComparisonBatch, make_batch
 from plmtune.preference.comparisons import Comparison, make_comparisons
 from plmtune.preference.refinement import Refinement
+from plmtune.ranges import AT_LEAST_1, SHARE, Range, check
 from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_number_of
@@ -123,14 +123,9 @@ class PreferenceBatches:
         holdout: float = 0.0,
         as_trained: bool = False,
     ) -> None:
-        sizes = {"seq_len": seq_len, "global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1")
-        if not 0 < epochs < math.inf:
-            raise ValueError(f"epochs ({epochs}) must be above 0")
-        if not 0 <= holdout < 1:
-            raise ValueError(f"holdout ({holdout}) must be at least 0 and below 1")
+        check(AT_LEAST_1, seq_len=seq_len, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size)
+        check(Range(above=0), epochs=epochs)
+        check(SHARE, holdout=holdout)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank ({rank}) must be below world_size ({world_size})")
         self.comparisons = comparisons

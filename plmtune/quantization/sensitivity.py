@@ -212,7 +212,6 @@ def _log_probs(model: Decoder, hidden: Tensor) -> Iterator[Tensor]:
 
 
 def _sum_of(log_probs: Tensor, targets: Tensor) -> float:
-    """The sum of the targets' log-probabilities."""
     return float(log_probs.gather(1, targets[:, None]).double().sum())
 
 

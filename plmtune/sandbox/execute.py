@@ -38,6 +38,7 @@ from typing import IO, Any, Literal
 
 from plmtune.errors import UserError
 from plmtune.io.provenance import num_cores
+from plmtune.ranges import Range, check
 from plmtune.sandbox.uncalled import with_calls
 
 Isolation = Literal["namespaces", "limits"]
@@ -119,15 +120,8 @@ def run_python(
         ValueError: for limits that are not positive.
         NoSandbox: if this machine cannot isolate; names what is missing.
     """
-    for name, value in {
-        "seconds": seconds,
-        "memory_bytes": memory_bytes,
-        "disk_bytes": disk_bytes,
-        "output_bytes": output_bytes,
-        "processes": processes,
-    }.items():
-        if value <= 0:
-            raise ValueError(f"{name} must be positive, but is {value:g}")
+    check(Range(above=0), seconds=seconds, memory_bytes=memory_bytes, disk_bytes=disk_bytes)
+    check(Range(above=0), output_bytes=output_bytes, processes=processes)
     if isolation == "namespaces" and platform.system() != "Linux":
         raise NoSandbox(f"it needs the namespaces of Linux, and this is {platform.system()}")
     called = with_calls(tests)

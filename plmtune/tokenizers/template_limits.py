@@ -82,7 +82,6 @@ class Limits:
         self._most_chars = self.chars = (1 << 20) + size * (64 + 4 * turns)
 
     def tick(self, steps: int) -> None:
-        """Count steps."""
         self.steps -= steps
         if self.steps < 0:
             raise TemplateLimit(f"does not come to an end within {self._most_steps:,} steps {self._given()}")

@@ -58,7 +58,6 @@ class FinetuneModel:
 
     @property
     def adapter_names(self) -> set[str]:
-        """The names of the adapters' parameters."""
         return set(adapter_parameters(self.model)) if self.adapter_config else set()
 
     def adapters_disabled(self) -> AbstractContextManager[None]:

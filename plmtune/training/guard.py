@@ -13,6 +13,7 @@ from torch import Tensor
 from plmtune.errors import NotFinite, UserError
 from plmtune.io import safetensors_writer
 from plmtune.io.run_directory import RunDirectory
+from plmtune.ranges import AT_LEAST_1, check
 from plmtune.training.distributed import gather_texts
 
 
@@ -46,10 +47,7 @@ class Guard:
     def __init__(self, *, spike_factor: float = 10.0, window: int = 128, patience: int = 3) -> None:
         if not (spike_factor == 0 or 1 < spike_factor < math.inf):
             raise ValueError(f"spike_factor ({spike_factor}) must be above 1, or 0 for none")
-        if window < 1:
-            raise ValueError(f"window ({window}) must be at least 1 step")
-        if patience < 1:
-            raise ValueError(f"patience ({patience}) must be at least 1 step")
+        check(AT_LEAST_1, window=window, patience=patience)
         self.spike_factor = spike_factor
         self.window = window
         self.patience = patience
@@ -100,10 +98,6 @@ class Guard:
         """Start a new history of norms, as for a phase with other text."""
         self._norms.clear()
         self._sorted.clear()
-
-    def reset_consecutive(self) -> None:
-        """Count refused updates in a row from 0, as when a run resumes after this guard stopped it."""
-        self.consecutive_skips = 0
 
     def _remember(self, norm: float) -> None:
         self._norms.append(norm)
@@ -168,7 +162,7 @@ def handle_skip(
     if not guard.exhausted:
         return
     error = guard.stop(step, locations())
-    guard.reset_consecutive()  # the resumed run counts from 0
+    guard.consecutive_skips = 0  # the resumed run counts from 0
     save()  # a resumed run starts after this step
     run.note(ended_by="guard")  # a restart by torchrun must not undo it
     raise error

@@ -24,16 +24,10 @@ class Logger(Protocol):
 
 
 @register("logger", "jsonl")
-class JsonLines:
+class JsonLines(Logger):
     """Write metrics.jsonl alone, as every run does."""
 
     def __init__(self, directory: Path, config: dict[str, Any]) -> None:
-        pass
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        pass
-
-    def close(self) -> None:
         pass
 
 

@@ -119,7 +119,6 @@ class RunMonitor:
                 logger.close()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Record the values of `step`."""
         if not self._is_main:
             return
         assert self._file is not None

@@ -70,7 +70,6 @@ class TrainingPlan:
         return sum(phase.steps for phase in self.phases)
 
     def num_sequences(self, phase: Phase) -> int:
-        """Sequences of a phase."""
         return phase.steps * self.tokens_per_step // self.seq_len
 
     def lines(self) -> list[str]:

@@ -50,7 +50,7 @@ def optimizer_state_dict(model: nn.Module, optimizer: Optimizer) -> tuple[dict[s
                 name = f"{names[parameter]}/{key}"
                 if not isinstance(value, Tensor):
                     rest["values"][name] = _plain(value)
-                elif not _is_quantized(value):
+                elif not is_traceable_wrapper_subclass(_local(value)):
                     tensors[name] = value.detach()
                 elif is_sharded(value) and not _shards_evenly(value):
                     tensors[name] = _with_local(_local(value).dequantize(), value)
@@ -201,10 +201,6 @@ def _placed(key: str, value: Tensor, parameter: Tensor, group: Mapping[str, Any]
 
 def _local(value: Tensor) -> Any:
     return value.to_local() if is_sharded(value) else value
-
-
-def _is_quantized(value: Tensor) -> bool:
-    return is_traceable_wrapper_subclass(_local(value))
 
 
 def _with_local(local: Tensor, example: DTensor) -> DTensor:

@@ -7,10 +7,10 @@ killed resumes with the answers that it has, and ends with the same chains as an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
@@ -18,7 +18,7 @@ from plmtune.config.schema import GenerationConfig
 from plmtune.data.order import key_of
 from plmtune.data.preferences import Prompt
 from plmtune.errors import UserError
-from plmtune.inference.batching import Answer, BatchedGenerator
+from plmtune.inference.batching import BatchedGenerator
 from plmtune.inference.request_queue import Request
 from plmtune.inference.sampling import before_stop, encode_stops
 from plmtune.models.digest import model_digest
@@ -36,14 +36,6 @@ Rollout = Callable[[Path, Sequence[Prompt], int], list[Chain] | None]
 Progress = Callable[[int, int, float], None]  # (answers so far, answers of this process, tokens a second)
 
 POLL_SECONDS = 1.0  # between two exchanges with other processes, and two checks for a stop
-
-
-class RolloutEngine(Protocol):
-    """The part of `plmtune.inference.batching.BatchedGenerator` that a round uses."""
-
-    def submit(self, request: Request) -> None: ...
-
-    def run(self) -> Iterator[Answer]: ...
 
 
 def policy_rollout(
@@ -109,7 +101,7 @@ def policy_rollout(
 def generate_chains(
     directory: Path,
     prompts: Sequence[Prompt],
-    engine: RolloutEngine,
+    engine: BatchedGenerator,
     template: ChatTemplate,
     refinement: Refinement,
     *,
@@ -238,7 +230,7 @@ class _Requests:
 
 
 def _generate(
-    asked: _Requests, journal: Journal, engine: RolloutEngine, progress: Progress, stop: Callable[[], bool]
+    asked: _Requests, journal: Journal, engine: BatchedGenerator, progress: Progress, stop: Callable[[], bool]
 ) -> bool:
     """Generate the answers that this process's journal lacks; True once all processes have finished."""
     answers = journal.read()

@@ -37,7 +37,6 @@ MAX_EVALUATED = 64
 
 
 def round_directory(run: Path, number: int) -> Path:
-    """The directory of a round."""
     return run / "rounds" / f"{number:02}"
 
 
