@@ -26,18 +26,12 @@ RENAMED = (
     Renamed("prompts", "prompts_per_round"),
     Renamed("generation.strategy", "generation.mode"),
 )
-_KINDS = ("", "given_rejected/", "given_chosen/")
+# Metrics of a validation: old name -> new name.
+RENAMED_METRICS = {
+    f"validation/{kind}h": f"validation/{kind}logratio_margin" for kind in ("", "given_rejected/", "given_chosen/")
+}
 # Keys that keep their name and have other values.
-NEW_VALUES = (
-    Renamed(
-        "checkpoint.best",
-        "checkpoint.best",
-        {
-            f"validation/{kind}h": f"validation/{kind}logratio_margin"
-            for kind in ("", "given_rejected/", "given_chosen/")
-        },
-    ),
-)
+NEW_VALUES = (Renamed("checkpoint.best", "checkpoint.best", RENAMED_METRICS),)
 
 
 def new_key(old: str) -> str | None:
@@ -47,6 +41,12 @@ def new_key(old: str) -> str | None:
             values = ", ".join(f"{new} for {before}" for before, new in renamed.values.items())
             return renamed.new + (f" ({values})" if values else "")
     return None
+
+
+def metric_value(metrics: Mapping[str, Any], name: str) -> Any:
+    """The value of a metric by its new name, also among those that an earlier version saved; None if it is absent."""
+    before = {new: old for old, new in RENAMED_METRICS.items()}
+    return metrics.get(name, metrics.get(before.get(name, name)))
 
 
 def with_new_keys(config: dict[str, Any], keys: Container[str]) -> tuple[dict[str, Any], list[str]]:

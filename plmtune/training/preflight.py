@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from plmtune.config.compose import build
+from plmtune.config.renamed import RENAMED_METRICS
 from plmtune.config.schema import PhaseConfig
 from plmtune.data.examples import refuse_other_kinds
 from plmtune.data.order import Phase, check_mix, show_mix
@@ -182,7 +183,12 @@ def check_best_metric(best: str | None, metrics: Sequence[str]) -> None:
         metrics: patterns of the metrics that it measures.
     """
     if best is not None and not any(re.fullmatch(pattern, best) for pattern in metrics):
-        near = did_you_mean(best, [pattern for pattern in metrics if re.fullmatch(r"[\w/]+", pattern)])
+        renamed = RENAMED_METRICS.get(best)
+        near = (
+            f" Did you mean {renamed}?"
+            if renamed
+            else did_you_mean(best, [pattern for pattern in metrics if re.fullmatch(r"[\w/]+", pattern)])
+        )
         raise UserError(f"key checkpoint.best: a validation does not measure {best}.{near}")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from plmtune.config.renamed import metric_value
 from plmtune.config.schema import CheckpointConfig, ValidationConfig
 from plmtune.errors import Unreadable, UserError
 from plmtune.io import manifest
@@ -54,7 +55,7 @@ def _metric(path: Path, name: str | None) -> Any:
     """The value of a metric in the checkpoint at `path`; None if its state is damaged."""
     try:
         valid = manifest.read(path)["files"][STATE]["xxh3_128"] == manifest.digest(path / STATE)
-        return read_trainer_state(path)["metrics"].get(name) if valid else None
+        return metric_value(read_trainer_state(path)["metrics"], name) if valid and name else None
     except (UserError, LookupError, TypeError, AttributeError, OSError):
         return None
 

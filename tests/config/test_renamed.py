@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import xxhash
 import yaml
+from plmtune.recipes import preference
 
 from plmtune.config import compose, saved_config, typed_config
 from plmtune.config.renamed import RENAMED, Renamed
 from plmtune.errors import UserError
+from plmtune.training.preflight import check_best_metric
 from plmtune.training.resume_checks import DATA, RESUME_MUTABLE, config_digest
 
 # A config that has each old key, and two values of the key under today's name.
@@ -115,3 +117,9 @@ def test_a_metric_of_an_earlier_run_is_read_under_its_new_name(
     path.write_text(yaml.safe_dump(plain), encoding="utf-8")
     assert saved_config.load_config(path) == cfg
     assert "checkpoint.best=validation/h is now checkpoint.best=validation/logratio_margin" in caplog.text
+
+
+def test_the_old_name_of_a_metric_in_a_new_config_is_refused_with_the_new_one() -> None:
+    said = "does not measure validation/h. Did you mean validation/logratio_margin[?]"
+    with pytest.raises(UserError, match=said):
+        check_best_metric("validation/h", preference.METRICS)

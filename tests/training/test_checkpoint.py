@@ -304,6 +304,17 @@ class TestBest:
     def test_may_be_the_highest(self, tmp_path):
         assert self.scores(tmp_path, [3.0, 1.0, 2.0], mode="max") == ([1, 3], "step-00000001")
 
+    @pytest.mark.parametrize("kind", ["", "given_rejected/", "given_chosen/"])
+    def test_a_checkpoint_of_an_earlier_version_counts_by_the_old_name_of_its_metric(self, tmp_path, kind):
+        run = Run(tmp_path, keep=1, best=f"validation/{kind}logratio_margin", mode="max")
+        for step, metrics in enumerate(({f"{kind}h": 3.0}, {f"{kind}h": 1.0}, {f"{kind}logratio_margin": 2.0}), 1):
+            run.checkpoints.save(
+                step, model=run.model, optimizer=run.optimizer, scheduler=run.scheduler, wait=True,
+                metrics={f"validation/{name}": value for name, value in metrics.items()},
+            )  # fmt: skip
+        assert steps(tmp_path) == [1, 3]
+        assert (tmp_path / "best").read_text() == "step-00000001\n"
+
     def test_a_step_that_was_not_measured_or_gave_nan_is_none(self, tmp_path):
         assert self.scores(tmp_path, [None, 5.0, None, float("nan")]) == ([2, 4], "step-00000002")
 
