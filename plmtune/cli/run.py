@@ -18,7 +18,15 @@ from plmtune.cli.options import divide, recipe_file
 from plmtune.cli.runs import reasons, table
 from plmtune.errors import UserError, either, near_names
 from plmtune.io import terminal
-from plmtune.io.run_directory import CONFIG, read_record, refuse_if_in_use, resolve_link, verify_config
+from plmtune.io.run_directory import (
+    CONFIG,
+    read_record,
+    refuse_if_in_use,
+    resolve_link,
+    resume_command,
+    started_recipe,
+    verify_config,
+)
 from plmtune.io.run_summary import already_finished, differing_settings, find_runs, summarize, unfinished
 from plmtune.io.tables import show
 
@@ -41,7 +49,7 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
     plmtune run pretrain data.paths=my_text/ phases='[{name: main, tokens: 2B}]'
     plmtune run sft data.paths=chats.jsonl epochs=2
     plmtune run pretrain conf/plm_1.8b.yaml model/ffn=swiglu --dry-run
-    plmtune run -m demo optimizer.lr=3e-3,1e-2       all jobs are checked before the first begins
+    plmtune run -m demo optimizer.lr=3e-3,1e-2       check every job, then run all
     """
     overlays, overrides = divide(arguments)
     overrides += ["sensitivity.measure=true"] if sensitivity else []
@@ -107,7 +115,7 @@ def _can_be_tried(recipe: Any) -> bool:
 @click.option("--recipe", "recipe_path", metavar="FILE.py", help="Use this recipe file, for a run of your own recipe.")
 @import_option
 def resume(arguments: tuple[str, ...], allow_data_change: bool, recipe_path: str | None) -> None:
-    """Resume the run in RUN_DIR from its newest whole checkpoint, with the config saved there.
+    """Resume the run in RUN_DIR from its newest intact checkpoint, with the config saved there.
 
     Without RUN_DIR, resume the newest run under runs/ that is not finished. Relative paths in its config are those of
     the directory in which it began.
@@ -136,11 +144,9 @@ def resume(arguments: tuple[str, ...], allow_data_change: bool, recipe_path: str
     if record.get("status") == "finished":
         terminal.echo(already_finished(run_dir))
         return
-    command = record.get("command", [])
-    words = [str(word) for word in command[2:]] if command[1:2] == ["run"] else []
-    used = next((word for word in words if word.endswith(".py") and "=" not in word), None)
+    used = started_recipe(record)
     if used and not recipe_path:
-        raise UserError(f"{run_dir} ran the recipe {used}. Resume it: plmtune resume {run_dir} --recipe {used}")
+        raise UserError(f"{run_dir} ran the recipe {used}. Resume it with: {resume_command(run_dir)}")
 
     from plmtune.config.saved_config import load_config, override
     from plmtune.training.resume_checks import refuse_other_config

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,19 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return entry if isinstance(entry, dict) else {}
+
+
+def started_recipe(record: Mapping[str, Any]) -> str | None:
+    """Return the recipe file that a run was started with, or None for a built-in recipe."""
+    command = record.get("command") or []
+    words = [str(word) for word in command[2:]] if command[1:2] == ["run"] else []
+    return next((word for word in words if word.endswith(".py") and "=" not in word), None)
+
+
+def resume_command(path: Path) -> str:
+    """Return the command that resumes the run at `path`, with its recipe file."""
+    recipe = started_recipe(read_record(path))
+    return shlex.join(["plmtune", "resume", str(path), *(["--recipe", recipe] if recipe else [])])
 
 
 def verify_config(path: Path) -> bool:

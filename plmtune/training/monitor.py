@@ -15,7 +15,7 @@ from plmtune.io import terminal
 from plmtune.io.metrics import MetricsFile
 from plmtune.io.progress import Progress
 from plmtune.io.provenance import device_name
-from plmtune.io.run_directory import RunDirectory
+from plmtune.io.run_directory import RunDirectory, resume_command
 from plmtune.io.signals import StopSignals
 from plmtune.training import distributed
 from plmtune.training.loggers import Logger
@@ -143,7 +143,7 @@ class RunMonitor:
 
     def stopped(self, step: int) -> None:
         """Show how to resume a run that stops after `step`."""
-        self.message(f"stopped after step {step}; resume with: plmtune resume {self._run.path}")
+        self.message(f"stopped after step {step}; resume with: {resume_command(self._run.path)}")
 
     def should_stop(self) -> bool:
         """Whether to stop: any rank got a signal, or metrics cannot be written. Every rank must call it."""
@@ -162,7 +162,7 @@ class RunMonitor:
             if not self.failure:
                 self.failure = (
                     f"{name} cannot be written: {reason}. The run has saved its state; fix this, then resume with: "
-                    f"plmtune resume {self._run.path}"
+                    f"{resume_command(self._run.path)}"
                 )
                 self.message(f"{name} cannot be written: {reason}. Finishing the step and saving.")
 

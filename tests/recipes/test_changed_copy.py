@@ -10,6 +10,7 @@ import pytest
 from cli_runs import SMALL, ends_with, metrics
 
 from plmtune.config.schema import SCHEMAS
+from plmtune.io.run_directory import resume_command
 
 CHANGES = {
     "import PretrainConfig as Config\n": "import PretrainConfig\n",
@@ -58,6 +59,7 @@ def test_its_run_resumes_with_the_key_as_it_was(changed: Path) -> None:
     shutil.rmtree(run / "checkpoints/step-00000003")  # as if a kill had come before it
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**record, "status": "stopped"}))
+    assert resume_command(Path("half")) == "plmtune resume half --recipe mine.py"
     assert ends_with("resume", "half", "--recipe", "mine.py", "norm_penalty=1") == 2
     assert ends_with("resume", "half", "--recipe", "mine.py") == 0
     assert metrics(run) == whole

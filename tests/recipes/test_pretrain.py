@@ -255,7 +255,7 @@ class TestCommands:
         assert "MINE curves" in capsys.readouterr().out
         (place / "run/run.json").write_text((place / "run/run.json").read_text().replace('"finished"', '"stopped"'))
         assert ends_with("resume", "run") == 2
-        assert "--recipe mine.py" in capsys.readouterr().err
+        assert "Resume it with: plmtune resume run --recipe mine.py" in capsys.readouterr().err
 
     def test_validate_checks_a_file_and_builds_nothing(self, place: Path, capsys: Any) -> None:
         assert ends_with("validate", "conf/plm_1.8b.yaml", "tokenizer=byte") == 2
