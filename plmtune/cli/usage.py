@@ -32,7 +32,8 @@ def _said(error: click.ClickException, ctx: click.Context) -> str:
     if isinstance(error, click.MissingParameter) and error.param is not None:
         kind = error.param.type
         one_of = f" It is {either([str(choice) for choice in kind.choices])}." if isinstance(kind, click.Choice) else ""
-        return f"{_title(error.param, ctx)} is missing.{one_of} {_usage(ctx)}"
+        listed = " plmtune ls lists the configs." if ctx.info_name in ("run", "validate", "plan") else ""
+        return f"{_title(error.param, ctx)} is missing.{one_of}{listed} {_usage(ctx)}"
     if isinstance(error, click.BadParameter) and error.param is not None:
         return f"{_title(error.param, ctx)}: {_bad_value(error.param.type, error.message)}"
     found = _QUOTED.search(error.message)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from plmtune import dtypes
-from plmtune.errors import UserError, did_you_mean
+from plmtune.errors import UserError, either, near_names
 from plmtune.extras import installed, missing
 from plmtune.io.atomic import check_room
 from plmtune.io.hub import model_of
@@ -184,9 +184,9 @@ def _check(
     known = _known_kinds(to)
     for kind in kinds:
         if kind not in known:
-            raise UserError(
-                f"--quant {kind}: {to} has no such type.{did_you_mean(kind, known)} Known: {', '.join(known)}."
-            )
+            near = near_names(kind, known)
+            hint = f" Did you mean {either(near)}?" if near else ""
+            raise UserError(f"--quant {kind}: {to} has no such type.{hint} Known: {', '.join(known)}.")
     _check_packages(to, kinds, verify)
     from plmtune.export.lint import lint
 

@@ -69,7 +69,7 @@ class Format:
         found = _NAME.fullmatch(name)
         if found is None:
             raise ValueError(
-                f"{name!r:.80} is no format: int8, int4_g32, int8_dynamic_int8, int8_dynamic_int4_g32, ... are"
+                f"{name!r:.80} is no format. Formats are int8, int4_gN, int8_dynamic_int8 and int8_dynamic_int4_gN"
             )
         dynamic, bits, group = found.groups()
         return cls(4 if bits == "4" else 8, int(group) if group else None, bool(dynamic))
