@@ -28,8 +28,8 @@ from plmtune.io import terminal
 
 # name -> (module, attribute, one line for --help); the module is imported when the command runs.
 COMMANDS = {
-    "run": ("plmtune.cli.run", "run", "Run a recipe: plmtune run NAME [FILE.yaml] [key=value ...]"),
-    "resume": ("plmtune.cli.run", "resume", "Resume a stopped run: plmtune resume RUN_DIR [key=value ...]"),
+    "run": ("plmtune.cli.run", "run", "Run a recipe: plmtune run NAME [FILE.yaml] [KEY=VALUE]"),
+    "resume": ("plmtune.cli.run", "resume", "Resume a stopped run: plmtune resume [RUN_DIR] [KEY=VALUE]"),
     "runs": ("plmtune.cli.runs", "runs", "List runs: status, step, loss and time of each"),
     "checkpoints": ("plmtune.cli.checkpoints", "checkpoints", "List a run's checkpoints and verify them"),
     "ls": ("plmtune.cli.ls", "ls", "List recipes, configs and groups, or the components of a group"),
@@ -99,15 +99,15 @@ def cli() -> None:
     """Train small language models for edge devices.
 
     \b
-    plmtune run demo                            learn from the Python standard library
-    plmtune run pretrain conf/plm_1.8b.yaml     the paper's PLM-1.8B
+    plmtune run demo                         train a small model in minutes
+    plmtune run pretrain conf/plm_1.8b.yaml  train the paper's PLM-1.8B
     plmtune generate runs/demo/latest --prompt "def "
-    plmtune run demo_sft                        teach the newest pretrained model to answer
-    plmtune run demo_dpo                        and to prefer; demo_aries: to refine
-    plmtune eval --tasks gsm8k,humaneval        how good the newest one is
-    plmtune chat runs/demo_sft/latest           talk to it
-    plmtune plan plm_1.8b --device pi5          how fast a config will be on a Raspberry Pi 5
-    plmtune run quantize                        4 bits a weight
+    plmtune run demo_sft                     train it to answer
+    plmtune run demo_dpo                     train it to prefer answers
+    plmtune chat runs/demo_sft/latest        chat with it
+    plmtune eval --tasks gsm8k,humaneval     evaluate the newest model
+    plmtune plan plm_1.8b --device pi5       predict its speed on a device
+    plmtune run quantize                     quantize it to 4 bits a weight
     plmtune export runs/demo_sft/latest --to gguf --quant q4_k_m
     """
 

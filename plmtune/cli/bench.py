@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 @click.option(
     "--new-tokens",
     type=click.IntRange(1),
+    metavar="N",
     default=32,
     show_default=True,
-    help="Write this many tokens at each context.",
+    help="Generate N tokens at each context.",
 )
 @threads_option
 @dtype_option

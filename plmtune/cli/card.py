@@ -21,7 +21,7 @@ def card(words: tuple[str, ...], out: Path | None, overwrite: bool) -> None:
     """Write the model card of CHECKPOINT: a run (its newest checkpoint), a checkpoint or a model directory.
 
     CHECKPOINT defaults to the newest finished run. RESULTs are JSON files of plmtune eval (default: what the run
-    measured of that checkpoint during training). What no file holds stands in the card as "Fill in:".
+    measured of that checkpoint during training). The card marks what no file holds with "Fill in:".
 
     \b
     plmtune card runs/demo_sft/latest evaluations/

@@ -22,9 +22,9 @@ def cp(name: str, target: Path, overwrite: bool) -> None:
     """Copy a config or preset (pretrain, plm_20m) or a recipe (recipes/pretrain) to TARGET.
 
     \b
-    plmtune cp plm_1.8b mine.yaml        then: plmtune run mine.yaml
-    plmtune cp plm_20m mine.yaml         then: plmtune run pretrain model=mine.yaml
-    plmtune cp recipes/pretrain mine.py  then: plmtune run mine.py
+    plmtune cp plm_1.8b my.yaml        then: plmtune run my.yaml
+    plmtune cp plm_20m my.yaml         then: plmtune run pretrain model=my.yaml
+    plmtune cp recipes/pretrain my.py  then: plmtune run my.py
     """
     conf = builtin_folder("conf")
     known = {str(path.relative_to(conf).with_suffix("")): path for path in conf.rglob("*.yaml")}

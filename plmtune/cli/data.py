@@ -46,7 +46,14 @@ def data() -> None:
     metavar="NAME|PATH",
     help="Encode with this tokenizer (plmtune ls tokenizer).",
 )
-@click.option("--out", default="runs/data", show_default=True, type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--out",
+    default="runs/data",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write the shards to a directory in DIR.",
+)
 @text_options
 @click.option("--holdout", default=0.01, show_default=True, help="Keep this share for validation.")
 @click.option(
@@ -135,12 +142,18 @@ def _prepare(sources: dict[str, Source], tokenizer: Tokenizer, root: Path, **how
 
 @data.command(short_help="Verify token shards, or show conversations, pairs or a round.")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--split", default="train", show_default=True, type=click.Choice(["train", "validation"]))
+@click.option(
+    "--split",
+    default="train",
+    show_default=True,
+    type=click.Choice(["train", "validation"]),
+    help="Show this part of a prepared directory.",
+)
 @click.option("--document", type=int, metavar="N", help="Show the text of document N.")
 @click.option("--window", type=int, metavar="N", help="Show window N with a colour for each document.")
-@click.option("--seq-len", default=128, show_default=True, help="Use windows of this many tokens.")
+@click.option("--seq-len", default=128, metavar="N", show_default=True, help="Use windows of N tokens.")
 @click.option("--mask", is_flag=True, help="Show the attention mask of --window with documents kept apart.")
-@click.option("--row", type=click.IntRange(1), default=1, show_default=True, help="Show this row of a file.")
+@click.option("--row", type=click.IntRange(1), metavar="N", default=1, show_default=True, help="Show row N of a file.")
 @click.option(
     "--tokenizer", default="bundled", show_default=True, metavar="NAME|PATH",
     help="Encode a file with this tokenizer, or that of a checkpoint or run.",
@@ -148,7 +161,13 @@ def _prepare(sources: dict[str, Source], tokenizer: Tokenizer, root: Path, **how
 @click.option(
     "--template", metavar="NAME|FILE", help="Render a file with this chat template (default: the tokenizer's own)."
 )
-@click.option("--train-on", default="all", show_default=True, type=click.Choice(["all", "last"]))
+@click.option(
+    "--train-on",
+    default="all",
+    show_default=True,
+    type=click.Choice(["all", "last"]),
+    help="Mark as trained all answers, or the last of each conversation.",
+)
 @import_option
 @click.pass_context
 def inspect(

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option(
     "--suite", metavar="NAME", help="Run a suite: quick (minutes on a laptop) or plm (the 13 tasks of PLM's paper)."
 )
-@click.option("--list", "listing", is_flag=True, help="List suites and tasks; with WORDs only those that contain one.")
+@click.option("--list", "listing", is_flag=True, help="List suites and tasks, or only those that contain a given word.")
 @click.option(
     "--map",
     "mapping",
@@ -75,7 +75,13 @@ if TYPE_CHECKING:
 @click.option("--include", type=click.Path(path_type=Path), help="Add a folder with tasks of your own (YAML, Python).")
 @click.option("--unsafe-code", is_flag=True, help="Let tasks run code that the model wrote, in a sandbox.")
 @click.option("--no-sandbox", is_flag=True, help="Run that code without the sandbox, at your own risk.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("evaluations"), show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("evaluations"),
+    show_default=True,
+    help="Write the results to this folder.",
+)
 @click.option("--all", "members", is_flag=True, help="Show the members of groups as well.")
 @dtype_option
 @device_option
@@ -103,8 +109,8 @@ def evaluate(
 ) -> None:
     """Evaluate checkpoints, model directories, runs or models of the hub (default: the newest finished run).
 
-    Write the results to a JSON file in --out, and a table to stdout. The same command resumes what was
-    interrupted.
+    Write the results to a JSON file in --out, and a table to stdout. The same command resumes an interrupted
+    evaluation.
 
     \b
     plmtune eval --tasks gsm8k,humaneval

@@ -17,7 +17,7 @@ from plmtune.io.tables import show
 @click.option(
     "--quant",
     metavar="TYPE[,TYPE]...",
-    help="Store numbers in these types. gguf: f32, f16, bf16, q8_0, q4_0, q4_k_m, ...; hf: bf16, fp32, fp16; "
+    help="Store numbers in these types. gguf: f32, f16, bf16, q8_0, q4_0, q4_k_m and others; hf: bf16, fp32, fp16; "
     "executorch: fp32, int8_dynamic, int8_dynamic_int4. Default: f16, bf16, int8_dynamic.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write to this folder (default: exports).")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 device_option = click.option(
-    "--device", help="Run on this device: cpu, cuda, cuda:1, ... (default: cuda if there is one)."
+    "--device", help="Run on this device: cpu, cuda or cuda:N (default: cuda if there is one)."
 )
 dtype_option = click.option(
     "--dtype", type=click.Choice(["fp32", "bf16"]), help="Compute in this dtype (default: that of the weights)."
@@ -143,7 +143,7 @@ def find_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise UserError(f"--device {name}: unknown. Known: cpu, cuda, cuda:1, ...") from error
+        raise UserError(f"--device {name}: unknown. Known: cpu, cuda, cuda:N.") from error
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -175,31 +175,42 @@ def _stops(_: click.Context, parameter: click.Parameter, texts: tuple[str, ...])
 def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
     """Sampling options, shared by the commands that generate text."""
     options = (
-        click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),
+        click.option(
+            "--max-new-tokens",
+            type=click.IntRange(1),
+            metavar="N",
+            default=256,
+            show_default=True,
+            help="Generate at most N tokens.",
+        ),
         click.option(
             "--temperature",
             type=click.FloatRange(0, 100),
+            metavar="X",
             default=0.8,
             show_default=True,
             callback=_number,
             help="Sample at this temperature; 0 is greedy.",
         ),
-        click.option("--top-k", type=click.IntRange(1), help="Sample from the k most likely tokens."),
+        click.option("--top-k", type=click.IntRange(1), metavar="N", help="Sample from the N most likely tokens."),
         click.option(
             "--top-p",
             type=click.FloatRange(0, 1, min_open=True),
+            metavar="X",
             callback=_number,
-            help="Sample from the most likely tokens whose probabilities add up to this (nucleus sampling).",
+            help="Sample from the most likely tokens whose probabilities add up to X (nucleus sampling).",
         ),
         click.option(
             "--min-p",
             type=click.FloatRange(0, 1),
+            metavar="X",
             callback=_number,
-            help="Sample from tokens at least this fraction as likely as the most likely one.",
+            help="Sample from tokens at least X times as likely as the most likely one.",
         ),
         click.option(
             "--repetition-penalty",
             type=click.FloatRange(0, 100, min_open=True),
+            metavar="X",
             default=1.0,
             show_default=True,
             callback=_number,
@@ -213,7 +224,7 @@ def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
             callback=_stops,
             help=r"End the answer before TEXT (\n is a line end). Can be given several times.",
         ),
-        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Seed the sampling with N."),
     )
     for option in reversed(options):
         command = option(command)

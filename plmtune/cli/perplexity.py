@@ -61,8 +61,8 @@ def perplexity(
 ) -> None:
     """Measure loss, perplexity and bits per byte of text, document by document.
 
-    Without CHECKPOINT: with the newest finished run. A text file is one document, of JSONL and Parquet each row is one;
-    also as .gz and .zst. Each token is scored once.
+    CHECKPOINT defaults to the newest finished run. A text file is one document; each row of a JSONL, CSV or Parquet
+    file is one. Files may be compressed (.gz, .zst). Each token is scored once.
 
     \b
     plmtune perplexity runs/demo/latest book.txt

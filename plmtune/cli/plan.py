@@ -46,9 +46,10 @@ _CONTEXTS = "128,2048,4096"
 @click.option(
     "--prompt",
     type=click.IntRange(1),
+    metavar="N",
     default=512,
     show_default=True,
-    help="Read a prompt of this many tokens for the time to first token.",
+    help="Predict the time to first token for a prompt of N tokens.",
 )
 @click.option("--train-on", default="h200", show_default=True, help="Predict training hours on this device.")
 @click.option("--sweep", is_flag=True, help="Predict every combination of the keys that have several values.")

@@ -22,9 +22,9 @@ from plmtune.units import show_count, show_duration
 def runs(directory: Path, as_json: bool) -> None:
     """List the runs in DIR (default: runs), the oldest first.
 
-    A run that failed is listed with the reason. A run is killed where it did not say how it ended, and no process is
-    in it any more. step is the last one that was logged, saved step that of the newest checkpoint, from which the run
-    is resumed and which other commands read.
+    A failed run is listed with its reason. A run has the status "killed" if it recorded no end and its process is gone.
+    The column "step" holds the last logged step. "saved step" is the step of the newest checkpoint: resume continues
+    from it, and other commands read it.
 
     \b
     plmtune runs

@@ -39,8 +39,9 @@ def tokenizer() -> None:
 @click.option(
     "--vocab-size",
     type=int,
+    metavar="N",
     required=True,
-    help="Learn until there are this many tokens, bytes and special tokens included.",
+    help="Learn a vocabulary of N tokens, with bytes and special tokens.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Write the tokenizer to this directory.")
 @click.option("--stdlib", is_flag=True, help="Train on the Python standard library.")

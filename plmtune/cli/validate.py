@@ -21,8 +21,8 @@ from plmtune.io import terminal
 def validate(name: str, arguments: tuple[str, ...], show: bool) -> None:
     """Check what plmtune run NAME [FILE.yaml] [KEY=VALUE]... would run; train nothing.
 
-    NAME is a config (plmtune ls), your own recipe.py, or a YAML file. What the command accepts, the run accepts,
-    but for the rows of its data and the memory that it takes, which are reported.
+    NAME is a config (plmtune ls), your own recipe.py, or a YAML file. The run accepts what this command accepts,
+    with two exceptions: the rows of its data are not checked, and a lack of memory is only reported.
 
     \b
     plmtune validate pretrain mine.yaml

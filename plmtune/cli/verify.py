@@ -36,9 +36,10 @@ _RUNTIMES = ("llama_cpp", "xllamacpp", "transformers", "executorch", "plmtune")
 @click.option(
     "--positions",
     type=click.IntRange(1),
+    metavar="N",
     default=256,
     show_default=True,
-    help="Compare the log-probabilities of this many tokens.",
+    help="Compare the log-probabilities of N tokens.",
 )
 @click.option(
     "--runtime",
@@ -59,8 +60,9 @@ def verify(
 ) -> None:
     """Run EXPORT (a .gguf, a .pte, a model directory) in the program that serves it, and compare it with CHECKPOINT.
 
-    Its tensors and settings, log-probabilities on text, written tokens, token ids and chat prompts; where something is
-    off, its cause is looked for. Exits with 1 if the export is not the model. What its type costs is shown, no fault.
+    The command compares tensors, settings, log-probabilities on text, generated tokens, token ids and chat prompts. If
+    one differs, it looks for the cause. The exit code is 1 if the export is not the model. The loss from a quantized
+    type is shown and is no error.
 
     \b
     plmtune verify exports/plm-q8_0.gguf --against runs/demo/latest
