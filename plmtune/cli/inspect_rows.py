@@ -15,6 +15,7 @@ from plmtune.io import terminal
 from plmtune.io.progress import Progress
 from plmtune.io.terminal import visible
 from plmtune.tokenizers.message import BadRow, Unused
+from plmtune.units import show_number_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,7 +72,7 @@ def inspect_rows(path: Path, *, row: int, tokenizer: str, template: str | None, 
     place, asked = next(islice(rows, row - 1, None), (None, None))
     if place is None:
         held = sum(1 for _ in rows)
-        raise UserError(f"--row {row}: {path} has {_rows(held)}" if held else f"{path} holds no rows")
+        raise UserError(f"--row {row}: {path} has {show_number_of(held, 'row')}" if held else f"{path} holds no rows")
     refused, seen = Refused(), _Seen()
     console.print(visible(place), style="bold", markup=False)
     try:
@@ -314,7 +315,7 @@ def _chain(row: dict[str, Any]) -> tuple[list[Message], list[dict[str, Any]]]:
 def _summary(kind: str, count: int, seen: _Seen, refused: Refused, template: ChatTemplate | None) -> None:
     from plmtune.io.tables import Table, numbers, show
 
-    show(f"{_rows(count)} of {kind}: {count - len(refused):,} can be used, {len(refused):,} cannot")
+    show(f"{show_number_of(count, 'row')} of {kind}: {count - len(refused):,} can be used, {len(refused):,} cannot")
     for line in refused.describe().splitlines():
         show(f"  {line}")
     if seen.unused:
@@ -357,10 +358,6 @@ def _coloured(console: Console) -> bool:
 
 def _legend(console: Console) -> str:
     return "green" if _coloured(console) else terminal.encodable(f"between {_OPEN} and {_CLOSE}", console.encoding)
-
-
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count:,} rows"
 
 
 def _role(turn: Any) -> Any:

@@ -15,10 +15,10 @@ from plmtune.io import hub
 from plmtune.io.tables import Column, Table, numbers, show
 
 if TYPE_CHECKING:
+    from plmtune.config.schema import TrainingConfig
     from plmtune.devices.costs import ModelShape
     from plmtune.devices.device import Device
     from plmtune.devices.predict import Prediction
-    from plmtune.training.run_config import TrainingConfig
 
 
 @dataclass(frozen=True)

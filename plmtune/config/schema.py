@@ -132,39 +132,54 @@ class SampleConfig:
 
 
 @dataclass
-class PretrainConfig:
-    """Keys of the `pretrain` recipe."""
+class RunConfig:
+    """Keys of every recipe whose runs have a directory."""
 
-    recipe: str = "pretrain"
-    name: Annotated[str, PathPart()] = "pretrain"
+    recipe: str = ""
+    name: Annotated[str, PathPart()] = ""
     run_dir: Text | None = None  # default: runs/NAME/DATE-TIME
     resume: bool = False
-    init_from: Text | None = None  # weights to start from: a run or a checkpoint directory
     allow_data_change: bool = False  # resume although the data is not what the run began with
     force: bool = False  # start although the estimate says it does not fit
+    data: Component | None = None
+
+
+@dataclass
+class TrainingConfig(RunConfig):
+    """Keys of every recipe that trains. A schema of a user's own has them too."""
+
+    init_from: Text | None = None  # weights to start from: a run or a checkpoint directory
     seed: Count = 1
-    seq_len: Length = 256
-    global_batch_size: Length = 32  # sequences an optimizer step, over all processes
-    micro_batch_size: Length = 8  # sequences a forward pass, on one process
-    document_mask: bool = False  # attention stays inside a document
-    phases: list[PhaseConfig] = field(default_factory=list)
+    micro_batch_size: Length = 8
     max_grad_norm: Number = 1.0
     log_every: Size = 10
-    num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    preparation: PreparationConfig = field(default_factory=PreparationConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     eval: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
-    model: Component | None = None
-    tokenizer: Component | None = None
-    data: Component | None = None
+    model: Component | None = None  # null: that of init_from
+    tokenizer: Component | None = None  # null: that of init_from
     loss: Component | None = None
     optimizer: Component | None = None
     scheduler: Component | None = None
     logger: Component | None = None
+
+
+@dataclass
+class PretrainConfig(TrainingConfig):
+    """Keys of the `pretrain` recipe."""
+
+    recipe: str = "pretrain"
+    name: Annotated[str, PathPart()] = "pretrain"
+    seq_len: Length = 256
+    global_batch_size: Length = 32  # sequences an optimizer step, over all processes
+    micro_batch_size: Length = 8  # sequences a forward pass, on one process
+    document_mask: bool = False  # attention stays inside a document
+    phases: list[PhaseConfig] = field(default_factory=list)
+    num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
+    preparation: PreparationConfig = field(default_factory=PreparationConfig)
 
 
 @dataclass
@@ -186,42 +201,29 @@ class RefinementConfig:
 
 
 @dataclass
-class SftConfig:
+class FinetuningConfig(TrainingConfig):
+    """Keys of every recipe that trains a given model further."""
+
+    seq_len: Length | None = None
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    refinement: RefinementConfig = field(default_factory=RefinementConfig)
+    peft: Component | None = None  # null: all weights are trained
+    quantization: Component | None = None  # with qat=true weights are fake-quantized in training
+
+
+@dataclass
+class SftConfig(FinetuningConfig):
     """Keys of the `sft` recipe."""
 
     recipe: str = "sft"
     name: Annotated[str, PathPart()] = "sft"
-    run_dir: Text | None = None  # default: runs/NAME/DATE-TIME
-    resume: bool = False
     init_from: Text | None = None  # default: the newest finished pretraining with this model
-    allow_data_change: bool = False
-    force: bool = False
-    seed: Count = 1
     seq_len: Length | None = None  # tokens a packed row; null: 2,048, or the model's context where that is shorter
     global_batch_size: Length = 16  # rows an optimizer step, over all processes
     micro_batch_size: Length = 4  # rows a forward pass, on one process
     epochs: Epochs | None = None  # passes over all packed rows of all sources; default, where there are no phases: 3
     phases: list[PhaseConfig] = field(default_factory=list)  # instead of epochs
-    max_grad_norm: Number = 1.0
-    log_every: Size = 10
     num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
-    chat: ChatConfig = field(default_factory=ChatConfig)
-    refinement: RefinementConfig = field(default_factory=RefinementConfig)
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    eval: EvaluationConfig = field(default_factory=EvaluationConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    model: Component | None = None  # null: that of init_from
-    tokenizer: Component | None = None  # null: that of init_from
-    data: Component | None = None
-    loss: Component | None = None
-    optimizer: Component | None = None
-    scheduler: Component | None = None
-    peft: Component | None = None  # null: all weights are trained
-    quantization: Component | None = None  # with qat=true weights are fake-quantized in training
-    logger: Component | None = None
 
     def check(self) -> None:
         """Refuse two budgets.
@@ -275,47 +277,23 @@ class SelectionConfig:
 
 
 @dataclass
-class PreferenceConfig:
+class PreferenceConfig(FinetuningConfig):
     """Keys of the `preference` recipe."""
 
     recipe: str = "preference"
     name: Annotated[str, PathPart()] = "preference"
-    run_dir: Text | None = None  # default: runs/NAME/DATE-TIME
-    resume: bool = False
     init_from: Text | None = None  # default: the newest finished SFT, else pretraining, with this model
-    allow_data_change: bool = False
-    force: bool = False
-    seed: Count = 1
     seq_len: Length | None = None  # longest prompt with one answer; null: as in SftConfig
     global_batch_size: Length = 16  # pairs an optimizer step, over all processes
     micro_batch_size: Length = 2  # rows of up to 2 x seq_len tokens a forward pass, on one process
     epochs: Epochs = 1.0  # times each pair is seen, in each round
-    max_grad_norm: Number = 1.0
-    log_every: Size = 10
     rounds: Count = 0  # 0: train once on the pairs of `data`; else so often generate, choose, train
     prompts_per_round: Count = 0  # prompts a round takes from `data`; 0: all
     reference: Literal["previous", "first"] = "previous"  # model that a round's answers are measured against
     reference_cache: Text = "runs/reference"
-    chat: ChatConfig = field(default_factory=ChatConfig)
-    refinement: RefinementConfig = field(default_factory=RefinementConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    eval: EvaluationConfig = field(default_factory=EvaluationConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    model: Component | None = None  # null: that of init_from
-    tokenizer: Component | None = None  # null: that of init_from
-    data: Component | None = None
-    loss: Component | None = None
     reward: Component | None = None  # judges a round's answers
-    optimizer: Component | None = None
-    scheduler: Component | None = None
-    peft: Component | None = None  # null: all weights are trained
-    quantization: Component | None = None  # with qat=true weights are fake-quantized in training
-    logger: Component | None = None
 
 
 @dataclass
@@ -353,16 +331,12 @@ class SensitivityConfig:
 
 
 @dataclass
-class QuantizeConfig:
+class QuantizeConfig(RunConfig):
     """Keys of the `quantize` recipe."""
 
     recipe: str = "quantize"
     name: Annotated[str, PathPart()] = "quantize"
     checkpoint: Text | None = None  # a run, a checkpoint or a model directory; default: the newest finished run
-    run_dir: Text | None = None  # where the model goes; default: runs/NAME/DATE-TIME
-    resume: bool = False
-    allow_data_change: bool = False
-    force: bool = False
     device: Text = "auto"
     dtype: Literal["bf16", "fp32"] = "bf16"  # of what is computed in, and of what stays as it is
     seq_len: Annotated[int, Range(least=2)] | None = None  # tokens a row of text; null: 512, or what the model reads

@@ -24,6 +24,7 @@ from plmtune.inference.sampling import check_sampling
 from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.tokenizers.message import BadRow, Message
 from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.training import distributed
 
 if TYPE_CHECKING:
     from plmtune.modules.decoder import Decoder
@@ -129,11 +130,11 @@ class LanguageModel(TemplateLM):
 
     @property
     def rank(self) -> int:
-        return dist.get_rank() if _is_distributed() else 0
+        return distributed.rank()
 
     @property
     def world_size(self) -> int:
-        return dist.get_world_size() if _is_distributed() else 1
+        return distributed.world_size()
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Return the tensors of all ranks, concatenated."""
@@ -387,10 +388,6 @@ class LanguageModel(TemplateLM):
             "top_k": top_k,
             "top_p": top_p,
         }
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _hash(ids: Sequence[int]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plmtune.config.saved_config import load_config
+from plmtune.config.schema import TrainingConfig
 from plmtune.errors import UserError
 from plmtune.io import hub, manifest
 from plmtune.io.run_directory import CONFIG
@@ -21,7 +22,6 @@ from plmtune.registry import Component
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training.distributed import broadcast_from_rank0, once_per_machine
 from plmtune.training.guard import check_weights
-from plmtune.training.run_config import TrainingConfig
 from plmtune.training.trainer_state import latest_valid, read_trainer_state
 
 # Where init_from is empty, a run of a recipe starts from the newest finished run of the first recipe that has one.

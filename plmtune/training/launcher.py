@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from plmtune.config.compose import build
+from plmtune.config.schema import TrainingConfig
 from plmtune.config.typed_config import to_plain
 from plmtune.errors import NotFinite, UserError
 from plmtune.io import terminal
@@ -22,7 +23,6 @@ from plmtune.training.init_from import DEFAULT_INIT_RECIPES, choose_init_checkpo
 from plmtune.training.machine import peak_flops
 from plmtune.training.monitor import RunMonitor
 from plmtune.training.preflight import TrainingPlan, does_not_fit, find_sources, show_epochs
-from plmtune.training.run_config import TrainingConfig
 from plmtune.training.run_setup import find_run
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_count

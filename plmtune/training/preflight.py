@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from plmtune.config.compose import build
 from plmtune.config.renamed import RENAMED_METRICS
-from plmtune.config.schema import PhaseConfig
+from plmtune.config.schema import FinetuningConfig, PhaseConfig, TrainingConfig
 from plmtune.data.examples import refuse_other_kinds
 from plmtune.data.order import Phase, check_mix, show_mix
 from plmtune.data.shards import Shards
@@ -31,7 +31,6 @@ from plmtune.training.estimate import Estimate, estimate
 from plmtune.training.finetune_model import check_finetuning
 from plmtune.training.init_from import find_init_checkpoint
 from plmtune.training.loggers import check_installed
-from plmtune.training.run_config import FinetuningConfig, TrainingConfig
 from plmtune.training.runtime import Runtime
 from plmtune.training.without_dynamo import without_dynamo
 from plmtune.units import parse_count, show_bytes, show_count

@@ -15,12 +15,12 @@ import xxhash
 
 from plmtune.config.overrides import hydra_literal
 from plmtune.config.renamed import with_first_keys
+from plmtune.config.schema import RunConfig
 from plmtune.config.typed_config import to_plain
 from plmtune.errors import UserError
 from plmtune.io import hub
 from plmtune.io.run_directory import LATEST, NEWEST, resolve_link
 from plmtune.registry import Component
-from plmtune.training.run_config import RunConfig
 
 # Keys that may change on resume: they say where and how a run computes or reports, not what it learns.
 RESUME_MUTABLE = ("run_dir", "resume", "allow_data_change", "force", "micro_batch_size", "num_workers", "log_every",

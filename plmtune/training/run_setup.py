@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from plmtune.config.saved_config import load_config
-from plmtune.config.schema import PreparationConfig
+from plmtune.config.schema import PreparationConfig, RunConfig
 from plmtune.config.typed_config import to_yaml
 from plmtune.data.prepare import prepare
 from plmtune.data.shards import Shards
@@ -43,7 +43,6 @@ from plmtune.training.resume_checks import (
     resolve_links,
     torchrun_job_id,
 )
-from plmtune.training.run_config import RunConfig
 from plmtune.training.runtime import Runtime
 
 log = logging.getLogger(__name__)
