@@ -2,7 +2,7 @@
 
 Each package stands above those it imports. An import that follows from two others (cli imports data, data imports io)
 is not drawn, nor are the modules that every package may import. ``tests/test_imports.py`` reads the same imports and
-compares them with a table of what is allowed.
+compares them with a table of the allowed imports.
 """
 
 from __future__ import annotations

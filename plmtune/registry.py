@@ -67,7 +67,7 @@ def register(group: str, name: str) -> Callable[[F], F]:
 
     def add(target: F) -> F:
         held = _objects.get((group, name))
-        # A module run twice (python -m, a reload) registers an equal object again; only a stranger is refused.
+        # A module run twice (python -m, a reload) registers an equal object again; only another object is refused.
         if held is not None and (held.__module__, held.__qualname__) != (
             target.__module__,
             target.__qualname__,

@@ -159,7 +159,7 @@ class Preference:
         self.first: int = saved.state.get("first", 0)  # step at which the stage begins
         self.round: int = saved.state.get("round", min(cfg.rounds, 1))
         self.validation_loss: float = saved.metrics.get("validation_loss", float("nan"))
-        self.order: str = saved.state.get("order", "")  # a running hash of what was drawn, in which order
+        self.order: str = saved.state.get("order", "")  # a running hash of the comparisons, in their order
         self.scorer = AnswerScorer(self.model, self.trained, self.loss, runtime)
         self.reference = ReferenceModel(
             self.finetune_model,

@@ -76,10 +76,10 @@ def preflight(cfg: Config) -> Inputs:
     Raises:
         UserError: naming the key.
     """
-    checkpoint, origin = choose_checkpoint(cfg)
+    checkpoint, source = choose_checkpoint(cfg)
     scheme, trained_for = choose_scheme(cfg, checkpoint)
     rules = f" with {len(scheme.settings['rules'])} rules" if scheme.settings.get("rules") else ""
-    echo(f"{origin} as {scheme.name}{rules}" + (", which it was trained for" if trained_for else ""))
+    echo(f"{source} as {scheme.name}{rules}" + (", which it was trained for" if trained_for else ""))
     if cfg.run_dir and not cfg.resume:
         refuse_unusable(Path(cfg.run_dir))
     dtype, model = dtypes.from_name(cfg.dtype), build_on_meta(checkpoint)

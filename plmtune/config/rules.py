@@ -2,7 +2,7 @@
 
 Hydra imports and calls what some of its keys name and finds files by names that may climb out of ``conf/``; OmegaConf
 runs resolvers; YAML's aliases and references to other keys multiply. A config can come from anywhere, so this lists
-what is allowed instead of what is known to be harmful.
+what is allowed, not what is known to be harmful.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self.depth -= 1
         if alias and node not in self.expanded:
-            raise yaml.constructor.ConstructorError(None, None, "an alias stands inside of what it names", mark)
+            raise yaml.constructor.ConstructorError(None, None, "an alias stands inside the value that it names", mark)
         if isinstance(node, yaml.MappingNode) and not alias:
             _refuse_twice(node)
         if node is not None and not alias:
@@ -225,7 +225,7 @@ def check_scalar(value: Any, place: str, key: str) -> None:
 def check_override(
     text: str, key: str, package: str | None, value: Any, *, groups: Container[str], multirun: bool
 ) -> None:
-    """Refuse an override of what Hydra interprets.
+    """Refuse an override of a key that Hydra interprets.
 
     Args:
         key, package, value: of `text`, parsed; the value a list of all where there are several.

@@ -338,7 +338,7 @@ class QuantizeConfig(RunConfig):
     name: Annotated[str, PathPart()] = "quantize"
     checkpoint: Text | None = None  # a run, a checkpoint or a model directory; default: the newest finished run
     device: Text = "auto"
-    dtype: Literal["bf16", "fp32"] = "bf16"  # of what is computed in, and of what stays as it is
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of the computation and of the unquantized tensors
     seq_len: Annotated[int, Range(least=2)] | None = None  # tokens a row of text; null: 512, or what the model reads
     calibration_tokens: Count = 16_384  # 0: every range is that of the weights alone
     test_tokens: Count = 16_384  # of text that the loss is measured on before and after; 0: it is not

@@ -38,10 +38,10 @@ def fit(
     """
     kept, left_out, cut = [], Refused(), Refused()
     for example in examples:
-        too_long = len(example.tokens) > seq_len
+        exceeds = len(example.tokens) > seq_len
         if not example.trained[1:].any():
             left_out.add(example.place, "has no answer to train on")
-        elif not too_long:
+        elif not exceeds:
             kept.append(example)
         elif truncation == "drop":
             left_out.add(example.place, f"is longer than seq_len ({seq_len:,} tokens)")

@@ -113,7 +113,7 @@ class Files(Source):
                 raise UserError(f"{path} is empty")
 
     def documents(self, skip_bad: bool = False) -> Iterator[str]:
-        """Read every file in turn."""
+        """Read the files one after the other."""
         for stream in self.streams(skip_bad):
             yield from stream
 

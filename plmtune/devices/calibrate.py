@@ -1,7 +1,8 @@
 """This machine as a device: the speed of its memory, its matrix products and each runtime's kernels.
 
 Small decoders of both attentions, with random weights, decode in each form of weights at a few depths of cache. Their
-times are sums of what `devices.predict` adds up, so a least-squares fit without negative terms gives its rates.
+times are sums of the terms that `devices.predict` adds up, so a least-squares fit without negative
+terms gives its rates.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class Device:
 
     Attributes:
         key: the name it is asked for by.
-        memory, system: bytes of what it has, and of what its system keeps for itself.
+        memory, system: bytes that it has, and bytes that its system uses.
         bandwidth: bytes/s that a decode reads weights at, which is below the data sheet's.
         compute: FLOP/s that a prompt is read at.
         layer, token: seconds a layer and a token, besides reading.

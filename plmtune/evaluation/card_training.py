@@ -89,7 +89,7 @@ def _machine(run: Run) -> list[tuple[str, str]]:
     rows.append(("asked of the hardware", show_settings(wanted)))
     seconds = last = 0.0
     for entry in run.entries:
-        if isinstance(now := entry.get("time"), int | float):  # seconds of one process: a resumed run begins anew
+        if isinstance(now := entry.get("time"), int | float):  # seconds of one process: a resumed run starts at 0
             seconds += now if now < last else now - last
             last = now
     if seconds:

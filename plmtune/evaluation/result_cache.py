@@ -38,7 +38,7 @@ class ResultCache(AbstractContextManager["ResultCache"]):
     counts as missing.
 
     Args:
-        path: the file, created if missing. A damaged one is moved aside with a message on stderr.
+        path: the file, created if missing. A damaged file is renamed, with a message on stderr.
 
     Raises:
         UserError: if the file cannot be written.
@@ -120,14 +120,14 @@ class ResultCache(AbstractContextManager["ResultCache"]):
                 return act()
 
     def _recreate(self) -> None:
-        aside = self.path.with_name(self.path.name + ".damaged")
+        renamed = self.path.with_name(self.path.name + ".damaged")
         # The log first: beside a new file SQLite would apply it.
         for end in ("-wal", "-shm", ""):
             held = Path(f"{self.path}{end}")
             if held.exists():
-                held.replace(f"{aside}{end}")
+                held.replace(f"{renamed}{end}")
         terminal.echo(
-            f"plmtune: {self.path}, the results so far, is damaged: it was moved to {aside.name}, and its results "
+            f"plmtune: {self.path}, the results so far, is damaged: it was moved to {renamed.name}, and its results "
             "are computed again.",
             err=True,
         )

@@ -238,7 +238,7 @@ def _verified(temporary: Path, source: Path, path: Path, kind: str) -> Report:
 
     try:
         report = verify(temporary, source, kind=kind)
-    except UserError as error:  # of what was just written: it is kept, and the reason said
+    except UserError as error:  # the written file is kept, and the report has the reason
         report = Report(str(path), str(source), "no runtime", kind, 0)
         report.add("verified: failures", 1, 0, None, str(error).replace(str(temporary), str(path)))
     report.export = str(path if report.passed else _unverified(path))

@@ -24,7 +24,7 @@ _PLAIN = ("F32", "F16", "BF16")
 def quantize_gguf(
     source: Path, path: Path, kind: str, *, threads: int | None = None, overwrite: bool = False
 ) -> list[str]:
-    """Write a GGUF file anew in another type, as llama.cpp does.
+    """Write a GGUF file again in another type, as llama.cpp does.
 
     A kind such as Q4_K_M is a mix: matrices that matter more get more bits, and the vocabulary's projection Q6_K; rows
     that a type does not take get another (`lint.stored_type`).

@@ -42,7 +42,8 @@ _LEAST = 32
 _PROMPT, _WRITTEN = 16, 24
 # The likeliest tokens of each position that a slow runtime is asked for.
 _TOP_K = 1024
-# A right program's divergence, of what the rounding of inputs makes in our model; of 57 right files the most was 1.2.
+# A right program's divergence, as a multiple of the one that rounded inputs cause in our model; 1.2 at most in 57
+# right files.
 _OF_ROUNDING = 4.0
 # Log-probabilities are fp32 numbers, which some runtimes write as text.
 _LEAST_KL = 1e-9

@@ -22,7 +22,7 @@ class ChatSession:
 
     Attributes:
         system: the system message, or None; set by `instruct`.
-        messages: user and assistant in turn; an interrupted answer as far as it came.
+        messages: of user and assistant, alternating; an interrupted answer as far as it was generated.
         forgotten: number of the oldest messages that no longer fit into the context.
         cut: whether the latest answer was cut at max_new_tokens or at the model's max_seq_len.
         context: tokens in the cache, with the latest answer.
@@ -117,13 +117,13 @@ class ChatSession:
         """Replace the messages by a transcript.
 
         Raises:
-            BadRow: if it is not user and assistant in turn, after an optional system message; if the chat template
+            BadRow: if user and assistant do not alternate after an optional system message; if the chat template
                 refuses it; or if it contains the text of a special token. Then nothing changes.
         """
         systems = 1 if messages and messages[0].role == "system" else 0
         roles = [message.role for message in messages[systems:]]
         if roles != ["user", "assistant"] * (len(roles) // 2):
-            raise BadRow("does not have user and assistant in turn, with an answer at the end")
+            raise BadRow("does not alternate user and assistant, with an answer at the end")
         self.template.encode_prompt([*messages, Message("user", "a")])
         self.system = messages[0].content if systems else None
         self.messages, self.forgotten = list(messages[systems:]), 0

@@ -313,7 +313,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _kinds(error: Exception) -> set[str]:
-    """Names of the classes of an error and of what caused it."""
+    """Names of the classes of an error and of its causes."""
     return {kind.__name__ for one in _causes(error) for kind in type(one).__mro__}
 
 

@@ -103,7 +103,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def parse(data: bytes, path: Path) -> list[dict[str, Any]]:
-    """The lines of what a metrics file holds, as `read`."""
+    """Parse the bytes of a metrics file; returns what `read` does."""
     *lines, torn = data.split(b"\n")
     entries, wrong = [], []
     for number, text in enumerate(lines, 1):

@@ -142,7 +142,7 @@ def load_model(directory: str | Path, device: torch.device | str = "cpu", dtype:
             model.add_score_head()
     _check(model, directory, locations)
     if dtype is None:
-        # A quantized embedding says nothing of what is computed in.
+        # The dtype of a quantized embedding is not that of the computation.
         theirs = hf_name("norm.weight" if isinstance(model.tok_embeddings, Quantized) else "tok_embeddings.weight")
         with opened_weights(locations[theirs]) as opened:
             dtype = dtypes.from_code(opened.get_slice(theirs).get_dtype())

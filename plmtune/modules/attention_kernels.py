@@ -127,7 +127,7 @@ def _attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale:
 def mark_for_compile() -> None:
     """Mark what torch.compile must not trace. As decorators, these would import dynamo where nothing is compiled."""
     global _attend_segments
-    # Lengths differ in each batch: compiled code would be made anew for each.
+    # Lengths differ in each batch, and each would be compiled again.
     _attend_segments = torch.compiler.disable(_attend_segments)
     # Compiled code has the answer, and RoPE's tables, as constants.
     torch.compiler.assume_constant_result(_cudnn_supports_unequal_widths)

@@ -150,7 +150,7 @@ class Decoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states without autocast, and of what a cache holds."""
+        """The dtype of hidden states without autocast, and of the cache."""
         return next(self.norm.parameters()).dtype
 
     @property

@@ -174,8 +174,8 @@ class PreferenceBatches:
     def all(self) -> Iterator[ComparisonBatch]:
         """Yield this rank's share of every comparison of all steps and the validation, each once over all ranks.
 
-        Ranks take the batches in turn, and a batch depends neither on micro_batch_size nor on the number of ranks. So
-        numbers that are computed from them are equal to the last digit wherever a run is resumed.
+        The batches are dealt to the ranks one by one, and a batch depends neither on micro_batch_size nor on the number
+        of ranks. So numbers that are computed from them are equal to the last digit wherever a run is resumed.
         With `as_trained` they are the batches of the first epoch and of the validation. Where the last step of the
         epoch continues with the second epoch, or has a pair twice, those comparisons come twice.
         """

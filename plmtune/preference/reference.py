@@ -28,7 +28,7 @@ from plmtune.training.distributed import broadcast_from_rank0, gather_texts, red
 if TYPE_CHECKING:
     from plmtune.preference.comparison_batch import ComparisonBatch
 
-_VERSION = 2  # of the files, and of what the key hashes
+_VERSION = 2  # of the files and of the input of the key's hash
 # Field of a batch -> the name under which it is hashed, so that caches of earlier versions fit.
 _INPUTS = {name: name for name in ("tokens", "input_pos", "mask", "positions", "targets", "completion", "index")}
 _INPUTS["positions"] = "places"

@@ -20,7 +20,7 @@ class Report:
 
     Attributes:
         checkpoint: that was quantized.
-        scheme: name and settings. dtype: of what stays unquantized.
+        scheme: name and settings. dtype: of the unquantized tensors.
         calibration_tokens, sensitivity_tokens, test_tokens: of the text.
         bytes, bytes_before: of the files of weights.
         loss, loss_before: nats a token; None without text to measure on.

@@ -28,11 +28,11 @@ COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
 }  # fmt: skip
 _COMPARING = frozenset(COMPARISONS.values())
 
-# Filters that look at no more than the first level of what they get, at the cost of one item each.
+# Filters that read only the first level of their argument, at the cost of one item each.
 _NO_WIDTHS = frozenset({"items", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr"})
 _SHALLOW = _NO_WIDTHS | {"batch", "slice"}
 _FREE = frozenset({"attr", "count", "d", "default", "first", "last", "length"})
-# Characters that a filter costs for each of what it gets, where that is more than copying them.
+# Characters that a filter costs for each character of its argument, if that is more than copying it.
 _RATES = {
     "dictsort": 4, "e": 6, "escape": 6, "forceescape": 6, "groupby": 4, "max": 2, "min": 2, "pprint": 8, "sort": 4,
     "striptags": 8, "string": 2, "title": 8, "tojson": 2, "unique": 2, "urlencode": 16, "wordcount": 4, "wordwrap": 64,

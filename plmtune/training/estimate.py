@@ -17,8 +17,8 @@ from plmtune.units import show_bytes, show_count
 
 _NF4_BYTES = 0.5 + 1 / 64
 
-# Temporary tensors, and memory that the allocator keeps: a share of what a step allocates and frees. Measured on CPUs
-# (benchmarks/memory_estimate.py); that a GPU's fragments and workspaces take as much is an assumption.
+# Temporary tensors, and memory that the allocator keeps: a share of the memory that a step allocates and frees.
+# Measured on CPUs (benchmarks/memory_estimate.py); that a GPU's fragments and workspaces take as much is an assumption.
 _SLACK = 0.2
 
 

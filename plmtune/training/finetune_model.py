@@ -32,7 +32,7 @@ class FinetuneModel:
 
     Attributes:
         trained: what to call in a step: the model, or a wrapper of it.
-        dtype: of what is saved; in a step FSDP2 shows another.
+        dtype: of the saved weights; in a step FSDP2 shows another.
         adapter_config: adapter_config.json; empty: all weights are trained.
         scheme: of quantization-aware training; empty without it.
         notes: a line each, to print when the run starts.

@@ -74,7 +74,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that `device` could do in `dtype`: MFU's denominator.
 
     A known GPU's bf16 peak is its data sheet's; anything else is measured by a square matrix product, so
-    there MFU is a share of what this machine's matrix product reaches.
+    there MFU is a share of the speed of this machine's matrix product.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)

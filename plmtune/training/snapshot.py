@@ -48,7 +48,7 @@ class SnapshotBuffers:
         Args:
             stems: tensors by name, sharded or not, for each beginning of file names.
             max_bytes: of a file.
-            writers: the ranks that take files, in turn.
+            writers: the ranks to which files are dealt one by one.
         """
         tensors: dict[str, dict[str, Tensor]] = {}
         indexes: dict[str, Any] = {}

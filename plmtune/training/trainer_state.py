@@ -57,7 +57,7 @@ def latest_valid(directory: Path, *, once: bool = False) -> Path | None:
             return path.name
         if refused:
             raise UserError(
-                f"No checkpoint in {directory} is valid: {' '.join(refused)} Put a valid copy back, or start anew."
+                f"No checkpoint in {directory} is valid: {' '.join(refused)} Put a valid copy back, or start a new run."
             )
         if directory.is_symlink() and not directory.exists():
             raise UserError(f"{directory} leads to {directory.readlink()}, which is not there. Is its disk mounted?")

@@ -243,6 +243,6 @@ class TestTranscript:
         with pytest.raises(BadRow):
             talk.restore([Message("user", tokenizer().eos), Message("assistant", "a")])
         for roles in (["user"], ["assistant"], ["user", "assistant", "tool", "assistant"], ["system", "system"]):
-            with pytest.raises(BadRow, match="does not have user and assistant in turn"):
+            with pytest.raises(BadRow, match="does not alternate user and assistant"):
                 talk.restore([Message(role, "x") for role in roles])
         assert talk.messages[-1].content == first

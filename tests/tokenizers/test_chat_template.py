@@ -85,7 +85,7 @@ SPECIALS = [
 
 
 def talk(*texts, system=None):
-    """Messages of user and assistant in turn."""
+    """Messages of user and assistant, alternating."""
     first = [Message("system", system)] if system is not None else []
     return (*first, *(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)))
 

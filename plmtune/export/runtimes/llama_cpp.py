@@ -1,6 +1,6 @@
 """GGUF files by llama.cpp, through the C interface that llama-cpp-python binds.
 
-Its class `Llama` is left aside: it copies the logits of each token into an array for the whole context, 2.5 GB for
+Its class `Llama` is not used: it copies the logits of each token into an array for the whole context, 2.5 GB for
 PLM's vocabulary.
 """
 

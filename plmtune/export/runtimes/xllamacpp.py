@@ -27,7 +27,7 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class XLlamaCppRuntime(GgufRuntime):
-    """A llama.cpp server with one slot, which keeps the cache of what it read last.
+    """A llama.cpp server with one slot, which keeps the cache of its last prompt.
 
     A step hands the whole prompt over as JSON, of which the server reads the new token alone. So `timed` has the server
     write all tokens and returns its own figures. A row of log-probabilities is JSON too: 0.7 s for
