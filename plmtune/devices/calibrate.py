@@ -90,20 +90,18 @@ def small_decoders() -> dict[str, Callable[[], Decoder]]:
 
 def calibrate(
     *,
-    name: str | None = None,
     with_llama_cpp: bool = True,
     log: Callable[[str], None] = lambda text: None,
 ) -> Device:
     """Measure the CPU of this machine, with as many threads as torch uses now; a minute or so.
 
     Args:
-        name: of the device; None: its processor's name.
         with_llama_cpp: measure llama.cpp too, where it is installed.
         log: gets a line for each step.
     """
     threads = torch.get_num_threads()
     shown = show_number_of(threads, "thread")
-    title = name or f"{provenance.device_name(torch.device('cpu'))}, {shown}"
+    title = f"{provenance.device_name(torch.device('cpu'))}, {shown}"
     measured = f"measured by plmtune bench --calibrate, torch {torch.__version__}, {shown}"
     log("reading memory")
     bandwidth = read_bandwidth()

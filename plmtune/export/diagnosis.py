@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from plmtune.export.contents import Contents, differing, settings_of
 from plmtune.export.stored import weight_of
+from plmtune.modules.attributes import with_attributes
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.mla import MultiHeadLatentAttention
 from plmtune.modules.norm import RMSNorm
@@ -87,7 +88,7 @@ def _suspicions(model: Decoder) -> Iterator[Suspicion]:
                 yield said, partial(with_settings, model, {key: value})
     if not model.tied:
         said = "the runtime takes the embedding for the head, which in the checkpoint is a matrix of its own"
-        yield said, partial(_with_tied_head, model)
+        yield said, partial(with_attributes, [model], tied=True)
 
 
 def _rope_suspicions(model: Decoder) -> Iterator[Suspicion]:
@@ -117,22 +118,15 @@ def _rope_suspicions(model: Decoder) -> Iterator[Suspicion]:
 
 @contextmanager
 def with_settings(model: Decoder, settings: Mapping[str, float]) -> Iterator[None]:
-    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
     layers: list[Any] = list(model.layers)
-    ropes = [layer.attention.rope for layer in layers]
-    kept = [norm.eps for norm in norms], [rope.settings for rope in ropes]
-    try:
-        for norm in norms:
-            norm.eps = settings.get("norm.eps", norm.eps)
-        for rope in ropes:
+    with ExitStack() as stack:
+        for norm in (module for module in model.modules() if isinstance(module, RMSNorm)):
+            stack.enter_context(with_attributes([norm], eps=settings.get("norm.eps", norm.eps)))
+        for rope in (layer.attention.rope for layer in layers):
             width, positions, theta, interleaved = rope.settings
-            rope.settings = (width, positions, settings.get("attention.rope_theta", theta), interleaved)
+            held = (width, positions, settings.get("attention.rope_theta", theta), interleaved)
+            stack.enter_context(with_attributes([rope], settings=held))
         yield
-    finally:
-        for norm, eps in zip(norms, kept[0], strict=True):
-            norm.eps = eps
-        for rope, held in zip(ropes, kept[1], strict=True):
-            rope.settings = held
 
 
 @contextmanager
@@ -162,15 +156,6 @@ def _reordered(module: nn.Module, inputs: Any, output: Tensor, *, group: int, in
 
 
 @contextmanager
-def _with_tied_head(model: Decoder) -> Iterator[None]:
-    model.tied = True
-    try:
-        yield
-    finally:
-        model.tied = False
-
-
-@contextmanager
 def as_exported(model: Decoder, contents: Contents) -> Iterator[None]:
     """The model with the numbers and settings of an export, as far as they fit into it."""
     wrong = differing(contents.settings, settings_of(model))
@@ -180,7 +165,7 @@ def as_exported(model: Decoder, contents: Contents) -> Iterator[None]:
         if held:
             stack.enter_context(with_tensors(model, contents.tensors, list(held)))
             if not model.tied and "output.weight" not in held:
-                stack.enter_context(_with_tied_head(model))
+                stack.enter_context(with_attributes([model], tied=True))
             for name in model.state_dict():
                 if name.endswith(".bias") and name not in held:
                     none = {name: torch.zeros_like(weight_of(model, name))}
@@ -224,9 +209,8 @@ def _floating(module: Quantized, weight: Tensor) -> nn.Module:
 
 
 def _swap(stack: ExitStack, model: Decoder, name: str, new: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    stack.callback(setattr, model.get_submodule(parent), leaf, model.get_submodule(name))
-    setattr(model.get_submodule(parent), leaf, new)
+    stack.callback(model.set_submodule, name, model.get_submodule(name))
+    model.set_submodule(name, new)
 
 
 def _tie_again(model: Decoder) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from plmtune.export.stored import summarize, suspect_tensors, wrong_rows, wrong_
 from plmtune.export.verify_text import compare_ids, compare_prompts
 from plmtune.models.adapters import load_model, load_model_tokenizer
 from plmtune.models.checkpoint_files import checkpoint_directory
+from plmtune.modules.attributes import with_attributes
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized
 
@@ -255,16 +256,7 @@ def _quantized_like(model: Decoder, contents: Contents) -> tuple[Decoder, Conten
     return model, replace(contents, tensors=numbers, kinds=kinds)
 
 
-@contextmanager
-def _with_latent_norm(model: Decoder, runtime: InferenceRuntime) -> Iterator[None]:
+def _with_latent_norm(model: Decoder, runtime: InferenceRuntime) -> AbstractContextManager[None]:
     """The latent's norm as transformers has it in a DeepSeek."""
     norms = [module for name, module in model.named_modules() if name.endswith("kv_a_norm")]
-    norms = norms if runtime.name == "transformers" else []
-    kept = [norm.eps for norm in norms]
-    for norm in norms:
-        norm.eps = _LATENT_EPS
-    try:
-        yield
-    finally:
-        for norm, eps in zip(norms, kept, strict=True):
-            norm.eps = eps
+    return with_attributes(norms if runtime.name == "transformers" else [], eps=_LATENT_EPS)

@@ -8,13 +8,14 @@ load the base, adapt, distribute, make the optimizer. On the meta device nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from plmtune.modules.attributes import with_attributes
 from plmtune.modules.linear import Linear
 from plmtune.modules.quantized import Quantized
 from plmtune.modules.torchtune_layers import layers
@@ -135,8 +136,7 @@ def _adapt(
             memory = torch.empty(trained.shape, dtype=like.dtype, device=like.device)
             setattr(layer.get_submodule(owner), leaf, nn.Parameter(memory))
         layer.train(linear.training)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
+        model.set_submodule(name, layer)
     init_adapters(model)
 
 
@@ -233,22 +233,12 @@ def merge(model: nn.Module) -> None:
         with torch.device("meta"):
             linear = Linear(layer.in_dim, layer.out_dim, bias=layer.bias is not None)
         linear.weight, linear.bias = nn.Parameter(weight), layer.bias
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, linear.train(layer.training))
+        model.set_submodule(name, linear.train(layer.training))
     model.requires_grad_(True)
     if hasattr(model, "score") and not model.tied:
         model.output.requires_grad_(False)  # as add_score_head has it
 
 
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Disable a model's adapters inside the context."""
-    found = list(adapted(model).values())
-    before = [layer.disabled for layer in found]
-    for layer in found:
-        layer.disabled = True
-    try:
-        yield
-    finally:
-        for layer, was in zip(found, before, strict=True):
-            layer.disabled = was
+    return with_attributes(adapted(model).values(), disabled=True)

@@ -273,5 +273,4 @@ def install(model: nn.Module, formats: Mapping[str, Format]) -> None:
                     new = QuantizedEmbedding(held.num_embeddings, held.embedding_dim, format)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, new.train(held.training))
+        model.set_submodule(name, new.train(held.training))

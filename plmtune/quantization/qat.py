@@ -13,7 +13,7 @@ config.json names the scheme in the key `qat`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from plmtune.errors import UserError
 from plmtune.models.assemble import component_config, component_from_config
 from plmtune.models.checkpoint_files import CONFIG, checkpoint_directory, read_json, write_json
+from plmtune.modules.attributes import with_attributes
 from plmtune.modules.quantized import Format, round_inputs
 from plmtune.modules.torchtune_layers import quiet
 from plmtune.quantization.quantize import bounds
@@ -66,7 +67,7 @@ def insert_fake_quantize(model: Any, formats: Mapping[str, Format]) -> None:
         new.weight = held.weight
         new.weight_fake_quantizer = WeightRounding(format)
         new.original = (held,)  # a tuple, so that it is no submodule
-        _replace(model, name, new)
+        model.set_submodule(name, new.train(model.training))
     head = formats.get("tok_embeddings" if model.tied else "output")
     if head is not None and head.dynamic and not hasattr(model, "score"):
         # The loss multiplies hidden states by the head's weight without calling the head: round the states before.
@@ -89,17 +90,12 @@ def remove_fake_quantize(model: Any) -> dict[str, Format]:
         held.weight = layer.weight
         if isinstance(held, nn.Linear):
             held.bias = layer.bias
-        _replace(model, name, held)
+        model.set_submodule(name, held.train(model.training))
     if hasattr(model.norm, "head_input"):
         del model.norm.head_input
         for key in [key for key, hook in model.norm._forward_hooks.items() if hook is _round_output]:
             del model.norm._forward_hooks[key]
     return formats
-
-
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new.train(model.training))
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -204,27 +200,18 @@ def round_as_stored(weight: Tensor, format: Format) -> Tensor:
 def fake_quant_frozen(model: nn.Module) -> Iterator[None]:
     """Round each weight once for all forwards inside the context; no weight may change there."""
     found = [module for module in model.modules() if isinstance(module, WeightRounding)]
-    for module in found:
-        module.frozen = True
     try:
-        yield
+        with with_attributes(found, frozen=True):
+            yield
     finally:
         for module in found:
-            module.frozen = False
             module.reset()
 
 
-@contextmanager
-def fake_quant_disabled(model: nn.Module) -> Iterator[None]:
+def fake_quant_disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Inside the context, compute with unrounded weights and inputs."""
-    found: list[Any] = [module for module in model.modules() if isinstance(module, FakeQuantizerBase)]
-    for module in found:
-        module.enabled = False
-    try:
-        yield
-    finally:
-        for module in found:
-            module.enabled = True
+    found = [module for module in model.modules() if isinstance(module, FakeQuantizerBase)]
+    return with_attributes(found, enabled=False)
 
 
 def scheme_settings(chosen: Component) -> dict[str, Any]:

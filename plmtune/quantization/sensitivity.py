@@ -221,11 +221,10 @@ def _quantized_alone(
 ) -> Iterator[tuple[nn.Module, Quantized]]:
     """Quantize one module inside the context; yields the original and the quantized module."""
     original = model.get_submodule(name)
-    parent, _, leaf = name.rpartition(".")
     try:
         yield original, quantize_module(model, name, format, moments)
     finally:
-        setattr(model.get_submodule(parent), leaf, original)
+        model.set_submodule(name, original)
 
 
 def _error_ratio(

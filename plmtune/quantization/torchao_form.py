@@ -33,8 +33,7 @@ def to_torchao(model: nn.Module) -> None:
             new = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
         new.register_parameter("weight", _parameter(module))
         new.register_parameter("bias", module.bias)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, new.train(module.training))
+        model.set_submodule(name, new.train(module.training))
 
 
 def _parameter(module: QuantizedLinear) -> nn.Parameter:
