@@ -122,8 +122,8 @@ def bench(
         from plmtune.devices.calibrate import calibrate as find
         from plmtune.devices.device import save_device
 
-        save_device(find(log=_say), calibrate)
-        _say(f"wrote {calibrate}: plmtune plan CONFIG --device {calibrate}")
+        save_device(find(log=terminal.say), calibrate)
+        terminal.say(f"wrote {calibrate}: plmtune plan CONFIG --device {calibrate}")
         if not targets:
             return
     bandwidth = read_bandwidth(where)
@@ -143,7 +143,7 @@ def bench(
                     bandwidth=bandwidth,
                     device=str(where),
                     flash_attention=setting,
-                    log=_say,
+                    log=terminal.say,
                 )
         except UserError as error:  # of this target: the others are measured all the same
             failed.append(str(error))
@@ -185,10 +185,6 @@ def _check_output(path: Path | None, suffixes: tuple[str, ...], overwrite: bool)
         raise UserError(f"{path}: must be a {suffixes[0]} file in a folder that is there.")
     if path.exists() and not overwrite:
         raise UserError(f"{path} is there already. Give --overwrite to replace it, or another name.")
-
-
-def _say(text: str) -> None:
-    terminal.echo(text, err=True)
 
 
 def _machine(device: torch.device, bandwidth: float, threads: int) -> dict[str, object]:

@@ -148,7 +148,7 @@ def evaluate(
     settings = Settings(limit, num_fewshot, rows, chat, chat_template, system, max_new_tokens)
     # Under torchrun each process takes its share of the documents.
     with Runtime.choose(device=device or "auto", precision="fp32").start() as runtime:
-        log = _log if runtime.is_main else _ignore
+        log = terminal.say if runtime.is_main else _ignore
         # Rank 0 decides for all: a branch of the hub, or the newest run, may change a moment later.
         paths = broadcast_from_rank0(lambda: [hub.pin(path) for path in checkpoints] or [newest_run("eval CHECKPOINT")])
         for path in paths:
@@ -213,7 +213,7 @@ def _allow_code(tasks: Tasks, names: Sequence[str], *, allowed: bool, sandboxed:
             "whatever the model writes, add --no-sandbox."
         )
     if not allowed:
-        _log(f"{who}. What protects this machine:\n{protection(runner.isolation)}")
+        terminal.say(f"{who}. What protects this machine:\n{protection(runner.isolation)}")
         if not sys.stdin.isatty():
             raise UserError(f"{who}: add --unsafe-code to let it.")
         if not click.confirm("Run it?", err=True):
@@ -240,7 +240,7 @@ def _list(tasks: Tasks, words: Sequence[str]) -> None:
         for row in table.rows:
             click.echo("\t".join(cell.text for cell in row))
     if len(found) < len(known) and not words:
-        _log(f"and {len(known) - len(found):,} more: plmtune eval --list WORD")
+        terminal.say(f"and {len(known) - len(found):,} more: plmtune eval --list WORD")
 
 
 def _show_map(tasks: Tasks, names: Sequence[str]) -> None:
@@ -248,10 +248,6 @@ def _show_map(tasks: Tasks, names: Sequence[str]) -> None:
     if not entries:
         raise UserError(f"{', '.join(names)}: written in Python, which does not say what it reads.")
     click.echo("\n".join(entries))
-
-
-def _log(text: str) -> None:
-    terminal.echo(text, err=True)
 
 
 def _ignore(text: str) -> None:

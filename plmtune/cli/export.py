@@ -65,9 +65,6 @@ def export(
 
     from plmtune.export.export_model import export
 
-    def say(text: str) -> None:
-        terminal.echo(text, err=True)
-
     failed = False
     for made in export(
         checkpoint,
@@ -81,13 +78,13 @@ def export(
         context=context,
         overwrite=overwrite,
         verify=not no_verify,
-        log=say,
+        log=terminal.say,
     ):
         if made.report is not None:
             show(made.report.table())
         show(*made.lines())
         if made.report is not None and not made.passed:
             failed = True
-            say(f"plmtune: {made.path} is not the model of {checkpoint}: {made.report.verdict}")
+            terminal.say(f"plmtune: {made.path} is not the model of {checkpoint}: {made.report.verdict}")
     if failed:
         click.get_current_context().exit(1)

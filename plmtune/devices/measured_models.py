@@ -23,6 +23,7 @@ from plmtune.inference.kernel_choice import prepack
 from plmtune.io import hub
 from plmtune.models.checkpoint_files import CONFIG, checkpoint_directory, read_json
 from plmtune.models.gguf_file import opened_gguf
+from plmtune.modules.attributes import with_attributes
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU
 from plmtune.modules.quantized import Quantized
@@ -148,12 +149,9 @@ class PyTorchModel(MeasuredModel):
     def _skipped(self) -> int:
         """Bytes of `down` that a token skips; a token is decoded in the place of the last one."""
         skipping = [ffn for ffn in sparse_decode.squared_relus(self.model).values() if ffn.sparse]
-        for ffn in skipping:
-            ffn.record_sparsity = True
         self.cache.truncate(self.cache.length - 1)
-        self.model(self._next, cache=self.cache, hidden=True)
-        for ffn in skipping:
-            ffn.record_sparsity = False
+        with with_attributes(skipping, record_sparsity=True):
+            self.model(self._next, cache=self.cache, hidden=True)
         return sum(_zeros(ffn) for ffn in skipping)
 
     def cache_bytes(self, context: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from plmtune.modules.attributes import with_attributes
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU
 from plmtune.modules.linear import Linear
@@ -101,16 +102,12 @@ def _inputs(
         return keep
 
     hooks = [ffn.down_proj.register_forward_pre_hook(keeper(number)) for number, ffn in found.items()]
-    was = [ffn.sparse for ffn in found.values()]
     try:
-        for ffn in found.values():
-            ffn.sparse = False  # or a text of one token would not reach the hooks
-        model(text, hidden=True)
+        with with_attributes(found.values(), sparse=False):  # or a text of one token would not reach the hooks
+            model(text, hidden=True)
     finally:
         for hook in hooks:
             hook.remove()
-        for ffn, on in zip(found.values(), was, strict=True):
-            ffn.sparse = on
     return shares, rows
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from plmtune.errors import UserError
 from plmtune.evaluation.prefixes import Batch, Ids, Text, layout, plan, weigh
+from plmtune.modules.attributes import eval_mode
 from plmtune.modules.cache import SharedPrefix
 
 if TYPE_CHECKING:
@@ -181,17 +182,12 @@ class Scorer:
         self, items: Sequence[Item], prefix: Ids, rows: list[list[Text]], known: frozenset[int]
     ) -> dict[int, Score] | None:
         """Return the scores of rows, or None when memory ran out; that memory is then free again."""
-        training = self.model.training
-        if training:
-            self.model.eval()
         try:
-            return self._compute(items, prefix, rows, known)
+            with eval_mode(self.model):
+                return self._compute(items, prefix, rows, known)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-        finally:
-            if training:
-                self.model.train()
         # Only here is the exception released, which holds the tensors of every frame.
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plmtune.inference.request_queue import TURN, Request, RequestQueue, Waiting
 from plmtune.inference.sampling import GREEDY, check_sampling, penalize, top_k_top_p
+from plmtune.modules.attributes import eval_mode
 from plmtune.modules.cache import Cache, Slots
 
 if TYPE_CHECKING:
@@ -174,19 +175,13 @@ class BatchedGenerator:
     @torch.no_grad()
     def _advance(self) -> None:
         """Read prompts into free slots; without free slots or prompts, sample each row's next token."""
-        training = self.model.training
-        if training:
-            self.model.eval()
-        try:
+        with eval_mode(self.model):
             if self._queue.waiting and len(self._rows) < self.batch_size:
                 self._read()
             else:
                 self._close_up()
                 self._step()
             self._retire()
-        finally:
-            if training:
-                self.model.train()
 
     def _read(self) -> None:
         """Read prompts of similar length into free slots, and sample the first token of each answer."""

@@ -101,7 +101,7 @@ def fetch(model: HubModel, *, weights: bool = True) -> Path:
         if cached is None:
             raise UserError(_absent(model, weights, why))
         if not offline():
-            _say(_from_cache(model, cached, why))
+            terminal.say(_from_cache(model, cached, why))
         return cached
     return _download(model, weights)
 
@@ -160,7 +160,7 @@ def _download(model: HubModel, weights: bool) -> Path:
             return cached
         total = sum(sizes[name] for name in wanted)
         _check_room(model, total)
-        _say(f"fetching {model} (commit {str(info.sha)[:12]}, {show_bytes(total)}) into {cache()}")
+        terminal.say(f"fetching {model} (commit {str(info.sha)[:12]}, {show_bytes(total)}) into {cache()}")
         # By name and not by commit, so that the cache knows the name afterwards.
         found = snapshot_download(
             model.repository,
@@ -184,7 +184,7 @@ def _download(model: HubModel, weights: bool) -> Path:
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's
         cached = _cached(model, weights)
         if cached is not None and (why := _service_error(error)):
-            _say(_from_cache(model, cached, why))
+            terminal.say(_from_cache(model, cached, why))
             return cached
         raise UserError(f"{model} cannot be fetched from the Hugging Face hub ({_first(error)}). Try again.") from error
 
@@ -420,7 +420,3 @@ def links_outside(path: Path) -> bool:
     folder = directory.parent.parent
     snapshot = directory.parent.name == "snapshots" and folder.name.startswith("models--")
     return not (snapshot and real.parent == folder / "blobs")
-
-
-def _say(text: str) -> None:
-    terminal.echo(text, err=True)

@@ -158,6 +158,11 @@ def echo(text: str = "", *, err: bool = False) -> None:
         line.draw()
 
 
+def say(text: str) -> None:
+    """Print prose to stderr."""
+    echo(text, err=True)
+
+
 class Warnings(logging.Handler):
     """Prints what is logged as `echo` prints prose."""
 

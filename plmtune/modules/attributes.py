@@ -18,3 +18,16 @@ def with_attributes(modules: Iterable[nn.Module], **values: Any) -> Iterator[Non
                 stack.callback(setattr, module, name, getattr(module, name))
                 setattr(module, name, value)
         yield
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Set a model to evaluation mode inside the context, and restore its mode at its end."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
