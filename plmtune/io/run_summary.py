@@ -169,8 +169,8 @@ def already_finished(path: Path) -> str:
     kept = [word for word in words[2:] if word.partition("=")[0] not in own] if words[1:2] == ["run"] else [str(recipe)]
     more = "epochs or rounds" if recipe == "preference" else "phases"
     return (
-        f"{said} To train its model further, start a new run with init_from and, where it should learn longer, other "
-        f"{more}: plmtune run {shlex.join(kept)} init_from={path}"
+        f"{said} To train its model further, start a new run from its weights, with other {more} if it should train "
+        f"longer: plmtune run {shlex.join(kept)} init_from={path}"
     )
 
 
