@@ -104,7 +104,7 @@ def runs(draw):
 
 
 class TestShares:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=20, deadline=None)
     @given(runs())
     def test_what_is_said_of_any_run_is_what_it_draws(self, made):
         run, sizes = made
