@@ -113,7 +113,7 @@ def bench(
 
     from plmtune.devices.bandwidth import read_bandwidth
     from plmtune.devices.measure import measure
-    from plmtune.io.atomic import atomic_write
+    from plmtune.io.atomic import write_atomically
 
     where = find_device(device)
     if threads is not None:
@@ -152,8 +152,7 @@ def bench(
         _print(found, machine)
         if json_path is not None:
             entries = {**machine, "new_tokens": new_tokens, "measurements": [asdict(entry) for entry in found]}
-            with atomic_write(json_path, user_error=True) as temporary:
-                temporary.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+            write_atomically(json_path, json.dumps(entries, indent=2) + "\n", user_error=True)
         if plot is not None:
             from plmtune.devices.measure_plot import draw
 

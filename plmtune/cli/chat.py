@@ -24,7 +24,7 @@ from plmtune.cli.options import (
 )
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io import terminal
-from plmtune.io.atomic import atomic_write
+from plmtune.io.atomic import write_atomically
 from plmtune.io.tables import Column, Table
 from plmtune.io.terminal import visible
 
@@ -252,8 +252,7 @@ class _Talk:
         if path != self.saved and (path.exists() or path.is_symlink()):
             raise UserError(f"{path} exists already. Name another file.")
         row = {"messages": [message.to_row() for message in self.conversation.transcript]}
-        with atomic_write(path, user_error=True) as temporary:
-            temporary.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(row, ensure_ascii=False) + "\n", user_error=True)
         self.saved = path
         _print(f"{path}: {len(row['messages'])} messages, as data=conversations reads them", dim=True)
 

@@ -17,7 +17,7 @@ from plmtune import dtypes
 from plmtune.config.names import check_model_path
 from plmtune.errors import UserError
 from plmtune.io import hub, terminal
-from plmtune.io.atomic import atomic_write
+from plmtune.io.atomic import write_atomically
 from plmtune.registry import raised, refuse_taken_names
 from plmtune.units import unescape
 
@@ -266,6 +266,5 @@ def recipe_file(path: str) -> ModuleType:
 
 def write_json(path: Path, content: Any) -> None:
     """Write the file of --json, and name it."""
-    with atomic_write(path, user_error=True) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n", user_error=True)
     terminal.echo(f"{path} written")

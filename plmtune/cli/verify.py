@@ -71,13 +71,12 @@ def verify(
     page = _read(text) if text is not None else None
 
     from plmtune.export.verify import verify as verify_export
-    from plmtune.io.atomic import atomic_write
+    from plmtune.io.atomic import write_atomically
 
     report = verify_export(export, against, text=page, positions=positions, threads=threads, prefer=runtime)
     show(report.table(), *(f"warning: {warning}" for warning in report.warnings))
     if json_path is not None:
-        with atomic_write(json_path, user_error=True) as temporary:
-            temporary.write_text(report.as_json(), encoding="utf-8")
+        write_atomically(json_path, report.as_json(), user_error=True)
     if not report.passed:
         terminal.echo(f"plmtune: {export} is not the model of {against}: {report.verdict}", err=True)
         click.get_current_context().exit(1)

@@ -90,19 +90,13 @@ def preferences(
     """Read preference pairs from JSON, JSON lines, CSV, TSV, Parquet or the hub.
 
     Args:
-        paths: files, folders or globs.
-        hub: a dataset of the Hugging Face hub, instead of paths.
-        subset: its configuration; needed for a dataset with several and no default.
-        split: train, validation, ...
-        revision: branch, tag or commit; a commit pins the data.
+        paths, hub, subset, split, revision, encoding, max_rows: as for conversations.
         shape: auto detects it row by row. strings: prompt (or question, instruction, input, query), chosen, rejected.
             messages: chosen and rejected are lists of role and content, whole conversations or what follows a prompt;
             OpenAI's input, preferred_output and non_preferred_output are read as these. sharegpt: conversations, then
             chosen and rejected as one message each (LLaMA-Factory). dialogue: texts with Human: and Assistant:
             (Anthropic's HH). unpaired: prompt and completion (or response, answer, output), or messages, and a label
             (or kto_tag), true for good ones (KTO). Each may have system, tools, history, input and context.
-        encoding: of JSON and CSV.
-        max_rows: read so many rows and no more.
 
     Raises:
         UserError: for neither or both of paths and hub, or a path that is not there.

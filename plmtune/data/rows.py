@@ -98,11 +98,7 @@ class Rows:
         """Find the files.
 
         Args:
-            paths: files, folders or globs; empty with a dataset of the hub.
-            hub: the dataset's name, instead of paths.
-            subset, split, revision: of the dataset, see `plmtune.data.hub.hub`.
-            encoding: of JSON and CSV.
-            max_rows: read so many rows and no more.
+            paths, hub, subset, split, revision, encoding, max_rows: see `plmtune.data.conversations.conversations`.
 
         Raises:
             UserError: for neither or both of paths and hub, what goes with hub beside paths, or a path that is not

@@ -16,7 +16,7 @@ import yaml
 from plmtune.config.names import name_hint
 from plmtune.config.rules import read_yaml
 from plmtune.errors import UserError, did_you_mean
-from plmtune.io.atomic import atomic_write
+from plmtune.io.atomic import write_atomically
 
 _GIB, _GIGA, _MICRO = 2.0**30, 1e9, 1e-6
 # key -> (field of Device, its unit in SI, whether it may be 0, whether it is required)
@@ -264,5 +264,4 @@ def save_device(device: Device, path: Path) -> None:
             for name, rates in device.rates.items()
         }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, user_error=True) as temporary:
-        temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_atomically(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True), user_error=True)

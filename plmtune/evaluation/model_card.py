@@ -21,7 +21,7 @@ from plmtune.evaluation.card_training import CURVES, sparsity_section, training_
 from plmtune.evaluation.card_values import show_component, show_settings, show_value
 from plmtune.evaluation.markdown import code, escape, hub_link, table
 from plmtune.evaluation.model_facts import Run, Weights, base_of, family_of, is_of, read_run, read_weights
-from plmtune.io.atomic import atomic_write
+from plmtune.io.atomic import atomic_write, write_atomically
 from plmtune.io.hub import model_of, parse
 from plmtune.models import adapters, checkpoint_files
 from plmtune.training.plot import draw_curves
@@ -79,8 +79,7 @@ def write_card(
         _provenance(run, found),
     ]
     text = "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
-    with atomic_write(path, user_error=True) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_atomically(path, text, user_error=True)
     return path
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from plmtune import native
 from plmtune.inference.quantized_kernels import KERNELS, example, matches_reference, use_kernel
-from plmtune.io.atomic import atomic_write
+from plmtune.io.atomic import write_atomically
 from plmtune.io.untrusted import load_json
 from plmtune.modules.mla import MultiHeadLatentAttention
 from plmtune.modules.quantized import ROWS, Format, Quantized
@@ -127,8 +127,7 @@ def _keep(kept: Mapping[str, Any]) -> None:
     path = _file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps({"version": _VERSION, "kernels": kept}, indent=2) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps({"version": _VERSION, "kernels": kept}, indent=2) + "\n")
     except OSError:
         pass  # an unwritable folder: measured again next time
 

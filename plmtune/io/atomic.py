@@ -32,6 +32,12 @@ def atomic_write(path: Path, *, user_error: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_atomically(path: Path, text: str, *, user_error: bool = False) -> None:
+    """Write a text in UTF-8, see `atomic_write`."""
+    with atomic_write(path, user_error=user_error) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def remove_empty_folders(folder: Path) -> Iterator[None]:
     """On exit remove `folder` and those above it that were created inside the block and are empty."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from plmtune.config.names import check_model_path
 from plmtune.errors import Unreadable, UserError, unreadable
 from plmtune.io import hub, manifest, run_summary, terminal
-from plmtune.io.atomic import atomic_write
+from plmtune.io.atomic import write_atomically
 from plmtune.io.run_directory import state_of
 from plmtune.io.untrusted import load_json
 
@@ -272,5 +272,4 @@ def _stays_inside(path: Path) -> bool:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(data, indent=2) + "\n")

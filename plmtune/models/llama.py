@@ -24,14 +24,8 @@ def llama(
     """SmolLM2-135M by default (arXiv 2502.02737), with its vocabulary of 49,152.
 
     Args:
-        vocab_size: rows of the embedding.
-        attention, ffn, norm: the components of each layer.
-        embed_dim: width of the residual stream.
-        num_layers: layers.
-        num_heads: query heads.
-        max_seq_len: longest sequence.
-        tie_embeddings: the embedding is also the vocabulary projection.
-        init_std: standard deviation of the initial matrices.
+        vocab_size, attention, ffn, norm, embed_dim, num_layers, num_heads, max_seq_len, tie_embeddings, init_std: as
+            for plm.
     """
     return assemble(
         "llama",

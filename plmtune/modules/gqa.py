@@ -126,10 +126,7 @@ def mha(
     """Multi-head attention (arXiv 1706.03762): each query head has its own key and value head.
 
     Args:
-        head_dim: width a head; None: embed_dim / num_heads.
-        rope_theta: base of RoPE's frequencies.
-        rope_interleaved: RoPE's pairs are neighbours, not head_dim / 2 apart.
-        bias: queries, keys, values and output have biases.
+        head_dim, rope_theta, rope_interleaved, bias: as for gqa.
     """
     return GroupedQueryAttention(
         embed_dim,

@@ -8,7 +8,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-from plmtune.io.atomic import atomic_write
+from plmtune.io.atomic import write_atomically
 from plmtune.units import show_bytes
 
 FILE = "quantize.json"
@@ -40,8 +40,7 @@ class Report:
     formats: dict[str, str]
 
     def write(self, directory: Path) -> None:
-        with atomic_write(directory / FILE) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_atomically(directory / FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     def lines(self, directory: Path) -> list[str]:
         """Size and loss before and after, and the commands that use the model."""

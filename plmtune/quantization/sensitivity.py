@@ -19,7 +19,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from plmtune.io.atomic import atomic_write
+from plmtune.io.atomic import write_atomically
 from plmtune.io.untrusted import load_json
 from plmtune.models.digest import model_digest
 from plmtune.modules.decoder import Decoder
@@ -280,5 +280,4 @@ def _write(path: Path, key: str, found: Sensitivities) -> None:
         "others": found.others,
         "modules": [asdict(row) for row in found],
     }
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(content, indent=1) + "\n")

@@ -19,7 +19,7 @@ import tiktoken
 import xxhash
 
 from plmtune.errors import UserError, did_you_mean
-from plmtune.io.atomic import atomic_write
+from plmtune.io.atomic import write_atomically
 from plmtune.io.provenance import num_cores
 from plmtune.tokenizers import tokenizer_json_writer
 from plmtune.tokenizers.bpe import (
@@ -241,8 +241,7 @@ class Tokenizer:
         if len(self.end_ids) > 1:
             files["generation_config.json"] = json.dumps({"eos_token_id": self.end_ids}, indent=2) + "\n"
         for name, text in files.items():
-            with atomic_write(directory / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            write_atomically(directory / name, text)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -102,8 +102,7 @@ class Trackio:
     """Log to trackio: charts that stay on this machine.
 
     Args:
-        project: where the run appears.
-        name: of the run; None takes the run directory's.
+        project, name: as for wandb.
     """
 
     package = "trackio"
