@@ -196,9 +196,8 @@ def evaluate(
             measured = lm_eval_output.collect(raw) if raw else ({}, {}, {})
         except MemoryError:
             raise
-        except (
-            Exception
-        ) as error:  # a task's function may raise anything; the other tasks, and a training run, continue
+        except Exception as error:
+            # A task's function may raise anything; the other tasks, and a training run, continue.
             if lm.world_size > 1:  # the others wait for this one
                 raise
             result["failed"][name] = _in_words(error)

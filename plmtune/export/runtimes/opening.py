@@ -77,7 +77,8 @@ def choose_runtime(path: Path, prefer: RuntimeName | None = None) -> RuntimeName
         unknown = "" if prefer in get_args(RuntimeName) else did_you_mean(prefer, get_args(RuntimeName))
         raise UserError(f"{prefer} does not serve {path}; {' and '.join(serving)} would.{unknown}")
     found = prefer if prefer is not None else next((name for name in serving if _installed(name)), serving[-1])
-    _demand(found, path)
+    if not _installed(found):
+        raise missing(found, str(path))
     return found
 
 
@@ -104,8 +105,3 @@ def _serving(path: Path) -> tuple[RuntimeName, ...]:
 
 def _installed(name: RuntimeName) -> bool:
     return name == "plmtune" or installed(name)
-
-
-def _demand(name: RuntimeName, path: Path) -> None:
-    if not _installed(name):
-        raise missing(name, str(path))
