@@ -165,6 +165,9 @@ def explain(
             return UserError(f"{place(full_key)}{said}")
         if of_recipe and (said := _of_other_recipe(full_key, given.name, siblings)):
             return UserError(f"{place(full_key)}{said}")
+        if name and not siblings:
+            parent = full_key.rpartition(".")[0]
+            return UserError(f"{place(full_key)}key {full_key}: unknown. {parent} is {name}, which has no settings.")
         return unknown_key(place(full_key), full_key, siblings, lambda: all_keys(base))
     if "Ambiguous value" in text:
         key, _, value = str(_search(r"argument '([^']+)'", text)).partition("=")
