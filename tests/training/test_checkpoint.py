@@ -304,6 +304,9 @@ class TestBest:
     def test_may_be_the_highest(self, tmp_path):
         assert self.scores(tmp_path, [3.0, 1.0, 2.0], mode="max") == ([1, 3], "step-00000001")
 
+    def test_of_equal_values_the_newest_counts(self, tmp_path):
+        assert self.scores(tmp_path, [1.0, 2.0, 1.0, 2.0]) == ([3, 4], "step-00000003")
+
     @pytest.mark.parametrize("kind", ["", "given_rejected/", "given_chosen/"])
     def test_a_checkpoint_of_an_earlier_version_counts_by_the_old_name_of_its_metric(self, tmp_path, kind):
         run = Run(tmp_path, keep=1, best=f"validation/{kind}logratio_margin", mode="max")
