@@ -7,6 +7,7 @@ import re
 import click
 from click.types import FloatParamType, IntParamType
 
+from plmtune.config.renamed import new_key
 from plmtune.errors import did_you_mean, either, near_names
 from plmtune.ranges import Range
 from plmtune.units import with_point
@@ -70,7 +71,8 @@ def _bad_value(kind: click.ParamType, message: str) -> str:
 def _instead(name: str, options: list[str], ctx: click.Context) -> str:
     """What can be given in the place of an unknown option."""
     of_word = {option.lstrip("-"): option for option in options if option.startswith("--")}
-    if near := near_names(name.lstrip("-"), of_word):
+    renamed = (new_key(name.lstrip("-").replace("-", "_")) or "").replace("_", "-")
+    if near := [renamed] if renamed in of_word else near_names(name.lstrip("-"), of_word):
         return f" Did you mean {either([of_word[word] for word in near])}?"
     keys = any("KEY=VALUE" in (one.metavar or "") for one in ctx.command.get_params(ctx))
     return (

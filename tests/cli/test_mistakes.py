@@ -120,6 +120,7 @@ CONFIGS = [
     ("run demo optimizer.lr 3e-4", "'optimizer.lr' is neither a YAML file nor an override of"),
     ("run demo --lr 3e-4", "there is no option --lr. Keys of the config are given as KEY=VALUE"),
     ("run demo -lr=3", "there is no option -l. Keys of the config are given as KEY=VALUE"),
+    ("resume runs/x --other-data", "there is no option --other-data. Did you mean --allow-data-change?"),
     ("run demo demo2.yaml", "demo2.yaml: no such file. Did you mean demo.yml?"),
     ("run preset.yaml", "preset.yaml: is a preset of the group model, not a config"),
     ("validate plm_20m", "There is no config plm_20m. plm_20m is a preset of the"),
