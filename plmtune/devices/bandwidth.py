@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
+
+from plmtune.training.determinism import measure_seconds
 
 READ_BYTES = 256 * 2**20
 
@@ -17,16 +17,10 @@ def read_bandwidth(device: torch.device | str = "cpu", *, threads: int | None = 
     """
     device = torch.device(device)
     numbers = torch.ones(READ_BYTES // 4 if device.type == "cpu" else 2**28, device=device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    before, best = torch.get_num_threads(), float("inf")
+    before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        for _ in range(6):
-            wait()
-            start = time.perf_counter()
-            numbers.sum()
-            wait()
-            best = min(best, time.perf_counter() - start)
+        best = min(measure_seconds(numbers.sum, device) for _ in range(6))
     finally:
         torch.set_num_threads(before)
     return numbers.nbytes / best

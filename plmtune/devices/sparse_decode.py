@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from plmtune.modules.attributes import with_attributes
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU
 from plmtune.modules.linear import Linear
+from plmtune.training.determinism import measure_seconds
 
 _ROWS = 8  # tokens whose products are timed
 _LONGEST = 512  # tokens that the shares of zeros are counted over
@@ -120,16 +121,8 @@ def _times(
         for row in range(len(next(iter(rows.values()), []))):
             # Layer after layer, so that no product finds its weight in a cache where decoding would not.
             for number, product in products.items():
-                seconds = _seconds(product, rows[number][row])
+                x = rows[number][row]
+                seconds = measure_seconds(partial(product, x), x.device)
                 if round:  # the first warms up
                     taken[number].append(seconds)
     return {number: statistics.median(times) for number, times in taken.items()}
-
-
-def _seconds(product: Callable[[Tensor], Tensor], row: Tensor) -> float:
-    wait = torch.cuda.synchronize if row.is_cuda else (lambda: None)
-    wait()
-    start = time.perf_counter()
-    product(row)
-    wait()
-    return time.perf_counter() - start

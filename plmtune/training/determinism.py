@@ -31,12 +31,13 @@ def measure_cost(step: Callable[[], object], device: torch.device, *, rounds: in
             seconds = {}
             for deterministic in (True, False) if index % 2 else (False, True):
                 torch.use_deterministic_algorithms(deterministic)
-                seconds[deterministic] = _seconds(step, device)
+                seconds[deterministic] = measure_seconds(step, device)
             ratios.append(seconds[True] / seconds[False])
     return statistics.median(ratios[1:])  # the first warms up
 
 
-def _seconds(step: Callable[[], object], device: torch.device) -> float:
+def measure_seconds(step: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock seconds of a step, with the work that it queues on a GPU."""
     _wait(device)
     start = time.perf_counter()
     step()

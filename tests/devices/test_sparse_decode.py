@@ -1,5 +1,6 @@
 """Sparse decode: the same tokens, less read; switched on by measurement."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -117,10 +118,10 @@ class TestChoose:
         model = small()
         ffns = list(sparse_decode.squared_relus(model).values())
 
-        def seconds(product: object, row: torch.Tensor) -> float:
-            return {ffns[0].skip_zeros: 1e-6, ffns[1].skip_zeros: 5e-6}.get(product, 3e-6)  # type: ignore[call-overload]
+        def seconds(step: partial[torch.Tensor], device: torch.device) -> float:
+            return {ffns[0].skip_zeros: 1e-6, ffns[1].skip_zeros: 5e-6}.get(step.func, 3e-6)
 
-        monkeypatch.setattr(sparse_decode, "_seconds", seconds)
+        monkeypatch.setattr(sparse_decode, "measure_seconds", seconds)
         choices = sparse_decode.choose(model, list(range(40)))
         # The last layer is as fast either way: it stays as it was.
         assert [choice.on for choice in choices] == [True, False, False]
@@ -134,15 +135,15 @@ class TestChoose:
         ffns = list(sparse_decode.squared_relus(model).values())
         timed: list[tuple[str, int]] = []
 
-        def seconds(product: object, row: torch.Tensor) -> float:
+        def seconds(step: partial[torch.Tensor], device: torch.device) -> float:
             names = {ffn.down_proj: ("dense", number) for number, ffn in enumerate(ffns)}
             names |= {ffn.skip_zeros: ("sparse", number) for number, ffn in enumerate(ffns)}
-            kind, number = names[product]  # type: ignore[index]
+            kind, number = names[step.func]
             assert all(ffn.down_proj.weight.is_contiguous() == (kind == "dense") for ffn in ffns)
             timed.append((kind, number))
             return 1.0
 
-        monkeypatch.setattr(sparse_decode, "_seconds", seconds)
+        monkeypatch.setattr(sparse_decode, "measure_seconds", seconds)
         sparse_decode.switch(model, True)
         sparse_decode.choose(model, list(range(40)), rounds=2)
         assert timed == [(kind, n) for kind in ("dense", "sparse") for _ in range(3 * 8) for n in range(3)]
