@@ -55,7 +55,7 @@ def from_code(code: str) -> torch.dtype:
     raise KeyError(code)
 
 
-def name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """torch.bfloat16 -> ``bf16``; torch's own name for a type that has no name of ours."""
     return _row(dtype).name or str(dtype).removeprefix("torch.")
 

@@ -11,7 +11,7 @@ from plmtune import dtypes
 
 @pytest.mark.parametrize("name", dtypes.NAMES)
 def test_a_name_has_a_type_of_its_size(name: str) -> None:
-    assert dtypes.name_of(dtypes.from_name(name)) == name
+    assert dtypes.dtype_name(dtypes.from_name(name)) == name
     assert dtypes.from_name(name).itemsize == dtypes.BYTES[name]
 
 
@@ -21,7 +21,7 @@ def test_a_code_has_a_type(code: str) -> None:
 
 
 def test_a_type_without_a_name_of_ours_keeps_torchs_and_an_unknown_code_is_refused() -> None:
-    assert dtypes.name_of(torch.int8) == "int8" and dtypes.from_code("BF16") is torch.bfloat16
+    assert dtypes.dtype_name(torch.int8) == "int8" and dtypes.from_code("BF16") is torch.bfloat16
     with pytest.raises(KeyError):
         dtypes.from_code("F7")
 

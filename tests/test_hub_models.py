@@ -17,10 +17,10 @@ import plmtune
 from plmtune.cli import main
 from plmtune.config import compose
 from plmtune.errors import UserError
-from plmtune.export.export_model import name_of as export_name
+from plmtune.export.export_model import export_name
 from plmtune.io import hub
 from plmtune.models import adapters
-from plmtune.models.checkpoint_files import checkpoint_directory, name_of
+from plmtune.models.checkpoint_files import checkpoint_directory, model_name
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
 from plmtune.registry import component
@@ -359,7 +359,7 @@ class TestSnapshots:
         model, _ = plmtune.load(folder / way)
         assert model.embed_dim == 16
         directory = checkpoint_directory(folder / way)
-        assert (name_of(directory), export_name(directory)) == ("m", "m")
+        assert (model_name(directory), export_name(directory)) == ("m", "m")
         assert str(hub.model_of(directory)) == f"o/m@{COMMIT}"
         assert file(str(folder / way)).fingerprint == bundled().fingerprint
 

@@ -175,7 +175,7 @@ def _form(model: Decoder) -> str:
             sizes[name] = sizes.get(name, 0) + module.num_rows * module.width
         else:
             for parameter in module.parameters(recurse=False):
-                name = dtypes.name_of(parameter.dtype)
+                name = dtypes.dtype_name(parameter.dtype)
                 sizes[name] = sizes.get(name, 0) + parameter.numel()
     return max(sizes, key=lambda name: sizes[name])
 

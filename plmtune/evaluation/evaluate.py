@@ -27,7 +27,7 @@ from plmtune.evaluation.tasks import Tasks, quiet
 from plmtune.inference.kernel_choice import prepack
 from plmtune.io.provenance import git_state, now
 from plmtune.models.adapters import load_model, load_model_tokenizer
-from plmtune.models.checkpoint_files import checkpoint_directory, name_of
+from plmtune.models.checkpoint_files import checkpoint_directory, model_name
 from plmtune.models.digest import model_digest
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.training import distributed
@@ -311,6 +311,6 @@ def _name(directory: Path) -> str:
     """Return a checkpoint's name for tables and files: pretrain-20261121-101500-step500, or its folder."""
     place = run_of(directory)
     if place is None:
-        return name_of(directory)
+        return model_name(directory)
     run, step = place
     return f"{run.parent.name}-{run.name}-step{step}"

@@ -129,7 +129,7 @@ def _place_curves(run: Run, card: Path, overwrite: bool) -> bool:
 
 def _name(directory: Path, run: Run | None) -> str:
     if run is None:
-        return checkpoint_files.name_of(directory)
+        return checkpoint_files.model_name(directory)
     return f"{run.path.parent.name}-{run.path.name}, step {run.step:,}"
 
 

@@ -18,8 +18,7 @@ from plmtune.extras import installed, missing
 from plmtune.io.atomic import check_room
 from plmtune.io.hub import model_of
 from plmtune.models.adapters import holds_adapters, load_model, load_model_tokenizer, read_model_config
-from plmtune.models.checkpoint_files import checkpoint_directory, locate
-from plmtune.models.checkpoint_files import name_of as model_name
+from plmtune.models.checkpoint_files import checkpoint_directory, locate, model_name
 from plmtune.models.hf_config import read_formats
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized
@@ -103,7 +102,7 @@ def export(
     source = checkpoint_directory(checkpoint)
     wanted = [kind.strip().lower() for kind in quant if kind.strip()] or [_default(to, source)]
     folder = out or Path("exports")
-    name = name or name_of(source)
+    name = name or export_name(source)
     if as_ is not None and to != "hf":
         raise UserError(f"--as {as_}: only --to hf has other forms.")
     if context is not None and to != "executorch":
@@ -151,7 +150,7 @@ def _default(to: Target, source: Path) -> str:
     return "int8_dynamic_int4" if any(format.bits == 4 for format in formats.values()) else "int8_dynamic"
 
 
-def name_of(source: Path) -> str:
+def export_name(source: Path) -> str:
     """A name for what is made of a checkpoint: the run's and its day, or the directory's."""
     if model_of(source.resolve()):
         return model_name(source)

@@ -34,7 +34,7 @@ from plmtune.export.lint import WRITTEN, gguf_architecture, stored_bytes, stored
 from plmtune.io.atomic import atomic_write, check_room
 from plmtune.models.adapters import ADAPTERS, find_base, load_adapter, read_model_config
 from plmtune.models.assemble import component_from_config
-from plmtune.models.checkpoint_files import ADAPTER_CONFIG, Stored, locate, name_of, read_json
+from plmtune.models.checkpoint_files import ADAPTER_CONFIG, Stored, locate, model_name, read_json
 from plmtune.models.gguf_layout import gguf_name, heads_of_halves, kv_heads, to_neighbours
 from plmtune.models.gguf_tokenizer import NO_MERGE, PRE_TOKENIZERS
 from plmtune.models.hf_names import our_name
@@ -187,7 +187,7 @@ def write_gguf_adapter(
 
     def write_metadata(writer: GGUFWriter) -> None:
         writer.add_type(GGUFType.ADAPTER)
-        writer.add_name(name or name_of(directory))
+        writer.add_name(name or model_name(directory))
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, float(settings["lora_alpha"]))
 

@@ -253,7 +253,7 @@ def warn_if_interrupted(checkpoint: Path) -> None:
             terminal.echo(said, err=True)
 
 
-def name_of(directory: Path) -> str:
+def model_name(directory: Path) -> str:
     """Return what a model directory is called: the hub's name where it is a snapshot, or its folder's."""
     model = hub.model_of(directory.resolve())
     return model.repository.partition("/")[2] if model else directory.resolve().name or "model"
