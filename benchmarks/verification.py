@@ -93,13 +93,13 @@ RANDOM: dict[str, Callable[[], Any]] = {
 def make(model: Decoder, tokenizer: Tokenizer, path: Path, kind: str) -> bool:
     """Write a file of a type; False where the package for it is missing."""
     if kind.upper() in WRITTEN:
-        write_gguf(model, tokenizer, path, kind=kind.upper(), overwrite=True)
+        write_gguf(model, tokenizer, path, kind=kind.upper())
         return True
     if not installed("llama_cpp"):
         return False
     whole = path.with_suffix(".whole.gguf")
-    write_gguf(model, tokenizer, whole, kind="F32", overwrite=True)
-    quantize_gguf(whole, path, kind.upper(), overwrite=True)
+    write_gguf(model, tokenizer, whole, kind="F32")
+    quantize_gguf(whole, path, kind.upper())
     whole.unlink()
     return True
 
@@ -226,7 +226,7 @@ def write_wrong(name: str, model: Decoder, tokenizer: Tokenizer, path: Path) -> 
     model = copy.deepcopy(model)
     model.config = copy.deepcopy(model.config)
     spoil(model)
-    write_gguf(model, of_tokenizer(tokenizer) if of_tokenizer else tokenizer, path, kind=kind, overwrite=True)
+    write_gguf(model, of_tokenizer(tokenizer) if of_tokenizer else tokenizer, path, kind=kind)
 
 
 def wrong(source: Path, model: Decoder, options: Any) -> int:

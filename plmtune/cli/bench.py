@@ -162,11 +162,11 @@ def bench(
 
 
 def _flash_settings(target: str, asked: str) -> tuple[bool | None, ...]:
-    from plmtune.export.runtimes.gguf_facts import read_facts
+    from plmtune.export.runtimes.gguf_facts import flash_settings
 
     if not target.endswith(".gguf") or not Path(target).is_file():
         return (None,)
-    settings = read_facts(Path(target)).flash_settings()
+    settings = flash_settings(Path(target))
     return settings if asked == "both" else (asked == "on",)
 
 

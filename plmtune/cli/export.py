@@ -72,7 +72,7 @@ def export(
         quant=quant.split(",") if quant else (),
         out=out,
         name=name,
-        as_=as_,
+        as_=as_,  # type: ignore[arg-type]
         adapters=adapters,  # type: ignore[arg-type]
         base=base,
         context=context,

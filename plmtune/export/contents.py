@@ -91,8 +91,8 @@ def read_contents(path: Path, model: Decoder) -> Contents:
     if form == ".pte":
         from plmtune.export.runtimes.executorch import read_facts
 
-        facts = read_facts(path)
-        return Contents("F32" if facts.formats == ("fp32",) else _coarsest(list(facts.formats)), rows=facts.vocab_size)
+        rows, _, formats = read_facts(path)
+        return Contents("F32" if formats == ["fp32"] else _coarsest(formats), rows=rows)
     return _of_directory(checkpoint_directory(path), model)
 
 

@@ -27,14 +27,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
-from plmtune.errors import UserError, did_you_mean
+from plmtune.errors import UserError
 from plmtune.export.executorch_step import DecoderStep
 from plmtune.export.huggingface import end_ids
-from plmtune.extras import installed, missing
 from plmtune.io.atomic import atomic_write, check_room
 from plmtune.models.checkpoint_files import write_json
 from plmtune.modules.decoder import Decoder
@@ -44,7 +43,7 @@ from plmtune.registry import load
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.units import show_bytes
 
-Scheme = Literal["fp32", "int8_dynamic", "int8_dynamic_int4"]
+SCHEMES = ("fp32", "int8_dynamic", "int8_dynamic_int4")
 
 _DEFAULT_CONTEXT = 2048
 _SCHEME_OF_BITS = {8: "int8_dynamic", 4: "int8_dynamic_int4"}
@@ -58,23 +57,23 @@ def export_pte(
     *,
     scheme: str | None = None,
     max_seq_len: int | None = None,
-    overwrite: bool = False,
 ) -> list[str]:
     """Write a model as a program for ExecuTorch's XNNPACK backend; this module's docstring lists the files beside it.
+
+    Files that are there are replaced.
 
     Args:
         model: PLM or Llama, of floating-point numbers or quantized; left as it is.
         tokenizer: written beside the program.
         path: of the .pte file.
-        scheme: one of `Scheme`, with the embedding in 8 bits; None: the model's format, or fp32.
+        scheme: one of SCHEMES, with the embedding in 8 bits; None: the model's format, or fp32.
         max_seq_len: positions of its cache; None: the model's, at most 2,048.
-        overwrite: replace a file that is there.
 
     Returns:
         Notes for the user, a sentence each.
 
     Raises:
-        UserError: for an unsupported scheme or part, an existing file, a missing package or too little room.
+        UserError: for an unsupported format or part, or too little room.
         ValueError: if max_seq_len is not between 1 and the model's.
     """
     check_scheme(model, scheme)
@@ -82,10 +81,6 @@ def export_pte(
         max_seq_len = min(model.max_seq_len, _DEFAULT_CONTEXT)
     if not 1 <= max_seq_len <= model.max_seq_len:
         raise ValueError(f"max_seq_len ({max_seq_len}) must be between 1 and the model's ({model.max_seq_len})")
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} is there already. Name another place, or give --overwrite.")
-    if not installed("executorch"):
-        raise missing("executorch", "Exporting for ExecuTorch")
     notes = []
     step = make_step(model, scheme, max_seq_len)
     formats = sorted({part.format.name for part in step.modules() if isinstance(part, Quantized)})
@@ -120,18 +115,11 @@ def export_pte(
 
 
 def check_scheme(model: Decoder, scheme: str | None) -> None:
-    """Refuse schemes and formats that XNNPACK computes wrongly.
+    """Refuse formats that XNNPACK computes wrongly, and a scheme that is not the model's.
 
     Raises:
         UserError: with a remedy.
     """
-    known = get_args(Scheme)
-    if scheme is not None and scheme not in known:
-        weight_only = " Weight-only integers are computed wrongly there, with no error." if "int" in scheme else ""
-        raise UserError(
-            f"ExecuTorch programs are made as {', '.join(known)}, not {scheme!r:.80}.{weight_only}"
-            f"{did_you_mean(scheme, known)}"
-        )
     for name, module in model.layers.named_modules():
         if not isinstance(module, QuantizedLinear):
             continue

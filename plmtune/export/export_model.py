@@ -8,12 +8,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 
 from plmtune import dtypes
 from plmtune.errors import UserError, either, near_names
+from plmtune.export import verify as verifying
+from plmtune.export.executorch import SCHEMES, export_pte
+from plmtune.export.gguf_quantize import quantize_gguf
+from plmtune.export.gguf_writer import write_gguf, write_gguf_adapter
+from plmtune.export.huggingface import export_adapter, export_hf
+from plmtune.export.lint import QUANTIZED, WRITTEN, Target, lint
+from plmtune.export.report import Report
+from plmtune.export.runtimes import UNVERIFIED
+from plmtune.export.runtimes.gguf_facts import flash_settings
 from plmtune.extras import installed, missing
 from plmtune.io.atomic import check_room
 from plmtune.io.hub import model_of
@@ -25,12 +34,12 @@ from plmtune.modules.quantized import Quantized
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.units import show_bytes
 
-if TYPE_CHECKING:
-    from plmtune.export.lint import Target
-    from plmtune.export.verify import Report
-
-SCHEMES = ("fp32", "int8_dynamic", "int8_dynamic_int4")  # of ExecuTorch
-_DEFAULT = {"gguf": "f16", "hf": "bf16", "executorch": "int8_dynamic"}
+_KINDS: dict[Target, tuple[str, ...]] = {
+    "gguf": tuple(kind.lower() for kind in (*WRITTEN, *QUANTIZED)),
+    "hf": dtypes.NAMES,
+    "executorch": SCHEMES,
+}
+_DEFAULT: dict[Target, str] = {"gguf": "f16", "hf": "bf16", "executorch": "int8_dynamic"}
 
 
 @dataclass
@@ -73,7 +82,7 @@ def export(
     quant: Sequence[str] = (),
     out: Path | None = None,
     name: str | None = None,
-    as_: str | None = None,
+    as_: Literal["deepseek"] | None = None,
     adapters: Literal["merge", "keep"] = "merge",
     base: Path | None = None,
     context: int | None = None,
@@ -89,7 +98,7 @@ def export(
         quant: GGUF's types, dtypes for hf, schemes for executorch; empty: one that suits.
         out: a folder; None: exports/.
         name: of the files; None: by the checkpoint's place.
-        as_: for hf: deepseek or deepseek-relu, see `export.huggingface`.
+        as_: for hf, see `export.huggingface`.
         adapters: merged into their base, or kept as adapters.
         base: of the adapters; None: what they name.
         context: of an executorch program, whose cache has a fixed size; None: at most 2,048.
@@ -112,24 +121,23 @@ def export(
     if adapters == "keep":
         yield from _keep_adapters(source, to, folder, name, base, overwrite)
         return
-    description = read_model_config(source)
     paths = {kind: folder / _file_name(to, name, kind, as_) for kind in wanted}
-    _check(description, source, to, wanted, paths, as_, overwrite, log, verify)
+    _check(source, to, paths, as_, overwrite, log, verify)
     log(f"reading {source}")
     tokenizer = load_model_tokenizer(source, base)
     model = load_model(source, dtype=None, base=base).eval()
     if any(isinstance(module, Quantized) for module in model.modules()):
         model = model.float()  # its numbers are products of integers and bf16 scales, which bf16 would round
-    writers: dict[str, Callable[..., list[str]]] = {
-        "gguf": _write_gguf,
-        "hf": _write_hf,
-        "executorch": _write_executorch,
-    }
     folder.mkdir(parents=True, exist_ok=True)
     for kind, path in paths.items():
         log(f"writing {path}" + (", which takes minutes" if to == "executorch" else ""))
         with _temporary(path) as temporary:
-            notes = writers[to](model, tokenizer, temporary, kind, name=name, as_=as_, context=context)
+            if to == "hf":
+                notes = export_hf(model, tokenizer, temporary, as_=as_, dtype=dtypes.from_name(kind))
+            elif to == "executorch":
+                notes = export_pte(model, tokenizer, temporary, scheme=kind, max_seq_len=context)
+            else:
+                notes = _write_gguf(model, tokenizer, temporary, kind.upper(), name)
             report = None
             if verify:
                 log(f"verifying {path}")
@@ -169,37 +177,53 @@ def _file_name(to: Target, name: str, kind: str, as_: str | None) -> str:
 
 
 def _check(
-    description: dict[str, Any],
     source: Path,
     to: Target,
-    kinds: Sequence[str],
     paths: dict[str, Path],
     as_: str | None,
     overwrite: bool,
     log: Callable[[str], None],
     verify: bool,
 ) -> None:
-    """Refuse what would fail later: unknown kinds, parts that the form lacks, packages, files in the way, room."""
-    known = _known_kinds(to)
-    for kind in kinds:
+    """Refuse what would fail later: unknown kinds, parts that the form lacks, packages, files in the way, room.
+
+    Args:
+        paths: kind -> the file of it.
+    """
+    description = read_model_config(source)
+    known = _KINDS[to]
+    for kind in paths:
         if kind not in known:
             near = near_names(kind, known)
             hint = f" Did you mean {either(near)}?" if near else ""
             raise UserError(f"--quant {kind}: {to} has no such type.{hint} Known: {', '.join(known)}.")
-    _check_packages(to, kinds, verify)
-    from plmtune.export.lint import lint
-
+    needed: list[tuple[tuple[str, ...], str]] = []  # any of the modules; what needs one
+    if to == "executorch":
+        needed.append((("executorch",), "Exporting for ExecuTorch"))
+    if to == "gguf" and (made := [kind for kind in paths if kind.upper() not in WRITTEN]):
+        needed.append((("llama_cpp",), f"{made[0]}, made by llama.cpp's own quantizer,"))
+    if to == "gguf" and verify:
+        needed.append((("xllamacpp", "llama_cpp"), "Verifying the file (or else --no-verify)"))
+    if to == "hf" and verify:
+        needed.append((("transformers",), "Verifying the directory (or else --no-verify)"))
+    for modules, why in needed:
+        if not any(installed(module) for module in modules):
+            raise missing(modules[0], why)
     for path in (place for each in paths.values() for place in (each, _unverified(each))):
-        if path.exists() and not overwrite:
-            raise UserError(f"{path} is there already. Name another place with --out, or give --overwrite.")
-    for finding in lint(description, to, [kind.upper() if to == "gguf" else kind for kind in kinds]):
+        _refuse_existing(path, overwrite)
+    for finding in lint(description, to, list(paths)):
         if finding.level == "refused":
             raise UserError(f"{source} cannot be exported to {to}: {finding.text}")
         if as_ is None or "--as" not in finding.text:
             log(f"note: {finding.text}")
     size = sum(file.stat().st_size for file in {*locate(source).values()}) if not holds_adapters(source) else 0
     # A type of fewer bits is made of a file of more, which is there for a while.
-    check_room(next(iter(paths.values())).parent, size * (1 + len(kinds)))
+    check_room(next(iter(paths.values())).parent, size * (1 + len(paths)))
+
+
+def _refuse_existing(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} is there already. Name another place with --out, or give --overwrite.")
 
 
 @contextmanager
@@ -227,16 +251,12 @@ def _move(temporary: Path, path: Path, overwrite: bool) -> None:
 
 
 def _unverified(path: Path) -> Path:
-    from plmtune.export.runtimes import UNVERIFIED
-
     return path.with_name(path.name + UNVERIFIED)
 
 
 def _verified(temporary: Path, source: Path, path: Path, kind: str) -> Report:
-    from plmtune.export.verify import Report, verify
-
     try:
-        report = verify(temporary, source, kind=kind)
+        report = verifying.verify(temporary, source, kind=kind)
     except UserError as error:  # the written file is kept, and the report has the reason
         report = Report(str(path), str(source), "no runtime", kind, 0)
         report.add("verified: failures", 1, 0, None, str(error).replace(str(temporary), str(path)))
@@ -249,64 +269,15 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _known_kinds(to: Target) -> tuple[str, ...]:
-    if to == "hf":
-        return dtypes.NAMES
-    if to == "executorch":
-        return SCHEMES
-    from plmtune.export.lint import QUANTIZED, WRITTEN
-
-    return tuple(kind.lower() for kind in (*WRITTEN, *QUANTIZED))
-
-
-def _check_packages(to: Target, kinds: Sequence[str], verify: bool) -> None:
-    """Say which package is missing before the work that needs it at its end."""
-    needed: list[tuple[tuple[str, ...], str]] = []  # any of the modules; what needs one
-    if to == "gguf":
-        from plmtune.export.lint import WRITTEN
-
-        made = [kind for kind in kinds if kind.upper() not in WRITTEN]
-        if made:
-            needed.append((("llama_cpp",), f"{made[0]}, made by llama.cpp's own quantizer,"))
-        if verify:
-            needed.append((("xllamacpp", "llama_cpp"), "Verifying the file (or else --no-verify)"))
-    if to == "hf" and verify:
-        needed.append((("transformers",), "Verifying the directory (or else --no-verify)"))
-    if to == "executorch":
-        needed.append((("executorch",), "Exporting for ExecuTorch"))
-    for modules, why in needed:
-        if not any(installed(module) for module in modules):
-            raise missing(modules[0], why)
-
-
-def _write_gguf(model: Decoder, tokenizer: Tokenizer, path: Path, kind: str, *, name: str, **_: Any) -> list[str]:
-    from plmtune.export.gguf_writer import write_gguf
-    from plmtune.export.lint import WRITTEN
-
-    if kind.upper() in WRITTEN:
-        return write_gguf(model, tokenizer, path, kind=kind.upper(), name=name)
-    from plmtune.export.gguf_quantize import quantize_gguf
-
+def _write_gguf(model: Decoder, tokenizer: Tokenizer, path: Path, kind: str, name: str) -> list[str]:
+    if kind in WRITTEN:
+        return write_gguf(model, tokenizer, path, kind=kind, name=name)
     # llama.cpp's quantizer reads a file: one of all the bits there are.
     whole = path.with_name(f"{path.name}.source.gguf")
     notes = write_gguf(model, tokenizer, whole, kind="F32" if model.dtype == torch.float32 else "BF16", name=name)
-    notes += quantize_gguf(whole, path, kind.upper())
+    notes += quantize_gguf(whole, path, kind)
     whole.unlink()
     return notes
-
-
-def _write_hf(model: Decoder, tokenizer: Tokenizer, path: Path, kind: str, *, as_: str | None, **_: Any) -> list[str]:
-    from plmtune.export.huggingface import export_hf
-
-    return export_hf(model, tokenizer, path, as_=as_, dtype=dtypes.from_name(kind))  # type: ignore[arg-type]
-
-
-def _write_executorch(
-    model: Decoder, tokenizer: Tokenizer, path: Path, kind: str, *, context: int | None, **_: Any
-) -> list[str]:
-    from plmtune.export.executorch import export_pte
-
-    return export_pte(model, tokenizer, path, scheme=kind, max_seq_len=context)
 
 
 def _keep_adapters(
@@ -317,31 +288,20 @@ def _keep_adapters(
         raise UserError(f"--adapters keep: {source} holds no adapters, but a whole model.")
     if to == "executorch":
         raise UserError("--adapters keep: an ExecuTorch program holds its weights. Merge them: --adapters merge.")
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / (f"{name}-lora.gguf" if to == "gguf" else f"{name}-adapters")
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} is there already. Name another place with --out, or give --overwrite.")
+    _refuse_existing(path, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
     if to == "hf":
-        from plmtune.export.huggingface import export_adapter
-
-        notes = export_adapter(source, path, overwrite=overwrite)
-        yield Exported(path, _size(path), notes, None, [])
-        return
-    from plmtune.export.gguf_writer import write_gguf_adapter
-
-    with _temporary(path) as temporary:
-        notes = write_gguf_adapter(source, temporary, base=base)
-        _move(temporary, path, overwrite)
-    yield Exported(path, _size(path), notes, None, [f"llama-cli -m BASE.gguf --lora {path}{_flash_attention(path)}"])
+        notes, commands = export_adapter(source, path), []
+    else:
+        notes = write_gguf_adapter(source, path, base=base)
+        commands = [f"llama-cli -m BASE.gguf --lora {path}{_flash_attention(path)}"]
+    yield Exported(path, _size(path), notes, None, commands)
 
 
 def _flash_attention(path: Path) -> str:
     """The option that llama.cpp needs for a file."""
-    from plmtune.export.runtimes.gguf_facts import NO_FLASH_ATTENTION
-    from plmtune.models.gguf_file import opened_gguf
-
-    with opened_gguf(path) as file:
-        return " -fa off" if file.metadata.get("general.architecture") in NO_FLASH_ATTENTION else ""
+    return "" if True in flash_settings(path) else " -fa off"
 
 
 def _commands(to: Target, written: Path, path: Path, tokenizer: Tokenizer, as_: str | None) -> list[str]:

@@ -9,22 +9,15 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from plmtune.errors import UserError
-from plmtune.export.gguf_writer import check_free
-from plmtune.export.lint import QUANTIZED, WRITTEN, gguf_kind
-from plmtune.extras import missing
-from plmtune.io.atomic import atomic_write
+from plmtune.io.atomic import atomic_write, check_room
 from plmtune.models.gguf_file import opened_gguf
 
-_PLAIN = ("F32", "F16", "BF16")
 
-
-def quantize_gguf(
-    source: Path, path: Path, kind: str, *, threads: int | None = None, overwrite: bool = False
-) -> list[str]:
-    """Write a GGUF file again in another type, as llama.cpp does.
+def quantize_gguf(source: Path, path: Path, kind: str, *, threads: int | None = None) -> list[str]:
+    """Write a GGUF file again in another type, as llama.cpp does; the new file replaces one that is there.
 
     A kind such as Q4_K_M is a mix: matrices that matter more get more bits, and the vocabulary's projection Q6_K; rows
     that a type does not take get another (`lint.stored_type`).
@@ -33,24 +26,19 @@ def quantize_gguf(
         source: a file of F32, F16 or BF16.
         kind: one of `lint.QUANTIZED`, or a quantized one of `lint.WRITTEN` with llama.cpp's own mix.
         threads: None: as many as there are cores.
-        overwrite: replace a file that is there.
 
     Returns:
         Notes for the user, a sentence each.
 
     Raises:
-        UserError: if the package is missing, the source is none, something is there already, the disk has no room, or
-            llama.cpp fails.
+        UserError: if the disk has no room, or llama.cpp fails.
     """
-    kind = gguf_kind(kind)
-    if kind in _PLAIN:
-        raise UserError(f"{kind} is no quantized type: write it from the model. Use {', '.join(QUANTIZED)}.")
-    library = _library(kind)
+    import llama_cpp
+
+    library: Any = llama_cpp
     with opened_gguf(source) as file:
-        rounded = [name for name in file.kinds() if name not in _PLAIN]
-    if rounded:
-        raise UserError(f"{source} holds {rounded[0]}: quantize from F32, F16 or BF16, not from rounded numbers.")
-    check_free(path, source.stat().st_size, overwrite)
+        assert not set(file.kinds()) - {"F32", "F16", "BF16"}, "numbers that are rounded already"
+    check_room(path, source.stat().st_size)
     settings = library.llama_model_quantize_default_params()
     settings.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}")
     settings.nthread = threads or 0
@@ -67,18 +55,8 @@ def quantize_gguf(
     return [f"Of its numbers {shares}."]
 
 
-def _library(kind: str) -> ModuleType:
-    try:
-        import llama_cpp
-    except ImportError:
-        others = f"{', '.join(WRITTEN)} need no package."
-        raise missing("llama_cpp", f"{kind}, made by llama.cpp's own quantizer,", others) from None
-    found: ModuleType = llama_cpp
-    return found
-
-
 @contextmanager
-def _captured_log(library: ModuleType) -> Iterator[list[str]]:
+def _captured_log(library: Any) -> Iterator[list[str]]:
     """Collect llama.cpp's log lines, which explain a failure."""
     said: list[str] = []
 

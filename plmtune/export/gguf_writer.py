@@ -85,9 +85,8 @@ def write_gguf(
     *,
     kind: str,
     name: str | None = None,
-    overwrite: bool = False,
 ) -> list[str]:
-    """Write a model and its tokenizer as one GGUF file.
+    """Write a model and its tokenizer as one GGUF file; it replaces one that is there.
 
     Vectors stay F32. In the types of 4 and 5 bits the vocabulary's projection, tied or not, is Q8_0, where llama.cpp
     has Q6_K, which the gguf library does not write. Matrices whose rows are no multiple of 32 are F16 in all quantized
@@ -97,13 +96,12 @@ def write_gguf(
         model: of quantized layers the numbers are written that their integers stand for.
         kind: one of `lint.WRITTEN`.
         name: what the file says that the model is called; None: the path's.
-        overwrite: replace a file that is there.
 
     Returns:
         Notes for the user, a sentence each.
 
     Raises:
-        UserError: if the format has no such model or numbers, something is there already, or the disk has no room.
+        UserError: if the format has no such model or numbers, or the disk has no room.
         ValueError: if the model is prepacked or has adapters.
     """
     kind, config = kind.upper(), model.config
@@ -134,27 +132,22 @@ def write_gguf(
             items = _VALUES[type(value[0])] if isinstance(value, list) else None
             writer.add_key_value(key, value, _VALUES[type(value)], items)
 
-    _write(path, architecture, parts, write_metadata, overwrite=overwrite, header=64 * model.vocab_size)
+    _write(path, architecture, parts, write_metadata, header=64 * model.vocab_size)
     return notes + more
 
 
-def write_gguf_adapter(
-    directory: Path, path: Path, *, base: Path | None = None, name: str | None = None, overwrite: bool = False
-) -> list[str]:
+def write_gguf_adapter(directory: Path, path: Path, *, base: Path | None = None) -> list[str]:
     """Write a directory of LoRA adapters as a GGUF file that llama.cpp puts beside the base's.
 
     Args:
         directory: what training saved, adapter_config.json and adapter_model.safetensors.
         base: directory of the weights that they stand beside; None: what they name.
-        name: what the file says that the adapters are called; None: the directory's.
-        overwrite: replace a file that is there.
 
     Returns:
         Notes for the user, a sentence each.
 
     Raises:
-        UserError: if llama.cpp could not apply them as they were trained, something is there already, or the disk has
-            no room.
+        UserError: if llama.cpp could not apply them as they were trained, or the disk has no room.
     """
     remedy = f"Merge them: plmtune merge {directory} OUT, and export OUT."
     config = read_model_config(find_base(directory, base))
@@ -187,11 +180,11 @@ def write_gguf_adapter(
 
     def write_metadata(writer: GGUFWriter) -> None:
         writer.add_type(GGUFType.ADAPTER)
-        writer.add_name(name or model_name(directory))
+        writer.add_name(model_name(directory))
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, float(settings["lora_alpha"]))
 
-    _write(path, architecture, parts, write_metadata, overwrite=overwrite)
+    _write(path, architecture, parts, write_metadata)
     return [f"It stands beside a GGUF file of {settings.get('base_model_name_or_path')}, which is not in it."]
 
 
@@ -302,11 +295,10 @@ def _write(
     parts: Sequence[_Part],
     write_metadata: Callable[[GGUFWriter], None],
     *,
-    overwrite: bool,
     header: int = 0,
 ) -> None:
     """Write a file, whole or not at all."""
-    check_free(path, sum(part.num_bytes for part in parts) + header, overwrite)
+    check_room(path, sum(part.num_bytes for part in parts) + header)
     with atomic_write(path, user_error=True) as temporary:
         writer = GGUFWriter(temporary, architecture)
         try:
@@ -328,20 +320,6 @@ def _write(
                 writer.write_padding(file, part.num_bytes)
         finally:
             writer.close()
-
-
-def check_free(path: Path, num_bytes: int, overwrite: bool) -> None:
-    """Make the folder of a file that is to be written.
-
-    Raises:
-        UserError: if it exists and must not be replaced, or the disk has no room.
-    """
-    if path.is_dir():
-        raise UserError(f"{path} is a directory. Name another place.")
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} is there already. Name another place, or give --overwrite.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    check_room(path, num_bytes)
 
 
 def _stored(rows: Tensor, part: _Part, path: Path) -> npt.NDArray[Any]:

@@ -1,16 +1,12 @@
 """A model in Hugging Face's form, for programs that know nothing of plmtune.
 
-Three forms:
+Two forms:
 
 * its own: a PLM with the names and keys of the authors' checkpoints (model_type plm, which transformers 5 does not
   know, but llama.cpp's converter and the authors' code do), a GQA model with SwiGLU as a plain LlamaForCausalLM;
 * `deepseek`: a PLM as a dense DeepseekV3ForCausalLM, which transformers, vLLM and SGLang load with no custom code, the
-  latter two with a cache of latents;
-* `deepseek-relu`: the same with `hidden_act: relu` and gate = up, exact to the last bit of a product, since
-  relu(h) * h = relu(h)^2. Only transformers takes it: vLLM and SGLang refuse any gate but silu ("Only silu is
-  supported for now", DeepseekV2MLP of both).
-
-So `deepseek` has a gate of silu: with k = 4096, gate = k * up and up' = up / k,
+  latter two with a cache of latents. vLLM and SGLang refuse any gate but silu ("Only silu is supported for now",
+  DeepseekV2MLP of both), so with k = 4096, gate = k * up and up' = up / k,
 
     silu(k h) * h / k = h^2 * sigmoid(k h) = relu(h)^2, off by less than 0.5 / k^2 = 3e-8 a hidden unit,
 
@@ -49,8 +45,6 @@ from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.units import show_bytes
 
-Form = Literal["deepseek", "deepseek-relu"]
-
 GATE = 4096.0  # a power of two: silu(GATE * h) / GATE is relu(h) but for 3e-8
 _LATENT_EPS = 1e-6
 
@@ -60,16 +54,15 @@ def export_hf(
     tokenizer: Tokenizer,
     directory: Path,
     *,
-    as_: Form | None = None,
+    as_: Literal["deepseek"] | None = None,
     dtype: torch.dtype | None = None,
-    overwrite: bool = False,
 ) -> list[str]:
     """Write a model and its tokenizer as a directory that other programs load.
 
     Args:
         model: a quantized one is written out in floating-point numbers.
         tokenizer: its files, chat template and end tokens are written, too.
-        directory: new, or with `overwrite` a model's.
+        directory: a new one.
         as_: None: under its own names; else see above.
         dtype: of all numbers; None: the model's.
 
@@ -84,7 +77,7 @@ def export_hf(
     keys.pop("plmtune", None)  # it would describe other tensors than a DeepSeek's, and the others need it not
     notes = []
     if as_ is not None:
-        keys = _deepseek_keys(model, keys, as_, dtype)
+        keys = _deepseek_keys(model, keys, dtype)
     elif keys["model_type"] == "plmtune":
         raise UserError(
             f"Hugging Face's libraries have no model of these parts: {_parts(model)}. There are MLA with squared_relu "
@@ -98,7 +91,7 @@ def export_hf(
     state = _float_state(model, dtype)
     if as_ is not None:
         before = sum(tensor.nbytes for tensor in state.values())
-        state = _deepseek_state(state, as_)
+        state = _deepseek_state(state)
         extra = sum(tensor.nbytes for tensor in state.values()) - before
         notes.append(
             f"{show_bytes(extra)} of {show_bytes(before + extra)} are copies that the form wants: each layer's up "
@@ -109,53 +102,42 @@ def export_hf(
                 f"The model's norms have eps {keys['rms_norm_eps']}; transformers norms a DeepSeek's latent with "
                 f"{_LATENT_EPS} whatever config.json says, so its numbers differ. vLLM and SGLang use the model's."
             )
-        if as_ == "deepseek-relu":
-            notes.append("vLLM and SGLang refuse its hidden_act relu; export --as deepseek for them.")
     check_room(directory, sum(tensor.nbytes for tensor in state.values()))
-    with new_directory(directory, overwrite=overwrite) as temporary:
+    with new_directory(directory) as temporary:
         save_model(state, keys | ids, temporary)
         write_json(temporary / "generation_config.json", ids)
         tokenizer.save(temporary)
     return notes
 
 
-def export_adapter(source: Path, directory: Path, *, base: str | None = None, overwrite: bool = False) -> list[str]:
+def export_adapter(source: Path, directory: Path) -> list[str]:
     """Copy a directory of adapters as the `peft` package reads it, with the tokenizer beside it where there is one.
 
     Args:
         source: what training saved.
-        base: the base's name as others know it: a directory or a repository of Hugging Face's hub; None: as it is.
+        directory: a new one, or one of adapters, which are replaced.
 
     Returns:
         Notes for the user, a sentence each.
 
     Raises:
-        UserError: if `source` holds no adapters, something else is there already, or the disk has no room.
+        UserError: if `directory` holds something else, or the disk has no room.
     """
-    if not holds_adapters(source):
-        raise UserError(f"{source} holds no adapters. Only what peft=lora, qlora or dora trained can be kept apart.")
     config = read_json(source, ADAPTER_CONFIG)
     if directory.resolve() == source.resolve():
         raise UserError(f"{directory} is where the adapters are. Name another place.")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        if not holds_adapters(directory):
-            raise UserError(
-                f"{directory} is there already, and holds something else than adapters. Name another place."
-            )
-        if not overwrite:
-            raise UserError(f"{directory} holds adapters already. Name another place, or give --overwrite.")
+    others = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    if others and not holds_adapters(directory):
+        raise UserError(f"{directory} is there already, and holds something else than adapters. Name another place.")
     names = {path.name for path in locate(source, ADAPTERS).values()}
     if len(names) != 1:
         raise UserError(f"{source} holds its adapters in {len(names)} files; one is expected.")
     check_room(directory, sum((source / name).stat().st_size for name in names))
     directory.mkdir(parents=True, exist_ok=True)
-    files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", ADAPTER_CONFIG)
     for name in sorted(names | {name for name in files if (source / name).is_file()}):
         with atomic_write(directory / name) as temporary:
             shutil.copyfile(source / name, temporary)
-    if base is not None:
-        config["base_model_name_or_path"] = base
-    write_json(directory / ADAPTER_CONFIG, config)
     return [f"They stand beside {config['base_model_name_or_path']}, which is not in the export."]
 
 
@@ -191,7 +173,7 @@ def _float_state(model: Decoder, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: state.pop(ours).detach().to("cpu", dtype) for name, ours in zip(names, list(state), strict=True)}
 
 
-def _deepseek_keys(model: Decoder, keys: dict[str, Any], form: Form, dtype: torch.dtype) -> dict[str, Any]:
+def _deepseek_keys(model: Decoder, keys: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """config.json of the dense DeepSeek-V3 that a PLM is."""
     if keys["model_type"] != "plm" or SCORE in model.state_dict():
         head = " with a score head" if hasattr(model, "score") else ""
@@ -199,13 +181,13 @@ def _deepseek_keys(model: Decoder, keys: dict[str, Any], form: Form, dtype: torc
             f"A DeepSeek-V3 has no model of these parts{head}: {_parts(model)}. Only mla with squared_relu and "
             "rms_norm is one; leave out --as for a GQA model, which is a Llama."
         )
-    if dtype == torch.float16 and form == "deepseek":
+    if dtype == torch.float16:
         raise UserError("float16 has too small a range for the form deepseek. Export in bfloat16 or float32.")
     theta, layers = keys["rope_theta"], keys["num_hidden_layers"]
     return keys | {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
-        "hidden_act": "silu" if form == "deepseek" else "relu",
+        "hidden_act": "silu",
         "tie_word_embeddings": False,
         "rope_interleave": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
@@ -226,13 +208,12 @@ def _deepseek_keys(model: Decoder, keys: dict[str, Any], form: Form, dtype: torc
     }
 
 
-def _deepseek_state(state: dict[str, Tensor], form: Form) -> dict[str, Tensor]:
-    gate = GATE if form == "deepseek" else 1.0
+def _deepseek_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     written: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.endswith(".mlp.up_proj.weight"):
-            written[name.replace("up_proj", "gate_proj")] = tensor * gate
-            tensor = tensor / gate
+            written[name.replace("up_proj", "gate_proj")] = tensor * GATE
+            tensor = tensor / GATE
         written[name] = tensor
     written.setdefault("lm_head.weight", state["model.embed_tokens.weight"].clone())
     return written

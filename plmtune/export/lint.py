@@ -9,10 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from plmtune.errors import UserError, did_you_mean
+from plmtune.errors import UserError
+from plmtune.models.assemble import component_from_config
 from plmtune.models.gguf_layout import kv_heads
+from plmtune.quantization.schemes import candidates
 from plmtune.units import show_bytes
 
 Target = Literal["gguf", "hf", "executorch"]
@@ -45,8 +48,6 @@ _FALLBACK = {
     "IQ4_XS": "IQ4_NL",
     "IQ3_S": "IQ4_NL",
 }
-# Schemes whose integers XNNPACK multiplies; of weights alone it makes garbage and says nothing.
-_XNNPACK = ("int8_dynamic", "int8_dynamic_int4")
 _LARGE_CACHE = 2**30
 
 
@@ -64,18 +65,15 @@ def lint(config: Mapping[str, Any], target: Target, kinds: Sequence[str] = ()) -
     Args:
         config: a model's `config`: its components and sizes.
         target: the format.
-        kinds: types of GGUF, schemes of ExecuTorch; those of hf change nothing.
-
-    Raises:
-        UserError: for a kind of GGUF that does not exist.
+        kinds: of its types or schemes, in small letters or not; those of hf change nothing.
     """
     return list({"gguf": _gguf, "hf": _hf, "executorch": _executorch}[target](config, kinds))
 
 
 def lint_deploy(config: Mapping[str, Any]) -> list[Finding]:
     """Say what of a model will not deploy well, in any format: for a model that is still to be trained."""
-    found = [*lint(config, "gguf", ("Q8_0", "Q4_K_M")), *lint(config, "hf"), *lint(config, "executorch", _XNNPACK)]
-    return list(dict.fromkeys(found))
+    kinds: dict[Target, tuple[str, ...]] = {"gguf": ("Q8_0", "Q4_K_M"), "hf": (), "executorch": ("int8_dynamic_int4",)}
+    return list(dict.fromkeys(finding for target in kinds for finding in lint(config, target, kinds[target])))
 
 
 def gguf_architecture(config: Mapping[str, Any]) -> Literal["plm", "llama"]:
@@ -103,23 +101,6 @@ def gguf_architecture(config: Mapping[str, Any]) -> Literal["plm", "llama"]:
     return name
 
 
-def gguf_kind(kind: str) -> str:
-    """A type's name as GGUF has it.
-
-    Raises:
-        UserError: if there is none.
-    """
-    known = (*WRITTEN, *QUANTIZED)
-    if kind.upper() in known:
-        return kind.upper()
-    if kind.upper().startswith(("IQ1", "IQ2", "IQ3_X", "Q2_K_S")):
-        raise UserError(
-            f"GGUF's {kind} needs a table of importances (imatrix), which is not made here. Use one of "
-            f"{', '.join(known)}."
-        )
-    raise UserError(f"GGUF has no type {kind}.{did_you_mean(kind.upper(), known)}")
-
-
 def stored_type(kind: str, width: int, *, head: bool = False) -> str:
     """The type that most matrices of a kind get; llama.cpp's quantizer gives some of them more bits.
 
@@ -144,27 +125,13 @@ def _wanted(kind: str, head: bool) -> str:
 
 def matrices(config: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
     """{name without its layer: (rows, width of a row, how often it is there)} of a model's matrices."""
-    attention, d, heads, layers = (config[key] for key in ("attention", "embed_dim", "num_heads", "num_layers"))
-    sizes: dict[str, tuple[int, int]] = {}
-    if attention["component"] == "mla":
-        key, value = _head_dims(config)
-        rank, rope = attention["kv_lora_rank"], attention["qk_rope_head_dim"]
-        sizes |= {
-            "q_proj": (heads * key, d),
-            "kv_a_proj": (rank + rope, d),
-            "kv_b_proj": (heads * (key - rope + value), rank),
-            "o_proj": (d, heads * value),
-        }
-    else:
-        width = _head_dims(config)[0]
-        sizes["q_proj"] = (heads * width, d)
-        sizes |= dict.fromkeys(("k_proj", "v_proj"), (kv_heads(config) * width, d))
-        sizes["o_proj"] = (d, heads * width)
-    hidden = config["ffn"]["hidden_dim"]
-    sizes |= {"gate_proj": (hidden, d)} if config["ffn"]["component"] == "swiglu" else {}
-    sizes |= {"up_proj": (hidden, d), "down_proj": (d, hidden)}
-    found = {name: (*size, layers) for name, size in sizes.items()} | {"tok_embeddings": (config["vocab_size"], d, 1)}
-    return found if config["tie_embeddings"] else found | {"output": (config["vocab_size"], d, 1)}
+    with torch.device("meta"):
+        model = component_from_config("model", dict(config), "the model")(vocab_size=config["vocab_size"])
+    found: dict[str, tuple[int, int, int]] = {}
+    for name, (rows, width) in sorted(candidates(model).items(), key=lambda item: not item[0].startswith("layers.")):
+        leaf = name.rpartition(".")[2]
+        found[leaf] = rows, width, found.get(leaf, (0, 0, 0))[2] + 1
+    return found
 
 
 def _head_dims(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -187,14 +154,13 @@ def stored_bytes(kind: str, count: int) -> int:
 
 
 def _gguf(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Finding]:
-    kinds = [gguf_kind(kind) for kind in kinds]
     try:
         architecture = gguf_architecture(config)
     except UserError as error:
         yield Finding("refused", str(error))
         return
     for kind in kinds:
-        yield from _odd_rows(config, kind)
+        yield from _odd_rows(config, kind.upper())
     key, value = _head_dims(config)
     context = config["max_seq_len"]
     token = config["num_layers"] * kv_heads(config) * (key + value) * 2  # F16
@@ -267,13 +233,6 @@ def _hf(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Finding]:
 
 
 def _executorch(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Finding]:
-    for kind in kinds:
-        if kind.lower() in ("int8", "int4", "mixed"):
-            yield Finding(
-                "refused",
-                f"XNNPACK computes garbage, without an error, from the scheme {kind}, whose weights alone are "
-                f"integers. Use {' or '.join(_XNNPACK)}.",
-            )
     attention, ffn = config["attention"]["component"], config["ffn"]["component"]
     if attention not in ("mla", "gqa", "mha") or ffn not in ("squared_relu", "swiglu"):
         yield Finding(

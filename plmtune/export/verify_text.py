@@ -43,15 +43,17 @@ def compare_ids(
         report.add("ids that end a text: that differ", int(wrong), 0, cause=said)
     specials = tuple(tokenizer.specials)
     lines = probe_texts.lines(specials)
-    before = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.with_bos(tokenizer.encode(text, specials=True))
+
     found: list[tuple[str, list[int], list[int]]] = []
     for line in lines:
         theirs = runtime.encode(line)
         if theirs is None:
             return
-        ours = before + tokenizer.encode(line, specials=True)
-        if theirs != ours:
-            found.append((line, ours, theirs))
+        if theirs != ids(line):
+            found.append((line, ids(line), theirs))
     cause = _tokenizer_cause(found, runtime, tokenizer, contents) if found and not vocabulary_differs else None
     report.add("token ids: texts that differ", len(found), 0, f"of {len(lines)}", cause)
     if not found and not vocabulary_differs and contents.tokenizer:  # a token that none of the texts has
@@ -59,8 +61,8 @@ def compare_ids(
         report.add("vocabulary: that differs", int(cause is not None), 0, cause=cause)
     if tokenizer.vocabulary.normalization is None:
         return
-    decomposed = list(probe_texts.DECOMPOSED)
-    others = [line for line in decomposed if runtime.encode(line) != before + tokenizer.encode(line, specials=True)]
+    decomposed = probe_texts.DECOMPOSED
+    others = [line for line in decomposed if runtime.encode(line) != ids(line)]
     # llama.cpp has no normalization at all, so no file can ask for it.
     known = len(decomposed) if runtime.name.startswith("llama.cpp") else 0
     said = f"{runtime.name} does not normalize to NFC, the checkpoint's tokenizer does: normalize text before it"

@@ -18,7 +18,7 @@ from plmtune.cli import cli
 from plmtune.cli.inspect_rows import find as find_tokenizer
 from plmtune.errors import UserError
 from plmtune.evaluation import results
-from plmtune.export.runtimes.opening import open_runtime
+from plmtune.export.runtimes import open_runtime
 from plmtune.io import checksummed_json, manifest
 from plmtune.models.adapters import load_model, load_model_tokenizer
 from plmtune.models.checkpoint_files import checkpoint_directory

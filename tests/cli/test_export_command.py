@@ -36,15 +36,15 @@ class TestGguf:
     def test_a_file_that_fails_is_kept_under_another_name_beside_those_that_pass(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        write = export_run._write_gguf
+        write = export_run.write_gguf
 
         def broken(model, *rest, **settings):  # type: ignore[no-untyped-def]
-            factor = 1.5 if rest[2] == "f32" else 1.0
+            factor = 1.5 if settings["kind"] == "F32" else 1.0
             model = copy.deepcopy(model)
             model.layers[0].attention.o_proj.weight.data.mul_(factor)
             return write(model, *rest, **settings)
 
-        monkeypatch.setattr(export_run, "_write_gguf", broken)
+        monkeypatch.setattr(export_run, "write_gguf", broken)
         words = ("export", "small", "--to", "gguf", "--quant", "f32,f16")
         code, out, err = run(monkeypatch, capsys, *words)
         assert code == 1
@@ -122,9 +122,23 @@ class TestMistakes:
         code, _, err = run(monkeypatch, capsys, "export", "small", "--to", "gguf", "--quant", "f32")
         assert code == 2 and "its disk has 10 B left" in err
 
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (("executorch",), "needs the package executorch (extra executorch)"),
+            (("gguf", "--quant", "q4_k_m"), "q4_k_m, made by llama.cpp's own quantizer, needs the package llama_cpp"),
+            (("gguf",), "Verifying the file (or else --no-verify) needs the package xllamacpp (extra gguf)"),
+            (("hf",), "needs the package transformers (extra transformers)"),
+        ],
+    )
     def test_a_missing_package_is_named(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        words: tuple[str, ...],
+        said: str,
     ) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        code, _, err = run(monkeypatch, capsys, "export", "small", "--to", "executorch")
-        assert code == 2 and "needs the package executorch (extra executorch)" in err
+        code, _, err = run(monkeypatch, capsys, "export", "small", "--to", *words)
+        assert code == 2 and said in err

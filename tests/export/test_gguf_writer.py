@@ -215,15 +215,6 @@ class TestRefusals:
             write_gguf(model(), byte(), tmp_path / "a.gguf", kind="F16")
         assert not list(tmp_path.iterdir())
 
-    def test_a_file_that_is_there_stays_unless_it_is_to_be_replaced(self, tmp_path: Path) -> None:
-        path = tmp_path / "a.gguf"
-        path.write_text("mine")
-        with pytest.raises(UserError, match=r"a.gguf is there already.*--overwrite"):
-            write_gguf(small(), byte(), path, kind="F16")
-        assert path.read_text() == "mine"
-        write_gguf(small(), byte(), path, kind="F16", overwrite=True)
-        assert path.read_bytes()[:4] == b"GGUF"
-
     def test_room_is_asked_for_before_anything_is_written(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -46,6 +46,7 @@ class InferenceRuntime(AbstractContextManager["InferenceRuntime"]):
         path: what was opened.
         vocab_size: rows of the vocabulary.
         context: tokens that fit into the cache.
+        newest: the likeliest token after those of the cache.
         rounds_inputs: whether it multiplies by inputs that it rounds as the matrix's type has it.
         tokenizer: ours, where the program has none of its own.
     """
@@ -54,27 +55,51 @@ class InferenceRuntime(AbstractContextManager["InferenceRuntime"]):
     path: Path
     vocab_size: int
     context: int
+    newest: int
     rounds_inputs = False
     tokenizer: Tokenizer | None = None
 
     @abstractmethod
+    def clear(self) -> None:
+        """Empty the cache."""
+
+    @abstractmethod
+    def read(self, ids: Sequence[int], last: int, top_k: int | None) -> Tensor:
+        """Append ids to the cache and return the logits that follow each of the last `last` of them, [last, v].
+
+        Args:
+            top_k: how many of the likeliest tokens are needed; a runtime for which others cost time gives them -inf.
+                None: all.
+        """
+
     def log_probs(self, ids: Sequence[int], last: int, top_k: int | None = None) -> Tensor:
         """What follows each of the last `last` prefixes of ids: fp32 log-probabilities on the CPU, [last, v].
 
-        The first row follows ids[: len(ids) - last + 1], the last row follows all of them.
+        The first row follows ids[: len(ids) - last + 1], the last row follows all of them. They may be normalized over
+        the `top_k` likeliest tokens alone, see `read`.
 
-        Args:
-            top_k: how many of the likeliest tokens are needed. A runtime for which others cost time gives them -inf
-                and normalizes over the top k. None: all.
+        Raises:
+            ValueError: if ids are too many, or fewer than the rows that are asked for.
         """
+        return self._read_anew(ids, last, top_k).float().log_softmax(-1).cpu()
 
-    @abstractmethod
     def start(self, ids: Sequence[int]) -> int:
         """Read ids into an empty cache and return the likeliest next one."""
+        self.newest = int(self._read_anew(ids, 1, 1)[0].argmax())
+        return self.newest
 
-    @abstractmethod
+    def _read_anew(self, ids: Sequence[int], last: int, top_k: int | None) -> Tensor:
+        if not 1 <= last <= len(ids):
+            raise ValueError(f"{last} rows cannot be given for {len(ids)} tokens")
+        if len(ids) > self.context:
+            raise ValueError(f"{len(ids)} tokens exceed the context of {self.context} that {self.path} was opened with")
+        self.clear()
+        return self.read(ids, last, top_k)
+
     def step(self, id: int) -> int:
         """Append one id to the cache and return the likeliest next one."""
+        self.newest = int(self.read((id,), 1, 1)[0].argmax())
+        return self.newest
 
     def encode(self, text: str) -> list[int] | None:
         """The runtime's own ids of a text, with what it puts before one; special tokens' text stands for the tokens.
@@ -83,8 +108,7 @@ class InferenceRuntime(AbstractContextManager["InferenceRuntime"]):
         """
         if self.tokenizer is None:
             return None
-        before = [self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []
-        return before + self.tokenizer.encode(text, specials=True)
+        return self.tokenizer.with_bos(self.tokenizer.encode(text, specials=True))
 
     def render(self, messages: Sequence[Message]) -> str | None:
         """The text of a conversation up to where the model begins to write; None: there is no template."""
@@ -103,24 +127,21 @@ class InferenceRuntime(AbstractContextManager["InferenceRuntime"]):
     def timed(self, ids: Sequence[int], n: int) -> Timing:
         """Read ids into an empty cache and write n more tokens after the first, as the runtime does for its users."""
         start = time.perf_counter()
-        token, taken = self.start(ids), []
-        prompt = time.perf_counter() - start
+        self.start(ids)
+        return Timing(time.perf_counter() - start, self.timed_steps(n))
+
+    def timed_steps(self, n: int) -> float:
+        """Write n tokens after the newest; return the median of their seconds."""
+        taken = []
         for _ in range(n):
             start = time.perf_counter()
-            token = self.step(token)
+            self.step(self.newest)
             taken.append(time.perf_counter() - start)
-        return Timing(prompt, statistics.median(taken))
+        return statistics.median(taken)
 
     @abstractmethod
     def close(self) -> None:
         """Free the model."""
-
-    def check(self, ids: Sequence[int], last: int = 1) -> None:
-        """Raise ValueError where ids are none, too many, or fewer than the rows that are asked for."""
-        if not 1 <= last <= len(ids):
-            raise ValueError(f"{last} rows cannot be given for {len(ids)} tokens")
-        if len(ids) > self.context:
-            raise ValueError(f"{len(ids)} tokens exceed the context of {self.context} that {self.path} was opened with")
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,8 @@ from plmtune.models.checkpoint_files import read_json
 from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What lies beside a program: rows of the vocabulary, positions of the cache, and how its numbers are written."""
-
-    vocab_size: int
-    max_seq_len: int
-    formats: tuple[str, ...]
-
-
-def read_facts(path: Path) -> Facts:
-    """Read the JSON beside a .pte file.
+def read_facts(path: Path) -> tuple[int, int, list[str]]:
+    """Read the JSON beside a .pte file: rows of the vocabulary, positions of the cache, formats of the numbers.
 
     Raises:
         UserError: if there is none, or it is not ours.
@@ -39,7 +30,7 @@ def read_facts(path: Path) -> Facts:
     rows, positions, formats = (facts.get(key) for key in ("vocab_size", "max_seq_len", "formats"))
     if type(rows) is not int or type(positions) is not int or not isinstance(formats, list) or not formats:
         raise UserError(f"{beside} lacks vocab_size, max_seq_len or formats: plmtune export did not write it.")
-    return Facts(rows, positions, tuple(map(str, formats)))
+    return rows, positions, list(map(str, formats))
 
 
 class ExecuTorchRuntime(InferenceRuntime):
@@ -52,7 +43,7 @@ class ExecuTorchRuntime(InferenceRuntime):
 
     name = "ExecuTorch"
 
-    def __init__(self, path: Path, *, threads: int | None, context: int | None) -> None:
+    def __init__(self, path: Path, *, threads: int | None, context: int | None, exact: bool) -> None:
         from executorch.runtime import Runtime as Engine
 
         if threads is not None:
@@ -62,9 +53,9 @@ class ExecuTorchRuntime(InferenceRuntime):
             limit = getattr(portable_lib, "_unsafe_reset_threadpool", None)
             if limit is not None:
                 limit(threads)
-        facts = read_facts(path)
-        self.path, self.vocab_size = path, facts.vocab_size
-        self.context = min(context or facts.max_seq_len, facts.max_seq_len)
+        self.path = path
+        self.vocab_size, positions, _ = read_facts(path)
+        self.context = min(context or positions, positions)
         try:
             self._program: Any = Engine.get().load_program(path)
             self._forward: Any = self._program.load_method("forward")
@@ -74,28 +65,16 @@ class ExecuTorchRuntime(InferenceRuntime):
         self.tokenizer = load_tokenizer(beside) if beside.is_dir() else None
         self._length = 0
 
-    def log_probs(self, ids: Sequence[int], last: int, top_k: int | None = None) -> Tensor:
-        self.check(ids, last)
-        places = track(list(enumerate(ids)), f"of {len(ids)} positions computed")
-        rows = [self._logits(id, place) for place, id in places][-last:]
-        return torch.stack(rows).log_softmax(-1)
+    def clear(self) -> None:
+        self._length = 0
 
-    def start(self, ids: Sequence[int]) -> int:
-        self.check(ids)
-        for place, id in enumerate(ids):
-            logits = self._logits(id, place)
-        self._length = len(ids)
-        return int(logits.argmax())
-
-    def step(self, id: int) -> int:
-        self._length += 1
-        return int(self._logits(id, self._length - 1).argmax())
-
-    def _logits(self, id: int, place: int) -> Tensor:
-        (out,) = self._forward.execute((torch.tensor([[id]]), torch.tensor([place])))
-        # The program's own memory, which the next call writes to.
-        row: Tensor = out[0].float().clone()
-        return row
+    def read(self, ids: Sequence[int], last: int, top_k: int | None) -> Tensor:
+        rows: deque[Tensor] = deque(maxlen=last)
+        for id in track(ids, f"of {len(ids)} positions computed"):
+            (out,) = self._forward.execute((torch.tensor([[id]]), torch.tensor([self._length])))
+            self._length += 1
+            rows.append(out[0].float().clone())  # the next call writes to the program's own memory
+        return torch.stack(list(rows))
 
     def close(self) -> None:
         del self._forward, self._program

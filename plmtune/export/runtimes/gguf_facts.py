@@ -4,68 +4,20 @@ some damaged files."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 
 from plmtune.errors import UserError
 from plmtune.export.runtimes.base import DEFAULT_CONTEXT, InferenceRuntime
 from plmtune.models.gguf_file import opened_gguf
 
-# Architectures on which llama.cpp aborts with flash attention, which is its default.
-NO_FLASH_ATTENTION = ("plm",)
+_PREFIX = "LLAMA_FLASH_ATTN_TYPE_"
+FLASH_ATTENTION = {None: f"{_PREFIX}AUTO", False: f"{_PREFIX}DISABLED", True: f"{_PREFIX}ENABLED"}
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What is read from the header.
-
-    Attributes:
-        architecture: in llama.cpp's names.
-        rows: of the vocabulary.
-        context: positions the model knows.
-        template: of a conversation.
-    """
-
-    architecture: str
-    rows: int
-    context: int
-    template: str | None
-
-    def flash_attention(self, asked: bool | None, path: Path) -> bool | None:
-        """Whether to switch flash attention on or off; None: llama.cpp chooses.
-
-        Raises:
-            UserError: if it is asked for where llama.cpp aborts.
-        """
-        if self.architecture in NO_FLASH_ATTENTION:
-            if asked:
-                raise UserError(
-                    f"{path} has the architecture {self.architecture}, on which llama.cpp aborts with flash attention: "
-                    "leave it off."
-                )
-            return False
-        return asked
-
-    def flash_settings(self) -> tuple[bool, ...]:
-        """The settings of flash attention with which llama.cpp can run it."""
-        return (False,) if self.architecture in NO_FLASH_ATTENTION else (False, True)
-
-
-def read_facts(path: Path) -> Facts:
-    """Read a file's header.
-
-    Raises:
-        UserError: if it is damaged, or does not say what its architecture must.
-    """
+def flash_settings(path: Path) -> tuple[bool, ...]:
+    """The settings of flash attention, llama.cpp's default, with which it does not abort on a file's architecture."""
     with opened_gguf(path) as file:
-        architecture = file.metadata.get("general.architecture")
-        context = file.metadata.get(f"{architecture}.context_length")
-        embedding = file.tensors.get("token_embd.weight")
-        if type(context) is not int or context < 1 or embedding is None:
-            what = "token_embd.weight" if embedding is None else f"a whole {architecture}.context_length"
-            raise UserError(f"{path} has no {what}: it is no model that llama.cpp runs.")
-        template = file.metadata.get("tokenizer.chat_template")
-        return Facts(str(architecture), embedding.shape[0], context, template if isinstance(template, str) else None)
+        return (False,) if file.metadata.get("general.architecture") == "plm" else (False, True)
 
 
 class GgufRuntime(InferenceRuntime):
@@ -76,6 +28,10 @@ class GgufRuntime(InferenceRuntime):
         context: None: the model's, at most 4,096.
         exact: keys and values in fp32, where llama.cpp's default is fp16, and no flash attention.
         flash_attention: None: as llama.cpp chooses, where it does not abort on the architecture.
+
+    Raises:
+        UserError: if the file is damaged, does not say what its architecture must, or flash attention is asked for
+            where llama.cpp aborts.
     """
 
     rounds_inputs = True
@@ -89,11 +45,25 @@ class GgufRuntime(InferenceRuntime):
         exact: bool,
         flash_attention: bool | None = None,
     ) -> None:
-        facts = read_facts(path)
-        flash_attention = facts.flash_attention(False if exact else flash_attention, path)
-        self.path, self.vocab_size, self._template = path, facts.rows, facts.template
-        self.context = min(context or DEFAULT_CONTEXT, facts.context)
-        self._open(threads, exact, flash_attention)
+        with opened_gguf(path) as file:
+            architecture = file.metadata.get("general.architecture")
+            positions = file.metadata.get(f"{architecture}.context_length")
+            embedding = file.tensors.get("token_embd.weight")
+            template = file.metadata.get("tokenizer.chat_template")
+        if type(positions) is not int or positions < 1 or embedding is None:
+            what = "token_embd.weight" if embedding is None else f"a whole {architecture}.context_length"
+            raise UserError(f"{path} has no {what}: it is no model that llama.cpp runs.")
+        if True not in flash_settings(path):
+            if flash_attention:
+                raise UserError(
+                    f"{path} has the architecture {architecture}, on which llama.cpp aborts with flash attention: "
+                    "leave it off."
+                )
+            flash_attention = False
+        self.path, self.vocab_size = path, embedding.shape[0]
+        self._template = template if isinstance(template, str) else None
+        self.context = min(context or DEFAULT_CONTEXT, positions)
+        self._open(threads, exact, False if exact else flash_attention)
 
     @abstractmethod
     def _open(self, threads: int | None, exact: bool, flash_attention: bool | None) -> None:

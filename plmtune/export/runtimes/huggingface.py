@@ -48,29 +48,16 @@ class TransformersRuntime(InferenceRuntime):
         self.context = min(context or DEFAULT_CONTEXT, int(self._model.config.max_position_embeddings))
         self._cache: Any = None
 
-    @torch.inference_mode()
-    def log_probs(self, ids: Sequence[int], last: int, top_k: int | None = None) -> Tensor:
-        self.check(ids, last)
-        logits: Tensor = self._model(self._row(ids), use_cache=False, logits_to_keep=last).logits[0]
-        return logits.float().log_softmax(-1).cpu()
-
-    @torch.inference_mode()
-    def start(self, ids: Sequence[int]) -> int:
-        self.check(ids)
+    def clear(self) -> None:
         self._cache = None
-        return self._next(ids)
 
     @torch.inference_mode()
-    def step(self, id: int) -> int:
-        return self._next([id])
-
-    def _next(self, ids: Sequence[int]) -> int:
-        out = self._model(self._row(ids), past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+    def read(self, ids: Sequence[int], last: int, top_k: int | None) -> Tensor:
+        row = torch.tensor([list(ids)], device=self._model.device)
+        out = self._model(row, past_key_values=self._cache, use_cache=True, logits_to_keep=last)
         self._cache = out.past_key_values
-        return int(out.logits[0, -1].argmax())
-
-    def _row(self, ids: Sequence[int]) -> Tensor:
-        return torch.tensor([list(ids)], device=self._model.device)
+        logits: Tensor = out.logits[0]
+        return logits
 
     def encode(self, text: str) -> list[int] | None:
         ids: list[int] = self._tokenizer(text)["input_ids"]
@@ -84,8 +71,7 @@ class TransformersRuntime(InferenceRuntime):
         return text
 
     def close(self) -> None:
-        self._cache = None
-        del self._model
+        del self._cache, self._model
 
 
 @contextmanager

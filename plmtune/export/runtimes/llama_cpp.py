@@ -12,12 +12,11 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from plmtune.errors import UserError
-from plmtune.export.runtimes.gguf_facts import GgufRuntime
+from plmtune.export.runtimes.gguf_facts import FLASH_ATTENTION, GgufRuntime
 from plmtune.tokenizers.message import Message
 
 
@@ -28,7 +27,7 @@ class LlamaCppRuntime(GgufRuntime):
 
     def _open(self, threads: int | None, exact: bool, flash_attention: bool | None) -> None:
         path = self.path
-        self._lib = lib = _library()
+        self._lib, _ = lib, _ = _library()
         self._model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
         if not self._model:
             raise UserError(f"llama.cpp cannot load {path}: see that it is whole, and of a kind that llama.cpp knows.")
@@ -36,11 +35,7 @@ class LlamaCppRuntime(GgufRuntime):
         self.vocab_size = int(lib.llama_vocab_n_tokens(self._vocab))
         settings = lib.llama_context_default_params()
         settings.n_ctx = settings.n_batch = self.context
-        settings.flash_attn_type = {
-            None: lib.LLAMA_FLASH_ATTN_TYPE_AUTO,
-            False: lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
-            True: lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
-        }[flash_attention]
+        settings.flash_attn_type = getattr(lib, FLASH_ATTENTION[flash_attention])
         if threads is not None:
             settings.n_threads = settings.n_threads_batch = threads
         if exact:
@@ -51,25 +46,11 @@ class LlamaCppRuntime(GgufRuntime):
             raise UserError(f"llama.cpp has no room for a context of {self.context} tokens with {path}.")
         self._length = 0
 
-    def log_probs(self, ids: Sequence[int], last: int, top_k: int | None = None) -> Tensor:
-        self.check(ids, last)
-        self._clear()
-        return torch.from_numpy(self._decode(ids, last).copy()).log_softmax(-1)
-
-    def start(self, ids: Sequence[int]) -> int:
-        self.check(ids)
-        self._clear()
-        return int(self._decode(ids, 1)[0].argmax())
-
-    def step(self, id: int) -> int:
-        return int(self._decode((id,), 1)[0].argmax())
-
-    def _clear(self) -> None:
+    def clear(self) -> None:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         self._length = 0
 
-    def _decode(self, ids: Sequence[int], last: int) -> npt.NDArray[np.float32]:
-        """Append ids; the logits after the last of them, [last, v], valid until the next call."""
+    def read(self, ids: Sequence[int], last: int, top_k: int | None) -> Tensor:
         lib, n = self._lib, len(ids)
         batch = lib.llama_batch_init(n, 0, 1)
         try:
@@ -84,8 +65,8 @@ class LlamaCppRuntime(GgufRuntime):
         if code:
             raise UserError(f"llama.cpp failed on {n} tokens after {self._length} (code {code}) with {self.path}.")
         self._length += n
-        logits = lib.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(logits, shape=(last, self.vocab_size))
+        logits = np.ctypeslib.as_array(lib.llama_get_logits(self._context), shape=(last, self.vocab_size))
+        return torch.from_numpy(logits.copy())
 
     def encode(self, text: str) -> list[int] | None:
         data = text.encode()
@@ -115,16 +96,11 @@ class LlamaCppRuntime(GgufRuntime):
 
 
 @cache
-def _library() -> Any:
+def _library() -> tuple[Any, Any]:
+    """The library, and its silent log callback, whose address llama.cpp keeps, so that it must live as long."""
     import llama_cpp as lib
 
-    lib.llama_log_set(_silence(), ctypes.c_void_p(0))
+    silence = lib.llama_log_callback(lambda level, text, data: None)
+    lib.llama_log_set(silence, ctypes.c_void_p(0))
     lib.llama_backend_init()
-    return lib
-
-
-@cache  # llama.cpp keeps the callback's address, so it must live as long
-def _silence() -> Any:
-    from llama_cpp import llama_log_callback
-
-    return llama_log_callback(lambda level, text, data: None)
+    return lib, silence

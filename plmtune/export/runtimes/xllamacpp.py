@@ -18,7 +18,7 @@ from torch import Tensor
 
 from plmtune.errors import UserError
 from plmtune.export.runtimes.base import Timing
-from plmtune.export.runtimes.gguf_facts import GgufRuntime
+from plmtune.export.runtimes.gguf_facts import FLASH_ATTENTION, GgufRuntime
 from plmtune.io.progress import track
 from plmtune.tokenizers.message import Message
 
@@ -44,11 +44,7 @@ class XLlamaCppRuntime(GgufRuntime):
         params.model.path = str(path)
         # A slot keeps a place for the token that it writes.
         params.n_ctx = self.context + 1
-        params.flash_attn_type = {
-            None: lib.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_AUTO,
-            False: lib.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED,
-            True: lib.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED,
-        }[flash_attention]
+        params.flash_attn_type = getattr(lib.llama_flash_attn_type, FLASH_ATTENTION[flash_attention])
         params.n_parallel, params.warmup, params.fit_params, params.verbosity = 1, False, False, -1
         params.ui, params.endpoint_slots, params.cache_ram_mib = False, False, 0
         params.n_threads_http, params.api_keys = 1, [self._key]
@@ -68,42 +64,23 @@ class XLlamaCppRuntime(GgufRuntime):
         # A server that is closed before its loop has begun waits for it for ever; an answer shows that it runs.
         self._complete([whole], 1)
 
-    def log_probs(self, ids: Sequence[int], last: int, top_k: int | None = None) -> Tensor:
-        self.check(ids, last)
-        held = list(ids)
-        ends = track(range(len(held) - last + 1, len(held) + 1), f"of {last} positions computed")
-        # Growing prompts: of each the server reads the one new token.
-        return torch.stack([self._row(held[:end], min(top_k or self.vocab_size, self.vocab_size)) for end in ends])
+    def clear(self) -> None:
+        self._ids = []
 
-    def _row(self, ids: list[int], top_k: int) -> Tensor:
-        row = torch.full((self.vocab_size,), float("-inf"))
-        found = self._complete(ids, top_k)
-        row[[entry["id"] for entry in found]] = torch.tensor([entry["logprob"] for entry in found])
-        # The server sums 50,000 probabilities in fp32, one after the other: off by 1e-4 in the whole row.
-        return row.log_softmax(-1)
-
-    def start(self, ids: Sequence[int]) -> int:
-        self.check(ids)
-        self._ids = list(ids)
-        return int(self._complete(self._ids, 1, cached=False)[0]["id"])
-
-    def step(self, id: int) -> int:
-        self._ids.append(id)
-        return int(self._complete(self._ids, 1)[0]["id"])
+    def read(self, ids: Sequence[int], last: int, top_k: int | None) -> Tensor:
+        self._ids += ids
+        ends = track(range(len(self._ids) - last + 1, len(self._ids) + 1), f"of {last} positions computed")
+        rows = torch.full((last, self.vocab_size), float("-inf"))
+        for row, end in zip(rows, ends, strict=True):  # growing prompts: of each the server reads the one new token
+            found = self._complete(self._ids[:end], min(top_k or self.vocab_size, self.vocab_size))
+            row[[entry["id"] for entry in found]] = torch.tensor([entry["logprob"] for entry in found])
+        # They are not normalized: the server sums 50,000 probabilities in fp32, one after the other, off by 1e-4.
+        return rows
 
     def timed(self, ids: Sequence[int], n: int) -> Timing:
-        self.check(ids)
         # Greedy without the samplers that the server has by default, and without log-probabilities.
-        answer = self._server.handle_completions(
-            {
-                "prompt": list(ids),
-                "n_predict": n + 1,
-                "samplers": ["top_k"],
-                "top_k": 1,
-                "ignore_eos": True,
-                "cache_prompt": False,
-            }
-        )
+        greedy = {"samplers": ["top_k"], "top_k": 1, "ignore_eos": True, "cache_prompt": False}
+        answer = self._server.handle_completions({"prompt": list(ids), "n_predict": n + 1, **greedy})
         timings = answer.get("timings") if isinstance(answer, dict) else None
         # The first token comes with the prompt; the last is missing where it fills the model's context.
         decoded = 0 if timings is None else timings["predicted_n"] - 1
@@ -111,18 +88,10 @@ class XLlamaCppRuntime(GgufRuntime):
             raise UserError(f"llama.cpp failed on {len(ids)} tokens with {self.path}: {answer!s:.300}")
         return Timing(timings["prompt_ms"] / 1e3, timings["predicted_ms"] / 1e3 / decoded)
 
-    def _complete(self, ids: list[int], count: int, *, cached: bool = True) -> list[dict[str, Any]]:
+    def _complete(self, ids: list[int], count: int) -> list[dict[str, Any]]:
         """The `count` likeliest ids after some, with their log-probabilities, the likeliest first."""
-        answer = self._server.handle_completions(
-            {
-                "prompt": ids,
-                "n_predict": 1,
-                "n_probs": count,
-                "temperature": 0.0,
-                "cache_prompt": cached,
-                "logit_bias": self._bias,
-            }
-        )
+        asked = {"n_predict": 1, "n_probs": count, "temperature": 0.0, "cache_prompt": True, "logit_bias": self._bias}
+        answer = self._server.handle_completions({"prompt": ids, **asked})
         if "choices" not in answer:
             message = answer.get("message", answer) if isinstance(answer, dict) else answer
             raise UserError(f"llama.cpp failed on {len(ids)} tokens with {self.path}: {message!s:.300}")
@@ -130,9 +99,8 @@ class XLlamaCppRuntime(GgufRuntime):
         return top
 
     def encode(self, text: str) -> list[int] | None:
-        ids: list[int] = self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})[
-            "tokens"
-        ]
+        asked = {"content": text, "add_special": True, "parse_special": True}
+        ids: list[int] = self._post("/tokenize", asked)["tokens"]
         return ids
 
     def render(self, messages: Sequence[Message]) -> str | None:
