@@ -10,24 +10,26 @@ from __future__ import annotations
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import psutil
 import torch
+from scipy.optimize import nnls
 
 from plmtune.devices import costs
 from plmtune.devices.bandwidth import READ_BYTES, read_bandwidth
 from plmtune.devices.costs import ModelShape
 from plmtune.devices.device import Device, Figure, KernelRate, RuntimeRates
-from plmtune.devices.predict import cache_kind, cache_share, decode_seconds
+from plmtune.devices.predict import cache_kind, cache_share
 from plmtune.errors import UserError
+from plmtune.export.gguf_writer import write_gguf
+from plmtune.export.runtimes import open_runtime
+from plmtune.export.runtimes.pytorch import PyTorchRuntime
 from plmtune.inference.kernel_choice import prepack
 from plmtune.io import provenance
 from plmtune.models.llama import llama
@@ -37,6 +39,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized, install
 from plmtune.registry import Component, component
 from plmtune.tokenizers.tokenizer_files import byte
+from plmtune.training.determinism import measure_seconds
 from plmtune.training.machine import available_memory, peak_flops
 from plmtune.units import show_number_of
 
@@ -148,56 +151,49 @@ def build(make: Callable[[], Decoder], scheme: str) -> Decoder:
     return model
 
 
-@torch.inference_mode()
-def _decode_times(model: Decoder, depths: Sequence[int]) -> list[float]:
-    """Seconds of one token at each depth of a cache of zeros."""
-    cache = model.new_cache(1, max(depths) + 1)
-    for layer in cache.layers:
+def opened_zeros(model: Decoder) -> PyTorchRuntime:
+    """A model opened with a cache of zeros."""
+    opened = PyTorchRuntime(model, max(_DEPTHS) + 1)
+    for layer in opened.cache.layers:
         for buffer in layer:
             buffer.zero_()
-    token, taken = torch.zeros(1, 1, dtype=torch.long), []
+    return opened
+
+
+def _decode_times(opened: PyTorchRuntime, depths: Sequence[int]) -> list[float]:
+    """Seconds of one token at each depth of a cache of zeros."""
+    taken = []
     for depth in (depths[0], *depths):  # the first warms up
-        cache.length = depth
-        start = time.perf_counter()
-        int(model.logits(model(token, cache=cache, hidden=True)[:, -1]).argmax())
-        taken.append(time.perf_counter() - start)
+        opened.cache.length, opened.newest = depth, 0
+        taken.append(opened.timed_steps(1))
     return taken[1:]
 
 
-@torch.inference_mode()
-def _prompt_time(model: Decoder, tokens: int = _PROMPT) -> float:
-    ids = torch.zeros(1, tokens, dtype=torch.long)
-    best = float("inf")
-    for _ in range(2):
-        cache = model.new_cache(1, tokens)
-        start = time.perf_counter()
-        int(model.logits(model(ids, cache=cache, hidden=True)[:, -1]).argmax())
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
 def _ours(bandwidth: float, log: Callable[[str], None]) -> RuntimeRates:
-    held: list[tuple[ModelShape, str, Decoder]] = []
+    held: list[tuple[ModelShape, str, PyTorchRuntime]] = []
     for name, make in small_decoders().items():
         with torch.device("meta"):
             model_shape = ModelShape.of(make())
         for scheme in SCHEMES:
             log(f"plmtune: {name}, {scheme}")
-            held.append((model_shape, scheme, build(make, scheme)))
+            held.append((model_shape, scheme, opened_zeros(build(make, scheme))))
     # In turns, so that other work on the machine affects all models.
     taken: list[list[list[float]]] = [[] for _ in held]
     for number in range(_STEPS):
         log(f"plmtune: round {number + 1} of {_STEPS}")
-        for times, (_, _, model) in zip(taken, held, strict=True):
-            times.append(_decode_times(model, _DEPTHS))
+        for times, (_, _, opened) in zip(taken, held, strict=True):
+            times.append(_decode_times(opened, _DEPTHS))
     timings = [
         _Timing(model_shape, scheme, depth, statistics.median(found))
         for times, (model_shape, scheme, _) in zip(taken, held, strict=True)
         for depth, found in zip(_DEPTHS, zip(*times, strict=True), strict=True)
     ]
     log("plmtune: prompts")
-    prompts = [_Timing(model_shape, scheme, _PROMPT, _prompt_time(model)) for model_shape, scheme, model in held]
-    return _rates("plmtune", timings, prompts, bandwidth, _attention_rate(), costs.PROGRAM["plmtune"])
+    prompts = [
+        _Timing(model_shape, scheme, _PROMPT, min(opened.timed([0] * _PROMPT, 1).prompt for _ in range(2)))
+        for model_shape, scheme, opened in held
+    ]
+    return _rates("plmtune", timings, prompts, bandwidth, _attention_rate())
 
 
 @torch.inference_mode()
@@ -205,11 +201,7 @@ def _attention_rate() -> float:
     """FLOP/s of causal attention over a prompt of 1,024 tokens."""
     heads, tokens, width = 8, 1024, 64
     q, k, v = (torch.zeros(1, heads, tokens, width, dtype=torch.bfloat16) for _ in range(3))
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        attend(q, k, v, None, 1.0)
-        best = min(best, time.perf_counter() - start)
+    best = min(measure_seconds(lambda: attend(q, k, v, None, 1.0), q.device) for _ in range(3))
     return heads * tokens * tokens * 2 * width / best
 
 
@@ -218,9 +210,6 @@ def _attention_rate() -> float:
 
 def _llama_cpp(bandwidth: float, compute: float, threads: int, log: Callable[[str], None]) -> RuntimeRates | None:
     """Its rates through files that we write; None where it is not installed."""
-    from plmtune.export.gguf_writer import write_gguf
-    from plmtune.export.runtimes import open_runtime
-
     timings: list[_Timing] = []
     prompts: list[_Timing] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -230,7 +219,7 @@ def _llama_cpp(bandwidth: float, compute: float, threads: int, log: Callable[[st
             for kind in GGUF_KINDS:
                 log(f"llama.cpp: {name}, {kind}")
                 path = Path(folder) / f"{kind}.gguf"
-                write_gguf(model, byte(), path, kind=kind, overwrite=True)
+                write_gguf(model, byte(), path, kind=kind)
                 try:
                     opened = open_runtime(path, threads=threads, context=max(_GGUF_DEPTHS) + 4 * _STEPS)
                 except UserError as error:
@@ -238,18 +227,11 @@ def _llama_cpp(bandwidth: float, compute: float, threads: int, log: Callable[[st
                     return None
                 with opened:
                     for depth in _GGUF_DEPTHS:
-                        start = time.perf_counter()
-                        opened.start([1] * depth)
-                        took = time.perf_counter() - start
-                        taken = []
-                        for _ in range(_STEPS + 1):
-                            start = time.perf_counter()
-                            opened.step(1)
-                            taken.append(time.perf_counter() - start)
-                        timings.append(_Timing(model_shape, kind.lower(), depth, statistics.median(taken[1:])))
-                    prompts.append(_Timing(model_shape, kind.lower(), _GGUF_DEPTHS[-1], took))
+                        taken = opened.timed([1] * depth, _STEPS)
+                        timings.append(_Timing(model_shape, kind.lower(), depth, taken.token))
+                    prompts.append(_Timing(model_shape, kind.lower(), depth, taken.prompt))
                 path.unlink()
-    return _rates("llama.cpp", timings, prompts, bandwidth, compute, costs.PROGRAM["llama.cpp"])
+    return _rates("llama.cpp", timings, prompts, bandwidth, compute)
 
 
 # --- the fit -----------------------------------------------------------------------------------------------------
@@ -261,7 +243,6 @@ def _rates(
     prompts: Sequence[_Timing],
     bandwidth: float,
     attention: float,
-    program: float,
 ) -> RuntimeRates:
     """Fit what `predict.decode_seconds` adds up to the times, each weighted by its own, so that errors are relative."""
     rows: list[dict[tuple[str, str], float]] = []
@@ -282,36 +263,27 @@ def _rates(
         rows.append(row)
         columns |= dict.fromkeys(row)
     found = _fit(rows, list(columns), [timing.seconds for timing in timings])
+    for column in columns:
+        if column[0] in ("weights", "cache"):
+            found[column] = min(max(found[column], 1 / _FASTEST), 1 / _SLOWEST)
+    errors = [
+        abs(sum(found[column] * amount for column, amount in row.items()) / timing.seconds - 1)
+        for row, timing in zip(rows, timings, strict=True)
+    ]
     compute = _compute(runtime, prompts, attention)
-    share = {kind: min(max(value, 1 / _FASTEST), 1 / _SLOWEST) for kind, value in found.items()}
-    rates = RuntimeRates(
+    return RuntimeRates(
         kernels={
-            form: KernelRate(bandwidth / share[what, form], found.get(("product", form), 0.0), compute[form])
+            form: KernelRate(bandwidth / found[what, form], found.get(("product", form), 0.0), compute[form])
             for what, form in columns
             if what == "weights"
         },
         layers={kind: found[what, kind] for what, kind in columns if what == "layer"},
         token=0.0,
-        cache={kind: bandwidth / share[what, kind] for what, kind in columns if what == "cache"},
+        cache={kind: bandwidth / found[what, kind] for what, kind in columns if what == "cache"},
         attention=attention,
-        program=program,
-        error=0.0,
+        program=costs.PROGRAM[runtime],
+        error=max(float(np.quantile(errors, 0.9)), 0.05),  # what nine of ten fitted times stay within
     )
-    return _with_error(rates, runtime, timings, bandwidth)
-
-
-def _with_error(rates: RuntimeRates, runtime: str, timings: Sequence[_Timing], bandwidth: float) -> RuntimeRates:
-    """Let the error be what nine of ten fitted times stay within, and 5% at least."""
-
-    nothing = Figure(0.0, "")
-    device = Device(
-        "", "", nothing, nothing, Figure(bandwidth, ""), Figure(1.0, ""), nothing, nothing, rates={runtime: rates}
-    )
-    errors = []
-    for timing in timings:
-        held = costs.weights(timing.model_shape, runtime, timing.scheme)
-        errors.append(abs(decode_seconds(timing.model_shape, device, runtime, held, timing.depth) / timing.seconds - 1))
-    return replace(rates, error=max(float(np.quantile(errors, 0.9)), 0.05))
 
 
 def _compute(runtime: str, prompts: Sequence[_Timing], attention: float) -> dict[str, float]:
@@ -333,20 +305,9 @@ def _compute(runtime: str, prompts: Sequence[_Timing], attention: float) -> dict
 
 
 def _fit(rows: Sequence[dict[Any, float]], columns: list[Any], seconds: Sequence[float]) -> dict[Any, float]:
-    """Least squares of relative errors without negative coefficients: the most negative is left out until none is."""
-    matrix = np.array([[row.get(column, 0.0) for column in columns] for row in rows])
-    matrix = matrix / np.array(seconds)[:, None]
-    target: npt.NDArray[np.float64] = np.ones(len(seconds))
+    """Least squares of relative errors without negative coefficients."""
+    matrix = np.array([[row.get(column, 0.0) for column in columns] for row in rows]) / np.array(seconds)[:, None]
     scale = np.abs(matrix).max(axis=0)
     scale[scale == 0] = 1.0
-    kept = list(range(len(columns)))
-    while kept:
-        solved = np.linalg.lstsq(matrix[:, kept] / scale[kept], target, rcond=None)[0]
-        if (solved >= 0).all():
-            break
-        del kept[int(solved.argmin())]
-    else:
-        solved = np.zeros(0)
-    return dict.fromkeys(columns, 0.0) | {
-        columns[index]: float(value / scale[index]) for index, value in zip(kept, solved, strict=True)
-    }
+    solved, _ = nnls(matrix / scale, np.ones(len(seconds)))
+    return {column: float(value) for column, value in zip(columns, solved / scale, strict=True)}

@@ -190,16 +190,16 @@ def measure_here(target: str, *, log: Callable[[str], None] = lambda text: None,
         target, max(contexts) + new_tokens, threads, asked.dtype, asked.sparse, device, asked.flash_attention
     )
     try:
-        fitting = [context for context in contexts if context + new_tokens <= model.longest]
+        fitting = [context for context in contexts if context + new_tokens <= model.opened.context]
         if not fitting:
             raise UserError(
-                f"{target} holds {model.longest:,} tokens, which is less than the shortest context "
+                f"{target} holds {model.opened.context:,} tokens, which is less than the shortest context "
                 f"({min(contexts):,}) and the {new_tokens:,} that are written after it."
             )
         for context in contexts[len(fitting) :]:
-            log(f"{target}: {context:,} and {new_tokens:,} tokens are more than the {model.longest:,} it holds")
+            log(f"{target}: {context:,} and {new_tokens:,} tokens are more than the {model.opened.context:,} it holds")
         measured = []
-        model.warm_up()
+        model.timed(8 if model.opened.context > 16 else 1, 1)  # warms up
         for context in fitting:
             log(f"{target}: context {context:,}")
             first, token = model.timed(context, new_tokens, read_prompt=asked.read_prompt)
@@ -207,7 +207,7 @@ def measure_here(target: str, *, log: Callable[[str], None] = lambda text: None,
             measured.append(
                 Measurement(
                     target=target,
-                    runtime=model.runtime,
+                    runtime=model.opened.name,
                     weights=model.weights,
                     context=context,
                     threads=threads,
@@ -223,7 +223,7 @@ def measure_here(target: str, *, log: Callable[[str], None] = lambda text: None,
             )
         return measured
     finally:
-        model.close()
+        model.opened.close()
 
 
 def _peak(before: int, device: torch.device) -> int:

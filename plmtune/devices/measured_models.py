@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import statistics
-import time
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 import plmtune
 from plmtune import dtypes
@@ -19,6 +15,8 @@ from plmtune.config import compose
 from plmtune.devices import sparse_decode
 from plmtune.devices.sweep import vocabulary
 from plmtune.errors import UserError
+from plmtune.export.runtimes import InferenceRuntime, open_runtime
+from plmtune.export.runtimes.pytorch import PyTorchRuntime
 from plmtune.inference.kernel_choice import prepack
 from plmtune.io import hub
 from plmtune.models.checkpoint_files import CONFIG, checkpoint_directory, read_json
@@ -32,40 +30,43 @@ Sparse = Literal["auto", "on", "off"]
 SAMPLE = 256  # tokens of text that are read without a prompt, and repeated to fill the cache
 
 
-class MeasuredModel(ABC):
-    """A model that is measured.
+class MeasuredModel:
+    """A model that a runtime has opened.
 
     Attributes:
-        runtime, weights, sparse: as in Measurement.
-        longest: tokens that its cache holds.
+        weights, sparse: as in Measurement.
+
+    Args:
+        weight_bytes: of the weights that one token reads; None where the file does not say.
+        cache_bytes: of the cache that one token reads for each in it.
     """
 
-    runtime: str
-    weights: str
-    longest: int
     sparse: tuple[int, int] | None = None
 
-    @abstractmethod
+    def __init__(
+        self, opened: InferenceRuntime, weights: str, weight_bytes: int | None, cache_bytes: int | None
+    ) -> None:
+        self.opened, self.weights = opened, weights
+        self._weight_bytes, self._cache_bytes = weight_bytes, cache_bytes
+        self._random = torch.Generator().manual_seed(0)
+
+    def prompt(self, count: int) -> list[int]:
+        ids: list[int] = torch.randint(self.opened.vocab_size, (count,), generator=self._random).tolist()
+        return ids
+
     def timed(self, context: int, new_tokens: int, *, read_prompt: bool = True) -> tuple[float | None, float]:
         """Read that many tokens into an empty cache, then write some more.
 
         Returns: seconds to the first token, None where the cache was filled in another way, and of each later token.
         """
+        found = self.opened.timed(self.prompt(context), new_tokens)
+        return found.prompt, found.token
 
-    @abstractmethod
     def weight_bytes(self) -> int | None:
-        """Bytes of weights that one token reads."""
+        return self._weight_bytes
 
-    @abstractmethod
     def cache_bytes(self, context: int) -> int | None:
-        """Bytes of the cache that one token reads."""
-
-    def warm_up(self) -> None:
-        self.timed(8 if self.longest > 16 else 1, 1)
-
-    @abstractmethod
-    def close(self) -> None:
-        """Free its memory."""
+        return None if self._cache_bytes is None else self._cache_bytes * context
 
 
 class PyTorchModel(MeasuredModel):
@@ -75,15 +76,12 @@ class PyTorchModel(MeasuredModel):
         sample: tokens of a text, repeated to the length of a prompt; None: random ones.
     """
 
-    runtime = "plmtune"
+    opened: PyTorchRuntime
 
     def __init__(self, model: Decoder, capacity: int, sparse: Sparse, sample: Sequence[int] | None) -> None:
-        self.model, self.longest = model, min(model.max_seq_len, capacity)
-        self.weights = _form(model)
-        self.cache = model.new_cache(1, self.longest)
-        random = torch.randint(model.vocab_size, (SAMPLE,), generator=torch.Generator().manual_seed(0))
-        self._sample = torch.tensor(sample) if sample else random
-        self._next = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        opened = PyTorchRuntime(model, capacity)
+        super().__init__(opened, _form(model), None, opened.cache.nbytes // opened.context)
+        self._sample = list(sample) if sample else super().prompt(SAMPLE)
         able = len(sparse_decode.squared_relus(model))
         if able:
             on = 0
@@ -93,52 +91,32 @@ class PyTorchModel(MeasuredModel):
                 on = sparse_decode.switch(model, True)
             self.sparse = (on, able)
 
-    def _ids(self, count: int) -> Tensor:
-        return self._sample.repeat(-(-count // len(self._sample)))[None, :count].to(self.model.device)
+    def prompt(self, count: int) -> list[int]:
+        return (self._sample * -(-count // len(self._sample)))[:count]
 
     def timed(self, context: int, new_tokens: int, *, read_prompt: bool = True) -> tuple[float | None, float]:
-        start = time.perf_counter()
         if read_prompt:
-            self.start(context)
-        else:
-            self.fill(context)
-        first = time.perf_counter() - start if read_prompt else None
-        return first, statistics.median(self.step() for _ in range(new_tokens))
-
-    @torch.inference_mode()
-    def start(self, context: int) -> None:
-        """Read that many tokens into an empty cache."""
-        self.cache.truncate(0)
-        self._next = self._likeliest(self._ids(context))
-        self._next.tolist()  # waits for the device
+            return super().timed(context, new_tokens)
+        self.fill(context)
+        return None, self.opened.timed_steps(new_tokens)
 
     @torch.inference_mode()
     def fill(self, context: int) -> None:
         """Fill the cache with repetitions of the sample, so that sparsity is that of text."""
         read = min(context, SAMPLE)
-        self.start(read)
-        for layer in self.cache.layers:
+        self.opened.start(self.prompt(read))
+        for layer in self.opened.cache.layers:
             for buffer in layer:
                 for begin in range(read, context, read):
                     buffer[:, :, begin : min(begin + read, context)] = buffer[:, :, : min(read, context - begin)]
-        self.cache.length = context
-
-    @torch.inference_mode()
-    def step(self) -> float:
-        """Write one more token; return the seconds it took."""
-        start = time.perf_counter()
-        self._next = self._likeliest(self._next)
-        self._next.tolist()
-        return time.perf_counter() - start
-
-    def _likeliest(self, ids: Tensor) -> Tensor:
-        return self.model.logits(self.model(ids, cache=self.cache, hidden=True)[:, -1:]).argmax(-1)
+        self.opened.cache.length = context
 
     @torch.inference_mode()
     def weight_bytes(self) -> int:
         total = 0
-        for name, module in self.model.named_modules():
-            if name == "tok_embeddings" and not self.model.tied:
+        model = self.opened.model
+        for name, module in model.named_modules():
+            if name == "tok_embeddings" and not model.tied:
                 continue  # one row of it is looked up
             if isinstance(module, Quantized):
                 held = module.dense
@@ -148,17 +126,11 @@ class PyTorchModel(MeasuredModel):
 
     def _skipped(self) -> int:
         """Bytes of `down` that a token skips; a token is decoded in the place of the last one."""
-        skipping = [ffn for ffn in sparse_decode.squared_relus(self.model).values() if ffn.sparse]
-        self.cache.truncate(self.cache.length - 1)
+        skipping = [ffn for ffn in sparse_decode.squared_relus(self.opened.model).values() if ffn.sparse]
+        self.opened.cache.truncate(self.opened.cache.length - 1)
         with with_attributes(skipping, record_sparsity=True):
-            self.model(self._next, cache=self.cache, hidden=True)
+            self.opened.step(self.opened.newest)
         return sum(_zeros(ffn) for ffn in skipping)
-
-    def cache_bytes(self, context: int) -> int:
-        return self.cache.nbytes // self.cache.max_seq_len * context
-
-    def close(self) -> None:
-        del self.model, self.cache
 
 
 def _zeros(ffn: SquaredReLU) -> int:
@@ -178,34 +150,6 @@ def _form(model: Decoder) -> str:
                 name = dtypes.dtype_name(parameter.dtype)
                 sizes[name] = sizes.get(name, 0) + parameter.numel()
     return max(sizes, key=lambda name: sizes[name])
-
-
-class ServedModel(MeasuredModel):
-    """A file that an exported model's runtime runs."""
-
-    def __init__(self, path: Path, capacity: int, threads: int, flash_attention: bool | None) -> None:
-        from plmtune.export.runtimes import open_runtime
-
-        self._held, self._cache_bytes, self.weights = _stored(path)
-        self._opened = open_runtime(path, threads=threads, context=capacity, flash_attention=flash_attention)
-        if flash_attention is not None:
-            self.weights += f", flash attention {'on' if flash_attention else 'off'}"
-        self.runtime, self.longest = self._opened.name, self._opened.context
-        self._random = torch.Generator().manual_seed(0)
-
-    def timed(self, context: int, new_tokens: int, *, read_prompt: bool = True) -> tuple[float | None, float]:
-        ids = torch.randint(self._opened.vocab_size, (context,), generator=self._random).tolist()
-        found = self._opened.timed(ids, new_tokens)
-        return found.prompt, found.token
-
-    def weight_bytes(self) -> int | None:
-        return self._held
-
-    def cache_bytes(self, context: int) -> int | None:
-        return None if self._cache_bytes is None else self._cache_bytes * context
-
-    def close(self) -> None:
-        self._opened.close()
 
 
 def _stored(path: Path) -> tuple[int | None, int | None, str]:
@@ -253,7 +197,11 @@ def open_model(
             "model of the Hugging Face hub as OWNER/NAME."
         )
     if path.is_file() or _is_for_transformers(path):
-        return ServedModel(path, capacity, threads, flash_attention)
+        opened = open_runtime(path, threads=threads, context=capacity, flash_attention=flash_attention)
+        weight_bytes, cache_bytes, weights = _stored(path)
+        if flash_attention is not None:
+            weights += f", flash attention {'on' if flash_attention else 'off'}"
+        return MeasuredModel(opened, weights, weight_bytes, cache_bytes)
 
     model, tokenizer = plmtune.load(target, device, kind)
     # Real text that exists everywhere, because sparsity depends on it.
@@ -262,7 +210,6 @@ def open_model(
 
 
 def _is_for_transformers(path: Path) -> bool:
-
     if not (path / CONFIG).is_file():
         return False
     keys = read_json(path, CONFIG)
@@ -271,7 +218,6 @@ def _is_for_transformers(path: Path) -> bool:
 
 def _random_model(target: str, dtype: torch.dtype, device: torch.device) -> Decoder:
     """The model that a config describes, with the weights that training begins with."""
-
     cfg = compose.compose("pretrain", (), [target])
     with torch.device("meta"):
         model: Decoder = compose.build("model", cfg.model, vocab_size=vocabulary(cfg))

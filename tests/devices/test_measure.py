@@ -80,13 +80,13 @@ class TestMeasureHere:
         ours = measured_models.PyTorchModel(small().eval(), 64, "off", sample)
         ours.fill(13)
         with torch.inference_mode():
-            read = ours.model.new_cache(1, 5)
-            ours.model(torch.tensor([sample[:5]]), cache=read)
-        (filled,), (expected,) = ours.cache.layers[0], read.layers[0]
+            read = ours.opened.model.new_cache(1, 5)
+            ours.opened.model(torch.tensor([sample[:5]]), cache=read)
+        (filled,), (expected,) = ours.opened.cache.layers[0], read.layers[0]
         torch.testing.assert_close(filled[:, :, :13], expected.repeat(1, 1, 3, 1)[:, :, :13])
-        assert ours.cache.length == 13
+        assert ours.opened.cache.length == 13
         # A prompt is the sample, too.
-        assert ours._ids(10).tolist() == [[3, 1, 4, 1, 5, 9, 2, 6, 3, 1]]
+        assert ours.prompt(10) == [3, 1, 4, 1, 5, 9, 2, 6, 3, 1]
 
     def test_the_matrix_that_absorbed_decoding_reads_and_biases_count(self) -> None:
         model = small().to(torch.bfloat16)
@@ -97,7 +97,7 @@ class TestMeasureHere:
         attention.kv_b_proj.keep_dense()
         attention.q_proj.bias = torch.nn.Parameter(torch.zeros(24, dtype=torch.bfloat16))
         ours = measured_models.PyTorchModel(model.eval(), 64, "off", [1, 2, 3])
-        ours.start(3)
+        ours.timed(3, 1)
         # q_proj [24, 16] in 8 bits has a scale of 2 bytes a row.
         assert ours.weight_bytes() == floats - 2 * 24 * 16 + 24 * (16 + 2) + 24 * 2
 
