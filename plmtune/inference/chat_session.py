@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
-from plmtune.inference.sampling import PrefixCache, complete
+from plmtune.inference.sampling import PrefixCache, Sampling, complete
 from plmtune.tokenizers.message import BadRow, Message
 
 if TYPE_CHECKING:
@@ -57,13 +57,9 @@ class ChatSession:
         text: str,
         *,
         max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
         until: Sequence[str] = (),
         seed: int = 0,
+        **sampling: Unpack[Sampling],
     ) -> Generator[str, None, None]:
         """Yield the answer to a user's message, one piece a token.
 
@@ -84,15 +80,11 @@ class ChatSession:
             self.tokenizer,
             prompt,
             max_new_tokens=room,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
             until=until,
             seed=seed,
             end_ids=ends,
             prefix_cache=self._prefix_cache,
+            **sampling,
         )
         answer = ""
         try:

@@ -5,20 +5,35 @@ from __future__ import annotations
 import codecs
 import math
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from plmtune.modules.cache import Cache
+from plmtune.ranges import AT_LEAST_1, NOT_NEGATIVE, Range, check
 
 if TYPE_CHECKING:
     from plmtune.modules.decoder import Decoder
     from plmtune.tokenizers.tokenizer import Tokenizer
 
-
 # Temperatures below it are greedy: logits divided by less leave the range of fp32.
 GREEDY = 1e-6
+
+
+class Drawing(TypedDict, total=False):
+    """How a token is drawn, see `sample`."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+
+
+class Sampling(Drawing, total=False):
+    """How tokens are drawn, see `sample` and `penalize`; a penalty of 1 is none."""
+
+    repetition_penalty: float
 
 
 def sample(
@@ -95,25 +110,18 @@ def _top(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
 
 
 def check_sampling(
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
 ) -> None:
     """Raise ValueError for settings out of their range."""
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, but is {temperature}")
-    if not math.isfinite(temperature):
-        raise ValueError(f"temperature must be a finite number, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
-    if min_p is not None and not 0 <= min_p <= 1:
-        raise ValueError(f"min_p must be at least 0 and at most 1, not {min_p}")
-    if not 0 < repetition_penalty < math.inf:
-        raise ValueError(f"repetition_penalty must be above 0 and finite, not {repetition_penalty}")
+    check(NOT_NEGATIVE, temperature=temperature)
+    check(AT_LEAST_1, top_k=top_k)
+    check(Range(above=0, most=1), top_p=top_p)
+    check(Range(least=0, most=1), min_p=min_p)
+    check(Range(above=0), repetition_penalty=repetition_penalty)
 
 
 def encode_stops(until: Sequence[str]) -> tuple[bytes, ...]:
@@ -184,25 +192,22 @@ def generate(
     tokens: Tensor,
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
     repetition_penalty: float = 1.0,
     generator: torch.Generator | None = None,
     num_tokens: int | None = None,
     cache: Cache | None = None,
     before: Sequence[int] = (),
+    **drawing: Unpack[Drawing],
 ) -> Iterator[Tensor]:
     """Yield columns of new tokens, [b].
 
     Args:
         tokens (Tensor): prompts, [b, s].
-        temperature, top_k, top_p, min_p: see `sample`.
         repetition_penalty: see `penalize`; 1 for none.
         num_tokens: ids from here on have no text and are never sampled.
         cache: of the tokens before the prompts, with room for prompts and new tokens; None: there are none.
         before: ids in the cache, for the repetition penalty.
+        drawing: arguments of `sample`.
 
     Raises:
         ValueError: for an empty prompt, more tokens than max_seq_len, or settings out of their range.
@@ -211,14 +216,13 @@ def generate(
     b, s = tokens.shape
     if s == 0:
         raise ValueError("the prompt is empty: at least one token is needed to start from")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must not be negative, but is {max_new_tokens}")
+    check(NOT_NEGATIVE, max_new_tokens=max_new_tokens)
     cached = cache.length if cache is not None else 0
     if cached + s + max_new_tokens > model.max_seq_len:
         raise ValueError(
             f"{cached + s} prompt and {max_new_tokens} new tokens exceed the model's max_seq_len ({model.max_seq_len})"
         )
-    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    check_sampling(repetition_penalty=repetition_penalty, **drawing)
     device = model.device
     seen = [[*before, *row] for row in tokens.tolist()] if repetition_penalty != 1 else []
     tokens = tokens.to(device)
@@ -234,7 +238,7 @@ def generate(
                 "training diverged"
             )
         scores = penalize(logits[:, :num_tokens], seen, repetition_penalty)
-        column = sample(scores, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, generator=generator)
+        column = sample(scores, generator=generator, **drawing)
         yield column
         tokens = column[:, None]
         if repetition_penalty != 1:
@@ -254,15 +258,11 @@ def complete(
     prompt: str | Sequence[int],
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
     until: Sequence[str] = (),
     seed: int = 0,
     end_ids: Collection[int] = (),
     prefix_cache: PrefixCache | None = None,
+    **sampling: Unpack[Sampling],
 ) -> Iterator[str]:
     """Yield the text that follows `prompt`, one piece a token, until an end id, max_new_tokens or max_seq_len.
 
@@ -292,15 +292,11 @@ def complete(
         model,
         torch.tensor([ids[cache.length :] if cache is not None else ids], device=device),
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
         generator=torch.Generator(device).manual_seed(seed),
         num_tokens=tokenizer.num_tokens,
         cache=cache,
         before=ids[: cache.length] if cache is not None else (),
+        **sampling,
     )
     held, stopped = b"", False
     for column in columns:

@@ -215,7 +215,7 @@ class TestRefusals:
         [
             (Prompt([1], 64), r"prompt 1: max_new_tokens \(64\) leaves no room .* max_seq_len \(64\)"),
             (Prompt([], 4), "prompt 1 is empty"),
-            (Prompt([1], 4, temperature=-1), "prompt 1: temperature must not be negative, but is -1"),
+            (Prompt([1], 4, temperature=-1), r"prompt 1: temperature \(-1\) must be at least 0"),
         ],
     )
     def test_a_prompt_that_cannot_be_continued_is_refused_before_any_is_read(

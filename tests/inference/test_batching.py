@@ -429,10 +429,10 @@ class TestRefusals:
         ("options", "message"),
         [
             ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
-            ({"batch_size": 1, "temperature": -1.0}, "temperature must not be negative, but is -1"),
-            ({"batch_size": 1, "top_p": 0.0}, "top_p must be above 0 and at most 1, not 0"),
-            ({"batch_size": 1, "min_p": 2.0}, "min_p must be at least 0 and at most 1, not 2"),
-            ({"batch_size": 1, "repetition_penalty": 0.0}, "repetition_penalty must be above 0 and finite, not 0"),
+            ({"batch_size": 1, "temperature": -1.0}, r"temperature \(-1.0\) must be at least 0"),
+            ({"batch_size": 1, "top_p": 0.0}, r"top_p \(0.0\) must be above 0 and at most 1"),
+            ({"batch_size": 1, "min_p": 2.0}, r"min_p \(2.0\) must be at least 0 and at most 1"),
+            ({"batch_size": 1, "repetition_penalty": 0.0}, r"repetition_penalty \(0.0\) must be above 0"),
         ],
     )
     def test_impossible_settings_are_refused(self, options: dict, message: str) -> None:

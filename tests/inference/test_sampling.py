@@ -64,16 +64,16 @@ class TestEnd:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"temperature": -1}, "temperature must not be negative, but is -1"),
-            ({"temperature": float("nan")}, "temperature must be a finite number, not nan"),
-            ({"temperature": float("inf")}, "temperature must be a finite number, not inf"),
-            ({"min_p": -0.1}, "min_p must be at least 0 and at most 1, not -0.1"),
-            ({"min_p": float("nan")}, "min_p must be at least 0 and at most 1, not nan"),
-            ({"repetition_penalty": 0}, "repetition_penalty must be above 0 and finite, not 0"),
-            ({"repetition_penalty": float("nan")}, "repetition_penalty must be above 0 and finite, not nan"),
-            ({"top_k": 0}, "top_k must be at least 1, not 0"),
-            ({"top_p": 1.5}, "top_p must be above 0 and at most 1, not 1.5"),
-            ({"max_new_tokens": -1}, "max_new_tokens must not be negative, but is -1"),
+            ({"temperature": -1}, r"temperature \(-1\) must be at least 0"),
+            ({"temperature": float("nan")}, r"temperature \(nan\) must be at least 0"),
+            ({"temperature": float("inf")}, r"temperature \(inf\) must be at least 0"),
+            ({"min_p": -0.1}, r"min_p \(-0.1\) must be at least 0 and at most 1"),
+            ({"min_p": float("nan")}, r"min_p \(nan\) must be at least 0 and at most 1"),
+            ({"repetition_penalty": 0}, r"repetition_penalty \(0\) must be above 0"),
+            ({"repetition_penalty": float("nan")}, r"repetition_penalty \(nan\) must be above 0"),
+            ({"top_k": 0}, r"top_k \(0\) must be at least 1"),
+            ({"top_p": 1.5}, r"top_p \(1.5\) must be above 0 and at most 1"),
+            ({"max_new_tokens": -1}, r"max_new_tokens \(-1\) must be at least 0"),
         ],
     )
     def test_impossible_settings_are_refused(self, options: dict, message: str) -> None:
