@@ -183,7 +183,7 @@ def _print_model(name: str, model_shape: ModelShape, runtimes: list[str], contex
     layers = show_number_of(model_shape.num_layers, "layer")
     show(
         f"{name}: {model_shape.parameters:,} parameters ({model_shape.non_embedding_parameters:,} without embeddings), "
-        f"{layers} of width {model_shape.embed_dim:,}, a vocabulary of {model_shape.vocab_size:,}"
+        f"{layers} of width {model_shape.model.embed_dim:,}, a vocabulary of {model_shape.model.vocab_size:,}"
     )
     for runtime in runtimes:
         a_token, whole = (costs.cache_bytes(model_shape, runtime, n) for n in (1, context))

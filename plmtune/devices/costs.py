@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from torch import nn
-
 from plmtune import dtypes
 from plmtune.errors import UserError, did_you_mean
 from plmtune.export.lint import QUANTIZED, WRITTEN, stored_bytes, stored_type
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized
-from plmtune.quantization.schemes import EMBEDDING, HEAD
+from plmtune.quantization.schemes import EMBEDDING, HEAD, shapes
 from plmtune.registry import Component, describe_components
 
 RUNTIMES = ("plmtune", "llama.cpp")
@@ -96,24 +94,12 @@ class ModelShape:
     def of(cls, model: Decoder) -> ModelShape:
         """Raises ValueError for an attention that does not say its shapes."""
         matrices = []
-        for name, module in model.named_modules():
+        for name, shape in shapes(model).items():
             match = _LAYER.match(name)
             layer = int(match[1]) if match else None
-            shape: tuple[int, int] | None = None
-            if isinstance(module, Quantized):
-                shape = module.num_rows, module.width
-            elif isinstance(module, nn.Linear):
-                shape = module.out_features, module.in_features
-            elif isinstance(module, nn.Embedding):
-                shape = module.num_embeddings, module.embedding_dim
-            if shape is not None and name != "score":
-                matrices.append(Matrix(name, *shape, layer, name, name.endswith("kv_b_proj")))
-        counted = {matrix.name for matrix in matrices}
-        other = sum(
-            p.numel()
-            for name, p in model.named_parameters()
-            if name.rpartition(".")[0] not in counted or name.endswith("bias")
-        )
+            matrices.append(Matrix(name, *shape, layer, name, name.endswith("kv_b_proj")))
+        formats = {n: m.format for n, m in model.named_modules() if isinstance(m, Quantized)}
+        other = sum(p.numel() for p in model.parameters()) - sum(m.numel for m in matrices if m.name not in formats)
         modules: list[Any] = [layer.attention for layer in model.layers]
         attention = tuple(_attention(module) for module in modules)
         inside = [max(m.rows, m.width) for m in matrices if m.layer is not None]
@@ -124,7 +110,7 @@ class ModelShape:
             other=other,
             widest=max(inside, default=0),
             heads=max(module.head_shapes()[0][0] for module in modules),
-            formats={n: m.format for n, m in model.named_modules() if isinstance(m, Quantized)},
+            formats=formats,
             config=model.config,
         )
 
@@ -138,9 +124,7 @@ class ModelShape:
             for i in range(num_layers)
             for m in inside
         ]
-        in_layer = sum(
-            p.numel() for name, p in self.model.layers.named_parameters() if not name.endswith("weight") or p.ndim < 2
-        )
+        in_layer = sum(p.numel() for p in self.model.layers.parameters()) - sum(m.numel for m in inside)
         return replace(
             self,
             matrices=(*outside, *copies),
@@ -152,18 +136,6 @@ class ModelShape:
     @property
     def num_layers(self) -> int:
         return len(self.attention)
-
-    @property
-    def tied(self) -> bool:
-        return bool(self.model.tied)
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.model.vocab_size)
-
-    @property
-    def embed_dim(self) -> int:
-        return int(self.model.embed_dim)
 
     @property
     def max_seq_len(self) -> int:
@@ -180,12 +152,12 @@ class ModelShape:
     @property
     def head(self) -> Matrix:
         """The vocabulary's projection."""
-        return next(m for m in self.matrices if m.name == (EMBEDDING if self.tied else HEAD))
+        return next(m for m in self.matrices if m.name == (EMBEDDING if self.model.tied else HEAD))
 
     @property
     def multiplied(self) -> tuple[Matrix, ...]:
         """The matrices that a token is multiplied with: an untied embedding is only looked up."""
-        return tuple(m for m in self.matrices if m.name != EMBEDDING or self.tied)
+        return tuple(m for m in self.matrices if m.name != EMBEDDING or self.model.tied)
 
 
 def _attention(module: Any) -> Attention:
@@ -360,11 +332,11 @@ def decode_flops(model_shape: ModelShape, runtime: str, context: int) -> int:
 def workspace_bytes(model_shape: ModelShape, runtime: str, prompt: int, context: int) -> int:
     """Bytes of intermediate results while a prompt is read: the widest place of a layer, and one row of logits."""
     rows = prompt if runtime == "plmtune" else min(prompt, _LLAMA_CPP_BATCH)
-    residual = 3 * model_shape.embed_dim
+    residual = 3 * model_shape.model.embed_dim
     attended = max(a.prompt for a in model_shape.attention)  # queries, keys and values of all heads: 2 h (qk + v)
     inside = max(2 * model_shape.widest, attended)
     if runtime == "plmtune":
-        return 2 * rows * (residual + inside) + 4 * model_shape.vocab_size
+        return 2 * rows * (residual + inside) + 4 * model_shape.model.vocab_size
     # Without flash attention, which cannot be had for MLA there, the scores of a batch are there as a whole.
     scores = model_shape.heads * context
-    return 4 * rows * (residual + max(inside, scores)) + 4 * model_shape.vocab_size
+    return 4 * rows * (residual + max(inside, scores)) + 4 * model_shape.model.vocab_size

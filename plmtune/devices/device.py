@@ -5,7 +5,6 @@ A device that was calibrated (`devices.calibrate`) has `rates` besides: what eac
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +16,21 @@ from plmtune.config.names import name_hint
 from plmtune.config.rules import read_yaml
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io.atomic import write_atomically
+from plmtune.ranges import NOT_NEGATIVE, SHARE, Range
 
 _GIB, _GIGA, _MICRO = 2.0**30, 1e9, 1e-6
-# key -> (field of Device, its unit in SI, whether it may be 0, whether it is required)
+_ABOVE_0 = Range(above=0)
+# key -> (field of Device, its unit in SI, its range, whether it is required)
 _FIGURES = {
-    "memory_gib": ("memory", _GIB, False, True),
-    "system_gib": ("system", _GIB, True, True),
-    "bandwidth_gb_s": ("bandwidth", _GIGA, False, True),
-    "compute_gflop_s": ("compute", _GIGA, False, True),
-    "layer_us": ("layer", _MICRO, True, True),
-    "token_us": ("token", _MICRO, True, False),
-    "error": ("error", 1.0, True, True),
-    "training_gflop_s": ("training", _GIGA, False, False),
-    "training_mfu": ("mfu", 1.0, False, False),
+    "memory_gib": ("memory", _GIB, _ABOVE_0, True),
+    "system_gib": ("system", _GIB, NOT_NEGATIVE, True),
+    "bandwidth_gb_s": ("bandwidth", _GIGA, _ABOVE_0, True),
+    "compute_gflop_s": ("compute", _GIGA, _ABOVE_0, True),
+    "layer_us": ("layer", _MICRO, NOT_NEGATIVE, True),
+    "token_us": ("token", _MICRO, NOT_NEGATIVE, False),
+    "error": ("error", 1.0, SHARE, True),
+    "training_gflop_s": ("training", _GIGA, _ABOVE_0, False),
+    "training_mfu": ("mfu", 1.0, Range(above=0, most=1), False),
 }
 # key -> (field of RuntimeRates or KernelRate, its unit in SI); speeds, whose keys end in _s, must be above 0
 _RUNTIME = {
@@ -156,24 +157,20 @@ def _parse(content: Mapping[str, Any], path: Path) -> Device:
     if not isinstance(title, str) or not title.strip():
         raise UserError(f"{path}, key name: must be the device's name, not {title!r:.80}.")
     figures: dict[str, Figure] = {}
-    for key, (_, unit, zero, needed) in _FIGURES.items():
+    for key, (_, unit, rule, needed) in _FIGURES.items():
         if key not in content:
             if needed:
                 raise UserError(f"{path}: the key {key} is missing. Write {key}: {{value: NUMBER, source: WHERE}}.")
             continue
-        figures[key] = _figure(content[key], unit, zero, f"{path}, key {key}")
+        figures[key] = _figure(content[key], unit, rule, f"{path}, key {key}")
     memory, system = figures["memory_gib"], figures["system_gib"]
     if system.value >= memory.value:
         raise UserError(
             f"{path}, key system_gib: the system keeps {system.value / _GIB:g} GiB of {memory.value / _GIB:g}, so that "
             "nothing is left for a model."
         )
-    if figures["error"].value >= 1:
-        raise UserError(f"{path}, key error: must be below 1 (0.2 is 20%), not {figures['error'].value:g}.")
     if ("training_gflop_s" in figures) != ("training_mfu" in figures):
         raise UserError(f"{path}: training_gflop_s and training_mfu go together; only one of them is there.")
-    if "training_mfu" in figures and figures["training_mfu"].value > 1:
-        raise UserError(f"{path}, key training_mfu: must be at most 1, not {figures['training_mfu'].value:g}.")
     rates = content.get("rates", {})
     if not isinstance(rates, dict):
         raise UserError(f"{path}, key rates: must map runtimes to what they reach, not {rates!r:.80}.")
@@ -185,19 +182,19 @@ def _parse(content: Mapping[str, Any], path: Path) -> Device:
     )
 
 
-def _figure(found: Any, unit: float, zero: bool, where: str) -> Figure:
+def _figure(found: Any, unit: float, rule: Range, where: str) -> Figure:
     if not isinstance(found, dict) or set(found) != {"value", "source"}:
         raise UserError(f"{where}: must be {{value: NUMBER, source: WHERE IT IS FROM}}, not {found!r:.80}.")
     if not isinstance(found["source"], str) or not found["source"].strip():
         raise UserError(f"{where}: says no source. Name the page, the data sheet or the measurement.")
-    return Figure(_number(found["value"], where, zero) * unit, found["source"])
+    return Figure(_number(found["value"], where, rule) * unit, found["source"])
 
 
-def _number(value: Any, where: str, zero: bool = True) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def _number(value: Any, where: str, rule: Range) -> float:
+    if type(value) not in (int, float):
         raise UserError(f"{where}: must be a number, not {value!r:.80}.")
-    if value < 0 or (value == 0 and not zero):
-        raise UserError(f"{where}: must be {'at least' if zero else 'above'} 0, not {value:g}.")
+    if not rule.allows(value):
+        raise UserError(f"{where}: {rule}, not {value:g}.")
     return float(value)
 
 
@@ -219,7 +216,7 @@ def _in_si(found: Mapping[str, Any], units: Mapping[str, tuple[str, float]], whe
     """{field: number in SI units, or a table of them}."""
 
     def number(value: Any, key: str, place: str) -> float:
-        return _number(value, place, zero=not key.endswith("_s")) * units[key][1]
+        return _number(value, place, _ABOVE_0 if key.endswith("_s") else NOT_NEGATIVE) * units[key][1]
 
     return {
         field: {str(name): number(value, key, f"{where}.{key}.{name}") for name, value in found[key].items()}

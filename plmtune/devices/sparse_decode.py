@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from plmtune.modules.attributes import with_attributes
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.feed_forward import SquaredReLU
 from plmtune.modules.linear import Linear
+from plmtune.quantization.calibrate import inputs_seen
 from plmtune.training.determinism import measure_seconds
 
 _ROWS = 8  # tokens whose products are timed
@@ -74,9 +74,18 @@ def choose(model: Decoder, ids: Sequence[int] | Tensor, *, rounds: int = 5) -> l
     text = torch.as_tensor(ids, device=model.device).view(1, -1)[:, : min(_LONGEST, model.max_seq_len)]
     if text.shape[1] == 0:
         raise ValueError("without a text's tokens there are no zeros to be counted")
-    shares, rows = _inputs(model, found, text)
+    shares: dict[int, float] = {}
+    rows: dict[int, list[Tensor]] = {}  # inputs of `down`, each [1, 1, hidden_dim]
+
+    def see(name: str, inputs: Tensor) -> None:
+        number = int(name.split(".")[1])
+        shares[number] = float((inputs == 0).float().mean())
+        rows[number] = list(inputs[None, -_ROWS:].clone().split(1, dim=1))
+
+    switch(model, False)  # or a text of one token would not reach the hooks
+    with inputs_seen(model, [f"layers.{number}.ffn.down_proj" for number in found], see):
+        model(text, hidden=True)
     # Each in the layout that it is decoded in.
-    switch(model, False)
     dense = _times({number: ffn.down_proj for number, ffn in found.items()}, rows, rounds)
     switch(model, True)
     sparse = _times({number: ffn.skip_zeros for number, ffn in found.items()}, rows, rounds)
@@ -86,30 +95,6 @@ def choose(model: Decoder, ids: Sequence[int] | Tensor, *, rounds: int = 5) -> l
         ffn.sparse = after < before
         choices.append(LayerChoice(number, shares[number], before * 1e6, after * 1e6, ffn.sparse))
     return choices
-
-
-def _inputs(
-    model: Decoder, found: dict[int, SquaredReLU], text: Tensor
-) -> tuple[dict[int, float], dict[int, list[Tensor]]]:
-    """By layer: the share of zeros among the inputs of `down`, and a few of them, each [1, 1, hidden_dim]."""
-    shares: dict[int, float] = {}
-    rows: dict[int, list[Tensor]] = {}
-
-    def keeper(number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            shares[number] = float((inputs[0] == 0).float().mean())
-            rows[number] = list(inputs[0][:, -_ROWS:].clone().split(1, dim=1))
-
-        return keep
-
-    hooks = [ffn.down_proj.register_forward_pre_hook(keeper(number)) for number, ffn in found.items()]
-    try:
-        with with_attributes(found.values(), sparse=False):  # or a text of one token would not reach the hooks
-            model(text, hidden=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return shares, rows
 
 
 def _times(

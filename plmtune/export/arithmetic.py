@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.quantized import round_inputs
+from plmtune.modules.quantized import QuantizedLinear, round_inputs
 
 # Sums of hundreds of products in another order: 2^-18 of a number, where fp32 has 2^-24.
 _LOST_BITS = 6
@@ -34,7 +34,7 @@ def with_rounded_inputs(model: Decoder, kinds: Mapping[str, str]) -> Iterator[No
     head = "tok_embeddings" if model.tied else "output"
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and name != "output":
+            if isinstance(module, nn.Linear | QuantizedLinear) and name != "output":
                 rounds = _rounding(kinds.get(f"{name}.weight", "F32"))
                 stack.callback(module.register_forward_pre_hook(partial(_before, rounds)).remove)
         rounds = _rounding(kinds.get("output.weight", kinds.get(f"{head}.weight", "F32")))

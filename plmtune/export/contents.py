@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from plmtune.errors import UserError
 from plmtune.export.huggingface import GATE
 from plmtune.export.runtimes import form_of
 from plmtune.models.checkpoint_files import CONFIG, Stored, checkpoint_directory, locate, opened_weights, read_json
-from plmtune.models.gguf_file import GGUFFile, opened_gguf
+from plmtune.models.gguf_file import opened_gguf
 from plmtune.models.gguf_layout import gguf_name, heads_of_halves, to_halves
 from plmtune.models.hf_config import hf_config, read_formats
 from plmtune.models.hf_names import hf_name
@@ -33,6 +32,7 @@ T = TypeVar("T")
 
 # What llama.cpp and transformers take where a file has none.
 _DEFAULT_THETA = 10000.0
+_EMBEDDING = "tok_embeddings.weight"
 # The token that ends a text for llama.cpp where a file of this tokenizer names none.
 _DEFAULT_EOS = {"gpt2": 11}
 
@@ -135,17 +135,13 @@ def _of_keys(keys: Mapping[str, Any]) -> dict[str, float]:
     keys = {**keys, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
     if "qk_nope_head_dim" in keys and "qk_rope_head_dim" in keys:
         keys["head_dim"] = keys["qk_nope_head_dim"] + keys["qk_rope_head_dim"]
-    settings = {
-        ours: float(keys[theirs])
-        for ours, (theirs, _) in _KEYS.items()
-        if isinstance(keys.get(theirs), (int, float)) and not isinstance(keys[theirs], bool)
-    }
-    return settings | {_SCALING: _number(rope.get("factor"))}
+    return _settings({ours: keys.get(theirs) for ours, (theirs, _) in _KEYS.items()}, rope.get("factor"))
 
 
-def _number(value: Any) -> float:
-    """A factor; 1 where there is none."""
-    return float(value) if isinstance(value, (int, float)) and value else 1.0
+def _settings(values: Mapping[str, Any], scaling: Any) -> dict[str, float]:
+    """Those of the values that are numbers, and the factor of positions, which is 1 where there is none."""
+    values = {**values, _SCALING: scaling or 1.0}
+    return {key: float(value) for key, value in values.items() if type(value) in (int, float)}
 
 
 def differing(held: Mapping[str, float], wanted: Mapping[str, float]) -> dict[str, tuple[float, float]]:
@@ -179,47 +175,51 @@ class _Lazy(Mapping[str, Tensor]):
         return len(self._names)
 
 
+def _names(model: Decoder) -> list[str]:
+    """Our names of a model's tensors; of a quantized layer its weight alone."""
+    return [name for name in model.state_dict() if name.endswith((".weight", ".bias"))]
+
+
 def _of_gguf(path: Path, model: Decoder) -> Contents:
     with opened_gguf(path) as file:
-        metadata = file.metadata
-        name = metadata.get("general.architecture")
-        settings = {
-            ours: float(metadata[f"{name}.{theirs}"])
-            for ours, (_, theirs) in _KEYS.items()
-            if isinstance(metadata.get(f"{name}.{theirs}"), (int, float))
-        }
-        settings.setdefault("attention.rope_theta", _DEFAULT_THETA)
-        scaled = metadata.get(f"{name}.rope.scaling.factor", metadata.get(f"{name}.rope.scale_linear"))
-        settings[_SCALING] = _number(scaled if metadata.get(f"{name}.rope.scaling.type") != "none" else None)
-        names = [ours for ours in model.state_dict() if ours.endswith((".weight", ".bias"))]
-        if "output.weight" in file.tensors and "output.weight" not in names:
-            names.append("output.weight")
-        there = [ours for ours in names if gguf_name(ours) in file.tensors]
-        tables = {key: metadata.get(f"tokenizer.ggml.{key}") for key in ("merges", "tokens")}
-        known = {gguf_name(ours) for ours in names}
-        embedding = file.tensors.get("token_embd.weight")
-        types = metadata.get("tokenizer.ggml.token_type")
-        default = _DEFAULT_EOS.get(str(metadata.get("tokenizer.ggml.model")))
-        return Contents(
-            kind=_kind_of_gguf(file),
-            settings=settings,
-            tensors=_Lazy(there, lambda ours: _gguf_tensor(file, model, ours)),
-            kinds={ours: file.tensors[gguf_name(ours)].kind.name for ours in there},
-            declared=_declared(metadata.get("general.file_type")),
-            missing=tuple(sorted(known - set(file.tensors))),
-            unknown=tuple(sorted(set(file.tensors) - known)),
-            rows=embedding.shape[0] if embedding is not None else None,
-            tokenizer={key: value for key, value in tables.items() if isinstance(value, list)},
-            ordinary=tuple(each == TokenType.NORMAL for each in types) if isinstance(types, list) else (),
-            pre=_of_type(metadata.get("tokenizer.ggml.pre"), str),
-            template=_of_type(metadata.get("tokenizer.chat_template"), str),
-            ends=_of_type(metadata.get("tokenizer.ggml.eos_token_id", default), int),
-            ends_turn=_of_type(metadata.get("tokenizer.ggml.eot_token_id"), int),
-        )
+        metadata, held = file.metadata, file.tensors
+    name = metadata.get("general.architecture")
 
+    def said(key: str, kind: type[T], default: Any = None) -> T | None:
+        value = metadata.get(f"tokenizer.{key}", default)
+        return value if type(value) is kind else None
 
-def _of_type(value: Any, kind: type[T]) -> T | None:
-    return value if type(value) is kind else None
+    def read(ours: str) -> Tensor:
+        tensor, heads = torch.from_numpy(file.read(names[ours])), heads_of_halves(model.config, ours)
+        return tensor if heads is None else to_halves(tensor, heads)
+
+    scaled = metadata.get(f"{name}.rope.scaling.factor", metadata.get(f"{name}.rope.scale_linear"))
+    settings = _settings(
+        {ours: metadata.get(f"{name}.{theirs}") for ours, (_, theirs) in _KEYS.items()},
+        None if metadata.get(f"{name}.rope.scaling.type") == "none" else scaled,
+    )
+    names = {ours: gguf_name(ours) for ours in _names(model)}
+    if "output.weight" in held:
+        names["output.weight"] = "output.weight"
+    there = [ours for ours, theirs in names.items() if theirs in held]
+    tables = {key: table for key in ("merges", "tokens") if (table := said(f"ggml.{key}", list)) is not None}
+    embedding = held.get("token_embd.weight")
+    return Contents(
+        kind=next(iter(file.kinds()), "F32"),
+        settings={"attention.rope_theta": _DEFAULT_THETA} | settings,
+        tensors=_Lazy(there, read),
+        kinds={ours: held[names[ours]].kind.name for ours in there},
+        declared=_declared(metadata.get("general.file_type")),
+        missing=tuple(sorted(set(names.values()) - set(held))),
+        unknown=tuple(sorted(set(held) - set(names.values()))),
+        rows=embedding.shape[0] if embedding is not None else None,
+        tokenizer=tables,
+        ordinary=tuple(kind == TokenType.NORMAL for kind in said("ggml.token_type", list) or ()),
+        pre=said("ggml.pre", str),
+        template=said("chat_template", str),
+        ends=said("ggml.eos_token_id", int, _DEFAULT_EOS.get(str(said("ggml.model", str)))),
+        ends_turn=said("ggml.eot_token_id", int),
+    )
 
 
 def _declared(file_type: Any) -> str | None:
@@ -230,28 +230,14 @@ def _declared(file_type: Any) -> str | None:
         return None
 
 
-def _kind_of_gguf(file: GGUFFile) -> str:
-    """The type that most numbers of matrices have."""
-    counts: Counter[str] = Counter()
-    for tensor in file.tensors.values():
-        if len(tensor.shape) > 1:
-            counts[tensor.kind.name] += math.prod(tensor.shape)
-    return counts.most_common(1)[0][0] if counts else "F32"
-
-
-def _gguf_tensor(file: GGUFFile, model: Decoder, name: str) -> Tensor:
-    tensor = torch.from_numpy(file.read(gguf_name(name)))
-    heads = heads_of_halves(model.config, name)
-    return tensor if heads is None else to_halves(tensor, heads)
-
-
 def _of_directory(directory: Path, model: Decoder) -> Contents:
     keys = read_json(directory, CONFIG)
     quantization = keys.get("quantization_config")
-    formats = list(quantization.get("formats", {})) if isinstance(quantization, dict) else []
+    ours_quantized = isinstance(quantization, dict) and quantization.get("formats")
+    formats = read_formats(directory)[0] if ours_quantized else {}
     locations = locate(directory)
     stored = Stored(locations)
-    names = {ours: hf_name(ours) for ours in model.state_dict() if ours.endswith((".weight", ".bias"))}
+    names = {ours: hf_name(ours) for ours in _names(model)}
     if not model.tied or keys.get("model_type") not in ("llama", "plm"):
         names.setdefault("output.weight", "lm_head.weight")
     there = [ours for ours, theirs in names.items() if theirs in locations]
@@ -267,34 +253,37 @@ def _of_directory(directory: Path, model: Decoder) -> Contents:
     with contextlib.suppress(UserError):  # one that only transformers can read is not looked into
         tokenizer = load_tokenizer(directory)
         tables, template = tokenizer_tables(tokenizer), tokenizer.chat_template
-    quantized = read_formats(directory)[0] if formats else {}
 
     def read(ours: str) -> Tensor:
-        found = _stored_tensor(stored, names[ours], quantized.get(ours.removesuffix(".weight")))
+        found = _stored_tensor(stored, names[ours], formats.get(ours.removesuffix(".weight")))
         return found * factor if ours.endswith("up_proj.weight") else found
 
+    def header(ours: str) -> tuple[str, list[int]]:
+        with opened_weights(locations[names[ours]]) as opened:
+            held = opened.get_slice(names[ours])
+            return held.get_dtype(), held.get_shape()
+
+    def kind(ours: str) -> str:
+        format = formats.get(ours.removesuffix(".weight"))
+        return header(ours)[0] if format is None else format.name
+
+    kinds = {ours: kind(ours) for ours in there}
     known = {*names.values(), "lm_head.weight"}
-    known |= {f"{hf_name(name)}.{leaf}" for name in quantized for leaf in ("scales", "zeros")}
+    known |= {f"{hf_name(name)}.{leaf}" for name in formats for leaf in ("scales", "zeros")}
     known |= {name.replace("up_proj", "gate_proj") for name in names.values()} if deepseek else set()
+    most = kinds.get(_EMBEDDING, next(iter(kinds.values()), "F32"))
     return Contents(
-        kind=_coarsest(formats) if formats else _dtype_of(directory, locations),
+        kind=_coarsest([format.name for format in formats.values()]) if formats else most,
         settings=settings,
         tensors=_Lazy(there, read),
-        kinds=_kinds_of(quantized, {ours: names[ours] for ours in there}, locations),
-        missing=tuple(sorted(names[ours] for ours in names if ours in model.state_dict() and ours not in there)),
+        kinds=kinds,
+        missing=tuple(sorted(names[ours] for ours in _names(model) if ours not in there)),
         # Older files carry RoPE's table.
         unknown=tuple(sorted(name for name in set(locations) - known if not name.endswith("rotary_emb.inv_freq"))),
-        rows=_rows(locations.get("model.embed_tokens.weight")),
+        rows=header(_EMBEDDING)[1][0] if _EMBEDDING in there else None,
         tokenizer=tables,
         template=template,
     )
-
-
-def _rows(path: Path | None) -> int | None:
-    if path is None:
-        return None
-    with opened_weights(path) as opened:
-        return int(opened.get_slice("model.embed_tokens.weight").get_shape()[0])
 
 
 def _stored_tensor(stored: Stored, name: str, format: Format | None) -> Tensor:
@@ -311,27 +300,5 @@ def _stored_tensor(stored: Stored, name: str, format: Format | None) -> Tensor:
     return quantized.dequantize()
 
 
-def _kinds_of(formats: Mapping[str, Format], names: Mapping[str, str], locations: Mapping[str, Path]) -> dict[str, str]:
-    """{our name: how it is written} of the tensors whose names there are `names`: {ours: Hugging Face's}."""
-    kinds = {}
-    for ours, theirs in names.items():
-        format = formats.get(ours.removesuffix(".weight"))
-        kinds[ours] = format.name if format is not None else _dtype(locations[theirs], theirs)
-    return kinds
-
-
 def _coarsest(formats: list[str]) -> str:
     return min(formats, key=lambda name: ("int4" not in name, "dynamic" not in name, name))
-
-
-def _dtype_of(directory: Path, locations: Mapping[str, Path]) -> str:
-    name = next((name for name in locations if name.endswith("embed_tokens.weight")), next(iter(locations), None))
-    if name is None:
-        raise UserError(f"{directory} holds no tensors.")
-    return _dtype(locations[name], name)
-
-
-def _dtype(path: Path, name: str) -> str:
-    with opened_weights(path) as opened:
-        kind: str = opened.get_slice(name).get_dtype()
-    return kind

@@ -20,7 +20,7 @@ from plmtune.modules.attributes import with_attributes
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.mla import MultiHeadLatentAttention
 from plmtune.modules.norm import RMSNorm
-from plmtune.modules.quantized import Quantized, QuantizedEmbedding
+from plmtune.modules.quantized import Format, Quantized
 
 # A trial explains a difference that it reduces below this share.
 _EXPLAINED = 1 / 3
@@ -159,60 +159,36 @@ def _reordered(module: nn.Module, inputs: Any, output: Tensor, *, group: int, in
 def as_exported(model: Decoder, contents: Contents) -> Iterator[None]:
     """The model with the numbers and settings of an export, as far as they fit into it."""
     wrong = differing(contents.settings, settings_of(model))
+    tensors: dict[str, Tensor | None] = dict.fromkeys(contents.tensors)
     with ExitStack() as stack:
         stack.enter_context(with_settings(model, {key: held for key, (held, _) in wrong.items() if key in _USUAL}))
-        held = dict.fromkeys(contents.tensors)
-        if held:
-            stack.enter_context(with_tensors(model, contents.tensors, list(held)))
-            if not model.tied and "output.weight" not in held:
-                stack.enter_context(with_attributes([model], tied=True))
-            for name in model.state_dict():
-                if name.endswith(".bias") and name not in held:
-                    none = {name: torch.zeros_like(weight_of(model, name))}
-                    stack.enter_context(with_tensors(model, none, [name]))
+        if tensors and not model.tied and "output.weight" not in tensors:
+            stack.enter_context(with_attributes([model], tied=True))
+        for name in contents.tensors:
+            _put(stack, model, name, contents.tensors[name])
+        for name in model.state_dict() if tensors else ():
+            if name.endswith(".bias") and name not in tensors:
+                _put(stack, model, name, torch.zeros_like(weight_of(model, name)))
         yield
 
 
-@contextmanager
-def with_tensors(model: Decoder, tensors: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[None]:
-    """Other numbers in place of the model's."""
-    with ExitStack() as stack:
-        for name in names:
-            if weight_of(model, name).shape != (theirs := tensors[name]).shape:
-                continue
-            module_name, _, leaf = name.rpartition(".")
-            if name == "output.weight" and model.tied:
-                head = nn.Linear(theirs.shape[1], theirs.shape[0], bias=False)
-                head.weight = nn.Parameter(theirs)
-                model.output, model.tied = head, False
-                stack.callback(_tie_again, model)
-                continue
-            module: Any = model.get_submodule(module_name)
-            if isinstance(module, Quantized) and leaf == "weight":
-                _swap(stack, model, module_name, _floating(module, theirs))
-                continue
-            parameter = getattr(module, leaf)
-            stack.callback(setattr, parameter, "data", parameter.data)
-            parameter.data = theirs.to(parameter.device, parameter.dtype)
-        yield
-
-
-def _floating(module: Quantized, weight: Tensor) -> nn.Module:
-    new: nn.Linear | nn.Embedding
-    if isinstance(module, QuantizedEmbedding):
-        new = nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight)
+def _put(stack: ExitStack, model: Decoder, name: str, numbers: Tensor) -> None:
+    """Put numbers in the place of a tensor of the model, until the stack is closed; nothing, if they do not fit."""
+    if weight_of(model, name).shape != numbers.shape:
+        return
+    if name == "output.weight" and model.tied:
+        head = nn.Linear(numbers.shape[1], numbers.shape[0], bias=False)
+        head.weight = nn.Parameter(numbers)
+        stack.callback(delattr, model, "output")
+        model.output = head
+        stack.enter_context(with_attributes([model], tied=False))
+        return
+    owner, _, leaf = name.rpartition(".")
+    module: Any = model.get_submodule(owner)
+    if isinstance(module, Quantized) and leaf == "weight":
+        # Written out, and multiplied as it is: what rounds inputs is `with_rounded_inputs`.
+        stack.enter_context(with_attributes([module], dense=numbers, format=Format(module.format.bits)))
     else:
-        new = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        new.weight = nn.Parameter(weight)
-        new.register_parameter("bias", getattr(module, "bias", None))
-    return new
-
-
-def _swap(stack: ExitStack, model: Decoder, name: str, new: nn.Module) -> None:
-    stack.callback(model.set_submodule, name, model.get_submodule(name))
-    model.set_submodule(name, new)
-
-
-def _tie_again(model: Decoder) -> None:
-    del model.output
-    model.tied = True
+        parameter = getattr(module, leaf)
+        stack.callback(setattr, parameter, "data", parameter.data)
+        parameter.data = numbers.to(parameter.device, parameter.dtype)

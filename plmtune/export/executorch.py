@@ -60,7 +60,7 @@ def export_pte(
 ) -> list[str]:
     """Write a model as a program for ExecuTorch's XNNPACK backend; this module's docstring lists the files beside it.
 
-    Files that are there are replaced.
+    Files that are there are replaced. Returns notes for the user, a sentence each.
 
     Args:
         model: PLM or Llama, of floating-point numbers or quantized; left as it is.
@@ -68,9 +68,6 @@ def export_pte(
         path: of the .pte file.
         scheme: one of SCHEMES, with the embedding in 8 bits; None: the model's format, or fp32.
         max_seq_len: positions of its cache; None: the model's, at most 2,048.
-
-    Returns:
-        Notes for the user, a sentence each.
 
     Raises:
         UserError: for an unsupported format or part, or too little room.
@@ -171,7 +168,7 @@ def _lower(step: DecoderStep, facts: dict[str, Any]) -> Any:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 
-        from plmtune.quantization.torchao_form import to_torchao
+        from plmtune.quantization.quantize import to_torchao
 
         to_torchao(step)
         example = (torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))

@@ -17,7 +17,7 @@ from plmtune.models.gguf_file import opened_gguf
 
 
 def quantize_gguf(source: Path, path: Path, kind: str, *, threads: int | None = None) -> list[str]:
-    """Write a GGUF file again in another type, as llama.cpp does; the new file replaces one that is there.
+    """Write a GGUF file again in another type, as llama.cpp does, in the place of one that is there; return notes.
 
     A kind such as Q4_K_M is a mix: matrices that matter more get more bits, and the vocabulary's projection Q6_K; rows
     that a type does not take get another (`lint.stored_type`).
@@ -26,9 +26,6 @@ def quantize_gguf(source: Path, path: Path, kind: str, *, threads: int | None = 
         source: a file of F32, F16 or BF16.
         kind: one of `lint.QUANTIZED`, or a quantized one of `lint.WRITTEN` with llama.cpp's own mix.
         threads: None: as many as there are cores.
-
-    Returns:
-        Notes for the user, a sentence each.
 
     Raises:
         UserError: if the disk has no room, or llama.cpp fails.

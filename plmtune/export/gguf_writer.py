@@ -86,7 +86,7 @@ def write_gguf(
     kind: str,
     name: str | None = None,
 ) -> list[str]:
-    """Write a model and its tokenizer as one GGUF file; it replaces one that is there.
+    """Write a model and its tokenizer as one GGUF file, in the place of one that is there; return notes for the user.
 
     Vectors stay F32. In the types of 4 and 5 bits the vocabulary's projection, tied or not, is Q8_0, where llama.cpp
     has Q6_K, which the gguf library does not write. Matrices whose rows are no multiple of 32 are F16 in all quantized
@@ -97,16 +97,12 @@ def write_gguf(
         kind: one of `lint.WRITTEN`.
         name: what the file says that the model is called; None: the path's.
 
-    Returns:
-        Notes for the user, a sentence each.
-
     Raises:
         UserError: if the format has no such model or numbers, or the disk has no room.
         ValueError: if the model is prepacked or has adapters.
     """
     kind, config = kind.upper(), model.config
-    if kind not in WRITTEN:
-        raise UserError(f"The gguf library does not write {kind}, only {', '.join(WRITTEN)}.")
+    assert kind in WRITTEN, kind
     architecture = gguf_architecture(config)
     if hasattr(model, "score"):
         raise UserError("GGUF has no place for a score head: a reward model cannot be exported to it.")
@@ -137,14 +133,11 @@ def write_gguf(
 
 
 def write_gguf_adapter(directory: Path, path: Path, *, base: Path | None = None) -> list[str]:
-    """Write a directory of LoRA adapters as a GGUF file that llama.cpp puts beside the base's.
+    """Write LoRA adapters as a GGUF file that llama.cpp puts beside the base's; return notes for the user.
 
     Args:
         directory: what training saved, adapter_config.json and adapter_model.safetensors.
         base: directory of the weights that they stand beside; None: what they name.
-
-    Returns:
-        Notes for the user, a sentence each.
 
     Raises:
         UserError: if llama.cpp could not apply them as they were trained, or the disk has no room.

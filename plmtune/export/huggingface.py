@@ -57,17 +57,14 @@ def export_hf(
     as_: Literal["deepseek"] | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """Write a model and its tokenizer as a directory that other programs load.
+    """Write a model and its tokenizer as a directory that other programs load; return notes for the user.
 
     Args:
-        model: a quantized one is written out in floating-point numbers.
+        model: of parts that `lint` lets pass; a quantized one is written out in floating-point numbers.
         tokenizer: its files, chat template and end tokens are written, too.
         directory: a new one.
         as_: None: under its own names; else see above.
         dtype: of all numbers; None: the model's.
-
-    Returns:
-        Notes for the user, a sentence each.
 
     Raises:
         UserError: if the form has no such parts or numbers, something is there already, or the disk has no room.
@@ -78,11 +75,7 @@ def export_hf(
     notes = []
     if as_ is not None:
         keys = _deepseek_keys(model, keys, dtype)
-    elif keys["model_type"] == "plmtune":
-        raise UserError(
-            f"Hugging Face's libraries have no model of these parts: {_parts(model)}. There are MLA with squared_relu "
-            "and gqa or mha (without interleaved RoPE) with swiglu, each with rms_norm."
-        )
+    assert keys["model_type"] != "plmtune", "lint refuses what has no name"
     ends = end_ids(tokenizer)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     ids["pad_token_id"] = tokenizer.eos_id
@@ -111,14 +104,11 @@ def export_hf(
 
 
 def export_adapter(source: Path, directory: Path) -> list[str]:
-    """Copy a directory of adapters as the `peft` package reads it, with the tokenizer beside it where there is one.
+    """Copy adapters, and their tokenizer where there is one, as the `peft` package reads them; return notes.
 
     Args:
         source: what training saved.
         directory: a new one, or one of adapters, which are replaced.
-
-    Returns:
-        Notes for the user, a sentence each.
 
     Raises:
         UserError: if `directory` holds something else, or the disk has no room.

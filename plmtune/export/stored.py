@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -180,14 +180,11 @@ def wrong_type(contents: Contents, name: str, asked: str | None, model: Decoder)
         name: of the file or directory.
         asked: the type that it was made as; None: what a GGUF file's name says.
     """
-    if asked is not None and asked.lower() in ("fp32", "int8_dynamic") and not contents.kinds:  # a program
-        wanted = {"fp32": "F32", "int8_dynamic": "int8_dynamic_int8"}[asked.lower()]
-        return None if contents.kind == wanted else f"{asked} was asked for, and its numbers are {contents.kind}"
-    if asked is not None and asked.lower() in dtypes.NAMES:
-        wanted = dtypes.code_of(dtypes.from_name(asked.lower()))
-        return (
-            None if contents.kind == wanted else f"{asked} was asked for, and most of its numbers are {contents.kind}"
-        )
+    wanted = {name: dtypes.code_of(dtypes.from_name(name)) for name in dtypes.NAMES}
+    wanted |= {} if contents.kinds else {"int8_dynamic": "int8_dynamic_int8"}  # a program's kinds are not known
+    if asked is not None and asked.lower() in wanted:
+        right = contents.kind == wanted[asked.lower()]
+        return None if right else f"{asked} was asked for, and most of its numbers are {contents.kind}"
     if not contents.kinds or (gguf := name.removesuffix(UNVERIFIED)) == gguf.removesuffix(".gguf"):
         return None
     called = asked.upper() if asked is not None else _in_name(gguf)
@@ -212,25 +209,12 @@ def _in_name(name: str) -> str | None:
 
 def _share(contents: Contents, kind: str, model: Decoder) -> float:
     """The share of a file's numbers that are stored as a type has them, the vocabulary's projection apart."""
-    sizes = {name: rows * width for name, (rows, width, _) in matrices(model.config).items()}
+    sizes = matrices(model.config)
     right = total = 0
-    for name, leaf, width in _matrices_of(contents, model):
-        total += sizes[leaf]
-        right += sizes[leaf] * (contents.kinds[name] == stored_type(kind, width))
-    return right / max(1, total)
-
-
-def _matrices_of(contents: Contents, model: Decoder) -> Iterator[tuple[str, str, int]]:
-    """(name, what `lint.matrices` calls it, width of a row) of the matrices of layers."""
-    widths = {name: width for name, (_, width, _) in matrices(model.config).items()}
-    for name in contents.kinds:
+    for name, held in contents.kinds.items():
         leaf = name.split(".")[-2]
-        if name.startswith("layers.") and name.endswith(".weight") and leaf in widths:
-            yield name, leaf, widths[leaf]
-
-
-def wrong_rows(contents: Contents, model: Decoder) -> str | None:
-    """Why an export has not the checkpoint's vocabulary; None: it has."""
-    if contents.rows is not None and contents.rows != model.vocab_size:
-        return f"the export has {contents.rows:,} rows of the vocabulary, the checkpoint {model.vocab_size:,}"
-    return None
+        if name.startswith("layers.") and name.endswith(".weight") and leaf in sizes:
+            rows, width, _ = sizes[leaf]
+            total += rows * width
+            right += rows * width * (held == stored_type(kind, width))
+    return right / max(1, total)

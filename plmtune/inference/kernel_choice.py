@@ -6,12 +6,12 @@ The fastest kernel depends on processor, threads, shape and rows. Measurements a
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
 import math
 import os
-import platform
 import time
 from bisect import bisect_left
 from collections.abc import Mapping
@@ -23,6 +23,7 @@ from torch import nn
 
 from plmtune import native
 from plmtune.inference.quantized_kernels import KERNELS, example, matches_reference, use_kernel
+from plmtune.io import provenance
 from plmtune.io.atomic import write_atomically
 from plmtune.io.untrusted import load_json
 from plmtune.modules.mla import MultiHeadLatentAttention
@@ -59,10 +60,14 @@ def _choose(format: Format, dtype: torch.dtype, device: str, shape: tuple[int, i
         return tuple(candidates[0] if rows <= _FEW else "parts" for rows in _MEASURED_ROWS)
     # Rows of W behave the same, so a few are enough to measure.
     shape = (min(shape[0], max(_MAX_MEASURED // shape[1] // 64, 1) * 64), shape[1])
-    key = (
-        f"{_machine()} | {format.name} | {str(dtype).removeprefix('torch.')} | {shape[0]}x{shape[1]} | "
-        f"{', '.join(candidates)}"
+    parts = (
+        _machine(),
+        format.name,
+        str(dtype).removeprefix("torch."),
+        f"{shape[0]}x{shape[1]}",
+        ", ".join(candidates),
     )
+    key = " | ".join(parts)
     kept = _measured()
     if key not in kept or any(name not in candidates for name in kept[key]):
         kept[key] = _measure(candidates, format, dtype, shape)
@@ -72,15 +77,13 @@ def _choose(format: Format, dtype: torch.dtype, device: str, shape: tuple[int, i
 
 @functools.cache
 def _machine() -> str:
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return (
-        f"{name} | {torch.backends.cpu.get_cpu_capability()} | {torch.get_num_threads()} threads | {torch.__version__}"
-    )
+    name, capability = provenance.device_name(torch.device("cpu")), torch.backends.cpu.get_cpu_capability()
+    return f"{name} | {capability} | {torch.get_num_threads()} threads | {torch.__version__}"
+
+
+def _file() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return base / "plmtune" / "kernels.json"
 
 
 @torch.no_grad()
@@ -107,11 +110,6 @@ def _measure(names: list[str], format: Format, dtype: torch.dtype, shape: tuple[
     return [first, *(min(fit, key=lambda name: seconds[name, rows]) for rows in _MEASURED_ROWS[1:])]
 
 
-def _file() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return base / "plmtune" / "kernels.json"
-
-
 def _measured() -> dict[str, list[str]]:
     """Earlier measurements; empty where the file is missing, damaged or of another version."""
     try:
@@ -124,12 +122,9 @@ def _measured() -> dict[str, list[str]]:
 
 
 def _keep(kept: Mapping[str, Any]) -> None:
-    path = _file()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps({"version": _VERSION, "kernels": kept}, indent=2) + "\n")
-    except OSError:
-        pass  # an unwritable folder: measured again next time
+    with contextlib.suppress(OSError):  # an unwritable folder: measured again next time
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(_file(), json.dumps({"version": _VERSION, "kernels": kept}, indent=2) + "\n")
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ rounding.
 """
 
 from plmtune.native.availability import attach, supports, unavailable_reason
-from plmtune.native.decoder import NativeDecoder
-from plmtune.native.products import dequantize, multiply, round_inputs
+from plmtune.native.decoder import NativeDecoder, dequantize, multiply, round_inputs
 
 __all__ = ["NativeDecoder", "attach", "dequantize", "multiply", "round_inputs", "supports", "unavailable_reason"]

@@ -1,4 +1,4 @@
-"""Which models decode.c computes, and which forward passes."""
+"""What decode.c computes: a token of a whole decoder, and products and conversions of single matrices."""
 
 from __future__ import annotations
 
@@ -19,8 +19,19 @@ from plmtune.modules.norm import RMSNorm, autocast_active
 from plmtune.modules.quantized import Quantized
 from plmtune.modules.rope import RotaryEmbedding, rope_tables
 from plmtune.native.library import library
-from plmtune.native.products import product
-from plmtune.native.structs import CPU, KINDS, Layer, Model, TensorRefs, Unsupported, Vector, number, pointer, require
+from plmtune.native.structs import (
+    CPU,
+    KINDS,
+    Layer,
+    Matrix,
+    Model,
+    TensorRefs,
+    Unsupported,
+    Vector,
+    number,
+    pointer,
+    require,
+)
 
 
 class _BoundModel(TensorRefs):
@@ -184,3 +195,45 @@ class NativeDecoder:
         if bound is None:
             return None
         return product(bound.model.head, hidden.contiguous()).view(*hidden.shape[:-1], -1)
+
+
+def product(matrix: Matrix, x: Tensor) -> Tensor:
+    """matrix x in fp32, [out], of x (Tensor), contiguous, as many numbers as the matrix has columns."""
+    y = torch.empty(matrix.rows)
+    vector = Vector(x.data_ptr(), KINDS[x.dtype])
+    threads = ctypes.c_int(torch.get_num_threads())
+    if library().plmtune_product(ctypes.byref(matrix), vector, pointer(y.data_ptr()), threads):
+        raise MemoryError("out of memory in a product")
+    return y
+
+
+def multiply(module: Quantized, x: Tensor) -> Tensor:
+    """x (Tensor), [n, in] -> [n, out], row by row, from integers in the files' order."""
+    matrix = TensorRefs().matrix(module)
+    matrix.bias = Vector()  # the layer adds it
+    products = [product(matrix, row) for row in x.float().contiguous()]
+    return torch.stack(products).to(x.dtype) if products else x.new_empty(0, module.num_rows)
+
+
+def dequantize(module: Quantized, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Return what `Quantized.dequantize` returns, in fp32 or bf16, from integers in the files' order."""
+    start, end, _ = rows.indices(module.num_rows)
+    out = torch.empty(end - start, module.width, dtype=dtype)
+    library().plmtune_rows(
+        ctypes.byref(TensorRefs().matrix(module)),
+        number(start),
+        number(end),
+        pointer(out.data_ptr()),
+        number(KINDS[dtype]),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return out
+
+
+def round_inputs(x: Tensor) -> Tensor:
+    """Return what `quantized.round_inputs` returns for x (Tensor), [n, in], contiguous."""
+    out, threads = torch.empty_like(x), ctypes.c_int(torch.get_num_threads())
+    vector, (rows, width) = Vector(x.data_ptr(), KINDS[x.dtype]), x.shape
+    if library().plmtune_round(vector, number(rows), number(width), pointer(out.data_ptr()), threads):
+        raise MemoryError("out of memory in a product")
+    return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ def inputs_seen(model: Decoder, names: Iterable[str], see: Callable[[str, Tensor
     The inputs of the head are the model's normed hidden states, so that no logits need be computed. An embedding that
     is not tied has no product.
     """
-    handles = []
+    head = EMBEDDING if model.tied else HEAD
 
     def before(name: str, _: Any, arguments: tuple[Tensor, ...]) -> None:
         see(name, arguments[0].detach().flatten(0, -2))
@@ -29,25 +29,18 @@ def inputs_seen(model: Decoder, names: Iterable[str], see: Callable[[str, Tensor
     def after(name: str, _: Any, __: Any, hidden: Tensor) -> None:
         see(name, hidden.detach().flatten(0, -2))
 
-    head = EMBEDDING if model.tied else HEAD
-    for name in names:
-        if name == head:
-            handles.append(model.norm.register_forward_hook(partial(after, name)))
-        elif name != EMBEDDING:
-            handles.append(model.get_submodule(name).register_forward_pre_hook(partial(before, name)))
-    try:
+    with ExitStack() as stack:
+        for name in names:
+            if name == head:
+                stack.callback(model.norm.register_forward_hook(partial(after, name)).remove)
+            elif name != EMBEDDING:
+                module = model.get_submodule(name)
+                stack.callback(module.register_forward_pre_hook(partial(before, name)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
-def second_moments(
-    model: Decoder,
-    batches: Iterable[Tensor],
-    names: Iterable[str],
-) -> dict[str, Tensor]:
+def second_moments(model: Decoder, batches: Iterable[Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Mean of the squared inputs of each module, [in] in fp32, by its name.
 
     Args:

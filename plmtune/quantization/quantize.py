@@ -16,15 +16,12 @@ from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import CONFIG, read_json
 from plmtune.models.hf import num_bytes
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.quantized import Format, Quantized, install
+from plmtune.modules.quantized import Format, Quantized, QuantizedLinear, install
 from plmtune.modules.torchtune_layers import quiet
 
 with quiet():
-    from torchao.quantization.quant_primitives import (
-        MappingType,
-        choose_qparams_affine,
-        quantize_affine,
-    )
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+    from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
 
 # Numbers rounded at once: a whole vocabulary's matrix in fp32, with its intermediate results, would take gigabytes.
 _CHUNK = 1 << 22
@@ -215,3 +212,41 @@ def _search(
             best = torch.where(better, cost, best)
             best_scales, best_zeros = torch.where(better, tried, best_scales), torch.where(better, zero, best_zeros)
     return best_scales, best_zeros
+
+
+@torch.no_grad()
+def to_torchao(model: nn.Module) -> None:
+    """Replace a model's quantized linear layers, in place, by layers that torch.export lowers and XNNPACK accepts.
+
+    They become `nn.Linear` over `IntxUnpackedToInt8Tensor` of the same integers, scales and zeros, with inputs rounded
+    to 8 bits where the format is dynamic.
+
+    Args:
+        model: quantized, without fake-quantized layers.
+    """
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, QuantizedLinear):
+            continue
+        with torch.device("meta"):
+            new = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+        new.register_parameter("weight", _parameter(module))
+        new.register_parameter("bias", module.bias)
+        model.set_submodule(name, new.train(module.training))
+
+
+def _parameter(module: QuantizedLinear) -> nn.Parameter:
+    """A module's weight as torchao's tensor, [out, in]."""
+    q, scales = module.integers(), module.scales
+    zeros: Any = torch.zeros_like(scales, dtype=torch.int8) if module.format.symmetric else module.zeros
+    if not module.format.symmetric:
+        q, zeros = q - 8, zeros - 8  # 0..15 there, -8..7 here: differences, and so the numbers, are the same
+    tensor = IntxUnpackedToInt8Tensor(
+        qdata=q,
+        scale=scales,
+        zero_point=zeros,
+        target_dtype=getattr(torch, f"int{module.format.bits}"),
+        block_size=(1, q.shape[1] // scales.shape[1]),
+        dtype=scales.dtype,
+        activation_quantization="int8_asym_per_token" if module.format.dynamic else None,
+    )
+    return nn.Parameter(tensor, requires_grad=False)

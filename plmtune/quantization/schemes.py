@@ -105,32 +105,39 @@ def mixed(
     return _choose(model, None, KEEP, rules)
 
 
+def shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Shape [out, in] of each matrix of a model, quantized or not, by its module's name; a score head's left out."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized):
+            found[name] = module.num_rows, module.width
+        elif isinstance(module, nn.Linear | nn.Embedding) and name.rpartition(".")[2] != "score":
+            rows, width = module.weight.shape
+            found[name] = rows, width
+    return found
+
+
 def candidates(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Shape [out, in] of each matrix that can be quantized, by its module's name.
+    """`shapes` of the matrices that can be quantized.
 
     Raises:
         ValueError: if the model is quantized.
     """
-    found: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
             raise ValueError(f"the model is quantized already ({name} is {module.format.name}): take the one before")
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "score":
-            found[name] = (module.out_features, module.in_features)
-        elif isinstance(module, nn.Embedding):
-            found[name] = (module.num_embeddings, module.embedding_dim)
-    return found
+    return shapes(model)
 
 
 def _choose(model: nn.Module, linear: Format | None, embedding: str, rules: Mapping[str, str]) -> dict[str, Format]:
-    shapes = candidates(model)
+    sizes = candidates(model)
     rows = _parse("embedding", embedding)
-    chosen = {name: rows if name in (EMBEDDING, HEAD) else linear for name in shapes}
+    chosen = {name: rows if name in (EMBEDDING, HEAD) else linear for name in sizes}
     for pattern, format_name in rules.items():
         format = _parse(f"rules, {pattern!r:.80}", format_name)
-        matched = [name for name in shapes if fnmatchcase(name, pattern)]
+        matched = [name for name in sizes if fnmatchcase(name, pattern)]
         if not matched:
-            near = did_you_mean(pattern, shapes)
+            near = did_you_mean(pattern, sizes)
             raise ValueError(f"rules: no module's name matches {pattern!r:.80}.{near if len(near) < 400 else ''}")
         chosen |= dict.fromkeys(matched, format)
     formats = LayerFormats()
@@ -138,7 +145,7 @@ def _choose(model: nn.Module, linear: Format | None, embedding: str, rules: Mapp
     for name, format in chosen.items():
         if format is None:
             continue
-        width = shapes[name][1]
+        width = sizes[name][1]
         fitting = fit(format, width)
         if fitting is not None:
             formats[name] = fitting

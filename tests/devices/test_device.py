@@ -54,13 +54,13 @@ class TestFiles:
         [
             ("value: 10,", "value: fast,", "key bandwidth_gb_s: must be a number, not 'fast'"),
             ("value: 10,", "value: -1,", "key bandwidth_gb_s: must be above 0, not -1"),
-            ("value: 10,", "value: .inf,", "key bandwidth_gb_s: must be a number, not inf"),
+            ("value: 10,", "value: .inf,", "key bandwidth_gb_s: must be above 0, not inf"),
             ("{value: 10, source: a stopwatch}", "10", "must be {value: NUMBER, source: WHERE IT IS FROM}, not 10"),
             ("source: a stopwatch", "source: ''", "says no source"),
             ("bandwidth_gb_s", "bandwith_gb_s", "no such key. Did you mean bandwidth_gb_s"),
             ("layer_us: {value: 0, source: none}", "", "the key layer_us is missing"),
             ("value: 1,", "value: 5,", "the system keeps 5 GiB of 4"),
-            ("value: 0.2", "value: 20", "key error: must be below 1"),
+            ("value: 0.2", "value: 20", "key error: must be at least 0 and below 1, not 20"),
             ("name: mine", "name: 3", "key name: must be the device's name"),
         ],
     )

@@ -222,10 +222,6 @@ class TestRefusals:
         with pytest.raises(UserError, match=r"a.gguf needs [\d.]+ KiB, and its disk has 1,000 B left"):
             write_gguf(small(), byte(), tmp_path / "a.gguf", kind="F32")
 
-    def test_a_type_that_the_library_does_not_write(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="does not write Q4_K_M, only F32, F16"):
-            write_gguf(small(), byte(), tmp_path / "a.gguf", kind="q4_k_m")
-
     def test_more_tokens_than_rows(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="4096 tokens, the model 288 rows"):
             write_gguf(small(), bundled(), tmp_path / "a.gguf", kind="F16")
