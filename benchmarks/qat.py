@@ -89,8 +89,9 @@ def compare(origin: Path, seed: int, schemes: list[str], overrides: list[str], s
             fitted = copy.deepcopy(plain)
             quantize(fitted, plan, second_moments=moments)
             quantize(rounded, plan)
-            trained = tune(origin, seed, SCHEMES[name], Path(scratch) / name, overrides).model
-            plan = qat.remove_fake_quantize(trained)
+            trained = copy.deepcopy(plain)
+            in_training = tune(origin, seed, SCHEMES[name], Path(scratch) / name, overrides).model
+            trained.load_state_dict(in_training.state_dict())
             without = loss(recipe, trained)
             quantize(trained, plan)
             row: dict[str, Any] = {"scheme": name, "seed": seed, "float": unrounded, "rounded": loss(recipe, rounded)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -15,6 +15,7 @@ from plmtune.inference.request_queue import TURN, Request, RequestQueue, Waiting
 from plmtune.inference.sampling import GREEDY, check_sampling, penalize, top_k_top_p
 from plmtune.modules.attributes import eval_mode
 from plmtune.modules.cache import Cache, Slots
+from plmtune.ranges import AT_LEAST_1, check
 
 if TYPE_CHECKING:
     from plmtune.modules.decoder import Decoder
@@ -83,6 +84,7 @@ class _Row:
         return len(self.request.tokens) + len(self.written) - 1
 
 
+@dataclass(eq=False)
 class BatchedGenerator:
     """Answers requests, `batch_size` at a time, and yields each answer as soon as it is complete.
 
@@ -104,30 +106,21 @@ class BatchedGenerator:
         ValueError: for settings out of their range.
     """
 
-    def __init__(
-        self,
-        model: Decoder,
-        *,
-        batch_size: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        end_ids: Collection[int] = (),
-        num_tokens: int | None = None,
-        decode_bytes: Callable[[Sequence[int]], bytes] | None = None,
-    ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        self.model = model
-        self.batch_size = batch_size
-        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
-        self.repetition_penalty = repetition_penalty
-        self.end_ids = frozenset(end_ids)
-        self.num_tokens = num_tokens
-        self.decode_bytes = decode_bytes
+    model: Decoder
+    _: KW_ONLY
+    batch_size: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    end_ids: Collection[int] = ()
+    num_tokens: int | None = None
+    decode_bytes: Callable[[Sequence[int]], bytes] | None = None
+
+    def __post_init__(self) -> None:
+        check(AT_LEAST_1, batch_size=self.batch_size)
+        check_sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         # Each of these changes in one assignment, so that an interrupt leaves a consistent state.
         self._queue = RequestQueue()
         self._rows: dict[int, _Row] = {}  # by slot
@@ -142,25 +135,23 @@ class BatchedGenerator:
             ValueError: for an empty prompt, an unknown id, or a prompt that leaves no room.
         """
         length, limit = len(request.tokens), self.model.max_seq_len
+        low, high = min(request.tokens, default=0), max(request.tokens, default=0)
+        why = None
         if length == 0:
-            raise ValueError(f"request {request.key}: the prompt is empty: at least one token is needed to start from")
-        if length >= limit:
-            raise ValueError(
-                f"request {request.key}: the prompt has {length} tokens, the model's max_seq_len is {limit}: "
-                "no room is left for an answer"
-            )
-        if request.max_new_tokens < 1:
-            raise ValueError(f"request {request.key}: max_new_tokens must be at least 1, not {request.max_new_tokens}")
-        low, high = min(request.tokens), max(request.tokens)
-        if low < 0 or high >= self.model.vocab_size:
-            raise ValueError(
-                f"request {request.key}: the prompt has id {low if low < 0 else high}, "
-                f"the model's vocabulary has {self.model.vocab_size}"
-            )
-        if b"" in request.until:
-            raise ValueError(f"request {request.key}: one of until is empty, so it would end before it begins")
-        if request.until and self.decode_bytes is None:
-            raise ValueError(f"request {request.key}: until needs an engine with decode_bytes")
+            why = "the prompt is empty: at least one token is needed to start from"
+        elif length >= limit:
+            why = f"the prompt has {length} tokens, the model's max_seq_len is {limit}: no room is left for an answer"
+        elif request.max_new_tokens < 1:
+            why = f"max_new_tokens must be at least 1, not {request.max_new_tokens}"
+        elif low < 0 or high >= self.model.vocab_size:
+            wrong, rows = low if low < 0 else high, self.model.vocab_size
+            why = f"the prompt has id {wrong}, the model's vocabulary has {rows}"
+        elif b"" in request.until:
+            why = "one of until is empty, so it would end before it begins"
+        elif request.until and self.decode_bytes is None:
+            why = "until needs an engine with decode_bytes"
+        if why is not None:
+            raise ValueError(f"request {request.key}: {why}")
         self._queue.add(request)
 
     def run(self) -> Iterator[Answer]:

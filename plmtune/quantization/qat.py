@@ -66,7 +66,6 @@ def insert_fake_quantize(model: Any, formats: Mapping[str, Format]) -> None:
                 new = FakeQuantizedEmbedding(held.num_embeddings, held.embedding_dim)
         new.weight = held.weight
         new.weight_fake_quantizer = WeightRounding(format)
-        new.original = (held,)  # a tuple, so that it is no submodule
         model.set_submodule(name, new.train(model.training))
     head = formats.get("tok_embeddings" if model.tied else "output")
     if head is not None and head.dynamic and not hasattr(model, "score"):
@@ -78,24 +77,6 @@ def insert_fake_quantize(model: Any, formats: Mapping[str, Format]) -> None:
 def _round_output(norm: Any, inputs: Any, out: Tensor) -> Tensor:
     rounded: Tensor = norm.head_input(out)
     return rounded
-
-
-def remove_fake_quantize(model: Any) -> dict[str, Format]:
-    """Undo `insert_fake_quantize`; return the formats with which `quantize.quantize` gives the same outputs."""
-    formats: dict[str, Format] = {}
-    replaced: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if hasattr(m, "original")]
-    for name, layer in replaced:
-        formats[name] = layer.weight_fake_quantizer.config
-        (held,) = layer.original
-        held.weight = layer.weight
-        if isinstance(held, nn.Linear):
-            held.bias = layer.bias
-        model.set_submodule(name, held.train(model.training))
-    if hasattr(model.norm, "head_input"):
-        del model.norm.head_input
-        for key in [key for key, hook in model.norm._forward_hooks.items() if hook is _round_output]:
-            del model.norm._forward_hooks[key]
-    return formats
 
 
 class _StraightThrough(torch.autograd.Function):

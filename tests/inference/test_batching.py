@@ -428,7 +428,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+            ({"batch_size": 0}, r"batch_size \(0\) must be at least 1"),
             ({"batch_size": 1, "temperature": -1.0}, r"temperature \(-1.0\) must be at least 0"),
             ({"batch_size": 1, "top_p": 0.0}, r"top_p \(0.0\) must be above 0 and at most 1"),
             ({"batch_size": 1, "min_p": 2.0}, r"min_p \(2.0\) must be at least 0 and at most 1"),
