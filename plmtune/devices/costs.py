@@ -187,11 +187,7 @@ def schemes_of(runtime: str) -> list[str]:
 
 
 def check_schemes(schemes: Sequence[str], runtimes: Sequence[str]) -> list[tuple[str, str]]:
-    """(runtime, scheme) for each that is possible.
-
-    Raises:
-        UserError: for an unknown runtime, or a scheme that none of them has.
-    """
+    """(runtime, scheme) for each that is possible."""
     for runtime in runtimes:
         if runtime not in RUNTIMES:
             raise UserError(f"There is no runtime {runtime}.{did_you_mean(runtime, RUNTIMES)}")

@@ -130,11 +130,7 @@ def builtin_devices() -> list[str]:
 
 
 def load_device(name: str) -> Device:
-    """Read a device by name (``pi5``) or from a file (``mine.yaml``).
-
-    Raises:
-        UserError: if there is none, or the file does not say what a device is.
-    """
+    """Read a device by name (``pi5``) or from a file (``mine.yaml``)."""
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
@@ -233,11 +229,7 @@ def _check_keys(found: Any, keys: tuple[str, ...], where: str) -> None:
 
 
 def save_device(device: Device, path: Path) -> None:
-    """Write a device as `load_device` reads it.
-
-    Raises:
-        UserError: if the file cannot be written.
-    """
+    """Write a device as `load_device` reads it."""
 
     def shown(value: float, unit: float) -> float:
         return float(f"{value / unit:.5g}")

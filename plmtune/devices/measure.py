@@ -42,9 +42,6 @@ class Options:
         bandwidth: bytes/s of this machine's memory; None: it is measured.
         device: of a PyTorch model; None: cuda where there is one, else the CPU.
         flash_attention: of llama.cpp, for a .gguf file; None: its own choice.
-
-    Raises:
-        ValueError: for impossible numbers.
     """
 
     contexts: Sequence[int] = (128, 2048)

@@ -10,11 +10,7 @@ from plmtune.io.figures import finish, look, new_figure, widen
 
 
 def draw(found: Sequence[Measurement], path: Path, title: str) -> None:
-    """Draw `found` into `path` (a PNG), and beside it the prompts' speed where some were read.
-
-    Raises:
-        UserError: if the file cannot be written.
-    """
+    """Draw `found` into `path` (a PNG), and beside it the prompts' speed where some were read."""
     lines: dict[str, list[Measurement]] = {}
     for entry in found:
         name = Path(entry.target).name if len(Path(entry.target).name) > 12 else entry.target

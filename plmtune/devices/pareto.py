@@ -34,9 +34,6 @@ def front(points: Sequence[Point]) -> list[Point]:
 def draw_front(points: Sequence[Point], path: Path, title: str) -> None:
     """Draw decode speed against peak memory, parameters as colour, the front ringed; some points, the ends among
     them, carry their number in the front's table.
-
-    Raises:
-        UserError: if the file cannot be written.
     """
     from matplotlib.colors import LogNorm
 
@@ -95,11 +92,7 @@ def _speed_label(points: Sequence[Point]) -> str:
 
 
 def draw_speeds(predictions: Sequence[Prediction], path: Path, title: str) -> None:
-    """Draw decode speed against context, a panel a device, a line a scheme, its error as a band.
-
-    Raises:
-        UserError: if the file cannot be written.
-    """
+    """Draw decode speed against context, a panel a device, a line a scheme, its error as a band."""
     devices = list(dict.fromkeys(prediction.device for prediction in predictions))
     figure = new_figure(4.6 * max(len(devices), 1.6), 5.2)
     panels = figure.subplots(1, len(devices), squeeze=False)[0]

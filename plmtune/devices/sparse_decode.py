@@ -66,9 +66,6 @@ def choose(model: Decoder, ids: Sequence[int] | Tensor, *, rounds: int = 5) -> l
 
     Returns:
         list[LayerChoice]: of each layer with squared ReLU whose `down` holds no integers; empty where there is none.
-
-    Raises:
-        ValueError: without ids.
     """
     found = squared_relus(model)
     text = torch.as_tensor(ids, device=model.device).view(1, -1)[:, : min(_LONGEST, model.max_seq_len)]

@@ -50,11 +50,7 @@ class Sweep:
 
 
 def vocabulary(cfg: Any) -> int:
-    """Rows of a config's vocabulary; Qwen2's, whose number is known, need not be at hand.
-
-    Raises:
-        UserError: if the tokenizer cannot be had.
-    """
+    """Rows of a config's vocabulary; Qwen2's, whose number is known, need not be at hand."""
     if cfg.tokenizer == Component("tokenizer", "qwen2", {"path": None}):
         return QWEN2_ROWS
     return int(compose.build("tokenizer", cfg.tokenizer).vocab_size)

@@ -81,9 +81,6 @@ def read_contents(path: Path, model: Decoder) -> Contents:
     Args:
         path: a .gguf, a .pte, or a directory in Hugging Face's form.
         model: what it was made from: whose names and layout the tensors are given in.
-
-    Raises:
-        UserError: if it is damaged.
     """
     form = form_of(path) if path.is_file() else ""
     if form == ".gguf":

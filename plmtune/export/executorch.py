@@ -112,11 +112,7 @@ def export_pte(
 
 
 def check_scheme(model: Decoder, scheme: str | None) -> None:
-    """Refuse formats that XNNPACK computes wrongly, and a scheme that is not the model's.
-
-    Raises:
-        UserError: with a remedy.
-    """
+    """Refuse formats that XNNPACK computes wrongly, and a scheme that is not the model's."""
     for name, module in model.layers.named_modules():
         if not isinstance(module, QuantizedLinear):
             continue

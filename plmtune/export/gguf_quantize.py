@@ -26,9 +26,6 @@ def quantize_gguf(source: Path, path: Path, kind: str, *, threads: int | None = 
         source: a file of F32, F16 or BF16.
         kind: one of `lint.QUANTIZED`, or a quantized one of `lint.WRITTEN` with llama.cpp's own mix.
         threads: None: as many as there are cores.
-
-    Raises:
-        UserError: if the disk has no room, or llama.cpp fails.
     """
     import llama_cpp
 

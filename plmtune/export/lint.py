@@ -77,11 +77,7 @@ def lint_deploy(config: Mapping[str, Any]) -> list[Finding]:
 
 
 def gguf_architecture(config: Mapping[str, Any]) -> Literal["plm", "llama"]:
-    """The architecture of GGUF that a model is.
-
-    Raises:
-        UserError: naming the part that none has.
-    """
+    """The architecture of GGUF that a model is."""
     attention, ffn, norm = (config[part]["component"] for part in ("attention", "ffn", "norm"))
     if attention not in ("mla", "gqa", "mha"):
         raise UserError(f"GGUF has no architecture with the attention {attention}; it has mla, gqa and mha.")

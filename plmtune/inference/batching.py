@@ -101,9 +101,6 @@ class BatchedGenerator:
         end_ids: an answer ends at each of these.
         num_tokens: ids from here on have no text and are never sampled.
         decode_bytes: returns the bytes of ids, of special tokens too; needed for requests with `until`.
-
-    Raises:
-        ValueError: for settings out of their range.
     """
 
     model: Decoder

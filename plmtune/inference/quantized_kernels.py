@@ -233,11 +233,7 @@ def matches_reference(name: str, format: Format, dtype: torch.dtype) -> bool:
 
 
 def use_kernel(module: Quantized, name: str) -> Quantized:
-    """Let a module always multiply by this kernel, in place.
-
-    Raises:
-        RuntimeError: if this processor's order of integers is unknown.
-    """
+    """Let a module always multiply by this kernel, in place."""
     if KERNELS[name].tiled and not module.tile and not to_tiles(module):
         raise RuntimeError("this processor's order of packed integers is unknown")
     if name == "int8_integer":

@@ -125,11 +125,7 @@ def check_sampling(
 
 
 def encode_stops(until: Sequence[str]) -> tuple[bytes, ...]:
-    """Return stop strings as bytes, because tokens may end inside a character.
-
-    Raises:
-        ValueError: for an empty one, which every text contains.
-    """
+    """Return stop strings, none of them empty, as bytes, because tokens may end inside a character."""
     if "" in until:
         raise ValueError("a stop string is empty: an answer would end before it begins")
     return tuple(stop.encode("utf-8", errors="replace") for stop in until)

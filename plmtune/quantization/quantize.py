@@ -60,11 +60,7 @@ def quantize(
 
 
 def build_on_meta(checkpoint: Path) -> Any:
-    """The model of a checkpoint on the meta device.
-
-    Raises:
-        UserError: if it is quantized.
-    """
+    """The model of a checkpoint, which must not be quantized, on the meta device."""
     if not holds_adapters(checkpoint) and "quantization_config" in read_json(checkpoint, CONFIG):
         raise UserError(f"{checkpoint} is quantized already. Quantize its original (quantize.json names it).")
     config = read_model_config(checkpoint)
@@ -73,11 +69,7 @@ def build_on_meta(checkpoint: Path) -> Any:
 
 
 def load_finite(checkpoint: Path, device: torch.device) -> Decoder:
-    """Load a checkpoint's model in fp32.
-
-    Raises:
-        UserError: if a weight is NaN or infinite.
-    """
+    """Load a checkpoint's model in fp32, and refuse weights that are not finite."""
     model: Decoder = load_model(checkpoint, device, torch.float32).eval()
     if names := not_finite(dict(model.named_parameters())):
         raise UserError(
@@ -143,9 +135,6 @@ def round_weight(
     Returns:
         q (int8 [out, in]; -128..127, -8..7, or 0..15 where there are zeros), scales (bf16 [out, groups]) and zeros
         (int8 [out, groups], or None of a symmetric format).
-
-    Raises:
-        UserError: if the weight holds NaN or infinity.
     """
     parts = []
     for rows in weight.split(max(1, _CHUNK // weight.shape[1])):

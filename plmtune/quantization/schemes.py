@@ -118,11 +118,7 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def candidates(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """`shapes` of the matrices that can be quantized.
-
-    Raises:
-        ValueError: if the model is quantized.
-    """
+    """`shapes` of the matrices that can be quantized, none of which is."""
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
             raise ValueError(f"the model is quantized already ({name} is {module.format.name}): take the one before")

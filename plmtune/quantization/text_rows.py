@@ -43,11 +43,7 @@ class TextRows:
 
 
 def text_sources(data: Any) -> dict[str, Source]:
-    """The sources of a `data` component by name.
-
-    Raises:
-        UserError: for data that is no text.
-    """
+    """The sources of a `data` component by name."""
     sources = named_sources(data)
     for name, source in sources.items():
         refuse_other_kinds(name, source, (Source,))
@@ -71,9 +67,6 @@ def read_rows(
         seq_len: tokens a row.
         calibration_tokens, test_tokens: rounded up to whole rows.
         mix_tokens: rounded down, to one row at least; 0: none.
-
-    Raises:
-        UserError: if the data has fewer rows.
     """
     calibration, test = (-(-n // seq_len) for n in (calibration_tokens, test_tokens))
     mix = max(1, mix_tokens // seq_len) if mix_tokens else 0

@@ -65,11 +65,7 @@ def open_runtime(
 
 
 def choose_runtime(path: Path, prefer: RuntimeName | None = None) -> RuntimeName:
-    """The runtime that opens a file or directory.
-
-    Raises:
-        UserError: if nothing serves it, or a package is missing.
-    """
+    """The runtime that opens a file or directory."""
     serving = _serving(path)
     if prefer is not None and prefer not in serving:
         unknown = "" if prefer in get_args(RuntimeName) else did_you_mean(prefer, get_args(RuntimeName))

@@ -18,11 +18,7 @@ from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
 
 def read_facts(path: Path) -> tuple[int, int, list[str]]:
-    """Read the JSON beside a .pte file: rows of the vocabulary, positions of the cache, formats of the numbers.
-
-    Raises:
-        UserError: if there is none, or it is not ours.
-    """
+    """Read the JSON beside a .pte file: rows of the vocabulary, positions of the cache, formats of the numbers."""
     beside = path.with_name(f"{path.name}.json")
     if not beside.is_file():
         raise UserError(f"{path} lacks {beside.name} beside it, which holds the size of its vocabulary. Copy it too.")
