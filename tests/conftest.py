@@ -2,12 +2,22 @@
 
 import gc
 import multiprocessing
+import os
+import sys
+
+# Compiled test modules and the package are kept beside their sources, for the next run and for each process of a test.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 PRELOADED = ["plmtune.recipes.pretrain", "plmtune.training.plot", "torch.distributed.fsdp"]
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported by now out of every garbage collection, and let forked processes have it imported."""
+    """Compose fast, leave what is imported by now out of every garbage collection, let forked processes have it."""
+    import composing  # the first import of Hydra in a process that collects no test of a config
+
+    composing.read_once()
+    composing.merge_once()
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)

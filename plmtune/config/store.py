@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -57,8 +56,9 @@ def _option_node(chosen: Component) -> DictConfig:
         raise UserError(f"{chosen.group} {chosen.name}: its signature cannot be a schema ({error}).") from error
 
 
-def _schema_node(recipe: str) -> DictConfig:
-    return OmegaConf.structured(plain_schema(typing.cast(Any, SCHEMAS[recipe])))
+@cache
+def _schema_node(schema: Any) -> DictConfig:
+    return OmegaConf.structured(plain_schema(schema))
 
 
 class _Later(ConfigNode):
@@ -83,8 +83,8 @@ def _store_later(name: str, make: Callable[[], DictConfig], group: str | None = 
 
 def store_components() -> None:
     """Fill Hydra's store with the schemas and with every component, those of a user (--import) included."""
-    for recipe in SCHEMAS:
-        _store_later(f"{recipe}_schema", partial(_schema_node, recipe))
+    for recipe, schema in SCHEMAS.items():
+        _store_later(f"{recipe}_schema", partial(_schema_node, schema))
     components = frozenset((group, name) for group, table in describe_components().items() for name in table)
     _store_groups(frozenset(component_keys()), components)
 
