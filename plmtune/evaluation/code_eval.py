@@ -8,7 +8,6 @@ import importlib
 import math
 import sys
 import types
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,12 +24,10 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     The unbiased estimator of arXiv 2107.03374, eq. 1.
 
     Raises:
-        ValueError: if there are fewer than k samples, or more right ones than samples.
+        ValueError: if there are fewer than k samples.
     """
     if not 0 < k <= num_samples:
         raise ValueError(f"pass@{k} needs k from 1 to the number of samples, which is {num_samples}")
-    if not 0 <= num_correct <= num_samples:
-        raise ValueError(f"{num_correct} right samples of {num_samples} cannot be")
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
@@ -38,20 +35,13 @@ class CodeRunner:
     """Runs programs against their tests, as many at a time as there are cores.
 
     A program with its tests runs only once.
+
+    Args:
+        isolation: "limits" has no namespaces: see `protection`.
+        seconds: wall-clock limit of one program with its tests.
     """
 
     def __init__(self, isolation: Isolation = "namespaces", seconds: float = SECONDS) -> None:
-        """Set how programs are run.
-
-        Args:
-            isolation: "limits" has no namespaces: see `protection`.
-            seconds: wall-clock limit of one program with its tests.
-
-        Raises:
-            ValueError: if seconds is not positive.
-        """
-        if seconds <= 0:
-            raise ValueError(f"seconds must be positive, but is {seconds:g}")
         self.isolation: Isolation = isolation
         self.seconds = seconds
         self._known: dict[tuple[str, str], Result] = {
@@ -59,10 +49,7 @@ class CodeRunner:
         }
 
     def compute(
-        self,
-        references: Sequence[str],
-        predictions: Sequence[Sequence[str]],
-        k: Sequence[int] = (1, 10, 100),
+        self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1, 10, 100)
     ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
         """Return ({"pass@k": mean over problems}, {problem: [(number of the program, its result)]}).
 
@@ -80,19 +67,16 @@ class CodeRunner:
         for problem, programs in enumerate(predictions):
             if isinstance(programs, str) or not programs:
                 raise ValueError(f"problem {problem} needs a list of at least one program, but has {programs!r:.80}")
-        pairs = zip(references, predictions, strict=True)
-        self.run([(program, tests) for tests, programs in pairs for program in programs])
-        details: dict[int, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
-        for problem, (tests, programs) in enumerate(zip(references, predictions, strict=True)):
-            for number, program in enumerate(programs):
-                ended = self._known[program, tests]
-                fact = {
-                    "task_id": problem,
-                    "passed": ended.passed,
-                    "result": "passed" if ended.passed else f"failed: {ended.reason}",
-                    "completion_id": number,
-                }
-                details[problem].append((number, fact))
+        problems = list(zip(references, predictions, strict=True))
+        self.run([(program, tests) for tests, programs in problems for program in programs])
+        details: dict[int, list[tuple[int, dict[str, Any]]]] = {}
+        for problem, (tests, programs) in enumerate(problems):
+            ended = [self._known[program, tests] for program in programs]
+            said = [(one.passed, "passed" if one.passed else f"failed: {one.reason}") for one in ended]
+            details[problem] = [
+                (number, {"task_id": problem, "passed": passed, "result": result, "completion_id": number})
+                for number, (passed, result) in enumerate(said)
+            ]
         counts = [(len(facts), sum(fact["passed"] for _, fact in facts)) for facts in details.values()]
         scores = {
             f"pass@{each}": sum(pass_at_k(n, c, each) for n, c in counts) / len(counts)
@@ -121,29 +105,28 @@ class CodeRunner:
         """
         before = sys.modules.get("evaluate")
         stand_in = types.ModuleType("evaluate")
-        lasts = True
 
         def load(path: str, *args: Any, **settings: Any) -> Any:
+            nonlocal before
             if path == "code_eval":
                 return self
-            nonlocal before
             if before is None:
-                if sys.modules.get("evaluate") is stand_in:
+                replaced = sys.modules.get("evaluate") is stand_in
+                if replaced:
                     del sys.modules["evaluate"]
                 try:
                     before = importlib.import_module("evaluate")
                 finally:
-                    if lasts:
+                    if replaced:
                         sys.modules["evaluate"] = stand_in
             return before.load(path, *args, **settings)
 
-        stand_in.load = load  # type: ignore[attr-defined]
+        vars(stand_in)["load"] = load
         sys.modules["evaluate"] = stand_in
         try:
             yield
         finally:
-            lasts = False
-            sys.modules.pop("evaluate", None)
+            del sys.modules["evaluate"]
             if before is not None:
                 sys.modules["evaluate"] = before
 

@@ -17,6 +17,7 @@ from plmtune.evaluation.local_data import LocalData
 from plmtune.evaluation.result_cache import ResultCache
 from plmtune.evaluation.tasks import Tasks
 from plmtune.models.digest import model_digest
+from plmtune.modules.attributes import eval_mode
 from plmtune.modules.decoder import Decoder
 from plmtune.tokenizers.chat_template import find_template
 from plmtune.tokenizers.tokenizer import Tokenizer
@@ -81,13 +82,18 @@ class Evaluations:
             Whether all tasks are measured; False if a signal asks the run to stop.
         """
         with monitor.paused():
-            measured = self._measure(model, runtime, directory, step, monitor)
+            # Results of bf16 weights differ from those of fp32 weights computed in bf16.
+            digest = f"{model_digest(model)} {runtime.compute_dtype}"
+            file = results.step_file(directory, step)
+            measured = distributed.broadcast_from_rank0(lambda: self._known(file, digest)) or self._measure(
+                model, runtime, directory, step, monitor, digest
+            )
         if measured:
             monitor.log(step, measured)
         return measured is not None
 
     def _measure(
-        self, model: Decoder, runtime: Runtime, directory: Path, step: int, monitor: RunMonitor
+        self, model: Decoder, runtime: Runtime, directory: Path, step: int, monitor: RunMonitor, digest: str
     ) -> dict[str, float] | None:
         """Return the values to log, the same on every rank; None when asked to stop."""
         file = results.step_file(directory, step)
@@ -98,15 +104,9 @@ class Evaluations:
             if runtime.world_size == 1 and monitor.should_stop():
                 raise _Stopped
 
-        # Results of bf16 weights differ from those of fp32 weights computed in bf16.
-        digest = f"{model_digest(model)} {runtime.compute_dtype}"
-        if known := distributed.broadcast_from_rank0(lambda: self._known(file, digest)):
-            return dict(known)
         assert self.tokenizer is not None
-        training = model.training
-        model.eval()
         # lm-eval seeds the generators that training uses.
-        with preserve_random_state(runtime.device), runtime.autocast():
+        with preserve_random_state(runtime.device), runtime.autocast(), eval_mode(model):
             torch.use_deterministic_algorithms(False)  # sampling has no deterministic kernel on a GPU
             try:
                 with ResultCache(pending) as cache:
@@ -121,25 +121,12 @@ class Evaluations:
                         max_new_tokens=self.settings.max_new_tokens,
                         log=monitor.message,
                     )
-                    about = {
-                        **evaluate.describe_model(directory.name, directory, model, digest),
-                        "step": step,
-                        "run": str(directory),
-                    }
+                    about = evaluate.describe_model(directory.name, directory, model, digest, directory, step)
                     result = evaluate.evaluate(
-                        lm,
-                        self.tasks,
-                        self.loaded,
-                        self.settings,
-                        about=about,
-                        failed={},
-                        file=file,
-                        log=monitor.message,
+                        lm, self.tasks, self.loaded, self.settings, about=about, failed={}, file=file
                     )
             except _Stopped:
                 return None
-            finally:
-                model.train(training)
         for old in pending.parent.glob(f"{pending.name}*"):
             old.unlink()
         with contextlib.suppress(OSError):  # other ranks are not done

@@ -19,7 +19,7 @@ from lm_eval.api.model import LM
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 from plmtune.errors import UserError
-from plmtune.evaluation import lm_eval_output, results
+from plmtune.evaluation import results
 from plmtune.evaluation.language_model import LanguageModel
 from plmtune.evaluation.model_facts import run_of
 from plmtune.evaluation.result_cache import ResultCache
@@ -130,9 +130,11 @@ def evaluate_checkpoint(
             f"{directory}: its tokenizer has {tokenizer.num_tokens:,} tokens, its model rows for "
             f"{model.vocab_size:,}. They are not of one model."
         )
-    digest = model_digest(model)
+    run, step = run_of(directory) or (None, None)
+    # pretrain-20261121-101500-step500, or the checkpoint's folder
+    name = f"{run.parent.name}-{run.name}-step{step}" if run else model_name(directory)
+    about = describe_model(name, path, model, model_digest(model), run, step)
     prepack(model)
-    name = _name(directory)
     file = out / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
     out.mkdir(parents=True, exist_ok=True)
     most = settings.max_new_tokens
@@ -141,23 +143,19 @@ def evaluate_checkpoint(
             f"--max-new-tokens {most:,} must be below the context of {path}, {model.max_seq_len:,} tokens, which holds "
             "the question, too."
         )
-    with ResultCache(out / "cache" / f"{digest[:16]}.sqlite") as cache:
+    with ResultCache(out / "cache" / f"{about['digest'][:16]}.sqlite") as cache:
         lm = LanguageModel(
             model,
             tokenizer,
             batch_size=settings.batch_size,
             template=template,
             cache=cache,
-            digest=digest,
+            digest=about["digest"],
             progress=progress,
             max_new_tokens=most,
             log=log,
         )
-        described = describe_model(name, path, model, digest)
-        if place := run_of(directory):
-            described |= {"run": str(place[0]), "step": place[1]}
-        result = evaluate(lm, tasks, loaded, settings, about=described, failed=failed, file=file, log=log)
-    return result, file
+        return evaluate(lm, tasks, loaded, settings, about=about, failed=failed, file=file), file
 
 
 def evaluate(
@@ -169,7 +167,6 @@ def evaluate(
     about: Mapping[str, Any],
     failed: Mapping[str, str],
     file: Path,
-    log: Log,
 ) -> dict[str, Any]:
     """Evaluate one task after the other, and write the result after each."""
     result: dict[str, Any] = {
@@ -193,7 +190,7 @@ def evaluate(
         start, cut = time.perf_counter(), lm.num_truncated
         try:
             raw = run_task(lm, tasks, task, settings)
-            measured = lm_eval_output.collect(raw) if raw else ({}, {}, {})
+            found, groups, samples = results.collect(raw) if raw else ({}, {}, {})
         except MemoryError:
             raise
         except Exception as error:
@@ -201,21 +198,22 @@ def evaluate(
             if lm.world_size > 1:  # the others wait for this one
                 raise
             result["failed"][name] = _in_words(error)
-            log(f"{name}: {result['failed'][name]}")
-            measured = {}, {}, {}
+            lm.log(f"{name}: {result['failed'][name]}")
+            found, groups, samples = {}, {}, {}
         seconds = time.perf_counter() - start
         truncated = sum(lm.gather_object(lm.num_truncated - cut) or ())
         if truncated:
-            log(f"{name}: {truncated:,} requests were longer than the model's context and lost their beginning")
+            lm.log(f"{name}: {truncated:,} requests were longer than the model's context and lost their beginning")
         built = _flat(tasks, task)["tasks"]
-        for inner, entry in measured[0].items():
+        for inner, entry in found.items():
             entry["data"] = _data(tasks, inner, built[inner])
-        for entry in (*measured[0].values(), *measured[1].values()):
+        for entry in (*found.values(), *groups.values()):
             # Tasks of a group are measured together: the time is the group's.
-            alone = len(measured[0]) == 1 or entry is measured[1].get(name)
+            alone = len(found) == 1 or entry is groups.get(name)
             entry |= {"seconds": round(seconds, 2) if alone else None, "truncated": truncated if alone else None}
-        for key, part in zip(("tasks", "groups", "samples"), measured, strict=True):
-            result[key] |= part
+        result["tasks"] |= found
+        result["groups"] |= groups
+        result["samples"] |= samples
         result["seconds"] = round(time.perf_counter() - began, 2)
         result["status"] = "complete" if name == list(loaded)[-1] else "partial"
         if lm.rank == 0:
@@ -282,16 +280,18 @@ def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
 
 
-def describe_model(name: str, path: str | Path, model: Decoder, digest: str) -> dict[str, Any]:
-    """Return the description of a model for a result; the caller sets step and run."""
+def describe_model(
+    name: str, path: str | Path, model: Decoder, digest: str, run: Path | None = None, step: int | None = None
+) -> dict[str, Any]:
+    """Return the description of a model for a result."""
     return {
         "name": name,
         "path": str(path),
         "digest": digest,
         "parameters": model.num_parameters,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "step": None,
-        "run": None,
+        "step": step,
+        "run": None if run is None else str(run),
     }
 
 
@@ -305,12 +305,3 @@ def _data(tasks: Tasks, name: str, task: Any) -> str:
         path = f"{path}@{kwargs['revision']}"
     named = (path, task.get_config("dataset_name"))
     return " ".join(str(part) for part in (*named, given) if part)
-
-
-def _name(directory: Path) -> str:
-    """Return a checkpoint's name for tables and files: pretrain-20261121-101500-step500, or its folder."""
-    place = run_of(directory)
-    if place is None:
-        return model_name(directory)
-    run, step = place
-    return f"{run.parent.name}-{run.name}-step{step}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +13,10 @@ import xxhash
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from plmtune.errors import UserError
+from plmtune.evaluation.perplexity import windows
 from plmtune.evaluation.result_cache import ResultCache, key
 from plmtune.evaluation.scoring import Item, NotFinite, Scorer
 from plmtune.evaluation.writing import Prompt, Writer
@@ -225,18 +225,17 @@ class LanguageModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Return the log-probability of each text, every token predicted once, in windows of the model's context."""
-        windows: list[Item] = []
+        items: list[Item] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
             (text,) = request.args
             ids = self.tok_encode(text, add_special_tokens=False)
             # lm-eval's `hf` puts bos before a text and again before its first window.
             ids = ids[1:] if self.tokenizer.adds_bos and ids[:1] == [self.prefix_token_id] else ids
-            cut = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-            windows += [Item(*make_disjoint_window(window)) for window in cut]
-            owners += [number] * (len(windows) - len(owners))
+            items += [item for _, item in windows(ids, self.prefix_token_id, self.max_length, self.max_length)]
+            owners += [number] * (len(items) - len(owners))
         sums = [0.0] * len(requests)
-        scores = self._score("loglikelihood_rolling", windows, [requests[owner] for owner in owners])
+        scores = self._score("loglikelihood_rolling", items, [requests[owner] for owner in owners])
         for owner, (log_prob, _) in zip(owners, scores, strict=True):
             sums[owner] += log_prob
         return sums
@@ -251,7 +250,7 @@ class LanguageModel(TemplateLM):
             self._encode_ahead((request.args[0], 0) for request in chunk)
             for index, request in enumerate(chunk, start):
                 context, settings = request.args
-                options = self._options(settings, _place(request, index), request.task_name or "A task")
+                options = self._options(settings, _place(requests, index), request.task_name or "A task")
                 room = self.max_length - options["max_new_tokens"]
                 tokens = self.tok_encode(context) or [self.prefix_token_id]
                 self.num_truncated += len(tokens) > room
@@ -264,17 +263,7 @@ class LanguageModel(TemplateLM):
                 prompts.append(Prompt(tokens, **(options | {"until": tuple(options["until"])}), seed=seed))
                 keys.append(key(held.hex(), seed) if drawn else held)
         self._encoded = {}
-        firsts, found = self._known(keys)
-        order = list(firsts)
-        known = {number for number, held in enumerate(order) if held in found}
-        self.progress("generate_until", len(found), len(order))
-        try:
-            for number, written in self._writer.write([prompts[firsts[held]] for held in order], known):
-                self._keep({order[number]: written.text}, found)
-                self.progress("generate_until", len(found), len(order))
-        except NotFinite as error:
-            raise _not_finite(_place(requests[firsts[order[error.index]]], error.index)) from error
-        return [found[held] for held in keys]
+        return self._answer("generate_until", requests, keys, prompts, self._write)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -293,46 +282,58 @@ class LanguageModel(TemplateLM):
     def _score(self, kind: str, items: Sequence[Item], requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Score items of `requests`, which messages name."""
 
-        def place(index: int) -> str:
-            return _place(requests[index] if requests else None, index)
-
         for index, item in enumerate(items):
             if not 0 < len(item.continuation) <= self.max_length:
                 raise UserError(
-                    f"{place(index)}: its answer has {len(item.continuation):,} tokens; from 1 to "
+                    f"{_place(requests, index)}: its answer has {len(item.continuation):,} tokens; from 1 to "
                     f"{self.max_length:,}, the model's context, can be scored."
                 )
             self.num_truncated += len(item.context) + len(item.continuation) > self.max_length + 1
         keys = [key(self._base, "loglikelihood", _hash(item.context), _hash(item.continuation)) for item in items]
-        firsts, found = self._known(keys)
-        order = list(firsts)
         if self.batch_size is not None:
             # `batch_size` of the longest rows, so that the memory is that of `hf`.
             longest = max((len(item.context) + len(item.continuation) for item in items), default=1)
             self._scorer.token_budget = self.batch_size * min(longest, self.max_length)
+        found = self._answer(kind, requests, keys, items, self._scorer.score)
+        return [(log_prob, greedy) for log_prob, greedy in found]
+
+    def _write(self, prompts: Sequence[Prompt], known: Collection[int]) -> Iterator[list[tuple[int, str]]]:
+        return ([(number, written.text)] for number, written in self._writer.write(prompts, known))
+
+    def _answer(
+        self,
+        kind: str,
+        requests: Sequence[Instance],
+        keys: Sequence[bytes],
+        inputs: Sequence[Any],
+        compute: Callable[..., Iterator[list[tuple[int, Any]]]],
+    ) -> list[Any]:
+        """Return the answer to each input. Inputs with equal keys have one answer, which is in the cache afterwards.
+
+        Args:
+            compute: called with the distinct inputs and the numbers of those that the cache knows; yields the numbers
+                and answers of a batch.
+        """
+        firsts = {held: index for index, held in reversed(list(enumerate(keys)))}
+        order = list(dict.fromkeys(keys))
+        found = self.cache.get(order) if self.cache is not None else {}
+        self.num_known += len(found)
         known = {number for number, held in enumerate(order) if held in found}
         self.progress(kind, len(found), len(order))
         try:
-            for batch in self._scorer.score([items[firsts[held]] for held in order], known):
-                self._keep({order[number]: [score.log_prob, score.greedy] for number, score in batch}, found)
+            for batch in compute([inputs[firsts[held]] for held in order], known):
+                values = {order[number]: value for number, value in batch}
+                if self.cache is not None:
+                    self.cache.put(values)
+                found |= values
                 self.progress(kind, len(found), len(order))
         except NotFinite as error:
-            raise _not_finite(place(firsts[order[error.index]])) from error
-        return [(found[held][0], found[held][1]) for held in keys]
-
-    def _known(self, keys: Sequence[bytes]) -> tuple[dict[bytes, int], dict[bytes, Any]]:
-        """Return the first index of each key, and the cached values."""
-        firsts: dict[bytes, int] = {}
-        for index, held in enumerate(keys):
-            firsts.setdefault(held, index)
-        found = self.cache.get(list(firsts)) if self.cache is not None else {}
-        self.num_known += len(found)
-        return firsts, found
-
-    def _keep(self, values: Mapping[bytes, Any], found: dict[bytes, Any]) -> None:
-        if self.cache is not None:
-            self.cache.put(values)
-        found.update(values)
+            raise UserError(
+                f"{_place(requests, firsts[order[error.index]])}: the model's logits are not numbers (NaN). Its "
+                "weights are damaged or its training diverged: take an earlier checkpoint, or one computed in fp32 if "
+                "this one is in half precision."
+            ) from error
+        return [found[held] for held in keys]
 
     def _length(self, asked: int, task: str) -> int:
         """Return the longest answer for a task that asks for `asked` tokens."""
@@ -395,15 +396,8 @@ def _hash(ids: Sequence[int]) -> str:
     return xxhash.xxh3_128_hexdigest(array("I", ids).tobytes())
 
 
-def _place(request: Instance | None, index: int) -> str:
+def _place(requests: Sequence[Instance], index: int) -> str:
     """Return the task and document of a request, for a person."""
-    if request is None or request.task_name is None:
+    if not requests or requests[index].task_name is None:
         return f"Request {index}"
-    return f"Task {request.task_name}, document {request.doc_id}"
-
-
-def _not_finite(place: str) -> UserError:
-    return UserError(
-        f"{place}: the model's logits are not numbers (NaN). Its weights are damaged or its training diverged: "
-        "take an earlier checkpoint, or one computed in fp32 if this one is in half precision."
-    )
+    return f"Task {requests[index].task_name}, document {requests[index].doc_id}"

@@ -1,11 +1,13 @@
-"""Result files of evaluations: one JSON file each.
+"""Result files of evaluations: one JSON file each, made of lm-eval's output.
 
 docs/results.md has the file's schema.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +31,7 @@ _PACKAGES = ("plmtune", "torch", "lm_eval", "tokenizers", "numpy")
 HOW_TO_MAKE = "Make results in evaluations/: plmtune eval CHECKPOINT --suite quick"
 _CHECKSUM = "xxh3_128"
 _END = re.compile(rb',\n "[^"]{8}": "[^"]{32}"\n\}\n$')
+_PROMPTS_KEPT = 3  # of each task, for a person to read
 # Keys of a result file that must hold objects.
 _OBJECTS = ("model", "settings", "environment", "tasks", "groups", "failed", "samples")
 
@@ -44,6 +47,101 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "precision": str(dtype).removeprefix("torch."),
     }
+
+
+def collect(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Return (tasks, groups, samples) of lm-eval's output for a result file.
+
+    Args:
+        raw: with its samples (log_samples=True).
+    """
+
+    def entry(name: str, found: Mapping[str, Any], **counts: Any) -> dict[str, Any]:
+        return {
+            "version": _plain(raw["versions"].get(name)),
+            "num_fewshot": raw["n-shot"].get(name),
+            **counts,
+            "metrics": _metrics(found, raw["higher_is_better"].get(name) or {}),
+        }
+
+    samples = {task: _samples(rows) for task, rows in (raw.get("samples") or {}).items()}
+    tasks, groups = {}, {}
+    for name in raw["configs"]:
+        number, prompts = raw["n-samples"][name], _prompts_hash(samples.get(name, []))
+        counts = {"samples": number["effective"], "documents": number["original"], "prompt_hash": prompts}
+        tasks[name] = entry(name, raw["results"][name], **counts)
+    for name, found in (raw.get("groups") or {}).items():
+        members = list(raw["group_subtasks"][name])
+        groups[name] = entry(name, found, samples=found.get("sample_len"), tasks=members)
+    return tasks, groups, samples
+
+
+def _samples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Join lm-eval's rows, one a document and filter, to one row a document."""
+    found: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        entry = found.get(row["doc_id"])
+        if entry is None:
+            entry = found[row["doc_id"]] = {
+                "id": row["doc_id"],
+                "doc_hash": row["doc_hash"],
+                "prompt_hash": row["prompt_hash"],
+                "target": _plain(row["target"]),
+                # A request has one answer, unless the task repeats it.
+                "responses": [_plain(one[0] if len(one) == 1 else one) for one in row["resps"]],
+                "metrics": {},
+            }
+            if len(found) <= _PROMPTS_KEPT:
+                entry["prompt"] = str(row["arguments"][0][0])
+        filtered = [_plain(one) for one in row["filtered_resps"]]
+        if filtered != entry["responses"]:
+            entry.setdefault("filtered", {})[row["filter"]] = filtered
+        for metric in row["metrics"]:
+            entry["metrics"][f"{metric},{row['filter']}"] = _number(row[metric])
+    return [found[index] for index in sorted(found)]
+
+
+def _prompts_hash(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return one hash of all prompts of a task, for comparing evaluations."""
+    if not rows:
+        return None
+    text = "".join(f"{row['doc_hash']} {row['prompt_hash']}\n" for row in rows)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _metrics(found: Mapping[str, Any], better: Mapping[str, bool | None]) -> dict[str, Any]:
+    metrics = {}
+    for key, value in found.items():
+        metric, comma, chosen_by = key.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue  # name, alias, sample_len; errors are read below
+        stderr = _plain(found.get(f"{metric}_stderr,{chosen_by}"))
+        metrics[key] = {
+            "value": _number(value),
+            "stderr": stderr if isinstance(stderr, float) else None,  # "N/A" where there is none
+            "higher_is_better": better.get(metric),
+        }
+    return metrics
+
+
+def _number(value: Any) -> Any:
+    plain = _plain(value)
+    return float(plain) if isinstance(plain, bool | int) else plain
+
+
+def _plain(value: Any) -> Any:
+    """Convert `value` for JSON; NaN becomes null."""
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # numpy's and torch's scalars
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(one) for one in value]
+    return str(value)
 
 
 def save(result: Mapping[str, Any], path: Path) -> None:
@@ -163,38 +261,34 @@ def _check_whole(data: bytes, result: dict[str, Any]) -> None:
 
 def _check(result: dict[str, Any]) -> None:
     """Check the structure of a result for all later readers; ValueError names the wrong key."""
+
+    def need(right: bool, otherwise: str) -> None:
+        if not right:
+            raise ValueError(otherwise)
+
     for key in _OBJECTS:
-        if not isinstance(result.get(key), dict):
-            raise ValueError(f"its key {key} holds no object")
-    if result.get("status") not in ("complete", "partial"):
-        raise ValueError("its key status is neither complete nor partial")
-    for part in ("tasks", "groups"):
-        for name, entry in result[part].items():
-            where = f"{part}.{name}"
-            if not isinstance(entry, dict) or not isinstance(entry.get("metrics"), dict):
-                raise ValueError(f"{where} has no metrics")
-            if part == "groups" and not _are(entry.get("tasks"), str):
-                raise ValueError(f"{where}.tasks is no list of names")
-            for metric, found in entry["metrics"].items():
-                if not isinstance(found, dict) or "value" not in found:
-                    raise ValueError(f"{where}.metrics.{metric} has no value")
-                if not all(_is_number(found.get(key)) for key in ("value", "stderr")):
-                    raise ValueError(f"{where}.metrics.{metric} holds what is no finite number")
-                if found.get("higher_is_better") not in (True, False, None):
-                    raise ValueError(f"{where}.metrics.{metric}.higher_is_better is neither true, false nor null")
-            if not isinstance(entry.get("samples"), int | None):
-                raise ValueError(f"{where}.samples is no count")
+        need(isinstance(result.get(key), dict), f"its key {key} holds no object")
+    need(result.get("status") in ("complete", "partial"), "its key status is neither complete nor partial")
+    entries = {f"{part}.{name}": entry for part in ("tasks", "groups") for name, entry in result[part].items()}
+    for place, entry in entries.items():
+        need(isinstance(entry, dict) and isinstance(entry.get("metrics"), dict), f"{place} has no metrics")
+        need(place.startswith("tasks") or _are(entry.get("tasks"), str), f"{place}.tasks is no list of names")
+        need(isinstance(entry.get("samples"), int | None), f"{place}.samples is no count")
+        for metric, found in entry["metrics"].items():
+            where = f"{place}.metrics.{metric}"
+            need(isinstance(found, dict) and "value" in found, f"{where} has no value")
+            numbers = [found[key] for key in ("value", "stderr") if found.get(key) is not None]
+            # JSON's integers have no bounds, floats do.
+            finite = all(isinstance(one, int | float) and abs(one) <= sys.float_info.max for one in numbers)
+            need(finite, f"{where} holds what is no finite number")
+            better = found.get("higher_is_better")
+            need(better in (True, False, None), f"{where}.higher_is_better is neither true, false nor null")
     for task, rows in result["samples"].items():
-        if not _are(rows, dict) or not all(isinstance(row.get("metrics"), dict) for row in rows):
-            raise ValueError(f"samples.{task} is no list of samples with metrics")
-        if not all(isinstance(row.get(key), str) for row in rows for key in ("doc_hash", "prompt_hash")):
-            raise ValueError(f"samples.{task} has a sample without doc_hash or prompt_hash")
+        whole = _are(rows, dict) and all(isinstance(row.get("metrics"), dict) for row in rows)
+        need(whole, f"samples.{task} is no list of samples with metrics")
+        named = all(isinstance(row.get(key), str) for row in rows for key in ("doc_hash", "prompt_hash"))
+        need(named, f"samples.{task} has a sample without doc_hash or prompt_hash")
 
 
 def _are(values: Any, kind: type) -> bool:
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)
-
-
-def _is_number(value: Any) -> bool:
-    # JSON's integers have no bounds, floats do.
-    return value is None or (isinstance(value, int | float) and abs(value) <= sys.float_info.max)

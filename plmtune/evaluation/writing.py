@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from plmtune.errors import UserError
 from plmtune.evaluation.scoring import NotFinite, out_of_memory
 from plmtune.inference import batching
-from plmtune.inference.batching import Answer, BatchedGenerator, FinishReason
+from plmtune.inference.batching import BatchedGenerator, FinishReason
 from plmtune.inference.request_queue import Request
 from plmtune.inference.sampling import before_stop, check_sampling, encode_stops
 from plmtune.training.machine import available_memory
@@ -25,9 +25,6 @@ _SHARE = 0.5
 # With more rows the time of a step grows in proportion.
 _MOST_ROWS = {"cpu": 32}
 _MOST_ROWS_ELSEWHERE = 256
-
-
-Sampling = tuple[float, int | None, float | None, float | None, float]
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,10 @@ class Prompt:
     seed: int = 0
 
     @property
-    def sampling(self) -> Sampling:
-        return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+    def sampling(self) -> dict[str, Any]:
+        """The settings that prompts of one batch share."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,8 @@ class Writer:
             NotFinite: where the model gives NaN.
         """
         known = frozenset(known)
-        return self._write(prompts, [self._request(i, prompt) for i, prompt in enumerate(prompts) if i not in known])
+        requests = {i: self._request(i, prompt) for i, prompt in enumerate(prompts) if i not in known}
+        return self._write(prompts, requests)
 
     def _request(self, index: int, prompt: Prompt) -> Request:
         limit = self.model.max_seq_len
@@ -116,22 +116,32 @@ class Writer:
         if len(prompt.tokens) == 0:
             raise ValueError(f"prompt {index} is empty: at least one token is needed to start from")
         try:
-            check_sampling(*prompt.sampling)
+            check_sampling(**prompt.sampling)
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from error
         until = encode_stops([text for text in prompt.until if text])
         tokens = prompt.tokens[-(limit - prompt.max_new_tokens) :]
         return Request(str(index), tokens, prompt.max_new_tokens, prompt.seed, until)
 
-    def _write(self, prompts: Sequence[Prompt], requests: list[Request]) -> Iterator[tuple[int, Written]]:
-        device = self.model.device
-        waiting = {int(request.key): request for request in requests}
-        for sampling in dict.fromkeys(prompts[index].sampling for index in waiting):
+    def _write(self, prompts: Sequence[Prompt], waiting: dict[int, Request]) -> Iterator[tuple[int, Written]]:
+        while waiting:
+            sampling = prompts[next(iter(waiting))].sampling
             batch = {index: request for index, request in waiting.items() if prompts[index].sampling == sampling}
-            rows = self.batch_size or self._rows(list(batch.values()))
+            waiting = {index: request for index, request in waiting.items() if index not in batch}
+            rows = self.batch_size or self._rows(batch.values())
             while batch:
+                engine = BatchedGenerator(
+                    self.model,
+                    batch_size=min(rows, len(batch)),
+                    end_ids=self.end_ids,
+                    num_tokens=self.tokenizer.num_tokens,
+                    decode_bytes=self.tokenizer.decode_bytes,
+                    **sampling,
+                )
+                for request in batch.values():
+                    engine.submit(request)
                 try:
-                    for answer in self._run(batch.values(), rows, sampling):
+                    for answer in engine.run():
                         index = int(answer.key)
                         del batch[index]
                         ids = [token for token in answer.tokens if token not in self._silent]
@@ -145,33 +155,16 @@ class Writer:
                     if rows == 1:
                         raise UserError(
                             f"Memory does not suffice for one prompt of {len(next(iter(batch.values())).tokens):,} "
-                            f"tokens on {device}. End other programs, or load the model with a smaller dtype."
+                            f"tokens on {self.model.device}. End other programs, or load the model with a smaller "
+                            "dtype."
                         ) from error
                     # Unfinished answers start again; with their seeds they are the same.
                     rows = min(rows // 2, len(batch))
-                # Only here is the exception released, which holds the engine's memory.
-                if device.type == "cuda":
+                del engine  # with its memory, which the exception held, too
+                if self.model.device.type == "cuda":
                     torch.cuda.empty_cache()
 
-    def _run(self, requests: Collection[Request], rows: int, sampling: Sampling) -> Iterator[Answer]:
-        temperature, top_k, top_p, min_p, repetition_penalty = sampling
-        engine = BatchedGenerator(
-            self.model,
-            batch_size=min(rows, len(requests)),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            end_ids=self.end_ids,
-            num_tokens=self.tokenizer.num_tokens,
-            decode_bytes=self.tokenizer.decode_bytes,
-        )
-        for request in requests:
-            engine.submit(request)
-        yield from engine.run()
-
-    def _rows(self, requests: Sequence[Request]) -> int:
+    def _rows(self, requests: Collection[Request]) -> int:
         """Return how many rows of the longest length fit into the cache."""
         device = self.model.device
         longest = max(len(request.tokens) + request.max_new_tokens for request in requests)

@@ -66,7 +66,6 @@ def score(
         about=describe_model("oracle", place, model, "0"),
         failed={},
         file=file,
-        log=print,
     )
     return results.load(file)
 
