@@ -8,12 +8,13 @@ comparison are corrected together by Holm's method (Scandinavian Journal of Stat
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -125,9 +126,7 @@ def as_json(rows: Sequence[Row], files: Sequence[Path]) -> dict[str, Any]:
             {
                 "task": row.line.task,
                 "metric": row.line.metric,
-                "higher_is_better": row.higher_is_better,
-                "scores": [vars(one) if one else None for one in row.scores],
-                "differences": [vars(one) if one else None for one in row.differences],
+                **{key: value for key, value in asdict(row).items() if key != "line"},
             }
             for row in rows
         ],
@@ -145,12 +144,10 @@ def _difference(first: Result, other: Result, line: Line) -> Difference | None:
         measure = _measure(seen_a, a.value)
         if measure is None or _measure(seen_b, b.value) is not measure:
             reason = "unpaired: the score is no mean of the samples"
+        elif found := _paired([seen_a[key] for key in shared], [seen_b[key] for key in shared], measure):
+            all_of_both = len(shared) == len(seen_a) == len(seen_b)
+            return replace(found, note="" if all_of_both else f"of {len(seen_a)} and {len(seen_b)}")
         else:
-            found = _paired([seen_a[key] for key in shared], [seen_b[key] for key in shared], measure)
-            if found is not None:
-                all_of_both = len(shared) == len(seen_a) == len(seen_b)
-                note = "" if all_of_both else f"of {len(seen_a)} and {len(seen_b)}"
-                return replace(found, note=note)
             reason = "unpaired: the same documents have other lengths"
     stderr = p = None
     if a.stderr is not None and b.stderr is not None:
@@ -191,35 +188,23 @@ def _unpaired_because(a: Mapping[Hashable, Any], b: Mapping[Hashable, Any], shar
     return "unpaired: the prompts differ" if same_documents else "unpaired: the documents differ"
 
 
-# A score and the influence of each sample on it: samples [n] or [n, 2] -> (score, influences [n]).
-_Measure = Callable[[np.ndarray], tuple[float, np.ndarray]]
+class _Measure(NamedTuple):
+    """How a score follows from the rate: the sum of the samples over that of their words or bytes, or their number."""
+
+    score: Callable[[float], float]
+    slope: Callable[[float], float]
 
 
-def _mean(x: np.ndarray) -> tuple[float, np.ndarray]:
-    return float(x.mean()), (x - x.mean()) / len(x)
-
-
-def _perplexity(x: np.ndarray) -> tuple[float, np.ndarray]:
-    value = math.exp(-x.mean())
-    return value, -value * (x - x.mean()) / len(x)
-
-
-def _weighted_perplexity(x: np.ndarray) -> tuple[float, np.ndarray]:
-    rate, influences = _rate(x)
-    value = math.exp(-rate)
-    return value, -value * influences
-
-
-def _bits(x: np.ndarray) -> tuple[float, np.ndarray]:
-    rate, influences = _rate(x)
-    return -rate / math.log(2), -influences / math.log(2)
+_MEAN = _Measure(lambda rate: rate, lambda rate: 1.0)
+_PERPLEXITY = _Measure(lambda rate: math.exp(-rate), lambda rate: -math.exp(-rate))
+_BITS = _Measure(lambda rate: -rate / math.log(2), lambda rate: -1 / math.log(2))
 
 
 def _rate(x: np.ndarray) -> tuple[float, np.ndarray]:
-    """For (log-probability, words or bytes) a document: the ratio of the sums."""
-    log_probs, weights = x[:, 0], x[:, 1]
-    rate = float(log_probs.sum() / weights.sum())
-    return rate, (log_probs - rate * weights) / weights.sum()
+    """Return the rate of samples [n] or, with words or bytes, [n, 2], and the influence of each on it, [n]."""
+    values, weights = (x, np.ones(len(x))) if x.ndim == 1 else x.T
+    rate = float(values.sum() / weights.sum())
+    return rate, (values - rate * weights) / weights.sum()
 
 
 def _measure(samples: Mapping[Hashable, Any], reported: float) -> _Measure | None:
@@ -228,20 +213,14 @@ def _measure(samples: Mapping[Hashable, Any], reported: float) -> _Measure | Non
         x = np.array(list(samples.values()), dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         return None
-    if not np.isfinite(x).all():
+    weighted = x.ndim == 2 and x.shape[1] == 2 and bool((x[:, 1] > 0).all())
+    if not np.isfinite(x).all() or not (x.ndim == 1 or weighted):
         return None
-    candidates: tuple[_Measure, ...] = ()
-    if x.ndim == 1:
-        candidates = (_mean, _perplexity)
-    elif x.ndim == 2 and x.shape[1] == 2 and (x[:, 1] > 0).all():
-        candidates = (_weighted_perplexity, _bits)
-    for measure in candidates:
-        try:
-            value, _ = measure(x)
-        except OverflowError:
-            continue
-        if abs(value - reported) <= _TOLERANCE * max(1.0, abs(reported)):
-            return measure
+    rate, _ = _rate(x)
+    for measure in (_PERPLEXITY, _BITS) if weighted else (_MEAN, _PERPLEXITY):
+        with contextlib.suppress(OverflowError):
+            if abs(measure.score(rate) - reported) <= _TOLERANCE * max(1.0, abs(reported)):
+                return measure
     return None
 
 
@@ -249,20 +228,19 @@ def _paired(first: Sequence[Any], other: Sequence[Any], measure: _Measure) -> Di
     """Return the difference over the same documents; None if their words or bytes differ."""
     a, b = np.array(first, dtype=np.float64), np.array(other, dtype=np.float64)
     n = len(a)
-    differences = b - a
-    if a.ndim == 2:
-        if not np.array_equal(a[:, 1], b[:, 1]):
-            return None
-        differences = differences[:, 0]
-    (value_a, influence_a), (value_b, influence_b) = measure(a), measure(b)
-    stderr = math.sqrt(n / (n - 1) * float(((influence_b - influence_a) ** 2).sum()))
-    if measure is _mean and np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
+    if a.ndim == 2 and not np.array_equal(a[:, 1], b[:, 1]):
+        return None
+    differences = (b - a).reshape(n, -1)[:, 0]
+    (rate_a, influence_a), (rate_b, influence_b) = _rate(a), _rate(b)
+    influence = measure.slope(rate_b) * influence_b - measure.slope(rate_a) * influence_a
+    stderr = math.sqrt(n / (n - 1) * float((influence**2).sum()))
+    if measure is _MEAN and np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
         test: Test = "McNemar"
         p = mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
     else:
         # The scores are monotone in the sums of their samples, so the sums are tested instead.
         test, p = "sign flips", sign_flips(differences)
-    return Difference(value_b - value_a, stderr, p, n, True, test)
+    return Difference(measure.score(rate_b) - measure.score(rate_a), stderr, p, n, True, test)
 
 
 def mcnemar(gained: int, lost: int) -> float:

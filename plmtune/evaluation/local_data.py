@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,33 +28,29 @@ MAP_NAME = "tasks.yaml"
 _BUILTIN = Path(__file__).with_name("known_files.yaml")
 _NEAR = 0.8  # high, since names are similar: mmlu_anatomy, mmlu_astronomy
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
-_KEYS = ("file", "columns", "names", "where", "join")
-_JOIN_KEYS = ("file", "names")
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """A file whose columns are joined to those of another, row by row."""
-
-    file: str
-    names: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
 class _Split:
-    files: tuple[str, ...]
+    files: list[str]  # of which the first that exists is read
     columns: dict[str, str] | None
     names: tuple[str, ...] | None
     where: Where | None
-    join: tuple[_Joined, ...]
+    join: list[dict[str, Any]]  # file and names of those whose columns stand beside its own, row by row
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A task in the map: each split with its place, None if none of its files exists."""
+    """A task in the map.
 
-    splits: dict[str, tuple[_Split, Place | None]]
-    filled: dict[str, str]  # values of placeholders
+    Attributes:
+        places: of each split whose files exist: its file, and those that are joined to it.
+        filled: values of placeholders.
+    """
+
+    splits: dict[str, _Split]
+    places: dict[str, list[Place]]
+    filled: dict[str, str]
 
 
 class LocalData:
@@ -94,7 +90,7 @@ class LocalData:
     def splits(self, task: str) -> tuple[str, ...]:
         """Return the splits of a task whose files exist; none for a task that is not in the map."""
         entry = self._find(task)
-        return () if entry is None else tuple(name for name, (_, place) in entry.splits.items() if place is not None)
+        return () if entry is None else tuple(entry.places)
 
     def nearest(self, task: str) -> str:
         """Suggest an entry of a user's map for a task without one; empty if no name is similar."""
@@ -104,18 +100,20 @@ class LocalData:
 
     def check(self, task: str) -> None:
         """Raise UserError if the user's map names a file for this task that does not exist."""
-        entry = self._find(task) if self._meant(task) else None
-        for name, (split, place) in entry.splits.items() if entry is not None else ():
-            if place is None and entry is not None:
-                first = any(self._locate(_fill(file, entry.filled)) for file in split.files)
-                beside = [one.file for one in split.join if not self._locate(_fill(one.file, entry.filled))]
+        if not self._meant(task):
+            return
+        entry = self._entry(task, {})
+        for name, split in entry.splits.items():
+            if name not in entry.places:
+                first = any(self._locate(file, {}) for file in split.files)
+                beside = [one["file"] for one in split.join if not self._locate(one["file"], {})]
                 files = " and ".join(str(self._folder / file) for file in (beside if first else split.files))
                 raise UserError(f"{self.where} names {files} for {task}/{name}: it is not there")
 
     def absent(self, task: str) -> list[str]:
         """Return files that would give a task its data if they were in the folder."""
         entry = self._match(task)
-        return [split.files[0] for split, place in entry.splits.values() if place is None] if entry is not None else []
+        return [split.files[0] for name, split in entry.splits.items() if name not in entry.places] if entry else []
 
     def dataset(self, task: str, splits: Collection[str]) -> dict[str, Dataset] | None:
         """Read splits of a task.
@@ -134,21 +132,14 @@ class LocalData:
         if entry is None:
             return None
         self.check(task)
-        return {
-            name: self._read(task, name, split, place, entry.filled)
-            for name, (split, place) in entry.splits.items()
-            if name in splits and place is not None
-        }
+        return {name: self._read(task, name, entry) for name in entry.places if name in splits}
 
     def describe(self, task: str) -> str:
         """Describe the origin of a task's data in one line."""
-        entry = self._find(task)
-        if entry is None:
-            return ""
+        entry = self._find(task) or _Entry({}, {}, {})
         return ", ".join(
-            " and ".join([f"{name}: {place}", *(one.file for one in split.join)])
-            for name, (split, place) in entry.splits.items()
-            if place is not None
+            " and ".join([f"{name}: {places[0]}", *(one["file"] for one in entry.splits[name].join)])
+            for name, places in entry.places.items()
         )
 
     def place(self, task: str, split: str, index: int) -> str:
@@ -162,23 +153,19 @@ class LocalData:
         if entry is None:
             return ""
         digest = xxhash.xxh3_128()
-        for name, (split, place) in entry.splits.items():
-            more = [asdict(one) for one in split.join], split.where
-            how = [name, split.columns, split.names, entry.filled, *(more if any(more) else ())]
+        for name, split in entry.splits.items():
+            more = (split.join, split.where) if split.join or split.where else ()
+            how = [name, split.columns, split.names, entry.filled, *more]
             digest.update(json.dumps(how, default=str).encode())
-            beside = [self._locate(_fill(one.file, entry.filled)) for one in split.join]
-            for held in [place, *beside] if place is not None else []:
-                assert held is not None
-                with opened(held) as file:
+            for place in entry.places.get(name, ()):
+                with opened(place) as file:
                     while chunk := file.read(CHUNK):
                         digest.update(chunk)
         return digest.hexdigest()
 
     def _find(self, task: str) -> _Entry | None:
         entry = self._match(task)
-        if entry is None or self._meant(task):
-            return entry
-        return entry if any(place is not None for _, place in entry.splits.values()) else None
+        return entry if entry is not None and (entry.places or self._meant(task)) else None
 
     def _meant(self, task: str) -> bool:
         """Whether the files must exist: those that a user names for one task, unlike patterns and the builtin map."""
@@ -192,20 +179,22 @@ class LocalData:
             pattern = _PLACEHOLDER.sub(r"(?P<\1>[^/\\\\]+)", re.escape(key).replace(r"\{", "{").replace(r"\}", "}"))
             if (match := re.fullmatch(pattern, task)) is not None:
                 entry = self._entry(key, match.groupdict())
-                if any(place is not None for _, place in entry.splits.values()):
+                if entry.places:
                     return entry
                 first = first or entry
         return first
 
     def _entry(self, key: str, filled: dict[str, str]) -> _Entry:
-        def there(split: _Split) -> Place | None:
-            if not all(self._locate(_fill(one.file, filled)) for one in split.join):
-                return None
-            return next(filter(None, (self._locate(_fill(file, filled)) for file in split.files)), None)
+        places = {}
+        for name, split in self._tasks[key].items():
+            first = next(filter(None, (self._locate(file, filled) for file in split.files)), None)
+            found = [first, *(self._locate(one["file"], filled) for one in split.join)]
+            if all(found):
+                places[name] = [place for place in found if place is not None]
+        return _Entry(self._tasks[key], places, filled)
 
-        return _Entry({name: (split, there(split)) for name, split in self._tasks[key].items()}, filled)
-
-    def _locate(self, file: str) -> Place | None:
+    def _locate(self, file: str, filled: dict[str, str]) -> Place | None:
+        file = _PLACEHOLDER.sub(lambda match: filled.get(match[1], match[0]), file)
         path = self._folder / file
         if path.is_file():
             return Place(path, None)
@@ -218,33 +207,25 @@ class LocalData:
                 self._members[archive] = frozenset(opened.namelist())
         return Place(archive, member) if member in self._members[archive] else None
 
-    def _read(self, task: str, name: str, split: _Split, place: Place, filled: dict[str, str]) -> Dataset:
+    def _read(self, task: str, name: str, entry: _Entry) -> Dataset:
         import datasets
         import pyarrow
 
-        where = str(place)
+        split, (place, *others) = entry.splits[name], entry.places[name]
         rows = local_rows.rows_of(place, split.names)
-        for one in split.join:
-            beside = self._locate(_fill(one.file, filled))
-            assert beside is not None
-            rows = local_rows.joined(rows, local_rows.rows_of(beside, one.names), where, str(beside))
+        for other, one in zip(others, split.join, strict=True):
+            rows = local_rows.joined(rows, local_rows.rows_of(other, one["names"]), place, other)
         if split.where is not None:
-            rows = local_rows.filtered(rows, split.where, filled, where)
-        if split.columns:
-            made = list(local_rows.with_columns(rows, split.columns, filled, where))
-        else:
-            made = list(local_rows.plain(rows, where))
+            rows = local_rows.filtered(rows, split.where, entry.filled, place)
+        columns = split.columns
+        made = list(local_rows.with_columns(rows, columns, entry.filled) if columns else local_rows.plain(rows))
         if not made:
-            raise UserError(f"{where} holds no rows ({task}/{name} of {self.where})")
-        self._places[task, name] = [f"{where}, {line}" for line, _ in made]
+            raise UserError(f"{place} holds no rows ({task}/{name} of {self.where})")
+        self._places[task, name] = [line for line, _ in made]
         try:
             return datasets.Dataset.from_list([row for _, row in made])
         except (pyarrow.ArrowException, TypeError, OverflowError) as error:
-            raise UserError(f"{where}: a column has values of different kinds in different rows: {error}") from error
-
-
-def _fill(text: str, filled: dict[str, str]) -> str:
-    return _PLACEHOLDER.sub(lambda match: filled.get(match[1], match[0]), text)
+            raise UserError(f"{place}: a column has values of different kinds in different rows: {error}") from error
 
 
 # ---- the map
@@ -261,77 +242,70 @@ def _read_map(path: Path) -> dict[str, dict[str, _Split]]:
         raise UserError(f"{path}: not YAML: {error}") from error
     if not isinstance(read, dict) or not read:
         raise UserError(f"{path}: a map is task: {{split: file}}, such as gsm8k: {{test: gsm8k_test.jsonl}}")
-    return {str(task): _task(path, str(task), splits) for task, splits in read.items()}
+    try:
+        return {str(task): _task(str(task), splits) for task, splits in read.items()}
+    except UserError as error:
+        raise UserError(f"{path}, key {error}") from error
 
 
-def _task(path: Path, task: str, splits: Any) -> dict[str, _Split]:
+def _need(right: bool, key: str, what: str, value: Any) -> None:
+    """Raise UserError, without the name of the map, for a value that cannot be."""
+    if not right:
+        raise UserError(f"{key}: {what}, not {value!r}")
+
+
+def _task(task: str, splits: Any) -> dict[str, _Split]:
     names = _PLACEHOLDER.findall(task)
     if len(names) > 1 or not all(name.isidentifier() for name in names):
-        raise UserError(f"{path}, key {task}: a pattern has one placeholder with a name, such as mmlu_{{subject}}")
-    if not isinstance(splits, dict) or not splits:
-        raise UserError(f"{path}, key {task}: name its splits, such as test: {task}_test.jsonl, not {splits!r}")
-    return {str(split): _split(path, f"{task}.{split}", value, names) for split, value in splits.items()}
+        raise UserError(f"{task}: a pattern has one placeholder with a name, such as mmlu_{{subject}}")
+    _need(bool(isinstance(splits, dict) and splits), task, f"name its splits, such as test: {task}_test.jsonl", splits)
+    return {str(split): _split(f"{task}.{split}", value, names) for split, value in splits.items()}
 
 
-def _split(path: Path, key: str, value: Any, placeholders: list[str]) -> _Split:
-    if isinstance(value, str | list):
-        value = {"file": value}
-    if not isinstance(value, dict) or "file" not in value:
-        raise UserError(f"{path}, key {key}: give a file, or a mapping with file, columns and names, not {value!r}")
-    _check_keys(path, key, value, _KEYS)
-    files = [value["file"]] if isinstance(value["file"], str) else value["file"]
-    columns = value.get("columns")
-    if not isinstance(files, list) or not files or not all(isinstance(file, str) for file in files):
-        raise UserError(f"{path}, key {key}.file: a file or a list of files, not {files!r}")
-    texts = [text for pair in columns.items() for text in pair] if isinstance(columns, dict) else []
-    if columns is not None and not (texts and all(isinstance(text, str) for text in texts)):
-        raise UserError(f"{path}, key {key}.columns: each column with an expression, such as text: question, in quotes")
-    names, join = _names(path, key, value), _joined(path, key, value.get("join"))
-    for file in [*files, *(one.file for one in join)]:
+def _split(key: str, value: Any, placeholders: list[str]) -> _Split:
+    held = _file(key, value, "give a file, or a mapping with file, columns and names", "columns", "where", "join")
+    files = [held["file"]] if isinstance(held["file"], str) else held["file"]
+    _need(_are_texts(files), f"{key}.file", "a file or a list of files", files)
+    columns, where, join = held["columns"], held["where"], held["join"]
+    texts = [text for pair in columns.items() for text in pair] if isinstance(columns, dict) else columns
+    what = "each column with an expression, such as text: question, in quotes"
+    _need(columns is None or _are_texts(texts), f"{key}.columns", what, columns)
+    what = "a file whose rows stand beside these, such as labels.lst, or a mapping with file and names"
+    joined = [] if join is None else join if isinstance(join, list) else [join]
+    others = [_file(f"{key}.join", one, what) for one in joined]
+    for one in others:
+        _need(isinstance(one["file"], str), f"{key}.join", what, one)
+    for file in [*files, *(one["file"] for one in others)]:
         for name in _PLACEHOLDER.findall(file):
             if name not in placeholders:
-                raise UserError(f"{path}, key {key}.file: {file} has a placeholder {{{name}}} that its task has not")
-    where = value.get("where")
-    expressions = {f"columns.{column}": text for column, text in (columns or {}).items()}
+                raise UserError(f"{key}.file: {file} has a placeholder {{{name}}} that its task has not")
     if isinstance(where, dict):
-        values = [one for held in where.values() for one in (held if isinstance(held, list) else [held])]
+        values = [one for wanted in where.values() for one in (wanted if isinstance(wanted, list) else [wanted])]
         usable = bool(values) and all(isinstance(one, str | int | float | bool) for one in values)
     else:
         usable = where is None or (isinstance(where, str) and bool(where.strip()))
-    if not usable:
-        raise UserError(
-            f"{path}, key {key}.where: columns with the values of rows to keep, such as {{split: test}}, or an "
-            f"expression, such as \"split == 'test'\", not {where!r}"
-        )
+    what = "columns with the values of rows to keep, such as {split: test}, or an expression, such as "
+    _need(usable, f"{key}.where", what + "\"split == 'test'\"", where)
+    expressions = {f"columns.{column}": text for column, text in (columns or {}).items()}
     for name, text in (expressions | ({"where": where} if isinstance(where, str) else {})).items():
         try:
             compiled(text)
         except (TemplateError, TemplateLimit) as error:
-            raise UserError(f"{path}, key {key}.{name}: {text!r} is no expression: {error}") from error
-    return _Split(tuple(files), columns, names, where, join)
+            raise UserError(f"{key}.{name}: {text!r} is no expression: {error}") from error
+    return _Split(files, columns, held["names"], where, others)
 
 
-def _check_keys(path: Path, key: str, given: dict[str, Any], known: tuple[str, ...]) -> None:
-    for unknown in given.keys() - set(known):
-        raise UserError(f"{path}, key {key}.{unknown}: unknown.{did_you_mean(str(unknown), known)}")
+def _file(key: str, value: Any, what: str, *more: str) -> dict[str, Any]:
+    """Return a file of the map with the names of its columns."""
+    held = {"file": value} if isinstance(value, str | list) else value
+    _need(isinstance(held, dict) and "file" in held, key, what, value)
+    for unknown in held.keys() - {"file", "names", *more}:
+        raise UserError(f"{key}.{unknown}: unknown.{did_you_mean(str(unknown), ('file', 'names', *more))}")
+    names = held.get("names")
+    _need(names is None or _are_texts(names), f"{key}.names", "a list of names of columns", names)
+    columns = None if names is None else tuple(names)
+    return {"file": held["file"], "names": columns, **{key: held.get(key) for key in more}}
 
 
-def _names(path: Path, key: str, given: dict[str, Any]) -> tuple[str, ...] | None:
-    names = given.get("names")
-    if names is not None and not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-        raise UserError(f"{path}, key {key}.names: a list of names of columns, not {names!r}")
-    return None if names is None else tuple(names)
-
-
-def _joined(path: Path, key: str, value: Any) -> tuple[_Joined, ...]:
-    made = []
-    for one in [] if value is None else value if isinstance(value, list) else [value]:
-        held = {"file": one} if isinstance(one, str) else one
-        if not isinstance(held, dict) or not isinstance(held.get("file"), str):
-            raise UserError(
-                f"{path}, key {key}.join: a file whose rows stand beside these, such as labels.lst, or a mapping with "
-                f"file and names, not {one!r}"
-            )
-        _check_keys(path, f"{key}.join", held, _JOIN_KEYS)
-        made.append(_Joined(held["file"], _names(path, f"{key}.join", held)))
-    return tuple(made)
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(value, str) for value in values)

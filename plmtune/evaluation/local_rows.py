@@ -26,7 +26,7 @@ from plmtune.tokenizers.message import BadRow
 from plmtune.tokenizers.template_limits import TemplateLimit
 from plmtune.tokenizers.template_sandbox import Sandbox
 
-Row = tuple[str, dict[str, Any]]  # its place, for a person, and its fields
+Row = tuple[str, dict[str, Any]]  # its file and line, for a person, and its fields
 Where = str | dict[str, Any]
 CHUNK = 1 << 20
 _MOST_BYTES = 2 << 30  # unpacked; all rows of a split are held in memory
@@ -82,10 +82,10 @@ def _read(path: Path, shown: str, names: Sequence[str] | None) -> Iterator[Row]:
         )
     try:
         for place, row in read_rows([path]):
-            line = place.removeprefix(f"{path}, ")
+            place = place.replace(str(path), shown, 1)
             if isinstance(row, BadRow):
-                raise UserError(f"{shown}, {line} {row}")
-            yield line, row
+                raise UserError(f"{place} {row}")
+            yield place, row
     except UserError as error:
         raise UserError(str(error).replace(str(path), shown)) from error
 
@@ -100,7 +100,7 @@ def _table(path: Path, shown: str, names: Sequence[str] | None) -> Iterator[Row]
             raise UserError(f"{shown} has a value a line: give the name of one column in the map, names: [label]")
         for number, value in enumerate(text.splitlines(), 1):
             if value.strip():
-                yield f"line {number}", {names[0]: value}
+                yield f"{shown}, line {number}", {names[0]: value}
         return
     # Line ends inside quotes are normalized as Python does in text files.
     lines = csv.reader(io.StringIO(text, newline=None), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
@@ -118,38 +118,34 @@ def _table(path: Path, shown: str, names: Sequence[str] | None) -> Iterator[Row]
                     f"{shown}, line {line} has {len(row)} fields where {len(header)} are named ({', '.join(header)})"
                 )
             else:
-                yield f"line {line}", dict(zip(header, row, strict=True))
+                yield f"{shown}, line {line}", dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise UserError(f"{shown}, line {lines.line_num} is no CSV: {error}") from error
 
 
-def joined(rows: Iterator[Row], other: Iterator[Row], where: str, beside: str) -> Iterator[Row]:
+def joined(rows: Iterator[Row], other: Iterator[Row], where: Place, beside: Place) -> Iterator[Row]:
     """Join the columns of two files row by row.
-
-    Args:
-        where, beside: the files, for messages.
 
     Raises:
         UserError: if one has more rows, or a column of both has two values in a row.
     """
     for number, (one, two) in enumerate(zip_longest(rows, other), 1):
         if one is None or two is None:
-            longer, shorter, place = (beside, where, two) if one is None else (where, beside, one)
-            more = place[0] if place is not None else ""
+            longer, shorter = (two, where) if one is None else (one, beside)
             raise UserError(
-                f"{longer}, {more} is row {number:,}, and {shorter} has {number - 1:,}: files are joined row by row, "
+                f"{longer[0]} is row {number:,}, and {shorter} has {number - 1:,}: files are joined row by row, "
                 "so both have to have as many"
             )
         for name in one[1].keys() & two[1].keys():
             if one[1][name] != two[1][name]:
                 raise UserError(
-                    f"{where}, {one[0]} and {beside}, {two[0]} are one row, and have two values of {name}: "
+                    f"{one[0]} and {two[0]} are one row, and have two values of {name}: "
                     f"{one[1][name]!r:.40} and {two[1][name]!r:.40}"
                 )
         yield one[0], one[1] | two[1]
 
 
-def filtered(rows: Iterator[Row], keep: Where, filled: Mapping[str, str], where: str) -> Iterator[Row]:
+def filtered(rows: Iterator[Row], keep: Where, filled: Mapping[str, str], where: Place) -> Iterator[Row]:
     """Yield the rows with the values of `keep` in columns, or for which the expression `keep` is true.
 
     row_number is the number of a row, from 1.
@@ -163,10 +159,10 @@ def filtered(rows: Iterator[Row], keep: Where, filled: Mapping[str, str], where:
         number += 1
         known = {"row_number": number, **filled, **row}
         if isinstance(keep, str):
-            kept_here = bool(_evaluated(keep, known, where, f"{place}: where ({keep}) cannot be computed"))
+            kept_here = bool(_evaluated(keep, known, f"{place}: where ({keep}) cannot be computed"))
         else:
             for column in keep.keys() - known.keys():
-                raise UserError(f"{where}, {place} has no {column}, which where names. It has {', '.join(row)}")
+                raise UserError(f"{place} has no {column}, which where names. It has {', '.join(row)}")
             kept_here = all(_is_one_of(known[column], wanted) for column, wanted in keep.items())
             if len(seen) <= _SHOWN:
                 seen[", ".join(f"{column}: {known[column]!r:.40}" for column in keep)] = None
@@ -180,15 +176,14 @@ def filtered(rows: Iterator[Row], keep: Where, filled: Mapping[str, str], where:
 
 def _is_one_of(have: Any, wanted: Any) -> bool:
     """Whether a field equals a value of the map, or one of a list; fields of CSV files are texts."""
-    for value in wanted if isinstance(wanted, list) else [wanted]:
-        if (have == value and isinstance(have, bool) == isinstance(value, bool)) or (
-            isinstance(have, str) and not isinstance(value, str) and have.strip().lower() == json.dumps(value)
-        ):
-            return True
-    return False
+    return any(
+        (have == value and isinstance(have, bool) == isinstance(value, bool))
+        or (isinstance(have, str) and not isinstance(value, str) and have.strip().lower() == json.dumps(value))
+        for value in (wanted if isinstance(wanted, list) else [wanted])
+    )
 
 
-def plain(rows: Iterator[Row], where: str) -> Iterator[Row]:
+def plain(rows: Iterator[Row]) -> Iterator[Row]:
     """Yield rows unchanged; all must have the columns of the first, since they become a table."""
     first: dict[str, Any] | None = None
     for place, row in rows:
@@ -197,42 +192,32 @@ def plain(rows: Iterator[Row], where: str) -> Iterator[Row]:
             lacking, more = first.keys() - row.keys(), row.keys() - first.keys()
             what = f"lacks {', '.join(sorted(lacking))}" if lacking else f"has {', '.join(sorted(more))} besides"
             raise UserError(
-                f"{where}, {place} {what}: the first row has {', '.join(first)}. Where rows differ, name the columns "
+                f"{place} {what}: the first row has {', '.join(first)}. Where rows differ, name the columns "
                 "that the task reads in the map, under columns"
             )
         yield place, row
 
 
-def with_columns(
-    rows: Iterator[Row], columns: Mapping[str, str], filled: Mapping[str, str], where: str
-) -> Iterator[Row]:
+def with_columns(rows: Iterator[Row], columns: Mapping[str, str], filled: Mapping[str, str]) -> Iterator[Row]:
     """Yield rows with the columns of the map, computed from those of the file."""
     for place, row in rows:
-        known = {**filled, **row}
-        yield (
-            place,
-            {
-                column: known[text]
-                if text in known
-                else _evaluated(text, known, where, f"{place}: the column {column} ({text}) cannot be made")
-                for column, text in columns.items()
-            },
-        )
+        known, made = {**filled, **row}, {}
+        for column, text in columns.items():
+            what = f"{place}: the column {column} ({text}) cannot be made"
+            made[column] = known[text] if text in known else _evaluated(text, known, what)
+        yield place, made
 
 
-def _evaluated(text: str, known: dict[str, Any], where: str, what: str) -> Any:
+def _evaluated(text: str, known: dict[str, Any], otherwise: str) -> Any:
     _sandbox().restart(length=sum(len(value) for value in known.values() if isinstance(value, str)))
     try:
-        return _value(compiled(text)(known))
+        value = compiled(text)(known)
+        if isinstance(value, StrictUndefined):
+            str(value)  # raises, and names the undefined value
+        return list(value) if isinstance(value, Iterator) else value  # filters such as map return iterators
     except Exception as error:  # an expression may raise anything
         kind = "" if isinstance(error, TemplateError | TemplateLimit) else f"{type(error).__name__}: "
-        raise UserError(f"{where}, {what}: {kind}{error}. The row has {', '.join(known)}") from error
-
-
-def _value(value: Any) -> Any:
-    if isinstance(value, StrictUndefined):
-        return str(value)  # raises, and names the undefined value
-    return list(value) if isinstance(value, Iterator) else value  # filters such as map return iterators
+        raise UserError(f"{otherwise}: {kind}{error}. The row has {', '.join(known)}") from error
 
 
 @functools.cache
