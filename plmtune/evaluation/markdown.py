@@ -1,9 +1,9 @@
-"""Untrusted text in Markdown: it cannot leave its place, and links lead only to pages of the hub."""
+"""Values of configs and records in Markdown: they cannot leave their place, and links lead only to the hub."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -48,6 +48,24 @@ def hub_link(name: Any, revision: Any = None, *, dataset: bool = False) -> Markd
     return Markdown(f"[{escape(name)}]({page}{at})")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
+def show_component(settings: Mapping[str, Any]) -> str:
+    given = show_settings({key: value for key, value in settings.items() if key != "component"})
+    return f"{settings.get('component')}" + (f" ({given})" if given else "")
+
+
+def show_settings(given: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {show_value(value)}" for key, value in given.items() if value is not None)
+
+
+def show_value(value: Any) -> str:
+    if value is None:
+        return "unknown"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return f"({show_settings(value)})"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(show_value, value)) + "]"
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
