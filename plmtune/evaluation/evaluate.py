@@ -297,7 +297,7 @@ def describe_model(
 
 def _data(tasks: Tasks, name: str, task: Any) -> str:
     """Return the origin of a task's documents."""
-    if tasks.data is not None and (files := tasks.data.describe(name)):
+    if files := tasks.data.describe(name):
         return f"{files} ({tasks.data.fingerprint(name)})"
     kwargs = task.get_config("dataset_kwargs") or {}
     path, given = task.get_config("dataset_path"), kwargs.get("data_files")

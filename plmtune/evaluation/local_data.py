@@ -228,6 +228,9 @@ class LocalData:
             raise UserError(f"{place}: a column has values of different kinds in different rows: {error}") from error
 
 
+NO_DATA = LocalData({}, Path(), Path())
+
+
 # ---- the map
 
 

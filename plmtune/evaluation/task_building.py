@@ -39,7 +39,7 @@ _FOLDER = lm_eval_folder().resolve()
 class Builder(TaskFactory):
     """lm-eval's factory, whose tasks take their documents from `data` if it has them."""
 
-    def __init__(self, known: Mapping[str, Known], data: LocalData | None) -> None:
+    def __init__(self, known: Mapping[str, Known], data: LocalData) -> None:
         super().__init__()
         self._data = data
         self._with_code = {name for name, entry in known.items() if entry.code != "no"}
@@ -110,7 +110,7 @@ class Builder(TaskFactory):
     def entry(self, name: str) -> str:
         """Return the entry of a map for a task; its data are not read."""
         config = self._load_full_config(self._entries[name])
-        return _Documents(name, f"the task {name}", config, None).entry()
+        return _Documents(name, f"the task {name}", config, self._data).entry()
 
     @staticmethod
     def _check(where: str, config: Mapping[str, Any], with_code: bool) -> None:
@@ -126,14 +126,18 @@ class Builder(TaskFactory):
 
 
 class _Documents:
-    def __init__(self, name: str, where: str, config: dict[str, Any], data: LocalData | None) -> None:
-        self.lacking: set[str] = set()  # splits that the map does not have, which are empty
-        self._name = name
-        self._where = where
-        self._config = config
-        self._data = data
-        self._columns: list[str] = []
-        self.is_local = False
+    """A task's documents: rows of files, if the map has some, and what is wrong with them.
+
+    Attributes:
+        evaluated: the split that the task is evaluated on.
+        lacking: splits that the map does not have, which are empty.
+    """
+
+    def __init__(self, name: str, where: str, config: dict[str, Any], data: LocalData) -> None:
+        self._name, self._where, self._config, self._data = name, where, config, data
+        self.evaluated: str | None = config.get("test_split") or config.get("validation_split")
+        self.lacking: set[str] = set()
+        self.columns: list[str] = []  # of the files; empty where there are none
         own = config.get("class")
         self.source: tuple[str | None, str | None] = (
             config.get("dataset_path") or getattr(own, "DATASET_PATH", None),
@@ -146,9 +150,9 @@ class _Documents:
         Raises:
             UserError: if it lacks the split that the task is evaluated on, or a row cannot be used.
         """
-        if self._data is None or not (have := self._data.splits(self._name)):
+        have, evaluated = self._data.splits(self._name), self.evaluated
+        if not have:
             return None
-        evaluated = self._config.get("test_split") or self._config.get("validation_split")
         wanted = set(_splits(self._config)) if evaluated else set(have)  # a task's own class may read any split
         if evaluated and evaluated not in have:
             raise UserError(
@@ -156,11 +160,10 @@ class _Documents:
                 f"{evaluated}." + (self.meant(evaluated) or f" Add it to the map:\n{self.entry()}")
             )
         found = self._data.dataset(self._name, wanted & set(have)) or {}
-        self._columns = list(next(iter(found.values())).features)
-        self.is_local = True
+        self.columns = list(next(iter(found.values())).features)
         for column in (self._config.get(key) for key in TEMPLATES if self._config.get("process_docs") is None):
             # lm-eval takes the name of a missing column as the text
-            if isinstance(column, str) and column.isidentifier() and column not in self._columns:
+            if isinstance(column, str) and column.isidentifier() and column not in self.columns:
                 raise UserError(self._no_column(column))
         self.lacking = wanted - found.keys()
         # lm-eval reads examples when a task is built, even if prompts have none.
@@ -168,26 +171,23 @@ class _Documents:
 
     def place(self, index: int) -> str:
         """Return the row of a file with a document, if known."""
-        split = self._config.get("test_split") or self._config.get("validation_split")
-        if self._data is None or split is None or self._config.get("process_docs") is not None:
-            return ""
-        place = self._data.place(self._name, split, index)
+        changed = self._config.get("process_docs") is not None
+        place = "" if changed else self._data.place(self._name, self.evaluated or "", index)
         return f" ({place})" if place else ""
 
     def meant(self, split: str) -> str:
         """Suggest a split of the map with a similar name; empty if there is none."""
-        near = difflib.get_close_matches(split, self._data.splits(self._name) if self._data is not None else (), n=1)
+        near = difflib.get_close_matches(split, self._data.splits(self._name), n=1)
         return f" Is {near[0]} meant to be it?" if near else ""
 
     def entry(self) -> str:
         """Return an entry of a map for the task, to be filled in."""
-        config = self._config
-        evaluated = config.get("test_split") or config.get("validation_split") or "SPLIT"
-        names, complete = columns_of(config)
+        evaluated = self.evaluated or "SPLIT"
+        names, complete = columns_of(self._config)
         shown = ", ".join(names) if names else f"as {self.source[0]} has them"
         more = "" if complete or not names else " and what its functions read"
         lines = [f"{self._name}:", f"  {evaluated}: {self._name}_{evaluated}.jsonl  # columns: {shown}{more}"]
-        examples = _example_split(config)
+        examples = _example_split(self._config)
         if examples not in (None, evaluated):
             lines.append(f"  {examples}: {self._name}_{examples}.jsonl  # the same, for few-shot examples")
         return "\n".join(lines)
@@ -201,8 +201,7 @@ class _Documents:
         reason = _in_words(error)
         if isinstance(error, OSError) and (why := hub.unavailable_reason()):  # the messages of libraries do not help
             reason = f"{why}, and this machine's cache has none"
-        missing = self._data.absent(self._name) if self._data is not None else []
-        near = self._data.nearest(self._name) if self._data is not None else ""
+        missing, near = self._data.absent(self._name), self._data.nearest(self._name)
         return (
             (f"{near}\n" if near else "")
             + f"The data of {self._where}, {path}{f' ({name})' if name else ''}, cannot be read: {reason}."
@@ -218,21 +217,21 @@ class _Documents:
         undefined = (
             re.fullmatch(r"'(\w+)' is undefined", str(error)) if isinstance(error, jinja2.UndefinedError) else None
         )
-        if undefined is not None and self._columns and self._config.get("process_docs") is None:
+        if undefined is not None and self.columns and self._config.get("process_docs") is None:
             return self._no_column(undefined[1])
-        if isinstance(error, jinja2.TemplateError | KeyError) and self._columns:
-            return f"{self._where}: {_in_words(error)}. Its documents have the columns {', '.join(self._columns)}"
+        if isinstance(error, jinja2.TemplateError | KeyError) and self.columns:
+            return f"{self._where}: {_in_words(error)}. Its documents have the columns {', '.join(self.columns)}"
         lacking = [key for key in ("doc_to_text", "doc_to_target", "metric_list") if key not in self._config]
-        if not any(self._config.get(key) for key in ("test_split", "validation_split")):
+        if not self.evaluated:
             lacking.append("test_split or validation_split")
         known = "class" in self._config or isinstance(error, jinja2.UndefinedError)  # a missing key is not the reason
         hint = f" It has no key {', '.join(lacking)}" if lacking and not known else ""
         return f"{self._where} cannot be built: {_in_words(error)}.{hint}"
 
     def _no_column(self, column: str) -> str:
-        files = self._data.describe(self._name) if self._data is not None else ""
         return (
-            f"{files}: there is no column {column}, which {self._where} reads, but {', '.join(self._columns)}. "
+            f"{self._data.describe(self._name)}: there is no column {column}, which {self._where} reads, but "
+            f"{', '.join(self.columns)}. "
             f"Say in the map what it is: columns: {{{column}: ...}}"
         )
 
@@ -312,7 +311,7 @@ def _check_targets(where: str, task: ConfigurableTask, documents: _Documents) ->
     if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input or own:
         return
     # Functions may draw random numbers, whose order is lm-eval's.
-    all_of_them = documents.is_local and not callable(config.doc_to_choice) and not callable(config.doc_to_target)
+    all_of_them = documents.columns and not callable(config.doc_to_choice) and not callable(config.doc_to_target)
     for index, document in enumerate(task.task_docs):
         choices, target = task.doc_to_choice(document), task.doc_to_target(document)
         # What else there is, lists of right choices and numbers of other kinds, lm-eval compares in ways of its own.
@@ -334,15 +333,13 @@ def _once(process_docs: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     In lm-eval the file cache of `Dataset.map` does this, which datasets in memory do not have.
     """
-    done: list[tuple[Any, Any]] = []
+    done: dict[int, tuple[Any, Any]] = {}  # with the documents, so that others do not get their id
 
     @functools.wraps(process_docs)
     def processed(documents: Any) -> Any:
-        for given, found in done:
-            if given is documents:
-                return found
-        done.append((documents, process_docs(documents)))
-        return done[-1][1]
+        if id(documents) not in done:
+            done[id(documents)] = documents, process_docs(documents)
+        return done[id(documents)][1]
 
     return processed
 

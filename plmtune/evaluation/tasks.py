@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import fnmatch
 import functools
@@ -10,12 +9,13 @@ import logging
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plmtune.errors import UserError
-from plmtune.evaluation.local_data import LocalData
+from plmtune.evaluation.local_data import NO_DATA, LocalData
 from plmtune.evaluation.task_index import Known, lm_eval_folder, lm_eval_index, read_folder
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Tasks:
         Raises:
             UserError: if a file of `include` is wrong.
         """
-        self.data = data
+        self.data = data or NO_DATA
         self.code = code
         self._known = dict(lm_eval_index())
         if include is not None:
@@ -132,13 +132,20 @@ class Tasks:
         """
         for inner in self._inside(name):
             self._check_code(name, self._known[inner])
-            if self.data is not None:
-                self.data.check(inner)
+            self.data.check(inner)
+        import numpy as np
+        import torch
+        from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
         from plmtune.evaluation.task_building import Builder, require_examples
+        from plmtune.training.determinism import preserve_random_state
 
         code = self.code if self.needs_code(name) else None
         _forget_others(code)
-        with quiet(), _seeded(), code.installed() if code is not None else contextlib.nullcontext():
+        with quiet(), preserve_random_state(torch.device("cpu")), code.installed() if code else nullcontext():
+            # Tasks that shuffle when they are built: as in lm-eval's `simple_evaluate`, and equal on every rank.
+            random.seed(DEFAULT_RANDOM_SEED)
+            np.random.seed(DEFAULT_OTHER_SEED)
             built = Builder(self._known, self.data).build_named(name)
             require_examples(built, num_fewshot)
         return built
@@ -188,26 +195,7 @@ def _forget_others(code: CodeRunner | None) -> None:
             del sys.modules[name]
 
 
-@contextlib.contextmanager
-def _seeded() -> Iterator[None]:
-    """Seed tasks that shuffle when they are built as lm-eval's `simple_evaluate` does, equally on every rank.
-
-    None of them uses torch, whose import is slow.
-    """
-    import numpy as np
-    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-
-    python, numpy = random.getstate(), np.random.get_state()
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-@contextlib.contextmanager
+@contextmanager
 def quiet() -> Iterator[None]:
     """Silence logging, printing and progress bars of lm-eval and its libraries."""
     import datasets
