@@ -94,9 +94,8 @@ class LanguageModel(TemplateLM):
         self._shortened: set[tuple[str, int]] = set()
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.template, self.cache, self.progress = batch_size, template, cache, progress
-        self.num_known = 0
-        self.num_truncated = 0
-        self._device = model.device
+        self.num_known = self.num_truncated = 0
+        self._device, self._rank, self._world_size = model.device, distributed.rank(), distributed.world_size()
         self._scorer = Scorer(model)
         ends = () if template is None else (template.end_id,)
         self._writer = Writer(model, tokenizer, batch_size=batch_size, end_ids=ends)
@@ -128,21 +127,13 @@ class LanguageModel(TemplateLM):
 
     # Several processes.
 
-    @property
-    def rank(self) -> int:
-        return distributed.rank()
-
-    @property
-    def world_size(self) -> int:
-        return distributed.world_size()
-
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Return the tensors of all ranks, concatenated."""
+        """Return the numbers of all ranks."""
         if self.world_size == 1:
             return tensor
         held = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(held, tensor.contiguous())
-        return torch.cat([part.reshape(-1, *tensor.shape[1:]) for part in held])
+        dist.all_gather(held, tensor)
+        return torch.stack(held)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """Return the objects of all ranks on rank `dst`, None on the others."""
@@ -153,8 +144,7 @@ class LanguageModel(TemplateLM):
         return held
 
     def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+        distributed.barrier()
 
     # Texts to ids.
 
@@ -177,14 +167,14 @@ class LanguageModel(TemplateLM):
         if self.template is None:
             raise UserError("The model has no chat template, so that questions cannot be put as messages.")
         messages = [Message(entry["role"], entry["content"]) for entry in chat_history]
-        try:
-            return self._render(messages, add_generation_prompt)
-        except BadRow as error:
-            rest = [message for message in messages if message.role != "system"]
+        refused: BadRow | None = None
+        # As `hf` does, then without the system message: some templates have no such role.
+        for tried in (messages, [message for message in messages if message.role != "system"]):
             try:
-                return self._render(rest, add_generation_prompt)  # as `hf` does: some templates have no system role
-            except BadRow:
-                raise UserError(f"{self.template.where} cannot put a question: the conversation {error}.") from error
+                return self._render(tried, add_generation_prompt)
+            except BadRow as error:
+                refused = refused or error
+        raise UserError(f"{self.template.where} cannot put a question: the conversation {refused}.") from refused
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         assert self.template is not None
@@ -358,12 +348,14 @@ class LanguageModel(TemplateLM):
             length, drawn = given.pop("max_gen_toks"), given.pop("do_sample")
             temperature = float(given.pop("temperature", 0.0))
             top_k = int(given.pop("top_k", _TOP_K) or 0) or None
-            top_p, min_p, penalty = (
-                None if (value := given.pop(name, None)) is None else float(value)
-                for name in ("top_p", "min_p", "repetition_penalty")
-            )
+            names = ("top_p", "min_p", "repetition_penalty")
+            top_p, min_p, penalty = (None if (v := given.pop(name, None)) is None else float(v) for name in names)
             penalty = 1.0 if penalty is None else penalty
             check_sampling(temperature, top_k, top_p, min_p, penalty)
+            if drawn and temperature == 0:
+                raise ValueError("do_sample needs a temperature above 0")
+            if length < 1:
+                raise ValueError(f"max_gen_toks is {length}: at least 1 is needed")
         except (TypeError, ValueError) as error:
             raise UserError(f"{place}: generation_kwargs {dict(settings)} are impossible: {error}.") from error
         if unknown := [name for name, value in given.items() if name not in _IDLE or _IDLE[name] != value]:
@@ -372,10 +364,6 @@ class LanguageModel(TemplateLM):
                 "temperature, top_k, top_p, min_p, repetition_penalty, until and max_gen_toks are. Leave it out in a "
                 "copy of the task."
             )
-        if drawn and temperature == 0:
-            raise UserError(f"{place}: do_sample needs a temperature above 0 in its generation_kwargs.")
-        if not isinstance(length, int) or length < 1:
-            raise UserError(f"{place}: max_gen_toks is {length!r:.80} in its generation_kwargs: at least 1 is needed.")
         length = self._length(length, task)
         if not drawn:
             temperature, top_k, top_p, min_p = 0.0, None, None, None

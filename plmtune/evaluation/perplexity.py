@@ -81,7 +81,12 @@ def perplexity(
     """
     window = model.max_seq_len if window is None else window
     stride = window if stride is None else stride
-    check_windows(model.max_seq_len, window, stride)
+    if not 1 <= window <= model.max_seq_len:
+        raise ValueError(
+            f"window ({window}) must be at least 1 and at most the model's max_seq_len ({model.max_seq_len})"
+        )
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride ({stride}) must be at least 1 and at most window ({window})")
     if tokenizer.num_tokens > model.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.num_tokens} tokens, the model's vocabulary {model.vocab_size}")
     scorer = scorer or Scorer(model)
@@ -125,14 +130,6 @@ def windows(ids: list[int], start: int, window: int, stride: int) -> Iterator[tu
         end = min(done + stride, len(ids))
         yield done, Item(text[max(end - window, 0) : done + 1], ids[done:end])
         done = end
-
-
-def check_windows(max_seq_len: int, window: int, stride: int) -> None:
-    """Raise ValueError if windows are longer than the model's context, or would leave tokens out."""
-    if not 1 <= window <= max_seq_len:
-        raise ValueError(f"window ({window}) must be at least 1 and at most the model's max_seq_len ({max_seq_len})")
-    if not 1 <= stride <= window:
-        raise ValueError(f"stride ({stride}) must be at least 1 and at most window ({window})")
 
 
 def _blocks(documents: Iterable[str]) -> Iterator[list[str]]:

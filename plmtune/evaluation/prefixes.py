@@ -65,10 +65,8 @@ def plan(texts: Sequence[Text], *, token_budget: int, token_cost: int, forward_c
     ]
     prefixes = _choose_prefixes(links, forward_cost)
     groups = [(rows[first:end], depth) for first, end, depth in prefixes]
-    alone = np.ones(len(rows), dtype=np.bool_)
-    for first, end, _ in prefixes:
-        alone[first:end] = False
-    groups.append(([row for row, is_alone in zip(rows, alone, strict=True) if is_alone], 0))
+    inside = {number for first, end, _ in prefixes for number in range(first, end)}
+    groups.append(([row for number, row in enumerate(rows) if number not in inside], 0))
     batches: list[tuple[int, Batch]] = []
     for group, depth in groups:
         sizes = [size_of(row, depth) for row in group]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,35 +50,63 @@ class ResultCache(AbstractContextManager["ResultCache"]):
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{path.parent} cannot be made to keep results in: {error.strerror}.") from error
-        with self._as_user_error():
-            try:
-                self._connection = self._open()
-            except sqlite3.DatabaseError as error:
-                if not _is_damaged(error):
-                    raise
-                self._recreate()
+        self._connection: sqlite3.Connection | None = None
+        self._access(lambda connection: None)
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._connection is not None:
+            self._connection.close()
+
     def get(self, keys: Sequence[bytes]) -> dict[bytes, Any]:
         """Return the values of those keys that are known."""
-        return self._or_recreate(lambda: self._read(keys))
+
+        def read(connection: sqlite3.Connection) -> dict[bytes, Any]:
+            found = {}
+            rest = iter(dict.fromkeys(keys))
+            while chunk := list(islice(rest, _MOST_KEYS)):
+                marks = ",".join("?" * len(chunk))
+                rows = connection.execute(f"SELECT key, value, seal FROM results WHERE key IN ({marks})", chunk)
+                for held, text, seal in rows:
+                    if isinstance(text, bytes) and seal == _seal(held, text):
+                        found[held] = load_json(text)
+            return found
+
+        return self._access(read)
 
     def put(self, values: Mapping[bytes, Any]) -> None:
         """Keep JSON values, all or none; numbers are read back exactly."""
         texts = [(held, json.dumps(value).encode()) for held, value in values.items()]
         rows = [(held, text, _seal(held, text)) for held, text in texts]
 
-        def write() -> None:
-            with self._connection:
-                self._connection.executemany("INSERT OR REPLACE INTO results VALUES (?, ?, ?)", rows)
+        def write(connection: sqlite3.Connection) -> None:
+            with connection:
+                connection.executemany("INSERT OR REPLACE INTO results VALUES (?, ?, ?)", rows)
 
-        self._or_recreate(write)
+        self._access(write)
 
-    def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        self._connection.close()
+    def _access(self, act: Callable[[sqlite3.Connection], T]) -> T:
+        """Access the file, which is opened once; if it is damaged, move it aside and begin a new one."""
+        try:
+            try:
+                self._connection = self._connection or self._open()
+                return act(self._connection)
+            except sqlite3.DatabaseError as error:
+                # The low byte is the kind; the others say where it was noticed.
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
+                    raise
+                self.close()
+                self._move_aside()
+                self._connection = self._open()
+                return act(self._connection)
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(
+                f"{self.path} cannot keep results ({error}). Is its folder writable, with room on the disk? "
+                "What was kept there before is still there."
+            ) from error
 
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=_WAIT_SECONDS)
@@ -97,29 +125,7 @@ class ResultCache(AbstractContextManager["ResultCache"]):
             raise
         return connection
 
-    def _read(self, keys: Sequence[bytes]) -> dict[bytes, Any]:
-        found = {}
-        rest = iter(dict.fromkeys(keys))
-        while chunk := list(islice(rest, _MOST_KEYS)):
-            marks = ",".join("?" * len(chunk))
-            rows = self._connection.execute(f"SELECT key, value, seal FROM results WHERE key IN ({marks})", chunk)
-            valid = ((held, text) for held, text, seal in rows if isinstance(text, bytes) and seal == _seal(held, text))
-            found.update({held: load_json(text) for held, text in valid})
-        return found
-
-    def _or_recreate(self, act: Callable[[], T]) -> T:
-        """Access the file; if it is damaged, create a new one and try again."""
-        with self._as_user_error():
-            try:
-                return act()
-            except sqlite3.DatabaseError as error:
-                if not _is_damaged(error):
-                    raise
-                self._connection.close()
-                self._recreate()
-                return act()
-
-    def _recreate(self) -> None:
+    def _move_aside(self) -> None:
         renamed = self.path.with_name(self.path.name + ".damaged")
         # The log first: beside a new file SQLite would apply it.
         for end in ("-wal", "-shm", ""):
@@ -131,17 +137,6 @@ class ResultCache(AbstractContextManager["ResultCache"]):
             "are computed again.",
             err=True,
         )
-        self._connection = self._open()
-
-    @contextmanager
-    def _as_user_error(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            raise UserError(
-                f"{self.path} cannot keep results ({error}). Is its folder writable, with room on the disk? "
-                "What was kept there before is still there."
-            ) from error
 
 
 def _seal(held: bytes, text: bytes) -> bytes:
@@ -152,8 +147,3 @@ def _damage(reason: str) -> sqlite3.DatabaseError:
     error = sqlite3.DatabaseError(reason)
     error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
     return error
-
-
-def _is_damaged(error: sqlite3.DatabaseError) -> bool:
-    # The low byte is the kind; the others say where it was noticed.
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED

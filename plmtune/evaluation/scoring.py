@@ -6,6 +6,7 @@ continuations are one row, with a mask; the common prefix of many rows (few-shot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -78,7 +79,7 @@ class Scorer:
             raise ValueError(f"token_budget must be at least 1, not {token_budget}")
         self.model = model
         self.token_budget = token_budget
-        self._at_most: int | None = None
+        self._at_most = math.inf  # tokens that fit into memory
         self._shared_prefix: tuple[Ids, SharedPrefix] | None = None
 
     def score(self, items: Sequence[Item], known: Collection[int] = ()) -> Iterator[list[tuple[int, Score]]]:
@@ -151,47 +152,31 @@ class Scorer:
                 waiting = [[row for row in rows if row]]
                 while waiting:
                     part = waiting.pop()
-                    limit = self._at_most
-                    if limit and weigh(part, batch.prefix) > limit and len(part) > 1:
-                        waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
-                    elif part:
-                        done = self._attempt(items, batch.prefix, part, known)
-                        if done is None:
-                            waiting += self._halves(part, batch.prefix)
-                        else:
-                            scores |= done
+                    size = weigh(part, batch.prefix)
+                    if len(part) > 1 and size > self._at_most:
+                        waiting += _halves(part)
+                        continue
+                    try:
+                        with eval_mode(self.model):
+                            scores |= self._compute(items, batch.prefix, part, known) if part else {}
+                        continue
+                    except (MemoryError, RuntimeError) as error:
+                        if not out_of_memory(error):
+                            raise
+                    # Only here is the exception released, which holds the tensors of every frame.
+                    if self.device.type == "cuda":
+                        torch.cuda.empty_cache()
+                    if len(part) == len(part[0]) == 1:
+                        raise UserError(
+                            f"memory does not suffice for one text of {part[0][0].tokens.size} tokens on "
+                            f"{self.device}: end other programs, or load the model with a smaller dtype"
+                        )
+                    self._at_most = max(1, size // 2)
+                    waiting += _halves(part)
                 if scores:
                     yield sorted(scores.items())
         finally:
             self._shared_prefix = None
-
-    def _halves(self, part: list[list[Text]], prefix: Ids) -> list[list[list[Text]]]:
-        """Divide rows that did not fit into memory, and record the number of their tokens."""
-        if len(part) == 1 and len(part[0]) == 1:
-            raise UserError(
-                f"memory does not suffice for one text of {part[0][0].tokens.size} tokens on {self.device}: "
-                "end other programs, or load the model with a smaller dtype"
-            )
-        self._at_most = max(1, weigh(part, prefix) // 2)
-        if len(part) == 1:
-            (row,) = part
-            return [[row[len(row) // 2 :]], [row[: len(row) // 2]]]
-        return [part[len(part) // 2 :], part[: len(part) // 2]]
-
-    def _attempt(
-        self, items: Sequence[Item], prefix: Ids, rows: list[list[Text]], known: frozenset[int]
-    ) -> dict[int, Score] | None:
-        """Return the scores of rows, or None when memory ran out; that memory is then free again."""
-        try:
-            with eval_mode(self.model):
-                return self._compute(items, prefix, rows, known)
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-        # Only here is the exception released, which holds the tensors of every frame.
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
 
     @torch.no_grad()
     def _compute(
@@ -257,6 +242,14 @@ class Scorer:
             self.model(torch.from_numpy(tokens).to(self.device)[None], cache=cache, hidden=True)
             self._shared_prefix = tokens, SharedPrefix(cache)
         return self._shared_prefix[1]
+
+
+def _halves(rows: list[list[Text]]) -> list[list[list[Text]]]:
+    """Divide rows, or the texts of a single row, the first half last."""
+    if len(rows) > 1:
+        return [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
+    (row,) = rows
+    return [[row[len(row) // 2 :]], [row[: len(row) // 2]]]
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -200,7 +200,7 @@ class TestGeneration:
             ({"do_sample": True}, "needs a temperature above 0"),
             ({"temperature": -1.0}, r"are impossible: temperature \(-1.0\) must be at least 0"),
             ({"temperature": None}, "are impossible"),
-            ({"max_gen_toks": 0}, "max_gen_toks is 0 in its generation_kwargs"),
+            ({"max_gen_toks": 0}, "max_gen_toks is 0: at least 1"),
             ({"until": 7}, r"are impossible: until must be texts, not \[7\]"),
         ],
     )
