@@ -73,7 +73,10 @@ def read_run(directory: Path) -> Run | None:
     verify_config(path)
     try:
         config = load_yaml((path / CONFIG).read_text(encoding="utf-8"))
-        entries = _logged(path / "metrics.jsonl", config)
+        logged = path / "metrics.jsonl"
+        entries = metrics.read(logged) if logged.exists() else []
+        if not logged.exists() and isinstance(config, dict) and config.get("recipe") != "quantize":
+            _log.warning("%s is missing: the metrics of the run are unknown", logged)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: its {CONFIG} or metrics.jsonl cannot be read ({error}).") from error
     phases = config.get("phases") or [] if isinstance(config, dict) else None
@@ -82,14 +85,6 @@ def read_run(directory: Path) -> Run | None:
     before = [entry for entry in entries if entry["step"] <= number]
     last = max((entry["step"] for entry in entries), default=number)
     return Run(path, config, read_record(path), before, number, last)
-
-
-def _logged(path: Path, config: Any) -> list[dict[str, Any]]:
-    if path.exists():
-        return metrics.read(path)
-    if isinstance(config, dict) and config.get("recipe") != "quantize":
-        _log.warning("%s is missing: the metrics of the run are unknown", path)
-    return []
 
 
 def is_of(model: Mapping[str, Any], directory: Path, run: Run | None) -> bool:
@@ -104,21 +99,15 @@ def is_of(model: Mapping[str, Any], directory: Path, run: Run | None) -> bool:
         here = place is not None and run is not None and place == (run.path.resolve(), run.step)
     else:
         here = bool(model.get("path")) and Path(model["path"]).resolve() == directory.resolve()
-    # A folder may have been moved or copied; only then the weights are read.
-    return here or _has_weights(model, directory)
-
-
-def _has_weights(model: Mapping[str, Any], directory: Path) -> bool:
     dtype = getattr(torch, str(model.get("dtype")), None)
-    if not model.get("digest") or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        return False
-    try:
+    if here or not model.get("digest") or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        return here
+    try:  # a folder may have been moved or copied; only then the weights are read
         digest = model_digest(load_model(directory, "cpu", dtype))
     except (UserError, MemoryError):  # unknown
         return False
-    return (
-        digest == str(model["digest"]).partition(" ")[0]
-    )  # in training the dtype of the computation follows the digest
+    # In training the dtype of the computation follows the digest.
+    return digest == str(model["digest"]).partition(" ")[0]
 
 
 def read_weights(directory: Path) -> Weights:

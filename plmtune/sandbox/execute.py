@@ -166,7 +166,11 @@ def run_python(
             launcher.wait()
             assert launcher.stdout
             launcher.stdout.close()
-        return _judge(_load(report), output.decode(errors="replace"), in_time, seconds)
+        report.seek(0)
+        facts: dict[str, Any] = {}
+        for line in report:
+            facts |= ast.literal_eval(line.decode())
+        return _judge(facts, output.decode(errors="replace"), in_time, seconds)
 
 
 def run_all(
@@ -226,36 +230,27 @@ def _read(
     return bytes(kept), False
 
 
-def _load(report: IO[bytes]) -> dict[str, Any]:
-    """The report of the sandbox: one dict a line."""
-    report.seek(0)
-    found: dict[str, Any] = {}
-    for line in report:
-        found |= ast.literal_eval(line.decode())
-    return found
-
-
 def _judge(report: dict[str, Any], output: str, in_time: bool, seconds: float) -> Result:
     if "missing" in report:
         raise NoSandbox(report["missing"])
+    *_, last = ["", *output.strip().splitlines()]
     if not report.get("ready"):
-        lines = output.strip().splitlines()
-        raise NoSandbox(f"Python does not start there ({lines[-1] if lines else 'without any output'})")
+        raise NoSandbox(f"Python does not start there ({last or 'without any output'})")
+    code: int | None = report.get("exit_code") if in_time else None
+    reason = None
     if not in_time:
-        return Result(False, None, output, f"ran for more than {seconds:g} seconds")
-    code: int | None = report.get("exit_code")
-    if report.get("reason"):
-        return Result(False, code, output, report["reason"].encode(errors="backslashreplace").decode())
-    if code is None:
-        return Result(False, None, output, "was ended together with its sandbox")
-    if code < 0:
-        return Result(False, code, output, f"was ended by {signal.Signals(-code).name}")
-    if code:
-        lines = output.strip().splitlines()
-        return Result(False, code, output, lines[-1] if lines else f"ended with exit status {code}")
-    if not report["finished"]:
-        return Result(False, code, output, "ended before it came to its end, with exit status 0")
-    return Result(True, code, output, None)
+        reason = f"ran for more than {seconds:g} seconds"
+    elif report.get("reason"):
+        reason = report["reason"].encode(errors="backslashreplace").decode()
+    elif code is None:
+        reason = "was ended together with its sandbox"
+    elif code < 0:
+        reason = f"was ended by {signal.Signals(-code).name}"
+    elif code:
+        reason = last or f"ended with exit status {code}"
+    elif not report["finished"]:
+        reason = "ended before it came to its end, with exit status 0"
+    return Result(reason is None, code, output, reason)
 
 
 def _interpreter() -> str:

@@ -25,7 +25,6 @@ from plmtune.sandbox.program import KEY_BYTES, READY, STUB
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
 # linux/sched.h: mount, cgroup, UTS, IPC, user, process and network namespaces
@@ -97,7 +96,10 @@ def launch(order: dict[str, Any], report: Any) -> None:
         _call("prctl", PR_SET_PDEATHSIG, _signal.SIGKILL)
         _signal.signal(_signal.SIGINT, _signal.SIG_IGN)  # the kernel blocks the others for a namespace's first process
         if not select.select([watch], [], [], 0)[0]:  # otherwise the launcher died before the prctl
-            _loop_back()
+            # The only address of the network namespace: 127.0.0.1.
+            loop_back = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
+            fcntl.ioctl(loop_back.fileno(), SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
+            loop_back.close()
             build_root(order["prefix"], order["packages"], order["disk_bytes"])
             _call("prctl", PR_SET_DUMPABLE, 0)  # the code cannot read its memory
             supervise(order, report)
@@ -157,7 +159,11 @@ def build_root(prefix: str, packages: dict[str, str], disk_bytes: int) -> None:
         raise Missing(f"Python is installed in {prefix}, and /tmp is an empty folder in the sandbox")
     _mount("none", "/", "", MS_REC | MS_PRIVATE)
     _mount("tmpfs", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-    for place in _needed(prefix):
+    bound: list[str] = []
+    for place in (prefix, *PLACES):
+        if not os.path.exists(place) or any(f"{place}/".startswith(f"{other}/") for other in bound):
+            continue  # absent, or in a folder that is there already
+        bound.append(place)
         if os.path.islink(place):  # /lib is usr/lib on most systems
             os.makedirs(os.path.dirname(f"{NEW_ROOT}{place}"), exist_ok=True)
             os.symlink(os.readlink(place), f"{NEW_ROOT}{place}")
@@ -188,17 +194,18 @@ def build_root(prefix: str, packages: dict[str, str], disk_bytes: int) -> None:
     os.chdir("/tmp")
 
 
-def _loop_back() -> None:
-    """Give the network namespace its only address, 127.0.0.1."""
-    any_socket = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
-    fcntl.ioctl(any_socket.fileno(), SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
-    any_socket.close()
-
-
 def supervise(order: dict[str, Any], report: Any) -> None:
     """Start the code, send it the tests, wait for the verdict, and report it."""
     (inlet, to_code), (verdict, outlet) = os.pipe(), os.pipe()
-    code = Code(_fork(lambda: _be_code(order, inlet, outlet)), to_code, verdict)
+    process = os.fork()
+    if not process:
+        try:
+            _be_code(order, inlet, outlet)
+        except (OSError, ValueError, Missing) as error:
+            print(error, flush=True)
+        finally:
+            os._exit(0)
+    code = Code(process, to_code, verdict)
     os.close(inlet)
     os.close(outlet)
     key, nonce = os.urandom(KEY_BYTES), os.urandom(KEY_BYTES)
@@ -301,19 +308,6 @@ def _be_code(order: dict[str, Any], inlet: int, outlet: int) -> None:
     os.execve(python, [python, "-P", "-s", "-S", "-u", "-c", STUB, str(inlet), str(outlet)], ENVIRONMENT)
 
 
-def _fork(then: Callable[[], None]) -> int:
-    """Call a function in a new process."""
-    process = os.fork()
-    if not process:
-        try:
-            then()
-        except (OSError, ValueError, Missing) as error:
-            print(error, flush=True)
-        finally:
-            os._exit(0)
-    return process
-
-
 def _drop_capabilities() -> None:
     if os.geteuid() == 0:
         os.setgroups([])
@@ -341,15 +335,6 @@ def limit(order: dict[str, Any]) -> None:
         _, hard = resource.getrlimit(which)
         value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(which, (value, value))
-
-
-def _needed(prefix: str) -> list[str]:
-    """The interpreter's installation and its libraries; no folder lies inside another."""
-    found: list[str] = []
-    for place in (prefix, *PLACES):
-        if os.path.exists(place) and not any(f"{place}/".startswith(f"{other}/") for other in found):
-            found.append(place)
-    return found
 
 
 def _why_no_namespaces() -> str:
