@@ -158,9 +158,7 @@ class Evaluations:
             result = results.load(file)
         except UserError:  # damaged: evaluate again
             return {}
-        matches = result["status"] == "complete" and result["settings"] == evaluate.describe_settings(
-            self.settings, self.loaded
-        )
+        matches = result["status"] == "complete" and result["settings"] == self.settings.describe(self.loaded)
         return _values(result) if matches and digest in (None, result["model"]["digest"]) else {}
 
 
@@ -175,9 +173,9 @@ def _code_runner(names: list[str], *, allowed: bool) -> CodeRunner:
 
 def _values(result: dict[str, Any]) -> dict[str, float]:
     """Return the metrics to log: those of a group, not of each of its tasks."""
-    values = {}
-    for line in result_table.lines([result]):
-        found = result_table.score(result, line)
-        if found is not None and found.value is not None:
-            values[f"eval/{line.task}/{line.metric.removesuffix(',none')}"] = found.value
-    return values
+    found = [(line, result_table.score(result, line)) for line in result_table.lines([result])]
+    return {
+        f"eval/{line.task}/{line.metric.removesuffix(',none')}": one.value
+        for line, one in found
+        if one is not None and one.value is not None
+    }

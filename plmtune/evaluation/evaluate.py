@@ -65,22 +65,17 @@ class Settings:
     system: str | None = None
     max_new_tokens: int | None = None
 
-
-def describe_settings(settings: Settings, names: Iterable[str]) -> dict[str, Any]:
-    values = asdict(settings)
-    if settings.max_new_tokens is None:  # as in results of earlier versions, which can be resumed
-        del values["max_new_tokens"]
-    return {"tasks": list(names), **values}
+    def describe(self, names: Iterable[str]) -> dict[str, Any]:
+        values = {"tasks": list(names), **asdict(self)}
+        if self.max_new_tokens is None:  # as in results of earlier versions, which can be resumed
+            del values["max_new_tokens"]
+        return values
 
 
 def load_tasks(
     tasks: Tasks, names: Sequence[str], settings: Settings, log: Log
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Build each task with its data.
-
-    Returns:
-        Tasks for `run_task` by name, and the reasons why the others cannot be built.
-    """
+    """Build each task with its data; return them by name, and why the others cannot be built."""
     loaded, failed = {}, {}
     for name in names:
         try:
@@ -174,7 +169,7 @@ def evaluate(
         "version": results.VERSION,
         "status": "partial",
         "model": dict(about),
-        "settings": describe_settings(settings, [*loaded, *failed]),
+        "settings": settings.describe([*loaded, *failed]),
         "environment": results.environment(lm.device, lm.model.dtype),
         "git": git_state(),
         "started": now(),
@@ -186,7 +181,7 @@ def evaluate(
     }
     began, progress = time.perf_counter(), lm.progress
     for name, task in loaded.items():
-        lm.progress = functools.partial(_show, progress, name)
+        lm.progress = functools.partial(lambda name, kind, *counts: progress(f"{name} ({kind})", *counts), name)
         start, cut = time.perf_counter(), lm.num_truncated
         try:
             raw = run_task(lm, tasks, task, settings)
@@ -221,10 +216,6 @@ def evaluate(
     return result
 
 
-def _show(progress: Progress, name: str, kind: str, done: int, total: int) -> None:
-    progress(f"{name} ({kind})", done, total)
-
-
 def check_shares(tasks: Tasks, loaded: Mapping[str, Any], limit: int | None) -> None:
     """Raise UserError, on every rank, for tasks with fewer documents than processes, which would wait for ever."""
     world_size = distributed.world_size()
@@ -232,17 +223,12 @@ def check_shares(tasks: Tasks, loaded: Mapping[str, Any], limit: int | None) -> 
         for name, each in _flat(tasks, task)["tasks"].items():
             documents = min(limit or len(each.eval_docs), len(each.eval_docs))
             if documents < world_size:
-                raise UserError(
-                    f"{name}: {documents} documents cannot be shared by {world_size} processes. Start fewer, or raise "
-                    "the limit."
-                )
+                what = f"{documents} documents cannot be shared by {world_size} processes"
+                raise UserError(f"{name}: {what}. Start fewer, or raise the limit.")
 
 
 def run_task(lm: LM, tasks: Tasks, task: Any, settings: Settings) -> Any:
-    """Return the output of lm-eval's `simple_evaluate` for a task, group or tag; None on ranks other than 0.
-
-    `simple_evaluate` itself also inspects the machine, which takes 10 seconds.
-    """
+    """Return the output of lm-eval's `simple_evaluate`, which takes 10 seconds more; None on ranks other than 0."""
     loaded = _flat(tasks, task)
     for each in loaded["tasks"].values():
         own = each.get_config("num_fewshot")
@@ -274,10 +260,9 @@ def _flat(tasks: Tasks, task: Any) -> Any:
 
 def _in_words(error: Exception) -> str:
     """Return the message of an error; with kind and place unless it is a UserError."""
-    if isinstance(error, UserError):
-        return str(error)
     *_, last = traceback.extract_tb(error.__traceback__)
-    return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+    place = f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+    return str(error) if isinstance(error, UserError) else place
 
 
 def describe_model(
@@ -299,9 +284,7 @@ def _data(tasks: Tasks, name: str, task: Any) -> str:
     """Return the origin of a task's documents."""
     if files := tasks.data.describe(name):
         return f"{files} ({tasks.data.fingerprint(name)})"
-    kwargs = task.get_config("dataset_kwargs") or {}
-    path, given = task.get_config("dataset_path"), kwargs.get("data_files")
+    kwargs, path = task.get_config("dataset_kwargs") or {}, task.get_config("dataset_path")
     if path and kwargs.get("revision"):
         path = f"{path}@{kwargs['revision']}"
-    named = (path, task.get_config("dataset_name"))
-    return " ".join(str(part) for part in (*named, given) if part)
+    return " ".join(str(part) for part in (path, task.get_config("dataset_name"), kwargs.get("data_files")) if part)

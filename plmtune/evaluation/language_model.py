@@ -60,7 +60,7 @@ class LanguageModel(TemplateLM):
         cache: None: results are not cached.
         digest: identifies the weights and their arithmetic in the cache's keys.
         progress: called with the kind of request, the number done and the total after each batch.
-        max_new_tokens: longest answer; None: as the task asks, up to half of the model's context.
+        max_new_tokens: longest answer, below the model's context; None: as the task asks, up to half of it.
         log: called once for each task and length whose answers are shortened to fit the context.
 
     Raises:
@@ -85,11 +85,6 @@ class LanguageModel(TemplateLM):
         super().__init__()
         if cache is not None and not digest:
             raise ValueError("a cache of results needs a digest of the model: others would get its answers")
-        if max_new_tokens is not None and not 0 < max_new_tokens < model.max_seq_len:
-            raise ValueError(
-                f"max_new_tokens ({max_new_tokens}) must be at least 1 and below the model's context "
-                f"({model.max_seq_len}), which holds the question, too"
-            )
         self.max_new_tokens, self.log = max_new_tokens, log
         self._shortened: set[tuple[str, int]] = set()
         self.model, self.tokenizer = model, tokenizer

@@ -234,13 +234,6 @@ class TestGeneration:
         assert len(told) == (most is None and asked_for > 32)
         assert all("a_task: its answers may have" in line and "context has 64" in line for line in told)
 
-    @pytest.mark.parametrize("most", [0, 64])
-    def test_a_longest_answer_that_leaves_no_question_is_refused(
-        self, most: int, model: Decoder, tokenizer: Tokenizer
-    ) -> None:
-        with pytest.raises(ValueError, match=rf"max_new_tokens \({most}\) must be at least 1 and below .* \(64\)"):
-            LanguageModel(model, tokenizer, max_new_tokens=most)
-
     def test_settings_that_change_nothing_are_taken(self, model: Decoder, tokenizer: Tokenizer) -> None:
         idle = {"num_beams": 1, "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 3, "until": "\n"}
         lm = LanguageModel(model, tokenizer)
