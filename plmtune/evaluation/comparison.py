@@ -83,17 +83,9 @@ def compare(results: Sequence[Result], *, all_tasks: bool = False) -> list[Row]:
 def table(rows: Sequence[Row], results: Sequence[Result]) -> list[Table | str]:
     """Return the differences to the first result, one a line."""
     names = labels(results)
-    grid = Table(
-        [
-            Column("task", key=True),
-            Column("metric", folds=True),
-            Column(""),
-            Column("difference"),
-            Column("p", right=True),
-            Column("test", folds=True, drop=1),
-        ],
-        title=f"differences to {names[0]}",
-    )
+    columns = [Column("task", key=True), Column("metric", folds=True), Column(""), Column("difference")]
+    columns += [Column("p", right=True), Column("test", folds=True, drop=1)]
+    grid = Table(columns, title=f"differences to {names[0]}")
     for row in rows:
         task, metric = row.line.task, metric_label(row.line, row.higher_is_better)
         for name, one in zip(names, row.differences, strict=True):
@@ -151,8 +143,8 @@ def _difference(first: Result, other: Result, line: Line) -> Difference | None:
             reason = "unpaired: the same documents have other lengths"
     stderr = p = None
     if a.stderr is not None and b.stderr is not None:
-        stderr = math.hypot(a.stderr, b.stderr)
-        p = _two_sided(b.value - a.value, stderr)
+        stderr, mean = math.hypot(a.stderr, b.stderr), b.value - a.value
+        p = math.erfc(abs(mean) / stderr / math.sqrt(2)) if stderr else float(mean == 0)
     return Difference(b.value - a.value, stderr, p, len(shared), False, "z" if p is not None else None, reason)
 
 
@@ -278,12 +270,6 @@ def sign_flips(differences: np.ndarray) -> float:
     return (extreme + 1) / (_FLIPS + 1)
 
 
-def _two_sided(difference: float, stderr: float) -> float:
-    if stderr == 0:
-        return 1.0 if difference == 0 else 0.0
-    return math.erfc(abs(difference) / stderr / math.sqrt(2))
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction, in the order given."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
@@ -295,13 +281,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _corrected(rows: Sequence[Row]) -> list[Row]:
+    """Return rows whose differences have the p-values that are corrected for all of them."""
     found = iter(holm([one.p for row in rows for one in row.differences if one and one.p is not None]))
-    return [
-        replace(
-            row,
-            differences=tuple(
-                replace(one, corrected=next(found)) if one and one.p is not None else one for one in row.differences
-            ),
-        )
-        for row in rows
-    ]
+
+    def correct(one: Difference | None) -> Difference | None:
+        return replace(one, corrected=next(found)) if one and one.p is not None else one
+
+    return [replace(row, differences=tuple(map(correct, row.differences))) for row in rows]

@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +41,8 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return versions, device, threads and the precision of the weights for a result."""
     import torch
 
-    return {
-        **versions(_PACKAGES),
-        "device": str(device),
-        "device_name": device_name(device),
-        "threads": torch.get_num_threads(),
-        "precision": str(dtype).removeprefix("torch."),
-    }
+    where = {"device": str(device), "device_name": device_name(device), "threads": torch.get_num_threads()}
+    return {**versions(_PACKAGES), **where, "precision": str(dtype).removeprefix("torch.")}
 
 
 def collect(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[dict[str, Any]]]]:
@@ -103,10 +99,8 @@ def _samples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _prompts_hash(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Return one hash of all prompts of a task, for comparing evaluations."""
-    if not rows:
-        return None
     text = "".join(f"{row['doc_hash']} {row['prompt_hash']}\n" for row in rows)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest() if rows else None
 
 
 def _metrics(found: Mapping[str, Any], better: Mapping[str, bool | None]) -> dict[str, Any]:
@@ -197,7 +191,9 @@ def load(path: str | Path) -> dict[str, Any]:
             "Read it with the plmtune that wrote it, or evaluate again."
         )
     try:
-        _check_whole(data, result)
+        end, said = _END.search(data), result.pop(_CHECKSUM, None)
+        if (end or said) and (end is None or said != xxhash.xxh3_128_hexdigest(data[: end.start()])):
+            raise ValueError("it does not match its own checksum")  # files of earlier versions have none
         _check(result)
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}. Evaluate again with plmtune eval.") from error
@@ -233,30 +229,18 @@ def load_all(paths: Sequence[str | Path], log: Callable[[str], None]) -> dict[Pa
 
 def _without_repeats(found: Mapping[Path, dict[str, Any]], log: Callable[[str], None]) -> dict[Path, dict[str, Any]]:
     """Leave out older results of the same weights and settings; a complete result precedes a partial one."""
-    newest: dict[str, Path] = {}
+    newest: dict[str, tuple[tuple[bool, str], Path]] = {}
     for file, result in found.items():
         digest = result["model"].get("digest")
         what = json.dumps([digest, result["settings"]], sort_keys=True) if digest else str(file)
-        best = newest.setdefault(what, file)
+        age = (result["status"] == "complete", str(result.get("started")))
+        before, best = newest.setdefault(what, (age, file))
         if best == file:
             continue
-        older, newest[what] = sorted((best, file), key=lambda one: _age(found[one]))
-        log(f"{older} is left out: {newest[what].name} measured the same model with the same settings again")
-    return {file: result for file, result in found.items() if file in newest.values()}
-
-
-def _age(result: Mapping[str, Any]) -> tuple[bool, str]:
-    return result["status"] == "complete", str(result.get("started"))
-
-
-def _check_whole(data: bytes, result: dict[str, Any]) -> None:
-    """Raise ValueError if the hash is wrong; files of earlier versions have none."""
-    found = _END.search(data)
-    said = result.pop(_CHECKSUM, None)
-    if found is None and said is None:
-        return
-    if found is None or said != xxhash.xxh3_128_hexdigest(data[: found.start()]):
-        raise ValueError("it does not match its own checksum")
+        (_, older), newest[what] = sorted(((before, best), (age, file)), key=itemgetter(0))
+        log(f"{older} is left out: {newest[what][1].name} measured the same model with the same settings again")
+    kept = {file for _, file in newest.values()}
+    return {file: result for file, result in found.items() if file in kept}
 
 
 def _check(result: dict[str, Any]) -> None:
