@@ -61,7 +61,11 @@ class Evaluations:
         try:
             names = self.tasks.resolve(cfg.tasks)
             if needing := [name for name in names if self.tasks.needs_code(name)]:
-                self.tasks.code = _code_runner(needing, allowed=cfg.unsafe_code)
+                if not cfg.unsafe_code:
+                    raise UserError(f"{running_code(needing)}: eval.unsafe_code=true lets it, in a sandbox")
+                if lacking := missing():
+                    raise UserError(f"{running_code(needing)}, and there is no sandbox on this machine: {lacking}")
+                self.tasks.code = CodeRunner("namespaces")
             self.loaded = {name: self.tasks.load(name, num_fewshot=cfg.num_fewshot) for name in names}
             evaluate.check_shares(self.tasks, self.loaded, self.settings.limit)
         except UserError as error:
@@ -160,15 +164,6 @@ class Evaluations:
             return {}
         matches = result["status"] == "complete" and result["settings"] == self.settings.describe(self.loaded)
         return _values(result) if matches and digest in (None, result["model"]["digest"]) else {}
-
-
-def _code_runner(names: list[str], *, allowed: bool) -> CodeRunner:
-    who = running_code(names)
-    if not allowed:
-        raise UserError(f"{who}: eval.unsafe_code=true lets it, in a sandbox")
-    if lacking := missing():
-        raise UserError(f"{who}, and there is no sandbox on this machine: {lacking}")
-    return CodeRunner("namespaces")
 
 
 def _values(result: dict[str, Any]) -> dict[str, float]:

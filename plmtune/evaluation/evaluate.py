@@ -125,6 +125,12 @@ def evaluate_checkpoint(
             f"{directory}: its tokenizer has {tokenizer.num_tokens:,} tokens, its model rows for "
             f"{model.vocab_size:,}. They are not of one model."
         )
+    most = settings.max_new_tokens
+    if most is not None and most >= model.max_seq_len:
+        raise UserError(
+            f"--max-new-tokens {most:,} must be below the context of {path}, {model.max_seq_len:,} tokens, which holds "
+            "the question, too."
+        )
     run, step = run_of(directory) or (None, None)
     # pretrain-20261121-101500-step500, or the checkpoint's folder
     name = f"{run.parent.name}-{run.name}-step{step}" if run else model_name(directory)
@@ -132,12 +138,6 @@ def evaluate_checkpoint(
     prepack(model)
     file = out / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
     out.mkdir(parents=True, exist_ok=True)
-    most = settings.max_new_tokens
-    if most is not None and most >= model.max_seq_len:
-        raise UserError(
-            f"--max-new-tokens {most:,} must be below the context of {path}, {model.max_seq_len:,} tokens, which holds "
-            "the question, too."
-        )
     with ResultCache(out / "cache" / f"{about['digest'][:16]}.sqlite") as cache:
         lm = LanguageModel(
             model,

@@ -72,52 +72,44 @@ def rows_of(place: Place, names: Sequence[str] | None) -> Iterator[Row]:
 
 def _read(path: Path, shown: str, names: Sequence[str] | None) -> Iterator[Row]:
     suffix = path.suffix.lower()
-    if suffix in _TABLES or (suffix in _TEXTS and names is not None):
-        yield from _table(path, shown, names)
-        return
-    if names is not None:
+    if names is not None and suffix not in (*_TABLES, *_TEXTS):
         raise UserError(
             f"{shown}: the map gives names of columns, which only a CSV or TSV file takes, or one with a value a line "
             f"({', '.join(_TEXTS)})"
         )
     try:
-        for place, row in read_rows([path]):
-            place = place.replace(str(path), shown, 1)
-            if isinstance(row, BadRow):
-                raise UserError(f"{place} {row}")
-            yield place, row
-    except UserError as error:
-        raise UserError(str(error).replace(str(path), shown)) from error
-
-
-def _table(path: Path, shown: str, names: Sequence[str] | None) -> Iterator[Row]:
-    try:
-        text = "".join(read_text(path, "utf-8"))
-    except UserError as error:
-        raise UserError(str(error).replace(str(path), shown)) from error
-    if path.suffix.lower() in _TEXTS:
-        if names is None or len(names) != 1:
+        if suffix in _TABLES:
+            yield from _table("".join(read_text(path, "utf-8")), "\t" if suffix == ".tsv" else ",", shown, names)
+        elif names is None:
+            for place, row in read_rows([path]):
+                if isinstance(row, BadRow):
+                    raise UserError(f"{place} {row}")
+                yield place.replace(str(path), shown, 1), row
+        elif len(names) == 1:
+            for number, value in enumerate("".join(read_text(path, "utf-8")).splitlines(), 1):
+                if value.strip():
+                    yield f"{shown}, line {number}", {names[0]: value}
+        else:
             raise UserError(f"{shown} has a value a line: give the name of one column in the map, names: [label]")
-        for number, value in enumerate(text.splitlines(), 1):
-            if value.strip():
-                yield f"{shown}, line {number}", {names[0]: value}
-        return
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), shown)) from error
+
+
+def _table(text: str, delimiter: str, shown: str, names: Sequence[str] | None) -> Iterator[Row]:
     # Line ends inside quotes are normalized as Python does in text files.
-    lines = csv.reader(io.StringIO(text, newline=None), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    header = list(names) if names is not None else None
+    lines = csv.reader(io.StringIO(text, newline=None), delimiter=delimiter)
+    header = names
     begin = 1  # of a row, which may span several lines
     try:
         for row in lines:
             line, begin = begin, lines.line_num + 1
-            if not row:  # an empty line is no row
-                continue
             if header is None:
-                header = row
-            elif len(row) != len(header):
+                header = row or None  # an empty line is no row
+            elif row and len(row) != len(header):
                 raise UserError(
                     f"{shown}, line {line} has {len(row)} fields where {len(header)} are named ({', '.join(header)})"
                 )
-            else:
+            elif row:
                 yield f"{shown}, line {line}", dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise UserError(f"{shown}, line {lines.line_num} is no CSV: {error}") from error

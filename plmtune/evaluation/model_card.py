@@ -79,7 +79,9 @@ def write_card(
     parameters = None if adapters.holds_adapters(directory) else weights.parameters
     for result, source in zip_longest(results, sources):
         _refuse_another(result["model"], source, directory, run, parameters)
-    found = [dict(result) for result in results] or (_own_results(run) if run else [])
+    found = list(results)
+    if run and not found and (own := result_files.step_file(run.path, run.step)).is_file():
+        found = [result_files.load(own)]
     curves = _place_curves(run, path, overwrite) if run else False
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, finalize=escape)
@@ -94,12 +96,6 @@ def write_card(
     # No value has a line end, so that these are the gaps that conditions leave.
     write_atomically(path, re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n", user_error=True)
     return path
-
-
-def _own_results(run: Run) -> list[dict[str, Any]]:
-    """Return the run's own result of this checkpoint."""
-    path = result_files.step_file(run.path, run.step)
-    return [result_files.load(path)] if path.is_file() else []
 
 
 def _refuse_another(

@@ -67,16 +67,15 @@ class Builder(TaskFactory):
     def _build_group_members(
         self, member_list: list[Any], group_name: str, overrides: dict[str, Any] | None, registry: dict[str, Entry]
     ) -> list[Task | Group]:
-        members = []
-        for item in member_list:
+        members = list(member_list)
+        for index, item in enumerate(members):
             # A task that is defined in its group gets an entry, so that it is built like all others.
             if isinstance(item, dict) and "group" not in item and item.get("task") not in registry:
                 name = f"{group_name}::{item.get('task')}"
-                registry[name] = Entry(name, Kind.TASK, None, cfg={**item, "task": name})
-                item = {**item, "task": name}
+                members[index] = {**item, "task": name}
+                registry[name] = Entry(name, Kind.TASK, None, cfg=dict(members[index]))
             elif isinstance(item, str) and item not in registry:
                 raise UserError(f"The group {group_name} holds {item}, and there is no such task")
-            members.append(item)
         built: list[Task | Group] = super()._build_group_members(members, group_name, overrides, registry)
         return built
 
@@ -139,10 +138,8 @@ class _Documents:
         self.lacking: set[str] = set()
         self.columns: list[str] = []  # of the files; empty where there are none
         own = config.get("class")
-        self.source: tuple[str | None, str | None] = (
-            config.get("dataset_path") or getattr(own, "DATASET_PATH", None),
-            config.get("dataset_name") or getattr(own, "DATASET_NAME", None),
-        )
+        keys = ("dataset_path", "dataset_name")
+        self.source: list[str | None] = [config.get(key) or getattr(own, key.upper(), None) for key in keys]
 
     def local(self) -> dict[str, datasets.Dataset] | None:
         """Return the splits in the map, None if it does not have the task.
@@ -182,15 +179,14 @@ class _Documents:
 
     def entry(self) -> str:
         """Return an entry of a map for the task, to be filled in."""
-        evaluated = self.evaluated or "SPLIT"
+        evaluated, examples = self.evaluated or "SPLIT", _example_split(self._config)
         names, complete = columns_of(self._config)
         shown = ", ".join(names) if names else f"as {self.source[0]} has them"
         more = "" if complete or not names else " and what its functions read"
-        lines = [f"{self._name}:", f"  {evaluated}: {self._name}_{evaluated}.jsonl  # columns: {shown}{more}"]
-        examples = _example_split(self._config)
-        if examples not in (None, evaluated):
-            lines.append(f"  {examples}: {self._name}_{examples}.jsonl  # the same, for few-shot examples")
-        return "\n".join(lines)
+        entry = f"{self._name}:\n  {evaluated}: {self._name}_{evaluated}.jsonl  # columns: {shown}{more}"
+        if examples in (None, evaluated):
+            return entry
+        return f"{entry}\n  {examples}: {self._name}_{examples}.jsonl  # the same, for few-shot examples"
 
     def how_to_get(self, error: Exception) -> str:
         """Return a message with the missing data, and both ways to get them."""
@@ -214,11 +210,9 @@ class _Documents:
 
     def explain(self, error: Exception) -> str:
         """Return the reason why a task cannot be built."""
-        undefined = (
-            re.fullmatch(r"'(\w+)' is undefined", str(error)) if isinstance(error, jinja2.UndefinedError) else None
-        )
-        if undefined is not None and self.columns and self._config.get("process_docs") is None:
-            return self._no_column(undefined[1])
+        unknown = isinstance(error, jinja2.UndefinedError) and re.fullmatch(r"'(\w+)' is undefined", str(error))
+        if unknown and self.columns and self._config.get("process_docs") is None:
+            return self._no_column(unknown[1])
         if isinstance(error, jinja2.TemplateError | KeyError) and self.columns:
             return f"{self._where}: {_in_words(error)}. Its documents have the columns {', '.join(self.columns)}"
         lacking = [key for key in ("doc_to_text", "doc_to_target", "metric_list") if key not in self._config]

@@ -119,8 +119,7 @@ def enter_namespaces() -> None:
     process writes the maps.
     """
     uid, gid, launcher = os.geteuid(), os.getegid(), os.getpid()
-    users = f"{uid} {uid} 1\n" + (f"{NOBODY} {NOBODY} 1\n" if uid == 0 else "")
-    groups = f"{gid} {gid} 1\n" + (f"{NOBODY} {NOBODY} 1\n" if uid == 0 else "")
+    more = f"{NOBODY} {NOBODY} 1\n" if uid == 0 else ""
     entered, notify = os.pipe()
     mapper = os.fork()
     if not mapper:
@@ -129,8 +128,8 @@ def enter_namespaces() -> None:
             if os.read(entered, 1):
                 if uid:
                     _write(f"/proc/{launcher}/setgroups", "deny")
-                _write(f"/proc/{launcher}/uid_map", users)
-                _write(f"/proc/{launcher}/gid_map", groups)
+                _write(f"/proc/{launcher}/uid_map", f"{uid} {uid} 1\n{more}")
+                _write(f"/proc/{launcher}/gid_map", f"{gid} {gid} 1\n{more}")
         finally:
             os._exit(0)
     os.close(entered)
@@ -229,7 +228,8 @@ def supervise(order: dict[str, Any], report: Any) -> None:
     else:
         reason = (said + code.receive(_REASON_BYTES)).decode(errors="backslashreplace")
         facts = {"exit_code": code.ended(), "finished": False, "reason": reason}
-    code.kill()
+    if code.status is None:
+        os.kill(code.process, _signal.SIGKILL)
     if order["isolated"]:
         try:
             os.kill(-1, _signal.SIGKILL)  # processes that could still write
@@ -277,10 +277,6 @@ class Code:
                 break
             select.select([], [], [], _PERIOD)
         return None if self.status is None else os.waitstatus_to_exitcode(self.status)
-
-    def kill(self) -> None:
-        if self.status is None:
-            os.kill(self.process, _signal.SIGKILL)
 
     def _has_ended(self) -> bool:
         while self.status is None:

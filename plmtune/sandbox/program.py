@@ -142,27 +142,18 @@ class Calls:
             return seen(node) if isinstance(node, (ast.Name, ast.Attribute, ast.Subscript)) else node
 
         class Watched(ast.NodeTransformer):  # type: ignore[name-defined]
-            def visit_Name(self, node: Any) -> Any:
-                named.add(node.id)
-                return node
-
-            def visit_Attribute(self, node: Any) -> Any:
-                named.add(node.attr)
-                return self.generic_visit(node)
-
-            def visit_Call(self, node: Any) -> Any:
+            def visit(self, node: Any) -> Any:
                 self.generic_visit(node)
-                node.args = [seen_if_held(each) for each in node.args]
-                return seen(node)
-
-            def visit_Compare(self, node: Any) -> Any:
-                self.generic_visit(node)
-                node.left = seen_if_held(node.left)
-                node.comparators = [seen_if_held(each) for each in node.comparators]
-                return node
-
-            def visit_Await(self, node: Any) -> Any:
-                return seen(self.generic_visit(node))
+                if isinstance(node, ast.Name):
+                    named.add(node.id)
+                elif isinstance(node, ast.Attribute):
+                    named.add(node.attr)
+                elif isinstance(node, ast.Call):
+                    node.args = [seen_if_held(each) for each in node.args]
+                elif isinstance(node, ast.Compare):
+                    node.left = seen_if_held(node.left)
+                    node.comparators = [seen_if_held(each) for each in node.comparators]
+                return seen(node) if isinstance(node, (ast.Call, ast.Await)) else node
 
         try:
             return ast.fix_missing_locations(Watched().visit(ast.parse(tests, "tests.py")))

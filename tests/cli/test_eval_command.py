@@ -214,6 +214,10 @@ class TestMistakes:
             (("--tasks", "colours", "--batch-size", "many"), "--batch-size many"),
             (("--tasks", "colours", "--system", "Be brief."), "Add --chat"),
             (("--tasks", "colours", "--chat"), "has no chat template"),
+            (
+                ("--tasks", "colours", "--max-new-tokens", 100_000),
+                "--max-new-tokens 100,000 must be below the context of",
+            ),
             (("--tasks", "adding"), "adding runs code that the model writes: add --unsafe-code"),
         ],
     )
