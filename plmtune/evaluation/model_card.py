@@ -87,12 +87,12 @@ def write_card(
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, finalize=escape)
     environment.filters |= {
         "show": show_value, "settings": show_settings, "component": show_component, "code": code, "plain": Markdown,
-        "count": show_count, "bytes": show_bytes,
+        "count": show_count, "bytes": show_bytes, "git": _git,
     }  # fmt: skip
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     facts = {**_model(directory, weights, run), **(_training(run) if run else {}), "run": run, "curves": curves}
     functions = {"mix_of": _mix, "scores_of": _scores, "how": _how, "origins_of": _origins}
-    text = template.render(**facts, **functions, results=found, provenance=_provenance(run, found))
+    text = template.render(**facts, **functions, results=found, record=run.record if run else {})
     # No value has a line end, so that these are the gaps that conditions leave.
     write_atomically(path, re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n", user_error=True)
     return path
@@ -304,25 +304,6 @@ def _origins(result: Mapping[str, Any]) -> tuple[list[tuple[str, str]], dict[Mar
         else:
             of_hub.setdefault(link, []).append(f"{task} (subset {subset})" if subset else task)
     return local, of_hub
-
-
-def _provenance(run: Run | None, results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    rows = []
-    if run is not None:
-        versions = run.record.get("versions")
-        rows += [
-            ("training began", show_value(run.record.get("started"))),
-            ("training ended", show_value(run.record.get("ended"))),
-            ("git state of the training", _git(run.record.get("git"))),
-            ("versions of the training", show_settings(versions) if isinstance(versions, dict) else "unknown"),
-        ]
-        data = run.record.get("data")
-        if isinstance(data, dict) and data:
-            rows.append(("fingerprints of the data", show_settings(data)))
-    for result in results:
-        rows.append(("git state of the evaluation", _git(result.get("git"))))
-        rows.append(("weights that were evaluated", show_value(result["model"].get("digest"))))
-    return [row for row in rows if row[1] != "unknown"]
 
 
 def _git(state: Any) -> str:
