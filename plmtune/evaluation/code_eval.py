@@ -22,9 +22,6 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """1 - C(n - c, k) / C(n, k): the chance that one of k samples, drawn from n of which c are right, is right.
 
     The unbiased estimator of arXiv 2107.03374, eq. 1.
-
-    Raises:
-        ValueError: if there are fewer than k samples.
     """
     if not 0 < k <= num_samples:
         raise ValueError(f"pass@{k} needs k from 1 to the number of samples, which is {num_samples}")
@@ -86,11 +83,7 @@ class CodeRunner:
         return scores, details
 
     def run(self, work: Sequence[tuple[str, str]]) -> list[Result]:
-        """Run pairs of (program, tests); results in their order.
-
-        Raises:
-            NoSandbox: if this machine cannot isolate.
-        """
+        """Run pairs of (program, tests); results in their order."""
         todo = [pair for pair in dict.fromkeys(work) if pair not in self._known]
         results = run_all(todo, seconds=self.seconds, isolation=self.isolation)
         self._known |= dict(zip(todo, results, strict=True))

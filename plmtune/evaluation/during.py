@@ -37,9 +37,6 @@ class Evaluations:
     Args:
         cfg: the section `eval`.
         template: chat template, with `eval.chat`.
-
-    Raises:
-        UserError: for unknown tasks, or data that is not available.
     """
 
     def __init__(self, cfg: EvaluationConfig, tokenizer: Tokenizer | None, *, template: str | None = None) -> None:

@@ -109,9 +109,6 @@ def evaluate_checkpoint(
 
     Returns:
         The result (see `plmtune.evaluation.results`), and its file.
-
-    Raises:
-        UserError: if there is no such checkpoint, or no chat template although one is needed.
     """
     directory = checkpoint_directory(path)
     tokenizer = load_model_tokenizer(directory)

@@ -62,9 +62,6 @@ class LanguageModel(TemplateLM):
         progress: called with the kind of request, the number done and the total after each batch.
         max_new_tokens: longest answer, below the model's context; None: as the task asks, up to half of it.
         log: called once for each task and length whose answers are shortened to fit the context.
-
-    Raises:
-        ValueError: for a cache without a digest.
     """
 
     tokenizer: Tokenizer
@@ -153,11 +150,7 @@ class LanguageModel(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return the text of a conversation, as transformers' apply_chat_template.
 
-        Args:
-            add_generation_prompt: end with the generation prompt; else the model continues the last message.
-
-        Raises:
-            UserError: if the template refuses it, even without the system message.
+        It ends with the generation prompt, or the model continues the last message.
         """
         if self.template is None:
             raise UserError("The model has no chat template, so that questions cannot be put as messages.")

@@ -116,14 +116,7 @@ class LocalData:
         return [split.files[0] for name, split in entry.splits.items() if name not in entry.places] if entry else []
 
     def dataset(self, task: str, splits: Collection[str]) -> dict[str, Dataset] | None:
-        """Read splits of a task.
-
-        Args:
-            task: the name of a single task in lm-eval.
-            splits: those that the map lacks are left out.
-
-        Returns:
-            The rows of each split, None if the map does not have the task.
+        """Read those splits of a task that the map has; None if it does not have the task.
 
         Raises:
             UserError: for a file that is not there, or a row that cannot be used, with its place.

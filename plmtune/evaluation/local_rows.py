@@ -51,9 +51,6 @@ def rows_of(place: Place, names: Sequence[str] | None) -> Iterator[Row]:
 
     Args:
         names: of the columns of a CSV or TSV file without a header, or of a file with a value a line.
-
-    Raises:
-        UserError: for a bad row, with its place.
     """
     if place.member is None:
         if place.path.stat().st_size > _MOST_BYTES:
@@ -116,11 +113,7 @@ def _table(text: str, delimiter: str, shown: str, names: Sequence[str] | None) -
 
 
 def joined(rows: Iterator[Row], other: Iterator[Row], where: Place, beside: Place) -> Iterator[Row]:
-    """Join the columns of two files row by row.
-
-    Raises:
-        UserError: if one has more rows, or a column of both has two values in a row.
-    """
+    """Join the columns of two files row by row."""
     for number, (one, two) in enumerate(zip_longest(rows, other), 1):
         if one is None or two is None:
             longer, shorter = (two, where) if one is None else (one, beside)
@@ -141,9 +134,6 @@ def filtered(rows: Iterator[Row], keep: Where, filled: Mapping[str, str], where:
     """Yield the rows with the values of `keep` in columns, or for which the expression `keep` is true.
 
     row_number is the number of a row, from 1.
-
-    Raises:
-        UserError: if a row lacks a column, or no row is left.
     """
     number = kept = 0
     seen: dict[str, None] = {}

@@ -54,16 +54,13 @@ def write_card(
     overwrite: bool = False,
     sources: Sequence[Path] = (),
 ) -> Path:
-    """Write the card of a run, a checkpoint or a model directory, and its curves beside it.
+    """Write the card of a run, a checkpoint or a model directory, and its curves beside it; return its path.
 
     Args:
         checkpoint: a run directory stands for its newest checkpoint.
         results: of its evaluations; without any, the run's own result of this checkpoint.
         path: None: README.md in `checkpoint`.
         sources: the files of `results`, for messages.
-
-    Returns:
-        The path of the card.
 
     Raises:
         UserError: if there is no checkpoint, a result is of another one, or a file is there already.

@@ -39,9 +39,6 @@ class ResultCache(AbstractContextManager["ResultCache"]):
 
     Args:
         path: the file, created if missing. A damaged file is renamed, with a message on stderr.
-
-    Raises:
-        UserError: if the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:

@@ -139,11 +139,7 @@ def _plain(value: Any) -> Any:
 
 
 def save(result: Mapping[str, Any], path: Path) -> None:
-    """Write a result atomically: a readable head, one sample a line, and the hash of it all at the end.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
+    """Write a result atomically: a readable head, one sample a line, and the hash of it all at the end."""
     head = {key: value for key, value in result.items() if key != "samples"}
     digest = xxhash.xxh3_128()
     with atomic_write(path, user_error=True) as temporary, temporary.open("wb") as file:

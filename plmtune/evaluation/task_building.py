@@ -142,11 +142,7 @@ class _Documents:
         self.source: list[str | None] = [config.get(key) or getattr(own, key.upper(), None) for key in keys]
 
     def local(self) -> dict[str, datasets.Dataset] | None:
-        """Return the splits in the map, None if it does not have the task.
-
-        Raises:
-            UserError: if it lacks the split that the task is evaluated on, or a row cannot be used.
-        """
+        """Return the splits in the map, None if it does not have the task."""
         have, evaluated = self._data.splits(self._name), self.evaluated
         if not have:
             return None
@@ -267,15 +263,7 @@ class _Splits(dict[str, datasets.Dataset]):
 
 
 def require_examples(built: Task | Group | list[Task], num_fewshot: int | None) -> None:
-    """Check that tasks have enough examples for their prompts.
-
-    Args:
-        built: from `Builder`.
-        num_fewshot: for all tasks that allow examples; None: each task's own number.
-
-    Raises:
-        UserError: for the first task that has too few.
-    """
+    """Raise UserError for a task that has too few examples for its prompts, see `Tasks.load`."""
     for task in built.get_all_tasks() if isinstance(built, Group) else built if isinstance(built, list) else [built]:
         own = task.config.num_fewshot
         wanted = own or 0 if own == 0 or num_fewshot is None else num_fewshot
@@ -296,10 +284,7 @@ def require_examples(built: Task | Group | list[Task], num_fewshot: int | None) 
 
 
 def _check_targets(where: str, task: ConfigurableTask, documents: _Documents) -> None:
-    """Refuse targets that lm-eval would mark wrong without a word, whatever a model answers.
-
-    All rows of files are looked at, and of the hub's the first.
-    """
+    """Refuse targets, of all rows of files or the hub's first, that lm-eval would always mark wrong without a word."""
     config = task.config
     own = config.doc_to_choice is None or callable(config.process_results)
     if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input or own:

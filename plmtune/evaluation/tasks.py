@@ -60,9 +60,6 @@ class Tasks:
             include: folder with YAML files of own tasks, which replace lm-eval's of the same name.
             data: files for tasks.
             code: runs code that a model wrote; without it tasks that need it are refused.
-
-        Raises:
-            UserError: if a file of `include` is wrong.
         """
         self.data = data or NO_DATA
         self.code = code
