@@ -91,8 +91,7 @@ class Scorer:
         Raises:
             NotFinite: while it runs.
             UserError: if a row alone is too much for the memory.
-            ValueError: for an item that is empty or has ids that the model does not know, or a continuation longer
-                than max_seq_len.
+            ValueError: for an empty or too long item, or an unknown id.
         """
         texts = self._texts(items)
         gpu = self.device.type != "cpu"
@@ -123,17 +122,15 @@ class Scorer:
         # Big-endian, so that the order of the bytes is that of the ids.
         found: dict[bytes, list[int]] = {}
         for number, item in enumerate(items):
-            if not len(item.context) or not len(item.continuation):
-                raise ValueError(f"item {number} needs a context and a continuation of at least one token each")
-            if len(item.continuation) > longest:
+            before, scored = len(item.context), len(item.continuation)
+            if not before or not 0 < scored <= longest:
                 raise ValueError(
-                    f"the continuation of item {number} has {len(item.continuation)} tokens, "
-                    f"but the model's max_seq_len is {longest}"
+                    f"item {number}: context ({before}) and continuation ({scored}, at most {longest}) "
+                    "need at least one token each"
                 )
             whole = np.array([*item.context, *item.continuation], dtype=np.int64)
             if whole.min() < 0 or whole.max() >= vocab_size:
-                wrong = int(whole[(whole < 0) | (whole >= vocab_size)][0])
-                raise ValueError(f"item {number} holds the id {wrong}, but the model's vocabulary has {vocab_size}")
+                raise ValueError(f"item {number} holds an id that the model's vocabulary ({vocab_size}) has not")
             found.setdefault(whole[-(longest + 1) : -1].astype(">u4").tobytes(), []).append(number)
         texts = []
         for key in sorted(found):

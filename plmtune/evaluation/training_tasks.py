@@ -15,14 +15,10 @@ if TYPE_CHECKING:
 def open_evaluations(
     cfg: EvaluationConfig, model: Any, tokenizer: Tokenizer | None, strategy: str, *, template: str | None = None
 ) -> Evaluations | None:
-    """Find the tasks of `eval.tasks`; None where there are none.
+    """Find the tasks of `eval.tasks`, and check them; None where there are none.
 
     Args:
         model: on the meta device; None where it is not known yet.
-        template: the chat template's name, see `Evaluations`.
-
-    Raises:
-        UserError: for unknown tasks, or a model that no process holds whole.
     """
     if not cfg.tasks:
         return None

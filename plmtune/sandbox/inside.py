@@ -334,16 +334,11 @@ def limit(order: dict[str, Any]) -> None:
 
 
 def _why_no_namespaces() -> str:
-    for setting, forbids in (
-        ("kernel/unprivileged_userns_clone", "0"),
-        ("user/max_user_namespaces", "0"),
-        ("kernel/apparmor_restrict_unprivileged_userns", "1"),
-    ):
-        try:
-            if _read(f"/proc/sys/{setting}") == forbids:
-                return f"namespaces are not allowed (sysctl {setting.replace('/', '.')} is {forbids})"
-        except OSError:
-            continue
+    settings = {"kernel.unprivileged_userns_clone": "0", "user.max_user_namespaces": "0"}
+    for setting, forbids in {**settings, "kernel.apparmor_restrict_unprivileged_userns": "1"}.items():
+        place = f"/proc/sys/{setting.replace('.', '/')}"
+        if os.path.exists(place) and _read(place) == forbids:
+            return f"namespaces are not allowed (sysctl {setting} is {forbids})"
     return "namespaces are not allowed (a container's seccomp profile may forbid them)"
 
 
@@ -360,10 +355,9 @@ def _write(path: str, text: str) -> None:
 def _bind(place: str, target: str) -> None:
     """Bind-mount a file or a folder in the new root."""
     target = f"{NEW_ROOT}{target}"
-    if os.path.isdir(place):
-        os.makedirs(target, exist_ok=True)
-    else:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+    folder = os.path.isdir(place)
+    os.makedirs(target if folder else os.path.dirname(target), exist_ok=True)
+    if not folder:
         _write(target, "")
     _mount(place, target, "", MS_BIND | MS_REC)
 

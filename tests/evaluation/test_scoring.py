@@ -288,11 +288,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("item", "words"),
         [
-            (Item([1], [2] * 97), "the continuation of item 1 has 97 tokens, but the model's max_seq_len is 96"),
-            (Item([1, 101], [2]), "item 1 holds the id 101, but the model's vocabulary has 101"),
-            (Item([-1], [2]), "item 1 holds the id -1, but the model's vocabulary has 101"),
-            (Item([], [2]), "item 1 needs a context and a continuation of at least one token each"),
-            (Item([1], []), "item 1 needs a context and a continuation of at least one token each"),
+            (Item([1], [2] * 97), r"item 1: context \(1\) and continuation \(97, at most 96\)"),
+            (Item([1, 101], [2]), r"item 1 holds an id that the model's vocabulary \(101\) has not"),
+            (Item([-1], [2]), "item 1 holds an id"),
+            (Item([], [2]), r"item 1: context \(0\) .* need at least one token each"),
+            (Item([1], []), r"item 1: .* continuation \(0, at most 96\) need at least one token each"),
         ],
     )
     def test_an_item_that_cannot_be_scored_is_named_before_anything_runs(self, item: Item, words: str) -> None:
