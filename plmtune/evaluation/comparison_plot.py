@@ -45,13 +45,8 @@ def draw(
     row_inches = _ROW_INCHES * (1 + len(names) / 2)
     heights = [len(part) * row_inches + 0.5 for part in parts]
     figure = new_figure(11 if compared else 7.5, sum(heights) + 0.7 + text_inches)
-    panels = figure.subplots(
-        len(parts),
-        2 if compared else 1,
-        squeeze=False,
-        height_ratios=heights,
-        width_ratios=[3, 2] if compared else None,
-    )
+    widths = [3, 2] if compared else [1]
+    panels = figure.subplots(len(parts), len(widths), squeeze=False, height_ratios=heights, width_ratios=widths)
     for part, (scores, *differences) in zip(parts, panels, strict=True):
         _draw_scores(scores, part, len(names))
         if any(one and one.stderr is not None for row in part for one in row.differences):
@@ -75,12 +70,11 @@ def _draw_scores(panel: Any, rows: Sequence[Row], num: int) -> None:
         for i, one in enumerate(row.scores):
             if one is None or one.value is None:
                 continue
-            reach = Z_95 * one.stderr if one.stderr is not None else 0.0
-            low = high = reach
+            low = high = Z_95 * (one.stderr or 0.0)
             if shares:
-                low, high = min(reach, one.value), min(reach, 1 - one.value)
+                low, high = min(low, one.value), min(high, 1 - one.value)
             elif one.value > 0:
-                low = min(reach, one.value * 0.9)  # a logarithmic axis has no 0
+                low = min(low, one.value * 0.9)  # a logarithmic axis has no 0
             panel.errorbar(one.value, _place(index, i, num), xerr=[[low], [high]], **_look(i))
     values = [one.value for row in rows for one in row.scores if one and one.value is not None]
     if not shares and min(values) > 0:
@@ -90,11 +84,8 @@ def _draw_scores(panel: Any, rows: Sequence[Row], num: int) -> None:
         panel.set_xlim(left=min(-0.01, panel.get_xlim()[0]))
     panel.set_xlabel("score (bars: 95% interval)" if shares else "lower is better where ↓ (bars: 95% interval)")
     _finish(panel, rows)
-    panel.set_yticks(
-        range(len(rows)),
-        [f"{row.line.task}\n{metric_label(row.line, row.higher_is_better)}" for row in rows],
-        fontsize=9,
-    )
+    names = [f"{row.line.task}\n{metric_label(row.line, row.higher_is_better)}" for row in rows]
+    panel.set_yticks(range(len(rows)), names, fontsize=9)
 
 
 def _draw_differences(panel: Any, rows: Sequence[Row], names: Sequence[str]) -> None:

@@ -53,6 +53,9 @@ class _Entry:
     filled: dict[str, str]
 
 
+_NOTHING = _Entry({}, {}, {})
+
+
 class LocalData:
     """Files that replace the hub's data sets.
 
@@ -89,13 +92,12 @@ class LocalData:
 
     def splits(self, task: str) -> tuple[str, ...]:
         """Return the splits of a task whose files exist; none for a task that is not in the map."""
-        entry = self._find(task)
-        return () if entry is None else tuple(entry.places)
+        return tuple(self._find(task).places)
 
     def nearest(self, task: str) -> str:
         """Suggest an entry of a user's map for a task without one; empty if no name is similar."""
         entries = self._tasks if self.where != _BUILTIN else {}
-        near = difflib.get_close_matches(task, entries, n=1, cutoff=_NEAR) if self._match(task) is None else []
+        near = difflib.get_close_matches(task, entries, n=1, cutoff=_NEAR) if not self._match(task).splits else []
         return f"{self.where} has no entry for {task}; it has {near[0]}. Did you mean that?" if near else ""
 
     def check(self, task: str) -> None:
@@ -113,7 +115,7 @@ class LocalData:
     def absent(self, task: str) -> list[str]:
         """Return files that would give a task its data if they were in the folder."""
         entry = self._match(task)
-        return [split.files[0] for name, split in entry.splits.items() if name not in entry.places] if entry else []
+        return [split.files[0] for name, split in entry.splits.items() if name not in entry.places]
 
     def dataset(self, task: str, splits: Collection[str]) -> dict[str, Dataset] | None:
         """Read those splits of a task that the map has; None if it does not have the task.
@@ -122,14 +124,14 @@ class LocalData:
             UserError: for a file that is not there, or a row that cannot be used, with its place.
         """
         entry = self._find(task)
-        if entry is None:
+        if not entry.splits:
             return None
         self.check(task)
         return {name: self._read(task, name, entry) for name in entry.places if name in splits}
 
     def describe(self, task: str) -> str:
         """Describe the origin of a task's data in one line."""
-        entry = self._find(task) or _Entry({}, {}, {})
+        entry = self._find(task)
         return ", ".join(
             " and ".join([f"{name}: {places[0]}", *(one["file"] for one in entry.splits[name].join)])
             for name, places in entry.places.items()
@@ -143,8 +145,6 @@ class LocalData:
     def fingerprint(self, task: str) -> str:
         """Hash the files of a task, and how the map reads them."""
         entry = self._find(task)
-        if entry is None:
-            return ""
         digest = xxhash.xxh3_128()
         for name, split in entry.splits.items():
             more = (split.join, split.where) if split.join or split.where else ()
@@ -156,25 +156,25 @@ class LocalData:
                         digest.update(chunk)
         return digest.hexdigest()
 
-    def _find(self, task: str) -> _Entry | None:
+    def _find(self, task: str) -> _Entry:
         entry = self._match(task)
-        return entry if entry is not None and (entry.places or self._meant(task)) else None
+        return entry if entry.places or self._meant(task) else _NOTHING
 
     def _meant(self, task: str) -> bool:
         """Whether the files must exist: those that a user names for one task, unlike patterns and the builtin map."""
         return task in self._tasks and self.where != _BUILTIN
 
-    def _match(self, task: str) -> _Entry | None:
+    def _match(self, task: str) -> _Entry:
         if task in self._tasks:
             return self._entry(task, {})
-        first = None
+        first = _NOTHING
         for key in self._patterns:
             pattern = _PLACEHOLDER.sub(r"(?P<\1>[^/\\\\]+)", re.escape(key).replace(r"\{", "{").replace(r"\}", "}"))
             if (match := re.fullmatch(pattern, task)) is not None:
                 entry = self._entry(key, match.groupdict())
                 if entry.places:
                     return entry
-                first = first or entry
+                first = entry if first is _NOTHING else first
         return first
 
     def _entry(self, key: str, filled: dict[str, str]) -> _Entry:

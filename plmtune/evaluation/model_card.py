@@ -177,26 +177,15 @@ def _architecture(directory: Path) -> list[tuple[str, str]]:
 
 def _training(run: Run) -> dict[str, Any]:
     """What the card says of a run."""
-    config, command = run.config, run.record.get("command")
-    measured = []
-    for key, name in _MEASURED.items():
-        if (value := run.latest(key)) is not None:
-            of = f" (nats a {'pair' if config.get('recipe') == 'preference' else 'token'})"
-            measured.append((name + (of if key == "validation_loss" else ""), value))
-    layers = {key.partition("/")[2]: run.latest(key) for key in sparsity_layers(run.entries)}
-    known = [value for value in layers.values() if value is not None]
+    command = run.record.get("command")
+    given = [str(word) for word in command] if isinstance(command, list) else []
     return {
-        "config": config,
-        "command": shlex.join([Path(str(command[0])).name, *map(str, command[1:])])
-        if isinstance(command, list) and command
-        else None,
-        "data": _data(config.get("data")),
+        "config": run.config,
+        "command": shlex.join([Path(given[0]).name, *given[1:]]) if given else None,
+        "data": _data(run.config.get("data")),
         "machine": _machine(run),
-        "measured": measured,
-        "zeros": [(layer, "-" if value is None else f"{value:.1%}") for layer, value in layers.items()]
-        if known
-        else [],
-        "mean_zeros": f"{sum(known) / len(known):.1%}" if known else "",
+        "measured": _MEASURED,
+        "zeros": {key.partition("/")[2]: run.latest(key) for key in sparsity_layers(run.entries)},
     }
 
 

@@ -63,7 +63,7 @@ def plan(texts: Sequence[Text], *, token_budget: int, token_cost: int, forward_c
         min(count_shared(above[-1].tokens, below[0].tokens), *sizes)
         for (above, below), sizes in zip(pairwise(rows), pairwise(roots), strict=True)
     ]
-    prefixes = _choose_prefixes(links, forward_cost)
+    _, prefixes = _choose_prefixes(links, forward_cost)
     groups = [(rows[first:end], depth) for first, end, depth in prefixes]
     inside = {number for first, end, _ in prefixes for number in range(first, end)}
     groups.append(([row for number, row in enumerate(rows) if number not in inside], 0))
@@ -127,41 +127,30 @@ def size_of(row: Sequence[Text], prefix: int) -> int:
     return new
 
 
-@dataclass
-class _Run:
-    """Neighbouring rows, from `first` on, that share `depth` tokens, and the best choice of prefixes inside them."""
+def _choose_prefixes(links: Sequence[int], forward_cost: int) -> tuple[int, list[tuple[int, int, int]]]:
+    """Choose prefixes of neighbouring rows, none inside another.
 
-    depth: int
-    first: int
-    spared: int = 0
-    chosen: tuple[tuple[int, int, int], ...] = ()
-
-
-def _choose_prefixes(links: Sequence[int], forward_cost: int) -> list[tuple[int, int, int]]:
-    """Choose prefixes: (first row, row after the last, tokens), none inside another.
-
-    Runs of rows that share tokens form a tree whose branches share more. Either the run gets a prefix or its branches
-    do, whichever saves more tokens.
+    The rows share some tokens, and parts of them share more. Either all have one prefix, or the parts have theirs,
+    whichever saves more tokens.
 
     Args:
         links: tokens that each row shares with the one before.
+
+    Returns:
+        The tokens that are saved, and the prefixes: (first row, row after the last, tokens).
     """
-    open_runs = [_Run(0, 0)]
-    for end, link in enumerate([*links[1:], 0], start=1):
-        first, spared = end - 1, 0
-        chosen: tuple[tuple[int, int, int], ...] = ()
-        while open_runs[-1].depth > link:
-            run = open_runs.pop()
-            run.spared, run.chosen = run.spared + spared, run.chosen + chosen
-            own = (end - run.first - 1) * run.depth - forward_cost
-            if run.depth >= _SHORTEST_PREFIX and own > run.spared:
-                run.spared, run.chosen = own, ((run.first, end, run.depth),)
-            first, spared, chosen = run.first, run.spared, run.chosen
-        if open_runs[-1].depth < link:
-            open_runs.append(_Run(link, first))
-        open_runs[-1].spared += spared
-        open_runs[-1].chosen += chosen
-    return list(open_runs[0].chosen)
+    # The recursion is shallow: rows whose prefixes grow from one to the next are _BRANCHES tokens apart.
+    if len(links) < 2:
+        return 0, []
+    depth = min(links[1:])
+    cuts = [0, *(number for number, link in enumerate(links) if number and link == depth), len(links)]
+    saved, chosen = 0, []
+    for first, end in pairwise(cuts):
+        inner, prefixes = _choose_prefixes(links[first:end], forward_cost)
+        saved += inner
+        chosen += [(first + begin, first + stop, tokens) for begin, stop, tokens in prefixes]
+    own = (len(links) - 1) * depth - forward_cost
+    return (own, [(0, len(links), depth)]) if depth >= _SHORTEST_PREFIX and own > saved else (saved, chosen)
 
 
 def weigh(rows: Sequence[Sequence[Text]], prefix: Ids) -> int:

@@ -97,17 +97,12 @@ class Tasks:
 
     def listing(self) -> list[Listed]:
         """All names, the suites first."""
-        folder = str(lm_eval_folder().resolve())
-        suites = [Listed(name, "suite", "", ", ".join(tasks)) for name, tasks in SUITES.items()]
-        return suites + [
-            Listed(
-                known.name,
-                known.kind,
-                known.output,
-                (known.path or f"{len(known.members)} tasks").removeprefix(folder + "/"),
-            )
-            for _, known in sorted(self._known.items())
-        ]
+        folder = f"{lm_eval_folder().resolve()}/"
+        found = [Listed(name, "suite", "", ", ".join(tasks)) for name, tasks in SUITES.items()]
+        for name, known in sorted(self._known.items()):
+            source = (known.path or f"{len(known.members)} tasks").removeprefix(folder)
+            found.append(Listed(name, known.kind, known.output, source))
+        return found
 
     @functools.cached_property
     def manager(self) -> TaskManager:
