@@ -98,16 +98,13 @@ def table(rows: Sequence[Row], results: Sequence[Result]) -> list[Table | str]:
                 style = "green" if (one.mean > 0) == row.higher_is_better else "red"
             difference = Cell(f"{'+' * (one.mean >= 0)}{show_number(one.mean)}{error}", style)
             note = test + (f" ({one.note})" if one.note else "")
-            grid.add(task, metric, name, difference, show_p(one.corrected), note)
+            p = "-" if one.corrected is None else "<0.0001" if one.corrected < 1e-4 else f"{one.corrected:.4f}"
+            grid.add(task, metric, name, difference, p, note)
             task = metric = ""
     tests = sum(one is not None and one.p is not None for row in rows for one in row.differences)
     if tests > 1:
         return [grid, f"p is corrected for these {tests} tests together (Holm); --json also has it uncorrected."]
     return [grid]
-
-
-def show_p(p: float | None) -> str:
-    return "-" if p is None else "<0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
 def as_json(rows: Sequence[Row], files: Sequence[Path]) -> dict[str, Any]:

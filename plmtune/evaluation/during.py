@@ -153,11 +153,9 @@ class Evaluations:
 
     def _known(self, file: Path, digest: str | None = None) -> dict[str, float]:
         """Return the values of a complete result of these tasks; empty if there is none, or one of another model."""
-        if not file.is_file():
-            return {}
         try:
             result = results.load(file)
-        except UserError:  # damaged: evaluate again
+        except UserError:  # missing or damaged: evaluate
             return {}
         matches = result["status"] == "complete" and result["settings"] == self.settings.describe(self.loaded)
         return _values(result) if matches and digest in (None, result["model"]["digest"]) else {}

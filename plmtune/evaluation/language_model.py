@@ -190,13 +190,11 @@ class LanguageModel(TemplateLM):
         items: list[Item] = []
         for start in range(0, len(requests), _ENCODED_AT_ONCE):
             pairs = [request.args for request in requests[start : start + _ENCODED_AT_ONCE]]
-            # The texts that `_encode_pair` encodes, and where they may be cut.
-            cuts = [(context.rstrip(), self.tokenizer.last_cut(context.rstrip())) for context, _ in pairs]
-            self._encode_ahead(
-                (text, cut)
-                for (context, answer), (bare, cut) in zip(pairs, cuts, strict=True)
-                for text in (bare, context + answer)
-            )
+            texts: list[tuple[str, int]] = []  # that `_encode_pair` encodes, and where they may be cut
+            for context, answer in pairs:
+                cut = self.tokenizer.last_cut(context.rstrip())
+                texts += [(context.rstrip(), cut), (context + answer, cut)]
+            self._encode_ahead(texts)
             items += [self._item(context, continuation) for context, continuation in pairs]
         self._encoded = {}
         return self._score("loglikelihood", items, requests)

@@ -213,15 +213,10 @@ def _machine(run: Run) -> list[tuple[str, str]]:
         if isinstance(now := entry.get("time"), int | float):  # seconds of one process: a resumed run starts at 0
             seconds += now if now < last else now - last
             last = now
+    short = f"{seconds / 60:.1f} minutes" if seconds >= 120 else f"{seconds:.1f} seconds"
     if seconds:
-        rows.append(("time in steps", _duration(seconds)))
+        rows.append(("time in steps", f"{seconds / 3600:.2f} hours" if seconds >= 3600 else short))
     return rows
-
-
-def _duration(seconds: float) -> str:
-    if seconds >= 3600:
-        return f"{seconds / 3600:.2f} hours"
-    return f"{seconds / 60:.1f} minutes" if seconds >= 120 else f"{seconds:.1f} seconds"
 
 
 def _data(data: Any) -> list[Markdown]:

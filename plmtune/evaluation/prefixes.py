@@ -67,24 +67,22 @@ def plan(texts: Sequence[Text], *, token_budget: int, token_cost: int, forward_c
     groups = [(rows[first:end], depth) for first, end, depth in prefixes]
     inside = {number for first, end, _ in prefixes for number in range(first, end)}
     groups.append(([row for number, row in enumerate(rows) if number not in inside], 0))
-    batches: list[tuple[int, Batch]] = []
+    planned: list[tuple[int, list[Batch]]] = []  # of each prefix, with the tokens of the longest row
     for group, depth in groups:
         sizes = [size_of(row, depth) for row in group]
         order = sorted(range(len(group)), key=lambda number: -sizes[number])
+        batches: list[Batch] = []
+        planned.append((depth + max(sizes, default=0), batches))
         while order:
             longest = sizes[order[0]]
             # Another forward is better than padding that costs more.
             padding = np.cumsum([longest - sizes[number] for number in order])
             count = min(token_budget // (longest + depth // _PREFIX_SHARE), int((padding <= forward_cost).sum()))
             count = max(1, count)
-            batch = Batch(group[0][0].tokens[:depth], tuple(tuple(group[number]) for number in order[:count]))
-            batches.append((depth + longest, batch))
+            batches.append(Batch(group[0][0].tokens[:depth], tuple(tuple(group[number]) for number in order[:count])))
             order = order[count:]
-    # Batches of one prefix stay together, so that it is computed once: sort groups by their longest row.
-    longest_of: dict[bytes, int] = {}
-    for size, batch in batches:
-        longest_of.setdefault(batch.prefix.tobytes(), size)
-    return [batch for _, batch in sorted(batches, key=lambda entry: -longest_of[entry[1].prefix.tobytes()])]
+    # Batches of one prefix stay together, so that it is computed once.
+    return [batch for _, batches in sorted(planned, key=lambda entry: -entry[0]) for batch in batches]
 
 
 def _rows(texts: Sequence[Text], token_cost: int) -> list[list[Text]]:

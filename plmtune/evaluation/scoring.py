@@ -77,8 +77,7 @@ class Scorer:
     def __init__(self, model: Decoder, *, token_budget: int | None = None) -> None:
         if token_budget is not None and token_budget < 1:
             raise ValueError(f"token_budget must be at least 1, not {token_budget}")
-        self.model = model
-        self.token_budget = token_budget
+        self.model, self.device, self.token_budget = model, model.device, token_budget
         self._at_most = math.inf  # tokens that fit into memory
         self._shared_prefix: tuple[Ids, SharedPrefix] | None = None
 
@@ -103,10 +102,6 @@ class Scorer:
             forward_cost=_FORWARD_GPU if gpu else _FORWARD_CPU,
         )
         return self._run(items, batches, frozenset(known))
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     def _default_budget(self) -> int:
         if self.device.type != "cuda":

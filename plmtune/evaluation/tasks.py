@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from plmtune.errors import UserError
 from plmtune.evaluation.local_data import NO_DATA, LocalData
-from plmtune.evaluation.task_index import Known, lm_eval_folder, lm_eval_index, read_folder
+from plmtune.evaluation.task_index import lm_eval_folder, lm_eval_index, read_folder
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -63,9 +63,7 @@ class Tasks:
         """
         self.data = data or NO_DATA
         self.code = code
-        self._known = dict(lm_eval_index())
-        if include is not None:
-            self._known |= read_folder(include, strict=True)
+        self._known = lm_eval_index() | (read_folder(include, strict=True) if include is not None else {})
 
     def resolve(self, names: Sequence[str]) -> list[str]:
         """Find tasks, groups and tags.
@@ -123,7 +121,14 @@ class Tasks:
                 runner, or it has too few examples.
         """
         for inner in self._inside(name):
-            self._check_code(name, self._known[inner])
+            known = self._known[inner]
+            if known.code == "own":
+                raise UserError(
+                    f"{name}: {inner} runs code that the model writes by its own means ({known.path}), which "
+                    "cannot be put into a sandbox. It is not run"
+                )
+            if known.code != "no" and self.code is None:
+                raise UserError(f"{name} runs code that the model writes: allow it with --unsafe-code")
             self.data.check(inner)
         import numpy as np
         import torch
@@ -150,15 +155,6 @@ class Tasks:
             builder = Builder(self._known, self.data)
             inside = (self._known[inner] for inner in self._inside(name))
             return [builder.entry(known.name) for known in inside if known.kind == "task"]
-
-    def _check_code(self, name: str, known: Known) -> None:
-        if known.code == "own":
-            raise UserError(
-                f"{name}: {known.name} runs code that the model writes by its own means ({known.path}), which "
-                "cannot be put into a sandbox. It is not run"
-            )
-        if known.code != "no" and self.code is None:
-            raise UserError(f"{name} runs code that the model writes: allow it with --unsafe-code")
 
     def _inside(self, name: str, seen: set[str] | None = None) -> Iterator[str]:
         """Yield a name and all known names in it."""

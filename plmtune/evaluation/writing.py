@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 # The cache's share of the free memory; the rest is for prefill.
 _SHARE = 0.5
 # With more rows the time of a step grows in proportion.
-_MOST_ROWS = {"cpu": 32}
-_MOST_ROWS_ELSEWHERE = 256
+_MOST_ROWS_CPU, _MOST_ROWS_GPU = 32, 256
 
 
 @dataclass(frozen=True)
@@ -169,5 +168,5 @@ class Writer:
         device = self.model.device
         longest = max(len(request.tokens) + request.max_new_tokens for request in requests)
         row = self.model.new_cache(1, 1).nbytes * longest
-        most = _MOST_ROWS.get(device.type, _MOST_ROWS_ELSEWHERE)
+        most = _MOST_ROWS_CPU if device.type == "cpu" else _MOST_ROWS_GPU
         return max(1, min(most, int(available_memory(device) * _SHARE) // row))

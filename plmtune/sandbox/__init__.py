@@ -3,13 +3,4 @@
 from plmtune.sandbox.execute import DISK_BYTES, MEMORY_BYTES, Isolation, NoSandbox, Result, run_all, run_python
 from plmtune.sandbox.uncalled import with_calls
 
-__all__ = [
-    "DISK_BYTES",
-    "MEMORY_BYTES",
-    "Isolation",
-    "NoSandbox",
-    "Result",
-    "run_all",
-    "run_python",
-    "with_calls",
-]
+__all__ = ["DISK_BYTES", "MEMORY_BYTES", "Isolation", "NoSandbox", "Result", "run_all", "run_python", "with_calls"]

@@ -69,10 +69,7 @@ def main(order: dict[str, Any], outlet: int) -> None:
         os.write(outlet, ascii(facts).encode() + b"\n")
 
     try:
-        if order["isolated"]:
-            launch(order, report)
-        else:
-            supervise(order, report)
+        (launch if order["isolated"] else supervise)(order, report)
     except Missing as error:
         report(missing=str(error))
 
@@ -215,9 +212,7 @@ def supervise(order: dict[str, Any], report: Any) -> None:
         return
     report(ready=True)
     code.send(marshal.dumps(program), b"" if tested else nonce)
-    said = b""
-    if tested:
-        said = code.receive(KEY_BYTES)
+    said = code.receive(KEY_BYTES) if tested else b""
     if said == key:
         code.send(tests, nonce)
         said = b""

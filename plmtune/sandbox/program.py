@@ -69,6 +69,7 @@ def main(read: Callable[[int], bytes], outlet: int, *, code: str, tested: bool, 
     _thread.stack_size(_STACK)
     texts = {"candidate.py": code}
     calls = Calls() if tested and any(word in code for word in _EQUALITY) else None
+    reason: bytes | None = None
     try:
         _show_lines(texts)
         compiled = compile(code, "candidate.py", "exec", dont_inherit=True)
@@ -85,16 +86,13 @@ def main(read: Callable[[int], bytes], outlet: int, *, code: str, tested: bool, 
                 module.__name__ = "__main__"
             tree = calls.watch(tests) if calls else tests
             exec(compile(tree, "tests.py", "exec", compiled.co_flags & _FUTURE, dont_inherit=True), module.__dict__)
-        passed, reason = True, b""
     except BaseException as error:
-        passed, reason = _ended_by_unittest(error), b""
-        if not passed:
-            reason = _format_error(error, texts)
-    if passed and calls and (name := calls.equal_everything()):
-        passed, reason = False, f"an object of class {name} equals everything".encode(errors="backslashreplace")
+        reason = None if _ended_by_unittest(error) else _format_error(error, texts)
+    if reason is None and calls and (name := calls.equal_everything()):
+        reason = f"an object of class {name} equals everything".encode(errors="backslashreplace")
     if getpid() == me:  # not a forked child that also reached the end
-        write(outlet, key + read(KEY_BYTES) if passed else reason)
-    leave(0 if passed else 1)
+        write(outlet, key + read(KEY_BYTES) if reason is None else reason)
+    leave(0 if reason is None else 1)
 
 
 class _One:
