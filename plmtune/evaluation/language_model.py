@@ -257,7 +257,6 @@ class LanguageModel(TemplateLM):
 
     def _score(self, kind: str, items: Sequence[Item], requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Score items of `requests`, which messages name."""
-
         for index, item in enumerate(items):
             if not 0 < len(item.continuation) <= self.max_length:
                 raise UserError(
