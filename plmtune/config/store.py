@@ -83,7 +83,8 @@ def _store_later(name: str, make: Callable[[], DictConfig], group: str | None = 
 
 def store_components() -> None:
     """Fill Hydra's store with the schemas and with every component, those of a user (--import) included."""
-    for recipe, schema in SCHEMAS.items():
+    schemas: dict[str, Any] = SCHEMAS
+    for recipe, schema in schemas.items():
         _store_later(f"{recipe}_schema", partial(_schema_node, schema))
     components = frozenset((group, name) for group, table in describe_components().items() for name in table)
     _store_groups(frozenset(component_keys()), components)

@@ -116,6 +116,7 @@ class TestLearning:
             "optimizer.lr=1e-15",  # no weight changes
             "seq_len=128",
             "micro_batch_size=3",
+            "data.max_rows=20",
             "chat.holdout=0.2",
             f"runtime.precision={precision}",
             *settings,
@@ -162,19 +163,19 @@ class TestLearning:
 
     def test_micro_batches_change_nothing(self, base: Path) -> None:
         for size in (1, 8):
-            run("dpo", "loss=kto", f"run_dir=r{size}", f"micro_batch_size={size}", "seq_len=64")
+            run("dpo", "loss=kto", f"run_dir=r{size}", f"micro_batch_size={size}", "seq_len=64", "data.max_rows=20")
         one, eight = losses(base / "r1"), losses(base / "r8")
         assert [e["loss"] for e in one] == pytest.approx([e["loss"] for e in eight], rel=1e-5)
 
 
 class TestReference:
     def test_a_second_run_reads_what_the_first_has_computed(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        run("dpo", "run_dir=a")
+        run("dpo", "run_dir=a", "data.max_rows=12")
         monkeypatch.delattr("plmtune.preference.reference._compute")
-        run("dpo", "run_dir=b")
+        run("dpo", "run_dir=b", "data.max_rows=12")
         assert metrics(base / "a") == metrics(base / "b")
         with pytest.raises(NameError):
-            run("dpo", "run_dir=c", "seq_len=80")  # other rows
+            run("dpo", "run_dir=c", "seq_len=80", "data.max_rows=12")  # other rows
 
     def test_lost_numbers_are_computed_again_from_the_first_model(
         self, base: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
@@ -212,6 +213,7 @@ class TestReference:
         self, base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], precision: str
     ) -> None:
         words = ["dpo", "run_dir=cut", "optimizer.lr=1e-15", "chat.holdout=0", f"runtime.precision={precision}"]
+        words += ["data.max_rows=20"]
         with monkeypatch.context() as patch:
             stop_in(patch, recipe(), "train_step", 3)
             with pytest.raises(SystemExit):
