@@ -31,8 +31,7 @@ from torch import Tensor
 import plmtune
 from plmtune.data.preferences import preferences
 from plmtune.modules.decoder import Decoder
-from plmtune.preference.comparison_batch import make_batch
-from plmtune.preference.comparisons import Comparison, make_comparisons
+from plmtune.preference.comparisons import Comparison, make_batch, make_comparisons
 from plmtune.preference.scorer import answer_scores
 from plmtune.tokenizers.chat_template import find_template
 

@@ -18,13 +18,12 @@ from plmtune.data.preferences import Preferences
 from plmtune.evaluation.training_tasks import open_evaluations
 from plmtune.io.terminal import echo
 from plmtune.preference.batches import open_batches
-from plmtune.preference.comparison_batch import ComparisonBatch
-from plmtune.preference.metrics import PreferenceMetrics
-from plmtune.preference.reference_model import ReferenceModel
+from plmtune.preference.comparisons import ComparisonBatch
+from plmtune.preference.reference import ReferenceModel
 from plmtune.preference.refinement import Refinement, find_refinement
 from plmtune.preference.rounds.rollout import policy_rollout
 from plmtune.preference.rounds.rounds import check_rounds, open_rounds
-from plmtune.preference.scorer import AnswerScorer
+from plmtune.preference.scorer import AnswerScorer, PreferenceMetrics
 from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.training import launcher
 from plmtune.training import preflight as checks

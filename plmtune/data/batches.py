@@ -6,10 +6,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from queue import SimpleQueue
 from threading import Thread
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -88,15 +88,19 @@ class Batch:
         return (hidden, targets) if self.positions is None else (hidden[self.positions], targets[self.positions])
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on a device; the copy may still be in progress."""
-        # A copy from pageable memory to a GPU waits for all work that is queued there.
-        pin = torch.device(device).type == "cuda" and self.tokens.device.type == "cpu"
-        move = {
-            name: (value.pin_memory() if pin else value).to(device, non_blocking=True)
-            for name in ("tokens", "targets", "input_pos", "positions")
-            if (value := getattr(self, name)) is not None
-        }
-        return replace(self, mask=self.mask.to(device) if self.mask else None, **move)
+        """Return the batch on a device, see `moved`."""
+        return replace(self, mask=self.mask.to(device) if self.mask else None, **moved(self, device))
+
+
+def moved(batch: Any, device: torch.device | str) -> dict[str, Any]:
+    """Return the tensors of a batch on a device, by field; the copies may still be in progress."""
+    # A copy from pageable memory to a GPU waits for all work that is queued there.
+    pin = torch.device(device).type == "cuda" and batch.tokens.device.type == "cpu"
+    return {
+        field.name: (value.pin_memory() if pin else value).to(device, non_blocking=True)
+        for field in fields(batch)
+        if isinstance(value := getattr(batch, field.name), Tensor)
+    }
 
 
 def make_batch(rows: Sequence[Row]) -> Batch:
@@ -138,9 +142,6 @@ class Batches:
         num_workers: threads that prepare steps ahead; 0: none. They only copy from mapped files and memory, which
             needs no processes.
         skip: samples of each source that the run of the init checkpoint has seen.
-
-    Raises:
-        ValueError: for sizes that do not divide, or an impossible mix (see `Order`).
     """
 
     def __init__(

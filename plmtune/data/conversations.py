@@ -137,11 +137,7 @@ def conversations(
 
 
 def detect(row: dict[str, Any], keys: Keys = Keys()) -> Shape:
-    """Return the shape of a row.
-
-    Raises:
-        BadRow: if it fits none.
-    """
+    """Return the shape of a row; BadRow if it fits none."""
     parts = Parts(row)
     _refuse_other_kinds(parts, keys)
     listed = _list_key(parts, keys)
@@ -165,11 +161,7 @@ def detect(row: dict[str, Any], keys: Keys = Keys()) -> Shape:
 
 
 def conversation_of(row: dict[str, Any], place: str, shape: Shape, keys: Keys = Keys()) -> Conversation:
-    """Read one row.
-
-    Raises:
-        BadRow: if it is not of that shape, or no conversation that can be learned from.
-    """
+    """Read one row; BadRow if it is not of that shape, or no conversation that can be learned from."""
     parts = Parts(row)
     _refuse_other_kinds(parts, keys)
     opening = parts.opening(keys.system)

@@ -60,9 +60,6 @@ def open_examples(
             group stay together; equal conversations are one group.
         encode: makes examples of sources of pairs; see `plmtune.preference.refinement.encode_pairs`.
         shown: print progress.
-
-    Raises:
-        UserError: for rows that cannot be used, or where nothing is left to train on.
     """
     train, held_out, fingerprints, notes = {}, {}, {}, []
     for name, source in sources.items():
@@ -142,11 +139,7 @@ def _encode_conversations(source: Conversations, collected: Collected) -> Iterat
 
 
 def open_pairs(sources: Mapping[str, Any], *, skip_bad: bool) -> tuple[list[Pair], list[str]]:
-    """Read the pairs of every source; return them with notes for a person.
-
-    Raises:
-        UserError: for rows that cannot be used, or a source that holds no pairs.
-    """
+    """Read the pairs of every source; return them with notes for a person."""
     pairs: list[Pair] = []
     notes: list[str] = []
     for name, source in sources.items():

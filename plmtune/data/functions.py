@@ -38,11 +38,7 @@ def question(function: Function) -> str:
 
 @cache
 def public_functions() -> tuple[Function, ...]:
-    """List the standard library's public functions with a docstring, from its sources: nothing is imported.
-
-    Raises:
-        UserError: if this Python comes without its sources.
-    """
+    """List the standard library's public functions with a docstring, from its sources: nothing is imported."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found: dict[tuple[str, str], Function] = {}
     for path in sorted(root.rglob("*.py")):

@@ -33,11 +33,7 @@ class Hub(Source):
         revision: str | None,
         limit: int | None,
     ) -> None:
-        """Name a dataset; the hub is not queried yet.
-
-        Raises:
-            UserError: without the package datasets.
-        """
+        """Name a dataset; the hub is not queried yet."""
         if not installed("datasets"):
             raise missing("datasets", f"data hub: {dataset}", "data=files reads files that are here.")
         self.dataset = dataset
@@ -66,11 +62,7 @@ class Hub(Source):
                 yield text
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Stream the rows, each with its place.
-
-        Raises:
-            UserError: where the hub does not give the dataset.
-        """
+        """Stream the rows, each with its place."""
         from datasets import load_dataset
 
         try:

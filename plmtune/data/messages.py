@@ -27,11 +27,7 @@ MEDIA = tuple(
 
 
 def messages_of(turns: Any) -> list[Message]:
-    """Read a list of role and content, or of from and value.
-
-    Raises:
-        BadRow: for a role that is unknown, content that is no text, flags that cannot be, images.
-    """
+    """Read a list of role and content, or of from and value; BadRow for one that cannot be."""
     if not isinstance(turns, list):
         raise BadRow(f"holds {type_name(turns)} in place of a list of messages")
     messages = [_message(turn, number) for number, turn in enumerate(turns, 1)]
@@ -164,9 +160,6 @@ def tools_of(value: Any, where: str) -> str:
     """Read definitions of tools in OpenAI's form, or of functions alone, or JSON text of a list of them.
 
     Returns: OpenAI's list as JSON text, equal for equal tools; "" without tools.
-
-    Raises:
-        BadRow: if they are none.
     """
     if not is_something(value) or (isinstance(value, str) and not value.strip()):
         return ""

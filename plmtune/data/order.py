@@ -164,11 +164,7 @@ def _layout_of(counts: tuple[int, ...], key: int) -> tuple[Ints, Ints]:
 
 
 def check_mix(phase: Phase, sources: Sequence[str], num_sequences: int) -> None:
-    """Check the mix of a phase; one without weights takes all sources by size.
-
-    Raises:
-        ValueError: for an unknown source, impossible weights, or more sources than the phase has sequences.
-    """
+    """Check the mix of a phase, ValueError; one without weights takes all sources by size."""
     for name, weight in phase.mix.items():
         if name not in sources:
             near = did_you_mean(name, sources)
@@ -227,9 +223,6 @@ class Order:
         global_batch_size: sequences a step, over all ranks.
         seed: another seed, another order.
         skip: samples of each source that the run of the init checkpoint has seen.
-
-    Raises:
-        ValueError: for a phase without steps, or a mix that `check_mix` refuses.
     """
 
     def __init__(

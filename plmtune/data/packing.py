@@ -118,9 +118,6 @@ class PackedRows:
 
     Attributes:
         num_rows: rows. num_tokens: of all examples. num_trained: targets that count.
-
-    Raises:
-        ValueError: for an example that is empty or longer than `seq_len`.
     """
 
     def __init__(self, examples: Sequence[Example], seq_len: int, seed: int) -> None:

@@ -131,11 +131,7 @@ class Parts:
 
 
 def joined(opening: list[Message], messages: list[Message]) -> list[Message]:
-    """Join the messages of a row's columns with its messages: tools, system, history, the rest.
-
-    Raises:
-        BadRow: if a column and a message differ in tools or system.
-    """
+    """Join the messages of columns with those of the row: tools, system, history, the rest; BadRow if they differ."""
     heads, lead = (list(takewhile(lambda m: m.role in ("tools", "system"), said)) for said in (opening, messages))
     known = {message.role: message.content for message in heads}
     for message in lead:

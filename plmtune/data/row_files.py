@@ -38,11 +38,7 @@ _MAX_RATIO = 200
 
 
 def read_bytes(path: Path) -> Iterator[bytes]:
-    """Read a file in chunks of at most 1 MiB, decompressing .gz and .zst.
-
-    Raises:
-        UserError: if it cannot be read, or is damaged as an archive.
-    """
+    """Read a file in chunks of at most 1 MiB, decompressing .gz and .zst."""
     compression = COMPRESSION.get(path.suffix.lower())
     try:
         if compression is None:
@@ -75,11 +71,7 @@ def check_ratio(path: Path, unpacked: int) -> None:
 
 
 def read_text(path: Path, encoding: str) -> Iterator[str]:
-    """Decode a file piece by piece, without its byte order mark.
-
-    Raises:
-        UserError: at the first byte that is not in `encoding`, with its offset.
-    """
+    """Decode a file piece by piece, without its byte order mark."""
     decoder = codecs.getincrementaldecoder(encoding)()
     fed = 0
     first = True
@@ -168,9 +160,6 @@ def read_table(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, str] 
 
     The delimiter is a tab in .tsv, else a comma, or a semicolon if the first line has no comma. An empty field is no
     column of its row.
-
-    Raises:
-        UserError: for a first line without names, or with one twice.
     """
     lines = _table_lines(path, encoding)
     first = next(lines, "")
@@ -230,11 +219,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def find_files(paths: tuple[str, ...]) -> tuple[list[Path], set[Path]]:
-    """Resolve files, folders and globs to (files in a stable order, those that were named one by one).
-
-    Raises:
-        UserError: for a path that is not there, a glob or folder without a file.
-    """
+    """Resolve files, folders and globs to (files in a stable order, those that were named one by one)."""
     found: dict[Path, None] = {}
     singly: set[Path] = set()
     for text in paths:

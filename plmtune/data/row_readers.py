@@ -39,9 +39,6 @@ def read_rows(paths: Sequence[str | Path], encoding: str = "utf-8") -> Iterator[
 
     Yields:
         The place of the row, such as "train.jsonl, line 17", and the row or why it is bad.
-
-    Raises:
-        UserError: for a file that is not there or cannot be read as a whole.
     """
     for path in find_row_files(paths):
         for place, row in _read_file(path, encoding):
@@ -55,11 +52,7 @@ def read_rows(paths: Sequence[str | Path], encoding: str = "utf-8") -> Iterator[
 
 
 def find_row_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Resolve files, folders and globs to the files with rows.
-
-    Raises:
-        UserError: for a path that is not there, an empty file, or one that can hold no rows.
-    """
+    """Resolve files, folders and globs to the files with rows."""
     found, singly = find_files(tuple(str(path) for path in paths))
     for path in singly:
         if kind_of(path) == "text":

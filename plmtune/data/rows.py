@@ -61,14 +61,11 @@ class Refused:
         return "\n".join(lines)
 
     def raise_if_any(self, remedy: str, good: int | None = None) -> None:
-        """Raise one error that lists all reasons.
+        """Raise one UserError that lists all reasons, if anything was refused.
 
         Args:
             remedy: how the other rows can be used.
             good: the number of other rows, if known; with 0 the message has no remedy.
-
-        Raises:
-            UserError: if anything was refused.
         """
         if self.counts:
             rows = "1 row" if len(self) == 1 else f"{len(self):,} rows"
@@ -99,11 +96,6 @@ class Rows:
 
         Args:
             paths, hub, subset, split, revision, encoding, max_rows: see `plmtune.data.conversations.conversations`.
-
-        Raises:
-            UserError: for neither or both of paths and hub, what goes with hub beside paths, or a path that is not
-                there.
-            ValueError: for an unknown encoding, or max_rows below 1.
         """
         if paths and hub is not None:
             raise UserError(f"data: give paths ({', '.join(paths)}) or hub ({hub}), not both")

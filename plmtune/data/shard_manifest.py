@@ -85,11 +85,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Read and check the manifest.
-
-        Raises:
-            UserError: if it is missing, damaged, of another format, or names a file outside its directory.
-        """
+        """Read and check the manifest."""
         path = directory / "manifest.json"
         remedy = again(directory)
         try:

@@ -67,11 +67,7 @@ class ShardWriter:
         return {"counts": asdict(self.counts), "filled": self._filled, "digest": self._digest.hexdigest()}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Continue from a `state`.
-
-        Raises:
-            ValueError: if the files do not match it.
-        """
+        """Continue from a `state`; ValueError if the files do not match it."""
         counts = dict(state["counts"])
         shards = [ShardFile(**shard) for shard in counts.pop("shards")]
         if any((self.directory / shard.file).stat().st_size != shard.size for shard in shards):
@@ -141,11 +137,7 @@ class Split:
         return out
 
     def document(self, index: int, eos_id: int) -> NDArray[np.int64]:
-        """Return document `index`, searched from the first, with its end token if it ends in this split.
-
-        Raises:
-            IndexError: if there is no such document.
-        """
+        """Return document `index`, searched from the first, with its end token if it ends in this split."""
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
         start = seen = 0
@@ -170,19 +162,11 @@ class Split:
         return max(0, (self.num_tokens - 1) // seq_len)
 
     def window(self, index: int, seq_len: int) -> NDArray[np.int64]:
-        """Return window `index`: seq_len + 1 tokens, the last of which is the first of the next window.
-
-        Raises:
-            IndexError: if there is no such window.
-        """
+        """Return window `index`: seq_len + 1 tokens, the last of which is the first of the next window."""
         return self.read(*self._bounds(index, seq_len))
 
     def locate(self, index: int, seq_len: int) -> list[tuple[str, int, int]]:
-        """Return where window `index` lies: (file, first token in it, last token in it), for each file that it spans.
-
-        Raises:
-            IndexError: if there is no such window.
-        """
+        """Return where window `index` lies: (file, first token, last token) for each file that it spans."""
         parts = self._parts(*self._bounds(index, seq_len))
         return [(self._files[shard], first, stop - 1) for shard, first, stop in parts]
 
@@ -221,10 +205,6 @@ class Shards:
             tokenizer_fingerprint: of the tokenizer that the tokens must come from; None: any.
             vocab_size: rows of the model's embedding, above every id; None: the manifest's.
             verify: read everything. Each process of a job does, since it may have its own copy of the files.
-
-        Raises:
-            UserError: naming the file, for a shard that is missing, truncated or damaged, holds ids beyond the
-                vocabulary, or was made by another tokenizer.
         """
         directory = Path(directory)
         manifest = Manifest.read(directory)

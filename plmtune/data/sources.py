@@ -76,11 +76,7 @@ def type_name(value: Any) -> str:
 
 
 def text_of(row: Any, text_key: str) -> str:
-    """Return the text of one row.
-
-    Raises:
-        BadRow: if the row is not an object, lacks the key, or holds something else than text there.
-    """
+    """Return the text of one row; BadRow if there is none."""
     if not isinstance(row, dict):
         raise BadRow(f"is {type_name(row)}, not an object with the key {text_key}")
     if text_key not in row:

@@ -73,10 +73,6 @@ def open_windows(
 
     In the training text the tokens after the last whole window are no targets. In the held-out text every token but
     the first of each source is a target once.
-
-    Raises:
-        ValueError: if the sources are by different tokenizers, or seq_len is below 1.
-        UserError: for a source too short for a single window.
     """
     if len({(source.manifest.tokenizer, source.eos_id) for source in shards.values()}) > 1:
         raise ValueError(f"the sources {', '.join(sorted(shards))} come from different tokenizers")

@@ -24,11 +24,7 @@ def dumps(content: dict[str, Any]) -> bytes:
 
 
 def loads(data: bytes) -> dict[str, Any]:
-    """Return the object that `dumps` encoded.
-
-    Raises:
-        ValueError: if a single bit differs.
-    """
+    """Return the object that `dumps` encoded; ValueError if a single bit differs."""
     if len(data) > _MAX_BYTES:
         raise ValueError(f"it has more than {_MAX_BYTES:,} bytes")
     try:
@@ -51,12 +47,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read the object that a file holds.
-
-    Raises:
-        OSError: if the file cannot be read.
-        ValueError: if a single bit differs.
-    """
+    """Read the object that a file holds, see `loads`."""
     return loads(read_bytes(path))
 
 

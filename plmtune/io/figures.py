@@ -55,9 +55,6 @@ def finish(
         whole: axes (of the figure's panels) along which a fraction means nothing, such as steps.
         at: axis -> the values that are labelled, as many as there is room for, such as the contexts of measurements.
         labels: panel -> (text, x, y) of its points, the most important first.
-
-    Raises:
-        UserError: if the file cannot be written.
     """
     from matplotlib.ticker import FixedLocator, NullLocator
 

@@ -82,9 +82,6 @@ def fetch(model: HubModel, *, weights: bool = True) -> Path:
 
     Args:
         weights: False leaves the weights on the hub, where the configuration or tokenizer is enough.
-
-    Raises:
-        UserError: if it cannot be fetched, with a remedy.
     """
     cached = _cached(model, weights)
     described = cached is not None and any((cached / n).is_file() for n in ("config.json", "adapter_config.json"))
@@ -107,11 +104,7 @@ def fetch(model: HubModel, *, weights: bool = True) -> Path:
 
 
 def pin(text: str) -> str:
-    """Return a model's name with its current commit, OWNER/NAME@COMMIT; a path is returned unchanged.
-
-    Raises:
-        UserError: see `fetch`.
-    """
+    """Return a model's name with its current commit, OWNER/NAME@COMMIT; a path is returned unchanged."""
     named = parse(text)
     return text if named is None else f"{named.repository}@{fetch(named, weights=False).name}"
 
@@ -386,11 +379,7 @@ def _has_weights(directory: Path) -> bool:
 
 
 def newest_snapshot(path: Path) -> Path:
-    """Return the newest snapshot of a repository's folder in a cache (models--OWNER--NAME); any other path itself.
-
-    Raises:
-        UserError: if the newest one is not known.
-    """
+    """Return the newest snapshot of a repository's folder in a cache (models--OWNER--NAME); any other path itself."""
     if path.name == "snapshots" and path.parent.name.startswith("models--"):
         path = path.parent
     if not path.name.startswith("models--") or not (path / "snapshots").is_dir():

@@ -17,9 +17,6 @@ def exclusive(path: Path, purpose: str) -> Iterator[None]:
 
     Args:
         purpose: what the holder does, for the message of a process that waits: "prepares ...".
-
-    Raises:
-        OSError: if the file cannot be written.
     """
     while True:
         file = path.open("w")

@@ -91,14 +91,11 @@ def write(directory: Path, step: int, known: Mapping[str, Any], only: Iterable[s
 def check_files(
     directory: Path, *, hashes: bool = True, seen: Callable[[int], object] = lambda size: None
 ) -> dict[str, Any]:
-    """Check every file of `directory` against its manifest and return the manifest.
+    """Check every file of `directory` against its manifest and return that; UserError names the first that is wrong.
 
     Args:
         hashes: read every byte; else compare sizes only.
         seen: called with the size of each file after its check.
-
-    Raises:
-        UserError: naming the first file that is missing, cut short, altered, or not a plain file.
     """
     manifest = read(directory)
     for path in (*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")):
@@ -119,9 +116,6 @@ def check_files_once(directory: Path, only: Iterable[str] | None = None) -> None
 
     Args:
         only: names of the files whose hashes count; None: all.
-
-    Raises:
-        UserError: as `check_files`.
     """
     if not (directory / NAME).is_file() or _is_of_others(directory / NAME):
         return
@@ -175,11 +169,7 @@ def _write_verified(directory: Path, states: Mapping[str, Any]) -> None:
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """The manifest of `directory`, checked against its own checksum.
-
-    Raises:
-        UserError: if it is missing, damaged, of another format, or names what is outside of the directory.
-    """
+    """The manifest of `directory`, checked against its own checksum."""
     path = directory / NAME
     if not path.is_file() or path.is_symlink():
         raise UserError(f"{directory} has no {NAME}: it is not a checkpoint, or was never finished.")

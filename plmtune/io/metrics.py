@@ -47,20 +47,12 @@ class MetricsFile(contextlib.AbstractContextManager["MetricsFile"]):
         self._file = path.open("ab", buffering=0)
 
     def append(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write the line of `step`, after those that are pending.
-
-        Raises:
-            OSError: if they cannot be written; they are kept.
-        """
+        """Write the line of `step`, after those that are pending; after an OSError all are kept."""
         self.pending += line(step, values) + "\n"
         self.flush()
 
     def flush(self) -> None:
-        """Write what is pending.
-
-        Raises:
-            OSError: if it cannot be written. No part of it is left in the file.
-        """
+        """Write what is pending; after an OSError no part of it is left in the file."""
         left = self.pending.encode()
         size = os.fstat(self._file.fileno()).st_size
         try:
@@ -94,11 +86,7 @@ def line(step: int, values: Mapping[str, Any]) -> str:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without a last one that a kill tore; others that are none are counted in a warning.
-
-    Raises:
-        OSError: if it cannot be read.
-    """
+    """The lines of a metrics file, without a last one that a kill tore; a warning counts others that are none."""
     return parse(path.read_bytes(), path)
 
 

@@ -36,11 +36,7 @@ _PACKAGES = ("plmtune", "torch", "torchao", "hydra-core", "numpy", "safetensors"
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What run.json of the run at `path` says; empty if there is none or it is damaged.
-
-    Raises:
-        UserError: if it may not be read.
-    """
+    """What run.json of the run at `path` says; empty if there is none or it is damaged."""
     try:
         entry = load_json((path / RECORD).read_text(encoding="utf-8"))
     except PermissionError as error:
@@ -86,11 +82,7 @@ def verify_config(path: Path) -> bool:
 
 
 def refuse_if_in_use(path: Path) -> None:
-    """Refuse a directory in which another process runs, long before this one could take the lock.
-
-    Raises:
-        UserError: naming that process.
-    """
+    """Refuse a directory in which another process runs, long before this one could take the lock."""
     holder = _lock_holder(path)
     if holder:
         raise _in_use(path, holder)
@@ -140,11 +132,7 @@ def _point(run: Path, name: str) -> None:
 
 
 def refuse_unusable(path: Path) -> None:
-    """Refuse a directory in which no new run can begin, before anything is made.
-
-    Raises:
-        UserError: if it holds a run or a model, or cannot be written.
-    """
+    """Refuse a directory in which no new run can begin, before anything is made."""
     if (path / CONFIG).exists():
         raise UserError(f"{path} already holds a run. Resume it (plmtune resume {path}), or choose another directory.")
     if model := next((name for pattern in _OF_MODELS for name in path.glob(pattern)), None):
@@ -190,9 +178,6 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
             command: what was typed.
             data: fingerprints of the data by name.
             job: what started it, see `plmtune.training.resume_checks.torchrun_job_id`.
-
-        Raises:
-            UserError: if the directory holds a run, is in use, or cannot be written.
         """
         path = Path(path)
         made = not path.exists()
@@ -237,9 +222,6 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
 
         Args:
             notes: what this attempt at it changes, for run.json.
-
-        Raises:
-            UserError: if there is no run, or another process is in it.
         """
         path = Path(path)
         if not (path / CONFIG).is_file():

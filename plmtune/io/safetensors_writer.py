@@ -102,9 +102,6 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
     Returns:
         The file's "bytes" and "xxh3_128", taken from memory: what the disk makes of them can be compared.
-
-    Raises:
-        OSError: if the file cannot be written; part of it may be there.
     """
     parts: list[Any] = [_header(tensors), *(_bytes(tensor) for _, tensor in _ordered(tensors))]
     with ThreadPoolExecutor(1) as pool, path.open("wb") as file:

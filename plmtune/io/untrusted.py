@@ -10,11 +10,7 @@ _SHALLOW = 4096  # a text this short cannot nest too deeply
 
 
 def load_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        ValueError: if it is not JSON, or nested too deeply.
-    """
+    """Return the value of a JSON text; ValueError if it is not JSON, or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -22,13 +18,10 @@ def load_json(text: str | bytes) -> Any:
 
 
 def load_yaml(text: str, loader: Any = None) -> Any:
-    """Return the value of a YAML text.
+    """Return the value of a YAML text; yaml.YAMLError if it is not YAML, or nested too deeply.
 
     Args:
         loader: None: libyaml's, if there is one. It crashes the process on a text that is nested 100,000 deep.
-
-    Raises:
-        yaml.YAMLError: if it is not YAML, or nested too deeply.
     """
     import yaml
 

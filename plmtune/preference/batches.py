@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,8 @@ from plmtune.data.pairs import Pair
 from plmtune.errors import UserError
 from plmtune.io.progress import track
 from plmtune.losses.preference import MISMATCHED, PreferenceLoss
-from plmtune.preference.comparison_batch import ComparisonBatch, make_batch
-from plmtune.preference.comparisons import Comparison, make_comparisons
+from plmtune.preference.comparisons import Comparison, ComparisonBatch, make_batch, make_comparisons
 from plmtune.preference.refinement import Refinement
-from plmtune.ranges import AT_LEAST_1, SHARE, Range, check
 from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_number_of
@@ -37,20 +36,13 @@ def open_batches(
     runtime: Runtime,
     *,
     seq_len: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    seed: int,
-    epochs: float,
-    holdout: float,
+    **settings: Any,
 ) -> tuple[PreferenceBatches, list[str]]:
     """The batches that a loss needs of pairs, and notes for a person on what was left out.
 
     Args:
         seq_len: most tokens of a prompt with one answer.
-        global_batch_size, micro_batch_size, seed, epochs, holdout: see `PreferenceBatches`.
-
-    Raises:
-        UserError: if no pair can be used, or a number is out of its range.
+        settings: see `PreferenceBatches`.
     """
     comparisons, refused, notes = make_comparisons(
         track(pairs, "pairs encoded", shown=runtime.is_main),
@@ -65,21 +57,14 @@ def open_batches(
         notes.append(f"{left_out} left out:\n{refused.describe()}")
     if not comparisons:
         raise UserError("None of the pairs can be trained on.\n" + "\n".join(notes))
-    try:
-        batches = PreferenceBatches(
-            comparisons,
-            seq_len=seq_len,
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size,
-            seed=seed,
-            rank=runtime.data_rank,
-            world_size=runtime.data_world_size,
-            epochs=epochs,
-            holdout=holdout,
-            as_trained=runtime.compute_dtype != torch.float32,
-        )
-    except ValueError as error:  # names its setting
-        raise UserError(str(error)) from error
+    batches = PreferenceBatches(
+        comparisons,
+        seq_len=seq_len,
+        rank=runtime.data_rank,
+        world_size=runtime.data_world_size,
+        as_trained=runtime.compute_dtype != torch.float32,
+        **settings,
+    )
     return batches, notes
 
 
@@ -92,21 +77,15 @@ class PreferenceBatches:
     each forward. Mismatched comparisons come first in a step, in micro-batches of their own.
 
     Args:
-        comparisons: from `make_comparisons`.
         seq_len: rows hold up to 2 * seq_len tokens.
         global_batch_size: pairs a step, over all ranks.
         micro_batch_size: rows a forward; the last of a step may hold fewer.
         seed: of the order.
-        rank, world_size: this process's share.
         epochs: passes over the pairs; the last step may be smaller.
         holdout: share of the pairs kept for validation; pairs with one prompt stay together.
         as_trained: `all` yields the batches of the first epoch's steps instead of batches that do not depend on
             micro_batch_size and the number of ranks. In bf16 rounding depends on a batch's shape (see
             `benchmarks/rounding.py`).
-
-    Raises:
-        ValueError: for sizes or shares out of their range.
-        UserError: if there is no pair to train on.
     """
 
     def __init__(
@@ -123,11 +102,6 @@ class PreferenceBatches:
         holdout: float = 0.0,
         as_trained: bool = False,
     ) -> None:
-        check(AT_LEAST_1, seq_len=seq_len, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size)
-        check(Range(above=0), epochs=epochs)
-        check(SHARE, holdout=holdout)
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank ({rank}) must be below world_size ({world_size})")
         self.comparisons = comparisons
         self.row_len = 2 * seq_len
         self.global_batch_size = global_batch_size
@@ -137,9 +111,7 @@ class PreferenceBatches:
         self.world_size = world_size
         self.as_trained = as_trained
         self._lengths = [comparison.num_tokens for comparison in comparisons]
-        longest = max(self._lengths, default=0)
-        if longest > self.row_len:
-            raise ValueError(f"a comparison of {longest} tokens exceeds a row of 2 * seq_len ({self.row_len})")
+        assert max(self._lengths, default=0) <= self.row_len
         members: dict[int, list[int]] = {}
         for index, comparison in enumerate(comparisons):
             members.setdefault(comparison.pair, []).append(index)
@@ -216,18 +188,15 @@ class PreferenceBatches:
     def describe(self) -> str:
         """Return two lines for a person."""
         train, held = self.num_pairs
-        seen = self._drawn / train
         each = len(self.comparisons) / len(self._members)
         mean = sum(self._lengths) / len(self._members)
-        again = ""
-        if train < (a_step := min(self.global_batch_size, self._drawn)):
-            often = f"{a_step / train:.3g} times"
-            again = f" (fewer pairs than global_batch_size: each is seen {often} in a step)"
+        a_step = min(self.global_batch_size, self._drawn)
+        often = f" (fewer pairs than global_batch_size: each is seen {a_step / train:.3g} times in a step)"
         return (
-            f"{train:,} pair{_s(train)}, seen {seen:.2f} times, {held:,} held out; "
-            f"{each:.2g} comparison{_s(each)} and {mean:,.0f} tokens a pair\n"
-            f"{self.num_steps:,} step{_s(self.num_steps)} of {self.global_batch_size:,} "
-            f"pair{_s(self.global_batch_size)}{again}"
+            f"{show_number_of(train, 'pair')}, seen {self._drawn / train:.2f} times, {held:,} held out; "
+            f"{each:.2g} comparison{'' if each == 1 else 's'} and {mean:,.0f} tokens a pair\n"
+            f"{show_number_of(self.num_steps, 'step')} of {show_number_of(self.global_batch_size, 'pair')}"
+            f"{often if train < a_step else ''}"
         )
 
     def _pairs(self, step: int) -> Ints:
@@ -293,7 +262,3 @@ class PreferenceBatches:
         for index, number in zip(chosen, numbers.tolist(), strict=True):
             rows.setdefault(number, []).append(index)
         return sorted(rows.values(), key=lambda row: -sum(self._lengths[index] for index in row))
-
-
-def _s(count: float) -> str:
-    return "" if count == 1 else "s"

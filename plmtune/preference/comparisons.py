@@ -1,14 +1,17 @@
-"""Preference pairs as token ids: a prompt with the two answers whose probabilities are compared."""
+"""Preference pairs as token ids, a prompt with two answers whose probabilities are compared, and batches of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from plmtune.data.batches import moved
 from plmtune.data.pairs import Pair
 from plmtune.data.rows import Refused
 from plmtune.losses.preference import DIRECT, GIVEN_CHOSEN, GIVEN_REJECTED, MISMATCHED
@@ -67,12 +70,10 @@ def make_comparisons(
     nothing. Where no room is left for any of the earlier answer, that comparison is refused.
 
     Args:
-        pairs: pairs with one answer only are refused unless `mismatched` is true.
-        template: writes prompts and answers.
-        refinement: writes refinement prompts; needed for `contexts`.
+        refinement: needed for `contexts`.
         seq_len: most tokens of a prompt and one answer.
         contexts: also make the two refinement comparisons of each pair.
-        mismatched: also compare each prompt with an answer of another pair.
+        mismatched: accept pairs with one answer, and also compare each prompt with an answer of another pair.
 
     Returns:
         The comparisons, those of a pair in sequence; the refused pairs; notes for a person.
@@ -123,15 +124,7 @@ def _longer(chosen: Ids | None, rejected: Ids | None) -> int:
 def _direct(
     pair: Pair, template: ChatTemplate, seq_len: int, number: int, unused: Unused, *, single: bool
 ) -> Comparison:
-    """The comparison of a pair's answers to its prompt.
-
-    Args:
-        unused: collects what the template does not show.
-        single: accept a pair with one answer.
-
-    Raises:
-        BadRow: if the pair cannot be used.
-    """
+    """The comparison of a pair's answers to its prompt; `single` accepts one answer. Raises BadRow."""
     prompt = template.encode_prompt(pair.prompt, unused)
     answers = (pair.answer("chosen"), pair.answer("rejected"))
     chosen, rejected = (None if answer is None else template.encode_answer(answer, unused) for answer in answers)
@@ -161,3 +154,112 @@ def _with_mismatched(made: list[Comparison], seq_len: int) -> tuple[list[Compari
     for pair, members in groupby(made, key=lambda comparison: comparison.pair):
         out += [*members, *([found[pair]] if pair in found else [])]
     return out, len(direct) - len(found)
+
+
+@dataclass(frozen=True)
+class ComparisonBatch:
+    """One micro-batch of n comparisons with t answer tokens, packed into b rows of s tokens.
+
+    A comparison is laid out as prompt, chosen, rejected. Both answers attend to the prompt and not to each other, and
+    the positions of both continue the prompt's. A rank without comparisons has an empty batch, which keeps ranks in
+    step.
+
+    Attributes:
+        tokens, input_pos: [b, s] int64.
+        mask: [b, s, s] bool, True where a query (row) may attend.
+        positions: [t] int64, flat positions in [b * s] whose hidden states predict the answers' tokens.
+        targets: [t] int64, those tokens.
+        completion: [t] int64, their answer: 2i is the chosen answer of comparison i, 2i + 1 the rejected one.
+        lengths: [2n] int64, tokens of each answer; 0: there is none.
+        ends: [2n] int64, flat position of each answer's last token; where there is none, of the prompt's.
+        kind: [n] int64.
+        index: [n] int64, number of the comparison in the data.
+        num_pairs: number of direct comparisons.
+        num_tokens: tokens that are no padding.
+        kl_only: the comparisons are mismatched: KTO's KL term is computed from them, and they are not trained on. Equal
+            on all ranks, also for an empty batch.
+    """
+
+    tokens: Tensor
+    input_pos: Tensor
+    mask: Tensor
+    positions: Tensor
+    targets: Tensor
+    completion: Tensor
+    lengths: Tensor
+    ends: Tensor
+    kind: Tensor
+    index: Tensor
+    num_pairs: int
+    num_tokens: int
+    kl_only: bool = False
+
+    def to(self, device: torch.device | str) -> ComparisonBatch:
+        """Return the batch on a device, see `moved`."""
+        return replace(self, **moved(self, device))
+
+
+def make_batch(
+    comparisons: Sequence[Comparison], rows: Sequence[Sequence[int]], *, kl_only: bool = False
+) -> ComparisonBatch:
+    """Lay out rows of comparisons, given by their indices; rows are as long as the longest.
+
+    Padding attends to itself, so that no row of attention is empty.
+    """
+    order = [index for row in rows for index in row]
+    widths = [sum(comparisons[index].num_tokens for index in row) for row in rows]
+    b, s = max(1, len(rows)), max([1, *widths])
+    tokens = np.zeros((b, s), dtype=np.int64)
+    input_pos = np.zeros((b, s), dtype=np.int64)
+    mask = np.zeros((b, s, s), dtype=np.bool_)
+    triangle = np.tri(max([1, *(ids.size for index in order for ids in comparisons[index].parts)]), dtype=np.bool_)
+    positions, targets, lengths, ends = [], [], [], []
+    for number, row in enumerate(rows):
+        at = 0
+        for index in row:
+            held = comparisons[index]
+            size = held.prompt.size
+            prompt = slice(at, at + size)
+            tokens[number, prompt] = held.prompt
+            input_pos[number, prompt] = np.arange(size)
+            mask[number, prompt, prompt] = triangle[:size, :size]
+            at += size
+            last = number * s + at - 1  # of the prompt: it predicts the first token of both answers
+            for answer in (held.chosen, held.rejected):
+                ids = np.empty(0, dtype=np.int32) if answer is None else answer
+                here = slice(at, at + ids.size)
+                tokens[number, here] = ids
+                input_pos[number, here] = size + np.arange(ids.size)
+                mask[number, here, prompt] = True
+                mask[number, here, here] = triangle[: ids.size, : ids.size]
+                before = number * s + at - 1 + np.arange(ids.size)
+                before[:1] = last
+                positions.append(before)
+                targets.append(ids)
+                lengths.append(ids.size)
+                at += ids.size
+                ends.append(number * s + at - 1 if ids.size else last)
+        padding = np.arange(at, s)
+        mask[number, padding, padding] = True
+    if not rows:
+        mask[:] = True
+    counts = np.array(lengths, dtype=np.int64)
+    nothing = np.empty(0, dtype=np.int64)
+    arrays = {
+        "tokens": tokens,
+        "input_pos": input_pos,
+        "mask": mask,
+        "positions": np.concatenate([nothing, *positions]),
+        "targets": np.concatenate([nothing, *targets]),
+        "completion": np.repeat(np.arange(counts.size), counts),
+        "lengths": counts,
+        "ends": np.array(ends, dtype=np.int64),
+        "kind": np.array([comparisons[index].kind for index in order], dtype=np.int64),
+        "index": np.array(order, dtype=np.int64),
+    }
+    return ComparisonBatch(
+        **{name: torch.from_numpy(array) for name, array in arrays.items()},
+        kl_only=kl_only,
+        num_pairs=int((arrays["kind"] == DIRECT).sum()),
+        num_tokens=sum(widths),
+    )

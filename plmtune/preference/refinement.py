@@ -30,12 +30,7 @@ _VARIABLES = {"prompt", "answer"}
 class Refinement:
     """A Jinja template of the two variables `prompt`, the last user message, and `answer`, what was answered to it.
 
-    Args:
-        source: the template.
-        where: its file, for messages.
-
-    Raises:
-        UserError: if it is no template, does not use both variables, uses another, or fails on a plain text.
+    where: its file, for messages.
     """
 
     source: str
@@ -84,16 +79,7 @@ class Refinement:
         return text
 
     def fill(self, prompt: Sequence[Message], answer: str) -> tuple[Message, ...]:
-        """Return T(x, y): the prompt, its last user message replaced by the template filled with it and the answer.
-
-        Args:
-            prompt: messages, the last of the user; earlier turns stay as they are.
-            answer: what is to be improved.
-
-        Raises:
-            BadRow: if the last message is another's.
-            UserError: if the template fails on these texts.
-        """
+        """Return T(x, y): the prompt, its last user message replaced by the template filled with it and the answer."""
         if prompt[-1].role != "user":
             raise BadRow(f"has a prompt that ends in a {prompt[-1].role}'s message, while a refinement asks a user's")
         return (*prompt[:-1], Message("user", self._render(prompt[-1].content, answer)))
@@ -104,10 +90,6 @@ class Refinement:
         """Return the ids of T(x, y) and whether the answer was cut from its end to make them fit into max_len.
 
         None: there is no room for any of the answer.
-
-        Raises:
-            BadRow: if the chat template refuses the messages.
-            UserError: if this template fails.
         """
         ids = template.encode_prompt(self.fill(prompt, answer))
         if ids.size <= max_len:
@@ -124,29 +106,20 @@ class Refinement:
 
 
 def find_refinement(template: str | None) -> Refinement:
-    """Read a refinement template.
-
-    Args:
-        template: a Jinja file; None: the built-in one, whose words are ours, as the paper's are not public.
-
-    Raises:
-        UserError: if there is no such file, or it is no usable template.
-    """
+    """Read a Jinja file; None: the built-in refinement template, whose words are ours, as the paper's are not public."""
     path = _BUILTIN if template is None else Path(template).expanduser()
+    key = f"refinement.template={template}"
     try:
         with path.open("rb") as file:
             data = file.read(MAX_TEMPLATE + 1)
-    except OSError as error:
-        raise UserError(
-            f"refinement.template={template}: cannot be read ({error.strerror or error}). "
-            "Name a Jinja file, or null for the built-in template"
-        ) from error
-    if len(data) > MAX_TEMPLATE:
-        raise UserError(f"refinement.template={template}: has more than {MAX_TEMPLATE:,} bytes, which is no template")
-    try:
+        if len(data) > MAX_TEMPLATE:
+            raise UserError(f"{key}: has more than {MAX_TEMPLATE:,} bytes, which is no template")
         source = data.decode("utf-8")
+    except OSError as error:
+        why = f"cannot be read ({error.strerror or error}). Name a Jinja file, or null for the built-in template"
+        raise UserError(f"{key}: {why}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"refinement.template={template}: is not UTF-8 at byte {error.start}") from error
+        raise UserError(f"{key}: is not UTF-8 at byte {error.start}") from error
     return Refinement(source, "the built-in refinement template" if template is None else str(path))
 
 

@@ -1,4 +1,4 @@
-"""From micro-batches of comparisons to the numbers that a preference loss compares."""
+"""From micro-batches of comparisons to the numbers that a preference loss compares, and to metrics of them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from plmtune.losses.log_probs import log_probs
-from plmtune.losses.preference import Comparisons, PreferenceLoss
+from plmtune.losses.preference import DIRECT, GIVEN_CHOSEN, GIVEN_REJECTED, Comparisons, PreferenceLoss
 from plmtune.models.reward import head_scores
-from plmtune.preference.comparison_batch import ComparisonBatch
+from plmtune.preference.comparisons import ComparisonBatch
 from plmtune.training.runtime import Runtime
+
+# Kind of comparison -> prefix of its metrics.
+_PREFIXES = {DIRECT: "", GIVEN_REJECTED: "given_rejected/", GIVEN_CHOSEN: "given_chosen/"}
 
 
 def answer_scores(trained: nn.Module, model: Any, batch: ComparisonBatch, *, scalar_head: bool) -> Tensor:
@@ -49,13 +52,7 @@ def compare(batch: ComparisonBatch, scores: Tensor, reference: Tensor, kl: Tenso
 
 
 class AnswerScorer:
-    """Scores answers under the policy, or under a second model.
-
-    Args:
-        model: the policy.
-        trained: the module that is called: `model` or a wrapper of it.
-        loss: decides between log-probabilities and scores of a scalar head.
-    """
+    """Scores answers under the policy, called as `trained`, or under a second model."""
 
     def __init__(self, model: nn.Module, trained: nn.Module, loss: PreferenceLoss, runtime: Runtime) -> None:
         self.model, self.trained, self.loss, self.runtime = model, trained, loss, runtime
@@ -86,3 +83,53 @@ class AnswerScorer:
             total, count = total + ratios.sum(), count + len(ratios)
         ratio, number = self.runtime.sum(total, float(count))
         return torch.tensor(ratio / max(number, 1.0), device=self.runtime.device)
+
+
+class PreferenceMetrics:
+    """Means over comparisons, separate for each kind.
+
+    logratio_margin, accuracy and margin count comparisons with both answers; rewards and log-probabilities count every
+    answer.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(_PREFIXES), 10, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, c: Comparisons, loss: PreferenceLoss) -> None:
+        """Count a batch."""
+        chosen, rejected = loss.rewards(c)
+        has_chosen, has_rejected = c.chosen_tokens > 0, c.rejected_tokens > 0
+        margin = chosen - rejected
+        one = torch.ones_like(margin)
+        parts = (
+            (has_chosen & has_rejected, (one, c.logratio_margin, (margin > 0).to(margin.dtype), margin)),
+            (has_chosen, (one, chosen, c.chosen)),
+            (has_rejected, (one, rejected, c.rejected)),
+        )
+        for row, kind in enumerate(_PREFIXES):
+            of_kind = c.kind == kind
+            self._sums[row] += torch.cat([torch.stack(values, dim=1)[has & of_kind].sum(0) for has, values in parts])
+
+    def means(self, runtime: Runtime, *, scores: bool = False) -> dict[str, float]:
+        """The means over all ranks; every rank must call it.
+
+        Args:
+            scores: answers have scores instead of log-probabilities, and these equal the rewards.
+        """
+        sums = runtime.sum(*self._sums.flatten())
+        found: dict[str, float] = {}
+        for row, prefix in enumerate(_PREFIXES.values()):
+            both, logratio_margin, accuracy, margin, *answers = sums[10 * row : 10 * row + 10]
+            if both:
+                found |= {
+                    f"{prefix}logratio_margin": logratio_margin / both,
+                    f"{prefix}accuracy": accuracy / both,
+                    f"{prefix}margin": margin / both,
+                }
+            for side, (count, reward, log_prob) in (("chosen", answers[:3]), ("rejected", answers[3:])):
+                if count:
+                    found[f"{prefix}rewards/{side}"] = reward / count
+                    if not scores:
+                        found[f"{prefix}log_probs/{side}"] = log_prob / count
+        return found

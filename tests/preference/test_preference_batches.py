@@ -204,22 +204,6 @@ class TestAll:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"global_batch_size": 0}, r"global_batch_size \(0\)"),
-            ({"micro_batch_size": 0}, r"micro_batch_size \(0\)"),
-            ({"epochs": 0}, r"epochs \(0\)"),
-            ({"epochs": float("nan")}, r"epochs \(nan\)"),
-            ({"holdout": 1.0}, r"holdout \(1.0\)"),
-            ({"rank": 2, "world_size": 2}, r"rank \(2\) must be below world_size \(2\)"),
-            ({"seq_len": 4}, r"tokens exceeds a row of 2 \* seq_len \(8\)"),
-        ],
-    )
-    def test_impossible_numbers_are_named(self, changes, message):
-        with pytest.raises(ValueError, match=message):
-            batches(**changes)
-
     def test_no_pair_at_all_is_a_sentence(self):
         with pytest.raises(UserError, match="no preference pair to train on"):
             batches([])

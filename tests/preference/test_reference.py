@@ -20,8 +20,7 @@ from plmtune.models.llama import llama
 from plmtune.modules.decoder import Decoder
 from plmtune.preference import batches as comparisons_of_data
 from plmtune.preference.batches import PreferenceBatches
-from plmtune.preference.comparison_batch import ComparisonBatch
-from plmtune.preference.comparisons import Comparison
+from plmtune.preference.comparisons import Comparison, ComparisonBatch
 from plmtune.preference.reference import reference_log_probs
 from plmtune.registry import component
 from plmtune.training.runtime import Runtime
@@ -268,7 +267,8 @@ def on_ranks(directory: Path) -> dict[str, Any]:
             return compute(batch)
 
         digest = model_digest(model())
-        sharded = functools.partial(reference_log_probs, digest, batches, directory=directory / "reference", num=NUM)
+        place = directory / "reference"
+        sharded = functools.partial(reference_log_probs, digest, batches, directory=place, num=NUM, log=print)
         first = sharded(counting, arithmetic="x")
         second = sharded(never, arithmetic="x")
         runtime.distribute(model())

@@ -23,7 +23,7 @@ from plmtune.errors import UserError
 from plmtune.inference.batching import BatchedGenerator
 from plmtune.models.hf import save_model
 from plmtune.models.reward import load_reward_model
-from plmtune.preference.rounds.journal import Journal
+from plmtune.preference.rounds.chains import Journal
 from plmtune.preference.rounds.rounds import Rounds
 
 ROUNDS = [

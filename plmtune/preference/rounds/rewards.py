@@ -29,7 +29,7 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")
 
 
 class Reward(Protocol):
-    """Scores answers; higher is better."""
+    """Scores answers; higher is better. Raises UserError, which names the first prompt that it cannot score."""
 
     def score(self, items: Sequence[Item]) -> list[float]: ...
 
@@ -39,11 +39,6 @@ class FinalNumber:
     """1 where the number after ``####`` is the known answer's, else 0 (GSM8K, arXiv 2110.14168)."""
 
     def score(self, items: Sequence[Item]) -> list[float]:
-        """Score answers.
-
-        Raises:
-            UserError: naming the first prompt whose known answer has no such number.
-        """
         for chain, _ in items:
             if number_of(chain.gold or "") is None:
                 raise UserError(
@@ -57,11 +52,6 @@ class Overlap:
     """F1 of the words of an answer and the known one, as in SQuAD (arXiv 1606.05250)."""
 
     def score(self, items: Sequence[Item]) -> list[float]:
-        """Score answers.
-
-        Raises:
-            UserError: naming the first prompt without a known answer.
-        """
         for chain, _ in items:
             if not chain.gold:
                 raise UserError(f"reward=overlap: {chain.place} has no known answer to compare with.")
@@ -89,11 +79,7 @@ class TestsPass:
         self.seconds = seconds
 
     def score(self, items: Sequence[Item]) -> list[float]:
-        """Score answers, one a core at a time.
-
-        Raises:
-            UserError: naming the first prompt without tests, or whose tests are never run; where there is no sandbox.
-        """
+        """Score answers, one a core at a time."""
         work = []
         for chain, text in items:
             tests = tests_of(chain)
@@ -126,19 +112,11 @@ class RewardModel:
         self.path, self.batch_size, self.template = path, batch_size, template
 
     def check(self) -> None:
-        """Check that the model exists, before answers are generated.
-
-        Raises:
-            UserError: if it does not.
-        """
+        """Check that the model exists, before answers are generated."""
         checkpoint_directory(self.path, weights=False)
 
     def score(self, items: Sequence[Item]) -> list[float]:
-        """Score answers; an answer that the chat template refuses, for a special token in its text, counts as empty.
-
-        Raises:
-            UserError: if the path holds no reward model, or a text is longer than its context.
-        """
+        """Score answers; one that the chat template refuses, for a special token in its text, counts as empty."""
         directory = checkpoint_directory(self.path)
         template = find_template(self.template, load_tokenizer(directory))
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 
@@ -22,14 +22,15 @@ from plmtune.inference.batching import BatchedGenerator
 from plmtune.inference.request_queue import Request
 from plmtune.inference.sampling import before_stop, encode_stops
 from plmtune.models.digest import model_digest
+from plmtune.modules.attributes import eval_mode
 from plmtune.modules.decoder import Decoder
 from plmtune.preference.refinement import Refinement
-from plmtune.preference.rounds.chains import CHAINS, Chain, read_chains, save_chains
-from plmtune.preference.rounds.journal import Answers, Journal, Turn
+from plmtune.preference.rounds.chains import CHAINS, Answers, Chain, Journal, Turn, read_chains
 from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.tokenizers.message import BadRow
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training import distributed
+from plmtune.training.determinism import preserve_random_state
 
 # (directory, prompts, number of the round) -> chains, or None if the run is to stop
 Rollout = Callable[[Path, Sequence[Prompt], int], list[Chain] | None]
@@ -56,63 +57,34 @@ def policy_rollout(
     """
 
     def rollout(directory: Path, prompts: Sequence[Prompt], number: int) -> list[Chain] | None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-        model.eval()
         try:
-            torch.use_deterministic_algorithms(False)  # sampling has no deterministic kernel on a GPU
-            engine = BatchedGenerator(
-                model,
-                batch_size=settings.batch_size,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                min_p=settings.min_p,
-                repetition_penalty=settings.repetition_penalty,
-                end_ids={template.end_id, *tokenizer.end_ids},
-                num_tokens=tokenizer.num_tokens,
-                decode_bytes=tokenizer.decode_bytes,
-            )
-            return generate_chains(
-                directory,
-                prompts,
-                engine,
-                template,
-                refinement,
-                turns=settings.turns,
-                mode=settings.mode,
-                max_new_tokens=settings.max_new_tokens,
-                until=settings.stop_texts(),
-                max_len=model.max_seq_len,
-                seed=seed,
-                number=number,
-                model=model_digest(model),
-                progress=progress,
-                stop=stop,
-            )
+            with preserve_random_state(next(model.parameters()).device), eval_mode(model):
+                torch.use_deterministic_algorithms(False)  # sampling has no deterministic kernel on a GPU
+                engine = BatchedGenerator(
+                    model,
+                    batch_size=settings.batch_size,
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    min_p=settings.min_p,
+                    repetition_penalty=settings.repetition_penalty,
+                    end_ids={template.end_id, *tokenizer.end_ids},
+                    num_tokens=tokenizer.num_tokens,
+                    decode_bytes=tokenizer.decode_bytes,
+                )
+                asked = Requests(prompts, template, refinement, settings, model.max_seq_len, seed, number)
+                return generate_chains(directory, asked, engine, model_digest(model), progress=progress, stop=stop)
         except ValueError as error:
             raise UserError(f"key generation: {error}") from error
-        finally:
-            model.train()
-            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
     return rollout
 
 
 def generate_chains(
     directory: Path,
-    prompts: Sequence[Prompt],
+    asked: Requests,
     engine: BatchedGenerator,
-    template: ChatTemplate,
-    refinement: Refinement,
-    *,
-    turns: int,
-    mode: Literal["chain", "samples"],
-    max_new_tokens: int,
-    max_len: int,
-    seed: int,
-    number: int,
     model: str,
-    until: Sequence[str] = (),
+    *,
     progress: Progress = lambda done, total, tokens_per_second: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Chain] | None:
@@ -123,81 +95,70 @@ def generate_chains(
     Args:
         directory: of this round, the same for all processes. Answers that a killed call left there are reused.
         engine: generates the answers; without requests.
-        turns: answers a prompt.
-        mode: "chain": each answer refines the one before; "samples": all are answers to the prompt itself.
-        max_len: most tokens of a prompt with its answer.
-        number: of the round; with `seed` it decides the samples.
         model: digest of the weights; answers of other weights are refused.
-        until: an answer ends before the first of these texts.
         progress: called after each answer.
         stop: asked once a second, on every process at the same times; True ends the call.
 
     Returns:
         The chains in the order of the prompts, or None after `stop`.
-
-    Raises:
-        ValueError: for numbers out of their range.
-        UserError: if the directory's answers have other settings.
     """
-    if turns < 1 or max_new_tokens < 1:
-        raise ValueError(f"turns and max_new_tokens must be at least 1, but are {turns} and {max_new_tokens}")
-    if max_new_tokens >= max_len:
-        raise ValueError(f"max_new_tokens ({max_new_tokens}) leaves no room for a prompt in {max_len} tokens")
-    settings = {
-        "model": model,
-        "template": template.fingerprint,
-        "refinement": refinement.source,
-        "prompts": f"{key_of(*(prompt.messages for prompt in prompts)):016x}",
-        "turns": turns,
-        "strategy": mode,  # the name of the first version, which saved settings have
-        "max_new_tokens": max_new_tokens,
-        "max_len": max_len,
-        "seed": seed,
-        "number": number,
-    }
     directory.mkdir(parents=True, exist_ok=True)
-    journal = Journal(directory, settings)
-    asked = _Requests(
-        prompts,
-        template,
-        refinement,
-        turns=turns,
-        chained=mode == "chain",
-        max_new_tokens=max_new_tokens,
-        max_prompt=max_len - max_new_tokens,
-        seeds=(seed, number),
-        until=tuple(until),
-    )
+    journal = Journal(directory, {"model": model, **asked.described()})
     if not distributed.broadcast_from_rank0(journal.is_complete):
         if not _generate(asked, journal, engine, progress, stop):
             return None
         if distributed.rank() == 0:
             answers = journal.read()
-            journal.save_settings()
-            save_chains(directory / CHAINS, (asked.chain(index, answers) for index in range(len(prompts))))
-            journal.remove()
+            journal.finish(asked.chain(index, answers) for index in range(len(asked.prompts)))
         distributed.barrier()
     return read_chains(directory / CHAINS)
 
 
 @dataclass(frozen=True)
-class _Requests:
-    """The request for each (prompt, turn): a pure function of the answers before it."""
+class Requests:
+    """The request for each (prompt, turn): a pure function of the answers before it.
+
+    Args:
+        max_len: most tokens of a prompt with its answer.
+        number: of the round; with `seed` it decides the samples.
+    """
 
     prompts: Sequence[Prompt]
     template: ChatTemplate
     refinement: Refinement
-    turns: int
-    chained: bool
-    max_new_tokens: int
-    max_prompt: int
-    seeds: tuple[int, int]
-    until: tuple[str, ...]
+    settings: GenerationConfig
+    max_len: int
+    seed: int
+    number: int
+
+    def __post_init__(self) -> None:
+        if self.max_prompt < 1:
+            raise ValueError(
+                f"max_new_tokens ({self.settings.max_new_tokens}) leaves no room for a prompt in {self.max_len} tokens"
+            )
+
+    @property
+    def max_prompt(self) -> int:
+        return self.max_len - self.settings.max_new_tokens
+
+    def described(self) -> dict[str, Any]:
+        """What the answers depend on, beside the model, for the journal."""
+        return {
+            "template": self.template.fingerprint,
+            "refinement": self.refinement.source,
+            "prompts": f"{key_of(*(prompt.messages for prompt in self.prompts)):016x}",
+            "turns": self.settings.turns,
+            "strategy": self.settings.mode,  # the name of the first version, which saved settings have
+            "max_new_tokens": self.settings.max_new_tokens,
+            "max_len": self.max_len,
+            "seed": self.seed,
+            "number": self.number,
+        }
 
     def due(self, index: int, answers: Answers, after: int = -1) -> list[Request | str]:
         """The requests that are possible once turn `after` is answered (-1: all), or why one is impossible."""
-        missing = [turn for turn in range(self.turns) if (index, turn) not in answers]
-        if self.chained:
+        missing = [turn for turn in range(self.settings.turns) if (index, turn) not in answers]
+        if self.settings.mode == "chain":
             missing = missing[:1]  # the others depend on it
         elif after >= 0:
             missing = []  # all were requested at once
@@ -206,7 +167,7 @@ class _Requests:
     def _request(self, index: int, turn: int, answers: Answers) -> Request | str:
         prompt = self.prompts[index].messages
         try:
-            if turn == 0 or not self.chained:
+            if turn == 0 or self.settings.mode == "samples":
                 ids = self.template.encode_prompt(prompt)
             else:
                 earlier = answers[index, turn - 1].text
@@ -218,24 +179,25 @@ class _Requests:
             return str(error)
         if len(ids) > self.max_prompt:
             return f"has a prompt of more than {self.max_prompt:,} tokens"
-        seed = key_of(*self.seeds, index, turn) >> 1  # torch's generators take 63 bits
-        return Request(f"{index}/{turn}", ids.tolist(), self.max_new_tokens, seed, encode_stops(self.until))
+        seed = key_of(self.seed, self.number, index, turn) >> 1  # torch's generators take 63 bits
+        until = encode_stops(self.settings.stop_texts())
+        return Request(f"{index}/{turn}", ids.tolist(), self.settings.max_new_tokens, seed, until)
 
     def chain(self, index: int, answers: Answers) -> Chain:
         """The prompt with its answers, once all possible ones exist."""
-        given = tuple(answers[index, turn] for turn in range(self.turns) if (index, turn) in answers)
+        given = tuple(answers[index, turn] for turn in range(self.settings.turns) if (index, turn) in answers)
         reasons = [reason for reason in self.due(index, answers) if isinstance(reason, str)]
         prompt = self.prompts[index]
         return Chain(prompt.messages, given, prompt.place, prompt.extra, prompt.gold, reasons[0] if reasons else None)
 
 
 def _generate(
-    asked: _Requests, journal: Journal, engine: BatchedGenerator, progress: Progress, stop: Callable[[], bool]
+    asked: Requests, journal: Journal, engine: BatchedGenerator, progress: Progress, stop: Callable[[], bool]
 ) -> bool:
     """Generate the answers that this process's journal lacks; True once all processes have finished."""
-    answers = journal.read()
+    answers, turns, until = journal.read(), asked.settings.turns, asked.settings.stop_texts()
     mine = range(distributed.rank(), len(asked.prompts), distributed.world_size())
-    done = sum((index, turn) in answers for index in mine for turn in range(asked.turns))
+    done = sum((index, turn) in answers for index in mine for turn in range(turns))
     distributed.barrier()  # another process must not append to a file while it is read
     journal.open()
 
@@ -250,13 +212,13 @@ def _generate(
     tokens = 0
     for answer in engine.run():
         index, turn = map(int, answer.key.split("/"))
-        text = before_stop(asked.template.tokenizer.decode(answer.tokens), asked.until)
+        text = before_stop(asked.template.tokenizer.decode(answer.tokens), until)
         answers[index, turn] = Turn(text, answer.ended or answer.stopped)
         journal.add(index, turn, answers[index, turn])
         submit(index, after=turn)
         now = time.monotonic()
         done, tokens = done + 1, tokens + len(answer.tokens)
-        progress(done, len(mine) * asked.turns, tokens / max(now - began, 1e-9))
+        progress(done, len(mine) * turns, tokens / max(now - began, 1e-9))
         if now - polled >= POLL_SECONDS:
             polled = now
             distributed.any_rank(True)

@@ -17,6 +17,7 @@ from plmtune.config.schema import ChatConfig, SelectionConfig
 from plmtune.data.order import key_of, permute
 from plmtune.data.pairs import Pair
 from plmtune.data.preferences import Prompt, preferences, prompts_of
+from plmtune.data.rows import REMEDY
 from plmtune.errors import UserError
 from plmtune.io import manifest
 from plmtune.io.metrics import AFTER_ROUND
@@ -44,16 +45,11 @@ class Rounds:
     """The rounds of one run.
 
     Args:
-        prompts: all prompts; some are held out for evaluation.
-        holdout: share that is held out. At most `MAX_EVALUATED`, and no more than a round's prompts, are answered.
+        holdout: share of the prompts that is held out. At most `MAX_EVALUATED`, and no more than a round's prompts, are
+            answered.
         per_round: prompts of a round, from where the last round ended; 0: all.
-        reward: scores answers; None: pairs are chosen by rules alone, and nothing is evaluated.
-        rules: every pair must pass them.
-        margin: least difference of rewards.
-        seed: of the order of prompts.
-
-    Raises:
-        UserError: if there are no prompts.
+        reward: None: pairs are chosen by rules alone, and nothing is evaluated.
+        rules, margin: see `selection.select`.
     """
 
     def __init__(
@@ -84,13 +80,7 @@ class Rounds:
     def begin(
         self, run: Path, number: int, rollout: Rollout, monitor: RunMonitor, *, step: int, make_pairs: bool
     ) -> bool:
-        """Evaluate the policy, then make the pairs of a round; False if the run is to stop. Every rank calls it.
-
-        Args:
-            run: directory of the run.
-            step: that the policy is at.
-            make_pairs: False after the last round.
-        """
+        """Evaluate the policy, then make the pairs of a round; False if the run is to stop. Every rank calls it."""
         with monitor.paused():
             rewards = self.evaluate(run, number - 1, rollout, monitor.message)
         if rewards:
@@ -104,11 +94,7 @@ class Rounds:
         return done
 
     def make_pairs(self, run: Path, number: int, rollout: Rollout, log: Callable[[str], None]) -> bool:
-        """Generate, score and select, unless the pairs exist; False if the run is to stop. Every rank calls it.
-
-        Raises:
-            UserError: if no pair was chosen, with the reasons.
-        """
+        """Generate, score and select, unless the pairs exist; False if the run is to stop. Every rank calls it."""
         place = round_directory(run, number)
         if broadcast_from_rank0((place / selection.PAIRS).is_file):
             return True
@@ -177,14 +163,7 @@ class Rounds:
 
 
 def check_rounds(rounds: int, reward: Any, settings: SelectionConfig, strategy: str) -> None:
-    """Check the strategy, rules and reward of a run.
-
-    Args:
-        rounds: number of rounds; without any, rules are checked and not used.
-
-    Raises:
-        UserError: naming the key.
-    """
+    """Check the strategy, rules and reward of a run; without rounds, rules are checked and not used."""
     if rounds and strategy in ("fsdp", "hsdp"):
         raise UserError(f"key rounds: each process generates with a whole model, not under {strategy}: use ddp.")
     try:
@@ -204,11 +183,7 @@ def open_rounds(
     per_round: int,
     seed: int,
 ) -> tuple[Rounds, list[str]]:
-    """The rounds on the prompts of `sources`, each prompt once; and notes on columns that are not read.
-
-    Raises:
-        UserError: for data without prompts.
-    """
+    """The rounds on the prompts of `sources`, each prompt once; and notes on columns that are not read."""
     prompts: dict[tuple[Message, ...], Prompt] = {}  # a prompt of two sources must not be both held out and used
     for source in sources.values():
         for prompt in prompts_of(source, skip_bad=True):
@@ -216,7 +191,7 @@ def open_rounds(
             if first.gold is None:
                 prompts[prompt.messages] = prompt
         if not chat.skip_bad:
-            source.refused.raise_if_any("Correct them, or leave such rows out: chat.skip_bad=true")
+            source.refused.raise_if_any(REMEDY)
     rounds = Rounds(
         list(prompts.values()),
         holdout=chat.holdout,

@@ -23,11 +23,7 @@ _MOST_REPEATED = 0.3  # largest share of repeated grams
 
 
 def find_rules(names: Sequence[str]) -> list[Rule]:
-    """Look rules up by name.
-
-    Raises:
-        UserError: for an unknown name, with the nearest known one.
-    """
+    """Look rules up by name."""
     return [cast(Rule, load("rule", name)) for name in names]
 
 

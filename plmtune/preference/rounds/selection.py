@@ -16,9 +16,8 @@ from plmtune.data.pairs import Pair
 from plmtune.data.parts import OPENING
 from plmtune.data.rows import Refused
 from plmtune.errors import UserError
-from plmtune.io.atomic import atomic_write
 from plmtune.io.provenance import num_cores
-from plmtune.preference.rounds.chains import Chain, Turn
+from plmtune.preference.rounds.chains import Chain, Turn, save_rows
 from plmtune.preference.rounds.rewards import Reward
 from plmtune.preference.rounds.rollout import POLL_SECONDS
 from plmtune.preference.rounds.rules import Rule, tests_pass
@@ -77,11 +76,7 @@ def select(
 
 
 def _share_out(chains: Sequence[Chain], work: Callable[[Sequence[Chain]], list[Any]]) -> list[Any]:
-    """The result of `work` for each chain, as JSON; each process works on its share.
-
-    Raises:
-        UserError: on every process, if `work` raises it on one.
-    """
+    """The result of `work` for each chain, as JSON; each process works on its share, and all raise one's UserError."""
     num = distributed.world_size()
     if num == 1:
         return work(chains)
@@ -124,11 +119,7 @@ def _choose(chain: Chain, rules: Sequence[Rule], margin: float, by_reward: bool)
         return f"has answers whose rewards differ by no more than {margin:g}"
     if not chosen.text.strip() or not rejected.text.strip():
         return "has an empty answer"  # refused under any rules
-    for rule in rules:
-        reason = rule(chain, chosen, rejected)
-        if reason:
-            return reason
-    return best, worst
+    return next(filter(None, (rule(chain, chosen, rejected) for rule in rules)), (best, worst))
 
 
 def _reward(turn: Turn) -> float:
@@ -153,9 +144,10 @@ def evaluate(chains: Iterable[Chain]) -> dict[str, float]:
 
 def save_pairs(path: Path, pairs: Iterable[Pair]) -> None:
     """Write pairs as readable JSONL, which the data `preferences` reads."""
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for pair in pairs:
-            prompt = [message.to_row() for message in pair.prompt]
-            extra = {key: value for key, value in pair.extra.items() if key not in OPENING}
-            row = {**extra, "prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def row(pair: Pair) -> dict[str, Any]:
+        prompt = [message.to_row() for message in pair.prompt]
+        extra = {key: value for key, value in pair.extra.items() if key not in OPENING}
+        return {**extra, "prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+
+    save_rows(path, map(row, pairs))

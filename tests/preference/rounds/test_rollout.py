@@ -8,13 +8,14 @@ import pytest
 import torch
 from rule_engine import RuleEngine, prompt
 
+from plmtune.config.schema import GenerationConfig
 from plmtune.data.preferences import Prompt
 from plmtune.errors import UserError
 from plmtune.inference.batching import Answer, BatchedGenerator
 from plmtune.models.llama import llama
 from plmtune.preference.refinement import Refinement
 from plmtune.preference.rounds.chains import Chain
-from plmtune.preference.rounds.rollout import generate_chains
+from plmtune.preference.rounds.rollout import Requests, generate_chains
 from plmtune.registry import component
 from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.training import distributed
@@ -41,17 +42,12 @@ class Round:
         self, prompts: list[Prompt] = PROMPTS, directory: str = "round", engine: Any = None, **changed: Any
     ) -> list[Chain] | None:
         self.engine = engine or RuleEngine(self.template, say)
-        settings: dict[str, Any] = {
-            "turns": 3,
-            "mode": "chain",
-            "max_new_tokens": 16,
-            "max_len": 200,
-            "seed": 1,
-            "number": 1,
-            "model": "m",
-        }
-        where = self.directory / directory
-        return generate_chains(where, prompts, self.engine, self.template, self.refinement, **(settings | changed))
+        given: dict[str, Any] = {"max_len": 200, "seed": 1, "number": 1, "max_new_tokens": 16, "model": "m", **changed}
+        rest = {name: given.pop(name) for name in ("model", "progress", "stop") if name in given}
+        numbers = {name: given.pop(name) for name in ("max_len", "seed", "number")}
+        given["stop"] = given.pop("until", [])
+        asked = Requests(prompts, self.template, self.refinement, GenerationConfig(**given), **numbers)
+        return generate_chains(self.directory / directory, asked, self.engine, **rest)
 
     def write_until(self, count: int, **changed: Any) -> None:
         """Killed after `count` answers, the next one torn."""
@@ -112,7 +108,7 @@ class TestChain:
         engine, asked = RuleEngine(round_.template, lambda text, seed: "kept. STOP dropped"), []
         submit = engine.submit
         monkeypatch.setattr(engine, "submit", lambda request: asked.append(request.until) or submit(request))
-        chains = round_.write([prompt("Why?")], engine=engine, until=("STOP", "never"), turns=2, max_new_tokens=40)
+        chains = round_.write([prompt("Why?")], engine=engine, until=["STOP", "never"], turns=2, max_new_tokens=40)
         assert chains is not None
         assert [turn.text for turn in chains[0].answers] == ["kept. "] * 2
         assert asked == [(b"STOP", b"never")] * 2
@@ -157,8 +153,6 @@ class TestRoom:
     def test_impossible_numbers_are_refused(self, round_: Round) -> None:
         with pytest.raises(ValueError, match=r"max_new_tokens \(200\) leaves no room for a prompt in 200 tokens"):
             round_.write(max_new_tokens=200)
-        with pytest.raises(ValueError, match="turns and max_new_tokens must be at least 1, but are 0 and 16"):
-            round_.write(turns=0)
 
 
 class TestKilled:

@@ -5,7 +5,7 @@ import torch
 
 from plmtune.losses.dpo import Dpo
 from plmtune.losses.preference import DIRECT, GIVEN_CHOSEN, GIVEN_REJECTED, Comparisons
-from plmtune.preference.metrics import PreferenceMetrics
+from plmtune.preference.scorer import PreferenceMetrics
 from plmtune.training.runtime import Runtime
 
 
