@@ -24,9 +24,8 @@ from side_by_side import machine
 from plmtune.config import compose
 from plmtune.data.batches import Batch, Batches, Phase
 from plmtune.data.prepare import prepare
-from plmtune.data.shards import Shards
+from plmtune.data.shards import Shards, open_windows
 from plmtune.data.sources import named_sources
-from plmtune.data.windows import open_windows
 
 SIDES = {"cached batch": None, "num_workers=0": 0, "num_workers=2": 2}
 

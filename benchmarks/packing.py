@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from plmtune.data.batches import IGNORE, Batch, Row, make_batch
 from plmtune.data.conversations import conversations
 from plmtune.data.packing import Example, PackedRows, fit
+from plmtune.data.rows import Refused
 from plmtune.losses.cross_entropy import cross_entropy
 from plmtune.models.gguf_file import opened_gguf
 from plmtune.models.gguf_tokenizer import read_tokenizer
@@ -64,7 +65,7 @@ def read(path: Path, tokenizer: Tokenizer, vocab_size: int) -> list[Example]:
     encoded = template.encode_batch([one.messages for one in held], "all")
     pairs = zip(held, encoded, strict=True)
     found = [Example(ids[0] % vocab_size, ids[1], one.place) for one, ids in pairs if not isinstance(ids, BadRow)]
-    return fit(found, SEQ_LEN, "drop")[0]
+    return fit(found, SEQ_LEN, "drop", Refused(), Refused())
 
 
 def pad(examples: Sequence[Example]) -> Batch:

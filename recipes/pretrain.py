@@ -15,9 +15,8 @@ import plmtune
 from plmtune.config.compose import build
 from plmtune.config.schema import PretrainConfig as Config
 from plmtune.data.batches import Batch, Batches
-from plmtune.data.shards import Shards
+from plmtune.data.shards import Shards, open_windows
 from plmtune.data.sources import Source
-from plmtune.data.windows import open_windows
 from plmtune.errors import UserError
 from plmtune.evaluation.training_tasks import open_evaluations
 from plmtune.inference.sampling import complete
@@ -112,7 +111,7 @@ class Pretrain:
         self.run = open_run(cfg, runtime, self.fingerprints, saved.state)
         if saved.checkpoint and not cfg.allow_data_change:
             seen = saved.state.get("samples_seen", saved.state.get("drawn"))
-            refuse_other_order(saved.checkpoint, seen, self.data.samples_seen(saved.step))
+            refuse_other_order(saved.checkpoint, seen, self.data.order.samples_seen(saved.step))
         self.trained = runtime.distribute(self.model, compile=cfg.runtime.compile)
         self.loss, self.dtype = plan.loss, self.model.dtype  # the dtype to save; in a step FSDP2 shows another
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
@@ -287,7 +286,7 @@ class Pretrain:
             state={
                 "phase": self.data.phase(self.step - 1).name,
                 "tokens": self.step * self.plan.tokens_per_step,
-                "samples_seen": self.data.samples_seen(self.step),  # where a branched decay resumes reading
+                "samples_seen": self.data.order.samples_seen(self.step),  # where a branched decay resumes reading
                 "skip": self.skip,
                 "order": self.order,
                 "guard": self.guard.state_dict(),

@@ -15,11 +15,10 @@ from plmtune.config.schema import QuantizeConfig as Config
 from plmtune.data.sources import Source
 from plmtune.errors import UserError
 from plmtune.io import hub, manifest
-from plmtune.io.progress import track
 from plmtune.io.run_directory import read_record, refuse_unusable
 from plmtune.io.run_summary import already_finished, finished_runs
 from plmtune.io.signals import EXIT_STOPPED, StopSignals
-from plmtune.io.terminal import echo
+from plmtune.io.terminal import echo, track
 from plmtune.models.adapters import load_model_tokenizer
 from plmtune.models.assemble import component_config, component_from_config
 from plmtune.models.checkpoint_files import CONFIG as MODEL_CONFIG

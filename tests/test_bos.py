@@ -8,7 +8,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from plmtune.data.pairs import Pair
+from plmtune.data.preferences import Pair
 from plmtune.data.prepare import prepare
 from plmtune.data.shards import Shards
 from plmtune.data.text_files import files

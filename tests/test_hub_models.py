@@ -312,7 +312,7 @@ class TestRefusals:
     def test_a_model_that_the_disk_has_no_room_for(self, served: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = shutil.disk_usage(".")
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        with pytest.raises(UserError, match=r"o/m takes .*, and .* free\. Make room"):
+        with pytest.raises(UserError, match=r"needs .*, and its disk has .* left\. Make room for o/m"):
             checkpoint_directory("o/m")
 
     @pytest.mark.parametrize("offline", [True, False], ids=["HF_HUB_OFFLINE", "no network"])

@@ -13,9 +13,9 @@ import click
 from plmtune.cli.options import newest_run
 from plmtune.errors import UserError
 from plmtune.io import manifest
-from plmtune.io.progress import Progress
 from plmtune.io.run_summary import explain, explain_missing
 from plmtune.io.tables import Cell, Column, Table, show
+from plmtune.io.terminal import Progress
 from plmtune.io.untrusted import load_json
 from plmtune.units import show_bytes
 

@@ -217,8 +217,7 @@ def _inspect_shards(
 ) -> None:
     from rich.console import Console
 
-    from plmtune.data.shards import Shards
-    from plmtune.data.windows import Windows
+    from plmtune.data.shards import Shards, Windows
     from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
     if mask and window is None:
@@ -245,12 +244,13 @@ def _inspect_shards(
         text = terminal.shown(tokenizer.decode(ids.tolist()), sys.stdout)
         console.print(terminal.encodable(text, console.encoding), markup=False)
     if window is not None:
-        if not 0 <= window < chosen.num_windows(seq_len):
-            raise UserError(f"--window {window}: {split} holds windows 0 to {chosen.num_windows(seq_len) - 1}")
-        tokens = chosen.window(window, seq_len)[:-1]
-        console.print(_coloured(tokens.tolist(), tokenizer))
+        rows = Windows(shards, chosen, seq_len, document_mask=True, whole=True)
+        if not 0 <= window < rows.num_rows:
+            raise UserError(f"--window {window}: {split} holds windows 0 to {rows.num_rows - 1}")
+        row = rows.row(window)
+        console.print(_coloured(row.tokens.tolist(), tokenizer))
         if mask:
-            _print_mask(console, Windows(shards, chosen, seq_len, document_mask=True, whole=True).row(window))
+            _print_mask(console, row)
 
 
 def _summary(shards: Shards) -> None:

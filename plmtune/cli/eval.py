@@ -23,8 +23,8 @@ from plmtune.cli.options import (
 from plmtune.config.names import check_model_path
 from plmtune.errors import UserError
 from plmtune.io import hub, terminal
-from plmtune.io.progress import Progress
 from plmtune.io.tables import Column, Table, show
+from plmtune.io.terminal import Progress
 
 if TYPE_CHECKING:
     from plmtune.evaluation.evaluate import Progress

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from plmtune.cli.tokenizer import find_tokenizer
 from plmtune.errors import UserError
 from plmtune.io import terminal
-from plmtune.io.progress import Progress
-from plmtune.io.terminal import visible
+from plmtune.io.terminal import Progress, visible
 from plmtune.tokenizers.message import BadRow, Unused
 from plmtune.units import show_number_of
 
@@ -96,7 +95,7 @@ def inspect_rows(path: Path, *, row: int, tokenizer: str, template: str | None, 
 
 def kind_of_rows(row: dict[str, Any]) -> str:
     """Recognize conversations, pairs, chains and prompts by the keys of a row."""
-    from plmtune.data.pairs import is_pair
+    from plmtune.data.preferences import is_pair
 
     if isinstance(row.get("answers"), list) and "prompt" in row:
         return "chains"
@@ -153,7 +152,7 @@ def _show_conversation(
 
 
 def _show_pair(console: Console, row: dict[str, Any], place: str, template: ChatTemplate | None) -> None:
-    from plmtune.data.pairs import SIDES, pair_of
+    from plmtune.data.preferences import SIDES, pair_of
 
     assert template is not None
     pair = pair_of(row, place)
@@ -252,7 +251,7 @@ def _conversation_counter(shape: Shape | None, template: ChatTemplate, train_on:
 
 
 def _pair_counter(template: ChatTemplate, seen: _Seen) -> Any:
-    from plmtune.data.pairs import SIDES, pair_of
+    from plmtune.data.preferences import SIDES, pair_of
 
     def read(block: Sequence[tuple[str, dict[str, Any]]]) -> list[BadRow | None]:
         errors: list[BadRow | None] = []

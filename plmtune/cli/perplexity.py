@@ -26,7 +26,7 @@ from plmtune.cli.options import (
 )
 from plmtune.errors import UserError
 from plmtune.io import terminal
-from plmtune.io.progress import Progress
+from plmtune.io.terminal import Progress
 
 if TYPE_CHECKING:
     from plmtune.evaluation.perplexity import Perplexity

@@ -12,8 +12,8 @@ from plmtune.devices.pareto import draw_front, front
 from plmtune.devices.sweep import Point, sweep
 from plmtune.errors import UserError
 from plmtune.io import hub
-from plmtune.io.progress import Progress
 from plmtune.io.tables import Table, numbers, show
+from plmtune.io.terminal import Progress
 from plmtune.units import show_bytes, show_count, show_number
 
 _LISTED = 20  # of a front

@@ -12,7 +12,7 @@ import click
 from plmtune.cli.options import text_key_option
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io import hub, terminal
-from plmtune.io.progress import Progress
+from plmtune.io.terminal import Progress
 
 if TYPE_CHECKING:
     from plmtune.data.sources import Piece

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, fields, replace
-from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Protocol
 
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from plmtune.data.order import Order, Phase, show_shares
 from plmtune.modules.segments import Segments
-from plmtune.ranges import AT_LEAST_1, NOT_NEGATIVE, check
 
 IGNORE = -100  # the target that no loss counts
 _PATIENCE = 2.0  # seconds that a stop waits for a thread, which may hang in a read
@@ -39,7 +37,7 @@ class Row:
 
 
 class EncodedRows(Protocol):
-    """Rows of ids: windows over token shards (`windows`), packed conversations (`packing`).
+    """Rows of ids: windows over token shards (`shards`), packed conversations (`packing`).
 
     seq_len: tokens of each row. num_tokens: of all rows, without padding.
     """
@@ -121,11 +119,10 @@ def make_batch(rows: Sequence[Row]) -> Batch:
 
 def _filled(rows: list[Row], count: int, example: Callable[[], Row]) -> list[Row]:
     """Return `count` rows; those that are added have no target that counts."""
-    if len(rows) == count:
-        return rows
-    nothing = example()
-    nothing = replace(nothing, targets=np.full_like(nothing.targets, IGNORE))
-    return [*rows, *[nothing] * (count - len(rows))]
+    for _ in range(count - len(rows)):
+        nothing = example()
+        rows.append(replace(nothing, targets=np.full_like(nothing.targets, IGNORE)))
+    return rows
 
 
 class Batches:
@@ -135,12 +132,11 @@ class Batches:
         rows: sources by name; all with rows of one length.
         phases: see `Phase`.
         validation: held-out rows by source; a source may have none.
-        global_batch_size: rows a step, over all ranks.
+        global_batch_size: rows a step, over all ranks: a multiple of world_size.
         micro_batch_size: rows a forward; the last of a step may hold fewer.
-        seed: of the order.
         rank, world_size: this process takes the rank-th equal part of each step.
-        num_workers: threads that prepare steps ahead; 0: none. They only copy from mapped files and memory, which
-            needs no processes.
+        num_workers: steps that are prepared ahead, each by a thread; 0: none. Rows are copied from mapped files and
+            memory, which needs no processes.
         skip: samples of each source that the run of the init checkpoint has seen.
     """
 
@@ -158,23 +154,12 @@ class Batches:
         num_workers: int = 0,
         skip: Mapping[str, int] | None = None,
     ) -> None:
-        check(AT_LEAST_1, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size)
-        check(NOT_NEGATIVE, num_workers=num_workers)
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank ({rank}) must be below world_size ({world_size})")
-        if global_batch_size % world_size:
-            raise ValueError(f"global_batch_size ({global_batch_size}) must be a multiple of world_size ({world_size})")
         if not rows:
             raise ValueError("a run needs at least one source of data")
         self.rows = {name: rows[name] for name in sorted(rows)}
         held_out = validation or {}
         self.held_out = [held_out[name] for name in self.rows if name in held_out]
-        lengths = {source.seq_len for source in (*self.rows.values(), *self.held_out)}
-        if len(lengths) > 1:
-            raise ValueError(
-                f"the sources {', '.join(self.rows)} have rows of {sorted(lengths)} tokens, not of one seq_len"
-            )
-        (self.seq_len,) = lengths
+        (self.seq_len,) = {source.seq_len for source in (*self.rows.values(), *self.held_out)}
         self.micro_batch_size = micro_batch_size
         self.rank = rank
         self.world_size = world_size
@@ -191,10 +176,6 @@ class Batches:
     def num_steps(self) -> int:
         return self.order.num_steps
 
-    def samples_seen(self, step: int) -> dict[str, int]:
-        """Return the samples of each source before a step."""
-        return self.order.samples_seen(step)
-
     def phase(self, step: int) -> Phase:
         return self.order.phases[self.order.phase_index(step)]
 
@@ -206,12 +187,9 @@ class Batches:
         return [(names[s], w) for s, w in zip(sources[part].tolist(), windows[part].tolist(), strict=True)]
 
     def locate(self, step: int, micro_batches: Collection[int] | None = None) -> list[str]:
-        """Return where each of this rank's rows of a step lies, for messages about a bad step.
+        """Return where each of this rank's rows of a step, or of some micro-batches of it, lies, for messages about it.
 
         For example "runs/data/stdlib-ae3f084abd98/train-00003.bin, tokens 12,288 to 12,544".
-
-        Args:
-            micro_batches: indices; None: all.
         """
         size = self.micro_batch_size
         return [
@@ -251,44 +229,30 @@ class Batches:
             for step in range(start, self.num_steps):
                 yield step, self.step(step)
             return
-        # Daemons, not an executor: the interpreter waits for an executor's threads, and one that hangs in a read would
-        # keep a stopped run alive.
-        asked: SimpleQueue[tuple[int, Future[list[Batch]]] | None] = SimpleQueue()
-        threads = [
-            Thread(target=self._serve, args=(asked,), name=f"batches-{index}", daemon=True)
-            for index in range(self.num_workers)
-        ]
-        for thread in threads:
-            thread.start()
-        ahead: deque[Future[list[Batch]]] = deque()
+
+        def prepare(step: int, future: Future[list[Batch]]) -> None:
+            try:
+                future.set_result(self.step(step))
+            except BaseException as error:  # raised below
+                future.set_exception(error)
+
+        ahead: deque[tuple[Thread, Future[list[Batch]]]] = deque()
         try:
             for step in range(start, self.num_steps):
-                for later in range(step + len(ahead), min(self.num_steps, step + 2 * self.num_workers)):
-                    ahead.append(Future())
-                    asked.put((later, ahead[-1]))
-                due = ahead.popleft()
+                for later in range(step + len(ahead), min(self.num_steps, step + 1 + self.num_workers)):
+                    # Daemons, not an executor: the interpreter waits for an executor's threads, and one that hangs in a
+                    # read would keep a stopped run alive.
+                    future: Future[list[Batch]] = Future()
+                    ahead.append((Thread(target=prepare, args=(later, future), name="batches", daemon=True), future))
+                    ahead[-1][0].start()
+                _, due = ahead.popleft()
                 while not wait([due], timeout=1).done:
                     pass  # with a timeout: Python handles a signal that comes just before a wait only after it
                 yield step, due.result()
         finally:
-            for future in ahead:
-                future.cancel()
-            for _ in threads:
-                asked.put(None)
             deadline = time.monotonic() + _PATIENCE
-            for thread in threads:
+            for thread, _ in ahead:
                 thread.join(max(0.0, deadline - time.monotonic()))
-
-    def _serve(self, asked: SimpleQueue[tuple[int, Future[list[Batch]]] | None]) -> None:
-        """Prepare the steps in the queue, until None."""
-        while task := asked.get():
-            step, future = task
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(self.step(step))
-            except BaseException as error:  # raised in `iterate`
-                future.set_exception(error)
 
     def validation(self, max_tokens: int | None = None) -> Iterator[Batch]:
         """Yield this rank's share of the held-out rows, always in the same order.

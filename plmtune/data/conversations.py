@@ -1,19 +1,24 @@
-"""Conversations of system, user and assistant, from rows of every usual shape."""
+"""Conversations of system, user and assistant, from rows of every usual shape; docstrings of Python as such."""
 
 from __future__ import annotations
 
+import ast
+import inspect
+import sysconfig
+import tokenize
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import xxhash
 
-from plmtune.data.functions import public_functions, question
-from plmtune.data.messages import messages_of, text_under
-from plmtune.data.parts import COMPLETIONS, MESSAGES, PROMPTS, Parts, joined
+from plmtune.data.messages import COMPLETIONS, MESSAGES, PAIRS, PROMPTS, Parts, joined, messages_of, text_under
 from plmtune.data.rows import FromRows, Refused, Rows
-from plmtune.data.sources import Dataset, type_name
+from plmtune.data.sources import STDLIB_SKIP, Dataset, type_name
+from plmtune.errors import UserError
 from plmtune.ranges import NotEmpty, check
 from plmtune.registry import register
 from plmtune.tokenizers.message import BadRow, Message, Unused
@@ -30,18 +35,12 @@ _LABELLED = (
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation with an answer, or several.
+    """A conversation with an answer, or several."""
 
-    messages: optional tools, an optional system message, then user, assistant and tool in the order of the row.
-    place: "FILE, line 17".
-    extra: the other columns of its row, as far as they are JSON.
-    unused: the columns that nothing reads.
-    """
-
-    messages: tuple[Message, ...]
-    place: str
-    extra: dict[str, Any] = field(default_factory=dict)
-    unused: tuple[str, ...] = field(default=(), compare=False)
+    messages: tuple[Message, ...]  # perhaps tools, perhaps a system message, then the others in the order of the row
+    place: str  # "FILE, line 17"
+    extra: dict[str, Any] = field(default_factory=dict)  # the other columns of its row, as far as they are JSON
+    unused: tuple[str, ...] = field(default=(), compare=False)  # the columns that nothing reads
 
 
 class Conversations(Dataset):
@@ -64,13 +63,12 @@ class Keys:
     system: str | None = None
 
 
+@dataclass(eq=False)
 class ConversationRows(FromRows, Conversations):
     name = "conversations"
 
-    def __init__(self, rows: Rows, shape: Literal["auto"] | Shape, keys: Keys) -> None:
-        super().__init__(rows)
-        self.shape = shape
-        self.keys = keys
+    shape: Literal["auto"] | Shape
+    keys: Keys
 
     def conversations(self, skip_bad: bool = False) -> Iterator[Conversation]:
         """Read the rows; the first that fits a shape decides the shape of all."""
@@ -188,20 +186,16 @@ def _answer(parts: Parts, key: str) -> list[Message]:
 
 def _prompt_completion(parts: Parts, keys: Keys) -> list[Message]:
     prompt, completion = parts.first(PROMPTS, keys.prompt), parts.first(COMPLETIONS, keys.completion)
-    if prompt is None or completion is None:
-        what, names = (
-            (keys.prompt or " or ".join(PROMPTS), "prompt_key")
-            if prompt is None
-            else (keys.completion or " or ".join(COMPLETIONS), "completion_key")
-        )
-        raise BadRow(f"has no {what} (see {names})")
+    if prompt is None:
+        raise BadRow(f"has no {keys.prompt or ' or '.join(PROMPTS)} (see prompt_key)")
+    if completion is None:
+        raise BadRow(f"has no {keys.completion or ' or '.join(COMPLETIONS)} (see completion_key)")
     return parts.question(prompt, alone=keys.prompt is not None) + _answer(parts, completion)
 
 
 def _refuse_other_kinds(parts: Parts, keys: Keys) -> None:
-    for pair in (("chosen", "rejected"), ("preferred_output", "non_preferred_output")):
-        if keys == Keys() and all(key in parts for key in pair):
-            raise BadRow(_PAIR)
+    if keys == Keys() and any(one in parts and other in parts for one, other in PAIRS):
+        raise BadRow(_PAIR)
     if keys in (Keys(), Keys(system=keys.system)) and parts.label() is not None:
         raise BadRow(_LABELLED)
 
@@ -219,8 +213,8 @@ class Docstrings(Conversations):
 
     def conversations(self, skip_bad: bool = False) -> Iterator[Conversation]:
         for function in public_functions():
-            messages = (Message("user", question(function)), Message("assistant", function.doc))
-            yield Conversation(messages, f"docstring of {function.module}.{function.name}")
+            messages = (Message("user", function.question), Message("assistant", function.doc))
+            yield Conversation(messages, f"docstring of {function.where}")
 
     def fingerprint(self) -> str:
         return xxhash.xxh3_128_hexdigest(repr(public_functions()).encode("utf-8", "surrogatepass"))
@@ -240,3 +234,83 @@ def docstrings() -> Conversations:
     """
     public_functions()
     return Docstrings()
+
+
+# Not meant for users of the library, or without useful docstrings.
+_SKIPPED_FOLDERS = STDLIB_SKIP | {"test", "tests", "config", "distutils"}
+_LONGEST_SIGNATURE = 80
+_LONGEST_ANSWER = 300
+_SHORTEST_ANSWER = 12
+
+
+@dataclass(frozen=True)
+class Function:
+    """A public function or method of the standard library; `doc` is the first paragraph of its docstring."""
+
+    module: str
+    name: str  # a method's with its class: PurePath.joinpath
+    signature: str  # "(*pathsegments)"
+    doc: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.module}.{self.name}"
+
+    @property
+    def question(self) -> str:
+        """A user's question about the function."""
+        return f"What does {self.where}{self.signature} do?"
+
+
+@cache
+def public_functions() -> tuple[Function, ...]:
+    """List the standard library's public functions with a docstring, from its sources: nothing is imported."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found: dict[tuple[str, str], Function] = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+        if not parts or _SKIPPED_FOLDERS.intersection(parts) or any(part.startswith("_") for part in parts):
+            continue
+        try:
+            with tokenize.open(path) as file:
+                tree = ast.parse(file.read())
+        except (SyntaxError, UnicodeDecodeError, OSError):
+            continue
+        for function in _functions_in(tree.body, ".".join(parts)):
+            found.setdefault((function.module, function.name), function)
+    if not found:
+        raise UserError(
+            f"data docstrings: {root} holds no Python sources (a Python without its library's text?). "
+            "Use data=conversations with paths of your own"
+        )
+    return tuple(found[key] for key in sorted(found))
+
+
+def _functions_in(body: list[ast.stmt], module: str, owner: str = "") -> Iterator[Function]:
+    for node in body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        if isinstance(node, ast.ClassDef):
+            yield from _functions_in(node.body, module, f"{owner}{node.name}.")
+            continue
+        decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+        if any("property" in text or text.endswith((".setter", ".deleter")) for text in decorators):
+            continue
+        arguments = node.args
+        if owner and "staticmethod" not in decorators:  # self, or the class
+            del (arguments.posonlyargs or arguments.args)[:1]
+        for argument in ast.walk(arguments):
+            if isinstance(argument, ast.arg):
+                argument.annotation = None
+        signature = f"({ast.unparse(arguments)})"
+        doc = _first_paragraph(ast.get_docstring(node, clean=False) or "")
+        if len(signature) <= _LONGEST_SIGNATURE and _SHORTEST_ANSWER <= len(doc) <= _LONGEST_ANSWER:
+            yield Function(module, owner + node.name, signature, doc)
+
+
+def _first_paragraph(docstring: str) -> str:
+    text = inspect.cleandoc(docstring).split("\n\n")[0]
+    # A paragraph of code or a signature is no explanation.
+    return "" if ">>>" in text or "->" in text else " ".join(text.split())

@@ -11,12 +11,11 @@ import xxhash
 
 from plmtune.data.conversations import Conversations
 from plmtune.data.packing import Example, PackedRows, fit
-from plmtune.data.pairs import Pair
-from plmtune.data.preferences import Preferences
+from plmtune.data.preferences import Pair, Preferences
 from plmtune.data.rows import REMEDY, Refused
 from plmtune.data.sources import Source
 from plmtune.errors import UserError
-from plmtune.io.progress import track
+from plmtune.io.terminal import track
 from plmtune.tokenizers.chat_template import ChatTemplate, TrainOn
 from plmtune.tokenizers.message import BadRow, Unused
 from plmtune.units import show_number_of
@@ -107,10 +106,7 @@ class Collected:
 
     def fit(self, examples: Sequence[Example]) -> list[Example]:
         """Return the examples that fit, see `packing.fit`; count the others."""
-        fitting, left_out, cut = fit(examples, self.seq_len, self.truncation)
-        self.left_out.merge(left_out)
-        self.cut.merge(cut)
-        return fitting
+        return fit(examples, self.seq_len, self.truncation, self.left_out, self.cut)
 
     def notes(self) -> list[str]:
         """Return what a person should know about what was not used."""

@@ -4,62 +4,46 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import xxhash
 
 import plmtune.io.hub
-from plmtune.data.sources import Source, text_of, unread
+from plmtune.data.sources import Source
 from plmtune.errors import UserError, did_you_mean
 from plmtune.extras import installed, missing
 from plmtune.ranges import AT_LEAST_1, NotEmpty, check
 from plmtune.registry import register
-from plmtune.tokenizers.message import BadRow, Unused
+from plmtune.tokenizers.message import Unused
 
 _MOST_SHOWN = 40  # names of subsets: some datasets have hundreds
 
 
+@dataclass(eq=False)
 class Hub(Source):
+    """A dataset; the hub is queried when it is read."""
+
     name = "hub"
 
-    def __init__(
-        self,
-        dataset: str,
-        *,
-        subset: str | None,
-        split: str,
-        text_key: str,
-        revision: str | None,
-        limit: int | None,
-    ) -> None:
-        """Name a dataset; the hub is not queried yet."""
+    dataset: str
+    subset: str | None
+    split: str
+    text_key: str
+    revision: str | None
+    limit: int | None
+    _commit: str | None = None  # of the revision, when the hub was queried
+
+    def __post_init__(self) -> None:
         if not installed("datasets"):
-            raise missing("datasets", f"data hub: {dataset}", "data=files reads files that are here.")
-        self.dataset = dataset
-        self.subset = subset
-        self.split = split
-        self.text_key = text_key
-        self.revision = revision
-        self.limit = limit
-        self._commit: str | None = None  # of the revision, when the hub was queried
+            raise missing("datasets", f"data hub: {self.dataset}", "data=files reads files that are here.")
 
     def documents(self, skip_bad: bool = False) -> Iterator[str]:
         """Stream the texts of the rows."""
         self.skipped, self.unused = 0, Unused()
-        for place, row in self.rows():
-            try:
-                text = text_of(row, self.text_key)
-                self.unused.add(unread(row, self.text_key))
-            except BadRow as error:
-                if not skip_bad:
-                    raise UserError(
-                        f"data hub: {place} {error}. To leave such rows out set skip_bad (--skip-bad)"
-                    ) from error
-                self.skipped += 1
-                continue
-            if text and not text.isspace():
-                yield text
+        rows = ((f"data hub: {place}", row) for place, row in self.rows())
+        yield from (text for text in self._texts(rows, self.text_key, skip_bad) if text and not text.isspace())
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Stream the rows, each with its place."""
@@ -118,8 +102,7 @@ class Hub(Source):
                 raise missing("huggingface_hub", "data=hub", "data=files reads files that are here.") from error
             except Exception as error:  # no connection, no such dataset, no permission: one remedy
                 raise UserError(
-                    f"data hub: the hub does not give the version of {self.dataset}: "
-                    f"{_why(error)}. "
+                    f"data hub: the hub does not give the version of {self.dataset}: {_why(error)}. "
                     "Check the name and the connection, or pin revision to a commit"
                 ) from error
         self._commit = commit if commit != "main" else None
@@ -165,4 +148,4 @@ def hub(
         raise ValueError("hub needs the name of a dataset, such as data.name=HuggingFaceFW/fineweb-edu")
     check(AT_LEAST_1, limit=limit)
     check(NotEmpty(), subset=subset, split=split, text_key=text_key, revision=revision)
-    return Hub(name, subset=subset, split=split, text_key=text_key, revision=revision, limit=limit)
+    return Hub(name, subset, split, text_key, revision, limit)

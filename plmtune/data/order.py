@@ -185,17 +185,19 @@ def check_mix(phase: Phase, sources: Sequence[str], num_sequences: int) -> None:
 
 
 def show_shares(counts: Mapping[str, float], weights: Mapping[str, float]) -> str:
-    """Return the share of each source in a phase, and the one that its weight asks for if they differ.
+    """Return the share of each source with a weight, and the one that its weight asks for if they differ.
 
-    Args:
-        counts: sequences of each source, or shares.
-        weights: a source with a weight is shown, even if nothing is sampled from it.
+    `counts` are of sequences, or shares.
     """
+
+    def percent(share: float) -> str:  # with one decimal place, or as many as the first digit needs
+        return f"{share:.1%}" if share >= 0.0005 or not share else f"{100 * share:.1g}%"
+
     drawn, asked = sum(counts.values()), sum(weights.values())
     parts = []
     for name, weight in weights.items():
         if weight:
-            share, wanted = _percent(counts[name] / drawn), _percent(weight / asked)
+            share, wanted = percent(counts[name] / drawn), percent(weight / asked)
             parts.append(f"{name} {share}" + (f" instead of {wanted}" if share != wanted else ""))
     return ", ".join(parts)
 
@@ -209,11 +211,6 @@ def show_mix(mix: Mapping[str, float], num_sequences: int) -> str:
     return show_shares(dict(zip(weights, counts, strict=True)), weights)
 
 
-def _percent(share: float) -> str:
-    """Format with one decimal place, or as many as the first digit needs."""
-    return f"{share:.1%}" if share >= 0.0005 or not share else f"{100 * share:.1g}%"
-
-
 class Order:
     """The whole run's order of (source, window).
 
@@ -221,7 +218,6 @@ class Order:
         windows: number of windows of each source.
         phases: in the order of training.
         global_batch_size: sequences a step, over all ranks.
-        seed: another seed, another order.
         skip: samples of each source that the run of the init checkpoint has seen.
     """
 
@@ -259,9 +255,8 @@ class Order:
             self._quotas.append(self._divide(index))
             self._samples_before.append(self._samples_before[-1] + self._counts(index, self.num_sequences(index)))
             self._first_step.append(self._first_step[-1] + phase.steps)
-        for name, count, drawn in zip(self.names, self.windows, self.drawn, strict=True):
-            if drawn and count < 1:
-                raise ValueError(f"source {name} has no whole window, yet a phase's mix draws from it")
+        for index in np.flatnonzero((self.drawn > 0) & (self.windows < 1))[:1]:
+            raise ValueError(f"source {self.names[index]} has no whole window, yet a phase's mix draws from it")
 
     @property
     def num_steps(self) -> int:
@@ -291,12 +286,11 @@ class Order:
     def shares(self, index: int) -> dict[str, float]:
         """Return the share of each source in a phase."""
         drawn = self._samples_before[index + 1] - self._samples_before[index]
-        return {name: int(count) / int(drawn.sum()) for name, count in zip(self.names, drawn, strict=True)}
+        return dict(zip(self.names, (drawn / drawn.sum()).tolist(), strict=True))
 
     def weights(self, index: int) -> dict[str, float]:
         """Return the weight of each source in a phase; without a mix, its size."""
-        phase = self.phases[index]
-        mix = phase.mix or dict(zip(self.names, self.windows.tolist(), strict=True))
+        mix = self.phases[index].mix or dict(zip(self.names, self.windows.tolist(), strict=True))
         return {name: float(mix.get(name, 0)) for name in self.names}
 
     def step(self, step: int) -> tuple[Ints, Ints]:

@@ -27,16 +27,13 @@ class Example:
 
 
 def fit(
-    examples: Sequence[Example], seq_len: int, truncation: Literal["drop", "right"]
-) -> tuple[list[Example], Refused, Refused]:
-    """Drop examples longer than `seq_len`, or cut them there; drop those without a target.
+    examples: Sequence[Example], seq_len: int, truncation: Literal["drop", "right"], left_out: Refused, cut: Refused
+) -> list[Example]:
+    """Drop examples longer than `seq_len`, or cut them there; drop those without a target. Count both.
 
     The first token of an example is no target, since no token predicts it.
-
-    Returns:
-        The examples that fit, and counts of those that were left out and of those that were cut.
     """
-    kept, left_out, cut = [], Refused(), Refused()
+    kept = []
     for example in examples:
         exceeds = len(example.tokens) > seq_len
         if not example.trained[1:].any():
@@ -50,7 +47,7 @@ def fit(
         else:
             cut.add(example.place, f"is cut at {seq_len:,} tokens (seq_len)")
             kept.append(replace(example, tokens=example.tokens[:seq_len], trained=example.trained[:seq_len]))
-    return kept, left_out, cut
+    return kept
 
 
 def pack(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
@@ -106,23 +103,13 @@ def pack(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
 
 
 class PackedRows:
-    """Rows of whole examples. Attention stays inside each example, and its last token predicts nothing.
+    """Rows of whole examples, see `fit`. Attention stays inside each example, and its last token predicts nothing.
 
     Positions start at 0 in each example. The end of a row is padded with zeros, which attend to no example and are not
-    counted.
-
-    Args:
-        examples: none longer than `seq_len`; see `fit`.
-        seq_len: tokens a row.
-        seed: decides which examples share a row.
-
-    Attributes:
-        num_rows: rows. num_tokens: of all examples. num_trained: targets that count.
+    counted. `seed` decides which examples share a row.
     """
 
     def __init__(self, examples: Sequence[Example], seq_len: int, seed: int) -> None:
-        if seq_len < 1:
-            raise ValueError(f"seq_len ({seq_len}) must be at least 1")
         lengths = np.array([len(example.tokens) for example in examples], dtype=np.int64)
         for index in np.flatnonzero((lengths > seq_len) | (lengths < 1))[:1]:
             raise ValueError(

@@ -7,7 +7,6 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -23,9 +22,10 @@ from plmtune.errors import UserError
 from plmtune.io import checksummed_json, terminal
 from plmtune.io.atomic import remove_empty_folders
 from plmtune.io.lock import exclusive
-from plmtune.io.progress import Progress
 from plmtune.io.signals import EXIT_STOPPED, StopSignals
 from plmtune.io.spool import Document
+from plmtune.io.terminal import Progress
+from plmtune.ranges import AT_LEAST_1, SHARE, check
 from plmtune.units import show_number_of
 
 if TYPE_CHECKING:
@@ -56,29 +56,21 @@ def prepare(
     shard_tokens: int = 1 << 26,
     progress: bool = True,
 ) -> Path:
-    """Encode a source into shards under `root`, unless they are there already.
+    """Encode a source into shards under `root`, unless they are there already; return their directory, NAME-HASH.
 
     Args:
         holdout: share kept for validation.
         holdout_by: documents: the hash of its text decides for each, so equal documents are in one split; the only
             document of a corpus is cut at its tail. tail: the last share of the characters of each file.
         skip_bad: count rows that cannot be read instead of raising.
-        shard_tokens: tokens a shard file.
-        progress: show the progress on standard error.
-
-    Returns:
-        The directory, NAME-HASH.
 
     Raises:
         UserError: for text that cannot be read or is too short, and a `root` that cannot be written. Partial files
             are removed.
-        ValueError: for a share outside [0, 1).
         SystemExit: with EXIT_STOPPED after a signal. Finished work is kept, and the same call resumes it.
     """
-    if not 0 <= holdout < 1:
-        raise ValueError(f"holdout ({holdout}) must be at least 0 and below 1: it is the share kept for validation")
-    if shard_tokens < 1:
-        raise ValueError(f"shard_tokens ({shard_tokens}) must be at least 1")
+    check(SHARE, holdout=holdout)
+    check(AT_LEAST_1, shard_tokens=shard_tokens)
     if isinstance(source, Prepared):
         Shards.open(source.directory, tokenizer_fingerprint=tokenizer.fingerprint, verify=False)
         return source.directory
@@ -103,8 +95,8 @@ def prepare(
 
         tail = holdout_by == "tail"
         parts = by_tail(streams, holdout) if tail else by_documents(chain.from_iterable(streams()), holdout, partial)
-        with _show_progress(source.name, shown=progress) as advance:
-            counts = _write(parts, tokenizer, partial, shard_tokens, advance)
+        with Progress(shown=progress) as line:
+            counts = _write(parts, tokenizer, partial, shard_tokens, line, source.name)
         if not counts["train"].tokens:
             skipped = f" ({show_number_of(source.skipped, 'bad row')} left out)" if source.skipped else ""
             raise UserError(f"{source.describe()}: there is no text to train on{skipped}")
@@ -164,17 +156,21 @@ def _write(
     tokenizer: Tokenizer,
     directory: Path,
     shard_tokens: int,
-    advance: Callable[[int, int], None],
+    line: Progress,
+    name: str,
 ) -> dict[str, SplitCounts]:
     """Encode the parts from where an earlier process stopped; the progress is saved with each shard."""
     writers, done = _resume(directory, dtype_for(tokenizer.vocab_size), shard_tokens)
-    shards = 0
+    shards, characters, begun = 0, 0, time.monotonic()
     try:
         for number, group in enumerate(_groups(parts, tokenizer), 1):
             if number > done:
                 _encode(group, tokenizer, writers)
                 done = number
-            advance(sum(len(piece.text) for piece in group), sum(w.counts.tokens for w in writers.values()))
+            characters += sum(len(piece.text) for piece in group)
+            tokens = sum(writer.counts.tokens for writer in writers.values()) / 1e6
+            read = f"{characters / 1e6:.1f} million characters"
+            line.update(f"{tokens:.1f} million tokens", read, f"{time.monotonic() - begun:.0f} s", name)
             if shards < (shards := sum(len(writer.counts.shards) for writer in writers.values())):
                 _save_state(directory, writers, done)
         for writer in writers.values():
@@ -304,16 +300,13 @@ def _cut_piece(text: str, ends: bool, at: int) -> Iterator[Part]:
 
 
 class _Piece(NamedTuple):
-    """A piece of a document; `begins` and `ends` mark the first and the last.
-
-    stops: the rest of the document is in the other split.
-    """
+    """A piece of a document; `begins` and `ends` mark the first and the last."""
 
     split: str
     text: str
     begins: bool
     ends: bool
-    stops: bool = False
+    stops: bool = False  # the rest of the document is in the other split
 
 
 def _groups(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[list[_Piece]]:
@@ -380,17 +373,3 @@ def _encode(group: list[_Piece], tokenizer: Tokenizer, writers: dict[str, ShardW
         if int(ids.max()) >= tokenizer.vocab_size:
             raise ValueError(f"the tokenizer gave id {ids.max()}, beyond its vocab_size ({tokenizer.vocab_size})")
         writers[split].append(ids)
-
-
-@contextmanager
-def _show_progress(name: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    characters, begun = 0, time.monotonic()
-
-    def advance(more: int, tokens: int) -> None:
-        nonlocal characters
-        characters += more
-        read = f"{characters / 1e6:.1f} million characters"
-        line.update(f"{tokens / 1e6:.1f} million tokens", read, f"{time.monotonic() - begun:.0f} s", name)
-
-    with Progress(shown=shown) as line:
-        yield advance

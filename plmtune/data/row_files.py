@@ -19,12 +19,14 @@ from plmtune.io.untrusted import load_json
 from plmtune.tokenizers.message import BadRow
 
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-_JSON_LINES = {".jsonl", ".ndjson", ".json"}
-_TABLES = {".csv", ".tsv"}
-_TEXT = {
-    ".txt", ".text", ".md", ".rst", ".tex", ".html", ".org", ".log",
-    ".py", ".c", ".h", ".cpp", ".hpp", ".cc", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql",
-    ".toml", ".yaml",
+_KINDS = {
+    "jsonl": {".jsonl", ".ndjson", ".json"},
+    "csv": {".csv", ".tsv"},
+    "parquet": {".parquet"},
+    "text": {
+        ".txt", ".text", ".md", ".rst", ".tex", ".html", ".org", ".log", ".toml", ".yaml",
+        ".py", ".c", ".h", ".cpp", ".hpp", ".cc", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql",
+    },
 }  # fmt: skip
 _CHUNK = 1 << 20
 # Larger files are recognized by size, time and both ends: reading hundreds of gigabytes takes too long.
@@ -33,6 +35,7 @@ _HASHED_WHOLE = 256 << 20
 MAX_ROW = 16 << 20
 MAX_DOCUMENT = 64 << 20
 MAX_BRACKETS = 1 << 20  # each takes 25 times its text in memory
+_PARQUET_BATCH = 16  # rows: a value that is stored once for many rows is repeated in memory
 # Text compresses to a tenth; a small file that unpacks to far more is made to fill memory or disk.
 _MAX_RATIO = 200
 
@@ -83,16 +86,15 @@ def read_text(path: Path, encoding: str) -> Iterator[str]:
             first = False
         yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise UserError(_wrong_encoding(path, encoding, fed - len(error.object) + error.start, error)) from error
+        raise _wrong_encoding(path, encoding, fed - len(error.object), error) from error
 
 
-def _wrong_encoding(path: Path, encoding: str, offset: int, error: UnicodeDecodeError) -> str:
+def _wrong_encoding(path: Path, encoding: str, begin: int, error: UnicodeDecodeError) -> UserError:
+    """Name the byte that is wrong; `begin`: where the decoded bytes begin in the file."""
     packed = " of the unpacked text" if path.suffix.lower() in COMPRESSION else ""
-    return (
-        f"{path} is not {encoding}: byte {offset}{packed} is 0x{error.object[error.start]:02x} "
-        f"({error.reason}). "
-        "If it has another encoding, name it: encoding=latin-1, utf-16, gb18030, ... (--encoding)"
-    )
+    byte = f"byte {begin + error.start}{packed} is 0x{error.object[error.start]:02x} ({error.reason})"
+    remedy = "If it has another encoding, name it: encoding=latin-1, utf-16, gb18030, ... (--encoding)"
+    return UserError(f"{path} is not {encoding}: {byte}. {remedy}")
 
 
 def _read_lines(path: Path, encoding: str) -> Iterator[bytes | None]:
@@ -143,10 +145,8 @@ def read_json_lines(path: Path, encoding: str) -> Iterator[tuple[int, Any | BadR
         except UnicodeDecodeError as error:
             marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
             wide = "; it begins as UTF-16 does" if number == 1 and line.startswith(marks) else ""
-            yield (
-                number,
-                BadRow(f"is not {encoding} at byte {error.start} of the line (see encoding, --encoding){wide}"),
-            )
+            why = f"is not {encoding} at byte {error.start} of the line (see encoding, --encoding){wide}"
+            yield number, BadRow(why)
         except json.JSONDecodeError as error:
             array = {b"[": " (an array? ", b"{": " (an object of several lines? "}.get(line.strip(), "")
             array += "One object a line is needed)" if array else ""
@@ -197,7 +197,7 @@ def _table_lines(path: Path, encoding: str) -> Iterator[str]:
         try:
             text = line.decode(lines_in)
         except UnicodeDecodeError as error:
-            raise UserError(_wrong_encoding(path, encoding, offset + error.start, error)) from error
+            raise _wrong_encoding(path, encoding, offset, error) from error
         yield (text.removeprefix("\ufeff") if number == 1 else text) + "\n"
         offset += len(line) + 1
 
@@ -211,11 +211,7 @@ def _suffix(path: Path) -> str:
 def kind_of(path: Path) -> str | None:
     """Return text, jsonl, csv (tables) or parquet by the file's suffix (before .gz or .zst); None: unknown."""
     suffix = _suffix(path)
-    if suffix in _JSON_LINES:
-        return "jsonl"
-    if suffix in _TABLES:
-        return "csv"
-    return "parquet" if suffix == ".parquet" else "text" if suffix in _TEXT else None
+    return next((kind for kind, suffixes in _KINDS.items() if suffix in suffixes), None)
 
 
 def find_files(paths: tuple[str, ...]) -> tuple[list[Path], set[Path]]:
@@ -266,13 +262,13 @@ def check_encoding(encoding: str) -> None:
 
 
 @contextmanager
-def open_parquet(path: Path, column: str | None = None, **options: Any) -> Iterator[Any]:
+def open_parquet(path: Path, column: str | None = None) -> Iterator[Any]:
     """Open a Parquet file whose columns, or one of them, unpack to a plausible size; errors become UserError."""
     import pyarrow
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path, **options) as file:
+        with parquet.ParquetFile(path) as file:
             metadata = file.metadata
             for group in range(metadata.num_row_groups):
                 columns = (metadata.row_group(group).column(index) for index in range(metadata.num_columns))
@@ -282,6 +278,34 @@ def open_parquet(path: Path, column: str | None = None, **options: Any) -> Itera
         raise unreadable(path, error) from error
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged or not Parquet: {error}") from error
+
+
+def read_parquet(path: Path, column: str | None = None) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """Read rows of Parquet, of all columns or of one: (row number, the row or why it is bad)."""
+    number = unpacked = 0
+    with open_parquet(path, column) as file:
+        for batch in file.iter_batches(batch_size=_PARQUET_BATCH, columns=column and [column]):
+            unpacked += batch.nbytes
+            check_ratio(path, unpacked)
+            for index in range(batch.num_rows):
+                number += 1
+                row = batch.slice(index, 1)
+                if row.nbytes > MAX_ROW or sum(map(_num_values, row.columns)) > MAX_BRACKETS:
+                    yield number, BadRow(f"has more than the {MAX_ROW:,} bytes that a row can have")
+                else:
+                    yield number, row.to_pylist()[0]
+
+
+def _num_values(array: Any) -> int:
+    """Count the values at all depths: a null takes a bit on disk, and an object in memory."""
+    import pyarrow
+
+    count = len(array)
+    if pyarrow.types.is_struct(array.type):
+        return count + sum(map(_num_values, array.flatten()))
+    if pyarrow.types.is_list(array.type) or pyarrow.types.is_large_list(array.type):
+        return count + _num_values(array.flatten())
+    return count
 
 
 def hash_files(paths: Sequence[Path], how: Sequence[Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from plmtune.errors import UserError
 from plmtune.io import checksummed_json
+from plmtune.io.manifest import write_text
 from plmtune.tokenizers.message import Unused
 from plmtune.units import show_number_of
 
@@ -33,15 +33,13 @@ class ShardFile:
 
 @dataclass
 class SplitCounts:
-    """Counts of a split; `bytes` are those of the text in UTF-8, without end-of-document tokens.
-
-    breaks: positions where a document stops without an end token, because its rest is in the other split.
-    """
+    """Counts of a split."""
 
     tokens: int = 0
     documents: int = 0
-    bytes: int = 0
+    bytes: int = 0  # of the text in UTF-8, without end-of-document tokens
     shards: list[ShardFile] = field(default_factory=list)
+    # Positions where a document stops without an end token, because its rest is in the other split.
     breaks: list[int] = field(default_factory=list)
 
 
@@ -78,10 +76,7 @@ class Manifest:
         return [shard for name in SPLITS for shard in self.splits[name].shards]
 
     def save(self, directory: Path) -> None:
-        with (directory / "manifest.json").open("wb") as file:
-            file.write(checksummed_json.dumps(asdict(self)))
-            file.flush()
-            os.fsync(file.fileno())
+        write_text(directory / "manifest.json", checksummed_json.dumps(asdict(self)).decode())
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -90,27 +85,20 @@ class Manifest:
         remedy = again(directory)
         try:
             data = checksummed_json.read_bytes(path)
+            # The format without a checksum is the first.
+            first = data.startswith(b'{\n "format": 1,')
+            raw: dict[str, Any] = {"format": 1} if first else checksummed_json.loads(data)
         except FileNotFoundError as error:
             raise UserError(f"{directory} is no directory of prepared tokens: it has no manifest.json") from error
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
-        try:
-            raw = checksummed_json.loads(data)
         except ValueError as error:
-            if data.startswith(b'{\n "format": 1,'):  # the only one without a checksum
-                raise UserError(f"{path} has format 1; this version reads {FORMAT}. {remedy}") from error
             raise UserError(f"{path} is damaged: {error}. {remedy}") from error
         if raw.get("format") != FORMAT:
             raise UserError(f"{path} has format {raw.get('format')!r}; this version reads {FORMAT}. {remedy}")
         try:
             splits = {
-                name: SplitCounts(
-                    int(part["tokens"]),
-                    int(part["documents"]),
-                    int(part["bytes"]),
-                    [ShardFile(**shard) for shard in part["shards"]],
-                    [int(place) for place in part.get("breaks", ())],
-                )
+                name: SplitCounts(**{**part, "shards": [ShardFile(**shard) for shard in part["shards"]]})
                 for name, part in raw["splits"].items()
             }
             manifest = cls(**{**raw, "splits": splits})

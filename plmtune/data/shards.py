@@ -1,4 +1,4 @@
-"""Token shards: memory-mapped arrays of ids, opened only if they match the manifest.
+"""Token shards: memory-mapped arrays of ids, opened only if they match the manifest, and windows of them as rows.
 
 A shard is a plain array of little-endian ids, uint16 if the vocabulary allows it and else uint32, so any tool can read
 it. Everything else is in ``manifest.json``, which is written last.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from plmtune.data.batches import IGNORE, Row
 from plmtune.data.shard_manifest import SPLITS, Manifest, ShardFile, SplitCounts, again
 from plmtune.errors import UserError
 from plmtune.io import checksummed_json
@@ -28,28 +29,29 @@ _CHUNK = 1 << 18  # bytes read at a time, so few that they are hashed and compar
 # Up to this size every opening reads every byte. A larger corpus is read once and then recognized by size and time of
 # change, which verified.json records: hashing hundreds of gigabytes at each start takes an hour.
 _READ_ALWAYS = 4 << 30
+_RECORD = "verified.json"
 _log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class ShardWriter:
     """Append token arrays to one split's shards; count and hash them."""
 
-    def __init__(self, directory: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
-        self.directory = directory
-        self.split = split
-        self.dtype = dtype
-        self.shard_tokens = shard_tokens
-        self.counts = SplitCounts()
-        self._file: Any = None
-        self._digest = xxhash.xxh3_128()
-        self._filled = 0
+    directory: Path
+    split: str
+    dtype: np.dtype[Any]
+    shard_tokens: int
+    counts: SplitCounts = field(default_factory=SplitCounts)
+    _file: Any = None
+    _digest: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
+    _filled: int = 0
 
     def append(self, ids: NDArray[Any]) -> None:
         """Write ids, over several shards if necessary."""
         ids = ids.astype(self.dtype)
         while ids.size:
             if self._file is None:
-                self._file = (self.directory / f"{self.split}-{len(self.counts.shards):05d}.bin").open("wb")
+                self._file = self._path.open("wb")
             part, ids = np.split(ids, [self.shard_tokens - self._filled])
             data = part.tobytes()
             self._file.write(data)
@@ -61,9 +63,7 @@ class ShardWriter:
 
     def state(self) -> dict[str, Any]:
         """Flush what was appended; return a state for `resume`."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        self._sync()
         return {"counts": asdict(self.counts), "filled": self._filled, "digest": self._digest.hexdigest()}
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -75,8 +75,8 @@ class ShardWriter:
         self.counts, self._filled = SplitCounts(**counts, shards=shards), state["filled"]
         if not self._filled:
             return
-        path, left = self.directory / f"{self.split}-{len(shards):05d}.bin", self._filled * self.dtype.itemsize
-        self._file = path.open("r+b")
+        left = self._filled * self.dtype.itemsize
+        self._file = self._path.open("r+b")
         while left and (data := self._file.read(min(left, _CHUNK))):
             self._digest.update(data)
             left -= len(data)
@@ -94,14 +94,21 @@ class ShardWriter:
         """Finish the current shard, if any."""
         if self._file is None:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        name = Path(self._file.name).name
+        self._sync()
         size = self._filled * self.dtype.itemsize
-        self.counts.shards.append(ShardFile(name, self._filled, size, self._digest.hexdigest()))
-        self._file, self._filled = None, 0
+        self.counts.shards.append(ShardFile(self._path.name, self._filled, size, self._digest.hexdigest()))
+        self.abandon()
+        self._filled = 0
         self._digest.reset()
+
+    def _sync(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    @property
+    def _path(self) -> Path:
+        return self.directory / f"{self.split}-{len(self.counts.shards):05d}.bin"
 
 
 class Split:
@@ -138,8 +145,6 @@ class Split:
 
     def document(self, index: int, eos_id: int) -> NDArray[np.int64]:
         """Return document `index`, searched from the first, with its end token if it ends in this split."""
-        if not 0 <= index < self.num_documents:
-            raise IndexError(f"document {index} of {self.num_documents}")
         start = seen = 0
         for base, array in zip(self._starts, self._arrays, strict=False):
             for offset in range(0, len(array), _CHUNK):
@@ -157,23 +162,9 @@ class Split:
         """Return the breaks (see `SplitCounts`) behind tokens start to stop (exclusive)."""
         return self.breaks[slice(*np.searchsorted(self.breaks, [start, stop], side="right"))]
 
-    def num_windows(self, seq_len: int) -> int:
-        """Return the number of whole windows; the tokens after the last one are no targets."""
-        return max(0, (self.num_tokens - 1) // seq_len)
-
-    def window(self, index: int, seq_len: int) -> NDArray[np.int64]:
-        """Return window `index`: seq_len + 1 tokens, the last of which is the first of the next window."""
-        return self.read(*self._bounds(index, seq_len))
-
-    def locate(self, index: int, seq_len: int) -> list[tuple[str, int, int]]:
-        """Return where window `index` lies: (file, first token, last token) for each file that it spans."""
-        parts = self._parts(*self._bounds(index, seq_len))
-        return [(self._files[shard], first, stop - 1) for shard, first, stop in parts]
-
-    def _bounds(self, index: int, seq_len: int) -> tuple[int, int]:
-        if not 0 <= index < self.num_windows(seq_len):
-            raise IndexError(f"window {index} of {self.num_windows(seq_len)}")
-        return index * seq_len, (index + 1) * seq_len + 1
+    def locate(self, start: int, stop: int) -> list[tuple[str, int, int]]:
+        """Return where tokens start to stop (exclusive) lie: (file, first token, last token) for each file."""
+        return [(self._files[shard], first, end - 1) for shard, first, end in self._parts(start, stop)]
 
 
 class Shards:
@@ -204,7 +195,7 @@ class Shards:
         Args:
             tokenizer_fingerprint: of the tokenizer that the tokens must come from; None: any.
             vocab_size: rows of the model's embedding, above every id; None: the manifest's.
-            verify: read everything. Each process of a job does, since it may have its own copy of the files.
+            verify: each process of a job does, since it may have its own copy of the files.
         """
         directory = Path(directory)
         manifest = Manifest.read(directory)
@@ -239,50 +230,43 @@ def _check_size(directory: Path, shard: ShardFile) -> None:
 
 
 def _verify(directory: Path, manifest: Manifest, limit: int) -> None:
-    size = sum(shard.size for shard in manifest.shards)
-    if size <= _READ_ALWAYS:
-        for shard in manifest.shards:
-            _check_ids(directory, shard, limit, *_read_shard(directory, shard, manifest))
-        return
-    writable = os.access(directory, os.W_OK)
-    lock = exclusive(directory / ".verified.lock", f"verifies {directory}") if writable else nullcontext()
-    with lock:
-        known = _read_record(directory)
+    """Hash what changed, and compare the highest id of each shard with `limit`."""
+    records = sum(shard.size for shard in manifest.shards) > _READ_ALWAYS
+    writable = records and os.access(directory, os.W_OK)
+    with exclusive(directory / ".verified.lock", f"verifies {directory}") if writable else nullcontext():
+        known: dict[str, list[Any]] = {}  # of each shard its state, its highest id and the position of that
+        if records:
+            with suppress(OSError, ValueError):  # without it everything is read again
+                known = checksummed_json.load(directory / _RECORD)
         new = {shard.file: _state(directory, shard) for shard in manifest.shards}
         todo = sum(shard.size for shard in manifest.shards if known.get(shard.file, [])[:3] != new[shard.file])
-        if todo:
+        if records and todo:
             often = "once" if writable else "at each start, since the result cannot be written there"
             _log.warning("verifying %s: %.1f GB are read, %s", directory, todo / 1e9, often)
         try:
             for shard in manifest.shards:
                 if known.get(shard.file, [])[:3] != new[shard.file]:
                     known[shard.file] = [*new[shard.file], *_read_shard(directory, shard, manifest)]
-                _check_ids(directory, shard, limit, *known[shard.file][3:])
+                highest, where = known[shard.file][3:]
+                if highest >= limit:
+                    raise UserError(
+                        f"Shard {directory / shard.file} holds id {highest} at token {where}, beyond the vocabulary of "
+                        f"{limit}. Was it made for another model or tokenizer? Prepare the text again with this run's "
+                        "tokenizer"
+                    )
         finally:
             if todo and writable:  # also after an interruption, to keep what was verified
-                _write_record(directory, known)
+                try:
+                    checksummed_json.save(directory / _RECORD, known)
+                except OSError as error:
+                    why = f"cannot be written ({error.strerror}), so the next start reads everything again"
+                    _log.warning("%s: %s %s", directory, _RECORD, why)
 
 
 def _state(directory: Path, shard: ShardFile) -> list[Any]:
     # Not the time of modification, which copying tools can set.
     status = (directory / shard.file).stat()
     return [status.st_size, status.st_ctime_ns, shard.xxh3]
-
-
-def _read_record(directory: Path) -> dict[str, list[Any]]:
-    """Return the record of each shard in verified.json: its state, its highest id and the position of that."""
-    try:
-        return checksummed_json.load(directory / "verified.json")
-    except (OSError, ValueError):
-        return {}  # without it everything is read again
-
-
-def _write_record(directory: Path, known: dict[str, list[Any]]) -> None:
-    try:
-        checksummed_json.save(directory / "verified.json", known)
-    except OSError as error:
-        _log.warning("%s: verified.json cannot be written (%s), so the next start reads everything again", directory,
-                     error.strerror)  # fmt: skip
 
 
 def _read_shard(directory: Path, shard: ShardFile, manifest: Manifest) -> tuple[int, int]:
@@ -309,9 +293,73 @@ def _read_shard(directory: Path, shard: ShardFile, manifest: Manifest) -> tuple[
     return highest, where
 
 
-def _check_ids(directory: Path, shard: ShardFile, limit: int, highest: int, where: int) -> None:
-    if highest >= limit:
-        raise UserError(
-            f"Shard {directory / shard.file} holds id {highest} at token {where}, beyond the vocabulary of {limit}. "
-            "Was it made for another model or tokenizer? Prepare the text again with this run's tokenizer"
-        )
+class Windows:
+    """The windows of one split; a window at the end of the text is padded with `eos_id`, which is not counted.
+
+    Args:
+        split: of `shards`.
+        document_mask: keep attention and counted targets inside documents.
+        whole: leave the last window out if it is not full.
+    """
+
+    def __init__(self, shards: Shards, split: Split, seq_len: int, *, document_mask: bool, whole: bool) -> None:
+        self.seq_len = seq_len
+        self.num_tokens = split.num_tokens
+        targets = max(0, split.num_tokens - 1)
+        self.num_rows = targets // seq_len if whole else -(-targets // seq_len)
+        self._directory = shards.directory
+        self._split = split
+        self._eos_id = shards.eos_id
+        self._document_mask = document_mask
+
+    def row(self, index: int) -> Row:
+        """Return window `index`, with the first token of the next as its last target.
+
+        With a document mask an end-of-document token belongs to the document that it ends. Positions restart after
+        it, and its target, the first token of another document, is not counted. The target after a document whose
+        rest is in the other split is never counted.
+        """
+        first = index * self.seq_len
+        ids = self._split.read(first, first + self.seq_len + 1)
+        tokens, targets = ids[:-1], ids[1:]
+        if missing := self.seq_len - len(tokens):
+            tokens = np.append(tokens, np.full(missing, self._eos_id))
+            targets = np.append(targets, np.full(missing, IGNORE))
+        breaks = self._split.breaks_in(first, first + self.seq_len) - first - 1
+        if breaks.size:
+            targets = targets.copy()  # tokens are a view of the same ids
+            targets[breaks] = IGNORE
+        if not self._document_mask:
+            return Row(tokens, targets)
+        ends = tokens == self._eos_id
+        ends[breaks] = True
+        bounds = np.unique(np.concatenate(([0], np.flatnonzero(ends) + 1, [self.seq_len])))
+        return Row(tokens, np.where(ends, IGNORE, targets), tuple(np.diff(bounds).tolist()))
+
+    def locate(self, index: int) -> str:
+        """Return the files of window `index` and its tokens in each, counted from 0; the last is only a target."""
+        places = self._split.locate(index * self.seq_len, (index + 1) * self.seq_len + 1)
+        return ", and ".join(f"{self._directory / file}, tokens {begin:,} to {end:,}" for file, begin, end in places)
+
+    def describe(self) -> str:
+        return f"{self.num_tokens:,} tokens"
+
+
+def open_windows(
+    shards: Mapping[str, Shards], seq_len: int, *, document_mask: bool = False
+) -> tuple[dict[str, Windows], dict[str, Windows]]:
+    """Return the training and the held-out windows of each source.
+
+    In the training text the tokens after the last whole window are no targets. In the held-out text every token but
+    the first of each source is a target once.
+    """
+    train, held_out = {}, {}
+    for name, source in shards.items():
+        train[name] = Windows(source, source.train, seq_len, document_mask=document_mask, whole=True)
+        held_out[name] = Windows(source, source.validation, seq_len, document_mask=document_mask, whole=False)
+        if train[name].num_rows < 1:
+            raise UserError(
+                f"Source {name} ({source.directory}) has {source.train.num_tokens:,} training tokens, "
+                f"too few for seq_len={seq_len} and its last target. Give more text or a shorter seq_len"
+            )
+    return train, held_out

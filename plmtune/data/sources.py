@@ -6,7 +6,7 @@ import importlib
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,14 +44,28 @@ class Source(Dataset):
     def documents(self, skip_bad: bool = False) -> Iterator[str]:
         """Read the documents from the first; a bad row raises, or with `skip_bad` is counted in `skipped`."""
 
-    def streams(self, skip_bad: bool = False) -> Iterator[Iterator[str]]:
-        """Read the same documents one file at a time, for a hold-out that cuts each file at its tail."""
-        yield self.documents(skip_bad)
-
     def pieces(self, skip_bad: bool = False) -> Iterator[Iterator[Piece]]:
-        """Read as `streams`, a long document in several pieces, so that memory does not grow with it."""
-        for stream in self.streams(skip_bad):
-            yield ((text, True) for text in stream)
+        """Read the same documents one file at a time, for a hold-out that cuts each file at its tail.
+
+        A long document comes in several pieces, so that memory does not grow with it.
+        """
+        yield ((text, True) for text in self.documents(skip_bad))
+
+    def _texts(self, rows: Iterable[tuple[str, Any | BadRow]], text_key: str, skip_bad: bool) -> Iterator[str]:
+        """Yield the text of each row, given with its place; count columns that are not used, and bad rows."""
+        for place, row in rows:
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                text = text_of(row, text_key)
+            except BadRow as error:
+                if not skip_bad:
+                    remedy = "Correct it, or leave such rows out with skip_bad (--skip-bad)"
+                    raise UserError(f"{place} {error}. {remedy}") from error
+                self.skipped += 1
+                continue
+            self.unused.add(str(key) for key, value in row.items() if key != text_key and is_something(value))
+            yield text
 
 
 def is_null(value: Any) -> bool:
@@ -67,12 +81,10 @@ def is_something(value: Any) -> bool:
 
 def type_name(value: Any) -> str:
     """Return the type of a JSON value in words."""
-    if value is None:
-        return "nothing"
     if isinstance(value, bool):
         return str(value).lower()
     names = {int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
+    return "nothing" if value is None else names.get(type(value), type(value).__name__)
 
 
 def text_of(row: Any, text_key: str) -> str:
@@ -86,12 +98,6 @@ def text_of(row: Any, text_key: str) -> str:
         raise BadRow(f"holds {type_name(text)} under {text_key}, not text")
     check_unicode(text, f"of {text_key}")
     return text
-
-
-def unread(row: Any, text_key: str) -> Iterator[str]:
-    """Yield the columns of a row, other than its text, that hold something; none of a bad row."""
-    if isinstance(row, dict):
-        yield from (str(key) for key, value in row.items() if key != text_key and is_something(value))
 
 
 def check_unicode(text: str, where: str) -> None:
@@ -111,14 +117,14 @@ STDLIB_SKIP = {
 _STDLIB_SKIP_FILES = ("_sysconfigdata", "bad")
 
 
+@dataclass(eq=False)
 class StandardLibrary(Source):
     """See `stdlib`."""
 
     name = "stdlib"
 
-    def __init__(self, folder: Path, topics: dict[str, str]) -> None:
-        self.folder = folder
-        self.topics = topics
+    folder: Path
+    topics: dict[str, str]
 
     def documents(self, skip_bad: bool = False) -> Iterator[str]:
         """Read the reference topics, then the sources, each in the order of its name."""
@@ -141,8 +147,7 @@ class StandardLibrary(Source):
     def fingerprint(self) -> str:
         digest = xxhash.xxh3_128()
         for text in self.documents():
-            digest.update(text.encode("utf-8"))
-            digest.update(b"\0")
+            digest.update(text.encode("utf-8") + b"\0")
         return digest.hexdigest()
 
     def describe(self) -> str:
@@ -171,13 +176,13 @@ def stdlib() -> Source:
     return source
 
 
+@dataclass(eq=False)
 class Prepared(Source):
     """A directory of token shards that `prepare` made before; see `shards`."""
 
     name = "shards"
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    directory: Path
 
     def documents(self, skip_bad: bool = False) -> Iterator[str]:
         raise UserError(f"{self.directory} holds tokens, not text: it needs no preparing")

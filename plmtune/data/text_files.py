@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from operator import methodcaller
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from plmtune.data.row_files import (
     COMPRESSION,
     MAX_DOCUMENT,
-    MAX_ROW,
     check_encoding,
-    check_ratio,
     describe_files,
     find_files,
     hash_files,
@@ -20,10 +19,11 @@ from plmtune.data.row_files import (
     nearest,
     open_parquet,
     read_json_lines,
+    read_parquet,
     read_table,
     read_text,
 )
-from plmtune.data.sources import Piece, Source, text_of, unread
+from plmtune.data.sources import Piece, Source
 from plmtune.errors import UserError
 from plmtune.ranges import NotEmpty, check
 from plmtune.registry import register
@@ -80,45 +80,22 @@ def _joined(path: Path, pieces: Iterator[Piece]) -> Iterator[str]:
             held, size = [], 0
 
 
-def _rows_with(column: str, metadata: Any) -> int:
-    """Return how many rows of a Parquet file have a value in a column, as far as its statistics say."""
-    rows = metadata.num_rows
-    for group in range(metadata.num_row_groups):
-        for index in range(metadata.num_columns):
-            found = metadata.row_group(group).column(index)
-            if found.path_in_schema == column and found.statistics is not None and found.statistics.has_null_count:
-                rows -= found.statistics.null_count
-    return int(rows)
-
-
+@dataclass(eq=False)
 class Files(Source):
     name = "files"
 
-    def __init__(
-        self,
-        paths: tuple[str, ...],
-        *,
-        format: Literal["auto", "text", "jsonl", "csv", "parquet"],
-        text_key: str,
-        separator: str | None,
-        encoding: str,
-    ) -> None:
-        self.paths, singly = find_files(paths)
-        self.format = format
-        self.text_key = text_key
-        self.separator = separator
-        self.encoding = encoding
-        for path in self.paths:
-            if path in singly and path.is_file() and path.stat().st_size == 0:
-                raise UserError(f"{path} is empty")
+    paths: list[Path]
+    format: str
+    text_key: str
+    separator: str | None
+    encoding: str
 
     def documents(self, skip_bad: bool = False) -> Iterator[str]:
-        """Read the files one after the other."""
-        for stream in self.streams(skip_bad):
-            yield from stream
+        """Read the files one after the other; documents of white space alone are left out."""
+        yield from chain.from_iterable(self.streams(skip_bad))
 
     def streams(self, skip_bad: bool = False) -> Iterator[Iterator[str]]:
-        """Read every file as a stream of its own; documents of white space alone are left out."""
+        """Read every file as a stream of its own."""
         yield from map(_joined, self.paths, self.pieces(skip_bad))
 
     def pieces(self, skip_bad: bool = False) -> Iterator[Iterator[Piece]]:
@@ -132,15 +109,15 @@ class Files(Source):
         if kind == "text":
             yield from self._read_text(path)
             return
-        rows = self._read_parquet(path) if kind == "parquet" else self._read_rows(path, kind)
-        for place, row in rows:
-            if isinstance(row, str):
-                yield row, True
-            elif skip_bad:
-                self.skipped += 1
-            else:
-                remedy = "Correct it, or leave such rows out with skip_bad (--skip-bad)"
-                raise UserError(f"{path}, {place} {row}. {remedy}") from row
+        unit = "row" if kind == "parquet" else "line"
+        rows: Iterator[tuple[int, Any | BadRow]]
+        if kind == "parquet":
+            self._count_other_columns(path)
+            rows = read_parquet(path, self.text_key)
+        else:
+            rows = (read_json_lines if kind == "jsonl" else read_table)(path, self.encoding)
+        places = ((f"{path}, {unit} {number}", row) for number, row in rows)
+        yield from ((text, True) for text in self._texts(places, self.text_key, skip_bad))
 
     def _read_text(self, path: Path) -> Iterator[Piece]:
         pieces = read_text(path, self.encoding)
@@ -150,46 +127,28 @@ class Files(Source):
         yield from ((piece, False) for piece in pieces)
         yield "", True
 
-    def _read_rows(self, path: Path, kind: str) -> Iterator[tuple[str, str | BadRow]]:
-        read = read_json_lines if kind == "jsonl" else read_table
-        for number, row in read(path, self.encoding):
-            place = f"line {number}"
-            try:
-                yield place, row if isinstance(row, BadRow) else text_of(row, self.text_key)
-                self.unused.add(unread(row, self.text_key))
-            except BadRow as error:
-                yield place, error
-
-    def _read_parquet(self, path: Path) -> Iterator[tuple[str, str | BadRow]]:
+    def _count_other_columns(self, path: Path) -> None:
+        """Count the rows of Parquet that have a value in a column that is not read, as far as its statistics say."""
         from pyarrow import types
 
         with open_parquet(path, self.text_key) as file:
-            names = file.schema_arrow.names
-            if self.text_key not in names:
-                raise UserError(
-                    f"{path} has no column {self.text_key}, only {', '.join(names)}."
-                    f"{nearest(self.text_key, names)} Choose one with text_key (--text-key)"
-                )
-            kind, metadata = file.schema_arrow.field(self.text_key).type, file.metadata
-            empty = {field.name for field in file.schema_arrow if types.is_null(field.type)}
-        for name in names:
-            if name not in (self.text_key, *empty) and (rows := _rows_with(name, metadata)):
-                self.unused.add([name], rows)
-        # Read as dictionary: a text that is stored once for many rows is not repeated in memory.
-        text = types.is_string(kind) or types.is_large_string(kind)
-        with open_parquet(path, self.text_key, read_dictionary=[self.text_key] if text else None) as file:
-            number = unpacked = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[self.text_key]):
-                for value in map(methodcaller("as_py"), batch.column(0)):
-                    number += 1
-                    unpacked += len(value) if isinstance(value, str) else 0
-                    check_ratio(path, unpacked)
-                    try:
-                        if isinstance(value, str) and len(value) > MAX_ROW:
-                            raise BadRow(f"has more than the {MAX_ROW:,} characters that a row can have")
-                        yield f"row {number}", text_of({self.text_key: value}, self.text_key)
-                    except BadRow as error:
-                        yield f"row {number}", error
+            schema, metadata = file.schema_arrow, file.metadata
+        if self.text_key not in schema.names:
+            raise UserError(
+                f"{path} has no column {self.text_key}, only {', '.join(schema.names)}."
+                f"{nearest(self.text_key, schema.names)} Choose one with text_key (--text-key)"
+            )
+        counts = {
+            field.name: metadata.num_rows
+            for field in schema
+            if field.name != self.text_key and not types.is_null(field.type)
+        }
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            for column in map(group.column, range(metadata.num_columns)):
+                if column.path_in_schema in counts and column.statistics and column.statistics.has_null_count:
+                    counts[column.path_in_schema] -= column.statistics.null_count
+        for name, count in counts.items():
+            self.unused.add([name] if count else [], count)
 
     def fingerprint(self) -> str:
         return hash_files(self.paths, [self.format, self.text_key, self.separator, self.encoding])
@@ -231,4 +190,7 @@ def files(
     if separator == "":
         raise ValueError("separator is the empty text; leave it out (null) to keep a file one document")
     cut = None if separator is None else unescape(separator, "separator")
-    return Files(tuple(paths), format=format, text_key=text_key, separator=cut, encoding=encoding)
+    found, singly = find_files(paths)
+    if empty := next((path for path in found if path in singly and path.stat().st_size == 0), None):
+        raise UserError(f"{empty} is empty")
+    return Files(found, format, text_key, cut, encoding)

@@ -20,7 +20,7 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.environment import TemplateExpression
 
 from plmtune.data.row_files import read_text
-from plmtune.data.row_readers import read_rows
+from plmtune.data.rows import read_rows
 from plmtune.errors import UserError, unreadable
 from plmtune.tokenizers.message import BadRow
 from plmtune.tokenizers.template_limits import TemplateLimit

@@ -16,8 +16,7 @@ from plmtune.units import show_bytes
 def atomic_write(path: Path, *, user_error: bool = False) -> Iterator[Path]:
     """Give a temporary path beside `path`, which replaces `path` at the end; after an error it is removed.
 
-    Args:
-        user_error: raise an OSError as a UserError that names `path`. For files that a person named.
+    With `user_error`, for files that a person named, an OSError is raised as a UserError that names `path`.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -50,9 +49,9 @@ def remove_empty_folders(folder: Path) -> Iterator[None]:
                 place.rmdir()
 
 
-def check_room(path: Path, num_bytes: int) -> None:
+def check_room(path: Path, num_bytes: int, remedy: str = "") -> None:
     """Raise UserError where the disk of a path, which need not exist yet, has no room for so many bytes."""
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free
     if num_bytes > free:
-        raise UserError(f"{path} needs {show_bytes(num_bytes)}, and its disk has {show_bytes(free)} left.")
+        raise UserError(f"{path} needs {show_bytes(num_bytes)}, and its disk has {show_bytes(free)} left.{remedy}")

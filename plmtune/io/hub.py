@@ -10,7 +10,6 @@ import contextlib
 import functools
 import os
 import re
-import shutil
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ from urllib.request import getproxies
 from plmtune.errors import UserError
 from plmtune.extras import missing
 from plmtune.io import terminal
+from plmtune.io.atomic import check_room
 from plmtune.io.untrusted import load_json
 from plmtune.units import show_bytes
 
@@ -80,8 +80,7 @@ def is_gguf(path: Path) -> bool:
 def fetch(model: HubModel, *, weights: bool = True) -> Path:
     """Return the directory of a model's files at the hub's newest commit, or from the cache without a network.
 
-    Args:
-        weights: False leaves the weights on the hub, where the configuration or tokenizer is enough.
+    Without `weights` these are left on the hub, where the configuration or tokenizer is enough.
     """
     cached = _cached(model, weights)
     described = cached is not None and any((cached / n).is_file() for n in ("config.json", "adapter_config.json"))
@@ -111,16 +110,10 @@ def pin(text: str) -> str:
 
 def is_pin(pinned: Any, text: Any) -> bool:
     """Whether `pinned` names a commit of the model that `text` names without one."""
-    if not (isinstance(pinned, str) and isinstance(text, str)):
+    ours, theirs = (parse(name) if isinstance(name, str) else None for name in (pinned, text))
+    if ours is None or theirs is None or ours.repository != theirs.repository:
         return False
-    ours, theirs = parse(pinned), parse(text)
-    return (
-        ours is not None
-        and theirs is not None
-        and ours.repository == theirs.repository
-        and _COMMIT.fullmatch(ours.revision or "") is not None
-        and _COMMIT.fullmatch(theirs.revision or "") is None
-    )
+    return bool(_COMMIT.fullmatch(ours.revision or "") and not _COMMIT.fullmatch(theirs.revision or ""))
 
 
 def _from_cache(model: HubModel, cached: Path, why: str) -> str:
@@ -152,7 +145,7 @@ def _download(model: HubModel, weights: bool) -> Path:
         if cached is not None and cached.name == info.sha and all((cached / name).exists() for name in wanted):
             return cached
         total = sum(sizes[name] for name in wanted)
-        _check_room(model, total)
+        check_room(cache(), total, f" Make room for {model}, or set HF_HOME.")
         terminal.say(f"fetching {model} (commit {str(info.sha)[:12]}, {show_bytes(total)}) into {cache()}")
         # By name and not by commit, so that the cache knows the name afterwards.
         found = snapshot_download(
@@ -212,20 +205,8 @@ def _choose(model: HubModel, sizes: dict[str, int], weights: bool) -> list[str]:
             )
         raise UserError(f"{model} holds no model.safetensors: it is not a model that plmtune reads.")
     # Some repositories hold a second copy of the weights under a name that is in no index.
-    chosen = [
-        name for name in tensors if any(name == f"{stem}.safetensors" or name.startswith(f"{stem}-") for stem in held)
-    ]
-    return [*small, *chosen]
-
-
-def _check_room(model: HubModel, total: int) -> None:
-    place = cache()
-    while not place.exists():
-        place = place.parent
-    if (free := shutil.disk_usage(place).free) < total:
-        raise UserError(
-            f"{model} takes {show_bytes(total)}, and {place} has {show_bytes(free)} free. Make room, or set HF_HOME."
-        )
+    ours = tuple(f"{stem}{sign}" for stem in held for sign in (".safetensors", "-"))
+    return [*small, *(name for name in tensors if name.startswith(ours))]
 
 
 def endpoint() -> str:

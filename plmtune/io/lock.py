@@ -15,8 +15,7 @@ from typing import IO
 def exclusive(path: Path, purpose: str) -> Iterator[None]:
     """Lock a file against other processes, and remove it on exit. The system releases the lock of a process that dies.
 
-    Args:
-        purpose: what the holder does, for the message of a process that waits: "prepares ...".
+    A process that waits says for what: `purpose` is "prepares ...".
     """
     while True:
         file = path.open("w")

@@ -160,11 +160,11 @@ def _read_verified(directory: Path) -> dict[str, Any]:
     return {}
 
 
-def _write_verified(directory: Path, states: Mapping[str, Any]) -> None:
+def _write_verified(directory: Path, states: dict[str, Any]) -> None:
     for path in _verified_files(directory):
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            checksummed_json.save(path, dict(states))
+            checksummed_json.save(path, states)
             return
 
 

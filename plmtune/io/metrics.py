@@ -29,7 +29,6 @@ class MetricsFile(contextlib.AbstractContextManager["MetricsFile"]):
     """Appends lines to `path`; each is on its way to the disk before `append` returns, whole or not at all.
 
     Args:
-        path: made if missing.
         start_step: lines beyond it are cut off, as a resumed run writes them again; so is one torn by a kill, and one
             of this step that was measured after its checkpoint (`AFTER_ROUND`).
 

@@ -60,13 +60,9 @@ def resume_command(path: Path) -> str:
 
 
 def verify_config(path: Path) -> bool:
-    """Whether run.json says that config.yaml is what the run at `path` began with.
+    """Whether run.json says that config.yaml is what the run at `path` began with; UserError if it names another.
 
-    Returns:
-        False if run.json is missing, damaged or of an older version, so that it says nothing.
-
-    Raises:
-        UserError: if it says that config.yaml is another.
+    A run.json that is missing, damaged or of an older version says nothing.
     """
     expected = read_record(path).get("config")
     if expected is None:
@@ -83,8 +79,7 @@ def verify_config(path: Path) -> bool:
 
 def refuse_if_in_use(path: Path) -> None:
     """Refuse a directory in which another process runs, long before this one could take the lock."""
-    holder = _lock_holder(path)
-    if holder:
+    if holder := _lock_holder(path):
         raise _in_use(path, holder)
 
 
@@ -147,12 +142,8 @@ def refuse_unusable(path: Path) -> None:
 class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
     """One run's directory, locked against a second process while it is open.
 
-    Made by `create` or `open`; `close` (or the end of a ``with`` block) gives the lock back. A process that
-    dies gives it back too, as the kernel holds it. Ranks other than 0 have no lock, and do not write.
-
-    Attributes:
-        path: the directory.
-        is_main: whether this process writes.
+    Made by `create` or `open`; `close` (or the end of a ``with`` block) releases the lock. The kernel releases that of
+    a process that dies. Ranks other than 0 have no lock, and do not write (`is_main`).
     """
 
     def __init__(self, path: Path, lock: IO[str] | None = None) -> None:
@@ -174,7 +165,7 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         """Start a run in `path`, which must not hold one yet.
 
         Args:
-            config_yaml: the resolved configuration, as text.
+            config_yaml: the resolved configuration.
             command: what was typed.
             data: fingerprints of the data by name.
             job: what started it, see `plmtune.training.resume_checks.torchrun_job_id`.
@@ -218,11 +209,7 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
 
     @classmethod
     def open(cls, path: str | Path, **notes: Any) -> RunDirectory:
-        """Go on with the run in `path`.
-
-        Args:
-            notes: what this attempt at it changes, for run.json.
-        """
+        """Resume the run in `path`; `notes`: what this attempt changes, for run.json."""
         path = Path(path)
         if not (path / CONFIG).is_file():
             raise UserError(f"{path} holds no run: it has no {CONFIG}. Start one with plmtune run.")
@@ -235,7 +222,6 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
 
     @property
     def checkpoints(self) -> Path:
-        """Where the run's checkpoints are."""
         return self.path / "checkpoints"
 
     @property
@@ -243,7 +229,6 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         return self.path / "metrics.jsonl"
 
     def record(self) -> dict[str, Any]:
-        """What run.json says; empty if there is none or it is damaged."""
         return read_record(self.path)
 
     def update(self, **entries: Any) -> None:

@@ -17,7 +17,7 @@ import yaml
 
 from plmtune.errors import Unreadable, UserError
 from plmtune.io import manifest, metrics
-from plmtune.io.run_directory import CONFIG, LATEST, NEWEST, read_record, state_of
+from plmtune.io.run_directory import CONFIG, LATEST, NEWEST, RECORD, read_record, state_of
 from plmtune.io.untrusted import load_json, load_yaml
 
 _log = logging.getLogger(__name__)
@@ -29,32 +29,21 @@ _SHOWN = ("loss", "validation_loss", "bits_per_byte")
 
 @dataclass
 class Summary:
-    """One run.
-
-    Attributes:
-        status: running, finished, stopped, failed, killed, or unknown.
-        reason: why it failed.
-        model: its component; of a quantization the scheme.
-        parameters: of the model; None of a run that did not come so far.
-        step, steps: the newest one, and the run's last, as far as they are known.
-        saved_step: that of the newest checkpoint.
-        loss: the newest validation loss, or where there is none the newest training loss.
-        seconds: from begin to end, summed over its attempts.
-    """
+    """One run; None stands for what is not known."""
 
     path: str
     recipe: str = ""
-    model: str = ""
+    model: str = ""  # its component; of a quantization the scheme
     parameters: int | None = None
-    status: str = "unknown"
-    reason: str | None = None
+    status: str = "unknown"  # or running, finished, stopped, failed, killed
+    reason: str | None = None  # why it failed
     started: str | None = None
-    step: int | None = None
-    steps: int | None = None
-    saved_step: int | None = None
-    loss: float | None = None
+    step: int | None = None  # the newest one
+    steps: int | None = None  # the run's last
+    saved_step: int | None = None  # of the newest checkpoint
+    loss: float | None = None  # the newest validation loss, or where there is none the newest training loss
     bits_per_byte: float | None = None
-    seconds: float | None = None
+    seconds: float | None = None  # from begin to end, summed over its attempts
 
 
 def find_runs(directory: Path) -> list[Path]:
@@ -63,7 +52,7 @@ def find_runs(directory: Path) -> list[Path]:
         return [directory]
     found = []
     for folder, names, files in os.walk(directory):
-        if CONFIG in files and "run.json" in files:
+        if CONFIG in files and RECORD in files:
             names.clear()
             found.append(Path(folder))
         # Where token shards and cached numbers are there is no run, and there may be many files.
@@ -85,11 +74,12 @@ def summarize(path: Path) -> Summary:
     found.seconds = _seconds(attempts, path, running=found.status == "running")
     found.saved_step = next(reversed(manifest.steps(path / "checkpoints")), None)
     log = path / "metrics.jsonl"
-    values = _newest_values(log)
-    if found.saved_step and found.recipe != "quantize" and not log.exists():
-        _log.warning("%s is missing: what the run logged is not known", log)
     if found.recipe == "quantize":
         values = {"loss": _json(path / "quantize.json").get("loss")}
+    else:
+        values = _newest_values(log)
+        if found.saved_step and not log.exists():
+            _log.warning("%s is missing: what the run logged is not known", log)
     found.step, found.bits_per_byte = values.get("step"), values.get("bits_per_byte")
     found.loss = values.get("validation_loss", values.get("loss"))
     return found
@@ -196,10 +186,7 @@ def finished_runs() -> Iterator[Path]:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    try:
-        return read_record(path)
-    except Unreadable:
-        return {}
+    return _json(path / RECORD)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -212,10 +199,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _model(config: dict[str, Any]) -> str:
-    if config.get("recipe") == "quantize":
-        quantization = config.get("quantization")
-        return str(quantization.get("component", "")) if isinstance(quantization, dict) else ""
-    model = config.get("model")
+    model = config.get("quantization" if config.get("recipe") == "quantize" else "model")
     return str(model.get("component") or "") if isinstance(model, dict) else ""
 
 

@@ -43,13 +43,9 @@ def listed(names: Sequence[str]) -> str:
 
 
 def deal(sizes: Mapping[str, int], stem: str, max_bytes: float = FILE_BYTES) -> dict[str, list[str]]:
-    """Split tensors, in order, over files of at most `max_bytes` (or a single tensor).
+    """Split tensors of some bytes, in order, over files of at most `max_bytes` (or a single tensor).
 
-    Args:
-        sizes: bytes of each tensor.
-
-    Returns:
-        The names in each file: "stem.safetensors", or "stem-00001-of-00003.safetensors" and so on.
+    The names of files are "stem.safetensors", or "stem-00001-of-00003.safetensors" and so on.
     """
     groups: list[list[str]] = [[]]
     filled = 0
@@ -98,11 +94,7 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write and sync tensors of the host to `path`.
-
-    Returns:
-        The file's "bytes" and "xxh3_128", taken from memory: what the disk makes of them can be compared.
-    """
+    """Write and sync tensors of the host; return the file's "bytes" and "xxh3_128", taken from memory."""
     parts: list[Any] = [_header(tensors), *(_bytes(tensor) for _, tensor in _ordered(tensors))]
     with ThreadPoolExecutor(1) as pool, path.open("wb") as file:
         # Beside the writing, which waits for the disk: neither holds Python's lock.

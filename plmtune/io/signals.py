@@ -17,11 +17,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 class StopSignals:
     """Catches SIGINT, SIGTERM, SIGUSR1 and SIGHUP inside a ``with`` block. A second signal ends the process at once.
 
-    Args:
-        doing: message after the name of the first signal; empty: none.
-
-    Attributes:
-        heard: whether a signal came.
+    `heard` is whether a signal came; `doing` is the message after the name of the first one; empty: none.
     """
 
     def __init__(self, doing: str) -> None:

@@ -15,14 +15,7 @@ _CHUNK = 1 << 20
 
 
 class Document:
-    """Pieces of a document's text, which can be iterated several times.
-
-    Args:
-        place: directory of the unnamed temporary file of a long document.
-
-    Attributes:
-        length: number of characters.
-    """
+    """Pieces of a document's text, which can be iterated several times; a long one is in an unnamed file in `place`."""
 
     def __init__(self, place: Path) -> None:
         self.length = 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rich.cells import cell_len
 
@@ -23,21 +24,13 @@ _FOLDED = 20  # prose is not folded narrower than this
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
+    """A column of a table."""
 
-    Attributes:
-        name: the heading.
-        right: aligned at the right, as numbers are.
-        key: it names the row, such as a path: never folded, on a line of its own where there is no room beside it.
-        folds: prose, which may take several lines.
-        drop: order in which columns are left out on a narrow terminal, 1 first; 0: never.
-    """
-
-    name: str
-    right: bool = False
-    key: bool = False
-    folds: bool = False
-    drop: int = 0
+    name: str  # the heading
+    right: bool = False  # aligned at the right, as numbers are
+    key: bool = False  # it names the row: never folded, on a line of its own where there is no room beside it
+    folds: bool = False  # prose, which may take several lines
+    drop: int = 0  # order in which columns are left out on a narrow terminal, 1 first; 0: never
 
 
 @dataclass(frozen=True)
@@ -48,8 +41,7 @@ class Cell:
     style: str = ""
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(NamedTuple):
     """Columns side by side with their widths, and columns on lines of their own, by index; None: none."""
 
     beside: list[int]
@@ -64,12 +56,9 @@ def numbers(names: Mapping[str, int]) -> list[Column]:
 
 
 class Table:
-    """Rows of text below headings.
+    """Rows of text below headings, if these are shown, and a title.
 
-    Args:
-        columns: a text stands for a column of that name, aligned at the left.
-        title: a line above the table.
-        headings: whether the names of the columns are shown.
+    columns: a text stands for a column of that name, aligned at the left.
     """
 
     def __init__(self, columns: Sequence[Column | str], *, title: str = "", headings: bool = True) -> None:
@@ -175,17 +164,15 @@ class Table:
         for row in rows:
             lines += [""] if lines else []
             for name, cell in zip(names, row, strict=True):
-                if not cell.text:
-                    continue
-                if _longest_word(cell.text) > width - widest - len(_GAP):
-                    lines += [name] if name else []
-                    lines += [_styled(Cell(text, cell.style), styled) for text in fold(cell.text, width)]
-                    continue
-                for number, text in enumerate(fold(cell.text, width - widest - len(_GAP))):
+                room = width - widest - len(_GAP)
+                beside = _longest_word(cell.text) <= room
+                folded = fold(cell.text, room if beside else width) if cell.text else []
+                if folded and name and not beside:
+                    lines.append(name)
+                for number, text in enumerate(folded):
                     head = "" if number else name
-                    lines.append(
-                        head + " " * (widest - cell_len(head)) + _GAP + _styled(Cell(text, cell.style), styled)
-                    )
+                    indent = head + " " * (widest - cell_len(head)) + _GAP if beside else ""
+                    lines.append(indent + _styled(Cell(text, cell.style), styled))
         return lines
 
 

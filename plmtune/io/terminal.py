@@ -1,4 +1,4 @@
-"""What a stream can show: the width and colours of a terminal, the characters of an encoding.
+"""What a stream can show: the width and colours of a terminal, the characters of an encoding, the progress of work.
 
 A pipe or a file has no width, so nothing is wrapped there, and gets no colours.
 """
@@ -6,15 +6,20 @@ A pipe or a file has no width, so nothing is wrapped there, and gets no colours.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import logging
 import os
 import re
 import sys
 import textwrap
-from typing import Protocol, TextIO
+import time
+from collections.abc import Iterable, Iterator
+from typing import TextIO, TypeVar
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
+
+T = TypeVar("T")
 
 _NARROWEST = 20
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32"}
@@ -31,16 +36,7 @@ _COMMAND = re.compile(
     r"|\S*python[\d.]* -c \"[^\"]*\""
 )
 
-
-class StatusLine(Protocol):
-    """A line at the bottom of the terminal, for which other output makes room."""
-
-    def draw(self) -> None: ...
-
-    def clear(self) -> None: ...
-
-
-status: StatusLine | None = None  # what is drawn now, see `plmtune.io.progress`
+status: Progress | None = None  # the line that is drawn now: other output makes room for it
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:
@@ -103,16 +99,17 @@ def encodable(text: str, encoding: str) -> str:
 
 def visible(text: str) -> str:
     """Return `text` with control characters escaped, except line ends and tabs."""
-    return _CONTROL.sub(lambda found: _spelled(ord(found.group())), text)
+
+    def spelled(found: re.Match[str]) -> str:
+        character = ord(found.group())
+        return f"\\x{character:02x}" if character < 256 else f"\\u{character:04x}"
+
+    return _CONTROL.sub(spelled, text)
 
 
 def shown(text: str, stream: TextIO) -> str:
     """Return `text` as it is printed to `stream`: escaped on a terminal, unchanged on a pipe."""
     return visible(text) if stream.isatty() else text
-
-
-def _spelled(character: int) -> str:
-    return f"\\x{character:02x}" if character < 256 else f"\\u{character:04x}"
 
 
 def wrap(text: str, width: int | None) -> list[str]:
@@ -150,12 +147,11 @@ def echo(text: str = "", *, err: bool = False) -> None:
     """Print prose to stdout or stderr, wrapped on a terminal, with control characters escaped."""
     stream = sys.stderr if err else sys.stdout
     lines = wrap(encodable(visible(text), encoding(stream)), columns(stream))
-    line = status
-    if line is not None:
-        line.clear()
+    if status:
+        status.clear()
     print("\n".join(lines), file=stream, flush=True)
-    if line is not None:
-        line.draw()
+    if status:
+        status.draw()
 
 
 def say(text: str) -> None:
@@ -171,3 +167,85 @@ class Warnings(logging.Handler):
             echo(self.format(record), err=True)
         except Exception:  # as in logging's own handlers
             self.handleError(record)
+
+
+class Progress(contextlib.AbstractContextManager["Progress"]):
+    """One line of stderr that is drawn over. Where a stream cannot do that, a line is printed now and then.
+
+    Used in a ``with`` block, the line is cleared at the end, and left as it is after an error. On a pipe the last
+    state is printed if an earlier one was.
+
+    Args:
+        every: seconds between the lines of a pipe or a dumb terminal.
+        shown: False shows nothing, on processes but the first.
+    """
+
+    def __init__(self, every: float = 10.0, *, shown: bool = True) -> None:
+        self._in_place = in_place(sys.stderr)
+        self._every = 0.1 if self._in_place else every
+        self._shown = shown
+        self._parts: tuple[str, ...] = ()
+        self._printed: tuple[str, ...] | None = None
+        self._at = float("-inf") if self._in_place else time.monotonic()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(keep=kind is not None and kind is not GeneratorExit)
+
+    def update(self, *parts: str, now: bool = False) -> None:
+        """Show as many parts from the left as there is room for, the first always; just after others only if `now`."""
+        self._parts = parts
+        moment = time.monotonic()
+        if self._shown and (now or moment - self._at >= self._every):
+            self._at = moment
+            self._show()
+
+    def close(self, *, keep: bool = False) -> None:
+        """Clear the line, or leave it as it is now."""
+        global status
+        if not self._in_place:
+            if self._printed not in (None, self._parts):
+                self._show()
+        elif status is self:
+            with contextlib.suppress(OSError):
+                if keep:
+                    self.draw()
+                    print(file=sys.stderr, flush=True)
+                else:
+                    self.clear()
+            status = None
+
+    def _show(self) -> None:
+        global status
+        with contextlib.suppress(OSError):  # the terminal is gone, or the disk is full that keeps the output
+            if self._in_place:
+                status = self
+                self.draw()
+            else:
+                print(self._text(columns(sys.stderr)), file=sys.stderr, flush=True)
+                self._printed = self._parts
+
+    def draw(self) -> None:
+        """Draw the line over what stands in its place."""
+        room = (columns(sys.stderr) or 80) - 1  # a full line would move the cursor to the next
+        print(f"\r\033[2K{self._text(room)}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Make room for other output."""
+        print("\r\033[2K", end="", file=sys.stderr, flush=True)
+
+    def _text(self, room: int | None) -> str:
+        """As many parts as there is room for."""
+        text = ""
+        for number in range(len(self._parts), 0, -1):
+            text = encodable(visible(" · ".join(self._parts[:number])), encoding(sys.stderr))
+            if room is None or cell_len(text) <= room:
+                return text
+        return set_cell_size(text, room or 0)
+
+
+def track(items: Iterable[T], what: str, *, shown: bool = True) -> Iterator[T]:
+    """Yield items and show how many have passed: "1,000 conversations read" for `what` "conversations read"."""
+    with Progress(shown=shown) as progress:
+        for number, item in enumerate(items, start=1):
+            yield item
+            progress.update(f"{number:,} {what}")

@@ -20,8 +20,7 @@ def load_json(text: str | bytes) -> Any:
 def load_yaml(text: str, loader: Any = None) -> Any:
     """Return the value of a YAML text; yaml.YAMLError if it is not YAML, or nested too deeply.
 
-    Args:
-        loader: None: libyaml's, if there is one. It crashes the process on a text that is nested 100,000 deep.
+    The default loader is libyaml's, if there is one; it crashes the process on a text that is nested 100,000 deep.
     """
     import yaml
 

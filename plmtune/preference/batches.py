@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from plmtune.data.order import key_of, num_samples, permute
 from plmtune.data.packing import pack
-from plmtune.data.pairs import Pair
+from plmtune.data.preferences import Pair
 from plmtune.errors import UserError
-from plmtune.io.progress import track
+from plmtune.io.terminal import track
 from plmtune.losses.preference import MISMATCHED, PreferenceLoss
 from plmtune.preference.comparisons import Comparison, ComparisonBatch, make_batch, make_comparisons
 from plmtune.preference.refinement import Refinement
@@ -38,11 +38,9 @@ def open_batches(
     seq_len: int,
     **settings: Any,
 ) -> tuple[PreferenceBatches, list[str]]:
-    """The batches that a loss needs of pairs, and notes for a person on what was left out.
+    """The batches that a loss needs of pairs, with `settings` of `PreferenceBatches`; and notes on what was left out.
 
-    Args:
-        seq_len: most tokens of a prompt with one answer.
-        settings: see `PreferenceBatches`.
+    seq_len: most tokens of a prompt with one answer.
     """
     comparisons, refused, notes = make_comparisons(
         track(pairs, "pairs encoded", shown=runtime.is_main),
@@ -169,8 +167,7 @@ class PreferenceBatches:
     def locate(self, step: int, micro_batches: Collection[int] | None = None) -> list[str]:
         """Return the places of the pairs of this rank's comparisons of a step, for messages about a bad step.
 
-        Args:
-            micro_batches: indices among the micro-batches that are not kl_only; None: all.
+        micro_batches: indices among those that are not kl_only; None: all.
         """
         found = {
             self.comparisons[index].place: None

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from plmtune.data.batches import moved
-from plmtune.data.pairs import Pair
+from plmtune.data.preferences import Pair
 from plmtune.data.rows import Refused
 from plmtune.losses.preference import DIRECT, GIVEN_CHOSEN, GIVEN_REJECTED, MISMATCHED
 from plmtune.preference.refinement import UNSHOWN, Refinement
@@ -26,22 +26,18 @@ _TRIES = 64  # pairs among which a mismatched answer is searched
 
 @dataclass(frozen=True)
 class Comparison:
-    """A prompt and the two answers whose probabilities are compared.
+    """A prompt and the two answers whose probabilities are compared; an answer has the token that ends it.
 
-    Attributes:
-        kind: DIRECT: the prompt is the question. GIVEN_REJECTED, GIVEN_CHOSEN: the question with an earlier answer to
-            refine (arXiv 2502.05605). MISMATCHED: the answer belongs to another question (KTO, arXiv 2402.01306).
-        prompt, chosen, rejected: ids; answers with the token that ends them, None where there is none.
-        pair: number of its pair among those that can be used.
-        place: of the pair: "FILE, row 17".
+    kind: DIRECT: the prompt is the question. GIVEN_REJECTED, GIVEN_CHOSEN: the question with an earlier answer to
+        refine (arXiv 2502.05605). MISMATCHED: the answer belongs to another question (KTO, arXiv 2402.01306).
     """
 
     kind: int
     prompt: Ids
     chosen: Ids | None
     rejected: Ids | None
-    pair: int
-    place: str
+    pair: int  # its number among those that can be used
+    place: str  # of the pair: "FILE, row 17"
 
     @property
     def parts(self) -> list[Ids]:
@@ -162,36 +158,23 @@ class ComparisonBatch:
 
     A comparison is laid out as prompt, chosen, rejected. Both answers attend to the prompt and not to each other, and
     the positions of both continue the prompt's. A rank without comparisons has an empty batch, which keeps ranks in
-    step.
-
-    Attributes:
-        tokens, input_pos: [b, s] int64.
-        mask: [b, s, s] bool, True where a query (row) may attend.
-        positions: [t] int64, flat positions in [b * s] whose hidden states predict the answers' tokens.
-        targets: [t] int64, those tokens.
-        completion: [t] int64, their answer: 2i is the chosen answer of comparison i, 2i + 1 the rejected one.
-        lengths: [2n] int64, tokens of each answer; 0: there is none.
-        ends: [2n] int64, flat position of each answer's last token; where there is none, of the prompt's.
-        kind: [n] int64.
-        index: [n] int64, number of the comparison in the data.
-        num_pairs: number of direct comparisons.
-        num_tokens: tokens that are no padding.
-        kl_only: the comparisons are mismatched: KTO's KL term is computed from them, and they are not trained on. Equal
-            on all ranks, also for an empty batch.
+    step. All tensors but the mask are int64.
     """
 
-    tokens: Tensor
-    input_pos: Tensor
-    mask: Tensor
-    positions: Tensor
-    targets: Tensor
-    completion: Tensor
-    lengths: Tensor
-    ends: Tensor
-    kind: Tensor
-    index: Tensor
-    num_pairs: int
-    num_tokens: int
+    tokens: Tensor  # [b, s]
+    input_pos: Tensor  # [b, s]
+    mask: Tensor  # [b, s, s] bool, True where a query (row) may attend
+    positions: Tensor  # [t], flat positions in [b * s] whose hidden states predict the answers' tokens
+    targets: Tensor  # [t], those tokens
+    completion: Tensor  # [t], their answer: 2i is the chosen answer of comparison i, 2i + 1 the rejected one
+    lengths: Tensor  # [2n], tokens of each answer; 0: there is none
+    ends: Tensor  # [2n], flat position of each answer's last token; where there is none, of the prompt's
+    kind: Tensor  # [n]
+    index: Tensor  # [n], number of the comparison in the data
+    num_pairs: int  # direct comparisons
+    num_tokens: int  # without padding
+    # The comparisons are mismatched: KTO's KL term is computed from them, and they are not trained on. Equal on all
+    # ranks, also for an empty batch.
     kl_only: bool = False
 
     def to(self, device: torch.device | str) -> ComparisonBatch:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,6 +153,7 @@ def _write(path: Path, values: Tensor) -> dict[str, Any]:
     return file
 
 
+@dataclass(eq=False)
 class ReferenceModel:
     """Computes the reference's log-probabilities at the start of a stage, which trains on all pairs or on a round's.
 
@@ -159,29 +161,16 @@ class ReferenceModel:
     round. Its weights come from the policy before the stage's first step, from the policy without its adapters, from a
     checkpoint of the run, or from `init_from`.
 
-    Args:
-        which: the config's `reference`.
-        load_first: loads a second model with the run's initial weights.
-        run: the run's directory, for messages.
-        digest: `model_digest` of this stage's reference, as the checkpoint has it; empty for a new run.
-        first_digest: that of the weights that the run began with.
     """
 
-    def __init__(
-        self,
-        policy: FinetuneModel,
-        which: Literal["previous", "first"],
-        score: AnswerScorer,
-        load_first: Callable[[], Decoder],
-        checkpoints: Checkpoints,
-        run: Path,
-        *,
-        digest: str = "",
-        first_digest: str = "",
-    ) -> None:
-        self.policy, self.which, self.score = policy, which, score
-        self.load_first, self.checkpoints, self.run = load_first, checkpoints, run
-        self.digest, self.first_digest = digest, first_digest
+    policy: FinetuneModel
+    which: Literal["previous", "first"]  # the config's `reference`
+    score: AnswerScorer
+    load_first: Callable[[], Decoder]  # loads a second model with the run's initial weights
+    checkpoints: Checkpoints
+    run: Path  # the run's directory, for messages
+    digest: str = ""  # of this stage's reference, as the checkpoint has it; empty for a new run
+    first_digest: str = ""  # of the weights that the run began with
 
     def is_first(self, round_number: int) -> bool:
         """Whether the reference of a round is the model that the run began with; 0 is a run without rounds."""

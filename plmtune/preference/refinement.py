@@ -106,7 +106,7 @@ class Refinement:
 
 
 def find_refinement(template: str | None) -> Refinement:
-    """Read a Jinja file; None: the built-in refinement template, whose words are ours, as the paper's are not public."""
+    """Read a Jinja file; None: the built-in template, whose words are ours, as the paper's are not public."""
     path = _BUILTIN if template is None else Path(template).expanduser()
     key = f"refinement.template={template}"
     try:

@@ -21,8 +21,7 @@ _PREFIXES = {DIRECT: "", GIVEN_REJECTED: "given_rejected/", GIVEN_CHOSEN: "given
 def answer_scores(trained: nn.Module, model: Any, batch: ComparisonBatch, *, scalar_head: bool) -> Tensor:
     """The log-probability of each answer, or its score by a scalar head, [2n] in the order of `batch.lengths`.
 
-    Args:
-        trained: the module that is called: `model` or a wrapper of it.
+    `trained` is the module that is called: `model` or a wrapper of it.
     """
     hidden = trained(batch.tokens, mask=batch.mask, input_pos=batch.input_pos, hidden=True).flatten(0, 1)  # [b s, d]
     if scalar_head:
@@ -112,11 +111,7 @@ class PreferenceMetrics:
             self._sums[row] += torch.cat([torch.stack(values, dim=1)[has & of_kind].sum(0) for has, values in parts])
 
     def means(self, runtime: Runtime, *, scores: bool = False) -> dict[str, float]:
-        """The means over all ranks; every rank must call it.
-
-        Args:
-            scores: answers have scores instead of log-probabilities, and these equal the rewards.
-        """
+        """The means over all ranks; every rank must call it. `scores` of answers equal rewards, and are left out."""
         sums = runtime.sum(*self._sums.flatten())
         found: dict[str, float] = {}
         for row, prefix in enumerate(_PREFIXES.values()):

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from plmtune.errors import UserError
 from plmtune.io import terminal
 from plmtune.io.metrics import MetricsFile
-from plmtune.io.progress import Progress
 from plmtune.io.provenance import device_name
 from plmtune.io.run_directory import RunDirectory, resume_command
 from plmtune.io.signals import StopSignals
+from plmtune.io.terminal import Progress
 from plmtune.training import distributed
 from plmtune.training.loggers import Logger
 from plmtune.training.runtime import peak_memory_bytes

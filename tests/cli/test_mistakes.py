@@ -230,7 +230,7 @@ MODELS_AND_DATA = [
     ("data prepare nothing.txt", "There is no file nothing.txt"),
     ("data prepare d.txt --stdlib", "Name files, folders or globs to prepare, or --stdlib (and"),
     ("data prepare d.txt --tokenizer nosuch", "nosuch is neither a tokenizer's name nor a file or"),
-    ("data prepare d.txt --holdout 2", "holdout (2.0) must be at least 0 and below 1: it is the"),
+    ("data prepare d.txt --holdout 2", "holdout (2.0) must be at least 0 and below 1"),
     ("data prepare d.txt --format xml", "--format: xml is none of auto, text, jsonl, csv, parquet."),
     ("data prepare d.txt --separator ''", "separator is the empty text; leave it out (null) to keep a"),
     ("data prepare d.txt --encoding klingon", "encoding 'klingon' is unknown to Python; utf-8, latin-1"),

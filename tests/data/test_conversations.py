@@ -3,8 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from plmtune.data.conversations import conversations, detect, docstrings
-from plmtune.data.functions import public_functions, question
+from plmtune.data.conversations import conversations, detect, docstrings, public_functions
 from plmtune.errors import UserError
 
 SFT = Path(__file__).parents[3] / "shared" / "data" / "sft"
@@ -202,8 +201,7 @@ class TestDocstrings:
         known = {f"{f.module}.{f.name}": f for f in public_functions()}
         assert len(known) > 2000
         assert (
-            question(known["bisect.insort_left"])
-            == "What does bisect.insort_left(a, x, lo=0, hi=None, *, key=None) do?"
+            known["bisect.insort_left"].question == "What does bisect.insort_left(a, x, lo=0, hi=None, *, key=None) do?"
         )
         assert known["textwrap.dedent"].doc == "Remove any common leading whitespace from every line in `text`."
         assert known["shlex.shlex.get_token"].signature == "()"

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plmtune.data.conversations import Keys, conversation_of, conversations, detect
-from plmtune.data.pairs import pair_of
-from plmtune.data.parts import COMPLETIONS, LABELS, MESSAGES, OPENING, PROMPTS
-from plmtune.data.preferences import preferences
+from plmtune.data.messages import COMPLETIONS, LABELS, MESSAGES, OPENING, PROMPTS
+from plmtune.data.preferences import pair_of, preferences
 from plmtune.data.sources import is_something
 from plmtune.data.text_files import files
 from plmtune.tokenizers.chat_template import ChatTemplate, find_template

@@ -10,8 +10,7 @@ import pytest
 
 from plmtune.data.conversations import Conversation, Conversations, conversations
 from plmtune.data.examples import Examples, open_examples, open_pairs
-from plmtune.data.pairs import Pair
-from plmtune.data.preferences import InMemory, preferences
+from plmtune.data.preferences import InMemory, Pair, preferences
 from plmtune.data.rows import Refused
 from plmtune.errors import UserError
 from plmtune.preference.refinement import encode_pairs, find_refinement

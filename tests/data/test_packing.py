@@ -11,6 +11,7 @@ from torch import Tensor
 
 from plmtune.data.batches import IGNORE, Batches, Phase, make_batch
 from plmtune.data.packing import Example, PackedRows, fit, pack
+from plmtune.data.rows import Refused
 from plmtune.losses.cross_entropy import cross_entropy
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
@@ -125,16 +126,21 @@ class TestPackedRows:
         assert "0 conversations" in packed.describe()
 
 
+def fitted(examples: list[Example], seq_len: int, truncation: Any) -> tuple[list[Example], Refused, Refused]:
+    left_out, cut = Refused(), Refused()
+    return fit(examples, seq_len, truncation, left_out, cut), left_out, cut
+
+
 class TestFit:
     def test_what_is_too_long_is_dropped_and_counted_with_its_place(self) -> None:
-        kept, left_out, cut = fit([example(4), example(12), example(11), example(10)], 10, "drop")
+        kept, left_out, cut = fitted([example(4), example(12), example(11), example(10)], 10, "drop")
         assert [len(e.tokens) for e in kept] == [4, 10]
         assert left_out.counts == {"is longer than seq_len (10 tokens)": 2}
         assert left_out.first == {"is longer than seq_len (10 tokens)": "a.jsonl, line 12"}
         assert len(cut) == 0
 
     def test_what_is_too_long_is_cut_where_an_answer_is_left(self) -> None:
-        kept, left_out, cut = fit([example(12, trained=5), example(13, trained=3)], 10, "right")
+        kept, left_out, cut = fitted([example(12, trained=5), example(13, trained=3)], 10, "right")
         assert [e.tokens.tolist() for e in kept] == [example(12).tokens[:10].tolist()]
         assert kept[0].trained.sum() == 3
         assert cut.first == {"is cut at 10 tokens (seq_len)": "a.jsonl, line 12"}
@@ -143,7 +149,7 @@ class TestFit:
     @pytest.mark.parametrize("truncation", ["drop", "right"])
     def test_one_with_nothing_to_train_on_is_left_out(self, truncation: Any) -> None:
         only_first = Example(np.arange(3, dtype=np.int32), np.array([True, False, False]), "there")
-        kept, left_out, _ = fit([example(4, trained=0), only_first, example(4)], 10, truncation)
+        kept, left_out, _ = fitted([example(4, trained=0), only_first, example(4)], 10, truncation)
         assert len(kept) == 1
         assert left_out.counts == {"has no answer to train on": 2}
 
@@ -283,8 +289,3 @@ class TestBatches:
         said = self.batches().describe()
         assert "a: 60 conversations of" in said
         assert "% full, seen" in said
-
-    def test_sources_of_other_lengths_are_refused_together(self) -> None:
-        rows = {n: PackedRows(conversations(9, 32), size, seed=1) for n, size in (("a", 64), ("b", 32))}
-        with pytest.raises(ValueError, match=r"the sources a, b have rows of \[32, 64\] tokens, not of one seq_len"):
-            Batches(rows, [Phase("main", 1)], global_batch_size=1, micro_batch_size=1, seed=1)

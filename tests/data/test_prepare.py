@@ -268,8 +268,9 @@ class TestEnds:
     )
     def test_every_document_has_one(self, tokenizer, texts, holdout, by, shard_tokens, group, files):
         class Source(Texts):
-            def streams(self, skip_bad=False):
-                yield from ([text] for text in self.texts) if files else [self.texts]
+            def pieces(self, skip_bad=False):
+                streams = ([text] for text in self.texts) if files else [self.texts]
+                yield from (((text, True) for text in stream) for stream in streams)
 
         bos = 257
         with_bos = SimpleNamespace(

@@ -11,8 +11,7 @@ from pyarrow import parquet
 
 from plmtune.data.conversations import conversation_of, conversations, detect
 from plmtune.data.messages import messages_of
-from plmtune.data.pairs import pair_of
-from plmtune.data.preferences import preferences
+from plmtune.data.preferences import pair_of, preferences
 from plmtune.tokenizers.bpe import BYTE_PATTERN, CHATML_SPECIALS, SINGLE_BYTES, from_ranks
 from plmtune.tokenizers.builtin_templates import CHATML_TEMPLATE
 from plmtune.tokenizers.chat_template import ChatTemplate

@@ -3,13 +3,12 @@ from types import SimpleNamespace
 import pytest
 from screen import Screen
 
-from plmtune.io import progress, terminal
+from plmtune.io import terminal
 
 
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
     screen = Screen()
-    for module in (terminal, progress):
-        monkeypatch.setattr(module, "sys", SimpleNamespace(stdout=screen, stderr=screen))  # pytest sets its own again
+    monkeypatch.setattr(terminal, "sys", SimpleNamespace(stdout=screen, stderr=screen))  # pytest sets its own again
     monkeypatch.setenv("TERM", "xterm-256color")
     return screen

@@ -57,7 +57,7 @@ def test_no_file_is_read_past_them() -> None:
 def _readers(place: Path) -> dict[str, tuple[str, Callable[[], object]]]:
     """Reader: (the file it reads, how it is asked)."""
     from plmtune.cli.checkpoints import _look
-    from plmtune.data.row_readers import read_rows
+    from plmtune.data.rows import read_rows
     from plmtune.data.shard_manifest import Manifest
     from plmtune.data.text_files import files
     from plmtune.devices.device import load_device

@@ -3,7 +3,7 @@ import pytest
 import torch
 from made_comparisons import batches, comparisons
 
-from plmtune.data.pairs import Pair
+from plmtune.data.preferences import Pair
 from plmtune.losses.preference import DIRECT, GIVEN_CHOSEN, GIVEN_REJECTED, MISMATCHED
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plmtune.errors import UserError
 from plmtune.export.runtimes.base import InferenceRuntime
-from plmtune.io.progress import track
+from plmtune.io.terminal import track
 from plmtune.models.checkpoint_files import read_json
 from plmtune.tokenizers.tokenizer_files import load_tokenizer
 

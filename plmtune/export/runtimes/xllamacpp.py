@@ -19,7 +19,7 @@ from torch import Tensor
 from plmtune.errors import UserError
 from plmtune.export.runtimes.base import Timing
 from plmtune.export.runtimes.gguf_facts import FLASH_ATTENTION, GgufRuntime
-from plmtune.io.progress import track
+from plmtune.io.terminal import track
 from plmtune.tokenizers.message import Message
 
 # Requests go to this machine, whatever proxy the environment names.

@@ -24,31 +24,23 @@ PROMPTS, CHAINS, SETTINGS = "prompts.jsonl", "chains.jsonl", "settings.json"
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer. `ended`: the model or a stop string ended it, not max_new_tokens."""
+    """One answer."""
 
     text: str
-    ended: bool
+    ended: bool  # by the model or a stop string, not by max_new_tokens
     reward: float | None = None
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A prompt with its answers, each of which refines the one before.
+    """A prompt with its answers, each of which refines the one before."""
 
-    Attributes:
-        prompt: ends in a user's message.
-        place: of the prompt, for a person.
-        extra: the other columns of its row, for example tests.
-        gold: the answer of its data.
-        short: why there are fewer answers than turns, worded as for `Refused`.
-    """
-
-    prompt: tuple[Message, ...]
+    prompt: tuple[Message, ...]  # ends in a user's message
     answers: tuple[Turn, ...]
-    place: str
-    extra: dict[str, Any] = field(default_factory=dict)
-    gold: str | None = None
-    short: str | None = None
+    place: str  # of the prompt
+    extra: dict[str, Any] = field(default_factory=dict)  # the other columns of its row, for example tests
+    gold: str | None = None  # the answer of its data
+    short: str | None = None  # why there are fewer answers than turns, worded as for `Refused`
 
 
 def save_prompts(directory: Path, prompts: Iterable[Prompt]) -> None:

@@ -17,18 +17,12 @@ _BEGINS = re.compile(r"from\s|import\s|(?:async\s+)?def\s|class\s|@|[A-Za-z_]\w*
 
 @dataclass(frozen=True)
 class Tests:
-    """Code that runs after an answer's code.
-
-    Attributes:
-        begun: beginning of a function, which an answer may continue instead of repeating it.
-        before: the part of `begun` before the function, such as imports, for an answer that repeats only the function.
-        name: of that function.
-    """
+    """Code that runs after an answer's code."""
 
     code: str
-    begun: str = ""
-    before: str = ""
-    name: str = ""
+    begun: str = ""  # beginning of a function, which an answer may continue instead of repeating it
+    before: str = ""  # its part before the function, such as imports, for an answer that repeats only the function
+    name: str = ""  # of that function
 
 
 def tests_of(chain: Chain) -> Tests | None:

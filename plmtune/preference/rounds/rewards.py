@@ -41,9 +41,8 @@ class FinalNumber:
     def score(self, items: Sequence[Item]) -> list[float]:
         for chain, _ in items:
             if number_of(chain.gold or "") is None:
-                raise UserError(
-                    f"reward=final_number: {chain.place} has no known answer that ends in #### and a number."
-                )
+                lacks = "has no known answer that ends in #### and a number"
+                raise UserError(f"reward=final_number: {chain.place} {lacks}.")
         return [float(number_of(text) == number_of(chain.gold or "")) for chain, text in items]
 
 
@@ -70,11 +69,7 @@ class TestsPass:
     """1 where the answer's code passes the tests of its row, in a sandbox, else 0."""
 
     def __init__(self, *, seconds: float = 5.0) -> None:
-        """Set the wall-clock limit of one answer's tests.
-
-        Raises:
-            ValueError: if it is not positive.
-        """
+        """Set the wall-clock limit of one answer's tests."""
         check(Range(above=0, most=86_400), seconds=seconds)
         self.seconds = seconds
 
@@ -102,9 +97,6 @@ class RewardModel:
             path: a run, a checkpoint or a model directory, with its tokenizer.
             batch_size: texts a forward.
             template: chat template; None: the tokenizer's own.
-
-        Raises:
-            ValueError: without a path, or for a batch_size below 1.
         """
         if not path:
             raise ValueError("path is empty: name a model that loss=bradley_terry trained, reward.path=runs/...")

@@ -50,11 +50,7 @@ def policy_rollout(
     progress: Progress,
     stop: Callable[[], bool],
 ) -> Rollout:
-    """Return a function that answers prompts with the weights that `model` has when it is called.
-
-    Args:
-        progress, stop: see `generate_chains`.
-    """
+    """Return a function that answers prompts with the weights that `model` has when it is called."""
 
     def rollout(directory: Path, prompts: Sequence[Prompt], number: int) -> list[Chain] | None:
         try:
@@ -116,20 +112,15 @@ def generate_chains(
 
 @dataclass(frozen=True)
 class Requests:
-    """The request for each (prompt, turn): a pure function of the answers before it.
-
-    Args:
-        max_len: most tokens of a prompt with its answer.
-        number: of the round; with `seed` it decides the samples.
-    """
+    """The request for each (prompt, turn): a pure function of the answers before it."""
 
     prompts: Sequence[Prompt]
     template: ChatTemplate
     refinement: Refinement
     settings: GenerationConfig
-    max_len: int
+    max_len: int  # most tokens of a prompt with its answer
     seed: int
-    number: int
+    number: int  # of the round; with `seed` it decides the samples
 
     def __post_init__(self) -> None:
         if self.max_prompt < 1:

@@ -15,8 +15,7 @@ import numpy as np
 
 from plmtune.config.schema import ChatConfig, SelectionConfig
 from plmtune.data.order import key_of, permute
-from plmtune.data.pairs import Pair
-from plmtune.data.preferences import Prompt, preferences, prompts_of
+from plmtune.data.preferences import Pair, Prompt, preferences, prompts_of
 from plmtune.data.rows import REMEDY
 from plmtune.errors import UserError
 from plmtune.io import manifest
@@ -27,7 +26,6 @@ from plmtune.preference.rounds.chains import CHAINS, Chain, save_chains, save_pr
 from plmtune.preference.rounds.rewards import Reward
 from plmtune.preference.rounds.rollout import Rollout
 from plmtune.preference.rounds.rules import Rule, find_rules
-from plmtune.tokenizers.message import Message
 from plmtune.training.distributed import broadcast_from_rank0
 from plmtune.training.monitor import RunMonitor
 
@@ -184,16 +182,12 @@ def open_rounds(
     seed: int,
 ) -> tuple[Rounds, list[str]]:
     """The rounds on the prompts of `sources`, each prompt once; and notes on columns that are not read."""
-    prompts: dict[tuple[Message, ...], Prompt] = {}  # a prompt of two sources must not be both held out and used
+    prompts = prompts_of(sources.values())  # a prompt of two sources must not be both held out and used
     for source in sources.values():
-        for prompt in prompts_of(source, skip_bad=True):
-            first = prompts.setdefault(prompt.messages, prompt)
-            if first.gold is None:
-                prompts[prompt.messages] = prompt
         if not chat.skip_bad:
             source.refused.raise_if_any(REMEDY)
     rounds = Rounds(
-        list(prompts.values()),
+        prompts,
         holdout=chat.holdout,
         per_round=per_round,
         reward=reward,

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from plmtune.data.pairs import Pair
-from plmtune.data.parts import OPENING
+from plmtune.data.messages import OPENING
+from plmtune.data.preferences import Pair
 from plmtune.data.rows import Refused
 from plmtune.errors import UserError
 from plmtune.io.provenance import num_cores

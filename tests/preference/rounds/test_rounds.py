@@ -10,8 +10,7 @@ import pytest
 from rule_engine import prompt
 
 from plmtune.config.schema import ChatConfig, SelectionConfig
-from plmtune.data.pairs import Pair
-from plmtune.data.preferences import InMemory, Prompt
+from plmtune.data.preferences import InMemory, Pair, Prompt
 from plmtune.errors import UserError
 from plmtune.preference.rounds import rounds as module
 from plmtune.preference.rounds import selection
