@@ -14,7 +14,6 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,40 +22,32 @@ import click
 from plmtune import __version__
 from plmtune.cli.help import Context, lay_out
 from plmtune.cli.usage import sentence
-from plmtune.errors import UserError, did_you_mean
+from plmtune.errors import UserError
 from plmtune.io import terminal
 
-# name -> (module, attribute, one line for --help); the module is imported when the command runs.
+# name -> one line for --help. The command is imported when it runs.
 COMMANDS = {
-    "run": ("plmtune.cli.run", "run", "Run a recipe: plmtune run NAME [FILE.yaml] [KEY=VALUE]"),
-    "resume": ("plmtune.cli.run", "resume", "Resume a stopped run: plmtune resume [RUN_DIR] [KEY=VALUE]"),
-    "runs": ("plmtune.cli.runs", "runs", "List runs: status, step, loss and time of each"),
-    "checkpoints": ("plmtune.cli.checkpoints", "checkpoints", "List a run's checkpoints and verify them"),
-    "ls": ("plmtune.cli.ls", "ls", "List recipes, configs and groups, or the components of a group"),
-    "cp": ("plmtune.cli.cp", "cp", "Copy a built-in config or recipe to change it"),
-    "validate": ("plmtune.cli.validate", "validate", "Check a config and build its model without memory"),
-    "data": ("plmtune.cli.data", "data", "Prepare and inspect token shards"),
-    "tokenizer": ("plmtune.cli.tokenizer", "tokenizer", "Train and inspect tokenizers"),
-    "generate": ("plmtune.cli.generate", "generate", "Write text with a checkpoint"),
-    "chat": ("plmtune.cli.chat", "chat", "Chat with a checkpoint in the terminal"),
-    "perplexity": ("plmtune.cli.perplexity", "perplexity", "Measure how well a checkpoint predicts text"),
-    "eval": ("plmtune.cli.eval", "evaluate", "Evaluate checkpoints on tasks: plmtune eval --tasks gsm8k,humaneval"),
-    "convert": ("plmtune.cli.convert", "convert", "Convert a GGUF file to a model directory"),
-    "compare": (
-        "plmtune.cli.compare",
-        "compare",
-        "Compare results of eval and test their differences for significance",
-    ),
-    "card": ("plmtune.cli.card", "card", "Write a model card from a run and its results"),
-    "export": (
-        "plmtune.cli.export",
-        "export",
-        "Export a checkpoint to llama.cpp, transformers or ExecuTorch and verify it",
-    ),
-    "verify": ("plmtune.cli.verify", "verify", "Verify that an exported file is the model of a checkpoint"),
-    "bench": ("plmtune.cli.bench", "bench", "Measure time to first token, tokens/s and memory of models and files"),
-    "plan": ("plmtune.cli.plan", "plan", "Predict speed and memory of a config on a device"),
-    "merge": ("plmtune.cli.merge", "merge", "Merge adapters into their base model"),
+    "run": "Run a recipe: plmtune run NAME [FILE.yaml] [KEY=VALUE]",
+    "resume": "Resume a stopped run: plmtune resume [RUN_DIR] [KEY=VALUE]",
+    "runs": "List runs: status, step, loss and time of each",
+    "checkpoints": "List a run's checkpoints and verify them",
+    "ls": "List recipes, configs and groups, or the components of a group",
+    "cp": "Copy a built-in config or recipe to change it",
+    "validate": "Check a config and build its model without memory",
+    "data": "Prepare and inspect token shards",
+    "tokenizer": "Train and inspect tokenizers",
+    "generate": "Write text with a checkpoint",
+    "chat": "Chat with a checkpoint in the terminal",
+    "perplexity": "Measure how well a checkpoint predicts text",
+    "eval": "Evaluate checkpoints on tasks: plmtune eval --tasks gsm8k,humaneval",
+    "convert": "Convert a GGUF file to a model directory",
+    "compare": "Compare results of eval and test their differences for significance",
+    "card": "Write a model card from a run and its results",
+    "export": "Export a checkpoint to llama.cpp, transformers or ExecuTorch and verify it",
+    "verify": "Verify that an exported file is the model of a checkpoint",
+    "bench": "Measure time to first token, tokens/s and memory of models and files",
+    "plan": "Predict speed and memory of a config on a device",
+    "merge": "Merge adapters into their base model",
 }
 
 
@@ -71,8 +62,8 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module, attribute, _ = COMMANDS[name]
-        return lay_out(getattr(importlib.import_module(module), attribute))
+        module = importlib.import_module(f"plmtune.cli.{'run' if name == 'resume' else name}")
+        return lay_out(getattr(module, "evaluate" if name == "eval" else name))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -80,9 +71,7 @@ class Commands(click.Group):
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             from plmtune.config.names import name_hint
 
-            near = did_you_mean(args[0], COMMANDS)
-            near = near if near.endswith("?") else name_hint(args[0]) or near
-            raise UserError(f"There is no command {args[0]}.{near}")
+            raise UserError(f"There is no command {args[0]}.{name_hint(args[0], COMMANDS)}")
         for before, word in itertools.pairwise(args):
             if not word.strip() and not before.startswith("-"):  # pathlib reads it as the current folder
                 raise UserError(f"plmtune {args[0]}: the argument after {before} is empty. Give a name or a path.")
@@ -90,10 +79,10 @@ class Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
+            formatter.write_dl([*COMMANDS.items()])
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="plmtune")
 def cli() -> None:
     """Train small language models for edge devices.
@@ -211,40 +200,6 @@ def _tell_torchrun(words: str, failed_at: float) -> None:
 def _let_go_of_stdout() -> None:
     """Lead what is still buffered to nowhere, or the interpreter would fail over it when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def import_option(function: click.decorators.FC) -> click.decorators.FC:
-    """``--import MODULE``: a user's own components, named by the person and never by a config."""
-
-    def load(ctx: click.Context, option: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
-        from plmtune.registry import import_module
-
-        for name in names:
-            import_module(name)
-        return names
-
-    return click.option(
-        "--import",
-        "imports",
-        multiple=True,
-        metavar="MODULE",
-        callback=load,
-        expose_value=False,
-        is_eager=True,
-        help="Import a Python module that registers your own components. Can be given several times.",
-    )(function)
-
-
-@contextlib.contextmanager
-def without_collecting() -> Iterator[None]:
-    """Import and compose without looking for cycles among what stays: 0.2 CPU seconds of torch's import alone."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def short(path: Path) -> str:

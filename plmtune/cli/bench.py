@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune.cli import import_option
-from plmtune.cli.options import dtype_option, find_device, json_option, newest_run, overwrite_option, threads_option
+from plmtune.cli.options import (
+    check_output,
+    dtype_option,
+    find_device,
+    import_option,
+    json_option,
+    lengths_of,
+    newest_run,
+    option,
+    overwrite_option,
+    threads_option,
+)
 from plmtune.errors import UserError
 from plmtune.io import terminal
 from plmtune.units import show_number_of
@@ -23,62 +33,29 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("targets", nargs=-1, metavar="[TARGET]...")
-@click.option(
-    "--contexts",
-    default="128,2048",
-    show_default=True,
-    help="Measure at these numbers of tokens in the cache, separated by commas.",
-)
-@click.option(
-    "--new-tokens",
-    type=click.IntRange(1),
-    metavar="N",
-    default=32,
-    show_default=True,
-    help="Generate N tokens at each context.",
-)
+@option("--contexts TEXT", "Measure at these numbers of tokens in the cache, separated by commas.", default="128,2048")
+@option("--new-tokens N", "Generate N tokens at each context.", default=32)
 @threads_option
 @dtype_option
-@click.option(
-    "--sparse",
-    type=click.Choice(["auto", "on", "off"]),
+@option(
+    "--sparse auto|on|off",
+    "Skip the zeros of squared ReLU; auto: in layers where that is measured to be faster.",
     default="off",
-    show_default=True,
-    help="Skip the zeros of squared ReLU; auto: in layers where that is measured to be faster.",
 )
-@click.option(
-    "--decode-only",
-    is_flag=True,
-    help="Fill the cache with a repeated short text: faster, without a time to first token.",
-)
-@click.option(
-    "--flash-attention",
-    type=click.Choice(["both", "on", "off"]),
-    default="both",
-    show_default=True,
-    help="Use llama.cpp's flash attention for .gguf files.",
-)
-@click.option(
-    "--device",
-    help="Run plmtune's models on this device (default: cuda if there is one). Exported files run on the CPU.",
+@option("--decode-only", "Fill the cache with a repeated short text: faster, without a time to first token.")
+@option("--flash-attention both|on|off", "Use llama.cpp's flash attention for .gguf files.", default="both")
+@option(
+    "--device TEXT",
+    "Run plmtune's models on this device (default: cuda if there is one). Exported files run on the CPU.",
 )
 @json_option
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Plot speed by context.")
-@click.option(
-    "--calibrate",
-    type=click.Path(path_type=Path),
-    metavar="FILE.yaml",
-    help="Measure this machine and save it as a device for plmtune plan. Takes about a minute.",
-)
+@option("--plot FILE.png", "Plot speed by context.")
+@option("--calibrate FILE.yaml", "Measure this machine and save it as a device for plmtune plan. Takes about a minute.")
 @overwrite_option
 @import_option
 def bench(
     targets: tuple[str, ...],
     contexts: str,
-    new_tokens: int,
-    threads: int | None,
-    dtype: str | None,
-    sparse: str,
     decode_only: bool,
     flash_attention: str,
     device: str | None,
@@ -86,6 +63,7 @@ def bench(
     plot: Path | None,
     calibrate: Path | None,
     overwrite: bool,
+    **how: Any,
 ) -> None:
     """Measure time to first token, tokens/s, peak memory and the share of this machine's bandwidth.
 
@@ -101,10 +79,11 @@ def bench(
     """
     if flash_attention != "both" and not any(target.endswith(".gguf") for target in targets):
         raise UserError("--flash-attention is for .gguf files, and no TARGET is one. Leave it out.")
-    lengths = _lengths(contexts)
-    outputs = [(json_path, (".json",)), (plot, (".png",)), (calibrate, (".yaml", ".yml"))]
-    for path, suffixes in outputs:
-        _check_output(path, suffixes, overwrite)
+    lengths = lengths_of(contexts, "--contexts")
+    for path, suffixes in ((json_path, (".json",)), (plot, (".png",)), (calibrate, (".yaml", ".yml"))):
+        if path is not None and path.exists() and not overwrite:
+            raise UserError(f"{path} is there already. Give --overwrite to replace it, or another name.")
+        check_output(path, *suffixes)
 
     if not targets and calibrate is None:
         targets = (newest_run("bench TARGET..."),)
@@ -116,8 +95,8 @@ def bench(
     from plmtune.io.atomic import write_atomically
 
     where = find_device(device)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if how["threads"] is not None:
+        torch.set_num_threads(how["threads"])
     if calibrate is not None:
         from plmtune.devices.calibrate import calibrate as find
         from plmtune.devices.device import save_device
@@ -135,15 +114,12 @@ def bench(
                 found += measure(
                     target,
                     contexts=lengths,
-                    new_tokens=new_tokens,
-                    threads=threads,
-                    dtype=dtype,
-                    sparse=sparse,
                     read_prompt=not decode_only,
                     bandwidth=bandwidth,
                     device=str(where),
                     flash_attention=setting,
                     log=terminal.say,
+                    **how,
                 )
         except UserError as error:  # of this target: the others are measured all the same
             failed.append(str(error))
@@ -151,7 +127,7 @@ def bench(
         machine = _machine(where, bandwidth, found[0].threads)
         _print(found, machine)
         if json_path is not None:
-            entries = {**machine, "new_tokens": new_tokens, "measurements": [asdict(entry) for entry in found]}
+            entries = {**machine, "new_tokens": how["new_tokens"], "measurements": [asdict(entry) for entry in found]}
             write_atomically(json_path, json.dumps(entries, indent=2) + "\n", user_error=True)
         if plot is not None:
             from plmtune.devices.measure_plot import draw
@@ -168,22 +144,6 @@ def _flash_settings(target: str, asked: str) -> tuple[bool | None, ...]:
         return (None,)
     settings = flash_settings(Path(target))
     return settings if asked == "both" else (asked == "on",)
-
-
-def _lengths(text: str) -> list[int]:
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words or not all(word.isdecimal() and 0 < int(word) < 2**24 for word in words):
-        raise UserError(f"--contexts {text[:80]}: must be numbers of tokens with commas, such as 128,2048.")
-    return sorted(set(map(int, words)))
-
-
-def _check_output(path: Path | None, suffixes: tuple[str, ...], overwrite: bool) -> None:
-    if path is None:
-        return
-    if path.suffix not in suffixes or not path.parent.is_dir():
-        raise UserError(f"{path}: must be a {suffixes[0]} file in a folder that is there.")
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} is there already. Give --overwrite to replace it, or another name.")
 
 
 def _machine(device: torch.device, bandwidth: float, threads: int) -> dict[str, object]:

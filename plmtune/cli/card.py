@@ -6,16 +6,14 @@ from pathlib import Path
 
 import click
 
-from plmtune.cli.options import model_first, overwrite_option
+from plmtune.cli.options import model_first, option, overwrite_option
 from plmtune.errors import UserError
 from plmtune.io import terminal
 
 
 @click.command()
 @click.argument("words", nargs=-1, metavar="[CHECKPOINT] [RESULT]...")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Write the card to this file (default: README.md in CHECKPOINT)."
-)
+@option("--out PATH", "Write the card to this file (default: README.md in CHECKPOINT).")
 @overwrite_option
 def card(words: tuple[str, ...], out: Path | None, overwrite: bool) -> None:
     """Write the model card of CHECKPOINT: a run (its newest checkpoint), a checkpoint or a model directory.

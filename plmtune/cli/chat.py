@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune.cli import import_option
 from plmtune.cli.generate import stream, warn_of_pretrained
 from plmtune.cli.options import (
     chat_template_option,
     device_option,
     find_device,
     find_model,
+    import_option,
     sampling_options,
     system_option,
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from plmtune.cli.options import newest_run
+from plmtune.cli.options import PATH, newest_run, option
 from plmtune.errors import UserError
 from plmtune.io import manifest
 from plmtune.io.run_summary import explain, explain_missing
@@ -35,8 +35,8 @@ class Entry:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path), required=False, metavar="[RUN]")
-@click.option("--quick", is_flag=True, help="Compare file sizes only, without hashing.")
+@click.argument("run", type=PATH, required=False, metavar="[RUN]")
+@option("--quick", "Compare file sizes only, without hashing.")
 def checkpoints(run: Path | None, quick: bool) -> None:
     """List the checkpoints of RUN (a run, its checkpoints folder, or one checkpoint) and verify them.
 

@@ -7,20 +7,17 @@ from pathlib import Path
 
 import click
 
+from plmtune.cli.options import PATH, option
 from plmtune.errors import UserError
 from plmtune.io import terminal
 from plmtune.io.tables import show
 
 
 @click.command()
-@click.argument("results", nargs=-1, type=click.Path(path_type=Path), metavar="[RESULT]...")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="Write the plot to this PNG, replacing it (default: compare.png; none with --json).",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-@click.option("--all", "all_tasks", is_flag=True, help="Show the tasks of groups as well (MMLU has 57).")
+@click.argument("results", nargs=-1, type=PATH, metavar="[RESULT]...")
+@option("--out PATH", "Write the plot to this PNG, replacing it (default: compare.png; none with --json).")
+@option("--json", "Print JSON instead of tables.", "as_json")
+@option("--all", "Show the tasks of groups as well (MMLU has 57).", "all_tasks")
 def compare(results: tuple[Path, ...], out: Path | None, as_json: bool, all_tasks: bool) -> None:
     """Compare RESULTs, the JSON files of plmtune eval (or folders of them), with the first one.
 

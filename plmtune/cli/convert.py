@@ -7,26 +7,16 @@ from pathlib import Path
 import click
 
 from plmtune import dtypes
-from plmtune.cli.options import overwrite_option
+from plmtune.cli.options import PATH, option, overwrite_option
 from plmtune.errors import UserError
 from plmtune.io import hub, terminal
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--dtype",
-    type=click.Choice(dtypes.NAMES),
-    default="fp32",
-    show_default=True,
-    help="Write the weights in this dtype.",
-)
-@click.option(
-    "--tokenizer",
-    type=click.Path(path_type=Path),
-    help="Use the tokenizer.json of this directory instead of the file's tokenizer.",
-)
+@click.argument("file", type=PATH)
+@click.argument("out", type=PATH)
+@option("--dtype fp32|bf16|fp16", "Write the weights in this dtype.", default="fp32")
+@option("--tokenizer PATH", "Use the tokenizer.json of this directory instead of the file's tokenizer.")
 @overwrite_option
 def convert(file: Path, out: Path, dtype: str, tokenizer: Path | None, overwrite: bool) -> None:
     """Write the model of a GGUF FILE (Llama's family or PLM), dequantized, as the model directory OUT.

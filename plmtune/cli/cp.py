@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from plmtune.cli.options import overwrite_option
+from plmtune.cli.options import PATH, overwrite_option
 from plmtune.config.builtin import builtin_folder
 from plmtune.config.names import name_hint, usage_of
 from plmtune.errors import UserError, either, near_names
@@ -16,7 +16,7 @@ from plmtune.io import terminal
 
 @click.command()
 @click.argument("name")
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("target", type=PATH)
 @overwrite_option
 def cp(name: str, target: Path, overwrite: bool) -> None:
     """Copy a config or preset (pretrain, plm_20m) or a recipe (recipes/pretrain) to TARGET.

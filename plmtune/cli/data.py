@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from plmtune.cli import import_option, short
-from plmtune.cli.options import text_options
+from plmtune.cli import short
+from plmtune.cli.options import PATH, import_option, option, text_options
 from plmtune.cli.tokenizer import find_tokenizer
 from plmtune.errors import UserError, refuse_pipe
 from plmtune.io import terminal
@@ -38,31 +39,25 @@ def data() -> None:
 
 @data.command(short_help="Turn text, JSONL or Parquet files into token shards.")
 @click.argument("files", nargs=-1, metavar="[FILE|FOLDER|GLOB]... | CONFIG.yaml [KEY=VALUE]...")
-@click.option("--stdlib", is_flag=True, help="Read the Python standard library instead of files.")
-@click.option(
-    "--tokenizer",
-    default="bundled",
-    show_default=True,
-    metavar="NAME|PATH",
-    help="Encode with this tokenizer (plmtune ls tokenizer).",
-)
-@click.option(
-    "--out",
-    default="runs/data",
-    show_default=True,
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Write the shards to a directory in DIR.",
-)
+@option("--stdlib", "Read the Python standard library instead of files.")
+@option("--tokenizer NAME|PATH", "Encode with this tokenizer (plmtune ls tokenizer).", default="bundled")
+@option("--out DIR", "Write the shards to a directory in DIR.", default="runs/data")
 @text_options
-@click.option("--holdout", default=0.01, show_default=True, help="Keep this share for validation.")
-@click.option(
-    "--holdout-by", default="documents", show_default=True, type=click.Choice(["documents", "tail"]),
-    help="Hold out whole documents, or the tail of each file.",
-)  # fmt: skip
+@option("--holdout FLOAT", "Keep this share for validation.", default=0.01)
+@option("--holdout-by documents|tail", "Hold out whole documents, or the tail of each file.", default="documents")
 @import_option
 @click.pass_context
-def prepare(context: click.Context, files: tuple[str, ...], **options: Any) -> None:
+def prepare(
+    context: click.Context,
+    files: tuple[str, ...],
+    stdlib: bool,
+    tokenizer: str,
+    out: Path,
+    holdout: float,
+    holdout_by: str,
+    skip_bad: bool,
+    **reading: Any,
+) -> None:
     """Turn text, JSONL or Parquet files (also .gz, .zst) into token shards.
 
     \b
@@ -71,57 +66,41 @@ def prepare(context: click.Context, files: tuple[str, ...], **options: Any) -> N
     plmtune data prepare conf/mine.yaml          every source of a config
     """
     if files and files[0].endswith((".yaml", ".yml")) and all("=" in text for text in files[1:]):
-        given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-        if given:
-            flag = "--" + given[0].replace("_", "-")
-            raise UserError(f"{flag} goes with files; with a config set its key, as preparation.holdout=0.1")
-        prepare_from_config(files[0], files[1:])
+        if given := sorted(_given(context) - {"files"}):
+            raise UserError(f"{_flag(given[0])} goes with files; with a config set its key, as preparation.holdout=0.1")
+        _prepare_from_config(files[0], files[1:])
         return
-    if bool(files) == options["stdlib"]:
+    if bool(files) == stdlib:
         raise UserError("Name files, folders or globs to prepare, or --stdlib (and not both)")
     from plmtune.registry import load
 
     try:
-        source: Source = (
-            load("data", "stdlib")()
-            if options["stdlib"]
-            else load("data", "files")(
-                paths=files,
-                format=options["format"],
-                text_key=options["text_key"],
-                separator=options["separator"],
-                encoding=options["encoding"],
-            )
-        )
-        tokenizer = find_tokenizer(options["tokenizer"])
-        _prepare(
-            {source.name: source},
-            tokenizer,
-            options["out"],
-            holdout=options["holdout"],
-            holdout_by=options["holdout_by"],
-            skip_bad=options["skip_bad"],
-        )
+        source: Source = load("data", "stdlib")() if stdlib else load("data", "files")(paths=files, **reading)
+        how = {"holdout": holdout, "holdout_by": holdout_by, "skip_bad": skip_bad}
+        _prepare({source.name: source}, find_tokenizer(tokenizer), out, **how)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def prepare_from_config(path: str, overrides: tuple[str, ...]) -> None:
+def _given(context: click.Context) -> set[str]:
+    """The parameters that the person gave."""
+    return {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _prepare_from_config(path: str, overrides: tuple[str, ...]) -> None:
     """Prepare every source of a run's config, as the run itself would."""
     from plmtune.config import compose
     from plmtune.data.sources import named_sources
 
     cfg = compose.compose(path, (), overrides)
-    how = cfg.preparation
+    how = asdict(cfg.preparation)
     try:
-        _prepare(
-            named_sources(compose.build("data", cfg.data)),
-            compose.build("tokenizer", cfg.tokenizer),
-            Path(how.directory),
-            holdout=how.holdout,
-            holdout_by=how.holdout_by,
-            skip_bad=how.skip_bad,
-        )
+        sources, tokenizer = named_sources(compose.build("data", cfg.data)), compose.build("tokenizer", cfg.tokenizer)
+        _prepare(sources, tokenizer, Path(how.pop("directory")), **how)
     except ValueError as error:
         raise UserError(f"{path}, key preparation: {error}") from error
 
@@ -141,48 +120,21 @@ def _prepare(sources: dict[str, Source], tokenizer: Tokenizer, root: Path, **how
 
 
 @data.command(short_help="Verify token shards, or show conversations, pairs or a round.")
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option(
-    "--split",
-    default="train",
-    show_default=True,
-    type=click.Choice(["train", "validation"]),
-    help="Show this part of a prepared directory.",
+@click.argument("path", type=PATH)
+@option("--split train|validation", "Show this part of a prepared directory.", default="train")
+@option("--document N", "Show the text of document N.", type=int)
+@option("--window N", "Show window N with a colour for each document.", type=int)
+@option("--seq-len N", "Use windows of N tokens.", type=int, default=128)
+@option("--mask", "Show the attention mask of --window with documents kept apart.")
+@option("--row N", "Show row N of a file.", default=1)
+@option(
+    "--tokenizer NAME|PATH", "Encode a file with this tokenizer, or that of a checkpoint or run.", default="bundled"
 )
-@click.option("--document", type=int, metavar="N", help="Show the text of document N.")
-@click.option("--window", type=int, metavar="N", help="Show window N with a colour for each document.")
-@click.option("--seq-len", default=128, metavar="N", show_default=True, help="Use windows of N tokens.")
-@click.option("--mask", is_flag=True, help="Show the attention mask of --window with documents kept apart.")
-@click.option("--row", type=click.IntRange(1), metavar="N", default=1, show_default=True, help="Show row N of a file.")
-@click.option(
-    "--tokenizer", default="bundled", show_default=True, metavar="NAME|PATH",
-    help="Encode a file with this tokenizer, or that of a checkpoint or run.",
-)  # fmt: skip
-@click.option(
-    "--template", metavar="NAME|FILE", help="Render a file with this chat template (default: the tokenizer's own)."
-)
-@click.option(
-    "--train-on",
-    default="all",
-    show_default=True,
-    type=click.Choice(["all", "last"]),
-    help="Mark as trained all answers, or the last of each conversation.",
-)
+@option("--template NAME|FILE", "Render a file with this chat template (default: the tokenizer's own).")
+@option("--train-on all|last", "Mark as trained all answers, or the last of each conversation.", default="all")
 @import_option
 @click.pass_context
-def inspect(
-    context: click.Context,
-    path: Path,
-    split: str,
-    document: int | None,
-    window: int | None,
-    seq_len: int,
-    mask: bool,
-    row: int,
-    tokenizer: str,
-    template: str | None,
-    train_on: str,
-) -> None:
+def inspect(context: click.Context, path: Path, **options: Any) -> None:
     """Verify a prepared directory and show what it holds, or show a file of conversations, pairs or a round.
 
     \b
@@ -190,34 +142,31 @@ def inspect(
     plmtune data inspect chats.jsonl --row 3 --tokenizer runs/demo_sft/latest
     plmtune data inspect runs/demo_aries/latest/rounds/01/chains.jsonl
     """
-    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    of_files = {"row", "tokenizer", "template", "train_on"}
+    of_files = {name: options.pop(name) for name in ("row", "tokenizer", "template", "train_on")}
     refuse_pipe(path)
     is_file = path.is_file() or (bool(path.suffix) and not path.exists())
-    if wrong := sorted(given - {"path"} - of_files if is_file else given & of_files):
-        flag = "--" + wrong[0].replace("_", "-")
+    if wrong := sorted(_given(context) & set(options if is_file else of_files)):
         other = "a directory of prepared tokens" if is_file else "a file of conversations or pairs"
-        raise UserError(f"{flag} goes with {other}, which {path} is not")
+        raise UserError(f"{_flag(wrong[0])} goes with {other}, which {path} is not")
     if is_file:
         from plmtune.cli.inspect_rows import inspect_rows
 
-        on: Literal["all", "last"] = "last" if train_on == "last" else "all"
-        inspect_rows(path, row=row, tokenizer=tokenizer, template=template, train_on=on)
+        inspect_rows(path, **of_files)
     elif path.is_dir() and not (path / "manifest.json").exists():
         raise UserError(
             f"{path} is no directory of prepared tokens: it has no manifest.json. To look at rows, name "
             "one of its files"
         )
     else:
-        _inspect_shards(path, split, document, window, seq_len, mask)
+        _inspect_shards(path, **options)
 
 
 def _inspect_shards(
     directory: Path, split: str, document: int | None, window: int | None, seq_len: int, mask: bool
 ) -> None:
-    from rich.console import Console
-
-    from plmtune.data.shards import Shards, Windows
+    from plmtune.cli.inspect_rows import console_of_stdout
+    from plmtune.data.shards import Shards
+    from plmtune.data.windows import Windows
     from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
     if mask and window is None:
@@ -225,7 +174,7 @@ def _inspect_shards(
     if seq_len < 1:
         raise UserError(f"--seq-len {seq_len} must be at least 1")
     shards = Shards.open(directory)
-    console = Console(highlight=False, width=terminal.columns(sys.stdout), soft_wrap=not sys.stdout.isatty())
+    console = console_of_stdout()
     chosen: Split = getattr(shards, split)
     if document is None and window is None:
         _summary(shards)

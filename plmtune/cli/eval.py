@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from plmtune.cli.generate import warn_of_pretrained
+from plmtune.cli.generate import refuse_without_chat, warn_of_pretrained
 from plmtune.cli.options import (
     chat_template_option,
     device_option,
@@ -18,6 +18,7 @@ from plmtune.cli.options import (
     find_device,
     find_dtype,
     newest_run,
+    option,
     system_option,
 )
 from plmtune.config.names import check_model_path
@@ -33,56 +34,28 @@ if TYPE_CHECKING:
 
 @click.command("eval")
 @click.argument("checkpoints", nargs=-1, metavar="[CHECKPOINT]...")
-@click.option("--tasks", "names", metavar="A,B", help="Run these tasks, groups or tags of lm-eval; * is a wildcard.")
-@click.option(
-    "--suite", metavar="NAME", help="Run a suite: quick (minutes on a laptop) or plm (the 13 tasks of PLM's paper)."
+@option("--tasks A,B", "Run these tasks, groups or tags of lm-eval; * is a wildcard.", "names")
+@option("--suite NAME", "Run a suite: quick (minutes on a laptop) or plm (the 13 tasks of PLM's paper).")
+@option("--list", "List suites and tasks, or only those that contain a given word.", "listing")
+@option("--map", "Print a template of the map that --data takes for --tasks. Needs no network.", "mapping")
+@option("--limit N", "Use the first N documents of each task (default: all).")
+@option(
+    "--num-fewshot K", "Put K examples before each question (default: the task's own number).", type=click.IntRange(0)
 )
-@click.option("--list", "listing", is_flag=True, help="List suites and tasks, or only those that contain a given word.")
-@click.option(
-    "--map",
-    "mapping",
-    is_flag=True,
-    help="Print a template of the map that --data takes for --tasks. Needs no network.",
+@option("--batch-size N", "Compute this many rows together; auto chooses by memory.", type=str, default="auto")
+@option(
+    "--max-new-tokens N",
+    "Limit generated answers to N tokens (default: the task's own limit, at most half of the context).",
 )
-@click.option(
-    "--limit", type=click.IntRange(1), metavar="N", help="Use the first N documents of each task (default: all)."
-)
-@click.option(
-    "--num-fewshot",
-    type=click.IntRange(0),
-    metavar="K",
-    help="Put K examples before each question (default: the task's own number).",
-)
-@click.option(
-    "--batch-size",
-    default="auto",
-    show_default=True,
-    metavar="N",
-    help="Compute this many rows together; auto chooses by memory.",
-)
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Limit generated answers to N tokens (default: the task's own limit, at most half of the context).",
-)
-@click.option("--chat", is_flag=True, help="Apply the model's chat template.")
+@option("--chat", "Apply the model's chat template.")
 @chat_template_option
 @system_option
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="Read tasks' data from a local folder or map instead of the hub."
-)
-@click.option("--include", type=click.Path(path_type=Path), help="Add a folder with tasks of your own (YAML, Python).")
-@click.option("--unsafe-code", is_flag=True, help="Let tasks run code that the model wrote, in a sandbox.")
-@click.option("--no-sandbox", is_flag=True, help="Run that code without the sandbox, at your own risk.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("evaluations"),
-    show_default=True,
-    help="Write the results to this folder.",
-)
-@click.option("--all", "members", is_flag=True, help="Show the members of groups as well.")
+@option("--data PATH", "Read tasks' data from a local folder or map instead of the hub.")
+@option("--include PATH", "Add a folder with tasks of your own (YAML, Python).")
+@option("--unsafe-code", "Let tasks run code that the model wrote, in a sandbox.")
+@option("--no-sandbox", "Run that code without the sandbox, at your own risk.")
+@option("--out PATH", "Write the results to this folder.", default=Path("evaluations"))
+@option("--all", "Show the members of groups as well.", "members")
 @dtype_option
 @device_option
 def evaluate(
@@ -130,9 +103,7 @@ def evaluate(
     if mapping:
         _show_map(tasks, tasks.resolve(_names(names, suite, SUITES)))
         return
-    for option, value in (("--chat-template", chat_template), ("--system", system)):
-        if value is not None and not chat:
-            raise UserError(f"{option} says how a question is put as a message. Add --chat.")
+    refuse_without_chat(chat, chat_template, system)
     rows = _batch_size(batch_size)
     wanted = tasks.resolve(_names(names, suite, SUITES))
     if needing := [name for name in wanted if tasks.needs_code(name)]:

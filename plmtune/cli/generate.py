@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune.cli import import_option
 from plmtune.cli.options import (
     chat_template_option,
     device_option,
     find_device,
     find_model,
+    import_option,
+    option,
     sampling_options,
     system_option,
 )
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("checkpoint", required=False)
-@click.option("--prompt", required=True, help="Continue this text; - reads it from stdin.")
-@click.option("--chat", is_flag=True, help="Send the prompt as a user's message through the chat template.")
+@option("--prompt TEXT", "Continue this text; - reads it from stdin.", required=True)
+@option("--chat", "Send the prompt as a user's message through the chat template.")
 @system_option
 @chat_template_option
 @sampling_options
@@ -60,9 +61,7 @@ def generate(
     import plmtune
     from plmtune.inference.sampling import complete, prompt_ids
 
-    for option, value in (("--system", system), ("--chat-template", chat_template)):
-        if value is not None and not chat:
-            raise UserError(f"{option} says how a message is put to the model. Add --chat.")
+    refuse_without_chat(chat, chat_template, system)
     if prompt == "-":
         try:
             prompt = sys.stdin.buffer.read().decode("utf-8")
@@ -107,6 +106,13 @@ def stream(pieces: Iterable[str]) -> str:
     seconds = time.perf_counter() - first
     rate = f", {(count - 2) / seconds:.1f} tokens/s after the first" if count > 2 and seconds > 0 else ""
     return f"{max(count - 1, 0)} tokens{rate}"
+
+
+def refuse_without_chat(chat: bool, chat_template: str | None, system: str | None) -> None:
+    """Refuse options of a chat without --chat."""
+    for name, value in (("--chat-template", chat_template), ("--system", system)):
+        if value is not None and not chat:
+            raise UserError(f"{name} says how a message is put to the model. Add --chat.")
 
 
 def warn_of_pretrained(checkpoint: str) -> None:

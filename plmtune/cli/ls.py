@@ -8,9 +8,11 @@ from typing import Any
 
 import click
 
-from plmtune.cli import COMMANDS, import_option
+from plmtune.cli import COMMANDS
+from plmtune.cli.options import import_option
 from plmtune.config.builtin import builtin_folder
-from plmtune.config.names import DEVICES
+from plmtune.config.names import DEVICES, name_hint
+from plmtune.errors import UserError
 from plmtune.io.tables import Column, Table, show
 
 
@@ -79,15 +81,10 @@ def _list(entries: Iterable[tuple[str, str]]) -> None:
 
 
 def _group(group: str, table: Any) -> None:
-    from plmtune.config.names import name_hint
-    from plmtune.errors import UserError, did_you_mean
-
     leaf = group.rpartition("/")[2]
     if leaf not in table:
-        near = did_you_mean(leaf, [*table, "devices"])
-        near = near if near.endswith("?") else name_hint(leaf) or near
-        if leaf in COMMANDS:
-            near = f" {leaf} is a command: plmtune {leaf}"
+        known = name_hint(leaf, [*table, "devices"])
+        near = f" {leaf} is a command: plmtune {leaf}" if leaf in COMMANDS else known
         raise UserError(f"There is no group {group}.{near}")
     for name, entry in sorted(table[leaf].items()):
         summary = entry.doc.strip().split("\n\n")[0].replace("\n", " ")

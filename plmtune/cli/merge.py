@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from plmtune import dtypes
-from plmtune.cli.options import base_option, overwrite_option
+from plmtune.cli.options import PATH, base_option, option, overwrite_option
 from plmtune.config.names import check_model_path
 from plmtune.errors import UserError
 from plmtune.io import terminal
@@ -15,11 +15,9 @@ from plmtune.io import terminal
 
 @click.command()
 @click.argument("checkpoint")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=PATH)
 @base_option
-@click.option(
-    "--dtype", type=click.Choice(dtypes.NAMES), help="Write the weights in this dtype (default: that of the adapters)."
-)
+@option("--dtype fp32|bf16|fp16", "Write the weights in this dtype (default: that of the adapters).")
 @overwrite_option
 def merge(checkpoint: str, out: Path, base: Path | None, dtype: str | None, overwrite: bool) -> None:
     """Write the adapters of CHECKPOINT (or of a run's newest) and their base as the plain model directory OUT.

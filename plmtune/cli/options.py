@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
 import importlib.util
 import json
 import math
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -18,57 +22,139 @@ from plmtune.config.names import check_model_path
 from plmtune.errors import UserError
 from plmtune.io import hub, terminal
 from plmtune.io.atomic import write_atomically
-from plmtune.registry import raised, refuse_taken_names
+from plmtune.registry import import_module, raised, refuse_taken_names
 from plmtune.units import unescape
 
 if TYPE_CHECKING:
     import torch
 
-device_option = click.option(
-    "--device", help="Run on this device: cpu, cuda or cuda:N (default: cuda if there is one)."
-)
-dtype_option = click.option(
-    "--dtype", type=click.Choice(["fp32", "bf16"]), help="Compute in this dtype (default: that of the weights)."
-)
 
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing files.")
-base_option = click.option(
-    "--base",
-    type=click.Path(path_type=Path),
-    help="Read the base model from this directory (default: the one that the adapters name).",
-)
-threads_option = click.option(
-    "--threads", type=click.IntRange(1), metavar="N", help="Use N CPU threads (default: the runtime's own choice)."
-)
-system_option = click.option("--system", metavar="TEXT", help="Start the conversation with this system message.")
-chat_template_option = click.option(
-    "--chat-template",
-    metavar="NAME",
-    help="Use this chat template: chatml, llama3, plain, or a Jinja file (default: the tokenizer's own).",
-)
-json_option = click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures to FILE as JSON."
-)
-print_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+PATH = click.Path(path_type=Path)
 
 
-def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How files of text are read."""
-    formats = click.Choice(["auto", "text", "jsonl", "csv", "parquet"])
-    for option in (
-        click.option("--skip-bad", is_flag=True, help="Skip and count broken rows instead of stopping."),
-        click.option("--encoding", default="utf-8", show_default=True, help="Decode text files in this encoding."),
-        click.option("--separator", help=r"Split text files into documents at this text (\n is a line feed)."),
-        click.option("--format", default="auto", show_default=True, type=formats, help="Read files in this format."),
-        text_key_option,
-    ):
-        command = option(command)
-    return command
+def option(shown: str, help: str, *names: str, **settings: Any) -> Decorator:
+    """An option, declared as ``--help`` shows it.
+
+    ``--mask`` is a flag. The word behind another name says what it takes: ``on|off`` one of these, ``N`` a whole number
+    from 1 on, ``PATH``, ``FILE`` or ``FILE.png`` a path, any other word a text.
+
+    Args:
+        names: other names of the option, and that of its parameter.
+        settings: as click has them; `type` and a number as the default replace what the word says.
+    """
+    name, _, word = shown.partition(" ")
+    if not word:
+        settings.setdefault("is_flag", True)
+    elif re.fullmatch(r"[a-z0-9_|]+", word):
+        settings["type"] = click.Choice(word.split("|"))
+    else:
+        path = re.fullmatch(r"(PATH|DIR|FILE)(\.\w+)?", word)
+        settings.setdefault("type", click.IntRange(1) if word == "N" else PATH if path else None)
+        settings["metavar"] = word
+    return click.option(name, *names, help=help, **settings)
 
 
-text_key_option = click.option(
-    "--text-key", "--field", default="text", show_default=True, help="Read the text from this key or column."
+def several(*options: Decorator) -> Decorator:
+    """Options as one, in this order in the help."""
+    return lambda command: functools.reduce(lambda made, option: option(made), reversed(options), command)
+
+
+def _import(ctx: click.Context, parameter: click.Parameter, names: tuple[str, ...]) -> None:
+    for name in names:
+        import_module(name)
+
+
+# A user's own components, named by the person and never by a config.
+import_option = option(
+    "--import MODULE",
+    "Import a Python module that registers your own components. Can be given several times.",
+    "imports",
+    multiple=True,
+    callback=_import,
+    expose_value=False,
+    is_eager=True,
 )
+device_option = option("--device TEXT", "Run on this device: cpu, cuda or cuda:N (default: cuda if there is one).")
+dtype_option = option("--dtype fp32|bf16", "Compute in this dtype (default: that of the weights).")
+overwrite_option = option("--overwrite", "Replace existing files.")
+base_option = option(
+    "--base PATH", "Read the base model from this directory (default: the one that the adapters name)."
+)
+threads_option = option("--threads N", "Use N CPU threads (default: the runtime's own choice).")
+system_option = option("--system TEXT", "Start the conversation with this system message.")
+chat_template_option = option(
+    "--chat-template NAME",
+    "Use this chat template: chatml, llama3, plain, or a Jinja file (default: the tokenizer's own).",
+)
+json_option = option("--json FILE", "Write all figures to FILE as JSON.", "json_path")
+print_json_option = option("--json", "Print JSON instead of a table.", "as_json")
+text_key_option = option("--text-key TEXT", "Read the text from this key or column.", "--field", default="text")
+# How files of text are read.
+text_options = several(
+    text_key_option,
+    option("--format auto|text|jsonl|csv|parquet", "Read files in this format.", default="auto"),
+    option("--separator TEXT", r"Split text files into documents at this text (\n is a line feed)."),
+    option("--encoding TEXT", "Decode text files in this encoding.", default="utf-8"),
+    option("--skip-bad", "Skip and count broken rows instead of stopping."),
+)
+
+
+class _Number(click.FloatRange):
+    """A finite number in a range; click's own ranges hold NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        return number if math.isfinite(number) else self.fail(f"{number} is no finite number.", param, ctx)
+
+
+def _stops(_: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
+    if "" in texts:
+        raise click.BadParameter("a stop string is empty: an answer would end before it begins.", param=parameter)
+    try:
+        return tuple(unescape(text, "TEXT") for text in texts)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.", param=parameter) from error
+
+
+# How text is generated.
+sampling_options = several(
+    option("--max-new-tokens N", "Generate at most N tokens.", default=256),
+    option("--temperature X", "Sample at this temperature; 0 is greedy.", type=_Number(0, 100), default=0.8),
+    option("--top-k N", "Sample from the N most likely tokens."),
+    option(
+        "--top-p X",
+        "Sample from the most likely tokens whose probabilities add up to X (nucleus sampling).",
+        type=_Number(0, 1, min_open=True),
+    ),
+    option("--min-p X", "Sample from tokens at least X times as likely as the most likely one.", type=_Number(0, 1)),
+    option(
+        "--repetition-penalty X",
+        "Make tokens of the prompt and the answer less likely; 1 is off.",
+        type=_Number(0, 100, min_open=True),
+        default=1.0,
+    ),
+    option(
+        "--stop TEXT",
+        r"End the answer before TEXT (\n is a line end). Can be given several times.",
+        "until",
+        multiple=True,
+        callback=_stops,
+    ),
+    option("--seed N", "Seed the sampling with N.", type=int, default=0),
+)
+
+
+@contextlib.contextmanager
+def without_collecting() -> Iterator[None]:
+    """Import and compose without looking for cycles among what stays: 0.2 CPU seconds of torch's import alone."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def newest_run(command: str) -> str:
@@ -156,81 +242,6 @@ def find_dtype(name: str | None) -> torch.dtype | None:
     return dtypes.from_name(name) if name else None
 
 
-def _number(_: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
-    """Refuse NaN and infinity, which a range of numbers accepts."""
-    if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is no finite number.", param=parameter)
-    return value
-
-
-def _stops(_: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
-    if "" in texts:
-        raise click.BadParameter("a stop string is empty: an answer would end before it begins.", param=parameter)
-    try:
-        return tuple(unescape(text, "TEXT") for text in texts)
-    except ValueError as error:
-        raise click.BadParameter(f"{error}.", param=parameter) from error
-
-
-def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
-    """Sampling options, shared by the commands that generate text."""
-    options = (
-        click.option(
-            "--max-new-tokens",
-            type=click.IntRange(1),
-            metavar="N",
-            default=256,
-            show_default=True,
-            help="Generate at most N tokens.",
-        ),
-        click.option(
-            "--temperature",
-            type=click.FloatRange(0, 100),
-            metavar="X",
-            default=0.8,
-            show_default=True,
-            callback=_number,
-            help="Sample at this temperature; 0 is greedy.",
-        ),
-        click.option("--top-k", type=click.IntRange(1), metavar="N", help="Sample from the N most likely tokens."),
-        click.option(
-            "--top-p",
-            type=click.FloatRange(0, 1, min_open=True),
-            metavar="X",
-            callback=_number,
-            help="Sample from the most likely tokens whose probabilities add up to X (nucleus sampling).",
-        ),
-        click.option(
-            "--min-p",
-            type=click.FloatRange(0, 1),
-            metavar="X",
-            callback=_number,
-            help="Sample from tokens at least X times as likely as the most likely one.",
-        ),
-        click.option(
-            "--repetition-penalty",
-            type=click.FloatRange(0, 100, min_open=True),
-            metavar="X",
-            default=1.0,
-            show_default=True,
-            callback=_number,
-            help="Make tokens of the prompt and the answer less likely; 1 is off.",
-        ),
-        click.option(
-            "--stop",
-            "until",
-            multiple=True,
-            metavar="TEXT",
-            callback=_stops,
-            help=r"End the answer before TEXT (\n is a line end). Can be given several times.",
-        ),
-        click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Seed the sampling with N."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Divide the words after a config's name into YAML files and overrides."""
     overlays = [t for t in arguments if t.endswith((".yaml", ".yml")) and ("=" not in t or Path(t).is_file())]
@@ -262,6 +273,28 @@ def recipe_file(path: str) -> ModuleType:
 
         use_schema(module.CONFIG, module.Config, path)
     return module
+
+
+def words_of(text: str, flag: str) -> list[str]:
+    """The words of an option, separated by commas."""
+    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not words:
+        raise UserError(f"{flag}: names nothing.")
+    return words
+
+
+def lengths_of(text: str, flag: str) -> list[int]:
+    """The numbers of tokens of an option, separated by commas, the fewest first."""
+    words = words_of(text, flag)
+    if not all(word.isdecimal() and 0 < int(word) < 2**24 for word in words):
+        raise UserError(f"{flag}: {text!r:.80} must be numbers of tokens with commas, such as 128,2048.")
+    return sorted(set(map(int, words)))
+
+
+def check_output(path: Path | None, *suffixes: str) -> None:
+    """Refuse a file to write that has another suffix, or no folder."""
+    if path is not None and (path.suffix not in suffixes or not path.parent.is_dir()):
+        raise UserError(f"{path}: must be a {suffixes[0]} file in a folder that is there.")
 
 
 def write_json(path: Path, content: Any) -> None:

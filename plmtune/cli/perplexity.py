@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune.cli import import_option
 from plmtune.cli.options import (
     device_option,
     dtype_option,
     find_device,
     find_dtype,
+    import_option,
     model_first,
+    option,
     print_json_option,
     text_options,
 )
@@ -34,17 +35,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("words", nargs=-1, required=True, metavar="[CHECKPOINT] FILE|FOLDER|GLOB...")
-@click.option(
-    "--window", type=click.IntRange(1), metavar="N", help="Read N tokens at once (default: the model's context)."
-)
-@click.option(
-    "--stride",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Score the last N tokens of each window, given those before them (default: --window, the fastest).",
+@option("--window N", "Read N tokens at once (default: the model's context).")
+@option(
+    "--stride N", "Score the last N tokens of each window, given those before them (default: --window, the fastest)."
 )
 @text_options
-@click.option("--limit-documents", type=click.IntRange(1), metavar="N", help="Read at most N documents of each file.")
+@option("--limit-documents N", "Read at most N documents of each file.")
 @dtype_option
 @print_json_option
 @device_option

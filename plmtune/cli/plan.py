@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from plmtune.cli import import_option
-from plmtune.cli.options import divide, json_option
-from plmtune.cli.plan_report import Asked, predict_training, read_model_shape, show_plan
-from plmtune.errors import UserError
-
-if TYPE_CHECKING:
-    pass
+from plmtune.cli.options import check_output, divide, import_option, json_option, lengths_of, option, words_of
 
 _SCHEMES = "bf16,int8,int4,f16,q8_0,q4_0,q4_k_m"
 _CONTEXTS = "128,2048,4096"
@@ -23,40 +16,25 @@ _CONTEXTS = "128,2048,4096"
 @click.command()
 @click.argument("name", metavar="CONFIG")
 @click.argument("arguments", nargs=-1, metavar="[FILE.yaml] [KEY=VALUE]...")
-@click.option(
-    "--device",
-    "devices",
-    default="pi5",
-    show_default=True,
-    help="Predict for these devices: names or FILE.yaml, separated by commas.",
+@option(
+    "--device TEXT", "Predict for these devices: names or FILE.yaml, separated by commas.", "devices", default="pi5"
 )
-@click.option(
-    "--scheme",
+@option(
+    "--scheme TEXT",
+    f"Predict for these schemes, separated by commas (default: {_SCHEMES.replace(',', ', ')}; with --sweep int4).",
     "schemes",
-    help=f"Predict for these schemes, separated by commas (default: {_SCHEMES.replace(',', ', ')}; with --sweep int4).",
 )
-@click.option(
-    "--runtime", "runtimes", help="Predict for plmtune, llama.cpp or both (default: both; with --sweep plmtune)."
-)
-@click.option(
-    "--context",
+@option("--runtime TEXT", "Predict for plmtune, llama.cpp or both (default: both; with --sweep plmtune).", "runtimes")
+@option(
+    "--context TEXT",
+    f"Predict at these numbers of tokens in the cache (default: {_CONTEXTS}; with --sweep one: 2048).",
     "contexts",
-    help=f"Predict at these numbers of tokens in the cache (default: {_CONTEXTS}; with --sweep one: 2048).",
 )
-@click.option(
-    "--prompt",
-    type=click.IntRange(1),
-    metavar="N",
-    default=512,
-    show_default=True,
-    help="Predict the time to first token for a prompt of N tokens.",
-)
-@click.option("--train-on", default="h200", show_default=True, help="Predict training hours on this device.")
-@click.option("--sweep", is_flag=True, help="Predict every combination of the keys that have several values.")
+@option("--prompt N", "Predict the time to first token for a prompt of N tokens.", default=512)
+@option("--train-on TEXT", "Predict training hours on this device.", default="h200")
+@option("--sweep", "Predict every combination of the keys that have several values.")
 @json_option
-@click.option(
-    "--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Plot speeds, or the Pareto front of a sweep."
-)
+@option("--plot FILE.png", "Plot speeds, or the Pareto front of a sweep.")
 @import_option
 def plan(
     name: str,
@@ -82,26 +60,24 @@ def plan(
     plmtune plan runs/demo/latest --device pi5
     plmtune plan pretrain model=plm_150m --sweep model.embed_dim=512,768 'model.num_layers=range(8,25,4)'
     """
-    for path, suffix in ((json_path, ".json"), (plot, ".png")):
-        if path is not None and (path.suffix != suffix or not path.parent.is_dir()):
-            raise UserError(f"{path}: must be a {suffix} file in a folder that is there.")
+    check_output(json_path, ".json")
+    check_output(plot, ".png")
 
+    from plmtune.cli.plan_report import Asked, predict_training, read_model_shape, show_plan, show_sweep
     from plmtune.devices.device import load_device
 
     asked = Asked(
-        devices=[load_device(device) for device in _words(devices, "--device")],
-        schemes=_words(schemes or ("int4" if sweep else _SCHEMES), "--scheme"),
+        devices=[load_device(device) for device in words_of(devices, "--device")],
+        schemes=words_of(schemes or ("int4" if sweep else _SCHEMES), "--scheme"),
         schemes_given=schemes is not None,
-        runtimes=_words(runtimes or ("plmtune" if sweep else "plmtune,llama.cpp"), "--runtime"),
-        contexts=_lengths(contexts or ("2048" if sweep else _CONTEXTS)),
+        runtimes=words_of(runtimes or ("plmtune" if sweep else "plmtune,llama.cpp"), "--runtime"),
+        contexts=lengths_of(contexts or ("2048" if sweep else _CONTEXTS), "--context"),
         prompt=prompt,
         json_path=json_path,
         plot=plot,
     )
     overlays, overrides = divide(arguments)
     if sweep:
-        from plmtune.cli.plan_sweep import show_sweep
-
         show_sweep(name, overlays, overrides, asked)
         return
     model_shape, cfg = read_model_shape(name, overlays, overrides)
@@ -110,17 +86,3 @@ def plan(
     budget = cfg is not None and getattr(cfg, "phases", True)  # a preference run has none: its pairs say it
     training = predict_training(cfg, train_on) if budget else None
     show_plan(name, model_shape, asked, training, without_budget=cfg is not None and not budget)
-
-
-def _words(text: str, option: str) -> list[str]:
-    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-    if not words:
-        raise UserError(f"{option}: names nothing.")
-    return words
-
-
-def _lengths(text: str) -> list[int]:
-    words = _words(text, "--context")
-    if not all(word.isdecimal() and 0 < int(word) < 2**40 for word in words):
-        raise UserError(f"--context: {text!r:.80} must be numbers of tokens with commas, such as 128,2048.")
-    return sorted(map(int, words))

@@ -1,4 +1,4 @@
-"""What ``plmtune plan`` shows of one config: sizes, speeds on devices, and what training takes."""
+"""What ``plmtune plan`` shows: a config's sizes, speeds and training, or the architectures that no other beats."""
 
 from __future__ import annotations
 
@@ -6,19 +6,36 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from plmtune.cli.options import write_json
+from plmtune.config import compose
 from plmtune.config.builtin import builtin_folder
+from plmtune.config.choices import presets
+from plmtune.config.schema import TrainingConfig
+from plmtune.devices import costs
+from plmtune.devices.costs import ModelShape
+from plmtune.devices.device import Device, load_device
+from plmtune.devices.pareto import draw_front, draw_speeds, front
+from plmtune.devices.predict import Prediction, predict
+from plmtune.devices.sweep import Point, sweep, vocabulary
 from plmtune.errors import UserError
+from plmtune.export.lint import gguf_architecture, lint_deploy
 from plmtune.io import hub
+from plmtune.io.progress import Progress
 from plmtune.io.tables import Column, Table, numbers, show
+from plmtune.models.adapters import read_model_config
+from plmtune.models.assemble import component_from_config
+from plmtune.models.checkpoint_files import checkpoint_directory
+from plmtune.models.hf_config import read_formats
+from plmtune.modules.quantized import install
+from plmtune.registry import describe_components
+from plmtune.training.runtime import Runtime
+from plmtune.units import show_bytes, show_count, show_number, show_number_of
 
-if TYPE_CHECKING:
-    from plmtune.config.schema import TrainingConfig
-    from plmtune.devices.costs import ModelShape
-    from plmtune.devices.device import Device
-    from plmtune.devices.predict import Prediction
+_LISTED = 20  # of a front
 
 
 @dataclass(frozen=True)
@@ -42,9 +59,6 @@ class Asked:
 
 def with_preset(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple[str, list[str], list[str]]:
     """The config that a model's name alone stands for: plan needs no more of it than the model."""
-    from plmtune.config.choices import presets
-    from plmtune.registry import describe_components
-
     is_model = name in describe_components()["model"] or name in presets("model")
     if is_model and not (builtin_folder("conf") / f"{name}.yaml").is_file():
         return "pretrain", [*overlays], [f"model={name}", *overrides]
@@ -53,23 +67,11 @@ def with_preset(name: str, overlays: Sequence[str], overrides: Sequence[str]) ->
 
 def read_model_shape(name: str, overlays: Sequence[str], overrides: Sequence[str]) -> tuple[ModelShape, Any]:
     """A config's or a checkpoint's model, on the meta device, and the config."""
-    import torch
-
-    from plmtune.config import compose
-    from plmtune.devices.costs import ModelShape
-    from plmtune.devices.sweep import vocabulary
-
     if Path(name).is_dir() or hub.parse(name) or Path(name).suffix == ".gguf":
         if overlays or overrides:
             raise UserError(
                 f"{name} is a checkpoint, whose model is as it is: {[*overlays, *overrides][0]} has no place."
             )
-        from plmtune.models.adapters import read_model_config
-        from plmtune.models.assemble import component_from_config
-        from plmtune.models.checkpoint_files import checkpoint_directory
-        from plmtune.models.hf_config import read_formats
-        from plmtune.modules.quantized import install
-
         directory = checkpoint_directory(name, weights=False)
         description = read_model_config(directory)
         with torch.device("meta"):
@@ -91,11 +93,6 @@ def show_plan(
     name: str, model_shape: ModelShape, asked: Asked, training: dict[str, Any] | None, *, without_budget: bool
 ) -> None:
     """Print what a model costs on each device; write JSON and the plot where given."""
-    from plmtune.devices import costs
-    from plmtune.devices.pareto import draw_speeds
-    from plmtune.devices.predict import predict
-    from plmtune.export.lint import lint_deploy
-
     longest = [context for context in asked.contexts if context <= model_shape.max_seq_len]
     left_out = [context for context in asked.contexts if context > model_shape.max_seq_len]
     if not longest:
@@ -153,9 +150,6 @@ def _pairs(model_shape: ModelShape, asked: Asked) -> tuple[list[tuple[str, str]]
     Raises:
         UserError: for a scheme that no runtime has, or if only llama.cpp was asked for.
     """
-    from plmtune.devices import costs
-    from plmtune.export.lint import gguf_architecture
-
     schemes, runtimes = asked.schemes, asked.runtimes
     if not asked.schemes_given:
         if model_shape.formats:
@@ -177,9 +171,6 @@ def _pairs(model_shape: ModelShape, asked: Asked) -> tuple[list[tuple[str, str]]
 
 
 def _print_model(name: str, model_shape: ModelShape, runtimes: list[str], context: int) -> None:
-    from plmtune.devices import costs
-    from plmtune.units import show_bytes, show_count, show_number_of
-
     layers = show_number_of(model_shape.num_layers, "layer")
     show(
         f"{name}: {model_shape.parameters:,} parameters ({model_shape.non_embedding_parameters:,} without embeddings), "
@@ -199,8 +190,6 @@ def _joined(numbers: Sequence[int]) -> str:
 
 
 def _print_device(device: Device, predictions: list[Prediction], contexts: list[int]) -> None:
-    from plmtune.units import show_bytes, show_number
-
     how = "calibrated" if device.rates else f"reads at {show_number(device.bandwidth.value / 1e9)} GB/s"
     show(f"\n{device.key}: {device.name}; {show_bytes(device.available)} for a model, {how}")
     prompt = max(p.prompt for p in predictions)
@@ -228,8 +217,6 @@ def _print_device(device: Device, predictions: list[Prediction], contexts: list[
 
 
 def show_speed(prediction: Prediction) -> str:
-    from plmtune.units import show_number
-
     if prediction.decode is None:
         return "does not fit"
     speed = show_number(prediction.decode)
@@ -240,12 +227,6 @@ def show_speed(prediction: Prediction) -> str:
 
 def predict_training(cfg: TrainingConfig, train_on: str) -> dict[str, Any]:
     """Memory, FLOPs and hours of the config's own training."""
-    import torch
-
-    from plmtune.devices.device import load_device
-    from plmtune.training.runtime import Runtime
-    from plmtune.units import show_bytes, show_count
-
     device = load_device(train_on)
     if device.training is None or device.mfu is None:
         raise UserError(f"--train-on {train_on}: says no training_gflop_s. Take h200 or rtx_3090, or a file that does.")
@@ -294,8 +275,6 @@ def predict_training(cfg: TrainingConfig, train_on: str) -> dict[str, Any]:
 
 
 def _hours(hours: float) -> str:
-    from plmtune.units import show_number
-
     for unit, number in (("hours", hours), ("minutes", hours * 60)):
         if number >= 1:
             return f"{show_number(number)} device-{unit}"
@@ -304,3 +283,83 @@ def _hours(hours: float) -> str:
 
 def as_plain(prediction: Prediction) -> dict[str, Any]:
     return {**asdict(prediction), "memory": prediction.memory, "fits": prediction.fits}
+
+
+# --- a sweep ------------------------------------------------------------------------------------------------------
+
+
+def show_sweep(name: str, overlays: list[str], overrides: list[str], asked: Asked) -> None:
+    """Print the Pareto front of a sweep over architectures; write JSON and the plot where given."""
+    for option in ("device", "scheme", "runtime", "context"):
+        count = len(getattr(asked, f"{option}s"))
+        if count != 1:
+            raise UserError(f"--{option}: a sweep compares architectures at one, not {count}.")
+    if Path(name).is_dir() or hub.parse(name):
+        raise UserError(f"{name} is a checkpoint: a sweep goes over what is still to be trained.")
+    device, scheme, runtime, context = asked.devices[0], asked.schemes[0], asked.runtimes[0], asked.contexts[0]
+    costs.check_schemes([scheme], [runtime])
+    with Progress() as line:
+        found = sweep(
+            *with_preset(name, overlays, overrides),
+            device,
+            scheme=scheme,
+            runtime=runtime,
+            context=context,
+            prompt=asked.prompt,
+            progress=lambda done, total: line.update(f"{done:,} of {total:,} architectures"),
+        )
+    best = front(found.points)
+    missed = sum(map(len, found.impossible.values()))
+    too_large = [point for point in found.points if not point.prediction.fits]
+    how = f"{name} on {device.name}: {scheme} in {runtime}, {context:,} tokens of context"
+    show(
+        f"{how}. {len(found.points) + missed:,} architectures; {missed:,} are impossible, {len(too_large):,} do not "
+        f"fit {show_bytes(device.available)}"
+    )
+    for reason, settings in sorted(found.impossible.items(), key=lambda item: -len(item[1]))[:5]:
+        example = ", ".join(f"{key}={value}" for key, value in settings[0].items())
+        show(f"  impossible, {len(settings):,} times: {reason.rstrip('.')} (such as {example})")
+    if not found.points:
+        raise UserError("Not one of these architectures is possible.")
+    if not best:
+        smallest = min(point.prediction.memory for point in found.points)
+        raise UserError(f"Not one of these architectures fits: the smallest takes {show_bytes(smallest)}.")
+    _print_front(best)
+    if asked.plot is not None:
+        draw_front(found.points, asked.plot, how)
+        show(f"\n{asked.plot} written")
+    if asked.json_path is not None:
+        on_front = {id(point) for point in best}
+        points = [
+            {
+                "settings": point.settings,
+                "parameters": point.parameters,
+                "non_embedding_parameters": point.non_embedding,
+                "front": id(point) in on_front,
+                **as_plain(point.prediction),
+            }
+            for point in found.points
+        ]
+        content = {"config": name, "device": asdict(device), "points": points, "impossible": found.impossible}
+        write_json(asked.json_path, content)
+
+
+def _print_front(best: list[Point]) -> None:
+    show(f"\nThe front of speed, memory and parameters: {len(best):,} that no other beats")
+    keys = list(best[0].settings)
+    figures = {"#": 0, **dict.fromkeys(keys, 0), "parameters": 0, "non-embedding": 2, "memory": 3}
+    figures |= {f"first of {best[0].prediction.prompt:,}": 1, "tokens/s": 0}
+    table = Table(numbers({name.removeprefix("model."): drop for name, drop in figures.items()}))
+    for number, point in list(enumerate(best, 1))[:: -(-len(best) // _LISTED)]:
+        table.add(
+            str(number),
+            *(point.settings[key] for key in keys),
+            show_count(point.parameters),
+            show_count(point.non_embedding),
+            show_bytes(point.prediction.memory),
+            "-" if point.prediction.first_token is None else f"{show_number(point.prediction.first_token)} s",
+            show_speed(point.prediction),
+        )
+    show(table)
+    if len(best) > _LISTED:
+        show("Some of them; --json has all.")

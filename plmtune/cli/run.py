@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from plmtune.cli import import_option, short, without_collecting
-from plmtune.cli.options import divide, recipe_file
+from plmtune.cli import short
+from plmtune.cli.options import divide, import_option, option, recipe_file, without_collecting
 from plmtune.cli.runs import reasons, table
 from plmtune.errors import UserError, either, near_names
 from plmtune.io import terminal
@@ -34,12 +34,10 @@ from plmtune.io.tables import show
 @click.command()
 @click.argument("name")
 @click.argument("arguments", nargs=-1, metavar="[FILE.yaml] [KEY=VALUE]...")
-@click.option("-m", "--multirun", is_flag=True, help="Run every combination of comma-separated values.")
-@click.option("--dry-run", is_flag=True, help="Build on the meta device and print the estimate; train nothing.")
-@click.option("--force", is_flag=True, help="Start even if the estimate does not fit into memory.")
-@click.option(
-    "--sensitivity", is_flag=True, help="Measure each module's loss from quantization and choose a mix (quantize)."
-)
+@option("--multirun", "Run every combination of comma-separated values.", "-m")
+@option("--dry-run", "Build on the meta device and print the estimate; train nothing.")
+@option("--force", "Start even if the estimate does not fit into memory.")
+@option("--sensitivity", "Measure each module's loss from quantization and choose a mix (quantize).")
 @import_option
 def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, force: bool, sensitivity: bool) -> None:
     """Run NAME: a config (plmtune ls), your own recipe.py, or a YAML file.
@@ -111,8 +109,8 @@ def _can_be_tried(recipe: Any) -> bool:
 
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[RUN_DIR] [KEY=VALUE]...")
-@click.option("--allow-data-change", is_flag=True, help="Resume even if the data has changed since the run began.")
-@click.option("--recipe", "recipe_path", metavar="FILE.py", help="Use this recipe file, for a run of your own recipe.")
+@option("--allow-data-change", "Resume even if the data has changed since the run began.")
+@option("--recipe FILE.py", "Use this recipe file, for a run of your own recipe.", "recipe_path")
 @import_option
 def resume(arguments: tuple[str, ...], allow_data_change: bool, recipe_path: str | None) -> None:
     """Resume the run in RUN_DIR from its newest intact checkpoint, with the config saved there.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from plmtune.cli.options import print_json_option
+from plmtune.cli.options import PATH, print_json_option
 from plmtune.errors import UserError
 from plmtune.io.run_summary import Summary, find_runs, summarize
 from plmtune.io.tables import Cell, Column, Table, numbers, show
@@ -17,7 +17,7 @@ from plmtune.units import show_count, show_duration
 
 
 @click.command()
-@click.argument("directory", type=click.Path(path_type=Path), default=Path("runs"), metavar="[DIR]")
+@click.argument("directory", type=PATH, default=Path("runs"), metavar="[DIR]")
 @print_json_option
 def runs(directory: Path, as_json: bool) -> None:
     """List the runs in DIR (default: runs), the oldest first.

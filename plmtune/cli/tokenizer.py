@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from plmtune.cli.options import text_key_option
-from plmtune.errors import UserError, did_you_mean
+from plmtune.cli.options import PATH, option, text_key_option
+from plmtune.errors import UserError
 from plmtune.io import hub, terminal
 from plmtune.io.terminal import Progress
 
@@ -35,18 +35,12 @@ def tokenizer() -> None:
 
 
 @tokenizer.command(short_help="Train a byte-level BPE on files or the standard library.")
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
-@click.option(
-    "--vocab-size",
-    type=int,
-    metavar="N",
-    required=True,
-    help="Learn a vocabulary of N tokens, with bytes and special tokens.",
-)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Write the tokenizer to this directory.")
-@click.option("--stdlib", is_flag=True, help="Train on the Python standard library.")
+@click.argument("files", nargs=-1, type=PATH)
+@option("--vocab-size N", "Learn a vocabulary of N tokens, with bytes and special tokens.", type=int, required=True)
+@option("--out PATH", "Write the tokenizer to this directory.", required=True)
+@option("--stdlib", "Train on the Python standard library.")
 @text_key_option
-@click.option("--skip-bad", is_flag=True, help="Skip and count broken rows instead of stopping.")
+@option("--skip-bad", "Skip and count broken rows instead of stopping.")
 def train(files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, text_key: str, skip_bad: bool) -> None:
     """Train a byte-level BPE on FILES (text, JSONL, Parquet) or on the Python standard library.
 
@@ -90,7 +84,7 @@ def train(files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, tex
 @tokenizer.command(short_help="Show the ids and pieces of a text.")
 @click.argument("name")
 @click.argument("text")
-@click.option("--specials", is_flag=True, help="Encode special tokens in TEXT as special tokens.")
+@option("--specials", "Encode special tokens in TEXT as special tokens.")
 def inspect(name: str, text: str, specials: bool) -> None:
     """Show the ids and pieces of TEXT; NAME is bundled, byte, qwen2, or a tokenizer's file or directory.
 
@@ -111,7 +105,7 @@ def inspect(name: str, text: str, specials: bool) -> None:
 
 
 def find_tokenizer(text: str) -> Tokenizer:
-    """Return the tokenizer of a registered name, a directory or a file.
+    """Return the tokenizer of a registered name, a directory, a file, or a run's newest checkpoint.
 
     Raises:
         UserError: if it is none of them.
@@ -122,11 +116,14 @@ def find_tokenizer(text: str) -> Tokenizer:
     named = set(describe_components()["tokenizer"]) - {"file"}  # that one is reached by its path
     if text in named:
         return load("tokenizer", text)()
-    if Path(text).exists() or hub.parse(text):
+    path = Path(text)
+    if path.is_dir() and not (path / "tokenizer.json").exists() and (path / "checkpoints").is_dir():
+        from plmtune.models.checkpoint_files import checkpoint_directory
+
+        text = str(checkpoint_directory(path))
+    if path.exists() or hub.parse(text):
         return load("tokenizer", "file")(path=text)
-    near = did_you_mean(text, named)
-    near = near if near.endswith("?") else name_hint(text) or near
-    raise UserError(f"{text} is neither a tokenizer's name nor a file or directory with one.{near}")
+    raise UserError(f"{text} is neither a tokenizer's name nor a file or directory with one.{name_hint(text, named)}")
 
 
 class _Count:

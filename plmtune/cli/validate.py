@@ -8,15 +8,14 @@ from typing import Any
 
 import click
 
-from plmtune.cli import import_option, without_collecting
-from plmtune.cli.options import divide, recipe_file
+from plmtune.cli.options import divide, import_option, option, recipe_file, without_collecting
 from plmtune.io import terminal
 
 
 @click.command()
 @click.argument("name")
 @click.argument("arguments", nargs=-1, metavar="[FILE.yaml] [KEY=VALUE]...")
-@click.option("--show", is_flag=True, help="Print the resolved config.")
+@option("--show", "Print the resolved config.")
 @import_option
 def validate(name: str, arguments: tuple[str, ...], show: bool) -> None:
     """Check what plmtune run NAME [FILE.yaml] [KEY=VALUE]... would run; train nothing.

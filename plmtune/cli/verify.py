@@ -3,61 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
-from plmtune.cli.options import json_option, threads_option
+from plmtune.cli.options import PATH, json_option, option, threads_option
 from plmtune.config.names import check_model_path
-from plmtune.errors import UserError
+from plmtune.errors import UserError, unreadable
 from plmtune.io import terminal
 from plmtune.io.tables import show
-
-if TYPE_CHECKING:
-    from plmtune.export.runtimes import RuntimeName
 
 _RUNTIMES = ("llama_cpp", "xllamacpp", "transformers", "executorch", "plmtune")
 
 
 @click.command()
-@click.argument("export", type=click.Path(path_type=Path))
-@click.option(
-    "--against",
-    required=True,
-    metavar="CHECKPOINT",
-    help="Compare with this checkpoint, model directory, run or model of the hub.",
+@click.argument("export", type=PATH)
+@option(
+    "--against CHECKPOINT", "Compare with this checkpoint, model directory, run or model of the hub.", required=True
 )
-@click.option(
-    "--text",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Compare log-probabilities on the text of FILE (default: a built-in page).",
-)
-@click.option(
-    "--positions",
-    type=click.IntRange(1),
-    metavar="N",
-    default=256,
-    show_default=True,
-    help="Compare the log-probabilities of N tokens.",
-)
-@click.option(
-    "--runtime",
+@option("--text FILE", "Compare log-probabilities on the text of FILE (default: a built-in page).")
+@option("--positions N", "Compare the log-probabilities of N tokens.", default=256)
+@option(
+    "--runtime NAME",
+    f"Choose the runtime if several can load the file: {', '.join(_RUNTIMES)}.",
+    "prefer",
     type=click.Choice(_RUNTIMES),
-    metavar="NAME",
-    help=f"Choose the runtime if several can load the file: {', '.join(_RUNTIMES)}.",
 )
 @threads_option
 @json_option
-def verify(
-    export: Path,
-    against: str,
-    text: Path | None,
-    positions: int,
-    runtime: RuntimeName | None,
-    threads: int | None,
-    json_path: Path | None,
-) -> None:
+def verify(export: Path, against: str, text: Path | None, json_path: Path | None, **how: Any) -> None:
     """Run EXPORT (a .gguf, a .pte, a model directory) in the program that serves it, and compare it with CHECKPOINT.
 
     The command compares tensors, settings, log-probabilities on text, generated tokens, token ids and chat prompts. If
@@ -68,24 +42,20 @@ def verify(
     plmtune verify exports/plm-q8_0.gguf --against runs/demo/latest
     """
     check_model_path(against)
-    page = _read(text) if text is not None else None
+    try:
+        page = text.read_text(encoding="utf-8") if text is not None else None
+    except OSError as error:
+        raise unreadable(text, error) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{text} is not UTF-8 (byte {error.start:,}). Give a text file.") from error
 
     from plmtune.export.verify import verify as verify_export
     from plmtune.io.atomic import write_atomically
 
-    report = verify_export(export, against, text=page, positions=positions, threads=threads, prefer=runtime)
+    report = verify_export(export, against, text=page, **how)
     show(report.table(), *(f"warning: {warning}" for warning in report.warnings))
     if json_path is not None:
         write_atomically(json_path, report.as_json(), user_error=True)
     if not report.passed:
-        terminal.echo(f"plmtune: {export} is not the model of {against}: {report.verdict}", err=True)
+        terminal.say(f"plmtune: {export} is not the model of {against}: {report.verdict}")
         click.get_current_context().exit(1)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start:,}). Give a text file.") from error

@@ -149,9 +149,7 @@ def explain(
         key = "" if where.startswith("override") else f"key {group.replace('/', '.')}: "
         if option.endswith((".yaml", ".yml")):
             return UserError(f"{where}{key}{option} is a file, and a file may not choose another one.")
-        near = did_you_mean(option, known)
-        near = near if near.endswith("?") else name_hint(option) or near
-        return UserError(f"{where}{key}{group or 'conf'} has no option {option}.{near}")
+        return UserError(f"{where}{key}{group or 'conf'} has no option {option}.{name_hint(option, known)}")
     if unmatched := re.search(r"Could not (?:override|delete) '([^']*)'\. No match in the defaults list", text):
         name = unmatched[1]
         elsewhere = _of_other_recipe(name, given.name, [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from plmtune.config.builtin import builtin_folder
 from plmtune.config.choices import place_of_group, preset_groups, presets
 from plmtune.config.overrides import quote_override
 from plmtune.config.schema import SCHEMAS, component_keys
-from plmtune.errors import UserError, either
+from plmtune.errors import UserError, did_you_mean, either
 from plmtune.io import hub
 from plmtune.io.run_summary import explain_missing
 from plmtune.registry import describe_components
@@ -20,8 +20,16 @@ DEVICES = Path(__file__).parents[1] / "devices"
 _EXAMPLES = {"preference": "aries"}  # a config of the recipe, where none has its name
 
 
-def name_hint(name: str) -> str:
-    """A sentence that says what `name` is and which command takes it; empty if it is nothing that plmtune knows."""
+def name_hint(name: str, known: Iterable[str] = ()) -> str:
+    """`` Did you mean X?`` with near ones of the known names, else what `name` is and which command takes it.
+
+    Else the known names.
+    """
+    near = did_you_mean(name, known)
+    return near if near.endswith("?") else _what_is(name) or near
+
+
+def _what_is(name: str) -> str:
     if (builtin_folder("conf") / f"{name}.yaml").is_file():
         return f" {name} is a config: plmtune run {name}"
     table, groups = describe_components(), component_keys()

@@ -138,8 +138,7 @@ def load_device(name: str) -> Device:
     else:
         path = Path(__file__).parent / f"{name}.yaml"
         if name not in builtin_devices():
-            near = did_you_mean(name, builtin_devices())
-            near = near if near.endswith("?") else name_hint(name) or near
+            near = name_hint(name, builtin_devices())
             raise UserError(f"There is no device {name}; a file of your own is given as FILE.yaml.{near}")
     return _parse(read_yaml(path), path)
 

@@ -15,7 +15,7 @@ from saved_adapters import save_adapter
 
 import plmtune
 from plmtune.cli import cli
-from plmtune.cli.inspect_rows import find as find_tokenizer
+from plmtune.cli.tokenizer import find_tokenizer
 from plmtune.errors import UserError
 from plmtune.evaluation import results
 from plmtune.export.runtimes import open_runtime
