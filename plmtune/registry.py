@@ -168,80 +168,45 @@ def _import_entry_points() -> None:
             terminal.echo(f"plmtune: components of {point.module} are left out: {raised(error)}", err=True)
 
 
-def _modules() -> list[tuple[str, Path]]:
-    """(module name, source file) of every built-in module that may register components."""
-    root = Path(__file__).parent
-    return [
-        (f"plmtune.{package}.{path.stem}", path)
-        for package in PACKAGES
-        for path in sorted(root.joinpath(*package.split(".")).glob("*.py"))
-        if path.stem != "__init__"
-    ]
+@cache
+def _built_in() -> dict[str, dict[str, Description]]:
+    """The components in `PACKAGES`, read from their source."""
+    table: dict[str, dict[str, Description]] = {}
+    for package in PACKAGES:
+        for path in sorted(Path(__file__).parent.joinpath(*package.split(".")).glob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            for node in ast.parse(text).body if "@register(" in text else ():
+                if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    continue
+                for call in node.decorator_list:
+                    match call:
+                        case ast.Call(ast.Name("register"), [ast.Constant(str(group)), ast.Constant(str(name))]):
+                            module, doc = f"plmtune.{package}.{path.stem}", ast.get_docstring(node) or ""
+                            entry = Description(group, name, module, _parameters(node), doc, _returns(node))
+                            table.setdefault(group, {})[name] = entry
+    return table
 
 
-def _decorations(node: ast.stmt) -> list[tuple[str, str]]:
-    if not isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return []
-    pairs = []
-    for call in node.decorator_list:
-        if (
-            isinstance(call, ast.Call)
-            and isinstance(call.func, ast.Name)
-            and call.func.id == "register"
-            and len(call.args) == 2
-            and all(isinstance(argument, ast.Constant) for argument in call.args)
-        ):
-            group, name = (str(argument.value) for argument in call.args if isinstance(argument, ast.Constant))
-            pairs.append((group, name))
-    return pairs
-
-
-def _parameters(node: ast.FunctionDef | ast.ClassDef) -> tuple[Parameter, ...]:
-    function: ast.stmt | None = node
+def _parameters(node: ast.stmt) -> tuple[Parameter, ...]:
     if isinstance(node, ast.ClassDef):
-        function = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-    if not isinstance(function, ast.FunctionDef):
-        return ()
-    arguments = function.args
+        return next((_parameters(n) for n in node.body if getattr(n, "name", "") == "__init__"), ())
+    assert isinstance(node, ast.FunctionDef)
+    arguments = node.args
     positional = [*arguments.posonlyargs, *arguments.args]
-    missing: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
-    pairs = [*zip(positional, [*missing, *arguments.defaults], strict=True)]
-    pairs += zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    defaults = [*[None] * (len(positional) - len(arguments.defaults)), *arguments.defaults, *arguments.kw_defaults]
     return tuple(
         Parameter(
             argument.arg,
             ast.unparse(argument.annotation) if argument.annotation else "Any",
             ast.unparse(default) if default is not None else None,
         )
-        for argument, default in pairs
+        for argument, default in zip([*positional, *arguments.kwonlyargs], defaults, strict=True)
         if argument.arg != "self"
     )
 
 
-def _returns(node: ast.FunctionDef | ast.ClassDef) -> str:
+def _returns(node: ast.stmt) -> str:
     return ast.unparse(node.returns) if isinstance(node, ast.FunctionDef) and node.returns else ""
-
-
-@cache
-def _describe_file(module: str, path: Path) -> tuple[Description, ...]:
-    text = path.read_text(encoding="utf-8")
-    if "@register(" not in text:
-        return ()
-    return tuple(
-        Description(group, name, module, _parameters(node), ast.get_docstring(node) or "", _returns(node))
-        for node in ast.parse(text).body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef)
-        for group, name in _decorations(node)
-    )
-
-
-@cache
-def _built_in() -> dict[str, dict[str, Description]]:
-    table: dict[str, dict[str, Description]] = {}
-    for module, path in _modules():
-        for entry in _describe_file(module, path):
-            table.setdefault(entry.group, {})[entry.name] = entry
-    return table
 
 
 def _describe_object(group: str, name: str, target: Callable[..., Any]) -> Description:

@@ -93,7 +93,7 @@ class TestBench:
         ("words", "said"),
         [
             ((), "Name a checkpoint"),
-            (("x", "--contexts", "many"), "--contexts many: must be numbers"),
+            (("x", "--contexts", "many"), "--contexts: 'many' must be numbers"),
             (("x", "--contexts", "0"), "must be numbers of tokens"),
             (("x", "--json", "a.txt"), "must be a .json file"),
             (("x", "--plot", "nowhere/a.png"), "must be a .png file in a folder"),
