@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from plmtune.cli import cli
-from plmtune.config import compose, multirun, saved_config, typed_config
+from plmtune.config import compose, saved_config, typed_config
 from plmtune.errors import UserError
 
 CALLS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class", "socket.connect",
@@ -389,7 +389,7 @@ class TestOverrides:
 
     def test_hydras_launchers_and_sweepers_can_be_set_for_a_multirun(self, place: Path) -> None:
         seeds: list[int] = []
-        multirun.multirun(
+        compose.multirun(
             "pretrain",
             (),
             ["seed=1,2", "hydra/launcher=basic", "hydra.sweep.dir=sweep", "hydra.sweep.subdir='s${hydra.job.num}'"],

@@ -58,7 +58,7 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
         module = recipe_file(name) if name.endswith(".py") else None
 
         from plmtune.config.compose import compose
-        from plmtune.config.multirun import multirun as run_all
+        from plmtune.config.compose import multirun as run_all
 
     base = module.CONFIG if module else name
 

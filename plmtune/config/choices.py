@@ -135,7 +135,7 @@ def normalize_file(
             for entry in entries
         ]
         values["defaults"].sort(key=lambda entry: isinstance(entry, dict))  # Hydra wants overrides last
-    return _with_choices(values, {f"override /{place}": name for place, name in choices.items()}, path)
+    return _with_choices(values, choices, path, "/")
 
 
 def _without_replaced(
@@ -152,31 +152,33 @@ def _without_replaced(
     }
 
 
+def _place(key: str) -> str:
+    """The place in a key of a defaults list: ``override /model/ffn`` -> ``model/ffn``."""
+    return key.split()[-1].lstrip("/")
+
+
 def choices_of(values: Mapping[str, Any]) -> dict[str, str | None]:
     """What the defaults list of a file chooses, by place."""
     entries = [entry for entry in values.get("defaults", []) if isinstance(entry, dict)]
-    return {key.split()[-1].lstrip("/"): name for entry in entries for key, name in entry.items()}
+    return {_place(key): name for entry in entries for key, name in entry.items()}
 
 
-def _with_choices(values: dict[str, Any], choices: Mapping[str, str | None], path: Path) -> dict[str, Any]:
-    if not choices:
-        return values
-    defaults, listed = values.get("defaults", []), choices_of(values)
-    for place, name in choices.items():
-        place = place.split()[-1].lstrip("/")
-        if listed.get(place) not in (None, name):
-            raise UserError(
-                f"{path}, key {place.replace('/', '.')}: {name or 'null'} is chosen here, and {listed[place]} in the "
-                "defaults list. Keep one of them."
-            )
-    left = {key.split()[-1].lstrip("/"): (key, name) for key, name in choices.items()}
-    entries = [
-        {key: left.pop(key.split()[-1].lstrip("/"), (key, name))[1] for key, name in entry.items()}
-        if isinstance(entry, dict)
-        else entry
-        for entry in defaults
-    ]  # a null in the list gives way to a name among the values, in its place
-    return {**values, "defaults": [*entries, *({key: name} for key, name in left.values())]}
+def _with_choices(values: dict[str, Any], choices: dict[str, str | None], path: Path, root: str) -> dict[str, Any]:
+    """Add choices to the defaults list; one that is null there gives way in its place."""
+    left, entries = dict(choices), []
+    for entry in values.get("defaults", []):
+        entry = dict(entry) if isinstance(entry, dict) else entry
+        for key, listed in entry.items() if isinstance(entry, dict) else ():
+            place = _place(key)
+            entry[key] = name = left.pop(place, listed)
+            if listed not in (None, name):
+                raise UserError(
+                    f"{path}, key {place.replace('/', '.')}: {name or 'null'} is chosen here, and {listed} in the "
+                    "defaults list. Keep one of them."
+                )
+        entries.append(entry)
+    entries += [{f"override {root}{place}": name} for place, name in left.items()]
+    return {**values, "defaults": entries} if choices else values
 
 
 # --- presets ------------------------------------------------------------------------------------------------------
@@ -235,5 +237,5 @@ def read_preset(path: Path, place: str, group: str, groups: Collection[str]) -> 
     defaults = [*([base] if base else []), *content.get("defaults", [])]
     if not any(isinstance(entry, str) and entry != "_self_" for entry in defaults):
         raise UserError(f"{path}: says no component that its keys belong to. Add defaults: [NAME, _self_].")
-    relative = {f"override {at.removeprefix(place + '/')}": name for at, name in choices.items()}
-    return _with_choices({**values, "defaults": defaults}, relative, path)
+    relative = {at.removeprefix(f"{place}/"): name for at, name in choices.items()}
+    return _with_choices({**values, "defaults": defaults}, relative, path, "")

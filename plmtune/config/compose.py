@@ -2,35 +2,59 @@
 
 ``compose`` gives a recipe's schema (`plmtune.config.schema`) in which each component stands as a `Component`: a
 registered name with its settings. Hydra only merges YAML and overrides here; nothing a config says is ever imported
-or called.
+or called. ``multirun`` has Hydra's sweepers and launchers run a config several times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cache
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra import main as hydra_main
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from plmtune.config.builtin import builtin_folder
-from plmtune.config.messages import explain
+from plmtune.config.messages import UNUSED, Given, explain
 from plmtune.config.override_checks import check_overrides
 from plmtune.config.primary import PRIMARY, store_primary
-from plmtune.config.schema import SCHEMAS
-from plmtune.config.signatures import FIELDS
 from plmtune.config.store import store_components
 from plmtune.config.typed_config import from_plain
 from plmtune.errors import UserError
+from plmtune.io.atomic import remove_empty_folders
 from plmtune.registry import Component
 
-# Files of Hydra's command line and logging, which compose() does not use; reading them takes a tenth of its time.
-_UNUSED = [f"~hydra/{name}" for name in ("help", "hydra_help", "job_logging", "hydra_logging", "output", "env")]
+
+@contextlib.contextmanager
+def _stored(
+    name: str, overlays: Sequence[str], overrides: Sequence[str], *, multirun: bool = False
+) -> Iterator[tuple[Given, list[str]]]:
+    """Put a config into Hydra's store, and translate Hydra's errors; yields what it is made of, and the overrides."""
+    checked = check_overrides(overrides, multirun=multirun)
+    store_components()
+    given = store_primary(name, overlays, overrides, checked)
+    GlobalHydra.instance().clear()
+    try:
+        yield given, checked
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error, given) from None
+
+
+def _typed(composed: DictConfig, given: Given) -> Any:
+    try:
+        return from_plain(composed)
+    except UserError as error:
+        raise given.with_place(error) from None
 
 
 def compose(name: str, overlays: Sequence[str] = (), overrides: Sequence[str] = ()) -> Any:
@@ -47,37 +71,65 @@ def compose(name: str, overlays: Sequence[str] = (), overrides: Sequence[str] = 
     Raises:
         UserError: naming the file or the override, the key, and the nearest right name.
     """
-    checked = check_overrides(overrides)
-    store_components()
-    given = store_primary(name, overlays, overrides, checked)
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(builtin_folder("conf")), version_base="1.3"):
-            composed = hydra_compose(PRIMARY, overrides=[*checked, *_UNUSED])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error, given, all_keys, FIELDS) from None
-    try:
-        return from_plain(composed)
-    except UserError as error:
-        raise given.with_place(error) from None
+    with (
+        _stored(name, overlays, overrides) as (given, checked),
+        initialize_config_dir(str(builtin_folder("conf")), version_base="1.3"),
+    ):
+        return _typed(hydra_compose(PRIMARY, overrides=[*checked, *UNUSED]), given)
 
 
-def all_keys(base: str) -> list[str]:
-    """Every full key of a built-in config, for "did you mean"."""
-    return _all_keys(base, frozenset(SCHEMAS.values()))
+def multirun(
+    name: str, overlays: Sequence[str], overrides: Sequence[str], task: Callable[[Any], Any], directory: Path
+) -> None:
+    """Hydra's own multirun: its sweepers and launchers call `task` with each composed config.
 
+    Args:
+        directory: where each job gets a run directory, named by its number, unless the config has `run_dir`.
 
-@cache
-def _all_keys(base: str, schemas: frozenset[type]) -> list[str]:
-    with initialize_config_dir(str(builtin_folder("conf")), version_base="1.3"):
-        return list(_flat(OmegaConf.to_container(hydra_compose(base, overrides=_UNUSED), resolve=False)))
+    Raises:
+        UserError: of the first job that is refused, naming it. Of jobs that begin no run no folder is left.
+    """
+    from unittest import mock  # imports asyncio
 
+    with contextlib.ExitStack() as stack:
+        given, checked = stack.enter_context(_stored(name, overlays, overrides, multirun=True))
+        for text in checked:
+            if text.startswith("hydra.sweep.dir="):
+                directory = Path(text.removeprefix("hydra.sweep.dir="))
 
-def _flat(value: Any, prefix: str = "") -> Iterator[str]:
-    for key, child in value.items():
-        yield f"{prefix}{key}"
-        if isinstance(child, dict):
-            yield from _flat(child, f"{prefix}{key}.")
+        def job(composed: DictConfig) -> Any:
+            place = Path(HydraConfig.get().runtime.output_dir)
+            try:
+                cfg = _typed(composed, given)
+                cfg.run_dir = cfg.run_dir or str(place)
+                return task(cfg)
+            finally:
+                with contextlib.suppress(OSError):  # not empty: a run began there
+                    place.rmdir()
+
+        def result(done: JobReturn) -> Any:
+            if done.status is JobStatus.COMPLETED:
+                return done._return_value
+            if not isinstance(done._return_value, UserError):
+                raise done._return_value
+            number = done.hydra_cfg.hydra.job.num if done.hydra_cfg else "?"
+            own = [text for text in done.overrides or () if text not in checked]
+            raise UserError(f"job {number} ({', '.join(own)}): {done._return_value}") from done._return_value
+
+        settings = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none",
+                    "hydra.job.chdir=false", f"hydra.sweep.dir={directory}"]  # fmt: skip
+        stack.enter_context(remove_empty_folders(directory))
+        # Hydra raises errors instead of printing them and exiting with code 1; its own result prints what failed.
+        stack.enter_context(mock.patch.dict(os.environ, HYDRA_FULL_ERROR="1"))
+        stack.enter_context(mock.patch.object(sys, "argv", ["plmtune", "--multirun", *settings, *checked]))
+        stack.enter_context(
+            mock.patch.object(JobReturn, "return_value", property(result, vars(JobReturn)["return_value"].fset))
+        )
+        try:
+            hydra_main(version_base="1.3", config_path=str(builtin_folder("conf")), config_name=PRIMARY)(job)()
+        finally:
+            if directory.is_dir() and [path.name for path in directory.iterdir()] == ["multirun.yaml"]:
+                (directory / "multirun.yaml").unlink()
 
 
 def build(key: str, chosen: Component | None, **runtime: Any) -> Any:

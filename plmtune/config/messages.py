@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+
+from plmtune.config.builtin import builtin_folder
 from plmtune.config.choices import FILE_PRESET
 from plmtune.config.names import name_hint
 from plmtune.config.overrides import quote_override
 from plmtune.config.renamed import new_key
 from plmtune.config.schema import SCHEMAS
+from plmtune.config.signatures import FIELDS
 from plmtune.errors import UserError, did_you_mean, either, near_names
 from plmtune.registry import describe_components
 from plmtune.units import with_point
+
+# Files of Hydra's command line and logging, which compose() does not use; reading them takes a tenth of its time.
+UNUSED = [f"~hydra/{name}" for name in ("help", "hydra_help", "job_logging", "hydra_logging", "output", "env")]
 
 
 def _of_other_component(full_key: str, group: str, name: str) -> str | None:
@@ -112,15 +122,25 @@ class Given:
         return UserError(f"{self.place(key[1])}{error}") if key else error
 
 
-def explain(
-    error: Exception, given: Given, all_keys: Callable[[str], list[str]], keys_of: dict[str, list[str]]
-) -> UserError:
-    """Translate an error of Hydra's composition.
+def all_keys(base: str) -> list[str]:
+    """Every full key of a built-in config, for "did you mean"."""
+    return _all_keys(base, frozenset(SCHEMAS.values()))
 
-    Args:
-        all_keys: gives every full key of a built-in config.
-        keys_of: type name -> its keys.
-    """
+
+@cache
+def _all_keys(base: str, schemas: frozenset[type]) -> list[str]:
+    def flat(value: Any, prefix: str = "") -> Iterator[str]:
+        for key, child in value.items():
+            yield f"{prefix}{key}"
+            if isinstance(child, dict):
+                yield from flat(child, f"{prefix}{key}.")
+
+    with initialize_config_dir(str(builtin_folder("conf")), version_base="1.3"):
+        return list(flat(OmegaConf.to_container(hydra_compose(base, overrides=UNUSED), resolve=False)))
+
+
+def explain(error: Exception, given: Given) -> UserError:
+    """Translate an error of Hydra's composition."""
     chain: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
@@ -156,7 +176,7 @@ def explain(
         return UserError(f"{place(name)}{elsewhere or f'there is no group {name}. See: plmtune ls'}")
     if re.search(r"Key '([^']*)' (is )?not in", text) and full_key:
         owner = _search(r"object_type=(\w+)", text) or ""
-        siblings = keys_of.get(owner, [])
+        siblings = FIELDS.get(owner, [])
         group, _, name = owner.partition("__")
         of_recipe = any(schema.__name__ == owner for schema in SCHEMAS.values())
         if said := _of_other_component(full_key, group, name):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import types
 import typing
-from functools import cache
+from collections.abc import Iterable
+from functools import cache, partial
 from typing import Any, Literal
 
 from plmtune.config.schema import component_keys
-from plmtune.registry import Component, Key, describe_components, keys_of
+from plmtune.registry import Component, describe_components, keys_of
 
 # Type name -> its keys, to find the nearest right one for a wrong one.
 FIELDS: dict[str, list[str]] = {}
@@ -54,50 +56,43 @@ def plain_type(annotation: Any) -> Any:
     return annotation
 
 
-def _field(key: Key) -> tuple[str, Any, Any]:
-    default = None if isinstance(key.default, Component) else key.default
-    if isinstance(default, list | dict | tuple):
-        return key.name, plain_type(key.type), dataclasses.field(default_factory=lambda: default)
-    return key.name, plain_type(key.type), dataclasses.field(default=default)
+def _schema(name: str, keys: Iterable[tuple[str, Any, Any]], *fixed: tuple[str, Any, Any]) -> Any:
+    """A dataclass of keys: their names, annotations and defaults."""
+    fields = [*fixed]
+    for key, annotation, default in keys:
+        kind = plain_type(annotation)
+        if dataclasses.is_dataclass(kind):
+            made = dataclasses.field(default_factory=kind)
+        elif isinstance(default, list | dict | tuple):
+            made = dataclasses.field(default_factory=partial(copy.copy, default))
+        else:
+            made = dataclasses.field(default=None if isinstance(default, Component) else default)
+        fields.append((key, kind, made))
+    FIELDS[name] = [key for key, _, _ in fields[len(fixed) :]]
+    return dataclasses.make_dataclass(name, fields)
 
 
 @cache
 def plain_schema(schema: Any) -> Any:
+    """The schema of a section of the config, or of a whole one."""
     hints = typing.get_type_hints(schema, include_extras=True)
-    fields: list[tuple[str, Any, Any]] = []
-    for item in dataclasses.fields(schema):
-        kind = plain_type(hints[item.name])
-        if dataclasses.is_dataclass(hints[item.name]):
-            fields.append((item.name, kind, dataclasses.field(default_factory=kind)))
-        elif item.default_factory is not dataclasses.MISSING:
-            fields.append((item.name, kind, dataclasses.field(default_factory=item.default_factory)))
-        else:
-            fields.append((item.name, kind, dataclasses.field(default=item.default)))
-    FIELDS[schema.__name__] = [name for name, _, _ in fields]
-    return dataclasses.make_dataclass(schema.__name__, fields)
+    made = {item.name: item.default for item in dataclasses.fields(schema)}
+    made |= {f.name: f.default_factory() for f in dataclasses.fields(schema) if callable(f.default_factory)}
+    return _schema(schema.__name__, ((name, hints[name], default) for name, default in made.items()))
 
 
 @cache
 def component_schema(group: str, name: str) -> Any:
     """The schema of a component: its name under ``component``, then its keys."""
-    fields = [
-        ("component", str, dataclasses.field(default=name)),
-        *map(_field, keys_of(group, name).values()),
-    ]
-    FIELDS[f"{group}__{name}"] = [key for key, _, _ in fields[1:]]
-    return dataclasses.make_dataclass(f"{group}__{name}", fields)
+    keys = ((key.name, key.type, key.default) for key in keys_of(group, name).values())
+    return _schema(f"{group}__{name}", keys, ("component", str, dataclasses.field(default=name)))
 
 
 def dict_keys() -> set[str]:
     """Full keys that hold a dictionary whose names the user chooses."""
-    return _dict_keys_of(frozenset(component_keys()))
-
-
-@cache
-def _dict_keys_of(groups: frozenset[str]) -> set[str]:
     return {
         f"{group}.{key.name}"
-        for group in groups
+        for group in component_keys()
         for name in describe_components().get(group, {})
         for key in keys_of(group, name).values()
         if plain_type(key.type) == dict[str, Any]

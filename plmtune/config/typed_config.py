@@ -35,18 +35,17 @@ def from_plain(source: DictConfig | dict[str, Any], where: str = "") -> Any:
     if not isinstance(recipe, str) or recipe not in SCHEMAS:
         raise UserError(f"{where or 'config'}, key recipe: there is no {recipe}.{did_you_mean(str(recipe), SCHEMAS)}")
     schema: Any = SCHEMAS[recipe]
-    return _construct(schema, merge(plain_schema(schema), plain, "", where), "", where)
+    return _construct(schema, _merge(plain_schema(schema), plain, "", place), "", place)
 
 
 _structured = cache(OmegaConf.structured)
 
 
-def merge(schema: Any, values: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+def _merge(schema: Any, values: dict[str, Any], key: str, place: str) -> dict[str, Any]:
     try:
         merged = OmegaConf.merge(_structured(schema), values)
     except OmegaConfBaseException as error:
         full = ".".join(part for part in (key, str(getattr(error, "full_key", "") or "")) if part)
-        place = f"{where}, " if where else ""
         if "not in" in str(error):
             inner = getattr(error, "object_type", None) or schema  # the section that lacks the key
             known = FIELDS.get(inner.__name__, [f.name for f in dataclasses.fields(schema) if f.name != "component"])
@@ -56,10 +55,9 @@ def merge(schema: Any, values: dict[str, Any], key: str, where: str) -> dict[str
     return typing.cast("dict[str, Any]", OmegaConf.to_container(merged))
 
 
-def _construct(annotation: Any, value: Any, key: str, where: str) -> Any:
+def _construct(annotation: Any, value: Any, key: str, place: str) -> Any:
     """Turn a checked plain value into what its annotation says: dataclasses, Components, Literals, tuples."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    place = f"{where}, " if where else ""
     if is_text_list(annotation) and not isinstance(value, dict):
         value = _texts(value, f"{place}key {key}")
     if value is None:
@@ -69,24 +67,24 @@ def _construct(annotation: Any, value: Any, key: str, where: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{place}key {key}: must be a finite number, not {value}.")
     if is_component(annotation):
-        return to_component(key.rpartition(".")[2], value, key, where)
+        return _to_component(key.rpartition(".")[2], value, key, place)
     if isinstance(value, dict | list) and not _may_hold(annotation, type(value)):
         held = "a table" if isinstance(value, dict) else "a list"
         raise UserError(f"{place}key {key}: {held} where one value is needed ({_kind(annotation)}).")
     if group := dict_group(annotation):
-        return {name: to_component(group, child, f"{key}.{name}", where) for name, child in value.items()}
+        return {name: _to_component(group, child, f"{key}.{name}", place) for name, child in value.items()}
     if origin is typing.Annotated:
         for rule in arguments[1:]:
             if isinstance(rule, Rule) and not rule.allows(value):
                 raise UserError(f"{place}key {key}: {rule}, not {value!r:.80}.")
-        return _construct(arguments[0], value, key, where)
+        return _construct(arguments[0], value, key, place)
     if origin is Literal and value not in arguments:
         raise UserError(f"{place}key {key}: {value!r} is none of {', '.join(map(str, arguments))}.")
     if dataclasses.is_dataclass(annotation):
         hints = typing.get_type_hints(annotation, include_extras=True)
         dotted = f"{key}." if key else ""
         section = typing.cast(Any, annotation)(
-            **{name: _construct(hints[name], child, dotted + name, where) for name, child in value.items()}
+            **{name: _construct(hints[name], child, dotted + name, place) for name, child in value.items()}
         )
         if hasattr(section, "check"):  # what one key asks of another
             try:
@@ -96,18 +94,18 @@ def _construct(annotation: Any, value: Any, key: str, where: str) -> Any:
                 raise UserError(f"{place}{named}{str(error).rstrip('.')}.") from error
         return section
     if origin is list:
-        return [_construct(arguments[0], child, f"{key}[{i}]", where) for i, child in enumerate(value)]
+        return [_construct(arguments[0], child, f"{key}[{i}]", place) for i, child in enumerate(value)]
     if origin is dict:
-        return {name: _construct(arguments[1], child, f"{key}.{name}", where) for name, child in value.items()}
+        return {name: _construct(arguments[1], child, f"{key}.{name}", place) for name, child in value.items()}
     if origin is tuple:
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(value) != len(kinds):
             raise UserError(f"{place}key {key}: needs {len(kinds)} values, not {len(value)}.")
         items = enumerate(zip(kinds, value, strict=True))
-        return tuple(_construct(kind, child, f"{key}[{i}]", where) for i, (kind, child) in items)
+        return tuple(_construct(kind, child, f"{key}[{i}]", place) for i, (kind, child) in items)
     if origin in (typing.Union, types.UnionType):
         others = [argument for argument in arguments if argument is not type(None)]
-        return _construct(others[0], value, key, where) if len(others) == 1 else value
+        return _construct(others[0], value, key, place) if len(others) == 1 else value
     return value
 
 
@@ -148,13 +146,8 @@ def _kind(annotation: Any) -> str:
     return either([words.get(argument, str(argument)) for argument in arguments])
 
 
-def to_component(group: str, value: Any, key: str, where: str = "") -> Component:
-    """Check ``{component: name, setting: ...}`` against the registered signature.
-
-    Raises:
-        UserError: for an unknown component, an unknown setting or a wrong type.
-    """
-    place = f"{where}, " if where else ""
+def _to_component(group: str, value: Any, key: str, place: str) -> Component:
+    """Check ``{component: name, setting: ...}`` against the registered signature."""
     if isinstance(value, str):  # the name alone
         value = {"component": value}
     if not isinstance(value, dict) or not isinstance(value.get("component"), str):
@@ -167,16 +160,16 @@ def to_component(group: str, value: Any, key: str, where: str = "") -> Component
     except UserError as error:
         raise UserError(f"{place}key {key}: {error}") from None
     keys = keys_of(group, name)
-    checked = merge(component_schema(group, name), value, key, where)
+    checked = _merge(component_schema(group, name), value, key, place)
     del checked["component"]
     settings = {}
     for item, child in checked.items():
         full = f"{key}.{item}"
         default = keys[item].default
         if isinstance(default, Component):
-            settings[item] = default if child is None else to_component(default.group, child, full, where)
+            settings[item] = default if child is None else _to_component(default.group, child, full, place)
         else:
-            settings[item] = _construct(keys[item].type, child, full, where)
+            settings[item] = _construct(keys[item].type, child, full, place)
     return Component(group, name, settings)
 
 

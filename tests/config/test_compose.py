@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from plmtune.config import compose, multirun, override_checks, saved_config, typed_config
+from plmtune.config import compose, override_checks, saved_config, typed_config
 from plmtune.config.builtin import builtin_folder
 from plmtune.config.overrides import quote_override
 from plmtune.errors import UserError
@@ -500,7 +500,7 @@ class TestMultirun:
                 (Path(cfg.run_dir) / "file").touch()
 
         try:
-            multirun.multirun("demo", (), overrides, task, Path("runs/multirun/now"))
+            compose.multirun("demo", (), overrides, task, Path("runs/multirun/now"))
         finally:
             self.ran = ran
         return ran
@@ -536,5 +536,5 @@ class TestMultirun:
             raise KeyError("x")
 
         with pytest.raises(KeyError):
-            multirun.multirun("demo", (), ["seed=1,2"], task, Path("runs/multirun/now"))
+            compose.multirun("demo", (), ["seed=1,2"], task, Path("runs/multirun/now"))
         assert not [*tmp_path.iterdir()]
