@@ -60,14 +60,12 @@ def _schema(name: str, keys: Iterable[tuple[str, Any, Any]], *fixed: tuple[str, 
     """A dataclass of keys: their names, annotations and defaults."""
     fields = [*fixed]
     for key, annotation, default in keys:
-        kind = plain_type(annotation)
-        if dataclasses.is_dataclass(kind):
-            made = dataclasses.field(default_factory=kind)
-        elif isinstance(default, list | dict | tuple):
-            made = dataclasses.field(default_factory=partial(copy.copy, default))
+        kind: Any = plain_type(annotation)
+        if dataclasses.is_dataclass(kind) or isinstance(default, list | dict | tuple):
+            make: Any = kind if dataclasses.is_dataclass(kind) else partial(copy.copy, default)
+            fields.append((key, kind, dataclasses.field(default_factory=make)))
         else:
-            made = dataclasses.field(default=None if isinstance(default, Component) else default)
-        fields.append((key, kind, made))
+            fields.append((key, kind, None if isinstance(default, Component) else default))
     FIELDS[name] = [key for key, _, _ in fields[len(fixed) :]]
     return dataclasses.make_dataclass(name, fields)
 
