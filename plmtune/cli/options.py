@@ -162,9 +162,6 @@ def newest_run(command: str) -> str:
 
     Args:
         command: the usage that names a model: "chat CHECKPOINT".
-
-    Raises:
-        UserError: if there is none.
     """
     from plmtune.io.run_summary import finished_runs
 
@@ -179,11 +176,7 @@ def newest_run(command: str) -> str:
 
 
 def find_model(given: str | None, command: str) -> str:
-    """Return the model that a command is given, or else the newest finished run. It imports no torch.
-
-    Raises:
-        UserError: for what cannot be a model.
-    """
+    """Return the model that a command is given, or else the newest finished run. It imports no torch."""
     if given is None:
         return newest_run(command)
     check_model_path(given)
@@ -191,11 +184,7 @@ def find_model(given: str | None, command: str) -> str:
 
 
 def model_first(words: Sequence[str], command: str) -> tuple[str, tuple[str, ...]]:
-    """Divide words into a model, which may be left out, and the files that follow it.
-
-    Raises:
-        UserError: see `find_model`.
-    """
+    """Divide words into a model, which may be left out, and the files that follow it."""
     if not words or _names_files(words[0]):
         if any(Path(word).is_dir() and not _names_files(word) for word in words[1:]):
             raise UserError(f"{words[0]} is no checkpoint, and CHECKPOINT comes first: plmtune {command}")
@@ -219,11 +208,7 @@ def _names_files(text: str) -> bool:
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return the device of that name, or the one that there is.
-
-    Raises:
-        UserError: if this machine has none of that name.
-    """
+    """Return the device of that name, or the one that there is."""
     import torch
 
     try:

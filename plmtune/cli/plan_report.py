@@ -145,11 +145,7 @@ def show_plan(
 
 
 def _pairs(model_shape: ModelShape, asked: Asked) -> tuple[list[tuple[str, str]], str]:
-    """The pairs of runtime and scheme to predict, and why none is llama.cpp's, if it cannot have the model.
-
-    Raises:
-        UserError: for a scheme that no runtime has, or if only llama.cpp was asked for.
-    """
+    """The pairs of runtime and scheme to predict, and why none is llama.cpp's, if it cannot have the model."""
     schemes, runtimes = asked.schemes, asked.runtimes
     if not asked.schemes_given:
         if model_shape.formats:

@@ -105,11 +105,7 @@ def inspect(name: str, text: str, specials: bool) -> None:
 
 
 def find_tokenizer(text: str) -> Tokenizer:
-    """Return the tokenizer of a registered name, a directory, a file, or a run's newest checkpoint.
-
-    Raises:
-        UserError: if it is none of them.
-    """
+    """Return the tokenizer of a registered name, a directory, a file, or a run's newest checkpoint."""
     from plmtune.config.names import name_hint
     from plmtune.registry import describe_components, load
 

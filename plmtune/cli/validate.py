@@ -44,11 +44,7 @@ def validate(name: str, arguments: tuple[str, ...], show: bool) -> None:
 
 
 def check(recipe: ModuleType, cfg: Any) -> str:
-    """Run the recipe's checks of a config; return a summary.
-
-    Raises:
-        UserError: as the run would raise it.
-    """
+    """Run the recipe's checks of a config; return a summary."""
     if hasattr(recipe, "check"):
         return str(recipe.check(cfg))
     if hasattr(recipe, "preflight"):

@@ -46,9 +46,6 @@ def take_choices(value: Any, place: str, group: str, choices: dict[str, str | No
     Args:
         place: of the component, with slashes.
         where: file or override, in front of a message.
-
-    Raises:
-        UserError: for a list of names where one component is used.
     """
     key = place.replace("/", ".")
     if isinstance(value, list):
@@ -215,11 +212,7 @@ def place_of_group(group: str, groups: Collection[str]) -> str:
 
 
 def read_preset(path: Path, place: str, group: str, groups: Collection[str]) -> dict[str, Any]:
-    """Read a preset of `group` from a file, as Hydra's store holds it.
-
-    Raises:
-        UserError: if the file is none, or is a preset of another group.
-    """
+    """Read a preset of `group` from a file, as Hydra's store holds it."""
     if not path.is_file():
         raise UserError(f"override {place}={path}: no such file. A preset to start from: plmtune ls {group}")
     content = read_yaml(path)

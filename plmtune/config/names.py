@@ -54,11 +54,7 @@ def _what_is(name: str) -> str:
 
 
 def refuse_preset(content: Mapping[str, Any], path: Path) -> None:
-    """Refuse a preset where a config is expected.
-
-    Raises:
-        UserError: saying what the file is, and how to use it.
-    """
+    """Refuse a preset where a config is expected."""
     found = preset_groups(content)
     if found:
         places = [place_of_group(group, component_keys()) for group in found]
@@ -75,11 +71,7 @@ def usage_of(place: str, name: str) -> str:
 
 
 def check_model_path(path: str | Path) -> None:
-    """Refuse what cannot be a model: a path that does not exist, or a file. Asks no hub and imports no torch.
-
-    Raises:
-        UserError: naming what to give instead.
-    """
+    """Refuse what cannot be a model: a path that does not exist, or a file. Asks no hub and imports no torch."""
     if hub.parse(path):
         return
     path = Path(path)

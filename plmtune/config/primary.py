@@ -34,11 +34,7 @@ _BASES = {"preference": "dpo"}
 
 
 def find_config(name: str) -> Path:
-    """Path of a built-in config by name (``pretrain``) or of a file (``mine.yaml``, ``conf/plm_1.8b.yaml``).
-
-    Raises:
-        UserError: if there is none, with the nearest name.
-    """
+    """Path of a built-in config by name (``pretrain``) or of a file (``mine.yaml``, ``conf/plm_1.8b.yaml``)."""
     builtin = builtin_folder("conf")
     if name.endswith((".yaml", ".yml")):
         # conf/NAME.yaml names the built-in file from any directory, as the documentation writes it.
@@ -153,11 +149,7 @@ def _check_shape_of_component(group: str, value: Any, key: str, place: str) -> N
 
 
 def _recipe_of(content: dict[str, Any], path: Path) -> str:
-    """The recipe of a file that does not name it: the only one that has its keys.
-
-    Raises:
-        UserError: if several recipes have them, or none.
-    """
+    """The recipe of a file that does not name it: the only one that has its keys."""
     keys = [str(key) for key in content if key != "defaults"]
     known = {recipe: {item.name for item in dataclasses.fields(schema)} for recipe, schema in SCHEMAS.items()}
     fitting = [recipe for recipe, names in known.items() if names.issuperset(keys)]

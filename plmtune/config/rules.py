@@ -2,7 +2,8 @@
 
 Hydra imports and calls what some of its keys name and finds files by names that may climb out of ``conf/``; OmegaConf
 runs resolvers; YAML's aliases and references to other keys multiply. A config can come from anywhere, so this lists
-what is allowed, not what is known to be harmful.
+what is allowed, not what is known to be harmful. What is refused is a `UserError` that names the file or override, and
+the key.
 """
 
 from __future__ import annotations
@@ -126,9 +127,6 @@ def check_file(content: Mapping[str, Any], path: Path, groups: Container[str]) -
 
     Args:
         groups: the registry's groups, in which a component is chosen by the defaults list.
-
-    Raises:
-        UserError: naming the file and the key.
     """
     for name, child in content.items():
         if name == "defaults":
@@ -168,11 +166,7 @@ def is_option(name: str) -> bool:
 
 
 def check_value(value: Any, place: str, key: str = "") -> None:
-    """Refuse keys that Hydra interprets, types of values that a config cannot hold, and unknown references.
-
-    Raises:
-        UserError: naming the key.
-    """
+    """Refuse keys that Hydra interprets, types of values that a config cannot hold, and unknown references."""
     if isinstance(value, dict):
         for name, child in value.items():
             if not isinstance(name, str):
@@ -206,11 +200,7 @@ def _bad_reference(value: str, place: str, key: str) -> UserError:
 
 
 def check_scalar(value: Any, place: str, key: str) -> None:
-    """Refuse values that no key takes: numbers beyond 64 bits, text that no file can hold, dates, sets.
-
-    Raises:
-        UserError: naming the key.
-    """
+    """Refuse values that no key takes: numbers beyond 64 bits, text that no file can hold, dates, sets."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise UserError(f"{place}key {key}: a whole number of {value.bit_length()} bits; at most 64 are possible.")
     if isinstance(value, str):
@@ -231,9 +221,6 @@ def check_override(
         key, package, value: of `text`, parsed; the value a list of all where there are several.
         groups: keys that hold a component.
         multirun: Hydra's launchers and sweepers may be set.
-
-    Raises:
-        UserError: naming the override.
     """
     place = f"override {text:.200}: "
     values = value if isinstance(value, list) else [value]
@@ -261,11 +248,7 @@ def check_override(
 
 
 def resolve(values: dict[str, Any], place: str = "") -> dict[str, Any]:
-    """Replace references by values, with a limit; OmegaConf's own references multiply without one.
-
-    Raises:
-        UserError: naming the key, for a reference to nothing, to itself, or to a table.
-    """
+    """Replace references by values, with a limit; OmegaConf's own references multiply without one."""
     left = {"references": MAX_REFERENCES, "characters": MAX_BYTES}
 
     def plain(value: Any, key: str, open_keys: tuple[str, ...]) -> Any:

@@ -1,4 +1,7 @@
-"""The typed keys that recipes read. A component's own keys come from its signature, see `plmtune.registry`."""
+"""The typed keys that recipes read. A component's own keys come from its signature, see `plmtune.registry`.
+
+What keys of a section ask of each other is in its ``check``, which raises a ValueError.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,7 @@ class PhaseConfig:
     mix: dict[str, Number] = field(default_factory=dict)  # source: weight; empty means by size
 
     def check(self) -> None:
-        """Refuse a phase without an end, or with two.
-
-        Raises:
-            ValueError: naming what is wrong.
-        """
+        """Refuse a phase without an end, or with two."""
         if (self.tokens is None) == (self.steps is None):
             raise ValueError("needs tokens or steps, one of the two")
         if self.tokens is not None:
@@ -112,11 +111,7 @@ class GuardConfig:
     patience: Size = 3  # skipped steps in a row that stop the run
 
     def check(self) -> None:
-        """Refuse a factor that would skip half of all updates.
-
-        Raises:
-            ValueError: naming it.
-        """
+        """Refuse a factor that would skip half of all updates."""
         if 0 < self.spike_factor <= 1:
             raise ValueError(f"spike_factor ({self.spike_factor:g}) must be above 1, or 0 for none")
 
@@ -226,11 +221,7 @@ class SftConfig(FinetuningConfig):
     num_workers: Annotated[int, Range(0, most=256)] = 0  # threads that make steps ahead; 0: none
 
     def check(self) -> None:
-        """Refuse two budgets.
-
-        Raises:
-            ValueError: naming both.
-        """
+        """Refuse two budgets."""
         if self.epochs is not None and self.phases:
             raise ValueError(
                 f"epochs: is {self.epochs:g}, and phases says how long to train as well. Give one of them: 'phases=[]' "
@@ -254,11 +245,7 @@ class GenerationConfig:
     batch_size: Length = 16  # answers written at once
 
     def check(self) -> None:
-        """Refuse a stop string that is empty or holds an unknown escape.
-
-        Raises:
-            ValueError: naming the key.
-        """
+        """Refuse a stop string that is empty or holds an unknown escape."""
         if "" in self.stop:
             raise ValueError("stop: one of its texts is empty, so an answer would end before it begins")
         self.stop_texts()
@@ -305,11 +292,7 @@ class SensitivityConfig:
     tokens: Size = 2048  # of text that each module's loss is measured on
 
     def check(self) -> None:
-        """Refuse a budget that is no size.
-
-        Raises:
-            ValueError: naming it.
-        """
+        """Refuse a budget that is no size."""
         if self.budget is not None:
             self.budget_bytes(1 << 40)
 
