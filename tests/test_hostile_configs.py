@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from plmtune.cli import cli
-from plmtune.config import compose, saved_config, typed_config
+from plmtune.config import compose, messages, saved_config, typed_config
 from plmtune.errors import UserError
 
 CALLS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class", "socket.connect",
@@ -290,7 +290,8 @@ class TestFiles:
         self, case: str, road: str, place: Path, saved: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(compose, "hydra_compose", never)
-        monkeypatch.setattr(multirun, "hydra_main", never)
+        monkeypatch.setattr(messages, "hydra_compose", never)
+        monkeypatch.setattr(compose, "hydra_main", never)
         write(place, saved, FILES[case])
         refusal(place, run(*ROADS[road]))
 

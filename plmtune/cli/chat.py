@@ -12,21 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune.cli.generate import stream, warn_of_pretrained
+from plmtune.cli.generate import stream, usable, warn_of_pretrained
 from plmtune.cli.options import (
-    chat_template_option,
+    chat_options,
     device_option,
     find_device,
     find_model,
     import_option,
     sampling_options,
-    system_option,
 )
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io import terminal
 from plmtune.io.atomic import write_atomically
 from plmtune.io.tables import Column, Table
-from plmtune.io.terminal import visible
 
 if TYPE_CHECKING:
     from plmtune.inference.chat_session import ChatSession
@@ -36,8 +34,7 @@ _BLOCK = '"""'
 
 @click.command()
 @click.argument("checkpoint", required=False)
-@system_option
-@chat_template_option
+@chat_options
 @sampling_options
 @device_option
 @import_option
@@ -58,22 +55,19 @@ def chat(
     import plmtune
     from plmtune.inference.chat_session import ChatSession
     from plmtune.tokenizers.chat_template import find_template
-    from plmtune.tokenizers.message import BadRow
 
     where = find_device(device)
     model, tokenizer = plmtune.load(checkpoint, where)
     conversation = ChatSession(model, tokenizer, find_template(chat_template, tokenizer, "--chat-template "))
     warn_of_pretrained(checkpoint)
-    try:
+    with usable("The text of --system"):
         conversation.instruct(system)
-    except BadRow as error:
-        raise UserError(f"The text of --system {error}.") from error
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters
     lines = _Lines()
     talk = _Talk(conversation, sampling)
     if lines.interactive:
-        _print(f"{checkpoint}: {model.max_seq_len:,} tokens of context. /help lists the commands, Ctrl-D ends.")
+        terminal.say(f"{checkpoint}: {model.max_seq_len:,} tokens of context. /help lists the commands, Ctrl-D ends.")
     try:
         refused = _converse(talk, lines)
     except FloatingPointError as error:
@@ -96,12 +90,12 @@ def _converse(talk: _Talk, lines: _Lines) -> int:
                 return refused
         except UserError as error:
             refused += 1
-            _print(str(error))
+            terminal.say(str(error))
         except KeyboardInterrupt as interrupt:
             if not lines.interactive or interrupted:
                 raise
             interrupted = True
-            _print(f"\n{interrupt}Ctrl-C again ends, as /quit and Ctrl-D do")
+            terminal.say(f"\n{interrupt}Ctrl-C again ends, as /quit and Ctrl-D do")
 
 
 class _Lines:
@@ -146,7 +140,7 @@ class _Lines:
             line.encode("utf-8")  # Python decodes invalid bytes as surrogates
             return line
         except EOFError:
-            _print("")
+            terminal.say("")
             return None
         except UnicodeError as error:
             raise UserError(f"The message is not UTF-8: {error}.") from error
@@ -188,18 +182,17 @@ class _Talk:
         return False
 
     def ask(self, text: str) -> None:
-        from plmtune.tokenizers.message import BadRow
-
         talk = self.conversation
         said, forgotten = len(talk.messages), talk.forgotten
         # A question that is repeated after /undo gets another answer; the same input still gets the same answers.
         sampling = self.sampling | {"seed": self.sampling["seed"] + self.answers}
         self.answers += 1
         try:
-            with closing(talk.ask(text, **sampling)) as pieces:
+            with (
+                usable("The message", " The conversation continues without it."),
+                closing(talk.ask(text, **sampling)) as pieces,
+            ):
                 speed = stream(pieces)
-        except BadRow as error:
-            raise UserError(f"The message {error}. The conversation continues without it.") from error
         except ValueError as error:
             raise UserError(f"{error}. The conversation continues without it.") from error
         except KeyboardInterrupt as interrupt:
@@ -213,33 +206,29 @@ class _Talk:
             notes.append("no answer, so the message is dropped")
         if talk.forgotten > forgotten:
             notes.append(f"the model no longer sees the first {talk.forgotten} messages, for want of room")
-        _print("; ".join(notes), dim=True)
+        terminal.say("; ".join(notes), dim=True)
 
     def help(self, _: str) -> None:
         table = Table([Column("", key=True), Column("", folds=True)], headings=False)
         for usage, what in _USAGE.items():
             table.add(usage, what)
-        _print(table)
+        terminal.say("\n".join(table.lines(terminal.columns(sys.stderr), encoding=terminal.encoding(sys.stderr))))
 
     def system(self, text: str) -> None:
-        from plmtune.tokenizers.message import BadRow
-
-        try:
+        with usable("The text of /system", " Nothing is changed."):
             self.conversation.instruct(text or None)
-        except BadRow as error:
-            raise UserError(f"The text of /system {error}. Nothing is changed.") from error
-        _print("system message set" if text else "no system message", dim=True)
+        terminal.say("system message set" if text else "no system message", dim=True)
 
     def reset(self, _: str) -> None:
         self.conversation.reset()
         self.saved = None
-        _print("a new conversation", dim=True)
+        terminal.say("a new conversation", dim=True)
 
     def undo(self, _: str) -> None:
         question = self.conversation.undo()
         if question is None:
             raise UserError("There is nothing to undo.")
-        _print(f"dropped with its answer: {question.content}", dim=True)
+        terminal.say(f"dropped with its answer: {question.content}", dim=True)
 
     def save(self, name: str) -> None:
         path = Path(name).expanduser() if name else self.saved
@@ -254,23 +243,20 @@ class _Talk:
         row = {"messages": [message.to_row() for message in self.conversation.transcript]}
         write_atomically(path, json.dumps(row, ensure_ascii=False) + "\n", user_error=True)
         self.saved = path
-        _print(f"{path}: {len(row['messages'])} messages, as data=conversations reads them", dim=True)
+        terminal.say(f"{path}: {len(row['messages'])} messages, as data=conversations reads them", dim=True)
 
     def load(self, name: str) -> None:
         from plmtune.data.conversations import conversations
-        from plmtune.tokenizers.message import BadRow
 
         if not name:
             raise UserError("Name the file: /load talk.jsonl")
         found = next(conversations((name,)).conversations(), None)
         if found is None:
             raise UserError(f"{name} holds no conversation.")
-        try:
+        with usable(found.place, " Nothing is changed."):
             self.conversation.restore(found.messages)
-        except BadRow as error:
-            raise UserError(f"{found.place} {error}. Nothing is changed.") from error
         self.saved = None
-        _print(f"{found.place}: {len(found.messages)} messages; the last: {found.messages[-1].content}", dim=True)
+        terminal.say(f"{found.place}: {len(found.messages)} messages; the last: {found.messages[-1].content}", dim=True)
 
 
 _USAGE = {
@@ -284,15 +270,3 @@ _USAGE = {
     _BLOCK: "begins and ends a message of several lines; so does \\ at the end of each line but the last",
 }
 _COMMANDS = [usage.split()[0] for usage in _USAGE if usage.startswith("/")]
-
-
-def _print(text: str | Table, *, dim: bool = False) -> None:
-    """Print what is not an answer."""
-    width, encoding = terminal.columns(sys.stderr), terminal.encoding(sys.stderr)
-    if isinstance(text, Table):
-        lines = text.lines(width, encoding=encoding)
-    else:
-        lines = terminal.wrap(terminal.encodable(visible(text), encoding), width)
-    if dim and terminal.coloured(sys.stderr):
-        lines = [terminal.style(line, "dim") for line in lines]
-    print("\n".join(lines), file=sys.stderr, flush=True)

@@ -6,20 +6,19 @@ import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from plmtune.cli.generate import refuse_without_chat, warn_of_pretrained
 from plmtune.cli.options import (
-    chat_template_option,
+    chat_options,
     device_option,
     dtype_option,
     find_device,
     find_dtype,
     newest_run,
     option,
-    system_option,
 )
 from plmtune.config.names import check_model_path
 from plmtune.errors import UserError
@@ -48,8 +47,7 @@ if TYPE_CHECKING:
     "Limit generated answers to N tokens (default: the task's own limit, at most half of the context).",
 )
 @option("--chat", "Apply the model's chat template.")
-@chat_template_option
-@system_option
+@chat_options
 @option("--data PATH", "Read tasks' data from a local folder or map instead of the hub.")
 @option("--include PATH", "Add a folder with tasks of your own (YAML, Python).")
 @option("--unsafe-code", "Let tasks run code that the model wrote, in a sandbox.")
@@ -65,9 +63,7 @@ def evaluate(
     listing: bool,
     mapping: bool,
     limit: int | None,
-    num_fewshot: int | None,
     batch_size: str,
-    max_new_tokens: int | None,
     chat: bool,
     chat_template: str | None,
     system: str | None,
@@ -79,6 +75,7 @@ def evaluate(
     members: bool,
     dtype: str | None,
     device: str | None,
+    **how: Any,
 ) -> None:
     """Evaluate checkpoints, model directories, runs or models of the hub (default: the newest finished run).
 
@@ -104,7 +101,9 @@ def evaluate(
         _show_map(tasks, tasks.resolve(_names(names, suite, SUITES)))
         return
     refuse_without_chat(chat, chat_template, system)
-    rows = _batch_size(batch_size)
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
+        raise UserError(f"--batch-size {batch_size}: give auto, or how many answers are written at once.")
+    rows = None if batch_size == "auto" else int(batch_size)
     wanted = tasks.resolve(_names(names, suite, SUITES))
     if needing := [name for name in wanted if tasks.needs_code(name)]:
         _allow_code(tasks, needing, allowed=unsafe_code, sandboxed=not no_sandbox)
@@ -116,10 +115,10 @@ def evaluate(
     from plmtune.training.runtime import Runtime
 
     find_device(device)
-    settings = Settings(limit, num_fewshot, rows, chat, chat_template, system, max_new_tokens)
+    settings = Settings(limit=limit, batch_size=rows, chat=chat, chat_template=chat_template, system=system, **how)
     # Under torchrun each process takes its share of the documents.
     with Runtime.choose(device=device or "auto", precision="fp32").start() as runtime:
-        log = terminal.say if runtime.is_main else _ignore
+        log = terminal.say if runtime.is_main else lambda text: None
         # Rank 0 decides for all: a branch of the hub, or the newest run, may change a moment later.
         paths = broadcast_from_rank0(lambda: [hub.pin(path) for path in checkpoints] or [newest_run("eval CHECKPOINT")])
         for path in paths:
@@ -162,14 +161,6 @@ def _names(names: str | None, suite: str | None, suites: dict[str, tuple[str, ..
     if not wanted:
         raise UserError("Name what to measure: --tasks gsm8k,arc_easy, or --suite quick. All: plmtune eval --list")
     return list(dict.fromkeys(wanted))
-
-
-def _batch_size(given: str) -> int | None:
-    if given == "auto":
-        return None
-    if not given.isdecimal() or int(given) < 1:
-        raise UserError(f"--batch-size {given}: give auto, or how many answers are written at once.")
-    return int(given)
 
 
 def _allow_code(tasks: Tasks, names: Sequence[str], *, allowed: bool, sandboxed: bool) -> None:
@@ -219,10 +210,6 @@ def _show_map(tasks: Tasks, names: Sequence[str]) -> None:
     if not entries:
         raise UserError(f"{', '.join(names)}: written in Python, which does not say what it reads.")
     click.echo("\n".join(entries))
-
-
-def _ignore(text: str) -> None:
-    """Log nothing, on processes other than the first."""
 
 
 def _update(line: Progress, path: str, kind: str, done: int, total: int) -> None:

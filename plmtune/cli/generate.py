@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from plmtune.cli.options import (
-    chat_template_option,
+    chat_options,
     device_option,
     find_device,
     find_model,
     import_option,
     option,
     sampling_options,
-    system_option,
 )
 from plmtune.errors import UserError
 from plmtune.io import terminal
+from plmtune.tokenizers.message import BadRow, Message
 
 if TYPE_CHECKING:
     from plmtune.tokenizers.tokenizer import Tokenizer
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
 @click.argument("checkpoint", required=False)
 @option("--prompt TEXT", "Continue this text; - reads it from stdin.", required=True)
 @option("--chat", "Send the prompt as a user's message through the chat template.")
-@system_option
-@chat_template_option
+@chat_options
 @sampling_options
 @device_option
 @import_option
@@ -133,12 +133,22 @@ def _message(
 ) -> tuple[list[int], list[int]]:
     """Return the tokens of a user's message with the generation prompt, and the ids that end an answer."""
     from plmtune.tokenizers.chat_template import find_template
-    from plmtune.tokenizers.message import BadRow, Message
 
     template = find_template(chat_template, tokenizer, "--chat-template ")
     messages = [Message("system", system)] if system is not None else []
-    try:
+    with usable("The message"):
         ids = template.encode_prompt([*messages, Message("user", prompt)])
-    except BadRow as error:
-        raise UserError(f"The message {error}.") from error
     return ids.tolist(), [template.end_id]
+
+
+@contextmanager
+def usable(what: str, otherwise: str = "") -> Iterator[None]:
+    """Refuse messages that cannot be used.
+
+    Args:
+        otherwise: what happens instead.
+    """
+    try:
+        yield
+    except BadRow as error:
+        raise UserError(f"{what} {error}.{otherwise}") from error

@@ -82,10 +82,12 @@ base_option = option(
     "--base PATH", "Read the base model from this directory (default: the one that the adapters name)."
 )
 threads_option = option("--threads N", "Use N CPU threads (default: the runtime's own choice).")
-system_option = option("--system TEXT", "Start the conversation with this system message.")
-chat_template_option = option(
-    "--chat-template NAME",
-    "Use this chat template: chatml, llama3, plain, or a Jinja file (default: the tokenizer's own).",
+chat_options = several(
+    option("--system TEXT", "Start the conversation with this system message."),
+    option(
+        "--chat-template NAME",
+        "Use this chat template: chatml, llama3, plain, or a Jinja file (default: the tokenizer's own).",
+    ),
 )
 json_option = option("--json FILE", "Write all figures to FILE as JSON.", "json_path")
 print_json_option = option("--json", "Print JSON instead of a table.", "as_json")

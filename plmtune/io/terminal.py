@@ -143,20 +143,23 @@ def wrap(text: str, width: int | None) -> list[str]:
     return found
 
 
-def echo(text: str = "", *, err: bool = False) -> None:
+def echo(text: str = "", *, err: bool = False, dim: bool = False) -> None:
     """Print prose to stdout or stderr, wrapped on a terminal, with control characters escaped."""
     stream = sys.stderr if err else sys.stdout
     lines = wrap(encodable(visible(text), encoding(stream)), columns(stream))
-    if status:
-        status.clear()
+    if dim and coloured(stream):
+        lines = [style(line, "dim") for line in lines]
+    line = status
+    if line is not None:
+        line.clear()
     print("\n".join(lines), file=stream, flush=True)
     if status:
         status.draw()
 
 
-def say(text: str) -> None:
+def say(text: str, *, dim: bool = False) -> None:
     """Print prose to stderr."""
-    echo(text, err=True)
+    echo(text, err=True, dim=dim)
 
 
 class Warnings(logging.Handler):
