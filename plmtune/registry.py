@@ -19,7 +19,8 @@ import inspect
 import sys
 import traceback
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -113,16 +114,14 @@ def import_module(name: str) -> None:
         raise UserError(f"--import {name!r:.80}: takes the name of a Python module, as my_parts or my_package.x.{way}")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(name)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+    with importing(f"--import {name}"):
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not error.name or not f"{name}.".startswith(f"{error.name}."):
+                raise
             near = did_you_mean(name, [path.stem for path in Path.cwd().glob("*.py")])
             raise UserError(f"--import {name}: there is no module {error.name} on the path or here.{near}") from error
-        raise UserError(f"--import {name}: {raised(error)}") from error
-    refuse_taken_names()
     held = list(vars(module).values())
     if not any(f"{target.__module__}.".startswith(f"{name}.") or target in held for target in _objects.values()):
         raise UserError(
@@ -131,21 +130,29 @@ def import_module(name: str) -> None:
         )
 
 
-def raised(error: BaseException) -> str:
+@contextmanager
+def importing(what: str) -> Iterator[None]:
+    """Refuse a user's module that fails, or registers a component under the name of a built-in one."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{what}: {_raised(error)}") from error
+    _refuse_taken_names()
+
+
+def _raised(error: BaseException) -> str:
     """Where a user's module failed, and how: the last line of it that ran."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")][1:]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")][2:]
     place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else "its import"
     if isinstance(error, SyntaxError):
         place = f"{error.filename}, line {error.lineno}"
     return f"{place} raises {type(error).__name__} ({str(error) or 'without a message':.200})."
 
 
-def refuse_taken_names() -> None:
-    """Refuse a user's component under the name of a built-in one, which would be found or not by the order of imports.
-
-    Raises:
-        UserError: naming both modules.
-    """
+def _refuse_taken_names() -> None:
+    """A user's component under the name of a built-in one would be found or not by the order of imports."""
     for (group, name), target in [*_objects.items()]:
         ours = _built_in().get(group, {}).get(name)
         if ours is not None and target.__module__ != ours.module:
@@ -161,11 +168,12 @@ def _import_entry_points() -> None:
     """Import the modules of installed packages that register components (group ``plmtune.components``)."""
     for point in entry_points(group="plmtune.components"):
         try:
-            importlib.import_module(point.module)
-        except Exception as error:  # another package's fault must not stop every command
+            with importing(f"components of {point.module} are left out"):
+                importlib.import_module(point.module)
+        except UserError as error:  # another package's fault must not stop every command
             from plmtune.io import terminal
 
-            terminal.echo(f"plmtune: components of {point.module} are left out: {raised(error)}", err=True)
+            terminal.say(f"plmtune: {error}")
 
 
 @cache

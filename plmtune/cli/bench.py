@@ -26,8 +26,6 @@ from plmtune.io import terminal
 from plmtune.units import show_number_of
 
 if TYPE_CHECKING:
-    import torch
-
     from plmtune.devices.measure import Measurement
 
 
@@ -92,6 +90,7 @@ def bench(
 
     from plmtune.devices.bandwidth import read_bandwidth
     from plmtune.devices.measure import measure
+    from plmtune.io import provenance
     from plmtune.io.atomic import write_atomically
 
     where = find_device(device)
@@ -124,15 +123,23 @@ def bench(
         except UserError as error:  # of this target: the others are measured all the same
             failed.append(str(error))
     if found:
-        machine = _machine(where, bandwidth, found[0].threads)
-        _print(found, machine)
+        name, threads = provenance.device_name(where), found[0].threads
+        _print(found, f"{name}, {show_number_of(threads, 'thread')}, reads {bandwidth / 1e9:.1f} GB/s")
         if json_path is not None:
-            entries = {**machine, "new_tokens": how["new_tokens"], "measurements": [asdict(entry) for entry in found]}
+            entries = {
+                "when": provenance.now(),
+                "device": name,
+                "bandwidth": bandwidth,
+                "threads": threads,
+                "versions": provenance.versions(("plmtune", "torch", "llama-cpp-python", "xllamacpp", "executorch")),
+                "new_tokens": how["new_tokens"],
+                "measurements": [asdict(entry) for entry in found],
+            }
             write_atomically(json_path, json.dumps(entries, indent=2) + "\n", user_error=True)
         if plot is not None:
             from plmtune.devices.measure_plot import draw
 
-            draw(found, plot, f"{machine['device']}, {show_number_of(found[0].threads, 'thread')}")
+            draw(found, plot, f"{name}, {show_number_of(threads, 'thread')}")
     if failed:
         raise UserError("\n".join([*failed, *([f"Not measured: {len(failed)} of {len(targets)}."] if found else [])]))
 
@@ -146,19 +153,7 @@ def _flash_settings(target: str, asked: str) -> tuple[bool | None, ...]:
     return settings if asked == "both" else (asked == "on",)
 
 
-def _machine(device: torch.device, bandwidth: float, threads: int) -> dict[str, object]:
-    from plmtune.io import provenance
-
-    return {
-        "when": provenance.now(),
-        "device": provenance.device_name(device),
-        "bandwidth": bandwidth,
-        "threads": threads,
-        "versions": provenance.versions(("plmtune", "torch", "llama-cpp-python", "xllamacpp", "executorch")),
-    }
-
-
-def _print(found: list[Measurement], machine: dict[str, object]) -> None:
+def _print(found: list[Measurement], machine: str) -> None:
     from plmtune import native
     from plmtune.io.tables import Column, Table, numbers, show
     from plmtune.units import show_bytes
@@ -182,12 +177,7 @@ def _print(found: list[Measurement], machine: dict[str, object]) -> None:
             "-" if read is None else show_bytes(read),
             "-" if entry.share is None else f"{entry.share:.0%}",
         )
-    bandwidth, threads = machine["bandwidth"], machine["threads"]
-    assert isinstance(bandwidth, float) and isinstance(threads, int)
-    show(
-        table,
-        f"{machine['device']}, {show_number_of(threads, 'thread')}, reads {bandwidth / 1e9:.1f} GB/s; "
-        "decode/s from the median token; peak memory is what the process took on top of its start",
-    )
+    how = "decode/s from the median token; peak memory is what the process took on top of its start"
+    show(table, f"{machine}; {how}")
     if why := native.unavailable_reason():
         show(f"ours decodes without its own kernels: {why}")

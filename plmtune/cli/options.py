@@ -22,7 +22,7 @@ from plmtune.config.names import check_model_path
 from plmtune.errors import UserError
 from plmtune.io import hub, terminal
 from plmtune.io.atomic import write_atomically
-from plmtune.registry import import_module, raised, refuse_taken_names
+from plmtune.registry import import_module, importing
 from plmtune.units import unescape
 
 if TYPE_CHECKING:
@@ -243,18 +243,13 @@ def recipe_file(path: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
-    try:
+    with importing(path):
         spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{path}: {raised(error)}") from error
     for needed in ("main", "CONFIG"):
         if not hasattr(module, needed):
             raise UserError(
                 f"{path}: a recipe defines main(cfg) and CONFIG, the config it starts from; {needed} is missing."
             )
-    refuse_taken_names()
     if hasattr(module, "Config"):
         from plmtune.config.primary import use_schema
 

@@ -64,25 +64,24 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
 
     jobs: list[Path] = []
 
-    def start(cfg: Any) -> Any:
-        jobs.extend([Path(cfg.run_dir)] if cfg.run_dir else [])
+    def start(cfg: Any, dry_run: bool = dry_run, required: bool = True) -> Any:
         cfg.force = cfg.force or force
         with without_collecting():
             recipe = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
             if dry_run:
-                if not _can_be_tried(recipe):
+                if "dry_run" in inspect.signature(recipe.main).parameters:
+                    return recipe.main(cfg, dry_run=True)
+                if required:
                     raise UserError(f"{name}: --dry-run needs a recipe with def main(cfg, *, dry_run=False).")
-                return recipe.main(cfg, dry_run=True)
+                return None
+        jobs.extend([Path(cfg.run_dir)] if cfg.run_dir else [])
         # The score is for a sweeper; a recipe that was stopped raises SystemExit(75) instead.
         return recipe.main(cfg)
 
     def check_only(cfg: Any) -> None:
-        cfg.force = cfg.force or force
-        recipe = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
         unsaid = io.StringIO()
-        with without_collecting(), contextlib.redirect_stdout(unsaid), contextlib.redirect_stderr(unsaid):
-            if _can_be_tried(recipe):
-                recipe.main(cfg, dry_run=True)
+        with contextlib.redirect_stdout(unsaid), contextlib.redirect_stderr(unsaid):
+            start(cfg, dry_run=True, required=False)
 
     if multirun:
         directory = Path("runs") / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S}"
@@ -101,10 +100,6 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
         with without_collecting():
             cfg = compose(base, overlays, overrides)
         start(cfg)
-
-
-def _can_be_tried(recipe: Any) -> bool:
-    return "dry_run" in inspect.signature(recipe.main).parameters
 
 
 @click.command()

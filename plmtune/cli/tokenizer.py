@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,17 +62,28 @@ def train(files: tuple[Path, ...], vocab_size: int, out: Path, stdlib: bool, tex
     else:
         source = load("data", "files")(paths=[str(path) for path in files], text_key=text_key)
     held_out: list[str] = []
-    seen = _Count()
+    chars = 0
+
+    def blocks() -> Iterator[str]:
+        nonlocal chars
+        left = _HOLDOUT_CHARS
+        for number, block in enumerate(_blocks(chain.from_iterable(source.pieces(skip_bad))), start=1):
+            if number % _HOLDOUT_EVERY == 0 and left > 0:
+                held_out.append(block)
+                left -= len(block)
+            else:
+                chars += len(block)
+                line.update(f"{chars / 1e6:.1f} million characters read")
+                yield block
+        line.update(f"{chars / 1e6:.1f} million characters read; learning merges")
+
     with Progress() as line:
-        blocks = _reporting(
-            _without(_blocks(chain.from_iterable(source.pieces(skip_bad))), held_out), seen, line.update
-        )
         try:
-            made = train_bpe(blocks, vocab_size)
+            made = train_bpe(blocks(), vocab_size)
         except ValueError as error:
             raise UserError(f"tokenizer train: {error}.") from error
     made.save(out)
-    terminal.echo(f"{out}: {made.num_tokens:,} tokens, learned from {seen.chars:,} characters")
+    terminal.echo(f"{out}: {made.num_tokens:,} tokens, learned from {chars:,} characters")
     if held_out:
         num_bytes = sum(len(text.encode("utf-8", "replace")) for text in held_out)
         num_tokens = sum(len(ids) for ids in made.encode_batch(held_out))
@@ -122,10 +133,6 @@ def find_tokenizer(text: str) -> Tokenizer:
     raise UserError(f"{text} is neither a tokenizer's name nor a file or directory with one.{name_hint(text, named)}")
 
 
-class _Count:
-    chars = 0
-
-
 def _blocks(pieces: Iterable[Piece]) -> Iterator[str]:
     """Cut documents after the line that fills a block, so that a part of one large file can be held out."""
     rest = ""
@@ -138,21 +145,3 @@ def _blocks(pieces: Iterable[Piece]) -> Iterator[str]:
         if rest and (ends or len(rest) > _LINE_CHARS):
             yield rest
             rest = ""
-
-
-def _without(blocks: Iterable[str], held_out: list[str]) -> Iterator[str]:
-    chars = 0
-    for number, block in enumerate(blocks, start=1):
-        if number % _HOLDOUT_EVERY == 0 and chars < _HOLDOUT_CHARS:
-            held_out.append(block)
-            chars += len(block)
-        else:
-            yield block
-
-
-def _reporting(blocks: Iterable[str], seen: _Count, report: Callable[[str], None]) -> Iterator[str]:
-    for block in blocks:
-        seen.chars += len(block)
-        report(f"{seen.chars / 1e6:.1f} million characters read")
-        yield block
-    report(f"{seen.chars / 1e6:.1f} million characters read; learning merges")
