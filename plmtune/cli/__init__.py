@@ -23,6 +23,7 @@ from plmtune import __version__
 from plmtune.cli.help import Context, lay_out
 from plmtune.cli.usage import sentence
 from plmtune.errors import UserError
+from plmtune.extras import installed
 from plmtune.io import terminal
 
 # name -> one line for --help. The command is imported when it runs.
@@ -123,7 +124,11 @@ def main() -> None:
     atexit.register(gc.freeze)
     words = ""
     try:
-        _check_platform()
+        if not installed("fcntl"):
+            raise UserError(
+                "This system has no fcntl, by which a run's directory is locked: plmtune runs on Linux and macOS. "
+                "On Windows use WSL."
+            )
         code = cli.main(prog_name="plmtune", standalone_mode=False)
         sys.stdout.flush()
     except UserError as error:
@@ -153,16 +158,6 @@ def main() -> None:
     if words:
         terminal.echo(words, err=True)
     sys.exit(code)
-
-
-def _check_platform() -> None:
-    try:
-        import fcntl  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "This system has no fcntl, by which a run's directory is locked: plmtune runs on Linux and macOS. "
-            "On Windows use WSL."
-        ) from None
 
 
 def _world_size() -> int:

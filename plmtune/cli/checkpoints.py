@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,21 @@ from plmtune.units import show_bytes
 
 @dataclass
 class Entry:
-    """One checkpoint: the content of its manifest, and what is wrong with it."""
+    """One checkpoint.
+
+    Attributes:
+        content: of its manifest; empty where that cannot be read.
+        damage: what is wrong with it.
+    """
 
     path: Path
-    step: str = "?"
-    files: int = 0
-    size: int = 0
-    saved: float = 0.0  # seconds since 1970
-    metrics: dict[str, Any] = field(default_factory=dict)
-    marks: list[str] = field(default_factory=list)
+    content: dict[str, Any]
     damage: str = ""
+    loss: Any = None
+
+    @property
+    def size(self) -> int:
+        return sum(file["bytes"] for file in self.content.get("files", {}).values())
 
 
 @click.command()
@@ -87,46 +92,27 @@ def _find(run: Path) -> list[Path]:
 
 def _look(path: Path) -> Entry:
     """Read a checkpoint's manifest and metrics. They are not trusted here: they are verified later."""
-    entry = Entry(path)
-    for mark in ("latest", "best"):
-        with contextlib.suppress(OSError, ValueError):
-            if (path.parent / mark).read_text(encoding="utf-8").strip() == path.name:
-                entry.marks.append(mark)
     try:
-        known = manifest.read(path)
+        entry = Entry(path, manifest.read(path))
     except UserError as error:
-        entry.damage = str(error)
-        return entry
-    entry.step = f"{known['step']:,}"
-    entry.files = len(known["files"]) + 1
-    entry.size = sum(file["bytes"] for file in known["files"].values())
-    entry.saved = (path / manifest.NAME).stat().st_mtime
+        return Entry(path, {}, str(error))
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        metrics = load_json((path / "state.json").read_text(encoding="utf-8")).get("metrics")
-        entry.metrics = metrics if isinstance(metrics, dict) else {}
+        entry.loss = load_json((path / "state.json").read_text(encoding="utf-8")).get("metrics").get("validation_loss")
     return entry
 
 
 def _table(entries: list[Entry], whole: str) -> Table:
-    table = Table(
-        [
-            Column("step", right=True),
-            Column("saved", drop=2),
-            Column("size", right=True),
-            Column("files", right=True, drop=1),
-            Column("validation loss", right=True),
-            "state",
-        ]
-    )
+    figures = [Column("size", right=True), Column("files", right=True, drop=1), Column("validation loss", right=True)]
+    table = Table([Column("step", right=True), Column("saved", drop=2), *figures, "state"])
     for entry in entries:
-        loss = entry.metrics.get("validation_loss")
-        known = entry.files > 0
-        table.add(
-            entry.step if known else entry.path.name,
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.saved)) if known else "",
-            show_bytes(entry.size) if known else "",
-            str(entry.files) if known else "",
-            f"{loss:.4f}" if isinstance(loss, int | float) else "",
-            Cell(", ".join(["damaged" if entry.damage else whole, *entry.marks]), "red" if entry.damage else "green"),
-        )
+        path, content = entry.path, entry.content
+        cells = [path.name, "", "", ""]
+        if content:
+            saved = time.localtime((path / manifest.NAME).stat().st_mtime)
+            cells = [f"{content['step']:,}", time.strftime("%Y-%m-%d %H:%M", saved), show_bytes(entry.size)]
+            cells.append(str(len(content["files"]) + 1))
+        loss = f"{entry.loss:.4f}" if isinstance(entry.loss, int | float) else ""
+        marks = [mark for mark in ("latest", "best") if manifest.resolve_pointer(path.parent / mark) == path]
+        state = ", ".join(["damaged" if entry.damage else whole, *marks])
+        table.add(*cells, loss, Cell(state, "red" if entry.damage else "green"))
     return table

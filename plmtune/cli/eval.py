@@ -98,7 +98,10 @@ def evaluate(
         _list(tasks, checkpoints)
         return
     if mapping:
-        _show_map(tasks, tasks.resolve(_names(names, suite, SUITES)))
+        wanted = tasks.resolve(_names(names, suite, SUITES))
+        if not (entries := [entry for name in wanted for entry in tasks.map_entries(name)]):
+            raise UserError(f"{', '.join(wanted)}: written in Python, which does not say what it reads.")
+        click.echo("\n".join(entries))
         return
     refuse_without_chat(chat, chat_template, system)
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
@@ -203,13 +206,6 @@ def _list(tasks: Tasks, words: Sequence[str]) -> None:
             click.echo("\t".join(cell.text for cell in row))
     if len(found) < len(known) and not words:
         terminal.say(f"and {len(known) - len(found):,} more: plmtune eval --list WORD")
-
-
-def _show_map(tasks: Tasks, names: Sequence[str]) -> None:
-    entries = [entry for name in names for entry in tasks.map_entries(name)]
-    if not entries:
-        raise UserError(f"{', '.join(names)}: written in Python, which does not say what it reads.")
-    click.echo("\n".join(entries))
 
 
 def _update(line: Progress, path: str, kind: str, done: int, total: int) -> None:

@@ -115,10 +115,8 @@ def perplexity(
         except ValueError as error:
             raise UserError(f"{path}: {error}.") from error
     total = sum(measured.values(), Perplexity())
-    if unread and not total.tokens:
-        raise UserError("\n".join(unread))
     if not total.tokens:
-        raise UserError(f"{', '.join(files)}: there is no text to measure.")
+        raise UserError("\n".join(unread) or f"{', '.join(files)}: there is no text to measure.")
     if source.skipped:
         terminal.echo(f"{show_number_of(source.skipped, 'bad row')} left out", err=True)
     if source.unused:

@@ -122,13 +122,10 @@ class Given:
         return UserError(f"{self.place(key[1])}{error}") if key else error
 
 
-def all_keys(base: str) -> list[str]:
-    """Every full key of a built-in config, for "did you mean"."""
-    return _all_keys(base, frozenset(SCHEMAS.values()))
-
-
 @cache
 def _all_keys(base: str, schemas: frozenset[type]) -> list[str]:
+    """Every full key of a built-in config, for "did you mean"; again for each set of schemas."""
+
     def flat(value: Any, prefix: str = "") -> Iterator[str]:
         for key, child in value.items():
             yield f"{prefix}{key}"
@@ -186,7 +183,7 @@ def explain(error: Exception, given: Given) -> UserError:
         if name and not siblings:
             parent = full_key.rpartition(".")[0]
             return UserError(f"{place(full_key)}key {full_key}: unknown. {parent} is {name}, which has no settings.")
-        return unknown_key(place(full_key), full_key, siblings, lambda: all_keys(base))
+        return unknown_key(place(full_key), full_key, siblings, lambda: _all_keys(base, frozenset(SCHEMAS.values())))
     if "Ambiguous value" in text:
         key, _, value = str(_search(r"argument '([^']+)'", text)).partition("=")
         listed = shlex.quote(f"{key}=[{value}]")
@@ -222,12 +219,12 @@ _TYPES = {"Integer": "a whole number", "int": "a whole number", "Float": "a numb
 
 def in_words(text: str) -> str | None:
     """Translate OmegaConf's error about a value of the wrong type; None for other errors."""
-    if found := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text, re.DOTALL):
-        return _is_not(found[1], found[2])
+    wrong = r"Value '(.*)' (?:of type '\w+' could not be converted to|is not a valid) (\w+)"
+    if found := re.search(wrong, text, re.DOTALL):
+        point = with_point(found[1]) if found[2] in ("Float", "float") else None
+        return f"{found[1]:.80} is not {_TYPES.get(found[2], found[2])}" + (f": write {point}" if point else "")
     if found := re.search(r"Cannot convert '(\w+)' to string: '(.*)'", text):
         return f"needs a text, not {_TYPES.get(found[1], found[1])}"
-    if found := re.search(r"Value '(.*)' is not a valid (\w+)", text):
-        return _is_not(found[1], found[2])
     found = re.search(r"Value '(.*)' of type '\w+' is incompatible with type hint '(.*)'", text)
     if found := found or re.search(r"Cannot assign (?:container '(.*)' of type '\w+'|\w+) to (.*)", text):
         outer = re.sub(r"(Dict|List|Tuple)\[.*\]", r"\1", found[2])
@@ -246,11 +243,6 @@ def in_words(text: str) -> str | None:
     if "is not Optional" in text or "Incompatible value 'None'" in text:
         return "needs a value, not null"
     return None
-
-
-def _is_not(value: str, kind: str) -> str:
-    point = with_point(value) if kind in ("Float", "float") else None
-    return f"{value:.80} is not {_TYPES.get(kind, kind)}" + (f": write {point}" if point else "")
 
 
 def _search(pattern: str, text: str) -> str | None:

@@ -56,11 +56,6 @@ def _option_node(chosen: Component) -> DictConfig:
         raise UserError(f"{chosen.group} {chosen.name}: its signature cannot be a schema ({error}).") from error
 
 
-@cache
-def _schema_node(schema: Any) -> DictConfig:
-    return OmegaConf.structured(plain_schema(schema))
-
-
 class _Later(ConfigNode):
     """A config of Hydra's store that is made on demand: a run uses twenty of a hundred."""
 
@@ -83,9 +78,9 @@ def _store_later(name: str, make: Callable[[], DictConfig], group: str | None = 
 
 def store_components() -> None:
     """Fill Hydra's store with the schemas and with every component, those of a user (--import) included."""
-    schemas: dict[str, Any] = SCHEMAS
-    for recipe, schema in schemas.items():
-        _store_later(f"{recipe}_schema", partial(_schema_node, schema))
+    for recipe in SCHEMAS:
+        schema: Any = SCHEMAS[recipe]
+        _store_later(f"{recipe}_schema", partial(OmegaConf.structured, plain_schema(schema)))
     components = frozenset((group, name) for group, table in describe_components().items() for name in table)
     _store_groups(frozenset(component_keys()), components)
 
