@@ -7,13 +7,14 @@ Hydra chooses a component by a defaults list or by an override of a group. Users
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from plmtune.config.builtin import builtin_folder
 from plmtune.config.overrides import quote_override
 from plmtune.config.rules import check_file, is_option, read_yaml
+from plmtune.config.schema import component_keys
 from plmtune.errors import UserError, either
 from plmtune.registry import describe_components
 
@@ -31,10 +32,10 @@ def nested_groups(group: str) -> dict[str, str]:
     }
 
 
-def group_at(place: str, groups: Collection[str]) -> str | None:
+def group_at(place: str) -> str | None:
     """The group of the component at a place, with dots or slashes: ``model/ffn`` -> ``ffn``."""
     first, *rest = re.split(r"[./]", place)
-    group = first if first in groups else None
+    group = first if first in component_keys() else None
     for part in rest:
         group = nested_groups(group).get(part) if group else None
     return group
@@ -58,11 +59,7 @@ def take_choices(value: Any, place: str, group: str, choices: dict[str, str | No
         else:
             choices[place] = SEVERAL
             return {"loggers": _several(value, f"{where}key {key}: ")}
-    if isinstance(value, str):
-        value = {"component": value}
-    if not isinstance(value, dict):
-        raise UserError(f"{where}key {key}: {value!r:.80} is no name of a component. See: plmtune ls {group}")
-    rest = dict(value)
+    rest = dict(value) if isinstance(value, dict) else {"component": value}
     if "component" in rest:
         name = rest.pop("component")
         if isinstance(name, str) and name.endswith((".yaml", ".yml")):
@@ -95,7 +92,6 @@ def _several(items: Sequence[Any], where: str) -> dict[str, Any]:
 def normalize_file(
     content: Mapping[str, Any],
     path: Path,
-    groups: Collection[str],
     *,
     base: bool = False,
     later: Mapping[str, str | None],
@@ -114,6 +110,7 @@ def normalize_file(
     """
     choices: dict[str, str | None] = {}
     values: dict[str, Any] = {}
+    groups = component_keys()
     for key, value in content.items():
         if key in groups and value in (None, []):  # a choice as any other: a later one may choose again
             choices[key] = None
@@ -202,8 +199,9 @@ def preset_groups(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def place_of_group(group: str, groups: Collection[str]) -> str:
+def place_of_group(group: str) -> str:
     """Where a group's component is chosen: ``ffn`` -> ``model/ffn``."""
+    groups = component_keys()
     if group in groups:
         return group
     owners = [owner for owner in sorted(groups) if group in nested_groups(owner).values()]
@@ -211,12 +209,12 @@ def place_of_group(group: str, groups: Collection[str]) -> str:
     return f"{owners[0]}/{key}" if owners else group
 
 
-def read_preset(path: Path, place: str, group: str, groups: Collection[str]) -> dict[str, Any]:
+def read_preset(path: Path, place: str, group: str) -> dict[str, Any]:
     """Read a preset of `group` from a file, as Hydra's store holds it."""
     if not path.is_file():
         raise UserError(f"override {place}={path}: no such file. A preset to start from: plmtune ls {group}")
     content = read_yaml(path)
-    check_file(content, path, groups)
+    check_file(content, path)
     found = preset_groups(content)
     if group not in found:
         what = f"is a preset of the group {either(found)}" if found else f"is no preset of the group {group}"

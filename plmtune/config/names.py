@@ -10,7 +10,7 @@ from typing import Any
 from plmtune.config.builtin import builtin_folder
 from plmtune.config.choices import place_of_group, preset_groups, presets
 from plmtune.config.overrides import quote_override
-from plmtune.config.schema import SCHEMAS, component_keys
+from plmtune.config.schema import SCHEMAS
 from plmtune.errors import UserError, did_you_mean, either
 from plmtune.io import hub
 from plmtune.io.run_summary import explain_missing
@@ -32,13 +32,13 @@ def name_hint(name: str, known: Iterable[str] = ()) -> str:
 def _what_is(name: str) -> str:
     if (builtin_folder("conf") / f"{name}.yaml").is_file():
         return f" {name} is a config: plmtune run {name}"
-    table, groups = describe_components(), component_keys()
+    table = describe_components()
     for kind, found in (
         ("preset", [group for group in table if name in presets(group)]),
         ("component", [group for group in table if name in table[group]]),
     ):
         if found:
-            place = "selection.rules" if found[0] == "rule" else place_of_group(found[0], groups)
+            place = "selection.rules" if found[0] == "rule" else place_of_group(found[0])
             return f" {name} is a {kind} of the group {found[0]}: plmtune run {usage_of(place, name)}"
     if name in table:
         return f" {name} is a group: plmtune ls {name}"
@@ -57,7 +57,7 @@ def refuse_preset(content: Mapping[str, Any], path: Path) -> None:
     """Refuse a preset where a config is expected."""
     found = preset_groups(content)
     if found:
-        places = [place_of_group(group, component_keys()) for group in found]
+        places = [place_of_group(group) for group in found]
         use = " or ".join(f"plmtune run {usage_of(place, str(path))}" for place in places)
         raise UserError(f"{path}: is a preset of the group {either(found)}, not a config. Use it with: {use}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shlex
 from collections.abc import Sequence
@@ -18,19 +17,24 @@ from omegaconf import OmegaConf
 from plmtune.config.choices import FILE_PRESET, SEVERAL, group_at, read_preset, take_choices
 from plmtune.config.overrides import hydra_literal, quote_override
 from plmtune.config.rules import check_override, is_option
-from plmtune.config.schema import component_keys
 from plmtune.config.signatures import dict_keys
 from plmtune.errors import UserError
 
 
-def parse(text: str, following: Sequence[str] = ()) -> Override:
-    """Parse an override; `following` words may be its rest, split off at spaces by the shell."""
+def _parsed(text: str) -> Override | None:
     try:
         return OverridesParser.create().parse_override(text)
     except (HydraException, ValueError, RecursionError):
-        way = _quoted([text, *following])
-        hint = f" Quote it for the shell and for Hydra: {way}" if way else " Write key=value, with the value in quotes."
-        raise UserError(f"override {text:.200}: cannot be understood.{hint}") from None
+        return None
+
+
+def parse(text: str, following: Sequence[str] = ()) -> Override:
+    """Parse an override; `following` words may be its rest, split off at spaces by the shell."""
+    if parsed := _parsed(text):
+        return parsed
+    way = _quoted([text, *following])
+    hint = f" Quote it for the shell and for Hydra: {way}" if way else " Write key=value, with the value in quotes."
+    raise UserError(f"override {text:.200}: cannot be understood.{hint}")
 
 
 def _quoted(words: Sequence[str]) -> str | None:
@@ -41,8 +45,7 @@ def _quoted(words: Sequence[str]) -> str | None:
         ends = [end for end, word in enumerate(words, 1) if word.endswith(close)]
         for end in ends:
             whole = " ".join(words[:end])
-            with contextlib.suppress(HydraException, ValueError, RecursionError):
-                OverridesParser.create().parse_override(whole)
+            if _parsed(whole):
                 return shlex.quote(whole)
         if (ends and "{" in value) or (not ends and (close == "]" or ":" in value)):
             return None
@@ -52,11 +55,8 @@ def _quoted(words: Sequence[str]) -> str | None:
     if value.startswith("[") and value.endswith("]"):
         plain = [part.strip().strip("'\"") for part in value[1:-1].split(",")]
     typed = quote_override(key, plain)
-    try:
-        parsed = OverridesParser.create().parse_override(shlex.split(typed)[0])
-    except (HydraException, ValueError, RecursionError):
-        return None
-    return typed if equals and len(typed) < 500 and parsed.value() == plain else None
+    parsed = _parsed(shlex.split(typed)[0])
+    return typed if parsed and equals and len(typed) < 500 and parsed.value() == plain else None
 
 
 def plain_value(value: Any) -> Any:
@@ -89,20 +89,13 @@ def check_overrides(overrides: Sequence[str], *, multirun: bool = False) -> list
         part = []
         for normal in _normalize(text, parse(text, overrides[index + 1 :])):
             parsed = parse(normal)
-            check_override(
-                text,
-                parsed.key_or_group,
-                parsed.package,
-                plain_value(parsed._value),
-                groups=component_keys(),
-                multirun=multirun,
-            )
-            key, _, value = normal.lstrip("+").partition("=")
+            value = plain_value(parsed._value)
+            check_override(text, parsed.key_or_group, parsed.package, value, multirun=multirun)
+            key, _, chosen = normal.lstrip("+").partition("=")
             in_dict = any(key == name or key.startswith(f"{name}.") for name in dict_keys())
             if key.endswith(".component") and not in_dict:
-                raise UserError(
-                    f"override {text}: choose it as {key.removesuffix('.component').replace('.', '/')}={value}."
-                )
+                place = key.removesuffix(".component").replace(".", "/")
+                raise UserError(f"override {text}: choose it as {place}={chosen}.")
             part.append(f"++{normal.lstrip('+')}" if in_dict else normal)
         for place, name in chosen_components(part).items():
             checked = [_without(place, name, earlier) for earlier in checked]
@@ -125,7 +118,7 @@ def _without(place: str, name: str | None, part: list[str]) -> list[str]:
 def _normalize(text: str, parsed: Override) -> list[str]:
     """The overrides in Hydra's form that a choice of a component stands for; any other override stays as it is."""
     key = parsed.key_or_group
-    group = group_at(key, component_keys()) if parsed.package is None and key else None
+    group = group_at(key) if parsed.package is None and key else None
     if group is None or parsed.is_sweep_override() or parsed.is_delete() or parsed.is_add():
         return [text]
     place, value = key.replace(".", "/"), plain_value(parsed._value)
@@ -135,7 +128,7 @@ def _normalize(text: str, parsed: Override) -> list[str]:
         return [f"~{place}"]
     if isinstance(value, str):
         if value.endswith((".yaml", ".yml")):
-            preset = read_preset(Path(value), place, group, component_keys())
+            preset = read_preset(Path(value), place, group)
             value = FILE_PRESET + re.sub(r"\W", "_", value)
             ConfigStore.instance().store(group=place, name=value, node=OmegaConf.create(preset))
         elif key == place:
@@ -158,7 +151,7 @@ def chosen_components(overrides: Sequence[str]) -> dict[str, str | None]:
     return {
         place.lstrip("+~"): None if place.startswith("~") else name.strip("'\"")
         for place, _, name in pairs
-        if "." not in place and name[:1] != "{" and group_at(place.lstrip("+~"), component_keys())
+        if "." not in place and name[:1] != "{" and group_at(place.lstrip("+~"))
     }
 
 

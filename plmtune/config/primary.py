@@ -73,7 +73,7 @@ def store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str], 
     files = [find_config(name), *map(find_config, overlays)]
     contents = [read_yaml(path) for path in files]
     for path, content in zip(files, contents, strict=True):
-        check_file(content, path, component_keys())
+        check_file(content, path)
         recipe = content.get("recipe", "pretrain")
         if recipe not in list(SCHEMAS):  # a list: what YAML holds may have no hash
             raise UserError(f"{path}, key recipe: there is no {recipe!s:.80}.{did_you_mean(str(recipe), SCHEMAS)}")
@@ -98,7 +98,7 @@ def store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str], 
         _check_shape(SCHEMAS[recipe], content, "", f"{path}, ")
     later = chosen_components(checked)
     for index, (key, path) in reversed([*enumerate(given.files.items())]):
-        normal = normalize_file(given.contents[key], path, component_keys(), base=whole and not index, later=later)
+        normal = normalize_file(given.contents[key], path, base=whole and not index, later=later)
         later = {**choices_of(normal), **later}
         store.store(name=key, node=OmegaConf.create(normal))
     # An overlay may ask for other components, so it is merged after the base but its choices hold from the start.

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from plmtune.config.schema import component_keys
 from plmtune.errors import UserError, did_you_mean, refuse_pipe
 
 # Far above any real config, far below what exhausts memory or time.
@@ -122,22 +123,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_file(content: Mapping[str, Any], path: Path, groups: Container[str]) -> None:
-    """Refuse keys, values and choices of a file that a config cannot have.
-
-    Args:
-        groups: the registry's groups, in which a component is chosen by the defaults list.
-    """
+def check_file(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse keys, values and choices of a file that a config cannot have."""
     for name, child in content.items():
         if name == "defaults":
-            _check_defaults(child, path, groups)
+            _check_defaults(child, path)
             continue
         if name == "hydra" or str(name).startswith("hydra."):
             raise UserError(f"{path}, key {name}: {_OF_HYDRA}.")
         check_value({name: child}, f"{path}, ")
 
 
-def _check_defaults(entries: Any, path: Path, groups: Container[str]) -> None:
+def _check_defaults(entries: Any, path: Path) -> None:
     if not isinstance(entries, list):
         raise UserError(f"{path}, key defaults: must be a list, such as [override /model: plm], not {entries!r:.80}.")
     for entry in entries:
@@ -145,7 +142,7 @@ def _check_defaults(entries: Any, path: Path, groups: Container[str]) -> None:
             continue
         if isinstance(entry, str):
             parts = entry.removeprefix("/").split("/")
-            fine = all(map(is_option, parts)) and (len(parts) == 1 or parts[0] in groups)
+            fine = all(map(is_option, parts)) and (len(parts) == 1 or parts[0] in component_keys())
             of_hydra = parts[0].startswith("hydra")
         elif isinstance(entry, dict) and len(entry) == 1:
             ((place, option),) = entry.items()
@@ -212,14 +209,11 @@ def check_scalar(value: Any, place: str, key: str) -> None:
         raise UserError(f"{place}key {key}: a {type(value).__name__} is not possible here. Put it in quotes.")
 
 
-def check_override(
-    text: str, key: str, package: str | None, value: Any, *, groups: Container[str], multirun: bool
-) -> None:
+def check_override(text: str, key: str, package: str | None, value: Any, *, multirun: bool) -> None:
     """Refuse an override of a key that Hydra interprets.
 
     Args:
         key, package, value: of `text`, parsed; the value a list of all where there are several.
-        groups: keys that hold a component.
         multirun: Hydra's launchers and sweepers may be set.
     """
     place = f"override {text:.200}: "
@@ -229,7 +223,7 @@ def check_override(
         raise UserError(f"{place}not allowed. A group has one place, without @.")
     if any(re.fullmatch(r"_\w*_", part) for part in parts):
         raise UserError(f"{place}not allowed. Components are named, never imported.")
-    chosen = values if "/" in key else [v for v in values if not isinstance(v, dict)] if key in groups else []
+    chosen = values if "/" in key else [v for v in values if not isinstance(v, dict)] if key in component_keys() else []
     if not all(v is None or (isinstance(v, str) and is_option(v)) for v in chosen):
         raise UserError(f"{place}{str(value)!r:.80} is no name of an option.")
     if parts[0] != "hydra":

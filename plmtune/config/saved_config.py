@@ -13,7 +13,7 @@ from plmtune.config.choices import group_at, take_choices
 from plmtune.config.override_checks import check_overrides, parse
 from plmtune.config.renamed import with_new_keys
 from plmtune.config.rules import read_yaml
-from plmtune.config.schema import SCHEMAS, component_keys
+from plmtune.config.schema import SCHEMAS
 from plmtune.config.typed_config import from_plain, to_plain
 from plmtune.errors import UserError
 
@@ -58,7 +58,7 @@ def override(cfg: Any, overrides: Sequence[str]) -> Any:
             if not isinstance(section.get(name), dict):
                 section[name] = {}
             section = section[name]
-        group = group_at(parsed.key_or_group, component_keys())
+        group = group_at(parsed.key_or_group)
         choices: dict[str, str | None] = {}
         if group and isinstance(value, str | list):
             place = parsed.key_or_group.replace(".", "/")
