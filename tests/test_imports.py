@@ -83,7 +83,7 @@ class TestDirections:
         assert shown == draw(package_imports()), "run python docs/import_graph.py"
 
     def test_only_config_imports_hydra(self) -> None:
-        names = ("compose", "messages", "override_checks", "primary", "store")
+        names = ("compose", "messages", "override_checks", "primary", "signatures")
         assert importers("hydra") <= {f"plmtune/config/{name}.py" for name in names}
 
     def test_only_cli_imports_click(self) -> None:

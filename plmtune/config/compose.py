@@ -28,7 +28,7 @@ from plmtune.config.builtin import builtin_folder
 from plmtune.config.messages import UNUSED, Given, explain
 from plmtune.config.override_checks import check_overrides
 from plmtune.config.primary import PRIMARY, store_primary
-from plmtune.config.store import store_components
+from plmtune.config.signatures import store_components
 from plmtune.config.typed_config import from_plain
 from plmtune.errors import UserError
 from plmtune.io.atomic import remove_empty_folders
