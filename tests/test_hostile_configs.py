@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from plmtune.cli import cli
-from plmtune.config import compose, messages, saved_config, typed_config
+from plmtune.config import compose, messages, typed_config
 from plmtune.errors import UserError
 
 CALLS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class", "socket.connect",
@@ -323,7 +323,7 @@ class TestFiles:
         )
         assert compose.compose("good.yaml").name == compose.compose("pretrain", ["good.yaml"]).name == "a5"
         (place / "config.yaml").write_text(saved)
-        assert typed_config.to_yaml(saved_config.load_config(place / "config.yaml")) == saved
+        assert typed_config.to_yaml(typed_config.load_config(place / "config.yaml")) == saved
 
     @pytest.mark.parametrize("name", ["evil.yaml", "run/config.yaml"])
     def test_that_are_no_files_are_not_opened(self, name: str, place: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plmtune.config.compose import build
-from plmtune.config.saved_config import load_config
+from plmtune.config.typed_config import load_config
 from plmtune.data.shards import Shards
 from plmtune.errors import UserError
 from plmtune.io import manifest

@@ -105,7 +105,7 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[RUN_DIR] [KEY=VALUE]...")
 @option("--allow-data-change", "Resume even if the data has changed since the run began.")
-@option("--recipe FILE.py", "Use this recipe file, for a run of your own recipe.", "recipe_path")
+@option("--recipe FILE.py", "Use this recipe file, for a run of your own recipe.", "recipe_path", type=str)
 @import_option
 def resume(arguments: tuple[str, ...], allow_data_change: bool, recipe_path: str | None) -> None:
     """Resume the run in RUN_DIR from its newest intact checkpoint, with the config saved there.
@@ -141,7 +141,7 @@ def resume(arguments: tuple[str, ...], allow_data_change: bool, recipe_path: str
     if used and not recipe_path:
         raise UserError(f"{run_dir} ran the recipe {used}. Resume it with: {resume_command(run_dir)}")
 
-    from plmtune.config.saved_config import load_config, override
+    from plmtune.config.typed_config import load_config, override
     from plmtune.training.resume_checks import refuse_other_config
 
     module = recipe_file(recipe_path) if recipe_path else None  # it may have a schema of its own

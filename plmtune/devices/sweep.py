@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from plmtune.config import compose, override_checks, saved_config
+from plmtune.config import compose, override_checks, typed_config
 from plmtune.devices.costs import ModelShape
 from plmtune.devices.device import Device
 from plmtune.devices.predict import Prediction, predict
@@ -132,7 +132,7 @@ def sweep(
 def _value(cfg: Any, text: str) -> Any:
     """What an override makes of its key, checked by the schema; an error where it cannot be."""
     try:
-        changed: Any = saved_config.override(cfg, [text])
+        changed: Any = typed_config.override(cfg, [text])
     except UserError as error:
         return error
     for name in _parts(text):

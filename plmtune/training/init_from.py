@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from plmtune.config.saved_config import load_config
 from plmtune.config.schema import TrainingConfig
+from plmtune.config.typed_config import load_config
 from plmtune.errors import UserError
 from plmtune.io import hub, manifest
 from plmtune.io.run_directory import CONFIG

@@ -12,9 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from plmtune.config.saved_config import load_config
 from plmtune.config.schema import PreparationConfig, RunConfig
-from plmtune.config.typed_config import to_yaml
+from plmtune.config.typed_config import load_config, to_yaml
 from plmtune.data.prepare import prepare
 from plmtune.data.shards import Shards
 from plmtune.data.sources import Source

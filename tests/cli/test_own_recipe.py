@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from in_process import run
 
-from plmtune.config import saved_config
+from plmtune.config import typed_config
 from plmtune.config.schema import SCHEMAS
 
 DOCUMENT = Path(__file__).parents[2] / "docs/config.md"
@@ -35,7 +35,7 @@ class TestOwnRecipe:
         assert code == 0, err
         assert "noise: 0.25" in out and "mine.py: valid" in out
         Path("config.yaml").write_text(out.partition("mine.py: valid")[0])
-        cfg = saved_config.load_config(Path("config.yaml"))  # as resume reads it
+        cfg = typed_config.load_config(Path("config.yaml"))  # as resume reads it
         assert cfg.noise == 0.25 and type(cfg).__name__ == "Config"
         code, out, err = run(monkeypatch, capsys, "run", "mine.py", "noise=0.5", "--dry-run")
         assert code == 0 and "noise 0.5" in out, err

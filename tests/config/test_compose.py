@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from plmtune.config import compose, override_checks, saved_config, typed_config
+from plmtune.config import compose, override_checks, typed_config
 from plmtune.config.builtin import builtin_folder
 from plmtune.config.overrides import quote_override
 from plmtune.errors import UserError
@@ -72,7 +72,7 @@ class TestCompose:
     def test_yaml_round_trip_is_exact(self, tmp_path: Path) -> None:
         cfg = compose.compose("plm_1.8b", (), ["optimizer.lr=1.2345678901234567e-4"])
         (tmp_path / "config.yaml").write_text(typed_config.to_yaml(cfg))
-        assert saved_config.load_config(tmp_path / "config.yaml") == cfg
+        assert typed_config.load_config(tmp_path / "config.yaml") == cfg
 
     def test_composing_twice_gives_the_same(self) -> None:
         assert compose.compose("pretrain") == compose.compose("pretrain")
@@ -127,7 +127,7 @@ class TestChoices:
         text = typed_config.to_yaml(compose.compose("pretrain"))
         assert "logger:\n  component: tensorboard\n" in text  # as it was before several were possible
         (tmp_path / "config.yaml").write_text(text)
-        assert saved_config.load_config(tmp_path / "config.yaml") == compose.compose("pretrain")
+        assert typed_config.load_config(tmp_path / "config.yaml") == compose.compose("pretrain")
 
 
 class TestReplacing:
@@ -196,7 +196,7 @@ class TestOneForAList:
         for cfg in (
             compose.compose("pretrain", (), [f"data.paths={typed}"]),
             compose.compose("pretrain", [str(tmp_path / "mine.yaml")]),
-            saved_config.override(composed(), [f"data.paths={typed}"]),
+            typed_config.override(composed(), [f"data.paths={typed}"]),
         ):
             assert list(cfg.data.settings["paths"]) == paths
         assert compose.compose("pretrain", (), [f"eval.tasks={typed}"]).eval.tasks == paths
@@ -220,12 +220,12 @@ class TestSeveralLoggers:
         assert ours == composed("logger=[jsonl,{component: wandb, project: mine}]")
         assert ours == composed("logger=[jsonl,wandb]", "logger.loggers.wandb.project=mine")
         (tmp_path / "config.yaml").write_text(typed_config.to_yaml(ours))
-        assert saved_config.load_config(tmp_path / "config.yaml") == ours
+        assert typed_config.load_config(tmp_path / "config.yaml") == ours
 
     def test_can_be_chosen_when_a_run_is_resumed(self) -> None:
-        cfg = saved_config.override(composed(), ["logger=[jsonl,tensorboard]"])
+        cfg = typed_config.override(composed(), ["logger=[jsonl,tensorboard]"])
         assert cfg.logger == compose.compose("pretrain", (), ["logger=[jsonl,tensorboard]"]).logger
-        assert saved_config.override(cfg, ["logger=jsonl"]).logger == Component("logger", "jsonl")
+        assert typed_config.override(cfg, ["logger=jsonl"]).logger == Component("logger", "jsonl")
 
     def test_are_all_built(self, tmp_path: Path) -> None:
         cfg = compose.compose("pretrain", (), ["logger=[jsonl,tensorboard]"])
@@ -444,12 +444,12 @@ class TestMistakes:
         assert "no such file" in message(overlays=(str(tmp_path / "none.yaml"),))
         assert "Did you mean pretrain?" in message("pretrian")
 
-    def test_a_saved_config_with_a_stranger_in_it_is_refused(self, tmp_path: Path) -> None:
+    def test_a_typed_config_with_a_stranger_in_it_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "config.yaml"
         good = typed_config.to_yaml(compose.compose("pretrain"))
         path.write_text(good.replace("component: plm\n", "component: plmm\n"))
         with pytest.raises(UserError, match=r"config.yaml, key model: .*plmm.*Did you mean plm\?"):
-            saved_config.load_config(path)
+            typed_config.load_config(path)
 
     def test_build_puts_the_key_before_impossible_numbers(self) -> None:
         chosen = Component("attention", "gqa", {"num_kv_heads": 5})

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from plmtune.config import compose, saved_config
+from plmtune.config import compose, typed_config
 from plmtune.config.override_checks import parse, plain_value
 from plmtune.config.overrides import quote_override
 from plmtune.errors import UserError
@@ -61,7 +61,7 @@ class TestAsTyped:
 class TestAdvice:
     def test_what_a_run_began_with_is_said_as_an_override(self) -> None:
         began = compose.compose("demo")
-        now = saved_config.override(began, ["phases=[{name: b, steps: 3}]"])
+        now = typed_config.override(began, ["phases=[{name: b, steps: 3}]"])
         with pytest.raises(UserError) as caught:
             refuse_other_config(Path("r"), began, now)
         said = str(caught.value)

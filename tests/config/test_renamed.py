@@ -9,7 +9,7 @@ import xxhash
 import yaml
 from plmtune.recipes import preference
 
-from plmtune.config import compose, saved_config, typed_config
+from plmtune.config import compose, typed_config
 from plmtune.config.renamed import RENAMED, Renamed
 from plmtune.errors import UserError
 from plmtune.training.preflight import check_best_metric
@@ -54,7 +54,7 @@ class TestEveryRenamedKey:
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(of_earlier_version(renamed, typed_config.to_plain(cfg))), encoding="utf-8")
         for _ in range(2):
-            assert saved_config.load_config(path) == cfg
+            assert typed_config.load_config(path) == cfg
         assert [record.getMessage() for record in caplog.records] == [
             f"{path}: written by an earlier version: {renamed.old} is now {renamed.new}."
         ]
@@ -84,10 +84,10 @@ class TestNewConfigs:
         with pytest.raises(UserError, match=f"mine.yaml, key {renamed.old}: unknown. Did you mean {renamed.new}"):
             compose.compose(USES[renamed.old][0], [str(path)])
 
-    def test_a_change_of_a_saved_config_with_the_old_key_is_refused_with_the_new_one(self, renamed: Renamed) -> None:
+    def test_a_change_of_a_typed_config_with_the_old_key_is_refused_with_the_new_one(self, renamed: Renamed) -> None:
         cfg = compose.compose(USES[renamed.old][0])
         with pytest.raises(UserError, match=f"key {renamed.old}: unknown. Did you mean {renamed.new}"):
-            saved_config.override(cfg, [f"{renamed.old}=1"])
+            typed_config.override(cfg, [f"{renamed.old}=1"])
 
 
 def test_a_key_of_a_persons_own_that_has_an_old_name_is_left_alone(
@@ -104,7 +104,7 @@ def test_a_key_of_a_persons_own_that_has_an_old_name_is_left_alone(
     monkeypatch.setitem(SCHEMAS, "sft", Own)
     path = tmp_path / "config.yaml"
     path.write_text("recipe: sft\nprompts: 5\n", encoding="utf-8")
-    assert saved_config.load_config(path).prompts == 5
+    assert typed_config.load_config(path).prompts == 5
 
 
 def test_a_metric_of_an_earlier_run_is_read_under_its_new_name(
@@ -115,7 +115,7 @@ def test_a_metric_of_an_earlier_run_is_read_under_its_new_name(
     plain["checkpoint"]["best"] = "validation/h"
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(plain), encoding="utf-8")
-    assert saved_config.load_config(path) == cfg
+    assert typed_config.load_config(path) == cfg
     assert "checkpoint.best=validation/h is now checkpoint.best=validation/logratio_margin" in caplog.text
 
 

@@ -18,7 +18,7 @@ import pytest
 from documented import Code, Command
 
 from plmtune.cli import cli
-from plmtune.config import compose, override_checks, saved_config
+from plmtune.config import compose, override_checks, typed_config
 from plmtune.config.builtin import builtin_folder
 from plmtune.devices.device import load_device
 from plmtune.registry import describe_components
@@ -82,7 +82,7 @@ def check(command: Command) -> None:
             if device != "mine.yaml":
                 load_device(device)
     elif name == "resume":
-        saved_config.override(composed("demo"), [word for word in words[1:] if "=" in word])
+        typed_config.override(composed("demo"), [word for word in words[1:] if "=" in word])
     elif name == "ls" and given["group"]:
         assert given["group"].rpartition("/")[2] in {*describe_components(), "devices"}
     elif name == "cp" and command.is_whole:

@@ -21,7 +21,7 @@ from cli_runs import (
 )
 from group import in_group
 
-from plmtune.config import saved_config
+from plmtune.config import typed_config
 from plmtune.io.run_directory import read_record, state_of
 
 
@@ -241,7 +241,7 @@ class TestCommands:
         steps = "phases=[{name: main, steps: 2}]"
         assert ends_with("run", "-m", "pretrain", *SMALL, steps, "optimizer.lr=1e-4,3e-4") == 0
         paths = place.glob("runs/multirun/*/*/config.yaml")
-        rates = {saved_config.load_config(path).optimizer.settings["lr"] for path in paths}
+        rates = {typed_config.load_config(path).optimizer.settings["lr"] for path in paths}
         assert rates == {1e-4, 3e-4}
         table = capsys.readouterr().out.splitlines()[-3:]
         assert [row.split()[1] for row in table] == ["status", "finished", "finished"]

@@ -12,7 +12,7 @@ import pytest
 from cli_runs import SMALL, command, environment, metrics, refusal, start, stop_at, weights
 
 from plmtune.cli import cli
-from plmtune.config import compose, saved_config, typed_config
+from plmtune.config import compose, typed_config
 from plmtune.errors import UserError
 from plmtune.io import checksummed_json
 from plmtune.io.manifest import digest
@@ -305,7 +305,7 @@ class TestLinks:
         own = ["run_dir=next", "init_from=runs/pretrain/latest", "data.paths=[runs/pretrain/latest/text]"]
         shutil.copytree(place / "corpus", place / "runs/pretrain/latest/text")
         stop_at(monkeypatch, 2, *own)
-        saved = saved_config.load_config(place / "next/config.yaml")
+        saved = typed_config.load_config(place / "next/config.yaml")
         assert saved.init_from == f"runs/pretrain/{first}"
         assert saved.data.settings["paths"] == (f"runs/pretrain/{first}/text",)
         stop_at(monkeypatch, 4, *own, "resume=true")  # the same command again

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tuning import SFT, refusal, run, stop_in
 
 import plmtune
-from plmtune.config import compose, saved_config
+from plmtune.config import compose, typed_config
 from plmtune.errors import UserError
 from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.models.hf import save_model
@@ -127,7 +127,7 @@ class TestSequenceLength:
         self, base: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         run("sft", "seq_len=null", "run_dir=r", "phases=[{name: main, steps: 1}]")
-        saved = saved_config.load_config(base / "r/config.yaml")
+        saved = typed_config.load_config(base / "r/config.yaml")
         assert saved.seq_len == saved.model.settings["max_seq_len"] < 2048
         assert f"seq_len={saved.seq_len}, as the model reads no more tokens at once" in capsys.readouterr().err
         now = [text for text in SFT if not text.startswith(("seq_len", "phases"))] + ["phases=[{name: main, steps: 1}]"]
