@@ -40,7 +40,6 @@ class NotEmpty:
     """A text that is not blank."""
 
     def allows(self, value: Any) -> bool:
-        """Whether the text is not blank."""
         return bool(str(value).strip())
 
     def __str__(self) -> str:
@@ -51,7 +50,6 @@ class PathPart:
     """A text that names one file or directory, without a path to it."""
 
     def allows(self, value: Any) -> bool:
-        """Whether the text is one part of a path."""
         return value.strip() not in ("", "..") and Path(value).name == value
 
     def __str__(self) -> str:

@@ -223,20 +223,19 @@ def _describe_object(group: str, name: str, target: Callable[..., Any]) -> Descr
         signature = inspect.signature(target)
     except (TypeError, ValueError) as error:
         raise UserError(f"{target.__module__}: {group} {name} has no signature that can be read ({error}).") from None
-    parameters = tuple(
-        Parameter(
-            p.name,
-            p.annotation if isinstance(p.annotation, str)
-            else "Any" if p.annotation is p.empty else inspect.formatannotation(p.annotation),
-            None if p.default is p.empty
-            else f"component({p.default.group!r}, {p.default.name!r})" if isinstance(p.default, Component)
-            else repr(p.default),
-        )
-        for p in signature.parameters.values()
-    )  # fmt: skip
-    kind = signature.return_annotation
-    kind = "" if kind is signature.empty else kind if isinstance(kind, str) else inspect.formatannotation(kind)
-    return Description(group, name, target.__module__, parameters, inspect.getdoc(target) or "", kind)
+
+    def text(kind: Any) -> str:
+        return "" if kind is signature.empty else kind if isinstance(kind, str) else inspect.formatannotation(kind)
+
+    def source(default: Any) -> str | None:
+        if isinstance(default, Component):
+            return f"component({default.group!r}, {default.name!r})"
+        return None if default is inspect.Parameter.empty else repr(default)
+
+    found = signature.parameters.values()
+    parameters = tuple(Parameter(p.name, text(p.annotation) or "Any", source(p.default)) for p in found)
+    doc, returns = inspect.getdoc(target) or "", text(signature.return_annotation)
+    return Description(group, name, target.__module__, parameters, doc, returns)
 
 
 def describe_components() -> dict[str, dict[str, Description]]:

@@ -23,7 +23,6 @@ from plmtune import __version__
 from plmtune.cli.help import Context, lay_out
 from plmtune.cli.usage import sentence
 from plmtune.errors import UserError
-from plmtune.extras import installed
 from plmtune.io import terminal
 
 # name -> one line for --help. The command is imported when it runs.
@@ -124,11 +123,13 @@ def main() -> None:
     atexit.register(gc.freeze)
     words = ""
     try:
-        if not installed("fcntl"):
+        try:
+            import fcntl  # noqa: F401
+        except ImportError:
             raise UserError(
                 "This system has no fcntl, by which a run's directory is locked: plmtune runs on Linux and macOS. "
                 "On Windows use WSL."
-            )
+            ) from None
         code = cli.main(prog_name="plmtune", standalone_mode=False)
         sys.stdout.flush()
     except UserError as error:

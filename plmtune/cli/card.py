@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from plmtune.cli.options import model_first, option, overwrite_option
-from plmtune.errors import UserError
+from plmtune.cli.options import model_first, option, overwrite_option, refuse_no_folder
 from plmtune.io import terminal
 
 
@@ -27,8 +26,7 @@ def card(words: tuple[str, ...], out: Path | None, overwrite: bool) -> None:
     checkpoint, results = model_first(words, "card CHECKPOINT [RESULT]...")
     if out is not None and out.is_dir():
         out = out / "README.md"
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}.")
+    refuse_no_folder(out)
 
     from plmtune.evaluation.model_card import write_card
     from plmtune.evaluation.results import load_all

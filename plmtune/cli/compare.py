@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from plmtune.cli.options import PATH, option
+from plmtune.cli.options import PATH, option, refuse_no_folder
 from plmtune.errors import UserError
 from plmtune.io import terminal
 from plmtune.io.tables import show
@@ -38,8 +38,7 @@ def compare(results: tuple[Path, ...], out: Path | None, as_json: bool, all_task
         terminal.echo("results: those in evaluations/ (for others: plmtune compare RESULT...)", err=True)
     if out is not None and out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the picture is a PNG, and its name must end in .png.")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}.")
+    refuse_no_folder(out)
 
     from plmtune.evaluation import comparison
     from plmtune.evaluation.comparison_plot import draw

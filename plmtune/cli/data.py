@@ -48,15 +48,7 @@ def data() -> None:
 @import_option
 @click.pass_context
 def prepare(
-    context: click.Context,
-    files: tuple[str, ...],
-    stdlib: bool,
-    tokenizer: str,
-    out: Path,
-    holdout: float,
-    holdout_by: str,
-    skip_bad: bool,
-    **reading: Any,
+    context: click.Context, files: tuple[str, ...], stdlib: bool, tokenizer: str, out: Path, **reading: Any
 ) -> None:
     """Turn text, JSONL or Parquet files (also .gz, .zst) into token shards.
 
@@ -74,9 +66,9 @@ def prepare(
         raise UserError("Name files, folders or globs to prepare, or --stdlib (and not both)")
     from plmtune.registry import load
 
+    how = {name: reading.pop(name) for name in ("holdout", "holdout_by", "skip_bad")}
     try:
         source: Source = load("data", "stdlib")() if stdlib else load("data", "files")(paths=files, **reading)
-        how = {"holdout": holdout, "holdout_by": holdout_by, "skip_bad": skip_bad}
         _prepare({source.name: source}, find_tokenizer(tokenizer), out, **how)
     except ValueError as error:
         raise UserError(str(error)) from error

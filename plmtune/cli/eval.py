@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from plmtune import dtypes
 from plmtune.cli.generate import refuse_without_chat, warn_of_pretrained
 from plmtune.cli.options import (
     chat_options,
     device_option,
     dtype_option,
     find_device,
-    find_dtype,
     newest_run,
     option,
 )
@@ -142,7 +142,7 @@ def evaluate(
                         out=out,
                         failed=failed,
                         device=runtime.device,
-                        dtype=find_dtype(dtype),
+                        dtype=dtypes.from_name(dtype) if dtype else None,
                         progress=functools.partial(_update, line, path),
                         log=log,
                     )

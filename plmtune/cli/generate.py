@@ -26,7 +26,7 @@ from plmtune.io import terminal
 from plmtune.tokenizers.message import BadRow, Message
 
 if TYPE_CHECKING:
-    from plmtune.tokenizers.tokenizer import Tokenizer
+    pass
 
 
 @click.command()
@@ -60,6 +60,7 @@ def generate(
 
     import plmtune
     from plmtune.inference.sampling import complete, prompt_ids
+    from plmtune.tokenizers.chat_template import find_template
 
     refuse_without_chat(chat, chat_template, system)
     if prompt == "-":
@@ -69,9 +70,14 @@ def generate(
             raise UserError(f"The prompt on stdin is not UTF-8: {error}.") from error
     where = find_device(device)
     model, tokenizer = plmtune.load(checkpoint, where)
+    start: str | list[int] = prompt
     if chat:
         warn_of_pretrained(checkpoint)
-    start, ends = _message(tokenizer, prompt, system, chat_template) if chat else (prompt, [])
+        template = find_template(chat_template, tokenizer, "--chat-template ")
+        messages = [Message("system", system)] if system is not None else []
+        with usable("The message"):
+            start = template.encode_prompt([*messages, Message("user", prompt)]).tolist()
+        sampling["end_ids"] = [template.end_id]
     read, asked = prompt_ids(tokenizer, start), sampling["max_new_tokens"]
     if 0 < (room := model.max_seq_len - len(read)) < asked:
         terminal.echo(
@@ -79,7 +85,7 @@ def generate(
             f"holds the {len(read):,} of the prompt, too",
             err=True,
         )
-    pieces = complete(model, tokenizer, read, end_ids=ends, **sampling)
+    pieces = complete(model, tokenizer, read, **sampling)
     try:
         speed = stream(pieces)
     except ValueError as error:
@@ -126,19 +132,6 @@ def warn_of_pretrained(checkpoint: str) -> None:
                     taught = "this model was pretrained, not taught to answer: plmtune run sft init_from="
                     terminal.echo(f"{taught}{checkpoint}", err=True)
             return
-
-
-def _message(
-    tokenizer: Tokenizer, prompt: str, system: str | None, chat_template: str | None
-) -> tuple[list[int], list[int]]:
-    """Return the tokens of a user's message with the generation prompt, and the ids that end an answer."""
-    from plmtune.tokenizers.chat_template import find_template
-
-    template = find_template(chat_template, tokenizer, "--chat-template ")
-    messages = [Message("system", system)] if system is not None else []
-    with usable("The message"):
-        ids = template.encode_prompt([*messages, Message("user", prompt)])
-    return ids.tolist(), [template.end_id]
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune import dtypes
 from plmtune.config.names import check_model_path
 from plmtune.errors import UserError
 from plmtune.io import hub, terminal
@@ -224,11 +223,6 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
-def find_dtype(name: str | None) -> torch.dtype | None:
-    """Return what `dtype_option` names."""
-    return dtypes.from_name(name) if name else None
-
-
 def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Divide the words after a config's name into YAML files and overrides."""
     overlays = [t for t in arguments if t.endswith((".yaml", ".yml")) and ("=" not in t or Path(t).is_file())]
@@ -271,6 +265,11 @@ def lengths_of(text: str, flag: str) -> list[int]:
     if not all(word.isdecimal() and 0 < int(word) < 2**24 for word in words):
         raise UserError(f"{flag}: {text!r:.80} must be numbers of tokens with commas, such as 128,2048.")
     return sorted(set(map(int, words)))
+
+
+def refuse_no_folder(out: Path | None) -> None:
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}.")
 
 
 def check_output(path: Path | None, *suffixes: str) -> None:

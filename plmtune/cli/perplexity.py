@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from plmtune import dtypes
 from plmtune.cli.options import (
     device_option,
     dtype_option,
     find_device,
-    find_dtype,
     import_option,
     model_first,
     option,
@@ -84,7 +84,7 @@ def perplexity(
         said = _in_options(str(error).rstrip("."))
         raise UserError(f"{said}{'' if said.endswith('?') else '.'} Nothing was measured.") from error
     assert isinstance(source, Files)  # its paths go with its streams
-    model, tokenizer = plmtune.load(checkpoint, where, find_dtype(dtype))
+    model, tokenizer = plmtune.load(checkpoint, where, dtypes.from_name(dtype) if dtype else None)
     window = model.max_seq_len if window is None else window
     stride = window if stride is None else stride
     if window > model.max_seq_len:

@@ -116,8 +116,8 @@ def show_plan(
         _print_device(device, [p for p in predictions if p.device == device.key], longest)
     if refused:
         show(f"\nNot for llama.cpp: {refused}")
-    if left_out:
-        show(f"\nLeft out, as the model takes {model_shape.max_seq_len:,} tokens: contexts of {_joined(left_out)}.")
+    if left := ", ".join(f"{context:,}" for context in left_out):
+        show(f"\nLeft out, as the model takes {model_shape.max_seq_len:,} tokens: contexts of {left}.")
     if training is not None:
         show("\n" + "\n".join(training.pop("lines")))
     elif without_budget:
@@ -179,10 +179,6 @@ def _print_model(name: str, model_shape: ModelShape, runtimes: list[str], contex
             f"{runtime:<10} a cache of {show_bytes(a_token)} a token, {show_bytes(whole)} at {context:,}; "
             f"{show_count(flops)} FLOPs a token there"
         )
-
-
-def _joined(numbers: Sequence[int]) -> str:
-    return ", ".join(f"{number:,}" for number in numbers)
 
 
 def _print_device(device: Device, predictions: list[Prediction], contexts: list[int]) -> None:

@@ -57,14 +57,8 @@ def _bad_value(kind: click.ParamType, message: str) -> str:
             number = "a whole number" if isinstance(kind, IntParamType) else "a number"
             return f"{value[2]:.80} is not {number}" + (f": write {point}." if point else ".")
         if isinstance(kind, click.IntRange | click.FloatRange) and (given := re.match(r"-?[\d.]\S*", message)):
-            low, high = kind.min, kind.max
-            allowed = Range(
-                least=None if kind.min_open else low,
-                above=low if kind.min_open else None,
-                below=high if kind.max_open else None,
-                most=None if kind.max_open else high,
-            )
-            return f"{allowed}, not {given[0]}."
+            low, high = "above" if kind.min_open else "least", "below" if kind.max_open else "most"
+            return f"{Range(**{low: kind.min, high: kind.max})}, not {given[0]}."
     return message
 
 
