@@ -157,7 +157,7 @@ def main() -> None:
     if code and _world_size() > 1:
         _end_rank(words, code)
     if words:
-        terminal.echo(words, err=True)
+        terminal.say(words)
     sys.exit(code)
 
 
@@ -178,19 +178,14 @@ def _end_rank(words: str, code: int) -> NoReturn:
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         if words:
-            terminal.echo(f"[rank {rank}] {words}" if rank or "\n" in words else words, err=True)
-            _tell_torchrun(words, now)
+            terminal.say(f"[rank {rank}] {words}" if rank or "\n" in words else words)
+            if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+                # torchrun shows the file in its summary: who failed first, and why. It is as the ErrorHandler of
+                # torch.distributed.elastic writes it, which would import torch, and knows tracebacks only.
+                details = {"py_callstack": words, "timestamp": str(int(now))}
+                message = {"message": words.splitlines()[-1], "extraInfo": details}
+                Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
     os._exit(code)
-
-
-def _tell_torchrun(words: str, failed_at: float) -> None:
-    """Leave the words where torchrun looks for them, to show them in its summary: who failed first, and why."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        # As torch.distributed.elastic's ErrorHandler writes it, which would import torch, and knows tracebacks only.
-        details = {"py_callstack": words, "timestamp": str(int(failed_at))}
-        message = {"message": words.splitlines()[-1], "extraInfo": details}
-        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 def _let_go_of_stdout() -> None:

@@ -31,7 +31,7 @@ def card(words: tuple[str, ...], out: Path | None, overwrite: bool) -> None:
     from plmtune.evaluation.model_card import write_card
     from plmtune.evaluation.results import load_all
 
-    found = load_all([Path(result) for result in results], lambda text: terminal.echo(text, err=True))
+    found = load_all([Path(result) for result in results], terminal.say)
     written = write_card(checkpoint, list(found.values()), out, overwrite=overwrite, sources=list(found))
     open_fields = written.read_text(encoding="utf-8").count("Fill in:")
     terminal.echo(f"{written}: {open_fields} places say Fill in, as no file knows them")

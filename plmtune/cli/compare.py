@@ -35,7 +35,7 @@ def compare(results: tuple[Path, ...], out: Path | None, as_json: bool, all_task
         results = (Path("evaluations"),)
         if not results[0].is_dir():
             raise UserError(f"There is no folder evaluations/ here. {HOW_TO_MAKE}")
-        terminal.echo("results: those in evaluations/ (for others: plmtune compare RESULT...)", err=True)
+        terminal.say("results: those in evaluations/ (for others: plmtune compare RESULT...)")
     if out is not None and out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the picture is a PNG, and its name must end in .png.")
     refuse_no_folder(out)
@@ -43,7 +43,7 @@ def compare(results: tuple[Path, ...], out: Path | None, as_json: bool, all_task
     from plmtune.evaluation import comparison
     from plmtune.evaluation.comparison_plot import draw
 
-    found = load_all(results, lambda text: terminal.echo(text, err=True))
+    found = load_all(results, terminal.say)
     files, loaded = list(found), list(found.values())
     rows = comparison.compare(loaded, all_tasks=all_tasks)
     if as_json:

@@ -80,10 +80,9 @@ def generate(
         sampling["end_ids"] = [template.end_id]
     read, asked = prompt_ids(tokenizer, start), sampling["max_new_tokens"]
     if 0 < (room := model.max_seq_len - len(read)) < asked:
-        terminal.echo(
+        terminal.say(
             f"--max-new-tokens {asked:,}: at most {room:,} are written, as the context of {model.max_seq_len:,} tokens "
-            f"holds the {len(read):,} of the prompt, too",
-            err=True,
+            f"holds the {len(read):,} of the prompt, too"
         )
     pieces = complete(model, tokenizer, read, **sampling)
     try:
@@ -92,7 +91,7 @@ def generate(
         raise UserError(f"{error}. Shorten the prompt.") from error
     except FloatingPointError as error:
         raise UserError(f"{checkpoint}: {error}.") from error
-    terminal.echo(speed, err=True)
+    terminal.say(speed)
 
 
 def stream(pieces: Iterable[str]) -> str:
@@ -130,7 +129,7 @@ def warn_of_pretrained(checkpoint: str) -> None:
             with config.open(encoding="utf-8", errors="replace") as file:
                 if any(line.rstrip() == "recipe: pretrain" for line in islice(file, 500)):
                     taught = "this model was pretrained, not taught to answer: plmtune run sft init_from="
-                    terminal.echo(f"{taught}{checkpoint}", err=True)
+                    terminal.say(f"{taught}{checkpoint}")
             return
 
 

@@ -172,7 +172,7 @@ def newest_run(command: str) -> str:
             f"There is no finished run under runs/ (seen from {Path.cwd()}). Name a checkpoint, a model directory, a "
             f"run or a model of the hub: plmtune {command}"
         )
-    terminal.echo(f"model: {newest}, the newest finished run (for another: plmtune {command})", err=True)
+    terminal.say(f"model: {newest}, the newest finished run (for another: plmtune {command})")
     return str(newest)
 
 

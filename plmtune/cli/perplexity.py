@@ -118,9 +118,9 @@ def perplexity(
     if not total.tokens:
         raise UserError("\n".join(unread) or f"{', '.join(files)}: there is no text to measure.")
     if source.skipped:
-        terminal.echo(f"{show_number_of(source.skipped, 'bad row')} left out", err=True)
+        terminal.say(f"{show_number_of(source.skipped, 'bad row')} left out")
     if source.unused:
-        terminal.echo(source.unused.describe(), err=True)
+        terminal.say(source.unused.describe())
     how = {"checkpoint": checkpoint, "window": window, "stride": stride}
     if as_json:
         files_of = {path: _figures(found) for path, found in measured.items()}

@@ -163,7 +163,7 @@ def _newest_unfinished() -> Path:
     found = next(unfinished(), None)
     if found is None:
         raise UserError("There is no unfinished run under runs/ to resume. List the runs with plmtune runs")
-    terminal.echo(f"resuming {found}", err=True)
+    terminal.say(f"resuming {found}")
     return found
 
 
@@ -176,7 +176,7 @@ def _go_to_its_directory(run_dir: Path, began_as: str | None, record: dict[str, 
     same_place = began_as and not Path(began_as).is_absolute() and Path(began_as).resolve() == run_dir.resolve()
     if same_place or not isinstance(there, str) or not Path(there).is_dir() or Path(there).resolve() == Path.cwd():
         return run_dir
-    terminal.echo(f"relative paths in {run_dir / CONFIG} are seen from {there}, where the run began", err=True)
+    terminal.say(f"relative paths in {run_dir / CONFIG} are seen from {there}, where the run began")
     run_dir = run_dir.resolve()
     os.chdir(there)
     return run_dir

@@ -162,7 +162,9 @@ def explain(error: Exception, given: Given) -> UserError:
         group, _, option = missing[1].rpartition("/")
         known = re.findall(r"^\t(\S+)$", text.split("Config search path")[0], re.MULTILINE)
         known = [name for name in known if not name.startswith(FILE_PRESET) and "__" not in name]
-        where = given.place(group) or _place_of_choice(files, group, option) or f"conf/{base}.yaml, "
+        chosen = re.compile(rf"{re.escape(group)}\s*:\s*{re.escape(option)}\b")
+        choosing = [f"{path}, " for path in files.values() if chosen.search(path.read_text(encoding="utf-8"))]
+        where = given.place(group) or (choosing[0] if choosing else f"conf/{base}.yaml, ")
         key = "" if where.startswith("override") else f"key {group.replace('/', '.')}: "
         if option.endswith((".yaml", ".yml")):
             return UserError(f"{where}{key}{option} is a file, and a file may not choose another one.")
@@ -248,11 +250,3 @@ def in_words(text: str) -> str | None:
 def _search(pattern: str, text: str) -> str | None:
     found = re.search(pattern, text)
     return found[1] if found else None
-
-
-def _place_of_choice(files: Mapping[str, Path], group: str, option: str) -> str | None:
-    """The overlay whose text chooses this option."""
-    for path in files.values():
-        if re.search(rf"{re.escape(group)}\s*:\s*{re.escape(option)}\b", path.read_text(encoding="utf-8")):
-            return f"{path}, "
-    return None

@@ -132,20 +132,18 @@ def _may_hold(annotation: Any, kind: type) -> bool:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any or dataclasses.is_dataclass(annotation) or is_component(annotation):
         return True
-    if origin is typing.Annotated:
-        return _may_hold(arguments[0], kind)
-    if origin in (typing.Union, types.UnionType):
-        return any(_may_hold(argument, kind) for argument in arguments)
+    if origin in (typing.Annotated, typing.Union, types.UnionType):  # of Annotated the rest are rules
+        return any(_may_hold(a, kind) for a in (arguments[:1] if origin is typing.Annotated else arguments))
     return origin is dict if kind is dict else origin in (list, tuple)
 
 
 def _kind(annotation: Any) -> str:
     """A key's type in words."""
-    if typing.get_origin(annotation) is typing.Annotated:
-        return _kind(typing.get_args(annotation)[0])
-    if typing.get_origin(annotation) is Literal:
-        return either([str(value) for value in typing.get_args(annotation)])
-    arguments = typing.get_args(annotation) or (annotation,)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation) or (annotation,)
+    if origin is typing.Annotated:
+        return _kind(arguments[0])
+    if origin is Literal:
+        return either([str(value) for value in arguments])
     if is_text_list(annotation):
         return "a list of texts"
     words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
