@@ -46,10 +46,6 @@ def inspect_rows(path: Path, *, row: int, tokenizer: str, template: str | None, 
         tokenizer: a name, file, directory or run.
         template: the chat template; None: the tokenizer's own.
         train_on: the answers that are learned.
-
-    Raises:
-        UserError: if the file cannot be read, has no such row or none that can be used, or the template cannot be
-            used.
     """
     rows = Rows([str(path)])
     kind = kind_of_rows(next((held for _, held in rows if isinstance(held, dict)), {}))

@@ -25,10 +25,7 @@ from plmtune.registry import Component, describe_components, keys_of
 
 PRIMARY = "plmtune_primary"
 
-
 _OUR_SCHEMAS, _OUR_GROUPS = dict(SCHEMAS), component_keys()  # without what a user's recipe adds
-
-
 # Recipe -> the config that a user's own file builds on, where it has another name than its recipe.
 _BASES = {"preference": "dpo"}
 
@@ -173,9 +170,6 @@ def use_schema(name: str, schema: Any, where: str) -> None:
         name: the config that the user's recipe starts from (its CONFIG).
         schema: a dataclass that extends the schema of that config's recipe.
         where: the user's recipe file, for messages.
-
-    Raises:
-        UserError: if it is no such dataclass, or a key has no default or a type that a config cannot hold.
     """
     recipe = str(read_yaml(find_config(name)).get("recipe", "pretrain"))
     ours = _OUR_SCHEMAS[recipe]
