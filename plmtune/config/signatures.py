@@ -138,6 +138,9 @@ def _option_node(chosen: Component) -> DictConfig:
         raise UserError(f"{chosen.group} {chosen.name}: its signature cannot be a schema ({error}).") from error
 
 
+_structured = cache(OmegaConf.structured)
+
+
 class _Later(ConfigNode):
     """A config of Hydra's store that is made on demand: a run uses twenty of a hundred."""
 
@@ -162,7 +165,7 @@ def store_components() -> None:
     """Fill Hydra's store with the schemas and with every component, those of a user (--import) included."""
     for recipe in SCHEMAS:
         schema: Any = SCHEMAS[recipe]
-        _store_later(f"{recipe}_schema", partial(OmegaConf.structured, plain_schema(schema)))
+        _store_later(f"{recipe}_schema", partial(_structured, plain_schema(schema)))
     components = frozenset((group, name) for group, table in describe_components().items() for name in table)
     _store_groups(frozenset(component_keys()), components)
 

@@ -41,13 +41,13 @@ def from_plain(source: DictConfig | dict[str, Any], where: str = "") -> Any:
     if not isinstance(recipe, str) or recipe not in SCHEMAS:
         raise UserError(f"{where or 'config'}, key recipe: there is no {recipe}.{did_you_mean(str(recipe), SCHEMAS)}")
     schema: Any = SCHEMAS[recipe]
-    return _construct(schema, _merge(plain_schema(schema), plain, "", place), "", place)
+    return _construct(schema, merge(plain_schema(schema), plain, "", place), "", place)
 
 
 _structured = cache(OmegaConf.structured)
 
 
-def _merge(schema: Any, values: dict[str, Any], key: str, place: str) -> dict[str, Any]:
+def merge(schema: Any, values: dict[str, Any], key: str, place: str) -> dict[str, Any]:
     try:
         merged = OmegaConf.merge(_structured(schema), values)
     except OmegaConfBaseException as error:
@@ -164,7 +164,7 @@ def _to_component(group: str, value: Any, key: str, place: str) -> Component:
     except UserError as error:
         raise UserError(f"{place}key {key}: {error}") from None
     keys = keys_of(group, name)
-    checked = _merge(component_schema(group, name), value, key, place)
+    checked = merge(component_schema(group, name), value, key, place)
     del checked["component"]
     settings = {}
     for item, child in checked.items():
