@@ -157,8 +157,7 @@ def _inspect_shards(
     directory: Path, split: str, document: int | None, window: int | None, seq_len: int, mask: bool
 ) -> None:
     from plmtune.cli.inspect_rows import console_of_stdout
-    from plmtune.data.shards import Shards
-    from plmtune.data.windows import Windows
+    from plmtune.data.shards import Shards, Windows
     from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
     if mask and window is None:

@@ -14,13 +14,12 @@ from rich.text import Text
 
 from plmtune.cli.tokenizer import find_tokenizer
 from plmtune.data.conversations import Conversation, Shape, conversation_of, detect, messages_of
-from plmtune.data.pairs import SIDES, is_pair, pair_of
+from plmtune.data.preferences import SIDES, is_pair, pair_of
 from plmtune.data.rows import Refused, Rows
 from plmtune.errors import UserError
 from plmtune.io import terminal
-from plmtune.io.progress import Progress
 from plmtune.io.tables import Table, numbers, show
-from plmtune.io.terminal import visible
+from plmtune.io.terminal import Progress, visible
 from plmtune.tokenizers.chat_template import ChatTemplate, TrainOn, find_template
 from plmtune.tokenizers.message import BadRow, Message, Unused
 from plmtune.units import show_number_of

@@ -24,8 +24,8 @@ from plmtune.devices.sweep import Point, sweep, vocabulary
 from plmtune.errors import UserError
 from plmtune.export.lint import gguf_architecture, lint_deploy
 from plmtune.io import hub
-from plmtune.io.progress import Progress
 from plmtune.io.tables import Column, Table, numbers, show
+from plmtune.io.terminal import Progress
 from plmtune.models.adapters import read_model_config
 from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import checkpoint_directory
