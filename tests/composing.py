@@ -3,13 +3,14 @@
 import copy
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.core_plugins.structured_config_source import StructuredConfigSource
 from hydra.core.object_type import ObjectType
 
-from plmtune.config import typed_config
+from plmtune.config import primary, rules, saved_config, typed_config
 from plmtune.config.builtin import builtin_folder
 
 
@@ -71,6 +72,24 @@ def read_once() -> None:
         return kept[key][0].copy()
 
     ConfigRepository.load_config = load_config  # type: ignore[method-assign]
+
+
+def parse_once() -> None:
+    """Parse equal config files once in this process; one that is refused is read again, as the refusal names it."""
+    read, kept = rules.read_yaml, dict[bytes, Kept]()
+
+    def read_yaml(path: Path) -> dict[str, Any]:
+        try:
+            if not path.is_file() or path.stat().st_size > rules.MAX_BYTES:
+                return read(path)
+            content = path.read_bytes()
+        except OSError:
+            return read(path)
+        if content not in kept:
+            kept[content] = Kept(read(path))
+        return kept[content].copy()
+
+    primary.read_yaml = saved_config.read_yaml = read_yaml
 
 
 def merge_once() -> None:

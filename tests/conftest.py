@@ -17,6 +17,7 @@ def pytest_collection_finish() -> None:
     import composing  # the first import of Hydra in a process that collects no test of a config
 
     composing.read_once()
+    composing.parse_once()
     composing.merge_once()
     gc.collect()
     gc.freeze()

@@ -9,13 +9,19 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from made_up import result, task
-from scipy import stats
 
 from plmtune.cli.compare import compare as command
 from plmtune.errors import UserError
 from plmtune.evaluation import results
 from plmtune.evaluation.comparison import Difference, compare, holm, mcnemar, sign_flips
 from plmtune.evaluation.comparison_plot import draw
+
+
+@pytest.fixture(scope="module")
+def stats() -> Any:
+    from scipy import stats  # its import takes a second
+
+    return stats
 
 
 def difference(a: dict[str, Any], b: dict[str, Any], row: int = 0) -> Difference:
@@ -42,12 +48,12 @@ class TestStatistics:
         assert mcnemar(0, 0) == 1.0
         assert sign_flips(np.zeros(5)) == 1.0
 
-    def test_few_sign_flips_are_all_tried_as_in_scipys_permutation_test(self) -> None:
+    def test_few_sign_flips_are_all_tried_as_in_scipys_permutation_test(self, stats: Any) -> None:
         d = np.random.default_rng(0).normal(0.4, 1, 9)
         theirs = stats.permutation_test((d,), np.sum, permutation_type="samples", n_resamples=np.inf)
         assert sign_flips(d) == pytest.approx(theirs.pvalue)
 
-    def test_many_sign_flips_are_reproducible_and_agree_with_the_t_test(self) -> None:
+    def test_many_sign_flips_are_reproducible_and_agree_with_the_t_test(self, stats: Any) -> None:
         d = np.random.default_rng(1).normal(0.05, 1, 1000)
         assert sign_flips(d) == sign_flips(d)
         assert sign_flips(d) == pytest.approx(stats.ttest_1samp(d, 0).pvalue, abs=0.02)
@@ -57,7 +63,7 @@ class TestStatistics:
         assert holm([0.6, 0.9]) == [1.0, 1.0]
         assert holm([]) == []
 
-    def test_a_paired_error_is_that_of_the_mean_of_the_differences(self) -> None:
+    def test_a_paired_error_is_that_of_the_mean_of_the_differences(self, stats: Any) -> None:
         a, b = answers(1), answers(2, right=0.6)
         found = difference(result("a", {"t": task(a)}), result("b", {"t": task(b)}))
         assert found.mean == pytest.approx(np.mean(b) - np.mean(a))

@@ -67,14 +67,15 @@ def tokenizer(pattern: str, form: str | None = None, added: tuple[str, ...] = ()
     ids=["plain", "added", "normalized", "nfc"],
 )
 @pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("examples", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_the_ids_of_both_parts_are_those_of_the_whole(
-    pattern: str, form: str | None, added: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    examples: int, pattern: str, form: str | None, added: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_WINDOW", 24)
     made = tokenizer(pattern, form, added)
     found = Counter[bool]()
 
-    @settings(max_examples=30, deadline=None, derandomize=True)
+    @settings(max_examples=examples, deadline=None, derandomize=True)
     @given(TEXTS, TEXTS)
     def check(text: str, more: str) -> None:
         cut = made.cuts.last(text)
