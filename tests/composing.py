@@ -10,7 +10,7 @@ from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.core_plugins.structured_config_source import StructuredConfigSource
 from hydra.core.object_type import ObjectType
 
-from plmtune.config import primary, rules, saved_config, typed_config
+from plmtune.config import primary, rules, typed_config
 from plmtune.config.builtin import builtin_folder
 
 
@@ -89,17 +89,17 @@ def parse_once() -> None:
             kept[content] = Kept(read(path))
         return kept[content].copy()
 
-    primary.read_yaml = saved_config.read_yaml = read_yaml
+    primary.read_yaml = typed_config.read_yaml = read_yaml
 
 
 def merge_once() -> None:
     """Merge equal values into the same schema once in this process."""
     merge, kept = typed_config.merge, dict[Any, dict[str, Any]]()
 
-    def merged(schema: Any, values: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    def merged(schema: Any, values: dict[str, Any], key: str, place: str) -> dict[str, Any]:
         same = (schema, repr(values))  # which tells 1, 1.0, True and "1" apart
         if same not in kept:
-            kept[same] = merge(schema, values, key, where)  # a refusal is not kept: it names the key and the place
+            kept[same] = merge(schema, values, key, place)  # a refusal is not kept: it names the key and the place
         return copy.deepcopy(kept[same])
 
     typed_config.merge = merged
