@@ -14,6 +14,7 @@ import copy
 import json
 import statistics
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from side_by_side import machine
 
 from plmtune.inference.kernel_choice import choose
 from plmtune.inference.quantized_kernels import KERNELS, example, use_kernel
-from plmtune.modules.quantized import Format, Quantized
+from plmtune.modules.quantized import ROWS, Format, Quantized
 
 SHAPES = "2048x8192,8192x2048,2048x576,768x3072,3072x768,768x32000"
 FORMATS = "int8,int4_g32,int4_g128,int8_dynamic_int8,int8_dynamic_int4_g32"
@@ -35,7 +36,7 @@ def ways(formats: list[str], out: int, width: int, num_bytes: float) -> dict[tup
     for name in formats:
         format = Format.parse(name)
         for kernel, kind in KERNELS.items():
-            if kind.supports(format, torch.bfloat16, "cpu", (out, width)):
+            if kind.supports(format, torch.bfloat16, width):
                 first = example(format, torch.bfloat16, (out, width))
                 count = min(max(2, int(num_bytes / format.num_bytes((out, width)))), 64)
                 found[name, kernel] = [use_kernel(copy.deepcopy(first), kernel) for _ in range(count)]
@@ -74,7 +75,7 @@ def measure(out: int, width: int, rows: int, formats: list[str], args: argparse.
             "microseconds": seconds[format, kernel] * 1e6,
             "times_bf16": base / seconds[format, kernel],
             "chosen": format != "bf16"
-            and choose(Format.parse(format), torch.bfloat16, "cpu", (out, width), rows) == kernel,
+            and choose(Format.parse(format), torch.bfloat16, x.device, (out, width))[bisect_left(ROWS, rows)] == kernel,
         }
         for format, kernel in calls
     ]

@@ -88,8 +88,7 @@ def bench(
 
     import torch
 
-    from plmtune.devices.bandwidth import read_bandwidth
-    from plmtune.devices.measure import measure
+    from plmtune.devices.measure import measure, read_bandwidth
     from plmtune.io import provenance
     from plmtune.io.atomic import write_atomically
 

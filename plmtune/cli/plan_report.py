@@ -109,7 +109,7 @@ def show_plan(
         ]
     except ValueError as error:
         raise UserError(f"{name}: {error}.") from error
-    findings = lint_deploy(model_shape.config)
+    findings = lint_deploy(model_shape.model.config)
 
     _print_model(name, model_shape, asked.runtimes if not refused else ["plmtune"], longest[-1])
     for device in asked.devices:
@@ -157,7 +157,7 @@ def _pairs(model_shape: ModelShape, asked: Asked) -> tuple[list[tuple[str, str]]
         pairs = [pair for pair in pairs if pair != ("llama.cpp", "bf16")]  # f16 is there, of the same size
     pairs.sort(key=lambda pair: runtimes.index(pair[0]))
     try:
-        gguf_architecture(model_shape.config)
+        gguf_architecture(model_shape.model.config)
     except UserError as error:
         ours = [pair for pair in pairs if pair[0] != "llama.cpp"]
         if not ours:

@@ -22,9 +22,9 @@ import torch
 from scipy.optimize import nnls
 
 from plmtune.devices import costs
-from plmtune.devices.bandwidth import READ_BYTES, read_bandwidth
 from plmtune.devices.costs import ModelShape
 from plmtune.devices.device import Device, Figure, KernelRate, RuntimeRates
+from plmtune.devices.measure import READ_BYTES, read_bandwidth
 from plmtune.devices.predict import cache_kind, cache_share
 from plmtune.errors import UserError
 from plmtune.export.gguf_writer import write_gguf
@@ -129,9 +129,6 @@ def calibrate(
     )
 
 
-# --- plmtune -----------------------------------------------------------------------------------------------------
-
-
 def build(make: Callable[[], Decoder], scheme: str) -> Decoder:
     """A decoder with random weights in one of our schemes, prepacked as by `plmtune.load`."""
     with torch.device("meta"):
@@ -205,9 +202,6 @@ def _attention_rate() -> float:
     return heads * tokens * tokens * 2 * width / best
 
 
-# --- llama.cpp ---------------------------------------------------------------------------------------------------
-
-
 def _llama_cpp(bandwidth: float, compute: float, threads: int, log: Callable[[str], None]) -> RuntimeRates | None:
     """Its rates through files that we write; None where it is not installed."""
     timings: list[_Timing] = []
@@ -232,9 +226,6 @@ def _llama_cpp(bandwidth: float, compute: float, threads: int, log: Callable[[st
                     prompts.append(_Timing(model_shape, kind.lower(), depth, taken.prompt))
                 path.unlink()
     return _rates("llama.cpp", timings, prompts, bandwidth, compute)
-
-
-# --- the fit -----------------------------------------------------------------------------------------------------
 
 
 def _rates(

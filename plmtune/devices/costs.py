@@ -37,7 +37,6 @@ class Matrix:
     Attributes:
         name: its module; `like` the module that was inspected, where layers are equal.
         layer: its layer, None outside of them.
-        dense: attention asks for its numbers themselves (MLA's kv_b_proj, which absorbed decoding folds into others).
     """
 
     name: str
@@ -45,7 +44,6 @@ class Matrix:
     width: int
     layer: int | None
     like: str
-    dense: bool = False
 
     @property
     def numel(self) -> int:
@@ -59,16 +57,17 @@ class Attention:
     Attributes:
         kind: "latent" (MLA) or "heads": how plmtune's cache holds it.
         latent: numbers a token in plmtune's cache; expanded: in llama.cpp's, keys and values of each head.
-        decode: FLOPs of one new token for each cached one, in plmtune and over the expanded cache.
-        prompt: FLOPs of one token of a prompt for each token it attends to, whatever the runtime.
+        decode: FLOPs of one new token for each cached one, in plmtune.
+        prompt: FLOPs of one token for each token it attends to over keys and values: of a prompt, and in llama.cpp.
+        heads: of queries.
     """
 
     kind: Literal["latent", "heads"]
     latent: int
     expanded: int
     decode: int
-    decode_expanded: int
     prompt: int
+    heads: int
 
 
 @dataclass(frozen=True)
@@ -78,17 +77,13 @@ class ModelShape:
     Attributes:
         model: that was inspected.
         other: parameters outside matrices: norms, biases.
-        widest: largest width inside a layer, of the FFN or of all heads.
     """
 
     model: Decoder = field(compare=False, repr=False)
     matrices: tuple[Matrix, ...]
     attention: tuple[Attention, ...]
     other: int
-    widest: int
-    heads: int
     formats: dict[str, Format]
-    config: dict[str, Any]
 
     @classmethod
     def of(cls, model: Decoder) -> ModelShape:
@@ -97,22 +92,11 @@ class ModelShape:
         for name, shape in shapes(model).items():
             match = _LAYER.match(name)
             layer = int(match[1]) if match else None
-            matrices.append(Matrix(name, *shape, layer, name, name.endswith("kv_b_proj")))
+            matrices.append(Matrix(name, *shape, layer, name))
         formats = {n: m.format for n, m in model.named_modules() if isinstance(m, Quantized)}
         other = sum(p.numel() for p in model.parameters()) - sum(m.numel for m in matrices if m.name not in formats)
-        modules: list[Any] = [layer.attention for layer in model.layers]
-        attention = tuple(_attention(module) for module in modules)
-        inside = [max(m.rows, m.width) for m in matrices if m.layer is not None]
-        return cls(
-            model=model,
-            matrices=tuple(matrices),
-            attention=attention,
-            other=other,
-            widest=max(inside, default=0),
-            heads=max(module.head_shapes()[0][0] for module in modules),
-            formats=formats,
-            config=model.config,
-        )
+        layers: list[Any] = list(model.layers)
+        return cls(model, tuple(matrices), tuple(_attention(layer.attention) for layer in layers), other, formats)
 
     def repeated(self, num_layers: int) -> ModelShape:
         """The shape with `num_layers` layers, of a model with one layer: a sweep builds one model."""
@@ -130,7 +114,6 @@ class ModelShape:
             matrices=(*outside, *copies),
             attention=self.attention * num_layers,
             other=self.other + in_layer * (num_layers - 1),
-            config=self.config | {"num_layers": num_layers},
         )
 
     @property
@@ -170,11 +153,8 @@ def _attention(module: Any) -> Attention:
     if len(module.cache_shapes()) == 1:
         # Scores over the latent and the rope key, then a sum of latents, for each head (absorbed decoding).
         decode = 2 * heads * (kept + module.kv_lora_rank)
-        return Attention("latent", kept, expanded, decode, prompt, prompt)
-    return Attention("heads", kept, expanded, prompt, prompt, prompt)
-
-
-# --- weights -----------------------------------------------------------------------------------------------------
+        return Attention("latent", kept, expanded, decode, prompt, heads)
+    return Attention("heads", kept, expanded, prompt, prompt, heads)
 
 
 def our_schemes() -> list[str]:
@@ -229,11 +209,7 @@ class Weights:
 
 
 def weights(model_shape: ModelShape, runtime: str, scheme: str) -> Weights:
-    """Cost of a model's weights.
-
-    Raises:
-        UserError, ValueError: for a scheme that the model cannot have.
-    """
+    """Cost of a model's weights."""
     forms = _our_forms(model_shape, scheme) if runtime == "plmtune" else _gguf_forms(model_shape, scheme)
     width = 4 if runtime == "llama.cpp" else FLOATS.get(scheme, 2)  # norms: llama.cpp keeps them in F32
     file = memory = model_shape.other * width
@@ -247,7 +223,7 @@ def weights(model_shape: ModelShape, runtime: str, scheme: str) -> Weights:
         memory += size
         if matrix.name not in multiplied:
             continue
-        if runtime == "plmtune" and matrix.dense and form not in FLOATS:
+        if runtime == "plmtune" and matrix.name.endswith("kv_b_proj") and form not in FLOATS:
             # Absorbed decoding wants its numbers each token, so they are kept in place of the integers.
             memory += 2 * matrix.numel - matrix.numel * Format.parse(form).bits // 8
             form, size = "bf16", 2 * matrix.numel
@@ -278,12 +254,8 @@ def _our_forms(model_shape: ModelShape, scheme: str) -> dict[str, tuple[str, int
 
 
 def _gguf_forms(model_shape: ModelShape, scheme: str) -> dict[str, tuple[str, int]]:
-    kind = scheme.upper()
-    forms = {}
-    for matrix in model_shape.matrices:
-        form = _gguf_type(kind, matrix, model_shape)
-        forms[matrix.name] = (form, stored_bytes(form, matrix.numel))
-    return forms
+    types = {matrix: _gguf_type(scheme.upper(), matrix, model_shape) for matrix in model_shape.matrices}
+    return {matrix.name: (type, stored_bytes(type, matrix.numel)) for matrix, type in types.items()}
 
 
 def _gguf_type(kind: str, matrix: Matrix, model_shape: ModelShape) -> str:
@@ -301,9 +273,6 @@ def _gets_more_bits(layer: int, num_layers: int) -> bool:
     return layer < first or layer >= 7 * num_layers // 8 or (layer - first) % 3 == 2
 
 
-# --- cache, work, memory -----------------------------------------------------------------------------------------
-
-
 def cache_bytes(model_shape: ModelShape, runtime: str, tokens: int = 1, *, dtype_bytes: int = 2) -> int:
     """Bytes that a cache of so many tokens takes; 16 bits a number unless said otherwise."""
     numbers = sum(a.latent if runtime == "plmtune" else a.expanded for a in model_shape.attention)
@@ -312,7 +281,7 @@ def cache_bytes(model_shape: ModelShape, runtime: str, tokens: int = 1, *, dtype
 
 def attention_flops(model_shape: ModelShape, runtime: str, tokens: int) -> int:
     """FLOPs that one new token's attention over so many cached ones takes."""
-    return tokens * sum(a.decode if runtime == "plmtune" else a.decode_expanded for a in model_shape.attention)
+    return tokens * sum(a.decode if runtime == "plmtune" else a.prompt for a in model_shape.attention)
 
 
 def prompt_attention_flops(model_shape: ModelShape, tokens: int) -> int:
@@ -330,9 +299,10 @@ def workspace_bytes(model_shape: ModelShape, runtime: str, prompt: int, context:
     rows = prompt if runtime == "plmtune" else min(prompt, _LLAMA_CPP_BATCH)
     residual = 3 * model_shape.model.embed_dim
     attended = max(a.prompt for a in model_shape.attention)  # queries, keys and values of all heads: 2 h (qk + v)
-    inside = max(2 * model_shape.widest, attended)
+    widest = max((max(m.rows, m.width) for m in model_shape.matrices if m.layer is not None), default=0)
+    inside = max(2 * widest, attended)
     if runtime == "plmtune":
         return 2 * rows * (residual + inside) + 4 * model_shape.model.vocab_size
     # Without flash attention, which cannot be had for MLA there, the scores of a batch are there as a whole.
-    scores = model_shape.heads * context
+    scores = max(a.heads for a in model_shape.attention) * context
     return 4 * rows * (residual + max(inside, scores)) + 4 * model_shape.model.vocab_size

@@ -21,10 +21,20 @@ from typing import Any
 import psutil
 import torch
 
-from plmtune.devices.bandwidth import read_bandwidth
 from plmtune.devices.measured_models import Sparse, open_model
 from plmtune.errors import UserError
 from plmtune.models.checkpoint_files import find_checkpoint
+from plmtune.ranges import AT_LEAST_1, check
+from plmtune.training.determinism import measure_seconds
+
+READ_BYTES = 256 * 2**20
+
+
+def read_bandwidth(device: torch.device | str = "cpu") -> float:
+    """Bytes/s of reading a device's memory that no cache holds, on a CPU with torch's threads; the best of six."""
+    device = torch.device(device)
+    numbers = torch.ones(READ_BYTES // 4 if device.type == "cpu" else 2**28, device=device)
+    return numbers.nbytes / min(measure_seconds(numbers.sum, device) for _ in range(6))
 
 
 @dataclass(frozen=True)
@@ -55,9 +65,7 @@ class Options:
     flash_attention: bool | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("new_tokens", self.new_tokens), *(("context", context) for context in self.contexts)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        check(AT_LEAST_1, new_tokens=self.new_tokens, context=min(self.contexts, default=1))
         if not self.contexts:
             raise ValueError("there must be at least one context")
 
@@ -118,7 +126,7 @@ def measure(target: str, *, log: Callable[[str], None] = lambda text: None, **op
         with contextlib.suppress(UserError):  # a directory of transformers, or none: the process reports it
             find_checkpoint(target)  # which warns of an interrupted run: the process has no terminal
     # Measured here, because what it reads is no memory of the target.
-    bandwidth = asked.bandwidth or read_bandwidth(asked.torch_device, threads=asked.threads)
+    bandwidth = asked.bandwidth or read_bandwidth(asked.torch_device)
     request = {"target": target, **asdict(asked), "bandwidth": bandwidth}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"

@@ -23,7 +23,6 @@ from plmtune.models.checkpoint_files import CONFIG, checkpoint_directory, read_j
 from plmtune.models.gguf_file import opened_gguf
 from plmtune.modules.attributes import with_attributes
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.feed_forward import SquaredReLU
 from plmtune.modules.quantized import Quantized
 
 Sparse = Literal["auto", "on", "off"]
@@ -130,12 +129,9 @@ class PyTorchModel(MeasuredModel):
         self.opened.cache.truncate(self.opened.cache.length - 1)
         with with_attributes(skipping, record_sparsity=True):
             self.opened.step(self.opened.newest)
-        return sum(_zeros(ffn) for ffn in skipping)
-
-
-def _zeros(ffn: SquaredReLU) -> int:
-    assert ffn.sparsity is not None
-    return int(float(ffn.sparsity.mean()) * ffn.down_proj.weight.nbytes)
+        return sum(
+            int(ffn.sparsity.mean() * ffn.down_proj.weight.nbytes) for ffn in skipping if ffn.sparsity is not None
+        )
 
 
 def _form(model: Decoder) -> str:

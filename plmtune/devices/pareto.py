@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from plmtune.devices.predict import Prediction
 from plmtune.devices.sweep import Point
@@ -44,8 +45,7 @@ def draw_front(points: Sequence[Point], path: Path, title: str) -> None:
     axes.set_title(title, fontsize=11)
     sizes = [point.parameters / 1e6 for point in fitting]
     shown = axes.scatter(
-        [point.prediction.memory / 2**20 for point in fitting],
-        [point.prediction.decode or 0.0 for point in fitting],
+        *_spots(fitting).T,
         c=sizes,
         cmap="viridis",
         norm=LogNorm() if sizes and max(sizes) > 3 * min(sizes) else None,
@@ -53,17 +53,12 @@ def draw_front(points: Sequence[Point], path: Path, title: str) -> None:
         alpha=0.75,
         linewidths=0,
     )
-    axes.scatter(
-        [point.prediction.memory / 2**20 for point in best],
-        [point.prediction.decode or 0.0 for point in best],
-        facecolors="none",
-        edgecolors="#D55E00",
-        linewidths=1.4,
-        s=70,
-        label=f"front of speed, memory and parameters ({len(best)} of {len(fitting)})",
-    )
+    label = f"front of speed, memory and parameters ({len(best)} of {len(fitting)})"
+    axes.scatter(*_spots(best).T, facecolors="none", edgecolors="#D55E00", linewidths=1.4, s=70, label=label)
     axes.set_xlabel("peak memory, MiB")
-    axes.set_ylabel(_speed_label(fitting))
+    # Speeds are bounds where nothing was measured: as the table says it.
+    bound = any(point.prediction.is_bound for point in fitting)
+    axes.set_ylabel("decode, at most tokens/s (the device is not calibrated)" if bound else "decode, tokens/s")
     axes.set_xscale("log")
     axes.set_yscale("log")
     widen(axes)
@@ -74,21 +69,14 @@ def draw_front(points: Sequence[Point], path: Path, title: str) -> None:
     # What is written first keeps its place: the ends of the front, then what lies between them.
     places = sorted({round(i) for i in np.linspace(0, len(best) - 1, min(_LABELLED, len(best)))})
     places = list(dict.fromkeys([*places[:1], *places[-1:], *places]))
-    labels = [
-        (
-            f"{i + 1}: {show_count(best[i].parameters)}",
-            best[i].prediction.memory / 2**20,
-            best[i].prediction.decode or 0.0,
-        )
-        for i in places
-    ]
+    labels = [(f"{i + 1}: {show_count(best[i].parameters)}", *_spots(best)[i]) for i in places]
     finish(figure, path, labels={axes: labels})
 
 
-def _speed_label(points: Sequence[Point]) -> str:
-    """The axis of decode speeds, which are bounds where nothing was measured: as the table says it."""
-    bound = any(point.prediction.is_bound for point in points)
-    return "decode, at most tokens/s (the device is not calibrated)" if bound else "decode, tokens/s"
+def _spots(points: Sequence[Point]) -> npt.NDArray[np.float64]:
+    """Memory in MiB and speed of each, [n, 2]."""
+    spots = [(point.prediction.memory / 2**20, point.prediction.decode or 0.0) for point in points]
+    return np.array(spots, dtype=float).reshape(-1, 2)
 
 
 def draw_speeds(predictions: Sequence[Prediction], path: Path, title: str) -> None:

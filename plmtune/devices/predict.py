@@ -88,9 +88,6 @@ def predict(
         runtime: plmtune or llama.cpp.
         context: tokens in the cache.
         prompt: tokens that are read before the first is written; at most the context counts.
-
-    Raises:
-        UserError, ValueError: for a scheme that the model cannot have.
     """
     held = costs.weights(model_shape, runtime, scheme)
     prompt = min(prompt, context)

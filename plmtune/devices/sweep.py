@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,9 +75,6 @@ def sweep(
         overrides: Hydra's, of keys of the model: ``model.embed_dim=512,768``, ``model.num_layers=range(8,25,4)``,
             and of choices: ``model/ffn=swiglu,squared_relu``, ``tokenizer=qwen2,bundled``.
         progress: gets (combinations done, all combinations).
-
-    Raises:
-        UserError: if nothing is swept, a key is not of the model, or there are too many combinations.
     """
     plain, swept = override_checks.split_sweeps(overrides)
     for key in swept:
@@ -98,7 +95,8 @@ def sweep(
         cfg = compose.compose(name, overlays, [*plain, *chosen])
         if cfg.model is None:
             raise UserError(f"{name} names no model to sweep over. Choose one: model=plm")
-        rows, model_shapes = vocabulary(cfg), _ModelShapes()
+        rows = vocabulary(cfg)
+        seen: dict[str, ModelShape | Exception] = {}
         values = {text: _value(cfg, text) for key in keys for text in swept[key]}
         for texts in itertools.product(*(swept[key] for key in keys)):
             settings = dict(text.partition("=")[::2] for text in (*chosen, *texts))
@@ -109,7 +107,7 @@ def sweep(
                     if isinstance(value, UserError):
                         raise value
                     model = _put(model, text.partition("=")[0].split(".")[1:], value)
-                model_shape = model_shapes.of(model, rows)
+                model_shape = _shape_of(seen, model, rows)
                 prediction = predict(
                     model_shape, device, scheme=scheme, runtime=runtime, context=context, prompt=prompt
                 )
@@ -135,13 +133,9 @@ def _value(cfg: Any, text: str) -> Any:
         changed: Any = typed_config.override(cfg, [text])
     except UserError as error:
         return error
-    for name in _parts(text):
+    for name in text.partition("=")[0].split("."):
         changed = changed.settings[name] if isinstance(changed, Component) else getattr(changed, name)
     return changed
-
-
-def _parts(text: str) -> Iterator[str]:
-    return iter(text.partition("=")[0].split("."))
 
 
 def _put(held: Component, path: Sequence[str], value: Any) -> Component:
@@ -149,23 +143,18 @@ def _put(held: Component, path: Sequence[str], value: Any) -> Component:
     return replace(held, settings=held.settings | {name: _put(held.settings[name], below, value) if below else value})
 
 
-class _ModelShapes:
-    """Shapes of models with equal layers, from one layer each: depth costs nothing to sweep."""
-
-    def __init__(self) -> None:
-        self.seen: dict[str, ModelShape | Exception] = {}
-
-    def of(self, model: Component, rows: int) -> ModelShape:
-        layers = model.settings.get("num_layers")
-        one = model if layers is None else replace(model, settings=model.settings | {"num_layers": min(layers, 1)})
-        key = repr(one)
-        if key not in self.seen:
-            try:
-                with torch.device("meta"):
-                    self.seen[key] = ModelShape.of(compose.build("model", one, vocab_size=rows))
-            except (UserError, ValueError) as error:
-                self.seen[key] = error
-        found = self.seen[key]
-        if isinstance(found, Exception):
-            raise found
-        return found if layers is None else found.repeated(layers)
+def _shape_of(seen: dict[str, ModelShape | Exception], model: Component, rows: int) -> ModelShape:
+    """The shape of a model with equal layers, from one layer, which is built once: depth costs nothing to sweep."""
+    layers = model.settings.get("num_layers")
+    one = model if layers is None else replace(model, settings=model.settings | {"num_layers": min(layers, 1)})
+    key = repr(one)
+    if key not in seen:
+        try:
+            with torch.device("meta"):
+                seen[key] = ModelShape.of(compose.build("model", one, vocab_size=rows))
+        except (UserError, ValueError) as error:
+            seen[key] = error
+    found = seen[key]
+    if isinstance(found, Exception):
+        raise found
+    return found if layers is None else found.repeated(layers)

@@ -94,9 +94,9 @@ def _suspicions(model: Decoder) -> Iterator[Suspicion]:
 def _rope_suspicions(model: Decoder) -> Iterator[Suspicion]:
     attention: Any = model.layers[0].attention
     width, _, _, interleaved = attention.rope.settings
-    pairs = torch.arange(width).view(-1, 2)
-    halves = torch.arange(width).view(2, -1)
-    to_neighbours, to_halves = halves.T.flatten(), pairs.T.flatten()
+    index = torch.arange(width)
+    orders = {"neighbours": index.view(2, -1).T.flatten(), "halves": index.view(-1, 2).T.flatten()}
+    sides = {"the rows of Q and K": ("q", "k"), "the rows of Q alone": ("q",), "the rows of K alone": ("k",)}
     said = {
         (True, "neighbours"): "RoPE's pairs: neighbours are turned in the checkpoint, halves in the export",
         (True, "halves"): "RoPE's pairs: {rows} were reordered as if halves were turned, though neighbours are",
@@ -104,16 +104,12 @@ def _rope_suspicions(model: Decoder) -> Iterator[Suspicion]:
         "runtime that turns neighbours",
         (False, "neighbours"): "RoPE's pairs: {rows} were permuted twice",
     }
-    for order, index in (("neighbours", to_neighbours), ("halves", to_halves)):
-        for rows, leaves in (
-            ("the rows of Q and K", ("q", "k")),
-            ("the rows of Q alone", ("q",)),
-            ("the rows of K alone", ("k",)),
-        ):
+    for order in orders:
+        for rows, leaves in sides.items():
             words = said[interleaved, order].format(rows=rows)
             if "{rows}" not in said[interleaved, order] and len(leaves) == 1:
                 words += f", for {rows}"
-            yield words, partial(_with_rows_reordered, model, index, leaves)
+            yield words, partial(_with_rows_reordered, model, orders[order], leaves)
 
 
 @contextmanager

@@ -116,15 +116,11 @@ def check_scheme(model: Decoder, scheme: str | None) -> None:
     for name, module in model.layers.named_modules():
         if not isinstance(module, QuantizedLinear):
             continue
-        if not module.format.dynamic:
-            raise UserError(
-                f"layers.{name} is stored as {module.format.name}. ExecuTorch's XNNPACK computes weight-only integers "
-                "wrongly, with no error: quantize the model with int8_dynamic or int8_dynamic_int4 instead."
-            )
         if not _has(module.format):
             raise UserError(
-                f"layers.{name} is stored as {module.format.name}. ExecuTorch's XNNPACK multiplies by 8 bits with a "
-                "scale a row, and by 4 bits in groups of 32 or a multiple of it: quantize the model so."
+                f"layers.{name} is stored as {module.format.name}. ExecuTorch's XNNPACK computes weight-only integers "
+                "wrongly, with no error, and has 8 bits with a scale a row and 4 bits in groups of 32 or a multiple of "
+                "it: quantize the model with int8_dynamic or int8_dynamic_int4 instead."
             )
         if scheme not in (None, _SCHEME_OF_BITS[module.format.bits]):
             raise UserError(

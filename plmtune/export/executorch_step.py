@@ -68,13 +68,7 @@ class Rope(nn.Module):
 
 
 class LatentStep(nn.Module):
-    """One token of MLA, absorbed over its own cache.
-
-    Args:
-        attention: gives its projections, quantized or not.
-        rope: shared by all layers.
-        max_seq_len: positions of the cache.
-    """
+    """One token of MLA, absorbed over its own cache of `max_seq_len` positions; projections may be quantized."""
 
     cache: Tensor
     w_uk: Tensor
@@ -111,13 +105,7 @@ class LatentStep(nn.Module):
 
 
 class GroupedStep(nn.Module):
-    """One token of grouped-query attention over its own cache of keys and values.
-
-    Args:
-        attention: gives its projections, quantized or not.
-        rope: shared by all layers.
-        max_seq_len: positions of the cache.
-    """
+    """One token of grouped-query attention over its own cache of `max_seq_len` keys and values."""
 
     keys: Tensor
     values: Tensor

@@ -138,9 +138,6 @@ def write_gguf_adapter(directory: Path, path: Path, *, base: Path | None = None)
     Args:
         directory: what training saved, adapter_config.json and adapter_model.safetensors.
         base: directory of the weights that they stand beside; None: what they name.
-
-    Raises:
-        UserError: if llama.cpp could not apply them as they were trained, or the disk has no room.
     """
     remedy = f"Merge them: plmtune merge {directory} OUT, and export OUT."
     config = read_model_config(find_base(directory, base))
@@ -323,10 +320,4 @@ def _stored(rows: Tensor, part: _Part, path: Path) -> npt.NDArray[Any]:
     # The quantized types have scales in F16.
     if part.kind not in ("F32", "BF16") and numbers.abs().max() > _MOST_FP16:
         raise UserError(f"{path}: {part.name} holds numbers too large for {part.kind}. Use BF16 or F32.")
-    if part.kind == "F32":
-        return numbers.numpy()
-    if part.kind == "F16":
-        return numbers.half().numpy()
-    if part.kind == "BF16":
-        return numbers.bfloat16().view(torch.int16).numpy()
     return quantize(numbers.numpy(), GGMLQuantizationType[part.kind])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from plmtune.models.checkpoint_files import checkpoint_directory
 from plmtune.modules.attributes import with_attributes
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized
+from plmtune.ranges import AT_LEAST_1, check
 
 __all__ = ["Check", "Report", "verify"]
 
@@ -86,8 +86,7 @@ def verify(
             the report, and so is a file that the runtime does not open.
         ValueError: if positions is below 1.
     """
-    if positions < 1:
-        raise ValueError(f"positions must be at least 1, not {positions}")
+    check(AT_LEAST_1, positions=positions)
     export, source = Path(export), checkpoint_directory(against)
     name = choose_runtime(export, prefer)
     model = load_model(source, "cpu", torch.float32, base=base).eval()
@@ -178,7 +177,10 @@ def _compare_numbers(
     if not contents.tensors and bits_of(contents.kind) is not None:
         model, contents = _quantized_like(model, contents)
     dynamic = any("dynamic" in kind for kind in contents.kinds.values())
-    with as_exported(model, contents), _with_latent_norm(model, runtime):
+    # The latent's norm as transformers has it in a DeepSeek.
+    norms = [part for name, part in model.named_modules() if name.endswith("kv_a_norm")]
+    latent = with_attributes(norms if runtime.name == "transformers" else [], eps=_LATENT_EPS)
+    with as_exported(model, contents), latent:
         own = _log_probs(model, read)
         with with_rounded_inputs(model, contents.kinds if runtime.rounds_inputs or dynamic else {}):
             rounded = _log_probs(model, read)
@@ -255,9 +257,3 @@ def _quantized_like(model: Decoder, contents: Contents) -> tuple[Decoder, Conten
     numbers = {name: part.dequantize() for name, part in held.items()}
     kinds = {name: part.format.name for name, part in held.items()}
     return model, replace(contents, tensors=numbers, kinds=kinds)
-
-
-def _with_latent_norm(model: Decoder, runtime: InferenceRuntime) -> AbstractContextManager[None]:
-    """The latent's norm as transformers has it in a DeepSeek."""
-    norms = [module for name, module in model.named_modules() if name.endswith("kv_a_norm")]
-    return with_attributes(norms if runtime.name == "transformers" else [], eps=_LATENT_EPS)

@@ -126,11 +126,7 @@ class BatchedGenerator:
         self._shared_prefixes: tuple[_SharedPrefix, ...] = ()  # each continues the one before
 
     def submit(self, request: Request) -> None:
-        """Add a request to the queue, also while `run` is in progress.
-
-        Raises:
-            ValueError: for an empty prompt, an unknown id, or a prompt that leaves no room.
-        """
+        """Add a request to the queue, also while `run` is in progress."""
         length, limit = len(request.tokens), self.model.max_seq_len
         low, high = min(request.tokens, default=0), max(request.tokens, default=0)
         why = None

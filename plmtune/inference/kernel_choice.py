@@ -13,7 +13,6 @@ import json
 import math
 import os
 import time
-from bisect import bisect_left
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from plmtune.io import provenance
 from plmtune.io.atomic import write_atomically
 from plmtune.io.untrusted import load_json
 from plmtune.modules.mla import MultiHeadLatentAttention
-from plmtune.modules.quantized import ROWS, Format, Quantized
+from plmtune.modules.quantized import Format, Quantized
 
 _MEASURED_ROWS = (1, 8, 64, 256)  # each stands for the rows up to one of ROWS, and for more
 _FEW = 8  # measured rows up to which no matrix is dequantized
@@ -37,20 +36,17 @@ _RUNS, _COPIES, _SECONDS = 10, 4, 0.05
 _VERSION = 2  # of the file
 
 
-def choose(format: Format, dtype: torch.dtype, device: torch.device | str, shape: tuple[int, int], rows: int) -> str:
-    """Return which of KERNELS multiplies `rows` rows by a matrix [out, in] of this shape fastest here."""
-    return _choose(format, dtype, torch.device(device).type, shape)[bisect_left(ROWS, rows)]
+def choose(format: Format, dtype: torch.dtype, device: torch.device, shape: tuple[int, int]) -> tuple[str, ...]:
+    """Return which of KERNELS multiplies fastest here by a matrix [out, in]: for rows up to each of ROWS, and for more.
 
-
-def _choose(format: Format, dtype: torch.dtype, device: str, shape: tuple[int, int]) -> tuple[str, ...]:
-    """The kernel for each number of rows; all of them can read the order of integers that the first needs."""
-    if os.environ.get("PLMTUNE_KERNELS") == "reference":
+    All of them can read the order of integers that the first needs.
+    """
+    if device.type != "cpu" or os.environ.get("PLMTUNE_KERNELS") == "reference":
         return ("reference",) * len(_MEASURED_ROWS)
     candidates = [
         name
         for name, kernel in KERNELS.items()
-        if kernel.supports(format, dtype, device, shape)
-        and (kernel.tiled is None or matches_reference(name, format, dtype))
+        if kernel.supports(format, dtype, shape[1]) and (kernel.tiled is None or matches_reference(name, format, dtype))
     ]
     if "native" in candidates:
         candidates = [name for name in candidates if not KERNELS[name].tiled]  # which a native decoder cannot read
@@ -60,14 +56,8 @@ def _choose(format: Format, dtype: torch.dtype, device: str, shape: tuple[int, i
         return tuple(candidates[0] if rows <= _FEW else "parts" for rows in _MEASURED_ROWS)
     # Rows of W behave the same, so a few are enough to measure.
     shape = (min(shape[0], max(_MAX_MEASURED // shape[1] // 64, 1) * 64), shape[1])
-    parts = (
-        _machine(),
-        format.name,
-        str(dtype).removeprefix("torch."),
-        f"{shape[0]}x{shape[1]}",
-        ", ".join(candidates),
-    )
-    key = " | ".join(parts)
+    size, numbers = f"{shape[0]}x{shape[1]}", str(dtype).removeprefix("torch.")
+    key = " | ".join((_machine(), format.name, numbers, size, ", ".join(candidates)))
     kept = _measured()
     if key not in kept or any(name not in candidates for name in kept[key]):
         kept[key] = _measure(candidates, format, dtype, shape)
@@ -143,7 +133,7 @@ def prepack(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Quantized) and not module.prepacked:
             shape = (module.num_rows, module.width)
-            names = _choose(module.format, module.scales.dtype, module.scales.device.type, shape)
+            names = choose(module.format, module.scales.dtype, module.scales.device, shape)
             if KERNELS[names[0]].tiled:
                 use_kernel(module, names[0])
             elif "int8_integer" in names:

@@ -37,16 +37,16 @@ _EPS = np.float32(torch.finfo(torch.float32).eps)
 
 @dataclass(frozen=True)
 class Kernel:
-    """A function that multiplies by a quantized matrix.
+    """A function that multiplies by a quantized matrix, on a CPU.
 
     Args:
         multiply: (module, x [n, in]) -> [n, out].
-        supports: whether it can multiply in this format, dtype, device type and shape [out, in].
+        supports: whether it can multiply in this format, in this dtype, by rows of so many numbers.
         tiled: it needs the integers in tiles (`to_tiles`); False: in the files' order. None: it reads both.
     """
 
     multiply: Multiply
-    supports: Callable[[Format, torch.dtype, str, tuple[int, int]], bool]
+    supports: Callable[[Format, torch.dtype, int], bool]
     tiled: bool | None = False
 
 
@@ -133,40 +133,22 @@ def _wide(module: Quantized, x: Tensor) -> Tensor:
     return _parts(module, x, torch.float32)
 
 
-def _on_cpu(
-    bits: int, dtypes: tuple[torch.dtype, ...], fits: Callable[[Format, int, int], bool]
-) -> Callable[[Format, torch.dtype, str, tuple[int, int]], bool]:
-    def supports(format: Format, dtype: torch.dtype, device: str, shape: tuple[int, int]) -> bool:
-        return device == "cpu" and format.bits == bits and dtype in dtypes and fits(format, *shape)
-
-    return supports
-
-
-def _by_native(format: Format, dtype: torch.dtype, device: str, shape: tuple[int, int]) -> bool:
-    return device == "cpu" and native.supports(format, dtype, shape[1])
-
-
-_ANY = (torch.float32, torch.bfloat16, torch.float16)
 # Where nothing is measured, the first that supports a layer multiplies few rows by it, and `parts` many.
 KERNELS: dict[str, Kernel] = {
     "int4_tiles": Kernel(
         _int4,
-        _on_cpu(4, (torch.bfloat16,), lambda format, out, width: format.group_size in _INT4_GROUPS),
+        lambda format, dtype, width: format.bits == 4 and format.group_size in _INT4_GROUPS and dtype == torch.bfloat16,
         tiled=True,
     ),
-    "int8": Kernel(
-        _int8,
-        _on_cpu(8, (torch.bfloat16,), lambda format, out, width: not format.dynamic and format.group_size is None),
-    ),
+    "int8": Kernel(_int8, lambda format, dtype, width: format.name == "int8" and dtype == torch.bfloat16),
     # 255 x 128 x width must stay below 2^31.
     "int8_integer": Kernel(
-        _integer,
-        _on_cpu(8, _ANY, lambda format, out, width: format.dynamic and format.group_size is None and width <= 2**15),
+        _integer, lambda format, dtype, width: format.name == "int8_dynamic_int8" and width <= 2**15
     ),
-    "native": Kernel(native.multiply, _by_native),
-    "parts": Kernel(_parts, lambda format, dtype, device, shape: device == "cpu", tiled=None),
-    "wide": Kernel(_wide, lambda format, dtype, device, shape: device == "cpu" and dtype != torch.float32, tiled=None),
-    "reference": Kernel(reference, lambda format, dtype, device, shape: True, tiled=None),
+    "native": Kernel(native.multiply, native.supports),
+    "parts": Kernel(_parts, lambda format, dtype, width: True, tiled=None),
+    "wide": Kernel(_wide, lambda format, dtype, width: dtype != torch.float32, tiled=None),
+    "reference": Kernel(reference, lambda format, dtype, width: True, tiled=None),
 }
 
 

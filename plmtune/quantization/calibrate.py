@@ -47,9 +47,6 @@ def second_moments(model: Decoder, batches: Iterable[Tensor], names: Iterable[st
         model: unquantized.
         batches: token ids, [b, s], of text like that of the model's use; some tens of thousands of tokens suffice.
         names: of modules; an embedding that is not tied has no inputs and is left out.
-
-    Raises:
-        ValueError: if there are no batches, or inputs that are not finite.
     """
     sums: dict[str, Tensor] = {}
     tokens = 0

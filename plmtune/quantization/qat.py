@@ -71,12 +71,7 @@ def insert_fake_quantize(model: Any, formats: Mapping[str, Format]) -> None:
     if head is not None and head.dynamic and not hasattr(model, "score"):
         # The loss multiplies hidden states by the head's weight without calling the head: round the states before.
         model.norm.head_input = InputRounding()
-        model.norm.register_forward_hook(_round_output)
-
-
-def _round_output(norm: Any, inputs: Any, out: Tensor) -> Tensor:
-    rounded: Tensor = norm.head_input(out)
-    return rounded
+        model.norm.register_forward_hook(lambda norm, inputs, out: norm.head_input(out))
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -210,9 +205,6 @@ def read_scheme(checkpoint: str | Path) -> dict[str, Any] | None:
 
     Args:
         checkpoint: a model directory, a checkpoint or a run, whose newest checkpoint counts.
-
-    Raises:
-        UserError: naming the file, if the key holds no scheme.
     """
     directory = checkpoint_directory(checkpoint)
     if not (directory / CONFIG).exists():  # adapters

@@ -91,12 +91,9 @@ def file_bytes(model: Decoder, formats: Mapping[str, Format], dtype: torch.dtype
 
 def quantize_module(model: nn.Module, name: str, format: Format, second_moments: Tensor | None = None) -> Quantized:
     """Replace one module by its quantized form and return that. See `quantize`."""
-    try:
-        held: Any = model.get_submodule(name)
-    except AttributeError:
-        raise ValueError(f"the model has no module {name!r:.200}") from None
-    weight, bias = held.weight, getattr(held, "bias", None)
+    held: Any = dict(model.named_modules()).get(name)
     install(model, {name: format})
+    weight, bias = held.weight, getattr(held, "bias", None)
     new = model.get_submodule(name)
     assert isinstance(new, Quantized)
     fill(new, *round_weight(weight.detach(), format, second_moments, name=name), dtype=weight.dtype)

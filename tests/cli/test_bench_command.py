@@ -25,7 +25,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return module.measure_here(target, contexts=contexts, **settings)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "measure", measure)
-    monkeypatch.setattr("plmtune.devices.bandwidth.read_bandwidth", lambda device: 2e9)
+    monkeypatch.setattr("plmtune.devices.measure.read_bandwidth", lambda device: 2e9)
 
 
 @pytest.mark.usefixtures("in_this_process")

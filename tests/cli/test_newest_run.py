@@ -57,7 +57,7 @@ def test_is_read_and_named(
     place: Path, command: str, other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("plmtune.io.hub.unavailable_reason", lambda: "no hub is asked in tests")
-    monkeypatch.setattr("plmtune.devices.bandwidth.read_bandwidth", lambda device: 1.0)
+    monkeypatch.setattr("plmtune.devices.measure.read_bandwidth", lambda device: 1.0)
     monkeypatch.setattr("plmtune.devices.measure.measure", lambda target, **_: [])
     code, _, said = run(monkeypatch, capsys, *command.split(), stdin=b"hi\n")
     said = " ".join(said.split())

@@ -184,7 +184,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(verify, "verify", lambda *files, **options: exact(*files, **options | QUICK))
         assert shown(CASES["export"][0], None)[0] == 0
         patch.setattr(devices_measure, "measure", _measured)
-        patch.setattr("plmtune.devices.bandwidth.read_bandwidth", lambda device: 2e9)
+        patch.setattr("plmtune.devices.measure.read_bandwidth", lambda device: 2e9)
         patch.setattr("plmtune.evaluation.comparison_plot.draw", lambda *arguments: None)
         patch.setattr("plmtune.training.estimate.available_memory", lambda device: 2**34)
         patch.setattr("plmtune.training.estimate.resident_memory", lambda: 2**28)

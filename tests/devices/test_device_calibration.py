@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from plmtune.devices import calibrate, costs
-from plmtune.devices.bandwidth import read_bandwidth
 from plmtune.devices.calibrate import SCHEMES, _fit, _rates, _Timing, build, small_decoders
 from plmtune.devices.costs import ModelShape
 from plmtune.devices.device import Device, Figure, KernelRate, RuntimeRates
+from plmtune.devices.measure import read_bandwidth
 from plmtune.devices.predict import decode_seconds
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder

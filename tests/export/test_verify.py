@@ -857,5 +857,5 @@ class TestReport:
         assert sum(last for _, last in verifying._windows(ids, 128, 256)) >= 256
         assert [last for _, last in verifying._windows(ids, 257, 256)] == [256]
         assert [last for _, last in verifying._windows(ids, 257, 8)] == [8]
-        with pytest.raises(ValueError, match="positions must be at least 1, not 0"):
+        with pytest.raises(ValueError, match=r"positions \(0\) must be at least 1"):
             verify(tmp_path / "a", tmp_path / "a", positions=0)

@@ -1,6 +1,7 @@
 """Kernels of integers: each says what the reference says; which one is taken is measured once and kept."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from plmtune.inference.quantized_kernels import KERNELS
 from plmtune.inference.sampling import generate
 from plmtune.models.plm import plm
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.quantized import Format, Quantized, QuantizedEmbedding, QuantizedLinear, install, reference
+from plmtune.modules.quantized import ROWS, Format, Quantized, QuantizedEmbedding, QuantizedLinear, install, reference
 from plmtune.registry import component
 
 NAMES = ["int8", "int8_g32", "int4_g32", "int4_g128", "int8_dynamic_int8", "int8_dynamic_int4_g32"]
@@ -43,6 +44,10 @@ def linear(name: str, dtype: torch.dtype, out: int = 96, width: int = 256) -> Qu
     return module
 
 
+def chosen(format: Format, dtype: torch.dtype, device: str, shape: tuple[int, int], rows: int) -> str:
+    return choose(format, dtype, torch.device(device), shape)[bisect_left(ROWS, rows)]
+
+
 def use_kernel(module: Quantized, kernel: str) -> Quantized:
     """As `prepack` leaves it where this kernel was the fastest."""
     return quantized_kernels.use_kernel(module, kernel)
@@ -55,7 +60,7 @@ def pairs() -> list[tuple[str, str, torch.dtype]]:
         for name in NAMES
         for dtype in (torch.float32, torch.bfloat16)
         for kernel in KERNELS
-        if kernel != "reference" and KERNELS[kernel].supports(Format.parse(name), dtype, "cpu", (96, 256))
+        if kernel != "reference" and KERNELS[kernel].supports(Format.parse(name), dtype, 256)
     ]
 
 
@@ -103,14 +108,14 @@ class TestKernels:
 class TestChoose:
     def test_is_measured_once_and_kept(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shape = (1024, 256)
-        first = choose(Format(4, 32), torch.bfloat16, "cpu", shape, 1)
+        first = chosen(Format(4, 32), torch.bfloat16, "cpu", shape, 1)
         assert len(json.loads(cache.read_text())["kernels"]) == 1
 
         def never(*_: object) -> list[str]:
             raise AssertionError("measured again")
 
         monkeypatch.setattr(kernel_choice, "_measure", never)
-        assert choose(Format(4, 32), torch.bfloat16, "cpu", shape, 1) == first
+        assert chosen(Format(4, 32), torch.bfloat16, "cpu", shape, 1) == first
 
     @pytest.mark.parametrize(
         "text", ["", "{", "[]", '{"version": 2, "kernels": {"a": ["rm", "-rf", "/", "*"]}}', "\x00"]
@@ -119,26 +124,26 @@ class TestChoose:
         monkeypatch.setattr(kernel_choice, "_measure", lambda names, *_: [names[0]] * 4)
         cache.parent.mkdir()
         cache.write_text(text)
-        choose(Format(8), torch.bfloat16, "cpu", (1024, 256), 1)
+        chosen(Format(8), torch.bfloat16, "cpu", (1024, 256), 1)
         assert list(json.loads(cache.read_text())["kernels"].values()) == [["int8"] * 4]
 
     def test_a_file_that_names_a_kernel_for_another_format_is_not_believed(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(kernel_choice, "_measure", lambda names, *_: [names[0]] * 4)
-        choose(Format(8), torch.bfloat16, "cpu", (1024, 256), 1)
+        chosen(Format(8), torch.bfloat16, "cpu", (1024, 256), 1)
         kept = json.loads(cache.read_text())
         kept["kernels"] = dict.fromkeys(kept["kernels"], ["int4_tiles"] * 4)
         cache.write_text(json.dumps(kept))
-        assert choose(Format(8), torch.bfloat16, "cpu", (1024, 256), 1) == "int8"
+        assert chosen(Format(8), torch.bfloat16, "cpu", (1024, 256), 1) == "int8"
 
     def test_a_folder_that_cannot_be_written_is_no_error(self, cache: Path) -> None:
         cache.parent.write_text("a file where a folder would be")
-        assert choose(Format(8), torch.bfloat16, "cpu", (512, 512), 1) in KERNELS
+        assert chosen(Format(8), torch.bfloat16, "cpu", (512, 512), 1) in KERNELS
 
     def test_the_reference_can_be_forced(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PLMTUNE_KERNELS", "reference")
-        assert choose(Format(8), torch.bfloat16, "cpu", (1024, 256), 1) == "reference"
+        assert chosen(Format(8), torch.bfloat16, "cpu", (1024, 256), 1) == "reference"
         assert not cache.exists()
 
     def test_each_number_of_rows_has_the_kernel_that_is_fastest_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,18 +160,18 @@ class TestChoose:
         for module in (quantized_kernels, kernel_choice):
             monkeypatch.setattr(module, "KERNELS", kernels)
         monkeypatch.setattr(kernel_choice.time, "perf_counter", lambda: now[0])
-        found = [choose(Format(8), torch.float32, "cpu", (512, 512), rows) for rows in (1, 2, 16, 17, 128, 129, 4096)]
+        found = [chosen(Format(8), torch.float32, "cpu", (512, 512), rows) for rows in (1, 2, 16, 17, 128, 129, 4096)]
         assert found == ["by_row"] * 3 + ["by_matrix"] * 4
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("name", NAMES)
     def test_every_format_may_multiply_many_rows_in_the_dtype_of_the_model(self, name: str, dtype: torch.dtype) -> None:
-        assert KERNELS["parts"].supports(Format.parse(name), dtype, "cpu", (1024, 256))
+        assert KERNELS["parts"].supports(Format.parse(name), dtype, 256)
         # Nothing is measured for a small matrix, whose prompts can be long all the same.
-        assert choose(Format.parse(name), dtype, "cpu", (96, 256), 2048) == "parts"
+        assert chosen(Format.parse(name), dtype, "cpu", (96, 256), 2048) == "parts"
 
     def test_other_devices_have_the_reference(self) -> None:
-        assert choose(Format(4, 32), torch.bfloat16, "cuda", (1024, 256), 1) == "reference"
+        assert chosen(Format(4, 32), torch.bfloat16, "cuda", (1024, 256), 1) == "reference"
 
 
 def small(name: str, dtype: torch.dtype) -> Decoder:

@@ -16,6 +16,7 @@ from plmtune.export.runtimes.xllamacpp import XLlamaCppRuntime
 from plmtune.extras import installed, missing
 from plmtune.io import manifest
 from plmtune.models.checkpoint_files import ADAPTER_CONFIG, CONFIG, read_json
+from plmtune.ranges import AT_LEAST_1, check
 
 __all__ = ["UNVERIFIED", "InferenceRuntime", "RuntimeName", "Timing", "choose_runtime", "form_of", "open_runtime"]
 
@@ -54,9 +55,7 @@ def open_runtime(
         ValueError: for impossible numbers.
     """
     path = Path(path)
-    for name, value in (("threads", threads), ("context", context)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+    check(AT_LEAST_1, threads=threads, context=context)
     found = choose_runtime(path, prefer)
     if flash_attention is not None and found not in ("llama_cpp", "xllamacpp"):
         raise ValueError(f"flash_attention is an option of llama.cpp, which does not open {path}")

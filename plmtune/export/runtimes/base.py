@@ -77,9 +77,6 @@ class InferenceRuntime(AbstractContextManager["InferenceRuntime"]):
 
         The first row follows ids[: len(ids) - last + 1], the last row follows all of them. They may be normalized over
         the `top_k` likeliest tokens alone, see `read`.
-
-        Raises:
-            ValueError: if ids are too many, or fewer than the rows that are asked for.
         """
         return self._read_anew(ids, last, top_k).float().log_softmax(-1).cpu()
 

@@ -28,10 +28,6 @@ class GgufRuntime(InferenceRuntime):
         context: None: the model's, at most 4,096.
         exact: keys and values in fp32, where llama.cpp's default is fp16, and no flash attention.
         flash_attention: None: as llama.cpp chooses, where it does not abort on the architecture.
-
-    Raises:
-        UserError: if the file is damaged, does not say what its architecture must, or flash attention is asked for
-            where llama.cpp aborts.
     """
 
     rounds_inputs = True
