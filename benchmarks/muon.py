@@ -12,7 +12,7 @@ import argparse
 import torch
 from side_by_side import machine, medians
 
-from plmtune.optim.newton_schulz import CPUMuon
+from plmtune.optim.optimizers import CPUMuon
 
 DEMO = [(192, 128), (144, 128), (256, 128), (128, 128), (512, 128), (128, 512)] * 4
 MILLIONS_20 = [(384, 256), (288, 256), (512, 256), (256, 256), (1024, 256), (256, 1024)] * 22

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +19,14 @@ from plmtune.io.terminal import echo
 from plmtune.preference.batches import open_batches
 from plmtune.preference.comparisons import ComparisonBatch
 from plmtune.preference.reference import ReferenceModel
-from plmtune.preference.refinement import Refinement, find_refinement
+from plmtune.preference.refinement import find_refinement
 from plmtune.preference.rounds.rollout import policy_rollout
 from plmtune.preference.rounds.rounds import check_rounds, open_rounds
 from plmtune.preference.scorer import AnswerScorer, PreferenceMetrics
-from plmtune.tokenizers.chat_template import ChatTemplate
 from plmtune.training import launcher
 from plmtune.training import preflight as checks
-from plmtune.training.finetune_model import FinetuneModel, load_init_model, setup_model
-from plmtune.training.guard import Guard, handle_skip, sample_locations
+from plmtune.training.finetune_model import load_init_model, setup_model
+from plmtune.training.guard import Guard, handle_skip
 from plmtune.training.init_from import find_init_checkpoint
 from plmtune.training.monitor import RunMonitor, is_due, learning_rates
 from plmtune.training.plot import draw_curves
@@ -37,9 +35,6 @@ from plmtune.training.resume_checks import config_digest
 from plmtune.training.run_setup import open_run
 from plmtune.training.runtime import Runtime
 from plmtune.training.trainer_state import TrainerState
-
-if TYPE_CHECKING:
-    from plmtune.evaluation.during import Evaluations
 
 CONFIG = "dpo"  # conf/dpo.yaml
 METRICS = (  # of a validation, as patterns
@@ -53,45 +48,30 @@ METRICS = (  # of a validation, as patterns
 
 def plan(cfg: Config, runtime: Runtime, *, fetch: bool = False) -> TrainingPlan:
     """Check components and numbers of a config, and plan its steps and memory; look at no file of its data."""
-    checks.check_best_metric(cfg.checkpoint.best, METRICS)
-    pairs = checks.rows_per_process(cfg.global_batch_size, runtime.data_world_size, "pairs")
     loss = checks.build_loss(cfg.loss, ["comparisons"])
-    tokenizer, model, finetuned = checks.build_finetuned(cfg, runtime, fetch=fetch)
-    assert cfg.seq_len is not None
-    tokens_per_step = cfg.global_batch_size * cfg.seq_len
-    checks.check_schedule(cfg.scheduler, 0, tokens_per_step)
-    checks.check_packages(cfg, runtime.device)
-    estimated = None
-    if model is not None:
-        # A pair that is compared in three contexts (ARIES) may fill three rows; a row is a prompt with two answers.
-        rows = pairs * (3 if loss.contexts else 1)
-        estimated = checks.estimate_run(cfg, finetuned, runtime, rows=rows, seq_len=2 * cfg.seq_len, masked=True)
-    return TrainingPlan(tokenizer, model, loss, [], tokens_per_step, cfg.seq_len, estimated, cfg.epochs)
+    models = checks.build_finetuned(cfg, runtime, fetch=fetch)
+    return checks.plan_training(
+        cfg,
+        runtime,
+        loss,
+        *models,
+        metrics=METRICS,
+        unit="pairs",
+        epochs=cfg.epochs,
+        contexts=3 if loss.contexts else 1,  # a pair that is compared in three contexts (ARIES)
+        row_length=2,  # a prompt with two answers
+    )
 
 
-@dataclass
-class Inputs:
-    """What a config names, found and checked before a weight is allocated or a text is read."""
-
-    plan: TrainingPlan
-    sources: dict[str, Any]
-    template: ChatTemplate | None  # None: the tokenizer is not there yet
-    refinement: Refinement
-    evaluations: Evaluations | None  # None: there are no tasks to measure
-
-
-def preflight(cfg: Config, runtime: Runtime, *, fetch: bool) -> Inputs:
+def preflight(cfg: Config, runtime: Runtime, *, fetch: bool) -> TrainingPlan:
     """Check all that a run would refuse before it begins."""
     planned = plan(cfg, runtime, fetch=fetch)
-    sources = checks.find_sources(cfg.data)
-    checks.check_sources(sources, (Conversations, Preferences) if cfg.rounds else (Preferences,), planned)
-    template = checks.find_chat_template(cfg.chat.template, planned.tokenizer)
-    refinement = find_refinement(cfg.refinement.template)
+    checks.check_sources(cfg.data, (Conversations, Preferences) if cfg.rounds else (Preferences,), planned)
+    planned.template = checks.find_chat_template(cfg.chat.template, planned.tokenizer)
+    planned.refinement = find_refinement(cfg.refinement.template)
     check_rounds(cfg.rounds, build_reward(cfg), cfg.selection, runtime.strategy)
-    evaluations = open_evaluations(
-        cfg.eval, planned.model, planned.tokenizer, runtime.strategy, template=cfg.chat.template
-    )
-    return Inputs(planned, sources, template, refinement, evaluations)
+    planned.evaluations = open_evaluations(cfg.eval, planned, runtime.strategy, template=cfg.chat.template)
+    return planned
 
 
 def build_reward(cfg: Config) -> Any:
@@ -102,17 +82,16 @@ def build_reward(cfg: Config) -> Any:
 class Preference:
     """One run: a stage on the pairs of the data, or one for each round, with optimizer and schedule of its own."""
 
-    def __init__(self, cfg: Config, inputs: Inputs, runtime: Runtime) -> None:
-        self.cfg, self.plan, self.tasks, self.runtime = cfg, inputs.plan, inputs.evaluations, runtime
-        plan, self.tokenizer = inputs.plan, inputs.plan.tokenizer
-        saved = TrainerState.latest(str(cfg.run_dir)) if cfg.resume else TrainerState()
+    def __init__(self, cfg: Config, plan: TrainingPlan, runtime: Runtime) -> None:
+        self.cfg, self.plan, self.tasks, self.runtime = cfg, plan, plan.evaluations, runtime
+        self.tokenizer, saved = plan.tokenizer, TrainerState.of(cfg)
         # A run with a checkpoint of its own needs no other one, unless it holds adapters alone.
         init_from = cfg.init_from if cfg.peft or not saved.checkpoint else None
         init = find_init_checkpoint(init_from, plan.model, plan.tokenizer, cfg.scheduler)
-        assert inputs.template is not None
-        self.loss, self.template, self.refinement = plan.loss, inputs.template, inputs.refinement
+        assert plan.template is not None
+        self.loss, self.template, self.refinement = plan.loss, plan.template, plan.refinement
         self.tokenizer.chat_template = self.template.source  # what the model learns is saved with it
-        sources = inputs.sources
+        sources = plan.sources
         self.open_batches = partial(
             open_batches,
             template=self.template,
@@ -134,17 +113,8 @@ class Preference:
             pairs, self.notes = open_pairs(sources, skip_bad=cfg.chat.skip_bad)
             self.data, self.stage_notes = self.open_batches(pairs)
             checks.check_schedule(cfg.scheduler, self.data.num_steps, plan.tokens_per_step)
-        self.finetune_model: FinetuneModel = setup_model(
-            plan.model,
-            self.tokenizer,
-            runtime,
-            cfg.runtime,
-            init=init,
-            resumed=saved.checkpoint,
-            seed=cfg.seed,
-            peft=cfg.peft,
-            quantization=cfg.quantization,
-            score_head=self.loss.scalar_head,
+        self.finetune_model = setup_model(
+            plan.model, cfg, runtime, self.tokenizer, init, saved.checkpoint, score_head=self.loss.scalar_head
         )
         # From here on the directory exists; what a person can get wrong has been found by now.
         self.fingerprints = {name: source.fingerprint() for name, source in sources.items()}
@@ -164,7 +134,7 @@ class Preference:
             self.finetune_model,
             cfg.reference,
             self.scorer,
-            self.load_first_model,
+            partial(load_init_model, cfg, plan.model, self.tokenizer, runtime),
             self.checkpoints,
             self.run.path,
             digest=saved.state.get("reference", ""),
@@ -172,14 +142,14 @@ class Preference:
         )
         self.guard = Guard(**vars(cfg.guard))
         self.guard.load_state_dict(saved.state.get("guard", {}))
-        self.losses: list[Tensor] = []  # of the latest step's micro-batches
 
     def train(self) -> float | None:
         """Train to the end; return the last validation loss, or None if a signal stopped it."""
         cfg = self.cfg
         steps = self.first + (0 if cfg.rounds else self.data.num_steps)
         with launcher.open_monitor(cfg, self.run, self.runtime, steps, self.step) as monitor:
-            self._log_startup(monitor)
+            notes = (*self.finetune_model.notes, *self.plan.estimate.lines(), *self.notes)
+            monitor.start(*self.runtime.reasons, *notes)
             if not cfg.rounds:
                 return self.train_stage(monitor)
             for number in range(self.round, cfg.rounds + 1):
@@ -219,6 +189,7 @@ class Preference:
             monitor.message(line)
         self.optimizer = build("optimizer", cfg.optimizer, model=self.model)
         self.scheduler = checks.build_scheduler(cfg.scheduler, self.optimizer, data.num_steps, plan.tokens_per_step)
+        self.trained_parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
         if self.step == self.first:
             self.guard.reset()
             self.restore_from = None
@@ -227,9 +198,7 @@ class Preference:
                 data, self.round, first_step=self.first, step=self.step, cache=cfg.reference_cache, monitor=monitor
             )
         if self.restore_from:
-            self.checkpoints.restore(
-                self.restore_from, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler
-            )
+            self.checkpoints.restore(self.restore_from, **self.trained_parts)
             self.restore_from = None
         launcher.warm_up(runtime, lambda: self._warmup_step(reference))
         # A run that was stopped while it measured its tasks measures them first.
@@ -245,35 +214,23 @@ class Preference:
             if last or self.guard.reason:
                 self.checkpoints.check_weights(self.model, self.step, since=self.step - bool(self.guard.reason))
             if self.guard.reason:
-                handle_skip(
-                    self.guard,
-                    run,
-                    self.step,
-                    message=monitor.message,
-                    locations=lambda: sample_locations(self.losses, partial(data.locate, self.step - self.first - 1)),
-                    save=lambda: self.save_checkpoint({}, wait=True),
-                )
+                locate = partial(data.locate, index)
+                handle_skip(self.guard, run, self.step, monitor.message, locate, self.save_checkpoint)
             metrics: dict[str, float] = {}
             if last or is_due(self.step, cfg.validation.every):
-                with monitor.paused():
-                    metrics = self.validate(reference)
-                if metrics:
-                    monitor.log(self.step, metrics)
+                metrics = monitor.measure(self.step, partial(self.validate, reference))
                 self.validation_loss = metrics.get("validation_loss", self.validation_loss)
             measured = True
             if tasks and tasks.due(self.step, num_steps):
                 measured = tasks.measure(self.model, runtime, run.path, self.step, monitor)
             stop = monitor.should_stop()
-            if last or stop or is_due(self.step, cfg.checkpoint.every):
+            if last or stop or self.checkpoints.is_due(self.step):
                 with monitor.paused():
                     self.save_checkpoint(metrics, wait=last or stop)
-            elif failure := self.checkpoints.poll_save():
-                monitor.message(f"{failure}\nTrying once more, with the present state.")
+            elif self.checkpoints.has_failed(monitor.message):
                 self.save_checkpoint({}, wait=True)
-            run.note_saved(self.checkpoints.saved)
-            monitor.raise_failure()
-            if stop and not (last and measured):
-                monitor.stopped(self.step)
+            stop = stop and not (last and measured)
+            if monitor.ends_after(self.step, saved=self.checkpoints.saved, stop=stop):
                 return None
         return self.validation_loss
 
@@ -290,19 +247,19 @@ class Preference:
             kl = self.scorer.mean_kl(batches, reference)
             # The mean over pairs, not over micro-batches: packed rows differ in what they hold.
             (num_pairs,) = runtime.sum(float(sum(batch.num_pairs for batch in pairs)))
-            self.losses = []
+            losses: list[Tensor] = []
             for number, batch in enumerate(pairs):
                 with runtime.accumulate(self.trained, first=number == 0, last=number == len(pairs) - 1):
                     compared = self.scorer.compare(batch, reference, kl)
                     loss = self.loss(compared).sum()
                     (loss * (runtime.gradient_scale / num_pairs)).backward()
                 metrics.add(compared, self.loss)
-                self.losses.append(loss.detach())
+                losses.append(loss.detach())
         norm = runtime.clip_grad_norm(self.model, self.cfg.max_grad_norm)
         # The only wait for the device. All ranks get equal numbers, so their guards reach equal decisions.
-        total, norms = runtime.sum(torch.stack(self.losses).sum(), norm)
+        total, norms = runtime.sum(torch.stack(losses).sum(), norm)
         values = {"loss": total / num_pairs, "grad_norm": norms / runtime.world_size}
-        if self.guard.accepts(values["loss"], values["grad_norm"]):
+        if self.guard.accepts(values["loss"], values["grad_norm"], losses):
             self.optimizer.step()
         else:
             values["skipped"] = self.guard.skipped
@@ -331,17 +288,10 @@ class Preference:
         means = metrics.means(self.runtime, scores=self.loss.scalar_head)
         return {"validation_loss": total / count, **{f"validation/{name}": value for name, value in means.items()}}
 
-    def load_first_model(self) -> Any:
-        init = find_init_checkpoint(self.cfg.init_from, self.plan.model, self.tokenizer, self.cfg.scheduler)
-        assert init is not None
-        return load_init_model(self.runtime, init)
-
     def save_checkpoint(self, metrics: dict[str, float], *, wait: bool) -> None:
         self.checkpoints.save(
             self.step,
-            model=self.model,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
+            **self.trained_parts,
             state={
                 "round": self.round,
                 "first": self.first,
@@ -355,11 +305,6 @@ class Preference:
             metrics=metrics,
             wait=wait,
         )
-
-    def _log_startup(self, monitor: RunMonitor) -> None:
-        monitor.message(f"run: {self.run.path}" + (f", resuming after step {self.step}" if self.step else ""))
-        for line in (*self.runtime.reasons, *self.finetune_model.notes, *self.plan.estimate.lines(), *self.notes):
-            monitor.message(line)
 
     def _warmup_step(self, reference: Tensor) -> None:
         """A forward and a backward that change nothing."""
@@ -382,9 +327,5 @@ def report(run: Path, cfg: Config) -> None:
 
 
 def main(cfg: Config, *, dry_run: bool = False) -> float | None:
-    """Run the recipe; returns the validation loss, which a sweeper can minimise.
-
-    Raises:
-        SystemExit: with EXIT_STOPPED if a signal stopped it; it can be resumed.
-    """
+    """Run the recipe; returns the validation loss, which a sweeper can minimise. See `launcher.launch`."""
     return launcher.launch(cfg, preflight, Preference, report, dry_run=dry_run)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +13,9 @@ from torch import Tensor
 import plmtune
 from plmtune.config.compose import build
 from plmtune.config.schema import PretrainConfig as Config
-from plmtune.data.batches import Batch, Batches
-from plmtune.data.shards import Shards, open_windows
+from plmtune.data.batches import Batch
+from plmtune.data.prepare import open_sources
+from plmtune.data.shards import open_windows
 from plmtune.data.sources import Source
 from plmtune.errors import UserError
 from plmtune.evaluation.training_tasks import open_evaluations
@@ -25,21 +25,17 @@ from plmtune.models.hf import hf_state, load_state
 from plmtune.models.hf_config import write_config
 from plmtune.training import launcher
 from plmtune.training import preflight as checks
-from plmtune.training.checkpoint import open_checkpoints
+from plmtune.training.checkpoint import Checkpoints
 from plmtune.training.determinism import measure_cost
-from plmtune.training.guard import Guard, handle_skip, sample_locations
+from plmtune.training.guard import Guard, handle_skip
 from plmtune.training.init_from import check_finite, find_init_checkpoint
-from plmtune.training.monitor import RunMonitor, is_due, learning_rates
+from plmtune.training.monitor import is_due, learning_rates
 from plmtune.training.plot import draw_curves
 from plmtune.training.preflight import TrainingPlan
 from plmtune.training.resume_checks import config_digest, refuse_other_order
-from plmtune.training.retention import best_checkpoint_notes
-from plmtune.training.run_setup import open_run, open_sources
+from plmtune.training.run_setup import open_batches, open_run
 from plmtune.training.runtime import Runtime
-from plmtune.training.trainer_state import TrainerState, load_optimizer_state
-
-if TYPE_CHECKING:
-    from plmtune.evaluation.during import Evaluations
+from plmtune.training.trainer_state import TrainerState, best_checkpoint_notes, load_optimizer_state
 
 CONFIG = "pretrain"  # conf/pretrain.yaml
 METRICS = ("validation_loss", "bits_per_byte", r"sparsity/\d+")  # of a validation, as patterns
@@ -47,8 +43,6 @@ METRICS = ("validation_loss", "bits_per_byte", r"sparsity/\d+")  # of a validati
 
 def plan(cfg: Config, runtime: Runtime, *, fetch: bool = False) -> TrainingPlan:
     """Check components and numbers of a config, and plan its steps and memory; look at no file of its data."""
-    checks.check_best_metric(cfg.checkpoint.best, METRICS)
-    rows = checks.rows_per_process(cfg.global_batch_size, runtime.data_world_size, "sequences")
     loss = checks.build_loss(cfg.loss, ["tokens"])
     tokenizer = checks.find_tokenizer(cfg.tokenizer, fetch=fetch)
     model = checks.build_on_meta(cfg.model, tokenizer)
@@ -56,50 +50,36 @@ def plan(cfg: Config, runtime: Runtime, *, fetch: bool = False) -> TrainingPlan:
     if not cfg.resume:  # an init_from with another model or tokenizer explains what follows
         find_init_checkpoint(cfg.init_from, model, tokenizer, cfg.scheduler, weights=False)
     checks.check_optimizer(cfg.optimizer, model)
-    tokens_per_step = cfg.global_batch_size * cfg.seq_len
-    phases = checks.resolve_phases(cfg.phases, tokens_per_step)
-    if not phases:
+    if not cfg.phases:
         raise UserError(
             "key phases: is empty, so nothing says how long to train. Give it, as in: "
             "plmtune run pretrain data.paths=my_text/ phases='[{name: main, tokens: 2B}]'. "
             "(plmtune run demo is a small run with all that it needs.)"
         )
-    checks.check_schedule(cfg.scheduler, sum(phase.steps for phase in phases), tokens_per_step)
-    checks.check_packages(cfg, runtime.device)
-    estimated = checks.estimate_run(cfg, model, runtime, rows=rows, seq_len=cfg.seq_len)
-    return TrainingPlan(tokenizer, model, loss, phases, tokens_per_step, cfg.seq_len, estimated)
+    return checks.plan_training(cfg, runtime, loss, tokenizer, model, model, metrics=METRICS, unit="sequences")
 
 
-@dataclass
-class Inputs:
-    """What a config names, found and checked before a weight is allocated or a text is read."""
-
-    plan: TrainingPlan
-    sources: dict[str, Source]
-    evaluations: Evaluations | None  # None: there are no tasks to measure
-
-
-def preflight(cfg: Config, runtime: Runtime, *, fetch: bool) -> Inputs:
+def preflight(cfg: Config, runtime: Runtime, *, fetch: bool) -> TrainingPlan:
     """Check all that a run would refuse before it begins."""
     planned = plan(cfg, runtime, fetch=fetch)
-    sources = checks.find_sources(cfg.data)
-    checks.check_sources(sources, (Source,), planned)
-    return Inputs(planned, sources, open_evaluations(cfg.eval, planned.model, planned.tokenizer, runtime.strategy))
+    checks.check_sources(cfg.data, (Source,), planned)
+    planned.evaluations = open_evaluations(cfg.eval, planned, runtime.strategy)
+    return planned
 
 
 class Pretrain:
     """One run. The order of the data and the schedule are pure functions of the step, so any step can be resumed."""
 
-    def __init__(self, cfg: Config, inputs: Inputs, runtime: Runtime) -> None:
-        self.cfg, self.plan, self.tasks, self.runtime = cfg, inputs.plan, inputs.evaluations, runtime
-        plan, self.tokenizer = inputs.plan, inputs.plan.tokenizer
-        saved = TrainerState.latest(str(cfg.run_dir)) if cfg.resume else TrainerState()
+    def __init__(self, cfg: Config, plan: TrainingPlan, runtime: Runtime) -> None:
+        self.cfg, self.plan, self.tasks, self.runtime = cfg, plan, plan.evaluations, runtime
+        self.tokenizer, saved = plan.tokenizer, TrainerState.of(cfg)
         init_from = None if saved.checkpoint else cfg.init_from  # a resumed run needs no other checkpoint
         init = find_init_checkpoint(init_from, plan.model, plan.tokenizer, cfg.scheduler)
         self.skip: dict[str, int] = saved.state.get("skip", init.samples_seen if init else {})
-        shards = open_sources(inputs.sources, cfg.preparation, self.tokenizer)
+        shards = open_sources(plan.sources, self.tokenizer, **vars(cfg.preparation))
         self.notes = [f"{name}{left}" for name, shard in shards.items() if (left := shard.manifest.left_out())]
-        self.data = self._batches(shards)
+        train, held_out = open_windows(shards, cfg.seq_len, document_mask=cfg.document_mask)
+        self.data = open_batches(cfg, runtime, train, plan.phases, held_out, self.skip)
         self.model = plan.model.to_empty(device=runtime.device)
         self.model.activation_checkpointing = cfg.runtime.activation_checkpointing
         self.model.init_weights(torch.Generator().manual_seed(cfg.seed))
@@ -118,54 +98,35 @@ class Pretrain:
         self.scheduler = checks.build_scheduler(cfg.scheduler, self.optimizer, plan.num_steps, plan.tokens_per_step)
         if init and init.continue_schedule:
             load_optimizer_state(init.directory, model=self.model, optimizer=self.optimizer)
-        self.checkpoints = open_checkpoints(
-            self.run.checkpoints, cfg.checkpoint, state_dict=hf_state, write_metadata=self._write_metadata
+        self.checkpoints = Checkpoints(
+            self.run.checkpoints, **vars(cfg.checkpoint), state_dict=hf_state, write_metadata=self._write_metadata
         )
+        self.trained_parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
         if saved.checkpoint:
-            self.checkpoints.restore(
-                saved.checkpoint, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler
-            )
+            self.checkpoints.restore(saved.checkpoint, **self.trained_parts)
         self.step = saved.step
         self.validation_loss: float = saved.metrics.get("validation_loss", float("nan"))
         self.order: str = saved.state.get("order", "")  # a running hash of the samples, in their order
         self.guard = Guard(**vars(cfg.guard))
         self.guard.load_state_dict(saved.state.get("guard", {}))
-        self.losses: list[Tensor] = []  # of the latest step's micro-batches
         # For bits per byte: the length of each token's text, which special tokens do not have.
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes).to(runtime.device)
-
-    def _batches(self, shards: dict[str, Shards]) -> Batches:
-        try:
-            train, held_out = open_windows(shards, self.cfg.seq_len, document_mask=self.cfg.document_mask)
-            return Batches(
-                train,
-                self.plan.phases,
-                validation=held_out,
-                global_batch_size=self.cfg.global_batch_size,
-                micro_batch_size=self.cfg.micro_batch_size,
-                seed=self.cfg.seed,
-                rank=self.runtime.data_rank,
-                world_size=self.runtime.data_world_size,
-                num_workers=self.cfg.num_workers,
-                skip=self.skip,
-            )
-        except ValueError as error:  # names its setting
-            raise UserError(str(error)) from error
 
     def train(self) -> float | None:
         """Train to the last step; return the last validation loss in nats a token, or None if a signal stopped it."""
         cfg, plan, runtime, run, tasks = self.cfg, self.plan, self.runtime, self.run, self.tasks
-        with launcher.open_monitor(
-            cfg,
-            run,
-            runtime,
-            plan.num_steps,
-            self.step,
-            tokens_per_step=plan.tokens_per_step,
-            flops_per_token=plan.estimate.flops_per_token,
-        ) as monitor:
+        rates = {"tokens_per_step": plan.tokens_per_step, "flops_per_token": plan.estimate.flops_per_token}
+        with launcher.open_monitor(cfg, run, runtime, plan.num_steps, self.step, **rates) as monitor:
             run.update(num_steps=plan.num_steps, parameters=plan.estimate.parameters)
-            self._log_startup(monitor)
+            kernels = runtime.attention_kernels(self.model, seq_len=cfg.seq_len, segments=cfg.document_mask)
+            reasons = [*runtime.reasons, f"attention: {kernels}"]
+            if cfg.runtime.deterministic:
+                cost = measure_cost(self._warmup_step, runtime.device)
+                reasons.append(
+                    f"deterministic algorithms: {cost:.2f}x the time of a forward and backward, measured now"
+                )
+            reasons += best_checkpoint_notes(cfg.checkpoint, cfg.validation)
+            monitor.start(*reasons, *plan.estimate.lines(), *self.notes, self.data.describe())
             launcher.warm_up(runtime, self._warmup_step)
             # A run that was stopped while it measured its tasks measures them first.
             if tasks and not tasks.catch_up(self.model, runtime, run.path, self.step, plan.num_steps, monitor):
@@ -180,35 +141,23 @@ class Pretrain:
                 if last or self.guard.reason:
                     self.checkpoints.check_weights(self.model, self.step, since=self.step - bool(self.guard.reason))
                 if self.guard.reason:
-                    handle_skip(
-                        self.guard,
-                        run,
-                        self.step,
-                        message=monitor.message,
-                        locations=lambda: sample_locations(self.losses, partial(self.data.locate, self.step - 1)),
-                        save=lambda: self.save_checkpoint({}, wait=True),
-                    )
+                    locate = partial(self.data.locate, index)
+                    handle_skip(self.guard, run, self.step, monitor.message, locate, self.save_checkpoint)
                 metrics: dict[str, float] = {}
                 if last or is_due(self.step, cfg.validation.every):
-                    with monitor.paused():
-                        metrics = self.validate()
-                    if metrics:
-                        monitor.log(self.step, metrics)
+                    metrics = monitor.measure(self.step, self.validate)
                     self.validation_loss = metrics.get("validation_loss", self.validation_loss)
                 measured = True
                 if tasks and tasks.due(self.step, plan.num_steps):
                     measured = tasks.measure(self.model, runtime, run.path, self.step, monitor)
                 stop = monitor.should_stop()
-                if last or stop or is_due(self.step, cfg.checkpoint.every):
+                if last or stop or self.checkpoints.is_due(self.step):
                     with monitor.paused():
                         self.save_checkpoint(metrics, wait=last or stop)
-                elif failure := self.checkpoints.poll_save():
-                    monitor.message(f"{failure}\nTrying once more, with the present state.")
+                elif self.checkpoints.has_failed(monitor.message):
                     self.save_checkpoint({}, wait=True)
-                run.note_saved(self.checkpoints.saved)
-                monitor.raise_failure()
-                if stop and not (last and measured):
-                    monitor.stopped(self.step)
+                stop = stop and not (last and measured)
+                if monitor.ends_after(self.step, saved=self.checkpoints.saved, stop=stop):
                     return None
         return self.validation_loss
 
@@ -220,17 +169,17 @@ class Pretrain:
         rates = learning_rates(self.optimizer)
         # The mean over tokens, not over micro-batches: packed rows differ in what they hold.
         (num_tokens,) = runtime.sum(float(sum(batch.num_valid for batch in batches)))
-        self.losses = []
+        losses: list[Tensor] = []
         for number, batch in enumerate(batches):
             with runtime.accumulate(self.trained, first=number == 0, last=number == len(batches) - 1):
                 loss = self._loss(batch.to(runtime.device))
                 (loss * (runtime.gradient_scale / num_tokens)).backward()
-            self.losses.append(loss.detach())
+            losses.append(loss.detach())
         norm = runtime.clip_grad_norm(self.model, self.cfg.max_grad_norm)
         # The only wait for the device. All ranks get equal numbers, so their guards reach equal decisions.
-        total, norms = runtime.sum(torch.stack(self.losses).sum(), norm)
+        total, norms = runtime.sum(torch.stack(losses).sum(), norm)
         values = {"loss": total / num_tokens, "grad_norm": norms / runtime.world_size}
-        if self.guard.accepts(values["loss"], values["grad_norm"]):
+        if self.guard.accepts(values["loss"], values["grad_norm"], losses):
             self.optimizer.step()
         else:
             values["skipped"] = self.guard.skipped
@@ -280,9 +229,7 @@ class Pretrain:
     def save_checkpoint(self, metrics: dict[str, float], *, wait: bool) -> None:
         self.checkpoints.save(
             self.step,
-            model=self.model,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
+            **self.trained_parts,
             state={
                 "phase": self.data.phase(self.step - 1).name,
                 "tokens": self.step * self.plan.tokens_per_step,
@@ -301,18 +248,6 @@ class Pretrain:
         write_config(self.model.config, self.dtype, directory)
         self.tokenizer.save(directory)
 
-    def _log_startup(self, monitor: RunMonitor) -> None:
-        cfg, runtime = self.cfg, self.runtime
-        monitor.message(f"run: {self.run.path}" + (f", resuming after step {self.step}" if self.step else ""))
-        kernels = runtime.attention_kernels(self.model, seq_len=cfg.seq_len, segments=cfg.document_mask)
-        reasons = [*runtime.reasons, f"attention: {kernels}"]
-        if cfg.runtime.deterministic:
-            cost = measure_cost(self._warmup_step, runtime.device)
-            reasons.append(f"deterministic algorithms: {cost:.2f}x the time of a forward and backward, measured now")
-        reasons += best_checkpoint_notes(cfg.checkpoint, cfg.validation)
-        for line in (*reasons, *self.plan.estimate.lines(), *self.notes, self.data.describe()):
-            monitor.message(line)
-
     def _warmup_step(self) -> None:
         """A forward and a backward that change nothing."""
         batch = self.data.step(min(self.step, self.plan.num_steps - 1))[0]
@@ -326,24 +261,12 @@ def report(run: Path, cfg: Config) -> None:
     draw_curves(run / "metrics.jsonl", run / "curves.png")
     if cfg.sample.max_new_tokens:
         model, tokenizer = plmtune.load(run)
-        text = complete(
-            model,
-            tokenizer,
-            cfg.sample.prompt,
-            max_new_tokens=cfg.sample.max_new_tokens,
-            temperature=cfg.sample.temperature,
-            top_p=cfg.sample.top_p,
-            seed=cfg.seed,
-        )
+        text = complete(model, tokenizer, **vars(cfg.sample), seed=cfg.seed)
         echo(f"\n{cfg.sample.prompt}{''.join(text)}\n")
     echo(f"curves: {run / 'curves.png'}")
     echo(f'try it: plmtune generate {run} --prompt "{cfg.sample.prompt or "The"}"')
 
 
 def main(cfg: Config, *, dry_run: bool = False) -> float | None:
-    """Run the recipe; returns the validation loss, which a sweeper can minimise.
-
-    Raises:
-        SystemExit: with EXIT_STOPPED if a signal stopped it; it can be resumed.
-    """
+    """Run the recipe; returns the validation loss, which a sweeper can minimise. See `launcher.launch`."""
     return launcher.launch(cfg, preflight, Pretrain, report, dry_run=dry_run)

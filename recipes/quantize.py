@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import Tensor
 
@@ -70,11 +70,7 @@ class Inputs:
 
 
 def preflight(cfg: Config) -> Inputs:
-    """Check the config and find what it names: all that a run would refuse before it begins.
-
-    Raises:
-        UserError: naming the key.
-    """
+    """Check the config and find what it names: all that a run would refuse before it begins."""
     checkpoint, source = choose_checkpoint(cfg)
     scheme, trained_for = choose_scheme(cfg, checkpoint)
     rules = f" with {len(scheme.settings['rules'])} rules" if scheme.settings.get("rules") else ""
@@ -107,9 +103,7 @@ def preflight(cfg: Config) -> Inputs:
         before,
         after,
         seq_len,
-        calibration_tokens=0
-        if trained_for
-        else cfg.calibration_tokens,  # training has fitted the weights to the ranges
+        calibration_tokens=0 if trained_for else cfg.calibration_tokens,  # training has fitted weights to ranges
         mix_tokens=asked.tokens if measured else 0,
         budget=budget,
         sources=text_sources(build("data", cfg.data)),
@@ -117,11 +111,7 @@ def preflight(cfg: Config) -> Inputs:
 
 
 def choose_checkpoint(cfg: Config) -> tuple[Path, str]:
-    """The checkpoint to quantize, by default that of the newest finished run, and a phrase that names it.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """The checkpoint to quantize, by default that of the newest finished run, and a phrase that names it."""
     phrase = f"quantizing {cfg.checkpoint}"
     if cfg.checkpoint is None:
         newest = next(finished_runs(), None)
@@ -170,7 +160,13 @@ class Quantize:
         """
         inputs, text, model = self.inputs, self.text, self.model
         formats, scheme = inputs.formats, component_config(inputs.scheme)
-        self.log_text()
+        counts = {
+            "calibrate": text.calibration.numel(),
+            "measure modules" if inputs.budget is None else "choose the mix": text.mix.numel() - len(text.mix),
+            "measure": text.num_test_predictions,
+        }
+        if used := ", ".join(f"{count:,} tokens to {what} on" for what, count in counts.items() if count):
+            echo(f"text: {text.description}; {used}")
         before = self.mean_loss("before")
         moments = self.second_moments() if len(text.calibration) else None
         found = rules = None
@@ -223,22 +219,10 @@ class Quantize:
             echo(f"loss of each module: {picture}")
         return report
 
-    def log_text(self) -> None:
-        text = self.text
-        counts = {
-            "calibrate": text.calibration.numel(),
-            "measure modules" if self.inputs.budget is None else "choose the mix": text.mix.numel() - len(text.mix),
-            "measure": text.num_test_predictions,
-        }
-        if used := ", ".join(f"{count:,} tokens to {what} on" for what, count in counts.items() if count):
-            echo(f"text: {text.description}; {used}")
-
     def mean_loss(self, when: str) -> float | None:
         """Nats a token of the text to measure on; None where there is none."""
-        rows = self.text.test
-        return (
-            sensitivity.mean_loss(self.model, self.batches(rows, f"measured {when} quantizing")) if len(rows) else None
-        )
+        batches = self.batches(self.text.test, f"measured {when} quantizing")
+        return sensitivity.mean_loss(self.model, batches) if len(self.text.test) else None
 
     def second_moments(self) -> dict[str, Tensor]:
         batches = self.batches(self.text.calibration, "read to calibrate")
@@ -272,10 +256,8 @@ class Quantize:
         return rules
 
     def formats_of(self, rules: dict[str, str]) -> LayerFormats:
-        mixed: LayerFormats = build(
-            "quantization", Component("quantization", "mixed", {"rules": rules}), model=self.model
-        )
-        return mixed
+        mixed = Component("quantization", "mixed", {"rules": rules})
+        return cast(LayerFormats, build("quantization", mixed, model=self.model))
 
     def batches(self, rows: Tensor, what: str) -> Iterator[Tensor]:
         """Yield a few rows at a time, on the model's device."""

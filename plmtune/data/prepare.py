@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -373,3 +373,26 @@ def _encode(group: list[_Piece], tokenizer: Tokenizer, writers: dict[str, ShardW
         if int(ids.max()) >= tokenizer.vocab_size:
             raise ValueError(f"the tokenizer gave id {ids.max()}, beyond its vocab_size ({tokenizer.vocab_size})")
         writers[split].append(ids)
+
+
+def open_sources(
+    sources: Mapping[str, Source], tokenizer: Tokenizer, *, directory: str, **settings: Any
+) -> dict[str, Shards]:
+    """Open the token shards of each source, and make them first where they do not exist.
+
+    Every rank calls it; the first to hold the lock makes them and the others wait, without a time limit.
+
+    Args:
+        directory, settings: the section `preparation`, see `prepare`.
+
+    Raises:
+        UserError: for text that cannot be read, damaged shards, or impossible settings.
+    """
+    opened = {}
+    for name, source in sources.items():
+        try:
+            made = prepare(source, tokenizer, Path(directory), **settings)
+        except ValueError as error:
+            raise UserError(f"key preparation: {error}") from error
+        opened[name] = Shards.open(made, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size)
+    return opened

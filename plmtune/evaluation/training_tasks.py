@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from plmtune.config.schema import EvaluationConfig
 from plmtune.errors import UserError
-from plmtune.tokenizers.tokenizer import Tokenizer
+from plmtune.training.preflight import TrainingPlan
 
 if TYPE_CHECKING:
     from plmtune.evaluation.during import Evaluations
 
 
 def open_evaluations(
-    cfg: EvaluationConfig, model: Any, tokenizer: Tokenizer | None, strategy: str, *, template: str | None = None
+    cfg: EvaluationConfig, plan: TrainingPlan, strategy: str, *, template: str | None = None
 ) -> Evaluations | None:
     """Find the tasks of `eval.tasks`, and check them; None where there are none.
 
     Args:
-        model: on the meta device; None where it is not known yet.
+        plan: of the run; its model may be unknown yet.
     """
     if not cfg.tasks:
         return None
@@ -28,11 +28,11 @@ def open_evaluations(
             "plmtune eval afterwards."
         )
     longest = cfg.max_new_tokens
-    if longest is not None and model is not None and longest >= model.max_seq_len:
+    if longest is not None and plan.model is not None and longest >= plan.model.max_seq_len:
         raise UserError(
-            f"key eval.max_new_tokens: {longest} must be below the model's max_seq_len ({model.max_seq_len}), "
+            f"key eval.max_new_tokens: {longest} must be below the model's max_seq_len ({plan.model.max_seq_len}), "
             "which holds the question, too."
         )
     from plmtune.evaluation.during import Evaluations  # lm-eval takes seconds to import
 
-    return Evaluations(cfg, tokenizer, template=template)
+    return Evaluations(cfg, plan.tokenizer, template=template)

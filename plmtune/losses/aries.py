@@ -34,11 +34,8 @@ class Aries(PreferenceLoss):
 
     def __init__(self, *, alpha: float = 0.8, beta_dpo: float = 0.1, beta_ref: float = 0.01) -> None:
         check(Range(least=0, most=1), alpha=alpha)
-        check(STRENGTH, beta_dpo=beta_dpo)
-        check(STRENGTH, beta_ref=beta_ref)
-        self.alpha = alpha
-        self.beta_dpo = beta_dpo
-        self.beta_ref = beta_ref
+        check(STRENGTH, beta_dpo=beta_dpo, beta_ref=beta_ref)
+        self.alpha, self.beta_dpo, self.beta_ref = alpha, beta_dpo, beta_ref
 
     def __call__(self, c: Comparisons) -> Tensor:
         direct = -(1 - self.alpha) * F.logsigmoid(self.beta_dpo * c.logratio_margin)

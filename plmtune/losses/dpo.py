@@ -34,15 +34,9 @@ class Dpo(PreferenceLoss):
         # At one half the two terms ask for the opposite with the same force.
         check(Range(least=0, below=0.5), label_smoothing=label_smoothing)
         check(WEIGHT, nll_weight=nll_weight)
-        self.beta = beta
-        self.label_smoothing = label_smoothing
-        self.nll_weight = nll_weight
+        self.beta, self.label_smoothing, self.nll_weight = beta, label_smoothing, nll_weight
 
     def __call__(self, c: Comparisons) -> Tensor:
         margin = self.beta * c.logratio_margin
         loss = -(1 - self.label_smoothing) * F.logsigmoid(margin) - self.label_smoothing * F.logsigmoid(-margin)
         return loss - self.nll_weight * mean_per_token(c.chosen, c.chosen_tokens) if self.nll_weight else loss
-
-    def rewards(self, c: Comparisons) -> tuple[Tensor, Tensor]:
-        """beta times the log-ratios (equation 5)."""
-        return self.beta * c.chosen_ratio.detach(), self.beta * c.rejected_ratio.detach()

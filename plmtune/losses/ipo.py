@@ -25,8 +25,7 @@ class Ipo(PreferenceLoss):
 
     def __init__(self, *, beta: float = 0.1, average: bool = True) -> None:
         check(STRENGTH, beta=beta)
-        self.beta = beta
-        self.average = average
+        self.beta, self.average = beta, average
 
     def _ratios(self, c: Comparisons) -> tuple[Tensor, Tensor]:
         if not self.average:

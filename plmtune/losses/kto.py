@@ -34,14 +34,11 @@ class Kto(PreferenceLoss):
 
     def __init__(self, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> None:
         check(STRENGTH, beta=beta)
-        check(WEIGHT, desirable_weight=desirable_weight)
-        check(WEIGHT, undesirable_weight=undesirable_weight)
+        check(WEIGHT, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
         if desirable_weight == undesirable_weight == 0:
             given = f"desirable_weight ({desirable_weight}) and undesirable_weight ({undesirable_weight})"
             raise ValueError(f"{given} must not both be 0")
-        self.beta = beta
-        self.desirable_weight = desirable_weight
-        self.undesirable_weight = undesirable_weight
+        self.beta, self.desirable_weight, self.undesirable_weight = beta, desirable_weight, undesirable_weight
 
     def __call__(self, c: Comparisons) -> Tensor:
         z = c.kl.detach().clamp(min=0)
@@ -50,7 +47,3 @@ class Kto(PreferenceLoss):
         bad = self.undesirable_weight * torch.sigmoid(-self.beta * (z - c.rejected_ratio))
         loss = good.where(c.chosen_tokens > 0, 0) + bad.where(c.rejected_tokens > 0, 0)
         return loss.where(c.kind != MISMATCHED, 0)
-
-    def rewards(self, c: Comparisons) -> tuple[Tensor, Tensor]:
-        """beta times the log-ratios."""
-        return self.beta * c.chosen_ratio.detach(), self.beta * c.rejected_ratio.detach()

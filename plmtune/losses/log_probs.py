@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from plmtune.ranges import AT_LEAST_1, check
+
 
 def log_probs(
     hidden: Tensor, weight: Tensor, targets: Tensor, completion: Tensor, num: int, chunk_rows: int = 1024
@@ -32,8 +34,7 @@ def log_probs(
     Raises:
         ValueError: if chunk_rows is not positive.
     """
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows ({chunk_rows}) must be at least 1")
+    check(AT_LEAST_1, chunk_rows=chunk_rows)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))

@@ -69,14 +69,15 @@ class PreferenceLoss(ABC):
     contexts: ClassVar[bool] = False
     mismatched: ClassVar[bool] = False
     scalar_head: ClassVar[bool] = False
+    beta: float
 
     @abstractmethod
     def __call__(self, c: Comparisons) -> Tensor:
         """Each comparison's loss, [n]; their sum over a step is divided by its number of pairs."""
 
-    @abstractmethod
     def rewards(self, c: Comparisons) -> tuple[Tensor, Tensor]:
-        """The implicit rewards of the chosen and of the rejected answers, [n] each, without gradient."""
+        """The implicit rewards of the chosen and of the rejected answers, [n] each: beta times the log-ratios."""
+        return self.beta * c.chosen_ratio.detach(), self.beta * c.rejected_ratio.detach()
 
 
 def mean_per_token(sums: Tensor, tokens: Tensor) -> Tensor:

@@ -28,8 +28,7 @@ class Simpo(PreferenceLoss):
     def __init__(self, *, beta: float = 2.0, gamma: float = 1.0) -> None:
         check(STRENGTH, beta=beta)
         check(WEIGHT, gamma=gamma)
-        self.beta = beta
-        self.gamma = gamma
+        self.beta, self.gamma = beta, gamma
 
     def _rewards(self, c: Comparisons) -> tuple[Tensor, Tensor]:
         chosen, rejected = mean_per_token(c.chosen, c.chosen_tokens), mean_per_token(c.rejected, c.rejected_tokens)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plmtune.modules.sharding import is_sharded
-from plmtune.optim.newton_schulz import CPUMuon
+from plmtune.modules.sharding import full_tensor, is_sharded, shard_like
 from plmtune.ranges import RATE, SHARE, TINY, WEIGHT, Range, check
 from plmtune.registry import register
 
@@ -23,16 +23,10 @@ COMPILED = ("adamw_8bit",)  # whose step goes through torch.compile
 
 def optimizer_bytes(name: str, model: nn.Module) -> int:
     """Bytes of optimizer state that `name` keeps for the model's fp32 parameters (on the meta device too)."""
-    if name == "muon":
-        matrices, others = _split_for_muon(model)
-        adamw_bytes = STATE_BYTES["adamw"]
-        return int(sum(p.numel() * MUON_MATRIX_BYTES for p in matrices) + adamw_bytes * _count(others))
+    matrices, others = _split_for_muon(model) if name == "muon" else ([], _trainable(model))
     # A user's own optimizer is taken for AdamW's size: an estimate must not refuse what the registry knows.
-    return int(STATE_BYTES.get(name, STATE_BYTES["adamw"]) * _count(_trainable(model)))
-
-
-def _count(parameters: list[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)
+    each = STATE_BYTES.get(name, STATE_BYTES["adamw"])
+    return int(sum(MUON_MATRIX_BYTES * p.numel() for p in matrices) + sum(each * p.numel() for p in others))
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -44,13 +38,9 @@ def _decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[d
 
     Embeddings decay too: PLM ties them to the output projection, a matrix in use like any other.
     """
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    both = ((matrices, weight_decay), (vectors, 0.0))
+    return [{"params": params, "weight_decay": decay} for params, decay in both if params]
 
 
 def _fused(parameters: list[nn.Parameter]) -> bool:
@@ -176,12 +166,9 @@ def _split_for_muon(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Param
     # By attribute, not `head_weight`: rounded for quantization, that is another tensor.
     ends += [m for name in ("output", "score") if isinstance(m := getattr(model, name, None), nn.Module)]
     excluded = {id(p) for m in ends for p in m.parameters()}
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in _trainable(model):
-        hidden = parameter.ndim == 2 and id(parameter) not in excluded
-        (matrices if hidden else others).append(parameter)
-    return matrices, others
+    hidden = [p for p in _trainable(model) if p.ndim == 2 and id(p) not in excluded]
+    chosen = {id(p) for p in hidden}
+    return hidden, [p for p in _trainable(model) if id(p) not in chosen]
 
 
 class MuonWithAdamW(Optimizer):
@@ -216,3 +203,64 @@ class MuonWithAdamW(Optimizer):
         """Load what `state_dict` gave."""
         super().load_state_dict(state_dict)
         self._share()  # loading puts new objects in place of the shared ones
+
+
+def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Newton-Schulz iteration towards U V^T of each matrix's U S V^T (Muon, arXiv 2502.16982, eq. 2).
+
+    X <- a X + (b X X^T + c (X X^T)^2) X, from X / ||X||; singular values end near 1, not at 1.
+
+    Args:
+        matrices (Tensor): [k, rows, columns].
+
+    Returns:
+        Tensor: [k, rows, columns]
+    """
+    a, b, c = coefficients
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.transpose(1, 2) if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.transpose(1, 2)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.transpose(1, 2) if tall else x
+
+
+class CPUMuon(torch.optim.Muon):
+    """torch's Muon with another step: same settings, same state, same update but for rounding.
+
+    torch orthogonalises in bf16, matrix by matrix. Without bf16 units that takes several times as long as fp32, and
+    small matrices cost more to call than to compute: benchmarks/muon.py. Each process orthogonalises whole matrices and
+    keeps its shards of the updates, so that many processes take the step of one.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; `closure` may compute the loss again."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape].append(parameter)
+            for shape, parameters in by_shape.items():
+                # 0.2 sqrt(max(rows, columns)) gives the update AdamW's usual size (arXiv 2502.16982, eq. 4).
+                rate = group["lr"] * 0.2 * max(shape) ** 0.5
+                updates = torch.stack([full_tensor(self._momentum(parameter, group)) for parameter in parameters])
+                updates = orthogonalize(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                for parameter, update in zip(parameters, updates, strict=True):
+                    part = shard_like(update, parameter) if is_sharded(parameter) else update
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(part, alpha=-rate)
+        return loss
+
+    def _momentum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        buffer: Tensor = state["momentum_buffer"]
+        buffer.lerp_(gradient, 1 - group["momentum"])
+        return gradient.lerp(buffer, group["momentum"])  # Nesterov

@@ -96,10 +96,6 @@ def _schedule(
     return LambdaLR(optimizer, rate)
 
 
-def _check_run(num_steps: int, tokens_per_step: int) -> None:
-    check(AT_LEAST_1, num_steps=num_steps, tokens_per_step=tokens_per_step)
-
-
 @register("scheduler", "wsdc")
 def wsdc(
     optimizer: Optimizer,
@@ -129,13 +125,11 @@ def wsdc(
     Raises:
         ValueError: if the phases do not fit into num_steps.
     """
-    _check_run(num_steps, tokens_per_step)
+    check(AT_LEAST_1, num_steps=num_steps, tokens_per_step=tokens_per_step)
     c = resolve("constant", constant, num_steps, tokens_per_step)
     w = resolve("warmup", warmup, num_steps, tokens_per_step) if start == "warmup" else 0
-    if decay is not None:
-        d = resolve("decay", decay, num_steps, tokens_per_step)
-    else:
-        d = max(num_steps - c, 0) if start == "decay" else num_steps // 5
+    rest = max(num_steps - c, 0) if start == "decay" else num_steps // 5
+    d = rest if decay is None else resolve("decay", decay, num_steps, tokens_per_step)
     if w + d + c > num_steps:
         raise ValueError(f"warmup ({w}) + decay ({d}) + constant ({c}) steps exceed the run's {num_steps}")
     # Entering at the decay leaves no stable phase: what decay and constant do not fill is constant.
@@ -232,7 +226,7 @@ def _decay_after_warmup(
     shape: DecayShape,
     final_factor: float,
 ) -> LambdaLR:
-    _check_run(num_steps, tokens_per_step)
+    check(AT_LEAST_1, num_steps=num_steps, tokens_per_step=tokens_per_step)
     w = resolve("warmup", warmup, num_steps, tokens_per_step)
     if w > num_steps:
         raise ValueError(f"warmup ({w} steps) exceeds the run's {num_steps}")

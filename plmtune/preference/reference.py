@@ -25,6 +25,7 @@ from plmtune.io import checksummed_json, safetensors_writer
 from plmtune.io.atomic import atomic_write
 from plmtune.models.digest import add_tensor, model_digest
 from plmtune.modules.decoder import Decoder
+from plmtune.modules.peft import adapter_parameters, disabled
 from plmtune.preference.batches import PreferenceBatches
 from plmtune.preference.comparisons import ComparisonBatch
 from plmtune.preference.scorer import AnswerScorer
@@ -217,7 +218,8 @@ class ReferenceModel:
         policy, is_first = self.policy, self.is_first(round_number)
         if untrained:
             if is_first and (round_number <= 1 or policy.adapter_config):
-                self.first_digest = model_digest(policy.model, without=policy.adapter_names)
+                adapters = set(adapter_parameters(policy.model)) if policy.adapter_config else set()
+                self.first_digest = model_digest(policy.model, without=adapters)
             self.digest = self.first_digest if is_first else model_digest(policy.model)
         second: list[Decoder] = []  # loaded only if it is needed
         done, restored = 0, untrained or is_first
@@ -232,7 +234,7 @@ class ReferenceModel:
             monitor.working(f"reference: log-probabilities of {done:,} comparisons")
             with policy.fake_quant_disabled():
                 if is_first and policy.adapter_config:
-                    with policy.adapters_disabled():
+                    with disabled(policy.model):
                         return self.score(batch)
                 if not is_first or (untrained and round_number <= 1):
                     return self.score(batch)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,17 +26,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plmtune.config.schema import CheckpointConfig
 from plmtune.errors import NotFinite, UserError, unreadable
 from plmtune.io import manifest, safetensors_writer
 from plmtune.io.manifest import step_path, steps
 from plmtune.models.checkpoint_files import Stored, locate
 from plmtune.training import distributed
 from plmtune.training import state as training_state
-from plmtune.training.guard import check_weights
-from plmtune.training.retention import best_step, prune, remove_unfinished
+from plmtune.training.guard import not_finite
 from plmtune.training.snapshot import SnapshotBuffers
-from plmtune.training.trainer_state import STATE, read_trainer_state
+from plmtune.training.trainer_state import STATE, best_step, prune, read_trainer_state, remove_unfinished
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +52,7 @@ class _Save:
     publishing: bool = False
 
 
+@dataclass(kw_only=True)
 class Checkpoints:
     """The checkpoints of one run: the newest `keep` of them, and the best.
 
@@ -61,6 +60,7 @@ class Checkpoints:
 
     Args:
         directory: made at the first save.
+        every: the steps between saves, for `is_due`; 0: the caller saves at the end.
         keep: how many to keep; 0 keeps all.
         best: the metric by whose value one more is kept; None keeps none.
         mode: "min" or "max".
@@ -70,42 +70,39 @@ class Checkpoints:
         write_metadata: writes what a directory needs, besides weights, to be loaded alone: config.json, tokenizer.
         file_bytes: larger weights and moments are split; several ranks share the files.
 
+    Attributes:
+        pinned: a step whose checkpoint is kept as long as it stands here.
+
     Raises:
         ValueError: if `keep` is negative.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        keep: int = 2,
-        best: str | None = None,
-        mode: Literal["min", "max"] = "min",
-        background: bool = True,
-        state_dict: Callable[[Any], Mapping[str, Tensor]] = nn.Module.state_dict,
-        stem: str = "model",
-        write_metadata: Callable[[Path], object] = lambda directory: None,
-        file_bytes: float = safetensors_writer.FILE_BYTES,
-    ) -> None:
-        if keep < 0:
-            raise ValueError(f"keep ({keep}) must be 0, which keeps all checkpoints, or more")
-        self.directory = Path(directory)
-        self.keep = keep
-        self.best = best
-        self.mode = mode
-        self.background = background
-        self.state_dict = state_dict
-        self.stem = stem
-        self.write_metadata = write_metadata
-        self.file_bytes = file_bytes
-        self._buffers = SnapshotBuffers(copies=background)
+    directory: Path = field(kw_only=False)
+    every: int = 0
+    keep: int = 2
+    best: str | None = None
+    mode: Literal["min", "max"] = "min"
+    background: bool = True
+    state_dict: Callable[[Any], Mapping[str, Tensor]] = nn.Module.state_dict
+    stem: str = "model"
+    write_metadata: Callable[[Path], object] = lambda directory: None
+    file_bytes: float = safetensors_writer.FILE_BYTES
+    pinned: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.keep < 0:
+            raise ValueError(f"keep ({self.keep}) must be 0, which keeps all checkpoints, or more")
+        self._buffers = SnapshotBuffers(copies=self.background)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._save: _Save | None = None
-        self.pinned: int | None = None  # a step whose checkpoint is kept as long as it stands here
         self._from = 0  # the step that was restored
         self._own: set[int] = set()  # steps saved since
         if distributed.rank() == 0:
             remove_unfinished(self.directory)
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save after `step`."""
+        return self.every > 0 and step % self.every == 0
 
     def save(
         self,
@@ -142,12 +139,15 @@ class Checkpoints:
         tensors, optimizer_rest = training_state.optimizer_state_dict(model, optimizer)
         random_states = distributed.gather_texts(json.dumps(training_state.random_state()))
         stems = {self.stem: self.state_dict(model), "optimizer": tensors}
-        needed = sum(t.numel() * t.element_size() for held in stems.values() for t in held.values())
+        needed = sum(t.numel() * t.element_size() for part in stems.values() for t in part.values())
         distributed.broadcast_from_rank0(lambda: self._make_room(step, needed))
-        snapshot = self._buffers.take(stems, max_bytes=self.file_bytes, writers=self._writers(step))
+        # Without a common disk the directory is rank 0's alone.
+        seen = distributed.gather_texts("seen" if self._temporary(step).is_dir() else "")
+        writers = [rank for rank, text in enumerate(seen) if text]
+        held, indexes = self._buffers.take(stems, max_bytes=self.file_bytes, writers=writers)
         rest: dict[str, str] = {}
         if distributed.rank() == 0:
-            rest = {name: json.dumps(content) for name, content in snapshot.indexes.items()}
+            rest = {name: json.dumps(content) for name, content in indexes.items()}
             document = {
                 "step": step,
                 "state": dict(state or {}),
@@ -166,17 +166,16 @@ class Checkpoints:
                 },
             }
             rest[STATE] = json.dumps(document)  # now, as the recipe's state changes in the next step
-        job = self._pool.submit(self._write, step, snapshot.tensors, rest)
+        job = self._pool.submit(self._write, step, held, rest)
         self._save = _Save(step, needed, job)
         if wait or not self.background:
             self.wait()
         return step_path(self.directory, step)
 
     def poll(self) -> None:
-        """Continue or finish a save in the background. Every rank must call it, after each step.
+        """Continue or finish a save in the background; if it failed, every rank raises a UserError.
 
-        Raises:
-            UserError: on every rank, if it failed.
+        Every rank must call it, after each step.
         """
         if self._save is not None and not distributed.any_rank(not self._save.job.done()):
             self._advance(self._save)
@@ -186,8 +185,8 @@ class Checkpoints:
         newest = max(self.saved, self._from)
         return f"Its newest checkpoint is that of step {newest}." if newest else "No step was saved before."
 
-    def poll_save(self) -> str:
-        """Poll; return why a save in the background failed, or an empty text. Every rank must call it, after each step.
+    def has_failed(self, message: Callable[[str], None]) -> bool:
+        """Poll; whether a save in the background failed, which is reported. Every rank must call it, after each step.
 
         Raises:
             NotFinite: if it holds NaN or an infinity.
@@ -197,8 +196,9 @@ class Checkpoints:
         except NotFinite:
             raise
         except UserError as error:
-            return str(error)
-        return ""
+            message(f"{error}\nTrying once more, with the present state.")
+            return True
+        return False
 
     def check_weights(self, model: nn.Module, step: int, *, since: int) -> None:
         """Refuse weights that hold NaN or an infinity, which no later update removes. Every rank must call it.
@@ -210,17 +210,14 @@ class Checkpoints:
         Raises:
             NotFinite: on every rank.
         """
-
-        def message(names: str) -> str:
+        if names := not_finite(dict(model.named_parameters())):
             with suppress(UserError):  # a save in progress may become the newest checkpoint
                 self.wait()
             kept = distributed.broadcast_from_rank0(self.newest_message)
-            return (
+            raise NotFinite(
                 f"step {step}: weights are not finite since the update of step {since} ({names}), so they are not "
                 f"saved. {kept} {TOO_HIGH}"
             )
-
-        check_weights(dict(model.named_parameters()), message)
 
     @property
     def saved(self) -> int:
@@ -228,11 +225,7 @@ class Checkpoints:
         return max(self._own, default=0)
 
     def wait(self) -> None:
-        """Wait until the save in progress, if there is one, is on the disk. Every rank must call it.
-
-        Raises:
-            UserError: on every rank, if it failed.
-        """
+        """Wait until the save in progress, if there is one, is on the disk, as `poll` does. Every rank must call it."""
         while self._save is not None:
             # At most a second at a time: in a longer silence the other ranks would take this one for dead.
             futures.wait([self._save.job], timeout=1)
@@ -259,13 +252,11 @@ class Checkpoints:
         try:
             document = read_trainer_state(path)
             distributed.load_full_tensors(self.state_dict(model), Stored(locate(path, self.stem)))
-            check_weights(
-                self.state_dict(model),
-                lambda names: (
+            if names := not_finite(self.state_dict(model)):
+                raise NotFinite(
                     f"it holds weights that are not finite ({names}). Delete it, and the run resumes from "
                     "the one before it."
-                ),
-            )
+                )
             moments = Stored(locate(path, "optimizer"))
             training_state.load_optimizer_state_dict(model, optimizer, moments, document["optimizer"])
             training_state.load_scheduler_state_dict(scheduler, document["scheduler"])
@@ -307,11 +298,6 @@ class Checkpoints:
             self._temporary(step).mkdir()
         except OSError as error:
             raise UserError(self._failed(step, error, needed)) from error
-
-    def _writers(self, step: int) -> list[int]:
-        """The ranks that see the directory of rank 0; on machines without a common disk it is rank 0's alone."""
-        seen = distributed.gather_texts("seen" if self._temporary(step).is_dir() else "")
-        return [rank for rank, text in enumerate(seen) if text]
 
     def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], rest: Mapping[str, str]) -> dict[str, Any]:
         """Write this rank's files in the background; returns their bytes and hashes."""
@@ -379,11 +365,9 @@ class Checkpoints:
     def _failed(self, step: int, error: BaseException, needed: int) -> str:
         if isinstance(error, NotFinite):
             return str(error)
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        number = error.errno if isinstance(error, OSError) else None
-        remedy = {errno.EFBIG: "raise the limit on files (ulimit -f)", errno.EACCES: "allow writing to it"}.get(
-            number or 0, "make room"
-        )
+        reason, number = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
+        remedies = {errno.EFBIG: "raise the limit on files (ulimit -f)", errno.EACCES: "allow writing to it"}
+        remedy = remedies.get(number or 0, "make room")
         earlier = "Earlier checkpoints are as they were" if steps(self.directory) else "No step was saved before"
         return (
             f"The checkpoint of step {step} cannot be written to {step_path(self.directory, step)}: {reason}. It needs "
@@ -392,24 +376,3 @@ class Checkpoints:
 
     def _temporary(self, step: int) -> Path:
         return self.directory / f".tmp-{step_path(self.directory, step).name}"
-
-
-def open_checkpoints(
-    directory: Path,
-    settings: CheckpointConfig,
-    *,
-    state_dict: Callable[[Any], Mapping[str, Tensor]],
-    write_metadata: Callable[[Path], object],
-    stem: str = "model",
-) -> Checkpoints:
-    """The checkpoints of a run by its config, see `Checkpoints`."""
-    return Checkpoints(
-        directory,
-        keep=settings.keep,
-        best=settings.best,
-        mode=settings.mode,
-        background=settings.background,
-        state_dict=state_dict,
-        write_metadata=write_metadata,
-        stem=stem,
-    )

@@ -30,6 +30,7 @@ from plmtune.modules.sharding import is_sharded, shard_like
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -54,9 +55,6 @@ def start_process_group(device: torch.device, timeout: timedelta) -> None:
     """Join the other processes. Tensors on GPUs are exchanged over nccl, those on the host over gloo.
 
     So exchanging the flags, texts and numbers of each step does not wait for the GPU's queue.
-
-    Raises:
-        UserError: if a process does not join within `timeout`.
     """
     global _store, _restarted
     cuda = device.type == "cuda"
@@ -138,7 +136,9 @@ def explain(error: BaseException, timeout: timedelta) -> None:
         UserError: if a connection broke instead. torchrun then reports how the other rank ended, which explains more
             than a traceback of this one.
     """
-    if _store is None or not _is_of_exchange(error):
+    # Errors of gloo have no class of their own, but name its source.
+    of_exchange = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+    if _store is None or not of_exchange:
         return
     others = {other for other in range(world_size()) if other != rank()}
     places: dict[int, str] = {}
@@ -162,11 +162,6 @@ def explain(error: BaseException, timeout: timedelta) -> None:
         + (f"{silent}, which did not answer: stopped, hanging, or much slower." if silent else "ranks elsewhere.")
         + also
     )
-
-
-def _is_of_exchange(error: BaseException) -> bool:
-    # Errors of gloo have no class of their own, but name its source.
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
 def _place(error: BaseException) -> str:
@@ -306,19 +301,6 @@ def gather_texts(text: str) -> list[str]:
     return [bytes(part[: int(size)].numpy()).decode() for part, size in zip(parts, sizes, strict=True)]
 
 
-def broadcast_text(text: str) -> str:
-    """Rank 0's text on every rank."""
-    if not is_distributed():
-        return text
-    data = torch.tensor(list(text.encode()), dtype=torch.uint8)
-    size = torch.tensor([len(data)])
-    dist.broadcast(size, src=0)
-    if rank() != 0:
-        data = torch.zeros(int(size), dtype=torch.uint8)
-    dist.broadcast(data, src=0)
-    return bytes(data.numpy()).decode()
-
-
 def broadcast_from_rank0(decide: Callable[[], Any]) -> Any:
     """Call `decide` on rank 0, and return its result, as JSON, on every rank. Every rank must call it.
 
@@ -331,7 +313,7 @@ def broadcast_from_rank0(decide: Callable[[], Any]) -> Any:
             answer = decide()
         except UserError as error:
             failure = str(error)
-    answer, failure = json.loads(broadcast_text(json.dumps([answer, failure])))
+    answer, failure = json.loads(gather_texts(json.dumps([answer, failure]))[0])
     if failure:
         raise UserError(failure)
     return answer
@@ -375,12 +357,16 @@ def like(value: Tensor, example: Tensor) -> Tensor:
     """A copy of `value` (whole, on every rank), placed and sharded as `example` is."""
     if not is_sharded(example):
         return value.to(example.device, copy=True)
+    # The local part is a view; a copy of it frees the whole tensor.
+    return with_local(shard_like(value, example).to_local().clone(), example)
+
+
+def with_local(local: Tensor, example: DTensor) -> DTensor:
+    """`local` as this rank's part of a tensor that is sharded as `example` is."""
     from torch.distributed.tensor import DTensor
 
-    mesh, placements = example.device_mesh, example.placements
-    # The local part is a view; a copy of it frees the whole tensor.
-    local = shard_like(value, example).to_local().clone()
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
+    mesh, placements, shape = example.device_mesh, example.placements, example.shape
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=example.stride())
 
 
 def load_full_tensors(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

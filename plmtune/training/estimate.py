@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from plmtune.io.safetensors_writer import FILE_BYTES
 from plmtune.optim.optimizers import optimizer_bytes
-from plmtune.training.activations import activation_bytes
-from plmtune.training.distributed import Strategy
 from plmtune.training.machine import available_memory, process_memory, resident_memory
+from plmtune.training.runtime import Runtime
 from plmtune.units import show_bytes, show_count
 
 _NF4_BYTES = 0.5 + 1 / 64
@@ -75,6 +77,12 @@ class Estimate:
     def fits(self) -> bool:
         return self.total <= self.available
 
+    def refusal(self) -> str:
+        """A sentence if a run needs more memory than there is, else empty."""
+        needed, free = show_bytes(self.total), show_bytes(self.available)
+        refusal = f"this run does not fit here: it needs {needed}, and {free} are free. To start it anyway: --force"
+        return "" if self.fits else refusal
+
     def lines(self) -> list[str]:
         """A table to print."""
         parts = ("process", "weights", "gradients", "optimizer", "activations", "logits", "save", "slack", "total")
@@ -91,20 +99,16 @@ class Estimate:
 
 def estimate(
     model: nn.Module,
+    runtime: Runtime,
     *,
     optimizer: str,
     seq_len: int,
     micro_batch_size: int,
-    world_size: int = 1,
-    strategy: Strategy = "none",
-    shard_size: int = 1,
     micro_batches: int = 1,
     masked: bool = False,
     background_saves: bool = False,
-    compute_dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool = False,
     loss_chunk_rows: int = 1024,
-    device: torch.device | None = None,
 ) -> Estimate:
     """Estimate a training run of `model`, a `Decoder` (best on the meta device: nothing is computed).
 
@@ -114,21 +118,18 @@ def estimate(
         optimizer: its name in the registry.
         seq_len: tokens of a row; all rows are taken to be full.
         micro_batch_size: rows of one forward on one process.
-        strategy: "fsdp" divides weights, gradients and optimizer state by the processes, "hsdp" by `shard_size`.
+        runtime: where the run would be; its `shard_size` divides weights, gradients and optimizer state.
         micro_batches: of a step, on one process. With more than one, FSDP2 keeps parameters gathered and gradients
             whole between them (`distributed.accumulate`).
         masked: attention has a mask, which each layer keeps.
         background_saves: a save first copies the state.
-        compute_dtype: bf16 means autocast, with fp32 weights.
         loss_chunk_rows: tokens whose logits the loss holds at once; 0: all of them.
-        device: where the run would be; None: the CPU.
     """
-    device = device or torch.device("cpu")
+    device, compute_dtype, shards = runtime.device, runtime.compute_dtype, runtime.shard_size
     held: Any = model  # a Decoder, whose attributes mypy cannot see on a Module
     parameters = sum(p.numel() for p in model.parameters())
     embedding, head = held.tok_embeddings.weight, held.head_weight
     vocabulary = embedding.numel() if held.tied else embedding.numel() + head.numel()
-    shards = {"fsdp": world_size, "hsdp": shard_size}.get(strategy, 1)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     # QLoRA's base, which the meta device holds in fp32: 4 bits a number, and a scale for each 64.
     in_nf4: list[Any] = [module for module in model.modules() if getattr(module, "_quantize_base", False)]
@@ -150,6 +151,8 @@ def estimate(
     # torch writes a boolean mask as numbers in each call of attention, and keeps them for the backward.
     mask = micro_batch_size * seq_len**2 * compute_dtype.itemsize
     masks = mask * (1 if activation_checkpointing else len(held.layers)) if masked else 0
+    # Files are dealt to the processes one by one, so that one process holds one at least.
+    save = max((weights + moments) // runtime.world_size, int(min(max(weights, moments), FILE_BYTES)))
     resident = resident_memory() if device.type == "cpu" else 0
     return Estimate(
         parameters=parameters,
@@ -163,7 +166,7 @@ def estimate(
         )
         + masks,
         logits=_loss_bytes(micro_batch_size * seq_len, head.shape, loss_chunk_rows, compute_dtype),
-        save=_save_bytes(weights, moments, world_size) if background_saves and device.type == "cpu" else 0,
+        save=save if background_saves and device.type == "cpu" else 0,
         process=process_memory(resident, compute_dtype) if device.type == "cpu" else 0,
         available=available_memory(device) + resident,
         flops_6n=flops_6n,
@@ -195,6 +198,114 @@ def _loss_bytes(tokens: int, head: torch.Size, chunk_rows: int, compute_dtype: t
     return logits * rows * vocab_size + weight * vocab_size * embed_dim + hidden * tokens * embed_dim
 
 
-def _save_bytes(weights: int, moments: int, world_size: int) -> int:
-    # Files are dealt to the processes one by one, so that one process holds one at least.
-    return max((weights + moments) // world_size, int(min(max(weights, moments), FILE_BYTES)))
+def activation_bytes(
+    model: nn.Module,
+    micro_batch_size: int,
+    seq_len: int,
+    compute_dtype: torch.dtype = torch.float32,
+    activation_checkpointing: bool = False,
+    *,
+    casts: bool = True,
+) -> int:
+    """Bytes that autograd keeps for the backward of the hidden states, found by forwards of a few tokens.
+
+    Args:
+        model: a Decoder on any device; its weights are not touched.
+        activation_checkpointing: each layer keeps its input; one layer at a time holds the rest again.
+        casts: autocast keeps a copy of each matrix in `compute_dtype`; FSDP2, which gathers in it, does not.
+    """
+    held: Any = model
+    training = model.training
+    model.eval()  # a Decoder checkpoints only in training; here both costs are taken apart
+    device, tokens = _trial_device(held), micro_batch_size * seq_len
+    ids = torch.zeros(2, _TRIED, dtype=torch.long, device=device)
+    hidden = torch.empty(2, _TRIED, held.embed_dim, dtype=compute_dtype, device=device)
+    try:
+        whole = _saved_bytes(model, ids, tokens, compute_dtype, casts, hidden=True)
+        if not activation_checkpointing:
+            return whole
+        layers = [_saved_bytes(layer, hidden, tokens, compute_dtype, casts) for layer in held.layers]
+        inputs = len(layers) * tokens * held.embed_dim * compute_dtype.itemsize
+        return whole - sum(layers) + inputs + max(layers)
+    finally:
+        model.train(training)
+
+
+_TRIED = 2  # tokens of a row; one alone is computed another way
+
+
+def _trial_device(model: Any) -> torch.device:
+    """The CPU, where a few tokens through layers of ours take no memory; the meta device, which imports sympy (half a
+    CPU second), for models of enormous width and for modules that may compute with a whole matrix.
+    """
+    ours = all(type(m).__module__.startswith(("plmtune.modules.", "torch.nn.")) for m in model.modules())
+    numbers = sum(sum(p.shape) for p in model.parameters())  # of a token, about
+    return torch.device("cpu" if ours and numbers < 2**22 and model.max_seq_len <= 2**17 else "meta")
+
+
+def _saved_bytes(
+    module: nn.Module, inputs: Tensor, tokens: int, dtype: torch.dtype, casts: bool, **settings: Any
+) -> int:
+    """Bytes that a forward of so many tokens saves: a line through those of one row of `inputs` and of both."""
+    # Autocast does not know the meta device: parameters in its dtype give the same activations, and the
+    # copies that it would make of the matrices are added.
+    ends = ("tok_embeddings.weight", "output.weight")  # one is only read, and the head's is the loss's
+    matrices = sum(p.numel() for name, p in module.named_parameters() if p.ndim > 1 and name not in ends)
+    copies = dtype.itemsize * matrices if casts and dtype != torch.float32 else 0
+    rows = (inputs[:n].clone().requires_grad_(inputs.is_floating_point()) for n in (1, 2))
+    one, two = (_saved_by_forward(module, x, dtype, settings) for x in rows)
+    return int(one + (tokens / _TRIED - 1) * (two - one)) + copies
+
+
+def _saved_by_forward(module: nn.Module, x: Tensor, dtype: torch.dtype, settings: dict[str, Any]) -> int:
+    """Bytes of the distinct storages that a forward saves; parameters and input left out."""
+    state = {  # each of one number, shown in the parameter's shape
+        name: torch.empty_strided(p.shape, [0] * p.ndim, dtype=dtype, device=x.device, requires_grad=p.requires_grad)
+        for name, p in module.named_parameters()
+    }
+    own = {t.untyped_storage()._cdata for t in (*state.values(), x)}
+    kept: dict[int, Tensor] = {}  # holds the tensors, so that no storage's address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor), _WithoutProducts():
+        pack(functional_call(module, state, (x,), settings, tie_weights=True))  # the output is kept too
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+
+
+class _WithoutProducts(TorchFunctionMode):
+    """Linear layers and attention without their work: what they save, and an output of the right shape.
+
+    So weights need no memory, and attention keeps what the fused kernels do. On the meta device torch would keep all
+    scores instead.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            return _product(*args, **(kwargs or {}))
+        if func is nn.functional.scaled_dot_product_attention:
+            return _FusedAttention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    return _Product.apply(input, weight, bias)  # which takes no names
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        of_x, of_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, h, s, _ = q.shape
+        out = q.new_empty(b, s, h, v.shape[3]).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(b, h, s, dtype=torch.float32))  # log-sum-exp of rows
+        return out

@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from plmtune.config.compose import build
-from plmtune.config.schema import CheckpointConfig, RuntimeConfig
+from plmtune.config.schema import CheckpointConfig, FinetuningConfig
 from plmtune.errors import UserError
 from plmtune.models import adapters
 from plmtune.models.hf import hf_state
 from plmtune.models.hf_config import write_config
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.peft import adapter_parameters, disabled, init_adapters
+from plmtune.modules.peft import init_adapters
 from plmtune.registry import Component
 from plmtune.tokenizers.tokenizer import Tokenizer
-from plmtune.training.checkpoint import Checkpoints, open_checkpoints
-from plmtune.training.init_from import InitCheckpoint, check_finite
+from plmtune.training.checkpoint import Checkpoints
+from plmtune.training.init_from import InitCheckpoint, check_finite, find_init_checkpoint
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_bytes
 
@@ -48,21 +48,13 @@ class FinetuneModel:
 
     def open_checkpoints(self, directory: Path, settings: CheckpointConfig) -> Checkpoints:
         """The checkpoints of a run of this model: of its adapters alone, where it has them."""
-        return open_checkpoints(
+        return Checkpoints(
             directory,
-            settings,
+            **vars(settings),
             state_dict=adapters.adapter_state if self.adapter_config else hf_state,
             stem=adapters.ADAPTERS if self.adapter_config else "model",
             write_metadata=self._write_metadata,
         )
-
-    @property
-    def adapter_names(self) -> set[str]:
-        return set(adapter_parameters(self.model)) if self.adapter_config else set()
-
-    def adapters_disabled(self) -> AbstractContextManager[None]:
-        """Compute with the base model's weights alone inside the block."""
-        return disabled(self.model)
 
     def fake_quant_disabled(self) -> AbstractContextManager[None]:
         """Compute with unrounded weights inside the block."""
@@ -90,15 +82,12 @@ def _qat() -> Any:
 
 def setup_model(
     model: Decoder,
-    tokenizer: Tokenizer,
+    cfg: FinetuningConfig,
     runtime: Runtime,
-    settings: RuntimeConfig,
-    *,
+    tokenizer: Tokenizer,
     init: InitCheckpoint | None,
     resumed: Path | None,
-    seed: int,
-    peft: Component | None,
-    quantization: Component | None,
+    *,
     score_head: bool = False,
 ) -> FinetuneModel:
     """Allocate a model, load its initial weights, add adapters or fake quantization, and distribute it.
@@ -112,27 +101,27 @@ def setup_model(
     Raises:
         UserError: if the initial checkpoint, the adapters or the scheme do not fit the model.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(cfg.seed)
     if score_head:
         model.add_score_head(generator)
-    scheme, notes = _insert_fake_quantize(quantization, model)
+    scheme, notes = _insert_fake_quantize(cfg.quantization, model)
     model = model.to_empty(device=runtime.device)
-    model.activation_checkpointing = settings.activation_checkpointing
+    model.activation_checkpointing = cfg.runtime.activation_checkpointing
     model.init_weights(generator)  # also what no file holds, such as RoPE's tables
     if init:
         adapters.load_state(model, init.directory)
         check_finite(model, init.name)
     adapter_config: dict[str, Any] = {}
-    if peft:
+    if cfg.peft:
         assert init is not None
-        build("peft", peft, model=model)
+        build("peft", cfg.peft, model=model)
         init_adapters(model, generator)
         adapter_config = adapters.adapter_config(model, init.directory)
         if resumed and adapters.base_digest(resumed) != adapter_config["plmtune"]["base"]:
             raise UserError(
                 f"init_from={init.name} no longer holds the base weights of the adapters in {resumed}. Put them back."
             )
-    trained = runtime.distribute(model, compile=settings.compile)
+    trained = runtime.distribute(model, compile=cfg.runtime.compile)
     return FinetuneModel(model, trained, tokenizer, model.dtype, adapter_config, scheme, notes)
 
 
@@ -141,9 +130,6 @@ def check_finetuning(model: Decoder, peft: Component | None, quantization: Compo
 
     Args:
         model: on the meta device; fake quantization is inserted into it, if the scheme asks for it.
-
-    Raises:
-        UserError: naming the key.
     """
     qat = _is_qat(quantization)
     sharded = strategy in ("fsdp", "hsdp")
@@ -186,7 +172,13 @@ def _insert_fake_quantize(chosen: Component | None, model: Decoder) -> tuple[dic
     return _qat().scheme_settings(chosen), [note, *getattr(formats, "notes", [])]
 
 
-def load_init_model(runtime: Runtime, init: InitCheckpoint) -> Decoder:
-    """Load the weights that a run began with as a second model, for numbers only, not for training."""
-    model: Decoder = adapters.load_model(init.directory, runtime.device, torch.float32)
-    return model.eval().requires_grad_(False)
+def load_init_model(cfg: FinetuningConfig, model: Decoder, tokenizer: Tokenizer, runtime: Runtime) -> Decoder:
+    """Load the weights that a run began with as a second model, for numbers only, not for training.
+
+    Args:
+        model: of the run.
+    """
+    init = find_init_checkpoint(cfg.init_from, model, tokenizer, cfg.scheduler)
+    assert init is not None
+    loaded: Decoder = adapters.load_model(init.directory, runtime.device, torch.float32)
+    return loaded.eval().requires_grad_(False)

@@ -6,17 +6,19 @@ import bisect
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from plmtune.errors import NotFinite, UserError
+from plmtune.errors import UserError
 from plmtune.io import safetensors_writer
 from plmtune.io.run_directory import RunDirectory
 from plmtune.ranges import AT_LEAST_1, check
 from plmtune.training.distributed import gather_texts
 
 
+@dataclass
 class Guard:
     """Judges each update before the optimizer makes it, from two numbers: the loss and the gradient norm.
 
@@ -39,38 +41,45 @@ class Guard:
         skipped: updates refused so far.
         consecutive_skips: updates refused since the last accepted one.
         reason: why the latest was refused, as a part of a sentence.
+        losses: of the latest one's micro-batches on this rank.
 
     Raises:
         ValueError: for a setting that is out of its range.
     """
 
-    def __init__(self, *, spike_factor: float = 10.0, window: int = 128, patience: int = 3) -> None:
-        if not (spike_factor == 0 or 1 < spike_factor < math.inf):
-            raise ValueError(f"spike_factor ({spike_factor}) must be above 1, or 0 for none")
-        check(AT_LEAST_1, window=window, patience=patience)
-        self.spike_factor = spike_factor
-        self.window = window
-        self.patience = patience
-        self.skipped = 0
-        self.consecutive_skips = 0
-        self.reason = ""
+    spike_factor: float = 10.0
+    window: int = 128
+    patience: int = 3
+    skipped: int = field(default=0, init=False)
+    consecutive_skips: int = field(default=0, init=False)
+    reason: str = field(default="", init=False)
+    losses: Sequence[Tensor] = field(default=(), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not (self.spike_factor == 0 or 1 < self.spike_factor < math.inf):
+            raise ValueError(f"spike_factor ({self.spike_factor}) must be above 1, or 0 for none")
+        check(AT_LEAST_1, window=self.window, patience=self.patience)
         self._norms: deque[float] = deque()  # accepted, oldest first
         self._sorted: list[float] = []  # the same, by size
 
-    def accepts(self, loss: float, norm: float) -> bool:
+    def accepts(self, loss: float, norm: float, losses: Sequence[Tensor] = ()) -> bool:
         """Whether to make this update. The guard records its numbers.
 
         Args:
             loss: of the whole step, in any unit.
             norm: of the gradient before clipping.
+            losses: of this rank's micro-batches, by which `handle_skip` finds the text with the fault.
         """
+        self.losses = losses
         self.reason = self._fault(loss, norm)
         if self.reason:
-            self.skipped += 1
-            self.consecutive_skips += 1
+            self.skipped, self.consecutive_skips = self.skipped + 1, self.consecutive_skips + 1
             return False
         self.consecutive_skips = 0
-        self._remember(norm)
+        self._norms.append(norm)
+        bisect.insort(self._sorted, norm)
+        if len(self._norms) > self.window:
+            del self._sorted[bisect.bisect_left(self._sorted, self._norms.popleft())]
         return True
 
     @property
@@ -79,10 +88,9 @@ class Guard:
         return self.consecutive_skips >= self.patience
 
     def _fault(self, loss: float, norm: float) -> str:
-        if not math.isfinite(loss):
-            return f"the loss is {loss}"
-        if not math.isfinite(norm):
-            return f"the gradient norm is {norm}"
+        for name, value in {"the loss": loss, "the gradient norm": norm}.items():
+            if not math.isfinite(value):
+                return f"{name} is {value}"
         count = len(self._sorted)
         if self.spike_factor and count >= max(self.window // 4, 1):
             median = (self._sorted[count // 2] + self._sorted[(count - 1) // 2]) / 2
@@ -98,12 +106,6 @@ class Guard:
         """Start a new history of norms, as for a phase with other text."""
         self._norms.clear()
         self._sorted.clear()
-
-    def _remember(self, norm: float) -> None:
-        self._norms.append(norm)
-        bisect.insort(self._sorted, norm)
-        if len(self._norms) > self.window:
-            del self._sorted[bisect.bisect_left(self._sorted, self._norms.popleft())]
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint; JSON keeps each float exactly."""
@@ -125,11 +127,10 @@ class Guard:
             step: the last refused one, counted from 1 as in the metrics.
             locations: where the tokens of its batch come from, over all ranks.
         """
-        first = step - self.consecutive_skips + 1
-        if self.consecutive_skips == 1:
-            what = "the update was skipped, because"
-        else:
-            what = f"{self.consecutive_skips} updates in a row were skipped (steps {first} to {step}), the last because"
+        count = self.consecutive_skips
+        first = step - count + 1
+        several = f"{count} updates in a row were skipped (steps {first} to {step}), the last because"
+        what = several if count > 1 else "the update was skipped, because"
         kept = f"those after step {first - 1}" if first > 1 else "those that the run began with"
         return UserError(
             f"step {step}: {what} {self.reason}. Parameters and moments are {kept}, and saved. The batch of step "
@@ -142,18 +143,17 @@ def handle_skip(
     guard: Guard,
     run: RunDirectory,
     step: int,
-    *,
     message: Callable[[str], None],
-    locations: Callable[[], list[str]],
-    save: Callable[[], None],
+    locate: Callable[[Collection[int]], list[str]],
+    save: Callable[..., object],
 ) -> None:
     """Report an update that the guard skipped; after `patience` of them in a row, save and end the run.
 
     Args:
         step: the skipped one, counted from 1.
         message: shows a line.
-        locations: gives the files and offsets of the step's tokens, over all ranks, see `sample_locations`.
-        save: saves the state after the last accepted update.
+        locate: gives the files and offsets of micro-batches of this step and rank, see `sample_locations`.
+        save: (metrics, *, wait) saves the state after the last accepted update.
 
     Raises:
         UserError: after `patience` skipped updates in a row.
@@ -161,25 +161,16 @@ def handle_skip(
     message(f"step {step}: update skipped, because {guard.reason}")
     if not guard.exhausted:
         return
-    error = guard.stop(step, locations())
+    error = guard.stop(step, sample_locations(guard.losses, locate))
     guard.consecutive_skips = 0  # the resumed run counts from 0
-    save()  # a resumed run starts after this step
+    save({}, wait=True)  # a resumed run starts after this step
     run.note(ended_by="guard")  # a restart by torchrun must not undo it
     raise error
 
 
-def check_weights(named: Mapping[str, Tensor], message: Callable[[str], str]) -> None:
-    """Refuse weights that hold NaN or an infinity. Every rank must call it.
-
-    Args:
-        message: makes the error's text from the tensors' names; called on every rank if one has such numbers.
-
-    Raises:
-        NotFinite: on every rank.
-    """
-    names = _gathered(safetensors_writer.not_finite(named))
-    if names:
-        raise NotFinite(message(safetensors_writer.listed([*dict.fromkeys(names)])))
+def not_finite(named: Mapping[str, Tensor]) -> str:
+    """The names of tensors that hold NaN or an infinity, on any rank; else empty. Every rank must call it."""
+    return safetensors_writer.listed([*dict.fromkeys(_gathered(safetensors_writer.not_finite(named)))])
 
 
 def sample_locations(losses: Sequence[Tensor], locate: Callable[[Collection[int]], list[str]]) -> list[str]:

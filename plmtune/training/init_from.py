@@ -10,7 +10,7 @@ from typing import Any
 
 from plmtune.config.schema import TrainingConfig
 from plmtune.config.typed_config import load_config
-from plmtune.errors import UserError
+from plmtune.errors import NotFinite, UserError
 from plmtune.io import hub, manifest
 from plmtune.io.run_directory import CONFIG
 from plmtune.io.run_summary import finished_runs
@@ -21,7 +21,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training.distributed import broadcast_from_rank0, once_per_machine
-from plmtune.training.guard import check_weights
+from plmtune.training.guard import not_finite
 from plmtune.training.trainer_state import latest_valid, read_trainer_state
 
 # Where init_from is empty, a run of a recipe starts from the newest finished run of the first recipe that has one.
@@ -63,9 +63,6 @@ def pin_revisions(cfg: TrainingConfig, *, weights: bool = False) -> None:
 
     Args:
         weights: fetch also the weights of a reward model that a round needs.
-
-    Raises:
-        UserError: see `hub.fetch`.
     """
     # Rank 0 decides for all: on another machine a directory may have that name.
     if cfg.init_from and not cfg.resume:
@@ -74,8 +71,7 @@ def pin_revisions(cfg: TrainingConfig, *, weights: bool = False) -> None:
         chosen: Component | None = getattr(cfg, group, None)
         if chosen is None or not isinstance(chosen.settings.get("path"), str):
             continue
-        pinned = broadcast_from_rank0(partial(_pinned_revision, chosen.settings["path"]))
-        if pinned:
+        if pinned := broadcast_from_rank0(partial(_pinned_revision, chosen.settings["path"])):
             whole = group == "reward" and weights and getattr(cfg, "rounds", 0) > 0
             once_per_machine(partial(hub.fetch, hub.HubModel(*pinned.split("@")), weights=whole))
             setattr(cfg, group, replace(chosen, settings={**chosen.settings, "path": pinned}))
@@ -191,18 +187,12 @@ def find_init_checkpoint(
 
 
 def check_finite(model: Any, init_from: str) -> None:
-    """Refuse to start from weights that hold NaN or an infinity. Every rank calls it.
-
-    Raises:
-        UserError: naming them.
-    """
-    check_weights(
-        dict(model.named_parameters()),
-        lambda names: (
+    """Refuse to start from weights that hold NaN or an infinity. Every rank calls it."""
+    if names := not_finite(dict(model.named_parameters())):
+        raise NotFinite(
             f"init_from={init_from}: its weights are not finite ({names}): its training diverged, or it is "
             "damaged. Start from an earlier checkpoint or another model."
-        ),
-    )
+        )
 
 
 def init_checkpoint_directory(init_from: str, *, weights: bool = True) -> Path:
@@ -210,9 +200,6 @@ def init_checkpoint_directory(init_from: str, *, weights: bool = True) -> Path:
 
     Args:
         weights: False: the configuration is enough, see `checkpoint_directory`.
-
-    Raises:
-        UserError: if there is none.
     """
     # A commit of the hub, see `choose_init_checkpoint`: each machine has a cache of its own.
     if broadcast_from_rank0(lambda: bool(hub.parse(init_from))):

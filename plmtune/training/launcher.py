@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from plmtune.config.compose import build
 from plmtune.config.schema import TrainingConfig
@@ -22,16 +22,10 @@ from plmtune.training.distributed import broadcast_from_rank0
 from plmtune.training.init_from import DEFAULT_INIT_RECIPES, choose_init_checkpoint, pin_revisions
 from plmtune.training.machine import peak_flops
 from plmtune.training.monitor import RunMonitor
-from plmtune.training.preflight import TrainingPlan, does_not_fit, find_sources, show_epochs
+from plmtune.training.preflight import TrainingPlan, find_sources, show_epochs
 from plmtune.training.run_setup import find_run
 from plmtune.training.runtime import Runtime
 from plmtune.units import show_count
-
-
-class Inputs(Protocol):
-    """What a recipe's preflight finds."""
-
-    plan: TrainingPlan
 
 
 class Trainer(Protocol):
@@ -44,17 +38,12 @@ class Trainer(Protocol):
 
 
 C = TypeVar("C", bound=TrainingConfig)
-I = TypeVar("I", bound=Inputs)  # noqa: E741
-Preflight = Callable[..., I]  # (cfg, runtime, *, fetch)
+Preflight = Callable[..., TrainingPlan]  # (cfg, runtime, *, fetch)
+Make = Callable[[C, TrainingPlan, Runtime], Trainer]
 
 
 def launch(
-    cfg: C,
-    preflight: Preflight[I],
-    make: Callable[[C, I, Runtime], Trainer],
-    report: Callable[[Path, C], None],
-    *,
-    dry_run: bool = False,
+    cfg: C, preflight: Preflight, make: Make[C], report: Callable[[Path, C], None], *, dry_run: bool = False
 ) -> float | None:
     """Run a recipe; returns its score, which a sweeper can minimise.
 
@@ -71,27 +60,22 @@ def launch(
     runtime = _choose_runtime(cfg)
     if dry_run:
         if runtime.is_main:  # under torchrun one process prints for all
-            plan = setup_run(cfg, runtime, preflight).plan
+            plan = setup_run(cfg, runtime, preflight)
             _refuse_too_large(plan, force=cfg.force)
             terminal.echo("\n".join([*runtime.reasons, *plan.lines()]))
         return None
     with runtime.start():
-        inputs = setup_run(cfg, runtime, preflight, fetch=True)
-        _refuse_too_large(inputs.plan, force=cfg.force)
-        score = _run(cfg, make, report, inputs, runtime)
+        plan = setup_run(cfg, runtime, preflight, fetch=True)
+        _refuse_too_large(plan, force=cfg.force)
+        score = _run(cfg, make, report, plan, runtime)
     if score is None:
         raise SystemExit(EXIT_STOPPED)
     return score
 
 
 def setup_run(
-    cfg: TrainingConfig,
-    runtime: Runtime,
-    preflight: Preflight[I],
-    *,
-    fetch: bool = False,
-    allow_missing: bool = False,
-) -> I:
+    cfg: TrainingConfig, runtime: Runtime, preflight: Preflight, *, fetch: bool = False, allow_missing: bool = False
+) -> TrainingPlan:
     """Find what a run resumes or starts from, and check all that can be checked before a weight is allocated.
 
     Args:
@@ -115,42 +99,35 @@ def setup_run(
 
 
 def _choose_runtime(cfg: TrainingConfig) -> Runtime:
-    where = cfg.runtime
-    return Runtime.choose(
-        device=where.device,
-        precision=where.precision,
-        strategy=where.strategy,
-        shard_size=where.shard_size,
-        deterministic=where.deterministic,
-        timeout_minutes=where.timeout_minutes,
-        seed=cfg.seed,
-    )
+    of_the_model = ("compile", "activation_checkpointing")
+    where = {key: value for key, value in vars(cfg.runtime).items() if key not in of_the_model}
+    return Runtime.choose(**where, seed=cfg.seed)
 
 
 def _refuse_too_large(plan: TrainingPlan, *, force: bool) -> None:
-    if (reason := does_not_fit(plan.estimated)) and not force:
+    if plan.estimated and (reason := plan.estimated.refusal()) and not force:
         raise UserError("\n".join([reason, *plan.lines()]))
 
 
-def check(cfg: TrainingConfig, preflight: Preflight[Inputs]) -> str:
+def check(cfg: TrainingConfig, preflight: Preflight) -> str:
     """What ``plmtune validate`` prints about a valid config."""
-    plan = setup_run(cfg, _choose_runtime(cfg), preflight, allow_missing=True).plan
+    plan = setup_run(cfg, _choose_runtime(cfg), preflight, allow_missing=True)
     steps = f"{plan.num_steps:,} steps" if plan.phases else show_epochs(plan.epochs or 0)
     if plan.estimated is None:
         return f"{steps[0].upper()}{steps[1:]} of the model that it starts from."
-    fits = f" Not on this machine: {reason}." if (reason := does_not_fit(plan.estimated)) else ""
-    return f"{show_count(plan.estimate.parameters)} parameters, {steps}.{fits}"
+    fits = f" Not on this machine: {reason}." if (reason := plan.estimated.refusal()) else ""
+    return f"{show_count(plan.estimated.parameters)} parameters, {steps}.{fits}"
 
 
 def _run(
-    cfg: C, make: Callable[[C, I, Runtime], Trainer], report: Callable[[Path, C], None], inputs: I, runtime: Runtime
+    cfg: C, make: Make[C], report: Callable[[Path, C], None], plan: TrainingPlan, runtime: Runtime
 ) -> float | None:
     """Train and report; None if a signal stopped it.
 
     A function of its own, so that the model's wrappers are gone before the process group is: DDP would otherwise
     end the group itself, under Python's lock, and wait for a thread that wants the lock.
     """
-    recipe = make(cfg, inputs, runtime)
+    recipe = make(cfg, plan, runtime)
     # However training ends, the directory's lock is held until the last file is written.
     with recipe.run, contextlib.closing(recipe.checkpoints), warnings.catch_warnings():
         # Where the guard skips the first update, torch takes the scheduler's step for calls in the wrong order.
@@ -171,19 +148,12 @@ def _run(
 
 
 def open_monitor(
-    cfg: TrainingConfig,
-    run: RunDirectory,
-    runtime: Runtime,
-    num_steps: int,
-    start_step: int,
-    *,
-    tokens_per_step: int | None = None,
-    flops_per_token: float | None = None,
+    cfg: TrainingConfig, run: RunDirectory, runtime: Runtime, num_steps: int, start_step: int, **rates: Any
 ) -> RunMonitor:
     """Build the loggers of a config, and the monitor that writes to them.
 
     Args:
-        num_steps, start_step, tokens_per_step, flops_per_token: see `RunMonitor`.
+        num_steps, start_step, rates: see `RunMonitor`; of the rates tokens_per_step and flops_per_token.
     """
     # Built on rank 0 alone: some loggers begin a run of their own when they are made.
     wanted = cfg.logger and runtime.is_main
@@ -194,9 +164,8 @@ def open_monitor(
         num_steps,
         start_step,
         device=runtime.device,
-        tokens_per_step=tokens_per_step,
-        flops_per_token=flops_per_token,
         peak_flops=peak_flops(runtime.device, runtime.compute_dtype) * runtime.world_size,
+        **rates,
     )
 
 

@@ -148,11 +148,7 @@ def _check_several(loggers: Mapping[str, Component]) -> None:
 
 
 def check_installed(chosen: Component | None) -> None:
-    """Refuse a logger whose package is not installed, before a run begins; the logger itself is not made.
-
-    Raises:
-        UserError: naming the package.
-    """
+    """Refuse a logger whose package is not installed, before a run begins; the logger itself is not made."""
     if chosen is None:
         return
     if chosen.name == "several":

@@ -1,9 +1,10 @@
-"""What this machine has: memory for a process, and FLOP/s."""
+"""What this machine has: memory for a process, FLOP/s, and the compiler that torch.compile needs."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 import psutil
 import torch
 
-# Dense bf16 FLOP/s without sparsity, by the vendors' data sheets: H100/H200 SXM 989.4e12, A100 312e12,
-# RTX 4090 165.2e12 (fp32 accumulation), L40S 362e12, A10 125e12, B200 2250e12. The longest name counts.
+from plmtune.errors import UserError
+from plmtune.extras import install_command, installed
+
+# Dense bf16 FLOP/s by the vendors' data sheets (H100, H200: SXM; RTX 4090: fp32 accumulation). The longest name counts.
 BF16_PEAKS = {
     "B200": 2250e12,
     "H200": 989.4e12,
@@ -95,3 +98,35 @@ def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
         product[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def check_compiler(device: torch.device, what: str, otherwise: str) -> None:
+    """Refuse what torch.compile cannot compile on this machine.
+
+    Args:
+        what: the key that compiles, for the message.
+        otherwise: the override that avoids it.
+    """
+    if device.type != "cuda":
+        # Where inductor looks for it.
+        name = "clang++" if sys.platform == "darwin" else "g++"
+        missing = "" if os.environ.get("TORCH_INDUCTOR_INSTALL_GXX") else _missing("C++", "CXX", (name,))
+    elif installed("triton"):
+        missing = _missing("C", "CC", ("gcc", "clang"))  # Triton compiles what starts its kernels
+    else:
+        missing = f"the package triton on a GPU, which is not installed. Install it with: {install_command('triton')}"
+    if missing:
+        raise UserError(f"{what}: torch.compile needs {missing}. Without one: {otherwise}.")
+
+
+def _missing(language: str, variable: str, names: tuple[str, ...]) -> str:
+    """The middle of a sentence about a missing compiler; empty if there is one."""
+    chosen = os.environ.get(variable)
+    names = (chosen,) if chosen else names
+    if any(shutil.which(name) for name in names):
+        return ""
+    package = "g++" if language == "C++" else "gcc"
+    return (
+        f"a {language} compiler, and {' or '.join(names)} is not on the PATH. Install one (Debian, Ubuntu: apt install "
+        f"{package}), or set the environment variable {variable} to yours"
+    )

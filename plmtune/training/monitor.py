@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+@dataclass
 class RunMonitor:
     """Shows and records a run's metrics, and watches for signals to stop.
 
@@ -68,43 +70,34 @@ class RunMonitor:
             the run as a signal does, and every rank has it once `should_stop` was true.
     """
 
-    def __init__(
-        self,
-        run: RunDirectory,
-        loggers: Sequence[Logger],
-        num_steps: int,
-        start_step: int = 0,
-        *,
-        device: torch.device | None = None,
-        tokens_per_step: int | None = None,
-        flops_per_token: float | None = None,
-        peak_flops: float | None = None,
-        every_seconds: float = 10.0,
-    ) -> None:
-        self.num_steps = num_steps
-        self.failure = ""
-        self._run = run
-        self._is_main = run.is_main
-        self._loggers = loggers
-        self._file = MetricsFile(run.metrics, start_step=start_step) if run.is_main else None
-        self._device = device or torch.device("cpu")
-        self._tokens_per_step = tokens_per_step
-        self._flops_per_token = flops_per_token
-        self._peak_flops = peak_flops
-        self._start_step = start_step
+    run: RunDirectory
+    loggers: Sequence[Logger]
+    num_steps: int
+    start_step: int = 0
+    _: KW_ONLY
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (it never changes)
+    tokens_per_step: int | None = None
+    flops_per_token: float | None = None
+    peak_flops: float | None = None
+    every_seconds: float = 10.0
+    failure: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        run = self.run
+        self._file = MetricsFile(run.metrics, start_step=self.start_step) if run.is_main else None
         self._signals = StopSignals(
             "finishing the step and saving; a second one ends it unsaved." if run.is_main else ""
         )
-        self._previous = (start_step, 0.0)  # step and seconds of the last line with a loss
+        self._previous = (self.start_step, 0.0)  # step and seconds of the last line with a loss
         self._paused = 0.0
-        self._line = Progress(every_seconds, shown=run.is_main)
+        self._line = Progress(self.every_seconds, shown=run.is_main)
         self._reached, self._shown = "", False
 
     def __enter__(self) -> RunMonitor:
         self._signals.__enter__()
-        self._run.note(step=self._start_step, device=device_name(self._device))
+        self.run.note(step=self.start_step, device=device_name(self.device))
         self._began = time.perf_counter()
-        self._reached = f"step {self._start_step}/{self.num_steps}" if self.num_steps else ""
+        self._reached = f"step {self.start_step}/{self.num_steps}" if self.num_steps else ""
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -114,12 +107,12 @@ class RunMonitor:
             with self._noting_failures(str(self._file.path)):
                 self._file.flush()
             self._file.close()
-        for logger in self._loggers:
+        for logger in self.loggers:
             with self._noting_failures(type(logger).__name__):
                 logger.close()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        if not self._is_main:
+        if not self.run.is_main:
             return
         assert self._file is not None
         entry = dict(values)
@@ -127,13 +120,35 @@ class RunMonitor:
             entry |= self._timing(step)
         with self._noting_failures(str(self._file.path)):
             self._file.append(step, entry)
-        for logger in self._loggers:
+        for logger in self.loggers:
             with self._noting_failures(type(logger).__name__):
                 logger.log(step, entry)
         self._show(step, entry)
 
+    def start(self, *lines: str) -> None:
+        """Print where the run is, the step that it resumes after, and some lines more."""
+        resuming = f", resuming after step {self.start_step}" if self.start_step else ""
+        for line in (f"run: {self.run.path}{resuming}", *lines):
+            self.message(line)
+
+    def measure(self, step: int, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Validate and log what is measured; the time does not count as training."""
+        with self.paused():
+            metrics = validate()
+        if metrics:
+            self.log(step, metrics)
+        return metrics
+
+    def ends_after(self, step: int, *, saved: int, stop: bool) -> bool:
+        """Record the newest saved step; return `stop`. Call it after `should_stop`, once the state is saved."""
+        self.run.note_saved(saved)
+        self.raise_failure()
+        if stop:
+            self.stopped(step)
+        return stop
+
     def raise_failure(self) -> None:
-        """Fail if metrics can no longer be written. Call it after `should_stop`, once the state is saved.
+        """Fail if metrics can no longer be written.
 
         Raises:
             UserError: with the reason, on every rank.
@@ -143,13 +158,13 @@ class RunMonitor:
 
     def stopped(self, step: int) -> None:
         """Show how to resume a run that stops after `step`."""
-        self.message(f"stopped after step {step}; resume with: {resume_command(self._run.path)}")
+        self.message(f"stopped after step {step}; resume with: {resume_command(self.run.path)}")
 
     def should_stop(self) -> bool:
         """Whether to stop: any rank got a signal, or metrics cannot be written. Every rank must call it."""
         stop = distributed.any_rank(self._signals.heard or bool(self.failure))
         if stop:
-            self.failure = distributed.broadcast_text(self.failure)
+            self.failure = distributed.broadcast_from_rank0(lambda: self.failure)
         return stop
 
     @contextlib.contextmanager
@@ -162,7 +177,7 @@ class RunMonitor:
             if not self.failure:
                 self.failure = (
                     f"{name} cannot be written: {reason}. The run has saved its state; fix this, then resume with: "
-                    f"{resume_command(self._run.path)}"
+                    f"{resume_command(self.run.path)}"
                 )
                 self.message(f"{name} cannot be written: {reason}. Finishing the step and saving.")
 
@@ -186,7 +201,7 @@ class RunMonitor:
     def message(self, text: str) -> None:
         """Print a line above the progress line."""
         with contextlib.suppress(OSError):  # the terminal is gone, or the disk full that keeps the output
-            if self._is_main:
+            if self.run.is_main:
                 terminal.echo(text, err=True)
 
     def _timing(self, step: int) -> dict[str, float | int]:
@@ -195,13 +210,13 @@ class RunMonitor:
         self._previous = (step, seconds)
         timing: dict[str, float | int] = {
             "time": round(seconds, 3),
-            "memory_bytes": peak_memory_bytes(self._device),
+            "memory_bytes": peak_memory_bytes(self.device),
         }
-        if self._tokens_per_step and step > last_step and seconds > last_seconds:
-            rate = (step - last_step) * self._tokens_per_step / (seconds - last_seconds)
+        if self.tokens_per_step and step > last_step and seconds > last_seconds:
+            rate = (step - last_step) * self.tokens_per_step / (seconds - last_seconds)
             timing["tokens_per_second"] = round(rate, 1)
-            if self._flops_per_token and self._peak_flops:
-                timing["mfu"] = round(rate * self._flops_per_token / self._peak_flops, 4)
+            if self.flops_per_token and self.peak_flops:
+                timing["mfu"] = round(rate * self.flops_per_token / self.peak_flops, 4)
         return timing
 
     def _show(self, step: int, entry: Mapping[str, Any]) -> None:
@@ -212,14 +227,11 @@ class RunMonitor:
                 self.message(f"step {step}: {' · '.join(shown)}")
             return
         self._reached = f"step {step}/{self.num_steps}"
-        loss, *others = format_metrics(entry, self._eta(step))
+        done, seconds = step - self.start_step, time.perf_counter() - self._began
+        # Pauses count here: validations and saves are part of the time to wait.
+        loss, *others = format_metrics(entry, seconds / done * (self.num_steps - step) if done > 0 else None)
         self._line.update(f"{self._reached} · {loss}", *others, now=not self._shown or step == self.num_steps)
         self._shown = True
-
-    def _eta(self, step: int) -> float | None:
-        done = step - self._start_step
-        # Pauses count here: validations and saves are part of the time to wait.
-        return (time.perf_counter() - self._began) / done * (self.num_steps - step) if done > 0 else None
 
 
 def format_metrics(entry: Mapping[str, Any], eta_seconds: float | None) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from plmtune.io.figures import COLOURS, finish, new_figure
 _TRAIN, _VALIDATION, _RATE, _OTHER = COLOURS[:4]
 _ROOM = 1.01
 # Held-out data has hollow markers in every panel; training data is a line, or full dots where a run is short.
-_HELD_OUT = {"marker": "o", "markersize": 4.5, "markerfacecolor": "white"}
+_HELD_OUT: dict[str, Any] = {"marker": "o", "markersize": 4.5, "markerfacecolor": "white"}
 # The contexts of an answer in the metrics of preference training, and how they are drawn.
 _CONTEXTS = {"": ("direct", _TRAIN), "given_rejected/": ("given the worse", _OTHER),
              "given_chosen/": ("given the better", _RATE)}  # fmt: skip
@@ -38,26 +38,26 @@ def draw_curves(source: Path, target: Path) -> None:
     axis, unit = _x_axis(training)
     layers = sparsity_layers(validations)
     rounds = [e for e in entries if e.get("direct") is not None]
-    compared = any("accuracy" in e for e in training)
     tasks = [e for e in entries if any(key.startswith("eval/") for key in e)]
-    heights = [3.2, 1.0] + [1.0] * bool(layers) + [1.6] * compared + [1.6] * bool(rounds) + [1.6] * bool(tasks)
+    wanted: list[tuple[float, Callable[[Any], None]]] = [  # heights, and what draws into a panel
+        (3.2, lambda panel: _draw_losses(panel, training, validations, axis)),
+        (1.0, lambda panel: _draw_rates(panel, training, axis)),
+    ]
+    if layers:
+        measured = [e for e in validations if layers[0] in e]
+        wanted.append((1.0, lambda panel: _draw_sparsity(figure, panel, measured, layers, axis)))
+    if any("accuracy" in e for e in training):
+        wanted.append((1.6, lambda panel: _draw_accuracy(panel, training, validations, axis)))
+    if rounds:
+        wanted.append((1.6, lambda panel: _draw_rewards(panel, rounds)))
+    if tasks:
+        wanted.append((1.6, lambda panel: _draw_tasks(panel, tasks, axis)))
+    heights = [height for height, _ in wanted]
     figure = new_figure(9, 1.1 + 1.15 * sum(heights))
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     figure.suptitle("/".join(source.resolve().parent.parts[-2:]), fontsize=12)
-
-    _draw_losses(panels[0], training, validations, axis)
-    _draw_rates(panels[1], training, axis)
-    further = list(panels[2:])
-    if layers:
-        _draw_sparsity(figure, further.pop(0), [e for e in validations if layers[0] in e], layers, axis)
-    if compared:
-        _draw_accuracy(further.pop(0), training, validations, axis)
-    if rounds:
-        _draw_rewards(further.pop(0), rounds)
-    if tasks:
-        _draw_tasks(further.pop(0), tasks, axis)
-    for panel in panels[:2]:
-        panel.grid(alpha=0.25, linewidth=0.6)
+    for panel, (_, draw) in zip(panels, wanted, strict=True):
+        draw(panel)
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
     # A little more than the last point, whose dot would be cut in half.
@@ -95,34 +95,39 @@ def _x_axis(training: Sequence[dict[str, Any]]) -> tuple[Any, str]:
     return (lambda e: e.get("tokens", e["step"] * per_step) / size), f"{name}tokens"
 
 
-def _dots(points: Sequence[Any]) -> dict[str, Any]:
-    """The markers of a curve with few points, as a line of one point is invisible."""
-    return {"marker": "o", "markersize": 3.5} if len(points) < 3 else {}
+def _draw(
+    panel: Any, entries: Sequence[dict[str, Any]], axis: Any, key: str, *, smoothed: bool = False, **style: Any
+) -> None:
+    """Draw a metric of the lines that have it."""
+    there = [e for e in entries if e.get(key) is not None]
+    values = [e[key] for e in there]
+    if len(there) < 3:  # a line of one point is invisible
+        style = {"marker": "o", "markersize": 3.5, **style}
+    panel.plot([axis(e) for e in there], smooth(values, len(values) // 40) if smoothed else values, **style)
+
+
+def _finish(panel: Any, label: str, *, legend: bool = True, **settings: Any) -> None:
+    """Label a small panel."""
+    panel.set_ylabel(label)
+    if legend:
+        panel.legend(frameon=False, fontsize=8, **settings)
+    panel.grid(alpha=0.25, linewidth=0.6)
 
 
 def _draw_losses(panel: Any, training: Sequence[Any], validations: Sequence[Any], axis: Any) -> None:
-    x = [axis(e) for e in training]
     losses = [e["loss"] for e in training]
     many = len(losses) > 20
     if many:
-        panel.plot(x, losses, color=_TRAIN, alpha=0.25, linewidth=0.8)
+        _draw(panel, training, axis, "loss", color=_TRAIN, alpha=0.25, linewidth=0.8)
     label = "training" + (" (smoothed; raw behind)" if many else "")
-    drawn = smooth(losses, len(losses) // 40) if many else losses
-    panel.plot(x, drawn, color=_TRAIN, linewidth=1.6, label=label, **_dots(x))
+    _draw(panel, training, axis, "loss", smoothed=many, color=_TRAIN, linewidth=1.6, label=label)
     if validations:
         final = validations[-1]
         bits = final.get("bits_per_byte")
         label = f"validation, at the end {final['validation_loss']:.3f}"
         if bits is not None:
             label += f" = {bits:.3f} bits a byte"
-        panel.plot(
-            [axis(e) for e in validations],
-            [e["validation_loss"] for e in validations],
-            color=_VALIDATION,
-            linewidth=1,
-            label=label,
-            **_HELD_OUT,
-        )
+        _draw(panel, validations, axis, "validation_loss", color=_VALIDATION, linewidth=1, label=label, **_HELD_OUT)
         if bits and final["validation_loss"]:
             # Bits per byte is the same loss in another unit, so one curve reads on both scales.
             ratio = bits / final["validation_loss"]
@@ -130,50 +135,39 @@ def _draw_losses(panel: Any, training: Sequence[Any], validations: Sequence[Any]
             second.set_ylabel("bits per byte")
     panel.set_ylabel("loss a pair" if "pairs" in training[0] else "loss (nats a token)")
     panel.legend(frameon=False, fontsize=9)
+    panel.grid(alpha=0.25, linewidth=0.6)
     if many:
         # The first steps of a fresh model are far above all that follows; the curve of interest is below.
-        panel.set_ylim(top=min(max(losses), 1.05 * max(drawn)))
+        panel.set_ylim(top=min(max(losses), 1.05 * max(smooth(losses, len(losses) // 40))))
 
 
 def _draw_rates(panel: Any, training: Sequence[Any], axis: Any) -> None:
     """The learning rate, and that of each further group of parameters."""
     names = sorted({key for e in training for key in e if key == "lr" or key.startswith("lr/")})
     for name, colour in zip(names, itertools.cycle(COLOURS[2:]), strict=False):
-        there = [e for e in training if e.get(name) is not None]
-        values = [e[name] for e in there]
-        panel.plot([axis(e) for e in there], values, color=colour, linewidth=1.4, label=name, **_dots(there))
-    panel.set_ylabel("learning rate")
+        _draw(panel, training, axis, name, color=colour, linewidth=1.4, label=name)
     panel.set_ylim(bottom=0)
     if len(names) > 1:
         panel.set_ylim(top=1.4 * panel.get_ylim()[1])  # above the lines
-        panel.legend(frameon=False, fontsize=8, ncols=len(names), loc="upper right")
+    _finish(panel, "learning rate", legend=len(names) > 1, ncols=len(names), loc="upper right")
 
 
 def _draw_accuracy(panel: Any, training: Sequence[Any], validations: Sequence[Any], axis: Any) -> None:
     """How often the chosen answer is preferred, in each context."""
     for prefix, (label, colour) in _CONTEXTS.items():
-        there = [e for e in training if f"{prefix}accuracy" in e]
-        if there:
-            values = [e[f"{prefix}accuracy"] for e in there]
-            drawn = smooth(values, len(values) // 40)
-            panel.plot([axis(e) for e in there], drawn, color=colour, linewidth=1.4, label=label, **_dots(there))
-        held_out = [e for e in validations if f"validation/{prefix}accuracy" in e]
-        x, y = [axis(e) for e in held_out], [e[f"validation/{prefix}accuracy"] for e in held_out]
-        panel.plot(x, y, color=colour, linestyle="none", **_HELD_OUT)
+        if any(f"{prefix}accuracy" in e for e in training):
+            style = {"color": colour, "linewidth": 1.4, "label": label}
+            _draw(panel, training, axis, f"{prefix}accuracy", smoothed=True, **style)
+        _draw(panel, validations, axis, f"validation/{prefix}accuracy", color=colour, linestyle="none", **_HELD_OUT)
     panel.set_ylim(-0.02, 1.02)
-    panel.set_ylabel("accuracy\n(hollow: held out)")
-    panel.legend(frameon=False, fontsize=8, ncols=3)
-    panel.grid(alpha=0.25, linewidth=0.6)
+    _finish(panel, "accuracy\n(hollow: held out)", ncols=3)
 
 
 def _draw_rewards(panel: Any, rounds: Sequence[Any]) -> None:
     """Rewards of direct and refined answers to held-out prompts after each round, at the step where it ended."""
-    x = [e["step"] for e in rounds]
-    for key, (label, colour) in {"direct": ("direct answers", _TRAIN), "refined": ("refined answers", _RATE)}.items():
-        panel.plot(x, [e[key] for e in rounds], color=colour, label=label, **_HELD_OUT)
-    panel.set_ylabel("reward\nafter rounds")
-    panel.legend(frameon=False, fontsize=8, ncols=2)
-    panel.grid(alpha=0.25, linewidth=0.6)
+    for key, colour in {"direct": _TRAIN, "refined": _RATE}.items():
+        _draw(panel, rounds, lambda e: e["step"], key, color=colour, label=f"{key} answers", **_HELD_OUT)
+    _finish(panel, "reward\nafter rounds", ncols=2)
 
 
 def _draw_tasks(panel: Any, entries: Sequence[dict[str, Any]], axis: Any) -> None:
@@ -181,14 +175,10 @@ def _draw_tasks(panel: Any, entries: Sequence[dict[str, Any]], axis: Any) -> Non
     names = dict.fromkeys(key for e in entries for key in e if key.startswith("eval/"))
     shares = [name for name in names if all(0 <= e[name] <= 1 for e in entries if name in e)]
     for name, colour in zip(shares, COLOURS, strict=False):
-        there = [e for e in entries if name in e]
         label = name.removeprefix("eval/").replace("/", " ")
-        panel.plot([axis(e) for e in there], [e[name] for e in there], color=colour, label=label, **_HELD_OUT)
-    panel.set_ylabel("tasks")
+        _draw(panel, entries, axis, name, color=colour, label=label, **_HELD_OUT)
     panel.margins(y=0.15)
-    if shares:
-        panel.legend(frameon=False, fontsize=8, ncols=2)
-    panel.grid(alpha=0.25, linewidth=0.6)
+    _finish(panel, "tasks", legend=bool(shares), ncols=2)
 
 
 def _draw_sparsity(figure: Any, panel: Any, entries: Sequence[Any], layers: Sequence[str], axis: Any) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from plmtune.config.compose import build
 from plmtune.config.renamed import RENAMED_METRICS
-from plmtune.config.schema import FinetuningConfig, PhaseConfig, TrainingConfig
+from plmtune.config.schema import FinetuningConfig, PhaseConfig, PreferenceConfig, PretrainConfig, SftConfig
 from plmtune.data.examples import refuse_other_kinds
 from plmtune.data.order import Phase, check_mix, show_mix
 from plmtune.data.shards import Shards
@@ -26,14 +26,14 @@ from plmtune.registry import Component, describe_components, load
 from plmtune.tokenizers.chat_template import ChatTemplate, find_template, template_source
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.tokenizers.tokenizer_files import QWEN2_ROWS
-from plmtune.training.compilers import check_compiler
 from plmtune.training.estimate import Estimate, estimate
 from plmtune.training.finetune_model import check_finetuning
 from plmtune.training.init_from import find_init_checkpoint
 from plmtune.training.loggers import check_installed
+from plmtune.training.machine import check_compiler
 from plmtune.training.runtime import Runtime
 from plmtune.training.without_dynamo import without_dynamo
-from plmtune.units import parse_count, show_bytes, show_count
+from plmtune.units import parse_count, show_count
 
 SEQ_LEN = 2048  # of fine-tuning, where neither the config nor the model's context gives fewer tokens
 _MANY_STEPS = 10**9  # in place of a number of steps that only the data gives: shares of it are checked exactly
@@ -41,7 +41,7 @@ _MANY_STEPS = 10**9  # in place of a number of steps that only the data gives: s
 
 @dataclass
 class TrainingPlan:
-    """A run before a weight is allocated or a text is read.
+    """What a config names, found and checked before a weight is allocated or a text is read.
 
     Attributes:
         tokenizer: None where only its size is known, or not even that.
@@ -49,6 +49,10 @@ class TrainingPlan:
         phases: empty where `epochs` determines the steps.
         estimated: None where the model is.
         epochs: passes over the data.
+        sources: of the data, by name.
+        template: the chat template; None where the tokenizer is not there yet.
+        refinement: the refinement template.
+        evaluations: None where there are no tasks to measure.
     """
 
     tokenizer: Any
@@ -59,6 +63,10 @@ class TrainingPlan:
     seq_len: int
     estimated: Estimate | None
     epochs: float | None = None
+    sources: dict[str, Any] = field(default_factory=dict)
+    template: Any = None
+    refinement: Any = None
+    evaluations: Any = None
 
     @property
     def estimate(self) -> Estimate:
@@ -90,18 +98,8 @@ def show_epochs(epochs: float) -> str:
     return f"{epochs:g} epoch" + ("" if epochs == 1 else "s")
 
 
-# --- components --------------------------------------------------------------------------------------------------
-
-
 def build_loss(chosen: Component | None, data_kinds: Collection[str]) -> Any:
-    """Build the loss, and check that it is of the recipe's data.
-
-    Args:
-        data_kinds: what the recipe's losses may be of, see `data_kind`.
-
-    Raises:
-        UserError: naming the losses that the recipe takes.
-    """
+    """Build the loss; refuse one whose `data_kind` is not among those of the recipe."""
     loss = build("loss", chosen)
     if data_kind(loss) not in data_kinds:
         assert chosen is not None
@@ -116,11 +114,7 @@ def data_kind(loss: Any) -> str:
 
 
 def find_tokenizer(chosen: Component | None, *, fetch: bool) -> Tokenizer | None:
-    """Build the tokenizer; None for Qwen2's, whose size is known, until a run begins.
-
-    Args:
-        fetch: the run begins now.
-    """
+    """Build the tokenizer; None for Qwen2's, whose size is known, until a run begins (`fetch`)."""
     if not fetch and chosen == Component("tokenizer", "qwen2", {"path": None}):
         return None
     built: Tokenizer = build("tokenizer", chosen)
@@ -139,19 +133,15 @@ def build_finetuned(cfg: FinetuningConfig, runtime: Runtime, *, fetch: bool) -> 
     Returns:
         (tokenizer, model, finetuned): the first two are None where a run that does not exist yet determines them, and
         the settings must then be right for at least one registered model.
-
-    Raises:
-        UserError: naming the key.
     """
     tokenizer = find_tokenizer(cfg.tokenizer, fetch=fetch) if cfg.tokenizer else None
     model = build_on_meta(cfg.model, tokenizer) if cfg.model else None
     cfg.seq_len = choose_seq_len(cfg.seq_len, model, shown=runtime.is_main)
     if model is not None and not cfg.resume:  # an init_from with another model or tokenizer explains what follows
         find_init_checkpoint(cfg.init_from, model, tokenizer, cfg.scheduler, weights=False)
-    refused: UserError | None = None
-    for chosen in (
-        [cfg.model] if cfg.model else [Component("model", name, {}) for name in sorted(describe_components()["model"])]
-    ):
+    every = [Component("model", name, {}) for name in sorted(describe_components()["model"])]
+    refused: list[UserError] = []
+    for chosen in [cfg.model] if cfg.model else every:
         try:
             finetuned = build_on_meta(chosen, tokenizer)
             check_finetuning(finetuned, cfg.peft, cfg.quantization, runtime.strategy)
@@ -159,11 +149,10 @@ def build_finetuned(cfg: FinetuningConfig, runtime: Runtime, *, fetch: bool) -> 
                 build("peft", cfg.peft, model=finetuned)
             check_optimizer(cfg.optimizer, finetuned)
         except UserError as error:
-            refused = refused or error
+            refused.append(error)
         else:
             return tokenizer, model, finetuned
-    assert refused is not None
-    raise refused
+    raise refused[0]
 
 
 def check_optimizer(chosen: Component | None, model: nn.Module) -> None:
@@ -172,15 +161,64 @@ def check_optimizer(chosen: Component | None, model: nn.Module) -> None:
         build("optimizer", chosen, model=model)
 
 
-# --- numbers -----------------------------------------------------------------------------------------------------
+def plan_training(
+    cfg: PretrainConfig | SftConfig | PreferenceConfig,
+    runtime: Runtime,
+    loss: Any,
+    tokenizer: Tokenizer | None,
+    model: Any,
+    finetuned: nn.Module,
+    *,
+    metrics: Sequence[str],
+    unit: str,
+    epochs: float | None = None,
+    contexts: int = 1,
+    row_length: int = 1,
+) -> TrainingPlan:
+    """Check the numbers and packages of a config, plan its steps, and estimate its memory and FLOPs.
+
+    Args:
+        finetuned: `model` with what is added to it for the training.
+        metrics: patterns of the metrics that a validation measures.
+        unit: what the global batch is made of, for messages.
+        epochs: in place of phases.
+        contexts: most rows that a unit fills.
+        row_length: of a row, in seq_len; longer rows have a mask.
+    """
+    assert cfg.seq_len is not None and cfg.loss is not None and cfg.optimizer is not None
+    check_best_metric(cfg.checkpoint.best, metrics)
+    size, processes = cfg.global_batch_size, runtime.data_world_size
+    if size % processes:
+        raise UserError(f"key global_batch_size: {size} {unit} do not divide among {processes} processes.")
+    tokens_per_step = size * cfg.seq_len
+    phases = resolve_phases(getattr(cfg, "phases", ()), tokens_per_step)
+    plan = TrainingPlan(tokenizer, model, loss, phases, tokens_per_step, cfg.seq_len, None, epochs)
+    check_schedule(cfg.scheduler, plan.num_steps, tokens_per_step)
+    check_installed(cfg.logger)
+    if cfg.runtime.compile:
+        check_compiler(runtime.device, "key runtime.compile", "runtime.compile=false")
+    if cfg.optimizer.name in COMPILED:
+        check_compiler(runtime.device, f"key optimizer: {cfg.optimizer.name} compiles its step", "optimizer=adamw")
+    if model is not None:
+        rows = contexts * size // processes
+        with without_dynamo():
+            plan.estimated = estimate(
+                finetuned,
+                runtime,
+                optimizer=cfg.optimizer.name,
+                seq_len=row_length * cfg.seq_len,
+                micro_batch_size=min(cfg.micro_batch_size, rows),
+                masked=row_length > 1,
+                micro_batches=-(-rows // cfg.micro_batch_size),
+                background_saves=cfg.checkpoint.background,
+                activation_checkpointing=cfg.runtime.activation_checkpointing,
+                loss_chunk_rows=cfg.loss.settings.get("chunk_rows", 0),
+            )
+    return plan
 
 
 def check_best_metric(best: str | None, metrics: Sequence[str]) -> None:
-    """Refuse a `checkpoint.best` that no validation measures.
-
-    Args:
-        metrics: patterns of the metrics that it measures.
-    """
+    """Refuse a `checkpoint.best` that matches no pattern of the metrics that a validation measures."""
     if best is not None and not any(re.fullmatch(pattern, best) for pattern in metrics):
         renamed = RENAMED_METRICS.get(best)
         near = (
@@ -189,20 +227,6 @@ def check_best_metric(best: str | None, metrics: Sequence[str]) -> None:
             else did_you_mean(best, [pattern for pattern in metrics if re.fullmatch(r"[\w/]+", pattern)])
         )
         raise UserError(f"key checkpoint.best: a validation does not measure {best}.{near}")
-
-
-def rows_per_process(global_batch_size: int, processes: int, unit: str) -> int:
-    """The rows of a step on one process.
-
-    Args:
-        unit: what the rows are, for the message.
-
-    Raises:
-        UserError: if the processes would have different numbers of them.
-    """
-    if global_batch_size % processes:
-        raise UserError(f"key global_batch_size: {global_batch_size} {unit} do not divide among {processes} processes.")
-    return global_batch_size // processes
 
 
 def check_seq_len(seq_len: int, model: Any) -> None:
@@ -215,12 +239,7 @@ def check_seq_len(seq_len: int, model: Any) -> None:
 
 
 def choose_seq_len(seq_len: int | None, model: Any, *, shown: bool) -> int:
-    """The checked `seq_len`; where it is left out `SEQ_LEN`, or the model's context where that is shorter.
-
-    Args:
-        model: None where it is not known yet.
-        shown: print why it is shorter.
-    """
+    """The checked `seq_len`; where it is left out `SEQ_LEN`, or the model's context where that is known and shorter."""
     if seq_len is not None:
         check_seq_len(seq_len, model)
         return seq_len
@@ -248,89 +267,25 @@ def build_scheduler(chosen: Component | None, optimizer: Optimizer, num_steps: i
 
 
 def check_schedule(chosen: Component | None, num_steps: int, tokens_per_step: int) -> None:
-    """Refuse a schedule that does not fit into the run's steps.
-
-    Args:
-        num_steps: 0: only the data says how many.
-
-    Raises:
-        UserError: naming the setting.
-    """
+    """Refuse a schedule that does not fit into the run's steps; with 0 steps only the data says how many."""
     with without_dynamo():
         optimizer = torch.optim.SGD([torch.zeros(1)])
     build_scheduler(chosen, optimizer, num_steps or _MANY_STEPS, tokens_per_step)
 
 
-def check_packages(cfg: TrainingConfig, device: torch.device) -> None:
-    """Refuse a logger without its package, and compilation without a compiler."""
-    check_installed(cfg.logger)
-    if cfg.runtime.compile:
-        check_compiler(device, "key runtime.compile", "runtime.compile=false")
-    if cfg.optimizer is not None and cfg.optimizer.name in COMPILED:
-        check_compiler(device, f"key optimizer: {cfg.optimizer.name} compiles its step", "optimizer=adamw")
-
-
-def estimate_run(
-    cfg: TrainingConfig, model: nn.Module, runtime: Runtime, *, rows: int, seq_len: int, masked: bool = False
-) -> Estimate:
-    """Estimate a run's memory and FLOPs, see `estimate`.
-
-    Args:
-        rows: of a step on one process.
-        seq_len: tokens of a row.
-    """
-    assert cfg.loss is not None and cfg.optimizer is not None
-    with without_dynamo():
-        return estimate(
-            model,
-            optimizer=cfg.optimizer.name,
-            seq_len=seq_len,
-            micro_batch_size=min(cfg.micro_batch_size, rows),
-            masked=masked,
-            micro_batches=-(-rows // cfg.micro_batch_size),
-            world_size=runtime.world_size,
-            strategy=runtime.strategy,
-            shard_size=runtime.shard_size,
-            background_saves=cfg.checkpoint.background,
-            compute_dtype=runtime.compute_dtype,
-            activation_checkpointing=cfg.runtime.activation_checkpointing,
-            loss_chunk_rows=cfg.loss.settings.get("chunk_rows", 0),
-            device=runtime.device,
-        )
-
-
-def does_not_fit(estimated: Estimate | None) -> str:
-    """A sentence if a run needs more memory than there is, else empty."""
-    if estimated is None or estimated.fits:
-        return ""
-    return (
-        f"this run does not fit here: it needs {show_bytes(estimated.total)}, and {show_bytes(estimated.available)} "
-        "are free. To start it anyway: --force"
-    )
-
-
-# --- data --------------------------------------------------------------------------------------------------------
-
-
 def find_sources(data: Component | None) -> dict[str, Any]:
-    """Find the sources of the data by name; nothing of them is read.
-
-    Raises:
-        UserError: for none, or a path that does not exist.
-    """
+    """Find the sources of the data by name; nothing of them is read."""
     return named_sources(build("data", data))
 
 
-def check_sources(sources: Mapping[str, Any], kinds: tuple[type, ...], plan: TrainingPlan) -> None:
-    """Check that the sources hold what the recipe trains on, and that the phases' mixes name them.
+def check_sources(data: Component | None, kinds: tuple[type, ...], plan: TrainingPlan) -> None:
+    """Find the `sources` of a plan, and check that they hold what it trains on and that its phases' mixes name them.
 
     Args:
         kinds: classes of data, see `refuse_other_kinds`.
-
-    Raises:
-        UserError: for data of another kind or another tokenizer, or a mix of unknown sources.
     """
-    for name, source in sources.items():
+    plan.sources = find_sources(data)
+    for name, source in plan.sources.items():
         refuse_other_kinds(name, source, kinds)
         if isinstance(source, Prepared) and plan.tokenizer is not None:
             Shards.open(
@@ -341,17 +296,13 @@ def check_sources(sources: Mapping[str, Any], kinds: tuple[type, ...], plan: Tra
             )
     try:
         for phase in plan.phases:
-            check_mix(phase, sorted(sources), plan.num_sequences(phase))
+            check_mix(phase, sorted(plan.sources), plan.num_sequences(phase))
     except ValueError as error:
         raise UserError(f"key phases: {str(error).rstrip('.')}.") from error
 
 
 def find_chat_template(name: str | None, tokenizer: Tokenizer | None) -> ChatTemplate | None:
-    """Find the chat template, and try it with the tokenizer; without one, check that the template exists.
-
-    Raises:
-        UserError: if there is none, or it cannot be used.
-    """
+    """Find the chat template, and try it with the tokenizer; without one, check that the template exists."""
     if tokenizer is not None:
         return find_template(name, tokenizer)
     if name is not None:

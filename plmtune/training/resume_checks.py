@@ -97,11 +97,7 @@ def differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]
 
 
 def refuse_other_config(path: Path, before: RunConfig, now: RunConfig) -> None:
-    """Refuse a config with which the run at `path` would learn something else than with its own.
-
-    Raises:
-        UserError: naming the first key that must not differ, with both values.
-    """
+    """Refuse a config with which the run at `path` would learn something else than with its own."""
     mutable = (*_resume_mutable(now), *(DATA if now.allow_data_change else ()), *keys_from_init_checkpoint(now))
     for key, (old, new) in differences(before, now).items():
         top = key.partition(".")[0]
@@ -119,9 +115,6 @@ def refuse_other_data(path: Path, before: Mapping[str, str], now: Mapping[str, s
 
     Args:
         before, now: fingerprint of each source.
-
-    Raises:
-        UserError: naming every source that has changed, is new, or is gone.
     """
     changed = changed_data(before, now)
     if changed:
@@ -137,9 +130,6 @@ def refuse_other_order(checkpoint: Path, before: Mapping[str, int] | None, now: 
 
     Args:
         before, now: samples of each source up to the checkpoint's step.
-
-    Raises:
-        UserError: with both counts.
     """
     if before is None or before == now:
         return

@@ -1,4 +1,4 @@
-"""Finding the run to resume, and opening a run's directory and its token shards."""
+"""Finding the run to resume, and opening a run's directory and its batches."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from plmtune.config.schema import PreparationConfig, RunConfig
+from plmtune.config.schema import PretrainConfig, RunConfig, SftConfig
 from plmtune.config.typed_config import load_config, to_yaml
-from plmtune.data.prepare import prepare
-from plmtune.data.shards import Shards
-from plmtune.data.sources import Source
+from plmtune.data.batches import Batches, EncodedRows
+from plmtune.data.order import Phase
 from plmtune.errors import UserError
 from plmtune.io import manifest
 from plmtune.io.run_directory import (
@@ -28,9 +27,8 @@ from plmtune.io.run_directory import (
     resolve_link,
     verify_config,
 )
-from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.training import distributed
-from plmtune.training.distributed import broadcast_from_rank0, broadcast_text
+from plmtune.training.distributed import broadcast_from_rank0
 from plmtune.training.resume_checks import (
     changed_data,
     config_digest,
@@ -47,31 +45,30 @@ from plmtune.training.runtime import Runtime
 log = logging.getLogger(__name__)
 
 
-def open_sources(sources: Mapping[str, Source], settings: PreparationConfig, tokenizer: Tokenizer) -> dict[str, Shards]:
-    """Open the token shards of each source, and make them first where they do not exist.
-
-    Every rank calls it; the first to hold the lock makes them and the others wait, without a time limit.
-
-    Raises:
-        UserError: for text that cannot be read, damaged shards, or impossible settings.
-    """
-    opened = {}
-    for name, source in sources.items():
-        try:
-            directory = prepare(
-                source,
-                tokenizer,
-                Path(settings.directory),
-                holdout=settings.holdout,
-                holdout_by=settings.holdout_by,
-                skip_bad=settings.skip_bad,
-            )
-        except ValueError as error:
-            raise UserError(f"key preparation: {error}") from error
-        opened[name] = Shards.open(
-            directory, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size
+def open_batches(
+    cfg: PretrainConfig | SftConfig,
+    runtime: Runtime,
+    rows: Mapping[str, EncodedRows],
+    phases: Sequence[Phase],
+    held_out: Mapping[str, EncodedRows],
+    skip: Mapping[str, int] | None = None,
+) -> Batches:
+    """This rank's batches of some rows, see `Batches`; what does not divide is a UserError."""
+    try:
+        return Batches(
+            rows,
+            phases,
+            validation=held_out,
+            global_batch_size=cfg.global_batch_size,
+            micro_batch_size=cfg.micro_batch_size,
+            seed=cfg.seed,
+            rank=runtime.data_rank,
+            world_size=runtime.data_world_size,
+            num_workers=cfg.num_workers,
+            skip=skip,
         )
-    return opened
+    except ValueError as error:  # names its setting
+        raise UserError(str(error)) from error
 
 
 def find_run(cfg: RunConfig) -> None:
@@ -192,8 +189,10 @@ def _reopen(cfg: RunConfig, path: Path, data: Mapping[str, str], saved: Mapping[
 def _run_in(run_dir: Path, cfg: RunConfig) -> Path | None:
     """The run in `run_dir`; None if there is none yet."""
     path = resolve_link(run_dir)
-    if not (path / CONFIG).is_file():
-        return None
+    return _with_this_config(path, cfg) if (path / CONFIG).is_file() else None
+
+
+def _with_this_config(path: Path, cfg: RunConfig) -> Path:
     verify_config(path)
     refuse_other_config(path, load_config(path / CONFIG), cfg)
     return path
@@ -225,9 +224,7 @@ def _run_of_this_job(cfg: RunConfig) -> Path | None:
             record = read_record(path)
             if record.get("job") != torchrun_job_id() or not (path / CONFIG).is_file():
                 continue
-            # The file that the command names may have been edited since.
-            verify_config(path)
-            refuse_other_config(path, load_config(path / CONFIG), cfg)
+            _with_this_config(path, cfg)  # the file that the command names may have been edited since
             attempts = record.get("attempts")
             if isinstance(attempts, list) and attempts and attempts[-1].get("ended_by") == "guard":
                 raise UserError(
@@ -248,4 +245,4 @@ def _new_path(name: str, runtime: Runtime) -> Path:
     while runtime.is_main and path.exists():
         time.sleep(0.2)
         path = path.with_name(f"{datetime.now():%Y%m%d-%H%M%S}")
-    return path.with_name(broadcast_text(path.name))
+    return path.with_name(broadcast_from_rank0(lambda: path.name))

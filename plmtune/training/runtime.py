@@ -34,7 +34,6 @@ class Runtime(contextlib.AbstractContextManager["Runtime"]):
 
     Attributes:
         compute_dtype: of activations and matrix products; parameters and moments stay fp32.
-        strategy: how the model is distributed: "none", "ddp", "fsdp" or "hsdp".
         shard_size: processes that share one copy of the model.
         timeout: how long an exchange waits for a rank.
         mesh: the processes in their dimensions; None for one process, and before `start`.
@@ -72,38 +71,26 @@ class Runtime(contextlib.AbstractContextManager["Runtime"]):
             device: "auto", "cpu", "cuda" or "cuda:N".
             precision: "auto" takes bf16 where the hardware multiplies in it, else fp32.
             strategy: "auto" is "none" for one process and "ddp" for several.
-            shard_size: of hsdp, processes that share one copy of the model; None: those of one machine.
-            seed: of torch, numpy and python; equal on every rank, so that all build the same model. After
-                `distribute` each data rank has its own, so that dropout masks differ.
-            deterministic: use deterministic algorithms only.
-            timeout_minutes: how long an exchange waits for a rank before the job ends.
+            shard_size: of hsdp; None: the processes of one machine.
+            seed: equal on every rank, so that all build the same model. After `distribute` each data rank has its own,
+                so that dropout masks differ.
 
         Raises:
             UserError: if there is no such device, or the strategy does not fit the number of processes.
         """
         rank, local_rank, world_size = distributed.environment()
-        chosen_device, device_reason = _choose_device(device, local_rank)
-        dtype, dtype_reason = _choose_precision(precision, chosen_device)
-        chosen_strategy, size, strategy_reason = _choose_strategy(strategy, shard_size, world_size)
-        reasons = [
-            f"device: {device_reason}",
-            f"precision: {dtype_reason}",
-            f"strategy: {strategy_reason}",
-            f"seed: {seed}" + (", deterministic algorithms only" if deterministic else ""),
-        ]
+        where, on = _choose_device(device, local_rank)
+        dtype, in_dtype = _choose_precision(precision, where)
+        how, size, by = _choose_strategy(strategy, shard_size, world_size)
+        seeded = f"seed: {seed}" + (", deterministic algorithms only" if deterministic else "")
+        reasons = [f"device: {on}", f"precision: {in_dtype}", f"strategy: {by}", seeded]
         if not 0 < timeout_minutes < 1e6:
             raise UserError(f"key runtime.timeout_minutes: must be above 0, not {timeout_minutes}.")
         timeout = timedelta(minutes=timeout_minutes)
-        return cls(
-            chosen_device, dtype, chosen_strategy, rank, world_size, size, timeout, None, reasons, seed, deterministic
-        )
+        return cls(where, dtype, how, rank, world_size, size, timeout, None, reasons, seed, deterministic)
 
     def start(self) -> Runtime:
-        """Seed everything, and join the other processes of torchrun; returns itself, for a `with` block.
-
-        Raises:
-            UserError: if one of the processes does not join.
-        """
+        """Seed everything, and join the other processes of torchrun; returns itself, for a `with` block."""
         if self.deterministic:
             # cuBLAS reads this once, when its first handle is made.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -185,14 +172,10 @@ class Runtime(contextlib.AbstractContextManager["Runtime"]):
     def sum(self, *values: Tensor | float) -> tuple[float, ...]:
         """Each value summed over ranks, in fp64: one exchange for all, on the device only if one of them is there."""
         on_device = any(isinstance(value, Tensor) and value.device == self.device for value in values)
+        device = self.device if on_device else "cpu"
         # dtype given at once: as_tensor alone would round a Python float to fp32 on its way.
-        stacked = torch.stack(
-            [
-                torch.as_tensor(v, dtype=torch.float64, device=self.device if on_device else "cpu").detach().reshape(())
-                for v in values
-            ]
-        )
-        return tuple(distributed.reduce_sum(stacked).tolist())
+        numbers = [torch.as_tensor(v, dtype=torch.float64, device=device).detach().reshape(()) for v in values]
+        return tuple(distributed.reduce_sum(torch.stack(numbers)).tolist())
 
     def barrier(self) -> None:
         distributed.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,19 +13,6 @@ from torch import Tensor
 from plmtune.io import safetensors_writer
 from plmtune.modules.sharding import full_tensor
 from plmtune.training import distributed
-
-
-@dataclass
-class Snapshot:
-    """One rank's part of a checkpoint.
-
-    Attributes:
-        tensors: the whole tensors of each file that this rank writes.
-        indexes: of tensors in several files, what each index file says.
-    """
-
-    tensors: dict[str, dict[str, Tensor]]
-    indexes: dict[str, Any]
 
 
 @dataclass
@@ -40,7 +28,9 @@ class SnapshotBuffers:
     _buffers: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
-    def take(self, stems: Mapping[str, Mapping[str, Tensor]], *, max_bytes: float, writers: Sequence[int]) -> Snapshot:
+    def take(
+        self, stems: Mapping[str, Mapping[str, Tensor]], *, max_bytes: float, writers: Sequence[int]
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Gather sharded tensors and bring each to the rank that writes it. Every rank must call it.
 
         Which file holds a tensor depends on names and sizes alone, so any number of processes writes the same files.
@@ -49,29 +39,29 @@ class SnapshotBuffers:
             stems: tensors by name, sharded or not, for each beginning of file names.
             max_bytes: of a file.
             writers: the ranks to which files are dealt one by one.
+
+        Returns:
+            (tensors, indexes): of each file that this rank writes its tensors, and what each index file says.
         """
         tensors: dict[str, dict[str, Tensor]] = {}
         indexes: dict[str, Any] = {}
-        turn = 0
-        rank = distributed.rank()
+        turns = itertools.cycle(writers)
         for stem, named in stems.items():
             sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in named.items()}
             files = safetensors_writer.deal(sizes, stem, max_bytes)
             if len(files) > 1:
                 indexes[f"{stem}.safetensors.index.json"] = safetensors_writer.index(files, sizes)
             for file, names in files.items():
-                mine = writers[turn % len(writers)] == rank
-                turn += 1
-                held = {}
+                mine = next(turns) == distributed.rank()
+                if mine:
+                    tensors[file] = {}
                 for name in names:
                     whole = full_tensor(named[name])
                     if mine:
-                        held[name] = self._on_host(f"{stem}/{name}", whole.detach())
-                if mine:
-                    tensors[file] = held
+                        tensors[file][name] = self._on_host(f"{stem}/{name}", whole.detach())
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # the copies are asynchronous
-        return Snapshot(tensors, indexes)
+        return tensors, indexes
 
     def _on_host(self, name: str, tensor: Tensor) -> Tensor:
         on_gpu = tensor.device.type == "cuda"

@@ -53,7 +53,7 @@ def optimizer_state_dict(model: nn.Module, optimizer: Optimizer) -> tuple[dict[s
                 elif not is_traceable_wrapper_subclass(_local(value)):
                     tensors[name] = value.detach()
                 elif is_sharded(value) and not _shards_evenly(value):
-                    tensors[name] = _with_local(_local(value).dequantize(), value)
+                    tensors[name] = distributed.with_local(_local(value).dequantize(), value)
                 else:
                     parts, attributes = _local(value).__tensor_flatten__()
                     tensors.update({f"{name}/{part}": _whole_part(part, value) for part in parts})
@@ -68,11 +68,7 @@ def optimizer_state_dict(model: nn.Module, optimizer: Optimizer) -> tuple[dict[s
 def load_optimizer_state_dict(
     model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
 ) -> None:
-    """Load a state of `optimizer_state_dict`, sharded as the model is. Every rank must call it.
-
-    Raises:
-        UserError: if the groups or parameters are not those of this optimizer.
-    """
+    """Load a state of `optimizer_state_dict`, sharded as the model is. Every rank must call it."""
     names = distributed.parameter_names(model)
     saved_groups = rest["groups"]
     if len(saved_groups) != len(optimizer.param_groups):
@@ -132,13 +128,12 @@ def seed_everything(seed: int) -> None:
 
 def random_state() -> dict[str, Any]:
     """The state of this process's random generators: torch, CUDA, numpy, python."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    version, internal, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
     return {
         "torch": _encode(torch.get_rng_state()),
         "cuda": _encode(torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else None,
-        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
-        "python": [version, list(internal), gauss],
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+        "python": _plain(random.getstate()),
     }
 
 
@@ -154,8 +149,8 @@ def load_random_state(state: Mapping[str, Any]) -> None:
             torch.cuda.set_rng_state(_decode(state["cuda"]))
     except RuntimeError as error:
         raise ValueError(f"random state: {error}") from error
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
 
@@ -201,20 +196,6 @@ def _placed(key: str, value: Tensor, parameter: Tensor, group: Mapping[str, Any]
 
 def _local(value: Tensor) -> Any:
     return value.to_local() if is_sharded(value) else value
-
-
-def _with_local(local: Tensor, example: DTensor) -> DTensor:
-    """`local` as this rank's part of a tensor that is sharded as `example` is."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        local,
-        example.device_mesh,
-        example.placements,
-        run_check=False,
-        shape=example.shape,
-        stride=example.stride(),
-    )
 
 
 def _sharded_dimension(value: DTensor) -> int | None:
@@ -268,4 +249,4 @@ def _placed_quantized(value: Any, parameter: Tensor) -> Tensor:
         part = getattr(value, name)
         part = part.chunk(shards)[mine] if name in _SHARDED_PARTS else part
         parts[name] = part.to(parameter.device, copy=True)
-    return _with_local(type(value).__tensor_unflatten__(parts, attributes), parameter)
+    return distributed.with_local(type(value).__tensor_unflatten__(parts, attributes), parameter)

@@ -1,15 +1,21 @@
-"""Reading a checkpoint: the newest valid one of a run, and the training state that it holds."""
+"""The checkpoints of a run: the newest valid one and its training state, the best one, and which are kept."""
 
 from __future__ import annotations
 
 import logging
+import math
+import re
+import shutil
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
+from plmtune.config.renamed import metric_value
+from plmtune.config.schema import CheckpointConfig, RunConfig, ValidationConfig
 from plmtune.errors import Unreadable, UserError
 from plmtune.io import manifest
 from plmtune.io.manifest import step_path, steps
@@ -20,8 +26,10 @@ from plmtune.training import state as training_state
 log = logging.getLogger(__name__)
 
 STATE = "state.json"
+BEST = "best"
 # Some hundred bytes a parameter group and 20 KiB for each rank whose random numbers are its own.
 _MAX_STATE_BYTES = 16 * 2**20
+_UNFINISHED = re.compile(r"\.(?:tmp-step-|old-step-|latest\.tmp-|best\.tmp-)")
 
 
 def latest_valid(directory: Path, *, once: bool = False) -> Path | None:
@@ -98,13 +106,9 @@ class TrainerState:
     metrics: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def latest(cls, run_dir: str | Path) -> TrainerState:
-        """Read the newest valid checkpoint of a run; empty if it has saved none. Every rank must call it.
-
-        Raises:
-            UserError: see `latest_valid`.
-        """
-        checkpoint = latest_valid(Path(run_dir) / "checkpoints")
+    def of(cls, cfg: RunConfig) -> TrainerState:
+        """Read the `latest_valid` checkpoint of the run that `cfg` resumes, if it has one. Every rank must call it."""
+        checkpoint = latest_valid(Path(str(cfg.run_dir)) / "checkpoints") if cfg.resume else None
         if checkpoint is None:
             return cls()
         document = read_trainer_state(checkpoint)
@@ -112,14 +116,7 @@ class TrainerState:
 
 
 def load_optimizer_state(directory: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
-    """Load another run's moments into a new optimizer, which keeps its own settings. Every rank must call it.
-
-    Args:
-        directory: a checkpoint that was verified.
-
-    Raises:
-        UserError: if that run's optimizer is another one.
-    """
+    """Load another run's moments into a new optimizer, which keeps its own settings. Every rank must call it."""
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     document = read_trainer_state(directory)
     try:
@@ -129,3 +126,75 @@ def load_optimizer_state(directory: Path, *, model: nn.Module, optimizer: Optimi
         raise UserError(f"{directory} does not fit this run. {error}") from error
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+
+
+def prune(directory: Path, kept: Collection[int], best: int | None) -> None:
+    """Remove the checkpoints that are not kept, and name the best one in the file `BEST`.
+
+    Args:
+        kept: steps to keep.
+        best: the step with the best metric, which is kept as well; None: there is none.
+    """
+    if best is None:
+        (directory / BEST).unlink(missing_ok=True)
+    else:
+        manifest.write_text(directory / BEST, f"{step_path(directory, best).name}\n")
+    for step in steps(directory):
+        if step not in kept and step != best:
+            path = step_path(directory, step)
+            # Renamed first: a kill in the middle of the removal must not leave half of it under its name.
+            path.rename(directory / f".old-{path.name}")
+    for path in directory.glob(".old-step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def best_step(directory: Path, among: Sequence[int], metric: str | None, mode: Literal["min", "max"]) -> int | None:
+    """The step with the best value of a metric; of equal ones the newest. None if no step has a finite value."""
+    values = {step: _metric(step_path(directory, step), metric) for step in among} if metric else {}
+    sign = -1 if mode == "min" else 1
+    ranked = [(sign * v, step) for step, v in values.items() if isinstance(v, int | float) and math.isfinite(v)]
+    return max(ranked)[1] if ranked else None
+
+
+def _metric(path: Path, name: str | None) -> Any:
+    """The value of a metric in the checkpoint at `path`; None if its state is damaged."""
+    try:
+        valid = manifest.read(path)["files"][STATE]["xxh3_128"] == manifest.digest(path / STATE)
+        return metric_value(read_trainer_state(path)["metrics"], name) if valid and name else None
+    except (UserError, LookupError, TypeError, AttributeError, OSError):
+        return None
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what a killed process left behind, and undo a replacement that it did not finish."""
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if not _UNFINISHED.match(path.name):
+            continue
+        original = directory / path.name.removeprefix(".old-")
+        try:
+            if path.name.startswith(".old-") and not original.exists():
+                manifest.check_files(path)
+                path.rename(original)
+                continue
+        except Unreadable:
+            log.warning("%s cannot be read, and is left as it is.", path)
+            continue
+        except UserError:
+            pass  # damaged
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def best_checkpoint_notes(settings: CheckpointConfig, validation: ValidationConfig) -> list[str]:
+    """A line to print where a run saves at steps that it does not validate."""
+    save, validate = settings.every, validation.every
+    if not (settings.best and save and validate and save % validate):
+        return []
+    return [
+        f"best checkpoint: only steps that are measured and saved count, each {math.lcm(save, validate)}th; "
+        "set checkpoint.every to a multiple of validation.every"
+    ]

@@ -14,8 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from plmtune.models.plm import plm
 from plmtune.modules.peft import lora
-from plmtune.optim.newton_schulz import CPUMuon
-from plmtune.optim.optimizers import adamw, adamw_8bit, muon, optimizer_bytes
+from plmtune.optim.optimizers import CPUMuon, adamw, adamw_8bit, muon, optimizer_bytes
 from plmtune.optim.schedules import wsdc
 from plmtune.registry import component
 

@@ -14,7 +14,8 @@ from plmtune.io.run_directory import resume_command
 
 CHANGES = {
     "import PretrainConfig as Config\n": "import PretrainConfig\n",
-    'CONFIG = "pretrain"  # conf/pretrain.yaml\n': """CONFIG = "pretrain"
+    'CONFIG = "pretrain"  # conf/pretrain.yaml\n': """from dataclasses import dataclass
+CONFIG = "pretrain"
 
 
 @dataclass

@@ -22,6 +22,7 @@ from plmtune.errors import UserError
 from plmtune.registry import Component, describe_components, keys_of
 from plmtune.tokenizers import tokenizer_files
 from plmtune.training.estimate import estimate
+from plmtune.training.runtime import Runtime
 
 CONFIGS = {
     "pretrain": ("pretrain", [text.replace("[corpus]", "[talk.jsonl]") for text in SMALL]),
@@ -63,9 +64,8 @@ def place(base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # What takes time, or depends on what else this machine does.
     monkeypatch.setattr("plmtune.training.runtime.seed_everything", lambda seed: None)
     monkeypatch.setattr("plmtune.tokenizers.tokenizer_files._read", cache(tokenizer_files._read))
-    estimated = estimate(
-        Component("model", "plm", TINY)(vocab_size=8), optimizer="adamw", seq_len=8, micro_batch_size=1
-    )
+    model, here = Component("model", "plm", TINY)(vocab_size=8), Runtime(torch.device("cpu"), torch.float32, "none")
+    estimated = estimate(model, here, optimizer="adamw", seq_len=8, micro_batch_size=1)
     monkeypatch.setattr("plmtune.training.preflight.estimate", lambda *arguments, **keywords: estimated)
     return base
 

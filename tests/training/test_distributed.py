@@ -136,7 +136,7 @@ def two(directory: Path) -> dict[str, object]:
     results["8bit again"] = go_on(start("fsdp"), directory / "fsdp8bit", "8bit")
     with start("fsdp") as runtime:  # the end of the process group
         results["texts"] = distributed.gather_texts("é" * (runtime.rank + 1))
-        results["broadcast"] = distributed.broadcast_text(f"rank {runtime.rank}")
+        results["broadcast"] = distributed.broadcast_from_rank0(lambda: f"rank {runtime.rank}")
         results["stop"] = [distributed.any_rank(runtime.rank == 1), distributed.any_rank(False)]
         results["fetched"], results["refused"] = fetch(directory / "fetched", runtime.rank), ""
         try:

@@ -193,16 +193,20 @@ class TestHandleSkip:
         with RunDirectory.create(tmp_path / "run", "", []) as run:
             run.begin()
             for step in (5, 6):
-                guard.accepts(math.nan, 1.0)
-                ended = pytest.raises(UserError, match="steps 5 to 6") if step == 6 else contextlib.nullcontext()
+                guard.accepts(math.nan, 1.0, [torch.tensor(math.nan)])
+                ended = (
+                    pytest.raises(UserError, match=r"steps 5 to 6.*tokens 0 to 4\.")
+                    if step == 6
+                    else contextlib.nullcontext()
+                )
                 with ended:
                     handle_skip(
                         guard,
                         run,
                         step,
-                        message=shown.append,
-                        locations=lambda: ["a.bin, tokens 0 to 4"],
-                        save=lambda: saved.append(guard.consecutive_skips),
+                        shown.append,
+                        locate=lambda indices: [f"a.bin, tokens 0 to {4 * len(indices)}"],
+                        save=lambda metrics, wait: saved.append(guard.consecutive_skips),
                     )
             assert run.record()["attempts"][-1]["ended_by"] == "guard"
         assert shown == [f"step {n}: update skipped, because the loss is nan" for n in (5, 6)]

@@ -120,7 +120,6 @@ class Group:
         monkeypatch.setattr(distributed, "rank", lambda: self.mine.rank)
         monkeypatch.setattr(distributed, "world_size", lambda: size)
         monkeypatch.setattr(distributed, "gather_texts", self.gather)
-        monkeypatch.setattr(distributed, "broadcast_text", lambda text: self.gather(text)[0])
         monkeypatch.setattr(distributed, "any_rank", lambda flag: "yes" in self.gather("yes" if flag else "no"))
 
     def gather(self, text: str) -> list[str]:
