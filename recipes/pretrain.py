@@ -21,7 +21,7 @@ from plmtune.errors import UserError
 from plmtune.evaluation.training_tasks import open_evaluations
 from plmtune.inference.sampling import complete
 from plmtune.io.terminal import echo
-from plmtune.models.hf import hf_state, load_state
+from plmtune.models.hf import load_state, run_state
 from plmtune.models.hf_config import write_config
 from plmtune.training import launcher
 from plmtune.training import preflight as checks
@@ -99,7 +99,7 @@ class Pretrain:
         if init and init.continue_schedule:
             load_optimizer_state(init.directory, model=self.model, optimizer=self.optimizer)
         self.checkpoints = Checkpoints(
-            self.run.checkpoints, **vars(cfg.checkpoint), state_dict=hf_state, write_metadata=self._write_metadata
+            self.run.checkpoints, **vars(cfg.checkpoint), state_dict=run_state, write_metadata=self._write_metadata
         )
         self.trained_parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
         if saved.checkpoint:
@@ -193,7 +193,7 @@ class Pretrain:
         with self.runtime.autocast():
             hidden = self.trained(batch.tokens, mask=batch.mask, input_pos=batch.input_pos, hidden=True)  # [b, s, d]
             states, targets = batch.counted(hidden)
-            summed: Tensor = self.loss(states, self.model.head_weight, targets)
+            summed: Tensor = self.loss(states, self.model.head_weight, targets, **self.model.loss_settings)
         return summed
 
     @torch.no_grad()

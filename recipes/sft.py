@@ -189,7 +189,7 @@ class Sft:
         with self.runtime.autocast():
             hidden = self.trained(batch.tokens, mask=batch.mask, input_pos=batch.input_pos, hidden=True)  # [b, s, d]
             states, targets = batch.counted(hidden)
-            summed: Tensor = self.loss(states, self.model.head_weight, targets)
+            summed: Tensor = self.loss(states, self.model.head_weight, targets, **self.model.loss_settings)
         return summed
 
     @torch.no_grad()

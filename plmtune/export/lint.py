@@ -16,6 +16,7 @@ from plmtune.errors import UserError
 from plmtune.models.assemble import component_from_config
 from plmtune.models.gguf_layout import kv_heads
 from plmtune.quantization.schemes import candidates
+from plmtune.registry import Component, keys_of
 from plmtune.units import show_bytes
 
 Target = Literal["gguf", "hf", "executorch"]
@@ -76,6 +77,35 @@ def lint_deploy(config: Mapping[str, Any]) -> list[Finding]:
     return list(dict.fromkeys(finding for target in kinds for finding in lint(config, target, kinds[target])))
 
 
+# Settings that the writers of GGUF and of ExecuTorch's program honour; all others must be at their default.
+_WRITTEN_SETTINGS = {
+    "model": {
+        *("component", "vocab_size", "attention", "ffn", "norm", "embed_dim", "num_layers", "num_heads"),
+        *("max_seq_len", "tie_embeddings", "init_std"),
+    },
+    "attention": {
+        *("component", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_theta"),
+        *("num_kv_heads", "head_dim", "rope_interleaved", "bias"),
+    },
+    "ffn": {"component", "hidden_dim"},
+    "norm": {"component", "eps"},
+}
+
+
+def unwritten_setting(config: Mapping[str, Any]) -> str | None:
+    """The first setting of a model that changes its result and that these writers do not know; None: there is none."""
+    for group, known in _WRITTEN_SETTINGS.items():
+        part = config if group == "model" else config[group]
+        defaults = keys_of(group, part["component"])
+        for key, value in part.items():
+            default = defaults[key].default if key in defaults else None
+            neutral = {"component": default.name} if isinstance(default, Component) else default
+            written = key in known and (key, part["component"]) != ("rope_interleaved", "mla")
+            if not written and (group == "model" or value != neutral):
+                return f"{key}={value}" if group == "model" else f"{group}.{key}={value}"
+    return None
+
+
 def gguf_architecture(config: Mapping[str, Any]) -> Literal["plm", "llama"]:
     """The architecture of GGUF that a model is."""
     attention, ffn, norm = (config[part]["component"] for part in ("attention", "ffn", "norm"))
@@ -94,6 +124,8 @@ def gguf_architecture(config: Mapping[str, Any]) -> Literal["plm", "llama"]:
             "GGUF's architecture plm has no output matrix: its embeddings are tied (tie_embeddings=true). "
             "Use --to hf --as deepseek."
         )
+    if setting := unwritten_setting(config):
+        raise UserError(f"The export to GGUF does not write {setting} of the model {config['component']}.")
     return name
 
 
@@ -210,21 +242,26 @@ def _odd_vocabulary(config: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _hf(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Finding]:
     attention, ffn, norm = (config[part]["component"] for part in ("attention", "ffn", "norm"))
+    plm = (attention, ffn, norm) == ("mla", "squared_relu", "rms_norm")
     halves = not config["attention"].get("rope_interleaved", False)
-    if (attention, ffn, norm) == ("mla", "squared_relu", "rms_norm"):
-        yield Finding(
-            "warning",
-            "transformers, vLLM and SGLang do not know the model_type plm: --as deepseek is for them, larger by a "
-            "copy of each up projection and of the embedding.",
-        )
-    elif attention not in ("gqa", "mha") or (ffn, norm) != ("swiglu", "rms_norm") or not halves:
-        turned = "" if halves else " with interleaved RoPE"
+    llama = attention in ("gqa", "mha") and (ffn, norm) == ("swiglu", "rms_norm") and halves
+    if not plm and not llama:
+        turned = " with interleaved RoPE" if attention in ("gqa", "mha") and not halves else ""
         yield Finding(
             "refused",
             f"Hugging Face's libraries have no model of {attention}{turned}, {ffn} and {norm}. They have mla with "
             "squared_relu, and gqa or mha (RoPE not interleaved) with swiglu, each with rms_norm.",
         )
         return
+    if setting := unwritten_setting(config):
+        yield Finding("refused", f"The export to hf does not write {setting} of the model {config['component']}.")
+        return
+    if plm:
+        yield Finding(
+            "warning",
+            "transformers, vLLM and SGLang do not know the model_type plm: --as deepseek is for them, larger by a "
+            "copy of each up projection and of the embedding.",
+        )
     yield from _odd_vocabulary(config)
 
 
@@ -236,6 +273,8 @@ def _executorch(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Fin
             f"The program for ExecuTorch has no {attention} with {ffn}: it has mla, gqa and mha, squared_relu and "
             "swiglu.",
         )
+    elif setting := unwritten_setting(config):
+        yield Finding("refused", f"The program for ExecuTorch has no {setting} of the model {config['component']}.")
     elif any("int4" in kind.lower() for kind in kinds):
         odd = {name: width for name, (_, width, _) in matrices(config).items() if width % 32}
         odd.pop("tok_embeddings", None)  # of 8 bits in any case

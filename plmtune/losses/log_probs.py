@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from plmtune.losses.cross_entropy import capped
 from plmtune.ranges import AT_LEAST_1, check
 
 
 def log_probs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, completion: Tensor, num: int, chunk_rows: int = 1024
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    completion: Tensor,
+    num: int,
+    chunk_rows: int = 1024,
+    *,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """Sum of log p(target) over the tokens of each completion, in fp32.
 
@@ -27,6 +35,7 @@ def log_probs(
         completion (Tensor): which completion each token belongs to, below num, [t].
         num: completions.
         chunk_rows: tokens whose logits are held at once.
+        soft_cap: logits become soft_cap tanh(logit / soft_cap) first; None: they stay.
 
     Returns:
         Tensor: [num], 0 for a completion without tokens.
@@ -38,7 +47,7 @@ def log_probs(
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    per_token: Tensor = _TokenLogProbs.apply(hidden, weight, targets, chunk_rows)
+    per_token: Tensor = _TokenLogProbs.apply(hidden, weight, targets, chunk_rows, soft_cap)
     return per_token.new_zeros(num).index_add(0, completion, per_token)
 
 
@@ -53,7 +62,9 @@ class _TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, soft_cap: float | None
+    ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         w = weight.to(hidden.dtype)
         normaliser = hidden.new_empty(len(targets), dtype=torch.float32)
@@ -61,43 +72,46 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden and not needs_weight else None
         for start in range(0, len(targets), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            logits = hidden[rows] @ w.T  # [c, v]
+            logits, slope = capped(hidden[rows] @ w.T, soft_cap)  # [c, v]
             wide = logits.float()
             normaliser[rows] = wide.logsumexp(dim=1)
             result[rows] = wide.gather(1, targets[rows, None])[:, 0] - normaliser[rows]
             if grad_hidden is not None:
-                grad_hidden[rows] = _of_logits(logits, targets[rows], normaliser[rows], result[rows]) @ w
+                grad = _of_logits(logits, slope, targets[rows], normaliser[rows], result[rows])
+                grad_hidden[rows] = grad.to(w.dtype) @ w
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden)
         else:
             ctx.save_for_backward(hidden, weight, targets, normaliser, result)
-        ctx.chunk_rows = chunk_rows
+        ctx.chunk_rows, ctx.soft_cap = chunk_rows, soft_cap
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         factor = -upstream[:, None]  # [t, 1]
         if not needs_weight:
             (grad_hidden,) = ctx.saved_tensors
-            return (grad_hidden * factor).to(grad_hidden.dtype), None, None, None
+            return (grad_hidden * factor).to(grad_hidden.dtype), None, None, None, None
         hidden, weight, targets, normaliser, result = ctx.saved_tensors
         w = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(targets), ctx.chunk_rows):
             rows = slice(start, start + ctx.chunk_rows)
-            grad = _of_logits(hidden[rows] @ w.T, targets[rows], normaliser[rows], result[rows])
+            logits, slope = capped(hidden[rows] @ w.T, ctx.soft_cap)
+            grad = _of_logits(logits, slope, targets[rows], normaliser[rows], result[rows]).to(w.dtype)
             # The factor goes to the narrow side of each product.
             if grad_hidden is not None:
                 grad_hidden[rows] = (grad @ w) * factor[rows]
             grad_weight += grad.T @ (hidden[rows] * factor[rows]).to(grad.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
-def _of_logits(logits: Tensor, targets: Tensor, normaliser: Tensor, log_p: Tensor) -> Tensor:
-    """-d log p(target) / d logits = p - onehot, [c, v], written over the logits."""
+def _of_logits(logits: Tensor, slope: Tensor | None, targets: Tensor, normaliser: Tensor, log_p: Tensor) -> Tensor:
+    """-d log p(target) / d logits = p - onehot, [c, v], written over the logits; slope: of their cap."""
     grad = torch.exp(logits.float().sub_(normaliser[:, None]), out=logits)
     # In fp32 before it is rounded, since 0.999 and 1 are equal in bf16.
-    return grad.scatter_(1, targets[:, None], torch.expm1(log_p[:, None]).to(grad.dtype))
+    grad.scatter_(1, targets[:, None], torch.expm1(log_p[:, None]).to(grad.dtype))
+    return grad if slope is None else grad.mul_(slope)

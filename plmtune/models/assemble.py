@@ -5,55 +5,70 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from plmtune.errors import UserError, did_you_mean
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component, keys_of
 
+LayerType = Literal["global", "local", "nope"]
+
 
 def assemble(
     name: str,
+    settings: Mapping[str, Any],
     *,
-    vocab_size: int,
-    attention: Component,
-    ffn: Component,
-    norm: Component,
-    embed_dim: int,
-    num_layers: int,
-    num_heads: int,
-    max_seq_len: int,
-    tie_embeddings: bool,
-    init_std: float,
+    layers: Sequence[LayerType] | None = None,
+    local_rope_theta: float | None = None,
+    **decoder: Any,
 ) -> Decoder:
-    """Build the decoder of the registered model `name`; its `config` component_configs it in full."""
-    decoder = Decoder(
-        vocab_size=vocab_size,
-        embed_dim=embed_dim,
-        num_layers=num_layers,
-        max_seq_len=max_seq_len,
-        attention=lambda: attention(
-            embed_dim=embed_dim, num_heads=num_heads, max_seq_len=max_seq_len, norm=lambda dim: norm(dim=dim)
-        ),
-        ffn=lambda: ffn(embed_dim=embed_dim),
+    """Build the decoder of the registered model `name`; its `config` describes it in full.
+
+    Args:
+        settings: the parameters of the registered function, all of them: vocab_size, attention, ffn, norm, embed_dim,
+            num_layers, num_heads, max_seq_len, tie_embeddings, init_std, and the family's own.
+        layers: types of layers, repeated until there are num_layers. A global layer has no window, a local one has it,
+            and a nope layer has neither window nor RoPE. None: all layers are as attention says.
+        local_rope_theta: base of local layers' RoPE, which is then not scaled; None: as of the others.
+        decoder: further arguments of `Decoder`.
+
+    Raises:
+        ValueError: if the attention has no windows that a layer could have or lack.
+    """
+    attention, ffn, norm = settings["attention"], settings["ffn"], settings["norm"]
+    pattern = [_of_type(attention, kind, local_rope_theta) for kind in layers] if layers else [attention]
+    sizes = {key: settings[key] for key in ("embed_dim", "num_heads", "max_seq_len")}
+    model = Decoder(
+        vocab_size=settings["vocab_size"],
+        embed_dim=settings["embed_dim"],
+        num_layers=settings["num_layers"],
+        max_seq_len=settings["max_seq_len"],
+        attention=lambda index: pattern[index % len(pattern)](**sizes, norm=lambda dim: norm(dim=dim)),
+        ffn=lambda: ffn(embed_dim=settings["embed_dim"]),
         norm=lambda dim: norm(dim=dim),
-        tie_embeddings=tie_embeddings,
-        init_std=init_std,
+        tie_embeddings=settings["tie_embeddings"],
+        init_std=settings["init_std"],
+        **decoder,
     )
-    decoder.config = {
-        "component": name,
-        "vocab_size": vocab_size,
-        "attention": component_config(attention),
-        "ffn": component_config(ffn),
-        "norm": component_config(norm),
-        "embed_dim": embed_dim,
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "max_seq_len": max_seq_len,
-        "tie_embeddings": tie_embeddings,
-        "init_std": init_std,
+    model.config = {"component": name} | {
+        key: component_config(value) if isinstance(value, Component) else value for key, value in settings.items()
     }
-    return decoder
+    return model
+
+
+def _of_type(attention: Component, kind: LayerType, local_rope_theta: float | None) -> Component:
+    """The attention of a layer of one type."""
+    changed: dict[str, Any] = {}
+    if kind != "local":
+        changed["window"] = None
+    elif local_rope_theta is not None:
+        changed |= {"rope_theta": local_rope_theta, "rope_scaling": Component("rope_scaling", "none")}
+    if kind == "nope":
+        changed["rope"] = False
+    if lacking := sorted(changed.keys() - keys_of("attention", attention.name).keys()):
+        raise ValueError(f"attention {attention.name} has no {lacking[0]}, which layers of type {kind} set: use gqa")
+    return Component(attention.group, attention.name, attention.settings | changed)
 
 
 def component_config(part: Component) -> dict[str, Any]:
@@ -65,7 +80,7 @@ def component_config(part: Component) -> dict[str, Any]:
 
 
 def component_from_config(group: str, data: Any, where: str) -> Component:
-    """Return the component that `component_config` component_configd, checking names and types against its signature.
+    """Return the component that `component_config` describes, checking names and types against its signature.
 
     Only the registry is asked, so an untrusted file can name only what is registered.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from plmtune import dtypes
 from plmtune.errors import NotFinite, UserError
 from plmtune.io import safetensors_writer
 from plmtune.io.atomic import atomic_write
-from plmtune.models.checkpoint_files import CONFIG, INDEX, WEIGHTS, locate, opened_weights, write_json
+from plmtune.models.checkpoint_files import CONFIG, INDEX, WEIGHTS, locate, opened_weights, read_json, write_json
+from plmtune.models.families import names_of
 from plmtune.models.hf_config import METHOD, VERSION, build_on_meta, hf_config
-from plmtune.models.hf_names import SCORE, hf_name
+from plmtune.models.hf_names import SCORE, STANDARD, Names, hf_name
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized
 from plmtune.modules.sharding import full_tensor, is_sharded, shard_like
@@ -27,9 +28,19 @@ from plmtune.modules.sharding import full_tensor, is_sharded, shard_like
 _SHARD_BYTES = 5e9  # of a file of weights, as in Hugging Face's libraries
 
 
-def hf_state(model: nn.Module) -> dict[str, Tensor]:
-    """A model's own tensors, sharded or not, under Hugging Face's names."""
-    return {hf_name(name): tensor for name, tensor in model.state_dict().items()}
+def run_state(model: Decoder) -> dict[str, Tensor]:
+    """A model's own tensors, sharded or not, under the names that `write_config` beside them means."""
+    names = names_of(hf_config(model.config, model.dtype, one_to_one=True))
+    return {names.hf(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def hf_state(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
+    """Tensors under our names, whole, as tensors of Hugging Face's names and form."""
+    found = {}
+    for theirs, ours in names.groups(state).items():
+        tensor = state[ours[0]] if len(ours) == 1 else torch.cat([state[name] for name in ours])
+        found[theirs] = tensor.t().contiguous() if names.is_transposed(theirs) else tensor
+    return found
 
 
 def to_hf(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -37,8 +48,15 @@ def to_hf(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Sharded parameters are gathered, so every process must call it.
     """
-    state = {name: full_tensor(tensor) for name, tensor in hf_state(model).items()}
-    config = hf_config(model.config, model.dtype, score_head=SCORE in state)
+    state = {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
+    config = hf_config(
+        model.config,
+        model.dtype,
+        score_head=SCORE in state,
+        one_to_one=is_quantized(model),
+        source=model.source_keys or None,
+    )
+    state = hf_state(state, STANDARD if is_quantized(model) else names_of(config))
     formats: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
@@ -62,6 +80,11 @@ def to_hf(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, config
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a module stores integers."""
+    return any(isinstance(module, Quantized) for module in model.modules())
+
+
 def num_bytes(model: Decoder) -> int:
     """The bytes of the weights' files that `save_model` writes of a model, which may be on the meta device."""
     state = to_hf(model)[0]
@@ -79,7 +102,7 @@ def save_model(
     """Write weights and config.json into `directory`, each file whole or not at all.
 
     Args:
-        model_or_state: a model, or its tensors under our names or Hugging Face's.
+        model_or_state: a model, or its tensors: under our names with a model's `config`, else under Hugging Face's.
         config: a model's `config` or what `to_hf` returned; None for a model's own.
         max_shard_bytes: larger weights are split, with an index.
 
@@ -94,10 +117,10 @@ def save_model(
         state, keys = to_hf(model_or_state)
         config = config or keys
     else:
-        state = {
-            name if name.startswith(("model.", "lm_head.")) else hf_name(name): full_tensor(tensor)
-            for name, tensor in model_or_state.items()
-        }
+        state = {name: full_tensor(tensor) for name, tensor in model_or_state.items()}
+        if config is not None and "component" in config:
+            config = hf_config(config, next(iter(state.values())).dtype, score_head=SCORE in state)
+            state = hf_state(state, names_of(config))
     if config is None:
         raise ValueError("tensors without a config cannot be saved: give the model's config")
     if "quantization_config" not in config and any(name.endswith(".scales") for name in state):
@@ -108,8 +131,6 @@ def save_model(
         raise NotFinite(
             f"weights are not finite{fp16}: {safetensors_writer.listed(names)}. Nothing is written to {directory}."
         )
-    if "component" in config:
-        config = hf_config(config, next(iter(state.values())).dtype, score_head=SCORE in state)
     directory.mkdir(parents=True, exist_ok=True)
     sizes = {name: tensor.nbytes for name, tensor in state.items()}
     files = safetensors_writer.deal(sizes, "model", max_shard_bytes)
@@ -135,19 +156,21 @@ def load_model(directory: str | Path, device: torch.device | str = "cpu", dtype:
         UserError: if config or weights are missing, damaged, or do not fit each other.
     """
     directory = Path(directory)
-    locations = locate(directory)
+    locations, names = _locate(directory)
     model = build_on_meta(directory, num_tensors=len(locations))
     if SCORE in locations:
         with torch.device("meta"):
             model.add_score_head()
-    _check(model, directory, locations)
+    _check(model, directory, locations, names)
     if dtype is None:
         # The dtype of a quantized embedding is not that of the computation.
-        theirs = hf_name("norm.weight" if isinstance(model.tok_embeddings, Quantized) else "tok_embeddings.weight")
-        with opened_weights(locations[theirs]) as opened:
-            dtype = dtypes.from_code(opened.get_slice(theirs).get_dtype())
+        ours = "norm.weight" if isinstance(model.tok_embeddings, Quantized) else "tok_embeddings.weight"
+        theirs = names.hf(ours)
+        found = locations[theirs]
+        with opened_weights(found.file) as opened:
+            dtype = dtypes.from_code(opened.get_slice(found.name).get_dtype())
     model.to(dtype).to_empty(device=device)
-    _fill(model, locations)
+    _fill(model, locations, names)
     return model
 
 
@@ -161,67 +184,86 @@ def load_state(model: Decoder, directory: str | Path) -> None:
         UserError: if they do not fit the model, or are quantized, which cannot be trained.
     """
     directory = Path(directory)
-    locations = locate(directory)
+    locations, names = _locate(directory)
     if any(name.endswith(".scales") for name in locations):
         raise UserError(
             f"{directory} holds a quantized model, whose integers cannot be trained. Start from the checkpoint that "
             "was quantized, and quantize what comes of it."
         )
-    _check(model, directory, locations)
-    _fill(model, locations)
+    _check(model, directory, locations, names)
+    _fill(model, locations, names)
 
 
-def _fill(model: Decoder, locations: Mapping[str, Path]) -> None:
-    parameters = hf_state(model)
+class _Place(NamedTuple):
+    """Where a tensor is stored."""
+
+    file: Path
+    name: str
+
+
+def _locate(directory: Path) -> tuple[dict[str, _Place], Names]:
+    """Where each tensor is, and what names mean; files of a model without its head lack the names' first part."""
+    found = {name: _Place(file, name) for name, file in locate(directory).items()}
+    names = names_of(read_json(directory, CONFIG))
+    prefix = names.layers.partition(".")[0] + "."
+    if any(name.startswith(prefix) for name in found):
+        return found, names
+    heads = ("lm_head.", SCORE)
+    return {name if name.startswith(heads) else prefix + name: place for name, place in found.items()}, names
+
+
+def _fill(model: Decoder, locations: Mapping[str, _Place], names: Names) -> None:
+    parameters = model.state_dict()
     if SCORE not in locations:
         parameters.pop(SCORE, None)
+    groups = names.groups(parameters)
     with torch.no_grad():
-        for name, tensor in _tensors(locations, parameters):
-            parameter = parameters[name]
+        for name, tensor in _tensors(locations, groups):
             if name.endswith(".scales") and not tensor.isfinite().all():
-                raise UserError(f"{locations[name]}: {name} holds numbers that are not finite.")
+                raise UserError(f"{locations[name].file}: {name} holds numbers that are not finite.")
             if name.endswith(".zeros") and not ((tensor >= 0) & (tensor < 16)).all():
-                raise UserError(f"{locations[name]}: {name} must lie from 0 to 15.")
-            if is_sharded(parameter):
-                tensor = shard_like(tensor, parameter)  # each process reads the file
-            parameter.copy_(tensor)
+                raise UserError(f"{locations[name].file}: {name} must lie from 0 to 15.")
+            if names.is_transposed(name):
+                tensor = tensor.t()
+            held = [parameters[ours] for ours in groups[name]]
+            for parameter, part in zip(held, tensor.split([len(parameter) for parameter in held]), strict=True):
+                # Of a sharded parameter each process reads the file.
+                parameter.copy_(shard_like(part, parameter) if is_sharded(parameter) else part)
 
 
-def _tensors(locations: Mapping[str, Path], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(locations: Mapping[str, _Place], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor), one at a time, opening each file once."""
     files: dict[Path, list[str]] = {}
     for name in names:
-        files.setdefault(locations[name], []).append(name)
+        files.setdefault(locations[name].file, []).append(name)
     for file, held in files.items():
         with opened_weights(file) as opened:
             for name in held:
-                yield name, opened.get_tensor(name)
+                yield name, opened.get_tensor(locations[name].name)
 
 
-def _check(model: Decoder, directory: Path, locations: Mapping[str, Path]) -> None:
+def _check(model: Decoder, directory: Path, locations: Mapping[str, _Place], names: Names) -> None:
     """Compare every name, shape and dtype with the model, reading headers only."""
-    state = hf_state(model)
+    state = hf_state({name: tensor.to("meta") for name, tensor in model.state_dict().items()}, names)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     missing = [name for name in shapes if name not in locations and name != SCORE]
     if missing:
         raise UserError(f"{directory} misses the tensor {missing[0]}{_more(missing)}. Is the copy complete?")
     # Older files carry RoPE's table; some write a tied head twice.
     if model.tied and "lm_head.weight" in locations:
-        _check_tied(directory, locations)
+        _check_tied(directory, locations, names)
     extra = [
         name
         for name in locations
-        if name not in shapes
-        and not name.endswith("rotary_emb.inv_freq")
-        and not (model.tied and name == "lm_head.weight")
+        if name not in shapes and not name.endswith(names.buffers) and not (model.tied and name == "lm_head.weight")
     ]
     if extra:
         more = _more(extra)
-        raise UserError(f"{locations[extra[0]]} holds the tensor {extra[0]}{more} that {CONFIG} lacks.")
-    for file in sorted(set(locations.values())):
+        raise UserError(f"{locations[extra[0]].file} holds the tensor {extra[0]}{more} that {CONFIG} lacks.")
+    for file in sorted({place.file for place in locations.values()}):
         with opened_weights(file) as opened:
-            for name in sorted(name for name in shapes if locations.get(name) == file):
-                header = opened.get_slice(name)
+            for name in sorted(name for name in shapes if name in locations and locations[name].file == file):
+                header = opened.get_slice(locations[name].name)
                 shape = tuple(header.get_shape())
                 if shape != shapes[name]:
                     raise UserError(f"{file}: {name} has shape {list(shape)}, the model needs {list(shapes[name])}.")
@@ -234,13 +276,14 @@ def _check(model: Decoder, directory: Path, locations: Mapping[str, Path]) -> No
                     raise UserError(f"{file}: {name} is of type {header.get_dtype()}; known are {known}.")
 
 
-def _check_tied(directory: Path, locations: Mapping[str, Path]) -> None:
+def _check_tied(directory: Path, locations: Mapping[str, _Place], names: Names) -> None:
     """Refuse a head of another matrix than the embedding where config.json says that they are one."""
-    pair = [tensor for _, tensor in _tensors(locations, ("model.embed_tokens.weight", "lm_head.weight"))]
+    embedding = names.hf("tok_embeddings.weight")
+    pair = [tensor for _, tensor in _tensors(locations, (embedding, "lm_head.weight"))]
     if pair[0].data_ptr() != pair[1].data_ptr() and not torch.equal(*pair):
         raise UserError(
             f"{directory}: {CONFIG} ties head and embedding (tie_word_embeddings), but lm_head.weight is another "
-            "matrix than model.embed_tokens.weight. Set tie_word_embeddings to false there to use the head of the file."
+            f"matrix than {embedding}. Set tie_word_embeddings to false there to use the head of the file."
         )
 
 

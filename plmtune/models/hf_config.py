@@ -1,13 +1,15 @@
 """config.json in Hugging Face's form, written and read.
 
 Its key `plmtune` describes the model by registered components, so that any combination can be loaded; a directory
-without that key is read as the PLM or Llama checkpoint that its other keys describe. Its key `quantization_config` says
+without that key is read as the checkpoint that its other keys describe (`families`). Its key `quantization_config` says
 which modules are stored in which format.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,78 +19,70 @@ from plmtune.errors import UserError
 from plmtune.io import hub
 from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import CONFIG, locate, read_json, write_json
+from plmtune.models.families import by_component, by_model_type, families, names_of
+from plmtune.models.family import Keys, size_keys
 from plmtune.models.hf_names import our_name
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.gqa import default_kv_heads
 from plmtune.modules.quantized import Format, install
 
+_OWN = {"architectures": ["PlmtuneForCausalLM"], "model_type": "plmtune"}
+# transformers' defaults are tokens of each family's first vocabulary.
+_NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 METHOD, VERSION = "plmtune", 1  # of quantization_config
 # Far above any real model's, far below what would hurt.
 _MAX_POSITIONS = 2**24
 _MAX_LAYERS = 1000  # without weights to compare with
 
 
-def hf_config(config: Mapping[str, Any], dtype: torch.dtype, *, score_head: bool = False) -> dict[str, Any]:
+def hf_config(
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    *,
+    score_head: bool = False,
+    one_to_one: bool = False,
+    source: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Return config.json for a model's `config`: Hugging Face's keys, where it has such a model, and ours.
 
     Args:
         score_head: the model is one for sequence classification, with one class.
+        one_to_one: a family whose tensors hold several of ours, or are transposed, is written as plmtune's own.
+        source: config.json of the checkpoint that the model was read from: its keys are kept if they still describe it.
     """
-    attention, ffn, norm = config["attention"], config["ffn"], config["norm"]
-    parts = (attention["component"], ffn["component"], norm["component"])
-    heads = config["num_heads"]
-    keys: dict[str, Any] = {
-        "architectures": ["PlmtuneForCausalLM"],
-        "model_type": "plmtune",
-        "vocab_size": config["vocab_size"],
-        "hidden_size": config["embed_dim"],
-        "num_hidden_layers": config["num_layers"],
-        "num_attention_heads": heads,
-        "max_position_embeddings": config["max_seq_len"],
-        "tie_word_embeddings": config["tie_embeddings"],
-        "initializer_range": config["init_std"],
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "use_cache": True,
-    }
-    common = {
-        "intermediate_size": ffn.get("hidden_dim"),
-        "rms_norm_eps": norm.get("eps"),
-        "rope_theta": attention.get("rope_theta"),
-        "rope_scaling": None,
-        "attention_dropout": 0.0,
-    }
-    if parts == ("mla", "squared_relu", "rms_norm"):
-        keys |= common | {
-            "architectures": ["PLMForCausalLM"],
-            "model_type": "plm",
-            "num_key_value_heads": heads,
-            "hidden_act": "relu2",
-            "q_lora_rank": None,
-            "kv_lora_rank": attention["kv_lora_rank"],
-            "qk_nope_head_dim": attention["qk_nope_head_dim"],
-            "qk_rope_head_dim": attention["qk_rope_head_dim"],
-            "v_head_dim": attention["v_head_dim"],
-            "attention_bias": False,
-        }
-    elif parts[0] in ("gqa", "mha") and parts[1:] == ("swiglu", "rms_norm") and not attention["rope_interleaved"]:
-        keys |= common | {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "num_key_value_heads": heads if parts[0] == "mha" else attention["num_kv_heads"] or default_kv_heads(heads),
-            "head_dim": attention["head_dim"] or config["embed_dim"] // heads,
-            "hidden_act": "silu",
-            "attention_bias": attention["bias"],
-            "mlp_bias": False,
-        }
+    keys = _family_keys(json.dumps(config), json.dumps(source))
+    if one_to_one and not names_of(keys).one_to_one:
+        keys = _OWN | size_keys(config)
+    keys = keys | {"dtype" if "dtype" in keys else "torch_dtype": str(dtype).removeprefix("torch.")}
     if score_head:
         names = [name.replace("ForCausalLM", "ForSequenceClassification") for name in keys["architectures"]]
         keys |= {"architectures": names, "id2label": {"0": "score"}, "label2id": {"score": 0}}
     return keys | {"plmtune": dict(config)}
 
 
+@lru_cache(maxsize=16)
+def _family_keys(config: str, source: str) -> dict[str, Any]:
+    """The first keys that the readers make the same model of: of the source, or what a family writes; else our own."""
+    description = json.loads(config)
+    computation = _build(description, "config").computation()
+    own = by_component().get(description["component"])
+    writers = [lambda: json.loads(source) or {}]
+    for family in ([own] if own else []) + [other for other in families() if other is not own]:
+        model_type, architecture = next(iter(family.architectures.items()))
+        keys = {"architectures": [architecture], "model_type": model_type} | _NO_TOKENS
+        writers.append(lambda family=family, keys=keys: keys | family.write(description))  # type: ignore[misc]
+    for write in writers:
+        try:
+            keys = write()
+            if _build(_from_hf_keys(keys, Path(CONFIG)), CONFIG).computation() == computation:
+                return keys
+        except (KeyError, ValueError, UserError):
+            continue  # it has no such model
+    return _OWN | size_keys(description)
+
+
 def write_config(config: Mapping[str, Any], dtype: torch.dtype, directory: Path, *, score_head: bool = False) -> None:
     """Write the config.json of a model's `config` beside weights of `dtype` that others write."""
-    write_json(directory / CONFIG, hf_config(config, dtype, score_head=score_head))
+    write_json(directory / CONFIG, hf_config(config, dtype, score_head=score_head, one_to_one=True))
 
 
 def read_formats(directory: str | Path) -> tuple[dict[str, Format], dict[str, Any]]:
@@ -147,7 +141,21 @@ def build_on_meta(directory: Path, num_tensors: int) -> Decoder:
     keys = read_json(directory, CONFIG)
     formats, scheme = read_formats(directory)
     description = keys["plmtune"] if "plmtune" in keys else _from_hf_keys(keys, path)
-    part = component_from_config("model", description, f"{path}, key plmtune")
+    model = _build(description, f"{path}, key plmtune", path, num_tensors)
+    own = ("plmtune", "quantization_config")
+    model.source_keys = {key: value for key, value in keys.items() if key not in own}
+    try:
+        install(model, formats)
+    except ValueError as error:
+        raise UserError(f"{path}, key quantization_config: {error}.") from error
+    model.quantization = scheme
+    return model
+
+
+def _build(description: Any, where: str, path: Path | None = None, num_tensors: int = _MAX_LAYERS) -> Decoder:
+    """Build the model of a `config` on the meta device."""
+    path = Path(where) if path is None else path
+    part = component_from_config("model", description, where)
     vocab_size = description.get("vocab_size")
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
         raise UserError(f"{path}, key vocab_size: must be a whole number, not {vocab_size!r:.80}")
@@ -164,67 +172,36 @@ def build_on_meta(directory: Path, num_tensors: int) -> Decoder:
         raise UserError(f"{path} describes no possible model: {str(error).splitlines()[0]}.") from error
     if not isinstance(model, Decoder):
         raise UserError(f"{path}: {description['component']} is not a model that this version can load.")
-    try:
-        install(model, formats)
-    except ValueError as error:
-        raise UserError(f"{path}, key quantization_config: {error}.") from error
-    model.quantization = scheme
     return model
 
 
-def _from_hf_keys(keys: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The `config` of a published PLM or Llama checkpoint; a key of null counts as missing."""
-    keys = {name: value for name, value in keys.items() if value is not None}
-
-    def get(name: str, *default: Any) -> Any:
-        if name not in keys and not default:
-            raise UserError(f"{path}: key {name} is missing.")
-        return keys.get(name, *default)
-
+def _from_hf_keys(keys: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The `config` of a checkpoint of a known family; a key of null counts as missing."""
+    known = by_model_type()
     model_type = keys.get("model_type")
-    if model_type not in ("plm", "llama"):
-        raise UserError(f"{path}: model_type is {model_type!r:.80}; only plm and llama can be read.")
-    # transformers 5 has RoPE's keys in a table of their own.
-    rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"{path}: RoPE scaling ({rope!r:.80}) is not supported.")
-    theta = rope.get("rope_theta") or keys.get("rope_theta", 100000.0 if model_type == "plm" else 10000.0)
-    heads = get("num_attention_heads")
-    attention: dict[str, Any]
-    if model_type == "plm":
-        _demand(keys, path, q_lora_rank=(None,), hidden_act=("relu2",), attention_bias=(False,))
-        attention = {"component": "mla", "rope_theta": theta} | {
-            name: get(name) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        }
-    else:
-        _demand(keys, path, hidden_act=("silu",), mlp_bias=(False,))
-        attention = {
-            "component": "gqa",
-            "num_kv_heads": get("num_key_value_heads", heads),
-            "head_dim": get("head_dim", None),
-            "rope_theta": theta,
-            "rope_interleaved": False,
-            "bias": get("attention_bias", False),
-        }
-    return {
-        "component": model_type,
-        "vocab_size": get("vocab_size"),
-        "attention": attention,
-        "ffn": {
-            "component": "squared_relu" if model_type == "plm" else "swiglu",
-            "hidden_dim": get("intermediate_size"),
-        },
-        "norm": {"component": "rms_norm", "eps": get("rms_norm_eps", 1e-6)},
-        "embed_dim": get("hidden_size"),
-        "num_layers": get("num_hidden_layers"),
-        "num_heads": heads,
-        "max_seq_len": get("max_position_embeddings"),
-        "tie_embeddings": get("tie_word_embeddings", model_type == "plm"),
-        "init_std": get("initializer_range", 0.02),
-    }
+    if model_type not in known:
+        raise UserError(
+            f"{path}: model_type is {model_type!r:.80}, which is none of the families that load: {', '.join(known)}."
+            f"{_nearest_family(keys, path)}"
+        )
+    family, read = known[model_type], Keys(keys, path)
+    settings = family.read(read)
+    description = {"component": family.component, "vocab_size": read.whole("vocab_size")} | settings
+    read.refuse_rest()
+    return description
 
 
-def _demand(keys: dict[str, Any], path: Path, **allowed: tuple[Any, ...]) -> None:
-    for name, values in allowed.items():
-        if name in keys and keys[name] not in values:
-            raise UserError(f"{path}: {name} is {keys[name]!r:.80}; only {values[0]!r} is supported.")
+def _nearest_family(keys: Mapping[str, Any], path: Path) -> str:
+    """The family that knows the most keys of a config.json, and the keys that it does not know, as a sentence."""
+    found = []
+    for model_type, family in by_model_type().items():
+        read = Keys({**keys, "model_type": model_type}, path)
+        try:
+            family.read(read)
+        except (UserError, TypeError, ValueError):
+            continue
+        found.append((sorted(read.unread(keys) - {"vocab_size"}), model_type))
+    if not found:
+        return ""
+    new, model_type = min(found, key=lambda pair: len(pair[0]))
+    return f" The nearest is {model_type}, which lacks the keys {', '.join(new)}." if new else ""

@@ -1,8 +1,12 @@
-"""Llama-family models (arXiv 2302.13971), for comparison and to start from their weights."""
+"""Llama (arXiv 2302.13971, 2407.21783), and what has its form: TinyLlama, SmolLM2 (arXiv 2502.02737)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from plmtune.models.assemble import assemble
+from plmtune.models.family import Family, Keys, decoder_keys, decoder_settings
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component, component, register
 
@@ -27,16 +31,19 @@ def llama(
         vocab_size, attention, ffn, norm, embed_dim, num_layers, num_heads, max_seq_len, tie_embeddings, init_std: as
             for plm.
     """
-    return assemble(
-        "llama",
-        vocab_size=vocab_size,
-        attention=attention,
-        ffn=ffn,
-        norm=norm,
-        embed_dim=embed_dim,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        max_seq_len=max_seq_len,
-        tie_embeddings=tie_embeddings,
-        init_std=init_std,
-    )
+    return assemble("llama", locals())
+
+
+def _read(keys: Keys) -> dict[str, Any]:
+    keys.demand("hidden_act", "silu", "swish")
+    keys.demand("mlp_bias", False)
+    settings = decoder_settings(keys)
+    settings["attention"]["bias"] = keys.get("attention_bias", False)
+    return settings
+
+
+def _write(config: Mapping[str, Any]) -> dict[str, Any]:
+    return decoder_keys(config) | {"attention_bias": config["attention"]["bias"], "mlp_bias": False}
+
+
+FAMILY = Family("llama", {"llama": "LlamaForCausalLM"}, _read, _write)

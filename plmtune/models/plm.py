@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from plmtune.models.assemble import assemble
+from plmtune.models.family import Family, Keys, read_rope, size_keys, sizes, write_rope
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component, component, register
 
@@ -33,16 +37,41 @@ def plm(
         tie_embeddings: the embedding is also the vocabulary projection.
         init_std: standard deviation of the initial matrices. Ours; the paper's is not public.
     """
-    return assemble(
-        "plm",
-        vocab_size=vocab_size,
-        attention=attention,
-        ffn=ffn,
-        norm=norm,
-        embed_dim=embed_dim,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        max_seq_len=max_seq_len,
-        tie_embeddings=tie_embeddings,
-        init_std=init_std,
+    return assemble("plm", locals())
+
+
+def _read(keys: Keys) -> dict[str, Any]:
+    keys.demand("q_lora_rank", None)
+    keys.demand("hidden_act", "relu2")
+    keys.demand("attention_bias", False)
+    keys.ignore("num_key_value_heads")
+    rope = read_rope(keys, 1e5)
+    longest = rope.pop("max_seq_len")
+    widths = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    return {
+        "attention": {"component": "mla"} | rope | {name: keys.need(name) for name in widths},
+        "ffn": {"component": "squared_relu", "hidden_dim": keys.need("intermediate_size")},
+        "norm": {"component": "rms_norm", "eps": keys.get("rms_norm_eps", 1e-6)},
+        "num_heads": keys.need("num_attention_heads"),
+    } | sizes(keys, longest, tie=True)
+
+
+def _write(config: Mapping[str, Any]) -> dict[str, Any]:
+    attention = config["attention"]
+    widths = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    return (
+        size_keys(config)
+        | write_rope(attention, config)
+        | {
+            "num_key_value_heads": config["num_heads"],
+            "hidden_act": "relu2",
+            "intermediate_size": config["ffn"]["hidden_dim"],
+            "rms_norm_eps": config["norm"]["eps"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+        }
+        | {name: attention[name] for name in widths}
     )
+
+
+FAMILY = Family("plm", {"plm": "PLMForCausalLM"}, _read, _write)

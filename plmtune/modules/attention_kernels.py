@@ -50,20 +50,49 @@ def _cudnn_supports_unequal_widths(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9 and (torch.backends.cudnn.version() or 0) >= 91000
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None, scale: float) -> Tensor:
+def window_mask(mask: Tensor | None, window: int, s: int, t: int, last: Tensor | int, device: torch.device) -> Tensor:
+    """A mask, [b or 1, s, t], whose queries see themselves and the window - 1 tokens before them.
+
+    Args:
+        mask (Tensor | None): boolean [b, s, t]; None: causal.
+        s, t: queries and keys.
+        last: the key's place of the last query, of all rows or of each, [b].
+    """
+    at = torch.arange(1 - s, 1, device=device) + (last[:, None] if isinstance(last, Tensor) else last)  # [b or 1, s]
+    back = at.view(-1, s)[..., None] - torch.arange(t, device=device)  # [b or 1, s, t]
+    seen = back < window
+    return seen & (mask if mask is not None else back >= 0)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | Segments | None,
+    scale: float,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
     """softmax(q k^T * scale) v through a fused kernel, causal where there is no mask.
 
     Args:
         q (Tensor): [b, h, s, n]. k (Tensor): [b, h / g, t, n]. v (Tensor): [b, h / g, t, v].
         mask (Tensor | Segments | None): boolean [b, s, t], True where a query may attend; or segments, causal
             inside each; None: causal, the last query sees all.
+        window: tokens that a query sees, itself included; None: all.
+        soft_cap: scores become soft_cap tanh(score / soft_cap); no fused kernel does that.
 
     Returns:
         Tensor: [b, h, s, v]
     """
     if isinstance(mask, Segments):
-        return _attend_segments(q, k, v, mask, scale)
+        return _attend_segments(q, k, v, mask, scale, window, soft_cap)
     s, t = q.shape[2], k.shape[2]
+    if window is not None and window < t:
+        mask = window_mask(mask, window, s, t, t - 1, q.device)
+    if soft_cap is not None:
+        return _attend_soft_capped(q, k, v, mask, scale, soft_cap)
     if mask is not None:
         mask = mask[:, None]
     elif 1 < s < t:
@@ -83,6 +112,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None, scal
     return out[..., :width]
 
 
+def _attend_soft_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, soft_cap: float) -> Tensor:
+    groups = q.unflatten(1, (k.shape[1], -1))  # [b, h / g, g, s, n]
+    scores = torch.matmul(groups, k[:, :, None].transpose(-1, -2)).float() * scale  # [b, h / g, g, s, t]
+    scores = soft_cap * torch.tanh(scores / soft_cap)
+    s, t = scores.shape[-2:]
+    if mask is None:
+        mask = torch.ones(1, s, t, dtype=torch.bool, device=q.device).tril(t - s)
+    weights = scores.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1).to(v.dtype)
+    return torch.matmul(weights, v[:, :, None]).flatten(1, 2)
+
+
 def _varlen_supports(q: Tensor) -> bool:
     """Whether torch's variable-length flash kernels support such heads, forward and backward: Ampere and newer."""
     half = q.dtype in (torch.bfloat16, torch.float16)
@@ -95,16 +135,18 @@ def _varlen_supports(q: Tensor) -> bool:
 _SCORES_A_CALL = 20_000
 
 
-def _attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+def _attend_segments(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None, soft_cap: float | None
+) -> Tensor:
     """Attention inside each segment, which costs the sum of their squared lengths instead of the row's square."""
     b, h, s, width = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
-    on_gpu = _varlen_supports(q)
+    on_gpu = _varlen_supports(q) and soft_cap is None
     if len(segments.lengths) == b:
-        return attend(q, k, v, None, scale)  # each row is one segment
+        return attend(q, k, v, None, scale, window=window, soft_cap=soft_cap)  # each row is one segment
     # On a CPU each segment is a call, which does not pay for many short ones.
     calls = len(segments.lengths) * _SCORES_A_CALL + segments.num_pairs * h
     if not on_gpu and (q.device.type != "cpu" or calls > b * s * s * h):
-        return attend(q, k, v, segments.dense, scale)
+        return attend(q, k, v, segments.dense, scale, window=window, soft_cap=soft_cap)
     if width < q.shape[3]:
         v = F.pad(v, (0, q.shape[3] - width))  # both kernels need values of the same width
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [b s, h, n]
@@ -112,14 +154,18 @@ def _attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale:
         from torch.nn.attention.varlen import varlen_attn  # half a CPU second
 
         longest, offsets = segments.longest, segments.offsets
+        seen = (-1 if window is None else window - 1, 0)
         out = varlen_attn(
-            q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=h != k.shape[1]
+            q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=seen, enable_gqa=h != k.shape[1]
         )
         assert isinstance(out, Tensor)
     else:
         # split, not slices: the gradient of each slice would be a tensor of the whole's size.
         parts = zip(*(x.transpose(0, 1).split(segments.lengths, dim=1) for x in (q, k, v)), strict=True)
-        out = torch.cat([attend(q[None], k[None], v[None], None, scale)[0].transpose(0, 1) for q, k, v in parts])
+        found = [
+            attend(q[None], k[None], v[None], None, scale, window=window, soft_cap=soft_cap)[0] for q, k, v in parts
+        ]
+        out = torch.cat([heads.transpose(0, 1) for heads in found])
     return out.view(b, s, h, -1)[..., :width].transpose(1, 2)
 
 

@@ -19,16 +19,36 @@ from plmtune.modules.segments import Segments
 from plmtune.modules.sharding import is_sharded, shard_like
 from plmtune.ranges import WIDTH, Range, check
 
+_NOT_COMPUTED = ("training", "activation_checkpointing")
+_SETTING = (int, float, str, tuple, type(None))
+
 
 class DecoderLayer(nn.Module):
-    """h = x + attention(norm(x)); h + ffn(norm(h))."""
+    """h = x + scale * attention(norm(x)); h + scale * ffn(norm(h)).
 
-    def __init__(self, attention: nn.Module, ffn: nn.Module, attention_norm: nn.Module, ffn_norm: nn.Module):
+    Args:
+        norm: makes a norm.
+        post_norms: norm what attention and ffn give, too, before it is added (Gemma 2).
+        residual_scale: of what is added (MiniCPM).
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        ffn: nn.Module,
+        norm: Callable[[], nn.Module],
+        *,
+        post_norms: bool = False,
+        residual_scale: float = 1.0,
+    ):
         super().__init__()
         self.attention = attention
         self.ffn = ffn
-        self.attention_norm = attention_norm
-        self.ffn_norm = ffn_norm
+        self.attention_norm = norm()
+        self.ffn_norm = norm()
+        self.post_attention_norm = norm() if post_norms else None
+        self.post_ffn_norm = norm() if post_norms else None
+        self.residual_scale = residual_scale
 
     def compile(self, *args: Any, **settings: Any) -> None:
         """Compile this layer: `torch.nn.Module.compile`."""
@@ -43,8 +63,13 @@ class DecoderLayer(nn.Module):
         input_pos: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask=mask, input_pos=input_pos, cache=cache)
-        return x + self.ffn(self.ffn_norm(x))
+        attended = self.attention(self.attention_norm(x), mask=mask, input_pos=input_pos, cache=cache)
+        x = self._add(x, attended, self.post_attention_norm)
+        return self._add(x, self.ffn(self.ffn_norm(x)), self.post_ffn_norm)
+
+    def _add(self, x: Tensor, new: Tensor, norm: nn.Module | None) -> Tensor:
+        new = new if norm is None else norm(new)
+        return x + (new if self.residual_scale == 1 else new * self.residual_scale)
 
 
 class Decoder(nn.Module):
@@ -57,15 +82,21 @@ class Decoder(nn.Module):
         embed_dim: width of the residual stream.
         num_layers: layers.
         max_seq_len: longest sequence, cached tokens included.
-        attention: makes one layer's attention.
+        attention: makes the attention of a layer from its index.
         ffn: makes one layer's feed-forward.
         norm: makes a norm from its width.
         tie_embeddings: the embedding is also the vocabulary projection.
         init_std: standard deviation of the initial matrices.
+        post_norms, residual_scale: of each `DecoderLayer`.
+        learned_positions: add a learned vector for each position to the embedding (GPT-2).
+        embed_scale: multiplies the embedding (Gemma, MiniCPM).
+        logit_scale: multiplies the logits (MiniCPM).
+        logit_soft_cap: logits become logit_soft_cap tanh(logit / logit_soft_cap) (Gemma 2).
 
     Attributes:
         activation_checkpointing: in training keep only each layer's input and compute the rest again.
         config: the component and settings it was built from, as `plmtune.models` fills in; saved with it.
+        source_keys: config.json of the checkpoint that it was read from, empty for another model.
         quantization: the scheme that its quantized layers come from, as plain data; empty where none are.
         native: a `plmtune.native.NativeDecoder`, which computes single tokens on a CPU; None: the modules do.
 
@@ -80,11 +111,17 @@ class Decoder(nn.Module):
         embed_dim: int,
         num_layers: int,
         max_seq_len: int,
-        attention: Callable[[], nn.Module],
+        attention: Callable[[int], nn.Module],
         ffn: Callable[[], nn.Module],
         norm: Callable[[int], nn.Module],
         tie_embeddings: bool = True,
         init_std: float = 0.02,
+        post_norms: bool = False,
+        residual_scale: float = 1.0,
+        learned_positions: bool = False,
+        embed_scale: float = 1.0,
+        logit_scale: float = 1.0,
+        logit_soft_cap: float | None = None,
     ) -> None:
         super().__init__()
         check(WIDTH, vocab_size=vocab_size, embed_dim=embed_dim, max_seq_len=max_seq_len)
@@ -92,19 +129,38 @@ class Decoder(nn.Module):
             Range(least=1, most=1024), num_layers=num_layers
         )  # the deepest published has 1,000; each takes milliseconds
         check(Range(least=0, most=10), init_std=init_std)
+        check(
+            Range(above=0, most=1e6),
+            residual_scale=residual_scale,
+            embed_scale=embed_scale,
+            logit_scale=logit_scale,
+            logit_soft_cap=logit_soft_cap,
+        )
         self.vocab_size = vocab_size
         self.embed_dim = embed_dim
         self.max_seq_len = max_seq_len
         self.tied = tie_embeddings
         self.init_std = init_std
+        self.embed_scale, self.logit_scale, self.logit_soft_cap = embed_scale, logit_scale, logit_soft_cap
         self.activation_checkpointing = False
         self.config: dict[str, Any] = {}
+        self.source_keys: dict[str, Any] = {}
         self.quantization: dict[str, Any] = {}
         self.native: Any = None  # it imports this file
         # `init_weights` draws the numbers. On the meta device a draw by nn.Embedding imports dynamo: a CPU second.
         self.tok_embeddings = nn.Embedding(vocab_size, embed_dim, _weight=torch.empty(vocab_size, embed_dim))
+        self.pos_embeddings = None
+        if learned_positions:
+            self.pos_embeddings = nn.Embedding(max_seq_len, embed_dim, _weight=torch.empty(max_seq_len, embed_dim))
         self.layers = nn.ModuleList(
-            DecoderLayer(attention(), ffn(), norm(embed_dim), norm(embed_dim)) for _ in range(num_layers)
+            DecoderLayer(
+                attention(index),
+                ffn(),
+                lambda: norm(embed_dim),
+                post_norms=post_norms,
+                residual_scale=residual_scale,
+            )
+            for index in range(num_layers)
         )
         self.norm = norm(embed_dim)
         if not tie_embeddings:
@@ -117,16 +173,17 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw all matrices from N(0, init_std); set norms to 1 and biases to 0.
+        """Draw all matrices from N(0, init_std); set norms to factors of 1 and biases to 0.
 
         With a generator the numbers are the same for any number of processes: each draws whole matrices, one
         at a time, and keeps its shard.
         """
+        offsets = {f"{name}.weight" for name, module in self.named_modules() if getattr(module, "unit_offset", False)}
         for name, parameter in self.named_parameters():
             if parameter.is_meta:
                 continue
             if parameter.ndim < 2:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                parameter.fill_(0.0 if name.endswith("bias") or name in offsets else 1.0)
             elif generator is None and not is_sharded(parameter):
                 parameter.normal_(0.0, self.init_std)
             else:
@@ -137,11 +194,27 @@ class Decoder(nn.Module):
                     whole = shard_like(whole, parameter)
                 parameter.copy_(whole)
 
+    def computation(self) -> dict[str, Any]:
+        """What decides a result besides the weights' numbers: each module's class, settings and shapes."""
+        found = {}
+        for name, module in self.named_modules():
+            held = {key: value for key, value in vars(module).items() if isinstance(value, _SETTING)}
+            settings = {key: value for key, value in held.items() if key[0] != "_" and key not in _NOT_COMPUTED}
+            rope = getattr(module, "rope", None)
+            shapes = {key: tuple(weight.shape) for key, weight in module.named_parameters(recurse=False)}
+            found[name] = (type(module), settings, None if rope is None else (rope.settings, rope.scaling), shapes)
+        return found
+
     @property
     def head_weight(self) -> Tensor:
         """The vocabulary projection, [v, d], for a loss that never holds all logits; of a quantized one, its numbers
         written out."""
         return effective_weight(self.tok_embeddings if self.tied else self.output)
+
+    @property
+    def loss_settings(self) -> dict[str, float]:
+        """Keywords that a loss over hidden states and `head_weight` needs besides them: soft_cap, if there is one."""
+        return {} if self.logit_soft_cap is None else {"soft_cap": self.logit_soft_cap}
 
     @property
     def device(self) -> torch.device:
@@ -161,6 +234,10 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return fp32 logits, [..., v], of normed hidden states, [..., d]."""
+        logits = self._project(hidden)
+        return logits if self.logit_soft_cap is None else self.logit_soft_cap * torch.tanh(logits / self.logit_soft_cap)
+
+    def _project(self, hidden: Tensor) -> Tensor:
         if self.native is not None:
             found: Tensor | None = self.native.logits(self, hidden)
             if found is not None:
@@ -222,7 +299,7 @@ class Decoder(nn.Module):
                 With them rows may be longer than max_seq_len, as long as no position is
                 (not where a cache is written).
             cache (Cache | None): from `new_cache`; this forward appends to it.
-            hidden: return the normed hidden states, [b, s, d], instead of logits.
+            hidden: return the normed hidden states, [b, s, d], instead of logits; logit_scale is in them.
 
         Returns:
             Tensor: fp32 logits, [b, s, v], or hidden states.
@@ -249,6 +326,11 @@ class Decoder(nn.Module):
             if found is not None:
                 return found if hidden else self.logits(found)
         x = self.tok_embeddings(tokens)
+        if self.pos_embeddings is not None:
+            at = torch.arange(t - s, t, device=tokens.device) if input_pos is None else input_pos
+            x = x + self.pos_embeddings(at)
+        if self.embed_scale != 1:
+            x = x * torch.tensor(self.embed_scale, dtype=x.dtype).item()  # rounded first, as in transformers
         if autocast_active(x.device):
             # Embedding is not on autocast's list: without this the whole residual stream would be fp32.
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -261,4 +343,6 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(s)
         x = self.norm(x)
+        if self.logit_scale != 1:
+            x = x * self.logit_scale
         return x if hidden else self.logits(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -126,3 +126,58 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@register("ffn", "geglu")
+class GeGLU(nn.Module):
+    """Gemma's FFN: down(gelu(gate(x)) * up(x)), gelu by its tanh approximation (arXiv 2002.05202, 2403.08295).
+
+    Args:
+        embed_dim: width of the residual stream.
+        hidden_dim: width between the projections.
+
+    Raises:
+        ValueError: if hidden_dim is no width.
+    """
+
+    def __init__(self, embed_dim: int, *, hidden_dim: int = 2048) -> None:
+        super().__init__()
+        check(WIDTH, hidden_dim=hidden_dim)
+        self.gate_proj = Linear(embed_dim, hidden_dim, bias=False)
+        self.up_proj = Linear(embed_dim, hidden_dim, bias=False)
+        self.down_proj = Linear(hidden_dim, embed_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+@register("ffn", "gelu")
+class GELU(nn.Module):
+    """GPT-2's FFN: down(gelu(up(x))) (arXiv 1606.08415).
+
+    Args:
+        embed_dim: width of the residual stream.
+        hidden_dim: width between the two projections.
+        bias: both projections have biases.
+        approximate: tanh, as GPT-2; none: the exact gelu.
+
+    Raises:
+        ValueError: if hidden_dim is no width.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        hidden_dim: int = 3072,
+        bias: bool = True,
+        approximate: Literal["tanh", "none"] = "tanh",
+    ) -> None:
+        super().__init__()
+        check(WIDTH, hidden_dim=hidden_dim)
+        self.approximate = approximate
+        self.up_proj = Linear(embed_dim, hidden_dim, bias=bias)
+        self.down_proj = Linear(hidden_dim, embed_dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x), approximate=self.approximate))

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plmtune.modules.attention_kernels import attend
+from plmtune.modules.attention_kernels import attend, window_mask
 from plmtune.modules.cache import LayerCache
 from plmtune.modules.linear import Linear
 from plmtune.modules.rope import RotaryEmbedding
 from plmtune.modules.segments import Segments
-from plmtune.ranges import WIDTH, check
-from plmtune.registry import register
+from plmtune.ranges import WIDTH, Range, check
+from plmtune.registry import Component, component, register
 
 
 def default_kv_heads(num_heads: int) -> int:
@@ -40,6 +41,14 @@ class GroupedQueryAttention(nn.Module):
         rope_theta: base of RoPE's frequencies.
         rope_interleaved: RoPE's pairs are neighbours, not head_dim / 2 apart as in Hugging Face's Llama.
         bias: queries, keys, values and output have biases.
+        output_bias: whether the output has one; None: as bias.
+        qk_norm: norm each head's queries and keys before RoPE (Qwen3, Gemma 3).
+        rope: turn queries and keys; without it the layer sees no positions (NoPE, arXiv 2305.19466).
+        rope_dim: numbers a head that RoPE turns, the first ones; None: all.
+        rope_scaling: of RoPE's frequencies, for long contexts.
+        window: tokens that a query sees, itself included (sliding window, arXiv 2310.06825); None: all.
+        soft_cap: scores become soft_cap tanh(score / soft_cap) (Gemma 2, arXiv 2408.00118).
+        scale: of the scores; None: head_dim^-1/2.
 
     Raises:
         ValueError: if heads do not divide, or a width below 1 or odd.
@@ -57,9 +66,18 @@ class GroupedQueryAttention(nn.Module):
         rope_theta: float = 100000.0,
         rope_interleaved: bool = False,
         bias: bool = False,
+        output_bias: bool | None = None,
+        qk_norm: bool = False,
+        rope: bool = True,
+        rope_dim: int | None = None,
+        rope_scaling: Component = component("rope_scaling", "none"),  # noqa: B008
+        window: int | None = None,
+        soft_cap: float | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
-        check(WIDTH, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        check(WIDTH, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
+        check(Range(above=0, most=1e6), soft_cap=soft_cap, scale=scale)
         if num_kv_heads is None:
             num_kv_heads = default_kv_heads(num_heads)
         if num_heads % num_kv_heads:
@@ -71,11 +89,22 @@ class GroupedQueryAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.num_kv_heads = num_kv_heads
+        self.window, self.soft_cap = window, soft_cap
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.rope_dim = head_dim if rope_dim is None else rope_dim
+        if not 0 < self.rope_dim <= head_dim:
+            raise ValueError(f"rope_dim ({rope_dim}) must lie between 1 and head_dim ({head_dim})")
         self.q_proj = Linear(embed_dim, num_heads * head_dim, bias=bias)
         self.k_proj = Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
-        self.o_proj = Linear(num_heads * head_dim, embed_dim, bias=bias)
-        self.rope = RotaryEmbedding(head_dim, max_seq_len, theta=rope_theta, interleaved=rope_interleaved)
+        self.o_proj = Linear(num_heads * head_dim, embed_dim, bias=bias if output_bias is None else output_bias)
+        self.q_norm = norm(head_dim) if qk_norm else None
+        self.k_norm = norm(head_dim) if qk_norm else None
+        self.rope: RotaryEmbedding | None = None
+        if rope:
+            self.rope = RotaryEmbedding(
+                self.rope_dim, max_seq_len, theta=rope_theta, interleaved=rope_interleaved, scaling=rope_scaling()
+            )
 
     def head_shapes(self) -> tuple[tuple[int, int], ...]:
         """(heads, width) of queries, keys and values."""
@@ -96,19 +125,39 @@ class GroupedQueryAttention(nn.Module):
         """Attend from x (Tensor), hidden states, [b, s, d]; the other arguments are `Decoder.forward`'s."""
         b, s, _ = x.shape
         start = cache.start if cache else 0
-        q = self.rope(self.q_proj(x).view(b, s, -1, self.head_dim), input_pos, start).transpose(1, 2)
-        k = self.rope(self.k_proj(x).view(b, s, -1, self.head_dim), input_pos, start).transpose(1, 2)
-        v = self.v_proj(x).view(b, s, -1, self.head_dim).transpose(1, 2)
+        q, k, v = (proj(x).view(b, s, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (self._turn(part, input_pos, start).transpose(1, 2) for part in (q, k))
+        v = v.transpose(1, 2)
+        window = self.window
         if cache is not None:
             k, v = cache.append(k, v)  # [b, h / g, t, head_dim]
-            if s == 1:
+            t = k.shape[2]
+            if window is not None and window < t and cache.lengths is not None:
+                # Rows end at different places, so the window is a part of each row's mask.
+                mask = window_mask(mask if isinstance(mask, Tensor) else None, window, s, t, cache.lengths, k.device)
+                window = None
+            if s == 1 and self.soft_cap is None:
+                if window is not None and window < t:
+                    k, v = k[:, :, -window:], v[:, :, -window:]
+                    mask = mask[..., -window:] if isinstance(mask, Tensor) else None
                 # The heads of a group become queries of one KV head, so that no kernel repeats the cache for each head.
                 q = q.reshape(b, k.shape[1], -1, self.head_dim)
                 every = mask[:, None] if isinstance(mask, Tensor) else None  # [b, 1, 1, t]
-                out = F.scaled_dot_product_attention(q, k, v, every)  # [b, h / g, g, head_dim]
+                out = F.scaled_dot_product_attention(q, k, v, every, scale=self.scale)  # [b, h / g, g, head_dim]
                 return self.o_proj(out.reshape(b, 1, -1))
-        out = attend(q, k, v, mask, self.head_dim**-0.5)
+        out = attend(q, k, v, mask, self.scale, window=window, soft_cap=self.soft_cap)
         return self.o_proj(out.transpose(1, 2).reshape(b, s, -1))
+
+    def _turn(self, x: Tensor, input_pos: Tensor | None, start: int) -> Tensor:
+        """RoPE of x (Tensor), [b, s, h, head_dim]."""
+        if self.rope is None:
+            return x
+        if self.rope_dim == self.head_dim:
+            return self.rope(x, input_pos, start)
+        turned, kept = x.split((self.rope_dim, self.head_dim - self.rope_dim), dim=-1)
+        return torch.cat((self.rope(turned, input_pos, start), kept), dim=-1)
 
 
 @register("attention", "mha")

@@ -18,8 +18,8 @@ from plmtune.modules.linear import Linear
 from plmtune.modules.peft import effective_weight
 from plmtune.modules.rope import RotaryEmbedding
 from plmtune.modules.segments import Segments
-from plmtune.ranges import WIDTH, check
-from plmtune.registry import register
+from plmtune.ranges import TINY, WIDTH, check
+from plmtune.registry import Component, component, register
 
 
 @register("attention", "mla")
@@ -27,8 +27,8 @@ class MultiHeadLatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), as in PLM (arXiv 2503.12167).
 
     Keys and values are projected from one latent of kv_lora_rank numbers a token. One RoPE key, which all heads
-    share, encodes the position. Queries are not compressed. Several new tokens are computed un-absorbed (keys and
-    values expanded), a single one absorbed over the latent itself.
+    share, encodes the position. Queries come from a latent where q_lora_rank says so. Several new tokens are computed
+    un-absorbed (keys and values expanded), a single one absorbed over the latent itself.
 
     Args:
         embed_dim: width of the residual stream.
@@ -40,6 +40,10 @@ class MultiHeadLatentAttention(nn.Module):
         qk_rope_head_dim: width of the part that RoPE rotates.
         v_head_dim: width a head of values.
         rope_theta: base of RoPE's frequencies.
+        rope_interleaved: RoPE's pairs are neighbours, not qk_rope_head_dim / 2 apart.
+        rope_scaling: of RoPE's frequencies, for long contexts.
+        q_lora_rank: width of the latent that queries are projected from; None: from the hidden state.
+        latent_eps: eps of the latents' norms; None: as the layers' norms.
 
     Raises:
         ValueError: for a width below 1, an odd rope width, or values wider than queries.
@@ -57,10 +61,16 @@ class MultiHeadLatentAttention(nn.Module):
         qk_rope_head_dim: int = 64,
         v_head_dim: int = 128,
         rope_theta: float = 100000.0,
+        rope_interleaved: bool = True,
+        rope_scaling: Component = component("rope_scaling", "none"),  # noqa: B008
+        q_lora_rank: int | None = None,
+        latent_eps: float | None = None,
     ) -> None:
         super().__init__()
+        check(TINY, latent_eps=latent_eps)
         check(
             WIDTH,
+            q_lora_rank=q_lora_rank,
             kv_lora_rank=kv_lora_rank,
             qk_nope_head_dim=qk_nope_head_dim,
             qk_rope_head_dim=qk_rope_head_dim,
@@ -75,13 +85,25 @@ class MultiHeadLatentAttention(nn.Module):
         self.qk_nope_head_dim = qk_nope_head_dim
         self.qk_rope_head_dim = qk_rope_head_dim
         self.v_head_dim = v_head_dim
-        self.scale = qk_head_dim**-0.5
-        self.q_proj = Linear(embed_dim, num_heads * qk_head_dim, bias=False)
+        self.q_lora_rank = q_lora_rank
+        if q_lora_rank is None:
+            self.q_proj = Linear(embed_dim, num_heads * qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = Linear(embed_dim, q_lora_rank, bias=False)
+            self.q_a_norm = norm(q_lora_rank)
+            self.q_b_proj = Linear(q_lora_rank, num_heads * qk_head_dim, bias=False)
         self.kv_a_proj = Linear(embed_dim, kv_lora_rank + qk_rope_head_dim, bias=False)
         self.kv_a_norm = norm(kv_lora_rank)
         self.kv_b_proj = Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
         self.o_proj = Linear(num_heads * v_head_dim, embed_dim, bias=False)
-        self.rope = RotaryEmbedding(qk_rope_head_dim, max_seq_len, theta=rope_theta, interleaved=True)
+        if latent_eps is not None:
+            for latent_norm in (self.kv_a_norm, *([] if q_lora_rank is None else [self.q_a_norm])):
+                latent_norm.eps = latent_eps  # type: ignore[assignment]
+        scaling = rope_scaling()
+        self.scale = qk_head_dim**-0.5 * (scaling.softmax_factor if scaling is not None else 1.0)
+        self.rope = RotaryEmbedding(
+            qk_rope_head_dim, max_seq_len, theta=rope_theta, interleaved=rope_interleaved, scaling=scaling
+        )
 
     def head_shapes(self) -> tuple[tuple[int, int], ...]:
         """(heads, width) of queries, keys and values, as attention over several tokens sees them."""
@@ -104,7 +126,8 @@ class MultiHeadLatentAttention(nn.Module):
         b, s, _ = x.shape
         start = cache.start if cache else 0
         # -1 rather than num_heads: under tensor parallelism each process has a share of the heads.
-        q = self.q_proj(x).view(b, s, -1, self.qk_nope_head_dim + self.qk_rope_head_dim)
+        q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
+        q = q.view(b, s, -1, self.qk_nope_head_dim + self.qk_rope_head_dim)
         q_nope, q_rope = q.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
         q_rope = self.rope(q_rope, input_pos, start)  # [b, s, h, r]
         latent, k_rope = self.kv_a_proj(x).split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)

@@ -29,19 +29,24 @@ class RMSNorm(nn.Module):
     Args:
         dim: width that is normalised.
         eps: added to the mean square.
+        unit_offset: multiply by 1 + weight, as Gemma does (arXiv 2403.08295); the weight then starts at 0.
 
     Raises:
         ValueError: if eps is negative.
     """
 
-    def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int, *, eps: float = 1e-6, unit_offset: bool = False) -> None:
         super().__init__()
         check(TINY, eps=eps)
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.unit_offset = unit_offset
+        self.weight = nn.Parameter(torch.zeros(dim) if unit_offset else torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         with _without_autocast(x.device):
+            if self.unit_offset:  # in fp32, as in transformers: in bf16 1 + weight would lose the weight's digits
+                factors = 1 + self.weight.float()
+                return F.rms_norm(x.float(), factors.shape, factors, self.eps).to(x.dtype)
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from plmtune.modules.rope_scaling import LongRope, RopeScaling
 from plmtune.ranges import Range, check
 
 
@@ -22,24 +23,37 @@ class RotaryEmbedding:
         max_seq_len: positions.
         theta: base of the geometric series of frequencies.
         interleaved: pairs are neighbours (PLM, GGUF) rather than dim / 2 apart (Hugging Face's Llama).
+        scaling: how the frequencies are scaled; None: not.
 
     Raises:
-        ValueError: if dim is odd.
+        ValueError: if dim is odd, or a scaling does not fit it.
     """
 
-    def __init__(self, dim: int, max_seq_len: int, *, theta: float, interleaved: bool) -> None:
+    def __init__(
+        self, dim: int, max_seq_len: int, *, theta: float, interleaved: bool, scaling: RopeScaling | None = None
+    ) -> None:
         if dim < 2 or dim % 2:
             raise ValueError(f"RoPE turns pairs, so its width must be even and at least 2, not {dim}")
         check(Range(above=0, most=1e12), rope_theta=theta)
+        if isinstance(scaling, LongRope):
+            scaling.check_dim(dim)
         self.settings = (dim, max_seq_len, float(theta), interleaved)
+        self.scaling = scaling
         # Viewed as pairs, the partner of each number is its neighbour along one dimension.
         self.pair_shape, self.pair_dim = ((-1, 2), -1) if interleaved else ((2, -1), -2)
 
+    def tables(self, device: torch.device, length: int = 0) -> tuple[Tensor, Tensor]:
+        """cos and signed sin in fp32, both [max_seq_len, dim] in the order of x, for a sequence of `length` tokens."""
+        key = self.scaling.key(length) if self.scaling is not None else None
+        return rope_tables(*self.settings, device, self.scaling, key)
+
     def __call__(self, x: Tensor, input_pos: Tensor | None = None, start: int = 0) -> Tensor:
         """Turn x (Tensor), [b, s, h, dim], at input_pos [b, s], or else at start, start + 1, ..."""
-        cos, sin = rope_tables(*self.settings, x.device)
+        end = start + x.shape[1]
+        if self.scaling is not None and self.scaling.by_length and input_pos is not None:
+            end = int(input_pos.max()) + 1
+        cos, sin = self.tables(x.device, end)
         if input_pos is None:
-            end = start + x.shape[1]
             cos, sin = cos[start:end, None], sin[start:end, None]  # [s, 1, dim]
         else:
             cos, sin = cos[input_pos, None], sin[input_pos, None]  # [b, s, 1, dim], or one row for all
@@ -49,21 +63,36 @@ class RotaryEmbedding:
 
 
 def rope_tables(
-    dim: int, max_seq_len: int, theta: float, interleaved: bool, device: torch.device
+    dim: int,
+    max_seq_len: int,
+    theta: float,
+    interleaved: bool,
+    device: torch.device,
+    scaling: RopeScaling | None = None,
+    key: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _cached_tables(dim, max_seq_len, theta, interleaved, device)
+    return _cached_tables(dim, max_seq_len, theta, interleaved, device, scaling, key)
 
 
 @lru_cache(maxsize=16)
 def _cached_tables(
-    dim: int, max_seq_len: int, theta: float, interleaved: bool, device: torch.device
+    dim: int,
+    max_seq_len: int,
+    theta: float,
+    interleaved: bool,
+    device: torch.device,
+    scaling: RopeScaling | None,
+    key: int | None,
 ) -> tuple[Tensor, Tensor]:
     """cos and signed sin in fp32, both [max_seq_len, dim] in the order of x."""
     # Tables made while generating must also serve training, which inference tensors cannot; those made while
     # torch.export traces must hold numbers, for it and for later calls.
     with torch.inference_mode(False), _disable_current_modes():
         frequency = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
+        if scaling is not None:
+            frequency = scaling.frequencies(frequency, theta, key)
         angle = torch.arange(max_seq_len, device=device, dtype=torch.float64)[:, None] * frequency
-        cos, sin = angle.cos().float(), angle.sin().float()  # [s, dim / 2]
+        factor = scaling.attention_factor if scaling is not None else 1.0
+        cos, sin = (angle.cos() * factor).float(), (angle.sin() * factor).float()  # [s, dim / 2]
         order = -1 if interleaved else -2
         return torch.stack((cos, cos), order).flatten(-2), torch.stack((-sin, sin), order).flatten(-2)

@@ -66,7 +66,7 @@ def _check_models() -> Iterator[tuple[str, Decoder, float]]:
             embed_dim=dim,
             num_layers=2,
             max_seq_len=longest,
-            attention=lambda: (
+            attention=lambda _: (
                 MultiHeadLatentAttention(
                     dim, heads, longest, RMSNorm, kv_lora_rank=40, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
                 )

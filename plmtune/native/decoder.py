@@ -17,7 +17,7 @@ from plmtune.modules.gqa import GroupedQueryAttention
 from plmtune.modules.mla import MultiHeadLatentAttention
 from plmtune.modules.norm import RMSNorm, autocast_active
 from plmtune.modules.quantized import Quantized
-from plmtune.modules.rope import RotaryEmbedding, rope_tables
+from plmtune.modules.rope import RotaryEmbedding
 from plmtune.native.library import library
 from plmtune.native.structs import (
     CPU,
@@ -40,6 +40,7 @@ class _BoundModel(TensorRefs):
     def __init__(self, model: Decoder) -> None:
         super().__init__()
         require(type(model) is Decoder)
+        require(model.pos_embeddings is None and model.embed_scale == model.logit_scale == 1)
         self.tables: list[Tensor] = []
         # (a module's own dictionary, name, what it held)
         self.held: list[tuple[dict[str, Any], str, object]] = []
@@ -75,10 +76,13 @@ class _BoundModel(TensorRefs):
     def norm(self, module: nn.Module) -> tuple[Vector, float]:
         require(type(module) is RMSNorm)
         norm = cast(RMSNorm, module)
+        require(not norm.unit_offset)
         return self.vector(norm.weight), norm.eps
 
     def layer(self, struct: Layer, layer: Any) -> None:
         attention, ffn = layer.attention, layer.ffn
+        require(layer.post_attention_norm is None and layer.residual_scale == 1)
+        require(getattr(attention, "q_lora_rank", None) is None)
         struct.attention_norm, struct.attention_eps = self.norm(layer.attention_norm)
         struct.ffn_norm, struct.ffn_eps = self.norm(layer.ffn_norm)
         struct.q, struct.o = self.matrix(attention.q_proj), self.matrix(attention.o_proj)
@@ -93,13 +97,15 @@ class _BoundModel(TensorRefs):
         else:
             require(type(attention) is GroupedQueryAttention)
             struct.k, struct.v = self.matrix(attention.k_proj), self.matrix(attention.v_proj)
+            require(attention.q_norm is attention.window is attention.soft_cap is None)
+            require(attention.rope_dim == attention.head_dim)
             struct.kv_heads, struct.turned = attention.num_kv_heads, attention.head_dim
-            struct.value, struct.scale = attention.head_dim, attention.head_dim**-0.5
+            struct.value, struct.scale = attention.head_dim, attention.scale
         rope = attention.rope
         require(type(rope) is RotaryEmbedding)
-        settings: tuple[int, int, float, bool] = rope.settings
-        struct.interleaved = settings[-1]
-        tables = rope_tables(*settings, CPU)
+        require(rope.scaling is None or not rope.scaling.by_length)
+        struct.interleaved = rope.settings[-1]
+        tables = rope.tables(CPU)
         self.tables += tables
         struct.cos, struct.sin = (table.data_ptr() for table in tables)
         struct.up = self.matrix(ffn.up_proj)

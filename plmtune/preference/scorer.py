@@ -27,7 +27,8 @@ def answer_scores(trained: nn.Module, model: Any, batch: ComparisonBatch, *, sca
     if scalar_head:
         return head_scores(model, hidden, batch.ends)
     num = batch.lengths.numel()
-    return log_probs(hidden[batch.positions], model.head_weight, batch.targets, batch.completion, num)
+    rows = hidden[batch.positions]
+    return log_probs(rows, model.head_weight, batch.targets, batch.completion, num, **model.loss_settings)
 
 
 def compare(batch: ComparisonBatch, scores: Tensor, reference: Tensor, kl: Tensor) -> Comparisons:

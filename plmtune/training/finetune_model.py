@@ -14,7 +14,7 @@ from plmtune.config.compose import build
 from plmtune.config.schema import CheckpointConfig, FinetuningConfig
 from plmtune.errors import UserError
 from plmtune.models import adapters
-from plmtune.models.hf import hf_state
+from plmtune.models.hf import run_state
 from plmtune.models.hf_config import write_config
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import init_adapters
@@ -51,7 +51,7 @@ class FinetuneModel:
         return Checkpoints(
             directory,
             **vars(settings),
-            state_dict=adapters.adapter_state if self.adapter_config else hf_state,
+            state_dict=adapters.adapter_state if self.adapter_config else run_state,
             stem=adapters.ADAPTERS if self.adapter_config else "model",
             write_metadata=self._write_metadata,
         )

@@ -143,7 +143,8 @@ class TestFiles:
         write_gguf(model, bundled_of(ROWS), tmp_path / "a.gguf", kind="F32")
         convert(tmp_path / "a.gguf", tmp_path / "out")
         loaded, tokenizer = plmtune.load(tmp_path / "out", "cpu")
-        turned = model.config["attention"].get("rope_interleaved")
+        attention = model.config["attention"]
+        turned = attention["component"] != "mla" and attention["rope_interleaved"]
         for name, tensor in model.state_dict().items():
             if turned and name.split(".")[-2] in ("q_proj", "k_proj"):  # halves again, which Hugging Face has
                 tensor = to_halves(tensor, 4 if "q_proj" in name else 1)

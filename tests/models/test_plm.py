@@ -173,8 +173,12 @@ class TestConfig:
             "qk_rope_head_dim": 64,
             "v_head_dim": 128,
             "rope_theta": 100000.0,
+            "rope_interleaved": True,
+            "rope_scaling": {"component": "none"},
+            "q_lora_rank": None,
+            "latent_eps": None,
         }
-        assert config["norm"] == {"component": "rms_norm", "eps": 1e-6}
+        assert config["norm"] == {"component": "rms_norm", "eps": 1e-6, "unit_offset": False}
 
     def test_impossible_sizes_are_refused_with_their_values(self) -> None:
         with pytest.raises(ValueError, match=r"num_layers \(0\) must be at least 1"):
