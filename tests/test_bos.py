@@ -139,7 +139,7 @@ def test_pretraining_documents(tokenizer: Tokenizer, tmp_path: Path, monkeypatch
     source = files((str(tmp_path / "text.txt"),), separator="\n\n")
     directory = prepare(source, tokenizer, tmp_path / "shards", holdout=0)
     shards = Shards.open(directory, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size)
-    ids = np.asarray(shards.train.window(0, shards.train.num_tokens - 1)).tolist()
+    ids = np.asarray(shards.train.read(0, shards.train.num_tokens)).tolist()
     documents, held = [], []
     for token in ids:
         if token == EOS:

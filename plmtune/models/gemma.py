@@ -48,7 +48,12 @@ def gemma2(
     """
     settings = dict(locals())
     return assemble(
-        "gemma2", settings, layers=layers, logit_soft_cap=logit_soft_cap, post_norms=True, embed_scale=embed_dim**0.5
+        "gemma2",
+        settings,
+        layers=layers,
+        logit_soft_cap=logit_soft_cap,
+        post_norms=True,
+        embed_scale=max(embed_dim, 1) ** 0.5,
     )
 
 
@@ -88,7 +93,7 @@ def gemma3(
         local_rope_theta=local_rope_theta,
         logit_soft_cap=logit_soft_cap,
         post_norms=True,
-        embed_scale=embed_dim**0.5,
+        embed_scale=max(embed_dim, 1) ** 0.5,
     )
 
 

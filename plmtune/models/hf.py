@@ -115,7 +115,7 @@ def save_model(
         raise ValueError(f"max_shard_bytes must be above 0, not {max_shard_bytes}")
     if isinstance(model_or_state, Decoder):
         state, keys = to_hf(model_or_state)
-        config = config or keys
+        config = keys if config is None or "component" in config else config
     else:
         state = {name: full_tensor(tensor) for name, tensor in model_or_state.items()}
         if config is not None and "component" in config:

@@ -17,6 +17,7 @@ import torch
 
 from plmtune.errors import UserError
 from plmtune.io import hub
+from plmtune.io.untrusted import load_json
 from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import CONFIG, locate, read_json, write_json
 from plmtune.models.families import by_component, by_model_type, families, names_of
@@ -62,10 +63,10 @@ def hf_config(
 @lru_cache(maxsize=16)
 def _family_keys(config: str, source: str) -> dict[str, Any]:
     """The first keys that the readers make the same model of: of the source, or what a family writes; else our own."""
-    description = json.loads(config)
+    description = load_json(config)
     computation = _build(description, "config").computation()
     own = by_component().get(description["component"])
-    writers = [lambda: json.loads(source) or {}]
+    writers = [lambda: load_json(source) or {}]
     for family in ([own] if own else []) + [other for other in families() if other is not own]:
         model_type, architecture = next(iter(family.architectures.items()))
         keys = {"architectures": [architecture], "model_type": model_type} | _NO_TOKENS

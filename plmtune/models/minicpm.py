@@ -42,8 +42,8 @@ def minicpm(
         "minicpm",
         settings,
         embed_scale=embed_scale,
-        residual_scale=depth_scale / num_layers**0.5,
-        logit_scale=base_dim / embed_dim,
+        residual_scale=depth_scale / max(num_layers, 1) ** 0.5,
+        logit_scale=base_dim / max(embed_dim, 1),
     )
 
 

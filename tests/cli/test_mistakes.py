@@ -76,7 +76,7 @@ CONFIGS = [
     ("validate demo optimzer.lr=1", "override optimzer.lr=1, key optimzer: unknown. Did you mean optimizer?"),
     ("validate demo_sft peft.rank=0", "peft has no component. Choose one first: peft=NAME"),
     ("validate demo data.foo=1", "key data.foo: unknown. data is stdlib, which has no settings."),
-    ("validate demo model/ffn=geglu", "has no option geglu. Known: squared_relu, swiglu."),
+    ("validate demo model/ffn=reglu", "has no option reglu. Did you mean geglu?"),
     ("validate demo data=files 'data.paths=[{path: x}]'", "key data.paths[0]: a table where one value is needed"),
     ("validate demo data=files data.paths=[{path: x}]", "'data.paths=[{path: x}]'"),
     ("validate demo phases=[{name: a, tokenz: 1M}]", "'phases=[{name: a, tokenz: 1M}]'"),
