@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint docs install clean
+.PHONY: demo test test-all test-slow lint docs install clean
 
 demo: $(VENV)/installed
 	$(BIN)/plmtune run demo
@@ -11,6 +11,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	# One thread a worker: two workers of two threads each would wait for each other on two cores.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# With what takes a second or more each (tests/thorough.txt), as CI does.
+test-all: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # What takes minutes each: kills under torchrun, full counts of benchmarks/reliability.py.
 test-slow: $(VENV)/installed-dev

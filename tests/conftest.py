@@ -4,12 +4,24 @@ import gc
 import multiprocessing
 import os
 import sys
+from pathlib import Path
+
+import pytest
 
 # Compiled test modules and the package are kept beside their sources, for the next run and for each process of a test.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 PRELOADED = ["plmtune.recipes.pretrain", "plmtune.training.plot", "torch.distributed.fsdp"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what thorough.txt lists: tests of a second or more, whose promises cheaper tests make first."""
+    listed = frozenset(Path(__file__).with_name("thorough.txt").read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if not listed.isdisjoint((item.nodeid, item.nodeid.partition("[")[0])):
+            item.add_marker("thorough")
 
 
 def pytest_collection_finish() -> None:

@@ -51,7 +51,7 @@ def two_steps(model: Decoder, loss: Callable[[Decoder], Tensor]) -> list[float]:
         trained = [p for p in model.parameters() if p.requires_grad]
         assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
         optimizer.step()
-        found.append(float(value))
+        found.append(float(value.detach()))
     with torch.no_grad():
         return [*found, float(loss(model))]
 
