@@ -245,7 +245,7 @@ class Pretrain:
         )
 
     def _write_metadata(self, directory: Path) -> None:
-        write_config(self.model.config, self.dtype, directory)
+        write_config(self.model.config, self.dtype, directory, tokenizer=self.tokenizer)
         self.tokenizer.save(directory)
 
     def _warmup_step(self) -> None:

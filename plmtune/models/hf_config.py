@@ -25,6 +25,7 @@ from plmtune.models.family import Keys, size_keys
 from plmtune.models.hf_names import our_name
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, install
+from plmtune.tokenizers.tokenizer import Tokenizer
 
 _OWN = {"architectures": ["PlmtuneForCausalLM"], "model_type": "plmtune"}
 # transformers' defaults are tokens of each family's first vocabulary.
@@ -81,9 +82,25 @@ def _family_keys(config: str, source: str) -> dict[str, Any]:
     return _OWN | size_keys(description)
 
 
-def write_config(config: Mapping[str, Any], dtype: torch.dtype, directory: Path, *, score_head: bool = False) -> None:
-    """Write the config.json of a model's `config` beside weights of `dtype` that others write."""
-    write_json(directory / CONFIG, hf_config(config, dtype, score_head=score_head, one_to_one=True))
+def write_config(
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    directory: Path,
+    *,
+    score_head: bool = False,
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Write the config.json of a model's `config` beside weights of `dtype` that others write.
+
+    Args:
+        tokenizer: whose begin and end tokens it names, at which other programs stop.
+    """
+    keys = hf_config(config, dtype, score_head=score_head, one_to_one=True)
+    if tokenizer is not None:
+        ends = list(tokenizer.end_ids)
+        keys["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        keys |= {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.eos_id}
+    write_json(directory / CONFIG, keys)
 
 
 def read_formats(directory: str | Path) -> tuple[dict[str, Format], dict[str, Any]]:

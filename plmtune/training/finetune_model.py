@@ -68,7 +68,8 @@ class FinetuneModel:
         if self.adapter_config:
             adapters.write_adapter_config(directory, self.adapter_config)
         else:
-            write_config(self.model.config, self.dtype, directory, score_head=hasattr(self.model, "score"))
+            score_head = hasattr(self.model, "score")
+            write_config(self.model.config, self.dtype, directory, score_head=score_head, tokenizer=self.tokenizer)
             if self.scheme:
                 _qat().write_scheme(directory, self.scheme)
         self.tokenizer.save(directory)

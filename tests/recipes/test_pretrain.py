@@ -23,6 +23,7 @@ from group import in_group
 
 from plmtune.config import typed_config
 from plmtune.io.run_directory import read_record, state_of
+from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
 
 class TestLearning:
@@ -42,6 +43,9 @@ class TestLearning:
         ):
             assert (place / "run" / name).is_file(), name
         assert json.loads((place / "run/run.json").read_text())["status"] == "finished"
+        checkpoint = place / "run" / "checkpoints" / "step-00000060"
+        saved = json.loads((checkpoint / "config.json").read_text())
+        assert (saved["bos_token_id"], saved["eos_token_id"]) == (None, load_tokenizer(checkpoint).eos_id)
         last = [entry for entry in entries if "bits_per_byte" in entry][-1]
         assert 0.0 <= last["sparsity/0"] <= 1.0
         out = capfd.readouterr().out
