@@ -12,7 +12,7 @@ import argparse
 import torch
 from side_by_side import machine, medians
 
-from plmtune.optim.optimizers import CPUMuon
+from plmtune.optim.optimizers import BatchedMuon
 
 DEMO = [(192, 128), (144, 128), (256, 128), (128, 128), (512, 128), (128, 512)] * 4
 MILLIONS_20 = [(384, 256), (288, 256), (512, 256), (256, 256), (1024, 256), (256, 1024)] * 22
@@ -33,7 +33,7 @@ def main() -> None:
     print(machine())
     print("| matrices of | torch, ms | ours, ms | ratio |\n|---|---|---|---|")
     for name, shapes in (("plm_demo", DEMO), ("plm_20m", MILLIONS_20)):
-        calls = {"torch": step_of(torch.optim.Muon, shapes).step, "ours": step_of(CPUMuon, shapes).step}
+        calls = {"torch": step_of(torch.optim.Muon, shapes).step, "ours": step_of(BatchedMuon, shapes).step}
         seconds = medians(calls, rounds=rounds)
         theirs, ours = seconds["torch"], seconds["ours"]
         print(f"| {name} | {theirs * 1e3:.1f} | {ours * 1e3:.1f} | {theirs / ours:.1f} |")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from plmtune.ranges import AT_LEAST_1, check
+from plmtune.ranges import AT_LEAST_1, WEIGHT, check
 from plmtune.registry import register
 
 IGNORE = -100  # targets that count for nothing: padding, prompts, document borders
@@ -19,8 +19,11 @@ Loss = Callable[..., Tensor]
 
 
 @register("loss", "cross_entropy")
-def cross_entropy(*, chunk_rows: int = 1024) -> Loss:
-    """Sum of -log p(target) over the targets that are not -100, in fp32.
+def cross_entropy(*, chunk_rows: int = 1024, z_loss: float = 0.0) -> Loss:
+    """Sum of -log p(target) + z_loss (log Z)^2 over the targets that are not -100, in fp32; Z = sum exp(logits).
+
+    The second term is PaLM's z-loss (arXiv 2204.02311, section 5), which keeps logits from drifting. It trains and is
+    not measured: the training loss that is logged has it, a loss without gradients (validation) is the first term.
 
     Memory holds chunk_rows x vocabulary logits instead of tokens x vocabulary; the gradients are made in the
     forward pass, chunk by chunk (as in Liger, arXiv 2410.10989).
@@ -29,6 +32,7 @@ def cross_entropy(*, chunk_rows: int = 1024) -> Loss:
     Args:
         chunk_rows: tokens whose logits are held at once. 1024 is near the best at most sizes on a CPU
             (benchmarks/loss.py); benchmarks/gpu.py sweeps it on a GPU.
+        z_loss: weight of the second term; PaLM's is 1e-4.
 
     Returns:
         A function (hidden [n, d], weight [v, d], targets [n]) -> fp32 scalar sum. It computes in hidden's
@@ -36,16 +40,18 @@ def cross_entropy(*, chunk_rows: int = 1024) -> Loss:
         soft_cap, a keyword, logits become soft_cap tanh(logit / soft_cap) first (Gemma 2, arXiv 2408.00118).
 
     Raises:
-        ValueError: if chunk_rows is not positive.
+        ValueError: if chunk_rows is not positive, or z_loss negative.
     """
     check(AT_LEAST_1, chunk_rows=chunk_rows)
+    check(WEIGHT, z_loss=z_loss)
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, soft_cap: float | None = None) -> Tensor:
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
-        if hidden.dtype in (torch.bfloat16, torch.float16) or soft_cap is not None:
-            result: Tensor = ChunkedLoss.apply(hidden, weight, targets, chunk_rows, soft_cap)
+        z = z_loss if torch.is_grad_enabled() else 0.0
+        if hidden.dtype in (torch.bfloat16, torch.float16) or soft_cap is not None or z:
+            result: Tensor = ChunkedLoss.apply(hidden, weight, targets, chunk_rows, soft_cap, z)
             return result
         # The native function picks far too small chunks for narrow models when it is left to choose.
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows)
@@ -64,7 +70,7 @@ def capped(logits: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor | Non
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """The same for bf16, fp16 and capped logits, with sums and the weight's gradient in fp32.
+    """The same for bf16, fp16, capped logits and z-loss, with sums and the weight's gradient in fp32.
 
     F.linear_cross_entropy adds the loss of its chunks up in bf16, which is off by up to 1.5% at 4096 tokens
     (tests/losses), and rounds the weight's gradient to bf16 after each chunk.
@@ -72,7 +78,13 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, soft_cap: float | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk_rows: int,
+        soft_cap: float | None,
+        z_loss: float,
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         w = weight.to(hidden.dtype)
@@ -88,12 +100,21 @@ class ChunkedLoss(torch.autograd.Function):
             log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
             log_p_target = log_p.gather(1, target)
             total -= log_p_target.where(valid, 0).sum()
+            if z_loss:
+                log_z = logits.gather(1, target).float() - log_p_target  # [c, 1]
+                total += z_loss * log_z.square().where(valid, 0).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             # d loss / d logits = p - onehot, written over the logits; the target's entry is taken in fp32,
             # since 0.999 and 1 are equal in bf16.
-            grad = torch.exp(log_p, out=logits)
-            grad.scatter_(1, target, torch.expm1(log_p_target).to(grad.dtype))
+            # Of z-loss: 2 z_loss log Z p, added before p is rounded.
+            of_target = torch.expm1(log_p_target)
+            if z_loss:
+                of_target += 2 * z_loss * log_z * log_p_target.exp()
+                grad = logits.copy_(log_p.exp_().mul_(1 + 2 * z_loss * log_z))
+            else:
+                grad = torch.exp(log_p, out=logits)
+            grad.scatter_(1, target, of_target.to(grad.dtype))
             grad = grad if slope is None else (grad * slope).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + chunk_rows] = (grad @ w).where(valid, 0)
@@ -105,13 +126,11 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         # In place: a second backward would find changed tensors, and torch then refuses it.
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden.mul_(upstream),
             None if grad_weight is None else grad_weight.mul_(upstream).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )

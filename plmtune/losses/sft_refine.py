@@ -19,17 +19,17 @@ class SftRefine:
     answer. Prompt and rejected answer are masked.
 
     Args:
-        chunk_rows: tokens whose logits are held at once.
+        chunk_rows, z_loss: as for cross_entropy.
 
     Raises:
-        ValueError: if chunk_rows is not positive.
+        ValueError: if chunk_rows is not positive, or z_loss negative.
     """
 
     data_kind: ClassVar[str] = "refinements"
 
-    def __init__(self, *, chunk_rows: int = 1024) -> None:
-        self._cross_entropy = cross_entropy(chunk_rows=chunk_rows)
+    def __init__(self, *, chunk_rows: int = 1024, z_loss: float = 0.0) -> None:
+        self._cross_entropy = cross_entropy(chunk_rows=chunk_rows, z_loss=z_loss)
 
-    def __call__(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, weight: Tensor, targets: Tensor, *, soft_cap: float | None = None) -> Tensor:
         """Sum over targets [n] that are not -100, from hidden [n, d] and weight [v, d], an fp32 scalar."""
-        return self._cross_entropy(hidden, weight, targets)
+        return self._cross_entropy(hidden, weight, targets, soft_cap=soft_cap)

@@ -33,13 +33,24 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]  # a tied weight comes once
 
 
-def _decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, norms and biases do not.
+def _decay_groups(
+    model: nn.Module, parameters: list[nn.Parameter], weight_decay: float, no_decay: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Matrices decay, except those that `no_decay` names; norms and biases do not.
 
     Embeddings decay too: PLM ties them to the output projection, a matrix in use like any other.
     """
-    matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
-    both = ((matrices, weight_decay), (vectors, 0.0))
+    named = dict(model.named_parameters(remove_duplicate=False))
+    exempt: set[int] = set()
+    for part in no_decay:
+        found = {id(p) for name, p in named.items() if f".{part}." in f".{name}."}
+        if not found:
+            known = dict.fromkeys(part for name in named for part in name.split(".") if not part.isdigit())
+            raise ValueError(f"no_decay: the model has no {part!r}; it has {', '.join(known)}")
+        exempt |= found
+    decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in exempt]
+    chosen = {id(p) for p in decayed}
+    both = ((decayed, weight_decay), ([p for p in parameters if id(p) not in chosen], 0.0))
     return [{"params": params, "weight_decay": decay} for params, decay in both if params]
 
 
@@ -65,15 +76,20 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     weight_decay: float = 0.1,
+    no_decay: tuple[str, ...] = (),
 ) -> Optimizer:
     """AdamW (arXiv 1711.05101), fused; matrices and embeddings decay, norms and biases do not.
 
+    Args:
+        no_decay: parameters that do not decay either, by parts of their names: tok_embeddings (as SmolLM3 and OLMo 2
+            train, arXiv 2501.00656), attention.o_proj.
+
     Raises:
-        ValueError: for a setting that is out of its range.
+        ValueError: for a setting that is out of its range, or a name that the model lacks.
     """
     betas = _check(betas, lr=lr, weight_decay=weight_decay, eps=eps)
     parameters = _trainable(model)
-    groups = _decay_groups(parameters, weight_decay)
+    groups = _decay_groups(model, parameters, weight_decay, no_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=_fused(parameters))
 
 
@@ -85,19 +101,23 @@ def adamw_8bit(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     weight_decay: float = 0.1,
+    no_decay: tuple[str, ...] = (),
 ) -> Optimizer:
     """AdamW with moments in 8 bits (torchao; arXiv 2110.02861): about 2 bytes a parameter instead of 8.
 
     torchao compiles its step, so it needs a C++ compiler on a CPU and Triton on a GPU. Tensors of fewer than
     4096 elements keep fp32 moments.
 
+    Args:
+        no_decay: as for adamw.
+
     Raises:
-        ValueError: for a setting that is out of its range.
+        ValueError: for a setting that is out of its range, or a name that the model lacks.
     """
     from torchao.optim import AdamW8bit
 
     betas = _check(betas, lr=lr, weight_decay=weight_decay, eps=eps)
-    groups = _decay_groups(_trainable(model), weight_decay)
+    groups = _decay_groups(model, _trainable(model), weight_decay, no_decay)
     optimizer: Optimizer = AdamW8bit(groups, lr=lr, betas=betas, eps=eps)
     return optimizer
 
@@ -113,23 +133,40 @@ def muon(
     adamw_lr_factor: float = 1.0,
     adamw_betas: tuple[float, float] = (0.9, 0.95),
     adamw_eps: float = 1e-8,
+    no_decay: tuple[str, ...] = (),
+    normuon_beta2: float | None = None,
+    cautious: bool = False,
 ) -> Optimizer:
     """Muon for the hidden matrices (arXiv 2502.16982), AdamW for embeddings, head, norms and biases; `lr` scales both.
 
     Updates are scaled by 0.2 sqrt(max(rows, columns)), which gives them AdamW's usual size: a learning rate
-    and weight decay tuned for AdamW carry over. torch.optim.Muon, but on a CPU with a step that orthogonalises in
-    fp32 (`CPUMuon`).
+    and weight decay tuned for AdamW carry over. torch.optim.Muon, but on a CPU and with the options below
+    with a step of ours (`BatchedMuon`).
+
+    NorMuon (arXiv 2510.05491, algorithm 1) divides each row of the orthogonalised momentum O by the root of its mean
+    square over the steps, so that all neurons move equally far; the update keeps its size:
+
+        v <- beta2 v + (1 - beta2) mean over columns of O^2,   O' = O / (sqrt(v) + eps)
+        W <- W - lr weight_decay W - 0.2 lr sqrt(rows columns) / ||O'|| O'
+
+    Cautious weight decay (arXiv 2510.12402, equation 1) decays the numbers whose update shrinks them, too:
+
+        W <- W - lr (u + weight_decay [u W >= 0] W)
 
     Args:
         lr: rate of the hidden matrices.
         adamw_lr_factor: rate of the rest as a multiple of lr. A scheduler scales both.
+        no_decay: as for adamw.
+        normuon_beta2: NorMuon's beta2, 0.95 in the paper; None: plain Muon.
+        cautious: cautious weight decay of the hidden matrices.
 
     Raises:
-        ValueError: for a setting that is out of its range, or a model without hidden matrices.
+        ValueError: for a setting that is out of its range, a name that the model lacks, or a model without hidden
+            matrices.
     """
     adamw_betas = _check(adamw_betas, lr=lr, weight_decay=weight_decay, adamw_eps=adamw_eps)
     check(WEIGHT, adamw_lr_factor=adamw_lr_factor)
-    check(SHARE, momentum=momentum)
+    check(SHARE, momentum=momentum, normuon_beta2=normuon_beta2)
     check(Range(least=1, most=99), ns_steps=ns_steps)
     matrices, others = _split_for_muon(model)
     if not others:
@@ -139,11 +176,14 @@ def muon(
         )
     if not matrices:
         raise ValueError(f"muon finds no hidden matrix among {len(others)} trained parameters: use optimizer=adamw")
-    known = all(p.device.type == "cpu" and (type(p.data) is torch.Tensor or is_sharded(p)) for p in matrices)
-    kind = CPUMuon if known else torch.optim.Muon
+    on_cpu = all(p.device.type == "cpu" and (type(p.data) is torch.Tensor or is_sharded(p)) for p in matrices)
+    # Settings of a group only where they are on: a checkpoint then resumes with the step that wrote it.
+    options: dict[str, Any] = {} if normuon_beta2 is None else {"normuon_beta2": normuon_beta2}
+    options |= {"cautious": True} if cautious else {}
+    kind = BatchedMuon if on_cpu or options else torch.optim.Muon
     return MuonWithAdamW(
         kind(
-            matrices,
+            [{**group, **options} for group in _decay_groups(model, matrices, weight_decay, no_decay)],
             lr=lr,
             weight_decay=weight_decay,
             momentum=momentum,
@@ -151,7 +191,8 @@ def muon(
             adjust_lr_fn="match_rms_adamw",
         ),
         torch.optim.AdamW(
-            [{**group, "name": "adamw"} for group in _decay_groups(others, weight_decay)],  # for what is logged
+            # The name is for what is logged.
+            [{**group, "name": "adamw"} for group in _decay_groups(model, others, weight_decay, no_decay)],
             lr=lr * adamw_lr_factor,
             betas=adamw_betas,
             eps=adamw_eps,
@@ -226,12 +267,15 @@ def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], st
     return x.transpose(1, 2) if tall else x
 
 
-class CPUMuon(torch.optim.Muon):
-    """torch's Muon with another step: same settings, same state, same update but for rounding.
+class BatchedMuon(torch.optim.Muon):
+    """torch's Muon with another step: same settings, same state, same update but for rounding; and its options.
 
-    torch orthogonalises in bf16, matrix by matrix. Without bf16 units that takes several times as long as fp32, and
-    small matrices cost more to call than to compute: benchmarks/muon.py. Each process orthogonalises whole matrices and
-    keeps its shards of the updates, so that many processes take the step of one.
+    torch orthogonalises in bf16, matrix by matrix. On a CPU without bf16 units that takes several times as long as
+    fp32, and small matrices cost more to call than to compute: benchmarks/muon.py. Each process orthogonalises whole
+    matrices and keeps its shards of the updates, so that many processes take the step of one. On other devices than a
+    CPU it orthogonalises in bf16, too.
+
+    A group may have `normuon_beta2` and `cautious`, see `muon`. The rows' mean squares are whole on every process.
     """
 
     @torch.no_grad()
@@ -250,10 +294,15 @@ class CPUMuon(torch.optim.Muon):
                 # 0.2 sqrt(max(rows, columns)) gives the update AdamW's usual size (arXiv 2502.16982, eq. 4).
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
                 updates = torch.stack([full_tensor(self._momentum(parameter, group)) for parameter in parameters])
-                updates = orthogonalize(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                for parameter, update in zip(parameters, updates, strict=True):
+                exact = updates if updates.device.type == "cpu" else updates.bfloat16()
+                exact = orthogonalize(exact, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                for parameter, update in zip(parameters, exact.to(updates.dtype), strict=True):
+                    if "normuon_beta2" in group:
+                        update = self._equal_rows(parameter, update, group)
                     part = shard_like(update, parameter) if is_sharded(parameter) else update
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(part, alpha=-rate)
+                    decay = group["lr"] * group["weight_decay"]
+                    kept = 1 - decay * (part * parameter >= 0) if "cautious" in group else 1 - decay
+                    parameter.mul_(kept).add_(part, alpha=-rate)
         return loss
 
     def _momentum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
@@ -264,3 +313,13 @@ class CPUMuon(torch.optim.Muon):
         buffer: Tensor = state["momentum_buffer"]
         buffer.lerp_(gradient, 1 - group["momentum"])
         return gradient.lerp(buffer, group["momentum"])  # Nesterov
+
+    def _equal_rows(self, parameter: Tensor, update: Tensor, group: dict[str, Any]) -> Tensor:
+        """NorMuon's O' of update (Tensor), [rows, columns], at the norm sqrt(min(rows, columns)) of an exact U V^T."""
+        state = self.state[parameter]
+        if "row_square" not in state:
+            state["row_square"] = torch.zeros(len(update), device=update.device)
+        mean: Tensor = state["row_square"]
+        mean.lerp_(update.float().square().mean(1), 1 - group["normuon_beta2"])
+        scaled = update / (mean.sqrt() + group["eps"])[:, None]
+        return (scaled * (min(update.shape) ** 0.5 / scaled.norm().clamp(min=group["eps"]))).to(update.dtype)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plmtune.losses.cross_entropy import cross_entropy
+from plmtune.losses.sft_refine import SftRefine
 from plmtune.registry import load
 
 
@@ -24,6 +25,17 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         if t != -100:
             logits = weight.double() @ h
             total = total + logits.exp().sum().log() - logits[t]
+    return total
+
+
+def naive_z(hidden: Tensor, weight: Tensor, targets: Tensor, z: float, soft_cap: float | None) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for h, t in zip(hidden.double(), targets.tolist(), strict=True):
+        if t != -100:
+            logits = weight.double() @ h
+            logits = logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+            log_z = logits.exp().sum().log()
+            total = total + log_z - logits[t] + z * log_z**2
     return total
 
 
@@ -83,6 +95,50 @@ class TestCrossEntropy:
 
     def test_is_found_by_its_name(self) -> None:
         assert load("loss", "cross_entropy") is cross_entropy
+
+
+class TestZLoss:
+    @pytest.mark.parametrize("soft_cap", [None, 2.0])
+    @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+    def test_equals_the_formula_written_naively(self, dtype: torch.dtype, near: float, soft_cap: float | None) -> None:
+        hidden, _, targets = batch(dtype=dtype)
+        # Small, so that the weight's own rounding to bf16 is not what is compared.
+        weight = (batch()[1].detach() / 4).to(dtype).float().requires_grad_()
+        loss = cross_entropy(chunk_rows=64, z_loss=0.05)
+        ours, theirs = (
+            loss(hidden, weight, targets, soft_cap=soft_cap),
+            naive_z(hidden, weight, targets, 0.05, soft_cap),
+        )
+        assert ours.item() == pytest.approx(theirs.item(), rel=near)
+        exact = gradients(theirs, hidden, weight)
+        assert all(relative(a, b) < near for a, b in zip(gradients(ours, hidden, weight), exact, strict=True))
+        frozen = loss(hidden, weight.detach(), targets, soft_cap=soft_cap)
+        assert relative(gradients(frozen, hidden)[0], exact[0]) < near
+        headless = loss(hidden.detach(), weight, targets, soft_cap=soft_cap)
+        assert relative(gradients(headless, weight)[0], exact[1]) < near
+
+    def test_a_small_weight_is_not_lost_in_the_rounding_of_bf16(self) -> None:
+        # z-loss alone moves the sum of a token's gradients over the vocabulary from 0, by 2 z_loss log Z: here 0.004,
+        # which bf16 loses beside 1.
+        hidden, weight, targets = batch(n=64, v=500, dtype=torch.bfloat16)
+        flat = (weight.detach() / 8).requires_grad_()
+        plain, with_z = (gradients(cross_entropy(z_loss=z)(hidden, flat, targets), flat)[0].sum(0) for z in (0.0, 3e-4))
+        exact = [gradients(naive_z(hidden, flat.bfloat16(), targets, z, None), flat)[0].sum(0) for z in (0.0, 3e-4)]
+        assert relative(with_z - plain, exact[1] - exact[0]) < 0.5
+
+    def test_without_gradients_it_is_the_cross_entropy(self) -> None:
+        leaves = batch()
+        with torch.no_grad():
+            assert cross_entropy(z_loss=0.1)(*leaves).item() == cross_entropy()(*leaves).item()
+
+    def test_a_negative_weight_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"z_loss \(-0.1\)"):
+            cross_entropy(z_loss=-0.1)
+
+    def test_the_loss_of_refinements_has_it_and_caps_logits(self) -> None:
+        leaves = batch()
+        ours = SftRefine(z_loss=0.1)(*leaves, soft_cap=3.0)
+        assert ours.item() == cross_entropy(z_loss=0.1)(*leaves, soft_cap=3.0).item()
 
 
 class TestHalfPrecision:

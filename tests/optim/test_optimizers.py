@@ -14,9 +14,11 @@ from torch.distributed.fsdp import fully_shard
 
 from plmtune.models.plm import plm
 from plmtune.modules.peft import lora
-from plmtune.optim.optimizers import CPUMuon, adamw, adamw_8bit, muon, optimizer_bytes
+from plmtune.modules.sharding import full_tensor
+from plmtune.optim.optimizers import BatchedMuon, adamw, adamw_8bit, muon, optimizer_bytes, orthogonalize
 from plmtune.optim.schedules import wsdc
 from plmtune.registry import component
+from plmtune.training.state import load_optimizer_state_dict, optimizer_state_dict
 
 WIDTH, VOCAB = 16, 40
 
@@ -56,6 +58,12 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: 
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def saved_whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a checkpoint holds of an optimizer."""
+    tensors, rest = optimizer_state_dict(model, optimizer)
+    return {name: full_tensor(tensor).clone() for name, tensor in tensors.items()}, rest
 
 
 @pytest.fixture
@@ -126,6 +134,28 @@ class TestAdamw8bit:
         assert groups[0]["betas"] == (0.8, 0.9)
 
 
+class TestNoDecay:
+    @pytest.mark.parametrize("make", [adamw, adamw_8bit, muon])
+    def test_what_it_names_does_not_decay_and_all_else_does_as_before(self, make: Any) -> None:
+        model = tiny()
+        groups = make(model, weight_decay=0.3, no_decay=("tok_embeddings", "down")).param_groups
+        decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+        by_name = {name: decay[id(p)] for name, p in model.named_parameters()}
+        assert by_name.pop("up.weight") == 0.3 and not any(by_name.values()) and len(by_name) == 4
+
+    def test_names_match_by_whole_parts_and_several_at_once(self) -> None:
+        model = plm(64, embed_dim=32, num_layers=2, num_heads=2, max_seq_len=8)
+        still = adamw(model, no_decay=("attention.o_proj", "layers.1.ffn")).param_groups[1]["params"]
+        names = {name for name, p in model.named_parameters() if any(p is q for q in still) and p.ndim == 2}
+        kept = {"layers.0.attention.o_proj.weight", "layers.1.attention.o_proj.weight"}
+        assert names == kept | {"layers.1.ffn.up_proj.weight", "layers.1.ffn.down_proj.weight"}
+
+    def test_a_name_that_the_model_lacks_is_refused_with_those_it_has(self) -> None:
+        for make in (adamw, adamw_8bit, muon):
+            with pytest.raises(ValueError, match=r"no_decay: the model has no 'embed'; it has tok_embeddings, weight"):
+                make(tiny(), no_decay=("embed",))
+
+
 @pytest.mark.parametrize(
     "make", [adamw, adamw_8bit, muon, functools.partial(muon, adamw_lr_factor=2.0)], ids=["adamw", "8bit", "muon", "2"]
 )
@@ -134,6 +164,7 @@ def test_lr_scales_every_group(make: Any) -> None:
     assert len(before) > 1 and after == pytest.approx([4 * lr for lr in before])
 
 
+OPTIONS: dict[str, Any] = {"normuon_beta2": 0.95, "cautious": True, "no_decay": ("down",)}
 SHAPES = [(8, 8), (16, 8), (8, 16), (8, 16)]
 
 
@@ -175,28 +206,78 @@ class TestMuon:
         assert [group["lr"] for group in optimizer.muon.param_groups] == pytest.approx([0.002])  # type: ignore[attr-defined]
         assert [group["lr"] for group in optimizer.adamw.param_groups] == pytest.approx([0.001] * 2)  # type: ignore[attr-defined]
 
-    def test_a_saved_state_resumes_to_the_same_weights(self) -> None:
+    def test_normuon_with_cautious_decay_equals_the_formulas_written_naively(self) -> None:
         model = tiny()
-        optimizer = muon(model, lr=0.02)
+        with torch.no_grad():
+            model.up.weight[:8] *= 3  # rows whose sizes differ
+        beta2, lr, decay = 0.9, 0.1, 0.5
+        optimizer = muon(model, lr=lr, weight_decay=decay, normuon_beta2=beta2, cautious=True)
+        p, (rows, columns) = model.up.weight, model.up.weight.shape
+        expected, m, v = p.detach().clone(), torch.zeros_like(p), [0.0] * rows
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            g = torch.randn(p.shape, generator=generator) * torch.linspace(0.1, 5, rows)[:, None]
+            p.grad = g.clone()
+            optimizer.step()
+            m = 0.95 * m + 0.05 * g
+            o = orthogonalize((0.05 * g + 0.95 * m)[None], (3.4445, -4.775, 2.0315), 5, 1e-7)[0]
+            for i in range(rows):
+                v[i] = beta2 * v[i] + (1 - beta2) * float((o[i] ** 2).mean())
+                o[i] = o[i] / (v[i] ** 0.5 + 1e-7)
+            u = 0.2 * (rows * columns) ** 0.5 / o.norm() * o
+            for i in range(rows):
+                for j in range(columns):
+                    w = float(expected[i, j])
+                    expected[i, j] = w - lr * (float(u[i, j]) + decay * (w if u[i, j] * w >= 0 else 0.0))
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-5)
+
+    def test_normuon_moves_all_rows_equally_far_at_the_first_step(self) -> None:
+        model = tiny()
+        before = model.up.weight.detach().clone()
+        train(model, muon(model, lr=0.1, weight_decay=0.0, normuon_beta2=0.95), 1)
+        moved = (before - model.up.weight.detach()).norm(dim=1)
+        assert moved.max() < 1.001 * moved.min()
+        assert moved.square().sum().sqrt() == pytest.approx(0.1 * 0.2 * moved.numel() ** 0.5 * WIDTH**0.5, rel=1e-4)
+
+    def test_options_that_are_off_leave_no_trace_in_a_checkpoint(self) -> None:
+        model = tiny()
+        optimizer = muon(model, lr=0.01)
+        train(model, optimizer, 1)
+        assert not {"normuon_beta2", "cautious"} & set(optimizer.param_groups[0])
+        assert set(optimizer.state[model.up.weight]) == {"momentum_buffer"}
+
+    @pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "options"])
+    def test_a_saved_state_resumes_to_the_same_weights(self, options: dict[str, Any]) -> None:
+        model = tiny()
+        optimizer = muon(model, lr=0.02, **options)
         train(model, optimizer, 3)
         other = copy.deepcopy(model)
-        resumed = muon(other, lr=0.5)
+        resumed = muon(other, lr=0.5, **options)
         resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         train(model, optimizer, 3, seed=2)
         train(other, resumed, 3, seed=2)
         for a, b in zip(model.parameters(), other.parameters(), strict=True):
             assert torch.equal(a, b)
 
-    def test_trains_under_fsdp(self, one_process: None) -> None:
+    @pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "options"])
+    def test_trains_under_fsdp_and_resumes_without(self, one_process: None, options: dict[str, Any]) -> None:
         plain, sharded = tiny(), tiny()
         fully_shard(sharded)
-        theirs = train(sharded, muon(sharded, lr=0.01), 5)
-        assert theirs == pytest.approx(train(plain, muon(plain, lr=0.01), 5), rel=1e-6)
+        theirs, ours = muon(sharded, lr=0.01, **options), muon(plain, lr=0.01, **options)
+        assert train(sharded, theirs, 5) == pytest.approx(train(plain, ours, 5), rel=1e-6)
+        resumed = muon(plain, lr=0.01, **options)
+        load_optimizer_state_dict(plain, resumed, *saved_whole(sharded, theirs))
+        for parameter, state in resumed.state.items():
+            for key, value in state.items():
+                torch.testing.assert_close(value, ours.state[parameter][key])
+        again = muon(sharded, lr=0.01, **options)
+        load_optimizer_state_dict(sharded, again, *saved_whole(plain, ours))
+        assert train(sharded, again, 2, seed=2) == pytest.approx(train(plain, resumed, 2, seed=2), rel=1e-6)
 
     def test_step_on_a_cpu_is_torchs_but_for_rounding(self) -> None:
         ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES] for _ in range(2))
         settings: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-        pair = CPUMuon(ours, **settings), torch.optim.Muon(theirs, **settings)
+        pair = BatchedMuon(ours, **settings), torch.optim.Muon(theirs, **settings)
         generator = torch.Generator().manual_seed(0)
         for _ in range(3):
             for a, b in zip(ours, theirs, strict=True):
@@ -236,6 +317,7 @@ class TestMuon:
             ({"lr": -1.0}, r"lr \(-1.0\)"),
             ({"momentum": 1.0}, r"momentum \(1.0\)"),
             ({"ns_steps": 0}, r"ns_steps \(0\)"),
+            ({"normuon_beta2": 1.0}, r"normuon_beta2 \(1.0\)"),
         ],
     )
     def test_impossible_numbers_are_refused(self, settings: dict[str, Any], message: str) -> None:
@@ -247,9 +329,11 @@ def _two_process_losses(rank: int, store: str, queue: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = tiny()
-    fully_shard(model)
-    losses = train(model, muon(model, lr=0.01), 5)
+    losses = []
+    for options in ({}, OPTIONS):
+        model = tiny()
+        fully_shard(model)
+        losses += train(model, muon(model, lr=0.01, **options), 5)
     if rank == 0:
         queue.put(losses)
     dist.barrier()
@@ -269,8 +353,9 @@ class TestMuonOnTwoProcesses:
         losses = queue.get(timeout=120)
         for process in processes:
             process.join(60)
-        plain = tiny()
-        assert losses == pytest.approx(train(plain, muon(plain, lr=0.01), 5), rel=1e-6)
+        plain, options = tiny(), tiny()
+        alone = train(plain, muon(plain, lr=0.01), 5) + train(options, muon(options, lr=0.01, **OPTIONS), 5)
+        assert losses == pytest.approx(alone, rel=1e-6)
 
 
 class TestOptimizerBytes:
