@@ -18,10 +18,12 @@ from torch import Tensor
 from plmtune.errors import UserError
 from plmtune.export.huggingface import GATE
 from plmtune.export.runtimes import form_of
+from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import CONFIG, Stored, checkpoint_directory, locate, opened_weights, read_json
+from plmtune.models.families import names_of
 from plmtune.models.gguf_file import opened_gguf
 from plmtune.models.gguf_layout import gguf_name, heads_of_halves, to_halves
-from plmtune.models.hf_config import hf_config, read_formats
+from plmtune.models.hf_config import described_model, hf_config, read_formats
 from plmtune.models.hf_names import hf_name
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Format, Quantized
@@ -57,6 +59,7 @@ class Contents:
         template: of conversations; None: none, or not known.
         ends: the id that the file says ends a text; None: it does not say.
         ends_turn: the id that it says ends a turn; None: it does not say.
+        computation: what its config.json describes, as `Decoder.computation` says it; empty: not known.
     """
 
     kind: str
@@ -73,6 +76,7 @@ class Contents:
     template: str | None = None
     ends: int | None = None
     ends_turn: int | None = None
+    computation: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_contents(path: Path, model: Decoder) -> Contents:
@@ -148,6 +152,26 @@ def differing(held: Mapping[str, float], wanted: Mapping[str, float]) -> dict[st
         for key in wanted
         if key in held and not math.isclose(held[key], wanted[key], rel_tol=1e-6)
     }
+
+
+def differing_parts(held: Mapping[str, Any], model: Decoder) -> list[str]:
+    """What an export's `computation` has otherwise than the model, a sentence's part each; none where it is empty."""
+    if not held:
+        return []
+    with torch.device("meta"):
+        plain = component_from_config("model", model.config, "the model")(vocab_size=model.vocab_size)
+    wanted, found = _flat(plain.computation()), _flat(held)
+    names = [name for name in dict.fromkeys((*wanted, *found)) if found.get(name) != wanted.get(name)]
+    return [f"{name} is {found.get(name)} in the export, {wanted.get(name)} here" for name in names]
+
+
+def _flat(computation: Mapping[str, Any]) -> dict[str, Any]:
+    """{module.setting: value}; shapes are those of tensors, and compared as such."""
+    found: dict[str, Any] = {}
+    for name, (kind, settings, rope, _) in computation.items():
+        held = settings | {"class": kind.__name__, "rope": rope}
+        found |= {f"{name}.{key}".removeprefix("."): value for key, value in held.items() if key != "init_std"}
+    return found
 
 
 def bits_of(kind: str) -> int | None:
@@ -233,18 +257,23 @@ def _of_directory(directory: Path, model: Decoder) -> Contents:
     ours_quantized = isinstance(quantization, dict) and quantization.get("formats")
     formats = read_formats(directory)[0] if ours_quantized else {}
     locations = locate(directory)
-    stored = Stored(locations)
-    names = {ours: hf_name(ours) for ours in _names(model)}
-    if not model.tied or keys.get("model_type") not in ("llama", "plm"):
-        names.setdefault("output.weight", "lm_head.weight")
+    stored, state = Stored(locations), model.state_dict()
+    form = names_of(keys)
+    parts = form.groups(_names(model))
+    names = {ours: theirs for theirs, held in parts.items() for ours in held}
+    names.setdefault("output.weight", "lm_head.weight")  # a tied head may be stored, too
     there = [ours for ours, theirs in names.items() if theirs in locations]
-    deepseek = keys.get("model_type") == "deepseek_v3"
-    # Its gate takes a factor of up: see export.huggingface.
+    # A PLM in this form has up in its gate, times a factor: see export.huggingface.
+    deepseek = keys.get("model_type") == "deepseek_v3" and model.config["ffn"]["component"] == "squared_relu"
     factor = GATE if deepseek and keys.get("hidden_act") != "relu" else 1.0
-    settings = _of_keys(keys)
+    settings, computation = _of_keys(keys), {}
     if deepseek:
         settings.pop("attention.head_dim", None)  # of RoPE alone there
-    if keys.get("model_type") != "plm":
+    else:
+        with contextlib.suppress(UserError):  # one that only transformers can read
+            found = described_model(keys, directory / CONFIG)
+            settings, computation = settings_of(found), found.computation()
+    if keys.get("model_type") != "plm" and not computation:
         settings.setdefault("attention.rope_theta", _DEFAULT_THETA)
     tables, template = {}, None
     with contextlib.suppress(UserError):  # one that only transformers can read is not looked into
@@ -252,7 +281,12 @@ def _of_directory(directory: Path, model: Decoder) -> Contents:
         tables, template = tokenizer_tables(tokenizer), tokenizer.chat_template
 
     def read(ours: str) -> Tensor:
-        found = _stored_tensor(stored, names[ours], formats.get(ours.removesuffix(".weight")))
+        theirs = names[ours]
+        found = _stored_tensor(stored, theirs, formats.get(ours.removesuffix(".weight")))
+        found = found.t() if form.is_transposed(theirs) else found
+        rows = [len(state[part]) for part in parts.get(theirs, ())]
+        if len(rows) > 1 and sum(rows) == len(found):
+            found = found.split(rows)[parts[theirs].index(ours)]
         return found * factor if ours.endswith("up_proj.weight") else found
 
     def header(ours: str) -> tuple[str, list[int]]:
@@ -276,10 +310,11 @@ def _of_directory(directory: Path, model: Decoder) -> Contents:
         kinds=kinds,
         missing=tuple(sorted(names[ours] for ours in _names(model) if ours not in there)),
         # Older files carry RoPE's table.
-        unknown=tuple(sorted(name for name in set(locations) - known if not name.endswith("rotary_emb.inv_freq"))),
+        unknown=tuple(sorted(name for name in set(locations) - known if not name.endswith(form.buffers))),
         rows=header(_EMBEDDING)[1][0] if _EMBEDDING in there else None,
         tokenizer=tables,
         template=template,
+        computation=computation,
     )
 
 

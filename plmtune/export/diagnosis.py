@@ -81,8 +81,8 @@ def _suspicions(model: Decoder) -> Iterator[Suspicion]:
     """Possible mistakes, the most specific first, and how our model makes them."""
     yield from _rope_suspicions(model)
     for key, values in _USUAL.items():
-        held = settings_of(model)[key]
-        for value in values:
+        held = settings_of(model).get(key)
+        for value in values if held is not None else ():
             if value != held:
                 said = f"the runtime takes {value:g} for {key}, which is {held:g}"
                 yield said, partial(with_settings, model, {key: value})
@@ -92,8 +92,11 @@ def _suspicions(model: Decoder) -> Iterator[Suspicion]:
 
 
 def _rope_suspicions(model: Decoder) -> Iterator[Suspicion]:
-    attention: Any = model.layers[0].attention
-    width, _, _, interleaved = attention.rope.settings
+    layers: list[Any] = list(model.layers)
+    ropes = [layer.attention.rope for layer in layers if layer.attention.rope is not None]
+    if not ropes:
+        return
+    width, _, _, interleaved = ropes[0].settings
     index = torch.arange(width)
     orders = {"neighbours": index.view(2, -1).T.flatten(), "halves": index.view(-1, 2).T.flatten()}
     sides = {"the rows of Q and K": ("q", "k"), "the rows of Q alone": ("q",), "the rows of K alone": ("k",)}
@@ -118,10 +121,12 @@ def with_settings(model: Decoder, settings: Mapping[str, float]) -> Iterator[Non
     with ExitStack() as stack:
         for norm in (module for module in model.modules() if isinstance(module, RMSNorm)):
             stack.enter_context(with_attributes([norm], eps=settings.get("norm.eps", norm.eps)))
-        for rope in (layer.attention.rope for layer in layers):
+        common = settings_of(model).get("attention.rope_theta")
+        for rope in (layer.attention.rope for layer in layers if layer.attention.rope is not None):
             width, positions, theta, interleaved = rope.settings
-            held = (width, positions, settings.get("attention.rope_theta", theta), interleaved)
-            stack.enter_context(with_attributes([rope], settings=held))
+            if theta == common:  # local layers may have a base of their own
+                held = (width, positions, settings.get("attention.rope_theta", theta), interleaved)
+                stack.enter_context(with_attributes([rope], settings=held))
         yield
 
 

@@ -2,8 +2,9 @@
 
 Two forms:
 
-* its own: a PLM with the names and keys of the authors' checkpoints (model_type plm, which transformers 5 does not
-  know, but llama.cpp's converter and the authors' code do), a GQA model with SwiGLU as a plain LlamaForCausalLM;
+* its family's: names, keys and fused matrices of the authors' checkpoints. A model that was read from such a checkpoint
+  keeps its keys. transformers has a class of each family but plm and minicpm, which the authors' code loads, and
+  llama.cpp's converter;
 * `deepseek`: a PLM as a dense DeepseekV3ForCausalLM, which transformers, vLLM and SGLang load with no custom code, the
   latter two with a cache of latents. vLLM and SGLang refuse any gate but silu ("Only silu is supported for now",
   DeepseekV2MLP of both), so with k = 4096, gate = k * up and up' = up / k,
@@ -35,9 +36,10 @@ from plmtune.io.atomic import atomic_write, check_room
 from plmtune.models.adapters import ADAPTERS, holds_adapters
 from plmtune.models.checkpoint_files import ADAPTER_CONFIG, locate, read_json, write_json
 from plmtune.models.directory import new_directory
-from plmtune.models.hf import save_model
+from plmtune.models.families import names_of
+from plmtune.models.hf import hf_state, save_model
 from plmtune.models.hf_config import hf_config
-from plmtune.models.hf_names import SCORE, hf_name
+from plmtune.models.hf_names import SCORE, STANDARD
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import effective_weight
 from plmtune.modules.quantized import Quantized
@@ -70,7 +72,9 @@ def export_hf(
         UserError: if the form has no such parts or numbers, something is there already, or the disk has no room.
     """
     dtype = dtype or model.dtype
-    keys = hf_config(model.config, dtype, score_head=hasattr(model, "score"))
+    # A PLM's own keys are what a DeepSeek's are made of.
+    source = model.source_keys if as_ is None else {}
+    keys = hf_config(model.config, dtype, score_head=hasattr(model, "score"), source=source or None)
     keys.pop("plmtune", None)  # it would describe other tensors than a DeepSeek's, and the others need it not
     notes = []
     if as_ is not None:
@@ -81,7 +85,7 @@ def export_hf(
     ids["pad_token_id"] = tokenizer.eos_id
     if any(isinstance(module, Quantized) for module in model.modules()):
         notes.append("The integers are written out as floating-point numbers: the model is the same, its size is not.")
-    state = _float_state(model, dtype)
+    state = hf_state(_float_state(model, dtype), STANDARD if as_ is not None else names_of(keys))
     if as_ is not None:
         before = sum(tensor.nbytes for tensor in state.values())
         state = _deepseek_state(state)
@@ -97,7 +101,9 @@ def export_hf(
             )
     check_room(directory, sum(tensor.nbytes for tensor in state.values()))
     with new_directory(directory) as temporary:
-        save_model(state, keys | ids, temporary)
+        # transformers' class of Youtu zeroes the row of a pad token after loading it, and ours is one that ends texts.
+        no_pad = {"pad_token_id": None} if keys["model_type"] == "youtu" else {}
+        save_model(state, keys | ids | no_pad, temporary)
         write_json(temporary / "generation_config.json", ids)
         tokenizer.save(temporary)
     return notes
@@ -152,15 +158,14 @@ def _parts(model: Decoder) -> str:
 
 
 def _float_state(model: Decoder, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors under Hugging Face's names, quantized ones written out."""
+    """All tensors, quantized ones written out."""
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
     state = {f"{name}.weight": effective_weight(module) for name, module in quantized.items()}
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
         if owner not in quantized or leaf == "bias":
             state[name] = tensor
-    names = [hf_name(name) for name in state]
-    return {name: state.pop(ours).detach().to("cpu", dtype) for name, ours in zip(names, list(state), strict=True)}
+    return {name: state.pop(name).detach().to("cpu", dtype) for name in list(state)}
 
 
 def _deepseek_keys(model: Decoder, keys: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -180,7 +185,7 @@ def _deepseek_keys(model: Decoder, keys: dict[str, Any], dtype: torch.dtype) -> 
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "rope_interleave": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rope_parameters": {"rope_type": "default"} | (keys["rope_scaling"] or {}) | {"rope_theta": theta},
         # No layer has experts; their keys are the least that all readers take.
         "first_k_dense_replace": layers,
         "moe_layer_freq": 1,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,8 +14,11 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from plmtune.errors import UserError
-from plmtune.models.assemble import component_from_config
+from plmtune.models.assemble import component_config, component_from_config
+from plmtune.models.families import by_model_type
 from plmtune.models.gguf_layout import kv_heads
+from plmtune.models.hf_config import hf_config
+from plmtune.modules.decoder import Decoder
 from plmtune.quantization.schemes import candidates
 from plmtune.registry import Component, keys_of
 from plmtune.units import show_bytes
@@ -153,13 +157,20 @@ def _wanted(kind: str, head: bool) -> str:
 
 def matrices(config: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
     """{name without its layer: (rows, width of a row, how often it is there)} of a model's matrices."""
-    with torch.device("meta"):
-        model = component_from_config("model", dict(config), "the model")(vocab_size=config["vocab_size"])
     found: dict[str, tuple[int, int, int]] = {}
-    for name, (rows, width) in sorted(candidates(model).items(), key=lambda item: not item[0].startswith("layers.")):
+    for name, (rows, width) in sorted(
+        candidates(_meta_model(config)).items(), key=lambda item: not item[0].startswith("layers.")
+    ):
         leaf = name.rpartition(".")[2]
         found[leaf] = rows, width, found.get(leaf, (0, 0, 0))[2] + 1
     return found
+
+
+def _meta_model(config: Mapping[str, Any]) -> Decoder:
+    """A model without memory for its weights."""
+    with torch.device("meta"):
+        model: Decoder = component_from_config("model", dict(config), "the model")(vocab_size=config["vocab_size"])
+    return model
 
 
 def _head_dims(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -241,28 +252,49 @@ def _odd_vocabulary(config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _hf(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Finding]:
-    attention, ffn, norm = (config[part]["component"] for part in ("attention", "ffn", "norm"))
-    plm = (attention, ffn, norm) == ("mla", "squared_relu", "rms_norm")
-    halves = not config["attention"].get("rope_interleaved", False)
-    llama = attention in ("gqa", "mha") and (ffn, norm) == ("swiglu", "rms_norm") and halves
-    if not plm and not llama:
-        turned = " with interleaved RoPE" if attention in ("gqa", "mha") and not halves else ""
+    model_type = _model_type(config)
+    family = by_model_type().get(model_type)
+    if family is None:
+        attention, ffn, norm = (config[part]["component"] for part in ("attention", "ffn", "norm"))
+        setting = _setting_without_family(config)
         yield Finding(
             "refused",
-            f"Hugging Face's libraries have no model of {attention}{turned}, {ffn} and {norm}. They have mla with "
-            "squared_relu, and gqa or mha (RoPE not interleaved) with swiglu, each with rms_norm.",
+            f"Hugging Face's libraries have no model of {attention}, {ffn} and {norm}"
+            f"{f' with {setting}' if setting else ''}. They have {', '.join(by_model_type())}.",
         )
         return
-    if setting := unwritten_setting(config):
-        yield Finding("refused", f"The export to hf does not write {setting} of the model {config['component']}.")
-        return
-    if plm:
+    if model_type == "plm":
         yield Finding(
             "warning",
             "transformers, vLLM and SGLang do not know the model_type plm: --as deepseek is for them, larger by a "
             "copy of each up projection and of the embedding.",
         )
+    elif not family.in_transformers:
+        yield Finding(
+            "warning",
+            f"transformers does not know the model_type {model_type} itself: it needs the code of the authors' "
+            "repository, which the export does not hold.",
+        )
     yield from _odd_vocabulary(config)
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    """The model_type of config.json that a model gets; plmtune: none of the families."""
+    return str(hf_config(_meta_model(config).config, torch.float32)["model_type"])
+
+
+def _setting_without_family(config: Mapping[str, Any]) -> str | None:
+    """The first setting of a part that keeps a model from being one of a family; None: no single one does."""
+    for group in ("attention", "ffn", "norm"):
+        part = config[group]
+        for key, held in keys_of(group, part["component"]).items():
+            default = component_config(held.default) if isinstance(held.default, Component) else held.default
+            if key in part and part[key] != default:
+                other = {**config, "num_layers": 1, group: {**part, key: default}}
+                with contextlib.suppress(ValueError, UserError):  # of a width without a default
+                    if _model_type(other) != "plmtune":
+                        return f"{group}.{key}={part[key]}"
+    return None
 
 
 def _executorch(config: Mapping[str, Any], kinds: Sequence[str]) -> Iterator[Finding]:

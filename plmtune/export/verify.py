@@ -19,7 +19,7 @@ from torch import Tensor
 from plmtune.errors import UserError
 from plmtune.export import probe_texts
 from plmtune.export.arithmetic import with_rounded_inputs
-from plmtune.export.contents import Contents, bits_of, differing, read_contents, settings_of
+from plmtune.export.contents import Contents, bits_of, differing, differing_parts, read_contents, settings_of
 from plmtune.export.diagnosis import LOWEST, as_exported, find_cause, log_probs, reported_only
 from plmtune.export.report import Check, Report
 from plmtune.export.runtimes import InferenceRuntime, RuntimeName, choose_runtime, open_runtime
@@ -143,8 +143,9 @@ def _compare_contents(report: Report, model: Decoder, contents: Contents, name: 
         parts.append(f"the export holds {contents.unknown[0]}{_more(contents.unknown)}, which the checkpoint has not")
     report.add("names of tensors: that differ", len(lacking), 0, None, "; ".join(parts))
     wrong = differing(contents.settings, settings_of(model))
-    said = "; ".join(f"{key} is {held:g} in the export, {wanted:g} here" for key, (held, wanted) in wrong.items())
-    report.add("settings: that differ", len(wrong), 0, None, said)
+    others = [] if wrong else differing_parts(contents.computation, model)
+    numbers = [f"{key} is {held:g} in the export, {wanted:g} here" for key, (held, wanted) in wrong.items()]
+    report.add("settings: that differ", len(wrong) + len(others), 0, None, "; ".join([*numbers, *others[:4]]))
     rows = model.vocab_size if contents.rows is None else contents.rows
     said = f"the export has {rows:,} rows of the vocabulary, the checkpoint {model.vocab_size:,}"
     report.add("rows of the vocabulary: that differ", int(rows != model.vocab_size), 0, None, said)
@@ -241,7 +242,10 @@ def _cannot_hold(contents: Contents, model: Decoder) -> bool:
     """Whether an export differs in what our model cannot be given, which is reported already."""
     wrong = differing(contents.settings, settings_of(model))
     lacking = [name for name in contents.missing if not name.endswith(".bias")]
-    return bool(contents.unknown or lacking or set(wrong) - {"norm.eps", "attention.rope_theta", "max_seq_len"})
+    other = not wrong and differing_parts(contents.computation, model)
+    return bool(
+        contents.unknown or lacking or other or set(wrong) - {"norm.eps", "attention.rope_theta", "max_seq_len"}
+    )
 
 
 def _quantized_like(model: Decoder, contents: Contents) -> tuple[Decoder, Contents]:

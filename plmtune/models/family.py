@@ -111,6 +111,7 @@ class Family:
         read: keys of config.json -> settings of the component, without vocab_size.
         write: a model's `config` -> keys of config.json; KeyError or ValueError where it has no such model.
         names: of its tensors.
+        in_transformers: whether transformers has the class itself; else the authors' code has it.
     """
 
     component: str
@@ -118,6 +119,7 @@ class Family:
     read: Callable[[Keys], dict[str, Any]]
     write: Callable[[Mapping[str, Any]], dict[str, Any]]
     names: Names = field(default=STANDARD)
+    in_transformers: bool = True
 
 
 def decoder_settings(

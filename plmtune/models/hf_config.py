@@ -170,6 +170,15 @@ def build_on_meta(directory: Path, num_tensors: int) -> Decoder:
     return model
 
 
+def described_model(keys: Mapping[str, Any], path: Path) -> Decoder:
+    """The model that the keys of a config.json describe without `plmtune`, on the meta device.
+
+    Raises:
+        UserError: if they describe none that loads.
+    """
+    return _build(_from_hf_keys(keys, path), str(path), path)
+
+
 def _build(description: Any, where: str, path: Path | None = None, num_tensors: int = _MAX_LAYERS) -> Decoder:
     """Build the model of a `config` on the meta device."""
     path = Path(where) if path is None else path

@@ -66,4 +66,4 @@ def _write(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("minicpm", {"minicpm": "MiniCPMForCausalLM"}, _read, _write)
+FAMILY = Family("minicpm", {"minicpm": "MiniCPMForCausalLM"}, _read, _write, in_transformers=False)

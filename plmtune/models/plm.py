@@ -74,4 +74,4 @@ def _write(config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-FAMILY = Family("plm", {"plm": "PLMForCausalLM"}, _read, _write)
+FAMILY = Family("plm", {"plm": "PLMForCausalLM"}, _read, _write, in_transformers=False)

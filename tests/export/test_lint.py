@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from plmtune.export.lint import Finding, lint, lint_deploy, matrices, stored_type
+from plmtune.models.families import by_model_type
 from plmtune.models.gguf_layout import kv_heads
 
 
@@ -130,9 +131,22 @@ class TestOthers:
 
     def test_hf_lacks_the_same_parts_that_the_export_refuses(self) -> None:
         turned = llama_config()["attention"] | {"rope_interleaved": True}
-        assert "no model of gqa with interleaved RoPE" in texts(lint(llama_config(attention=turned), "hf"), "refused")
-        swiglu = {"component": "swiglu", "hidden_dim": 8}
-        assert "no model of mla, swiglu and rms_norm" in texts(lint(plm_config(ffn=swiglu), "hf"), "refused")
+        assert (
+            "no model of gqa, swiglu and rms_norm with attention.rope_interleaved=True. They have plm, llama"
+            in texts(lint(llama_config(attention=turned), "hf"), "refused")
+        )
+        squared = {"component": "squared_relu", "hidden_dim": 8}
+        assert "no model of gqa, squared_relu and rms_norm. They" in texts(
+            lint(llama_config(ffn=squared), "hf"), "refused"
+        )
+
+    def test_hf_says_which_families_need_their_authors_code(self) -> None:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        lacking = [name for name, family in by_model_type().items() if not family.in_transformers]
+        assert lacking == [name for name in by_model_type() if name not in CONFIG_MAPPING_NAMES] == ["plm", "minicpm"]
+        minicpm = llama_config(component="minicpm", depth_scale=1.4)
+        assert "does not know the model_type minicpm itself" in texts(lint(minicpm, "hf"), "warning")
 
     def test_executorch_takes_a_plm(self) -> None:
         assert lint(plm_config(), "executorch", ("int8_dynamic", "int8_dynamic_int4")) == []

@@ -16,6 +16,7 @@ from plmtune.export.runtimes.xllamacpp import XLlamaCppRuntime
 from plmtune.extras import installed, missing
 from plmtune.io import manifest
 from plmtune.models.checkpoint_files import ADAPTER_CONFIG, CONFIG, read_json
+from plmtune.models.families import by_model_type
 from plmtune.ranges import AT_LEAST_1, check
 
 __all__ = ["UNVERIFIED", "InferenceRuntime", "RuntimeName", "Timing", "choose_runtime", "form_of", "open_runtime"]
@@ -89,9 +90,10 @@ def _serving(path: Path) -> tuple[RuntimeName, ...]:
     if not (path / CONFIG).is_file() or (path / ADAPTER_CONFIG).is_file():
         return ("plmtune",)
     keys = read_json(path, CONFIG)
-    if "plmtune" in keys or keys.get("model_type") == "plm":
+    family = by_model_type().get(str(keys.get("model_type")))
+    if "plmtune" in keys or (family is not None and not family.in_transformers):
         return ("plmtune", "transformers")
-    return ("transformers", "plmtune") if keys.get("model_type") == "llama" else ("transformers",)
+    return ("transformers",) if family is None else ("transformers", "plmtune")
 
 
 def _installed(name: RuntimeName) -> bool:
