@@ -94,7 +94,12 @@ class Scorer:
         """
         texts = self._texts(items)
         gpu = self.device.type != "cpu"
-        batches = plan(
+        # Keys of a text whose length changes RoPE's frequencies are its own.
+        usual = self.model.rope_key(1)
+        alone = [text for text in texts if usual and self.model.rope_key(text.tokens.size) != usual]
+        texts = [text for text in texts if not alone or self.model.rope_key(text.tokens.size) == usual]
+        alone.sort(key=lambda text: -text.tokens.size)
+        batches = [Batch(text.tokens[:0], ((text,),)) for text in alone] + plan(
             texts,
             token_budget=self.token_budget or self._default_budget(),
             # A layer has 12 d^2 products a token, a score of attention 2 d: d for the query, d for the value.

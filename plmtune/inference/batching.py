@@ -118,6 +118,7 @@ class BatchedGenerator:
     def __post_init__(self) -> None:
         check(AT_LEAST_1, batch_size=self.batch_size)
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        self._by_length = bool(self.model.rope_key(1))
         # Each of these changes in one assignment, so that an interrupt leaves a consistent state.
         self._queue = RequestQueue()
         self._rows: dict[int, _Row] = {}  # by slot
@@ -204,6 +205,8 @@ class BatchedGenerator:
 
     def _choose(self, most: int) -> list[Waiting]:
         """Return at most so many requests to read next, longest first; all begin with the last shared prefix."""
+        if self._by_length and (group := self._choose_of_one_length(most)):
+            return group
         while not (candidates := self._queue.continuing(self._prefix)):
             self._shared_prefixes = self._shared_prefixes[:-1]
         longest = min(candidates, key=TURN)
@@ -217,6 +220,17 @@ class BatchedGenerator:
             waiting for waiting in group if waiting is longest or not self._queue.length_to_share(waiting, self._start)
         ]
         return group[: _similar([waiting.length - self._start for waiting in group])]
+
+    def _choose_of_one_length(self, most: int) -> list[Waiting]:
+        """As `_choose`, of requests that turn keys by the same frequencies; none if all waiting ones do."""
+        keys = {waiting.place: self.model.rope_key(waiting.length) for waiting in self._queue.waiting}
+        if set(keys.values()) == {self.model.rope_key(1)}:
+            return []
+        self._shared_prefixes = ()
+        longest = min(self._queue.waiting, key=TURN)
+        candidates = [waiting for waiting in self._queue.waiting if keys[waiting.place] == keys[longest.place]]
+        group = heapq.nsmallest(most, candidates, key=TURN)
+        return group[: _similar([waiting.length for waiting in group])]
 
     def _read_shared_prefix(self, first: Waiting, length: int) -> _SharedPrefix:
         """Read a prompt up to `length`, from the end of the last shared prefix on."""
@@ -235,6 +249,10 @@ class BatchedGenerator:
         longest = max(places)
         assert self._slots is not None
         device = self.model.device
+        for slot, row in enumerate(rows):
+            if self._by_length and self.model.must_reread(row.newest_at, row.newest_at + 1):
+                whole = torch.tensor([[*row.request.tokens, *row.written]], device=device)
+                self.model(whole, cache=self._slots.prefill(torch.tensor([slot], device=device)), hidden=True)
         tokens, lengths = torch.tensor([[row.newest for row in rows], places], device=device)[:, :, None]
         if min(places) == longest:
             # A single row is the common case; slices are faster than lists of positions.

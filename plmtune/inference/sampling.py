@@ -166,6 +166,8 @@ class PrefixCache:
         common, limit = 0, min(self.cache.length, len(ids) - 1)
         while common < limit and self.ids[common] == ids[common]:
             common += 1
+        if self.model.rope_key(self.cache.length) != self.model.rope_key(len(ids)):
+            common = 0  # the cached keys are not those of a text of this length
         self.cache.truncate(common)
         self.ids = list(ids)
         needed = len(ids) + room
@@ -202,7 +204,8 @@ def generate(
         repetition_penalty: see `penalize`; 1 for none.
         num_tokens: ids from here on have no text and are never sampled.
         cache: of the tokens before the prompts, with room for prompts and new tokens; None: there are none.
-        before: ids in the cache, for the repetition penalty.
+        before: ids in the cache, for the repetition penalty, and for LongRoPE, which reads a text again as it grows
+            beyond the original length.
         drawing: arguments of `sample`.
 
     Raises:
@@ -224,7 +227,13 @@ def generate(
     tokens = tokens.to(device)
     if cache is None:
         cache = model.new_cache(b, s + max_new_tokens)
+    whole = torch.tensor([before], dtype=torch.long, device=device).expand(b, -1) if len(before) == cached else None
     for _ in range(max_new_tokens):
+        if whole is not None:
+            whole = torch.cat((whole, tokens), dim=1)
+            if model.must_reread(cache.length, whole.shape[1]):
+                cache.truncate(0)
+                tokens = whole
         states = model(tokens, cache=cache, hidden=True)
         # Only the last position is sampled; the logits of a whole prompt would fill memory for nothing.
         logits = model.logits(states[:, -1])

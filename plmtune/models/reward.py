@@ -73,7 +73,10 @@ def score(model: Decoder, sequences: Sequence[Sequence[int] | NDArray], *, batch
         for row, index in zip(tokens, chosen, strict=True):
             row[: len(sequences[index])] = torch.as_tensor(sequences[index])
         # Padding stands behind each end, where causal attention does not look.
-        hidden = model(tokens.to(device), hidden=True)  # [b, s, d]
+        # Its positions matter where RoPE's frequencies depend on each text's length.
+        positions = torch.arange(tokens.shape[1]).minimum(lengths[:, None] - 1) if model.rope_key(1) else None
+        input_pos = positions if positions is None else positions.to(device)
+        hidden = model(tokens.to(device), input_pos=input_pos, hidden=True)  # [b, s, d]
         ends = torch.arange(len(chosen)) * tokens.shape[1] + lengths - 1
         found = head_scores(model, hidden.flatten(0, 1), ends.to(device))
         for index, value in zip(chosen, found.tolist(), strict=True):

@@ -64,6 +64,19 @@ def window_mask(mask: Tensor | None, window: int, s: int, t: int, last: Tensor |
     return seen & (mask if mask is not None else back >= 0)
 
 
+def window_mask_by_position(mask: Tensor, window: int, input_pos: Tensor, shared: int) -> Tensor:
+    """As `window_mask`, of rows in which texts branch, so that places are no distances.
+
+    Args:
+        mask (Tensor): boolean, [b, s, shared + s].
+        input_pos (Tensor): [b, s].
+        shared: keys before them, at positions 0, 1, ...
+    """
+    before = torch.arange(shared, device=input_pos.device).expand(len(input_pos), -1)
+    back = input_pos[:, :, None] - torch.cat((before, input_pos), dim=1)[:, None]  # [b, s, shared + s]
+    return mask & (back < window)
+
+
 def attend(
     q: Tensor,
     k: Tensor,

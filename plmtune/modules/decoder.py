@@ -232,6 +232,22 @@ class Decoder(nn.Module):
         stored = sum(m.num_rows * m.width for m in self.modules() if isinstance(m, Quantized))
         return stored + sum(parameter.numel() for parameter in self.parameters())
 
+    def rope_key(self, length: int) -> tuple[int, ...]:
+        """What of a text's length decides RoPE's frequencies, so that keys cached under another one are not its own;
+        empty where nothing does."""
+        found = set()
+        for layer in self.layers:
+            scaling = getattr(getattr(cast(Any, layer).attention, "rope", None), "scaling", None)
+            if scaling is not None and scaling.by_length:
+                found.add(scaling.key(length))
+        return tuple(sorted(found))
+
+    def must_reread(self, cached: int, length: int) -> bool:
+        """Whether a text of which `cached` tokens are in a cache is read again as it grows to `length`."""
+        ropes = (getattr(cast(Any, layer).attention, "rope", None) for layer in self.layers)
+        scalings = (rope.scaling for rope in ropes if rope is not None and rope.scaling is not None)
+        return cached > 0 and any(s.rereads and s.key(cached) != s.key(length) for s in scalings)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return fp32 logits, [..., v], of normed hidden states, [..., d]."""
         logits = self._project(hidden)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plmtune.modules.attention_kernels import attend, window_mask
+from plmtune.modules.attention_kernels import attend, window_mask, window_mask_by_position
 from plmtune.modules.cache import LayerCache
 from plmtune.modules.linear import Linear
 from plmtune.modules.rope import RotaryEmbedding
@@ -147,6 +147,11 @@ class GroupedQueryAttention(nn.Module):
                 every = mask[:, None] if isinstance(mask, Tensor) else None  # [b, 1, 1, t]
                 out = F.scaled_dot_product_attention(q, k, v, every, scale=self.scale)  # [b, h / g, g, head_dim]
                 return self.o_proj(out.reshape(b, 1, -1))
+        shared = cache.shared if cache is not None else 0
+        if cache is not None and not shared:
+            input_pos = None  # a row of the cache is one text: places are distances
+        if window is not None and window < k.shape[2] and isinstance(mask, Tensor) and input_pos is not None:
+            mask, window = window_mask_by_position(mask, window, input_pos, shared), None
         out = attend(q, k, v, mask, self.scale, window=window, soft_cap=self.soft_cap)
         return self.o_proj(out.transpose(1, 2).reshape(b, s, -1))
 

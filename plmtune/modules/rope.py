@@ -48,18 +48,53 @@ class RotaryEmbedding:
         return rope_tables(*self.settings, device, self.scaling, key)
 
     def __call__(self, x: Tensor, input_pos: Tensor | None = None, start: int = 0) -> Tensor:
-        """Turn x (Tensor), [b, s, h, dim], at input_pos [b, s], or else at start, start + 1, ..."""
-        end = start + x.shape[1]
-        if self.scaling is not None and self.scaling.by_length and input_pos is not None:
-            end = int(input_pos.max()) + 1
-        cos, sin = self.tables(x.device, end)
+        """Turn x (Tensor), [b, s, h, dim], at input_pos [b, s], or else at start, start + 1, ...
+
+        Where the length of a text decides the frequencies, positions that count up are one text.
+        """
         if input_pos is None:
+            end = start + x.shape[1]
+            cos, sin = self.tables(x.device, end)
             cos, sin = cos[start:end, None], sin[start:end, None]  # [s, 1, dim]
+        elif self.scaling is not None and self.scaling.by_length:
+            cos, sin = self._tables_by_length(input_pos, self.scaling)
         else:
+            cos, sin = self.tables(x.device)
             cos, sin = cos[input_pos, None], sin[input_pos, None]  # [b, s, 1, dim], or one row for all
         # (a, b) -> (a cos - b sin, b cos + a sin): the sign of each sin stands in the table.
         swapped = x.unflatten(-1, self.pair_shape).flip(self.pair_dim).flatten(-2)
         return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+
+    def _tables_by_length(self, input_pos: Tensor, scaling: RopeScaling) -> tuple[Tensor, Tensor]:
+        """cos and signed sin, [b, s, 1, dim], each text turned as it is by itself."""
+        dim, _, theta, interleaved = self.settings
+        lengths, which = _lengths(input_pos).unique(return_inverse=True)
+        plain = _plain_frequencies(dim, theta, input_pos.device)
+        frequency = torch.stack([scaling.frequencies(plain, theta, scaling.key(n)) for n in lengths.tolist()])
+        angle = input_pos[..., None] * frequency[which]  # [b, s, dim / 2]
+        cos, sin = _cos_sin(angle, scaling.attention_factor, interleaved)
+        return cos[:, :, None], sin[:, :, None]
+
+
+def _lengths(input_pos: Tensor) -> Tensor:
+    """The length of each token's text, [b, s], from positions [b, s]: a text's count up by one."""
+    b, s = input_pos.shape
+    last = torch.ones(b, s, dtype=torch.bool, device=input_pos.device)
+    last[:, :-1] = input_pos[:, 1:] != input_pos[:, :-1] + 1
+    places = torch.arange(s, device=input_pos.device).expand(b, s)
+    end = torch.where(last, places, s).flip(1).cummin(1).values.flip(1)  # where the text of each token ends
+    return input_pos.gather(1, end) + 1
+
+
+def _plain_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    return theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
+
+
+def _cos_sin(angle: Tensor, factor: float, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """cos and signed sin in fp32, [..., dim] in the order of x, of angle (Tensor), [..., dim / 2] in fp64."""
+    cos, sin = (angle.cos() * factor).float(), (angle.sin() * factor).float()
+    order = -1 if interleaved else -2
+    return torch.stack((cos, cos), order).flatten(-2), torch.stack((-sin, sin), order).flatten(-2)
 
 
 def rope_tables(
@@ -88,11 +123,8 @@ def _cached_tables(
     # Tables made while generating must also serve training, which inference tensors cannot; those made while
     # torch.export traces must hold numbers, for it and for later calls.
     with torch.inference_mode(False), _disable_current_modes():
-        frequency = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
+        frequency = _plain_frequencies(dim, theta, device)
         if scaling is not None:
             frequency = scaling.frequencies(frequency, theta, key)
         angle = torch.arange(max_seq_len, device=device, dtype=torch.float64)[:, None] * frequency
-        factor = scaling.attention_factor if scaling is not None else 1.0
-        cos, sin = (angle.cos() * factor).float(), (angle.sin() * factor).float()  # [s, dim / 2]
-        order = -1 if interleaved else -2
-        return torch.stack((cos, cos), order).flatten(-2), torch.stack((-sin, sin), order).flatten(-2)
+        return _cos_sin(angle, scaling.attention_factor if scaling is not None else 1.0, interleaved)

@@ -23,6 +23,7 @@ class RopeScaling:
 
     attention_factor = 1.0
     softmax_factor = 1.0
+    rereads = False  # whether a text whose key changes as it grows is read again from its first token
 
     def frequencies(self, plain: Tensor, theta: float, key: int | None) -> Tensor:
         """Return the frequencies for RoPE's own, plain (Tensor), [dim / 2] in fp64, and the `key` of a length."""
@@ -190,6 +191,8 @@ class LongRope(RopeScaling):
         factor: how many times longer the context becomes.
         attention_factor: of cos and sin; None: sqrt(1 + ln(factor) / ln(original_max_seq_len)).
     """
+
+    rereads = True  # as transformers does for Phi-3
 
     def __init__(
         self,
