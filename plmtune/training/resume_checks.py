@@ -73,10 +73,14 @@ def keep_pinned_revisions(cfg: RunConfig, saved: RunConfig) -> None:
                 setattr(cfg, key, old)
 
 
-def config_digest(cfg: RunConfig) -> str:
-    """The xxh3-128 of the keys that decide what a run learns. A checkpoint keeps it, in case run.json is lost."""
+def config_digest(cfg: RunConfig, written: Mapping[str, Any] | None = None) -> str:
+    """The xxh3-128 of the keys that decide what a run learns. A checkpoint keeps it, in case run.json is lost.
+
+    Args:
+        written: the content of the run's config.yaml, which lacks the keys that later versions added.
+    """
     mutable = (*_resume_mutable(cfg), *DATA, "init_from")
-    fixed = {key: value for key, value in to_plain(cfg).items() if key not in mutable}
+    fixed = {key: value for key, value in (written or to_plain(cfg)).items() if key not in mutable}
     return xxhash.xxh3_128_hexdigest(json.dumps(with_first_keys(fixed), sort_keys=True).encode())
 
 

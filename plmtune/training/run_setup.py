@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from plmtune.config.rules import read_yaml
 from plmtune.config.schema import PretrainConfig, RunConfig, SftConfig
 from plmtune.config.typed_config import load_config, to_yaml
 from plmtune.data.batches import Batches, EncodedRows
@@ -152,7 +153,7 @@ def _reopen(cfg: RunConfig, path: Path, data: Mapping[str, str], saved: Mapping[
             log.warning(
                 "%s is missing or damaged: nothing says what config and data the run began with.", path / RECORD
             )
-        elif saved["config"] != config_digest(began_with):
+        elif saved["config"] not in (config_digest(began_with), config_digest(began_with, read_yaml(path / CONFIG))):
             raise UserError(
                 f"{path / CONFIG} is not what the run began with, says its checkpoint, and {RECORD} is missing or "
                 f"damaged. Put {CONFIG} back, or start a new run from its weights: init_from={path}"
