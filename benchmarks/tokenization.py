@@ -20,6 +20,7 @@ import tokenizers
 from side_by_side import machine, medians
 
 from plmtune.registry import load
+from plmtune.tokenizers.bpe import Vocabulary
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.tokenizers.tokenizer_files import bundled, qwen2
 
@@ -49,6 +50,7 @@ def corpora(data: Path, limit: int) -> dict[str, list[str]]:
 def measure(ours: Tokenizer, theirs: tokenizers.Tokenizer, texts: list[str], rounds: int) -> dict[str, float]:
     """Median seconds of each side, after a look that the ids are equal."""
     # The same pieces, by a pattern that is not known to take time in proportion to the text.
+    assert isinstance(ours.vocabulary, Vocabulary)
     unknown = Tokenizer(replace(ours.vocabulary, pattern=rf"{ours.vocabulary.pattern}|[\s\S]"))
     for ids, same, encoding in zip(
         ours.encode_batch(texts), unknown.encode_batch(texts), theirs.encode_batch_fast(texts), strict=True

@@ -172,8 +172,9 @@ def nothing(model: Decoder) -> None:
 
 
 def other_pre_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    from plmtune.tokenizers.bpe import GPT2_PATTERN
+    from plmtune.tokenizers.bpe import GPT2_PATTERN, Vocabulary
 
+    assert isinstance(tokenizer.vocabulary, Vocabulary)
     return like(tokenizer, vocabulary=replace(tokenizer.vocabulary, pattern=GPT2_PATTERN))
 
 

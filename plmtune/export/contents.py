@@ -106,9 +106,11 @@ def tokenizer_tables(tokenizer: Tokenizer) -> dict[str, list[str]]:
     """A tokenizer's tokens by id (empty where it has none) and merges, as a GGUF file has them."""
     held = json.loads(tokenizer._json)["model"]
     tokens = [""] * tokenizer.vocab_size
+    if isinstance(held["vocab"], list):  # Unigram: tokens with their scores
+        held["vocab"] = {token: identity for identity, (token, _) in enumerate(held["vocab"])}
     for token, identity in (held["vocab"] | tokenizer.vocabulary.added | tokenizer.vocabulary.specials).items():
         tokens[identity] = token
-    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in held["merges"]]
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in held.get("merges", [])]
     return {"tokens": tokens, "merges": merges}
 
 

@@ -42,6 +42,7 @@ from plmtune.modules.decoder import Decoder
 from plmtune.modules.peft import adapted
 from plmtune.modules.quantized import Quantized
 from plmtune.tokenizers.bpe import SINGLE_BYTES
+from plmtune.tokenizers.library import Library
 from plmtune.tokenizers.tokenizer import Tokenizer
 from plmtune.tokenizers.tokenizer_json import NEVER_IN_UTF8, to_chars
 
@@ -229,6 +230,8 @@ def _write_model_keys(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
 def _vocabulary(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], list[str]]:
     """The keys of a tokenizer, and notes."""
     held, ggml = tokenizer.vocabulary, Keys.Tokenizer
+    if isinstance(held, Library):
+        raise UserError("The tokenizer is run by the tokenizers library, which GGUF has no form for. Use --to hf.")
     pre = next((name for name, (pattern, _, _) in PRE_TOKENIZERS.items() if pattern == held.pattern), None)
     if not held.merges:
         pre = "gpt-2"  # whatever the pieces are, each byte is a token

@@ -86,6 +86,12 @@ class Vocabulary:
     where: str = field(default="tokenizer.json", compare=False)
 
     @property
+    def pieces(self) -> dict[int, bytes]:
+        """The bytes of each id."""
+        pieces = dict(zip(self.ids, self.tokens, strict=True)) | self.unreachable
+        return pieces | {identity: text.encode() for text, identity in (self.specials | self.added).items()}
+
+    @property
     def whole(self) -> Sequence[bytes]:
         """The tokens that only an equal piece of text encodes to."""
         return self.tokens[count_single_bytes(self.tokens) + len(self.merges) :]

@@ -60,7 +60,7 @@ class ChatTemplate:
         self._renderer = Renderer(source, self._variables, where)
         self._answers = Answers(self._renderer, self._specials, list(tokenizer.specials))
         self._question, end = self._try()
-        self.end_id = int(self._encode([end])[0][-1])
+        self.end_id = int(self._encode([[end]])[0][0][-1])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -127,13 +127,13 @@ class ChatTemplate:
                 cut.append(self.segments(messages, train_on, unused))
             except BadRow as error:
                 cut.append(error)
-        encoded = iter(self._encode([text for held in cut if not isinstance(held, BadRow) for text, _ in held]))
+        encoded = iter(self._encode([[text for text, _ in held] for held in cut if not isinstance(held, BadRow)]))
         out: list[Encoded | BadRow] = []
         for held in cut:
             if isinstance(held, BadRow):
                 out.append(held)
                 continue
-            parts = [next(encoded) for _ in held]
+            parts = next(encoded)
             trained = np.repeat([flag for _, flag in held], [part.size for part in parts])
             ids = self._with_bos(np.concatenate(parts))
             out.append((ids, np.concatenate([np.zeros(ids.size - trained.size, np.bool_), trained])))
@@ -162,7 +162,7 @@ class ChatTemplate:
             unused.add([*ignored, *left_out])
         begins = [parts[0][0] for parts in answers]
         cuts = [0, *begins, len(text)]
-        return self._with_bos(np.concatenate(self._encode([text[a:b] for a, b in pairwise(cuts)])))
+        return self._with_bos(np.concatenate(self._encode([[text[a:b] for a, b in pairwise(cuts)]])[0]))
 
     def encode_answer(self, answer: str | Message, unused: Unused | None = None) -> Ids:
         """Return the tokens [n] of an answer as the template writes it; the last is `end_id`.
@@ -187,7 +187,7 @@ class ChatTemplate:
                 unused.add(ignored)
         answers, _ = self._answers.find(messages, written, spans)
         end = answers[-1][-1][1]
-        return self._encode([written[len(prompt) : end]])[0]
+        return self._encode([[prompt, written[len(prompt) : end]]])[0][1]
 
     def _try(self) -> tuple[tuple[Message, ...], str]:
         """Return a question that the template accepts, and the text of an answer to it."""
@@ -239,9 +239,12 @@ class ChatTemplate:
         """Put bos before a conversation if the tokenizer adds it and the template has not written it."""
         return np.array(self.tokenizer.with_bos(ids.tolist()), np.int32) if self.tokenizer.adds_bos else ids
 
-    def _encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the tokens of each text, special tokens included."""
+    def _encode(self, conversations: Sequence[Sequence[str]]) -> list[list[Ids]]:
+        """Return the tokens of each conversation's parts, special tokens included."""
+        if self.tokenizer.depends_on_place:
+            return [[ids.astype(np.int32) for ids in parts] for parts in self.tokenizer.encode_parts(conversations)]
         cut: list[list[str]] = []
+        texts = [text for parts in conversations for text in parts]
         for text in texts:
             pieces, at = [], 0
             for found in self._specials.finditer(text):
@@ -252,7 +255,8 @@ class ChatTemplate:
         encoded = [ids.astype(np.int32) for ids in self.tokenizer.encode_batch(plain)]
         known = self._special_ids | dict(zip(plain, encoded, strict=True))
         nothing = np.zeros(0, np.int32)
-        return [np.concatenate([nothing, *(known[piece] for piece in pieces)]) for pieces in cut]
+        whole = iter([np.concatenate([nothing, *(known[piece] for piece in pieces)]) for pieces in cut])
+        return [[next(whole) for _ in parts] for parts in conversations]
 
 
 def find_template(name: str | None, tokenizer: Tokenizer, option: str = "chat.template=") -> ChatTemplate:

@@ -7,6 +7,7 @@ beyond. From there on the matches from every place are followed until they meet;
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 import unicodedata
@@ -137,7 +138,7 @@ class Cuts:
     """The places where texts of one tokenizer may be cut.
 
     Args:
-        pattern: regular expression of the pieces.
+        pattern: regular expression of the pieces; None: no place is certain.
         complete: the same, extended to match any text.
         fixed: texts that are found before the pattern is applied.
         late: texts that are found after them, in normalized text.
@@ -145,8 +146,11 @@ class Cuts:
     """
 
     def __init__(
-        self, pattern: str, complete: str, fixed: Iterable[str], late: Iterable[str], form: str | None
+        self, pattern: str | None, complete: str, fixed: Iterable[str], late: Iterable[str], form: str | None
     ) -> None:
+        self._automaton: _Automaton | None = None
+        if pattern is None:
+            return
         self._form: Any = form
         self._fixed, self._late = _Fixed(fixed), _Fixed(late)
         self._pattern = regex.compile(pattern) if complete != pattern else None
@@ -155,10 +159,8 @@ class Cuts:
         self._tries = regex.compile(f"(?:{complete})(?!)")
         self._is_linear = pattern in COMPLETE_PATTERNS
         self._deadline = 0.0
-        try:
-            self._automaton: _Automaton | None = _Automaton(pattern)
-        except ValueError:
-            self._automaton = None
+        with contextlib.suppress(ValueError):
+            self._automaton = _Automaton(pattern)
 
     def last(self, text: str) -> int:
         """Return the last place where a text may be cut; 0 if there is none."""

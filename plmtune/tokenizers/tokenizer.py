@@ -1,4 +1,4 @@
-"""The tokenizer: byte-level BPE run by tiktoken."""
+"""The tokenizer: byte-level BPE run by tiktoken, or any other by the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from plmtune.tokenizers.bpe import (
     Vocabulary,
 )
 from plmtune.tokenizers.cuts import Cuts
+from plmtune.tokenizers.library import Library
 
 Ids = npt.NDArray[np.uint32]
 
@@ -64,7 +65,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        vocabulary: Vocabulary,
+        vocabulary: Vocabulary | Library,
         *,
         eos: str = "<|endoftext|>",
         vocab_size: int | None = None,
@@ -94,8 +95,8 @@ class Tokenizer:
         self.end_ids = tuple(dict.fromkeys((self.eos_id, *ends)))
         self.specials = dict(vocabulary.specials)
         self.chat_template = chat_template
-        pieces = dict(zip(vocabulary.ids, vocabulary.tokens, strict=True)) | vocabulary.unreachable
-        pieces |= {identity: text.encode() for text, identity in (vocabulary.specials | vocabulary.added).items()}
+        self._library = vocabulary if isinstance(vocabulary, Library) else None
+        pieces = dict(vocabulary.pieces)
         self.num_tokens = max(pieces) + 1
         self.vocab_size = self.num_tokens if vocab_size is None else vocab_size
         if self.vocab_size < self.num_tokens:
@@ -103,7 +104,11 @@ class Tokenizer:
         self._pieces = [pieces.get(identity, b"") for identity in range(self.vocab_size)]
         self.token_bytes: npt.NDArray[np.int32] = np.array([len(piece) for piece in self._pieces], dtype=np.int32)
         self.token_bytes[list(self.specials.values())] = 0
+        if isinstance(vocabulary, Vocabulary):
+            self._prepare(vocabulary)
 
+    def _prepare(self, vocabulary: Vocabulary) -> None:
+        """Make tiktoken's tables."""
         # Bytes without a token get ranks past all others, because tiktoken needs them; their ids are dropped later.
         num_ranks = len(vocabulary.tokens)
         ranks = {token: rank for rank, token in enumerate(vocabulary.tokens)}
@@ -128,8 +133,8 @@ class Tokenizer:
         self._pattern_seconds = _PATTERN_SECONDS
         fixed = vocabulary.added | vocabulary.specials
         self._cuts_at_blanks = vocabulary.pattern in COMPLETE_PATTERNS and not any(" " in text for text in fixed)
-        self._always = self._fixed(vocabulary.added)
-        self._always_and_specials = self._fixed(fixed)
+        self._always = self._fixed(vocabulary.added, vocabulary.normalized)
+        self._always_and_specials = self._fixed(fixed, vocabulary.normalized)
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.num_tokens} tokens, {self.vocab_size} rows, {self.fingerprint[:8]})"
@@ -141,7 +146,7 @@ class Tokenizer:
             text: any text; half a surrogate pair becomes U+FFFD.
             specials: encode the text of special tokens as these tokens. Never use it for untrusted text.
         """
-        ids: list[int] = self._encode(text, self._always_and_specials if specials else self._always).tolist()
+        ids: list[int] = self._encode_all([text], specials)[0].tolist()
         return ids
 
     @property
@@ -157,7 +162,6 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, specials: bool = False) -> list[Ids]:
         """Return the ids of each text, as `encode`, on all cores."""
-        fixed = self._always_and_specials if specials else self._always
         # Tasks of about equal length: several small texts, or a part of a large one.
         tasks: list[list[tuple[int, str]]] = [[]]
         room = _TASK_CHARS
@@ -170,12 +174,12 @@ class Tokenizer:
                 room -= len(cut)
 
         def encode(task: list[tuple[int, str]]) -> list[Ids]:
-            return [self._encode(text, fixed) for _, text in task]
+            return self._encode_all([text for _, text in task], specials)
 
         if len(tasks) == 1:
             done = [encode(tasks[0])]
         else:
-            # A new pool for each call, because threads do not survive a fork. tiktoken releases the GIL.
+            # A new pool for each call, because threads do not survive a fork. Both engines release the GIL.
             with ThreadPoolExecutor(min(len(tasks), num_cores())) as pool:
                 done = list(pool.map(encode, tasks))
         parts: list[list[Ids]] = [[] for _ in texts]
@@ -184,13 +188,27 @@ class Tokenizer:
                 parts[index].append(ids)
         return [held[0] if len(held) == 1 else np.concatenate(held) for held in parts]
 
+    @property
+    def depends_on_place(self) -> bool:
+        """Whether a part of a text may have other ids alone than in the whole, so that parts need `encode_parts`."""
+        return self._library is not None
+
+    def encode_parts(self, texts: Sequence[Sequence[str]]) -> list[list[Ids]]:
+        """Return the ids of whole texts, special tokens included, divided among the parts that they begin in.
+
+        SentencePiece changes the beginning of a text, and added tokens may take the white space around them.
+        """
+        if self._library is None:
+            return [[np.array(self.encode(part, specials=True), np.uint32) for part in parts] for parts in texts]
+        return self._library.encode_parts(texts)
+
     def last_cut(self, text: str) -> int:
         """Return the last place where a text may be cut without changing its ids; 0 if none is certain.
 
         It is before a blank between a printable ASCII character and an ASCII letter, where every piece ends. Texts with
         a common beginning encode it once.
         """
-        at = len(text) if self._cuts_at_blanks else 0
+        at = len(text) if self._library is None and self._cuts_at_blanks else 0
         while (at := text.rfind(" ", 1, at)) > 0:
             if "!" <= text[at - 1] <= "~" and text[at + 1 : at + 2].isalpha() and text[at + 1].isascii():
                 return at
@@ -200,13 +218,17 @@ class Tokenizer:
     def cuts(self) -> Cuts:
         """Finds places where a text may be cut without changing its ids, whatever follows."""
         held = self.vocabulary
+        if isinstance(held, Library):
+            return Cuts(None, "", (), (), None)
         late = [self._normalize(text) for text in held.added if text in held.normalized]
         fixed = held.added.keys() - held.normalized
         return Cuts(held.pattern, _complete(held.pattern), fixed, late, held.normalization)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, including special tokens; bytes that are no UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        text = self.decode_bytes(ids).decode("utf-8", errors="replace")
+        # SentencePiece puts a space before a text.
+        return text.removeprefix(" ") if self._library is not None and self._library.adds_space else text
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of ids; padding rows have none.
@@ -248,6 +270,9 @@ class Tokenizer:
         """The xxh3-128 of everything that decides the ids, as hex."""
         held = self.vocabulary
         digest = xxhash.xxh3_128()
+        if isinstance(held, Library):
+            digest.update(held.digest + repr((self.eos_id, self.adds_bos and self.bos_id)).encode())
+            return digest.hexdigest()
         added = sorted(held.added.items()), sorted(held.specials.items())
         digest.update(repr((held.pattern, held.normalization, added, self.eos_id)).encode())
         digest.update(np.array([len(token) for token in held.tokens], dtype="<u4").tobytes())
@@ -262,10 +287,18 @@ class Tokenizer:
     @cached_property
     def _json(self) -> str:
         # Cached: a run saves the same tokenizer with every checkpoint.
+        if self._library is not None:
+            return tokenizer_json_writer.render_library(self._library, self.bos if self.adds_bos else None)
+        assert isinstance(self.vocabulary, Vocabulary)
         return tokenizer_json_writer.render(self.vocabulary, self.bos if self.adds_bos else None)
 
     def _cuts(self, text: str) -> Iterator[str]:
-        if len(text) <= 2 * _TASK_CHARS or self.vocabulary.pattern not in _CUTTABLE or self.vocabulary.added:
+        if (
+            len(text) <= 2 * _TASK_CHARS
+            or self._library
+            or self.vocabulary.pattern not in _CUTTABLE
+            or self.vocabulary.added
+        ):
             yield text
             return
         start = 0
@@ -274,12 +307,17 @@ class Tokenizer:
             start = found.end()
         yield text[start:]
 
-    def _fixed(self, tokens: dict[str, int]) -> list[_Pass]:
+    def _fixed(self, tokens: dict[str, int], late: frozenset[str]) -> list[_Pass]:
         """Return the passes that find added tokens: first in the text, then in the rest of it, normalized."""
-        late = self.vocabulary.normalized
         passes = [_Pass(False, {text: identity for text, identity in tokens.items() if text not in late})]
         passes += [_Pass(True, {self._normalize(text): tokens[text] for text in tokens if text in late})]
         return [sought for sought in passes if sought.pattern is not None]
+
+    def _encode_all(self, texts: Sequence[str], specials: bool) -> list[Ids]:
+        if self._library is not None:
+            return self._library.encode(texts, specials=specials)
+        fixed = self._always_and_specials if specials else self._always
+        return [self._encode(text, fixed) for text in texts]
 
     def _encode(self, text: str, fixed: list[_Pass]) -> Ids:
         if not fixed:

@@ -24,6 +24,7 @@ from plmtune.tokenizers.bpe import (
     read_tiktoken,
 )
 from plmtune.tokenizers.builtin_templates import CHATML_TEMPLATE
+from plmtune.tokenizers.library import Library
 from plmtune.tokenizers.tokenizer import Tokenizer
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -50,7 +51,7 @@ def _read_json(path: Path) -> Tokenizer:
     config = _read_config(path.with_name("tokenizer_config.json"))
     data = tokenizer_json.load_json(read_file(path), str(path))
     data = tokenizer_json.with_added_of_config(data, config, str(path.with_name("tokenizer_config.json")))
-    vocabulary = tokenizer_json.parse(data, str(path))
+    vocabulary = _engine(data, str(path))
     eos = _eos(vocabulary, _text_of(config.get("eos_token")), path)
     # As in transformers 5, the post-processor alone decides, not add_bos_token of the configuration.
     first = tokenizer_json.first_token(data)
@@ -81,6 +82,14 @@ def _read_json(path: Path) -> Tokenizer:
         raise UserError(f"{path}: {error}.") from error
 
 
+def _engine(data: Any, where: str) -> Vocabulary | Library:
+    """Return tiktoken's tables where they give the ids of the file, else the library's tokenizer."""
+    try:
+        return tokenizer_json.parse(data, where)
+    except UserError:
+        return Library(data, where)
+
+
 def _default_template(found: Any) -> str | None:
     """Return a template, or the one named default of a list, as transformers does."""
     if isinstance(found, list):
@@ -101,7 +110,7 @@ def _ends(directory: Path) -> list[int]:
     return []
 
 
-def _eos(vocabulary: Vocabulary, named: str | None, path: Path) -> str:
+def _eos(vocabulary: Vocabulary | Library, named: str | None, path: Path) -> str:
     specials = vocabulary.specials
     if named is not None and named not in specials:
         where = path.with_name("tokenizer_config.json")

@@ -1,7 +1,7 @@
-"""Hugging Face's tokenizer.json, read into a `Vocabulary` and written from one.
+"""Hugging Face's tokenizer.json, read into a `Vocabulary`.
 
 It reads byte-level BPE files whose pre-tokenizer is equivalent to one regular expression. A feature that would give
-other ids than the `tokenizers` library is refused by name.
+other ids than the `tokenizers` library is refused by name; `library` then runs the file.
 """
 
 from __future__ import annotations
@@ -89,11 +89,8 @@ def _normalization(entry: Any, where: str) -> Normalization | None:
     raise UserError(f"{where}: the normalizer {kind} is not supported (NFC, NFD, NFKC, NFKD or none are).")
 
 
-def check_pattern(pattern: str, where: str) -> None:
-    r"""Refuse what Oniguruma (in `tokenizers`) and Rust's regex (in tiktoken) read differently.
-
-    Their ``\w``, ``\b``, ``\h``, ``^`` and ``$`` differ, and ``{1,3}+`` is possessive only in one.
-    """
+def check_size(pattern: str, where: str) -> None:
+    """Refuse a pattern that takes too much memory."""
     if len(pattern) > _MAX_PATTERN_CHARS:
         raise UserError(
             f"{where}: the pre-tokenizer's pattern has {len(pattern):,} of {_MAX_PATTERN_CHARS:,} characters."
@@ -102,6 +99,14 @@ def check_pattern(pattern: str, where: str) -> None:
     bounds = [max(int(low), int(high or 0), 1) for low, high in _COUNTED.findall(pattern)]
     if math.prod(bounds) > _MAX_REPEATS:
         raise UserError(f"{where}: the pre-tokenizer's pattern repeats parts of it more than {_MAX_REPEATS:,} times.")
+
+
+def check_pattern(pattern: str, where: str) -> None:
+    r"""Refuse what Oniguruma (in `tokenizers`) and Rust's regex (in tiktoken) read differently.
+
+    Their ``\w``, ``\b``, ``\h``, ``^`` and ``$`` differ, and ``{1,3}+`` is possessive only in one.
+    """
+    check_size(pattern, where)
     bare = regex.sub(r"\[\^", "[", pattern)  # the ^ of a class is no anchor
     found = _NOT_SHARED.search(bare)
     if found:
@@ -159,7 +164,9 @@ def _split_pattern(step: dict[str, Any], where: str) -> str:
     return pattern
 
 
-def _added_tokens(entries: Any, where: str) -> tuple[dict[str, int], dict[str, int], frozenset[str]]:
+def added_tokens(
+    entries: Any, where: str, *, every_flag: bool = False
+) -> tuple[dict[str, int], dict[str, int], frozenset[str]]:
     """Return (specials, the others, those of both that are found in normalized text)."""
     specials: dict[str, int] = {}
     added: dict[str, int] = {}
@@ -175,7 +182,7 @@ def _added_tokens(entries: Any, where: str) -> tuple[dict[str, int], dict[str, i
             raise UserError(f"{where}: an entry of added_tokens lacks its content or id.")
         special = bool(entry.get("special"))
         for flag in ("lstrip", "rstrip", "single_word"):
-            if entry.get(flag):
+            if entry.get(flag) and not every_flag:
                 raise UserError(f"{where}: {flag} of the added token {content!r} is not supported.")
         if entry.get("normalized"):
             normalized.add(content)
@@ -183,7 +190,7 @@ def _added_tokens(entries: Any, where: str) -> tuple[dict[str, int], dict[str, i
     return specials, added, frozenset(normalized)
 
 
-def _check_added(tokens: dict[str, int], vocab: dict[str, int], where: str) -> None:
+def check_added(tokens: dict[str, int], vocab: dict[str, int], where: str) -> None:
     # The library takes a token's id from the model, and gives the others ids from the model's size on.
     next_id, held = len(vocab), set(vocab.values())
     for content, identity in sorted(tokens.items(), key=lambda item: item[1]):
@@ -199,21 +206,27 @@ def _check_added(tokens: dict[str, int], vocab: dict[str, int], where: str) -> N
             )
 
 
-def _check_model(model: Any, where: str) -> dict[str, Any]:
+def check_vocabulary(model: Any, where: str) -> dict[str, int]:
+    """Return the ids of a model's tokens; UserError if it is none, or of impossible size."""
     if not isinstance(model, dict):
         raise UserError(f"{where} has no model: not a tokenizer.json.")
-    # Old files have no type; only BPE has merges.
-    if model.get("type", "BPE") != "BPE" or "merges" not in model:
-        raise UserError(f"{where}: the model type {model.get('type')} is not supported, only BPE is.")
-    for feature in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(feature):
-            raise UserError(f"{where}: {feature} ({model[feature]!r}) of the BPE model is not supported.")
-    vocab, merges = model.get("vocab"), model["merges"]
+    kind = model.get("type", "BPE")  # old files have no type
+    vocab, merges = model.get("vocab"), model.get("merges", [] if kind == "Unigram" else None)
+    if kind == "Unigram":
+        if not isinstance(vocab, list) or not all(
+            isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) for entry in vocab
+        ):
+            raise UserError(f"{where}: model.vocab must list tokens with their scores.")
+        listed, vocab = vocab, {entry[0]: identity for identity, entry in enumerate(vocab)}
+        if len(vocab) != len(listed):
+            raise UserError(f"{where}: model.vocab lists a token twice.")
+    elif kind != "BPE" or merges is None:  # only BPE has merges
+        raise UserError(f"{where}: the model type {kind} is not supported, only BPE and Unigram are.")
     if not isinstance(vocab, dict) or not vocab or not isinstance(merges, list):
         raise UserError(f"{where}: model.vocab must be a table of ids and model.merges a list.")
-    if len(model["merges"]) > _MAX_MERGES or len(vocab) > MAX_ID:
+    if len(merges) > _MAX_MERGES or len(vocab) > MAX_ID:
         raise UserError(
-            f"{where}: {len(vocab):,} tokens and {len(model['merges']):,} merges are more than the {MAX_ID:,} and "
+            f"{where}: {len(vocab):,} tokens and {len(merges):,} merges are more than the {MAX_ID:,} and "
             f"{_MAX_MERGES:,} possible."
         )
     if max(map(len, vocab)) > _MAX_TOKEN_CHARS or sum(map(len, vocab)) > _MAX_CHARS:
@@ -226,7 +239,9 @@ def _check_model(model: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: model.vocab must give ids from 0 to {MAX_ID - 1}.")
     if len(set(ids)) != len(ids):
         raise UserError(f"{where}: model.vocab gives one id to two tokens.")
-    return model
+    for number, merge in enumerate(merges):
+        _merge_parts(merge, number, where)
+    return vocab
 
 
 def _merge_parts(merge: Any, number: int, where: str) -> tuple[str, str]:
@@ -238,12 +253,17 @@ def _merge_parts(merge: Any, number: int, where: str) -> tuple[str, str]:
 
 def parse(data: Any, where: str) -> Vocabulary:
     """Make a vocabulary from a tokenizer.json; UserError for what is missing or cannot give identical ids."""
-    model = _check_model(data.get("model") if isinstance(data, dict) else None, where)
+    model: Any = data.get("model") if isinstance(data, dict) else None
+    vocab = check_vocabulary(model, where)
+    if isinstance(model["vocab"], list):
+        raise UserError(f"{where}: the model type Unigram is not byte-level BPE.")
+    for feature in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(feature):
+            raise UserError(f"{where}: {feature} ({model[feature]!r}) of the BPE model is not supported.")
     normalization = _normalization(data.get("normalizer"), where)
     pattern = _pattern(data.get("pre_tokenizer"), where)
-    specials, added, normalized = _added_tokens(data.get("added_tokens"), where)
-    vocab: dict[str, int] = model["vocab"]
-    _check_added(specials | added, vocab, where)
+    specials, added, normalized = added_tokens(data.get("added_tokens"), where)
+    check_added(specials | added, vocab, where)
 
     chars = byte_chars()
     singles = sorted((char for char in chars.values() if char in vocab), key=vocab.__getitem__)

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from plmtune.tokenizers.bpe import Normalization, Vocabulary
+from plmtune.tokenizers.library import Library
 from plmtune.tokenizers.tokenizer_json import to_chars
 
 
@@ -65,3 +66,7 @@ def render(vocabulary: Vocabulary, first: str | None = None) -> str:
     if first is not None:
         data["post_processor"] = _puts_before(first, vocabulary.specials[first])
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+
+
+def render_library(held: Library, first: str | None) -> str:
+    return held.render({} if first is None else {"post_processor": _puts_before(first, held.specials[first])})
