@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from plmtune.models.assemble import assemble
-from plmtune.models.family import Family, Keys, read_rope, size_keys, sizes, write_rope
+from plmtune.models.family import Family, Keys, read_rope, sizes
+from plmtune.models.plm import latent_keys
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component, component, register
 
@@ -27,9 +28,7 @@ def deepseek(
 ) -> Decoder:
     """Youtu-LLM-2B by default, with its vocabulary of 128,256.
 
-    Args:
-        vocab_size, attention, ffn, norm, embed_dim, num_layers, num_heads, max_seq_len, tie_embeddings, init_std: as
-            for plm.
+    Arguments as for plm.
     """
     return assemble("deepseek", locals())
 
@@ -74,22 +73,7 @@ def _read(keys: Keys) -> dict[str, Any]:
 
 
 def _write(config: Mapping[str, Any]) -> dict[str, Any]:
-    attention = config["attention"]
-    ranks = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    return (
-        size_keys(config)
-        | write_rope(attention, config)
-        | {name: attention[name] for name in ranks}
-        | {
-            "num_key_value_heads": config["num_heads"],
-            "hidden_act": "silu",
-            "intermediate_size": config["ffn"]["hidden_dim"],
-            "rms_norm_eps": config["norm"]["eps"],
-            "rope_interleave": attention["rope_interleaved"],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-        }
-    )
+    return latent_keys(config) | {"hidden_act": "silu", "rope_interleave": config["attention"]["rope_interleaved"]}
 
 
 FAMILY = Family(

@@ -141,8 +141,11 @@ def decoder_settings(
         tie, eps, theta, head_dim, kv_heads, positions: transformers' defaults of the family.
         rope_table: as `read_rope`'s table.
     """
+    if ffn == "swiglu":
+        keys.demand("hidden_act", "silu", "swish")
     heads = keys.whole("num_attention_heads")
     rope = read_rope(keys, theta, positions=positions, table=rope_table)
+    longest = rope.pop("max_seq_len")
     return {
         "attention": {
             "component": "gqa",
@@ -150,11 +153,11 @@ def decoder_settings(
             "head_dim": keys.get("head_dim", head_dim),
             "rope_interleaved": False,
         }
-        | {key: value for key, value in rope.items() if key != "max_seq_len"},
+        | rope,
         "ffn": {"component": ffn, "hidden_dim": keys.whole("intermediate_size")},
         "norm": {"component": "rms_norm", "eps": keys.get("rms_norm_eps", eps)},
         "num_heads": heads,
-    } | sizes(keys, rope["max_seq_len"], tie=tie)
+    } | sizes(keys, longest, tie=tie)
 
 
 def sizes(keys: Keys, max_seq_len: int, *, tie: bool) -> dict[str, Any]:
@@ -332,5 +335,10 @@ def read_layer_types(keys: Keys, default: list[str]) -> list[LayerType]:
 def write_layer_types(config: Mapping[str, Any]) -> list[str]:
     """The inverse of `read_layer_types`, for all layers."""
     theirs = {ours: kind for kind, ours in _TYPES.items()}
+    return [theirs[kind] for kind in each_layer_type(config)]
+
+
+def each_layer_type(config: Mapping[str, Any]) -> list[LayerType]:
+    """The type of each layer: the pattern, repeated."""
     pattern = config["layers"]
-    return [theirs[pattern[index % len(pattern)]] for index in range(config["num_layers"])]
+    return [pattern[index % len(pattern)] for index in range(config["num_layers"])]

@@ -41,8 +41,7 @@ def gemma2(
     """Gemma-2-2B by default, with its vocabulary of 256,000.
 
     Args:
-        vocab_size, attention, ffn, norm, embed_dim, num_layers, num_heads, max_seq_len, tie_embeddings, init_std: as
-            for plm.
+        others: as for plm.
         layers: types of layers, repeated; a local layer has attention's window.
         logit_soft_cap: logits become cap tanh(logit / cap).
     """
@@ -79,8 +78,7 @@ def gemma3(
     """Gemma-3-270M by default, with its vocabulary of 262,144.
 
     Args:
-        vocab_size, attention, ffn, norm, embed_dim, num_layers, num_heads, max_seq_len, tie_embeddings, init_std: as
-            for plm.
+        others: as for plm.
         layers: types of layers, repeated; a local layer has attention's window.
         local_rope_theta: base of local layers' RoPE; None: as of the global ones.
         logit_soft_cap: logits become cap tanh(logit / cap).

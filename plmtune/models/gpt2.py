@@ -28,9 +28,7 @@ def gpt2(
 ) -> Decoder:
     """GPT-2 (124M) by default, with its vocabulary of 50,257.
 
-    Args:
-        vocab_size, attention, ffn, norm, embed_dim, num_layers, num_heads, max_seq_len, tie_embeddings, init_std: as
-            for plm.
+    Arguments as for plm.
     """
     return assemble("gpt2", locals(), learned_positions=True)
 

@@ -27,15 +27,12 @@ def llama(
 ) -> Decoder:
     """SmolLM2-135M by default (arXiv 2502.02737), with its vocabulary of 49,152.
 
-    Args:
-        vocab_size, attention, ffn, norm, embed_dim, num_layers, num_heads, max_seq_len, tie_embeddings, init_std: as
-            for plm.
+    Arguments as for plm.
     """
     return assemble("llama", locals())
 
 
 def _read(keys: Keys) -> dict[str, Any]:
-    keys.demand("hidden_act", "silu", "swish")
     keys.demand("mlp_bias", False)
     settings = decoder_settings(keys)
     settings["attention"]["bias"] = keys.get("attention_bias", False)

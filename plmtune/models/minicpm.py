@@ -31,8 +31,7 @@ def minicpm(
     """MiniCPM-2B by default, with its vocabulary of 122,753.
 
     Args:
-        vocab_size, attention, ffn, norm, embed_dim, num_layers, num_heads, max_seq_len, tie_embeddings, init_std: as
-            for plm.
+        others: as for plm.
         embed_scale: multiplies the embedding.
         depth_scale: what each layer adds is multiplied by depth_scale / sqrt(num_layers).
         base_dim: logits are multiplied by base_dim / embed_dim.
@@ -48,7 +47,6 @@ def minicpm(
 
 
 def _read(keys: Keys) -> dict[str, Any]:
-    keys.demand("hidden_act", "silu", "swish")
     keys.demand("attention_bias", False)
     settings = decoder_settings(keys, tie=True, positions=2048)
     return settings | {

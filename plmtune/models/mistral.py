@@ -29,15 +29,13 @@ def mistral(
     """Mistral-7B by default, with its vocabulary of 32,000.
 
     Args:
-        vocab_size, attention, ffn, norm, embed_dim, num_layers, num_heads, max_seq_len, tie_embeddings, init_std: as
-            for plm.
+        others: as for plm.
         layers: types of layers, repeated; a global layer has no window.
     """
     return assemble("mistral", locals(), layers=layers)
 
 
 def _read(keys: Keys) -> dict[str, Any]:
-    keys.demand("hidden_act", "silu", "swish")
     settings = decoder_settings(keys, kv_heads=8, positions=131072)
     window = keys.get("sliding_window")
     settings["attention"]["window"] = window

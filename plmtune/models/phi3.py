@@ -28,15 +28,12 @@ def phi3(
 ) -> Decoder:
     """Phi-3-mini-4k by default, with its vocabulary of 32,064.
 
-    Args:
-        vocab_size, attention, ffn, norm, embed_dim, num_layers, num_heads, max_seq_len, tie_embeddings, init_std: as
-            for plm.
+    Arguments as for plm.
     """
     return assemble("phi3", locals())
 
 
 def _read(keys: Keys) -> dict[str, Any]:
-    keys.demand("hidden_act", "silu", "swish")
     keys.demand("attention_bias", False)
     settings = decoder_settings(keys, eps=1e-5, positions=4096)
     settings["attention"]["window"] = keys.get("sliding_window")

@@ -56,7 +56,8 @@ def _read(keys: Keys) -> dict[str, Any]:
     } | sizes(keys, longest, tie=True)
 
 
-def _write(config: Mapping[str, Any]) -> dict[str, Any]:
+def latent_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a model with latent attention and PLM's FFN."""
     attention = config["attention"]
     widths = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     return (
@@ -74,4 +75,4 @@ def _write(config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-FAMILY = Family("plm", {"plm": "PLMForCausalLM"}, _read, _write, in_transformers=False)
+FAMILY = Family("plm", {"plm": "PLMForCausalLM"}, _read, latent_keys, in_transformers=False)

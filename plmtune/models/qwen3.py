@@ -27,15 +27,12 @@ def qwen3(
 ) -> Decoder:
     """Qwen3-0.6B by default, with its vocabulary of 151,936.
 
-    Args:
-        vocab_size, attention, ffn, norm, embed_dim, num_layers, num_heads, max_seq_len, tie_embeddings, init_std: as
-            for plm.
+    Arguments as for plm.
     """
     return assemble("qwen3", locals())
 
 
 def _read(keys: Keys) -> dict[str, Any]:
-    keys.demand("hidden_act", "silu", "swish")
     full_attention(keys)
     settings = decoder_settings(keys, head_dim=128, kv_heads=32, positions=32768)
     settings["attention"] |= {"qk_norm": True, "bias": keys.get("attention_bias", False)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from plmtune.models.assemble import assemble
-from plmtune.models.family import Family, Keys, decoder_keys, decoder_settings, full_attention
+from plmtune.models.family import Family, Keys, decoder_keys, decoder_settings, each_layer_type, full_attention
 from plmtune.modules.decoder import Decoder
 from plmtune.registry import Component, component, register
 
@@ -29,15 +29,13 @@ def smollm3(
     """SmolLM3-3B by default, with its vocabulary of 128,256.
 
     Args:
-        vocab_size, attention, ffn, norm, embed_dim, num_layers, num_heads, max_seq_len, tie_embeddings, init_std: as
-            for plm.
+        others: as for plm.
         layers: types of layers, repeated; a nope layer has no RoPE.
     """
     return assemble("smollm3", locals(), layers=layers)
 
 
 def _read(keys: Keys) -> dict[str, Any]:
-    keys.demand("hidden_act", "silu", "swish")
     keys.demand("mlp_bias", False)
     full_attention(keys)
     settings = decoder_settings(keys, tie=True, theta=2e6, kv_heads=4, positions=32768)
@@ -49,12 +47,11 @@ def _read(keys: Keys) -> dict[str, Any]:
 
 
 def _write(config: Mapping[str, Any]) -> dict[str, Any]:
-    pattern, count = config["layers"], config["num_layers"]
     return decoder_keys(config) | {
         "attention_bias": config["attention"]["bias"],
         "mlp_bias": False,
         "use_sliding_window": False,
-        "no_rope_layers": [int(pattern[index % len(pattern)] != "nope") for index in range(count)],
+        "no_rope_layers": [int(kind != "nope") for kind in each_layer_type(config)],
     }
 
 

@@ -105,47 +105,34 @@ class SquaredReLU(nn.Module):
         return found.view(*hidden.shape[:-1], width)
 
 
-@register("ffn", "swiglu")
-class SwiGLU(nn.Module):
-    """Llama's FFN: down(silu(gate(x)) * up(x)) (arXiv 2002.05202).
+class _Gated(nn.Module):
+    """down(activation(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
-    Args:
-        embed_dim: width of the residual stream.
-        hidden_dim: width between the projections.
-
-    Raises:
-        ValueError: if hidden_dim is no width.
-    """
-
-    def __init__(self, embed_dim: int, *, hidden_dim: int = 5632) -> None:
+    def __init__(self, embed_dim: int, hidden_dim: int) -> None:
         super().__init__()
         check(WIDTH, hidden_dim=hidden_dim)
         self.gate_proj = Linear(embed_dim, hidden_dim, bias=False)
         self.up_proj = Linear(embed_dim, hidden_dim, bias=False)
         self.down_proj = Linear(hidden_dim, embed_dim, bias=False)
+
+
+@register("ffn", "swiglu")
+class SwiGLU(_Gated):
+    """Llama's FFN: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, embed_dim: int, *, hidden_dim: int = 5632) -> None:
+        super().__init__(embed_dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 @register("ffn", "geglu")
-class GeGLU(nn.Module):
-    """Gemma's FFN: down(gelu(gate(x)) * up(x)), gelu by its tanh approximation (arXiv 2002.05202, 2403.08295).
-
-    Args:
-        embed_dim: width of the residual stream.
-        hidden_dim: width between the projections.
-
-    Raises:
-        ValueError: if hidden_dim is no width.
-    """
+class GeGLU(_Gated):
+    """Gemma's FFN: down(gelu(gate(x)) * up(x)), gelu by its tanh approximation (arXiv 2002.05202, 2403.08295)."""
 
     def __init__(self, embed_dim: int, *, hidden_dim: int = 2048) -> None:
-        super().__init__()
-        check(WIDTH, hidden_dim=hidden_dim)
-        self.gate_proj = Linear(embed_dim, hidden_dim, bias=False)
-        self.up_proj = Linear(embed_dim, hidden_dim, bias=False)
-        self.down_proj = Linear(hidden_dim, embed_dim, bias=False)
+        super().__init__(embed_dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
@@ -156,13 +143,9 @@ class GELU(nn.Module):
     """GPT-2's FFN: down(gelu(up(x))) (arXiv 1606.08415).
 
     Args:
-        embed_dim: width of the residual stream.
-        hidden_dim: width between the two projections.
         bias: both projections have biases.
         approximate: tanh, as GPT-2; none: the exact gelu.
-
-    Raises:
-        ValueError: if hidden_dim is no width.
+        others: as for squared_relu.
     """
 
     def __init__(
