@@ -209,32 +209,16 @@ def size_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 # Keys of a RoPE table, theirs -> ours, of each type.
 _ROPE = {
-    "default": {},
-    "linear": {"factor": "factor"},
-    "dynamic": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_max_seq_len",
-    },
-    "yarn": {
-        "factor": "factor",
-        "original_max_position_embeddings": "original_max_seq_len",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "attention_factor": "attention_factor",
-        "mscale": "mscale",
-        "mscale_all_dim": "mscale_all_dim",
-        "truncate": "truncate",
-    },
-    "longrope": {
-        "factor": "factor",
-        "short_factor": "short_factor",
-        "long_factor": "long_factor",
-        "original_max_position_embeddings": "original_max_seq_len",
-        "attention_factor": "attention_factor",
-    },
+    kind: {name: {"original_max_position_embeddings": "original_max_seq_len"}.get(name, name) for name in names.split()}
+    for kind, names in {
+        "default": "",
+        "linear": "factor",
+        "dynamic": "factor",
+        "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
+        "yarn": "factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale mscale_all_dim "
+        "truncate",
+        "longrope": "factor short_factor long_factor original_max_position_embeddings attention_factor",
+    }.items()
 }
 _ROPE_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "max_position_embeddings", "finetuned")
 

@@ -1,8 +1,4 @@
-"""Multi-head latent attention (MLA).
-
-Shape suffixes: b batch, s new tokens, t all tokens (cached + new), h heads, g query heads a KV head,
-n qk_nope_head_dim, r qk_rope_head_dim, v v_head_dim, c kv_lora_rank.
-"""
+"""Multi-head latent attention (MLA); shape suffixes as in `attention_kernels`."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from plmtune.modules.rope_scaling import LongRope, RopeScaling
+from plmtune.modules.rope_scaling import LongRope, RopeScaling, plain_frequencies
 from plmtune.ranges import Range, check
 
 
@@ -69,7 +69,7 @@ class RotaryEmbedding:
         """cos and signed sin, [b, s, 1, dim], each text turned as it is by itself."""
         dim, _, theta, interleaved = self.settings
         lengths, which = _lengths(input_pos).unique(return_inverse=True)
-        plain = _plain_frequencies(dim, theta, input_pos.device)
+        plain = plain_frequencies(dim, theta, input_pos.device)
         frequency = torch.stack([scaling.frequencies(plain, theta, scaling.key(n)) for n in lengths.tolist()])
         angle = input_pos[..., None] * frequency[which]  # [b, s, dim / 2]
         cos, sin = _cos_sin(angle, scaling.attention_factor, interleaved)
@@ -84,10 +84,6 @@ def _lengths(input_pos: Tensor) -> Tensor:
     places = torch.arange(s, device=input_pos.device).expand(b, s)
     end = torch.where(last, places, s).flip(1).cummin(1).values.flip(1)  # where the text of each token ends
     return input_pos.gather(1, end) + 1
-
-
-def _plain_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
-    return theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
 
 
 def _cos_sin(angle: Tensor, factor: float, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -123,7 +119,7 @@ def _cached_tables(
     # Tables made while generating must also serve training, which inference tensors cannot; those made while
     # torch.export traces must hold numbers, for it and for later calls.
     with torch.inference_mode(False), _disable_current_modes():
-        frequency = _plain_frequencies(dim, theta, device)
+        frequency = plain_frequencies(dim, theta, device)
         if scaling is not None:
             frequency = scaling.frequencies(frequency, theta, key)
         angle = torch.arange(max_seq_len, device=device, dtype=torch.float64)[:, None] * frequency

@@ -91,7 +91,7 @@ class Dynamic(RopeScaling):
         growth = self.factor * key / self.original - (self.factor - 1)
         if key == self.original or dim == 2:
             return plain
-        return _plain(dim, theta * growth ** (dim / (dim - 2)), plain.device)
+        return plain_frequencies(dim, theta * growth ** (dim / (dim - 2)), plain.device)
 
 
 @register("rope_scaling", "llama3")
@@ -226,5 +226,6 @@ class LongRope(RopeScaling):
                 raise ValueError(f"{name} has {len(factors)} numbers, and RoPE turns {dim // 2} pairs")
 
 
-def _plain(dim: int, theta: float, device: torch.device) -> Tensor:
+def plain_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    """RoPE's own frequencies, theta^(-2i / dim), [dim / 2] in fp64."""
     return theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)

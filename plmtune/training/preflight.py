@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Collection, Sequence
@@ -108,6 +109,18 @@ def build_loss(chosen: Component | None, data_kinds: Collection[str]) -> Any:
     return loss
 
 
+def check_loss_settings(name: str, loss: Any, model: Any) -> None:
+    """Refuse a loss over tokens without a keyword that the model's `loss_settings` give it."""
+    needed = getattr(model, "loss_settings", {}) if data_kind(loss) != "comparisons" else {}
+    taken = inspect.signature(loss).parameters.values() if needed else ()
+    lacking = needed.keys() - {p.name for p in taken}
+    if lacking and not any(p.kind is p.VAR_KEYWORD for p in taken):
+        raise UserError(
+            f"key loss: {name} has no keyword {', '.join(lacking)}, which this model's logits need. "
+            "Add it to the loss, or choose cross_entropy."
+        )
+
+
 def data_kind(loss: Any) -> str:
     """What a loss is of: tokens, refinements or comparisons."""
     return str(getattr(loss, "data_kind", "tokens"))
@@ -187,6 +200,7 @@ def plan_training(
     """
     assert cfg.seq_len is not None and cfg.loss is not None and cfg.optimizer is not None
     check_best_metric(cfg.checkpoint.best, metrics)
+    check_loss_settings(cfg.loss.name, loss, model)
     size, processes = cfg.global_batch_size, runtime.data_world_size
     if size % processes:
         raise UserError(f"key global_batch_size: {size} {unit} do not divide among {processes} processes.")

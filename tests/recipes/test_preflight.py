@@ -8,6 +8,7 @@ import typing
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from plmtune.errors import UserError
 from plmtune.registry import Component, describe_components, keys_of
 from plmtune.tokenizers import tokenizer_files
 from plmtune.training.estimate import estimate
+from plmtune.training.preflight import check_loss_settings
 from plmtune.training.runtime import Runtime
 
 CONFIGS = {
@@ -288,3 +290,16 @@ class TestMistakes:
         plain = to_plain(composed(recipe))
         monkeypatch.setitem(sys.modules, "datasets", None)
         assert "data hub: a/b needs the package datasets (extra hub)" in agree(plain, "data", setting)
+
+
+class TestLossSettings:
+    def test_a_loss_that_cannot_cap_logits_is_refused_for_a_model_that_does(self) -> None:
+        model = SimpleNamespace(loss_settings={"soft_cap": 30.0})
+        with pytest.raises(UserError, match="key loss: mine has no keyword soft_cap, which this model's logits need"):
+            check_loss_settings("mine", lambda hidden, weight, targets: 0, model)
+        check_loss_settings("mine", lambda hidden, weight, targets: 0, SimpleNamespace(loss_settings={}))
+        check_loss_settings("mine", lambda hidden, weight, targets, **settings: 0, model)
+
+    @pytest.mark.parametrize("name", sorted(describe_components()["loss"]))
+    def test_all_of_ours_fit(self, name: str) -> None:
+        check_loss_settings(name, Component("loss", name, {})(), SimpleNamespace(loss_settings={"soft_cap": 30.0}))
