@@ -1,4 +1,4 @@
-"""Tokenizers by name and from files: tokenizer.json, .tiktoken, model directories, the hub."""
+"""Tokenizers by name and from files: tokenizer.json, tokenizer.model, .tiktoken, model directories, the hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io import hub, manifest
 from plmtune.registry import register
-from plmtune.tokenizers import tokenizer_json
+from plmtune.tokenizers import sentencepiece_files, tokenizer_json
 from plmtune.tokenizers.bpe import (
     BYTE_PATTERN,
     CHATML_SPECIALS,
@@ -27,7 +27,7 @@ from plmtune.tokenizers.builtin_templates import CHATML_TEMPLATE
 from plmtune.tokenizers.library import Library
 from plmtune.tokenizers.tokenizer import Tokenizer
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 
 # PLM's embedding has more rows than Qwen2 has tokens; known without the file, for a dry run.
@@ -47,9 +47,12 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Tokenizer:
-    """Read a tokenizer.json; the files beside it name its end token, chat template and rows."""
+    """Read a tokenizer.json or tokenizer.model; the files beside it name its end token, chat template and rows."""
     config = _read_config(path.with_name("tokenizer_config.json"))
-    data = tokenizer_json.load_json(read_file(path), str(path))
+    if path.suffix == ".model":
+        data, config = sentencepiece_files.read_model(read_file(path), config, str(path))
+    else:
+        data = tokenizer_json.load_json(read_file(path), str(path))
     data = tokenizer_json.with_added_of_config(data, config, str(path.with_name("tokenizer_config.json")))
     vocabulary = _engine(data, str(path))
     eos = _eos(vocabulary, _text_of(config.get("eos_token")), path)
@@ -142,9 +145,11 @@ def _read(path: Path, pattern: str = QWEN2_PATTERN, normalization: Normalization
             if hub.links_outside(path / name):
                 raise UserError(f"{path / name} is a link to a place outside of {path}. Copy the file into it.")
         whole = path / "tokenizer.json"
-        held = [whole] if whole.is_file() else sorted(path.glob("*.tiktoken"))
+        held = [whole] if whole.is_file() else sorted(path.glob("*.tiktoken")) or sorted(path.glob("tokenizer.model"))
         if len(held) != 1:
-            raise UserError(f"{path} holds {len(held)} tokenizers: one tokenizer.json or .tiktoken file is needed.")
+            raise UserError(
+                f"{path} holds {len(held)} tokenizers: one tokenizer.json, .tiktoken file or tokenizer.model is needed."
+            )
         manifest.check_files_once(path, only=_FILES)
         path = held[0]
     if hub.is_gguf(path):
@@ -187,7 +192,7 @@ def qwen2(path: str | None = None) -> Tokenizer:
 
 @register("tokenizer", "file")
 def file(path: str = "", *, pattern: Literal["qwen2", "llama3", "gpt2"] = "qwen2") -> Tokenizer:
-    """A byte-level BPE from a tokenizer.json, a .tiktoken file, or a directory with one (any checkpoint).
+    """A tokenizer.json, a SentencePiece model, a .tiktoken file, or a directory with one (any checkpoint).
 
     Args:
         path: the file or directory, or a model of the Hugging Face hub (OWNER/NAME).

@@ -32,7 +32,7 @@ def skeleton(pattern: str, normalization: Normalization | None) -> dict[str, Any
     }
 
 
-def _puts_before(token: str, identity: int) -> dict[str, Any]:
+def puts_before(token: str, identity: int) -> dict[str, Any]:
     """A post-processor that puts a token before each text."""
     first, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     second = [{"SpecialToken": {"id": token, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
@@ -64,9 +64,9 @@ def render(vocabulary: Vocabulary, first: str | None = None) -> str:
         for content, identity in sorted((specials | vocabulary.added).items(), key=lambda item: item[1])
     ]
     if first is not None:
-        data["post_processor"] = _puts_before(first, vocabulary.specials[first])
+        data["post_processor"] = puts_before(first, vocabulary.specials[first])
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
 
 def render_library(held: Library, first: str | None) -> str:
-    return held.render({} if first is None else {"post_processor": _puts_before(first, held.specials[first])})
+    return held.render({} if first is None else {"post_processor": puts_before(first, held.specials[first])})
