@@ -292,7 +292,7 @@ def _keep_adapters(
     _refuse_existing(path, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     if to == "hf":
-        notes, commands = export_adapter(source, path), []
+        notes, commands = export_adapter(source, path, base=base), []
     else:
         notes = write_gguf_adapter(source, path, base=base)
         commands = [f"llama-cli -m BASE.gguf --lora {path}{_flash_attention(path)}"]

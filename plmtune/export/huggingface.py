@@ -32,9 +32,12 @@ import torch
 from torch import Tensor
 
 from plmtune.errors import UserError
+from plmtune.io import safetensors_writer
 from plmtune.io.atomic import atomic_write, check_room
-from plmtune.models.adapters import ADAPTERS, holds_adapters
-from plmtune.models.checkpoint_files import ADAPTER_CONFIG, locate, read_json, write_json
+from plmtune.models.adapter_names import OWN_TYPE, fused
+from plmtune.models.adapters import ADAPTERS, find_base, holds_adapters, read_model_config
+from plmtune.models.assemble import component_from_config
+from plmtune.models.checkpoint_files import ADAPTER_CONFIG, CONFIG, Stored, locate, read_json, write_json
 from plmtune.models.directory import new_directory
 from plmtune.models.families import names_of
 from plmtune.models.hf import hf_state, save_model
@@ -49,6 +52,7 @@ from plmtune.units import show_bytes
 
 GATE = 4096.0  # a power of two: silu(GATE * h) / GATE is relu(h) but for 3e-8
 _LATENT_EPS = 1e-6
+_EXPERTS_IN_PEFT = ("deepseek_v2", "deepseek_v3")  # dense layers or not: convert_peft_config_for_transformers
 
 
 def export_hf(
@@ -109,17 +113,18 @@ def export_hf(
     return notes
 
 
-def export_adapter(source: Path, directory: Path) -> list[str]:
-    """Copy adapters, and their tokenizer where there is one, as the `peft` package reads them; return notes.
+def export_adapter(source: Path, directory: Path, *, base: Path | None = None) -> list[str]:
+    """Write adapters, and their tokenizer where there is one, as the `peft` package reads them; return notes.
 
     Args:
         source: what training saved.
         directory: a new one, or one of adapters, which are replaced.
+        base: directory of the weights that they stand beside; None: what they name.
 
     Raises:
         UserError: if `directory` holds something else, or the disk has no room.
     """
-    config = read_json(source, ADAPTER_CONFIG)
+    config, given = read_json(source, ADAPTER_CONFIG), base
     if directory.resolve() == source.resolve():
         raise UserError(f"{directory} is where the adapters are. Name another place.")
     others = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
@@ -130,11 +135,37 @@ def export_adapter(source: Path, directory: Path) -> list[str]:
         raise UserError(f"{source} holds its adapters in {len(names)} files; one is expected.")
     check_room(directory, sum((source / name).stat().st_size for name in names))
     directory.mkdir(parents=True, exist_ok=True)
-    files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", ADAPTER_CONFIG)
+    files = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+    named = config["base_model_name_or_path"]
+    notes = [f"They stand beside {named}, which is not in the export."]
+    base = base or Path(named)
+    model_type = read_json(base, CONFIG).get("model_type") if (base / CONFIG).is_file() else None
+    if model_type in _EXPERTS_IN_PEFT and any(".mlp." in name for name in locate(source, ADAPTERS)):
+        notes.append(
+            f"PEFT takes the FFN of every {model_type} for experts and does not load its adapters. Merge them, or "
+            "train adapters of attention alone."
+        )
+    if config.get("peft_type") == OWN_TYPE:
+        description = read_model_config(find_base(source, given))
+        with torch.device("meta"):
+            model: Decoder = component_from_config("model", description, f"{source}, its base")(
+                vocab_size=description["vocab_size"]
+            )
+        state, made = fused(Stored(locate(source, ADAPTERS)), config, model, source)
+        with atomic_write(directory / f"{ADAPTERS}.safetensors") as temporary:
+            safetensors_writer.write(temporary, state)
+        write_json(directory / ADAPTER_CONFIG, made)
+        names = set()
+        notes.append(
+            f"The base holds several matrices in one, for which PEFT has one adapter: of rank {made['r']} instead of "
+            f"{config['r']}, with the same product."
+        )
+    else:
+        files.append(ADAPTER_CONFIG)
     for name in sorted(names | {name for name in files if (source / name).is_file()}):
         with atomic_write(directory / name) as temporary:
             shutil.copyfile(source / name, temporary)
-    return [f"They stand beside {config['base_model_name_or_path']}, which is not in the export."]
+    return notes
 
 
 def end_ids(tokenizer: Tokenizer) -> list[int]:

@@ -18,6 +18,15 @@ from plmtune import dtypes
 from plmtune.errors import UserError
 from plmtune.io import hub
 from plmtune.models import hf, hf_config
+from plmtune.models.adapter_names import (
+    OWN_TYPE,
+    choose_modules,
+    family_names,
+    held_modules,
+    own_names,
+    stored_parts,
+    target_modules,
+)
 from plmtune.models.checkpoint_files import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -27,9 +36,9 @@ from plmtune.models.checkpoint_files import (
     read_json,
     write_json,
 )
-from plmtune.models.hf_names import hf_name
+from plmtune.models.hf_names import STANDARD
 from plmtune.modules.decoder import Decoder
-from plmtune.modules.peft import adapted, adapter_parameters, merge
+from plmtune.modules.peft import adapted, merge
 from plmtune.modules.quantized import Quantized
 from plmtune.registry import load
 from plmtune.tokenizers.tokenizer import Tokenizer
@@ -37,17 +46,17 @@ from plmtune.tokenizers.tokenizer_files import load_tokenizer
 
 ADAPTERS = "adapter_model"  # the stem of the file of tensors
 
-_PREFIX = "base_model.model."
-_NAMES = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _CODES = ("F32", "F16", "BF16")  # of the tensors in a file of adapters
 # Keys of adapter_config.json that are read, and those that do not change what the tensors mean; any other is refused
 # where it is not empty or false.
 _READ = (
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "plmtune", "r", "lora_alpha", "lora_dropout"),
     *("target_modules", "modules_to_save", "use_dora", "bias", "init_lora_weights"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern"),
 )
 _WITHOUT_EFFECT = (
-    *("auto_mapping", "peft_version", "inference_mode", "exclude_modules", "layers_pattern", "ensure_weight_tying"),
+    *("auto_mapping", "peft_version", "inference_mode", "ensure_weight_tying"),
+    "fan_in_fan_out",  # PEFT sets it by the base's class of layers
     *("megatron_config", "megatron_core", "runtime_config", "qalora_group_size"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of `init_lora_weights`
 )
@@ -64,16 +73,9 @@ def holds_adapters(directory: Path) -> bool:
 
 
 def adapter_state(model: Decoder) -> dict[str, Tensor]:
-    """All that is trained of a model with adapters, under PEFT's names: what a checkpoint saves, and restores into."""
-    return {_peft_name(name): tensor.data for name, tensor in adapter_parameters(model).items()}
-
-
-def _peft_name(name: str) -> str:
-    for ours, theirs in _NAMES.items():
-        if name.endswith("." + ours):
-            layer = hf_name(name.removesuffix(ours) + "weight").removesuffix("weight")
-            return _PREFIX + layer + theirs
-    return _PREFIX + hf_name(name)
+    """All that is trained of a model with adapters, under PEFT's names (see `adapter_names` for families with fused
+    matrices): what a checkpoint saves, and restores into."""
+    return {name: parts[0] for name, parts in stored_parts(model, own_names(model)).items()}
 
 
 def adapter_config(model: Decoder, base: Path) -> dict[str, Any]:
@@ -88,20 +90,21 @@ def adapter_config(model: Decoder, base: Path) -> dict[str, Any]:
     Raises:
         UserError: if there are no weights in `base`.
     """
-    layers = adapted(model)
+    layers, names = adapted(model), own_names(model)
     one = next(iter(layers.values()))
+    modules = held_modules(model, names)
     dora = hasattr(one, "magnitude")
     alpha = float(one.scaling * one.lora_a.out_features if dora else one.alpha)
     kind = "dora" if dora else "qlora" if one._quantize_base else "lora"
     score = hasattr(model, "score")
     return {
-        "peft_type": "LORA",
+        "peft_type": "LORA" if family_names(model).one_to_one else OWN_TYPE,
         "task_type": "SEQ_CLS" if score else "CAUSAL_LM",
         **_named(Path(base).resolve()),
         "r": one.lora_a.out_features,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": one.dropout.p if isinstance(one.dropout, torch.nn.Dropout) else 0.0,
-        "target_modules": sorted({_leaf(name) for name in layers}),
+        "target_modules": target_modules(modules, [name for name, held in modules.items() if held[0] in layers]),
         "modules_to_save": ["score"] if score else None,
         "use_dora": dora,
         "use_rslora": False,
@@ -111,11 +114,6 @@ def adapter_config(model: Decoder, base: Path) -> dict[str, Any]:
         "inference_mode": True,
         "plmtune": {"component": kind, "base": weights_digest(Path(base))},
     }
-
-
-def _leaf(name: str) -> str:
-    """Hugging Face's last name of a layer: `layers.0.attention.kv_a_proj` -> `kv_a_proj_with_mqa`."""
-    return hf_name(f"{name}.weight").split(".")[-2]
 
 
 def write_adapter_config(directory: Path, config: Mapping[str, Any]) -> None:
@@ -211,7 +209,7 @@ def load_adapter(model: Decoder, directory: Path) -> None:
         )
     where = directory / ADAPTER_CONFIG
     config = read_json(directory, ADAPTER_CONFIG)
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+    if config.get("peft_type") not in ("LORA", OWN_TYPE) or config.get("bias", "none") != "none":
         raise UserError(f"{where}: peft_type must be LORA and bias none; nothing else can be read.")
     unknown = next((key for key in config if config[key] and key not in _READ + _WITHOUT_EFFECT), None)
     if unknown is not None:
@@ -238,27 +236,18 @@ def load_adapter(model: Decoder, directory: Path) -> None:
     widths = (max(module.weight.shape) for module in model.modules() if isinstance(module, torch.nn.Linear))
     if rank > max(model.embed_dim, *widths):
         raise UserError(f"{where}: r is {rank}, more than any layer is wide.")
-    targets = _targets(model, config.get("target_modules"), where)
+    names = family_names(model) if config["peft_type"] == "LORA" else STANDARD
+    modules = held_modules(model, names)
+    targets = tuple(part for name in choose_modules(config, modules, names, locations, where) for part in modules[name])
     try:
         load("peft", kind)(model=model, rank=rank, alpha=float(alpha), dropout=float(dropout), targets=targets)
     except ValueError as error:
         raise UserError(f"{where} does not fit the model: {error}.") from error
-    _restore(adapter_state(model), locations, directory)
-
-
-def _targets(model: Decoder, named: Any, where: Path) -> tuple[str, ...]:
-    if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
-        raise UserError(f"{where}: target_modules must be a list of names, not {named!r:.80}.")
-    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    ours = {_leaf(name): name.split(".")[-1] for name in linears if name.startswith("layers.")}
-    lacking = next((name for name in named if name not in ours), None)
-    if lacking is not None:
-        raise UserError(f"{where}: target_modules names {lacking!r:.80}; the model has {', '.join(sorted(ours))}.")
-    return tuple(ours[name] for name in named)
+    _restore(stored_parts(model, names), locations, directory)
 
 
 @torch.no_grad()
-def _restore(state: Mapping[str, Tensor], locations: Mapping[str, Path], directory: Path) -> None:
+def _restore(state: Mapping[str, tuple[Tensor, ...]], locations: Mapping[str, Path], directory: Path) -> None:
     missing = next((name for name in state if name not in locations), None)
     if missing is not None:
         raise UserError(f"{directory} misses the tensor {missing}. Is the copy complete?")
@@ -270,12 +259,20 @@ def _restore(state: Mapping[str, Tensor], locations: Mapping[str, Path], directo
             for name in (name for name in state if locations[name] == path):
                 header = opened.get_slice(name)
                 shape = tuple(header.get_shape())
-                if shape != tuple(state[name].shape) or header.get_dtype() not in _CODES:
+                parts = state[name]
+                common = name.endswith("lora_A.weight")  # all parts of a fused matrix have the same A
+                needed = tuple(parts[0].shape)
+                if not common:
+                    needed = (sum(len(part) for part in parts), *needed[1:])
+                if shape != needed or header.get_dtype() not in _CODES:
                     raise UserError(
                         f"{path}: {name} has shape {list(shape)} and type {header.get_dtype()}; the model needs "
-                        f"{list(state[name].shape)} in one of {', '.join(_CODES)}."
+                        f"{list(needed)} in one of {', '.join(_CODES)}."
                     )
-                state[name].copy_(opened.get_tensor(name))
+                whole = opened.get_tensor(name)
+                split = [whole] * len(parts) if common else whole.split([len(part) for part in parts])
+                for part, held in zip(parts, split, strict=True):
+                    part.copy_(held)
 
 
 def load_state(model: Decoder, directory: Path, base: Path | None = None) -> None:

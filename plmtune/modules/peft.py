@@ -42,7 +42,8 @@ def lora(
         rank: width of the adapters.
         alpha: their weight is alpha / rank.
         dropout: share of the adapters' inputs that training leaves out.
-        targets: attention and ffn (all linear layers of each), or layers by name (q_proj).
+        targets: attention and ffn (all linear layers of each), layers by name (q_proj), or by their full name
+            (layers.0.attention.q_proj).
 
     Raises:
         ValueError: for a setting out of its range, or a target that the model lacks.
@@ -149,8 +150,12 @@ def _choose(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
     }
     chosen: dict[str, nn.Linear] = {}
     for target in targets:
-        # layers.0.attention.q_proj: target is attention or q_proj
-        found = {name: module for name, module in linears.items() if target in name.split(".")[2:]}
+        # layers.0.attention.q_proj: target is attention, q_proj, the whole or a beginning of it
+        found = {
+            name: module
+            for name, module in linears.items()
+            if target in name.split(".")[2:] or f"{name}.".startswith(f"{target}.")
+        }
         if not found:
             known = dict.fromkeys(part for name in linears for part in name.split(".")[2:])
             raise ValueError(f"targets: the model has no {target!r}; it has {', '.join(known)}")

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from made_families import make
 from safetensors.torch import load_file, save_file
 from saved_adapters import save_adapter
 from torch import Tensor
 
 import plmtune
 from plmtune.errors import UserError
+from plmtune.export.huggingface import export_adapter
 from plmtune.models import adapters, hf
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
@@ -302,7 +304,13 @@ class TestBadAdapters:
             ({"r": 10**9}, r"r is 1000000000, more than any layer is wide"),
             ({"r": "4"}, r"r, lora_alpha or lora_dropout is missing or no number"),
             ({"r": -1}, r"does not fit the model: rank \(-1\) must be at least 1"),
-            ({"target_modules": "all-linear"}, r"target_modules must be a list of names, not 'all-linear'"),
+            ({"target_modules": "all-linear"}, r"misses the tensor .*kv_a_proj_with_mqa.lora_A"),
+            ({"target_modules": 3}, r"target_modules must be a list of names, not 3"),
+            ({"exclude_modules": "q.*"}, r"exclude_modules must be a list of names, not 'q\.\*'"),
+            ({"exclude_modules": ["q_proj"]}, r"holds the tensor .*q_proj.*, not listed in adapter_config.json"),
+            ({"layers_to_transform": ["1"]}, r"layers_to_transform must be a list of whole numbers"),
+            ({"layers_to_transform": 1}, r"holds the tensor .*layers\.0\..*, not listed in adapter_config.json"),
+            ({"alpha_pattern": {"q_proj": 2}}, r"alpha_pattern .* is not supported"),
             ({"target_modules": ["c_attn"]}, r"target_modules names 'c_attn'; the model has down_proj"),
             ({"r": 3}, r"has shape \[4, 64\]"),
             ({"use_dora": True, "plmtune": {}}, r"misses the tensor .*lora_magnitude_vector"),
@@ -334,3 +342,99 @@ class TestBadAdapters:
         (tmp_path / "adapter" / "adapter_config.json").write_text("{")
         with pytest.raises(UserError, match="is not valid JSON"):
             adapters.load_model(tmp_path / "adapter")
+
+
+FUSED = ("phi3", "gpt2")
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> Tensor:
+    ids = torch.randint(3, 101, (2, 12), generator=torch.Generator().manual_seed(1))
+    found = model(ids)
+    return found if isinstance(found, Tensor) else found.logits
+
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "smollm3", "youtu", *FUSED)
+ALL, NAMED = ("attention", "ffn"), ("layers.0", "layers.1.ffn.down_proj", "layers.1.attention.o_proj")
+OF_PEFT: dict[str, dict[str, Any]] = {
+    "all": {"target_modules": "all-linear"},
+    "excluded": {"target_modules": "all-linear", "exclude_modules": ["o_proj", "c_fc"]},
+    "expression": {"target_modules": r".*\.0\..*(proj|c_attn)"},
+    "layers": {"target_modules": ["proj"], "layers_to_transform": [1]},
+    "dora": {"target_modules": ["proj"], "exclude_modules": ["proj2"], "use_dora": True},
+}
+
+
+class TestFamilies:
+    def plain(self, tmp_path: Path) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        # Youtu's class zeroes the row of a pad token after loading it.
+        settings = {"dtype": torch.float32, "pad_token_id": None}
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", **settings).eval()
+
+    @pytest.mark.parametrize(
+        ("family", "targets"), [*((name, ALL) for name in FAMILIES), *((name, NAMED) for name in ("qwen3", *FUSED))]
+    )
+    def test_peft_computes_what_we_do(self, family: str, targets: tuple[str, ...], tmp_path: Path) -> None:
+        from peft import PeftModel
+
+        make(family, tmp_path / "base")
+        model = teach(hf.load_model(tmp_path / "base"), "lora", targets=targets)
+        save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+        close(logits_of(adapters.load_model(tmp_path / "adapter").eval()), logits_of(model))
+        if family in FUSED:
+            with pytest.raises((KeyError, ValueError), match="PLMTUNE_LORA"):
+                PeftModel.from_pretrained(self.plain(tmp_path), tmp_path / "adapter")
+        notes = export_adapter(tmp_path / "adapter", tmp_path / "out")
+        assert len(notes) == 1 + (family in FUSED)
+        theirs = PeftModel.from_pretrained(self.plain(tmp_path), tmp_path / "out").eval()
+        close(logits_of(theirs), logits_of(model))
+        close(logits_of(adapters.load_model(tmp_path / "out").eval()), logits_of(model))
+
+    @pytest.mark.parametrize(
+        ("family", "chosen"),
+        [*((name, "all") for name in FAMILIES), *((name, key) for name in ("phi3", "gpt2") for key in OF_PEFT)],
+    )
+    def test_we_compute_what_pefts_own_do(self, family: str, chosen: str, tmp_path: Path) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        make(family, tmp_path / "base")
+        first, second = ("c_attn", "mlp.c_proj") if family == "gpt2" else ("o_proj", "down_proj")
+        names = {"proj": [first, second], "proj2": [second]}
+        settings = {
+            key: next((found for name, found in names.items() if value == [name]), value)
+            for key, value in OF_PEFT[chosen].items()
+        }
+        torch.manual_seed(2)
+        model = get_peft_model(self.plain(tmp_path), LoraConfig(r=3, lora_alpha=5, **settings)).eval()
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        model.save_pretrained(tmp_path / "theirs")
+        if chosen == "dora" and family == "gpt2":
+            with pytest.raises(UserError, match="has a bias, which dora does not take"):
+                adapters.load_model(tmp_path / "theirs")
+            return
+        close(logits_of(adapters.load_model(tmp_path / "theirs").eval()), logits_of(model))
+
+    @pytest.mark.parametrize("targets", [("attention",), ("attention", "ffn")])
+    def test_of_a_deepseeks_ffn_are_not_pefts_and_the_export_says_so(
+        self, targets: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        from peft import PeftModel
+
+        make("deepseek_v3", tmp_path / "base")
+        model = teach(hf.load_model(tmp_path / "base"), "lora", targets=targets)
+        save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+        notes = export_adapter(tmp_path / "adapter", tmp_path / "out")
+        theirs = PeftModel.from_pretrained(self.plain(tmp_path), tmp_path / "out").eval()
+        equal = bool((logits_of(theirs) - logits_of(model)).abs().max() < 1e-4)
+        assert equal == ("ffn" not in targets) == (not any("PEFT takes the FFN" in note for note in notes))
+
+    def test_dora_of_a_part_of_a_fused_matrix_is_refused_by_name(self, tmp_path: Path) -> None:
+        make("phi3", tmp_path / "base")
+        model = teach(hf.load_model(tmp_path / "base"), "dora", targets=("q_proj", "ffn"))
+        save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+        with pytest.raises(UserError, match=r"needs all parts of .*qkv_proj, and layers.0.attention.k_proj has none"):
+            export_adapter(tmp_path / "adapter", tmp_path / "out")
