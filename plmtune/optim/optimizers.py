@@ -149,7 +149,7 @@ def muon(
         v <- beta2 v + (1 - beta2) mean over columns of O^2,   O' = O / (sqrt(v) + eps)
         W <- W - lr weight_decay W - 0.2 lr sqrt(rows columns) / ||O'|| O'
 
-    Cautious weight decay (arXiv 2510.12402, equation 1) decays the numbers whose update shrinks them, too:
+    Cautious weight decay (arXiv 2510.12402) decays the numbers whose update shrinks them, too:
 
         W <- W - lr (u + weight_decay [u W >= 0] W)
 
