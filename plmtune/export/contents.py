@@ -21,8 +21,10 @@ from plmtune.export.runtimes import form_of
 from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import CONFIG, Stored, checkpoint_directory, locate, opened_weights, read_json
 from plmtune.models.families import names_of
+from plmtune.models.gguf_architectures import BY_NAME
 from plmtune.models.gguf_file import opened_gguf
-from plmtune.models.gguf_layout import gguf_name, heads_of_halves, to_halves
+from plmtune.models.gguf_match import match
+from plmtune.models.gguf_rope import FREQS, LONG, SHORT
 from plmtune.models.hf_config import described_model, hf_config, read_formats
 from plmtune.models.hf_names import hf_name
 from plmtune.modules.decoder import Decoder
@@ -213,28 +215,31 @@ def _of_gguf(path: Path, model: Decoder) -> Contents:
         return value if type(value) is kind else None
 
     def read(ours: str) -> Tensor:
-        tensor, heads = torch.from_numpy(file.read(names[ours])), heads_of_halves(model.config, ours)
-        return tensor if heads is None else to_halves(tensor, heads)
+        return layout.read(model.config, ours, groups, rows, lambda theirs: torch.from_numpy(file.read(theirs)))
 
     scaled = metadata.get(f"{name}.rope.scaling.factor", metadata.get(f"{name}.rope.scale_linear"))
     settings = _settings(
         {ours: metadata.get(f"{name}.{theirs}") for ours, (_, theirs) in _KEYS.items()},
         None if metadata.get(f"{name}.rope.scaling.type") == "none" else scaled,
     )
-    names = {ours: gguf_name(ours) for ours in _names(model)}
-    if "output.weight" in held:
-        names["output.weight"] = "output.weight"
-    there = [ours for ours, theirs in names.items() if theirs in held]
+    ours_there = _names(model)
+    if "output.weight" in held and "output.weight" not in ours_there:
+        ours_there.append("output.weight")
+    layout = (BY_NAME.get(str(name)) or match(model.config).architecture).layout
+    groups = layout.groups(ours_there)
+    rows = {ours: len(tensor) for ours, tensor in model.state_dict().items()}
+    names = {ours: [theirs for theirs, parts in groups.items() if ours in parts] for ours in ours_there}
+    there = [ours for ours, theirs in names.items() if all(part in held for part in theirs)]
     tables = {key: table for key in ("merges", "tokens") if (table := said(f"ggml.{key}", list)) is not None}
     embedding = held.get("token_embd.weight")
     return Contents(
         kind=next(iter(file.kinds()), "F32"),
         settings={"attention.rope_theta": _DEFAULT_THETA} | settings,
         tensors=_Lazy(there, read),
-        kinds={ours: held[names[ours]].kind.name for ours in there},
+        kinds={ours: held[names[ours][0]].kind.name for ours in there},
         declared=_declared(metadata.get("general.file_type")),
-        missing=tuple(sorted(set(names.values()) - set(held))),
-        unknown=tuple(sorted(set(held) - set(names.values()))),
+        missing=tuple(sorted(set(groups) - set(held))),
+        unknown=tuple(sorted(set(held) - set(groups) - {FREQS, LONG, SHORT})),
         rows=embedding.shape[0] if embedding is not None else None,
         tokenizer=tables,
         ordinary=tuple(kind == TokenType.NORMAL for kind in said("ggml.token_type", list) or ()),

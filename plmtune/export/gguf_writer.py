@@ -1,7 +1,7 @@
 """GGUF files, llama.cpp's format: a model with its tokenizer and chat template in one file, and adapters for one.
 
-Architecture `plm` for MLA with squared ReLU, `llama` for GQA with SwiGLU; names, keys and the order of rows are those
-that `models.gguf` reads. Tensors are converted one after the other, so that no model is in memory twice.
+Architectures, keys and the order of rows are those that `models.gguf` reads (`models.gguf_architectures`). Tensors are
+converted one after the other, so that no model is in memory twice.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from torch import Tensor
 
 from plmtune.errors import UserError
 from plmtune.export.huggingface import answer_end
-from plmtune.export.lint import WRITTEN, gguf_architecture, stored_bytes, stored_type
+from plmtune.export.lint import WRITTEN, stored_bytes, stored_type
 from plmtune.io.atomic import atomic_write, check_room
 from plmtune.models.adapters import ADAPTERS, find_base, load_adapter, read_model_config
 from plmtune.models.assemble import component_from_config
 from plmtune.models.checkpoint_files import ADAPTER_CONFIG, Stored, locate, model_name, read_json
-from plmtune.models.gguf_layout import gguf_name, heads_of_halves, kv_heads, to_neighbours
+from plmtune.models.gguf_layout import to_neighbours
+from plmtune.models.gguf_match import Match, match
 from plmtune.models.gguf_tokenizer import NO_MERGE, PRE_TOKENIZERS
 from plmtune.models.hf_names import our_name
 from plmtune.modules.decoder import Decoder
@@ -53,6 +54,7 @@ _VALUES = {
     list: GGUFValueType.ARRAY,
     bool: GGUFValueType.BOOL,
     int: GGUFValueType.UINT32,
+    float: GGUFValueType.FLOAT32,
     TokenType: GGUFValueType.INT32,
     str: GGUFValueType.STRING,
 }
@@ -104,12 +106,12 @@ def write_gguf(
     """
     kind, config = kind.upper(), model.config
     assert kind in WRITTEN, kind
-    architecture = gguf_architecture(config)
+    found = match(config)
     if hasattr(model, "score"):
         raise UserError("GGUF has no place for a score head: a reward model cannot be exported to it.")
     if tokenizer.num_tokens > model.vocab_size:
         raise UserError(f"The tokenizer has {tokenizer.num_tokens} tokens, the model {model.vocab_size} rows.")
-    parts = list(_parts(model, kind))
+    parts = list(_parts(model, kind, found))
     notes = []
     if any(isinstance(module, Quantized) for module in model.modules()):
         notes.append("The integers of quantized layers are written as the numbers that they stand for.")
@@ -123,13 +125,13 @@ def write_gguf(
         writer.add_name(name or path.stem)
         writer.add_file_type(LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
         writer.add_quantization_version(2)
-        _write_model_keys(writer, config)
+        _write_model_keys(writer, found)
         for key, value in vocabulary.items():
             # Without the items' type the library searches the whole list for it.
             items = _VALUES[type(value[0])] if isinstance(value, list) else None
             writer.add_key_value(key, value, _VALUES[type(value)], items)
 
-    _write(path, architecture, parts, write_metadata, header=64 * model.vocab_size)
+    _write(path, found.architecture.name, parts, write_metadata, header=64 * model.vocab_size)
     return notes + more
 
 
@@ -142,7 +144,7 @@ def write_gguf_adapter(directory: Path, path: Path, *, base: Path | None = None)
     """
     remedy = f"Merge them: plmtune merge {directory} OUT, and export OUT."
     config = read_model_config(find_base(directory, base))
-    architecture = gguf_architecture(config)
+    architecture = match(config).architecture
     with torch.device("meta"):
         model = component_from_config("model", config, f"{directory}, its base")(vocab_size=config["vocab_size"])
     load_adapter(model, directory)  # on the meta device: names, shapes and settings are checked
@@ -153,21 +155,28 @@ def write_gguf_adapter(directory: Path, path: Path, *, base: Path | None = None)
         raise UserError(f"{directory}: GGUF has no place for a score head.")
     # llama.cpp's graph of plm multiplies by these matrices directly (ggml_mul_mat), without adapters.
     ignored = sorted({name.split(".")[-1] for name in layers} & {"q_proj", "kv_a_proj", "kv_b_proj"})
-    if architecture == "plm" and ignored:
+    if architecture.name == "plm" and ignored:
         raise UserError(
             f"{directory}: llama.cpp ignores adapters of {', '.join(ignored)} in the architecture plm. {remedy}"
         )
     tensors = Stored(locate(directory, ADAPTERS))
     settings = read_json(directory, ADAPTER_CONFIG)
 
-    parts = []
+    parts, layout = [], architecture.layout
+    groups = layout.groups(model.state_dict())
     for name in tensors:
         layer, _, side = name.removesuffix(".weight").removeprefix(_PREFIX).rpartition(".")
         layer = our_name(f"{layer}.weight")
-        heads = heads_of_halves(config, layer) if side == "lora_B" else None
+        (in_file, *more), alone = _holders(groups, layer)
+        if more or not alone:
+            raise UserError(
+                f"{directory}: a GGUF file of {architecture.name} holds {layer} in another form ({in_file}), without "
+                f"adapters of its own. {remedy}"
+            )
+        heads = layout.heads_of_halves(config, layer) if side == "lora_B" else None
         shape = tuple(tensors[name].shape)
-        in_file = f"{gguf_name(layer)}.{side.lower()}"
-        parts.append(_Part(in_file, shape, "F32", _in_order(partial(tensors.__getitem__, name), heads)))
+        numbers = _in_order(partial(tensors.__getitem__, name), heads)
+        parts.append(_Part(f"{in_file}.{side.lower()}", shape, "F32", numbers))
 
     def write_metadata(writer: GGUFWriter) -> None:
         writer.add_type(GGUFType.ADAPTER)
@@ -175,56 +184,50 @@ def write_gguf_adapter(directory: Path, path: Path, *, base: Path | None = None)
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, float(settings["lora_alpha"]))
 
-    _write(path, architecture, parts, write_metadata)
+    _write(path, architecture.name, parts, write_metadata)
     return [f"It stands beside a GGUF file of {settings.get('base_model_name_or_path')}, which is not in it."]
 
 
-def _parts(model: Decoder, kind: str) -> Iterator[_Part]:
-    """All tensors of a model, in the order of its layers."""
-    head = "tok_embeddings" if model.tied else "output"
+def _parts(model: Decoder, kind: str, found: Match) -> Iterator[_Part]:
+    """All tensors of a model, in the order of its layers, and those that follow from its config."""
+    head = "tok_embeddings.weight" if model.tied else "output.weight"
+    held: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {}
     for owner, module in model.named_modules():
-        tensors: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {}
         if isinstance(module, Quantized):
             if module.prepacked:
                 raise ValueError("a model that is prepacked for kernels cannot be exported: load it with prepare=False")
-            tensors["weight"] = (module.num_rows, module.width), module.dequantize
+            held[f"{owner}.weight"] = (module.num_rows, module.width), module.dequantize
         if hasattr(module, "lora_a"):
             raise ValueError(f"{owner} has adapters: merge them first")
         for leaf, parameter in module.named_parameters(recurse=False):
-            tensors[leaf] = tuple(parameter.shape), parameter.detach
-        for leaf, (shape, numbers) in tensors.items():
-            name = f"{owner}.{leaf}"
-            stored = "F32" if len(shape) == 1 else stored_type(kind, shape[-1], head=owner == head)
-            heads = heads_of_halves(model.config, name)
-            yield _Part(gguf_name(name), shape, stored, _in_order(numbers, heads))
+            held[f"{owner}.{leaf}"] = tuple(parameter.shape), parameter.detach
+    layout, config = found.architecture.layout, model.config
+    shapes = layout.shapes(config, {name: torch.empty(shape, device="meta") for name, (shape, _) in held.items()})
+    for name, ours in layout.groups(held).items():
+        shape = shapes[name]
+        stored = "F32" if len(shape) == 1 else stored_type(kind, shape[-1], head=head in ours)
+        numbers = partial(layout.write, config, name, ours, lambda part: held[part][1]())
+        yield _Part(name, shape, stored, numbers)
+    for name, tensor in found.tensors.items():
+        yield _Part(name, tuple(tensor.shape), "F32", tensor.clone)
+
+
+def _write_model_keys(writer: GGUFWriter, found: Match) -> None:
+    """The keys of the architecture: all, since llama.cpp's defaults for widths of heads are wrong for a PLM."""
+    for key, value in found.keys.items():
+        items = _VALUES[type(value[0])] if isinstance(value, list) else None
+        writer.add_key_value(f"{found.architecture.name}.{key}", value, _VALUES[type(value)], items)
+
+
+def _holders(groups: Mapping[str, tuple[str, ...]], ours: str) -> tuple[list[str], bool]:
+    """The tensors of the file that hold one of ours, and whether they hold nothing else."""
+    holders = [theirs for theirs, held in groups.items() if ours in held]
+    return holders, all(len(groups[theirs]) == 1 for theirs in holders)
 
 
 def _in_order(numbers: Callable[[], Tensor], heads: int | None) -> Callable[[], Tensor]:
     """The same with the rows as llama.cpp has them; see `heads_of_halves`."""
     return numbers if heads is None else lambda: to_neighbours(numbers(), heads)
-
-
-def _write_model_keys(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
-    """The keys of the architecture: all, since llama.cpp's defaults for widths of heads are wrong for a PLM."""
-    attention, heads = config["attention"], config["num_heads"]
-    writer.add_context_length(config["max_seq_len"])
-    writer.add_embedding_length(config["embed_dim"])
-    writer.add_block_count(config["num_layers"])
-    writer.add_feed_forward_length(config["ffn"]["hidden_dim"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads(config))
-    writer.add_layer_norm_rms_eps(config["norm"]["eps"])
-    writer.add_rope_freq_base(attention["rope_theta"])
-    if attention["component"] == "mla":
-        writer.add_kv_lora_rank(attention["kv_lora_rank"])
-        key, value = attention["qk_nope_head_dim"] + attention["qk_rope_head_dim"], attention["v_head_dim"]
-        turned = attention["qk_rope_head_dim"]
-    else:
-        key = value = turned = attention["head_dim"] or config["embed_dim"] // heads
-    writer.add_key_length(key)
-    writer.add_value_length(value)
-    writer.add_rope_dimension_count(turned)
 
 
 def _vocabulary(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], list[str]]:

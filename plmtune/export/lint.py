@@ -17,6 +17,7 @@ from plmtune.errors import UserError
 from plmtune.models.assemble import component_config, component_from_config
 from plmtune.models.families import by_model_type
 from plmtune.models.gguf_layout import kv_heads
+from plmtune.models.gguf_match import match
 from plmtune.models.hf_config import hf_config
 from plmtune.modules.decoder import Decoder
 from plmtune.quantization.schemes import candidates
@@ -81,7 +82,7 @@ def lint_deploy(config: Mapping[str, Any]) -> list[Finding]:
     return list(dict.fromkeys(finding for target in kinds for finding in lint(config, target, kinds[target])))
 
 
-# Settings that the writers of GGUF and of ExecuTorch's program honour; all others must be at their default.
+# Settings that the writers of Hugging Face's form and of ExecuTorch's program honour; others must be at their default.
 _WRITTEN_SETTINGS = {
     "model": {
         *("component", "vocab_size", "attention", "ffn", "norm", "embed_dim", "num_layers", "num_heads"),
@@ -110,27 +111,13 @@ def unwritten_setting(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def gguf_architecture(config: Mapping[str, Any]) -> Literal["plm", "llama"]:
-    """The architecture of GGUF that a model is."""
-    attention, ffn, norm = (config[part]["component"] for part in ("attention", "ffn", "norm"))
-    if attention not in ("mla", "gqa", "mha"):
-        raise UserError(f"GGUF has no architecture with the attention {attention}; it has mla, gqa and mha.")
-    name: Literal["plm", "llama"] = "plm" if attention == "mla" else "llama"
-    expected = {"plm": "squared_relu", "llama": "swiglu"}[name]
-    if ffn != expected:
-        raise UserError(
-            f"{ffn} does not exist in GGUF's architecture {name}, the one with {attention}: its ffn is {expected}."
-        )
-    if norm != "rms_norm":
-        raise UserError(f"{norm} does not exist in GGUF's architecture {name}: its norm is rms_norm.")
-    if name == "plm" and not config["tie_embeddings"]:
-        raise UserError(
-            "GGUF's architecture plm has no output matrix: its embeddings are tied (tie_embeddings=true). "
-            "Use --to hf --as deepseek."
-        )
-    if setting := unwritten_setting(config):
-        raise UserError(f"The export to GGUF does not write {setting} of the model {config['component']}.")
-    return name
+def gguf_architecture(config: Mapping[str, Any]) -> str:
+    """The architecture of GGUF that a model is.
+
+    Raises:
+        UserError: if it is none, naming the part or the setting.
+    """
+    return match(config).architecture.name
 
 
 def stored_type(kind: str, width: int, *, head: bool = False) -> str:

@@ -1,16 +1,19 @@
-"""Names of tensors and the order of rows in GGUF files, as in llama.cpp's converters."""
+"""How a GGUF file holds a model's tensors, as llama.cpp's converters write them: names and the order of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from plmtune.models.hf_names import Names
 from plmtune.modules.gqa import default_kv_heads
 
 # Our names, and those of the format without ".weight".
-_NAMES = {
+TABLE = {
     "tok_embeddings": "token_embd",
     "norm": "output_norm",
     "output": "output",
@@ -27,13 +30,101 @@ _NAMES = {
     "ffn.up_proj": "ffn_up",
     "ffn.down_proj": "ffn_down",
 }
+STANDARD = Names(TABLE, layers="blk.")
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an architecture's file holds tensors.
+
+    Attributes:
+        names: our names -> the file's; fused ones hold several of ours, row after row.
+        permuted: llama.cpp rotates neighbours, so the rows of queries and keys with half-split RoPE are reordered.
+        unit_offset: the weights of norms are stored as 1 + weight.
+        split_latent: kv_b_proj is stored as attn_k_b, transposed, and attn_v_b, head by head.
+    """
+
+    names: Names = field(default=STANDARD)
+    permuted: bool = False
+    unit_offset: bool = False
+    split_latent: bool = False
+
+    def groups(self, ours: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Each tensor of the file -> our tensors that it holds, for our names."""
+        found: dict[str, tuple[str, ...]] = {}
+        for theirs, held in self.names.groups(ours).items():
+            split = self.split_latent and theirs.endswith(".attn_kv_b.weight")
+            for name in [theirs.replace("_kv_b", part) for part in ("_k_b", "_v_b")] if split else [theirs]:
+                found[name] = held
+        return found
+
+    def write(self, config: Mapping[str, Any], theirs: str, ours: tuple[str, ...], read: Read) -> Tensor:
+        """A tensor of the file, from our tensors that it holds.
+
+        Args:
+            config: the model's.
+            read: gives one of our tensors.
+        """
+        parts = []
+        for name in ours:
+            tensor = read(name)
+            if self.unit_offset and name.endswith("norm.weight"):
+                tensor = tensor.float() + 1
+            heads = self.heads_of_halves(config, name)
+            parts.append(tensor if heads is None else to_neighbours(tensor, heads))
+        if theirs.endswith(("_k_b.weight", "_v_b.weight")):
+            keys, values = _latent_parts(config, parts[0])
+            return keys.transpose(1, 2).contiguous() if "_k_b." in theirs else values.contiguous()
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def read(
+        self, config: Mapping[str, Any], name: str, groups: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int],
+        read: Read,
+    ) -> Tensor:  # fmt: skip
+        """One of our tensors, from those of the file that hold it.
+
+        Args:
+            config: the model's.
+            groups: of all our tensors.
+            sizes: rows of our tensors.
+            read: gives a tensor of the file.
+        """
+        held = [theirs for theirs, ours in groups.items() if name in ours]
+        if len(held) == 2:
+            keys, values = read(held[0]).transpose(1, 2), read(held[1])
+            return torch.cat((keys, values), dim=1).flatten(0, 1)
+        tensor, ours = read(held[0]), groups[held[0]]
+        if len(ours) > 1:
+            tensor = tensor.split([sizes[part] for part in ours])[ours.index(name)].clone()
+        if self.unit_offset and name.endswith("norm.weight"):
+            tensor = tensor - 1
+        heads = self.heads_of_halves(config, name)
+        return tensor if heads is None else to_halves(tensor, heads)
+
+    def heads_of_halves(self, config: Mapping[str, Any], name: str) -> int | None:
+        """As the function, None in an architecture that does not reorder."""
+        return heads_of_halves(config, name) if self.permuted else None
+
+    def shapes(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the file's tensors, for ours, on the meta device."""
+        return {
+            theirs: tuple(self.write(config, theirs, ours, tensors.__getitem__).shape)
+            for theirs, ours in self.groups(tensors).items()
+        }
+
+
+def _latent_parts(config: Mapping[str, Any], tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of kv_b_proj (Tensor), [h (n + v), c], as [h, n, c] and [h, v, c]."""
+    attention = config["attention"]
+    parts = tensor.unflatten(0, (config["num_heads"], -1))
+    keys, values = parts.split((attention["qk_nope_head_dim"], attention["v_head_dim"]), dim=1)
+    return keys, values
 
 
 def gguf_name(name: str) -> str:
-    """`layers.0.attention.q_proj.weight` -> `blk.0.attn_q.weight`."""
-    parts = name.split(".")
-    block = f"blk.{parts[1]}." if parts[0] == "layers" else ""
-    return block + _NAMES[".".join(parts[2:-1] if block else parts[:-1])] + f".{parts[-1]}"
+    """`layers.0.attention.q_proj.weight` -> `blk.0.attn_q.weight`, in the architectures llama and plm."""
+    return STANDARD.hf(name)
 
 
 def kv_heads(config: Mapping[str, Any]) -> int:

@@ -200,9 +200,12 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("model", "message"),
         [
-            (lambda: small(ffn="swiglu"), "swiglu does not exist in GGUF's architecture plm, the one with mla"),
-            (lambda: small("gqa", ffn="squared_relu"), "squared_relu does not exist in GGUF's architecture llama"),
-            (lambda: small(norm="layer_norm"), "layer_norm does not exist in GGUF's architecture plm"),
+            (
+                lambda: small(ffn="geglu"),
+                "no architecture with mla, geglu, rms_norm. It has mla, squared",
+            ),
+            (lambda: small("gqa", ffn="squared_relu"), "no architecture with gqa, squared_relu"),
+            (lambda: small(norm="layer_norm"), "no architecture with mla, squared_relu, layer_norm"),
             (lambda: small(tied=False), "plm has no output matrix: its embeddings are tied"),
             (lambda: spoilt(float("nan")), "blk.1.ffn_up.weight holds numbers that are not finite"),
             (lambda: spoilt(1e5), "blk.1.ffn_up.weight holds numbers too large for F16. Use BF16 or F32"),

@@ -100,10 +100,13 @@ class TestGguf:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            (plm_config(ffn={"component": "swiglu", "hidden_dim": 8}), "swiglu does not exist in GGUF's architecture"),
-            (llama_config(norm={"component": "layer_norm", "eps": 1e-5}), "layer_norm does not exist"),
+            (plm_config(ffn={"component": "geglu", "hidden_dim": 8}), "no architecture with mla, geglu, rms_norm"),
+            (
+                llama_config(norm={"component": "layer_norm", "eps": 1e-5}),
+                "with gqa, swiglu, layer_norm",
+            ),
             (plm_config(tie_embeddings=False), "Use --to hf --as deepseek"),
-            (plm_config(attention={"component": "mine"}), "no architecture with the attention mine"),
+            (plm_config(attention={"component": "mine"}), "no architecture with mine, squared_relu"),
         ],
     )
     def test_parts_that_it_lacks_are_refused_by_name(self, config: dict[str, Any], message: str) -> None:

@@ -469,7 +469,10 @@ class TestBadFiles:
                 r"blk.1.ffn_up.weight has shape \[3, 5\], its metadata need \[96, 64\]",
             ),
             (lambda t: t.update({"cls.weight": np.ones(3, np.float32)}), r"holds the tensor 'cls.weight', which"),
-            (lambda t: t.update({"rope_freqs.weight": np.ones(6, np.float32)}), r"RoPE scaling is not supported"),
+            (
+                lambda t: t.update({"rope_freqs.weight": np.ones(6, np.float32)}),
+                r"has shape \[6\], and RoPE turns 8",
+            ),
             (
                 lambda t: t.update({"output_norm.weight": np.full(64, np.nan, np.float32)}),
                 r"output_norm.weight holds numbers that are not finite",
@@ -487,7 +490,10 @@ class TestBadFiles:
     @pytest.mark.parametrize(
         ("keys", "message"),
         [
-            (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), r"rope.scaling.type is 'linear'; what it"),
+            (
+                lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
+                r"rope.scaling.type is 'longrope'; what it",
+            ),
             (lambda w: w.add_expert_count(8), r"llama.expert_count is 8; what it changes in a llama model is not"),
             (lambda w: w.add_sliding_window(128), r"llama.attention.sliding_window is 128"),
         ],
@@ -499,7 +505,7 @@ class TestBadFiles:
     def test_other_architectures_are_refused(self, tmp_path: Path) -> None:
         path = tokenizer_file(tmp_path / "a.gguf", small(), "gpt-2")
         content = path.read_bytes().replace(b"llama", b"gemma")
-        self.refused(path, content, r"general.architecture is 'gemma'; only llama and plm can be read")
+        self.refused(path, content, r"general.architecture is 'gemma'; plmtune reads plm, llama, qwen2")
 
 
 class TestPlace:

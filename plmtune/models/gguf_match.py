@@ -1,0 +1,143 @@
+"""Which architecture of GGUF a model is: the one whose keys, read again, describe the same computation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plmtune.errors import UserError
+from plmtune.models.assemble import component_from_config
+from plmtune.models.gguf_architectures import ARCHITECTURES, Architecture
+from plmtune.models.gguf_keys import Metadata
+from plmtune.modules.decoder import Decoder
+
+_FORMAT = "GGUF's architecture"
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a model is written.
+
+    Attributes:
+        architecture: the one.
+        keys: of it, without its name, in order.
+        tensors: of the file besides the model's.
+    """
+
+    architecture: Architecture
+    keys: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def match(config: Mapping[str, Any]) -> Match:
+    """The architecture of a model's `config`.
+
+    Raises:
+        UserError: if GGUF has none, naming the part or the setting.
+    """
+    return _match(json.dumps(config, sort_keys=True))
+
+
+def build(config: Mapping[str, Any], where: str) -> Decoder:
+    """The model of a `config`, on the meta device."""
+    try:
+        with torch.device("meta"):
+            model = component_from_config("model", dict(config), where)(vocab_size=config["vocab_size"])
+    except (ValueError, RuntimeError, OverflowError, TypeError) as error:
+        raise UserError(f"{where} describes no possible model: {str(error).splitlines()[0]}.") from error
+    assert isinstance(model, Decoder)
+    return model
+
+
+@lru_cache(maxsize=16)
+def _match(text: str) -> Match:
+    config = json.loads(text)
+    own, parts = config["component"], tuple(config[part]["component"] for part in ("attention", "ffn", "norm"))
+    fitting = [found for found in ARCHITECTURES if parts[0] in found.parts[0] and parts[1:] == tuple(found.parts[1:])]
+    if not fitting:
+        known = "; ".join(f"{' or '.join(f.parts[0])}, {f.parts[1]}, {f.parts[2]} ({f.name})" for f in ARCHITECTURES)
+        raise UserError(f"GGUF has no architecture with {', '.join(parts)}. It has {known}.")
+    fitting.sort(key=lambda found: own != found.component and own not in found.also)
+    model, causes = build(config, "config"), []
+    config = model.config  # defaults written out
+    for architecture in fitting:
+        try:
+            found = _written(architecture, config, model)
+        except KeyError:
+            continue  # it is for models with a setting that this one lacks
+        except UserError as error:
+            causes.append(str(error))
+            continue
+        if isinstance(found, Match):
+            return found
+        causes.append(found)
+    raise UserError(causes[0])
+
+
+def _written(architecture: Architecture, config: dict[str, Any], model: Decoder) -> Match | str:
+    """The file's keys, or what they cannot say."""
+    keys, tensors = architecture.write(config)
+    state, name = model.state_dict(), architecture.name
+    try:
+        shapes = architecture.layout.shapes(config, state) | {key: tuple(held.shape) for key, held in tensors.items()}
+    except ValueError as error:
+        raise UserError(f"{_FORMAT} {name} cannot hold the model {config['component']}: {error}.") from error
+    metadata = {f"{name}.{key}": value for key, value in keys.items()}
+    read = Metadata("the model", name, metadata, shapes, tensors.__getitem__)
+    settings = {"component": architecture.component, "vocab_size": config["vocab_size"]} | architecture.read(read)
+    again = build(settings, "config")
+    halves = architecture.layout.permuted
+    ours, theirs = (dict(_facts(held, halves)) for held in (model, again))
+    for fact in [*ours, *theirs]:
+        if not _equal(ours.get(fact), theirs.get(fact)):
+            where = "" if fact.count(".") < 3 else f" ({'.'.join(fact.split('.')[:2])})"
+            short = fact.split(".", 2)[2] if where else fact
+            return (
+                f"{_FORMAT} {name} cannot hold the model {config['component']}: {short}{where} is "
+                f"{_shown(ours.get(fact))}, in llama.cpp {_shown(theirs.get(fact))}."
+            )
+    return Match(architecture, keys, tensors)
+
+
+def _shown(value: Any) -> str:
+    return "missing" if value is None else f"{value!r:.60}"
+
+
+def _facts(model: Decoder, halves: bool) -> Iterator[tuple[str, Any]]:
+    """What decides the result, by name: of each module, in the order of the model."""
+    for name, (kind, settings, rope, shapes) in model.computation().items():
+        prefix = f"{name}." if name else ""
+        yield f"{prefix}class", kind.__name__
+        for key, value in settings.items():
+            unlimited = key == "window" and value is not None and value >= model.max_seq_len
+            if key != "init_std":
+                yield prefix + key, None if unlimited else value
+        for key, shape in shapes.items():
+            yield prefix + key, shape
+        if rope is not None:
+            (dim, longest, theta, interleaved), scaling = rope
+            plain = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            yield f"{prefix}rope_dim", dim
+            yield f"{prefix}rope_interleaved", interleaved and not halves
+            yield f"{prefix}rope_theta", theta
+            for key, length in (("rope_scaling", 1), ("rope_scaling at the longest", longest)):
+                scaled = plain if scaling is None else scaling.frequencies(plain, theta, scaling.key(length))
+                yield prefix + key, tuple((scaled / plain).tolist())
+            factor = 1.0 if scaling is None else scaling.attention_factor
+            yield f"{prefix}rope_scaling.attention_factor", factor
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    """Equal as the numbers of fp32 are."""
+    if isinstance(ours, tuple) and isinstance(theirs, tuple):
+        return len(ours) == len(theirs) and all(_equal(*pair) for pair in zip(ours, theirs, strict=True))
+    if isinstance(ours, float) or isinstance(theirs, float):
+        return None not in (ours, theirs) and math.isclose(ours, theirs, rel_tol=1e-6)
+    return bool(ours == theirs)
