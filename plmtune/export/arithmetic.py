@@ -16,7 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
+from plmtune.modules.attributes import with_attributes
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import QuantizedLinear, round_inputs
 
@@ -40,7 +42,15 @@ def with_rounded_inputs(model: Decoder, kinds: Mapping[str, str]) -> Iterator[No
         rounds = _rounding(kinds.get("output.weight", kinds.get(f"{head}.weight", "F32")))
         # The head's inputs are the normed hidden states.
         stack.callback(model.norm.register_forward_hook(partial(_after, rounds)).remove)
+        if kinds:
+            stack.enter_context(with_attributes([F], gelu=_gelu_of_f16))
         yield
+
+
+def _gelu_of_f16(x: Tensor, approximate: str = "none") -> Tensor:
+    """llama.cpp looks up what F16 gives for F16 on a CPU."""
+    found: Tensor = gelu(x.half().float(), approximate=approximate).half().to(x.dtype)
+    return torch.where(x.abs() < 10, found, gelu(x, approximate=approximate))
 
 
 def _before(rounds: Callable[[Tensor], Tensor], module: nn.Module, inputs: Any) -> Any:

@@ -215,19 +215,30 @@ def _of_gguf(path: Path, model: Decoder) -> Contents:
         return value if type(value) is kind else None
 
     def read(ours: str) -> Tensor:
-        return layout.read(model.config, ours, groups, rows, lambda theirs: torch.from_numpy(file.read(theirs)))
+        found = layout.read(model.config, ours, groups, rows, lambda theirs: torch.from_numpy(file.read(theirs)))
+        if layout.unit_offset and ours.endswith("norm.weight"):
+            own = state[ours].float()
+            found = torch.where(own + 1 - 1 == found, own, found)  # stored as 1 + weight, which rounds
+        return found
 
     scaled = metadata.get(f"{name}.rope.scaling.factor", metadata.get(f"{name}.rope.scale_linear"))
     settings = _settings(
         {ours: metadata.get(f"{name}.{theirs}") for ours, (_, theirs) in _KEYS.items()},
         None if metadata.get(f"{name}.rope.scaling.type") == "none" else scaled,
     )
+    if FREQS in held or LONG in held:
+        settings.pop(_SCALING)  # divisors of frequencies, which no factor says
+    if f"{name}.attention.key_length_mla" in metadata:  # the cache holds the latent, of one head
+        lengths = {"attention.head_dim": "key_length_mla", "attention.v_head_dim": "value_length_mla"}
+        settings |= _settings({key: metadata.get(f"{name}.attention.{part}") for key, part in lengths.items()}, scaled)
+        settings.pop("attention.num_kv_heads", None)
     ours_there = _names(model)
     if "output.weight" in held and "output.weight" not in ours_there:
         ours_there.append("output.weight")
     layout = (BY_NAME.get(str(name)) or match(model.config).architecture).layout
     groups = layout.groups(ours_there)
-    rows = {ours: len(tensor) for ours, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    rows = {ours: len(tensor) for ours, tensor in state.items()}
     names = {ours: [theirs for theirs, parts in groups.items() if ours in parts] for ours in ours_there}
     there = [ours for ours, theirs in names.items() if all(part in held for part in theirs)]
     tables = {key: table for key in ("merges", "tokens") if (table := said(f"ggml.{key}", list)) is not None}

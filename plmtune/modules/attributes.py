@@ -10,7 +10,7 @@ from torch import nn
 
 
 @contextmanager
-def with_attributes(modules: Iterable[nn.Module], **values: Any) -> Iterator[None]:
+def with_attributes(modules: Iterable[object], **values: Any) -> Iterator[None]:
     """Set attributes of modules inside the context, and restore them at its end."""
     with ExitStack() as stack:
         for module in modules:
