@@ -70,7 +70,6 @@ def convert(
             then.
     """
     with opened_gguf(path) as file, new_directory(directory, overwrite=overwrite) as temporary:
-        _check_parts(file)
         check_room(directory, sum(file.kinds().values()) * dtype.itemsize)
         model, architecture = _build(file)
         groups = _check_tensors(model, file, architecture.layout)
@@ -79,6 +78,11 @@ def convert(
             tokenizer = read_tokenizer(file, model.vocab_size)
             if tokenizer.adds_bos:
                 notes.append(f"Each text begins with {tokenizer.bos}, in training, generation and evaluation.")
+            if file.metadata.get("tokenizer.ggml.add_eos_token") is True:
+                notes.append(
+                    f"llama.cpp puts {tokenizer.eos} behind each text (tokenizer.ggml.add_eos_token), also behind a "
+                    "prompt; plmtune puts it between texts of training alone."
+                )
         elif tokenizer.num_tokens > model.vocab_size:
             raise UserError(f"The tokenizer has {tokenizer.num_tokens} tokens, {path} has {model.vocab_size} rows.")
         tokenizer.save(temporary)
@@ -87,16 +91,6 @@ def convert(
         write_json(temporary / CONFIG, keys | _ids(file, tokenizer))
         kinds = file.kinds()
         return Converted(sum(kinds.values()), kinds, tuple(notes))
-
-
-def _check_parts(file: GGUFFile) -> None:
-    """Refuse one part of a model that llama-gguf-split cut into several files."""
-    number, count = (file.metadata.get(f"split.{name}") for name in ("no", "count"))
-    if type(number) is int and type(count) is int and count > 1:
-        raise UserError(
-            f"{file.path} is part {number + 1} of {count} of a model. Join them with llama.cpp: "
-            "llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf"
-        )
 
 
 def _ids(file: GGUFFile, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import mmap
 import struct
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -62,6 +62,7 @@ class GGUFFile:
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path
         self._data = data
+        self._holders: dict[str, GGUFFile] = {}
         header = _Header(data, path)
         if header.take(4) != b"GGUF":
             raise UserError(f"{path} is not a GGUF file: it does not begin with GGUF.")
@@ -103,6 +104,28 @@ class GGUFFile:
             if after.start < before.start + before.num_bytes:
                 raise UserError(f"{path}: {after.name} begins within {before.name}. Is the file damaged?")
 
+    @property
+    def part(self) -> tuple[int, int]:
+        """(which part of a model this file is, from 0; how many there are), (0, 1) of a whole model."""
+        number, count = (self.metadata.get(f"split.{name}", default) for name, default in (("no", 0), ("count", 1)))
+        if type(number) is not int or type(count) is not int or not 0 <= number < max(count, 1):
+            raise UserError(
+                f"{self.path}: split.no is {number!r:.80} and split.count {count!r:.80}: no part of a model."
+            )
+        return number, max(count, 1)
+
+    def add(self, other: GGUFFile) -> None:
+        """Read the tensors of another part as this file's.
+
+        Raises:
+            UserError: if both hold one.
+        """
+        for name, tensor in other.tensors.items():
+            if name in self.tensors:
+                raise UserError(f"{other.path} holds the tensor {name!r:.80}, and so does {self.path}.")
+            self.tensors[name] = tensor
+            self._holders[name] = other
+
     def kinds(self) -> dict[str, int]:
         """How many numbers are of each type, the most first."""
         counts: Counter[str] = Counter()
@@ -116,6 +139,8 @@ class GGUFFile:
         Raises:
             UserError: if they are written in a form that cannot be read, or are not finite.
         """
+        if name in self._holders:
+            return self._holders[name].read(name)
         held = self.tensors[name]
         block, block_bytes = GGML_QUANT_SIZES[held.kind]
         stored = np.frombuffer(self._data, np.uint8, held.num_bytes, held.start)
@@ -132,11 +157,45 @@ class GGUFFile:
 
 @contextmanager
 def opened_gguf(path: Path) -> Iterator[GGUFFile]:
-    """Map a GGUF file and read its header.
+    """Map a GGUF file and read its header; of the first part of a split model, those of the others, too.
 
     Raises:
-        UserError: if it is none, or damaged.
+        UserError: if it is none, damaged, or another part than the first.
     """
+    with _opened(path) as file, ExitStack() as stack:
+        number, count = file.part
+        if count > 1:
+            paths = _parts(path, number, count)
+            for index, other in enumerate(paths[1:], 1):
+                part = stack.enter_context(_opened(other))
+                if part.part != (index, count):
+                    raise UserError(f"{other} says that it is part {part.part[0] + 1} of {part.part[1]}.")
+                file.add(part)
+            named = file.metadata.get("split.tensors.count", len(file.tensors))
+            if named != len(file.tensors):
+                raise UserError(f"{path} names {named!r:.80} tensors, and its {count} parts hold {len(file.tensors)}.")
+        yield file
+
+
+def _parts(path: Path, number: int, count: int) -> list[Path]:
+    """The files of a model that llama-gguf-split cut, of which one is given."""
+    stem = path.name.removesuffix(f"-{number + 1:05}-of-{count:05}.gguf")
+    paths = [path.with_name(f"{stem}-{index:05}-of-{count:05}.gguf") for index in range(1, count + 1)]
+    said = f"{path} is part {number + 1} of {count} of a model."
+    if stem == path.name:
+        raise UserError(
+            f"{said} Name it as llama.cpp does, NAME-{number + 1:05}-of-{count:05}.gguf, or join the parts: "
+            "llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf"
+        )
+    if number:
+        raise UserError(f"{said} Give the first, {paths[0]}.")
+    if missing := [other for other in paths if not other.is_file()]:
+        raise UserError(f"{said} {missing[0].name} is not beside it.")
+    return paths
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[GGUFFile]:
     if not path.is_file():
         raise UserError(f"{path} does not exist or is no file.")
     with path.open("rb") as file:

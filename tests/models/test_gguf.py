@@ -381,16 +381,52 @@ class TestSmolLM2:
 
 
 class TestBadFiles:
-    def test_a_part_of_a_split_model_says_so(self, tmp_path: Path) -> None:
-        writer = gguf.GGUFWriter(tmp_path / "b.gguf", "llama")
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("b.gguf", r"b\.gguf is part 2 of 3 of a model\. Name it as llama.cpp does, .* --merge"),
+            ("b-00002-of-00003.gguf", r"is part 2 of 3 of a model\. Give the first, .*b-00001-of-00003.gguf"),
+        ],
+    )
+    def test_a_part_of_a_split_model_says_so(self, name: str, message: str, tmp_path: Path) -> None:
+        writer = gguf.GGUFWriter(tmp_path / name, "llama")
         writer.add_uint16("split.no", 1)
         writer.add_uint16("split.count", 3)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        with pytest.raises(UserError, match=r"b\.gguf is part 2 of 3 of a model\..* --merge"):
-            convert(tmp_path / "b.gguf", tmp_path / "m")
+        with pytest.raises(UserError, match=message):
+            convert(tmp_path / name, tmp_path / "m")
+
+    def test_a_split_model_is_read_from_its_first_part(self, tmp_path: Path) -> None:
+        model, names = tiny("llama"), [f"a-0000{part}-of-00002.gguf" for part in (1, 2)]
+
+        def part(number: int) -> Path:
+            def kept(tensors: dict[str, Any]) -> None:
+                for name in list(tensors):
+                    if name.startswith("blk.1.") == (number == 0):
+                        del tensors[name]
+
+            def keys(writer: gguf.GGUFWriter) -> None:
+                writer.add_uint16("split.no", number)
+                writer.add_uint16("split.count", 2)
+                writer.add_int32("split.tensors.count", len(model.state_dict()))
+
+            return write(tmp_path / names[number], model, change=kept, keys=keys)
+
+        first = part(0)
+        with pytest.raises(UserError, match=r"part 1 of 2 of a model\. a-00002-of-00002.gguf is not beside it"):
+            convert(first, tmp_path / "out")
+        part(1)
+        convert(first, tmp_path / "out")
+        loaded, _ = plmtune.load(tmp_path / "out", "cpu")
+        assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+    def test_an_eos_behind_each_text_is_said(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.gguf", tiny("llama"), keys=lambda writer: writer.add_add_eos_token(True))
+        (note,) = convert(path, tmp_path / "out").notes
+        assert "<|endoftext|> behind each text (tokenizer.ggml.add_eos_token)" in note
 
     @pytest.fixture(scope="class")
     def whole(self, tmp_path_factory: pytest.TempPathFactory) -> bytes:
