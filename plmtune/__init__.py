@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from plmtune.registry import component, register
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
 
     from plmtune.modules.decoder import Decoder
-    from plmtune.registry import component, register
     from plmtune.tokenizers.tokenizer import Tokenizer
 
 __all__ = ["component", "load", "register"]
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str) -> object:
-    if name in ("component", "register"):
-        from plmtune import registry
-
-        return getattr(registry, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load(
@@ -41,9 +34,6 @@ def load(
         device: None: cuda where there is one, else cpu.
         dtype: None keeps the file's.
         prepare: give quantized layers the kernels that are fastest on this machine; such a model cannot be saved.
-
-    Raises:
-        UserError: if there is no whole checkpoint.
     """
     import torch
 

@@ -70,11 +70,7 @@ WIDTH = Range(least=1, most=2**24)  # of a matrix: far above any real one; produ
 
 
 def check(rule: Rule, **settings: Any) -> None:
-    """Refuse settings that break a rule. None means that a setting is not given.
-
-    Raises:
-        ValueError: naming the first setting, its value and the rule.
-    """
+    """Refuse settings that break a rule. None means that a setting is not given."""
     for name, value in settings.items():
         if value is not None and not rule.allows(value):
             raise ValueError(f"{name} ({value}) {rule}")

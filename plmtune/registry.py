@@ -60,19 +60,12 @@ class Description:
 
 
 def register(group: str, name: str) -> Callable[[F], F]:
-    """Register a function or class under `name` in `group`.
-
-    Raises:
-        ValueError: if another object already has that name.
-    """
+    """Register a function or class under `name` in `group`."""
 
     def add(target: F) -> F:
-        held = _objects.get((group, name))
+        held = _objects.get((group, name), target)
         # A module run twice (python -m, a reload) registers an equal object again; only another object is refused.
-        if held is not None and (held.__module__, held.__qualname__) != (
-            target.__module__,
-            target.__qualname__,
-        ):
+        if held.__module__ != target.__module__ or held.__qualname__ != target.__qualname__:
             raise ValueError(f"{group} {name!r} is registered twice: {held.__module__} and {target.__module__}")
         _objects[(group, name)] = target
         return target
@@ -102,11 +95,7 @@ def component(group: str, name: str, **settings: Any) -> Component:
 
 
 def import_module(name: str) -> None:
-    """Import a user's module (``--import``); what it registers, itself or by what it imports, counts from then on.
-
-    Raises:
-        UserError: if it cannot be imported, or registers nothing or a name of ours.
-    """
+    """Import a user's module (``--import``); what it registers, itself or by what it imports, counts from then on."""
     if not all(part.isidentifier() for part in name.split(".")):
         path = Path(name)
         is_file = path.is_file() and path.suffix == ".py"
@@ -190,7 +179,9 @@ def _built_in() -> dict[str, dict[str, Description]]:
                     match call:
                         case ast.Call(ast.Name("register"), [ast.Constant(str(group)), ast.Constant(str(name))]):
                             module, doc = f"plmtune.{package}.{path.stem}", ast.get_docstring(node) or ""
-                            entry = Description(group, name, module, _parameters(node), doc, _returns(node))
+                            annotation = getattr(node, "returns", None)
+                            returns = ast.unparse(annotation) if annotation else ""
+                            entry = Description(group, name, module, _parameters(node), doc, returns)
                             table.setdefault(group, {})[name] = entry
     return table
 
@@ -211,10 +202,6 @@ def _parameters(node: ast.stmt) -> tuple[Parameter, ...]:
         for argument, default in zip([*positional, *arguments.kwonlyargs], defaults, strict=True)
         if argument.arg != "self"
     )
-
-
-def _returns(node: ast.stmt) -> str:
-    return ast.unparse(node.returns) if isinstance(node, ast.FunctionDef) and node.returns else ""
 
 
 def _describe_object(group: str, name: str, target: Callable[..., Any]) -> Description:
@@ -249,11 +236,7 @@ def describe_components() -> dict[str, dict[str, Description]]:
 
 
 def find(group: str, name: str) -> Description:
-    """Return one component's description.
-
-    Raises:
-        UserError: for an unknown group or name, with the nearest right one.
-    """
+    """Return one component's description."""
     table = describe_components()
     if group not in table:
         raise UserError(f"There is no group {group}.{did_you_mean(group, table)}")

@@ -8,11 +8,7 @@ _SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_count(value: int | str, key: str) -> int:
-    """Read a count such as ``5000000``, ``"5M"``, ``"1650B"`` or ``"2.5k tokens"``.
-
-    Raises:
-        ValueError: naming the key, if it is no positive number.
-    """
+    """Read a count such as ``5000000``, ``"5M"``, ``"1650B"`` or ``"2.5k tokens"``."""
     match = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*(?:[eE][0-9]+)?)\s*([KkMmBbTt]?)(?:\s*tokens?)?", str(value).strip())
     if not match or float(match[1]) <= 0:
         raise ValueError(f"{key}: {value!r} is no positive count. Write 5000000, 5M or 1650B.")
@@ -66,11 +62,7 @@ def show_duration(seconds: float) -> str:
 
 
 def unescape(text: str, name: str) -> str:
-    r"""Return the characters that ``\n``, ``\t``, ``\r`` and ``\\`` stand for in an option or a config.
-
-    Raises:
-        ValueError: naming the option, for another escape.
-    """
+    r"""Return the characters that ``\n``, ``\t``, ``\r`` and ``\\`` stand for in an option or a config."""
 
     def meant(found: re.Match[str]) -> str:
         character = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}.get(found[1])

@@ -121,7 +121,7 @@ def main() -> None:
     logging.lastResort = terminal.Warnings(logging.WARNING)
     # At exit Python looks for cycles among all that torch and its packages made: half a CPU second for nothing.
     atexit.register(gc.freeze)
-    words = ""
+    words, alone = "", int(os.environ.get("WORLD_SIZE", "1")) == 1
     try:
         try:
             import fcntl  # noqa: F401
@@ -146,7 +146,7 @@ def main() -> None:
         code = 141
     except Exception as error:
         if not isinstance(error, OSError) or error.errno not in SYSTEM_ERRORS:
-            if _world_size() > 1:
+            if not alone:
                 _end_rank(traceback.format_exc(), 1)
             raise
         if error.filename is None:
@@ -154,15 +154,11 @@ def main() -> None:
         place = f"{error.filename}: " if error.filename is not None else ""
         words, code = f"plmtune: {place}{error.strerror}. {SYSTEM_ERRORS[error.errno]}", 2
     code = code if isinstance(code, int) else 0
-    if code and _world_size() > 1:
+    if code and not alone:
         _end_rank(words, code)
     if words:
         terminal.say(words)
     sys.exit(code)
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _end_rank(words: str, code: int) -> NoReturn:

@@ -9,18 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plmtune.cli.options import (
-    check_output,
-    dtype_option,
-    find_device,
-    import_option,
-    json_option,
-    lengths_of,
-    newest_run,
-    option,
-    overwrite_option,
-    threads_option,
-)
+from plmtune.cli import options
+from plmtune.cli.options import option
 from plmtune.errors import UserError
 from plmtune.io import terminal
 from plmtune.units import show_number_of
@@ -33,8 +23,8 @@ if TYPE_CHECKING:
 @click.argument("targets", nargs=-1, metavar="[TARGET]...")
 @option("--contexts TEXT", "Measure at these numbers of tokens in the cache, separated by commas.", default="128,2048")
 @option("--new-tokens N", "Generate N tokens at each context.", default=32)
-@threads_option
-@dtype_option
+@options.threads_option
+@options.dtype_option
 @option(
     "--sparse auto|on|off",
     "Skip the zeros of squared ReLU; auto: in layers where that is measured to be faster.",
@@ -46,11 +36,11 @@ if TYPE_CHECKING:
     "--device TEXT",
     "Run plmtune's models on this device (default: cuda if there is one). Exported files run on the CPU.",
 )
-@json_option
+@options.json_option
 @option("--plot FILE.png", "Plot speed by context.")
 @option("--calibrate FILE.yaml", "Measure this machine and save it as a device for plmtune plan. Takes about a minute.")
-@overwrite_option
-@import_option
+@options.overwrite_option
+@options.import_option
 def bench(
     targets: tuple[str, ...],
     contexts: str,
@@ -77,14 +67,14 @@ def bench(
     """
     if flash_attention != "both" and not any(target.endswith(".gguf") for target in targets):
         raise UserError("--flash-attention is for .gguf files, and no TARGET is one. Leave it out.")
-    lengths = lengths_of(contexts, "--contexts")
+    lengths = options.lengths_of(contexts, "--contexts")
     for path, suffixes in ((json_path, (".json",)), (plot, (".png",)), (calibrate, (".yaml", ".yml"))):
         if path is not None and path.exists() and not overwrite:
             raise UserError(f"{path} is there already. Give --overwrite to replace it, or another name.")
-        check_output(path, *suffixes)
+        options.check_output(path, *suffixes)
 
     if not targets and calibrate is None:
-        targets = (newest_run("bench TARGET..."),)
+        targets = (options.newest_run("bench TARGET..."),)
 
     import torch
 
@@ -92,7 +82,7 @@ def bench(
     from plmtune.io import provenance
     from plmtune.io.atomic import write_atomically
 
-    where = find_device(device)
+    where = options.find_device(device)
     if how["threads"] is not None:
         torch.set_num_threads(how["threads"])
     if calibrate is not None:

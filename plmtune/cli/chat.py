@@ -12,15 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from plmtune.cli import options
 from plmtune.cli.generate import stream, usable, warn_of_pretrained
-from plmtune.cli.options import (
-    chat_options,
-    device_option,
-    find_device,
-    find_model,
-    import_option,
-    sampling_options,
-)
 from plmtune.errors import UserError, did_you_mean
 from plmtune.io import terminal
 from plmtune.io.atomic import write_atomically
@@ -34,10 +27,10 @@ _BLOCK = '"""'
 
 @click.command()
 @click.argument("checkpoint", required=False)
-@chat_options
-@sampling_options
-@device_option
-@import_option
+@options.chat_options
+@options.sampling_options
+@options.device_option
+@options.import_option
 def chat(
     checkpoint: str | None, system: str | None, chat_template: str | None, device: str | None, **sampling: Any
 ) -> None:
@@ -50,13 +43,13 @@ def chat(
     plmtune chat runs/demo_sft/latest
     echo "What is a stack?" | plmtune chat runs/demo_sft/latest --temperature 0
     """
-    checkpoint = find_model(checkpoint, "chat CHECKPOINT")
+    checkpoint = options.find_model(checkpoint, "chat CHECKPOINT")
 
     import plmtune
     from plmtune.inference.chat_session import ChatSession
     from plmtune.tokenizers.chat_template import find_template
 
-    where = find_device(device)
+    where = options.find_device(device)
     model, tokenizer = plmtune.load(checkpoint, where)
     conversation = ChatSession(model, tokenizer, find_template(chat_template, tokenizer, "--chat-template "))
     warn_of_pretrained(checkpoint)
@@ -64,86 +57,76 @@ def chat(
         conversation.instruct(system)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters
-    lines = _Lines()
     talk = _Talk(conversation, sampling)
-    if lines.interactive:
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with suppress(ImportError):  # not every system has it
+            import readline  # noqa: F401 (which input() then uses)
+
         terminal.say(f"{checkpoint}: {model.max_seq_len:,} tokens of context. /help lists the commands, Ctrl-D ends.")
     try:
-        refused = _converse(talk, lines)
+        refused = _converse(talk, interactive)
     except FloatingPointError as error:
         raise UserError(f"{checkpoint}: {error}.") from error
-    if refused and not lines.interactive:
+    if refused and not interactive:
         raise UserError(f"{refused} of the messages and commands on stdin could not be used; see above.")
 
 
-def _converse(talk: _Talk, lines: _Lines) -> int:
+def _converse(talk: _Talk, interactive: bool) -> int:
     """Read messages and commands until stdin ends; return how many could not be used."""
     refused = 0
     interrupted = False  # by the last thing that the person did
     while True:
         try:
-            said = lines.message()
-            if said is None:
-                return refused
+            said = _message(interactive)
             interrupted = False
-            if talk.take(*said):
+            if said is None or talk.take(*said):
                 return refused
         except UserError as error:
             refused += 1
             terminal.say(str(error))
         except KeyboardInterrupt as interrupt:
-            if not lines.interactive or interrupted:
+            if not interactive or interrupted:
                 raise
             interrupted = True
             terminal.say(f"\n{interrupt}Ctrl-C again ends, as /quit and Ctrl-D do")
 
 
-class _Lines:
-    """Messages from stdin: a terminal gets a prompt, a history and line editing; a pipe is read line by line."""
+def _message(interactive: bool) -> tuple[str, bool] | None:
+    """Read a message; return it and whether it may be a command (a block may not); None at the end."""
+    text = _line("> ", interactive)
+    if text is None:
+        return None
+    if text.lstrip().startswith(_BLOCK):
+        parts = [text.lstrip().removeprefix(_BLOCK)]
+        while not parts[-1].rstrip().endswith(_BLOCK):
+            more = _line("... ", interactive)
+            if more is None:
+                raise UserError(f"The message that {_BLOCK} opens has no {_BLOCK} at its end.")
+            parts.append(more)
+        return "\n".join(parts).rstrip().removesuffix(_BLOCK).strip(), False
+    while text.endswith("\\"):
+        text = text.removesuffix("\\") + "\n" + (_line("... ", interactive) or "")
+    return text.strip(), True
 
-    def __init__(self) -> None:
-        self.interactive = sys.stdin.isatty()
-        if self.interactive:
-            with suppress(ImportError):  # not every system has it
-                import readline  # noqa: F401 (which input() then uses)
 
-    def message(self) -> tuple[str, bool] | None:
-        """Return the next message and whether it may be a command (a block may not); None at the end.
-
-        Raises:
-            UserError: for a line that is not UTF-8, or a block without an end.
-        """
-        text = self._line("> ")
-        if text is None:
-            return None
-        if text.lstrip().startswith(_BLOCK):
-            parts = [text.lstrip().removeprefix(_BLOCK)]
-            while not parts[-1].rstrip().endswith(_BLOCK):
-                more = self._line("... ")
-                if more is None:
-                    raise UserError(f"The message that {_BLOCK} opens has no {_BLOCK} at its end.")
-                parts.append(more)
-            return "\n".join(parts).rstrip().removesuffix(_BLOCK).strip(), False
-        while text.endswith("\\"):
-            text = text.removesuffix("\\") + "\n" + (self._line("... ") or "")
-        return text.strip(), True
-
-    def _line(self, prompt: str) -> str | None:
-        try:
-            if not self.interactive:
-                raw = sys.stdin.buffer.readline()
-                return raw.decode("utf-8").rstrip("\r\n") if raw else None
-            if not sys.stdout.isatty():  # where input() would write the prompt among the answers
-                print(prompt, end="", file=sys.stderr, flush=True)
-                prompt = ""
-            line = input(prompt)
-            line.encode("utf-8")  # Python decodes invalid bytes as surrogates
-            return line
-        except EOFError:
-            terminal.say("")
-            return None
-        except UnicodeError as error:
-            raise UserError(f"The message is not UTF-8: {error}.") from error
+def _line(prompt: str, interactive: bool) -> str | None:
+    """Read a line of stdin, at a terminal with a prompt, a history and line editing."""
+    try:
+        if not interactive:
+            raw = sys.stdin.buffer.readline()
+            return raw.decode("utf-8").rstrip("\r\n") if raw else None
+        if not sys.stdout.isatty():  # where input() would write the prompt among the answers
+            print(prompt, end="", file=sys.stderr, flush=True)
+            prompt = ""
+        line = input(prompt)
+        line.encode("utf-8")  # Python decodes invalid bytes as surrogates
+        return line
+    except EOFError:
+        terminal.say("")
+        return None
+    except UnicodeError as error:
+        raise UserError(f"The message is not UTF-8: {error}.") from error
 
 
 @dataclass
@@ -161,9 +144,6 @@ class _Talk:
         Args:
             text: stripped of white space.
             command: whether a text that begins with / is a command.
-
-        Raises:
-            UserError: if that fails; the conversation is unchanged.
         """
         if not text:
             return False

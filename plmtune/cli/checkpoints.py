@@ -22,16 +22,11 @@ from plmtune.units import show_bytes
 
 @dataclass
 class Entry:
-    """One checkpoint.
-
-    Attributes:
-        content: of its manifest; empty where that cannot be read.
-        damage: what is wrong with it.
-    """
+    """One checkpoint."""
 
     path: Path
-    content: dict[str, Any]
-    damage: str = ""
+    content: dict[str, Any]  # of its manifest; empty where that cannot be read
+    damage: str = ""  # what is wrong with it
     loss: Any = None
 
     @property

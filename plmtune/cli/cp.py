@@ -45,12 +45,6 @@ def cp(name: str, target: Path, overwrite: bool) -> None:
     if not target.parent.is_dir():
         raise UserError(f"{target}: the folder {target.parent} does not exist.")
     shutil.copyfile(source, target)
-    terminal.echo(f"{source.name} -> {target}\n{_use(source, target)}")
-
-
-def _use(source: Path, target: Path) -> str:
-    """How the copy is used."""
-    place = source.relative_to(builtin_folder("conf")).parent if source.suffix == ".yaml" else Path()
-    if place == Path():
-        return f"Use it with: plmtune run {target}"
-    return f"Use it with: plmtune run {usage_of(place.as_posix(), str(target))}"
+    is_preset = source.suffix == ".yaml" and source.parent != conf
+    use = usage_of(source.relative_to(conf).parent.as_posix(), str(target)) if is_preset else target
+    terminal.echo(f"{source.name} -> {target}\nUse it with: plmtune run {use}")

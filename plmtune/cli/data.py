@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from plmtune.data.batches import Row
-    from plmtune.data.shards import Shards, Split
+    from plmtune.data.shard_manifest import Manifest
+    from plmtune.data.shards import Split
     from plmtune.data.sources import Source
     from plmtune.tokenizers.tokenizer import Tokenizer
 
@@ -58,8 +60,8 @@ def prepare(
     plmtune data prepare conf/mine.yaml          every source of a config
     """
     if files and files[0].endswith((".yaml", ".yml")) and all("=" in text for text in files[1:]):
-        if given := sorted(_given(context) - {"files"}):
-            raise UserError(f"{_flag(given[0])} goes with files; with a config set its key, as preparation.holdout=0.1")
+        goes = "goes with files; with a config set its key, as preparation.holdout=0.1"
+        _refuse_given(context, context.params.keys() - {"files"}, goes)
         _prepare_from_config(files[0], files[1:])
         return
     if bool(files) == stdlib:
@@ -74,13 +76,11 @@ def prepare(
         raise UserError(str(error)) from error
 
 
-def _given(context: click.Context) -> set[str]:
-    """The parameters that the person gave."""
-    return {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _refuse_given(context: click.Context, names: Iterable[str], why: str) -> None:
+    """Refuse those of the options that the person gave."""
+    for name in sorted(names):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UserError(f"--{name.replace('_', '-')} {why}")
 
 
 def _prepare_from_config(path: str, overrides: tuple[str, ...]) -> None:
@@ -137,9 +137,8 @@ def inspect(context: click.Context, path: Path, **options: Any) -> None:
     of_files = {name: options.pop(name) for name in ("row", "tokenizer", "template", "train_on")}
     refuse_pipe(path)
     is_file = path.is_file() or (bool(path.suffix) and not path.exists())
-    if wrong := sorted(_given(context) & set(options if is_file else of_files)):
-        other = "a directory of prepared tokens" if is_file else "a file of conversations or pairs"
-        raise UserError(f"{_flag(wrong[0])} goes with {other}, which {path} is not")
+    other = "a directory of prepared tokens" if is_file else "a file of conversations or pairs"
+    _refuse_given(context, options if is_file else of_files, f"goes with {other}, which {path} is not")
     if is_file:
         from plmtune.cli.inspect_rows import inspect_rows
 
@@ -168,7 +167,7 @@ def _inspect_shards(
     console = console_of_stdout()
     chosen: Split = getattr(shards, split)
     if document is None and window is None:
-        _summary(shards)
+        _summary(shards.manifest)
         return
     tokenizer = load_tokenizer(directory / "tokenizer")
     if tokenizer.fingerprint != shards.manifest.tokenizer:
@@ -176,27 +175,25 @@ def _inspect_shards(
             f"{directory / 'tokenizer'} is damaged or another: its fingerprint is {tokenizer.fingerprint}, and the "
             f"manifest says {shards.manifest.tokenizer}. Prepare the text again"
         )
+    rows = Windows(shards, chosen, seq_len, document_mask=True, whole=True)
+    for name, asked, count in (("document", document, chosen.num_documents), ("window", window, rows.num_rows)):
+        if asked is not None and not 0 <= asked < count:
+            raise UserError(f"--{name} {asked}: {split} holds {name}s 0 to {count - 1}")
     if document is not None:
-        if not 0 <= document < chosen.num_documents:
-            raise UserError(f"--document {document}: {split} holds documents 0 to {chosen.num_documents - 1}")
         ids = chosen.document(document, shards.eos_id)
         ids = ids[ids != shards.eos_id]
         text = terminal.shown(tokenizer.decode(ids.tolist()), sys.stdout)
         console.print(terminal.encodable(text, console.encoding), markup=False)
     if window is not None:
-        rows = Windows(shards, chosen, seq_len, document_mask=True, whole=True)
-        if not 0 <= window < rows.num_rows:
-            raise UserError(f"--window {window}: {split} holds windows 0 to {rows.num_rows - 1}")
         row = rows.row(window)
         console.print(_coloured(row.tokens.tolist(), tokenizer))
         if mask:
             _print_mask(console, row)
 
 
-def _summary(shards: Shards) -> None:
+def _summary(manifest: Manifest) -> None:
     from plmtune.io.tables import Table, numbers, show
 
-    manifest = shards.manifest
     figures = {"tokens": 0, "documents": 0, "bytes": 0, "bytes/token": 1, "shards": 2}
     table = Table(["split", *numbers(figures)])
     for name, counts in manifest.splits.items():

@@ -11,15 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from plmtune import dtypes
+from plmtune.cli import options
 from plmtune.cli.generate import refuse_without_chat, warn_of_pretrained
-from plmtune.cli.options import (
-    chat_options,
-    device_option,
-    dtype_option,
-    find_device,
-    newest_run,
-    option,
-)
+from plmtune.cli.options import option
 from plmtune.config.names import check_model_path
 from plmtune.errors import UserError
 from plmtune.io import hub, terminal
@@ -27,7 +21,6 @@ from plmtune.io.tables import Column, Table, show
 from plmtune.io.terminal import Progress
 
 if TYPE_CHECKING:
-    from plmtune.evaluation.evaluate import Progress
     from plmtune.evaluation.tasks import Tasks
 
 
@@ -47,15 +40,15 @@ if TYPE_CHECKING:
     "Limit generated answers to N tokens (default: the task's own limit, at most half of the context).",
 )
 @option("--chat", "Apply the model's chat template.")
-@chat_options
+@options.chat_options
 @option("--data PATH", "Read tasks' data from a local folder or map instead of the hub.")
 @option("--include PATH", "Add a folder with tasks of your own (YAML, Python).")
 @option("--unsafe-code", "Let tasks run code that the model wrote, in a sandbox.")
 @option("--no-sandbox", "Run that code without the sandbox, at your own risk.")
 @option("--out PATH", "Write the results to this folder.", default=Path("evaluations"))
 @option("--all", "Show the members of groups as well.", "members")
-@dtype_option
-@device_option
+@options.dtype_option
+@options.device_option
 def evaluate(
     checkpoints: tuple[str, ...],
     names: str | None,
@@ -117,13 +110,15 @@ def evaluate(
     from plmtune.training.distributed import broadcast_from_rank0, once_per_machine
     from plmtune.training.runtime import Runtime
 
-    find_device(device)
+    options.find_device(device)
     settings = Settings(limit=limit, batch_size=rows, chat=chat, chat_template=chat_template, system=system, **how)
     # Under torchrun each process takes its share of the documents.
     with Runtime.choose(device=device or "auto", precision="fp32").start() as runtime:
         log = terminal.say if runtime.is_main else lambda text: None
         # Rank 0 decides for all: a branch of the hub, or the newest run, may change a moment later.
-        paths = broadcast_from_rank0(lambda: [hub.pin(path) for path in checkpoints] or [newest_run("eval CHECKPOINT")])
+        paths = broadcast_from_rank0(
+            lambda: [hub.pin(path) for path in checkpoints] or [options.newest_run("eval CHECKPOINT")]
+        )
         for path in paths:
             once_per_machine(functools.partial(checkpoint_directory, path))  # before the tasks, which may take a while
             if chat and runtime.is_main:

@@ -8,35 +8,25 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from plmtune.cli.options import (
-    chat_options,
-    device_option,
-    find_device,
-    find_model,
-    import_option,
-    option,
-    sampling_options,
-)
+from plmtune.cli import options
+from plmtune.cli.options import option
 from plmtune.errors import UserError
 from plmtune.io import terminal
 from plmtune.tokenizers.message import BadRow, Message
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command()
 @click.argument("checkpoint", required=False)
 @option("--prompt TEXT", "Continue this text; - reads it from stdin.", required=True)
 @option("--chat", "Send the prompt as a user's message through the chat template.")
-@chat_options
-@sampling_options
-@device_option
-@import_option
+@options.chat_options
+@options.sampling_options
+@options.device_option
+@options.import_option
 def generate(
     checkpoint: str | None,
     prompt: str,
@@ -56,7 +46,7 @@ def generate(
     plmtune generate runs/demo/latest --prompt "def "
     plmtune generate runs/demo_sft/latest --chat --prompt "What is a stack?"
     """
-    checkpoint = find_model(checkpoint, "generate CHECKPOINT --prompt TEXT")
+    checkpoint = options.find_model(checkpoint, "generate CHECKPOINT --prompt TEXT")
 
     import plmtune
     from plmtune.inference.sampling import complete, prompt_ids
@@ -68,7 +58,7 @@ def generate(
             prompt = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"The prompt on stdin is not UTF-8: {error}.") from error
-    where = find_device(device)
+    where = options.find_device(device)
     model, tokenizer = plmtune.load(checkpoint, where)
     start: str | list[int] = prompt
     if chat:

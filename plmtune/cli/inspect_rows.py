@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +28,7 @@ _OPEN, _CLOSE = "⟦", "⟧"
 _BLOCK = 512
 
 Row = dict[str, Any]
+Block = Sequence[tuple[str, Row | BadRow]]
 T = TypeVar("T")
 
 
@@ -73,9 +73,7 @@ def inspect_rows(path: Path, *, row: int, tokenizer: str, template: str | None, 
     with Progress() as progress:
         while block := list(islice(remaining, _BLOCK)):
             count += len(block)
-            good = iter(reader.count([(place, row) for place, row in block if not isinstance(row, BadRow)]))
-            for at, one in block:
-                result = one if isinstance(one, BadRow) else next(good)
+            for (at, _), result in zip(block, reader.count(block), strict=True):
                 if isinstance(result, BadRow):
                     refused.add(at, result)
             progress.update(f"{count:,} rows read")
@@ -103,48 +101,48 @@ def kind_of_rows(row: Row) -> str:
 
 def _shape_of(rows: Rows) -> Shape | None:
     """The shape of the first row that has one, as a training reads the file."""
-    shapes = (_or_bad(detect, row) for _, row in rows if isinstance(row, dict))
+    shapes = (_or_bad(detect, row) for _, row in rows)
     return next((shape for shape in shapes if not isinstance(shape, BadRow)), None)
 
 
-def _or_bad(read: Callable[..., T], *arguments: Any) -> T | BadRow:
-    """What a function returns, or the error for a row that cannot be used."""
+def _or_bad(read: Callable[..., T], row: Row | BadRow, *arguments: Any) -> T | BadRow:
+    """What a function makes of a row, or why the row cannot be used."""
     try:
-        return read(*arguments)
+        return row if isinstance(row, BadRow) else read(row, *arguments)
     except BadRow as error:
         return error
 
 
-@dataclass
-class _Lengths:
-    """Numbers of tokens by what they are of, and rows by what of them nothing reads."""
+class _Encoded:
+    """Counts tokens of rows, by what they are of, and what of the rows nothing reads."""
 
-    of: dict[str, list[int]] = field(default_factory=dict)
-    unused: Unused = field(default_factory=Unused)
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template, self.unused = template, Unused()
+        self.lengths: dict[str, list[int]] = {}
 
-    def add(self, tokens: dict[str, int] | BadRow) -> None:
-        for name, number in tokens.items() if isinstance(tokens, dict) else ():
-            self.of.setdefault(name, []).append(number)
+    def add(self, **tokens: int) -> None:
+        for name, number in tokens.items():
+            self.lengths.setdefault(name, []).append(number)
 
-    def show(self) -> None:
+    def summarize(self) -> None:
         if self.unused:
             show(f"  {self.unused.describe()}")
         figures = {"rows": 0, "shortest": 3, "median": 0, "90%": 2, "99%": 1, "longest": 0, "sum": 4}
         table = Table(["tokens", *numbers(figures)])
-        for name, lengths in self.of.items():
+        for name, lengths in self.lengths.items():
             ordered = sorted(lengths)
             marks = [ordered[round(share * (len(ordered) - 1))] for share in (0, 0.5, 0.9, 0.99, 1)]
             table.add(name, *(f"{number:,}" for number in (len(ordered), *marks, sum(ordered))))
-        if self.of:
+        if self.lengths:
             show(table)
 
 
-class _Conversations:
+class _Conversations(_Encoded):
     """Reads conversations, as SFT does."""
 
     def __init__(self, template: ChatTemplate, shape: Shape | None, train_on: TrainOn) -> None:
-        self.template, self.shape, self.train_on, self.lengths = template, shape, train_on, _Lengths()
-        self.summarize = self.lengths.show
+        super().__init__(template)
+        self.shape, self.train_on = shape, train_on
 
     def _read(self, row: Row, place: str) -> Conversation:
         return conversation_of(row, place, self.shape or detect(row))
@@ -160,25 +158,21 @@ class _Conversations:
         marks = _legend(console)
         console.print(f"{ids.size:,} tokens, {int(trained.sum()):,} of them trained ({marks}); turns: {turns}")
 
-    def count(self, block: Sequence[tuple[str, Row]]) -> list[Any]:
+    def count(self, block: Block) -> list[Any]:
         held = [_or_bad(self._read, row, place) for place, row in block]
         good = [one for one in held if not isinstance(one, BadRow)]
         for one in good:
-            self.lengths.unused.add(one.unused)
-        encoded = iter(self.template.encode_batch([one.messages for one in good], self.train_on, self.lengths.unused))
+            self.unused.add(one.unused)
+        encoded = iter(self.template.encode_batch([one.messages for one in good], self.train_on, self.unused))
         results = [one if isinstance(one, BadRow) else next(encoded) for one in held]
         for found in results:
             if not isinstance(found, BadRow):
-                self.lengths.add({"conversation": found[0].size, "trained": int(found[1].sum())})
+                self.add(conversation=found[0].size, trained=int(found[1].sum()))
         return results
 
 
-class _Pairs:
+class _Pairs(_Encoded):
     """Reads preference pairs and answers with a label."""
-
-    def __init__(self, template: ChatTemplate) -> None:
-        self.template, self.lengths = template, _Lengths()
-        self.summarize = self.lengths.show
 
     def show(self, console: Console, row: Row, place: str) -> None:
         pair = pair_of(row, place)
@@ -196,20 +190,17 @@ class _Pairs:
             counts.append(f"{name} {ids.size:,}")
         console.print(f"{', '.join(counts)}; answers are trained ({_legend(console)})")
 
-    def _tokens(self, row: Row, place: str) -> dict[str, int]:
-        pair, unused = pair_of(row, place), self.lengths.unused
-        counts = {"prompt": self.template.encode_prompt(pair.prompt, unused).size}
-        unused.add(pair.unused)
-        answers = ((side, pair.answer(side)) for side in SIDES)
-        return counts | {
-            side: self.template.encode_answer(answer, unused).size for side, answer in answers if answer is not None
-        }
+    def _count(self, row: Row, place: str) -> None:
+        pair = pair_of(row, place)
+        counts = {"prompt": self.template.encode_prompt(pair.prompt, self.unused).size}
+        self.unused.add(pair.unused)
+        for side in SIDES:
+            if (answer := pair.answer(side)) is not None:
+                counts[side] = self.template.encode_answer(answer, self.unused).size
+        self.add(**counts)
 
-    def count(self, block: Sequence[tuple[str, Row]]) -> list[Any]:
-        results = [_or_bad(self._tokens, row, place) for place, row in block]
-        for found in results:
-            self.lengths.add(found)
-        return results
+    def count(self, block: Block) -> list[Any]:
+        return [_or_bad(self._count, row, place) for place, row in block]
 
 
 class _Chains:
@@ -232,14 +223,14 @@ class _Chains:
         if isinstance(short := row.get("short"), str):
             console.print(f"no further answer: {visible(short)}", markup=False)
 
-    def count(self, block: Sequence[tuple[str, Row]]) -> list[Any]:
-        results = [_or_bad(_chain, row) for _, row in block]
-        for found in results:
-            for turn, answer in enumerate(() if isinstance(found, BadRow) else found[1]):
-                if turn == len(self.turns):
-                    self.turns.append([])
-                self.turns[turn].append((bool(answer.get("ended")), answer.get("reward")))
-        return results
+    def _count(self, row: Row) -> None:
+        for turn, answer in enumerate(_chain(row)[1]):
+            if turn == len(self.turns):
+                self.turns.append([])
+            self.turns[turn].append((bool(answer.get("ended")), answer.get("reward")))
+
+    def count(self, block: Block) -> list[Any]:
+        return [_or_bad(self._count, row) for _, row in block]
 
     def summarize(self) -> None:
         table = Table(["turn", *numbers(dict.fromkeys(("answers", "ended", "mean reward"), 0))])

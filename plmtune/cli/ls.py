@@ -14,6 +14,7 @@ from plmtune.config.builtin import builtin_folder
 from plmtune.config.names import DEVICES, name_hint
 from plmtune.errors import UserError
 from plmtune.io.tables import Column, Table, show
+from plmtune.registry import Component, describe_components, keys_of
 
 
 @click.command()
@@ -27,8 +28,6 @@ def ls(group: str | None) -> None:
     plmtune ls attention
     plmtune ls devices
     """
-    from plmtune.registry import describe_components
-
     if group is None:
         _overview(describe_components())
     elif group == "devices":
@@ -89,24 +88,18 @@ def _group(group: str, table: Any) -> None:
     for name, entry in sorted(table[leaf].items()):
         summary = entry.doc.strip().split("\n\n")[0].replace("\n", " ")
         show(f"{name}  {summary}")
-        settings = []
+        settings, keys = [], keys_of(leaf, name)
         for parameter in entry.parameters:
             if parameter.default is not None:
-                kind = parameter.type
+                kind, default = parameter.type, keys[parameter.name].default
                 if kind.startswith("Annotated["):
                     kind = kind.removeprefix("Annotated[").rpartition(",")[0]
-                settings.append((f"  {parameter.name}", f"{kind} = {_nested_default(parameter.default)}"))
+                nested = isinstance(default, Component)
+                said = f"{default.name} (group {default.group})" if nested else parameter.default
+                settings.append((f"  {parameter.name}", f"{kind} = {said}"))
         _list(settings)
     conf = builtin_folder("conf")
     places = sorted({*conf.glob(f"{leaf}/*.yaml"), *conf.glob(f"*/{leaf}/*.yaml")})
     if places:
         show("presets")
         _list((path.stem, _first_comment(path)) for path in places)
-
-
-def _nested_default(text: str) -> str:
-    """``component('attention', 'mla')`` reads as ``mla (group attention)``."""
-    if not text.startswith("component("):
-        return text
-    group, name = (part.strip("'\" ") for part in text.removeprefix("component(").rstrip(")").split(",")[:2])
-    return f"{name} (group {group})"

@@ -15,16 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from plmtune import dtypes
-from plmtune.cli.options import (
-    device_option,
-    dtype_option,
-    find_device,
-    import_option,
-    model_first,
-    option,
-    print_json_option,
-    text_options,
-)
+from plmtune.cli import options
+from plmtune.cli.options import option
 from plmtune.errors import UserError
 from plmtune.io import terminal
 from plmtune.io.terminal import Progress
@@ -39,12 +31,12 @@ if TYPE_CHECKING:
 @option(
     "--stride N", "Score the last N tokens of each window, given those before them (default: --window, the fastest)."
 )
-@text_options
+@options.text_options
 @option("--limit-documents N", "Read at most N documents of each file.")
-@dtype_option
-@print_json_option
-@device_option
-@import_option
+@options.dtype_option
+@options.print_json_option
+@options.device_option
+@options.import_option
 def perplexity(
     words: tuple[str, ...],
     window: int | None,
@@ -64,7 +56,7 @@ def perplexity(
     plmtune perplexity runs/demo/latest book.txt
     plmtune perplexity runs/demo/latest book.txt --window 1024 --stride 512
     """
-    checkpoint, files = model_first(words, "perplexity CHECKPOINT FILE...")
+    checkpoint, files = options.model_first(words, "perplexity CHECKPOINT FILE...")
     if not files:
         raise UserError(f"Name the text to measure: plmtune perplexity {checkpoint} FILE...")
 
@@ -77,7 +69,7 @@ def perplexity(
     from plmtune.units import show_number_of
 
     skip_bad, separator = reading.pop("skip_bad"), reading.pop("separator")
-    where = find_device(device)
+    where = options.find_device(device)
     try:
         source = find(files, separator=separator, **reading)
     except (UserError, ValueError) as error:
@@ -155,12 +147,8 @@ def _update(line: Progress, path: str, began: float, found: Perplexity) -> None:
 
 def _figures(found: Perplexity) -> dict[str, float | None]:
     """What JSON can hold of it: a file without text has no loss, and the worst perplexities are no number."""
-    figures = {
-        "loss": found.loss,
-        "perplexity": found.perplexity,
-        "bits_per_byte": found.bits_per_byte,
-        **asdict(found),
-    }
+    named = {name: getattr(found, name) for name in ("loss", "perplexity", "bits_per_byte")}
+    figures: dict[str, float] = {**named, **asdict(found)}
     return {name: value if abs(value) < float("inf") else None for name, value in figures.items()}
 
 
@@ -173,9 +161,7 @@ def _print(measured: dict[str, Perplexity], total: Perplexity, window: int, stri
     rows = [*measured.items(), *([("all", total)] if len(measured) > 1 else [])]
     for name, found in rows:
         counts = (f"{count:,}" for count in (found.tokens, found.bytes, found.documents))
-        if found.tokens:
-            table.add(name, f"{found.loss:.4f}", f"{found.perplexity:.2f}", f"{found.bits_per_byte:.4f}", *counts)
-        else:
-            table.add(name, "-", "-", "-", *counts)
+        rates = (f"{found.loss:.4f}", f"{found.perplexity:.2f}", f"{found.bits_per_byte:.4f}")
+        table.add(name, *(rates if found.tokens else ("-", "-", "-")), *counts)
     context = f"; each token has at least {window - stride:,} before it in its document" if stride < window else ""
     show(table, f"window {window:,}, stride {stride:,} tokens{context}")

@@ -40,19 +40,14 @@ _LISTED = 20  # of a front
 
 @dataclass(frozen=True)
 class Asked:
-    """The parsed options.
-
-    Attributes:
-        contexts: tokens in the cache, the fewest first.
-        prompt: tokens read for the first one.
-    """
+    """The parsed options."""
 
     devices: list[Device]
     schemes: list[str]
     schemes_given: bool
     runtimes: list[str]
-    contexts: list[int]
-    prompt: int
+    contexts: list[int]  # tokens in the cache, the fewest first
+    prompt: int  # tokens read for the first one
     json_path: Path | None
     plot: Path | None
 
@@ -231,23 +226,20 @@ def predict_training(cfg: TrainingConfig, train_on: str) -> dict[str, Any]:
     flops = tokens * estimate.flops_per_token
     hours = flops / (device.training.value * device.mfu.value) / 3600
     fits = "fits" if memory <= device.available else "does not fit one"
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "slack")
+    shares = ", ".join(f"{part} {show_bytes(getattr(estimate, part))}" for part in parts)
     lines = [
         f"Training on {device.name}",
         f"  memory  {show_bytes(memory)} with micro-batches of {cfg.micro_batch_size} x {found.seq_len:,}: {fits} "
-        f"(weights {show_bytes(estimate.weights)}, gradients {show_bytes(estimate.gradients)}, optimizer "
-        f"{show_bytes(estimate.optimizer)}, activations {show_bytes(estimate.activations)}, logits "
-        f"{show_bytes(estimate.logits)}, slack {show_bytes(estimate.slack)})",
+        f"({shares})",
         f"  compute {show_count(estimate.flops_per_token)} FLOPs a token",
     ]
     phases = []
     for phase in found.phases:
         count = phase.steps * found.tokens_per_step
-        took = hours * count / tokens
-        phases.append({"name": phase.name, "tokens": count, "flops": count * estimate.flops_per_token, "hours": took})
-        lines.append(
-            f"  phase {phase.name}: {show_count(count)} tokens, {show_count(count * estimate.flops_per_token)} FLOPs, "
-            f"{_hours(took)}"
-        )
+        used, took = count * estimate.flops_per_token, hours * count / tokens
+        phases.append({"name": phase.name, "tokens": count, "flops": used, "hours": took})
+        lines.append(f"  phase {phase.name}: {show_count(count)} tokens, {show_count(used)} FLOPs, {_hours(took)}")
     if phases:
         lines.append(
             f"  all phases: {_hours(hours)} of one device, at {device.mfu.value:.0%} of "

@@ -61,17 +61,16 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
         from plmtune.config.compose import multirun as run_all
 
     base = module.CONFIG if module else name
-
     jobs: list[Path] = []
 
-    def start(cfg: Any, dry_run: bool = dry_run, required: bool = True) -> Any:
+    def start(cfg: Any, checks: bool = False) -> Any:
         cfg.force = cfg.force or force
         with without_collecting():
             recipe = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
-            if dry_run:
+            if dry_run or checks:
                 if "dry_run" in inspect.signature(recipe.main).parameters:
                     return recipe.main(cfg, dry_run=True)
-                if required:
+                if dry_run:
                     raise UserError(f"{name}: --dry-run needs a recipe with def main(cfg, *, dry_run=False).")
                 return None
         jobs.extend([Path(cfg.run_dir)] if cfg.run_dir else [])
@@ -81,7 +80,7 @@ def run(name: str, arguments: tuple[str, ...], multirun: bool, dry_run: bool, fo
     def check_only(cfg: Any) -> None:
         unsaid = io.StringIO()
         with contextlib.redirect_stdout(unsaid), contextlib.redirect_stderr(unsaid):
-            start(cfg, dry_run=True, required=False)
+            start(cfg, checks=True)
 
     if multirun:
         directory = Path("runs") / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S}"
@@ -127,9 +126,9 @@ def resume(arguments: tuple[str, ...], allow_data_change: bool, recipe_path: str
     path = run_dir / CONFIG
     if not path.is_file():
         known = [str(path) for path in find_runs(Path("runs"))]
-        near = near_names(str(run_dir), known)
-        hint = f"Did you mean {either(near)}?" if near else "List the runs with plmtune runs"
-        hint = hint if known else "There are no runs under runs/."
+        hint = "List the runs with plmtune runs" if known else "There are no runs under runs/."
+        if near := near_names(str(run_dir), known):
+            hint = f"Did you mean {either(near)}?"
         raise UserError(f"{run_dir} is not a run directory: it has no {CONFIG}. {hint}")
     _refuse_early(run_dir)
     verify_config(run_dir)
@@ -152,9 +151,9 @@ def resume(arguments: tuple[str, ...], allow_data_change: bool, recipe_path: str
             raise UserError(f"key {key}: says where a run begins, and this one has begun: it cannot change on resume.")
     cfg.allow_data_change = cfg.allow_data_change or allow_data_change
     refuse_other_config(run_dir, saved, cfg)
-    module = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
+    recipe = module or importlib.import_module(f"plmtune.recipes.{cfg.recipe}")
     cfg.run_dir, cfg.resume = str(_go_to_its_directory(run_dir, saved.run_dir, record)), True
-    module.main(cfg)
+    recipe.main(cfg)
 
 
 def _newest_unfinished() -> Path:

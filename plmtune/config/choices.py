@@ -16,7 +16,7 @@ from plmtune.config.overrides import quote_override
 from plmtune.config.rules import check_file, is_option, read_yaml
 from plmtune.config.schema import component_keys
 from plmtune.errors import UserError, either
-from plmtune.registry import describe_components
+from plmtune.registry import Component, describe_components, keys_of
 
 SEVERAL = "several"  # the logger that holds other loggers
 FILE_PRESET = "plmtune_file_"  # what the names of presets from files begin with in Hydra's store
@@ -24,12 +24,8 @@ FILE_PRESET = "plmtune_file_"  # what the names of presets from files begin with
 
 def nested_groups(group: str) -> dict[str, str]:
     """Keys of a group's components that hold a component themselves, and the group of each."""
-    return {
-        parameter.name: parameter.default.split("(", 1)[1].split(",")[0].strip("'\" ")
-        for entry in describe_components().get(group, {}).values()
-        for parameter in entry.parameters
-        if parameter.default is not None and parameter.default.startswith("component(")
-    }
+    keys = [key for name in describe_components().get(group, {}) for key in keys_of(group, name).values()]
+    return {key.name: key.default.group for key in keys if isinstance(key.default, Component)}
 
 
 def group_at(place: str) -> str | None:
@@ -49,16 +45,15 @@ def take_choices(value: Any, place: str, group: str, choices: dict[str, str | No
         where: file or override, in front of a message.
     """
     key = place.replace("/", ".")
+    if isinstance(value, list) and group != "logger":
+        several = quote_override("data.sources", {"NAME": {"component": "files", "paths": ["a.txt"]}})
+        hint = f" Several sources are data=mix with {several}." if key == "data" else ""
+        raise UserError(f"{where}key {key}: takes the name of one component, not a list.{hint}")
     if isinstance(value, list):
-        if group != "logger":
-            several = quote_override("data.sources", {"NAME": {"component": "files", "paths": ["a.txt"]}})
-            hint = f" Several sources are data=mix with {several}." if key == "data" else ""
-            raise UserError(f"{where}key {key}: takes the name of one component, not a list.{hint}")
-        if len(value) == 1:
-            (value,) = value
-        else:
+        if len(value) != 1:
             choices[place] = SEVERAL
             return {"loggers": _several(value, f"{where}key {key}: ")}
+        (value,) = value
     rest = dict(value) if isinstance(value, dict) else {"component": value}
     if "component" in rest:
         name = rest.pop("component")
@@ -90,11 +85,7 @@ def _several(items: Sequence[Any], where: str) -> dict[str, Any]:
 
 
 def normalize_file(
-    content: Mapping[str, Any],
-    path: Path,
-    *,
-    base: bool = False,
-    later: Mapping[str, str | None],
+    content: Mapping[str, Any], path: Path, *, base: bool = False, later: Mapping[str, str | None]
 ) -> dict[str, Any]:
     """Move the choices in a file's values to its defaults list, where Hydra looks for them.
 
@@ -104,22 +95,19 @@ def normalize_file(
     Args:
         base: the file is a copy of a built-in config that others build on; else it overrides what it builds on.
         later: what is chosen after this file, by place.
-
-    Raises:
-        UserError: if a component is chosen in both.
     """
     choices: dict[str, str | None] = {}
     values: dict[str, Any] = {}
     groups = component_keys()
     for key, value in content.items():
-        if key in groups and value in (None, []):  # a choice as any other: a later one may choose again
+        if key not in groups:
+            values[key] = value
+        elif value in (None, []):  # a choice as any other: a later one may choose again
             choices[key] = None
-            continue
-        kept = take_choices(value, key, key, choices, f"{path}, ") if key in groups else value
-        if key in groups:
-            kept = _without_replaced(kept, key, choices, later)
-        if kept != {} or value == {}:
-            values[key] = kept
+        else:
+            kept = _without_replaced(take_choices(value, key, key, choices, f"{path}, "), key, choices, later)
+            if kept or value == {}:
+                values[key] = kept
     if "defaults" in values and not base:  # a copy of a built-in config is an overlay too
         entries = [entry for entry in values["defaults"] if not str(entry).endswith("_schema")]
         values["defaults"] = [

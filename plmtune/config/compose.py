@@ -67,9 +67,6 @@ def compose(name: str, overlays: Sequence[str] = (), overrides: Sequence[str] = 
 
     Returns:
         the recipe's schema, for example `plmtune.config.schema.PretrainConfig`.
-
-    Raises:
-        UserError: naming the file or the override, the key, and the nearest right name.
     """
     with (
         _stored(name, overlays, overrides) as (given, checked),
@@ -133,11 +130,7 @@ def multirun(
 
 
 def build(key: str, chosen: Component | None, **runtime: Any) -> Any:
-    """Call a component; impossible numbers come back with the key in front.
-
-    Raises:
-        UserError: if nothing is chosen for the key, or the component refuses its settings.
-    """
+    """Call a component; impossible numbers come back with the key in front."""
     if chosen is None:
         raise UserError(f"key {key}: no component chosen. See: plmtune ls {key}")
     try:

@@ -33,13 +33,10 @@ def _what_is(name: str) -> str:
     if (builtin_folder("conf") / f"{name}.yaml").is_file():
         return f" {name} is a config: plmtune run {name}"
     table = describe_components()
-    for kind, found in (
-        ("preset", [group for group in table if name in presets(group)]),
-        ("component", [group for group in table if name in table[group]]),
-    ):
-        if found:
-            place = "selection.rules" if found[0] == "rule" else place_of_group(found[0])
-            return f" {name} is a {kind} of the group {found[0]}: plmtune run {usage_of(place, name)}"
+    for kind, names_of in (("preset", presets), ("component", lambda group: table[group])):
+        if group := next((group for group in table if name in names_of(group)), None):
+            place = "selection.rules" if group == "rule" else place_of_group(group)
+            return f" {name} is a {kind} of the group {group}: plmtune run {usage_of(place, name)}"
     if name in table:
         return f" {name} is a group: plmtune ls {name}"
     if (DEVICES / f"{name}.yaml").is_file():
@@ -55,10 +52,8 @@ def _what_is(name: str) -> str:
 
 def refuse_preset(content: Mapping[str, Any], path: Path) -> None:
     """Refuse a preset where a config is expected."""
-    found = preset_groups(content)
-    if found:
-        places = [place_of_group(group) for group in found]
-        use = " or ".join(f"plmtune run {usage_of(place, str(path))}" for place in places)
+    if found := preset_groups(content):
+        use = " or ".join(f"plmtune run {usage_of(place_of_group(group), str(path))}" for group in found)
         raise UserError(f"{path}: is a preset of the group {either(found)}, not a config. Use it with: {use}")
 
 

@@ -160,9 +160,6 @@ def split_sweeps(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[st
 
     Returns:
         (plain overrides, {key: its overrides "key=value" of one value each}).
-
-    Raises:
-        UserError: naming the override.
     """
     plain: list[str] = []
     swept: dict[str, list[str]] = {}

@@ -33,31 +33,20 @@ _BASES = {"preference": "dpo"}
 def find_config(name: str) -> Path:
     """Path of a built-in config by name (``pretrain``) or of a file (``mine.yaml``, ``conf/plm_1.8b.yaml``)."""
     builtin = builtin_folder("conf")
+    configs = [path.stem for path in builtin.glob("*.yaml")]
     if name.endswith((".yaml", ".yml")):
         # conf/NAME.yaml names the built-in file from any directory, as the documentation writes it.
-        for path in (
-            Path(name),
-            builtin / Path(name).relative_to("conf") if name.startswith("conf/") else None,
-        ):
-            if path is not None and path.is_file():
+        for path in (Path(name), *([builtin / name.removeprefix("conf/")] if name.startswith("conf/") else [])):
+            if path.is_file():
                 return path
         beside = {path.stem: str(path) for path in Path(name).parent.glob("*.y*ml")}
         near = [beside[stem] for stem in near_names(Path(name).stem, beside)]
-        configs = [path.stem for path in builtin.glob("*.yaml")]
         hint = f" Did you mean {either(near)}?" if near else did_you_mean(Path(name).stem, configs)
         refuse_pipe(Path(name))
         raise UserError(f"{name}: no such file.{hint}")
-    path = builtin / f"{name}.yaml"
-    if not path.is_file():
-        hint = name_hint(name) or did_you_mean(name, (p.stem for p in builtin.glob("*.yaml")))
-        raise UserError(f"There is no config {name}.{hint}")
-    return path
-
-
-def _is_base(content: dict[str, Any]) -> bool:
-    """Whether a config names its schema, as built-in configs and their copies do. Other configs extend one of them."""
-    defaults = content.get("defaults")
-    return isinstance(defaults, list) and any(isinstance(e, str) and e.endswith("_schema") for e in defaults)
+    if name not in configs:
+        raise UserError(f"There is no config {name}.{name_hint(name) or did_you_mean(name, configs)}")
+    return builtin / f"{name}.yaml"
 
 
 def store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str], checked: Sequence[str]) -> Given:
@@ -76,14 +65,16 @@ def store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str], 
             raise UserError(f"{path}, key recipe: there is no {recipe!s:.80}.{did_you_mean(str(recipe), SCHEMAS)}")
         refuse_preset(content, path)
     recipe = contents[0]["recipe"] if "recipe" in contents[0] else _recipe_of(contents[0], files[0])
-    for path, content in zip(files[1:], contents[1:], strict=True):
-        if content.get("recipe", recipe) != recipe:
-            theirs = content["recipe"]
+    for path, content in zip(files, contents, strict=True):
+        if (theirs := content.get("recipe", recipe)) != recipe:
             raise UserError(
                 f"{path}, key recipe: the file is for {theirs}, and {name} runs {recipe}. "
                 f"Use it as in plmtune run {_BASES.get(theirs, theirs)} {path}, or remove the key."
             )
-    base, whole = str(_BASES.get(recipe, recipe)), _is_base(contents[0])
+    base = str(_BASES.get(recipe, recipe))
+    # Whether it names its schema, as built-in configs and their copies do. Other configs extend one of them.
+    listed = contents[0].get("defaults")
+    whole = isinstance(listed, list) and any(isinstance(e, str) and e.endswith("_schema") for e in listed)
     is_builtin = files[0].resolve().parent == builtin_folder("conf").resolve()
     named = files[0].stem if is_builtin else base
     if whole and is_builtin:
@@ -135,8 +126,8 @@ def _check_shape_of_component(group: str, value: Any, key: str, place: str) -> N
     """The same for the settings of a component, by the first of its group that has them."""
     if not isinstance(value, dict):
         return
-    chosen = value.get("component")
-    names = [chosen] if chosen in list(describe_components()[group]) else list(describe_components()[group])
+    known = list(describe_components()[group])
+    names = [value["component"]] if value.get("component") in known else known
     for name, child in value.items():
         held = next((keys_of(group, one)[name] for one in names if name in keys_of(group, one)), None)
         if held is not None and isinstance(held.default, Component):

@@ -36,10 +36,9 @@ NEW_VALUES = (Renamed("checkpoint.best", "checkpoint.best", RENAMED_METRICS),)
 
 def new_key(old: str) -> str | None:
     """Return today's name of a full key with the values that changed, for "did you mean"; None if it has none."""
-    for renamed in RENAMED:
-        if renamed.old == old:
-            values = ", ".join(f"{new} for {before}" for before, new in renamed.values.items())
-            return renamed.new + (f" ({values})" if values else "")
+    for _, new, changed in (renamed for renamed in RENAMED if renamed.old == old):
+        values = ", ".join(f"{now} for {before}" for before, now in changed.items())
+        return new + (f" ({values})" if values else "")
     return None
 
 

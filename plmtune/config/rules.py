@@ -57,14 +57,13 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         if alias and node not in self.expanded:
             raise yaml.constructor.ConstructorError(None, None, "an alias stands inside the value that it names", mark)
-        if isinstance(node, yaml.MappingNode) and not alias:
-            _refuse_twice(node)
         if node is not None and not alias:
-            pairs = isinstance(node, yaml.MappingNode)
-            children = [*chain.from_iterable(node.value)] if pairs else node.value
-            children = [] if isinstance(node, yaml.ScalarNode) else children
-            counts = [self.expanded[child] for child in children]
-            size, depth = 1 + sum(c[0] for c in counts), 1 + max((c[1] for c in counts), default=0)
+            children = [] if isinstance(node, yaml.ScalarNode) else node.value
+            if isinstance(node, yaml.MappingNode):
+                _refuse_twice(node)
+                children = [*chain.from_iterable(node.value)]
+            sizes, depths = [0, *(self.expanded[n][0] for n in children)], [0, *(self.expanded[n][1] for n in children)]
+            size, depth = 1 + sum(sizes), 1 + max(depths)
             if size > MAX_VALUES or depth > MAX_DEPTH:
                 raise _too_much(mark)
             self.expanded[node] = size, depth
@@ -95,11 +94,7 @@ def _too_much(mark: yaml.Mark) -> yaml.YAMLError:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a config file, which is untrusted.
-
-    Raises:
-        UserError: naming the file and, where there is one, the line.
-    """
+    """Read a config file, which is untrusted."""
     refuse_pipe(path)
     try:
         with path.open("rb") as file:
@@ -128,10 +123,10 @@ def check_file(content: Mapping[str, Any], path: Path) -> None:
     for name, child in content.items():
         if name == "defaults":
             _check_defaults(child, path)
-            continue
-        if name == "hydra" or str(name).startswith("hydra."):
+        elif name == "hydra" or str(name).startswith("hydra."):
             raise UserError(f"{path}, key {name}: {_OF_HYDRA}.")
-        check_value({name: child}, f"{path}, ")
+        else:
+            check_value({name: child}, f"{path}, ")
 
 
 def _check_defaults(entries: Any, path: Path) -> None:
@@ -184,8 +179,7 @@ def check_value(value: Any, place: str, key: str = "") -> None:
 
 
 def _bad_reference(value: str, place: str, key: str) -> UserError:
-    variable = re.search(r"\$\{ *oc\.env: *(\w*)", value)
-    if variable:
+    if variable := re.search(r"\$\{ *oc\.env: *(\w*)", value):
         return UserError(
             f"{place}key {key}: {value!r:.80}: a config is saved with its run, so it may read only variables that "
             f"begin with PLMTUNE_. For others use the shell, as in {key}=${variable[1]}."
@@ -252,8 +246,7 @@ def resolve(values: dict[str, Any], place: str = "") -> dict[str, Any]:
             return [plain(child, f"{key}[{index}]", open_keys) for index, child in enumerate(value)]
         if not isinstance(value, str) or "${" not in value:
             return value
-        whole = _REFERENCE.fullmatch(value)
-        if whole:
+        if whole := _REFERENCE.fullmatch(value):
             return target(whole, key, open_keys)
         if "${" in _REFERENCE.sub("", value):
             raise _bad_reference(value, place, key)

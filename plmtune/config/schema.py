@@ -297,11 +297,7 @@ class SensitivityConfig:
             self.budget_bytes(1 << 40)
 
     def budget_bytes(self, whole: int) -> int:
-        """The budget in bytes, of a model whose weights take `whole` bytes.
-
-        Raises:
-            ValueError: if it is neither bytes nor a share.
-        """
+        """The budget in bytes, of a model whose weights take `whole` bytes."""
         text = str(self.budget)
         try:
             if not text.endswith("%"):

@@ -163,8 +163,8 @@ def _store_later(name: str, make: Callable[[], DictConfig], group: str | None = 
 
 def store_components() -> None:
     """Fill Hydra's store with the schemas and with every component, those of a user (--import) included."""
-    for recipe in SCHEMAS:
-        schema: Any = SCHEMAS[recipe]
+    schema: Any
+    for recipe, schema in SCHEMAS.items():
         _store_later(f"{recipe}_schema", partial(_structured, plain_schema(schema)))
     components = frozenset((group, name) for group, table in describe_components().items() for name in table)
     _store_groups(frozenset(component_keys()), components)

@@ -221,9 +221,6 @@ def override(cfg: Any, overrides: Sequence[str]) -> Any:
 
     ``key=value`` replaces a value, or merges into a section; ``logger=tensorboard`` chooses another component, with
     its own defaults.
-
-    Raises:
-        UserError: naming the override.
     """
     for text in overrides:
         check_overrides([text])

@@ -106,8 +106,7 @@ def make_batch(rows: Sequence[Row]) -> Batch:
     tokens, targets = (
         torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in ("tokens", "targets")
     )
-    counted = targets.flatten() != IGNORE
-    positions = counted.nonzero()[:, 0]
+    positions = (targets.flatten() != IGNORE).nonzero()[:, 0]
     num_valid = len(positions)
     mask = input_pos = None
     if rows[0].lengths is not None:
@@ -160,10 +159,8 @@ class Batches:
         held_out = validation or {}
         self.held_out = [held_out[name] for name in self.rows if name in held_out]
         (self.seq_len,) = {source.seq_len for source in (*self.rows.values(), *self.held_out)}
-        self.micro_batch_size = micro_batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.num_workers = num_workers
+        self.micro_batch_size, self.num_workers = micro_batch_size, num_workers
+        self.rank, self.world_size = rank, world_size
         self.order = Order(
             {name: source.num_rows for name, source in rows.items()},
             phases,
@@ -204,9 +201,8 @@ class Batches:
         Two runs with the same hash saw the same sequences in the same order, whatever their numbers of processes and
         micro-batch sizes.
         """
-        sources, windows = self.order.step(step)
         names = "\0".join([previous, *self.order.names, ""])
-        rows = np.stack([sources, windows]).astype("<i8")
+        rows = np.stack(self.order.step(step)).astype("<i8")
         return xxhash.xxh3_128_hexdigest(names.encode() + rows.tobytes())
 
     def step(self, step: int) -> list[Batch]:

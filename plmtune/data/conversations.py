@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import sysconfig
 import tokenize
 from abc import abstractmethod
@@ -118,10 +117,6 @@ def conversations(
         system_key: key of the system's message, where it is not system or system_prompt.
         encoding: of JSON and CSV.
         max_rows: read so many rows and no more.
-
-    Raises:
-        UserError: for neither or both of paths and hub, or a path that is not there.
-        ValueError: for keys that the shape has no use for, an unknown encoding, or max_rows below 1.
     """
     keys = {"messages_key": messages_key, "prompt_key": prompt_key, "completion_key": completion_key}
     check(NotEmpty(), **keys, system_key=system_key)
@@ -171,7 +166,12 @@ def conversation_of(row: dict[str, Any], place: str, shape: Shape, keys: Keys = 
     elif shape == "alpaca":
         messages = parts.question("instruction") + _answer(parts, "output" if "output" in parts else "response")
     else:
-        messages = _prompt_completion(parts, keys)
+        prompt, completion = parts.first(PROMPTS, keys.prompt), parts.first(COMPLETIONS, keys.completion)
+        if prompt is None:
+            raise BadRow(f"has no {keys.prompt or ' or '.join(PROMPTS)} (see prompt_key)")
+        if completion is None:
+            raise BadRow(f"has no {keys.completion or ' or '.join(COMPLETIONS)} (see completion_key)")
+        messages = parts.question(prompt, alone=keys.prompt is not None) + _answer(parts, completion)
     messages = joined(opening, messages)
     if not any(message.role == "assistant" for message in messages):
         raise BadRow("has no assistant turn")
@@ -182,15 +182,6 @@ def _answer(parts: Parts, key: str) -> list[Message]:
     answer = parts.take(key)
     is_list = isinstance(answer, list) and any(isinstance(turn, dict) and "type" not in turn for turn in answer)
     return messages_of(answer) if is_list else [Message("assistant", text_under(answer, f"under {key}"))]
-
-
-def _prompt_completion(parts: Parts, keys: Keys) -> list[Message]:
-    prompt, completion = parts.first(PROMPTS, keys.prompt), parts.first(COMPLETIONS, keys.completion)
-    if prompt is None:
-        raise BadRow(f"has no {keys.prompt or ' or '.join(PROMPTS)} (see prompt_key)")
-    if completion is None:
-        raise BadRow(f"has no {keys.completion or ' or '.join(COMPLETIONS)} (see completion_key)")
-    return parts.question(prompt, alone=keys.prompt is not None) + _answer(parts, completion)
 
 
 def _refuse_other_kinds(parts: Parts, keys: Keys) -> None:
@@ -207,9 +198,7 @@ def _list_key(parts: Parts, keys: Keys) -> str | None:
 
 class Docstrings(Conversations):
     name = "docstrings"
-
-    def __init__(self) -> None:
-        self.refused, self.unused = Refused(), Unused()
+    refused, unused = Refused(), Unused()  # of these none is
 
     def conversations(self, skip_bad: bool = False) -> Iterator[Conversation]:
         for function in public_functions():
@@ -228,9 +217,6 @@ def docstrings() -> Conversations:
     """Ask what each public function of the standard library does; its docstring's first paragraph answers.
 
     The data can be checked, and is part of every Python.
-
-    Raises:
-        UserError: if this Python comes without its sources.
     """
     public_functions()
     return Docstrings()
@@ -305,12 +291,8 @@ def _functions_in(body: list[ast.stmt], module: str, owner: str = "") -> Iterato
             if isinstance(argument, ast.arg):
                 argument.annotation = None
         signature = f"({ast.unparse(arguments)})"
-        doc = _first_paragraph(ast.get_docstring(node, clean=False) or "")
+        doc = (ast.get_docstring(node) or "").split("\n\n")[0]
+        # A paragraph of code or a signature is no explanation.
+        doc = "" if ">>>" in doc or "->" in doc else " ".join(doc.split())
         if len(signature) <= _LONGEST_SIGNATURE and _SHORTEST_ANSWER <= len(doc) <= _LONGEST_ANSWER:
             yield Function(module, owner + node.name, signature, doc)
-
-
-def _first_paragraph(docstring: str) -> str:
-    text = inspect.cleandoc(docstring).split("\n\n")[0]
-    # A paragraph of code or a signature is no explanation.
-    return "" if ">>>" in text or "->" in text else " ".join(text.split())

@@ -98,8 +98,6 @@ class Hub(Source):
                 if why := plmtune.io.hub.unavailable_reason():
                     raise OSError(why)
                 commit = HfApi().dataset_info(self.dataset, revision=self.revision).sha or commit
-            except ImportError as error:
-                raise missing("huggingface_hub", "data=hub", "data=files reads files that are here.") from error
             except Exception as error:  # no connection, no such dataset, no permission: one remedy
                 raise UserError(
                     f"data hub: the hub does not give the version of {self.dataset}: {_why(error)}. "
@@ -140,9 +138,6 @@ def hub(
         text_key: column that holds the text.
         revision: branch, tag or commit; a commit pins the data.
         limit: read so many rows and no more.
-
-    Raises:
-        ValueError: for no name, or a limit below 1.
     """
     if not name:
         raise ValueError("hub needs the name of a dataset, such as data.name=HuggingFaceFW/fineweb-edu")

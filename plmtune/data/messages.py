@@ -81,11 +81,10 @@ def _message(turn: Any, number: int) -> Message:
         content, masked = _content(content, where, known)
     more = {key: without_nulls(value) for key, value in held.items() if is_something(value)}
     for key, value in more.items():
-        if not is_json(value):  # a time, say
-            if not isinstance(value, bytes | dict | list):
-                more[key] = str(value)
-            else:
+        if not is_json(value):
+            if isinstance(value, bytes | dict | list):
                 raise BadRow(f"holds {type_name(value)} that is no JSON under {key[:40]} {where}")
+            more[key] = str(value)  # a time, say
     if calls:
         more["tool_calls"] = calls
     if masked and sum(end - begin for begin, end in masked) == len(content):

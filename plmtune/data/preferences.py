@@ -17,7 +17,7 @@ from plmtune.data.messages import COMPLETIONS, LABELS, MESSAGES, PROMPTS, Parts,
 from plmtune.data.rows import FromRows, Refused, Rows
 from plmtune.data.sources import Dataset, text_of
 from plmtune.registry import register
-from plmtune.tokenizers.message import SAID, BadRow, Message, Unused
+from plmtune.tokenizers.message import SAID, BadRow, Message
 
 Side = Literal["chosen", "rejected"]
 SIDES: tuple[Side, Side] = ("chosen", "rejected")
@@ -68,10 +68,7 @@ def pair_of(row: Mapping[str, Any], place: str, shape: str = "auto") -> Pair:
             f"({', '.join(LABELS[:2])}) that is true or false. plmtune run sft data=conversations takes such rows"
         )
     opening = parts.opening()
-    try:
-        prompt, chosen, rejected = _READERS[found](parts)
-    except KeyError as error:
-        raise BadRow(f"has no key {error.args[0]}, which the shape {found} needs") from error
+    prompt, chosen, rejected = _READERS[found](parts)
     prompt = [message.as_prompt() for message in joined(opening, prompt)]
     answers: dict[Side, Message | None] = {"chosen": chosen, "rejected": rejected}
     for name, answer in answers.items():
@@ -87,9 +84,9 @@ def pair_of(row: Mapping[str, Any], place: str, shape: str = "auto") -> Pair:
     said = [None if answer is None else (answer.content.strip(), answer.more) for answer in answers.values()]
     if said[0] is not None and said[0] == said[1]:
         raise BadRow("has a chosen answer that equals the rejected one")
-    texts = [None if answer is None else answer.content for answer in answers.values()]
+    better, worse = (None if answer is None else answer.content for answer in answers.values())
     more = {name: answer.more for name, answer in answers.items() if answer is not None and answer.more}
-    return Pair(tuple(prompt), texts[0], texts[1], place, parts.extra(), more, parts.unused())
+    return Pair(tuple(prompt), better, worse, place, parts.extra(), more, parts.unused())
 
 
 _Read = tuple[list[Message], Message | None, Message | None]
@@ -153,8 +150,7 @@ def _read_messages(parts: Parts) -> _Read:
     prompt = prompts[0]
     given = parts.row.get("prompt")
     if not prompt or prompt[0].role in ("assistant", "tool"):
-        key = parts.first((*PROMPTS, *MESSAGES)) or _missing("prompt")
-        prompt = [*parts.question(key), *prompt]
+        prompt = [*parts.question(parts.first((*PROMPTS, *MESSAGES)) or "prompt"), *prompt]
     elif isinstance(given, list) and given:
         said = [message.as_prompt() for message in parts.messages("prompt")]
         if said[-len(prompt) :] == prompt:
@@ -167,7 +163,7 @@ def _read_messages(parts: Parts) -> _Read:
 
 
 def _read_sharegpt(parts: Parts) -> _Read:
-    prompt = parts.question(parts.first((*MESSAGES, *PROMPTS)) or _missing("prompt"))
+    prompt = parts.question(parts.first((*MESSAGES, *PROMPTS)) or "prompt")
     return prompt, _answer(parts, "chosen"), _answer(parts, "rejected")
 
 
@@ -195,20 +191,16 @@ def _read_dialogue(parts: Parts) -> _Read:
 
 
 def _read_unpaired(parts: Parts) -> _Read:
-    key = parts.first(LABELS) or _missing("label")
-    label = parts.label()
-    if label is None:
-        raise BadRow(f"holds {parts.row[key]!r:.40} under {key}, not true or false")
-    prompt_key, answer_key = parts.first(PROMPTS), parts.first(COMPLETIONS)
-    listed = parts.first(MESSAGES)
-    if prompt_key and answer_key and prompt_key != answer_key:
-        prompt, answer = parts.question(prompt_key), _answer(parts, answer_key)
-    elif listed:
+    key = parts.first(LABELS) or "label"
+    if (label := parts.label()) is None:
+        raise BadRow(f"holds {parts.take(key)!r:.40} under {key}, not true or false")
+    asked, answered, listed = parts.first(PROMPTS), parts.first(COMPLETIONS), parts.first(MESSAGES)
+    if listed and (not asked or not answered or asked == answered):
         *prompt, answer = parts.messages(listed)
         if answer.role != "assistant":
             raise BadRow(f"has {listed} that end in one of the {answer.role}")
     else:
-        _missing("completion" if prompt_key else "prompt")
+        prompt, answer = parts.question(asked or "prompt"), _answer(parts, answered or "completion")
     return prompt, answer if label else None, None if label else answer
 
 
@@ -216,13 +208,7 @@ _READERS = {"strings": _read_strings, "messages": _read_messages, "sharegpt": _r
             "dialogue": _read_dialogue, "unpaired": _read_unpaired}  # fmt: skip
 
 
-def _missing(key: str) -> Any:
-    raise KeyError(key)
-
-
 def _text(parts: Parts, key: str) -> Message:
-    if key not in parts:
-        _missing(key)
     return Message("assistant", text_of({key: parts.take(key)}, key))
 
 
@@ -274,8 +260,7 @@ class InMemory(Preferences):
     """Pairs in memory."""
 
     def __init__(self, pairs: Iterable[Pair], name: str) -> None:
-        self.name = name
-        self.refused, self.unused = Refused(), Unused()
+        self.name, self.refused = name, Refused()
         self._pairs = list(pairs)
 
     def pairs(self, skip_bad: bool = False) -> Iterator[Pair]:
@@ -314,10 +299,6 @@ def preferences(
             chosen and rejected as one message each (LLaMA-Factory). dialogue: texts with Human: and Assistant:
             (Anthropic's HH). unpaired: prompt and completion (or response, answer, output), or messages, and a label
             (or kto_tag), true for good ones (KTO). Each may have system, tools, history, input and context.
-
-    Raises:
-        UserError: for neither or both of paths and hub, or a path that is not there.
-        ValueError: for an unknown encoding, or max_rows below 1.
     """
     return PreferenceRows(
         Rows(paths, hub=hub, subset=subset, split=split, revision=revision, encoding=encoding, max_rows=max_rows), shape
@@ -330,9 +311,6 @@ def docstring_pairs() -> Preferences:
 
     The other has about the same length, so that length does not give it away. The pairs can be checked, and are part
     of every Python.
-
-    Raises:
-        UserError: if this Python comes without its sources.
     """
     functions = sorted(public_functions(), key=lambda f: (len(f.doc), f.module, f.name))
     made = []
@@ -364,8 +342,7 @@ def _prompts(data: Conversations | Preferences) -> Iterator[Prompt]:
             yield Prompt(pair.prompt, pair.chosen or None, pair.place, pair.extra)
     else:
         for held in data.conversations(skip_bad=True):
-            messages = tuple(message.as_prompt() for message in held.messages)
-            if messages[-1].role == "assistant":
-                yield Prompt(messages[:-1], messages[-1].content or None, held.place, held.extra)
-            else:  # a question without an answer
-                yield Prompt(messages, None, held.place, held.extra)
+            *before, last = (message.as_prompt() for message in held.messages)
+            answered = last.role == "assistant"  # else it ends in a question
+            messages = tuple(before) if answered else (*before, last)
+            yield Prompt(messages, last.content or None if answered else None, held.place, held.extra)

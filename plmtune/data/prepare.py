@@ -31,10 +31,8 @@ from plmtune.units import show_number_of
 if TYPE_CHECKING:
     from plmtune.tokenizers.tokenizer import Tokenizer
 
-# Characters encoded at a time. A longer document is split, so that memory does not grow with it.
-GROUP = 1 << 22
-# Characters of a document that are searched for a place where it may be cut.
-_MAX_UNCUT = 16 << 20
+GROUP = 1 << 22  # characters encoded at a time; a longer document is split, so that memory does not grow with it
+_MAX_UNCUT = 16 << 20  # characters of a document that are searched for a place where it may be cut
 _STATE = "progress.json"
 _log = logging.getLogger(__name__)
 
@@ -152,12 +150,7 @@ def _resumably(encode: Callable[[StopSignals], None], name: str, partial: Path) 
 
 
 def _write(
-    parts: Iterable[Part],
-    tokenizer: Tokenizer,
-    directory: Path,
-    shard_tokens: int,
-    line: Progress,
-    name: str,
+    parts: Iterable[Part], tokenizer: Tokenizer, directory: Path, shard_tokens: int, line: Progress, name: str
 ) -> dict[str, SplitCounts]:
     """Encode the parts from where an earlier process stopped; the progress is saved with each shard."""
     writers, done = _resume(directory, dtype_for(tokenizer.vocab_size), shard_tokens)
@@ -354,9 +347,9 @@ def _pieces(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[_Piece]:
 
 
 def _encode(group: list[_Piece], tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> None:
-    eos = np.array([tokenizer.eos_id], dtype=np.uint32)
     # Where one token both ends and begins documents, it stands between them once.
-    bos = np.array([tokenizer.start_id] if tokenizer.start_id != tokenizer.eos_id else [], dtype=np.uint32)
+    starts = [tokenizer.start_id] if tokenizer.start_id != tokenizer.eos_id else []
+    bos, eos = np.array(starts, dtype=np.uint32), np.array([tokenizer.eos_id], dtype=np.uint32)
     rows: dict[str, list[NDArray[np.uint32]]] = {split: [] for split in writers}
     encoded = tokenizer.encode_batch([piece.text for piece in group])
     for (split, piece, begins, ends, stops), ids in zip(group, encoded, strict=True):
@@ -368,9 +361,7 @@ def _encode(group: list[_Piece], tokenizer: Tokenizer, writers: dict[str, ShardW
             counts.breaks.append(counts.tokens + sum(map(len, rows[split])))
     for split, arrays in rows.items():
         ids = np.concatenate([np.empty(0, dtype=np.uint32), *arrays])
-        if not ids.size:
-            continue
-        if int(ids.max()) >= tokenizer.vocab_size:
+        if ids.size and int(ids.max()) >= tokenizer.vocab_size:
             raise ValueError(f"the tokenizer gave id {ids.max()}, beyond its vocab_size ({tokenizer.vocab_size})")
         writers[split].append(ids)
 
@@ -384,9 +375,6 @@ def open_sources(
 
     Args:
         directory, settings: the section `preparation`, see `prepare`.
-
-    Raises:
-        UserError: for text that cannot be read, damaged shards, or impossible settings.
     """
     opened = {}
     for name, source in sources.items():

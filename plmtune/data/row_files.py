@@ -77,13 +77,11 @@ def read_text(path: Path, encoding: str) -> Iterator[str]:
     """Decode a file piece by piece, without its byte order mark."""
     decoder = codecs.getincrementaldecoder(encoding)()
     fed = 0
-    first = True
     try:
-        for chunk in read_bytes(path):
+        for number, chunk in enumerate(read_bytes(path)):
             fed += len(chunk)
             piece = decoder.decode(chunk)
-            yield piece.removeprefix("\ufeff") if first else piece
-            first = False
+            yield piece if number else piece.removeprefix("\ufeff")
         yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise _wrong_encoding(path, encoding, fed - len(error.object), error) from error
@@ -223,11 +221,8 @@ def find_files(paths: tuple[str, ...]) -> tuple[list[Path], set[Path]]:
             raise UserError("a path is empty, which would be the current folder. Name it as . if it is meant")
         path = Path(text).expanduser()
         if path.is_dir():
-            inside = sorted(
-                p
-                for p in path.rglob("*")
-                if kind_of(p) and p.is_file() and not any(part[0] == "." for part in p.relative_to(path).parts)
-            )
+            named = sorted(p for p in path.rglob("*") if kind_of(p) and p.is_file())
+            inside = [p for p in named if not any(part[0] == "." for part in p.relative_to(path).parts)]
             if not inside:
                 raise UserError(f"The folder {text} holds no text, JSONL, CSV or Parquet file")
         elif path.exists():

@@ -5,25 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from plmtune.data import row_files
 from plmtune.data.hub import Hub
-from plmtune.data.row_files import (
-    MAX_BRACKETS,
-    MAX_ROW,
-    check_encoding,
-    describe_files,
-    find_files,
-    hash_files,
-    kind_of,
-    read_json_lines,
-    read_parquet,
-    read_table,
-    read_text,
-)
+from plmtune.data.row_files import MAX_BRACKETS, MAX_ROW, kind_of, read_text
 from plmtune.data.sources import Dataset, type_name
 from plmtune.errors import UserError, unreadable
 from plmtune.ranges import AT_LEAST_1, NotEmpty, check
@@ -102,7 +92,7 @@ class Rows:
             raise UserError(f"data: {given[0]} goes with hub, a dataset of the Hugging Face hub; paths are read whole")
         if hub is not None and encoding != "utf-8":
             raise UserError(f"data: encoding={encoding} goes with paths; a dataset of the hub has none")
-        check_encoding(encoding)
+        row_files.check_encoding(encoding)
         self.encoding = encoding
         self.max_rows = max_rows
         self.files = find_row_files(paths) if hub is None else []
@@ -116,10 +106,10 @@ class Rows:
         """Return a hash that changes when the rows do."""
         if self._hub is not None:
             return self._hub.fingerprint()
-        return hash_files(self.files, [self.encoding, self.max_rows])
+        return row_files.hash_files(self.files, [self.encoding, self.max_rows])
 
     def describe(self) -> str:
-        return self._hub.describe() if self._hub is not None else describe_files(self.files)
+        return self._hub.describe() if self._hub is not None else row_files.describe_files(self.files)
 
 
 @dataclass(eq=False)
@@ -174,7 +164,7 @@ def read_rows(paths: Sequence[str | Path], encoding: str = "utf-8") -> Iterator[
 
 def find_row_files(paths: Sequence[str | Path]) -> list[Path]:
     """Resolve files, folders and globs to the files with rows."""
-    found, singly = find_files(tuple(str(path) for path in paths))
+    found, singly = row_files.find_files(tuple(str(path) for path in paths))
     for path in singly:
         if kind_of(path) == "text":
             suffix = "".join(path.suffixes[-2:] if path.suffix.lower() in (".gz", ".zst") else path.suffixes[-1:])
@@ -214,31 +204,30 @@ def _refuse_archive(path: Path) -> None:
 
 
 def _read_file(path: Path, encoding: str) -> Iterator[tuple[str, Any | BadRow]]:
+    rows: Iterator[tuple[int, Any | BadRow]]
     if kind_of(path) == "parquet":
-        for number, row in read_parquet(path):
-            yield f"row {number}", row
+        unit, rows = "row", row_files.read_parquet(path)
     elif kind_of(path) == "csv":
-        for number, row in read_table(path, encoding):
-            yield f"line {number}", row
+        unit, rows = "line", row_files.read_table(path, encoding)
     elif ".json" in path.suffixes[-2:] and _beginning(path, encoding).startswith("["):
-        for number, row in enumerate(_read_array(path, encoding), 1):
-            yield f"row {number}", row
+        unit, rows = "row", enumerate(_read_array(path, encoding), 1)
     else:
-        hint: str | None = None
-        for number, row in read_json_lines(path, encoding):
-            if isinstance(row, BadRow):
-                if hint is None:  # computed at the first bad line
-                    hint = " (the file looks like CSV)" if _looks_like_csv(path, encoding) else ""
-                row = BadRow(f"{row}{hint}")
-            yield f"line {number}", row
+        unit, rows = "line", _json_lines(path, encoding)
+    for number, row in rows:
+        yield f"{unit} {number}", row
 
 
-def _looks_like_csv(path: Path, encoding: str) -> bool:
-    try:
-        first = _beginning(path, encoding).partition("\n")[0]
-    except UserError:  # not in that encoding, as its reader says
-        return False
-    return "," in first and "{" not in first and not first.startswith("[")
+def _json_lines(path: Path, encoding: str) -> Iterator[tuple[int, Any | BadRow]]:
+    """The lines of a file of JSON, with a hint in the bad ones where the file looks like CSV."""
+    hint = None
+    for number, row in row_files.read_json_lines(path, encoding):
+        if isinstance(row, BadRow) and hint is None:
+            hint = ""
+            with suppress(UserError):  # not in that encoding, as its reader says
+                first = _beginning(path, encoding).partition("\n")[0]
+                if "," in first and "{" not in first and not first.startswith("["):
+                    hint = " (the file looks like CSV)"
+        yield number, BadRow(f"{row}{hint}") if isinstance(row, BadRow) else row
 
 
 def _beginning(path: Path, encoding: str) -> str:

@@ -102,18 +102,14 @@ class Manifest:
                 for name, part in raw["splits"].items()
             }
             manifest = cls(**{**raw, "splits": splits})
+            width = dtype_for(manifest.vocab_size).itemsize
             whole = (
                 set(splits) == set(SPLITS)
                 and manifest.dtype == dtype_for(manifest.vocab_size).str
                 and 0 <= manifest.eos_id < manifest.vocab_size
                 and all(sum(shard.tokens for shard in s.shards) == s.tokens for s in splits.values())
                 and all(sorted(s.breaks) == s.breaks for s in splits.values())
-                and all(
-                    Path(shard.file).name == shard.file
-                    and shard.tokens > 0
-                    and shard.size == shard.tokens * np.dtype(manifest.dtype).itemsize
-                    for shard in manifest.shards
-                )
+                and all(Path(s.file).name == s.file and s.size == s.tokens * width > 0 for s in manifest.shards)
             )
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({type(error).__name__}: {error}). {remedy}") from error

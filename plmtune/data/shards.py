@@ -179,12 +179,7 @@ class Shards:
 
     @classmethod
     def open(
-        cls,
-        directory: Path,
-        *,
-        tokenizer_fingerprint: str | None = None,
-        vocab_size: int | None = None,
-        verify: bool = True,
+        cls, directory: Path, *, tokenizer_fingerprint: str = "", vocab_size: int | None = None, verify: bool = True
     ) -> Shards:
         """Open a prepared directory and check it against its manifest.
 
@@ -193,20 +188,24 @@ class Shards:
         others wait for it.
 
         Args:
-            tokenizer_fingerprint: of the tokenizer that the tokens must come from; None: any.
+            tokenizer_fingerprint: of the tokenizer that the tokens must come from; empty: any.
             vocab_size: rows of the model's embedding, above every id; None: the manifest's.
             verify: each process of a job does, since it may have its own copy of the files.
         """
         directory = Path(directory)
         manifest = Manifest.read(directory)
-        if tokenizer_fingerprint is not None and manifest.tokenizer != tokenizer_fingerprint:
+        if tokenizer_fingerprint not in ("", manifest.tokenizer):
             raise UserError(
                 f"{directory} was made by another tokenizer ({manifest.tokenizer}) than this run's "
                 f"({tokenizer_fingerprint}). Prepare the text again with this run's tokenizer"
             )
         limit = manifest.vocab_size if vocab_size is None else min(vocab_size, manifest.vocab_size)
         for shard in manifest.shards:
-            _check_size(directory, shard)
+            size = _status(directory, shard).st_size
+            if size != shard.size:
+                kind = "truncated" if size < shard.size else "too long"
+                said = f"is {kind}: {size:,} bytes, expected {shard.size:,}. {again(directory)}"
+                raise UserError(f"Shard {directory / shard.file} {said}")
         if verify:
             _verify(directory, manifest, limit)
         return cls(directory, manifest)
@@ -218,15 +217,15 @@ class Shards:
         return xxhash.xxh3_128_hexdigest(" ".join([self.manifest.tokenizer, *shards]).encode())
 
 
-def _check_size(directory: Path, shard: ShardFile) -> None:
-    path = directory / shard.file
+def _unreadable(directory: Path, shard: ShardFile, error: OSError) -> UserError:
+    return UserError(f"Shard {directory / shard.file} cannot be read ({error.strerror}). {again(directory)}")
+
+
+def _status(directory: Path, shard: ShardFile) -> os.stat_result:
     try:
-        size = path.stat().st_size
+        return (directory / shard.file).stat()
     except OSError as error:
-        raise UserError(f"Shard {path} cannot be read ({error.strerror}). {again(directory)}") from error
-    if size != shard.size:
-        kind = "truncated" if size < shard.size else "too long"
-        raise UserError(f"Shard {path} is {kind}: {size:,} bytes, expected {shard.size:,}. {again(directory)}")
+        raise _unreadable(directory, shard, error) from error
 
 
 def _verify(directory: Path, manifest: Manifest, limit: int) -> None:
@@ -284,7 +283,7 @@ def _read_shard(directory: Path, shard: ShardFile, manifest: Manifest) -> tuple[
                     highest, where = top, done + int(ids.argmax())
                 done += ids.size
     except OSError as error:
-        raise UserError(f"Shard {path} cannot be read ({error.strerror}). {again(directory)}") from error
+        raise _unreadable(directory, shard, error) from error
     found = digest.hexdigest()
     if found != shard.xxh3:
         other = next((s.file for s in manifest.shards if s.xxh3 == found), None)

@@ -129,7 +129,10 @@ class StandardLibrary(Source):
     def documents(self, skip_bad: bool = False) -> Iterator[str]:
         """Read the reference topics, then the sources, each in the order of its name."""
         yield from (text for _, text in sorted(self.topics.items()) if text.strip())
-        for path in self._files():
+        for path in sorted(self.folder.rglob("*.py")):
+            parts = path.relative_to(self.folder).parts
+            if STDLIB_SKIP.intersection(parts) or parts[-1].startswith(_STDLIB_SKIP_FILES):
+                continue
             try:
                 with tokenize.open(path) as file:
                     text = file.read()
@@ -137,12 +140,6 @@ class StandardLibrary(Source):
                 continue  # the library's own tests hold files in deliberately wrong encodings
             if text.strip():
                 yield text
-
-    def _files(self) -> Iterator[Path]:
-        for path in sorted(self.folder.rglob("*.py")):
-            parts = path.relative_to(self.folder).parts
-            if not STDLIB_SKIP.intersection(parts) and not parts[-1].startswith(_STDLIB_SKIP_FILES):
-                yield path
 
     def fingerprint(self) -> str:
         digest = xxhash.xxh3_128()
@@ -159,9 +156,6 @@ def stdlib() -> Source:
     """Read the Python standard library that runs this program: English reference topics and Python sources.
 
     Real text under a free licence (PSF-2.0) that every machine with Python already has.
-
-    Raises:
-        UserError: if this Python comes without its sources.
     """
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
@@ -200,9 +194,6 @@ def shards(path: str = "") -> Source:
 
     Args:
         path: the directory that holds manifest.json.
-
-    Raises:
-        UserError: if it is not such a directory.
     """
     directory = Path(path).expanduser()
     if not path or not (directory / "manifest.json").is_file():
@@ -226,19 +217,15 @@ def mix(sources: Annotated[dict[str, Component], "data"] = {}) -> Mix:  # noqa: 
 
     Args:
         sources: name -> a component of the group data, other than mix.
-
-    Raises:
-        ValueError: if there are none, or one is itself a mix.
     """
     if not sources:
         raise ValueError("mix needs at least one source, as sources: {name: {component: files, paths: [...]}}")
     built = {}
     for name, chosen in sources.items():
         try:
-            built[name] = chosen()
+            source = built[name] = chosen()
         except (UserError, ValueError) as error:
             raise type(error)(f"source {name}: {error}") from error
-    for name, source in built.items():
         if isinstance(source, Mix):
             raise ValueError(f"source {name} of the mix is itself a mix: name its {len(source.sources)} sources here")
     return Mix(built)

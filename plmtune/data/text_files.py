@@ -8,21 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from plmtune.data.row_files import (
-    COMPRESSION,
-    MAX_DOCUMENT,
-    check_encoding,
-    describe_files,
-    find_files,
-    hash_files,
-    kind_of,
-    nearest,
-    open_parquet,
-    read_json_lines,
-    read_parquet,
-    read_table,
-    read_text,
-)
+from plmtune.data import row_files
+from plmtune.data.row_files import COMPRESSION, MAX_DOCUMENT, kind_of
 from plmtune.data.sources import Piece, Source
 from plmtune.errors import UserError
 from plmtune.ranges import NotEmpty, check
@@ -107,42 +94,35 @@ class Files(Source):
     def _read(self, path: Path, skip_bad: bool) -> Iterator[Piece]:
         kind = (kind_of(path) or "text") if self.format == "auto" else self.format
         if kind == "text":
-            yield from self._read_text(path)
+            pieces = row_files.read_text(path, self.encoding)
+            if self.separator is None:
+                yield from chain(((piece, False) for piece in pieces), [("", True)])
+            else:
+                yield from _cut_at(self.separator, pieces)
             return
         unit = "row" if kind == "parquet" else "line"
         rows: Iterator[tuple[int, Any | BadRow]]
         if kind == "parquet":
             self._count_other_columns(path)
-            rows = read_parquet(path, self.text_key)
+            rows = row_files.read_parquet(path, self.text_key)
         else:
-            rows = (read_json_lines if kind == "jsonl" else read_table)(path, self.encoding)
+            rows = (row_files.read_json_lines if kind == "jsonl" else row_files.read_table)(path, self.encoding)
         places = ((f"{path}, {unit} {number}", row) for number, row in rows)
         yield from ((text, True) for text in self._texts(places, self.text_key, skip_bad))
-
-    def _read_text(self, path: Path) -> Iterator[Piece]:
-        pieces = read_text(path, self.encoding)
-        if self.separator is not None:
-            yield from _cut_at(self.separator, pieces)
-            return
-        yield from ((piece, False) for piece in pieces)
-        yield "", True
 
     def _count_other_columns(self, path: Path) -> None:
         """Count the rows of Parquet that have a value in a column that is not read, as far as its statistics say."""
         from pyarrow import types
 
-        with open_parquet(path, self.text_key) as file:
+        with row_files.open_parquet(path, self.text_key) as file:
             schema, metadata = file.schema_arrow, file.metadata
         if self.text_key not in schema.names:
             raise UserError(
                 f"{path} has no column {self.text_key}, only {', '.join(schema.names)}."
-                f"{nearest(self.text_key, schema.names)} Choose one with text_key (--text-key)"
+                f"{row_files.nearest(self.text_key, schema.names)} Choose one with text_key (--text-key)"
             )
-        counts = {
-            field.name: metadata.num_rows
-            for field in schema
-            if field.name != self.text_key and not types.is_null(field.type)
-        }
+        others = [field for field in schema if field.name != self.text_key and not types.is_null(field.type)]
+        counts = {field.name: metadata.num_rows for field in others}
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
             for column in map(group.column, range(metadata.num_columns)):
                 if column.path_in_schema in counts and column.statistics and column.statistics.has_null_count:
@@ -151,10 +131,10 @@ class Files(Source):
             self.unused.add([name] if count else [], count)
 
     def fingerprint(self) -> str:
-        return hash_files(self.paths, [self.format, self.text_key, self.separator, self.encoding])
+        return row_files.hash_files(self.paths, [self.format, self.text_key, self.separator, self.encoding])
 
     def describe(self) -> str:
-        return describe_files(self.paths)
+        return row_files.describe_files(self.paths)
 
 
 @register("data", "files")
@@ -175,22 +155,18 @@ def files(
         separator: cuts a text file into documents; none: a file is one document. The two characters ``\\n`` are a line
             feed, ``\\t`` a tab, ``\\r`` a carriage return, ``\\\\`` a backslash.
         encoding: of text, JSONL and CSV.
-
-    Raises:
-        UserError: for no path, a path that is not there, an empty file.
-        ValueError: for an unknown encoding, an empty separator or one with another escape.
     """
     if not paths:
         raise UserError(
             "data files: paths is empty. Give files, folders or globs: data.paths=my_text/. "
             "(plmtune run demo trains a small model on the standard library.)"
         )
-    check_encoding(encoding)
+    row_files.check_encoding(encoding)
     check(NotEmpty(), text_key=text_key)
     if separator == "":
         raise ValueError("separator is the empty text; leave it out (null) to keep a file one document")
     cut = None if separator is None else unescape(separator, "separator")
-    found, singly = find_files(paths)
+    found, singly = row_files.find_files(paths)
     if empty := next((path for path in found if path in singly and path.stat().st_size == 0), None):
         raise UserError(f"{empty} is empty")
     return Files(found, format, text_key, cut, encoding)

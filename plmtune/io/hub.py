@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from plmtune.errors import UserError
-from plmtune.extras import missing
+from plmtune.extras import installed, missing
 from plmtune.io import terminal
 from plmtune.io.atomic import check_room
 from plmtune.io.untrusted import load_json
@@ -84,15 +84,13 @@ def fetch(model: HubModel, *, weights: bool = True) -> Path:
     """
     cached = _cached(model, weights)
     described = cached is not None and any((cached / n).is_file() for n in ("config.json", "adapter_config.json"))
-    if cached is not None and described and _COMMIT.fullmatch(model.revision or ""):
+    if cached is not None and (
+        (described and _COMMIT.fullmatch(model.revision or "")) or not installed("huggingface_hub")
+    ):
         return cached
-    try:
-        import huggingface_hub  # noqa: F401
-    except ImportError:
-        if cached is not None:
-            return cached
+    if not installed("huggingface_hub"):
         here = f"{model} is no directory here (seen from {Path.cwd()})."
-        raise missing("huggingface_hub", "Fetching it from the Hugging Face hub", here) from None
+        raise missing("huggingface_hub", "Fetching it from the Hugging Face hub", here)
     if why := unavailable_reason():
         if cached is None:
             raise UserError(_absent(model, weights, why))
@@ -121,13 +119,13 @@ def _from_cache(model: HubModel, cached: Path, why: str) -> str:
 
 
 def _absent(model: HubModel, weights: bool, why: str) -> str:
-    where = f"{model} is no directory here (seen from {Path.cwd()}), "
-    if weights and (small := _cached(model, weights=False)):
-        where += f"its copy in the hub's cache ({small}) lacks weights, "
-    else:
-        where += f"it is not in the hub's cache ({cache()}), "
+    small = _cached(model, weights=False) if weights else None
+    held = (
+        f"its copy in the hub's cache ({small}) lacks weights" if small else f"it is not in the hub's cache ({cache()})"
+    )
     remedy = "Unset it" if offline() else "Connect" if "does not answer" in why else "Fix that"
-    return f"{where}and {why}. {remedy}, or name a model directory (plmtune convert FILE.gguf DIR makes one)."
+    where = f"{model} is no directory here (seen from {Path.cwd()}), {held}"
+    return f"{where}, and {why}. {remedy}, or name a model directory (plmtune convert FILE.gguf DIR makes one)."
 
 
 def _download(model: HubModel, weights: bool) -> Path:
@@ -148,14 +146,8 @@ def _download(model: HubModel, weights: bool) -> Path:
         check_room(cache(), total, f" Make room for {model}, or set HF_HOME.")
         terminal.say(f"fetching {model} (commit {str(info.sha)[:12]}, {show_bytes(total)}) into {cache()}")
         # By name and not by commit, so that the cache knows the name afterwards.
-        found = snapshot_download(
-            model.repository,
-            revision=model.revision,
-            allow_patterns=wanted,
-            cache_dir=cache(),
-            endpoint=endpoint(),
-        )
-        return Path(found)
+        place: dict[str, Any] = {"cache_dir": cache(), "endpoint": endpoint()}
+        return Path(snapshot_download(model.repository, revision=model.revision, allow_patterns=wanted, **place))
     except GatedRepoError as error:
         raise UserError(f"{model} asks to accept its terms first: see {page}, then hf auth login.") from error
     except RevisionNotFoundError as error:
@@ -190,23 +182,20 @@ def _choose(model: HubModel, sizes: dict[str, int], weights: bool) -> list[str]:
     small = [name for name in names if name.endswith(_SMALL) or name == "tokenizer.model"]
     if not weights:
         return small
-    tensors = [name for name in names if name.endswith(".safetensors")]
-    stems = ("model", "adapter_model")
-    held = [stem for stem in stems if {f"{stem}.safetensors", f"{stem}{_INDEX}"} & set(names)]
+    held = [stem for stem in ("model", "adapter_model") if {f"{stem}.safetensors", f"{stem}{_INDEX}"} & set(names)]
     if not held:
         ggufs = [name for name in sizes if name.endswith(".gguf")]
         pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        said = "no model.safetensors: it is not a model that plmtune reads."
         if ggufs:
-            raise UserError(f"{model} holds GGUF files: fetch one ({ggufs[0]}), then plmtune convert FILE.gguf OUT.")
-        if pickles:
-            raise UserError(
-                f"{model} holds {pickles[0]}, a pickle, which can run code when read, and no model.safetensors. Name a "
-                "revision (@refs/pr/N) or another repository that has one."
-            )
-        raise UserError(f"{model} holds no model.safetensors: it is not a model that plmtune reads.")
+            said = f"GGUF files: fetch one ({ggufs[0]}), then plmtune convert FILE.gguf OUT."
+        elif pickles:
+            said = f"{pickles[0]}, a pickle, which can run code when read, and no model.safetensors. Name a revision "
+            said += "(@refs/pr/N) or another repository that has one."
+        raise UserError(f"{model} holds {said}")
     # Some repositories hold a second copy of the weights under a name that is in no index.
     ours = tuple(f"{stem}{sign}" for stem in held for sign in (".safetensors", "-"))
-    return [*small, *(name for name in tensors if name.startswith(ours))]
+    return [*small, *(name for name in names if name.endswith(".safetensors") and name.startswith(ours))]
 
 
 def endpoint() -> str:
@@ -334,8 +323,7 @@ def _cached(model: HubModel, weights: bool) -> Path | None:
 
 def _snapshot(folder: Path, revision: str) -> Path | None:
     """Return the snapshot of a commit, or of a branch or tag as it was fetched."""
-    name = revision
-    ref = folder / "refs" / revision
+    name, ref = revision, folder / "refs" / revision
     if ref.is_file():
         with ref.open("rb") as file:
             name = file.read(80).decode("utf-8", errors="replace").strip()

@@ -120,14 +120,21 @@ def check_files_once(directory: Path, only: Iterable[str] | None = None) -> None
     if not (directory / NAME).is_file() or _is_of_others(directory / NAME):
         return
     files = check_files(directory, hashes=False)["files"]
-    known, states = _read_verified(directory), {name: _state(directory / name, files[name]) for name in files}
+    known: dict[str, Any] = {}
+    for path in reversed(_verified_files(directory)):
+        with contextlib.suppress(OSError, ValueError):  # without it, everything is hashed again
+            known = checksummed_json.load(path)
+    states = {name: _state(directory / name, files[name]) for name in files}
     wanted = [name for name in files if only is None or name in only]
     todo = [name for name in wanted if known.get(name) != states[name]]
     for name in todo:
         _check_file(directory / name, files[name]["bytes"], files[name]["xxh3_128"])
-    if todo:
-        right = {name: state for name, state in states.items() if name in wanted or known.get(name) == state}
-        _write_verified(directory, right)
+    right = {name: state for name, state in states.items() if name in wanted or known.get(name) == state}
+    for path in _verified_files(directory) if todo else ():
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            checksummed_json.save(path, right)
+            return
 
 
 def _is_of_others(path: Path) -> bool:
@@ -151,21 +158,6 @@ def _verified_files(directory: Path) -> tuple[Path, Path]:
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     key = xxhash.xxh3_128_hexdigest(str(directory.resolve()).encode())
     return directory / VERIFIED, base / "plmtune" / "verified" / f"{key}.json"
-
-
-def _read_verified(directory: Path) -> dict[str, Any]:
-    for path in _verified_files(directory):
-        with contextlib.suppress(OSError, ValueError):  # without it, everything is hashed again
-            return checksummed_json.load(path)
-    return {}
-
-
-def _write_verified(directory: Path, states: dict[str, Any]) -> None:
-    for path in _verified_files(directory):
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            checksummed_json.save(path, states)
-            return
 
 
 def read(directory: Path) -> dict[str, Any]:

@@ -72,15 +72,8 @@ class MetricsFile(contextlib.AbstractContextManager["MetricsFile"]):
 
 def line(step: int, values: Mapping[str, Any]) -> str:
     """`values` as one line of JSON. JSON knows no NaN: it becomes null, and "not_finite" says what it was."""
-    entry: dict[str, Any] = {"step": step}
-    odd = {}
-    for key, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            entry[key], odd[key] = None, str(value)
-        else:
-            entry[key] = value
-    if odd:
-        entry["not_finite"] = odd
+    odd = {key: str(value) for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
+    entry = {"step": step, **values, **dict.fromkeys(odd), **({"not_finite": odd} if odd else {})}
     return json.dumps(entry, allow_nan=False)
 
 
@@ -113,13 +106,10 @@ def _entry(text: bytes) -> dict[str, Any]:
     if not isinstance(entry, dict) or type(entry.get("step")) is not int:
         raise ValueError("it is no object with a step")
     for key, value in entry.items():
-        if key not in _NO_NUMBERS and value is not None and not _is_number(value):
+        number = type(value) in (int, float) and -_LARGEST <= value <= _LARGEST
+        if key not in _NO_NUMBERS and value is not None and not number:
             raise ValueError(f"its {key:.40} is no number")
     return entry
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -_LARGEST <= value <= _LARGEST
 
 
 def without_timing(entry: Mapping[str, Any]) -> dict[str, Any]:

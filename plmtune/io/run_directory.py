@@ -48,8 +48,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def started_recipe(record: Mapping[str, Any]) -> str | None:
     """Return the recipe file that a run was started with, or None for a built-in recipe."""
-    command = record.get("command") or []
-    words = [str(word) for word in command[2:]] if command[1:2] == ["run"] else []
+    command = [str(word) for word in record.get("command") or []]
+    words = command[2:] if command[1:2] == ["run"] else []
     return next((word for word in words if word.endswith(".py") and "=" not in word), None)
 
 
@@ -154,13 +154,7 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
 
     @classmethod
     def create(
-        cls,
-        path: str | Path,
-        config_yaml: str,
-        command: Sequence[str],
-        *,
-        data: Mapping[str, str] | None = None,
-        job: str = "",
+        cls, path: str | Path, config_yaml: str, command: Sequence[str], *, data: Mapping[str, str] = {}, job: str = ""
     ) -> RunDirectory:
         """Start a run in `path`, which must not hold one yet.
 
@@ -190,7 +184,7 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
                 started=now(),
                 versions=versions(_PACKAGES),
                 git=git_state(),
-                data=dict(data or {}),
+                data=dict(data),
                 config=xxhash.xxh3_128_hexdigest(config_yaml.encode()),
                 job=job,
             )

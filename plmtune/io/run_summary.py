@@ -57,14 +57,17 @@ def find_runs(directory: Path) -> list[Path]:
             found.append(Path(folder))
         # Where token shards and cached numbers are there is no run, and there may be many files.
         names[:] = [name for name in names if not name.startswith(".") and name not in ("checkpoints", "rounds")]
-    return sorted(found, key=lambda path: (str(_record(path).get("started")), path))
+    return sorted(found, key=lambda path: (str(_json(path / RECORD).get("started")), path))
 
 
 def summarize(path: Path) -> Summary:
     """What is known of the run at `path`; files that are missing, damaged or unreadable leave gaps."""
-    record, config = _record(path), _config(path)
+    record, config = _json(path / RECORD), _config(path)
     attempts = [one for one in record.get("attempts") or [] if isinstance(one, dict)]
-    found = Summary(str(path), recipe=str(config.get("recipe") or ""), model=_model(config))
+    recipe = str(config.get("recipe") or "")
+    model = config.get("quantization" if recipe == "quantize" else "model")
+    model = str(model.get("component") or "") if isinstance(model, dict) else ""
+    found = Summary(str(path), recipe=recipe, model=model)
     try:
         found.status = state_of(path) or "unknown"
     except Unreadable:
@@ -106,13 +109,12 @@ def explain(path: Path) -> str:
     if not (path / CONFIG).is_file():
         return ""
     one = summarize(path)
-    resume = f"Resume it: plmtune resume {path}"
     if one.status == "running":
         return f"{path} is a run that {_how(one)} and has saved no model yet. Wait for it."
     if one.status == "finished":
         return f"{path} is a finished run, and its checkpoints are gone. Put them back, or name another run."
     why = f" ({one.reason:.300})" if one.reason else ""
-    return f"{path} is a run that {_how(one)}{why}, before it saved a model. {resume}"
+    return f"{path} is a run that {_how(one)}{why}, before it saved a model. Resume it: plmtune resume {path}"
 
 
 def interruption(path: Path, step: int) -> str:
@@ -154,7 +156,7 @@ def already_finished(path: Path) -> str:
     recipe = _config(path).get("recipe")
     if recipe == "quantize":
         return said
-    words = [str(word) for word in _record(path).get("command") or []]
+    words = [str(word) for word in _json(path / RECORD).get("command") or []]
     own = ("run_dir", "resume", "init_from")
     kept = [word for word in words[2:] if word.partition("=")[0] not in own] if words[1:2] == ["run"] else [str(recipe)]
     more = "epochs or rounds" if recipe == "preference" else "phases"
@@ -185,10 +187,6 @@ def finished_runs() -> Iterator[Path]:
     return iter([path for *_, path in sorted(found, reverse=True)])
 
 
-def _record(path: Path) -> dict[str, Any]:
-    return _json(path / RECORD)
-
-
 def _config(path: Path) -> dict[str, Any]:
     try:
         with (path / CONFIG).open(encoding="utf-8") as file:
@@ -196,11 +194,6 @@ def _config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _model(config: dict[str, Any]) -> str:
-    model = config.get("quantization" if config.get("recipe") == "quantize" else "model")
-    return str(model.get("component") or "") if isinstance(model, dict) else ""
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -234,19 +227,15 @@ def _newest_values(path: Path) -> dict[str, Any]:
 
 def _seconds(attempts: list[dict[str, Any]], path: Path, *, running: bool) -> float | None:
     """From begin to end, summed over attempts; of one that was killed, to the last line that it wrote."""
-    total: float | None = None
+    spans = []
     for attempt in attempts:
         began, ended = _time(attempt.get("began")), _time(attempt.get("ended"))
-        if began is None:
-            continue
         if ended is None and attempt is attempts[-1]:
-            try:
+            with contextlib.suppress(OSError):
                 ended = datetime.now(UTC).timestamp() if running else (path / "metrics.jsonl").stat().st_mtime
-            except OSError:
-                continue
-        if ended is not None:
-            total = (total or 0.0) + max(0.0, ended - began)
-    return total
+        if began is not None and ended is not None:
+            spans.append(max(0.0, ended - began))
+    return sum(spans) if spans else None
 
 
 def _time(text: Any) -> float | None:

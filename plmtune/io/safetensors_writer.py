@@ -83,11 +83,8 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
     end = 0
     for name, tensor in _ordered(tensors):
         start, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": dtypes.code_of(tensor.dtype),
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        code = dtypes.code_of(tensor.dtype)
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -95,7 +92,8 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write and sync tensors of the host; return the file's "bytes" and "xxh3_128", taken from memory."""
-    parts: list[Any] = [_header(tensors), *(_bytes(tensor) for _, tensor in _ordered(tensors))]
+    flat = (tensor.detach().contiguous().reshape(-1) for _, tensor in _ordered(tensors))
+    parts: list[Any] = [_header(tensors), *(tensor.view(torch.uint8).numpy() for tensor in flat)]
     with ThreadPoolExecutor(1) as pool, path.open("wb") as file:
         # Beside the writing, which waits for the disk: neither holds Python's lock.
         digest = pool.submit(_digest, parts)
@@ -104,10 +102,6 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         file.flush()
         os.fsync(file.fileno())
         return {"bytes": file.tell(), "xxh3_128": digest.result()}
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _digest(parts: Iterable[Any]) -> str:
