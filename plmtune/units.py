@@ -38,11 +38,7 @@ def show_number(value: float, digits: int = 3) -> str:
 
 
 def show_bytes(value: float, unit_of: float | None = None) -> str:
-    """Write bytes in powers of 1024: 1.50 GiB.
-
-    Args:
-        unit_of: number of bytes that chooses the unit; None: `value`.
-    """
+    """Write bytes in powers of 1024: 1.50 GiB; the unit is that of `unit_of` bytes, if given."""
     size, name = byte_unit(value if unit_of is None else unit_of)
     return f"{value / size:,.0f} {name}" if size == 1 else f"{value / size:,.2f} {name}"
 

@@ -125,11 +125,7 @@ def warn_of_pretrained(checkpoint: str) -> None:
 
 @contextmanager
 def usable(what: str, otherwise: str = "") -> Iterator[None]:
-    """Refuse messages that cannot be used.
-
-    Args:
-        otherwise: what happens instead.
-    """
+    """Refuse messages that cannot be used, and say what happens otherwise."""
     try:
         yield
     except BadRow as error:

@@ -37,15 +37,7 @@ def console_of_stdout() -> Console:
 
 
 def inspect_rows(path: Path, *, row: int, tokenizer: str, template: str | None, train_on: TrainOn) -> None:
-    """Show one row of a file with its tokens, then the file in short.
-
-    Args:
-        path: conversations, preference pairs, or what a round wrote (prompts, chains, pairs).
-        row: which to show, from 1.
-        tokenizer: a name, file, directory or run.
-        template: the chat template; None: the tokenizer's own.
-        train_on: the answers that are learned.
-    """
+    """Show one row of a file (from 1) with its tokens, then the file in short."""
     rows = Rows([str(path)])
     kind = kind_of_rows(next((held for _, held in rows if isinstance(held, dict)), {}))
     reader: _Conversations | _Pairs | _Chains

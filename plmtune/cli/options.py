@@ -159,11 +159,7 @@ def without_collecting() -> Iterator[None]:
 
 
 def newest_run(command: str) -> str:
-    """Return the newest finished run, the default of a command's model, and name it on stderr.
-
-    Args:
-        command: the usage that names a model: "chat CHECKPOINT".
-    """
+    """Return the newest finished run, and name it on stderr with the `command` for another one: "chat CHECKPOINT"."""
     from plmtune.io.run_summary import finished_runs
 
     newest = next(finished_runs(), None)

@@ -42,11 +42,7 @@ def runs(directory: Path, as_json: bool) -> None:
 
 
 def table(found: Sequence[Summary], settings: Sequence[str] = ()) -> Table:
-    """A row for each run.
-
-    Args:
-        settings: of each run, those that are its own; none: they are not shown.
-    """
+    """A row for each run, with the settings that are its own where these are given."""
     rows = Table(
         [
             Column("run", key=True),

@@ -72,21 +72,13 @@ def unknown_key(
 
 @dataclass(frozen=True)
 class Given:
-    """The sources of a config, to name where a value comes from.
+    """The sources of a config, to name where a value comes from."""
 
-    Attributes:
-        overrides: what was typed on the command line.
-        files: name in Hydra's store -> the file it came from.
-        contents: the same name -> the keys and values of that file.
-        base: the built-in config that everything builds on.
-        name: the built-in config that was named, else base.
-    """
-
-    overrides: Sequence[str]
-    files: Mapping[str, Path]
-    contents: Mapping[str, Mapping[str, Any]]
-    base: str
-    name: str
+    overrides: Sequence[str]  # as typed on the command line
+    files: Mapping[str, Path]  # name in Hydra's store -> the file it came from
+    contents: Mapping[str, Mapping[str, Any]]  # the same name -> the keys and values of that file
+    base: str  # the built-in config that everything builds on
+    name: str  # the built-in config that was named, else base
 
     def override(self, key: str) -> str | None:
         """The override that gives the value of a full key, alone or as a part of its table or list."""
@@ -213,10 +205,11 @@ def explain(error: Exception, given: Given) -> UserError:
     return UserError(f"{where}key {key}: {said}." if key and said else f"{where}{chain[-1].splitlines()[0]:.300}")
 
 
-_TYPES = {"Integer": "a whole number", "int": "a whole number", "Float": "a number", "float": "a number",
-          "Boolean": "true or false", "bool": "true or false", "string": "a text", "str": "a text",
-          "list": "a list", "dict": "a table", "tuple": "a list", "ListConfig": "a list", "DictConfig": "a table",
-          "Dict": "a table", "List": "a list", "Tuple": "a list", "NoneType": "null"}  # fmt: skip
+# Names of types in errors and annotations, in words.
+TYPES = {"Integer": "a whole number", "int": "a whole number", "Float": "a number", "float": "a number",
+         "Boolean": "true or false", "bool": "true or false", "string": "a text", "str": "a text",
+         "list": "a list", "dict": "a table", "tuple": "a list", "ListConfig": "a list", "DictConfig": "a table",
+         "Dict": "a table", "List": "a list", "Tuple": "a list", "NoneType": "null"}  # fmt: skip
 
 
 def in_words(text: str) -> str | None:
@@ -224,13 +217,13 @@ def in_words(text: str) -> str | None:
     wrong = r"Value '(.*)' (?:of type '\w+' could not be converted to|is not a valid) (\w+)"
     if found := re.search(wrong, text, re.DOTALL):
         point = with_point(found[1]) if found[2] in ("Float", "float") else None
-        return f"{found[1]:.80} is not {_TYPES.get(found[2], found[2])}" + (f": write {point}" if point else "")
+        return f"{found[1]:.80} is not {TYPES.get(found[2], found[2])}" + (f": write {point}" if point else "")
     if found := re.search(r"Cannot convert '(\w+)' to string: '(.*)'", text):
-        return f"needs a text, not {_TYPES.get(found[1], found[1])}"
+        return f"needs a text, not {TYPES.get(found[1], found[1])}"
     found = re.search(r"Value '(.*)' of type '\w+' is incompatible with type hint '(.*)'", text)
     if found := found or re.search(r"Cannot assign (?:container '(.*)' of type '\w+'|\w+) to (.*)", text):
         outer = re.sub(r"(Dict|List|Tuple)\[.*\]", r"\1", found[2])
-        kinds = sorted({_TYPES[name] for name in re.findall(r"\w+", outer) if name in _TYPES}, key=len)
+        kinds = sorted({TYPES[name] for name in re.findall(r"\w+", outer) if name in TYPES}, key=len)
         if found[1] is None and kinds == ["a table"]:
             return "needs a table of its keys"
         return f"{found[1] or 'its value':.80} is not {either(kinds or [outer])}"

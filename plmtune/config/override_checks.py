@@ -156,11 +156,7 @@ def chosen_components(overrides: Sequence[str]) -> dict[str, str | None]:
 
 
 def split_sweeps(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Divide overrides into those of one value and, by key, those of several: a=1,2 and range(), as Hydra has them.
-
-    Returns:
-        (plain overrides, {key: its overrides "key=value" of one value each}).
-    """
+    """Divide overrides into those of one value and those of several (a=1,2 and range()), by key as "key=value" each."""
     plain: list[str] = []
     swept: dict[str, list[str]] = {}
     for text in overrides:

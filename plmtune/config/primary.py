@@ -50,12 +50,7 @@ def find_config(name: str) -> Path:
 
 
 def store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str], checked: Sequence[str]) -> Given:
-    """Put the primary config into Hydra's store; returns what it is composed of.
-
-    Args:
-        overrides: as they were typed.
-        checked: the same in Hydra's form.
-    """
+    """Put the primary config into Hydra's store; returns what it is composed of. `checked` are overrides as Hydra's."""
     files = [find_config(name), *map(find_config, overlays)]
     contents = [read_yaml(path) for path in files]
     for path, content in zip(files, contents, strict=True):

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from plmtune.config.choices import group_at, take_choices
-from plmtune.config.messages import in_words, unknown_key
+from plmtune.config.messages import TYPES, in_words, unknown_key
 from plmtune.config.override_checks import check_overrides, parse
 from plmtune.config.overrides import hydra_literal
 from plmtune.config.renamed import with_new_keys
@@ -146,8 +146,7 @@ def _kind(annotation: Any) -> str:
         return either([str(value) for value in arguments])
     if is_text_list(annotation):
         return "a list of texts"
-    words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-    return either([words.get(argument, str(argument)) for argument in arguments])
+    return either([TYPES.get(getattr(argument, "__name__", ""), str(argument)) for argument in arguments])
 
 
 def _to_component(group: str, value: Any, key: str, place: str) -> Component:

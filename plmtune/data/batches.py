@@ -25,14 +25,11 @@ _PATIENCE = 2.0  # seconds that a stop waits for a thread, which may hang in a r
 
 @dataclass(frozen=True)
 class Row:
-    """One row of training data.
+    """One row of training data."""
 
-    tokens, targets: [s] int64; a target of -100 is not counted.
-    lengths: tokens of each text in the row (attention does not cross texts), padding included; None: the row is one.
-    """
-
-    tokens: NDArray[np.int64]
-    targets: NDArray[np.int64]
+    tokens: NDArray[np.int64]  # [s]
+    targets: NDArray[np.int64]  # [s]; one of -100 is not counted
+    # Tokens of each text in the row (attention does not cross texts), padding included; None: the row is one.
     lengths: tuple[int, ...] | None = None
 
 
@@ -63,22 +60,15 @@ class EncodedRows(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch.
+    """One micro-batch."""
 
-    tokens, targets: [b, s] int64; a target of -100 is not counted.
-    mask: where the texts lie between which there is no attention, or None for plain causal attention.
-    input_pos: [b, s] int64 positions inside those texts, or None for 0 to s - 1.
-    num_valid: targets that count, known without asking the device.
-    positions: [num_valid] int64, theirs in `targets.flatten()`, so that no other hidden state is multiplied with the
-        vocabulary; None: all count.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    mask: Segments | None
-    input_pos: Tensor | None
-    num_valid: int
-    positions: Tensor | None = None
+    tokens: Tensor  # [b, s] int64
+    targets: Tensor  # [b, s] int64; one of -100 is not counted
+    mask: Segments | None  # where the texts lie between which there is no attention; None: plain causal attention
+    input_pos: Tensor | None  # [b, s] int64 positions inside those texts; None: 0 to s - 1
+    num_valid: int  # targets that count, known without asking the device
+    # [num_valid] int64, theirs in `targets.flatten()`, so that no other hidden state is multiplied with the vocabulary
+    positions: Tensor | None = None  # None: all count
 
     def counted(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Select from hidden (Tensor), [b, s, d]: the hidden states [n, d] of the targets that count, and these [n]."""

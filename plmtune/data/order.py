@@ -66,14 +66,11 @@ def _mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def permute(index: Ints, n: int, key: int) -> Ints:
-    """Map each index in [0, n) to its image under the permutation of [0, n) that `key` selects.
+    """Map each index ([k] int64) in [0, n) to its image under the permutation of [0, n) that `key` selects.
 
     A Feistel network is a bijection on the next power of four whatever its round function is; an image of n
     or above is mapped again until it falls below (cycle walking, Black and Rogaway 2002): on average 4 times
     at worst.
-
-    Args:
-        index: [k] int64, each in [0, n).
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
@@ -212,14 +209,7 @@ def show_mix(mix: Mapping[str, float], num_sequences: int) -> str:
 
 
 class Order:
-    """The whole run's order of (source, window).
-
-    Args:
-        windows: number of windows of each source.
-        phases: in the order of training.
-        global_batch_size: sequences a step, over all ranks.
-        skip: samples of each source that the run of the init checkpoint has seen.
-    """
+    """The whole run's order of (source, window); `windows` are their numbers, other arguments those of `Batches`."""
 
     def __init__(
         self,

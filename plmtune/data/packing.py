@@ -16,14 +16,11 @@ from plmtune.data.rows import Refused
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Example:
-    """One conversation as ids.
+    """One conversation as ids."""
 
-    tokens: [n] int32. trained: [n] bool, True for targets. place: for a person, such as "train.jsonl, line 17".
-    """
-
-    tokens: NDArray[np.int32]
-    trained: NDArray[np.bool_]
-    place: str
+    tokens: NDArray[np.int32]  # [n]
+    trained: NDArray[np.bool_]  # [n], True for targets
+    place: str  # for a person, such as "train.jsonl, line 17"
 
 
 def fit(

@@ -369,12 +369,9 @@ def _encode(group: list[_Piece], tokenizer: Tokenizer, writers: dict[str, ShardW
 def open_sources(
     sources: Mapping[str, Source], tokenizer: Tokenizer, *, directory: str, **settings: Any
 ) -> dict[str, Shards]:
-    """Open the token shards of each source, and make them first where they do not exist.
+    """Open the token shards of each source, and make them first where they do not exist, by the section `preparation`.
 
     Every rank calls it; the first to hold the lock makes them and the others wait, without a time limit.
-
-    Args:
-        directory, settings: the section `preparation`, see `prepare`.
     """
     opened = {}
     for name, source in sources.items():

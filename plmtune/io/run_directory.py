@@ -158,11 +158,7 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
     ) -> RunDirectory:
         """Start a run in `path`, which must not hold one yet.
 
-        Args:
-            config_yaml: the resolved configuration.
-            command: what was typed.
-            data: fingerprints of the data by name.
-            job: what started it, see `plmtune.training.resume_checks.torchrun_job_id`.
+        `data` are fingerprints by name; for `job` see `plmtune.training.resume_checks.torchrun_job_id`.
         """
         path = Path(path)
         made = not path.exists()
