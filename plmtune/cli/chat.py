@@ -139,12 +139,7 @@ class _Talk:
     saved: Path | None = None  # the file that holds this conversation
 
     def take(self, text: str, command: bool) -> bool:
-        """Send a message or run a command; return whether the program ends.
-
-        Args:
-            text: stripped of white space.
-            command: whether a text that begins with / is a command.
-        """
+        """Send a message, or run what begins with / as a `command`; return whether the program ends."""
         if not text:
             return False
         if not (command and text.startswith("/")):

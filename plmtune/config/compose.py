@@ -58,15 +58,12 @@ def _typed(composed: DictConfig, given: Given) -> Any:
 
 
 def compose(name: str, overlays: Sequence[str] = (), overrides: Sequence[str] = ()) -> Any:
-    """Compose one run's config.
+    """Compose one run's config, as the recipe's schema, for example `plmtune.config.schema.PretrainConfig`.
 
     Args:
         name: a built-in config (``pretrain``) or a YAML file; one without a base of its own builds on its `recipe`.
         overlays: YAML files, later ones win.
         overrides: Hydra overrides, values (``optimizer.lr=1e-4``) and groups (``model/ffn=swiglu``).
-
-    Returns:
-        the recipe's schema, for example `plmtune.config.schema.PretrainConfig`.
     """
     with (
         _stored(name, overlays, overrides) as (given, checked),

@@ -31,14 +31,11 @@ class MetricsFile(contextlib.AbstractContextManager["MetricsFile"]):
     Args:
         start_step: lines beyond it are cut off, as a resumed run writes them again; so is one torn by a kill, and one
             of this step that was measured after its checkpoint (`AFTER_ROUND`).
-
-    Attributes:
-        pending: lines that could not be written yet; the next `append` tries again.
     """
 
     def __init__(self, path: Path, *, start_step: int = 0) -> None:
         self.path = path
-        self.pending = ""
+        self.pending = ""  # lines that could not be written yet; the next `append` tries again
         if path.exists():
             _cut(path, start_step)
         elif start_step:
