@@ -44,9 +44,10 @@ def find_config(name: str) -> Path:
         hint = f" Did you mean {either(near)}?" if near else did_you_mean(Path(name).stem, configs)
         refuse_pipe(Path(name))
         raise UserError(f"{name}: no such file.{hint}")
-    if name not in configs:
+    path = builtin / f"{name}.yaml"
+    if not path.is_file():
         raise UserError(f"There is no config {name}.{name_hint(name) or did_you_mean(name, configs)}")
-    return builtin / f"{name}.yaml"
+    return path
 
 
 def store_primary(name: str, overlays: Sequence[str], overrides: Sequence[str], checked: Sequence[str]) -> Given:
