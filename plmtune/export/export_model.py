@@ -28,6 +28,7 @@ from plmtune.io.atomic import check_room
 from plmtune.io.hub import model_of
 from plmtune.models.adapters import holds_adapters, load_model, load_model_tokenizer, read_model_config
 from plmtune.models.checkpoint_files import checkpoint_directory, locate, model_name
+from plmtune.models.directory import check_free
 from plmtune.models.hf_config import read_formats
 from plmtune.modules.decoder import Decoder
 from plmtune.modules.quantized import Quantized
@@ -145,6 +146,7 @@ def export(
             made = Exported(path, 0, notes, report, _commands(to, temporary, path, tokenizer, as_))
             if not made.passed:
                 made.path, made.commands = _unverified(path), []
+            _refuse_existing(made.path, overwrite, to)
             _move(temporary, made.path, overwrite)
         made.num_bytes = _size(made.path)
         yield made
@@ -210,7 +212,9 @@ def _check(
         if not any(installed(module) for module in modules):
             raise missing(modules[0], why)
     for path in (place for each in paths.values() for place in (each, _unverified(each))):
-        _refuse_existing(path, overwrite)
+        _refuse_existing(path, overwrite, to)
+        if path.resolve() in (source.resolve(), *source.resolve().parents):
+            raise UserError(f"{path} holds the checkpoint that is exported. Name another place with --out.")
     for finding in lint(description, to, list(paths)):
         if finding.level == "refused":
             raise UserError(f"{source} cannot be exported to {to}: {finding.text}")
@@ -221,9 +225,22 @@ def _check(
     check_room(next(iter(paths.values())).parent, size * (1 + len(paths)))
 
 
-def _refuse_existing(path: Path, overwrite: bool) -> None:
+def _refuse_existing(path: Path, overwrite: bool, to: Target) -> None:
+    """Refuse what is in the way of an export; with `overwrite` what is no export of this form, which is never deleted.
+
+    Raises:
+        UserError: naming it.
+    """
     if path.exists() and not overwrite:
         raise UserError(f"{path} is there already. Name another place with --out, or give --overwrite.")
+    if to == "hf":
+        check_free(path, overwrite)
+    elif path.is_dir():
+        raise UserError(f"{path} is a directory, and this form is a file. Name another place with --out.")
+    elif to == "executorch":
+        tokenizer = path.with_name(f"{path.name}.tokenizer")
+        if tokenizer.is_dir() and any(tokenizer.iterdir()) and not (tokenizer / "tokenizer.json").is_file():
+            raise UserError(f"{tokenizer} is there already, and holds something else than a tokenizer. Move it away.")
 
 
 @contextmanager
@@ -289,7 +306,11 @@ def _keep_adapters(
     if to == "executorch":
         raise UserError("--adapters keep: an ExecuTorch program holds its weights. Merge them: --adapters merge.")
     path = folder / (f"{name}-lora.gguf" if to == "gguf" else f"{name}-adapters")
-    _refuse_existing(path, overwrite)
+    if to == "hf":
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} is there already. Name another place with --out, or give --overwrite.")
+    else:
+        _refuse_existing(path, overwrite, to)
     folder.mkdir(parents=True, exist_ok=True)
     if to == "hf":
         notes, commands = export_adapter(source, path, base=base), []

@@ -45,12 +45,17 @@ class Keys:
         self.path = path
         self.model_type = str(keys.get("model_type"))
         self._keys = {name: value for name, value in keys.items() if value is not None}
+        self._nulls = {name for name, value in keys.items() if value is None}
         self._read = set(HARMLESS)
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a key, or the default of transformers."""
         self._read.add(name)
         return self._keys.get(name, default)
+
+    def is_null(self, name: str) -> bool:
+        """Whether a key is there and null, where that says something else than a missing one."""
+        return name in self._nulls
 
     def need(self, name: str) -> Any:
         """The value of a key without a default.
@@ -144,6 +149,8 @@ def decoder_settings(
     if ffn == "swiglu":
         keys.demand("hidden_act", "silu", "swish")
     heads = keys.whole("num_attention_heads")
+    if keys.is_null("num_key_value_heads"):  # as many as query heads, whatever the class's default
+        kv_heads = heads
     rope = read_rope(keys, theta, positions=positions, table=rope_table)
     longest = rope.pop("max_seq_len")
     return {

@@ -115,6 +115,28 @@ class TestMistakes:
         assert code == 2 and "is there already" in err and "--overwrite" in err
         assert (folder / "exports" / "small-F32.gguf").read_text() == "mine"
 
+    @pytest.mark.parametrize("name", ["small-hf", "small-hf.unverified", "small-F16.gguf"])
+    def test_a_directory_that_is_no_export_is_kept_in_any_case(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    ) -> None:
+        kept = folder / "exports" / name / "notes.txt"
+        kept.parent.mkdir(parents=True)
+        kept.write_text("mine")
+        to = "hf" if "hf" in name else "gguf"
+        code, _, err = run(monkeypatch, capsys, "export", "small", "--to", to, "--overwrite")
+        said = "holds something else than a model" if to == "hf" else "is a directory, and this form is a file"
+        assert code == 2 and said in err and kept.read_text() == "mine" and files(folder / "exports") == [name]
+
+    def test_the_checkpoint_itself_is_never_replaced(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (folder / "small").rename(folder / "small-hf")
+        before = {file: file.read_bytes() for file in (folder / "small-hf").iterdir()}
+        words = ("export", "small-hf", "--to", "hf", "--out", ".", "--name", "small", "--overwrite")
+        code, _, err = run(monkeypatch, capsys, *words)
+        assert code == 2 and "holds the checkpoint that is exported" in err
+        assert before == {file: file.read_bytes() for file in (folder / "small-hf").iterdir()}
+
     def test_a_full_disk_is_told_of_first(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
