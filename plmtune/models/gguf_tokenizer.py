@@ -24,7 +24,13 @@ PRE_TOKENIZERS: dict[str, tuple[str, Normalization | None, bool]] = {
     "gpt-2": (GPT2_PATTERN, None, False),
 }
 # Of these llama.cpp puts bos before a text where the file does not say (tokenizer.ggml.add_bos_token).
-_ADDS_BOS = ("llama-bpe", "llama3", "llama-v3")
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
+# Other names of the same.
+PRE_TOKENIZERS |= dict.fromkeys(_LLAMA3, PRE_TOKENIZERS["llama-bpe"])
+PRE_TOKENIZERS |= dict.fromkeys(("deepseek-r1-qwen", "megrez"), PRE_TOKENIZERS["qwen2"])
+PRE_TOKENIZERS |= dict.fromkeys(("phi-2", "olmo", "jais", "gigachat", "trillion"), PRE_TOKENIZERS["gpt-2"])
+PRE_TOKENIZERS |= dict.fromkeys(("refact", "command-r", "codeshell", "exaone", "minerva-7b"), PRE_TOKENIZERS["smollm"])
+PRE_TOKENIZERS["dbrx"] = PRE_TOKENIZERS["smaug-bpe"]
 # llama.cpp does not read a list without merges; this one of bytes that UTF-8 never uses does not act.
 NO_MERGE = "ÿ ÿ"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)
@@ -56,7 +62,7 @@ def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
         raise UserError(f"{where}: it holds tokens of types other than 1 to 5, so it is not byte-level. {remedy}")
     eos, bos_id = _special(file, "eos"), metadata.get("tokenizer.ggml.bos_token_id")
     adds_bos = metadata.get("tokenizer.ggml.add_bos_token")
-    adds_bos = pre in _ADDS_BOS and bos_id is not None if adds_bos is None else bool(adds_bos)
+    adds_bos = pre in _LLAMA3 and bos_id is not None if adds_bos is None else bool(adds_bos)
     bos = None
     if adds_bos or (type(bos_id) is int and 0 <= bos_id < len(kinds) and kinds[bos_id] in (_UNKNOWN, _CONTROL)):
         bos = _special(file, "bos")

@@ -23,7 +23,7 @@ from plmtune.export.runtimes import open_runtime
 from plmtune.models.gguf import convert
 from plmtune.models.gguf_file import opened_gguf
 from plmtune.models.gguf_layout import gguf_name, to_halves, to_neighbours
-from plmtune.models.gguf_tokenizer import read_tokenizer
+from plmtune.models.gguf_tokenizer import PRE_TOKENIZERS, read_tokenizer
 from plmtune.models.hf import save_model
 from plmtune.models.llama import llama
 from plmtune.models.plm import plm
@@ -402,6 +402,30 @@ class TestSmolLM2:
         convert(tmp_path / "a.gguf", tmp_path / "second")
         for name in ("model.safetensors", "tokenizer.json", "config.json"):
             assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_text_is_cut_as_llama_cpp_cuts_it_by_each_name(
+    pre: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_writer, "PRE_TOKENIZERS", {pre: PRE_TOKENIZERS[pre]})
+    held = bundled().vocabulary
+    ranks = {token: rank for rank, token in enumerate(held.tokens)}
+    tokenizer = Tokenizer(from_ranks(ranks, PRE_TOKENIZERS[pre][0], None, ["<|endoftext|>"], "cut"))
+    model = llama(
+        tokenizer.vocab_size,
+        attention=component("attention", "mha"),
+        ffn=component("ffn", "swiglu", hidden_dim=32),
+        embed_dim=32,
+        num_layers=1,
+        num_heads=2,
+    )
+    write_gguf(model, tokenizer, tmp_path / "a.gguf", kind="F32")
+    assert keys_of(tmp_path / "a.gguf")["tokenizer.ggml.pre"] == pre
+    text = "In 2024, 1,234 cats'll   sit\n\n\tdef f(x):\n  x**2 # ünïcödé 你好 ½ \r\n WE'LL 12345.678 !!! नमस्ते  \u3000 "
+    with open_runtime(tmp_path / "a.gguf", prefer="xllamacpp", threads=1, context=32) as runtime:
+        assert runtime.encode(text) == tokenizer.encode(text)
 
 
 @pytest.mark.slow
