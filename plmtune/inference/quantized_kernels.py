@@ -140,7 +140,10 @@ KERNELS: dict[str, Kernel] = {
         lambda format, dtype, width: format.bits == 4 and format.group_size in _INT4_GROUPS and dtype == torch.bfloat16,
         tiled=True,
     ),
-    "int8": Kernel(_int8, lambda format, dtype, width: format.name == "int8" and dtype == torch.bfloat16),
+    # Of rows that are no multiple of 16, torch's kernel reads what lies behind their end.
+    "int8": Kernel(
+        _int8, lambda format, dtype, width: format.name == "int8" and dtype == torch.bfloat16 and width % 32 == 0
+    ),
     # 255 x 128 x width must stay below 2^31.
     "int8_integer": Kernel(
         _integer, lambda format, dtype, width: format.name == "int8_dynamic_int8" and width <= 2**15

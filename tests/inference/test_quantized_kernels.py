@@ -249,3 +249,8 @@ class TestSeveralRowsOfAView:
             pytest.skip(str(error))
         x = torch.randn(64, 3, dtype=torch.bfloat16).t()  # [3, 64], by columns
         assert torch.equal(module(x), module(x.contiguous()))
+
+
+@pytest.mark.parametrize("width", [14, 60, 72])
+def test_rows_that_torchs_kernel_reads_beyond_are_not_given_to_it(width: int) -> None:
+    assert not KERNELS["int8"].supports(Format.parse("int8"), torch.bfloat16, width)
